@@ -1,0 +1,39 @@
+# Two commands matter: `make demo` and `make test`. Both build what they need in .venv, once, and reuse it until the
+# requirements in pyproject.toml change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+REQUIREMENTS := $(shell sed -n '/^dependencies/,/^\[project.scripts/p' pyproject.toml | cksum | cut -d' ' -f1)
+BASE := $(VENV)/.base-$(REQUIREMENTS)
+FULL := $(VENV)/.full-$(REQUIREMENTS)
+
+.PHONY: demo test check format clean
+
+demo: $(BASE)
+	$(BIN)/python -m tests.demo
+
+test: check
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(FULL)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(FULL)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(BASE):
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), "mbtools needs Python 3.12, this is " + sys.version'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(FULL): $(BASE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,check]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

@@ -1,0 +1,112 @@
+"""What a tensor is to every format: a name, a shape, a dtype; and what reading and writing promise.
+
+Knows nothing of files, and nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+Region = tuple[slice, ...]
+"""A box in a tensor: one slice per dimension, each with a start, a stop and step 1."""
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp16": np.dtype(np.float16),
+    "fp32": np.dtype(np.float32),
+    "fp64": np.dtype(np.float64),
+    "fp8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "fp8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "int8": np.dtype(np.int8),
+    "int16": np.dtype(np.int16),
+    "int32": np.dtype(np.int32),
+    "int64": np.dtype(np.int64),
+    "uint8": np.dtype(np.uint8),
+    "bool": np.dtype(np.bool_),
+}
+"""Every dtype a checkpoint may hold, by the name that commands and reports use."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """`bf16`, `fp32`, …: the inverse of `DTYPES`."""
+    return _NAMES[dtype]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor, without its data."""
+
+    name: str
+    shape: Shape
+    dtype: np.dtype[Any]
+
+    @cached_property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def whole(self) -> Region:
+        return tuple(slice(0, size) for size in self.shape)
+
+
+def extent(region: Region) -> Shape:
+    """The shape of a region."""
+    return tuple(part.stop - part.start for part in region)
+
+
+def intersect(one: Region, other: Region) -> Region | None:
+    """The box two regions share, or None."""
+    shared = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
+    return shared if all(part.start < part.stop for part in shared) else None
+
+
+def within(region: Region, origin: Region) -> Region:
+    """The same box, counted from the first corner of `origin`."""
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(region, origin, strict=True))
+
+
+class Reader(Protocol):
+    """An opened checkpoint. Regions may be read in any order and from several threads."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    def read(self, name: str, region: Region, out: Array) -> None:
+        """Fill `out`, which has the region's shape and the tensor's dtype.
+
+        Raises UserError where the file holds less than its header says.
+        """
+        ...
+
+
+class Writer(Protocol):
+    """A checkpoint being made. Its tensors are known from the start; regions arrive in any order, from several threads."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Every file it will make, by relative path, and its size in bytes."""
+        ...
+
+    def write(self, name: str, region: Region, data: Array) -> None:
+        """Put `data`, of the region's shape and the tensor's dtype, in its place."""
+        ...
+
+    def finish(self) -> None:
+        """Write what makes the directory readable (indexes last), once every region is in place."""
+        ...

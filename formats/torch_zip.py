@@ -1,0 +1,326 @@
+"""The archive that `torch.save` makes around tensors, read and written without torch.
+
+It is an uncompressed zip: `archive/data.pkl` describes, `archive/data/0`, `/1`, … hold raw bytes, aligned to 64 by an `FB`
+extra field. Writing here yields the bytes before and after the data, so that data whose size is known can be put in place
+at any time; the optional records and the checksums, which torch does not check, are left out.
+Layout: PKWARE's APPNOTE 6.3 (zip, zip64) and torch's `caffe2/serialize/inline_container.cc`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from formats.errors import UserError
+from formats.pickles import Global, Record, Storage, dumps, loads
+from formats.spec import DTYPES, Array, Shape
+
+ALIGNMENT = 64
+_ZIP64_FROM = 0xFFFFFFFF
+_LOCAL = struct.Struct("<IHHHHHIIIHH")
+_CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
+_END = struct.Struct("<IHHHHIIH")
+_END64 = struct.Struct("<IQHHIIQQQQ")
+_LOCATOR64 = struct.Struct("<IIQI")
+_EPOCH_DATE = 0x21  # 1980-01-01, the earliest a zip can say: no time of ours gets into the output
+
+_REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
+_HOOKS = Record(Global("collections", "OrderedDict"))
+
+STORAGES: dict[str, str] = {
+    "bf16": "BFloat16Storage",
+    "fp16": "HalfStorage",
+    "fp32": "FloatStorage",
+    "fp64": "DoubleStorage",
+    "fp8_e4m3": "Float8_e4m3fnStorage",
+    "fp8_e5m2": "Float8_e5m2Storage",
+    "int8": "CharStorage",
+    "int16": "ShortStorage",
+    "int32": "IntStorage",
+    "int64": "LongStorage",
+    "uint8": "ByteStorage",
+    "bool": "BoolStorage",
+}
+"""Names of torch's storage classes, by our dtype names."""
+
+_DTYPE_OF = {storage: DTYPES[name] for name, storage in STORAGES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The bytes of an archive around one data record of `size` bytes."""
+
+    before: bytes
+    size: int
+    after: bytes
+
+    @property
+    def length(self) -> int:
+        return len(self.before) + self.size + len(self.after)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in an archive: its dtype by our name, its shape and strides, and which record holds it from where."""
+
+    dtype: np.dtype[Any]
+    shape: Shape
+    strides: Shape
+    key: str
+    start: int
+
+
+def tensor_frame(dtype: str, shape: Shape, *, in_list: bool = False) -> Frame:
+    """The archive of one contiguous tensor (in a list of one, as Megatron stores objects): everything but its data."""
+    record = tensor_record(dtype, shape, key="0")
+    size = int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+    return _frame(dumps([record] if in_list else record), size)
+
+
+def object_archive(value: Any, *, name: str = "archive") -> bytes:
+    """The whole archive of plain data in which numpy arrays stand for tensors."""
+    payloads: list[Array] = []
+
+    def convert(item: Any) -> Any:
+        if isinstance(item, np.ndarray):
+            payloads.append(cast("Array", item))
+            return tensor_record(_dtype_name(cast("Array", item)), item.shape, key=str(len(payloads) - 1))
+        if isinstance(item, dict):
+            return {key: convert(part) for key, part in cast("dict[Any, Any]", item).items()}
+        return [convert(part) for part in cast("list[Any]", item)] if isinstance(item, list) else item
+
+    archive = _Archive(name)
+    archive.add("data.pkl", dumps(convert(value)))
+    archive.add("byteorder", b"little")
+    for number, payload in enumerate(payloads):
+        archive.add(f"data/{number}", payload.tobytes())
+    archive.add("version", b"3\n")
+    return archive.finish()
+
+
+def tensor_record(dtype: str, shape: Shape, *, key: str) -> Record:
+    """How `data.pkl` describes a contiguous tensor."""
+    count = int(np.prod(shape, dtype=np.int64))
+    storage = Storage(Global("torch", STORAGES[dtype]), key, count)
+    return _REBUILD(storage, 0, shape, contiguous_strides(shape), False, _HOOKS)
+
+
+def contiguous_strides(shape: Shape) -> Shape:
+    """Strides of C order, in elements."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _dtype_name(array: Array) -> str:
+    return next(name for name, dtype in DTYPES.items() if dtype == array.dtype)
+
+
+def _frame(described: bytes, size: int) -> Frame:
+    archive = _Archive("archive")
+    archive.add("data.pkl", described)
+    archive.add("byteorder", b"little")
+    before = archive.skip("data/0", size)
+    archive.add("version", b"3\n")
+    whole = archive.finish()
+    return Frame(whole[:before], size, whole[before:])
+
+
+class _Archive:
+    """A zip being laid out; `skip` leaves room for data that someone else puts in place."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._out = bytearray()
+        self._skipped = 0
+        self._entries: list[tuple[bytes, int, int]] = []
+
+    def add(self, record: str, data: bytes) -> None:
+        self._header(record, len(data))
+        self._out += data
+
+    def skip(self, record: str, size: int) -> int:
+        """Room for `size` bytes; answers how many bytes come before them."""
+        self._header(record, size)
+        self._skipped += size
+        return len(self._out)
+
+    def _header(self, record: str, size: int) -> None:
+        at, name = len(self._out) + self._skipped, f"{self._name}/{record}".encode()
+        zip64 = struct.pack("<HHQQ", 1, 16, size, size) if size >= _ZIP64_FROM else b""
+        padding = -(at + _LOCAL.size + len(name) + len(zip64) + 4) % ALIGNMENT
+        extra = zip64 + struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # "FB", as torch pads
+        short = min(size, _ZIP64_FROM)
+        version = 45 if zip64 else 0
+        header = _LOCAL.pack(0x04034B50, version, 0, 0, 0, _EPOCH_DATE, 0, short, short, len(name), len(extra))
+        self._out += header + name + extra
+        self._entries.append((name, size, at))
+
+    def finish(self) -> bytes:
+        start = len(self._out) + self._skipped
+        directory = b"".join(_central(*entry) for entry in self._entries)
+        count, size = len(self._entries), len(directory)
+        self._out += directory
+        if start + size >= _ZIP64_FROM:
+            self._out += _END64.pack(0x06064B50, 44, 45, 45, 0, 0, count, count, size, start)
+            self._out += _LOCATOR64.pack(0x07064B50, 0, start + size, 1)
+        self._out += _END.pack(0x06054B50, 0, 0, count, count, size, min(start, _ZIP64_FROM), 0)
+        return bytes(self._out)
+
+
+def _central(name: bytes, size: int, at: int) -> bytes:
+    wide = [value for value in (size, size, at) if value >= _ZIP64_FROM]
+    extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+    size, at = min(size, _ZIP64_FROM), min(at, _ZIP64_FROM)
+    version = 45 if wide else 0
+    fields = (0x02014B50, 0, version, 0, 0, 0, _EPOCH_DATE, 0, size, size, len(name), len(extra), 0, 0, 0, 0, at)
+    return _CENTRAL.pack(*fields) + name + extra
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One record of an archive: where its local header starts, and its size."""
+
+    header: int
+    size: int
+
+
+class OpenArchive:
+    """An archive inside a file: found by its directory at the end, its records in any order, with data descriptors or not.
+
+    `fetch(offset, length)` reads bytes counted from the archive's start; `length` is the archive's.
+    """
+
+    def __init__(self, fetch: Callable[[int, int], bytes], length: int, *, source: str) -> None:
+        self._fetch, self._length, self._source = fetch, length, source
+        self._entries = self._directory()
+
+    def pickle(self) -> Any:
+        return loads(self.record("data.pkl", limit=1 << 26), source=self._source)
+
+    def record(self, name: str, *, limit: int = 1 << 30) -> bytes:
+        """A record's bytes, of at most `limit`."""
+        offset, size = self.locate(name)
+        if size > limit:
+            raise self._damaged(f"record `{name}` claims {size} bytes")
+        return self._fetch(offset, size)
+
+    def locate(self, name: str) -> tuple[int, int]:
+        """Where a record's bytes start in the archive, and how many there are."""
+        if name not in self._entries:
+            raise self._damaged(f"it has no record `{name}`")
+        entry = self._entries[name]
+        fields = _LOCAL.unpack(self._span(entry.header, _LOCAL.size))
+        if fields[0] != 0x04034B50:
+            raise self._damaged(f"record `{name}` has no header where the directory says")
+        offset = entry.header + _LOCAL.size + fields[9] + fields[10]
+        if offset + entry.size > self._length:
+            raise self._damaged(f"record `{name}` runs past the archive's end")
+        return offset, entry.size
+
+    def tensor(self, record: Any) -> tuple[StoredTensor, int]:
+        """A tensor described by `data.pkl`, and where its elements start in the archive."""
+        stored = self._described(record)
+        offset, size = self.locate(f"data/{stored.key}")
+        elements = int(np.prod(stored.shape, dtype=np.int64))
+        if (stored.start + elements) * stored.dtype.itemsize > size:
+            raise self._damaged(f"a tensor of shape {list(stored.shape)} needs more than the {size} bytes of its record")
+        return stored, offset + stored.start * stored.dtype.itemsize
+
+    def array(self, record: Any) -> Array:
+        """A small tensor's values."""
+        stored, offset = self.tensor(record)
+        data = self._fetch(offset, int(np.prod(stored.shape, dtype=np.int64)) * stored.dtype.itemsize)
+        return np.frombuffer(data, stored.dtype).reshape(stored.shape)
+
+    def _described(self, record: Any) -> StoredTensor:
+        while isinstance(record, Record) and record.kind.name in ("_rebuild_parameter", "_rebuild_from_type_v2"):
+            record = record.args[0] if record.kind.name == "_rebuild_parameter" else _REBUILD(*record.args[2])
+        match record:
+            case Record(kind=Global(name="_rebuild_tensor_v2"), args=(Storage() as storage, int(start), shape, strides, *_)):
+                dtype = _DTYPE_OF.get(storage.kind.name)
+                shape, strides = _sizes(shape), _sizes(strides)
+                if dtype is None or start < 0 or len(shape) != len(strides):
+                    raise self._damaged(f"it describes a tensor of `{storage.kind.name}` that cannot be")
+                return StoredTensor(dtype, shape, strides, storage.key, start)
+            case _:
+                raise self._damaged("it does not describe a tensor")
+
+    def _directory(self) -> dict[str, Entry]:
+        start, size, count = self._directory_span()
+        directory = self._span(start, size)
+        entries: dict[str, Entry] = {}
+        at = 0
+        for _ in range(count):
+            if at + _CENTRAL.size > size:
+                raise self._damaged("its directory is cut off")
+            name, entry, at = self._entry(directory, at)
+            entries[name] = entry
+        return entries
+
+    def _entry(self, directory: bytes, at: int) -> tuple[str, Entry, int]:
+        fields = _CENTRAL.unpack_from(directory, at)
+        stored, size, name_size, extra_size, comment, header = (fields[i] for i in (8, 9, 10, 11, 12, 16))
+        at += _CENTRAL.size
+        name = directory[at : at + name_size].decode(errors="replace").partition("/")[2]
+        extra = directory[at + name_size : at + name_size + extra_size]
+        if fields[0] != 0x02014B50 or fields[4] != 0:
+            raise self._damaged(f"record `{name}` is compressed, or its directory entry is nonsense")
+        wide = _zip64(extra)
+        size, stored, header = (
+            next(wide, 0) if value == _ZIP64_FROM else value for value in (size, stored, header)
+        )  # order as in the extra field
+        return name, Entry(header, size), at + name_size + extra_size + comment
+
+    def _directory_span(self) -> tuple[int, int, int]:
+        """The directory's start, its size and its number of entries."""
+        at = self._length - _END.size
+        end = _END.unpack(self._span(at, _END.size))
+        if end[0] != 0x06054B50:
+            raise self._damaged("it does not end as a zip archive does")
+        count, size, start = end[4], end[5], end[6]
+        if _ZIP64_FROM in (size, start) or count == 0xFFFF:
+            locator = _LOCATOR64.unpack(self._span(at - _LOCATOR64.size, _LOCATOR64.size))
+            wide = _END64.unpack(self._span(locator[2], _END64.size))
+            if locator[0] != 0x07064B50 or wide[0] != 0x06064B50:
+                raise self._damaged("its zip64 directory is missing")
+            count, size, start = wide[7], wide[8], wide[9]
+        return start, size, count
+
+    def _span(self, start: int, size: int) -> bytes:
+        if start < 0 or size < 0 or start + size > self._length:
+            raise self._damaged("it points outside itself")
+        return self._fetch(start, size)
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"`{self._source}` is not a whole torch archive: {what}", hint="the file is damaged")
+
+
+def _zip64(extra: bytes) -> Any:
+    """The 64-bit values of a zip64 extra field, in their fixed order."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, size = struct.unpack_from("<HH", extra, at)
+        if kind == 1:
+            yield from (value for (value,) in struct.iter_unpack("<Q", extra[at + 4 : at + 4 + size // 8 * 8]))
+            return
+        at += 4 + size
+
+
+def _sizes(value: Any) -> Shape:
+    """A shape from a pickle: a tuple, or torch.Size around one."""
+    inner = value.args[0] if isinstance(value, Record) and value.args else value
+    parts = cast("Sequence[Any]", inner) if isinstance(inner, (tuple, list)) else ()
+    if not all(isinstance(part, int) and 0 <= part < 1 << 62 for part in parts):
+        raise UserError(f"a shape of {inner!r} is not possible")
+    return tuple(parts)
+
+
+read_sizes = _sizes
