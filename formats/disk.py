@@ -79,27 +79,54 @@ def write_exactly(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def read_box(files: Files, stored: Stored, region: Region, out: Array) -> None:
-    """Copy a box of a stored array into `out`, with few system calls and no more than the box's own rows in memory."""
-    descriptor, itemsize = files.descriptor(stored.path), out.dtype.itemsize
-    box = extent(region)
-    if _contiguous(stored.shape, box):
-        if out.flags.c_contiguous:
-            start = stored.offset + _element(stored.shape, region) * itemsize
-            return read_exactly(descriptor, as_bytes(out), start, path=stored.path)
-        scratch = np.empty(box, out.dtype)
-        read_box(files, stored, region, scratch)
-        out[...] = scratch
-        return None
-    if box[0] > 1 and prod(box[1:]) * itemsize >= GATHER_BELOW:
-        for row in range(box[0]):
-            at = slice(region[0].start + row, region[0].start + row + 1)
-            read_box(files, stored, (at, *region[1:]), out[row : row + 1])
-        return None
-    rows = region[0], *(slice(0, size) for size in stored.shape[1:])
-    scratch = np.empty(extent(rows), out.dtype)
-    read_box(files, stored, rows, scratch)
-    out[...] = scratch[(slice(None), *region[1:])]
+    """Copy a box of a stored array into `out`, of the box's shape.
+
+    A box that is not one run of bytes is read row by row where its rows are long, and otherwise as the whole rows around
+    it, some at a time: system calls stay few and memory small.
+    """
+    if _contiguous(stored.shape, extent(region)):
+        return _read_run(files, stored, region, out)
+    if region[0].stop - region[0].start == 1:
+        return read_box(files, _row(stored, region[0].start, out.dtype.itemsize), region[1:], out[0])
+    step = 1 if out[0].nbytes >= GATHER_BELOW else max(1, GATHER_BELOW // (prod(stored.shape[1:]) * out.dtype.itemsize))
+    for rows in bands(region[0], step):
+        part = out[rows.start - region[0].start : rows.stop - region[0].start]
+        if step == 1:
+            read_box(files, stored, (rows, *region[1:]), part)
+        else:
+            scratch = np.empty((rows.stop - rows.start, *stored.shape[1:]), out.dtype)
+            _read_run(files, stored, (rows, *(slice(0, size) for size in stored.shape[1:])), scratch)
+            part[...] = scratch[(slice(None), *region[1:])]
     return None
+
+
+def write_box(files: Files, stored: Stored, region: Region, data: Array) -> None:
+    """The way back of `read_box`: put `data` into a box of an array that lies, or will lie, in a file."""
+    if _contiguous(stored.shape, extent(region)):
+        start = stored.offset + _element(stored.shape, region) * data.dtype.itemsize
+        return write_exactly(files.descriptor(stored.path), as_bytes(np.ascontiguousarray(data)), start)
+    for number, row in enumerate(range(region[0].start, region[0].stop)):
+        write_box(files, _row(stored, row, data.dtype.itemsize), region[1:], data[number])
+    return None
+
+
+def bands(rows: slice, step: int) -> Iterator[slice]:
+    """A range of rows, `step` at a time."""
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
+
+
+def _read_run(files: Files, stored: Stored, region: Region, out: Array) -> None:
+    start = stored.offset + _element(stored.shape, region) * out.dtype.itemsize
+    target = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
+    read_exactly(files.descriptor(stored.path), as_bytes(target), start, path=stored.path)
+    if target is not out:
+        out[...] = target
+
+
+def _row(stored: Stored, row: int, itemsize: int) -> Stored:
+    """One row of a stored array, as an array of one dimension less."""
+    return Stored(stored.path, stored.offset + row * prod(stored.shape[1:]) * itemsize, stored.shape[1:])
 
 
 def as_bytes(array: Array) -> memoryview:

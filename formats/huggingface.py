@@ -1,0 +1,306 @@
+"""Hugging Face directories: safetensors files, their index, and the side files that travel with them.
+
+A safetensors file is an 8-byte little-endian header length, a JSON header, then data without gaps. A raw header fixes a
+file's whole layout, so writing takes raw headers: those of the source give the source's files back, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from formats.disk import Files, Stored, read_box, write_box, write_exactly
+from formats.errors import UserError
+from formats.spec import DTYPES, Array, Region, TensorSpec, dtype_name
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_MAX_HEADER = 100_000_000  # safetensors' own limit
+
+_NAMES = {
+    "bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64", "fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2",
+    "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+_DTYPE_OF = {safetensors_name: DTYPES[name] for name, safetensors_name in _NAMES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file: its header as it lies on disk, and where each tensor's data starts, in file order."""
+
+    raw: bytes
+    tensors: Mapping[str, tuple[TensorSpec, int]]
+    size: int
+
+
+def parse_shard(raw: bytes, *, source: str) -> Shard:
+    """A shard from the raw bytes before its data.
+
+    Raises UserError where dtypes, shapes or offsets are nonsense, overlap or leave gaps.
+    """
+    entries = _parse_json(raw[8:], source=source)
+    entries.pop("__metadata__", None)
+    tensors: dict[str, tuple[TensorSpec, int]] = {}
+    end = 0
+    spans = sorted(((*_span(name, entry, source), name) for name, entry in entries.items()), key=lambda span: span[:2])
+    for start, stop, name in spans:
+        spec = _spec(name, entries[name], source)
+        if start != end or stop - start != spec.nbytes:
+            raise UserError(
+                f"`{source}`: the data of `{name}` should be {spec.nbytes} bytes from {end}, its header says {start} to {stop}",
+                hint="tensors must fill the file without gaps or overlaps; the file is damaged",
+            )
+        tensors[name] = spec, len(raw) + start
+        end = stop
+    return Shard(raw, tensors, len(raw) + end)
+
+
+def read_shard(path: Path) -> Shard:
+    """The header of a file, checked against the file's size."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise UserError(
+                f"`{path.name}` claims a header of {length} bytes and is {size} bytes long",
+                hint="it is not a safetensors file, or it is truncated",
+            )
+        shard = parse_shard(prefix + file.read(length), source=path.name)
+    if shard.size != size:
+        raise UserError(
+            f"`{path.name}` is {size} bytes long, its header describes {shard.size}",
+            hint="the file is truncated or still being written; fetch it again",
+        )
+    return shard
+
+
+def make_header(specs: Iterable[TensorSpec]) -> bytes:
+    """A raw header for tensors in that order, as the safetensors library writes it: padded with spaces to 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in specs:
+        entries[spec.name] = {
+            "dtype": _NAMES[dtype_name(spec.dtype)],
+            "shape": list(spec.shape),
+            "data_offsets": [end, end + spec.nbytes],
+        }
+        end += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _parse_json(text: bytes, *, source: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"`{source}` is not readable JSON: {error}", hint="the file is damaged") from None
+    if not isinstance(parsed, dict):
+        raise UserError(f"`{source}` should be a JSON object, it is a {type(parsed).__name__}")
+    return cast("dict[str, Any]", parsed)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"`{twice}` stands there twice")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; UserError names the file where it is missing or broken."""
+    if not path.is_file():
+        raise UserError(f"`{path.parent}` has no `{path.name}`", hint="point at a Hugging Face model directory")
+    return _parse_json(path.read_bytes(), source=path.name)
+
+
+def _span(name: str, entry: Any, source: str) -> tuple[int, int]:
+    offsets = cast("dict[str, Any]", entry).get("data_offsets") if isinstance(entry, dict) else None
+    match offsets:
+        case [int(start), int(stop)] if not isinstance(start, bool) and not isinstance(stop, bool) and 0 <= start <= stop:
+            return start, stop
+        case _:
+            raise UserError(f"`{source}`: `{name}` has data offsets `{offsets}`", hint="the header is damaged")
+
+
+def _spec(name: str, entry: dict[str, Any], source: str) -> TensorSpec:
+    shape, dtype = entry.get("shape"), entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in _DTYPE_OF:
+        raise UserError(f"`{source}`: `{name}` has dtype `{dtype}`", hint=f"known are {', '.join(_DTYPE_OF)}")
+    sizes = cast("list[Any]", shape) if isinstance(shape, list) else [None]
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
+        raise UserError(f"`{source}`: `{name}` has shape `{shape}`", hint="the header is damaged")
+    return TensorSpec(name, tuple(sizes), _DTYPE_OF[dtype])
+
+
+class HuggingFaceReader:
+    """An opened directory: headers read and checked against the index; data read on demand."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.shards = {name: read_shard(directory / name) for name in shard_names(directory)}
+        self._files = Files()
+        self._where: dict[str, tuple[str, int]] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        for file, shard in self.shards.items():
+            self._add(file, shard)
+        self._check_index()
+
+    def _add(self, file: str, shard: Shard) -> None:
+        for name, (spec, offset) in shard.tensors.items():
+            if name in self._where:
+                raise UserError(f"`{name}` is in two files: `{self._where[name][0]}` and `{file}`")
+            self._where[name] = file, offset
+            self.specs[name] = spec
+
+    def _check_index(self) -> None:
+        if not (self.directory / INDEX).is_file():
+            return
+        listed = weight_map(self.directory)
+        for name in sorted(listed.keys() | self._where.keys()):
+            there = self._where[name][0] if name in self._where else "no file"
+            if listed.get(name, "no file") != there:
+                raise UserError(
+                    f"`{INDEX}` puts `{name}` in {listed.get(name, 'no file')}, it is in {there}",
+                    hint="the index belongs to other files; fetch the directory again",
+                )
+
+    def read(self, name: str, region: Region, out: Array) -> None:
+        file, offset = self._where[name]
+        read_box(self._files, Stored(self.directory / file, offset, self.specs[name].shape), region, out)
+
+    def close(self) -> None:
+        self._files.close()
+
+
+def weight_map(directory: Path) -> dict[str, str]:
+    """Which file holds which tensor, by the index. File names must stay in the directory."""
+    listed = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(listed, dict):
+        raise UserError(f"`{INDEX}` has no `weight_map`")
+    for file in cast("dict[str, Any]", listed).values():
+        if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
+            raise UserError(f"`{INDEX}` names the file `{file}`, which leaves the directory; it was not opened")
+    return cast("dict[str, str]", listed)
+
+
+def shard_names(directory: Path) -> list[str]:
+    """The files that hold the model: the index's, or `model.safetensors`, or every safetensors file there is."""
+    if (directory / INDEX).is_file():
+        names = sorted(set(weight_map(directory).values()))
+    elif (directory / SINGLE).is_file():
+        names = [SINGLE]
+    else:
+        names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if not names:
+        raise UserError(f"`{directory}` holds no safetensors files", hint="point at a Hugging Face model directory")
+    for name in names:
+        if not (directory / name).is_file():
+            raise UserError(f"`{INDEX}` names `{name}`, which is not in `{directory}`", hint="fetch the missing file")
+    return names
+
+
+class HuggingFaceWriter:
+    """Safetensors files being made. Their raw headers are given, so every offset is known before the first byte."""
+
+    def __init__(self, directory: Path, shards: Mapping[str, Shard]) -> None:
+        self._directory = directory
+        self._shards = shards
+        self._files = Files(write=True)
+        self._where = {
+            name: Stored(directory / file, offset, spec.shape)
+            for file, shard in shards.items()
+            for name, (spec, offset) in shard.tensors.items()
+        }
+        self.specs = {name: spec for shard in shards.values() for name, (spec, _) in shard.tensors.items()}
+
+    @property
+    def files(self) -> dict[str, int]:
+        return {file: shard.size for file, shard in self._shards.items()}
+
+    def write(self, name: str, region: Region, data: Array) -> None:
+        write_box(self._files, self._where[name], region, data)
+
+    def finish(self) -> None:
+        for file, shard in self._shards.items():
+            write_exactly(self._files.descriptor(self._directory / file), memoryview(shard.raw), 0)
+        self.close()
+
+    def close(self) -> None:
+        self._files.close()
+
+
+def plan_shards(specs: Sequence[TensorSpec], *, limit: int) -> dict[str, Shard]:
+    """Tensors in order, filled into files of at most `limit` bytes of data (a larger tensor gets its own), named as
+    transformers names them."""
+    groups: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if groups[-1] and size + spec.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(spec)
+        size += spec.nbytes
+    names = [SINGLE] if len(groups) == 1 else [_shard_name(i + 1, len(groups)) for i in range(len(groups))]
+    return {name: parse_shard(make_header(group), source=name) for name, group in zip(names, groups, strict=True)}
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def make_index(shards: Mapping[str, Shard]) -> bytes:
+    """The index document of these files, as transformers writes it."""
+    placed = sorted((name, file) for file, shard in shards.items() for name in shard.tensors)
+    specs = [spec for shard in shards.values() for spec, _ in shard.tensors.values()]
+    totals = {
+        "total_parameters": sum(prod(spec.shape) for spec in specs),
+        "total_size": sum(spec.nbytes for spec in specs),
+    }
+    return (json.dumps({"metadata": totals, "weight_map": dict(placed)}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def retyped(shard: Shard, dtypes: Mapping[str, np.dtype[Any]], *, source: str) -> Shard:
+    """The same tensors in the same order and file, with other dtypes; the same shard where none differs."""
+    specs = [spec for spec, _ in shard.tensors.values()]
+    if all(dtypes[spec.name] == spec.dtype for spec in specs):
+        return shard
+    changed = [TensorSpec(spec.name, spec.shape, dtypes[spec.name]) for spec in specs]
+    return parse_shard(make_header(changed), source=source)
+
+
+_OTHER_WEIGHTS = re.compile(
+    r"(^original/)|\.(bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|safetensors|tflite|npz|ot|nemo)$|\.index\.json$"
+)
+_NOT_OF_THE_MODEL = {".git", ".cache", ".huggingface"}
+
+
+def side_files(directory: Path) -> tuple[list[str], list[str]]:
+    """The files beside the weights, as relative paths: those that travel, and weights in other formats, which do not."""
+    model = {*shard_names(directory), INDEX}
+    travels: list[str] = []
+    left_out: list[str] = []
+    for name in files_below(directory):
+        if name == INDEX or name not in model:
+            (left_out if name != INDEX and _OTHER_WEIGHTS.search(name) else travels).append(name)
+    return travels, left_out
+
+
+def files_below(directory: Path) -> list[str]:
+    """Relative paths of all files in a directory, those of version control and download caches left out."""
+    found: list[str] = []
+    for folder, folders, files in directory.walk():
+        folders[:] = [name for name in folders if name not in _NOT_OF_THE_MODEL]
+        found += [(folder / name).relative_to(directory).as_posix() for name in files if (folder / name).is_file()]
+    return sorted(found)

@@ -1,0 +1,299 @@
+"""Megatron's conventions on top of PyTorch's container, for the `torch_dist` format of megatron-core 0.19.
+
+One name per layer outside, stacked keys inside: `decoder.layers.7.mlp.linear_fc2.weight` is row 7 of the key
+`decoder.layers.mlp.linear_fc2.weight`. Checkpoints that keep the number in the key read the same. Knows roots and
+iterations, trackers, common state and `_extra_state` objects; knows no model family.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from formats.dcp import METADATA, ChunkedTensor, Container, ContainerWriter, NewChunk, NewObject
+from formats.disk import write_exactly
+from formats.errors import UserError
+from formats.huggingface import read_json
+from formats.pickles import Record
+from formats.spec import Array, Region, TensorSpec
+from formats.torch_zip import OpenArchive, object_archive
+
+TRACKER = "latest_checkpointed_iteration.txt"
+TRAIN_STATE = "train_state.pt"
+TRAIN_STATE_TRACKER = f"latest_{TRAIN_STATE}"
+FORMAT = "metadata.json"
+COMMON = "common.pt"
+COMMON_KEY = "common_state/shard_0_1"
+EXTRA_STATE = "._extra_state/"
+
+_STATELESS = {"word_embeddings", "position_embeddings", "output_layer", "router", "shared_experts"}
+"""Modules that have weights and no `_extra_state`; every other module of Transformer Engine's has one."""
+
+_NOT_WEIGHTS = re.compile(r"^(optimizer|chained_\d+|rng_state|rerun_state_machine_state|dataloader)[._]")
+_NUMBERED_LAYER = re.compile(r"(.*?\blayers)\.(\d+)\.(.+)")
+_STACKED_LAYER = re.compile(r"(.*?\blayers)\.(?!\d+\.)(.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a tensor's data is: a key, and which row of it where layers are stacked."""
+
+    key: str
+    row: int | None
+
+
+def iteration_folder(number: int) -> str:
+    return f"iter_{number:07d}"
+
+
+def find_iteration(path: Path) -> Path:
+    """The iteration directory that a root's tracker chooses, or the one given.
+
+    Raises UserError for what is not there, not complete, or another format.
+    """
+    if (path / METADATA).is_file() or path.name.startswith("iter_"):
+        return _complete(path)
+    if not (path / TRACKER).is_file():
+        raise UserError(
+            f"`{path}` is not a Megatron checkpoint: it has neither `{TRACKER}` nor `{METADATA}`",
+            hint="point at the checkpoint's root, or at one iteration in it (`iter_0000100`)",
+        )
+    tracked = (path / TRACKER).read_text(errors="replace").strip()
+    folder = path / (iteration_folder(int(tracked)) if re.fullmatch(r"\d{1,18}", tracked) else "release")
+    if tracked != "release" and not re.fullmatch(r"\d{1,18}", tracked):
+        raise UserError(f"`{TRACKER}` says `{tracked[:40]}`, which is not an iteration")
+    if not folder.is_dir():
+        there = ", ".join(sorted(p.name for p in path.glob("iter_*"))) or "none"
+        raise UserError(f"`{TRACKER}` says iteration {tracked}, but `{folder.name}` is not there", hint=f"there are: {there}")
+    return _complete(folder)
+
+
+def _complete(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"`{folder}` is not there")
+    _refuse_legacy(folder)
+    if not (folder / METADATA).is_file():
+        raise UserError(
+            f"`{folder}` has no `{METADATA}`: its saving never finished",
+            hint="use an earlier iteration; `.metadata` is what megatron-core writes last",
+        )
+    return folder
+
+
+def _refuse_legacy(folder: Path) -> None:
+    if any(folder.glob("mp_rank_*")):
+        raise UserError(
+            f"`{folder}` is in Megatron's legacy `mp_rank_*` format, which is not supported yet",
+            hint="load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
+        )
+    backend = read_json(folder / FORMAT).get("sharded_backend") if (folder / FORMAT).is_file() else "torch_dist"
+    if backend != "torch_dist":
+        raise UserError(
+            f"`{folder}` is in the `{backend}` format, which is not supported yet",
+            hint="load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
+        )
+
+
+class TorchDistReader:
+    """An opened iteration. `specs` are its weights, one name per layer; `others` what else it holds (optimizer, …)."""
+
+    def __init__(self, path: Path) -> None:
+        self.directory = find_iteration(path)
+        self.container = Container(self.directory)
+        self.others = [name for name in self.container.tensor_names if _NOT_WEIGHTS.match(name)]
+        self.specs: dict[str, TensorSpec] = {}
+        self._sources: dict[str, _Source] = {}
+        self._tensors: dict[_Source, ChunkedTensor] = {}
+        for key in self.container.tensor_names:
+            if not _NOT_WEIGHTS.match(key):
+                self._add(key)
+
+    @property
+    def has_optimizer(self) -> bool:
+        return any(name.startswith(("optimizer", "chained_")) for name in self.others)
+
+    def _add(self, key: str) -> None:
+        shape, dtype = self.container.shape(key), self.container.dtype(key)
+        stacked = _STACKED_LAYER.fullmatch(key)
+        if not stacked:
+            self._name(key, _Source(key, None), shape, dtype)
+            return
+        for row in range(shape[0] if len(shape) > 0 else 0):
+            self._name(f"{stacked[1]}.{row}.{stacked[2]}", _Source(key, row), shape[1:], dtype)
+
+    def _name(self, name: str, source: _Source, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        if name in self.specs:
+            raise UserError(f"`{name}` is stored twice: stacked with its layers and on its own")
+        self.specs[name] = TensorSpec(name, shape, dtype)
+        self._sources[name] = source
+
+    def read(self, name: str, region: Region, out: Array) -> None:
+        source = self._sources[name]
+        if source.row is None:
+            self.container.read(self.chunks(name), region, out)
+        else:
+            self.container.read(self.chunks(name), (slice(source.row, source.row + 1), *region), out[np.newaxis])
+
+    def chunks(self, name: str) -> ChunkedTensor:
+        """The chunks that hold a weight (of a stacked key, those that hold its layer)."""
+        source = self._sources[name]
+        if source not in self._tensors:
+            self._split(source.key)
+        return self._tensors[source]
+
+    def _split(self, key: str) -> None:
+        whole = self.container.tensor(key)
+        if _Source(key, None) in self._sources.values():
+            self._tensors[_Source(key, None)] = whole
+            return
+        rows: list[list[Any]] = [[] for _ in range(whole.shape[0])]
+        for chunk in whole.chunks:
+            for row in range(chunk.region[0].start, chunk.region[0].stop):
+                rows[row].append(chunk)
+        for row, chunks in enumerate(rows):
+            self._tensors[_Source(key, row)] = ChunkedTensor(whole.shape, whole.dtype, tuple(chunks))
+
+    def common_state(self) -> dict[str, Any]:
+        """What the trainer stored beside the tensors (`args`, iteration, …), classes as inert records."""
+        path = self.directory / COMMON
+        if path.is_file():
+            data = path.read_bytes()
+            found = OpenArchive(lambda at, size: data[at : at + size], len(data), source=COMMON).pickle()
+        elif COMMON_KEY in self.container.object_names:
+            listed = self.container.object(COMMON_KEY)
+            found = listed[0] if isinstance(listed, list) and listed else None
+        else:
+            return {}
+        if not isinstance(found, dict):
+            raise UserError("the checkpoint's common state is not a dictionary")
+        return found
+
+    def args(self) -> Mapping[str, Any]:
+        """Megatron-LM's command line, where the checkpoint carries one."""
+        args = self.common_state().get("args")
+        return args.state if isinstance(args, Record) and isinstance(args.state, dict) else {}
+
+    def close(self) -> None:
+        self.container.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A weight and how ranks hold it: boxes of it, each with the rank in whose file it goes."""
+
+    spec: TensorSpec
+    chunks: tuple[tuple[Region, int], ...]
+
+
+class TorchDistWriter:
+    """An iteration being made, under a root with its trackers.
+
+    `documents` are further small files of the iteration directory, by relative path.
+    """
+
+    def __init__(self, root: Path, placed: Sequence[Placed], *, documents: Mapping[str, bytes], iteration: int = 0) -> None:
+        self._root = root
+        self._folder = iteration_folder(iteration)
+        self.specs = {item.spec.name: item.spec for item in placed}
+        self._keys = _stack(self.specs)
+        tensors = {key: (shape, self.specs[name].dtype) for name, (key, _, shape) in self._keys.items()}
+        chunks = [
+            NewChunk(self._keys[item.spec.name][0], self._shift(item.spec.name, region), rank_file(rank))
+            for item in placed
+            for region, rank in item.chunks
+        ]
+        objects = [*_extra_states(placed), NewObject(COMMON_KEY, rank_file(0), _common(iteration))]
+        self._container = ContainerWriter(root / self._folder, tensors, chunks, objects)
+        self._iteration = iteration
+        self._documents = {**documents, FORMAT: _FORMAT_DOCUMENT, TRAIN_STATE: _train_state(iteration)}
+
+    @property
+    def files(self) -> dict[str, int]:
+        inside = {**self._container.files, **{name: len(data) for name, data in self._documents.items()}}
+        below = {f"{self._folder}/{name}": size for name, size in inside.items()}
+        return {**below, **{name: len(data) for name, data in self._trackers().items()}}
+
+    def write(self, name: str, region: Region, data: Array) -> None:
+        key, row, _ = self._keys[name]
+        self._container.write(key, self._shift(name, region), data if row is None else data[np.newaxis])
+
+    def finish(self) -> None:
+        for name, data in self._documents.items():
+            _write_file(self._root / self._folder / name, data)
+        self._container.finish()
+        for name, data in self._trackers().items():
+            _write_file(self._root / name, data)
+
+    def close(self) -> None:
+        self._container.close()
+
+    def _shift(self, name: str, region: Region) -> Region:
+        row = self._keys[name][1]
+        return region if row is None else (slice(row, row + 1), *region)
+
+    def _trackers(self) -> dict[str, bytes]:
+        """Both trackers: Megatron-LM reads the text, Megatron-Bridge the other."""
+        return {TRACKER: str(self._iteration).encode(), TRAIN_STATE_TRACKER: _train_state(self._iteration)}
+
+
+_FORMAT_DOCUMENT = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode()
+
+
+def rank_file(rank: int) -> str:
+    return f"__{rank}_0.distcp"
+
+
+def _stack(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
+    """For each weight: the key it is stored under, its row there, and the key's whole shape."""
+    found: dict[str, tuple[str, int | None]] = {}
+    counts: dict[str, int] = {}
+    for name in specs:
+        numbered = _NUMBERED_LAYER.fullmatch(name)
+        key, row = (f"{numbered[1]}.{numbered[3]}", int(numbered[2])) if numbered else (name, None)
+        found[name] = key, row
+        counts[key] = counts.get(key, 0) + 1
+    shapes = {name: specs[name].shape if row is None else (counts[key], *specs[name].shape) for name, (key, row) in found.items()}
+    return {name: (key, row, shapes[name]) for name, (key, row) in found.items()}
+
+
+def _extra_states(placed: Sequence[Placed]) -> list[NewObject]:
+    """The empty state that megatron-core asks for with every module: one object per layer, in the module's own file."""
+    archive = object_archive([np.zeros(0, np.uint8)])
+    layers = {m[2] for item in placed if (m := _NUMBERED_LAYER.fullmatch(item.spec.name))}
+    modules: dict[str, NewObject] = {}
+    for item in placed:
+        module = item.spec.name.rpartition(".")[0]
+        if module.rpartition(".")[2] in _STATELESS or module in modules:
+            continue
+        numbered = _NUMBERED_LAYER.fullmatch(module)
+        key = f"{numbered[1]}.{numbered[3]}" if numbered else module
+        shard = f"shard_{numbered[2]}_{len(layers)}" if numbered else "shard_0_1"
+        modules[module] = NewObject(f"{key}{EXTRA_STATE}{shard}", rank_file(item.chunks[0][1]), archive)
+    return list(modules.values())
+
+
+def _common(iteration: int) -> bytes:
+    content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    return object_archive([{"checkpoint_version": 3.0, "iteration": iteration, "content_metadata": content}])
+
+
+def _train_state(step: int) -> bytes:
+    """Megatron-Bridge's record of progress: 0-d tensors."""
+    counts = dict.fromkeys(("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"), 0)
+    state: dict[str, Any] = {"step": step, **counts}
+    arrays = {name: np.array(value, np.int64) for name, value in state.items()}
+    arrays["floating_point_operations_so_far"] = np.array(0.0, np.float32)
+    arrays |= {name: np.array(False) for name in ("do_train", "do_valid", "do_test")}
+    return object_archive(arrays, name="train_state")
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        write_exactly(file.fileno(), memoryview(data), 0)
