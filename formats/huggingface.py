@@ -147,15 +147,16 @@ def _spec(name: str, entry: dict[str, Any], source: str) -> TensorSpec:
 class HuggingFaceReader:
     """An opened directory: headers read and checked against the index; data read on demand."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, files: Sequence[str] | None = None) -> None:
         self.directory = directory
-        self.shards = {name: read_shard(directory / name) for name in shard_names(directory)}
+        self.shards = {name: read_shard(directory / name) for name in files or shard_names(directory)}
         self._files = Files()
         self._where: dict[str, tuple[str, int]] = {}
         self.specs: dict[str, TensorSpec] = {}
         for file, shard in self.shards.items():
             self._add(file, shard)
-        self._check_index()
+        if files is None:
+            self._check_index()
 
     def _add(self, file: str, shard: Shard) -> None:
         for name, (spec, offset) in shard.tensors.items():
@@ -286,15 +287,12 @@ _OTHER_WEIGHTS = re.compile(
 _NOT_OF_THE_MODEL = {".git", ".cache", ".huggingface"}
 
 
-def side_files(directory: Path) -> tuple[list[str], list[str]]:
-    """The files beside the weights, as relative paths: those that travel, and weights in other formats, which do not."""
-    model = {*shard_names(directory), INDEX}
-    travels: list[str] = []
-    left_out: list[str] = []
-    for name in files_below(directory):
-        if name == INDEX or name not in model:
-            (left_out if name != INDEX and _OTHER_WEIGHTS.search(name) else travels).append(name)
-    return travels, left_out
+def side_files(directory: Path, shards: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The files beside the model's `shards`, as relative paths: those that travel, and weights in other formats, which do
+    not."""
+    beside = [name for name in files_below(directory) if name not in set(shards)]
+    left_out = [name for name in beside if name != INDEX and _OTHER_WEIGHTS.search(name)]
+    return [name for name in beside if name not in left_out], left_out
 
 
 def files_below(directory: Path) -> list[str]:

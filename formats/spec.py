@@ -110,3 +110,14 @@ class Writer(Protocol):
     def finish(self) -> None:
         """Write what makes the directory readable (indexes last), once every region is in place."""
         ...
+
+
+class Joined:
+    """Several readers as one. Their tensors have different names."""
+
+    def __init__(self, *readers: Reader) -> None:
+        self._readers = {name: reader for reader in readers for name in reader.specs}
+        self.specs = {name: spec for reader in readers for name, spec in reader.specs.items()}
+
+    def read(self, name: str, region: Region, out: Array) -> None:
+        self._readers[name].read(name, region, out)

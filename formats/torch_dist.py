@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from formats.disk import write_exactly
 from formats.errors import UserError
 from formats.huggingface import read_json
 from formats.pickles import Record
-from formats.spec import Array, Region, TensorSpec
+from formats.spec import Array, Region, TensorSpec, dtype_name
 from formats.torch_zip import OpenArchive, object_archive
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -110,6 +112,7 @@ class TorchDistReader:
         self.specs: dict[str, TensorSpec] = {}
         self._sources: dict[str, _Source] = {}
         self._tensors: dict[_Source, ChunkedTensor] = {}
+        self._lock = threading.Lock()
         for key in self.container.tensor_names:
             if not _NOT_WEIGHTS.match(key):
                 self._add(key)
@@ -143,14 +146,15 @@ class TorchDistReader:
     def chunks(self, name: str) -> ChunkedTensor:
         """The chunks that hold a weight (of a stacked key, those that hold its layer)."""
         source = self._sources[name]
-        if source not in self._tensors:
-            self._split(source.key)
+        with self._lock:
+            if source not in self._tensors:
+                self._split(source)
         return self._tensors[source]
 
-    def _split(self, key: str) -> None:
-        whole = self.container.tensor(key)
-        if _Source(key, None) in self._sources.values():
-            self._tensors[_Source(key, None)] = whole
+    def _split(self, source: _Source) -> None:
+        key, whole = source.key, self.container.tensor(source.key)
+        if source.row is None:
+            self._tensors[source] = whole
             return
         rows: list[list[Any]] = [[] for _ in range(whole.shape[0])]
         for chunk in whole.chunks:
@@ -251,15 +255,26 @@ def rank_file(rank: int) -> str:
 
 def _stack(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
     """For each weight: the key it is stored under, its row there, and the key's whole shape."""
-    found: dict[str, tuple[str, int | None]] = {}
-    counts: dict[str, int] = {}
-    for name in specs:
-        numbered = _NUMBERED_LAYER.fullmatch(name)
-        key, row = (f"{numbered[1]}.{numbered[3]}", int(numbered[2])) if numbered else (name, None)
-        found[name] = key, row
-        counts[key] = counts.get(key, 0) + 1
-    shapes = {name: specs[name].shape if row is None else (counts[key], *specs[name].shape) for name, (key, row) in found.items()}
-    return {name: (key, row, shapes[name]) for name, (key, row) in found.items()}
+    found = {name: _key_and_row(name) for name in specs}
+    counts = Counter(key for key, _ in found.values())
+    first: dict[str, TensorSpec] = {}
+    for name, (key, _) in found.items():
+        like = first.setdefault(key, specs[name])
+        if specs[name].dtype != like.dtype:
+            raise UserError(
+                f"`{like.name}` is {dtype_name(like.dtype)} and `{name}` is {dtype_name(specs[name].dtype)}, "
+                "but Megatron keeps them as one tensor",
+                hint="choose one dtype for all with `--dtype`",
+            )
+    return {
+        name: (key, row, specs[name].shape if row is None else (counts[key], *specs[name].shape))
+        for name, (key, row) in found.items()
+    }
+
+
+def _key_and_row(name: str) -> tuple[str, int | None]:
+    numbered = _NUMBERED_LAYER.fullmatch(name)
+    return (f"{numbered[1]}.{numbered[3]}", int(numbered[2])) if numbered else (name, None)
 
 
 def _extra_states(placed: Sequence[Placed]) -> list[NewObject]:

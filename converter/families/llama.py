@@ -1,0 +1,73 @@
+"""Llama 2, 3, 3.1, 3.2, and the models that copied their shape."""
+
+from converter.config import activation, field, fixed, flag, required, rope, value
+from converter.model import Model
+from converter.rules import gate_up, qkv, row, under, vocab, whole
+
+MODELS = "Llama 2, 3, 3.1, 3.2 and models of the same shape"
+ARCHITECTURE = "LlamaForCausalLM"
+
+
+def _untied(model: Model) -> bool:
+    return not model.tied
+
+
+def _biased(model: Model) -> bool:
+    """megatron-core has one switch, `add_bias_linear`, for what Hugging Face switches separately."""
+    return model.attention_bias or model.mlp_bias
+
+
+def _plain_attention(model: Model) -> bool:
+    return not model.attention_bias
+
+
+def _plain_mlp(model: Model) -> bool:
+    return not model.mlp_bias
+
+
+RULES = (
+    vocab("embedding.word_embeddings.weight", "model.embed_tokens.weight", "hidden"),
+    *under("decoder.layers.{layer}", "model.layers.{layer}", (
+        whole("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "hidden",
+              also="input_layernorm.weight"),
+        qkv("self_attention.linear_qkv.weight", "self_attn.{q,k,v}_proj.weight", "hidden"),
+        qkv("self_attention.linear_qkv.bias", "self_attn.{q,k,v}_proj.bias", when=_biased, zeros=_plain_attention),
+        row("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "hidden", "queries"),
+        whole("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "hidden", when=_biased, zeros=_plain_attention),
+        whole("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "hidden",
+              also="pre_mlp_layernorm.weight"),
+        gate_up("mlp.linear_fc1.weight", "mlp.{gate,up}_proj.weight", "ffn", "hidden"),
+        gate_up("mlp.linear_fc1.bias", "mlp.{gate,up}_proj.bias", "ffn", when=_biased, zeros=_plain_mlp),
+        row("mlp.linear_fc2.weight", "mlp.down_proj.weight", "hidden", "ffn"),
+        whole("mlp.linear_fc2.bias", "mlp.down_proj.bias", "hidden", when=_biased, zeros=_plain_mlp),
+    )),
+    whole("decoder.final_layernorm.weight", "model.norm.weight", "hidden"),
+    vocab("output_layer.weight", "lm_head.weight", "hidden", when=_untied, same_as="model.embed_tokens.weight"),
+)  # fmt: skip
+
+SIZES = (
+    required("num_layers", "num_hidden_layers"),
+    required("hidden_size", "hidden_size"),
+    required("ffn_hidden_size", "intermediate_size"),
+    required("num_attention_heads", "num_attention_heads"),
+    field("num_query_groups", "num_key_value_heads", default=lambda config: config["num_attention_heads"]),
+    field("kv_channels", "head_dim", default=lambda config: config["hidden_size"] // config["num_attention_heads"]),
+    required("vocab_size", "vocab_size"),
+    field("seq_length", "max_position_embeddings", default=value(2048)),
+    field("layernorm_epsilon", "rms_norm_eps", default=value(1e-6)),
+    field("init_method_std", "initializer_range", default=value(0.02)),
+    field("attention_dropout", "attention_dropout", default=value(0.0)),
+    field("share_embeddings_and_output_weights", "tie_word_embeddings", default=value(False)),
+    activation("silu"),
+    fixed(normalization="RMSNorm", gated_linear_unit=True, position_embedding_type="rope", rotary_percent=1.0,
+          hidden_dropout=0.0, add_qkv_bias=False, qk_layernorm=False, num_moe_experts=None),
+)  # fmt: skip
+
+CONFIG = (
+    *SIZES,
+    flag("add_bias_linear", "attention_bias", "mlp_bias"),
+    rope("default", "linear", "llama3"),
+    fixed(window_size=None),
+)
+
+EXTRAS = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)

@@ -1,0 +1,20 @@
+"""Mistral: Llama's weights without biases, and a sliding window over the attention."""
+
+from converter.config import field, fixed, rope, value, window
+from converter.families import llama
+
+MODELS = "Mistral 7B, Nemo and models of the same shape"
+ARCHITECTURE = "MistralForCausalLM"
+
+RULES = llama.RULES
+
+CONFIG = (
+    *llama.SIZES,
+    field("num_query_groups", "num_key_value_heads", default=value(8)),
+    field("seq_length", "max_position_embeddings", default=value(4096 * 32)),
+    window("window_size", "sliding_window", default=4096),
+    rope("default"),
+    fixed(add_bias_linear=False),
+)
+
+EXTRAS: tuple[str, ...] = llama.EXTRAS

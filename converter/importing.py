@@ -1,0 +1,69 @@
+"""What an import writes beside the weights: the run configuration, a record of the conversion, and notes for a person."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from converter import run_config
+from converter.carried import Luggage
+from converter.config import BUILT_IN_ROPE, Config, rope_numbers, to_megatron
+from converter.families import Family
+from converter.layout import Layout
+from converter.plan import Plan
+from formats.spec import dtype_name
+
+RECORD = "conversion.json"
+
+
+def documents(
+    family: Family, config: Config, plan: Plan, layout: Layout, *, vocab_multiple: int
+) -> dict[str, bytes]:
+    """`run_config.yaml` and `conversion.json`. They hold no path, host, time or number of workers."""
+    megatron = to_megatron(family.CONFIG, config)
+    record = {
+        "tool": "mbconvert",
+        "family": config["model_type"],
+        "layout": {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "layers": list(layout.stages)},
+        "casts": _casts(plan),
+        "zero_filled": list(plan.zero),
+    }
+    return {
+        run_config.FILE: run_config.make(megatron, layout, main_dtype(plan), vocab_multiple=vocab_multiple),
+        RECORD: (json.dumps(record, indent=2) + "\n").encode(),
+    }
+
+
+def main_dtype(plan: Plan) -> np.dtype[Any]:
+    """The dtype most parameters have."""
+    counts: Counter[np.dtype[Any]] = Counter()
+    for making in plan.makings:
+        counts[making.spec.dtype] += prod(making.spec.shape)
+    return counts.most_common(1)[0][0]
+
+
+def _casts(plan: Plan) -> dict[str, str]:
+    changed = {(m.dtype, m.spec.dtype) for m in plan.makings if m.dtype != m.spec.dtype}
+    return {dtype_name(old): dtype_name(new) for old, new in sorted(changed, key=str)}
+
+
+def notes(config: Config, plan: Plan, luggage: Luggage) -> Iterator[str]:
+    """What a user should know of this import."""
+    if luggage.left_out:
+        yield f"left out, weights in other formats: {', '.join(luggage.left_out)}"
+    for old, new in _casts(plan).items():
+        yield f"weights are cast from {old} to {new}"
+    if plan.zero:
+        yield f"{len(plan.zero)} biases that the source does not have are written as zeros (megatron-core has one switch for all)"
+    rope = rope_numbers(config)
+    told = {name: rope[name] for name in BUILT_IN_ROPE if name in rope}
+    if rope["rope_type"] == "llama3" and told != BUILT_IN_ROPE:
+        yield (
+            f"rope scaling {told} is not what megatron-core's GPTModel builds in ({BUILT_IN_ROPE}): "
+            "set `rotary_pos_emb.inv_freq` after building the model"
+        )

@@ -1,0 +1,234 @@
+"""From a family's rules and a source's tensor list to everything one conversion does.
+
+Planning reads no tensor data. It accounts for every tensor on both sides, or says which it cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from converter.layout import Layout, boxes
+from converter.model import Model
+from converter.rows import Run
+from converter.rules import Rule, fill, in_order
+from converter.values import target_dtype
+from formats.disk import bands
+from formats.errors import UserError
+from formats.spec import Region, TensorSpec
+
+Specs = Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Rows `there` on of a source tensor become rows `here` on of a target tensor."""
+
+    source: str
+    there: int
+    here: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """One target tensor and the copies that make it; rows that no copy covers are zero."""
+
+    spec: TensorSpec
+    dtype: np.dtype[Any]
+    """The sources' dtype; a cast where it is not the target's."""
+
+    copies: tuple[Copy, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A band of rows of a target tensor, small enough to hold in memory: the unit of work."""
+
+    making: Making
+    rows: slice
+
+    @property
+    def region(self) -> Region:
+        return (self.rows, *self.making.spec.whole[1:])
+
+    @property
+    def nbytes(self) -> int:
+        spec = self.making.spec
+        return (self.rows.stop - self.rows.start) * (spec.nbytes // max(spec.shape[0], 1))
+
+    def copies(self) -> Iterator[tuple[str, Region, slice]]:
+        """Source tensor, its region, and the piece's rows that it fills."""
+        for copy in self.making.copies:
+            start, stop = max(self.rows.start, copy.here), min(self.rows.stop, copy.here + copy.count)
+            if start < stop:
+                shift = copy.there - copy.here
+                region = (slice(start + shift, stop + shift), *self.making.spec.whole[1:])
+                yield copy.source, region, slice(start - self.rows.start, stop - self.rows.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A rule in one layer of one model."""
+
+    rule: Rule
+    layer: int
+    megatron: str
+    huggingface: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a conversion does: the tensors it makes, in file order, and what it must check first."""
+
+    makings: tuple[Making, ...]
+    bound: tuple[Bound, ...]
+    extras: tuple[str, ...] = ()
+    """Source tensors that travel untouched."""
+
+    equal: tuple[tuple[str, str], ...] = ()
+    """Pairs of source tensors that must be the same."""
+
+    zero: tuple[str, ...] = ()
+    """Tensors that are zero on the Megatron side because the Hugging Face model has none."""
+
+
+def bind(rules: Iterable[Rule], model: Model) -> list[Bound]:
+    """Every rule that applies, with the names it stands for."""
+    return [
+        Bound(rule, layer, *rule.names(layer)) for rule, layer in in_order(rules, model) if rule.when(model)
+    ]
+
+
+def to_megatron(rules: Sequence[Rule], extras: Iterable[str], model: Model, source: Specs, *, dtype: str) -> Plan:
+    """The plan that makes every Megatron tensor of `model` from Hugging Face tensors."""
+    bound = bind(rules, model)
+    wanted = {name: shape for one in bound if not one.rule.zeros(model) for name, shape in _parts(one, model)}
+    allowed = {fill(template, layer) for template in extras for layer in range(model.layers)}
+    equal = [
+        (name, rule.same_as)
+        for rule in rules
+        if rule.same_as and not rule.when(model)
+        for name in rule.names(0)[1]
+        if name in source
+    ]
+    _account(wanted, source, known=allowed | {name for name, _ in equal}, side="source")
+    common = _dtypes(wanted, source)
+    makings = [_fused(one, model, source, common, dtype) for one in bound]
+    zero = [one.megatron for one in bound if one.rule.zeros(model)]
+    present = sorted(allowed & source.keys())
+    return Plan(tuple(makings), tuple(bound), tuple(present), tuple(equal), tuple(zero))
+
+
+def _fused(one: Bound, model: Model, source: Specs, common: np.dtype[Any], dtype: str) -> Making:
+    shape = one.rule.shape(model)
+    if one.rule.zeros(model):
+        target = target_dtype(TensorSpec(one.megatron, shape, common), dtype)
+        return Making(TensorSpec(one.megatron, shape, target), target, ())
+    first, *rest = (source[name] for name in one.huggingface)
+    for other in rest:
+        if other.dtype != first.dtype and dtype == "keep":
+            raise _unequal_dtypes(first, other, one.megatron)
+    target = target_dtype(first, dtype)
+    copies = tuple(Copy(one.huggingface[run.part], run.there, run.here, run.count) for run in one.rule.runs(model))
+    return Making(TensorSpec(one.megatron, shape, target), first.dtype, copies)
+
+
+def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype: str) -> Plan:
+    """The plan that makes every Hugging Face tensor of `model` from Megatron tensors."""
+    bound = [_as_stored(one, source) for one in bind(rules, model)]
+    wanted = {one.megatron: _stored_shape(one, model, source) for one in bound}
+    _account(wanted, source, known=set(), side="checkpoint")
+    zero = tuple(one.megatron for one in bound if one.rule.zeros(model))
+    makings = [making for one in bound if one.megatron not in zero for making in _split(one, model, source, dtype)]
+    return Plan(tuple(makings), tuple(bound), zero=zero)
+
+
+def _split(one: Bound, model: Model, source: Specs, dtype: str) -> Iterator[Making]:
+    spec, runs = source[one.megatron], list(one.rule.runs(model))
+    for part, (name, shape) in enumerate(_parts(one, model)):
+        copies = tuple(_back(one.megatron, run) for run in runs if run.part == part)
+        yield Making(TensorSpec(name, shape, target_dtype(spec, dtype)), spec.dtype, copies)
+
+
+def _back(name: str, run: Run) -> Copy:
+    return Copy(name, run.here, run.there, run.count)
+
+
+def _as_stored(one: Bound, source: Specs) -> Bound:
+    """The same, under the name that this checkpoint's writer gave it."""
+    other = fill(one.rule.also, one.layer)
+    return Bound(one.rule, one.layer, other, one.huggingface) if one.megatron not in source and other in source else one
+
+
+def _stored_shape(one: Bound, model: Model, source: Specs) -> tuple[int, ...]:
+    """The shape a stored tensor should have: any padding of the vocabulary will do."""
+    shape = one.rule.shape(model)
+    stored = source.get(one.megatron)
+    if one.rule.padded and stored and len(stored.shape) == len(shape) and stored.shape[0] >= model.vocab:
+        return stored.shape[0], *shape[1:]
+    return shape
+
+
+def _parts(one: Bound, model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
+    return zip(one.huggingface, one.rule.part_shapes(model), strict=True)
+
+
+def _account(wanted: Mapping[str, tuple[int, ...]], found: Specs, *, known: set[str], side: str) -> None:
+    """Nothing missing, nothing left over, every shape as it should be."""
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise UserError(
+            f"the {side} lacks {_named(missing)}",
+            hint="`config.json` describes a model with these tensors: either it or the weights are of another model",
+        )
+    over = sorted(found.keys() - wanted.keys() - known)
+    if over:
+        raise UserError(
+            f"the {side} holds {_named(over)}, for which this family has no place",
+            hint="nothing is left out silently: is `config.json` of the same model?",
+        )
+    for name, shape in wanted.items():
+        if found[name].shape != shape:
+            raise UserError(
+                f"`{name}` has shape {list(found[name].shape)}, by `config.json` it should be {list(shape)}",
+                hint="either the weights or `config.json` are of another model",
+            )
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"`{name}`" for name in names[:3]) + more
+
+
+def _dtypes(wanted: Iterable[str], source: Specs) -> np.dtype[Any]:
+    """The dtype of the first tensor with data, which zero-filled ones take."""
+    return next(source[name].dtype for name in wanted)
+
+
+def _unequal_dtypes(one: TensorSpec, other: TensorSpec, megatron: str) -> UserError:
+    return UserError(
+        f"`{one.name}` is {one.dtype} and `{other.name}` is {other.dtype}, but `{megatron}` is one tensor",
+        hint="choose one dtype for all with `--dtype`",
+    )
+
+
+def placed(plan: Plan, layout: Layout) -> Iterator[tuple[TensorSpec, tuple[tuple[Region, int], ...]]]:
+    """Every Megatron tensor of a plan, with its chunks and the rank that holds each."""
+    for one, making in zip(plan.bound, plan.makings, strict=True):
+        stage = layout.stage(one.layer)
+        cut = boxes(making.spec.shape, one.rule.cut, one.rule.blocks, layout.tp)
+        yield making.spec, tuple((region, layout.rank(stage, tp_rank)) for region, tp_rank in cut)
+
+
+def pieces(makings: Iterable[Making], *, limit: int) -> Iterator[Piece]:
+    """Tensors as bands of whole rows, none larger than `limit` bytes where one row allows."""
+    for making in makings:
+        rows = making.spec.shape[0]
+        row_bytes = prod(making.spec.shape[1:]) * max(making.spec.dtype.itemsize, making.dtype.itemsize)
+        for band in bands(slice(0, rows), max(1, limit // max(row_bytes, 1))):
+            yield Piece(making, band)

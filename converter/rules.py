@@ -1,0 +1,146 @@
+"""The vocabulary of a family file: a rule ties one Megatron tensor to the Hugging Face tensors that make it.
+
+Names are templates and are enumerated, never matched: `{layer}` counts, `{q,k,v}` lists alternatives in order. A verb says
+both things a converter must know: how rows are ordered, and how tensor-parallel ranks divide them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Unpack, TypedDict
+
+from converter import rows
+from converter.model import Model
+
+Condition = Callable[[Model], bool]
+Dims = tuple[str, ...]
+
+
+def always(model: Model) -> bool:
+    return True
+
+
+def never(model: Model) -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """See the module. `parts` are the shapes of the Hugging Face tensors, as names of `Model`'s sizes."""
+
+    megatron: str
+    huggingface: str
+    parts: tuple[Dims, ...]
+    order: rows.Order
+    cut: int | None
+    """The dimension that tensor parallelism divides; None where the first rank of its stage holds it whole."""
+
+    blocks: int = 1
+    """Equal blocks along `cut`, each divided separately."""
+
+    padded: bool = False
+    """Zero rows follow, up to the padded vocabulary."""
+
+    when: Condition = always
+    """Does Megatron's model have this tensor?"""
+
+    zeros: Condition = never
+    """Does Hugging Face's model lack it, so that Megatron's must be zero?"""
+
+    same_as: str = ""
+    """Where the rule does not apply, a source may still hold its Hugging Face tensor if it equals this one."""
+
+    also: str = ""
+    """Another name some Megatron layer specs give the tensor; read, never written."""
+
+    def names(self, layer: int) -> tuple[str, tuple[str, ...]]:
+        """The Megatron name and the Hugging Face names in one layer."""
+        return fill(self.megatron, layer), tuple(fill(name, layer) for name in alternatives(self.huggingface))
+
+    def part_shapes(self, model: Model) -> list[tuple[int, ...]]:
+        return [tuple(model.size(dim) for dim in dims) for dims in self.parts]
+
+    def shape(self, model: Model) -> tuple[int, ...]:
+        """The Megatron tensor's global shape, one layer of it."""
+        parts = self.part_shapes(model)
+        total = model.padded_vocab if self.padded else sum(shape[0] for shape in parts)
+        return total, *parts[0][1:]
+
+    def runs(self, model: Model) -> Iterator[rows.Run]:
+        return self.order(tuple(shape[0] for shape in self.part_shapes(model)), model)
+
+
+class Options(TypedDict, total=False):
+    """What any verb takes beside names and shape: see the fields of `Rule`."""
+
+    when: Condition
+    zeros: Condition
+    same_as: str
+    also: str
+
+
+def whole(megatron: str, huggingface: str, *shape: str, **options: Unpack[Options]) -> Rule:
+    """The same tensor on both sides; every tensor-parallel rank holds all of it."""
+    return Rule(megatron, huggingface, (shape,), rows.same, None, **options)
+
+
+def row(megatron: str, huggingface: str, *shape: str, **options: Unpack[Options]) -> Rule:
+    """The same tensor on both sides, its columns divided (megatron-core's RowParallelLinear)."""
+    return Rule(megatron, huggingface, (shape,), rows.same, 1, **options)
+
+
+def qkv(megatron: str, huggingface: str, *columns: str, **options: Unpack[Options]) -> Rule:
+    """Query, key and value projections, interleaved by query group, rows divided."""
+    parts = ("queries", *columns), ("keys", *columns), ("keys", *columns)
+    return Rule(megatron, huggingface, parts, rows.grouped, 0, **options)
+
+
+def gate_up(megatron: str, huggingface: str, *shape: str, **options: Unpack[Options]) -> Rule:
+    """Gate then up projection; the rows of each divided separately."""
+    return Rule(megatron, huggingface, (shape, shape), rows.same, 0, blocks=2, **options)
+
+
+def vocab(megatron: str, huggingface: str, *columns: str, **options: Unpack[Options]) -> Rule:
+    """A row per token, padded with zero rows, rows divided."""
+    return Rule(megatron, huggingface, (("vocab", *columns),), rows.same, 0, padded=True, **options)
+
+
+def under(megatron: str, huggingface: str, rules: Iterable[Rule]) -> Iterator[Rule]:
+    """The same rules with all names prefixed."""
+    for rule in rules:
+        yield replace(
+            rule,
+            megatron=f"{megatron}.{rule.megatron}",
+            huggingface=f"{huggingface}.{rule.huggingface}",
+            also=rule.also and f"{megatron}.{rule.also}",
+        )
+
+
+def fill(template: str, layer: int) -> str:
+    return template.replace("{layer}", str(layer))
+
+
+def alternatives(template: str) -> list[str]:
+    """`self_attn.{q,k}_proj` stands for `self_attn.q_proj` and `self_attn.k_proj`."""
+    head, brace, rest = template.partition("{")
+    words, _, tail = rest.partition("}")
+    if not brace:
+        return [template]
+    if "," not in words:
+        return [f"{head}{{{words}}}{other}" for other in alternatives(tail)]
+    return [f"{head}{word}{tail}" for word in words.split(",")]
+
+
+def in_order(rules: Iterable[Rule], model: Model) -> Iterator[tuple[Rule, int]]:
+    """Each rule with each of its layers: the order in which a model computes, and files are written.
+
+    What comes before the layers counts as layer -1, what comes after them as layer `model.layers`.
+    """
+    rules = list(rules)
+    counted = [number for number, rule in enumerate(rules) if "{layer}" in rule.megatron]
+    first, last = counted[0], counted[-1] + 1
+    yield from ((rule, -1) for rule in rules[:first])
+    for layer in range(model.layers):
+        yield from ((rule, layer) for rule in rules[first:last])
+    yield from ((rule, model.layers) for rule in rules[last:])

@@ -1,0 +1,146 @@
+"""Carry out pieces: read, place, write, on a few threads with buffers that are used again.
+
+Pieces are independent and every offset is known, so any thread may do any piece and the bytes written do not depend on how
+many there are. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from converter.plan import Making, Piece, pieces
+from converter.values import cast_into
+from formats.errors import UserError
+from formats.spec import Array, Reader, Region, Shape, Writer, extent
+
+PIECE_BYTES = 4 << 20
+"""Larger pieces did not get faster here; smaller ones cost system calls (docs/decisions.md)."""
+
+Progress = Callable[[int], None]
+"""Called with the bytes of each finished piece."""
+
+
+def default_workers() -> int:
+    """Two threads keep a disk busy; more help where it is fast and there are cores."""
+    return max(1, min(4, os.cpu_count() or 1))
+
+
+def run(makings: Iterable[Making], reader: Reader, writer: Writer, *, workers: int, progress: Progress) -> None:
+    """Make every tensor. The first error of any thread stops all and is raised."""
+    queue = _Shared(pieces(makings, limit=PIECE_BYTES))
+
+    def work() -> None:
+        bench = Bench()
+        try:
+            for piece in queue:
+                writer.write(piece.making.spec.name, piece.region, bench.make(piece, reader))
+                progress(piece.nbytes)
+        except BaseException:
+            queue.stop()
+            raise
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="piece") as pool:
+        tasks = [pool.submit(work) for _ in range(workers)]
+        try:
+            for task in tasks:
+                task.result()
+        except BaseException:
+            queue.stop()
+            raise
+
+
+class Bench:
+    """One thread's buffers: where a piece is put together."""
+
+    def __init__(self) -> None:
+        self._target = np.empty(PIECE_BYTES, np.uint8)
+        self._scratch = np.empty(0, np.uint8)
+
+    def make(self, piece: Piece, reader: Reader) -> Array:
+        """The piece's data, valid until the next call."""
+        spec = piece.making.spec
+        out = self._view("_target", extent(piece.region), spec.dtype)
+        filled = 0
+        for name, region, rows in piece.copies():
+            self._read(reader, name, region, out[rows], piece.making.dtype)
+            filled += rows.stop - rows.start
+        if filled < len(out):
+            self._zero_the_rest(piece, out)
+        return out
+
+    def _read(self, reader: Reader, name: str, region: Region, out: Array, dtype: np.dtype[np.generic]) -> None:
+        if out.dtype == dtype:
+            reader.read(name, region, out)
+            return
+        data = self._view("_scratch", out.shape, dtype)
+        reader.read(name, region, data)
+        cast_into(out, data)
+
+    def _zero_the_rest(self, piece: Piece, out: Array) -> None:
+        end = 0
+        for _, _, rows in sorted(piece.copies(), key=lambda copy: copy[2].start):
+            out[end : rows.start] = 0
+            end = rows.stop
+        out[end:] = 0
+
+    def _view(self, buffer: str, shape: Shape, dtype: np.dtype[np.generic]) -> Array:
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if getattr(self, buffer).nbytes < size:
+            setattr(self, buffer, np.empty(size, np.uint8))
+        return getattr(self, buffer)[:size].view(dtype).reshape(shape)
+
+
+class _Shared:
+    """An iterator that several threads draw from, until someone stops it."""
+
+    def __init__(self, items: Iterator[Piece]) -> None:
+        self._items = items
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def __iter__(self) -> Iterator[Piece]:
+        while not self._stopped:
+            with self._lock:
+                item = next(self._items, None)
+            if item is None:
+                return
+            yield item
+
+
+def check_equal(reader: Reader, name: str, other: str) -> None:
+    """Raise UserError unless two tensors hold the same bytes. Streams both."""
+    spec, like = reader.specs[name], reader.specs[other]
+    same = spec.shape == like.shape and spec.dtype == like.dtype
+    for piece in pieces([Making(spec, spec.dtype, ())], limit=PIECE_BYTES) if same else ():
+        one, two = (np.empty(extent(piece.region), spec.dtype) for _ in range(2))
+        reader.read(name, piece.region, one)
+        reader.read(other, piece.region, two)
+        if not np.array_equal(one.view(np.uint8), two.view(np.uint8)):
+            same = False
+            break
+    if not same:
+        raise UserError(
+            f"`{name}` differs from `{other}`, though `config.json` ties them",
+            hint="set `tie_word_embeddings` to false in `config.json` to keep both",
+        )
+
+
+def check_zero(reader: Reader, name: str) -> None:
+    """Raise UserError unless a tensor is all zeros."""
+    spec = reader.specs[name]
+    for piece in pieces([Making(spec, spec.dtype, ())], limit=PIECE_BYTES):
+        data = np.empty(extent(piece.region), spec.dtype)
+        reader.read(name, piece.region, data)
+        if np.any(data):
+            raise UserError(
+                f"`{name}` is not zero any more, but `config.json` has no place for it",
+                hint="set `attention_bias` and `mlp_bias` to true in the `config.json` given with `--hf-config`",
+            )

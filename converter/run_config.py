@@ -1,0 +1,138 @@
+"""`run_config.yaml`: the model and its layout in the words of Megatron-Bridge, and what any writer's checkpoint says of
+its model.
+
+Megatron-Bridge instantiates the `model` section, so it holds every field that makes the model what it is; fields that do
+not are left to its defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import yaml
+
+from converter.config import Config
+from converter.layout import Layout
+from formats.errors import UserError
+from formats.spec import dtype_name
+
+FILE = "run_config.yaml"
+
+_TORCH_DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32", "fp64": "torch.float64"}
+_ABSENT = (
+    "comm_overlap", "dataset", "ddp", "dist", "ft", "inprocess_restart", "mixed_precision", "nvrx_straggler", "peft",
+    "scheduler", "straggler", "train",
+)  # fmt: skip
+
+
+def make(megatron: Config, layout: Layout, dtype: np.dtype[Any], *, vocab_multiple: int) -> bytes:
+    """The document for a converted model: `megatron` are its fields, `vocab_multiple` what one rank's vocabulary is padded to."""
+    document = {
+        "_target_": "megatron.bridge.training.config.ConfigContainer",
+        "checkpoint": {
+            "_target_": "megatron.bridge.training.config.CheckpointConfig",
+            "ckpt_format": "torch_dist",
+            "fully_parallel_save": False,
+            "save_optim": False,
+            "save_rng": False,
+        },
+        "model": {**_model(megatron, dtype), **_parallel(layout), "make_vocab_size_divisible_by": vocab_multiple},
+        "tokenizer": {
+            "_target_": "megatron.bridge.training.tokenizers.config.TokenizerConfig",
+            "tokenizer_model": "tokenizer",
+            "tokenizer_type": "HuggingFaceTokenizer",
+        },
+        **dict.fromkeys(_ABSENT),
+    }
+    return yaml.safe_dump(document, sort_keys=True).encode()
+
+
+def _model(megatron: Config, dtype: np.dtype[Any]) -> dict[str, Any]:
+    name = dtype_name(dtype)
+    return {
+        **megatron,
+        "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
+        "activation_func": _named(f"torch.nn.functional.{megatron['activation_func']}"),
+        "params_dtype": _named(_TORCH_DTYPES.get(name, "torch.float32")),
+        "bf16": name == "bf16",
+        "fp16": name == "fp16",
+        "gradient_accumulation_fusion": False,
+        "should_pad_vocab": True,
+        "transformer_layer_spec": _named("megatron.bridge.models.gpt_provider.default_layer_spec"),
+    }
+
+
+def _named(target: str) -> dict[str, Any]:
+    """A function or a constant, by name."""
+    return {"_call_": False, "_target_": target}
+
+
+def _parallel(layout: Layout) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "pipeline_model_parallel_layout": None if layout.even else layout_string(layout),
+        "context_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": 1,
+        "sequence_parallel": False,
+    }
+
+
+def layout_string(layout: Layout) -> str:
+    """Uneven stages as megatron-core writes them: `E` the embedding, `t*9` nine layers, `L` the loss."""
+    stages = [f"t*{count}" if count else "" for count in layout.stages]
+    stages[0] = f"E{stages[0]}"
+    stages[-1] = f"{stages[-1]}L"
+    return "|".join(stages)
+
+
+def read(iteration: Path, args: Config) -> tuple[dict[str, Any], str] | None:
+    """Megatron's fields of a checkpoint's model and where they were found: `run_config.yaml`, else Megatron-LM's `args`."""
+    path = iteration / FILE
+    if path.is_file():
+        return _from_run_config(path), FILE
+    return (_from_args(args), "Megatron-LM's `args`") if args.get("num_layers") else None
+
+
+def _from_run_config(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"`{FILE}` is not readable: {error}") from None
+    section = cast("dict[str, Any]", document).get("model") if isinstance(document, dict) else None
+    if not isinstance(section, dict):
+        raise UserError(f"`{FILE}` has no `model` section")
+    fields = cast("dict[str, Any]", section)
+    activation = fields.get("activation_func")
+    plain = {name: found for name, found in fields.items() if found is not None and not isinstance(found, Mapping)}
+    if isinstance(activation, Mapping):
+        plain["activation_func"] = str(cast("Config", activation).get("_target_")).rpartition(".")[2]
+    return plain
+
+
+def _from_args(args: Config) -> dict[str, Any]:
+    """Megatron-LM's command line in TransformerConfig's words (`core_transformer_config_from_args`)."""
+    heads = args.get("num_attention_heads")
+    fields = {
+        "num_query_groups": args.get("num_query_groups") if args.get("group_query_attention") else heads,
+        "seq_length": args.get("max_position_embeddings") or args.get("seq_length"),
+        "layernorm_epsilon": args.get("norm_epsilon") or args.get("layernorm_epsilon"),
+        "share_embeddings_and_output_weights": not args.get("untie_embeddings_and_output_weights"),
+        "gated_linear_unit": bool(args.get("swiglu")),
+        "activation_func": "silu" if args.get("swiglu") else "gelu",
+        "rope_scaling": args.get("use_rope_scaling"),
+        "seq_len_interpolation_factor": args.get("rotary_seq_len_interpolation_factor"),
+        "vocab_size": args.get("vocab_size") or args.get("padded_vocab_size"),
+    }
+    same = (
+        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "init_method_std",
+        "attention_dropout", "add_bias_linear", "add_qkv_bias", "rotary_base", "rope_scaling_factor", "normalization",
+        "position_embedding_type", "rotary_percent", "window_size", "qk_layernorm",
+    )  # fmt: skip
+    fields |= {name: args.get(name) for name in same}
+    return {name: found for name, found in fields.items() if found is not None}
