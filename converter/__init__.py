@@ -1,0 +1,13 @@
+"""Move model weights between Hugging Face directories and Megatron distributed checkpoints.
+
+    from converter import hf_to_mcore, mcore_to_hf, inspect
+
+Stands on numpy alone: nothing here imports torch, megatron-core or transformers.
+"""
+
+from converter.convert import hf_to_mcore, mcore_to_hf
+from converter.inspect import inspect
+from converter.job import Summary, Talk
+from formats.errors import UserError
+
+__all__ = ["Summary", "Talk", "UserError", "hf_to_mcore", "inspect", "mcore_to_hf"]

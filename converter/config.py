@@ -26,7 +26,7 @@ class Field:
 
 def value(constant: Any) -> Callable[[Config], Any]:
     """A default that does not depend on the rest."""
-    return lambda config: constant
+    return lambda _config: constant
 
 
 def field(megatron: str, huggingface: str, *, default: Callable[[Config], Any]) -> Field:
@@ -72,7 +72,7 @@ def flag(megatron: str, *huggingface: str) -> Field:
 
 def fixed(**fields: Any) -> Field:
     """What every model of the family has on Megatron's side; a configuration that says otherwise is another family."""
-    return Field(lambda config: dict(fields), lambda config: _agreeing(config, fields))
+    return Field(lambda _config: dict(fields), lambda config: _agreeing(config, fields))
 
 
 def _agreeing(config: Config, fields: Config) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def rope_numbers(config: Config) -> dict[str, Any]:
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise UserError(f"`rope_scaling` is `{scaling}`, which should be an object")
-    numbers = dict(cast("dict[str, Any]", scaling))
+    numbers = dict(cast("Config", scaling))
     numbers["rope_type"] = numbers.get("rope_type") or numbers.pop("type", None) or "default"
     numbers["rope_theta"] = numbers.get("rope_theta") or config.get("rope_theta") or 10000.0
     return numbers

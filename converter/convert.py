@@ -54,9 +54,7 @@ def hf_to_mcore(
     documents = importing.documents(family, config, plan, layout, vocab_multiple=vocab_divisible_by)
     name = identity(plan.makings, {"layout": [tp, pp, vpp, *layout.stages]})
     chunked = [Placed(*item) for item in placed(plan, layout)]
-    writer = TorchDistWriter(
-        partial_directory(target, name), chunked, documents={**luggage.documents, **documents}
-    )
+    writer = TorchDistWriter(partial_directory(target, name), chunked, documents={**luggage.documents, **documents})
     copies = {f"{iteration_folder(0)}/{file}": path for file, path in luggage.copies.items()}
     job = Job("hf-to-mcore", directory, target, reader, writer, plan.makings, name, copies)
     return carry_out(job, workers=workers, dry_run=dry_run, overwrite=overwrite, talk=talk)

@@ -27,7 +27,7 @@ def resolve(source: str | Path) -> Path:
 
 
 def _fetch(source: str) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow, and seldom needed
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 # pyright: ignore[reportUnknownVariableType] - slow, seldom needed
 
     name, _, revision = source.partition("@")
     try:

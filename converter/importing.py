@@ -21,9 +21,7 @@ from formats.spec import dtype_name
 RECORD = "conversion.json"
 
 
-def documents(
-    family: Family, config: Config, plan: Plan, layout: Layout, *, vocab_multiple: int
-) -> dict[str, bytes]:
+def documents(family: Family, config: Config, plan: Plan, layout: Layout, *, vocab_multiple: int) -> dict[str, bytes]:
     """`run_config.yaml` and `conversion.json`. They hold no path, host, time or number of workers."""
     megatron = to_megatron(family.CONFIG, config)
     record = {

@@ -24,9 +24,9 @@ from formats.staging import check_room, staged
 class Talk:
     """Where a conversion says what it does: notes for a person, the bytes ahead, and bytes done."""
 
-    note: Callable[[str], None] = lambda text: None
-    start: Callable[[int], None] = lambda total: None
-    progress: Callable[[int], None] = lambda count: None
+    note: Callable[[str], None] = lambda _text: None
+    start: Callable[[int], None] = lambda _total: None
+    progress: Callable[[int], None] = lambda _count: None
 
 
 @dataclass(frozen=True, slots=True)

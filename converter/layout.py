@@ -106,6 +106,5 @@ def boxes(shape: Shape, cut: int | None, blocks: int, tp: int) -> list[tuple[Reg
         )
     step = size // pieces
     return [
-        ((*whole[:cut], slice(number * step, (number + 1) * step), *whole[cut + 1 :]), number % tp)
-        for number in range(pieces)
+        ((*whole[:cut], slice(number * step, (number + 1) * step), *whole[cut + 1 :]), number % tp) for number in range(pieces)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-import sys
+from pathlib import Path
 
 from converter.run import PIECE_BYTES
 
@@ -17,15 +17,23 @@ def expected_peak(workers: int) -> int:
 
 
 def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Largest resident set of this program so far, in bytes.
+
+    `VmHWM` starts anew with the program; `getrusage` would also count the shell or launcher it was forked from.
+    """
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def resident_memory() -> int:
-    """Resident set of this process now, in bytes."""
+    """Resident set of this program now, in bytes."""
+    return _status("VmRSS") or peak_memory()
+
+
+def _status(field: str) -> int:
+    """A size from Linux's `/proc`, in bytes; 0 on systems that have none."""
     try:
-        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
-            return int(file.read().split()[1]) * resource.getpagesize()
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
-        return peak_memory()
+        return 0
+    found = next((line for line in lines if line.startswith(f"{field}:")), f"{field}: 0")
+    return int(found.split()[1]) * 1024

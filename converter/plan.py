@@ -99,9 +99,7 @@ class Plan:
 
 def bind(rules: Iterable[Rule], model: Model) -> list[Bound]:
     """Every rule that applies, with the names it stands for."""
-    return [
-        Bound(rule, layer, *rule.names(layer)) for rule, layer in in_order(rules, model) if rule.when(model)
-    ]
+    return [Bound(rule, layer, *rule.names(layer)) for rule, layer in in_order(rules, model) if rule.when(model)]
 
 
 def to_megatron(rules: Sequence[Rule], extras: Iterable[str], model: Model, source: Specs, *, dtype: str) -> Plan:

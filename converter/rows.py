@@ -27,7 +27,7 @@ Order = Callable[[tuple[int, ...], Model], Iterator[Run]]
 """From the parts' numbers of rows to the runs that cover the Megatron tensor, from its first row to its last."""
 
 
-def same(parts: tuple[int, ...], model: Model) -> Iterator[Run]:
+def same(parts: tuple[int, ...], _model: Model) -> Iterator[Run]:
     """Part after part: one part as it is, or the gate and then the up projection."""
     here = 0
     for part, count in enumerate(parts):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Unpack, TypedDict
+from typing import TypedDict, Unpack
 
 from converter import rows
 from converter.model import Model
@@ -17,11 +17,11 @@ Condition = Callable[[Model], bool]
 Dims = tuple[str, ...]
 
 
-def always(model: Model) -> bool:
+def always(_model: Model) -> bool:
     return True
 
 
-def never(model: Model) -> bool:
+def never(_model: Model) -> bool:
     return False
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -24,10 +25,14 @@ from formats.torch_zip import Frame, OpenArchive, contiguous_strides, read_sizes
 METADATA = ".metadata"
 
 _TORCH_NAMES = {
-    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64",
-    "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2",
-}  # fmt: skip
-_TORCH_NAMES |= {name: name for name in DTYPES if name not in _TORCH_NAMES}
+    **{name: name for name in DTYPES},
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "fp64": "float64",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+}
 _DTYPE_OF = {torch_name: DTYPES[name] for name, torch_name in _TORCH_NAMES.items()}
 
 
@@ -187,11 +192,11 @@ def _index_key(index: Record) -> tuple[str, Shape | None]:
 
 
 def _dtype(name: str, properties: Record) -> np.dtype[Any]:
-    state = properties.state
-    found = state[0] if isinstance(state, tuple) and state else properties.get("dtype")
-    if not isinstance(found, Global) or found.name not in _DTYPE_OF:
-        raise UserError(f"`{name}` has dtype `{found}`, which is not supported")
-    return _DTYPE_OF[found.name]
+    match properties.state:
+        case (Global(name=found), *_) | {"dtype": Global(name=found)} if found in _DTYPE_OF:
+            return _DTYPE_OF[found]
+        case state:
+            raise UserError(f"`{name}` has properties `{state}`: their dtype is not supported")
 
 
 def _plain_name(name: Any) -> str:
@@ -222,10 +227,10 @@ def _tiles(shape: Shape, regions: Sequence[Region]) -> bool:
     by_span: dict[tuple[int, int], list[Region]] = {}
     for region in regions:
         by_span.setdefault((region[0].start, region[0].stop), []).append(region[1:])
-    regular = all(span in by_span for span in zip(bounds, bounds[1:], strict=False)) and len(by_span) == len(bounds) - 1
+    regular = all(span in by_span for span in pairwise(bounds)) and len(by_span) == len(bounds) - 1
     if regular:
         return all(_tiles(shape[1:], rest) for rest in by_span.values())
-    slabs = zip(bounds, bounds[1:], strict=False)
+    slabs = pairwise(bounds)
     return all(_tiles(shape[1:], [r[1:] for r in regions if r[0].start <= a < r[0].stop]) for a, _ in slabs)
 
 
@@ -373,6 +378,4 @@ def _tensor_record(shape: Shape, dtype: np.dtype[Any], chunks: Sequence[Chunk]) 
         )
         for c in chunks
     ]
-    return _metadata_record(
-        "TensorStorageMetadata", {"properties": properties, "size": _size_record(shape), "chunks": boxes}
-    )
+    return _metadata_record("TensorStorageMetadata", {"properties": properties, "size": _size_record(shape), "chunks": boxes})

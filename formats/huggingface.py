@@ -138,7 +138,7 @@ def _spec(name: str, entry: dict[str, Any], source: str) -> TensorSpec:
     shape, dtype = entry.get("shape"), entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in _DTYPE_OF:
         raise UserError(f"`{source}`: `{name}` has dtype `{dtype}`", hint=f"known are {', '.join(_DTYPE_OF)}")
-    sizes = cast("list[Any]", shape) if isinstance(shape, list) else [None]
+    sizes = cast("list[Any]", shape if isinstance(shape, list) else [shape])
     if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
         raise UserError(f"`{source}`: `{name}` has shape `{shape}`", hint="the header is damaged")
     return TensorSpec(name, tuple(sizes), _DTYPE_OF[dtype])

@@ -12,7 +12,7 @@ import pickle
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from formats.errors import UserError
 
@@ -46,8 +46,11 @@ class Record:
         return self._fields().get(name, default)
 
     def _fields(self) -> Mapping[str, Any]:
-        state = self.state[1] if isinstance(self.state, tuple) and len(self.state) == 2 else self.state
-        return cast("Mapping[str, Any]", state) if isinstance(state, dict) else {}
+        match self.state:
+            case {**fields} | (_, {**fields}):
+                return fields
+            case _:
+                return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +76,27 @@ _PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 ALLOWED: Mapping[str, frozenset[str]] = {
-    f"{_CHECKPOINT}.metadata": frozenset(
+    f"{_CHECKPOINT}.metadata": _words(
         "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex"
-        " StorageMeta _MEM_FORMAT_ENCODING".split()
+        " StorageMeta _MEM_FORMAT_ENCODING"
     ),
     f"{_CHECKPOINT}.filesystem": frozenset(["_StorageInfo", "_StoragePrefix", "_StorageWriterTransforms"]),
-    f"{_CHECKPOINT}.planner": frozenset(
-        "SavePlan LoadPlan WriteItem ReadItem WriteItemType LoadItemType TensorWriteData BytesIOWriteData".split()
+    f"{_CHECKPOINT}.planner": _words(
+        "SavePlan LoadPlan WriteItem ReadItem WriteItemType LoadItemType TensorWriteData BytesIOWriteData"
     ),
     f"{_CHECKPOINT}._extension": frozenset(["ZStandard"]),
-    "megatron.core.dist_checkpointing.strategies.torch": frozenset(
-        ["MCoreMetadata", "MCoreSavePlan", "MCoreSavePlanner"]
-    ),
-    "torch": frozenset(
+    "megatron.core.dist_checkpointing.strategies.torch": frozenset(["MCoreMetadata", "MCoreSavePlan", "MCoreSavePlanner"]),
+    "torch": _words(
         "Size Tensor device bfloat16 float16 float32 float64 float8_e4m3fn float8_e5m2 int8 int16 int32 int64 uint8 bool"
         " uint16 uint32 uint64 complex64 complex128 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
         " BFloat16Storage HalfStorage FloatStorage DoubleStorage CharStorage ShortStorage IntStorage LongStorage"
-        " ByteStorage BoolStorage Float8_e4m3fnStorage Float8_e5m2Storage".split()
+        " ByteStorage BoolStorage Float8_e4m3fnStorage Float8_e5m2Storage"
     ),
     "torch._C": frozenset(["Generator"]),
     "torch.serialization": frozenset(["_get_layout"]),
@@ -113,12 +119,10 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "megatron.core.optimizer.optimizer_config": frozenset(["OptimizerConfig"]),
     "megatron.core.optimizer": frozenset(["OptimizerConfig"]),
     "megatron.core.rerun_state_machine": frozenset(["RerunDiagnostic", "RerunMode", "RerunState"]),
-    "megatron.core.transformer.enums": frozenset(
-        ["AttnBackend", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope"]
-    ),
-    "transformer_engine.common.recipe": frozenset(
+    "megatron.core.transformer.enums": frozenset(["AttnBackend", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope"]),
+    "transformer_engine.common.recipe": _words(
         "DelayedScaling Float8CurrentScaling Float8BlockScaling MXFP8BlockScaling NVFP4BlockScaling Format"
-        " _FormatHelper MMParams QParams".split()
+        " _FormatHelper MMParams QParams"
     ),
     "megatron.core.extensions.transformer_engine": frozenset(["TEDelayedScaling"]),
 }
@@ -130,12 +134,14 @@ _BASE = cast("Any", pickle)._Unpickler
 """The unpickler written in Python: its memo is a dict, so a forged index cannot make it allocate gigabytes as the C one
 does, and its table of opcodes can be cut down."""
 
-_REFUSED = {pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.PERSID, pickle.BYTEARRAY8}
-_REFUSED |= {pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.NEWOBJ_EX}
+_REFUSED = {
+    pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.PERSID, pickle.BYTEARRAY8, pickle.NEXT_BUFFER,
+    pickle.READONLY_BUFFER, pickle.NEWOBJ_EX,
+}  # fmt: skip
 
 
 class _Unpickler(_BASE):
-    dispatch = {code: act for code, act in _BASE.dispatch.items() if bytes([code]) not in _REFUSED}
+    dispatch: ClassVar = {code: act for code, act in _BASE.dispatch.items() if bytes([code]) not in _REFUSED}
 
     def find_class(self, module: str, name: str, /) -> Any:
         if (module, name) in _PLAIN:
@@ -217,15 +223,15 @@ class _Pickler:
             self._out.write(part)
 
     def write(self, value: Any) -> None:
-        writer = _WRITERS.get(type(value))
+        writer = _WRITERS.get(type(value))  # pyright: ignore[reportUnknownArgumentType]
         if writer is None:
             raise TypeError(f"cannot pickle {type(value)}")
         writer(self, value)
 
-    def _constant(self, value: bool | None) -> None:
+    def put_constant(self, value: bool | None) -> None:
         self._put({None: pickle.NONE, True: pickle.NEWTRUE, False: pickle.NEWFALSE}[value])
 
-    def _integer(self, value: int) -> None:
+    def put_integer(self, value: int) -> None:
         if 0 <= value < 256:
             self._put(pickle.BININT1, bytes([value]))
         elif -(1 << 31) <= value < 1 << 31:
@@ -234,16 +240,16 @@ class _Pickler:
             encoded = pickle.encode_long(value)
             self._put(pickle.LONG1, bytes([len(encoded)]), encoded)
 
-    def _float(self, value: float) -> None:
+    def put_float(self, value: float) -> None:
         self._put(pickle.BINFLOAT, struct.pack(">d", value))
 
-    def _string(self, value: str) -> None:
+    def put_string(self, value: str) -> None:
         if not self._recall(value):
             encoded = value.encode()
             self._put(pickle.BINUNICODE, struct.pack("<I", len(encoded)), encoded)
             self._remember(value)
 
-    def _global(self, value: Global) -> None:
+    def put_global(self, value: Global) -> None:
         if not self._recall(value):
             self._put(pickle.GLOBAL, f"{value.module}\n{value.name}\n".encode())
             self._remember(value)
@@ -257,26 +263,26 @@ class _Pickler:
         self._memo[value] = len(self._memo)
         self._put(pickle.LONG_BINPUT, struct.pack("<I", self._memo[value]))
 
-    def _tuple(self, value: tuple[Any, ...]) -> None:
+    def put_tuple(self, value: tuple[Any, ...]) -> None:
         self._put(pickle.MARK)
         for item in value:
             self.write(item)
         self._put(pickle.TUPLE)
 
-    def _list(self, value: list[Any]) -> None:
+    def put_list(self, value: list[Any]) -> None:
         self._put(pickle.EMPTY_LIST, pickle.MARK)
         for item in value:
             self.write(item)
         self._put(pickle.APPENDS)
 
-    def _dict(self, value: dict[Any, Any]) -> None:
+    def put_dict(self, value: dict[Any, Any]) -> None:
         self._put(pickle.EMPTY_DICT, pickle.MARK)
         for key, item in value.items():
             self.write(key)
             self.write(item)
         self._put(pickle.SETITEMS)
 
-    def _record(self, value: Record) -> None:
+    def put_record(self, value: Record) -> None:
         self.write(value.kind)
         self.write(value.args)
         self._put(pickle.REDUCE if value.made_by_call else pickle.NEWOBJ)
@@ -284,21 +290,21 @@ class _Pickler:
             self.write(value.state)
             self._put(pickle.BUILD)
 
-    def _storage(self, value: Storage) -> None:
+    def put_storage(self, value: Storage) -> None:
         self.write(("storage", value.kind, value.key, "cpu", value.count))
         self._put(pickle.BINPERSID)
 
 
 _WRITERS: dict[type, Callable[..., None]] = {
-    type(None): _Pickler._constant,
-    bool: _Pickler._constant,
-    int: _Pickler._integer,
-    float: _Pickler._float,
-    str: _Pickler._string,
-    tuple: _Pickler._tuple,
-    list: _Pickler._list,
-    dict: _Pickler._dict,
-    Global: _Pickler._global,
-    Record: _Pickler._record,
-    Storage: _Pickler._storage,
+    type(None): _Pickler.put_constant,
+    bool: _Pickler.put_constant,
+    int: _Pickler.put_integer,
+    float: _Pickler.put_float,
+    str: _Pickler.put_string,
+    tuple: _Pickler.put_tuple,
+    list: _Pickler.put_list,
+    dict: _Pickler.put_dict,
+    Global: _Pickler.put_global,
+    Record: _Pickler.put_record,
+    Storage: _Pickler.put_storage,
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +42,7 @@ def check_room(target: Path, needed: int) -> None:
 
 
 @contextmanager
-def staged(target: Path, partial: Path, *, overwrite: bool) -> Iterator[Path]:
+def staged(target: Path, partial: Path, *, overwrite: bool) -> Generator[Path]:
     """`partial` as an empty directory to write into; it becomes `target` when the block ends well, and goes when not."""
     with explained(target):
         lock = _claim(partial)

@@ -170,18 +170,22 @@ class TorchDistReader:
             data = path.read_bytes()
             found = OpenArchive(lambda at, size: data[at : at + size], len(data), source=COMMON).pickle()
         elif COMMON_KEY in self.container.object_names:
-            listed = self.container.object(COMMON_KEY)
-            found = listed[0] if isinstance(listed, list) and listed else None
+            found = self.container.object(COMMON_KEY)
         else:
             return {}
-        if not isinstance(found, dict):
-            raise UserError("the checkpoint's common state is not a dictionary")
-        return found
+        match found:
+            case {**state} | [{**state}]:
+                return state
+            case _:
+                raise UserError("the checkpoint's common state is not a dictionary")
 
     def args(self) -> Mapping[str, Any]:
         """Megatron-LM's command line, where the checkpoint carries one."""
-        args = self.common_state().get("args")
-        return args.state if isinstance(args, Record) and isinstance(args.state, dict) else {}
+        match self.common_state().get("args"):
+            case Record(state={**args}):
+                return args
+            case _:
+                return {}
 
     def close(self) -> None:
         self.container.close()
@@ -302,7 +306,7 @@ def _train_state(step: int) -> bytes:
     """Megatron-Bridge's record of progress: 0-d tensors."""
     counts = dict.fromkeys(("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"), 0)
     state: dict[str, Any] = {"step": step, **counts}
-    arrays = {name: np.array(value, np.int64) for name, value in state.items()}
+    arrays: dict[str, Array] = {name: np.array(value, np.int64) for name, value in state.items()}
     arrays["floating_point_operations_so_far"] = np.array(0.0, np.float32)
     arrays |= {name: np.array(False) for name in ("do_train", "do_valid", "do_test")}
     return object_archive(arrays, name="train_state")

@@ -17,7 +17,7 @@ import numpy as np
 
 from formats.errors import UserError
 from formats.pickles import Global, Record, Storage, dumps, loads
-from formats.spec import DTYPES, Array, Shape
+from formats.spec import DTYPES, Array, Shape, dtype_name
 
 ALIGNMENT = 64
 _ZIP64_FROM = 0xFFFFFFFF
@@ -87,8 +87,9 @@ def object_archive(value: Any, *, name: str = "archive") -> bytes:
 
     def convert(item: Any) -> Any:
         if isinstance(item, np.ndarray):
-            payloads.append(cast("Array", item))
-            return tensor_record(_dtype_name(cast("Array", item)), item.shape, key=str(len(payloads) - 1))
+            array = cast("Array", item)
+            payloads.append(array)
+            return tensor_record(dtype_name(array.dtype), array.shape, key=str(len(payloads) - 1))
         if isinstance(item, dict):
             return {key: convert(part) for key, part in cast("dict[Any, Any]", item).items()}
         return [convert(part) for part in cast("list[Any]", item)] if isinstance(item, list) else item
@@ -117,10 +118,6 @@ def contiguous_strides(shape: Shape) -> Shape:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
-
-
-def _dtype_name(array: Array) -> str:
-    return next(name for name, dtype in DTYPES.items() if dtype == array.dtype)
 
 
 def _frame(described: bytes, size: int) -> Frame:
@@ -246,7 +243,7 @@ class OpenArchive:
         match record:
             case Record(kind=Global(name="_rebuild_tensor_v2"), args=(Storage() as storage, int(start), shape, strides, *_)):
                 dtype = _DTYPE_OF.get(storage.kind.name)
-                shape, strides = _sizes(shape), _sizes(strides)
+                shape, strides = read_sizes(shape), read_sizes(strides)
                 if dtype is None or start < 0 or len(shape) != len(strides):
                     raise self._damaged(f"it describes a tensor of `{storage.kind.name}` that cannot be")
                 return StoredTensor(dtype, shape, strides, storage.key, start)
@@ -314,13 +311,10 @@ def _zip64(extra: bytes) -> Any:
         at += 4 + size
 
 
-def _sizes(value: Any) -> Shape:
+def read_sizes(value: Any) -> Shape:
     """A shape from a pickle: a tuple, or torch.Size around one."""
     inner = value.args[0] if isinstance(value, Record) and value.args else value
     parts = cast("Sequence[Any]", inner) if isinstance(inner, (tuple, list)) else ()
     if not all(isinstance(part, int) and 0 <= part < 1 << 62 for part in parts):
         raise UserError(f"a shape of {inner!r} is not possible")
     return tuple(parts)
-
-
-read_sizes = _sizes

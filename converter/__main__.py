@@ -1,0 +1,5 @@
+"""`python -m converter` is `mbconvert`."""
+
+from converter.cli import main
+
+main()

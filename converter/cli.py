@@ -1,0 +1,149 @@
+"""`mbconvert`: arguments in, exit code out (0 done, 1 failed, 2 misuse). Data on stdout, talk on stderr.
+
+Commands import what they need when they run, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_UNITS = {
+    "": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_DTYPES = click.Choice(["keep", "bf16", "fp16", "fp32"])
+
+
+class _Size(click.ParamType[int]):
+    """`5GB`, `500MB`, `2GiB`, or a number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value).strip().lower())
+        if not found or found[2] not in _UNITS or float(found[1]) * _UNITS[found[2]] < 1:
+            self.fail(f"`{value}` is not a size; try 5GB or 500MB", param, ctx)
+        return int(float(found[1]) * _UNITS[found[2]])
+
+
+class _Stages(click.ParamType[list[int]]):
+    """`9,9,8,6`."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        parts = str(value).split(",")
+        if not all(re.fullmatch(r"\d{1,6}", part.strip()) for part in parts):
+            self.fail(f"`{value}` is not a list of layers per stage; try 9,9,8,6", param, ctx)
+        return [int(part) for part in parts]
+
+
+_COUNT = click.IntRange(min=1)
+
+_Command = Callable[..., None]
+
+
+def _common(command: _Command) -> _Command:
+    """The options both directions share."""
+    options = [
+        click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Cast weights."),
+        click.option("--workers", type=_COUNT, metavar="N", help="Threads; the bytes written do not depend on it."),
+        click.option("--dry-run", is_flag=True, help="Print every file and its size, memory and disk; move nothing."),
+        click.option("--overwrite", is_flag=True, help="Replace DST, once the new output is whole."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout at the end."),
+        click.option("--quiet", is_flag=True, help="No progress and no notes."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="mbtools", prog_name="mbconvert")
+def cli() -> None:
+    """Move model weights between Hugging Face safetensors and Megatron distributed checkpoints.
+
+    Streams: about 100 MB of memory whatever the model's size, on any CPU, bit-exact.
+    """
+
+
+@cli.command("hf-to-mcore")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@click.option("--tp", type=_COUNT, default=1, show_default=True, metavar="N", help="Tensor-parallel size.")
+@click.option("--pp", type=_COUNT, default=1, show_default=True, metavar="N", help="Pipeline-parallel size.")
+@click.option("--vpp", type=_COUNT, default=1, show_default=True, metavar="N", help="Virtual stages per pipeline rank.")
+@click.option("--pp-layout", type=_Stages(), help="Layers per stage, all pipeline ranks of the first virtual stage first.")
+@click.option("--vocab-divisible-by", type=_COUNT, default=128, show_default=True, metavar="N",
+              help="Pad the vocabulary to a multiple of N × TP.")  # fmt: skip
+@_common
+def hf_to_mcore(source: str, target: str, **options: Any) -> None:
+    """Convert the Hugging Face model SRC (a directory or a Hub id) to the Megatron checkpoint DST."""
+    from converter.console import convert  # noqa: PLC0415
+    from converter.convert import hf_to_mcore  # noqa: PLC0415
+
+    convert(hf_to_mcore, source, target, **options)
+
+
+@cli.command("mcore-to-hf")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@click.option("--hf-config", metavar="DIR", help="Follow the `config.json` and side files of DIR.")
+@click.option("--max-shard-size", type=_Size(), help="Size of a safetensors file at most, such as 5GB.")
+@_common
+def mcore_to_hf(source: str, target: str, **options: Any) -> None:
+    """Convert the Megatron checkpoint SRC (its root, or one `iter_*` directory) to the Hugging Face model DST."""
+    from converter.console import convert  # noqa: PLC0415
+    from converter.convert import mcore_to_hf  # noqa: PLC0415
+
+    convert(mcore_to_hf, source, target, **options)
+
+
+@cli.command("inspect")
+@click.argument("path", metavar="PATH")
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect_command(path: str, *, tensors: bool, as_json: bool) -> None:
+    """Say what PATH is, from headers alone: format, writer, family, sizes, dtypes, layout."""
+    from converter.console import show_report  # noqa: PLC0415
+    from converter.inspect import inspect  # noqa: PLC0415
+
+    show_report(inspect(path, tensors=tensors), as_json=as_json)
+
+
+@cli.command("families")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def families_command(*, as_json: bool) -> None:
+    """List the supported model families."""
+    from converter.console import show_families  # noqa: PLC0415
+
+    show_families(as_json=as_json)
+
+
+def main() -> None:
+    """The program. Errors a user can mend are shown without a traceback."""
+    from formats.errors import UserError  # noqa: PLC0415
+
+    try:
+        cli.main(standalone_mode=False)
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing was left at the target", err=True)
+        sys.exit(130)

@@ -1,0 +1,165 @@
+"""What a terminal shows: progress, plans, reports. Knows how to say things, not how to do them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter import families
+from converter.inspect import Report
+from converter.job import Summary, Talk
+from converter.memory import resident_memory
+from formats.disk import free_bytes
+
+LINE_EVERY = 5.0
+"""Seconds between lines where there is no terminal."""
+
+
+def size(count: float) -> str:
+    """Bytes for a person: 16.06 GB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{int(count)} B"
+
+
+def count(number: int) -> str:
+    """Parameters for a person: 8.03 B."""
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return str(number)
+
+
+def convert(action: Callable[..., Summary], source: str, target: str, *, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Run a conversion with progress, then say what it did."""
+    with talking(quiet=quiet or (as_json and options["dry_run"])) as talk:
+        summary = action(source, target, talk=talk, **options)
+    if as_json:
+        click.echo(json.dumps(asdict(summary)))
+    elif summary.dry_run:
+        show_plan(summary)
+    elif not quiet:
+        rate = size(summary.total_bytes / max(summary.seconds, 1e-9))
+        click.echo(
+            f"done: {summary.tensors} tensors, {count(summary.parameters)} parameters, {size(summary.total_bytes)} in "
+            f"{summary.seconds:.1f} s ({rate}/s), peak memory {size(summary.peak_memory)} -> {summary.target}",
+            err=True,
+        )
+
+
+@contextmanager
+def talking(*, quiet: bool) -> Generator[Talk]:
+    """A Talk that shows a bar on a terminal, and elsewhere a line every few seconds."""
+    if quiet:
+        yield Talk()
+    elif sys.stderr.isatty():
+        with _bar() as talk:
+            yield talk
+    else:
+        lines = _Lines()
+        yield Talk(_note, lines.start, lines.progress)
+
+
+def _note(text: str) -> None:
+    click.echo(f"note: {text}", err=True)
+
+
+@contextmanager
+def _bar() -> Generator[Talk]:
+    from rich.console import Console  # noqa: PLC0415 - slow to import
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn  # noqa: PLC0415
+
+    columns = (
+        BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[memory]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=None, memory="")
+
+        def advance(done: int) -> None:
+            progress.update(task, advance=done, memory=f"{size(resident_memory())} resident")
+
+        yield Talk(_note, lambda total: progress.update(task, total=total), advance)
+
+
+class _Lines:
+    """Progress where nobody watches: one line every few seconds."""
+
+    def __init__(self) -> None:
+        self._total = self._done = 0
+        self._started = self._said = time.monotonic()
+
+    def start(self, total: int) -> None:
+        self._total = total
+
+    def progress(self, done: int) -> None:
+        self._done += done
+        now = time.monotonic()
+        if now - self._said >= LINE_EVERY:
+            self._said = now
+            rate = self._done / (now - self._started)
+            left = (self._total - self._done) / rate
+            click.echo(
+                f"{size(self._done)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left, "
+                f"{size(resident_memory())} resident",
+                err=True,
+            )
+
+
+def show_plan(summary: Summary) -> None:
+    """Every file and its size, then what the conversion takes."""
+    for name, bytes_ in summary.files.items():
+        click.echo(f"{bytes_:>16,}  {name}")
+    click.echo(f"{summary.total_bytes:>16,}  bytes in {len(summary.files)} files, {count(summary.parameters)} parameters")
+    click.echo(f"expected peak memory {size(summary.peak_memory)} with {summary.workers} workers")
+    free = free_bytes(Path(summary.target))
+    enough = "" if free >= summary.total_bytes else ": NOT ENOUGH"
+    click.echo(f"free disk {size(free)}, needed {size(summary.total_bytes)}{enough}")
+
+
+def show_report(report: Report, *, as_json: bool) -> None:
+    """A report as lines, or as JSON."""
+    if as_json:
+        click.echo(json.dumps(asdict(report)))
+        return
+    for name, text in _report_lines(report):
+        click.echo(f"{name:<12} {text}")
+    for row in report.dtypes:
+        click.echo(f"  {row.dtype:<10} {row.tensors:>6} tensors  {count(row.parameters):>9}  {size(row.bytes):>10}")
+    for tensor in report.tensor_list:
+        chunks = tensor.get("chunks")
+        where = tensor.get("file") or f"{len(chunks or [])} chunks"
+        click.echo(f"  {tensor['name']}  {tensor['shape']}  {tensor['dtype']}  {where}")
+
+
+def _report_lines(report: Report) -> Iterator[tuple[str, str]]:
+    yield "path", report.path
+    yield "format", report.format + (f", {report.iteration}" if report.iteration else "")
+    yield "written by", report.writer
+    yield "family", f"{report.family} ({report.architecture})"
+    yield "size", f"{count(report.parameters)} parameters, {report.layers} layers, {report.tensors} tensors"
+    yield "files", str(report.files)
+    if report.layout:
+        yield "layout", ", ".join(f"{name} {value}" for name, value in report.layout.items())
+        yield "optimizer", "yes" if report.optimizer_state else "no"
+
+
+def show_families(*, as_json: bool) -> None:
+    """The support matrix: the directory of families, listed."""
+    rows = [(name, families.find(name)) for name in families.names()]
+    if as_json:
+        click.echo(json.dumps({name: {"models": one.MODELS, "architecture": one.ARCHITECTURE} for name, one in rows}))
+        return
+    width = shutil.get_terminal_size().columns
+    for name, one in rows:
+        click.echo(f"{name:<10} {one.ARCHITECTURE:<20} {one.MODELS}"[: max(width, 80)])
+    click.echo("\nboth ways, every TP/PP/VPP layout; dtypes kept, or cast to bf16, fp16, fp32")

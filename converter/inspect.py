@@ -1,0 +1,154 @@
+"""What is this directory? Answered from headers alone: no tensor data is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from converter import families, importing, run_config
+from converter.carried import CONFIG, unpack
+from formats.errors import UserError
+from formats.huggingface import INDEX, HuggingFaceReader, read_json
+from formats.spec import TensorSpec, dtype_name, extent
+from formats.torch_dist import METADATA, TRACKER, TorchDistReader
+
+HUGGINGFACE = "Hugging Face safetensors"
+TORCH_DIST = "Megatron torch_dist"
+
+
+@dataclass(frozen=True, slots=True)
+class DtypeRow:
+    """A line of the dtype table. `bytes` on disk."""
+
+    dtype: str
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a directory holds."""
+
+    path: str
+    format: str
+    writer: str
+    family: str
+    architecture: str
+    parameters: int
+    layers: int
+    tensors: int
+    dtypes: list[DtypeRow]
+    files: int
+    layout: dict[str, Any] = field(default_factory=dict[str, Any])
+    iteration: str = ""
+    optimizer_state: bool = False
+    tensor_list: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+
+def inspect(path: str | Path, *, tensors: bool = False) -> Report:
+    """Look at a Hugging Face directory, a Megatron checkpoint root or one iteration; `tensors` lists every weight.
+
+    Raises UserError if it is neither, or damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"`{path}` is not a directory")
+    if (path / TRACKER).is_file() or (path / METADATA).is_file() or path.name.startswith("iter_"):
+        return _megatron(path, tensors=tensors)
+    if (path / INDEX).is_file() or any(path.glob("*.safetensors")):
+        return _huggingface(path, tensors=tensors)
+    raise UserError(
+        f"`{path}` is neither a Hugging Face directory nor a Megatron checkpoint",
+        hint=f"the first has `*.safetensors` files, the second `{TRACKER}` or `{METADATA}`",
+    )
+
+
+def _huggingface(path: Path, *, tensors: bool) -> Report:
+    reader = HuggingFaceReader(path)
+    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    version = config.get("transformers_version")
+    files = {name: file for file, shard in reader.shards.items() for name in shard.tensors}
+    return Report(
+        path=str(path),
+        format=HUGGINGFACE,
+        writer=f"transformers {version}" if version else "unknown",
+        **_described(config, reader.specs),
+        dtypes=_dtypes(reader.specs.values()),
+        files=len(reader.shards),
+        tensor_list=[{**_row(spec), "file": files[spec.name]} for spec in reader.specs.values()] if tensors else [],
+    )
+
+
+def _megatron(path: Path, *, tensors: bool) -> Report:
+    reader = TorchDistReader(path)
+    origin = unpack(reader.directory)
+    found = run_config.read(reader.directory, reader.args())
+    fields = found[0] if found else {}
+    return Report(
+        path=str(path),
+        format=TORCH_DIST,
+        writer=_writer(reader),
+        **_described(origin.config if origin else {}, reader.specs),
+        dtypes=_dtypes(reader.specs.values()),
+        files=len(list(reader.directory.glob("*.distcp"))),
+        layout=_layout(reader, fields),
+        iteration=reader.directory.name,
+        optimizer_state=reader.has_optimizer,
+        tensor_list=[{**_row(spec), "chunks": _chunks(reader, spec.name)} for spec in reader.specs.values()] if tensors else [],
+    )
+
+
+def _described(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    family = str(config.get("model_type") or "unknown")
+    supported = family in families.names() or family == "unknown"
+    return {
+        "family": family if supported else f"{family} (not supported)",
+        "architecture": ", ".join(config.get("architectures") or ["unknown"]),
+        "parameters": sum(prod(spec.shape) for spec in specs.values()),
+        "layers": len({name.split("layers.")[1].split(".")[0] for name in specs if "layers." in name}),
+        "tensors": len(specs),
+    }
+
+
+def _dtypes(specs: Iterable[TensorSpec]) -> list[DtypeRow]:
+    grouped: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        grouped.setdefault(dtype_name(spec.dtype), []).append(spec)
+    return [
+        DtypeRow(name, len(group), sum(prod(s.shape) for s in group), sum(s.nbytes for s in group))
+        for name, group in sorted(grouped.items())
+    ]
+
+
+def _writer(reader: TorchDistReader) -> str:
+    """Who wrote it: each leaves something only it writes."""
+    if (reader.directory / importing.RECORD).is_file():
+        return "mbconvert"
+    if (reader.directory / run_config.FILE).is_file():
+        return "Megatron-Bridge"
+    return "Megatron-LM" if reader.args() else "megatron-core"
+
+
+def _layout(reader: TorchDistReader, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensor parallelism as the chunks show it; pipelines as the run configuration tells, where there is one."""
+    cut = [name for name in reader.specs if name.endswith("linear_proj.weight")]
+    tp = len({chunk.region[-1].start for chunk in reader.chunks(cut[0]).chunks}) if cut else 1
+    told = {
+        "pp": fields.get("pipeline_model_parallel_size"),
+        "vpp": fields.get("virtual_pipeline_model_parallel_size"),
+        "stages": fields.get("pipeline_model_parallel_layout"),
+    }
+    return {"tp": tp, **{name: size for name, size in told.items() if size}}
+
+
+def _row(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "shape": list(spec.shape), "dtype": dtype_name(spec.dtype)}
+
+
+def _chunks(reader: TorchDistReader, name: str) -> list[dict[str, Any]]:
+    found = reader.chunks(name).chunks
+    return [{"file": c.place.file, "at": [p.start for p in c.region], "shape": list(extent(c.region))} for c in found]

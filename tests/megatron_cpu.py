@@ -1,0 +1,301 @@
+"""megatron-core itself on a machine without a GPU: the oracle that loads what we write and saves what we read.
+
+A few persistent processes over gloo; each request forms a new process group of the size a layout needs. megatron-core has
+no CPU mode: `_Cpu` sends its hard-wired CUDA calls to the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import tempfile
+import traceback
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WORLD = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model as megatron-core builds it, and a layout to build it in."""
+
+    config: dict  # of a Hugging Face `config.json`
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    layout: str | None = None  # megatron-core's pipeline_model_parallel_layout
+    vocab_multiple: int = 128
+
+
+class Ranks:
+    """Processes that stand for GPUs. `run(f, world, …)` calls `f(rank, …)` on the first `world` of them."""
+
+    def __init__(self, count: int = WORLD) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,))
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Any, world: int, *args: Any) -> list[Any]:
+        """What each rank answered; the first rank's traceback is raised here."""
+        with tempfile.TemporaryDirectory() as folder:
+            for rank in range(world):
+                self._pipes[rank].send((function, rank, world, f"{folder}/store", args))
+            answers = [self._pipes[rank].recv() for rank in range(world)]
+        for rank, (ok, answer) in enumerate(answers):
+            if not ok:
+                raise RuntimeError(f"rank {rank}:\n{answer}")
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(30)
+
+
+def _serve(pipe: Any) -> None:
+    warnings.simplefilter("ignore")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    _pretend_cuda()
+    while (request := pipe.recv()) is not None:
+        function, rank, world, store, args = request
+        try:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+            with _Cpu(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+                pipe.send((True, function(rank, *args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+        finally:
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def _pretend_cuda() -> None:
+    """What megatron-core calls on `torch.cuda`, answered by the CPU."""
+    import torch
+
+    torch.cuda.current_device = lambda: "cpu"
+    torch.cuda.synchronize = lambda *_: None
+    torch.cuda.set_device = lambda *_: None
+    torch.cuda.empty_cache = lambda: None
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _make_cpu_mode() -> Any:
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Cpu(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            kwargs = dict(kwargs or {})
+            if "cuda" in str(kwargs.get("device", "")) or isinstance(kwargs.get("device"), int):
+                kwargs["device"] = "cpu"
+            if function is torch.Tensor.cuda:
+                return args[0]
+            if function is torch.Tensor.to:
+                args = tuple("cpu" if isinstance(a, (str, torch.device)) and "cuda" in str(a) else a for a in args)
+            return function(*args, **kwargs)
+
+    return Cpu()
+
+
+_Cpu = _make_cpu_mode
+
+
+def build(shape: Shape) -> list[Any]:
+    """The model chunks of this rank, in fp32, with random weights; parallel state is set up for the shape's layout."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnBackend
+
+    from converter.config import rope_numbers, to_megatron
+    from converter.families import find
+
+    parallel_state.initialize_model_parallel(shape.tp, shape.pp, shape.vpp)
+    model_parallel_cuda_manual_seed(1)
+    fields = to_megatron(find(shape.config["model_type"]).CONFIG, shape.config)
+    rope = rope_numbers(shape.config)
+    own = {f.name for f in dataclasses.fields(TransformerConfig)} - {"rope_scaling", "window_size", "activation_func"}
+    config = TransformerConfig(
+        **{name: value for name, value in fields.items() if name in own},
+        activation_func=torch.nn.functional.silu,
+        window_size=fields.get("window_size") and tuple(fields["window_size"]),
+        tensor_model_parallel_size=shape.tp,
+        pipeline_model_parallel_size=shape.pp,
+        virtual_pipeline_model_parallel_size=None if shape.layout else shape.vpp,
+        pipeline_model_parallel_layout=shape.layout,
+        pipeline_dtype=torch.float32,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        attention_backend=AttnBackend.local,
+        overlap_p2p_comm=shape.vpp is not None,
+        batch_p2p_comm=shape.vpp is None,
+    )
+    multiple = shape.vocab_multiple * shape.tp
+    chunks = []
+    for stage in range(shape.vpp or 1):
+        place = {"ignore_virtual": False, "vp_stage": stage if shape.vpp else None}
+        model = GPTModel(
+            config,
+            get_gpt_layer_local_spec(normalization="RMSNorm"),
+            vocab_size=-(-fields["vocab_size"] // multiple) * multiple,
+            max_sequence_length=128,
+            pre_process=parallel_state.is_pipeline_first_stage(**place),
+            post_process=parallel_state.is_pipeline_last_stage(**place),
+            parallel_output=False,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=fields["share_embeddings_and_output_weights"],
+            rotary_base=fields["rotary_base"],
+            rope_scaling=fields["rope_scaling"],
+            rope_scaling_factor=fields.get("rope_scaling_factor", 8.0),
+            seq_len_interpolation_factor=fields.get("seq_len_interpolation_factor"),
+            vp_stage=stage if shape.vpp else None,
+        )
+        if rope["rope_type"] == "llama3":
+            model.rotary_pos_emb.inv_freq = _scaled_frequencies(model.rotary_pos_emb, rope)
+        chunks.append(model.eval())
+    return chunks
+
+
+def _scaled_frequencies(embedding: Any, rope: dict) -> Any:
+    """Llama-3.1's scaling with its own four numbers; megatron-core's constructor takes only one of them."""
+    import torch
+
+    size = embedding.inv_freq.numel() * 2
+    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    return embedding._apply_scaling(
+        plain,
+        factor=rope["factor"],
+        low_freq_factor=rope["low_freq_factor"],
+        high_freq_factor=rope["high_freq_factor"],
+        original_max_position_embeddings=rope["original_max_position_embeddings"],
+    )
+
+
+def sharded(chunks: list[Any]) -> dict:
+    """The sharded state dict of a rank, as Megatron-LM lays it out."""
+    if len(chunks) == 1:
+        return {"model": chunks[0].sharded_state_dict()}
+    return {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+
+
+def load_strictly(chunks: list[Any], iteration: str) -> list[str]:
+    """Load with RAISE_UNEXPECTED, then ask with RETURN_ALL which keys nobody asked for."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    loaded = dist_checkpointing.load(sharded(chunks), iteration, strict=StrictHandling.RAISE_UNEXPECTED)
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{number}"])
+    _, missing, unexpected = dist_checkpointing.load(sharded(chunks), iteration, strict=StrictHandling.RETURN_ALL)
+    return sorted(str(key) for key in missing | unexpected)
+
+
+def logits_of(rank: int, shape: Shape, iteration: str, tokens: list[list[int]]) -> Any:
+    """Load a checkpoint strictly and run it through the pipeline schedule.
+
+    Answers (keys nobody asked for, logits as a numpy array on the last stage, else None).
+    """
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    chunks = build(shape)
+    left = load_strictly(chunks, iteration)
+    data = torch.tensor(tokens)
+    positions = torch.arange(data.shape[1]).unsqueeze(0).expand_as(data)
+    mask = torch.triu(torch.ones(1, 1, data.shape[1], data.shape[1], dtype=torch.bool), 1)
+
+    def step(_batches, model, *_):
+        return model(data, positions, mask), lambda output, **_: output
+
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[None] * len(chunks) if shape.vpp else None,
+            model=chunks if shape.vpp else chunks[0],
+            num_microbatches=shape.pp if shape.vpp else 1,
+            seq_length=data.shape[1],
+            micro_batch_size=data.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    return left, outputs[0].float().numpy() if last else None
+
+
+def save(rank: int, shape: Shape, source: str, target: str, extra: dict) -> None:
+    """Load `source` (an iteration) and let megatron-core save it at `target` in this shape's layout.
+
+    `extra`: `singleton` keeps one key per layer; `optimizer` adds Adam's state and fp32 masters; `args` a Megatron-LM
+    command line; `add` is added to every weight, as if training had changed them; `bf16` stores weights in bfloat16.
+    """
+    import torch
+    from megatron.core import dist_checkpointing
+
+    chunks = build(shape)
+    load_strictly(chunks, source)
+    if extra.get("add"):
+        for parameter in (p for chunk in chunks for p in chunk.parameters()):
+            parameter.data += extra["add"]
+    if extra.get("bf16"):
+        chunks = [chunk.bfloat16() for chunk in chunks]
+    metadata = {"singleton_local_shards": bool(extra.get("singleton"))}
+    state = {f"model{n or ''}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(chunks)}
+    if extra.get("optimizer"):
+        state["optimizer"] = _adam_state(state)
+    if extra.get("args"):
+        state["args"] = argparse.Namespace(**extra["args"])
+    if rank == 0:
+        Path(target).mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save({**state, "iteration": 7, "checkpoint_version": 3.0}, target)
+
+
+def _adam_state(state: dict) -> dict:
+    """Adam's moments and fp32 masters of every weight, keyed as megatron-core's fully reshardable optimizer keys them."""
+    import torch
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+    from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+
+    copied = {name: dict(part) for name, part in state.items()}
+    apply_factories(copied)
+    weights = [leaf for leaf in nested_values(copied) if isinstance(leaf, ShardedTensor)]
+    return {
+        f"{kind}.{number}": make_sharded_optimizer_tensor(weight, torch.full_like(weight.data, 0.5, dtype=torch.float32), f"optimizer.state.{kind}")
+        for kind in ("exp_avg", "exp_avg_sq", "fp32_param")
+        for number, weight in enumerate(weights)
+    }
