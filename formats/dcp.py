@@ -19,21 +19,10 @@ import numpy as np
 from formats.disk import Files, Stored, read_box, read_exactly, write_box, write_exactly
 from formats.errors import UserError
 from formats.pickles import Global, Record, dumps, loads
-from formats.spec import DTYPES, Array, Region, Shape, dtype_name, extent, intersect, within
-from formats.torch_zip import Frame, OpenArchive, contiguous_strides, read_sizes, tensor_frame
+from formats.spec import Array, Region, Shape, dtype_name, extent, intersect, within
+from formats.torch_zip import DTYPE_OF, TORCH_NAMES, Frame, OpenArchive, contiguous_strides, read_sizes, tensor_frame
 
 METADATA = ".metadata"
-
-_TORCH_NAMES = {
-    **{name: name for name in DTYPES},
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "fp32": "float32",
-    "fp64": "float64",
-    "fp8_e4m3": "float8_e4m3fn",
-    "fp8_e5m2": "float8_e5m2",
-}
-_DTYPE_OF = {torch_name: DTYPES[name] for name, torch_name in _TORCH_NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +182,8 @@ def _index_key(index: Record) -> tuple[str, Shape | None]:
 
 def _dtype(name: str, properties: Record) -> np.dtype[Any]:
     match properties.state:
-        case (Global(name=found), *_) | {"dtype": Global(name=found)} if found in _DTYPE_OF:
-            return _DTYPE_OF[found]
+        case (Global(name=found), *_) | {"dtype": Global(name=found)} if found in DTYPE_OF:
+            return DTYPE_OF[found]
         case state:
             raise UserError(f"`{name}` has properties `{state}`: their dtype is not supported")
 
@@ -369,7 +358,7 @@ def _info_record(place: Place) -> Record:
 def _tensor_record(shape: Shape, dtype: np.dtype[Any], chunks: Sequence[Chunk]) -> Record:
     layout = Global("torch.serialization", "_get_layout")("torch.strided")
     memory_format = Global("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING")(0)
-    dtype_global = Global("torch", _TORCH_NAMES[dtype_name(dtype)])
+    dtype_global = Global("torch", TORCH_NAMES[dtype_name(dtype)])
     properties = _metadata_record("TensorProperties", (dtype_global, layout, False, memory_format, False))
     boxes = [
         _metadata_record(

@@ -12,7 +12,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,20 @@ _STATELESS = {"word_embeddings", "position_embeddings", "output_layer", "router"
 """Modules that have weights and no `_extra_state`; every other module of Transformer Engine's has one."""
 
 _NOT_WEIGHTS = re.compile(r"^(optimizer|chained_\d+|rng_state|rerun_state_machine_state|dataloader)[._]")
+_GATE, _UP = "_w", "_v"
+"""With `singleton_local_shards`, megatron-core stores a gated projection as two tensors of these endings."""
+
 _NUMBERED_LAYER = re.compile(r"(.*?\blayers)\.(\d+)\.(.+)")
 _STACKED_LAYER = re.compile(r"(.*?\blayers)\.(?!\d+\.)(.+)")
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Where a tensor's data is: a key, and which row of it where layers are stacked."""
+    """Where a weight's data is: a key, which row of it where layers are stacked, and a second key whose rows follow."""
 
     key: str
-    row: int | None
+    row: int | None = None
+    then: str | None = None
 
 
 def iteration_folder(number: int) -> str:
@@ -113,9 +117,14 @@ class TorchDistReader:
         self._sources: dict[str, _Source] = {}
         self._tensors: dict[_Source, ChunkedTensor] = {}
         self._lock = threading.Lock()
-        for key in self.container.tensor_names:
-            if not _NOT_WEIGHTS.match(key):
+        weights = dict.fromkeys(key for key in self.container.tensor_names if not _NOT_WEIGHTS.match(key))
+        halves = {key: key.removesuffix(_GATE) + _UP for key in weights if key.endswith(_GATE)}
+        halves = {gate: up for gate, up in halves.items() if up in weights}
+        for key in weights:
+            if key not in halves and key not in halves.values():
                 self._add(key)
+        for gate, up in halves.items():
+            self._add_halves(gate, up)
 
     @property
     def has_optimizer(self) -> bool:
@@ -125,10 +134,17 @@ class TorchDistReader:
         shape, dtype = self.container.shape(key), self.container.dtype(key)
         stacked = _STACKED_LAYER.fullmatch(key)
         if not stacked:
-            self._name(key, _Source(key, None), shape, dtype)
+            self._name(key, _Source(key), shape, dtype)
             return
         for row in range(shape[0] if len(shape) > 0 else 0):
             self._name(f"{stacked[1]}.{row}.{stacked[2]}", _Source(key, row), shape[1:], dtype)
+
+    def _add_halves(self, gate: str, up: str) -> None:
+        shape = self.container.shape(gate)
+        if self.container.shape(up) != shape or not shape:
+            raise UserError(f"`{gate}` has shape {list(shape)}, `{up}` has {list(self.container.shape(up))}")
+        name = gate.removesuffix(_GATE)
+        self._name(name, _Source(gate, then=up), (2 * shape[0], *shape[1:]), self.container.dtype(gate))
 
     def _name(self, name: str, source: _Source, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         if name in self.specs:
@@ -154,7 +170,7 @@ class TorchDistReader:
     def _split(self, source: _Source) -> None:
         key, whole = source.key, self.container.tensor(source.key)
         if source.row is None:
-            self._tensors[source] = whole
+            self._tensors[source] = _stacked(whole, self.container.tensor(source.then)) if source.then else whole
             return
         rows: list[list[Any]] = [[] for _ in range(whole.shape[0])]
         for chunk in whole.chunks:
@@ -189,6 +205,16 @@ class TorchDistReader:
 
     def close(self) -> None:
         self.container.close()
+
+
+def _stacked(first: ChunkedTensor, then: ChunkedTensor) -> ChunkedTensor:
+    """Two tensors as one, the second's rows after the first's."""
+    rows = first.shape[0]
+    moved = [
+        replace(chunk, region=(slice(chunk.region[0].start + rows, chunk.region[0].stop + rows), *chunk.region[1:]))
+        for chunk in then.chunks
+    ]
+    return ChunkedTensor((rows + then.shape[0], *first.shape[1:]), first.dtype, (*first.chunks, *moved))
 
 
 @dataclass(frozen=True, slots=True)

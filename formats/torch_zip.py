@@ -2,13 +2,14 @@
 
 It is an uncompressed zip: `archive/data.pkl` describes, `archive/data/0`, `/1`, … hold raw bytes, aligned to 64 by an `FB`
 extra field. Writing here yields the bytes before and after the data, so that data whose size is known can be put in place
-at any time; the optional records and the checksums, which torch does not check, are left out.
+at any time; optional records, and the data's checksum, which torch does not check, are left out.
 Layout: PKWARE's APPNOTE 6.3 (zip, zip64) and torch's `caffe2/serialize/inline_container.cc`.
 """
 
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -29,25 +30,25 @@ _LOCATOR64 = struct.Struct("<IIQI")
 _EPOCH_DATE = 0x21  # 1980-01-01, the earliest a zip can say: no time of ours gets into the output
 
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
+_REBUILD_TYPED = Global("torch._utils", "_rebuild_tensor_v3")
 _HOOKS = Record(Global("collections", "OrderedDict"))
 
-STORAGES: dict[str, str] = {
-    "bf16": "BFloat16Storage",
-    "fp16": "HalfStorage",
-    "fp32": "FloatStorage",
-    "fp64": "DoubleStorage",
-    "fp8_e4m3": "Float8_e4m3fnStorage",
-    "fp8_e5m2": "Float8_e5m2Storage",
-    "int8": "CharStorage",
-    "int16": "ShortStorage",
-    "int32": "IntStorage",
-    "int64": "LongStorage",
-    "uint8": "ByteStorage",
-    "bool": "BoolStorage",
+TORCH_NAMES: dict[str, str] = {
+    **{name: name for name in DTYPES},
+    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64",
+    "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2",
 }
-"""Names of torch's storage classes, by our dtype names."""
+"""torch's names of dtypes, by ours."""
 
-_DTYPE_OF = {storage: DTYPES[name] for name, storage in STORAGES.items()}
+DTYPE_OF = {torch_name: DTYPES[name] for name, torch_name in TORCH_NAMES.items()}
+
+_STORAGES = {
+    "bf16": "BFloat16Storage", "fp16": "HalfStorage", "fp32": "FloatStorage", "fp64": "DoubleStorage", "int8": "CharStorage",
+    "int16": "ShortStorage", "int32": "IntStorage", "int64": "LongStorage", "uint8": "ByteStorage", "bool": "BoolStorage",
+}  # fmt: skip
+"""torch's storage classes. Newer dtypes have none: their tensors name the dtype, and their storage counts bytes."""
+
+_STORED_AS = {storage: DTYPES[name] for name, storage in _STORAGES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +106,11 @@ def object_archive(value: Any, *, name: str = "archive") -> bytes:
 
 def tensor_record(dtype: str, shape: Shape, *, key: str) -> Record:
     """How `data.pkl` describes a contiguous tensor."""
-    count = int(np.prod(shape, dtype=np.int64))
-    storage = Storage(Global("torch", STORAGES[dtype]), key, count)
-    return _REBUILD(storage, 0, shape, contiguous_strides(shape), False, _HOOKS)
+    count, strides = int(np.prod(shape, dtype=np.int64)), contiguous_strides(shape)
+    if dtype in _STORAGES:
+        return _REBUILD(Storage(Global("torch", _STORAGES[dtype]), key, count), 0, shape, strides, False, _HOOKS)
+    untyped = Storage(Global("torch.storage", "UntypedStorage"), key, count * DTYPES[dtype].itemsize)
+    return _REBUILD_TYPED(untyped, 0, shape, strides, False, _HOOKS, Global("torch", TORCH_NAMES[dtype]))
 
 
 def contiguous_strides(shape: Shape) -> Shape:
@@ -137,28 +140,28 @@ class _Archive:
         self._name = name
         self._out = bytearray()
         self._skipped = 0
-        self._entries: list[tuple[bytes, int, int]] = []
+        self._entries: list[tuple[bytes, int, int, int]] = []
 
     def add(self, record: str, data: bytes) -> None:
-        self._header(record, len(data))
+        self._header(record, len(data), zlib.crc32(data))
         self._out += data
 
     def skip(self, record: str, size: int) -> int:
         """Room for `size` bytes; answers how many bytes come before them."""
-        self._header(record, size)
+        self._header(record, size, 0)
         self._skipped += size
         return len(self._out)
 
-    def _header(self, record: str, size: int) -> None:
+    def _header(self, record: str, size: int, checksum: int) -> None:
         at, name = len(self._out) + self._skipped, f"{self._name}/{record}".encode()
         zip64 = struct.pack("<HHQQ", 1, 16, size, size) if size >= _ZIP64_FROM else b""
         padding = -(at + _LOCAL.size + len(name) + len(zip64) + 4) % ALIGNMENT
         extra = zip64 + struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # "FB", as torch pads
         short = min(size, _ZIP64_FROM)
         version = 45 if zip64 else 0
-        header = _LOCAL.pack(0x04034B50, version, 0, 0, 0, _EPOCH_DATE, 0, short, short, len(name), len(extra))
+        header = _LOCAL.pack(0x04034B50, version, 0, 0, 0, _EPOCH_DATE, checksum, short, short, len(name), len(extra))
         self._out += header + name + extra
-        self._entries.append((name, size, at))
+        self._entries.append((name, size, at, checksum))
 
     def finish(self) -> bytes:
         start = len(self._out) + self._skipped
@@ -172,12 +175,12 @@ class _Archive:
         return bytes(self._out)
 
 
-def _central(name: bytes, size: int, at: int) -> bytes:
+def _central(name: bytes, size: int, at: int, checksum: int) -> bytes:
     wide = [value for value in (size, size, at) if value >= _ZIP64_FROM]
     extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
     size, at = min(size, _ZIP64_FROM), min(at, _ZIP64_FROM)
     version = 45 if wide else 0
-    fields = (0x02014B50, 0, version, 0, 0, 0, _EPOCH_DATE, 0, size, size, len(name), len(extra), 0, 0, 0, 0, at)
+    fields = (0x02014B50, 0, version, 0, 0, 0, _EPOCH_DATE, checksum, size, size, len(name), len(extra), 0, 0, 0, 0, at)
     return _CENTRAL.pack(*fields) + name + extra
 
 
@@ -239,10 +242,11 @@ class OpenArchive:
 
     def _described(self, record: Any) -> StoredTensor:
         while isinstance(record, Record) and record.kind.name in ("_rebuild_parameter", "_rebuild_from_type_v2"):
-            record = record.args[0] if record.kind.name == "_rebuild_parameter" else _REBUILD(*record.args[2])
+            record = record.args[0] if record.kind.name == "_rebuild_parameter" else Record(record.args[0], record.args[2])
         match record:
-            case Record(kind=Global(name="_rebuild_tensor_v2"), args=(Storage() as storage, int(start), shape, strides, *_)):
-                dtype = _DTYPE_OF.get(storage.kind.name)
+            case Record(kind=kind, args=(Storage() as storage, int(start), shape, strides, _, _, *rest)):
+                typed = rest[0].name if kind == _REBUILD_TYPED and rest and isinstance(rest[0], Global) else ""
+                dtype = DTYPE_OF.get(typed) or _STORED_AS.get(storage.kind.name)
                 shape, strides = read_sizes(shape), read_sizes(strides)
                 if dtype is None or start < 0 or len(shape) != len(strides):
                     raise self._damaged(f"it describes a tensor of `{storage.kind.name}` that cannot be")

@@ -295,7 +295,9 @@ def _adam_state(state: dict) -> dict:
     apply_factories(copied)
     weights = [leaf for leaf in nested_values(copied) if isinstance(leaf, ShardedTensor)]
     return {
-        f"{kind}.{number}": make_sharded_optimizer_tensor(weight, torch.full_like(weight.data, 0.5, dtype=torch.float32), f"optimizer.state.{kind}")
+        f"{kind}.{number}": make_sharded_optimizer_tensor(
+            weight, torch.full_like(weight.data, 0.5, dtype=torch.float32), f"optimizer.state.{kind}"
+        )
         for kind in ("exp_avg", "exp_avg_sq", "fp32_param")
         for number, weight in enumerate(weights)
     }

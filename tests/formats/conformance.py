@@ -1,0 +1,88 @@
+"""What every format must pass: any region reads back, in any order and from several threads; files are as announced."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from formats.spec import DTYPES, TensorSpec, extent
+
+
+class FormatSuite:
+    """Inherit it, and say how to write and how to read."""
+
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32", "fp64", "fp8_e4m3", "int8", "int64", "uint8", "bool")
+
+    def specs(self) -> list[TensorSpec]:
+        named = [TensorSpec(f"decoder.layers.{n}.w.{d}", (7, 12), DTYPES[d]) for n in range(3) for d in self.dtypes]
+        return [*named, TensorSpec("one", (1,), DTYPES["fp32"]), TensorSpec("flat", (4099,), DTYPES["bf16"])]
+
+    def writer(self, folder, specs) -> Any:
+        raise NotImplementedError
+
+    def reader(self, folder) -> Any:
+        raise NotImplementedError
+
+    def values(self, specs) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(7)
+        return {s.name: np.frombuffer(rng.bytes(s.nbytes), np.uint8).view(s.dtype).reshape(s.shape) for s in specs}
+
+    def written(self, folder, *, threads=1, step=2):
+        specs = self.specs()
+        values, writer = self.values(specs), self.writer(folder, specs)
+        for name in writer.files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pieces = [(s, (slice(a, min(a + step, s.shape[0])), *s.whole[1:])) for s in specs for a in range(0, s.shape[0], step)]
+        np.random.default_rng(1).shuffle(pieces)
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda piece: writer.write(piece[0].name, piece[1], values[piece[0].name][piece[1]]), pieces))
+        announced = dict(writer.files)
+        writer.finish()
+        return values, announced
+
+    def test_regions_written_in_any_order_read_back_whole(self, tmp_path):
+        values, _ = self.written(tmp_path)
+        reader = self.reader(tmp_path)
+        assert reader.specs.keys() == values.keys()
+        for name, expected in values.items():
+            spec = reader.specs[name]
+            assert (spec.shape, spec.dtype) == (expected.shape, expected.dtype)
+            out = np.empty(spec.shape, spec.dtype)
+            reader.read(name, spec.whole, out)
+            assert out.tobytes() == expected.tobytes()
+
+    def test_any_region_reads_back_also_into_strided_memory(self, tmp_path):
+        values, _ = self.written(tmp_path)
+        reader = self.reader(tmp_path)
+        name = "decoder.layers.1.w.bf16"
+        for a, b, c, d in product((0, 3), (4, 7), (0, 5), (6, 12)):
+            region = slice(a, b), slice(c, d)
+            for out in (np.empty(extent(region), DTYPES["bf16"]), np.empty((b - a, 50), DTYPES["bf16"])[:, 1 : 1 + d - c]):
+                reader.read(name, region, out)
+                assert out.tobytes() == values[name][region].tobytes()
+
+    def test_threads_and_order_do_not_change_a_byte(self, tmp_path):
+        self.written(tmp_path / "one")
+        self.written(tmp_path / "many", threads=6, step=1)
+        one, many = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()} for n in ("one", "many"))
+        assert one == many
+
+    def test_files_have_the_announced_sizes(self, tmp_path):
+        _, announced = self.written(tmp_path)
+        found = {p.relative_to(tmp_path).as_posix(): p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()}
+        assert found == announced
+
+    def test_reading_from_threads_gives_the_same(self, tmp_path):
+        values, _ = self.written(tmp_path)
+        reader = self.reader(tmp_path)
+
+        def read(name):
+            out = np.empty(reader.specs[name].shape, reader.specs[name].dtype)
+            reader.read(name, reader.specs[name].whole, out)
+            return out.tobytes() == values[name].tobytes()
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(read, [*values] * 5))

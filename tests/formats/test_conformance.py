@@ -1,0 +1,38 @@
+"""Both formats pass the conformance suite."""
+
+from __future__ import annotations
+
+from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, plan_shards
+from formats.torch_dist import Placed, TorchDistReader, TorchDistWriter
+from tests.formats.conformance import FormatSuite
+
+
+class TestHuggingFace(FormatSuite):
+    def writer(self, folder, specs):
+        return HuggingFaceWriter(folder, plan_shards(specs, limit=2000))
+
+    def reader(self, folder):
+        return HuggingFaceReader(folder)
+
+
+class TestTorchDist(FormatSuite):
+    def writer(self, folder, specs):
+        return TorchDistWriter(folder, [self.placed(spec) for spec in specs], documents={"note.txt": b"n"})
+
+    def placed(self, spec):
+        return Placed(spec, ((spec.whole, 0),))
+
+    def reader(self, folder):
+        return TorchDistReader(folder)
+
+
+class TestTorchDistInQuarters(TestTorchDist):
+    """Chunks that cut columns too, so that pieces cross them in every way."""
+
+    def placed(self, spec):
+        if len(spec.shape) == 1:
+            return Placed(spec, ((spec.whole, 1),))
+        return Placed(spec, tuple(
+            ((slice(*rows), slice(*columns)), rank)
+            for rank, (rows, columns) in enumerate((r, c) for r in ((0, 3), (3, 7)) for c in ((0, 5), (5, 12)))
+        ))  # fmt: skip
