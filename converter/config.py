@@ -115,7 +115,7 @@ BUILT_IN_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_
 def rope_numbers(config: Config) -> dict[str, Any]:
     """Rotary embedding parameters of a `config.json`, as transformers 5 writes them (`rope_parameters`) or as 4 did
     (`rope_theta` and `rope_scaling`)."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scaling: Any = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise UserError(f"`rope_scaling` is `{scaling}`, which should be an object")
     numbers = dict(cast("Config", scaling))

@@ -136,7 +136,7 @@ def _writer(reader: TorchDistReader) -> str:
 def _layout(reader: TorchDistReader, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Tensor parallelism as the chunks show it; pipelines as the run configuration tells, where there is one."""
     cut = [name for name in reader.specs if name.endswith("linear_proj.weight")]
-    tp = len({chunk.region[-1].start for chunk in reader.chunks(cut[0]).chunks}) if cut else 1
+    tp = len({chunk.region[-1].start for chunk in reader.chunks(cut[0])}) if cut else 1
     told = {
         "pp": fields.get("pipeline_model_parallel_size"),
         "vpp": fields.get("virtual_pipeline_model_parallel_size"),
@@ -150,5 +150,5 @@ def _row(spec: TensorSpec) -> dict[str, Any]:
 
 
 def _chunks(reader: TorchDistReader, name: str) -> list[dict[str, Any]]:
-    found = reader.chunks(name).chunks
+    found = reader.chunks(name)
     return [{"file": c.place.file, "at": [p.start for p in c.region], "shape": list(extent(c.region))} for c in found]

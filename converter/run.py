@@ -15,6 +15,7 @@ import numpy as np
 
 from converter.plan import Making, Piece, pieces
 from converter.values import cast_into
+from formats.disk import BLOCK, aligned_memory
 from formats.errors import UserError
 from formats.spec import Array, Reader, Region, Shape, Writer, extent
 
@@ -38,7 +39,8 @@ def run(makings: Iterable[Making], reader: Reader, writer: Writer, *, workers: i
         bench = Bench()
         try:
             for piece in queue:
-                writer.write(piece.making.spec.name, piece.region, bench.make(piece, reader))
+                name = piece.making.spec.name
+                writer.write(name, piece.region, bench.make(piece, reader, writer.place(name, piece.region)))
                 progress(piece.nbytes)
         except BaseException:
             queue.stop()
@@ -58,41 +60,43 @@ class Bench:
     """One thread's buffers: where a piece is put together."""
 
     def __init__(self) -> None:
-        self._target = np.empty(PIECE_BYTES, np.uint8)
-        self._scratch = np.empty(0, np.uint8)
+        self._target = self._scratch = aligned_memory(PIECE_BYTES + BLOCK)
 
-    def make(self, piece: Piece, reader: Reader) -> Array:
-        """The piece's data, valid until the next call."""
+    def make(self, piece: Piece, reader: Reader, place: int) -> Array:
+        """The piece's data, valid until the next call; its address has the remainder by page that `place` has."""
         spec = piece.making.spec
-        out = self._view("_target", extent(piece.region), spec.dtype)
+        out = self._view("_target", extent(piece.region), spec.dtype, place % BLOCK)
         filled = 0
         for name, region, rows in piece.copies():
             self._read(reader, name, region, out[rows], piece.making.dtype)
             filled += rows.stop - rows.start
         if filled < len(out):
-            self._zero_the_rest(piece, out)
+            _zero_the_rest(piece, out)
         return out
 
     def _read(self, reader: Reader, name: str, region: Region, out: Array, dtype: np.dtype[np.generic]) -> None:
         if out.dtype == dtype:
             reader.read(name, region, out)
             return
-        data = self._view("_scratch", out.shape, dtype)
+        if self._scratch is self._target:
+            self._scratch = aligned_memory(PIECE_BYTES)
+        data = self._view("_scratch", out.shape, dtype, 0)
         reader.read(name, region, data)
         cast_into(out, data)
 
-    def _zero_the_rest(self, piece: Piece, out: Array) -> None:
-        end = 0
-        for _, _, rows in sorted(piece.copies(), key=lambda copy: copy[2].start):
-            out[end : rows.start] = 0
-            end = rows.stop
-        out[end:] = 0
+    def _view(self, buffer: str, shape: Shape, dtype: np.dtype[np.generic], start: int) -> Array:
+        end = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if getattr(self, buffer).nbytes < end:
+            setattr(self, buffer, aligned_memory(end))
+        return getattr(self, buffer)[start:end].view(dtype).reshape(shape)
 
-    def _view(self, buffer: str, shape: Shape, dtype: np.dtype[np.generic]) -> Array:
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        if getattr(self, buffer).nbytes < size:
-            setattr(self, buffer, np.empty(size, np.uint8))
-        return getattr(self, buffer)[:size].view(dtype).reshape(shape)
+
+def _zero_the_rest(piece: Piece, out: Array) -> None:
+    end = 0
+    for _, _, rows in sorted(piece.copies(), key=lambda copy: copy[2].start):
+        out[end : rows.start] = 0
+        end = rows.stop
+    out[end:] = 0
 
 
 class _Shared:

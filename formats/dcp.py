@@ -6,9 +6,10 @@ Each archive holds one chunk (a box of a tensor) or one object. Knows nothing of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from formats.disk import Files, Stored, read_box, read_exactly, write_box, write_exactly
+from formats.disk import Files, Outputs, Stored, place_of, read_box, read_exactly, write_box
 from formats.errors import UserError
 from formats.pickles import Global, Record, dumps, loads
 from formats.spec import Array, Region, Shape, dtype_name, extent, intersect, within
-from formats.torch_zip import DTYPE_OF, TORCH_NAMES, Frame, OpenArchive, contiguous_strides, read_sizes, tensor_frame
+from formats.torch_zip import DTYPE_OF, PAGE, TORCH_NAMES, Frame, OpenArchive, contiguous_strides, read_sizes, tensor_frame
 
 METADATA = ".metadata"
 
@@ -42,13 +43,31 @@ class Chunk:
     place: Place
 
 
-@dataclass(frozen=True, slots=True)
 class ChunkedTensor:
     """A tensor as its chunks, which together tile it."""
 
-    shape: Shape
-    dtype: np.dtype[Any]
-    chunks: tuple[Chunk, ...]
+    def __init__(self, shape: Shape, dtype: np.dtype[Any], chunks: Iterable[Chunk]) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.chunks = sorted(chunks, key=_first_row)
+        self._longest = max((_rows(chunk).stop - _rows(chunk).start for chunk in self.chunks), default=0)
+
+    def touching(self, region: Region) -> Iterator[tuple[Chunk, Region]]:
+        """The chunks that share a box with a region, and the box. A tensor of stacked layers has thousands of chunks, so
+        only those near the region's rows are looked at."""
+        rows = region[0] if region else slice(0, 1)
+        first = bisect_left(self.chunks, rows.start - self._longest + 1, key=_first_row)
+        for chunk in self.chunks[first : bisect_left(self.chunks, rows.stop, key=_first_row)]:
+            shared = intersect(chunk.region, region)
+            if shared is not None:
+                yield chunk, shared
+
+
+def _rows(chunk: Chunk) -> slice:
+    return chunk.region[0] if chunk.region else slice(0, 1)
+
+
+def _first_row(chunk: Chunk) -> int:
+    return _rows(chunk).start
 
 
 class Container:
@@ -81,7 +100,7 @@ class Container:
         """
         record = self._tensors[name]
         shape = read_sizes(record["size"])
-        chunks = tuple(self._chunk(name, chunk) for chunk in record["chunks"])
+        chunks = [self._chunk(name, chunk) for chunk in record["chunks"]]
         _check_tiling(name, shape, [chunk.region for chunk in chunks])
         return ChunkedTensor(shape, _dtype(name, record["properties"]), chunks)
 
@@ -97,11 +116,9 @@ class Container:
 
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
         """Fill `out` with a region of the tensor, from whichever chunks hold it."""
-        for chunk in tensor.chunks:
-            shared = intersect(chunk.region, region)
-            if shared:
-                stored = self._locate(chunk, tensor.dtype)
-                read_box(self._files, stored, within(shared, chunk.region), out[within(shared, region)])
+        for chunk, shared in tensor.touching(region):
+            stored = self._locate(chunk, tensor.dtype)
+            read_box(self._files, stored, within(shared, chunk.region), out[within(shared, region)])
 
     def close(self) -> None:
         self._files.close()
@@ -256,19 +273,18 @@ class ContainerWriter:
         objects: Sequence[NewObject],
     ) -> None:
         self._directory = directory
-        self._tensors = tensors
         self._objects = objects
-        self._files = Files(write=True)
+        self._outputs = Outputs()
         self._ends: dict[str, int] = {}
         self._object_places = [self._take(item.file, len(item.archive)) for item in objects]
-        self._chunks: dict[str, list[tuple[Chunk, Frame]]] = {key: [] for key in tensors}
-        frames = _remembered(tensor_frame)
+        placed: dict[str, list[Chunk]] = {key: [] for key in tensors}
         for new in chunks:
-            frame = frames(dtype_name(tensors[new.key][1]), extent(new.region))
-            self._chunks[new.key].append((Chunk(new.region, self._take(new.file, frame.length)), frame))
+            length = _frame(tensors[new.key][1], extent(new.region)).length
+            placed[new.key].append(Chunk(new.region, self._take(new.file, length, alignment=PAGE)))
+        self._chunked = {key: ChunkedTensor(*tensors[key], found) for key, found in placed.items()}
 
-    def _take(self, file: str, length: int) -> Place:
-        start = self._ends.get(file, 0)
+    def _take(self, file: str, length: int, *, alignment: int = 1) -> Place:
+        start = -(-self._ends.get(file, 0) // alignment) * alignment
         self._ends[file] = start + length
         return Place(file, start, length)
 
@@ -280,38 +296,46 @@ class ContainerWriter:
     def files(self) -> dict[str, int]:
         return {**self._ends, METADATA: len(self.metadata)}
 
+    def place(self, key: str, region: Region) -> int:
+        """Where in its file the region's first byte goes."""
+        corner = tuple(slice(part.start, part.start + 1) for part in region)
+        chunk, _ = next(self._chunked[key].touching(corner))
+        return place_of(self._stored(key, chunk), within(corner, chunk.region), self._chunked[key].dtype.itemsize)
+
     def write(self, key: str, region: Region, data: Array) -> None:
         """Put a region of a tensor where its chunks lie."""
-        for chunk, frame in self._chunks[key]:
-            shared = intersect(chunk.region, region)
-            if shared:
-                start = chunk.place.offset + len(frame.before)
-                stored = Stored(self._directory / chunk.place.file, start, extent(chunk.region))
-                write_box(self._files, stored, within(shared, chunk.region), data[within(shared, region)])
+        for chunk, shared in self._chunked[key].touching(region):
+            write_box(self._outputs, self._stored(key, chunk), within(shared, chunk.region), data[within(shared, region)])
+
+    def _stored(self, key: str, chunk: Chunk) -> Stored:
+        shape = extent(chunk.region)
+        start = chunk.place.offset + len(_frame(self._chunked[key].dtype, shape).before)
+        return Stored(self._directory / chunk.place.file, start, shape)
 
     def finish(self) -> None:
         """Write objects, frames, and last the index that makes the directory a checkpoint."""
         for new, place in zip(self._objects, self._object_places, strict=True):
             self._put(place.file, place.offset, new.archive)
-        for chunk, frame in (pair for pairs in self._chunks.values() for pair in pairs):
-            self._put(chunk.place.file, chunk.place.offset, frame.before)
-            self._put(chunk.place.file, chunk.place.offset + len(frame.before) + frame.size, frame.after)
+        for tensor in self._chunked.values():
+            for chunk in tensor.chunks:
+                frame = _frame(tensor.dtype, extent(chunk.region))
+                self._put(chunk.place.file, chunk.place.offset, frame.before)
+                self._put(chunk.place.file, chunk.place.offset + len(frame.before) + frame.size, frame.after)
         self._put(METADATA, 0, self.metadata)
         self.close()
 
     def close(self) -> None:
-        self._files.close()
+        self._outputs.close()
 
     def _put(self, file: str, offset: int, data: bytes) -> None:
-        write_exactly(self._files.descriptor(self._directory / file), memoryview(data), offset)
+        self._outputs.put(self._directory / file, offset, data)
 
     def _metadata(self) -> Record:
         described: dict[str, Record] = {}
         storage: dict[Record, Record] = {}
-        for key, (shape, dtype) in self._tensors.items():
-            chunks = [chunk for chunk, _ in self._chunks[key]]
-            described[key] = _tensor_record(shape, dtype, chunks)
-            for chunk in chunks:
+        for key, tensor in self._chunked.items():
+            described[key] = _tensor_record(tensor)
+            for chunk in tensor.chunks:
                 storage[_index_record(key, _starts(chunk.region))] = _info_record(chunk.place)
         for new, place in zip(self._objects, self._object_places, strict=True):
             described[new.key] = _metadata_record("BytesStorageMetadata", {})
@@ -320,16 +344,10 @@ class ContainerWriter:
         return _metadata_record("Metadata", {**fields, "storage_meta": None, "version": "1.0.0"})
 
 
-def _remembered(make: Callable[..., Frame]) -> Callable[..., Frame]:
+@cache
+def _frame(dtype: np.dtype[Any], shape: Shape) -> Frame:
     """Frames repeat from layer to layer: one per dtype and shape is enough."""
-    known: dict[Any, Frame] = {}
-
-    def frame(*key: Any) -> Frame:
-        if key not in known:
-            known[key] = make(*key)
-        return known[key]
-
-    return frame
+    return tensor_frame(dtype_name(dtype), shape)
 
 
 def _metadata_record(name: str, state: Any) -> Record:
@@ -355,16 +373,18 @@ def _info_record(place: Place) -> Record:
     return Record(kind, state=state, made_by_call=False)
 
 
-def _tensor_record(shape: Shape, dtype: np.dtype[Any], chunks: Sequence[Chunk]) -> Record:
+def _tensor_record(tensor: ChunkedTensor) -> Record:
     layout = Global("torch.serialization", "_get_layout")("torch.strided")
     memory_format = Global("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING")(0)
-    dtype_global = Global("torch", TORCH_NAMES[dtype_name(dtype)])
-    properties = _metadata_record("TensorProperties", (dtype_global, layout, False, memory_format, False))
+    fields = Global("torch", TORCH_NAMES[dtype_name(tensor.dtype)]), layout, False, memory_format, False
+    properties = _metadata_record("TensorProperties", fields)
     boxes = [
         _metadata_record(
             "ChunkStorageMetadata",
             {"offsets": _size_record(_starts(c.region)), "sizes": _size_record(extent(c.region))},
         )
-        for c in chunks
+        for c in tensor.chunks
     ]
-    return _metadata_record("TensorStorageMetadata", {"properties": properties, "size": _size_record(shape), "chunks": boxes})
+    return _metadata_record(
+        "TensorStorageMetadata", {"properties": properties, "size": _size_record(tensor.shape), "chunks": boxes}
+    )

@@ -6,6 +6,7 @@ Knows nothing of what the bytes mean.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 from collections.abc import Generator, Iterator
@@ -18,6 +19,12 @@ import numpy as np
 
 from formats.errors import UserError
 from formats.spec import Array, Region, Shape, extent
+
+BLOCK = 4096
+"""What direct I/O is aligned to: a page, and no smaller than any disk's sector."""
+
+BYPASS_FROM = 64 << 10
+"""Shorter writes are not worth bypassing the page cache."""
 
 GATHER_BELOW = 64 << 10
 """Runs of bytes shorter than this are not worth a system call each: the rows around them are read whole and sliced."""
@@ -35,15 +42,15 @@ class Stored:
 class Files:
     """Open file descriptors by path, shared by threads, closed together."""
 
-    def __init__(self, *, write: bool = False) -> None:
-        self._flags = os.O_RDWR | os.O_CREAT if write else os.O_RDONLY
+    def __init__(self, flags: int = os.O_RDONLY) -> None:
+        self._flags = flags | os.O_CLOEXEC
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()
 
     def descriptor(self, path: Path) -> int:
         with self._lock:
             if path not in self._open:
-                self._open[path] = os.open(path, self._flags | os.O_CLOEXEC, 0o644)
+                self._open[path] = os.open(path, self._flags, 0o644)
             return self._open[path]
 
     def close(self) -> None:
@@ -51,6 +58,78 @@ class Files:
             for descriptor in self._open.values():
                 os.close(descriptor)
             self._open.clear()
+
+
+class Outputs:
+    """Files being written, at any position, from any thread.
+
+    Whole blocks bypass the page cache where the file system allows: copying through it costs more processor time than all
+    the rest of a conversion, and evicts what others have cached. Edges of less than a block go through it.
+    """
+
+    def __init__(self) -> None:
+        self._buffered = Files(os.O_RDWR | os.O_CREAT)
+        self._direct = Files(os.O_WRONLY | os.O_CREAT | getattr(os, "O_DIRECT", 0))
+        self._may_bypass = hasattr(os, "O_DIRECT")
+        self._local = threading.local()
+
+    def write(self, path: Path, offset: int, data: Array) -> None:
+        """Put an array, in C order, at `offset`."""
+        head, middle = -offset % BLOCK, (data.nbytes - -offset % BLOCK) // BLOCK * BLOCK
+        if not self._may_bypass or middle < BYPASS_FROM:
+            return self._write_buffered(path, offset, as_bytes(np.ascontiguousarray(data)))
+        aligned = self._aligned(data, offset)
+        end = head + middle
+        self._write_direct(path, offset + head, aligned[head:end])
+        self._write_buffered(path, offset, aligned[:head])
+        return self._write_buffered(path, offset + end, aligned[end:])
+
+    def put(self, path: Path, offset: int, data: bytes) -> None:
+        """Put a few bytes at `offset`."""
+        self._write_buffered(path, offset, memoryview(data))
+
+    def close(self) -> None:
+        self._buffered.close()
+        self._direct.close()
+
+    def _aligned(self, data: Array, offset: int) -> memoryview:
+        """The array's bytes in memory whose addresses have the same remainder by `BLOCK` as their place in the file."""
+        if data.flags.c_contiguous and (data.ctypes.data - offset) % BLOCK == 0:
+            return as_bytes(data)
+        start = offset % BLOCK
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or buffer.nbytes < start + data.nbytes:
+            buffer = self._local.buffer = aligned_memory(start + data.nbytes)
+        place = buffer[start : start + data.nbytes]
+        copy(place.view(data.dtype).reshape(data.shape), data)
+        return memoryview(place)
+
+    def _write_direct(self, path: Path, offset: int, data: memoryview) -> None:
+        try:
+            _write_all(self._direct.descriptor(path), data, offset)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            self._may_bypass = False
+            self._write_buffered(path, offset, data)
+
+    def _write_buffered(self, path: Path, offset: int, data: memoryview) -> None:
+        """Through the page cache; long writes are started towards the disk at once, so that it works while we read on."""
+        descriptor = self._buffered.descriptor(path)
+        _write_all(descriptor, data, offset)
+        if len(data) >= BYPASS_FROM:
+            os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
+
+
+def aligned_memory(size: int) -> Array:
+    """Bytes of memory that start at a page."""
+    return np.frombuffer(mmap.mmap(-1, size), np.uint8)
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
 
 
 def read_exactly(descriptor: int, out: memoryview, offset: int, *, path: Path) -> None:
@@ -64,18 +143,6 @@ def read_exactly(descriptor: int, out: memoryview, offset: int, *, path: Path) -
                 hint="the file is truncated or still being written; fetch it again",
             )
         done += count
-
-
-def write_exactly(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write all of `data` at `offset` and ask the kernel to start writing it to the disk.
-
-    Without that request a whole file stays in memory until the final fsync, which then waits for the disk alone; with it
-    the disk works while the next piece is read.
-    """
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], offset + done)
-    os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
 
 
 def read_box(files: Files, stored: Stored, region: Region, out: Array) -> None:
@@ -96,18 +163,22 @@ def read_box(files: Files, stored: Stored, region: Region, out: Array) -> None:
         else:
             scratch = np.empty((rows.stop - rows.start, *stored.shape[1:]), out.dtype)
             _read_run(files, stored, (rows, *(slice(0, size) for size in stored.shape[1:])), scratch)
-            part[...] = scratch[(slice(None), *region[1:])]
+            copy(part, scratch[(slice(None), *region[1:])])
     return None
 
 
-def write_box(files: Files, stored: Stored, region: Region, data: Array) -> None:
+def write_box(outputs: Outputs, stored: Stored, region: Region, data: Array) -> None:
     """The way back of `read_box`: put `data` into a box of an array that lies, or will lie, in a file."""
     if _contiguous(stored.shape, extent(region)):
-        start = stored.offset + _element(stored.shape, region) * data.dtype.itemsize
-        return write_exactly(files.descriptor(stored.path), as_bytes(np.ascontiguousarray(data)), start)
+        return outputs.write(stored.path, place_of(stored, region, data.dtype.itemsize), data)
     for number, row in enumerate(range(region[0].start, region[0].stop)):
-        write_box(files, _row(stored, row, data.dtype.itemsize), region[1:], data[number])
+        write_box(outputs, _row(stored, row, data.dtype.itemsize), region[1:], data[number])
     return None
+
+
+def place_of(stored: Stored, region: Region, itemsize: int) -> int:
+    """Where in its file a region's first byte lies."""
+    return stored.offset + _element(stored.shape, region) * itemsize
 
 
 def bands(rows: slice, step: int) -> Iterator[slice]:
@@ -117,16 +188,22 @@ def bands(rows: slice, step: int) -> Iterator[slice]:
 
 
 def _read_run(files: Files, stored: Stored, region: Region, out: Array) -> None:
-    start = stored.offset + _element(stored.shape, region) * out.dtype.itemsize
+    start = place_of(stored, region, out.dtype.itemsize)
     target = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
     read_exactly(files.descriptor(stored.path), as_bytes(target), start, path=stored.path)
     if target is not out:
-        out[...] = target
+        copy(out, target)
 
 
 def _row(stored: Stored, row: int, itemsize: int) -> Stored:
     """One row of a stored array, as an array of one dimension less."""
     return Stored(stored.path, stored.offset + row * prod(stored.shape[1:]) * itemsize, stored.shape[1:])
+
+
+def copy(out: Array, data: Array) -> None:
+    """Move elements of one dtype as whole numbers: numpy copies foreign dtypes such as bfloat16 one by one."""
+    plain = np.dtype(f"u{data.dtype.itemsize}")
+    np.copyto(out.view(plain), data.view(plain))
 
 
 def as_bytes(array: Array) -> memoryview:

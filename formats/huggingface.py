@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from formats.disk import Files, Stored, read_box, write_box, write_exactly
+from formats.disk import Files, Outputs, Stored, place_of, read_box, write_box
 from formats.errors import UserError
 from formats.spec import DTYPES, Array, Region, TensorSpec, dtype_name
 
@@ -218,7 +218,7 @@ class HuggingFaceWriter:
     def __init__(self, directory: Path, shards: Mapping[str, Shard]) -> None:
         self._directory = directory
         self._shards = shards
-        self._files = Files(write=True)
+        self._outputs = Outputs()
         self._where = {
             name: Stored(directory / file, offset, spec.shape)
             for file, shard in shards.items()
@@ -230,16 +230,19 @@ class HuggingFaceWriter:
     def files(self) -> dict[str, int]:
         return {file: shard.size for file, shard in self._shards.items()}
 
+    def place(self, name: str, region: Region) -> int:
+        return place_of(self._where[name], region, self.specs[name].dtype.itemsize)
+
     def write(self, name: str, region: Region, data: Array) -> None:
-        write_box(self._files, self._where[name], region, data)
+        write_box(self._outputs, self._where[name], region, data)
 
     def finish(self) -> None:
         for file, shard in self._shards.items():
-            write_exactly(self._files.descriptor(self._directory / file), memoryview(shard.raw), 0)
+            self._outputs.put(self._directory / file, 0, shard.raw)
         self.close()
 
     def close(self) -> None:
-        self._files.close()
+        self._outputs.close()
 
 
 def plan_shards(specs: Sequence[TensorSpec], *, limit: int) -> dict[str, Shard]:

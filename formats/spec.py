@@ -103,6 +103,11 @@ class Writer(Protocol):
         """Every file it will make, by relative path, and its size in bytes."""
         ...
 
+    def place(self, name: str, region: Region) -> int:
+        """Where in its file the region's first byte goes: data at such a place in memory, by pages, is written without a
+        copy."""
+        ...
+
     def write(self, name: str, region: Region, data: Array) -> None:
         """Put `data`, of the region's shape and the tensor's dtype, in its place."""
         ...

@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from formats.dcp import METADATA, ChunkedTensor, Container, ContainerWriter, NewChunk, NewObject
-from formats.disk import write_exactly
+from formats.dcp import METADATA, Chunk, ChunkedTensor, Container, ContainerWriter, NewChunk, NewObject
 from formats.errors import UserError
 from formats.huggingface import read_json
 from formats.pickles import Record
@@ -115,7 +114,7 @@ class TorchDistReader:
         self.others = [name for name in self.container.tensor_names if _NOT_WEIGHTS.match(name)]
         self.specs: dict[str, TensorSpec] = {}
         self._sources: dict[str, _Source] = {}
-        self._tensors: dict[_Source, ChunkedTensor] = {}
+        self._tensors: dict[str, ChunkedTensor] = {}
         self._lock = threading.Lock()
         weights = dict.fromkeys(key for key in self.container.tensor_names if not _NOT_WEIGHTS.match(key))
         halves = {key: key.removesuffix(_GATE) + _UP for key in weights if key.endswith(_GATE)}
@@ -153,31 +152,27 @@ class TorchDistReader:
         self._sources[name] = source
 
     def read(self, name: str, region: Region, out: Array) -> None:
-        source = self._sources[name]
-        if source.row is None:
-            self.container.read(self.chunks(name), region, out)
+        row = self._sources[name].row
+        if row is None:
+            self.container.read(self._tensor(name), region, out)
         else:
-            self.container.read(self.chunks(name), (slice(source.row, source.row + 1), *region), out[np.newaxis])
+            self.container.read(self._tensor(name), (slice(row, row + 1), *region), out[np.newaxis])
 
-    def chunks(self, name: str) -> ChunkedTensor:
+    def chunks(self, name: str) -> list[Chunk]:
         """The chunks that hold a weight (of a stacked key, those that hold its layer)."""
+        row, tensor = self._sources[name].row, self._tensor(name)
+        if row is None:
+            return tensor.chunks
+        layer = (slice(row, row + 1), *self.specs[name].whole)
+        return [chunk for chunk, _ in tensor.touching(layer)]
+
+    def _tensor(self, name: str) -> ChunkedTensor:
         source = self._sources[name]
         with self._lock:
-            if source not in self._tensors:
-                self._split(source)
-        return self._tensors[source]
-
-    def _split(self, source: _Source) -> None:
-        key, whole = source.key, self.container.tensor(source.key)
-        if source.row is None:
-            self._tensors[source] = _stacked(whole, self.container.tensor(source.then)) if source.then else whole
-            return
-        rows: list[list[Any]] = [[] for _ in range(whole.shape[0])]
-        for chunk in whole.chunks:
-            for row in range(chunk.region[0].start, chunk.region[0].stop):
-                rows[row].append(chunk)
-        for row, chunks in enumerate(rows):
-            self._tensors[_Source(key, row)] = ChunkedTensor(whole.shape, whole.dtype, tuple(chunks))
+            if source.key not in self._tensors:
+                whole = self.container.tensor(source.key)
+                self._tensors[source.key] = _stacked(whole, self.container.tensor(source.then)) if source.then else whole
+        return self._tensors[source.key]
 
     def common_state(self) -> dict[str, Any]:
         """What the trainer stored beside the tensors (`args`, iteration, …), classes as inert records."""
@@ -214,7 +209,7 @@ def _stacked(first: ChunkedTensor, then: ChunkedTensor) -> ChunkedTensor:
         replace(chunk, region=(slice(chunk.region[0].start + rows, chunk.region[0].stop + rows), *chunk.region[1:]))
         for chunk in then.chunks
     ]
-    return ChunkedTensor((rows + then.shape[0], *first.shape[1:]), first.dtype, (*first.chunks, *moved))
+    return ChunkedTensor((rows + then.shape[0], *first.shape[1:]), first.dtype, [*first.chunks, *moved])
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +247,9 @@ class TorchDistWriter:
         inside = {**self._container.files, **{name: len(data) for name, data in self._documents.items()}}
         below = {f"{self._folder}/{name}": size for name, size in inside.items()}
         return {**below, **{name: len(data) for name, data in self._trackers().items()}}
+
+    def place(self, name: str, region: Region) -> int:
+        return self._container.place(self._keys[name][0], self._shift(name, region))
 
     def write(self, name: str, region: Region, data: Array) -> None:
         key, row, _ = self._keys[name]
@@ -340,5 +338,4 @@ def _train_state(step: int) -> bytes:
 
 def _write_file(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        write_exactly(file.fileno(), memoryview(data), 0)
+    path.write_bytes(data)

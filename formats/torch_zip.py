@@ -21,6 +21,12 @@ from formats.pickles import Global, Record, Storage, dumps, loads
 from formats.spec import DTYPES, Array, Shape, dtype_name
 
 ALIGNMENT = 64
+"""Where torch starts a record's data."""
+
+PAGE = 4096
+"""Where we start a tensor's data, in its archive and, archives being placed likewise, in the file: it can be written and
+read past the page cache, or mapped."""
+
 _ZIP64_FROM = 0xFFFFFFFF
 _LOCAL = struct.Struct("<IHHHHHIIIHH")
 _CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
@@ -35,8 +41,12 @@ _HOOKS = Record(Global("collections", "OrderedDict"))
 
 TORCH_NAMES: dict[str, str] = {
     **{name: name for name in DTYPES},
-    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64",
-    "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "fp64": "float64",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
 }
 """torch's names of dtypes, by ours."""
 
@@ -127,7 +137,7 @@ def _frame(described: bytes, size: int) -> Frame:
     archive = _Archive("archive")
     archive.add("data.pkl", described)
     archive.add("byteorder", b"little")
-    before = archive.skip("data/0", size)
+    before = archive.skip("data/0", size, alignment=PAGE)
     archive.add("version", b"3\n")
     whole = archive.finish()
     return Frame(whole[:before], size, whole[before:])
@@ -146,16 +156,16 @@ class _Archive:
         self._header(record, len(data), zlib.crc32(data))
         self._out += data
 
-    def skip(self, record: str, size: int) -> int:
+    def skip(self, record: str, size: int, *, alignment: int) -> int:
         """Room for `size` bytes; answers how many bytes come before them."""
-        self._header(record, size, 0)
+        self._header(record, size, 0, alignment)
         self._skipped += size
         return len(self._out)
 
-    def _header(self, record: str, size: int, checksum: int) -> None:
+    def _header(self, record: str, size: int, checksum: int, alignment: int = ALIGNMENT) -> None:
         at, name = len(self._out) + self._skipped, f"{self._name}/{record}".encode()
         zip64 = struct.pack("<HHQQ", 1, 16, size, size) if size >= _ZIP64_FROM else b""
-        padding = -(at + _LOCAL.size + len(name) + len(zip64) + 4) % ALIGNMENT
+        padding = -(at + _LOCAL.size + len(name) + len(zip64) + 4) % alignment
         extra = zip64 + struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # "FB", as torch pads
         short = min(size, _ZIP64_FROM)
         version = 45 if zip64 else 0

@@ -76,7 +76,7 @@ def _serve(pipe: Any) -> None:
         try:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-            with _Cpu(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+            with _Cpu(), Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null):
                 pipe.send((True, function(rank, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
