@@ -27,7 +27,7 @@ _FIELDS = ("hidden", "layers", "heads", "groups", "head_dim", "ffn", "vocab", "t
 SHAPES = {
     name: dict(zip(_FIELDS, sizes, strict=True))
     for name, sizes in {
-        "tiny": (256, 4, 8, 8, 32, 1024, 8192, False),
+        "tiny": (512, 8, 8, 4, 64, 1536, 8192, False),
         "1b": (2048, 16, 32, 8, 64, 8192, 128256, True),
         "8b-16": (4096, 16, 32, 8, 128, 14336, 128256, False),
         "405b": (16384, 126, 128, 8, 128, 53248, 128256, False),
@@ -75,10 +75,10 @@ def specs(shape: dict) -> list[TensorSpec]:
     return [TensorSpec(name, size, DTYPES["bf16"]) for name, size in named.items()]
 
 
-def make_model(folder: Path, shape: dict, *, data: bool = True) -> None:
+def make_model(folder: Path, shape: dict, *, data: bool = True, shard_bytes: int = 5_000_000_000) -> None:
     """A Llama directory with random weights; without `data`, files of the right size full of holes."""
     folder.mkdir(parents=True)
-    shards = plan_shards(specs(shape), limit=5_000_000_000)
+    shards = plan_shards(specs(shape), limit=shard_bytes)
     rng = np.random.default_rng(1)
     for name, shard in shards.items():
         with (folder / name).open("wb") as file:

@@ -97,14 +97,19 @@ class Plan:
     """Tensors that are zero on the Megatron side because the Hugging Face model has none."""
 
 
-def bind(rules: Iterable[Rule], model: Model) -> list[Bound]:
-    """Every rule that applies, with the names it stands for."""
+def bind(rules: Iterable[Rule], model: Model, source: Specs) -> list[Bound]:
+    """Every rule that applies, with the names it stands for. A layer has tensors, so layers are no more than those."""
+    if model.layers > len(source):
+        raise UserError(
+            f"`config.json` says {model.layers} layers, but there are only {len(source)} tensors in all",
+            hint="either the weights or `config.json` are of another model",
+        )
     return [Bound(rule, layer, *rule.names(layer)) for rule, layer in in_order(rules, model) if rule.when(model)]
 
 
 def to_megatron(rules: Sequence[Rule], extras: Iterable[str], model: Model, source: Specs, *, dtype: str) -> Plan:
     """The plan that makes every Megatron tensor of `model` from Hugging Face tensors."""
-    bound = bind(rules, model)
+    bound = bind(rules, model, source)
     wanted = {name: shape for one in bound if not one.rule.zeros(model) for name, shape in _parts(one, model)}
     allowed = {fill(template, layer) for template in extras for layer in range(model.layers)}
     equal = [
@@ -138,7 +143,7 @@ def _fused(one: Bound, model: Model, source: Specs, common: np.dtype[Any], dtype
 
 def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype: str) -> Plan:
     """The plan that makes every Hugging Face tensor of `model` from Megatron tensors."""
-    bound = [_as_stored(one, source) for one in bind(rules, model)]
+    bound = [_as_stored(one, source) for one in bind(rules, model, source)]
     wanted = {one.megatron: _stored_shape(one, model, source) for one in bound}
     _account(wanted, source, known=set(), side="checkpoint")
     zero = tuple(one.megatron for one in bound if one.rule.zeros(model))

@@ -33,6 +33,9 @@ COMMON = "common.pt"
 COMMON_KEY = "common_state/shard_0_1"
 EXTRA_STATE = "._extra_state/"
 
+MOST_LAYERS = 100_000
+"""More than any model has: a damaged shape must not be counted through."""
+
 _STATELESS = {"word_embeddings", "position_embeddings", "output_layer", "router", "shared_experts"}
 """Modules that have weights and no `_extra_state`; every other module of Transformer Engine's has one."""
 
@@ -135,7 +138,9 @@ class TorchDistReader:
         if not stacked:
             self._name(key, _Source(key), shape, dtype)
             return
-        for row in range(shape[0] if len(shape) > 0 else 0):
+        if not shape or shape[0] > MOST_LAYERS:
+            raise UserError(f"`{key}` has shape {list(shape)}, whose first number should count layers")
+        for row in range(shape[0]):
             self._name(f"{stacked[1]}.{row}.{stacked[2]}", _Source(key, row), shape[1:], dtype)
 
     def _add_halves(self, gate: str, up: str) -> None:

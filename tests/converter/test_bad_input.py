@@ -1,0 +1,379 @@
+"""Bad input gets a clear error that names things, exit code 1, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+from converter import UserError, hf_to_mcore, mcore_to_hf
+
+
+@pytest.fixture
+def source(model_folder, tmp_path):
+    """A model in several files, free to be damaged."""
+    shutil.copytree(model_folder("gqa", dtype="bfloat16", max_shard_size="60KB"), tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def checkpoint(model_folder, tmp_path):
+    """A converted model, free to be damaged."""
+    hf_to_mcore(model_folder("gqa", dtype="bfloat16"), tmp_path / "megatron", tp=2, pp=2)
+    return tmp_path / "megatron"
+
+
+def refused(action, source, tmp_path, pattern, **options):
+    before = {p: p.stat().st_mtime_ns for p in Path(source).rglob("*")}
+    with pytest.raises(UserError, match=pattern):
+        action(source, tmp_path / "out", **options)
+    assert not list(tmp_path.glob("out*")), "something was left behind"
+    assert before == {p: p.stat().st_mtime_ns for p in Path(source).rglob("*")}, "the source was touched"
+
+
+def edit_config(source, **changes):
+    path = source / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(("text", "pattern"), [
+    (None, "has no `config.json`"), ("{", "`config.json` is not readable JSON"), ("[1]", "should be a JSON object"),
+    ("", "`config.json` is not readable JSON"), ("[" * 100_000, "`config.json` is not readable JSON"),
+    ('{"a": 1, "a": 2}', "`a` stands there twice"),
+])  # fmt: skip
+def test_no_or_broken_config(source, tmp_path, text, pattern):
+    (source / "config.json").unlink()
+    if text is not None:
+        (source / "config.json").write_text(text)
+    refused(hf_to_mcore, source, tmp_path, pattern)
+
+
+@pytest.mark.parametrize(("changes", "pattern"), [
+    ({"model_type": "gpt2"}, r"`gpt2`, which is not supported\n\nhint: supported are: llama, mistral"),
+    ({"model_type": ["llama"]}, "which is not supported"),
+    ({"model_type": "../llama"}, "which is not supported"),
+    ({"hidden_size": ...}, "`hidden_size`: `None`, which should be a whole number"),
+    ({"hidden_size": "64"}, "`hidden_size`: `64`, which should be a whole number"),
+    ({"num_hidden_layers": 0}, "`num_hidden_layers`: `0`"),
+    ({"num_hidden_layers": 10**9}, "says 1000000000 layers, but there are only 39 tensors in all"),
+    ({"num_hidden_layers": 5}, "the source lacks `model.layers.4.input_layernorm.weight`, .* and 6 more"),
+    ({"num_hidden_layers": 3}, r"holds `model.layers.3.input_layernorm.weight`, .* and 6 more, for which"),
+    ({"num_key_value_heads": 3}, "8 attention heads do not divide into 3 query groups"),
+    ({"intermediate_size": 80}, r"has shape \[96, 64\], by `config.json` it should be \[80, 64\]"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope type `yarn`"),
+    ({"rope_parameters": [1]}, "`rope_scaling` is"),
+    ({"hidden_act": "gelu"}, "`hidden_act` is `gelu`"),
+    ({"tie_word_embeddings": True}, "`lm_head.weight` differs from `model.embed_tokens.weight`"),
+    ({"attention_bias": True}, "the source lacks `model.layers.0.self_attn.q_proj.bias`"),
+])  # fmt: skip
+def test_a_config_of_another_model(source, tmp_path, changes, pattern):
+    edit_config(source, **changes)
+    refused(hf_to_mcore, source, tmp_path, pattern)
+
+
+def rewrite_header(path, change):
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    text = change(header)
+    text = text if isinstance(text, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+def first_two(header):
+    return [entry for name, entry in header.items() if name != "__metadata__"][:2]
+
+
+def overlap(header):
+    first_two(header)[1]["data_offsets"][0] -= 2
+
+
+def gap(header):
+    for entry in list(header.values())[1:]:
+        entry["data_offsets"] = [at + 8 for at in entry["data_offsets"]]
+
+
+HEADERS = {
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-7]), "bytes long, its header describes"),
+    "appended": (lambda p: p.write_bytes(p.read_bytes() + b"x"), "bytes long, its header describes"),
+    "empty": (lambda p: p.write_bytes(b""), "claims a header of 0 bytes and is 0 bytes long"),
+    "short": (lambda p: p.write_bytes(b"abc"), "claims a header of 0 bytes and is 3 bytes long"),
+    "huge_length": (lambda p: p.write_bytes(struct.pack("<Q", 1 << 60) + p.read_bytes()[8:]), f"claims a header of {1 << 60}"),
+    "no_json": (lambda p: rewrite_header(p, lambda h: b"\xff" * 40), "is not readable JSON"),
+    "a_list": (lambda p: rewrite_header(p, lambda h: b"[]"), "should be a JSON object"),
+    "overlap": (lambda p: rewrite_header(p, overlap), "should be .* bytes from"),
+    "gap": (lambda p: rewrite_header(p, gap), "should be .* bytes from 0, its header says 8"),
+    "dtype": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(dtype="BF17")), "has dtype `BF17`"),
+    "shape": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(shape=[-1, 64])), r"has shape `\[-1, 64\]`"),
+    "shape_text": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(shape="ab")), "has shape `ab`"),
+    "big_shape": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(shape=[1 << 62, 9])), "should be .* bytes"),
+    "offsets": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(data_offsets=[9, 3])), r"data offsets `\[9, 3\]`"),
+    "floats": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(data_offsets=[0.0, 3e9])), "data offsets"),
+    "entry": (lambda p: rewrite_header(p, lambda h: h.update(x=5)), "`x` has data offsets `None`"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_damaged_safetensors_file_is_named(source, tmp_path, name):
+    damage, pattern = HEADERS[name]
+    path = sorted(source.glob("*.safetensors"))[1]
+    damage(path)
+    refused(hf_to_mcore, source, tmp_path, f"(?s)`{path.name}`.*{pattern}")
+
+
+def test_a_file_that_shrinks_after_its_header_was_read_is_named(source, tmp_path, monkeypatch):
+    path = sorted(source.glob("*.safetensors"))[1]
+    import converter.job
+
+    def shrink_then_run(*arguments, run=converter.job.run, **options):
+        path.write_bytes(path.read_bytes()[:-4000])
+        run(*arguments, **options)
+
+    monkeypatch.setattr(converter.job, "run", shrink_then_run)
+    with pytest.raises(UserError, match=f"`{path.name}` ends at byte"):
+        hf_to_mcore(source, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def edit_index(source, change):
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", None, 5])
+def test_an_index_that_leaves_the_directory(source, tmp_path, file):
+    edit_index(source, lambda index: index["weight_map"].update({"model.norm.weight": file}))
+    refused(hf_to_mcore, source, tmp_path, "which leaves the directory; it was not opened")
+
+
+def test_an_index_that_disagrees_with_the_files(source, tmp_path):
+    files = sorted(p.name for p in source.glob("*.safetensors"))
+    holder = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]["model.norm.weight"]
+    edit_index(source, lambda index: index["weight_map"].update({"model.norm.weight": files[0]}))
+    refused(hf_to_mcore, source, tmp_path, f"puts `model.norm.weight` in {files[0]}, it is in {holder}")
+    edit_index(source, lambda index: index["weight_map"].pop("model.norm.weight"))
+    refused(hf_to_mcore, source, tmp_path, f"puts `model.norm.weight` in no file, it is in {holder}")
+    edit_index(source, lambda index: index.update(weight_map={"model.norm.weight": "gone.safetensors"}))
+    refused(hf_to_mcore, source, tmp_path, "names `gone.safetensors`, which is not in")
+    edit_index(source, lambda index: index.pop("weight_map"))
+    refused(hf_to_mcore, source, tmp_path, "has no `weight_map`")
+
+
+def test_the_same_tensor_in_two_files(source, tmp_path):
+    files = sorted(source.glob("*.safetensors"))
+    first = load_file(files[0])
+    save_file({**load_file(files[1]), **first}, files[1], {"format": "pt"})
+    refused(hf_to_mcore, source, tmp_path, f"is in two files: `{files[0].name}` and `{files[1].name}`")
+
+
+def test_a_missing_tensor_is_named_before_any_byte_moves(source, tmp_path):
+    (source / "model.safetensors.index.json").unlink()
+    path = sorted(source.glob("*.safetensors"))[1]
+    weights = load_file(path)
+    gone = sorted(weights)[0]
+    save_file({name: tensor for name, tensor in weights.items() if name != gone}, path)
+    refused(hf_to_mcore, source, tmp_path, f"the source lacks `{re.escape(gone)}`")
+
+
+@pytest.mark.parametrize(("options", "pattern"), [
+    ({"tp": 3}, "tensor-parallel size 3 neither divides the model's 4 query groups nor is a multiple of them"),
+    ({"tp": 16}, "tensor-parallel size 16 does not divide the model's attention heads, 8"),
+    ({"pp": 5}, "5 pipeline ranks × 1 virtual stages are more than the model's 4 layers"),
+    ({"pp": 3}, r"4 layers do not divide into 3 pipeline ranks .*\n\nhint: .*`--pp-layout 2,1,1`"),
+    ({"pp": 2, "pp_layout": [3, 2]}, r"`--pp-layout 3,2` has 2 stages and 5 layers; .* the model has 4 layers"),
+    ({"pp": 2, "pp_layout": [4]}, r"`--pp-layout 4` has 1 stages"),
+    ({"pp": 2, "vpp": 2, "pp_layout": [2, 2]}, r"2 pipeline ranks × 2 virtual stages need 4"),
+])  # fmt: skip
+def test_a_layout_the_model_does_not_fit(source, tmp_path, options, pattern):
+    refused(hf_to_mcore, source, tmp_path, pattern, **options)
+
+
+def test_targets_that_would_harm_something(source, checkpoint, tmp_path):
+    for target in (source, source / "inside", source.parent):
+        with pytest.raises(UserError, match="lie in one another"):
+            hf_to_mcore(source, target, overwrite=True)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="already exists\n\nhint: .*`--overwrite`"):
+        hf_to_mcore(source, tmp_path / "there")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        hf_to_mcore(source, tmp_path / "file", overwrite=True)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_source_that_is_not_there(tmp_path):
+    refused(hf_to_mcore, tmp_path / "nowhere", tmp_path, "is not there")
+    refused(mcore_to_hf, tmp_path / "nowhere", tmp_path, "is not a Megatron checkpoint")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama"}')
+    refused(hf_to_mcore, tmp_path / "empty", tmp_path, "holds no safetensors files")
+
+
+@pytest.mark.parametrize(("tracked", "pattern"), [
+    ("9", "says iteration 9, but `iter_0000009` is not there\n\nhint: there are: iter_0000000"),
+    ("nonsense", "says `nonsense`, which is not an iteration"), ("-1", "which is not an iteration"),
+    ("../../etc", "which is not an iteration"), ("", "which is not an iteration"), ("release", "`release` is not there"),
+])  # fmt: skip
+def test_an_iteration_that_is_not_there(checkpoint, tmp_path, tracked, pattern):
+    (checkpoint / "latest_checkpointed_iteration.txt").write_text(tracked)
+    refused(mcore_to_hf, checkpoint, tmp_path, pattern)
+
+
+def test_an_iteration_that_is_not_complete(checkpoint, tmp_path):
+    (checkpoint / "iter_0000000" / ".metadata").unlink()
+    refused(mcore_to_hf, checkpoint, tmp_path, "its saving never finished")
+    refused(mcore_to_hf, checkpoint / "iter_0000000", tmp_path, "its saving never finished")
+
+
+def test_legacy_formats_are_refused_by_name(checkpoint, tmp_path):
+    (checkpoint / "iter_0000000" / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    refused(mcore_to_hf, checkpoint, tmp_path, "is in the `zarr` format, which is not supported yet")
+    (checkpoint / "iter_0000000" / "mp_rank_00").mkdir()
+    refused(mcore_to_hf, checkpoint, tmp_path, "legacy `mp_rank_\\*` format, which is not supported yet")
+
+
+def edit_metadata(checkpoint, change):
+    path = checkpoint / "iter_0000000" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+FC2 = "decoder.layers.mlp.linear_fc2.weight"
+
+
+def hole(metadata):
+    metadata.state_dict_metadata[FC2].chunks.pop()
+
+
+def overlapping(metadata):
+    chunks = metadata.state_dict_metadata[FC2].chunks
+    chunks[1] = chunks[0]
+
+
+def shifted(metadata):
+    chunks, at = metadata.state_dict_metadata[FC2].chunks, torch.Size([0, 0, 24])
+    metadata.storage_data[MetadataIndex(FC2, at)] = metadata.storage_data[MetadataIndex(FC2, chunks[1].offsets)]
+    chunks[1] = ChunkStorageMetadata(at, chunks[1].sizes)
+
+
+def past_the_end(metadata):
+    metadata.storage_data[MetadataIndex(FC2, torch.Size([0, 0, 0]))].offset += 1 << 40
+
+
+def renamed(name):
+    def change(metadata):
+        metadata.storage_data[MetadataIndex(FC2, torch.Size([0, 0, 0]))].relative_path = name
+
+    return change
+
+
+def unplaced(metadata):
+    del metadata.storage_data[MetadataIndex(FC2, torch.Size([0, 0, 0]))]
+
+
+def without_fc2(metadata):
+    del metadata.state_dict_metadata[FC2]
+
+
+@pytest.mark.parametrize(("change", "pattern"), [
+    (hole, f"the chunks of `{FC2}` do not tile its shape"), (overlapping, f"the chunks of `{FC2}` do not tile its shape"),
+    (shifted, f"the chunks of `{FC2}` do not tile its shape"), (past_the_end, f"`{FC2}` runs past the end of `__0_0.distcp`"),
+    (renamed("../__0_0.distcp"), "which leaves the checkpoint's directory"),
+    (renamed("/etc/passwd"), "`/etc/passwd`, which leaves the checkpoint's directory"),
+    (renamed("a/b"), "which leaves the checkpoint's directory"), (renamed("gone"), "names `gone`, which is not in"),
+    (unplaced, "does not say where"), (without_fc2, "the checkpoint lacks `decoder.layers.0.mlp.linear_fc2.weight`"),
+])  # fmt: skip
+def test_metadata_that_lies(checkpoint, tmp_path, change, pattern):
+    edit_metadata(checkpoint, change)
+    refused(mcore_to_hf, checkpoint, tmp_path, pattern)
+
+
+def test_a_checkpoint_of_another_shape_or_dtype_than_promised(checkpoint, tmp_path):
+    def swap(metadata):
+        one, other = (MetadataIndex(FC2, torch.Size([0, 0, 0])), MetadataIndex("decoder.final_layernorm.weight", torch.Size([0])))
+        data = metadata.storage_data
+        data[one], data[other] = data[other], data[one]
+
+    edit_metadata(checkpoint, swap)
+    refused(mcore_to_hf, checkpoint, tmp_path, r"holds \[64\] of bf16 where `.metadata` promises \[1, 64, 48\] of bf16")
+
+
+class Touch:
+    """Pickles as a call that would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("place", ["metadata", "common.pt", "common_state"])
+def test_a_hostile_pickle_is_refused_and_never_runs(checkpoint, tmp_path, place):
+    trap, folder = tmp_path / "ran", checkpoint / "iter_0000000"
+    shutil.rmtree(folder / "huggingface")
+    (folder / "run_config.yaml").unlink()
+    if place == "metadata":
+        (folder / ".metadata").write_bytes(pickle.dumps(Touch(trap)))
+    elif place == "common.pt":
+        torch.save({"args": Touch(trap)}, folder / "common.pt")
+    else:
+        torch.save([{"args": Touch(trap)}], folder / "evil")
+
+        def point(metadata):
+            info = metadata.storage_data[MetadataIndex("common_state/shard_0_1")]
+            info.relative_path, info.offset, info.length = "evil", 0, (folder / "evil").stat().st_size
+
+        edit_metadata(checkpoint, point)
+    refused(mcore_to_hf, checkpoint, tmp_path, r"which no checkpoint needs; it was not executed")
+    assert not trap.exists()
+
+
+def test_a_disk_that_is_too_small_is_said_before_writing(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("formats.staging.free_bytes", lambda path: 1000)
+    refused(hf_to_mcore, source, tmp_path, r"needs 0.00 GB, the disk has 0.00 GB free")
+
+
+def test_a_disk_that_fills_half_way_is_a_clear_error(source, tmp_path):
+    """A file-size limit stands for a full disk: the kernel answers the write with EFBIG."""
+    import resource
+    import signal
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        refused(hf_to_mcore, source, tmp_path, "no room left for")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+
+
+def test_an_old_output_is_kept_until_the_new_one_is_whole(source, model_folder, tmp_path, monkeypatch):
+    hf_to_mcore(model_folder("mha"), tmp_path / "m")
+    old = (tmp_path / "m" / "iter_0000000" / "conversion.json").read_bytes()
+
+    def fail(*_arguments, **_options):
+        assert (tmp_path / "m" / "iter_0000000" / "conversion.json").read_bytes() == old
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("converter.job.run", fail)
+        with pytest.raises(UserError, match="no room left"):
+            hf_to_mcore(source, tmp_path / "m", overwrite=True)
+    assert (tmp_path / "m" / "iter_0000000" / "conversion.json").read_bytes() == old
+    hf_to_mcore(source, tmp_path / "m", tp=2, overwrite=True)
+    assert (tmp_path / "m" / "iter_0000000" / "__1_0.distcp").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "source"]

@@ -1,0 +1,151 @@
+"""The command line: exit codes, what goes to stdout and what to stderr, and that nothing imports torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.convert import SHAPES, make_model
+from converter import hf_to_mcore
+
+GUARD = """
+import runpy, sys
+sys.argv = ["mbconvert", *sys.argv[1:]]
+try:
+    runpy.run_module("converter", run_name="__main__")
+except SystemExit as stop:
+    code = stop.code
+else:
+    code = 0
+heavy = sorted({"torch", "megatron", "transformers", "safetensors"} & {name.partition(".")[0] for name in sys.modules})
+sys.exit(f"imported {heavy}" if heavy else code)
+"""
+
+
+def mbconvert(*arguments, cwd=None):
+    """Run a command in its own process; it fails if torch, megatron-core or transformers got imported."""
+    return subprocess.run([sys.executable, "-c", GUARD, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.fixture
+def folder(model_folder):
+    return model_folder("gqa", dtype="bfloat16")
+
+
+def test_no_command_imports_torch(folder, tmp_path):
+    megatron, back = tmp_path / "m", tmp_path / "back"
+    for command in (
+        ["--help"], ["--version"], ["families"], ["families", "--json"],
+        ["hf-to-mcore", folder, megatron, "--tp", 2, "--pp", 2, "--dtype", "fp32"],
+        ["hf-to-mcore", folder, tmp_path / "x", "--dry-run"], ["inspect", folder], ["inspect", megatron, "--tensors"],
+        ["mcore-to-hf", megatron, back], ["mcore-to-hf", megatron, tmp_path / "x", "--dry-run", "--max-shard-size", "50KB"],
+    ):  # fmt: skip
+        done = mbconvert(*command)
+        assert done.returncode == 0, (command, done.stderr)
+
+
+def test_data_goes_to_stdout_and_talk_to_stderr(folder, tmp_path):
+    done = mbconvert("hf-to-mcore", folder, tmp_path / "m")
+    assert done.stdout == ""
+    assert "done: 27 tensors, " in done.stderr
+    assert "peak memory" in done.stderr
+    done = mbconvert("hf-to-mcore", folder, tmp_path / "m2", "--quiet")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_json_prints_one_object(folder, tmp_path):
+    done = mbconvert("hf-to-mcore", folder, tmp_path / "m", "--json", "--tp", "2")
+    summary = json.loads(done.stdout)
+    on_disk = {p.relative_to(tmp_path / "m").as_posix(): p.stat().st_size for p in (tmp_path / "m").rglob("*") if p.is_file()}
+    assert summary["files"] == on_disk
+    assert summary["total_bytes"] == sum(on_disk.values())
+    assert summary["tensors"] == 27
+    assert json.loads(mbconvert("inspect", tmp_path / "m", "--json").stdout)["layout"] == {"tp": 2, "pp": 1}
+
+
+def test_a_dry_run_tells_every_file_and_moves_nothing(folder, tmp_path):
+    plan = json.loads(mbconvert("hf-to-mcore", folder, tmp_path / "m", "--tp", 2, "--pp", 2, "--dry-run", "--json").stdout)
+    assert not list(tmp_path.iterdir())
+    hf_to_mcore(folder, tmp_path / "m", tp=2, pp=2)
+    written = {p.relative_to(tmp_path / "m").as_posix(): p.stat().st_size for p in (tmp_path / "m").rglob("*") if p.is_file()}
+    assert plan["files"] == written
+    back = json.loads(mbconvert("mcore-to-hf", tmp_path / "m", tmp_path / "b", "--dry-run", "--json").stdout)
+    assert back["files"] == {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    text = mbconvert("mcore-to-hf", tmp_path / "m", tmp_path / "b", "--dry-run").stdout
+    assert "expected peak memory" in text
+    assert "free disk" in text
+
+
+def test_a_405b_model_is_planned_from_headers_alone(tmp_path):
+    """Its files are holes of the right size. (How long it takes is the benchmark's to say.)"""
+    make_model(tmp_path / "405b", SHAPES["405b"], data=False)
+    done = mbconvert("hf-to-mcore", tmp_path / "405b", tmp_path / "m", "--tp", 8, "--pp", 16, "--pp-layout",
+                     ",".join(["8"] * 15 + ["6"]), "--dry-run", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert 405e9 < summary["parameters"] < 410e9
+    assert sum(name.endswith(".distcp") for name in summary["files"]) == 128
+    assert summary["total_bytes"] > 2 * summary["parameters"]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["convert"], ["hf-to-mcore", "a"], ["hf-to-mcore", "a", "b", "--tp", "0"], ["hf-to-mcore", "a", "b", "--dtype", "int8"],
+    ["mcore-to-hf", "a", "b", "--max-shard-size", "5 apples"], ["hf-to-mcore", "a", "b", "--pp-layout", "3,x"], ["inspect"],
+])  # fmt: skip
+def test_misuse_exits_with_2(arguments):
+    done = mbconvert(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Error: " in done.stderr
+
+
+def test_failure_exits_with_1_and_a_hint_and_no_traceback(folder, tmp_path):
+    done = mbconvert("hf-to-mcore", folder, tmp_path / "m", "--tp", "3")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "error: tensor-parallel size 3 neither divides the model's 4 query groups nor is a multiple of them\n"
+        "\n"
+        "hint: megatron-core takes 1, 2, 4 or a multiple of 4\n"
+    )
+
+
+def test_an_interrupt_exits_with_130_and_leaves_nothing(folder, tmp_path):
+    script = GUARD.replace(
+        "import runpy, sys",
+        "import runpy, sys, converter.job\ndef stop(*a, **k): raise KeyboardInterrupt\nconverter.job.run = stop",
+    )
+    command = [sys.executable, "-c", script, "hf-to-mcore", str(folder), str(tmp_path / "m")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_families_lists_the_directory():
+    done = mbconvert("families")
+    assert [line.split()[0] for line in done.stdout.splitlines()[:2]] == ["llama", "mistral"]
+
+
+def test_notes_on_casts_zero_biases_and_rope(model_folder, tmp_path):
+    done = mbconvert("hf-to-mcore", model_folder("attention_bias"), tmp_path / "m", "--dtype", "bf16")
+    assert "note: weights are cast from fp32 to bf16" in done.stderr
+    assert "note: 8 biases that the source does not have are written as zeros" in done.stderr
+    done = mbconvert("hf-to-mcore", model_folder("rope_other_numbers"), tmp_path / "n")
+    assert "set `rotary_pos_emb.inv_freq` after building the model" in done.stderr
+    done = mbconvert("hf-to-mcore", model_folder("rope31"), tmp_path / "o")
+    assert "note:" not in done.stderr
+
+
+def test_the_command_line_surface_is_frozen():
+    """An option that changes name or goes breaks people's scripts: change this on purpose."""
+    from converter.cli import cli
+
+    surface = {name: sorted(o for p in command.params for o in p.opts) for name, command in cli.commands.items()}
+    both = ["--dry-run", "--dtype", "--json", "--overwrite", "--quiet", "--workers", "source", "target"]
+    assert surface == {
+        "hf-to-mcore": sorted([*both, "--tp", "--pp", "--vpp", "--pp-layout", "--vocab-divisible-by"]),
+        "mcore-to-hf": sorted([*both, "--hf-config", "--max-shard-size"]),
+        "inspect": ["--json", "--tensors", "path"],
+        "families": ["--json"],
+    }

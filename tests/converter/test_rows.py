@@ -1,0 +1,92 @@
+"""Row tables cover each row once; layouts tile; a plan accounts for everything."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from converter import rows
+from converter.layout import Layout, boxes
+from converter.model import Model
+from converter.plan import Copy, Making, pieces
+from formats.dcp import _tiles
+from formats.spec import DTYPES, TensorSpec
+
+
+def model(groups, per_group, head_dim):
+    return Model(layers=1, hidden=8, heads=groups * per_group, groups=groups, head_dim=head_dim, ffn=8, vocab=8,
+                 padded_vocab=8, tied=False)  # fmt: skip
+
+
+sizes = st.integers(1, 6)
+
+
+@given(sizes, sizes, sizes)
+def test_interleaved_rows_are_covered_once_and_read_back_from_right_to_left(groups, per_group, head_dim):
+    one = model(groups, per_group, head_dim)
+    parts = one.queries, one.keys, one.keys
+    runs = list(rows.grouped(parts, one))
+    assert rows.covered(iter(runs), sum(parts))
+    sources = [np.arange(count) + 1000 * part for part, count in enumerate(parts)]
+    fused = np.concatenate([sources[run.part][run.there : run.there + run.count] for run in runs])
+    back = [np.full(count, -1) for count in parts]
+    for run in runs:
+        back[run.part][run.there : run.there + run.count] = fused[run.here : run.here + run.count]
+    assert all(np.array_equal(a, b) for a, b in zip(sources, back, strict=True))
+
+
+@given(sizes, sizes, sizes)
+def test_interleaving_equals_megatrons_reshape(groups, per_group, head_dim):
+    one = model(groups, per_group, head_dim)
+    q, k, v = (np.arange(n) + 1000 * i for i, n in enumerate((one.queries, one.keys, one.keys)))
+    by_group = [part.reshape(groups, -1) for part in (q, k, v)]
+    runs = rows.grouped((one.queries, one.keys, one.keys), one)
+    fused = np.concatenate([(q, k, v)[run.part][run.there : run.there + run.count] for run in runs])
+    assert np.array_equal(fused, np.concatenate(by_group, axis=1).reshape(-1))
+
+
+def test_a_table_with_a_hole_or_an_overlap_is_not_covered():
+    assert not rows.covered(iter([rows.Run(0, 0, 0, 2), rows.Run(0, 2, 3, 2)]), 5)
+    assert not rows.covered(iter([rows.Run(0, 0, 0, 2), rows.Run(0, 2, 1, 2)]), 5)
+    assert not rows.covered(iter([rows.Run(0, 0, 0, 9)]), 5)
+
+
+@given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.sampled_from([None, 0, 1]))
+def test_boxes_tile_a_tensor(tp, blocks, cut):
+    shape = 24, 16
+    held = boxes(shape, cut, blocks, tp)
+    assert _tiles(shape, [region for region, _ in held])
+    assert {rank for _, rank in held} == ({0} if cut is None else set(range(tp)))
+
+
+@given(st.lists(st.integers(0, 4), min_size=4, max_size=4).filter(any))
+def test_layers_go_to_stages_in_megatrons_order(stages):
+    layout = Layout(1, 2, 2, tuple(stages))
+    expected = [number % 2 for number, count in enumerate(stages) for _ in range(count)]
+    assert [layout.stage(layer) for layer in range(sum(stages))] == expected
+    assert (layout.stage(-1), layout.stage(sum(stages))) == (0, 1)
+
+
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 200))
+def test_pieces_cover_a_tensor_and_stay_below_the_limit(count, columns, limit):
+    making = Making(TensorSpec("t", (count, columns), DTYPES["bf16"]), DTYPES["fp32"], (Copy("s", 3, 0, count - 1),))
+    cut = list(pieces([making], limit=limit))
+    assert [row for piece in cut for row in range(piece.rows.start, piece.rows.stop)] == list(range(count))
+    assert all(
+        piece.rows.stop - piece.rows.start == 1 or (piece.rows.stop - piece.rows.start) * columns * 4 <= limit for piece in cut
+    )
+    copied = [row for piece in cut for _, region, _ in piece.copies() for row in range(region[0].start, region[0].stop)]
+    assert copied == list(range(3, 3 + count - 1))
+
+
+boxes_of_six = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6), st.integers(0, 5), st.integers(1, 6)), max_size=6)
+
+
+@given(boxes_of_six)
+def test_tiling_is_judged_as_counting_elements_judges_it(corners):
+    regions = [(slice(a, min(6, a + h)), slice(b, min(6, b + w))) for a, h, b, w in corners]
+    counted = np.zeros((6, 6), int)
+    for region in regions:
+        counted[region] += 1
+    assert _tiles((6, 6), regions) == bool((counted == 1).all())
