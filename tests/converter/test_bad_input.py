@@ -181,7 +181,7 @@ def test_a_missing_tensor_is_named_before_any_byte_moves(source, tmp_path):
     (source / "model.safetensors.index.json").unlink()
     path = sorted(source.glob("*.safetensors"))[1]
     weights = load_file(path)
-    gone = sorted(weights)[0]
+    gone = min(weights)
     save_file({name: tensor for name, tensor in weights.items() if name != gone}, path)
     refused(hf_to_mcore, source, tmp_path, f"the source lacks `{re.escape(gone)}`")
 
@@ -204,7 +204,7 @@ def test_targets_that_would_harm_something(source, checkpoint, tmp_path):
         with pytest.raises(UserError, match="lie in one another"):
             hf_to_mcore(source, target, overwrite=True)
     (tmp_path / "there").mkdir()
-    with pytest.raises(UserError, match="already exists\n\nhint: .*`--overwrite`"):
+    with pytest.raises(UserError, match=r"already exists\n\nhint: .*`--overwrite`"):
         hf_to_mcore(source, tmp_path / "there")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file"):

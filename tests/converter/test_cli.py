@@ -27,7 +27,8 @@ sys.exit(f"imported {heavy}" if heavy else code)
 
 def mbconvert(*arguments, cwd=None):
     """Run a command in its own process; it fails if torch, megatron-core or transformers got imported."""
-    return subprocess.run([sys.executable, "-c", GUARD, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+    command = [sys.executable, "-c", GUARD, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_an_interrupt_exits_with_130_and_leaves_nothing(folder, tmp_path):
         "import runpy, sys, converter.job\ndef stop(*a, **k): raise KeyboardInterrupt\nconverter.job.run = stop",
     )
     command = [sys.executable, "-c", script, "hf-to-mcore", str(folder), str(tmp_path / "m")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 130
     assert not list(tmp_path.iterdir())
 
