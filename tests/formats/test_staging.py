@@ -20,14 +20,14 @@ import runpy, sys, time
 from converter.run import Bench
 
 def make(*arguments, make=Bench.make):
-    time.sleep(0.01)
+    time.sleep(0.05)
     return make(*arguments)
 
 Bench.make = make
 sys.argv = sys.argv[1:]
 runpy.run_module("converter", run_name="__main__")
 """
-"""The converter, with every piece taking ten milliseconds more."""
+"""The converter, with every piece taking fifty milliseconds more."""
 
 
 def test_the_target_appears_when_the_block_ends_well(tmp_path):
@@ -71,12 +71,15 @@ def test_a_second_run_on_one_target_is_refused_and_harms_nothing(tmp_path):
 def test_a_run_killed_at_any_moment_leaves_no_target_and_the_next_one_succeeds(model_folder, tmp_path):
     folder, target = model_folder("gqa", dtype="bfloat16", max_shard_size="60KB"), tmp_path / "m"
     command = [sys.executable, "-m", "converter", "hf-to-mcore", str(folder), str(target), "--quiet"]
-    for wait in (0.15, 0.2, 0.25, 0.3, 0.35):
+    for wait in (0.0, 0.02, 0.1, 0.2, 0.3):
         process = subprocess.Popen([sys.executable, "-c", SLOWLY, *command[2:]])
+        while not list(tmp_path.glob("m.partial-*/*/*.distcp")):
+            time.sleep(0.001)
         time.sleep(wait)
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
         assert not target.exists()
+        assert len(list(tmp_path.glob("m.partial-*"))) == 1
     hf_to_mcore(folder, target)
     hf_to_mcore(folder, tmp_path / "straight")
     assert tree(target) == tree(tmp_path / "straight")
