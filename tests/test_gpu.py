@@ -24,7 +24,8 @@ def one_gpu():
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29611", RANK="0", WORLD_SIZE="1")
+    # Transformer Engine multiplies fp32 in TF32, with 10 bits of mantissa, unless it is told not to.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29611", RANK="0", WORLD_SIZE="1", NVIDIA_TF32_OVERRIDE="0")
     torch.distributed.init_process_group("nccl")
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
@@ -69,8 +70,10 @@ def test_transformer_engine_loads_strictly_and_computes_transformers_logits(tmp_
     config = json.loads((folder / "config.json").read_text())
     model = te_model(config, getattr(torch, dtype), biased=variant == "attention_bias")
     iteration = str(tmp_path / "m" / "iter_0000000")
-    model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), iteration, strict=StrictHandling.RAISE_ALL))
+    asked = {"model": model.sharded_state_dict()}
+    model.load_state_dict(dist_checkpointing.load(asked, iteration, strict=StrictHandling.RAISE_ALL)["model"])
 
+    torch.manual_seed(3)
     tokens = torch.randint(0, config["vocab_size"], (2, 128), device="cuda")
     positions = torch.arange(128, device="cuda")[None].expand_as(tokens)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).cuda().eval()
@@ -81,5 +84,5 @@ def test_transformer_engine_loads_strictly_and_computes_transformers_logits(tmp_
     worst = (found - expected).abs().max().item()
     print(f"{variant} {dtype}: logits span {spread:.2f}, largest difference {worst:.2e}")
     assert spread > 4
-    # fp32 runs through TF32-free kernels of two libraries; bf16 rounds activations to 8 bits at every layer.
-    assert worst < {"float32": 2e-3, "bfloat16": 0.05 * spread}[dtype]
+    # fp32 sums in another order; bf16 rounds activations to 8 bits at every layer.
+    assert worst < {"float32": 2e-4, "bfloat16": 0.05 * spread}[dtype]
