@@ -86,8 +86,9 @@ def unpack(iteration: Path) -> Reference | None:
     files = iteration / FILES
     if not (files / CONFIG).is_file():
         return None
-    headers = sorted((iteration / HEADERS).glob("*.safetensors"))
-    shards = {path.name: parse_shard(path.read_bytes(), source=path.name) for path in headers}
+    headers = files_below(iteration / HEADERS)
+    shards = {name: parse_shard((iteration / HEADERS / name).read_bytes(), source=f"{HEADERS}/{name}") for name in headers}
+    _check_once(shards)
     extras = iteration / EXTRAS
     return Reference(
         read_json(files / CONFIG),
@@ -96,6 +97,16 @@ def unpack(iteration: Path) -> Reference | None:
         shards,
         extras if extras.is_file() else None,
     )
+
+
+def _check_once(shards: Mapping[str, Shard]) -> None:
+    """Raise UserError if two carried headers hold one tensor."""
+    seen: dict[str, str] = {}
+    for file, shard in shards.items():
+        for name in shard.tensors:
+            if name in seen:
+                raise UserError(f"`{name}` is in two headers under `{HEADERS}`: `{seen[name]}` and `{file}`")
+            seen[name] = file
 
 
 def from_directory(directory: Path) -> Reference:

@@ -145,5 +145,5 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was left at the target", err=True)
+        click.echo("interrupted", err=True)
         sys.exit(130)

@@ -30,13 +30,20 @@ def value(constant: Any) -> Callable[[Config], Any]:
 
 
 def field(megatron: str, huggingface: str, *, default: Callable[[Config], Any]) -> Field:
-    """The same value under two names; absent or null on the Hugging Face side means the default."""
+    """The same number under two names; absent or null on the Hugging Face side means the default."""
 
     def read(config: Config) -> dict[str, Any]:
         found = config.get(huggingface)
-        return {megatron: default(config) if found is None else found}
+        return {megatron: default(config) if found is None else _number(huggingface, found)}
 
-    return Field(read, lambda config: {huggingface: config[megatron]} if megatron in config else {})
+    return Field(read, lambda config: {huggingface: _number(megatron, config[megatron])} if megatron in config else {})
+
+
+def _number(name: str, found: Any) -> Any:
+    """A number that means something: finite, not negative; true and false too."""
+    if not isinstance(found, (int, float)) or not 0 <= found < float("inf"):
+        raise UserError(f"`{name}` is `{str(found)[:40]}`, which should be a number", hint="the configuration is damaged")
+    return found
 
 
 def required(megatron: str, huggingface: str) -> Field:
@@ -99,11 +106,16 @@ def window(megatron: str, huggingface: str, *, default: int | None) -> Field:
 
     def read(config: Config) -> dict[str, Any]:
         tokens = config.get(huggingface, default)
-        return {megatron: None if tokens is None else [int(tokens) - 1, 0]}
+        return {megatron: None if tokens is None else [_count({huggingface: tokens}, huggingface) - 1, 0]}
 
     def write(config: Config) -> dict[str, Any]:
-        found = config.get(megatron)
-        return {huggingface: None if not found else int(found[0]) + 1}
+        match config.get(megatron):
+            case None:
+                return {huggingface: None}
+            case [int(before), 0] | (int(before), 0):
+                return {huggingface: before + 1}
+            case _:
+                raise UserError(f"`{megatron}` is not a window over what comes before a token")
 
     return Field(read, write)
 
@@ -120,7 +132,7 @@ def rope_numbers(config: Config) -> dict[str, Any]:
         raise UserError(f"`rope_scaling` is `{scaling}`, which should be an object")
     numbers = dict(cast("Config", scaling))
     numbers["rope_type"] = numbers.get("rope_type") or numbers.pop("type", None) or "default"
-    numbers["rope_theta"] = numbers.get("rope_theta") or config.get("rope_theta") or 10000.0
+    numbers["rope_theta"] = _number("rope_theta", numbers.get("rope_theta") or config.get("rope_theta") or 10000.0)
     return numbers
 
 
@@ -137,18 +149,18 @@ def rope(*kinds: str) -> Field:
             )
         found: dict[str, Any] = {"rotary_base": numbers["rope_theta"], "rope_scaling": kind == "llama3"}
         if kind == "llama3":
-            found["rope_scaling_factor"] = numbers.get("factor", 8.0)
+            found["rope_scaling_factor"] = _number("factor", numbers.get("factor", 8.0))
         if kind == "linear":
-            found["seq_len_interpolation_factor"] = numbers.get("factor")
+            found["seq_len_interpolation_factor"] = _number("factor", numbers.get("factor"))
         return found
 
     return Field(read, _write_rope)
 
 
 def _write_rope(config: Config) -> dict[str, Any]:
-    found: dict[str, Any] = {"rope_theta": config.get("rotary_base", 10000.0), "rope_scaling": None}
+    found: dict[str, Any] = {"rope_theta": _number("rotary_base", config.get("rotary_base", 10000.0)), "rope_scaling": None}
     if config.get("rope_scaling"):
-        factor = config.get("rope_scaling_factor", 8.0)
+        factor = _number("rope_scaling_factor", config.get("rope_scaling_factor", 8.0))
         found["rope_scaling"] = {"rope_type": "llama3", "factor": factor, **BUILT_IN_ROPE}
     elif config.get("seq_len_interpolation_factor"):
         found["rope_scaling"] = {"rope_type": "linear", "factor": config["seq_len_interpolation_factor"]}

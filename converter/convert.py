@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from converter import carried, exporting, families, hub, importing, reference
@@ -12,12 +13,25 @@ from converter.job import Job, Summary, Talk, carry_out, identity, partial_direc
 from converter.layout import make_layout
 from converter.plan import placed, to_huggingface, to_megatron
 from converter.run import check_equal, check_zero
+from converter.values import CHOICES
+from formats.disk import explained
+from formats.errors import UserError
 from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, read_json
 from formats.spec import Joined
 from formats.staging import check_target
 from formats.torch_dist import Placed, TorchDistReader, TorchDistWriter, iteration_folder
 
 
+def _check_options(*, dtype: str, **counts: int | None) -> None:
+    """What the command line checks already, for callers from Python."""
+    if dtype not in CHOICES:
+        raise UserError(f"dtype `{dtype}` is not one of {', '.join(CHOICES)}")
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UserError(f"`{name}` is {count}, which should be 1 or more")
+
+
+@explained()
 def hf_to_mcore(
     source: str | Path,
     target: str | Path,
@@ -38,6 +52,7 @@ def hf_to_mcore(
     `source` is a directory or a Hub id. Raises UserError before a byte moves for whatever cannot be converted exactly;
     after any failure nothing is left at `target`.
     """
+    _check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, vocab_divisible_by=vocab_divisible_by, workers=workers)
     talk, target, directory = talk or Talk(), Path(target), hub.resolve(source)
     check_target(target, directory, overwrite=overwrite)
     config = read_json(directory / CONFIG)
@@ -57,9 +72,11 @@ def hf_to_mcore(
     writer = TorchDistWriter(partial_directory(target, name), chunked, documents={**luggage.documents, **documents})
     copies = {f"{iteration_folder(0)}/{file}": path for file, path in luggage.copies.items()}
     job = Job("hf-to-mcore", directory, target, reader, writer, plan.makings, name, copies)
-    return carry_out(job, workers=workers, dry_run=dry_run, overwrite=overwrite, talk=talk)
+    with closing(job.reader):
+        return carry_out(job, workers=workers, dry_run=dry_run, overwrite=overwrite, talk=talk)
 
 
+@explained()
 def mcore_to_hf(
     source: str | Path,
     target: str | Path,
@@ -78,23 +95,26 @@ def mcore_to_hf(
     one that travelled; `max_shard_size` in bytes. Raises UserError before a byte moves for whatever cannot be converted
     exactly; after any failure nothing is left at `target`.
     """
+    _check_options(dtype=dtype, max_shard_size=max_shard_size, workers=workers)
     talk, source, target = talk or Talk(), Path(source), Path(target)
-    check_target(target, source, overwrite=overwrite)
+    check_target(target, source, *([Path(hf_config)] if hf_config else []), overwrite=overwrite)
     reader = TorchDistReader(source)
     origin = reference.find(reader, Path(hf_config) if hf_config else None)
     family = families.find(origin.config.get("model_type"))
     model = make_model(family.CONFIG, origin.config)
     plan = to_huggingface(family.RULES, model, reader.specs, dtype=dtype)
+    reader.check(one.megatron for one in plan.bound)
     makings, extras = exporting.with_carried(plan.makings, family, model, origin)
     shards = exporting.choose_shards(makings, origin, max_shard_size)
     for name in plan.zero:
         check_zero(reader, name)
     name = identity(makings, {"shards": {file: shard.size for file, shard in shards.items()}})
-    documents, texts = exporting.documents(origin, shards)
+    documents, texts = exporting.documents(origin, shards, limited=max_shard_size is not None)
     for text in texts:
         talk.note(text)
     writer = HuggingFaceWriter(partial_directory(target, name), shards)
     copies = {file: path for file, path in origin.files.items() if file not in documents}
     ordered = exporting.in_file_order(makings, shards)
     job = Job("mcore-to-hf", reader.directory, target, Joined(reader, *extras), writer, ordered, name, copies, documents)
-    return carry_out(job, workers=workers, dry_run=dry_run, overwrite=overwrite, talk=talk)
+    with closing(job.reader):
+        return carry_out(job, workers=workers, dry_run=dry_run, overwrite=overwrite, talk=talk)

@@ -43,16 +43,19 @@ def with_carried(
 
 
 def _untouched(spec: TensorSpec) -> Making:
-    return Making(spec, spec.dtype, (Copy(spec.name, 0, 0, spec.shape[0]),))
+    return Making(spec, (Copy(spec.name, spec.dtype, 0, 0, spec.shape[0]),))
 
 
 def choose_shards(makings: Sequence[Making], origin: Reference, limit: int | None) -> dict[str, Shard]:
     """The files to write: those that travelled if they hold just these names and shapes, else files of at most `limit`."""
-    carried = {name: spec.shape for shard in origin.shards.values() for name, (spec, _) in shard.tensors.items()}
-    if limit is None and carried == {making.spec.name: making.spec.shape for making in makings}:
+    if limit is None and _shapes(origin.shards) == {making.spec.name: making.spec.shape for making in makings}:
         dtypes = {making.spec.name: making.spec.dtype for making in makings}
         return {file: retyped(shard, dtypes, source=file) for file, shard in origin.shards.items()}
     return plan_shards([making.spec for making in makings], limit=limit or DEFAULT_SHARD_BYTES)
+
+
+def _shapes(shards: Mapping[str, Shard]) -> dict[str, tuple[int, ...]]:
+    return {name: spec.shape for shard in shards.values() for name, (spec, _) in shard.tensors.items()}
 
 
 def in_file_order(makings: Sequence[Making], shards: Mapping[str, Shard]) -> list[Making]:
@@ -61,16 +64,18 @@ def in_file_order(makings: Sequence[Making], shards: Mapping[str, Shard]) -> lis
     return [made[name] for shard in shards.values() for name in shard.tensors]
 
 
-def documents(origin: Reference, shards: Mapping[str, Shard]) -> tuple[dict[str, bytes], list[str]]:
+def documents(origin: Reference, shards: Mapping[str, Shard], *, limited: bool) -> tuple[dict[str, bytes], list[str]]:
     """Documents that are not copied as they travelled, and notes on why: the index of other files, a `config.json` whose
     dtype changed or that was rebuilt."""
     made: dict[str, bytes] = {}
     notes: list[str] = []
+    if origin.shards and not limited and _shapes(origin.shards) != _shapes(shards):
+        notes.append("the shard map that travelled is of other tensors than these: files are divided anew")
     if dict(shards) != dict(origin.shards) and (len(shards) > 1 or INDEX in origin.files):
         made[INDEX] = make_index(shards)
     config = _retyped_config(origin, shards)
     if config != origin.config or CONFIG not in origin.files:
-        made[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        made[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
         fresh = CONFIG not in origin.files
         notes.append(f"`{CONFIG}` is {origin.origin}" if fresh else f"`{CONFIG}` changed: {_dtype_change(origin, config)}")
     return made, notes

@@ -46,14 +46,15 @@ def main_dtype(plan: Plan) -> np.dtype[Any]:
 
 
 def _casts(plan: Plan) -> dict[str, str]:
-    changed = {(m.dtype, m.spec.dtype) for m in plan.makings if m.dtype != m.spec.dtype}
+    changed = {(copy.dtype, making.spec.dtype) for making in plan.makings for copy in making.copies}
+    changed = {(old, new) for old, new in changed if old != new}
     return {dtype_name(old): dtype_name(new) for old, new in sorted(changed, key=str)}
 
 
 def notes(config: Config, plan: Plan, luggage: Luggage) -> Iterator[str]:
     """What a user should know of this import."""
     if luggage.left_out:
-        yield f"left out, weights in other formats: {', '.join(luggage.left_out)}"
+        yield f"left out, not part of the model: {', '.join(luggage.left_out)}"
     for old, new in _casts(plan).items():
         yield f"weights are cast from {old} to {new}"
     if plan.zero:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from converter import families, importing, run_config
 from converter.carried import CONFIG, unpack
+from formats.disk import explained
 from formats.errors import UserError
 from formats.huggingface import INDEX, HuggingFaceReader, read_json
 from formats.spec import TensorSpec, dtype_name, extent
@@ -49,6 +50,7 @@ class Report:
     tensor_list: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
+@explained()
 def inspect(path: str | Path, *, tensors: bool = False) -> Report:
     """Look at a Hugging Face directory, a Megatron checkpoint root or one iteration; `tensors` lists every weight.
 
@@ -107,11 +109,15 @@ def _described(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> di
     supported = family in families.names() or family == "unknown"
     return {
         "family": family if supported else f"{family} (not supported)",
-        "architecture": ", ".join(config.get("architectures") or ["unknown"]),
+        "architecture": _architecture(config.get("architectures")),
         "parameters": sum(prod(spec.shape) for spec in specs.values()),
         "layers": len({name.split("layers.")[1].split(".")[0] for name in specs if "layers." in name}),
         "tensors": len(specs),
     }
+
+
+def _architecture(named: Any) -> str:
+    return ", ".join(str(name) for name in cast("list[Any]", named)) if isinstance(named, list) and named else "unknown"
 
 
 def _dtypes(specs: Iterable[TensorSpec]) -> list[DtypeRow]:

@@ -7,6 +7,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -16,6 +17,7 @@ from converter.carried import copy_file
 from converter.memory import expected_peak, peak_memory
 from converter.plan import Making
 from converter.run import default_workers, run
+from formats.errors import UserError
 from formats.spec import Reader, Writer
 from formats.staging import check_room, staged
 
@@ -86,7 +88,10 @@ def carry_out(job: Job, *, workers: int | None, dry_run: bool, overwrite: bool, 
         check_room(job.target, sum(files.values()))
         _allow_many_files()
         talk.start(sum(making.spec.nbytes for making in job.makings))
-        with staged(job.target, partial_directory(job.target, job.identity), overwrite=overwrite) as directory:
+        with (
+            staged(job.target, partial_directory(job.target, job.identity), overwrite=overwrite) as directory,
+            closing(job.writer),
+        ):
             _write(job, directory, workers, talk)
     return Summary(
         command=job.command,
@@ -112,6 +117,10 @@ def _write(job: Job, directory: Path, workers: int, talk: Talk) -> None:
     for name, data in job.documents.items():
         (directory / name).write_bytes(data)
     job.writer.finish()
+    for name, size in job.files.items():
+        found = (directory / name).stat().st_size
+        if found != size:
+            raise UserError(f"`{name}` came out with {found} bytes, planned were {size}", hint="did a source change meanwhile?")
 
 
 def _allow_many_files() -> None:

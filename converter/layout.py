@@ -50,6 +50,12 @@ def make_layout(model: Model, *, tp: int, pp: int, vpp: int, pp_layout: Sequence
     Raises UserError where tensor parallelism does not divide the model's sizes or the stages do not add up to its layers.
     """
     _check_tp(model, tp)
+    if vpp > 1 and pp == 1:
+        raise UserError(
+            f"{vpp} virtual stages need more than 1 pipeline rank", hint="leave `--vpp` out, or choose a larger `--pp`"
+        )
+    if pp_layout is not None and min(pp_layout, default=0) < 0:
+        raise UserError(f"`--pp-layout {','.join(map(str, pp_layout))}` has a negative number of layers")
     if pp * vpp > model.layers and not pp_layout:
         raise UserError(
             f"{pp} pipeline ranks × {vpp} virtual stages are more than the model's {model.layers} layers",
@@ -71,26 +77,31 @@ def _check_tp(model: Model, tp: int) -> None:
 
 
 def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    return ", ".join(str(n) for n in range(1, min(number, 4096) + 1) if number % n == 0)
 
 
 def _stages(layers: int, pp: int, vpp: int, given: Sequence[int] | None) -> tuple[int, ...]:
     count = pp * vpp
-    proposal = ",".join(str(layers // count + (number < layers % count)) for number in range(count))
     if given:
         if len(given) != count or sum(given) != layers:
             raise UserError(
                 f"`--pp-layout {','.join(map(str, given))}` has {len(given)} stages and {sum(given)} layers; "
                 f"{pp} pipeline ranks × {vpp} virtual stages need {count}, the model has {layers} layers",
-                hint=f"for example `--pp-layout {proposal}`",
+                hint=f"for example `--pp-layout {_proposal(layers, count)}`",
             )
         return tuple(given)
     if layers % count:
         raise UserError(
             f"{layers} layers do not divide into {pp} pipeline ranks × {vpp} virtual stages",
-            hint=f"say how many each takes, for example `--pp-layout {proposal}`",
+            hint=f"say how many each takes, for example `--pp-layout {_proposal(layers, count)}`",
         )
     return (layers // count,) * count
+
+
+def _proposal(layers: int, count: int) -> str:
+    """Layers as evenly as can be; for absurd numbers of stages, the first few."""
+    shown = min(count, 1024)
+    return ",".join(str(layers // count + (number < layers % count)) for number in range(shown))
 
 
 def boxes(shape: Shape, cut: int | None, blocks: int, tp: int) -> list[tuple[Region, int]]:

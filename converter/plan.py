@@ -14,7 +14,6 @@ import numpy as np
 
 from converter.layout import Layout, boxes
 from converter.model import Model
-from converter.rows import Run
 from converter.rules import Rule, fill, in_order
 from converter.values import target_dtype
 from formats.disk import bands
@@ -29,6 +28,9 @@ class Copy:
     """Rows `there` on of a source tensor become rows `here` on of a target tensor."""
 
     source: str
+    dtype: np.dtype[Any]
+    """The source's; its values are cast where it is not the target's."""
+
     there: int
     here: int
     count: int
@@ -39,10 +41,12 @@ class Making:
     """One target tensor and the copies that make it; rows that no copy covers are zero."""
 
     spec: TensorSpec
-    dtype: np.dtype[Any]
-    """The sources' dtype; a cast where it is not the target's."""
-
     copies: tuple[Copy, ...]
+
+    @property
+    def dtypes(self) -> set[np.dtype[Any]]:
+        """Those of its sources and its own."""
+        return {self.spec.dtype, *(copy.dtype for copy in self.copies)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +65,14 @@ class Piece:
         spec = self.making.spec
         return (self.rows.stop - self.rows.start) * (spec.nbytes // max(spec.shape[0], 1))
 
-    def copies(self) -> Iterator[tuple[str, Region, slice]]:
-        """Source tensor, its region, and the piece's rows that it fills."""
+    def copies(self) -> Iterator[tuple[Copy, Region, slice]]:
+        """What is copied, the source's region, and the piece's rows that it fills."""
         for copy in self.making.copies:
             start, stop = max(self.rows.start, copy.here), min(self.rows.stop, copy.here + copy.count)
             if start < stop:
                 shift = copy.there - copy.here
                 region = (slice(start + shift, stop + shift), *self.making.spec.whole[1:])
-                yield copy.source, region, slice(start - self.rows.start, stop - self.rows.start)
+                yield copy, region, slice(start - self.rows.start, stop - self.rows.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,9 @@ def to_megatron(rules: Sequence[Rule], extras: Iterable[str], model: Model, sour
     makings = [_fused(one, model, source, common, dtype) for one in bound]
     zero = [one.megatron for one in bound if one.rule.zeros(model)]
     present = sorted(allowed & source.keys())
+    for name in present:
+        if not source[name].shape:
+            raise UserError(f"`{name}` has no dimensions", hint="it should hold a number for each pair of channels")
     return Plan(tuple(makings), tuple(bound), tuple(present), tuple(equal), tuple(zero))
 
 
@@ -131,14 +138,19 @@ def _fused(one: Bound, model: Model, source: Specs, common: np.dtype[Any], dtype
     shape = one.rule.shape(model)
     if one.rule.zeros(model):
         target = target_dtype(TensorSpec(one.megatron, shape, common), dtype)
-        return Making(TensorSpec(one.megatron, shape, target), target, ())
+        return Making(TensorSpec(one.megatron, shape, target), ())
     first, *rest = (source[name] for name in one.huggingface)
     for other in rest:
         if other.dtype != first.dtype and dtype == "keep":
             raise _unequal_dtypes(first, other, one.megatron)
     target = target_dtype(first, dtype)
-    copies = tuple(Copy(one.huggingface[run.part], run.there, run.here, run.count) for run in one.rule.runs(model))
-    return Making(TensorSpec(one.megatron, shape, target), first.dtype, copies)
+    parts = [source[name] for name in one.huggingface]
+    copies = tuple(_copy(parts[run.part], run.there, run.here, run.count) for run in one.rule.runs(model))
+    return Making(TensorSpec(one.megatron, shape, target), copies)
+
+
+def _copy(spec: TensorSpec, there: int, here: int, count: int) -> Copy:
+    return Copy(spec.name, spec.dtype, there, here, count)
 
 
 def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype: str) -> Plan:
@@ -154,12 +166,8 @@ def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype:
 def _split(one: Bound, model: Model, source: Specs, dtype: str) -> Iterator[Making]:
     spec, runs = source[one.megatron], list(one.rule.runs(model))
     for part, (name, shape) in enumerate(_parts(one, model)):
-        copies = tuple(_back(one.megatron, run) for run in runs if run.part == part)
-        yield Making(TensorSpec(name, shape, target_dtype(spec, dtype)), spec.dtype, copies)
-
-
-def _back(name: str, run: Run) -> Copy:
-    return Copy(name, run.here, run.there, run.count)
+        copies = tuple(_copy(spec, run.here, run.there, run.count) for run in runs if run.part == part)
+        yield Making(TensorSpec(name, shape, target_dtype(spec, dtype)), copies)
 
 
 def _as_stored(one: Bound, source: Specs) -> Bound:
@@ -232,6 +240,6 @@ def pieces(makings: Iterable[Making], *, limit: int) -> Iterator[Piece]:
     """Tensors as bands of whole rows, none larger than `limit` bytes where one row allows."""
     for making in makings:
         rows = making.spec.shape[0]
-        row_bytes = prod(making.spec.shape[1:]) * max(making.spec.dtype.itemsize, making.dtype.itemsize)
+        row_bytes = prod(making.spec.shape[1:]) * max(dtype.itemsize for dtype in making.dtypes)
         for band in bands(slice(0, rows), max(1, limit // max(row_bytes, 1))):
             yield Piece(making, band)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from converter.plan import Making, Piece, pieces
+from converter.plan import Copy, Making, Piece, pieces
 from converter.values import cast_into
 from formats.disk import BLOCK, aligned_memory
 from formats.errors import UserError
@@ -67,21 +67,21 @@ class Bench:
         spec = piece.making.spec
         out = self._view("_target", extent(piece.region), spec.dtype, place % BLOCK)
         filled = 0
-        for name, region, rows in piece.copies():
-            self._read(reader, name, region, out[rows], piece.making.dtype)
+        for copy, region, rows in piece.copies():
+            self._read(reader, copy, region, out[rows])
             filled += rows.stop - rows.start
         if filled < len(out):
             _zero_the_rest(piece, out)
         return out
 
-    def _read(self, reader: Reader, name: str, region: Region, out: Array, dtype: np.dtype[np.generic]) -> None:
-        if out.dtype == dtype:
-            reader.read(name, region, out)
+    def _read(self, reader: Reader, copy: Copy, region: Region, out: Array) -> None:
+        if out.dtype == copy.dtype:
+            reader.read(copy.source, region, out)
             return
         if self._scratch is self._target:
             self._scratch = aligned_memory(PIECE_BYTES)
-        data = self._view("_scratch", out.shape, dtype, 0)
-        reader.read(name, region, data)
+        data = self._view("_scratch", out.shape, copy.dtype, 0)
+        reader.read(copy.source, region, data)
         cast_into(out, data)
 
     def _view(self, buffer: str, shape: Shape, dtype: np.dtype[np.generic], start: int) -> Array:
@@ -123,7 +123,7 @@ def check_equal(reader: Reader, name: str, other: str) -> None:
     """Raise UserError unless two tensors hold the same bytes. Streams both."""
     spec, like = reader.specs[name], reader.specs[other]
     same = spec.shape == like.shape and spec.dtype == like.dtype
-    for piece in pieces([Making(spec, spec.dtype, ())], limit=PIECE_BYTES) if same else ():
+    for piece in pieces([Making(spec, ())], limit=PIECE_BYTES) if same else ():
         one, two = (np.empty(extent(piece.region), spec.dtype) for _ in range(2))
         reader.read(name, piece.region, one)
         reader.read(other, piece.region, two)
@@ -140,7 +140,7 @@ def check_equal(reader: Reader, name: str, other: str) -> None:
 def check_zero(reader: Reader, name: str) -> None:
     """Raise UserError unless a tensor is all zeros."""
     spec = reader.specs[name]
-    for piece in pieces([Making(spec, spec.dtype, ())], limit=PIECE_BYTES):
+    for piece in pieces([Making(spec, ())], limit=PIECE_BYTES):
         data = np.empty(extent(piece.region), spec.dtype)
         reader.read(name, piece.region, data)
         if np.any(data):

@@ -102,8 +102,8 @@ def read(iteration: Path, args: Config) -> tuple[dict[str, Any], str] | None:
 def _from_run_config(path: Path) -> dict[str, Any]:
     try:
         document = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"`{FILE}` is not readable: {error}") from None
+    except Exception as error:  # a damaged value makes the parser raise anything
+        raise UserError(f"`{FILE}` is not readable: {str(error)[:200]}") from error
     section = cast("dict[str, Any]", document).get("model") if isinstance(document, dict) else None
     if not isinstance(section, dict):
         raise UserError(f"`{FILE}` has no `model` section")

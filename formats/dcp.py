@@ -7,7 +7,8 @@ Each archive holds one chunk (a box of a tensor) or one object. Knows nothing of
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
@@ -20,7 +21,7 @@ import numpy as np
 from formats.disk import Files, Outputs, Stored, place_of, read_box, read_exactly, write_box
 from formats.errors import UserError
 from formats.pickles import Global, Record, dumps, loads
-from formats.spec import Array, Region, Shape, dtype_name, extent, intersect, within
+from formats.spec import Array, Region, Shape, dtype_name, extent, intersect, whole_number, within
 from formats.torch_zip import DTYPE_OF, PAGE, TORCH_NAMES, Frame, OpenArchive, contiguous_strides, read_sizes, tensor_frame
 
 METADATA = ".metadata"
@@ -33,6 +34,7 @@ class Place:
     file: str
     offset: int
     length: int
+    compressed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +80,15 @@ class Container:
         self._files = Files()
         self._stored: dict[Place, Stored] = {}
         self._sizes: dict[str, int] = {}
-        metadata = _load_metadata(directory)
-        places = {_index_key(index): info for index, info in metadata["storage_data"].items()}
-        self._places = places
-        described = cast("dict[str, Record]", metadata["state_dict_metadata"])
-        self._tensors = {k: v for k, v in described.items() if v.kind.name == "TensorStorageMetadata"}
-        self._objects = {k for k, v in described.items() if v.kind.name == "BytesStorageMetadata"}
+        with _structured():
+            metadata = _load_metadata(directory)
+            self._places = {_index_key(index): _info(info) for index, info in metadata["storage_data"].items()}
+            described = cast("dict[str, Record]", metadata["state_dict_metadata"])
+            self._tensors = {k: v for k, v in described.items() if v.kind.name == "TensorStorageMetadata"}
+            self._objects = {k for k, v in described.items() if v.kind.name == "BytesStorageMetadata"}
+        if not all(isinstance(cast("Any", name), str) for name in described):
+            raise _unstructured("a tensor's name is not text")
+        _check_apart(self._places)
 
     @property
     def tensor_names(self) -> Iterable[str]:
@@ -98,17 +103,19 @@ class Container:
 
         Raises UserError if the chunks overlap, leave holes or run past their files.
         """
-        record = self._tensors[name]
-        shape = read_sizes(record["size"])
-        chunks = [self._chunk(name, chunk) for chunk in record["chunks"]]
+        with _structured():
+            chunks = [self._chunk(name, chunk) for chunk in self._tensors[name]["chunks"]]
+        shape = self.shape(name)
         _check_tiling(name, shape, [chunk.region for chunk in chunks])
-        return ChunkedTensor(shape, _dtype(name, record["properties"]), chunks)
+        return ChunkedTensor(shape, self.dtype(name), chunks)
 
     def shape(self, name: str) -> Shape:
-        return read_sizes(self._tensors[name]["size"])
+        with _structured():
+            return read_sizes(self._tensors[name]["size"])
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        return _dtype(name, self._tensors[name]["properties"])
+        with _structured():
+            return _dtype(name, self._tensors[name]["properties"])
 
     def object(self, name: str) -> Any:
         """An object's pickle, classes as inert records."""
@@ -129,13 +136,13 @@ class Container:
         return Chunk(region, self._place(name, offsets))
 
     def _place(self, name: str, offsets: Shape | None) -> Place:
-        info = self._places.get((name, offsets))
-        if info is None:
+        place = self._places.get((name, offsets))
+        if place is None:
             raise UserError(f"`{METADATA}` does not say where `{name}` at {list(offsets or ())} lies")
-        if info.get("transform_descriptors"):
+        if place.compressed:
             raise UserError(f"`{name}` is stored compressed, which is not supported")
-        place = Place(_plain_name(info["relative_path"]), int(info["offset"]), int(info["length"]))
-        if place.offset < 0 or place.length < 0 or place.offset + place.length > self._size(place.file):
+        _check_name(place.file)
+        if place.offset + place.length > self._size(place.file):
             raise UserError(
                 f"`{name}` runs past the end of `{place.file}`: it should lie at {place.offset} to "
                 f"{place.offset + place.length}, the file has {self._size(place.file)} bytes",
@@ -156,7 +163,7 @@ class Container:
             archive = self._archive(chunk.place)
             tensor, start = archive.tensor(archive.pickle())
             shape = extent(chunk.region)
-            if prod(tensor.shape) != prod(shape) or tensor.dtype != dtype:
+            if _cut(tensor.shape) != _cut(shape) or tensor.dtype != dtype:
                 raise UserError(
                     f"`{chunk.place.file}` holds {list(tensor.shape)} of {dtype_name(tensor.dtype)} where `{METADATA}` "
                     f"promises {list(shape)} of {dtype_name(dtype)}",
@@ -197,19 +204,54 @@ def _index_key(index: Record) -> tuple[str, Shape | None]:
     return index["fqn"], None if offset is None else read_sizes(offset)
 
 
+def _cut(shape: Shape) -> Shape:
+    """A shape without its ones: stacked layers add one in front."""
+    return tuple(size for size in shape if size != 1)
+
+
 def _dtype(name: str, properties: Record) -> np.dtype[Any]:
     match properties.state:
         case (Global(name=found), *_) | {"dtype": Global(name=found)} if found in DTYPE_OF:
             return DTYPE_OF[found]
-        case state:
-            raise UserError(f"`{name}` has properties `{state}`: their dtype is not supported")
+        case _:
+            raise UserError(f"`{name}` has a dtype that is not supported")
 
 
-def _plain_name(name: Any) -> str:
-    """A file name that stays in its directory. Where a link of that name leads is the user's business."""
-    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+def _info(record: Record) -> Place:
+    file, offset, length = record["relative_path"], record["offset"], record["length"]
+    if not isinstance(file, str) or not whole_number(offset) or not whole_number(length):
+        raise _unstructured("it does not say where an archive lies")
+    return Place(file, offset, length, bool(record.get("transform_descriptors")))
+
+
+def _check_name(name: str) -> None:
+    """File names stay in their directory. Where a link of that name leads is the user's business."""
+    if name in ("", ".", "..") or len(name) > 255 or any(sign in name for sign in "/\\\0"):
         raise UserError(f"`{METADATA}` names the file `{name}`, which leaves the checkpoint's directory; it was not opened")
-    return name
+
+
+def _check_apart(places: Mapping[tuple[str, Shape | None], Place]) -> None:
+    """No byte may belong to two archives: such an index would give one tensor's data for another's."""
+    ordered = sorted(places.items(), key=lambda item: (item[1].file, item[1].offset))
+    for (one, before), (other, after) in pairwise(ordered):
+        if before.file == after.file and after.offset < before.offset + before.length:
+            raise UserError(
+                f"`{METADATA}` puts `{one[0]}` and `{other[0]}` in the same bytes of `{after.file}`",
+                hint="the checkpoint is damaged or was mixed from two",
+            )
+
+
+@contextmanager
+def _structured() -> Generator[None]:
+    """Turn what a misshapen index makes Python say into an error that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise _unstructured(str(error)[:100]) from error
+
+
+def _unstructured(what: str) -> UserError:
+    return UserError(f"`{METADATA}` is not built as torch builds it: {what}", hint="the file is damaged")
 
 
 def _check_tiling(name: str, shape: Shape, regions: Sequence[Region]) -> None:

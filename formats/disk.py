@@ -230,18 +230,22 @@ def _element(shape: Shape, region: Region) -> int:
 
 
 @contextmanager
-def explained(path: Path) -> Generator[None]:
-    """Turn what a full, read-only or broken disk says into errors that name the folder and the way out."""
+def explained(path: Path | None = None) -> Generator[None]:
+    """Turn what a full, read-only or broken disk says into errors that name the place and the way out.
+
+    `path`: where was being written.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if path and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = free_bytes(path)
             raise UserError(
                 f"no room left for `{path}`: {error.strerror} ({free / 1e9:.1f} GB free)",
                 hint="free space or choose another place; nothing readable was left there",
             ) from error
-        raise UserError(f"cannot use `{error.filename or path}`: {error.strerror}") from error
+        named = f"`{error.filename or path}`" if error.filename or path else "a file"
+        raise UserError(f"cannot use {named}: {error.strerror or error}") from error
 
 
 def free_bytes(path: Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -19,7 +20,7 @@ import numpy as np
 
 from formats.disk import Files, Outputs, Stored, place_of, read_box, write_box
 from formats.errors import UserError
-from formats.spec import DTYPES, Array, Region, TensorSpec, dtype_name
+from formats.spec import DTYPES, Array, Region, TensorSpec, dtype_name, whole_number
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -46,6 +47,8 @@ def parse_shard(raw: bytes, *, source: str) -> Shard:
 
     Raises UserError where dtypes, shapes or offsets are nonsense, overlap or leave gaps.
     """
+    if len(raw) < 8 or struct.unpack("<Q", raw[:8])[0] != len(raw) - 8:
+        raise UserError(f"`{source}` does not have the length its first 8 bytes say", hint="the header is damaged")
     entries = _parse_json(raw[8:], source=source)
     entries.pop("__metadata__", None)
     tensors: dict[str, tuple[TensorSpec, int]] = {}
@@ -112,8 +115,7 @@ def _parse_json(text: bytes, *, source: str) -> dict[str, Any]:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"`{twice}` stands there twice")
     return found
 
@@ -128,10 +130,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def _span(name: str, entry: Any, source: str) -> tuple[int, int]:
     offsets = cast("dict[str, Any]", entry).get("data_offsets") if isinstance(entry, dict) else None
     match offsets:
-        case [int(start), int(stop)] if not isinstance(start, bool) and not isinstance(stop, bool) and 0 <= start <= stop:
+        case [int(start), int(stop)] if whole_number(start) and whole_number(stop) and start <= stop:
             return start, stop
         case _:
-            raise UserError(f"`{source}`: `{name}` has data offsets `{offsets}`", hint="the header is damaged")
+            raise UserError(f"`{source}`: `{name}` has data offsets `{_short(offsets)}`", hint="the header is damaged")
 
 
 def _spec(name: str, entry: dict[str, Any], source: str) -> TensorSpec:
@@ -139,9 +141,17 @@ def _spec(name: str, entry: dict[str, Any], source: str) -> TensorSpec:
     if not isinstance(dtype, str) or dtype not in _DTYPE_OF:
         raise UserError(f"`{source}`: `{name}` has dtype `{dtype}`", hint=f"known are {', '.join(_DTYPE_OF)}")
     sizes = cast("list[Any]", shape if isinstance(shape, list) else [shape])
-    if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
-        raise UserError(f"`{source}`: `{name}` has shape `{shape}`", hint="the header is damaged")
+    if not all(whole_number(size) for size in sizes):
+        raise UserError(f"`{source}`: `{name}` has shape `{_short(shape)}`", hint="the header is damaged")
     return TensorSpec(name, tuple(sizes), _DTYPE_OF[dtype])
+
+
+def _short(value: Any) -> str:
+    """A value for a message; numbers of thousands of digits cannot even be printed."""
+    try:
+        return str(value)[:100]
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 class HuggingFaceReader:
@@ -293,15 +303,24 @@ _NOT_OF_THE_MODEL = {".git", ".cache", ".huggingface"}
 def side_files(directory: Path, shards: Iterable[str]) -> tuple[list[str], list[str]]:
     """The files beside the model's `shards`, as relative paths: those that travel, and weights in other formats, which do
     not."""
-    beside = [name for name in files_below(directory) if name not in set(shards)]
-    left_out = [name for name in beside if name != INDEX and _OTHER_WEIGHTS.search(name)]
-    return [name for name in beside if name not in left_out], left_out
+    model, found = set(shards), files_below(directory)
+    left_out = [name for name in found if name not in model | {INDEX} and _does_not_travel(directory, name)]
+    return [name for name in found if name not in model and name not in left_out], left_out
+
+
+def _does_not_travel(directory: Path, name: str) -> bool:
+    """Weights in other formats, version control, download caches, and links that lead to no file."""
+    return bool(_OTHER_WEIGHTS.search(name)) or name.endswith("/") or not (directory / name).is_file()
 
 
 def files_below(directory: Path) -> list[str]:
-    """Relative paths of all files in a directory, those of version control and download caches left out."""
+    """Relative paths of all files in a directory. Folders that are not looked into end in a slash: those of version
+    control and download caches, and links to folders."""
     found: list[str] = []
     for folder, folders, files in directory.walk():
-        folders[:] = [name for name in folders if name not in _NOT_OF_THE_MODEL]
-        found += [(folder / name).relative_to(directory).as_posix() for name in files if (folder / name).is_file()]
+        skipped = [name for name in folders if name in _NOT_OF_THE_MODEL or (folder / name).is_symlink()]
+        folders[:] = [name for name in folders if name not in skipped]
+        closed = [f"{name}/" for name in skipped] + [f"{name}/" for name in files if (folder / name).is_dir()]
+        open_ = [name for name in files if not (folder / name).is_dir()]
+        found += [f"{(folder / 'x').relative_to(directory).as_posix()[:-1]}{name}" for name in closed + open_]
     return sorted(found)

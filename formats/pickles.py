@@ -62,15 +62,19 @@ class Storage:
     count: int
 
 
+def _dict(*pairs: Any) -> dict[Any, Any]:
+    return {_hashable(key): value for key, value in (pairs[0] if pairs else ())}
+
+
+def _set(items: Any = ()) -> set[Any]:
+    return {_hashable(item) for item in items}
+
+
 _PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("__builtin__", "set"): set,
-    ("builtins", "dict"): dict,
-    ("builtins", "list"): list,
-    ("builtins", "tuple"): tuple,
-    ("builtins", "complex"): complex,
-    ("collections", "OrderedDict"): dict,
+    ("builtins", "set"): _set,
+    ("builtins", "frozenset"): _set,
+    ("__builtin__", "set"): _set,
+    ("collections", "OrderedDict"): _dict,
 }
 """Built-in containers, made for real: nothing they do can surprise."""
 
@@ -136,7 +140,7 @@ does, and its table of opcodes can be cut down."""
 
 _REFUSED = {
     pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.PERSID, pickle.BYTEARRAY8, pickle.NEXT_BUFFER,
-    pickle.READONLY_BUFFER, pickle.NEWOBJ_EX,
+    pickle.READONLY_BUFFER, pickle.DUP, pickle.NEWOBJ_EX,
 }  # fmt: skip
 
 
@@ -160,6 +164,29 @@ class _Unpickler(_BASE):
             case _:
                 raise UserError("the pickle refers to something that is not a tensor's storage")
 
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1][_hashable(key)] = value
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self.stack[-1].update(_dict(zip(items[::2], items[1::2], strict=True)))
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        self.stack[-1].update(_set(items))
+
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+
+    def load_frozenset(self) -> None:
+        self.append(_set(self.pop_mark()))
+
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
+
     def load_newobj(self) -> None:
         args, kind = self.stack.pop(), self.stack.pop()
         self.append(Record(kind, args, made_by_call=False) if isinstance(kind, Global) else _make(kind, args))
@@ -178,6 +205,16 @@ class _Unpickler(_BASE):
             target.state = state
 
     dispatch[pickle.BUILD[0]] = load_build
+
+
+_KEYS = (str, int, float, bytes, type(None), Record, Global)
+
+
+def _hashable(key: Any) -> Any:
+    """A key of a dict or a member of a set. Tuples within tuples are refused: hashing them can take forever."""
+    if isinstance(key, _KEYS) or (isinstance(key, tuple) and all(isinstance(part, _KEYS) for part in cast("tuple[Any]", key))):
+        return cast("Any", key)
+    raise UserError("a dictionary has keys that no checkpoint needs")
 
 
 def _make(kind: Any, args: Any) -> Any:

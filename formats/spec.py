@@ -62,6 +62,11 @@ class TensorSpec:
         return tuple(slice(0, size) for size in self.shape)
 
 
+def whole_number(value: Any) -> bool:
+    """Could it be a size or an offset? Larger ones overflow what disks and numpy count with."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
 def extent(region: Region) -> Shape:
     """The shape of a region."""
     return tuple(part.stop - part.start for part in region)
@@ -91,6 +96,10 @@ class Reader(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of open files."""
+        ...
+
 
 class Writer(Protocol):
     """A checkpoint being made. Its tensors are known from the start; regions arrive in any order, from several threads."""
@@ -116,13 +125,22 @@ class Writer(Protocol):
         """Write what makes the directory readable (indexes last), once every region is in place."""
         ...
 
+    def close(self) -> None:
+        """Let go of open files."""
+        ...
+
 
 class Joined:
     """Several readers as one. Their tensors have different names."""
 
     def __init__(self, *readers: Reader) -> None:
+        self._all = readers
         self._readers = {name: reader for reader in readers for name in reader.specs}
         self.specs = {name: spec for reader in readers for name, spec in reader.specs.items()}
 
     def read(self, name: str, region: Region, out: Array) -> None:
         self._readers[name].read(name, region, out)
+
+    def close(self) -> None:
+        for reader in self._all:
+            reader.close()

@@ -11,7 +11,7 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def find_iteration(path: Path) -> Path:
 
     Raises UserError for what is not there, not complete, or another format.
     """
+    _refuse_legacy(path)
     if (path / METADATA).is_file() or path.name.startswith("iter_"):
         return _complete(path)
     if not (path / TRACKER).is_file():
@@ -178,6 +179,11 @@ class TorchDistReader:
                 whole = self.container.tensor(source.key)
                 self._tensors[source.key] = _stacked(whole, self.container.tensor(source.then)) if source.then else whole
         return self._tensors[source.key]
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise UserError if chunks of these weights are missing, overlap or run past their files. Reads no data."""
+        for name in names:
+            self._tensor(name)
 
     def common_state(self) -> dict[str, Any]:
         """What the trainer stored beside the tensors (`args`, iteration, …), classes as inert records."""

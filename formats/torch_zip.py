@@ -18,7 +18,7 @@ import numpy as np
 
 from formats.errors import UserError
 from formats.pickles import Global, Record, Storage, dumps, loads
-from formats.spec import DTYPES, Array, Shape, dtype_name
+from formats.spec import DTYPES, Array, Shape, dtype_name, whole_number
 
 ALIGNMENT = 64
 """Where torch starts a record's data."""
@@ -33,10 +33,12 @@ _CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
 _END = struct.Struct("<IHHHHIIH")
 _END64 = struct.Struct("<IQHHIIQQQQ")
 _LOCATOR64 = struct.Struct("<IIQI")
+_MAX_DIRECTORY = 1 << 24  # a tensor's archive has a handful of records; an object's some thousands
 _EPOCH_DATE = 0x21  # 1980-01-01, the earliest a zip can say: no time of ours gets into the output
 
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_TYPED = Global("torch._utils", "_rebuild_tensor_v3")
+_REBUILDS = (_REBUILD, _REBUILD_TYPED)
 _HOOKS = Record(Global("collections", "OrderedDict"))
 
 TORCH_NAMES: dict[str, str] = {
@@ -251,10 +253,12 @@ class OpenArchive:
         return np.frombuffer(data, stored.dtype).reshape(stored.shape)
 
     def _described(self, record: Any) -> StoredTensor:
-        while isinstance(record, Record) and record.kind.name in ("_rebuild_parameter", "_rebuild_from_type_v2"):
-            record = record.args[0] if record.kind.name == "_rebuild_parameter" else Record(record.args[0], record.args[2])
         match record:
-            case Record(kind=kind, args=(Storage() as storage, int(start), shape, strides, _, _, *rest)):
+            case Record(kind=Global(name="_rebuild_parameter"), args=(Record() as inner, *_)):
+                return self._described(inner)
+            case Record(kind=Global(name="_rebuild_from_type_v2"), args=(Global() as kind, _, (*args,), *_)):
+                return self._described(Record(kind, tuple(args)))
+            case Record(kind=kind, args=(Storage() as storage, int(start), shape, strides, _, _, *rest)) if kind in _REBUILDS:
                 typed = rest[0].name if kind == _REBUILD_TYPED and rest and isinstance(rest[0], Global) else ""
                 dtype = DTYPE_OF.get(typed) or _STORED_AS.get(storage.kind.name)
                 shape, strides = read_sizes(shape), read_sizes(strides)
@@ -303,6 +307,8 @@ class OpenArchive:
             if locator[0] != 0x07064B50 or wide[0] != 0x06064B50:
                 raise self._damaged("its zip64 directory is missing")
             count, size, start = wide[7], wide[8], wide[9]
+        if size > _MAX_DIRECTORY or count * _CENTRAL.size > size or start + size > at:
+            raise self._damaged(f"its directory claims {count} records in {size} bytes")
         return start, size, count
 
     def _span(self, start: int, size: int) -> bytes:
@@ -329,6 +335,6 @@ def read_sizes(value: Any) -> Shape:
     """A shape from a pickle: a tuple, or torch.Size around one."""
     inner = value.args[0] if isinstance(value, Record) and value.args else value
     parts = cast("Sequence[Any]", inner) if isinstance(inner, (tuple, list)) else ()
-    if not all(isinstance(part, int) and 0 <= part < 1 << 62 for part in parts):
-        raise UserError(f"a shape of {inner!r} is not possible")
+    if not isinstance(inner, (tuple, list)) or not all(whole_number(part) for part in parts):
+        raise UserError("a shape is not made of whole numbers that a tensor can have")
     return tuple(parts)

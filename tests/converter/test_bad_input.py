@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
@@ -115,7 +116,10 @@ HEADERS = {
     "dtype": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(dtype="BF17")), "has dtype `BF17`"),
     "shape": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(shape=[-1, 64])), r"has shape `\[-1, 64\]`"),
     "shape_text": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(shape="ab")), "has shape `ab`"),
-    "big_shape": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(shape=[1 << 62, 9])), "should be .* bytes"),
+    "big_shape": (
+        lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(shape=[1 << 62, 9])),
+        r"has shape `\[4611686018427387904, 9\]`",
+    ),
     "offsets": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(data_offsets=[9, 3])), r"data offsets `\[9, 3\]`"),
     "floats": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(data_offsets=[0.0, 3e9])), "data offsets"),
     "entry": (lambda p: rewrite_header(p, lambda h: h.update(x=5)), "`x` has data offsets `None`"),
@@ -264,7 +268,7 @@ def overlapping(metadata):
 
 def shifted(metadata):
     chunks, at = metadata.state_dict_metadata[FC2].chunks, torch.Size([0, 0, 24])
-    metadata.storage_data[MetadataIndex(FC2, at)] = metadata.storage_data[MetadataIndex(FC2, chunks[1].offsets)]
+    metadata.storage_data[MetadataIndex(FC2, at)] = metadata.storage_data.pop(MetadataIndex(FC2, chunks[1].offsets))
     chunks[1] = ChunkStorageMetadata(at, chunks[1].sizes)
 
 
@@ -377,3 +381,166 @@ def test_an_old_output_is_kept_until_the_new_one_is_whole(source, model_folder, 
     hf_to_mcore(source, tmp_path / "m", tp=2, overwrite=True)
     assert (tmp_path / "m" / "iter_0000000" / "__1_0.distcp").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "source"]
+
+
+def same_place(metadata):
+    data, (one, other, *_) = metadata.storage_data, metadata.state_dict_metadata[FC2].chunks
+    data[MetadataIndex(FC2, other.offsets)] = data[MetadataIndex(FC2, one.offsets)]
+
+
+def reshaped(metadata):
+    chunk = metadata.state_dict_metadata["decoder.final_layernorm.weight"]
+    chunk.size, chunk.chunks[0].sizes = torch.Size([8, 8]), torch.Size([8, 8])
+    chunk.chunks[0].offsets = torch.Size([0, 0])
+    key = MetadataIndex("decoder.final_layernorm.weight", torch.Size([0]))
+    metadata.storage_data[MetadataIndex(key.fqn, torch.Size([0, 0]))] = metadata.storage_data.pop(key)
+
+
+def assign(name, value):
+    def change(metadata):
+        vars(metadata)[name] = value
+
+    return change
+
+
+def chunk_field(name, value):
+    def change(metadata):
+        object.__setattr__(metadata.state_dict_metadata[FC2].chunks[0], name, value)
+
+    return change
+
+
+def place_field(name, value):
+    def change(metadata):
+        setattr(metadata.storage_data[MetadataIndex(FC2, torch.Size([0, 0, 0]))], name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(("change", "pattern"), [
+    (same_place, f"puts `{FC2}` and `{FC2}` in the same bytes"), (reshaped, r"by `config.json` it should be \[64\]"),
+    (assign("storage_data", {1: 2}), "not built as torch builds it"), (assign("storage_data", None), "is not the index"),
+    (assign("state_dict_metadata", {"a": 1}), "not built as torch builds it"),
+    (assign("state_dict_metadata", {5: torch.distributed.checkpoint.metadata.BytesStorageMetadata()}), "name is not text"),
+    (chunk_field("offsets", None), "whole numbers"), (chunk_field("sizes", torch.Size([1])), "not built as torch builds it"),
+    (chunk_field("sizes", (1, 64, 10**5000)), "whole numbers"), (chunk_field("sizes", (1.5, 64, 48)), "whole numbers"),
+    (place_field("offset", 1.5), "does not say where"), (place_field("length", None), "not built as torch builds it: 'length'"),
+    (place_field("relative_path", "a" * 300), "leaves the checkpoint's directory"),
+    (lambda m: setattr(m.state_dict_metadata[FC2], "chunks", 5), "not built as torch builds it"),
+    (lambda m: setattr(m.state_dict_metadata[FC2], "properties", 5), "not built as torch builds it"),
+])  # fmt: skip
+def test_a_misshapen_index_is_named_and_never_gives_other_data(checkpoint, tmp_path, change, pattern):
+    edit_metadata(checkpoint, change)
+    refused(mcore_to_hf, checkpoint, tmp_path, pattern)
+
+
+def test_a_truncated_data_file_is_found_before_any_byte_moves(checkpoint, tmp_path):
+    path = checkpoint / "iter_0000000" / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:-5000])
+    refused(mcore_to_hf, checkpoint, tmp_path, "runs past the end of `__0_0.distcp`", dry_run=True)
+
+
+def test_a_forged_directory_size_is_not_believed(checkpoint, tmp_path):
+    path = checkpoint / "iter_0000000" / "__0_0.distcp"
+    data = path.read_bytes()
+    end = data.index(b"PK\x05\x06", data.index(b"FloatStorage") if b"FloatStorage" in data else data.index(b"BFloat16Storage"))
+    path.write_bytes(data[: end + 12] + struct.pack("<I", 0x7FFFFFFF) + data[end + 16 :])
+    refused(mcore_to_hf, checkpoint, tmp_path, "its directory claims")
+
+
+def header_of(checkpoint):
+    return next((checkpoint / "iter_0000000" / "huggingface" / "headers").iterdir())
+
+
+def test_damaged_headers_that_travelled_are_named(checkpoint, tmp_path):
+    header = header_of(checkpoint)
+    raw = header.read_bytes()
+    header.write_bytes(struct.pack("<Q", 5) + raw[8:])
+    refused(mcore_to_hf, checkpoint, tmp_path, "does not have the length its first 8 bytes say")
+    header.write_bytes(raw)
+    header.with_name("model-00009.safetensors").write_bytes(raw)
+    refused(mcore_to_hf, checkpoint, tmp_path, "is in two headers")
+
+
+def test_a_map_of_other_tensors_is_left_with_a_word(checkpoint, tmp_path):
+    from converter import Talk
+
+    header_of(checkpoint).write_bytes(header_of(checkpoint).read_bytes().replace(b"model.norm.weight", b"model.nurm.weight"))
+    notes = []
+    mcore_to_hf(checkpoint, tmp_path / "back", max_shard_size=50_000)
+    mcore_to_hf(checkpoint, tmp_path / "again", talk=Talk(note=notes.append))
+    assert notes == ["the shard map that travelled is of other tensors than these: files are divided anew"]
+
+
+def test_overwrite_removes_models_and_nothing_else(source, checkpoint, tmp_path):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="holds no model, so `--overwrite` does not remove it"):
+        hf_to_mcore(source, tmp_path / "project", overwrite=True)
+    with pytest.raises(UserError, match="lie in one another"):
+        mcore_to_hf(checkpoint, source, hf_config=source, overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is a link"):
+        hf_to_mcore(source, tmp_path / "link")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError):
+        hf_to_mcore(source, tmp_path / "loop")
+
+
+@pytest.mark.parametrize(
+    "options", [{"tp": 0}, {"pp": -1}, {"workers": 0}, {"vocab_divisible_by": 0}, {"dtype": "int8"}], ids=str
+)
+def test_python_callers_get_the_same_checks(source, tmp_path, options):
+    refused(hf_to_mcore, source, tmp_path, "which should be 1 or more|is not one of", **options)
+
+
+def test_absurd_numbers_are_refused_at_once(source, tmp_path):
+    refused(hf_to_mcore, source, tmp_path, "need 1000000000", pp=10**9, pp_layout=[1, 2])
+    refused(hf_to_mcore, source, tmp_path, "negative", pp=2, pp_layout=[5, -1])
+    refused(hf_to_mcore, source, tmp_path, "virtual stages need more than 1 pipeline rank", vpp=2)
+    edit_config(source, num_attention_heads=10**11, num_key_value_heads=10**11)
+    refused(hf_to_mcore, source, tmp_path, "tensor-parallel size 3", tp=3)
+
+
+@pytest.mark.parametrize("changes", [
+    {"rms_norm_eps": "abc"}, {"initializer_range": [1]}, {"attention_dropout": float("nan")}, {"max_position_embeddings": -1},
+    {"rope_parameters": {"rope_type": "llama3", "factor": "abc"}}, {"rope_parameters": {"rope_theta": "x"}},
+    {"model_type": "mistral", "sliding_window": "abc"}, {"model_type": "mistral", "sliding_window": {}},
+], ids=str)  # fmt: skip
+def test_config_values_of_the_wrong_kind_are_named(source, tmp_path, changes):
+    edit_config(source, **changes)
+    refused(hf_to_mcore, source, tmp_path, "which should be")
+
+
+@pytest.mark.parametrize(
+    "model", ["rotary_base: abc", "num_layers: !!int ''", "layernorm_epsilon: 2020-01-01", "window_size: [a]"]
+)
+def test_run_config_values_of_the_wrong_kind_are_named(checkpoint, tmp_path, model):
+    folder = checkpoint / "iter_0000000"
+    shutil.rmtree(folder / "huggingface")
+    text = (folder / "run_config.yaml").read_text()
+    key = model.split(":", maxsplit=1)[0]
+    (folder / "run_config.yaml").write_text(re.sub(rf"\n  {key}: .*", "", text).replace("\nmodel:\n", f"\nmodel:\n  {model}\n"))
+    refused(mcore_to_hf, checkpoint, tmp_path, "is not readable|no supported family")
+
+
+def test_dtypes_that_differ_within_one_megatron_tensor_are_cast_each_from_its_own(source, tmp_path):
+    for path in source.glob("*.safetensors"):
+        weights = load_file(path)
+        save_file({n: t.float() if "k_proj" in n or "up_proj" in n else t for n, t in weights.items()}, path, {"format": "pt"})
+    refused(hf_to_mcore, source, tmp_path, "is one tensor\n\nhint: choose one dtype")
+    hf_to_mcore(source, tmp_path / "m", dtype="fp32", tp=2)
+    mcore_to_hf(tmp_path / "m", tmp_path / "back")
+    for path in source.glob("*.safetensors"):
+        before, after = load_file(path), load_file(tmp_path / "back" / path.name)
+        assert all(torch.equal(before[name].float(), after[name]) for name in before)
+
+
+def test_no_descriptor_stays_open(model_folder, tmp_path):
+    def descriptors():
+        return {str(link.resolve()) for link in Path("/proc/self/fd").iterdir() if link.exists()}
+
+    before = descriptors()
+    hf_to_mcore(model_folder("gqa"), tmp_path / "m")
+    mcore_to_hf(tmp_path / "m", tmp_path / "back")
+    assert not {path for path in descriptors() - before if str(tmp_path) in path}

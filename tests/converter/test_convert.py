@@ -113,8 +113,8 @@ def test_weights_in_other_formats_are_named_and_left_out(model_folder, tmp_path)
     hf_to_mcore(source, tmp_path / "megatron", talk=Talk(note=notes.append))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert tree(tmp_path / "back") == expected
-    left_out = "consolidated.safetensors, model.gguf, original/consolidated.00.pth, pytorch_model.bin"
-    assert notes == [f"left out, weights in other formats: {left_out}"]
+    left_out = ".git/, consolidated.safetensors, model.gguf, original/consolidated.00.pth, pytorch_model.bin"
+    assert notes == [f"left out, not part of the model: {left_out}"]
 
 
 def test_inverse_frequencies_of_old_llama_2_files_travel(model_folder, tmp_path):

@@ -70,7 +70,7 @@ def test_layers_go_to_stages_in_megatrons_order(stages):
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 200))
 def test_pieces_cover_a_tensor_and_stay_below_the_limit(count, columns, limit):
-    making = Making(TensorSpec("t", (count, columns), DTYPES["bf16"]), DTYPES["fp32"], (Copy("s", 3, 0, count - 1),))
+    making = Making(TensorSpec("t", (count, columns), DTYPES["bf16"]), (Copy("s", DTYPES["fp32"], 3, 0, count - 1),))
     cut = list(pieces([making], limit=limit))
     assert [row for piece in cut for row in range(piece.rows.start, piece.rows.stop)] == list(range(count))
     assert all(
