@@ -162,7 +162,6 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--shape", action="append", choices=SHAPES, help="default: 1b and 8b-16")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/mbconvert-bench"))
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     print(f"mbconvert --help: {help_seconds():.2f} s (limit 0.3)")
     print(

@@ -16,7 +16,7 @@ from typing import Any
 from converter.carried import copy_file
 from converter.memory import expected_peak, peak_memory
 from converter.plan import Making
-from converter.run import default_workers, run
+from converter.run import DEFAULT_WORKERS, run
 from formats.errors import UserError
 from formats.spec import Reader, Writer
 from formats.staging import check_room, staged
@@ -83,7 +83,7 @@ def partial_directory(target: Path, identity: str) -> Path:
 
 def carry_out(job: Job, *, workers: int | None, dry_run: bool, overwrite: bool, talk: Talk) -> Summary:
     """Make the output, or with `dry_run` only say what it would be. The output appears whole or not at all."""
-    started, workers, files = time.monotonic(), workers or default_workers(), job.files
+    started, workers, files = time.monotonic(), workers or DEFAULT_WORKERS, job.files
     if not dry_run:
         check_room(job.target, sum(files.values()))
         _allow_many_files()

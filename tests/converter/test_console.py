@@ -1,0 +1,50 @@
+"""What a terminal shows, and what a log file gets."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+
+from converter import console
+
+
+def test_sizes_and_counts_for_a_person():
+    assert [console.size(n) for n in (5, 4_200, 16_060_000_000)] == ["5 B", "4.20 kB", "16.06 GB"]
+    assert [console.count(n) for n in (12, 8_030_000_000, 405_000_000_000)] == ["12", "8.03 B", "405.00 B"]
+
+
+def test_where_nobody_watches_a_line_every_few_seconds(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    lines = console._Lines()
+    lines.start(10_000_000_000)
+    for _ in range(20):
+        now[0] += 1
+        lines.progress(100_000_000)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4
+    assert re.fullmatch(r"500.00 MB of 10.00 GB, 100.00 MB/s, 95 s left, \d+\.\d\d MB resident", said[0])
+
+
+def test_on_a_terminal_a_bar_with_bytes_rate_time_and_memory(model_folder, tmp_path):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "converter", "hf-to-mcore", str(model_folder("gqa")), str(tmp_path / "m")]
+    process = subprocess.Popen(
+        command, stderr=theirs, stdout=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "140", "TERM": "xterm"}
+    )
+    os.close(theirs)
+    shown = b""
+    while process.poll() is None or select.select([ours], [], [], 0)[0]:
+        try:
+            shown += os.read(ours, 4096)
+        except OSError:
+            break
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"\d+/\d+ kB", text)
+    assert "MB resident" in text
+    assert "done: 27 tensors" in text

@@ -1,0 +1,60 @@
+"""The README's commands run as they stand there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.convert import SHAPES, make_model
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the model that the README speaks of, smaller."""
+    made = tmp_path_factory.mktemp("readme")
+    make_model(made / "Llama-3.2-1B", SHAPES["tiny"])
+    return made
+
+
+def test_the_commands_run_in_order(folder):
+    commands = re.findall(r"^(mbconvert .+?)(?:\s+#.*)?$", README.split("```bash")[2].split("```")[0], re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        words = command.split()[1:]
+        done = subprocess.run(
+            [sys.executable, "-m", "converter", *words], cwd=folder, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (command, done.stderr)
+    one, other = ((folder / name / "model.safetensors").read_bytes() for name in ("Llama-3.2-1B", "Llama-back"))
+    assert one == other
+
+
+def test_the_python_example_runs(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    code = README.split("```python")[1].split("```")[0].replace('"megatron"', '"from-python"')
+    exec(compile(code, "README.md", "exec"), {})
+    assert int(capsys.readouterr().out) > 30_000_000
+
+
+def test_the_file_tree_names_what_is_there():
+    root = Path(__file__).parent.parent
+    tree = README.split("## The house")[1].split("```")[1]
+    named = set(re.findall(r"\b\w+\.py\b", tree))
+    there = {path.name for folder in ("formats", "converter") for path in (root / folder).glob("*.py")} - {
+        "__init__.py",
+        "__main__.py",
+    }
+    assert there <= named, there - named
+    assert named <= there | {"megatron_cpu.py"}
+
+
+def test_the_two_commands_are_makes_targets():
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README.split("```bash")[1].split("```")[0], re.MULTILINE):
+        assert f"\n{target}:" in makefile
