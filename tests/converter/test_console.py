@@ -45,6 +45,6 @@ def test_on_a_terminal_a_bar_with_bytes_rate_time_and_memory(model_folder, tmp_p
             break
     assert process.wait() == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    assert re.search(r"\d+/\d+ kB", text)
+    assert re.search(r"\d+/\d+\.?\d* ?[kM]?B|\d+\.\d+/\d+\.\d+ [kM]B", text), text
     assert "MB resident" in text
     assert "done: 27 tensors" in text
