@@ -31,7 +31,8 @@ def main(table: str, picture: str) -> None:
         panel.set_title(_LABELS.get(shape, shape), fontsize=10)
         panel.invert_yaxis()
         panel.spines[["top", "right"]].set_visible(False)
-    panels[-1].legend(frameon=False, loc="lower right")
+    handles, labels = panels[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside upper right", ncols=2)
     figure.savefig(picture, dpi=110)
 
 

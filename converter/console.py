@@ -83,12 +83,12 @@ def _bar() -> Generator[Talk]:
         BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[memory]}"),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=None, memory="")
+        task = progress.add_task("", total=None, visible=False, memory="")
 
         def advance(done: int) -> None:
-            progress.update(task, advance=done, memory=f"{size(resident_memory())} resident")
+            progress.update(task, advance=done, memory=f" {size(resident_memory())} resident")
 
-        yield Talk(_note, lambda total: progress.update(task, total=total), advance)
+        yield Talk(_note, lambda total: progress.update(task, total=total, visible=True), advance)
 
 
 class _Lines:
