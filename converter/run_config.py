@@ -60,7 +60,9 @@ def _model(megatron: Config, dtype: np.dtype[Any]) -> dict[str, Any]:
         "bf16": name == "bf16",
         "fp16": name == "fp16",
         "gradient_accumulation_fusion": False,
-        "should_pad_vocab": True,
+        # Megatron-Bridge's export writes padding rows out as if they were tokens. A model without padding loads a padded
+        # checkpoint all the same.
+        "should_pad_vocab": False,
         "transformer_layer_spec": _named("megatron.bridge.models.gpt_provider.default_layer_spec"),
     }
 

@@ -116,9 +116,7 @@ def test_the_files_beside_the_weights_follow_megatron_bridges(golden, tmp_path):
     mine, his = (yaml.safe_load(files["iter_0000000/run_config.yaml"]) for files in (ours, theirs))
     assert mine.keys() <= his.keys()
     differing = {key for key, value in mine["model"].items() if his["model"].get(key) != value}
-    assert differing == {"make_vocab_size_divisible_by", "should_pad_vocab", "pipeline_model_parallel_layout"} - (
-        {"pipeline_model_parallel_layout"} if his["model"]["pipeline_model_parallel_layout"] is None else set()
-    )
+    assert differing == {"make_vocab_size_divisible_by"}
 
 
 def test_common_state_is_what_megatron_core_reads_first(golden, tmp_path, ranks):
