@@ -7,13 +7,13 @@ from pathlib import Path
 
 from converter.run import PIECE_BYTES
 
-BASE_BYTES = 64 << 20
-"""The interpreter, numpy and the plan of a large model; measured (docs/decisions.md)."""
+BASE_BYTES = 48 << 20
+"""The interpreter, numpy and the plan of a large model: planning 405B peaks at 51 MiB."""
 
 
 def expected_peak(workers: int) -> int:
-    """Bytes a conversion holds at most: the program, and for each worker a piece, its cast, and rows being gathered."""
-    return BASE_BYTES + workers * 3 * PIECE_BYTES
+    """Bytes a conversion holds at most: the program, and for each worker a piece and what is cast or gathered for it."""
+    return BASE_BYTES + workers * 2 * PIECE_BYTES
 
 
 def peak_memory() -> int:
