@@ -70,21 +70,24 @@ def test_mistral_with_a_window_shorter_than_the_text_equals_transformers(ranks, 
     check(ranks, Shape(config, tp, pp), target, folder)
 
 
-def test_uneven_stages_load_where_they_were_written_and_elsewhere(ranks, model_folder, tmp_path):
-    folder = model_folder("gqa", num_hidden_layers=5)
+UNEVEN = {1: None, 2: "Et*3|t*2L", 4: "Et*2|t|t|tL"}
+"""Five layers in megatron-core's words, by pipeline size."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_uneven_stages_load_at_every_layout(ranks, model_folder, tmp_path, layout):
+    folder, (tp, pp) = model_folder("gqa", num_hidden_layers=5), LAYOUTS[layout]
     config = json.loads((folder / "config.json").read_text())
     hf_to_mcore(folder, tmp_path / "m", tp=2, pp=2, pp_layout=[3, 2])
-    check(ranks, Shape(config, 2, 2, layout="Et*3|t*2L"), tmp_path / "m", folder)
-    check(ranks, Shape(config, 1, 4, layout="Et*2|t|t|tL"), tmp_path / "m", folder)
+    check(ranks, Shape(config, tp, pp, layout=UNEVEN[pp]), tmp_path / "m", folder)
 
 
-def test_virtual_stages_load_where_they_were_written_and_elsewhere(ranks, model_folder, tmp_path):
+@pytest.mark.parametrize("shape", [*LAYOUTS.values(), (2, 2, 2), (1, 2, 2)], ids=str)
+def test_virtual_stages_load_at_every_layout(ranks, model_folder, tmp_path, shape):
     folder = model_folder("padded_vocab")
     config = json.loads((folder / "config.json").read_text())
     hf_to_mcore(folder, tmp_path / "m", tp=2, pp=2, vpp=2)
-    check(ranks, Shape(config, 2, 2, vpp=2), tmp_path / "m", folder)
-    check(ranks, Shape(config, 1, 2, vpp=2), tmp_path / "m", folder)
-    check(ranks, Shape(config, 2, 1), tmp_path / "m", folder)
+    check(ranks, Shape(config, *shape), tmp_path / "m", folder)
 
 
 def test_virtual_stages_of_uneven_sizes_load(ranks, model_folder, tmp_path):
