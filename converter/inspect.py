@@ -10,11 +10,12 @@ from typing import Any, cast
 
 from converter import families, importing, run_config
 from converter.carried import CONFIG, unpack
+from formats.dcp_index import METADATA
 from formats.disk import explained
 from formats.errors import UserError
 from formats.huggingface import INDEX, HuggingFaceReader, read_json
 from formats.spec import TensorSpec, dtype_name, extent
-from formats.torch_dist import METADATA, TRACKER, TorchDistReader
+from formats.torch_dist import TRACKER, TorchDistReader
 
 HUGGINGFACE = "Hugging Face safetensors"
 TORCH_DIST = "Megatron torch_dist"

@@ -1,75 +1,25 @@
-"""PyTorch's distributed-checkpoint container: a pickled index, `.metadata`, over files of `torch.save` archives.
+"""PyTorch's distributed-checkpoint container: files of `torch.save` archives, and an index that says where each is.
 
 Each archive holds one chunk (a box of a tensor) or one object. Knows nothing of Megatron. Layout: torch's
-`torch/distributed/checkpoint/{metadata,filesystem}.py`.
+`torch/distributed/checkpoint/filesystem.py`.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from formats.disk import Files, Outputs, Stored, place_of, read_box, read_exactly, write_box
+from formats.dcp_index import METADATA, Chunk, ChunkedTensor, Place, make_index, read_index
+from formats.disk import BLOCK, Files, Outputs, Stored, place_of, read_box, read_exactly, write_box
 from formats.errors import UserError
-from formats.pickles import Global, Record, dumps, loads
-from formats.spec import Array, Region, Shape, dtype_name, extent, intersect, whole_number, within
-from formats.torch_zip import DTYPE_OF, PAGE, TORCH_NAMES, Frame, OpenArchive, contiguous_strides, read_sizes, tensor_frame
-
-METADATA = ".metadata"
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """An archive: bytes `offset` to `offset + length` of a file."""
-
-    file: str
-    offset: int
-    length: int
-    compressed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A box of a tensor and the archive that holds it."""
-
-    region: Region
-    place: Place
-
-
-class ChunkedTensor:
-    """A tensor as its chunks, which together tile it."""
-
-    def __init__(self, shape: Shape, dtype: np.dtype[Any], chunks: Iterable[Chunk]) -> None:
-        self.shape, self.dtype = shape, dtype
-        self.chunks = sorted(chunks, key=_first_row)
-        self._longest = max((_rows(chunk).stop - _rows(chunk).start for chunk in self.chunks), default=0)
-
-    def touching(self, region: Region) -> Iterator[tuple[Chunk, Region]]:
-        """The chunks that share a box with a region, and the box. A tensor of stacked layers has thousands of chunks, so
-        only those near the region's rows are looked at."""
-        rows = region[0] if region else slice(0, 1)
-        first = bisect_left(self.chunks, rows.start - self._longest + 1, key=_first_row)
-        for chunk in self.chunks[first : bisect_left(self.chunks, rows.stop, key=_first_row)]:
-            shared = intersect(chunk.region, region)
-            if shared is not None:
-                yield chunk, shared
-
-
-def _rows(chunk: Chunk) -> slice:
-    return chunk.region[0] if chunk.region else slice(0, 1)
-
-
-def _first_row(chunk: Chunk) -> int:
-    return _rows(chunk).start
+from formats.spec import Array, Region, Shape, dtype_name, extent, within
+from formats.torch_zip import Frame, OpenArchive, contiguous_strides, tensor_frame
 
 
 class Container:
@@ -80,46 +30,37 @@ class Container:
         self._files = Files()
         self._stored: dict[Place, Stored] = {}
         self._sizes: dict[str, int] = {}
-        with _structured():
-            metadata = _load_metadata(directory)
-            self._places = {_index_key(index): _info(info) for index, info in metadata["storage_data"].items()}
-            described = cast("dict[str, Record]", metadata["state_dict_metadata"])
-            self._tensors = {k: v for k, v in described.items() if v.kind.name == "TensorStorageMetadata"}
-            self._objects = {k for k, v in described.items() if v.kind.name == "BytesStorageMetadata"}
-        if not all(isinstance(cast("Any", name), str) for name in described):
-            raise _unstructured("a tensor's name is not text")
-        _check_apart(self._places)
+        self._index = read_index(directory)
 
     @property
     def tensor_names(self) -> Iterable[str]:
-        return self._tensors.keys()
+        return self._index.tensors
 
     @property
     def object_names(self) -> Iterable[str]:
-        return self._objects
+        return self._index.objects
 
     def tensor(self, name: str) -> ChunkedTensor:
         """A tensor's shape, dtype and chunks.
 
         Raises UserError if the chunks overlap, leave holes or run past their files.
         """
-        with _structured():
-            chunks = [self._chunk(name, chunk) for chunk in self._tensors[name]["chunks"]]
-        shape = self.shape(name)
-        _check_tiling(name, shape, [chunk.region for chunk in chunks])
-        return ChunkedTensor(shape, self.dtype(name), chunks)
+        tensor = self._index.tensor(name)
+        for chunk in tensor.chunks:
+            self._check_place(name, chunk.place)
+        return tensor
 
     def shape(self, name: str) -> Shape:
-        with _structured():
-            return read_sizes(self._tensors[name]["size"])
+        return self._index.shape(name)
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        with _structured():
-            return _dtype(name, self._tensors[name]["properties"])
+        return self._index.dtype(name)
 
     def object(self, name: str) -> Any:
         """An object's pickle, classes as inert records."""
-        return self._archive(self._place(name, None)).pickle()
+        place = self._index.place(name, None)
+        self._check_place(name, place)
+        return self._archive(place).pickle()
 
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
         """Fill `out` with a region of the tensor, from whichever chunks hold it."""
@@ -130,15 +71,7 @@ class Container:
     def close(self) -> None:
         self._files.close()
 
-    def _chunk(self, name: str, record: Record) -> Chunk:
-        offsets, sizes = read_sizes(record["offsets"]), read_sizes(record["sizes"])
-        region = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
-        return Chunk(region, self._place(name, offsets))
-
-    def _place(self, name: str, offsets: Shape | None) -> Place:
-        place = self._places.get((name, offsets))
-        if place is None:
-            raise UserError(f"`{METADATA}` does not say where `{name}` at {list(offsets or ())} lies")
+    def _check_place(self, name: str, place: Place) -> None:
         if place.compressed:
             raise UserError(f"`{name}` is stored compressed, which is not supported")
         _check_name(place.file)
@@ -148,7 +81,6 @@ class Container:
                 f"{place.offset + place.length}, the file has {self._size(place.file)} bytes",
                 hint="the file is truncated; copy the checkpoint again",
             )
-        return place
 
     def _size(self, file: str) -> int:
         if file not in self._sizes:
@@ -187,99 +119,15 @@ class Container:
         return OpenArchive(fetch, place.length, source=place.file)
 
 
-def _load_metadata(directory: Path) -> Record:
-    path = directory / METADATA
-    metadata = loads(path.read_bytes(), source=METADATA)
-    match metadata:
-        case Record(kind=Global(name="Metadata")) if isinstance(metadata.get("state_dict_metadata"), dict):
-            if isinstance(metadata.get("storage_data"), dict):
-                return metadata
-        case _:
-            pass
-    raise UserError(f"`{path.name}` is not the index of a distributed checkpoint")
-
-
-def _index_key(index: Record) -> tuple[str, Shape | None]:
-    offset = index.get("offset")
-    return index["fqn"], None if offset is None else read_sizes(offset)
-
-
-def _cut(shape: Shape) -> Shape:
-    """A shape without its ones: stacked layers add one in front."""
-    return tuple(size for size in shape if size != 1)
-
-
-def _dtype(name: str, properties: Record) -> np.dtype[Any]:
-    match properties.state:
-        case (Global(name=found), *_) | {"dtype": Global(name=found)} if found in DTYPE_OF:
-            return DTYPE_OF[found]
-        case _:
-            raise UserError(f"`{name}` has a dtype that is not supported")
-
-
-def _info(record: Record) -> Place:
-    file, offset, length = record["relative_path"], record["offset"], record["length"]
-    if not isinstance(file, str) or not whole_number(offset) or not whole_number(length):
-        raise _unstructured("it does not say where an archive lies")
-    return Place(file, offset, length, bool(record.get("transform_descriptors")))
-
-
 def _check_name(name: str) -> None:
     """File names stay in their directory. Where a link of that name leads is the user's business."""
     if name in ("", ".", "..") or len(name) > 255 or any(sign in name for sign in "/\\\0"):
         raise UserError(f"`{METADATA}` names the file `{name}`, which leaves the checkpoint's directory; it was not opened")
 
 
-def _check_apart(places: Mapping[tuple[str, Shape | None], Place]) -> None:
-    """No byte may belong to two archives: such an index would give one tensor's data for another's."""
-    ordered = sorted(places.items(), key=lambda item: (item[1].file, item[1].offset))
-    for (one, before), (other, after) in pairwise(ordered):
-        if before.file == after.file and after.offset < before.offset + before.length:
-            raise UserError(
-                f"`{METADATA}` puts `{one[0]}` and `{other[0]}` in the same bytes of `{after.file}`",
-                hint="the checkpoint is damaged or was mixed from two",
-            )
-
-
-@contextmanager
-def _structured() -> Generator[None]:
-    """Turn what a misshapen index makes Python say into an error that names it."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise _unstructured(str(error)[:100]) from error
-
-
-def _unstructured(what: str) -> UserError:
-    return UserError(f"`{METADATA}` is not built as torch builds it: {what}", hint="the file is damaged")
-
-
-def _check_tiling(name: str, shape: Shape, regions: Sequence[Region]) -> None:
-    """Chunks must cover each element once."""
-    if any(len(region) != len(shape) for region in regions):
-        raise UserError(f"a chunk of `{name}` has another number of dimensions than its shape {list(shape)}")
-    outside = [r for r in regions if any(part.stop > size for part, size in zip(r, shape, strict=True))]
-    covered = sum(prod(extent(region)) for region in regions)
-    if outside or covered != prod(shape) or not _tiles(shape, regions):
-        raise UserError(
-            f"the chunks of `{name}` do not tile its shape {list(shape)}: they overlap, leave holes or stick out",
-            hint="the checkpoint is incomplete or damaged",
-        )
-
-
-def _tiles(shape: Shape, regions: Sequence[Region]) -> bool:
-    """Do boxes tile a shape? Cut at every boundary along the first dimension, and ask each slab for the rest."""
-    if not shape:
-        return len(regions) == 1
-    bounds = sorted({0, shape[0], *(r[0].start for r in regions), *(r[0].stop for r in regions)})
-    by_span: dict[tuple[int, int], list[Region]] = {}
-    for region in regions:
-        by_span.setdefault((region[0].start, region[0].stop), []).append(region[1:])
-    regular = all(span in by_span for span in pairwise(bounds)) and len(by_span) == len(bounds) - 1
-    if regular:
-        return all(_tiles(shape[1:], rest) for rest in by_span.values())
-    slabs = pairwise(bounds)
-    return all(_tiles(shape[1:], [r[1:] for r in regions if r[0].start <= a < r[0].stop]) for a, _ in slabs)
+def _cut(shape: Shape) -> Shape:
+    """A shape without its ones: stacked layers add one in front."""
+    return tuple(size for size in shape if size != 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +170,7 @@ class ContainerWriter:
         placed: dict[str, list[Chunk]] = {key: [] for key in tensors}
         for new in chunks:
             length = _frame(tensors[new.key][1], extent(new.region)).length
-            placed[new.key].append(Chunk(new.region, self._take(new.file, length, alignment=PAGE)))
+            placed[new.key].append(Chunk(new.region, self._take(new.file, length, alignment=BLOCK)))
         self._chunked = {key: ChunkedTensor(*tensors[key], found) for key, found in placed.items()}
 
     def _take(self, file: str, length: int, *, alignment: int = 1) -> Place:
@@ -332,7 +180,8 @@ class ContainerWriter:
 
     @cached_property
     def metadata(self) -> bytes:
-        return dumps(self._metadata())
+        places = {new.key: place for new, place in zip(self._objects, self._object_places, strict=True)}
+        return make_index(self._chunked, places)
 
     @property
     def files(self) -> dict[str, int]:
@@ -372,61 +221,8 @@ class ContainerWriter:
     def _put(self, file: str, offset: int, data: bytes) -> None:
         self._outputs.put(self._directory / file, offset, data)
 
-    def _metadata(self) -> Record:
-        described: dict[str, Record] = {}
-        storage: dict[Record, Record] = {}
-        for key, tensor in self._chunked.items():
-            described[key] = _tensor_record(tensor)
-            for chunk in tensor.chunks:
-                storage[_index_record(key, _starts(chunk.region))] = _info_record(chunk.place)
-        for new, place in zip(self._objects, self._object_places, strict=True):
-            described[new.key] = _metadata_record("BytesStorageMetadata", {})
-            storage[_index_record(new.key, None)] = _info_record(place)
-        fields = {"state_dict_metadata": described, "planner_data": None, "storage_data": storage}
-        return _metadata_record("Metadata", {**fields, "storage_meta": None, "version": "1.0.0"})
-
 
 @cache
 def _frame(dtype: np.dtype[Any], shape: Shape) -> Frame:
     """Frames repeat from layer to layer: one per dtype and shape is enough."""
     return tensor_frame(dtype_name(dtype), shape)
-
-
-def _metadata_record(name: str, state: Any) -> Record:
-    return Record(Global("torch.distributed.checkpoint.metadata", name), state=state, made_by_call=False)
-
-
-def _size_record(shape: Shape) -> Record:
-    return Global("torch", "Size")(shape)
-
-
-def _starts(region: Region) -> Shape:
-    return tuple(part.start for part in region)
-
-
-def _index_record(key: str, offset: Shape | None) -> Record:
-    where = None if offset is None else _size_record(offset)
-    return _metadata_record("MetadataIndex", {"fqn": key, "offset": where, "index": None})
-
-
-def _info_record(place: Place) -> Record:
-    kind = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-    state = {"relative_path": place.file, "offset": place.offset, "length": place.length}
-    return Record(kind, state=state, made_by_call=False)
-
-
-def _tensor_record(tensor: ChunkedTensor) -> Record:
-    layout = Global("torch.serialization", "_get_layout")("torch.strided")
-    memory_format = Global("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING")(0)
-    fields = Global("torch", TORCH_NAMES[dtype_name(tensor.dtype)]), layout, False, memory_format, False
-    properties = _metadata_record("TensorProperties", fields)
-    boxes = [
-        _metadata_record(
-            "ChunkStorageMetadata",
-            {"offsets": _size_record(_starts(c.region)), "sizes": _size_record(extent(c.region))},
-        )
-        for c in tensor.chunks
-    ]
-    return _metadata_record(
-        "TensorStorageMetadata", {"properties": properties, "size": _size_record(tensor.shape), "chunks": boxes}
-    )

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from formats.dcp import METADATA, Chunk, ChunkedTensor, Container, ContainerWriter, NewChunk, NewObject
+from formats.dcp import Container, ContainerWriter, NewChunk, NewObject
+from formats.dcp_index import METADATA, Chunk, ChunkedTensor
 from formats.errors import UserError
 from formats.huggingface import read_json
 from formats.pickles import Record

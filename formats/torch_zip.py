@@ -16,16 +16,13 @@ from typing import Any, cast
 
 import numpy as np
 
+from formats.disk import BLOCK
 from formats.errors import UserError
 from formats.pickles import Global, Record, Storage, dumps, loads
 from formats.spec import DTYPES, Array, Shape, dtype_name, whole_number
 
 ALIGNMENT = 64
 """Where torch starts a record's data."""
-
-PAGE = 4096
-"""Where we start a tensor's data, in its archive and, archives being placed likewise, in the file: it can be written and
-read past the page cache, or mapped."""
 
 _ZIP64_FROM = 0xFFFFFFFF
 _LOCAL = struct.Struct("<IHHHHHIIIHH")
@@ -87,11 +84,15 @@ class StoredTensor:
     start: int
 
 
-def tensor_frame(dtype: str, shape: Shape, *, in_list: bool = False) -> Frame:
-    """The archive of one contiguous tensor (in a list of one, as Megatron stores objects): everything but its data."""
+def tensor_frame(dtype: str, shape: Shape) -> Frame:
+    """The archive of one contiguous tensor: everything but its data.
+
+    The data starts `BLOCK` bytes on. Archives being placed at whole blocks of their file, it can be written and read past
+    the page cache, or mapped.
+    """
     record = tensor_record(dtype, shape, key="0")
     size = int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
-    return _frame(dumps([record] if in_list else record), size)
+    return _frame(dumps(record), size)
 
 
 def object_archive(value: Any, *, name: str = "archive") -> bytes:
@@ -139,7 +140,7 @@ def _frame(described: bytes, size: int) -> Frame:
     archive = _Archive("archive")
     archive.add("data.pkl", described)
     archive.add("byteorder", b"little")
-    before = archive.skip("data/0", size, alignment=PAGE)
+    before = archive.skip("data/0", size, alignment=BLOCK)
     archive.add("version", b"3\n")
     whole = archive.finish()
     return Frame(whole[:before], size, whole[before:])

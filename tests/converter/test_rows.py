@@ -10,7 +10,7 @@ from converter import rows
 from converter.layout import Layout, boxes
 from converter.model import Model
 from converter.plan import Copy, Making, pieces
-from formats.dcp import _tiles
+from formats.dcp_index import _tiles
 from formats.spec import DTYPES, TensorSpec
 
 
