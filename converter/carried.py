@@ -120,6 +120,5 @@ def from_directory(directory: Path) -> Reference:
 
 def copy_file(source: Path, target: Path) -> None:
     """The bytes of one file, links followed; times and owners stay behind."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     os.chmod(target, 0o644)  # noqa: PTH101

@@ -9,7 +9,7 @@ from pathlib import Path
 from converter import carried, exporting, families, hub, importing, reference
 from converter.carried import CONFIG
 from converter.config import make_model
-from converter.job import Job, Summary, Talk, carry_out, identity, partial_directory
+from converter.job import Job, Summary, Talk, carry_out, partial_directory
 from converter.layout import make_layout
 from converter.plan import placed, to_huggingface, to_megatron
 from converter.run import check_equal, check_zero
@@ -67,11 +67,11 @@ def hf_to_mcore(
     for name, other in plan.equal:
         check_equal(reader, name, other)
     documents = importing.documents(family, config, plan, layout, vocab_multiple=vocab_divisible_by)
-    name = identity(plan.makings, {"layout": [tp, pp, vpp, *layout.stages]})
+    partial = partial_directory(target, plan.makings, {"layout": [tp, pp, vpp, *layout.stages]})
     chunked = [Placed(*item) for item in placed(plan, layout)]
-    writer = TorchDistWriter(partial_directory(target, name), chunked, documents={**luggage.documents, **documents})
+    writer = TorchDistWriter(partial, chunked, documents={**luggage.documents, **documents})
     copies = {f"{iteration_folder(0)}/{file}": path for file, path in luggage.copies.items()}
-    job = Job("hf-to-mcore", directory, target, reader, writer, plan.makings, name, copies)
+    job = Job("hf-to-mcore", directory, target, reader, writer, plan.makings, partial, copies)
     with closing(job.reader):
         return carry_out(job, workers=workers, dry_run=dry_run, overwrite=overwrite, talk=talk)
 
@@ -108,13 +108,13 @@ def mcore_to_hf(
     shards = exporting.choose_shards(makings, origin, max_shard_size)
     for name in plan.zero:
         check_zero(reader, name)
-    name = identity(makings, {"shards": {file: shard.size for file, shard in shards.items()}})
+    partial = partial_directory(target, makings, {"shards": {file: shard.size for file, shard in shards.items()}})
     documents, texts = exporting.documents(origin, shards, limited=max_shard_size is not None)
     for text in texts:
         talk.note(text)
-    writer = HuggingFaceWriter(partial_directory(target, name), shards)
+    writer = HuggingFaceWriter(partial, shards)
     copies = {file: path for file, path in origin.files.items() if file not in documents}
     ordered = exporting.in_file_order(makings, shards)
-    job = Job("mcore-to-hf", reader.directory, target, Joined(reader, *extras), writer, ordered, name, copies, documents)
+    job = Job("mcore-to-hf", reader.directory, target, Joined(reader, *extras), writer, ordered, partial, copies, documents)
     with closing(job.reader):
         return carry_out(job, workers=workers, dry_run=dry_run, overwrite=overwrite, talk=talk)

@@ -86,12 +86,16 @@ def _retyped_config(origin: Reference, shards: Mapping[str, Shard]) -> dict[str,
     config, dtype = dict(origin.config), _main_dtype(shards)
     if origin.shards and _main_dtype(origin.shards) == dtype:
         return config
-    field = "torch_dtype" if "torch_dtype" in config else "dtype"
-    return {**config, field: _CONFIG_NAMES.get(dtype_name(dtype), dtype_name(dtype))}
+    return {**config, _dtype_field(config): _CONFIG_NAMES.get(dtype_name(dtype), dtype_name(dtype))}
+
+
+def _dtype_field(config: Mapping[str, Any]) -> str:
+    """transformers 4 wrote `torch_dtype`, 5 writes `dtype`."""
+    return "torch_dtype" if "torch_dtype" in config else "dtype"
 
 
 def _dtype_change(origin: Reference, config: Mapping[str, Any]) -> str:
-    field = "torch_dtype" if "torch_dtype" in config else "dtype"
+    field = _dtype_field(config)
     return f"`{field}` from `{origin.config.get(field)}` to `{config[field]}`"
 
 

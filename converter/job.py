@@ -42,7 +42,7 @@ class Job:
     reader: Reader
     writer: Writer
     makings: Sequence[Making]
-    identity: str
+    partial: Path
     copies: Mapping[str, Path] = field(default_factory=dict[str, Path])
     documents: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
@@ -71,14 +71,11 @@ class Summary:
     workers: int
 
 
-def identity(makings: Iterable[Making], options: Mapping[str, Any]) -> str:
-    """A name for what a conversion makes: the same for the same plan, whoever runs it."""
+def partial_directory(target: Path, makings: Iterable[Making], options: Mapping[str, Any]) -> Path:
+    """Where a conversion writes until it is whole. Named by what it makes: the same for the same plan, whoever runs it."""
     plan = [[m.spec.name, m.spec.shape, str(m.spec.dtype), [(c.source, c.there) for c in m.copies]] for m in makings]
-    return hashlib.sha256(json.dumps([plan, options], sort_keys=True).encode()).hexdigest()[:12]
-
-
-def partial_directory(target: Path, identity: str) -> Path:
-    return target.with_name(f"{target.name}.partial-{identity}")
+    digest = hashlib.sha256(json.dumps([plan, options], sort_keys=True).encode()).hexdigest()
+    return target.with_name(f"{target.name}.partial-{digest[:12]}")
 
 
 def carry_out(job: Job, *, workers: int | None, dry_run: bool, overwrite: bool, talk: Talk) -> Summary:
@@ -89,10 +86,10 @@ def carry_out(job: Job, *, workers: int | None, dry_run: bool, overwrite: bool, 
         _allow_many_files()
         talk.start(sum(making.spec.nbytes for making in job.makings))
         with (
-            staged(job.target, partial_directory(job.target, job.identity), overwrite=overwrite) as directory,
+            staged(job.target, job.partial, overwrite=overwrite),
             closing(job.writer),
         ):
-            _write(job, directory, workers, talk)
+            _write(job, files, workers, talk)
     return Summary(
         command=job.command,
         source=str(job.source),
@@ -108,17 +105,17 @@ def carry_out(job: Job, *, workers: int | None, dry_run: bool, overwrite: bool, 
     )
 
 
-def _write(job: Job, directory: Path, workers: int, talk: Talk) -> None:
-    for name in job.writer.files:
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+def _write(job: Job, files: Mapping[str, int], workers: int, talk: Talk) -> None:
+    for name in files:
+        (job.partial / name).parent.mkdir(parents=True, exist_ok=True)
     run(job.makings, job.reader, job.writer, workers=workers, progress=talk.progress)
     for name, source in job.copies.items():
-        copy_file(source, directory / name)
+        copy_file(source, job.partial / name)
     for name, data in job.documents.items():
-        (directory / name).write_bytes(data)
+        (job.partial / name).write_bytes(data)
     job.writer.finish()
-    for name, size in job.files.items():
-        found = (directory / name).stat().st_size
+    for name, size in files.items():
+        found = (job.partial / name).stat().st_size
         if found != size:
             raise UserError(f"`{name}` came out with {found} bytes, planned were {size}", hint="did a source change meanwhile?")
 

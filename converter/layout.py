@@ -36,10 +36,6 @@ class Layout:
         return stage * self.tp + tp_rank
 
     @property
-    def world_size(self) -> int:
-        return self.tp * self.pp
-
-    @property
     def even(self) -> bool:
         return len(set(self.stages)) == 1
 

@@ -139,14 +139,13 @@ def _fused(one: Bound, model: Model, source: Specs, common: np.dtype[Any], dtype
     if one.rule.zeros(model):
         target = target_dtype(TensorSpec(one.megatron, shape, common), dtype)
         return Making(TensorSpec(one.megatron, shape, target), ())
-    first, *rest = (source[name] for name in one.huggingface)
-    for other in rest:
-        if other.dtype != first.dtype and dtype == "keep":
-            raise _unequal_dtypes(first, other, one.megatron)
-    target = target_dtype(first, dtype)
     parts = [source[name] for name in one.huggingface]
+    targets = [target_dtype(part, dtype) for part in parts]
+    for part, target in zip(parts, targets, strict=True):
+        if target != targets[0]:
+            raise _unequal_dtypes(parts[0], part, one.megatron)
     copies = tuple(_copy(parts[run.part], run.there, run.here, run.count) for run in one.rule.runs(model))
-    return Making(TensorSpec(one.megatron, shape, target), copies)
+    return Making(TensorSpec(one.megatron, shape, targets[0]), copies)
 
 
 def _copy(spec: TensorSpec, there: int, here: int, count: int) -> Copy:

@@ -14,9 +14,9 @@ import numpy as np
 
 from converter.plan import Copy, Making, Piece, pieces
 from converter.values import cast_into
-from formats.disk import BLOCK, aligned_memory
+from formats.disk import Buffer
 from formats.errors import UserError
-from formats.spec import Array, Reader, Region, Shape, Writer, extent
+from formats.spec import Array, Reader, Region, Writer, extent
 
 PIECE_BYTES = 4 << 20
 """Larger pieces did not get faster here; smaller ones cost system calls (docs/decisions.md)."""
@@ -58,12 +58,11 @@ class Bench:
     """One thread's buffers: where a piece is put together."""
 
     def __init__(self) -> None:
-        self._target = self._scratch = aligned_memory(PIECE_BYTES + BLOCK)
+        self._target, self._scratch = Buffer(), Buffer()
 
     def make(self, piece: Piece, reader: Reader, place: int) -> Array:
         """The piece's data, valid until the next call; its address has the remainder by page that `place` has."""
-        spec = piece.making.spec
-        out = self._view("_target", extent(piece.region), spec.dtype, place % BLOCK)
+        out = self._target.view(extent(piece.region), piece.making.spec.dtype, place=place)
         filled = 0
         for copy, region, rows in piece.copies():
             self._read(reader, copy, region, out[rows])
@@ -76,17 +75,9 @@ class Bench:
         if out.dtype == copy.dtype:
             reader.read(copy.source, region, out)
             return
-        if self._scratch is self._target:
-            self._scratch = aligned_memory(PIECE_BYTES)
-        data = self._view("_scratch", out.shape, copy.dtype, 0)
+        data = self._scratch.view(out.shape, copy.dtype)
         reader.read(copy.source, region, data)
         cast_into(out, data)
-
-    def _view(self, buffer: str, shape: Shape, dtype: np.dtype[np.generic], start: int) -> Array:
-        end = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        if getattr(self, buffer).nbytes < end:
-            setattr(self, buffer, aligned_memory(end))
-        return getattr(self, buffer)[start:end].view(dtype).reshape(shape)
 
 
 def _zero_the_rest(piece: Piece, out: Array) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,13 +97,11 @@ class Outputs:
         """The array's bytes in memory whose addresses have the same remainder by `BLOCK` as their place in the file."""
         if data.flags.c_contiguous and (data.ctypes.data - offset) % BLOCK == 0:
             return as_bytes(data)
-        start = offset % BLOCK
-        buffer = getattr(self._local, "buffer", None)
-        if buffer is None or buffer.nbytes < start + data.nbytes:
-            buffer = self._local.buffer = aligned_memory(start + data.nbytes)
-        place = buffer[start : start + data.nbytes]
-        copy(place.view(data.dtype).reshape(data.shape), data)
-        return memoryview(place)
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = Buffer()
+        placed = self._local.buffer.view(data.shape, data.dtype, place=offset)
+        copy(placed, data)
+        return as_bytes(placed)
 
     def _write_direct(self, path: Path, offset: int, data: memoryview) -> None:
         try:
@@ -121,9 +120,20 @@ class Outputs:
             os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
 
 
-def aligned_memory(size: int) -> Array:
-    """Bytes of memory that start at a page."""
-    return np.frombuffer(mmap.mmap(-1, size), np.uint8)
+class Buffer:
+    """Memory that is used again and grows when it must."""
+
+    def __init__(self) -> None:
+        self._memory: Array = np.empty(0, np.uint8)
+
+    def view(self, shape: Shape, dtype: np.dtype[Any], *, place: int = 0) -> Array:
+        """An array of unspecified values, valid until the next call; its address has the remainder by `BLOCK` that `place`
+        has."""
+        start = place % BLOCK
+        end = start + prod(shape) * dtype.itemsize
+        if self._memory.nbytes < end:
+            self._memory = np.frombuffer(mmap.mmap(-1, end + BLOCK), np.uint8)  # mapped memory starts at a page
+        return self._memory[start:end].view(dtype).reshape(shape)
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -32,7 +32,6 @@ TRAIN_STATE_TRACKER = f"latest_{TRAIN_STATE}"
 FORMAT = "metadata.json"
 COMMON = "common.pt"
 COMMON_KEY = "common_state/shard_0_1"
-EXTRA_STATE = "._extra_state/"
 
 MOST_LAYERS = 100_000
 """More than any model has: a damaged shape must not be counted through."""
@@ -75,9 +74,9 @@ def find_iteration(path: Path) -> Path:
             hint="point at the checkpoint's root, or at one iteration in it (`iter_0000100`)",
         )
     tracked = (path / TRACKER).read_text(errors="replace").strip()
-    folder = path / (iteration_folder(int(tracked)) if re.fullmatch(r"\d{1,18}", tracked) else "release")
-    if tracked != "release" and not re.fullmatch(r"\d{1,18}", tracked):
+    if not re.fullmatch(r"\d{1,18}|release", tracked):
         raise UserError(f"`{TRACKER}` says `{tracked[:40]}`, which is not an iteration")
+    folder = path / (tracked if tracked == "release" else iteration_folder(int(tracked)))
     if not folder.is_dir():
         there = ", ".join(sorted(p.name for p in path.glob("iter_*"))) or "none"
         raise UserError(f"`{TRACKER}` says iteration {tracked}, but `{folder.name}` is not there", hint=f"there are: {there}")
@@ -269,10 +268,10 @@ class TorchDistWriter:
 
     def finish(self) -> None:
         for name, data in self._documents.items():
-            _write_file(self._root / self._folder / name, data)
+            (self._root / self._folder / name).write_bytes(data)
         self._container.finish()
         for name, data in self._trackers().items():
-            _write_file(self._root / name, data)
+            (self._root / name).write_bytes(data)
 
     def close(self) -> None:
         self._container.close()
@@ -320,16 +319,15 @@ def _key_and_row(name: str) -> tuple[str, int | None]:
 def _extra_states(placed: Sequence[Placed]) -> list[NewObject]:
     """The empty state that megatron-core asks for with every module: one object per layer, in the module's own file."""
     archive = object_archive([np.zeros(0, np.uint8)])
-    layers = {m[2] for item in placed if (m := _NUMBERED_LAYER.fullmatch(item.spec.name))}
+    layers = {row for item in placed if (row := _key_and_row(item.spec.name)[1]) is not None}
     modules: dict[str, NewObject] = {}
     for item in placed:
         module = item.spec.name.rpartition(".")[0]
         if module.rpartition(".")[2] in _STATELESS or module in modules:
             continue
-        numbered = _NUMBERED_LAYER.fullmatch(module)
-        key = f"{numbered[1]}.{numbered[3]}" if numbered else module
-        shard = f"shard_{numbered[2]}_{len(layers)}" if numbered else "shard_0_1"
-        modules[module] = NewObject(f"{key}{EXTRA_STATE}{shard}", rank_file(item.chunks[0][1]), archive)
+        key, row = _key_and_row(module)
+        shard = "shard_0_1" if row is None else f"shard_{row}_{len(layers)}"
+        modules[module] = NewObject(f"{key}._extra_state/{shard}", rank_file(item.chunks[0][1]), archive)
     return list(modules.values())
 
 
@@ -346,8 +344,3 @@ def _train_state(step: int) -> bytes:
     arrays["floating_point_operations_so_far"] = np.array(0.0, np.float32)
     arrays |= {name: np.array(False) for name in ("do_train", "do_valid", "do_test")}
     return object_archive(arrays, name="train_state")
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
