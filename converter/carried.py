@@ -24,9 +24,9 @@ from formats.huggingface import (
     files_below,
     make_header,
     parse_shard,
-    read_json,
     side_files,
 )
+from formats.json_objects import read_json
 
 FOLDER = "huggingface"
 FILES = f"{FOLDER}/files"

@@ -16,7 +16,8 @@ from converter.run import check_equal, check_zero
 from converter.values import CHOICES
 from formats.disk import explained
 from formats.errors import UserError
-from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, read_json
+from formats.huggingface import HuggingFaceReader, HuggingFaceWriter
+from formats.json_objects import read_json
 from formats.spec import Joined
 from formats.staging import check_target
 from formats.torch_dist import Placed, TorchDistReader, TorchDistWriter, iteration_folder

@@ -13,7 +13,8 @@ from converter.carried import CONFIG, unpack
 from formats.dcp_index import METADATA
 from formats.disk import explained
 from formats.errors import UserError
-from formats.huggingface import INDEX, HuggingFaceReader, read_json
+from formats.huggingface import INDEX, HuggingFaceReader
+from formats.json_objects import read_json
 from formats.spec import TensorSpec, dtype_name, extent
 from formats.torch_dist import TRACKER, TorchDistReader
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -20,6 +19,7 @@ import numpy as np
 
 from formats.disk import Files, Outputs, Stored, place_of, read_box, write_box
 from formats.errors import UserError
+from formats.json_objects import parse_json, read_json
 from formats.spec import DTYPES, Array, Region, TensorSpec, dtype_name, whole_number
 
 INDEX = "model.safetensors.index.json"
@@ -49,7 +49,7 @@ def parse_shard(raw: bytes, *, source: str) -> Shard:
     """
     if len(raw) < 8 or struct.unpack("<Q", raw[:8])[0] != len(raw) - 8:
         raise UserError(f"`{source}` does not have the length its first 8 bytes say", hint="the header is damaged")
-    entries = _parse_json(raw[8:], source=source)
+    entries = parse_json(raw[8:], source=source)
     entries.pop("__metadata__", None)
     tensors: dict[str, tuple[TensorSpec, int]] = {}
     end = 0
@@ -100,31 +100,6 @@ def make_header(specs: Iterable[TensorSpec]) -> bytes:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def _parse_json(text: bytes, *, source: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"`{source}` is not readable JSON: {error}", hint="the file is damaged") from None
-    if not isinstance(parsed, dict):
-        raise UserError(f"`{source}` should be a JSON object, it is a {type(parsed).__name__}")
-    return cast("dict[str, Any]", parsed)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"`{twice}` stands there twice")
-    return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError names the file where it is missing or broken."""
-    if not path.is_file():
-        raise UserError(f"`{path.parent}` has no `{path.name}`", hint="point at a Hugging Face model directory")
-    return _parse_json(path.read_bytes(), source=path.name)
 
 
 def _span(name: str, entry: Any, source: str) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import numpy as np
 from formats.dcp import Container, ContainerWriter, NewChunk, NewObject
 from formats.dcp_index import METADATA, Chunk, ChunkedTensor
 from formats.errors import UserError
-from formats.huggingface import read_json
+from formats.json_objects import read_json
 from formats.pickles import Record
 from formats.spec import Array, Region, TensorSpec, dtype_name
 from formats.torch_zip import OpenArchive, object_archive
