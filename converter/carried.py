@@ -6,22 +6,20 @@ of its safetensors files (which fix names, order and shard boundaries), and the 
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
-from formats.disk import as_bytes
+from formats.arrays import as_bytes
 from formats.errors import UserError
+from formats.folder import FileIn, Folder
 from formats.huggingface import (
     INDEX,
     HuggingFaceReader,
     Shard,
-    files_below,
     make_header,
     parse_shard,
     side_files,
@@ -42,32 +40,33 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Luggage:
-    """What an import adds to the iteration directory: small documents by their bytes, other files by where they are."""
+    """What an import adds to the iteration directory: small documents by their bytes, other files by where they are;
+    `hashes` are those of the tensors that no Megatron model has."""
 
     documents: Mapping[str, bytes]
-    copies: Mapping[str, Path]
+    hashes: Mapping[str, str]
+    copies: Mapping[str, FileIn]
     left_out: list[str]
 
 
 def pack(reader: HuggingFaceReader, extras: tuple[str, ...]) -> Luggage:
     """Everything of a Hugging Face directory but the weights themselves."""
-    travels, left_out = side_files(reader.directory, reader.shards)
-    copies = {f"{FILES}/{name}": reader.directory / name for name in travels}
-    copies |= {f"tokenizer/{name}": reader.directory / name for name in travels if name in _TOKENIZER_FILES}
+    travels, left_out = side_files(reader.folder, reader.shards)
+    copies = {f"{FILES}/{name}": FileIn(reader.folder, name) for name in travels}
+    copies |= {f"tokenizer/{name}": FileIn(reader.folder, name) for name in travels if name in _TOKENIZER_FILES}
     documents = {f"{HEADERS}/{name}": shard.raw for name, shard in reader.shards.items()}
+    data = {name: _bytes_of(reader, name) for name in extras}
     if extras:
-        documents[EXTRAS] = _extras_file(reader, extras)
-    return Luggage(documents, copies, left_out)
+        documents[EXTRAS] = make_header(reader.specs[name] for name in extras) + b"".join(data.values())
+    hashes = {name: blake3(value).hexdigest() for name, value in data.items()}
+    return Luggage(documents, hashes, copies, left_out)
 
 
-def _extras_file(reader: HuggingFaceReader, names: tuple[str, ...]) -> bytes:
-    data = [make_header(reader.specs[name] for name in names)]
-    for name in names:
-        spec = reader.specs[name]
-        values = np.empty(spec.shape, spec.dtype)
-        reader.read(name, spec.whole, values)
-        data.append(bytes(as_bytes(values)))
-    return b"".join(data)
+def _bytes_of(reader: HuggingFaceReader, name: str) -> bytes:
+    spec = reader.specs[name]
+    values = np.empty(spec.shape, spec.dtype)
+    reader.read(name, spec.whole, values)
+    return bytes(as_bytes(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,26 +75,24 @@ class Reference:
 
     config: Mapping[str, Any]
     origin: str
-    files: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    files: Mapping[str, FileIn] = field(default_factory=dict[str, FileIn])
     shards: Mapping[str, Shard] = field(default_factory=dict[str, Shard])
-    extras: Path | None = None
+    extras: FileIn | None = None
 
 
-def unpack(iteration: Path) -> Reference | None:
+def unpack(iteration: Folder) -> Reference | None:
     """What an import put there; None if this checkpoint carries no `config.json`."""
-    files = iteration / FILES
-    if not (files / CONFIG).is_file():
+    files, headers = iteration.below(FILES), iteration.below(HEADERS)
+    if not files.has(CONFIG):
         return None
-    headers = files_below(iteration / HEADERS)
-    shards = {name: parse_shard((iteration / HEADERS / name).read_bytes(), source=f"{HEADERS}/{name}") for name in headers}
+    shards = {name: parse_shard(headers.get(name), source=f"{HEADERS}/{name}") for name in headers.files()}
     _check_once(shards)
-    extras = iteration / EXTRAS
     return Reference(
-        read_json(files / CONFIG),
+        read_json(files, CONFIG),
         "the checkpoint's own",
-        {name: files / name for name in files_below(files)},
+        {name: FileIn(files, name) for name in files.files()},
         shards,
-        extras if extras.is_file() else None,
+        FileIn(iteration, EXTRAS) if iteration.has(EXTRAS) else None,
     )
 
 
@@ -109,16 +106,10 @@ def _check_once(shards: Mapping[str, Shard]) -> None:
             seen[name] = file
 
 
-def from_directory(directory: Path) -> Reference:
+def from_folder(folder: Folder) -> Reference:
     """A Hugging Face directory, or one with a `config.json` alone, given as reference. Its weights are not looked at."""
-    if not directory.is_dir():
-        raise UserError(f"`{directory}` is not a directory", hint="`--hf-config` takes a folder with a `config.json`")
-    config = read_json(directory / CONFIG)
-    travels, _ = side_files(directory, ())
-    return Reference(config, f"`{directory}`'s", {name: directory / name for name in travels if name != INDEX})
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """The bytes of one file, links followed; times and owners stay behind."""
-    shutil.copyfile(source, target)
-    os.chmod(target, 0o644)  # noqa: PTH101
+    if not folder.has(CONFIG):
+        raise UserError(f"`{folder.label}` has no `{CONFIG}`", hint="`--hf-config` takes a folder with a `config.json`")
+    config = read_json(folder, CONFIG)
+    travels, _ = side_files(folder, ())
+    return Reference(config, f"`{folder.label}`'s", {name: FileIn(folder, name) for name in travels if name != INDEX})

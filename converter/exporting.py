@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,9 @@ import numpy as np
 from converter.carried import CONFIG, Reference
 from converter.families import Family
 from converter.model import Model
-from converter.plan import Copy, Making
+from converter.plan import Making, as_stored
 from formats.huggingface import INDEX, HuggingFaceReader, Shard, make_index, plan_shards, retyped
-from formats.spec import TensorSpec, dtype_name
+from formats.spec import dtype_name
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """What transformers' `save_pretrained` takes."""
@@ -27,23 +27,23 @@ def with_carried(
 ) -> tuple[list[Making], list[HuggingFaceReader]]:
     """The makings, and those of tensors the source had that Megatron has not: a tied output layer, and extras; with the
     readers that extras come from."""
-    made = {making.spec.name: making for making in makings}
     had = {name for shard in origin.shards.values() for name in shard.tensors}
-    tied = [
-        replace(made[rule.same_as], spec=replace(made[rule.same_as].spec, name=name))
-        for rule in family.RULES
-        if rule.same_as and not rule.when(model)
-        for name in rule.names(0)[1]
-        if name in had
-    ]
+    again = [making for name, making in tied(makings, family, model).items() if name in had]
     if origin.extras is None:
-        return [*makings, *tied], []
-    reader = HuggingFaceReader(origin.extras.parent, files=[origin.extras.name])
-    return [*makings, *tied, *(_untouched(spec) for spec in reader.specs.values())], [reader]
+        return [*makings, *again], []
+    reader = HuggingFaceReader(origin.extras.folder, files=[origin.extras.name])
+    return [*makings, *again, *as_stored(reader.specs).values()], [reader]
 
 
-def _untouched(spec: TensorSpec) -> Making:
-    return Making(spec, (Copy(spec.name, spec.dtype, 0, 0, spec.shape[0]),))
+def tied(makings: Iterable[Making], family: Family, model: Model) -> dict[str, Making]:
+    """Tensors that a Hugging Face model may hold a second time, made of those they equal."""
+    made = {making.spec.name: making for making in makings}
+    return {
+        name: replace(made[rule.same_as], spec=replace(made[rule.same_as].spec, name=name))
+        for rule in family.RULES
+        if rule.same_as and not rule.when(model) and rule.same_as in made
+        for name in rule.names(0)[1]
+    }
 
 
 def choose_shards(makings: Sequence[Making], origin: Reference, limit: int | None) -> dict[str, Shard]:

@@ -6,19 +6,20 @@ import re
 from pathlib import Path
 
 from formats.errors import UserError
+from formats.folder import LocalFolder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _LEFT = ["original/*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
 
 
-def resolve(source: str | Path) -> Path:
+def resolve(source: str | Path) -> LocalFolder:
     """A local directory for a source: itself, or the Hub snapshot `org/name` or `org/name@revision`.
 
     Raises UserError if it is neither.
     """
     path = Path(source)
     if path.is_dir():
-        return path
+        return LocalFolder(path)
     if path.exists():
         raise UserError(f"`{source}` is a file", hint="point at the directory it lies in")
     if isinstance(source, Path) or "/" not in source or not _HUB_ID.fullmatch(source):
@@ -26,12 +27,12 @@ def resolve(source: str | Path) -> Path:
     return _fetch(source)
 
 
-def _fetch(source: str) -> Path:
+def _fetch(source: str) -> LocalFolder:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 # pyright: ignore[reportUnknownVariableType] - slow, seldom needed
 
     name, _, revision = source.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, ignore_patterns=_LEFT))
+        return LocalFolder(Path(snapshot_download(name, revision=revision or None, ignore_patterns=_LEFT)))
     except (OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise UserError(

@@ -8,11 +8,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from converter import families, importing, run_config
+from converter import families, provenance, run_config
 from converter.carried import CONFIG, unpack
 from formats.dcp_index import METADATA
 from formats.disk import explained
 from formats.errors import UserError
+from formats.folder import Folder, LocalFolder
 from formats.huggingface import INDEX, HuggingFaceReader
 from formats.json_objects import read_json
 from formats.spec import TensorSpec, dtype_name, extent
@@ -58,26 +59,31 @@ def inspect(path: str | Path, *, tensors: bool = False) -> Report:
 
     Raises UserError if it is neither, or damaged.
     """
-    path = Path(path)
-    if not path.is_dir():
+    if not Path(path).is_dir():
         raise UserError(f"`{path}` is not a directory")
-    if (path / TRACKER).is_file() or (path / METADATA).is_file() or path.name.startswith("iter_"):
-        return _megatron(path, tensors=tensors)
-    if (path / INDEX).is_file() or any(path.glob("*.safetensors")):
-        return _huggingface(path, tensors=tensors)
+    folder = LocalFolder(Path(path))
+    return _megatron(folder, tensors=tensors) if kind(folder) == TORCH_DIST else _huggingface(folder, tensors=tensors)
+
+
+def kind(folder: Folder) -> str:
+    """Which format a folder is in; UserError if it is none."""
+    if folder.has(TRACKER) or folder.has(METADATA) or folder.name.startswith("iter_"):
+        return TORCH_DIST
+    if folder.has(INDEX) or any(name.endswith(".safetensors") for name in folder.children()):
+        return HUGGINGFACE
     raise UserError(
-        f"`{path}` is neither a Hugging Face directory nor a Megatron checkpoint",
+        f"`{folder.label}` is neither a Hugging Face directory nor a Megatron checkpoint",
         hint=f"the first has `*.safetensors` files, the second `{TRACKER}` or `{METADATA}`",
     )
 
 
-def _huggingface(path: Path, *, tensors: bool) -> Report:
-    reader = HuggingFaceReader(path)
-    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+def _huggingface(folder: Folder, *, tensors: bool) -> Report:
+    reader = HuggingFaceReader(folder)
+    config = read_json(folder, CONFIG) if folder.has(CONFIG) else {}
     version = config.get("transformers_version")
     files = {name: file for file, shard in reader.shards.items() for name in shard.tensors}
     return Report(
-        path=str(path),
+        path=folder.label,
         format=HUGGINGFACE,
         writer=f"transformers {version}" if version else "unknown",
         **_described(config, reader.specs),
@@ -87,20 +93,20 @@ def _huggingface(path: Path, *, tensors: bool) -> Report:
     )
 
 
-def _megatron(path: Path, *, tensors: bool) -> Report:
-    reader = TorchDistReader(path)
-    origin = unpack(reader.directory)
-    found = run_config.read(reader.directory, reader.args())
+def _megatron(folder: Folder, *, tensors: bool) -> Report:
+    reader = TorchDistReader(folder)
+    origin = unpack(reader.folder)
+    found = run_config.read(reader.folder, reader.args())
     fields = found[0] if found else {}
     return Report(
-        path=str(path),
+        path=folder.label,
         format=TORCH_DIST,
         writer=_writer(reader),
         **_described(origin.config if origin else {}, reader.specs),
         dtypes=_dtypes(reader.specs.values()),
-        files=len(list(reader.directory.glob("*.distcp"))),
+        files=sum(name.endswith(".distcp") for name in reader.folder.children()),
         layout=_layout(reader, fields),
-        iteration=reader.directory.name,
+        iteration=reader.folder.name,
         optimizer_state=reader.has_optimizer,
         tensor_list=[{**_row(spec), "chunks": _chunks(reader, spec.name)} for spec in reader.specs.values()] if tensors else [],
     )
@@ -134,9 +140,9 @@ def _dtypes(specs: Iterable[TensorSpec]) -> list[DtypeRow]:
 
 def _writer(reader: TorchDistReader) -> str:
     """Who wrote it: each leaves something only it writes."""
-    if (reader.directory / importing.RECORD).is_file():
+    if reader.folder.has(provenance.FILE):
         return "mbconvert"
-    if (reader.directory / run_config.FILE).is_file():
+    if reader.folder.has(run_config.FILE):
         return "Megatron-Bridge"
     return "Megatron-LM" if reader.args() else "megatron-core"
 

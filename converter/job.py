@@ -1,25 +1,21 @@
-"""One conversion, planned to the last byte; and carrying it out under the commit protocol."""
+"""One conversion, planned to the last byte: what is made of what, and what an output will hold."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import resource
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
-from converter.carried import copy_file
-from converter.memory import expected_peak, peak_memory
+from converter import provenance
 from converter.plan import Making
-from converter.run import DEFAULT_WORKERS, run
-from formats.errors import UserError
-from formats.spec import Reader, Writer
-from formats.staging import check_room, staged
+from converter.verify import Side
+from formats import integrity
+from formats.folder import FileIn, Folder
+from formats.outputs import LocalOutputs
+from formats.spec import Reader, TensorSpec, Writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,32 +27,96 @@ class Talk:
     progress: Callable[[int], None] = lambda _count: None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class How:
+    """How to carry out a conversion. The bytes of the output do not depend on it."""
+
+    workers: int | None = None
+    dry_run: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    verify: bool = False
+
+
+class HowOptions(TypedDict, total=False):
+    """The same as keyword arguments of a conversion."""
+
+    workers: int | None
+    dry_run: bool
+    overwrite: bool
+    resume: bool
+    verify: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Everything known before the first byte moves. `partial` is where the writer writes; `copies` and `documents` are
-    the files beside the weights, by relative path."""
+    """Everything known before the first byte moves."""
 
     command: str
-    source: Path
+    source: str
     target: Path
     reader: Reader
     writer: Writer
+    outputs: LocalOutputs
     makings: Sequence[Making]
-    partial: Path
-    copies: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    manifest: Mapping[str, Any]
+    """What must be unchanged for another run to go on with this one."""
+
+    facts: Mapping[str, Any]
+    """What `conversion.json` says beside the tensors' hashes."""
+
+    tensors: Mapping[str, TensorSpec]
+    """The Hugging Face tensors that pass by, and are hashed."""
+
+    passing: Literal["read", "made"]
+    """Do they pass as the source's, or as the output's?"""
+
+    sides: Callable[[Folder], tuple[Side, Side]]
+    """The source and a written output, as `verify` compares them."""
+
+    hashes: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of Hugging Face tensors that do not pass by."""
+
+    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Further ones, and those they equal."""
+
+    copies: Mapping[str, FileIn] = field(default_factory=dict[str, FileIn])
     documents: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
+    folder: str = ""
+    """Where `conversion.json` and `integrity.json` lie."""
+
+    integrity: bool = False
+
+    @property
+    def partial(self) -> Path:
+        return self.outputs.directory
 
     @property
     def files(self) -> dict[str, int]:
         """Every file of the output and its size in bytes."""
-        copied = {name: path.stat().st_size for name, path in self.copies.items()}
-        written = {name: len(data) for name, data in self.documents.items()}
-        return dict(sorted({**copied, **written, **self.writer.files}.items()))
+        copied = {name: file.size for name, file in self.copies.items()}
+        documents = {**self.documents, **self.writer.documents, **self.writer.markers}
+        documents[self.inside(provenance.FILE)] = self.record({})
+        sizes = {**copied, **{name: len(data) for name, data in documents.items()}, **self.writer.files}
+        if self.integrity:
+            inside = {name.removeprefix(self.folder): "0" * 64 for name in sizes if name.startswith(self.folder)}
+            sizes[self.inside(integrity.FILE)] = len(integrity.make(inside))
+        return dict(sorted(sizes.items()))
+
+    def inside(self, name: str) -> str:
+        return f"{self.folder}{name}"
+
+    def record(self, hashes: Mapping[str, str]) -> bytes:
+        """`conversion.json`, with the hashes there are."""
+        known = {**hashes, **self.hashes}
+        known |= {name: known[other] for name, other in self.aliases.items() if other in known}
+        return provenance.make(self.command, self.facts, {*self.tensors, *self.hashes, *self.aliases}, known)
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a conversion did, or with `dry_run` would do. Sizes in bytes; `peak_memory` is expected in a dry run."""
+    """What a conversion did, or with `dry_run` would do. Sizes in bytes; `peak_memory` is expected in a dry run;
+    `reused_bytes` are those that an interrupted run had written."""
 
     command: str
     source: str
@@ -69,6 +129,8 @@ class Summary:
     seconds: float
     peak_memory: int
     workers: int
+    verified: bool = False
+    reused_bytes: int = 0
 
 
 def partial_directory(target: Path, makings: Iterable[Making], options: Mapping[str, Any]) -> Path:
@@ -76,51 +138,3 @@ def partial_directory(target: Path, makings: Iterable[Making], options: Mapping[
     plan = [[m.spec.name, m.spec.shape, str(m.spec.dtype), [(c.source, c.there) for c in m.copies]] for m in makings]
     digest = hashlib.sha256(json.dumps([plan, options], sort_keys=True).encode()).hexdigest()
     return target.with_name(f"{target.name}.partial-{digest[:12]}")
-
-
-def carry_out(job: Job, *, workers: int | None, dry_run: bool, overwrite: bool, talk: Talk) -> Summary:
-    """Make the output, or with `dry_run` only say what it would be. The output appears whole or not at all."""
-    started, workers, files = time.monotonic(), workers or DEFAULT_WORKERS, job.files
-    if not dry_run:
-        check_room(job.target, sum(files.values()))
-        _allow_many_files()
-        talk.start(sum(making.spec.nbytes for making in job.makings))
-        with (
-            staged(job.target, job.partial, overwrite=overwrite),
-            closing(job.writer),
-        ):
-            _write(job, files, workers, talk)
-    return Summary(
-        command=job.command,
-        source=str(job.source),
-        target=str(job.target),
-        dry_run=dry_run,
-        tensors=len(job.makings),
-        parameters=sum(prod(making.spec.shape) for making in job.makings),
-        total_bytes=sum(files.values()),
-        files=files,
-        seconds=time.monotonic() - started,
-        peak_memory=expected_peak(workers) if dry_run else peak_memory(),
-        workers=workers,
-    )
-
-
-def _write(job: Job, files: Mapping[str, int], workers: int, talk: Talk) -> None:
-    for name in files:
-        (job.partial / name).parent.mkdir(parents=True, exist_ok=True)
-    run(job.makings, job.reader, job.writer, workers=workers, progress=talk.progress)
-    for name, source in job.copies.items():
-        copy_file(source, job.partial / name)
-    for name, data in job.documents.items():
-        (job.partial / name).write_bytes(data)
-    job.writer.finish()
-    for name, size in files.items():
-        found = (job.partial / name).stat().st_size
-        if found != size:
-            raise UserError(f"`{name}` came out with {found} bytes, planned were {size}", hint="did a source change meanwhile?")
-
-
-def _allow_many_files() -> None:
-    """A checkpoint of hundreds of ranks has hundreds of files open at once."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

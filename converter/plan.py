@@ -16,7 +16,7 @@ from converter.layout import Layout, boxes
 from converter.model import Model
 from converter.rules import Rule, fill, in_order
 from converter.values import target_dtype
-from formats.disk import bands
+from formats.arrays import bands
 from formats.errors import UserError
 from formats.spec import Region, TensorSpec
 
@@ -47,6 +47,11 @@ class Making:
     def dtypes(self) -> set[np.dtype[Any]]:
         """Those of its sources and its own."""
         return {self.spec.dtype, *(copy.dtype for copy in self.copies)}
+
+
+def as_stored(specs: Mapping[str, TensorSpec]) -> dict[str, Making]:
+    """Tensors read as they are."""
+    return {name: Making(spec, (Copy(name, spec.dtype, 0, 0, spec.shape[0]),)) for name, spec in specs.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,33 +3,33 @@ says of its model."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from converter import carried, families, run_config
 from converter.carried import Reference
 from converter.config import to_huggingface
 from formats.errors import UserError
+from formats.folder import FileIn, Folder
 from formats.torch_dist import TorchDistReader
 
 
-def find(reader: TorchDistReader, given: Path | None) -> Reference:
+def find(reader: TorchDistReader, given: Folder | None) -> Reference:
     """The reference for an export; UserError where there is none and none can be rebuilt."""
     if given:
-        return carried.from_directory(given)
-    return carried.unpack(reader.directory) or _rebuilt(reader)
+        return carried.from_folder(given)
+    return carried.unpack(reader.folder) or _rebuilt(reader)
 
 
 def _rebuilt(reader: TorchDistReader) -> Reference:
-    found = run_config.read(reader.directory, reader.args())
+    found = run_config.read(reader.folder, reader.args())
     if not found:
         raise UserError(
-            f"`{reader.directory}` says nothing about its model: no `config.json`, no `{run_config.FILE}`, no `args`",
+            f"`{reader.folder.label}` says nothing about its model: no `config.json`, no `{run_config.FILE}`, no `args`",
             hint="give a folder with the model's `config.json`: `--hf-config DIR`",
         )
     fields, origin = found
-    tokenizer = reader.directory / "tokenizer"
-    files = {path.name: path for path in sorted(tokenizer.glob("*")) if path.is_file()}
+    tokenizer = reader.folder.below("tokenizer")
+    files = {name: FileIn(tokenizer, name) for name in tokenizer.children() if tokenizer.has(name)}
     return Reference(rebuild_config(fields, origin), f"rebuilt from {origin}", files)
 
 

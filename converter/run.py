@@ -8,59 +8,108 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from converter.plan import Copy, Making, Piece, pieces
 from converter.values import cast_into
-from formats.disk import Buffer
+from formats.arrays import Buffer, as_bytes
 from formats.errors import UserError
+from formats.in_order import AbandonedError
 from formats.spec import Array, Reader, Region, Writer, extent
 
 PIECE_BYTES = 4 << 20
 """Larger pieces did not get faster here; smaller ones cost system calls (docs/decisions.md)."""
 
-Progress = Callable[[int], None]
-"""Called with the bytes of each finished piece."""
-
-
 DEFAULT_WORKERS = 4
 """Threads mostly wait for the disk: two fill a quiet one, four also one with delays, eight gave no more."""
 
 
-def run(makings: Iterable[Making], reader: Reader, writer: Writer, *, workers: int, progress: Progress) -> None:
-    """Make every tensor. The first error of any thread stops all and is raised."""
-    queue = _Shared(pieces(makings, limit=PIECE_BYTES))
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A piece and its number among all pieces of the plan. One that is `written` is put together only to be looked at."""
+
+    number: int
+    piece: Piece
+    written: bool = False
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What looks on: told of rows as they were read (the source's tensor, offset in it, bytes), of a piece put together,
+    and of a task done; `stop` is called when there will be no more."""
+
+    read: Callable[[str, int, memoryview], None] = _nothing
+    made: Callable[[Piece, Array], None] = _nothing
+    done: Callable[[Task], None] = _nothing
+    stop: Callable[[], None] = _nothing
+
+
+def run(tasks: Iterable[Task], reader: Reader, writer: Writer, *, workers: int, watch: Watch) -> None:
+    """Carry out every task."""
+
+    def carry_out() -> Callable[[Task], None]:
+        bench = Bench(watch.read)
+
+        def one(task: Task) -> None:
+            name, region = task.piece.making.spec.name, task.piece.region
+            data = bench.make(task.piece, reader, writer.place(name, region))
+            watch.made(task.piece, data)
+            if not task.written:
+                writer.write(name, region, data)
+            watch.done(task)
+
+        return one
+
+    in_threads(tasks, carry_out, workers=workers, stop=watch.stop)
+
+
+def in_threads[T](
+    items: Iterable[T], start: Callable[[], Callable[[T], None]], *, workers: int, stop: Callable[[], None] = _nothing
+) -> None:
+    """Draw items in order and do each on some thread, with what `start` prepared for that thread.
+
+    The first error stops all and is raised.
+    """
+    queue = _Shared(iter(items))
 
     def work() -> None:
-        bench = Bench()
+        act = start()
         try:
-            for piece in queue:
-                name = piece.making.spec.name
-                writer.write(name, piece.region, bench.make(piece, reader, writer.place(name, piece.region)))
-                progress(piece.nbytes)
+            for item in queue:
+                act(item)
         except BaseException:
             queue.stop()
+            stop()
             raise
 
     with ThreadPoolExecutor(workers, thread_name_prefix="piece") as pool:
         tasks = [pool.submit(work) for _ in range(workers)]
         try:
-            for task in tasks:
-                task.result()
+            wait(tasks, return_when=FIRST_EXCEPTION)
         except BaseException:
             queue.stop()
             raise
+    errors = [error for task in tasks if (error := task.exception())]
+    for error in sorted(errors, key=lambda error: isinstance(error, AbandonedError)):
+        raise error
 
 
 class Bench:
-    """One thread's buffers: where a piece is put together."""
+    """One thread's buffers: where a piece is put together. `read` is told of rows as they come from the source."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[str, int, memoryview], None] = _nothing) -> None:
         self._target, self._scratch = Buffer(), Buffer()
+        self._told = read
 
-    def make(self, piece: Piece, reader: Reader, place: int) -> Array:
+    def make(self, piece: Piece, reader: Reader, place: int = 0) -> Array:
         """The piece's data, valid until the next call; its address has the remainder by page that `place` has."""
         out = self._target.view(extent(piece.region), piece.making.spec.dtype, place=place)
         filled = 0
@@ -72,12 +121,12 @@ class Bench:
         return out
 
     def _read(self, reader: Reader, copy: Copy, region: Region, out: Array) -> None:
-        if out.dtype == copy.dtype:
-            reader.read(copy.source, region, out)
-            return
-        data = self._scratch.view(out.shape, copy.dtype)
+        same = out.dtype == copy.dtype
+        data = out if same else self._scratch.view(out.shape, copy.dtype)
         reader.read(copy.source, region, data)
-        cast_into(out, data)
+        self._told(copy.source, region[0].start * (data.nbytes // max(len(data), 1)), as_bytes(data))
+        if not same:
+            cast_into(out, data)
 
 
 def _zero_the_rest(piece: Piece, out: Array) -> None:
@@ -88,10 +137,10 @@ def _zero_the_rest(piece: Piece, out: Array) -> None:
     out[end:] = 0
 
 
-class _Shared:
+class _Shared[T]:
     """An iterator that several threads draw from, until someone stops it."""
 
-    def __init__(self, items: Iterator[Piece]) -> None:
+    def __init__(self, items: Iterator[T]) -> None:
         self._items = items
         self._lock = threading.Lock()
         self._stopped = False
@@ -99,7 +148,7 @@ class _Shared:
     def stop(self) -> None:
         self._stopped = True
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[T]:
         while not self._stopped:
             with self._lock:
                 item = next(self._items, None)

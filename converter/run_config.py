@@ -8,7 +8,6 @@ not are left to its defaults.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +16,7 @@ import yaml
 from converter.config import Config
 from converter.layout import Layout
 from formats.errors import UserError
+from formats.folder import Folder
 from formats.spec import dtype_name
 
 FILE = "run_config.yaml"
@@ -93,17 +93,16 @@ def layout_string(layout: Layout) -> str:
     return "|".join(stages)
 
 
-def read(iteration: Path, args: Config) -> tuple[dict[str, Any], str] | None:
+def read(iteration: Folder, args: Config) -> tuple[dict[str, Any], str] | None:
     """Megatron's fields of a checkpoint's model and where they were found: `run_config.yaml`, else Megatron-LM's `args`."""
-    path = iteration / FILE
-    if path.is_file():
-        return _from_run_config(path), FILE
+    if iteration.has(FILE):
+        return _from_run_config(iteration.get(FILE)), FILE
     return (_from_args(args), "Megatron-LM's `args`") if args.get("num_layers") else None
 
 
-def _from_run_config(path: Path) -> dict[str, Any]:
+def _from_run_config(text: bytes) -> dict[str, Any]:
     try:
-        document = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+        document = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
     except Exception as error:  # a damaged value makes the parser raise anything
         raise UserError(f"`{FILE}` is not readable: {str(error)[:200]}") from error
     section = cast("dict[str, Any]", document).get("model") if isinstance(document, dict) else None

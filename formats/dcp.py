@@ -6,35 +6,41 @@ Each archive holds one chunk (a box of a tensor) or one object. Knows nothing of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from formats.boxes import Stored, place_of, read_box, write_box
 from formats.dcp_index import METADATA, Chunk, ChunkedTensor, Place, make_index, read_index
-from formats.disk import BLOCK, Files, Outputs, Stored, place_of, read_box, read_exactly, write_box
+from formats.disk import BLOCK
 from formats.errors import UserError
-from formats.spec import Array, Region, Shape, dtype_name, extent, within
+from formats.folder import Folder
+from formats.outputs import Outputs
+from formats.spec import Array, Region, Shape, Span, dtype_name, extent, within
 from formats.torch_zip import Frame, OpenArchive, contiguous_strides, tensor_frame
 
 
 class Container:
-    """An opened directory: its tensors and objects by name. Nothing but `.metadata` is read until asked for."""
+    """An opened folder: its tensors and objects by name. Nothing but `.metadata` is read until asked for."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._files = Files()
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
         self._stored: dict[Place, Stored] = {}
         self._sizes: dict[str, int] = {}
-        self._index = read_index(directory)
+        self._index = read_index(folder)
 
     @property
     def tensor_names(self) -> Iterable[str]:
         return self._index.tensors
+
+    @property
+    def files(self) -> set[str]:
+        """The files that hold tensors and objects, as the index names them."""
+        return self._index.files
 
     @property
     def object_names(self) -> Iterable[str]:
@@ -66,10 +72,10 @@ class Container:
         """Fill `out` with a region of the tensor, from whichever chunks hold it."""
         for chunk, shared in tensor.touching(region):
             stored = self._locate(chunk, tensor.dtype)
-            read_box(self._files, stored, within(shared, chunk.region), out[within(shared, region)])
+            read_box(self._folder, stored, within(shared, chunk.region), out[within(shared, region)])
 
     def close(self) -> None:
-        self._files.close()
+        self._folder.close()
 
     def _check_place(self, name: str, place: Place) -> None:
         if place.compressed:
@@ -84,10 +90,9 @@ class Container:
 
     def _size(self, file: str) -> int:
         if file not in self._sizes:
-            path = self._directory / file
-            if not path.is_file():
-                raise UserError(f"`{METADATA}` names `{file}`, which is not in `{self._directory}`")
-            self._sizes[file] = path.stat().st_size
+            if not self._folder.has(file):
+                raise UserError(f"`{METADATA}` names `{file}`, which is not in `{self._folder.label}`")
+            self._sizes[file] = self._folder.size(file)
         return self._sizes[file]
 
     def _locate(self, chunk: Chunk, dtype: np.dtype[Any]) -> Stored:
@@ -103,17 +108,13 @@ class Container:
                 )
             if tensor.strides != contiguous_strides(tensor.shape) and prod(shape) > 1:
                 raise UserError(f"`{chunk.place.file}` holds a tensor with strides {list(tensor.strides)}: not supported")
-            path = self._directory / chunk.place.file
-            self._stored[chunk.place] = Stored(path, chunk.place.offset + start, shape)
+            self._stored[chunk.place] = Stored(chunk.place.file, chunk.place.offset + start, shape)
         return self._stored[chunk.place]
 
     def _archive(self, place: Place) -> OpenArchive:
-        path = self._directory / place.file
-        descriptor = self._files.descriptor(path)
-
         def fetch(offset: int, length: int) -> bytes:
             data = bytearray(length)
-            read_exactly(descriptor, memoryview(data), place.offset + offset, path=path)
+            self._folder.read_into(place.file, place.offset + offset, memoryview(data))
             return bytes(data)
 
         return OpenArchive(fetch, place.length, source=place.file)
@@ -149,49 +150,68 @@ class NewObject:
 
 
 class ContainerWriter:
-    """A directory being made. Every offset is known before the first byte, so regions arrive in any order.
+    """Files being made. Every offset is known before the first byte, so regions arrive in any order.
 
     `tensors` gives each key's global shape and dtype; `chunks` tile them. Objects, then chunks, lie in their file in the
-    order given.
+    order given. `folder` is where the files lie in the output.
     """
 
     def __init__(
         self,
-        directory: Path,
+        outputs: Outputs,
+        folder: str,
         tensors: Mapping[str, tuple[Shape, np.dtype[Any]]],
         chunks: Sequence[NewChunk],
         objects: Sequence[NewObject],
     ) -> None:
-        self._directory = directory
-        self._objects = objects
-        self._outputs = Outputs()
+        self._outputs, self._folder = outputs, folder
         self._ends: dict[str, int] = {}
-        self._object_places = [self._take(item.file, len(item.archive)) for item in objects]
+        self._contents: dict[str, list[_Archived]] = {}
+        self._objects: dict[str, Place] = {}
+        for new in objects:
+            self._objects[new.key] = self._take(new.file, Frame(new.archive, 0, b""))
         placed: dict[str, list[Chunk]] = {key: [] for key in tensors}
         for new in chunks:
-            length = _frame(tensors[new.key][1], extent(new.region)).length
-            placed[new.key].append(Chunk(new.region, self._take(new.file, length, alignment=BLOCK)))
+            frame = _frame(tensors[new.key][1], extent(new.region))
+            placed[new.key].append(Chunk(new.region, self._take(new.file, frame, alignment=BLOCK)))
         self._chunked = {key: ChunkedTensor(*tensors[key], found) for key, found in placed.items()}
 
-    def _take(self, file: str, length: int, *, alignment: int = 1) -> Place:
+    def _take(self, file: str, frame: Frame, *, alignment: int = 1) -> Place:
         start = -(-self._ends.get(file, 0) // alignment) * alignment
-        self._ends[file] = start + length
-        return Place(file, start, length)
+        self._ends[file] = start + frame.length
+        self._contents.setdefault(file, []).append(_Archived(start, frame))
+        return Place(file, start, frame.length)
 
     @cached_property
     def metadata(self) -> bytes:
-        places = {new.key: place for new, place in zip(self._objects, self._object_places, strict=True)}
-        return make_index(self._chunked, places)
+        """The index that makes the folder a checkpoint."""
+        return make_index(self._chunked, self._objects)
 
     @property
     def files(self) -> dict[str, int]:
-        return {**self._ends, METADATA: len(self.metadata)}
+        return {f"{self._folder}/{file}": end for file, end in self._ends.items()}
+
+    def spans(self, file: str) -> Iterator[Span]:
+        """What lies around the data of a file, and where the data lies, from its first byte to its last."""
+        known, at = b"", 0
+        for start, frame in self._contents[file.removeprefix(f"{self._folder}/")]:
+            known += bytes(start - at - len(known)) + frame.before
+            if frame.size:
+                yield Span(at, known)
+                yield Span(at + len(known), None, frame.size)
+                at, known = at + len(known) + frame.size, b""
+            known += frame.after
+        yield Span(at, known)
 
     def place(self, key: str, region: Region) -> int:
         """Where in its file the region's first byte goes."""
         corner = tuple(slice(part.start, part.start + 1) for part in region)
         chunk, _ = next(self._chunked[key].touching(corner))
         return place_of(self._stored(key, chunk), within(corner, chunk.region), self._chunked[key].dtype.itemsize)
+
+    def touched(self, key: str, region: Region) -> set[str]:
+        """The files that hold some of a region."""
+        return {f"{self._folder}/{chunk.place.file}" for chunk, _ in self._chunked[key].touching(region)}
 
     def write(self, key: str, region: Region, data: Array) -> None:
         """Put a region of a tensor where its chunks lie."""
@@ -201,25 +221,14 @@ class ContainerWriter:
     def _stored(self, key: str, chunk: Chunk) -> Stored:
         shape = extent(chunk.region)
         start = chunk.place.offset + len(_frame(self._chunked[key].dtype, shape).before)
-        return Stored(self._directory / chunk.place.file, start, shape)
+        return Stored(f"{self._folder}/{chunk.place.file}", start, shape)
 
-    def finish(self) -> None:
-        """Write objects, frames, and last the index that makes the directory a checkpoint."""
-        for new, place in zip(self._objects, self._object_places, strict=True):
-            self._put(place.file, place.offset, new.archive)
-        for tensor in self._chunked.values():
-            for chunk in tensor.chunks:
-                frame = _frame(tensor.dtype, extent(chunk.region))
-                self._put(chunk.place.file, chunk.place.offset, frame.before)
-                self._put(chunk.place.file, chunk.place.offset + len(frame.before) + frame.size, frame.after)
-        self._put(METADATA, 0, self.metadata)
-        self.close()
 
-    def close(self) -> None:
-        self._outputs.close()
+class _Archived(NamedTuple):
+    """An archive of a file: where it starts, and what lies around its data."""
 
-    def _put(self, file: str, offset: int, data: bytes) -> None:
-        self._outputs.put(self._directory / file, offset, data)
+    start: int
+    frame: Frame
 
 
 @cache

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from formats.errors import UserError
+from formats.folder import Folder
 from formats.pickles import Global, Record, dumps, loads
 from formats.spec import Region, Shape, dtype_name, extent, intersect, whole_number
 from formats.torch_zip import DTYPE_OF, TORCH_NAMES, read_sizes
@@ -83,6 +83,11 @@ class Index:
         self.tensors, self.objects = tensors, objects
         self._places = places
 
+    @property
+    def files(self) -> set[str]:
+        """Every file that holds something."""
+        return {place.file for place in self._places.values()}
+
     def tensor(self, name: str) -> ChunkedTensor:
         """A tensor's shape, dtype and chunks; UserError if the chunks overlap or leave holes."""
         with _structured():
@@ -111,10 +116,10 @@ class Index:
         return Chunk(region, self.place(name, offsets))
 
 
-def read_index(directory: Path) -> Index:
-    """The index of a directory; UserError if it is none, is misshapen, or puts two archives in the same bytes."""
+def read_index(folder: Folder) -> Index:
+    """The index of a folder; UserError if it is none, is misshapen, or puts two archives in the same bytes."""
     with _structured():
-        match loads((directory / METADATA).read_bytes(), source=METADATA):
+        match loads(folder.get(METADATA), source=METADATA):
             case Record(kind=Global(name="Metadata"), state={"state_dict_metadata": {**described}, "storage_data": {**stored}}):
                 places = {_index_key(index): _info(info) for index, info in stored.items()}
                 tensors = {name: one for name, one in described.items() if one.kind.name == "TensorStorageMetadata"}

@@ -13,3 +13,7 @@ class UserError(Exception):
     def __str__(self) -> str:
         message = str(self.args[0])
         return f"{message}\n\nhint: {self.hint}" if self.hint else message
+
+
+class TransientError(UserError):
+    """What may go well when it is tried again with nothing else changed: a network or another process failed."""

@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from formats.disk import Files, Outputs, Stored, place_of, read_box, write_box
+from formats.boxes import Stored, place_of, read_box, write_box
 from formats.errors import UserError
+from formats.folder import Folder
 from formats.json_objects import parse_json, read_json
-from formats.spec import DTYPES, Array, Region, TensorSpec, dtype_name, whole_number
+from formats.outputs import Outputs
+from formats.spec import DTYPES, Array, Region, Span, TensorSpec, dtype_name, whole_number
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -66,21 +67,23 @@ def parse_shard(raw: bytes, *, source: str) -> Shard:
     return Shard(raw, tensors, len(raw) + end)
 
 
-def read_shard(path: Path) -> Shard:
+def read_shard(folder: Folder, name: str) -> Shard:
     """The header of a file, checked against the file's size."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise UserError(
-                f"`{path.name}` claims a header of {length} bytes and is {size} bytes long",
-                hint="it is not a safetensors file, or it is truncated",
-            )
-        shard = parse_shard(prefix + file.read(length), source=path.name)
+    size = folder.size(name)
+    prefix = bytearray(8 if size >= 8 else 0)
+    folder.read_into(name, 0, memoryview(prefix))
+    length = struct.unpack("<Q", prefix)[0] if prefix else 0
+    if not 2 <= length <= min(_MAX_HEADER, size - 8):
+        raise UserError(
+            f"`{name}` claims a header of {length} bytes and is {size} bytes long",
+            hint="it is not a safetensors file, or it is truncated",
+        )
+    raw = bytearray(8 + length)
+    folder.read_into(name, 0, memoryview(raw))
+    shard = parse_shard(bytes(raw), source=name)
     if shard.size != size:
         raise UserError(
-            f"`{path.name}` is {size} bytes long, its header describes {shard.size}",
+            f"`{name}` is {size} bytes long, its header describes {shard.size}",
             hint="the file is truncated or still being written; fetch it again",
         )
     return shard
@@ -130,12 +133,11 @@ def _short(value: Any) -> str:
 
 
 class HuggingFaceReader:
-    """An opened directory: headers read and checked against the index; data read on demand."""
+    """An opened folder: headers read and checked against the index; data read on demand."""
 
-    def __init__(self, directory: Path, *, files: Sequence[str] | None = None) -> None:
-        self.directory = directory
-        self.shards = {name: read_shard(directory / name) for name in files or shard_names(directory)}
-        self._files = Files()
+    def __init__(self, folder: Folder, *, files: Sequence[str] | None = None) -> None:
+        self.folder = folder
+        self.shards = {name: read_shard(folder, name) for name in files or shard_names(folder)}
         self._where: dict[str, tuple[str, int]] = {}
         self.specs: dict[str, TensorSpec] = {}
         for file, shard in self.shards.items():
@@ -151,9 +153,9 @@ class HuggingFaceReader:
             self.specs[name] = spec
 
     def _check_index(self) -> None:
-        if not (self.directory / INDEX).is_file():
+        if not self.folder.has(INDEX):
             return
-        listed = weight_map(self.directory)
+        listed = weight_map(self.folder)
         for name in sorted(listed.keys() | self._where.keys()):
             there = self._where[name][0] if name in self._where else "no file"
             if listed.get(name, "no file") != there:
@@ -164,15 +166,15 @@ class HuggingFaceReader:
 
     def read(self, name: str, region: Region, out: Array) -> None:
         file, offset = self._where[name]
-        read_box(self._files, Stored(self.directory / file, offset, self.specs[name].shape), region, out)
+        read_box(self.folder, Stored(file, offset, self.specs[name].shape), region, out)
 
     def close(self) -> None:
-        self._files.close()
+        self.folder.close()
 
 
-def weight_map(directory: Path) -> dict[str, str]:
+def weight_map(folder: Folder) -> dict[str, str]:
     """Which file holds which tensor, by the index. File names must stay in the directory."""
-    listed = read_json(directory / INDEX).get("weight_map")
+    listed = read_json(folder, INDEX).get("weight_map")
     if not isinstance(listed, dict):
         raise UserError(f"`{INDEX}` has no `weight_map`")
     for file in cast("dict[str, Any]", listed).values():
@@ -181,31 +183,30 @@ def weight_map(directory: Path) -> dict[str, str]:
     return cast("dict[str, str]", listed)
 
 
-def shard_names(directory: Path) -> list[str]:
+def shard_names(folder: Folder) -> list[str]:
     """The files that hold the model: the index's, or `model.safetensors`, or every safetensors file there is."""
-    if (directory / INDEX).is_file():
-        names = sorted(set(weight_map(directory).values()))
-    elif (directory / SINGLE).is_file():
+    if folder.has(INDEX):
+        names = sorted(set(weight_map(folder).values()))
+    elif folder.has(SINGLE):
         names = [SINGLE]
     else:
-        names = sorted(path.name for path in directory.glob("*.safetensors"))
+        names = [name for name in folder.children() if name.endswith(".safetensors")]
     if not names:
-        raise UserError(f"`{directory}` holds no safetensors files", hint="point at a Hugging Face model directory")
+        raise UserError(f"`{folder.label}` holds no safetensors files", hint="point at a Hugging Face model directory")
     for name in names:
-        if not (directory / name).is_file():
-            raise UserError(f"`{INDEX}` names `{name}`, which is not in `{directory}`", hint="fetch the missing file")
+        if not folder.has(name):
+            raise UserError(f"`{INDEX}` names `{name}`, which is not in `{folder.label}`", hint="fetch the missing file")
     return names
 
 
 class HuggingFaceWriter:
     """Safetensors files being made. Their raw headers are given, so every offset is known before the first byte."""
 
-    def __init__(self, directory: Path, shards: Mapping[str, Shard]) -> None:
-        self._directory = directory
+    def __init__(self, outputs: Outputs, shards: Mapping[str, Shard]) -> None:
+        self._outputs = outputs
         self._shards = shards
-        self._outputs = Outputs()
         self._where = {
-            name: Stored(directory / file, offset, spec.shape)
+            name: Stored(file, offset, spec.shape)
             for file, shard in shards.items()
             for name, (spec, offset) in shard.tensors.items()
         }
@@ -221,13 +222,21 @@ class HuggingFaceWriter:
     def write(self, name: str, region: Region, data: Array) -> None:
         write_box(self._outputs, self._where[name], region, data)
 
-    def finish(self) -> None:
-        for file, shard in self._shards.items():
-            self._outputs.put(self._directory / file, 0, shard.raw)
-        self.close()
+    @property
+    def documents(self) -> dict[str, bytes]:
+        return {}
 
-    def close(self) -> None:
-        self._outputs.close()
+    @property
+    def markers(self) -> dict[str, bytes]:
+        return {}
+
+    def spans(self, file: str) -> Iterator[Span]:
+        shard = self._shards[file]
+        yield Span(0, shard.raw)
+        yield Span(len(shard.raw), None, shard.size - len(shard.raw))
+
+    def touched(self, name: str) -> set[str]:
+        return {self._where[name].file}
 
 
 def plan_shards(specs: Sequence[TensorSpec], *, limit: int) -> dict[str, Shard]:
@@ -272,30 +281,16 @@ def retyped(shard: Shard, dtypes: Mapping[str, np.dtype[Any]], *, source: str) -
 _OTHER_WEIGHTS = re.compile(
     r"(^original/)|\.(bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|safetensors|tflite|npz|ot|nemo)$|\.index\.json$"
 )
-_NOT_OF_THE_MODEL = {".git", ".cache", ".huggingface"}
 
 
-def side_files(directory: Path, shards: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The files beside the model's `shards`, as relative paths: those that travel, and weights in other formats, which do
+def side_files(folder: Folder, shards: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The files beside the model's `shards`, as relative names: those that travel, and weights in other formats, which do
     not."""
-    model, found = set(shards), files_below(directory)
-    left_out = [name for name in found if name not in model | {INDEX} and _does_not_travel(directory, name)]
+    model, found = set(shards), folder.files()
+    left_out = [name for name in found if name not in model | {INDEX} and _does_not_travel(folder, name)]
     return [name for name in found if name not in model and name not in left_out], left_out
 
 
-def _does_not_travel(directory: Path, name: str) -> bool:
+def _does_not_travel(folder: Folder, name: str) -> bool:
     """Weights in other formats, version control, download caches, and links that lead to no file."""
-    return bool(_OTHER_WEIGHTS.search(name)) or name.endswith("/") or not (directory / name).is_file()
-
-
-def files_below(directory: Path) -> list[str]:
-    """Relative paths of all files in a directory. Folders that are not looked into end in a slash: those of version
-    control and download caches, and links to folders."""
-    found: list[str] = []
-    for folder, folders, files in directory.walk():
-        skipped = [name for name in folders if name in _NOT_OF_THE_MODEL or (folder / name).is_symlink()]
-        folders[:] = [name for name in folders if name not in skipped]
-        closed = [f"{name}/" for name in skipped] + [f"{name}/" for name in files if (folder / name).is_dir()]
-        open_ = [name for name in files if not (folder / name).is_dir()]
-        found += [f"{(folder / 'x').relative_to(directory).as_posix()[:-1]}{name}" for name in closed + open_]
-    return sorted(found)
+    return bool(_OTHER_WEIGHTS.search(name)) or name.endswith("/") or not folder.has(name)

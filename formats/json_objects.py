@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any, cast
 
 from formats.errors import UserError
+from formats.folder import Folder
 
 
 def parse_json(text: bytes, *, source: str) -> dict[str, Any]:
@@ -29,8 +29,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(folder: Folder, name: str) -> dict[str, Any]:
     """A JSON object from a file; UserError names the file where it is missing or broken."""
-    if not path.is_file():
-        raise UserError(f"`{path.parent}` has no `{path.name}`", hint="point at a Hugging Face model directory")
-    return parse_json(path.read_bytes(), source=path.name)
+    if not folder.has(name):
+        raise UserError(f"`{folder.label}` has no `{name}`", hint="point at a Hugging Face model directory")
+    return parse_json(folder.get(name), source=name)

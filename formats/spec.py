@@ -5,11 +5,11 @@ Knows nothing of files, and nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -83,6 +83,18 @@ def within(region: Region, origin: Region) -> Region:
     return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(region, origin, strict=True))
 
 
+class Span(NamedTuple):
+    """Bytes of a file from `start` on: known before any data is there, or `size` bytes of data that will arrive."""
+
+    start: int
+    known: bytes | None
+    size: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.start + (self.size if self.known is None else len(self.known))
+
+
 class Reader(Protocol):
     """An opened checkpoint. Regions may be read in any order and from several threads."""
 
@@ -109,7 +121,25 @@ class Writer(Protocol):
 
     @property
     def files(self) -> Mapping[str, int]:
-        """Every file it will make, by relative path, and its size in bytes."""
+        """The files that hold tensors, by relative name, and their sizes in bytes."""
+        ...
+
+    @property
+    def documents(self) -> Mapping[str, bytes]:
+        """The small files that say what lies in those, an index last."""
+        ...
+
+    @property
+    def markers(self) -> Mapping[str, bytes]:
+        """The files that appear when all others are whole, in this order."""
+        ...
+
+    def spans(self, file: str) -> Iterator[Span]:
+        """The bytes of a file from its first to its last: what is known of it, and where data goes."""
+        ...
+
+    def touched(self, name: str) -> set[str]:
+        """The files that hold some of a tensor."""
         ...
 
     def place(self, name: str, region: Region) -> int:
@@ -119,14 +149,6 @@ class Writer(Protocol):
 
     def write(self, name: str, region: Region, data: Array) -> None:
         """Put `data`, of the region's shape and the tensor's dtype, in its place."""
-        ...
-
-    def finish(self) -> None:
-        """Write what makes the directory readable (indexes last), once every region is in place."""
-        ...
-
-    def close(self) -> None:
-        """Let go of open files."""
         ...
 
 

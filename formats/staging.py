@@ -1,20 +1,24 @@
 """An output directory that does not exist until it is whole.
 
-Everything is written to a partial directory beside it; success is fsync and rename. A failed run removes its partial
-directory; a killed one leaves it, and nothing at DST.
+Everything is written to a partial directory beside it; success is fsync and rename. A run that fails or is killed leaves
+nothing at DST, and the partial directory with what a later run needs to go on.
 """
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
+import glob
+import json
 import os
 import re
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from formats.disk import explained, free_bytes
 from formats.errors import UserError
@@ -56,9 +60,9 @@ def _looks_like_a_model(directory: Path) -> bool:
     return not inside or any(_OF_A_MODEL.fullmatch(name) for name in inside)
 
 
-def check_room(target: Path, needed: int) -> None:
-    """Raise UserError if the disk has less free than `needed` bytes."""
-    free = free_bytes(target)
+def check_room(target: Path, needed: int, *, already: Path) -> None:
+    """Raise UserError if the disk has less free than `needed` bytes, of which some may lie `already` there."""
+    free = free_bytes(target) + sum(path.stat().st_blocks * 512 for path in already.rglob("*") if path.is_file())
     if free < needed:
         raise UserError(
             f"`{target}` needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free",
@@ -66,30 +70,101 @@ def check_room(target: Path, needed: int) -> None:
         )
 
 
-@contextmanager
-def staged(target: Path, partial: Path, *, overwrite: bool) -> Generator[Path]:
-    """`partial` as an empty directory to write into; it becomes `target` when the block ends well, and goes when not.
+MANIFEST = "job.json"
 
-    A lock beside it is held from before it is emptied until after it is renamed, and dies with its process.
+Manifest = Mapping[str, Any]
+"""What must be the same for a run to go on where another stopped: plain data, by topic."""
+
+
+@dataclass(slots=True)
+class Stage:
+    """Where an output is being written. `state` lies beside it and holds what a later run needs to go on."""
+
+    partial: Path
+    state: Path
+    resumed: bool = False
+    worth_keeping: bool = False
+    """Has anything been done that a later run need not do again?"""
+
+
+@contextmanager
+def staged(target: Path, partial: Path, manifest: Manifest, *, overwrite: bool, resume: bool) -> Generator[Stage]:
+    """A directory to write into; it becomes `target` when the block ends well.
+
+    When not, it stays if it is worth keeping, and `resume` goes on there. Raises UserError for what an earlier run left
+    without `resume`, and with it where that run did something else. A lock is held throughout.
     """
-    with explained(target), _locked(partial.with_name(f"{partial.name}.lock")):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+    with explained(target), _locked(target.with_name(f"{target.name}.lock"), target):
+        stage = _opened(target, Stage(partial, _state(partial)), manifest, resume=resume)
         try:
-            yield partial
+            yield stage
             sync_tree(partial)
             _publish(partial, target, overwrite=overwrite)
+            stage.worth_keeping = False
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not stage.worth_keeping:
+                _remove(stage)
+
+
+def _state(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.state")
+
+
+def _remove(stage: Stage) -> None:
+    shutil.rmtree(stage.partial, ignore_errors=True)
+    shutil.rmtree(stage.state, ignore_errors=True)
+
+
+def _opened(target: Path, stage: Stage, manifest: Manifest, *, resume: bool) -> Stage:
+    left = _left_behind(target)
+    if left and not resume:
+        raise UserError(
+            f"an interrupted run left `{left[0]}`",
+            hint=f"finish it with `--resume`, or remove it: `rm -r {left[0]} {_state(left[0])}`",
+        )
+    if stage.partial in left:
+        _check_unchanged(stage.partial, _read_manifest(stage.partial), manifest)
+        return replace(stage, resumed=True, worth_keeping=True)
+    for other in left:
+        _check_unchanged(other, _read_manifest(other), manifest)
+    for folder in (stage.partial, stage.state):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    (stage.state / MANIFEST).write_text(json.dumps(manifest))
+    return stage
+
+
+def _left_behind(target: Path) -> list[Path]:
+    """The directories that earlier runs for this target left, and that tell what they were doing."""
+    found = sorted(target.parent.glob(f"{glob.escape(target.name)}.partial-*"))
+    return [path for path in found if path.is_dir() and (_state(path) / MANIFEST).is_file()]
+
+
+def _read_manifest(partial: Path) -> Manifest:
+    try:
+        return dict(json.loads((_state(partial) / MANIFEST).read_bytes()))
+    except ValueError:
+        return {}
+
+
+def _check_unchanged(partial: Path, before: Manifest, now: Manifest) -> None:
+    """Raise UserError if a run is not the one that was interrupted."""
+    for topic in sorted(before.keys() | now.keys()):
+        old, new = json.dumps(before.get(topic)), json.dumps(now.get(topic))
+        if old != new:
+            raise UserError(
+                f"`{partial}` was begun with {topic} {old}, now it is {new}",
+                hint=f"resume with what it was begun with, or remove it: `rm -r {partial} {_state(partial)}`",
+            )
 
 
 @contextmanager
-def _locked(path: Path) -> Generator[None]:
+def _locked(path: Path, target: Path) -> Generator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     if not _take(lock, path):
         os.close(lock)
-        raise UserError(f"another run is writing `{path.with_suffix('')}`", hint="wait for it, or stop it")
+        raise UserError(f"another run is writing `{target}`", hint="wait for it, or stop it")
     try:
         yield
     finally:

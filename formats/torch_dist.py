@@ -11,9 +11,8 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,11 @@ import numpy as np
 from formats.dcp import Container, ContainerWriter, NewChunk, NewObject
 from formats.dcp_index import METADATA, Chunk, ChunkedTensor
 from formats.errors import UserError
+from formats.folder import Folder
 from formats.json_objects import read_json
+from formats.outputs import Outputs
 from formats.pickles import Record
-from formats.spec import Array, Region, TensorSpec, dtype_name
+from formats.spec import Array, Region, Span, TensorSpec, dtype_name
 from formats.torch_zip import OpenArchive, object_archive
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -60,51 +61,51 @@ def iteration_folder(number: int) -> str:
     return f"iter_{number:07d}"
 
 
-def find_iteration(path: Path) -> Path:
-    """The iteration directory that a root's tracker chooses, or the one given.
+def find_iteration(folder: Folder) -> Folder:
+    """The iteration folder that a root's tracker chooses, or the one given.
 
     Raises UserError for what is not there, not complete, or another format.
     """
-    _refuse_legacy(path)
-    if (path / METADATA).is_file() or path.name.startswith("iter_"):
-        return _complete(path)
-    if not (path / TRACKER).is_file():
+    _refuse_legacy(folder)
+    if folder.has(METADATA) or folder.name.startswith("iter_"):
+        return _complete(folder)
+    if not folder.has(TRACKER):
         raise UserError(
-            f"`{path}` is not a Megatron checkpoint: it has neither `{TRACKER}` nor `{METADATA}`",
+            f"`{folder.label}` is not a Megatron checkpoint: it has neither `{TRACKER}` nor `{METADATA}`",
             hint="point at the checkpoint's root, or at one iteration in it (`iter_0000100`)",
         )
-    tracked = (path / TRACKER).read_text(errors="replace").strip()
+    tracked = folder.get(TRACKER).decode(errors="replace").strip()
     if not re.fullmatch(r"\d{1,18}|release", tracked):
         raise UserError(f"`{TRACKER}` says `{tracked[:40]}`, which is not an iteration")
-    folder = path / (tracked if tracked == "release" else iteration_folder(int(tracked)))
-    if not folder.is_dir():
-        there = ", ".join(sorted(p.name for p in path.glob("iter_*"))) or "none"
-        raise UserError(f"`{TRACKER}` says iteration {tracked}, but `{folder.name}` is not there", hint=f"there are: {there}")
-    return _complete(folder)
+    chosen = tracked if tracked == "release" else iteration_folder(int(tracked))
+    if not folder.below(chosen).children():
+        there = ", ".join(name.rstrip("/") for name in folder.children() if name.startswith("iter_")) or "none"
+        raise UserError(f"`{TRACKER}` says iteration {tracked}, but `{chosen}` is not there", hint=f"there are: {there}")
+    return _complete(folder.below(chosen))
 
 
-def _complete(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"`{folder}` is not there")
+def _complete(folder: Folder) -> Folder:
+    if not folder.children():
+        raise UserError(f"`{folder.label}` is not there")
     _refuse_legacy(folder)
-    if not (folder / METADATA).is_file():
+    if not folder.has(METADATA):
         raise UserError(
-            f"`{folder}` has no `{METADATA}`: its saving never finished",
+            f"`{folder.label}` has no `{METADATA}`: its saving never finished",
             hint="use an earlier iteration; `.metadata` is what megatron-core writes last",
         )
     return folder
 
 
-def _refuse_legacy(folder: Path) -> None:
-    if any(folder.glob("mp_rank_*")):
+def _refuse_legacy(folder: Folder) -> None:
+    if any(name.startswith("mp_rank_") for name in folder.children()):
         raise UserError(
-            f"`{folder}` is in Megatron's legacy `mp_rank_*` format, which is not supported yet",
+            f"`{folder.label}` is in Megatron's legacy `mp_rank_*` format, which is not supported yet",
             hint="load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
         )
-    backend = read_json(folder / FORMAT).get("sharded_backend") if (folder / FORMAT).is_file() else "torch_dist"
+    backend = read_json(folder, FORMAT).get("sharded_backend") if folder.has(FORMAT) else "torch_dist"
     if backend != "torch_dist":
         raise UserError(
-            f"`{folder}` is in the `{backend}` format, which is not supported yet",
+            f"`{folder.label}` is in the `{backend}` format, which is not supported yet",
             hint="load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
         )
 
@@ -112,9 +113,9 @@ def _refuse_legacy(folder: Path) -> None:
 class TorchDistReader:
     """An opened iteration. `specs` are its weights, one name per layer; `others` what else it holds (optimizer, …)."""
 
-    def __init__(self, path: Path) -> None:
-        self.directory = find_iteration(path)
-        self.container = Container(self.directory)
+    def __init__(self, folder: Folder) -> None:
+        self.folder = find_iteration(folder)
+        self.container = Container(self.folder)
         self.others = [name for name in self.container.tensor_names if _NOT_WEIGHTS.match(name)]
         self.specs: dict[str, TensorSpec] = {}
         self._sources: dict[str, _Source] = {}
@@ -187,9 +188,8 @@ class TorchDistReader:
 
     def common_state(self) -> dict[str, Any]:
         """What the trainer stored beside the tensors (`args`, iteration, …), classes as inert records."""
-        path = self.directory / COMMON
-        if path.is_file():
-            data = path.read_bytes()
+        if self.folder.has(COMMON):
+            data = self.folder.get(COMMON)
             found = OpenArchive(lambda at, size: data[at : at + size], len(data), source=COMMON).pickle()
         elif COMMON_KEY in self.container.object_names:
             found = self.container.object(COMMON_KEY)
@@ -232,13 +232,9 @@ class Placed:
 
 
 class TorchDistWriter:
-    """An iteration being made, under a root with its trackers.
+    """An iteration being made, under a root with its trackers."""
 
-    `documents` are further small files of the iteration directory, by relative path.
-    """
-
-    def __init__(self, root: Path, placed: Sequence[Placed], *, documents: Mapping[str, bytes], iteration: int = 0) -> None:
-        self._root = root
+    def __init__(self, outputs: Outputs, placed: Sequence[Placed], *, iteration: int = 0) -> None:
         self._folder = iteration_folder(iteration)
         self.specs = {item.spec.name: item.spec for item in placed}
         self._keys = _stack(self.specs)
@@ -249,15 +245,28 @@ class TorchDistWriter:
             for region, rank in item.chunks
         ]
         objects = [*_extra_states(placed), NewObject(COMMON_KEY, rank_file(0), _common(iteration))]
-        self._container = ContainerWriter(root / self._folder, tensors, chunks, objects)
+        self._container = ContainerWriter(outputs, self._folder, tensors, chunks, objects)
         self._iteration = iteration
-        self._documents = {**documents, FORMAT: _FORMAT_DOCUMENT, TRAIN_STATE: _train_state(iteration)}
 
     @property
     def files(self) -> dict[str, int]:
-        inside = {**self._container.files, **{name: len(data) for name, data in self._documents.items()}}
-        below = {f"{self._folder}/{name}": size for name, size in inside.items()}
-        return {**below, **{name: len(data) for name, data in self._trackers().items()}}
+        return self._container.files
+
+    @property
+    def documents(self) -> dict[str, bytes]:
+        inside = {FORMAT: _FORMAT_DOCUMENT, TRAIN_STATE: _train_state(self._iteration), METADATA: self._container.metadata}
+        return {f"{self._folder}/{name}": data for name, data in inside.items()}
+
+    @property
+    def markers(self) -> dict[str, bytes]:
+        """Both trackers: Megatron-LM reads the text, Megatron-Bridge the other."""
+        return {TRAIN_STATE_TRACKER: _train_state(self._iteration), TRACKER: str(self._iteration).encode()}
+
+    def spans(self, file: str) -> Iterator[Span]:
+        return self._container.spans(file)
+
+    def touched(self, name: str) -> set[str]:
+        return self._container.touched(self._keys[name][0], self._shift(name, self.specs[name].whole))
 
     def place(self, name: str, region: Region) -> int:
         return self._container.place(self._keys[name][0], self._shift(name, region))
@@ -266,23 +275,9 @@ class TorchDistWriter:
         key, row, _ = self._keys[name]
         self._container.write(key, self._shift(name, region), data if row is None else data[np.newaxis])
 
-    def finish(self) -> None:
-        for name, data in self._documents.items():
-            (self._root / self._folder / name).write_bytes(data)
-        self._container.finish()
-        for name, data in self._trackers().items():
-            (self._root / name).write_bytes(data)
-
-    def close(self) -> None:
-        self._container.close()
-
     def _shift(self, name: str, region: Region) -> Region:
         row = self._keys[name][1]
         return region if row is None else (slice(row, row + 1), *region)
-
-    def _trackers(self) -> dict[str, bytes]:
-        """Both trackers: Megatron-LM reads the text, Megatron-Bridge the other."""
-        return {TRACKER: str(self._iteration).encode(), TRAIN_STATE_TRACKER: _train_state(self._iteration)}
 
 
 _FORMAT_DOCUMENT = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode()

@@ -93,3 +93,8 @@ def _tokenizer() -> Any:
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by relative path."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def model_tree(folder: Path) -> dict[str, bytes]:
+    """The same without the record that an export adds."""
+    return {name: data for name, data in tree(folder).items() if name != "conversion.json"}

@@ -112,13 +112,13 @@ def test_a_damaged_safetensors_file_is_named(source, tmp_path, name):
 
 def test_a_file_that_shrinks_after_its_header_was_read_is_named(source, tmp_path, monkeypatch):
     path = sorted(source.glob("*.safetensors"))[1]
-    import converter.job
+    import converter.carry
 
-    def shrink_then_run(*arguments, run=converter.job.run, **options):
+    def shrink_then_run(*arguments, run=converter.carry.run, **options):
         path.write_bytes(path.read_bytes()[:-4000])
         run(*arguments, **options)
 
-    monkeypatch.setattr(converter.job, "run", shrink_then_run)
+    monkeypatch.setattr(converter.carry, "run", shrink_then_run)
     with pytest.raises(UserError, match=f"`{path.name}` ends at byte"):
         hf_to_mcore(source, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
@@ -214,10 +214,12 @@ def test_a_disk_that_fills_half_way_is_a_clear_error(source, tmp_path):
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        refused(hf_to_mcore, source, tmp_path, "no room left for")
+        with pytest.raises(UserError, match="no room left for"):
+            hf_to_mcore(source, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_old_output_is_kept_until_the_new_one_is_whole(source, model_folder, tmp_path, monkeypatch):
@@ -229,7 +231,7 @@ def test_an_old_output_is_kept_until_the_new_one_is_whole(source, model_folder, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("converter.job.run", fail)
+        patch.setattr("converter.carry.run", fail)
         with pytest.raises(UserError, match="no room left"):
             hf_to_mcore(source, tmp_path / "m", overwrite=True)
     assert (tmp_path / "m" / "iter_0000000" / "conversion.json").read_bytes() == old

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from benchmarks.convert import SHAPES, make_model
-from converter import hf_to_mcore
+from converter import hf_to_mcore, mcore_to_hf
 
 GUARD = """
 import runpy, sys
@@ -74,6 +75,10 @@ def test_a_dry_run_tells_every_file_and_moves_nothing(folder, tmp_path):
     written = {p.relative_to(tmp_path / "m").as_posix(): p.stat().st_size for p in (tmp_path / "m").rglob("*") if p.is_file()}
     assert plan["files"] == written
     back = json.loads(mbconvert("mcore-to-hf", tmp_path / "m", tmp_path / "b", "--dry-run", "--json").stdout)
+    record = back["files"].pop("conversion.json")
+    mcore_to_hf(tmp_path / "m", tmp_path / "b")
+    assert record == (tmp_path / "b" / "conversion.json").stat().st_size
+    shutil.rmtree(tmp_path / "b")
     assert back["files"] == {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
     text = mbconvert("mcore-to-hf", tmp_path / "m", tmp_path / "b", "--dry-run").stdout
     assert "expected peak memory" in text
@@ -115,7 +120,7 @@ def test_failure_exits_with_1_and_a_hint_and_no_traceback(folder, tmp_path):
 def test_an_interrupt_exits_with_130_and_leaves_nothing(folder, tmp_path):
     script = GUARD.replace(
         "import runpy, sys",
-        "import runpy, sys, converter.job\ndef stop(*a, **k): raise KeyboardInterrupt\nconverter.job.run = stop",
+        "import runpy, sys, converter.carry\ndef stop(*a, **k): raise KeyboardInterrupt\nconverter.carry.run = stop",
     )
     command = [sys.executable, "-c", script, "hf-to-mcore", str(folder), str(tmp_path / "m")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

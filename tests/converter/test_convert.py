@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from converter import UserError, hf_to_mcore, mcore_to_hf
-from tests.models import VARIANTS, build, save, tree
+from tests.models import VARIANTS, build, model_tree, save, tree
 
 LAYOUTS = [{"tp": 1, "pp": 1}, {"tp": 2, "pp": 2}, {"tp": 4, "pp": 1}, {"tp": 1, "pp": 4}, {"tp": 2, "pp": 2, "vpp": 2}]
 
@@ -28,24 +28,24 @@ def there_and_back(folder, tmp_path, **options):
 def test_the_way_back_gives_every_byte_of_every_file(model_folder, tmp_path, options):
     folder = model_folder("gqa", dtype="bfloat16", max_shard_size="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 3
-    assert tree(there_and_back(folder, tmp_path, **options)) == tree(folder)
+    assert model_tree(there_and_back(folder, tmp_path, **options)) == tree(folder)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_comes_back_byte_for_byte(model_folder, tmp_path, variant, dtype):
     folder = model_folder(variant, dtype=dtype)
-    assert tree(there_and_back(folder, tmp_path, tp=2, pp=2)) == tree(folder)
+    assert model_tree(there_and_back(folder, tmp_path, tp=2, pp=2)) == tree(folder)
 
 
 def test_mistral_comes_back_byte_for_byte(model_folder, tmp_path):
     folder = model_folder("head_dim", family="mistral", dtype="bfloat16")
-    assert tree(there_and_back(folder, tmp_path, tp=2, pp=2)) == tree(folder)
+    assert model_tree(there_and_back(folder, tmp_path, tp=2, pp=2)) == tree(folder)
 
 
 def test_the_reference_directory_comes_back_byte_for_byte(golden, tmp_path):
     source = golden / "bridge_llama_tiny" / "hf"
-    assert tree(there_and_back(source, tmp_path, tp=2, pp=3)) == tree(source)
+    assert model_tree(there_and_back(source, tmp_path, tp=2, pp=3)) == tree(source)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
@@ -53,24 +53,24 @@ def test_the_same_bytes_with_one_worker_and_with_eight_from_any_folder(model_fol
     folder = model_folder("padded_vocab", dtype="bfloat16", max_shard_size="60KB")
     elsewhere = tmp_path / "elsewhere" / "deep"
     elsewhere.mkdir(parents=True)
-    shutil.copytree(folder, elsewhere / "copy")
-    hf_to_mcore(folder, tmp_path / "one", tp=tp, pp=pp, workers=1)
+    shutil.copytree(folder, elsewhere / folder.name)
+    hf_to_mcore(folder, tmp_path / "same", tp=tp, pp=pp, workers=1)
     monkeypatch.chdir(elsewhere)
-    hf_to_mcore("copy", "eight", tp=tp, pp=pp, workers=8)
-    assert tree(tmp_path / "one") == tree(elsewhere / "eight")
-    mcore_to_hf(tmp_path / "one", tmp_path / "back1", workers=1)
-    mcore_to_hf("eight", "back8", workers=8)
+    hf_to_mcore(folder.name, "same", tp=tp, pp=pp, workers=8)
+    assert tree(tmp_path / "same") == tree(elsewhere / "same")
+    mcore_to_hf(tmp_path / "same", tmp_path / "back1", workers=1)
+    mcore_to_hf("same", "back8", workers=8)
     assert tree(tmp_path / "back1") == tree(elsewhere / "back8")
 
 
 def test_small_pieces_make_the_same_bytes(model_folder, tmp_path, monkeypatch):
     folder = model_folder("attention_bias", dtype="bfloat16")
     hf_to_mcore(folder, tmp_path / "large", tp=2, pp=2)
-    monkeypatch.setattr("converter.run.PIECE_BYTES", 1000)
+    monkeypatch.setattr("converter.carry.PIECE_BYTES", 1000)
     hf_to_mcore(folder, tmp_path / "small", tp=2, pp=2)
     mcore_to_hf(tmp_path / "small", tmp_path / "back")
     assert tree(tmp_path / "large") == tree(tmp_path / "small")
-    assert tree(tmp_path / "back") == tree(folder)
+    assert model_tree(tmp_path / "back") == tree(folder)
 
 
 def test_a_hub_cache_snapshot_of_links_converts(model_folder, tmp_path):
@@ -82,7 +82,7 @@ def test_a_hub_cache_snapshot_of_links_converts(model_folder, tmp_path):
         (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
         (snapshot / name).symlink_to(os.path.relpath(blobs / f"{number:040x}", (snapshot / name).parent))
     back = there_and_back(snapshot, tmp_path, tp=2)
-    assert tree(back) == tree(folder)
+    assert model_tree(back) == tree(folder)
     assert not any(path.is_symlink() for path in back.rglob("*"))
 
 
@@ -97,7 +97,7 @@ def test_a_hub_id_is_taken_from_the_hub_cache(model_folder, tmp_path, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     hf_to_mcore("org/name", tmp_path / "megatron")
     mcore_to_hf(tmp_path / "megatron", tmp_path / "back")
-    assert tree(tmp_path / "back") == tree(folder)
+    assert model_tree(tmp_path / "back") == tree(folder)
 
 
 def test_weights_in_other_formats_are_named_and_left_out(model_folder, tmp_path):
@@ -112,7 +112,7 @@ def test_weights_in_other_formats_are_named_and_left_out(model_folder, tmp_path)
     notes = []
     hf_to_mcore(source, tmp_path / "megatron", talk=Talk(note=notes.append))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "back")
-    assert tree(tmp_path / "back") == expected
+    assert model_tree(tmp_path / "back") == expected
     left_out = ".git/, consolidated.safetensors, model.gguf, original/consolidated.00.pth, pytorch_model.bin"
     assert notes == [f"left out, not part of the model: {left_out}"]
 
@@ -124,7 +124,7 @@ def test_inverse_frequencies_of_old_llama_2_files_travel(model_folder, tmp_path)
     for layer in range(4):
         weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.rand(4)
     save_file(weights, source / "model.safetensors", {"format": "pt"})
-    assert tree(there_and_back(source, tmp_path, tp=2, pp=2)) == tree(source)
+    assert model_tree(there_and_back(source, tmp_path, tp=2, pp=2)) == tree(source)
 
 
 def test_a_tied_output_layer_equal_to_the_embedding_comes_back(model_folder, tmp_path):
@@ -133,7 +133,7 @@ def test_a_tied_output_layer_equal_to_the_embedding_comes_back(model_folder, tmp
     weights = load_file(source / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, source / "model.safetensors", {"format": "pt"})
-    assert tree(there_and_back(source, tmp_path, tp=2)) == tree(source)
+    assert model_tree(there_and_back(source, tmp_path, tp=2)) == tree(source)
     weights["lm_head.weight"][3, 5] += 1
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"`lm_head.weight` differs from `model.embed_tokens.weight`"):
@@ -150,7 +150,7 @@ def test_headers_with_unusual_spacing_and_order_come_back(model_folder, tmp_path
     header = json.loads(raw[8 : 8 + length])
     text = json.dumps(dict(reversed(header.items())), indent=3).encode() + b" " * 13
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
-    assert tree(there_and_back(source, tmp_path, tp=2, pp=2)) == tree(source)
+    assert model_tree(there_and_back(source, tmp_path, tp=2, pp=2)) == tree(source)
 
 
 def test_max_shard_size_makes_other_files_that_transformers_reads(model_folder, tmp_path):
@@ -181,12 +181,12 @@ def test_a_cast_equals_torchs_and_keeps_the_files_grouping(model_folder, tmp_pat
     hf_to_mcore(folder, tmp_path / "megatron", tp=2, pp=2, dtype=option)
     mcore_to_hf(tmp_path / "megatron", tmp_path / "back")
     mcore_to_hf(there_and_back(folder, tmp_path / "plain") / "../megatron", tmp_path / "cast_later", dtype=option)
-    assert {p.name for p in folder.glob("*")} == {p.name for p in (tmp_path / "back").glob("*")}
+    assert {p.name for p in folder.glob("*")} | {"conversion.json"} == {p.name for p in (tmp_path / "back").glob("*")}
     for path in folder.glob("*.safetensors"):
         source, back = load_file(path), load_file(tmp_path / "back" / path.name)
         assert source.keys() == back.keys()
         assert all(torch.equal(back[name], source[name].to(torch_dtype)) for name in source)
-    assert tree(tmp_path / "cast_later") == tree(tmp_path / "back")
+    assert model_tree(tmp_path / "cast_later") == model_tree(tmp_path / "back")
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     original = json.loads((folder / "config.json").read_text())
     assert config == {**original, "dtype": str(torch_dtype).removeprefix("torch.")}
@@ -226,7 +226,7 @@ def test_norms_in_another_dtype_keep_it(model_folder, tmp_path):
     shutil.copytree(model_folder("gqa", dtype="bfloat16"), source)
     weights = load_file(source / "model.safetensors")
     save_file({n: t.float() if "norm" in n else t for n, t in weights.items()}, source / "model.safetensors", {"format": "pt"})
-    assert tree(there_and_back(source, tmp_path, tp=2, pp=2)) == tree(source)
+    assert model_tree(there_and_back(source, tmp_path, tp=2, pp=2)) == tree(source)
 
 
 def test_a_random_real_model_survives_bit_patterns_of_every_kind(model_folder, tmp_path):
@@ -238,10 +238,10 @@ def test_a_random_real_model_survives_bit_patterns_of_every_kind(model_folder, t
     start = 8 + int.from_bytes(raw[:8], "little")
     raw[start:] = np.random.default_rng(3).bytes(len(raw) - start)
     path.write_bytes(raw)
-    assert tree(there_and_back(source, tmp_path, tp=4, pp=2)) == tree(source)
+    assert model_tree(there_and_back(source, tmp_path, tp=4, pp=2)) == tree(source)
 
 
 def test_a_model_larger_than_one_piece_per_tensor_comes_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("converter.run.PIECE_BYTES", 1 << 12)
+    monkeypatch.setattr("converter.carry.PIECE_BYTES", 1 << 12)
     folder = save(build("padded_vocab", hidden_size=128, dtype="bfloat16"), tmp_path / "source")
-    assert tree(there_and_back(folder, tmp_path, tp=2, pp=2, workers=3)) == tree(folder)
+    assert model_tree(there_and_back(folder, tmp_path, tp=2, pp=2, workers=3)) == tree(folder)

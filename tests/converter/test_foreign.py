@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from converter import UserError, hf_to_mcore, inspect, mcore_to_hf
+from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
 from tests.megatron_cpu import Shape, save
 
@@ -83,7 +84,7 @@ def test_weights_alone_are_read_where_optimizer_state_is_present(ranks, model_fo
     mcore_to_hf(saved, tmp_path / "back", hf_config=folder)
     monkeypatch.undo()
     assert same_weights(folder, tmp_path / "back")
-    weights = sum(spec.nbytes for spec in HuggingFaceReader(folder).specs.values())
+    weights = sum(spec.nbytes for spec in HuggingFaceReader(LocalFolder(folder)).specs.values())
     stored = sum(path.stat().st_size for path in saved.glob("*.distcp"))
     assert stored > 3.9 * weights
     assert sum(read) <= 1.1 * weights
@@ -155,7 +156,7 @@ def test_a_bf16_checkpoint_exported_by_a_config_alone_says_bf16(ranks, imported,
     (tmp_path / "config").mkdir()
     shutil.copy(imported[0] / "config.json", tmp_path / "config")
     mcore_to_hf(saved, tmp_path / "back", hf_config=tmp_path / "config")
-    assert {path.name for path in (tmp_path / "back").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "back").iterdir()} == {"config.json", "conversion.json", "model.safetensors"}
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
     source, found = (load_file(path / "model.safetensors") for path in (imported[0], tmp_path / "back"))
     assert all(torch.equal(source[name].bfloat16(), found[name]) for name in source)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from formats.folder import LocalFolder
+from formats.outputs import LocalOutputs
 from formats.spec import DTYPES, TensorSpec, extent
 
 
@@ -20,7 +22,7 @@ class FormatSuite:
         named = [TensorSpec(f"decoder.layers.{n}.w.{d}", (7, 12), DTYPES[d]) for n in range(3) for d in self.dtypes]
         return [*named, TensorSpec("one", (1,), DTYPES["fp32"]), TensorSpec("flat", (4099,), DTYPES["bf16"])]
 
-    def writer(self, folder, specs) -> Any:
+    def writer(self, outputs, specs) -> Any:
         raise NotImplementedError
 
     def reader(self, folder) -> Any:
@@ -32,20 +34,24 @@ class FormatSuite:
 
     def written(self, folder, *, threads=1, step=2):
         specs = self.specs()
-        values, writer = self.values(specs), self.writer(folder, specs)
-        for name in writer.files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        outputs = LocalOutputs(folder)
+        values, writer = self.values(specs), self.writer(outputs, specs)
         pieces = [(s, (slice(a, min(a + step, s.shape[0])), *s.whole[1:])) for s in specs for a in range(0, s.shape[0], step)]
         np.random.default_rng(1).shuffle(pieces)
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda piece: writer.write(piece[0].name, piece[1], values[piece[0].name][piece[1]]), pieces))
-        announced = dict(writer.files)
-        writer.finish()
-        return values, announced
+        for file in writer.files:
+            for span in writer.spans(file):
+                outputs.put(file, span.start, span.known or b"")
+        documents = {**writer.documents, **writer.markers}
+        for file, data in documents.items():
+            outputs.put(file, 0, data)
+        outputs.close()
+        return values, {**writer.files, **{file: len(data) for file, data in documents.items()}}
 
     def test_regions_written_in_any_order_read_back_whole(self, tmp_path):
         values, _ = self.written(tmp_path)
-        reader = self.reader(tmp_path)
+        reader = self.reader(LocalFolder(tmp_path))
         assert reader.specs.keys() == values.keys()
         for name, expected in values.items():
             spec = reader.specs[name]
@@ -56,7 +62,7 @@ class FormatSuite:
 
     def test_any_region_reads_back_also_into_strided_memory(self, tmp_path):
         values, _ = self.written(tmp_path)
-        reader = self.reader(tmp_path)
+        reader = self.reader(LocalFolder(tmp_path))
         name = "decoder.layers.1.w.bf16"
         for a, b, c, d in product((0, 3), (4, 7), (0, 5), (6, 12)):
             region = slice(a, b), slice(c, d)
@@ -75,9 +81,29 @@ class FormatSuite:
         found = {p.relative_to(tmp_path).as_posix(): p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()}
         assert found == announced
 
+    def test_spans_follow_one_another_and_hold_all_data(self, tmp_path):
+        specs = self.specs()
+        writer = self.writer(LocalOutputs(tmp_path), specs)
+        for file, size in writer.files.items():
+            end = 0
+            for span in writer.spans(file):
+                assert span.start == end
+                end = span.stop
+            assert end == size
+        spans = [span for file in writer.files for span in writer.spans(file)]
+        assert sum(span.size for span in spans if span.known is None) == sum(spec.nbytes for spec in specs)
+
+    def test_reading_past_the_cache_gives_the_same(self, tmp_path):
+        values, _ = self.written(tmp_path)
+        reader = self.reader(LocalFolder(tmp_path, direct=True))
+        for name, expected in values.items():
+            out = np.empty(expected.shape, expected.dtype)
+            reader.read(name, reader.specs[name].whole, out)
+            assert out.tobytes() == expected.tobytes()
+
     def test_reading_from_threads_gives_the_same(self, tmp_path):
         values, _ = self.written(tmp_path)
-        reader = self.reader(tmp_path)
+        reader = self.reader(LocalFolder(tmp_path))
 
         def read(name):
             out = np.empty(reader.specs[name].shape, reader.specs[name].dtype)

@@ -8,16 +8,16 @@ from tests.formats.conformance import FormatSuite
 
 
 class TestHuggingFace(FormatSuite):
-    def writer(self, folder, specs):
-        return HuggingFaceWriter(folder, plan_shards(specs, limit=2000))
+    def writer(self, outputs, specs):
+        return HuggingFaceWriter(outputs, plan_shards(specs, limit=2000))
 
     def reader(self, folder):
         return HuggingFaceReader(folder)
 
 
 class TestTorchDist(FormatSuite):
-    def writer(self, folder, specs):
-        return TorchDistWriter(folder, [self.placed(spec) for spec in specs], documents={"note.txt": b"n"})
+    def writer(self, outputs, specs):
+        return TorchDistWriter(outputs, [self.placed(spec) for spec in specs])
 
     def placed(self, spec):
         return Placed(spec, ((spec.whole, 0),))

@@ -1,0 +1,65 @@
+"""`conversion.json`: what an output was made from and how, the same whenever and wherever it is made.
+
+It holds no time, path, host, or number of workers. Every Hugging Face tensor stands there with the BLAKE3 of its bytes, taken
+as they pass: an import and the export of its output list the same hashes, whatever the layout between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from formats import integrity
+from formats.dcp_index import METADATA
+from formats.folder import Folder
+from formats.huggingface import Shard
+
+FILE = "conversion.json"
+_UNKNOWN = "0" * 64
+_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)/?$")
+
+
+def named(folder: Folder) -> dict[str, str]:
+    """A source by its Hub id and revision where its place tells them, else by its folder's name alone."""
+    found = _SNAPSHOT.search(folder.label)
+    if found:
+        return {"id": f"{found[1]}/{found[2]}", "revision": found[3]}
+    identity = getattr(folder, "identity", None)
+    return identity or {"name": folder.name}
+
+
+def huggingface_source(folder: Folder, shards: Mapping[str, Shard]) -> dict[str, Any]:
+    """A Hugging Face source: each weights file's size, the hash of its header, and its own where its keeper tells it."""
+    files: dict[str, Any] = {}
+    for name, shard in shards.items():
+        files[name] = {"bytes": shard.size, "header_sha256": hashlib.sha256(shard.raw).hexdigest()}
+        told = folder.sha256(name)
+        if told:
+            files[name]["sha256"] = told
+    return {**named(folder), "format": "safetensors", "files": files}
+
+
+def megatron_source(root: Folder, iteration: Folder) -> dict[str, Any]:
+    """A Megatron source: its iteration, the hash of its index, and those that its `integrity.json` tells."""
+    index = hashlib.sha256(iteration.get(METADATA)).hexdigest()
+    files: dict[str, Any] = {METADATA: {"sha256": index}}
+    if iteration.has(integrity.FILE):
+        told = integrity.read(iteration)
+        files |= {name: {"sha256": digest} for name, digest in sorted(told.items()) if name.endswith(".distcp")}
+    return {**named(root), "format": "torch_dist", "iteration": iteration.name, "files": files}
+
+
+def make(command: str, facts: Mapping[str, Any], names: Iterable[str], hashes: Mapping[str, str]) -> bytes:
+    """The document. `names` are the Hugging Face tensors; those whose hash is not known yet take as much room."""
+    document = {
+        "tool": "mbconvert",
+        "version": version("mbtools"),
+        "command": command,
+        **facts,
+        "blake3": {name: hashes.get(name, _UNKNOWN) for name in sorted(names)},
+    }
+    return (json.dumps(document, indent=2) + "\n").encode()

@@ -1,0 +1,188 @@
+"""Are two checkpoints the same model? Compared tensor by tensor under their Hugging Face names, streaming, to the bit.
+
+Whatever the format, layout and writer of either: a Megatron side is read through the plan that would export it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from converter.plan import Making, Piece, as_stored, pieces
+from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Bench, in_threads
+from converter.values import target_dtype
+from formats.spec import Array, Reader, TensorSpec, dtype_name
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One checkpoint: how each of its tensors is read. `tied` are tensors it may be asked for though they are not stored;
+    `zero` are stored tensors whose rows from some number on must be zero, for the model has none."""
+
+    label: str
+    reader: Reader
+    makings: Mapping[str, Making]
+    tied: Mapping[str, Making] = field(default_factory=dict[str, Making])
+    zero: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    def cast(self, dtype: str) -> Side:
+        """The same, every tensor cast."""
+
+        def made(makings: Mapping[str, Making]) -> dict[str, Making]:
+            return {
+                name: replace(one, spec=TensorSpec(name, one.spec.shape, target_dtype(one.spec, dtype)))
+                for name, one in makings.items()
+            }
+
+        return replace(self, makings=made(self.makings), tied=made(self.tied))
+
+    def beside(self, other: Side) -> Side:
+        """The same, with those tied tensors that the other has."""
+        asked = {name: one for name, one in self.tied.items() if name in other.makings and name not in self.makings}
+        return replace(self, makings={**self.makings, **asked})
+
+
+@dataclass(slots=True)
+class Difference:
+    """How a tensor differs. `elements` that differ in any bit, the `first` of them by index, both values there, and the
+    `largest` difference of two numbers; where shape or dtype differ, nothing is compared and `what` says so."""
+
+    name: str
+    what: str = ""
+    elements: int = 0
+    first: tuple[int, ...] = ()
+    values: tuple[float, float] | tuple[()] = ()
+    largest: float = 0.0
+
+    def __str__(self) -> str:
+        if self.what:
+            return f"`{self.name}`: {self.what}"
+        one, other = self.values or (0.0, 0.0)
+        return (
+            f"`{self.name}`: {self.elements} elements differ, first at {list(self.first)}: {one!r} and {other!r}, "
+            f"largest difference {self.largest!r}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What comparing two checkpoints found. Tensors by name, in the order of the first side."""
+
+    one: str
+    other: str
+    tensors: int
+    parameters: int
+    cast: str | None
+    different: list[Difference] = field(default_factory=list[Difference])
+    only_in_one: list[str] = field(default_factory=list[str])
+    only_in_other: list[str] = field(default_factory=list[str])
+
+    @property
+    def same(self) -> bool:
+        return not (self.different or self.only_in_one or self.only_in_other)
+
+    @property
+    def summary(self) -> str:
+        """The first of what differs."""
+        found = [str(one) for one in self.different]
+        found += [f"`{name}` is only in `{self.one}`" for name in self.only_in_one]
+        found += [f"`{name}` is only in `{self.other}`" for name in self.only_in_other]
+        return "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def compare(
+    one: Side,
+    other: Side,
+    *,
+    cast: str | None = None,
+    workers: int = DEFAULT_WORKERS,
+    progress: Callable[[int], None] = lambda _count: None,
+) -> Comparison:
+    """Compare every tensor of two sides, with `cast` after casting both. Reads each side once."""
+    if cast:
+        one, other = one.cast(cast), other.cast(cast)
+    one, other = one.beside(other), other.beside(one)
+    shared = [name for name in one.makings if name in other.makings]
+    found = {name: what for name in shared if (what := _unlike(one.makings[name].spec, other.makings[name].spec))}
+    different = {name: Difference(name, what) for name, what in found.items()}
+    pairs = _Pairs(one, other, different, progress)
+    comparable = [one.makings[name] for name in shared if name not in found]
+    in_threads(pieces(comparable, limit=PIECE_BYTES), pairs.worker, workers=workers)
+    for side in (one, other):
+        different |= {name: Difference(name, "is not zero where the model has nothing") for name in _not_zero(side)}
+    return Comparison(
+        one=one.label,
+        other=other.label,
+        tensors=len(shared),
+        parameters=sum(prod(one.makings[name].spec.shape) for name in shared),
+        cast=cast,
+        different=[different[name] for name in [*one.makings, *one.zero, *other.zero] if name in different],
+        only_in_one=[name for name in one.makings if name not in other.makings],
+        only_in_other=[name for name in other.makings if name not in one.makings],
+    )
+
+
+def _unlike(one: TensorSpec, other: TensorSpec) -> str:
+    if one.shape != other.shape:
+        return f"shape {list(one.shape)} and {list(other.shape)}"
+    if one.dtype != other.dtype:
+        names = dtype_name(one.dtype), dtype_name(other.dtype)
+        return f"{names[0]} and {names[1]}: `--as {names[1]}` compares after a cast"
+    return ""
+
+
+class _Pairs:
+    """Pieces of both sides, compared; what differs is added up by tensor."""
+
+    def __init__(self, one: Side, other: Side, different: dict[str, Difference], progress: Callable[[int], None]) -> None:
+        self._one, self._other, self._different, self._progress = one, other, different, progress
+        self._lock = threading.Lock()
+
+    def worker(self) -> Callable[[Piece], None]:
+        benches = Bench(), Bench()
+
+        def look(piece: Piece) -> None:
+            name = piece.making.spec.name
+            ours = benches[0].make(piece, self._one.reader)
+            theirs = benches[1].make(Piece(self._other.makings[name], piece.rows), self._other.reader)
+            if not same_bits(ours, theirs):
+                with self._lock:
+                    _add(self._different.setdefault(name, Difference(name)), piece, ours, theirs)
+            self._progress(piece.nbytes)
+
+        return look
+
+
+def same_bits(one: Array, other: Array) -> bool:
+    """Do two arrays of one dtype and shape hold the same bytes?"""
+    plain = np.dtype(f"u{one.dtype.itemsize}")
+    return np.array_equal(one.view(plain), other.view(plain))
+
+
+def _add(found: Difference, piece: Piece, one: Array, other: Array) -> None:
+    plain = np.dtype(f"u{one.dtype.itemsize}")
+    where = np.flatnonzero(one.view(plain).reshape(-1) != other.view(plain).reshape(-1))
+    row, *rest = (int(index) for index in np.unravel_index(int(where[0]), one.shape))
+    first = piece.rows.start + row, *rest
+    ours, theirs = (side.reshape(-1)[where].astype(np.float64) for side in (one, other))
+    if not found.values or first < found.first:
+        found.first, found.values = first, (float(ours[0]), float(theirs[0]))
+    found.elements += len(where)
+    with np.errstate(all="ignore"):
+        apart: Any = np.abs(ours - theirs)
+        found.largest = max(found.largest, float(np.nanmax(apart, initial=0.0)))
+
+
+def _not_zero(side: Side) -> Iterator[str]:
+    for name, start in side.zero.items():
+        whole = as_stored({name: side.reader.specs[name]})[name]
+        bench = Bench()
+        for piece in pieces([whole], limit=PIECE_BYTES):
+            if piece.rows.stop > start and np.any(bench.make(piece, side.reader)[max(0, start - piece.rows.start) :]):
+                yield name
+                break

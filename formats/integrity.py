@@ -1,0 +1,94 @@
+"""`integrity.json`: the sha256 of every file of an iteration folder, as megatron-core writes and checks it.
+
+Form: `{"algorithm": "sha256", "files": {relative name: hex}}` (`dist_checkpointing/validation.py`). megatron-core's own
+writer lists the files right in the folder; its verifier follows names into sub-folders, so all are listed here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from formats.errors import UserError
+from formats.folder import FileIn, Folder
+from formats.json_objects import read_json
+
+FILE = "integrity.json"
+ALGORITHM = "sha256"
+
+
+class Hash(Protocol):
+    """What hashlib makes."""
+
+    def update(self, data: memoryview, /) -> object: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def make(hashes: Mapping[str, str]) -> bytes:
+    """The document for files by name; its size depends on the names alone."""
+    return json.dumps({"algorithm": ALGORITHM, "files": dict(sorted(hashes.items()))}, indent=2).encode()
+
+
+def read(folder: Folder) -> dict[str, str]:
+    """The hashes a folder lists. Raises UserError if they are misshapen or lead out of the folder."""
+    document = read_json(folder, FILE)
+    files: Any = document.get("files")
+    if document.get("algorithm", ALGORITHM) != ALGORITHM or not isinstance(files, dict):
+        raise UserError(f"`{FILE}` is not a list of {ALGORITHM} hashes", hint="the file is damaged")
+    for name, found in cast("dict[str, Any]", files).items():
+        if not isinstance(found, str) or ".." in name.split("/") or name.startswith("/") or "\0" in name:
+            raise UserError(f"`{FILE}` lists `{name[:100]}`, which is not a file of the folder with its hash")
+    return cast("dict[str, str]", files)
+
+
+def hash_file(file: FileIn, progress: Callable[[int], None] = lambda _count: None) -> str:
+    """The sha256 of a file, read from its folder."""
+    digest = hashlib.sha256()
+    for band in file.bands():
+        digest.update(band)
+        progress(len(band))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What re-reading a folder found: names of files, sorted."""
+
+    files: int
+    changed: list[str]
+    missing: list[str]
+    unlisted: list[str]
+
+    @property
+    def whole(self) -> bool:
+        return not (self.changed or self.missing or self.unlisted)
+
+
+def check(folder: Folder, *, workers: int, progress: Callable[[int], None] = lambda _count: None) -> Check:
+    """Hash every file that `integrity.json` lists, and find those it does not list.
+
+    Raises UserError if there is no such document.
+    """
+    listed = read(folder)
+    there = {name for name in folder.files() if name != FILE}
+    missing = sorted(listed.keys() - there)
+    found = hash_files(folder, sorted(listed.keys() & there), workers=workers, progress=progress)
+    changed = [name for name, digest in found.items() if digest != listed[name]]
+    return Check(len(listed), changed, missing, sorted(there - listed.keys()))
+
+
+def hash_files(
+    folder: Folder, names: Sequence[str], *, workers: int, progress: Callable[[int], None] = lambda _count: None
+) -> dict[str, str]:
+    """The sha256 of files, several at a time."""
+
+    def one(name: str) -> str:
+        return hash_file(FileIn(folder, name), progress)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="hash") as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))

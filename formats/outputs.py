@@ -1,0 +1,106 @@
+"""Files being written: what an output promises, and one on a local disk, past the page cache where that is allowed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from formats.arrays import Buffer, as_bytes, copy
+from formats.disk import BLOCK, Files, write_all
+from formats.spec import Array
+
+BYPASS_FROM = 64 << 10
+"""Shorter writes are not worth bypassing the page cache."""
+
+
+class Outputs(Protocol):
+    """Files being written, at any position, from any thread. Names are relative to the output."""
+
+    def write(self, file: str, offset: int, data: Array) -> None:
+        """Put an array, in C order, at `offset`."""
+        ...
+
+    def put(self, file: str, offset: int, data: bytes | memoryview) -> None:
+        """Put a few bytes at `offset`."""
+        ...
+
+    def close(self) -> None:
+        """Let go of open files or connections."""
+        ...
+
+
+Tap = Callable[[str, int, memoryview], None]
+"""Told of every array written: the file, where in it, and its bytes."""
+
+
+class LocalOutputs:
+    """Files below a directory.
+
+    Whole blocks bypass the page cache where the file system allows: copying through it costs more processor time than all
+    the rest of a conversion, and evicts what others have cached. Edges of less than a block go through it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.tap: Tap | None = None
+        self._buffered = Files(os.O_RDWR | os.O_CREAT)
+        self._direct = Files(os.O_WRONLY | os.O_CREAT | getattr(os, "O_DIRECT", 0))
+        self._may_bypass = hasattr(os, "O_DIRECT")
+        self._local = threading.local()
+
+    def write(self, file: str, offset: int, data: Array) -> None:
+        head, middle = -offset % BLOCK, (data.nbytes - -offset % BLOCK) // BLOCK * BLOCK
+        if not self._may_bypass or middle < BYPASS_FROM:
+            placed = as_bytes(np.ascontiguousarray(data))
+            self._write_buffered(file, offset, placed)
+        else:
+            placed, end = self._aligned(data, offset), head + middle
+            self._write_direct(file, offset + head, placed[head:end])
+            self._write_buffered(file, offset, placed[:head])
+            self._write_buffered(file, offset + end, placed[end:])
+        if self.tap:
+            self.tap(file, offset, placed)
+
+    def put(self, file: str, offset: int, data: bytes | memoryview) -> None:
+        self._write_buffered(file, offset, memoryview(data))
+
+    def sync(self) -> None:
+        """Get everything written so far onto the disk."""
+        self._buffered.sync()
+        self._direct.sync()
+
+    def close(self) -> None:
+        self._buffered.close()
+        self._direct.close()
+
+    def _aligned(self, data: Array, offset: int) -> memoryview:
+        """The array's bytes in memory whose addresses have the same remainder by `BLOCK` as their place in the file."""
+        if data.flags.c_contiguous and (data.ctypes.data - offset) % BLOCK == 0:
+            return as_bytes(data)
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = Buffer()
+        placed = self._local.buffer.view(data.shape, data.dtype, place=offset)
+        copy(placed, data)
+        return as_bytes(placed)
+
+    def _write_direct(self, file: str, offset: int, data: memoryview) -> None:
+        try:
+            write_all(self._direct.descriptor(self.directory / file), data, offset)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            self._may_bypass = False
+            self._write_buffered(file, offset, data)
+
+    def _write_buffered(self, file: str, offset: int, data: memoryview) -> None:
+        """Through the page cache; long writes are started towards the disk at once, so that it works while we read on."""
+        descriptor = self._buffered.descriptor(self.directory / file)
+        write_all(descriptor, data, offset)
+        if len(data) >= BYPASS_FROM:
+            os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
