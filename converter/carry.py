@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from math import prod
+from typing import Any
 
 from blake3 import blake3
 
@@ -16,6 +17,8 @@ from converter.job import How, Job, Summary, Talk
 from converter.journal import Finished, Journal, read_journals
 from converter.memory import expected_peak, peak_memory
 from converter.plan import Making, Piece, pieces
+from converter.ranks import from_environment
+from converter.ranks import share as share_of
 from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Task, Watch, run
 from converter.verify import compare
 from formats import integrity
@@ -24,8 +27,9 @@ from formats.errors import TransientError, UserError
 from formats.folder import FileIn, LocalFolder
 from formats.in_order import InOrder
 from formats.integrity import Hash
+from formats.rendezvous import Rendezvous
 from formats.spec import Array, Span
-from formats.staging import Stage, check_room, staged, sync_tree
+from formats.staging import Stage, check_room, how_to_remove, staged, sync_tree
 
 
 def carry_out(job: Job, how: How, talk: Talk) -> Summary:
@@ -33,9 +37,7 @@ def carry_out(job: Job, how: How, talk: Talk) -> Summary:
     started, files, reused, workers = time.monotonic(), job.files, 0, how.workers or DEFAULT_WORKERS
     if not how.dry_run:
         _allow_many_files()
-        with staged(job.target, job.partial, job.manifest, overwrite=how.overwrite, resume=how.resume) as stage:
-            check_room(job.target, sum(files.values()), already=job.partial)
-            reused = _kept(stage, talk, _Carrying(job, how, talk, stage, files).through)
+        reused = _committed(job, how, talk, files, workers)
     return Summary(
         command=job.command,
         source=job.source,
@@ -53,46 +55,92 @@ def carry_out(job: Job, how: How, talk: Talk) -> Summary:
     )
 
 
-def _kept(stage: Stage, talk: Talk, act: Callable[[], int]) -> int:
-    """Act, and when that fails say what stays: nothing, if what failed would fail again."""
-    try:
-        return act()
-    except BaseException as error:
-        if isinstance(error, UserError) and not isinstance(error, TransientError):
-            stage.worth_keeping = False
-        if stage.worth_keeping:
-            talk.note(f"`{stage.partial}` keeps what is done: the same command with `--resume` finishes it")
-        raise
+def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers: int) -> int:
+    """All ranks of this run, from the lock to the commit; answers how many bytes this one need not write again."""
+    ranks = from_environment()
+    place = job.partial.with_name(f"{job.partial.name}.ranks")
+    share = job.makings[share_of([making.spec.nbytes for making in job.makings], ranks.rank, ranks.size)]
+    with (
+        Rendezvous(place, ranks.rank, ranks.size, ranks.run_id, target=job.target, note=talk.note) as together,
+        staged(job.target, job.partial, job.manifest, together, overwrite=how.overwrite, resume=how.resume) as stage,
+    ):
+        carrying = _Carrying(job, talk, stage, together=together, share=share, workers=workers)
+        try:
+            return carrying.through(files, verify=how.verify)
+        except BaseException as error:
+            _say_what_stays(error, stage, together, talk)
+            raise
+
+
+def _say_what_stays(error: BaseException, stage: Stage, together: Rendezvous, talk: Talk) -> None:
+    """Nothing stays if what failed would fail again, unless other ranks may be writing there."""
+    would_fail_again = isinstance(error, UserError) and not isinstance(error, TransientError)
+    if would_fail_again and together.alone:
+        stage.worth_keeping = False
+    elif stage.worth_keeping and together.is_first:
+        talk.note(
+            f"`{stage.partial}` keeps what is done: finish it with the same command and `--resume`, "
+            f"or remove it: {how_to_remove(stage.partial)}"
+        )
 
 
 class _Carrying:
-    """One run of a job."""
+    """One rank's part of a job."""
 
-    def __init__(self, job: Job, how: How, talk: Talk, stage: Stage, files: Mapping[str, int]) -> None:
-        self._job, self._how, self._talk, self._stage, self._files = job, how, talk, stage, files
-        self._workers = how.workers or DEFAULT_WORKERS
+    def __init__(
+        self, job: Job, talk: Talk, stage: Stage, *, together: Rendezvous, share: Sequence[Making], workers: int
+    ) -> None:
+        self._job, self._talk, self._stage, self._together = job, talk, stage, together
+        self._workers = workers
+        self._share = {making.spec.name: making for making in share}
         self._before = read_journals(stage.state) if stage.resumed else Finished()
         self._hashes = Finished(tensors=dict(self._before.tensors), files=dict(self._before.files))
         self._tensors = InOrder(self._tensor_span, lambda _: blake3(), self._tensor_passed)
         self._contents = InOrder(job.writer.spans, lambda _: hashlib.sha256(), self._file_passed)
 
-    def through(self) -> int:
-        """Everything up to the commit; answers how many bytes an earlier run had written."""
-        with closing(Journal(self._stage.state, sync=self._job.outputs.sync)) as self._journal, closing(self._job.outputs):
+    def through(self, files: Mapping[str, int], *, verify: bool) -> int:
+        """Everything up to the commit. The first rank does alone what lies beside the tensors, the others wait for it."""
+        together = self._together
+        if together.is_first:
+            check_room(self._job.target, sum(files.values()), already=self._stage.partial)
+        with closing(self._job.outputs), closing(Journal(self._stage.state, sync=self._job.outputs.sync)) as self._journal:
             reused = self._move()
-            self._write_known()
-            self._write_beside()
-        self._check_sizes()
-        if self._how.verify:
-            self._verify()
+            self._gather("moved")
+            if together.is_first:
+                self._write_around()
+            [said] = self._announced("readable", {"unknown": self._unknown(files)})
+            self._hashes.files |= self._read_back(together.part(said["unknown"]))
+            different = self._compared() if verify else ""
+            found = self._gather("checked", {"different": different})
+            if together.is_first:
+                _refuse([text for text in found if text])
+                self._write_markers(files)
         return reused
+
+    def _gather(self, stage: str, more: Mapping[str, str] | None = None) -> list[str]:
+        """Meet the other ranks: the first learns all hashes, and what each has found different."""
+        self._job.outputs.sync()
+        self._together.arrive(stage, {"tensors": self._hashes.tensors, "files": self._hashes.files, **(more or {})})
+        if not self._together.is_first:
+            return []
+        said = self._together.wait(stage)
+        for one in said:
+            self._hashes.tensors |= one["tensors"]
+            self._hashes.files |= one["files"]
+        return [str(one.get("different", "")) for one in said]
+
+    def _announced(self, stage: str, payload: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What the first rank says, to all."""
+        if self._together.is_first:
+            self._together.arrive(stage, payload)
+        return self._together.wait(stage, [0])
 
     def _move(self) -> int:
         job = self._job
         reused = sum(piece.nbytes for number, piece in self._pieces() if number in self._before.pieces)
-        self._talk.start(sum(making.spec.nbytes for making in job.makings) - reused)
+        self._talk.start(sum(making.spec.nbytes for making in self._share.values()) - reused)
         if job.integrity:
-            live = self._never_begun()
+            live = self._all_ours()
             job.outputs.tap = lambda file, offset, data: self._contents.put(file, offset, data) if file in live else None
         look = {job.passing: self._look_at_read if job.passing == "read" else self._look_at_made}
         watch = Watch(**look, done=self._done, stop=self._stop)  # pyright: ignore[reportArgumentType]
@@ -100,7 +148,9 @@ class _Carrying:
         return reused
 
     def _pieces(self) -> Iterator[tuple[int, Piece]]:
-        return enumerate(pieces(self._job.makings, limit=PIECE_BYTES))
+        """Our pieces, numbered as all ranks number them."""
+        numbered = enumerate(pieces(self._job.makings, limit=PIECE_BYTES))
+        return (one for one in numbered if one[1].making.spec.name in self._share)
 
     def _tasks(self) -> Iterator[Task]:
         """What is left to write; and what is written already, where the hash of a tensor needs it once more."""
@@ -113,10 +163,11 @@ class _Carrying:
         """The Hugging Face tensors that pass by with a tensor."""
         return {copy.source for copy in making.copies} if self._job.passing == "read" else {making.spec.name}
 
-    def _never_begun(self) -> set[str]:
-        """Files of which nothing is written yet: they can be hashed as they are."""
+    def _all_ours(self) -> set[str]:
+        """Files of which this run writes all, so that they can be hashed as they pass."""
         begun = {piece.making.spec.name for number, piece in self._pieces() if number in self._before.pieces}
-        return self._job.writer.files.keys() - {file for name in begun for file in self._job.writer.touched(name)}
+        others = {making.spec.name for making in self._job.makings} - self._share.keys()
+        return self._job.writer.files.keys() - {file for name in begun | others for file in self._job.writer.touched(name)}
 
     def _tensor_span(self, name: str) -> Iterator[Span]:
         yield Span(0, None, self._job.tensors[name].nbytes)
@@ -138,6 +189,7 @@ class _Carrying:
         self._journal.file(name, digest.hexdigest())
 
     def _done(self, task: Task) -> None:
+        self._together.check()
         if not task.written:
             self._journal.piece(task.number)
             self._stage.worth_keeping = True
@@ -147,25 +199,34 @@ class _Carrying:
         self._tensors.abandon()
         self._contents.abandon()
 
-    def _write_known(self) -> None:
-        """What lies around the data."""
-        for file in self._job.writer.files:
-            for span in self._job.writer.spans(file):
-                if span.known:
-                    self._job.outputs.put(file, span.start, span.known)
-
-    def _write_beside(self) -> None:
-        """Copies, documents, then the hashes of all, and last what makes the output readable."""
+    def _write_around(self) -> None:
+        """What lies around the data, copies, and documents."""
         job = self._job
+        for file in job.writer.files:
+            for span in job.writer.spans(file):
+                if span.known:
+                    job.outputs.put(file, span.start, span.known)
         for name, file in job.copies.items():
             self._copy(name, file)
         record = {job.inside(provenance.FILE): job.record(self._hashes.tensors)}
         for name, data in {**job.documents, **record, **job.writer.documents}.items():
             self._put(name, data)
+        job.outputs.sync()
+
+    def _write_markers(self, files: Mapping[str, int]) -> None:
+        """The hashes of all, and last what makes the output readable."""
+        job = self._job
         if job.integrity:
-            self._put(job.inside(integrity.FILE), integrity.make(self._hashes_inside()))
+            inside = [name for name in files if name.startswith(job.folder) and name != job.inside(integrity.FILE)]
+            hashes = {name.removeprefix(job.folder): self._hashes.files[name] for name in inside}
+            self._put(job.inside(integrity.FILE), integrity.make(hashes))
         for name, data in job.writer.markers.items():
             self._put(name, data)
+        for name, size in files.items():
+            found = (self._stage.partial / name).stat().st_size
+            if found != size:
+                hint = "did a source change meanwhile?"
+                raise UserError(f"`{name}` came out with {found} bytes, planned were {size}", hint=hint)
 
     def _copy(self, name: str, file: FileIn) -> None:
         digest, at = hashlib.sha256(), 0
@@ -180,34 +241,35 @@ class _Carrying:
         self._job.outputs.put(name, 0, data)
         self._hashes.files[name] = hashlib.sha256(data).hexdigest()
 
-    def _hashes_inside(self) -> dict[str, str]:
-        """The sha256 of every file of the iteration folder; those not hashed as they passed are read back."""
-        folder = LocalFolder(self._stage.partial)
-        inside = [name for name in self._files if name.startswith(self._job.folder) and not name.endswith(integrity.FILE)]
-        unknown = [name for name in inside if name not in self._hashes.files]
-        found = integrity.hash_files(folder, unknown, workers=self._workers)
-        return {name.removeprefix(self._job.folder): {**self._hashes.files, **found}[name] for name in inside}
+    def _unknown(self, files: Mapping[str, int]) -> list[str]:
+        """Files of the iteration folder that were not hashed as they passed."""
+        if not self._job.integrity:
+            return []
+        known = {*self._hashes.files, self._job.inside(integrity.FILE)}
+        return [name for name in files if name.startswith(self._job.folder) and name not in known]
 
-    def _check_sizes(self) -> None:
-        for name, size in self._files.items():
-            found = (self._stage.partial / name).stat().st_size
-            if found != size:
-                hint = "did a source change meanwhile?"
-                raise UserError(f"`{name}` came out with {found} bytes, planned were {size}", hint=hint)
+    def _read_back(self, names: Sequence[str]) -> dict[str, str]:
+        with closing(LocalFolder(self._stage.partial)) as written:
+            return integrity.hash_files(written, names, workers=self._workers)
 
-    def _verify(self) -> None:
-        """Compare what lies on the disk with the source; where they differ nothing is kept."""
+    def _compared(self) -> str:
+        """How our part of what lies on the disk differs from the source, if it does."""
         sync_tree(self._stage.partial)
-        written = LocalFolder(self._stage.partial, direct=True)
-        one, other = self._job.sides(written)
         self._talk.note("reading back from the disk")
-        self._talk.start(sum(making.spec.nbytes for making in one.makings.values()))
-        report = compare(one, other, workers=self._workers, progress=self._talk.progress)
-        if not report.same:
-            raise UserError(
-                f"what lies on the disk is not what was converted: {report.summary}",
-                hint="nothing is left at the target; check the disk, the memory, and that no one wrote to the source",
-            )
+        with closing(LocalFolder(self._stage.partial / self._job.folder, direct=True)) as written:
+            one, other = self._job.sides(written)
+            names = set(self._together.part(sorted(one.makings.keys() | other.makings.keys())))
+            one, other = one.only(names), other.only(names)
+            self._talk.start(sum(making.spec.nbytes for making in one.makings.values()))
+            return compare(one, other, workers=self._workers, progress=self._talk.progress).summary
+
+
+def _refuse(different: Sequence[str]) -> None:
+    if different:
+        raise UserError(
+            f"what lies on the disk is not what was converted: {'; '.join(different)}",
+            hint="nothing is left at the target; check the disk, the memory, and that no one wrote to the source",
+        )
 
 
 def _allow_many_files() -> None:

@@ -1,4 +1,6 @@
-"""`mbconvert`: arguments in, exit code out (0 done, 1 failed, 2 misuse). Data on stdout, talk on stderr.
+"""`mbconvert`: arguments in, exit code out (0 done, 1 failed or different, 2 misuse, 130 and 143 stopped by Ctrl-C and SIGTERM).
+
+Data on stdout, talk on stderr.
 
 Commands import what they need when they run, so that `--help` answers at once.
 """
@@ -6,6 +8,7 @@ Commands import what they need when they run, so that `--help` answers at once.
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +65,8 @@ def _common(command: _Command) -> _Command:
         click.option("--workers", type=_COUNT, metavar="N", help="Threads; the bytes written do not depend on it."),
         click.option("--dry-run", is_flag=True, help="Print every file and its size, memory and disk; move nothing."),
         click.option("--overwrite", is_flag=True, help="Replace DST, once the new output is whole."),
+        click.option("--verify", is_flag=True, help="Read back what lies on the disk and compare, before DST appears."),
+        click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped, if there was one."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout at the end."),
         click.option("--quiet", is_flag=True, help="No progress and no notes."),
     ]
@@ -88,6 +93,8 @@ def cli() -> None:
 @click.option("--pp-layout", type=_Stages(), help="Layers per stage, all pipeline ranks of the first virtual stage first.")
 @click.option("--vocab-divisible-by", type=_COUNT, default=128, show_default=True, metavar="N",
               help="Pad the vocabulary to a multiple of N × TP.")  # fmt: skip
+@click.option("--integrity/--no-integrity", default=True, show_default=True,
+              help="Write the sha256 of every file, as megatron-core checks them.")  # fmt: skip
 @_common
 def hf_to_mcore(source: str, target: str, **options: Any) -> None:
     """Convert the Hugging Face model SRC (a directory or a Hub id) to the Megatron checkpoint DST."""
@@ -114,13 +121,32 @@ def mcore_to_hf(source: str, target: str, **options: Any) -> None:
 @cli.command("inspect")
 @click.argument("path", metavar="PATH")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--check", is_flag=True, help="Read all of it and hold it against the hashes it carries; exit 1 if it differs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect_command(path: str, *, tensors: bool, as_json: bool) -> None:
+@click.pass_context
+def inspect_command(context: click.Context, path: str, *, tensors: bool, check: bool, as_json: bool) -> None:
     """Say what PATH is, from headers alone: format, writer, family, sizes, dtypes, layout."""
-    from converter.console import show_report  # noqa: PLC0415
+    from converter import console  # noqa: PLC0415
     from converter.inspect import inspect  # noqa: PLC0415
 
-    show_report(inspect(path, tensors=tensors), as_json=as_json)
+    if check:
+        context.exit(console.check(path, as_json=as_json))
+    console.show_report(inspect(path, tensors=tensors), as_json=as_json)
+
+
+@cli.command("verify")
+@click.argument("one", metavar="A")
+@click.argument("other", metavar="B")
+@click.option("--as", "cast", type=click.Choice(["bf16", "fp16", "fp32"]), help="Compare after casting both.")
+@click.option("--workers", type=_COUNT, metavar="N", help="Threads.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--quiet", is_flag=True, help="No progress; the exit code tells.")
+@click.pass_context
+def verify_command(context: click.Context, one: str, other: str, **options: Any) -> None:
+    """Are A and B the same model? Any formats, layouts and writers, to the bit. Exit 0 the same, 1 different."""
+    from converter import console  # noqa: PLC0415
+
+    context.exit(console.verify(one, other, **options))
 
 
 @cli.command("families")
@@ -132,12 +158,19 @@ def families_command(*, as_json: bool) -> None:
     show_families(as_json=as_json)
 
 
+def _terminated(_signal: int, _frame: object) -> None:
+    """Leave as after Ctrl-C: what is in flight ends, what is done is kept."""
+    click.echo("terminated", err=True)
+    sys.exit(143)
+
+
 def main() -> None:
     """The program. Errors a user can mend are shown without a traceback."""
     from formats.errors import UserError  # noqa: PLC0415
 
+    signal.signal(signal.SIGTERM, _terminated)
     try:
-        cli.main(standalone_mode=False)
+        sys.exit(cli.main(standalone_mode=False))
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -18,6 +18,9 @@ from converter import families
 from converter.inspect import Report
 from converter.job import Summary, Talk
 from converter.memory import resident_memory
+from converter.proof import check_directory, verify_directories
+from converter.ranks import from_environment
+from converter.verify import Comparison
 from formats.disk import free_bytes
 
 LINE_EVERY = 5.0
@@ -41,20 +44,57 @@ def count(number: int) -> str:
 
 
 def convert(action: Callable[..., Summary], source: str, target: str, *, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Run a conversion with progress, then say what it did."""
+    """Run a conversion with progress, then say what it did. Of several ranks, the first speaks."""
+    silent = from_environment().rank > 0
+    quiet, as_json = quiet or silent, as_json and not silent
     with talking(quiet=quiet or (as_json and options["dry_run"])) as talk:
         summary = action(source, target, talk=talk, **options)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
-    elif summary.dry_run:
+    elif summary.dry_run and not silent:
         show_plan(summary)
     elif not quiet:
         rate = size(summary.total_bytes / max(summary.seconds, 1e-9))
         click.echo(
-            f"done: {summary.tensors} tensors, {count(summary.parameters)} parameters, {size(summary.total_bytes)} in "
-            f"{summary.seconds:.1f} s ({rate}/s), peak memory {size(summary.peak_memory)} -> {summary.target}",
+            f"done{', verified' if summary.verified else ''}: {summary.tensors} tensors, {count(summary.parameters)} parameters, "
+            f"{size(summary.total_bytes)} in {summary.seconds:.1f} s ({rate}/s), peak memory {size(summary.peak_memory)} "
+            f"-> {summary.target}",
             err=True,
         )
+
+
+def verify(one: str, other: str, *, cast: str | None, workers: int | None, as_json: bool, quiet: bool) -> int:
+    """Compare two directories and say how they differ; the exit code."""
+    with talking(quiet=quiet or as_json) as talk:
+        found = verify_directories(one, other, cast=cast, workers=workers, talk=talk)
+    if as_json:
+        click.echo(json.dumps({"same": found.same, **asdict(found)}))
+    elif not quiet:
+        show_comparison(found)
+    return 0 if found.same else 1
+
+
+def show_comparison(found: Comparison) -> None:
+    """What differs, a line each; then how much was compared."""
+    for line in found.lines():
+        click.echo(line)
+    how = f"after a cast to {found.cast}" if found.cast else "bit for bit"
+    verdict = "same" if found.same else "DIFFERENT"
+    click.echo(f"{verdict}: {found.tensors} tensors, {count(found.parameters)} parameters compared {how}")
+
+
+def check(path: str, *, as_json: bool) -> int:
+    """Hold a directory against the hashes it carries; the exit code."""
+    with talking(quiet=as_json) as talk:
+        found = check_directory(path, talk=talk)
+    if as_json:
+        click.echo(json.dumps({"whole": found.whole, **asdict(found)}))
+    else:
+        for what, names in (("changed", found.changed), ("missing", found.missing), ("not listed", found.unlisted)):
+            for name in names:
+                click.echo(f"{what}: {name}")
+        click.echo(f"{'whole' if found.whole else 'NOT WHOLE'}: {found.checked} {found.things} checked")
+    return 0 if found.whole else 1
 
 
 @contextmanager

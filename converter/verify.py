@@ -6,7 +6,7 @@ Whatever the format, layout and writer of either: a Megatron side is read throug
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -40,6 +40,10 @@ class Side:
             }
 
         return replace(self, makings=made(self.makings), tied=made(self.tied))
+
+    def only(self, names: Collection[str]) -> Side:
+        """Some of its tensors."""
+        return replace(self, makings={name: one for name, one in self.makings.items() if name in names})
 
     def beside(self, other: Side) -> Side:
         """The same, with those tied tensors that the other has."""
@@ -86,12 +90,17 @@ class Comparison:
     def same(self) -> bool:
         return not (self.different or self.only_in_one or self.only_in_other)
 
-    @property
-    def summary(self) -> str:
-        """The first of what differs."""
+    def lines(self) -> list[str]:
+        """Everything that differs."""
         found = [str(one) for one in self.different]
         found += [f"`{name}` is only in `{self.one}`" for name in self.only_in_one]
         found += [f"`{name}` is only in `{self.other}`" for name in self.only_in_other]
+        return found
+
+    @property
+    def summary(self) -> str:
+        """The first of what differs; nothing if nothing does."""
+        found = self.lines()
         return "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 

@@ -57,9 +57,10 @@ def hash_file(file: FileIn, progress: Callable[[int], None] = lambda _count: Non
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What re-reading a folder found: names of files, sorted."""
+    """What holding a folder against its hashes found: names of `things`, sorted."""
 
-    files: int
+    things: str
+    checked: int
     changed: list[str]
     missing: list[str]
     unlisted: list[str]
@@ -79,7 +80,7 @@ def check(folder: Folder, *, workers: int, progress: Callable[[int], None] = lam
     missing = sorted(listed.keys() - there)
     found = hash_files(folder, sorted(listed.keys() & there), workers=workers, progress=progress)
     changed = [name for name, digest in found.items() if digest != listed[name]]
-    return Check(len(listed), changed, missing, sorted(there - listed.keys()))
+    return Check("files", len(listed), changed, missing, sorted(there - listed.keys()))
 
 
 def hash_files(

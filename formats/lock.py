@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from formats.errors import UserError
+from formats.errors import TransientError, UserError
 from formats.heartbeat import PATIENCE, Heartbeat, Process, Watch, pauses
 from formats.json_objects import parse_json
 
@@ -90,7 +90,7 @@ class Lock:
         if self._lost:
             found = _look(self._path)
             by = f" by {found.holder}" if found and found.holder else ""
-            raise UserError(
+            raise TransientError(
                 f"the lock `{self._path}` was taken from this run{by}",
                 hint=f"this run was not heard of for long; see that only one run writes `{self._target}`",
             )

@@ -20,13 +20,13 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from formats.errors import UserError
+from formats.errors import TransientError, UserError
 from formats.heartbeat import PATIENCE, Heartbeat, Process, Watch, pauses
 from formats.json_objects import parse_json
 from formats.lock import Lock, lock
@@ -91,7 +91,25 @@ class Rendezvous:
         if self._lock:
             self._lock.check()
         if self._trouble:
-            raise UserError(self._trouble, hint=_RESUME)
+            raise TransientError(self._trouble, hint=_RESUME)
+
+    @property
+    def alone(self) -> bool:
+        """Is this the only rank?"""
+        return self._size == 1
+
+    @property
+    def is_first(self) -> bool:
+        """Is this rank 0, which prepares and commits?"""
+        return self._rank == 0
+
+    def holds(self) -> bool:
+        """Is the output still this run's to write and to remove? True of ranks that have no lock."""
+        return self._lock is None or self._lock.is_ours()
+
+    def part[T](self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's of things that are all alike."""
+        return items[self._rank :: self._size]
 
     def arrive(self, stage: str, payload: Mapping[str, Any] | None = None) -> None:
         """Say that this rank has come to `stage` (part of a file's name), with anything JSON can hold."""
@@ -167,8 +185,8 @@ class Rendezvous:
             if watch.look([hello for hello in self._hellos(of="0") if hello["key"] not in strangers]):
                 raise self._missing(0)
 
-    def _missing(self, rank: int) -> UserError:
-        return UserError(
+    def _missing(self, rank: int) -> TransientError:
+        return TransientError(
             f"rank `{rank}` of run `{self._run_id}` never started: not heard of in {self._patience:.0f} s",
             hint="see what it says, and that all ranks run the same command and see the same file system",
         )

@@ -7,7 +7,6 @@ nothing at DST, and the partial directory with what a later run needs to go on.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import glob
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 
 from formats.disk import explained, free_bytes
 from formats.errors import UserError
+from formats.rendezvous import Rendezvous
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2(2)
 _AT_FDCWD = -100
@@ -88,48 +88,64 @@ class Stage:
 
 
 @contextmanager
-def staged(target: Path, partial: Path, manifest: Manifest, *, overwrite: bool, resume: bool) -> Generator[Stage]:
+def staged(
+    target: Path, partial: Path, manifest: Manifest, together: Rendezvous, *, overwrite: bool, resume: bool
+) -> Generator[Stage]:
     """A directory to write into; it becomes `target` when the block ends well.
 
     When not, it stays if it is worth keeping, and `resume` goes on there. Raises UserError for what an earlier run left
-    without `resume`, and with it where that run did something else. A lock is held throughout.
+    without `resume`, and with it where that run did something else. Only the first rank prepares, commits and removes.
     """
-    with explained(target), _locked(target.with_name(f"{target.name}.lock"), target):
-        stage = _opened(target, Stage(partial, _state(partial)), manifest, resume=resume)
-        try:
-            yield stage
-            sync_tree(partial)
-            _publish(partial, target, overwrite=overwrite)
-            stage.worth_keeping = False
-        finally:
-            if not stage.worth_keeping:
-                _remove(stage)
+    with explained(target):
+        stage = Stage(partial, _state(partial))
+        if together.is_first:
+            stage = _opened(target, stage, manifest, resume=resume)
+            together.arrive("prepared", {"resumed": stage.resumed})
+            with _removed_if_worthless(stage, together):
+                yield stage
+                sync_tree(partial)
+                together.check()
+                _publish(partial, target, overwrite=overwrite)
+                stage.worth_keeping = False
+            together.arrive("committed")
+        else:
+            yield replace(stage, resumed=together.wait("prepared", [0])[0]["resumed"])
+            together.wait("committed", [0])
+
+
+@contextmanager
+def _removed_if_worthless(stage: Stage, together: Rendezvous) -> Generator[None]:
+    """What another run may have taken over meanwhile is left alone."""
+    try:
+        yield
+    finally:
+        if not stage.worth_keeping and together.holds():
+            shutil.rmtree(stage.partial, ignore_errors=True)
+            shutil.rmtree(stage.state, ignore_errors=True)
 
 
 def _state(partial: Path) -> Path:
     return partial.with_name(f"{partial.name}.state")
 
 
-def _remove(stage: Stage) -> None:
-    shutil.rmtree(stage.partial, ignore_errors=True)
-    shutil.rmtree(stage.state, ignore_errors=True)
+def how_to_remove(partial: Path) -> str:
+    """The command that removes what an interrupted run left."""
+    return f"`rm -r {partial} {_state(partial)}`"
 
 
 def _opened(target: Path, stage: Stage, manifest: Manifest, *, resume: bool) -> Stage:
     left = _left_behind(target)
     if left and not resume:
-        raise UserError(
-            f"an interrupted run left `{left[0]}`",
-            hint=f"finish it with `--resume`, or remove it: `rm -r {left[0]} {_state(left[0])}`",
-        )
+        hint = f"finish it with the same command and `--resume`, or remove it: {how_to_remove(left[0])}"
+        raise UserError(f"an interrupted run left `{left[0]}`", hint=hint)
     if stage.partial in left:
-        _check_unchanged(stage.partial, _read_manifest(stage.partial), manifest)
+        _check_unchanged(stage.partial, manifest)
         return replace(stage, resumed=True, worth_keeping=True)
     for other in left:
-        _check_unchanged(other, _read_manifest(other), manifest)
+        _check_unchanged(other, manifest)
     for folder in (stage.partial, stage.state):
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder.mkdir(parents=True)
     (stage.state / MANIFEST).write_text(json.dumps(manifest))
     return stage
 
@@ -147,38 +163,16 @@ def _read_manifest(partial: Path) -> Manifest:
         return {}
 
 
-def _check_unchanged(partial: Path, before: Manifest, now: Manifest) -> None:
+def _check_unchanged(partial: Path, now: Manifest) -> None:
     """Raise UserError if a run is not the one that was interrupted."""
+    before = _read_manifest(partial)
     for topic in sorted(before.keys() | now.keys()):
         old, new = json.dumps(before.get(topic)), json.dumps(now.get(topic))
         if old != new:
             raise UserError(
                 f"`{partial}` was begun with {topic} {old}, now it is {new}",
-                hint=f"resume with what it was begun with, or remove it: `rm -r {partial} {_state(partial)}`",
+                hint=f"resume with what it was begun with, or remove it: {how_to_remove(partial)}",
             )
-
-
-@contextmanager
-def _locked(path: Path, target: Path) -> Generator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    if not _take(lock, path):
-        os.close(lock)
-        raise UserError(f"another run is writing `{target}`", hint="wait for it, or stop it")
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(lock)
-
-
-def _take(lock: int, path: Path) -> bool:
-    """Take the lock, if nobody holds it and its last holder did not remove the file in the meantime."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.fstat(lock).st_ino == path.stat().st_ino
-    except OSError:
-        return False
 
 
 def sync_tree(directory: Path) -> None:

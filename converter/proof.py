@@ -1,0 +1,111 @@
+"""Two questions about directories that exist: are they the same model, and is one still what its hashes say?"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any, cast
+
+from blake3 import blake3
+
+from converter import provenance
+from converter.inspect import TORCH_DIST, kind
+from converter.job import Talk
+from converter.plan import Making, Piece, pieces
+from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Bench, in_threads
+from converter.sides import huggingface_side, open_sides
+from converter.values import CHOICES
+from converter.verify import Comparison, Side, compare
+from formats import integrity
+from formats.arrays import as_bytes
+from formats.disk import explained
+from formats.errors import UserError
+from formats.folder import Folder, LocalFolder
+from formats.huggingface import HuggingFaceReader
+from formats.integrity import Check
+from formats.json_objects import read_json
+from formats.torch_dist import find_iteration
+
+
+@explained()
+def verify_directories(
+    one: str | Path, other: str | Path, *, cast: str | None = None, workers: int | None = None, talk: Talk | None = None
+) -> Comparison:
+    """Compare two checkpoints tensor by tensor, whatever their formats and layouts; `cast` to one of bf16, fp16, fp32 first.
+
+    Raises UserError if one is not a checkpoint, or damaged.
+    """
+    talk, folders = talk or Talk(), [_folder(one), _folder(other)]
+    if cast is not None and cast not in CHOICES[1:]:
+        raise UserError(f"dtype `{cast}` is not one of {', '.join(CHOICES[1:])}")
+    sides = open_sides(*folders)
+    with closing(sides[0].reader), closing(sides[1].reader):
+        talk.start(_compared_bytes(*sides))
+        return compare(*sides, cast=cast, workers=workers or DEFAULT_WORKERS, progress=talk.progress)
+
+
+def _compared_bytes(one: Side, other: Side) -> int:
+    return sum(making.spec.nbytes for name, making in one.makings.items() if name in other.makings)
+
+
+@explained()
+def check_directory(path: str | Path, *, workers: int | None = None, talk: Talk | None = None) -> Check:
+    """Hold every file of a Megatron iteration against its `integrity.json`, or every tensor of a Hugging Face directory
+    against its `conversion.json`.
+
+    Raises UserError if there is no such document.
+    """
+    talk, folder, workers = talk or Talk(), _folder(path), workers or DEFAULT_WORKERS
+    with closing(folder):
+        if kind(folder) == TORCH_DIST:
+            iteration = find_iteration(folder)
+            names = [name for name in integrity.read(iteration) if iteration.has(name)]
+            talk.start(sum(iteration.size(name) for name in names))
+            return integrity.check(iteration, workers=workers, progress=talk.progress)
+        return _check_tensors(folder, workers, talk)
+
+
+def _check_tensors(folder: Folder, workers: int, talk: Talk) -> Check:
+    listed = _recorded(folder)
+    reader = HuggingFaceReader(folder)
+    makings = huggingface_side(reader).makings
+    talk.start(sum(making.spec.nbytes for making in makings.values()))
+    found: dict[str, str] = {}
+
+    def worker() -> Any:
+        bench = Bench()
+
+        def one(making: Making) -> None:
+            found[making.spec.name] = _hash(making, bench, reader, talk)
+
+        return one
+
+    in_threads(makings.values(), worker, workers=workers)
+    changed = sorted(name for name, digest in found.items() if listed.get(name, digest) != digest)
+    missing, unlisted = sorted(listed.keys() - found.keys()), sorted(found.keys() - listed.keys())
+    return Check("tensors", len(found), changed, missing, unlisted)
+
+
+def _hash(making: Making, bench: Bench, reader: HuggingFaceReader, talk: Talk) -> str:
+    digest = blake3()
+    piece: Piece
+    for piece in pieces([making], limit=PIECE_BYTES):
+        digest.update(as_bytes(bench.make(piece, reader)))
+        talk.progress(piece.nbytes)
+    return digest.hexdigest()
+
+
+def _recorded(folder: Folder) -> dict[str, str]:
+    """The hashes that `conversion.json` lists."""
+    if not folder.has(provenance.FILE):
+        raise UserError(f"`{folder.label}` has no `{provenance.FILE}`: nothing to hold it against")
+    hashes: Any = read_json(folder, provenance.FILE).get("blake3")
+    if not isinstance(hashes, dict) or not all(isinstance(found, str) for found in cast("dict[str, Any]", hashes).values()):
+        raise UserError(f"`{provenance.FILE}` lists no hashes of tensors", hint="it was not written by mbconvert, or is damaged")
+    return cast("dict[str, str]", hashes)
+
+
+def _folder(path: str | Path) -> Folder:
+    if not Path(path).is_dir():
+        raise UserError(f"`{path}` is not a directory")
+    return LocalFolder(Path(path))
