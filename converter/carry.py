@@ -13,14 +13,15 @@ from typing import Any
 from blake3 import blake3
 
 from converter import provenance
+from converter.comparison import compare
 from converter.job import How, Job, Summary, Talk
 from converter.journal import Finished, Journal, read_journals
+from converter.lanes import cut, in_lanes
 from converter.memory import expected_peak, peak_memory
 from converter.plan import Making, Piece, pieces
 from converter.ranks import from_environment
 from converter.ranks import share as share_of
 from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Task, Watch, run
-from converter.verify import compare
 from formats import integrity
 from formats.arrays import as_bytes
 from formats.errors import TransientError, UserError
@@ -144,7 +145,7 @@ class _Carrying:
             job.outputs.tap = lambda file, offset, data: self._contents.put(file, offset, data) if file in live else None
         look = {job.passing: self._look_at_read if job.passing == "read" else self._look_at_made}
         watch = Watch(**look, done=self._done, stop=self._stop)  # pyright: ignore[reportArgumentType]
-        run(self._tasks(), job.reader, job.writer, workers=self._workers, watch=watch)
+        run(self._in_lanes(), job.reader, job.writer, workers=self._workers, watch=watch)
         return reused
 
     def _pieces(self) -> Iterator[tuple[int, Piece]]:
@@ -158,6 +159,14 @@ class _Carrying:
             written = number in self._before.pieces
             if not written or not self._before.tensors.keys() >= self._passing(piece.making):
                 yield Task(number, piece, written)
+
+    def _in_lanes(self) -> Iterator[Task]:
+        """The tasks; where files are hashed, two files' at a time if the layout allows."""
+        names = list(self._share)
+        touched = [self._job.writer.touched(name) for name in names] if self._job.integrity else []
+        place = cut([making.spec.nbytes for making in self._share.values()], touched) if touched else None
+        first = set(names[:place])
+        return in_lanes(self._tasks, lambda task: task.piece.making.spec.name in first) if place else self._tasks()
 
     def _passing(self, making: Making) -> set[str]:
         """The Hugging Face tensors that pass by with a tensor."""

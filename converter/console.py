@@ -15,12 +15,12 @@ from typing import Any
 import click
 
 from converter import families
+from converter.comparison import Comparison
 from converter.inspect import Report
 from converter.job import Summary, Talk
 from converter.memory import resident_memory
 from converter.proof import check_directory, verify_directories
 from converter.ranks import from_environment
-from converter.verify import Comparison
 from formats.disk import free_bytes
 
 LINE_EVERY = 5.0

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from converter import provenance
+from converter.comparison import Side
 from converter.plan import Making
-from converter.verify import Side
 from formats import integrity
 from formats.folder import FileIn, Folder
 from formats.outputs import LocalOutputs
@@ -138,3 +138,9 @@ def partial_directory(target: Path, makings: Iterable[Making], options: Mapping[
     plan = [[m.spec.name, m.spec.shape, str(m.spec.dtype), [(c.source, c.there) for c in m.copies]] for m in makings]
     digest = hashlib.sha256(json.dumps([plan, options], sort_keys=True).encode()).hexdigest()
     return target.with_name(f"{target.name}.partial-{digest[:12]}")
+
+
+def manifest(command: str, options: Mapping[str, Any], files: Mapping[str, FileIn]) -> dict[str, Any]:
+    """What must be the same for a run to go on with what another began."""
+    versions = {f"the source's `{name}`": file.folder.version(file.name) for name, file in files.items()}
+    return {"command": command, "options": dict(options), **versions}

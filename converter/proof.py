@@ -9,13 +9,13 @@ from typing import Any, cast
 from blake3 import blake3
 
 from converter import provenance
+from converter.comparison import Comparison, Side, compare
 from converter.inspect import TORCH_DIST, kind
 from converter.job import Talk
 from converter.plan import Making, Piece, pieces
 from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Bench, in_threads
 from converter.sides import huggingface_side, open_sides
 from converter.values import CHOICES
-from converter.verify import Comparison, Side, compare
 from formats import integrity
 from formats.arrays import as_bytes
 from formats.disk import explained
