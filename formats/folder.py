@@ -1,0 +1,138 @@
+"""A directory of files, wherever it lies: what readers ask of one, and the one on a local disk.
+
+File names are relative to the folder, with slashes. Knows nothing of what the files hold.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from formats.disk import Files, read_exactly
+from formats.errors import UserError
+
+_NOT_OF_THE_MODEL = {".git", ".cache", ".huggingface"}
+
+
+class Folder(Protocol):
+    """An opened directory. Files may be read in any order and from several threads."""
+
+    @property
+    def label(self) -> str:
+        """The path or URL, for messages."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The last part of it."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """Is there a file of that name?"""
+        ...
+
+    def size(self, name: str) -> int:
+        """A file's size in bytes; UserError if it is not there."""
+        ...
+
+    def version(self, name: str) -> str:
+        """What changes when a file does: its size with the time of its last change, or with its ETag."""
+        ...
+
+    def sha256(self, name: str) -> str | None:
+        """A file's hash where whoever keeps it tells without its being read."""
+        ...
+
+    def children(self) -> list[str]:
+        """Files and folders right in here, sorted; folders end in a slash."""
+        ...
+
+    def files(self) -> list[str]:
+        """All files below, sorted. Folders that are not looked into end in a slash: those of version control and download
+        caches, and links to folders."""
+        ...
+
+    def get(self, name: str) -> bytes:
+        """A small file, whole; UserError if it is not there."""
+        ...
+
+    def read_into(self, name: str, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset`; UserError where the file ends before, or is not what it was when it was opened."""
+        ...
+
+    def below(self, name: str) -> Folder:
+        """The folder of that name in this one. Whether it is there shows when something is asked of it."""
+        ...
+
+    def close(self) -> None:
+        """Let go of open files or connections."""
+        ...
+
+
+class LocalFolder:
+    """A directory of the file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files = Files()
+
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def size(self, name: str) -> int:
+        return self._status(name).st_size
+
+    def version(self, name: str) -> str:
+        status = self._status(name)
+        return f"{status.st_size} bytes, changed at {status.st_mtime_ns}"
+
+    def sha256(self, name: str) -> str | None:
+        """What the Hub's cache names its files by; other directories do not tell."""
+        target = (self.path / name).resolve()
+        known = target.parent.name == "blobs" and len(target.name) == 64
+        return target.name if known else None
+
+    def children(self) -> list[str]:
+        if not self.path.is_dir():
+            return []
+        return sorted(f"{path.name}/" if path.is_dir() else path.name for path in self.path.iterdir())
+
+    def files(self) -> list[str]:
+        found: list[str] = []
+        for folder, folders, files in self.path.walk():
+            closed = {name for name in folders if name in _NOT_OF_THE_MODEL or (folder / name).is_symlink()}
+            folders[:] = [name for name in folders if name not in closed]
+            inside = [f"{name}/" if name in closed or (folder / name).is_dir() else name for name in [*closed, *files]]
+            prefix = "" if folder == self.path else f"{folder.relative_to(self.path).as_posix()}/"
+            found += [prefix + name for name in inside]
+        return sorted(found)
+
+    def get(self, name: str) -> bytes:
+        out = bytearray(self.size(name))
+        self.read_into(name, 0, memoryview(out))
+        return bytes(out)
+
+    def read_into(self, name: str, offset: int, out: memoryview) -> None:
+        path = self.path / name
+        read_exactly(self._files.descriptor(path), out, offset, path=path)
+
+    def below(self, name: str) -> LocalFolder:
+        return LocalFolder(self.path / name)
+
+    def close(self) -> None:
+        self._files.close()
+
+    def _status(self, name: str) -> os.stat_result:
+        if not self.has(name):
+            raise UserError(f"`{self.label}` has no `{name}`")
+        return (self.path / name).stat()
