@@ -1,18 +1,24 @@
-"""Objects of Google Cloud Storage through its JSON API; credentials come from where Google's own tools find them. Objects
-are read by range, of the generation that was seen first.
+"""Objects of Google Cloud Storage; credentials come from where Google's own tools find them.
+
+Reading goes through the JSON API: by range, of the generation that was seen first. Writing goes through the XML API, whose
+uploads in parts are S3's.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
+import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from formats.errors import UserError
-from formats.http import Client
+from formats.http import Answer, Body, Client
 from formats.retry import BrokenError, Patience
 from formats.s3 import bucket_and_prefix
 from formats.store import Status, changed, file_name, needed, refused, without_secrets
@@ -63,8 +69,55 @@ class GoogleStorage:
             if not str(item["name"]).endswith("/")
         }
 
+    def begin(self, path: str) -> str:
+        """An upload in parts; its number."""
+        found = re.search(rb"<UploadId>([^<]+)</UploadId>", self._write("POST", path, "?uploads"))
+        if not found:
+            raise UserError(f"`{self.label}` began no upload of `{path}`")
+        return found[1].decode()
+
+    def part(self, path: str, upload: str, number: int, data: bytearray) -> str:
+        """One part, counted from 1; its tag. The server checks it against its MD5."""
+        query = f"?partNumber={number}&uploadId={quote(upload, safe='')}"
+        with self._send("PUT", path, query, memoryview(data)) as answer:
+            self._check_written(answer, path)
+            return answer.header("ETag")
+
+    def finish(self, path: str, upload: str, tags: Sequence[str]) -> bool:
+        """Make the object out of its parts; False if there is no such upload, because it was finished or dropped."""
+        parts = (f"<Part><PartNumber>{number}</PartNumber><ETag>{tag}</ETag></Part>" for number, tag in enumerate(tags, 1))
+        text = f"<CompleteMultipartUpload>{''.join(parts)}</CompleteMultipartUpload>".encode()
+        return self._write("POST", path, f"?uploadId={quote(upload, safe='')}", text, gone=b"gone") != b"gone"
+
+    def drop(self, path: str, upload: str) -> None:
+        """Forget an upload and its parts."""
+        self._write("DELETE", path, f"?uploadId={quote(upload, safe='')}", gone=b"")
+
+    def put(self, path: str, data: bytes) -> None:
+        self._write("PUT", path, "", data)
+
+    def delete(self, path: str) -> None:
+        self._write("DELETE", path, "", gone=b"")
+
     def close(self) -> None:
         self._client.close()
+
+    def _write(self, method: str, path: str, query: str, data: bytes = b"", *, gone: bytes | None = None) -> bytes:
+        """A call that changes something; its answer's body, or `gone` for what is not there any more."""
+        with self._send(method, path, query, data) as answer:
+            if gone is not None and answer.status == 404:
+                return gone
+            self._check_written(answer, path)
+            return answer.body()
+
+    def _send(self, method: str, path: str, query: str, data: Body) -> AbstractContextManager[Answer]:
+        url = f"{self._access.endpoint}/{self._bucket}/{quote(self._start + path)}{query}"
+        checked = {"Content-MD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()} if data else {}
+        return self._client.ask(method, url, checked, credentials=self._access.headers(url), body=data)
+
+    def _check_written(self, answer: Answer, path: str) -> None:
+        if answer.status not in (200, 201, 204):
+            raise refused(answer.status, f"{self.label}/{path}", hint=_LOGIN, doing="write")
 
     def _pages(self, prefix: str, **options: str) -> Iterator[Mapping[str, Any]]:
         fields = "items(name,size,generation),prefixes,nextPageToken"

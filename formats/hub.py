@@ -30,7 +30,10 @@ _LOGIN = "check the name; for gated and private models, `hf auth login` or HF_TO
 
 
 class Hub:
-    """The files of `hf://org/name[@revision][/folder]`. The token comes from where huggingface_hub finds it."""
+    """The files of `hf://org/name[@revision][/folder]`. The token comes from where huggingface_hub finds it.
+
+    `commit` is what the revision points to when this is made; it is what is read, whatever the revision points to later.
+    """
 
     def __init__(self, url: str, patience: Patience) -> None:
         found = _URL.fullmatch(url)
@@ -44,9 +47,12 @@ class Hub:
         self._credentials = _headers()
         self._places: dict[str, str] = {}
         self._lock = threading.Lock()
-        self.commit = self._resolve(found["revision"], patience)
-        """The commit that is read, whatever the revision points to later."""
-        self._files = self._tree(patience)
+        try:
+            self.commit = self._resolve(found["revision"], patience)
+            self._files = self._tree(patience)
+        except BaseException:
+            self.close()
+            raise
 
     def status(self, path: str) -> Status | None:
         return self._files.get(path)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any, Protocol, cast
 
@@ -18,6 +18,7 @@ from formats.store import Status, changed, file_name, needed, refused, resized, 
 type Reply = Mapping[str, Any]
 
 _CONNECTIONS = 32
+_MAY_WRITE = "check the AWS credentials (`aws configure`, AWS_PROFILE), and s3:PutObject, s3:DeleteObject, s3:ListBucket"
 _CREDENTIALS = "check the name, the AWS credentials (`aws configure`, AWS_PROFILE), and s3:GetObject and s3:ListBucket"
 
 
@@ -89,8 +90,47 @@ class S3:
             if not str(item["Key"]).endswith("/")
         }
 
+    def begin(self, path: str) -> str:
+        """An upload in parts; its number."""
+        return str(self._write(self.client.create_multipart_upload, path)["UploadId"])
+
+    def part(self, path: str, upload: str, number: int, data: bytearray) -> str:
+        """One part, counted from 1; its tag. The server checks it against a checksum."""
+        return str(self._write(self.client.upload_part, path, UploadId=upload, PartNumber=number, Body=data)["ETag"])
+
+    def finish(self, path: str, upload: str, tags: Sequence[str]) -> bool:
+        """Make the object out of its parts; False if there is no such upload, because it was finished or dropped."""
+        parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
+        arguments = {"Bucket": self.bucket, "Key": self.start + path, "UploadId": upload, "MultipartUpload": {"Parts": parts}}
+        try:
+            self.client.complete_multipart_upload(**arguments)
+        except Exception as error:
+            if status_of(error) == 404:
+                return False
+            raise explained(error, f"{self.label}/{path}", doing="write") from None
+        return True
+
+    def drop(self, path: str, upload: str) -> None:
+        """Forget an upload and its parts."""
+        self._write(self.client.abort_multipart_upload, path, gone=True, UploadId=upload)
+
+    def put(self, path: str, data: bytes) -> None:
+        self._write(self.client.put_object, path, Body=data)
+
+    def delete(self, path: str) -> None:
+        self._write(self.client.delete_object, path, gone=True)
+
     def close(self) -> None:
         self.client.close()
+
+    def _write(self, call: Callable[..., Reply], path: str, *, gone: bool = False, **arguments: Any) -> Reply:
+        """A call that changes something; with `gone`, what is not there any more is fine."""
+        try:
+            return call(Bucket=self.bucket, Key=self.start + path, **arguments)
+        except Exception as error:
+            if gone and status_of(error) == 404:
+                return {}
+            raise explained(error, f"{self.label}/{path}", doing="write") from None
 
     def _pages(self, **arguments: Any) -> list[Reply]:
         pages: list[Reply] = []
@@ -137,7 +177,6 @@ def open_client(patience: Patience) -> Client:
             read_timeout=patience.silence,
             retries={"total_max_attempts": 1, "mode": "standard"},
             max_pool_connections=_CONNECTIONS,
-            request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             **unsigned,
         )
@@ -157,7 +196,7 @@ def status_of(error: Exception) -> int:
             return 0
 
 
-def explained(error: Exception, label: str) -> Exception:
+def explained(error: Exception, label: str, *, doing: str = "read") -> Exception:
     """BrokenError or UserError for a botocore error, in words without URLs; the error itself where it is none of botocore's."""
     errors = needed("botocore.exceptions")
     status = status_of(error)
@@ -167,11 +206,11 @@ def explained(error: Exception, label: str) -> Exception:
         if status in PASSING or code in ("SlowDown", "RequestTimeout", "InternalError"):
             headers = reply.get("ResponseMetadata", {}).get("HTTPHeaders", {})
             return BrokenError(f"the server answered HTTP {status}", wait=seconds(headers.get("retry-after", "")))
-        return refused(status, label, code=code, hint=_CREDENTIALS)
+        return refused(status, label, code=code, hint=_CREDENTIALS if doing == "read" else _MAY_WRITE, doing=doing)
     if isinstance(error, (errors.HTTPClientError, errors.ConnectionError, OSError)):
         return BrokenError(words(error))
     if isinstance(error, errors.BotoCoreError):
-        return UserError(f"AWS's client cannot read `{label}`: {words(error)}", hint=_CREDENTIALS)
+        return UserError(f"AWS's client cannot {doing} `{label}`: {words(error)}", hint=_CREDENTIALS)
     return error
 
 

@@ -93,11 +93,11 @@ def resized(path: str, status: Status, found: str) -> UserError:
     )
 
 
-def refused(status: int, label: str, *, hint: str, code: str = "") -> UserError:
-    """The other side knows what we want and does not give it; `code` is its own word for why."""
+def refused(status: int, label: str, *, hint: str, code: str = "", doing: str = "read") -> UserError:
+    """The other side knows what we want and does not do it; `code` is its own word for why."""
     meaning = {401: "wants credentials", 403: "does not allow it", 404: "has nothing there"}.get(status, "refuses")
     named = f"HTTP {status}" if code in ("", str(status)) else f"HTTP {status}, {code}"
-    return UserError(f"cannot read `{label}`: the server {meaning} ({named})", hint=hint)
+    return UserError(f"cannot {doing} `{label}`: the server {meaning} ({named})", hint=hint)
 
 
 def needed(module: str) -> Any:

@@ -34,6 +34,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: Server
+    lost = False
+    """The request is carried out, and its answer does not arrive."""
 
     def log_message(self, *args: object) -> None:
         pass
@@ -54,11 +56,15 @@ class Handler(BaseHTTPRequestHandler):
         if fault and fault.status:
             return self.answer(fault.status, b"broken", fault.headers)
         self.cut = fault.body_ends_after if fault else None
+        self.lost = self.server.after(self)
         return self.server.answer(self)
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815 - the standard library's names
 
     def answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        if self.lost:
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -94,6 +100,8 @@ class Server(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.faulty: Callable[[Handler], bool] = lambda handler: handler.command == "GET"
+        self.after: Callable[[Handler], bool] = lambda handler: False
+        """Whether the answer to a request gets lost."""
         self.log: list[tuple[str, str, dict[str, str]]] = []
         self._lock = threading.Lock()
 
@@ -205,6 +213,9 @@ def _blob(data: bytes) -> str:
 class GoogleServer(Server):
     """The calls of Google Cloud Storage that we use: objects and listings (JSON), uploads in parts (XML)."""
 
+    forgets = False
+    """Parts are thrown away, so that they take no memory here."""
+
     def __init__(self, bucket: str) -> None:
         super().__init__()
         self.bucket = bucket
@@ -248,37 +259,34 @@ class GoogleServer(Server):
             return handler.answer(404)
         if query.get("ifGenerationMatch", str(self.generations[name])) != str(self.generations[name]):
             return handler.answer(412)
-        if handler.command == "DELETE":
-            del self.files[name]
-            return handler.answer(204)
         if query.get("alt") != "media":
             return handler.answer(200, json.dumps(self._resource(name)).encode())
         return handler.answer_file(self.files[name], {"ETag": f'"{base64.b64encode(name.encode()).decode()}"'})
 
     def _xml(self, handler: Handler, name: str, query: dict[str, str]) -> None:
-        number = query.get("uploadId", "")
-        match handler.command:
-            case "POST" if "uploads" in query:
-                number = f"upload-{len(self.log)}"
-                self.uploads[number] = name, {}
-                text = f"<InitiateMultipartUploadResult><UploadId>{number}</UploadId></InitiateMultipartUploadResult>"
-                return handler.answer(200, text.encode())
-            case "PUT" if number in self.uploads:
-                self.uploads[number][1][int(query["partNumber"])] = handler.body
-                return handler.answer(200, headers={"ETag": f'"{hashlib.md5(handler.body).hexdigest()}"'})
-            case "POST" if number in self.uploads:
-                _, parts = self.uploads.pop(number)
-                listed = [int(part) for part in re.findall(rb"<PartNumber>(\d+)</PartNumber>", handler.body)]
-                self.put(name, b"".join(parts[part] for part in listed))
-                return handler.answer(200, b"<CompleteMultipartUploadResult/>")
-            case "DELETE" if number in self.uploads:
-                del self.uploads[number]
-                return handler.answer(204)
-            case "PUT" if not number:
-                self.put(name, handler.body)
-                return handler.answer(200)
-            case _:
-                return handler.answer(404, b"<Error><Code>NoSuchUpload</Code></Error>")
+        if "uploads" in query:
+            number = f"upload-{len(self.log)}"
+            self.uploads[number] = name, {}
+            return handler.answer(200, f"<X><UploadId>{number}</UploadId></X>".encode())
+        if "uploadId" in query:
+            return self._upload(handler, query["uploadId"], int(query.get("partNumber", 0)))
+        if handler.command == "DELETE":
+            return handler.answer(204 if self.files.pop(name, None) is not None else 404)
+        self.put(name, handler.body)
+        return handler.answer(200)
+
+    def _upload(self, handler: Handler, number: str, part: int) -> None:
+        if number not in self.uploads:
+            return handler.answer(404, b"<Error><Code>NoSuchUpload</Code></Error>")
+        if part:
+            self.uploads[number][1][part] = b"" if self.forgets else handler.body
+            return handler.answer(200, headers={"ETag": f'"{hashlib.md5(handler.body).hexdigest()}"'})
+        name, parts = self.uploads.pop(number)
+        if handler.command == "DELETE":
+            return handler.answer(204)
+        listed = [int(part) for part in re.findall(rb"<PartNumber>(\d+)</PartNumber>", handler.body)]
+        self.put(name, b"".join(parts[part] for part in listed))
+        return handler.answer(200, b"<CompleteMultipartUploadResult/>")
 
 
 class Cutter:

@@ -18,10 +18,10 @@ from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.remote import open_folder
 from formats.retry import Patience
+from tests.formats.conftest import SECRET
 from tests.servers import HOST, Cutter, Fault, GoogleServer, HubServer, Server, WebServer
 
 HURRIED = Patience(attempts=6, first=0.002, longest=0.01, silence=5)
-SECRET = "s3cr3t-t0ken"
 BIG = "model-00001-of-00002.safetensors"
 KINDS = ("http", "hf", "s3", "gs")
 
@@ -38,19 +38,6 @@ class Place:
         return open_folder(self.url, patience=patience)
 
 
-@pytest.fixture(autouse=True)
-def _at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No credentials of whoever runs the tests, no service that gives some, and no proxy."""
-    for name in [name for name in os.environ if name.startswith(("AWS_", "HF_", "GOOGLE_")) or "proxy" in name.lower()]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("HF_TOKEN", SECRET)
-    monkeypatch.setenv("NO_GCE_CHECK", "true")
-
-
 @pytest.fixture
 def files() -> dict[str, bytes]:
     index = {"metadata": {}, "weight_map": {"a": BIG, "b": "model-00002-of-00002.safetensors"}}
@@ -62,17 +49,6 @@ def files() -> dict[str, bytes]:
         "tokenizer.json": os.urandom(5000),
         "LICENSE": b"",
     }
-
-
-@pytest.fixture(scope="session")
-def moto() -> Iterator[int]:
-    """A server that speaks S3; its port."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(HOST, 0, verbose=False)
-    server.start()
-    yield server.get_host_and_port()[1]
-    server.stop()
 
 
 @contextmanager
