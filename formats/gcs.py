@@ -101,6 +101,7 @@ class GoogleStorage:
 
     def close(self) -> None:
         self._client.close()
+        self._access.close()
 
     def _write(self, method: str, path: str, query: str, data: bytes = b"", *, gone: bytes | None = None) -> bytes:
         """A call that changes something; its answer's body, or `gone` for what is not there any more."""
@@ -151,7 +152,8 @@ class Access:
         self.endpoint = emulator if "://" in emulator else f"http://{emulator}" if emulator else "https://storage.googleapis.com"
         self._lock = threading.Lock()
         self._credentials: Any = None if emulator else _credentials()
-        self._request: Any = needed("google.auth.transport.requests").Request() if self._credentials else None
+        self._session: Any = needed("requests").Session() if self._credentials else None
+        self._request: Any = needed("google.auth.transport.requests").Request(self._session) if self._session else None
 
     def headers(self, url: str) -> dict[str, str]:
         """The headers for a request, with a token that is renewed when it must be."""
@@ -166,6 +168,10 @@ class Access:
         except needed("google.auth.exceptions").GoogleAuthError:
             raise UserError("Google does not accept the credentials", hint=_LOGIN) from None
         return found
+
+    def close(self) -> None:
+        if self._session:
+            self._session.close()
 
 
 def _credentials() -> Any:

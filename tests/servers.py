@@ -120,6 +120,9 @@ class Server(ThreadingHTTPServer):
     def answer(self, handler: Handler) -> None:
         raise NotImplementedError
 
+    def handle_error(self, *args: object) -> None:
+        """Clients that hang up are part of the tests."""
+
     @contextmanager
     def running(self) -> Iterator[None]:
         thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
