@@ -56,8 +56,8 @@ class Answer:
             data = self._response.read(limit)
         except (OSError, HTTPException) as error:
             raise BrokenError(words(error)) from None
-        length = self.headers["Content-Length"]
-        if length and len(data) < min(int(length), limit):
+        length = self.header("Content-Length")
+        if length.isdigit() and len(data) < min(int(length), limit):
             raise BrokenError(f"the connection ended after {len(data)} of {length} bytes")
         return data
 

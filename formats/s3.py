@@ -182,6 +182,8 @@ def open_client(patience: Patience) -> Client:
         )
         region = session.get_config_variable("region") or "us-east-1"
         return cast("Client", session.create_client("s3", region_name=region, config=config))
+    except ValueError:  # whose text holds the URL
+        raise UserError("AWS's client cannot use its endpoint: it is not a URL", hint="check AWS_ENDPOINT_URL") from None
     except Exception as error:
         raise explained(error, "s3://") from None
 

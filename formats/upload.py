@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -52,7 +52,7 @@ def exists(url: str, *, patience: Patience | None = None) -> bool:
     """Is there any object below that URL?"""
     patient = _Patient(url, patience or Patience())
     try:
-        return bool(patient.listed())
+        return bool(patient.children())
     finally:
         patient.target.close()
 
@@ -74,7 +74,7 @@ class Upload:
         self._room = threading.BoundedSemaphore(streams)
         self._failure: BaseException | None = None
         try:
-            self._check(self._patient.listed())
+            self._check(self._patient.children())
         except BaseException:
             self.abort()
             raise
@@ -134,7 +134,7 @@ class Upload:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.abort()
 
-    def _check(self, found: Mapping[str, Status]) -> None:
+    def _check(self, found: Collection[str]) -> None:
         if found and not self._overwrite:
             raise UserError(f"`{self.label}` already exists", hint="choose another place, or replace it with `--overwrite`")
         if found and not any(_OF_A_MODEL.fullmatch(path) for path in found):
@@ -186,7 +186,7 @@ class Sink:
     def update(self, data: memoryview) -> None:
         """Take the file's next bytes; the memory is the caller's again afterwards. Waits while too much is on its way, and
         raises UserError where an earlier part could not be sent."""
-        data = data.cast("B")
+        data = data.cast("B") if data.nbytes else memoryview(b"")
         while data:
             if not self._part:
                 self._part = bytearray(min(self._part_size, self._size - self._taken))
@@ -243,6 +243,9 @@ class _Patient:
             raise UserError(f"`{kind}://` cannot be written to", hint="a directory, s3:// and gs:// can")
         self.target = _TARGETS[kind](url, patience)
         self._patience = patience
+
+    def children(self) -> list[str]:
+        return self._persist(lambda: self.target.children(""), "listing", "")
 
     def listed(self) -> dict[str, Status]:
         found = self._persist(lambda: self.target.files(""), "listing", "")

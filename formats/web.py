@@ -42,6 +42,7 @@ _OF_AN_ITERATION = (
 )  # fmt: skip
 _OF_A_ROOT = (_TRACKER, "latest_train_state.pt")
 _AT_ONCE = 8
+_QUOTED = "/%:@!$&'()*+,;=~"  # what may stand in a path as it is
 _NO_RANGES = "use a server that answers `Range: bytes=…` with 206, or fetch the directory first"
 
 
@@ -51,7 +52,7 @@ class Web:
 
     def __init__(self, url: str, patience: Patience) -> None:
         parts = split_url(url)
-        self._root = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}/"
+        self._root = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{quote(parts.path, safe=_QUOTED).rstrip('/')}/"
         self._query = f"?{parts.query}" if parts.query else ""
         self._patience = patience
         self._credentials = _credentials(url)
@@ -70,7 +71,7 @@ class Web:
     def status(self, path: str) -> Status | None:
         """By HEAD; by the first byte where a server does not answer that."""
         with self._ask("HEAD", path, {}) as answer:
-            if answer.status == 200 and answer.header("Content-Length"):
+            if answer.status == 200 and answer.header("Content-Length").isdigit():
                 return Status(int(answer.header("Content-Length")), *tag_of(answer))
             if answer.status in (404, 410):
                 return None
@@ -98,7 +99,7 @@ class Web:
             if self._known is None:
                 self._known = self._probe(self._named(""))
         below = {path: status for path, status in self._known.items() if path.startswith(prefix)}
-        return below or self._probe(self._named(prefix))
+        return below if below or not prefix else self._probe(self._named(prefix))
 
     def close(self) -> None:
         self._client.close()

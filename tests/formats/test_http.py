@@ -118,6 +118,13 @@ class Circle(Server):
         handler.answer(302, headers={"Location": "/again"})
 
 
+def test_a_url_with_blanks_is_quoted() -> None:
+    server = WebServer()
+    server.files["my model+1/config.json"] = b"{}"
+    with server.running():
+        assert read(f"{server.url}/my model+1") == read(f"{server.url}/my%20model+1/") == b"{}"
+
+
 def test_redirects_in_circles_end() -> None:
     server = Circle()
     with server.running(), pytest.raises(UserError, match="redirects in circles"):

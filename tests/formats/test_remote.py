@@ -463,6 +463,13 @@ def test_a_bucket_that_is_not_there_says_so(moto: int, monkeypatch: pytest.Monke
     assert SECRET not in str(caught.value)
 
 
+def test_an_endpoint_that_is_no_url_is_named_but_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"{SECRET}@nowhere")
+    with pytest.raises(UserError, match="check AWS_ENDPOINT_URL") as caught:
+        open_folder("s3://bucket/x")
+    assert SECRET not in str(caught.value)
+
+
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "botocore.session", None)
     with pytest.raises(UserError, match=r"pip install 'mbtools\[remote\]'"):
