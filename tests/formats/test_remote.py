@@ -54,11 +54,10 @@ def files() -> dict[str, bytes]:
 @contextmanager
 def _served(kind: str, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, port: int) -> Iterator[Place]:
     with ExitStack() as stack:
-        yield (
-            {"http": _web, "hf": _hub, "gs": _google}[kind](files, monkeypatch, stack)
-            if kind != "s3"
-            else _s3(files, monkeypatch, stack, port)
-        )
+        if kind == "s3":
+            yield _s3(files, monkeypatch, stack, port)
+        else:
+            yield {"http": _web, "hf": _hub, "gs": _google}[kind](files, monkeypatch, stack)
 
 
 def _run(stack: ExitStack, server: Server) -> Cutter:
