@@ -7,16 +7,18 @@ from contextlib import closing
 from pathlib import Path
 from typing import Unpack
 
-from converter import hub
 from converter.carry import carry_out
 from converter.exporting import ExportOptions, plan_export
 from converter.importing import ImportOptions, plan_import
 from converter.job import How, HowOptions, Summary, Talk
+from converter.sources import open_source
 from converter.values import CHOICES, KEEP
 from formats.disk import explained
 from formats.errors import UserError
-from formats.folder import LocalFolder
+from formats.folder import Folder, LocalFolder
 from formats.huggingface import HuggingFaceReader
+from formats.remote.folder import is_remote
+from formats.remote.store import without_secrets
 from formats.staging import check_target
 from formats.torch_dist import TorchDistReader
 
@@ -38,12 +40,13 @@ def hf_to_mcore(
 ) -> Summary:
     """Write a Hugging Face model as a Megatron distributed checkpoint for `tp` × `pp` ranks.
 
-    `source` is a directory or a Hub id; `integrity` writes the sha256 of every file, as megatron-core checks them. Raises
-    UserError before a byte moves for whatever cannot be converted exactly; after any failure nothing is at `target`.
+    `source` is a directory, a URL or a Hub id; `target` a directory, s3:// or gs://; `integrity` writes the sha256 of every
+    file, as megatron-core checks them. Raises UserError before a byte moves for whatever cannot be converted exactly; after
+    any failure nothing is at `target`.
     """
-    how, talk, target, folder = How(**options), talk or Talk(), Path(target), hub.resolve(source)
+    how, talk, target, folder = How(**options), talk or Talk(), str(target), open_source(source, or_hub=True)
     _check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, vocab_divisible_by=vocab_divisible_by, workers=how.workers)
-    check_target(target, folder.path, overwrite=how.overwrite)
+    _check_target(target, [folder], how)
     wanted = ImportOptions(
         tp=tp,
         pp=pp,
@@ -74,15 +77,26 @@ def mcore_to_hf(
     one that travelled; `max_shard_size` in bytes. Raises UserError before a byte moves for whatever cannot be converted
     exactly; after any failure nothing is at `target`.
     """
-    how, talk, target, root = How(**options), talk or Talk(), Path(target), LocalFolder(Path(source))
+    how, talk, target, root = How(**options), talk or Talk(), str(target), open_source(source)
     _check_options(dtype=dtype, max_shard_size=max_shard_size, workers=how.workers)
-    given = LocalFolder(Path(hf_config)) if hf_config else None
-    check_target(target, root.path, *([given.path] if given else []), overwrite=how.overwrite)
+    given = open_source(hf_config) if hf_config else None
+    _check_target(target, [root, *([given] if given else [])], how)
     wanted = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype)
     with closing(TorchDistReader(root)) as reader:
         job = plan_export(reader, root, target, wanted, talk)
         with closing(job.reader):
             return carry_out(job, how, talk)
+
+
+def _check_target(target: str, sources: Sequence[Folder], how: How) -> None:
+    """Refuse what would harm something, and what an object store cannot do."""
+    if not is_remote(target):
+        check_target(Path(target), *(one.path for one in sources if isinstance(one, LocalFolder)), overwrite=how.overwrite)
+    elif how.resume or how.verify:
+        raise UserError(
+            f"`--{'resume' if how.resume else 'verify'}` needs a directory as target, `{without_secrets(target)}` is none",
+            hint="nothing can be read there before all of it is; afterwards `mbconvert verify SRC DST` compares",
+        )
 
 
 def _check_options(*, dtype: str, **counts: int | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,12 @@ from converter import families, provenance, reference
 from converter.carried import CONFIG, Reference
 from converter.comparison import Side
 from converter.config import make_model
-from converter.job import Job, Talk, manifest, partial_directory
+from converter.job import Job, Talk, manifest, outputs_for
 from converter.plan import Making, as_stored, casts, to_huggingface
 from converter.run import check_zero
 from converter.sides import with_carried
 from formats.folder import FileIn, Folder
 from formats.huggingface import INDEX, HuggingFaceReader, HuggingFaceWriter, Shard, make_index, plan_shards, retyped
-from formats.outputs import LocalOutputs
 from formats.spec import Joined, dtype_name
 from formats.torch_dist import TorchDistReader
 
@@ -39,7 +37,7 @@ class ExportOptions:
     dtype: str
 
 
-def plan_export(reader: TorchDistReader, root: Folder, target: Path, wanted: ExportOptions, talk: Talk) -> Job:
+def plan_export(reader: TorchDistReader, root: Folder, target: str, wanted: ExportOptions, talk: Talk) -> Job:
     """Everything an export does. Raises UserError for whatever cannot be converted exactly."""
     origin = reference.find(reader, wanted.hf_config)
     family = families.find(origin.config.get("model_type"))
@@ -70,11 +68,11 @@ class _Planned:
     documents: Mapping[str, bytes]
 
 
-def _job(found: _Planned, target: Path, wanted: ExportOptions) -> Job:
+def _job(found: _Planned, target: str, wanted: ExportOptions) -> Job:
     given = wanted.hf_config.name if wanted.hf_config else None
     options = {"max_shard_size": wanted.max_shard_size, "dtype": wanted.dtype, "hf_config": given}
     laid_out = {file: shard.size for file, shard in found.shards.items()}
-    outputs = LocalOutputs(partial_directory(target, found.makings, {**options, "shards": laid_out}))
+    outputs = outputs_for(target, found.makings, {**options, "shards": laid_out})
     made = {*found.documents, provenance.FILE}
     copies = {name: file for name, file in found.origin.files.items() if name not in made}
     weights = {name: FileIn(found.reader.folder, name) for name in sorted(found.reader.container.files)}
@@ -100,6 +98,7 @@ def _job(found: _Planned, target: Path, wanted: ExportOptions) -> Job:
         sides=lambda written: (Side(found.root.label, found.joined, makings), _written(written)),
         copies=copies,
         documents=found.documents,
+        last=(INDEX, CONFIG),
     )
 
 

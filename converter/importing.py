@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from converter.carried import CONFIG, Luggage
 from converter.comparison import Side
 from converter.config import BUILT_IN_ROPE, Config, make_model, rope_numbers, to_megatron
 from converter.families import Family
-from converter.job import Job, Talk, manifest, partial_directory
+from converter.job import Job, Talk, manifest, outputs_for
 from converter.layout import Layout, make_layout
 from converter.model import Model
 from converter.plan import Plan, casts, placed
@@ -24,10 +23,10 @@ from converter.plan import to_megatron as plan_megatron
 from converter.run import check_equal
 from converter.sides import huggingface_side, megatron_side
 from converter.values import KEEP
+from formats.dcp_index import METADATA
 from formats.folder import FileIn, Folder
 from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
-from formats.outputs import LocalOutputs
 from formats.torch_dist import Placed, TorchDistReader, TorchDistWriter, iteration_folder
 
 
@@ -57,7 +56,7 @@ class _Planned:
     luggage: Luggage
 
 
-def plan_import(reader: HuggingFaceReader, target: Path, wanted: ImportOptions, talk: Talk) -> Job:
+def plan_import(reader: HuggingFaceReader, target: str, wanted: ImportOptions, talk: Talk) -> Job:
     """Everything an import does. Raises UserError for whatever cannot be converted exactly."""
     found = _planned(reader, wanted)
     for text in notes(found.config, found.plan, found.luggage):
@@ -76,10 +75,10 @@ def _planned(reader: HuggingFaceReader, wanted: ImportOptions) -> _Planned:
     return _Planned(reader, config, family, model, layout, plan, carried.pack(reader, plan.extras))
 
 
-def _job(found: _Planned, target: Path, wanted: ImportOptions) -> Job:
+def _job(found: _Planned, target: str, wanted: ImportOptions) -> Job:
     reader, plan, luggage = found.reader, found.plan, found.luggage
     options = _options(wanted, found.layout)
-    outputs = LocalOutputs(partial_directory(target, plan.makings, options))
+    outputs = outputs_for(target, plan.makings, options)
     folder = f"{iteration_folder(0)}/"
     weights = {name: FileIn(reader.folder, name) for name in reader.shards}
     documents = {**luggage.documents, **_documents(found, vocab_multiple=wanted.vocab_divisible_by)}
@@ -101,6 +100,7 @@ def _job(found: _Planned, target: Path, wanted: ImportOptions) -> Job:
         copies={f"{folder}{name}": file for name, file in luggage.copies.items()},
         documents={f"{folder}{name}": data for name, data in documents.items()},
         folder=folder,
+        last=(f"{folder}{METADATA}",),
         integrity=wanted.integrity,
     )
 

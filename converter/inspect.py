@@ -10,10 +10,11 @@ from typing import Any, cast
 
 from converter import families, provenance, run_config
 from converter.carried import CONFIG, unpack
+from converter.sources import open_source
 from formats.dcp_index import METADATA
 from formats.disk import explained
 from formats.errors import UserError
-from formats.folder import Folder, LocalFolder
+from formats.folder import Folder
 from formats.huggingface import INDEX, HuggingFaceReader
 from formats.json_objects import read_json
 from formats.spec import TensorSpec, dtype_name, extent
@@ -59,9 +60,7 @@ def inspect(path: str | Path, *, tensors: bool = False) -> Report:
 
     Raises UserError if it is neither, or damaged.
     """
-    if not Path(path).is_dir():
-        raise UserError(f"`{path}` is not a directory")
-    folder = LocalFolder(Path(path))
+    folder = open_source(path)
     return _megatron(folder, tensors=tensors) if kind(folder) == TORCH_DIST else _huggingface(folder, tensors=tensors)
 
 

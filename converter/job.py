@@ -15,6 +15,8 @@ from converter.plan import Making
 from formats import integrity
 from formats.folder import FileIn, Folder
 from formats.outputs import LocalOutputs
+from formats.remote.folder import is_remote
+from formats.remote.outputs import RemoteOutputs
 from formats.spec import Reader, TensorSpec, Writer
 
 
@@ -54,10 +56,10 @@ class Job:
 
     command: str
     source: str
-    target: Path
+    target: str
     reader: Reader
     writer: Writer
-    outputs: LocalOutputs
+    outputs: LocalOutputs | RemoteOutputs
     makings: Sequence[Making]
     manifest: Mapping[str, Any]
     """What must be unchanged for another run to go on with this one."""
@@ -86,10 +88,8 @@ class Job:
     """Where `conversion.json` and `integrity.json` lie."""
 
     integrity: bool = False
-
-    @property
-    def partial(self) -> Path:
-        return self.outputs.directory
+    last: tuple[str, ...] = ()
+    """The files that say that the output is whole, beside the writer's markers."""
 
     @property
     def files(self) -> dict[str, int]:
@@ -131,6 +131,13 @@ class Summary:
     workers: int
     verified: bool = False
     reused_bytes: int = 0
+
+
+def outputs_for(target: str, makings: Iterable[Making], options: Mapping[str, Any]) -> LocalOutputs | RemoteOutputs:
+    """Where a conversion writes: up to a URL, or into a directory until it is whole."""
+    if is_remote(target):
+        return RemoteOutputs(target)
+    return LocalOutputs(partial_directory(Path(target), makings, options))
 
 
 def partial_directory(target: Path, makings: Iterable[Making], options: Mapping[str, Any]) -> Path:

@@ -22,7 +22,7 @@ from formats.spec import Array
 
 BAND_BYTES = 4 << 20
 
-_NOT_OF_THE_MODEL = {".git", ".cache", ".huggingface"}
+NOT_OF_THE_MODEL = {".git", ".cache", ".huggingface"}
 
 
 class Folder(Protocol):
@@ -147,7 +147,7 @@ class LocalFolder:
     def files(self) -> list[str]:
         found: list[str] = []
         for folder, folders, files in self.path.walk():
-            closed = {name for name in folders if name in _NOT_OF_THE_MODEL or (folder / name).is_symlink()}
+            closed = {name for name in folders if name in NOT_OF_THE_MODEL or (folder / name).is_symlink()}
             folders[:] = [name for name in folders if name not in closed]
             inside = [f"{name}/" if name in closed or (folder / name).is_dir() else name for name in [*closed, *files]]
             prefix = "" if folder == self.path else f"{folder.relative_to(self.path).as_posix()}/"

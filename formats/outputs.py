@@ -19,24 +19,34 @@ BYPASS_FROM = 64 << 10
 """Shorter writes are not worth bypassing the page cache."""
 
 
+Tap = Callable[[str, int, memoryview], None]
+"""Told of every array written: the file, where in it, and its bytes."""
+
+
 class Outputs(Protocol):
-    """Files being written, at any position, from any thread. Names are relative to the output."""
+    """Files being written. Names are relative to the output; arrays come in any order, from any thread."""
+
+    tap: Tap | None
 
     def write(self, file: str, offset: int, data: Array) -> None:
         """Put an array, in C order, at `offset`."""
         ...
 
+    def begin(self, file: str, size: int) -> None:
+        """Start a file that `put` will fill from its first byte to its last."""
+        ...
+
     def put(self, file: str, offset: int, data: bytes | memoryview) -> None:
-        """Put a few bytes at `offset`."""
+        """Put bytes that are no array's at `offset`."""
+        ...
+
+    def sync(self) -> None:
+        """Get everything written so far to where it outlives this process."""
         ...
 
     def close(self) -> None:
         """Let go of open files or connections."""
         ...
-
-
-Tap = Callable[[str, int, memoryview], None]
-"""Told of every array written: the file, where in it, and its bytes."""
 
 
 class LocalOutputs:
@@ -67,11 +77,13 @@ class LocalOutputs:
         if self.tap:
             self.tap(file, offset, placed)
 
+    def begin(self, file: str, size: int) -> None:  # noqa: ARG002 - a file grows by itself
+        self._buffered.descriptor(self.directory / file)
+
     def put(self, file: str, offset: int, data: bytes | memoryview) -> None:
         self._write_buffered(file, offset, memoryview(data))
 
     def sync(self) -> None:
-        """Get everything written so far onto the disk."""
         self._buffered.sync()
         self._direct.sync()
 
