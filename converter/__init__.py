@@ -10,6 +10,6 @@ from converter.inspect import inspect
 from converter.job import Summary, Talk
 from converter.proof import check_directory as check
 from converter.proof import verify_directories as verify
-from formats.errors import UserError
+from formats.errors import TransientError, UserError
 
-__all__ = ["Summary", "Talk", "UserError", "check", "hf_to_mcore", "inspect", "mcore_to_hf", "verify"]
+__all__ = ["Summary", "Talk", "TransientError", "UserError", "check", "hf_to_mcore", "inspect", "mcore_to_hf", "verify"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -60,8 +61,8 @@ def inspect(path: str | Path, *, tensors: bool = False) -> Report:
 
     Raises UserError if it is neither, or damaged.
     """
-    folder = open_source(path)
-    return _megatron(folder, tensors=tensors) if kind(folder) == TORCH_DIST else _huggingface(folder, tensors=tensors)
+    with closing(open_source(path)) as folder:
+        return _megatron(folder, tensors=tensors) if kind(folder) == TORCH_DIST else _huggingface(folder, tensors=tensors)
 
 
 def kind(folder: Folder) -> str:

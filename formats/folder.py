@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,8 @@ from formats.arrays import Buffer, as_bytes
 from formats.disk import BLOCK, Files, read_exactly
 from formats.errors import UserError
 from formats.spec import Array
+
+_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)$")  # of the Hub's cache
 
 BAND_BYTES = 4 << 20
 
@@ -36,6 +39,11 @@ class Folder(Protocol):
     @property
     def name(self) -> str:
         """The last part of it."""
+        ...
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        """Where its content comes from: `id` and `revision` on the Hub where they are known, else its `name`."""
         ...
 
     def has(self, name: str) -> bool:
@@ -122,6 +130,11 @@ class LocalFolder:
     @property
     def name(self) -> str:
         return self.path.resolve().name
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        found = _SNAPSHOT.search(str(self.path))
+        return {"id": f"{found[1]}/{found[2]}", "revision": found[3]} if found else {"name": self.name}
 
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()

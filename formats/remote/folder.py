@@ -157,6 +157,10 @@ class RemoteFolder:
     def name(self) -> str:
         return file_name(self._prefix[:-1]) or self._opened.store.name
 
+    @property
+    def origin(self) -> Mapping[str, str]:
+        return self._opened.store.origin or {"name": self.name}
+
     def has(self, name: str) -> bool:
         return self._opened.status(self._prefix + name) is not None
 

@@ -41,6 +41,10 @@ class GoogleStorage:
     def name(self) -> str:
         return file_name(self.label)
 
+    @property
+    def origin(self) -> dict[str, str]:
+        return {}
+
     def status(self, path: str) -> Status | None:
         found = self._json(f"o/{quote(self._start + path, safe='')}", fields="size,generation")
         return _status(found) if found else None

@@ -54,6 +54,12 @@ class Hub:
             self.close()
             raise
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """The id, and the commit that was fixed when this was made."""
+        found = {"id": self._name, "revision": self.commit}
+        return {**found, "folder": self._folder} if self._folder else found
+
     def status(self, path: str) -> Status | None:
         return self._files.get(path)
 

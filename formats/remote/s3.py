@@ -50,6 +50,10 @@ class S3:
     def name(self) -> str:
         return file_name(self.label)
 
+    @property
+    def origin(self) -> dict[str, str]:
+        return {}
+
     def status(self, path: str) -> Status | None:
         try:
             found = self.client.head_object(Bucket=self.bucket, Key=self.start + path, ChecksumMode="ENABLED")

@@ -43,6 +43,11 @@ class Store(Protocol):
         """The last part of it."""
         ...
 
+    @property
+    def origin(self) -> Mapping[str, str]:
+        """A name of the content that does not change, if there is one."""
+        ...
+
     def status(self, path: str) -> Status | None:
         """A file's status; None if it is not there."""
         ...

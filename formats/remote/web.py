@@ -68,6 +68,10 @@ class Web:
     def name(self) -> str:
         return file_name(self.label)
 
+    @property
+    def origin(self) -> dict[str, str]:
+        return {}
+
     def status(self, path: str) -> Status | None:
         """By HEAD; by the first byte where a server does not answer that."""
         with self._ask("HEAD", path, {}) as answer:

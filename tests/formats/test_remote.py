@@ -6,10 +6,9 @@ import hashlib
 import json
 import os
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,24 +17,9 @@ from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.remote.folder import open_folder
 from formats.remote.retry import Patience
-from tests.formats.conftest import SECRET
-from tests.servers import HOST, Cutter, Fault, GoogleServer, HubServer, Server, WebServer
-
-HURRIED = Patience(attempts=6, first=0.002, longest=0.01, silence=5)
-BIG = "model-00001-of-00002.safetensors"
-KINDS = ("http", "hf", "s3", "gs")
-
-
-@dataclass
-class Place:
-    """Somewhere to read `files` from, and ways to harm it."""
-
-    url: str
-    put: Callable[[str, bytes], None]
-    cutter: Cutter
-
-    def open(self, patience: Patience = HURRIED) -> Folder:
-        return open_folder(self.url, patience=patience)
+from tests.conftest import SECRET
+from tests.places import BIG, HURRIED, KINDS, Place, served
+from tests.servers import HOST, Fault, HubServer, WebServer
 
 
 @pytest.fixture
@@ -51,77 +35,9 @@ def files() -> dict[str, bytes]:
     }
 
 
-@contextmanager
-def _served(kind: str, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, port: int) -> Iterator[Place]:
-    with ExitStack() as stack:
-        if kind == "s3":
-            yield _s3(files, monkeypatch, stack, port)
-        else:
-            yield {"http": _web, "hf": _hub, "gs": _google}[kind](files, monkeypatch, stack)
-
-
-def _run(stack: ExitStack, server: Server) -> Cutter:
-    stack.enter_context(server.running())
-    return _cutter(stack, server.port)
-
-
-def _cutter(stack: ExitStack, port: int) -> Cutter:
-    cutter = Cutter(port)
-    stack.enter_context(cutter.running())
-    return cutter
-
-
-def _web(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, stack: ExitStack) -> Place:
-    server = WebServer()
-    server.files.update({f"models/tiny one/{name}": data for name, data in files.items()})
-    cutter = _run(stack, server)
-    url = f"http://{HOST}:{cutter.port}/models/tiny%20one"
-    return Place(url, lambda name, data: server.files.update({f"models/tiny one/{name}": data}), cutter)
-
-
-def _hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, stack: ExitStack) -> Place:
-    far = WebServer()
-    cutter = _run(stack, far)
-    server = HubServer("org/tiny", far)
-    server.far = f"http://{HOST}:{cutter.port}"
-    server.secret = SECRET
-    server.files.update(files)
-    stack.enter_context(server.running())
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    return Place("hf://org/tiny@v1", lambda name, data: server.files.update({name: data}), cutter)
-
-
-def _google(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, stack: ExitStack) -> Place:
-    server = GoogleServer("bucket")
-    for name, data in files.items():
-        server.put(f"models/tiny one/{name}", data)
-    cutter = _run(stack, server)
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{HOST}:{cutter.port}")
-    return Place("gs://bucket/models/tiny one", lambda name, data: server.put(f"models/tiny one/{name}", data), cutter)
-
-
-def _s3(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, stack: ExitStack, port: int) -> Place:
-    from formats.remote.s3 import open_client
-
-    cutter = _cutter(stack, port)
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{HOST}:{cutter.port}")
-    client = open_client(HURRIED)
-    bucket = f"bucket-{cutter.port}"
-    client.create_bucket(Bucket=bucket)
-
-    def put(name: str, data: bytes) -> None:
-        extra = {"ChecksumAlgorithm": "SHA256"} if name == BIG else {}
-        client.put_object(Bucket=bucket, Key=f"models/tiny one/{name}", Body=data, **extra)
-
-    for name, data in files.items():
-        put(name, data)
-    stack.callback(client.close)
-    return Place(f"s3://{bucket}/models/tiny one", put, cutter)
-
-
 @pytest.fixture(params=KINDS)
 def place(request, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, moto: int) -> Iterator[Place]:
-    with _served(request.param, files, monkeypatch, moto) as place:
+    with served(request.param, files, monkeypatch, moto) as place:
         yield place
 
 
@@ -184,7 +100,7 @@ def test_connections_that_never_hold_are_an_error_that_names_file_and_range(plac
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "hf"])
 def test_another_version_is_an_error(kind: str, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, moto: int) -> None:
-    with _served(kind, files, monkeypatch, moto) as place:
+    with served(kind, files, monkeypatch, moto) as place:
         folder = place.open()
         before = folder.version(BIG)
         read(folder, BIG, 0, 100_000)
@@ -222,7 +138,7 @@ def test_secrets_stand_in_no_label(place: Place) -> None:
 
 @pytest.mark.parametrize("kind", ["hf", "s3"])
 def test_hashes_are_told_where_they_are_known(kind: str, files, monkeypatch: pytest.MonkeyPatch, moto: int) -> None:
-    with _served(kind, files, monkeypatch, moto) as place:
+    with served(kind, files, monkeypatch, moto) as place:
         folder = place.open()
         folder.files()
         assert folder.sha256(BIG) == hashlib.sha256(files[BIG]).hexdigest()

@@ -9,69 +9,20 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import pytest
 
 from formats.errors import UserError
 from formats.remote import upload as upload_module
 from formats.remote.folder import open_folder
-from formats.remote.retry import Patience
-from formats.remote.s3 import open_client
 from formats.remote.upload import Upload, exists, part_size
-from tests.servers import HOST, Cutter, Fault, GoogleServer, Handler
+from tests.places import HURRIED, Store, google_store, s3_store
+from tests.servers import Fault, GoogleServer, Handler
 
-HURRIED = Patience(attempts=6, first=0.002, longest=0.01, silence=5)
 TRACKER = "latest_checkpointed_iteration.txt"
 INDEX = "iter_0000000/.metadata"
 DATA = "iter_0000000/__0_0.distcp"
 MIB = 1 << 20
-
-
-@dataclass
-class Store:
-    """A bucket to upload to, and what is in it."""
-
-    url: str
-    cutter: Cutter
-    objects: Callable[[], dict[str, bytes]]
-    unfinished: Callable[[], int]
-    put: Callable[[str, bytes], None]
-
-
-def _s3(stack: ExitStack, monkeypatch: pytest.MonkeyPatch, port: int) -> Store:
-    cutter = Cutter(port)
-    stack.enter_context(cutter.running())
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{HOST}:{cutter.port}")
-    client, bucket = open_client(HURRIED), f"uploads-{cutter.port}"
-    client.create_bucket(Bucket=bucket)
-    stack.callback(client.close)
-
-    def objects() -> dict[str, bytes]:
-        keys = [item["Key"] for item in client.list_objects_v2(Bucket=bucket).get("Contents", ())]
-        return {key.removeprefix("out/"): client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
-
-    def unfinished() -> int:
-        return len(client.list_multipart_uploads(Bucket=bucket).get("Uploads", ()))
-
-    def put(name: str, data: bytes) -> None:
-        client.put_object(Bucket=bucket, Key=f"out/{name}", Body=data)
-
-    return Store(f"s3://{bucket}/out", cutter, objects, unfinished, put)
-
-
-def _google(server: GoogleServer, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> Store:
-    stack.enter_context(server.running())
-    cutter = Cutter(server.port)
-    stack.enter_context(cutter.running())
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{HOST}:{cutter.port}")
-    return Store(
-        "gs://bucket/out",
-        cutter,
-        lambda: {name.removeprefix("out/"): data for name, data in server.files.items()},
-        lambda: len(server.uploads),
-        lambda name, data: server.put(f"out/{name}", data),
-    )
 
 
 @pytest.fixture
@@ -84,13 +35,13 @@ def google() -> Iterator[GoogleServer]:
 @pytest.fixture(params=["s3", "gs"])
 def store(request, google: GoogleServer, moto: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     with ExitStack() as stack:
-        yield _s3(stack, monkeypatch, moto) if request.param == "s3" else _google(google, stack, monkeypatch)
+        yield s3_store(stack, monkeypatch, moto) if request.param == "s3" else google_store(google, stack, monkeypatch)
 
 
 @pytest.fixture
 def bucket(google: GoogleServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     with ExitStack() as stack:
-        yield _google(google, stack, monkeypatch)
+        yield google_store(google, stack, monkeypatch)
 
 
 @pytest.fixture
