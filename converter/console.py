@@ -18,7 +18,7 @@ from converter import families
 from converter.comparison import Comparison
 from converter.inspect import Report
 from converter.job import Summary, Talk
-from converter.memory import resident_memory
+from converter.memory import peak_memory, resident_memory
 from converter.proof import check_directory, verify_directories
 from converter.ranks import from_environment
 from formats.disk import free_bytes
@@ -68,7 +68,7 @@ def verify(one: str, other: str, *, cast: str | None, workers: int | None, as_js
     with talking(quiet=quiet or as_json) as talk:
         found = verify_directories(one, other, cast=cast, workers=workers, talk=talk)
     if as_json:
-        click.echo(json.dumps({"same": found.same, **asdict(found)}))
+        click.echo(json.dumps({"same": found.same, **asdict(found), "peak_memory": peak_memory()}))
     elif not quiet:
         show_comparison(found)
     return 0 if found.same else 1
