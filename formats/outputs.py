@@ -78,7 +78,7 @@ class LocalOutputs:
             self.tap(file, offset, placed)
 
     def begin(self, file: str, size: int) -> None:  # noqa: ARG002 - a file grows by itself
-        self._buffered.descriptor(self.directory / file)
+        self._buffered.descriptor(self._path(file))
 
     def put(self, file: str, offset: int, data: bytes | memoryview) -> None:
         self._write_buffered(file, offset, memoryview(data))
@@ -101,9 +101,16 @@ class LocalOutputs:
         copy(placed, data)
         return as_bytes(placed)
 
+    def _path(self, file: str) -> Path:
+        """Folders below are made; the directory itself is not: if it is gone, another run has it, or has finished it."""
+        path = self.directory / file
+        if not self.directory.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.directory))
+        return path
+
     def _write_direct(self, file: str, offset: int, data: memoryview) -> None:
         try:
-            write_all(self._direct.descriptor(self.directory / file), data, offset)
+            write_all(self._direct.descriptor(self._path(file)), data, offset)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
@@ -112,7 +119,7 @@ class LocalOutputs:
 
     def _write_buffered(self, file: str, offset: int, data: memoryview) -> None:
         """Through the page cache; long writes are started towards the disk at once, so that it works while we read on."""
-        descriptor = self._buffered.descriptor(self.directory / file)
+        descriptor = self._buffered.descriptor(self._path(file))
         write_all(descriptor, data, offset)
         if len(data) >= BYPASS_FROM:
             os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
