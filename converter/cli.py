@@ -5,10 +5,11 @@ Commands import what they need when they run, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -136,6 +137,7 @@ def main() -> None:
     """The program. Errors a user can mend are shown without a traceback."""
     from formats.errors import UserError  # noqa: PLC0415
 
+    cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")  # names in a damaged file may be no text
     try:
         cli.main(standalone_mode=False)
     except UserError as error:

@@ -18,9 +18,9 @@ from typing import Any, cast
 import numpy as np
 
 from formats.disk import Files, Outputs, Stored, place_of, read_box, write_box
-from formats.errors import UserError
+from formats.errors import UserError, shown
 from formats.json_objects import parse_json, read_json
-from formats.spec import DTYPES, Array, Region, TensorSpec, dtype_name, whole_number
+from formats.spec import DTYPES, Array, Region, TensorSpec, dtype_name, possible_shape, whole_number
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -108,25 +108,17 @@ def _span(name: str, entry: Any, source: str) -> tuple[int, int]:
         case [int(start), int(stop)] if whole_number(start) and whole_number(stop) and start <= stop:
             return start, stop
         case _:
-            raise UserError(f"`{source}`: `{name}` has data offsets `{_short(offsets)}`", hint="the header is damaged")
+            raise UserError(f"`{source}`: `{name}` has data offsets `{shown(offsets)}`", hint="the header is damaged")
 
 
 def _spec(name: str, entry: dict[str, Any], source: str) -> TensorSpec:
     shape, dtype = entry.get("shape"), entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in _DTYPE_OF:
-        raise UserError(f"`{source}`: `{name}` has dtype `{dtype}`", hint=f"known are {', '.join(_DTYPE_OF)}")
+        raise UserError(f"`{source}`: `{name}` has dtype `{shown(dtype)}`", hint=f"known are {', '.join(_DTYPE_OF)}")
     sizes = cast("list[Any]", shape if isinstance(shape, list) else [shape])
-    if not all(whole_number(size) for size in sizes):
-        raise UserError(f"`{source}`: `{name}` has shape `{_short(shape)}`", hint="the header is damaged")
+    if not possible_shape(sizes):
+        raise UserError(f"`{source}`: `{name}` has shape `{shown(shape)}`", hint="the header is damaged")
     return TensorSpec(name, tuple(sizes), _DTYPE_OF[dtype])
-
-
-def _short(value: Any) -> str:
-    """A value for a message; numbers of thousands of digits cannot even be printed."""
-    try:
-        return str(value)[:100]
-    except ValueError:
-        return "a number of thousands of digits"
 
 
 class HuggingFaceReader:
@@ -177,7 +169,7 @@ def weight_map(directory: Path) -> dict[str, str]:
         raise UserError(f"`{INDEX}` has no `weight_map`")
     for file in cast("dict[str, Any]", listed).values():
         if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
-            raise UserError(f"`{INDEX}` names the file `{file}`, which leaves the directory; it was not opened")
+            raise UserError(f"`{INDEX}` names the file `{shown(file)}`, which leaves the directory; it was not opened")
     return cast("dict[str, str]", listed)
 
 
