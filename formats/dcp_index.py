@@ -23,6 +23,7 @@ from formats.spec import Region, Shape, dtype_name, extent, intersect, whole_num
 from formats.torch_zip import DTYPE_OF, TORCH_NAMES, read_sizes
 
 METADATA = ".metadata"
+_LONGEST_NAME = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ def read_index(directory: Path) -> Index:
                 objects = {name for name, one in described.items() if one.kind.name == "BytesStorageMetadata"}
             case _:
                 raise UserError(f"`{METADATA}` is not the index of a distributed checkpoint")
-    if not all(isinstance(name, str) for name in described):
+    if not all(_is_name(name) for name in described):
         raise _unstructured("a tensor's name is not text")
     _check_apart(places)
     return Index(tensors, objects, places)
@@ -143,8 +144,15 @@ def make_index(tensors: Mapping[str, ChunkedTensor], objects: Mapping[str, Place
 
 
 def _index_key(index: Record) -> tuple[str, Shape | None]:
-    offset = index.get("offset")
-    return index["fqn"], None if offset is None else read_sizes(offset)
+    name, offset = index["fqn"], index.get("offset")
+    if not _is_name(name):
+        raise _unstructured("a tensor's name is not text")
+    return name, None if offset is None else read_sizes(offset)
+
+
+def _is_name(name: Any) -> bool:
+    """Text, and not so long that taking names apart takes long."""
+    return isinstance(name, str) and len(name) <= _LONGEST_NAME
 
 
 def _dtype(name: str, properties: Record) -> np.dtype[Any]:
