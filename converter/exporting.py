@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from converter.carried import CONFIG, Reference
+from converter.carried import CONFIG, EXTRAS, Reference
 from converter.families import Family
 from converter.model import Model
 from converter.plan import Copy, Making
+from converter.rules import fill
+from formats.errors import UserError, shown
 from formats.huggingface import INDEX, HuggingFaceReader, Shard, make_index, plan_shards, retyped
-from formats.spec import TensorSpec, dtype_name
+from formats.spec import dtype_name
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """What transformers' `save_pretrained` takes."""
@@ -39,11 +41,16 @@ def with_carried(
     if origin.extras is None:
         return [*makings, *tied], []
     reader = HuggingFaceReader(origin.extras.parent, files=[origin.extras.name])
-    return [*makings, *tied, *(_untouched(spec) for spec in reader.specs.values())], [reader]
+    return [*makings, *tied, *_untouched(reader, family, model)], [reader]
 
 
-def _untouched(spec: TensorSpec) -> Making:
-    return Making(spec, (Copy(spec.name, spec.dtype, 0, 0, spec.shape[0]),))
+def _untouched(reader: HuggingFaceReader, family: Family, model: Model) -> Iterator[Making]:
+    """Extras as they are. A file that was tampered with must not put other tensors in the place of weights."""
+    known = {fill(template, layer) for template in family.EXTRAS for layer in range(model.layers)}
+    for spec in reader.specs.values():
+        if spec.name not in known or not spec.shape:
+            raise UserError(f"`{EXTRAS}` holds `{spec.name}` of shape {list(spec.shape)}, for which this family has no place")
+        yield Making(spec, (Copy(spec.name, spec.dtype, 0, 0, spec.shape[0]),))
 
 
 def choose_shards(makings: Sequence[Making], origin: Reference, limit: int | None) -> dict[str, Shard]:
@@ -96,7 +103,7 @@ def _dtype_field(config: Mapping[str, Any]) -> str:
 
 def _dtype_change(origin: Reference, config: Mapping[str, Any]) -> str:
     field = _dtype_field(config)
-    return f"`{field}` from `{origin.config.get(field)}` to `{config[field]}`"
+    return f"`{field}` from `{shown(origin.config.get(field))}` to `{config[field]}`"
 
 
 def _main_dtype(shards: Mapping[str, Shard]) -> np.dtype[Any]:
