@@ -50,7 +50,9 @@ def parse_shard(raw: bytes, *, source: str) -> Shard:
     if len(raw) < 8 or struct.unpack("<Q", raw[:8])[0] != len(raw) - 8:
         raise UserError(f"`{source}` does not have the length its first 8 bytes say", hint="the header is damaged")
     entries = parse_json(raw[8:], source=source)
-    entries.pop("__metadata__", None)
+    described = entries.pop("__metadata__", {})
+    if not isinstance(described, dict) or not all(isinstance(text, str) for text in cast("dict[str, Any]", described).values()):
+        raise UserError(f"`{source}`: `__metadata__` should hold text alone", hint="the header is damaged")
     tensors: dict[str, tuple[TensorSpec, int]] = {}
     end = 0
     spans = sorted(((*_span(name, entry, source), name) for name, entry in entries.items()), key=lambda span: span[:2])
@@ -115,7 +117,7 @@ def _spec(name: str, entry: dict[str, Any], source: str) -> TensorSpec:
     shape, dtype = entry.get("shape"), entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in _DTYPE_OF:
         raise UserError(f"`{source}`: `{name}` has dtype `{shown(dtype)}`", hint=f"known are {', '.join(_DTYPE_OF)}")
-    sizes = cast("list[Any]", shape if isinstance(shape, list) else [shape])
+    sizes = cast("list[Any]", shape if isinstance(shape, list) else [None])
     if not possible_shape(sizes):
         raise UserError(f"`{source}`: `{name}` has shape `{shown(shape)}`", hint="the header is damaged")
     return TensorSpec(name, tuple(sizes), _DTYPE_OF[dtype])

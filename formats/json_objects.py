@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, cast
 from formats.errors import UserError
 
 _DEEPEST = 64
+_HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: bytes, *, source: str) -> dict[str, Any]:
@@ -22,7 +24,17 @@ def parse_json(text: bytes, *, source: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise UserError(f"`{source}` should be a JSON object, it is a {type(parsed).__name__}")
     _check_depth(parsed, source)
+    if _HALF_A_PAIR.search(text):
+        _check_text(parsed, source)
     return cast("dict[str, Any]", parsed)
+
+
+def _check_text(parsed: Any, source: str) -> None:
+    """Half a surrogate pair is no text: it could be read, but neither printed nor written."""
+    try:
+        json.dumps(parsed, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"`{source}` is not readable JSON: {error.reason}", hint="the file is damaged") from None
 
 
 def _check_depth(parsed: Any, source: str) -> None:
