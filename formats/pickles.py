@@ -182,6 +182,12 @@ class _Unpickler(_BASE):
 
     dispatch[pickle.SETITEMS[0]] = load_setitems
 
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(_dict(zip(items[::2], items[1::2], strict=True)))
+
+    dispatch[pickle.DICT[0]] = load_dict
+
     def load_additems(self) -> None:
         items = self.pop_mark()
         self.stack[-1].update(_set(items))

@@ -64,6 +64,7 @@ HOSTILE = {
     "huge_bytearray": b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x00abc.",
     "huge_string": b"\x80\x02X\xff\xff\xff\xffabc.",
     "nested_keys": b"\x80\x02})" + b"q\x00h\x00\x86" * 34 + b"K\x01s.",
+    "nested_keys_of_an_old_dict": b"\x80\x02()" + b"q\x00h\x00\x86" * 34 + b"K\x01d.",
     "duplicates": b"\x80\x02)" + b"2\x86" * 34 + b".",
     "set_of_nested": b"\x80\x04]" + b"))\x86\x86" + b"a\x8c\x08builtins\x8c\x03set\x93h\x00\x85R.",
     "sets_of_one_list": b"\x80\x04](" + b"K\x01" * 2000 + b"e\x94cbuiltins\nset\n\x94" + b"h\x01h\x00\x85R0" * 2000 + b"N.",
