@@ -208,7 +208,9 @@ def _check_tiling(name: str, shape: Shape, regions: Sequence[Region]) -> None:
 
 
 def _tiles(shape: Shape, regions: Sequence[Region]) -> bool:
-    """Do boxes tile a shape? Cut at every boundary along the first dimension, and ask each slab for the rest."""
+    """Do boxes inside a shape tile it? Where they lie in slabs along the first dimension, as megatron-core's do, each slab is
+    asked for the rest; else they must be apart and fill it. Cutting boxes that lie otherwise into slabs would double the
+    work with every dimension."""
     if not shape:
         return len(regions) == 1
     bounds = sorted({0, shape[0], *(r[0].start for r in regions), *(r[0].stop for r in regions)})
@@ -218,8 +220,20 @@ def _tiles(shape: Shape, regions: Sequence[Region]) -> bool:
     regular = all(span in by_span for span in pairwise(bounds)) and len(by_span) == len(bounds) - 1
     if regular:
         return all(_tiles(shape[1:], rest) for rest in by_span.values())
-    slabs = pairwise(bounds)
-    return all(_tiles(shape[1:], [r[1:] for r in regions if r[0].start <= a < r[0].stop]) for a, _ in slabs)
+    return sum(prod(extent(region)) for region in regions) == prod(shape) and _apart(regions)
+
+
+def _apart(regions: Sequence[Region]) -> bool:
+    """Do no two boxes share an element? Only those that share rows are compared."""
+    ordered = sorted(regions, key=lambda region: region[0].start)
+    for number, one in enumerate(ordered):
+        for after in range(number + 1, len(ordered)):
+            other = ordered[after]
+            if other[0].start >= one[0].stop:
+                break
+            if intersect(one, other) is not None:
+                return False
+    return True
 
 
 def _metadata_record(name: str, state: Any) -> Record:
