@@ -88,12 +88,16 @@ def fuzz(target: Target, folder: Path, *, inputs: int, seed: int, seconds: float
     rng, tally, started = Random(f"{seed} {target.name}"), Tally(target.name), time.monotonic()
     pool = [(number, base[target.file]) for number, base in enumerate(target.bases())]
     originals = len(pool)
+    undamaged = Tally(target.name)
     for number, data in pool:
-        sandbox.try_one(data, number, tally)
+        sandbox.try_one(data, number, undamaged)
+    assert undamaged.right == originals, f"{target.name}: the files are not read as they are: {undamaged}"
     with Coverage() as coverage:
         while tally.inputs < inputs and time.monotonic() - started < seconds:
             base, data = rng.choice(pool[:originals]) if rng.random() < 0.4 else rng.choice(pool)
             damaged = mutate(data, target.kind, rng, [other for _, other in pool[:originals]])
+            if damaged == data:
+                continue
             sandbox.try_one(damaged, base, tally)
             if coverage.grew() and len(pool) < _KEPT:
                 pool.append((base, damaged))
