@@ -17,6 +17,7 @@ from converter.job import Job, Talk, manifest, outputs_for
 from converter.plan import Making, as_stored, casts, to_huggingface
 from converter.run import check_zero
 from converter.sides import with_carried
+from formats.errors import shown
 from formats.folder import FileIn, Folder
 from formats.huggingface import INDEX, HuggingFaceReader, HuggingFaceWriter, Shard, make_index, plan_shards, retyped
 from formats.spec import Joined, dtype_name
@@ -157,7 +158,7 @@ def _dtype_field(config: Mapping[str, Any]) -> str:
 
 def _dtype_change(origin: Reference, config: Mapping[str, Any]) -> str:
     field = _dtype_field(config)
-    return f"`{field}` from `{origin.config.get(field)}` to `{config[field]}`"
+    return f"`{field}` from `{shown(origin.config.get(field))}` to `{config[field]}`"
 
 
 def _main_dtype(shards: Mapping[str, Shard]) -> np.dtype[Any]:

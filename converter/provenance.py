@@ -19,6 +19,7 @@ from formats.huggingface import Shard
 
 FILE = "conversion.json"
 _UNKNOWN = "0" * 64
+_VERSION = version("mbtools")
 
 
 def huggingface_source(folder: Folder, shards: Mapping[str, Shard]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def make(command: str, facts: Mapping[str, Any], names: Iterable[str], hashes: M
     """The document. `names` are the Hugging Face tensors; those whose hash is not known yet take as much room."""
     document = {
         "tool": "mbconvert",
-        "version": version("mbtools"),
+        "version": _VERSION,
         "command": command,
         **facts,
         "blake3": {name: hashes.get(name, _UNKNOWN) for name in sorted(names)},

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from converter import families, reference
-from converter.carried import CONFIG, Reference
+from converter.carried import CONFIG, EXTRAS, Reference
 from converter.comparison import Side
 from converter.config import make_model
 from converter.families import Family
 from converter.inspect import HUGGINGFACE, kind
 from converter.model import Model
 from converter.plan import Making, as_stored, to_huggingface
+from converter.rules import fill
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
@@ -82,7 +83,16 @@ def with_carried(
     if origin.extras is None:
         return [*makings, *again], []
     reader = HuggingFaceReader(origin.extras.folder, files=[origin.extras.name])
-    return [*makings, *again, *as_stored(reader.specs).values()], [reader]
+    return [*makings, *again, *_untouched(reader, family, model)], [reader]
+
+
+def _untouched(reader: HuggingFaceReader, family: Family, model: Model) -> Iterable[Making]:
+    """Extras as they are. A file that was tampered with must not put other tensors in the place of weights."""
+    known = {fill(template, layer) for template in family.EXTRAS for layer in range(model.layers)}
+    for spec in reader.specs.values():
+        if spec.name not in known or not spec.shape:
+            raise UserError(f"`{EXTRAS}` holds `{spec.name}` of shape {list(spec.shape)}, for which this family has no place")
+    return as_stored(reader.specs).values()
 
 
 def tied(makings: Iterable[Making], family: Family, model: Model) -> dict[str, Making]:

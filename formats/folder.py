@@ -28,6 +28,20 @@ BAND_BYTES = 4 << 20
 NOT_OF_THE_MODEL = {".git", ".cache", ".huggingface"}
 
 
+MOST_WHOLE = 256 << 20
+"""Larger files are not read whole: no index, configuration or tokenizer is."""
+
+
+def whole(folder: Folder, name: str) -> bytes:
+    """All bytes of a file that should be small; UserError if it is not."""
+    size = folder.size(name)
+    if size > MOST_WHOLE:
+        raise UserError(f"`{name}` has {size} bytes, more than any file of its kind", hint="the file is damaged")
+    out = bytearray(size)
+    folder.read_into(name, 0, memoryview(out))
+    return bytes(out)
+
+
 class Folder(Protocol):
     """An opened directory. Files may be read in any order and from several threads."""
 
@@ -168,9 +182,7 @@ class LocalFolder:
         return sorted(found)
 
     def get(self, name: str) -> bytes:
-        out = bytearray(self.size(name))
-        self.read_into(name, 0, memoryview(out))
-        return bytes(out)
+        return whole(self, name)
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
         path = self.path / name

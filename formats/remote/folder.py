@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from formats.errors import UserError
-from formats.folder import NOT_OF_THE_MODEL, Folder, LocalFolder
+from formats.folder import NOT_OF_THE_MODEL, Folder, LocalFolder, whole
 from formats.remote.gcs import GoogleStorage
 from formats.remote.hub import Hub
 from formats.remote.retry import BrokenError, Patience, persist
@@ -181,9 +181,7 @@ class RemoteFolder:
         return sorted({_closed(name) for name in names})
 
     def get(self, name: str) -> bytes:
-        out = bytearray(self.size(name))
-        self.read_into(name, 0, memoryview(out))
-        return bytes(out)
+        return whole(self, name)
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
         self._opened.read(self._prefix + name, offset, out)

@@ -24,7 +24,7 @@ from formats.remote.folder import open_folder
 from formats.remote.gcs import Access
 from formats.remote.http import Client
 from formats.remote.retry import BrokenError, Patience
-from tests.formats.conftest import SECRET
+from tests.conftest import SECRET
 from tests.servers import HOST, Cutter, Fault, Handler, Server, WebServer
 
 HURRIED = Patience(attempts=3, first=0.002, longest=0.01, silence=5)
