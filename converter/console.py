@@ -58,7 +58,7 @@ def convert(action: Callable[..., Summary], source: str, target: str, *, as_json
         click.echo(
             f"done{', verified' if summary.verified else ''}: {summary.tensors} tensors, {count(summary.parameters)} parameters, "
             f"{size(summary.total_bytes)} in {summary.seconds:.1f} s ({rate}/s), peak memory {size(summary.peak_memory)} "
-            f"-> {summary.target}",
+            f"-> {summary.target}{f', {size(summary.reused_bytes)} were there' if summary.reused_bytes else ''}",
             err=True,
         )
 

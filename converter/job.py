@@ -150,4 +150,4 @@ def partial_directory(target: Path, makings: Iterable[Making], options: Mapping[
 def manifest(command: str, options: Mapping[str, Any], files: Mapping[str, FileIn]) -> dict[str, Any]:
     """What must be the same for a run to go on with what another began."""
     versions = {f"the source's `{name}`": file.folder.version(file.name) for name, file in files.items()}
-    return {"command": command, "options": dict(options), **versions}
+    return {"command": command, **{f"option `{name}`": value for name, value in options.items()}, **versions}

@@ -151,7 +151,7 @@ def test_exit_codes_and_output(pair, tmp_path):
     edit(other, lambda tensors: tensors["model.norm.weight"].__setitem__(7, 5.0))
     done = mbconvert("verify", one, other)
     assert done.returncode == 1
-    assert done.stdout.startswith("`model.norm.weight`: 1 elements differ, first at [7]: ")
+    assert done.stdout.startswith("`model.norm.weight`: 1 element differs at [7]: ")
     assert done.stdout.splitlines()[1].startswith("DIFFERENT: 39 tensors")
     found = json.loads(mbconvert("verify", one, other, "--json").stdout)
     assert (found["same"], found["different"][0]["name"]) == (False, "model.norm.weight")
@@ -181,7 +181,7 @@ def test_verify_sees_what_a_lying_disk_holds_and_leaves_no_target(model_folder, 
     source = model_folder("gqa", dtype="bfloat16")
     with monkeypatch.context() as patch:
         Lying(patch, nth)
-        with pytest.raises(UserError, match=r"what lies on the disk is not what was converted: `model\..* 1 elements differ"):
+        with pytest.raises(UserError, match=r"what lies on the disk is not what was converted: `model\..* 1 element differs"):
             hf_to_mcore(source, tmp_path / "m", tp=2, pp=2, verify=True)
     assert not list(tmp_path.iterdir())
     hf_to_mcore(source, tmp_path / "m", tp=2, pp=2, verify=True)
