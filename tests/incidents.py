@@ -57,7 +57,7 @@ class Shell:
         process = subprocess.Popen(
             [sys.executable, "-c", _SLOWLY, *THERE], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        while not any(path.stat().st_size > 100 for path in self.folder.glob("*.state/journal-*")):
+        while not any(re.search(rb"^\d+$", path.read_bytes(), re.MULTILINE) for path in self.folder.glob("*.state/journal-*")):
             time.sleep(0.01)
         process.send_signal(number)
         _, said = process.communicate()
