@@ -191,4 +191,5 @@ def mcore_to_hf(
 def _manifest(command: str, options: Mapping[str, Any], files: Mapping[str, FileIn]) -> dict[str, Any]:
     """What must be the same for a run to go on with what another began."""
     versions = {f"the source's `{name}`": file.folder.version(file.name) for name, file in files.items()}
-    return {"command": command, "options": dict(options), **versions}
+    said = {f"`{name}`": value for name, value in options.items()}
+    return {"command": command, **said, **versions}
