@@ -1,6 +1,6 @@
 """Move model weights between Hugging Face directories and Megatron distributed checkpoints.
 
-    from converter import hf_to_mcore, mcore_to_hf, inspect
+    from converter import hf_to_mcore, mcore_to_hf, verify, inspect, check
 
 Stands on numpy alone: nothing here imports torch, megatron-core or transformers.
 """
@@ -8,6 +8,8 @@ Stands on numpy alone: nothing here imports torch, megatron-core or transformers
 from converter.convert import hf_to_mcore, mcore_to_hf
 from converter.inspect import inspect
 from converter.job import Summary, Talk
-from formats.errors import UserError
+from converter.proof import check_directory as check
+from converter.proof import verify_directories as verify
+from formats.errors import TransientError, UserError
 
-__all__ = ["Summary", "Talk", "UserError", "hf_to_mcore", "inspect", "mcore_to_hf"]
+__all__ = ["Summary", "Talk", "TransientError", "UserError", "check", "hf_to_mcore", "inspect", "mcore_to_hf", "verify"]

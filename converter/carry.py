@@ -9,19 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from blake3 import blake3
 
 from converter import provenance
+from converter.comparison import compare
 from converter.job import How, Job, Summary, Talk
 from converter.journal import Finished, Journal, doubted_if_lost, read_journals
+from converter.lanes import cut, in_lanes
 from converter.memory import expected_peak, peak_memory
 from converter.plan import Making, Piece, pieces
-from converter.ranks import from_environment
+from converter.ranks import Ranks, from_environment
 from converter.ranks import share as share_of
 from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Task, Watch, run
-from converter.verify import compare
 from formats import integrity
 from formats.arrays import as_bytes
 from formats.disk import explained
@@ -29,9 +32,14 @@ from formats.errors import UserError
 from formats.folder import FileIn, LocalFolder
 from formats.in_order import InOrder
 from formats.integrity import Hash
+from formats.outputs import LocalOutputs
+from formats.remote.folder import is_remote
+from formats.remote.outputs import RemoteOutputs
+from formats.remote.store import without_secrets
+from formats.remote.upload import Upload
 from formats.rendezvous import Rendezvous
 from formats.spec import Array, Span
-from formats.staging import Stage, check_room, staged, sync_tree
+from formats.staging import Stage, check_room, check_sizes, staged, sync_tree
 
 
 def carry_out(job: Job, how: How, talk: Talk) -> Summary:
@@ -43,7 +51,7 @@ def carry_out(job: Job, how: How, talk: Talk) -> Summary:
     return Summary(
         command=job.command,
         source=job.source,
-        target=str(job.target),
+        target=without_secrets(job.target) if is_remote(job.target) else job.target,
         dry_run=how.dry_run,
         tensors=len(job.makings),
         parameters=sum(prod(making.spec.shape) for making in job.makings),
@@ -60,14 +68,17 @@ def carry_out(job: Job, how: How, talk: Talk) -> Summary:
 def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers: int) -> int:
     """All ranks of this run, from the lock to the commit; answers how many bytes this one need not write again."""
     ranks = from_environment()
-    place = job.partial.with_name(f"{job.partial.name}.ranks")
+    if isinstance(job.outputs, RemoteOutputs):
+        return _uploaded(job, how, talk, files, ranks)
+    target, partial = Path(job.target), job.outputs.directory
+    place = partial.with_name(f"{partial.name}.ranks")
     share = job.makings[share_of([making.spec.nbytes for making in job.makings], ranks.rank, ranks.size)]
     with (
-        explained(job.target),
-        Rendezvous(place, ranks.rank, ranks.size, ranks.run_id, target=job.target, note=talk.note) as together,
+        explained(target),
+        Rendezvous(place, ranks.rank, ranks.size, ranks.run_id, target=target, note=talk.note) as together,
         staged(
-            job.target,
-            job.partial,
+            target,
+            partial,
             {**job.manifest, "mbtools": version("mbtools"), "a piece size of": PIECE_BYTES},
             together,
             overwrite=how.overwrite,
@@ -75,8 +86,32 @@ def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers
             note=talk.note,
         ) as stage,
     ):
+        if together.is_first:
+            check_room(target, sum(files.values()), already=partial)
         carrying = _Carrying(job, talk, stage, together=together, share=share, workers=workers)
         return carrying.through(files, verify=how.verify)
+
+
+def _uploaded(job: Job, how: How, talk: Talk, files: Mapping[str, int], ranks: Ranks) -> int:
+    """The same to an object store: one process, and nothing that a later run could go on with."""
+    assert isinstance(job.outputs, RemoteOutputs)
+    if ranks.size > 1:
+        raise UserError(
+            f"`{without_secrets(job.target)}` cannot be written by {ranks.size} processes together",
+            hint="use one process, or convert to a shared file system and copy",
+        )
+    last = [name for name in job.last if name in files]
+    with (
+        TemporaryDirectory() as nowhere,
+        Rendezvous(Path(nowhere, "ranks"), 0, 1, ranks.run_id, target=Path(nowhere, "upload")) as together,
+        Upload(job.target, overwrite=how.overwrite) as upload,
+    ):
+        job.outputs.open(upload, job.writer.files, job.writer.spans)
+        stage = Stage(Path(nowhere), Path(nowhere))
+        carrying = _Carrying(job, talk, stage, together=together, share=job.makings, workers=how.workers or DEFAULT_WORKERS)
+        carrying.through(files, verify=False)
+        upload.commit([*last, *job.writer.markers])
+    return 0
 
 
 class _Carrying:
@@ -96,8 +131,6 @@ class _Carrying:
     def through(self, files: Mapping[str, int], *, verify: bool) -> int:
         """Everything up to the commit. The first rank does alone what lies beside the tensors, the others wait for it."""
         together = self._together
-        if together.is_first:
-            check_room(self._job.target, sum(files.values()), already=self._stage.partial)
         with closing(self._job.outputs), closing(Journal(self._stage.state, sync=self._job.outputs.sync)) as self._journal:
             if self._stage.resumed:
                 self._go_on()
@@ -160,7 +193,7 @@ class _Carrying:
             job.outputs.tap = lambda file, offset, data: self._contents.put(file, offset, data) if file in live else None
         look = {job.passing: self._look_at_read if job.passing == "read" else self._look_at_made}
         watch = Watch(**look, done=self._done, stop=self._stop)  # pyright: ignore[reportArgumentType]
-        run(self._tasks(), job.reader, job.writer, workers=self._workers, watch=watch)
+        run(self._in_lanes(), job.reader, job.writer, workers=self._workers, watch=watch)
         return reused
 
     def _pieces(self) -> Iterator[tuple[int, Piece]]:
@@ -174,6 +207,14 @@ class _Carrying:
             written = number in self._before.pieces
             if not written or not self._before.tensors.keys() >= self._passing(piece.making):
                 yield Task(number, piece, written)
+
+    def _in_lanes(self) -> Iterator[Task]:
+        """The tasks; where files are hashed, two files' at a time if the layout allows."""
+        names = list(self._share)
+        touched = [self._job.writer.touched(name) for name in names] if self._job.integrity else []
+        place = cut([making.spec.nbytes for making in self._share.values()], touched) if touched else None
+        first = set(names[:place])
+        return in_lanes(self._tasks, lambda task: task.piece.making.spec.name in first) if place else self._tasks()
 
     def _passing(self, making: Making) -> set[str]:
         """The Hugging Face tensors that pass by with a tensor."""
@@ -214,6 +255,8 @@ class _Carrying:
     def _stop(self) -> None:
         self._tensors.abandon()
         self._contents.abandon()
+        if isinstance(self._job.outputs, RemoteOutputs):
+            self._job.outputs.abandon()
 
     def _write_around(self) -> None:
         """What lies around the data, copies, and documents."""
@@ -238,15 +281,12 @@ class _Carrying:
             self._put(job.inside(integrity.FILE), integrity.make(hashes))
         for name, data in job.writer.markers.items():
             self._put(name, data)
-        for name, size in files.items():
-            found = (self._stage.partial / name).stat().st_size
-            if found != size:
-                hint = "did a source change meanwhile?"
-                raise UserError(f"`{name}` came out with {found} bytes, planned were {size}", hint=hint)
+        if isinstance(job.outputs, LocalOutputs):
+            check_sizes(self._stage.partial, files)
 
     def _copy(self, name: str, file: FileIn) -> None:
         digest, at = hashlib.sha256(), 0
-        self._job.outputs.put(name, 0, b"")
+        self._job.outputs.begin(name, file.size)
         for band in file.bands():
             digest.update(band)
             self._job.outputs.put(name, at, band)
@@ -254,6 +294,7 @@ class _Carrying:
         self._hashes.files[name] = digest.hexdigest()
 
     def _put(self, name: str, data: bytes) -> None:
+        self._job.outputs.begin(name, len(data))
         self._job.outputs.put(name, 0, data)
         self._hashes.files[name] = hashlib.sha256(data).hexdigest()
 

@@ -7,12 +7,13 @@ Commands import what they need when they run, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -183,6 +184,7 @@ def main() -> None:
     from formats.errors import UserError  # noqa: PLC0415
 
     _stop_well()
+    cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")  # names in a damaged file may be no text
     try:
         sys.exit(cli.main(standalone_mode=False))
     except UserError as error:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from converter.model import Model
-from formats.errors import UserError
+from formats.errors import UserError, shown
+from formats.spec import whole_number
 
 Config = Mapping[str, Any]
 
@@ -40,9 +41,9 @@ def field(megatron: str, huggingface: str, *, default: Callable[[Config], Any]) 
 
 
 def _number(name: str, found: Any) -> Any:
-    """A number that means something: finite, not negative; true and false too."""
-    if not isinstance(found, (int, float)) or not 0 <= found < float("inf"):
-        raise UserError(f"`{name}` is `{str(found)[:40]}`, which should be a number", hint="the configuration is damaged")
+    """A number that means something: not negative, no larger than single precision holds; true and false too."""
+    if not isinstance(found, (int, float)) or not 0 <= found < 1e38:
+        raise UserError(f"`{name}` is `{shown(found)}`, which should be a number", hint="the configuration is damaged")
     return found
 
 
@@ -60,9 +61,9 @@ def required(megatron: str, huggingface: str) -> Field:
 
 def _count(config: Config, name: str) -> int:
     found = config.get(name)
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+    if not isinstance(found, int) or not whole_number(found) or found < 1:
         raise UserError(
-            f"the model's configuration has `{name}`: `{found}`, which should be a whole number above 0",
+            f"the model's configuration has `{name}`: `{shown(found)}`, which should be a whole number above 0",
             hint="`config.json` is missing the field or damaged",
         )
     return found
@@ -85,7 +86,7 @@ def fixed(**fields: Any) -> Field:
 def _agreeing(config: Config, fields: Config) -> dict[str, Any]:
     for name, expected in fields.items():
         if config.get(name, expected) != expected:
-            raise UserError(f"`{name}` is `{config[name]}`, not `{expected}`")
+            raise UserError(f"`{name}` is `{shown(config[name])}`, not `{expected}`")
     return {}
 
 
@@ -95,7 +96,7 @@ def activation(name: str) -> Field:
     def read(config: Config) -> dict[str, Any]:
         found = config.get("hidden_act", name)
         if found != name:
-            raise UserError(f"`hidden_act` is `{found}`; only `{name}` is supported for this family")
+            raise UserError(f"`hidden_act` is `{shown(found)}`; only `{name}` is supported for this family")
         return {"activation_func": name}
 
     return Field(read, lambda config: {**_agreeing(config, {"activation_func": name}), "hidden_act": name})
@@ -129,7 +130,7 @@ def rope_numbers(config: Config) -> dict[str, Any]:
     (`rope_theta` and `rope_scaling`)."""
     scaling: Any = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise UserError(f"`rope_scaling` is `{scaling}`, which should be an object")
+        raise UserError(f"`rope_scaling` is `{shown(scaling)}`, which should be an object")
     numbers = dict(cast("Config", scaling))
     numbers["rope_type"] = numbers.get("rope_type") or numbers.pop("type", None) or "default"
     numbers["rope_theta"] = _number("rope_theta", numbers.get("rope_theta") or config.get("rope_theta") or 10000.0)
@@ -144,7 +145,7 @@ def rope(*kinds: str) -> Field:
         kind = numbers["rope_type"]
         if kind not in kinds:
             raise UserError(
-                f"`config.json` has rope type `{kind}`, which megatron-core cannot do for this family",
+                f"`config.json` has rope type `{shown(kind)}`, which megatron-core cannot do for this family",
                 hint=f"supported are: {', '.join(kinds)}",
             )
         found: dict[str, Any] = {"rotary_base": numbers["rope_theta"], "rope_scaling": kind == "llama3"}

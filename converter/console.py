@@ -15,12 +15,12 @@ from typing import Any
 import click
 
 from converter import families
+from converter.comparison import Comparison
 from converter.inspect import Report
 from converter.job import Summary, Talk
-from converter.memory import resident_memory
+from converter.memory import peak_memory, resident_memory
 from converter.proof import check_directory, verify_directories
 from converter.ranks import from_environment
-from converter.verify import Comparison
 from formats.disk import free_bytes
 
 LINE_EVERY = 5.0
@@ -58,7 +58,7 @@ def convert(action: Callable[..., Summary], source: str, target: str, *, as_json
         click.echo(
             f"done{', verified' if summary.verified else ''}: {summary.tensors} tensors, {count(summary.parameters)} parameters, "
             f"{size(summary.total_bytes)} in {summary.seconds:.1f} s ({rate}/s), peak memory {size(summary.peak_memory)} "
-            f"-> {summary.target}",
+            f"-> {summary.target}{f', {size(summary.reused_bytes)} were there' if summary.reused_bytes else ''}",
             err=True,
         )
 
@@ -68,7 +68,7 @@ def verify(one: str, other: str, *, cast: str | None, workers: int | None, as_js
     with talking(quiet=quiet or as_json) as talk:
         found = verify_directories(one, other, cast=cast, workers=workers, talk=talk)
     if as_json:
-        click.echo(json.dumps({"same": found.same, **asdict(found)}))
+        click.echo(json.dumps({"same": found.same, **asdict(found), "peak_memory": peak_memory()}))
     elif not quiet:
         show_comparison(found)
     return 0 if found.same else 1

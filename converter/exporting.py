@@ -1,20 +1,27 @@
-"""What an export decides beside the weights: which file holds which tensor, and what changes in the documents."""
+"""From a Megatron checkpoint to everything an export does: what it makes, which file holds it, and what lies beside."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from converter import families, provenance, reference
 from converter.carried import CONFIG, Reference
-from converter.families import Family
-from converter.model import Model
-from converter.plan import Making, as_stored
-from formats.huggingface import INDEX, HuggingFaceReader, Shard, make_index, plan_shards, retyped
-from formats.spec import dtype_name
+from converter.comparison import Side
+from converter.config import make_model
+from converter.job import Job, Talk, manifest, outputs_for
+from converter.plan import Making, as_stored, casts, to_huggingface
+from converter.run import check_zero
+from converter.sides import with_carried
+from formats.errors import shown
+from formats.folder import FileIn, Folder
+from formats.huggingface import INDEX, HuggingFaceReader, HuggingFaceWriter, Shard, make_index, plan_shards, retyped
+from formats.spec import Joined, dtype_name
+from formats.torch_dist import TorchDistReader
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """What transformers' `save_pretrained` takes."""
@@ -22,28 +29,83 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 _CONFIG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
-def with_carried(
-    makings: Sequence[Making], family: Family, model: Model, origin: Reference
-) -> tuple[list[Making], list[HuggingFaceReader]]:
-    """The makings, and those of tensors the source had that Megatron has not: a tied output layer, and extras; with the
-    readers that extras come from."""
-    had = {name for shard in origin.shards.values() for name in shard.tensors}
-    again = [making for name, making in tied(makings, family, model).items() if name in had]
-    if origin.extras is None:
-        return [*makings, *again], []
-    reader = HuggingFaceReader(origin.extras.folder, files=[origin.extras.name])
-    return [*makings, *again, *as_stored(reader.specs).values()], [reader]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What the bytes of an export depend on beside its source."""
+
+    hf_config: Folder | None
+    max_shard_size: int | None
+    dtype: str
 
 
-def tied(makings: Iterable[Making], family: Family, model: Model) -> dict[str, Making]:
-    """Tensors that a Hugging Face model may hold a second time, made of those they equal."""
-    made = {making.spec.name: making for making in makings}
-    return {
-        name: replace(made[rule.same_as], spec=replace(made[rule.same_as].spec, name=name))
-        for rule in family.RULES
-        if rule.same_as and not rule.when(model) and rule.same_as in made
-        for name in rule.names(0)[1]
-    }
+def plan_export(reader: TorchDistReader, root: Folder, target: str, wanted: ExportOptions, talk: Talk) -> Job:
+    """Everything an export does. Raises UserError for whatever cannot be converted exactly."""
+    origin = reference.find(reader, wanted.hf_config)
+    family = families.find(origin.config.get("model_type"))
+    model = make_model(family.CONFIG, origin.config)
+    plan = to_huggingface(family.RULES, model, reader.specs, dtype=wanted.dtype)
+    reader.check(one.megatron for one in plan.bound)
+    for name in plan.zero:
+        check_zero(reader, name)
+    makings, extras = with_carried(plan.makings, family, model, origin)
+    shards = choose_shards(makings, origin, wanted.max_shard_size)
+    made, texts = documents(origin, shards, limited=wanted.max_shard_size is not None)
+    for text in texts:
+        talk.note(text)
+    ordered = in_file_order(makings, shards)
+    return _job(_Planned(reader, root, origin, ordered, Joined(reader, *extras), shards, made), target, wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A checkpoint read as a model, and the files to make of it."""
+
+    reader: TorchDistReader
+    root: Folder
+    origin: Reference
+    makings: Sequence[Making]
+    joined: Joined
+    shards: Mapping[str, Shard]
+    documents: Mapping[str, bytes]
+
+
+def _job(found: _Planned, target: str, wanted: ExportOptions) -> Job:
+    given = wanted.hf_config.name if wanted.hf_config else None
+    options = {"max_shard_size": wanted.max_shard_size, "dtype": wanted.dtype, "hf_config": given}
+    laid_out = {file: shard.size for file, shard in found.shards.items()}
+    outputs = outputs_for(target, found.makings, {**options, "shards": laid_out})
+    made = {*found.documents, provenance.FILE}
+    copies = {name: file for name, file in found.origin.files.items() if name not in made}
+    weights = {name: FileIn(found.reader.folder, name) for name in sorted(found.reader.container.files)}
+    makings = {making.spec.name: making for making in found.makings}
+    return Job(
+        command="mcore-to-hf",
+        source=found.reader.folder.label,
+        target=target,
+        reader=found.joined,
+        writer=HuggingFaceWriter(outputs, found.shards),
+        outputs=outputs,
+        makings=found.makings,
+        manifest=manifest("mcore-to-hf", options, {**weights, **copies}),
+        facts={
+            "source": provenance.megatron_source(found.root, found.reader.folder),
+            "options": options,
+            "family": found.origin.config["model_type"],
+            "casts": casts(found.makings),
+            "tensors": {"in": len(found.reader.specs), "out": len(makings)},
+        },
+        tensors={name: making.spec for name, making in makings.items()},
+        passing="made",
+        sides=lambda written: (Side(found.root.label, found.joined, makings), _written(written)),
+        copies=copies,
+        documents=found.documents,
+        last=(INDEX, CONFIG),
+    )
+
+
+def _written(folder: Folder) -> Side:
+    reader = HuggingFaceReader(folder)
+    return Side(folder.label, reader, as_stored(reader.specs))
 
 
 def choose_shards(makings: Sequence[Making], origin: Reference, limit: int | None) -> dict[str, Shard]:
@@ -96,7 +158,7 @@ def _dtype_field(config: Mapping[str, Any]) -> str:
 
 def _dtype_change(origin: Reference, config: Mapping[str, Any]) -> str:
     field = _dtype_field(config)
-    return f"`{field}` from `{origin.config.get(field)}` to `{config[field]}`"
+    return f"`{field}` from `{shown(origin.config.get(field))}` to `{config[field]}`"
 
 
 def _main_dtype(shards: Mapping[str, Shard]) -> np.dtype[Any]:

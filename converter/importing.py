@@ -1,36 +1,149 @@
-"""What an import writes beside the weights: the run configuration, a record of the conversion, and notes for a person."""
+"""From a Hugging Face directory to everything an import does: what it makes, what lies beside, and what it tells."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from converter import run_config
-from converter.carried import Luggage
-from converter.config import BUILT_IN_ROPE, Config, rope_numbers, to_megatron
+from converter import carried, families, provenance, reference, run_config
+from converter.carried import CONFIG, Luggage
+from converter.comparison import Side
+from converter.config import BUILT_IN_ROPE, Config, make_model, rope_numbers, to_megatron
 from converter.families import Family
-from converter.layout import Layout
+from converter.job import Job, Talk, manifest, outputs_for
+from converter.layout import Layout, make_layout
 from converter.model import Model
-from converter.plan import Making, Plan
-from formats.spec import dtype_name
+from converter.plan import Plan, casts, placed
+from converter.plan import to_megatron as plan_megatron
+from converter.run import check_equal
+from converter.sides import huggingface_side, megatron_side
+from converter.values import KEEP
+from formats.dcp_index import METADATA
+from formats.folder import FileIn, Folder
+from formats.huggingface import HuggingFaceReader
+from formats.json_objects import read_json
+from formats.torch_dist import Placed, TorchDistReader, TorchDistWriter, iteration_folder
 
 
-def documents(family: Family, config: Config, plan: Plan, layout: Layout, *, vocab_multiple: int) -> dict[str, bytes]:
-    """`run_config.yaml`."""
-    megatron = to_megatron(family.CONFIG, config)
-    return {run_config.FILE: run_config.make(megatron, layout, main_dtype(plan), vocab_multiple=vocab_multiple)}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportOptions:
+    """What the bytes of an import depend on beside its source."""
+
+    tp: int
+    pp: int
+    vpp: int
+    pp_layout: Sequence[int] | None
+    dtype: str
+    vocab_divisible_by: int
+    integrity: bool
 
 
-def facts(plan: Plan, *, tensors_in: int) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A source read as a model, and the plan for it."""
+
+    reader: HuggingFaceReader
+    config: Config
+    family: Family
+    model: Model
+    layout: Layout
+    plan: Plan
+    luggage: Luggage
+
+
+def plan_import(reader: HuggingFaceReader, target: str, wanted: ImportOptions, talk: Talk) -> Job:
+    """Everything an import does. Raises UserError for whatever cannot be converted exactly."""
+    found = _planned(reader, wanted)
+    for text in notes(found.config, found.plan, found.luggage):
+        talk.note(text)
+    for name, other in found.plan.equal:
+        check_equal(reader, name, other)
+    return _job(found, target, wanted)
+
+
+def _planned(reader: HuggingFaceReader, wanted: ImportOptions) -> _Planned:
+    config = read_json(reader.folder, CONFIG)
+    family = families.find(config.get("model_type"))
+    model = make_model(family.CONFIG, config, vocab_multiple=wanted.vocab_divisible_by * wanted.tp)
+    layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout)
+    plan = plan_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype=wanted.dtype)
+    return _Planned(reader, config, family, model, layout, plan, carried.pack(reader, plan.extras))
+
+
+def _job(found: _Planned, target: str, wanted: ImportOptions) -> Job:
+    reader, plan, luggage = found.reader, found.plan, found.luggage
+    options = _options(wanted, found.layout)
+    outputs = outputs_for(target, plan.makings, options)
+    folder = f"{iteration_folder(0)}/"
+    weights = {name: FileIn(reader.folder, name) for name in reader.shards}
+    documents = {**luggage.documents, **_documents(found, vocab_multiple=wanted.vocab_divisible_by)}
+    return Job(
+        command="hf-to-mcore",
+        source=reader.folder.label,
+        target=target,
+        reader=reader,
+        writer=TorchDistWriter(outputs, [Placed(*item) for item in placed(plan, found.layout)]),
+        outputs=outputs,
+        makings=plan.makings,
+        manifest=manifest("hf-to-mcore", options, {**weights, **luggage.copies}),
+        facts={"source": provenance.huggingface_source(reader.folder, reader.shards), "options": options, **_facts(found)},
+        tensors={copy.source: reader.specs[copy.source] for making in plan.makings for copy in making.copies},
+        passing="read",
+        sides=lambda written: _sides(found, written, wanted.dtype),
+        hashes=luggage.hashes,
+        aliases=dict(plan.equal),
+        copies={f"{folder}{name}": file for name, file in luggage.copies.items()},
+        documents={f"{folder}{name}": data for name, data in documents.items()},
+        folder=folder,
+        last=(f"{folder}{METADATA}",),
+        integrity=wanted.integrity,
+    )
+
+
+def _options(wanted: ImportOptions, layout: Layout) -> dict[str, Any]:
+    return {
+        "tp": wanted.tp,
+        "pp": wanted.pp,
+        "vpp": wanted.vpp,
+        "layers": list(layout.stages),
+        "dtype": wanted.dtype,
+        "vocab_divisible_by": wanted.vocab_divisible_by,
+        "integrity": wanted.integrity,
+    }
+
+
+def _sides(found: _Planned, written: Folder, dtype: str) -> tuple[Side, Side]:
+    """The source, and what an export of the written output would give; padding must be zero there."""
+    back = TorchDistReader(written)
+    one = huggingface_side(found.reader)
+    other = megatron_side(back, reference.find(back, None), zero=_padding(found.plan, found.model))
+    return (one, other) if dtype == KEEP else (one.cast(dtype), other.cast(dtype))
+
+
+def _padding(plan: Plan, model: Model) -> dict[str, int]:
+    """Tensors whose rows from some number on are padding."""
+    padded = (one for one in plan.bound if one.rule.padded and not one.rule.zeros(model))
+    return {one.megatron: model.vocab for one in padded}
+
+
+def _documents(found: _Planned, *, vocab_multiple: int) -> dict[str, bytes]:
+    megatron = to_megatron(found.family.CONFIG, found.config)
+    made = run_config.make(megatron, found.layout, main_dtype(found.plan), vocab_multiple=vocab_multiple)
+    return {run_config.FILE: made}
+
+
+def _facts(found: _Planned) -> dict[str, Any]:
     """What `conversion.json` tells of an import beside its source and its options."""
     return {
-        "casts": casts(plan.makings),
-        "zero_filled": list(plan.zero),
-        "tensors": {"in": tensors_in, "out": len(plan.makings)},
+        "family": found.config["model_type"],
+        "casts": casts(found.plan.makings),
+        "zero_filled": list(found.plan.zero),
+        "tensors": {"in": len(found.reader.specs), "out": len(found.plan.makings)},
     }
 
 
@@ -40,19 +153,6 @@ def main_dtype(plan: Plan) -> np.dtype[Any]:
     for making in plan.makings:
         counts[making.spec.dtype] += prod(making.spec.shape)
     return counts.most_common(1)[0][0]
-
-
-def padding(plan: Plan, model: Model) -> dict[str, int]:
-    """Tensors whose rows from some number on are padding."""
-    padded = (one for one in plan.bound if one.rule.padded and not one.rule.zeros(model))
-    return {one.megatron: model.vocab for one in padded}
-
-
-def casts(makings: Iterable[Making]) -> dict[str, str]:
-    """The dtypes that values are cast from, each with what it is cast to."""
-    changed = {(copy.dtype, making.spec.dtype) for making in makings for copy in making.copies}
-    changed = {(old, new) for old, new in changed if old != new}
-    return {dtype_name(old): dtype_name(new) for old, new in sorted(changed, key=str)}
 
 
 def notes(config: Config, plan: Plan, luggage: Luggage) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any, cast
 
 from converter import families, provenance, run_config
 from converter.carried import CONFIG, unpack
+from converter.sources import open_source
 from formats.dcp_index import METADATA
 from formats.disk import explained
-from formats.errors import UserError
-from formats.folder import Folder, LocalFolder
+from formats.errors import UserError, shown
+from formats.folder import Folder
 from formats.huggingface import INDEX, HuggingFaceReader
 from formats.json_objects import read_json
-from formats.spec import TensorSpec, dtype_name, extent
+from formats.spec import TensorSpec, dtype_name, extent, whole_number
 from formats.torch_dist import TRACKER, TorchDistReader
 
 HUGGINGFACE = "Hugging Face safetensors"
@@ -59,10 +61,8 @@ def inspect(path: str | Path, *, tensors: bool = False) -> Report:
 
     Raises UserError if it is neither, or damaged.
     """
-    if not Path(path).is_dir():
-        raise UserError(f"`{path}` is not a directory")
-    folder = LocalFolder(Path(path))
-    return _megatron(folder, tensors=tensors) if kind(folder) == TORCH_DIST else _huggingface(folder, tensors=tensors)
+    with closing(open_source(path)) as folder:
+        return _megatron(folder, tensors=tensors) if kind(folder) == TORCH_DIST else _huggingface(folder, tensors=tensors)
 
 
 def kind(folder: Folder) -> str:
@@ -85,7 +85,7 @@ def _huggingface(folder: Folder, *, tensors: bool) -> Report:
     return Report(
         path=folder.label,
         format=HUGGINGFACE,
-        writer=f"transformers {version}" if version else "unknown",
+        writer=f"transformers {shown(version)}" if version else "unknown",
         **_described(config, reader.specs),
         dtypes=_dtypes(reader.specs.values()),
         files=len(reader.shards),
@@ -113,7 +113,7 @@ def _megatron(folder: Folder, *, tensors: bool) -> Report:
 
 
 def _described(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
-    family = str(config.get("model_type") or "unknown")
+    family = shown(config.get("model_type") or "unknown")
     supported = family in families.names() or family == "unknown"
     return {
         "family": family if supported else f"{family} (not supported)",
@@ -125,7 +125,7 @@ def _described(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> di
 
 
 def _architecture(named: Any) -> str:
-    return ", ".join(str(name) for name in cast("list[Any]", named)) if isinstance(named, list) and named else "unknown"
+    return ", ".join(shown(name) for name in cast("list[Any]", named)) if isinstance(named, list) and named else "unknown"
 
 
 def _dtypes(specs: Iterable[TensorSpec]) -> list[DtypeRow]:
@@ -150,13 +150,16 @@ def _writer(reader: TorchDistReader) -> str:
 def _layout(reader: TorchDistReader, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Tensor parallelism as the chunks show it; pipelines as the run configuration tells, where there is one."""
     cut = [name for name in reader.specs if name.endswith("linear_proj.weight")]
-    tp = len({chunk.region[-1].start for chunk in reader.chunks(cut[0])}) if cut else 1
+    tp = len({chunk.region[-1:] and chunk.region[-1].start for chunk in reader.chunks(cut[0])}) if cut else 1
     told = {
         "pp": fields.get("pipeline_model_parallel_size"),
         "vpp": fields.get("virtual_pipeline_model_parallel_size"),
         "stages": fields.get("pipeline_model_parallel_layout"),
     }
-    return {"tp": tp, **{name: size for name, size in told.items() if size}}
+    return {
+        "tp": tp,
+        **{name: size if isinstance(size, str) or whole_number(size) else shown(size) for name, size in told.items() if size},
+    }
 
 
 def _row(spec: TensorSpec) -> dict[str, Any]:

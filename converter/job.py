@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from converter import provenance
+from converter.comparison import Side
 from converter.plan import Making
-from converter.verify import Side
 from formats import integrity
 from formats.folder import FileIn, Folder
 from formats.outputs import LocalOutputs
+from formats.remote.folder import is_remote
+from formats.remote.outputs import RemoteOutputs
 from formats.spec import Reader, TensorSpec, Writer
 
 
@@ -54,10 +56,10 @@ class Job:
 
     command: str
     source: str
-    target: Path
+    target: str
     reader: Reader
     writer: Writer
-    outputs: LocalOutputs
+    outputs: LocalOutputs | RemoteOutputs
     makings: Sequence[Making]
     manifest: Mapping[str, Any]
     """What must be unchanged for another run to go on with this one."""
@@ -86,10 +88,8 @@ class Job:
     """Where `conversion.json` and `integrity.json` lie."""
 
     integrity: bool = False
-
-    @property
-    def partial(self) -> Path:
-        return self.outputs.directory
+    last: tuple[str, ...] = ()
+    """The files that say that the output is whole, beside the writer's markers."""
 
     @property
     def files(self) -> dict[str, int]:
@@ -133,8 +133,21 @@ class Summary:
     reused_bytes: int = 0
 
 
+def outputs_for(target: str, makings: Iterable[Making], options: Mapping[str, Any]) -> LocalOutputs | RemoteOutputs:
+    """Where a conversion writes: up to a URL, or into a directory until it is whole."""
+    if is_remote(target):
+        return RemoteOutputs(target)
+    return LocalOutputs(partial_directory(Path(target), makings, options))
+
+
 def partial_directory(target: Path, makings: Iterable[Making], options: Mapping[str, Any]) -> Path:
     """Where a conversion writes until it is whole. Named by what it makes: the same for the same plan, whoever runs it."""
     plan = [[m.spec.name, m.spec.shape, str(m.spec.dtype), [(c.source, c.there) for c in m.copies]] for m in makings]
     digest = hashlib.sha256(json.dumps([plan, options], sort_keys=True).encode()).hexdigest()
     return target.with_name(f"{target.name}.partial-{digest[:12]}")
+
+
+def manifest(command: str, options: Mapping[str, Any], files: Mapping[str, FileIn]) -> dict[str, Any]:
+    """What must be the same for a run to go on with what another began."""
+    versions = {f"the source's `{name}`": file.folder.version(file.name) for name, file in files.items()}
+    return {"command": command, **{f"option `{name}`": value for name, value in options.items()}, **versions}

@@ -18,7 +18,7 @@ from converter.rules import Rule, fill, in_order
 from converter.values import target_dtype
 from formats.arrays import bands
 from formats.errors import UserError
-from formats.spec import Region, TensorSpec
+from formats.spec import Region, TensorSpec, dtype_name
 
 Specs = Mapping[str, TensorSpec]
 
@@ -230,6 +230,13 @@ def _unequal_dtypes(one: TensorSpec, other: TensorSpec, megatron: str) -> UserEr
         f"`{one.name}` is {one.dtype} and `{other.name}` is {other.dtype}, but `{megatron}` is one tensor",
         hint="choose one dtype for all with `--dtype`",
     )
+
+
+def casts(makings: Iterable[Making]) -> dict[str, str]:
+    """The dtypes that values are cast from, each with what it is cast to."""
+    changed = {(copy.dtype, making.spec.dtype) for making in makings for copy in making.copies}
+    changed = {(old, new) for old, new in changed if old != new}
+    return {dtype_name(old): dtype_name(new) for old, new in sorted(changed, key=str)}
 
 
 def placed(plan: Plan, layout: Layout) -> Iterator[tuple[TensorSpec, tuple[tuple[Region, int], ...]]]:

@@ -9,18 +9,19 @@ from typing import Any, cast
 from blake3 import blake3
 
 from converter import provenance
+from converter.comparison import Comparison, Side, compare
 from converter.inspect import TORCH_DIST, kind
 from converter.job import Talk
 from converter.plan import Making, Piece, pieces
 from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Bench, in_threads
 from converter.sides import huggingface_side, open_sides
+from converter.sources import open_source
 from converter.values import CHOICES
-from converter.verify import Comparison, Side, compare
 from formats import integrity
 from formats.arrays import as_bytes
 from formats.disk import explained
 from formats.errors import UserError
-from formats.folder import Folder, LocalFolder
+from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
 from formats.integrity import Check
 from formats.json_objects import read_json
@@ -35,7 +36,7 @@ def verify_directories(
 
     Raises UserError if one is not a checkpoint, or damaged.
     """
-    talk, folders = talk or Talk(), [_folder(one), _folder(other)]
+    talk, folders = talk or Talk(), [open_source(one), open_source(other)]
     if cast is not None and cast not in CHOICES[1:]:
         raise UserError(f"dtype `{cast}` is not one of {', '.join(CHOICES[1:])}")
     sides = open_sides(*folders)
@@ -55,7 +56,7 @@ def check_directory(path: str | Path, *, workers: int | None = None, talk: Talk 
 
     Raises UserError if there is no such document.
     """
-    talk, folder, workers = talk or Talk(), _folder(path), workers or DEFAULT_WORKERS
+    talk, folder, workers = talk or Talk(), open_source(path), workers or DEFAULT_WORKERS
     with closing(folder):
         if kind(folder) == TORCH_DIST:
             iteration = find_iteration(folder)
@@ -103,9 +104,3 @@ def _recorded(folder: Folder) -> dict[str, str]:
     if not isinstance(hashes, dict) or not all(isinstance(found, str) for found in cast("dict[str, Any]", hashes).values()):
         raise UserError(f"`{provenance.FILE}` lists no hashes of tensors", hint="it was not written by mbconvert, or is damaged")
     return cast("dict[str, str]", hashes)
-
-
-def _folder(path: str | Path) -> Folder:
-    if not Path(path).is_dir():
-        raise UserError(f"`{path}` is not a directory")
-    return LocalFolder(Path(path))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -20,16 +19,7 @@ from formats.huggingface import Shard
 
 FILE = "conversion.json"
 _UNKNOWN = "0" * 64
-_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)/?$")
-
-
-def named(folder: Folder) -> dict[str, str]:
-    """A source by its Hub id and revision where its place tells them, else by its folder's name alone."""
-    found = _SNAPSHOT.search(folder.label)
-    if found:
-        return {"id": f"{found[1]}/{found[2]}", "revision": found[3]}
-    identity = getattr(folder, "identity", None)
-    return identity or {"name": folder.name}
+_VERSION = version("mbtools")
 
 
 def huggingface_source(folder: Folder, shards: Mapping[str, Shard]) -> dict[str, Any]:
@@ -40,7 +30,7 @@ def huggingface_source(folder: Folder, shards: Mapping[str, Shard]) -> dict[str,
         told = folder.sha256(name)
         if told:
             files[name]["sha256"] = told
-    return {**named(folder), "format": "safetensors", "files": files}
+    return {**folder.origin, "format": "safetensors", "files": files}
 
 
 def megatron_source(root: Folder, iteration: Folder) -> dict[str, Any]:
@@ -50,14 +40,14 @@ def megatron_source(root: Folder, iteration: Folder) -> dict[str, Any]:
     if iteration.has(integrity.FILE):
         told = integrity.read(iteration)
         files |= {name: {"sha256": digest} for name, digest in sorted(told.items()) if name.endswith(".distcp")}
-    return {**named(root), "format": "torch_dist", "iteration": iteration.name, "files": files}
+    return {**root.origin, "format": "torch_dist", "iteration": iteration.name, "files": files}
 
 
 def make(command: str, facts: Mapping[str, Any], names: Iterable[str], hashes: Mapping[str, str]) -> bytes:
     """The document. `names` are the Hugging Face tensors; those whose hash is not known yet take as much room."""
     document = {
         "tool": "mbconvert",
-        "version": version("mbtools"),
+        "version": _VERSION,
         "command": command,
         **facts,
         "blake3": {name: hashes.get(name, _UNKNOWN) for name in sorted(names)},

@@ -7,7 +7,7 @@ not are left to its defaults.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -15,11 +15,13 @@ import yaml
 
 from converter.config import Config
 from converter.layout import Layout
-from formats.errors import UserError
+from formats.errors import UserError, shown
 from formats.folder import Folder
 from formats.spec import dtype_name
 
 FILE = "run_config.yaml"
+
+_DEEPEST, _LONGEST = 64, 1 << 16
 
 _TORCH_DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32", "fp64": "torch.float64"}
 _ABSENT = (
@@ -100,11 +102,29 @@ def read(iteration: Folder, args: Config) -> tuple[dict[str, Any], str] | None:
     return (_from_args(args), "Megatron-LM's `args`") if args.get("num_layers") else None
 
 
-def _from_run_config(text: bytes) -> dict[str, Any]:
+def _from_run_config(data: bytes) -> dict[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        document = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+        _check_events(cast("Any", yaml).parse(data, Loader=loader))
+        document = yaml.load(data, Loader=loader)  # noqa: S506
     except Exception as error:  # a damaged value makes the parser raise anything
         raise UserError(f"`{FILE}` is not readable: {str(error)[:200]}") from error
+    return _model_fields(document)
+
+
+def _check_events(events: Iterable[Any]) -> None:
+    """The loader written in C calls itself for each level until its stack overflows; keys merged into one another grow
+    without end."""
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
+        if isinstance(event, yaml.ScalarEvent) and (event.value == "<<" or len(event.value) > _LONGEST):
+            raise ValueError("it merges keys, or holds a value longer than any setting")
+
+
+def _model_fields(document: Any) -> dict[str, Any]:
     section = cast("dict[str, Any]", document).get("model") if isinstance(document, dict) else None
     if not isinstance(section, dict):
         raise UserError(f"`{FILE}` has no `model` section")
@@ -112,7 +132,7 @@ def _from_run_config(text: bytes) -> dict[str, Any]:
     activation = fields.get("activation_func")
     plain = {name: found for name, found in fields.items() if found is not None and not isinstance(found, Mapping)}
     if isinstance(activation, Mapping):
-        plain["activation_func"] = str(cast("Config", activation).get("_target_")).rpartition(".")[2]
+        plain["activation_func"] = shown(cast("Config", activation).get("_target_")).rpartition(".")[2]
     return plain
 
 

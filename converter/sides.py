@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from converter import families, reference
-from converter.carried import CONFIG, Reference
+from converter.carried import CONFIG, EXTRAS, Reference
+from converter.comparison import Side
 from converter.config import make_model
-from converter.exporting import tied, with_carried
+from converter.families import Family
 from converter.inspect import HUGGINGFACE, kind
-from converter.plan import as_stored, to_huggingface
-from converter.verify import Side
+from converter.model import Model
+from converter.plan import Making, as_stored, to_huggingface
+from converter.rules import fill
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
@@ -68,6 +71,39 @@ def megatron_side(reader: TorchDistReader, origin: Reference, *, zero: Mapping[s
         tied=tied(plan.makings, family, model),
         zero={**dict.fromkeys(plan.zero, 0), **(zero or {})},
     )
+
+
+def with_carried(
+    makings: Sequence[Making], family: Family, model: Model, origin: Reference
+) -> tuple[list[Making], list[HuggingFaceReader]]:
+    """The makings, and those of tensors the source had that Megatron has not: a tied output layer, and extras; with the
+    readers that extras come from."""
+    had = {name for shard in origin.shards.values() for name in shard.tensors}
+    again = [making for name, making in tied(makings, family, model).items() if name in had]
+    if origin.extras is None:
+        return [*makings, *again], []
+    reader = HuggingFaceReader(origin.extras.folder, files=[origin.extras.name])
+    return [*makings, *again, *_untouched(reader, family, model)], [reader]
+
+
+def _untouched(reader: HuggingFaceReader, family: Family, model: Model) -> Iterable[Making]:
+    """Extras as they are. A file that was tampered with must not put other tensors in the place of weights."""
+    known = {fill(template, layer) for template in family.EXTRAS for layer in range(model.layers)}
+    for spec in reader.specs.values():
+        if spec.name not in known or not spec.shape:
+            raise UserError(f"`{EXTRAS}` holds `{spec.name}` of shape {list(spec.shape)}, for which this family has no place")
+    return as_stored(reader.specs).values()
+
+
+def tied(makings: Iterable[Making], family: Family, model: Model) -> dict[str, Making]:
+    """Tensors that a Hugging Face model may hold a second time, made of those they equal."""
+    made = {making.spec.name: making for making in makings}
+    return {
+        name: replace(made[rule.same_as], spec=replace(made[rule.same_as].spec, name=name))
+        for rule in family.RULES
+        if rule.same_as and not rule.when(model) and rule.same_as in made
+        for name in rule.names(0)[1]
+    }
 
 
 def _reference(reader: TorchDistReader, model_of: Folder | None) -> Reference:

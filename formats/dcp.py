@@ -72,7 +72,8 @@ class Container:
         """Fill `out` with a region of the tensor, from whichever chunks hold it."""
         for chunk, shared in tensor.touching(region):
             stored = self._locate(chunk, tensor.dtype)
-            read_box(self._folder, stored, within(shared, chunk.region), out[within(shared, region)])
+            part = out[(*within(shared, region), ...)]  # the dots keep a single number an array that can be filled
+            read_box(self._folder, stored, within(shared, chunk.region), part)
 
     def close(self) -> None:
         self._folder.close()

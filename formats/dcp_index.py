@@ -23,6 +23,7 @@ from formats.spec import Region, Shape, dtype_name, extent, intersect, whole_num
 from formats.torch_zip import DTYPE_OF, TORCH_NAMES, read_sizes
 
 METADATA = ".metadata"
+_LONGEST_NAME = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ def read_index(folder: Folder) -> Index:
                 objects = {name for name, one in described.items() if one.kind.name == "BytesStorageMetadata"}
             case _:
                 raise UserError(f"`{METADATA}` is not the index of a distributed checkpoint")
-    if not all(isinstance(name, str) for name in described):
+    if not all(_is_name(name) for name in described):
         raise _unstructured("a tensor's name is not text")
     _check_apart(places)
     return Index(tensors, objects, places)
@@ -148,8 +149,15 @@ def make_index(tensors: Mapping[str, ChunkedTensor], objects: Mapping[str, Place
 
 
 def _index_key(index: Record) -> tuple[str, Shape | None]:
-    offset = index.get("offset")
-    return index["fqn"], None if offset is None else read_sizes(offset)
+    name, offset = index["fqn"], index.get("offset")
+    if not _is_name(name):
+        raise _unstructured("a tensor's name is not text")
+    return name, None if offset is None else read_sizes(offset)
+
+
+def _is_name(name: Any) -> bool:
+    """Text, and not so long that taking names apart takes long."""
+    return isinstance(name, str) and len(name) <= _LONGEST_NAME
 
 
 def _dtype(name: str, properties: Record) -> np.dtype[Any]:
@@ -205,7 +213,9 @@ def _check_tiling(name: str, shape: Shape, regions: Sequence[Region]) -> None:
 
 
 def _tiles(shape: Shape, regions: Sequence[Region]) -> bool:
-    """Do boxes tile a shape? Cut at every boundary along the first dimension, and ask each slab for the rest."""
+    """Do boxes inside a shape tile it? Where they lie in slabs along the first dimension, as megatron-core's do, each slab is
+    asked for the rest; else they must be apart and fill it. Cutting boxes that lie otherwise into slabs would double the
+    work with every dimension."""
     if not shape:
         return len(regions) == 1
     bounds = sorted({0, shape[0], *(r[0].start for r in regions), *(r[0].stop for r in regions)})
@@ -215,8 +225,20 @@ def _tiles(shape: Shape, regions: Sequence[Region]) -> bool:
     regular = all(span in by_span for span in pairwise(bounds)) and len(by_span) == len(bounds) - 1
     if regular:
         return all(_tiles(shape[1:], rest) for rest in by_span.values())
-    slabs = pairwise(bounds)
-    return all(_tiles(shape[1:], [r[1:] for r in regions if r[0].start <= a < r[0].stop]) for a, _ in slabs)
+    return sum(prod(extent(region)) for region in regions) == prod(shape) and _apart(regions)
+
+
+def _apart(regions: Sequence[Region]) -> bool:
+    """Do no two boxes share an element? Only those that share rows are compared."""
+    ordered = sorted(regions, key=lambda region: region[0].start)
+    for number, one in enumerate(ordered):
+        for after in range(number + 1, len(ordered)):
+            other = ordered[after]
+            if other[0].start >= one[0].stop:
+                break
+            if intersect(one, other) is not None:
+                return False
+    return True
 
 
 def _metadata_record(name: str, state: Any) -> Record:

@@ -91,7 +91,7 @@ def explained(path: Path | None = None) -> Generator[None]:
             free = free_bytes(path)
             raise TransientError(
                 f"no room left for `{path}`: {error.strerror} ({free / 1e9:.1f} GB free)",
-                hint=f"{_FULL[error.errno]} or choose another place; nothing readable was left there",
+                hint=f"{_FULL[error.errno]}, then go on with `--resume`; nothing readable was left there",
             ) from error
         named = f"`{error.filename or path}`" if error.filename or path else "a file"
         raise UserError(f"cannot use {named}: {error.strerror or error}") from error

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,9 +21,25 @@ from formats.disk import BLOCK, Files, read_exactly
 from formats.errors import UserError
 from formats.spec import Array
 
+_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)$")  # of the Hub's cache
+
 BAND_BYTES = 4 << 20
 
-_NOT_OF_THE_MODEL = {".git", ".cache", ".huggingface"}
+NOT_OF_THE_MODEL = {".git", ".cache", ".huggingface"}
+
+
+MOST_WHOLE = 256 << 20
+"""Larger files are not read whole: no index, configuration or tokenizer is."""
+
+
+def whole(folder: Folder, name: str) -> bytes:
+    """All bytes of a file that should be small; UserError if it is not."""
+    size = folder.size(name)
+    if size > MOST_WHOLE:
+        raise UserError(f"`{name}` has {size} bytes, more than any file of its kind", hint="the file is damaged")
+    out = bytearray(size)
+    folder.read_into(name, 0, memoryview(out))
+    return bytes(out)
 
 
 class Folder(Protocol):
@@ -36,6 +53,11 @@ class Folder(Protocol):
     @property
     def name(self) -> str:
         """The last part of it."""
+        ...
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        """Where its content comes from: `id` and `revision` on the Hub where they are known, else its `name`."""
         ...
 
     def has(self, name: str) -> bool:
@@ -123,6 +145,11 @@ class LocalFolder:
     def name(self) -> str:
         return self.path.resolve().name
 
+    @property
+    def origin(self) -> Mapping[str, str]:
+        found = _SNAPSHOT.search(str(self.path))
+        return {"id": f"{found[1]}/{found[2]}", "revision": found[3]} if found else {"name": self.name}
+
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()
 
@@ -147,7 +174,7 @@ class LocalFolder:
     def files(self) -> list[str]:
         found: list[str] = []
         for folder, folders, files in self.path.walk():
-            closed = {name for name in folders if name in _NOT_OF_THE_MODEL or (folder / name).is_symlink()}
+            closed = {name for name in folders if name in NOT_OF_THE_MODEL or (folder / name).is_symlink()}
             folders[:] = [name for name in folders if name not in closed]
             inside = [f"{name}/" if name in closed or (folder / name).is_dir() else name for name in [*closed, *files]]
             prefix = "" if folder == self.path else f"{folder.relative_to(self.path).as_posix()}/"
@@ -155,9 +182,7 @@ class LocalFolder:
         return sorted(found)
 
     def get(self, name: str) -> bytes:
-        out = bytearray(self.size(name))
-        self.read_into(name, 0, memoryview(out))
-        return bytes(out)
+        return whole(self, name)
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
         path = self.path / name

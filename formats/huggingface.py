@@ -17,11 +17,11 @@ from typing import Any, cast
 import numpy as np
 
 from formats.boxes import Stored, place_of, read_box, write_box
-from formats.errors import UserError
+from formats.errors import UserError, shown
 from formats.folder import Folder
 from formats.json_objects import parse_json, read_json
 from formats.outputs import Outputs
-from formats.spec import DTYPES, Array, Region, Span, TensorSpec, dtype_name, whole_number
+from formats.spec import DTYPES, Array, Region, Span, TensorSpec, dtype_name, possible_shape, whole_number
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -51,7 +51,9 @@ def parse_shard(raw: bytes, *, source: str) -> Shard:
     if len(raw) < 8 or struct.unpack("<Q", raw[:8])[0] != len(raw) - 8:
         raise UserError(f"`{source}` does not have the length its first 8 bytes say", hint="the header is damaged")
     entries = parse_json(raw[8:], source=source)
-    entries.pop("__metadata__", None)
+    described = entries.pop("__metadata__", {})
+    if not isinstance(described, dict) or not all(isinstance(text, str) for text in cast("dict[str, Any]", described).values()):
+        raise UserError(f"`{source}`: `__metadata__` should hold text alone", hint="the header is damaged")
     tensors: dict[str, tuple[TensorSpec, int]] = {}
     end = 0
     spans = sorted(((*_span(name, entry, source), name) for name, entry in entries.items()), key=lambda span: span[:2])
@@ -111,25 +113,17 @@ def _span(name: str, entry: Any, source: str) -> tuple[int, int]:
         case [int(start), int(stop)] if whole_number(start) and whole_number(stop) and start <= stop:
             return start, stop
         case _:
-            raise UserError(f"`{source}`: `{name}` has data offsets `{_short(offsets)}`", hint="the header is damaged")
+            raise UserError(f"`{source}`: `{name}` has data offsets `{shown(offsets)}`", hint="the header is damaged")
 
 
 def _spec(name: str, entry: dict[str, Any], source: str) -> TensorSpec:
     shape, dtype = entry.get("shape"), entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in _DTYPE_OF:
-        raise UserError(f"`{source}`: `{name}` has dtype `{dtype}`", hint=f"known are {', '.join(_DTYPE_OF)}")
-    sizes = cast("list[Any]", shape if isinstance(shape, list) else [shape])
-    if not all(whole_number(size) for size in sizes):
-        raise UserError(f"`{source}`: `{name}` has shape `{_short(shape)}`", hint="the header is damaged")
+        raise UserError(f"`{source}`: `{name}` has dtype `{shown(dtype)}`", hint=f"known are {', '.join(_DTYPE_OF)}")
+    sizes = cast("list[Any]", shape if isinstance(shape, list) else [None])
+    if not possible_shape(sizes):
+        raise UserError(f"`{source}`: `{name}` has shape `{shown(shape)}`", hint="the header is damaged")
     return TensorSpec(name, tuple(sizes), _DTYPE_OF[dtype])
-
-
-def _short(value: Any) -> str:
-    """A value for a message; numbers of thousands of digits cannot even be printed."""
-    try:
-        return str(value)[:100]
-    except ValueError:
-        return "a number of thousands of digits"
 
 
 class HuggingFaceReader:
@@ -179,7 +173,7 @@ def weight_map(folder: Folder) -> dict[str, str]:
         raise UserError(f"`{INDEX}` has no `weight_map`")
     for file in cast("dict[str, Any]", listed).values():
         if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
-            raise UserError(f"`{INDEX}` names the file `{file}`, which leaves the directory; it was not opened")
+            raise UserError(f"`{INDEX}` names the file `{shown(file)}`, which leaves the directory; it was not opened")
     return cast("dict[str, str]", listed)
 
 

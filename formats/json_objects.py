@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, cast
 
 from formats.errors import UserError
 from formats.folder import Folder
+
+_DEEPEST = 64
+_HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: bytes, *, source: str) -> dict[str, Any]:
@@ -18,7 +23,34 @@ def parse_json(text: bytes, *, source: str) -> dict[str, Any]:
         raise UserError(f"`{source}` is not readable JSON: {error}", hint="the file is damaged") from None
     if not isinstance(parsed, dict):
         raise UserError(f"`{source}` should be a JSON object, it is a {type(parsed).__name__}")
+    _check_depth(parsed, source)
+    if _HALF_A_PAIR.search(text):
+        _check_text(parsed, source)
     return cast("dict[str, Any]", parsed)
+
+
+def _check_text(parsed: Any, source: str) -> None:
+    """Half a surrogate pair is no text: it could be read, but neither printed nor written."""
+    try:
+        json.dumps(parsed, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"`{source}` is not readable JSON: {error.reason}", hint="the file is damaged") from None
+
+
+def _check_depth(parsed: Any, source: str) -> None:
+    """What is nested deeper than any document of ours could be read but not printed."""
+    level: list[Any] = [parsed]
+    for _ in range(_DEEPEST):
+        level = [inner for part in level for inner in _inside(part)]
+        if not level:
+            return
+    raise UserError(f"`{source}` is nested deeper than {_DEEPEST} levels", hint="the file is damaged")
+
+
+def _inside(part: Any) -> Iterable[Any]:
+    if isinstance(part, dict):
+        return cast("dict[str, Any]", part).values()
+    return cast("list[Any]", part) if isinstance(part, list) else ()
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,24 +19,34 @@ BYPASS_FROM = 64 << 10
 """Shorter writes are not worth bypassing the page cache."""
 
 
+Tap = Callable[[str, int, memoryview], None]
+"""Told of every array written: the file, where in it, and its bytes."""
+
+
 class Outputs(Protocol):
-    """Files being written, at any position, from any thread. Names are relative to the output."""
+    """Files being written. Names are relative to the output; arrays come in any order, from any thread."""
+
+    tap: Tap | None
 
     def write(self, file: str, offset: int, data: Array) -> None:
         """Put an array, in C order, at `offset`."""
         ...
 
+    def begin(self, file: str, size: int) -> None:
+        """Start a file that `put` will fill from its first byte to its last."""
+        ...
+
     def put(self, file: str, offset: int, data: bytes | memoryview) -> None:
-        """Put a few bytes at `offset`."""
+        """Put bytes that are no array's at `offset`."""
+        ...
+
+    def sync(self) -> None:
+        """Get everything written so far to where it outlives this process."""
         ...
 
     def close(self) -> None:
         """Let go of open files or connections."""
         ...
-
-
-Tap = Callable[[str, int, memoryview], None]
-"""Told of every array written: the file, where in it, and its bytes."""
 
 
 class LocalOutputs:
@@ -67,11 +77,13 @@ class LocalOutputs:
         if self.tap:
             self.tap(file, offset, placed)
 
+    def begin(self, file: str, size: int) -> None:  # noqa: ARG002 - a file grows by itself
+        self._buffered.descriptor(self._path(file))
+
     def put(self, file: str, offset: int, data: bytes | memoryview) -> None:
         self._write_buffered(file, offset, memoryview(data))
 
     def sync(self) -> None:
-        """Get everything written so far onto the disk."""
         self._buffered.sync()
         self._direct.sync()
 
@@ -89,9 +101,16 @@ class LocalOutputs:
         copy(placed, data)
         return as_bytes(placed)
 
+    def _path(self, file: str) -> Path:
+        """Folders below are made; the directory itself is not: if it is gone, another run has it, or has finished it."""
+        path = self.directory / file
+        if not self.directory.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.directory))
+        return path
+
     def _write_direct(self, file: str, offset: int, data: memoryview) -> None:
         try:
-            write_all(self._direct.descriptor(self.directory / file), data, offset)
+            write_all(self._direct.descriptor(self._path(file)), data, offset)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
@@ -100,7 +119,7 @@ class LocalOutputs:
 
     def _write_buffered(self, file: str, offset: int, data: memoryview) -> None:
         """Through the page cache; long writes are started towards the disk at once, so that it works while we read on."""
-        descriptor = self._buffered.descriptor(self.directory / file)
+        descriptor = self._buffered.descriptor(self._path(file))
         write_all(descriptor, data, offset)
         if len(data) >= BYPASS_FROM:
             os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)

@@ -46,11 +46,12 @@ class Record:
         return self._fields().get(name, default)
 
     def _fields(self) -> Mapping[str, Any]:
-        match self.state:
-            case {**fields} | (_, {**fields}):
-                return fields
+        state = self.state
+        match state:
+            case (_, dict()):
+                return cast("dict[str, Any]", state[1])
             case _:
-                return {}
+                return cast("dict[str, Any]", state) if isinstance(state, dict) else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ _PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
     ("builtins", "set"): _set,
     ("builtins", "frozenset"): _set,
     ("__builtin__", "set"): _set,
+    ("__builtin__", "frozenset"): _set,
     ("collections", "OrderedDict"): _dict,
 }
 """Built-in containers, made for real: nothing they do can surprise."""
@@ -147,6 +149,10 @@ _REFUSED = {
 class _Unpickler(_BASE):
     dispatch: ClassVar = {code: act for code, act in _BASE.dispatch.items() if bytes([code]) not in _REFUSED}
 
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))  # pyright: ignore[reportUnknownMemberType]
+        self._room = len(data)
+
     def find_class(self, module: str, name: str, /) -> Any:
         if (module, name) in _PLAIN:
             return _PLAIN[module, name]
@@ -176,6 +182,12 @@ class _Unpickler(_BASE):
 
     dispatch[pickle.SETITEMS[0]] = load_setitems
 
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(_dict(zip(items[::2], items[1::2], strict=True)))
+
+    dispatch[pickle.DICT[0]] = load_dict
+
     def load_additems(self) -> None:
         items = self.pop_mark()
         self.stack[-1].update(_set(items))
@@ -183,21 +195,37 @@ class _Unpickler(_BASE):
     dispatch[pickle.ADDITEMS[0]] = load_additems
 
     def load_frozenset(self) -> None:
-        self.append(_set(self.pop_mark()))
+        items = self.pop_mark()  # first: it changes what `append` appends to
+        self.append(_set(items))
 
     dispatch[pickle.FROZENSET[0]] = load_frozenset
 
     def load_newobj(self) -> None:
         args, kind = self.stack.pop(), self.stack.pop()
-        self.append(Record(kind, args, made_by_call=False) if isinstance(kind, Global) else _make(kind, args))
+        self.append(self._made(kind, args, by_call=False))
 
     dispatch[pickle.NEWOBJ[0]] = load_newobj
 
     def load_reduce(self) -> None:
         args, kind = self.stack.pop(), self.stack.pop()
-        self.append(_make(kind, args))
+        self.append(self._made(kind, args, by_call=True))
 
     dispatch[pickle.REDUCE[0]] = load_reduce
+
+    def _made(self, kind: Any, args: Any, *, by_call: bool) -> Any:
+        """A record, or a built-in container for real. What containers are made of is counted: one list, made into sets again
+        and again at three bytes each, would fill any memory."""
+        if not isinstance(args, tuple):
+            raise UserError("the pickle calls something without a tuple of arguments")
+        given = cast("tuple[Any, ...]", args)
+        if isinstance(kind, Global):
+            return Record(kind, given, made_by_call=by_call)
+        if kind not in _PLAIN.values():
+            raise UserError("the pickle calls something that is not a class")
+        self._room -= sum(len(part) for part in given if hasattr(part, "__len__"))
+        if self._room < 0:
+            raise UserError("the pickle makes containers of more than it holds")
+        return kind(*given)
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
@@ -217,19 +245,13 @@ def _hashable(key: Any) -> Any:
     raise UserError("a dictionary has keys that no checkpoint needs")
 
 
-def _make(kind: Any, args: Any) -> Any:
-    if not isinstance(kind, Global) and kind not in _PLAIN.values():
-        raise UserError("the pickle calls something that is not a class")
-    return kind(*args)
-
-
 def loads(data: bytes, *, source: str) -> Any:
     """The object in `data`, classes as inert records.
 
     Raises UserError for a class outside `ALLOWED` and for bytes that are no pickle; `source` names the file in it.
     """
     try:
-        return _Unpickler(io.BytesIO(data)).load()
+        return _Unpickler(data).load()
     except UserError as error:
         raise UserError(f"`{source}`: {error.args[0]}", hint=error.hint) from None
     except Exception as error:

@@ -5,7 +5,7 @@ Knows nothing of files, and nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -37,6 +37,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """Every dtype a checkpoint may hold, by the name that commands and reports use."""
 
+MOST_DIMENSIONS = 64
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -65,6 +67,15 @@ class TensorSpec:
 def whole_number(value: Any) -> bool:
     """Could it be a size or an offset? Larger ones overflow what disks and numpy count with."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def possible_shape(sizes: Sequence[Any]) -> bool:
+    """Could these be a tensor's sizes? numpy holds no more dimensions, and no more elements even where there are none."""
+    return (
+        len(sizes) <= MOST_DIMENSIONS
+        and all(whole_number(size) for size in sizes)
+        and prod(max(size, 1) for size in sizes) < 1 << 59
+    )
 
 
 def extent(region: Region) -> Shape:

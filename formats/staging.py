@@ -73,6 +73,15 @@ def check_room(target: Path, needed: int, *, already: Path) -> None:
         )
 
 
+def check_sizes(directory: Path, planned: Mapping[str, int]) -> None:
+    """Raise UserError if a file is not as large as it should be."""
+    for name, size in planned.items():
+        found = (directory / name).stat().st_size
+        if found != size:
+            hint = "did a source change meanwhile?"
+            raise UserError(f"`{name}` came out with {found} bytes, planned were {size}", hint=hint)
+
+
 MANIFEST = "job.json"
 _COMMIT = "commit.json"
 

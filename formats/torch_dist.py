@@ -19,7 +19,7 @@ import numpy as np
 
 from formats.dcp import Container, ContainerWriter, NewChunk, NewObject
 from formats.dcp_index import METADATA, Chunk, ChunkedTensor
-from formats.errors import UserError
+from formats.errors import UserError, shown
 from formats.folder import Folder
 from formats.json_objects import read_json
 from formats.outputs import Outputs
@@ -34,7 +34,8 @@ FORMAT = "metadata.json"
 COMMON = "common.pt"
 COMMON_KEY = "common_state/shard_0_1"
 
-MOST_LAYERS = 100_000
+MOST_LAYERS = 10_000
+MOST_WEIGHTS = 1 << 18
 """More than any model has: a damaged shape must not be counted through."""
 
 _STATELESS = {"word_embeddings", "position_embeddings", "output_layer", "router", "shared_experts"}
@@ -105,7 +106,7 @@ def _refuse_legacy(folder: Folder) -> None:
     backend = read_json(folder, FORMAT).get("sharded_backend") if folder.has(FORMAT) else "torch_dist"
     if backend != "torch_dist":
         raise UserError(
-            f"`{folder.label}` is in the `{backend}` format, which is not supported yet",
+            f"`{folder.label}` is in the `{shown(backend)}` format, which is not supported yet",
             hint="load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
         )
 
@@ -155,6 +156,8 @@ class TorchDistReader:
     def _name(self, name: str, source: _Source, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         if name in self.specs:
             raise UserError(f"`{name}` is stored twice: stacked with its layers and on its own")
+        if len(self.specs) >= MOST_WEIGHTS:
+            raise UserError(f"`{METADATA}` describes more than {MOST_WEIGHTS} weights", hint="the checkpoint is damaged")
         self.specs[name] = TensorSpec(name, shape, dtype)
         self._sources[name] = source
 

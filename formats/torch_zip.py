@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 from formats.disk import BLOCK
 from formats.errors import UserError
 from formats.pickles import Global, Record, Storage, dumps, loads
-from formats.spec import DTYPES, Array, Shape, dtype_name, whole_number
+from formats.spec import DTYPES, Array, Shape, dtype_name, possible_shape
 
 ALIGNMENT = 64
 """Where torch starts a record's data."""
@@ -31,6 +32,7 @@ _END = struct.Struct("<IHHHHIIH")
 _END64 = struct.Struct("<IQHHIIQQQQ")
 _LOCATOR64 = struct.Struct("<IIQI")
 _MAX_DIRECTORY = 1 << 24  # a tensor's archive has a handful of records; an object's some thousands
+_MAX_WRAPPINGS = 8
 _EPOCH_DATE = 0x21  # 1980-01-01, the earliest a zip can say: no time of ours gets into the output
 
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
@@ -242,23 +244,18 @@ class OpenArchive:
         """A tensor described by `data.pkl`, and where its elements start in the archive."""
         stored = self._described(record)
         offset, size = self.locate(f"data/{stored.key}")
-        elements = int(np.prod(stored.shape, dtype=np.int64))
-        if (stored.start + elements) * stored.dtype.itemsize > size:
+        if (stored.start + prod(stored.shape)) * stored.dtype.itemsize > size:
             raise self._damaged(f"a tensor of shape {list(stored.shape)} needs more than the {size} bytes of its record")
         return stored, offset + stored.start * stored.dtype.itemsize
 
     def array(self, record: Any) -> Array:
         """A small tensor's values."""
         stored, offset = self.tensor(record)
-        data = self._fetch(offset, int(np.prod(stored.shape, dtype=np.int64)) * stored.dtype.itemsize)
+        data = self._fetch(offset, prod(stored.shape) * stored.dtype.itemsize)
         return np.frombuffer(data, stored.dtype).reshape(stored.shape)
 
     def _described(self, record: Any) -> StoredTensor:
-        match record:
-            case Record(kind=Global(name="_rebuild_parameter"), args=(Record() as inner, *_)):
-                return self._described(inner)
-            case Record(kind=Global(name="_rebuild_from_type_v2"), args=(Global() as kind, _, (*args,), *_)):
-                return self._described(Record(kind, tuple(args)))
+        match _unwrapped(record):
             case Record(kind=kind, args=(Storage() as storage, int(start), shape, strides, _, _, *rest)) if kind in _REBUILDS:
                 typed = rest[0].name if kind == _REBUILD_TYPED and rest and isinstance(rest[0], Global) else ""
                 dtype = DTYPE_OF.get(typed) or _STORED_AS.get(storage.kind.name)
@@ -321,6 +318,19 @@ class OpenArchive:
         return UserError(f"`{self._source}` is not a whole torch archive: {what}", hint="the file is damaged")
 
 
+def _unwrapped(record: Any) -> Any:
+    """What a parameter, or a tensor of a subclass, is around. Deeper wrapping is nonsense."""
+    for _ in range(_MAX_WRAPPINGS):
+        match record:
+            case Record(kind=Global(name="_rebuild_parameter"), args=(Record() as inner, *_)):
+                record = inner
+            case Record(kind=Global(name="_rebuild_from_type_v2"), args=(Global() as kind, _, (*args,), *_)):
+                record = Record(kind, tuple(args))
+            case _:
+                return record
+    return None
+
+
 def _zip64(extra: bytes) -> Any:
     """The 64-bit values of a zip64 extra field, in their fixed order."""
     at = 0
@@ -336,6 +346,6 @@ def read_sizes(value: Any) -> Shape:
     """A shape from a pickle: a tuple, or torch.Size around one."""
     inner = value.args[0] if isinstance(value, Record) and value.args else value
     parts = cast("Sequence[Any]", inner) if isinstance(inner, (tuple, list)) else ()
-    if not isinstance(inner, (tuple, list)) or not all(whole_number(part) for part in parts):
+    if not isinstance(inner, (tuple, list)) or not possible_shape(parts):
         raise UserError("a shape is not made of whole numbers that a tensor can have")
     return tuple(parts)

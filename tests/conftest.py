@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 
 from tests import models
 from tests.megatron_cpu import Ranks
+from tests.servers import HOST
 
+SECRET = "s3cr3t-t0ken"
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -40,3 +43,27 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 def golden() -> Path:
     """Files made by megatron-core with Transformer Engine, and by Megatron-Bridge."""
     return GOLDEN
+
+
+@pytest.fixture
+def at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No credentials of whoever runs the tests, no service that gives some, and no proxy."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "HF_", "GOOGLE_")) or "proxy" in name.lower()]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[int]:
+    """A server that speaks S3; its port."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(HOST, 0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()

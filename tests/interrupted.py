@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 CHILD = """
 import json, os, runpy, shutil, sys, time
-import converter.carry, converter.run, converter.verify, formats.staging
+import converter.carry, converter.run, formats.staging
 from formats.huggingface import HuggingFaceWriter
 from formats.outputs import LocalOutputs
 from formats.rendezvous import Rendezvous

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from converter import mcore_to_hf
@@ -225,6 +226,49 @@ def test_a_map_of_other_tensors_is_left_with_a_word(checkpoint, tmp_path):
     mcore_to_hf(checkpoint, tmp_path / "back", max_shard_size=50_000)
     mcore_to_hf(checkpoint, tmp_path / "again", talk=Talk(note=notes.append))
     assert notes == ["the shard map that travelled is of other tensors than these: files are divided anew"]
+
+
+BOMB = "\n".join([f"a0: &a0 [1]{'':1}", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40))])
+"""Lists of one list: small in memory, without end in print."""
+
+MERGED = "\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 40))])
+
+
+@pytest.mark.parametrize(("text", "pattern"), [
+    ("[" * 100_000, "nested deeper than 64 levels"), ("a: " + "{a: " * 5000, "nested deeper than 64 levels"),
+    (f"{MERGED}\nmodel: *a39\n", "it merges keys"), (f"{BOMB}\nmodel: {{num_layers: *a39}}\n", "no supported family"),
+    (f"{BOMB}\nmodel: {{activation_func: {{_target_: *a39}}}}\n", "no supported family"),
+    ("model: {num_layers: -0x" + "f" * 5000 + "}", "a number of 20000 bits"),
+    ("model: {num_layers: 0x" + "f" * 5000 + "}", "a number of 20000 bits"),
+], ids=["deep", "open", "merged", "printed", "named", "negative", "large"])  # fmt: skip
+def test_a_run_config_that_would_take_memory_or_crash_is_refused(checkpoint, tmp_path, text, pattern):
+    folder = checkpoint / "iter_0000000"
+    shutil.rmtree(folder / "huggingface")
+    (folder / "run_config.yaml").write_text(text)
+    refused(mcore_to_hf, checkpoint, tmp_path, pattern)
+
+
+def test_what_a_run_config_says_of_its_layout_is_shown_whatever_it_is(checkpoint, capsys):
+    from converter import inspect
+    from converter.console import show_report
+
+    path = checkpoint / "iter_0000000" / "run_config.yaml"
+    text = path.read_text()
+    for value in ("2020-01-01", "!!set {a}", "*a39", "0x" + "f" * 5000):
+        changed = re.sub("  pipeline_model_parallel_size: .*", f"  pipeline_model_parallel_size: {value}", text)
+        path.write_text(f"{BOMB}\n{changed}" if "*" in value else changed)
+        for as_json in (False, True):
+            show_report(inspect(checkpoint), as_json=as_json)
+    assert "a number of 20000 bits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tensors", [
+    {"decoder.final_layernorm.weight": torch.ones(64)}, {"model.norm.weight": torch.ones(64)},
+    {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.tensor(1.0)},
+], ids=["of_megatron", "of_the_model", "a_number"])  # fmt: skip
+def test_extras_never_take_the_place_of_weights(checkpoint, tmp_path, tensors):
+    save_file(tensors, checkpoint / "iter_0000000" / "huggingface" / "extras.safetensors")
+    refused(mcore_to_hf, checkpoint, tmp_path, "for which this family has no place")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def edit_config(source, **changes):
 @pytest.mark.parametrize(("text", "pattern"), [
     (None, "has no `config.json`"), ("{", "`config.json` is not readable JSON"), ("[1]", "should be a JSON object"),
     ("", "`config.json` is not readable JSON"), ("[" * 100_000, "`config.json` is not readable JSON"),
-    ('{"a": 1, "a": 2}', "`a` stands there twice"),
+    ('{"a": 1, "a": 2}', "`a` stands there twice"), (f'{{"a": {"[" * 70}{"]" * 70}}}', "nested deeper than 64 levels"),
 ])  # fmt: skip
 def test_no_or_broken_config(source, tmp_path, text, pattern):
     (source / "config.json").unlink()
@@ -41,6 +41,7 @@ def test_no_or_broken_config(source, tmp_path, text, pattern):
     ({"hidden_size": ...}, "`hidden_size`: `None`, which should be a whole number"),
     ({"hidden_size": "64"}, "`hidden_size`: `64`, which should be a whole number"),
     ({"num_hidden_layers": 0}, "`num_hidden_layers`: `0`"),
+    ({"num_attention_heads": 10**4000, "head_dim": 10**4000}, "`num_attention_heads`: `a number of 13288 bits`"),
     ({"num_hidden_layers": 10**9}, "says 1000000000 layers, but there are only 39 tensors in all"),
     ({"num_hidden_layers": 5}, "the source lacks `model.layers.4.input_layernorm.weight`, .* and 6 more"),
     ({"num_hidden_layers": 3}, r"holds `model.layers.3.input_layernorm.weight`, .* and 6 more, for which"),
@@ -98,6 +99,9 @@ HEADERS = {
     ),
     "offsets": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(data_offsets=[9, 3])), r"data offsets `\[9, 3\]`"),
     "floats": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(data_offsets=[0.0, 3e9])), "data offsets"),
+    "shape_number": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(shape=64)), "has shape `64`"),
+    "metadata": (lambda p: rewrite_header(p, lambda h: h.update(__metadata__={"format": 1})), "should hold text alone"),
+    "no_text": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update({"\ud800": 1})), "surrogates not allowed"),
     "entry": (lambda p: rewrite_header(p, lambda h: h.update(x=5)), "`x` has data offsets `None`"),
 }
 
@@ -122,6 +126,23 @@ def test_a_file_that_shrinks_after_its_header_was_read_is_named(source, tmp_path
     with pytest.raises(UserError, match=f"`{path.name}` ends at byte"):
         hf_to_mcore(source, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("shape", [[1] * 65, [0, 1 << 61, 1 << 61], [[[]]] * 9])
+def test_a_shape_that_no_array_can_have_is_refused(source, tmp_path, shape):
+    """Also for a tensor that is only carried along, for which no model says its shape."""
+    (source / "model.safetensors.index.json").unlink()
+    path = min(source.glob("*.safetensors"))
+    size = 0 if 0 in shape else 4
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+    def add(header):
+        end = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+
+    rewrite_header(path, add)
+    path.write_bytes(path.read_bytes() + bytes(size))
+    refused(hf_to_mcore, source, tmp_path, f"`{name}` has shape")
 
 
 def edit_index(source, change):
@@ -194,7 +215,7 @@ def test_targets_that_would_harm_something(source, checkpoint, tmp_path):
 
 def test_a_source_that_is_not_there(tmp_path):
     refused(hf_to_mcore, tmp_path / "nowhere", tmp_path, "is not there")
-    refused(mcore_to_hf, tmp_path / "nowhere", tmp_path, "is not a Megatron checkpoint")
+    refused(mcore_to_hf, tmp_path / "nowhere", tmp_path, "is not there")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama"}')
     refused(hf_to_mcore, tmp_path / "empty", tmp_path, "holds no safetensors files")

@@ -148,10 +148,11 @@ def test_the_command_line_surface_is_frozen():
     from converter.cli import cli
 
     surface = {name: sorted(o for p in command.params for o in p.opts) for name, command in cli.commands.items()}
-    both = ["--dry-run", "--dtype", "--json", "--overwrite", "--quiet", "--workers", "source", "target"]
+    both = ["--dry-run", "--dtype", "--json", "--overwrite", "--quiet", "--resume", "--verify", "--workers", "source", "target"]
     assert surface == {
-        "hf-to-mcore": sorted([*both, "--tp", "--pp", "--vpp", "--pp-layout", "--vocab-divisible-by"]),
+        "hf-to-mcore": sorted([*both, "--tp", "--pp", "--vpp", "--pp-layout", "--vocab-divisible-by", "--integrity"]),
         "mcore-to-hf": sorted([*both, "--hf-config", "--max-shard-size"]),
-        "inspect": ["--json", "--tensors", "path"],
+        "inspect": ["--check", "--json", "--tensors", "path"],
+        "verify": ["--as", "--json", "--quiet", "--workers", "one", "other"],
         "families": ["--json"],
     }

@@ -233,7 +233,7 @@ def test_a_source_that_changed_is_refused_by_name(start, straight, tmp_path, hal
     ids=str,
 )
 def test_other_options_are_refused_with_both_values(start, half, layout, said):
-    assert f"`{half}` was begun with {said}" in refused(start, "--resume", layout=layout)
+    assert f"`{half}` was begun with option {said}" in refused(start, "--resume", layout=layout)
 
 
 def test_a_damaged_record_is_refused_and_a_missing_one_is_no_record(start, straight, tmp_path, half):
@@ -304,9 +304,11 @@ def test_what_did_not_read_back_as_it_was_written_is_not_there_to_go_on_with(str
 def test_a_second_run_is_refused_and_told_who_holds_the_lock(start, straight, tmp_path):
     first = start()
     first.until("write", 5)
+    first.send_signal(signal.SIGSTOP)  # alive, and not done before we are
     for options in ((), ("--resume",), ("--overwrite",)):
         said = refused(start, *options)
         assert f"another run is writing `{tmp_path / 'm'}`: pid `{first.pid}` on `" in said
+    first.send_signal(signal.SIGCONT)
     assert first.end()[0] == 0
     assert tree(tmp_path / "m") == straight["hf-to-mcore"][2]
     assert names(tmp_path) == ["m"]

@@ -80,6 +80,20 @@ def test_pieces_cover_a_tensor_and_stay_below_the_limit(count, columns, limit):
     assert copied == list(range(3, 3 + count - 1))
 
 
+def test_a_tiling_of_many_dimensions_is_judged_at_once():
+    """Slices along the last dimension, each halved along another: cut into slabs, it would take 2**40 of them."""
+    count = 40
+    whole = (slice(0, 2),) * count
+    halves = [
+        (*whole[:number], slice(half, half + 1), *whole[number + 1 :], slice(number, number + 1))
+        for number in range(count)
+        for half in range(2)
+    ]
+    shape = (*(2,) * count, count)
+    assert _tiles(shape, halves)
+    assert not _tiles(shape, [*halves[:-1], halves[0]])
+
+
 boxes_of_six = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6), st.integers(0, 5), st.integers(1, 6)), max_size=6)
 
 

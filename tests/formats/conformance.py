@@ -34,6 +34,7 @@ class FormatSuite:
 
     def written(self, folder, *, threads=1, step=2):
         specs = self.specs()
+        folder.mkdir(exist_ok=True)
         outputs = LocalOutputs(folder)
         values, writer = self.values(specs), self.writer(outputs, specs)
         pieces = [(s, (slice(a, min(a + step, s.shape[0])), *s.whole[1:])) for s in specs for a in range(0, s.shape[0], step)]

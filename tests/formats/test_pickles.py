@@ -64,8 +64,11 @@ HOSTILE = {
     "huge_bytearray": b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x00abc.",
     "huge_string": b"\x80\x02X\xff\xff\xff\xffabc.",
     "nested_keys": b"\x80\x02})" + b"q\x00h\x00\x86" * 34 + b"K\x01s.",
+    "nested_keys_of_an_old_dict": b"\x80\x02()" + b"q\x00h\x00\x86" * 34 + b"K\x01d.",
     "duplicates": b"\x80\x02)" + b"2\x86" * 34 + b".",
     "set_of_nested": b"\x80\x04]" + b"))\x86\x86" + b"a\x8c\x08builtins\x8c\x03set\x93h\x00\x85R.",
+    "sets_of_one_list": b"\x80\x04](" + b"K\x01" * 2000 + b"e\x94cbuiltins\nset\n\x94" + b"h\x01h\x00\x85R0" * 2000 + b"N.",
+    "made_of_no_tuple": b"\x80\x02ctorch\nSize\nN\x81.",
     "truncated": b"\x80\x02}q\x00(X\x05\x00\x00\x00ab",
     "nothing": b"",
     "no_pickle": b"PK\x03\x04",
@@ -102,6 +105,12 @@ def test_a_namespace_keeps_its_fields():
     args = pickles.loads(pickle.dumps(argparse.Namespace(tp=2, path=Path("a"))), source="x")
     assert args["tp"] == 2
     assert args["path"].kind.name in ("PosixPath", "PurePosixPath", "Path")
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_sets_of_both_kinds_are_read(protocol):
+    data = pickle.dumps({"a": frozenset(["x", 2]), "b": {3}, "c": (frozenset(),)}, protocol)
+    assert pickles.loads(data, source="x") == {"a": {"x", 2}, "b": {3}, "c": (set(),)}
 
 
 def test_no_class_outside_the_list_is_imported():

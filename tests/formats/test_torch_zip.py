@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from formats.errors import UserError
-from formats.pickles import Record
+from formats.pickles import Global, Record
 from formats.spec import DTYPES
 from formats.torch_zip import OpenArchive, object_archive, tensor_frame
 
@@ -133,3 +133,21 @@ def test_a_tensor_larger_than_its_record_is_refused():
     forged = Record(record.kind, (record.args[0], 0, (1000,), (1,), False, {}))
     with pytest.raises(UserError, match="needs more than"):
         archive.tensor(forged)
+
+
+@pytest.mark.parametrize("shape", [(1 << 31, 1 << 32), (1 << 61, 8), (1,) * 65, (0, 1 << 61, 1 << 61), [1 << 62], {}], ids=str)
+def test_sizes_whose_product_overflows_are_refused(shape):
+    archive = opened(saved(torch.arange(6.0)))
+    record = archive.pickle()
+    strides = (1,) * len(shape)
+    with pytest.raises(UserError):
+        archive.tensor(Record(record.kind, (record.args[0], 0, shape, strides, False, {})))
+
+
+def test_a_parameter_in_thousands_of_parameters_is_refused():
+    archive = opened(saved(torch.arange(6.0)))
+    record = archive.pickle()
+    for _ in range(5000):
+        record = Record(Global("torch._utils", "_rebuild_parameter"), (record, False, {}))
+    with pytest.raises(UserError, match="does not describe a tensor"):
+        archive.tensor(record)

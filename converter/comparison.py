@@ -68,8 +68,8 @@ class Difference:
             return f"`{self.name}`: {self.what}"
         one, other = self.values or (0.0, 0.0)
         return (
-            f"`{self.name}`: {self.elements} elements differ, first at {list(self.first)}: {one!r} and {other!r}, "
-            f"largest difference {self.largest!r}"
+            f"`{self.name}`: {'1 element differs' if self.elements == 1 else f'{self.elements} elements differ, first'} "
+            f"at {list(self.first)}: {one!r} and {other!r}, largest difference {self.largest!r}"
         )
 
 

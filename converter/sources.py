@@ -1,4 +1,4 @@
-"""A source that is no directory: a Hugging Face Hub id, fetched into the Hub's own cache."""
+"""What a user names as a source: a directory, a URL read by byte range, or a Hub id fetched into the Hub's own cache."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ import re
 from pathlib import Path
 
 from formats.errors import UserError
-from formats.folder import LocalFolder
+from formats.folder import Folder, LocalFolder
+from formats.remote.folder import is_remote, open_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _LEFT = ["original/*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
 
 
-def resolve(source: str | Path) -> LocalFolder:
-    """A local directory for a source: itself, or the Hub snapshot `org/name` or `org/name@revision`.
+def open_source(source: str | Path, *, or_hub: bool = False) -> Folder:
+    """The folder of a source. With `or_hub`, one that is no directory may be `org/name` or `org/name@revision` on the Hub.
 
-    Raises UserError if it is neither.
+    Raises UserError if it is nothing of that.
     """
     path = Path(source)
-    if path.is_dir():
-        return LocalFolder(path)
+    if is_remote(source) or path.is_dir():
+        return open_folder(source)
     if path.exists():
         raise UserError(f"`{source}` is a file", hint="point at the directory it lies in")
-    if isinstance(source, Path) or "/" not in source or not _HUB_ID.fullmatch(source):
-        raise UserError(f"`{source}` is not there", hint="give a model directory, or a Hub id such as `org/name`")
-    return _fetch(source)
+    if or_hub and isinstance(source, str) and "/" in source and _HUB_ID.fullmatch(source):
+        return _fetch(source)
+    hub = ", or a Hub id such as `org/name`" if or_hub else ""
+    raise UserError(f"`{source}` is not there", hint=f"give a directory, a URL (hf://, s3://, gs://, https://){hub}")
 
 
-def _fetch(source: str) -> LocalFolder:
+def _fetch(source: str) -> Folder:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 # pyright: ignore[reportUnknownVariableType] - slow, seldom needed
 
     name, _, revision = source.partition("@")

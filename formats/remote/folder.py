@@ -1,0 +1,203 @@
+"""A directory by its URL: `hf://org/name[@revision]`, `s3://`, `gs://`, `http(s)://`; or a path.
+
+Files are read by byte range, nothing is kept on disk. What a file is, is fixed when it is first looked at, and every later
+read is checked against it. Knows no protocol.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from formats.errors import UserError
+from formats.folder import NOT_OF_THE_MODEL, Folder, LocalFolder, whole
+from formats.remote.gcs import GoogleStorage
+from formats.remote.hub import Hub
+from formats.remote.retry import BrokenError, Patience, persist
+from formats.remote.s3 import S3
+from formats.remote.store import Status, Store, file_name
+from formats.remote.web import Web
+
+_STORES: Mapping[str, Callable[[str, Patience], Store]] = {
+    "hf": Hub, "s3": S3, "gs": GoogleStorage, "http": Web, "https": Web,
+}  # fmt: skip
+_BLOCK = 64 << 10
+_BLOCKS = 64
+_SMALL = 16 << 10
+"""Shorter reads than that come out of blocks: the parts of a torch archive lie close together, and every request costs a
+round trip."""
+
+
+def open_folder(source: str | Path, *, patience: Patience | None = None) -> Folder:
+    """The folder of a path or URL. Whether it is there shows when something is asked of it; a Hub id is asked for at once,
+    because its commit is fixed then.
+
+    Raises UserError for URLs that cannot be understood, and where a package is missing.
+    """
+    if not is_remote(source):
+        return LocalFolder(Path(source))
+    kind = str(source).partition("://")[0].lower()
+    if kind not in _STORES:
+        raise UserError(f"`{kind}://` is not supported", hint=f"known are {', '.join(f'{name}://' for name in _STORES)}")
+    patience = patience or Patience()
+    return RemoteFolder(_Opened(_STORES[kind](str(source), patience), patience), "")
+
+
+def is_remote(source: str | Path) -> bool:
+    """Does that name a URL rather than a path?"""
+    return isinstance(source, str) and bool(re.match(r"[A-Za-z][\w+.-]*://", source))
+
+
+class _Opened:
+    """A store, patiently, with the status of every file that was looked at."""
+
+    def __init__(self, store: Store, patience: Patience) -> None:
+        self.store = store
+        self._patience = patience
+        self._statuses: dict[str, Status | None] = {}
+        self._listed: dict[str, list[str]] = {}
+        self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def status(self, path: str) -> Status | None:
+        if path not in self._statuses:
+            self._remember({path: self._persist(lambda: self.store.status(path), f"looking at `{file_name(path)}`")})
+        return self._statuses[path]
+
+    def existing(self, path: str) -> Status:
+        status = self.status(path)
+        if status is None:
+            raise UserError(f"`{self.store.label}` has no `{path}`")
+        return status
+
+    def files(self, prefix: str) -> list[str]:
+        if prefix not in self._listed:
+            found = self._persist(lambda: self.store.files(prefix), f"listing `{self.store.label}`")
+            self._remember({path: status for path, status in found.items() if status})
+            self._listed[prefix] = sorted(found)
+        return self._listed[prefix]
+
+    def children(self, prefix: str) -> list[str]:
+        return self._persist(lambda: self.store.children(prefix), f"listing `{self.store.label}`")
+
+    def read(self, path: str, offset: int, out: memoryview) -> None:
+        status = self.existing(path)
+        if offset + len(out) > status.size:
+            raise UserError(
+                f"`{file_name(path)}` ends at byte {status.size}, but its header promises data up to {offset + len(out)}",
+                hint="the file is truncated or still being written; fetch it again",
+            )
+        if len(out) < _SMALL < status.size:
+            self._from_blocks(path, status, offset, out)
+        elif out:
+            self._read(path, status, offset, out)
+
+    def _from_blocks(self, path: str, status: Status, offset: int, out: memoryview) -> None:
+        done = 0
+        while done < len(out):
+            number, start = divmod(offset + done, _BLOCK)
+            piece = self._block(path, status, number)[start : start + len(out) - done]
+            out[done : done + len(piece)] = piece
+            done += len(piece)
+
+    def _block(self, path: str, status: Status, number: int) -> bytes:
+        with self._lock:
+            if (path, number) in self._blocks:
+                self._blocks.move_to_end((path, number))
+                return self._blocks[path, number]
+        data = bytearray(min(_BLOCK, status.size - number * _BLOCK))
+        self._read(path, status, number * _BLOCK, memoryview(data))
+        with self._lock:
+            self._blocks[path, number] = bytes(data)
+            if len(self._blocks) > _BLOCKS:
+                self._blocks.popitem(last=False)
+        return bytes(data)
+
+    def _read(self, path: str, status: Status, offset: int, out: memoryview) -> None:
+        """A range, in as many attempts as it takes; each goes on where the last one broke off."""
+        done = 0
+
+        def attempt() -> None:
+            nonlocal done
+            try:
+                self.store.fetch(path, status, offset + done, out[done:])
+            except BrokenError as error:
+                done += error.done
+                if done < len(out):
+                    raise
+
+        self._persist(attempt, f"reading `{file_name(path)}` from byte {offset} to {offset + len(out)}")
+
+    def _remember(self, found: Mapping[str, Status | None]) -> None:
+        """What was seen first stays."""
+        with self._lock:
+            for path, status in found.items():
+                self._statuses.setdefault(path, status)
+
+    def _persist[Result](self, attempt: Callable[[], Result], doing: str) -> Result:
+        return persist(attempt, self._patience, doing=doing)
+
+
+class RemoteFolder:
+    """A directory in a store. Folders below share its connections, and what it knows of its files."""
+
+    def __init__(self, opened: _Opened, prefix: str) -> None:
+        self._opened = opened
+        self._prefix = prefix
+
+    @property
+    def label(self) -> str:
+        root = self._opened.store.label
+        return f"{root}/{self._prefix[:-1]}" if self._prefix else root
+
+    @property
+    def name(self) -> str:
+        return file_name(self._prefix[:-1]) or self._opened.store.name
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        return self._opened.store.origin or {"name": self.name}
+
+    def has(self, name: str) -> bool:
+        return self._opened.status(self._prefix + name) is not None
+
+    def size(self, name: str) -> int:
+        return self._opened.existing(self._prefix + name).size
+
+    def version(self, name: str) -> str:
+        return str(self._opened.existing(self._prefix + name))
+
+    def sha256(self, name: str) -> str | None:
+        return self._opened.existing(self._prefix + name).sha256
+
+    def children(self) -> list[str]:
+        return self._opened.children(self._prefix)
+
+    def files(self) -> list[str]:
+        names = (path.removeprefix(self._prefix) for path in self._opened.files(self._prefix))
+        return sorted({_closed(name) for name in names})
+
+    def get(self, name: str) -> bytes:
+        return whole(self, name)
+
+    def read_into(self, name: str, offset: int, out: memoryview) -> None:
+        self._opened.read(self._prefix + name, offset, out)
+
+    def below(self, name: str) -> RemoteFolder:
+        return RemoteFolder(self._opened, f"{self._prefix}{name.strip('/')}/")
+
+    def close(self) -> None:
+        """Also the connections of folders below, which open new ones if they are used again."""
+        self._opened.store.close()
+
+
+def _closed(name: str) -> str:
+    """A file's name, or that of the folder around it which is not looked into."""
+    parts = name.split("/")
+    for depth, part in enumerate(parts[:-1], 1):
+        if part in NOT_OF_THE_MODEL:
+            return "/".join(parts[:depth]) + "/"
+    return name

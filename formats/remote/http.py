@@ -1,0 +1,233 @@
+"""HTTP/1.1 for byte ranges: pooled connections, redirects, proxies, and reads that land in the caller's memory.
+
+The standard library's client underneath. Knows nothing of files, and puts no URL into messages.
+"""
+
+from __future__ import annotations
+
+import base64
+import socket
+import ssl
+import threading
+import urllib.request
+from collections import defaultdict
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, RemoteDisconnected
+from urllib.parse import SplitResult, unquote, urljoin, urlsplit
+
+from formats.errors import UserError
+from formats.remote.retry import BrokenError, fill, words
+
+type Headers = Mapping[str, str]
+type Body = bytes | memoryview | None
+
+_MAX_REDIRECTS = 5
+_WORTH_DRAINING = 64 << 10  # reading that much is cheaper than a new connection
+PASSING = {408, 425, 429, 500, 502, 503, 504}
+
+
+class Answer:
+    """A response whose body has not been read yet. `url` is where it came from, after redirects."""
+
+    def __init__(self, response: HTTPResponse, url: str) -> None:
+        self._response = response
+        self.url = url
+        self.status = response.status
+        self.headers = response.headers
+
+    @property
+    def redirect(self) -> str | None:
+        """Where it sends us."""
+        target = self.headers["Location"] if self.status in (301, 302, 303, 307, 308) else None
+        return urljoin(self.url, target) if target else None
+
+    def header(self, name: str) -> str:
+        return self.headers.get(name, "")
+
+    def read_into(self, out: memoryview) -> None:
+        """Fill `out`; BrokenError says how much came."""
+        fill(out, self._response.readinto, (OSError, HTTPException))
+
+    def body(self, limit: int = 64 << 20) -> bytes:
+        """The whole of a small body."""
+        try:
+            data = self._response.read(limit)
+        except (OSError, HTTPException) as error:
+            raise BrokenError(words(error)) from None
+        length = self.header("Content-Length")
+        if length.isdigit() and len(data) < min(int(length), limit):
+            raise BrokenError(f"the connection ended after {len(data)} of {length} bytes")
+        return data
+
+    def check_passing(self) -> None:
+        """Raise BrokenError for the answers that may be others in a moment."""
+        if self.status in PASSING:
+            raise BrokenError(f"the server answered HTTP {self.status}", wait=seconds(self.header("Retry-After")))
+
+    def drained(self) -> bool:
+        """Is the connection fit for another request?"""
+        if self._response.will_close:
+            return False
+        left = self._response.length
+        try:
+            if left is not None and left < _WORTH_DRAINING:
+                self._response.read()
+        except (OSError, HTTPException):
+            return False
+        return self._response.isclosed()
+
+
+class Client:
+    """Connections to any number of servers, used by several threads: each request has one to itself meanwhile."""
+
+    def __init__(self, *, silence: float) -> None:
+        self._silence = silence
+        self._idle: dict[tuple[str, str], list[HTTPConnection]] = defaultdict(list)
+        self._lock = threading.Lock()
+        self._proxies = urllib.request.getproxies()
+        self._tls: ssl.SSLContext | None = None
+
+    @contextmanager
+    def ask(
+        self,
+        method: str,
+        url: str,
+        headers: Headers,
+        *,
+        credentials: Headers | None = None,
+        body: Body = None,
+        stay: bool = False,
+    ) -> Generator[Answer]:
+        """One request, redirects followed. `credentials` are headers that go to the first server and no other.
+
+        With `stay`, a redirect to another server is the answer. Raises BrokenError for what may pass, dropped connections and
+        answers alike; UserError where trying again is of no use.
+        """
+        first = urlsplit(url)
+        for _ in range(_MAX_REDIRECTS):
+            here = urlsplit(url)[:2] == first[:2]
+            with self._exchange(method, url, {**headers, **((credentials or {}) if here else {})}, body) as answer:
+                target = answer.redirect
+                if not target or (stay and urlsplit(target)[:2] != first[:2]):
+                    answer.check_passing()
+                    yield answer
+                    return
+            url = target
+        raise UserError("the server redirects in circles", hint="check the URL")
+
+    def close(self) -> None:
+        """Close what is idle; a later request opens anew."""
+        with self._lock:
+            for connection in [one for idle in self._idle.values() for one in idle]:
+                connection.close()
+            self._idle.clear()
+
+    @contextmanager
+    def _exchange(self, method: str, url: str, headers: Headers, body: Body) -> Generator[Answer]:
+        parts = split_url(url)
+        connection, response = self._send(method, parts, headers, body)
+        answer, fit = Answer(response, url), False
+        try:
+            yield answer
+            fit = answer.drained()
+        finally:
+            if fit:
+                with self._lock:
+                    self._idle[parts.scheme, parts.netloc].append(connection)
+            else:
+                response.close()
+                connection.close()
+
+    def _send(self, method: str, parts: SplitResult, headers: Headers, body: Body) -> tuple[HTTPConnection, HTTPResponse]:
+        """A request on an idle connection, or on a new one where there is none, or where the server had left it."""
+        while True:
+            with self._lock:
+                idle = self._idle[parts.scheme, parts.netloc]
+                used = idle.pop() if idle else None
+            connection = used or self._connect(parts)
+            try:
+                connection.request(method, self._target(parts), body, {**headers, **self._proxy_headers(parts)})
+                return connection, connection.getresponse()
+            except (OSError, HTTPException) as error:
+                connection.close()
+                if not (used and isinstance(error, (ConnectionError, RemoteDisconnected))):
+                    raise _final(error, parts.hostname or "") or BrokenError(words(error)) from None
+
+    def _connect(self, parts: SplitResult) -> HTTPConnection:
+        proxy = self._proxy(parts)
+        host, port = parts.hostname or "", parts.port
+        if proxy and parts.scheme == "https":
+            tunnel = HTTPSConnection(proxy.hostname or "", proxy.port, timeout=self._silence, context=self._context())
+            tunnel.set_tunnel(host, port or 443, headers=_proxy_authorization(proxy))
+            return tunnel
+        if parts.scheme == "https":
+            return HTTPSConnection(host, port, timeout=self._silence, context=self._context())
+        return HTTPConnection(*((proxy.hostname or "", proxy.port) if proxy else (host, port)), timeout=self._silence)
+
+    def _context(self) -> ssl.SSLContext:
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+        return self._tls
+
+    def _proxy(self, parts: SplitResult) -> SplitResult | None:
+        proxy = self._proxies.get(parts.scheme, "")
+        if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
+            return None
+        return urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+
+    def _target(self, parts: SplitResult) -> str:
+        """A proxy for plain HTTP wants the whole URL, without its user."""
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        return f"http://{_host(parts)}{path}" if parts.scheme == "http" and self._proxy(parts) else path
+
+    def _proxy_headers(self, parts: SplitResult) -> dict[str, str]:
+        proxy = self._proxy(parts) if parts.scheme == "http" else None
+        host = {"Host": _host(parts)}
+        return host | _proxy_authorization(proxy) if proxy else host
+
+
+def split_url(url: str) -> SplitResult:
+    """The parts of an http(s) URL; UserError, without it, if it is none."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UserError("that is not a URL of a web server", hint="it should look like `https://host/path`")
+    return parts  # pyright: ignore[reportPossiblyUnboundVariable] - unusable if unbound
+
+
+def basic(user: str, password: str) -> str:
+    """The value of an Authorization header."""
+    return "Basic " + base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
+
+
+def _host(parts: SplitResult) -> str:
+    return parts.netloc.rpartition("@")[2]
+
+
+def _proxy_authorization(proxy: SplitResult) -> dict[str, str]:
+    return {"Proxy-Authorization": basic(proxy.username, proxy.password or "")} if proxy.username else {}
+
+
+def _final(error: Exception, host: str) -> UserError | None:
+    """What is not worth another attempt."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return UserError(f"the certificate of `{host}` does not hold: {error.verify_message}", hint="see SSL_CERT_FILE")
+    if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
+        return UserError(f"there is no server `{host}`", hint="check the URL and the network")
+    return None
+
+
+def seconds(retry_after: str) -> float | None:
+    """Seconds or a date, as the header may say either."""
+    if retry_after.isdigit():
+        return float(retry_after)
+    try:
+        then = parsedate_to_datetime(retry_after)
+    except ValueError:
+        return None
+    return max(0.0, (then - then.now(then.tzinfo)).total_seconds())

@@ -1,0 +1,160 @@
+"""A model on the Hugging Face Hub: its commit is fixed when it is opened, its files are read by range from where the Hub
+sends us.
+
+Three calls of the Hub's are used: a model's revision, the tree of a commit, and `resolve`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, cast
+from urllib.parse import quote
+
+from formats.errors import UserError
+from formats.remote.http import Answer, Client
+from formats.remote.retry import BrokenError, Patience, persist
+from formats.remote.store import Status, changed, file_name, needed, refused
+from formats.remote.web import check_allowed, range_header, read_range
+
+_URL = re.compile(
+    r"hf://(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(@(?P<revision>refs/[\w.-]+/[\w.-]+|[\w.-]+))?(?P<folder>(/[^/@?#]+)*)/?"
+)
+_TAG = "linked ETag"  # where the bytes lie, they have another
+_LOGIN = "check the name; for gated and private models, `hf auth login` or HF_TOKEN"
+
+
+class Hub:
+    """The files of `hf://org/name[@revision][/folder]`. The token comes from where huggingface_hub finds it.
+
+    `commit` is what the revision points to when this is made; it is what is read, whatever the revision points to later.
+    """
+
+    def __init__(self, url: str, patience: Patience) -> None:
+        found = _URL.fullmatch(url)
+        if not found:
+            raise UserError("that is not a model on the Hub", hint="it should look like `hf://org/name@revision`")
+        self.label = url.rstrip("/")
+        self._name, self._folder = found["name"], found["folder"].strip("/")
+        self.name = file_name(self._folder or self._name)
+        self._endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+        self._client = Client(silence=patience.silence)
+        self._credentials = _headers()
+        self._places: dict[str, str] = {}
+        self._lock = threading.Lock()
+        try:
+            self.commit = self._resolve(found["revision"], patience)
+            self._files = self._tree(patience)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """The id, and the commit that was fixed when this was made."""
+        found = {"id": self._name, "revision": self.commit}
+        return {**found, "folder": self._folder} if self._folder else found
+
+    def status(self, path: str) -> Status | None:
+        return self._files.get(path)
+
+    def fetch(self, path: str, status: Status, offset: int, out: memoryview) -> None:
+        known = self._places.get(path)
+        place = known or self._place(path, status)
+        with self._ask("GET", place, range_header(offset, len(out))) as answer:
+            if known and answer.status in (400, 401, 403, 404, 410):
+                with self._lock:
+                    self._places.pop(path, None)
+                raise BrokenError(f"the Hub's link had expired (HTTP {answer.status})")
+            check_allowed(answer, f"{self.label}/{path}", hint=_LOGIN)
+            read_range(answer, path, status, offset, out)
+
+    def children(self, prefix: str) -> list[str]:
+        below = (path.removeprefix(prefix).partition("/") for path in self.files(prefix))
+        return sorted({first + slash for first, slash, _ in below})
+
+    def files(self, prefix: str) -> Mapping[str, Status]:
+        return {path: status for path, status in self._files.items() if path.startswith(prefix)}
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _resolve(self, revision: str | None, patience: Patience) -> str:
+        wanted = f"/revision/{quote(revision, safe='')}" if revision else ""
+        found, _ = self._json(f"{self._endpoint}/api/models/{self._name}{wanted}", patience)
+        match found:
+            case {"sha": str(sha)} if re.fullmatch(r"[0-9a-f]{40,64}", sha):
+                return sha
+            case _:
+                raise UserError(f"the Hub names no commit of `{self.label}`")
+
+    def _tree(self, patience: Patience) -> dict[str, Status]:
+        folder = f"/{quote(self._folder)}" if self._folder else ""
+        url = f"{self._endpoint}/api/models/{self._name}/tree/{self.commit}{folder}?recursive=true&expand=false"
+        files: dict[str, Status] = {}
+        while url:
+            found, url = self._json(url, patience)
+            files |= dict(_statuses(found))
+        start = f"{self._folder}/" if self._folder else ""
+        return {path.removeprefix(start): status for path, status in files.items()}
+
+    def _json(self, url: str, patience: Patience) -> tuple[Any, str]:
+        """What the Hub says, and where it goes on."""
+
+        def attempt() -> tuple[Any, str]:
+            with self._ask("GET", url, {}) as answer:
+                if answer.status != 200:
+                    raise refused(answer.status, self.label, hint=_LOGIN)
+                more = re.search(r'<([^>]+)>;\s*rel="next"', answer.header("Link"))
+                return _parsed(answer.body(), self.label), more[1] if more else ""
+
+        return persist(attempt, patience, doing=f"asking the Hub for `{self.label}`")
+
+    def _place(self, path: str, status: Status) -> str:
+        """Where the Hub keeps a file's bytes; good for some time, often about an hour."""
+        whole = f"{self._folder}/{path}" if self._folder else path
+        url = f"{self._endpoint}/{self._name}/resolve/{self.commit}/{quote(whole)}"
+        with self._ask("HEAD", url, {}, stay=True) as answer:
+            place = answer.redirect or answer.url
+            if not answer.redirect:
+                check_allowed(answer, f"{self.label}/{path}", hint=_LOGIN)
+            etag = (answer.header("X-Linked-ETag") or answer.header("ETag")).removeprefix("W/").strip('"')
+            if etag and etag != status.tag:
+                raise changed(path, status, etag)
+        with self._lock:
+            self._places[path] = place
+        return place
+
+    def _ask(self, method: str, url: str, headers: Mapping[str, str], *, stay: bool = False) -> AbstractContextManager[Answer]:
+        ours = url.startswith(f"{self._endpoint}/")
+        return self._client.ask(method, url, headers, credentials=self._credentials if ours else None, stay=stay)
+
+
+def _statuses(listed: Any) -> Iterator[tuple[str, Status]]:
+    for item in cast("list[Any]", listed if isinstance(listed, list) else []):
+        match item:
+            case {"type": "file", "path": str(path), "lfs": {"oid": str(sha256), "size": int(size)}}:
+                yield path, Status(size, sha256, _TAG, sha256)
+            case {"type": "file", "path": str(path), "size": int(size), "oid": str(blob)}:
+                yield path, Status(size, blob, _TAG)
+            case _:
+                pass
+
+
+def _parsed(body: bytes, label: str) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        raise UserError(f"the Hub's answer about `{label}` is not JSON", hint="check HF_ENDPOINT") from None
+
+
+def _headers() -> dict[str, str]:
+    """The user agent and, if there is a token, the authorization that huggingface_hub sends."""
+    if needed("huggingface_hub.constants").HF_HUB_OFFLINE:
+        raise UserError("the Hub may not be asked: HF_HUB_OFFLINE is set", hint="unset it, or give a directory")
+    return dict(needed("huggingface_hub.utils").build_hf_headers(library_name="mbtools"))

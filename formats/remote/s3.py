@@ -1,0 +1,228 @@
+"""Objects of S3 and what speaks like it, through botocore: credentials, region and endpoint come from where AWS's own tools
+find them. Objects are read by range, of the version that was seen first.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from typing import Any, Protocol, cast
+
+from formats.errors import UserError
+from formats.remote.http import PASSING, seconds
+from formats.remote.retry import BrokenError, Patience, fill, words
+from formats.remote.store import Status, changed, file_name, needed, refused, resized, without_secrets
+
+type Reply = Mapping[str, Any]
+
+_CONNECTIONS = 32
+_MAY_WRITE = "check the AWS credentials (`aws configure`, AWS_PROFILE), and s3:PutObject, s3:DeleteObject, s3:ListBucket"
+_CREDENTIALS = "check the name, the AWS credentials (`aws configure`, AWS_PROFILE), and s3:GetObject and s3:ListBucket"
+
+
+class Client(Protocol):
+    """What we use of botocore's client, which has no types."""
+
+    def get_object(self, **arguments: Any) -> Reply: ...
+    def head_object(self, **arguments: Any) -> Reply: ...
+    def list_objects_v2(self, **arguments: Any) -> Reply: ...
+    def put_object(self, **arguments: Any) -> Reply: ...
+    def delete_object(self, **arguments: Any) -> Reply: ...
+    def create_multipart_upload(self, **arguments: Any) -> Reply: ...
+    def upload_part(self, **arguments: Any) -> Reply: ...
+    def complete_multipart_upload(self, **arguments: Any) -> Reply: ...
+    def abort_multipart_upload(self, **arguments: Any) -> Reply: ...
+    def create_bucket(self, **arguments: Any) -> Reply: ...
+    def close(self) -> None: ...
+
+
+class S3:
+    """The objects below `s3://bucket/prefix`. Without credentials, requests go unsigned, as public buckets allow."""
+
+    def __init__(self, url: str, patience: Patience) -> None:
+        self.bucket, self.start = bucket_and_prefix(url)
+        self.label = without_secrets(url).rstrip("/")
+        self.client = open_client(patience)
+
+    @property
+    def name(self) -> str:
+        return file_name(self.label)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        return {}
+
+    def status(self, path: str) -> Status | None:
+        try:
+            found = self.client.head_object(Bucket=self.bucket, Key=self.start + path, ChecksumMode="ENABLED")
+        except Exception as error:
+            if status_of(error) == 404:
+                return None
+            raise explained(error, f"{self.label}/{path}") from None
+        return Status(int(found["ContentLength"]), str(found["ETag"]), sha256=_whole_sha256(found))
+
+    def fetch(self, path: str, status: Status, offset: int, out: memoryview) -> None:
+        part = f"bytes={offset}-{offset + len(out) - 1}"
+        try:
+            found = self.client.get_object(Bucket=self.bucket, Key=self.start + path, Range=part, IfMatch=status.tag)
+        except Exception as error:
+            raise self._other(error, path, status) from None
+        with closing(found["Body"]) as body:
+            if found["ETag"] != status.tag:
+                raise changed(path, status, str(found["ETag"]))
+            if not str(found.get("ContentRange", "")).startswith(f"bytes {offset}-{offset + len(out) - 1}/"):
+                raise BrokenError("the server answered with another range than it was asked for")
+            fill(out, body.readinto, (Exception,))  # urllib3's and botocore's, which have no base in common
+
+    def children(self, prefix: str) -> list[str]:
+        found: set[str] = set()
+        for page in self._pages(Prefix=self.start + prefix, Delimiter="/"):
+            found |= {str(item["Key"]) for item in page.get("Contents", ())}
+            found |= {str(item["Prefix"]) for item in page.get("CommonPrefixes", ())}
+        return sorted(key.removeprefix(self.start + prefix) for key in found if key != self.start + prefix)
+
+    def files(self, prefix: str) -> Mapping[str, Status | None]:
+        """Objects that have a SHA-256 are looked at on their own: the listing does not tell it."""
+        return {
+            str(item["Key"]).removeprefix(self.start): None
+            if "SHA256" in item.get("ChecksumAlgorithm", ())
+            else Status(int(item["Size"]), str(item["ETag"]))
+            for page in self._pages(Prefix=self.start + prefix)
+            for item in page.get("Contents", ())
+            if not str(item["Key"]).endswith("/")
+        }
+
+    def begin(self, path: str) -> str:
+        """An upload in parts; its number."""
+        return str(self._write(self.client.create_multipart_upload, path)["UploadId"])
+
+    def part(self, path: str, upload: str, number: int, data: bytearray) -> str:
+        """One part, counted from 1; its tag. The server checks it against a checksum."""
+        return str(self._write(self.client.upload_part, path, UploadId=upload, PartNumber=number, Body=data)["ETag"])
+
+    def finish(self, path: str, upload: str, tags: Sequence[str]) -> bool:
+        """Make the object out of its parts; False if there is no such upload, because it was finished or dropped."""
+        parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
+        arguments = {"Bucket": self.bucket, "Key": self.start + path, "UploadId": upload, "MultipartUpload": {"Parts": parts}}
+        try:
+            self.client.complete_multipart_upload(**arguments)
+        except Exception as error:
+            if status_of(error) == 404:
+                return False
+            raise explained(error, f"{self.label}/{path}", doing="write") from None
+        return True
+
+    def drop(self, path: str, upload: str) -> None:
+        """Forget an upload and its parts."""
+        self._write(self.client.abort_multipart_upload, path, gone=True, UploadId=upload)
+
+    def put(self, path: str, data: bytes) -> None:
+        self._write(self.client.put_object, path, Body=data)
+
+    def delete(self, path: str) -> None:
+        self._write(self.client.delete_object, path, gone=True)
+
+    def close(self) -> None:
+        self.client.close()
+
+    def _write(self, call: Callable[..., Reply], path: str, *, gone: bool = False, **arguments: Any) -> Reply:
+        """A call that changes something; with `gone`, what is not there any more is fine."""
+        try:
+            return call(Bucket=self.bucket, Key=self.start + path, **arguments)
+        except Exception as error:
+            if gone and status_of(error) == 404:
+                return {}
+            raise explained(error, f"{self.label}/{path}", doing="write") from None
+
+    def _pages(self, **arguments: Any) -> list[Reply]:
+        pages: list[Reply] = []
+        more: dict[str, Any] = {}
+        while not pages or more:
+            try:
+                pages.append(self.client.list_objects_v2(Bucket=self.bucket, **arguments, **more))
+            except Exception as error:
+                raise explained(error, self.label) from None
+            following = pages[-1].get("NextContinuationToken")
+            more = {"ContinuationToken": following} if following else {}
+        return pages
+
+    def _other(self, error: Exception, path: str, status: Status) -> Exception:
+        """Why a range was not given: often because the object is another by now."""
+        match status_of(error):
+            case 412:
+                now = self.status(path)
+                return changed(path, status, now.tag if now else "gone")
+            case 416:
+                return resized(path, status, "less")
+            case 404:
+                return changed(path, status, "gone")
+            case _:
+                return explained(error, f"{self.label}/{path}")
+
+
+def bucket_and_prefix(url: str) -> tuple[str, str]:
+    """The bucket, and the prefix with a slash at its end unless it is empty. A user before the bucket, a query: dropped."""
+    bucket, _, prefix = without_secrets(url).partition("://")[2].partition("/")
+    if not re.fullmatch(r"[\w.:-]{3,222}", bucket):
+        raise UserError("that URL names no bucket", hint="it should look like `s3://bucket/folder`")
+    prefix = prefix.strip("/")
+    return bucket, f"{prefix}/" if prefix else ""
+
+
+def open_client(patience: Patience) -> Client:
+    """A client, to be shared by threads. It does not retry: that is done outside, for all kinds of storage alike."""
+    session = needed("botocore.session").get_session()
+    try:
+        unsigned = {} if session.get_credentials() else {"signature_version": needed("botocore").UNSIGNED}
+        config = needed("botocore.config").Config(
+            connect_timeout=min(10.0, patience.silence),
+            read_timeout=patience.silence,
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            max_pool_connections=_CONNECTIONS,
+            response_checksum_validation="when_required",
+            **unsigned,
+        )
+        region = session.get_config_variable("region") or "us-east-1"
+        return cast("Client", session.create_client("s3", region_name=region, config=config))
+    except ValueError:  # whose text holds the URL
+        raise UserError("AWS's client cannot use its endpoint: it is not a URL", hint="check AWS_ENDPOINT_URL") from None
+    except Exception as error:
+        raise explained(error, "s3://") from None
+
+
+def status_of(error: Exception) -> int:
+    """The HTTP status of a botocore error; 0 if it has none."""
+    response: Any = getattr(error, "response", None)
+    match response:
+        case {"ResponseMetadata": {"HTTPStatusCode": int(status)}}:
+            return status
+        case _:
+            return 0
+
+
+def explained(error: Exception, label: str, *, doing: str = "read") -> Exception:
+    """BrokenError or UserError for a botocore error, in words without URLs; the error itself where it is none of botocore's."""
+    errors = needed("botocore.exceptions")
+    status = status_of(error)
+    if isinstance(error, errors.ClientError):
+        reply: Any = getattr(error, "response", {})
+        code = str(reply.get("Error", {}).get("Code", ""))
+        if status in PASSING or code in ("SlowDown", "RequestTimeout", "InternalError"):
+            headers = reply.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+            return BrokenError(f"the server answered HTTP {status}", wait=seconds(headers.get("retry-after", "")))
+        return refused(status, label, code=code, hint=_CREDENTIALS if doing == "read" else _MAY_WRITE, doing=doing)
+    if isinstance(error, (errors.HTTPClientError, errors.ConnectionError, OSError)):
+        return BrokenError(words(error))
+    if isinstance(error, errors.BotoCoreError):
+        return UserError(f"AWS's client cannot {doing} `{label}`: {words(error)}", hint=_CREDENTIALS)
+    return error
+
+
+def _whole_sha256(found: Reply) -> str | None:
+    """The hash of the whole object, where one is stored; uploads in parts have one of their parts' hashes instead."""
+    stored = str(found.get("ChecksumSHA256", ""))
+    if not stored or "-" in stored or found.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
+        return None
+    return base64.b64decode(stored).hex()

@@ -1,0 +1,282 @@
+"""A directory being made in S3 or Google Cloud Storage, `s3://…` or `gs://…`. Nothing of it can be read before `commit`.
+
+Files go up in parts while they are made, each in order, several at once. `commit` turns the parts into objects: first those
+that nobody takes for a checkpoint, then, one by one, those that say it is whole. Knows nothing of what files hold.
+
+Promised: whoever opens the place at any moment finds what was there before, no checkpoint, or all of the new one; a run that
+fails leaves none of its objects; parts arrived as they were sent. Not promised, because object storage has no rename: with
+`overwrite`, between the start of `commit` and its end there is neither the old checkpoint nor the new one (seconds; for good if
+the run fails just then); a reader in the middle of the old one finds files gone or changed; two runs to one place at once are
+found out only if one has committed by the time the other does. A killed run leaves parts that nobody sees and the owner of the
+bucket pays for: a lifecycle rule that drops unfinished uploads is the remedy.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from types import TracebackType
+from typing import Protocol, Self
+
+from formats.errors import UserError
+from formats.remote.gcs import GoogleStorage
+from formats.remote.retry import Patience, persist
+from formats.remote.s3 import S3
+from formats.remote.store import Status, Store
+
+_PART = 8 << 20
+_MOST_PARTS = 9_000  # 10,000 is the limit of both services
+_WHOLE = 256 << 10  # smaller files are kept until `commit`, and go up whole
+_OF_A_MODEL = re.compile(r"[^/]*\.safetensors|iter_\d+/.*|latest_checkpointed_iteration\.txt")
+
+
+class Target(Store, Protocol):
+    """A store that can be written, in parts, each call one attempt."""
+
+    def begin(self, path: str) -> str: ...
+    def part(self, path: str, upload: str, number: int, data: bytearray) -> str: ...
+    def finish(self, path: str, upload: str, tags: Sequence[str]) -> bool: ...
+    def drop(self, path: str, upload: str) -> None: ...
+    def put(self, path: str, data: bytes) -> None: ...
+    def delete(self, path: str) -> None: ...
+
+
+_TARGETS: Mapping[str, Callable[[str, Patience], Target]] = {"s3": S3, "gs": GoogleStorage}
+
+
+def exists(url: str, *, patience: Patience | None = None) -> bool:
+    """Is there any object below that URL?"""
+    patient = _Patient(url, patience or Patience())
+    try:
+        return bool(patient.children())
+    finally:
+        patient.target.close()
+
+
+class Upload:
+    """Files on their way to `url`. Use it as a context: what was not committed by the end of the block is taken back.
+
+    Memory: a part (8 MiB, or a nine-thousandth of the file if that is more) for every open file, and `streams` more.
+    Raises UserError if there is something at `url`, unless `overwrite` says that it may be replaced and it is a model.
+    """
+
+    def __init__(self, url: str, *, overwrite: bool = False, streams: int = 8, patience: Patience | None = None) -> None:
+        self._patient = _Patient(url, patience or Patience())
+        self._overwrite = overwrite
+        self._files: dict[str, Sink] = {}
+        self._published: list[str] = []
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(streams, thread_name_prefix="upload")
+        self._room = threading.BoundedSemaphore(streams)
+        self._failure: BaseException | None = None
+        try:
+            self._check(self._patient.children())
+        except BaseException:
+            self.abort()
+            raise
+
+    @property
+    def label(self) -> str:
+        return self._patient.target.label
+
+    def open(self, name: str, size: int) -> Sink:
+        """A new file of that size, to be filled from its start to its end."""
+        sink = Sink(self._patient, name, size, self._send)
+        with self._lock:
+            assert name not in self._files, f"{name} was opened before"
+            self._files[name] = sink
+        return sink
+
+    def put(self, name: str, data: bytes) -> None:
+        """A file that is ready, most often a small one."""
+        sink = self.open(name, len(data))
+        sink.update(memoryview(data))
+        sink.close()
+
+    def commit(self, order: Sequence[str]) -> None:
+        """Make all files readable. Those in `order` come last, one by one: there belongs whatever says that the checkpoint is
+        whole (`.metadata`, then trackers; an index, then `config.json`).
+
+        With `overwrite`, what was there goes first: the old files of the names in `order`, then all that are not replaced.
+        """
+        assert set(order) <= set(self._files), "order names files that were not opened"
+        for sink in self._files.values():
+            sink.wait()
+        before = self._patient.listed()
+        self._check(before)
+        self._make_room(before, order)
+        publish = partial(self._publish, before)
+        list(self._pool.map(publish, [name for name in self._files if name not in order]))
+        for name in order:
+            publish(name)
+        self._files.clear()
+
+    def abort(self) -> None:
+        """Take everything back: parts, and objects that a failed `commit` had made, the last first. What cannot be taken back
+        is left, without complaint: the reason for all this says more. After a `commit` that succeeded, nothing happens."""
+        self._pool.shutdown(cancel_futures=True)
+        for name in reversed(self._published if self._files else []):
+            with suppress(UserError):
+                self._patient.delete(name)
+        for sink in self._files.values():
+            with suppress(UserError):
+                sink.drop()
+        self._files.clear()
+        self._patient.target.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.abort()
+
+    def _check(self, found: Collection[str]) -> None:
+        if found and not self._overwrite:
+            raise UserError(f"`{self.label}` already exists", hint="choose another place, or replace it with `--overwrite`")
+        if found and not any(_OF_A_MODEL.fullmatch(path) for path in found):
+            raise UserError(
+                f"`{self.label}` holds no model, so `--overwrite` does not remove it",
+                hint="remove it yourself, or choose another place",
+            )
+
+    def _send(self, call: Callable[[], str]) -> Future[str]:
+        """Run a call on the pool, as soon as one of its streams is free; raise what an earlier one raised."""
+        if self._failure:
+            raise self._failure
+        self._room.acquire()
+        future = self._pool.submit(call)
+        future.add_done_callback(self._sent)
+        return future
+
+    def _sent(self, future: Future[str]) -> None:
+        if not future.cancelled():
+            self._failure = self._failure or future.exception()
+        self._room.release()
+
+    def _make_room(self, before: Mapping[str, Status], order: Sequence[str]) -> None:
+        """Small files go before large ones: whatever says that a checkpoint is whole is small."""
+        for name in reversed(order):
+            if name in before:
+                self._patient.delete(name)
+        stale = sorted((status.size, name) for name, status in before.items() if name not in self._files)
+        list(self._pool.map(self._patient.delete, [name for _, name in stale]))
+
+    def _publish(self, before: Mapping[str, Status], name: str) -> None:
+        with self._lock:
+            self._published.append(name)
+        self._files[name].publish(before.get(name))
+
+
+class Sink:
+    """A file on its way. `update` may be called from any thread, from one at a time."""
+
+    def __init__(self, patient: _Patient, name: str, size: int, send: Callable[[Callable[[], str]], Future[str]]) -> None:
+        self._patient, self._name, self._size, self._send = patient, name, size, send
+        self._part_size = part_size(size)
+        self._part = bytearray()
+        self._filled = 0
+        self._taken = 0
+        self._upload = ""
+        self._tags: list[Future[str]] = []
+
+    def update(self, data: memoryview) -> None:
+        """Take the file's next bytes; the memory is the caller's again afterwards. Waits while too much is on its way, and
+        raises UserError where an earlier part could not be sent."""
+        data = data.cast("B") if data.nbytes else memoryview(b"")
+        while data:
+            if not self._part:
+                self._part = bytearray(min(self._part_size, self._size - self._taken))
+            count = min(len(data), len(self._part) - self._filled)
+            assert count, f"{self._name} should have {self._size} bytes, there are more"
+            self._part[self._filled : self._filled + count] = data[:count]
+            self._filled, self._taken, data = self._filled + count, self._taken + count, data[count:]
+            if self._filled == self._part_size:
+                self._flush()
+
+    def close(self) -> None:
+        """The file is complete. It cannot be read yet."""
+        assert self._taken == self._size, f"{self._name} has {self._taken} of {self._size} bytes"
+        if self._part and self._size > _WHOLE:
+            self._flush()
+
+    def wait(self) -> None:
+        """Wait until every part has arrived; UserError if one did not."""
+        assert self._taken == self._size, f"{self._name} has {self._taken} of {self._size} bytes"
+        for tag in self._tags:
+            tag.result()
+
+    def publish(self, before: Status | None) -> None:
+        """Make the object, in place of the one that was there `before`."""
+        if self._upload:
+            self._patient.finish(self._name, self._upload, [tag.result() for tag in self._tags], self._size, before)
+        else:
+            self._patient.put(self._name, bytes(self._part))
+        self._upload = ""
+
+    def drop(self) -> None:
+        """Forget the parts that were sent."""
+        if self._upload:
+            self._patient.drop(self._name, self._upload)
+
+    def _flush(self) -> None:
+        self._upload = self._upload or self._patient.begin(self._name)
+        upload, number, part = self._upload, len(self._tags) + 1, self._part
+        self._part, self._filled = bytearray(), 0
+        self._tags.append(self._send(lambda: self._patient.part(self._name, upload, number, part)))
+
+
+def part_size(size: int) -> int:
+    """Bytes of a part of a file of that size: 8 MiB, or more where the number of parts would pass the services' limit."""
+    return max(_PART, -(-size // _MOST_PARTS // _PART) * _PART)
+
+
+class _Patient:
+    """The calls of a target, patiently."""
+
+    def __init__(self, url: str, patience: Patience) -> None:
+        kind = url.partition("://")[0].lower()
+        if kind not in _TARGETS:
+            raise UserError(f"`{kind}://` cannot be written to", hint="a directory, s3:// and gs:// can")
+        self.target = _TARGETS[kind](url, patience)
+        self._patience = patience
+
+    def children(self) -> list[str]:
+        return self._persist(lambda: self.target.children(""), "listing", "")
+
+    def listed(self) -> dict[str, Status]:
+        found = self._persist(lambda: self.target.files(""), "listing", "")
+        whole = {path: status or self._status(path) for path, status in found.items()}
+        return {path: status for path, status in whole.items() if status}
+
+    def begin(self, name: str) -> str:
+        return self._persist(lambda: self.target.begin(name), "writing", name)
+
+    def part(self, name: str, upload: str, number: int, data: bytearray) -> str:
+        return self._persist(lambda: self.target.part(name, upload, number, data), f"writing part {number} of", name)
+
+    def finish(self, name: str, upload: str, tags: Sequence[str], size: int, before: Status | None) -> None:
+        """An answer may be lost although the object was made: then there is no such upload any more, but another object."""
+        if self._persist(lambda: self.target.finish(name, upload, tags), "writing", name):
+            return
+        now = self._status(name)
+        if now is None or now.size != size or now == before:
+            raise UserError(f"the upload of `{name}` was dropped by somebody else", hint="run it again")
+
+    def drop(self, name: str, upload: str) -> None:
+        self._persist(lambda: self.target.drop(name, upload), "taking back", name)
+
+    def put(self, name: str, data: bytes) -> None:
+        self._persist(lambda: self.target.put(name, data), "writing", name)
+
+    def delete(self, name: str) -> None:
+        self._persist(lambda: self.target.delete(name), "removing", name)
+
+    def _status(self, name: str) -> Status | None:
+        return self._persist(lambda: self.target.status(name), "looking at", name)
+
+    def _persist[Result](self, attempt: Callable[[], Result], doing: str, name: str) -> Result:
+        return persist(attempt, self._patience, doing=f"{doing} `{self.target.label}{f'/{name}' if name else ''}`")

@@ -1,0 +1,123 @@
+"""A plan there and back is the identity, covers every row once, and tiles at every layout, however it is cut into pieces."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from converter import UserError
+from converter.families import llama
+from converter.layout import make_layout
+from converter.model import Model
+from converter.plan import pieces, placed, to_huggingface, to_megatron
+from formats.dcp_index import _tiles
+from formats.spec import DTYPES, TensorSpec
+
+few = st.integers(1, 3)
+
+
+@st.composite
+def models(draw):
+    """A Llama of any small shape, with or without biases, tied or not, its vocabulary padded or not."""
+    groups, per_group, vocab = draw(few), draw(few), draw(st.integers(1, 9))
+    multiple = draw(st.sampled_from([1, 4, 6]))
+    return Model(
+        layers=draw(few), hidden=draw(few), heads=groups * per_group, groups=groups, head_dim=draw(few), ffn=draw(few) * 2,
+        vocab=vocab, padded_vocab=-(-vocab // multiple) * multiple, tied=draw(st.booleans()), attention_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+    )  # fmt: skip
+
+
+def source(model):
+    """The Hugging Face tensors of a model, by its rules."""
+    found = {}
+    for rule in llama.RULES:
+        if rule.when(model) and not rule.zeros(model):
+            for layer in range(model.layers) if "{layer}" in rule.megatron else [0]:
+                for name, shape in zip(rule.names(layer)[1], rule.part_shapes(model), strict=True):
+                    found[name] = TensorSpec(name, shape, DTYPES["fp32"])
+    return found
+
+
+def carried_out(makings, values, limit):
+    """Every making, piece by piece: whole rows, zero where no copy says otherwise."""
+    made = {making.spec.name: np.full(making.spec.shape, np.nan, np.float32) for making in makings}
+    for piece in pieces(makings, limit=limit):
+        band = np.zeros((piece.rows.stop - piece.rows.start, *piece.making.spec.shape[1:]), np.float32)
+        for copy, region, rows in piece.copies():
+            band[rows] = values[copy.source][region]
+        made[piece.making.spec.name][piece.rows] = band
+    return made
+
+
+def numbered(specs):
+    """Each element another number, none of them zero."""
+    ends = np.cumsum([0, *(prod(spec.shape) for spec in specs.values())])
+    return {s.name: np.arange(a + 1, a + 1 + prod(s.shape), dtype=np.float32).reshape(s.shape)
+            for s, a in zip(specs.values(), ends, strict=False)}  # fmt: skip
+
+
+@given(models(), st.integers(1, 300), st.integers(1, 300))
+def test_there_and_back_is_the_identity_whatever_the_pieces(model, one_limit, other_limit):
+    specs = source(model)
+    values = numbered(specs)
+    there = to_megatron(llama.RULES, (), model, specs, dtype="keep")
+    megatron = carried_out(there.makings, values, one_limit)
+    assert all(np.array_equal(array, megatron[name]) for name, array in carried_out(there.makings, values, other_limit).items())
+    stored = {making.spec.name: making.spec for making in there.makings}
+    back = carried_out(to_huggingface(llama.RULES, model, stored, dtype="keep").makings, megatron, other_limit)
+    assert back.keys() == values.keys()
+    assert all(np.array_equal(back[name], values[name]) for name in values)
+
+
+@given(models())
+def test_every_source_row_goes_to_one_place_and_every_target_row_comes_from_one(model):
+    specs = source(model)
+    there = to_megatron(llama.RULES, (), model, specs, dtype="keep")
+    taken = Counter((c.source, row) for m in there.makings for c in m.copies for row in range(c.there, c.there + c.count))
+    assert taken == Counter((spec.name, row) for spec in specs.values() for row in range(spec.shape[0]))
+    for making in there.makings:
+        filled = [row for copy in making.copies for row in range(copy.here, copy.here + copy.count)]
+        padded = model.vocab if making.spec.shape[0] == model.padded_vocab and "layers" not in making.spec.name else None
+        assert filled == list(range(len(filled)))
+        assert len(filled) in (making.spec.shape[0], padded, 0)
+        assert bool(filled) == (making.spec.name not in there.zero)
+
+
+@given(models(), st.data())
+def test_chunks_tile_every_tensor_at_every_layout_that_is_taken(model, data):
+    tp, pp, vpp = (data.draw(st.integers(1, 3)) for _ in range(3))
+    multiple = tp * data.draw(few)
+    model = replace(model, padded_vocab=-(-model.vocab // multiple) * multiple)
+    held = data.draw(st.lists(st.integers(0, pp * vpp - 1), min_size=model.layers, max_size=model.layers))
+    stages = data.draw(st.sampled_from([None, [held.count(stage) for stage in range(pp * vpp)]]))
+    plan = to_megatron(llama.RULES, (), model, source(model), dtype="keep")
+    try:
+        layout = make_layout(model, tp=tp, pp=pp, vpp=vpp, pp_layout=stages)
+    except UserError:
+        return
+    assert sum(layout.stages) == model.layers
+    for spec, chunks in placed(plan, layout):
+        assert _tiles(spec.shape, [region for region, _ in chunks])
+        ranks = {rank for _, rank in chunks}
+        assert {rank // tp for rank in ranks} <= set(range(pp))
+        assert len({rank // tp for rank in ranks}) == 1, "a tensor lies in one stage"
+        assert len(ranks) in (1, tp)
+
+
+@given(models(), st.data())
+def test_a_source_that_lacks_or_holds_one_tensor_more_is_refused(model, data):
+    specs = source(model)
+    name = data.draw(st.sampled_from(sorted(specs)))
+    without = {other: spec for other, spec in specs.items() if other != name}
+    renamed = {**specs, f"{name}.x": specs[name]}
+    wider = {**specs, name: replace(specs[name], shape=(*specs[name].shape[:-1], specs[name].shape[-1] + 1))}
+    for wrong in (without, renamed, wider):
+        with pytest.raises(UserError):
+            to_megatron(llama.RULES, (), model, wrong, dtype="keep")

@@ -1,0 +1,201 @@
+"""Same and different, across formats, layouts, writers and shards; and what `--verify` sees of a disk that lies."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from converter import UserError, hf_to_mcore, mcore_to_hf, verify
+from tests.converter.test_cli import mbconvert
+from tests.models import VARIANTS, tree
+
+
+def edit(folder, change):
+    """Change the tensors of a directory of one file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def pair(model_folder, tmp_path):
+    """A model, and a copy of it to change."""
+    source = model_folder("gqa", dtype="bfloat16")
+    shutil.copytree(source, tmp_path / "copy")
+    return source, tmp_path / "copy"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_import_and_its_export_are_the_source(model_folder, tmp_path, variant):
+    source = model_folder(variant, dtype="bfloat16")
+    hf_to_mcore(source, tmp_path / "m", tp=1 if variant == "mqa" else 2, pp=2)
+    mcore_to_hf(tmp_path / "m", tmp_path / "back", max_shard_size=60_000)
+    for one, other in ((source, "m"), ("m", source), ("back", "m"), (source, "back"), ("m", "m")):
+        found = verify(tmp_path / one, tmp_path / other)
+        assert found.same, found.lines()
+        assert found.tensors == len(load_file(source / "model.safetensors"))
+
+
+@pytest.mark.parametrize("layout", [{"tp": 4}, {"pp": 4}, {"tp": 2, "pp": 2, "vpp": 2}, {"pp": 2, "pp_layout": [3, 1]}], ids=str)
+def test_megatron_at_another_layout_is_the_same(model_folder, checkpoint, tmp_path, layout):
+    hf_to_mcore(model_folder("gqa", dtype="bfloat16"), tmp_path / "other", vocab_divisible_by=500, **layout)
+    assert verify(checkpoint, tmp_path / "other").same
+
+
+def test_a_checkpoint_that_says_nothing_of_its_model_is_compared_as_the_others(model_folder, checkpoint, tmp_path):
+    shutil.rmtree(checkpoint / "iter_0000000" / "huggingface")
+    (checkpoint / "iter_0000000" / "run_config.yaml").unlink()
+    source = model_folder("gqa", dtype="bfloat16")
+    assert verify(source, checkpoint).tensors == 39
+    assert verify(source, checkpoint).same
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    assert verify(checkpoint, tmp_path / "copy").tensors == 27
+    assert verify(checkpoint, tmp_path / "copy").same
+
+
+def test_a_difference_is_named_counted_placed_and_measured(pair):
+    def change(tensors):
+        weight = tensors["model.layers.2.self_attn.k_proj.weight"]
+        weight[3, 5] = 7.0
+        weight[30, 1] = -100.0
+
+    one, other = pair
+    before = load_file(one / "model.safetensors")["model.layers.2.self_attn.k_proj.weight"]
+    edit(other, change)
+    found = verify(one, other)
+    [difference] = found.different
+    assert difference.name == "model.layers.2.self_attn.k_proj.weight"
+    assert (difference.elements, difference.first) == (2, (3, 5))
+    assert difference.values == (before[3, 5].item(), 7.0)
+    assert difference.largest == before[30, 1].item() + 100.0
+    hf_to_mcore(other, other.with_name("m"), tp=2, pp=2)
+    assert verify(one, other.with_name("m")).different == [difference]
+    assert not verify(other, other.with_name("m")).different
+
+
+def test_bits_are_compared_not_values(pair):
+    def minus_zero(tensors):
+        tensors["model.norm.weight"][0] = -0.0
+
+    def plus_zero(tensors):
+        tensors["model.norm.weight"][0] = 0.0
+
+    one, other = pair
+    shutil.copytree(one, other.with_name("zero"))
+    edit(other, minus_zero)
+    edit(other.with_name("zero"), plus_zero)
+    [difference] = verify(other, other.with_name("zero")).different
+    assert (difference.elements, difference.largest) == (1, 0.0)
+
+
+def test_the_same_nan_is_the_same_and_another_is_not(pair):
+    one, other = pair
+    shutil.copytree(one, other.with_name("nan"))
+
+    def nan(payload):
+        return lambda tensors: tensors["model.norm.weight"].view(torch.int16).__setitem__(0, payload)
+
+    edit(other, nan(0x7FC0))
+    edit(other.with_name("nan"), nan(0x7FC1))
+    assert verify(other, other).same
+    [difference] = verify(other, other.with_name("nan")).different
+    assert difference.elements == 1
+    assert np.isnan(difference.values).all()
+
+
+def test_tensors_on_one_side_only_are_named(pair):
+    one, other = pair
+    edit(other, lambda tensors: tensors.pop("model.norm.weight") is None or tensors.update(extra=torch.ones(2)))
+    found = verify(one, other)
+    assert (found.only_in_one, found.only_in_other, found.same) == (["model.norm.weight"], ["extra"], False)
+
+
+def test_another_dtype_is_different_and_the_same_after_a_cast(model_folder, tmp_path):
+    source = model_folder("gqa", dtype="float32")
+    hf_to_mcore(source, tmp_path / "m", tp=2, dtype="bf16")
+    found = verify(source, tmp_path / "m")
+    assert len(found.different) == found.tensors
+    assert "fp32 and bf16: `--as bf16` compares after a cast" in str(found.different[0])
+    assert verify(source, tmp_path / "m", cast="bf16").same
+    assert not verify(source, tmp_path / "m", cast="fp32").same
+
+
+def test_another_shape_is_different(pair):
+    one, other = pair
+    edit(other, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"][:-1].clone()}))
+    assert "shape [64] and [63]" in str(verify(one, other).different[0])
+
+
+def test_an_output_layer_that_repeats_the_embedding_is_the_same_model(model_folder, tmp_path):
+    source = model_folder("tied", dtype="bfloat16")
+    shutil.copytree(source, tmp_path / "twice")
+    edit(tmp_path / "twice", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    hf_to_mcore(source, tmp_path / "m")
+    for one, other in ((source, "twice"), ("twice", source), ("m", "twice"), ("twice", "m")):
+        assert verify(tmp_path / one, tmp_path / other).same
+    edit(tmp_path / "twice", lambda t: t["lm_head.weight"].__setitem__((0, 0), 9.0))
+    assert not verify(source, tmp_path / "twice").same
+
+
+def test_exit_codes_and_output(pair, tmp_path):
+    one, other = pair
+    done = mbconvert("verify", one, other)
+    assert (done.returncode, done.stdout) == (0, "same: 39 tensors, 172.61 k parameters compared bit for bit\n")
+    edit(other, lambda tensors: tensors["model.norm.weight"].__setitem__(7, 5.0))
+    done = mbconvert("verify", one, other)
+    assert done.returncode == 1
+    assert done.stdout.startswith("`model.norm.weight`: 1 element differs at [7]: ")
+    assert done.stdout.splitlines()[1].startswith("DIFFERENT: 39 tensors")
+    found = json.loads(mbconvert("verify", one, other, "--json").stdout)
+    assert (found["same"], found["different"][0]["name"]) == (False, "model.norm.weight")
+    assert mbconvert("verify", one, tmp_path / "nowhere").returncode == 1
+    assert mbconvert("verify", one).returncode == 2
+
+
+class Lying:
+    """A disk that keeps something else than it was given: one bit of the `nth` long write is flipped."""
+
+    def __init__(self, monkeypatch, nth):
+        self._left, self._pwrite = nth, os.pwrite
+        monkeypatch.setattr(os, "pwrite", self)
+
+    def __call__(self, descriptor, data, offset):
+        self._left -= len(data) > 4000
+        if self._left == 0 and len(data) > 4000:
+            changed = mmap.mmap(-1, len(data))  # starts at a page, as direct I/O wants it
+            changed[:] = bytes(data)
+            changed[1234] ^= 4
+            data = changed
+        return self._pwrite(descriptor, data, offset)
+
+
+@pytest.mark.parametrize("nth", [1, 4, 9])
+def test_verify_sees_what_a_lying_disk_holds_and_leaves_no_target(model_folder, tmp_path, monkeypatch, nth):
+    source = model_folder("gqa", dtype="bfloat16")
+    with monkeypatch.context() as patch:
+        Lying(patch, nth)
+        with pytest.raises(UserError, match=r"what lies on the disk is not what was converted: `model\..* 1 element differs"):
+            hf_to_mcore(source, tmp_path / "m", tp=2, pp=2, verify=True)
+    assert not list(tmp_path.iterdir())
+    hf_to_mcore(source, tmp_path / "m", tp=2, pp=2, verify=True)
+    with monkeypatch.context() as patch:
+        Lying(patch, nth)
+        with pytest.raises(UserError, match="what lies on the disk is not what was converted"):
+            mcore_to_hf(tmp_path / "m", tmp_path / "back", verify=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_verify_changes_no_byte(model_folder, tmp_path):
+    source = model_folder("padded_vocab", dtype="float32")
+    for name, options in (("plain", {}), ("verified", {"verify": True})):
+        (tmp_path / name).mkdir()
+        hf_to_mcore(source, tmp_path / name / "m", tp=2, dtype="bf16", **options)
+        mcore_to_hf(tmp_path / name / "m", tmp_path / name / "back", **options)
+    assert tree(tmp_path / "plain") == tree(tmp_path / "verified")

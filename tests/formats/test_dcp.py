@@ -1,0 +1,92 @@
+"""torch's own distributed checkpoints are read; an index that would take memory or time without end is refused."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from formats.dcp import Container
+from formats.errors import UserError
+from formats.folder import LocalFolder
+from formats.torch_dist import TorchDistReader
+
+STACK = "decoder.layers.mlp.linear_fc2.weight"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    state = {"number": torch.tensor(3), "empty": torch.ones(0, 2), STACK: torch.arange(6.0).reshape(2, 3)}
+    torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path, no_dist=True)
+    return tmp_path
+
+
+def edit(folder, change):
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(("name", "expected"), [("number", 3), ("empty", []), (STACK, [[0, 1, 2], [3, 4, 5]])])
+def test_a_tensor_of_any_number_of_dimensions_reads_back(saved, name, expected):
+    container = Container(LocalFolder(saved))
+    tensor = container.tensor(name)
+    out = np.full(tensor.shape, 9, tensor.dtype)
+    container.read(tensor, tuple(slice(0, size) for size in tensor.shape), out)
+    assert out.tolist() == expected
+
+
+def nested(metadata):
+    name = ()
+    for _ in range(40):
+        name = name, name
+    metadata.storage_data[MetadataIndex("x")] = metadata.storage_data[MetadataIndex("number", torch.Size([]))]
+    next(index for index in metadata.storage_data if index.fqn == "x").__dict__["fqn"] = name
+
+
+def named(name):
+    def change(metadata):
+        metadata.state_dict_metadata[name] = metadata.state_dict_metadata.pop("number")
+
+    return change
+
+
+@pytest.mark.parametrize("change", [nested, named("layers." * 100_000 + "\n"), named("a" * 1025)])
+def test_names_that_take_forever_to_look_at_are_refused(saved, change):
+    edit(saved, change)
+    with pytest.raises(UserError, match="name is not text"):
+        TorchDistReader(LocalFolder(saved))
+
+
+def test_layers_that_no_model_has_are_not_counted_through(saved):
+    def stack(metadata):
+        metadata.state_dict_metadata[STACK].size = torch.Size([100_000, 3])
+
+    edit(saved, stack)
+    with pytest.raises(UserError, match="should count layers"):
+        TorchDistReader(LocalFolder(saved))
+
+
+def test_many_stacks_of_many_layers_are_refused(saved):
+    def stacks(metadata):
+        metadata.state_dict_metadata[STACK].size = torch.Size([10_000, 3])
+        for number in range(30):
+            metadata.state_dict_metadata[f"decoder.layers.x{number}"] = metadata.state_dict_metadata[STACK]
+
+    edit(saved, stacks)
+    with pytest.raises(UserError, match="more than 262144 weights"):
+        TorchDistReader(LocalFolder(saved))
+
+
+def test_a_shape_of_more_dimensions_than_numpy_has_is_refused(saved):
+    def flat(metadata):
+        metadata.state_dict_metadata["number"].size = torch.Size([1] * 3000)
+
+    edit(saved, flat)
+    with pytest.raises(UserError, match="a shape"):
+        TorchDistReader(LocalFolder(saved))

@@ -1,0 +1,323 @@
+"""Every reader, with real files to damage and an oracle for what it accepts.
+
+What is checkable where damage is accepted: a safetensors file gives the bytes its own header points at, as the safetensors
+library reads them; an index never changes a value; a damaged `.metadata` gives bytes of whole chunks that torch finds in the
+undamaged data files, and the same values for a tensor whose description and places did not change; a damaged archive gives
+bytes of the data record that Python's zipfile finds; a pickle gives what Python's C unpickler gives; JSON what `json` gives; a
+configuration the sizes it says. Data bytes themselves carry no checksum: damage to them changes values, here as in torch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+
+from converter import families, hf_to_mcore, inspect, mcore_to_hf, run_config
+from converter.config import make_model
+from converter.console import show_report
+from converter.reference import rebuild_config
+from formats import pickles
+from formats.disk import explained
+from formats.folder import LocalFolder
+from formats.huggingface import HuggingFaceReader
+from formats.json_objects import parse_json, read_json
+from formats.pickles import Record
+from formats.spec import extent
+from formats.torch_dist import TorchDistReader
+from formats.torch_zip import OpenArchive
+from tests.fuzz import bases
+from tests.fuzz.bases import Files
+from tests.fuzz.stubs import plain, stubbed
+
+for _name in families.names():
+    families.find(_name)  # imported now: no file that is read may import anything
+for _name in ("raw_unicode_escape", "latin-1", "ascii", "utf-16-le", "utf-16-be"):
+    "".encode(_name)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader of `file` in one of the folders `bases` gives; `kind` of damage suits it."""
+
+    name: str
+    kind: str
+    file: str
+    bases: Callable[[], tuple[Files, ...]]
+    read: Callable[[Path], Any]
+    check: Callable[[Any, Path, Files], None]
+    """Raises AssertionError if what was read (its folder and what that held before) is wrong."""
+
+    share: int = 1
+    """How many inputs it gets for one of another's: quick readers get more."""
+
+
+def open_huggingface(folder: Path) -> HuggingFaceReader:
+    return HuggingFaceReader(LocalFolder(folder))
+
+
+def open_megatron(folder: Path) -> TorchDistReader:
+    return TorchDistReader(LocalFolder(folder))
+
+
+@explained()
+def huggingface_contents(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor's values."""
+    reader = open_huggingface(folder)
+    try:
+        found = {name: np.empty(spec.shape, spec.dtype) for name, spec in reader.specs.items()}
+        for name, out in found.items():
+            reader.read(name, reader.specs[name].whole, out)
+    finally:
+        reader.close()
+    return found
+
+
+def check_safetensors(found: dict[str, np.ndarray], folder: Path, _before: Files) -> None:
+    raw = (folder / "model.safetensors").read_bytes()
+    start = 8 + struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:start])
+    header.pop("__metadata__", None)
+    assert found.keys() == header.keys()
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        assert found[name].tobytes() == raw[start + first : start + last]
+        assert list(found[name].shape) == entry["shape"]
+    library = dict(safetensors.deserialize(raw))  # what is read here, the library reads
+    assert {name: bytes(one["data"]) for name, one in library.items()} == {name: one.tobytes() for name, one in found.items()}
+
+
+def check_same_weights(found: dict[str, np.ndarray], _folder: Path, _before: Files) -> None:
+    expected = bases.weights()
+    assert found
+    assert all(array.tobytes() == expected[name].tobytes() for name, array in found.items())
+
+
+@explained()
+def plan_import(folder: Path) -> Any:
+    return read_json(LocalFolder(folder), "config.json"), hf_to_mcore(
+        folder, folder.parent / "out", dry_run=True, vocab_divisible_by=4
+    )
+
+
+def check_sizes(found: tuple[dict[str, Any], Any], folder: Path, _before: Files) -> None:
+    config = json.loads((folder / "config.json").read_bytes())
+    model = make_model(families.find(found[0]["model_type"]).CONFIG, found[0])
+    told = {"hidden_size": model.hidden, "num_hidden_layers": model.layers, "vocab_size": model.vocab, "head_dim": model.head_dim}
+    for name, size in told.items():
+        assert config.get(name) in (size, None)
+    assert found[1].parameters >= sum(a.size for a in bases.weights().values()) - 2 - 64  # extras and a tied output layer
+
+
+@dataclass
+class Chunks:
+    """What a Megatron iteration gave: each chunk's place and bytes by tensor and corner, and each weight's chunks, shape and
+    dtype, and bytes."""
+
+    chunks: dict[tuple[str, tuple[int, ...]], tuple[Any, bytes]]
+    weights: dict[str, tuple[Any, Any, bytes]]
+
+
+@explained()
+def megatron_contents(folder: Path) -> Chunks:
+    """Every chunk of every tensor, and every weight; the common state too."""
+    reader = open_megatron(folder)
+    try:
+        reader.check(reader.specs)
+        reader.args()
+        found = Chunks({}, {})
+        for name in reader.container.tensor_names:
+            tensor = reader.container.tensor(name)
+            for chunk in tensor.chunks:
+                corner = tuple(part.start for part in chunk.region)
+                found.chunks[name, corner] = chunk.place, _region(tensor, chunk, reader.container)
+        for name, spec in reader.specs.items():
+            out = np.empty(spec.shape, spec.dtype)
+            reader.read(name, spec.whole, out)
+            found.weights[name] = reader.chunks(name), (spec.shape, spec.dtype), out.tobytes()
+    finally:
+        reader.close()
+    return found
+
+
+def _region(tensor: Any, chunk: Any, container: Any) -> bytes:
+    """A chunk's bytes; its first element is asked for before memory is taken for all of it."""
+    if all(extent(chunk.region)):
+        corner = tuple(slice(part.start, part.start + 1) for part in chunk.region)
+        container.read(tensor, corner, np.empty(extent(corner), tensor.dtype))
+    out = np.empty(extent(chunk.region), tensor.dtype)
+    container.read(tensor, chunk.region, out)
+    return out.tobytes()
+
+
+def check_index(found: Chunks, _folder: Path, before: Files) -> None:
+    data, known = _by_torch(before[".metadata"], tuple(sorted(_files(before)))), _undamaged(tuple(sorted(_files(before, ""))))
+    assert all(raw in data for _, raw in found.chunks.values() if raw), "bytes that are no chunk's"
+    for name, (chunks, spec, raw) in found.weights.items():
+        if name in known.weights and known.weights[name][:2] == (chunks, spec):
+            assert raw == known.weights[name][2], f"{name} changed"
+
+
+def _files(before: Files, ending: str = ".distcp") -> Iterator[tuple[str, bytes]]:
+    return ((name, data) for name, data in before.items() if name.endswith(ending))
+
+
+@cache
+def _by_torch(metadata: bytes, files: tuple[tuple[str, bytes], ...]) -> frozenset[bytes]:
+    """The bytes of every chunk, as torch reads them."""
+    found: set[bytes] = set()
+    for index, info in pickle.loads(metadata).storage_data.items():
+        raw = dict(files)[info.relative_path][info.offset : info.offset + info.length]
+        if index.offset is not None:
+            tensor = torch.load(io.BytesIO(raw), weights_only=True)
+            found.add(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return frozenset(found)
+
+
+@cache
+def _undamaged(files: tuple[tuple[str, bytes], ...]) -> Chunks:
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as name:
+        bases.write(Path(name), dict(files))
+        return megatron_contents(Path(name))
+
+
+def check_data(found: Chunks, folder: Path, _before: Files) -> None:
+    for place, raw in found.chunks.values():
+        whole = (folder / place.file).read_bytes()[place.offset : place.offset + place.length]
+        records = zipped(whole)
+        assert records is None or any(raw in record for record in records), f"not the record's bytes: {place}"
+
+
+def zipped(data: bytes) -> list[bytes] | None:
+    """The data records of an archive, where Python's zipfile finds them; None where it cannot say."""
+    found: list[bytes] = []
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if len(set(archive.namelist())) != len(archive.namelist()) or archive.start_dir + 46 * len(archive.namelist()) > len(
+                data
+            ):
+                return None
+            end = struct.unpack_from("<I", data, data.rindex(b"PK\5\6") + 16)[0]
+            if archive.start_dir != end:
+                return None  # zipfile forgives what stands before an archive
+            for info in archive.infolist():
+                if data[info.header_offset : info.header_offset + 4] != b"PK\3\4":
+                    return None
+                name, extra = struct.unpack_from("<HH", data, info.header_offset + 26)
+                start = info.header_offset + 30 + name + extra
+                found.append(data[start : start + info.file_size])
+    except Exception:
+        return None
+    return found
+
+
+def read_archive(folder: Path) -> list[bytes]:
+    data = (folder / "archive").read_bytes()
+
+    def fetch(at: int, size: int) -> bytes:
+        assert 0 <= at <= at + size <= len(data), "a read outside the archive"
+        return data[at : at + size]
+
+    archive = OpenArchive(fetch, len(data), source="archive")
+    found = archive.pickle()
+    todo, values = [found], []
+    while todo and len(values) < 100:
+        one = todo.pop()
+        if isinstance(one, Record):
+            values.append(archive.array(one).tobytes())
+        elif isinstance(one, (list, dict)) and len(one) < 100:
+            todo += one.values() if isinstance(one, dict) else one
+    return values
+
+
+def check_archive(found: list[bytes], folder: Path, _before: Files) -> None:
+    records = zipped((folder / "archive").read_bytes())
+    assert records is None or all(any(raw in record for record in records) for raw in found)
+
+
+def read_pickle(folder: Path) -> Any:
+    return pickles.loads((folder / "pickle").read_bytes(), source="pickle")
+
+
+def check_pickle(found: Any, folder: Path, _before: Files) -> None:
+    expected = stubbed((folder / "pickle").read_bytes())
+    assert expected is None or plain(found) == plain(expected[0])
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    return parse_json((folder / "integrity.json").read_bytes(), source="integrity.json")
+
+
+def check_document(found: dict[str, Any], folder: Path, _before: Files) -> None:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        assert len(dict(pairs)) == len(pairs)
+        return dict(pairs)
+
+    assert repr(found) == repr(json.loads((folder / "integrity.json").read_bytes(), object_pairs_hook=once))
+
+
+@explained()
+def describe_and_plan(folder: Path) -> Any:
+    """What `inspect` and a dry run of the way back say of a checkpoint."""
+    with redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")):
+        report = inspect(folder, tensors=True)
+        show_report(report, as_json=False)
+        show_report(report, as_json=True)
+    return mcore_to_hf(folder, folder.parent / "out", dry_run=True)
+
+
+def check_planned(found: Any, _folder: Path, _before: Files) -> None:
+    assert sum(a.size for a in bases.weights().values()) - 2 >= found.parameters - 2 > 0
+    assert not Path(found.target).exists()
+
+
+@explained()
+def rebuild(folder: Path) -> Any:
+    reader = open_megatron(folder)
+    fields = run_config.read(LocalFolder(folder), reader.args())
+    reader.close()
+    return fields and (fields[0], rebuild_config(*fields), describe_and_plan(folder))
+
+
+def check_rebuilt(found: Any, folder: Path, before: Files) -> None:
+    if found:
+        fields, config, summary = found
+        assert config["hidden_size"] == fields["hidden_size"] == 8
+        check_planned(summary, folder, before)
+
+
+_HEADER = "huggingface/headers/model-00001-of-00002.safetensors"
+_EXTRAS = "huggingface/extras.safetensors"
+
+TARGETS = (
+    Target("safetensors", "header", "model.safetensors", bases.one_file, huggingface_contents, check_safetensors, share=3),
+    Target("index", "json", "model.safetensors.index.json", bases.indexed, huggingface_contents, check_same_weights, share=3),
+    Target("config", "json", "config.json", bases.huggingface, plan_import, check_sizes, share=3),
+    Target("archive", "archive", "archive", bases.archives, read_archive, check_archive, share=3),
+    Target("pickle", "pickle", "pickle", bases.pickled, read_pickle, check_pickle, share=3),
+    Target("metadata", "pickle", ".metadata", bases.by_torch, megatron_contents, check_index),
+    Target("distcp", "archives", "__0_0.distcp", bases.by_torch, megatron_contents, check_data),
+    Target("common", "archive", "common.pt", bases.with_args, rebuild, check_rebuilt),
+    Target("run_config", "yaml", "run_config.yaml", bases.bare, rebuild, check_rebuilt),
+    Target("carried_config", "json", "huggingface/files/config.json", bases.carried, describe_and_plan, check_planned),
+    Target("carried_header", "header", _HEADER, bases.carried, describe_and_plan, check_planned),
+    Target("carried_extras", "header", _EXTRAS, bases.carried, describe_and_plan, check_planned),
+    Target("tracker", "bytes", "latest_checkpointed_iteration.txt", bases.megatron, describe_and_plan, check_planned),
+    Target("format", "json", "metadata.json", bases.carried, describe_and_plan, check_planned),
+    Target("json", "json", "integrity.json", bases.checksums, read_document, check_document, share=3),
+)
+"""Every reader there is, by what it reads."""
