@@ -73,6 +73,17 @@ def state_of(left):
     return left.with_name(f"{left.name}.state")
 
 
+@pytest.fixture
+def go_on(straight, tmp_path, monkeypatch):
+    """Goes on with the conversion in this process."""
+    monkeypatch.setattr("converter.carry.PIECE_BYTES", PIECE_BYTES)
+
+    def run(**options):
+        return hf_to_mcore(straight["hf-to-mcore"][0][1], tmp_path / "m", **{"tp": 2, "pp": 2, "resume": True, **options})
+
+    return run
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("log"))
 
@@ -112,28 +123,28 @@ def test_a_conversion_killed_again_and_again_ends_with_the_same_bytes(start, str
 
 
 @pytest.mark.parametrize("step", ["_begin", "put", "compare", "_publish"])
-def test_killed_at_any_step_it_is_finished_with_the_same_bytes(start, straight, tmp_path, step):
+def test_killed_at_any_step_it_is_finished_with_the_same_bytes(start, go_on, straight, tmp_path, step):
     process = start("--verify", pauses={step: 0.2})
     process.until(step)
     process.stop()
     assert not (tmp_path / "m").exists()
-    finish(start, "--verify")
+    go_on(verify=True)
     assert tree(tmp_path / "m") == straight["hf-to-mcore"][2]
     assert names(tmp_path) == ["m"]
 
 
-def test_killed_after_the_commit_the_output_is_whole_and_the_next_run_cleans_up(start, straight, tmp_path):
+def test_killed_after_the_commit_the_output_is_whole_and_the_next_run_cleans_up(start, go_on, straight, tmp_path):
     process = start(pauses={"_remove": 0.2})
     process.until("_remove", 2)
     process.stop()
     assert tree(tmp_path / "m") == straight["hf-to-mcore"][2]
     assert "outputs appear only when they are whole" in refused(start, "--resume")
-    finish(start, "--overwrite", layout=())
+    go_on(overwrite=True, tp=1, pp=1)
     assert names(tmp_path) == ["m"]
 
 
 @pytest.mark.parametrize("step", ["_publish", "_exchange", "_remove", "rmtree"])
-def test_an_old_output_stays_until_the_new_one_is_whole(start, straight, tmp_path, step):
+def test_an_old_output_stays_until_the_new_one_is_whole(start, go_on, straight, tmp_path, step):
     """Killed between the exchange and the removal of what was replaced, that must not be taken for half a new output."""
     hf_to_mcore(straight["hf-to-mcore"][0][1], tmp_path / "m")
     old, new, target = tree(tmp_path / "m"), straight["hf-to-mcore"][2], tmp_path / "m"
@@ -141,16 +152,17 @@ def test_an_old_output_stays_until_the_new_one_is_whole(start, straight, tmp_pat
     process.until(step, {"_remove": 2, "rmtree": 4}.get(step, 1))
     process.stop()
     assert tree(target) == (new if step in ("_remove", "rmtree") else old)
-    finish(start, "--overwrite")
+    go_on(overwrite=True)
     assert tree(target) == new
     assert names(tmp_path) == ["m"]
 
 
 @pytest.mark.parametrize(
-    ("step", "number"),
+    "case",
     [("write", signal.SIGTERM), ("write", signal.SIGINT), ("put", signal.SIGTERM), ("_publish", signal.SIGINT)],
 )
-def test_a_signal_leaves_what_can_be_resumed(start, straight, tmp_path, number, step):
+def test_a_signal_leaves_what_can_be_resumed(start, go_on, straight, tmp_path, case):
+    step, number = case
     process = start("--verify", pauses={step: 0.1})
     process.until(step, 8 if step == "write" else 1)
     code, said = process.stop(number)
@@ -160,7 +172,7 @@ def test_a_signal_leaves_what_can_be_resumed(start, straight, tmp_path, number, 
     assert f"rm -r {left}.state {left}" in said
     assert "Traceback" not in said
     assert names(tmp_path) == [left.name, f"{left.name}.state"]
-    assert finish(start)["reused_bytes"] > 0
+    assert go_on().reused_bytes > 0
     assert tree(tmp_path / "m") == straight["hf-to-mcore"][2]
 
 
@@ -172,7 +184,7 @@ def test_a_signal_before_anything_is_done_leaves_nothing(start, tmp_path):
     assert not names(tmp_path)
 
 
-def test_a_second_interrupt_does_not_wait_and_what_is_done_stays(start, straight, tmp_path, half):
+def test_a_second_interrupt_does_not_wait_and_what_is_done_stays(start, go_on, straight, tmp_path, half):
     process = start("--resume", pauses={"make": 6})
     process.until("make")
     process.send_signal(signal.SIGINT)
@@ -180,7 +192,7 @@ def test_a_second_interrupt_does_not_wait_and_what_is_done_stays(start, straight
     begun = time.monotonic()
     assert process.stop(signal.SIGINT)[0] == 130
     assert time.monotonic() - begun < 4
-    finish(start)
+    go_on()
     assert tree(tmp_path / "m") == straight["hf-to-mcore"][2]
 
 
@@ -202,8 +214,8 @@ def test_a_name_that_a_shell_would_split_is_quoted(start, tmp_path):
     assert f"`rm -r '{left}.state' '{left}'`" in refused(start, target="my model")
 
 
-def test_with_nothing_to_resume_it_converts(start, straight, tmp_path):
-    assert finish(start)["reused_bytes"] == 0
+def test_with_nothing_to_resume_it_converts(go_on, straight, tmp_path):
+    assert go_on().reused_bytes == 0
     assert tree(tmp_path / "m") == straight["hf-to-mcore"][2]
 
 
@@ -223,25 +235,26 @@ def test_a_source_that_changed_is_refused_by_name(start, straight, tmp_path, hal
 
 
 @pytest.mark.parametrize(
-    ("layout", "said"),
+    ("options", "said"),
     [
-        (("--tp", 1, "--pp", 2), "`tp` 2, now it is 1"),
-        (("--tp", 2), "`pp` 2, now it is 1"),
-        ((*LAYOUT, "--dtype", "fp32"), '`dtype` "keep", now it is "fp32"'),
-        ((*LAYOUT, "--no-integrity"), "`integrity` true, now it is false"),
+        ({"tp": 1}, "`tp` 2, now it is 1"),
+        ({"pp": 1}, "`pp` 2, now it is 1"),
+        ({"dtype": "fp32"}, '`dtype` "keep", now it is "fp32"'),
+        ({"integrity": False}, "`integrity` true, now it is false"),
     ],
     ids=str,
 )
-def test_other_options_are_refused_with_both_values(start, half, layout, said):
-    assert f"`{half}` was begun with option {said}" in refused(start, "--resume", layout=layout)
+def test_other_options_are_refused_with_both_values(go_on, half, options, said):
+    with pytest.raises(UserError, match=f"`{half}` was begun with option {said}"):
+        go_on(**options)
 
 
-def test_a_damaged_record_is_refused_and_a_missing_one_is_no_record(start, straight, tmp_path, half):
+def test_a_damaged_record_is_refused_and_a_missing_one_is_no_record(start, go_on, straight, tmp_path, half):
     record = state_of(half) / "job.json"
     record.write_text('{"tp"')
     assert f"`{record}` is damaged" in refused(start, "--resume")
     record.unlink()
-    assert finish(start)["reused_bytes"] == 0
+    assert go_on().reused_bytes == 0
     assert tree(tmp_path / "m") == straight["hf-to-mcore"][2]
 
 
@@ -250,11 +263,11 @@ def journal(half):
     return found
 
 
-def test_a_line_cut_short_counts_for_nothing_nor_does_the_one_written_on_top_of_it(start, straight, tmp_path, half):
+def test_a_line_cut_short_counts_for_nothing_nor_does_the_one_written_on_top_of_it(go_on, straight, tmp_path, half):
     done, lost = sorted(journaled(tmp_path / "m")), max(journaled(tmp_path / "m"))
     text = journal(half).read_text()
     journal(half).write_text(f"{text.replace(f'[{lost}]', '')}[{lost // 10}[{lost % 10}]\n[{done[-1] + 1}")
-    assert finish(start)["reused_bytes"] > 0
+    assert go_on().reused_bytes > 0
     assert tree(tmp_path / "m") == straight["hf-to-mcore"][2]
 
 
@@ -272,20 +285,18 @@ def test_of_another_boot_only_what_was_synced_counts(start, straight, tmp_path, 
     assert tree(tmp_path / "m") == straight["hf-to-mcore"][2]
 
 
-def test_pieces_of_a_file_that_is_gone_are_done_again(start, straight, tmp_path, half):
+def test_pieces_of_a_file_that_is_gone_are_done_again(go_on, straight, tmp_path, half):
     next(half.rglob("*.distcp")).unlink()
-    finish(start)
+    go_on()
     assert tree(tmp_path / "m") == straight["hf-to-mcore"][2]
 
 
-def test_too_little_room_to_go_on_leaves_what_is_done(start, straight, tmp_path, half, monkeypatch):
-    source = straight["hf-to-mcore"][0][1]
-    monkeypatch.setattr("converter.carry.PIECE_BYTES", PIECE_BYTES)
+def test_too_little_room_to_go_on_leaves_what_is_done(go_on, straight, tmp_path, half, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("formats.staging.free_bytes", lambda path: 1000)
         with pytest.raises(UserError, match="the disk has"):
-            hf_to_mcore(source, tmp_path / "m", tp=2, pp=2, resume=True)
-    assert hf_to_mcore(source, tmp_path / "m", tp=2, pp=2, resume=True).reused_bytes > 0
+            go_on()
+    assert go_on().reused_bytes > 0
     assert tree(tmp_path / "m") == straight["hf-to-mcore"][2]
 
 
@@ -314,9 +325,9 @@ def test_a_second_run_is_refused_and_told_who_holds_the_lock(start, straight, tm
     assert names(tmp_path) == ["m"]
 
 
-def test_what_dead_runs_of_other_plans_left_goes_with_the_next_success(start, tmp_path, half):
+def test_what_dead_runs_of_other_plans_left_goes_with_the_next_success(go_on, tmp_path, half):
     shutil.rmtree(half)
     (tmp_path / "m.partial-0123456789ab.ranks").mkdir()
     (tmp_path / "m.partial-backup").mkdir()
-    finish(start, layout=())
+    go_on(tp=1, pp=1)
     assert names(tmp_path) == ["m", "m.partial-backup"]
