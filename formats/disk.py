@@ -19,7 +19,7 @@ BLOCK = 4096
 
 
 class Files:
-    """Open file descriptors by path, shared by threads, closed together."""
+    """Open file descriptors by path, shared by threads, closed together: at the latest when nobody holds them any more."""
 
     def __init__(self, flags: int = os.O_RDONLY) -> None:
         self._flags = flags | os.O_CLOEXEC
@@ -46,6 +46,9 @@ class Files:
             for descriptor in self._open.values():
                 os.close(descriptor)
             self._open.clear()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
