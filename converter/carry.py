@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from blake3 import blake3
 from converter import provenance
 from converter.comparison import compare
 from converter.job import How, Job, Summary, Talk
-from converter.journal import Finished, Journal, read_journals
+from converter.journal import Finished, Journal, doubted_if_lost, read_journals
 from converter.lanes import cut, in_lanes
 from converter.memory import expected_peak, peak_memory
 from converter.plan import Making, Piece, pieces
@@ -26,7 +27,8 @@ from converter.ranks import share as share_of
 from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Task, Watch, run
 from formats import integrity
 from formats.arrays import as_bytes
-from formats.errors import TransientError, UserError
+from formats.disk import explained
+from formats.errors import UserError
 from formats.folder import FileIn, LocalFolder
 from formats.in_order import InOrder
 from formats.integrity import Hash
@@ -37,7 +39,7 @@ from formats.remote.store import without_secrets
 from formats.remote.upload import Upload
 from formats.rendezvous import Rendezvous
 from formats.spec import Array, Span
-from formats.staging import Stage, check_room, check_sizes, how_to_remove, staged, sync_tree
+from formats.staging import Stage, check_room, check_sizes, staged, sync_tree
 
 
 def carry_out(job: Job, how: How, talk: Talk) -> Summary:
@@ -72,17 +74,22 @@ def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers
     place = partial.with_name(f"{partial.name}.ranks")
     share = job.makings[share_of([making.spec.nbytes for making in job.makings], ranks.rank, ranks.size)]
     with (
+        explained(target),
         Rendezvous(place, ranks.rank, ranks.size, ranks.run_id, target=target, note=talk.note) as together,
-        staged(target, partial, job.manifest, together, overwrite=how.overwrite, resume=how.resume) as stage,
+        staged(
+            target,
+            partial,
+            {**job.manifest, "mbtools": version("mbtools"), "a piece size of": PIECE_BYTES},
+            together,
+            overwrite=how.overwrite,
+            resume=how.resume,
+            note=talk.note,
+        ) as stage,
     ):
         if together.is_first:
             check_room(target, sum(files.values()), already=partial)
         carrying = _Carrying(job, talk, stage, together=together, share=share, workers=workers)
-        try:
-            return carrying.through(files, verify=how.verify)
-        except BaseException as error:
-            _say_what_stays(error, stage, together, talk)
-            raise
+        return carrying.through(files, verify=how.verify)
 
 
 def _uploaded(job: Job, how: How, talk: Talk, files: Mapping[str, int], ranks: Ranks) -> int:
@@ -107,18 +114,6 @@ def _uploaded(job: Job, how: How, talk: Talk, files: Mapping[str, int], ranks: R
     return 0
 
 
-def _say_what_stays(error: BaseException, stage: Stage, together: Rendezvous, talk: Talk) -> None:
-    """Nothing stays if what failed would fail again, unless other ranks may be writing there."""
-    would_fail_again = isinstance(error, UserError) and not isinstance(error, TransientError)
-    if would_fail_again and together.alone:
-        stage.worth_keeping = False
-    elif stage.worth_keeping and together.is_first:
-        talk.note(
-            f"`{stage.partial}` keeps what is done: finish it with the same command and `--resume`, "
-            f"or remove it: {how_to_remove(stage.partial)}"
-        )
-
-
 class _Carrying:
     """One rank's part of a job."""
 
@@ -137,6 +132,8 @@ class _Carrying:
         """Everything up to the commit. The first rank does alone what lies beside the tensors, the others wait for it."""
         together = self._together
         with closing(self._job.outputs), closing(Journal(self._stage.state, sync=self._job.outputs.sync)) as self._journal:
+            if self._stage.resumed:
+                self._go_on()
             reused = self._move()
             self._gather("moved")
             if together.is_first:
@@ -146,13 +143,32 @@ class _Carrying:
             different = self._compared() if verify else ""
             found = self._gather("checked", {"different": different})
             if together.is_first:
-                _refuse([text for text in found if text])
+                self._refuse([text for text in found if text])
                 self._write_markers(files)
         return reused
 
+    def _go_on(self) -> None:
+        """Before anyone writes: get what earlier runs wrote onto the disk, and forget what lay in files that are gone, as
+        a machine that goes down may lose a whole one."""
+        gone: list[str] = []
+        if self._together.is_first:
+            with doubted_if_lost(self._stage.state):
+                sync_tree(self._stage.partial)
+            gone = [file for file in self._job.writer.files if not (self._stage.partial / file).is_file()]
+        [left] = self._announced("left", {"gone": gone})
+        if left["gone"]:
+            self._forget(set(left["gone"]))
+
+    def _forget(self, gone: set[str]) -> None:
+        before, touched = self._before, self._job.writer.touched
+        numbered = enumerate(pieces(self._job.makings, limit=PIECE_BYTES))
+        before.pieces -= {number for number, piece in numbered if gone & touched(piece.making.spec.name, piece.region)}
+        for file in gone & before.files.keys():
+            del before.files[file], self._hashes.files[file]
+
     def _gather(self, stage: str, more: Mapping[str, str] | None = None) -> list[str]:
         """Meet the other ranks: the first learns all hashes, and what each has found different."""
-        self._job.outputs.sync()
+        self._journal.sync()
         self._together.arrive(stage, {"tensors": self._hashes.tensors, "files": self._hashes.files, **(more or {})})
         if not self._together.is_first:
             return []
@@ -254,7 +270,7 @@ class _Carrying:
         record = {job.inside(provenance.FILE): job.record(self._hashes.tensors)}
         for name, data in {**job.documents, **record, **job.writer.documents}.items():
             self._put(name, data)
-        job.outputs.sync()
+        self._journal.sync()
 
     def _write_markers(self, files: Mapping[str, int]) -> None:
         """The hashes of all, and last what makes the output readable."""
@@ -304,13 +320,13 @@ class _Carrying:
             self._talk.start(sum(making.spec.nbytes for making in one.makings.values()))
             return compare(one, other, workers=self._workers, progress=self._talk.progress).summary
 
-
-def _refuse(different: Sequence[str]) -> None:
-    if different:
-        raise UserError(
-            f"what lies on the disk is not what was converted: {'; '.join(different)}",
-            hint="nothing is left at the target; check the disk, the memory, and that no one wrote to the source",
-        )
+    def _refuse(self, different: Sequence[str]) -> None:
+        if different:
+            self._stage.spoilt = True
+            raise UserError(
+                f"what lies on the disk is not what was converted: {'; '.join(different)}",
+                hint="nothing is left at the target; check the disk, the memory, and that no one wrote to the source",
+            )
 
 
 def _allow_many_files() -> None:

@@ -8,6 +8,7 @@ Commands import what they need when they run, so that `--help` answers at once.
 from __future__ import annotations
 
 import io
+import os
 import re
 import signal
 import sys
@@ -27,6 +28,7 @@ _UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+_INTERRUPTED, _TERMINATED = 130, 143
 _DTYPES = click.Choice(["keep", "bf16", "fp16", "fp32"])
 
 
@@ -159,17 +161,29 @@ def families_command(*, as_json: bool) -> None:
     show_families(as_json=as_json)
 
 
-def _terminated(_signal: int, _frame: object) -> None:
-    """Leave as after Ctrl-C: what is in flight ends, what is done is kept."""
-    click.echo("terminated", err=True)
-    sys.exit(143)
+def _stop_well() -> None:
+    """Have SIGTERM and Ctrl-C end what is in flight and keep what is done. A Ctrl-C that was to be ignored stays so."""
+    signal.signal(signal.SIGTERM, _stopped)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stopped)
+
+
+def _stopped(number: int, _frame: object) -> None:
+    """The first of them. torchrun sends SIGTERM after Ctrl-C, which adds nothing; who presses Ctrl-C again means now."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, _leave_at_once)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(_TERMINATED)
+
+
+def _leave_at_once(_number: int, _frame: object) -> None:
+    os._exit(_INTERRUPTED)
 
 
 def main() -> None:
     """The program. Errors a user can mend are shown without a traceback."""
     from formats.errors import UserError  # noqa: PLC0415
 
-    signal.signal(signal.SIGTERM, _terminated)
+    _stop_well()
     cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")  # names in a damaged file may be no text
     try:
         sys.exit(cli.main(standalone_mode=False))
@@ -181,4 +195,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
+    except SystemExit as stopped:
+        if stopped.code == _TERMINATED:
+            click.echo("terminated", err=True)
+        raise

@@ -1,7 +1,8 @@
 """What of a conversion is done: lines appended as pieces are finished, read again by `--resume`.
 
 A line stands only after its bytes are with the kernel, so a killed process loses nothing that is written down. A machine
-that went down may lose more: lines of another boot count only up to the last one that says how many were synced.
+that went down may lose more, and so may a disk that fails: lines of another boot, or from before such a failure, count only
+up to the last one that says how many were synced.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 SYNC_SECONDS = 30.0
 """What a machine that goes down costs at most, in time."""
 
+_DOUBTED = ".doubted"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -37,7 +40,7 @@ class Finished:
 
     def add(self, line: Any) -> None:
         match line:
-            case int(number):
+            case [int(number)]:
                 self.pieces.add(number)
             case {"tensor": str(name), "hash": str(digest)}:
                 self.tensors[name] = digest
@@ -51,6 +54,7 @@ class Journal:
     """A file of one process. Threads may write to it."""
 
     def __init__(self, folder: Path, *, sync: Callable[[], None]) -> None:
+        self._folder = folder
         self._descriptor = os.open(folder / f"journal-{secrets.token_hex(6)}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._sync = sync
         self._lines = 0
@@ -60,7 +64,7 @@ class Journal:
 
     def piece(self, number: int) -> None:
         """A piece is written."""
-        self._write(number)
+        self._write([number])  # a line cut short and the next one after it must not read as another number
         if time.monotonic() - self._synced > SYNC_SECONDS and self._lock.acquire(blocking=False):
             try:
                 self.sync()
@@ -78,7 +82,8 @@ class Journal:
     def sync(self) -> None:
         """Get what was written onto the disk, then say so."""
         lines = self._lines
-        self._sync()
+        with doubted_if_lost(self._folder):
+            self._sync()
         self._write({"synced": lines})
         os.fsync(self._descriptor)
         self._synced = time.monotonic()
@@ -89,6 +94,19 @@ class Journal:
     def _write(self, line: Any) -> None:
         os.write(self._descriptor, json.dumps(line).encode() + b"\n")
         self._lines += 1
+
+
+@contextmanager
+def doubted_if_lost(folder: Path) -> Generator[None]:
+    """For a block that gets what was written onto the disk. Where that fails, the system may drop what it had not written
+    yet and never speak of it again: then no journal counts beyond what was synced, as after another boot."""
+    try:
+        yield
+    except OSError:
+        for path in folder.glob("journal-*"):
+            with suppress(OSError):
+                path.rename(path.with_suffix(_DOUBTED))
+        raise
 
 
 def read_journals(folder: Path) -> Finished:
@@ -103,7 +121,7 @@ def read_journals(folder: Path) -> Finished:
 def _trusted(path: Path) -> list[Any]:
     """A journal's lines; the last counts only if it was written to its end."""
     lines = [_line(text) for text in path.read_bytes().split(b"\n")[:-1]]
-    if lines and lines[0] == {"boot": boot_id()}:
+    if lines and lines[0] == {"boot": boot_id()} and path.suffix != _DOUBTED:
         return lines
     return lines[: max((line["synced"] for line in lines if _says_synced(line)), default=0)]
 

@@ -91,8 +91,8 @@ def in_threads[T](
             raise
 
     with ThreadPoolExecutor(workers, thread_name_prefix="piece") as pool:
-        tasks = [pool.submit(work) for _ in range(workers)]
         try:
+            tasks = [pool.submit(work) for _ in range(workers)]
             wait(tasks, return_when=FIRST_EXCEPTION)
         except BaseException:
             queue.stop()

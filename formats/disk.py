@@ -12,7 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from formats.errors import UserError
+from formats.errors import TransientError, UserError
 
 BLOCK = 4096
 """What direct I/O is aligned to: a page, and no smaller than any disk's sector."""
@@ -61,13 +61,24 @@ def read_exactly(descriptor: int, out: memoryview, offset: int, *, path: Path, l
     """Fill `out` from `offset`, or at least its first `least` bytes; a file that ends before is an error that names it."""
     least, done = len(out) if least is None else least, 0
     while done < least:
-        count = os.preadv(descriptor, [out[done:]], offset + done)
+        try:
+            count = os.preadv(descriptor, [out[done:]], offset + done)
+        except OSError as error:
+            error.filename = str(path)  # else it would look like one of what is being written
+            raise
         if count == 0:
             raise UserError(
                 f"`{path.name}` ends at byte {offset + done}, but its header promises data up to {offset + least}",
                 hint="the file is truncated or still being written; fetch it again",
             )
         done += count
+
+
+_FULL = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EFBIG: "raise the limit on the size of files (`ulimit -f`)",
+}
 
 
 @contextmanager
@@ -79,11 +90,11 @@ def explained(path: Path | None = None) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        if path and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if path and error.errno in _FULL:
             free = free_bytes(path)
-            raise UserError(
+            raise TransientError(
                 f"no room left for `{path}`: {error.strerror} ({free / 1e9:.1f} GB free)",
-                hint="free space, then go on with `--resume`; nothing readable was left there",
+                hint=f"{_FULL[error.errno]}, then go on with `--resume`; nothing readable was left there",
             ) from error
         named = f"`{error.filename or path}`" if error.filename or path else "a file"
         raise UserError(f"cannot use {named}: {error.strerror or error}") from error

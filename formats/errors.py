@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 class TransientError(UserError):
-    """What may go well when it is tried again with nothing else changed: a network or another process failed."""
+    """What may go well when the same is tried again: a network or another process failed, or a disk was full."""
 
 
 def shown(value: Any, *, inside: bool = False) -> str:

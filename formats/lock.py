@@ -128,8 +128,12 @@ class Lock:
     def release(self) -> None:
         """Remove the file, if it is still ours and nobody is about to recover it."""
         claim, claimant = _claim(self._path, self.holder.key), replace(self.holder, key=secrets.token_hex(6))
-        if not _create(claim, claimant):
-            return
+        try:
+            if not _create(claim, claimant):
+                return
+        except OSError:  # a full disk; where the file system has second names, they take no room
+            os.link(self._path, claim)
+            claimant = self.holder
         try:
             if (found := _look(self._path)) and found.key == self.holder.key:
                 self._path.unlink(missing_ok=True)

@@ -93,6 +93,12 @@ class Rendezvous:
         if self._trouble:
             raise TransientError(self._trouble, hint=_RESUME)
 
+    def confirm(self) -> None:
+        """Look at the lock now, then `check`. For the moment before something that cannot be undone."""
+        if self._lock:
+            self._lock.confirm()
+            self.check()
+
     @property
     def alone(self) -> bool:
         """Is this the only rank?"""
@@ -135,9 +141,7 @@ class Rendezvous:
                 break
             if known or self._lock:
                 self.check()
-        if self._lock:
-            self._lock.confirm()
-            self.check()
+        self.confirm()
         return [found[rank] for rank in wanted]
 
     def fail(self, message: str) -> None:
@@ -254,7 +258,9 @@ class Rendezvous:
 
     def _tell(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """The first thing on the way out."""
-        if error and not self._trouble:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            self._report(f"{_who(self._rank, self._hello())} was stopped")
+        elif error and not self._trouble:
             self.fail(str(error.args[0]) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".strip(": "))
         self._leaving = True
 

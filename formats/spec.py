@@ -149,8 +149,8 @@ class Writer(Protocol):
         """The bytes of a file from its first to its last: what is known of it, and where data goes."""
         ...
 
-    def touched(self, name: str) -> set[str]:
-        """The files that hold some of a tensor."""
+    def touched(self, name: str, region: Region | None = None) -> set[str]:
+        """The files that hold some of a tensor, or of a region of it."""
         ...
 
     def place(self, name: str, region: Region) -> int:

@@ -11,20 +11,22 @@ import glob
 import json
 import os
 import re
+import shlex
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from formats.disk import explained, free_bytes
-from formats.errors import UserError
+from formats.errors import TransientError, UserError
 from formats.rendezvous import Rendezvous
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2(2)
 _AT_FDCWD = -100
+_OF_A_RUN = re.compile(r"\.partial-[0-9a-f]+(\.state|\.ranks|\.replaced)?")
 _OF_A_MODEL = re.compile(r".*\.safetensors|iter_\d+|latest_checkpointed_iteration\.txt")
 
 
@@ -40,7 +42,8 @@ def check_target(target: Path, *sources: Path, overwrite: bool) -> None:
         kind = "link" if target.is_symlink() else "file"
         raise UserError(f"`{target}` is a {kind}, not a directory", hint="choose another place")
     if not overwrite:
-        raise UserError(f"`{target}` already exists", hint="choose another place, or replace it with `--overwrite`")
+        whole = "outputs appear only when they are whole, so this one needs no `--resume`"
+        raise UserError(f"`{target}` already exists", hint=f"choose another place, or replace it with `--overwrite`; {whole}")
     if not _looks_like_a_model(target):
         raise UserError(
             f"`{target}` holds no model, so `--overwrite` does not remove it",
@@ -64,7 +67,7 @@ def check_room(target: Path, needed: int, *, already: Path) -> None:
     """Raise UserError if the disk has less free than `needed` bytes, of which some may lie `already` there."""
     free = free_bytes(target) + sum(path.stat().st_blocks * 512 for path in already.rglob("*") if path.is_file())
     if free < needed:
-        raise UserError(
+        raise TransientError(
             f"`{target}` needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free",
             hint="free space or choose another disk",
         )
@@ -80,6 +83,7 @@ def check_sizes(directory: Path, planned: Mapping[str, int]) -> None:
 
 
 MANIFEST = "job.json"
+_COMMIT = "commit.json"
 
 Manifest = Mapping[str, Any]
 """What must be the same for a run to go on where another stopped: plain data, by topic."""
@@ -95,42 +99,69 @@ class Stage:
     worth_keeping: bool = False
     """Has anything been done that a later run need not do again?"""
 
+    spoilt: bool = False
+    """Is what was written not to be trusted, whoever goes on?"""
+
 
 @contextmanager
 def staged(
-    target: Path, partial: Path, manifest: Manifest, together: Rendezvous, *, overwrite: bool, resume: bool
+    target: Path,
+    partial: Path,
+    manifest: Manifest,
+    together: Rendezvous,
+    *,
+    overwrite: bool,
+    resume: bool,
+    note: Callable[[str], None] = lambda _text: None,
 ) -> Generator[Stage]:
     """A directory to write into; it becomes `target` when the block ends well.
 
-    When not, it stays if it is worth keeping, and `resume` goes on there. Raises UserError for what an earlier run left
-    without `resume`, and with it where that run did something else. Only the first rank prepares, commits and removes.
+    When not, it stays if it is worth keeping, `note` is told, and `resume` goes on there. Raises UserError for what an
+    earlier run left without `resume`, and with it where that run did something else. Only the first rank prepares, commits
+    and removes.
     """
     with explained(target):
         stage = Stage(partial, _state(partial))
         if together.is_first:
-            stage = _opened(target, stage, manifest, resume=resume)
-            together.arrive("prepared", {"resumed": stage.resumed})
-            with _removed_if_worthless(stage, together):
+            stage.resumed = stage.worth_keeping = _goes_on(target, partial, manifest, resume=resume)
+            with _kept_or_removed(stage, target, together, note):
+                if not stage.resumed:
+                    _begin(stage, manifest)
+                together.arrive("prepared", {"resumed": stage.resumed})
                 yield stage
                 sync_tree(partial)
-                together.check()
-                _publish(partial, target, overwrite=overwrite)
-                stage.worth_keeping = False
+                together.confirm()
+                _publish(stage, target, overwrite=overwrite)
+            _sweep(target, but=partial)
             together.arrive("committed")
         else:
-            yield replace(stage, resumed=together.wait("prepared", [0])[0]["resumed"])
+            stage.resumed = together.wait("prepared", [0])[0]["resumed"]
+            yield stage
             together.wait("committed", [0])
 
 
 @contextmanager
-def _removed_if_worthless(stage: Stage, together: Rendezvous) -> Generator[None]:
+def _kept_or_removed(stage: Stage, target: Path, together: Rendezvous, note: Callable[[str], None]) -> Generator[None]:
     """What another run may have taken over meanwhile is left alone."""
     try:
         yield
-    finally:
-        if not stage.worth_keeping and together.holds():
-            shutil.rmtree(stage.partial, ignore_errors=True)
-            shutil.rmtree(stage.state, ignore_errors=True)
+    except BaseException as error:
+        if _is_published(stage.partial, target) or not _is_kept(stage, error, together):
+            if together.holds():
+                _remove(stage.partial)
+        else:
+            removal = f"or remove it: {how_to_remove(stage.partial)}"
+            note(f"`{stage.partial}` keeps what is done: finish it with the same command and `--resume`, {removal}")
+        raise
+    if together.holds():
+        _remove(stage.partial)
+
+
+def _is_kept(stage: Stage, error: BaseException, together: Rendezvous) -> bool:
+    """Nothing stays if what failed would fail again, unless other ranks may be writing there."""
+    would_fail_again = isinstance(error, UserError) and not isinstance(error, TransientError)
+    kept = stage.worth_keeping and not would_fail_again if together.alone else True
+    return kept and not stage.spoilt
 
 
 def _state(partial: Path) -> Path:
@@ -138,44 +169,75 @@ def _state(partial: Path) -> Path:
 
 
 def how_to_remove(partial: Path) -> str:
-    """The command that removes what an interrupted run left."""
-    return f"`rm -r {partial} {_state(partial)}`"
+    """The command that removes what an interrupted run left. First what says how far it came: `rm` may be interrupted."""
+    return f"`{shlex.join(['rm', '-r', str(_state(partial)), str(partial)])}`"
 
 
-def _opened(target: Path, stage: Stage, manifest: Manifest, *, resume: bool) -> Stage:
-    left = _left_behind(target)
+def _remove(partial: Path) -> None:
+    """In an order that leaves nothing to go on with, wherever it is interrupted."""
+    with suppress(OSError):
+        (_state(partial) / MANIFEST).unlink()
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(_state(partial), ignore_errors=True)
+
+
+def _goes_on(target: Path, partial: Path, manifest: Manifest, *, resume: bool) -> bool:
+    """Is there something to go on with? UserError if there is and it was not asked for, or is not the same."""
+    left = list(_left_behind(target))
     if left and not resume:
         hint = f"finish it with the same command and `--resume`, or remove it: {how_to_remove(left[0])}"
         raise UserError(f"an interrupted run left `{left[0]}`", hint=hint)
-    if stage.partial in left:
-        _check_unchanged(stage.partial, manifest)
-        return replace(stage, resumed=True, worth_keeping=True)
-    for other in left:
-        _check_unchanged(other, manifest)
+    for one in left:
+        _check_unchanged(one, manifest)
+    return partial in left
+
+
+def _begin(stage: Stage, manifest: Manifest) -> None:
+    _remove(stage.partial)
     for folder in (stage.partial, stage.state):
-        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    (stage.state / MANIFEST).write_text(json.dumps(manifest))
-    return stage
+    _put(stage.state / MANIFEST, json.dumps(manifest))
 
 
-def _left_behind(target: Path) -> list[Path]:
-    """The directories that earlier runs for this target left, and that tell what they were doing."""
-    found = sorted(target.parent.glob(f"{glob.escape(target.name)}.partial-*"))
-    return [path for path in found if path.is_dir() and (_state(path) / MANIFEST).is_file()]
+def _put(path: Path, text: str) -> None:
+    """A small file, whole and on the disk or not there."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text)
+    _sync(new)
+    new.replace(path)
+    _sync(path.parent)
 
 
-def _read_manifest(partial: Path) -> Manifest:
-    try:
-        return dict(json.loads((_state(partial) / MANIFEST).read_bytes()))
-    except ValueError:
-        return {}
+def _of_runs(target: Path) -> Iterator[Path]:
+    """All that runs for this target may have left."""
+    for path in sorted(target.parent.glob(f"{glob.escape(target.name)}.partial-*")):
+        if _OF_A_RUN.fullmatch(path.name.removeprefix(target.name)) and path.is_dir():
+            yield path
+
+
+def _left_behind(target: Path) -> Iterator[Path]:
+    """The directories that earlier runs left, and that tell what they were doing. Not those of runs that came so far that
+    the output took its place: what lies there then is the output it replaced."""
+    for path in _of_runs(target):
+        if (_state(path) / MANIFEST).is_file() and not _is_published(path, target):
+            yield path
+
+
+def _sweep(target: Path, *, but: Path) -> None:
+    """With the output in its place, remove what dead runs left; of our own ranks, all are still there."""
+    for path in _of_runs(target):
+        if not path.name.startswith(but.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_unchanged(partial: Path, now: Manifest) -> None:
     """Raise UserError if a run is not the one that was interrupted."""
-    before = _read_manifest(partial)
-    for topic in sorted(before.keys() | now.keys()):
+    try:
+        before = dict(json.loads((_state(partial) / MANIFEST).read_bytes()))
+    except ValueError:
+        hint = f"remove it: {how_to_remove(partial)}"
+        raise UserError(f"`{_state(partial) / MANIFEST}` is damaged: it does not tell what was done", hint=hint) from None
+    for topic in {**now, **before}:
         old, new = json.dumps(before.get(topic)), json.dumps(now.get(topic))
         if old != new:
             raise UserError(
@@ -199,13 +261,26 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _publish(partial: Path, target: Path, *, overwrite: bool) -> None:
-    """Rename into place. Where an old output stands, the two change places, and what is then `partial` is removed."""
-    if not (overwrite and target.is_dir()):
+def _publish(stage: Stage, target: Path, *, overwrite: bool) -> None:
+    """Rename into place. Where an old output stands, the two change places, and what is then `partial` is to be removed."""
+    partial, there = stage.partial, os.path.lexists(target)
+    if there and not overwrite:
+        hint = "move it away, then give the same command again with `--resume`"
+        raise TransientError(f"`{target}` appeared while it was being made", hint=hint)
+    _put(stage.state / _COMMIT, str(partial.stat().st_ino))
+    if not there:
         partial.rename(target)
     elif not _exchange(partial, target):
         _swap(partial, target)
     _sync(target.parent)
+
+
+def _is_published(partial: Path, target: Path) -> bool:
+    """Did what was `partial` take its place? Only the directory itself can tell: the old output has its name now."""
+    try:
+        return int((_state(partial) / _COMMIT).read_text()) == target.stat().st_ino
+    except (OSError, ValueError):
+        return False
 
 
 def _exchange(one: Path, other: Path) -> bool:

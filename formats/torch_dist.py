@@ -268,8 +268,8 @@ class TorchDistWriter:
     def spans(self, file: str) -> Iterator[Span]:
         return self._container.spans(file)
 
-    def touched(self, name: str) -> set[str]:
-        return self._container.touched(self._keys[name][0], self._shift(name, self.specs[name].whole))
+    def touched(self, name: str, region: Region | None = None) -> set[str]:
+        return self._container.touched(self._keys[name][0], self._shift(name, region or self.specs[name].whole))
 
     def place(self, name: str, region: Region) -> int:
         return self._container.place(self._keys[name][0], self._shift(name, region))

@@ -1,0 +1,121 @@
+"""Conversions in processes of their own, slow enough to be stopped at any step, and with a log of their steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from benchmarks.convert import make_model
+
+SHAPE = {"hidden": 128, "layers": 4, "heads": 8, "groups": 4, "head_dim": 16, "ffn": 256, "vocab": 1024, "tied": False}
+PIECE_BYTES = 16 << 10
+WORKERS = 3
+PATIENCE = 1.5
+ROOT = Path(__file__).parents[1]
+
+CHILD = """
+import json, os, runpy, shutil, sys, time
+import converter.carry, converter.run, formats.staging
+from formats.huggingface import HuggingFaceWriter
+from formats.outputs import LocalOutputs
+from formats.rendezvous import Rendezvous
+from formats.torch_dist import TorchDistWriter
+
+log, pause, pauses, piece_bytes, patience = json.loads(sys.argv[1])
+log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+def slowly(owner, name, nbytes=lambda *_: 0):
+    act = getattr(owner, name)
+    def slow(*arguments, **options):
+        os.write(log, f"{name} {nbytes(*arguments)}\\n".encode())
+        time.sleep(pauses.get(name, pause))
+        return act(*arguments, **options)
+    setattr(owner, name, slow)
+
+converter.carry.PIECE_BYTES = piece_bytes
+Rendezvous.__init__.__kwdefaults__["patience"] = patience
+slowly(converter.run.Bench, "make")
+for writer in (HuggingFaceWriter, TorchDistWriter):
+    slowly(writer, "write", lambda _writer, _name, _region, data: data.nbytes)
+slowly(converter.carry, "compare")
+slowly(converter.carry, "check_room")
+slowly(LocalOutputs, "put")
+for name in ("_begin", "_sync", "_publish", "_exchange", "_remove"):
+    slowly(formats.staging, name)
+slowly(shutil, "rmtree")
+sys.argv[1:2] = []
+runpy.run_module("converter", run_name="__main__")
+"""
+
+
+class Conversion(subprocess.Popen[str]):
+    """A conversion under way. It makes a pause before every step, or another one before those in `pauses`.
+
+    Its log outlives it: those of several that are given one log are added up.
+    """
+
+    def __init__(
+        self, *arguments: object, log: Path, pause=0.005, pauses=None, piece_bytes=PIECE_BYTES, env=None, **options
+    ) -> None:
+        settings = json.dumps([str(log), pause, pauses or {}, piece_bytes, PATIENCE])
+        command = [sys.executable, "-c", CHILD, settings, *map(str, arguments), "--workers", str(WORKERS), "--json"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        super().__init__(command, cwd=ROOT, env={**os.environ, **(env or {})}, **pipes, **options)
+        self._log = log
+
+    def until(self, step: str, times: int = 1) -> None:
+        """Wait until it has taken a step so many times."""
+        while steps(self._log)[step] < times:
+            assert self.poll() is None, (step, self.stderr.read())
+            time.sleep(0.002)
+
+    def stop(self, number: int = signal.SIGKILL) -> tuple[int, str]:
+        """Send a signal; its exit code and what it said."""
+        self.send_signal(number)
+        return self.end()
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code and what it said on stderr; what it said on stdout is in `summary`."""
+        out, errors = self.communicate(timeout=60)
+        self.summary = json.loads(out) if out else {}
+        return self.returncode, errors
+
+
+def steps(log: Path) -> Counter[str]:
+    """How often each step was taken."""
+    return Counter(line.split()[0] for line in _lines(log))
+
+
+def written(log: Path) -> list[int]:
+    """The bytes of every piece that was handed to a writer."""
+    return [int(line.split()[1]) for line in _lines(log) if line.startswith("write ")]
+
+
+def _lines(log: Path) -> list[str]:
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def journaled(target: Path) -> Counter[int]:
+    """How often each piece stands in the journals of what was left at a target."""
+    journals = target.parent.glob(f"{target.name}.partial-*.state/journal-*")
+    return Counter(int(found) for path in journals for found in re.findall(r"^\[(\d+)\]$", path.read_text(), re.MULTILINE))
+
+
+def partial(target: Path) -> Path:
+    """The one directory that a run has left."""
+    (found,) = [path for path in target.parent.glob(f"{target.name}.partial-*") if path.suffix.startswith(".partial")]
+    return found
+
+
+def make_source(folder: Path, **changes: object) -> Path:
+    """A model in a few files, with some that travel."""
+    make_model(folder, SHAPE | changes, shard_bytes=600_000)
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {str(code): code for code in range(999)}}}))
+    return folder
