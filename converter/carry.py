@@ -7,7 +7,6 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,7 +78,7 @@ def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers
         staged(
             target,
             partial,
-            {**job.manifest, "mbtools": version("mbtools"), "a piece size of": PIECE_BYTES},
+            {**job.manifest, "mbtools": provenance.VERSION, "a piece size of": PIECE_BYTES},
             together,
             overwrite=how.overwrite,
             resume=how.resume,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from formats import integrity
@@ -19,7 +19,17 @@ from formats.huggingface import Shard
 
 FILE = "conversion.json"
 _UNKNOWN = "0" * 64
-_VERSION = version("mbtools")
+
+
+def _version() -> str:
+    """Of a source tree that was never installed, nothing is known."""
+    try:
+        return version("mbtools")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+VERSION = _version()
 
 
 def huggingface_source(folder: Folder, shards: Mapping[str, Shard]) -> dict[str, Any]:
@@ -47,7 +57,7 @@ def make(command: str, facts: Mapping[str, Any], names: Iterable[str], hashes: M
     """The document. `names` are the Hugging Face tensors; those whose hash is not known yet take as much room."""
     document = {
         "tool": "mbconvert",
-        "version": _VERSION,
+        "version": VERSION,
         "command": command,
         **facts,
         "blake3": {name: hashes.get(name, _UNKNOWN) for name in sorted(names)},
