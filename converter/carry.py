@@ -1,44 +1,28 @@
-"""Carry a job out under the commit protocol: move, hash what passes, write down what is done, read back, commit."""
+"""Carry a job out under the commit protocol: by how many processes and to where, from the lock to the commit."""
 
 from __future__ import annotations
 
-import hashlib
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from blake3 import blake3
-
-from converter import provenance
-from converter.comparison import compare
 from converter.job import How, Job, Summary, Talk
-from converter.journal import Finished, Journal, doubted_if_lost, read_journals
-from converter.lanes import cut, in_lanes
 from converter.memory import expected_peak, peak_memory
-from converter.plan import Making, Piece, pieces
-from converter.ranks import Ranks, from_environment
-from converter.ranks import share as share_of
-from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Task, Watch, run
-from formats import integrity
-from formats.arrays import as_bytes
+from converter.ranks import Ranks, alone
+from converter.ranks import share as divided
+from converter.run import DEFAULT_WORKERS
+from converter.share import Share, manifest
 from formats.disk import explained
 from formats.errors import UserError
-from formats.folder import FileIn, LocalFolder
-from formats.in_order import InOrder
-from formats.integrity import Hash
-from formats.outputs import LocalOutputs
 from formats.remote.folder import is_remote
 from formats.remote.outputs import RemoteOutputs
 from formats.remote.store import without_secrets
 from formats.remote.upload import Upload
 from formats.rendezvous import Rendezvous
-from formats.spec import Array, Span
-from formats.staging import Stage, check_room, check_sizes, staged, sync_tree
+from formats.staging import Stage, check_room, staged
 
 
 def carry_out(job: Job, how: How, talk: Talk) -> Summary:
@@ -66,19 +50,19 @@ def carry_out(job: Job, how: How, talk: Talk) -> Summary:
 
 def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers: int) -> int:
     """All ranks of this run, from the lock to the commit; answers how many bytes this one need not write again."""
-    ranks = from_environment()
+    ranks = how.ranks or alone()
     if isinstance(job.outputs, RemoteOutputs):
         return _uploaded(job, how, talk, files, ranks)
     target, partial = Path(job.target), job.outputs.directory
     place = partial.with_name(f"{partial.name}.ranks")
-    share = job.makings[share_of([making.spec.nbytes for making in job.makings], ranks.rank, ranks.size)]
+    share = job.makings[divided([making.spec.nbytes for making in job.makings], ranks.rank, ranks.size)]
     with (
         explained(target),
         Rendezvous(place, ranks.rank, ranks.size, ranks.run_id, target=target, note=talk.note) as together,
         staged(
             target,
             partial,
-            {**job.manifest, "mbtools": provenance.VERSION, "a piece size of": PIECE_BYTES},
+            manifest(job),
             together,
             overwrite=how.overwrite,
             resume=how.resume,
@@ -87,8 +71,8 @@ def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers
     ):
         if together.is_first:
             check_room(target, sum(files.values()), already=partial)
-        carrying = _Carrying(job, talk, stage, together=together, share=share, workers=workers)
-        return carrying.through(files, verify=how.verify)
+        ours = Share(job, talk, stage, together=together, share=share, workers=workers)
+        return ours.through(files, verify=how.verify)
 
 
 def _uploaded(job: Job, how: How, talk: Talk, files: Mapping[str, int], ranks: Ranks) -> int:
@@ -107,225 +91,10 @@ def _uploaded(job: Job, how: How, talk: Talk, files: Mapping[str, int], ranks: R
     ):
         job.outputs.open(upload, job.writer.files, job.writer.spans)
         stage = Stage(Path(nowhere), Path(nowhere))
-        carrying = _Carrying(job, talk, stage, together=together, share=job.makings, workers=how.workers or DEFAULT_WORKERS)
-        carrying.through(files, verify=False)
+        ours = Share(job, talk, stage, together=together, share=job.makings, workers=how.workers or DEFAULT_WORKERS)
+        ours.through(files, verify=False)
         upload.commit([*last, *job.writer.markers])
     return 0
-
-
-class _Carrying:
-    """One rank's part of a job."""
-
-    def __init__(
-        self, job: Job, talk: Talk, stage: Stage, *, together: Rendezvous, share: Sequence[Making], workers: int
-    ) -> None:
-        self._job, self._talk, self._stage, self._together = job, talk, stage, together
-        self._workers = workers
-        self._share = {making.spec.name: making for making in share}
-        self._before = read_journals(stage.state) if stage.resumed else Finished()
-        self._hashes = Finished(tensors=dict(self._before.tensors), files=dict(self._before.files))
-        self._tensors = InOrder(self._tensor_span, lambda _: blake3(), self._tensor_passed)
-        self._contents = InOrder(job.writer.spans, lambda _: hashlib.sha256(), self._file_passed)
-
-    def through(self, files: Mapping[str, int], *, verify: bool) -> int:
-        """Everything up to the commit. The first rank does alone what lies beside the tensors, the others wait for it."""
-        together = self._together
-        with closing(self._job.outputs), closing(Journal(self._stage.state, sync=self._job.outputs.sync)) as self._journal:
-            if self._stage.resumed:
-                self._go_on()
-            reused = self._move()
-            self._gather("moved")
-            if together.is_first:
-                self._write_around()
-            [said] = self._announced("readable", {"unknown": self._unknown(files)})
-            self._hashes.files |= self._read_back(together.part(said["unknown"]))
-            different = self._compared() if verify else ""
-            found = self._gather("checked", {"different": different})
-            if together.is_first:
-                self._refuse([text for text in found if text])
-                self._write_markers(files)
-        return reused
-
-    def _go_on(self) -> None:
-        """Before anyone writes: get what earlier runs wrote onto the disk, and forget what lay in files that are gone, as
-        a machine that goes down may lose a whole one."""
-        gone: list[str] = []
-        if self._together.is_first:
-            with doubted_if_lost(self._stage.state):
-                sync_tree(self._stage.partial)
-            gone = [file for file in self._job.writer.files if not (self._stage.partial / file).is_file()]
-        [left] = self._announced("left", {"gone": gone})
-        if left["gone"]:
-            self._forget(set(left["gone"]))
-
-    def _forget(self, gone: set[str]) -> None:
-        before, touched = self._before, self._job.writer.touched
-        numbered = enumerate(pieces(self._job.makings, limit=PIECE_BYTES))
-        before.pieces -= {number for number, piece in numbered if gone & touched(piece.making.spec.name, piece.region)}
-        for file in gone & before.files.keys():
-            del before.files[file], self._hashes.files[file]
-
-    def _gather(self, stage: str, more: Mapping[str, str] | None = None) -> list[str]:
-        """Meet the other ranks: the first learns all hashes, and what each has found different."""
-        self._journal.sync()
-        self._together.arrive(stage, {"tensors": self._hashes.tensors, "files": self._hashes.files, **(more or {})})
-        if not self._together.is_first:
-            return []
-        said = self._together.wait(stage)
-        for one in said:
-            self._hashes.tensors |= one["tensors"]
-            self._hashes.files |= one["files"]
-        return [str(one.get("different", "")) for one in said]
-
-    def _announced(self, stage: str, payload: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What the first rank says, to all."""
-        if self._together.is_first:
-            self._together.arrive(stage, payload)
-        return self._together.wait(stage, [0])
-
-    def _move(self) -> int:
-        job = self._job
-        reused = sum(piece.nbytes for number, piece in self._pieces() if number in self._before.pieces)
-        self._talk.start(sum(making.spec.nbytes for making in self._share.values()) - reused)
-        if job.integrity:
-            live = self._all_ours()
-            job.outputs.tap = lambda file, offset, data: self._contents.put(file, offset, data) if file in live else None
-        look = {job.passing: self._look_at_read if job.passing == "read" else self._look_at_made}
-        watch = Watch(**look, done=self._done, stop=self._stop)  # pyright: ignore[reportArgumentType]
-        run(self._in_lanes(), job.reader, job.writer, workers=self._workers, watch=watch)
-        return reused
-
-    def _pieces(self) -> Iterator[tuple[int, Piece]]:
-        """Our pieces, numbered as all ranks number them."""
-        numbered = enumerate(pieces(self._job.makings, limit=PIECE_BYTES))
-        return (one for one in numbered if one[1].making.spec.name in self._share)
-
-    def _tasks(self) -> Iterator[Task]:
-        """What is left to write; and what is written already, where the hash of a tensor needs it once more."""
-        for number, piece in self._pieces():
-            written = number in self._before.pieces
-            if not written or not self._before.tensors.keys() >= self._passing(piece.making):
-                yield Task(number, piece, written)
-
-    def _in_lanes(self) -> Iterator[Task]:
-        """The tasks; where files are hashed, two files' at a time if the layout allows."""
-        names = list(self._share)
-        touched = [self._job.writer.touched(name) for name in names] if self._job.integrity else []
-        place = cut([making.spec.nbytes for making in self._share.values()], touched) if touched else None
-        first = set(names[:place])
-        return in_lanes(self._tasks, lambda task: task.piece.making.spec.name in first) if place else self._tasks()
-
-    def _passing(self, making: Making) -> set[str]:
-        """The Hugging Face tensors that pass by with a tensor."""
-        return {copy.source for copy in making.copies} if self._job.passing == "read" else {making.spec.name}
-
-    def _all_ours(self) -> set[str]:
-        """Files of which this run writes all, so that they can be hashed as they pass."""
-        begun = {piece.making.spec.name for number, piece in self._pieces() if number in self._before.pieces}
-        others = {making.spec.name for making in self._job.makings} - self._share.keys()
-        return self._job.writer.files.keys() - {file for name in begun | others for file in self._job.writer.touched(name)}
-
-    def _tensor_span(self, name: str) -> Iterator[Span]:
-        yield Span(0, None, self._job.tensors[name].nbytes)
-
-    def _look_at_read(self, name: str, offset: int, data: memoryview) -> None:
-        if name not in self._before.tensors:
-            self._tensors.put(name, offset, data)
-
-    def _look_at_made(self, piece: Piece, data: Array) -> None:
-        row_bytes = data.nbytes // max(len(data), 1)
-        self._look_at_read(piece.making.spec.name, piece.rows.start * row_bytes, as_bytes(data))
-
-    def _tensor_passed(self, name: str, digest: blake3) -> None:
-        self._hashes.tensors[name] = digest.hexdigest()
-        self._journal.tensor(name, digest.hexdigest())
-
-    def _file_passed(self, name: str, digest: Hash) -> None:
-        self._hashes.files[name] = digest.hexdigest()
-        self._journal.file(name, digest.hexdigest())
-
-    def _done(self, task: Task) -> None:
-        self._together.check()
-        if not task.written:
-            self._journal.piece(task.number)
-            self._stage.worth_keeping = True
-            self._talk.progress(task.piece.nbytes)
-
-    def _stop(self) -> None:
-        self._tensors.abandon()
-        self._contents.abandon()
-        if isinstance(self._job.outputs, RemoteOutputs):
-            self._job.outputs.abandon()
-
-    def _write_around(self) -> None:
-        """What lies around the data, copies, and documents."""
-        job = self._job
-        for file in job.writer.files:
-            for span in job.writer.spans(file):
-                if span.known:
-                    job.outputs.put(file, span.start, span.known)
-        for name, file in job.copies.items():
-            self._copy(name, file)
-        record = {job.inside(provenance.FILE): job.record(self._hashes.tensors)}
-        for name, data in {**job.documents, **record, **job.writer.documents}.items():
-            self._put(name, data)
-        self._journal.sync()
-
-    def _write_markers(self, files: Mapping[str, int]) -> None:
-        """The hashes of all, and last what makes the output readable."""
-        job = self._job
-        if job.integrity:
-            inside = [name for name in files if name.startswith(job.folder) and name != job.inside(integrity.FILE)]
-            hashes = {name.removeprefix(job.folder): self._hashes.files[name] for name in inside}
-            self._put(job.inside(integrity.FILE), integrity.make(hashes))
-        for name, data in job.writer.markers.items():
-            self._put(name, data)
-        if isinstance(job.outputs, LocalOutputs):
-            check_sizes(self._stage.partial, files)
-
-    def _copy(self, name: str, file: FileIn) -> None:
-        digest, at = hashlib.sha256(), 0
-        self._job.outputs.begin(name, file.size)
-        for band in file.bands():
-            digest.update(band)
-            self._job.outputs.put(name, at, band)
-            at += len(band)
-        self._hashes.files[name] = digest.hexdigest()
-
-    def _put(self, name: str, data: bytes) -> None:
-        self._job.outputs.begin(name, len(data))
-        self._job.outputs.put(name, 0, data)
-        self._hashes.files[name] = hashlib.sha256(data).hexdigest()
-
-    def _unknown(self, files: Mapping[str, int]) -> list[str]:
-        """Files of the iteration folder that were not hashed as they passed."""
-        if not self._job.integrity:
-            return []
-        known = {*self._hashes.files, self._job.inside(integrity.FILE)}
-        return [name for name in files if name.startswith(self._job.folder) and name not in known]
-
-    def _read_back(self, names: Sequence[str]) -> dict[str, str]:
-        with closing(LocalFolder(self._stage.partial)) as written:
-            return integrity.hash_files(written, names, workers=self._workers)
-
-    def _compared(self) -> str:
-        """How our part of what lies on the disk differs from the source, if it does."""
-        sync_tree(self._stage.partial)
-        self._talk.note("reading back from the disk")
-        with closing(LocalFolder(self._stage.partial / self._job.folder, direct=True)) as written:
-            one, other = self._job.sides(written)
-            names = set(self._together.part(sorted(one.makings.keys() | other.makings.keys())))
-            one, other = one.only(names), other.only(names)
-            self._talk.start(sum(making.spec.nbytes for making in one.makings.values()))
-            return compare(one, other, workers=self._workers, progress=self._talk.progress).summary
-
-    def _refuse(self, different: Sequence[str]) -> None:
-        if different:
-            self._stage.spoilt = True
-            raise UserError(
-                f"what lies on the disk is not what was converted: {'; '.join(different)}",
-                hint="nothing is left at the target; check the disk, the memory, and that no one wrote to the source",
-            )
 
 
 def _allow_many_files() -> None:

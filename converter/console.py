@@ -45,10 +45,11 @@ def count(number: int) -> str:
 
 def convert(action: Callable[..., Summary], source: str, target: str, *, as_json: bool, quiet: bool, **options: Any) -> None:
     """Run a conversion with progress, then say what it did. Of several ranks, the first speaks."""
-    silent = from_environment().rank > 0
+    ranks = from_environment()
+    silent = ranks.rank > 0
     quiet, as_json = quiet or silent, as_json and not silent
     with talking(quiet=quiet or (as_json and options["dry_run"])) as talk:
-        summary = action(source, target, talk=talk, **options)
+        summary = action(source, target, talk=talk, ranks=ranks, **options)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
     elif summary.dry_run and not silent:

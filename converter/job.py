@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict
 from converter import provenance
 from converter.comparison import Side
 from converter.plan import Making
+from converter.ranks import Ranks
 from formats import integrity
 from formats.folder import FileIn, Folder
 from formats.outputs import LocalOutputs
@@ -38,6 +39,8 @@ class How:
     overwrite: bool = False
     resume: bool = False
     verify: bool = False
+    ranks: Ranks | None = None
+    """Which of several processes that share the work this is; None if it is alone."""
 
 
 class HowOptions(TypedDict, total=False):
@@ -48,6 +51,7 @@ class HowOptions(TypedDict, total=False):
     overwrite: bool
     resume: bool
     verify: bool
+    ranks: Ranks | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,11 @@ def from_environment(env: Mapping[str, str] = os.environ) -> Ranks:
         return Ranks(*_numbers(env, "RANK", "WORLD_SIZE"), _safe(_engine_id(env)))
     if "SLURM_STEP_NUM_TASKS" in env:
         return Ranks(*_numbers(env, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), _safe(_slurm_id(env)))
+    return alone()
+
+
+def alone() -> Ranks:
+    """A process that shares its work with no other."""
     return Ranks(0, 1, f"alone-{os.getpid()}-{secrets.token_hex(4)}")
 
 

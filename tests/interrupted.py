@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 CHILD = """
 import json, os, runpy, shutil, sys, time
-import converter.carry, converter.run, formats.staging
+import converter.carry, converter.run, converter.share, formats.staging
 from formats.huggingface import HuggingFaceWriter
 from formats.outputs import LocalOutputs
 from formats.rendezvous import Rendezvous
@@ -39,12 +39,12 @@ def slowly(owner, name, nbytes=lambda *_: 0):
         return act(*arguments, **options)
     setattr(owner, name, slow)
 
-converter.carry.PIECE_BYTES = piece_bytes
+converter.share.PIECE_BYTES = piece_bytes
 Rendezvous.__init__.__kwdefaults__["patience"] = patience
 slowly(converter.run.Bench, "make")
 for writer in (HuggingFaceWriter, TorchDistWriter):
     slowly(writer, "write", lambda _writer, _name, _region, data: data.nbytes)
-slowly(converter.carry, "compare")
+slowly(converter.share, "compare")
 slowly(converter.carry, "check_room")
 slowly(LocalOutputs, "put")
 for name in ("_begin", "_sync", "_publish", "_exchange", "_remove"):

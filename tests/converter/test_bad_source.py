@@ -116,13 +116,13 @@ def test_a_damaged_safetensors_file_is_named(source, tmp_path, name):
 
 def test_a_file_that_shrinks_after_its_header_was_read_is_named(source, tmp_path, monkeypatch):
     path = sorted(source.glob("*.safetensors"))[1]
-    import converter.carry
+    import converter.share
 
-    def shrink_then_run(*arguments, run=converter.carry.run, **options):
+    def shrink_then_run(*arguments, run=converter.share.run, **options):
         path.write_bytes(path.read_bytes()[:-4000])
         run(*arguments, **options)
 
-    monkeypatch.setattr(converter.carry, "run", shrink_then_run)
+    monkeypatch.setattr(converter.share, "run", shrink_then_run)
     with pytest.raises(UserError, match=f"`{path.name}` ends at byte"):
         hf_to_mcore(source, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
@@ -252,7 +252,7 @@ def test_an_old_output_is_kept_until_the_new_one_is_whole(source, model_folder, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("converter.carry.run", fail)
+        patch.setattr("converter.share.run", fail)
         with pytest.raises(UserError, match="no room left"):
             hf_to_mcore(source, tmp_path / "m", overwrite=True)
     assert (tmp_path / "m" / "iter_0000000" / "conversion.json").read_bytes() == old

@@ -120,7 +120,7 @@ def test_failure_exits_with_1_and_a_hint_and_no_traceback(folder, tmp_path):
 def test_an_interrupt_exits_with_130_and_leaves_nothing(folder, tmp_path):
     script = GUARD.replace(
         "import runpy, sys",
-        "import runpy, sys, converter.carry\ndef stop(*a, **k): raise KeyboardInterrupt\nconverter.carry.run = stop",
+        "import runpy, sys, converter.share\ndef stop(*a, **k): raise KeyboardInterrupt\nconverter.share.run = stop",
     )
     command = [sys.executable, "-c", script, "hf-to-mcore", str(folder), str(tmp_path / "m")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -66,7 +66,7 @@ def test_the_same_bytes_with_one_worker_and_with_eight_from_any_folder(model_fol
 def test_small_pieces_make_the_same_bytes(model_folder, tmp_path, monkeypatch):
     folder = model_folder("attention_bias", dtype="bfloat16")
     hf_to_mcore(folder, tmp_path / "large", tp=2, pp=2)
-    monkeypatch.setattr("converter.carry.PIECE_BYTES", 1000)
+    monkeypatch.setattr("converter.share.PIECE_BYTES", 1000)
     hf_to_mcore(folder, tmp_path / "small", tp=2, pp=2)
     mcore_to_hf(tmp_path / "small", tmp_path / "back")
     assert tree(tmp_path / "large") == tree(tmp_path / "small")
@@ -242,6 +242,6 @@ def test_a_random_real_model_survives_bit_patterns_of_every_kind(model_folder, t
 
 
 def test_a_model_larger_than_one_piece_per_tensor_comes_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("converter.carry.PIECE_BYTES", 1 << 12)
+    monkeypatch.setattr("converter.share.PIECE_BYTES", 1 << 12)
     folder = save(build("padded_vocab", hidden_size=128, dtype="bfloat16"), tmp_path / "source")
     assert model_tree(there_and_back(folder, tmp_path, tp=2, pp=2, workers=3)) == tree(folder)

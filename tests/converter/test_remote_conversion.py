@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from converter import TransientError, UserError, check, hf_to_mcore, inspect, mcore_to_hf, verify
+from converter.ranks import Ranks
 from formats.remote import folder as remote
 from tests.conftest import SECRET
 from tests.models import model_tree, tree
@@ -90,9 +91,9 @@ def test_an_export_by_byte_range_makes_the_same_bytes(folder, kind, monkeypatch,
 
 
 def test_a_source_that_changes_meanwhile_is_an_error_and_leaves_nothing(folder, place, kind, tmp_path, monkeypatch):
-    from converter import carry
+    from converter import share
 
-    def change_then_run(*arguments, run=carry.run, **options):
+    def change_then_run(*arguments, run=share.run, **options):
         data = bytearray(tree(folder)[SHARD])
         data[-1] ^= 1
         place.put(SHARD, bytes(data))
@@ -100,7 +101,7 @@ def test_a_source_that_changes_meanwhile_is_an_error_and_leaves_nothing(folder, 
 
     if kind == "hf":
         pytest.skip("a commit of the Hub does not change; a mirror that lies is tested with the folder")
-    monkeypatch.setattr(carry, "run", change_then_run)
+    monkeypatch.setattr(share, "run", change_then_run)
     with pytest.raises(UserError, match=rf"`{SHARD}` changed while it was being read"):
         hf_to_mcore(place.url, tmp_path / "out")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
@@ -167,8 +168,6 @@ def test_what_a_bucket_cannot_do_is_said_at_once(folder, option):
         hf_to_mcore(folder, "s3://bucket/out", **{option: True})
 
 
-def test_several_ranks_do_not_upload(folder, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_several_ranks_do_not_upload(folder):
     with pytest.raises(UserError, match="cannot be written by 2 processes together"):
-        hf_to_mcore(folder, "s3://bucket/out")
+        hf_to_mcore(folder, "s3://bucket/out", ranks=Ranks(0, 2, "run"))

@@ -76,7 +76,7 @@ def state_of(left):
 @pytest.fixture
 def go_on(straight, tmp_path, monkeypatch):
     """Goes on with the conversion in this process."""
-    monkeypatch.setattr("converter.carry.PIECE_BYTES", PIECE_BYTES)
+    monkeypatch.setattr("converter.share.PIECE_BYTES", PIECE_BYTES)
 
     def run(**options):
         return hf_to_mcore(straight["hf-to-mcore"][0][1], tmp_path / "m", **{"tp": 2, "pp": 2, "resume": True, **options})
