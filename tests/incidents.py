@@ -57,7 +57,10 @@ class Shell:
         process = subprocess.Popen(
             [sys.executable, "-c", _SLOWLY, *THERE], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        while not any(re.search(rb"^\d+$", path.read_bytes(), re.MULTILINE) for path in self.folder.glob("*.state/journal-*")):
+        while not any(
+            re.search(rb"^\[\d+\]$", path.read_bytes(), re.MULTILINE) for path in self.folder.glob("*.state/journal-*")
+        ):
+            assert process.poll() is None, "it ended before its first piece was written down"
             time.sleep(0.01)
         process.send_signal(number)
         _, said = process.communicate()
@@ -90,7 +93,7 @@ def incidents(folder: Path) -> Iterator[tuple[str, str]]:
     yield "SIGTERM, or Ctrl-C (then exit 130)", shell.killed(signal.SIGTERM)
     shell.run(*THERE, "--resume")
     shutil.rmtree(folder / "megatron")
-    yield "the disk is full half way", shell.run(*THERE, limit=20_000)
+    yield "a file hits a limit half way (a full disk: likewise, of its space)", shell.run(*THERE, limit=20_000)
     shell.run(*THERE, "--resume")
     yield "DST is there already", shell.run(*THERE)
     yield "an option that does not fit the model", shell.run("hf-to-mcore", "Llama-3.2-1B", "m3", "--tp", "3")
