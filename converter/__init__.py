@@ -2,7 +2,7 @@
 
     from converter import hf_to_mcore, mcore_to_hf, verify, inspect, check
 
-Stands on numpy alone: nothing here imports torch, megatron-core or transformers.
+Nothing here imports torch, megatron-core or transformers.
 """
 
 from converter.convert import hf_to_mcore, mcore_to_hf

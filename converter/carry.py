@@ -14,7 +14,7 @@ from converter.memory import expected_peak, peak_memory
 from converter.ranks import Ranks, alone
 from converter.ranks import share as divided
 from converter.run import DEFAULT_WORKERS
-from converter.share import Share, manifest
+from converter.share import Share, resumable
 from formats.disk import explained
 from formats.errors import UserError
 from formats.remote.folder import is_remote
@@ -62,7 +62,7 @@ def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers
         staged(
             target,
             partial,
-            manifest(job),
+            resumable(job),
             together,
             overwrite=how.overwrite,
             resume=how.resume,

@@ -83,7 +83,7 @@ def _common(command: _Command) -> _Command:
 def cli() -> None:
     """Move model weights between Hugging Face safetensors and Megatron distributed checkpoints.
 
-    Streams: about 100 MB of memory whatever the model's size, on any CPU, bit-exact.
+    Streams: less than 100 MB of memory whatever the model's size, on any CPU, bit-exact.
     """
 
 
@@ -124,7 +124,11 @@ def mcore_to_hf(source: str, target: str, **options: Any) -> None:
 @cli.command("inspect")
 @click.argument("path", metavar="PATH")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-@click.option("--check", is_flag=True, help="Read all of it and hold it against the hashes it carries; exit 1 if it differs.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Read it and hold it against the hashes it carries: files of a checkpoint, tensors of a model. Exit 1 if they differ.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def inspect_command(context: click.Context, path: str, *, tensors: bool, check: bool, as_json: bool) -> None:
@@ -132,6 +136,8 @@ def inspect_command(context: click.Context, path: str, *, tensors: bool, check: 
     from converter import console  # noqa: PLC0415
     from converter.inspect import inspect  # noqa: PLC0415
 
+    if check and tensors:
+        raise click.UsageError("`--tensors` lists, `--check` judges: give one of them")
     if check:
         context.exit(console.check(path, as_json=as_json))
     console.show_report(inspect(path, tensors=tensors), as_json=as_json)
@@ -146,7 +152,7 @@ def inspect_command(context: click.Context, path: str, *, tensors: bool, check: 
 @click.option("--quiet", is_flag=True, help="No progress; the exit code tells.")
 @click.pass_context
 def verify_command(context: click.Context, one: str, other: str, **options: Any) -> None:
-    """Are A and B the same model? Any formats, layouts and writers, to the bit. Exit 0 the same, 1 different."""
+    """Do A and B hold the same weights? Any formats, layouts and writers, to the bit. Exit 0 the same, 1 different."""
     from converter import console  # noqa: PLC0415
 
     context.exit(console.verify(one, other, **options))

@@ -123,14 +123,15 @@ def compare(
     comparable = [one.makings[name] for name in shared if name not in found]
     in_threads(pieces(comparable, limit=PIECE_BYTES), pairs.worker, workers=workers)
     for side in (one, other):
-        different |= {name: Difference(name, "is not zero where the model has nothing") for name in _not_zero(side)}
+        what = f"is not zero in `{side.label}`, where the model has nothing"
+        different |= {name: Difference(name, what) for name in _not_zero(side)}
     return Comparison(
         one=one.label,
         other=other.label,
         tensors=len(shared),
         parameters=sum(prod(one.makings[name].spec.shape) for name in shared),
         cast=cast,
-        different=[different[name] for name in [*one.makings, *one.zero, *other.zero] if name in different],
+        different=[different[name] for name in dict.fromkeys([*one.makings, *one.zero, *other.zero]) if name in different],
         only_in_one=[name for name in one.makings if name not in other.makings],
         only_in_other=[name for name in other.makings if name not in one.makings],
     )

@@ -22,6 +22,7 @@ from converter.memory import peak_memory, resident_memory
 from converter.proof import check_directory, verify_directories
 from converter.ranks import from_environment
 from formats.disk import free_bytes
+from formats.remote.folder import is_remote
 
 LINE_EVERY = 5.0
 """Seconds between lines where there is no terminal."""
@@ -94,7 +95,8 @@ def check(path: str, *, as_json: bool) -> int:
         for what, names in (("changed", found.changed), ("missing", found.missing), ("not listed", found.unlisted)):
             for name in names:
                 click.echo(f"{what}: {name}")
-        click.echo(f"{'whole' if found.whole else 'NOT WHOLE'}: {found.checked} {found.things} checked")
+        more = f"; {found.not_covered} have no hashes here" if found.not_covered else ""
+        click.echo(f"{'whole' if found.whole else 'NOT WHOLE'}: {found.checked} {found.things} checked{more}")
     return 0 if found.whole else 1
 
 
@@ -129,7 +131,10 @@ def _bar() -> Generator[Talk]:
         def advance(done: int) -> None:
             progress.update(task, advance=done, memory=f" {size(resident_memory())} resident")
 
-        yield Talk(_note, lambda total: progress.update(task, total=total, visible=True), advance)
+        def start(total: int) -> None:
+            progress.reset(task, total=total, visible=True, memory="")
+
+        yield Talk(_note, start, advance)
 
 
 class _Lines:
@@ -140,7 +145,8 @@ class _Lines:
         self._started = self._said = time.monotonic()
 
     def start(self, total: int) -> None:
-        self._total = total
+        """A new stage: what was done before counts no more."""
+        self._total, self._done, self._started = total, 0, time.monotonic()
 
     def progress(self, done: int) -> None:
         self._done += done
@@ -162,6 +168,8 @@ def show_plan(summary: Summary) -> None:
         click.echo(f"{bytes_:>16,}  {name}")
     click.echo(f"{summary.total_bytes:>16,}  bytes in {len(summary.files)} files, {count(summary.parameters)} parameters")
     click.echo(f"expected peak memory {size(summary.peak_memory)} with {summary.workers} workers")
+    if is_remote(summary.target):
+        return
     free = free_bytes(Path(summary.target))
     enough = "" if free >= summary.total_bytes else ": NOT ENOUGH"
     click.echo(f"free disk {size(free)}, needed {size(summary.total_bytes)}{enough}")

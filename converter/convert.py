@@ -19,6 +19,7 @@ from formats.folder import Folder, LocalFolder
 from formats.huggingface import HuggingFaceReader
 from formats.remote.folder import is_remote
 from formats.remote.store import without_secrets
+from formats.remote.upload import TARGETS
 from formats.staging import check_target
 from formats.torch_dist import TorchDistReader
 
@@ -92,7 +93,11 @@ def _check_target(target: str, sources: Sequence[Folder], how: How) -> None:
     """Refuse what would harm something, and what an object store cannot do."""
     if not is_remote(target):
         check_target(Path(target), *(one.path for one in sources if isinstance(one, LocalFolder)), overwrite=how.overwrite)
-    elif how.resume or how.verify:
+        return
+    kind = target.partition("://")[0].lower()
+    if kind not in TARGETS:
+        raise UserError(f"`{kind}://` cannot be written to", hint="a directory, s3:// and gs:// can")
+    if how.resume or how.verify:
         raise UserError(
             f"`--{'resume' if how.resume else 'verify'}` needs a directory as target, `{without_secrets(target)}` is none",
             hint="nothing can be read there before all of it is; afterwards `mbconvert verify SRC DST` compares",

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from converter import families, provenance, reference
-from converter.carried import CONFIG, Reference
+from converter.carried import CONFIG, EXTRAS, HEADERS, Reference
 from converter.comparison import Side
 from converter.config import make_model
 from converter.job import Job, Talk, manifest, outputs_for
 from converter.plan import Making, as_stored, casts, to_huggingface
 from converter.run import check_zero
 from converter.sides import with_carried
+from formats.dcp_index import METADATA
 from formats.errors import shown
 from formats.folder import FileIn, Folder
 from formats.huggingface import INDEX, HuggingFaceReader, HuggingFaceWriter, Shard, make_index, plan_shards, retyped
@@ -76,7 +77,9 @@ def _job(found: _Planned, target: str, wanted: ExportOptions) -> Job:
     outputs = outputs_for(target, found.makings, {**options, "shards": laid_out})
     made = {*found.documents, provenance.FILE}
     copies = {name: file for name, file in found.origin.files.items() if name not in made}
-    weights = {name: FileIn(found.reader.folder, name) for name in sorted(found.reader.container.files)}
+    read = [*found.reader.container.files, METADATA, *(f"{HEADERS}/{name}" for name in found.origin.shards)]
+    read += [EXTRAS] if found.origin.extras else []
+    weights = {name: FileIn(found.reader.folder, name) for name in sorted(read) if found.reader.folder.has(name)}
     makings = {making.spec.name: making for making in found.makings}
     return Job(
         command="mcore-to-hf",

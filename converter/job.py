@@ -120,7 +120,8 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class Summary:
     """What a conversion did, or with `dry_run` would do. Sizes in bytes; `peak_memory` is expected in a dry run;
-    `reused_bytes` are those that an interrupted run had written."""
+    `reused_bytes` are those of this process's
+    share that an interrupted run had written."""
 
     command: str
     source: str

@@ -12,7 +12,7 @@ from converter import provenance
 from converter.comparison import Comparison, Side, compare
 from converter.inspect import TORCH_DIST, kind
 from converter.job import Talk
-from converter.plan import Making, Piece, pieces
+from converter.plan import Making, pieces
 from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Bench, in_threads
 from converter.sides import huggingface_side, open_sides
 from converter.sources import open_source
@@ -84,12 +84,11 @@ def _check_tensors(folder: Folder, workers: int, talk: Talk) -> Check:
     in_threads(makings.values(), worker, workers=workers)
     changed = sorted(name for name, digest in found.items() if listed.get(name, digest) != digest)
     missing, unlisted = sorted(listed.keys() - found.keys()), sorted(found.keys() - listed.keys())
-    return Check("tensors", len(found), changed, missing, unlisted)
+    return Check("tensors", len(found), "config.json and other side files", changed, missing, unlisted)
 
 
 def _hash(making: Making, bench: Bench, reader: HuggingFaceReader, talk: Talk) -> str:
     digest = blake3()
-    piece: Piece
     for piece in pieces([making], limit=PIECE_BYTES):
         digest.update(as_bytes(bench.make(piece, reader)))
         talk.progress(piece.nbytes)

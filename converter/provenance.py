@@ -14,6 +14,7 @@ from typing import Any
 
 from formats import integrity
 from formats.dcp_index import METADATA
+from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import Shard
 
@@ -47,10 +48,17 @@ def megatron_source(root: Folder, iteration: Folder) -> dict[str, Any]:
     """A Megatron source: its iteration, the hash of its index, and those that its `integrity.json` tells."""
     index = hashlib.sha256(iteration.get(METADATA)).hexdigest()
     files: dict[str, Any] = {METADATA: {"sha256": index}}
-    if iteration.has(integrity.FILE):
-        told = integrity.read(iteration)
-        files |= {name: {"sha256": digest} for name, digest in sorted(told.items()) if name.endswith(".distcp")}
+    told = _told(iteration)
+    files |= {name: {"sha256": digest} for name, digest in sorted(told.items()) if name.endswith(".distcp")}
     return {**root.origin, "format": "torch_dist", "iteration": iteration.name, "files": files}
+
+
+def _told(iteration: Folder) -> dict[str, str]:
+    """What `integrity.json` says; nothing where it is missing or damaged, since no weight depends on it."""
+    try:
+        return integrity.read(iteration)
+    except UserError:
+        return {}
 
 
 def make(command: str, facts: Mapping[str, Any], names: Iterable[str], hashes: Mapping[str, str]) -> bytes:

@@ -13,6 +13,10 @@ from formats.folder import FileIn, Folder
 from formats.torch_dist import TorchDistReader
 
 
+class UnknownModelError(UserError):
+    """A checkpoint that says nothing about its model; one whose word is damaged or not understood is another error."""
+
+
 def find(reader: TorchDistReader, given: Folder | None) -> Reference:
     """The reference for an export; UserError where there is none and none can be rebuilt."""
     if given:
@@ -23,7 +27,7 @@ def find(reader: TorchDistReader, given: Folder | None) -> Reference:
 def _rebuilt(reader: TorchDistReader) -> Reference:
     found = run_config.read(reader.folder, reader.args())
     if not found:
-        raise UserError(
+        raise UnknownModelError(
             f"`{reader.folder.label}` says nothing about its model: no `config.json`, no `{run_config.FILE}`, no `args`",
             hint="give a folder with the model's `config.json`: `--hf-config DIR`",
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from blake3 import blake3
@@ -32,7 +33,7 @@ from formats.spec import Array, Span
 from formats.staging import Stage, check_sizes, sync_tree
 
 
-def manifest(job: Job) -> dict[str, Any]:
+def resumable(job: Job) -> dict[str, Any]:
     """What must be the same for another run to go on with this one: numbers of pieces must mean the same, too."""
     return {**job.manifest, "mbtools": provenance.VERSION, "a piece size of": PIECE_BYTES}
 
@@ -114,8 +115,8 @@ class Share:
         if job.integrity:
             live = self._all_ours()
             job.outputs.tap = lambda file, offset, data: self._contents.put(file, offset, data) if file in live else None
-        look = {job.passing: self._look_at_read if job.passing == "read" else self._look_at_made}
-        watch = Watch(**look, done=self._done, stop=self._stop)  # pyright: ignore[reportArgumentType]
+        watch = Watch(done=self._done, stop=self._stop)
+        watch = replace(watch, read=self._look_at_read) if job.passing == "read" else replace(watch, made=self._look_at_made)
         run(self._in_lanes(), job.reader, job.writer, workers=self._workers, watch=watch)
         return reused
 

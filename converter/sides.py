@@ -13,6 +13,7 @@ from converter.families import Family
 from converter.inspect import HUGGINGFACE, kind
 from converter.model import Model
 from converter.plan import Making, as_stored, to_huggingface
+from converter.reference import UnknownModelError
 from converter.rules import fill
 from formats.errors import UserError
 from formats.folder import Folder
@@ -43,9 +44,7 @@ def open_side(folder: Folder, *, model_of: Folder | None = None) -> Side:
 
 def huggingface_side(reader: HuggingFaceReader) -> Side:
     """Tensors as they are; tied ones can be asked for where `config.json` is of a supported family."""
-    for name, spec in reader.specs.items():
-        if not spec.shape:
-            raise UserError(f"`{name}` has no dimensions, which is not supported")
+    _check_dimensions(reader.specs)
     makings = as_stored(reader.specs)
     if not reader.folder.has(CONFIG):
         return Side(reader.folder.label, reader, makings)
@@ -109,7 +108,7 @@ def tied(makings: Iterable[Making], family: Family, model: Model) -> dict[str, M
 def _reference(reader: TorchDistReader, model_of: Folder | None) -> Reference:
     try:
         return reference.find(reader, None)
-    except UserError:
+    except UnknownModelError:
         if model_of is None:
             raise
         if kind(model_of) == HUGGINGFACE:
@@ -120,13 +119,19 @@ def _reference(reader: TorchDistReader, model_of: Folder | None) -> Reference:
 def _told(folder: Folder) -> bool:
     try:
         reference.find(TorchDistReader(folder), None)
-    except UserError:
+    except UnknownModelError:
         return False
     return True
 
 
 def _native(folder: Folder) -> Side:
     reader = TorchDistReader(folder)
-    specs: Mapping[str, TensorSpec] = reader.specs
-    reader.check(specs)
-    return Side(reader.folder.label, reader, as_stored({name: spec for name, spec in specs.items() if spec.shape}))
+    _check_dimensions(reader.specs)
+    reader.check(reader.specs)
+    return Side(reader.folder.label, reader, as_stored(reader.specs))
+
+
+def _check_dimensions(specs: Mapping[str, TensorSpec]) -> None:
+    for name, spec in specs.items():
+        if not spec.shape:
+            raise UserError(f"`{name}` has no dimensions, which is not supported")

@@ -1,7 +1,8 @@
 """Bytes that arrive by position, from several threads, handed on from a file's first byte to its last.
 
-Hashes and uploads need them so. Whoever comes too early waits for its turn: pieces are drawn in file order, so the one
-whose turn it is never waits for another. Knows neither disks nor networks.
+Hashes and uploads need them so. Whoever comes too early waits for its turn. That ends well if every byte comes once, and if
+pieces are drawn so that each name's come in order: then the earliest one that is drawn never waits for another. Knows neither
+disks nor networks.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class InOrder[S: Sink]:
     ) -> None:
         self._spans, self._sink, self._finished = spans, sink, finished
         self._streams: dict[str, _Stream[S]] = {}
+        self._ended: set[str] = set()
         self._turn = threading.Condition()
         self._abandoned = False
 
@@ -40,7 +42,9 @@ class InOrder[S: Sink]:
         Raises AbandonedError if the others have given up.
         """
         with self._turn:
+            assert name not in self._ended, f"all of {name} has passed"
             stream = self._streams.get(name) or self._open(name)
+            assert offset >= stream.at, f"{name} is at {stream.at}, {offset} has passed"
             self._turn.wait_for(lambda: self._abandoned or stream.at == offset)
             if self._abandoned:
                 raise AbandonedError
@@ -48,6 +52,7 @@ class InOrder[S: Sink]:
         with self._turn:
             if ended:
                 del self._streams[name]
+                self._ended.add(name)
             self._turn.notify_all()
         if ended:
             self._finished(name, stream.sink)

@@ -57,10 +57,11 @@ def hash_file(file: FileIn, progress: Callable[[int], None] = lambda _count: Non
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What holding a folder against its hashes found: names of `things`, sorted."""
+    """What holding a folder against its hashes found: names of `things`, sorted; `not_covered` says what has no hashes."""
 
     things: str
     checked: int
+    not_covered: str
     changed: list[str]
     missing: list[str]
     unlisted: list[str]
@@ -80,7 +81,12 @@ def check(folder: Folder, *, workers: int, progress: Callable[[int], None] = lam
     missing = sorted(listed.keys() - there)
     found = hash_files(folder, sorted(listed.keys() & there), workers=workers, progress=progress)
     changed = [name for name, digest in found.items() if digest != listed[name]]
-    return Check("files", len(listed), changed, missing, sorted(there - listed.keys()))
+    unlisted = sorted(there - listed.keys())
+    if any("/" in name for name in listed):
+        return Check("files", len(listed), "", changed, missing, unlisted)
+    above = [name for name in unlisted if "/" not in name]  # megatron-core itself lists no sub-folders
+    below = "files in sub-folders" if len(above) < len(unlisted) else ""
+    return Check("files", len(listed), below, changed, missing, above)
 
 
 def hash_files(

@@ -32,6 +32,10 @@ _OF_A_MODEL = re.compile(r".*\.safetensors|iter_\d+|latest_checkpointed_iteratio
 
 def check_target(target: Path, *sources: Path, overwrite: bool) -> None:
     """Refuse a target that would harm something: a source, output that is already there, or a folder of other things."""
+    if target.name in ("", ".."):
+        raise UserError(
+            f"`{target}` has no name of its own", hint="an output is made beside its place: give the directory's name"
+        )
     for source in sources:
         real, from_ = _resolved(target), _resolved(source)
         if real == from_ or from_ in real.parents or real in from_.parents:

@@ -45,7 +45,7 @@ class Target(Store, Protocol):
     def delete(self, path: str) -> None: ...
 
 
-_TARGETS: Mapping[str, Callable[[str, Patience], Target]] = {"s3": S3, "gs": GoogleStorage}
+TARGETS: Mapping[str, Callable[[str, Patience], Target]] = {"s3": S3, "gs": GoogleStorage}
 
 
 def exists(url: str, *, patience: Patience | None = None) -> bool:
@@ -239,9 +239,9 @@ class _Patient:
 
     def __init__(self, url: str, patience: Patience) -> None:
         kind = url.partition("://")[0].lower()
-        if kind not in _TARGETS:
+        if kind not in TARGETS:
             raise UserError(f"`{kind}://` cannot be written to", hint="a directory, s3:// and gs:// can")
-        self.target = _TARGETS[kind](url, patience)
+        self.target = TARGETS[kind](url, patience)
         self._patience = patience
 
     def children(self) -> list[str]:

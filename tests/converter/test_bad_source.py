@@ -321,3 +321,12 @@ def test_no_descriptor_stays_open(model_folder, tmp_path):
     hf_to_mcore(model_folder("gqa"), tmp_path / "m")
     mcore_to_hf(tmp_path / "m", tmp_path / "back")
     assert not {path for path in descriptors() - before if str(tmp_path) in path}
+
+
+@pytest.mark.parametrize("target", [".", "new/..", "http://host/x", "file:///x"])
+def test_targets_that_cannot_be_made_are_refused_before_anything_is_read(source, tmp_path, monkeypatch, target):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match="has no name of its own|cannot be written to"):
+        hf_to_mcore(source, target, dry_run=True)
+    assert not list((tmp_path / "empty").iterdir())

@@ -199,3 +199,39 @@ def test_verify_changes_no_byte(model_folder, tmp_path):
         hf_to_mcore(source, tmp_path / name / "m", tp=2, dtype="bf16", **options)
         mcore_to_hf(tmp_path / name / "m", tmp_path / name / "back", **options)
     assert tree(tmp_path / "plain") == tree(tmp_path / "verified")
+
+
+def test_numbers_without_dimensions_are_refused_not_left_out(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    for name, scale in (("one", 1.0), ("other", 2.0)):
+        state = {"decoder.weight": torch.ones(8), "decoder.scale": torch.tensor(scale)}
+        dcp.save(state, checkpoint_id=tmp_path / name, no_dist=True)
+    with pytest.raises(UserError, match=r"`decoder\.scale` has no dimensions"):
+        verify(tmp_path / "one", tmp_path / "other")
+
+
+def test_a_damaged_config_is_an_error_not_a_reason_to_take_the_others(model_folder, checkpoint):
+    (checkpoint / "iter_0000000" / "huggingface" / "files" / "config.json").write_text("{broken")
+    with pytest.raises(UserError, match=r"`config\.json` is not readable JSON"):
+        verify(model_folder("gqa", dtype="bfloat16"), checkpoint)
+
+
+def test_what_should_be_zero_and_is_not_is_named_once_with_its_side(model_folder, checkpoint, tmp_path):
+    source = model_folder("attention_bias", dtype="bfloat16")
+    hf_to_mcore(source, tmp_path / "m")
+    found = verify(tmp_path / "m", tmp_path / "m")
+    assert found.same
+    weights = tmp_path / "m" / "iter_0000000" / "__0_0.distcp"
+    from formats.dcp import Container
+    from formats.folder import LocalFolder
+
+    container = Container(LocalFolder(weights.parent))
+    chunk = container.tensor("decoder.layers.mlp.linear_fc1.bias").chunks[0]
+    stored = container._locate(chunk, container.dtype("decoder.layers.mlp.linear_fc1.bias"))
+    with weights.open("r+b") as file:
+        file.seek(stored.offset)
+        file.write(b"\x01\x02")
+    found = verify(source, tmp_path / "m")
+    assert [one.name for one in found.different] == ["decoder.layers.0.mlp.linear_fc1.bias"]
+    assert "is not zero in `" in str(found.different[0])
