@@ -331,3 +331,31 @@ def test_what_dead_runs_of_other_plans_left_goes_with_the_next_success(go_on, tm
     (tmp_path / "m.partial-backup").mkdir()
     go_on(tp=1, pp=1)
     assert names(tmp_path) == ["m", "m.partial-backup"]
+
+
+def test_an_export_whose_untouched_tensors_changed_is_refused(model_folder, tmp_path, monkeypatch):
+    """They travel beside the weights, in a file of their own."""
+    from safetensors.torch import load_file, save_file
+
+    from converter import mcore_to_hf, share
+
+    shutil.copytree(model_folder("gqa", dtype="bfloat16"), tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = tensors["model.norm.weight"][:4].clone()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    hf_to_mcore(tmp_path / "hf", tmp_path / "m")
+
+    def run_then_stop(*arguments, run=share.run, **options):
+        run(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(share, "run", run_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            mcore_to_hf(tmp_path / "m", tmp_path / "back")
+    extras = tmp_path / "m" / "iter_0000000" / "huggingface" / "extras.safetensors"
+    with extras.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    with pytest.raises(UserError, match=r"begun with the source's `huggingface/extras\.safetensors`"):
+        mcore_to_hf(tmp_path / "m", tmp_path / "back", resume=True)
