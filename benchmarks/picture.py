@@ -24,9 +24,11 @@ from benchmarks.convert import SHAPES, make_model
 
 WIDTH = 112
 COMMANDS = (
-    "hf-to-mcore Llama-3.2-1B megatron --tp 8 --pp 4",
+    "hf-to-mcore Llama-3.2-1B megatron --tp 8 --pp 4 --verify",
     "inspect megatron",
+    "inspect megatron --check",
     "mcore-to-hf megatron Llama-back",
+    "verify Llama-back megatron",
     "hf-to-mcore Llama-3.2-1B again --tp 3",
 )
 _FORMAT = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">

@@ -121,7 +121,7 @@ def compare(
     different = {name: Difference(name, what) for name, what in found.items()}
     pairs = _Pairs(one, other, different, progress)
     comparable = [one.makings[name] for name in shared if name not in found]
-    in_threads(pieces(comparable, limit=PIECE_BYTES), pairs.worker, workers=workers)
+    in_threads(pieces(comparable, limit=PIECE_BYTES // 2), pairs.worker, workers=workers)  # of both sides at once
     for side in (one, other):
         what = f"is not zero in `{side.label}`, where the model has nothing"
         different |= {name: Difference(name, what) for name in _not_zero(side)}

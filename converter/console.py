@@ -134,7 +134,10 @@ def _bar() -> Generator[Talk]:
         def start(total: int) -> None:
             progress.reset(task, total=total, visible=True, memory="")
 
-        yield Talk(_note, start, advance)
+        def note(text: str) -> None:
+            progress.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
+        yield Talk(note, start, advance)
 
 
 class _Lines:
