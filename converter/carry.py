@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from converter.job import How, Job, Summary, Talk
 from converter.memory import expected_peak, peak_memory
-from converter.ranks import Ranks, alone
+from converter.ranks import alone
 from converter.ranks import share as divided
 from converter.run import DEFAULT_WORKERS
 from converter.share import Share, resumable
@@ -50,9 +50,9 @@ def carry_out(job: Job, how: How, talk: Talk) -> Summary:
 
 def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers: int) -> int:
     """All ranks of this run, from the lock to the commit; answers how many bytes this one need not write again."""
-    ranks = how.ranks or alone()
     if isinstance(job.outputs, RemoteOutputs):
-        return _uploaded(job, how, talk, files, ranks)
+        return _uploaded(job, how, talk, files, workers)
+    ranks = how.ranks or alone()
     target, partial = Path(job.target), job.outputs.directory
     place = partial.with_name(f"{partial.name}.ranks")
     share = job.makings[divided([making.spec.nbytes for making in job.makings], ranks.rank, ranks.size)]
@@ -75,9 +75,10 @@ def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers
         return ours.through(files, verify=how.verify)
 
 
-def _uploaded(job: Job, how: How, talk: Talk, files: Mapping[str, int], ranks: Ranks) -> int:
+def _uploaded(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers: int) -> int:
     """The same to an object store: one process, and nothing that a later run could go on with."""
     assert isinstance(job.outputs, RemoteOutputs)
+    ranks = how.ranks or alone()
     if ranks.size > 1:
         raise UserError(
             f"`{without_secrets(job.target)}` cannot be written by {ranks.size} processes together",
@@ -91,7 +92,7 @@ def _uploaded(job: Job, how: How, talk: Talk, files: Mapping[str, int], ranks: R
     ):
         job.outputs.open(upload, job.writer.files, job.writer.spans)
         stage = Stage(Path(nowhere), Path(nowhere))
-        ours = Share(job, talk, stage, together=together, share=job.makings, workers=how.workers or DEFAULT_WORKERS)
+        ours = Share(job, talk, stage, together=together, share=job.makings, workers=workers)
         ours.through(files, verify=False)
         upload.commit([*last, *job.writer.markers])
     return 0

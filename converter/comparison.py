@@ -6,16 +6,17 @@ Whatever the format, layout and writer of either: a Megatron side is read throug
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from converter.plan import Making, Piece, as_stored, pieces
-from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Bench, in_threads
+from converter.plan import Making, Piece, pieces
+from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Bench, in_threads, is_zero
 from converter.values import target_dtype
+from formats.arrays import same_bits
 from formats.spec import Array, Reader, TensorSpec, dtype_name
 
 
@@ -124,7 +125,8 @@ def compare(
     in_threads(pieces(comparable, limit=PIECE_BYTES // 2), pairs.worker, workers=workers)  # of both sides at once
     for side in (one, other):
         what = f"is not zero in `{side.label}`, where the model has nothing"
-        different |= {name: Difference(name, what) for name in _not_zero(side)}
+        stray = [name for name, start in side.zero.items() if not is_zero(side.reader, name, start=start)]
+        different |= {name: Difference(name, what) for name in stray}
     return Comparison(
         one=one.label,
         other=other.label,
@@ -168,12 +170,6 @@ class _Pairs:
         return look
 
 
-def same_bits(one: Array, other: Array) -> bool:
-    """Do two arrays of one dtype and shape hold the same bytes?"""
-    plain = np.dtype(f"u{one.dtype.itemsize}")
-    return np.array_equal(one.view(plain), other.view(plain))
-
-
 def _add(found: Difference, piece: Piece, one: Array, other: Array) -> None:
     plain = np.dtype(f"u{one.dtype.itemsize}")
     where = np.flatnonzero(one.view(plain).reshape(-1) != other.view(plain).reshape(-1))
@@ -186,13 +182,3 @@ def _add(found: Difference, piece: Piece, one: Array, other: Array) -> None:
     with np.errstate(all="ignore"):
         apart: Any = np.abs(ours - theirs)
         found.largest = max(found.largest, float(np.nanmax(apart, initial=0.0)))
-
-
-def _not_zero(side: Side) -> Iterator[str]:
-    for name, start in side.zero.items():
-        whole = as_stored({name: side.reader.specs[name]})[name]
-        bench = Bench()
-        for piece in pieces([whole], limit=PIECE_BYTES):
-            if piece.rows.stop > start and np.any(bench.make(piece, side.reader)[max(0, start - piece.rows.start) :]):
-                yield name
-                break

@@ -103,12 +103,16 @@ class Job:
         documents[self.inside(provenance.FILE)] = self.record({})
         sizes = {**copied, **{name: len(data) for name, data in documents.items()}, **self.writer.files}
         if self.integrity:
-            inside = {name.removeprefix(self.folder): "0" * 64 for name in sizes if name.startswith(self.folder)}
-            sizes[self.inside(integrity.FILE)] = len(integrity.make(inside))
+            unknown = {name.removeprefix(self.folder): "0" * 64 for name in self.listed(sizes)}
+            sizes[self.inside(integrity.FILE)] = len(integrity.make(unknown))
         return dict(sorted(sizes.items()))
 
     def inside(self, name: str) -> str:
         return f"{self.folder}{name}"
+
+    def listed(self, files: Iterable[str]) -> list[str]:
+        """Those of the output's files that `integrity.json` lists: all of its folder but itself."""
+        return [name for name in files if name.startswith(self.folder) and name != self.inside(integrity.FILE)]
 
     def record(self, hashes: Mapping[str, str]) -> bytes:
         """`conversion.json`, with the hashes there are."""
@@ -120,8 +124,7 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class Summary:
     """What a conversion did, or with `dry_run` would do. Sizes in bytes; `peak_memory` is expected in a dry run;
-    `reused_bytes` are those of this process's
-    share that an interrupted run had written."""
+    `reused_bytes` are those of this process's share that an interrupted run had written."""
 
     command: str
     source: str

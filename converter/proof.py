@@ -60,9 +60,9 @@ def check_directory(path: str | Path, *, workers: int | None = None, talk: Talk 
     with closing(folder):
         if kind(folder) == TORCH_DIST:
             iteration = find_iteration(folder)
-            names = [name for name in integrity.read(iteration) if iteration.has(name)]
-            talk.start(sum(iteration.size(name) for name in names))
-            return integrity.check(iteration, workers=workers, progress=talk.progress)
+            listed = integrity.read(iteration)
+            talk.start(sum(iteration.size(name) for name in listed if iteration.has(name)))
+            return integrity.check(iteration, listed, workers=workers, progress=talk.progress)
         return _check_tensors(folder, workers, talk)
 
 

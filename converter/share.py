@@ -27,7 +27,6 @@ from formats.folder import FileIn, LocalFolder
 from formats.in_order import InOrder
 from formats.integrity import Hash
 from formats.outputs import LocalOutputs
-from formats.remote.outputs import RemoteOutputs
 from formats.rendezvous import Rendezvous
 from formats.spec import Array, Span
 from formats.staging import Stage, check_sizes, sync_tree
@@ -85,8 +84,7 @@ class Share:
 
     def _forget(self, gone: set[str]) -> None:
         before, touched = self._before, self._job.writer.touched
-        numbered = enumerate(pieces(self._job.makings, limit=PIECE_BYTES))
-        before.pieces -= {number for number, piece in numbered if gone & touched(piece.making.spec.name, piece.region)}
+        before.pieces -= {number for number, piece in self._numbered() if gone & touched(piece.making.spec.name, piece.region)}
         for file in gone & before.files.keys():
             del before.files[file], self._hashes.files[file]
 
@@ -110,20 +108,32 @@ class Share:
 
     def _move(self) -> int:
         job = self._job
-        reused = sum(piece.nbytes for number, piece in self._pieces() if number in self._before.pieces)
+        begun, reused = self._written_before()
         self._talk.start(sum(making.spec.nbytes for making in self._share.values()) - reused)
         if job.integrity:
-            live = self._all_ours()
+            live = self._all_ours(begun)
             job.outputs.tap = lambda file, offset, data: self._contents.put(file, offset, data) if file in live else None
         watch = Watch(done=self._done, stop=self._stop)
         watch = replace(watch, read=self._look_at_read) if job.passing == "read" else replace(watch, made=self._look_at_made)
         run(self._in_lanes(), job.reader, job.writer, workers=self._workers, watch=watch)
         return reused
 
+    def _written_before(self) -> tuple[set[str], int]:
+        """Our tensors of which an earlier run wrote some, and how many bytes it wrote."""
+        begun, count = set[str](), 0
+        for number, piece in self._pieces() if self._before.pieces else ():
+            if number in self._before.pieces:
+                begun.add(piece.making.spec.name)
+                count += piece.nbytes
+        return begun, count
+
+    def _numbered(self) -> Iterator[tuple[int, Piece]]:
+        """The pieces of all ranks, as all number them."""
+        return enumerate(pieces(self._job.makings, limit=PIECE_BYTES))
+
     def _pieces(self) -> Iterator[tuple[int, Piece]]:
-        """Our pieces, numbered as all ranks number them."""
-        numbered = enumerate(pieces(self._job.makings, limit=PIECE_BYTES))
-        return (one for one in numbered if one[1].making.spec.name in self._share)
+        """Our pieces."""
+        return (one for one in self._numbered() if one[1].making.spec.name in self._share)
 
     def _tasks(self) -> Iterator[Task]:
         """What is left to write; and what is written already, where the hash of a tensor needs it once more."""
@@ -144,9 +154,9 @@ class Share:
         """The Hugging Face tensors that pass by with a tensor."""
         return {copy.source for copy in making.copies} if self._job.passing == "read" else {making.spec.name}
 
-    def _all_ours(self) -> set[str]:
-        """Files of which this run writes all, so that they can be hashed as they pass."""
-        begun = {piece.making.spec.name for number, piece in self._pieces() if number in self._before.pieces}
+    def _all_ours(self, begun: set[str]) -> set[str]:
+        """Files of which this run writes all, so that they can be hashed as they pass; `begun` are tensors of which an
+        earlier one wrote some."""
         others = {making.spec.name for making in self._job.makings} - self._share.keys()
         return self._job.writer.files.keys() - {file for name in begun | others for file in self._job.writer.touched(name)}
 
@@ -179,8 +189,7 @@ class Share:
     def _stop(self) -> None:
         self._tensors.abandon()
         self._contents.abandon()
-        if isinstance(self._job.outputs, RemoteOutputs):
-            self._job.outputs.abandon()
+        self._job.outputs.abandon()
 
     def _write_around(self) -> None:
         """What lies around the data, copies, and documents."""
@@ -200,8 +209,7 @@ class Share:
         """The hashes of all, and last what makes the output readable."""
         job = self._job
         if job.integrity:
-            inside = [name for name in files if name.startswith(job.folder) and name != job.inside(integrity.FILE)]
-            hashes = {name.removeprefix(job.folder): self._hashes.files[name] for name in inside}
+            hashes = {name.removeprefix(job.folder): self._hashes.files[name] for name in job.listed(files)}
             self._put(job.inside(integrity.FILE), integrity.make(hashes))
         for name, data in job.writer.markers.items():
             self._put(name, data)
@@ -226,8 +234,7 @@ class Share:
         """Files of the iteration folder that were not hashed as they passed."""
         if not self._job.integrity:
             return []
-        known = {*self._hashes.files, self._job.inside(integrity.FILE)}
-        return [name for name in files if name.startswith(self._job.folder) and name not in known]
+        return [name for name in self._job.listed(files) if name not in self._hashes.files]
 
     def _read_back(self, names: Sequence[str]) -> dict[str, str]:
         with closing(LocalFolder(self._stage.partial)) as written:

@@ -29,17 +29,36 @@ def open_sides(one: Folder, other: Folder) -> tuple[Side, Side]:
     Raises UserError for what is neither format. Where two Megatron checkpoints both do not say, they are compared under
     Megatron's names.
     """
-    if kind(one) == kind(other) != HUGGINGFACE and not any(_told(folder) for folder in (one, other)):
-        return _native(one), _native(other)
-    return open_side(one, model_of=other), open_side(other, model_of=one)
+    readers = _reader(one), _reader(other)
+    told = [_told(reader) if isinstance(reader, TorchDistReader) else None for reader in readers]
+    sides: list[Side] = []
+    for reader, own, neighbour, borrowed in zip(readers, told, readers[::-1], told[::-1], strict=True):
+        if isinstance(reader, HuggingFaceReader):
+            sides.append(huggingface_side(reader))
+        elif origin := own or _borrowed(neighbour, borrowed):
+            sides.append(megatron_side(reader, origin))
+        else:
+            sides.append(_native(reader))
+    return sides[0], sides[1]
 
 
-def open_side(folder: Folder, *, model_of: Folder | None = None) -> Side:
-    """One directory. `model_of` is asked for the model where the directory itself does not tell."""
-    if kind(folder) == HUGGINGFACE:
-        return huggingface_side(HuggingFaceReader(folder))
-    reader = TorchDistReader(folder)
-    return megatron_side(reader, _reference(reader, model_of))
+def _reader(folder: Folder) -> HuggingFaceReader | TorchDistReader:
+    return HuggingFaceReader(folder) if kind(folder) == HUGGINGFACE else TorchDistReader(folder)
+
+
+def _told(reader: TorchDistReader) -> Reference | None:
+    """What a checkpoint says of its model, if it says anything."""
+    try:
+        return reference.find(reader, None)
+    except UnknownModelError:
+        return None
+
+
+def _borrowed(neighbour: HuggingFaceReader | TorchDistReader, told: Reference | None) -> Reference | None:
+    """The model of the other side, without what travels with it."""
+    if isinstance(neighbour, HuggingFaceReader):
+        return Reference(read_json(neighbour.folder, CONFIG), f"`{neighbour.folder.label}`'s")
+    return Reference(told.config, f"`{neighbour.folder.label}`'s") if told else None
 
 
 def huggingface_side(reader: HuggingFaceReader) -> Side:
@@ -105,27 +124,7 @@ def tied(makings: Iterable[Making], family: Family, model: Model) -> dict[str, M
     }
 
 
-def _reference(reader: TorchDistReader, model_of: Folder | None) -> Reference:
-    try:
-        return reference.find(reader, None)
-    except UnknownModelError:
-        if model_of is None:
-            raise
-        if kind(model_of) == HUGGINGFACE:
-            return Reference(read_json(model_of, CONFIG), f"`{model_of.label}`'s")
-        return Reference(reference.find(TorchDistReader(model_of), None).config, f"`{model_of.label}`'s")
-
-
-def _told(folder: Folder) -> bool:
-    try:
-        reference.find(TorchDistReader(folder), None)
-    except UnknownModelError:
-        return False
-    return True
-
-
-def _native(folder: Folder) -> Side:
-    reader = TorchDistReader(folder)
+def _native(reader: TorchDistReader) -> Side:
     _check_dimensions(reader.specs)
     reader.check(reader.specs)
     return Side(reader.folder.label, reader, as_stored(reader.specs))

@@ -35,6 +35,12 @@ def copy(out: Array, data: Array) -> None:
     np.copyto(out.view(plain), data.view(plain))
 
 
+def same_bits(one: Array, other: Array) -> bool:
+    """Do two arrays of one dtype and shape hold the same bytes?"""
+    plain = np.dtype(f"u{one.dtype.itemsize}")
+    return np.array_equal(one.view(plain), other.view(plain))
+
+
 def as_bytes(array: Array) -> memoryview:
     """The memory of a contiguous array, as bytes."""
     return memoryview(array.reshape(-1).view(np.uint8))

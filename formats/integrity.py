@@ -71,12 +71,8 @@ class Check:
         return not (self.changed or self.missing or self.unlisted)
 
 
-def check(folder: Folder, *, workers: int, progress: Callable[[int], None] = lambda _count: None) -> Check:
-    """Hash every file that `integrity.json` lists, and find those it does not list.
-
-    Raises UserError if there is no such document.
-    """
-    listed = read(folder)
+def check(folder: Folder, listed: Mapping[str, str], *, workers: int, progress: Callable[[int], None]) -> Check:
+    """Hash every file that is `listed` with its hash, and find those that are not."""
     there = {name for name in folder.files() if name != FILE}
     missing = sorted(listed.keys() - there)
     found = hash_files(folder, sorted(listed.keys() & there), workers=workers, progress=progress)

@@ -40,6 +40,10 @@ class Outputs(Protocol):
         """Put bytes that are no array's at `offset`."""
         ...
 
+    def abandon(self) -> None:
+        """Wake threads that wait for others that will not come."""
+        ...
+
     def sync(self) -> None:
         """Get everything written so far to where it outlives this process."""
         ...
@@ -82,6 +86,9 @@ class LocalOutputs:
 
     def put(self, file: str, offset: int, data: bytes | memoryview) -> None:
         self._write_buffered(file, offset, memoryview(data))
+
+    def abandon(self) -> None:
+        """Nobody waits: every place can be written at any time."""
 
     def sync(self) -> None:
         self._buffered.sync()

@@ -21,14 +21,14 @@ from formats.errors import UserError
 from formats.remote.http import Answer, Body, Client
 from formats.remote.retry import BrokenError, Patience
 from formats.remote.s3 import bucket_and_prefix
-from formats.remote.store import Status, changed, file_name, needed, refused, without_secrets
+from formats.remote.store import Labelled, Status, changed, needed, refused, without_secrets
 from formats.remote.web import check_allowed, range_header, read_range
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _LOGIN = "check the name and the credentials (`gcloud auth application-default login`, GOOGLE_APPLICATION_CREDENTIALS)"
 
 
-class GoogleStorage:
+class GoogleStorage(Labelled):
     """The objects below `gs://bucket/prefix`. Without credentials, requests go unsigned, as public buckets allow."""
 
     def __init__(self, url: str, patience: Patience) -> None:
@@ -36,14 +36,6 @@ class GoogleStorage:
         self.label = without_secrets(url).rstrip("/")
         self._client = Client(silence=patience.silence)
         self._access = Access()
-
-    @property
-    def name(self) -> str:
-        return file_name(self.label)
-
-    @property
-    def origin(self) -> dict[str, str]:
-        return {}
 
     def status(self, path: str) -> Status | None:
         found = self._json(f"o/{quote(self._start + path, safe='')}", fields="size,generation")

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 from formats.errors import UserError
 from formats.remote.http import PASSING, seconds
 from formats.remote.retry import BrokenError, Patience, fill, words
-from formats.remote.store import Status, changed, file_name, needed, refused, resized, without_secrets
+from formats.remote.store import Labelled, Status, changed, needed, refused, resized, without_secrets
 
 type Reply = Mapping[str, Any]
 
@@ -38,21 +38,13 @@ class Client(Protocol):
     def close(self) -> None: ...
 
 
-class S3:
+class S3(Labelled):
     """The objects below `s3://bucket/prefix`. Without credentials, requests go unsigned, as public buckets allow."""
 
     def __init__(self, url: str, patience: Patience) -> None:
         self.bucket, self.start = bucket_and_prefix(url)
         self.label = without_secrets(url).rstrip("/")
         self.client = open_client(patience)
-
-    @property
-    def name(self) -> str:
-        return file_name(self.label)
-
-    @property
-    def origin(self) -> dict[str, str]:
-        return {}
 
     def status(self, path: str) -> Status | None:
         try:

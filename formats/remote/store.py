@@ -69,6 +69,20 @@ class Store(Protocol):
         ...
 
 
+class Labelled:
+    """What a store says of itself that knows no more than its URL without secrets."""
+
+    label: str
+
+    @property
+    def name(self) -> str:
+        return file_name(self.label)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        return {}
+
+
 def without_secrets(url: str) -> str:
     """A URL for messages: no user, no password, no query (which signs some URLs), no fragment."""
     try:

@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 from formats.errors import UserError
 from formats.remote.http import Answer, Client, basic, split_url
 from formats.remote.retry import BrokenError, Patience, persist
-from formats.remote.store import Status, changed, file_name, refused, resized, without_secrets
+from formats.remote.store import Labelled, Status, changed, file_name, refused, resized, without_secrets
 
 INTEGRITY = "integrity.json"
 """The hashes of an iteration's files: {"algorithm": "sha256", "files": {relative name: hex}}."""
@@ -46,31 +46,20 @@ _QUOTED = "/%:@!$&'()*+,;=~"  # what may stand in a path as it is
 _NO_RANGES = "use a server that answers `Range: bytes=…` with 206, or fetch the directory first"
 
 
-class Web:
+class Web(Labelled):
     """A folder by its URL. A user and password in it, or of `~/.netrc`, go to its server and no other; a query (which
     signs some URLs) goes with every file."""
 
     def __init__(self, url: str, patience: Patience) -> None:
         parts = split_url(url)
         self._root = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{quote(parts.path, safe=_QUOTED).rstrip('/')}/"
+        self.label = without_secrets(self._root).rstrip("/")
         self._query = f"?{parts.query}" if parts.query else ""
         self._patience = patience
         self._credentials = _credentials(url)
         self._client = Client(silence=patience.silence)
         self._known: dict[str, Status] | None = None
         self._lock = threading.Lock()
-
-    @property
-    def label(self) -> str:
-        return without_secrets(self._root).rstrip("/")
-
-    @property
-    def name(self) -> str:
-        return file_name(self.label)
-
-    @property
-    def origin(self) -> dict[str, str]:
-        return {}
 
     def status(self, path: str) -> Status | None:
         """By HEAD; by the first byte where a server does not answer that."""
