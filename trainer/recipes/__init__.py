@@ -1,0 +1,1 @@
+"""One file per model family; this directory is the registry of recipes."""
