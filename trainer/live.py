@@ -22,7 +22,7 @@ from converter import families, reference
 from converter.carried import CONFIG
 from converter.config import make_model
 from converter.inspect import HUGGINGFACE, kind
-from converter.plan import Making, as_stored, to_megatron
+from converter.plan import Making, Plan, as_stored, to_megatron
 from converter.run import check_equal
 from converter.sources import open_source
 from formats.arrays import bands
@@ -107,10 +107,15 @@ def load(chunks: Sequence[Any], source: str) -> Loaded:
         return _loaded(makings, reader)
 
 
-def _from_huggingface(reader: HuggingFaceReader) -> dict[str, Making]:
+def plan_of(reader: HuggingFaceReader) -> Plan:
+    """How a directory's tensors make a Megatron model without padding."""
     config = read_json(reader.folder, CONFIG)
     family = families.find(config.get("model_type"))
-    plan = to_megatron(family.RULES, family.EXTRAS, make_model(family.CONFIG, config), reader.specs, dtype="keep")
+    return to_megatron(family.RULES, family.EXTRAS, make_model(family.CONFIG, config), reader.specs, dtype="keep")
+
+
+def _from_huggingface(reader: HuggingFaceReader) -> dict[str, Making]:
+    plan = plan_of(reader)
     for name, other in plan.equal:
         check_equal(reader, name, other)
     return {making.spec.name: making for making in plan.makings}

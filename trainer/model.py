@@ -143,3 +143,16 @@ def _chunk(provider: Any, vp_stage: int | None) -> torch.nn.Module:
         vp_stage=vp_stage,
     )
     return model.to(device.current())
+
+
+def sees_data(chunk: Any) -> bool:
+    """Does a chunk take tokens, or labels? Those between take what the pipeline hands on; a model of one's own takes all."""
+    inner = unwrap(chunk)
+    return bool(getattr(inner, "pre_process", True) or getattr(inner, "post_process", True))
+
+
+def unwrap(chunk: Any) -> Any:
+    """The model inside what optimizers and precision wrapped around it."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,3 +65,16 @@ def make_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> Optimizer
         wsd_decay_steps=None if told.lr_wsd_decay_iters is None else told.lr_wsd_decay_iters * samples,
         lr_wsd_decay_style=told.lr_wsd_decay_style,
     )
+
+
+@contextmanager
+def parameters_gathered(chunks: list[Any]) -> Iterator[None]:
+    """While this is entered every rank has all parameters, and none is gathered behind the scenes."""
+    overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in overlapped:
+            chunk.enable_forward_pre_hook()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator, init_num_microbatches_calculator
 
+from formats.errors import UserError
 from trainer import device
 from trainer.config import RunConfig
 
@@ -32,10 +33,18 @@ def session(config: RunConfig, kind: str) -> Iterator[None]:
         _start(config, kind)
         try:
             yield
+        except UserError as error:
+            error.told = not _first_to_tell(error)  # type: ignore[attr-defined]
+            raise
         finally:
             destroy_num_microbatches_calculator()
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+
+
+def _first_to_tell(error: UserError) -> bool:
+    """Of several ranks with the same error, one tells it."""
+    return dist.distributed_c10d._get_default_store().add(f"told {error}", 1) == 1
 
 
 def _start(config: RunConfig, kind: str) -> None:
