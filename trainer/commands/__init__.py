@@ -1,1 +1,1 @@
-"""One file per command of `mbtrain`, each exporting a click command named `command`."""
+"""One command per file; `trainer.cli` lists this directory."""
