@@ -67,6 +67,9 @@ class GPTModelProvider(TransformerConfig):
     hf_source: str | None = None
     """The folder whose tokenizer and other side files travel with checkpoints."""
 
+    pretrained_from: str | None = None
+    """Weights that a run starts from where `checkpoint.pretrained_checkpoint` names none."""
+
     def __post_init__(self) -> None:
         """Nothing yet: see `finalize`."""
 

@@ -1,1 +1,47 @@
-"""One file per model family; this directory is the registry of recipes."""
+"""One file per model family; this directory is the registry of recipes.
+
+A family file holds `config.json`s as Meta published them, one function per run, and `RECIPES`. Functions say in their
+docstrings what one GPU holds. The arithmetic, in bytes: a parameter is 2 (bf16) and its gradient 4 (fp32), over TP and PP;
+its optimizer state 12 (fp32 value and two moments), over data-parallel and context-parallel ranks too; a layer keeps about
+34 × hidden size for each token of a micro-batch, over TP and CP; logits and what the loss makes of them about 10 × vocabulary
+size per token.
+
+    from trainer.recipes import llama32_1b
+    config = llama32_1b.pretrain_config()
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from difflib import get_close_matches
+from importlib import import_module
+
+from formats.errors import UserError
+from trainer.recipe import Recipe
+
+
+def every() -> dict[str, Recipe]:
+    """All recipes by name. None is named as a file here: the file would stand in its place once it is imported."""
+    files = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return {one.name: one for file in files for one in import_module(f"{__name__}.{file}").RECIPES}
+
+
+def find(name: str) -> Recipe:
+    """The recipe of that name; UserError suggests the nearest."""
+    recipes = every()
+    if name not in recipes:
+        near = get_close_matches(name, recipes, 1)
+        hint = f"did you mean `{near[0]}`?" if near else f"recipes are: {', '.join(recipes)}"
+        raise UserError(f"there is no recipe `{name}`", hint=hint)
+    return recipes[name]
+
+
+def __getattr__(name: str) -> Recipe:
+    """`from trainer.recipes import llama32_1b`."""
+    if name.startswith("_") or name not in (recipes := every()):
+        raise AttributeError(f"module `{__name__}` has no recipe `{name}`")
+    return recipes[name]
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *every()]

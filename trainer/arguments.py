@@ -1,0 +1,86 @@
+"""From what stands on a command line to a run's configuration. What commands that take a run share.
+
+A recipe, then a YAML file over it, then overrides over both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from formats.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+
+
+def run_arguments(command: Callable[..., None]) -> Callable[..., None]:
+    """`[RECIPE] [--config FILE] [section.name=value ...]`, as `words` and `config_file`."""
+    command = click.option("--config", "config_file", metavar="FILE", help="Settings in YAML, over the recipe's.")(command)
+    return click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.NAME=VALUE]...")(command)
+
+
+def recipe_and_overrides(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The first word is the recipe, unless it is an override."""
+    if words and "=" not in words[0] and words[0][:1] not in "+~":
+        return words[0], list(words[1:])
+    return None, list(words)
+
+
+def read_run(recipe: str | None, *, config_file: str | Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+    """The run that a recipe, a YAML file over it and overrides over both describe.
+
+    Without a recipe, the file names one (`recipe: NAME`) or has the model's `config.json` as `model.hf_config`. UserError for
+    what is unknown or does not fit.
+    """
+    from trainer import documents  # noqa: PLC0415
+    from trainer import overrides as hydra  # noqa: PLC0415
+
+    document = _read(config_file) if config_file else {}
+    config = _start(_one_name(recipe, document.pop("recipe", None), config_file), document)
+    _tell(documents.apply(config, document))
+    hydra.apply(config, overrides)
+    return config
+
+
+def _read(file: str | Path) -> dict[str, Any]:
+    from trainer import documents  # noqa: PLC0415
+
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read `{file}`: {getattr(error, 'strerror', None) or error}", hint="give a YAML file") from None
+    return documents.load(text, source=str(file))
+
+
+def _one_name(recipe: str | None, in_file: Any, file: object) -> str | None:
+    if recipe and in_file and recipe != in_file:
+        raise UserError(f"the command says recipe `{recipe}`, and `{file}` says `{in_file}`", hint="leave out one of them")
+    return recipe or (str(in_file) if in_file else None)
+
+
+def _start(name: str | None, document: dict[str, Any]) -> RunConfig:
+    if name is not None:
+        from trainer import recipes  # noqa: PLC0415
+
+        return recipes.find(name).pretrain_config()
+    from trainer.config import RunConfig  # noqa: PLC0415
+    from trainer.model import from_hf_config  # noqa: PLC0415
+
+    model = document.get("model")
+    described = model.get("hf_config") if isinstance(model, dict) else None
+    if not isinstance(described, dict) or not described:
+        raise UserError(
+            "there is no recipe to start from",
+            hint="name one (`mbtrain recipes` lists them), or give a file with `recipe: NAME` or with `model.hf_config`",
+        )
+    return RunConfig(model=from_hf_config(described))
+
+
+def _tell(ignored: Sequence[str]) -> None:
+    if ignored and os.environ.get("RANK", "0") == "0":
+        click.echo(f"note: not followed, since a file gives values and no classes: {', '.join(ignored)}", err=True)

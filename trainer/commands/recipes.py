@@ -1,0 +1,71 @@
+"""`mbtrain recipes`: what can be trained out of the box, one line each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from trainer.recipe import Recipe
+
+_SIZES = (
+    ("TP", "tensor_model_parallel_size"),
+    ("PP", "pipeline_model_parallel_size"),
+    ("VPP", "virtual_pipeline_model_parallel_size"),
+    ("CP", "context_parallel_size"),
+)
+
+
+@click.command("recipes")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(*, as_json: bool) -> None:
+    """List the recipes: parameters, parallelism, precision, and the fewest GPUs of 80 GB each."""
+    from trainer import recipes  # noqa: PLC0415
+
+    rows = [_row(one) for one in recipes.every().values()]
+    if as_json:
+        click.echo(json.dumps({row.pop("name"): row for row in rows}))
+    elif sys.stdout.isatty():
+        _show_table(rows)
+    else:
+        for row in rows:
+            click.echo(_line(row))
+
+
+def _row(recipe: Recipe) -> dict[str, Any]:
+    from trainer.estimate import parameters  # noqa: PLC0415
+
+    config = recipe.pretrain_config()
+    sizes = {short: getattr(config.model, name) for short, name in _SIZES}
+    return {
+        "name": recipe.name,
+        "parameters": parameters(config.model),
+        "parallelism": "·".join(f"{short}{size}" for short, size in sizes.items() if size and size > 1) or "none",
+        "precision": config.mixed_precision,
+        "gpus": recipe.gpus,
+        "summary": recipe.summary,
+    }
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    billions = row["parameters"] / 1e9
+    size = f"{billions:.2f}B" if billions >= 0.1 else f"{billions * 1e3:.1f}M"
+    return [row["name"], size, row["parallelism"], row["precision"], str(row["gpus"] or "CPU"), row["summary"]]
+
+
+def _line(row: dict[str, Any]) -> str:
+    name, size, parallelism, precision, gpus, summary = _cells(row)
+    return f"{name:<13} {size:>8}  {parallelism:<16} {precision:<11} {gpus:>4}  {summary}"
+
+
+def _show_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table("recipe", "parameters", "parallelism", "precision", "GPUs", "what it is", box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*_cells(row))
+    Console().print(table)

@@ -1,0 +1,133 @@
+"""A run's settings as a YAML document, and back.
+
+A document holds values only: no classes, no functions, no code. What only Python code can make is not in it, and the
+document says so. Knows YAML; what a name or a value means is the business of `settings` and `values`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from formats.errors import UserError, shown
+from trainer.settings import Place, is_section, kinds, place
+from trainer.values import UnnamedError, plain
+
+_DEEPEST, _LONGEST = 64, 1 << 16
+_HYDRA = ("_target_", "_call_", "_partial_", "_args_", "_recursive_", "_convert_")
+
+
+def dump(config: Any) -> str:
+    """Every setting of a run, section by section, each sorted by name; what the document cannot hold as comments at its end.
+
+    `apply` of what `load` makes of it, onto the same recipe, gives an equal run.
+    """
+    document, unnamed = as_mapping(config)
+    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+    return text + "".join(f"# `{name}` is set in Python code\n" for name in unnamed)
+
+
+def as_mapping(config: Any) -> tuple[dict[str, Any], list[str]]:
+    """The settings as nested mappings of plain values, and the names of those that only code can make."""
+    unnamed: list[str] = []
+    return _section(config, "", unnamed, sort=False), unnamed
+
+
+def _section(section: Any, prefix: str, unnamed: list[str], *, sort: bool = True) -> dict[str, Any]:
+    names = kinds(type(section))
+    found: dict[str, Any] = {}
+    for name in sorted(names) if sort else names:
+        value = getattr(section, name)
+        if is_section(value):
+            found[name] = _section(value, f"{prefix}{name}.", unnamed)
+            continue
+        try:
+            found[name] = plain(value)
+        except UnnamedError:
+            unnamed.append(f"{prefix}{name}")
+    return found
+
+
+def load(text: str, *, source: str = "the document") -> dict[str, Any]:
+    """The mapping that a YAML document is; empty for an empty one. UserError, naming `source`, where it is broken, says a
+    thing twice, or refers within itself."""
+    try:
+        for event in _checked(yaml.parse(text, Loader=yaml.SafeLoader)):
+            assert event
+        _check_twice(yaml.compose(text, Loader=yaml.SafeLoader))
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"`{source}` is not readable: {str(error)[:300]}", hint="it should be YAML: `section:`, then `  name: value`"
+        ) from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise UserError(f"`{source}` is `{shown(found)}`, it should be sections with settings", hint="start with `train:`")
+    return found
+
+
+def _checked(events: Iterator[Any]) -> Iterator[Any]:
+    """What is nested without end stops the parser; what refers within itself grows when it is written out."""
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
+        if isinstance(event, yaml.AliasEvent) or (isinstance(event, yaml.ScalarEvent) and event.value == "<<"):
+            raise ValueError(f"line {event.start_mark.line + 1} refers to another place in it; write the values out")
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > _LONGEST:
+            raise ValueError(f"line {event.start_mark.line + 1} holds a value longer than any setting")
+        yield event
+
+
+def _check_twice(node: Any) -> None:
+    """YAML's loader would silently take the last of two."""
+    if isinstance(node, yaml.SequenceNode):
+        for one in node.value:
+            _check_twice(one)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        if str(key.value) in seen:
+            raise ValueError(f"line {key.start_mark.line + 1}: `{key.value}` stands there twice")
+        seen.add(str(key.value))
+        _check_twice(value)
+
+
+def apply(config: Any, document: Mapping[str, Any]) -> list[str]:
+    """Set what the document says; returns the names in it that were not followed, which are Hydra's (`_target_`).
+
+    A section that is null says nothing. A free mapping (`model.hf_config`) and a list are one value each, and replace the
+    whole. UserError for an unknown name or a value that does not fit.
+    """
+    return _apply_section(config, document, "")
+
+
+def _apply_section(config: Any, document: Mapping[str, Any], prefix: str) -> list[str]:
+    ignored: list[str] = []
+    for key, value in document.items():
+        name = f"{prefix}{key}"
+        if key in _HYDRA:
+            ignored.append(name)
+            continue
+        here = place(config, name)
+        if is_section(here.value):
+            ignored += _apply_section(config, _settings(here, value), f"{here.name}.")
+        else:
+            here.put(_named(value))
+    return ignored
+
+
+def _settings(here: Place, value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {} if value is None else here.fitting(value)
+
+
+def _named(value: Any) -> Any:
+    """Megatron-Bridge writes a function or a dtype as `{_target_: torch.bfloat16, _call_: false}`."""
+    if isinstance(value, Mapping) and value.get("_call_") is False and set(value) == {"_target_", "_call_"}:
+        return value["_target_"]
+    return value

@@ -1,0 +1,96 @@
+"""Overrides from the command line, in Hydra's grammar and with its meaning.
+
+`a.b=v` changes what is there, `+a.b=v` adds a key to a free mapping, `++a.b=v` does either, `~a.b` removes: a setting goes
+back to its default. Hydra's own parser reads them. Config groups, sweeps and interpolations have no meaning here and are
+errors, and so is every name that is not a setting.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType, Sweep
+from hydra.errors import HydraException
+
+from formats.errors import UserError, shown
+from trainer.settings import Place, fits_text, is_section, place
+
+_NEW = (OverrideType.ADD, OverrideType.FORCE_ADD)
+
+
+def apply(config: Any, overrides: Iterable[str]) -> None:
+    """Change `config` by each override in turn. UserError for one that cannot be read or does not fit."""
+    parser = OverridesParser.create()
+    for text in overrides:
+        _apply_one(config, _parsed(parser, text), text)
+
+
+def _parsed(parser: OverridesParser, text: str) -> Override:
+    try:
+        found = parser.parse_override(text)
+    except HydraException as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"cannot read the override `{text}`: {reason}",
+            hint="write `section.name=value`; text with special characters goes in quotes: `'section.name=\"a=b\"'`",
+        ) from None
+    _check_meaning(found, text)
+    return found
+
+
+def _check_meaning(found: Override, text: str) -> None:
+    value = found.value() if found.value_type else None
+    if isinstance(value, Sweep) or found.is_sweep_override():
+        shape = "" if not re.search(r"=.*,", text) else _instead_of_commas(found, text)
+        raise UserError(f"`{text}` is a sweep over several values, and a run has one", hint=shape or "give one value")
+    if found.package is not None or "/" in found.key_or_group:
+        raise UserError(f"`{text}` chooses from a config group, and there are none", hint="write `section.name=value`")
+    if "${" in text:
+        raise UserError(f"`{text}` has an interpolation, which is not followed", hint="write the value itself")
+
+
+def _instead_of_commas(found: Override, text: str) -> str:
+    key, _, value = text.partition("=")
+    return f"a list is `{key}=[{value}]`, text with commas `'{key}=\"{value}\"'`" if found.is_choice_sweep() else ""
+
+
+def _apply_one(config: Any, found: Override, text: str) -> None:
+    if found.type == OverrideType.DEL:
+        _remove(config, found)
+        return
+    here = place(config, found.key_or_group, new=found.type in _NEW)
+    value: Any = found.value()
+    if (
+        found.type == OverrideType.ADD
+        and here.value is not None
+        and not (isinstance(value, dict) and isinstance(here.value, dict))
+    ):
+        raise UserError(
+            f"cannot add `{here.name}`: it is there, and is `{shown(here.value)}`",
+            hint=f"`{text[1:]}` changes it, `+{text}` does both",
+        )
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and fits_text(here.kind):
+        value = text.partition("=")[2].strip()  # as it was written: 1e5, not 100000.0
+    _assign(config, here, value, new=found.type in _NEW)
+
+
+def _assign(config: Any, here: Place, value: Any, *, new: bool) -> None:
+    """A mapping changes what it names, and leaves the rest of a section or of a free mapping as it is."""
+    if not isinstance(value, Mapping) or not (is_section(here.value) or isinstance(here.value, dict)):
+        here.put(value)
+        return
+    for key, one in value.items():
+        _assign(config, place(config, f"{here.name}.{key}", new=new), one, new=new)
+
+
+def _remove(config: Any, found: Override) -> None:
+    here = place(config, found.key_or_group)
+    if found.value_type is not None and here.fitting(found.value()) != here.value:
+        raise UserError(
+            f"cannot remove `{here.name}`: it is `{shown(here.value)}`, not `{shown(found.value())}`",
+            hint=f"`~{here.name}` removes it whatever it is",
+        )
+    here.reset()

@@ -1,0 +1,92 @@
+"""Llama 3.1: 8B, 70B and 405B, for up to 131072 tokens, pretrained on sequences of 8192."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.config import RunConfig
+from trainer.recipe import Recipe, pretraining
+from trainer.recipes import llama3
+
+LONG: dict[str, Any] = {
+    "max_position_embeddings": 131072,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+"""What 3.1 has in `config.json` that 3 had not."""
+
+MODEL_8B = llama3.MODEL_8B | LONG
+MODEL_70B = llama3.MODEL_70B | LONG
+MODEL_405B = (
+    llama3.COMMON
+    | LONG
+    | {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_attention_heads": 128,
+        "num_hidden_layers": 126,
+        "head_dim": 128,
+    }
+)
+
+
+def pretrain_8b() -> RunConfig:
+    """Llama 3.1 8B from random weights, on 8 GPUs of 80 GB or any multiple of 2 from there.
+
+    Per GPU at TP2·DP4: 60 GB, as Llama 3 8B.
+    """
+    return pretraining(
+        MODEL_8B, sequence_length=8192, global_batch_size=512, train_iters=1_200_000, lr=3e-4, min_lr=3e-5, **llama3.LAYOUT_8B
+    )
+
+
+def pretrain_70b() -> RunConfig:
+    """Llama 3.1 70B from random weights, on 32 GPUs of 80 GB or any multiple.
+
+    Per GPU at TP8·PP4·VPP5·DP1: 66 GB, as Llama 3 70B.
+    """
+    return pretraining(
+        MODEL_70B,
+        sequence_length=8192,
+        global_batch_size=512,
+        train_iters=1_200_000,
+        lr=1.5e-4,
+        min_lr=1.5e-5,
+        **llama3.LAYOUT_70B,
+    )
+
+
+def pretrain_405b() -> RunConfig:
+    """Llama 3.1 405B from random weights, on 512 GPUs of 80 GB or any multiple.
+
+    Embedding and output layer count as layers, so that 128 divide into 16 stages of 2 × 4. Per GPU at TP8·PP16·VPP2·CP4·DP1:
+    weights and gradients 405.9e9/128 × 6 = 19 GB, optimizer 405.9e9/128 × 12/4 = 10 GB; the first stage keeps 8 layers × 16
+    micro-batches × (1 + 15/32), 34 × 16384 × 8192/4 × 188/8 = 27 GB; 56 GB.
+    """
+    return pretraining(
+        MODEL_405B,
+        sequence_length=8192,
+        global_batch_size=512,
+        train_iters=1_200_000,
+        lr=8e-5,
+        min_lr=8e-7,
+        tensor_model_parallel_size=8,
+        pipeline_model_parallel_size=16,
+        virtual_pipeline_model_parallel_size=2,
+        context_parallel_size=4,
+        sequence_parallel=True,
+        account_for_embedding_in_pipeline_split=True,
+        account_for_loss_in_pipeline_split=True,
+    )
+
+
+RECIPES = (
+    Recipe(name="llama31_8b", pretrain_config=pretrain_8b, gpus=8),
+    Recipe(name="llama31_70b", pretrain_config=pretrain_70b, gpus=32),
+    Recipe(name="llama31_405b", pretrain_config=pretrain_405b, gpus=512),
+)

@@ -1,0 +1,51 @@
+"""Llama 3.2: 1B and 3B, for up to 131072 tokens; embedding and output layer are one tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.config import RunConfig
+from trainer.recipe import Recipe, pretraining
+from trainer.recipes import llama3, llama31
+
+SMALL: dict[str, Any] = (
+    llama3.COMMON | llama31.LONG | {"rope_scaling": llama31.LONG["rope_scaling"] | {"factor": 32.0}, "tie_word_embeddings": True}
+)
+MODEL_1B = SMALL | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+}
+MODEL_3B = SMALL | {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_attention_heads": 24,
+    "num_hidden_layers": 28,
+    "head_dim": 128,
+}
+
+
+def pretrain_1b() -> RunConfig:
+    """Llama 3.2 1B from random weights, on one GPU of 80 GB or any number.
+
+    On one GPU: weights and gradients 1.24e9 × 6 = 7 GB, optimizer 1.24e9 × 12 = 15 GB, activations of 8192 tokens 38 × 2048 ×
+    8192 × 16 = 10 GB, logits 8192 × 128256 × 10 = 11 GB: 43 GB.
+    """
+    return pretraining(MODEL_1B, sequence_length=8192, global_batch_size=512, train_iters=1_200_000, lr=3e-4, min_lr=3e-5)
+
+
+def pretrain_3b() -> RunConfig:
+    """Llama 3.2 3B from random weights, on 4 GPUs of 80 GB or any number from there.
+
+    Per GPU at DP4: weights and gradients 3.21e9 × 6 = 19 GB, optimizer 3.21e9 × 12/4 = 10 GB, activations of 8192 tokens 30 ×
+    3072 × 8192 × 28 = 21 GB, logits 8192 × 128256 × 10 = 11 GB: 61 GB.
+    """
+    return pretraining(MODEL_3B, sequence_length=8192, global_batch_size=512, train_iters=1_200_000, lr=3e-4, min_lr=3e-5)
+
+
+RECIPES = (
+    Recipe(name="llama32_1b", pretrain_config=pretrain_1b, gpus=1),
+    Recipe(name="llama32_3b", pretrain_config=pretrain_3b, gpus=4),
+)

@@ -1,0 +1,195 @@
+"""Settings by name: `train.train_iters` as a place in a run's dataclasses, and what a name that is none of them may mean.
+
+Works on any dataclass by its fields and annotations, and on the free mappings in them (`model.hf_config`). Knows no grammar
+and no files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, Optional, get_type_hints
+
+from formats.errors import UserError, shown
+from trainer.values import UnfitError, expected, fit
+
+ALIASES = {
+    "dataset.seq_length": "dataset.sequence_length",
+    "dataset.data_path": "dataset.blend",
+}
+"""Names of other trainers, where the section has no such setting itself."""
+
+_MANY = 20
+
+
+@cache
+def kinds(section: type) -> Mapping[str, Any]:
+    """The settings of a dataclass and their annotations; Any for those of a class whose annotations cannot be resolved."""
+    try:
+        hints = get_type_hints(section)
+    except NameError:
+        hints = {}
+    return {one.name: _kind(one, hints) for one in dataclasses.fields(section) if one.init and one.name[0] != "_"}
+
+
+def _kind(one: dataclasses.Field[Any], hints: Mapping[str, Any]) -> Any:
+    """Its annotation; None too where it is the default, which megatron-core does not always annotate."""
+    kind = hints.get(one.name, Any)
+    return kind if kind is Any or one.default is not None else Optional[kind]  # noqa: UP045 - `|` refuses what is no type
+
+
+def is_section(value: Any) -> bool:
+    """Has it settings of its own?"""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value is kept: a field of a dataclass, or a key of a free mapping. `name` is the whole name."""
+
+    holder: Any
+    key: str
+    name: str
+
+    @property
+    def free(self) -> bool:
+        """In a mapping, to which keys may be added."""
+        return isinstance(self.holder, dict)
+
+    @property
+    def known(self) -> bool:
+        """Is there such a setting?"""
+        return self.key in (self.holder if self.free else kinds(type(self.holder)))
+
+    @property
+    def value(self) -> Any:
+        """What it is now; None for a key that is not there."""
+        return self.holder.get(self.key) if self.free else getattr(self.holder, self.key)
+
+    @property
+    def kind(self) -> Any:
+        """Its annotation."""
+        return Any if self.free else kinds(type(self.holder))[self.key]
+
+    def put(self, value: Any) -> None:
+        """Set it. UserError where the value is not what the annotation asks for."""
+        fitting = self.fitting(value)
+        if self.free:
+            self.holder[self.key] = fitting
+            return
+        try:
+            setattr(self.holder, self.key, fitting)
+        except dataclasses.FrozenInstanceError:
+            raise UserError(
+                f"`{self.name}` cannot be set: `{type(self.holder).__name__}` is a frozen dataclass", hint="thaw the class"
+            ) from None
+
+    def fitting(self, value: Any) -> Any:
+        """The value as the annotation asks for it, or UserError."""
+        if is_section(self.value):
+            raise UserError(
+                f"`{self.name}` is a section, it cannot be `{shown(value)}`", hint=f"{_listed(self.name, self.value)}"
+            )
+        try:
+            return fit(value, self.kind)
+        except UnfitError:
+            text = "null" if value is None else shown(value)
+            hint = "write it in quotes" if fits_text(self.kind) and not isinstance(value, str) else ""
+            raise UserError(f"`{self.name}` is `{text}`, it should be {expected(self.kind)}", hint=hint) from None
+
+    def reset(self) -> None:
+        """Back to the field's default, or gone from its mapping. UserError for a field without a default."""
+        if self.free:
+            del self.holder[self.key]
+            return
+        one = next(one for one in dataclasses.fields(self.holder) if one.name == self.key)
+        made = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+        if made is dataclasses.MISSING:
+            raise UserError(f"`{self.name}` has no default to go back to", hint="set it to what it should be")
+        setattr(self.holder, self.key, made)
+
+
+def fits_text(kind: Any) -> bool:
+    """Would any text do?"""
+    try:
+        return kind is not Any and fit("any text", kind) == "any text"
+    except UnfitError:
+        return False
+
+
+def place(config: Any, name: str, *, new: bool = False) -> Place:
+    """Where `name` is kept. UserError, with the nearest name there is, if there is none; `new` allows a key that a free
+    mapping does not have yet, and makes the mappings on the way to it."""
+    keys = _current_name(config, name).split(".")
+    holder = config
+    for at, key in enumerate(keys):
+        here = Place(holder, key, ".".join(keys[: at + 1]))
+        if not here.known and not (new and here.free):
+            raise _unknown(config, here)
+        if at + 1 == len(keys):
+            return here
+        holder = holder.setdefault(key, {}) if here.free and new else here.value
+        if not is_section(holder) and not isinstance(holder, dict):
+            raise UserError(
+                f"`{here.name}` is `{shown(holder)}`, there is no `{keys[at + 1]}` in it", hint=f"set `{here.name}` as a whole"
+            )
+    raise AssertionError(name)
+
+
+def _current_name(config: Any, name: str) -> str:
+    section, _, key = name.partition(".")
+    holder = getattr(config, section, None)
+    return name if not is_section(holder) or key in kinds(type(holder)) else ALIASES.get(name, name)
+
+
+def _unknown(config: Any, here: Place) -> UserError:
+    if here.free:
+        return UserError(f"there is no `{here.name}`", hint=f"{_near(here.key, here.holder)}`+{here.name}=…` adds it")
+    if here.holder is config:
+        return _unknown_section(config, here.key)
+    same = [name for name in _every(config) if name.rpartition(".")[2] == here.key]
+    near = same or [f"{here.name.rpartition('.')[0]}.{one}" for one in get_close_matches(here.key, kinds(type(here.holder)), 1)]
+    hint = _did_you_mean(near) or _listed(here.name.rpartition(".")[0], here.holder)
+    return UserError(f"unknown setting `{here.name}`", hint=hint)
+
+
+def _unknown_section(config: Any, key: str) -> UserError:
+    same = [name for name in _every(config) if name.rpartition(".")[2] == key]
+    if same:
+        return UserError(f"unknown setting `{key}`", hint=_did_you_mean(same))
+    return UserError(
+        f"unknown section `{key}`", hint=f"{_near(key, kinds(type(config)))}sections are: {', '.join(_sections(config))}"
+    )
+
+
+def _sections(config: Any) -> list[str]:
+    return [name for name in kinds(type(config)) if is_section(getattr(config, name))]
+
+
+def _near(key: str, names: Mapping[str, Any]) -> str:
+    near = _did_you_mean(get_close_matches(key, names, 1))
+    return f"{near} " if near else ""
+
+
+def _did_you_mean(names: list[str]) -> str:
+    return f"did you mean {' or '.join(f'`{name}`' for name in names[:3])}?" if names else ""
+
+
+def _listed(name: str, section: Any) -> str:
+    names = list(kinds(type(section)))
+    if len(names) > _MANY:
+        return f"`mbtrain show RECIPE` prints every setting of `{name}`"
+    return f"settings of `{name}` are: {', '.join(names)}"
+
+
+def _every(config: Any) -> Iterator[str]:
+    """The names of all settings."""
+    for section in kinds(type(config)):
+        value = getattr(config, section)
+        if is_section(value):
+            yield from (f"{section}.{name}" for name in kinds(type(value)))
+        else:
+            yield section

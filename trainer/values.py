@@ -1,0 +1,212 @@
+"""Setting values, both ways: what a file or a command line says, as the Python value that a field's annotation asks for, and
+back.
+
+Knows annotations and values. Knows neither names of settings nor where values come from. Nothing is looked up but in the
+fixed places named here, so that no text can name code to run.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin
+
+import torch
+from megatron.core import activations
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+_ACTIVATIONS = (torch.nn.functional, activations)
+
+
+class UnfitError(Exception):
+    """A value that is not what an annotation asks for; `expected` says what that is."""
+
+
+class UnnamedError(Exception):
+    """A value that only code can make: a function without a public name, or an object."""
+
+
+def fit(value: Any, kind: Any) -> Any:
+    """The value as the annotation `kind` has it. UnfitError if it is something else.
+
+    A whole number is a float too, and text such as `3e-4`, which YAML does not take for a number, is one; enums, dtypes and
+    activation functions go by name; a list is a tuple where one is asked for. Nothing else is converted.
+    """
+    if kind is Any:
+        return value
+    if (origin := get_origin(kind)) in _GENERIC:
+        return _GENERIC[origin](value, get_args(kind))
+    if kind in _PLAIN:
+        return _PLAIN[kind](value)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return _member(value, kind)
+    return _kept(value, kind if isinstance(kind, type) else ())
+
+
+def _kept(value: Any, kinds: Any) -> Any:
+    if not isinstance(value, kinds):
+        raise UnfitError
+    return value
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise UnfitError
+    return _number(value, int)
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise UnfitError
+    return _number(value, float)
+
+
+def _number(value: float | str, make: type) -> Any:
+    try:
+        return make(value)
+    except (ValueError, OverflowError):
+        raise UnfitError from None
+
+
+def _dtype(value: Any) -> torch.dtype:
+    if isinstance(value, torch.dtype):
+        return value
+    name = str(value).removeprefix("torch.")
+    return _kept(_DTYPES.get(name) or getattr(torch, name, None), torch.dtype)
+
+
+def _member(value: Any, kind: type[Enum]) -> Enum:
+    if isinstance(value, kind):
+        return value
+    name = str(value).rpartition(".")[2]
+    if name not in kind.__members__:
+        raise UnfitError
+    return kind[name]
+
+
+def _union(value: Any, kinds: Sequence[Any]) -> Any:
+    for kind in kinds:
+        try:
+            return fit(value, kind)
+        except UnfitError:
+            continue
+    raise UnfitError
+
+
+def _literal(value: Any, choices: Sequence[Any]) -> Any:
+    for choice in choices:
+        if type(choice) is type(value) and choice == value:
+            return choice
+    raise UnfitError
+
+
+def _list(value: Any, kinds: Sequence[Any]) -> list[Any]:
+    return [fit(one, kinds[0]) for one in _kept(value, (list, tuple))]
+
+
+def _tuple(value: Any, kinds: Sequence[Any]) -> tuple[Any, ...]:
+    found = _kept(value, (list, tuple))
+    if kinds[-1:] == (...,):
+        return tuple(fit(one, kinds[0]) for one in found)
+    if len(found) != len(kinds):
+        raise UnfitError
+    return tuple(fit(one, kind) for one, kind in zip(found, kinds, strict=True))
+
+
+def _dict(value: Any, kinds: Sequence[Any]) -> dict[Any, Any]:
+    return {fit(key, kinds[0]): fit(one, kinds[1]) for key, one in _kept(value, Mapping).items()}
+
+
+def _function(value: Any, signature: Sequence[Any]) -> Any:
+    """An activation function, if that is what is asked for; other functions are not given by name."""
+    if callable(value):
+        return value
+    if list(signature) != [[torch.Tensor], torch.Tensor]:
+        raise UnfitError
+    name = str(value).rpartition(".")[2]
+    return _kept(_activation(name), (types.FunctionType, types.BuiltinFunctionType))
+
+
+def _activation(name: str) -> Any:
+    found = (getattr(module, name, None) for module in _ACTIVATIONS if not name.startswith("_"))
+    return next((one for one in found if one is not None), None)
+
+
+_GENERIC: dict[Any, Callable[[Any, Any], Any]] = {
+    Union: _union,
+    types.UnionType: _union,
+    Literal: _literal,
+    list: _list,
+    tuple: _tuple,
+    dict: _dict,
+    Callable: _function,
+}
+_PLAIN: dict[Any, Callable[[Any], Any]] = {
+    bool: lambda value: _kept(value, bool),
+    int: _whole,
+    float: _float,
+    str: lambda value: _kept(value, str),
+    type(None): lambda value: _kept(value, type(None)),
+    list: lambda value: list(_kept(value, (list, tuple))),
+    dict: lambda value: dict(_kept(value, Mapping)),
+    torch.dtype: _dtype,
+    Callable: lambda value: _function(value, ()),
+}
+_WORDS = {
+    bool: "`true` or `false`",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+    list: "a list",
+    dict: "a mapping",
+    torch.dtype: "a dtype such as `bf16` or `float32`",
+}
+
+
+def expected(kind: Any) -> str:
+    """What an annotation asks for, in words."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(expected(part) for part in parts))
+    if origin is Literal:
+        return " or ".join(f"`{part}`" for part in parts)
+    if origin in (list, tuple):
+        return _expected_list(origin, parts)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return " or ".join(f"`{name}`" for name in kind.__members__)
+    if list(parts) == [[torch.Tensor], torch.Tensor]:
+        return "the name of a function in `torch.nn.functional`"
+    return _WORDS.get(origin or kind, "an object that only Python code can make")
+
+
+def _expected_list(origin: Any, parts: Sequence[Any]) -> str:
+    if origin is tuple and parts[-1:] != (...,):
+        return f"a list of {len(parts)}: {', '.join(expected(part) for part in parts)}"
+    return "a list" if parts[0] is Any else f"a list, each {expected(parts[0])}"
+
+
+def plain(value: Any) -> Any:
+    """The value in numbers, text, lists and mappings, such that `fit` makes the same of it. UnnamedError if there is none."""
+    if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, Enum)):
+        return value
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return _name(value)
+
+
+def _name(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, PipelineParallelLayerLayout):
+        return plain(value.input_data)
+    name = getattr(value, "__name__", "")
+    if name and _activation(name) is value:
+        return name
+    raise UnnamedError
