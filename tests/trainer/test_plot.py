@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,11 @@ from click.testing import CliRunner
 from formats.errors import UserError
 from tests.trainer.test_metrics import step
 from trainer.commands.plot import command
-from trainer.metrics import evaluation
 from trainer.plot import plot
-from trainer.sinks import FILE, JsonLines
+from trainer.records import FILE, JsonLines, evaluation
 
 
-def made(folder: Path, *, steps: int = 40, floor: float = 2.0) -> Path:
+def made(folder: Path, *, steps: int = 40, floor: float = 2.0, lr: float = 3e-4, rate: float = 12_000) -> Path:
     sink = JsonLines(folder / FILE)
     for number in range(10, 10 * steps + 1, 10):
         fall = math.exp(-number / 100)
@@ -24,9 +25,9 @@ def made(folder: Path, *, steps: int = 40, floor: float = 2.0) -> Path:
             step(
                 iteration=number,
                 loss=floor + 8 * fall + 0.05 * math.sin(number),
-                lr=3e-4 * min(number / 50, 1) * (1 - number / (12 * steps)),
+                lr=lr * min(number / 50, 1) * (1 - number / (12 * steps)),
                 grad_norm=0.5 + 4 * fall,
-                tokens_per_second_per_gpu=12_000 + 200 * math.sin(number / 7),
+                tokens_per_second_per_gpu=rate + 200 * math.sin(number / 7),
             )
         )
         if number % 100 == 0:
@@ -49,6 +50,11 @@ def test_the_command_says_where_it_drew(tmp_path):
     result = CliRunner().invoke(command, [str(run)], catch_exceptions=False)
     assert result.output == f"{run / 'curves.png'}\n"
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_drawing_does_not_wait_for_torch():
+    words = "import sys, trainer.commands.plot, trainer.commands.launch, trainer.launch.slurm, trainer.launch.nemo, trainer.plot"
+    subprocess.run([sys.executable, "-c", f"{words}; sys.exit('torch' in sys.modules)"], check=True)
 
 
 def test_a_line_that_a_run_is_writing_is_left_out(tmp_path):
