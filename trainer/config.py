@@ -66,9 +66,6 @@ class SchedulerConfig:
 
     end_weight_decay: float | None = None
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
-    override_opt_param_scheduler: bool = False
-    """On resume, follow these values instead of the checkpoint's."""
-
 
 @dataclass(kw_only=True)
 class DatasetConfig:

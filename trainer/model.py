@@ -18,8 +18,24 @@ from megatron.core.transformer import TransformerConfig
 from converter.config import rope_numbers, to_megatron
 from converter.families import find
 from trainer import device
+from trainer.loss import WithoutPadding
 
 Config = Mapping[str, Any]
+
+
+class Model(GPTModel):
+    """GPTModel whose padded vocabulary rows never enter the softmax."""
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The loss of each token, [batch, sequence], from this rank's logits [sequence, batch, vocabulary rows]."""
+        return super().compute_language_model_loss(labels, self.without_padding(logits))
+
+    def without_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of this rank, or of all ranks gathered, in which no padding can be chosen. Written in place."""
+        rows = logits.shape[-1]
+        first = 0 if rows == self.vocab_size else parallel_state.get_tensor_model_parallel_rank() * rows
+        valid = min(max(self.config.vocab_size - first, 0), rows)
+        return logits if valid == rows else WithoutPadding.apply(logits, valid)
 
 
 @dataclass(kw_only=True)
@@ -69,9 +85,9 @@ class GPTModelProvider(TransformerConfig):
 
     def provide(self, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> torch.nn.Module:
         """This rank's chunk of the model: the embedding if `pre_process`, the output layer if `post_process`."""
-        model = GPTModel(
+        model = Model(
             self,
-            device.layer_spec(self),
+            device.layer_spec(self, vp_stage),
             vocab_size=self.padded_vocab_size,
             max_sequence_length=self.seq_length,
             pre_process=pre_process,
@@ -130,3 +146,16 @@ def _chunk(provider: Any, vp_stage: int | None) -> torch.nn.Module:
         vp_stage=vp_stage,
     )
     return model.to(device.current())
+
+
+def sees_data(chunk: Any) -> bool:
+    """Does a chunk take tokens, or labels? Those between take what the pipeline hands on; a model of one's own takes all."""
+    inner = unwrap(chunk)
+    return bool(getattr(inner, "pre_process", True) or getattr(inner, "post_process", True))
+
+
+def unwrap(chunk: Any) -> Any:
+    """The model inside what optimizers and precision wrapped around it."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk

@@ -1,1 +1,1 @@
-"""One file per command; this directory is the list of them. Each holds a click command named `command`."""
+"""One command per file; `trainer.cli` lists this directory."""

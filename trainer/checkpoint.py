@@ -1,0 +1,326 @@
+"""Save and resume through megatron-core's `torch_dist` checkpoints.
+
+A checkpoint is written as `iter_0000010.partial` and renamed when all ranks are done; the trackers come last. So a kill at
+any moment leaves the last good checkpoint as it was, and a leftover whose name says what it is.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from formats.errors import UserError
+from formats.torch_dist import TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER, find_iteration, iteration_folder
+from formats.folder import LocalFolder
+from trainer.config import RunConfig
+from trainer.optim import parameters_gathered
+
+PARTIAL = ".partial"
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a resumed one goes on from, beside tensors."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped_steps: int = 0
+    """Steps that changed nothing, because fp16 gradients overflowed."""
+
+    interval: dict[str, Any] = field(default_factory=dict)
+    """What was counted since the last line that was told."""
+
+
+@dataclass
+class Parts:
+    """What a checkpoint holds of a run."""
+
+    chunks: list[Any]
+    """Wrapped model chunks."""
+
+    optimizer: Any
+    scheduler: Any
+    progress: Progress
+
+
+@dataclass
+class Saver:
+    """Writes a run's checkpoints, one at a time, and knows the last good one."""
+
+    config: RunConfig
+    travels: Callable[[Path], None]
+    """Writes what goes along with the weights into an iteration's folder."""
+
+    say: Callable[[str], None]
+    last_good: Path | None = None
+    saved_iteration: int | None = None
+    _queue: AsyncCallsQueue = field(default_factory=lambda: AsyncCallsQueue(persistent=False))
+    _strategy: Any = None
+    _saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def root(self) -> Path | None:
+        """Where checkpoints go, if they do."""
+        return Path(self.config.checkpoint.save) if self.config.checkpoint.save else None
+
+    @property
+    def minutes(self) -> float:
+        """Since the last save began."""
+        return (time.monotonic() - self._saved_at) / 60
+
+    def save(self, parts: Parts) -> None:
+        """Begin a checkpoint of all ranks, and finish it too unless saving is asynchronous."""
+        assert self.root is not None
+        self.finish()
+        self._saved_at, self.saved_iteration = time.monotonic(), parts.progress.iteration
+        target = self.root / iteration_folder(parts.progress.iteration)
+        partial = target.with_name(target.name + PARTIAL)
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            self.travels(partial)
+            torch.save(_train_state(parts.progress), partial / TRAIN_STATE)
+        dist.barrier()
+        with parameters_gathered(parts.chunks):
+            request = self._write(parts, partial)
+        if request is None:
+            self._commit(partial, target, parts.progress)
+            return
+        request.add_finalize_fn(lambda: self._commit(partial, target, Progress(**asdict(parts.progress))))
+        self._queue.schedule_async_request(request)
+
+    def _write(self, parts: Parts, folder: Path) -> Any:
+        told = self.config.checkpoint
+        metadata = content(told.optim_sharding)
+        return dist_checkpointing.save(
+            state(parts, self.config, metadata=metadata, loading=False),
+            str(folder),
+            sharded_strategy=self._strategy or self._make_strategy(),
+            async_sharded_save=told.async_save,
+            async_strategy="mcore",
+            content_metadata={name: value for name, value in metadata.items() if name != "dp_cp_group"},
+            verify_integrity=told.verify_integrity,
+        )
+
+    def _make_strategy(self) -> Any:
+        self._strategy = TorchDistSaveShardedStrategy()
+        if self.config.checkpoint.fully_parallel_save:
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            self._strategy = FullyParallelSaveStrategyWrapper(self._strategy, group)
+        return self._strategy
+
+    def _commit(self, partial: Path, target: Path, progress: Progress) -> None:
+        """All ranks have written: give the folder its name, then let the trackers point at it."""
+        if dist.get_rank() == 0:
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            _replace(target.parent / TRAIN_STATE_TRACKER, (target / TRAIN_STATE).read_bytes())
+            _replace(target.parent / TRACKER, str(progress.iteration).encode())
+            self._prune(target)
+        self.last_good = target
+        self.say(f"saved {target}")
+
+    def _prune(self, newest: Path) -> None:
+        keep = self.config.checkpoint.keep_last
+        ours = sorted(path for path in newest.parent.glob("iter_*") if (path / OURS).exists())
+        for path in ours[:-keep] if keep else ():
+            shutil.rmtree(path)
+
+    def poll(self) -> None:
+        """Finish an asynchronous save that has been written. All ranks call this at the same steps."""
+        if self._queue.get_num_unfinalized_calls():
+            self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for an asynchronous save."""
+        if self._queue.get_num_unfinalized_calls():
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def close(self) -> None:
+        """Let go of the writer; what it has not finished stays a leftover."""
+        self._queue.close(abort=True)
+
+
+OURS = "mbtrain.yaml"
+"""The file that says a checkpoint is one of this trainer's."""
+
+
+def _replace(path: Path, data: bytes) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(data)
+    new.replace(path)
+
+
+def _train_state(progress: Progress) -> dict[str, torch.Tensor]:
+    """Megatron-Bridge's record of progress."""
+    counts = {
+        "step": progress.iteration,
+        "consumed_train_samples": progress.consumed_samples,
+        "skipped_train_samples": 0,
+        "consumed_valid_samples": 0,
+    }
+    return {
+        **{name: torch.tensor(number) for name, number in counts.items()},
+        "floating_point_operations_so_far": torch.tensor(0.0),
+        **{name: torch.tensor(False) for name in ("do_train", "do_valid", "do_test")},
+    }
+
+
+def content(optim_sharding: str) -> dict[str, Any]:
+    """What megatron-core's modules and optimizers are told of how to lay out their state."""
+    return {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "distrib_optim_sharding_type": optim_sharding,
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def state(parts: Parts, config: RunConfig, *, metadata: dict[str, Any], loading: bool, rng: bool = True) -> dict[str, Any]:
+    """Everything a checkpoint holds, as megatron-core's sharded state dict."""
+    names = ["model"] if len(parts.chunks) == 1 else [f"model{number}" for number in range(len(parts.chunks))]
+    weights = {
+        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, parts.chunks, strict=True)
+    }
+    found: dict[str, Any] = {**weights, "checkpoint_version": 3.0, "iteration": parts.progress.iteration}
+    if config.checkpoint.save_optim:
+        found["optimizer"] = parts.optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=metadata)
+    if config.checkpoint.save_rng and rng:
+        found["rng_state"] = _rng_object()
+    if not loading:
+        found["opt_param_scheduler"] = parts.scheduler.state_dict()
+        found["mbtrain"] = {"progress": asdict(parts.progress), "layout": layout(), "data": data_identity(config)}
+    return found
+
+
+def layout() -> list[int]:
+    """Tensor, pipeline and data-parallel sizes: random states mean something only where these are the same."""
+    return [
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(),
+    ]
+
+
+def data_identity(config: RunConfig) -> dict[str, Any]:
+    """What decides which tokens a sample number stands for."""
+    names = ("sequence_length", "blend", "blend_per_split", "split", "random_seed")
+    return {name: getattr(config.dataset, name, None) for name in names}
+
+
+def _rng_object() -> ShardedObject:
+    """Random states per pipeline and tensor-parallel rank; data-parallel ranks share them."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states = {
+        "python": random.getstate(),
+        "numpy": (kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "trackers": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject(
+        "rng_state",
+        [states],
+        (parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_world_size()),
+        (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()),
+        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+
+
+def _set_rng(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["trackers"])
+
+
+def latest(root: str | None) -> Path | None:
+    """The iteration that a folder's tracker names; None where there is no tracker yet."""
+    if root is None or not (Path(root) / TRACKER).exists():
+        return None
+    return Path(root) / find_iteration(LocalFolder(Path(root))).name
+
+
+def leftovers(root: str | None) -> list[Path]:
+    """What interrupted saves left in a folder."""
+    return sorted(Path(root).glob(f"iter_*{PARTIAL}")) if root and Path(root).is_dir() else []
+
+
+def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str], None]) -> None:
+    """Weights, optimizer, schedule, progress and random states of a checkpoint, into a run of any layout.
+
+    Raises UserError where the checkpoint was not written by this trainer, or lacks what the run needs.
+    """
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    ours = common.get("mbtrain")
+    if ours is None:
+        raise UserError(
+            f"`{folder}` holds weights, but no run of this trainer to resume",
+            hint=f"start from its weights with `checkpoint.pretrained_checkpoint={folder.parent}`",
+        )
+    same_layout = ours["layout"] == layout()
+    metadata = {**content(config.checkpoint.optim_sharding), **common.get("content_metadata", {})}
+    wanted = state(parts, config, metadata=metadata, loading=True, rng=same_layout)
+    _check_reshardable(metadata, ours["layout"], folder)
+    loaded = _load(wanted, folder, config)
+    for number, chunk in enumerate(parts.chunks):
+        chunk.load_state_dict(loaded["model" if len(parts.chunks) == 1 else f"model{number}"])
+    if "optimizer" in loaded:
+        parts.optimizer.load_state_dict(loaded["optimizer"])
+    else:
+        parts.optimizer.reload_model_params()
+    parts.scheduler.step(common["opt_param_scheduler"]["num_steps"])
+    for name, value in ours["progress"].items():
+        setattr(parts.progress, name, value)
+    if "rng_state" in loaded:
+        _set_rng(loaded["rng_state"][0])
+    _tell(ours, config, folder, same_layout=same_layout, say=say)
+
+
+def _load(wanted: dict[str, Any], folder: Path, config: RunConfig) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(
+            wanted, str(folder), strict=StrictHandling.RAISE_UNEXPECTED, verify_integrity=config.checkpoint.verify_integrity
+        )
+    except dist_checkpointing.core.CheckpointingException as error:
+        raise UserError(
+            f"`{folder}` cannot be resumed from: {str(error)[:500]}",
+            hint="it is of another model or optimizer, or was saved without `checkpoint.save_optim` or `save_rng`",
+        ) from error
+
+
+def _check_reshardable(metadata: dict[str, Any], saved: list[int], folder: Path) -> None:
+    if metadata["distrib_optim_sharding_type"] == "dp_reshardable" and saved[:2] != layout()[:2]:
+        raise UserError(
+            f"`{folder}` was saved `dp_reshardable` at TP {saved[0]}, PP {saved[1]}; this run has TP {layout()[0]}, "
+            f"PP {layout()[1]}",
+            hint="resume at the same TP and PP, or save with `checkpoint.optim_sharding=fully_reshardable`",
+        )
+
+
+def _tell(ours: dict[str, Any], config: RunConfig, folder: Path, *, same_layout: bool, say: Callable[[str], None]) -> None:
+    progress = ours["progress"]
+    say(f"resumed {folder}: step {progress['iteration']}, {progress['consumed_samples']} samples consumed")
+    if not same_layout:
+        say(f"note: saved at TP·PP·DP {ours['layout']}, now {layout()}: random states start anew")
+    for name, value in data_identity(config).items():
+        if ours["data"].get(name) != value:
+            say(f"note: `dataset.{name}` was {ours['data'].get(name)}, now {value}: the samples to come are others")

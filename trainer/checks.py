@@ -1,0 +1,244 @@
+"""What cannot run, found from numbers alone before any process starts: each error names both numbers and a way out.
+
+Knows megatron-core's limits on layouts, batches and schedules. Changes nothing. A model of the user's own is checked in the
+fields it has. A few limits that megatron-core states in its own configuration are repeated, with a way out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from formats.errors import UserError
+from trainer.config import RunConfig
+from trainer.precision import Machine, requires
+
+TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+VPP, EP, ETP = "virtual_pipeline_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
+
+
+def size(model: Any, name: str) -> int:
+    """A parallel size of a model: 1 where it has none."""
+    value = getattr(model, name, None)
+    return 1 if value is None else value
+
+
+def number(model: Any, name: str) -> int | None:
+    """A whole number of a model, or None where it has no such field."""
+    value = getattr(model, name, None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def check_sizes(config: RunConfig) -> None:
+    """Numbers that are wrong whatever the others are."""
+    for name in (TP, PP, CP, VPP, EP, ETP):
+        _least(f"model.{name}", getattr(config.model, name, None), 1)
+    for name in ("train_iters", "global_batch_size", "micro_batch_size", "exit_interval"):
+        _least(f"train.{name}", getattr(config.train, name), 1)
+    _least("train.manual_gc_interval", config.train.manual_gc_interval, 0)
+    _least("validation.eval_interval", config.validation.eval_interval, 1)
+    _least("validation.eval_iters", config.validation.eval_iters, 0)
+    _least("logger.log_interval", config.logger.log_interval, 1)
+    _least("checkpoint.save_interval", config.checkpoint.save_interval, 1)
+    _least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    _least("dataset.sequence_length", number(config.dataset, "sequence_length") or 1, 1)
+
+
+def _least(setting: str, value: float | None, least: int) -> None:
+    if value is not None and value < least:
+        raise UserError(f"`{setting}` is `{value}`; the least is `{least}`", hint=f"set `{setting}={least}` or more")
+
+
+def data_parallel_size(model: Any, world_size: int) -> int:
+    """How many copies of the model there are. UserError where ranks do not divide, for the experts' layout too."""
+    tensor, pipeline, context = (size(model, name) for name in (TP, PP, CP))
+    one = tensor * pipeline * context
+    if world_size % one:
+        raise UserError(
+            f"`{world_size}` processes do not divide by `{one}`: tensor `{tensor}` × pipeline `{pipeline}` × context `{context}`",
+            hint=f"start {one} processes or a multiple of them, or make the model's parallel sizes smaller",
+        )
+    if number(model, "num_moe_experts"):
+        experts, cut = size(model, EP), size(model, ETP) if getattr(model, ETP, None) else tensor
+        if world_size % (cut * experts * pipeline):
+            raise UserError(
+                f"`{world_size}` processes do not divide by `{cut * experts * pipeline}`: "
+                f"expert tensor `{cut}` × expert `{experts}` × pipeline `{pipeline}`",
+                hint=f"start a multiple of {cut * experts * pipeline} processes, or change `model.{EP}`",
+            )
+    return world_size // one
+
+
+def check_tensor_parallel(model: Any) -> None:
+    """Sizes that tensor-parallel ranks divide."""
+    cut = size(model, TP)
+    for name, what in (("num_attention_heads", "attention heads"), ("ffn_hidden_size", "feed-forward size")):
+        whole = number(model, name)
+        if whole and whole % cut:
+            raise UserError(
+                f"`model.{TP}` is `{cut}`, which does not divide the model's {what}, `{whole}`",
+                hint=f"choose one of: {_divisors(whole)}",
+            )
+    groups = number(model, "num_query_groups")
+    if groups and groups % cut and cut % groups:
+        raise UserError(
+            f"`model.{TP}` is `{cut}`, which neither divides the model's query groups, `{groups}`, nor is a multiple of them",
+            hint=f"choose one of: {_divisors(groups)}, or a multiple of {groups}",
+        )
+    experts = number(model, "num_moe_experts")
+    if experts and experts % size(model, EP):
+        raise UserError(
+            f"`model.{EP}` is `{size(model, EP)}`, which does not divide the model's experts, `{experts}`",
+            hint=f"choose one of: {_divisors(experts)}",
+        )
+
+
+def _divisors(whole: int) -> str:
+    """The divisors that are parallel sizes somebody may want."""
+    return ", ".join(str(one) for one in range(1, min(whole, 256) + 1) if whole % one == 0)
+
+
+_UNEVEN = (
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+
+
+def check_pipeline(model: Any) -> None:
+    """Layers divide into stages. Uneven stages that somebody laid out are checked by megatron-core."""
+    pipeline, virtual, layers = size(model, PP), size(model, VPP), number(model, "num_layers")
+    if virtual > 1 and pipeline == 1:
+        raise UserError(
+            f"`model.{VPP}` is `{virtual}`, but `model.{PP}` is `1`",
+            hint=f"leave out the virtual stages, or set `model.{PP}` to 2 or more",
+        )
+    if layers and layers % (pipeline * virtual) and not any(getattr(model, name, None) for name in _UNEVEN):
+        raise UserError(
+            f"the model's `{layers}` layers do not divide into pipeline `{pipeline}` × virtual `{virtual}` stages",
+            hint="choose sizes whose product divides them, or lay the stages out with `model.pipeline_model_parallel_layout`",
+        )
+
+
+def check_sequence(config: RunConfig) -> None:
+    """The sequence fits the model, and its ranks divide it."""
+    length, model = number(config.dataset, "sequence_length"), config.model
+    if length is None:
+        return
+    longest = number(model, "seq_length")
+    if longest and length > longest:
+        raise UserError(
+            f"`dataset.sequence_length` is `{length}`, longer than the model's `seq_length`, `{longest}`",
+            hint=f"set `dataset.sequence_length={longest}` or less, or `model.seq_length={length}` to go beyond it",
+        )
+    context, cut = size(model, CP), size(model, TP)
+    if context > 1 and length % (2 * context):
+        raise UserError(
+            f"`dataset.sequence_length` is `{length}`, which does not divide by 2 × context `{context}`",
+            hint=f"choose a multiple of {2 * context}",
+        )
+    if getattr(model, "sequence_parallel", False) and length % (context * cut):
+        raise UserError(
+            f"`dataset.sequence_length` is `{length}`, which does not divide by context `{context}` × tensor `{cut}` ranks",
+            hint=f"choose a multiple of {context * cut}, or set `model.sequence_parallel=false`",
+        )
+
+
+def num_microbatches(config: RunConfig, data_parallel: int) -> int:
+    """Microbatches per step and rank. UserError where batches do not divide, or a pipeline with virtual stages lacks some."""
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if batch % (micro * data_parallel):
+        raise UserError(
+            f"`train.global_batch_size` is `{batch}`, which does not divide by "
+            f"`train.micro_batch_size` × data parallel: `{micro}` × `{data_parallel}`",
+            hint=f"choose a multiple of {micro * data_parallel}",
+        )
+    count, pipeline = batch // (micro * data_parallel), size(config.model, PP)
+    group = number(config.model, "microbatch_group_size_per_vp_stage") or pipeline
+    if size(config.model, VPP) > 1 and (count < group or 0 < count % group < pipeline):
+        raise UserError(
+            f"virtual pipeline stages take microbatches `{group}` at a time, and a step has `{count}`",
+            hint=f"choose `train.global_batch_size` as a multiple of {micro * data_parallel * group}",
+        )
+    return count
+
+
+def check_device(config: RunConfig, machine: Machine) -> None:
+    """What only Transformer Engine does: context and sequence parallelism."""
+    lacking = machine.device == "cpu" or (machine.capability is not None and machine.transformer_engine is None)
+    found = "this run is on the CPU" if machine.device == "cpu" else "Transformer Engine is not installed"
+    for setting, on in (
+        (CP, size(config.model, CP) > 1),
+        ("sequence_parallel", getattr(config.model, "sequence_parallel", False)),
+    ):
+        if on and lacking:
+            raise UserError(
+                f"`model.{setting}` is `{getattr(config.model, setting)}`, which needs a GPU with Transformer Engine; {found}",
+                hint=f"leave `model.{setting}` out",
+            )
+
+
+def check_precision_sizes(config: RunConfig) -> None:
+    """FP8 and FP4 matrices have dimensions that are multiples of a block."""
+    multiple, model = requires(config.mixed_precision).multiple, config.model
+    cut, length = size(model, TP), number(config.dataset, "sequence_length")
+    sizes = [(f"model.{name}", number(model, name), parts) for name, parts in (("hidden_size", 1), ("ffn_hidden_size", cut))]
+    heads, each = number(model, "num_attention_heads"), number(model, "kv_channels")
+    if heads and each:  # without a head size, heads times it is the hidden size
+        sizes.append(("attention heads × head size", heads * each, cut))
+    if length:
+        share = size(model, CP) * (cut if getattr(model, "sequence_parallel", False) else 1)
+        sizes.append(("sequence × micro batch", length * config.train.micro_batch_size, share))
+    for what, whole, parts in sizes:
+        if whole and whole % (multiple * parts):
+            raise UserError(
+                f"precision `{config.mixed_precision}` needs multiples of `{multiple}` on each rank; "
+                f"{what} is `{whole}` over `{parts}` ranks",
+                hint=f"choose a multiple of {multiple * parts}, or `mixed_precision=bf16_mixed`",
+            )
+
+
+def check_saving(config: RunConfig) -> None:
+    """Checkpoints that are asked for have somewhere to go."""
+    told = config.checkpoint
+    for name in ("save_interval", "save_interval_in_mins"):
+        if getattr(told, name) is not None and told.save is None:
+            raise UserError(
+                f"`checkpoint.{name}` is `{getattr(told, name)}`, but `checkpoint.save` is not set",
+                hint="say where checkpoints go: `checkpoint.save=DIRECTORY`",
+            )
+
+
+def check_schedule(config: RunConfig) -> None:
+    """A filled-in schedule that megatron-core can follow."""
+    told, optimizer = config.scheduler, config.optimizer
+    if optimizer.lr is None:
+        raise UserError("`optimizer.lr` is not set", hint="set the highest learning rate, for example `optimizer.lr=3e-4`")
+    for low, value in (("optimizer.min_lr", optimizer.min_lr), ("scheduler.lr_warmup_init", told.lr_warmup_init)):
+        if not 0 <= value <= optimizer.lr:
+            raise UserError(
+                f"`{low}` is `{value}`, but `optimizer.lr` is `{optimizer.lr}`", hint=f"choose `{low}` from 0 to `optimizer.lr`"
+            )
+    if told.lr_warmup_iters >= told.lr_decay_iters:
+        raise UserError(
+            f"`scheduler.lr_warmup_iters` is `{told.lr_warmup_iters}`, "
+            f"but the schedule ends after `scheduler.lr_decay_iters`: `{told.lr_decay_iters}`",
+            hint="shorten the warm-up or lengthen the run",
+        )
+    if told.lr_decay_style == "WSD" and not 0 < (told.lr_wsd_decay_iters or 0) <= told.lr_decay_iters:
+        raise UserError(
+            f"`scheduler.lr_decay_style` is `WSD`, but `scheduler.lr_wsd_decay_iters` is `{told.lr_wsd_decay_iters}`",
+            hint=f"set how many steps the decay at the end takes, from 1 to {told.lr_decay_iters}",
+        )
+    _check_weight_decay(told)
+
+
+def _check_weight_decay(told: Any) -> None:
+    start, end = told.start_weight_decay, told.end_weight_decay
+    if not 0 <= start <= end or (told.weight_decay_incr_style == "constant" and start != end):
+        raise UserError(
+            f"`scheduler.start_weight_decay` is `{start}` and `scheduler.end_weight_decay` is `{end}`, "
+            f"with `scheduler.weight_decay_incr_style={told.weight_decay_incr_style}`",
+            hint="weight decay may grow with `linear` or `cosine`, and stays equal with `constant`",
+        )

@@ -1,0 +1,71 @@
+"""`mbtrain launch`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from trainer.launch import STOP_BEFORE, Job, pretraining
+
+
+@click.command(name="launch", context_settings={"ignore_unknown_options": False})
+@click.option("--slurm", "how", flag_value="slurm", help="As an sbatch script.")
+@click.option("--nemo-run", "how", flag_value="nemo-run", help="As a NeMo-Run experiment.")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
+@click.option(
+    "--gpus-per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs, and processes, per machine."
+)
+@click.option("--time", default="04:00:00", show_default=True, metavar="HH:MM:SS", help="Slurm's time limit.")
+@click.option("--stop-before", type=click.IntRange(min=31), default=STOP_BEFORE, show_default=True, metavar="SECONDS",
+              help="How long before the time limit the run is told to save and stop.")  # fmt: skip
+@click.option("--partition", help="Slurm's partition.")
+@click.option("--account", help="Slurm's account.")
+@click.option("--container", metavar="IMAGE", help="An image for Slurm's pyxis, or for NeMo-Run.")
+@click.option("--mounts", metavar="PATHS", help="What the container sees of the disks: /data:/data,/home/me.")
+@click.option("--job-name", help="The job's name; without it, the recipe's.")
+@click.option("--env", "env", multiple=True, metavar="NAME=VALUE", help="An environment variable of the run; may be repeated.")
+@click.option("--form", type=click.Choice(["script", "partial"]), default="script", show_default=True,
+              help="NeMo-Run: the command line as run.Script, or the recipe as run.Partial.")  # fmt: skip
+@click.option("--executor", "where", type=click.Choice(["local", "slurm"]), default="local", show_default=True,
+              help="NeMo-Run: on this machine, or by Slurm.")  # fmt: skip
+@click.option("--submit/--dry-run", default=False, help="Run it; without it, only show what would be run.")
+def command(how: str | None, recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
+    """Train RECIPE as a job: print an sbatch script or a NeMo-Run experiment, or submit it.
+
+    KEY=VALUE settings are those of `mbtrain pretrain`.
+    """
+    if how is None:
+        raise click.UsageError("say how: --slurm or --nemo-run")
+    form, where, submit = options.pop("form"), options.pop("where"), options.pop("submit")
+    name = options.pop("job_name") or recipe
+    env = dict(_pair(text) for text in options.pop("env"))
+    job = Job(program=pretraining(recipe, overrides), name=name, env=env, **options)
+    if how == "slurm":
+        _slurm(job, submit=submit)
+    else:
+        _nemo_run(job, recipe, overrides, form=form, where=where, submit=submit)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise click.BadParameter(f"`{text}` has no `=`; write NAME=VALUE", param_hint="--env")
+    return name, value
+
+
+def _slurm(job: Job, *, submit: bool) -> None:
+    from trainer.launch import slurm  # noqa: PLC0415 - one of two
+
+    text = slurm.script(job)
+    click.echo(slurm.submit(text) if submit else text, nl=submit)
+
+
+def _nemo_run(job: Job, recipe: str, overrides: tuple[str, ...], *, form: str, where: Any, submit: bool) -> None:
+    from trainer.launch import nemo  # noqa: PLC0415 - one of two
+
+    task = nemo.script(job, where=where) if form == "script" else nemo.partial(recipe, list(overrides))
+    if not nemo.launch(task, nemo.executor(job, where=where), name=job.name, submit=submit):
+        raise SystemExit(1)

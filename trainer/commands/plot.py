@@ -1,0 +1,19 @@
+"""`mbtrain plot`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(name="plot")
+@click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR…", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The PNG to write; without it, `curves.png` in the first RUN_DIR.")
+def command(run_dirs: tuple[Path, ...], out: Path | None) -> None:
+    """Draw loss, learning rate, gradient norm and throughput of a run, or of several over each other."""
+    from trainer.plot import plot  # noqa: PLC0415 - imports torch
+
+    out = out or run_dirs[0] / "curves.png"
+    plot(run_dirs, out)
+    click.echo(out)

@@ -1,0 +1,64 @@
+"""`mbtrain prepare-data`: documents to tokens on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+
+@click.command("prepare-data", no_args_is_help=True)
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="INPUT…")
+@click.argument("prefix", type=click.Path(path_type=Path))
+@click.option("--tokenizer", required=True, metavar="DIR|byte", help="A folder with tokenizer.json, or `byte`.")
+@click.option(
+    "--json-key", default="text", show_default=True, help="The key in .jsonl, or the column in .parquet, with the text."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that tokenize.  [default: one per core]")
+@click.option("--no-append-eod", is_flag=True, help="Put no end-of-document token after each document.")
+@click.option("--overwrite", is_flag=True, help="Replace PREFIX.bin and PREFIX.idx, once the new ones are whole.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+def command(
+    inputs: tuple[Path, ...],
+    prefix: Path,
+    tokenizer: str,
+    json_key: str,
+    workers: int | None,
+    no_append_eod: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Tokenize documents into PREFIX.bin and PREFIX.idx, in Megatron-LM's format.
+
+    INPUT is a file or a folder of files: .txt, .md and .py are a document each, .jsonl has one per line, .parquet one per row. The
+    result does not depend on --workers.
+    """
+    from converter.console import size, talking  # noqa: PLC0415
+    from trainer.data.prepare import prepare  # noqa: PLC0415
+
+    with talking(quiet=quiet) as talk:
+        done = prepare(
+            list(inputs),
+            prefix,
+            tokenizer=tokenizer,
+            key=json_key,
+            workers=workers or len(os.sched_getaffinity(0)),
+            append_eod=not no_append_eod,
+            overwrite=overwrite,
+            talk=talk,
+        )
+        if done.empty:
+            talk.note(f"{done.empty} documents without text were left out")
+    if as_json:
+        click.echo(json.dumps(asdict(done)))
+    elif not quiet:
+        click.echo(
+            f"done: {done.documents:,} documents, {done.tokens:,} tokens, {size(done.input_bytes)} read, {size(done.output_bytes)} "
+            f"written in {done.seconds:.1f} s ({done.tokens_per_second:,.0f} tokens/s) -> {done.prefix}",
+            err=True,
+        )

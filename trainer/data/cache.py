@@ -1,0 +1,78 @@
+"""Index arrays that are made once and mapped by every process of a node.
+
+Knows files and ranks, not what the arrays say. Whoever finds nothing makes the arrays and renames a whole folder into place, so
+several makers at once do no harm: they make the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from torch import distributed
+
+from formats.errors import UserError
+
+type Arrays = tuple[np.ndarray, ...]
+
+SMALL = 2**20
+"""Entries below which arrays are made again in every process, in some milliseconds, instead of kept in files."""
+
+
+def kept(folder: Path, name: str, entries: int, make: Callable[[], Arrays]) -> Arrays:
+    """What `make` returns: from `folder / name` if it is there, else put there first. Small arrays are never put there."""
+    if entries < SMALL:
+        return make()
+    whole = folder / name
+    if not whole.is_dir():
+        try:
+            _put(folder, whole, make())
+        except OSError as error:
+            raise UserError(
+                f"cannot write indices to `{folder}`: {error.strerror}",
+                hint="set `dataset.path_to_cache` to a folder that can be written",
+            ) from error
+    files = sorted(whole.glob("*.npy"))
+    return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in files)
+
+
+def _put(folder: Path, whole: Path, arrays: Arrays) -> None:
+    partial = folder / f"{whole.name}.partial-{secrets.token_hex(4)}"
+    partial.mkdir(parents=True)
+    try:
+        for number, array in enumerate(arrays):
+            with (partial / f"{number}.npy").open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+        with contextlib.suppress(OSError):  # another was faster
+            partial.rename(whole)
+        if not whole.is_dir():
+            partial.rename(whole)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def in_turn[T](make: Callable[[], T]) -> T:
+    """`make()` on rank 0, then on the first rank of each node, then on the others.
+
+    Each finds the files of those before it; a node that does not share rank 0's folder makes its own. Without
+    torch.distributed, just `make()`.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return make()
+    if distributed.get_rank() == 0:
+        mine = 0
+    else:
+        mine = 1 if int(os.environ.get("LOCAL_RANK", "0")) == 0 else 2
+    made: list[T] = []
+    for turn in range(3):
+        if turn == mine:
+            made.append(make())
+        distributed.barrier()
+    return made[0]

@@ -1,0 +1,189 @@
+"""One `.bin`/`.idx` pair as an endless stream of samples that does not depend on how much of it will be read.
+
+megatron-core's GPTDataset shuffles all epochs of a run together, so its order changes with the number of samples. Here each epoch
+is a GPTDataset of its own, with a seed of its own. The first has the run's seed, and so the order that Megatron-LM has in a run of
+up to one epoch. Knows one prefix; knows nothing of blends.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import blake3
+import numpy as np
+import torch
+from megatron.core.datasets import gpt_dataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+from torch.utils.data import Dataset
+
+from formats.errors import UserError
+from trainer.config import DatasetConfig
+from trainer.data import cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """What megatron-core asks a tokenizer."""
+
+    eod: int
+    vocab_size: int
+    unique_identifiers: dict[str, str]
+    """What indices depend on beside the configuration: the lengths of the documents. Megatron-LM trusts the prefix, and reads
+    stale indices where data was prepared anew."""
+
+
+class Epoch(GPTDataset):
+    """The samples of one epoch, each once, shuffled by megatron-core."""
+
+    def __init__(
+        self, source: IndexedDataset, numbers: np.ndarray, *, split: Split, config: GPTDatasetConfig, folder: Path
+    ) -> None:
+        self._folder = folder
+        super().__init__(source, source.path_prefix, numbers, None, split, config)
+
+    def _build_document_sample_shuffle_indices(self) -> cache.Arrays:
+        samples = self._get_num_tokens_per_epoch() // self.config.sequence_length
+        return cache.kept(self._folder, self.unique_description_hash, len(self.indices) + samples, self._made)
+
+    def _made(self) -> cache.Arrays:
+        with _not_saving_is_meant():
+            return super()._build_document_sample_shuffle_indices()
+
+
+@contextmanager
+def _not_saving_is_meant() -> Generator[None]:
+    """megatron-core writes its indices on global rank 0 alone and not atomically, so it is told of no folder, and warns."""
+    logger = logging.getLogger(gpt_dataset.__name__)
+
+    def other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("Unable to save")
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
+class Epochs(Dataset):
+    """`samples` samples of the documents of one split of one prefix: epoch after epoch, each sample once in each.
+
+    `share` is the split's part of the documents, as fractions. An epoch's last tokens, too few for a sample, are left out. Raises
+    UserError where the files are unreadable, or the documents are too few for a single sample.
+    """
+
+    def __init__(
+        self, prefix: str, config: DatasetConfig, *, split: Split, share: tuple[float, float], eod: int | None, vocab_size: int
+    ) -> None:
+        self._prefix, self._config, self._split, self.samples = prefix, config, split, 0
+        self._source = _open(prefix)
+        count = len(self._source.sequence_lengths)
+        self._numbers = np.arange(round(share[0] * count), round(share[1] * count), dtype=np.int32)
+        self._vocabulary = Vocabulary(
+            eod=-1 if eod is None else eod,
+            vocab_size=vocab_size,
+            unique_identifiers={
+                "documents": f"{self._numbers[:1]} to {self._numbers[-1:]} of {count}",
+                "lengths": blake3.blake3(self._source.sequence_lengths.tobytes()).hexdigest(),
+            },
+        )
+        self._opened: dict[int, Epoch] = {}
+        self._check_enough(count)
+        self.per_epoch = len(self._epoch(0))
+
+    def _check_enough(self, count: int) -> None:
+        tokens = int(self._source.sequence_lengths[self._numbers].sum())
+        if tokens > self._config.sequence_length:
+            return
+        raise UserError(
+            f"`{self._prefix}` has {tokens} tokens in {len(self._numbers)} of its {count} documents for the {self._split.name} split, "
+            f"but a sample takes {self._config.sequence_length + 1}",
+            hint="give that split a greater share in `dataset.split`, or none, or use more data or a smaller `dataset.sequence_length`",
+        )
+
+    def take(self, samples: int) -> Epochs:
+        """Have so many samples, and the indices of all epochs that they lie in made, as far as those are kept in files."""
+        self.samples = samples
+        tokens = int(self._source.sequence_lengths[self._numbers].sum())
+        if len(self._numbers) + tokens // self._config.sequence_length >= cache.SMALL:
+            for number in range(-(-samples // self.per_epoch)):
+                self._epoch(number)
+        return self
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.samples:
+            raise IndexError(index)
+        number, position = divmod(int(index), self.per_epoch)
+        sample = self._epoch(number)[position]
+        self._check_vocabulary(sample)
+        return sample
+
+    def _check_vocabulary(self, sample: dict[str, torch.Tensor]) -> None:
+        """On a GPU, a token beyond the embedding's rows ends the process without saying what was wrong."""
+        greatest = max(int(sample["tokens"].max()), int(sample["labels"].max()))
+        if greatest >= self._vocabulary.vocab_size:
+            raise UserError(
+                f"`{self._prefix}` holds the token {greatest}, but the vocabulary has {self._vocabulary.vocab_size}",
+                hint="prepare the data with the model's tokenizer",
+            )
+
+    def _epoch(self, number: int) -> Epoch:
+        """Only two are held: samples are read nearly in order, and there may be very many epochs."""
+        if number not in self._opened:
+            if len(self._opened) == 2:
+                del self._opened[next(iter(self._opened))]
+            config = self._epoch_config(number)
+            self._opened[number] = Epoch(self._source, self._numbers, split=self._split, config=config, folder=self._folder())
+        return self._opened[number]
+
+    def _epoch_config(self, number: int) -> GPTDatasetConfig:
+        return GPTDatasetConfig(
+            random_seed=_seed(self._config.random_seed, number),
+            sequence_length=self._config.sequence_length,
+            blend=([self._prefix], None),
+            split=self._config.split,
+            path_to_cache="",  # none at all; None would mean one beside the data
+            tokenizer=self._vocabulary,
+            reset_position_ids=self._config.reset_position_ids,
+            reset_attention_mask=False,
+            eod_mask_loss=self._config.eod_mask_loss,
+            create_attention_mask=False,
+        )
+
+    def _folder(self) -> Path:
+        return Path(self._config.path_to_cache or f"{self._prefix}.cache")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Mapped indices would be sent as a whole; the process that gets this opens them itself."""
+        return {**self.__dict__, "_opened": {}}
+
+
+def _seed(random_seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence((random_seed, epoch)).generate_state(1)[0]) if epoch else random_seed
+
+
+def _open(prefix: str) -> IndexedDataset:
+    for suffix in (".idx", ".bin"):
+        if not Path(f"{prefix}{suffix}").is_file():
+            raise UserError(
+                f"`{prefix}{suffix}` does not exist",
+                hint="a blend names prefixes of `.bin`/`.idx` pairs, each perhaps after its weight; `mbtrain prepare-data` makes them",
+            )
+    try:
+        source = IndexedDataset(prefix)
+    except (AssertionError, ValueError, OSError) as error:
+        raise UserError(f"`{prefix}.idx` is not readable as an index of tokens: {error}", hint="prepare the data again") from None
+    expected = int(source.sequence_lengths.sum(dtype=np.int64)) * source.index.dtype_size
+    if (size := Path(f"{prefix}.bin").stat().st_size) != expected:
+        raise UserError(f"`{prefix}.bin` has {size} bytes, but its index says {expected}", hint="prepare the data again")
+    return source

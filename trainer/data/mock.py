@@ -1,0 +1,39 @@
+"""Tokens out of nothing, for trying things out and measuring speed.
+
+Not megatron-core's MockGPTDataset: its tokens ignore the seed, and its order depends on how many samples are asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mock(Dataset):
+    """Sequences that count from a random token in steps of a random size below 8: a model can learn them, slowly enough to see."""
+
+    samples: int
+    sequence_length: int
+    vocab_size: int
+    seed: int
+    split: int
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.samples:
+            raise IndexError(index)
+        random = np.random.default_rng((self.seed, self.split, index))
+        start, step = int(random.integers(self.vocab_size)), int(random.integers(1, 8))
+        text = (start + step * torch.arange(self.sequence_length + 1)) % self.vocab_size
+        return {
+            "tokens": text[:-1].clone(),
+            "labels": text[1:].clone(),
+            "loss_mask": torch.ones(self.sequence_length),
+            "position_ids": torch.arange(self.sequence_length),
+        }

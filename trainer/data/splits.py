@@ -1,0 +1,119 @@
+"""From `DatasetConfig` to the datasets for training, validation and test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix, parse_and_normalize_split
+from megatron.core.datasets.utils import Split, get_blend_from_list
+from torch.utils.data import Dataset
+
+from formats.errors import UserError
+from trainer.config import DatasetConfig
+from trainer.data import Splits, cache
+from trainer.data.blend import Blend
+from trainer.data.epochs import Epochs
+from trainer.data.mock import Mock
+from trainer.tokenizers import Tokenizer
+
+_WHOLE = (0.0, 1.0)
+
+
+def build(config: DatasetConfig, *, tokenizer: Tokenizer | None, vocab_size: int, samples: tuple[int, int, int]) -> Splits:
+    """See `trainer.data.build`. Samples beyond one epoch are those of further epochs, in another order."""
+    _check(config, tokenizer)
+    blends, shares = _blends(config), _shares(config)
+    eod = None if tokenizer is None else tokenizer.eod
+
+    def one(split: Split) -> Dataset | None:
+        number = split.value
+        if not samples[number]:
+            return None
+        if blends is None:
+            length, seed = config.sequence_length, config.random_seed
+            return Mock(samples=samples[number], sequence_length=length, vocab_size=vocab_size, seed=seed, split=number)
+        blend, share = blends[number], shares[number]
+        if not blend or share is None:
+            return _nothing(split, config)
+        return _stream(blend, config, samples[number], split=split, share=share, eod=eod, vocab_size=vocab_size)
+
+    return cache.in_turn(lambda: (one(Split.train), one(Split.valid), one(Split.test)))
+
+
+def _nothing(split: Split, config: DatasetConfig) -> None:
+    """Leaving out validation or test is a choice; leaving out training is none."""
+    if split is Split.train:
+        field = "dataset.blend_per_split" if config.blend_per_split else "dataset.split"
+        raise UserError(f"`{field}` leaves nothing to train on", hint="its first entry is for training")
+
+
+def _stream(blend: list[Any], config: DatasetConfig, samples: int, **of: Any) -> Dataset:
+    prefixes, weights = _weighted(blend)
+    sources = [Epochs(prefix, config, **of) for prefix in prefixes]
+    if len(sources) == 1:
+        return sources[0].take(samples)
+    folder = Path(config.path_to_cache or f"{prefixes[0]}.cache")
+    return Blend(sources, weights or [float(source.per_epoch) for source in sources], samples=samples, folder=folder)
+
+
+def _weighted(blend: list[Any]) -> tuple[list[str], list[float] | None]:
+    """Prefixes, and their weights if the blend gives any: without, each counts by its samples."""
+    try:
+        found = get_blend_from_list([str(entry) for entry in blend])
+    except AssertionError:
+        found = None
+    if found is None or any(not (weight > 0 and math.isfinite(weight)) for weight in found[1] or ()):
+        raise UserError(
+            f"`{blend}` is no blend",
+            hint="a blend is a list of prefixes, or positive weights and prefixes in turns: `[0.3, a, 0.7, b]`",
+        )
+    return found
+
+
+def _blends(config: DatasetConfig) -> Sequence[list[Any] | None] | None:
+    """For each split its blend; None for mock data."""
+    if config.blend_per_split:
+        return config.blend_per_split
+    return [config.blend] * len(Split) if config.blend else None
+
+
+def _shares(config: DatasetConfig) -> list[tuple[float, float] | None]:
+    """For each split its part of the documents, as fractions of their number."""
+    if config.blend_per_split:
+        return [_WHOLE] * len(Split)
+    return convert_split_vector_to_split_matrix(parse_and_normalize_split(config.split))
+
+
+def _check(config: DatasetConfig, tokenizer: Tokenizer | None) -> None:
+    if config.blend and config.blend_per_split:
+        raise UserError("`dataset.blend` and `dataset.blend_per_split` are both set", hint="use one of them")
+    if config.blend_per_split and len(config.blend_per_split) != len(Split):
+        raise UserError(
+            f"`dataset.blend_per_split` has {len(config.blend_per_split)} entries",
+            hint="it has three, for train, validation and test; any may be null",
+        )
+    if not _is_split(config.split):
+        raise UserError(f"`{config.split}` is no split", hint="it is three shares for train, validation and test, as `969,30,1`")
+    if not 0 <= config.random_seed < 2**32:
+        raise UserError(f"`dataset.random_seed` is {config.random_seed}", hint=f"choose one from 0 to {2**32 - 1}")
+    if config.reset_attention_mask:
+        raise UserError(
+            "`dataset.reset_attention_mask` is not supported",
+            hint="documents in a sample see those before them; leave it at false",
+        )
+    if tokenizer is None and (config.eod_mask_loss or config.reset_position_ids):
+        raise UserError(
+            "`dataset.eod_mask_loss` and `dataset.reset_position_ids` need to know which token ends a document",
+            hint="set `tokenizer.tokenizer_model`",
+        )
+
+
+def _is_split(split: str) -> bool:
+    try:
+        shares = [float(share) for share in split.split(",")]
+    except ValueError:
+        return False
+    return len(shares) <= len(Split) and all(0 <= share < math.inf for share in shares) and sum(shares) > 0

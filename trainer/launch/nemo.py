@@ -1,0 +1,96 @@
+"""A job as a NeMo-Run experiment, on this machine or through Slurm. Knows NeMo-Run's names, and what it does not quote."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from formats.errors import UserError
+from trainer.launch import Job
+
+Where = Literal["local", "slurm"]
+
+
+def run_recipe(recipe: str, overrides: list[str]) -> None:
+    """What a `run.Partial` carries: train `recipe` with `key=value` settings. Plain arguments, since NeMo-Run stores them."""
+    from trainer.arguments import read_run  # noqa: PLC0415 - NeMo-Run imports this module where the job is made
+    from trainer.loop import pretrain  # noqa: PLC0415
+
+    pretrain(read_run(recipe, config_file=None, overrides=overrides))
+
+
+def script(job: Job, *, where: Where) -> Any:
+    """The job's program as `run.Script`, for torchrun to start on every rank.
+
+    An inline script, quoted here: NeMo-Run's local torchrun passes the `args` of a Script with shell quotes around them.
+    """
+    python = sys.executable if where == "local" else "python"
+    return _nemo_run().Script(inline=f"exec {shlex.join([python, *job.program])}\n")
+
+
+def partial(recipe: str, overrides: list[str]) -> Any:
+    """`run_recipe` with its arguments, as `run.Partial`."""
+    return _nemo_run().Partial(run_recipe, recipe=recipe, overrides=list(overrides))
+
+
+def executor(job: Job, *, where: Where) -> Any:
+    """Where and how: torchrun with a process per GPU, on this machine or by Slurm. UserError where Slurm's account is missing."""
+    run = _nemo_run()
+    if where == "local":
+        # torchrun beside this interpreter, also where its environment is not activated.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        return run.LocalExecutor(launcher="torchrun", ntasks_per_node=job.gpus_per_node, env_vars={"PATH": path, **job.env})
+    if job.account is None:
+        raise UserError("NeMo-Run's Slurm executor needs an account", hint="--account NAME")
+    # NeMo-Run writes `export NAME=value` without quotes.
+    env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(job.stop_before - 30, 1)), **job.env}
+    return run.SlurmExecutor(
+        account=job.account,
+        partition=job.partition,
+        nodes=job.nodes,
+        ntasks_per_node=job.gpus_per_node,
+        gpus_per_node=job.gpus_per_node,
+        time=job.time,
+        signal=f"TERM@{job.stop_before}",
+        exclusive=True,
+        mem="0",
+        container_image=job.container,
+        container_mounts=job.mounts.split(",") if job.mounts else [],
+        env_vars={name: shlex.quote(value) for name, value in env.items()},
+        launcher="torchrun",
+        srun_args=["--cpu-bind=none"],
+        tunnel=run.LocalTunnel(job_dir=str(Path.cwd() / "nemo-run")),
+        packager=run.Packager(),
+    )
+
+
+def launch(task: Any, place: Any, *, name: str, submit: bool) -> bool:
+    """Run the task, or only show what NeMo-Run would run; whether all went well. A Slurm job is left to Slurm."""
+    run = _nemo_run()
+    detach = isinstance(place, run.SlurmExecutor)
+    with run.Experiment(name, executor=place) as experiment:
+        experiment.add(task, name=name, tail_logs=not detach)
+        if not submit:
+            experiment.dryrun()
+            return True
+        experiment.run(detach=detach, sequential=False)
+        if detach:
+            return True
+    return all(str(one["status"]) == "SUCCEEDED" for one in experiment.status(return_dict=True).values())
+
+
+def _nemo_run() -> Any:
+    try:
+        import nemo_run  # noqa: PLC0415 - optional, and slow
+    except ModuleNotFoundError as error:
+        if error.name == "nemo_run":
+            raise UserError("NeMo-Run is not installed", hint="pip install 'mbtools[nemo-run]'") from error
+        hint = f"pip install the package that has `{error.name}`"
+        if str(error.name).startswith("leptonai"):
+            # NeMo-Run 0.11 asks for any leptonai and needs one before 0.47.
+            hint = "pip install 'leptonai<0.47'"
+        raise UserError(f"NeMo-Run is installed, but cannot be imported: {error}", hint=hint) from error
+    return nemo_run

@@ -1,0 +1,87 @@
+"""An sbatch script for a job: torchrun on every node, meeting on the first. Text in, text out; and handing it to sbatch."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+
+from formats.errors import UserError
+from trainer.launch import Job
+
+_SETUP = """\
+# A command that fails, or a variable that is missing, ends the job.
+set -euo pipefail
+
+# The processes meet on the first node; the port differs between jobs that share it.
+first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 10000))
+
+# torchrun gives workers this long to save after SIGTERM; without it, 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={grace}
+# One thread per process for CPU arithmetic; more get in each other's way.
+export OMP_NUM_THREADS=1
+# NCCL says why, when a connection fails.
+export NCCL_DEBUG=WARN
+# The log shows lines when they are printed.
+export PYTHONUNBUFFERED=1
+"""
+
+
+def script(job: Job) -> str:
+    """The sbatch script, with a comment for each line that is not obvious. Arguments reach the program unchanged."""
+    own = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in job.env.items())
+    setup = _SETUP.format(grace=max(job.stop_before - 30, 1))
+    return f"#!/bin/bash\n{_directives(job)}\n{setup}{own}\n{_launch(job)}"
+
+
+def _directives(job: Job) -> str:
+    lines = [
+        f"#SBATCH --job-name={job.name}",
+        f"#SBATCH --nodes={job.nodes}",
+        "# One torchrun per node; it starts one process per GPU.",
+        "#SBATCH --ntasks-per-node=1",
+        f"#SBATCH --gpus-per-node={job.gpus_per_node}",
+        "# Whole nodes: all their CPUs and memory.",
+        "#SBATCH --exclusive",
+        "#SBATCH --mem=0",
+        f"#SBATCH --time={job.time}",
+        *([f"#SBATCH --partition={job.partition}"] if job.partition else []),
+        *([f"#SBATCH --account={job.account}"] if job.account else []),
+        f"# SIGTERM {job.stop_before} s before the time is up: the run saves a checkpoint and ends.",
+        f"#SBATCH --signal=TERM@{job.stop_before}",
+        "# Standard output and errors; %x is the job's name, %j its number.",
+        "#SBATCH --output=%x-%j.log",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _launch(job: Job) -> str:
+    parts = [
+        # `--cpu-bind=none`: Slurm would bind the one task of a node to one core, and with it all its workers.
+        "srun --kill-on-bad-exit=1 --cpu-bind=none",
+        *([f"--container-image={shlex.quote(job.container)}"] if job.container else []),
+        *([f"--container-mounts={shlex.quote(job.mounts)}"] if job.mounts else []),
+        "torchrun",
+        f"--nnodes={job.nodes}",
+        f"--nproc-per-node={job.gpus_per_node}",
+        '--rdzv-id="$SLURM_JOB_ID"',
+        "--rdzv-backend=c10d",
+        '--rdzv-endpoint="$first_node:$port"',
+        shlex.join(job.program),
+    ]
+    why = "# A rank that fails ends the job. Slurm would bind a node's one task, and with it all workers, to one core.\n"
+    return why + " \\\n    ".join(parts) + "\n"
+
+
+def submit(text: str) -> str:
+    """Hand a script to `sbatch`; the job's number, or `number;cluster`. UserError with what sbatch said, or if there is none."""
+    program = shutil.which("sbatch")
+    if program is None:
+        raise UserError(
+            "there is no `sbatch` on this machine", hint="run this on a login node of the cluster, or leave --submit out"
+        )
+    done = subprocess.run([program, "--parsable"], input=text, text=True, capture_output=True, check=False)  # noqa: S603
+    if done.returncode:
+        raise UserError(f"`sbatch` refused the job: {done.stderr.strip()}", hint="print the script without --submit to see it")
+    return done.stdout.strip()

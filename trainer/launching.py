@@ -1,0 +1,46 @@
+"""Several processes on this machine, through torch's own elastic launcher: what `torchrun --standalone` does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from uuid import uuid4
+
+from trainer import device
+from trainer.config import RunConfig
+from trainer.resolve import resolve
+
+STOPPING_S = "3600"
+"""Seconds that processes may take to save after SIGTERM."""
+
+
+def check(config: RunConfig, *, world_size: int) -> None:
+    """Raise UserError for whatever would stop the run before its first step, before processes start."""
+    resolve(config, world_size=world_size, device=device.choose(config.dist.device))
+
+
+def launch(count: int, arguments: Sequence[str]) -> int:
+    """Run `mbtrain` with these arguments in `count` processes; the exit status."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415 - a second to import
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", STOPPING_S)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "trainer", *arguments)
+    except ChildFailedError as error:
+        return max(1, min(failure.exitcode for failure in error.failures.values()))
+    return 0

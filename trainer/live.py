@@ -1,0 +1,220 @@
+"""The running model as a place to write named regions, and checkpoints of either format read into it.
+
+Each rank reads the rows it holds and nothing else; every tensor of the source must find its place on some rank, and every
+weight of the model must find its tensor. Knows no optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from converter import families, reference
+from converter.carried import CONFIG
+from converter.config import make_model
+from converter.inspect import HUGGINGFACE, kind
+from converter.plan import Making, Plan, as_stored, to_megatron
+from converter.run import check_equal
+from converter.sources import open_source
+from formats.arrays import bands
+from formats.errors import UserError
+from formats.huggingface import HuggingFaceReader
+from formats.json_objects import read_json
+from formats.spec import Array, Reader, Region, dtype_name, extent, within
+from formats.torch_dist import TorchDistReader
+
+PIECE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A box of a weight that this rank holds, and the memory it is in. Padded vocabulary rows may lie beyond the weight."""
+
+    name: str
+    region: Region
+    data: torch.Tensor
+    global_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a load did, over all ranks."""
+
+    tensors: int
+    of: int
+    parameters: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"loaded {self.tensors} of {self.of} tensors, {_count(self.parameters)} parameters"
+
+
+def _count(number: int) -> str:
+    for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return str(number)
+
+
+def local_weights(chunks: Sequence[Any]) -> list[Local]:
+    """Every box of every weight on this rank, under the names of a Megatron checkpoint with a number per layer."""
+    return [local for chunk in chunks for local in _of_chunk(chunk)]
+
+
+def _of_chunk(chunk: Any) -> Iterator[Local]:
+    state = chunk.sharded_state_dict()
+    apply_factories(state)
+    for leaf in nested_values(state):
+        if isinstance(leaf, ShardedTensor):
+            yield _local(leaf)
+
+
+def _local(leaf: ShardedTensor) -> Local:
+    """A stacked key's first offset is the layer, which here is part of the name."""
+    extra = leaf.prepend_axis_num
+    name = leaf.key
+    if extra:
+        stack, _, rest = leaf.key.partition(".layers.")
+        name = f"{stack}.layers.{leaf.global_offset[0]}.{rest}"
+    starts = leaf.global_offset[extra:]
+    region = tuple(slice(start, start + size) for start, size in zip(starts, leaf.data.shape, strict=True))
+    return Local(name, region, leaf.data, tuple(leaf.global_shape[extra:]))
+
+
+def load(chunks: Sequence[Any], source: str) -> Loaded:
+    """Fill the model from a Hugging Face directory, a Hub id or a Megatron checkpoint.
+
+    `chunks` are not wrapped yet. Raises UserError for whatever is missing, left over or of another shape, on every rank
+    alike, before a weight changes.
+    """
+    locals_ = local_weights(chunks)
+    folder = open_source(source, or_hub=True)
+    is_huggingface = kind(folder) == HUGGINGFACE
+    with closing(HuggingFaceReader(folder) if is_huggingface else TorchDistReader(folder)) as reader:
+        makings = _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else _from_megatron(reader)
+        _account(locals_, makings, source)
+        for local in locals_:
+            _fill(local, makings[local.name], reader)
+        return _loaded(makings, reader)
+
+
+def plan_of(reader: HuggingFaceReader) -> Plan:
+    """How a directory's tensors make a Megatron model without padding."""
+    config = read_json(reader.folder, CONFIG)
+    family = families.find(config.get("model_type"))
+    return to_megatron(family.RULES, family.EXTRAS, make_model(family.CONFIG, config), reader.specs, dtype="keep")
+
+
+def _from_huggingface(reader: HuggingFaceReader) -> dict[str, Making]:
+    plan = plan_of(reader)
+    for name, other in plan.equal:
+        check_equal(reader, name, other)
+    return {making.spec.name: making for making in plan.makings}
+
+
+def _from_megatron(reader: TorchDistReader) -> dict[str, Making]:
+    reader.check(reader.specs)
+    makings = as_stored(reader.specs)
+    vocab = _vocabulary(reader)
+    return {name: _unpadded(making, vocab) if _padded(name) else making for name, making in makings.items()}
+
+
+def _vocabulary(reader: TorchDistReader) -> int | None:
+    """Tokens that mean something, where the checkpoint says what model it holds."""
+    try:
+        return int(reference.find(reader, None).config["vocab_size"])
+    except reference.UnknownModelError:
+        return None
+
+
+def _padded(name: str) -> bool:
+    return name in {"embedding.word_embeddings.weight", "output_layer.weight"}
+
+
+def _unpadded(making: Making, vocab: int | None) -> Making:
+    rows = making.spec.shape[0] if vocab is None else min(vocab, making.spec.shape[0])
+    return replace(making, copies=tuple(replace(copy, count=rows) for copy in making.copies))
+
+
+def _account(locals_: Sequence[Local], makings: Mapping[str, Making], source: str) -> None:
+    """Both sides hold the same names and shapes, over all ranks."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, {local.name: local.global_shape for local in locals_})
+    for one in everywhere:
+        shapes |= one
+    missing, over = sorted(shapes.keys() - makings.keys()), sorted(makings.keys() - shapes.keys())
+    if missing:
+        raise UserError(f"`{source}` lacks {_named(missing)}, which the model has", hint=_OTHER)
+    if over:
+        raise UserError(f"`{source}` holds {_named(over)}, for which the model has no place", hint=_OTHER)
+    for name, shape in shapes.items():
+        stored = makings[name].spec.shape
+        fits = stored[1:] == shape[1:] and (stored[0] == shape[0] or (_padded(name) and _rows(makings[name]) <= shape[0]))
+        if not fits:
+            raise UserError(f"`{name}` has shape {list(stored)} in `{source}`, in the model {list(shape)}", hint=_OTHER)
+
+
+_OTHER = "the weights are of another model than `model` describes; nothing is ever left random"
+
+
+def _rows(making: Making) -> int:
+    return max((copy.here + copy.count for copy in making.copies), default=0)
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"`{name}`" for name in names[:3]) + more
+
+
+@torch.no_grad()
+def _fill(local: Local, making: Making, reader: Reader) -> None:
+    """Copy what each of the making's sources has of the region; rows that no source has are zero."""
+    rows = local.region[0]
+    covered = 0
+    for copy in making.copies:
+        here = slice(max(rows.start, copy.here), min(rows.stop, copy.here + copy.count))
+        for band in bands(here, _step(local, copy.dtype)) if here.start < here.stop else ():
+            shift = copy.there - copy.here
+            region = (slice(band.start + shift, band.stop + shift), *local.region[1:])
+            data = np.empty(extent(region), copy.dtype)
+            reader.read(copy.source, region, data)
+            (inside,) = within((band,), (rows,))
+            local.data[inside].copy_(as_tensor(data))
+            covered += band.stop - band.start
+    if covered < rows.stop - rows.start:
+        local.data[covered:].zero_()
+
+
+def _step(local: Local, dtype: np.dtype[Any]) -> int:
+    row_bytes = prod(extent(local.region)[1:]) * dtype.itemsize
+    return max(1, PIECE_BYTES // max(row_bytes, 1))
+
+
+def as_tensor(data: Array) -> torch.Tensor:
+    """The same memory for torch, which shares numpy's dtypes but not the 8 and 16 bit floats of ml_dtypes."""
+    foreign = {"bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+    name = dtype_name(data.dtype)
+    if name not in foreign:
+        return torch.from_numpy(data)
+    return torch.from_numpy(data.view(f"u{data.dtype.itemsize}")).view(foreign[name])
+
+
+def _loaded(makings: Mapping[str, Making], reader: Reader) -> Loaded:
+    read = {copy.source for making in makings.values() for copy in making.copies}
+    specs = [reader.specs[name] for name in read]
+    return Loaded(
+        tensors=len(read),
+        of=len(reader.specs),
+        parameters=sum(prod(spec.shape) for spec in specs),
+        dtype=dtype_name(specs[0].dtype),
+    )

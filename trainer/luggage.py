@@ -1,0 +1,98 @@
+"""What travels with a checkpoint's weights so that it can be exported with nothing else: the model's `config.json`, its
+tokenizer and other side files, `run_config.yaml` for Megatron-Bridge, and the run's own settings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from converter import carried, families, run_config
+from converter.config import make_model, to_megatron
+from converter.inspect import HUGGINGFACE, kind
+from converter.layout import make_layout
+from converter.sources import open_source
+from formats.folder import FileIn, Folder, whole
+from formats.huggingface import HuggingFaceReader
+from formats.spec import DTYPES
+from formats.torch_dist import find_iteration
+from trainer import documents, live, tokenizers
+from trainer.checkpoint import OURS
+from trainer.config import RunConfig
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def pack(config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None) -> Callable[[Path], None]:
+    """What writes it all into an iteration's folder. All ranks call this; sources are looked at once, here."""
+    stages = _stages(chunks)
+    source = str(resumed) if resumed else (config.checkpoint.pretrained_checkpoint or getattr(config.model, "hf_source", None))
+    found = _from_source(source) if source else _from_config(config)
+    found |= {OURS: documents.dump(config).encode()}
+    if getattr(config.model, "hf_config", None):
+        found |= {run_config.FILE: _run_config(config, stages)}
+
+    def write(folder: Path) -> None:
+        for name, content in found.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content if isinstance(content, bytes) else whole(content))
+
+    return write
+
+
+def _from_source(source: str) -> dict[str, bytes | FileIn]:
+    """The side files of a Hugging Face directory, or those that travelled with a Megatron checkpoint."""
+    folder = open_source(source, or_hub=True)
+    if kind(folder) == HUGGINGFACE:
+        reader = HuggingFaceReader(folder)
+        luggage = carried.pack(reader, live.plan_of(reader).extras)
+        return {**luggage.documents, **luggage.copies}
+    iteration = find_iteration(folder)
+    return {**_below(iteration, carried.FOLDER), **_below(iteration, "tokenizer")}
+
+
+def _below(folder: Folder, name: str) -> dict[str, bytes | FileIn]:
+    inside = folder.below(name)
+    return {f"{name}/{file}": FileIn(inside, file) for file in inside.files()}
+
+
+def _from_config(config: RunConfig) -> dict[str, bytes | FileIn]:
+    """A model from scratch: the `config.json` it was built from, and the tokenizer its data was made with."""
+    described = getattr(config.model, "hf_config", None)
+    if not described:
+        return {}
+    found: dict[str, bytes | FileIn] = {f"{carried.FILES}/{carried.CONFIG}": (json.dumps(described, indent=2) + "\n").encode()}
+    for name, data in tokenizers.files(config.tokenizer.tokenizer_model).items():
+        found |= {f"{carried.FILES}/{name}": data, f"tokenizer/{name}": data}
+    return found
+
+
+def _run_config(config: RunConfig, stages: Sequence[int]) -> bytes:
+    model = config.model
+    fields = families.find(model.hf_config.get("model_type")).CONFIG
+    layout = make_layout(
+        make_model(fields, model.hf_config),
+        tp=model.tensor_model_parallel_size,
+        pp=model.pipeline_model_parallel_size,
+        vpp=model.virtual_pipeline_model_parallel_size or 1,
+        pp_layout=stages,
+    )
+    dtype = DTYPES[_NAMES[model.params_dtype]]
+    megatron = to_megatron(fields, model.hf_config)
+    return run_config.make(megatron, layout, dtype, vocab_multiple=model.make_vocab_size_divisible_by)
+
+
+def _stages(chunks: Sequence[Any]) -> list[int]:
+    """Layers of each pipeline stage: all ranks of the first virtual stage, then the second."""
+    ours = [len(decoder.layers) if (decoder := getattr(chunk, "decoder", None)) is not None else 0 for chunk in chunks]
+    group = parallel_state.get_pipeline_model_parallel_group()
+    everywhere: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, ours, group=group)
+    return [counts[stage] for stage in range(len(ours)) for counts in everywhere]

@@ -1,0 +1,274 @@
+"""What a run says of itself: one record per logged interval, one per evaluation, and the line that a person reads.
+
+Knows arithmetic and words. Knows no files (`sinks` does), no clock and no ranks: the caller measures, and calls on one rank.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import click
+import torch
+
+from converter.memory import peak_memory
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One logged interval, under the step that ended it. None where there is nothing to say."""
+
+    iteration: int
+    loss: float | None
+    """Mean over the interval's steps whose update was not skipped, each step counting the same; None if all were skipped."""
+
+    lr: float
+    """Of the last step."""
+
+    grad_norm: float | None
+    """Of the last step that had one, before clipping."""
+
+    consumed_samples: int
+    """Sequences since the run began, those before a resume included."""
+
+    consumed_tokens: int
+    seconds_per_step: float
+    tokens_per_second_per_gpu: float
+    tflops_per_gpu: float
+    """10^12 floating-point operations of the model per second and GPU; recomputed ones do not count."""
+
+    mfu: float | None
+    """`tflops_per_gpu` as a share of the GPU's dense peak, 0 to 1; None where the peak is not known."""
+
+    memory_gib: float
+    """The most ever allocated on this rank's GPU; on a CPU, the process's largest resident memory."""
+
+    time_left_s: float
+    """Until the last step at this interval's speed, evaluations and checkpoints left out."""
+
+    skipped_steps: int
+    """Steps of the interval whose update was skipped, as after an overflow in fp16."""
+
+    nan_steps: int
+    """Steps of the interval whose loss was not finite."""
+
+    loss_scale: float | None
+    device: Literal["gpu", "cpu"]
+    """What `per_gpu` counts: GPUs, or processes on CPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out loss after a step."""
+
+    iteration: int
+    split: Literal["validation", "test"]
+    loss: float
+    perplexity: float
+
+
+Record = Step | Evaluation
+
+
+def evaluation(iteration: int, *, split: Literal["validation", "test"], loss: float) -> Evaluation:
+    """The record of a mean loss per token in nats. Perplexity is e^loss, infinite where that does not fit a float."""
+    try:
+        perplexity = math.exp(loss)
+    except OverflowError:
+        perplexity = math.inf
+    return Evaluation(iteration=iteration, split=split, loss=loss, perplexity=perplexity)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What an interval came to, as plain numbers."""
+
+    steps: int
+    loss: float | None
+    grad_norm: float | None
+    skipped: int
+    not_finite: int
+
+
+class Interval:
+    """The steps since the last line. `add` leaves everything on its device; only `close` waits for the GPU, once."""
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self.steps, self._skipped = 0, 0
+        self._loss: torch.Tensor | None = None
+        self._not_finite: torch.Tensor | None = None
+        self._grad_norm: torch.Tensor | float | None = None
+
+    def add(self, loss: torch.Tensor, *, grad_norm: torch.Tensor | float | None = None, skipped: bool = False) -> None:
+        """Count a step: its mean loss (a scalar tensor on any device), and whether its update was skipped.
+
+        A loss that is not finite is counted, and unless skipped it makes the mean what it is.
+        """
+        loss = loss.detach().double()
+        wrong = (~torch.isfinite(loss)).double()
+        self._not_finite = wrong if self._not_finite is None else self._not_finite + wrong
+        self.steps += 1
+        self._skipped += skipped
+        if not skipped:
+            self._loss = loss if self._loss is None else self._loss + loss
+        if grad_norm is not None:
+            self._grad_norm = grad_norm.detach() if isinstance(grad_norm, torch.Tensor) else grad_norm
+
+    def close(self) -> Totals:
+        """The totals since the last `close`; counting begins anew."""
+        state = self.state_dict()
+        self._begin()
+        counted = state["steps"] - state["skipped"]
+        return Totals(
+            steps=state["steps"],
+            loss=state["loss"] / counted if counted else None,
+            grad_norm=state["grad_norm"],
+            skipped=state["skipped"],
+            not_finite=int(state["not_finite"]),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers for a checkpoint, so that a run resumed between two lines prints the lines it would have printed.
+
+        Waits for the GPU, as saving does.
+        """
+        held = (self._loss, self._not_finite, self._grad_norm)
+        on_device = [value.double().reshape(()) for value in held if isinstance(value, torch.Tensor)]
+        numbers = iter(torch.stack([value.to(on_device[0].device) for value in on_device]).tolist() if on_device else [])
+        loss, not_finite, grad_norm = (next(numbers) if isinstance(value, torch.Tensor) else value for value in held)
+        names = {"steps": self.steps, "skipped": self._skipped}
+        return {**names, "loss": loss, "not_finite": not_finite or 0.0, "grad_norm": grad_norm}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.steps, self._skipped = state["steps"], state["skipped"]
+        self._loss = None if state["loss"] is None else torch.tensor(state["loss"], dtype=torch.float64)
+        self._not_finite = torch.tensor(state["not_finite"], dtype=torch.float64)
+        self._grad_norm = state["grad_norm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What turns a run's totals and seconds into speeds."""
+
+    flops_per_token: float
+    """Floating-point operations of forward and backward, per token, of the whole model."""
+
+    tokens_per_step: int
+    num_gpus: int
+    """All ranks of the run; on CPUs, processes."""
+
+    train_iters: int
+    peak_flops: float | None = None
+    """FLOP/s of one GPU: `peaks.peak_flops`."""
+
+    device: Literal["gpu", "cpu"] = "gpu"
+
+    def step(
+        self,
+        totals: Totals,
+        *,
+        iteration: int,
+        seconds: float,
+        lr: float,
+        consumed_samples: int,
+        consumed_tokens: int,
+        memory_gib: float,
+        loss_scale: float | None = None,
+    ) -> Step:
+        """The record of an interval that took `seconds` and ended with step `iteration`."""
+        assert totals.steps > 0, "an interval without steps"
+        per_step = max(seconds, 1e-9) / totals.steps
+        rate = self.tokens_per_step / per_step / self.num_gpus
+        flops = rate * self.flops_per_token
+        return Step(
+            iteration=iteration,
+            loss=totals.loss,
+            lr=lr,
+            grad_norm=totals.grad_norm,
+            consumed_samples=consumed_samples,
+            consumed_tokens=consumed_tokens,
+            seconds_per_step=per_step,
+            tokens_per_second_per_gpu=rate,
+            tflops_per_gpu=flops / 1e12,
+            mfu=flops / self.peak_flops if self.peak_flops else None,
+            memory_gib=memory_gib,
+            time_left_s=(self.train_iters - iteration) * per_step,
+            skipped_steps=totals.skipped,
+            nan_steps=totals.not_finite,
+            loss_scale=loss_scale,
+            device=self.device,
+        )
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most that this rank held so far: on its GPU, or resident on a CPU."""
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()) / GIB
+
+
+def console_line(record: Record, total_steps: int, *, color: bool = False) -> str:
+    """The record as one line whose columns stand below those of other steps."""
+    width = len(str(total_steps))
+    place = f"step {record.iteration:>{width}}/{total_steps}"
+    shade = _colored if color else _plain
+    if isinstance(record, Evaluation):
+        words = f"{record.split} loss {shade(f'{record.loss:.4f}', 'cyan')}"
+        return f"{shade(place, 'bright_black')}  {words}  perplexity {record.perplexity:.4g}"
+    loss = "none" if record.loss is None else f"{record.loss:.4f}"
+    each = "GPU" if record.device == "gpu" else "process"
+    parts = [
+        shade(place, "bright_black"),
+        f"loss {shade(f'{loss:>7}', 'green')}",
+        f"lr {record.lr:.2e}",
+        *([f"grad norm {record.grad_norm:6.2f}"] if record.grad_norm is not None else []),
+        f"{record.tokens_per_second_per_gpu:>7,.0f} tok/s/{each}",
+        f"{_significant(record.tflops_per_gpu):>6} TFLOP/s/{each}",
+        *([f"MFU {shade(f'{100 * record.mfu:4.1f} %', 'magenta')}"] if record.mfu is not None else []),
+        f"{record.memory_gib:5.1f} GiB",
+        f"left {duration(record.time_left_s)}",
+    ]
+    return "  ".join([*parts, *(shade(text, "red") for text in _warnings(record))])
+
+
+def tell(record: Record, total_steps: int) -> None:
+    """The console line to stderr; in colour on a terminal, unless NO_COLOR is set."""
+    color = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    click.echo(console_line(record, total_steps, color=color), err=True, color=color)
+
+
+def duration(seconds: float) -> str:
+    """A time for a person: `42 s`, `5 min`, `1 h 23 min`, `2 d 3 h`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def _warnings(record: Step) -> list[str]:
+    found = [f"loss scale {record.loss_scale:g}"] if record.loss_scale not in (None, 1.0) else []
+    found += [f"skipped {record.skipped_steps}"] if record.skipped_steps else []
+    return found + ([f"loss not finite in {record.nan_steps}"] if record.nan_steps else [])
+
+
+def _significant(number: float) -> str:
+    """540.1 on a GPU, and 0.012 on a CPU."""
+    return f"{number:.1f}" if number >= 10 else f"{number:.3f}"
+
+
+def _colored(text: str, color: str) -> str:
+    return click.style(text, fg=color)
+
+
+def _plain(text: str, _color: str) -> str:
+    return text

@@ -1,0 +1,122 @@
+"""What is sent while something else is computed: an automatic policy, with a reason for each choice.
+
+`comm_overlap` in the run's configuration wins wherever megatron-core can do what it says; so does a field that somebody set
+on `model` or `ddp` directly. Knows the layout and the device, nothing of shapes. The policy is Megatron-Bridge's, except that
+context-parallel ranks count: gradients are reduced over them as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from formats.errors import UserError
+from trainer.choice import Choice, given
+
+CPU = "cpu"
+
+
+def choose(config: Any, *, data_parallel: int, device: str) -> list[Choice]:
+    """Every overlap setting of a run, chosen or as given. `data_parallel` counts context-parallel ranks too.
+
+    UserError for a given setting that megatron-core refuses, or with which it would compute wrong gradients.
+    """
+    return [_tensor(config, device), *_pipeline(config), *_data(config, data_parallel, device)]
+
+
+def _wanted(config: Any, name: str, *, part: str) -> bool | None:
+    """What was asked for: under `comm_overlap`, or on the part itself."""
+    asked, direct = getattr(config.comm_overlap, name), given(config, f"{part}.{name}")
+    if asked is not None and direct is not None and asked != direct:
+        raise UserError(
+            f"`comm_overlap.{name}` is `{asked}`, but `{part}.{name}` is `{direct}`",
+            hint=f"leave `{part}.{name}` out: `comm_overlap` sets it",
+        )
+    return direct if asked is None else asked
+
+
+def _size(model: Any, name: str) -> int:
+    return getattr(model, name, None) or 1
+
+
+def _tensor(config: Any, device: str) -> Choice:
+    setting = "model.tp_comm_overlap"
+    if not _wanted(config, "tp_comm_overlap", part="model"):
+        return Choice(setting, False, "Transformer Engine's user buffers are used only where they are asked for")
+    for met, needs in (
+        (device != CPU, "a GPU with Transformer Engine"),
+        (_size(config.model, "tensor_model_parallel_size") > 1, "`model.tensor_model_parallel_size` above 1"),
+        (getattr(config.model, "sequence_parallel", False), "`model.sequence_parallel=true`"),
+    ):
+        if not met:
+            raise UserError(
+                f"`comm_overlap.tp_comm_overlap` needs {needs}", hint="leave it out, and the run chooses what fits its layout"
+            )
+    return Choice(setting, True, "asked for")
+
+
+def _pipeline(config: Any) -> list[Choice]:
+    pipeline = _size(config.model, "pipeline_model_parallel_size")
+    virtual = _size(config.model, "virtual_pipeline_model_parallel_size")
+    overlap = _wanted(config, "overlap_p2p_comm", part="model")
+    batch = _wanted(config, "batch_p2p_comm", part="model")
+    _check_pipeline(pipeline, virtual, overlap=overlap, batch=batch)
+    if virtual > 1:
+        why = f"{virtual} virtual stages compute other microbatches while activations are sent"
+        overlap = not batch if overlap is None else overlap
+    else:
+        why = "without virtual stages there is nothing to compute meanwhile" if pipeline > 1 else "one pipeline stage"
+        overlap = False
+    batch = not overlap if batch is None else batch
+    return [Choice("model.overlap_p2p_comm", overlap, why), Choice("model.batch_p2p_comm", batch, why)]
+
+
+def _check_pipeline(pipeline: int, virtual: int, *, overlap: bool | None, batch: bool | None) -> None:
+    if virtual > 1 and pipeline == 2 and (batch or overlap is False):
+        told = "comm_overlap.batch_p2p_comm=true" if batch else "comm_overlap.overlap_p2p_comm=false"
+        raise UserError(
+            f"`{told}` gives wrong gradients with `{pipeline}` pipeline stages and `{virtual}` virtual stages: "
+            "the previous and the next rank are the same, and batched messages between them are mixed up",
+            hint="leave it out, and messages overlap with computation",
+        )
+    if overlap and virtual == 1:
+        raise UserError(
+            "`comm_overlap.overlap_p2p_comm` needs virtual pipeline stages",
+            hint="set `model.virtual_pipeline_model_parallel_size`, or leave it out",
+        )
+    if overlap and batch:
+        raise UserError(
+            "`comm_overlap.overlap_p2p_comm` and `comm_overlap.batch_p2p_comm` cannot both be on", hint="leave one of them out"
+        )
+
+
+def _data(config: Any, ranks: int, device: str) -> list[Choice]:
+    useful, why = ranks > 1 and device != CPU, f"{ranks} ranks reduce gradients"
+    if not useful:
+        why = "there is nothing to overlap with on a CPU" if ranks > 1 else "one rank alone has its gradients"
+    reduce = _wanted(config, "overlap_grad_reduce", part="ddp")
+    reduce = useful if reduce is None else reduce
+    gather = _wanted(config, "overlap_param_gather", part="ddp")
+    sharded = config.ddp.use_distributed_optimizer
+    _check_gather(reduce, gather, sharded=sharded)
+    gather = (reduce and useful and sharded) if gather is None else gather
+    reason = why if sharded else "without the distributed optimizer every rank has all weights"
+    virtual = _size(config.model, "virtual_pipeline_model_parallel_size")
+    return [
+        Choice("ddp.overlap_grad_reduce", reduce, why),
+        Choice("ddp.overlap_param_gather", gather, reason),
+        Choice("optimizer.overlap_param_gather", gather, "as `ddp.overlap_param_gather`"),
+        Choice("ddp.align_param_gather", gather and virtual > 1, "virtual stages gather at the same time on all ranks"),
+    ]
+
+
+def _check_gather(reduce: bool, gather: bool | None, *, sharded: bool) -> None:
+    if gather and not sharded:
+        raise UserError(
+            "`comm_overlap.overlap_param_gather` needs the distributed optimizer",
+            hint="set `ddp.use_distributed_optimizer=true`, or leave it out",
+        )
+    if gather and not reduce:
+        raise UserError(
+            "`comm_overlap.overlap_param_gather` needs `comm_overlap.overlap_grad_reduce`",
+            hint="set `comm_overlap.overlap_grad_reduce=true`, or leave it out",
+        )

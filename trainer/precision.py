@@ -1,0 +1,258 @@
+"""Named precision recipes: the fields that a name decides on model, optimizer and gradient buffers, and the machine it needs.
+
+The names are Megatron-Bridge's. Knows neither shapes beyond what FP8 divides by, nor how a model is built.
+
+A name decides its fields. What a user set to something else beforehand is a contradiction and refused, except for the few
+fields under `Recipe.starting`, where the user's value stays. A field set to its own class's default cannot be told from one
+that nobody set, and is overwritten.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.fp8_utils import get_fp8_align_size
+
+from formats.errors import UserError
+from trainer.choice import Choice, carry_out, given, split
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """What a recipe runs on. Versions are numbers to compare: (2, 3)."""
+
+    cpu: bool = False
+    capability: tuple[int, int] | None = None
+    transformer_engine: tuple[int, int] | None = None
+    cuda: tuple[int, int] | None = None
+    multiple: int = 1
+    """Tokens per rank, and each matrix dimension, must be multiples of this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Fields by part of the run's configuration."""
+
+    model: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+    ddp: Mapping[str, Any]
+    needs: Requirement
+    starting: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the model that the name sets where nobody did."""
+
+    low_precision_weights: bool = False
+    """Weights themselves are kept in FP8 where the distributed optimizer holds their fp32 masters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What was found. None where this process cannot see it: a login node has no GPU, and its processes will."""
+
+    device: str
+    capability: tuple[int, int] | None = None
+    transformer_engine: str | None = None
+    cuda: str | None = None
+
+
+_UNQUANTIZED = {"fp8": None, "fp8_recipe": "delayed", "fp8_param": False, "fp4": None, "fp4_param": False}
+
+
+def _plain(dtype: torch.dtype, *, grad_reduce_in_fp32: bool, cpu: bool, capability: tuple[int, int] | None = None) -> Recipe:
+    kind = {"fp16": dtype == torch.float16, "bf16": dtype == torch.bfloat16, "params_dtype": dtype}
+    return Recipe(
+        model={**kind, **_UNQUANTIZED},
+        optimizer={**kind, "fp8_recipe": None},
+        ddp={"grad_reduce_in_fp32": grad_reduce_in_fp32, "fp8_param_gather": False, "fp4_param_gather": False},
+        starting={"pipeline_dtype": dtype, "autocast_dtype": dtype},
+        needs=Requirement(cpu=cpu, capability=capability),
+    )
+
+
+_BF16 = _plain(torch.bfloat16, grad_reduce_in_fp32=True, cpu=True, capability=(8, 0))
+
+
+def _fp8(kind: str, *, recipe: str, needs: Requirement, weights: bool, **starting: Any) -> Recipe:
+    return Recipe(
+        model={**_BF16.model, "fp8": kind, "fp8_recipe": recipe},
+        optimizer={**_BF16.optimizer, "fp8_recipe": recipe if weights else None},
+        ddp=_BF16.ddp,
+        starting={**_BF16.starting, **starting},
+        needs=needs,
+        low_precision_weights=weights,
+    )
+
+
+RECIPES: dict[str, Recipe] = {
+    "fp32": _plain(torch.float32, grad_reduce_in_fp32=False, cpu=True),
+    "bf16_mixed": _BF16,
+    "fp16_mixed": _plain(torch.float16, grad_reduce_in_fp32=False, cpu=False, capability=(7, 0)),
+    "bf16_with_fp8_delayed_scaling_mixed": _fp8(
+        "hybrid",
+        recipe="delayed",
+        weights=True,
+        fp8_amax_history_len=1024,
+        fp8_amax_compute_algo="max",
+        needs=Requirement(capability=(8, 9), transformer_engine=(1, 0), cuda=(12, 1), multiple=get_fp8_align_size("delayed")),
+    ),
+    "bf16_with_fp8_current_scaling_mixed": _fp8(
+        "hybrid",
+        recipe="tensorwise",
+        weights=True,
+        first_last_layers_bf16=True,
+        needs=Requirement(capability=(8, 9), transformer_engine=(2, 2), cuda=(12, 1), multiple=get_fp8_align_size("tensorwise")),
+    ),
+    "bf16_with_fp8_subchannel_scaling_mixed": _fp8(
+        "hybrid",
+        recipe="blockwise",
+        weights=False,
+        needs=Requirement(capability=(9, 0), transformer_engine=(2, 3), cuda=(12, 9), multiple=get_fp8_align_size("blockwise")),
+    ),
+    "bf16_with_mxfp8_mixed": _fp8(
+        "e4m3",
+        recipe="mxfp8",
+        weights=False,
+        needs=Requirement(capability=(10, 0), transformer_engine=(2, 1), cuda=(12, 8), multiple=get_fp8_align_size("mxfp8")),
+    ),
+    "bf16_with_nvfp4_mixed": Recipe(
+        model={**_BF16.model, "fp4": "e2m1", "fp4_recipe": "nvfp4"},
+        optimizer=_BF16.optimizer,
+        ddp=_BF16.ddp,
+        starting=_BF16.starting,
+        needs=Requirement(capability=(10, 0), transformer_engine=(2, 7), cuda=(12, 8), multiple=32),
+    ),
+}
+"""Formats, scaling, amax history and bf16 layers as in Megatron-Bridge's recipes of these names; capabilities and CUDA versions
+from Transformer Engine's `check_*_support`; its versions from megatron-core's fp8_utils and fp4_utils; multiples from
+megatron-core's `get_fp8_align_size`, and for FP4 the 32 values of one 16-byte row that its `get_fp4_align_size` explains.
+MXFP8 and blockwise keep bf16 weights: MXFP8 weights would share the gradients' buffer, which needs another training step."""
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of a name; UserError for an unknown one, with the nearest."""
+    if name in RECIPES:
+        return RECIPES[name]
+    near = difflib.get_close_matches(name.replace("-", "_"), RECIPES, n=1, cutoff=0.5)
+    raise UserError(
+        f"there is no precision `{name}`",
+        hint=f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(RECIPES)}",
+    )
+
+
+def requires(name: str) -> Requirement:
+    """What a precision needs."""
+    return recipe(name).needs
+
+
+def apply(name: str, config: Any) -> list[Choice]:
+    """Set a precision's fields on `config.model`, `config.optimizer` and `config.ddp`; answers what changed.
+
+    UserError where a field was set to contradict the name.
+    """
+    chosen = recipe(name)
+    decided = {f"{part}.{key}": value for part in ("model", "optimizer", "ddp") for key, value in getattr(chosen, part).items()}
+    decided |= _weights(chosen, config)
+    for setting, value in decided.items():
+        _agree(config, setting, value, name=name)
+    starting = {f"model.{key}": value for key, value in chosen.starting.items()}
+    free = {setting: value for setting, value in starting.items() if given(config, setting) is None}
+    why = f"`mixed_precision={name}`"
+    known = {setting: value for setting, value in (decided | free).items() if hasattr(*split(config, setting))}
+    return carry_out(config, [Choice(setting, value, why) for setting, value in known.items()])
+
+
+def _weights(chosen: Recipe, config: Any) -> dict[str, bool]:
+    """megatron-core gathers FP8 weights only from the distributed optimizer."""
+    if not chosen.low_precision_weights:
+        return {}
+    sharded = config.ddp.use_distributed_optimizer
+    return {"model.fp8_param": sharded, "ddp.fp8_param_gather": sharded}
+
+
+def _agree(config: Any, setting: str, value: Any, *, name: str) -> None:
+    found = given(config, setting)
+    if found is not None and found != value:
+        raise UserError(
+            f"`{setting}` is `{found}`, but `mixed_precision={name}` makes it `{value}`",
+            hint=f"leave `{setting}` out, or choose another `mixed_precision`",
+        )
+    part, field_name = split(config, setting)
+    if not hasattr(part, field_name) and value not in (None, False, torch.float32) and field_name in ("fp8", "fp4"):
+        raise UserError(
+            f"the model has no field `{field_name}`, which `mixed_precision={name}` sets", hint="choose `bf16_mixed` for it"
+        )
+
+
+def find_machine(device: str) -> Machine:
+    """What this process sees of the machine, for a run on `cpu` or `gpu`."""
+    seen = device == "gpu" and torch.cuda.is_available()
+    return Machine(
+        device=device,
+        capability=torch.cuda.get_device_capability() if seen else None,
+        transformer_engine=_version("transformer_engine"),
+        cuda=torch.version.cuda,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check(name: str, machine: Machine) -> None:
+    """UserError where the machine cannot do a precision: what it needs, and what was found.
+
+    A machine for GPUs without a visible one passes; its processes check again where they run.
+    """
+    needs = requires(name)
+    if machine.device == "cpu":
+        if not needs.cpu:
+            raise UserError(
+                f"precision `{name}` needs a GPU, and this run is on the CPU",
+                hint=f"choose one of: {', '.join(one for one, kind in RECIPES.items() if kind.needs.cpu)}",
+            )
+        return
+    if machine.capability is None:
+        return
+    _check_capability(name, needs, machine.capability)
+    for what, least, found in (
+        ("Transformer Engine", needs.transformer_engine, machine.transformer_engine),
+        ("CUDA", needs.cuda, machine.cuda),
+    ):
+        _check_version(name, what, least=least, found=found)
+
+
+def _check_capability(name: str, needs: Requirement, found: tuple[int, int]) -> None:
+    if needs.capability and found < needs.capability:
+        able = [one for one, kind in RECIPES.items() if (kind.needs.capability or (0, 0)) <= found]
+        raise UserError(
+            f"precision `{name}` needs a GPU of compute capability `{_dotted(needs.capability)}` or higher; "
+            f"this one has `{_dotted(found)}`",
+            hint=f"this GPU can do: {', '.join(able)}",
+        )
+
+
+def _check_version(name: str, what: str, *, least: tuple[int, int] | None, found: str | None) -> None:
+    if least is None:
+        return
+    if found is None:
+        raise UserError(
+            f"precision `{name}` needs {what} `{_dotted(least)}` or newer, and there is none",
+            hint="`pip install 'mbtools[gpu]'`, or choose `mixed_precision=bf16_mixed`",
+        )
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < least:
+        raise UserError(
+            f"precision `{name}` needs {what} `{_dotted(least)}` or newer; this is `{found}`",
+            hint=f"install a newer {what}, or choose `mixed_precision=bf16_mixed`",
+        )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

@@ -1,0 +1,176 @@
+"""From what a run was told to what it does: every field that is left open is filled, and everything that cannot run is refused.
+
+Runs before processes start, and again in each of them with the same answer. The configuration it is given stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from dataclasses import dataclass, fields
+from typing import Any
+
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+from formats.errors import UserError
+from trainer import checks, overlap, precision
+from trainer.choice import Choice, carry_out
+from trainer.config import DatasetConfig, RunConfig
+from trainer.precision import Machine
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A run that can start."""
+
+    config: RunConfig
+    explanations: tuple[Choice, ...]
+    """What was set that nobody set, and why."""
+
+    warnings: tuple[str, ...]
+    world_size: int
+    data_parallel_size: int
+    """Copies of the model; context-parallel ranks are not counted."""
+
+    num_microbatches: int
+    """Microbatches per step on each rank."""
+
+
+def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine | None = None) -> Resolved:
+    """A copy of a run's configuration with every field decided, for `world_size` processes on `cpu` or `gpu`.
+
+    UserError for whatever would fail later. `machine` is what this process finds, if not given.
+    """
+    told = _copy(config)
+    machine = machine or precision.find_machine(device)
+    checks.check_sizes(told)
+    precision.check(told.mixed_precision, machine)
+    checks.check_device(told, machine)
+    choices = [*_virtual_stages(told.model), *_agreements(told)]
+    choices = carry_out(told, choices) + precision.apply(told.mixed_precision, told)
+    copies = _check_layout(told, world_size)
+    microbatches = checks.num_microbatches(told, copies)
+    context = checks.size(told.model, checks.CP)
+    choices += carry_out(told, overlap.choose(told, data_parallel=copies * context, device=device))
+    choices += carry_out(told, _device_fields(told.model, machine))
+    choices += carry_out(told, _schedule(told))
+    checks.check_schedule(told)
+    checks.check_saving(told)
+    _validate(told)
+    warnings = _warnings(told, microbatches)
+    return Resolved(told, tuple(choices), warnings, world_size, copies, microbatches)
+
+
+def _copy(config: RunConfig) -> RunConfig:
+    """A deep copy, but for a dataset of the user's own, which may hold open files and is not changed."""
+    parts = {part.name: getattr(config, part.name) for part in fields(config)}
+    kept = {} if isinstance(config.dataset, DatasetConfig) else {"dataset": parts.pop("dataset")}
+    return type(config)(**copy.deepcopy(parts), **kept)
+
+
+def _check_layout(config: RunConfig, world_size: int) -> int:
+    copies = checks.data_parallel_size(config.model, world_size)
+    checks.check_tensor_parallel(config.model)
+    checks.check_pipeline(config.model)
+    checks.check_sequence(config)
+    checks.check_precision_sizes(config)
+    return copies
+
+
+def _virtual_stages(model: Any) -> list[Choice]:
+    """A layout of stages says how many are virtual. One is none: megatron-core would choose its interleaved schedule."""
+    setting, told = f"model.{checks.VPP}", getattr(model, checks.VPP, None)
+    if told == 1:
+        return [Choice(setting, None, "one virtual stage is an ordinary one")]
+    layout = getattr(model, "pipeline_model_parallel_layout", None)
+    if not isinstance(layout, (str, list)) or told is not None:
+        return []
+    read = PipelineParallelLayerLayout.from_str if isinstance(layout, str) else PipelineParallelLayerLayout
+    try:
+        stages = read(layout=layout, pipeline_model_parallel_size=checks.size(model, checks.PP))
+    except (ValueError, KeyError, AssertionError) as error:
+        raise UserError(
+            f"megatron-core refuses `model.pipeline_model_parallel_layout`: {error}", hint="write it as megatron-core does"
+        ) from error
+    virtual = stages.virtual_pipeline_model_parallel_size
+    return [Choice(setting, virtual, "as `model.pipeline_model_parallel_layout` says")] if virtual > 1 else []
+
+
+def _agreements(config: RunConfig) -> list[Choice]:
+    """Fields that exist twice."""
+    on = config.ddp.use_distributed_optimizer or config.optimizer.use_distributed_optimizer
+    why = "`ddp.use_distributed_optimizer` and `optimizer.use_distributed_optimizer` are one switch"
+    return [Choice(f"{part}.use_distributed_optimizer", on, why) for part in ("ddp", "optimizer")]
+
+
+_WITHOUT_CUDA: dict[str, Any] = {
+    "attention_backend": AttnBackend.local,
+    "masked_softmax_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+    "gradient_accumulation_fusion": False,
+    "use_cpu_initialization": True,
+}
+"""megatron-core's kernels that exist for CUDA only, off."""
+
+
+def _device_fields(model: Any, machine: Machine) -> list[Choice]:
+    if machine.device == "cpu":
+        why = "the CPU has none of CUDA's kernels"
+        return [Choice(f"model.{name}", value, why) for name, value in _WITHOUT_CUDA.items() if hasattr(model, name)]
+    if getattr(model, "gradient_accumulation_fusion", False) and not importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
+        return [Choice("model.gradient_accumulation_fusion", False, "APEX, which has its kernel, is not installed")]
+    return []
+
+
+def _schedule(config: RunConfig) -> list[Choice]:
+    """The schedule's open fields, in steps."""
+    told, decay = config.scheduler, config.optimizer.weight_decay
+    length = config.train.train_iters if told.lr_decay_iters is None else told.lr_decay_iters
+    values = {
+        "optimizer.min_lr": (config.optimizer.min_lr, 0.0, "no lowest learning rate was given"),
+        "scheduler.lr_decay_iters": (told.lr_decay_iters, length, "as `train.train_iters`"),
+        "scheduler.start_weight_decay": (told.start_weight_decay, decay, "as `optimizer.weight_decay`"),
+        "scheduler.end_weight_decay": (told.end_weight_decay, decay, "as `optimizer.weight_decay`"),
+    }
+    choices = [Choice(name, value, why) for name, (found, value, why) in values.items() if found is None]
+    share = told.lr_warmup_fraction
+    if share is None:
+        return choices
+    if told.lr_warmup_iters:
+        raise UserError(
+            f"`scheduler.lr_warmup_iters` is `{told.lr_warmup_iters}` and `scheduler.lr_warmup_fraction` is `{share}`",
+            hint="leave one of them out",
+        )
+    why = f"`scheduler.lr_warmup_fraction={share}` of {length} steps"
+    return [
+        *choices,
+        Choice("scheduler.lr_warmup_iters", int(share * length), why),
+        Choice("scheduler.lr_warmup_fraction", None, why),
+    ]
+
+
+def _validate(config: RunConfig) -> None:
+    """megatron-core's own checks, and the fields it derives from others."""
+    finalize = getattr(config.model, "finalize", lambda: None)
+    for what, validate in (
+        ("model", finalize),
+        ("optimizer", config.optimizer.__post_init__),
+        ("ddp", config.ddp.__post_init__),
+    ):
+        try:
+            validate()
+        except (ValueError, AssertionError, RuntimeError, ImportError) as error:
+            raise UserError(
+                f"megatron-core refuses the settings under `{what}`: {error}", hint="change the settings that it names"
+            ) from error
+
+
+def _warnings(config: RunConfig, microbatches: int) -> tuple[str, ...]:
+    pipeline = checks.size(config.model, checks.PP)
+    if microbatches >= pipeline:
+        return ()
+    return (f"`{microbatches}` microbatches cannot fill `{pipeline}` pipeline stages: some GPUs wait; raise the batch size",)

@@ -1,0 +1,63 @@
+"""Stopping a run from outside: notes the signal, leaves the stopping to the loop, and asks the other ranks.
+
+SIGTERM comes from Slurm before the time limit and from torchrun, SIGUSR1 from Slurm where it is told so, SIGINT from
+Ctrl-C. Knows nothing of steps or checkpoints.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+NOTED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stop:
+    """While entered, the first signal of each kind is only noted. A second Ctrl-C stops at once, with KeyboardInterrupt.
+
+    A second SIGTERM changes nothing: under Slurm a worker may get one from Slurm and one from torchrun. On leaving, the
+    handlers are what they were. Enter it in the main thread; Python allows handlers only there.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """This rank was asked to stop. Ranks hear at different times: act on `any_rank(stop.requested)`."""
+        return self.received is not None
+
+    def __enter__(self) -> Self:
+        for number in NOTED:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            # None stands for a handler that Python did not set and cannot set again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before.clear()
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+
+def any_rank(flag: bool, *, group: Any = None) -> bool:
+    """True on every rank of `group` if `flag` is true on one. Without torch.distributed, `flag`.
+
+    Every rank must call it, as often. Pass a group of the gloo backend, made once (`dist.new_group(backend="gloo")`): then it
+    is one message of four bytes between CPUs, and the GPU is not waited for. On an NCCL group it waits for the GPU.
+    """
+    import torch  # noqa: PLC0415 - a command that only notes signals starts without torch
+    from torch import distributed  # noqa: PLC0415
+
+    if not distributed.is_initialized():
+        return flag
+    device = "cuda" if distributed.get_backend(group) == "nccl" else "cpu"
+    asked = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+    distributed.all_reduce(asked, op=distributed.ReduceOp.MAX, group=group)
+    return bool(asked.item())

@@ -1,0 +1,243 @@
+"""Where records go: JSON lines in the run's folder, TensorBoard, Weights & Biases.
+
+Knows files and the names that each tool's users expect. Knows no ranks: the caller opens sinks on one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import click
+
+from formats.errors import UserError, shown
+from trainer.config import LoggerConfig
+from trainer.metrics import GIB, Evaluation, Record, Step
+
+FILE = "metrics.jsonl"
+_WANDB_ID = "wandb_run_id"
+
+
+class Sink(Protocol):
+    """One place that records go to."""
+
+    def log(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Sinks:
+    """All places of a run. Each record is out of this process's hands when `log` returns, where the place allows it."""
+
+    def __init__(self, places: list[Sink]) -> None:
+        self.places = places
+
+    def log(self, record: Record) -> None:
+        """Give the record to every place."""
+        for place in self.places:
+            place.log(record)
+
+    def close(self) -> None:
+        """Flush and close every place. Closing twice changes nothing."""
+        while self.places:
+            self.places.pop().close()
+
+
+def open_sinks(logger: LoggerConfig, run_dir: Path | None, *, settings: dict[str, Any], done: int = 0) -> Sinks:
+    """Open what `logger` asks for, and `metrics.jsonl` in `run_dir` if that is given.
+
+    `settings` are kept by TensorBoard and Weights & Biases beside the curves. `done` is the number of steps behind a resumed
+    run: what a killed run wrote of later steps is dropped from `metrics.jsonl` and hidden in TensorBoard, for it is computed
+    again. UserError if a package is missing, before anything is opened.
+    """
+    if logger.tensorboard_dir:
+        _need("tensorboard", setting="tensorboard_dir", install="tensorboard")
+    if logger.wandb_project:
+        _need("wandb", setting="wandb_project", install="'mbtools[wandb]'")
+    places: list[Sink] = []
+    if run_dir is not None:
+        places.append(JsonLines(run_dir / FILE, done=done))
+    if logger.tensorboard_dir:
+        places.append(TensorBoard(Path(logger.tensorboard_dir), settings=settings, done=done))
+    if logger.wandb_project:
+        places.append(WeightsAndBiases(logger, run_dir, settings=settings, resume=done > 0))
+    return Sinks(places)
+
+
+def _need(package: str, *, setting: str, install: str) -> None:
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"`logger.{setting}` is set, but the package `{package}` cannot be imported: {error}",
+            hint=f"pip install {install}, or leave `logger.{setting}` out",
+        ) from error
+
+
+class JsonLines:
+    """A record per line, flushed as it is written; floats are exact, as Python's `repr` writes them.
+
+    A float that is not finite is a string (`"NaN"`, `"Infinity"`, `"-Infinity"`), since JSON has no number for it. `kind` is
+    `step` or `evaluation`.
+    """
+
+    def __init__(self, path: Path, *, done: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _cut_back(path, done)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, record: Record) -> None:
+        fields = {name: _json(value) for name, value in asdict(record).items()}
+        self._file.write(json.dumps({"kind": type(record).__name__.lower(), **fields}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _json(value: Any) -> Any:
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a `metrics.jsonl` as dictionaries, `NaN` and infinities as floats. UserError with file and line for one
+    that is not a record, but for a last line without its end: a run may be writing it."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.endswith(b"\n"):
+                yield _record(line, path, number)
+
+
+def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or type(found.get("iteration")) is not int or found.get("kind") not in ("step", "evaluation"):
+        text = shown(line[:60].decode("utf-8", "replace").strip())
+        raise UserError(
+            f"`{path}`, line {number}: `{text}` is not a record of a run",
+            hint="remove the line, or choose another folder",
+        )
+    special = ("NaN", "Infinity", "-Infinity")
+    return {name: float(value) if value in special else value for name, value in found.items()}
+
+
+def _cut_back(path: Path, done: int) -> None:
+    """Replace the file by its lines of the steps until `done`; whoever reads it sees the old file or the new one."""
+    old = path.read_bytes()
+    kept = [line for line in _whole_lines(old, path) if line[0] <= done]
+    new = b"".join(line for _, line in kept)
+    if new == old:
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as out:
+        out.write(new)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(path)
+    lines = old.count(b"\n") + (not old.endswith(b"\n")) - len(kept)
+    click.echo(f"note: {path}: {lines} lines of steps after {done} dropped; they are computed again", file=sys.stderr)
+
+
+def _whole_lines(data: bytes, path: Path) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(io.BytesIO(data), 1):
+        if line.endswith(b"\n"):
+            yield _record(line, path, number)["iteration"], line
+
+
+class TensorBoard:
+    """Scalars under the names that Megatron's users know; the step is the iteration."""
+
+    def __init__(self, folder: Path, *, settings: dict[str, Any], done: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - only if asked for
+
+        self._writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+        self._writer.add_text("settings", f"```json\n{json.dumps(settings, indent=2, default=str)}\n```", done)
+
+    def log(self, record: Record) -> None:
+        for name, value in curves(record).items():
+            self._writer.add_scalar(name, value, record.iteration)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """The same curves in a run whose id is kept in `run_dir`, so that a resumed run goes on in it.
+
+    The x axis is `iteration`, not W&B's own step, which cannot go back: after a resume from an older checkpoint, the steps
+    computed twice are shown twice.
+    """
+
+    def __init__(self, logger: LoggerConfig, run_dir: Path | None, *, settings: dict[str, Any], resume: bool) -> None:
+        import wandb  # noqa: PLC0415 - only if asked for
+
+        folder = logger.wandb_save_dir or (str(run_dir) if run_dir else None)
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        known = run_dir / _WANDB_ID if run_dir else None
+        try:
+            self._run = wandb.init(
+                project=logger.wandb_project,
+                name=logger.wandb_exp_name,
+                entity=logger.wandb_entity,
+                dir=folder,
+                mode=logger.wandb_mode,
+                config=settings,
+                id=known.read_text(encoding="ascii").strip() if known and resume and known.exists() else None,
+                resume="allow",
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"Weights & Biases did not start: {error}", hint="run `wandb login`, or set `logger.wandb_mode=offline`"
+            ) from error
+        self._run.define_metric("*", step_metric="iteration")
+        if known:
+            known.write_text(self._run.id + "\n", encoding="ascii")
+
+    def log(self, record: Record) -> None:
+        self._run.log({"iteration": record.iteration, **curves(record)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def curves(record: Record) -> dict[str, float]:
+    """A record's numbers under Megatron-LM's TensorBoard names; what Megatron-LM does not draw has a name in its manner."""
+    if isinstance(record, Evaluation):
+        return {f"lm loss {record.split}": record.loss, f"lm loss {record.split} ppl": record.perplexity}
+    named = {
+        "lm loss": record.loss,
+        "learning-rate": record.lr,
+        "grad-norm": record.grad_norm,
+        "loss-scale": record.loss_scale,
+        "iteration-time": record.seconds_per_step,
+        "throughput": record.tflops_per_gpu,
+        "tokens-per-second-per-gpu": record.tokens_per_second_per_gpu,
+        "mfu": record.mfu,
+        "mem-max-allocated-bytes": record.memory_gib * GIB,
+        **_counts(record),
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _counts(record: Step) -> dict[str, float]:
+    return {
+        "consumed-samples": record.consumed_samples,
+        "consumed-tokens": record.consumed_tokens,
+        "skipped-iterations": record.skipped_steps,
+        "nan-iterations": record.nan_steps,
+    }

@@ -1,0 +1,100 @@
+"""What a run tells: a line per interval on the console, the same record to files and services.
+
+Every rank counts, so that a checkpoint holds where the interval stood; one rank speaks.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+
+from trainer import device, documents, metrics, peaks
+from trainer.config import RunConfig
+from trainer.flops import flops_per_token
+from trainer.sinks import Sinks, open_sinks
+
+
+@dataclass
+class Telling:
+    """A run's voice. `sinks` is None on ranks that are silent."""
+
+    config: RunConfig
+    measure: metrics.Measure
+    sinks: Sinks | None
+    interval: metrics.Interval = field(default_factory=metrics.Interval)
+    _since: float = field(default_factory=time.perf_counter)
+
+    def step(self, progress: Any, step: Any) -> None:
+        """Count a step; at an interval's end, tell it."""
+        grad_norm = step.grad_norm if step.applied else None
+        self.interval.add(torch.tensor(step.loss), grad_norm=grad_norm, skipped=not step.applied)
+        every = self.config.logger.log_interval
+        if progress.iteration % every and progress.iteration < self.config.train.train_iters:
+            return
+        device.synchronize()
+        seconds, totals = time.perf_counter() - self._since, self.interval.close()
+        self._tell(
+            self.measure.step(
+                totals,
+                iteration=progress.iteration,
+                seconds=seconds,
+                lr=step.lr,
+                consumed_samples=progress.consumed_samples,
+                consumed_tokens=progress.consumed_samples * self.config.dataset.sequence_length,
+                memory_gib=metrics.memory_gib(),
+                loss_scale=step.loss_scale,
+            )
+        )
+        self._since = time.perf_counter()
+
+    def evaluation(self, progress: Any, split: Any, loss: float) -> None:
+        """Tell an evaluation."""
+        self._tell(metrics.evaluation(progress.iteration, split=split, loss=loss))
+
+    def pause(self, seconds: float) -> None:
+        """Time spent on something other than steps does not count as theirs."""
+        self._since += seconds
+
+    def _tell(self, record: metrics.Record) -> None:
+        if self.sinks is not None:
+            click.echo(metrics.console_line(record, self.config.train.train_iters), err=True)
+            self.sinks.log(record)
+
+    def close(self) -> None:
+        """Let go of files and services."""
+        if self.sinks is not None:
+            self.sinks.close()
+
+
+def run_dir(config: RunConfig) -> Path | None:
+    """Where a run's own files go."""
+    folder = config.logger.run_dir or config.checkpoint.save
+    return Path(folder) if folder else None
+
+
+def open_telling(config: RunConfig, *, resumed_at: int, active: bool) -> Telling:
+    """The voice of a run that goes on from step `resumed_at`; only the active rank's is heard."""
+    sequence = config.dataset.sequence_length
+    kind = device.GPU if device.current().type == "cuda" else device.CPU
+    measure = metrics.Measure(
+        flops_per_token=_flops(config),
+        tokens_per_step=config.train.global_batch_size * sequence,
+        num_gpus=dist.get_world_size(),
+        train_iters=config.train.train_iters,
+        peak_flops=peaks.peak_flops(config.mixed_precision),
+        device=kind,
+    )
+    settings = documents.as_mapping(config)
+    sinks = open_sinks(config.logger, run_dir(config), settings=settings, done=resumed_at) if active else None
+    return Telling(config, measure, sinks)
+
+
+def _flops(config: RunConfig) -> float:
+    """Model FLOPs per token; 0 for a model of one's own, whose shape nobody told."""
+    return flops_per_token(config.model, config.dataset.sequence_length) if getattr(config.model, "vocab_size", 0) else 0.0

@@ -1,0 +1,181 @@
+"""Text to token numbers and back: a Hugging Face folder, or plain bytes.
+
+Knows where such folders say which token ends a document. Knows neither models nor data files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from formats.errors import UserError, shown
+from formats.json_objects import parse_json
+
+END = "<|endoftext|>"
+_BYTE_END = 256
+
+_SIDE_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json",
+)  # fmt: skip
+_ANY_TOKENIZER = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokenizer:
+    """What `load` gives."""
+
+    encode: Callable[[str], list[int]]
+    """Token numbers of a text and nothing else: no token for its begin or end."""
+
+    decode: Callable[[Sequence[int]], str]
+    """Text, special tokens included; numbers that stand for no token are left out."""
+
+    eod: int
+    """The token that ends a document."""
+
+    vocab_size: int
+    """One more than the greatest token number."""
+
+    files: Callable[[], Mapping[str, bytes]]
+    """What `load` needs to make this one again, by file name."""
+
+    def save(self, folder: Path) -> None:
+        """Write the files, so that `load(folder)` gives the same tokenizer; transformers reads them as well."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (folder / name).write_bytes(content)
+
+
+def load(name: str) -> Tokenizer:
+    """`byte`, or a folder with a tokenizer.
+
+    Raises UserError where the folder has none, or names no token that ends a document.
+    """
+    if name == "byte":
+        return _bytes()
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(f"`{name}` is no folder", hint="give a folder with `tokenizer.json`, or `byte` for plain bytes")
+    if (folder / "tokenizer.json").is_file():
+        return _fast(folder, _from_file(folder / "tokenizer.json"))
+    return _other(folder)
+
+
+def _bytes() -> Tokenizer:
+    return Tokenizer(
+        encode=lambda text: list(text.encode()),
+        decode=_text_of_bytes,
+        eod=_BYTE_END,
+        vocab_size=_BYTE_END + 1,
+        files=_byte_files,
+    )
+
+
+def _text_of_bytes(ids: Sequence[int]) -> str:
+    parts = (bytes((number,)) if number < _BYTE_END else END.encode() for number in ids if number <= _BYTE_END)
+    return b"".join(parts).decode(errors="replace")
+
+
+def _byte_files() -> dict[str, bytes]:
+    """The same as a byte-level BPE without merges: what other programs can load."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415 - slow to import
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # noqa: PLC0415
+
+    vocabulary = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "clean_up_tokenization_spaces": False}
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+        "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+    }
+
+
+def _from_file(path: Path) -> Any:
+    from tokenizers import Tokenizer  # noqa: PLC0415 - slow to import
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"`{path}` is not readable as a tokenizer: {error}", hint="fetch the file again") from None
+
+
+def _fast(folder: Path, backend: Any) -> Tokenizer:
+    """A tokenizer of the `tokenizers` library; what its file says of cutting and padding is for batches, not for documents."""
+    backend.no_truncation()
+    backend.no_padding()
+    return Tokenizer(
+        encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
+        decode=lambda ids: backend.decode(list(ids), skip_special_tokens=False),
+        eod=_end_of_document(folder, backend.token_to_id),
+        vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+        files=lambda: _side_files(folder),
+    )
+
+
+def _other(folder: Path) -> Tokenizer:
+    """What only transformers can read. No code from the folder is run."""
+    if not any((folder / name).is_file() for name in _ANY_TOKENIZER):
+        raise UserError(
+            f"`{folder}` has no tokenizer: there is no `tokenizer.json`",
+            hint="point at a Hugging Face model directory, or `byte`",
+        )
+    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
+
+    try:
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # any of many kinds, from several libraries
+        first = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"`{folder}` has no `tokenizer.json`, and transformers cannot read the rest: {first}",
+            hint="save the tokenizer with transformers' `save_pretrained`, which writes `tokenizer.json`",
+        ) from None
+    if found.is_fast:
+        return _fast(folder, found.backend_tokenizer)
+    numbers = found.get_vocab()
+    return Tokenizer(
+        encode=lambda text: found(text, add_special_tokens=False, verbose=False)["input_ids"],
+        decode=lambda ids: found.decode(list(ids), skip_special_tokens=False),
+        eod=_end_of_document(folder, numbers.get),
+        vocab_size=max(numbers.values()) + 1,
+        files=lambda: _side_files(folder),
+    )
+
+
+def _side_files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in _SIDE_FILES if (folder / name).is_file()}
+
+
+def _end_of_document(folder: Path, number_of: Callable[[str], int | None]) -> int:
+    """The number of the token that the folder calls the end of a sequence: the first file that says so counts."""
+    for source, value in _eos_entries(folder):
+        number = number_of(value) if isinstance(value, str) else value
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise UserError(
+                f"`{folder / source}` names `{shown(value)}` as its end-of-document token, which the tokenizer does not have",
+                hint="correct `eos_token`, or the tokenizer",
+            )
+        return number
+    raise UserError(
+        f"`{folder}` names no end-of-document token",
+        hint="set `eos_token` in `tokenizer_config.json`, or `eos_token_id` in `generation_config.json` or `config.json`",
+    )
+
+
+def _eos_entries(folder: Path) -> Iterator[tuple[str, Any]]:
+    keys = (("tokenizer_config.json", "eos_token"), ("generation_config.json", "eos_token_id"), ("config.json", "eos_token_id"))
+    for name, key in keys:
+        path = folder / name
+        value = parse_json(path.read_bytes(), source=str(path)).get(key) if path.is_file() else None
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, list):  # several tokens may end a turn; the first one ends a text
+            value = value[0] if value else None
+        if value is not None:
+            yield name, value
