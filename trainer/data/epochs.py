@@ -33,6 +33,9 @@ _HEAD = struct.Struct("<9sQBQQ")
 """What an `.idx` begins with: magic, version, code of the dtype, sequences, documents + 1 (megatron-core's `_IndexWriter`)."""
 
 
+_NO_TOKEN = -2  # megatron-core takes -1 for padding
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
     """What megatron-core asks a tokenizer."""
@@ -92,7 +95,7 @@ class Epochs(Dataset):
         count = len(self._source.sequence_lengths)
         self._numbers = np.arange(round(share[0] * count), round(share[1] * count), dtype=np.int32)
         self._vocabulary = Vocabulary(
-            eod=-1 if eod is None else eod,
+            eod=_NO_TOKEN if eod is None else eod,
             vocab_size=vocab_size,
             unique_identifiers={
                 "documents": f"{self._numbers[:1]} to {self._numbers[-1:]} of {count}",
