@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +96,15 @@ def test_processes_that_read_ahead_change_nothing_and_end_with_the_generator(tmp
     together.close()
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert multiprocessing.active_children() == []
+
+
+def test_processes_that_read_ahead_end_with_a_rank_that_is_killed():
+    script = Path(__file__).with_name("reading.py")
+    with subprocess.Popen([sys.executable, "-W", "ignore", str(script)], stdout=subprocess.PIPE, text=True) as rank:
+        workers = [int(number) for number in rank.stdout.readline().split()]
+        os.kill(rank.pid, signal.SIGKILL)
+    assert len(workers) == 2
+    limit = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]

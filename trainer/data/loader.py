@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from formats.errors import UserError
+from trainer.data import orphans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +97,8 @@ def _processes(num_workers: int) -> dict[str, Any]:
 
 
 def _begin(_number: int) -> None:
-    """A worker is no rank, and megatron-core need not say so."""
+    orphans.end_with_parent()
+    # A worker is no rank, and megatron-core need not say so.
     warnings.filterwarnings("ignore", "Could not determine rank", UserWarning)
 
 
