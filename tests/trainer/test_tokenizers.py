@@ -6,7 +6,7 @@ import json
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from formats.errors import UserError
 from trainer import tokenizers
@@ -105,3 +105,13 @@ def test_what_a_folder_lacks_is_named(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     assert message(tmp_path / "empty") == f"`{tmp_path}/empty` has no tokenizer: there is no `tokenizer.json`"
     assert message(tmp_path / "none") == f"`{tmp_path}/none` is no folder"
+
+
+def test_a_tokenizer_written_in_python_is_read_by_transformers(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink(missing_ok=True)
+    found, other = tokenizers.load(str(tmp_path)), ByT5Tokenizer()
+    assert not other.is_fast
+    assert found.encode("grün") == other("grün", add_special_tokens=False)["input_ids"]
+    assert found.decode(found.encode("grün")) == "grün"
+    assert (found.eod, found.vocab_size) == (other.eos_token_id, len(other))

@@ -33,6 +33,9 @@ _HEAD = struct.Struct("<9sQBQQ")
 """What an `.idx` begins with: magic, version, code of the dtype, sequences, documents + 1 (megatron-core's `_IndexWriter`)."""
 
 
+_NO_TOKEN = -2  # megatron-core takes -1 for padding
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
     """What megatron-core asks a tokenizer."""
@@ -90,12 +93,12 @@ class Epochs(Dataset):
         self._prefix, self._config, self._split, self.samples = prefix, config, split, 0
         self._source = _open(prefix)
         count = len(self._source.sequence_lengths)
-        self._numbers = np.arange(round(share[0] * count), round(share[1] * count), dtype=np.int32)
+        self._bounds = round(share[0] * count), round(share[1] * count)
         self._vocabulary = Vocabulary(
-            eod=-1 if eod is None else eod,
+            eod=_NO_TOKEN if eod is None else eod,
             vocab_size=vocab_size,
             unique_identifiers={
-                "documents": f"{self._numbers[:1]} to {self._numbers[-1:]} of {count}",
+                "documents": f"{self._bounds[0]} to {self._bounds[1]} of {count}",
                 "lengths": blake3.blake3(self._source.sequence_lengths.tobytes()).hexdigest(),
             },
         )
@@ -104,20 +107,24 @@ class Epochs(Dataset):
         self.per_epoch = len(self._epoch(0))
 
     def _check_enough(self, count: int) -> None:
-        tokens = int(self._source.sequence_lengths[self._numbers].sum())
+        tokens = int(self._lengths.sum(dtype=np.int64))
         if tokens > self._config.sequence_length:
             return
         raise UserError(
-            f"the {self._split.name} split of `{self._prefix}` has {tokens} tokens in {len(self._numbers)} of {count} documents, "
+            f"the {self._split.name} split of `{self._prefix}` has {tokens} tokens in {len(self._lengths)} of {count} documents, "
             f"but a sample takes {self._config.sequence_length + 1}",
             hint="change its share in `dataset.split`, use more data, or a smaller `dataset.sequence_length`",
         )
 
+    @property
+    def _lengths(self) -> np.ndarray:
+        return self._source.sequence_lengths[slice(*self._bounds)]
+
     def take(self, samples: int) -> Epochs:
         """Have so many samples, and the indices of all epochs that they lie in made, as far as those are kept in files."""
         self.samples = samples
-        tokens = int(self._source.sequence_lengths[self._numbers].sum())
-        if len(self._numbers) + tokens // self._config.sequence_length >= cache.SMALL:
+        tokens = int(self._lengths.sum(dtype=np.int64))
+        if len(self._lengths) + tokens // self._config.sequence_length >= cache.SMALL:
             for number in range(-(-samples // self.per_epoch)):
                 self._epoch(number)
         return self
@@ -147,8 +154,8 @@ class Epochs(Dataset):
         if number not in self._opened:
             if len(self._opened) == 2:
                 del self._opened[next(iter(self._opened))]
-            config = self._epoch_config(number)
-            self._opened[number] = Epoch(self._source, self._numbers, split=self._split, config=config, folder=self._folder())
+            config, numbers = self._epoch_config(number), np.arange(*self._bounds, dtype=np.int32)
+            self._opened[number] = Epoch(self._source, numbers, split=self._split, config=config, folder=self._folder())
         return self._opened[number]
 
     def _epoch_config(self, number: int) -> GPTDatasetConfig:

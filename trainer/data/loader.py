@@ -8,6 +8,7 @@ alone, and a run that goes on with other batch sizes or more ranks goes on exact
 from __future__ import annotations
 
 import multiprocessing
+import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from formats.errors import UserError
+from trainer.data import orphans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +93,13 @@ def _processes(num_workers: int) -> dict[str, Any]:
         return {"num_workers": 0}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.quiet", "trainer.data.splits", "trainer.data.loader"])
-    return {"num_workers": num_workers, "multiprocessing_context": context}
+    return {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _begin}
+
+
+def _begin(_number: int) -> None:
+    orphans.end_with_parent()
+    # A worker is no rank, and megatron-core need not say so.
+    warnings.filterwarnings("ignore", "Could not determine rank", UserWarning)
 
 
 def _read(loader: DataLoader) -> Generator[dict[str, torch.Tensor]]:
