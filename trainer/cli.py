@@ -38,3 +38,4 @@ class _Commands(click.Group):
 @click.version_option(package_name="mbtools")
 def main() -> None:
     """Train language models with megatron-core."""
+    import_module("trainer.quiet")

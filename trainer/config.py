@@ -8,8 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core import distributed
 from megatron.core.optimizer import OptimizerConfig
+
+
+@dataclass(kw_only=True)
+class DistributedDataParallelConfig(distributed.DistributedDataParallelConfig):
+    """megatron-core's, with room for the precision to choose."""
+
+    grad_reduce_in_fp32: bool | None = None  # type: ignore[assignment]
+    """None for what `mixed_precision` says."""
 
 
 @dataclass(kw_only=True)

@@ -25,6 +25,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from formats.errors import UserError
 from trainer import checkpoint, data, device, live, luggage, model, optim, parallel, telling, tokenizers
 from trainer.config import RunConfig
+from trainer.data.loader import batches
 from trainer.loss import forward_step as default_forward_step
 from trainer.resolve import Resolved, resolve
 from trainer.signals import Stop
@@ -181,17 +182,26 @@ def _datasets(config: RunConfig) -> Sequence[Any]:
     evaluated = checks.eval_iters * train.global_batch_size
     return data.build(
         config.dataset,
-        tokenizer=tokenizers.find(config),
+        tokenizer=_tokenizer(config),
         vocab_size=config.model.vocab_size,
         samples=(train.train_iters * train.global_batch_size, evaluated, evaluated),
     )
+
+
+def _tokenizer(config: RunConfig) -> tokenizers.Tokenizer | None:
+    """The one named, or the one beside the model's own files; None where there is none."""
+    name = config.tokenizer.tokenizer_model
+    beside = getattr(config.model, "hf_source", None)
+    if name is None and beside and (Path(beside) / "tokenizer.json").is_file():
+        name = beside
+    return tokenizers.load(name) if name else None
 
 
 def _iterators(run: Run, dataset: Any, *, consumed: int) -> list[Iterator[Any] | None]:
     """One iterator of microbatches per model chunk; None for chunks that see neither tokens nor labels."""
     config = run.config
     return [
-        data.batches(
+        batches(
             dataset,
             consumed=consumed,
             micro_batch_size=config.train.micro_batch_size,
@@ -262,12 +272,12 @@ def train_step(run: Run) -> Step:
     )
 
 
-def _schedule(run: Run, batches: list[Any], *, microbatches: int, forward_only: bool) -> list[torch.Tensor]:
+def _schedule(run: Run, iterators: list[Any], *, microbatches: int, forward_only: bool) -> list[torch.Tensor]:
     """megatron-core's pipeline schedule over one global batch: [loss sum, tokens] per microbatch on the last stage."""
     config = run.config
     return get_forward_backward_func()(
         forward_step_func=partial(run.forward_step),
-        data_iterator=batches if len(batches) > 1 else batches[0],
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=run.chunks,
         num_microbatches=microbatches,
         seq_length=config.dataset.sequence_length,
@@ -318,12 +328,12 @@ def evaluate(run: Run, split: str) -> float | None:
     if dataset is None or iterations == 0:
         return None
     began = time.perf_counter()
-    batches = _iterators(run, dataset, consumed=0)
+    held_out = _iterators(run, dataset, consumed=0)
     for chunk in run.chunks:
         chunk.eval()
     with torch.no_grad(), optim.parameters_gathered(run.chunks):
         count = iterations * get_num_microbatches()
-        mean = _mean(_schedule(run, batches, microbatches=count, forward_only=True))
+        mean = _mean(_schedule(run, held_out, microbatches=count, forward_only=True))
     for chunk in run.chunks:
         chunk.train()
     (loss,) = parallel.largest([-math.inf if mean is None else mean.item()])

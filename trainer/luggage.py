@@ -69,8 +69,10 @@ def _from_config(config: RunConfig) -> dict[str, bytes | FileIn]:
     if not described:
         return {}
     found: dict[str, bytes | FileIn] = {f"{carried.FILES}/{carried.CONFIG}": (json.dumps(described, indent=2) + "\n").encode()}
-    for name, data in tokenizers.files(config.tokenizer.tokenizer_model).items():
-        found |= {f"{carried.FILES}/{name}": data, f"tokenizer/{name}": data}
+    if config.tokenizer.tokenizer_model:
+        for name, data in tokenizers.load(config.tokenizer.tokenizer_model).files().items():
+            found |= {f"tokenizer/{name}": data}
+            found |= {f"{carried.FILES}/{name}": data} if name != carried.CONFIG else {}
     return found
 
 

@@ -44,7 +44,7 @@ class Recipe:
     ddp: Mapping[str, Any]
     needs: Requirement
     starting: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the model that the name sets where nobody did."""
+    """Settings that the name chooses where nobody did."""
 
     low_precision_weights: bool = False
     """Weights themselves are kept in FP8 where the distributed optimizer holds their fp32 masters."""
@@ -68,8 +68,12 @@ def _plain(dtype: torch.dtype, *, grad_reduce_in_fp32: bool, cpu: bool, capabili
     return Recipe(
         model={**kind, **_UNQUANTIZED},
         optimizer={**kind, "fp8_recipe": None},
-        ddp={"grad_reduce_in_fp32": grad_reduce_in_fp32, "fp8_param_gather": False, "fp4_param_gather": False},
-        starting={"pipeline_dtype": dtype, "autocast_dtype": dtype},
+        ddp={"fp8_param_gather": False, "fp4_param_gather": False},
+        starting={
+            "model.pipeline_dtype": dtype,
+            "model.autocast_dtype": dtype,
+            "ddp.grad_reduce_in_fp32": grad_reduce_in_fp32,
+        },
         needs=Requirement(cpu=cpu, capability=capability),
     )
 
@@ -82,7 +86,7 @@ def _fp8(kind: str, *, recipe: str, needs: Requirement, weights: bool, **startin
         model={**_BF16.model, "fp8": kind, "fp8_recipe": recipe},
         optimizer={**_BF16.optimizer, "fp8_recipe": recipe if weights else None},
         ddp=_BF16.ddp,
-        starting={**_BF16.starting, **starting},
+        starting={**_BF16.starting, **{f"model.{name}": value for name, value in starting.items()}},
         needs=needs,
         low_precision_weights=weights,
     )
@@ -159,8 +163,7 @@ def apply(name: str, config: Any) -> list[Choice]:
     decided |= _weights(chosen, config)
     for setting, value in decided.items():
         _agree(config, setting, value, name=name)
-    starting = {f"model.{key}": value for key, value in chosen.starting.items()}
-    free = {setting: value for setting, value in starting.items() if given(config, setting) is None}
+    free = {setting: value for setting, value in chosen.starting.items() if given(config, setting) is None}
     why = f"`mixed_precision={name}`"
     known = {setting: value for setting, value in (decided | free).items() if hasattr(*split(config, setting))}
     return carry_out(config, [Choice(setting, value, why) for setting, value in known.items()])

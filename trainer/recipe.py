@@ -60,6 +60,5 @@ def pretraining(
     optimizer.lr, optimizer.min_lr, optimizer.weight_decay, optimizer.clip_grad = lr, min_lr, 0.1, 1.0
     optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_eps = 0.9, 0.95, 1e-8
     optimizer.use_distributed_optimizer = config.ddp.use_distributed_optimizer = True
-    config.ddp.grad_reduce_in_fp32 = True
     config.scheduler.lr_warmup_fraction = WARM_UP
     return config

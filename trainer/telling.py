@@ -5,6 +5,7 @@ Every rank counts, so that a checkpoint holds where the interval stood; one rank
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ class Telling:
     measure: metrics.Measure
     sinks: Sinks | None
     interval: metrics.Interval = field(default_factory=metrics.Interval)
+    color: bool = field(default_factory=lambda: sys.stderr.isatty())
     _since: float = field(default_factory=time.perf_counter)
 
     def step(self, progress: Any, step: Any) -> None:
@@ -47,7 +49,7 @@ class Telling:
                 lr=step.lr,
                 consumed_samples=progress.consumed_samples,
                 consumed_tokens=progress.consumed_samples * self.config.dataset.sequence_length,
-                memory_gib=metrics.memory_gib(),
+                memory_gib=metrics.memory_gib(device.current()),
                 loss_scale=step.loss_scale,
             )
         )
@@ -63,7 +65,7 @@ class Telling:
 
     def _tell(self, record: metrics.Record) -> None:
         if self.sinks is not None:
-            click.echo(metrics.console_line(record, self.config.train.train_iters), err=True)
+            click.echo(metrics.console_line(record, self.config.train.train_iters, color=self.color), err=True)
             self.sinks.log(record)
 
     def close(self) -> None:
@@ -87,10 +89,10 @@ def open_telling(config: RunConfig, *, resumed_at: int, active: bool) -> Telling
         tokens_per_step=config.train.global_batch_size * sequence,
         num_gpus=dist.get_world_size(),
         train_iters=config.train.train_iters,
-        peak_flops=peaks.peak_flops(config.mixed_precision),
+        peak_flops=_peak(config),
         device=kind,
     )
-    settings = documents.as_mapping(config)
+    settings = documents.as_mapping(config)[0]
     sinks = open_sinks(config.logger, run_dir(config), settings=settings, done=resumed_at) if active else None
     return Telling(config, measure, sinks)
 
@@ -98,3 +100,12 @@ def open_telling(config: RunConfig, *, resumed_at: int, active: bool) -> Telling
 def _flops(config: RunConfig) -> float:
     """Model FLOPs per token; 0 for a model of one's own, whose shape nobody told."""
     return flops_per_token(config.model, config.dataset.sequence_length) if getattr(config.model, "vocab_size", 0) else 0.0
+
+
+def _peak(config: RunConfig) -> float | None:
+    """The dense peak of this GPU; None on a CPU."""
+    if device.current().type == "cpu":
+        return None
+    model = config.model
+    computed = "fp4" if model.fp4 else "fp8" if model.fp8 else "bf16" if model.bf16 else "fp16" if model.fp16 else "fp32"
+    return peaks.peak_flops(torch.cuda.get_device_name(), precision=computed)

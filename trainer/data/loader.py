@@ -88,7 +88,7 @@ def _processes(num_workers: int) -> dict[str, Any]:
     if not num_workers:
         return {"num_workers": 0}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.data.splits", "trainer.data.loader"])
+    context.set_forkserver_preload(["trainer.quiet", "trainer.data.splits", "trainer.data.loader"])
     return {"num_workers": num_workers, "multiprocessing_context": context}
 
 
