@@ -10,6 +10,7 @@ import torch
 
 from tests import models
 from tests.trainer.settings import HOPPER, LLAMA, settings
+from trainer import recipes
 from trainer.activations import _in_flight
 from trainer.config import RunConfig
 from trainer.estimate import Estimate, memory, parameters, parameters_per_rank
@@ -99,15 +100,19 @@ def parts(config: RunConfig, *, world_size: int = 1) -> tuple[Estimate, dict[str
 
 @pytest.mark.parametrize(
     ("precision", "fp32_gradients", "alone", "shared"),
-    [("fp32", False, 16, 8), ("bf16_mixed", True, 18, 6), ("fp16_mixed", False, 20, 4)],
+    [("fp32", None, 16, 8), ("bf16_mixed", None, 18, 6), ("bf16_mixed", False, 20, 4), ("fp16_mixed", None, 20, 4)],
 )
-def test_bytes_per_parameter_are_those_megatron_documents(precision: str, fp32_gradients: bool, alone: int, shared: int) -> None:
+def test_bytes_per_parameter_are_those_megatron_documents(
+    precision: str, fp32_gradients: bool | None, alone: int, shared: int
+) -> None:
     """Megatron-LM, docs/source/api-guide/dist_optimizer: 20 and 4 + 16/d, 18 and 6 + 12/d, 16 and 8 + 8/d."""
     for sharded, expected in ((False, alone), (True, shared + (alone - shared) / 4)):
-        config = settings(mixed_precision=precision, ddp__use_distributed_optimizer=sharded)
+        config = settings(
+            mixed_precision=precision, ddp__use_distributed_optimizer=sharded, ddp__grad_reduce_in_fp32=fp32_gradients
+        )
         _, found = parts(config, world_size=4)
         count = parameters_per_rank(config.model).total
-        assert found["weights"] + found["gradients"] + found["optimizer"] == int(expected * count), fp32_gradients
+        assert found["weights"] + found["gradients"] + found["optimizer"] == int(expected * count)
 
 
 def test_activations_without_flash_attention_are_those_of_the_paper_less_its_dropout_masks() -> None:
@@ -176,3 +181,14 @@ def test_the_first_of_two_stages_is_the_fullest_where_it_keeps_more_microbatches
     assert estimate.pp_rank == 0
     assert estimate.total == sum(found.values())
     assert all(part.why for part in estimate.parts)
+
+
+@pytest.mark.parametrize("name", sorted(recipes.every()))
+def test_recipes_have_the_parameters_of_their_model_and_fit_their_gpus(name: str) -> None:
+    from transformers import LlamaConfig
+
+    recipe = recipes.find(name)
+    config = recipe.pretrain_config()
+    assert parameters(config.model) == on_meta(LlamaConfig(**config.model.hf_config))
+    resolved = resolve(config, world_size=recipe.gpus or 1, device="gpu" if recipe.gpus else "cpu", machine=HOPPER)
+    assert memory(resolved.config, resolved.world_size).total < 80e9

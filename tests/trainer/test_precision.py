@@ -56,6 +56,10 @@ def test_a_starting_value_yields_to_the_users() -> None:
     config = settings(model__fp8_amax_history_len=16)
     precision.apply("bf16_with_fp8_delayed_scaling_mixed", config)
     assert (config.model.fp8_amax_history_len, config.model.fp8_amax_compute_algo) == (16, "max")
+    assert config.ddp.grad_reduce_in_fp32
+    config = settings(ddp__grad_reduce_in_fp32=False)
+    precision.apply("bf16_mixed", config)
+    assert config.ddp.grad_reduce_in_fp32 is False
 
 
 def test_a_field_set_to_something_else_is_a_contradiction() -> None:
