@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -58,8 +59,7 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     checks.check_schedule(told)
     checks.check_saving(told)
     _validate(told)
-    warnings = _warnings(told, microbatches)
-    return Resolved(told, tuple(choices), warnings, world_size, copies, microbatches)
+    return Resolved(told, tuple(choices), _warnings(told, microbatches), world_size, copies, microbatches)
 
 
 def _copy(config: RunConfig) -> RunConfig:
@@ -86,9 +86,8 @@ def _virtual_stages(model: Any) -> list[Choice]:
     layout = getattr(model, "pipeline_model_parallel_layout", None)
     if not isinstance(layout, (str, list)) or told is not None:
         return []
-    read = PipelineParallelLayerLayout.from_str if isinstance(layout, str) else PipelineParallelLayerLayout
     try:
-        stages = read(layout=layout, pipeline_model_parallel_size=checks.size(model, checks.PP))
+        stages = PipelineParallelLayerLayout(layout, checks.size(model, checks.PP))
     except (ValueError, KeyError, AssertionError) as error:
         raise UserError(
             f"megatron-core refuses `model.pipeline_model_parallel_layout`: {error}", hint="write it as megatron-core does"
@@ -154,6 +153,10 @@ def _schedule(config: RunConfig) -> list[Choice]:
     ]
 
 
+_EXPECTED = ("full scope is deprecated", "Could not determine rank")
+"""What megatron-core says of its own default, and of a process that is not a rank yet."""
+
+
 def _validate(config: RunConfig) -> None:
     """megatron-core's own checks, and the fields it derives from others."""
     finalize = getattr(config.model, "finalize", lambda: None)
@@ -163,7 +166,10 @@ def _validate(config: RunConfig) -> None:
         ("ddp", config.ddp.__post_init__),
     ):
         try:
-            validate()
+            with warnings.catch_warnings():
+                for expected in _EXPECTED:
+                    warnings.filterwarnings("ignore", expected, UserWarning)
+                validate()
         except (ValueError, AssertionError, RuntimeError, ImportError) as error:
             raise UserError(
                 f"megatron-core refuses the settings under `{what}`: {error}", hint="change the settings that it names"
