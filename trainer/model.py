@@ -67,7 +67,6 @@ class GPTModelProvider(TransformerConfig):
     apply_rope_fusion: bool = True
     persist_layer_norm: bool = True
     cross_entropy_loss_fusion: bool = True
-    cross_entropy_fusion_impl: str = "te"
     gradient_accumulation_fusion: bool = False
     """Needs APEX, which no package index has."""
 
