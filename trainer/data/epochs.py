@@ -1,13 +1,14 @@
 """One `.bin`/`.idx` pair as an endless stream of samples that does not depend on how much of it will be read.
 
-megatron-core's GPTDataset shuffles all epochs of a run together, so its order changes with the number of samples. Here each epoch
-is a GPTDataset of its own, with a seed of its own. The first has the run's seed, and so the order that Megatron-LM has in a run of
-up to one epoch. Knows one prefix; knows nothing of blends.
+megatron-core's GPTDataset shuffles all epochs of a run together, so its order changes with the number of samples. Here each
+epoch is a GPTDataset of its own, with a seed of its own. The first has the run's seed, and so the order that Megatron-LM has in
+a run of up to one epoch. Knows one prefix; knows nothing of blends.
 """
 
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ from torch.utils.data import Dataset
 from formats.errors import UserError
 from trainer.config import DatasetConfig
 from trainer.data import cache
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEAD = struct.Struct("<9sQBQQ")
+"""What an `.idx` begins with: magic, version, code of the dtype, sequences, documents + 1 (megatron-core's `_IndexWriter`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,9 +108,9 @@ class Epochs(Dataset):
         if tokens > self._config.sequence_length:
             return
         raise UserError(
-            f"`{self._prefix}` has {tokens} tokens in {len(self._numbers)} of its {count} documents for the {self._split.name} split, "
+            f"the {self._split.name} split of `{self._prefix}` has {tokens} tokens in {len(self._numbers)} of {count} documents, "
             f"but a sample takes {self._config.sequence_length + 1}",
-            hint="give that split a greater share in `dataset.split`, or none, or use more data or a smaller `dataset.sequence_length`",
+            hint="change its share in `dataset.split`, use more data, or a smaller `dataset.sequence_length`",
         )
 
     def take(self, samples: int) -> Epochs:
@@ -173,17 +178,30 @@ def _seed(random_seed: int, epoch: int) -> int:
 
 
 def _open(prefix: str) -> IndexedDataset:
-    for suffix in (".idx", ".bin"):
-        if not Path(f"{prefix}{suffix}").is_file():
+    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index, data):
+        if not path.is_file():
             raise UserError(
-                f"`{prefix}{suffix}` does not exist",
-                hint="a blend names prefixes of `.bin`/`.idx` pairs, each perhaps after its weight; `mbtrain prepare-data` makes them",
+                f"`{path}` does not exist",
+                hint="a blend names prefixes of `.bin`/`.idx` pairs, which `mbtrain prepare-data` makes",
             )
-    try:
-        source = IndexedDataset(prefix)
-    except (AssertionError, ValueError, OSError) as error:
-        raise UserError(f"`{prefix}.idx` is not readable as an index of tokens: {error}", hint="prepare the data again") from None
+    _check_index(index)
+    if not data.stat().st_size:
+        raise UserError(f"`{data}` is empty", hint="prepare the data again")
+    source = IndexedDataset(prefix)
     expected = int(source.sequence_lengths.sum(dtype=np.int64)) * source.index.dtype_size
-    if (size := Path(f"{prefix}.bin").stat().st_size) != expected:
-        raise UserError(f"`{prefix}.bin` has {size} bytes, but its index says {expected}", hint="prepare the data again")
+    if data.stat().st_size != expected:
+        raise UserError(f"`{data}` has {data.stat().st_size} bytes, but its index says {expected}", hint="prepare the data again")
     return source
+
+
+def _check_index(path: Path) -> None:
+    """Before megatron-core opens it, whose asserts name no way out."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD.size)
+    if len(head) == _HEAD.size:
+        magic, version, _, sequences, documents = _HEAD.unpack(head)
+        size = _HEAD.size + 12 * sequences + 8 * documents  # int32 lengths and int64 offsets; int64 ends of documents
+        if magic == _MAGIC and version == 1 and path.stat().st_size == size:
+            return
+    raise UserError(f"`{path}` is no whole index of Megatron-LM", hint="prepare the data again")

@@ -222,7 +222,8 @@ def _output(prefix: Path, dtype: Any) -> Generator[Any]:
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         builder = IndexedDatasetBuilder(str(hidden[0]), dtype)
-        yield builder
+        with contextlib.closing(builder.data_file):
+            yield builder
         if not builder.sequence_lengths:
             raise UserError("the inputs hold no text at all", hint="nothing was written")
         builder.finalize(str(hidden[1]))
