@@ -14,7 +14,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from formats.errors import UserError
-from trainer import checks, overlap, precision
+from trainer import checks, described, overlap, precision
 from trainer.choice import Choice, carry_out
 from trainer.config import DatasetConfig, RunConfig
 from trainer.precision import Machine
@@ -58,6 +58,7 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     checks.check_schedule(told)
     checks.check_saving(told)
     _validate(told)
+    choices += described.follow(told.model)
     warnings = _warnings(told, microbatches)
     return Resolved(told, tuple(choices), warnings, world_size, copies, microbatches)
 

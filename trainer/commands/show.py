@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import click
@@ -38,8 +39,7 @@ def _machine(recipe: str | None, config: RunConfig, *, gpus: int | None, process
 
     if gpus or processes:
         return gpus or processes or 1, "gpu" if gpus else "cpu"
-    model = config.model
-    copy = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    copy = math.prod(getattr(config.model, f"{one}_parallel_size", 1) for one in ("tensor_model", "pipeline_model", "context"))
     wanted = recipes.find(recipe).gpus if recipe else copy
     on_cpu = config.dist.device == "cpu" or wanted == 0
     size = copy if on_cpu else -(-wanted // copy) * copy
