@@ -20,6 +20,7 @@ from formats.errors import UserError
 from trainer import device
 from trainer.config import RunConfig
 
+
 def world_size() -> int:
     """How many processes the engine that started this one has started: 1 if none did."""
     return int(os.environ.get("WORLD_SIZE", "1"))

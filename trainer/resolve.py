@@ -112,6 +112,7 @@ _WITHOUT_CUDA: dict[str, Any] = {
     "bias_dropout_fusion": False,
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
+    "cross_entropy_loss_fusion": False,
     "gradient_accumulation_fusion": False,
     "use_cpu_initialization": True,
 }

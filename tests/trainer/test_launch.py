@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,46 @@ def test_arguments_and_variables_reach_the_program_unchanged(tmp_path):
     assert variable == "$HOME 'x' \"y\"\nz"
 
 
+# A checkpoint that takes two seconds, after the signal.
+SLOW = """
+import sys, time
+from trainer.signals import Stop
+with Stop() as stop:
+    open(sys.argv[1] + ".up", "w").close()
+    while not stop.requested:
+        time.sleep(0.02)
+    time.sleep(2)
+    open(sys.argv[1], "w").close()
+"""
+
+
+def test_torchrun_gives_workers_the_time_that_the_script_asks_for(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    running = {}
+    for grace in ("1", "60"):
+        variables = {
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": grace,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "OMP_NUM_THREADS": "1",
+        }
+        words = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=1",
+            str(tmp_path / "slow.py"),
+            str(tmp_path / grace),
+        ]
+        running[grace] = subprocess.Popen(words, env={**os.environ, **variables}, stderr=subprocess.DEVNULL)
+    for grace, torchrun in running.items():
+        while not (tmp_path / f"{grace}.up").exists():
+            assert torchrun.poll() is None
+            time.sleep(0.05)
+        torchrun.terminate()
+        torchrun.wait(timeout=30)
+    assert [(tmp_path / grace).exists() for grace in running] == [False, True]
+
+
 def test_submitting_prints_the_jobs_number(tmp_path, monkeypatch):
     stand_in(tmp_path, "sbatch", f'[ "$*" = --parsable ] && cat > {tmp_path}/received && echo "4021;cluster"')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -185,6 +226,21 @@ assert (place.nodes, place.gpus_per_node, place.time, place.partition) == (4, 8,
 assert (place.signal, place.env_vars["V"], place.container_image, place.get_launcher().__class__.__name__) == (
     "TERM@300", "'x y'", "c", "Torchrun")
 """
+NO_SBATCH = """
+import os
+from formats.errors import UserError
+from trainer.launch import Job, nemo
+
+job = Job(program=("-c", ""), name="tiny", account="team")
+place = nemo.executor(job, where="slurm")
+os.environ["PATH"] = "/nowhere"
+try:
+    nemo.launch(nemo.script(job, where="slurm"), place, name="tiny", submit=True)
+except UserError as error:
+    assert str(error).startswith("there is no `sbatch` on this machine"), error
+else:
+    raise AssertionError
+"""
 NO_ACCOUNT = """
 from formats.errors import UserError
 from trainer.launch import Job, nemo
@@ -198,17 +254,21 @@ else:
 """
 
 
-@pytest.fixture
-def with_nemo_run(tmp_path):
-    """Runs a program that uses NeMo-Run, at home in `tmp_path`."""
-    env = {**os.environ, "HOME": str(tmp_path), "NEMORUN_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = str(Path(__file__).parents[2])
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import nemo_run"], env=env, check=False, capture_output=True, text=True
-    )
+@pytest.fixture(scope="module")
+def nemo_run_imports(tmp_path_factory) -> None:
+    env = {**os.environ, "NEMORUN_HOME": str(tmp_path_factory.mktemp("nemo"))}
+    words = [sys.executable, "-W", "ignore", "-c", "import nemo_run"]
+    found = subprocess.run(words, env=env, check=False, capture_output=True, text=True)
     if "No module named 'leptonai" in found.stderr:
         pytest.skip("NeMo-Run 0.11 needs leptonai<0.47, and a later one is installed")
     assert found.returncode == 0, found.stderr
+
+
+@pytest.fixture
+def with_nemo_run(tmp_path, nemo_run_imports):
+    """Runs a program that uses NeMo-Run, at home in `tmp_path`."""
+    env = {**os.environ, "HOME": str(tmp_path), "NEMORUN_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[2])
 
     def run(program: str, argument: object) -> None:
         (tmp_path / "program.py").write_text(program)
@@ -230,3 +290,7 @@ def test_nemo_run_stores_a_recipe_and_its_overrides_and_slurms_numbers(with_nemo
 
 def test_nemo_run_on_slurm_wants_an_account(with_nemo_run):
     with_nemo_run(NO_ACCOUNT, None)
+
+
+def test_nemo_run_on_slurm_wants_sbatch(with_nemo_run):
+    with_nemo_run(NO_SBATCH, None)

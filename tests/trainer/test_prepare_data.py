@@ -127,7 +127,9 @@ def test_the_command_says_on_stderr_what_was_done_and_on_stdout_json(tmp_path):
     said = run(tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "out", "--tokenizer", "byte")
     assert said.exit_code == 0
     assert said.stdout == ""
-    assert said.stderr.startswith("note: 1 documents without text were left out\ndone: 1 documents, 6 tokens, 5 B read, 74 B written")
+    assert said.stderr.startswith(
+        "note: 1 documents without text were left out\ndone: 1 documents, 6 tokens, 5 B read, 74 B written"
+    )
     again = run(tmp_path / "a.txt", tmp_path / "out", "--tokenizer", "byte", "--overwrite", "--json", "--no-append-eod")
     told = json.loads(again.stdout)
     assert (told["documents"], told["tokens"], told["output_bytes"]) == (1, 5, 72)
