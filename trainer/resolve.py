@@ -119,13 +119,21 @@ _WITHOUT_CUDA: dict[str, Any] = {
 """megatron-core's kernels that exist for CUDA only, off."""
 
 
+_WITHOUT_TE: dict[str, Any] = {"apply_rope_fusion": False, "cross_entropy_fusion_impl": "native"}
+"""Transformer Engine's kernels, off: megatron-core refuses the one, and would fail with the other."""
+
+
 def _device_fields(model: Any, machine: Machine) -> list[Choice]:
     if machine.device == "cpu":
         why = "the CPU has none of CUDA's kernels"
         return [Choice(f"model.{name}", value, why) for name, value in _WITHOUT_CUDA.items() if hasattr(model, name)]
+    choices: list[Choice] = []
+    if machine.transformer_engine is None:
+        why = "Transformer Engine, which has its kernel, is not installed"
+        choices += [Choice(f"model.{name}", value, why) for name, value in _WITHOUT_TE.items() if hasattr(model, name)]
     if getattr(model, "gradient_accumulation_fusion", False) and not importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
-        return [Choice("model.gradient_accumulation_fusion", False, "APEX, which has its kernel, is not installed")]
-    return []
+        choices.append(Choice("model.gradient_accumulation_fusion", False, "APEX, which has its kernel, is not installed"))
+    return choices
 
 
 def _schedule(config: RunConfig) -> list[Choice]:
