@@ -15,7 +15,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from formats.errors import UserError
-from trainer import checks, overlap, precision
+from trainer import checks, described, overlap, precision
 from trainer.choice import Choice, carry_out
 from trainer.config import DatasetConfig, RunConfig
 from trainer.precision import Machine
@@ -59,6 +59,7 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     checks.check_schedule(told)
     checks.check_saving(told)
     _validate(told)
+    choices += described.follow(told.model)
     return Resolved(told, tuple(choices), _warnings(told, microbatches), world_size, copies, microbatches)
 
 
@@ -117,13 +118,23 @@ _WITHOUT_CUDA: dict[str, Any] = {
 """megatron-core's kernels that exist for CUDA only, off."""
 
 
+_WITHOUT_TE: dict[str, Any] = {"apply_rope_fusion": False, "cross_entropy_fusion_impl": "native"}
+"""Transformer Engine's kernels, off: megatron-core refuses the one, and would fail with the other."""
+
+
 def _device_fields(model: Any, machine: Machine) -> list[Choice]:
     if machine.device == "cpu":
         why = "the CPU has none of CUDA's kernels"
         return [Choice(f"model.{name}", value, why) for name, value in _WITHOUT_CUDA.items() if hasattr(model, name)]
+    choices: list[Choice] = []
+    if not (model.bf16 or model.fp16):
+        choices.append(Choice("model.cross_entropy_loss_fusion", False, "the fused kernels round gradients to bf16"))
+    if machine.transformer_engine is None:
+        why = "Transformer Engine, which has its kernel, is not installed"
+        choices += [Choice(f"model.{name}", value, why) for name, value in _WITHOUT_TE.items() if hasattr(model, name)]
     if getattr(model, "gradient_accumulation_fusion", False) and not importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
-        return [Choice("model.gradient_accumulation_fusion", False, "APEX, which has its kernel, is not installed")]
-    return []
+        choices.append(Choice("model.gradient_accumulation_fusion", False, "APEX, which has its kernel, is not installed"))
+    return choices
 
 
 def _schedule(config: RunConfig) -> list[Choice]:

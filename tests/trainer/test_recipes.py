@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import re
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from formats.errors import UserError
 from trainer import recipes
+from trainer.estimate import memory
+from trainer.resolve import resolve
 
 PUBLISHED = {
     "llama3_8b": 8_030_261_248,
@@ -38,7 +41,7 @@ def test_megatron_accepts_a_recipe_and_its_numbers_divide(name: str) -> None:
     config = recipes.find(name).pretrain_config()
     model, gpus = config.model, recipes.find(name).gpus or 1
     copy = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
-    model.pipeline_dtype = torch.bfloat16
+    model.pipeline_dtype, model.apply_rope_fusion = torch.bfloat16, False  # the fusion needs Transformer Engine
     model.finalize()
     assert gpus % copy == 0
     assert config.train.global_batch_size % (config.train.micro_batch_size * gpus // copy) == 0
@@ -51,6 +54,16 @@ def test_a_recipe_is_data_that_travels(name: str) -> None:
     assert json.loads(json.dumps(config.model.hf_config)) == config.model.hf_config
     assert config.dataset.blend is None
     assert config.ddp.use_distributed_optimizer == config.optimizer.use_distributed_optimizer
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED])
+def test_a_recipe_says_what_one_gpu_holds_and_leaves_a_tenth_of_it_free(name: str) -> None:
+    recipe = recipes.find(name)
+    run = resolve(recipe.pretrain_config(), world_size=recipe.gpus, device="gpu")
+    taken = memory(run.config, world_size=recipe.gpus).total / 1e9
+    (said,) = re.findall(r": (\d+) GB[.,]", recipe.pretrain_config.__doc__)
+    assert abs(taken - int(said)) < 1.5
+    assert taken < 72
 
 
 def test_the_quickstart_works() -> None:
