@@ -27,10 +27,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from formats.disk import free_bytes
 from formats.errors import UserError
 from formats.torch_dist import TRAIN_STATE, iteration_folder
-from trainer import iterations, random_states
+from trainer import iterations, optim, random_states
 from trainer.config import RunConfig
 from trainer.model import unwrap
-from trainer.optim import allocate_state, parameters_gathered, separate_steps
 from trainer.parallel import on_first_rank
 from trainer.signals import held
 
@@ -97,7 +96,7 @@ class Saver:
         partial = iterations.partial(self.root, progress.iteration)
         with self._explained(partial), held():
             on_first_rank(lambda: iterations.begin(partial))
-            with parameters_gathered(parts.chunks):
+            with optim.parameters_gathered(parts.chunks):
                 request = self._write(parts, partial)
             if request is None:
                 self._commit(partial, progress)
@@ -221,7 +220,12 @@ def state(parts: Parts, config: RunConfig, *, metadata: dict[str, Any], loading:
         found["rng_state"] = _rng_object()
     if not loading:
         found["opt_param_scheduler"] = parts.scheduler.state_dict()
-        found["mbtrain"] = {"progress": asdict(parts.progress), "layout": layout(), "data": data_identity(config)}
+        found["mbtrain"] = {
+            "progress": asdict(parts.progress),
+            "layout": layout(),
+            "optimizer": optim.kind(parts.optimizer),
+            "data": data_identity(config),
+        }
     return found
 
 
@@ -265,15 +269,17 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
         )
     same_layout = ours["layout"] == layout()
     metadata = {**content(config.checkpoint.optim_sharding), **common.get("content_metadata", {})}
-    _check_reshardable(metadata, ours["layout"], folder)
-    allocate_state(parts.optimizer)
+    if config.checkpoint.save_optim:
+        _check_optimizer(parts, ours, metadata["distrib_optim_sharding_type"], folder)
+    optim.allocate_state(parts.optimizer)
     wanted = state(parts, config, metadata=metadata, loading=True, rng=same_layout)
     loaded = _load(wanted, folder, config)
     for number, chunk in enumerate(parts.chunks):
         unwrap(chunk).load_state_dict(loaded["model" if len(parts.chunks) == 1 else f"model{number}"])
     if "optimizer" in loaded:
-        parts.optimizer.load_state_dict(loaded["optimizer"])
-        separate_steps(parts.optimizer)
+        optim.keep_settings(parts.optimizer, loaded["optimizer"])
+        with optim.steps_apart(parts.optimizer), torch.no_grad():
+            parts.optimizer.load_state_dict(loaded["optimizer"])
     else:
         parts.optimizer.reload_model_params()
     parts.scheduler.step(common["opt_param_scheduler"]["num_steps"])
@@ -296,10 +302,18 @@ def _load(wanted: dict[str, Any], folder: Path, config: RunConfig) -> dict[str, 
         ) from error
 
 
-def _check_reshardable(metadata: dict[str, Any], saved: list[int], folder: Path) -> None:
-    if metadata["distrib_optim_sharding_type"] == "dp_reshardable" and saved[:2] != layout()[:2]:
+def _check_optimizer(parts: Parts, ours: dict[str, Any], sharding: str, folder: Path) -> None:
+    """Can this run's optimizer take the state that was saved?"""
+    if ours["optimizer"] != optim.kind(parts.optimizer):
         raise UserError(
-            f"`{folder}` was saved `dp_reshardable` at TP {saved[0]}, PP {saved[1]}; this run has TP {layout()[0]}, "
+            f"`{folder}` was saved by megatron-core's `{ours['optimizer']}`, this run has `{optim.kind(parts.optimizer)}`",
+            hint="resume with `ddp.use_distributed_optimizer` and `mixed_precision` as they were, or start from the weights "
+            f"alone: `checkpoint.pretrained_checkpoint={folder.parent}` with another `checkpoint.save`",
+        )
+    if sharding == "dp_reshardable" and ours["layout"][:2] != layout()[:2]:
+        tensor, pipeline, _ = ours["layout"]
+        raise UserError(
+            f"`{folder}` was saved `dp_reshardable` at TP {tensor}, PP {pipeline}; this run has TP {layout()[0]}, "
             f"PP {layout()[1]}",
             hint="resume at the same TP and PP, or save with `checkpoint.optim_sharding=fully_reshardable`",
         )

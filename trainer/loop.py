@@ -114,8 +114,13 @@ def pretrain(
     with parallel.session(resolved.config, kind), Stop() as stop:
         run = start(resolved, forward_step, callbacks=callbacks, stop=stop)
         try:
-            train(run)
-            finish(run)
+            if _last(run):
+                say(
+                    f"the run is done: it stands at step {run.progress.iteration}, `train.train_iters` is {config.train.train_iters}"
+                )
+            else:
+                train(run)
+                finish(run)
         finally:
             run.saver.close()
             run.telling.close()
@@ -145,12 +150,13 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
         telling=telling.open_telling(config, resumed_at=parts.progress.iteration, active=parallel.speaks()),
         forward_step=forward_step,
         callbacks=callbacks,
-        datasets=_datasets(config),
+        datasets=_datasets(config, parts.progress),
         stop=stop,
     )
     if parts.progress.interval:
         run.telling.interval.load_state_dict(parts.progress.interval)
-    run.batches = _iterators(run, run.datasets[0], consumed=parts.progress.consumed_samples)
+    if not _last(run):
+        run.batches = _iterators(run, run.datasets[0], consumed=parts.progress.consumed_samples)
     for callback in callbacks:
         callback.on_start(run)
     return run
@@ -193,14 +199,16 @@ def _first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | Non
         say("weights are random: neither `checkpoint.load` nor `checkpoint.pretrained_checkpoint` names any")
 
 
-def _datasets(config: RunConfig) -> Sequence[Any]:
+def _datasets(config: RunConfig, progress: checkpoint.Progress) -> Sequence[Any]:
+    """Long enough for the steps to come, and for those that were made with another batch size."""
     train, checks = config.train, config.validation
+    to_come = max(train.train_iters - progress.iteration, 0) * train.global_batch_size
     evaluated = checks.eval_iters * train.global_batch_size
     return data.build(
         config.dataset,
         tokenizer=_tokenizer(config),
         vocab_size=config.model.vocab_size,
-        samples=(train.train_iters * train.global_batch_size, evaluated, evaluated),
+        samples=(progress.consumed_samples + to_come, evaluated, evaluated),
     )
 
 

@@ -20,6 +20,16 @@ class Witness(small.History):
     """A history, and what is left at the end: weights, optimizer state and random states, by name."""
 
     left: dict[str, Any] = field(default_factory=dict)
+    seen: list[list[int]] = field(default_factory=list)
+    """The tokens of each sample, in the order they came."""
+
+    def forward_step(self, batches: Any, model: Any) -> Any:
+        """The trainer's own, which it is told of."""
+        from trainer.loss import forward_step
+
+        batch = next(batches) if batches is not None else None
+        self.seen += batch["tokens"].tolist() if batch and model.training else []
+        return forward_step(iter([batch]) if batch else None, model)
 
     def on_end(self, run: Any) -> None:
         super().on_end(run)
@@ -31,7 +41,7 @@ def _optimizer(run: Any) -> Iterator[tuple[str, Any]]:
     for number, one in enumerate(getattr(outer, "chained_optimizers", [outer])):
         inner = one.optimizer
         for group, told in enumerate(inner.param_groups):
-            yield f"optimizer {number}.{group}", {name: told[name] for name in ("lr", "weight_decay")}
+            yield f"optimizer {number}.{group}", {name: told[name] for name in ("lr", "weight_decay", "betas")}
             for place, parameter in enumerate(told["params"]):
                 for name, value in inner.state[parameter].items():
                     yield f"optimizer {number}.{group}.{place}.{name}", value
@@ -56,7 +66,7 @@ def train(folder: str, changes: dict[str, Any]) -> Witness:
     random.seed(len(str(changes)))  # whatever these were before
     np.random.seed(len(str(changes)))
     witness = Witness()
-    pretrain(small.settings(Path(folder), **changes), callbacks=[witness])
+    pretrain(small.settings(Path(folder), **changes), witness.forward_step, callbacks=[witness])
     return witness
 
 
