@@ -72,6 +72,7 @@ class Saver:
     saved_iteration: int | None = None
     _queue: AsyncCallsQueue = field(default_factory=lambda: AsyncCallsQueue(persistent=False))
     _strategy: Any = None
+    _writing: Path | None = None
     _saved_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -93,8 +94,8 @@ class Saver:
         self.finish()
         progress = deepcopy(parts.progress)
         self._saved_at, self.saved_iteration = time.monotonic(), progress.iteration
-        partial = iterations.partial(self.root, progress.iteration)
-        with self._explained(partial), held():
+        self._writing = partial = iterations.partial(self.root, progress.iteration)
+        with self._explained(), held():
             on_first_rank(lambda: iterations.begin(partial))
             with optim.parameters_gathered(parts.chunks):
                 request = self._write(parts, partial)
@@ -138,15 +139,15 @@ class Saver:
         self.say(f"saved {self.last_good}")
 
     @contextmanager
-    def _explained(self, partial: Path | None = None) -> Iterator[None]:
+    def _explained(self) -> Iterator[None]:
         """What the disk says against a save, as one error on all ranks."""
-        assert self.root is not None
         try:
             yield
         except (CheckpointException, OSError) as error:
+            assert self._writing is not None
+            free = free_bytes(self._writing) / 1e9
             raise UserError(
-                f"saving {f'`{partial}`' if partial else f'to `{self.root}`'} failed: {_reason(error)} "
-                f"({free_bytes(self.root) / 1e9:.1f} GB free); {self.standing}",
+                f"saving `{self._writing}` failed: {_reason(error)} ({free:.1f} GB free); {self.standing}",
                 hint="make room and start again with the same command: the run goes on from its last checkpoint",
             ) from error
 

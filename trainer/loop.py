@@ -24,6 +24,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from formats.errors import UserError
+from formats.torch_dist import TRACKER
 from trainer import checkpoint, data, device, iterations, live, luggage, model, optim, parallel, telling, tokenizers
 from trainer.config import RunConfig
 from trainer.data.loader import batches
@@ -115,9 +116,7 @@ def pretrain(
         run = start(resolved, forward_step, callbacks=callbacks, stop=stop)
         try:
             if _last(run):
-                say(
-                    f"the run is done: it stands at step {run.progress.iteration}, `train.train_iters` is {config.train.train_iters}"
-                )
+                say(f"nothing to do: the run stands at step {run.progress.iteration} of {config.train.train_iters}")
             else:
                 train(run)
                 finish(run)
@@ -192,6 +191,8 @@ def _first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | Non
             f"`checkpoint.load` is `{told.load}`, where there is no checkpoint to resume",
             hint="to start from weights alone use `checkpoint.pretrained_checkpoint`; a first start needs no `load`",
         )
+    if told.save and (Path(told.save) / TRACKER).exists():
+        say(f"note: `{told.save}` has checkpoints, and this run starts anew beside them; to resume set `checkpoint.load`")
     source = told.pretrained_checkpoint or getattr(config.model, "pretrained_from", None)
     if source:
         say(str(live.load(chunks, source)))
