@@ -53,7 +53,7 @@ def _model(told: argparse.Namespace) -> tuple[Any, Any]:
     config = find(RECIPES[told.shape]).pretrain_config().model
     config.bf16, config.params_dtype, config.pipeline_dtype = True, torch.bfloat16, torch.bfloat16
     config.tensor_model_parallel_size = config.pipeline_model_parallel_size = config.context_parallel_size = 1
-    config.sequence_parallel = False
+    config.sequence_parallel, config.cross_entropy_fusion_impl = False, "te"
     if told.fp8:
         config.fp8, config.fp8_recipe = "hybrid", "tensorwise"
     config.finalize()

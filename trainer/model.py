@@ -67,6 +67,9 @@ class GPTModelProvider(TransformerConfig):
     apply_rope_fusion: bool = True
     persist_layer_norm: bool = True
     cross_entropy_loss_fusion: bool = True
+    cross_entropy_fusion_impl: str | None = None  # type: ignore[assignment]
+    """None for Transformer Engine's where there is one, else `native`."""
+
     gradient_accumulation_fusion: bool = False
     """Needs APEX, which no package index has."""
 
@@ -88,6 +91,7 @@ class GPTModelProvider(TransformerConfig):
     def finalize(self) -> None:
         """Derive and validate what TransformerConfig does on construction."""
         self.first_last_layers_bf16 = bool(self.first_last_layers_bf16)
+        self.cross_entropy_fusion_impl = self.cross_entropy_fusion_impl or "native"
         super().__post_init__()
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
@@ -65,6 +66,76 @@ def make_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> Optimizer
         wsd_decay_steps=None if told.lr_wsd_decay_iters is None else told.lr_wsd_decay_iters * samples,
         lr_wsd_decay_style=told.lr_wsd_decay_style,
     )
+
+
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Give torch's Adam the state that it makes at its first step: megatron-core's distributed optimizer asks for it before."""
+    for inner in _of_torch(optimizer):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                inner.state.setdefault(parameter, {"step": torch.tensor(0.0), **zeros})
+
+
+@contextmanager
+def steps_apart(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """While this is entered, states are loaded into torch's Adam without its counts of steps.
+
+    megatron-core's distributed optimizer fails over them; and it makes one tensor of them for all parameters, to which torch
+    would add once for each. On leaving each parameter has its own.
+    """
+    steps: list[tuple[dict[str, Any], torch.Tensor]] = []
+
+    def take(inner: torch.optim.Optimizer) -> None:
+        steps.extend((state, state.pop("step").clone()) for state in inner.state.values())
+
+    hooks = [inner.register_load_state_dict_post_hook(take) for inner in _of_torch(optimizer)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for state, step in steps:
+            state["step"] = step
+
+
+_GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+"""What tells parameter groups of one model apart."""
+
+
+def kind(optimizer: MegatronOptimizer) -> str:
+    """megatron-core's class of optimizer; states of one do not fit another."""
+    return type(_each(optimizer)[0]).__name__
+
+
+def keep_settings(optimizer: MegatronOptimizer, saved: Any) -> None:
+    """Write this run's rates, betas and so on into a saved state: megatron-core would take those that were saved, or refuse."""
+
+    def key(group: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(group.get(name) for name in _GROUP)
+
+    ours = {
+        key(group): {name: value for name, value in group.items() if name not in {"params", "step"}}
+        for one in _each(optimizer)
+        for group in one.param_groups
+    }
+    for name, value in saved.items() if isinstance(saved, dict) else ():
+        if name == "param_groups":
+            for group in value:
+                group.update(ours.get(key(group), {}))
+        elif name not in {"state", "param_state"}:
+            keep_settings(optimizer, value)
+
+
+def _each(optimizer: MegatronOptimizer) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _of_torch(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
+    """The torch optimizers inside distributed ones: those of a CPU. On a GPU they are Transformer Engine's."""
+    for one in _each(optimizer):
+        if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.Adam):
+            yield one.optimizer
 
 
 @contextmanager

@@ -1,0 +1,68 @@
+"""Ranks that can be killed: forked from a process that has imported everything, so that a start costs little."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.trainer.ranks import _free_port
+
+
+class Mortal:
+    """A run on `world` processes, each the leader of a session of its own, as under torchrun. Their words go to `log`."""
+
+    def __init__(self, folder: Path, changes: dict[str, Any], *, world: int, log: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.trainer.warm"])
+        port, self._answers = _free_port(), [log.with_suffix(f".{rank}") for rank in range(world)]
+        self.processes = [
+            context.Process(target=_rank, args=(rank, world, port, str(folder), changes, str(log), str(self._answers[rank])))
+            for rank in range(world)
+        ]
+        self.log = log
+        for process in self.processes:
+            process.start()
+
+    def kill(self, *ranks: int) -> None:
+        """SIGKILL to these ranks, and all that they started; those left lose their partner and are waited for."""
+        for rank in ranks:
+            os.killpg(self.processes[rank].pid, signal.SIGKILL)
+        for process in self.processes:
+            process.join(60)
+            assert not process.is_alive()
+
+    def wait(self) -> list[Any]:
+        """What each rank answered."""
+        for process in self.processes:
+            process.join(120)
+            assert process.exitcode == 0, self.log.read_text()
+        return [pickle.loads(path.read_bytes()) for path in self._answers]
+
+    def until(self, condition: Any, *, longest: float = 60) -> None:
+        """Wait for something to be so while all processes live."""
+        ends = time.monotonic() + longest
+        while not condition():
+            assert time.monotonic() < ends, self.log.read_text()
+            assert all(process.is_alive() for process in self.processes), self.log.read_text()
+            time.sleep(0.001)
+
+
+def _rank(rank: int, world: int, port: int, folder: str, changes: dict[str, Any], log: str, answer: str) -> None:
+    from tests.trainer import witness
+
+    os.setsid()
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    seen = witness.train(folder, changes)
+    Path(answer).write_bytes(pickle.dumps(seen))
+    sys.stderr.flush()

@@ -1,0 +1,175 @@
+"""A run that stopped and went on is the run that never stopped."""
+
+from __future__ import annotations
+
+import pytest
+
+from formats.errors import UserError
+from tests.trainer import small, witness
+
+STEPS, STOPPED = 8, 3
+
+TP2 = {"model__tensor_model_parallel_size": 2}
+PP2 = {"model__pipeline_model_parallel_size": 2}
+DISTRIBUTED = {"ddp__use_distributed_optimizer": True}
+LAYOUTS = {"tp1": (1, {}), "tp2": (2, TP2), "pp2": (2, PP2), "dp2_distributed": (2, DISTRIBUTED)}
+DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
+PLAN = {
+    "train__train_iters": STEPS,
+    "validation__eval_iters": 1,
+    "validation__eval_interval": 2,
+    "logger__log_interval": 2,  # the stop is in the middle of an interval
+}
+
+
+@pytest.fixture
+def run(ranks, model_folder):
+    """Train, with `PLAN` and these changes, on the ranks of a layout."""
+
+    def train(world, changes, variant="gqa"):
+        return ranks.run(witness.train, world, str(model_folder(variant)), {**PLAN, **changes})
+
+    return train
+
+
+def _in_two(run, world, changes, folder, **second):
+    """Stop after three steps, then go on; what the second part saw."""
+    there = {**changes, "checkpoint__save": str(folder), "checkpoint__load": str(folder)}
+    run(world, {**there, "train__exit_interval": STOPPED})
+    return run(second.pop("world", world), {**there, **second})
+
+
+def _same(whole, resumed, at=STOPPED):
+    for one, other in zip(whole, resumed, strict=True):
+        assert other.losses == one.losses[at:]
+        assert other.grad_norms == one.grad_norms[at:]
+        assert other.rates == one.rates[at:]
+        assert other.evaluations == one.evaluations[-len(other.evaluations) :]
+        assert witness.differences(one.left, other.left) == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(layout, run, tmp_path):
+    world, changes = LAYOUTS[layout]
+    changes = {**changes, **DROPOUT}
+    whole = run(world, {**changes, "checkpoint__save": str(tmp_path / "whole")})
+    resumed = _in_two(run, world, changes, tmp_path / "parts", **{"checkpoint__async_save": layout == "pp2"})
+    _same(whole, resumed)
+    assert witness.metrics(tmp_path / "parts") == witness.metrics(tmp_path / "whole")
+
+
+def test_the_order_of_real_data_goes_on_across_an_epochs_end(run, tmp_path):
+    from trainer.config import DatasetConfig
+    from trainer.data.prepare import prepare
+
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(12):
+        (text / f"{number:02}.txt").write_text(f"This is document {number}. " * 12)
+    prepare([text], tmp_path / "data", tokenizer="byte")
+    # 12 documents of about 280 tokens are fewer than 40 training samples after the split: the run reads them again.
+    changes = {
+        "tokenizer__tokenizer_model": "byte",
+        "validation__eval_iters": 0,
+        "train__train_iters": 24,
+        "train__exit_interval": 10,
+        "logger__log_interval": 4,
+    }
+
+    def data():
+        return DatasetConfig(sequence_length=64, blend=[str(tmp_path / "data")], num_workers=0, split="90,10,0")
+
+    plain = {name: value for name, value in changes.items() if name != "train__exit_interval"}
+    whole = run(1, {**plain, "dataset": data(), "checkpoint__save": str(tmp_path / "whole")})
+    there = {"dataset": data(), "checkpoint__save": str(tmp_path / "parts"), "checkpoint__load": str(tmp_path / "parts")}
+    run(1, {**changes, **there})
+    resumed = run(1, {**plain, **there})
+    _same(whole, resumed, at=10)
+    assert witness.metrics(tmp_path / "parts") == witness.metrics(tmp_path / "whole")
+
+
+PAIRS = {
+    "tp1 to tp2": ((1, {}), (2, TP2)),
+    "tp2 to pp2": ((2, TP2), (2, PP2)),
+    "pp2 to dp2": ((2, PP2), (2, {})),
+    "pp2 to dp2, distributed optimizer": ((2, {**PP2, **DISTRIBUTED}), (2, DISTRIBUTED)),
+    "dp2 to tp2, distributed optimizer": ((2, DISTRIBUTED), (2, {**TP2, **DISTRIBUTED})),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_run_goes_on_at_another_layout(pair, run, tmp_path):
+    (world, before), (other_world, after) = PAIRS[pair]
+    there = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    (whole, *_) = run(1, {})
+    run(world, {**before, **there, "train__exit_interval": STOPPED})
+    for resumed in run(other_world, {**after, **there}):
+        assert resumed.losses == pytest.approx(whole.losses[STOPPED:], abs=1e-4)  # fp32 sums in another order
+        assert resumed.grad_norms == pytest.approx(whole.grad_norms[STOPPED:], abs=1e-4)
+        assert resumed.rates == whole.rates[STOPPED:]
+
+
+def _fails(run, world, changes, text):
+    with pytest.raises(UserError) as error:
+        run(world, changes)
+    assert str(error.value) == text
+
+
+def test_another_kind_of_optimizer_is_an_error_that_names_both(run, tmp_path):
+    there = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    run(1, {**there, "train__exit_interval": 1})
+    _fails(
+        run,
+        1,
+        {**there, **DISTRIBUTED},
+        f"`{tmp_path}/iter_0000001` was saved by megatron-core's `FP32Optimizer`, this run has `DistributedOptimizer`\n\n"
+        "hint: resume with `ddp.use_distributed_optimizer` and `mixed_precision` as they were, or start from the weights alone: "
+        f"`checkpoint.pretrained_checkpoint={tmp_path}` with another `checkpoint.save`",
+    )
+
+
+def test_state_that_reshards_over_data_parallel_ranks_alone_says_so_at_another_tp(run, tmp_path):
+    there = {**DISTRIBUTED, "checkpoint__optim_sharding": "dp_reshardable"}
+    (whole, *_) = run(2, there)
+    there |= {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    run(2, {**there, "train__exit_interval": STOPPED})
+    _fails(
+        run,
+        2,
+        {**there, **TP2},
+        f"`{tmp_path}/iter_0000003` was saved `dp_reshardable` at TP 1, PP 1; this run has TP 2, PP 1\n\n"
+        "hint: resume at the same TP and PP, or save with `checkpoint.optim_sharding=fully_reshardable`",
+    )
+    (resumed,) = run(1, there)
+    assert resumed.losses == pytest.approx(whole.losses[STOPPED:], abs=1e-4)
+
+
+def test_a_changed_batch_size_goes_on_at_the_next_sample(run, tmp_path):
+    there = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    run(1, {**there, "train__exit_interval": STOPPED})
+    (resumed,) = run(1, {**there, "train__global_batch_size": 2, "train__train_iters": 5})
+    assert resumed.left["samples"] == STOPPED * small.BATCH + 2 * 2
+    twelve = small.FixedTokens(384).build(None, 0, (16, 0, 0))[0]
+    assert resumed.seen == [twelve[number]["tokens"].tolist() for number in range(12, 16)]
+
+
+def test_a_resumed_run_follows_its_own_settings_not_those_that_were_saved(run, tmp_path):
+    for name, layout in {"plain": {}, "distributed": DISTRIBUTED}.items():
+        there = {**layout, "checkpoint__save": str(tmp_path / name), "checkpoint__load": str(tmp_path / name)}
+        run(1, {**there, "train__exit_interval": STOPPED})
+        (resumed,) = run(1, {**there, "optimizer__lr": 1e-5, "optimizer__min_lr": 1e-6, "optimizer__adam_beta2": 0.9})
+        assert max(resumed.rates) <= 1e-5
+        assert {told["betas"] for name, told in resumed.left.items() if isinstance(told, dict) and "betas" in told} == {(0.9, 0.9)}
+
+
+def test_a_run_that_is_done_does_nothing_when_it_is_started_again(run, tmp_path):
+    there = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path), "train__train_iters": 5}
+    run(1, there)
+    before = _tree(tmp_path)
+    (again,) = run(1, there)
+    assert again.losses == []
+    assert _tree(tmp_path) == before
+
+
+def _tree(folder):
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
