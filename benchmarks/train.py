@@ -36,7 +36,10 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--sequence", type=int, help="tokens, where the usual number does not fit")
     told = parser.parse_args()
+    for shape in told.shapes if told.sequence else ():
+        SHAPES[shape] = (told.sequence, *SHAPES[shape][1:])
     with tempfile.TemporaryDirectory() as folder:
         tokens = _tokens(Path(folder))
         print(

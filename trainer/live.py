@@ -31,6 +31,7 @@ from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
 from formats.spec import Array, Reader, Region, dtype_name, extent, within
 from formats.torch_dist import TorchDistReader
+from trainer.quantized import in_full
 
 PIECE_BYTES = 16 << 20
 
@@ -96,10 +97,10 @@ def load(chunks: Sequence[Any], source: str) -> Loaded:
     `chunks` are not wrapped yet. Raises UserError for whatever is missing, left over or of another shape, on every rank
     alike, before a weight changes.
     """
-    locals_ = local_weights(chunks)
     folder = open_source(source, or_hub=True)
-    is_huggingface = kind(folder) == HUGGINGFACE
-    with closing(HuggingFaceReader(folder) if is_huggingface else TorchDistReader(folder)) as reader:
+    opened = HuggingFaceReader if kind(folder) == HUGGINGFACE else TorchDistReader
+    with in_full(chunks), closing(opened(folder)) as reader:
+        locals_ = local_weights(chunks)
         makings = _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else _from_megatron(reader)
         _account(locals_, makings, source)
         for local in locals_:

@@ -127,9 +127,9 @@ def _device_fields(model: Any, machine: Machine) -> list[Choice]:
         why = "the CPU has none of CUDA's kernels"
         return [Choice(f"model.{name}", value, why) for name, value in _WITHOUT_CUDA.items() if hasattr(model, name)]
     choices: list[Choice] = []
-    if not (model.bf16 or model.fp16):
+    if not getattr(model, "bf16", False):
         choices.append(Choice("model.cross_entropy_loss_fusion", False, "the fused kernels round gradients to bf16"))
-    if machine.transformer_engine and model.cross_entropy_fusion_impl is None:
+    elif machine.transformer_engine and getattr(model, "cross_entropy_fusion_impl", "") is None:
         choices.append(Choice("model.cross_entropy_fusion_impl", "te", "writes gradients over the logits: faster, and smaller"))
     if machine.transformer_engine is None:
         why = "Transformer Engine, which has its kernel, is not installed"

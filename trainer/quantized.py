@@ -1,0 +1,48 @@
+"""Weights that Transformer Engine keeps in 8 bits, as plain tensors for as long as they are filled.
+
+Each has a second copy in full precision, made when the model was: the optimizer takes its fp32 weights from there, not from
+the 8 bits. Both must become what was loaded. Knows no checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.fp8_utils import is_float8tensor
+
+_COPY = "_high_precision_init_val"
+
+
+@contextmanager
+def in_full(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """While this is entered, quantized weights of `chunks` are plain tensors of unspecified values; on leaving, the weights
+    become what was put there."""
+    swapped = [
+        (module, name, parameter, _plain(parameter))
+        for chunk in chunks
+        for module in chunk.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and is_float8tensor(parameter)
+    ]
+    for module, name, _, plain in swapped:
+        module._parameters[name] = plain
+    try:
+        yield
+    finally:
+        for module, name, parameter, plain in swapped:
+            module._parameters[name] = parameter
+            _take(parameter, plain)
+
+
+def _plain(parameter: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device))
+
+
+@torch.no_grad()
+def _take(parameter: Any, plain: torch.Tensor) -> None:
+    parameter.copy_(plain)
+    if hasattr(parameter, _COPY):
+        setattr(parameter, _COPY, plain.detach().cpu())
