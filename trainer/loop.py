@@ -34,7 +34,11 @@ ForwardStep = Callable[[Any, Any], Any]
 
 
 class Callback:
-    """What may look at a run, or change it, at the loop's seams. Every rank calls each."""
+    """What may look at a run, or change it, at the loop's seams. Every rank calls each.
+
+    `run.stop.request()` on one rank or on all lets the run save and end: after this step where it is called in
+    `on_evaluation`, after the next one where it is called in `on_step`, since ranks agree once in a step.
+    """
 
     def on_start(self, run: Run) -> None:
         """Before the first step, with weights, optimizer and data in place."""
@@ -107,6 +111,7 @@ def pretrain(
 
     Raises UserError for settings that cannot work, weights that do not fit, a loss that is no number.
     """
+    parallel.adopt_slurm()
     kind = device.choose(config.dist.device)
     resolved = resolve(config, world_size=parallel.world_size(), device=kind)
     with parallel.session(resolved.config, kind), Stop() as stop:
@@ -225,10 +230,12 @@ def train(run: Run) -> None:
         run.telling.step(run.progress, step)
         for callback in run.callbacks:
             callback.on_step(run, step)
+        stop = step.stop
         if _every(run, settings.validation.eval_interval) and not _last(run):
             evaluate(run, "validation")
+            stop = bool(parallel.largest([float(stop or run.stop.requested)])[0])
         run.saver.poll()
-        if step.stop or _every(run, settings.train.exit_interval):
+        if stop or _every(run, settings.train.exit_interval):
             say(f"stopping after step {run.progress.iteration}")
             return
         if (step.save or _every(run, settings.checkpoint.save_interval)) and not _last(run):
