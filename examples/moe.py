@@ -1,9 +1,10 @@
 """A mixture of experts: each token is sent to 2 of 4 experts, which lie on one process or spread over several.
 
     python examples/moe.py
-    torchrun --nproc-per-node 2 examples/moe.py --ep 2    # the same losses, two experts in each process
+    torchrun --nproc-per-node 2 examples/moe.py --ep 2    # two experts in each process
 
-On a GPU, `moe_grouped_gemm=True` computes all experts of a rank at once.
+From the same weights, both give the same losses (`--save` keeps them, `--start` begins with them); each process draws random
+weights for its own experts. On a GPU, `moe_grouped_gemm=True` computes all experts of a rank at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from trainer import GPTModelProvider, RunConfig, pretrain
 from trainer.config import DatasetConfig
 
 
-def settings(ep: int = 1) -> RunConfig:
+def settings(*, ep: int = 1, save: str | None = None, start: str | None = None) -> RunConfig:
     """A model that no `config.json` describes: megatron-core's own fields, of which these are all that differ."""
     model = GPTModelProvider(
         num_layers=2,
@@ -44,10 +45,13 @@ def settings(ep: int = 1) -> RunConfig:
     config.optimizer.lr = 1e-3
     config.validation.eval_iters = 0
     config.logger.log_interval = 1
+    config.checkpoint.save, config.checkpoint.pretrained_checkpoint = save, start
     return config
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--ep", type=int, default=1)
-    pretrain(settings(parser.parse_args().ep))
+    parser.add_argument("--save")
+    parser.add_argument("--start")
+    pretrain(settings(**vars(parser.parse_args())))
