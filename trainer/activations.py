@@ -14,8 +14,9 @@ from megatron.core.transformer.enums import AttnBackend
 
 from trainer.shape import Shape, shape_of
 
-LOGIT_COPY = 4
-"""Bytes per logit beside the logit itself: the vocabulary-parallel cross entropy's fp32 softmax."""
+SOFTMAX = 4
+"""Bytes per logit of megatron-core's vocabulary-parallel cross entropy, which makes an fp32 copy of logits that are not fp32
+and turns it into the softmax, then into the gradient, in place. Beside it lie the logits, and later their gradient."""
 
 SCORE_COPIES = 2
 """Matrices of scores that attention without flash keeps: before and after the softmax."""
@@ -62,7 +63,7 @@ def activations(
         yield "embedding", int(edge * flying), "its output"
     if pp_rank == model.pipeline_model_parallel_size - 1:
         yield "final norm", 2 * edge, "its input and output"
-        each = layout.wide + LOGIT_COPY
+        each = SOFTMAX + (layout.wide if layout.wide < SOFTMAX else 0)
         yield "logits", tokens * shape.padded_vocab // layout.tp * each, f"one microbatch, {each} bytes per logit"
 
 

@@ -5,6 +5,7 @@ A recipe, then a YAML file over it, then overrides over both.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -37,13 +38,16 @@ def read_run(recipe: str | None, *, config_file: str | Path | None = None, overr
     Without a recipe, the file names one (`recipe: NAME`) or has the model's `config.json` as `model.hf_config`. UserError for
     what is unknown or does not fit.
     """
-    from trainer import documents  # noqa: PLC0415
+    from trainer import described, documents  # noqa: PLC0415
     from trainer import overrides as hydra  # noqa: PLC0415
 
     document = _read(config_file) if config_file else {}
     config = _start(_one_name(recipe, document.pop("recipe", None), config_file), document)
+    before = copy.deepcopy(getattr(config.model, "hf_config", None))
     _tell(documents.apply(config, document))
     hydra.apply(config, overrides)
+    if getattr(config.model, "hf_config", None) != before:
+        described.check(config.model)
     return config
 
 

@@ -195,9 +195,7 @@ def content(optim_sharding: str) -> dict[str, Any]:
 def state(parts: Parts, config: RunConfig, *, metadata: dict[str, Any], loading: bool, rng: bool = True) -> dict[str, Any]:
     """Everything a checkpoint holds, as megatron-core's sharded state dict."""
     names = ["model"] if len(parts.chunks) == 1 else [f"model{number}" for number in range(len(parts.chunks))]
-    weights = {
-        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, parts.chunks, strict=True)
-    }
+    weights = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, parts.chunks, strict=True)}
     found: dict[str, Any] = {**weights, "checkpoint_version": 3.0, "iteration": parts.progress.iteration}
     if config.checkpoint.save_optim:
         found["optimizer"] = parts.optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=metadata)

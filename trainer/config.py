@@ -75,6 +75,7 @@ class SchedulerConfig:
     end_weight_decay: float | None = None
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
 
+
 @dataclass(kw_only=True)
 class DatasetConfig:
     """Where tokens come from. With neither `blend` nor `blend_per_split`, mock data."""

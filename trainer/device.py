@@ -31,6 +31,16 @@ def choose(wanted: str) -> str:
     return GPU
 
 
+def set_environment(config: Any) -> None:
+    """What CUDA's libraries read once, when they start. Nothing that somebody set is changed."""
+    if config.mixed_precision == "fp32":
+        # Transformer Engine multiplies fp32 in TF32, with 10 bits of mantissa, unless it is told not to.
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    if config.model.tensor_model_parallel_size > 1 or config.model.context_parallel_size > 1:
+        # One queue keeps kernels in the order they were launched in, so that messages start before what hides them.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def prepare(kind: str) -> None:
     """Give this process its device. UserError where a GPU lacks Transformer Engine."""
     if kind == GPU:

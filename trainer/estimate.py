@@ -128,7 +128,7 @@ def _layers(provider: Any, pp_rank: int) -> list[int]:
     return held
 
 
-def memory(config: RunConfig, *, world_size: int) -> Estimate:
+def memory(config: RunConfig, world_size: int) -> Estimate:
     """Bytes on each GPU of the fullest pipeline rank, for a run that `resolve` has gone through: a line per purpose."""
     ranks = range(config.model.pipeline_model_parallel_size)
     return max((_on_rank(config, rank, world_size) for rank in ranks), key=lambda one: one.total)

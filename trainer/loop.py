@@ -112,6 +112,7 @@ def pretrain(
     Raises UserError for settings that cannot work, weights that do not fit, a loss that is no number.
     """
     parallel.adopt_slurm()
+    device.set_environment(config)
     kind = device.choose(config.dist.device)
     resolved = resolve(config, world_size=parallel.world_size(), device=kind)
     with parallel.session(resolved.config, kind), Stop() as stop:

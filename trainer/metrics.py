@@ -1,11 +1,11 @@
-"""What a run says of itself: one record per logged interval, one per evaluation, and the line that a person reads.
+"""From steps and seconds to the record of an interval, and from a record to the line that a person reads.
 
-Knows arithmetic and words. Knows no files (`sinks` does), no clock and no ranks: the caller measures, and calls on one rank.
+Knows arithmetic and words. Knows no files (`records` and `sinks` do), no clock and no ranks: the caller measures, and calls
+on one rank.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -15,73 +15,9 @@ import click
 import torch
 
 from converter.memory import peak_memory
+from trainer.records import Evaluation, Record, Step
 
 GIB = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One logged interval, under the step that ended it. None where there is nothing to say."""
-
-    iteration: int
-    loss: float | None
-    """Mean over the interval's steps whose update was not skipped, each step counting the same; None if all were skipped."""
-
-    lr: float
-    """Of the last step."""
-
-    grad_norm: float | None
-    """Of the last step that had one, before clipping."""
-
-    consumed_samples: int
-    """Sequences since the run began, those before a resume included."""
-
-    consumed_tokens: int
-    seconds_per_step: float
-    tokens_per_second_per_gpu: float
-    tflops_per_gpu: float
-    """10^12 floating-point operations of the model per second and GPU; recomputed ones do not count."""
-
-    mfu: float | None
-    """`tflops_per_gpu` as a share of the GPU's dense peak, 0 to 1; None where the peak is not known."""
-
-    memory_gib: float
-    """The most ever allocated on this rank's GPU; on a CPU, the process's largest resident memory."""
-
-    time_left_s: float
-    """Until the last step at this interval's speed, evaluations and checkpoints left out."""
-
-    skipped_steps: int
-    """Steps of the interval whose update was skipped, as after an overflow in fp16."""
-
-    nan_steps: int
-    """Steps of the interval whose loss was not finite."""
-
-    loss_scale: float | None
-    device: Literal["gpu", "cpu"]
-    """What `per_gpu` counts: GPUs, or processes on CPUs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Held-out loss after a step."""
-
-    iteration: int
-    split: Literal["validation", "test"]
-    loss: float
-    perplexity: float
-
-
-Record = Step | Evaluation
-
-
-def evaluation(iteration: int, *, split: Literal["validation", "test"], loss: float) -> Evaluation:
-    """The record of a mean loss per token in nats. Perplexity is e^loss, infinite where that does not fit a float."""
-    try:
-        perplexity = math.exp(loss)
-    except OverflowError:
-        perplexity = math.inf
-    return Evaluation(iteration=iteration, split=split, loss=loss, perplexity=perplexity)
 
 
 @dataclass(frozen=True)

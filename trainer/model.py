@@ -89,6 +89,18 @@ class GPTModelProvider(ModelProvider):
     rope_scaling: bool = False
     rope_scaling_factor: float = 8.0
     seq_len_interpolation_factor: float | None = None
+    bias_activation_fusion: bool = True
+    bias_dropout_fusion: bool = True
+    masked_softmax_fusion: bool = True
+    apply_rope_fusion: bool = True
+    persist_layer_norm: bool = True
+    cross_entropy_loss_fusion: bool = True
+    gradient_accumulation_fusion: bool = False
+    """Needs APEX, which no package index has."""
+
+    first_last_layers_bf16: bool | None = None  # type: ignore[assignment]
+    """None for what `mixed_precision` says."""
+
     hf_config: dict[str, Any] = field(default_factory=dict)
     """The `config.json` this model is; it travels with checkpoints so that they can be exported."""
 
@@ -100,6 +112,7 @@ class GPTModelProvider(ModelProvider):
 
     def finalize(self) -> None:
         """Derive and validate what TransformerConfig does on construction."""
+        self.first_last_layers_bf16 = bool(self.first_last_layers_bf16)
         TransformerConfig.__post_init__(self)
 
     @property

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import UserError
-from trainer.sinks import FILE, read_records
+from trainer.records import FILE, read_records
 
 Records = list[dict[str, Any]]
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow.
@@ -25,6 +25,7 @@ def plot(run_dirs: Sequence[Path], out: Path) -> None:
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(12, 8), dpi=130, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)
     FigureCanvasAgg(figure)
     _draw(figure, runs)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +74,7 @@ def _draw(figure: Any, runs: dict[str, Records]) -> None:
         _style(place, title, floor=title.startswith("Throughput"))
     for place in axes[1]:
         place.set_xlabel("step", color=_INK)
+    axes[0, 1].yaxis.set_major_formatter(lambda value, _: f"{value:.1e}")
     axes[0, 0].legend(frameon=False, fontsize=9, labelcolor=_INK)
     if len(runs) == 1:
         figure.suptitle(next(iter(runs)), color=_INK)
@@ -83,7 +85,7 @@ def _curve(axis: Any, records: Records, field: str, *, split: str | None = None,
     chosen = [one for one in records if one.get("split") == split and isinstance(one.get(field), (int, float))]
     if chosen:
         look.setdefault("marker", "o" if len(chosen) == 1 else None)
-        axis.plot([one["iteration"] for one in chosen], [one[field] for one in chosen], linewidth=1.6, **look)
+        axis.plot([one["iteration"] for one in chosen], [one[field] for one in chosen], linewidth=1.6, alpha=0.85, **look)
 
 
 def _style(axis: Any, title: str, *, floor: bool) -> None:
@@ -95,5 +97,5 @@ def _style(axis: Any, title: str, *, floor: bool) -> None:
     axis.tick_params(colors=_INK, labelsize=9, labelbottom=True)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if floor:
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.12 * axis.dataLim.y1 if axis.has_data() else 1)
         axis.yaxis.set_major_formatter("{x:,.0f}")

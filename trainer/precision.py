@@ -170,11 +170,12 @@ def apply(name: str, config: Any) -> list[Choice]:
 
 
 def _weights(chosen: Recipe, config: Any) -> dict[str, bool]:
-    """megatron-core gathers FP8 weights only from the distributed optimizer."""
+    """FP8 weights where `ddp.fp8_param_gather` asks for them: half the bytes to hold and to gather, but their transposes are
+    made again for each microbatch. megatron-core gathers them only from the distributed optimizer."""
     if not chosen.low_precision_weights:
         return {}
-    sharded = config.ddp.use_distributed_optimizer
-    return {"model.fp8_param": sharded, "ddp.fp8_param_gather": sharded}
+    wanted = config.ddp.fp8_param_gather and config.ddp.use_distributed_optimizer
+    return {"model.fp8_param": wanted, "ddp.fp8_param_gather": wanted}
 
 
 def _agree(config: Any, setting: str, value: Any, *, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def pretraining(
     spread over the data-parallel ranks.
     """
     config = RunConfig(
-        model=from_hf_config(model),
+        model=from_hf_config(copy.deepcopy(dict(model))),
         train=TrainingConfig(train_iters=train_iters, global_batch_size=global_batch_size),
         dataset=DatasetConfig(sequence_length=sequence_length),
     )

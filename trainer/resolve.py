@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from formats.errors import UserError
-from trainer import checks, overlap, precision
+from trainer import checks, described, overlap, precision
 from trainer.choice import Choice, carry_out
 from trainer.config import DatasetConfig, RunConfig
 from trainer.precision import Machine
@@ -58,8 +59,8 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     checks.check_schedule(told)
     checks.check_saving(told)
     _validate(told)
-    warnings = _warnings(told, microbatches)
-    return Resolved(told, tuple(choices), warnings, world_size, copies, microbatches)
+    choices += described.follow(told.model)
+    return Resolved(told, tuple(choices), _warnings(told, microbatches), world_size, copies, microbatches)
 
 
 def _copy(config: RunConfig) -> RunConfig:
@@ -86,9 +87,8 @@ def _virtual_stages(model: Any) -> list[Choice]:
     layout = getattr(model, "pipeline_model_parallel_layout", None)
     if not isinstance(layout, (str, list)) or told is not None:
         return []
-    read = PipelineParallelLayerLayout.from_str if isinstance(layout, str) else PipelineParallelLayerLayout
     try:
-        stages = read(layout=layout, pipeline_model_parallel_size=checks.size(model, checks.PP))
+        stages = PipelineParallelLayerLayout(layout, checks.size(model, checks.PP))
     except (ValueError, KeyError, AssertionError) as error:
         raise UserError(
             f"megatron-core refuses `model.pipeline_model_parallel_layout`: {error}", hint="write it as megatron-core does"
@@ -119,19 +119,30 @@ _WITHOUT_CUDA: dict[str, Any] = {
     "bias_dropout_fusion": False,
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
+    "cross_entropy_loss_fusion": False,
     "gradient_accumulation_fusion": False,
     "use_cpu_initialization": True,
 }
 """megatron-core's kernels that exist for CUDA only, off."""
 
 
+_WITHOUT_TE: dict[str, Any] = {"apply_rope_fusion": False, "cross_entropy_fusion_impl": "native"}
+"""Transformer Engine's kernels, off: megatron-core refuses the one, and would fail with the other."""
+
+
 def _device_fields(model: Any, machine: Machine) -> list[Choice]:
     if machine.device == "cpu":
         why = "the CPU has none of CUDA's kernels"
         return [Choice(f"model.{name}", value, why) for name, value in _WITHOUT_CUDA.items() if hasattr(model, name)]
+    choices: list[Choice] = []
+    if not (model.bf16 or model.fp16):
+        choices.append(Choice("model.cross_entropy_loss_fusion", False, "the fused kernels round gradients to bf16"))
+    if machine.transformer_engine is None:
+        why = "Transformer Engine, which has its kernel, is not installed"
+        choices += [Choice(f"model.{name}", value, why) for name, value in _WITHOUT_TE.items() if hasattr(model, name)]
     if getattr(model, "gradient_accumulation_fusion", False) and not importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
-        return [Choice("model.gradient_accumulation_fusion", False, "APEX, which has its kernel, is not installed")]
-    return []
+        choices.append(Choice("model.gradient_accumulation_fusion", False, "APEX, which has its kernel, is not installed"))
+    return choices
 
 
 def _schedule(config: RunConfig) -> list[Choice]:
@@ -161,6 +172,10 @@ def _schedule(config: RunConfig) -> list[Choice]:
     ]
 
 
+_EXPECTED = ("full scope is deprecated", "Could not determine rank")
+"""What megatron-core says of its own default, and of a process that is not a rank yet."""
+
+
 def _validate(config: RunConfig) -> None:
     """megatron-core's own checks, and the fields it derives from others."""
     finalize = getattr(config.model, "finalize", lambda: None)
@@ -170,7 +185,10 @@ def _validate(config: RunConfig) -> None:
         ("ddp", config.ddp.__post_init__),
     ):
         try:
-            validate()
+            with warnings.catch_warnings():
+                for expected in _EXPECTED:
+                    warnings.filterwarnings("ignore", expected, UserWarning)
+                validate()
         except (ValueError, AssertionError, RuntimeError, ImportError) as error:
             raise UserError(
                 f"megatron-core refuses the settings under `{what}`: {error}", hint="change the settings that it names"

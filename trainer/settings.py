@@ -97,7 +97,7 @@ class Place:
             return fit(value, self.kind)
         except UnfitError:
             text = "null" if value is None else shown(value)
-            hint = "write it in quotes" if fits_text(self.kind) and not isinstance(value, str) else ""
+            hint = "write it in quotes" if fits_text(self.kind) and isinstance(value, (bool, int, float)) else ""
             raise UserError(f"`{self.name}` is `{text}`, it should be {expected(self.kind)}", hint=hint) from None
 
     def reset(self) -> None:

@@ -1,28 +1,20 @@
-"""Where records go: JSON lines in the run's folder, TensorBoard, Weights & Biases.
+"""Where records go: `metrics.jsonl` in the run's folder, TensorBoard, Weights & Biases.
 
-Knows files and the names that each tool's users expect. Knows no ranks: the caller opens sinks on one.
+Knows the names that each tool's users expect. Knows no ranks: the caller opens sinks on one.
 """
 
 from __future__ import annotations
 
 import importlib
-import io
 import json
-import math
-import os
-import sys
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-import click
-
-from formats.errors import UserError, shown
+from formats.errors import UserError
 from trainer.config import LoggerConfig
-from trainer.metrics import GIB, Evaluation, Record, Step
+from trainer.metrics import GIB
+from trainer.records import FILE, Evaluation, JsonLines, Record, Step
 
-FILE = "metrics.jsonl"
 _WANDB_ID = "wandb_run_id"
 
 
@@ -80,81 +72,6 @@ def _need(package: str, *, setting: str, install: str) -> None:
             f"`logger.{setting}` is set, but the package `{package}` cannot be imported: {error}",
             hint=f"pip install {install}, or leave `logger.{setting}` out",
         ) from error
-
-
-class JsonLines:
-    """A record per line, flushed as it is written; floats are exact, as Python's `repr` writes them.
-
-    A float that is not finite is a string (`"NaN"`, `"Infinity"`, `"-Infinity"`), since JSON has no number for it. `kind` is
-    `step` or `evaluation`.
-    """
-
-    def __init__(self, path: Path, *, done: int = 0) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _cut_back(path, done)
-        self._file = path.open("a", encoding="utf-8")
-
-    def log(self, record: Record) -> None:
-        fields = {name: _json(value) for name, value in asdict(record).items()}
-        self._file.write(json.dumps({"kind": type(record).__name__.lower(), **fields}, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _json(value: Any) -> Any:
-    if not isinstance(value, float) or math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a `metrics.jsonl` as dictionaries, `NaN` and infinities as floats. UserError with file and line for one
-    that is not a record, but for a last line without its end: a run may be writing it."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.endswith(b"\n"):
-                yield _record(line, path, number)
-
-
-def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or type(found.get("iteration")) is not int or found.get("kind") not in ("step", "evaluation"):
-        text = shown(line[:60].decode("utf-8", "replace").strip())
-        raise UserError(
-            f"`{path}`, line {number}: `{text}` is not a record of a run",
-            hint="remove the line, or choose another folder",
-        )
-    special = ("NaN", "Infinity", "-Infinity")
-    return {name: float(value) if value in special else value for name, value in found.items()}
-
-
-def _cut_back(path: Path, done: int) -> None:
-    """Replace the file by its lines of the steps until `done`; whoever reads it sees the old file or the new one."""
-    old = path.read_bytes()
-    kept = [line for line in _whole_lines(old, path) if line[0] <= done]
-    new = b"".join(line for _, line in kept)
-    if new == old:
-        return
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as out:
-        out.write(new)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(path)
-    lines = old.count(b"\n") + (not old.endswith(b"\n")) - len(kept)
-    click.echo(f"note: {path}: {lines} lines of steps after {done} dropped; they are computed again", file=sys.stderr)
-
-
-def _whole_lines(data: bytes, path: Path) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(io.BytesIO(data), 1):
-        if line.endswith(b"\n"):
-            yield _record(line, path, number)["iteration"], line
 
 
 class TensorBoard:

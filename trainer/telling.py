@@ -15,7 +15,7 @@ import click
 import torch
 import torch.distributed as dist
 
-from trainer import device, documents, metrics, peaks
+from trainer import device, documents, metrics, peaks, records
 from trainer.config import RunConfig
 from trainer.flops import flops_per_token
 from trainer.model import GPTModelProvider
@@ -58,13 +58,13 @@ class Telling:
 
     def evaluation(self, progress: Any, split: Any, loss: float) -> None:
         """Tell an evaluation."""
-        self._tell(metrics.evaluation(progress.iteration, split=split, loss=loss))
+        self._tell(records.evaluation(progress.iteration, split=split, loss=loss))
 
     def pause(self, seconds: float) -> None:
         """Time spent on something other than steps does not count as theirs."""
         self._since += seconds
 
-    def _tell(self, record: metrics.Record) -> None:
+    def _tell(self, record: records.Record) -> None:
         if self.sinks is not None:
             click.echo(metrics.console_line(record, self.config.train.train_iters, color=self.color), err=True)
             self.sinks.log(record)

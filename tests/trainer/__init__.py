@@ -1,0 +1,1 @@
+"""Tests of `trainer`, named as its files."""

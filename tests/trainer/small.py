@@ -92,7 +92,7 @@ def settings(folder: Path, **changes: Any) -> Any:
     config.checkpoint.pretrained_checkpoint = str(folder)
     for name, value in changes.items():
         section, _, setting = name.partition("__")
-        setattr(getattr(config, section), setting, value)
+        setattr(getattr(config, section) if setting else config, setting or section, value)
     return config
 
 

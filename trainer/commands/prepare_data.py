@@ -23,6 +23,7 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 def command(
+    *,
     inputs: tuple[Path, ...],
     prefix: Path,
     tokenizer: str,
@@ -35,8 +36,8 @@ def command(
 ) -> None:
     """Tokenize documents into PREFIX.bin and PREFIX.idx, in Megatron-LM's format.
 
-    INPUT is a file or a folder of files: .txt, .md and .py are a document each, .jsonl has one per line, .parquet one per row. The
-    result does not depend on --workers.
+    INPUT is a file or a folder of files: .txt, .md and .py are a document each, .jsonl has one per line, .parquet one per row.
+    The result does not depend on --workers.
     """
     from converter.console import size, talking  # noqa: PLC0415
     from trainer.data.prepare import prepare  # noqa: PLC0415
@@ -58,7 +59,7 @@ def command(
         click.echo(json.dumps(asdict(done)))
     elif not quiet:
         click.echo(
-            f"done: {done.documents:,} documents, {done.tokens:,} tokens, {size(done.input_bytes)} read, {size(done.output_bytes)} "
-            f"written in {done.seconds:.1f} s ({done.tokens_per_second:,.0f} tokens/s) -> {done.prefix}",
+            f"done: {done.documents:,} documents, {done.tokens:,} tokens, {size(done.input_bytes)} read, "
+            f"{size(done.output_bytes)} written, {done.seconds:.1f} s ({done.tokens_per_second:,.0f} tokens/s) -> {done.prefix}",
             err=True,
         )

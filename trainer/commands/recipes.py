@@ -58,7 +58,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def _line(row: dict[str, Any]) -> str:
     name, size, parallelism, precision, gpus, summary = _cells(row)
-    return f"{name:<13} {size:>8}  {parallelism:<16} {precision:<11} {gpus:>4}  {summary}"
+    return f"{name:<13} {size:>8}  {parallelism:<18} {precision:<11} {gpus:>4}  {summary}"
 
 
 def _show_table(rows: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import click
@@ -38,8 +39,7 @@ def _machine(recipe: str | None, config: RunConfig, *, gpus: int | None, process
 
     if gpus or processes:
         return gpus or processes or 1, "gpu" if gpus else "cpu"
-    model = config.model
-    copy = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    copy = math.prod(getattr(config.model, f"{one}_parallel_size", 1) for one in ("tensor_model", "pipeline_model", "context"))
     wanted = recipes.find(recipe).gpus if recipe else copy
     on_cpu = config.dist.device == "cpu" or wanted == 0
     size = copy if on_cpu else -(-wanted // copy) * copy
@@ -49,12 +49,13 @@ def _machine(recipe: str | None, config: RunConfig, *, gpus: int | None, process
 def _show(config: RunConfig, *, world_size: int, device: str) -> None:
     from trainer import documents  # noqa: PLC0415
     from trainer.resolve import resolve  # noqa: PLC0415
+    from trainer.values import plain  # noqa: PLC0415
 
     resolved = resolve(config, world_size=world_size, device=device)
     for line in _figures(resolved.config, world_size=world_size, device=device):
         click.echo(f"# {line}")
     for choice in resolved.explanations:
-        click.echo(f"# {choice.setting} = {choice.value}: {choice.why}")
+        click.echo(f"# {choice.setting} = {plain(choice.value)}: {choice.why}")
     for warning in resolved.warnings:
         click.echo(f"warning: {warning}", err=True)
     click.echo(documents.dump(resolved.config), nl=False)
@@ -66,7 +67,7 @@ def _figures(config: RunConfig, *, world_size: int, device: str) -> list[str]:
 
     one, many = ("GPU", "GPUs") if device == "gpu" else ("process", "processes")
     units = one if world_size == 1 else many
-    taken = memory(config, world_size)
+    taken = memory(config, world_size=world_size)
     return [
         f"parameters: {parameters(config.model):,}",
         f"memory of the fullest of {world_size} {units}, estimated: {taken.total / 1e9:.1f} GB",

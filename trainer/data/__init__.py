@@ -3,8 +3,8 @@
 `build` makes the three datasets of a run, `trainer.data.loader.batches` reads them.
 
 A dataset has a length and gives, for each sample number, a dict of tensors `[sequence_length]`: `tokens`, `labels` and
-`position_ids` (int64), `loss_mask` (float32). What a sample number stands for depends on nothing but the data and its seed: not on
-how many samples are asked for, on batch sizes or on ranks. So a sample number is a position that one can resume from.
+`position_ids` (int64), `loss_mask` (float32). What a sample number stands for depends on nothing but the data and its seed: not
+on how many samples are asked for, on batch sizes or on ranks. So a sample number is a position that one can resume from.
 
 Your own data: in place of `DatasetConfig`, give an object with
 
@@ -12,8 +12,8 @@ Your own data: in place of `DatasetConfig`, give an object with
 - `build(tokenizer, vocab_size, samples) -> (train, valid, test)`: three datasets as above, of at least the lengths in `samples`,
   or None where that is 0. `tokenizer` is None where the run has none.
 
-It is called on every rank and gives the same there. With `num_workers` above 0 the datasets are pickled to the processes that read
-ahead.
+It is called on every rank and gives the same there. With `num_workers` above 0 the datasets are pickled to the processes that
+read ahead.
 
 This package imports torch only when it builds: the processes of `mbtrain prepare-data` do without.
 """

@@ -66,10 +66,8 @@ def in_turn[T](make: Callable[[], T]) -> T:
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return make()
-    if distributed.get_rank() == 0:
-        mine = 0
-    else:
-        mine = 1 if int(os.environ.get("LOCAL_RANK", "0")) == 0 else 2
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    mine = 0 if distributed.get_rank() == 0 else 1 if local == 0 else 2
     made: list[T] = []
     for turn in range(3):
         if turn == mine:

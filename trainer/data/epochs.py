@@ -1,13 +1,14 @@
 """One `.bin`/`.idx` pair as an endless stream of samples that does not depend on how much of it will be read.
 
-megatron-core's GPTDataset shuffles all epochs of a run together, so its order changes with the number of samples. Here each epoch
-is a GPTDataset of its own, with a seed of its own. The first has the run's seed, and so the order that Megatron-LM has in a run of
-up to one epoch. Knows one prefix; knows nothing of blends.
+megatron-core's GPTDataset shuffles all epochs of a run together, so its order changes with the number of samples. Here each
+epoch is a GPTDataset of its own, with a seed of its own. The first has the run's seed, and so the order that Megatron-LM has in
+a run of up to one epoch. Knows one prefix; knows nothing of blends.
 """
 
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,13 @@ from torch.utils.data import Dataset
 from formats.errors import UserError
 from trainer.config import DatasetConfig
 from trainer.data import cache
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEAD = struct.Struct("<9sQBQQ")
+"""What an `.idx` begins with: magic, version, code of the dtype, sequences, documents + 1 (megatron-core's `_IndexWriter`)."""
+
+
+_NO_TOKEN = -2  # megatron-core takes -1 for padding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +93,12 @@ class Epochs(Dataset):
         self._prefix, self._config, self._split, self.samples = prefix, config, split, 0
         self._source = _open(prefix)
         count = len(self._source.sequence_lengths)
-        self._numbers = np.arange(round(share[0] * count), round(share[1] * count), dtype=np.int32)
+        self._bounds = round(share[0] * count), round(share[1] * count)
         self._vocabulary = Vocabulary(
-            eod=-1 if eod is None else eod,
+            eod=_NO_TOKEN if eod is None else eod,
             vocab_size=vocab_size,
             unique_identifiers={
-                "documents": f"{self._numbers[:1]} to {self._numbers[-1:]} of {count}",
+                "documents": f"{self._bounds[0]} to {self._bounds[1]} of {count}",
                 "lengths": blake3.blake3(self._source.sequence_lengths.tobytes()).hexdigest(),
             },
         )
@@ -99,20 +107,24 @@ class Epochs(Dataset):
         self.per_epoch = len(self._epoch(0))
 
     def _check_enough(self, count: int) -> None:
-        tokens = int(self._source.sequence_lengths[self._numbers].sum())
+        tokens = int(self._lengths.sum(dtype=np.int64))
         if tokens > self._config.sequence_length:
             return
         raise UserError(
-            f"`{self._prefix}` has {tokens} tokens in {len(self._numbers)} of its {count} documents for the {self._split.name} split, "
+            f"the {self._split.name} split of `{self._prefix}` has {tokens} tokens in {len(self._lengths)} of {count} documents, "
             f"but a sample takes {self._config.sequence_length + 1}",
-            hint="give that split a greater share in `dataset.split`, or none, or use more data or a smaller `dataset.sequence_length`",
+            hint="change its share in `dataset.split`, use more data, or a smaller `dataset.sequence_length`",
         )
+
+    @property
+    def _lengths(self) -> np.ndarray:
+        return self._source.sequence_lengths[slice(*self._bounds)]
 
     def take(self, samples: int) -> Epochs:
         """Have so many samples, and the indices of all epochs that they lie in made, as far as those are kept in files."""
         self.samples = samples
-        tokens = int(self._source.sequence_lengths[self._numbers].sum())
-        if len(self._numbers) + tokens // self._config.sequence_length >= cache.SMALL:
+        tokens = int(self._lengths.sum(dtype=np.int64))
+        if len(self._lengths) + tokens // self._config.sequence_length >= cache.SMALL:
             for number in range(-(-samples // self.per_epoch)):
                 self._epoch(number)
         return self
@@ -142,8 +154,8 @@ class Epochs(Dataset):
         if number not in self._opened:
             if len(self._opened) == 2:
                 del self._opened[next(iter(self._opened))]
-            config = self._epoch_config(number)
-            self._opened[number] = Epoch(self._source, self._numbers, split=self._split, config=config, folder=self._folder())
+            config, numbers = self._epoch_config(number), np.arange(*self._bounds, dtype=np.int32)
+            self._opened[number] = Epoch(self._source, numbers, split=self._split, config=config, folder=self._folder())
         return self._opened[number]
 
     def _epoch_config(self, number: int) -> GPTDatasetConfig:
@@ -173,17 +185,30 @@ def _seed(random_seed: int, epoch: int) -> int:
 
 
 def _open(prefix: str) -> IndexedDataset:
-    for suffix in (".idx", ".bin"):
-        if not Path(f"{prefix}{suffix}").is_file():
+    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index, data):
+        if not path.is_file():
             raise UserError(
-                f"`{prefix}{suffix}` does not exist",
-                hint="a blend names prefixes of `.bin`/`.idx` pairs, each perhaps after its weight; `mbtrain prepare-data` makes them",
+                f"`{path}` does not exist",
+                hint="a blend names prefixes of `.bin`/`.idx` pairs, which `mbtrain prepare-data` makes",
             )
-    try:
-        source = IndexedDataset(prefix)
-    except (AssertionError, ValueError, OSError) as error:
-        raise UserError(f"`{prefix}.idx` is not readable as an index of tokens: {error}", hint="prepare the data again") from None
+    _check_index(index)
+    if not data.stat().st_size:
+        raise UserError(f"`{data}` is empty", hint="prepare the data again")
+    source = IndexedDataset(prefix)
     expected = int(source.sequence_lengths.sum(dtype=np.int64)) * source.index.dtype_size
-    if (size := Path(f"{prefix}.bin").stat().st_size) != expected:
-        raise UserError(f"`{prefix}.bin` has {size} bytes, but its index says {expected}", hint="prepare the data again")
+    if data.stat().st_size != expected:
+        raise UserError(f"`{data}` has {data.stat().st_size} bytes, but its index says {expected}", hint="prepare the data again")
     return source
+
+
+def _check_index(path: Path) -> None:
+    """Before megatron-core opens it, whose asserts name no way out."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD.size)
+    if len(head) == _HEAD.size:
+        magic, version, _, sequences, documents = _HEAD.unpack(head)
+        size = _HEAD.size + 12 * sequences + 8 * documents  # int32 lengths and int64 offsets; int64 ends of documents
+        if magic == _MAGIC and version == 1 and path.stat().st_size == size:
+            return
+    raise UserError(f"`{path}` is no whole index of Megatron-LM", hint="prepare the data again")

@@ -8,6 +8,7 @@ alone, and a run that goes on with other batch sizes or more ranks goes on exact
 from __future__ import annotations
 
 import multiprocessing
+import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from formats.errors import UserError
+from trainer.data import orphans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,22 +56,24 @@ def batches(
 ) -> Generator[dict[str, torch.Tensor]]:
     """Microbatches of data-parallel rank `rank` of `size`, each a dict of tensors `[micro_batch_size, sequence_length]`.
 
-    They are samples `consumed` to `consumed + samples`, and then end; by default as many whole global batches as the dataset still
-    has. A dataset with fewer samples is an error now, not on the way: nothing wraps. `num_workers` processes read ahead; they end
-    when the generator is closed, or with this process.
+    They are samples `consumed` to `consumed + samples`, and then end; by default as many whole global batches as the dataset
+    still has. A dataset with fewer samples is an error now, not on the way: nothing wraps. `num_workers` processes read ahead;
+    they end when the generator is closed, or with this process.
     """
     stride = micro_batch_size * size
     if global_batch_size % stride:
         raise UserError(
-            f"the global batch size `{global_batch_size}` is no multiple of micro batch size `{micro_batch_size}` × `{size}` data-parallel ranks",
+            f"the global batch size `{global_batch_size}` is no multiple of the micro batch size `{micro_batch_size}` times "
+            f"`{size}` data-parallel ranks",
             hint=f"choose a multiple of {stride}",
         )
     there = max(len(dataset) - consumed, 0)
     wanted = there - there % global_batch_size if samples is None else samples
     if wanted > there or not wanted or wanted % global_batch_size:
         raise UserError(
-            f"`{wanted or global_batch_size}` samples are wanted after the first `{consumed}`, but the dataset has `{len(dataset)}` in all",
-            hint=f"use more data, or ask for a multiple of the global batch size, `{global_batch_size}`, that the data can give",
+            f"`{wanted or global_batch_size}` samples are wanted after the first `{consumed}`, but the dataset has "
+            f"`{len(dataset)}` in all, and a global batch takes `{global_batch_size}`",
+            hint="use more data, or ask for whole global batches that the data can give",
         )
     order = Microbatches(
         consumed=consumed,
@@ -89,7 +93,13 @@ def _processes(num_workers: int) -> dict[str, Any]:
         return {"num_workers": 0}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.quiet", "trainer.data.splits", "trainer.data.loader"])
-    return {"num_workers": num_workers, "multiprocessing_context": context}
+    return {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _begin}
+
+
+def _begin(_number: int) -> None:
+    orphans.end_with_parent()
+    # A worker is no rank, and megatron-core need not say so.
+    warnings.filterwarnings("ignore", "Could not determine rank", UserWarning)
 
 
 def _read(loader: DataLoader) -> Generator[dict[str, torch.Tensor]]:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mock(Dataset):
-    """Sequences that count from a random token in steps of a random size below 8: a model can learn them, slowly enough to see."""
+    """Sequences that count from a random token in steps of a random size below 8: a model can learn them."""
 
     samples: int
     sequence_length: int

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import secrets
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -28,7 +27,7 @@ import numpy as np
 from converter.job import Talk
 from formats.errors import TransientError, UserError
 from trainer import tokenizers
-from trainer.data import documents
+from trainer.data import documents, orphans
 
 _PIECE = 2**20  # bytes of documents that a process gets at a time: small against memory, large against the cost of sending
 
@@ -133,16 +132,8 @@ def _begin(name: str) -> None:
 
 
 def _begin_process(name: str) -> None:
-    """Ctrl-C is the parent's to handle; and a parent that is gone, however it ended, leaves no process behind."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    orphans.end_with_parent()
     _begin(name)
 
 
@@ -222,7 +213,8 @@ def _output(prefix: Path, dtype: Any) -> Generator[Any]:
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         builder = IndexedDatasetBuilder(str(hidden[0]), dtype)
-        yield builder
+        with contextlib.closing(builder.data_file):
+            yield builder
         if not builder.sequence_lengths:
             raise UserError("the inputs hold no text at all", hint="nothing was written")
         builder.finalize(str(hidden[1]))

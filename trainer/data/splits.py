@@ -61,16 +61,14 @@ def _stream(blend: list[Any], config: DatasetConfig, samples: int, **of: Any) ->
 
 def _weighted(blend: list[Any]) -> tuple[list[str], list[float] | None]:
     """Prefixes, and their weights if the blend gives any: without, each counts by its samples."""
-    try:
-        found = get_blend_from_list([str(entry) for entry in blend])
-    except AssertionError:
-        found = None
-    if found is None or any(not (weight > 0 and math.isfinite(weight)) for weight in found[1] or ()):
+    prefixes, weights = get_blend_from_list([str(entry) for entry in blend])
+    numbers = any(isinstance(entry, (int, float)) for entry in blend)
+    if (numbers and weights is None) or any(not 0 < weight < math.inf for weight in weights or ()):
         raise UserError(
             f"`{blend}` is no blend",
-            hint="a blend is a list of prefixes, or positive weights and prefixes in turns: `[0.3, a, 0.7, b]`",
+            hint="it is a list of prefixes, or positive weights and prefixes in turns: `[0.3, a, 0.7, b]`",
         )
-    return found
+    return prefixes, weights
 
 
 def _blends(config: DatasetConfig) -> Sequence[list[Any] | None] | None:

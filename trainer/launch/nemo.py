@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from formats.errors import UserError
 from trainer.launch import Job
+from trainer.launch.slurm import sbatch
 
 Where = Literal["local", "slurm"]
 
@@ -68,9 +69,12 @@ def executor(job: Job, *, where: Where) -> Any:
 
 
 def launch(task: Any, place: Any, *, name: str, submit: bool) -> bool:
-    """Run the task, or only show what NeMo-Run would run; whether all went well. A Slurm job is left to Slurm."""
+    """Run the task, or only show what NeMo-Run would run; whether all went well. A Slurm job is left to Slurm. UserError
+    without `sbatch`, where it is needed."""
     run = _nemo_run()
     detach = isinstance(place, run.SlurmExecutor)
+    if detach and submit:
+        sbatch()
     with run.Experiment(name, executor=place) as experiment:
         experiment.add(task, name=name, tail_logs=not detach)
         if not submit:
@@ -90,7 +94,7 @@ def _nemo_run() -> Any:
             raise UserError("NeMo-Run is not installed", hint="pip install 'mbtools[nemo-run]'") from error
         hint = f"pip install the package that has `{error.name}`"
         if str(error.name).startswith("leptonai"):
-            # NeMo-Run 0.11 asks for any leptonai and needs one before 0.47.
+            # NeMo-Run 0.11 admits leptonai 0.47, which no longer has what it imports.
             hint = "pip install 'leptonai<0.47'"
         raise UserError(f"NeMo-Run is installed, but cannot be imported: {error}", hint=hint) from error
     return nemo_run

@@ -76,12 +76,17 @@ def _launch(job: Job) -> str:
 
 def submit(text: str) -> str:
     """Hand a script to `sbatch`; the job's number, or `number;cluster`. UserError with what sbatch said, or if there is none."""
-    program = shutil.which("sbatch")
-    if program is None:
-        raise UserError(
-            "there is no `sbatch` on this machine", hint="run this on a login node of the cluster, or leave --submit out"
-        )
-    done = subprocess.run([program, "--parsable"], input=text, text=True, capture_output=True, check=False)  # noqa: S603
+    done = subprocess.run([sbatch(), "--parsable"], input=text, text=True, capture_output=True, check=False)  # noqa: S603
     if done.returncode:
         raise UserError(f"`sbatch` refused the job: {done.stderr.strip()}", hint="print the script without --submit to see it")
     return done.stdout.strip()
+
+
+def sbatch() -> str:
+    """The path of `sbatch`. UserError if this machine has none."""
+    found = shutil.which("sbatch")
+    if found is None:
+        raise UserError(
+            "there is no `sbatch` on this machine", hint="run this on a login node of the cluster, or leave --submit out"
+        )
+    return found

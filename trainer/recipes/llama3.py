@@ -57,7 +57,7 @@ def pretrain_8b() -> RunConfig:
     """Llama 3 8B from random weights, on 8 GPUs of 80 GB or any multiple of 2 from there.
 
     Per GPU at TP2·DP4: weights and gradients 8.03e9/2 × 6 = 24 GB, optimizer 8.03e9/2 × 12/4 = 12 GB, activations of 8192
-    tokens 34 × 4096 × 8192 × 32/2 = 18 GB, logits 8192 × 128256/2 × 10 = 5 GB: 60 GB.
+    tokens 34 × 4096 × 8192 × 32/2 = 18 GB, logits 8192 × 128256/2 × 6 = 3 GB: 57 GB.
     """
     return pretraining(
         MODEL_8B, sequence_length=8192, global_batch_size=512, train_iters=1_200_000, lr=3e-4, min_lr=3e-5, **LAYOUT_8B
@@ -67,8 +67,8 @@ def pretrain_8b() -> RunConfig:
 def pretrain_70b() -> RunConfig:
     """Llama 3 70B from random weights, on 32 GPUs of 80 GB or any multiple.
 
-    Per GPU at TP8·PP4·VPP5·DP1: weights and gradients 70.6e9/32 × 6 = 13 GB, optimizer 70.6e9/32 × 12 = 26 GB; the first
-    stage keeps 20 layers × 4 micro-batches × (1 + 3/20), 34 × 8192 × 8192 × 92/8 = 26 GB; 66 GB.
+    Per GPU at TP8·PP4·VPP5·DP1: weights and gradients 2.27e9 × 6 = 14 GB, optimizer 2.27e9 × 12 = 27 GB; the first stage, which
+    has the embedding too, keeps 20 layers × 4 micro-batches × (1 + 3/20), 34 × 8192 × 8192 × 92/8 = 26 GB: 67 GB.
     """
     return pretraining(
         MODEL_70B, sequence_length=8192, global_batch_size=512, train_iters=1_200_000, lr=1.5e-4, min_lr=1.5e-5, **LAYOUT_70B

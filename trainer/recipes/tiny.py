@@ -31,7 +31,7 @@ def pretrain() -> RunConfig:
     Weights, gradients and optimizer 3.3e6 × 16 = 0.05 GB; one optimizer for all, since ranks have no memory to save.
     """
     config = pretraining(MODEL, sequence_length=256, global_batch_size=8, train_iters=100, lr=1e-3, min_lr=1e-4)
-    config.train.micro_batch_size = 8
+    config.train.micro_batch_size = 2
     config.mixed_precision = "fp32"
     config.tokenizer.tokenizer_model = "byte"
     config.scheduler.lr_warmup_fraction = 0.1

@@ -1,0 +1,56 @@
+"""Small prepared data, and a rank that reads it."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from torch import distributed
+
+from trainer import data
+from trainer.config import DatasetConfig
+from trainer.data import cache
+
+LENGTH = 16
+
+
+def write(prefix, *, documents=60, seed=0):
+    """Documents of 5 to 40 tokens, every token of the corpus another one."""
+    chosen, token = random.Random(seed), 1000 * seed
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.int32)
+    for _ in range(documents):
+        count = chosen.randrange(5, 40)
+        builder.add_item(torch.arange(token, token + count))
+        builder.end_document()
+        token += count
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def built(samples, **config):
+    """Datasets of `samples` for training, validation and test."""
+    config = DatasetConfig(sequence_length=LENGTH, **config)
+    return data.build(config, tokenizer=None, vocab_size=100_000, samples=samples)
+
+
+def contents(dataset, count=None):
+    """All samples as rows of tokens and the last label."""
+    found = [dataset[number] for number in range(len(dataset) if count is None else count)]
+    return torch.stack([torch.cat([one["tokens"], one["labels"][-1:]]) for one in found]).tolist()
+
+
+def rank(number, *, prefixes, place):
+    """One of two ranks: of one node that shares a folder of indices, then of two nodes with a folder each."""
+    cache.SMALL = 1  # so that there are files
+    distributed.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=number, world_size=2)
+    blend = [entry for prefix in prefixes for entry in (1.0, prefix)]
+    found = []
+    for local, folder in ((number, "shared"), (0, f"own{number}")):
+        os.environ["LOCAL_RANK"] = str(local)
+        train, valid, _ = built((150, 20, 0), blend=blend, split="80,20,0", path_to_cache=str(place / folder))
+        found.append([contents(train), contents(valid)])
+    torch.save(found, place / f"{number}.pt")
+    distributed.destroy_process_group()

@@ -1,0 +1,28 @@
+"""Run configurations to start tests from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.models import BASE, VARIANTS
+from trainer.config import RunConfig
+from trainer.model import from_hf_config
+from trainer.precision import Machine
+
+HOPPER = Machine("gpu", capability=(9, 0), transformer_engine="2.11.0", cuda="13.0")
+LLAMA = {**BASE, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+
+def settings(variant: str = "gqa", **changes: Any) -> RunConfig:
+    """A run of a tiny Llama that can start; `changes` are paths with `__` for the dot: `model__num_layers=2`."""
+    config = RunConfig(model=from_hf_config({**LLAMA, **VARIANTS[variant]}))
+    config.optimizer.lr = 1e-3
+    config.dataset.sequence_length = 128
+    for path, value in changes.items():
+        *steps, name = path.split("__")
+        part: Any = config
+        for step in steps:
+            part = getattr(part, step)
+        assert hasattr(part, name), path
+        setattr(part, name, value)
+    return config

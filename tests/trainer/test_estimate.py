@@ -1,0 +1,194 @@
+"""Sizes and memory against transformers' and megatron-core's models, and the published counts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests import models
+from tests.trainer.settings import HOPPER, LLAMA, settings
+from trainer import recipes
+from trainer.activations import _in_flight
+from trainer.config import RunConfig
+from trainer.estimate import Estimate, memory, parameters, parameters_per_rank
+from trainer.model import from_hf_config
+from trainer.resolve import resolve
+
+LLAMA_1B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def on_meta(config: Any) -> int:
+    """Parameters of transformers' model, which counts tied weights once."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+@pytest.mark.parametrize("variant", ["gqa", "mha", "mqa", "head_dim", "tied", "padded_vocab", "both_biases"])
+def test_parameters_are_those_of_transformers(variant: str) -> None:
+    from transformers import LlamaConfig
+
+    config = {**LLAMA, **models.VARIANTS[variant]}
+    assert parameters(from_hf_config(config)) == on_meta(LlamaConfig(**config))
+
+
+def test_parameters_of_a_model_people_use() -> None:
+    from transformers import LlamaConfig
+
+    assert parameters(from_hf_config(LLAMA_1B)) == on_meta(LlamaConfig(**LLAMA_1B)) == 1_235_814_400
+
+
+def test_parameters_of_experts_and_head_norms() -> None:
+    from transformers import Qwen3MoeConfig
+
+    sizes = {**models.BASE, "head_dim": 12}
+    config = Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, decoder_sparse_step=1)
+    provider = from_hf_config({**LLAMA, "head_dim": 12})
+    provider.num_moe_experts, provider.moe_ffn_hidden_size, provider.qk_layernorm = 4, 48, True
+    assert parameters(provider) == on_meta(config)
+
+
+def built(config: RunConfig) -> int:
+    """Parameters of what megatron-core builds on this rank."""
+    from trainer import parallel
+    from trainer.model import build
+
+    with parallel.session(config, "cpu"):
+        return sum(parameter.numel() for chunk in build(config.model) for parameter in chunk.parameters())
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "tensor": {"model__tensor_model_parallel_size": 2, "model__add_bias_linear": True},
+    "pipeline": {"model__pipeline_model_parallel_size": 2},
+    "virtual": {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2},
+    "uneven": {"model__pipeline_model_parallel_size": 2, "model__num_layers_in_first_pipeline_stage": 1},
+    "laid out": {"model__pipeline_model_parallel_size": 2, "model__pipeline_model_parallel_layout": "Et|t|t|tL"},
+    "experts": {
+        "model__expert_model_parallel_size": 2,
+        "model__num_moe_experts": 4,
+        "model__moe_layer_freq": [1, 0, 1, 1],
+        "model__moe_ffn_hidden_size": 48,
+    },
+}
+
+
+@pytest.mark.parametrize("variant", ["tied", "padded_vocab"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parameters_of_each_rank_are_what_megatron_core_builds(ranks: Any, layout: str, variant: str) -> None:
+    changes = LAYOUTS[layout]
+    world = 1 if layout == "one" else 2
+    resolved = resolve(settings(variant, mixed_precision="fp32", **changes), world_size=world, device="cpu").config
+    stage = resolved.model.pipeline_model_parallel_size > 1
+    expected = [parameters_per_rank(resolved.model, pp_rank=rank if stage else 0).total for rank in range(world)]
+    assert ranks.run(built, world, resolved) == expected
+
+
+def parts(config: RunConfig, *, world_size: int = 1) -> tuple[Estimate, dict[str, int]]:
+    resolved = resolve(config, world_size=world_size, device="gpu", machine=HOPPER).config
+    estimate = memory(resolved, world_size=world_size)
+    return estimate, {part.name: part.size for part in estimate.parts}
+
+
+@pytest.mark.parametrize(
+    ("precision", "fp32_gradients", "alone", "shared"),
+    [("fp32", None, 16, 8), ("bf16_mixed", None, 18, 6), ("bf16_mixed", False, 20, 4), ("fp16_mixed", None, 20, 4)],
+)
+def test_bytes_per_parameter_are_those_megatron_documents(
+    precision: str, fp32_gradients: bool | None, alone: int, shared: int
+) -> None:
+    """Megatron-LM, docs/source/api-guide/dist_optimizer: 20 and 4 + 16/d, 18 and 6 + 12/d, 16 and 8 + 8/d."""
+    for sharded, expected in ((False, alone), (True, shared + (alone - shared) / 4)):
+        config = settings(
+            mixed_precision=precision, ddp__use_distributed_optimizer=sharded, ddp__grad_reduce_in_fp32=fp32_gradients
+        )
+        _, found = parts(config, world_size=4)
+        count = parameters_per_rank(config.model).total
+        assert found["weights"] + found["gradients"] + found["optimizer"] == int(expected * count)
+
+
+def test_activations_without_flash_attention_are_those_of_the_paper_less_its_dropout_masks() -> None:
+    """Korthikanti et al. 2022, equation 1: 34 bytes per token and channel, 5 per token, head and token of the sequence; of
+    which 2 and 1 are dropout masks. Beside them our count has fp32 statistics: 2 norms and one per head."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    config = settings(
+        "mha",
+        model__attention_backend=AttnBackend.unfused,
+        model__gated_linear_unit=False,
+        model__activation_func=torch.nn.functional.gelu,
+        model__bias_activation_fusion=False,
+        model__ffn_hidden_size=4 * 64,
+    )
+    _, found = parts(config)
+    tokens, heads = 128, 8
+    assert found["activations"] == 4 * tokens * ((34 - 2) * 64 + (5 - 1) * heads * tokens + 4 * 2 + 4 * heads)
+
+
+def test_recomputing_keeps_one_input_per_layer() -> None:
+    whole = parts(settings())[1]
+    full = parts(settings(model__recompute_granularity="full", model__recompute_method="uniform", model__recompute_num_layers=1))[
+        1
+    ]
+    assert full["activations"] == 4 * 128 * 64 * 2
+    assert full["recomputation"] == whole["activations"] // 4
+    some = parts(settings(model__recompute_granularity="selective", model__recompute_modules=["mlp"]))[1]
+    assert some["activations"] == whole["activations"] - 4 * 128 * 3 * 96 * 2
+
+
+def test_ranks_divide_what_they_share() -> None:
+    size = {"model__vocab_size": 512}  # needs no padding
+    one = parts(settings(**size))[1]
+    split = parts(settings(model__tensor_model_parallel_size=2, model__sequence_parallel=True, **size), world_size=2)[1]
+    statistics = 4 * 128 * 4 * 2  # of the norms of 4 layers: every rank keeps its tokens', and half is counted twice
+    assert split["activations"] == (one["activations"] + statistics) // 2
+    assert split["logits"] * 2 == one["logits"]
+    context = parts(settings(model__context_parallel_size=2, **size), world_size=2)[1]
+    assert context["activations"] * 2 == one["activations"]
+    assert context["weights"] == one["weights"]
+
+
+@pytest.mark.parametrize(("pipeline", "virtual", "count"), [(4, None, 8), (4, None, 2), (4, 2, 8), (2, 2, 2), (4, 3, 4)])
+def test_microbatches_in_flight_are_those_of_megatron_cores_schedule(pipeline: int, virtual: int | None, count: int) -> None:
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+
+    for rank in range(pipeline):
+        group = SimpleNamespace(size=lambda: pipeline, rank=lambda rank=rank: rank)
+        told = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=virtual)
+        total, _, warm_up, _ = get_pp_rank_microbatches(count, virtual or 1, pipeline, p2p_communicator=told)
+        model = SimpleNamespace(
+            pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=virtual,
+            microbatch_group_size_per_vp_stage=pipeline,
+        )
+        # In the steady state one more goes forward before one comes back.
+        assert _in_flight(model, rank, count) * (virtual or 1) == min(total, warm_up + 1)
+
+
+def test_the_first_of_two_stages_is_the_fullest_where_it_keeps_more_microbatches() -> None:
+    config = settings("tied", model__pipeline_model_parallel_size=2, train__micro_batch_size=4, dataset__sequence_length=256)
+    config.train.global_batch_size = 16
+    config.model.vocab_size = 128
+    estimate, found = parts(config, world_size=2)
+    assert estimate.pp_rank == 0
+    assert estimate.total == sum(found.values())
+    assert all(part.why for part in estimate.parts)
+
+
+@pytest.mark.parametrize("name", sorted(recipes.every()))
+def test_recipes_have_the_parameters_of_their_model_and_fit_their_gpus(name: str) -> None:
+    from transformers import LlamaConfig
+
+    recipe = recipes.find(name)
+    config = recipe.pretrain_config()
+    assert parameters(config.model) == on_meta(LlamaConfig(**config.model.hf_config))
+    resolved = resolve(config, world_size=recipe.gpus or 1, device="gpu" if recipe.gpus else "cpu", machine=HOPPER)
+    assert memory(resolved.config, resolved.world_size).total < 80e9

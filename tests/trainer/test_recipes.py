@@ -1,0 +1,99 @@
+"""Recipes, against transformers' models on the meta device and megatron-core's own checks."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from formats.errors import UserError
+from trainer import recipes
+from trainer.estimate import memory
+from trainer.resolve import resolve
+
+PUBLISHED = {
+    "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "llama31_8b": 8_030_261_248,
+    "llama31_70b": 70_553_706_496,
+    "llama31_405b": 405_853_388_800,
+    "llama32_1b": 1_235_814_400,
+    "llama32_3b": 3_212_749_824,
+}
+"""Parameters that the safetensors on the Hub hold."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_is_the_published_model(name: str) -> None:
+    config = AutoConfig.for_model(**recipes.find(name).pretrain_config().model.hf_config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", recipes.every())
+def test_megatron_accepts_a_recipe_and_its_numbers_divide(name: str) -> None:
+    config = recipes.find(name).pretrain_config()
+    model, gpus = config.model, recipes.find(name).gpus or 1
+    copy = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    model.pipeline_dtype, model.apply_rope_fusion = torch.bfloat16, False  # the fusion needs Transformer Engine
+    model.finalize()
+    assert gpus % copy == 0
+    assert config.train.global_batch_size % (config.train.micro_batch_size * gpus // copy) == 0
+    assert config.dataset.sequence_length <= model.seq_length
+
+
+@pytest.mark.parametrize("name", recipes.every())
+def test_a_recipe_is_data_that_travels(name: str) -> None:
+    config = recipes.find(name).pretrain_config()
+    assert json.loads(json.dumps(config.model.hf_config)) == config.model.hf_config
+    assert config.dataset.blend is None
+    assert config.ddp.use_distributed_optimizer == config.optimizer.use_distributed_optimizer
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED])
+def test_a_recipe_says_what_one_gpu_holds_and_leaves_a_tenth_of_it_free(name: str) -> None:
+    recipe = recipes.find(name)
+    run = resolve(recipe.pretrain_config(), world_size=recipe.gpus, device="gpu")
+    taken = memory(run.config, world_size=recipe.gpus).total / 1e9
+    (said,) = re.findall(r": (\d+) GB[.,]", recipe.pretrain_config.__doc__)
+    assert abs(taken - int(said)) < 1.5
+    assert taken < 72
+
+
+def test_the_quickstart_works() -> None:
+    from trainer.recipes import llama32_1b
+
+    config = llama32_1b.pretrain_config()
+    config.model = llama32_1b.pretrain_config().model
+    assert (llama32_1b.name, config.model.num_layers, config.model.rope_scaling_factor) == ("llama32_1b", 16, 32.0)
+    assert llama32_1b.summary == "Llama 3.2 1B from random weights, on one GPU of 80 GB or any number."
+
+
+def test_each_call_makes_a_configuration_of_its_own() -> None:
+    one, other = (recipes.find("llama31_8b").pretrain_config() for _ in range(2))
+    one.model.hf_config["rope_scaling"]["factor"] = 1.0
+    assert other.model.hf_config["rope_scaling"]["factor"] == 8.0
+
+
+def test_every_recipe_is_importable_by_its_name_once_files_are_imported() -> None:
+    files = [module.name for module in pkgutil.iter_modules(recipes.__path__)]
+    for file in files:
+        importlib.import_module(f"trainer.recipes.{file}")
+    for name, recipe in recipes.every().items():
+        assert getattr(recipes, name) is recipe
+
+
+def test_an_unknown_recipe_suggests_the_nearest() -> None:
+    with pytest.raises(UserError) as refused:
+        recipes.find("llama32_1bb")
+    assert str(refused.value) == "there is no recipe `llama32_1bb`\n\nhint: did you mean `llama32_1b`?"
+    with pytest.raises(UserError, match=r"recipes are: llama3_8b, llama3_70b, .*, llama_tiny"):
+        recipes.find("gpt")
+    with pytest.raises(ImportError):
+        from trainer.recipes import gpt  # noqa: F401 # pyright: ignore[reportAttributeAccessIssue]

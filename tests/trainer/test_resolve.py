@@ -1,0 +1,322 @@
+"""From what a run was told to what it does, and what is refused before a process starts."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.enums import AttnBackend
+
+from formats.errors import UserError
+from tests.trainer.settings import HOPPER, settings
+from trainer.precision import Machine
+from trainer.resolve import Resolved, resolve
+
+TP, PP, VPP = (
+    "model__tensor_model_parallel_size",
+    "model__pipeline_model_parallel_size",
+    "model__virtual_pipeline_model_parallel_size",
+)
+CP, SP, EP = "model__context_parallel_size", "model__sequence_parallel", "model__expert_model_parallel_size"
+
+
+def resolved(*, world_size: int = 1, device: str = "gpu", **changes: Any) -> Resolved:
+    return resolve(settings(**changes), world_size=world_size, device=device, machine=HOPPER if device == "gpu" else None)
+
+
+def test_the_configuration_it_is_given_stays_as_it_is() -> None:
+    config = settings()
+    before = copy.deepcopy(config)
+    answer = resolve(config, world_size=1, device="cpu").config
+    assert answer.model.attention_backend == AttnBackend.local
+    assert repr(config) == repr(before)
+
+
+def test_resolving_twice_is_resolving_once() -> None:
+    for device, changes in (("cpu", {}), ("gpu", {"mixed_precision": "bf16_with_fp8_current_scaling_mixed", PP: 2, VPP: 2})):
+        once = resolved(world_size=4, device=device, train__global_batch_size=16, **changes)
+        again = resolve(once.config, world_size=4, device=device, machine=HOPPER if device == "gpu" else None)
+        assert again.explanations == ()
+        assert repr(again.config) == repr(once.config)
+
+
+def test_a_cpu_has_none_of_cudas_kernels() -> None:
+    model = resolved(device="cpu").config.model
+    assert model.use_cpu_initialization
+    assert not any(
+        (model.masked_softmax_fusion, model.bias_activation_fusion, model.bias_dropout_fusion, model.persist_layer_norm)
+    )
+
+
+def test_copies_and_microbatches_are_counted() -> None:
+    answer = resolved(world_size=8, train__global_batch_size=32, train__micro_batch_size=2, **{TP: 2, CP: 2})
+    assert (answer.data_parallel_size, answer.num_microbatches) == (2, 8)
+    assert answer.config.ddp.overlap_grad_reduce
+
+
+def test_context_parallel_ranks_alone_reduce_gradients() -> None:
+    assert resolved(world_size=2, **{CP: 2}).config.ddp.overlap_grad_reduce
+
+
+def test_the_distributed_optimizer_is_one_switch() -> None:
+    answer = resolved(ddp__use_distributed_optimizer=True)
+    assert answer.config.optimizer.use_distributed_optimizer
+    assert [choice.why for choice in answer.explanations if choice.setting == "optimizer.use_distributed_optimizer"] == [
+        "`ddp.use_distributed_optimizer` and `optimizer.use_distributed_optimizer` are one switch"
+    ]
+
+
+def test_megatron_core_takes_the_schedule_that_is_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")  # else megatron-core warns that it does not know
+    answer = resolved(train__train_iters=200, scheduler__lr_warmup_fraction=0.1).config
+    told, optimizer = answer.scheduler, answer.optimizer
+    assert (told.lr_decay_iters, told.lr_warmup_iters, optimizer.min_lr) == (200, 20, 0.0)
+    schedule = OptimizerParamScheduler(
+        SimpleNamespace(param_groups=[]),
+        init_lr=told.lr_warmup_init, max_lr=optimizer.lr, min_lr=optimizer.min_lr, lr_warmup_steps=told.lr_warmup_iters,
+        lr_decay_steps=told.lr_decay_iters, lr_decay_style=told.lr_decay_style, start_wd=told.start_weight_decay,
+        end_wd=told.end_weight_decay, wd_incr_steps=200, wd_incr_style=told.weight_decay_incr_style,
+    )  # fmt: skip
+    schedule.step(20)
+    assert schedule.get_lr({"max_lr": optimizer.lr, "min_lr": 0.0}) == optimizer.lr
+    schedule.step(180)
+    assert schedule.get_lr({"max_lr": optimizer.lr, "min_lr": 0.0}) == 0.0
+
+
+def test_a_layout_says_how_many_stages_are_virtual() -> None:
+    model = resolved(world_size=2, model__pipeline_model_parallel_layout="Et|t|t|tL", **{PP: 2}).config.model
+    assert model.virtual_pipeline_model_parallel_size == 2
+    assert model.overlap_p2p_comm
+
+
+def test_one_virtual_stage_is_none() -> None:
+    assert resolved(world_size=2, **{PP: 2, VPP: 1}).config.model.virtual_pipeline_model_parallel_size is None
+
+
+def test_a_pipeline_that_cannot_be_filled_is_warned_of() -> None:
+    assert resolved(world_size=4, train__global_batch_size=2, **{PP: 4}).warnings == (
+        "`2` microbatches cannot fill `4` pipeline stages: some GPUs wait; raise the batch size",
+    )
+    assert resolved(world_size=4, **{PP: 4}).warnings == ()
+
+
+def test_a_users_own_model_is_checked_in_the_fields_it_has() -> None:
+    config = settings(mixed_precision="fp32")
+    config.model = SimpleNamespace(tensor_model_parallel_size=2, num_layers=3)
+    assert resolve(config, world_size=2, device="cpu").data_parallel_size == 1
+    with pytest.raises(UserError, match=r"`3` processes do not divide by `2`"):
+        resolve(config, world_size=3, device="cpu")
+
+
+def test_a_dataset_of_ones_own_is_not_copied() -> None:
+    config = settings()
+    config.dataset = SimpleNamespace(sequence_length=64, lock=torch.Generator())
+    assert resolve(config, world_size=1, device="cpu").config.dataset is config.dataset
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "world": (
+        {TP: 2, PP: 2, "world_size": 6},
+        (
+            "`6` processes do not divide by `4`: tensor `2` × pipeline `2` × context `1`\n\n"
+            "hint: start 4 processes or a multiple of them, or make the model's parallel sizes smaller"
+        ),
+    ),
+    "experts' world": (
+        {EP: 4, "model__num_moe_experts": 4, "world_size": 2},
+        (
+            "`2` processes do not divide by `4`: expert tensor `1` × expert `4` × pipeline `1`\n\n"
+            "hint: start a multiple of 4 processes, or change `model.expert_model_parallel_size`"
+        ),
+    ),
+    "experts": (
+        {EP: 4, "model__num_moe_experts": 6, "world_size": 4},
+        (
+            "`model.expert_model_parallel_size` is `4`, which does not divide the model's experts, `6`\n\n"
+            "hint: choose one of: 1, 2, 3, 6"
+        ),
+    ),
+    "batch": (
+        {"train__global_batch_size": 10, "train__micro_batch_size": 2, "world_size": 4},
+        (
+            "`train.global_batch_size` is `10`, which does not divide by `train.micro_batch_size` × data parallel: `2` × `4`\n\n"
+            "hint: choose a multiple of 8"
+        ),
+    ),
+    "virtual microbatches": (
+        {PP: 2, VPP: 2, "train__global_batch_size": 3, "world_size": 2},
+        (
+            "virtual pipeline stages take microbatches `2` at a time, and a step has `3`\n\n"
+            "hint: choose `train.global_batch_size` as a multiple of 2"
+        ),
+    ),
+    "heads": (
+        {TP: 3, "world_size": 3},
+        (
+            "`model.tensor_model_parallel_size` is `3`, which does not divide the model's attention heads, `8`\n\n"
+            "hint: choose one of: 1, 2, 4, 8"
+        ),
+    ),
+    "ffn": (
+        {TP: 8, "model__ffn_hidden_size": 100, "world_size": 8},
+        (
+            "`model.tensor_model_parallel_size` is `8`, which does not divide the model's feed-forward size, `100`\n\n"
+            "hint: choose one of: 1, 2, 4, 5, 10, 20, 25, 50, 100"
+        ),
+    ),
+    "groups": (
+        {TP: 4, "model__num_attention_heads": 12, "model__num_query_groups": 6, "world_size": 4},
+        (
+            "`model.tensor_model_parallel_size` is `4`, which neither divides the model's query groups, `6`, "
+            "nor is a multiple of them\n\nhint: choose one of: 1, 2, 3, 6, or a multiple of 6"
+        ),
+    ),
+    "layers": (
+        {PP: 3, "world_size": 3},
+        (
+            "the model's `4` layers do not divide into pipeline `3` × virtual `1` stages\n\n"
+            "hint: choose sizes whose product divides them, or lay the stages out with `model.pipeline_model_parallel_layout`"
+        ),
+    ),
+    "virtual without pipeline": (
+        {VPP: 2},
+        (
+            "`model.virtual_pipeline_model_parallel_size` is `2`, but `model.pipeline_model_parallel_size` is `1`\n\n"
+            "hint: leave out the virtual stages, or set `model.pipeline_model_parallel_size` to 2 or more"
+        ),
+    ),
+    "long": (
+        {"dataset__sequence_length": 512},
+        (
+            "`dataset.sequence_length` is `512`, longer than the model's `seq_length`, `256`\n\n"
+            "hint: set `dataset.sequence_length=256` or less, or `model.seq_length=512` to go beyond it"
+        ),
+    ),
+    "context": (
+        {CP: 2, "dataset__sequence_length": 126, "world_size": 2},
+        "`dataset.sequence_length` is `126`, which does not divide by 2 × context `2`\n\nhint: choose a multiple of 4",
+    ),
+    "sequence parallel": (
+        {TP: 4, SP: True, "dataset__sequence_length": 126, "world_size": 4},
+        (
+            "`dataset.sequence_length` is `126`, which does not divide by context `1` × tensor `4` ranks\n\n"
+            "hint: choose a multiple of 4, or set `model.sequence_parallel=false`"
+        ),
+    ),
+    "context on the CPU": (
+        {CP: 2, "world_size": 2, "device": "cpu"},
+        (
+            "`model.context_parallel_size` is `2`, which needs a GPU with Transformer Engine; this run is on the CPU\n\n"
+            "hint: leave `model.context_parallel_size` out"
+        ),
+    ),
+    "sequence parallel on the CPU": (
+        {TP: 2, SP: True, "world_size": 2, "device": "cpu"},
+        (
+            "`model.sequence_parallel` is `True`, which needs a GPU with Transformer Engine; this run is on the CPU\n\n"
+            "hint: leave `model.sequence_parallel` out"
+        ),
+    ),
+    "fp8 on the CPU": (
+        {"mixed_precision": "bf16_with_fp8_delayed_scaling_mixed", "device": "cpu"},
+        (
+            "precision `bf16_with_fp8_delayed_scaling_mixed` needs a GPU, and this run is on the CPU\n\n"
+            "hint: choose one of: fp32, bf16_mixed"
+        ),
+    ),
+    "fp8 sizes": (
+        {"mixed_precision": "bf16_with_fp8_delayed_scaling_mixed", TP: 4, "model__ffn_hidden_size": 96, "world_size": 4},
+        (
+            "precision `bf16_with_fp8_delayed_scaling_mixed` needs multiples of `16` on each rank; "
+            "model.ffn_hidden_size is `96` over `4` ranks\n\nhint: choose a multiple of 64, or `mixed_precision=bf16_mixed`"
+        ),
+    ),
+    "fp8 tokens": (
+        {"mixed_precision": "bf16_with_fp8_delayed_scaling_mixed", "dataset__sequence_length": 100},
+        (
+            "precision `bf16_with_fp8_delayed_scaling_mixed` needs multiples of `16` on each rank; "
+            "sequence × micro batch is `100` over `1` ranks\n\nhint: choose a multiple of 16, or `mixed_precision=bf16_mixed`"
+        ),
+    ),
+    "micro batch": (
+        {"train__micro_batch_size": 0},
+        "`train.micro_batch_size` is `0`; the least is `1`\n\nhint: set `train.micro_batch_size=1` or more",
+    ),
+    "tensor size": (
+        {TP: 0},
+        "`model.tensor_model_parallel_size` is `0`; the least is `1`\n\nhint: set `model.tensor_model_parallel_size=1` or more",
+    ),
+    "keep": (
+        {"checkpoint__keep_last": 0},
+        "`checkpoint.keep_last` is `0`; the least is `1`\n\nhint: set `checkpoint.keep_last=1` or more",
+    ),
+    "evaluation": (
+        {"validation__eval_iters": -1},
+        "`validation.eval_iters` is `-1`; the least is `0`\n\nhint: set `validation.eval_iters=0` or more",
+    ),
+    "save": (
+        {"checkpoint__save_interval": 10},
+        (
+            "`checkpoint.save_interval` is `10`, but `checkpoint.save` is not set\n\n"
+            "hint: say where checkpoints go: `checkpoint.save=DIRECTORY`"
+        ),
+    ),
+    "learning rate": (
+        {"optimizer__lr": None},
+        "`optimizer.lr` is not set\n\nhint: set the highest learning rate, for example `optimizer.lr=3e-4`",
+    ),
+    "lowest learning rate": (
+        {"optimizer__min_lr": 0.01},
+        "`optimizer.min_lr` is `0.01`, but `optimizer.lr` is `0.001`\n\nhint: choose `optimizer.min_lr` from 0 to `optimizer.lr`",
+    ),
+    "warm-up": (
+        {"scheduler__lr_warmup_iters": 100},
+        (
+            "`scheduler.lr_warmup_iters` is `100`, but the schedule ends after `scheduler.lr_decay_iters`: `100`\n\n"
+            "hint: shorten the warm-up or lengthen the run"
+        ),
+    ),
+    "warm-up twice": (
+        {"scheduler__lr_warmup_iters": 5, "scheduler__lr_warmup_fraction": 0.1},
+        "`scheduler.lr_warmup_iters` is `5` and `scheduler.lr_warmup_fraction` is `0.1`\n\nhint: leave one of them out",
+    ),
+    "WSD": (
+        {"scheduler__lr_decay_style": "WSD"},
+        (
+            "`scheduler.lr_decay_style` is `WSD`, but `scheduler.lr_wsd_decay_iters` is `None`\n\n"
+            "hint: set how many steps the decay at the end takes, from 1 to 100"
+        ),
+    ),
+    "weight decay": (
+        {"scheduler__end_weight_decay": 0.5},
+        (
+            "`scheduler.start_weight_decay` is `0.01` and `scheduler.end_weight_decay` is `0.5`, "
+            "with `scheduler.weight_decay_incr_style=constant`\n\n"
+            "hint: weight decay may grow with `linear` or `cosine`, and stays equal with `constant`"
+        ),
+    ),
+    "megatron-core's own": (
+        {"model__fp8_output_proj": True},
+        (
+            "megatron-core refuses the settings under `model`: fp8_output_proj must be used together with fp8 mode.\n\n"
+            "hint: change the settings that it names"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_what_cannot_run_is_refused_with_both_numbers_and_a_way_out(what: str) -> None:
+    changes, message = REFUSALS[what]
+    with pytest.raises(UserError) as caught:
+        resolved(**changes)
+    assert str(caught.value) == message
+
+
+def test_a_gpu_without_transformer_engine_has_no_context_parallelism() -> None:
+    with pytest.raises(UserError, match="Transformer Engine is not installed"):
+        resolve(settings(**{CP: 2}), world_size=2, device="gpu", machine=Machine("gpu", capability=(9, 0)))

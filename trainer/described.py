@@ -1,0 +1,84 @@
+"""Does a provider's `config.json` still say what the provider is? Fields of the provider are what is trained; `hf_config`
+follows them, so that checkpoints are exported as what they are.
+
+Knows the correspondence of the two from `converter`. Refuses to change the provider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from converter.config import rope_numbers, to_huggingface, to_megatron
+from converter.families import find
+from formats.errors import UserError, shown
+from trainer.choice import Choice
+from trainer.values import UnnamedError, plain
+
+_ROPE = "rope_scaling"
+
+
+def follow(provider: Any) -> list[Choice]:
+    """Bring `hf_config` in line with a provider's fields; answers what changed. UserError where the family has no such model."""
+    config = getattr(provider, "hf_config", None)
+    if not config:
+        return []
+    fields, (said, is_now) = find(config.get("model_type")).CONFIG, _both(provider, config)
+    if said == is_now:
+        return []
+    try:
+        before, after = to_huggingface(fields, said), to_huggingface(fields, is_now)
+    except UserError as error:
+        raise UserError(
+            f"a `{config['model_type']}` cannot be such a model: {error.args[0]}",
+            hint="`~model.hf_config` trains it all the same; its checkpoints cannot be exported to Hugging Face",
+        ) from error
+    changes = {name: value for name, value in after.items() if value != before.get(name)}
+    if _ROPE in changes or "rope_theta" in changes:
+        changes |= _rope(config, changes)
+        config.pop("rope_parameters", None)
+    config.update(changes)
+    return [Choice(f"model.hf_config.{name}", value, "as the model's own fields") for name, value in changes.items()]
+
+
+def check(provider: Any) -> None:
+    """UserError where somebody changed `hf_config` alone, which changes no model."""
+    config = getattr(provider, "hf_config", None)
+    if not config:
+        return
+    said, is_now = _both(provider, config)
+    for name, value in said.items():
+        if value != is_now[name]:
+            raise UserError(
+                f"`model.hf_config` makes `{name}` `{shown(value)}`, and `model.{name}` is `{shown(is_now[name])}`",
+                hint=f"set `model.{name}`; `model.hf_config` follows it",
+            )
+
+
+def _both(provider: Any, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `config.json` says in Megatron's fields, and what the provider has there; of fields that both have."""
+    derived = to_megatron(find(config.get("model_type")).CONFIG, config)
+    if hasattr(provider, "rope_scaling"):  # which a `config.json` is silent on where it has none of them
+        derived = {"rope_scaling_factor": provider.rope_scaling_factor, "seq_len_interpolation_factor": None} | derived
+    said = {name: value for name, value in derived.items() if hasattr(provider, name)}
+    return said, {name: _plain(getattr(provider, name)) for name in said}
+
+
+def _plain(value: Any) -> Any:
+    try:
+        return plain(value)
+    except UnnamedError:
+        return value
+
+
+def _rope(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a scaling that megatron-core has no fields for stay as they were."""
+    old = rope_numbers(config)
+    theta = changes.get("rope_theta", old.pop("rope_theta"))
+    new = changes[_ROPE] if _ROPE in changes else old if old["rope_type"] != "default" else None
+    kept = (
+        {name: value for name, value in old.items() if name != "rope_theta"}
+        if new and new["rope_type"] == old["rope_type"]
+        else {}
+    )
+    return {"rope_theta": theta, _ROPE: new and {**new, **kept, "factor": new["factor"]}}

@@ -1,0 +1,162 @@
+"""What a run says of itself: one record per logged interval, one per evaluation, and the file that keeps them.
+
+Knows what the numbers mean, not where they come from. Imports no torch, so that reading a run's records takes no time.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from formats.errors import UserError, shown
+
+FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One logged interval, under the step that ended it. None where there is nothing to say."""
+
+    iteration: int
+    loss: float | None
+    """Mean over the interval's steps whose update was not skipped, each step counting the same; None if all were skipped."""
+
+    lr: float
+    """Of the last step."""
+
+    grad_norm: float | None
+    """Of the last step that had one, before clipping."""
+
+    consumed_samples: int
+    """Sequences since the run began, those before a resume included."""
+
+    consumed_tokens: int
+    seconds_per_step: float
+    tokens_per_second_per_gpu: float
+    tflops_per_gpu: float
+    """10^12 floating-point operations of the model per second and GPU; recomputed ones do not count."""
+
+    mfu: float | None
+    """`tflops_per_gpu` as a share of the GPU's dense peak, 0 to 1; None where the peak is not known."""
+
+    memory_gib: float
+    """The most ever allocated on this rank's GPU; on a CPU, the process's largest resident memory."""
+
+    time_left_s: float
+    """Until the last step at this interval's speed, evaluations and checkpoints left out."""
+
+    skipped_steps: int
+    """Steps of the interval whose update was skipped, as after an overflow in fp16."""
+
+    nan_steps: int
+    """Steps of the interval whose loss was not finite."""
+
+    loss_scale: float | None
+    device: Literal["gpu", "cpu"]
+    """What `per_gpu` counts: GPUs, or processes on CPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out loss after a step."""
+
+    iteration: int
+    split: Literal["validation", "test"]
+    loss: float
+    perplexity: float
+
+
+Record = Step | Evaluation
+
+
+def evaluation(iteration: int, *, split: Literal["validation", "test"], loss: float) -> Evaluation:
+    """The record of a mean loss per token in nats. Perplexity is e^loss, infinite where that does not fit a float."""
+    try:
+        perplexity = math.exp(loss)
+    except OverflowError:
+        perplexity = math.inf
+    return Evaluation(iteration=iteration, split=split, loss=loss, perplexity=perplexity)
+
+
+class JsonLines:
+    """A record per line, flushed as it is written; floats are exact, as Python's `repr` writes them.
+
+    A float that is not finite is a string (`"NaN"`, `"Infinity"`, `"-Infinity"`), since JSON has no number for it. `kind` is
+    `step` or `evaluation`.
+    """
+
+    def __init__(self, path: Path, *, done: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _cut_back(path, done)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, record: Record) -> None:
+        fields = {name: _json(value) for name, value in asdict(record).items()}
+        self._file.write(json.dumps({"kind": type(record).__name__.lower(), **fields}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _json(value: Any) -> Any:
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a `metrics.jsonl` as dictionaries, `NaN` and infinities as floats. UserError with file and line for one
+    that is not a record, but for a last line without its end: a run may be writing it."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.endswith(b"\n"):
+                yield _record(line, path, number)
+
+
+def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or type(found.get("iteration")) is not int or found.get("kind") not in ("step", "evaluation"):
+        text = shown(line[:60].decode("utf-8", "replace").strip())
+        raise UserError(
+            f"`{path}`, line {number}: `{text}` is not a record of a run",
+            hint="remove the line, or choose another folder",
+        )
+    special = ("NaN", "Infinity", "-Infinity")
+    return {name: float(value) if value in special else value for name, value in found.items()}
+
+
+def _cut_back(path: Path, done: int) -> None:
+    """Replace the file by its lines of the steps until `done`; whoever reads it sees the old file or the new one."""
+    old = path.read_bytes()
+    kept = [line for line in _whole_lines(old, path) if line[0] <= done]
+    new = b"".join(line for _, line in kept)
+    if new == old:
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as out:
+        out.write(new)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(path)
+    lines = old.count(b"\n") + (not old.endswith(b"\n")) - len(kept)
+    click.echo(f"note: {path}: {lines} lines of steps after {done} dropped; they are computed again", file=sys.stderr)
+
+
+def _whole_lines(data: bytes, path: Path) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(io.BytesIO(data), 1):
+        if line.endswith(b"\n"):
+            yield _record(line, path, number)["iteration"], line
