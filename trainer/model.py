@@ -205,24 +205,25 @@ class Whole(MegatronModule):
 
     def __init__(self, config: Any, module: torch.nn.Module) -> None:
         super().__init__(config)
-        self.module = module
+        self.own = module
+        self.pre_process, self.post_process = getattr(module, "pre_process", True), getattr(module, "post_process", True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own."""
-        return self.module(*args, **kwargs)
+        return self.own(*args, **kwargs)
 
     def set_input_tensor(self, received: Any) -> None:
         """What the stage before sent, for modules that are stages."""
-        if hasattr(self.module, "set_input_tensor"):
-            self.module.set_input_tensor(received)
+        if hasattr(self.own, "set_input_tensor"):
+            self.own.set_input_tensor(received)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """The module's own, or all of its tensors as one replica of many."""
-        return sharded_state_dict_default(self.module, prefix, sharded_offsets, metadata)
+        return sharded_state_dict_default(self.own, prefix, sharded_offsets, metadata)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Into the module, whose names the checkpoint has."""
-        return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+        return self.own.load_state_dict(state_dict, strict=strict, assign=assign)
 
 
 def sees_data(chunk: Any) -> bool:

@@ -7,13 +7,15 @@ instead is put into the same words.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -130,8 +132,11 @@ def form_groups(model: Any, *, timeout_minutes: float) -> None:
 
 
 def seed(number: int) -> None:
-    """Random numbers as Megatron-LM draws them: apart by 100 per pipeline stage, the rest in megatron-core's tracker."""
+    """Random numbers as Megatron-LM draws them: apart by 100 per pipeline stage; tensor-parallel ranks differ in megatron-core's
+    tracker."""
     number += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(number)
+    np.random.seed(number)
     torch.manual_seed(number)
     tensor_parallel.model_parallel_cuda_manual_seed(number)
 
@@ -146,3 +151,16 @@ def largest(numbers: list[float]) -> list[float]:
     told = torch.tensor(numbers, dtype=torch.float32, device=device.current())
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
     return told.tolist()
+
+
+def on_first_rank(act: Callable[[], None]) -> None:
+    """Do something on rank 0, while the others wait. What the disk says against it is an OSError on all of them."""
+    told: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            act()
+        except OSError as error:
+            told = [(error.errno, error.strerror, error.filename and str(error.filename))]
+    dist.broadcast_object_list(told, src=0)
+    if told[0]:
+        raise OSError(*told[0])
