@@ -42,7 +42,7 @@ def settings(*, ep: int = 1, save: str | None = None, start: str | None = None) 
     config = RunConfig(model=model, mixed_precision="fp32")
     config.dataset = DatasetConfig(sequence_length=32, num_workers=0)
     config.train.train_iters, config.train.global_batch_size = 10, 4
-    config.optimizer.lr = 1e-3
+    config.optimizer.lr = 5e-3
     config.validation.eval_iters = 0
     config.logger.log_interval = 1
     config.checkpoint.save, config.checkpoint.pretrained_checkpoint = save, start

@@ -125,7 +125,7 @@ def pretrain(
         finally:
             run.saver.close()
             run.telling.close()
-        if stop.requested:
+        if stop.received:
             raise SystemExit(stop.exit_code)
         return run.progress
 

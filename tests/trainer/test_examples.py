@@ -176,22 +176,20 @@ def test_a_module_of_ones_own_gives_the_same_curve_on_two_ranks(changes, ranks):
         assert found == pytest.approx(norms, rel=1e-3)
 
 
-def test_a_module_of_ones_own_resumes_at_other_layouts_and_in_bf16(ranks, tmp_path):
-    changes = {"validation__eval_iters": 0, "mixed_precision": "bf16_mixed", "ddp__use_distributed_optimizer": True}
-    ranks.run(_bf16_model, 2, {"steps": 6, "save": str(tmp_path)}, changes)
-    (losses,) = ranks.run(_bf16_model, 1, {"steps": 12, "save": str(tmp_path)}, changes)
-    assert len(losses) == 6
-    assert losses[-1] < 5.2
+def test_a_module_of_ones_own_resumes_at_another_layout_in_bf16(ranks, tmp_path):
+    ranks.run(_bf16_model, 2, {"steps": 6, "save": str(tmp_path)})
+    (resumed,) = ranks.run(_bf16_model, 1, {"steps": 12, "save": str(tmp_path)})
+    (whole,) = ranks.run(_bf16_model, 1, {"steps": 12})
+    assert resumed == pytest.approx(whole[6:], abs=2e-2)  # bf16, of two ranks and of one
 
 
-def _bf16_model(settings, changes):
+def _bf16_model(settings):
     from tests.trainer.small import History
     from trainer import pretrain
 
     example = runpy.run_path(str(EXAMPLES / "model.py"), run_name="model")
     history, config = History(), example["settings"](**settings)
-    config.mixed_precision = changes["mixed_precision"]
-    config.ddp.use_distributed_optimizer, config.validation.eval_iters = True, 0
+    config.mixed_precision, config.validation.eval_iters = "bf16_mixed", 0
     pretrain(config, callbacks=[history])
     return history.losses
 
