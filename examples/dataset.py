@@ -31,7 +31,10 @@ class Sums:
     largest: int = 9
 
     def build(
-        self, tokenizer: Any, vocab_size: int, samples: tuple[int, int, int]  # noqa: ARG002 - the protocol's
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        samples: tuple[int, int, int],  # noqa: ARG002 - the protocol's
     ) -> tuple[Dataset[Any] | None, ...]:
         """Train, validation and test: sums from different seeds, None where no sample is wanted."""
         return tuple(Lines(self, seed, count) if count else None for seed, count in zip("abc", samples, strict=True))

@@ -102,9 +102,21 @@ def stand_in(kind: str) -> Iterator[None]:
         for patch in _patches():
             stack.enter_context(patch)
         mode = stack.enter_context(_CpuForCuda())
+        stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", _inside(mode)))
         _active.append(mode)
         stack.callback(_active.remove, mode)
         yield
+
+
+def _inside(mode: TorchFunctionMode) -> Callable[..., Any]:
+    """Backward passes with the mode that torch takes away for their length: recomputed layers make tensors in them."""
+    run = torch.autograd._engine_run_backward
+
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return run(*args, **kwargs)
+
+    return backward
 
 
 class _CpuForCuda(TorchFunctionMode):

@@ -329,7 +329,7 @@ def _agree(run: Run, loss: torch.Tensor | None) -> tuple[float, bool, bool]:
     bad = dist.get_rank() + 1.0 if loss is not None and not math.isfinite(here) else 0.0
     minutes = settings.checkpoint.save_interval_in_mins
     limit = settings.train.exit_duration_in_mins
-    over = limit is not None and (time.monotonic() - run.started) / 60 >= limit
+    over = run.stop.requested or (limit is not None and (time.monotonic() - run.started) / 60 >= limit)
     due = minutes is not None and run.saver.root is not None and run.saver.minutes >= minutes
     asked = float(run.stop.received or 0)
     worst, value, asked, over, due = parallel.largest([bad, 0.0 if bad else here, asked, float(over), float(due)])

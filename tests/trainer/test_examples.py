@@ -250,7 +250,7 @@ def test_experts_give_the_same_curve_on_one_rank_and_on_two(ranks, tmp_path):
         assert spread.losses == pytest.approx(alone.losses, abs=1e-4)
         assert spread.grad_norms == pytest.approx(alone.grad_norms, abs=1e-4)
     assert len(alone.losses) == 10
-    assert alone.losses[-1] < alone.losses[0]
+    assert sum(alone.losses[-3:]) < sum(alone.losses[:3])
 
 
 def _history_of_moe(settings, changes):
