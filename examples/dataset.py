@@ -32,9 +32,9 @@ class Sums:
 
     def build(
         self,
-        tokenizer: Any,
-        vocab_size: int,
-        samples: tuple[int, int, int],  # noqa: ARG002 - the protocol's
+        tokenizer: Any,  # noqa: ARG002 - the protocol's
+        vocab_size: int,  # noqa: ARG002
+        samples: tuple[int, int, int],
     ) -> tuple[Dataset[Any] | None, ...]:
         """Train, validation and test: sums from different seeds, None where no sample is wanted."""
         return tuple(Lines(self, seed, count) if count else None for seed, count in zip("abc", samples, strict=True))

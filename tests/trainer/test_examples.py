@@ -92,8 +92,9 @@ def test_an_unknown_name_of_the_trainer_is_an_attribute_error():
 
 def _z_loss_by_torch(model_folder, coefficient):
     """The first step's loss and gradient norm, by transformers and torch alone."""
-    from tests.trainer import small
     from transformers import AutoModelForCausalLM
+
+    from tests.trainer import small
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     samples = small.FixedTokens(model.config.vocab_size).build(None, 0, (small.BATCH, 0, 0))[0]

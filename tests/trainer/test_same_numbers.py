@@ -79,8 +79,9 @@ def test_the_mean_over_tokens_is_that_over_microbatches_when_all_tokens_count(wo
 
 def _by_transformers(folder):
     """The mean over all tokens that count in the global batch, with AdamW: losses and gradient norms."""
-    from tests.trainer.test_parity import rate_of
     from transformers import AutoModelForCausalLM
+
+    from tests.trainer.test_parity import rate_of
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     groups = [

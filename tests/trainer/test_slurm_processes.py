@@ -106,7 +106,8 @@ def test_two_tasks_train_together(tmp_path):
     """As srun starts them: the same command, told apart by variables alone."""
     arguments = ["train.train_iters=2", "train.micro_batch_size=4", "dataset.sequence_length=16", "validation.eval_iters=0"]
     arguments += ["logger.log_interval=1", f"logger.run_dir={tmp_path}", "dataset.num_workers=0", "dist.device=cpu"]
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    taken = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"}
+    kept = {name: value for name, value in os.environ.items() if name not in taken}
     tasks = [
         subprocess.Popen(
             [sys.executable, "-m", "trainer", "pretrain", "llama_tiny", *arguments],
