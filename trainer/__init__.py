@@ -1,1 +1,57 @@
-"""Train language models with megatron-core: from scratch, from a Hugging Face directory, or from a Megatron checkpoint."""
+"""Train language models with megatron-core: from scratch, from a Hugging Face directory, or from a Megatron checkpoint.
+
+    from trainer import AutoBridge, Callback, RunConfig, forward_step, pretrain
+    from trainer.recipes import llama32_1b
+
+Names are imported when they are used: `import trainer` brings neither torch nor megatron-core, and silences nobody.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer import recipes
+    from trainer.bridge import AutoBridge
+    from trainer.config import RunConfig
+    from trainer.loop import Callback, Run, Step, pretrain
+    from trainer.loss import forward_step
+    from trainer.model import GPTModelProvider, ModelProvider
+
+_WHERE = {
+    "AutoBridge": "trainer.bridge",
+    "Callback": "trainer.loop",
+    "GPTModelProvider": "trainer.model",
+    "ModelProvider": "trainer.model",
+    "Run": "trainer.loop",
+    "RunConfig": "trainer.config",
+    "Step": "trainer.loop",
+    "forward_step": "trainer.loss",
+    "pretrain": "trainer.loop",
+}
+__all__ = [
+    "AutoBridge",
+    "Callback",
+    "GPTModelProvider",
+    "ModelProvider",
+    "Run",
+    "RunConfig",
+    "Step",
+    "forward_step",
+    "pretrain",
+    "recipes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "recipes":
+        return import_module("trainer.recipes")
+    if name not in _WHERE:
+        raise AttributeError(f"module `{__name__}` has no `{name}`")
+    import_module("trainer.quiet")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

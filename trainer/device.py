@@ -49,7 +49,17 @@ def prepare(kind: str) -> None:
                 "training on a GPU needs Transformer Engine, which is not installed",
                 hint="`pip install 'mbtools[gpu]'`, or `dist.device=cpu`",
             )
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_gpu(int(os.environ.get("LOCAL_RANK", "0")), visible=torch.cuda.device_count()))
+
+
+def _gpu(local_rank: int, *, visible: int) -> int:
+    """This process's GPU among those it sees. Slurm may show each process its own alone."""
+    if visible > 1 and local_rank >= visible:
+        raise UserError(
+            f"this process is number `{local_rank}` on its host, and it sees `{visible}` GPUs",
+            hint="start as many processes on each host as it has GPUs",
+        )
+    return 0 if visible == 1 else local_rank
 
 
 def current() -> torch.device:
@@ -92,9 +102,21 @@ def stand_in(kind: str) -> Iterator[None]:
         for patch in _patches():
             stack.enter_context(patch)
         mode = stack.enter_context(_CpuForCuda())
+        stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", _inside(mode)))
         _active.append(mode)
         stack.callback(_active.remove, mode)
         yield
+
+
+def _inside(mode: TorchFunctionMode) -> Callable[..., Any]:
+    """Backward passes with the mode that torch takes away for their length: recomputed layers make tensors in them."""
+    run = torch.autograd._engine_run_backward
+
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return run(*args, **kwargs)
+
+    return backward
 
 
 class _CpuForCuda(TorchFunctionMode):
@@ -129,6 +151,10 @@ class _Stream:
     def wait_event(self, _event: Any) -> None:
         """It has happened already."""
 
+    def record_event(self, _event: Any = None) -> Any:
+        """What has happened can be waited for like a stream."""
+        return self
+
     def synchronize(self) -> None:
         """It is done already."""
 
@@ -136,6 +162,7 @@ class _Stream:
 def _patches() -> Iterator[AbstractContextManager[Any]]:
     """What megatron-core calls on `torch.cuda`, answered by the CPU."""
     from megatron.core.tensor_parallel import random  # noqa: PLC0415 - seconds to import
+    from megatron.core.transformer.moe import token_dispatcher  # noqa: PLC0415
 
     get_state: Callable[..., Any] = lambda *_, **__: torch.get_rng_state()  # noqa: E731
     set_state: Callable[..., Any] = lambda state, *_, **__: torch.set_rng_state(state)  # noqa: E731
@@ -155,3 +182,9 @@ def _patches() -> Iterator[AbstractContextManager[Any]]:
         yield mock.patch.object(torch.cuda, name, answer)
     yield mock.patch.object(random, "_get_cuda_rng_state", get_state)
     yield mock.patch.object(random, "_set_cuda_rng_state", set_state)
+    yield mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", _on_cpu)
+
+
+def _on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:  # noqa: ARG001 - megatron-core's signature
+    """How many tokens go where: numbers, which megatron-core's own function makes of CUDA tensors only."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor

@@ -80,15 +80,14 @@ def _of_chunk(chunk: Any) -> Iterator[Local]:
 
 
 def _local(leaf: ShardedTensor) -> Local:
-    """A stacked key's first offset is the layer, which here is part of the name."""
-    extra = leaf.prepend_axis_num
-    name = leaf.key
-    if extra:
-        stack, _, rest = leaf.key.partition(".layers.")
-        name = f"{stack}.layers.{leaf.global_offset[0]}.{rest}"
-    starts = leaf.global_offset[extra:]
-    region = tuple(slice(start, start + size) for start, size in zip(starts, leaf.data.shape, strict=True))
-    return Local(name, region, leaf.data, tuple(leaf.global_shape[extra:]))
+    """A stacked key's first offset is the layer, which here is part of the name. One that is left is the expert."""
+    stack, _, rest = leaf.key.partition(".layers.")
+    stacked = int(leaf.prepend_axis_num > 0 and bool(rest) and not rest[0].isdigit())
+    name = f"{stack}.layers.{leaf.global_offset[0]}.{rest}" if stacked else leaf.key
+    data = leaf.data.detach()[(None,) * (leaf.prepend_axis_num - stacked)]
+    starts = leaf.global_offset[stacked:]
+    region = tuple(slice(start, start + size) for start, size in zip(starts, data.shape, strict=True))
+    return Local(name, region, data, tuple(leaf.global_shape[stacked:]))
 
 
 def load(chunks: Sequence[Any], source: str) -> Loaded:

@@ -36,7 +36,11 @@ ForwardStep = Callable[[Any, Any], Any]
 
 
 class Callback:
-    """What may look at a run, or change it, at the loop's seams. Every rank calls each."""
+    """What may look at a run, or change it, at the loop's seams. Every rank calls each.
+
+    `run.stop.request()` on one rank or on all lets the run save and end: after this step where it is called in
+    `on_evaluation`, after the next one where it is called in `on_step`, since ranks agree once in a step.
+    """
 
     def on_start(self, run: Run) -> None:
         """Before the first step, with weights, optimizer and data in place."""
@@ -110,6 +114,7 @@ def pretrain(
     Raises UserError for settings that cannot work, weights that do not fit, a loss that is no number. A signal saves, and
     then ends the process: SystemExit with 128 + its number, on every rank.
     """
+    parallel.adopt_slurm()
     device.set_environment(config)
     kind = device.choose(config.dist.device)
     resolved = resolve(config, world_size=parallel.world_size(), device=kind)
@@ -124,7 +129,7 @@ def pretrain(
         finally:
             run.saver.close()
             run.telling.close()
-        if stop.requested:
+        if stop.received:
             raise SystemExit(stop.exit_code)
         return run.progress
 
@@ -251,10 +256,12 @@ def train(run: Run) -> None:
         run.telling.step(run.progress, step)
         for callback in run.callbacks:
             callback.on_step(run, step)
+        stop = step.stop
         if _every(run, settings.validation.eval_interval) and not _last(run):
             evaluate(run, "validation")
+            stop = bool(parallel.largest([float(stop or run.stop.requested)])[0])
         run.saver.poll()
-        if step.stop or _every(run, settings.train.exit_interval):
+        if stop or _every(run, settings.train.exit_interval):
             say(f"stopping after step {run.progress.iteration}")
             return
         if (step.save or _every(run, settings.checkpoint.save_interval)) and not _last(run):
@@ -331,7 +338,7 @@ def _agree(run: Run, loss: torch.Tensor | None) -> tuple[float, bool, bool]:
     bad = dist.get_rank() + 1.0 if loss is not None and not math.isfinite(here) else 0.0
     minutes = settings.checkpoint.save_interval_in_mins
     limit = settings.train.exit_duration_in_mins
-    over = limit is not None and (time.monotonic() - run.started) / 60 >= limit
+    over = run.stop.requested or (limit is not None and (time.monotonic() - run.started) / 60 >= limit)
     due = minutes is not None and run.saver.root is not None and run.saver.minutes >= minutes
     asked = float(run.stop.received or 0)
     worst, value, asked, over, due = parallel.largest([bad, 0.0 if bad else here, asked, float(over), float(due)])

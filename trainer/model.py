@@ -2,6 +2,15 @@
 
 `GPTModelProvider` is megatron-core's TransformerConfig, which validates itself when it is finalized instead of when it is
 made, so that recipes, files and overrides can change any of its fields; and the few numbers GPTModel wants beside it.
+
+A model of your own: a dataclass made from `ModelProvider`, with `provide(pre_process, post_process, vp_stage)` that answers
+any `torch.nn.Module`. With the forward step that comes along, the module is called as `module(tokens, position_ids,
+attention_mask, labels=labels)` and answers the loss of each token, [micro batch, sequence]; with a forward step of your own,
+as that one does. Precision, data parallelism, saving and resuming need nothing else.
+
+Every tensor-parallel rank then holds the whole module. To divide it, build it of megatron-core's layers and give it the two
+things they have: `config`, which is the provider, and `sharded_state_dict`; or make it a `MegatronModule`, which has both.
+To cut it into pipeline stages, give it `set_input_tensor` too.
 """
 
 from __future__ import annotations
@@ -11,12 +20,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import ModelParallelConfig, parallel_state
+from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
 
 from converter.config import rope_numbers, to_megatron
 from converter.families import find
+from formats.errors import UserError
 from trainer import device
 from trainer.loss import WithoutPadding
 
@@ -39,14 +51,30 @@ class Model(GPTModel):
 
 
 @dataclass(kw_only=True)
-class GPTModelProvider(TransformerConfig):
-    """A GPT-shaped model. Fields may change until `finalize`."""
+class ModelProvider(TransformerConfig):
+    """What a run asks of any model: how it is divided, its precision, and `provide`. Fields may change until `finalize`."""
 
     num_layers: int = 0
     hidden_size: int = 0
     num_attention_heads: int = 0
     vocab_size: int = 0
     """Tokens that mean something; rows beyond them are padding."""
+
+    def __post_init__(self) -> None:
+        """Nothing yet: see `finalize`."""
+
+    def finalize(self) -> None:
+        """Derive and validate what concerns how the model is divided; the shape is its own business."""
+        ModelParallelConfig.__post_init__(self)
+
+    def provide(self, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> torch.nn.Module:
+        """This rank's chunk of the model: the first of the pipeline if `pre_process`, the last if `post_process`."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class GPTModelProvider(ModelProvider):
+    """A GPT-shaped model."""
 
     seq_length: int = 2048
     """The longest sequence the model was made for."""
@@ -85,14 +113,11 @@ class GPTModelProvider(TransformerConfig):
     pretrained_from: str | None = None
     """Weights that a run starts from where `checkpoint.pretrained_checkpoint` names none."""
 
-    def __post_init__(self) -> None:
-        """Nothing yet: see `finalize`."""
-
     def finalize(self) -> None:
         """Derive and validate what TransformerConfig does on construction."""
         self.first_last_layers_bf16 = bool(self.first_last_layers_bf16)
         self.cross_entropy_fusion_impl = self.cross_entropy_fusion_impl or "native"
-        super().__post_init__()
+        TransformerConfig.__post_init__(self)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -162,7 +187,47 @@ def _chunk(provider: Any, vp_stage: int | None) -> torch.nn.Module:
         post_process=parallel_state.is_pipeline_last_stage(**place),
         vp_stage=vp_stage,
     )
-    return model.to(device.current())
+    return _as_megatron(model, provider).to(device.current())
+
+
+def _as_megatron(model: torch.nn.Module, provider: Any) -> torch.nn.Module:
+    if all(hasattr(model, name) for name in ("config", "sharded_state_dict", "set_input_tensor")):
+        return model
+    pipeline = provider.pipeline_model_parallel_size
+    if pipeline > 1 and not hasattr(model, "set_input_tensor"):
+        raise UserError(
+            f"`model.pipeline_model_parallel_size` is `{pipeline}`, but `{type(model).__name__}` cannot be cut into stages",
+            hint="give it `set_input_tensor`, as megatron-core's GPTModel has it, or leave the pipeline out",
+        )
+    return Whole(provider, model)
+
+
+class Whole(MegatronModule):
+    """A module of one's own with what megatron-core asks for. Its weights keep their names, and are the same on all ranks."""
+
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(self, config: Any, module: torch.nn.Module) -> None:
+        super().__init__(config)
+        self.own = module
+        self.pre_process, self.post_process = getattr(module, "pre_process", True), getattr(module, "post_process", True)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own."""
+        return self.own(*args, **kwargs)
+
+    def set_input_tensor(self, received: Any) -> None:
+        """What the stage before sent, for modules that are stages."""
+        if hasattr(self.own, "set_input_tensor"):
+            self.own.set_input_tensor(received)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """The module's own, or all of its tensors as one replica of many."""
+        return sharded_state_dict_default(self.own, prefix, sharded_offsets, metadata)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Into the module, whose names the checkpoint has."""
+        return self.own.load_state_dict(state_dict, strict=strict, assign=assign)
 
 
 def sees_data(chunk: Any) -> bool:

@@ -1,13 +1,16 @@
 """Processes, and the groups they form: started by torchrun or Slurm, never by us.
 
-Knows nothing of models but how many ways each is divided.
+Knows nothing of models but how many ways each is divided. torchrun tells each process where the others are; what `srun` says
+instead is put into the same words.
 """
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -18,14 +21,59 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator, init_num_microbatches_calculator
 
+from converter.ranks import from_environment
 from formats.errors import UserError
 from trainer import device
 from trainer.config import RunConfig
 
 
 def world_size() -> int:
-    """How many processes the engine that started this one has started: 1 if none did."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes torchrun, or else `srun`, has started along with this one: 1 if none did."""
+    return from_environment().size
+
+
+def adopt_slurm() -> None:
+    """Where `srun` started several processes without torchrun, tell torch.distributed what torchrun would have told it."""
+    if "RANK" not in os.environ and world_size() > 1:
+        os.environ.update(slurm_variables(os.environ))
+
+
+def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables for a task of an `srun` step. What `MASTER_ADDR` and `MASTER_PORT` are set to already is kept.
+
+    UserError where the first host cannot be told.
+    """
+    ranks = from_environment(env)
+    return {
+        "RANK": str(ranks.rank),
+        "WORLD_SIZE": str(ranks.size),
+        "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": env.get("MASTER_ADDR") or _first_host(env),
+        # Two steps of one job may share a node, and so may two jobs.
+        "MASTER_PORT": env.get("MASTER_PORT") or str(20000 + (_number(env, "JOB") + _number(env, "STEP")) % 10000),
+    }
+
+
+def _number(env: Mapping[str, str], what: str) -> int:
+    told = env.get(f"SLURM_{what}_ID", "")
+    return int(told) if told.isdecimal() else 0
+
+
+def _first_host(env: Mapping[str, str]) -> str:
+    """Where rank 0 is. Slurm writes several hosts as `node[01-04]`, which `scontrol` takes apart."""
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
+    if nodes and not set(nodes) & set("[,"):
+        return nodes
+    scontrol = shutil.which("scontrol", path=env.get("PATH"))
+    if scontrol and nodes:
+        told = subprocess.run([scontrol, "show", "hostnames", nodes], capture_output=True, text=True, check=False)  # noqa: S603
+        if told.returncode == 0 and told.stdout.strip():
+            return told.stdout.split()[0]
+    raise UserError(
+        f"cannot tell which host is the first of Slurm's `{nodes}`: `scontrol show hostnames` "
+        f"{'failed' if scontrol else 'is not here'}",
+        hint="set `MASTER_ADDR` to that host before `srun`, or start with torchrun",
+    )
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     checks.check_sizes(told)
     precision.check(told.mixed_precision, machine)
     checks.check_device(told, machine)
-    choices = [*_virtual_stages(told.model), *_agreements(told)]
+    choices = [*_virtual_stages(told.model), *_agreements(told), *_per_token(told)]
     choices = carry_out(told, choices) + precision.apply(told.mixed_precision, told)
     copies = _check_layout(told, world_size)
     microbatches = checks.num_microbatches(told, copies)
@@ -102,6 +102,14 @@ def _agreements(config: RunConfig) -> list[Choice]:
     on = config.ddp.use_distributed_optimizer or config.optimizer.use_distributed_optimizer
     why = "`ddp.use_distributed_optimizer` and `optimizer.use_distributed_optimizer` are one switch"
     return [Choice(f"{part}.use_distributed_optimizer", on, why) for part in ("ddp", "optimizer")]
+
+
+def _per_token(config: RunConfig) -> list[Choice]:
+    """Microbatches with few tokens that count must not weigh as much as those with many."""
+    if not getattr(config.dataset, "eod_mask_loss", False) or not hasattr(config.model, "calculate_per_token_loss"):
+        return []
+    why = "`dataset.eod_mask_loss` leaves tokens out: the mean is over those that count in the whole batch"
+    return [Choice("model.calculate_per_token_loss", True, why)]
 
 
 _WITHOUT_CUDA: dict[str, Any] = {

@@ -25,6 +25,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._asked = False
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -35,7 +36,11 @@ class Stop:
     @property
     def requested(self) -> bool:
         """This rank was asked to stop. Ranks hear at different times: act on `any_rank(stop.requested)`."""
-        return self.received is not None
+        return self._asked or self.received is not None
+
+    def request(self) -> None:
+        """Ask from within the program: a callback that has seen enough."""
+        self._asked = True
 
     def __enter__(self) -> Self:
         for number in NOTED:

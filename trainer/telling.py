@@ -18,6 +18,7 @@ import torch.distributed as dist
 from trainer import device, documents, metrics, peaks, records
 from trainer.config import RunConfig
 from trainer.flops import flops_per_token
+from trainer.model import GPTModelProvider
 from trainer.sinks import Sinks, open_sinks
 
 
@@ -99,7 +100,8 @@ def open_telling(config: RunConfig, *, resumed_at: int, active: bool) -> Telling
 
 def _flops(config: RunConfig) -> float:
     """Model FLOPs per token; 0 for a model of one's own, whose shape nobody told."""
-    return flops_per_token(config.model, config.dataset.sequence_length) if getattr(config.model, "vocab_size", 0) else 0.0
+    known = isinstance(config.model, GPTModelProvider)
+    return flops_per_token(config.model, config.dataset.sequence_length) if known else 0.0
 
 
 def _peak(config: RunConfig) -> float | None:

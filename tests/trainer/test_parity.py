@@ -67,17 +67,17 @@ def _reference(folder):
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         for group in optimizer.param_groups:
-            group["lr"] = _rate(step)
+            group["lr"] = rate_of(step, steps=STEPS)
         optimizer.step()
         losses.append(loss.item())
     return losses, norms
 
 
-def _rate(step: int) -> float:
+def rate_of(step: int, *, steps: int) -> float:
     """Linear warm-up over 4 steps from 0, then a cosine to a tenth: Megatron's schedule, by its definition."""
     if step <= 4:
         return 3e-3 * step / 4
-    return 3e-4 + 0.5 * (3e-3 - 3e-4) * (1 + math.cos(math.pi * (step - 4) / (STEPS - 4)))
+    return 3e-4 + 0.5 * (3e-3 - 3e-4) * (1 + math.cos(math.pi * (step - 4) / (steps - 4)))
 
 
 @pytest.mark.parametrize(("layout", "variant"), CASES)
@@ -85,7 +85,7 @@ def test_the_curve_is_that_of_transformers_and_adamw(layout, variant, ranks, mod
     world, changes = LAYOUTS[layout]
     losses, norms = reference(variant)
     for history in ranks.run(small.train, world, str(model_folder(variant)), changes):
-        assert history.rates == pytest.approx([_rate(step) for step in range(STEPS)], rel=1e-9)
+        assert history.rates == pytest.approx([rate_of(step, steps=STEPS) for step in range(STEPS)], rel=1e-9)
         assert history.losses == pytest.approx(losses, abs=TOLERANCE)
         assert history.grad_norms == pytest.approx(norms, rel=TOLERANCE, abs=TOLERANCE)
     assert losses[-1] < losses[0] - 0.5

@@ -1,0 +1,136 @@
+"""`srun … mbtrain pretrain …`, without torchrun: processes find one another by what Slurm says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from formats.errors import UserError
+from trainer import device, parallel
+
+ROOT = Path(__file__).parents[2]
+TASK = {
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_PROCID": "11",
+    "SLURM_LOCALID": "3",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_NODELIST": "gpu[01-08]",
+}
+
+
+def _scontrol(folder, text):
+    program = folder / "scontrol"
+    program.write_text(f"#!/bin/sh\n{text}\n")
+    program.chmod(0o755)
+    return str(folder)
+
+
+def test_a_task_of_slurm_gets_what_torchrun_would_say(tmp_path):
+    path = _scontrol(tmp_path, '[ "$*" = "show hostnames gpu[07-08]" ] && echo gpu07 && echo gpu08')
+    assert parallel.slurm_variables({**TASK, "PATH": path}) == {
+        "RANK": "11",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "3",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "23458",
+    }
+
+
+def test_one_node_needs_no_scontrol():
+    assert parallel.slurm_variables({**TASK, "SLURM_STEP_NODELIST": "gpu07", "PATH": ""})["MASTER_ADDR"] == "gpu07"
+
+
+def test_an_address_that_was_set_is_kept():
+    told = parallel.slurm_variables({**TASK, "PATH": "", "MASTER_ADDR": "head", "MASTER_PORT": "999"})
+    assert (told["MASTER_ADDR"], told["MASTER_PORT"]) == ("head", "999")
+
+
+@pytest.mark.parametrize(("there", "why"), [(False, "is not here"), (True, "failed")])
+def test_hosts_that_cannot_be_told_apart_are_an_error(there, why, tmp_path):
+    path = _scontrol(tmp_path, "exit 1") if there else ""
+    with pytest.raises(UserError) as refused:
+        parallel.slurm_variables({**TASK, "PATH": path})
+    assert str(refused.value) == (
+        f"cannot tell which host is the first of Slurm's `gpu[07-08]`: `scontrol show hostnames` {why}\n\n"
+        "hint: set `MASTER_ADDR` to that host before `srun`, or start with torchrun"
+    )
+
+
+def test_torchrun_inside_slurm_is_left_alone(monkeypatch):
+    for name, value in {**TASK, "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    parallel.adopt_slurm()
+    assert parallel.world_size() == 2
+    assert os.environ["RANK"] == "0"
+
+
+def test_a_batch_script_outside_srun_is_one_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[01-08]")
+    parallel.adopt_slurm()
+    assert parallel.world_size() == 1
+    assert "RANK" not in os.environ
+
+
+@pytest.mark.parametrize(("local", "visible", "gpu"), [(0, 8, 0), (7, 8, 7), (3, 1, 0)])
+def test_a_process_takes_its_own_gpu_also_where_slurm_shows_it_only_that(local, visible, gpu):
+    assert device._gpu(local, visible=visible) == gpu
+
+
+def test_more_processes_than_gpus_are_refused():
+    with pytest.raises(UserError) as refused:
+        device._gpu(2, visible=2)
+    assert str(refused.value) == (
+        "this process is number `2` on its host, and it sees `2` GPUs\n\nhint: start as many processes on each host as it has GPUs"
+    )
+
+
+def _free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def test_two_tasks_train_together(tmp_path):
+    """As srun starts them: the same command, told apart by variables alone."""
+    arguments = ["train.train_iters=2", "train.micro_batch_size=4", "dataset.sequence_length=16", "validation.eval_iters=0"]
+    arguments += ["logger.log_interval=1", f"logger.run_dir={tmp_path}", "dataset.num_workers=0", "dist.device=cpu"]
+    taken = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"}
+    kept = {name: value for name, value in os.environ.items() if name not in taken}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "trainer", "pretrain", "llama_tiny", *arguments],
+            cwd=ROOT,
+            env={
+                **kept,
+                "OMP_NUM_THREADS": "1",
+                "MASTER_PORT": str(port),
+                "SLURM_JOB_ID": "7",
+                "SLURM_STEP_ID": "0",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+                "SLURM_STEP_NODELIST": "localhost",
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for port in [_free_port()]
+        for rank in range(2)
+    ]
+    heard = [task.communicate(timeout=120)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], heard
+    assert [len(re.findall(r"^step ", text, re.MULTILINE)) for text in heard] == [0, 2]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [one["iteration"] for one in records] == [1, 2]
