@@ -14,7 +14,7 @@ import click
 from formats.errors import UserError
 
 if TYPE_CHECKING:
-    from trainer.generation import Generation
+    from trainer.generation.text import Generation
 
 
 @click.command()
@@ -54,7 +54,8 @@ def command(
     if not prompts and prompt_file is None:
         raise UserError("there is no prompt", hint="give one with `--prompt TEXT`, or several with `--prompt-file FILE`")
     from trainer import launching, parallel
-    from trainer.generation import Sampling, checkpoint as generation
+    from trainer.generation import checkpoint as generation
+    from trainer.generation.sampling import Sampling
 
     how = Sampling(**sampling)
     starts = nproc is not None and nproc > 1 and "RANK" not in os.environ
