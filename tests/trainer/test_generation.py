@@ -168,15 +168,14 @@ def test_logits_that_are_no_numbers_choose_nothing():
 @pytest.mark.parametrize("name", ["generation_config", "tokenizer_config"])
 def test_a_text_ends_where_the_files_of_the_model_say(name, ranks, model_folder, tmp_path):
     expected = transformers_tokens(model_folder("gqa"))[1]
-    end = expected[9]
-    first = expected.index(end)
+    end = expected[1]
     from tokenizers import Tokenizer
 
     word = Tokenizer.from_file(str(model_folder("gqa") / "tokenizer.json")).id_to_token(end)
     told = {"eos_token_id": [2, end]} if name == "generation_config" else {"eos_token": word}
     folder = copied(model_folder("gqa"), tmp_path / "model", **{name: told})
     (found,) = ranks.run(answers, 1, str(folder), (), {"prompts": PROMPTS[1:2]})
-    assert found[0]["tokens"] == expected[:first]
+    assert found[0]["tokens"] == expected[:1]
     assert found[0]["finished"]
 
 
@@ -230,10 +229,10 @@ def test_a_model_without_a_tokenizer_says_how_to_name_one(ranks, model_folder, t
 
 
 def test_a_tokenizer_of_another_model_is_refused(ranks, model_folder):
-    (said,) = ranks.run(answers, 1, str(model_folder("gqa", vocab_size=100)))
+    (said,) = ranks.run(answers, 1, str(model_folder("gqa", vocab_size=16)))
     assert said.startswith("prompt 1 has token `")
     assert said.endswith(
-        ", and the model's vocabulary ends at `99`\n\n"
+        ", and the model's vocabulary ends at `15`\n\n"
         "hint: the tokenizer is another model's: name the right one with `tokenizer.tokenizer_model=DIR`"
     )
 
@@ -299,16 +298,19 @@ def _states(run: Any) -> Any:
 def train_and_generate(folder: str, changes: dict[str, Any], history: type[small.History]) -> small.History:
     from trainer.loop import pretrain
 
-    seen = history()
-    pretrain(small.settings(Path(folder), train__train_iters=6, **changes), callbacks=[seen])
+    precision, seen = changes.pop("precision", "fp32"), history()
+    config = small.settings(Path(folder), train__train_iters=6, **changes)
+    config.mixed_precision = precision
+    pretrain(config, callbacks=[seen])
     return seen
 
 
 @pytest.mark.parametrize(
     ("world", "changes"),
     [
+        (1, {"precision": "bf16_mixed"}),
         (1, {"model__recompute_granularity": "full", "model__recompute_method": "uniform", "model__recompute_num_layers": 1}),
-        (2, {"ddp__use_distributed_optimizer": True}),
+        (2, {"ddp__use_distributed_optimizer": True, "ddp__overlap_grad_reduce": True, "ddp__overlap_param_gather": True}),
         (4, {"model__tensor_model_parallel_size": 2, "model__pipeline_model_parallel_size": 2}),
     ],
 )
@@ -320,21 +322,6 @@ def test_training_goes_on_bit_for_bit_after_generating(world, changes, ranks, mo
     for one, other in zip(plain, generating, strict=True):
         assert one.losses == other.losses
         assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
-
-
-def test_what_is_trained_in_half_precision_generates(ranks, model_folder):
-    history = {"mixed_precision": "bf16_mixed"}
-    (seen,) = ranks.run(train_in_bf16, 1, str(model_folder("gqa")), history)
-    assert len(seen.losses) == 3
-
-
-def train_in_bf16(folder: str, _: Any) -> small.History:
-    from trainer.loop import pretrain
-
-    config = small.settings(Path(folder), train__train_iters=3)
-    config.mixed_precision, seen = "bf16_mixed", Generating()
-    pretrain(config, callbacks=[seen])
-    return seen
 
 
 def mbtrain(*arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
