@@ -267,16 +267,21 @@ def _sync(path: Path) -> None:
 
 def _publish(stage: Stage, target: Path, *, overwrite: bool) -> None:
     """Rename into place. Where an old output stands, the two change places, and what is then `partial` is to be removed."""
-    partial, there = stage.partial, os.path.lexists(target)
-    if there and not overwrite:
+    partial = stage.partial
+    if os.path.lexists(target) and not overwrite:
         hint = "move it away, then give the same command again with `--resume`"
         raise TransientError(f"`{target}` appeared while it was being made", hint=hint)
     _put(stage.state / _COMMIT, str(partial.stat().st_ino))
-    if not there:
-        partial.rename(target)
-    elif not _exchange(partial, target):
-        _swap(partial, target)
-    _sync(target.parent)
+    take_place(partial, target)
+
+
+def take_place(new: Path, place: Path) -> None:
+    """Rename a directory, and that for good. Where one stands already the two change places: what is `new` then can go."""
+    if not os.path.lexists(place):
+        new.rename(place)
+    elif not _exchange(new, place):
+        _swap(new, place)
+    _sync(place.parent)
 
 
 def _is_published(partial: Path, target: Path) -> bool:

@@ -1,36 +1,38 @@
 """Save and resume through megatron-core's `torch_dist` checkpoints.
 
-A checkpoint is written as `iter_0000010.partial` and renamed when all ranks are done; the trackers come last. So a kill at
-any moment leaves the last good checkpoint as it was, and a leftover whose name says what it is.
+What a checkpoint holds, and how a run goes on from one at any layout. Where it lies on the disk, and when it counts, is
+`iterations`' to know.
 """
 
 from __future__ import annotations
 
-import random
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
+from formats.disk import free_bytes
 from formats.errors import UserError
-from formats.torch_dist import TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER, find_iteration, iteration_folder
-from formats.folder import LocalFolder
+from formats.torch_dist import TRAIN_STATE, iteration_folder
+from trainer import iterations, random_states
 from trainer.config import RunConfig
-from trainer.optim import parameters_gathered
-
-PARTIAL = ".partial"
+from trainer.model import unwrap
+from trainer.optim import allocate_state, parameters_gathered, separate_steps
+from trainer.parallel import on_first_rank
+from trainer.signals import held
 
 
 @dataclass
@@ -84,25 +86,24 @@ class Saver:
         return (time.monotonic() - self._saved_at) / 60
 
     def save(self, parts: Parts) -> None:
-        """Begin a checkpoint of all ranks, and finish it too unless saving is asynchronous."""
+        """Begin a checkpoint of all ranks, and finish it too unless saving is asynchronous.
+
+        Raises UserError on all ranks where it cannot be written; the last good one stays as it is.
+        """
         assert self.root is not None
         self.finish()
-        self._saved_at, self.saved_iteration = time.monotonic(), parts.progress.iteration
-        target = self.root / iteration_folder(parts.progress.iteration)
-        partial = target.with_name(target.name + PARTIAL)
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            self.travels(partial)
-            torch.save(_train_state(parts.progress), partial / TRAIN_STATE)
-        dist.barrier()
-        with parameters_gathered(parts.chunks):
-            request = self._write(parts, partial)
-        if request is None:
-            self._commit(partial, target, parts.progress)
-            return
-        request.add_finalize_fn(lambda: self._commit(partial, target, Progress(**asdict(parts.progress))))
-        self._queue.schedule_async_request(request)
+        progress = deepcopy(parts.progress)
+        self._saved_at, self.saved_iteration = time.monotonic(), progress.iteration
+        partial = iterations.partial(self.root, progress.iteration)
+        with self._explained(partial), held():
+            on_first_rank(lambda: iterations.begin(partial))
+            with parameters_gathered(parts.chunks):
+                request = self._write(parts, partial)
+            if request is None:
+                self._commit(partial, progress)
+                return
+            request.add_finalize_fn(lambda: self._commit(partial, progress))
+            self._queue.schedule_async_request(request)
 
     def _write(self, parts: Parts, folder: Path) -> Any:
         told = self.config.checkpoint
@@ -124,46 +125,63 @@ class Saver:
             self._strategy = FullyParallelSaveStrategyWrapper(self._strategy, group)
         return self._strategy
 
-    def _commit(self, partial: Path, target: Path, progress: Progress) -> None:
-        """All ranks have written: give the folder its name, then let the trackers point at it."""
-        if dist.get_rank() == 0:
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-            _replace(target.parent / TRAIN_STATE_TRACKER, (target / TRAIN_STATE).read_bytes())
-            _replace(target.parent / TRACKER, str(progress.iteration).encode())
-            self._prune(target)
-        self.last_good = target
-        self.say(f"saved {target}")
+    def _commit(self, partial: Path, progress: Progress) -> None:
+        """All ranks have written."""
 
-    def _prune(self, newest: Path) -> None:
-        keep = self.config.checkpoint.keep_last
-        ours = sorted(path for path in newest.parent.glob("iter_*") if (path / OURS).exists())
-        for path in ours[:-keep] if keep else ():
-            shutil.rmtree(path)
+        def act() -> None:
+            self.travels(partial)
+            torch.save(_train_state(progress), partial / TRAIN_STATE)
+            target = iterations.commit(partial, iteration=progress.iteration)
+            iterations.prune(target, keep=self.config.checkpoint.keep_last)
+
+        on_first_rank(act)
+        self.last_good = partial.with_name(iteration_folder(progress.iteration))
+        self.say(f"saved {self.last_good}")
+
+    @contextmanager
+    def _explained(self, partial: Path | None = None) -> Iterator[None]:
+        """What the disk says against a save, as one error on all ranks."""
+        assert self.root is not None
+        try:
+            yield
+        except (CheckpointException, OSError) as error:
+            raise UserError(
+                f"saving {f'`{partial}`' if partial else f'to `{self.root}`'} failed: {_reason(error)} "
+                f"({free_bytes(self.root) / 1e9:.1f} GB free); {self.standing}",
+                hint="make room and start again with the same command: the run goes on from its last checkpoint",
+            ) from error
+
+    @property
+    def standing(self) -> str:
+        """Which checkpoint there is to go back to, for messages."""
+        return f"the last good checkpoint is `{self.last_good}`" if self.last_good else "no checkpoint was saved yet"
 
     def poll(self) -> None:
         """Finish an asynchronous save that has been written. All ranks call this at the same steps."""
-        if self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=False)
+        self._finalize(blocking=False)
 
     def finish(self) -> None:
         """Wait for an asynchronous save."""
+        self._finalize(blocking=True)
+
+    def _finalize(self, *, blocking: bool) -> None:
         if self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=True)
+            with self._explained():
+                self._queue.maybe_finalize_async_calls(blocking=blocking)
 
     def close(self) -> None:
         """Let go of the writer; what it has not finished stays a leftover."""
-        self._queue.close(abort=True)
+        for call in self._queue.async_calls:
+            call.async_caller.close(abort=True)
 
 
-OURS = "mbtrain.yaml"
-"""The file that says a checkpoint is one of this trainer's."""
-
-
-def _replace(path: Path, data: bytes) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_bytes(data)
-    new.replace(path)
+def _reason(error: CheckpointException | OSError) -> str:
+    """What went wrong, in the same words on all ranks; only the first knows the details of a write."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    told: list[Any] = ["; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())]
+    dist.broadcast_object_list(told, src=0)
+    return str(told[0])
 
 
 def _train_state(progress: Progress) -> dict[str, torch.Tensor]:
@@ -195,9 +213,7 @@ def content(optim_sharding: str) -> dict[str, Any]:
 def state(parts: Parts, config: RunConfig, *, metadata: dict[str, Any], loading: bool, rng: bool = True) -> dict[str, Any]:
     """Everything a checkpoint holds, as megatron-core's sharded state dict."""
     names = ["model"] if len(parts.chunks) == 1 else [f"model{number}" for number in range(len(parts.chunks))]
-    weights = {
-        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, parts.chunks, strict=True)
-    }
+    weights = {name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in zip(names, parts.chunks, strict=True)}
     found: dict[str, Any] = {**weights, "checkpoint_version": 3.0, "iteration": parts.progress.iteration}
     if config.checkpoint.save_optim:
         found["optimizer"] = parts.optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=metadata)
@@ -226,42 +242,13 @@ def data_identity(config: RunConfig) -> dict[str, Any]:
 
 def _rng_object() -> ShardedObject:
     """Random states per pipeline and tensor-parallel rank; data-parallel ranks share them."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    states = {
-        "python": random.getstate(),
-        "numpy": (kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "trackers": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
     return ShardedObject(
         "rng_state",
-        [states],
+        [random_states.capture()],
         (parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_world_size()),
         (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()),
         replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
-
-
-def _set_rng(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    torch.cuda.set_rng_state(states["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["trackers"])
-
-
-def latest(root: str | None) -> Path | None:
-    """The iteration that a folder's tracker names; None where there is no tracker yet."""
-    if root is None or not (Path(root) / TRACKER).exists():
-        return None
-    return Path(root) / find_iteration(LocalFolder(Path(root))).name
-
-
-def leftovers(root: str | None) -> list[Path]:
-    """What interrupted saves left in a folder."""
-    return sorted(Path(root).glob(f"iter_*{PARTIAL}")) if root and Path(root).is_dir() else []
 
 
 def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str], None]) -> None:
@@ -278,20 +265,22 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
         )
     same_layout = ours["layout"] == layout()
     metadata = {**content(config.checkpoint.optim_sharding), **common.get("content_metadata", {})}
-    wanted = state(parts, config, metadata=metadata, loading=True, rng=same_layout)
     _check_reshardable(metadata, ours["layout"], folder)
+    allocate_state(parts.optimizer)
+    wanted = state(parts, config, metadata=metadata, loading=True, rng=same_layout)
     loaded = _load(wanted, folder, config)
     for number, chunk in enumerate(parts.chunks):
-        chunk.load_state_dict(loaded["model" if len(parts.chunks) == 1 else f"model{number}"])
+        unwrap(chunk).load_state_dict(loaded["model" if len(parts.chunks) == 1 else f"model{number}"])
     if "optimizer" in loaded:
         parts.optimizer.load_state_dict(loaded["optimizer"])
+        separate_steps(parts.optimizer)
     else:
         parts.optimizer.reload_model_params()
     parts.scheduler.step(common["opt_param_scheduler"]["num_steps"])
     for name, value in ours["progress"].items():
         setattr(parts.progress, name, value)
     if "rng_state" in loaded:
-        _set_rng(loaded["rng_state"][0])
+        random_states.restore(loaded["rng_state"][0])
     _tell(ours, config, folder, same_layout=same_layout, say=say)
 
 

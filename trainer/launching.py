@@ -22,8 +22,9 @@ def check(config: RunConfig, *, world_size: int) -> None:
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `mbtrain` with these arguments in `count` processes; the exit status."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415 - a second to import
+    """Run `mbtrain` with these arguments in `count` processes; the exit status: 143 where SIGTERM ended them."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415 - a second to import
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -43,4 +44,6 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         elastic_launch(config, sys.executable)("-m", "trainer", *arguments)
     except ChildFailedError as error:
         return max(1, min(failure.exitcode for failure in error.failures.values()))
+    except SignalException as error:
+        return 128 + error.sigval
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from formats.errors import UserError
-from trainer import checkpoint, data, device, live, luggage, model, optim, parallel, telling, tokenizers
+from trainer import checkpoint, data, device, iterations, live, luggage, model, optim, parallel, telling, tokenizers
 from trainer.config import RunConfig
 from trainer.data.loader import batches
 from trainer.loss import forward_step as default_forward_step
@@ -66,7 +67,7 @@ class Step:
     """Of fp16; None in other precisions."""
 
     stop: bool
-    """Some rank was asked to stop."""
+    """Some rank was asked to stop, or the run's time is up."""
 
     save: bool
     """Some rank's clock says that it is time to save."""
@@ -105,7 +106,8 @@ def pretrain(
 ) -> checkpoint.Progress:
     """Train as `config` says, in the processes that torchrun or Slurm started; in this one alone if none did.
 
-    Raises UserError for settings that cannot work, weights that do not fit, a loss that is no number.
+    Raises UserError for settings that cannot work, weights that do not fit, a loss that is no number. A signal saves, and
+    then ends the process: SystemExit with 128 + its number, on every rank.
     """
     kind = device.choose(config.dist.device)
     resolved = resolve(config, world_size=parallel.world_size(), device=kind)
@@ -117,6 +119,8 @@ def pretrain(
         finally:
             run.saver.close()
             run.telling.close()
+        if stop.requested:
+            raise SystemExit(stop.exit_code)
         return run.progress
 
 
@@ -126,7 +130,7 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     for line in resolved.warnings:
         say(f"note: {line}")
     chunks = model.build(config.model)
-    resumed = checkpoint.latest(config.checkpoint.load)
+    resumed = iterations.latest(config.checkpoint.load)
     _first_weights(chunks, config, resumed)
     travels = luggage.pack(config, chunks, resumed=resumed)
     wrapped = optim.wrap(chunks, config)
@@ -137,7 +141,7 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     run = Run(
         config=config,
         parts=parts,
-        saver=checkpoint.Saver(config, travels, say, last_good=resumed),
+        saver=_saver(config, travels, resumed),
         telling=telling.open_telling(config, resumed_at=parts.progress.iteration, active=parallel.speaks()),
         forward_step=forward_step,
         callbacks=callbacks,
@@ -152,6 +156,18 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     return run
 
 
+def _saver(config: RunConfig, travels: Callable[[Path], None], resumed: Path | None) -> checkpoint.Saver:
+    """What it would save first may be there already: that of a run that was done."""
+    saver = checkpoint.Saver(config, travels, say, last_good=resumed)
+    if resumed and saver.root and _same(resumed.parent, saver.root):
+        saver.saved_iteration = int(resumed.name.removeprefix("iter_"))
+    return saver
+
+
+def _same(one: str | Path, other: str | Path) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
+
+
 def say(text: str) -> None:
     """Tell people, once for all ranks."""
     if parallel.speaks():
@@ -161,11 +177,11 @@ def say(text: str) -> None:
 def _first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | None) -> None:
     """Weights from where the settings say; random ones only where they name none, and told."""
     told = config.checkpoint
-    for path in checkpoint.leftovers(told.save):
+    for path in iterations.leftovers(told.save):
         say(f"note: `{path}` is left of a save that was interrupted; it can be removed")
     if resumed:
         return
-    if told.load and told.load != told.save:
+    if told.load and not (told.save and _same(told.load, told.save)):
         raise UserError(
             f"`checkpoint.load` is `{told.load}`, where there is no checkpoint to resume",
             hint="to start from weights alone use `checkpoint.pretrained_checkpoint`; a first start needs no `load`",
@@ -305,18 +321,21 @@ def _agree(run: Run, loss: torch.Tensor | None) -> tuple[float, bool, bool]:
     bad = dist.get_rank() + 1.0 if loss is not None and not math.isfinite(here) else 0.0
     minutes = settings.checkpoint.save_interval_in_mins
     limit = settings.train.exit_duration_in_mins
-    stop = run.stop.requested or (limit is not None and (time.monotonic() - run.started) / 60 >= limit)
-    due = minutes is not None and run.saver.minutes >= minutes
-    worst, value, stops, saves = parallel.largest([bad, 0.0 if bad else here, float(stop), float(due)])
+    over = limit is not None and (time.monotonic() - run.started) / 60 >= limit
+    due = minutes is not None and run.saver.root is not None and run.saver.minutes >= minutes
+    asked = float(run.stop.received or 0)
+    worst, value, asked, over, due = parallel.largest([bad, 0.0 if bad else here, asked, float(over), float(due)])
     if worst:
         raise _not_a_number(run, int(worst) - 1)
-    return value, bool(stops), bool(saves)
+    if asked:
+        run.stop.received = signal.Signals(int(asked))
+    return value, bool(asked or over), bool(due)
 
 
 def _not_a_number(run: Run, rank: int) -> UserError:
-    good = f"the last good checkpoint is `{run.saver.last_good}`" if run.saver.last_good else "no checkpoint was saved yet"
+    run.saver.finish()  # what was begun before is good
     return UserError(
-        f"the loss of step {run.progress.iteration + 1} is NaN or Inf on rank {rank}; {good}",
+        f"the loss of step {run.progress.iteration + 1} is NaN or Inf on rank {rank}; {run.saver.standing}",
         hint="look at the data of this step and at `optimizer.lr`; the weights of this step were not saved",
     )
 

@@ -18,19 +18,19 @@ from converter.config import make_model, to_megatron
 from converter.inspect import HUGGINGFACE, kind
 from converter.layout import make_layout
 from converter.sources import open_source
-from formats.folder import FileIn, Folder, whole
+from formats.folder import FileIn, Folder
 from formats.huggingface import HuggingFaceReader
 from formats.spec import DTYPES
 from formats.torch_dist import find_iteration
 from trainer import documents, live, tokenizers
-from trainer.checkpoint import OURS
 from trainer.config import RunConfig
+from trainer.iterations import OURS
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def pack(config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None) -> Callable[[Path], None]:
-    """What writes it all into an iteration's folder. All ranks call this; sources are looked at once, here."""
+    """What writes it all into an iteration's folder, on rank 0. All ranks call this; sources are looked at once, here."""
     stages = _stages(chunks)
     source = str(resumed) if resumed else (config.checkpoint.pretrained_checkpoint or getattr(config.model, "hf_source", None))
     found = _from_source(source) if source else _from_config(config)
@@ -38,11 +38,15 @@ def pack(config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None) -> C
     if getattr(config.model, "hf_config", None):
         found |= {run_config.FILE: _run_config(config, stages)}
 
+    # Read now: when a checkpoint is saved the source may be gone, above all an older checkpoint of this run.
+    first = dist.get_rank() == 0
+    contents = {name: one if isinstance(one, bytes) else one.get() for name, one in found.items()} if first else {}
+
     def write(folder: Path) -> None:
-        for name, content in found.items():
+        for name, content in contents.items():
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content if isinstance(content, bytes) else whole(content))
+            target.write_bytes(content)
 
     return write
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
@@ -65,6 +66,29 @@ def make_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> Optimizer
         wsd_decay_steps=None if told.lr_wsd_decay_iters is None else told.lr_wsd_decay_iters * samples,
         lr_wsd_decay_style=told.lr_wsd_decay_style,
     )
+
+
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Give torch's Adam the state that it makes at its first step: megatron-core's distributed optimizer asks for it before."""
+    for inner in _of_torch(optimizer):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                inner.state.setdefault(parameter, {"step": torch.tensor(0.0), **zeros})
+
+
+def separate_steps(optimizer: MegatronOptimizer) -> None:
+    """A loaded distributed optimizer counts all parameters' steps in one tensor, which torch's Adam would add to for each."""
+    for inner in _of_torch(optimizer):
+        for state in inner.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _of_torch(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
+    """The torch optimizers inside distributed ones: those of a CPU. On a GPU they are Transformer Engine's."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.Adam):
+            yield one.optimizer
 
 
 @contextmanager

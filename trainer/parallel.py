@@ -6,11 +6,13 @@ Knows nothing of models but how many ways each is divided.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -19,6 +21,7 @@ from megatron.core.num_microbatches_calculator import destroy_num_microbatches_c
 from formats.errors import UserError
 from trainer import device
 from trainer.config import RunConfig
+
 
 def world_size() -> int:
     """How many processes the engine that started this one has started: 1 if none did."""
@@ -81,8 +84,11 @@ def form_groups(model: Any, *, timeout_minutes: float) -> None:
 
 
 def seed(number: int) -> None:
-    """Random numbers as Megatron-LM draws them: apart by 100 per pipeline stage, the rest in megatron-core's tracker."""
+    """Random numbers as Megatron-LM draws them: apart by 100 per pipeline stage; tensor-parallel ranks differ in megatron-core's
+    tracker."""
     number += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(number)
+    np.random.seed(number)
     torch.manual_seed(number)
     tensor_parallel.model_parallel_cuda_manual_seed(number)
 
@@ -97,3 +103,16 @@ def largest(numbers: list[float]) -> list[float]:
     told = torch.tensor(numbers, dtype=torch.float32, device=device.current())
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
     return told.tolist()
+
+
+def on_first_rank(act: Callable[[], None]) -> None:
+    """Do something on rank 0, while the others wait. What the disk says against it is an OSError on all of them."""
+    told: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            act()
+        except OSError as error:
+            told = [(error.errno, error.strerror, error.filename and str(error.filename))]
+    dist.broadcast_object_list(told, src=0)
+    if told[0]:
+        raise OSError(*told[0])

@@ -7,6 +7,9 @@ Ctrl-C. Knows nothing of steps or checkpoints.
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -23,6 +26,11 @@ class Stop:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell says of a program that the signal ended: 143 for SIGTERM; 0 where there was none."""
+        return 128 + self.received if self.received else 0
 
     @property
     def requested(self) -> bool:
@@ -44,6 +52,20 @@ class Stop:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """While entered, NOTED signals wait; and processes that are started here never get them.
+
+    torchrun and Slurm signal a rank's children too. Without a child that writes or reads, a run cannot save and stop.
+    """
+    resource_tracker.ensure_running()  # else multiprocessing starts it in here, and lets SIGTERM through after that
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOTED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def any_rank(flag: bool, *, group: Any = None) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from formats.errors import UserError
+from trainer.signals import held
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,9 @@ def batches(
         rank=rank,
         size=size,
     )
-    return _read(DataLoader(dataset, batch_sampler=order, pin_memory=pin_memory, **_processes(num_workers)))
+    return _read(
+        DataLoader(dataset, batch_sampler=order, pin_memory=pin_memory, generator=torch.Generator(), **_processes(num_workers))
+    )
 
 
 def _processes(num_workers: int) -> dict[str, Any]:
@@ -93,4 +96,6 @@ def _processes(num_workers: int) -> dict[str, Any]:
 
 
 def _read(loader: DataLoader) -> Generator[dict[str, torch.Tensor]]:
-    yield from loader
+    with held():
+        reading = iter(loader)
+    yield from reading
