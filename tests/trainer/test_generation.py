@@ -299,7 +299,8 @@ def train_and_generate(folder: str, changes: dict[str, Any], history: type[small
     from trainer.loop import pretrain
 
     precision, seen = changes.pop("precision", "fp32"), history()
-    config = small.settings(Path(folder), train__train_iters=6, **changes)
+    # Not a multiple of three: an overlapped gather leaves weights stale after the last step, and generating completes it.
+    config = small.settings(Path(folder), train__train_iters=7, **changes)
     config.mixed_precision = precision
     pretrain(config, callbacks=[seen])
     return seen
@@ -309,7 +310,6 @@ def train_and_generate(folder: str, changes: dict[str, Any], history: type[small
     ("world", "changes"),
     [
         (1, {"precision": "bf16_mixed"}),
-        (1, {"model__recompute_granularity": "full", "model__recompute_method": "uniform", "model__recompute_num_layers": 1}),
         (2, {"ddp__use_distributed_optimizer": True, "ddp__overlap_grad_reduce": True, "ddp__overlap_param_gather": True}),
         (4, {"model__tensor_model_parallel_size": 2, "model__pipeline_model_parallel_size": 2}),
     ],
