@@ -53,9 +53,9 @@ def command(
     """
     if not prompts and prompt_file is None:
         raise UserError("there is no prompt", hint="give one with `--prompt TEXT`, or several with `--prompt-file FILE`")
-    from trainer import launching, parallel
-    from trainer.generation import checkpoint as generation
-    from trainer.generation.sampling import Sampling
+    from trainer import launching, parallel  # noqa: PLC0415 - seconds to import
+    from trainer.generation import checkpoint as generation  # noqa: PLC0415
+    from trainer.generation.sampling import Sampling  # noqa: PLC0415
 
     how = Sampling(**sampling)
     starts = nproc is not None and nproc > 1 and "RANK" not in os.environ
@@ -80,7 +80,7 @@ def _lines(file: str | None) -> list[str]:
     """A file's prompts, read by one rank: standard input can be read once."""
     if file is None:
         return []
-    import torch.distributed as dist
+    import torch.distributed as dist  # noqa: PLC0415
 
     told: list[Any] = [None]
     if dist.get_rank() == 0:

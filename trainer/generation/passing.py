@@ -92,10 +92,12 @@ _OFF = {
     "reduce_scatter_embeddings": False,
     "fp8": None,
     "fp4": None,
+    "input_tensor": None,
 }
-"""Attributes of modules and of their configuration, by what they are while text is generated.
+"""Attributes of modules and of their configuration, by what they are while text is generated; the last is what a stage was
+handed on in training.
 
-The three in the middle are those of megatron-core's `set_model_to_sequence_parallel`, which sets them all alike afterwards
+Those of sequence parallelism are those of megatron-core's `set_model_to_sequence_parallel`, which sets them all alike afterwards
 and remembers models forever.
 """
 
@@ -117,4 +119,4 @@ def _changed(chunks: Sequence[Any]) -> Iterator[None]:
 def _names(one: Any) -> list[str]:
     """What must change; Transformer Engine's modules have an `fp8` of their own, which they set anew at each pass."""
     own = {"fp8", "fp4"} if isinstance(one, torch.nn.Module) else set()
-    return [name for name in _OFF.keys() - own if name in vars(one) and vars(one)[name] != _OFF[name]]
+    return [name for name in _OFF.keys() - own if name in vars(one) and vars(one)[name] is not _OFF[name]]

@@ -65,9 +65,7 @@ def generate(
     return answers
 
 
-def _collect(
-    prompt: str, stream: Iterator[int], *, ends: frozenset[int], tokenizer: Tokenizer, tell: Tell | None
-) -> Generation:
+def _collect(prompt: str, stream: Iterator[int], *, ends: frozenset[int], tokenizer: Tokenizer, tell: Tell | None) -> Generation:
     found: list[int] = []
     told, finished = "", False
     for token in stream:
