@@ -17,11 +17,11 @@ from formats.json_objects import parse_json
 END = "<|endoftext|>"
 _BYTE_END = 256
 
-_SIDE_FILES = (
+SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json",
 )  # fmt: skip
-_ANY_TOKENIZER = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+ANY_TOKENIZER = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,9 @@ class Tokenizer:
 
     files: Callable[[], Mapping[str, bytes]]
     """What `load` needs to make this one again, by file name."""
+
+    begin: tuple[int, ...] = ()
+    """The tokens that its own files put before every text, as transformers does; `encode` leaves them out."""
 
     def save(self, folder: Path) -> None:
         """Write the files, so that `load(folder)` gives the same tokenizer; transformers reads them as well."""
@@ -116,12 +119,22 @@ def _fast(folder: Path, backend: Any) -> Tokenizer:
         eod=_end_of_document(folder, backend.token_to_id),
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         files=lambda: _side_files(folder),
+        begin=_before(*(backend.encode(_ANY_TEXT, add_special_tokens=special).ids for special in (True, False))),
     )
+
+
+_ANY_TEXT = "a"
+
+
+def _before(whole: list[int], text: list[int]) -> tuple[int, ...]:
+    """What stands in `whole` before `text`."""
+    starts = (start for start in range(len(whole)) if whole[start : start + len(text)] == text)
+    return tuple(whole[: next(starts, 0)])
 
 
 def _other(folder: Path) -> Tokenizer:
     """What only transformers can read. No code from the folder is run."""
-    if not any((folder / name).is_file() for name in _ANY_TOKENIZER):
+    if not any((folder / name).is_file() for name in ANY_TOKENIZER):
         raise UserError(
             f"`{folder}` has no tokenizer: there is no `tokenizer.json`",
             hint="point at a Hugging Face model directory, or `byte`",
@@ -145,11 +158,12 @@ def _other(folder: Path) -> Tokenizer:
         eod=_end_of_document(folder, numbers.get),
         vocab_size=max(numbers.values()) + 1,
         files=lambda: _side_files(folder),
+        begin=_before(*(found(_ANY_TEXT, add_special_tokens=special)["input_ids"] for special in (True, False))),
     )
 
 
 def _side_files(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in _SIDE_FILES if (folder / name).is_file()}
+    return {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
 
 
 def _end_of_document(folder: Path, number_of: Callable[[str], int | None]) -> int:
