@@ -60,9 +60,7 @@ def _rank(rank: int, world: int, port: int, folder: str, changes: dict[str, Any]
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(written, 1)
     os.dup2(written, 2)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     seen = witness.train(folder, changes)
     Path(answer).write_bytes(pickle.dumps(seen))
     sys.stderr.flush()

@@ -48,7 +48,5 @@ def _prepare() -> None:
 
 def _as_rank(function: Callable[..., Any], rank: int, world: int, port: int, args: tuple[Any, ...]) -> Any:
     """Every rank of a run is in another process, because each waits for the others."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     return function(*args)

@@ -33,9 +33,13 @@ def test_nan_on_one_rank_ends_all_of_them_with_step_rank_and_last_good_checkpoin
         root = tmp_path / str(factor)
         changes = {"checkpoint__save": str(root), "checkpoint__save_interval": 1, "checkpoint__async_save": factor > 0}
         told = ranks.run(_train, 2, str(model_folder()), changes, factor)
-        assert told[0][0] == told[1][0] == (
-            f"the loss of step 3 is NaN or Inf on rank 1; the last good checkpoint is `{root}/iter_0000002`\n\n"
-            "hint: look at the data of this step and at `optimizer.lr`; the weights of this step were not saved"
+        assert (
+            told[0][0]
+            == told[1][0]
+            == (
+                f"the loss of step 3 is NaN or Inf on rank 1; the last good checkpoint is `{root}/iter_0000002`\n\n"
+                "hint: look at the data of this step and at `optimizer.lr`; the weights of this step were not saved"
+            )
         )
         assert sorted(silent for _, silent in told) == [False, True]
         assert {name.partition("/")[0] for name in tree(root)} == {

@@ -159,7 +159,9 @@ def test_a_resumed_run_follows_its_own_settings_not_those_that_were_saved(run, t
         run(1, {**there, "train__exit_interval": STOPPED})
         (resumed,) = run(1, {**there, "optimizer__lr": 1e-5, "optimizer__min_lr": 1e-6, "optimizer__adam_beta2": 0.9})
         assert max(resumed.rates) <= 1e-5
-        assert {told["betas"] for name, told in resumed.left.items() if isinstance(told, dict) and "betas" in told} == {(0.9, 0.9)}
+        assert {told["betas"] for name, told in resumed.left.items() if isinstance(told, dict) and "betas" in told} == {
+            (0.9, 0.9)
+        }
 
 
 def test_a_run_that_is_done_does_nothing_when_it_is_started_again(run, tmp_path):

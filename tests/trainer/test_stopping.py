@@ -16,10 +16,10 @@ from trainer import iterations
 
 SETTINGS = (
     "model.tensor_model_parallel_size=2",
-    "train.train_iters=60",
+    "train.train_iters=30",
     "train.micro_batch_size=1",
     "train.global_batch_size=2",
-    "dataset.sequence_length=64",
+    "dataset.sequence_length=32",
     "validation.eval_iters=0",
     "checkpoint.save_interval=5",
     "checkpoint.async_save=true",
@@ -79,18 +79,18 @@ def _pretrain(words):
 def test_sigterm_saves_then_exits_with_143_and_the_run_goes_on_exactly(tmp_path, ranks, uninterrupted):
     root = tmp_path / "run"
     launched = Launched(root)
-    launched.until(lambda: _told(root, 8))  # a save is behind it: what writes, and what reads data, must live through this
+    launched.until(lambda: _told(root, 6))  # a save is behind it: what writes, and what reads data, must live through this
     launched.process.send_signal(signal.SIGTERM)
     assert launched.end() == 143, launched.log.read_text()
     stopped = iterations.latest(str(root))
-    assert stopped.name > "iter_0000007"
+    assert stopped.name > "iter_0000005"
 
     one_rank = Launched(root, "checkpoint.async_save=false")
-    one_rank.until(lambda: _told(root, 20))
+    one_rank.until(lambda: _told(root, 15))
     os.kill(one_rank.ranks()[0], signal.SIGTERM)
     assert one_rank.end() == 143, one_rank.log.read_text()
     assert f"resumed {stopped}" in one_rank.log.read_text()
-    assert iterations.latest(str(root)).name > "iter_0000019"
+    assert iterations.latest(str(root)).name > "iter_0000014"
 
     ranks.run(_pretrain, 2, [*SETTINGS, f"checkpoint.save={root}", f"checkpoint.load={root}"])
     assert witness.metrics(root) == uninterrupted
