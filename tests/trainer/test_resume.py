@@ -53,7 +53,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(layout, run, tmp_pat
     world, changes = LAYOUTS[layout]
     changes = {**changes, **DROPOUT}
     whole = run(world, {**changes, "checkpoint__save": str(tmp_path / "whole")})
-    resumed = _in_two(run, world, changes, tmp_path / "parts", **{"checkpoint__async_save": layout == "pp2"})
+    resumed = _in_two(run, world, changes, tmp_path / "parts", checkpoint__async_save=layout == "pp2")
     _same(whole, resumed)
     assert witness.metrics(tmp_path / "parts") == witness.metrics(tmp_path / "whole")
 

@@ -16,6 +16,7 @@ from trainer import iterations
 
 SETTINGS = (
     "model.tensor_model_parallel_size=2",
+    "model.num_layers=2",
     "train.train_iters=30",
     "train.micro_batch_size=1",
     "train.global_batch_size=2",

@@ -63,8 +63,8 @@ def _save_at_once(folder, changes):
             before = [{name: one.clone() for name, one in chunk.named_parameters()} for chunk in chunks]
             states = {str(n): chunk.sharded_state_dict() for n, chunk in enumerate(chunks)}
             loaded = dist_checkpointing.load(states, str(run.saver.last_good), strict=StrictHandling.RAISE_UNEXPECTED)
-            for n, chunk in enumerate(chunks):
-                differ.extend(name for name, one in before[n].items() if not torch.equal(loaded[str(n)][name], one))
+            for n, weights in enumerate(before):
+                differ.extend(name for name, one in weights.items() if not torch.equal(loaded[str(n)][name], one))
 
     pretrain(small.settings(Path(folder), **changes), callbacks=[AtOnce()])
     return differ
@@ -95,6 +95,7 @@ def _from_scratch(root):
     from trainer import arguments, loop
 
     words = [
+        "model.num_layers=3",  # not what the recipe's `config.json` says
         "train.train_iters=2",
         "train.micro_batch_size=1",
         "train.global_batch_size=2",
@@ -117,4 +118,5 @@ def test_a_model_from_scratch_exports_with_its_tokenizer(ranks, tmp_path):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids == list(text.encode())
     assert tokenizer.decode(ids) == text
+    assert model.config.num_hidden_layers == len(model.model.layers) == 3
     assert model(torch.tensor([ids])).logits.shape == (1, len(ids), 257)
