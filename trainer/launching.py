@@ -22,7 +22,10 @@ def check(config: RunConfig, *, world_size: int) -> None:
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `mbtrain` with these arguments in `count` processes; the exit status: 143 where SIGTERM ended them."""
+    """Run `mbtrain` with these arguments in `count` processes; the exit status, as a shell says it.
+
+    That of the first process that failed; 143 where SIGTERM stopped the run, 130 for Ctrl-C.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415 - a second to import
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
@@ -43,7 +46,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "trainer", *arguments)
     except ChildFailedError as error:
-        return max(1, min(failure.exitcode for failure in error.failures.values()))
+        code: int = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
     except SignalException as error:
         return 128 + error.sigval
     return 0

@@ -285,7 +285,7 @@ def train_step(run: Run) -> Step:
         chunk.zero_grad_buffer()
     parts.optimizer.zero_grad()
     losses = _schedule(run, run.batches, microbatches=get_num_microbatches(), forward_only=False)
-    loss, stop, save_now = _agree(run, _mean(losses))
+    loss, stop, save_now = _agree(run, losses)
     applied, grad_norm, _ = parts.optimizer.step()
     lr = get_canonical_lr_for_logging(parts.optimizer.param_groups)
     progress = run.progress
@@ -329,19 +329,24 @@ def _mean(losses: list[torch.Tensor]) -> torch.Tensor | None:
     return total[0] / total[1].clamp(min=1)
 
 
-def _agree(run: Run, loss: torch.Tensor | None) -> tuple[float, bool, bool]:
+def _agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool]:
     """All ranks learn the loss, whether some rank was asked to stop, and whether it is time to save.
 
     Raises UserError on all of them where the loss is no number: before it reaches the weights.
     """
-    settings, here = run.config, -math.inf if loss is None else loss.item()
-    bad = dist.get_rank() + 1.0 if loss is not None and not math.isfinite(here) else 0.0
+    settings, bad, here = run.config, 0.0, -math.inf
+    if losses:
+        # This rank's own sum too: in the mean over all ranks, one rank's NaN is everybody's.
+        here, ours = torch.stack([_mean(losses), torch.stack(losses).sum()]).tolist()
+        bad = 0.0 if math.isfinite(ours) else dist.get_rank() + 1.0
     minutes = settings.checkpoint.save_interval_in_mins
     limit = settings.train.exit_duration_in_mins
     over = run.stop.requested or (limit is not None and (time.monotonic() - run.started) / 60 >= limit)
     due = minutes is not None and run.saver.root is not None and run.saver.minutes >= minutes
     asked = float(run.stop.received or 0)
-    worst, value, asked, over, due = parallel.largest([bad, 0.0 if bad else here, asked, float(over), float(due)])
+    worst, value, asked, over, due = parallel.largest(
+        [bad, here if math.isfinite(here) else -math.inf, asked, float(over), float(due)]
+    )
     if worst:
         raise _not_a_number(run, int(worst) - 1)
     if asked:

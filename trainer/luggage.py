@@ -25,6 +25,7 @@ from formats.torch_dist import find_iteration
 from trainer import documents, live, tokenizers
 from trainer.config import RunConfig
 from trainer.iterations import OURS
+from trainer.model import described
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -35,7 +36,7 @@ def pack(config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None) -> C
     source = str(resumed) if resumed else (config.checkpoint.pretrained_checkpoint or getattr(config.model, "hf_source", None))
     found = _from_source(source) if source else _from_config(config)
     found |= {OURS: documents.dump(config).encode()}
-    if getattr(config.model, "hf_config", None):
+    if described(config.model):
         found |= {run_config.FILE: _run_config(config, stages)}
 
     # Read now: when a checkpoint is saved the source may be gone, above all an older checkpoint of this run.
@@ -69,10 +70,10 @@ def _below(folder: Folder, name: str) -> dict[str, bytes | FileIn]:
 
 def _from_config(config: RunConfig) -> dict[str, bytes | FileIn]:
     """A model from scratch: the `config.json` it was built from, and the tokenizer its data was made with."""
-    described = getattr(config.model, "hf_config", None)
-    if not described:
+    known = described(config.model)
+    if not known:
         return {}
-    found: dict[str, bytes | FileIn] = {f"{carried.FILES}/{carried.CONFIG}": (json.dumps(described, indent=2) + "\n").encode()}
+    found: dict[str, bytes | FileIn] = {f"{carried.FILES}/{carried.CONFIG}": (json.dumps(known, indent=2) + "\n").encode()}
     if config.tokenizer.tokenizer_model:
         for name, data in tokenizers.load(config.tokenizer.tokenizer_model).files().items():
             found |= {f"tokenizer/{name}": data}
@@ -81,17 +82,17 @@ def _from_config(config: RunConfig) -> dict[str, bytes | FileIn]:
 
 
 def _run_config(config: RunConfig, stages: Sequence[int]) -> bytes:
-    model = config.model
-    fields = families.find(model.hf_config.get("model_type")).CONFIG
+    model, known = config.model, described(config.model)
+    fields = families.find(known.get("model_type")).CONFIG
     layout = make_layout(
-        make_model(fields, model.hf_config),
+        make_model(fields, known),
         tp=model.tensor_model_parallel_size,
         pp=model.pipeline_model_parallel_size,
         vpp=model.virtual_pipeline_model_parallel_size or 1,
         pp_layout=stages,
     )
     dtype = DTYPES[_NAMES[model.params_dtype]]
-    megatron = to_megatron(fields, model.hf_config)
+    megatron = to_megatron(fields, known)
     return run_config.make(megatron, layout, dtype, vocab_multiple=model.make_vocab_size_divisible_by)
 
 

@@ -22,7 +22,7 @@ class Mortal:
         context.set_forkserver_preload(["tests.trainer.warm"])
         port, self._answers = _free_port(), [log.with_suffix(f".{rank}") for rank in range(world)]
         self.processes = [
-            context.Process(target=_rank, args=(rank, world, port, str(folder), changes, str(log), str(self._answers[rank])))
+            context.Process(target=_rank, args=((rank, world, port), str(folder), changes, str(log), str(self._answers[rank])))
             for rank in range(world)
         ]
         self.log = log
@@ -53,16 +53,15 @@ class Mortal:
             time.sleep(0.001)
 
 
-def _rank(rank: int, world: int, port: int, folder: str, changes: dict[str, Any], log: str, answer: str) -> None:
+def _rank(place: tuple[int, int, int], folder: str, changes: dict[str, Any], log: str, answer: str) -> None:
     from tests.trainer import witness
 
+    rank, world, port = place
     os.setsid()
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(written, 1)
     os.dup2(written, 2)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     seen = witness.train(folder, changes)
     Path(answer).write_bytes(pickle.dumps(seen))
     sys.stderr.flush()

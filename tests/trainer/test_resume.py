@@ -53,7 +53,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(layout, run, tmp_pat
     world, changes = LAYOUTS[layout]
     changes = {**changes, **DROPOUT}
     whole = run(world, {**changes, "checkpoint__save": str(tmp_path / "whole")})
-    resumed = _in_two(run, world, changes, tmp_path / "parts", **{"checkpoint__async_save": layout == "pp2"})
+    resumed = _in_two(run, world, changes, tmp_path / "parts", checkpoint__async_save=layout == "pp2")
     _same(whole, resumed)
     assert witness.metrics(tmp_path / "parts") == witness.metrics(tmp_path / "whole")
 
@@ -159,7 +159,9 @@ def test_a_resumed_run_follows_its_own_settings_not_those_that_were_saved(run, t
         run(1, {**there, "train__exit_interval": STOPPED})
         (resumed,) = run(1, {**there, "optimizer__lr": 1e-5, "optimizer__min_lr": 1e-6, "optimizer__adam_beta2": 0.9})
         assert max(resumed.rates) <= 1e-5
-        assert {told["betas"] for name, told in resumed.left.items() if isinstance(told, dict) and "betas" in told} == {(0.9, 0.9)}
+        assert {told["betas"] for name, told in resumed.left.items() if isinstance(told, dict) and "betas" in told} == {
+            (0.9, 0.9)
+        }
 
 
 def test_a_run_that_is_done_does_nothing_when_it_is_started_again(run, tmp_path):

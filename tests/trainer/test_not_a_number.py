@@ -1,0 +1,56 @@
+"""A loss that is no number ends the run on all ranks before it reaches the weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from formats.errors import UserError
+from tests.models import tree
+from tests.trainer import small
+
+
+def _train(folder, changes, factor, rank=1):
+    """Train with a loss that is multiplied by `factor` on one rank at step 3; what this rank is told, and if it tells it."""
+    from trainer.loop import pretrain
+    from trainer.loss import forward_step
+
+    steps = small.History()
+
+    def spoilt(batches, model):
+        output, loss = forward_step(batches, model)
+        bad = os.environ["RANK"] == str(rank) and len(steps.losses) == 2
+        return output * (factor if bad else 1.0), loss
+
+    try:
+        pretrain(small.settings(Path(folder), **changes), spoilt, callbacks=[steps])
+    except UserError as error:
+        return str(error), error.told
+
+
+def test_nan_on_one_rank_ends_all_of_them_with_step_rank_and_last_good_checkpoint(ranks, model_folder, tmp_path):
+    for factor in (float("nan"), float("inf"), float("-inf")):
+        root = tmp_path / str(factor)
+        changes = {"checkpoint__save": str(root), "checkpoint__save_interval": 1, "checkpoint__async_save": factor > 0}
+        told = ranks.run(_train, 2, str(model_folder()), changes, factor)
+        assert (
+            told[0][0]
+            == told[1][0]
+            == (
+                f"the loss of step 3 is NaN or Inf on rank 1; the last good checkpoint is `{root}/iter_0000002`\n\n"
+                "hint: look at the data of this step and at `optimizer.lr`; the weights of this step were not saved"
+            )
+        )
+        assert sorted(silent for _, silent in told) == [False, True]
+        assert {name.partition("/")[0] for name in tree(root)} == {
+            "iter_0000001",
+            "iter_0000002",
+            "latest_checkpointed_iteration.txt",
+            "latest_train_state.pt",
+            "metrics.jsonl",
+        }
+
+
+def test_nan_before_any_checkpoint_says_that_there_is_none(ranks, model_folder):
+    told = ranks.run(_train, 2, str(model_folder()), {}, float("nan"), 0)
+    assert told[0][0].startswith("the loss of step 3 is NaN or Inf on rank 0; no checkpoint was saved yet\n")

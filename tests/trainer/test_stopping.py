@@ -1,0 +1,97 @@
+"""`mbtrain pretrain --nproc` under signals: it saves, ends with a code that tells, and the next start goes on exactly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.trainer import witness
+from trainer import iterations
+
+SETTINGS = (
+    "model.tensor_model_parallel_size=2",
+    "model.num_layers=2",
+    "train.train_iters=30",
+    "train.micro_batch_size=1",
+    "train.global_batch_size=2",
+    "dataset.sequence_length=32",
+    "validation.eval_iters=0",
+    "checkpoint.save_interval=5",
+    "checkpoint.async_save=true",
+    "logger.log_interval=1",
+)
+
+
+class Launched:
+    """`python -m trainer pretrain llama_tiny` on two processes."""
+
+    def __init__(self, root: Path, *changes: str) -> None:
+        words = [*SETTINGS, f"checkpoint.save={root}", f"checkpoint.load={root}", *changes]
+        self.log = root.with_name(f"{root.name}.log")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "trainer", "pretrain", "llama_tiny", "--nproc", "2", *words],
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def until(self, condition) -> None:
+        ends = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < ends, self.log.read_text()
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.01)
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks: the launcher's children."""
+        return [int(one) for one in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+
+    def end(self) -> int:
+        return self.process.wait(120)
+
+
+def _told(root, step):
+    path = root / "metrics.jsonl"
+    return path.exists() and f'"iteration": {step},' in path.read_text()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, ranks):
+    root = tmp_path_factory.mktemp("stopping") / "whole"
+    ranks.run(_pretrain, 2, [*SETTINGS, f"checkpoint.save={root}"])
+    return witness.metrics(root)
+
+
+def _pretrain(words):
+    from trainer import arguments, loop
+
+    loop.pretrain(arguments.read_run("llama_tiny", config_file=None, overrides=words))
+
+
+def test_sigterm_saves_then_exits_with_143_and_the_run_goes_on_exactly(tmp_path, ranks, uninterrupted):
+    root = tmp_path / "run"
+    launched = Launched(root)
+    launched.until(lambda: _told(root, 6))  # a save is behind it: what writes, and what reads data, must live through this
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.end() == 143, launched.log.read_text()
+    stopped = iterations.latest(str(root))
+    assert stopped.name > "iter_0000005"
+
+    one_rank = Launched(root, "checkpoint.async_save=false")
+    one_rank.until(lambda: _told(root, 15))
+    os.kill(one_rank.ranks()[0], signal.SIGTERM)
+    assert one_rank.end() == 143, one_rank.log.read_text()
+    assert f"resumed {stopped}" in one_rank.log.read_text()
+    assert iterations.latest(str(root)).name > "iter_0000014"
+
+    ranks.run(_pretrain, 2, [*SETTINGS, f"checkpoint.save={root}", f"checkpoint.load={root}"])
+    assert witness.metrics(root) == uninterrupted
