@@ -42,11 +42,13 @@ def test_applying_a_name_twice_changes_nothing_the_second_time() -> None:
     assert config.ddp == before
 
 
-def test_eight_bit_weights_need_the_distributed_optimizer() -> None:
-    config = settings()
+def test_eight_bit_weights_are_for_those_who_ask_and_have_the_distributed_optimizer() -> None:
+    config = settings(ddp__use_distributed_optimizer=True)
     precision.apply("bf16_with_fp8_delayed_scaling_mixed", config)
     assert not config.model.fp8_param
-    config = settings(ddp__use_distributed_optimizer=True)
+    config = settings(ddp__fp8_param_gather=True)
+    assert "`ddp.fp8_param_gather` is `True`" in refusal(precision.apply, "bf16_with_fp8_delayed_scaling_mixed", config)
+    config = settings(ddp__use_distributed_optimizer=True, ddp__fp8_param_gather=True)
     precision.apply("bf16_with_fp8_delayed_scaling_mixed", config)
     assert config.model.fp8_param
     assert config.ddp.fp8_param_gather
