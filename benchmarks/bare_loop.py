@@ -46,6 +46,7 @@ def _model(told: argparse.Namespace) -> tuple[Any, Any]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    from trainer import resolve
     from trainer.recipes import find
 
     parallel_state.initialize_model_parallel()
@@ -53,7 +54,9 @@ def _model(told: argparse.Namespace) -> tuple[Any, Any]:
     config = find(RECIPES[told.shape]).pretrain_config().model
     config.bf16, config.params_dtype, config.pipeline_dtype = True, torch.bfloat16, torch.bfloat16
     config.tensor_model_parallel_size = config.pipeline_model_parallel_size = config.context_parallel_size = 1
-    config.sequence_parallel, config.cross_entropy_fusion_impl = False, "te"
+    config.sequence_parallel = False
+    for name, value in resolve.KERNELS.items():
+        setattr(config, name, value)
     if told.fp8:
         config.fp8, config.fp8_recipe = "hybrid", "tensorwise"
     config.finalize()

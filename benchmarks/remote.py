@@ -6,7 +6,7 @@ Prints medians, measured in turns. Clients whose packages are missing are left o
 (`pip install fsspec s3fs aiohttp tensorstore urllib3 httpx`).
 """
 
-# ruff: noqa: PLC0415, ARG001 - each client is imported where its process measures it, and all are called alike
+# ruff: noqa: ARG001 - each client is imported where its process measures it, and all are called alike
 
 from __future__ import annotations
 

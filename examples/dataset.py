@@ -53,7 +53,7 @@ class Lines(Dataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Tokens, what follows each, and 1 for those that are to be learned: the answer, and that it ends there."""
-        draw = random.Random(f"{self.seed}{index}")  # noqa: S311 - made-up data
+        draw = random.Random(f"{self.seed}{index}")
         first, second = draw.randint(0, self.told.largest), draw.randint(0, self.told.largest)
         question, answer = f"{first}+{second}=", str(first + second)
         length = self.told.sequence_length

@@ -36,7 +36,7 @@ def settings(*, ep: int = 1, save: str | None = None, start: str | None = None) 
         moe_router_topk=2,
         moe_ffn_hidden_size=64,
         moe_aux_loss_coeff=1e-2,
-        moe_token_dispatcher_type="alltoall",  # noqa: S106 - no password
+        moe_token_dispatcher_type="alltoall",
         expert_model_parallel_size=ep,
     )
     config = RunConfig(model=model, mixed_precision="fp32")

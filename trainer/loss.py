@@ -61,6 +61,6 @@ class WithoutPadding(torch.autograd.Function):
         return logits
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    def backward(_ctx: Any, *gradients: Any) -> Any:
         """Softmax gave the padding no gradient."""
         return gradients[0], None

@@ -16,7 +16,7 @@ To cut it into pipeline stages, give it `set_input_tensor` too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -89,14 +89,14 @@ class GPTModelProvider(ModelProvider):
     rope_scaling: bool = False
     rope_scaling_factor: float = 8.0
     seq_len_interpolation_factor: float | None = None
-    bias_activation_fusion: bool = True
-    bias_dropout_fusion: bool = True
-    masked_softmax_fusion: bool = True
-    apply_rope_fusion: bool = True
-    persist_layer_norm: bool = True
-    cross_entropy_loss_fusion: bool = True
+    bias_activation_fusion: bool | None = None  # type: ignore[assignment]
+    bias_dropout_fusion: bool | None = None  # type: ignore[assignment]
+    masked_softmax_fusion: bool | None = None  # type: ignore[assignment]
+    apply_rope_fusion: bool | None = None  # type: ignore[assignment]
+    persist_layer_norm: bool | None = None  # type: ignore[assignment]
+    cross_entropy_loss_fusion: bool | None = None  # type: ignore[assignment]
     cross_entropy_fusion_impl: str | None = None  # type: ignore[assignment]
-    """None for Transformer Engine's where there is one, else `native`."""
+    """Fused kernels: None for what the device has."""
 
     gradient_accumulation_fusion: bool = False
     """Needs APEX, which no package index has."""
@@ -115,8 +115,9 @@ class GPTModelProvider(ModelProvider):
 
     def finalize(self) -> None:
         """Derive and validate what TransformerConfig does on construction."""
-        self.first_last_layers_bf16 = bool(self.first_last_layers_bf16)
-        self.cross_entropy_fusion_impl = self.cross_entropy_fusion_impl or "native"
+        for one in fields(TransformerConfig):
+            if one.default is not None and getattr(self, one.name) is None and one.default is not MISSING:
+                setattr(self, one.name, one.default)
         TransformerConfig.__post_init__(self)
 
     @property

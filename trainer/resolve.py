@@ -126,8 +126,17 @@ _WITHOUT_CUDA: dict[str, Any] = {
 """megatron-core's kernels that exist for CUDA only, off."""
 
 
-_WITHOUT_TE: dict[str, Any] = {"apply_rope_fusion": False, "cross_entropy_fusion_impl": "native"}
-"""Transformer Engine's kernels, off: megatron-core refuses the one, and would fail with the other."""
+KERNELS: dict[str, Any] = {
+    "bias_activation_fusion": True,
+    "bias_dropout_fusion": True,
+    "masked_softmax_fusion": True,
+    "apply_rope_fusion": True,
+    "persist_layer_norm": True,
+    "cross_entropy_loss_fusion": True,
+    "cross_entropy_fusion_impl": "te",
+}
+"""Kernels that are faster, where nobody chose. On an H200 Transformer Engine's cross entropy gave a model of 1B shape 6 % more
+tokens per second than megatron-core's own, in 12 GiB less (docs/performance.md)."""
 
 
 def _device_fields(model: Any, machine: Machine) -> list[Choice]:
@@ -137,11 +146,10 @@ def _device_fields(model: Any, machine: Machine) -> list[Choice]:
     choices: list[Choice] = []
     if not getattr(model, "bf16", False):
         choices.append(Choice("model.cross_entropy_loss_fusion", False, "the fused kernels round gradients to bf16"))
-    elif machine.transformer_engine and getattr(model, "cross_entropy_fusion_impl", "") is None:
-        choices.append(Choice("model.cross_entropy_fusion_impl", "te", "writes gradients over the logits: faster, and smaller"))
-    if machine.transformer_engine is None:
-        why = "Transformer Engine, which has its kernel, is not installed"
-        choices += [Choice(f"model.{name}", value, why) for name, value in _WITHOUT_TE.items() if hasattr(model, name)]
+    if importlib.util.find_spec("transformer_engine"):  # megatron-core refuses settings for what it cannot import
+        named = {choice.setting for choice in choices}
+        free = {f"model.{name}": value for name, value in KERNELS.items() if getattr(model, name, False) is None}
+        choices += [Choice(name, value, "a fused kernel") for name, value in free.items() if name not in named]
     if getattr(model, "gradient_accumulation_fusion", False) and not importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
         choices.append(Choice("model.gradient_accumulation_fusion", False, "APEX, which has its kernel, is not installed"))
     return choices

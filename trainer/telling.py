@@ -22,6 +22,10 @@ from trainer.model import GPTModelProvider
 from trainer.sinks import Sinks, open_sinks
 
 
+def _in_a_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
 @dataclass
 class Telling:
     """A run's voice. `sinks` is None on ranks that are silent."""
@@ -30,7 +34,7 @@ class Telling:
     measure: metrics.Measure
     sinks: Sinks | None
     interval: metrics.Interval = field(default_factory=metrics.Interval)
-    color: bool = field(default_factory=lambda: sys.stderr.isatty())
+    color: bool = field(default_factory=_in_a_terminal)
     _since: float = field(default_factory=time.perf_counter)
 
     def step(self, progress: Any, step: Any) -> None:

@@ -55,7 +55,7 @@ def _logits(source: str, config: dict, dtype: str, tokens: list[list[int]]) -> t
 
 
 @pytest.mark.parametrize(("dtype", "name", "tolerance"), [("bfloat16", "bf16_mixed", 0.06), ("float32", "fp32", 2e-4)])
-def test_a_converted_llama_of_1b_shape_has_transformers_logits(dtype, name, tolerance, tmp_path, ranks, monkeypatch):
+def test_a_converted_llama_of_1b_shape_has_transformers_logits(dtype, name, tolerance, tmp_path, ranks):
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     from converter import hf_to_mcore
@@ -118,7 +118,7 @@ def test_precisions_of_blackwell_are_refused_at_the_start(precision, folder):
     from trainer.resolve import resolve
 
     config = small.settings(folder, mixed_precision=precision)
-    with pytest.raises(UserError, match="needs a GPU of compute capability `10.0` or higher; this one has `9.0`"):
+    with pytest.raises(UserError, match=r"needs a GPU of compute capability `10\.0` or higher; this one has `9\.0`"):
         resolve(config, world_size=1, device="gpu")
 
 

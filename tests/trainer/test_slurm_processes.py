@@ -92,7 +92,8 @@ def test_more_processes_than_gpus_are_refused():
     with pytest.raises(UserError) as refused:
         device._gpu(2, visible=2)
     assert str(refused.value) == (
-        "this process is number `2` on its host, and it sees `2` GPUs\n\nhint: start as many processes on each host as it has GPUs"
+        "this process is number `2` on its host, and it sees `2` GPUs\n\n"
+        "hint: start as many processes on each host as it has GPUs"
     )
 
 

@@ -21,7 +21,7 @@ def command(words: tuple[str, ...], config_file: str | None, nproc: int | None) 
     SIGTERM, SIGUSR1 or Ctrl-C, to this command or to any of its processes: the run saves and ends. Exit status: 0 done, or
     stopped where the settings say; 1 failed; 143 after SIGTERM, 138 after SIGUSR1, 130 after Ctrl-C.
     """
-    from trainer import launching, loop
+    from trainer import launching, loop  # noqa: PLC0415 - seconds to import
 
     recipe, overrides = recipe_and_overrides(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides)
