@@ -182,7 +182,8 @@ def described(provider: Any) -> Config:
         return {}
     family = find(config.get("model_type")).CONFIG
     made_of = to_megatron(family, config)
-    plain = {name: value for name, value in made_of.items() if isinstance(value, int | float) and hasattr(provider, name)}
+    plain = {name for name, value in made_of.items() if isinstance(value, int | float) and hasattr(provider, name)}
+    plain -= {"hidden_dropout", "attention_dropout"}  # of the training, not of the model
     before, after = (to_huggingface(family, made_of | now) for now in ({}, {name: getattr(provider, name) for name in plain}))
     return {**config, **{name: value for name, value in after.items() if before.get(name) != value}}
 
