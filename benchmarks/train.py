@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokens = _tokens(Path(folder))
         print(
-            f"{'shape':6}{'precision':10}{'bare tok/s':>11}{'mbtrain':>12}{'ratio':>8}{'TFLOP/s':>9}{'GiB bare':>10}{'mbtrain':>9}"
+            f"{'shape':6}{'precision':10}{'bare tok/s':>12}{'mbtrain':>12}{'ratio':>8}{'TFLOP/s':>9}{'GiB bare':>9}{'mbtrain':>9}"
         )
         for shape in told.shapes:
             for precision in told.precision:

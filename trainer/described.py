@@ -16,6 +16,8 @@ from trainer.choice import Choice
 from trainer.values import UnnamedError, plain
 
 _ROPE = "rope_scaling"
+_OF_TRAINING = {"attention_dropout", "hidden_dropout"}
+"""Fields that say how a model is trained, and not what it is."""
 
 
 def follow(provider: Any) -> list[Choice]:
@@ -60,7 +62,7 @@ def _both(provider: Any, config: Mapping[str, Any]) -> tuple[dict[str, Any], dic
     derived = to_megatron(find(config.get("model_type")).CONFIG, config)
     if hasattr(provider, "rope_scaling"):  # which a `config.json` is silent on where it has none of them
         derived = {"rope_scaling_factor": provider.rope_scaling_factor, "seq_len_interpolation_factor": None} | derived
-    said = {name: value for name, value in derived.items() if hasattr(provider, name)}
+    said = {name: value for name, value in derived.items() if hasattr(provider, name) and name not in _OF_TRAINING}
     return said, {name: _plain(getattr(provider, name)) for name in said}
 
 

@@ -5,7 +5,7 @@ tokenizer and other side files, `run_config.yaml` for Megatron-Bridge, and the r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from formats.torch_dist import find_iteration
 from trainer import documents, live, tokenizers
 from trainer.config import RunConfig
 from trainer.iterations import OURS
-from trainer.model import described
 
+_CONFIG = f"{carried.FILES}/{carried.CONFIG}"
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -36,8 +36,8 @@ def pack(config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None) -> C
     source = str(resumed) if resumed else (config.checkpoint.pretrained_checkpoint or getattr(config.model, "hf_source", None))
     found = _from_source(source) if source else _from_config(config)
     found |= {OURS: documents.dump(config).encode()}
-    if described(config.model):
-        found |= {run_config.FILE: _run_config(config, stages)}
+    if known := _known(config):
+        found |= {run_config.FILE: _run_config(config, known, stages), **_changed(found, known)}
 
     # Read now: when a checkpoint is saved the source may be gone, above all an older checkpoint of this run.
     first = dist.get_rank() == 0
@@ -50,6 +50,19 @@ def pack(config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None) -> C
             target.write_bytes(content)
 
     return write
+
+
+def _known(config: RunConfig) -> dict[str, Any]:
+    """The `config.json` of the model; empty for a model of one's own."""
+    return getattr(config.model, "hf_config", None) or {}
+
+
+def _changed(found: Mapping[str, bytes | FileIn], known: dict[str, Any]) -> dict[str, bytes]:
+    """The model's `config.json`, where it is not what the source has: its bytes stay where they say the same."""
+    there = found.get(_CONFIG)
+    if there is not None and json.loads(there if isinstance(there, bytes) else there.get()) == known:
+        return {}
+    return {_CONFIG: (json.dumps(known, indent=2) + "\n").encode()}
 
 
 def _from_source(source: str) -> dict[str, bytes | FileIn]:
@@ -69,20 +82,17 @@ def _below(folder: Folder, name: str) -> dict[str, bytes | FileIn]:
 
 
 def _from_config(config: RunConfig) -> dict[str, bytes | FileIn]:
-    """A model from scratch: the `config.json` it was built from, and the tokenizer its data was made with."""
-    known = described(config.model)
-    if not known:
-        return {}
-    found: dict[str, bytes | FileIn] = {f"{carried.FILES}/{carried.CONFIG}": (json.dumps(known, indent=2) + "\n").encode()}
-    if config.tokenizer.tokenizer_model:
+    """A model from scratch: the tokenizer its data was made with."""
+    found: dict[str, bytes | FileIn] = {}
+    if _known(config) and config.tokenizer.tokenizer_model:
         for name, data in tokenizers.load(config.tokenizer.tokenizer_model).files().items():
             found |= {f"tokenizer/{name}": data}
             found |= {f"{carried.FILES}/{name}": data} if name != carried.CONFIG else {}
     return found
 
 
-def _run_config(config: RunConfig, stages: Sequence[int]) -> bytes:
-    model, known = config.model, described(config.model)
+def _run_config(config: RunConfig, known: dict[str, Any], stages: Sequence[int]) -> bytes:
+    model = config.model
     fields = families.find(known.get("model_type")).CONFIG
     layout = make_layout(
         make_model(fields, known),

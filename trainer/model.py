@@ -26,7 +26,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 
-from converter.config import rope_numbers, to_huggingface, to_megatron
+from converter.config import rope_numbers, to_megatron
 from converter.families import find
 from formats.errors import UserError
 from trainer import device
@@ -173,19 +173,6 @@ def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProv
         hf_config=dict(config),
         hf_source=source,
     )
-
-
-def described(provider: Any) -> Config:
-    """The `config.json` of a model, with what was changed since it was made from one; empty for a model of one's own."""
-    config: Config = getattr(provider, "hf_config", None) or {}
-    if not config:
-        return {}
-    family = find(config.get("model_type")).CONFIG
-    made_of = to_megatron(family, config)
-    plain = {name for name, value in made_of.items() if isinstance(value, int | float) and hasattr(provider, name)}
-    plain -= {"hidden_dropout", "attention_dropout"}  # of the training, not of the model
-    before, after = (to_huggingface(family, made_of | now) for now in ({}, {name: getattr(provider, name) for name in plain}))
-    return {**config, **{name: value for name, value in after.items() if before.get(name) != value}}
 
 
 def build(provider: Any) -> list[torch.nn.Module]:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from typing import Any
 
 WORLD = 4
@@ -24,7 +24,11 @@ class Ranks:
         """The answers by rank; the first exception is raised here."""
         port = _free_port()
         asked = [self._pool.submit(_as_rank, function, rank, world, port, args) for rank in range(world)]
-        return [one.result(timeout=LONGEST) for one in asked]
+        done, waiting = wait(asked, timeout=LONGEST, return_when=FIRST_EXCEPTION)
+        for one in done:
+            one.result()
+        assert not waiting, f"{len(waiting)} of {world} ranks still ran after {LONGEST} s"
+        return [one.result() for one in asked]
 
     def close(self) -> None:
         """End the processes."""

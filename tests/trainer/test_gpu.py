@@ -159,3 +159,35 @@ def test_a_checkpoint_of_a_gpu_resumes_exactly_and_exports(ranks, folder, tmp_pa
     mcore_to_hf(str(tmp_path / "run"), str(tmp_path / "back"))
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
     assert Path(tmp_path / "back" / "model.safetensors").exists()
+
+
+def _generated(folder: str, prompts: list[str]) -> list[list[int]]:
+    from trainer.generation import checkpoint
+    from trainer.generation.sampling import Sampling
+
+    found = []
+    checkpoint.run(
+        folder,
+        lambda: prompts,
+        settings=checkpoint.make_run(folder, (), world_size=1, dtype="fp32"),
+        max_new_tokens=16,
+        sampling=Sampling(),
+        tell=None,
+        done=lambda answers, _: found.extend(list(one.tokens) for one in answers),
+    )
+    return found
+
+
+def test_greedy_text_on_the_gpu_is_transformers(ranks, tmp_path):
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    folder = models.save(models.build("gqa", **{**SHAPE, "vocab_size": 384}), tmp_path / "model")
+    prompts = ["Tiny real models", "a tokenizer"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    expected = []
+    for prompt in prompts:
+        asked = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        answer = model.generate(asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=16, pad_token_id=0)
+        expected.append(answer[0, asked.shape[1] :].tolist())
+    assert ranks.run(_generated, 1, str(folder), prompts) == [expected]
