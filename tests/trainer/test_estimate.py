@@ -75,6 +75,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "experts": {
         "model__expert_model_parallel_size": 2,
         "model__num_moe_experts": 4,
+        "model__hf_config": {},  # no Llama any more
         "model__moe_layer_freq": [1, 0, 1, 1],
         "model__moe_ffn_hidden_size": 48,
     },
@@ -123,6 +124,7 @@ def test_activations_without_flash_attention_are_those_of_the_paper_less_its_dro
     config = settings(
         "mha",
         model__attention_backend=AttnBackend.unfused,
+        model__hf_config={},  # no Llama any more
         model__gated_linear_unit=False,
         model__activation_func=torch.nn.functional.gelu,
         model__bias_activation_fusion=False,

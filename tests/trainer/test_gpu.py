@@ -89,16 +89,17 @@ def test_fp32_on_the_gpu_follows_the_cpu(ranks, folder):
 
 
 @pytest.mark.parametrize(
-    ("precision", "tolerance"),
+    ("precision", "tolerance", "more"),
     [
-        ("fp16_mixed", 0.05),
-        ("bf16_with_fp8_delayed_scaling_mixed", 0.1),
-        ("bf16_with_fp8_current_scaling_mixed", 0.1),
-        ("bf16_with_fp8_subchannel_scaling_mixed", 0.1),
+        # The default scale, 2^32, is halved every other step until gradients no longer overflow: longer than this run.
+        ("fp16_mixed", 0.05, {"optimizer__initial_loss_scale": 2.0**14}),
+        ("bf16_with_fp8_delayed_scaling_mixed", 0.1, {}),
+        ("bf16_with_fp8_current_scaling_mixed", 0.1, {}),
+        ("bf16_with_fp8_subchannel_scaling_mixed", 0.1, {}),
     ],
 )
-def test_precisions_of_hopper_train(precision, tolerance, ranks, folder, one_gpu):
-    (history,) = ranks.run(small.train, 1, str(folder), {**GPU, "mixed_precision": precision})
+def test_precisions_of_hopper_train(precision, tolerance, more, ranks, folder, one_gpu):  # noqa: PLR0917 - pytest's fixtures
+    (history,) = ranks.run(small.train, 1, str(folder), {**GPU, "mixed_precision": precision, **more})
     print(precision, "last loss", history.losses[-1], "bf16", one_gpu.losses[-1])
     assert history.losses[0] == pytest.approx(one_gpu.losses[0], abs=tolerance)
     assert history.losses[-1] == pytest.approx(one_gpu.losses[-1], abs=tolerance)
@@ -144,8 +145,8 @@ def test_layouts_over_two_gpus_give_the_curve_of_one(layout, ranks, folder, one_
     for history in ranks.run(small.train, 2, str(folder), {**BF16, **LAYOUTS[layout]}):
         worst = max(abs(a - b) for a, b in zip(history.losses, one_gpu.losses, strict=True))
         print(layout, "largest difference of losses", worst)
-        # bf16 keeps 8 bits: sums in another order differ in the third digit, and updates carry that on.
-        assert history.losses == pytest.approx(one_gpu.losses, abs=0.03)
+        # Neighbours in bf16 lie 2^-8 apart; sums in another order may end two of them away.
+        assert history.losses == pytest.approx(one_gpu.losses, rel=2**-7)
 
 
 def test_a_checkpoint_of_a_gpu_resumes_exactly_and_exports(ranks, folder, tmp_path):
