@@ -5,12 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 REQUIREMENTS := $(shell sed -n '/^dependencies/,/^\[project.scripts/p' pyproject.toml | cksum | cut -d' ' -f1)
 BASE := $(VENV)/.base-$(REQUIREMENTS)
+TRAIN := $(VENV)/.train-$(REQUIREMENTS)
 FULL := $(VENV)/.full-$(REQUIREMENTS)
 
-.PHONY: demo test check format clean
+.PHONY: demo demo-training test check format clean
 
 demo: $(BASE)
 	$(BIN)/python -m tests.demo
+	$(MAKE) --no-print-directory demo-training
+
+demo-training: $(TRAIN)
+	$(BIN)/python -m tests.demo_training
 
 test: check
 	$(BIN)/python -m pytest -m "not gpu"
@@ -29,6 +34,11 @@ $(BASE):
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), "mbtools needs Python 3.12, this is " + sys.version'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(TRAIN): $(BASE)
+	@echo "installing torch and megatron-core, some minutes the first time"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
 	touch $@
 
 $(FULL): $(BASE)
