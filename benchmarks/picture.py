@@ -1,6 +1,7 @@
-"""Real conversions in a terminal, as the picture in the README.
+"""Real conversions and a real training run in a terminal, as the pictures in the README.
 
-python benchmarks/picture.py docs/conversion.svg
+python -m benchmarks.picture conversion docs/conversion.svg
+python -m benchmarks.picture training docs/training.svg
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ import fcntl
 import io
 import os
 import pty
+import shlex
+import shutil
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import termios
 from pathlib import Path
@@ -22,15 +26,26 @@ from rich.text import Text
 
 from benchmarks.convert import SHAPES, make_model
 
-WIDTH = 112
-COMMANDS = (
-    "hf-to-mcore Llama-3.2-1B megatron --tp 8 --pp 4 --verify",
-    "inspect megatron",
-    "inspect megatron --check",
-    "mcore-to-hf megatron Llama-back",
-    "verify Llama-back megatron",
-    "hf-to-mcore Llama-3.2-1B again --tp 3",
-)
+WIDTH = {"conversion": 112, "training": 136}
+COMMANDS = {
+    "conversion": (
+        "mbconvert hf-to-mcore Llama-3.2-1B megatron --tp 8 --pp 4 --verify",
+        "mbconvert inspect megatron",
+        "mbconvert inspect megatron --check",
+        "mbconvert mcore-to-hf megatron Llama-back",
+        "mbconvert verify Llama-back megatron",
+        "mbconvert hf-to-mcore Llama-3.2-1B again --tp 3",
+    ),
+    "training": (
+        "mbtrain prepare-data sources text --tokenizer byte",
+        "mbtrain pretrain llama_tiny --nproc 2 model.tensor_model_parallel_size=2 dataset.blend=[text] train.train_iters=60 "
+        "checkpoint.save=run",
+        "mbtrain generate run --prompt 'def __init__(self' --max-new-tokens 16",
+        "mbconvert mcore-to-hf run llama-hf",
+        "mbtrain pretrain llama_tiny train.train_itres=5",
+    ),
+}
+MODULES = {"mbconvert": "converter", "mbtrain": "trainer"}
 _FORMAT = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
 .{unique_id}-matrix {{ font-family: Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: {char_height}px;
@@ -47,13 +62,14 @@ line-height: {line_height}px; font-variant-east-asian: full-width; }}
 """
 
 
-def seen(words: list[str], folder: str) -> list[str]:
+def seen(command: str, folder: str, *, width: int) -> list[str]:
     """The lines a terminal shows at the end of a command: of a bar, its last state."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, WIDTH, 0, 0))
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(WIDTH)}
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(width)}
+    program, *words = shlex.split(command)
     process = subprocess.Popen(
-        [sys.executable, "-m", "converter", *words], cwd=folder, stdout=theirs, stderr=theirs, env=environment
+        [sys.executable, "-m", MODULES[program], *words], cwd=folder, stdout=theirs, stderr=theirs, env=environment
     )
     os.close(theirs)
     shown = b""
@@ -66,18 +82,22 @@ def seen(words: list[str], folder: str) -> list[str]:
     return [line.rstrip("\r").rsplit("\r", 1)[-1] for line in shown.decode().split("\n")]
 
 
-def main(picture: str) -> None:
-    """Run the commands on a 1B shape and draw what was seen."""
-    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+def main(what: str, picture: str) -> None:
+    """Run the commands, conversions on a 1B shape, training on the standard library's sources, and draw what was seen."""
+    width = WIDTH[what]
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder) / "Llama-3.2-1B", SHAPES["1b"])
-        for command in COMMANDS:
-            console.print(Text.assemble(("$ ", "green"), (f"mbconvert {command}", "bold")))
-            for line in seen(command.split(), folder):
+        if what == "conversion":
+            make_model(Path(folder) / "Llama-3.2-1B", SHAPES["1b"])
+        else:
+            shutil.copytree(Path(sysconfig.get_paths()["stdlib"]) / "asyncio", Path(folder) / "sources")
+        for command in COMMANDS[what]:
+            console.print(Text.assemble(("$ ", "green"), (command, "bold")))
+            for line in seen(command, folder, width=width):
                 if line.strip():
                     console.print(Text.from_ansi(line))
             console.print()
-    console.save_svg(picture, title="mbconvert", theme=MONOKAI, code_format=_FORMAT)
+    console.save_svg(picture, title="mbconvert" if what == "conversion" else "mbtrain", theme=MONOKAI, code_format=_FORMAT)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def choose(config: Any, *, data_parallel: int, device: str) -> list[Choice]:
 
     UserError for a given setting that megatron-core refuses, or with which it would compute wrong gradients.
     """
-    return [_tensor(config, device), *_pipeline(config), *_data(config, data_parallel, device)]
+    return [_tensor(config), *_pipeline(config), *_data(config, data_parallel, device)]
 
 
 def _wanted(config: Any, name: str, *, part: str) -> bool | None:
@@ -38,20 +38,14 @@ def _size(model: Any, name: str) -> int:
     return getattr(model, name, None) or 1
 
 
-def _tensor(config: Any, device: str) -> Choice:
+def _tensor(config: Any) -> Choice:
     setting = "model.tp_comm_overlap"
     if not _wanted(config, "tp_comm_overlap", part="model"):
-        return Choice(setting, False, "Transformer Engine's user buffers are used only where they are asked for")
-    for met, needs in (
-        (device != CPU, "a GPU with Transformer Engine"),
-        (_size(config.model, "tensor_model_parallel_size") > 1, "`model.tensor_model_parallel_size` above 1"),
-        (getattr(config.model, "sequence_parallel", False), "`model.sequence_parallel=true`"),
-    ):
-        if not met:
-            raise UserError(
-                f"`comm_overlap.tp_comm_overlap` needs {needs}", hint="leave it out, and the run chooses what fits its layout"
-            )
-    return Choice(setting, True, "asked for")
+        return Choice(setting, False, "it needs Transformer Engine's user buffers, which this trainer does not set up")
+    raise UserError(
+        "`comm_overlap.tp_comm_overlap` needs Transformer Engine's user buffers, which this trainer does not set up",
+        hint="leave it out; gradients, weights and pipeline messages overlap all the same",
+    )
 
 
 def _pipeline(config: Any) -> list[Choice]:

@@ -124,8 +124,8 @@ def test_two_places_that_disagree_are_named() -> None:
         (
             {"comm_overlap__tp_comm_overlap": True},
             (
-                "`comm_overlap.tp_comm_overlap` needs `model.tensor_model_parallel_size` above 1\n\n"
-                "hint: leave it out, and the run chooses what fits its layout"
+                "`comm_overlap.tp_comm_overlap` needs Transformer Engine's user buffers, which this trainer does not set up\n\n"
+                "hint: leave it out; gradients, weights and pipeline messages overlap all the same"
             ),
         ),
     ],
