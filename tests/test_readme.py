@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,21 @@ def test_the_commands_run_in_order(folder):
     assert one == other
 
 
+def test_the_training_commands_run_in_order(tmp_path):
+    shutil.copytree(Path(sysconfig.get_paths()["stdlib"]) / "json", tmp_path / "sources")
+    commands = re.findall(r"^(mb(?:train|convert) .+?)(?:\s+#.*)?$", README.split("```bash")[3].split("```")[0], re.MULTILINE)
+    assert len(commands) == 6
+    for command in commands:
+        program, *words = shlex.split(command)
+        words += ["train.train_iters=2", "validation.eval_iters=1"] if words[0] == "pretrain" else []
+        module = {"mbtrain": "trainer", "mbconvert": "converter"}[program]
+        done = subprocess.run(
+            [sys.executable, "-m", module, *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200
+        )
+        assert done.returncode == 0, (command, done.stderr)
+    assert {path.name for path in (tmp_path / "llama-hf").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+
+
 def test_the_python_example_runs(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     code = README.split("```python")[1].split("```")[0].replace('"megatron"', '"from-python"')
@@ -47,10 +65,8 @@ def test_the_file_tree_names_what_is_there():
     root = Path(__file__).parent.parent
     tree = README.split("## The house")[1].split("```")[1]
     named = set(re.findall(r"\b\w+\.py\b", tree))
-    there = {path.name for folder in ("formats", "converter") for path in (root / folder).glob("*.py")} - {
-        "__init__.py",
-        "__main__.py",
-    }
+    rooms = ("formats", "converter", "trainer")
+    there = {path.name for folder in rooms for path in (root / folder).glob("*.py")} - {"__init__.py", "__main__.py"}
     assert there <= named, there - named
     others = {path.name for folder in ("tests", "benchmarks") for path in (root / folder).glob("*.py")}
     assert named <= there | others, named - there - others

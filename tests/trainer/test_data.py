@@ -234,11 +234,18 @@ def test_what_cannot_be_built_is_named(prefix, tmp_path):
     assert message(blend=[0, prefix]) == f"`[0, '{prefix}']` is no blend"
     assert message(blend=[0.5, prefix, prefix, 0.5]) == f"`[0.5, '{prefix}', '{prefix}', 0.5]` is no blend"
     few = f"the test split of `{prefix}` has 0 tokens in 0 of 60 documents, but a sample takes 17"
-    assert message((4, 4, 4), blend=[prefix]) == few
+    assert message((4, 4, 4), blend=[prefix], split="90,9.9,0.1") == few
     assert message(blend=[prefix], reset_attention_mask=True) == "`dataset.reset_attention_mask` is not supported"
     lacks = "`dataset.eod_mask_loss` and `dataset.reset_position_ids` need to know which token ends a document"
     assert message(blend=[prefix], eod_mask_loss=True) == lacks
     assert message(blend=[prefix], random_seed=-1) == "`dataset.random_seed` is -1"
+
+
+def test_little_data_has_no_test_where_nobody_chose_the_shares(prefix, capsys):
+    train, validation, test = built((4, 4, 4), blend=[prefix])
+    assert (len(train), len(validation), test) == (4, 4, None)
+    few = f"the test split of `{prefix}` has 0 tokens in 0 of 60 documents, but a sample takes 17"
+    assert capsys.readouterr().err == f"note: there is no final test: {few}\n"
 
 
 def test_damaged_files_are_named(prefix):

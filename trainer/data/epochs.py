@@ -80,6 +80,10 @@ def _not_saving_is_meant() -> Generator[None]:
         logger.removeFilter(other)
 
 
+class TooFewError(UserError):
+    """A split without a single sample."""
+
+
 class Epochs(Dataset):
     """`samples` samples of the documents of one split of one prefix: epoch after epoch, each sample once in each.
 
@@ -110,7 +114,7 @@ class Epochs(Dataset):
         tokens = int(self._lengths.sum(dtype=np.int64))
         if tokens > self._config.sequence_length:
             return
-        raise UserError(
+        raise TooFewError(
             f"the {self._split.name} split of `{self._prefix}` has {tokens} tokens in {len(self._lengths)} of {count} documents, "
             f"but a sample takes {self._config.sequence_length + 1}",
             hint="change its share in `dataset.split`, use more data, or a smaller `dataset.sequence_length`",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix, parse_and_normalize_split
 from megatron.core.datasets.utils import Split, get_blend_from_list
 from torch.utils.data import Dataset
@@ -15,11 +17,12 @@ from formats.errors import UserError
 from trainer.config import DatasetConfig
 from trainer.data import Splits, cache
 from trainer.data.blend import Blend
-from trainer.data.epochs import Epochs
+from trainer.data.epochs import Epochs, TooFewError
 from trainer.data.mock import Mock
 from trainer.tokenizers import Tokenizer
 
 _WHOLE = (0.0, 1.0)
+_EVALUATION = {Split.valid: "validation", Split.test: "final test"}
 
 
 def build(config: DatasetConfig, *, tokenizer: Tokenizer | None, vocab_size: int, samples: tuple[int, int, int]) -> Splits:
@@ -38,7 +41,10 @@ def build(config: DatasetConfig, *, tokenizer: Tokenizer | None, vocab_size: int
         blend, share = blends[number], shares[number]
         if not blend or share is None:
             return _nothing(split, config)
-        return _stream(blend, config, samples[number], split=split, share=share, eod=eod, vocab_size=vocab_size)
+        try:
+            return _stream(blend, config, samples[number], split=split, share=share, eod=eod, vocab_size=vocab_size)
+        except TooFewError as error:
+            return _without(split, config, error)
 
     return cache.in_turn(lambda: (one(Split.train), one(Split.valid), one(Split.test)))
 
@@ -48,6 +54,14 @@ def _nothing(split: Split, config: DatasetConfig) -> None:
     if split is Split.train:
         field = "dataset.blend_per_split" if config.blend_per_split else "dataset.split"
         raise UserError(f"`{field}` leaves nothing to train on", hint="its first entry is for training")
+
+
+def _without(split: Split, config: DatasetConfig, error: TooFewError) -> None:
+    """Shares that nobody chose may leave little data without validation or test: that is told, and no error."""
+    if split is Split.train or config.blend_per_split or config.split != DatasetConfig.split:
+        raise error
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        click.echo(f"note: there is no {_EVALUATION[split]}: {error.args[0]}", err=True)
 
 
 def _stream(blend: list[Any], config: DatasetConfig, samples: int, **of: Any) -> Dataset:
