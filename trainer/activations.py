@@ -14,9 +14,9 @@ from megatron.core.transformer.enums import AttnBackend
 
 from trainer.shape import Shape, shape_of
 
-SOFTMAX = 4
-"""Bytes per logit of megatron-core's vocabulary-parallel cross entropy, which makes an fp32 copy of logits that are not fp32
-and turns it into the softmax, then into the gradient, in place. Beside it lie the logits, and later their gradient."""
+LOGIT_TE, LOGIT_NATIVE, LOGIT_FP32 = 4, 10, 4
+"""Bytes per logit. Transformer Engine's cross entropy writes gradients over bf16 logits; megatron-core's makes fp32 copies, where
+logits are not fp32 already. Measured on an H200 as what was over when all else was counted: 4.0, 4.0 and 10.0 (docs/performance.md)."""
 
 SCORE_COPIES = 2
 """Matrices of scores that attention without flash keeps: before and after the softmax."""
@@ -63,8 +63,15 @@ def activations(
         yield "embedding", int(edge * flying), "its output"
     if pp_rank == model.pipeline_model_parallel_size - 1:
         yield "final norm", 2 * edge, "its input and output"
-        each = SOFTMAX + (layout.wide if layout.wide < SOFTMAX else 0)
+        each = _logit(model, layout)
         yield "logits", tokens * shape.padded_vocab // layout.tp * each, f"one microbatch, {each} bytes per logit"
+
+
+def _logit(model: Any, layout: Layout) -> int:
+    if layout.wide == LOGIT_FP32:
+        return LOGIT_FP32
+    fused = model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl == "te"
+    return LOGIT_TE if fused else LOGIT_NATIVE
 
 
 def _layout(model: Any, sequence_length: int) -> Layout:

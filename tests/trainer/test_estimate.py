@@ -135,6 +135,27 @@ def test_activations_without_flash_attention_are_those_of_the_paper_less_its_dro
     assert found["activations"] == 4 * tokens * ((34 - 2) * 64 + (5 - 1) * heads * tokens + 4 * 2 + 4 * heads)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "changes", "measured"),
+    [
+        ("llama32_1b", 1, {"dataset.sequence_length": 4096, "train.micro_batch_size": 4, "train.global_batch_size": 16}, 47.3),
+        ("llama3_8b", 2, {"dataset.sequence_length": 4096, "train.global_batch_size": 8}, 108.9),
+    ],
+)
+def test_the_estimate_is_what_an_h200_measured(recipe, gpus, changes, measured) -> None:
+    """docs/performance.md: GiB at most allocated, bf16, Transformer Engine's kernels, data parallel alone."""
+    from trainer.recipes import find
+    from trainer.settings import place
+
+    config = find(recipe).pretrain_config()
+    alone = {"model.tensor_model_parallel_size": 1, "model.sequence_parallel": False}
+    fused = {"model.cross_entropy_loss_fusion": True, "model.cross_entropy_fusion_impl": "te"}
+    for name, value in {**alone, **fused, **changes}.items():
+        place(config, name).put(value)
+    taken = memory(resolve(config, world_size=gpus, device="gpu").config, world_size=gpus).total
+    assert taken == pytest.approx(measured * 2**30, rel=0.1)
+
+
 def test_recomputing_keeps_one_input_per_layer() -> None:
     whole = parts(settings())[1]
     full = parts(settings(model__recompute_granularity="full", model__recompute_method="uniform", model__recompute_num_layers=1))[

@@ -57,7 +57,7 @@ def pretrain_8b() -> RunConfig:
     """Llama 3 8B from random weights, on 8 GPUs of 80 GB or any multiple of 2 from there.
 
     Per GPU at TP2·DP4: weights and gradients 8.03e9/2 × 6 = 24 GB, optimizer 8.03e9/2 × 12/4 = 12 GB, activations of 8192
-    tokens 34 × 4096 × 8192 × 32/2 = 18 GB, logits 8192 × 128256/2 × 6 = 3 GB: 57 GB.
+    tokens 34 × 4096 × 8192 × 32/2 = 18 GB, logits 8192 × 128256/2 × 4 = 2 GB: 56 GB.
     """
     return pretraining(
         MODEL_8B, sequence_length=8192, global_batch_size=512, train_iters=1_200_000, lr=3e-4, min_lr=3e-5, **LAYOUT_8B

@@ -31,7 +31,7 @@ def pretrain_1b() -> RunConfig:
     """Llama 3.2 1B from random weights, on one GPU of 80 GB or any number.
 
     On one GPU: weights and gradients 1.24e9 × 6 = 7 GB, optimizer 1.24e9 × 12 = 15 GB, activations of 8192 tokens 38 × 2048 ×
-    8192 × 16 = 10 GB, logits 8192 × 128256 × 6 = 6 GB: 38 GB.
+    8192 × 16 = 10 GB, logits 8192 × 128256 × 4 = 4 GB: 36 GB.
     """
     return pretraining(MODEL_1B, sequence_length=8192, global_batch_size=512, train_iters=1_200_000, lr=3e-4, min_lr=3e-5)
 
@@ -40,7 +40,7 @@ def pretrain_3b() -> RunConfig:
     """Llama 3.2 3B from random weights, on 4 GPUs of 80 GB or any number from there.
 
     Per GPU at DP4: weights and gradients 3.21e9 × 6 = 19 GB, optimizer 3.21e9 × 12/4 = 10 GB, activations of 8192 tokens 30 ×
-    3072 × 8192 × 28 = 21 GB, logits 8192 × 128256 × 6 = 6 GB: 56 GB.
+    3072 × 8192 × 28 = 21 GB, logits 8192 × 128256 × 4 = 4 GB: 54 GB.
     """
     return pretraining(MODEL_3B, sequence_length=8192, global_batch_size=512, train_iters=1_200_000, lr=3e-4, min_lr=3e-5)
 
