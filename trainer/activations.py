@@ -15,8 +15,8 @@ from megatron.core.transformer.enums import AttnBackend
 from trainer.shape import Shape, shape_of
 
 LOGIT_TE, LOGIT_NATIVE, LOGIT_FP32 = 4, 10, 4
-"""Bytes per logit. Transformer Engine's cross entropy writes gradients over bf16 logits; megatron-core's makes fp32 copies, where
-logits are not fp32 already. Measured on an H200 as what was over when all else was counted: 4.0, 4.0 and 10.0 (docs/performance.md)."""
+"""Bytes per logit. Transformer Engine's cross entropy writes gradients over bf16 logits; megatron-core's makes fp32 copies
+of logits that are not fp32. Measured on H200s: what was over when all else was counted (docs/performance.md)."""
 
 SCORE_COPIES = 2
 """Matrices of scores that attention without flash keeps: before and after the softmax."""
