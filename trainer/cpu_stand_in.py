@@ -5,6 +5,7 @@ Runs on a GPU never enter this. Knows megatron-core's inside, and nothing of thi
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -32,6 +33,7 @@ def enter() -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch._dynamo.config, "disable", new=True))
         for patch in _patches():
             stack.enter_context(patch)
+        stack.enter_context(_random_states_are_one())
         mode = stack.enter_context(_CpuForCuda())
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", _inside(mode)))
         _active.append(mode)
@@ -48,6 +50,21 @@ def _inside(mode: TorchFunctionMode) -> Callable[..., Any]:
             return run(*args, **kwargs)
 
     return backward
+
+
+@contextmanager
+def _random_states_are_one() -> Iterator[None]:
+    """megatron-core warns where a draw for the GPU moved the CPU's random state. Here it always does: they are the same."""
+    logger = logging.getLogger("megatron.core.tensor_parallel.random")
+
+    def other(record: logging.LogRecord) -> bool:
+        return record.msg != "CPU RNG state changed within GPU RNG context"
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 class _CpuForCuda(TorchFunctionMode):

@@ -1,0 +1,56 @@
+"""A run's datasets, and this rank's microbatches of them. Knows how long they must be, and nothing of what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.core import parallel_state
+
+from trainer import checkpoint, data, device, model, tokenizers
+from trainer.config import RunConfig
+from trainer.data.loader import batches
+from trainer.run import Run
+
+
+def datasets(config: RunConfig, progress: checkpoint.Progress) -> Sequence[Any]:
+    """Long enough for the steps to come, and for those that were made with another batch size."""
+    train, checks = config.train, config.validation
+    to_come = max(train.train_iters - progress.iteration, 0) * train.global_batch_size
+    evaluated = checks.eval_iters * train.global_batch_size
+    return data.build(
+        config.dataset,
+        tokenizer=_tokenizer(config),
+        vocab_size=config.model.vocab_size,
+        samples=(progress.consumed_samples + to_come, evaluated, evaluated),
+    )
+
+
+def _tokenizer(config: RunConfig) -> tokenizers.Tokenizer | None:
+    """The one named, or the one beside the model's own files; None where there is none."""
+    name = config.tokenizer.tokenizer_model
+    beside = getattr(config.model, "hf_source", None)
+    if name is None and beside and (Path(beside) / "tokenizer.json").is_file():
+        name = beside
+    return tokenizers.load(name) if name else None
+
+
+def iterators(run: Run, dataset: Any, *, consumed: int) -> list[Iterator[Any] | None]:
+    """One iterator of microbatches per model chunk; None for chunks that see neither tokens nor labels."""
+    config = run.config
+    return [
+        batches(
+            dataset,
+            consumed=consumed,
+            micro_batch_size=config.train.micro_batch_size,
+            global_batch_size=config.train.global_batch_size,
+            rank=parallel_state.get_data_parallel_rank(),
+            size=parallel_state.get_data_parallel_world_size(),
+            num_workers=getattr(config.dataset, "num_workers", 0),
+            pin_memory=device.current().type == "cuda",
+        )
+        if model.sees_data(chunk)
+        else None
+        for chunk in run.chunks
+    ]

@@ -1,0 +1,93 @@
+"""A run in progress: what its steps, its evaluations and other people's callbacks share. Does nothing by itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+
+from trainer import checkpoint, parallel, telling
+from trainer.config import RunConfig
+from trainer.signals import Stop
+
+ForwardStep = Callable[[Any, Any], Any]
+
+
+class Callback:
+    """What may look at a run, or change it, at the loop's seams. Every rank calls each.
+
+    `run.stop.request()` on one rank or on all lets the run save and end: after this step where it is called in
+    `on_evaluation`, after the next one where it is called in `on_step`, since ranks agree once in a step.
+    """
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step, with weights, optimizer and data in place."""
+
+    def on_step(self, run: Run, step: Step) -> None:
+        """After an optimizer step."""
+
+    def on_evaluation(self, run: Run, split: str, loss: float) -> None:
+        """After an evaluation; `loss` is the same on all ranks."""
+
+    def on_save(self, run: Run) -> None:
+        """After a checkpoint was begun."""
+
+    def on_end(self, run: Run) -> None:
+        """After the last checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one optimizer step did. The loss is the mean over all tokens that count, the same on all ranks."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    applied: bool
+    """False where fp16 gradients overflowed and nothing changed."""
+
+    loss_scale: float | None
+    """Of fp16; None in other precisions."""
+
+    stop: bool
+    """Some rank was asked to stop, or the run's time is up."""
+
+    save: bool
+    """Some rank's clock says that it is time to save."""
+
+
+@dataclass
+class Run:
+    """A run in progress, as one rank sees it."""
+
+    config: RunConfig
+    parts: checkpoint.Parts
+    saver: checkpoint.Saver
+    telling: telling.Telling
+    forward_step: ForwardStep
+    callbacks: Sequence[Callback]
+    datasets: Sequence[Any]
+    """Train, validation, test; None where there is none."""
+
+    stop: Stop
+    started: float = field(default_factory=time.monotonic)
+    batches: Any = None
+
+    @property
+    def progress(self) -> checkpoint.Progress:
+        """Where the run stands."""
+        return self.parts.progress
+
+    @property
+    def chunks(self) -> list[Any]:
+        """This rank's model chunks."""
+        return self.parts.chunks
+
+
+def say(text: str) -> None:
+    """Tell people, once for all ranks."""
+    if parallel.speaks():
+        click.echo(text, err=True)
