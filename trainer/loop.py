@@ -29,6 +29,7 @@ from trainer import checkpoint, data, device, iterations, live, luggage, model, 
 from trainer.config import RunConfig
 from trainer.data.loader import batches
 from trainer.loss import forward_step as default_forward_step
+from trainer.loss import mean
 from trainer.resolve import Resolved, resolve
 from trainer.signals import Stop
 
@@ -213,19 +214,10 @@ def _datasets(config: RunConfig, progress: checkpoint.Progress) -> Sequence[Any]
     evaluated = checks.eval_iters * train.global_batch_size
     return data.build(
         config.dataset,
-        tokenizer=_tokenizer(config),
+        tokenizer=tokenizers.of_run(config.tokenizer.tokenizer_model, beside=getattr(config.model, "hf_source", None)),
         vocab_size=config.model.vocab_size,
         samples=(progress.consumed_samples + to_come, evaluated, evaluated),
     )
-
-
-def _tokenizer(config: RunConfig) -> tokenizers.Tokenizer | None:
-    """The one named, or the one beside the model's own files; None where there is none."""
-    name = config.tokenizer.tokenizer_model
-    beside = getattr(config.model, "hf_source", None)
-    if name is None and beside and (Path(beside) / "tokenizer.json").is_file():
-        name = beside
-    return tokenizers.load(name) if name else None
 
 
 def _iterators(run: Run, dataset: Any, *, consumed: int) -> list[Iterator[Any] | None]:
@@ -279,7 +271,7 @@ def _last(run: Run) -> bool:
 
 
 def train_step(run: Run) -> Step:
-    """Forward, backward, reduce, update: one global batch."""
+    """Forward, backward, reduce, update: one global batch. UserError, before anything is saved, where a number is none."""
     parts, config = run.parts, run.config
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
@@ -287,6 +279,8 @@ def train_step(run: Run) -> Step:
     losses = _schedule(run, run.batches, microbatches=get_num_microbatches(), forward_only=False)
     loss, stop, save_now = _agree(run, losses)
     applied, grad_norm, _ = parts.optimizer.step()
+    if applied and not math.isfinite(grad_norm or 0.0):
+        raise _not_a_number(run, f"the gradient norm of step {run.progress.iteration + 1} is NaN or Inf")
     lr = get_canonical_lr_for_logging(parts.optimizer.param_groups)
     progress = run.progress
     progress.iteration += 1
@@ -320,15 +314,6 @@ def _schedule(run: Run, iterators: list[Any], *, microbatches: int, forward_only
     )
 
 
-def _mean(losses: list[torch.Tensor]) -> torch.Tensor | None:
-    """Loss per token over microbatches and data-parallel ranks; None but on the last stage."""
-    if not losses:
-        return None
-    total = torch.stack(losses).sum(dim=0)
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    return total[0] / total[1].clamp(min=1)
-
-
 def _agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool]:
     """All ranks learn the loss, whether some rank was asked to stop, and whether it is time to save.
 
@@ -337,7 +322,7 @@ def _agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool]:
     settings, bad, here = run.config, 0.0, -math.inf
     if losses:
         # This rank's own sum too: in the mean over all ranks, one rank's NaN is everybody's.
-        here, ours = torch.stack([_mean(losses), torch.stack(losses).sum()]).tolist()
+        here, ours = torch.stack([mean(losses), torch.stack(losses).sum()]).tolist()
         bad = 0.0 if math.isfinite(ours) else dist.get_rank() + 1.0
     minutes = settings.checkpoint.save_interval_in_mins
     limit = settings.train.exit_duration_in_mins
@@ -348,16 +333,16 @@ def _agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool]:
         [bad, here if math.isfinite(here) else -math.inf, asked, float(over), float(due)]
     )
     if worst:
-        raise _not_a_number(run, int(worst) - 1)
+        raise _not_a_number(run, f"the loss of step {run.progress.iteration + 1} is NaN or Inf on rank {int(worst) - 1}")
     if asked:
         run.stop.received = signal.Signals(int(asked))
     return value, bool(asked or over), bool(due)
 
 
-def _not_a_number(run: Run, rank: int) -> UserError:
+def _not_a_number(run: Run, what: str) -> UserError:
     run.saver.finish()  # what was begun before is good
     return UserError(
-        f"the loss of step {run.progress.iteration + 1} is NaN or Inf on rank {rank}; {run.saver.standing}",
+        f"{what}; {run.saver.standing}",
         hint="look at the data of this step and at `optimizer.lr`; the weights of this step were not saved",
     )
 
@@ -374,10 +359,14 @@ def evaluate(run: Run, split: str) -> float | None:
         chunk.eval()
     with torch.no_grad(), optim.parameters_gathered(run.chunks):
         count = iterations * get_num_microbatches()
-        mean = _mean(_schedule(run, held_out, microbatches=count, forward_only=True))
+        found = mean(_schedule(run, held_out, microbatches=count, forward_only=True))
     for chunk in run.chunks:
         chunk.train()
-    (loss,) = parallel.largest([-math.inf if mean is None else mean.item()])
+    here = -math.inf if found is None else found.item()
+    bad = found is not None and not math.isfinite(here)
+    bad, loss = parallel.largest([float(bad), -math.inf if bad else here])
+    if bad:
+        raise _not_a_number(run, f"the {split} loss after step {run.progress.iteration} is NaN or Inf")
     run.telling.evaluation(run.progress, split, loss)
     run.telling.pause(time.perf_counter() - began)
     for callback in run.callbacks:
