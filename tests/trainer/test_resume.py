@@ -12,7 +12,8 @@ STEPS, STOPPED = 8, 3
 TP2 = {"model__tensor_model_parallel_size": 2}
 PP2 = {"model__pipeline_model_parallel_size": 2}
 DISTRIBUTED = {"ddp__use_distributed_optimizer": True}
-LAYOUTS = {"tp1": (1, {}), "tp2": (2, TP2), "pp2": (2, PP2), "dp2_distributed": (2, DISTRIBUTED)}
+SGD = {"optimizer__optimizer": "sgd"}
+LAYOUTS = {"tp1": (1, {}), "tp2": (2, TP2), "pp2": (2, PP2), "dp2_distributed": (2, DISTRIBUTED), "tp2_sgd": (2, {**TP2, **SGD})}
 DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
 PLAN = {
     "train__train_iters": STEPS,
