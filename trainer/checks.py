@@ -43,8 +43,9 @@ def check_sizes(config: RunConfig) -> None:
     _least("checkpoint.save_interval", config.checkpoint.save_interval, 1)
     _least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
     _least("scheduler.lr_warmup_iters", config.scheduler.lr_warmup_iters, 0)
-    for name in ("seq_length", "num_layers", "make_vocab_size_divisible_by"):
-        _least(f"model.{name}", getattr(config.model, name, None), 1)
+    shaped = hasattr(config.model, "make_vocab_size_divisible_by")  # a model of one's own may leave layers at 0
+    for name in ("seq_length", "num_layers", "make_vocab_size_divisible_by") if shaped else ():
+        _least(f"model.{name}", getattr(config.model, name), 1)
     _least("dataset.sequence_length", getattr(config.dataset, "sequence_length", None), 1)
     _least("dataset.num_workers", getattr(config.dataset, "num_workers", None), 0)
     _check_ranges(config)
@@ -88,7 +89,7 @@ def check_optimizer(config: RunConfig) -> None:
     if told.optimizer not in _OPTIMIZERS and not find_spec("emerging_optimizers"):
         raise UserError(
             f"`optimizer.optimizer` is `{told.optimizer}`, and the package `emerging-optimizers` is not installed",
-            hint=f"choose one of: {', '.join(_OPTIMIZERS)}, or install that package",
+            hint=f"choose one of: {', '.join(_OPTIMIZERS)}; or install that package",
         )
     if told.optimizer == "sgd" and (told.use_distributed_optimizer or config.ddp.use_distributed_optimizer):
         raise UserError(

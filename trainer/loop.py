@@ -140,6 +140,7 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     config = resolved.config
     for line in resolved.warnings:
         say(f"note: {line}")
+    telling.make_folders(config)
     chunks = model.build(config.model)
     resumed = iterations.latest(config.checkpoint.load)
     _first_weights(chunks, config, resumed)
