@@ -176,3 +176,10 @@ def test_a_run_that_is_done_does_nothing_when_it_is_started_again(run, tmp_path)
 
 def _tree(folder):
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_model_of_another_shape_is_an_error_that_names_the_checkpoint(run, tmp_path):
+    there = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    run(2, {**there, "train__exit_interval": STOPPED})
+    with pytest.raises(UserError, match="iter_0000003` cannot be resumed from: rank 0: Global shape mismatch"):
+        run(2, {**there, "model__ffn_hidden_size": 256})
