@@ -8,20 +8,11 @@ import time
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from formats.errors import UserError
 from trainer import parallel
+from trainer.loss import mean
 from trainer.run import Run
-
-
-def mean_loss(losses: list[torch.Tensor]) -> torch.Tensor | None:
-    """Loss per token over microbatches and data-parallel ranks; None but on the last stage."""
-    if not losses:
-        return None
-    total = torch.stack(losses).sum(dim=0)
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    return total[0] / total[1].clamp(min=1)
 
 
 def agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool]:
@@ -32,7 +23,7 @@ def agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool]:
     settings, bad, here = run.config, 0.0, -math.inf
     if losses:
         # This rank's own sum too: in the mean over all ranks, one rank's NaN is everybody's.
-        here, ours = torch.stack([mean_loss(losses), torch.stack(losses).sum()]).tolist()
+        here, ours = torch.stack([mean(losses), torch.stack(losses).sum()]).tolist()
         bad = 0.0 if math.isfinite(ours) else dist.get_rank() + 1.0
     minutes = settings.checkpoint.save_interval_in_mins
     limit = settings.train.exit_duration_in_mins
@@ -43,15 +34,16 @@ def agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool]:
         [bad, here if math.isfinite(here) else -math.inf, asked, float(over), float(due)]
     )
     if worst:
-        raise _not_a_number(run, int(worst) - 1)
+        raise not_a_number(run, f"the loss of step {run.progress.iteration + 1} is NaN or Inf on rank {int(worst) - 1}")
     if asked:
         run.stop.received = signal.Signals(int(asked))
     return value, bool(asked or over), bool(due)
 
 
-def _not_a_number(run: Run, rank: int) -> UserError:
+def not_a_number(run: Run, what: str) -> UserError:
+    """The error that ends a run whose numbers are none, with the last good checkpoint."""
     run.saver.finish()  # what was begun before is good
     return UserError(
-        f"the loss of step {run.progress.iteration + 1} is NaN or Inf on rank {rank}; {run.saver.standing}",
+        f"{what}; {run.saver.standing}",
         hint="look at the data of this step and at `optimizer.lr`; the weights of this step were not saved",
     )

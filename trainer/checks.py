@@ -6,6 +6,8 @@ fields it has. A few limits that megatron-core states in its own configuration a
 
 from __future__ import annotations
 
+import math
+from importlib.util import find_spec
 from typing import Any
 
 from formats.errors import UserError
@@ -40,7 +42,64 @@ def check_sizes(config: RunConfig) -> None:
     _least("logger.log_interval", config.logger.log_interval, 1)
     _least("checkpoint.save_interval", config.checkpoint.save_interval, 1)
     _least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
-    _least("dataset.sequence_length", number(config.dataset, "sequence_length") or 1, 1)
+    _least("scheduler.lr_warmup_iters", config.scheduler.lr_warmup_iters, 0)
+    shaped = hasattr(config.model, "make_vocab_size_divisible_by")  # a model of one's own may leave layers at 0
+    for name in ("seq_length", "num_layers", "make_vocab_size_divisible_by") if shaped else ():
+        _least(f"model.{name}", getattr(config.model, name), 1)
+    _least("dataset.sequence_length", getattr(config.dataset, "sequence_length", None), 1)
+    _least("dataset.num_workers", getattr(config.dataset, "num_workers", None), 0)
+    _check_ranges(config)
+
+
+def _check_ranges(config: RunConfig) -> None:
+    """Numbers that are no counts."""
+    optimizer, model = config.optimizer, config.model
+    for name in ("lr", "clip_grad", "weight_decay"):
+        _between(f"optimizer.{name}", getattr(optimizer, name), 0, math.inf)
+    for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
+        _between(f"optimizer.{name}", getattr(optimizer, name), 0, 1)
+    _between("optimizer.adam_eps", optimizer.adam_eps, 0, math.inf)
+    _between("scheduler.lr_warmup_fraction", config.scheduler.lr_warmup_fraction, 0, 1)
+    for name in ("hidden_dropout", "attention_dropout"):
+        _between(f"model.{name}", getattr(model, name, None), 0, 1)
+    # Each pipeline stage adds 100 to the seed, of which numpy takes 32 bits.
+    _between("rng.seed", config.rng.seed, 0, 2**32 - 100 * size(model, PP))
+    _above("dist.timeout_minutes", config.dist.timeout_minutes)
+    _above("train.exit_duration_in_mins", config.train.exit_duration_in_mins)
+    _above("checkpoint.save_interval_in_mins", config.checkpoint.save_interval_in_mins)
+
+
+def _between(setting: str, value: float | None, least: float, end: float) -> None:
+    if value is not None and not least <= value < end:
+        below = "" if end == math.inf else f" and below {end}"
+        raise UserError(f"`{setting}` is `{value}`", hint=f"choose a finite number from {least} on{below}")
+
+
+def _above(setting: str, value: float | None) -> None:
+    if value is not None and not 0 < value < math.inf:
+        raise UserError(f"`{setting}` is `{value}`", hint="choose a finite number above 0")
+
+
+_OPTIMIZERS = ("adam", "sgd")
+
+
+def check_optimizer(config: RunConfig) -> None:
+    """An optimizer that is here, with what it can do."""
+    told = config.optimizer
+    if told.optimizer not in _OPTIMIZERS and not find_spec("emerging_optimizers"):
+        raise UserError(
+            f"`optimizer.optimizer` is `{told.optimizer}`, and the package `emerging-optimizers` is not installed",
+            hint=f"choose one of: {', '.join(_OPTIMIZERS)}; or install that package",
+        )
+    if told.optimizer == "sgd" and (told.use_distributed_optimizer or config.ddp.use_distributed_optimizer):
+        raise UserError(
+            "`optimizer.optimizer` is `sgd`, which megatron-core does not divide among ranks",
+            hint="set `ddp.use_distributed_optimizer=false` and `optimizer.use_distributed_optimizer=false`",
+        )
+    if config.ddp.use_megatron_fsdp or config.ddp.use_custom_fsdp:
+        raise UserError(
+            "`ddp.use_megatron_fsdp` is not supported: nothing would be divided", hint="use `ddp.use_distributed_optimizer=true`"
+        )
 
 
 def _least(setting: str, value: float | None, least: int) -> None:

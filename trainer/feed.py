@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
@@ -21,19 +20,10 @@ def datasets(config: RunConfig, progress: checkpoint.Progress) -> Sequence[Any]:
     evaluated = checks.eval_iters * train.global_batch_size
     return data.build(
         config.dataset,
-        tokenizer=_tokenizer(config),
+        tokenizer=tokenizers.of_run(config.tokenizer.tokenizer_model, beside=getattr(config.model, "hf_source", None)),
         vocab_size=config.model.vocab_size,
         samples=(progress.consumed_samples + to_come, evaluated, evaluated),
     )
-
-
-def _tokenizer(config: RunConfig) -> tokenizers.Tokenizer | None:
-    """The one named, or the one beside the model's own files; None where there is none."""
-    name = config.tokenizer.tokenizer_model
-    beside = getattr(config.model, "hf_source", None)
-    if name is None and beside and (Path(beside) / "tokenizer.json").is_file():
-        name = beside
-    return tokenizers.load(name) if name else None
 
 
 def iterators(run: Run, dataset: Any, *, consumed: int) -> list[Iterator[Any] | None]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,11 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from trainer import checkpoint, device, feed, iterations, luggage, model, optim, parallel, telling
-from trainer.agreement import agree, mean_loss
+from trainer.agreement import agree, not_a_number
 from trainer.beginning import first_weights, make_saver
 from trainer.config import RunConfig
 from trainer.loss import forward_step as default_forward_step
+from trainer.loss import mean
 from trainer.resolve import Resolved, resolve
 from trainer.run import Callback, ForwardStep, Run, Step, say
 from trainer.signals import Stop
@@ -47,7 +49,8 @@ def pretrain(
             if _last(run):
                 say(f"nothing to do: the run stands at step {run.progress.iteration} of {config.train.train_iters}")
             else:
-                train(run)
+                with _collected_together(config.train.manual_gc_interval):
+                    train(run)
                 finish(run)
         finally:
             run.saver.close()
@@ -62,6 +65,7 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     config = resolved.config
     for line in resolved.warnings:
         say(f"note: {line}")
+    telling.make_folders(config)
     chunks = model.build(config.model)
     resumed = iterations.latest(config.checkpoint.load)
     first_weights(chunks, config, resumed)
@@ -112,6 +116,23 @@ def train(run: Run) -> None:
             gc.collect()
 
 
+@contextmanager
+def _collected_together(interval: int) -> Iterator[None]:
+    """No rank's garbage collection makes the others wait: `train` calls for it. What is there before the first step stays,
+    and is not looked through again."""
+    if not interval:
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
 def _every(run: Run, interval: int | None) -> bool:
     return bool(interval) and run.progress.iteration % interval == 0
 
@@ -121,7 +142,7 @@ def _last(run: Run) -> bool:
 
 
 def train_step(run: Run) -> Step:
-    """Forward, backward, reduce, update: one global batch."""
+    """Forward, backward, reduce, update: one global batch. UserError, before anything is saved, where a number is none."""
     parts, config = run.parts, run.config
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
@@ -129,6 +150,8 @@ def train_step(run: Run) -> Step:
     losses = _schedule(run, run.batches, microbatches=get_num_microbatches(), forward_only=False)
     loss, stop, save_now = agree(run, losses)
     applied, grad_norm, _ = parts.optimizer.step()
+    if applied and not math.isfinite(grad_norm or 0.0):
+        raise not_a_number(run, f"the gradient norm of step {run.progress.iteration + 1} is NaN or Inf")
     lr = get_canonical_lr_for_logging(parts.optimizer.param_groups)
     progress = run.progress
     progress.iteration += 1
@@ -174,10 +197,14 @@ def evaluate(run: Run, split: str) -> float | None:
         chunk.eval()
     with torch.no_grad(), optim.parameters_gathered(run.chunks):
         count = iterations * get_num_microbatches()
-        mean = mean_loss(_schedule(run, held_out, microbatches=count, forward_only=True))
+        found = mean(_schedule(run, held_out, microbatches=count, forward_only=True))
     for chunk in run.chunks:
         chunk.train()
-    (loss,) = parallel.largest([-math.inf if mean is None else mean.item()])
+    here = -math.inf if found is None else found.item()
+    bad = found is not None and not math.isfinite(here)
+    bad, loss = parallel.largest([float(bad), -math.inf if bad else here])
+    if bad:
+        raise not_a_number(run, f"the {split} loss after step {run.progress.iteration} is NaN or Inf")
     run.telling.evaluation(run.progress, split, loss)
     run.telling.pause(time.perf_counter() - began)
     for callback in run.callbacks:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 
@@ -43,6 +44,15 @@ def masked_sum(losses: torch.Tensor, *, mask: torch.Tensor) -> tuple[torch.Tenso
     total = (losses.float() * mask).sum()
     tokens = mask.sum()
     return total, tokens.to(torch.int), torch.stack((total.detach(), tokens))
+
+
+def mean(losses: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Loss per token over microbatches and data-parallel ranks, from what `masked_sum` reported; None but on the last stage."""
+    if not losses:
+        return None
+    total = torch.stack(list(losses)).sum(dim=0)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return total[0] / total[1].clamp(min=1)
 
 
 class WithoutPadding(torch.autograd.Function):

@@ -30,6 +30,9 @@ def wrap(chunks: list[torch.nn.Module], config: RunConfig) -> list[Any]:
 def make_optimizer(chunks: list[Any], config: RunConfig) -> MegatronOptimizer:
     """The optimizer, and what the pipeline schedules must call for it."""
     optimizer = get_megatron_optimizer(config.optimizer, chunks)
+    for one in _each(optimizer):
+        if one.init_state_fn is None:  # of SGD, which megatron-core calls all the same where a state is loaded
+            one.init_state_fn = _allocate_momentum
     model = config.model
     model.grad_scale_func = optimizer.scale_loss
     model.finalize_model_grads_func = finalize_model_grads
@@ -75,6 +78,13 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
             for parameter in group["params"]:
                 zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 inner.state.setdefault(parameter, {"step": torch.tensor(0.0), **zeros})
+
+
+def _allocate_momentum(inner: torch.optim.Optimizer, _config: Any = None) -> None:
+    """Give torch's SGD the state that it makes at its first step."""
+    for group in inner.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            inner.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 @contextmanager

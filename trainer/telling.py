@@ -5,9 +5,12 @@ Every rank counts, so that a checkpoint holds where the interval stood; one rank
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ import click
 import torch
 import torch.distributed as dist
 
-from trainer import device, documents, metrics, peaks, records
+from formats.errors import UserError
+from trainer import device, documents, metrics, parallel, peaks, records
 from trainer.config import RunConfig
 from trainer.flops import flops_per_token
 from trainer.model import GPTModelProvider
@@ -83,6 +87,31 @@ def run_dir(config: RunConfig) -> Path | None:
     """Where a run's own files go."""
     folder = config.logger.run_dir or config.checkpoint.save
     return Path(folder) if folder else None
+
+
+def make_folders(config: RunConfig) -> None:
+    """The folders that a run writes to, made on rank 0. UserError on all ranks where one cannot be written, before the work."""
+    logger = config.logger
+    for setting, folder in (
+        ("checkpoint.save", config.checkpoint.save),
+        ("logger.run_dir", logger.run_dir),
+        ("logger.tensorboard_dir", logger.tensorboard_dir),
+        ("logger.wandb_save_dir", logger.wandb_save_dir),
+    ):
+        try:
+            parallel.on_first_rank(partial(_make, folder))
+        except OSError as error:
+            raise UserError(
+                f"`{setting}` is `{folder}`, which cannot be written to: {error.strerror}",
+                hint="give a folder that can be made or written to",
+            ) from error
+
+
+def _make(folder: str | None) -> None:
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
 
 
 def open_telling(config: RunConfig, *, resumed_at: int, active: bool) -> Telling:

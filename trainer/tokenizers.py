@@ -53,6 +53,13 @@ class Tokenizer:
             (folder / name).write_bytes(content)
 
 
+def of_run(name: str | None, *, beside: str | None) -> Tokenizer | None:
+    """The one named, or the one beside the model's own files; None where there is none."""
+    if name is None and beside and (Path(beside) / "tokenizer.json").is_file():
+        name = beside
+    return load(name) if name else None
+
+
 def load(name: str) -> Tokenizer:
     """`byte`, or a folder with a tokenizer.
 

@@ -320,3 +320,45 @@ def test_what_cannot_run_is_refused_with_both_numbers_and_a_way_out(what: str) -
 def test_a_gpu_without_transformer_engine_has_no_context_parallelism() -> None:
     with pytest.raises(UserError, match="Transformer Engine is not installed"):
         resolve(settings(**{CP: 2}), world_size=2, device="gpu", machine=Machine("gpu", capability=(9, 0)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("optimizer__lr", float("nan")),
+        ("optimizer__clip_grad", -1.0),
+        ("optimizer__adam_beta1", 2.0),
+        ("optimizer__adam_eps", -1.0),
+        ("optimizer__sgd_momentum", 1.0),
+        ("scheduler__lr_warmup_iters", -1),
+        ("scheduler__lr_warmup_fraction", -1.0),
+        ("model__num_layers", 0),
+        ("model__seq_length", 0),
+        ("model__make_vocab_size_divisible_by", 0),
+        ("model__attention_dropout", 2.0),
+        ("dataset__sequence_length", 0),
+        ("dataset__sequence_length", -1),
+        ("dataset__num_workers", -1),
+        ("rng__seed", -1),
+        ("rng__seed", 2**32),
+        ("dist__timeout_minutes", 0.0),
+        ("train__exit_duration_in_mins", -1.0),
+        ("checkpoint__save_interval_in_mins", 0.0),
+    ],
+)
+def test_a_number_out_of_its_range_is_named(setting: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"`{setting.replace('__', '.')}` is `{value}`"):
+        resolved(device="cpu", checkpoint__save="somewhere", **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"optimizer__optimizer": "adamz"}, "`optimizer.optimizer` is `adamz`"),
+        ({"optimizer__optimizer": "sgd", "ddp__use_distributed_optimizer": True}, "`optimizer.optimizer` is `sgd`"),
+        ({"ddp__use_megatron_fsdp": True}, "`ddp.use_megatron_fsdp` is not supported"),
+    ],
+)
+def test_an_optimizer_that_cannot_run_is_found_before_the_start(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        resolved(device="cpu", **changes)

@@ -12,7 +12,8 @@ STEPS, STOPPED = 8, 3
 TP2 = {"model__tensor_model_parallel_size": 2}
 PP2 = {"model__pipeline_model_parallel_size": 2}
 DISTRIBUTED = {"ddp__use_distributed_optimizer": True}
-LAYOUTS = {"tp1": (1, {}), "tp2": (2, TP2), "pp2": (2, PP2), "dp2_distributed": (2, DISTRIBUTED)}
+SGD = {"optimizer__optimizer": "sgd"}
+LAYOUTS = {"tp1": (1, {}), "tp2": (2, TP2), "pp2": (2, PP2), "dp2_distributed": (2, DISTRIBUTED), "tp2_sgd": (2, {**TP2, **SGD})}
 DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
 PLAN = {
     "train__train_iters": STEPS,
@@ -216,3 +217,10 @@ def test_a_run_that_is_done_does_nothing_when_it_is_started_again(run, tmp_path)
 
 def _tree(folder):
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_model_of_another_shape_is_an_error_that_names_the_checkpoint(run, tmp_path):
+    there = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    run(2, {**there, "train__exit_interval": STOPPED})
+    with pytest.raises(UserError, match="iter_0000003` cannot be resumed from: rank 0: Global shape mismatch"):
+        run(2, {**there, "model__ffn_hidden_size": 256})

@@ -192,3 +192,22 @@ def test_resuming_from_a_folder_without_checkpoints_is_an_error_unless_it_is_the
     (seen,) = ranks.run(witness.train, 1, str(model_folder()), nothing | {"checkpoint__save": f"{tmp_path}/nothing/"})
     assert len(seen.losses) == small.STEPS
     assert json.loads((tmp_path / "nothing" / "metrics.jsonl").read_text().splitlines()[0])["iteration"] == 10
+
+
+def _told(folder, changes):
+    """The error of a run that cannot start, as this rank sees it."""
+    from trainer.loop import pretrain
+
+    try:
+        pretrain(small.settings(Path(folder), **changes))
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("setting", ["checkpoint.save", "logger.run_dir", "logger.tensorboard_dir"])
+def test_a_folder_that_cannot_be_written_is_told_on_all_ranks_before_the_first_step(setting, ranks, model_folder, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    there = tmp_path / "file" / "run"
+    told = ranks.run(_told, 2, str(model_folder()), {setting.replace(".", "__"): str(there)})
+    assert told[0] == told[1]
+    assert told[0].startswith(f"`{setting}` is `{there}`, which cannot be written to: Not a directory\n")

@@ -41,7 +41,7 @@ def _optimizer(run: Any) -> Iterator[tuple[str, Any]]:
     for number, one in enumerate(getattr(outer, "chained_optimizers", [outer])):
         inner = one.optimizer
         for group, told in enumerate(inner.param_groups):
-            yield f"optimizer {number}.{group}", {name: told[name] for name in ("lr", "weight_decay", "betas")}
+            yield f"optimizer {number}.{group}", {name: told.get(name) for name in ("lr", "weight_decay", "betas", "momentum")}
             for place, parameter in enumerate(told["params"]):
                 for name, value in inner.state[parameter].items():
                     yield f"optimizer {number}.{group}.{place}.{name}", value
