@@ -29,7 +29,7 @@ def first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | None
         say(f"note: `{told.save}` has checkpoints, and this run starts anew beside them; to resume set `checkpoint.load`")
     source = told.pretrained_checkpoint or getattr(config.model, "pretrained_from", None)
     if source:
-        say(str(live.load(chunks, source)))
+        say(str(live.load(chunks, source, note=lambda text: say(f"note: {text}"))))
     else:
         say("weights are random: neither `checkpoint.load` nor `checkpoint.pretrained_checkpoint` names any")
 

@@ -16,6 +16,13 @@ from trainer.choice import Choice
 from trainer.values import UnnamedError, plain
 
 _ROPE = "rope_scaling"
+_OF_INITIALIZATION = {"init_method_std"}
+_OF_POSITIONS = {
+    "layernorm_epsilon", "rope_scaling", "rope_scaling_factor", "rotary_base", "seq_len_interpolation_factor", "seq_length",
+    "window_size",
+}  # fmt: skip
+"""What people change on purpose in weights that they have, as to make contexts longer."""
+
 _OF_TRAINING = {"attention_dropout", "hidden_dropout"}
 """Fields that say how a model is trained, and not what it is."""
 
@@ -55,6 +62,21 @@ def check(provider: Any) -> None:
                 f"`model.hf_config` makes `{name}` `{shown(value)}`, and `model.{name}` is `{shown(is_now[name])}`",
                 hint=f"set `model.{name}`; `model.hf_config` follows it",
             )
+
+
+def compare(provider: Any, config: Mapping[str, Any], *, source: str) -> list[str]:
+    """What a provider has otherwise than the `config.json` of the weights at `source`, in words. UserError where they cannot mean
+    the same: shapes agree for 8 heads of 32 and for 4 of 64."""
+    said, is_now = _both(provider, config)
+    notes: list[str] = []
+    for name in (name for name in said if said[name] != is_now[name] and name not in _OF_INITIALIZATION):
+        if name not in _OF_POSITIONS:
+            raise UserError(
+                f"`model.{name}` is `{shown(is_now[name])}`, and the weights at `{source}` were made with `{shown(said[name])}`",
+                hint=f"set `model.{name}={shown(said[name])}`, or name other weights",
+            )
+        notes.append(f"`model.{name}` is `{shown(is_now[name])}`; the weights were made with `{shown(said[name])}`")
+    return notes
 
 
 def _both(provider: Any, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

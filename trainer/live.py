@@ -6,7 +6,7 @@ weight of the model must find its tensor. Knows no optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from math import prod
@@ -31,6 +31,7 @@ from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
 from formats.spec import Array, Reader, Region, dtype_name, extent, within
 from formats.torch_dist import TorchDistReader
+from trainer import described
 from trainer.quantized import in_full
 
 PIECE_BYTES = 16 << 20
@@ -90,8 +91,9 @@ def _local(leaf: ShardedTensor) -> Local:
     return Local(name, region, data, tuple(leaf.global_shape[stacked:]))
 
 
-def load(chunks: Sequence[Any], source: str) -> Loaded:
-    """Fill the model from a Hugging Face directory, a Hub id or a Megatron checkpoint.
+def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = lambda _: None) -> Loaded:
+    """Fill the model from a Hugging Face directory, a Hub id or a Megatron checkpoint. `note` hears where the model's settings
+    are not those that the weights were made with, but may be meant.
 
     `chunks` are not wrapped yet. Raises UserError for whatever is missing, left over or of another shape, on every rank
     alike, before a weight changes.
@@ -102,9 +104,25 @@ def load(chunks: Sequence[Any], source: str) -> Loaded:
         locals_ = local_weights(chunks)
         makings = _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else _from_megatron(reader)
         _account(locals_, makings, source)
+        for text in _differences(chunks, reader, source):
+            note(text)
         for local in locals_:
             _fill(local, makings[local.name], reader)
         return _loaded(makings, reader)
+
+
+def _differences(chunks: Sequence[Any], reader: HuggingFaceReader | TorchDistReader, source: str) -> list[str]:
+    provider = chunks[0].config
+    config = read_json(reader.folder, CONFIG) if isinstance(reader, HuggingFaceReader) else _told(reader)
+    return described.compare(provider, config, source=source) if config and getattr(provider, "hf_config", None) else []
+
+
+def _told(reader: TorchDistReader) -> Mapping[str, Any] | None:
+    """The `config.json` of a checkpoint that says what model it holds."""
+    try:
+        return reference.find(reader, None).config
+    except reference.UnknownModelError:
+        return None
 
 
 def plan_of(reader: HuggingFaceReader) -> Plan:
@@ -130,10 +148,8 @@ def _from_megatron(reader: TorchDistReader) -> dict[str, Making]:
 
 def _vocabulary(reader: TorchDistReader) -> int | None:
     """Tokens that mean something, where the checkpoint says what model it holds."""
-    try:
-        return int(reference.find(reader, None).config["vocab_size"])
-    except reference.UnknownModelError:
-        return None
+    config = _told(reader)
+    return int(config["vocab_size"]) if config else None
 
 
 def _padded(name: str) -> bool:

@@ -211,3 +211,30 @@ def test_a_folder_that_cannot_be_written_is_told_on_all_ranks_before_the_first_s
     told = ranks.run(_told, 2, str(model_folder()), {setting.replace(".", "__"): str(there)})
     assert told[0] == told[1]
     assert told[0].startswith(f"`{setting}` is `{there}`, which cannot be written to: Not a directory\n")
+
+
+def _said(folder, changes):
+    """What loading says on this rank: an error, or the notes."""
+    from trainer import live, parallel
+
+    config, build = _built(folder, changes)
+    notes: list[str] = []
+    with parallel.session(config, "cpu"):
+        try:
+            live.load(build(), config.checkpoint.pretrained_checkpoint, note=notes.append)
+        except UserError as error:
+            return str(error)
+    return notes
+
+
+def test_a_model_that_shapes_alone_cannot_tell_from_the_weights_own_is_refused(ranks, model_folder):
+    folder = str(model_folder("gqa"))  # 8 heads of 8, 4 groups
+    other = {"model__num_attention_heads": 4, "model__kv_channels": 16, "model__num_query_groups": 2}
+    (said,) = ranks.run(_said, 1, folder, other)
+    assert said == (
+        f"`model.num_attention_heads` is `4`, and the weights at `{folder}` were made with `8`\n\n"
+        "hint: set `model.num_attention_heads=8`, or name other weights"
+    )
+    (notes,) = ranks.run(_said, 1, folder, {"model__rotary_base": 999.0})
+    assert notes == ["`model.rotary_base` is `999.0`; the weights were made with `10000.0`"]
+    assert ranks.run(_said, 1, folder, {}) == [[]]
