@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node N -m benchmarks.bare_loop --shape 1b --sequence 4096 --micro-batch 4 --microbatches 4 [--fp8]
 
-Prints one JSON object. FLOPs are `trainer.flops`' own, so both programs count alike.
+Prints one JSON object. FLOPs are `trainer.counting.flops`' own, so both programs count alike.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def _model(told: argparse.Namespace) -> tuple[Any, Any]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from trainer import resolve
     from trainer.recipes import find
+    from trainer.settings import resolve
 
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
@@ -78,7 +78,7 @@ def _time(told: argparse.Namespace) -> dict[str, Any]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from trainer.flops import flops_per_token
+    from trainer.counting.flops import flops_per_token
 
     config, model = _model(told)
     ranks = dist.get_world_size()

@@ -8,7 +8,7 @@ from typing import Any
 
 from formats.errors import UserError
 from formats.torch_dist import TRACKER
-from trainer import checkpoint, iterations, live
+from trainer.checkpoints import checkpoint, iterations, live
 from trainer.config import RunConfig
 from trainer.run import say
 

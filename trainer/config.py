@@ -217,6 +217,6 @@ class RunConfig:
     dist: DistConfig = field(default_factory=DistConfig)
     rng: RNGConfig = field(default_factory=RNGConfig)
     mixed_precision: str = "bf16_mixed"
-    """A name from `trainer.precision`, or `fp32`."""
+    """A name from `trainer.settings.precision`, or `fp32`."""
 
     comm_overlap: CommOverlapConfig = field(default_factory=CommOverlapConfig)

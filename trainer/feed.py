@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from trainer import checkpoint, data, device, model, tokenizers
+from trainer import data, device, model, tokenizers
+from trainer.checkpoints import checkpoint
 from trainer.config import RunConfig
 from trainer.data.loader import batches
 from trainer.run import Run

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from trainer import device
 from trainer.config import RunConfig
-from trainer.resolve import resolve
+from trainer.settings.resolve import resolve
 
 STOPPING_S = "3600"
 """Seconds that processes may take to save after SIGTERM."""

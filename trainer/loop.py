@@ -20,15 +20,17 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from trainer import checkpoint, device, feed, iterations, luggage, model, optim, parallel, telling
+from trainer import device, feed, model, optim, parallel
 from trainer.agreement import agree, not_a_number
 from trainer.beginning import first_weights, make_saver
+from trainer.checkpoints import checkpoint, iterations, luggage
 from trainer.config import RunConfig
 from trainer.loss import forward_step as default_forward_step
 from trainer.loss import mean
-from trainer.resolve import Resolved, resolve
 from trainer.run import Callback, ForwardStep, Run, Step, say
+from trainer.settings.resolve import Resolved, resolve
 from trainer.signals import Stop
+from trainer.telling import voice as telling
 
 
 def pretrain(

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.config import DatasetConfig, RunConfig, TrainingConfig
 from trainer.model import from_hf_config
-from trainer.settings import place
+from trainer.settings.places import place
 
 WARM_UP = 8_000 / 1_200_000
 """The share of all steps that the Llama 3 paper warms up for (arXiv:2407.21783, section 3.4.1). A share, so that a run cut

@@ -9,9 +9,11 @@ from typing import Any
 
 import click
 
-from trainer import checkpoint, parallel, telling
+from trainer import parallel
+from trainer.checkpoints import checkpoint
 from trainer.config import RunConfig
 from trainer.signals import Stop
+from trainer.telling import voice as telling
 
 ForwardStep = Callable[[Any, Any], Any]
 

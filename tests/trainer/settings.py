@@ -7,7 +7,7 @@ from typing import Any
 from tests.models import BASE, VARIANTS
 from trainer.config import RunConfig
 from trainer.model import from_hf_config
-from trainer.precision import Machine
+from trainer.settings.precision import Machine
 
 HOPPER = Machine("gpu", capability=(9, 0), transformer_engine="2.11.0", cuda="13.0")
 LLAMA = {**BASE, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}

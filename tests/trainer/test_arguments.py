@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from formats.errors import UserError
-from trainer import documents, recipes
-from trainer.arguments import read_run, recipe_and_overrides
+from trainer import recipes
+from trainer.settings import documents
+from trainer.settings.arguments import read_run, recipe_and_overrides
 
 
 def write(folder: Path, text: str) -> Path:

@@ -6,8 +6,8 @@ import pytest
 from transformers import AutoConfig
 
 from formats.errors import UserError
-from trainer.arguments import read_run
-from trainer.resolve import resolve
+from trainer.settings.arguments import read_run
+from trainer.settings.resolve import resolve
 
 
 def resolved(recipe: str, *overrides: str) -> tuple[dict, list[str]]:

@@ -11,11 +11,11 @@ import torch
 from tests import models
 from tests.trainer.settings import HOPPER, LLAMA, settings
 from trainer import recipes
-from trainer.activations import _in_flight
 from trainer.config import RunConfig
-from trainer.estimate import Estimate, memory, parameters, parameters_per_rank
+from trainer.counting.activations import _in_flight
+from trainer.counting.estimate import Estimate, memory, parameters, parameters_per_rank
 from trainer.model import from_hf_config
-from trainer.resolve import resolve
+from trainer.settings.resolve import resolve
 
 LLAMA_1B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -145,7 +145,7 @@ def test_activations_without_flash_attention_are_those_of_the_paper_less_its_dro
 def test_the_estimate_is_what_an_h200_measured(recipe, gpus, changes, measured) -> None:
     """docs/performance.md: GiB at most allocated, bf16, Transformer Engine's kernels, data parallel alone."""
     from trainer.recipes import find
-    from trainer.settings import place
+    from trainer.settings.places import place
 
     config = find(recipe).pretrain_config()
     alone = {"model.tensor_model_parallel_size": 1, "model.sequence_parallel": False}

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from formats.errors import UserError
 from tests import models
 from tests.trainer.settings import LLAMA
-from trainer.flops import flops_per_token
+from trainer.counting.flops import flops_per_token
 from trainer.model import GPTModelProvider, from_hf_config
 
 

@@ -36,10 +36,11 @@ def one_gpu(ranks, folder):
 
 def _logits(source: str, config: dict, dtype: str, tokens: list[list[int]]) -> tuple[str, torch.Tensor]:
     """What was loaded, and the logits of the running model."""
-    from trainer import live, model, parallel
+    from trainer import model, parallel
+    from trainer.checkpoints import live
     from trainer.config import RunConfig
     from trainer.model import from_hf_config
-    from trainer.resolve import resolve
+    from trainer.settings.resolve import resolve
 
     run = RunConfig(model=from_hf_config(config), mixed_precision=dtype)
     run.optimizer.lr = 1e-4
@@ -116,7 +117,7 @@ def test_fp8_weights_load_and_train(ranks, folder, one_gpu):
 @pytest.mark.parametrize("precision", ["bf16_with_mxfp8_mixed", "bf16_with_nvfp4_mixed"])
 def test_precisions_of_blackwell_are_refused_at_the_start(precision, folder):
     from formats.errors import UserError
-    from trainer.resolve import resolve
+    from trainer.settings.resolve import resolve
 
     config = small.settings(folder, mixed_precision=precision)
     with pytest.raises(UserError, match=r"needs a GPU of compute capability `10\.0` or higher; this one has `9\.0`"):

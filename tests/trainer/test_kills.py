@@ -16,7 +16,7 @@ from formats.torch_dist import TorchDistReader
 from tests.models import tree
 from tests.trainer import small, witness
 from tests.trainer.mortal import Mortal
-from trainer import iterations
+from trainer.checkpoints import iterations
 
 STEPS = 12
 EAGER = {"train__train_iters": STEPS, "checkpoint__save_interval": 1, "checkpoint__keep_last": 2, "train__micro_batch_size": 2}

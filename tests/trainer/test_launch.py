@@ -74,7 +74,7 @@ def invoke(*words: str):
 
 def test_the_sbatch_script_to_the_letter():
     result = invoke("--slurm", "llama3_8b", *PLACE, "train.train_iters=100", "logger.wandb_exp_name=a b")
-    assert (result.exit_code, result.output) == (0, GOLDEN)
+    assert (result.exit_code, result.stdout) == (0, GOLDEN)
     assert subprocess.run(["bash", "-n"], check=False, input=GOLDEN, text=True, capture_output=True).stderr == ""
 
 
@@ -150,7 +150,7 @@ def test_submitting_prints_the_jobs_number(tmp_path, monkeypatch):
     stand_in(tmp_path, "sbatch", f'[ "$*" = --parsable ] && cat > {tmp_path}/received && echo "4021;cluster"')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     result = invoke("--slurm", "llama3_8b", *PLACE, "--submit", "train.train_iters=100", "logger.wandb_exp_name=a b")
-    assert result.output == "4021;cluster\n"
+    assert result.stdout == "4021;cluster\n"
     assert (tmp_path / "received").read_text() == GOLDEN
 
 
@@ -158,7 +158,7 @@ def test_what_sbatch_refuses_is_told(tmp_path, monkeypatch):
     stand_in(tmp_path, "sbatch", 'echo "sbatch: error: invalid partition" >&2; exit 1')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(UserError) as caught:
-        invoke("--slurm", "tiny", "--submit")
+        invoke("--slurm", "llama_tiny", "--gpus-per-node", "4", "--submit")
     assert str(caught.value) == (
         "`sbatch` refused the job: sbatch: error: invalid partition\n\nhint: print the script without --submit to see it"
     )
@@ -167,7 +167,7 @@ def test_what_sbatch_refuses_is_told(tmp_path, monkeypatch):
 def test_without_sbatch_submitting_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError) as caught:
-        invoke("--slurm", "tiny", "--submit")
+        invoke("--slurm", "llama_tiny", "--gpus-per-node", "4", "--submit")
     assert str(caught.value) == (
         "there is no `sbatch` on this machine\n\nhint: run this on a login node of the cluster, or leave --submit out"
     )
@@ -175,13 +175,13 @@ def test_without_sbatch_submitting_is_an_error(tmp_path, monkeypatch):
 
 def test_a_name_that_would_break_out_of_its_line_is_refused():
     with pytest.raises(UserError, match="cannot be a job's partition"):
-        invoke("--slurm", "tiny", "--partition", "a\n#SBATCH --nodes=100")
+        invoke("--slurm", "llama_tiny", "--gpus-per-node", "4", "--partition", "a\n#SBATCH --nodes=100")
     with pytest.raises(UserError, match="`a b` is not a name of an environment variable"):
-        invoke("--slurm", "tiny", "--env", "a b=1")
+        invoke("--slurm", "llama_tiny", "--gpus-per-node", "4", "--env", "a b=1")
 
 
 def test_one_must_say_how():
-    result = invoke("tiny")
+    result = invoke("llama_tiny", "--gpus-per-node", "4")
     assert result.exit_code == 2
     assert "say how: --slurm or --nemo-run" in result.output
 
@@ -189,7 +189,7 @@ def test_one_must_say_how():
 def test_without_nemo_run_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "nemo_run", None)
     with pytest.raises(UserError) as caught:
-        invoke("--nemo-run", "tiny")
+        invoke("--nemo-run", "llama_tiny", "--gpus-per-node", "4")
     assert str(caught.value) == "NeMo-Run is not installed\n\nhint: pip install 'mbtools[nemo-run]'"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from formats.errors import UserError
 from tests.trainer.settings import settings
-from trainer.overlap import choose
+from trainer.settings.overlap import choose
 
 
 def chosen(*, data_parallel: int = 1, device: str = "gpu", **changes: Any) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from megatron.core.transformer.enums import AttnBackend
 from omegaconf import OmegaConf
 
 from formats.errors import UserError
-from trainer import documents, overrides, recipes
+from trainer import recipes
 from trainer.config import RunConfig
+from trainer.settings import documents, overrides
 
 OF_TRAIN = (
     "settings of `train` are: train_iters, global_batch_size, micro_batch_size, exit_interval, exit_duration_in_mins, "

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from formats.errors import UserError
 from tests.trainer.test_metrics import step
 from trainer.commands.plot import command
-from trainer.plot import plot
-from trainer.records import FILE, JsonLines, evaluation
+from trainer.telling.plot import plot
+from trainer.telling.records import FILE, JsonLines, evaluation
 
 
 def made(folder: Path, *, steps: int = 40, floor: float = 2.0, lr: float = 3e-4, rate: float = 12_000) -> Path:
@@ -53,8 +53,9 @@ def test_the_command_says_where_it_drew(tmp_path):
 
 
 def test_drawing_does_not_wait_for_torch():
-    words = "import sys, trainer.commands.plot, trainer.commands.launch, trainer.launch.slurm, trainer.launch.nemo, trainer.plot"
-    subprocess.run([sys.executable, "-c", f"{words}; sys.exit('torch' in sys.modules)"], check=True)
+    modules = ("commands.plot", "commands.launch", "launch.slurm", "launch.nemo", "telling.plot")
+    words = "; ".join(f"import trainer.{module}" for module in modules)
+    subprocess.run([sys.executable, "-c", f"import sys; {words}; sys.exit('torch' in sys.modules)"], check=True)
 
 
 def test_a_line_that_a_run_is_writing_is_left_out(tmp_path):

@@ -9,8 +9,8 @@ import torch
 
 from formats.errors import UserError
 from tests.trainer.settings import HOPPER, settings
-from trainer import precision
-from trainer.precision import Machine
+from trainer.settings import precision
+from trainer.settings.precision import Machine
 
 pytestmark = pytest.mark.filterwarnings("ignore:full scope is deprecated:UserWarning")  # megatron-core's own default
 

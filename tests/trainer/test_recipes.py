@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from formats.errors import UserError
 from trainer import recipes
-from trainer.estimate import memory
-from trainer.resolve import resolve
+from trainer.counting.estimate import memory
+from trainer.settings.resolve import resolve
 
 PUBLISHED = {
     "llama3_8b": 8_030_261_248,

@@ -13,8 +13,8 @@ from megatron.core.transformer.enums import AttnBackend
 
 from formats.errors import UserError
 from tests.trainer.settings import HOPPER, settings
-from trainer.precision import Machine
-from trainer.resolve import Resolved, resolve
+from trainer.settings.precision import Machine
+from trainer.settings.resolve import Resolved, resolve
 
 TP, PP, VPP = (
     "model__tensor_model_parallel_size",

@@ -130,7 +130,7 @@ def test_without_it_microbatches_of_few_tokens_weigh_as_much_as_those_of_many(ra
 
 def test_the_choice_of_the_mean_is_told_with_its_reason():
     from trainer.recipes import llama_tiny
-    from trainer.resolve import resolve
+    from trainer.settings.resolve import resolve
 
     config = llama_tiny.pretrain_config()
     config.dataset.eod_mask_loss = True
@@ -156,7 +156,7 @@ def _in_bf16(folder, sharded):
 
 
 def test_batched_messages_between_two_stages_with_virtual_ones_are_refused(model_folder):
-    from trainer.resolve import resolve
+    from trainer.settings.resolve import resolve
 
     config = small.settings(
         model_folder("gqa"),

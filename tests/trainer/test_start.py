@@ -26,7 +26,7 @@ CASES = {
 def _built(folder, changes):
     """The resolved settings of a run, and a function that builds its model anew."""
     from trainer import model
-    from trainer.resolve import resolve
+    from trainer.settings.resolve import resolve
 
     config = resolve(small.settings(Path(folder), **changes), world_size=_world(), device="cpu").config
     return config, lambda: model.build(config.model)
@@ -47,7 +47,8 @@ def _load_both(folder, changes, sources, megatron):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    from trainer import live, parallel
+    from trainer import parallel
+    from trainer.checkpoints import live
 
     config, build = _built(folder, changes)
     with parallel.session(config, "cpu"):
@@ -103,7 +104,8 @@ def _equal_without_padding(one, other):
 
 def _refused(folder, changes, source):
     """The error, and whether a weight changed before it."""
-    from trainer import live, parallel
+    from trainer import parallel
+    from trainer.checkpoints import live
 
     config, build = _built(folder, changes)
     chunks = []
@@ -149,7 +151,8 @@ def test_weights_that_do_not_fit_are_an_error_on_every_rank_before_one_changes(f
 
 def _bytes_read(folder, changes, source):
     """Bytes of files that loading reads."""
-    from trainer import live, parallel
+    from trainer import parallel
+    from trainer.checkpoints import live
 
     config, build = _built(folder, changes)
     with parallel.session(config, "cpu"):
@@ -215,7 +218,8 @@ def test_a_folder_that_cannot_be_written_is_told_on_all_ranks_before_the_first_s
 
 def _said(folder, changes):
     """What loading says on this rank: an error, or the notes."""
-    from trainer import live, parallel
+    from trainer import parallel
+    from trainer.checkpoints import live
 
     config, build = _built(folder, changes)
     notes: list[str] = []

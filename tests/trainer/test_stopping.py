@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainer import witness
-from trainer import iterations
+from trainer.checkpoints import iterations
 
 SETTINGS = (
     "model.tensor_model_parallel_size=2",
@@ -72,7 +72,8 @@ def uninterrupted(tmp_path_factory, ranks):
 
 
 def _pretrain(words):
-    from trainer import arguments, loop
+    from trainer import loop
+    from trainer.settings import arguments
 
     loop.pretrain(arguments.read_run("llama_tiny", config_file=None, overrides=words))
 

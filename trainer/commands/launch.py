@@ -10,8 +10,8 @@ from trainer.launch import STOP_BEFORE, Job, pretraining
 
 
 @click.command(name="launch", context_settings={"ignore_unknown_options": False})
-@click.option("--slurm", "how", flag_value="slurm", help="As an sbatch script.")
-@click.option("--nemo-run", "how", flag_value="nemo-run", help="As a NeMo-Run experiment.")
+@click.option("--slurm", "by_slurm", is_flag=True, help="As an sbatch script.")
+@click.option("--nemo-run", "by_nemo_run", is_flag=True, help="As a NeMo-Run experiment.")
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
@@ -32,21 +32,30 @@ from trainer.launch import STOP_BEFORE, Job, pretraining
 @click.option("--executor", "where", type=click.Choice(["local", "slurm"]), default="local", show_default=True,
               help="NeMo-Run: on this machine, or by Slurm.")  # fmt: skip
 @click.option("--submit/--dry-run", default=False, help="Run it; without it, only show what would be run.")
-def command(how: str | None, recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
+def command(*, by_slurm: bool, by_nemo_run: bool, recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
     """Train RECIPE as a job: print an sbatch script or a NeMo-Run experiment, or submit it.
 
-    KEY=VALUE settings are those of `mbtrain pretrain`.
+    KEY=VALUE settings are those of `mbtrain pretrain`; a run that cannot start there is refused here.
     """
-    if how is None:
+    if by_slurm == by_nemo_run:
         raise click.UsageError("say how: --slurm or --nemo-run")
+    _check(recipe, overrides, ranks=options["nodes"] * options["gpus_per_node"])
     form, where, submit = options.pop("form"), options.pop("where"), options.pop("submit")
     name = options.pop("job_name") or recipe
     env = dict(_pair(text) for text in options.pop("env"))
     job = Job(program=pretraining(recipe, overrides), name=name, env=env, **options)
-    if how == "slurm":
+    if by_slurm:
         _slurm(job, submit=submit)
     else:
         _nemo_run(job, recipe, overrides, form=form, where=where, submit=submit)
+
+
+def _check(recipe: str, overrides: tuple[str, ...], *, ranks: int) -> None:
+    """UserError for settings that would stop the job when it has waited for its machines."""
+    from trainer.settings.arguments import read_run  # noqa: PLC0415 - seconds to import
+    from trainer.settings.resolve import resolve  # noqa: PLC0415
+
+    resolve(read_run(recipe, overrides=overrides), world_size=ranks, device="gpu")
 
 
 def _pair(text: str) -> tuple[str, str]:

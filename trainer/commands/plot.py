@@ -12,7 +12,7 @@ import click
 @click.option("--out", type=click.Path(path_type=Path), help="The PNG to write; without it, `curves.png` in the first RUN_DIR.")
 def command(run_dirs: tuple[Path, ...], out: Path | None) -> None:
     """Draw loss, learning rate, gradient norm and throughput of a run, or of several over each other."""
-    from trainer.plot import plot  # noqa: PLC0415 - `--help` needs no matplotlib
+    from trainer.telling.plot import plot  # noqa: PLC0415 - `--help` needs no matplotlib
 
     out = out or run_dirs[0] / "curves.png"
     plot(run_dirs, out)

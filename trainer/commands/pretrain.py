@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from trainer.arguments import read_run, recipe_and_overrides, run_arguments
+from trainer.settings.arguments import read_run, recipe_and_overrides, run_arguments
 
 
 @click.command()

@@ -36,7 +36,7 @@ def command(*, as_json: bool) -> None:
 
 
 def _row(recipe: Recipe) -> dict[str, Any]:
-    from trainer.estimate import parameters  # noqa: PLC0415
+    from trainer.counting.estimate import parameters  # noqa: PLC0415
 
     config = recipe.pretrain_config()
     sizes = {short: getattr(config.model, name) for short, name in _SIZES}

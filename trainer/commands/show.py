@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from formats.errors import UserError
-from trainer.arguments import read_run, recipe_and_overrides, run_arguments
+from trainer.settings.arguments import read_run, recipe_and_overrides, run_arguments
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -47,9 +47,9 @@ def _machine(recipe: str | None, config: RunConfig, *, gpus: int | None, process
 
 
 def _show(config: RunConfig, *, world_size: int, device: str) -> None:
-    from trainer import documents  # noqa: PLC0415
-    from trainer.resolve import resolve  # noqa: PLC0415
-    from trainer.values import plain  # noqa: PLC0415
+    from trainer.settings import documents  # noqa: PLC0415
+    from trainer.settings.resolve import resolve  # noqa: PLC0415
+    from trainer.settings.values import plain  # noqa: PLC0415
 
     resolved = resolve(config, world_size=world_size, device=device)
     for line in _figures(resolved.config, world_size=world_size, device=device):
@@ -62,8 +62,8 @@ def _show(config: RunConfig, *, world_size: int, device: str) -> None:
 
 
 def _figures(config: RunConfig, *, world_size: int, device: str) -> list[str]:
-    from trainer.estimate import memory, parameters  # noqa: PLC0415
-    from trainer.flops import flops_per_token  # noqa: PLC0415
+    from trainer.counting.estimate import memory, parameters  # noqa: PLC0415
+    from trainer.counting.flops import flops_per_token  # noqa: PLC0415
 
     one, many = ("GPU", "GPUs") if device == "gpu" else ("process", "processes")
     units = one if world_size == 1 else many

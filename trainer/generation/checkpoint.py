@@ -22,11 +22,13 @@ from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
 from formats.spec import Reader, dtype_name
 from formats.torch_dist import TorchDistReader
-from trainer import checks, device, live, model, overrides, parallel, tokenizers
+from trainer import device, model, parallel, tokenizers
+from trainer.checkpoints import live
 from trainer.config import RunConfig
 from trainer.generation.sampling import Sampling
 from trainer.generation.text import Generation, Tell, generate
-from trainer.resolve import Resolved, resolve
+from trainer.settings import checks, overrides
+from trainer.settings.resolve import Resolved, resolve
 
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16_mixed", "fp16": "fp16_mixed"}
 """`mixed_precision` for the dtypes that weights may be computed in."""

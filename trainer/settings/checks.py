@@ -12,7 +12,7 @@ from typing import Any
 
 from formats.errors import UserError
 from trainer.config import RunConfig
-from trainer.precision import Machine, requires
+from trainer.settings.precision import Machine, requires
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 VPP, EP, ETP = "virtual_pipeline_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"

@@ -22,9 +22,11 @@ from formats.folder import FileIn, Folder
 from formats.huggingface import HuggingFaceReader
 from formats.spec import DTYPES
 from formats.torch_dist import find_iteration
-from trainer import documents, live, tokenizers
+from trainer import tokenizers
+from trainer.checkpoints import live
+from trainer.checkpoints.iterations import OURS
 from trainer.config import RunConfig
-from trainer.iterations import OURS
+from trainer.settings import documents
 
 _CONFIG = f"{carried.FILES}/{carried.CONFIG}"
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

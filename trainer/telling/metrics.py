@@ -15,7 +15,7 @@ import click
 import torch
 
 from converter.memory import peak_memory
-from trainer.records import Evaluation, Record, Step
+from trainer.telling.records import Evaluation, Record, Step
 
 GIB = 2**30
 

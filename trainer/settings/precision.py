@@ -20,7 +20,7 @@ import torch
 from megatron.core.fp8_utils import get_fp8_align_size
 
 from formats.errors import UserError
-from trainer.choice import Choice, carry_out, given, split
+from trainer.settings.choice import Choice, carry_out, given, split
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, Optional, get_type_hints
 
 from formats.errors import UserError, shown
-from trainer.values import UnfitError, expected, fit
+from trainer.settings.values import UnfitError, expected, fit
 
 ALIASES = {
     "dataset.seq_length": "dataset.sequence_length",

@@ -15,10 +15,10 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from formats.errors import UserError
-from trainer import checks, described, overlap, precision
-from trainer.choice import Choice, carry_out
 from trainer.config import DatasetConfig, RunConfig
-from trainer.precision import Machine
+from trainer.settings import checks, described, overlap, precision
+from trainer.settings.choice import Choice, carry_out
+from trainer.settings.precision import Machine
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from formats.errors import UserError
-from trainer.choice import Choice, given
+from trainer.settings.choice import Choice, given
 
 CPU = "cpu"
 

@@ -19,11 +19,14 @@ import torch
 import torch.distributed as dist
 
 from formats.errors import UserError
-from trainer import device, documents, metrics, parallel, peaks, records
+from trainer import device, parallel
 from trainer.config import RunConfig
-from trainer.flops import flops_per_token
+from trainer.counting import peaks
+from trainer.counting.flops import flops_per_token
 from trainer.model import GPTModelProvider
-from trainer.sinks import Sinks, open_sinks
+from trainer.settings import documents
+from trainer.telling import metrics, records
+from trainer.telling.sinks import Sinks, open_sinks
 
 
 def _in_a_terminal() -> bool:

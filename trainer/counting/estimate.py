@@ -14,9 +14,9 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from trainer.activations import activations
 from trainer.config import RunConfig
-from trainer.shape import Shape, shape_of
+from trainer.counting.activations import activations
+from trainer.counting.shape import Shape, shape_of
 
 FP8_COPIES = 2
 """Bytes per quantized weight: FP8 once as it is and once transposed, for the backward pass (Transformer Engine)."""

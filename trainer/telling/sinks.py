@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from formats.errors import UserError
 from trainer.config import LoggerConfig
-from trainer.metrics import GIB
-from trainer.records import FILE, Evaluation, JsonLines, Record, Step
+from trainer.telling.metrics import GIB
+from trainer.telling.records import FILE, Evaluation, JsonLines, Record, Step
 
 _WANDB_ID = "wandb_run_id"
 

@@ -31,8 +31,8 @@ from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
 from formats.spec import Array, Reader, Region, dtype_name, extent, within
 from formats.torch_dist import TorchDistReader
-from trainer import described
-from trainer.quantized import in_full
+from trainer.checkpoints.quantized import in_full
+from trainer.settings import described
 
 PIECE_BYTES = 16 << 20
 

@@ -12,8 +12,8 @@ from typing import Any
 from converter.config import rope_numbers, to_huggingface, to_megatron
 from converter.families import find
 from formats.errors import UserError, shown
-from trainer.choice import Choice
-from trainer.values import UnnamedError, plain
+from trainer.settings.choice import Choice
+from trainer.settings.values import UnnamedError, plain
 
 _ROPE = "rope_scaling"
 _OF_INITIALIZATION = {"init_method_std"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.shape import Shape, shape_of
+from trainer.counting.shape import Shape, shape_of
 
 
 def flops_per_token(provider: Any, sequence_length: int, *, lengths: Sequence[int] | None = None) -> float:

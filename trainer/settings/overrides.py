@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Override, OverrideType, Sweep
 from hydra.errors import HydraException
 
 from formats.errors import UserError, shown
-from trainer.settings import Place, fits_text, is_section, place
+from trainer.settings.places import Place, fits_text, is_section, place
 
 _NEW = (OverrideType.ADD, OverrideType.FORCE_ADD)
 

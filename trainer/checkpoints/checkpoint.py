@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from formats.disk import free_bytes
 from formats.errors import UserError
 from formats.torch_dist import TRAIN_STATE, iteration_folder
-from trainer import iterations, optim, random_states
+from trainer import optim
+from trainer.checkpoints import iterations, random_states
 from trainer.config import RunConfig
 from trainer.model import unwrap
 from trainer.parallel import on_first_rank

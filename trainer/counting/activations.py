@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron.core.transformer.enums import AttnBackend
 
-from trainer.shape import Shape, shape_of
+from trainer.counting.shape import Shape, shape_of
 
 LOGIT_TE, LOGIT_NATIVE, LOGIT_FP32 = 4, 10, 4
 """Bytes per logit. Transformer Engine's cross entropy writes gradients over bf16 logits; megatron-core's makes fp32 copies

@@ -38,8 +38,8 @@ def read_run(recipe: str | None, *, config_file: str | Path | None = None, overr
     Without a recipe, the file names one (`recipe: NAME`) or has the model's `config.json` as `model.hf_config`. UserError for
     what is unknown or does not fit.
     """
-    from trainer import described, documents  # noqa: PLC0415
-    from trainer import overrides as hydra  # noqa: PLC0415
+    from trainer.settings import described, documents  # noqa: PLC0415
+    from trainer.settings import overrides as hydra  # noqa: PLC0415
 
     document = _read(config_file) if config_file else {}
     config = _start(_one_name(recipe, document.pop("recipe", None), config_file), document)
@@ -52,7 +52,7 @@ def read_run(recipe: str | None, *, config_file: str | Path | None = None, overr
 
 
 def _read(file: str | Path) -> dict[str, Any]:
-    from trainer import documents  # noqa: PLC0415
+    from trainer.settings import documents  # noqa: PLC0415
 
     try:
         text = Path(file).read_text(encoding="utf-8")

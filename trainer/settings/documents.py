@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from formats.errors import UserError, shown
-from trainer.settings import Place, is_section, kinds, place
-from trainer.values import UnnamedError, plain
+from trainer.settings.places import Place, is_section, kinds, place
+from trainer.settings.values import UnnamedError, plain
 
 _DEEPEST, _LONGEST = 64, 1 << 16
 _HYDRA = ("_target_", "_call_", "_partial_", "_args_", "_recursive_", "_convert_")
