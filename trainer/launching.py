@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from uuid import uuid4
+
+import click
 
 from trainer import device
 from trainer.config import RunConfig
@@ -46,7 +49,10 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "trainer", *arguments)
     except ChildFailedError as error:
-        code: int = error.get_first_failure()[1].exitcode
+        rank, failure = error.get_first_failure()
+        code: int = failure.exitcode
+        if code < 0:
+            click.echo(f"error: rank {rank} was killed by {signal.Signals(-code).name}; the others were ended", err=True)
         return code if code > 0 else 128 - code
     except SignalException as error:
         return 128 + error.sigval

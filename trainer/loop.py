@@ -30,7 +30,7 @@ from trainer.loss import mean
 from trainer.run import Callback, ForwardStep, Run, Step, say
 from trainer.settings.resolve import Resolved, resolve
 from trainer.signals import Stop
-from trainer.telling import voice as telling
+from trainer.telling import voice
 
 
 def pretrain(
@@ -67,7 +67,7 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     config = resolved.config
     for line in resolved.warnings:
         say(f"note: {line}")
-    telling.make_folders(config)
+    voice.make_folders(config)
     chunks = model.build(config.model)
     resumed = iterations.latest(config.checkpoint.load)
     first_weights(chunks, config, resumed)
@@ -81,7 +81,7 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
         config=config,
         parts=parts,
         saver=make_saver(config, travels, resumed),
-        telling=telling.open_telling(config, resumed_at=parts.progress.iteration, active=parallel.speaks()),
+        telling=voice.open_telling(config, resumed_at=parts.progress.iteration, active=parallel.speaks()),
         forward_step=forward_step,
         callbacks=callbacks,
         datasets=feed.datasets(config, parts.progress),

@@ -13,7 +13,7 @@ from trainer import parallel
 from trainer.checkpoints import checkpoint
 from trainer.config import RunConfig
 from trainer.signals import Stop
-from trainer.telling import voice as telling
+from trainer.telling import voice
 
 ForwardStep = Callable[[Any, Any], Any]
 
@@ -68,7 +68,7 @@ class Run:
     config: RunConfig
     parts: checkpoint.Parts
     saver: checkpoint.Saver
-    telling: telling.Telling
+    telling: voice.Telling
     forward_step: ForwardStep
     callbacks: Sequence[Callback]
     datasets: Sequence[Any]

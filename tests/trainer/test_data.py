@@ -226,6 +226,7 @@ def message(samples=(4, 0, 0), **config):
 
 def test_what_cannot_be_built_is_named(prefix, tmp_path):
     assert message(blend=[str(tmp_path / "no")]) == f"`{tmp_path}/no.idx` does not exist"
+    assert message(blend=[]) == "`dataset.blend` is `[]`"
     assert message(blend=[prefix], blend_per_split=[[prefix]] * 3) == "`dataset.blend` and `dataset.blend_per_split` are both set"
     assert message(blend_per_split=[[prefix]]) == "`dataset.blend_per_split` has 1 entries"
     assert message(blend_per_split=[None, [prefix], None]) == "`dataset.blend_per_split` leaves nothing to train on"

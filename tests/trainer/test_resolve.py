@@ -154,6 +154,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
             "hint: choose `train.global_batch_size` as a multiple of 2"
         ),
     ),
+    "odd heads": (
+        {"model__kv_channels": 7},
+        "`model.kv_channels` is `7`, and rotary embeddings turn channels in pairs\n\nhint: choose an even number",
+    ),
     "heads": (
         {TP: 3, "world_size": 3},
         (

@@ -100,6 +100,8 @@ def _shares(config: DatasetConfig) -> list[tuple[float, float] | None]:
 
 
 def _check(config: DatasetConfig, tokenizer: Tokenizer | None) -> None:
+    if config.blend == []:
+        raise UserError("`dataset.blend` is `[]`", hint="name prefixes of `.bin` and `.idx` files, or leave it out for mock data")
     if config.blend and config.blend_per_split:
         raise UserError("`dataset.blend` and `dataset.blend_per_split` are both set", hint="use one of them")
     if config.blend_per_split and len(config.blend_per_split) != len(Split):

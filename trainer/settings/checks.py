@@ -30,6 +30,20 @@ def number(model: Any, name: str) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
+def check_attention(model: Any) -> None:
+    """What megatron-core's GPTModel would fail over when it is built."""
+    head, kind = getattr(model, "kv_channels", None), getattr(model, "position_embedding_type", None)
+    if kind == "rope" and head and head % 2:
+        raise UserError(
+            f"`model.kv_channels` is `{head}`, and rotary embeddings turn channels in pairs", hint="choose an even number"
+        )
+    if getattr(model, "multi_latent_attention", False):
+        raise UserError(
+            "`model.multi_latent_attention` needs megatron-core's MLATransformerConfig, and this provider is none",
+            hint="leave it out, or give a model provider of your own",
+        )
+
+
 def check_sizes(config: RunConfig) -> None:
     """Numbers that are wrong whatever the others are."""
     for name in (TP, PP, CP, VPP, EP, ETP):

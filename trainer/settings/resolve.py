@@ -46,6 +46,7 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     told = _copy(config)
     machine = machine or precision.find_machine(device)
     checks.check_sizes(told)
+    checks.check_attention(told.model)
     checks.check_optimizer(told)
     precision.check(told.mixed_precision, machine)
     checks.check_device(told, machine)
