@@ -2,7 +2,7 @@
 
     python -m benchmarks.train 1b 3b --precision bf16 fp8 [--gpus N] [--rounds 2]
 
-`mbtrain` reads `.bin`/`.idx` files, clips gradients, logs to files and prints lines; the bare loop does nothing of that.
+`mbtrain` reads `.bin`/`.idx` files, logs to files and prints lines; the bare loop does nothing of that. Both clip gradients.
 Prints a table, and the ratio for each row.
 """
 
