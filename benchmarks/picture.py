@@ -39,7 +39,7 @@ COMMANDS = {
     "training": (
         "mbtrain prepare-data sources text --tokenizer byte",
         "mbtrain pretrain llama_tiny --nproc 2 model.tensor_model_parallel_size=2 dataset.blend=[text] checkpoint.save=run",
-        "mbtrain generate run --prompt 'def __init__(self' --temperature 0.6 --max-new-tokens 64",
+        "mbtrain generate run --prompt 'def __init__(self' --max-new-tokens 16",
         "mbconvert mcore-to-hf run llama-hf",
         "mbtrain pretrain llama_tiny train.train_itres=5",
     ),
