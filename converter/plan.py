@@ -198,13 +198,13 @@ def _account(wanted: Mapping[str, tuple[int, ...]], found: Specs, *, known: set[
     missing = [name for name in wanted if name not in found]
     if missing:
         raise UserError(
-            f"the {side} lacks {_named(missing)}",
+            f"the {side} lacks {named(missing)}",
             hint="`config.json` describes a model with these tensors: either it or the weights are of another model",
         )
     over = sorted(found.keys() - wanted.keys() - known)
     if over:
         raise UserError(
-            f"the {side} holds {_named(over)}, for which this family has no place",
+            f"the {side} holds {named(over)}, for which this family has no place",
             hint="nothing is left out silently: is `config.json` of the same model?",
         )
     for name, shape in wanted.items():
@@ -215,7 +215,8 @@ def _account(wanted: Mapping[str, tuple[int, ...]], found: Specs, *, known: set[
             )
 
 
-def _named(names: Sequence[str]) -> str:
+def named(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are: for messages."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(f"`{name}`" for name in names[:3]) + more
 

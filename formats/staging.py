@@ -200,16 +200,16 @@ def _begin(stage: Stage, manifest: Manifest) -> None:
     _remove(stage.partial)
     for folder in (stage.partial, stage.state):
         folder.mkdir(parents=True)
-    _put(stage.state / MANIFEST, json.dumps(manifest))
+    put(stage.state / MANIFEST, json.dumps(manifest).encode())
 
 
-def _put(path: Path, text: str) -> None:
+def put(path: Path, data: bytes) -> None:
     """A small file, whole and on the disk or not there."""
     new = path.with_name(f"{path.name}.new")
-    new.write_text(text)
-    _sync(new)
+    new.write_bytes(data)
+    sync(new)
     new.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _of_runs(target: Path) -> Iterator[Path]:
@@ -254,10 +254,11 @@ def sync_tree(directory: Path) -> None:
     """Get every file and folder below a directory onto the disk, several at a time."""
     paths = [directory, *directory.rglob("*")]
     with ThreadPoolExecutor(4, thread_name_prefix="fsync") as pool:
-        list(pool.map(_sync, paths))
+        list(pool.map(sync, paths))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Get a file or a folder onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -271,7 +272,7 @@ def _publish(stage: Stage, target: Path, *, overwrite: bool) -> None:
     if os.path.lexists(target) and not overwrite:
         hint = "move it away, then give the same command again with `--resume`"
         raise TransientError(f"`{target}` appeared while it was being made", hint=hint)
-    _put(stage.state / _COMMIT, str(partial.stat().st_ino))
+    put(stage.state / _COMMIT, str(partial.stat().st_ino).encode())
     take_place(partial, target)
 
 
@@ -281,7 +282,7 @@ def take_place(new: Path, place: Path) -> None:
         new.rename(place)
     elif not _exchange(new, place):
         _swap(new, place)
-    _sync(place.parent)
+    sync(place.parent)
 
 
 def _is_published(partial: Path, target: Path) -> bool:

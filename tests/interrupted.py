@@ -47,7 +47,7 @@ for writer in (HuggingFaceWriter, TorchDistWriter):
 slowly(converter.share, "compare")
 slowly(converter.carry, "check_room")
 slowly(LocalOutputs, "put")
-for name in ("_begin", "_sync", "_publish", "_exchange", "_remove"):
+for name in ("_begin", "sync", "_publish", "_exchange", "_remove"):
     slowly(formats.staging, name)
 slowly(shutil, "rmtree")
 sys.argv[1:2] = []

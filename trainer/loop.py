@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -176,7 +175,7 @@ def _schedule(run: Run, iterators: list[Any], *, microbatches: int, forward_only
     """megatron-core's pipeline schedule over one global batch: [loss sum, tokens] per microbatch on the last stage."""
     config = run.config
     return get_forward_backward_func()(
-        forward_step_func=partial(run.forward_step),
+        forward_step_func=run.forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=run.chunks,
         num_microbatches=microbatches,

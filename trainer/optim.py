@@ -50,7 +50,7 @@ def _one_or_all(functions: list[Any]) -> Any:
 
 
 def make_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> OptimizerParamScheduler:
-    """Learning rate and weight decay by samples seen, so that a changed batch size does not move the curve."""
+    """Learning rate and weight decay by samples seen, as Megatron-LM counts them."""
     told, samples = config.scheduler, config.train.global_batch_size
     return OptimizerParamScheduler(
         optimizer,

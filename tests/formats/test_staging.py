@@ -145,7 +145,7 @@ def test_who_is_stopped_right_after_the_commit_leaves_the_new_output_alone(tmp_p
         if path == tmp_path:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("formats.staging._sync", stopped)
+    monkeypatch.setattr("formats.staging.sync", stopped)
     with pytest.raises(KeyboardInterrupt):
         attempt(tmp_path, overwrite=True, said=said)
     assert tree(tmp_path) == {"out/done": b"x"}

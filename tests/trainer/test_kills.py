@@ -96,7 +96,7 @@ def test_at_no_moment_of_a_save_is_there_no_good_checkpoint(ranks, model_folder,
     changes = {"checkpoint__save": str(root), "checkpoint__load": str(root), "train__train_iters": 6}
     saving = {**changes, "checkpoint__save_interval": 1, "train__exit_interval": 3}
     ranks.run(witness.train, 1, str(model_folder()), saving)
-    iterations._put(root / iterations.TRACKER, b"2")  # as if the user wanted to go on from there
+    iterations.put(root / iterations.TRACKER, b"2")  # as if the user wanted to go on from there
     before = {name: tree(root / name) for name in ("iter_0000002", "iter_0000003")}
     ranks.run(_train_and_look, 1, str(model_folder()), {**saving, "checkpoint__keep_last": 1}, str(root), str(kept))
     after = {"iter_0000003": tree(root / "iter_0000003")}

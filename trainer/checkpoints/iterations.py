@@ -6,13 +6,12 @@ what to resume from, come after that. So a kill at any moment leaves the last go
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
 
 from formats.folder import LocalFolder
-from formats.staging import sync_tree, take_place
+from formats.staging import put, sync_tree, take_place
 from formats.torch_dist import TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER, find_iteration, iteration_folder
 
 OURS = "mbtrain.yaml"
@@ -51,8 +50,8 @@ def commit(partial: Path, *, iteration: int) -> Path:
     sync_tree(partial)
     take_place(partial, target)
     shutil.rmtree(partial, ignore_errors=True)  # the one it replaced
-    _put(target.parent / TRAIN_STATE_TRACKER, (target / TRAIN_STATE).read_bytes())
-    _put(target.parent / TRACKER, str(iteration).encode())
+    put(target.parent / TRAIN_STATE_TRACKER, (target / TRAIN_STATE).read_bytes())
+    put(target.parent / TRACKER, str(iteration).encode())
     return target
 
 
@@ -69,16 +68,3 @@ def prune(newest: Path, *, keep: int | None) -> None:
 def _number(path: Path) -> int:
     found = _WHOLE.fullmatch(path.name)
     return int(found[1]) if found else -1
-
-
-def _put(path: Path, data: bytes) -> None:
-    """A small file, whole and on the disk or not there."""
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    new.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)

@@ -22,7 +22,7 @@ from converter import families, reference
 from converter.carried import CONFIG
 from converter.config import make_model
 from converter.inspect import HUGGINGFACE, kind
-from converter.plan import Making, Plan, as_stored, to_megatron
+from converter.plan import Making, Plan, as_stored, named, to_megatron
 from converter.run import check_equal
 from converter.sources import open_source
 from formats.arrays import bands
@@ -54,7 +54,6 @@ class Loaded:
     tensors: int
     of: int
     parameters: int
-    dtype: str
 
     def __str__(self) -> str:
         return f"loaded {self.tensors} of {self.of} tensors, {_count(self.parameters)} parameters"
@@ -102,23 +101,21 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
     opened = HuggingFaceReader if kind(folder) == HUGGINGFACE else TorchDistReader
     with in_full(chunks), closing(opened(folder)) as reader:
         locals_ = local_weights(chunks)
-        makings = _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else _from_megatron(reader)
+        told = _told(reader)
+        makings = _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else _from_megatron(reader, told)
         _account(locals_, makings, source)
-        for text in _differences(chunks, reader, source):
-            note(text)
+        if told and getattr(chunks[0].config, "hf_config", None):
+            for text in described.compare(chunks[0].config, told, source=source):
+                note(text)
         for local in locals_:
             _fill(local, makings[local.name], reader)
         return _loaded(makings, reader)
 
 
-def _differences(chunks: Sequence[Any], reader: HuggingFaceReader | TorchDistReader, source: str) -> list[str]:
-    provider = chunks[0].config
-    config = read_json(reader.folder, CONFIG) if isinstance(reader, HuggingFaceReader) else _told(reader)
-    return described.compare(provider, config, source=source) if config and getattr(provider, "hf_config", None) else []
-
-
-def _told(reader: TorchDistReader) -> Mapping[str, Any] | None:
-    """The `config.json` of a checkpoint that says what model it holds."""
+def _told(reader: HuggingFaceReader | TorchDistReader) -> Mapping[str, Any] | None:
+    """The `config.json` of a source; None for a checkpoint that does not say what model it holds."""
+    if isinstance(reader, HuggingFaceReader):
+        return read_json(reader.folder, CONFIG)
     try:
         return reference.find(reader, None).config
     except reference.UnknownModelError:
@@ -139,17 +136,12 @@ def _from_huggingface(reader: HuggingFaceReader) -> dict[str, Making]:
     return {making.spec.name: making for making in plan.makings}
 
 
-def _from_megatron(reader: TorchDistReader) -> dict[str, Making]:
+def _from_megatron(reader: TorchDistReader, told: Mapping[str, Any] | None) -> dict[str, Making]:
+    """Rows of the vocabulary that mean something, where the checkpoint says how many do; else all."""
     reader.check(reader.specs)
+    vocab = int(told["vocab_size"]) if told else None
     makings = as_stored(reader.specs)
-    vocab = _vocabulary(reader)
     return {name: _unpadded(making, vocab) if _padded(name) else making for name, making in makings.items()}
-
-
-def _vocabulary(reader: TorchDistReader) -> int | None:
-    """Tokens that mean something, where the checkpoint says what model it holds."""
-    config = _told(reader)
-    return int(config["vocab_size"]) if config else None
 
 
 def _padded(name: str) -> bool:
@@ -170,9 +162,9 @@ def _account(locals_: Sequence[Local], makings: Mapping[str, Making], source: st
         shapes |= one
     missing, over = sorted(shapes.keys() - makings.keys()), sorted(makings.keys() - shapes.keys())
     if missing:
-        raise UserError(f"`{source}` lacks {_named(missing)}, which the model has", hint=_OTHER)
+        raise UserError(f"`{source}` lacks {named(missing)}, which the model has", hint=_OTHER)
     if over:
-        raise UserError(f"`{source}` holds {_named(over)}, for which the model has no place", hint=_OTHER)
+        raise UserError(f"`{source}` holds {named(over)}, for which the model has no place", hint=_OTHER)
     for name, shape in shapes.items():
         stored = makings[name].spec.shape
         fits = stored[1:] == shape[1:] and (stored[0] == shape[0] or (_padded(name) and _rows(makings[name]) <= shape[0]))
@@ -185,11 +177,6 @@ _OTHER = "the weights are of another model than `model` describes; nothing is ev
 
 def _rows(making: Making) -> int:
     return max((copy.here + copy.count for copy in making.copies), default=0)
-
-
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(f"`{name}`" for name in names[:3]) + more
 
 
 @torch.no_grad()
@@ -227,10 +214,5 @@ def as_tensor(data: Array) -> torch.Tensor:
 
 def _loaded(makings: Mapping[str, Making], reader: Reader) -> Loaded:
     read = {copy.source for making in makings.values() for copy in making.copies}
-    specs = [reader.specs[name] for name in read]
-    return Loaded(
-        tensors=len(read),
-        of=len(reader.specs),
-        parameters=sum(prod(spec.shape) for spec in specs),
-        dtype=dtype_name(specs[0].dtype),
-    )
+    parameters = sum(prod(reader.specs[name].shape) for name in read)
+    return Loaded(tensors=len(read), of=len(reader.specs), parameters=parameters)

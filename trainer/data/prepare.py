@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import secrets
 import signal
 import time
@@ -26,6 +25,7 @@ import numpy as np
 
 from converter.job import Talk
 from formats.errors import TransientError, UserError
+from formats.staging import sync
 from trainer import tokenizers
 from trainer.data import documents, orphans
 
@@ -229,16 +229,8 @@ def _output(prefix: Path, dtype: Any) -> Generator[Any]:
 
 def _reveal(hidden: tuple[Path, Path], named: tuple[Path, Path]) -> None:
     for path in hidden:
-        _sync(path)
+        sync(path)
     named[1].unlink(missing_ok=True)  # an old index must never stand beside new data
     for path, name in zip(hidden, named, strict=True):
         path.replace(name)
-    _sync(named[0].parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(named[0].parent)
