@@ -53,6 +53,13 @@ class ValidationConfig:
     eval_iters: int = 10
     """Global batches per evaluation; 0 for no evaluation at all."""
 
+    sample_interval: int | None = None
+    """Steps between answers to `sample_prompts` in the log; None for none."""
+
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_tokens: int = 64
+    """The longest answer."""
+
 
 @dataclass(kw_only=True)
 class SchedulerConfig:
@@ -103,6 +110,47 @@ class DatasetConfig:
     reset_attention_mask: bool = False
     eod_mask_loss: bool = False
     """Leave end-of-document tokens out of the loss."""
+
+
+@dataclass(kw_only=True)
+class FinetuningDatasetConfig:
+    """Examples to learn answers from: conversations (`messages`), or `prompt` and `completion`."""
+
+    sequence_length: int = 2048
+    """Tokens per training sequence; longer examples are cut."""
+
+    path: str | None = None
+    """JSON lines, parquet, a folder of Hugging Face `datasets`, or a folder that `mbtrain pack` made."""
+
+    validation_path: str | None = None
+    test_path: str | None = None
+    split: str = "95,5,0"
+    """Shares of the examples of `path` for train, validation and test, where those have no files of their own."""
+
+    packed: bool = True
+    """Several examples in one sequence, none of which sees another; without it each has a sequence of its own."""
+
+    chat_template: str | None = None
+    """A file with a Jinja template, in place of the tokenizer's own."""
+
+    prompt_template: str = "{prompt}"
+    """What the model is shown before it answers, where examples are prompts and completions."""
+
+    skip_bad: bool = False
+    """Count examples that cannot be used, instead of stopping at the first."""
+
+    random_seed: int = 1234
+    path_to_cache: str | None = None
+    """Where tokens are kept from one start to the next; None for a folder beside the data."""
+
+    num_workers: int = 2
+    """Processes that read ahead, per rank; 0 reads in the training process."""
+
+    def build(self, tokenizer: Any, vocab_size: int, samples: tuple[int, int, int]) -> Any:
+        """See `trainer.data`."""
+        from trainer.data import chat  # noqa: PLC0415 - brings torch
+
+        return chat.build(self, tokenizer=tokenizer, vocab_size=vocab_size, samples=samples)
 
 
 @dataclass(kw_only=True)
@@ -208,7 +256,10 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     dataset: Any = field(default_factory=DatasetConfig)
-    """`DatasetConfig`, or an object of your own: see `trainer.data`."""
+    """`DatasetConfig`, `FinetuningDatasetConfig`, or an object of your own: see `trainer.data`."""
+
+    peft: Any = None
+    """None trains every parameter; `trainer.peft.LoRA`, `DoRA`, or a method of your own trains what it adds."""
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -1,0 +1,1 @@
+"""Training few parameters beside a model whose own stay as they are."""
