@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from formats.errors import UserError
-from trainer import cpu_stand_in
+from trainer import cpu_stand_in, user_buffers
 
 CPU, GPU = "cpu", "gpu"
 
@@ -35,6 +35,7 @@ def set_environment(config: Any) -> None:
     if config.model.tensor_model_parallel_size > 1 or config.model.context_parallel_size > 1:
         # One queue keeps kernels in the order they were launched in, so that messages start before what hides them.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    user_buffers.set_environment()
 
 
 def prepare(kind: str) -> None:

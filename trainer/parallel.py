@@ -23,7 +23,7 @@ from megatron.core.num_microbatches_calculator import destroy_num_microbatches_c
 
 from converter.ranks import from_environment
 from formats.errors import UserError
-from trainer import device
+from trainer import device, user_buffers
 from trainer.config import RunConfig
 
 
@@ -83,7 +83,8 @@ def session(config: RunConfig, kind: str) -> Iterator[None]:
     with device.stand_in(kind):
         _start(config, kind)
         try:
-            yield
+            with user_buffers.held(config):
+                yield
         except UserError as error:
             error.told = not _first_to_tell(error)  # type: ignore[attr-defined]
             raise

@@ -124,7 +124,7 @@ def test_two_places_that_disagree_are_named() -> None:
         (
             {"comm_overlap__tp_comm_overlap": True},
             (
-                "`comm_overlap.tp_comm_overlap` needs Transformer Engine's user buffers, which this trainer does not set up\n\n"
+                "`comm_overlap.tp_comm_overlap` cannot be on: one tensor-parallel rank sends nothing\n\n"
                 "hint: leave it out; gradients, weights and pipeline messages overlap all the same"
             ),
         ),
@@ -132,3 +132,29 @@ def test_two_places_that_disagree_are_named() -> None:
 )
 def test_what_megatron_core_refuses_is_refused_before_it_starts(changes: dict[str, Any], message: str) -> None:
     assert refusal(**changes) == message
+
+
+TENSOR = {
+    "comm_overlap__tp_comm_overlap": True,
+    "model__tensor_model_parallel_size": 2,
+    "model__sequence_parallel": True,
+    "model__bf16": True,
+}
+
+
+def test_tensor_parallel_messages_overlap_where_they_were_asked_to() -> None:
+    assert chosen(**TENSOR)["model.tp_comm_overlap"]
+    assert not chosen(**{**TENSOR, "comm_overlap__tp_comm_overlap": None})["model.tp_comm_overlap"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model__sequence_parallel": False}, "it needs `model.sequence_parallel`"),
+        ({"model__bf16": False}, "`mixed_precision=bf16_mixed` has no buffers in Transformer Engine"),
+        ({"model__fp8": "hybrid", "model__fp8_recipe": "blockwise"}, "has no buffers in Transformer Engine"),
+        ({"device": "cpu"}, "there is nothing to overlap with on a CPU"),
+    ],
+)
+def test_what_transformer_engine_cannot_overlap_is_refused_with_its_reason(changes: dict[str, Any], reason: str) -> None:
+    assert reason in refusal(**{**TENSOR, **changes})

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from formats.errors import UserError
+from trainer import user_buffers
 from trainer.settings.choice import Choice, given
 
 CPU = "cpu"
@@ -20,7 +21,7 @@ def choose(config: Any, *, data_parallel: int, device: str) -> list[Choice]:
 
     UserError for a given setting that megatron-core refuses, or with which it would compute wrong gradients.
     """
-    return [_tensor(config), *_pipeline(config), *_data(config, data_parallel, device)]
+    return [_tensor(config, device), *_pipeline(config), *_data(config, data_parallel, device)]
 
 
 def _wanted(config: Any, name: str, *, part: str) -> bool | None:
@@ -38,14 +39,33 @@ def _size(model: Any, name: str) -> int:
     return getattr(model, name, None) or 1
 
 
-def _tensor(config: Any) -> Choice:
+def _tensor(config: Any, device: str) -> Choice:
     setting = "model.tp_comm_overlap"
+    obstacle = _against_tensor(config, device)
     if not _wanted(config, "tp_comm_overlap", part="model"):
-        return Choice(setting, False, "it needs Transformer Engine's user buffers, which this trainer does not set up")
-    raise UserError(
-        "`comm_overlap.tp_comm_overlap` needs Transformer Engine's user buffers, which this trainer does not set up",
-        hint="leave it out; gradients, weights and pipeline messages overlap all the same",
-    )
+        return Choice(setting, False, obstacle or "nobody asked for it: `comm_overlap.tp_comm_overlap=true`")
+    if obstacle:
+        raise UserError(
+            f"`comm_overlap.tp_comm_overlap` cannot be on: {obstacle}",
+            hint="leave it out; gradients, weights and pipeline messages overlap all the same",
+        )
+    return Choice(setting, True, "parts of a layer's product are sent while others are computed")
+
+
+def _against_tensor(config: Any, device: str) -> str:
+    """Why Transformer Engine cannot overlap tensor-parallel messages; empty where it can."""
+    model = config.model
+    recipe = getattr(model, "fp8_recipe", None) if getattr(model, "fp8", None) else None
+    reasons = {
+        "one tensor-parallel rank sends nothing": _size(model, "tensor_model_parallel_size") == 1,
+        "there is nothing to overlap with on a CPU": device == CPU,
+        "it needs `model.sequence_parallel`": not getattr(model, "sequence_parallel", False),
+        f"`mixed_precision={config.mixed_precision}` has no buffers in Transformer Engine": (
+            not getattr(model, "bf16", False) or recipe not in user_buffers.RECIPES
+        ),
+        "adapters take the activations before they are sent": config.peft is not None,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _pipeline(config: Any) -> list[Choice]:
