@@ -26,6 +26,7 @@ from trainer.checkpoints import checkpoint, iterations, luggage
 from trainer.config import RunConfig
 from trainer.loss import forward_step as default_forward_step
 from trainer.loss import mean
+from trainer.peft.attach import attach
 from trainer.run import Callback, ForwardStep, Run, Step, say
 from trainer.settings.resolve import Resolved, resolve
 from trainer.signals import Stop
@@ -70,6 +71,8 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     chunks = model.build(config.model)
     resumed = iterations.latest(config.checkpoint.load)
     first_weights(chunks, config, resumed)
+    if config.peft is not None:
+        say(str(attach(chunks, config.peft, seed=config.rng.seed)))
     travels = luggage.pack(config, chunks, resumed=resumed)
     wrapped = optim.wrap(chunks, config)
     optimizer = optim.make_optimizer(wrapped, config)

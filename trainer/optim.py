@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -29,7 +29,7 @@ def wrap(chunks: list[torch.nn.Module], config: RunConfig) -> list[Any]:
 
 def make_optimizer(chunks: list[Any], config: RunConfig) -> MegatronOptimizer:
     """The optimizer, and what the pipeline schedules must call for it."""
-    optimizer = get_megatron_optimizer(config.optimizer, chunks)
+    optimizer = get_megatron_optimizer(config.optimizer, chunks, config_overrides=_overrides(config))
     for one in _each(optimizer):
         if one.init_state_fn is None:  # of SGD, which megatron-core calls all the same where a state is loaded
             one.init_state_fn = _allocate_momentum
@@ -43,6 +43,17 @@ def make_optimizer(chunks: list[Any], config: RunConfig) -> MegatronOptimizer:
     if config.ddp.overlap_param_gather and config.ddp.align_param_gather:
         model.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in chunks])
     return optimizer
+
+
+def _overrides(config: RunConfig) -> dict[ParamKey, Any]:
+    """What parameters have of their own: megatron-core's weight decay, and the learning rates of the method in `peft`."""
+    told = config.optimizer
+    multiples = config.peft.rate_multiples() if config.peft is not None else {}
+    rates = {
+        ParamKey(name=pattern): {"max_lr": told.lr * times, "min_lr": told.min_lr * times, "lr_mult": times}
+        for pattern, times in multiples.items()
+    }
+    return get_standard_config_overrides(told) | rates
 
 
 def _one_or_all(functions: list[Any]) -> Any:
