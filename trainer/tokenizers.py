@@ -134,15 +134,19 @@ def _from_file(path: Path) -> Any:
 
 def _fast(folder: Path, backend: Any) -> Tokenizer:
     """A tokenizer of the `tokenizers` library; what its file says of cutting and padding is for batches, not for documents."""
+    from tokenizers import processors  # noqa: PLC0415 - slow to import
+
     backend.no_truncation()
     backend.no_padding()
+    begin = _before(*(backend.encode(_ANY_TEXT, add_special_tokens=special).ids for special in (True, False)))
+    backend.post_processor = processors.Sequence([])  # it would leave white space out of the tokens' places
     return Tokenizer(
         encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
         decode=lambda ids: backend.decode(list(ids), skip_special_tokens=False),
         eod=_end_of_document(folder, backend.token_to_id),
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         files=lambda: _side_files(folder),
-        begin=_before(*(backend.encode(_ANY_TEXT, add_special_tokens=special).ids for special in (True, False))),
+        begin=begin,
         name=str(folder),
         encode_batch=lambda texts: backend.encode_batch(list(texts), add_special_tokens=False),
     )

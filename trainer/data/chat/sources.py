@@ -15,7 +15,9 @@ from formats.disk import explained
 from formats.errors import UserError, shown
 from trainer.data import documents
 
-KINDS = ".jsonl (an example per line), .parquet (one per row), folders of these, and folders that `save_to_disk` of `datasets` wrote"
+KINDS = (
+    ".jsonl (an example per line), .parquet (one per row), folders of these, and folders that `save_to_disk` of `datasets` wrote"
+)
 
 _ROWS = 256  # of a table at a time: some MB of usual conversations
 _SUFFIXES = (".jsonl", ".parquet")
@@ -85,7 +87,7 @@ class Source:
     def files(self) -> list[Path]:
         """The files that the examples depend on, in order."""
         if _is_saved(self._folder):
-            return sorted(self._folder.glob("*.arrow")) + [self._folder / "state.json"]
+            return [*sorted(self._folder.glob("*.arrow")), self._folder / "state.json"]
         if not self.path.exists():
             raise UserError(f"`{self.path}` does not exist", hint=f"examples are read from {KINDS}")
         found = _below(self.path) if self.path.is_dir() else [self.path]

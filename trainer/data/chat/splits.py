@@ -61,7 +61,9 @@ def parts(config: FinetuningDatasetConfig) -> Parts:
     asked = _shares(config.split)
     left = [asked[0], *(0.0 if source else share for source, share in zip(own, asked[1:], strict=True))]
     if not left[0]:
-        raise UserError(f"`dataset.split` is `{config.split}`, which leaves nothing to train on", hint="its first entry is for training")
+        raise UserError(
+            f"`dataset.split` is `{config.split}`, which leaves nothing to train on", hint="its first entry is for training"
+        )
     ends = [sum(left[:number]) / sum(left) for number in range(len(left))] + [1.0]
     shared = [Part(train, (ends[n], ends[n + 1]), config.random_seed) if left[n] else None for n in range(len(SPLITS))]
     return shared[0], _first(own[0], shared[1]), _first(own[1], shared[2])
@@ -77,7 +79,8 @@ def _sources(config: FinetuningDatasetConfig, path: Path) -> tuple[Source, Sourc
     found = [next((Source(path, name) for name in known if name in there), None) for known in _NAMES]
     if there and found[0] is None:
         raise UserError(
-            f"`{path}` has no split `train`: it has {names(there)}", hint=f"name the one to train on: `dataset.path={path / there[0]}`"
+            f"`{path}` has no split `train`: it has {names(there)}",
+            hint=f"name the one to train on: `dataset.path={path / there[0]}`",
         )
     given = (config.validation_path, config.test_path)
     own = [_whole(Path(one), wanted) if one else known for one, wanted, known in zip(given, _NAMES[1:], found[1:], strict=True)]
@@ -89,7 +92,9 @@ def _whole(path: Path, wanted: tuple[str, ...]) -> Source:
     there = splits_of(path)
     name = next((one for one in wanted if one in there), None)
     if there and name is None:
-        raise UserError(f"`{path}` has no split `{wanted[0]}`: it has {names(there)}", hint=f"name one of them: `{path / there[0]}`")
+        raise UserError(
+            f"`{path}` has no split `{wanted[0]}`: it has {names(there)}", hint=f"name one of them: `{path / there[0]}`"
+        )
     return Source(path, name)
 
 
