@@ -15,13 +15,16 @@ from trainer.tokenizers import Encoded, Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """An example as the model sees it."""
+    """An example as the model sees it; the arrays are of equal length."""
 
     tokens: np.ndarray
     """`[length]`, int32."""
 
     trained: np.ndarray
     """`[length]`, bool: is this token learned, as what follows those before it?"""
+
+    place: str = ""
+    """For a message: where the example stands."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,8 @@ def read_examples(
             if isinstance(made, UnusableError):
                 _skip(record, made, counts, config)
                 continue
-            short = Tokenized(made.tokens[: config.sequence_length], made.trained[: config.sequence_length])
+            length = config.sequence_length
+            short = Tokenized(made.tokens[:length], made.trained[:length], record.place)
             counts.add(short, length=len(made.tokens))
             yield short
     if counts.examples == before:

@@ -6,6 +6,7 @@ Knows where an example stands, and what makes it unreadable. Knows nothing of co
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ KINDS = (
 
 _ROWS = 256  # of a table at a time: some MB of usual conversations
 _SUFFIXES = (".jsonl", ".parquet")
+_SHARD = re.compile(r"-\d+-of-\d+$")
+_USUAL = ("train", "valid", "val", "dev", "test")  # what names of splits begin with
 _ONE, _MANY = "dataset_info.json", "dataset_dict.json"  # what a Dataset and a DatasetDict leave in their folders
 
 
@@ -68,7 +71,7 @@ class Source:
 
     path: Path
     split: str | None = None
-    """Which one, where `path` is a folder of several (a DatasetDict)."""
+    """Which one, where `path` is a folder of several."""
 
     @property
     def name(self) -> str:
@@ -91,19 +94,22 @@ class Source:
         if not self.path.exists():
             raise UserError(f"`{self.path}` does not exist", hint=f"examples are read from {KINDS}")
         found = _below(self.path) if self.path.is_dir() else [self.path]
+        found = [path for path in found if self.split is None or _split_of(path) == self.split]
         if not found or any(path.suffix not in _SUFFIXES for path in found):
             raise UserError(f"`{self.path}` is nothing that examples are read from", hint=f"supported are {KINDS}")
         return found
 
     @property
     def _folder(self) -> Path:
+        """Where `datasets` would have saved it."""
         return self.path if self.split is None else self.path / self.split
 
 
 def splits_of(path: Path) -> list[str]:
-    """The names of the splits that a DatasetDict's folder holds; none for anything else. UserError where it is damaged."""
+    """The names of the splits that a folder holds: a DatasetDict's, or those that its files are named after, as the Hub has
+    them (`test-00000-of-00002.parquet`). None for anything else. UserError where a DatasetDict is damaged."""
     if not (path / _MANY).is_file():
-        return []
+        return _split_names(path) if path.is_dir() and not _is_saved(path) else []
     try:
         found = json.loads((path / _MANY).read_bytes())["splits"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -111,6 +117,16 @@ def splits_of(path: Path) -> list[str]:
     if not isinstance(found, list) or not all(isinstance(name, str) and _is_saved(path / name) for name in found):
         raise UserError(f"`{path / _MANY}` names no splits that are there", hint="save the DatasetDict again")
     return found
+
+
+def _split_names(folder: Path) -> list[str]:
+    """Files of one name are one body; so are several where none is named as a split."""
+    found = sorted({_split_of(path) for path in _below(folder)})
+    return found if len(found) > 1 and any(name.startswith(_USUAL) for name in found) else []
+
+
+def _split_of(path: Path) -> str:
+    return _SHARD.sub("", path.stem)
 
 
 def _is_saved(folder: Path) -> bool:

@@ -1,6 +1,6 @@
-"""Which examples are for training, for validation and for test: files of their own, splits of a DatasetDict, or shares.
+"""Which examples are for training, for validation and for test: files of their own, splits of a folder, or shares.
 
-Knows names and numbers of examples; opens nothing but the list of a DatasetDict's splits.
+Knows names and numbers of examples; opens nothing but the list of a folder's splits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trainer.data.chat.sources import Source, splits_of
 from trainer.data.documents import names
 
 SPLITS = ("train", "validation", "test")
-_NAMES = (("train",), ("validation", "valid", "val", "dev"), ("test",))  # what DatasetDicts call them
+_NAMES = (("train",), ("validation", "valid", "val", "dev"), ("test",))  # what folders call them
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,15 @@ class Part:
         return np.sort(order[round(self.share[0] * count) : round(self.share[1] * count)])
 
 
+_ONE_OF_THEM = "name the folder or file of one of them: `dataset.path`, `dataset.validation_path`, `dataset.test_path`"
+
 type Parts = tuple[Part | None, Part | None, Part | None]
 
 
 def parts(config: FinetuningDatasetConfig) -> Parts:
     """For train, validation and test: what each has; None for one that has nothing.
 
-    Validation and test have the files that `validation_path` and `test_path` name, else the DatasetDict's split of that name,
+    Validation and test have the files that `validation_path` and `test_path` name, else the folder's split of that name,
     else a share of the training examples; shares of those with examples of their own are left out. UserError where nothing is
     left to train on, or `split` is no split.
     """
@@ -80,7 +82,7 @@ def _sources(config: FinetuningDatasetConfig, path: Path) -> tuple[Source, Sourc
     if there and found[0] is None:
         raise UserError(
             f"`{path}` has no split `train`: it has {names(there)}",
-            hint=f"name the one to train on: `dataset.path={path / there[0]}`",
+            hint=_ONE_OF_THEM,
         )
     given = (config.validation_path, config.test_path)
     own = [_whole(Path(one), wanted) if one else known for one, wanted, known in zip(given, _NAMES[1:], found[1:], strict=True)]
@@ -88,13 +90,11 @@ def _sources(config: FinetuningDatasetConfig, path: Path) -> tuple[Source, Sourc
 
 
 def _whole(path: Path, wanted: tuple[str, ...]) -> Source:
-    """Files for one split; of a DatasetDict the split of that name."""
+    """Files for one split; of a folder of several the one of that name."""
     there = splits_of(path)
     name = next((one for one in wanted if one in there), None)
     if there and name is None:
-        raise UserError(
-            f"`{path}` has no split `{wanted[0]}`: it has {names(there)}", hint=f"name one of them: `{path / there[0]}`"
-        )
+        raise UserError(f"`{path}` has no split `{wanted[0]}`: it has {names(there)}", hint=_ONE_OF_THEM)
     return Source(path, name)
 
 
