@@ -11,33 +11,36 @@ import torch.distributed as dist
 
 from formats.errors import UserError
 from trainer import parallel
-from trainer.loss import mean
+from trainer.loss import mean_and_work
 from trainer.run import Run
 
 
-def agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool]:
-    """All ranks learn the loss, whether some rank was asked to stop, and whether it is time to save.
+def agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool, tuple[float, float]]:
+    """All ranks learn the loss, whether some rank was asked to stop, whether it is time to save, and the work in packed rows:
+    tokens in examples, and the sum of the squares of examples' lengths, both 0 where rows are not packed.
 
     Raises UserError on all of them where the loss is no number: before it reaches the weights.
     """
     settings, bad, here = run.config, 0.0, -math.inf
+    work: list[float] = []
     if losses:
         # This rank's own sum too: in the mean over all ranks, one rank's NaN is everybody's.
-        here, ours = torch.stack([mean(losses), torch.stack(losses).sum()]).tolist()
+        ours, here, *work = torch.cat([torch.stack(losses).sum()[None], mean_and_work(losses)]).tolist()
         bad = 0.0 if math.isfinite(ours) else dist.get_rank() + 1.0
     minutes = settings.checkpoint.save_interval_in_mins
     limit = settings.train.exit_duration_in_mins
     over = run.stop.requested or (limit is not None and (time.monotonic() - run.started) / 60 >= limit)
     due = minutes is not None and run.saver.root is not None and run.saver.minutes >= minutes
     asked = float(run.stop.received or 0)
-    worst, value, asked, over, due = parallel.largest(
-        [bad, here if math.isfinite(here) else -math.inf, asked, float(over), float(due)]
+    tokens, squares = work or (0.0, 0.0)  # only the last stage knows
+    worst, value, asked, over, due, tokens, squares = parallel.largest(
+        [bad, here if math.isfinite(here) else -math.inf, asked, float(over), float(due), tokens, squares]
     )
     if worst:
         raise not_a_number(run, f"the loss of step {run.progress.iteration + 1} is NaN or Inf on rank {int(worst) - 1}")
     if asked:
         run.stop.received = signal.Signals(int(asked))
-    return value, bool(asked or over), bool(due)
+    return value, bool(asked or over), bool(due), (tokens, squares)
 
 
 def not_a_number(run: Run, what: str) -> UserError:

@@ -27,9 +27,17 @@ def datasets(config: RunConfig, progress: checkpoint.Progress) -> Sequence[Any]:
     )
 
 
+def rows_between_stages(config: RunConfig) -> tuple[int, int]:
+    """Rows and their length in what pipeline stages hand on: on a GPU, packed rows lie end to end (`trainer.loss`)."""
+    rows, length = config.train.micro_batch_size, config.dataset.sequence_length
+    return (1, rows * length) if data.is_packed(config.dataset) and device.current().type == "cuda" else (rows, length)
+
+
 def iterators(run: Run, dataset: Any, *, consumed: int) -> list[Iterator[Any] | None]:
-    """One iterator of microbatches per model chunk; None for chunks that see neither tokens nor labels."""
+    """One iterator of microbatches per model chunk; None for chunks that see neither tokens nor labels, nor where packed rows
+    are divided."""
     config = run.config
+    packed = data.is_packed(config.dataset)
     return [
         batches(
             dataset,
@@ -41,7 +49,7 @@ def iterators(run: Run, dataset: Any, *, consumed: int) -> list[Iterator[Any] | 
             num_workers=getattr(config.dataset, "num_workers", 0),
             pin_memory=device.current().type == "cuda",
         )
-        if model.sees_data(chunk)
+        if packed or model.sees_data(chunk)
         else None
         for chunk in run.chunks
     ]

@@ -152,7 +152,7 @@ def train_step(run: Run) -> Step:
         chunk.zero_grad_buffer()
     parts.optimizer.zero_grad()
     losses = _schedule(run, run.batches, microbatches=get_num_microbatches(), forward_only=False)
-    loss, stop, save_now = agree(run, losses)
+    loss, stop, save_now, work = agree(run, losses)
     applied, grad_norm, _ = parts.optimizer.step()
     if applied and not math.isfinite(grad_norm or 0.0):
         raise not_a_number(run, f"the gradient norm of step {run.progress.iteration + 1} is NaN or Inf")
@@ -171,20 +171,22 @@ def train_step(run: Run) -> Step:
         loss_scale=parts.optimizer.get_loss_scale().item() if config.model.fp16 else None,
         stop=stop,
         save=save_now,
+        work=work,
     )
 
 
 def _schedule(run: Run, iterators: list[Any], *, microbatches: int, forward_only: bool) -> list[torch.Tensor]:
     """megatron-core's pipeline schedule over one global batch: [loss sum, tokens] per microbatch on the last stage."""
     config = run.config
+    rows, length = feed.rows_between_stages(config)
     return get_forward_backward_func()(
         forward_step_func=run.forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=run.chunks,
         num_microbatches=microbatches,
-        seq_length=config.dataset.sequence_length,
-        micro_batch_size=config.train.micro_batch_size,
-        decoder_seq_length=config.dataset.sequence_length,
+        seq_length=length,
+        micro_batch_size=rows,
+        decoder_seq_length=length,
         forward_only=forward_only,
     )
 

@@ -1,4 +1,8 @@
-"""The token loss: from a batch to what megatron-core's schedules want, and padded vocabulary kept out of the softmax."""
+"""The token loss: from a batch to what megatron-core's schedules want, and padded vocabulary kept out of the softmax.
+
+Rows that hold several examples say so with `segment_ids`. No example sees another: on the CPU a mask keeps them apart; on a GPU
+Transformer Engine is given all rows of a microbatch end to end ("thd", tokens × heads × channels) and where segments begin.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from trainer import device
+from trainer.data import segments
 
 Batch = dict[str, torch.Tensor]
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -21,12 +27,68 @@ def forward_step(batches: Iterator[Batch] | None, model: Any) -> tuple[torch.Ten
     """One microbatch through one model chunk: megatron-core's `forward_step_func`.
 
     A batch holds `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each [micro batch, sequence].
-    Chunks in the middle of the pipeline need none. Answers the chunk's output and what makes the loss of it.
+    Chunks in the middle of the pipeline need none, unless rows are packed: then there are `segment_ids` too (int32), and each
+    chunk needs them. Answers the chunk's output and what makes the loss of it.
     """
-    batch = on_this_rank(next(batches)) if batches is not None else {}
+    batch = next(batches) if batches is not None else {}
+    if "segment_ids" in batch:
+        return _packed_step(batch, model)
+    batch = on_this_rank(batch)
     mask = batch.get("attention_mask")
     output = model(batch.get("tokens"), batch.get("position_ids"), mask, labels=batch.get("labels"))
     return output, partial(masked_sum, mask=batch.get("loss_mask"))
+
+
+def _packed_step(batch: Batch, model: Any) -> tuple[torch.Tensor, LossFunction]:
+    """The same for rows of several examples."""
+    found = segments.find(batch["segment_ids"])
+    if device.current().type == "cuda":
+        batch, told = end_to_end(batch, found)
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=told)
+    else:
+        apart = segments.mask(batch["segment_ids"])
+        output = model(batch["tokens"], batch["position_ids"], apart, labels=batch["labels"])
+    ranks = parallel_state.get_context_parallel_world_size()  # which share the examples, and each report
+    work = (found.tokens / ranks, found.squares / ranks)
+    return output, partial(masked_sum, mask=batch["loss_mask"], work=work)
+
+
+def end_to_end(batch: Batch, found: segments.Segments) -> tuple[Batch, PackedSeqParams]:
+    """All rows as one, `[1, micro batch × sequence]` on this rank's GPU, and what Transformer Engine is told of segments.
+
+    Under context parallelism each rank has two slices of each segment, as Transformer Engine's attention takes them, and bounds
+    stay those of whole segments. Nothing here waits for the GPU.
+    """
+    names = ("tokens", "labels", "loss_mask", "position_ids")
+    moved: dict[str, Any] = {name: batch[name].reshape(1, -1).to(device.current(), non_blocking=True) for name in names}
+    bounds = torch.from_numpy(found.bounds).pin_memory().to(device.current(), non_blocking=True)
+    if parallel_state.get_context_parallel_world_size() > 1:
+        whole = {**moved, "cu_seqlens": bounds[None], "cu_seqlens_padded": None}
+        cut = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
+        moved = {name: cut[name] for name in names}
+    return moved, _told(bounds, longest=_upper_bound(found))
+
+
+def _upper_bound(found: segments.Segments) -> int:
+    """The longest segment, brought up to a multiple of 64 as Transformer Engine does, so that few kernels and rotary tables are
+    made. Never all tokens of several segments: megatron-core would take positions to go on from one to the next."""
+    longest, total = found.longest, int(found.bounds[-1])
+    rounded = -(-longest // 64) * 64
+    return rounded if rounded < total else longest
+
+
+def _told(bounds: torch.Tensor, *, longest: int) -> PackedSeqParams:
+    """`bounds` is int32 `[segments + 1]`. Padding has segments like examples, so the padded bounds are the very same object, by
+    which Transformer Engine knows that nothing lies between segments."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=bounds,
+        cu_seqlens_kv_padded=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def on_this_rank(batch: Batch) -> Batch:
@@ -39,20 +101,30 @@ def on_this_rank(batch: Batch) -> Batch:
     return {name: value for name, value in cut.items() if value is not None}
 
 
-def masked_sum(losses: torch.Tensor, *, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss summed over tokens that count, how many those are, and both as one tensor to report."""
+def masked_sum(
+    losses: torch.Tensor, *, mask: torch.Tensor, work: Sequence[float] = ()
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss summed over tokens that count, how many those are, and both as one tensor to report.
+
+    `work` is reported after them: of packed rows, the tokens in examples, and the sum of the squares of examples' lengths.
+    """
     total = (losses.float() * mask).sum()
     tokens = mask.sum()
-    return total, tokens.to(torch.int), torch.stack((total.detach(), tokens))
+    # Filled on the device: a number copied there would wait for it.
+    further = [total.new_full((), number) for number in work]
+    return total, tokens.to(torch.int), torch.stack((total.detach(), tokens, *further))
 
 
 def mean(losses: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """Loss per token over microbatches and data-parallel ranks, from what `masked_sum` reported; None but on the last stage."""
-    if not losses:
-        return None
+    return mean_and_work(losses)[0] if losses else None
+
+
+def mean_and_work(losses: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Loss per token over microbatches and data-parallel ranks, and after it the sums of what `masked_sum` reported as work."""
     total = torch.stack(list(losses)).sum(dim=0)
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    return total[0] / total[1].clamp(min=1)
+    return torch.cat(((total[0] / total[1].clamp(min=1))[None], total[2:]))
 
 
 class WithoutPadding(torch.autograd.Function):

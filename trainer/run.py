@@ -60,6 +60,9 @@ class Step:
     save: bool
     """Some rank's clock says that it is time to save."""
 
+    work: tuple[float, float] = (0.0, 0.0)
+    """Of packed rows: the tokens in examples, and the sum of the squares of examples' lengths, over the whole batch."""
+
 
 @dataclass
 class Run:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from formats.errors import UserError, shown
 from formats.json_objects import parse_json
@@ -22,6 +22,14 @@ SIDE_FILES = (
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json",
 )  # fmt: skip
 ANY_TOKENIZER = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+
+
+class Encoded(Protocol):
+    """What the `tokenizers` library makes of a text."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    """For each token its characters in the text: the first, and the one after the last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +53,13 @@ class Tokenizer:
 
     begin: tuple[int, ...] = ()
     """The tokens that its own files put before every text, as transformers does; `encode` leaves them out."""
+
+    name: str = ""
+    """What `load` was given."""
+
+    encode_batch: Callable[[Sequence[str]], list[Encoded]] | None = None
+    """The same as `encode` for many texts on all cores, with each token's place in its text; None where the library that reads
+    the tokenizer cannot tell places."""
 
     def save(self, folder: Path) -> None:
         """Write the files, so that `load(folder)` gives the same tokenizer; transformers reads them as well."""
@@ -82,6 +97,7 @@ def _bytes() -> Tokenizer:
         eod=_BYTE_END,
         vocab_size=_BYTE_END + 1,
         files=_byte_files,
+        name="byte",
     )
 
 
@@ -118,15 +134,21 @@ def _from_file(path: Path) -> Any:
 
 def _fast(folder: Path, backend: Any) -> Tokenizer:
     """A tokenizer of the `tokenizers` library; what its file says of cutting and padding is for batches, not for documents."""
+    from tokenizers import processors  # noqa: PLC0415 - slow to import
+
     backend.no_truncation()
     backend.no_padding()
+    begin = _before(*(backend.encode(_ANY_TEXT, add_special_tokens=special).ids for special in (True, False)))
+    backend.post_processor = processors.Sequence([])  # it would leave white space out of the tokens' places
     return Tokenizer(
         encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
         decode=lambda ids: backend.decode(list(ids), skip_special_tokens=False),
         eod=_end_of_document(folder, backend.token_to_id),
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         files=lambda: _side_files(folder),
-        begin=_before(*(backend.encode(_ANY_TEXT, add_special_tokens=special).ids for special in (True, False))),
+        begin=begin,
+        name=str(folder),
+        encode_batch=lambda texts: backend.encode_batch(list(texts), add_special_tokens=False),
     )
 
 
@@ -166,6 +188,7 @@ def _other(folder: Path) -> Tokenizer:
         vocab_size=max(numbers.values()) + 1,
         files=lambda: _side_files(folder),
         begin=_before(*(found(_ANY_TEXT, add_special_tokens=special)["input_ids"] for special in (True, False))),
+        name=str(folder),
     )
 
 

@@ -242,8 +242,9 @@ def layout() -> list[int]:
 
 def data_identity(config: RunConfig) -> dict[str, Any]:
     """What decides which tokens a sample number stands for."""
-    names = ("sequence_length", "blend", "blend_per_split", "split", "random_seed")
-    return {name: getattr(config.dataset, name, None) for name in names}
+    names = ("sequence_length", "blend", "blend_per_split", "split", "random_seed", "path", "validation_path", "test_path")
+    of_examples = ("packed", "pad_to_multiple_of", "chat_template", "prompt_template")
+    return {name: getattr(config.dataset, name, None) for name in (*names, *of_examples)}
 
 
 def _rng_object() -> ShardedObject:

@@ -11,7 +11,7 @@ from typing import Any
 from trainer.counting.shape import Shape, shape_of
 
 
-def flops_per_token(provider: Any, sequence_length: int, *, lengths: Sequence[int] | None = None) -> float:
+def flops_per_token(provider: Any, sequence_length: int, *, lengths: Sequence[float] | None = None) -> float:
     """Floating-point operations of forward and backward pass per token, on sequences of `sequence_length` tokens, or packed
     ones of the given `lengths`.
 
@@ -30,6 +30,12 @@ def flops_per_token(provider: Any, sequence_length: int, *, lengths: Sequence[in
     return 3 * (2 * _multiplied(shape) + attention)
 
 
+def flops_of_packed(provider: Any, tokens: float, squares: float) -> float:
+    """Floating-point operations of forward and backward over packed examples of `tokens` tokens in all, Σ sᵢ, whose lengths'
+    squares sum up to `squares`, Σ sᵢ². Exact but for sliding windows: for those, as if all were of one length."""
+    return tokens * flops_per_token(provider, 0, lengths=(squares / tokens,))
+
+
 def _multiplied(shape: Shape) -> int:
     """Weights that one token is multiplied with."""
     dense = shape.mlp_matrices(shape.ffn)
@@ -39,7 +45,7 @@ def _multiplied(shape: Shape) -> int:
     return layers + shape.hidden * shape.vocab
 
 
-def _seen(lengths: Sequence[int], window: int | None) -> float:
+def _seen(lengths: Sequence[float], window: int | None) -> float:
     """Tokens that a token sees on average in one layer: the area under the diagonal, less what lies beyond the window."""
     area = sum(length**2 - max(0, length - (window or length)) ** 2 for length in lengths) / 2
     return area / sum(lengths)

@@ -12,6 +12,9 @@ Your own data: in place of `DatasetConfig`, give an object with
 - `build(tokenizer, vocab_size, samples) -> (train, valid, test)`: three datasets as above, of at least the lengths in `samples`,
   or None where that is 0. `tokenizer` is None where the run has none.
 
+Rows may hold several examples of which none sees another: then the object has `packed` set, and samples have `segment_ids`
+(int32) too, another number for each example in a row and -1 for what fills it up.
+
 It is called on every rank and gives the same there. With `num_workers` above 0 the datasets are pickled to the processes that
 read ahead.
 
@@ -28,6 +31,11 @@ if TYPE_CHECKING:
     from trainer.tokenizers import Tokenizer
 
 type Splits = tuple[Dataset | None, Dataset | None, Dataset | None]
+
+
+def is_packed(config: Any) -> bool:
+    """Do the samples of this dataset have `segment_ids`?"""
+    return bool(getattr(config, "packed", False))
 
 
 def build(config: Any, *, tokenizer: Tokenizer | None, vocab_size: int, samples: tuple[int, int, int]) -> Splits:

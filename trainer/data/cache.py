@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,31 +32,41 @@ def kept(folder: Path, name: str, entries: int, make: Callable[[], Arrays]) -> A
     whole = folder / name
     if not whole.is_dir():
         try:
-            _put(folder, whole, make())
+            put(whole, partial(_save, make()))
         except OSError as error:
-            raise UserError(
-                f"cannot write indices to `{folder}`: {error.strerror}",
-                hint="set `dataset.path_to_cache` to a folder that can be written",
-            ) from error
+            raise cannot_write(folder, "indices", error) from error
     files = sorted(whole.glob("*.npy"))
     return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in files)
 
 
-def _put(folder: Path, whole: Path, arrays: Arrays) -> None:
-    partial = folder / f"{whole.name}.partial-{secrets.token_hex(4)}"
-    partial.mkdir(parents=True)
+def cannot_write(folder: Path, what: str, error: OSError) -> UserError:
+    """What to say of a cache that nothing can be put into."""
+    return UserError(
+        f"cannot write {what} to `{folder}`: {error.strerror}",
+        hint="set `dataset.path_to_cache` to a folder that can be written",
+    )
+
+
+def _save(arrays: Arrays, folder: Path) -> None:
+    for number, array in enumerate(arrays):
+        with (folder / f"{number}.npy").open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def put(whole: Path, write: Callable[[Path], None]) -> None:
+    """A folder that `write` fills, at `whole` once it is whole; one that is there already stays."""
+    unfinished = whole.with_name(f"{whole.name}.partial-{secrets.token_hex(4)}")
+    unfinished.mkdir(parents=True)
     try:
-        for number, array in enumerate(arrays):
-            with (partial / f"{number}.npy").open("wb") as file:
-                np.save(file, array, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
+        write(unfinished)
         with contextlib.suppress(OSError):  # another was faster
-            partial.rename(whole)
+            unfinished.rename(whole)
         if not whole.is_dir():
-            partial.rename(whole)
+            unfinished.rename(whole)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def in_turn[T](make: Callable[[], T]) -> T:

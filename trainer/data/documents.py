@@ -76,7 +76,7 @@ def read(paths: Iterable[Path], *, key: str) -> Iterator[Raw]:
     for path in paths:
         with explained(path):
             if path.suffix == ".jsonl":
-                yield from _lines(path, key)
+                yield from lines(path, key)
             elif path.suffix == ".parquet":
                 yield from _rows(path, key)
             else:
@@ -90,7 +90,8 @@ def _whole(path: Path) -> Raw:
     return Raw(path, None, path.read_bytes(), None, size)
 
 
-def _lines(path: Path, key: str) -> Iterator[Raw]:
+def lines(path: Path, key: str | None) -> Iterator[Raw]:
+    """The lines of a file that are not blank, in order."""
     with path.open("rb") as file:
         number = 0
         while line := file.readline(LONGEST + 1):
@@ -122,7 +123,7 @@ def _check_column(path: Path, schema: Any, key: str) -> None:
     import pyarrow as pa  # noqa: PLC0415
 
     if key not in schema.names:
-        raise UserError(f"`{path}` has no column `{key}`: it has {_names(schema.names)}", hint="name one with `--json-key`")
+        raise UserError(f"`{path}` has no column `{key}`: it has {names(schema.names)}", hint="name one with `--json-key`")
     kind = schema.field(key).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UserError(f"column `{key}` of `{path}` is no text: it is {kind}", hint="name another with `--json-key`")
@@ -153,16 +154,17 @@ def _member(raw: Raw, line: str, key: str) -> str:
     if not isinstance(found, dict):
         raise UserError(f"{raw.place} is no JSON object but a {type(found).__name__}", hint=f'lines look like {{"{key}": "…"}}')
     if key not in found:
-        raise UserError(f"{raw.place} has no key `{key}`: it has {_names(found)}", hint="name the right one with `--json-key`")
+        raise UserError(f"{raw.place} has no key `{key}`: it has {names(found)}", hint="name the right one with `--json-key`")
     value = found[key]
     if not isinstance(value, str):
         raise UserError(f"{raw.place}: `{key}` is no text but a {type(value).__name__}", hint="name another with `--json-key`")
-    if not _is_unicode(value):
+    if not is_unicode(value):
         raise UserError(f"{raw.place}: `{key}` holds half a surrogate pair, which is no text", hint="remove or repair the line")
     return value
 
 
-def _is_unicode(value: str) -> bool:
+def is_unicode(value: str) -> bool:
+    """Can it be encoded? JSON can name half a surrogate pair, which is no text."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -170,6 +172,7 @@ def _is_unicode(value: str) -> bool:
     return True
 
 
-def _names(names: Iterable[str]) -> str:
-    listed = [f"`{name}`" for name in names]
+def names(them: Iterable[str]) -> str:
+    """The first few, for a message."""
+    listed = [f"`{name}`" for name in them]
     return ", ".join(listed[:8]) + (", …" if len(listed) > 8 else "") if listed else "none"

@@ -32,17 +32,24 @@ def recipe_and_overrides(words: Sequence[str]) -> tuple[str | None, list[str]]:
     return None, list(words)
 
 
-def read_run(recipe: str | None, *, config_file: str | Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+def read_run(
+    recipe: str | None,
+    *,
+    config_file: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    prepare: Callable[[RunConfig], None] = lambda _config: None,
+) -> RunConfig:
     """The run that a recipe, a YAML file over it and overrides over both describe.
 
-    Without a recipe, the file names one (`recipe: NAME`) or has the model's `config.json` as `model.hf_config`. UserError for
-    what is unknown or does not fit.
+    Without a recipe, the file names one (`recipe: NAME`) or has the model's `config.json` as `model.hf_config`. `prepare` may
+    change what the file and the overrides are then applied to. UserError for what is unknown or does not fit.
     """
     from trainer.settings import described, documents  # noqa: PLC0415
     from trainer.settings import overrides as hydra  # noqa: PLC0415
 
     document = _read(config_file) if config_file else {}
     config = _start(_one_name(recipe, document.pop("recipe", None), config_file), document)
+    prepare(config)
     before = copy.deepcopy(getattr(config.model, "hf_config", None))
     _tell(documents.apply(config, document))
     hydra.apply(config, overrides)

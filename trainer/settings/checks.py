@@ -61,6 +61,7 @@ def check_sizes(config: RunConfig) -> None:
     for name in ("seq_length", "num_layers", "make_vocab_size_divisible_by") if shaped else ():
         _least(f"model.{name}", getattr(config.model, name), 1)
     _least("dataset.sequence_length", getattr(config.dataset, "sequence_length", None), 1)
+    _least("dataset.pad_to_multiple_of", getattr(config.dataset, "pad_to_multiple_of", None), 1)
     _least("dataset.num_workers", getattr(config.dataset, "num_workers", None), 0)
     _check_ranges(config)
 
@@ -250,6 +251,29 @@ def check_device(config: RunConfig, machine: Machine) -> None:
                 f"`model.{setting}` is `{getattr(config.model, setting)}`, which needs a GPU with Transformer Engine; {found}",
                 hint=f"leave `model.{setting}` out",
             )
+
+
+def check_packed(config: RunConfig, machine: Machine) -> None:
+    """What packed rows need of attention, and of their own length."""
+    if not getattr(config.dataset, "packed", False):
+        return
+    window, multiple = getattr(config.model, "window_size", None), number(config.dataset, "pad_to_multiple_of")
+    if window and machine.device == "cpu":
+        raise UserError(
+            f"`model.window_size` is `{window}`, and on the CPU megatron-core's attention cannot keep packed examples apart as well",
+            hint="set `dataset.packed=false`",
+        )
+    length, slices = config.dataset.sequence_length, 2 * size(config.model, CP)
+    if multiple and slices > 2 and multiple % slices:
+        raise UserError(
+            f"`dataset.pad_to_multiple_of` is `{multiple}`, which does not divide by 2 × context `{slices // 2}`",
+            hint="leave it out",
+        )
+    if multiple and length % multiple:
+        raise UserError(
+            f"`dataset.sequence_length` is `{length}`, which does not divide by `dataset.pad_to_multiple_of`, `{multiple}`",
+            hint=f"choose a multiple of {multiple}",
+        )
 
 
 def check_precision_sizes(config: RunConfig) -> None:

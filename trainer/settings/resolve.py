@@ -15,7 +15,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from formats.errors import UserError
-from trainer.config import DatasetConfig, RunConfig
+from trainer.config import DatasetConfig, FinetuningDatasetConfig, RunConfig
 from trainer.settings import checks, described, overlap, precision
 from trainer.settings.choice import Choice, carry_out
 from trainer.settings.precision import Machine
@@ -50,7 +50,8 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     checks.check_optimizer(told)
     precision.check(told.mixed_precision, machine)
     checks.check_device(told, machine)
-    choices = [*_virtual_stages(told.model), *_agreements(told), *_per_token(told)]
+    checks.check_packed(told, machine)
+    choices = [*_virtual_stages(told.model), *_agreements(told), *_per_token(told), *_padded_examples(told)]
     choices = carry_out(told, choices) + precision.apply(told.mixed_precision, told)
     copies = _check_layout(told, world_size)
     microbatches = checks.num_microbatches(told, copies)
@@ -68,7 +69,8 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
 def _copy(config: RunConfig) -> RunConfig:
     """A deep copy, but for a dataset of the user's own, which may hold open files and is not changed."""
     parts = {part.name: getattr(config, part.name) for part in fields(config)}
-    kept = {} if isinstance(config.dataset, DatasetConfig) else {"dataset": parts.pop("dataset")}
+    ours = isinstance(config.dataset, (DatasetConfig, FinetuningDatasetConfig))
+    kept = {} if ours else {"dataset": parts.pop("dataset")}
     return type(config)(**copy.deepcopy(parts), **kept)
 
 
@@ -108,10 +110,23 @@ def _agreements(config: RunConfig) -> list[Choice]:
 
 def _per_token(config: RunConfig) -> list[Choice]:
     """Microbatches with few tokens that count must not weigh as much as those with many."""
-    if not getattr(config.dataset, "eod_mask_loss", False) or not hasattr(config.model, "calculate_per_token_loss"):
+    tuned = isinstance(config.dataset, FinetuningDatasetConfig)
+    if not (tuned or getattr(config.dataset, "eod_mask_loss", False)) or not hasattr(config.model, "calculate_per_token_loss"):
         return []
-    why = "`dataset.eod_mask_loss` leaves tokens out: the mean is over those that count in the whole batch"
-    return [Choice("model.calculate_per_token_loss", True, why)]
+    what = "fine-tuning learns answers alone" if tuned else "`dataset.eod_mask_loss` leaves tokens out"
+    return [Choice("model.calculate_per_token_loss", True, f"{what}: the mean is over those that count in the whole batch")]
+
+
+def _padded_examples(config: RunConfig) -> list[Choice]:
+    """Context-parallel ranks take two slices each of every packed example."""
+    if not isinstance(config.dataset, FinetuningDatasetConfig) or config.dataset.pad_to_multiple_of is not None:
+        return []
+    context = checks.size(config.model, checks.CP)
+    if context == 1 or not config.dataset.packed:
+        return [Choice("dataset.pad_to_multiple_of", 1, "nothing divides the examples")]
+    return [
+        Choice("dataset.pad_to_multiple_of", 2 * context, f"context parallel ranks take 2 × {context} slices of each example")
+    ]
 
 
 _WITHOUT_CUDA: dict[str, Any] = {

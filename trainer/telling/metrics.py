@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ class Totals:
     grad_norm: float | None
     skipped: int
     not_finite: int
+    work: tuple[float, float] = (0.0, 0.0)
+    """See `trainer.run.Step`."""
 
 
 class Interval:
@@ -38,13 +41,20 @@ class Interval:
         self._begin()
 
     def _begin(self) -> None:
-        self.steps, self._skipped = 0, 0
+        self.steps, self._skipped, self._work = 0, 0, (0.0, 0.0)
         self._loss: torch.Tensor | None = None
         self._not_finite: torch.Tensor | None = None
         self._grad_norm: torch.Tensor | float | None = None
 
-    def add(self, loss: torch.Tensor, *, grad_norm: torch.Tensor | float | None = None, skipped: bool = False) -> None:
-        """Count a step: its mean loss (a scalar tensor on any device), and whether its update was skipped.
+    def add(
+        self,
+        loss: torch.Tensor,
+        *,
+        grad_norm: torch.Tensor | float | None = None,
+        skipped: bool = False,
+        work: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
+        """Count a step: its mean loss (a scalar tensor on any device), whether its update was skipped, the work of packed rows.
 
         A loss that is not finite is counted, and unless skipped it makes the mean what it is.
         """
@@ -53,6 +63,7 @@ class Interval:
         self._not_finite = wrong if self._not_finite is None else self._not_finite + wrong
         self.steps += 1
         self._skipped += skipped
+        self._work = self._work[0] + work[0], self._work[1] + work[1]
         if not skipped:
             self._loss = loss if self._loss is None else self._loss + loss
         if grad_norm is not None:
@@ -69,6 +80,7 @@ class Interval:
             grad_norm=state["grad_norm"],
             skipped=state["skipped"],
             not_finite=int(state["not_finite"]),
+            work=state["work"],
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,12 +92,13 @@ class Interval:
         on_device = [value.double().reshape(()) for value in held if isinstance(value, torch.Tensor)]
         numbers = iter(torch.stack([value.to(on_device[0].device) for value in on_device]).tolist() if on_device else [])
         loss, not_finite, grad_norm = (next(numbers) if isinstance(value, torch.Tensor) else value for value in held)
-        names = {"steps": self.steps, "skipped": self._skipped}
+        names = {"steps": self.steps, "skipped": self._skipped, "work": self._work}
         return {**names, "loss": loss, "not_finite": not_finite or 0.0, "grad_norm": grad_norm}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.steps, self._skipped = state["steps"], state["skipped"]
+        self._work = tuple(state.get("work", (0.0, 0.0)))
         self._loss = None if state["loss"] is None else torch.tensor(state["loss"], dtype=torch.float64)
         self._not_finite = torch.tensor(state["not_finite"], dtype=torch.float64)
         self._grad_norm = state["grad_norm"]
@@ -107,6 +120,15 @@ class Measure:
     """FLOP/s of one GPU: `peaks.peak_flops`."""
 
     device: Literal["gpu", "cpu"] = "gpu"
+    flops_of_packed: Callable[[float, float], float] | None = None
+    """Operations of packed rows, from the tokens in examples and the sum of the squares of examples' lengths."""
+
+    def _flops(self, totals: Totals) -> float:
+        """Operations per step."""
+        tokens, squares = totals.work
+        if tokens and self.flops_of_packed:
+            return self.flops_of_packed(tokens, squares) / totals.steps
+        return self.tokens_per_step * self.flops_per_token
 
     def step(
         self,
@@ -124,7 +146,7 @@ class Measure:
         assert totals.steps > 0, "an interval without steps"
         per_step = max(seconds, 1e-9) / totals.steps
         rate = self.tokens_per_step / per_step / self.num_gpus
-        flops = rate * self.flops_per_token
+        flops = self._flops(totals) / per_step / self.num_gpus
         return Step(
             iteration=iteration,
             loss=totals.loss,

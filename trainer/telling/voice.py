@@ -9,6 +9,7 @@ import errno
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from formats.errors import UserError
 from trainer import device, parallel
 from trainer.config import RunConfig
 from trainer.counting import peaks
-from trainer.counting.flops import flops_per_token
+from trainer.counting.flops import flops_of_packed, flops_per_token
 from trainer.model import GPTModelProvider
 from trainer.settings import documents
 from trainer.telling import metrics, records
@@ -47,7 +48,7 @@ class Telling:
     def step(self, progress: Any, step: Any) -> None:
         """Count a step; at an interval's end, tell it."""
         grad_norm = step.grad_norm if step.applied else None
-        self.interval.add(torch.tensor(step.loss), grad_norm=grad_norm, skipped=not step.applied)
+        self.interval.add(torch.tensor(step.loss), grad_norm=grad_norm, skipped=not step.applied, work=step.work)
         every = self.config.logger.log_interval
         if progress.iteration % every and progress.iteration < self.config.train.train_iters:
             return
@@ -123,6 +124,7 @@ def open_telling(config: RunConfig, *, resumed_at: int, active: bool) -> Telling
     kind = device.GPU if device.current().type == "cuda" else device.CPU
     measure = metrics.Measure(
         flops_per_token=_flops(config),
+        flops_of_packed=_flops_of_packed(config),
         tokens_per_step=config.train.global_batch_size * sequence,
         num_gpus=dist.get_world_size(),
         train_iters=config.train.train_iters,
@@ -138,6 +140,11 @@ def _flops(config: RunConfig) -> float:
     """Model FLOPs per token; 0 for a model of one's own, whose shape nobody told."""
     known = isinstance(config.model, GPTModelProvider)
     return flops_per_token(config.model, config.dataset.sequence_length) if known else 0.0
+
+
+def _flops_of_packed(config: RunConfig) -> Callable[[float, float], float] | None:
+    """None for a model of one's own."""
+    return partial(flops_of_packed, config.model) if isinstance(config.model, GPTModelProvider) else None
 
 
 def _peak(config: RunConfig) -> float | None:

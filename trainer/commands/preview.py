@@ -1,0 +1,106 @@
+"""`mbtrain preview`: what a model would learn from examples, before it does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from formats.errors import UserError
+from trainer.settings.arguments import read_run, recipe_and_overrides, run_arguments
+
+if TYPE_CHECKING:
+    from trainer.config import FinetuningDatasetConfig, RunConfig
+    from trainer.data.chat.splits import Part
+    from trainer.tokenizers import Tokenizer
+
+_SPLITS = ("train", "validation", "test")
+
+
+@click.command("preview")
+@run_arguments
+@click.option("--examples", "shown", type=click.IntRange(min=0), default=3, show_default=True, help="Examples to show.")
+@click.option("--limit", type=click.IntRange(min=1), default=10_000, show_default=True, help="Examples to read for the figures.")
+@click.option("--split", type=click.Choice(_SPLITS), default="train", show_default=True, help="Whose examples.")
+@click.option("--tokens", "separate", is_flag=True, help="Put `|` between tokens.")
+@click.option("--skip-bad", is_flag=True, help="Count examples that cannot be used, as dataset.skip_bad=true does.")
+def command(
+    words: tuple[str, ...],
+    *,
+    config_file: str | None,
+    shown: int,
+    limit: int,
+    split: str,
+    separate: bool,
+    skip_bad: bool,
+) -> None:
+    """Show the examples of dataset.path as RECIPE would learn them: tokens that are learned in color, or in ⟦brackets⟧.
+
+    Then how many tokens are learned, how many examples are cut or cannot be used, and how long they are. Nothing is trained.
+    """
+    from trainer.data.chat import splits  # noqa: PLC0415 - seconds to import
+
+    recipe, overrides = recipe_and_overrides(words)
+    config = read_run(recipe, config_file=config_file, overrides=overrides, prepare=_for_examples)
+    config.dataset.skip_bad |= skip_bad
+    parts = splits.parts(config.dataset)
+    part = parts[_SPLITS.index(split)]
+    if part is None:
+        raise UserError(f"there are no examples for {split}", hint=f"set `dataset.{split}_path`, or its share in `dataset.split`")
+    with _tokenizer(config) as tokenizer:
+        _show(part, config.dataset, tokenizer, shown=shown, limit=limit, separator="|" if separate else "")
+
+
+def _for_examples(config: RunConfig) -> None:
+    """A recipe that is for documents is one for examples of the same length."""
+    from trainer.config import FinetuningDatasetConfig  # noqa: PLC0415
+
+    if not isinstance(config.dataset, FinetuningDatasetConfig):
+        config.dataset = FinetuningDatasetConfig(sequence_length=config.dataset.sequence_length)
+
+
+@contextmanager
+def _tokenizer(config: RunConfig) -> Iterator[Tokenizer]:
+    """The one named, else that beside the model's own files, else the one in the checkpoint to start from."""
+    from trainer import tokenizers  # noqa: PLC0415
+
+    start = config.checkpoint.pretrained_checkpoint
+    found = tokenizers.of_run(config.tokenizer.tokenizer_model, beside=start or getattr(config.model, "hf_source", None))
+    if found is not None:
+        yield found
+    elif start is not None:
+        from trainer.generation.checkpoint import tokenizer_of  # noqa: PLC0415 - seconds to import
+
+        with tokenizer_of(start) as found:
+            yield found
+    else:
+        raise UserError("there is no tokenizer", hint="name a folder that has one: `tokenizer.tokenizer_model=DIR`")
+
+
+def _show(part: Part, config: FinetuningDatasetConfig, tokenizer: Tokenizer, *, shown: int, limit: int, separator: str) -> None:
+    from trainer.data.chat.examples import Counts, read_examples  # noqa: PLC0415
+    from trainer.data.chat.preview import example_text, filling, histogram  # noqa: PLC0415
+
+    counts, lengths, mark = Counts(), [], _mark()
+    for example in islice(read_examples(part.source, tokenizer, config, counts=counts), limit):
+        lengths.append(len(example.tokens))
+        if len(lengths) <= shown:
+            click.echo(f"# {example.place}: {len(example.tokens):,} tokens, {int(example.trained.sum()):,} trained on")
+            click.echo(example_text(example, tokenizer, mark=mark, separator=separator) + "\n", color=True)
+    click.echo(f"the first {counts}" if len(lengths) == limit else f"{counts}")
+    for line in (*counts.reasons(), filling(lengths, config.sequence_length), "tokens per example:", *histogram(lengths)):
+        click.echo(line)
+
+
+def _mark() -> Any:
+    """How what is learned is shown."""
+    from trainer.data.chat.preview import brackets  # noqa: PLC0415
+
+    plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
+    return brackets if plain else partial(click.style, fg="green", bold=True)

@@ -1,0 +1,128 @@
+"""The tokenizer's chat template, or one from a file, as transformers renders it.
+
+Knows nothing of tokens and of what is learned.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from formats.errors import UserError
+from trainer.data.chat.sources import UnusableError
+from trainer.tokenizers import Tokenizer
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+_DATE = datetime.date(2024, 7, 26)
+"""What templates are told is today: the day that Meta's templates fall back to. With the real one an example's tokens would
+change over night, and a resumed run would not go on with what it began."""
+
+type Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Makes one text of messages."""
+
+    renderer: Any
+    """transformers' tokenizer."""
+
+    given: str | None
+    """The template from a file; None for the tokenizer's own."""
+
+    controls: frozenset[int]
+    """Numbers of tokens that no plain text becomes: what can end a turn."""
+
+    @classmethod
+    def load(cls, tokenizer: Tokenizer, file: str | None) -> Template:
+        """UserError where there is no template, or the one given cannot be read."""
+        if tokenizer.name == "byte":
+            raise UserError(
+                "the `byte` tokenizer has no chat template, and its texts no tokens that end a turn",
+                hint="train on examples of `prompt` and `completion`, or name another tokenizer: `tokenizer.tokenizer_model=DIR`",
+            )
+        from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
+
+        try:
+            found = AutoTokenizer.from_pretrained(tokenizer.name, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # any of many kinds, from several libraries
+            first = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"transformers, which renders chat templates, cannot read `{tokenizer.name}`: {first}",
+                hint="save the tokenizer again with transformers' `save_pretrained`",
+            ) from None
+        return cls._checked(tokenizer, found, _read(file) if file else None)
+
+    @classmethod
+    def _checked(cls, tokenizer: Tokenizer, found: Any, given: str | None) -> Template:
+        if given is None and not found.chat_template:
+            raise UserError(
+                f"the tokenizer in `{tokenizer.name}` has no chat template, and the examples are conversations",
+                hint="give a file with one: `dataset.chat_template=FILE`; base models seldom have one, their instruct models do",
+            )
+        return cls(found, given, frozenset(found.added_tokens_decoder) | frozenset(found.all_special_ids))
+
+    def marks(self, tools: Any) -> bool:
+        """Does the template say itself, with `{% generation %}`, what the model is to write?"""
+        return bool(_MARK.search(self._text(tools)))
+
+    def render(self, messages: Messages, *, tools: Any, asking: bool) -> str:
+        """The text of the messages; `asking` for an answer, with what stands before one. UnusableError where the template
+        refuses the messages."""
+        return self._render(messages, tools, add_generation_prompt=asking)[0]
+
+    def render_marked(self, messages: Messages, *, tools: Any) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and where in it the model is to write: first characters, and those after the last."""
+        text, spans = self._render(messages, tools, return_assistant_tokens_mask=True)
+        return text, list(spans)
+
+    def _render(self, messages: Messages, tools: Any, **how: Any) -> tuple[str, Sequence[tuple[int, int]]]:
+        from jinja2.exceptions import TemplateError, TemplateSyntaxError  # noqa: PLC0415 - comes with transformers
+        from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415 - slow to import
+
+        template = _on_a_day(self._text(tools))
+        plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        try:
+            texts, spans = render_jinja_template(
+                [plain], tools=tools, chat_template=template, **how, **self.renderer.special_tokens_map
+            )
+        except TemplateSyntaxError as error:
+            raise UserError(f"the chat template is not readable: {error.message} in line {error.lineno}") from None
+        except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise UnusableError("the chat template refuses it", str(error).strip().split("\n")[0]) from None
+        return texts[0], spans[0] if spans else ()
+
+    def _text(self, tools: Any) -> str:
+        try:
+            return self.renderer.get_chat_template(self.given, tools)
+        except ValueError as error:
+            raise UserError(
+                f"the tokenizer has no chat template to take: {error}", hint="give one with `dataset.chat_template`"
+            ) from None
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"cannot read `dataset.chat_template`, which is `{file}`: {reason}", hint="give a file with a Jinja template"
+        ) from None
+
+
+@cache
+def _on_a_day(template: str) -> str:
+    """The template with its own idea of today: a macro stands in for the function that transformers offers."""
+    forms = {form for _, form in _TODAY.findall(template)}
+    if not forms:
+        return template
+    days = {form: _DATE.strftime(form) for form in sorted(forms)}
+    return "{% macro strftime_now(form) %}{{ " + repr(days) + "[form] }}{% endmacro %}{{ '' }}" + template
