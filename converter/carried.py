@@ -6,6 +6,7 @@ of its safetensors files (which fix names, order and shard boundaries), and the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,14 +53,25 @@ class Luggage:
 def pack(reader: HuggingFaceReader, extras: tuple[str, ...]) -> Luggage:
     """Everything of a Hugging Face directory but the weights themselves."""
     travels, left_out = side_files(reader.folder, reader.shards)
-    copies = {f"{FILES}/{name}": FileIn(reader.folder, name) for name in travels}
-    copies |= {f"tokenizer/{name}": FileIn(reader.folder, name) for name in travels if name in _TOKENIZER_FILES}
+    copies = _copies({name: FileIn(reader.folder, name) for name in travels})
     documents = {f"{HEADERS}/{name}": shard.raw for name, shard in reader.shards.items()}
     data = {name: _bytes_of(reader, name) for name in extras}
     if extras:
         documents[EXTRAS] = make_header(reader.specs[name] for name in extras) + b"".join(data.values())
     hashes = {name: blake3(value).hexdigest() for name, value in data.items()}
     return Luggage(documents, hashes, copies, left_out)
+
+
+def _copies(files: Mapping[str, FileIn]) -> dict[str, FileIn]:
+    """Where side files go; those of the tokenizer a second time, where Megatron-Bridge looks for them."""
+    tokenizer = {f"tokenizer/{name}": file for name, file in files.items() if name in _TOKENIZER_FILES}
+    return {**{f"{FILES}/{name}": file for name, file in files.items()}, **tokenizer}
+
+
+def pack_again(origin: Reference) -> Luggage:
+    """The side files of a model that is known already, for a checkpoint without its weights: an adapter's."""
+    config = {} if CONFIG in origin.files else {f"{FILES}/{CONFIG}": (json.dumps(origin.config, indent=2) + "\n").encode()}
+    return Luggage(config, {}, _copies(origin.files), [])
 
 
 def _bytes_of(reader: HuggingFaceReader, name: str) -> bytes:
