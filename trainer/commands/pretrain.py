@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 import click
 
@@ -21,10 +22,15 @@ def command(words: tuple[str, ...], config_file: str | None, nproc: int | None) 
     SIGTERM, SIGUSR1 or Ctrl-C, to this command or to any of its processes: the run saves and ends. Exit status: 0 done, or
     stopped where the settings say; 1 failed; 143 after SIGTERM, 138 after SIGUSR1, 130 after Ctrl-C.
     """
+    carry_out(words, config_file, nproc, finetune=False)
+
+
+def carry_out(words: Sequence[str], config_file: str | None, nproc: int | None, *, finetune: bool) -> None:
+    """Train here, or start the processes that do."""
     from trainer import launching, loop  # noqa: PLC0415 - seconds to import
 
     recipe, overrides = recipe_and_overrides(words)
-    config = read_run(recipe, config_file=config_file, overrides=overrides)
+    config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=finetune)
     if nproc is not None and nproc > 1 and "RANK" not in os.environ:
         launching.check(config, world_size=nproc)
         sys.exit(launching.launch(nproc, sys.argv[1:]))

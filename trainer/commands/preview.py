@@ -47,7 +47,7 @@ def command(
     from trainer.data.chat import splits  # noqa: PLC0415 - seconds to import
 
     recipe, overrides = recipe_and_overrides(words)
-    config = read_run(recipe, config_file=config_file, overrides=overrides, prepare=_for_examples)
+    config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
     config.dataset.skip_bad |= skip_bad
     parts = splits.parts(config.dataset)
     part = parts[_SPLITS.index(split)]
@@ -55,14 +55,6 @@ def command(
         raise UserError(f"there are no examples for {split}", hint=f"set `dataset.{split}_path`, or its share in `dataset.split`")
     with _tokenizer(config) as tokenizer:
         _show(part, config.dataset, tokenizer, shown=shown, limit=limit, separator="|" if separate else "")
-
-
-def _for_examples(config: RunConfig) -> None:
-    """A recipe that is for documents is one for examples of the same length."""
-    from trainer.config import FinetuningDatasetConfig  # noqa: PLC0415
-
-    if not isinstance(config.dataset, FinetuningDatasetConfig):
-        config.dataset = FinetuningDatasetConfig(sequence_length=config.dataset.sequence_length)
 
 
 @contextmanager

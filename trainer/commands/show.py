@@ -12,6 +12,7 @@ from trainer.settings.arguments import read_run, recipe_and_overrides, run_argum
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
+    from trainer.recipe import Recipe
 
 
 @click.command("show")
@@ -40,10 +41,18 @@ def _machine(recipe: str | None, config: RunConfig, *, gpus: int | None, process
     if gpus or processes:
         return gpus or processes or 1, "gpu" if gpus else "cpu"
     copy = math.prod(getattr(config.model, f"{one}_parallel_size", 1) for one in ("tensor_model", "pipeline_model", "context"))
-    wanted = recipes.find(recipe).gpus if recipe else copy
+    wanted = _recommended(recipes.find(recipe), config) if recipe else copy
     on_cpu = config.dist.device == "cpu" or wanted == 0
     size = copy if on_cpu else -(-wanted // copy) * copy
     return size, "cpu" if on_cpu else "gpu"
+
+
+def _recommended(recipe: Recipe, config: RunConfig) -> int:
+    from trainer.config import FinetuningDatasetConfig  # noqa: PLC0415
+
+    if config.peft is not None:
+        return recipe.peft_gpus
+    return recipe.sft_gpus if isinstance(config.dataset, FinetuningDatasetConfig) else recipe.gpus
 
 
 def _show(config: RunConfig, *, world_size: int, device: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.config import RunConfig
-from trainer.recipe import Recipe, pretraining
+from trainer.recipe import Recipe, pretraining, tuning_adapters, tuning_all
 
 COMMON: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -51,6 +51,7 @@ LAYOUT_70B: dict[str, Any] = {
     "virtual_pipeline_model_parallel_size": 5,
     "sequence_parallel": True,
 }
+DIVIDED_8: dict[str, Any] = {"tensor_model_parallel_size": 8, "sequence_parallel": True}
 
 
 def pretrain_8b() -> RunConfig:
@@ -75,7 +76,55 @@ def pretrain_70b() -> RunConfig:
     )
 
 
+def sft_8b() -> RunConfig:
+    """All of Llama 3 8B, on {S8b}.
+
+    Per GPU at XX: 00 GB.
+    """
+    return tuning_all(MODEL_8B, **LAYOUT_8B)
+
+
+def peft_8b() -> RunConfig:
+    """Adapters of Llama 3 8B, on {P8b}.
+
+    Per GPU at XX: 00 GB.
+    """
+    return tuning_adapters(MODEL_8B)
+
+
+def sft_70b() -> RunConfig:
+    """All of Llama 3 70B, on {S70b}.
+
+    Per GPU at XX: 00 GB.
+    """
+    return tuning_all(MODEL_70B, **LAYOUT_70B)
+
+
+def peft_70b() -> RunConfig:
+    """Adapters of Llama 3 70B, on {P70b}.
+
+    Per GPU at XX: 00 GB.
+    """
+    return tuning_adapters(MODEL_70B, **DIVIDED_8)
+
+
 RECIPES = (
-    Recipe(name="llama3_8b", pretrain_config=pretrain_8b, gpus=8),
-    Recipe(name="llama3_70b", pretrain_config=pretrain_70b, gpus=32),
+    Recipe(
+        name="llama3_8b",
+        pretrain_config=pretrain_8b,
+        sft_config=sft_8b,
+        peft_config=peft_8b,
+        gpus=8,
+        sft_gpus=4,
+        peft_gpus=1,
+    ),
+    Recipe(
+        name="llama3_70b",
+        pretrain_config=pretrain_70b,
+        sft_config=sft_70b,
+        peft_config=peft_70b,
+        gpus=32,
+        sft_gpus=32,
+        peft_gpus=8,
+    ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.config import RunConfig
-from trainer.recipe import Recipe, pretraining
+from trainer.recipe import Recipe, pretraining, tuning_adapters, tuning_all
 from trainer.recipes import llama3
 
 LONG: dict[str, Any] = {
@@ -33,6 +33,19 @@ MODEL_405B = (
         "head_dim": 128,
     }
 )
+
+LAYOUT_405B: dict[str, Any] = llama3.DIVIDED_8 | {
+    "pipeline_model_parallel_size": 16,
+    "virtual_pipeline_model_parallel_size": 2,
+    "context_parallel_size": 4,
+    "account_for_embedding_in_pipeline_split": True,
+    "account_for_loss_in_pipeline_split": True,
+}
+ADAPTERS_405B: dict[str, Any] = llama3.DIVIDED_8 | {
+    "pipeline_model_parallel_size": 4,
+    "account_for_embedding_in_pipeline_split": True,
+    "account_for_loss_in_pipeline_split": True,
+}
 
 
 def pretrain_8b() -> RunConfig:
@@ -75,18 +88,84 @@ def pretrain_405b() -> RunConfig:
         train_iters=1_200_000,
         lr=8e-5,
         min_lr=8e-7,
-        tensor_model_parallel_size=8,
-        pipeline_model_parallel_size=16,
-        virtual_pipeline_model_parallel_size=2,
-        context_parallel_size=4,
-        sequence_parallel=True,
-        account_for_embedding_in_pipeline_split=True,
-        account_for_loss_in_pipeline_split=True,
+        **LAYOUT_405B,
     )
 
 
+def sft_8b() -> RunConfig:
+    """All of Llama 3.1 8B, on {S8b}.
+
+    Per GPU at XX: 00 GB.
+    """
+    return tuning_all(MODEL_8B, **llama3.LAYOUT_8B)
+
+
+def peft_8b() -> RunConfig:
+    """Adapters of Llama 3.1 8B, on {P8b}.
+
+    Per GPU at XX: 00 GB.
+    """
+    return tuning_adapters(MODEL_8B)
+
+
+def sft_70b() -> RunConfig:
+    """All of Llama 3.1 70B, on {S70b}.
+
+    Per GPU at XX: 00 GB.
+    """
+    return tuning_all(MODEL_70B, **llama3.LAYOUT_70B)
+
+
+def peft_70b() -> RunConfig:
+    """Adapters of Llama 3.1 70B, on {P70b}.
+
+    Per GPU at XX: 00 GB.
+    """
+    return tuning_adapters(MODEL_70B, **llama3.DIVIDED_8)
+
+
+def sft_405b() -> RunConfig:
+    """All of Llama 3.1 405B, on {S405b}.
+
+    Per GPU at XX: 00 GB.
+    """
+    return tuning_all(MODEL_405B, **LAYOUT_405B)
+
+
+def peft_405b() -> RunConfig:
+    """Adapters of Llama 3.1 405B, on {P405b}.
+
+    Per GPU at XX: 00 GB.
+    """
+    return tuning_adapters(MODEL_405B, **ADAPTERS_405B)
+
+
 RECIPES = (
-    Recipe(name="llama31_8b", pretrain_config=pretrain_8b, gpus=8),
-    Recipe(name="llama31_70b", pretrain_config=pretrain_70b, gpus=32),
-    Recipe(name="llama31_405b", pretrain_config=pretrain_405b, gpus=512),
+    Recipe(
+        name="llama31_8b",
+        pretrain_config=pretrain_8b,
+        sft_config=sft_8b,
+        peft_config=peft_8b,
+        gpus=8,
+        sft_gpus=4,
+        peft_gpus=1,
+    ),
+    Recipe(
+        name="llama31_70b",
+        pretrain_config=pretrain_70b,
+        sft_config=sft_70b,
+        peft_config=peft_70b,
+        gpus=32,
+        sft_gpus=32,
+        peft_gpus=8,
+    ),
+    Recipe(
+        name="llama31_405b",
+        pretrain_config=pretrain_405b,
+        sft_config=sft_405b,
+        peft_config=peft_405b,
+        gpus=512,
+        sft_gpus=512,
+        peft_gpus=32,
+    ),
 )

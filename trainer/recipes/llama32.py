@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.config import RunConfig
-from trainer.recipe import Recipe, pretraining
+from trainer.recipe import Recipe, pretraining, tuning_adapters, tuning_all
 from trainer.recipes import llama3, llama31
 
 SMALL: dict[str, Any] = (
@@ -45,7 +45,55 @@ def pretrain_3b() -> RunConfig:
     return pretraining(MODEL_3B, sequence_length=8192, global_batch_size=512, train_iters=1_200_000, lr=3e-4, min_lr=3e-5)
 
 
+def sft_1b() -> RunConfig:
+    """All of Llama 3.2 1B, on {S1b}.
+
+    Per GPU at XX: 00 GB.
+    """
+    return tuning_all(MODEL_1B)
+
+
+def peft_1b() -> RunConfig:
+    """Adapters of Llama 3.2 1B, on {P1b}.
+
+    Per GPU at XX: 00 GB.
+    """
+    return tuning_adapters(MODEL_1B)
+
+
+def sft_3b() -> RunConfig:
+    """All of Llama 3.2 3B, on {S3b}.
+
+    Per GPU at XX: 00 GB.
+    """
+    return tuning_all(MODEL_3B)
+
+
+def peft_3b() -> RunConfig:
+    """Adapters of Llama 3.2 3B, on {P3b}.
+
+    Per GPU at XX: 00 GB.
+    """
+    return tuning_adapters(MODEL_3B)
+
+
 RECIPES = (
-    Recipe(name="llama32_1b", pretrain_config=pretrain_1b, gpus=1),
-    Recipe(name="llama32_3b", pretrain_config=pretrain_3b, gpus=4),
+    Recipe(
+        name="llama32_1b",
+        pretrain_config=pretrain_1b,
+        sft_config=sft_1b,
+        peft_config=peft_1b,
+        gpus=1,
+        sft_gpus=1,
+        peft_gpus=1,
+    ),
+    Recipe(
+        name="llama32_3b",
+        pretrain_config=pretrain_3b,
+        sft_config=sft_3b,
+        peft_config=peft_3b,
+        gpus=4,
+        sft_gpus=2,
+        peft_gpus=1,
+    ),
 )

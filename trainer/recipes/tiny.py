@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.config import RunConfig
-from trainer.recipe import Recipe, pretraining
+from trainer.recipe import Recipe, pretraining, tuning_adapters, tuning_all
 from trainer.recipes import llama3
 
 MODEL: dict[str, Any] = llama3.COMMON | {
@@ -28,16 +28,45 @@ MODEL: dict[str, Any] = llama3.COMMON | {
 def pretrain() -> RunConfig:
     """A Llama of 3 million parameters over bytes, in fp32, on a CPU in about a minute.
 
-    Weights, gradients and optimizer 3.3e6 × 16 = 0.05 GB; one optimizer for all, since ranks have no memory to save.
+    Weights, gradients and optimizer 3.3e6 × 16 = 0.05 GB.
     """
     config = pretraining(MODEL, sequence_length=256, global_batch_size=8, train_iters=100, lr=1e-3, min_lr=1e-4)
-    config.train.micro_batch_size = 2
+    config.scheduler.lr_warmup_fraction = 0.1
+    return _small(config)
+
+
+def sft() -> RunConfig:
+    """All of a tiny model, on a CPU in about a minute."""
+    config = tuning_all(MODEL, sequence_length=256)
+    config.optimizer.lr = 1e-3
+    return _small(config)
+
+
+def peft() -> RunConfig:
+    """Adapters of a tiny model, on a CPU in about a minute."""
+    config = tuning_adapters(MODEL, sequence_length=256)
+    config.optimizer.lr, config.peft.dim, config.peft.alpha = 1e-2, 8, 16
+    return _small(config)
+
+
+def _small(config: RunConfig) -> RunConfig:
+    """In fp32, for a CPU: one optimizer for all, since ranks have no memory to save."""
+    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 100, 8, 2
     config.mixed_precision = "fp32"
     config.tokenizer.tokenizer_model = "byte"
-    config.scheduler.lr_warmup_fraction = 0.1
     config.ddp.use_distributed_optimizer = config.optimizer.use_distributed_optimizer = False
     config.validation.eval_iters = 2
     return config
 
 
-RECIPES = (Recipe(name="llama_tiny", pretrain_config=pretrain, gpus=0),)
+RECIPES = (
+    Recipe(
+        name="llama_tiny",
+        pretrain_config=pretrain,
+        sft_config=sft,
+        peft_config=peft,
+        gpus=0,
+        sft_gpus=0,
+        peft_gpus=0,
+    ),
+)

@@ -37,19 +37,20 @@ def read_run(
     *,
     config_file: str | Path | None = None,
     overrides: Iterable[str] = (),
-    prepare: Callable[[RunConfig], None] = lambda _config: None,
+    finetune: bool = False,
 ) -> RunConfig:
     """The run that a recipe, a YAML file over it and overrides over both describe.
 
-    Without a recipe, the file names one (`recipe: NAME`) or has the model's `config.json` as `model.hf_config`. `prepare` may
-    change what the file and the overrides are then applied to. UserError for what is unknown or does not fit.
+    Without a recipe, the file names one (`recipe: NAME`) or has the model's `config.json` as `model.hf_config`. With
+    `finetune`, or where `peft` is given, it is a recipe's run for fine-tuning: adapters, or all parameters for `peft=none`.
+    UserError for what is unknown or does not fit.
     """
     from trainer.settings import described, documents  # noqa: PLC0415
     from trainer.settings import overrides as hydra  # noqa: PLC0415
 
     document = _read(config_file) if config_file else {}
-    config = _start(_one_name(recipe, document.pop("recipe", None), config_file), document)
-    prepare(config)
+    overrides = list(overrides)
+    config = _start(_one_name(recipe, document.pop("recipe", None), config_file), document, _kind(document, overrides, finetune))
     before = copy.deepcopy(getattr(config.model, "hf_config", None))
     _tell(documents.apply(config, document))
     hydra.apply(config, overrides)
@@ -74,11 +75,21 @@ def _one_name(recipe: str | None, in_file: Any, file: object) -> str | None:
     return recipe or (str(in_file) if in_file else None)
 
 
-def _start(name: str | None, document: dict[str, Any]) -> RunConfig:
+def _kind(document: dict[str, Any], overrides: Sequence[str], finetune: bool) -> str:
+    """Which of a recipe's runs is meant."""
+    told = [word.partition("=")[2] for word in overrides if word.lstrip("+").partition("=")[0] == "peft"]
+    told = told[-1:] or ([document["peft"]] if "peft" in document else [])
+    if not told:
+        return "peft_config" if finetune else "pretrain_config"
+    return "sft_config" if told[0] in {None, "none", "null", "None"} else "peft_config"
+
+
+def _start(name: str | None, document: dict[str, Any], kind: str) -> RunConfig:
     if name is not None:
         from trainer import recipes  # noqa: PLC0415
 
-        return recipes.find(name).pretrain_config()
+        return getattr(recipes.find(name), kind)()
+    from trainer import recipe  # noqa: PLC0415
     from trainer.config import RunConfig  # noqa: PLC0415
     from trainer.model import from_hf_config  # noqa: PLC0415
 
@@ -89,7 +100,9 @@ def _start(name: str | None, document: dict[str, Any]) -> RunConfig:
             "there is no recipe to start from",
             hint="name one (`mbtrain recipes` lists them), or give a file with `recipe: NAME` or with `model.hf_config`",
         )
-    return RunConfig(model=from_hf_config(described))
+    if kind == "pretrain_config":
+        return RunConfig(model=from_hf_config(described))
+    return (recipe.tuning_all if kind == "sft_config" else recipe.tuning_adapters)(described)
 
 
 def _tell(ignored: Sequence[str]) -> None:
