@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from formats.errors import UserError
 from trainer.peft import parts
 from trainer.peft.adapted import adapt
 from trainer.peft.canonical import CanonicalAdapter
@@ -46,6 +47,17 @@ class LoRA(PEFT):
 
     a_init: Literal["kaiming", "xavier", "normal"] = "kaiming"
     """First values of A: PEFT's default, uniform in ±1/√inputs; Xavier's uniform; or a normal distribution of 1/r."""
+
+    def check(self) -> None:
+        """UserError for numbers out of range."""
+        ranges = {
+            "dim": (self.dim >= 1, "at least 1"),
+            "dropout": (0 <= self.dropout < 1, "at least 0 and less than 1"),
+            "lora_plus_ratio": (self.lora_plus_ratio is None or self.lora_plus_ratio > 0, "more than 0"),
+        }
+        for name, (fits, wanted_range) in ranges.items():
+            if not fits:
+                raise UserError(f"`peft.{name}` is `{getattr(self, name)}`, it should be {wanted_range}")
 
     @property
     def scale(self) -> float:

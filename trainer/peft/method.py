@@ -32,6 +32,9 @@ class PEFT:
         """
         raise NotImplementedError
 
+    def check(self) -> None:
+        """UserError for settings that cannot work, before anything starts."""
+
     def aliases(self, name: str) -> Sequence[str]:
         """What `target_modules` and `exclude_modules` choose from: the names of a module's parts, where it has any; else its
         own."""
