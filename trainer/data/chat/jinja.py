@@ -62,7 +62,7 @@ class Template:
 
     @classmethod
     def _checked(cls, tokenizer: Tokenizer, found: Any, given: str | None) -> Template:
-        if given is None and not found.chat_template:
+        if given is None and not (found.chat_template and isinstance(found.chat_template, (str, dict))):
             raise UserError(
                 f"the tokenizer in `{tokenizer.name}` has no chat template, and the examples are conversations",
                 hint="give a file with one: `dataset.chat_template=FILE`; base models seldom have one, their instruct models do",
