@@ -173,6 +173,12 @@ def test_today_is_the_same_day_every_day(learn, template, tokenizer):
     assert tokenizer.decode(tokens).startswith("26 Jul 2024 2024 <|begin_of_text|>")
 
 
+def test_a_day_in_a_form_that_only_the_template_knows_is_an_error(refusal, template):
+    text = "{% set form = '%d' %}{{ strftime_now(form) }}" + PLAIN
+    told = "the chat template refuses it: it asks for a date in a form that is not written out"
+    assert refusal({"messages": said("what?", "it")}, chat_template=template(text)).startswith(REFUSED.format(1) + told)
+
+
 STRIPS = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>"
     "{% if message.role == 'assistant' and not loop.last %}{{ message.content.split('.')[-1] }}"
