@@ -196,6 +196,9 @@ class CheckpointConfig:
     pretrained_checkpoint: str | None = None
     """Weights to start from where there is nothing to resume: a Megatron checkpoint or a Hugging Face directory."""
 
+    pretrained_adapter: str | None = None
+    """Adapters to start from beside those weights: a checkpoint of this trainer, or of `mbconvert adapter-to-mcore`."""
+
     save_interval: int | None = None
     """Steps between checkpoints; the last step always saves."""
 

@@ -21,12 +21,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from trainer import device, feed, model, optim, parallel
 from trainer.agreement import agree, not_a_number
-from trainer.beginning import first_weights, make_saver
+from trainer.beginning import first_weights, make_saver, what_is_trained
 from trainer.checkpoints import checkpoint, iterations, luggage
 from trainer.config import RunConfig
 from trainer.loss import forward_step as default_forward_step
 from trainer.loss import mean
-from trainer.peft.attach import attach
 from trainer.run import Callback, ForwardStep, Run, Step, say
 from trainer.settings.resolve import Resolved, resolve
 from trainer.signals import Stop
@@ -71,9 +70,8 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     chunks = model.build(config.model)
     resumed = iterations.latest(config.checkpoint.load)
     first_weights(chunks, config, resumed)
-    if config.peft is not None:
-        say(str(attach(chunks, config.peft, seed=config.rng.seed)))
-    travels = luggage.pack(config, chunks, resumed=resumed)
+    base = what_is_trained(chunks, config, resumed)
+    travels = luggage.pack(config, chunks, resumed=resumed, base=base)
     wrapped = optim.wrap(chunks, config)
     optimizer = optim.make_optimizer(wrapped, config)
     parts = checkpoint.Parts(wrapped, optimizer, optim.make_scheduler(optimizer, config), checkpoint.Progress())
