@@ -131,7 +131,7 @@ class FinetuningDatasetConfig:
     """Several examples in one sequence, none of which sees another; without it each has a sequence of its own."""
 
     pad_to_multiple_of: int | None = None
-    """What lengths of packed examples are brought up to a multiple of; None for what context parallelism needs."""
+    """What lengths of packed examples are brought up to a multiple of; None for what context parallelism needs, 2 × its size."""
 
     chat_template: str | None = None
     """A file with a Jinja template, in place of the tokenizer's own."""

@@ -7,11 +7,12 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from trainer import data, device, model, tokenizers
+from trainer import data, device, model
 from trainer.checkpoints import checkpoint
+from trainer.checkpoints.contents import tokenizer_of_run
 from trainer.config import RunConfig
 from trainer.data.loader import batches
-from trainer.run import Run
+from trainer.run import Run, say
 
 
 def datasets(config: RunConfig, progress: checkpoint.Progress) -> Sequence[Any]:
@@ -19,12 +20,15 @@ def datasets(config: RunConfig, progress: checkpoint.Progress) -> Sequence[Any]:
     train, checks = config.train, config.validation
     to_come = max(train.train_iters - progress.iteration, 0) * train.global_batch_size
     evaluated = checks.eval_iters * train.global_batch_size
-    return data.build(
+    made = data.build(
         config.dataset,
-        tokenizer=tokenizers.of_run(config.tokenizer.tokenizer_model, beside=getattr(config.model, "hf_source", None)),
+        tokenizer=tokenizer_of_run(config),
         vocab_size=config.model.vocab_size,
         samples=(progress.consumed_samples + to_come, evaluated, evaluated),
     )
+    for line in getattr(made[0], "summary", ()):
+        say(line)
+    return made
 
 
 def rows_between_stages(config: RunConfig) -> tuple[int, int]:

@@ -72,8 +72,8 @@ def put(whole: Path, write: Callable[[Path], None]) -> None:
 def in_turn[T](make: Callable[[], T]) -> T:
     """`make()` on rank 0, then on the first rank of each node, then on the others.
 
-    Each finds the files of those before it; a node that does not share rank 0's folder makes its own. Without
-    torch.distributed, just `make()`.
+    Each finds the files of those before it; a node that does not share rank 0's folder makes its own. What a person has to
+    correct on one rank is a UserError on all of them. Without torch.distributed, just `make()`.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return make()
@@ -81,7 +81,20 @@ def in_turn[T](make: Callable[[], T]) -> T:
     mine = 0 if distributed.get_rank() == 0 else 1 if local == 0 else 2
     made: list[T] = []
     for turn in range(3):
-        if turn == mine:
-            made.append(make())
-        distributed.barrier()
+        _together(made, make if turn == mine else None)
     return made[0]
+
+
+def _together[T](made: list[T], make: Callable[[], T] | None) -> None:
+    """Some ranks make something, the others wait for them, and all raise what one of them found wrong."""
+    wrong: list[UserError | None] = [None] * distributed.get_world_size()
+    here = None
+    try:
+        if make is not None:
+            made.append(make())
+    except UserError as error:
+        here = error
+    distributed.all_gather_object(wrong, here)
+    for error in wrong:
+        if error is not None:
+            raise error

@@ -272,7 +272,7 @@ def check_packed(config: RunConfig, machine: Machine) -> None:
     window, multiple = getattr(config.model, "window_size", None), number(config.dataset, "pad_to_multiple_of")
     if window and machine.device == "cpu":
         raise UserError(
-            f"`model.window_size` is `{window}`, and on the CPU megatron-core's attention cannot keep packed examples apart as well",
+            f"`model.window_size` is `{window}`, and megatron-core's attention on the CPU cannot keep packed examples apart too",
             hint="set `dataset.packed=false`",
         )
     length, slices = config.dataset.sequence_length, 2 * size(config.model, CP)
