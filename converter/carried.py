@@ -6,6 +6,7 @@ of its safetensors files (which fix names, order and shard boundaries), and the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from formats.huggingface import (
     side_files,
 )
 from formats.json_objects import read_json
+from formats.spec import Reader
 
 FOLDER = "huggingface"
 FILES = f"{FOLDER}/files"
@@ -46,23 +48,29 @@ class Luggage:
     documents: Mapping[str, bytes]
     hashes: Mapping[str, str]
     copies: Mapping[str, FileIn]
-    left_out: list[str]
 
 
 def pack(reader: HuggingFaceReader, extras: tuple[str, ...]) -> Luggage:
     """Everything of a Hugging Face directory but the weights themselves."""
-    travels, left_out = side_files(reader.folder, reader.shards)
-    copies = {f"{FILES}/{name}": FileIn(reader.folder, name) for name in travels}
-    copies |= {f"tokenizer/{name}": FileIn(reader.folder, name) for name in travels if name in _TOKENIZER_FILES}
-    documents = {f"{HEADERS}/{name}": shard.raw for name, shard in reader.shards.items()}
+    reference, _ = of_model(reader)
+    return pack_reference(reference, reader, extras)
+
+
+def pack_reference(reference: Reference, reader: Reader, extras: tuple[str, ...]) -> Luggage:
+    """Everything known of a model but the weights themselves, with the tensors that no Megatron model has."""
+    copies = {f"{FILES}/{name}": file for name, file in reference.files.items()}
+    copies |= {f"tokenizer/{name}": file for name, file in reference.files.items() if name in _TOKENIZER_FILES}
+    documents = {f"{HEADERS}/{name}": shard.raw for name, shard in reference.shards.items()}
+    if CONFIG not in reference.files:
+        documents[f"{FILES}/{CONFIG}"] = (json.dumps(reference.config, indent=2) + "\n").encode()
     data = {name: _bytes_of(reader, name) for name in extras}
     if extras:
         documents[EXTRAS] = make_header(reader.specs[name] for name in extras) + b"".join(data.values())
     hashes = {name: blake3(value).hexdigest() for name, value in data.items()}
-    return Luggage(documents, hashes, copies, left_out)
+    return Luggage(documents, hashes, copies)
 
 
-def _bytes_of(reader: HuggingFaceReader, name: str) -> bytes:
+def _bytes_of(reader: Reader, name: str) -> bytes:
     spec = reader.specs[name]
     values = np.empty(spec.shape, spec.dtype)
     reader.read(name, spec.whole, values)
@@ -104,6 +112,13 @@ def _check_once(shards: Mapping[str, Shard]) -> None:
             if name in seen:
                 raise UserError(f"`{name}` is in two headers under `{HEADERS}`: `{seen[name]}` and `{file}`")
             seen[name] = file
+
+
+def of_model(reader: HuggingFaceReader) -> tuple[Reference, list[str]]:
+    """What a Hugging Face directory says of its own weights; and the files in it that do not travel."""
+    travels, left_out = side_files(reader.folder, reader.shards)
+    files = {name: FileIn(reader.folder, name) for name in travels}
+    return Reference(read_json(reader.folder, CONFIG), f"`{reader.folder.label}`'s", files, reader.shards), left_out
 
 
 def from_folder(folder: Folder) -> Reference:
