@@ -1,0 +1,184 @@
+"""Merge an adapter into the model it was trained beside, from the outside in: check, open, survey, plan, carry out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Unpack
+
+from converter.adapters.adapter import Adapter
+from converter.adapters.base import check_ties, open_base
+from converter.adapters.description import Base
+from converter.adapters.fingerprint import fingerprint
+from converter.adapters.fitting import survey
+from converter.adapters.merged import Merged
+from converter.adapters.open import open_adapter
+from converter.carry import carry_out
+from converter.convert import check_options, refuse_target
+from converter.exporting import ExportOptions, plan_files
+from converter.importing import ImportOptions, left_out, plan_import
+from converter.inspect import HUGGINGFACE, kind
+from converter.job import How, HowOptions, Job, Summary, Talk
+from converter.plan import Copy, Making, casts
+from converter.run import DEFAULT_WORKERS
+from converter.sources import Source, open_source
+from converter.values import KEEP, target_dtype
+from formats.disk import explained
+from formats.errors import UserError
+from formats.folder import Folder, LocalFolder
+from formats.spec import TensorSpec
+
+Kind = Literal["hf", "mcore"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What the bytes of the output depend on beside base and adapter. The defaults are those of the conversions."""
+
+    dtype: str = KEEP
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    pp_layout: Sequence[int] | None = None
+    vocab_divisible_by: int = 128
+    integrity: bool = True
+    max_shard_size: int | None = None
+
+
+@explained()
+def merge(
+    base: str | Path,
+    adapter: str | Path,
+    target: str | Path,
+    *,
+    to: Kind | None = None,
+    hf_config: str | Path | None = None,
+    any_base: bool = False,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int = 1,
+    pp_layout: Sequence[int] | None = None,
+    vocab_divisible_by: int = 128,
+    integrity: bool = True,
+    max_shard_size: int | None = None,
+    dtype: str = KEEP,
+    talk: Talk | None = None,
+    **options: Unpack[HowOptions],
+) -> Summary:
+    """Write a model with an adapter's changes added to its weights: in fp32, rounded once to each weight's dtype, or `dtype`.
+
+    `base` is a Hugging Face directory, a URL, a Hub id or a Megatron checkpoint; `adapter` is PEFT's folder or a Megatron
+    checkpoint of an adapter; `to` is the target's format, by default the base's. A Megatron target is laid out anew, by `tp`,
+    `pp` and so on; a Hugging Face one keeps the base's files. An adapter that names its base is refused beside another,
+    unless `any_base`. Raises UserError before a byte moves for whatever does not fit; after any failure nothing is at
+    `target`.
+
+    Products go through numpy's BLAS. Where it runs its own threads beside the workers, they get in each other's way: set
+    `OPENBLAS_NUM_THREADS=1` before numpy is imported, as `mbconvert` does.
+    """
+    how, talk, target = How(**options), talk or Talk(), str(target)
+    wanted = Target(
+        dtype=dtype,
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        pp_layout=pp_layout,
+        vocab_divisible_by=vocab_divisible_by,
+        integrity=integrity,
+        max_shard_size=max_shard_size,
+    )
+    check_options(
+        dtype=dtype,
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        vocab_divisible_by=vocab_divisible_by,
+        max_shard_size=max_shard_size,
+        workers=how.workers,
+    )
+    folder, given = open_source(base, or_hub=True), open_source(hf_config) if hf_config else None
+    to = _target_kind(to, folder, wanted)
+    beside = [LocalFolder(Path(adapter))] if Path(adapter).is_dir() else []
+    refuse_target(target, [folder, *beside, *([given] if given else [])], how)
+    with closing(open_adapter(adapter)) as opened:
+        if not any_base:
+            _check_base(folder, opened, talk)
+        source = _merged(folder, given, opened, Path(adapter).resolve().name, wanted.dtype, how.workers or DEFAULT_WORKERS)
+        with closing(source.reader):
+            job = _plan(source, target, to, wanted, talk, given=given)
+            return carry_out(job, how, talk)
+
+
+def _target_kind(to: Kind | None, base: Folder, wanted: Target) -> Kind:
+    """The target's format; UserError for options that the other format has."""
+    chosen: Kind = to or ("hf" if kind(base) == HUGGINGFACE else "mcore")
+    plain = Target(dtype=wanted.dtype)
+    others = {"hf": ("tp", "pp", "vpp", "pp_layout", "vocab_divisible_by", "integrity"), "mcore": ("max_shard_size",)}
+    for name in others[chosen]:
+        if getattr(wanted, name) != getattr(plain, name):
+            what = {"hf": "a Hugging Face directory", "mcore": "a Megatron checkpoint"}[chosen]
+            raise UserError(
+                f"`--{name.replace('_', '-')} {getattr(wanted, name)}` has no meaning for {what}",
+                hint="`--to hf` and `--to mcore` choose the target's format; without them it is the base's",
+            )
+    return chosen
+
+
+def _check_base(folder: Folder, adapter: Adapter, talk: Talk) -> None:
+    """Raise UserError if the adapter was trained beside another model; say so where it does not tell."""
+    told = adapter.description.base
+    if told is None or not told.fingerprint:
+        talk.note(f"the adapter does not tell its base apart from other models{_as_named(told)}: that is not checked")
+        return
+    found = fingerprint(folder)
+    if found != told.fingerprint:
+        raise UserError(
+            f"the adapter was trained beside `{told.name}`, whose fingerprint is {told.fingerprint}; "
+            f"that of `{folder.label}` is {found}",
+            hint="give the base it was trained beside, or `--any-base` to merge it into this one",
+        )
+
+
+def _as_named(base: Base | None) -> str:
+    return f" (it names `{base.name}`)" if base and base.name else ""
+
+
+def _merged(folder: Folder, given: Folder | None, adapter: Adapter, name: str, dtype: str, workers: int) -> Source:
+    """The base, read as merged."""
+    source = open_base(folder, given)
+    check_ties(source, adapter.names)
+    found = survey(adapter, source.reader.specs, name=name, label=source.label)
+    merged = Merged(source.reader, adapter, dtype=dtype)
+    return replace(source, reader=merged, adapter=found.told, memory=found.memory(workers))
+
+
+def _plan(source: Source, target: str, to: Kind, wanted: Target, talk: Talk, *, given: Folder | None) -> Job:
+    if to == "hf":
+        return _plan_huggingface(source, target, wanted, talk, given=given)
+    layout = ImportOptions(
+        tp=wanted.tp,
+        pp=wanted.pp,
+        vpp=wanted.vpp,
+        pp_layout=wanted.pp_layout,
+        dtype=wanted.dtype,
+        vocab_divisible_by=wanted.vocab_divisible_by,
+        integrity=wanted.integrity,
+    )
+    return plan_import(source, target, layout, talk)
+
+
+def _plan_huggingface(source: Source, target: str, wanted: Target, talk: Talk, *, given: Folder | None) -> Job:
+    """The same tensors in the same files."""
+    makings = [_kept(spec, wanted.dtype) for spec in source.reader.specs.values()]
+    for text in (*left_out(source), *(f"weights are cast from {old} to {new}" for old, new in casts(makings).items())):
+        talk.note(text)
+    options = ExportOptions(hf_config=given, max_shard_size=wanted.max_shard_size, dtype=wanted.dtype)
+    return plan_files(source, makings, target, options, talk)
+
+
+def _kept(spec: TensorSpec, dtype: str) -> Making:
+    """A tensor as it is, or cast."""
+    target = TensorSpec(spec.name, spec.shape, target_dtype(spec, dtype))
+    return Making(target, (Copy(spec.name, spec.dtype, 0, 0, spec.shape[0]),))
