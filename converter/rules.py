@@ -132,6 +132,15 @@ def alternatives(template: str) -> list[str]:
     return [f"{head}{word}{tail}" for word in words.split(",")]
 
 
+def words(template: str) -> list[str]:
+    """What tells the alternatives apart: `q` and `k` of `self_attn.{q,k}_proj`; nothing where there is one name alone."""
+    _, brace, rest = template.partition("{")
+    inside, _, tail = rest.partition("}")
+    if not brace:
+        return []
+    return inside.split(",") if "," in inside else words(tail)
+
+
 def in_order(rules: Iterable[Rule], model: Model) -> Iterator[tuple[Rule, int]]:
     """Each rule with each of its layers: the order in which a model computes, and files are written.
 

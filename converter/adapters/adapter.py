@@ -34,3 +34,7 @@ class Adapter:
     """Hugging Face weights that change, such as `model.layers.0.self_attn.q_proj.weight`."""
 
     read: Callable[[str], Delta]
+    """Of one of `names`; KeyError for another weight. May be called from several threads."""
+
+    close: Callable[[], None]
+    """Let go of open files."""

@@ -1,0 +1,31 @@
+"""Any adapter, opened: PEFT's folder or a Megatron checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from converter.adapters import peft_config
+from converter.adapters.adapter import Adapter
+from converter.adapters.megatron_format import open_megatron
+from converter.adapters.opened import Opened
+from converter.adapters.peft_format import PICKLED, open_peft
+from converter.sources import open_source
+from formats.folder import Folder
+
+
+def open_adapter(path: str | Path) -> Adapter:
+    """What an adapter changes. `path`: PEFT's folder, its Hub id or URL; or a Megatron checkpoint, its root or one iteration.
+
+    Reads headers alone. Raises UserError for what is neither, is damaged, or is of a method that is not known here. Close it
+    when done.
+    """
+    return open_either(open_source(path, or_hub=True)).adapter()
+
+
+def open_either(folder: Folder) -> Opened:
+    """The same of a folder, with its tensors under PEFT's names."""
+    return open_peft(folder)[1] if is_peft(folder) else open_megatron(folder).opened
+
+
+def is_peft(folder: Folder) -> bool:
+    return folder.has(peft_config.FILE) or folder.has(PICKLED)

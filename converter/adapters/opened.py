@@ -1,0 +1,45 @@
+"""An adapter that lies in files of either kind: how each of its tensors is read under PEFT's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from converter.adapters.adapter import Adapter, Delta
+from converter.adapters.description import Description
+from converter.adapters.names import Factor
+from converter.plan import Making, Piece
+from converter.run import Bench
+from formats.spec import Array, Reader
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Headers read and checked, no data."""
+
+    label: str
+    description: Description
+    reader: Reader
+    parts: Mapping[str, Mapping[Factor, Making]]
+    """The tensors of the adapter of each Hugging Face weight, as PEFT has them."""
+
+    scales: Mapping[str, float]
+    """What B · A is multiplied by, for each of those weights."""
+
+    @property
+    def makings(self) -> dict[str, Making]:
+        """All of them by name."""
+        return {making.spec.name: making for factors in self.parts.values() for making in factors.values()}
+
+    def adapter(self) -> Adapter:
+        return Adapter(self.description, frozenset(self.parts), self._delta, self.reader.close)
+
+    def _delta(self, weight: str) -> Delta:
+        found = {factor: self._whole(making) for factor, making in self.parts[weight].items()}
+        return Delta(found[Factor.A], found[Factor.B], self.scales[weight], found.get(Factor.MAGNITUDE))
+
+    def _whole(self, making: Making) -> Array:
+        piece = Piece(making, slice(0, making.spec.shape[0]))
+        return Bench().make(piece, self.reader).astype(np.float32)
