@@ -89,9 +89,9 @@ class _Planned:
 def _job(found: _Planned, target: str, wanted: ExportOptions) -> Job:
     source, given = found.source, wanted.hf_config.name if wanted.hf_config else None
     command = source.command("mcore-to-hf")
-    options = {"max_shard_size": wanted.max_shard_size, "dtype": wanted.dtype, "hf_config": given, **source.merged()}
+    options = {"max_shard_size": wanted.max_shard_size, "dtype": wanted.dtype, "hf_config": given}
     laid_out = {file: shard.size for file, shard in found.shards.items()}
-    outputs = outputs_for(target, found.makings, {**options, "shards": laid_out})
+    outputs = outputs_for(target, found.makings, {**options, **source.merged(), "shards": laid_out})
     made = {*found.documents, provenance.FILE}
     copies = {name: file for name, file in source.reference.files.items() if name not in made}
     makings = {making.spec.name: making for making in found.makings}
@@ -103,9 +103,10 @@ def _job(found: _Planned, target: str, wanted: ExportOptions) -> Job:
         writer=HuggingFaceWriter(outputs, found.shards),
         outputs=outputs,
         makings=found.makings,
-        manifest=manifest(command, options, {**source.files, **copies}),
+        manifest=manifest(command, {**options, **source.merged()}, {**source.files, **copies}),
         facts={
             "source": source.told,
+            **source.merged(),
             "options": options,
             "family": source.reference.config.get("model_type"),
             "casts": casts(found.makings),

@@ -89,8 +89,8 @@ def _planned(source: Source, wanted: ImportOptions) -> _Planned:
 
 def _job(found: _Planned, target: str, wanted: ImportOptions) -> Job:
     source, plan, luggage = found.source, found.plan, found.luggage
-    command, options = source.command("hf-to-mcore"), {**_options(wanted, found.layout), **source.merged()}
-    outputs = outputs_for(target, plan.makings, options)
+    command, options = source.command("hf-to-mcore"), _options(wanted, found.layout)
+    outputs = outputs_for(target, plan.makings, {**options, **source.merged()})
     folder = f"{iteration_folder(0)}/"
     documents = {**luggage.documents, **_documents(found, vocab_multiple=wanted.vocab_divisible_by)}
     return Job(
@@ -101,8 +101,8 @@ def _job(found: _Planned, target: str, wanted: ImportOptions) -> Job:
         writer=TorchDistWriter(outputs, [Placed(*item) for item in placed(plan, found.layout)]),
         outputs=outputs,
         makings=plan.makings,
-        manifest=manifest(command, options, {**source.files, **luggage.copies}),
-        facts={"source": source.told, "options": options, **_facts(found)},
+        manifest=manifest(command, {**options, **source.merged()}, {**source.files, **luggage.copies}),
+        facts={"source": source.told, **source.merged(), "options": options, **_facts(found)},
         tensors={copy.source: source.reader.specs[copy.source] for making in plan.makings for copy in making.copies},
         passing="read",
         sides=lambda written: _sides(found, written, wanted.dtype),

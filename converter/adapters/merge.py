@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 from converter.adapters.adapter import Adapter
 from converter.adapters.base import check_ties, open_base
@@ -31,20 +31,6 @@ from formats.folder import Folder, LocalFolder
 from formats.spec import TensorSpec
 
 Kind = Literal["hf", "mcore"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """What the bytes of the output depend on beside base and adapter. The defaults are those of the conversions."""
-
-    dtype: str = KEEP
-    tp: int = 1
-    pp: int = 1
-    vpp: int = 1
-    pp_layout: Sequence[int] | None = None
-    vocab_divisible_by: int = 128
-    integrity: bool = True
-    max_shard_size: int | None = None
 
 
 @explained()
@@ -79,51 +65,51 @@ def merge(
     `OPENBLAS_NUM_THREADS=1` before numpy is imported, as `mbconvert` does.
     """
     how, talk, target = How(**options), talk or Talk(), str(target)
-    wanted = Target(
-        dtype=dtype,
+    counts = {"tp": tp, "pp": pp, "vpp": vpp, "vocab_divisible_by": vocab_divisible_by, "max_shard_size": max_shard_size}
+    check_options(dtype=dtype, workers=how.workers, **counts)
+    folder, given = open_source(base, or_hub=True), open_source(hf_config) if hf_config else None
+    layout = ImportOptions(
         tp=tp,
         pp=pp,
         vpp=vpp,
         pp_layout=pp_layout,
+        dtype=dtype,
         vocab_divisible_by=vocab_divisible_by,
         integrity=integrity,
-        max_shard_size=max_shard_size,
     )
-    check_options(
-        dtype=dtype,
-        tp=tp,
-        pp=pp,
-        vpp=vpp,
-        vocab_divisible_by=vocab_divisible_by,
-        max_shard_size=max_shard_size,
-        workers=how.workers,
-    )
-    folder, given = open_source(base, or_hub=True), open_source(hf_config) if hf_config else None
-    to = _target_kind(to, folder, wanted)
+    files = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype)
+    to = to or ("hf" if kind(folder) == HUGGINGFACE else "mcore")
+    _check_meant(to, layout, files)
     beside = [LocalFolder(Path(adapter))] if Path(adapter).is_dir() else []
     refuse_target(target, [folder, *beside, *([given] if given else [])], how)
     with closing(open_adapter(adapter)) as opened:
         if not any_base:
             _check_base(folder, opened, talk)
-        source = _merged(folder, given, opened, Path(adapter).resolve().name, wanted.dtype, how.workers or DEFAULT_WORKERS)
+        source = _merged(open_base(folder, given), opened, Path(adapter).resolve().name, dtype, how.workers or DEFAULT_WORKERS)
         with closing(source.reader):
-            job = _plan(source, target, to, wanted, talk, given=given)
+            job = _as_files(source, target, files, talk) if to == "hf" else plan_import(source, target, layout, talk)
             return carry_out(job, how, talk)
 
 
-def _target_kind(to: Kind | None, base: Folder, wanted: Target) -> Kind:
-    """The target's format; UserError for options that the other format has."""
-    chosen: Kind = to or ("hf" if kind(base) == HUGGINGFACE else "mcore")
-    plain = Target(dtype=wanted.dtype)
-    others = {"hf": ("tp", "pp", "vpp", "pp_layout", "vocab_divisible_by", "integrity"), "mcore": ("max_shard_size",)}
-    for name in others[chosen]:
-        if getattr(wanted, name) != getattr(plain, name):
-            what = {"hf": "a Hugging Face directory", "mcore": "a Megatron checkpoint"}[chosen]
-            raise UserError(
-                f"`--{name.replace('_', '-')} {getattr(wanted, name)}` has no meaning for {what}",
-                hint="`--to hf` and `--to mcore` choose the target's format; without them it is the base's",
-            )
-    return chosen
+def _check_meant(to: Kind, layout: ImportOptions, files: ExportOptions) -> None:
+    """Raise UserError for options that only the other format has."""
+    plain = ImportOptions(
+        tp=1, pp=1, vpp=1, pp_layout=None, dtype=layout.dtype, vocab_divisible_by=128, integrity=True
+    )  # fmt: skip
+    if to == "hf":
+        other, foreign = "a Hugging Face directory", _differing(layout, plain)
+    else:
+        other, foreign = "a Megatron checkpoint", _differing(files, replace(files, max_shard_size=None))
+    for name, value in foreign.items():
+        raise UserError(
+            f"`{name}` is {value}, which means nothing to {other}",
+            hint="`--to hf` and `--to mcore` choose the target's format; without them it is the base's",
+        )
+
+
+def _differing(options: ImportOptions | ExportOptions, plain: ImportOptions | ExportOptions) -> dict[str, Any]:
+    found = {one.name: getattr(options, one.name) for one in fields(options)}
+    return {name: value for name, value in found.items() if value != getattr(plain, name)}
 
 
 def _check_base(folder: Folder, adapter: Adapter, talk: Talk) -> None:
@@ -145,37 +131,20 @@ def _as_named(base: Base | None) -> str:
     return f" (it names `{base.name}`)" if base and base.name else ""
 
 
-def _merged(folder: Folder, given: Folder | None, adapter: Adapter, name: str, dtype: str, workers: int) -> Source:
+def _merged(source: Source, adapter: Adapter, name: str, dtype: str, workers: int) -> Source:
     """The base, read as merged."""
-    source = open_base(folder, given)
     check_ties(source, adapter.names)
     found = survey(adapter, source.reader.specs, name=name, label=source.label)
     merged = Merged(source.reader, adapter, dtype=dtype)
     return replace(source, reader=merged, adapter=found.told, memory=found.memory(workers))
 
 
-def _plan(source: Source, target: str, to: Kind, wanted: Target, talk: Talk, *, given: Folder | None) -> Job:
-    if to == "hf":
-        return _plan_huggingface(source, target, wanted, talk, given=given)
-    layout = ImportOptions(
-        tp=wanted.tp,
-        pp=wanted.pp,
-        vpp=wanted.vpp,
-        pp_layout=wanted.pp_layout,
-        dtype=wanted.dtype,
-        vocab_divisible_by=wanted.vocab_divisible_by,
-        integrity=wanted.integrity,
-    )
-    return plan_import(source, target, layout, talk)
-
-
-def _plan_huggingface(source: Source, target: str, wanted: Target, talk: Talk, *, given: Folder | None) -> Job:
-    """The same tensors in the same files."""
+def _as_files(source: Source, target: str, wanted: ExportOptions, talk: Talk) -> Job:
+    """The same tensors, in the base's files where they are known."""
     makings = [_kept(spec, wanted.dtype) for spec in source.reader.specs.values()]
     for text in (*left_out(source), *(f"weights are cast from {old} to {new}" for old, new in casts(makings).items())):
         talk.note(text)
-    options = ExportOptions(hf_config=given, max_shard_size=wanted.max_shard_size, dtype=wanted.dtype)
-    return plan_files(source, makings, target, options, talk)
+    return plan_files(source, makings, target, wanted, talk)
 
 
 def _kept(spec: TensorSpec, dtype: str) -> Making:
