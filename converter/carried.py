@@ -53,21 +53,30 @@ class Luggage:
 def pack(reader: HuggingFaceReader, extras: tuple[str, ...]) -> Luggage:
     """Everything of a Hugging Face directory but the weights themselves."""
     reference, _ = of_model(reader)
-    return pack_reference(reference, reader, extras)
+    return pack_model(reference, reader, extras)
 
 
-def pack_reference(reference: Reference, reader: Reader, extras: tuple[str, ...]) -> Luggage:
-    """Everything known of a model but the weights themselves, with the tensors that no Megatron model has."""
-    copies = {f"{FILES}/{name}": file for name, file in reference.files.items()}
-    copies |= {f"tokenizer/{name}": file for name, file in reference.files.items() if name in _TOKENIZER_FILES}
-    documents = {f"{HEADERS}/{name}": shard.raw for name, shard in reference.shards.items()}
-    if CONFIG not in reference.files:
-        documents[f"{FILES}/{CONFIG}"] = (json.dumps(reference.config, indent=2) + "\n").encode()
+def pack_model(reference: Reference, reader: Reader, extras: tuple[str, ...]) -> Luggage:
+    """The same of a model that was opened: its side files and its shard map, and the `extras`."""
+    beside = pack_again(reference)
+    documents = {**beside.documents, **{f"{HEADERS}/{name}": shard.raw for name, shard in reference.shards.items()}}
     data = {name: _bytes_of(reader, name) for name in extras}
     if extras:
         documents[EXTRAS] = make_header(reader.specs[name] for name in extras) + b"".join(data.values())
     hashes = {name: blake3(value).hexdigest() for name, value in data.items()}
-    return Luggage(documents, hashes, copies)
+    return Luggage(documents, hashes, beside.copies)
+
+
+def pack_again(origin: Reference) -> Luggage:
+    """The side files of a model that is known already: for a checkpoint without its weights, an adapter's, nothing else."""
+    config = {} if CONFIG in origin.files else {f"{FILES}/{CONFIG}": (json.dumps(origin.config, indent=2) + "\n").encode()}
+    return Luggage(config, {}, _copies(origin.files))
+
+
+def _copies(files: Mapping[str, FileIn]) -> dict[str, FileIn]:
+    """Where side files go; those of the tokenizer a second time, where Megatron-Bridge looks for them."""
+    tokenizer = {f"tokenizer/{name}": file for name, file in files.items() if name in _TOKENIZER_FILES}
+    return {**{f"{FILES}/{name}": file for name, file in files.items()}, **tokenizer}
 
 
 def _bytes_of(reader: Reader, name: str) -> bytes:

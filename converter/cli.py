@@ -63,8 +63,12 @@ _Command = Callable[..., None]
 
 def _common(command: _Command) -> _Command:
     """The options both directions share."""
+    return click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Cast weights.")(_how(command))
+
+
+def _how(command: _Command) -> _Command:
+    """How to carry out whatever writes an output."""
     options = [
-        click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Cast weights."),
         click.option("--workers", type=_COUNT, metavar="N", help="Threads; the bytes written do not depend on it."),
         click.option("--dry-run", is_flag=True, help="Print every file and its size, memory and disk; move nothing."),
         click.option("--overwrite", is_flag=True, help="Replace DST, once the new output is whole."),
@@ -150,12 +154,38 @@ def merge(base: str, adapter: str, target: str, **options: Any) -> None:
     BASE and DST are Hugging Face directories or Megatron checkpoints; ADAPTER is PEFT's folder, or the Megatron checkpoint of
     a training run with `peft`.
     """
-    # Workers share the processor by pieces; BLAS's own threads beside them only get in their way. Read when numpy is imported.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from converter.adapters.merge import merge  # noqa: PLC0415
     from converter.console import convert  # noqa: PLC0415
 
     convert(merge, base, adapter, target, **options)
+
+
+@cli.command("adapter-to-mcore")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@click.option("--base", required=True, metavar="MODEL", help="The model it was trained beside: a directory of either format, "
+              "a URL or a Hub id.")  # fmt: skip
+@click.option("--canonical/--fused", default=True, show_default=True,
+              help="Separate adapters for query, key, value, gate and up, as PEFT has them; or one per module.")  # fmt: skip
+@_how
+def adapter_to_mcore(source: str, target: str, **options: Any) -> None:
+    """Convert the PEFT adapter SRC (a directory or a Hub id) to the Megatron adapter checkpoint DST."""
+    from converter.adapters.convert import adapter_to_mcore  # noqa: PLC0415
+    from converter.console import convert  # noqa: PLC0415
+
+    convert(adapter_to_mcore, source, target, **options)
+
+
+@cli.command("adapter-to-hf")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@_how
+def adapter_to_hf(source: str, target: str, **options: Any) -> None:
+    """Convert the Megatron adapter checkpoint SRC (its root, or one `iter_*` directory) to the PEFT adapter DST."""
+    from converter.adapters.convert import adapter_to_hf  # noqa: PLC0415
+    from converter.console import convert  # noqa: PLC0415
+
+    convert(adapter_to_hf, source, target, **options)
 
 
 @cli.command("inspect")

@@ -47,7 +47,7 @@ def hf_to_mcore(
     """
     how, talk, target, folder = How(**options), talk or Talk(), str(target), open_source(source, or_hub=True)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, vocab_divisible_by=vocab_divisible_by, workers=how.workers)
-    refuse_target(target, [folder], how)
+    check_place(target, [folder], how)
     wanted = ImportOptions(
         tp=tp,
         pp=pp,
@@ -81,7 +81,7 @@ def mcore_to_hf(
     how, talk, target, root = How(**options), talk or Talk(), str(target), open_source(source)
     check_options(dtype=dtype, max_shard_size=max_shard_size, workers=how.workers)
     given = open_source(hf_config) if hf_config else None
-    refuse_target(target, [root, *([given] if given else [])], how)
+    check_place(target, [root, *([given] if given else [])], how)
     wanted = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype)
     with closing(TorchDistReader(root)) as reader:
         job = plan_export(reader, root, target, wanted, talk)
@@ -89,7 +89,7 @@ def mcore_to_hf(
             return carry_out(job, how, talk)
 
 
-def refuse_target(target: str, sources: Sequence[Folder], how: How) -> None:
+def check_place(target: str, sources: Sequence[Folder], how: How) -> None:
     """Refuse what would harm something, and what an object store cannot do."""
     if not is_remote(target):
         check_target(Path(target), *(one.path for one in sources if isinstance(one, LocalFolder)), overwrite=how.overwrite)

@@ -84,7 +84,7 @@ def _planned(source: Source, wanted: ImportOptions) -> _Planned:
     model = make_model(family.CONFIG, config, vocab_multiple=wanted.vocab_divisible_by * wanted.tp)
     layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout)
     plan = plan_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype=wanted.dtype)
-    return _Planned(source, family, model, layout, plan, carried.pack_reference(source.reference, reader, plan.extras))
+    return _Planned(source, family, model, layout, plan, carried.pack_model(source.reference, reader, plan.extras))
 
 
 def _job(found: _Planned, target: str, wanted: ImportOptions) -> Job:

@@ -237,17 +237,20 @@ class Placed:
 class TorchDistWriter:
     """An iteration being made, under a root with its trackers."""
 
-    def __init__(self, outputs: Outputs, placed: Sequence[Placed], *, iteration: int = 0) -> None:
+    def __init__(self, outputs: Outputs, placed: Sequence[Placed], *, iteration: int = 0, whole_model: bool = True) -> None:
+        """Of a `whole_model`, layers are stacked and every module gets its empty `_extra_state`. What has only some of a
+        model's tensors keeps the layer's number in each key, and holds nothing else."""
         self._folder = iteration_folder(iteration)
         self.specs = {item.spec.name: item.spec for item in placed}
-        self._keys = _stack(self.specs)
+        self._keys = _stack(self.specs) if whole_model else {name: (name, None, spec.shape) for name, spec in self.specs.items()}
         tensors = {key: (shape, self.specs[name].dtype) for name, (key, _, shape) in self._keys.items()}
         chunks = [
             NewChunk(self._keys[item.spec.name][0], self._shift(item.spec.name, region), rank_file(rank))
             for item in placed
             for region, rank in item.chunks
         ]
-        objects = [*_extra_states(placed), NewObject(COMMON_KEY, rank_file(0), _common(iteration))]
+        common = NewObject(COMMON_KEY, rank_file(0), _common(iteration, stacked=whole_model))
+        objects = [*_extra_states(placed), common] if whole_model else [common]
         self._container = ContainerWriter(outputs, self._folder, tensors, chunks, objects)
         self._iteration = iteration
 
@@ -329,8 +332,9 @@ def _extra_states(placed: Sequence[Placed]) -> list[NewObject]:
     return list(modules.values())
 
 
-def _common(iteration: int) -> bytes:
+def _common(iteration: int, *, stacked: bool) -> bytes:
     content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    content |= {} if stacked else {"non_homogeneous_layers": True}
     return object_archive([{"checkpoint_version": 3.0, "iteration": iteration, "content_metadata": content}])
 
 

@@ -16,7 +16,7 @@ from converter.adapters.fitting import survey
 from converter.adapters.merged import Merged
 from converter.adapters.open import open_adapter
 from converter.carry import carry_out
-from converter.convert import check_options, refuse_target
+from converter.convert import check_options, check_place
 from converter.exporting import ExportOptions, plan_files
 from converter.importing import ImportOptions, left_out, plan_import
 from converter.inspect import HUGGINGFACE, kind
@@ -60,9 +60,6 @@ def merge(
     `pp` and so on; a Hugging Face one keeps the base's files. An adapter that names its base is refused beside another,
     unless `any_base`. Raises UserError before a byte moves for whatever does not fit; after any failure nothing is at
     `target`.
-
-    Products go through numpy's BLAS. Where it runs its own threads beside the workers, they get in each other's way: set
-    `OPENBLAS_NUM_THREADS=1` before numpy is imported, as `mbconvert` does.
     """
     how, talk, target = How(**options), talk or Talk(), str(target)
     counts = {"tp": tp, "pp": pp, "vpp": vpp, "vocab_divisible_by": vocab_divisible_by, "max_shard_size": max_shard_size}
@@ -81,7 +78,7 @@ def merge(
     to = to or ("hf" if kind(folder) == HUGGINGFACE else "mcore")
     _check_meant(to, layout, files)
     beside = [LocalFolder(Path(adapter))] if Path(adapter).is_dir() else []
-    refuse_target(target, [folder, *beside, *([given] if given else [])], how)
+    check_place(target, [folder, *beside, *([given] if given else [])], how)
     with closing(open_adapter(adapter)) as opened:
         if not any_base:
             _check_base(folder, opened, talk)

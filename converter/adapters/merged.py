@@ -1,9 +1,8 @@
 """A model whose weights an adapter has changed, read like any other: the sum is made as rows pass by.
 
 Arithmetic is fp32 and each element is rounded once, to nearest even, into the dtype it is asked for in. B · A is multiplied
-in blocks of rows that depend on the weight's shape alone: BLAS may round the same element differently in a larger or smaller
-block, and a row must have one value, whichever band of rows a format happens to ask for. Knows Hugging Face names and no
-formats.
+in tiles that depend on the shapes alone: BLAS may round the same element differently in a larger or smaller one, and a row
+must have one value, whichever band of rows a format happens to ask for. Knows Hugging Face names and no formats.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 
 from converter.adapters.adapter import Adapter, Delta
 from converter.values import cast_into, target_dtype
-from formats.arrays import Buffer
+from formats.arrays import Buffer, bands
 from formats.spec import DTYPES, Array, Reader, Region, extent
 
 BLOCK_BYTES = 1 << 20
@@ -26,6 +25,11 @@ BLOCK_BYTES = 1 << 20
 
 BLOCK_ROWS = 32
 """Larger ones multiply no faster. The rows of one attention head are whole blocks: fused tensors are read head by head."""
+
+TILE_PRODUCTS = 1 << 18
+"""Multiplications in a tile at most. OpenBLAS (`interface/gemm.c`, `SMP_THRESHOLD_MIN`) multiplies no more than that on the
+calling thread: its own threads beside our workers cost ten times what they gain, and how many there are would show in the bits.
+"""
 
 RECENT = 6
 """Adapters of weights that are kept: workers are busy with neighbors, in two places of a file's order at once, and rows of
@@ -68,7 +72,7 @@ class Merged:
         """Rows of one block of a weight: what is stored of them, changed, into `out`."""
         _, products, sums = self._buffers()
         product = products.view((block.stop - block.start, delta.a.shape[1]), _FP32)
-        np.matmul(delta.b[block], delta.a, out=product)
+        multiply(delta.b[block], delta.a, product)
         weight = sums.view(stored.shape, _FP32)
         np.copyto(weight, stored)
         change(weight, delta, product[rows.start - block.start : rows.stop - block.start], rows)
@@ -79,6 +83,13 @@ class Merged:
         if not hasattr(self._local, "buffers"):
             self._local.buffers = Buffer(), Buffer(), Buffer()
         return self._local.buffers
+
+
+def multiply(b: Array, a: Array, out: Array) -> None:
+    """b · a into `out`, tile by tile."""
+    step = max(1, TILE_PRODUCTS // max(b.size, 1))
+    for columns in bands(slice(0, a.shape[1]), step):
+        np.matmul(b, a[:, columns], out=out[:, columns])
 
 
 def change(weight: Array, delta: Delta, product: Array, rows: slice) -> None:

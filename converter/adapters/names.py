@@ -1,11 +1,12 @@
 """Where adapters stand beside a model's linear layers: Megatron's names and PEFT's, enumerated from the family's rules.
 
 An adapter of a Megatron module has the row table of the module's weight: of B and of the magnitude, rows lie as the weight's
-do; A has none of them and is shared by all Hugging Face weights the module is made of. Knows no files.
+do; A has none of them and is shared by all Hugging Face weights the module is made of. Reads no files.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -106,3 +107,10 @@ def _separate(rule: Rule, layer: int, model: Model) -> Iterator[Place]:
         target = f"{whole.target.removesuffix(''.join(parts)).removesuffix('_')}_{word}"
         alone = partial(same, (rows,), model)
         yield Place(f"{whole.prefix}.adapter_{word}", target, (weight,), (rows,), whole.columns, alone)
+
+
+def targets(found: Iterable[Place], *, layers: int) -> tuple[str, ...]:
+    """What `target_modules` says of these places: their last names where all of those are in every layer, else whole names."""
+    whole = [place.target for place in found]
+    counts = Counter(target.rpartition(".")[2] for target in whole)
+    return tuple(counts) if set(counts.values()) == {layers} else tuple(whole)

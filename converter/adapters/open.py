@@ -24,7 +24,7 @@ def open_adapter(path: str | Path) -> Adapter:
 
 def open_either(folder: Folder) -> Opened:
     """The same of a folder, with its tensors under PEFT's names."""
-    return open_peft(folder)[1] if is_peft(folder) else open_megatron(folder).opened
+    return open_peft(folder).opened if is_peft(folder) else open_megatron(folder).opened
 
 
 def is_peft(folder: Folder) -> bool:

@@ -6,6 +6,7 @@ Names are PEFT's own: a prefix, the module, an ending. Which modules a model has
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from converter.adapters import peft_config
 from converter.adapters.description import Base, Description
@@ -22,7 +23,16 @@ FILE = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 
 
-def open_peft(folder: Folder) -> tuple[PeftConfig, Opened]:
+@dataclass(frozen=True, slots=True)
+class PeftAdapter:
+    """An adapter in PEFT's files, and what its configuration says."""
+
+    opened: Opened
+    reader: HuggingFaceReader
+    config: PeftConfig
+
+
+def open_peft(folder: Folder) -> PeftAdapter:
     """An adapter in PEFT's files. Raises UserError for what is missing, left over, of another shape, or not supported."""
     config = peft_config.read(folder)
     _check_file(folder)
@@ -33,7 +43,7 @@ def open_peft(folder: Folder) -> tuple[PeftConfig, Opened]:
         reader.close()
         raise
     scales = {weight: config.scale(weight.removesuffix(WEIGHT)) for weight in parts}
-    return config, Opened(folder.label, _description(config), reader, parts, scales)
+    return PeftAdapter(Opened(folder.label, _description(config), reader, parts, scales), reader, config)
 
 
 def _check_file(folder: Folder) -> None:

@@ -1,0 +1,52 @@
+"""Adapters both ways, from the outside in: check, open, plan, carry out."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Unpack
+
+from converter.adapters.exporting import plan_export
+from converter.adapters.importing import open_base, plan_import
+from converter.carry import carry_out
+from converter.convert import check_place
+from converter.job import How, HowOptions, Summary, Talk
+from converter.sources import open_source
+from formats.disk import explained
+
+
+@explained()
+def adapter_to_mcore(
+    source: str | Path,
+    target: str | Path,
+    *,
+    base: str | Path,
+    canonical: bool = True,
+    talk: Talk | None = None,
+    **options: Unpack[HowOptions],
+) -> Summary:
+    """Write a PEFT adapter as a Megatron checkpoint that holds its tensors alone, each in the dtype it has.
+
+    `source` is PEFT's folder, its URL or Hub id; `base` the model that it was trained beside, in either format. `canonical`
+    keeps the separate adapters that PEFT has; without it those of query, key and value, and of gate and up, become one, which
+    needs their A to be the same. Raises UserError before a byte moves for whatever cannot be converted exactly.
+    """
+    how, talk, target, folder = How(**options), talk or Talk(), str(target), open_source(source, or_hub=True)
+    beside = open_source(base, or_hub=True)
+    check_place(target, [folder, beside], how)
+    with closing(folder), closing(beside):
+        job = plan_import(folder, open_base(beside, name=str(base)), target, talk, canonical=canonical)
+        return carry_out(job, how, talk)
+
+
+@explained()
+def adapter_to_hf(source: str | Path, target: str | Path, *, talk: Talk | None = None, **options: Unpack[HowOptions]) -> Summary:
+    """Write a Megatron adapter checkpoint as the folder that PEFT's `save_pretrained` would write, each tensor in its dtype.
+
+    `source` is the checkpoint's root or one iteration. A fused adapter becomes one for each of the weights it changes, with
+    the same A. Raises UserError before a byte moves for whatever cannot be converted exactly.
+    """
+    how, talk, target, root = How(**options), talk or Talk(), str(target), open_source(source)
+    check_place(target, [root], how)
+    with closing(root):
+        return carry_out(plan_export(root, target), how, talk)

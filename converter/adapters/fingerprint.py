@@ -1,0 +1,131 @@
+"""Which model is this? A short answer that does not depend on its format, layout or dtype, from a small fixed sample.
+
+It tells apart models of different shapes, models trained differently, and a model from its fine-tuned self, as long as
+training moved some element of the sample: one that moves all elements of one layer does. It does not see a change of a few
+elements that are not in the sample, so it is no proof that two models are the same: `mbconvert verify` is. Nor does it see
+what is no weight: tokenizers, rotary embeddings, `config.json`. Values are compared as fp32, so that a bf16 model and its
+exact copy in fp32 are the same, and one that was rounded on the way is another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+
+from converter import families, reference
+from converter.carried import CONFIG
+from converter.config import make_model
+from converter.inspect import HUGGINGFACE, kind
+from converter.plan import Making, as_stored, bind, named, to_huggingface
+from converter.run import in_threads
+from converter.sources import open_source
+from formats.disk import explained
+from formats.errors import UserError
+from formats.folder import Folder
+from formats.huggingface import HuggingFaceReader
+from formats.json_objects import read_json
+from formats.spec import Array, Reader, Region, extent
+from formats.torch_dist import TorchDistReader
+
+ROWS, WIDTH = 16, 256
+"""Rows of a matrix that are looked at, and elements of each; of a vector, `WIDTH` elements in all."""
+
+WORKERS = 8
+"""Threads that read: the sample is thousands of small pieces, and a remote source answers each on its own."""
+
+
+@explained()
+def fingerprint(source: str | Path | Folder) -> str:
+    """64 hexadecimal digits for the model in `source`: a directory of either format, a URL, a Hub id, or a folder.
+
+    Reads headers and at most 16 kB of each weight. Raises UserError for what is no model of a supported family.
+    """
+    if isinstance(source, (str, Path)):
+        with closing(open_source(source, or_hub=True)) as folder:
+            return fingerprint(folder)
+    reader = HuggingFaceReader(source) if kind(source) == HUGGINGFACE else TorchDistReader(source)
+    makings = _stored(reader) if isinstance(reader, HuggingFaceReader) else _made(reader)
+    return _digest(reader, makings)
+
+
+def _stored(reader: HuggingFaceReader) -> list[Making]:
+    """The weights of a Hugging Face model; what Megatron has no place for, or has once where this has it twice, is not asked
+    for."""
+    config = read_json(reader.folder, CONFIG)
+    family = families.find(config.get("model_type"))
+    model = make_model(family.CONFIG, config)
+    bound = [one for one in bind(family.RULES, model, reader.specs) if not one.rule.zeros(model)]
+    wanted = {name: shape for one in bound for name, shape in zip(one.huggingface, one.rule.part_shapes(model), strict=True)}
+    missing = [name for name in wanted if name not in reader.specs]
+    if missing:
+        raise UserError(f"`{reader.folder.label}` lacks {named(missing)}", hint="is `config.json` of the same model?")
+    for name, shape in wanted.items():
+        if reader.specs[name].shape != shape:
+            raise UserError(
+                f"`{name}` has shape {list(reader.specs[name].shape)}, by `config.json` it should be {list(shape)}",
+                hint="either the weights or `config.json` are of another model",
+            )
+    return list(as_stored({name: reader.specs[name] for name in wanted}).values())
+
+
+def _made(reader: TorchDistReader) -> list[Making]:
+    """The same as a Megatron checkpoint holds them."""
+    config = reference.find(reader, None).config
+    family = families.find(config.get("model_type"))
+    plan = to_huggingface(family.RULES, make_model(family.CONFIG, config), reader.specs, dtype="keep")
+    reader.check(one.megatron for one in plan.bound)
+    return list(plan.makings)
+
+
+def _digest(reader: Reader, makings: list[Making]) -> str:
+    found: dict[str, bytes] = {}
+
+    def start() -> Callable[[Making], None]:
+        return lambda making: found.update({making.spec.name: _sample(reader, making)})
+
+    in_threads(makings, start, workers=WORKERS)
+    whole = blake3()
+    for name in sorted(found):
+        whole.update(found[name])
+    return whole.hexdigest()
+
+
+def _sample(reader: Reader, making: Making) -> bytes:
+    """A hash of one tensor's name, shape and sample."""
+    spec = making.spec
+    seen = blake3(f"{spec.name} {list(spec.shape)}".encode())
+    for region in regions(spec.name, spec.shape):
+        seen.update(_read(reader, making, region).astype(np.float32).tobytes())
+    return seen.digest()
+
+
+def regions(name: str, shape: tuple[int, ...]) -> Iterator[Region]:
+    """The boxes of a tensor that are looked at: rows from the first to the last, each from a place that the name decides on."""
+    *before, last = shape
+    width = min(last, WIDTH)
+    offset = int.from_bytes(blake3(name.encode()).digest(8)) % (last - width + 1)
+    part = slice(offset, offset + width)
+    if not before:
+        yield (part,)
+        return
+    count = min(before[0], ROWS)
+    for number in range(count):
+        row = (before[0] - 1) * number // max(count - 1, 1)
+        yield slice(row, row + 1), *(slice(0, size) for size in before[1:]), part
+
+
+def _read(reader: Reader, making: Making, region: Region) -> Array:
+    """A box of a tensor, from wherever its rows lie."""
+    rows, *rest = region
+    out = np.empty(extent(region), making.spec.dtype)
+    for copy in making.copies:
+        start, stop = max(rows.start, copy.here), min(rows.stop, copy.here + copy.count)
+        if start < stop:
+            shift = copy.there - copy.here
+            there = (slice(start + shift, stop + shift), *rest)
+            reader.read(copy.source, there, out[start - rows.start : stop - rows.start])
+    return out

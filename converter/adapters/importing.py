@@ -1,0 +1,233 @@
+"""From PEFT's files to everything that making a Megatron adapter checkpoint does: what it makes, and what lies beside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from converter import carried, families, provenance, reference
+from converter.adapters import description as described
+from converter.adapters import peft_config, peft_format
+from converter.adapters.description import Base, Description
+from converter.adapters.fingerprint import fingerprint
+from converter.adapters.megatron_format import open_megatron
+from converter.adapters.names import WEIGHT, Factor, Place, factors, peft_name, places, targets
+from converter.adapters.opened import Opened
+from converter.adapters.peft_config import PeftConfig
+from converter.adapters.peft_format import PeftAdapter, open_peft
+from converter.carried import Reference
+from converter.comparison import Side
+from converter.config import make_model
+from converter.inspect import HUGGINGFACE, kind
+from converter.job import Job, Talk, manifest, outputs_for
+from converter.model import Model
+from converter.plan import Copy, Making, named
+from converter.rules import Rule
+from formats.arrays import same_bits
+from formats.dcp_index import METADATA
+from formats.errors import UserError
+from formats.folder import FileIn, Folder
+from formats.spec import Array, Reader, TensorSpec, dtype_name
+from formats.torch_dist import Placed, TorchDistReader, TorchDistWriter, iteration_folder
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """The model beside which an adapter stands."""
+
+    told: Base
+    origin: Reference
+    rules: Sequence[Rule]
+    model: Model
+
+
+def open_base(folder: Folder, *, name: str) -> BaseModel:
+    """A model in either format; `name` is what it is called where nobody knows its Hub id."""
+    origin = carried.from_folder(folder) if kind(folder) == HUGGINGFACE else reference.find(TorchDistReader(folder), None)
+    family = families.find(origin.config.get("model_type"))
+    told = Base(folder.origin.get("id", name), fingerprint(folder))
+    return BaseModel(told, origin, family.RULES, make_model(family.CONFIG, origin.config))
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """An adapter of PEFT's, and what is made of it."""
+
+    source: PeftAdapter
+    description: Description
+    makings: Sequence[Making]
+    aliases: Mapping[str, str]
+    """Tensors that are stored once though PEFT has them several times, and those they equal."""
+
+
+def plan_import(folder: Folder, base: BaseModel, target: str, talk: Talk, *, canonical: bool) -> Job:
+    """Everything an import does. Raises UserError for whatever Megatron's adapters cannot say exactly."""
+    source = open_peft(folder)
+    left_out = [name for name in folder.children() if name not in (peft_format.FILE, peft_config.FILE)]
+    if left_out:
+        talk.note(f"left out, not part of the adapter: {', '.join(left_out)}")
+    config, opened = source.config, source.opened
+    try:
+        _check_uniform(config, opened)
+        every = list(places(base.rules, base.model, canonical=canonical))
+        found = _present(every, config, opened)
+        for place in found:
+            _check_part(place, config, opened)
+        description = replace(
+            opened.description,
+            dim=config.rank(_module(found[0].weights[0])),
+            alpha=config.alpha(_module(found[0].weights[0])),
+            canonical=canonical,
+            target_modules=targets(found, layers=base.model.layers),
+            base=base.told,
+        )
+        makings = [making for place in found for making in _fused(place, opened, description)]
+    except UserError:
+        opened.reader.close()
+        raise
+    shared = {(place, weight): place.weights[0] for place in found for weight in place.weights[1:]}
+    aliases = {peft_name(weight, Factor.A): peft_name(first, Factor.A) for (_, weight), first in shared.items()}
+    return _job(folder, base, target, _Planned(source, description, makings, aliases))
+
+
+def _module(weight: str) -> str:
+    return weight.removesuffix(WEIGHT)
+
+
+def _check_uniform(config: PeftConfig, opened: Opened) -> None:
+    """Megatron's adapters have one rank and one alpha for all modules."""
+    modules = [_module(weight) for weight in opened.parts]
+    for number, of in (("rank", config.rank), ("alpha", config.alpha)):
+        other = next((one for one in modules if of(one) != of(modules[0])), None)
+        if other is not None:
+            raise UserError(
+                f"`{modules[0]}` has {number} {of(modules[0])} and `{other}` has {of(other)}, by `{number}_pattern` in "
+                f"`{peft_config.FILE}`, but a Megatron adapter has one for all",
+                hint="merge it into its base model instead: `mbconvert merge`",
+            )
+
+
+def _present(every: Sequence[Place], config: PeftConfig, opened: Opened) -> list[Place]:
+    """The places that get an adapter, with every tensor of the source accounted for."""
+    weights = [weight for place in every for weight in place.weights]
+    over = sorted(opened.parts.keys() - set(weights))
+    if over:
+        raise UserError(
+            f"`{peft_format.FILE}` holds an adapter for {named(over)}, which Megatron has no adapter for in this family",
+            hint="nothing is left out silently: is `--base` the model it was trained beside?",
+        )
+    missing = [weight for weight in weights if weight not in opened.parts and config.targets(_module(weight))]
+    if missing:
+        raise UserError(
+            f"`{peft_config.FILE}` asks for an adapter for {named(missing)}, but `{peft_format.FILE}` holds none",
+            hint="is `--base` the model it was trained beside, and is the file whole?",
+        )
+    found = [place for place in every if any(weight in opened.parts for weight in place.weights)]
+    for place in found:
+        absent = [weight for weight in place.weights if weight not in opened.parts]
+        if absent:
+            raise UserError(
+                f"`{place.target}` is one module, but there is no adapter for {named(absent)}, which it is made of",
+                hint="convert with `--canonical`, which keeps separate adapters",
+            )
+    return found
+
+
+def _check_part(place: Place, config: PeftConfig, opened: Opened) -> None:
+    """Raise UserError where shapes are of another model, or tensors that become one are not alike."""
+    for weight, rows in zip(place.weights, place.rows, strict=True):
+        for factor, making in opened.parts[weight].items():
+            should = factor.shape(rows, place.columns, config.rank(_module(weight)))
+            if making.spec.shape != should:
+                raise UserError(
+                    f"`{making.spec.name}` has shape {list(making.spec.shape)}, by the base model's `config.json` it should be "
+                    f"{list(should)}",
+                    hint="is `--base` the model it was trained beside?",
+                )
+    first, *others = (opened.parts[weight] for weight in place.weights)
+    for other in others:
+        for factor in first:
+            _check_dtypes(first[factor].spec, other[factor].spec, place)
+        _check_equal(opened.reader, first[Factor.A].spec, other[Factor.A].spec, place)
+
+
+def _check_dtypes(one: TensorSpec, other: TensorSpec, place: Place) -> None:
+    if one.dtype != other.dtype:
+        raise UserError(
+            f"`{one.name}` is {dtype_name(one.dtype)} and `{other.name}` is {dtype_name(other.dtype)}, "
+            f"but `{place.target}` has one adapter",
+            hint="convert with `--canonical`, which keeps separate adapters",
+        )
+
+
+def _check_equal(reader: Reader, one: TensorSpec, other: TensorSpec, place: Place) -> None:
+    if not same_bits(_whole(reader, one), _whole(reader, other)):
+        raise UserError(
+            f"`{one.name}` and `{other.name}` differ, but a fused adapter of `{place.target}` has one A for both",
+            hint="convert with `--canonical`, which keeps separate adapters",
+        )
+
+
+def _whole(reader: Reader, spec: TensorSpec) -> Array:
+    out = np.empty(spec.shape, spec.dtype)
+    reader.read(spec.name, spec.whole, out)
+    return out
+
+
+def _fused(place: Place, opened: Opened, description: Description) -> Iterator[Making]:
+    """Megatron's tensors of a place as made of PEFT's."""
+    for factor in factors(description.method):
+        parts = [opened.parts[weight][factor].spec for weight in place.weights]
+        spec = TensorSpec(place.name(factor), place.shape(factor, description.dim), parts[0].dtype)
+        if factor is Factor.A:
+            yield Making(spec, (Copy(parts[0].name, spec.dtype, 0, 0, description.dim),))
+        else:
+            copies = (Copy(parts[run.part].name, spec.dtype, run.there, run.here, run.count) for run in place.runs())
+            yield Making(spec, tuple(copies))
+
+
+def _job(folder: Folder, base: BaseModel, target: str, found: _Planned) -> Job:
+    opened, luggage, inside = found.source.opened, carried.pack_again(base.origin), f"{iteration_folder(0)}/"
+    options = {"canonical": found.description.canonical, "base": base.told.fingerprint}
+    outputs = outputs_for(target, found.makings, options)
+    documents = {**luggage.documents, described.FILE: described.make(found.description)}
+    sources = {name: FileIn(folder, name) for name in (peft_format.FILE, peft_config.FILE)}
+    return Job(
+        command="adapter-to-mcore",
+        source=opened.label,
+        target=target,
+        reader=opened.reader,
+        writer=TorchDistWriter(
+            outputs, [Placed(making.spec, ((making.spec.whole, 0),)) for making in found.makings], whole_model=False
+        ),
+        outputs=outputs,
+        makings=found.makings,
+        manifest=manifest("adapter-to-mcore", options, {**sources, **luggage.copies}),
+        facts=_facts(folder, base, found, options),
+        tensors={copy.source: opened.reader.specs[copy.source] for making in found.makings for copy in making.copies},
+        passing="read",
+        sides=lambda written: (_side(opened), _side(open_megatron(written).opened)),
+        aliases=found.aliases,
+        copies={f"{inside}{name}": file for name, file in luggage.copies.items()},
+        documents={f"{inside}{name}": data for name, data in documents.items()},
+        folder=inside,
+        last=(f"{inside}{METADATA}",),
+        integrity=True,
+    )
+
+
+def _facts(folder: Folder, base: BaseModel, found: _Planned, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `conversion.json` tells beside the tensors' hashes."""
+    return {
+        "source": provenance.huggingface_source(folder, found.source.reader.shards),
+        "options": options,
+        "family": base.origin.config["model_type"],
+        "tensors": {"in": len(found.source.opened.makings), "out": len(found.makings)},
+    }
+
+
+def _side(opened: Opened) -> Side:
+    return Side(opened.label, opened.reader, opened.makings)
