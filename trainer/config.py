@@ -108,6 +108,8 @@ class DatasetConfig:
 
     reset_position_ids: bool = False
     reset_attention_mask: bool = False
+    """Documents in a sequence do not see those before them."""
+
     eod_mask_loss: bool = False
     """Leave end-of-document tokens out of the loss."""
 

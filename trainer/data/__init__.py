@@ -37,7 +37,8 @@ type Splits = tuple[Dataset | None, Dataset | None, Dataset | None]
 
 def is_packed(config: Any) -> bool:
     """Do the samples of this dataset have `segment_ids`?"""
-    return bool(getattr(config, "packed", False))
+    documents = getattr(config, "blend", None) or getattr(config, "blend_per_split", None)  # mock data has none that end
+    return bool(getattr(config, "packed", False) or (documents and getattr(config, "reset_attention_mask", False)))
 
 
 def build(config: Any, *, tokenizer: Tokenizer | None, vocab_size: int, samples: tuple[int, int, int]) -> Splits:

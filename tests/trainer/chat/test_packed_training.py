@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 
 import pytest
@@ -147,16 +149,22 @@ def test_the_order_of_examples_goes_on_across_an_epochs_end_and_with_another_bat
     assert sorted(two.seen + further.seen) == sorted(halves[0] + halves[1])
 
 
-def test_a_resume_with_other_examples_is_told(ranks, model_folder, data, tmp_path, capfd):
+def test_a_resume_with_other_examples_is_told(ranks, model_folder, data, tmp_path):
     folder = str(model_folder("gqa"))
     told = {"train__train_iters": 2, "validation__eval_iters": 0, "scheduler__lr_warmup_iters": 0}
     told["checkpoint__save"] = str(tmp_path / "run")
     ranks.run(witness.train, 1, folder, {**tuned(data), **told})
     again = {**told, "train__train_iters": 3, "checkpoint__load": str(tmp_path / "run")}
-    ranks.run(witness.train, 1, folder, {**tuned(data, packed=False), **again})
-    said = capfd.readouterr().err
+    (said,) = ranks.run(_said, 1, folder, {**tuned(data, packed=False), **again})
     assert "note: `dataset.packed` was True, now False: the samples to come are others" in said
     assert "60 examples of 1 file: " in said
+
+
+def _said(folder: str, changes: dict) -> str:
+    """What the run told people."""
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        witness.train(folder, changes)
+    return told.getvalue()
 
 
 def test_an_example_that_cannot_be_used_ends_every_rank(ranks, model_folder, data):

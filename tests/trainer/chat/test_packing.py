@@ -180,3 +180,18 @@ def test_a_token_is_shown_those_before_it_in_its_own_example():
     assert shown[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1],
     ]  # fmt: skip
+
+
+def test_rows_of_many_examples_are_kept_in_files(tmp_path, monkeypatch):
+    from trainer.data import cache
+
+    plain = dataset().take(90)
+    monkeypatch.setattr(cache, "SMALL", 1)
+    kept = dataset(folder=tmp_path).take(90)
+    assert len(list(tmp_path.iterdir())) == len(kept._ends)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = dataset(folder=tmp_path).take(90)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times
+    for number in (0, 30, 89):
+        assert same(plain[number], kept[number])
+        assert same(plain[number], again[number])
