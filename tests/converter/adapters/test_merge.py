@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from converter import Talk, check, hf_to_mcore, mcore_to_hf, verify
+from converter import Talk, UserError, check, hf_to_mcore, mcore_to_hf, verify
+from converter.adapters.adapter import Adapter, Delta
 from converter.adapters.convert import adapter_to_mcore
+from converter.adapters.description import Description
 from converter.adapters.merge import merge
+from converter.adapters.merged import Merged, block_rows, blocks
+from formats.folder import LocalFolder
+from formats.huggingface import HuggingFaceReader
 from formats.torch_dist import TRACKER
 from tests.converter.adapters.made import EVERY, logits, older_names, save_adapter, with_adapter
 from tests.converter.test_provenance import hashes, record
+from tests.converter.test_verify import Lying
 from tests.models import model_tree, tree
 
 METHODS = {
@@ -287,9 +296,42 @@ def test_a_large_element_becomes_infinite_as_in_a_cast(model_folder, tmp_path):
     assert same_bits(weights(tmp_path / "merged"), expected)
 
 
-def test_row_blocks_cover_each_row_once():
-    from converter.adapters.merged import block_rows, blocks
+@given(st.data())
+def test_a_band_of_rows_has_the_bits_it_has_in_the_whole_weight(wide, data):
+    """BLAS alone does not promise that: this fails for products of just the rows that are asked for."""
+    merged, whole = wide
+    start = data.draw(st.integers(0, len(whole) - 1))
+    stop = data.draw(st.integers(start + 1, len(whole)))
+    part = np.empty((stop - start, *whole.shape[1:]), whole.dtype)
+    merged.read("weight", (slice(start, stop), slice(0, whole.shape[1])), part)
+    assert np.array_equal(part, whole[start:stop])
 
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A weight of many columns that an adapter of a real rank changes, and what all of it is when it is read at once."""
+    folder, generator = tmp_path_factory.mktemp("wide"), np.random.default_rng(3)
+    a, b, weight = (generator.standard_normal(shape, np.float32) for shape in ((16, 2051), (200, 16), (200, 2051)))
+    save_file({"weight": torch.from_numpy(weight)}, folder / "model.safetensors")
+    delta = Delta(a, b, 0.7, np.abs(b[:, 0]))
+    adapter = Adapter(Description("dora"), frozenset({"weight"}), {"weight": delta}.__getitem__, lambda: None)
+    with closing(Merged(HuggingFaceReader(LocalFolder(folder)), adapter, dtype="keep")) as merged:
+        whole = np.empty_like(weight)
+        merged.read("weight", merged.specs["weight"].whole, whole)
+        yield merged, whole
+
+
+def test_verify_sees_what_a_lying_disk_holds(model_folder, peft_folder, tmp_path, monkeypatch):
+    base, adapter = model_folder("gqa", dtype="bfloat16"), peft_folder(use_dora=True)
+    for to in ("hf", "mcore"):
+        with monkeypatch.context() as patch:
+            Lying(patch, 4)
+            with pytest.raises(UserError, match=r"what lies on the disk is not what was converted: `model\..* 1 element differs"):
+                merge(base, adapter, tmp_path / to, to=to, verify=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_row_blocks_cover_each_row_once():
     for shape in ((100, 64), (7, 3), (4096, 53_248), (5, 1 << 22), (128, 0)):
         step = block_rows(shape)
         for rows in (slice(0, shape[0]), slice(3, 5), slice(shape[0] - 1, shape[0])):
