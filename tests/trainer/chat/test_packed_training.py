@@ -167,6 +167,16 @@ def _said(folder: str, changes: dict) -> str:
     return told.getvalue()
 
 
+def _heard(folder: str, changes: dict) -> str:
+    """What a run says to people."""
+    import io
+    from contextlib import redirect_stderr
+
+    with redirect_stderr(io.StringIO()) as heard:
+        witness.train(folder, changes)
+    return heard.getvalue()
+
+
 def test_an_example_that_cannot_be_used_ends_every_rank(ranks, model_folder, data):
     with data.open("a") as file:
         file.write('{"prompt": "no completion"}\n')
