@@ -295,6 +295,21 @@ def check_packed(config: RunConfig, machine: Machine) -> None:
         )
 
 
+def check_samples(config: RunConfig) -> None:
+    """Can the model answer while it is trained?"""
+    every = config.validation.sample_interval
+    reasons = {
+        f"model.{CP}={size(config.model, CP)}": size(config.model, CP) > 1,
+        "comm_overlap.tp_comm_overlap=true": bool(config.comm_overlap.tp_comm_overlap),
+    }
+    for setting, holds in reasons.items():
+        if every and holds:
+            raise UserError(
+                f"`validation.sample_interval` is `{every}`, and with `{setting}` no text can be generated",
+                hint="leave `validation.sample_interval` out, and generate from checkpoints with `mbtrain generate`",
+            )
+
+
 def check_precision_sizes(config: RunConfig) -> None:
     """FP8 and FP4 matrices have dimensions that are multiples of a block."""
     multiple, model = requires(config.mixed_precision).multiple, config.model

@@ -80,6 +80,7 @@ def _check_layout(config: RunConfig, world_size: int) -> int:
     checks.check_tensor_parallel(config.model)
     checks.check_pipeline(config.model)
     checks.check_sequence(config)
+    checks.check_samples(config)
     checks.check_precision_sizes(config)
     return copies
 

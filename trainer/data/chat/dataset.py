@@ -79,6 +79,11 @@ class Examples(Dataset):
         """The share of the first epoch's rows that is tokens of examples."""
         return packing.efficiency(self._lengths, self._ends[0], capacity=self.sequence_length)
 
+    def beginnings(self, count: int) -> list[list[int]]:
+        """The tokens of the first examples before those that are learned."""
+        found = (self.store[number] for number in self._numbers[:count].tolist())
+        return [words[: max(int(trained.argmax()), 1)].tolist() for words, trained in found]
+
     @property
     def _every_epoch_differs(self) -> bool:
         """In how many rows it has."""
