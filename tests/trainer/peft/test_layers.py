@@ -30,7 +30,11 @@ def _layer(told, *, row, sequence_parallel, expert=False):
         use_cpu_initialization=True,
         tensor_model_parallel_size=2,
         sequence_parallel=sequence_parallel,
-        **({"num_moe_experts": 2, "expert_tensor_parallel_size": 2, "moe_ffn_hidden_size": OUTPUTS} if expert else {}),
+        **(
+            {"num_moe_experts": 2, "expert_tensor_parallel_size": 2, "moe_ffn_hidden_size": OUTPUTS, "add_bias_linear": False}
+            if expert
+            else {}
+        ),
     )
     how = {"input_is_parallel": True} if row else {"gather_output": False}
     how |= {"is_expert": True} if expert else {}
