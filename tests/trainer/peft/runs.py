@@ -34,6 +34,7 @@ _PLACES = {
     "mlp.up_proj": "mlp.linear_fc1.adapter.adapter_up",
     "mlp.down_proj": "mlp.linear_fc2.adapter",
 }
+_DIVIDED = ("tensor_model_parallel", "partition_dim", "partition_stride")
 _TENSORS = {"lora_A": "linear_in.weight", "lora_B": "linear_out.weight", "lora_magnitude_vector": "weight_magnitude"}
 
 
@@ -112,7 +113,7 @@ class Watched(small.History):
         super().on_step(run, step)
         if not self.seen:
             self.seen = {
-                name: (one.main_grad.clone(), one.tensor_model_parallel, one.partition_dim, one.partition_stride)
+                name: (one.main_grad.clone(), *(getattr(one, what, False) for what in _DIVIDED))
                 for name, one in trainable(run.chunks)
             }
         self.held = sum(len(one.optimizer.state) for one in _optimizers(run) if one.optimizer)

@@ -41,7 +41,7 @@ def reference(model_folder):
         ("tp1", "rslora", False),
     ],
 )
-def test_the_curve_is_that_of_peft(layout, case, zero_b, ranks, model_folder, reference):
+def test_the_curve_is_that_of_peft(layout, case, *, zero_b, ranks, model_folder, reference):
     world, changes = LAYOUTS[layout]
     kind, told, _ = CASES[case]
     begin, losses, norms = reference("gqa", case, zero_b=zero_b)
