@@ -40,7 +40,10 @@ class Recipe:
     """The fewest GPUs of 80 GB that pretraining fits on, or 0 if a CPU is enough."""
 
     sft_gpus: int
+    """The same for fine-tuning all parameters."""
+
     peft_gpus: int
+    """The same for adapters."""
 
     @property
     def summary(self) -> str:

@@ -6,14 +6,18 @@ import importlib
 import json
 import pkgutil
 import re
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from formats.errors import UserError
 from trainer import recipes
+from trainer.config import RunConfig
 from trainer.counting.estimate import memory
+from trainer.settings import documents
 from trainer.settings.resolve import resolve
 
 PUBLISHED = {
@@ -36,10 +40,22 @@ def test_a_recipe_is_the_published_model(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
 
 
+KINDS = {"pretrain": "gpus", "sft": "sft_gpus", "peft": "peft_gpus"}
+"""Of each way to train, the field with the number of GPUs."""
+
+
+def made(name: str, kind: str) -> tuple[Any, RunConfig, int]:
+    """A recipe's function for a way to train, what it makes, and its number of GPUs."""
+    recipe = recipes.find(name)
+    function = getattr(recipe, f"{kind}_config")
+    return function, function(), getattr(recipe, KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", recipes.every())
-def test_megatron_accepts_a_recipe_and_its_numbers_divide(name: str) -> None:
-    config = recipes.find(name).pretrain_config()
-    model, gpus = config.model, recipes.find(name).gpus or 1
+def test_megatron_accepts_a_recipe_and_its_numbers_divide(name: str, kind: str) -> None:
+    _, config, gpus = made(name, kind)
+    model, gpus = config.model, gpus or 1
     copy = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     model.pipeline_dtype, model.apply_rope_fusion = torch.bfloat16, False  # the fusion needs Transformer Engine
     model.finalize()
@@ -48,24 +64,32 @@ def test_megatron_accepts_a_recipe_and_its_numbers_divide(name: str) -> None:
     assert config.dataset.sequence_length <= model.seq_length
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", recipes.every())
-def test_a_recipe_is_data_that_travels(name: str) -> None:
-    config = recipes.find(name).pretrain_config()
+def test_a_recipe_is_data_that_travels(name: str, kind: str) -> None:
+    _, config, _ = made(name, kind)
     assert json.loads(json.dumps(config.model.hf_config)) == config.model.hf_config
-    assert config.dataset.blend is None
     assert config.ddp.use_distributed_optimizer == config.optimizer.use_distributed_optimizer
+    document = documents.as_mapping(config)[0]
+    assert yaml.safe_load(yaml.safe_dump(document)) == document
+    if kind == "pretrain":
+        assert config.dataset.blend is None
+    else:
+        assert (config.dataset.path, config.dataset.packed, config.peft is None) == (None, True, kind == "sft")
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*PUBLISHED])
-def test_a_recipe_says_what_one_gpu_holds_and_leaves_a_tenth_of_it_free(name: str) -> None:
-    recipe = recipes.find(name)
-    config = recipe.pretrain_config()
+def test_a_recipe_says_what_one_gpu_holds_and_leaves_a_tenth_of_it_free(name: str, kind: str) -> None:
+    function, config, gpus = made(name, kind)
     config.model.cross_entropy_loss_fusion, config.model.cross_entropy_fusion_impl = True, "te"  # as where there are GPUs
-    run = resolve(config, world_size=recipe.gpus, device="gpu")
-    taken = memory(run.config, world_size=recipe.gpus).total / 1e9
-    (said,) = re.findall(r": (\d+) GB[.,]", recipe.pretrain_config.__doc__)
+    run = resolve(config, world_size=gpus, device="gpu")
+    taken = memory(run.config, world_size=gpus).total / 1e9
+    (said,) = re.findall(r": (\d+) GB[.,]", function.__doc__)
     assert abs(taken - int(said)) < 1.5
     assert taken < 72
+    (told,) = re.findall(r"on (\d+|one) GPUs? of 80 GB", function.__doc__)
+    assert gpus == (1 if told == "one" else int(told))
 
 
 def test_the_quickstart_works() -> None:

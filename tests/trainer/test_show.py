@@ -26,6 +26,15 @@ def test_show_prints_the_whole_run_and_what_follows_from_it() -> None:
     assert "# model.params_dtype = bfloat16: `mixed_precision=bf16_mixed`" in lines
 
 
+def test_show_says_what_adapters_train_and_take() -> None:
+    told = mbtrain("show", "llama3_8b", "peft=lora")
+    lines = told.stdout.splitlines()
+    trained = 32 * 32 * ((4096 + 6144) + (4096 + 4096) + (4096 + 28672) + (14336 + 4096))  # layers × r × (inputs + outputs)
+    assert f"# trained: {trained / 1e6:.2f} M of {(trained + 8_030_261_248) / 1e9:.2f} B parameters" in lines
+    assert f"#   adapters: 0.1 GB, {trained:,} parameters in bfloat16" in lines
+    assert any(line.startswith("# memory of the fullest of 1 GPU, estimated: ") for line in lines)
+
+
 def test_what_show_prints_is_a_run_that_shows_the_same(tmp_path: Path) -> None:
     once = mbtrain("show", "llama31_405b")
     (tmp_path / "run.yaml").write_text(once.stdout)
@@ -65,15 +74,15 @@ def test_show_refuses_what_a_run_would_refuse(words: list[str], message: str) ->
 
 def test_recipes_are_listed_a_line_each() -> None:
     lines = mbtrain("recipes").stdout.splitlines()
-    assert [line.split()[:5] for line in lines] == [
-        ["llama3_8b", "8.03B", "TP2", "bf16_mixed", "8"],
-        ["llama3_70b", "70.55B", "TP8·PP4·VPP5", "bf16_mixed", "32"],
-        ["llama31_8b", "8.03B", "TP2", "bf16_mixed", "8"],
-        ["llama31_70b", "70.55B", "TP8·PP4·VPP5", "bf16_mixed", "32"],
-        ["llama31_405b", "405.85B", "TP8·PP16·VPP2·CP4", "bf16_mixed", "512"],
-        ["llama32_1b", "1.24B", "none", "bf16_mixed", "1"],
-        ["llama32_3b", "3.21B", "none", "bf16_mixed", "4"],
-        ["llama_tiny", "3.3M", "none", "fp32", "CPU"],
+    assert [line.split()[:7] for line in lines] == [
+        ["llama3_8b", "8.03B", "TP2", "bf16_mixed", "8", "4", "1"],
+        ["llama3_70b", "70.55B", "TP8·PP4·VPP5", "bf16_mixed", "32", "32", "8"],
+        ["llama31_8b", "8.03B", "TP2", "bf16_mixed", "8", "4", "1"],
+        ["llama31_70b", "70.55B", "TP8·PP4·VPP5", "bf16_mixed", "32", "32", "8"],
+        ["llama31_405b", "405.85B", "TP8·PP16·VPP2·CP4", "bf16_mixed", "512", "256", "32"],
+        ["llama32_1b", "1.24B", "none", "bf16_mixed", "1", "1", "1"],
+        ["llama32_3b", "3.21B", "none", "bf16_mixed", "4", "1", "1"],
+        ["llama_tiny", "3.3M", "none", "fp32", "CPU", "CPU", "CPU"],
     ]
 
 
@@ -83,5 +92,7 @@ def test_recipes_as_json_are_one_object() -> None:
         "parallelism": "none",
         "precision": "fp32",
         "gpus": 0,
+        "sft_gpus": 0,
+        "peft_gpus": 0,
         "summary": "A Llama of 3 million parameters over bytes, in fp32, on a CPU in about a minute.",
     }

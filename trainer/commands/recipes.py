@@ -22,7 +22,8 @@ _SIZES = (
 @click.command("recipes")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(*, as_json: bool) -> None:
-    """List the recipes: parameters, parallelism, precision, and the fewest GPUs of 80 GB each."""
+    """List the recipes: parameters, parallelism and precision of pretraining, and the fewest GPUs of 80 GB for pretraining, for
+    fine-tuning all parameters (SFT), and for adapters (PEFT)."""
     from trainer import recipes  # noqa: PLC0415
 
     rows = [_row(one) for one in recipes.every().values()]
@@ -46,6 +47,8 @@ def _row(recipe: Recipe) -> dict[str, Any]:
         "parallelism": "·".join(f"{short}{size}" for short, size in sizes.items() if size and size > 1) or "none",
         "precision": config.mixed_precision,
         "gpus": recipe.gpus,
+        "sft_gpus": recipe.sft_gpus,
+        "peft_gpus": recipe.peft_gpus,
         "summary": recipe.summary,
     }
 
@@ -53,19 +56,21 @@ def _row(recipe: Recipe) -> dict[str, Any]:
 def _cells(row: dict[str, Any]) -> list[str]:
     billions = row["parameters"] / 1e9
     size = f"{billions:.2f}B" if billions >= 0.1 else f"{billions * 1e3:.1f}M"
-    return [row["name"], size, row["parallelism"], row["precision"], str(row["gpus"] or "CPU"), row["summary"]]
+    gpus = [str(row[name] or "CPU") for name in ("gpus", "sft_gpus", "peft_gpus")]
+    return [row["name"], size, row["parallelism"], row["precision"], *gpus, row["summary"]]
 
 
 def _line(row: dict[str, Any]) -> str:
-    name, size, parallelism, precision, gpus, summary = _cells(row)
-    return f"{name:<13} {size:>8}  {parallelism:<18} {precision:<11} {gpus:>4}  {summary}"
+    name, size, parallelism, precision, pretrain, sft, peft, summary = _cells(row)
+    return f"{name:<13} {size:>8}  {parallelism:<18} {precision:<11} {pretrain:>4} {sft:>4} {peft:>4}  {summary}"
 
 
 def _show_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    table = Table("recipe", "parameters", "parallelism", "precision", "GPUs", "what it is", box=None, header_style="bold")
+    gpus = ("GPUs to pretrain", "SFT", "PEFT")
+    table = Table("recipe", "parameters", "parallelism", "precision", *gpus, "what it is", box=None, header_style="bold")
     for row in rows:
         table.add_row(*_cells(row))
     Console().print(table)

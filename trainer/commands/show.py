@@ -72,14 +72,28 @@ def _show(config: RunConfig, *, world_size: int, device: str) -> None:
 
 def _figures(config: RunConfig, *, world_size: int, device: str) -> list[str]:
     from trainer.counting.estimate import memory, parameters  # noqa: PLC0415
-    from trainer.counting.flops import flops_per_token  # noqa: PLC0415
+    from trainer.counting.flops import flops_of_run  # noqa: PLC0415
 
     one, many = ("GPU", "GPUs") if device == "gpu" else ("process", "processes")
     units = one if world_size == 1 else many
     taken = memory(config, world_size=world_size)
     return [
         f"parameters: {parameters(config.model):,}",
+        *_trained(config),
         f"memory of the fullest of {world_size} {units}, estimated: {taken.total / 1e9:.1f} GB",
         *(f"  {part.name}: {part.size / 1e9:.1f} GB, {part.why}" for part in taken.parts),
-        f"FLOPs per token, forward and backward: {flops_per_token(config.model, config.dataset.sequence_length):.4g}",
+        f"FLOPs per token, forward and backward: {flops_of_run(config):.4g}",
     ]
+
+
+def _trained(config: RunConfig) -> list[str]:
+    from converter.console import count  # noqa: PLC0415
+    from trainer.counting.adapters import known  # noqa: PLC0415
+    from trainer.counting.estimate import adapters, parameters  # noqa: PLC0415
+
+    if config.peft is None:
+        return []
+    if not known(config.peft):
+        return [f"trained: what `{type(config.peft).__name__}` adds, which is not counted"]
+    added = adapters(config.model, config.peft)
+    return [f"trained: {count(added)} of {count(added + parameters(config.model))} parameters"]

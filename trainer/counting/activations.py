@@ -1,18 +1,25 @@
 """What the forward pass keeps for the backward pass, in bytes.
 
 After Korthikanti et al. 2022 (arXiv:2205.05198, section 4), counted anew for what megatron-core runs today: gated feed-forward
-networks, grouped queries, flash attention (no matrix of scores), no dropout mask, fused norms, experts. Knows no weights.
+networks, grouped queries, flash attention (no matrix of scores), no dropout mask, fused norms, experts, frozen weights with
+adapters (Transformer Engine 2.20: `module/layernorm_linear.py`, `module/linear.py`). Packed rows on a GPU cost what other rows of
+their length do. Knows no weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import batched
 from typing import Any
 
+from megatron.core.enums import Fp8Recipe
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.transformer.enums import AttnBackend
 
+from trainer.counting.adapters import Linear, beside, first_trained, known, linears
 from trainer.counting.shape import Shape, shape_of
+from trainer.peft.dora import DoRA
 
 LOGIT_TE, LOGIT_NATIVE, LOGIT_FP32 = 4, 10, 4
 """Bytes per logit. Transformer Engine's cross entropy writes gradients over bf16 logits; megatron-core's makes fp32 copies
@@ -27,7 +34,7 @@ STATISTICS = 4
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How ranks divide a token's channels, and how wide one is."""
+    """How ranks divide a token's channels, how wide one is, and what is trained."""
 
     tp: int
     etp: int
@@ -40,31 +47,58 @@ class Layout:
     narrow: int
     """Bytes of one channel of a matrix product's input: FP8 keeps it quantized."""
 
+    projection: int
+    """Bytes of one channel of attention's output that the product after it keeps, beside those that attention keeps."""
+
     scores: int
     """Tokens of one row of the matrix of scores; 0 with flash attention."""
 
+    peft: Any = None
+    """None where all weights are trained."""
+
 
 def activations(
-    model: Any, *, layers: Sequence[int], pp_rank: int, tokens: int, num_microbatches: int, sequence_length: int
+    model: Any, *, layers: Sequence[int], pp_rank: int, tokens: int, num_microbatches: int, sequence_length: int, peft: Any = None
 ) -> Iterator[tuple[str, int, str]]:
     """Name, bytes and reason of what one GPU of a pipeline rank keeps at its fullest. `layers` are those it computes, `tokens`
-    those of one microbatch before ranks divide them. `model` is a finalized provider."""
-    shape, layout = shape_of(model), _layout(model, sequence_length)
+    those of one microbatch before ranks divide them. `model` is a finalized provider, frozen if there is `peft`."""
+    shape = shape_of(model)
     tokens //= model.context_parallel_size
-    whole = [tokens * sum(_layer(shape, number, layout).values()) for number in layers]
-    kept, working = _kept(model, shape, layout, layers, tokens)
+    parts = [_layer(shape, number, _layout(model, number, sequence_length, peft)) for number in layers]
+    parts = parts[_without_gradients(model, shape, layers, peft) :]
+    layout = _layout(model, 0, sequence_length, peft)
+    kept, working = _kept(model, shape, layout, parts, tokens)
     flying = _in_flight(model, pp_rank, num_microbatches)
-    recompute = f"{model.recompute_granularity} recompute" if model.recompute_granularity else "nothing recomputed"
-    yield "activations", int(sum(kept) * flying), f"{len(whole)} layers, {flying:g} microbatches at a time, {recompute}"
+    yield "activations", int(sum(kept) * flying), _why(model, f"{len(parts)} layers, {flying:g} microbatches at a time", peft)
     if working:
         yield "recomputation", working, "what is computed again, at its largest"
     edge = tokens * shape.hidden * layout.wide // layout.shards
-    if pp_rank == 0:
+    if pp_rank == 0 and peft is None:
         yield "embedding", int(edge * flying), "its output"
     if pp_rank == model.pipeline_model_parallel_size - 1:
-        yield "final norm", 2 * edge, "its input and output"
+        # The output layer's weight has no gradient if it is frozen, for which it would keep its input.
+        norm = (2 * edge, "its input and output") if peft is None else (edge, "its input; the output layer, frozen, keeps none")
+        yield "final norm", *norm
         each = _logit(model, layout)
         yield "logits", tokens * shape.padded_vocab // layout.tp * each, f"one microbatch, {each} bytes per logit"
+
+
+def _why(model: Any, layers: str, peft: Any) -> str:
+    recompute = f"{model.recompute_granularity} recompute" if model.recompute_granularity else "nothing recomputed"
+    if peft is None:
+        return f"{layers}, {recompute}"
+    if not known(peft):
+        return f"{layers}, {recompute}; frozen layers keep no input; what `{type(peft).__name__}` keeps is not counted"
+    magnitudes = ", and with a magnitude their output" if isinstance(peft, DoRA) else ""
+    return f"{layers}, {recompute}; of frozen layers, those with an adapter keep their input, not quantized{magnitudes}"
+
+
+def _without_gradients(model: Any, shape: Shape, layers: Sequence[int], peft: Any) -> int:
+    """How many of the layers no gradient reaches, so that nothing is kept of them. Pipelines and recomputation pass gradients
+    through every layer (`trainer.peft.attach`)."""
+    if peft is None or model.pipeline_model_parallel_size > 1 or model.recompute_granularity:
+        return 0
+    return min(first_trained(peft, shape), len(layers))
 
 
 def _logit(model: Any, layout: Layout) -> int:
@@ -74,47 +108,97 @@ def _logit(model: Any, layout: Layout) -> int:
     return LOGIT_TE if fused else LOGIT_NATIVE
 
 
-def _layout(model: Any, sequence_length: int) -> Layout:
+def _layout(model: Any, number: int, sequence_length: int, peft: Any) -> Layout:
+    """That of layer `number`."""
     tensor = model.tensor_model_parallel_size
     unfused = model.attention_backend in (AttnBackend.local, AttnBackend.unfused)
     wide = model.params_dtype.itemsize
+    quantized = is_quantized(model, number)
     return Layout(
         tp=tensor,
         etp=model.expert_tensor_parallel_size or tensor,
         shards=tensor if model.sequence_parallel else 1,
         wide=wide,
-        narrow=1 if model.fp8 or model.fp4 else wide,
+        narrow=1 if quantized else wide,
+        # With other scalings than delayed, megatron-core lets it keep attention's output as it is (`save_original_input`).
+        projection=1 if quantized and model.fp8 and model.fp8_recipe == Fp8Recipe.delayed else 0,
         scores=sequence_length if unfused else 0,
+        peft=peft,
     )
+
+
+def is_quantized(model: Any, number: int) -> bool:
+    """Does a layer multiply in FP8 or FP4?"""
+    return bool(model.fp8 or model.fp4) and not is_first_last_bf16_layer(model, number)
 
 
 def _layer(shape: Shape, number: int, layout: Layout) -> dict[str, int]:
     """Bytes per token of one layer, by what can be recomputed on its own."""
-    wide, narrow, tp = layout.wide, layout.narrow, layout.tp
-    hidden = shape.hidden // layout.shards
-    norm_output = narrow * hidden
+    wide, tp = layout.wide, layout.tp
+    qkv, projection, *others = linears(shape, number)
+    into_qkv, of_qkv = _linear(qkv, layout, tp, normed=True)
+    into_projection, of_projection = _linear(projection, layout, tp, shared=True)
     parts = {
-        "residual": 2 * (wide * hidden + STATISTICS),  # the inputs of both norms
-        "layernorm": 2 * norm_output,
-        "attention": wide * (shape.queries + 2 * shape.keys) // tp + narrow * shape.queries // tp,
+        "residual": 2 * (wide * (shape.hidden // layout.shards) + STATISTICS),  # the inputs of both norms
+        "attention": 2 * wide * (shape.queries + shape.keys) // tp + into_projection + of_qkv + of_projection,
         "core_attn": STATISTICS * shape.heads // tp + SCORE_COPIES * wide * shape.heads * layout.scores // tp,
     }
-    if not shape.experts[number]:
-        return {**parts, "mlp": _mlp(shape, shape.ffn, layout, tp)}
-    routed = shape.active_experts * (wide * 2 * shape.hidden + _mlp(shape, shape.expert_ffn, layout, layout.etp))
+    if shape.experts[number]:
+        into_mlp, more = _experts(shape, layout, others)
+    else:
+        into_mlp, own = _mlp(shape, others, layout, tp, normed=True)
+        more = {"mlp": own}
+    return {**parts, "layernorm": into_qkv + into_mlp, **more}
+
+
+def _experts(shape: Shape, layout: Layout, inner: Sequence[Linear]) -> tuple[int, dict[str, int]]:
+    """Bytes per token of what goes into a layer's experts before it is sent to them, and of the experts: each is sent as many
+    tokens as another."""
+    wide, hidden = layout.wide, shape.hidden
+    routed, shared = ([one for one in inner if (one.expert is None) == of_all] for of_all in (False, True))
+    whole = replace(layout, shards=1)
+    pairs = [_mlp(shape, pair, whole, layout.etp, normed=False) for pair in batched(routed, 2, strict=True)]
+    into, own = (sum(pair[which] for pair in pairs) // len(pairs) for which in (0, 1))
+    sent = wide * hidden if layout.peft is None else into
+    inside = shape.active_experts * (sent + own + wide * hidden)  # what comes out is kept to be weighted
     router = 2 * STATISTICS * shape.num_experts // layout.shards
-    shared = _mlp(shape, shape.shared_ffn, layout, tp)
-    return {**parts, "moe": routed // layout.shards + router, "shared_experts": shared}
+    into_shared, of_shared = _mlp(shape, shared, layout, layout.tp, normed=False) if shared else (0, 0)
+    norm_output = layout.narrow * hidden // layout.shards if layout.peft is None else into_shared
+    return norm_output, {"moe": inside // layout.shards + router, "shared_experts": of_shared}
 
 
-def _mlp(shape: Shape, ffn: int, layout: Layout, tp: int) -> int:
-    """The first product's output, and the second's input."""
-    return (shape.gates * layout.wide + layout.narrow) * ffn // tp
+def _mlp(shape: Shape, pair: Sequence[Linear], layout: Layout, ranks: int, *, normed: bool) -> tuple[int, int]:
+    """Bytes per token of what goes into a feed-forward network; of the first product's output and the second's input."""
+    first, second = pair
+    into, of_first = _linear(first, layout, ranks, normed=normed)
+    activated, of_second = _linear(second, layout, ranks)
+    return into, shape.gates * layout.wide * second.inputs // ranks + activated + of_first + of_second
 
 
-def _kept(model: Any, shape: Shape, layout: Layout, layers: Sequence[int], tokens: int) -> tuple[list[int], int]:
+def _linear(linear: Linear, layout: Layout, ranks: int, *, normed: bool = False, shared: bool = False) -> tuple[int, int]:
+    """Bytes per token that a linear layer keeps of its input, and what its adapter keeps beside it.
+
+    A layer keeps its input for its weight's gradient: in FP8 quantized, frozen not at all. An adapter's A keeps it as it is, or
+    what dropout makes of it, with a mask. Transformer Engine's layer with a norm in it (`normed`) that hands out what the norm
+    made keeps that too, though a frozen one has no use for it: quantized, or the same tensor. `shared` is kept by attention
+    anyway. Then there are A·x, r wide, and the output that a magnitude scales.
+    """
+    wide, narrow = layout.wide, layout.narrow
+    inputs = linear.inputs // (ranks if linear.row else layout.shards)
+    if layout.peft is None:
+        return (layout.projection if shared else narrow) * inputs, 0
+    added = beside(layout.peft, linear, ranks=ranks)
+    if added is None:
+        return 0, 0
+    dropped = layout.peft.dropout > 0
+    each = (0 if shared and not dropped else wide) + dropped
+    each += narrow if normed and (dropped or narrow != wide) else 0
+    scaled = linear.outputs // (layout.shards if linear.row else ranks) if added.magnitudes else 0
+    return each * inputs, wide * (added.rank + scaled)
+
+
+def _kept(model: Any, shape: Shape, layout: Layout, parts: Sequence[dict[str, int]], tokens: int) -> tuple[list[int], int]:
     """Bytes that stay of each layer, and the most that recomputing one unit brings back."""
-    parts = [_layer(shape, number, layout) for number in layers]
     whole = [tokens * sum(part.values()) for part in parts]
     again = set(model.recompute_modules or ()) if model.recompute_granularity == "selective" else set[str]()
     if model.recompute_granularity != "full":

@@ -6,17 +6,21 @@ torch's allocator, nor fragments in it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.enums import AttnBackend, LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from trainer.config import RunConfig
-from trainer.counting.activations import activations
+from trainer.counting import adapters as counting
+from trainer.counting.activations import activations, is_quantized
+from trainer.counting.adapters import Adapters, known
 from trainer.counting.shape import Shape, shape_of
+from trainer.data import is_packed
 
 FP8_COPIES = 2
 """Bytes per quantized weight: FP8 once as it is and once transposed, for the backward pass (Transformer Engine)."""
@@ -33,8 +37,8 @@ class Weights:
 
     dense: int
     experts: int
-    matrices: int
-    """Those of both that layers multiply with: what FP8 quantizes."""
+    matrices: int = 0
+    """Those of both that FP8 or FP4 quantizes: what layers multiply with, but for those left in bf16."""
 
     @property
     def total(self) -> int:
@@ -98,14 +102,28 @@ def parameters_per_rank(provider: Any, *, pp_rank: int = 0) -> Weights:
     held = _layers(provider, pp_rank)
     counts = [_layer(shape, number, tp=tp, ep=ep, etp=etp) for number in held]
     dense, experts = (sum(count[which] for count in counts) for which in (0, 1))
-    matrices = sum(
-        shape.attention_matrices // tp + (0 if shape.experts[n] else shape.mlp_matrices(shape.ffn) // tp) for n in held
-    )
+    multiplied = [
+        shape.attention_matrices // tp + (one[1] if shape.experts[n] else shape.mlp_matrices(shape.ffn) // tp)
+        for n, one in zip(held, counts, strict=True)
+    ]
+    matrices = sum(number for n, number in zip(held, multiplied, strict=True) if is_quantized(provider, n))
     first, last = pp_rank == 0, pp_rank == pp - 1
     vocabulary = shape.padded_vocab * shape.hidden // tp
     dense += (vocabulary + shape.positions * shape.hidden) * first + shape.norm * shape.hidden * last
     dense += vocabulary * (last and not (first and shape.tied))
-    return Weights(dense, experts, matrices + experts)
+    return Weights(dense, experts, matrices)
+
+
+def adapters(provider: Any, peft: Any) -> int:
+    """Parameters that a method of fine-tuning adds to the model, all of which are trained; 0 for one that is not known here."""
+    return counting.adapters(peft, shape_of(provider))
+
+
+def adapters_per_rank(provider: Any, peft: Any, *, pp_rank: int = 0) -> Adapters:
+    """The same on each GPU of a pipeline rank of a finalized provider; of ranks with different experts, on the fullest."""
+    tp, ep = provider.tensor_model_parallel_size, provider.expert_model_parallel_size
+    sizes = {"tp": tp, "ep": ep, "etp": provider.expert_tensor_parallel_size or tp}
+    return counting.on_rank(peft, shape_of(provider), _layers(provider, pp_rank), **sizes)
 
 
 def _layers(provider: Any, pp_rank: int) -> list[int]:
@@ -136,13 +154,16 @@ def memory(config: RunConfig, world_size: int) -> Estimate:
 
 def _on_rank(config: RunConfig, pp_rank: int, world_size: int) -> Estimate:
     held = parameters_per_rank(config.model, pp_rank=pp_rank)
+    added = adapters_per_rank(config.model, config.peft, pp_rank=pp_rank)
+    trained = held if config.peft is None else Weights(added.dense, added.experts)
     copies = _copies(config.model, world_size)
     micro = config.train.micro_batch_size
     data_parallel = copies[0] // config.model.context_parallel_size
     parts = (
         _weights(config.model, held),
-        _gradients(config, held),
-        _optimizer(config, held, copies),
+        *_adapters(config, added),
+        _gradients(config, trained),
+        _optimizer(config, trained, copies),
         *(
             Part(name, size, why)
             for name, size, why in activations(
@@ -152,11 +173,33 @@ def _on_rank(config: RunConfig, pp_rank: int, world_size: int) -> Estimate:
                 tokens=config.dataset.sequence_length * micro,
                 num_microbatches=config.train.global_batch_size // (micro * data_parallel),
                 sequence_length=config.dataset.sequence_length,
+                peft=config.peft,
             )
         ),
+        *_mask(config),
         Part("workspace", WORKSPACE, "cuBLAS"),
     )
     return Estimate(pp_rank, parts)
+
+
+def _adapters(config: RunConfig, added: Adapters) -> Iterator[Part]:
+    """Adapters, and what DoRA keeps beside them."""
+    if config.peft is None:
+        return
+    kind, method = config.model.params_dtype, type(config.peft).__name__
+    why = f"{added.total:,} parameters in {_name(kind)}"
+    if not known(config.peft):
+        why = f"what `{method}` adds is not known here and not counted: not its parameters, their gradients nor optimizer state"
+    yield Part("adapters", added.total * kind.itemsize, why)
+    if added.rows:
+        yield Part("lengths of rows", added.rows * FP32, f"{added.rows:,} rows of frozen weights, squared, in float32")
+
+
+def _mask(config: RunConfig) -> Iterator[Part]:
+    """On a GPU attention is told where examples begin; megatron-core's own takes a mask instead."""
+    if is_packed(config.dataset) and config.model.attention_backend is AttnBackend.local:
+        rows, length = config.train.micro_batch_size, config.dataset.sequence_length
+        yield Part("attention mask", rows * length**2, f"which tokens of {length} see which, in {rows} packed rows")
 
 
 def _copies(model: Any, world_size: int) -> tuple[int, int]:
@@ -176,7 +219,8 @@ def _weights(model: Any, held: Weights) -> Part:
 
 def _gradients(config: RunConfig, held: Weights) -> Part:
     kind = torch.float32 if config.ddp.grad_reduce_in_fp32 else config.model.params_dtype
-    return Part("gradients", held.total * kind.itemsize, f"one per parameter, added up in {_name(kind)}")
+    which = "parameter" if config.peft is None else "parameter of an adapter"
+    return Part("gradients", held.total * kind.itemsize, f"one per {which}, added up in {_name(kind)}")
 
 
 def _optimizer(config: RunConfig, held: Weights, copies: tuple[int, int]) -> Part:
@@ -192,7 +236,8 @@ def _optimizer(config: RunConfig, held: Weights, copies: tuple[int, int]) -> Par
         each += FP32 if mixed and not config.ddp.grad_reduce_in_fp32 else 0
     shares = copies if told.use_distributed_optimizer else (1, 1)
     size = each * held.dense // shares[0] + each * held.experts // shares[1]
-    return Part("optimizer", size, f"{each} bytes per parameter" + (f", over {shares[0]} ranks" if shares[0] > 1 else ""))
+    why = f"{each} bytes per parameter" + (" of an adapter" if config.peft is not None else "")
+    return Part("optimizer", size, why + (f", over {shares[0]} ranks" if shares[0] > 1 else ""))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -6,12 +6,16 @@ Knows no hardware and no layout: recomputed activations and padded vocabulary ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from trainer.counting import adapters
 from trainer.counting.shape import Shape, shape_of
 
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
 
-def flops_per_token(provider: Any, sequence_length: int, *, lengths: Sequence[float] | None = None) -> float:
+
+def flops_per_token(provider: Any, sequence_length: int, *, lengths: Sequence[float] | None = None, peft: Any = None) -> float:
     """Floating-point operations of forward and backward pass per token, on sequences of `sequence_length` tokens, or packed
     ones of the given `lengths`.
 
@@ -22,26 +26,42 @@ def flops_per_token(provider: Any, sequence_length: int, *, lengths: Sequence[fl
     - 4 × heads × head size × the tokens that a token sees on average, in each layer: queries times keys, and scores times values.
       Causal attention sees half a sequence, s/2; Σ s²/2 ÷ Σ s over packed sequences; a sliding window less.
 
+    With `peft` the model's weights are frozen: 2 × forward for them, as gradients pass through but none is theirs; 3 × forward
+    for attention's scores, which have no weights; and 3 × 2 × every weight of an adapter's A and B. Layers before the first with
+    an adapter are not gone back through: 1 × forward. Of a method of somebody's own, what it adds is not counted.
+
     UserError for a model that is not GPT-shaped.
     """
     shape = shape_of(provider)
-    seen = sum(_seen(lengths or (sequence_length,), window) for window in shape.windows)
-    attention = 4 * shape.queries * seen
-    return 3 * (2 * _multiplied(shape) + attention)
+    attention = [4 * shape.queries * _seen(lengths or (sequence_length,), window) for window in shape.windows]
+    if peft is None:
+        return 3 * (2 * _multiplied(shape) + sum(attention))
+    first = adapters.first_trained(peft, shape)
+    return (
+        2 * (_multiplied(shape) + _multiplied(shape, first))
+        + sum(attention)
+        + 2 * sum(attention[first:])
+        + 6 * adapters.multiplied(peft, shape)
+    )
 
 
-def flops_of_packed(provider: Any, tokens: float, squares: float) -> float:
+def flops_of_run(config: RunConfig, *, lengths: Sequence[float] | None = None) -> float:
+    """Floating-point operations per token of a run as it is configured, on whole sequences or packed ones of those lengths."""
+    return flops_per_token(config.model, config.dataset.sequence_length, lengths=lengths, peft=config.peft)
+
+
+def flops_of_packed(config: RunConfig, tokens: float, squares: float) -> float:
     """Floating-point operations of forward and backward over packed examples of `tokens` tokens in all, Σ sᵢ, whose lengths'
     squares sum up to `squares`, Σ sᵢ². Exact but for sliding windows: for those, as if all were of one length."""
-    return tokens * flops_per_token(provider, 0, lengths=(squares / tokens,))
+    return tokens * flops_of_run(config, lengths=(squares / tokens,))
 
 
-def _multiplied(shape: Shape) -> int:
-    """Weights that one token is multiplied with."""
+def _multiplied(shape: Shape, first: int = 0) -> int:
+    """Weights that one token is multiplied with, from layer `first` on."""
     dense = shape.mlp_matrices(shape.ffn)
     routed = shape.active_experts * shape.mlp_matrices(shape.expert_ffn) + shape.hidden * shape.num_experts
     routed += shape.mlp_matrices(shape.shared_ffn)
-    layers = sum(shape.attention_matrices + (routed if experts else dense) for experts in shape.experts)
+    layers = sum(shape.attention_matrices + (routed if experts else dense) for experts in shape.experts[first:])
     return layers + shape.hidden * shape.vocab
 
 

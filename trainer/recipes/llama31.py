@@ -41,6 +41,7 @@ LAYOUT_405B: dict[str, Any] = llama3.DIVIDED_8 | {
     "account_for_embedding_in_pipeline_split": True,
     "account_for_loss_in_pipeline_split": True,
 }
+SHORTER_405B: dict[str, Any] = LAYOUT_405B | {"context_parallel_size": 2}
 ADAPTERS_405B: dict[str, Any] = llama3.DIVIDED_8 | {
     "pipeline_model_parallel_size": 4,
     "account_for_embedding_in_pipeline_split": True,
@@ -93,49 +94,51 @@ def pretrain_405b() -> RunConfig:
 
 
 def sft_8b() -> RunConfig:
-    """All of Llama 3.1 8B, on {S8b}.
+    """All of Llama 3.1 8B, on 4 GPUs of 80 GB or any power of 2 from there.
 
-    Per GPU at XX: 00 GB.
+    Per GPU at TP2·DP2: 58 GB, as Llama 3 8B.
     """
     return tuning_all(MODEL_8B, **llama3.LAYOUT_8B)
 
 
 def peft_8b() -> RunConfig:
-    """Adapters of Llama 3.1 8B, on {P8b}.
+    """Adapters of Llama 3.1 8B, on one GPU of 80 GB or any power of 2.
 
-    Per GPU at XX: 00 GB.
+    On one GPU: 38 GB, as Llama 3 8B.
     """
     return tuning_adapters(MODEL_8B)
 
 
 def sft_70b() -> RunConfig:
-    """All of Llama 3.1 70B, on {S70b}.
+    """All of Llama 3.1 70B, on 32 GPUs of 80 GB or any power of 2 from there.
 
-    Per GPU at XX: 00 GB.
+    Per GPU at TP8·PP4·VPP5·DP1: 54 GB, as Llama 3 70B.
     """
     return tuning_all(MODEL_70B, **llama3.LAYOUT_70B)
 
 
 def peft_70b() -> RunConfig:
-    """Adapters of Llama 3.1 70B, on {P70b}.
+    """Adapters of Llama 3.1 70B, on 8 GPUs of 80 GB or any power of 2 from there.
 
-    Per GPU at XX: 00 GB.
+    Per GPU at TP8·DP1: 31 GB, as Llama 3 70B.
     """
     return tuning_adapters(MODEL_70B, **llama3.DIVIDED_8)
 
 
 def sft_405b() -> RunConfig:
-    """All of Llama 3.1 405B, on {S405b}.
+    """All of Llama 3.1 405B, on 256 GPUs of 80 GB or any power of 2 from there.
 
-    Per GPU at XX: 00 GB.
+    Per GPU at TP8·PP16·VPP2·CP2·DP1: weights and gradients 3.19e9 × 6 = 19 GB, optimizer 3.19e9 × 12/2 = 19 GB; the fullest
+    stage keeps 8 layers of 22.5 micro-batches, 32 × 16384 × 4096/2 × 8 × 22.5/8 = 24 GB: 62 GB.
     """
-    return tuning_all(MODEL_405B, **LAYOUT_405B)
+    return tuning_all(MODEL_405B, **SHORTER_405B)
 
 
 def peft_405b() -> RunConfig:
-    """Adapters of Llama 3.1 405B, on {P405b}.
+    """Adapters of Llama 3.1 405B, on 32 GPUs of 80 GB or any power of 2 from there.
 
-    Per GPU at XX: 00 GB.
+    Per GPU at TP8·PP4·DP1: frozen weights of the first stage, 31 layers and the embedding, 12.6e9 × 2 = 25 GB, adapters 8.9e7 ×
+    18 = 2 GB, activations of 4 micro-batches of 4096 tokens 32 × 16384 × 4096 × 31 × 4/8 = 33 GB: 60 GB.
     """
     return tuning_adapters(MODEL_405B, **ADAPTERS_405B)
 
@@ -165,7 +168,7 @@ RECIPES = (
         sft_config=sft_405b,
         peft_config=peft_405b,
         gpus=512,
-        sft_gpus=512,
+        sft_gpus=256,
         peft_gpus=32,
     ),
 )

@@ -23,7 +23,7 @@ from formats.errors import UserError
 from trainer import device, parallel
 from trainer.config import RunConfig
 from trainer.counting import peaks
-from trainer.counting.flops import flops_of_packed, flops_per_token
+from trainer.counting.flops import flops_of_packed, flops_of_run
 from trainer.model import GPTModelProvider
 from trainer.settings import documents
 from trainer.telling import metrics, records
@@ -143,12 +143,12 @@ def open_telling(config: RunConfig, *, resumed_at: int, active: bool) -> Telling
 def _flops(config: RunConfig) -> float:
     """Model FLOPs per token; 0 for a model of one's own, whose shape nobody told."""
     known = isinstance(config.model, GPTModelProvider)
-    return flops_per_token(config.model, config.dataset.sequence_length) if known else 0.0
+    return flops_of_run(config) if known else 0.0
 
 
 def _flops_of_packed(config: RunConfig) -> Callable[[float, float], float] | None:
     """None for a model of one's own."""
-    return partial(flops_of_packed, config.model) if isinstance(config.model, GPTModelProvider) else None
+    return partial(flops_of_packed, config) if isinstance(config.model, GPTModelProvider) else None
 
 
 def _peak(config: RunConfig) -> float | None:

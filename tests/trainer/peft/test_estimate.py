@@ -1,0 +1,195 @@
+"""What adapters add to a model's sizes, against megatron-core's models with adapters in them and what torch keeps of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainer.settings import HOPPER, settings
+from trainer.config import FinetuningDatasetConfig, RunConfig
+from trainer.counting.estimate import adapters, adapters_per_rank, memory, parameters_per_rank
+from trainer.peft import PEFT, DoRA, LoRA
+from trainer.settings.resolve import resolve
+
+SPLIT = {"model__num_query_groups": 4, "model__num_attention_heads": 8}
+METHODS: dict[str, PEFT] = {
+    "lora": LoRA(dim=4),
+    "canonical": LoRA(dim=4, canonical=True),
+    "dora": DoRA(dim=4),
+    "canonical dora": DoRA(dim=4, canonical=True),
+    "attention alone": DoRA(dim=8, target_modules=["linear_qkv", "linear_proj"]),
+    "some layers": LoRA(dim=4, target_modules=["*.layers.1.*.linear_*", "linear_fc2"], exclude_modules=["*.layers.3.*"]),
+    "some parts": DoRA(dim=4, canonical=True, target_modules=["linear_q", "linear_v", "linear_fc1"], exclude_modules=["*_gate"]),
+}
+EXPERTS = {
+    "model__num_moe_experts": 4,
+    "model__hf_config": {},  # no Llama any more
+    "model__moe_layer_freq": [1, 0, 1, 1],
+    "model__moe_ffn_hidden_size": 48,
+    "model__moe_shared_expert_intermediate_size": 32,
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "tensor": {"model__tensor_model_parallel_size": 2},
+    "pipeline": {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2},
+    "experts": {"model__expert_model_parallel_size": 2, **EXPERTS},
+    "divided experts": {"model__tensor_model_parallel_size": 2, **EXPERTS},
+}
+
+
+def attached(config: RunConfig) -> tuple[int, int]:
+    """Trained parameters on this rank, and of the whole model."""
+    from trainer import parallel
+    from trainer.model import build
+    from trainer.peft.attach import attach
+
+    with parallel.session(config, "cpu"):
+        chunks = build(config.model)
+        whole = attach(chunks, config.peft).trained
+        return sum(one.numel() for chunk in chunks for one in chunk.parameters() if one.requires_grad), whole
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_adapters_are_as_large_as_those_that_are_attached(ranks: Any, layout: str, method: str) -> None:
+    world = 1 if layout == "one" else 2
+    config = settings(mixed_precision="fp32", peft=METHODS[method], **LAYOUTS[layout])
+    resolved = resolve(config, world_size=world, device="cpu").config
+    stages = resolved.model.pipeline_model_parallel_size > 1
+    each = [adapters_per_rank(resolved.model, resolved.peft, pp_rank=rank if stages else 0).total for rank in range(world)]
+    whole = adapters(resolved.model, resolved.peft)
+    assert ranks.run(attached, world, resolved) == [(one, whole) for one in each]
+
+
+def test_ranks_with_other_experts_may_have_more() -> None:
+    layout = {**LAYOUTS["experts"], "peft": LoRA(dim=4, target_modules=["*.layers.0.*.local_experts.3.linear_fc2"])}
+    model = resolve(settings(mixed_precision="fp32", **layout), world_size=2, device="cpu").config
+    assert adapters_per_rank(model.model, model.peft).experts == 4 * (48 + 64)
+
+
+def test_weights_of_a_frozen_model_are_all_there_is_of_them() -> None:
+    for sharded, optimizer in ((False, 12), (True, 3)):
+        config = settings(peft=LoRA(dim=4), mixed_precision="bf16_mixed", ddp__use_distributed_optimizer=sharded)
+        found = parts(config, world_size=4)
+        trained = adapters(config.model, config.peft)
+        assert found["weights"] == 2 * parameters_per_rank(config.model).total
+        assert (found["adapters"], found["gradients"], found["optimizer"]) == (2 * trained, 4 * trained, optimizer * trained)
+
+
+def parts(config: RunConfig, *, world_size: int = 1, device: str = "gpu") -> dict[str, int]:
+    machine = HOPPER if device == "gpu" else None
+    resolved = resolve(config, world_size=world_size, device=device, machine=machine).config
+    return {part.name: part.size for part in memory(resolved, world_size=world_size).parts}
+
+
+def kept(config: RunConfig) -> int:
+    """Bytes that torch keeps of one microbatch for the backward pass, parameters left out."""
+    from trainer import parallel
+    from trainer.model import build
+    from trainer.peft.attach import attach
+
+    seen: dict[int, torch.Tensor] = {}
+
+    def keep(one: torch.Tensor) -> torch.Tensor:
+        seen[one.untyped_storage().data_ptr()] = one
+        return one
+
+    with parallel.session(config, "cpu"):
+        (chunk,) = build(config.model)
+        attach([chunk], config.peft)
+        tokens = torch.arange(config.dataset.sequence_length)[None] % 97
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
+            loss = chunk(tokens, torch.arange(tokens.shape[1])[None], None, labels=tokens)
+        own = {one.untyped_storage().data_ptr() for one in chunk.parameters()}
+        assert loss.requires_grad
+        return sum(one.untyped_storage().nbytes() for place, one in seen.items() if place not in own)
+
+
+ALL = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+
+
+@pytest.mark.parametrize("left_out", ["linear_fc1", "linear_fc2"])
+def test_an_adapter_keeps_its_layers_input_and_what_it_makes_of_it(ranks: Any, left_out: str) -> None:
+    """Attention's output is another thing: only flash attention keeps it anyway."""
+    whole, less = (
+        settings(mixed_precision="fp32", peft=LoRA(dim=4, target_modules=[one for one in ALL if one != left]))
+        for left in (None, left_out)
+    )
+    resolved = [resolve(one, world_size=1, device="cpu").config for one in (whole, less)]
+    with_it, without = (ranks.run(kept, 1, one)[0] for one in resolved)
+    estimated = parts(whole, device="cpu")["activations"] - parts(less, device="cpu")["activations"]
+    assert with_it - without == estimated > 0
+
+
+def test_a_magnitude_keeps_the_output_that_it_scales(ranks: Any) -> None:
+    methods = [settings(mixed_precision="fp32", peft=made(dim=4)) for made in (DoRA, LoRA)]
+    dora, lora = (ranks.run(kept, 1, resolve(one, world_size=1, device="cpu").config)[0] for one in methods)
+    estimated = [parts(one, device="cpu") for one in methods]
+    rows = estimated[0]["lengths of rows"]
+    # Beside the outputs, torch keeps the norms and the factors: one number each per row.
+    assert dora - lora == estimated[0]["activations"] - estimated[1]["activations"] + 2 * rows
+
+
+def test_layers_before_the_first_adapter_keep_nothing(ranks: Any) -> None:
+    told = {"mixed_precision": "fp32", "model__vocab_size": 128}
+    upper = settings(peft=LoRA(dim=4, target_modules=["*.layers.2.*", "*.layers.3.*"]), **told)
+    every = settings(peft=LoRA(dim=4), **told)
+    assert parts(upper)["activations"] * 2 == parts(every)["activations"]
+    stages = {"model__pipeline_model_parallel_size": 2}
+    gradients = settings(peft=LoRA(dim=4, target_modules=["*.layers.3.*"]), **told, **stages)
+    assert parts(gradients, world_size=2)["activations"] > 0
+
+
+def test_fp8_keeps_adapters_inputs_as_they_are_and_frozen_layers_none() -> None:
+    """Per token and layer: Transformer Engine's layers with a norm keep their quantized copy too, once they hand it out."""
+    fp8 = {"mixed_precision": "bf16_with_fp8_current_scaling_mixed", "model__first_last_layers_bf16": False}
+    sizes = {"model__hidden_size": 64, "model__ffn_hidden_size": 96, "model__kv_channels": 8, **SPLIT}
+    r, tokens, layers = 4, 128, 4
+    attention = 2 * (2 * 64 + 2 * 32) + 4 * 8
+    frozen = 2 * (2 * 64 + 4) + attention + 2 * 2 * 96
+    every = {name: LoRA(dim=r, target_modules=[name]) for name in ALL}
+    added = {"linear_qkv": 3 * 64, "linear_proj": 0, "linear_fc1": 3 * 64, "linear_fc2": 2 * 96}
+    for name, method in every.items():
+        found = parts(settings(peft=method, **fp8, **sizes))
+        assert found["activations"] == tokens * layers * (frozen + added[name] + 2 * r), name
+
+
+def test_layers_left_in_bf16_are_not_quantized() -> None:
+    fp8 = {"mixed_precision": "bf16_with_fp8_current_scaling_mixed"}
+    every, some = (parts(settings(peft=LoRA(dim=4), **fp8, model__first_last_layers_bf16=first)) for first in (False, True))
+    matrices = parameters_per_rank(resolve(settings(**fp8, model__first_last_layers_bf16=False), world_size=1, device="gpu",
+                                           machine=HOPPER).config.model).matrices  # fmt: skip
+    assert every["weights"] - some["weights"] == 2 * matrices // 2
+    assert every["activations"] - some["activations"] == 2 * 128 * 2 * 64
+
+
+class Own(PEFT):
+    """A method of somebody's own."""
+
+
+class Mine(LoRA):
+    """One that may do anything."""
+
+
+@pytest.mark.parametrize("method", [Own, Mine])
+def test_a_method_of_ones_own_is_counted_as_nothing_and_said_so(method: type[PEFT]) -> None:
+    resolved = resolve(settings(peft=method()), world_size=1, device="gpu", machine=HOPPER).config
+    found = {part.name: part for part in memory(resolved, world_size=1).parts}
+    assert [found[name].size for name in ("adapters", "gradients", "optimizer")] == [0, 0, 0]
+    assert found["adapters"].why == (
+        f"what `{method.__name__}` adds is not known here and not counted: not its parameters, their gradients nor optimizer "
+        "state"
+    )
+    assert f"what `{method.__name__}` keeps is not counted" in found["activations"].why
+
+
+def test_packed_rows_have_a_mask_on_the_cpu_alone() -> None:
+    for device, expected in (("cpu", 2 * 64 * 64), ("gpu", None)):
+        config = settings(train__micro_batch_size=2, mixed_precision="bf16_mixed" if device == "gpu" else "fp32")
+        config.dataset = FinetuningDatasetConfig(sequence_length=64)
+        found = parts(config, device=device)
+        assert found.get("attention mask") == expected
+        config.dataset.packed = False
+        assert "attention mask" not in parts(config, device=device)

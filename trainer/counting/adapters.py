@@ -1,0 +1,152 @@
+"""What LoRA and DoRA add to a model, by arithmetic, from the names that megatron-core gives its linear layers.
+
+Knows no method of somebody's own: what `transform` would make of a layer cannot be told without the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.counting.shape import Shape
+from trainer.peft.dora import DoRA
+from trainer.peft.lora import LoRA
+from trainer.peft.parts import part_names
+from trainer.peft.targets import wanted
+
+KNOWN = (LoRA, DoRA)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer of a transformer layer, whole: sizes are those before ranks divide them."""
+
+    name: str
+    inputs: int
+    parts: dict[str, int]
+    """Outputs of each of those that are computed as one, by their short names; or of the layer itself."""
+
+    row: bool = False
+    """Ranks divide its inputs; else its outputs."""
+
+    expert: int | None = None
+
+    @property
+    def outputs(self) -> int:
+        """Those of all parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What stands beside one linear layer on one rank."""
+
+    matrices: int
+    """Parameters of all A and B."""
+
+    magnitudes: int
+    rank: int
+    """Channels of A·x, of all A."""
+
+    @property
+    def parameters(self) -> int:
+        """All that is trained."""
+        return self.matrices + self.magnitudes
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """Numbers of what is trained on one rank. Those of experts are apart, as their weights are."""
+
+    dense: int
+    experts: int
+    rows: int
+    """Outputs with a magnitude, experts' included."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.dense + self.experts
+
+
+def known(peft: Any) -> bool:
+    """Is it a method whose adapters can be counted? A class made from one may do anything."""
+    return type(peft) in KNOWN
+
+
+def linears(shape: Shape, number: int) -> Iterator[Linear]:
+    """The linear layers of layer `number`, counted from 0 in the whole model: attention's two, the feed-forward network's or
+    each expert's two, the shared expert's two."""
+    layer = f"decoder.layers.{number}"
+    yield Linear(f"{layer}.self_attention.linear_qkv", shape.hidden, {"q": shape.queries, "k": shape.keys, "v": shape.keys})
+    yield Linear(f"{layer}.self_attention.linear_proj", shape.queries, {"": shape.hidden}, row=True)
+    if not shape.experts[number]:
+        yield from _mlp(f"{layer}.mlp", shape, shape.ffn)
+        return
+    for expert in range(shape.num_experts):
+        yield from _mlp(f"{layer}.mlp.experts.local_experts.{expert}", shape, shape.expert_ffn, expert)
+    if shape.shared_ffn:
+        yield from _mlp(f"{layer}.mlp.shared_experts", shape, shape.shared_ffn)
+
+
+def _mlp(name: str, shape: Shape, ffn: int, expert: int | None = None) -> Iterator[Linear]:
+    first = {"gate": ffn, "up": ffn} if shape.gates == 2 else {"": ffn}
+    yield Linear(f"{name}.linear_fc1", shape.hidden, first, expert=expert)
+    yield Linear(f"{name}.linear_fc2", ffn, {"": shape.hidden}, row=True, expert=expert)
+
+
+def beside(peft: Any, linear: Linear, *, ranks: int = 1) -> Added | None:
+    """The adapter of a layer that `ranks` divide, on one of them; None where there is none, or none is known.
+
+    Where ranks divide the outputs, each has all of A and its rows of B; where the inputs, its columns of A and all of B.
+    Magnitudes are divided as the outputs are.
+    """
+    if not known(peft):
+        return None
+    chosen = wanted(linear.name, peft.aliases(linear.name), peft.target_modules, peft.exclude_modules)
+    if not chosen:
+        return None
+    names = part_names(linear.name) if peft.canonical else {}
+    outputs = [linear.parts.get(part, 0) for part, name in names.items() if name in chosen] if names else [linear.outputs]
+    columns, rows = (linear.inputs // ranks, sum(outputs)) if linear.row else (linear.inputs, sum(outputs) // ranks)
+    rank = peft.dim * len(outputs)
+    return Added(rank * columns + peft.dim * rows, rows if isinstance(peft, DoRA) else 0, rank)
+
+
+def adapters(peft: Any, shape: Shape) -> int:
+    """Trained parameters of the whole model; 0 where the method is not known."""
+    return on_rank(peft, shape, range(shape.layers)).total
+
+
+def on_rank(peft: Any, shape: Shape, layers: Sequence[int], *, tp: int = 1, ep: int = 1, etp: int = 1) -> Adapters:
+    """What is trained in `layers` on one rank: of those that hold different experts, the one with the most."""
+    dense, rows, each = 0, 0, shape.num_experts // ep
+    experts = [[0, 0] for _ in range(ep)]
+    for linear in (one for number in layers for one in linears(shape, number)):
+        found = beside(peft, linear, ranks=tp if linear.expert is None else etp)
+        if found is None:
+            continue
+        if linear.expert is None:
+            dense, rows = dense + found.parameters, rows + found.magnitudes
+        else:
+            mine = experts[linear.expert // each]
+            mine[0], mine[1] = mine[0] + found.parameters, mine[1] + found.magnitudes
+    most, their_rows = max(experts)
+    return Adapters(dense, most, rows + their_rows)
+
+
+def first_trained(peft: Any, shape: Shape) -> int:
+    """The first layer that is reached by gradients: those before it have no adapter, and nothing before them is trained. 0 for
+    a method that is not known; the number of layers where no layer has an adapter."""
+    if not known(peft):
+        return 0
+    found = (number for number in range(shape.layers) if any(beside(peft, one) for one in linears(shape, number)))
+    return next(found, shape.layers)
+
+
+def multiplied(peft: Any, shape: Shape) -> float:
+    """Weights of A and B that one token is multiplied with: of experts, those that a token is sent to on average."""
+    share = shape.active_experts / shape.num_experts if shape.num_experts else 0
+    found = ((one, beside(peft, one)) for number in range(shape.layers) for one in linears(shape, number))
+    return sum(added.matrices * (1 if linear.expert is None else share) for linear, added in found if added)
