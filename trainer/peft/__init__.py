@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer.peft.adapted import Adapter, adapt
     from trainer.peft.attach import attach, trainable
+    from trainer.peft.dora import DoRA
     from trainer.peft.lora import LoRA
     from trainer.peft.method import PEFT
 
 _WHERE = {
     "PEFT": "method",
     "LoRA": "lora",
+    "DoRA": "dora",
     "Adapter": "adapted",
     "adapt": "adapted",
     "attach": "attach",
     "trainable": "attach",
 }
-__all__ = ["PEFT", "Adapter", "LoRA", "adapt", "attach", "trainable"]
+__all__ = ["PEFT", "Adapter", "DoRA", "LoRA", "adapt", "attach", "trainable"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from trainer import device
 from trainer.model import unwrap
 from trainer.peft.adapted import Adapter
 from trainer.peft.method import PEFT
-from trainer.peft.targets import check_used, chosen
+from trainer.peft.targets import check_used, chosen, wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +123,10 @@ def _freeze(chunks: Sequence[Any]) -> None:
 def _transform(chunk: Any, peft: PEFT, named: list[tuple[str, str, Any]], found: _Found, seed: int) -> None:
     """Change what the method chooses."""
     for name, local, module in named:
-        aliases = peft.aliases(name)
-        found.names.update(aliases)
-        found.used |= chosen((*peft.target_modules, *peft.exclude_modules), aliases)
-        left = [one for one in aliases if not chosen(peft.exclude_modules, [one])]
-        if not chosen(peft.target_modules, left):
+        names = (name, *peft.aliases(name))
+        found.names.update(names)
+        found.used |= chosen((*peft.target_modules, *peft.exclude_modules), names)
+        if not wanted(name, names[1:], peft.target_modules, peft.exclude_modules):
             continue
         new = peft.transform(module, name)
         if new is not module:

@@ -32,8 +32,12 @@ class PEFT:
         """
         raise NotImplementedError
 
+    def check(self) -> None:
+        """UserError for settings that cannot work, before anything starts."""
+
     def aliases(self, name: str) -> Sequence[str]:
-        """The names by which `target_modules` and `exclude_modules` may call a module."""
+        """What `target_modules` and `exclude_modules` choose from: the names of a module's parts, where it has any; else its
+        own."""
         return (name,)
 
     def rate_multiples(self) -> Mapping[str, float]:

@@ -19,6 +19,13 @@ def chosen(patterns: Iterable[str], names: Sequence[str]) -> set[str]:
     return {pattern for pattern in patterns if any(fits(pattern, name) for name in names)}
 
 
+def wanted(name: str, aliases: Sequence[str], targets: Sequence[str], excluded: Sequence[str]) -> list[str]:
+    """Which of a module's names, of its parts or its own, are targeted and not excluded. Its own name stands for all."""
+    if chosen(excluded, [name]):
+        return []
+    return [one for one in aliases if chosen(targets, [name, one]) and not chosen(excluded, [one])]
+
+
 def check_used(setting: str, patterns: Iterable[str], used: Collection[str], names: Collection[str]) -> None:
     """UserError for a pattern that fits no module, with the nearest of the `names` there are."""
     for pattern in patterns:

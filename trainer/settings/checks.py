@@ -44,6 +44,18 @@ def check_attention(model: Any) -> None:
         )
 
 
+def check_peft(peft: Any) -> None:
+    """What a method of fine-tuning would fail over."""
+    if peft is None:
+        return
+    if not callable(getattr(peft, "transform", None)):
+        raise UserError(
+            f"`peft` is a `{type(peft).__name__}`, which has no `transform`",
+            hint="give it `trainer.peft.LoRA()`, `trainer.peft.DoRA()`, or a method of your own made from `trainer.peft.PEFT`",
+        )
+    peft.check()
+
+
 def check_sizes(config: RunConfig) -> None:
     """Numbers that are wrong whatever the others are."""
     for name in (TP, PP, CP, VPP, EP, ETP):

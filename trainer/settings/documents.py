@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from formats.errors import UserError, shown
+from trainer.settings.named import CHOICES, name_of
 from trainer.settings.places import Place, is_section, kinds, place
 from trainer.settings.values import UnnamedError, plain
 
@@ -40,6 +41,9 @@ def _section(section: Any, prefix: str, unnamed: list[str], *, sort: bool = True
     found: dict[str, Any] = {}
     for name in sorted(names) if sort else names:
         value = getattr(section, name)
+        if f"{prefix}{name}" in CHOICES:
+            found[name] = _choice(name, value, unnamed)
+            continue
         if is_section(value):
             found[name] = _section(value, f"{prefix}{name}.", unnamed)
             continue
@@ -48,6 +52,16 @@ def _section(section: Any, prefix: str, unnamed: list[str], *, sort: bool = True
         except UnnamedError:
             unnamed.append(f"{prefix}{name}")
     return found
+
+
+def _choice(setting: str, value: Any, unnamed: list[str]) -> Any:
+    """The name of what was chosen, and its settings; the settings alone of a class that has no name."""
+    name = name_of(setting, value)
+    if name is None:
+        unnamed.append(setting)
+    if not is_section(value):
+        return name
+    return ({"name": name} if name else {}) | _section(value, f"{setting}.", unnamed)
 
 
 def load(text: str, *, source: str = "the document") -> dict[str, Any]:
@@ -115,11 +129,21 @@ def _apply_section(config: Any, document: Mapping[str, Any], prefix: str) -> lis
             ignored.append(name)
             continue
         here = place(config, name)
-        if is_section(here.value):
+        if here.name in CHOICES:
+            ignored += _apply_choice(here, value)
+        elif is_section(here.value):
             ignored += _apply_section(config, _settings(here, value), f"{here.name}.")
         else:
             here.put(_named(value))
     return ignored
+
+
+def _apply_choice(here: Place, value: Any) -> list[str]:
+    if value is None:
+        return []
+    ignored = [key for key in value if key in _HYDRA] if isinstance(value, Mapping) else []
+    here.put({key: one for key, one in value.items() if key not in _HYDRA} if ignored else value)
+    return [f"{here.name}.{key}" for key in ignored]
 
 
 def _settings(here: Place, value: Any) -> Mapping[str, Any]:

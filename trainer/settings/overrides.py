@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import Override, OverrideType, Sweep
 from hydra.errors import HydraException
 
 from formats.errors import UserError, shown
+from trainer.settings.named import CHOICES
 from trainer.settings.places import Place, fits_text, is_section, place
 
 _NEW = (OverrideType.ADD, OverrideType.FORCE_ADD)
@@ -79,7 +80,7 @@ def _apply_one(config: Any, found: Override, text: str) -> None:
 
 def _assign(config: Any, here: Place, value: Any, *, new: bool) -> None:
     """A mapping changes what it names, and leaves the rest of a section or of a free mapping as it is."""
-    if not isinstance(value, Mapping) or not (is_section(here.value) or isinstance(here.value, dict)):
+    if here.name in CHOICES or not isinstance(value, Mapping) or not (is_section(here.value) or isinstance(here.value, dict)):
         here.put(value)
         return
     for key, one in value.items():

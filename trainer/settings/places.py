@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, Optional, get_type_hints
 
 from formats.errors import UserError, shown
+from trainer.settings import named
 from trainer.settings.values import UnfitError, expected, fit
 
 ALIASES = {
@@ -75,7 +76,10 @@ class Place:
         return Any if self.free else kinds(type(self.holder))[self.key]
 
     def put(self, value: Any) -> None:
-        """Set it. UserError where the value is not what the annotation asks for."""
+        """Set it. UserError where the value is not what the annotation asks for, or chooses what there is not."""
+        if self.name in named.CHOICES:
+            self._choose(value)
+            return
         fitting = self.fitting(value)
         if self.free:
             self.holder[self.key] = fitting
@@ -86,6 +90,12 @@ class Place:
             raise UserError(
                 f"`{self.name}` cannot be set: `{type(self.holder).__name__}` is a frozen dataclass", hint="thaw the class"
             ) from None
+
+    def _choose(self, value: Any) -> None:
+        chosen, rest = named.taken_apart(self.name, value, self.value)
+        setattr(self.holder, self.key, chosen)
+        for key, one in rest.items():
+            place(self.holder, f"{self.name}.{key}").put(one)
 
     def fitting(self, value: Any) -> Any:
         """The value as the annotation asks for it, or UserError."""
@@ -133,8 +143,10 @@ def place(config: Any, name: str, *, new: bool = False) -> Place:
             return here
         holder = holder.setdefault(key, {}) if here.free and new else here.value
         if not is_section(holder) and not isinstance(holder, dict):
+            first = f"choose first: {' or '.join(f'`{here.name}={one}`' for one in named.CHOICES.get(here.name, ()))}"
             raise UserError(
-                f"`{here.name}` is `{shown(holder)}`, there is no `{keys[at + 1]}` in it", hint=f"set `{here.name}` as a whole"
+                f"`{here.name}` is `{shown(holder)}`, there is no `{keys[at + 1]}` in it",
+                hint=first if here.name in named.CHOICES else f"set `{here.name}` as a whole",
             )
     raise AssertionError(name)
 

@@ -48,6 +48,7 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     checks.check_sizes(told)
     checks.check_attention(told.model)
     checks.check_optimizer(told)
+    checks.check_peft(told.peft)
     precision.check(told.mixed_precision, machine)
     checks.check_device(told, machine)
     checks.check_packed(told, machine)

@@ -1,0 +1,50 @@
+"""An adapter of its own for each layer that megatron-core computes as one, as PEFT has them: `adapter_q`, `adapter_up`.
+
+They are computed as one: their A are stacked, and their B stand on the diagonal of one matrix. Ranks are small, so what is
+multiplied with zero costs less than another pass over the output would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import torch
+
+from trainer.peft.linear import Linear
+from trainer.peft.pair import LoraAdapter, make_pair
+from trainer.peft.parts import Parts
+
+if TYPE_CHECKING:
+    from trainer.peft.lora import LoRA
+
+
+class Pair(torch.nn.Module):
+    """A and B of one part."""
+
+    def __init__(self, linear: Linear, told: LoRA, *, rows: int) -> None:
+        super().__init__()
+        self.linear_in, self.linear_out = make_pair(linear, told, rows=rows)
+
+
+class CanonicalAdapter(LoraAdapter):
+    """`chosen` parts of a fused layer have A and B."""
+
+    def __init__(self, linear: Linear, told: LoRA, *, parts: Parts, chosen: Collection[str]) -> None:
+        self.parts, self.chosen = parts, chosen
+        super().__init__(linear, told)
+
+    def make_matrices(self) -> None:
+        """One pair for each part."""
+        for part in self.chosen:
+            setattr(self, f"adapter_{part}", Pair(self.linear, self.told, rows=self.parts.rows(part)))
+
+    def pairs(self) -> list[Pair | None]:
+        """By the order of the parts; None for one that is not chosen."""
+        return [getattr(self, f"adapter_{part}", None) for part in self.parts.sizes]
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The A of all parts [sum of ranks, inputs], and the B [rows, sum of ranks]."""
+        pairs = self.pairs()
+        a = torch.cat([pair.linear_in.weight for pair in pairs if pair])
+        return a, self.parts.block([pair.linear_out.weight if pair else None for pair in pairs])
