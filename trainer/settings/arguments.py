@@ -50,7 +50,9 @@ def read_run(
 
     document = _read(config_file) if config_file else {}
     overrides = list(overrides)
-    config = _start(_one_name(recipe, document.pop("recipe", None), config_file), document, _kind(document, overrides, finetune))
+    config = _start(
+        _one_name(recipe, document.pop("recipe", None), config_file), document, _kind(document, overrides, finetune=finetune)
+    )
     before = copy.deepcopy(getattr(config.model, "hf_config", None))
     _tell(documents.apply(config, document))
     hydra.apply(config, overrides)
@@ -75,13 +77,16 @@ def _one_name(recipe: str | None, in_file: Any, file: object) -> str | None:
     return recipe or (str(in_file) if in_file else None)
 
 
-def _kind(document: dict[str, Any], overrides: Sequence[str], finetune: bool) -> str:
-    """Which of a recipe's runs is meant."""
+def _kind(document: dict[str, Any], overrides: Sequence[str], *, finetune: bool) -> str:
+    """Which of a recipe's runs is meant. A whole document of a run says `peft: null` of pretraining too."""
+    nothing = {None, "none", "null", "None"}
     told = [word.partition("=")[2] for word in overrides if word.lstrip("+").partition("=")[0] == "peft"]
-    told = told[-1:] or ([document["peft"]] if "peft" in document else [])
-    if not told:
-        return "peft_config" if finetune else "pretrain_config"
-    return "sft_config" if told[0] in {None, "none", "null", "None"} else "peft_config"
+    method = told[-1] if told else document.get("peft")
+    named = bool(told) or "peft" in document
+    if isinstance(method, dict) or method not in nothing or (finetune and not named):
+        return "peft_config"
+    dataset = document.get("dataset")
+    return "sft_config" if told or finetune or (isinstance(dataset, dict) and "packed" in dataset) else "pretrain_config"
 
 
 def _start(name: str | None, document: dict[str, Any], kind: str) -> RunConfig:

@@ -1,4 +1,4 @@
-"""From the lengths of examples to rows of them. Knows numbers alone: what depends on lengths, a seed and an epoch, nothing else."""
+"""From the lengths of examples to rows of them. Knows numbers alone: lengths, a seed and an epoch decide it all."""
 
 from __future__ import annotations
 
