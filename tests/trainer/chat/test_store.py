@@ -196,6 +196,14 @@ def test_a_packed_folder_is_for_what_it_was_packed_with(changes, message, packed
     assert caught.value.args[0] == message.format(packed[0] / "train")
 
 
+def test_a_packed_folder_brings_its_own_validation(packed, data):
+    with pytest.raises(UserError) as caught:
+        made(config(packed[0], validation_path=str(data)))
+    assert caught.value.args[0] == (
+        f"`dataset.validation_path` is `{data}`, but `{packed[0]}` holds packed examples of all splits"
+    )
+
+
 def test_a_packed_folder_of_another_tokenizer_is_refused(packed, model_folder):
     with pytest.raises(UserError, match="was packed with another tokenizer than this run's"):
         build(config(packed[0]), tokenizer=tokenizers.load(str(model_folder())), vocab_size=384, samples=(1, 0, 0))

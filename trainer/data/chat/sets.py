@@ -181,6 +181,12 @@ def _pack(config: FinetuningDatasetConfig, part: Part, found: Store, folder: Pat
 def _laid_out(
     config: FinetuningDatasetConfig, folder: Path, tokenizer: Tokenizer | None, vocab_size: int, samples: tuple[int, int, int]
 ) -> tuple[Examples | None, ...]:
+    for name in ("validation_path", "test_path"):
+        if getattr(config, name):
+            raise UserError(
+                f"`dataset.{name}` is `{getattr(config, name)}`, but `{folder}` holds packed examples of all splits",
+                hint="leave it out, or give it to `mbtrain pack`",
+            )
     made: list[Examples | None] = []
     for split, count in zip(SPLITS, samples, strict=True):
         if not count or not store.is_store(folder / split):
