@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Unpack
 
+from converter.adapters.open import refuse_adapter
 from converter.carry import carry_out
 from converter.exporting import ExportOptions, plan_export
 from converter.importing import ImportOptions, huggingface_source, plan_import
@@ -57,6 +58,7 @@ def hf_to_mcore(
         vocab_divisible_by=vocab_divisible_by,
         integrity=integrity,
     )
+    refuse_adapter(folder)
     with closing(HuggingFaceReader(folder)) as reader:
         return carry_out(plan_import(huggingface_source(reader), target, wanted, talk), how, talk)
 
@@ -84,6 +86,7 @@ def mcore_to_hf(
     check_place(target, [root, *([given] if given else [])], how)
     wanted = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype)
     with closing(TorchDistReader(root)) as reader:
+        refuse_adapter(reader.folder)
         job = plan_export(reader, root, target, wanted, talk)
         with closing(job.reader):
             return carry_out(job, how, talk)

@@ -193,7 +193,7 @@ def make(description: Description, modules: Iterable[str], *, layers: int) -> by
     """The document for an adapter of these modules of a model with that many layers. PEFT builds exactly those from it."""
     alpha = description.alpha
     document = {
-        "base_model_name_or_path": description.base.name if description.base else None,
+        "base_model_name_or_path": (description.base.name if description.base else "") or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from converter import UserError
+from converter import UserError, hf_to_mcore, mcore_to_hf
 from converter.adapters.convert import adapter_to_hf, adapter_to_mcore
 from converter.adapters.open import open_adapter
 from tests.refusal import refused
@@ -171,8 +176,6 @@ def test_a_model_is_no_adapter(base, tmp_path):
 
 
 def test_a_checkpoint_of_a_model_is_no_adapter(base, tmp_path):
-    from converter import hf_to_mcore
-
     hf_to_mcore(base, tmp_path / "m")
     refused(adapter_to_hf, tmp_path / "m", tmp_path, "has no `adapter.json`, so it is no adapter")
 
@@ -217,3 +220,41 @@ def test_more_layers_than_could_be_counted(checkpoint, tmp_path):
 def test_a_checkpoint_with_fewer_layers_in_its_configuration(checkpoint, tmp_path):
     configure(checkpoint / "iter_0000000" / "huggingface" / "files" / "config.json", num_hidden_layers=2)
     refused(adapter_to_hf, checkpoint, tmp_path, r"holds `decoder.layers.2.mlp.linear_fc1.adapter")
+
+
+def test_an_adapter_is_no_model(adapter, checkpoint, tmp_path):
+    refused(hf_to_mcore, adapter, tmp_path, f"`{adapter}` is an adapter without its model\n\nhint: `mbconvert adapter-to-hf`")
+    refused(mcore_to_hf, checkpoint, tmp_path, "iter_0000000` is an adapter without its model")
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.integers() | st.floats() | st.text("qlr_.*([{\\\\d0é", max_size=6),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text("qr._(", max_size=4), inside, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_whatever_a_configuration_says_it_is_understood_or_refused(peft_folder, data):
+    good = json.loads((peft_folder() / CONFIG).read_text())
+    name = data.draw(st.sampled_from([*good, "other"]))
+    with TemporaryDirectory() as folder, contextlib.suppress(UserError):
+        shutil.copy(peft_folder() / WEIGHTS, folder)
+        Path(folder, CONFIG).write_text(json.dumps({**good, name: data.draw(ANYTHING)}))
+        with contextlib.closing(open_adapter(folder)) as adapter:
+            adapter.read("model.layers.3.mlp.up_proj.weight")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_whatever_a_description_says_it_is_understood_or_refused(checkpoint, data):
+    file = checkpoint / "iter_0000000" / "adapter.json"
+    good = json.loads(file.read_text())
+    name = data.draw(st.sampled_from([*good, "other"]))
+    try:
+        file.write_text(json.dumps({**good, name: data.draw(ANYTHING)}))
+        with contextlib.suppress(UserError), contextlib.closing(open_adapter(checkpoint)) as adapter:
+            adapter.read("model.layers.3.mlp.up_proj.weight")
+    finally:
+        file.write_text(json.dumps(good))
