@@ -14,10 +14,13 @@ import numpy as np
 from blake3 import blake3
 
 from converter.adapters.adapter import Adapter, Delta
+from converter.adapters.base import check_ties
 from converter.adapters.merged import BLOCK_BYTES, RECENT
 from converter.plan import named
+from converter.sources import Source
 from formats.arrays import as_bytes
 from formats.errors import UserError
+from formats.folder import Folder
 from formats.spec import DTYPES, Array, TensorSpec, dtype_name
 
 _CHANGEABLE = {DTYPES[name]: name for name in ("bf16", "fp16", "fp32")}
@@ -35,31 +38,33 @@ class Survey:
         return sum(sorted(self.nbytes.values())[-RECENT:]) + workers * 2 * BLOCK_BYTES
 
 
-def survey(adapter: Adapter, base: Mapping[str, TensorSpec], *, name: str, label: str) -> Survey:
-    """Look at all of an adapter, called `name`, beside the tensors of a base at `label`.
+def survey(adapter: Adapter, base: Source, folder: Folder) -> Survey:
+    """Look at all of an adapter, which lies in `folder`, beside a base.
 
-    Raises UserError for weights that the base does not have, that have another shape, or that no change can be added to, and
-    for changes that are no numbers.
+    Raises UserError for weights that the base does not have, that it uses twice, that have another shape, or that no change
+    can be added to, and for changes that are no numbers.
     """
+    specs = base.reader.specs
     if not adapter.names:
-        raise UserError(f"the adapter `{name}` changes no weights")
-    missing = sorted(adapter.names - base.keys())
+        raise UserError(f"the adapter `{folder.label}` changes no weights")
+    check_ties(base, adapter.names)
+    missing = sorted(adapter.names - specs.keys())
     if missing:
         raise UserError(
-            f"the adapter `{name}` changes {named(missing)}, which `{label}` does not have",
+            f"the adapter `{folder.label}` changes {named(missing)}, which `{base.label}` does not have",
             hint="it was trained beside another model",
         )
     digest, nbytes = blake3(), dict[str, int]()
     for weight in sorted(adapter.names):
         delta = adapter.read(weight)
-        _check(weight, base[weight], delta)
+        _check(weight, specs[weight], delta)
         nbytes[weight] = sum(array.nbytes for array in _arrays(delta))
         digest.update(f"{weight}\0{delta.a.shape}{delta.b.shape}".encode())
         digest.update(struct.pack("<d", delta.scale))
         for array in _arrays(delta):
             digest.update(as_bytes(np.ascontiguousarray(array)))
     described = {field: _plain(value) for field, value in asdict(adapter.description).items()}
-    return Survey({"name": name, **described, "weights": len(nbytes), "blake3": digest.hexdigest()}, nbytes)
+    return Survey({**folder.origin, **described, "weights": len(nbytes), "blake3": digest.hexdigest()}, nbytes)
 
 
 def _plain(value: Any) -> Any:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 from converter.adapters.adapter import Adapter
-from converter.adapters.base import check_ties, open_base
+from converter.adapters.base import open_base
 from converter.adapters.description import Base
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.fitting import survey
 from converter.adapters.merged import Merged
-from converter.adapters.open import open_adapter
+from converter.adapters.open import open_either
 from converter.carry import carry_out
 from converter.convert import check_options, check_place
 from converter.exporting import ExportOptions, plan_files
@@ -27,7 +27,7 @@ from converter.sources import Source, open_source
 from converter.values import KEEP, target_dtype
 from formats.disk import explained
 from formats.errors import UserError
-from formats.folder import Folder, LocalFolder
+from formats.folder import Folder
 from formats.spec import TensorSpec
 
 Kind = Literal["hf", "mcore"]
@@ -75,38 +75,41 @@ def merge(
         integrity=integrity,
     )
     files = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype)
+    if to not in (None, "hf", "mcore"):
+        raise UserError(f"the target's format `{to}` is not one of hf, mcore")
     to = to or ("hf" if kind(folder) == HUGGINGFACE else "mcore")
     _check_meant(to, layout, files)
-    beside = [LocalFolder(Path(adapter))] if Path(adapter).is_dir() else []
-    check_place(target, [folder, *beside, *([given] if given else [])], how)
-    with closing(open_adapter(adapter)) as opened:
+    beside = open_source(adapter, or_hub=True)
+    check_place(target, [folder, beside, *([given] if given else [])], how)
+    with closing(open_either(beside).adapter()) as opened:
         if not any_base:
             _check_base(folder, opened, talk)
-        source = _merged(open_base(folder, given), opened, Path(adapter).resolve().name, dtype, how.workers or DEFAULT_WORKERS)
-        with closing(source.reader):
+        model = open_base(folder, given)
+        with closing(model.reader):
+            found = survey(opened, model, beside)
+            source = replace(
+                model,
+                reader=Merged(model.reader, opened, dtype=dtype),
+                adapter=found.told,
+                memory=found.memory(how.workers or DEFAULT_WORKERS),
+            )
             job = _as_files(source, target, files, talk) if to == "hf" else plan_import(source, target, layout, talk)
             return carry_out(job, how, talk)
 
 
 def _check_meant(to: Kind, layout: ImportOptions, files: ExportOptions) -> None:
-    """Raise UserError for options that only the other format has."""
-    plain = ImportOptions(
-        tp=1, pp=1, vpp=1, pp_layout=None, dtype=layout.dtype, vocab_divisible_by=128, integrity=True
-    )  # fmt: skip
+    """Raise UserError for an option that only the other format has."""
     if to == "hf":
-        other, foreign = "a Hugging Face directory", _differing(layout, plain)
+        plain = {"tp": 1, "pp": 1, "vpp": 1, "pp_layout": None, "vocab_divisible_by": 128, "integrity": True}
+        given, what = {name: getattr(layout, name) for name in plain}, "a Hugging Face directory"
     else:
-        other, foreign = "a Megatron checkpoint", _differing(files, replace(files, max_shard_size=None))
-    for name, value in foreign.items():
+        plain, given, what = {"max_shard_size": None}, {"max_shard_size": files.max_shard_size}, "a Megatron checkpoint"
+    meant = next((name for name in plain if given[name] != plain[name]), None)
+    if meant:
         raise UserError(
-            f"`{name}` is {value}, which means nothing to {other}",
+            f"`{meant}` is {given[meant]}, which means nothing to {what}",
             hint="`--to hf` and `--to mcore` choose the target's format; without them it is the base's",
         )
-
-
-def _differing(options: ImportOptions | ExportOptions, plain: ImportOptions | ExportOptions) -> dict[str, Any]:
-    found = {one.name: getattr(options, one.name) for one in fields(options)}
-    return {name: value for name, value in found.items() if value != getattr(plain, name)}
 
 
 def _check_base(folder: Folder, adapter: Adapter, talk: Talk) -> None:
@@ -126,14 +129,6 @@ def _check_base(folder: Folder, adapter: Adapter, talk: Talk) -> None:
 
 def _as_named(base: Base | None) -> str:
     return f" (it names `{base.name}`)" if base and base.name else ""
-
-
-def _merged(source: Source, adapter: Adapter, name: str, dtype: str, workers: int) -> Source:
-    """The base, read as merged."""
-    check_ties(source, adapter.names)
-    found = survey(adapter, source.reader.specs, name=name, label=source.label)
-    merged = Merged(source.reader, adapter, dtype=dtype)
-    return replace(source, reader=merged, adapter=found.told, memory=found.memory(workers))
 
 
 def _as_files(source: Source, target: str, wanted: ExportOptions, talk: Talk) -> Job:

@@ -9,7 +9,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -296,6 +296,7 @@ def test_a_large_element_becomes_infinite_as_in_a_cast(model_folder, tmp_path):
     assert same_bits(weights(tmp_path / "merged"), expected)
 
 
+@settings(deadline=None)  # a test asserts no time
 @given(st.data())
 def test_a_band_of_rows_has_the_bits_it_has_in_the_whole_weight(wide, data):
     """BLAS alone does not promise that: this fails for products of just the rows that are asked for."""
