@@ -234,7 +234,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_whatever_a_configuration_says_it_is_understood_or_refused(peft_folder, data):
     good = json.loads((peft_folder() / CONFIG).read_text())
@@ -246,7 +246,7 @@ def test_whatever_a_configuration_says_it_is_understood_or_refused(peft_folder, 
             adapter.read("model.layers.3.mlp.up_proj.weight")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_whatever_a_description_says_it_is_understood_or_refused(checkpoint, data):
     file = checkpoint / "iter_0000000" / "adapter.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -28,6 +28,7 @@ def built_by_peft(config):
     return {module for module in [*MODULES, *OTHERS] if check_target_module_exists(config, module)}
 
 
+@settings(deadline=None)
 @given(st.sets(st.sampled_from(MODULES), min_size=1) | st.builds(
     lambda layers, names: {f"model.layers.{layer}.{name}" for layer in layers for name in names},
     st.sets(st.integers(0, LAYERS - 1), min_size=1),
@@ -85,6 +86,7 @@ PATTERNS = [
 ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(PATTERNS), unique=True))
 def test_patterns_are_matched_as_peft_matches_them(patterns):
     table = {pattern: number for number, pattern in enumerate(patterns, start=100)}
