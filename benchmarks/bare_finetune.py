@@ -1,6 +1,7 @@
-"""LoRA on megatron-core's GPTModel in a `for` loop: packed rows made beforehand and held on the GPU, no files, no logging.
+r"""LoRA on megatron-core's GPTModel in a `for` loop: packed rows made beforehand and held on the GPU, no files, no logging.
 
-    python -m benchmarks.bare_finetune --shape 8b --sequence 4096 --micro-batch 2 --microbatches 2 --rows DIR [--fp8]
+    python -m benchmarks.bare_finetune --shape 8b --sequence 4096 --micro-batch 2 --microbatches 2 \
+        --steps 10 --warm-up 4 --rows DIR [--fp8]
 
 The model is frozen and the adapters are `trainer.peft`'s own, so that what is left between this and `mbtrain finetune` is data,
 logging and agreement over ranks; `--adapters plain` has them written as a reader of the paper would, to see what ours save.

@@ -75,17 +75,9 @@ def lora_parameters(provider: Any, rank: int) -> int:
 
     shape = shape_of(provider)
     inner = shape.gates * shape.ffn
-    sides = (
-        shape.hidden,
-        shape.queries + 2 * shape.keys,
-        shape.queries,
-        shape.hidden,
-        shape.hidden,
-        inner,
-        shape.ffn,
-        shape.hidden,
-    )
-    return shape.layers * rank * sum(sides)
+    attention = shape.hidden + shape.queries + 2 * shape.keys + shape.queries + shape.hidden
+    network = shape.hidden + inner + shape.ffn + shape.hidden
+    return shape.layers * rank * (attention + network)
 
 
 def flops(provider: Any, batches: Sequence[dict[str, Any]], *, trained: int) -> float:

@@ -1,6 +1,7 @@
-"""LoRA with transformers and PEFT in a `for` loop: the same rows, held on the device.
+r"""LoRA with transformers and PEFT in a `for` loop: the same rows, held on the device.
 
-    python -m benchmarks.peft_finetune --shape 8b --sequence 4096 --micro-batch 2 --microbatches 2 --rows DIR
+    python -m benchmarks.peft_finetune --shape 8b --sequence 4096 --micro-batch 2 --microbatches 2 \
+        --steps 10 --warm-up 4 --rows DIR
 
 What would make it slower is left out: adapters are bf16 (PEFT's default is fp32, with casts at every layer), AdamW is torch's
 fused one, nothing is recomputed, and attention is plain causal over a whole row, since it is fastest without a mask: examples in
