@@ -39,8 +39,8 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def _model(told: argparse.Namespace) -> tuple[Any, Any]:
-    """GPTModel on Transformer Engine, its config as a recipe has it."""
+def make_model(told: argparse.Namespace, *, layers: int | None = None) -> tuple[Any, Any]:
+    """GPTModel on Transformer Engine, its config as a recipe has it but for so many `layers`."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -55,6 +55,7 @@ def _model(told: argparse.Namespace) -> tuple[Any, Any]:
     config.bf16, config.params_dtype, config.pipeline_dtype = True, torch.bfloat16, torch.bfloat16
     config.tensor_model_parallel_size = config.pipeline_model_parallel_size = config.context_parallel_size = 1
     config.sequence_parallel = False
+    config.num_layers = layers or config.num_layers
     for name, value in resolve.KERNELS.items():
         setattr(config, name, value)
     if told.fp8:
@@ -80,7 +81,7 @@ def _time(told: argparse.Namespace) -> dict[str, Any]:
 
     from trainer.counting.flops import flops_per_token
 
-    config, model = _model(told)
+    config, model = make_model(told)
     ranks = dist.get_world_size()
     ddp = DistributedDataParallel(
         config,

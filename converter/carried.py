@@ -26,6 +26,7 @@ from formats.huggingface import (
     side_files,
 )
 from formats.json_objects import read_json
+from formats.spec import Reader
 
 FOLDER = "huggingface"
 FILES = f"{FOLDER}/files"
@@ -47,19 +48,29 @@ class Luggage:
     documents: Mapping[str, bytes]
     hashes: Mapping[str, str]
     copies: Mapping[str, FileIn]
-    left_out: list[str]
 
 
 def pack(reader: HuggingFaceReader, extras: tuple[str, ...]) -> Luggage:
     """Everything of a Hugging Face directory but the weights themselves."""
-    travels, left_out = side_files(reader.folder, reader.shards)
-    copies = _copies({name: FileIn(reader.folder, name) for name in travels})
-    documents = {f"{HEADERS}/{name}": shard.raw for name, shard in reader.shards.items()}
+    reference, _ = of_model(reader)
+    return pack_model(reference, reader, extras)
+
+
+def pack_model(reference: Reference, reader: Reader, extras: tuple[str, ...]) -> Luggage:
+    """The same of a model that was opened: its side files and its shard map, and the `extras`."""
+    beside = pack_again(reference)
+    documents = {**beside.documents, **{f"{HEADERS}/{name}": shard.raw for name, shard in reference.shards.items()}}
     data = {name: _bytes_of(reader, name) for name in extras}
     if extras:
         documents[EXTRAS] = make_header(reader.specs[name] for name in extras) + b"".join(data.values())
     hashes = {name: blake3(value).hexdigest() for name, value in data.items()}
-    return Luggage(documents, hashes, copies, left_out)
+    return Luggage(documents, hashes, beside.copies)
+
+
+def pack_again(origin: Reference) -> Luggage:
+    """The side files of a model that is known already: for a checkpoint without its weights, an adapter's, nothing else."""
+    config = {} if CONFIG in origin.files else {f"{FILES}/{CONFIG}": (json.dumps(origin.config, indent=2) + "\n").encode()}
+    return Luggage(config, {}, _copies(origin.files))
 
 
 def _copies(files: Mapping[str, FileIn]) -> dict[str, FileIn]:
@@ -68,13 +79,7 @@ def _copies(files: Mapping[str, FileIn]) -> dict[str, FileIn]:
     return {**{f"{FILES}/{name}": file for name, file in files.items()}, **tokenizer}
 
 
-def pack_again(origin: Reference) -> Luggage:
-    """The side files of a model that is known already, for a checkpoint without its weights: an adapter's."""
-    config = {} if CONFIG in origin.files else {f"{FILES}/{CONFIG}": (json.dumps(origin.config, indent=2) + "\n").encode()}
-    return Luggage(config, {}, _copies(origin.files), [])
-
-
-def _bytes_of(reader: HuggingFaceReader, name: str) -> bytes:
+def _bytes_of(reader: Reader, name: str) -> bytes:
     spec = reader.specs[name]
     values = np.empty(spec.shape, spec.dtype)
     reader.read(name, spec.whole, values)
@@ -116,6 +121,13 @@ def _check_once(shards: Mapping[str, Shard]) -> None:
             if name in seen:
                 raise UserError(f"`{name}` is in two headers under `{HEADERS}`: `{seen[name]}` and `{file}`")
             seen[name] = file
+
+
+def of_model(reader: HuggingFaceReader) -> tuple[Reference, list[str]]:
+    """What a Hugging Face directory says of its own weights; and the files in it that do not travel."""
+    travels, left_out = side_files(reader.folder, reader.shards)
+    files = {name: FileIn(reader.folder, name) for name in travels}
+    return Reference(read_json(reader.folder, CONFIG), f"`{reader.folder.label}`'s", files, reader.shards), left_out
 
 
 def from_folder(folder: Folder) -> Reference:

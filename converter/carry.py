@@ -41,7 +41,7 @@ def carry_out(job: Job, how: How, talk: Talk) -> Summary:
         total_bytes=sum(files.values()),
         files=files,
         seconds=time.monotonic() - started,
-        peak_memory=expected_peak(workers) if how.dry_run else peak_memory(),
+        peak_memory=expected_peak(workers) + job.memory if how.dry_run else peak_memory(),
         workers=workers,
         verified=how.verify and not how.dry_run,
         reused_bytes=reused,

@@ -82,6 +82,26 @@ def _how(command: _Command) -> _Command:
     return command
 
 
+def _layout(command: _Command) -> _Command:
+    """The options of what writes a Megatron checkpoint."""
+    options = [
+        click.option("--tp", type=_COUNT, default=1, show_default=True, metavar="N", help="Tensor-parallel size."),
+        click.option("--pp", type=_COUNT, default=1, show_default=True, metavar="N", help="Pipeline-parallel size."),
+        click.option("--vpp", type=_COUNT, default=1, show_default=True, metavar="N", help="Virtual stages per pipeline rank."),
+        click.option("--pp-layout", type=_Stages(), help="Layers per stage, all ranks of the first virtual stage first."),
+        click.option("--vocab-divisible-by", type=_COUNT, default=128, show_default=True, metavar="N",
+                     help="Pad the vocabulary to a multiple of N × TP."),
+        click.option("--integrity/--no-integrity", default=True, show_default=True,
+                     help="Write the sha256 of every file, as megatron-core checks them."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+_max_shard_size = click.option("--max-shard-size", type=_Size(), help="Size of a safetensors file at most, such as 5GB.")
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="mbtools", prog_name="mbconvert")
 def cli() -> None:
@@ -94,14 +114,7 @@ def cli() -> None:
 @cli.command("hf-to-mcore")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@click.option("--tp", type=_COUNT, default=1, show_default=True, metavar="N", help="Tensor-parallel size.")
-@click.option("--pp", type=_COUNT, default=1, show_default=True, metavar="N", help="Pipeline-parallel size.")
-@click.option("--vpp", type=_COUNT, default=1, show_default=True, metavar="N", help="Virtual stages per pipeline rank.")
-@click.option("--pp-layout", type=_Stages(), help="Layers per stage, all pipeline ranks of the first virtual stage first.")
-@click.option("--vocab-divisible-by", type=_COUNT, default=128, show_default=True, metavar="N",
-              help="Pad the vocabulary to a multiple of N × TP.")  # fmt: skip
-@click.option("--integrity/--no-integrity", default=True, show_default=True,
-              help="Write the sha256 of every file, as megatron-core checks them.")  # fmt: skip
+@_layout
 @_common
 def hf_to_mcore(source: str, target: str, **options: Any) -> None:
     """Convert the Hugging Face model SRC (a directory or a Hub id) to the Megatron checkpoint DST."""
@@ -115,7 +128,7 @@ def hf_to_mcore(source: str, target: str, **options: Any) -> None:
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
 @click.option("--hf-config", metavar="DIR", help="Follow the `config.json` and side files of DIR.")
-@click.option("--max-shard-size", type=_Size(), help="Size of a safetensors file at most, such as 5GB.")
+@_max_shard_size
 @_common
 def mcore_to_hf(source: str, target: str, **options: Any) -> None:
     """Convert the Megatron checkpoint SRC (its root, or one `iter_*` directory) to the Hugging Face model DST."""
@@ -123,6 +136,28 @@ def mcore_to_hf(source: str, target: str, **options: Any) -> None:
     from converter.convert import mcore_to_hf  # noqa: PLC0415
 
     convert(mcore_to_hf, source, target, **options)
+
+
+@cli.command("merge")
+@click.argument("base", metavar="BASE")
+@click.argument("adapter", metavar="ADAPTER")
+@click.argument("target", metavar="DST")
+@click.option("--to", type=click.Choice(["hf", "mcore"]), help="Format of DST; by default that of BASE.")
+@click.option("--any-base", is_flag=True, help="Even if ADAPTER was trained beside another model.")
+@click.option("--hf-config", metavar="DIR", help="Follow the `config.json` and side files of DIR; for a Megatron BASE.")
+@_layout
+@_max_shard_size
+@_common
+def merge(base: str, adapter: str, target: str, **options: Any) -> None:
+    """Write BASE with ADAPTER merged into its weights to DST: added in fp32, rounded once.
+
+    BASE and DST are Hugging Face directories or Megatron checkpoints; ADAPTER is PEFT's folder, or the Megatron checkpoint of
+    a training run with `peft`.
+    """
+    from converter.adapters.merge import merge  # noqa: PLC0415
+    from converter.console import convert  # noqa: PLC0415
+
+    convert(merge, base, adapter, target, **options)
 
 
 @cli.command("adapter-to-mcore")

@@ -44,13 +44,13 @@ def count(number: int) -> str:
     return str(number)
 
 
-def convert(action: Callable[..., Summary], source: str, target: str, *, as_json: bool, quiet: bool, **options: Any) -> None:
+def convert(action: Callable[..., Summary], *places: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Run a conversion with progress, then say what it did. Of several ranks, the first speaks."""
     ranks = from_environment()
     silent = ranks.rank > 0
     quiet, as_json = quiet or silent, as_json and not silent
     with talking(quiet=quiet or (as_json and options["dry_run"])) as talk:
-        summary = action(source, target, talk=talk, ranks=ranks, **options)
+        summary = action(*places, talk=talk, ranks=ranks, **options)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
     elif summary.dry_run and not silent:

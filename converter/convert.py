@@ -7,9 +7,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Unpack
 
+from converter.adapters.open import refuse_adapter
 from converter.carry import carry_out
 from converter.exporting import ExportOptions, plan_export
-from converter.importing import ImportOptions, plan_import
+from converter.importing import ImportOptions, huggingface_source, plan_import
 from converter.job import How, HowOptions, Summary, Talk
 from converter.sources import open_source
 from converter.values import CHOICES, KEEP
@@ -46,7 +47,7 @@ def hf_to_mcore(
     any failure nothing is at `target`.
     """
     how, talk, target, folder = How(**options), talk or Talk(), str(target), open_source(source, or_hub=True)
-    _check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, vocab_divisible_by=vocab_divisible_by, workers=how.workers)
+    check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, vocab_divisible_by=vocab_divisible_by, workers=how.workers)
     check_place(target, [folder], how)
     wanted = ImportOptions(
         tp=tp,
@@ -57,8 +58,9 @@ def hf_to_mcore(
         vocab_divisible_by=vocab_divisible_by,
         integrity=integrity,
     )
+    refuse_adapter(folder)
     with closing(HuggingFaceReader(folder)) as reader:
-        return carry_out(plan_import(reader, target, wanted, talk), how, talk)
+        return carry_out(plan_import(huggingface_source(reader), target, wanted, talk), how, talk)
 
 
 @explained()
@@ -79,11 +81,12 @@ def mcore_to_hf(
     exactly; after any failure nothing is at `target`.
     """
     how, talk, target, root = How(**options), talk or Talk(), str(target), open_source(source)
-    _check_options(dtype=dtype, max_shard_size=max_shard_size, workers=how.workers)
+    check_options(dtype=dtype, max_shard_size=max_shard_size, workers=how.workers)
     given = open_source(hf_config) if hf_config else None
     check_place(target, [root, *([given] if given else [])], how)
     wanted = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype)
     with closing(TorchDistReader(root)) as reader:
+        refuse_adapter(reader.folder)
         job = plan_export(reader, root, target, wanted, talk)
         with closing(job.reader):
             return carry_out(job, how, talk)
@@ -104,7 +107,7 @@ def check_place(target: str, sources: Sequence[Folder], how: How) -> None:
         )
 
 
-def _check_options(*, dtype: str, **counts: int | None) -> None:
+def check_options(*, dtype: str, **counts: int | None) -> None:
     """What the command line checks already, for callers from Python."""
     if dtype not in CHOICES:
         raise UserError(f"dtype `{dtype}` is not one of {', '.join(CHOICES)}")

@@ -1,4 +1,5 @@
-"""From a Megatron checkpoint to everything an export does: what it makes, which file holds it, and what lies beside."""
+"""From a Megatron checkpoint, or a model seen as Hugging Face has it, to everything that writing it as a Hugging Face directory
+does: what is made, which file holds it, and what lies beside."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ from converter.job import Job, Talk, manifest, outputs_for
 from converter.plan import Making, as_stored, casts, to_huggingface
 from converter.run import check_zero
 from converter.sides import with_carried
+from converter.sources import Source
 from formats.dcp_index import METADATA
 from formats.errors import shown
 from formats.folder import FileIn, Folder
 from formats.huggingface import INDEX, HuggingFaceReader, HuggingFaceWriter, Shard, make_index, plan_shards, retyped
-from formats.spec import Joined, dtype_name
+from formats.spec import Joined, Reader, dtype_name
 from formats.torch_dist import TorchDistReader
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -49,60 +51,74 @@ def plan_export(reader: TorchDistReader, root: Folder, target: str, wanted: Expo
     for name in plan.zero:
         check_zero(reader, name)
     makings, extras = with_carried(plan.makings, family, model, origin)
-    shards = choose_shards(makings, origin, wanted.max_shard_size)
-    made, texts = documents(origin, shards, limited=wanted.max_shard_size is not None)
+    return plan_files(megatron_source(reader, root, origin, Joined(reader, *extras)), makings, target, wanted, talk)
+
+
+def megatron_source(reader: TorchDistReader, root: Folder, origin: Reference, tensors: Reader) -> Source:
+    """A checkpoint as a model to convert, its `tensors` read as they lie there or in another way."""
+    read = [*reader.container.files, METADATA, *(f"{HEADERS}/{name}" for name in origin.shards)]
+    read += [EXTRAS] if origin.extras else []
+    return Source(
+        label=reader.folder.label,
+        reader=tensors,
+        reference=origin,
+        files={name: FileIn(reader.folder, name) for name in sorted(read) if reader.folder.has(name)},
+        told=provenance.megatron_source(root, reader.folder),
+    )
+
+
+def plan_files(source: Source, makings: Sequence[Making], target: str, wanted: ExportOptions, talk: Talk) -> Job:
+    """Everything that writing a directory of these tensors does."""
+    shards = choose_shards(makings, source.reference, wanted.max_shard_size)
+    made, texts = documents(source.reference, shards, limited=wanted.max_shard_size is not None)
     for text in texts:
         talk.note(text)
-    ordered = in_file_order(makings, shards)
-    return _job(_Planned(reader, root, origin, ordered, Joined(reader, *extras), shards, made), target, wanted)
+    return _job(_Planned(source, in_file_order(makings, shards), shards, made), target, wanted)
 
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """A checkpoint read as a model, and the files to make of it."""
+    """A source read as a model, and the files to make of it."""
 
-    reader: TorchDistReader
-    root: Folder
-    origin: Reference
+    source: Source
     makings: Sequence[Making]
-    joined: Joined
     shards: Mapping[str, Shard]
     documents: Mapping[str, bytes]
 
 
 def _job(found: _Planned, target: str, wanted: ExportOptions) -> Job:
-    given = wanted.hf_config.name if wanted.hf_config else None
+    source, given = found.source, wanted.hf_config.name if wanted.hf_config else None
+    command = source.command("mcore-to-hf")
     options = {"max_shard_size": wanted.max_shard_size, "dtype": wanted.dtype, "hf_config": given}
     laid_out = {file: shard.size for file, shard in found.shards.items()}
-    outputs = outputs_for(target, found.makings, {**options, "shards": laid_out})
+    outputs = outputs_for(target, found.makings, {**options, **source.merged(), "shards": laid_out})
     made = {*found.documents, provenance.FILE}
-    copies = {name: file for name, file in found.origin.files.items() if name not in made}
-    read = [*found.reader.container.files, METADATA, *(f"{HEADERS}/{name}" for name in found.origin.shards)]
-    read += [EXTRAS] if found.origin.extras else []
-    weights = {name: FileIn(found.reader.folder, name) for name in sorted(read) if found.reader.folder.has(name)}
+    copies = {name: file for name, file in source.reference.files.items() if name not in made}
     makings = {making.spec.name: making for making in found.makings}
     return Job(
-        command="mcore-to-hf",
-        source=found.reader.folder.label,
+        command=command,
+        source=source.label,
         target=target,
-        reader=found.joined,
+        reader=source.reader,
         writer=HuggingFaceWriter(outputs, found.shards),
         outputs=outputs,
         makings=found.makings,
-        manifest=manifest("mcore-to-hf", options, {**weights, **copies}),
+        manifest=manifest(command, {**options, **source.merged()}, {**source.files, **copies}),
         facts={
-            "source": provenance.megatron_source(found.root, found.reader.folder),
+            "source": source.told,
+            **source.merged(),
             "options": options,
-            "family": found.origin.config["model_type"],
+            "family": source.reference.config.get("model_type"),
             "casts": casts(found.makings),
-            "tensors": {"in": len(found.reader.specs), "out": len(makings)},
+            "tensors": {"in": len(source.reader.specs), "out": len(makings)},
         },
         tensors={name: making.spec for name, making in makings.items()},
         passing="made",
-        sides=lambda written: (Side(found.root.label, found.joined, makings), _written(written)),
+        sides=lambda written: (Side(source.label, source.reader, makings), _written(written)),
         copies=copies,
         documents=found.documents,
         last=(INDEX, CONFIG),
+        memory=source.memory,
     )
 
 

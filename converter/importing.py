@@ -1,4 +1,4 @@
-"""From a Hugging Face directory to everything an import does: what it makes, what lies beside, and what it tells."""
+"""From a model as Hugging Face has it to everything an import does: what it makes, what lies beside, and what it tells."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 
 from converter import carried, families, provenance, reference, run_config
-from converter.carried import CONFIG, Luggage
+from converter.carried import Luggage
 from converter.comparison import Side
-from converter.config import BUILT_IN_ROPE, Config, make_model, rope_numbers, to_megatron
+from converter.config import BUILT_IN_ROPE, make_model, rope_numbers, to_megatron
 from converter.families import Family
 from converter.job import Job, Talk, manifest, outputs_for
 from converter.layout import Layout, make_layout
 from converter.model import Model
-from converter.plan import Plan, casts, placed
+from converter.plan import Plan, as_stored, casts, placed
 from converter.plan import to_megatron as plan_megatron
 from converter.run import check_equal
-from converter.sides import huggingface_side, megatron_side
+from converter.sides import megatron_side, tied
+from converter.sources import Source
 from converter.values import KEEP
 from formats.dcp_index import METADATA
 from formats.folder import FileIn, Folder
 from formats.huggingface import HuggingFaceReader
-from formats.json_objects import read_json
 from formats.torch_dist import Placed, TorchDistReader, TorchDistWriter, iteration_folder
 
 
@@ -47,8 +47,7 @@ class ImportOptions:
 class _Planned:
     """A source read as a model, and the plan for it."""
 
-    reader: HuggingFaceReader
-    config: Config
+    source: Source
     family: Family
     model: Model
     layout: Layout
@@ -56,43 +55,55 @@ class _Planned:
     luggage: Luggage
 
 
-def plan_import(reader: HuggingFaceReader, target: str, wanted: ImportOptions, talk: Talk) -> Job:
+def huggingface_source(reader: HuggingFaceReader) -> Source:
+    """A Hugging Face directory as a model to convert."""
+    reference, left_out = carried.of_model(reader)
+    return Source(
+        label=reader.folder.label,
+        reader=reader,
+        reference=reference,
+        files={name: FileIn(reader.folder, name) for name in reader.shards},
+        told=provenance.huggingface_source(reader.folder, reader.shards),
+        left_out=left_out,
+    )
+
+
+def plan_import(source: Source, target: str, wanted: ImportOptions, talk: Talk) -> Job:
     """Everything an import does. Raises UserError for whatever cannot be converted exactly."""
-    found = _planned(reader, wanted)
-    for text in notes(found.config, found.plan, found.luggage):
+    found = _planned(source, wanted)
+    for text in notes(source, found.plan):
         talk.note(text)
     for name, other in found.plan.equal:
-        check_equal(reader, name, other)
+        check_equal(source.reader, name, other)
     return _job(found, target, wanted)
 
 
-def _planned(reader: HuggingFaceReader, wanted: ImportOptions) -> _Planned:
-    config = read_json(reader.folder, CONFIG)
+def _planned(source: Source, wanted: ImportOptions) -> _Planned:
+    reader, config = source.reader, source.reference.config
     family = families.find(config.get("model_type"))
     model = make_model(family.CONFIG, config, vocab_multiple=wanted.vocab_divisible_by * wanted.tp)
     layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout)
     plan = plan_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype=wanted.dtype)
-    return _Planned(reader, config, family, model, layout, plan, carried.pack(reader, plan.extras))
+    return _Planned(source, family, model, layout, plan, carried.pack_model(source.reference, reader, plan.extras))
 
 
 def _job(found: _Planned, target: str, wanted: ImportOptions) -> Job:
-    reader, plan, luggage = found.reader, found.plan, found.luggage
-    options = _options(wanted, found.layout)
-    outputs = outputs_for(target, plan.makings, options)
+    source, plan, luggage = found.source, found.plan, found.luggage
+    command, options = source.command("hf-to-mcore"), _options(wanted, found.layout)
+    outputs = outputs_for(target, plan.makings, {**options, **source.merged()})
     folder = f"{iteration_folder(0)}/"
-    weights = {name: FileIn(reader.folder, name) for name in reader.shards}
     documents = {**luggage.documents, **_documents(found, vocab_multiple=wanted.vocab_divisible_by)}
     return Job(
-        command="hf-to-mcore",
-        source=reader.folder.label,
+        command=command,
+        source=source.label,
         target=target,
-        reader=reader,
+        reader=source.reader,
         writer=TorchDistWriter(outputs, [Placed(*item) for item in placed(plan, found.layout)]),
         outputs=outputs,
         makings=plan.makings,
-        manifest=manifest("hf-to-mcore", options, {**weights, **luggage.copies}),
-        facts={"source": provenance.huggingface_source(reader.folder, reader.shards), "options": options, **_facts(found)},
-        tensors={copy.source: reader.specs[copy.source] for making in plan.makings for copy in making.copies},
+        manifest=manifest(command, {**options, **source.merged()}, {**source.files, **luggage.copies}),
+        facts={"source": source.told, **source.merged(), "options": options, **_facts(found)},
+        tensors={copy.source: source.reader.specs[copy.source] for making in plan.makings for copy in making.copies},
         passing="read",
         sides=lambda written: _sides(found, written, wanted.dtype),
         hashes=luggage.hashes,
@@ -102,6 +113,7 @@ def _job(found: _Planned, target: str, wanted: ImportOptions) -> Job:
         folder=folder,
         last=(f"{folder}{METADATA}",),
         integrity=wanted.integrity,
+        memory=source.memory,
     )
 
 
@@ -120,7 +132,9 @@ def _options(wanted: ImportOptions, layout: Layout) -> dict[str, Any]:
 def _sides(found: _Planned, written: Folder, dtype: str) -> tuple[Side, Side]:
     """The source, and what an export of the written output would give; padding must be zero there."""
     back = TorchDistReader(written)
-    one = huggingface_side(found.reader)
+    makings = as_stored(found.source.reader.specs)
+    tied_too = tied(makings.values(), found.family, found.model)
+    one = Side(found.source.label, found.source.reader, makings, tied=tied_too)
     other = megatron_side(back, reference.find(back, None), zero=_padding(found.plan, found.model))
     return (one, other) if dtype == KEEP else (one.cast(dtype), other.cast(dtype))
 
@@ -132,7 +146,7 @@ def _padding(plan: Plan, model: Model) -> dict[str, int]:
 
 
 def _documents(found: _Planned, *, vocab_multiple: int) -> dict[str, bytes]:
-    megatron = to_megatron(found.family.CONFIG, found.config)
+    megatron = to_megatron(found.family.CONFIG, found.source.reference.config)
     made = run_config.make(megatron, found.layout, main_dtype(found.plan), vocab_multiple=vocab_multiple)
     return {run_config.FILE: made}
 
@@ -140,11 +154,17 @@ def _documents(found: _Planned, *, vocab_multiple: int) -> dict[str, bytes]:
 def _facts(found: _Planned) -> dict[str, Any]:
     """What `conversion.json` tells of an import beside its source and its options."""
     return {
-        "family": found.config["model_type"],
+        "family": found.source.reference.config["model_type"],
         "casts": casts(found.plan.makings),
         "zero_filled": list(found.plan.zero),
-        "tensors": {"in": len(found.reader.specs), "out": len(found.plan.makings)},
+        "tensors": {"in": len(found.source.reader.specs), "out": len(found.plan.makings)},
     }
+
+
+def left_out(source: Source) -> Iterator[str]:
+    """The files of a source that do not travel, if there are any."""
+    if source.left_out:
+        yield f"left out, not part of the model: {', '.join(source.left_out)}"
 
 
 def main_dtype(plan: Plan) -> np.dtype[Any]:
@@ -155,15 +175,14 @@ def main_dtype(plan: Plan) -> np.dtype[Any]:
     return counts.most_common(1)[0][0]
 
 
-def notes(config: Config, plan: Plan, luggage: Luggage) -> Iterator[str]:
+def notes(source: Source, plan: Plan) -> Iterator[str]:
     """What a user should know of this import."""
-    if luggage.left_out:
-        yield f"left out, not part of the model: {', '.join(luggage.left_out)}"
+    yield from left_out(source)
     for old, new in casts(plan.makings).items():
         yield f"weights are cast from {old} to {new}"
     if plan.zero:
         yield f"{len(plan.zero)} biases that the source does not have are written as zeros (megatron-core has one switch for all)"
-    rope = rope_numbers(config)
+    rope = rope_numbers(source.reference.config)
     told = {name: rope[name] for name in BUILT_IN_ROPE if name in rope}
     if rope["rope_type"] == "llama3" and told != BUILT_IN_ROPE:
         yield (

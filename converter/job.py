@@ -92,6 +92,9 @@ class Job:
     """Where `conversion.json` and `integrity.json` lie."""
 
     integrity: bool = False
+    memory: int = 0
+    """Bytes that reading the source holds at most, beside what is read."""
+
     last: tuple[str, ...] = ()
     """The files that say that the output is whole, beside the writer's markers."""
 

@@ -63,7 +63,7 @@ def _borrowed(neighbour: HuggingFaceReader | TorchDistReader, told: Reference | 
 
 def huggingface_side(reader: HuggingFaceReader) -> Side:
     """Tensors as they are; tied ones can be asked for where `config.json` is of a supported family."""
-    _check_dimensions(reader.specs)
+    check_dimensions(reader.specs)
     makings = as_stored(reader.specs)
     if not reader.folder.has(CONFIG):
         return Side(reader.folder.label, reader, makings)
@@ -125,12 +125,13 @@ def tied(makings: Iterable[Making], family: Family, model: Model) -> dict[str, M
 
 
 def _native(reader: TorchDistReader) -> Side:
-    _check_dimensions(reader.specs)
+    check_dimensions(reader.specs)
     reader.check(reader.specs)
     return Side(reader.folder.label, reader, as_stored(reader.specs))
 
 
-def _check_dimensions(specs: Mapping[str, TensorSpec]) -> None:
+def check_dimensions(specs: Mapping[str, TensorSpec]) -> None:
+    """Raise UserError for a tensor without rows: nothing here could say which of them go where."""
     for name, spec in specs.items():
         if not spec.shape:
             raise UserError(f"`{name}` has no dimensions, which is not supported")

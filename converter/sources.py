@@ -1,16 +1,55 @@
-"""What a user names as a source: a directory, a URL read by byte range, or a Hub id fetched into the Hub's own cache."""
+"""What a user names as a source: a directory, a URL read by byte range, or a Hub id fetched into the Hub's own cache; and what
+is known of the model there, once it was opened."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from converter.carried import Reference
 from formats.errors import UserError
-from formats.folder import Folder, LocalFolder
+from formats.folder import FileIn, Folder, LocalFolder
 from formats.remote.folder import is_remote, open_folder
+from formats.spec import Reader
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _LEFT = ["original/*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model to convert: its tensors, and what is known beside them."""
+
+    label: str
+    reader: Reader
+    reference: Reference
+    """Its `config.json`, its side files, and its shard map if there is one."""
+
+    files: Mapping[str, FileIn]
+    """Those that its tensors are read from."""
+
+    told: Mapping[str, Any]
+    """What `conversion.json` says of it."""
+
+    left_out: Sequence[str] = ()
+    """Files that lie there and are not part of the model."""
+
+    adapter: Mapping[str, Any] | None = None
+    """The adapter that was merged into its tensors, as `conversion.json` tells of it; None if they are as they lie there."""
+
+    memory: int = 0
+    """Bytes that reading it holds at most, beside what is read."""
+
+    def command(self, otherwise: str) -> str:
+        """The command that a conversion of it is told as."""
+        return "merge" if self.adapter else otherwise
+
+    def merged(self) -> dict[str, Any]:
+        """The adapter, where options and facts are listed."""
+        return {"adapter": dict(self.adapter)} if self.adapter else {}
 
 
 def open_source(source: str | Path, *, or_hub: bool = False) -> Folder:

@@ -6,20 +6,33 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from converter.adapters.description import Base
 from formats.errors import UserError
 from formats.torch_dist import TRACKER
-from trainer.checkpoints import checkpoint, iterations, live
-from trainer.config import RunConfig
+from trainer.checkpoints import adapters, checkpoint, iterations, live
+from trainer.config import CheckpointConfig, RunConfig
+from trainer.peft.attach import attach
 from trainer.run import say
 
 
 def first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | None) -> None:
-    """Weights from where the settings say; random ones only where they name none, and told."""
+    """Weights from where the settings say; random ones only where they name none, and told. A resumed run that trains all
+    parameters gets them from its checkpoint, later."""
     told = config.checkpoint
     for path in iterations.leftovers(told.save):
         say(f"note: `{path}` is left of a save that was interrupted; it can be removed")
-    if resumed:
+    source = adapters.base_of(config, resumed)
+    if resumed is None:
+        _check_start(told)
+    elif config.peft is None:
         return
+    if source:
+        say(str(live.load(chunks, source, note=lambda text: say(f"note: {text}"))))
+    else:
+        say("weights are random: neither `checkpoint.load` nor `checkpoint.pretrained_checkpoint` names any")
+
+
+def _check_start(told: CheckpointConfig) -> None:
     if told.load and not (told.save and _same(told.load, told.save)):
         raise UserError(
             f"`checkpoint.load` is `{told.load}`, where there is no checkpoint to resume",
@@ -27,11 +40,23 @@ def first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | None
         )
     if told.save and (Path(told.save) / TRACKER).exists():
         say(f"note: `{told.save}` has checkpoints, and this run starts anew beside them; to resume set `checkpoint.load`")
-    source = told.pretrained_checkpoint or getattr(config.model, "pretrained_from", None)
-    if source:
-        say(str(live.load(chunks, source, note=lambda text: say(f"note: {text}"))))
-    else:
-        say("weights are random: neither `checkpoint.load` nor `checkpoint.pretrained_checkpoint` names any")
+
+
+def what_is_trained(chunks: Sequence[Any], config: RunConfig, resumed: Path | None) -> Base | None:
+    """Freeze the model and attach what `peft` trains beside it; answers which model that is. None where all is trained."""
+    told = config.checkpoint.pretrained_adapter
+    if config.peft is None:
+        if told:
+            raise UserError(
+                f"`checkpoint.pretrained_adapter` is `{told}`, and `peft` is `none`",
+                hint="set `peft`, or merge the adapter into its base with `mbconvert merge`",
+            )
+        return None
+    base = adapters.identify(adapters.base_of(config, resumed), config, resumed)
+    say(str(attach(chunks, config.peft, seed=config.rng.seed)))
+    if told and not resumed:
+        say(adapters.load(chunks, told, config, base))
+    return base
 
 
 def make_saver(config: RunConfig, travels: Callable[[Path], None], resumed: Path | None) -> checkpoint.Saver:

@@ -108,6 +108,8 @@ class DatasetConfig:
 
     reset_position_ids: bool = False
     reset_attention_mask: bool = False
+    """Documents in a sequence do not see those before them."""
+
     eod_mask_loss: bool = False
     """Leave end-of-document tokens out of the loss."""
 
@@ -131,7 +133,7 @@ class FinetuningDatasetConfig:
     """Several examples in one sequence, none of which sees another; without it each has a sequence of its own."""
 
     pad_to_multiple_of: int | None = None
-    """What lengths of packed examples are brought up to a multiple of; None for what context parallelism needs."""
+    """What lengths of packed examples are brought up to a multiple of; None for what context parallelism needs, 2 × its size."""
 
     chat_template: str | None = None
     """A file with a Jinja template, in place of the tokenizer's own."""
@@ -195,6 +197,9 @@ class CheckpointConfig:
 
     pretrained_checkpoint: str | None = None
     """Weights to start from where there is nothing to resume: a Megatron checkpoint or a Hugging Face directory."""
+
+    pretrained_adapter: str | None = None
+    """Adapters to start from beside those weights: a checkpoint of this trainer, or of `mbconvert adapter-to-mcore`."""
 
     save_interval: int | None = None
     """Steps between checkpoints; the last step always saves."""

@@ -7,11 +7,14 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from trainer import data, device, model, tokenizers
+from formats.errors import UserError
+from trainer import data, device, model
 from trainer.checkpoints import checkpoint
+from trainer.checkpoints.contents import tokenizer_of_run
 from trainer.config import RunConfig
 from trainer.data.loader import batches
-from trainer.run import Run
+from trainer.run import Run, say
+from trainer.tokenizers import Tokenizer
 
 
 def datasets(config: RunConfig, progress: checkpoint.Progress) -> Sequence[Any]:
@@ -19,12 +22,36 @@ def datasets(config: RunConfig, progress: checkpoint.Progress) -> Sequence[Any]:
     train, checks = config.train, config.validation
     to_come = max(train.train_iters - progress.iteration, 0) * train.global_batch_size
     evaluated = checks.eval_iters * train.global_batch_size
-    return data.build(
+    made = data.build(
         config.dataset,
-        tokenizer=tokenizers.of_run(config.tokenizer.tokenizer_model, beside=getattr(config.model, "hf_source", None)),
+        tokenizer=tokenizer_of_run(config),
         vocab_size=config.model.vocab_size,
         samples=(progress.consumed_samples + to_come, evaluated, evaluated),
     )
+    for line in getattr(made[0], "summary", ()):
+        say(line)
+    return made
+
+
+def prompts(run: Run) -> tuple[Tokenizer, Sequence[str | list[int]]] | None:
+    """What the model is asked at intervals: texts as it is to see them, or the beginnings of held-out examples, before what is
+    learned of them. UserError where there is nothing to ask, or nothing to read the answer with."""
+    told = run.config.validation
+    if not told.sample_interval:
+        return None
+    tokenizer = tokenizer_of_run(run.config)
+    setting = f"`validation.sample_interval` is `{told.sample_interval}`"
+    if tokenizer is None:
+        raise UserError(f"{setting}, and there is no tokenizer", hint="name a folder: `tokenizer.tokenizer_model=DIR`")
+    beginnings = getattr(run.datasets[1], "beginnings", lambda _: [])
+    asked = told.sample_prompts or beginnings(_ASKED)
+    if not asked:
+        raise UserError(f"{setting}, and there are no prompts", hint="give some: `validation.sample_prompts=[…]`")
+    return tokenizer, asked
+
+
+_ASKED = 2
+"""Held-out examples that are begun where no prompts are given."""
 
 
 def rows_between_stages(config: RunConfig) -> tuple[int, int]:

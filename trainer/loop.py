@@ -21,12 +21,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from trainer import device, feed, model, optim, parallel
 from trainer.agreement import agree, not_a_number
-from trainer.beginning import first_weights, make_saver
+from trainer.beginning import first_weights, make_saver, what_is_trained
 from trainer.checkpoints import checkpoint, iterations, luggage
 from trainer.config import RunConfig
+from trainer.generation.text import generate
 from trainer.loss import forward_step as default_forward_step
 from trainer.loss import mean
-from trainer.peft.attach import attach
 from trainer.run import Callback, ForwardStep, Run, Step, say
 from trainer.settings.resolve import Resolved, resolve
 from trainer.signals import Stop
@@ -71,9 +71,8 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     chunks = model.build(config.model)
     resumed = iterations.latest(config.checkpoint.load)
     first_weights(chunks, config, resumed)
-    if config.peft is not None:
-        say(str(attach(chunks, config.peft, seed=config.rng.seed)))
-    travels = luggage.pack(config, chunks, resumed=resumed)
+    base = what_is_trained(chunks, config, resumed)
+    travels = luggage.pack(config, chunks, resumed=resumed, base=base)
     wrapped = optim.wrap(chunks, config)
     optimizer = optim.make_optimizer(wrapped, config)
     parts = checkpoint.Parts(wrapped, optimizer, optim.make_scheduler(optimizer, config), checkpoint.Progress())
@@ -93,6 +92,7 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
         run.telling.interval.load_state_dict(parts.progress.interval)
     if not _last(run):
         run.batches = feed.iterators(run, run.datasets[0], consumed=parts.progress.consumed_samples)
+    run.prompts = feed.prompts(run)
     for callback in callbacks:
         callback.on_start(run)
     return run
@@ -110,6 +110,8 @@ def train(run: Run) -> None:
         if _every(run, settings.validation.eval_interval) and not _last(run):
             evaluate(run, "validation")
             stop = bool(parallel.largest([float(stop or run.stop.requested)])[0])
+        if _every(run, settings.validation.sample_interval):
+            answer(run)
         run.saver.poll()
         if stop or _every(run, settings.train.exit_interval):
             say(f"stopping after step {run.progress.iteration}")
@@ -216,6 +218,15 @@ def evaluate(run: Run, split: str) -> float | None:
     for callback in run.callbacks:
         callback.on_evaluation(run, split, loss)
     return loss
+
+
+def answer(run: Run) -> None:
+    """Tell what the model says to the run's prompts."""
+    began = time.perf_counter()
+    tokenizer, asked = run.prompts
+    for one in generate(run.chunks, tokenizer, asked, max_new_tokens=run.config.validation.sample_tokens):
+        run.telling.sample(run.progress, one.prompt, one.text)
+    run.telling.pause(time.perf_counter() - began)
 
 
 def save(run: Run) -> None:

@@ -154,6 +154,20 @@ def largest(numbers: list[float]) -> list[float]:
     return told.tolist()
 
 
+def from_first_rank[T](find: Callable[[], T]) -> T:
+    """What rank 0 finds, on all of them; its UserError too."""
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = find()
+        except UserError as error:
+            told[1] = (error.args[0], error.hint)
+    dist.broadcast_object_list(told, src=0)
+    if told[1]:
+        raise UserError(told[1][0], hint=told[1][1])
+    return told[0]
+
+
 def on_first_rank(act: Callable[[], None]) -> None:
     """Do something on rank 0, while the others wait. What the disk says against it is an OSError on all of them."""
     told: list[Any] = [None]

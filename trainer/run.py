@@ -80,6 +80,8 @@ class Run:
     stop: Stop
     started: float = field(default_factory=time.monotonic)
     batches: Any = None
+    prompts: Any = None
+    """A tokenizer and what the model is asked at intervals; None where it is not."""
 
     @property
     def progress(self) -> checkpoint.Progress:

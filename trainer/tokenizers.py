@@ -32,7 +32,7 @@ class Encoded(Protocol):
     """For each token its characters in the text: the first, and the one after the last."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, kw_only=True)
 class Tokenizer:
     """What `load` gives."""
 

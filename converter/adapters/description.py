@@ -74,9 +74,9 @@ def read(folder: Folder) -> Description:
             hint="an adapter is a folder with PEFT's `adapter_config.json`, or a checkpoint of a training run with `peft`",
         )
     found: dict[str, Any] = read_json(folder, FILE)
-    _check(found, _FIELDS, FILE)
+    _check(found, _FIELDS, f"`{FILE}`")
     if found.get("method") is None:
-        raise UserError(f"`{FILE}` does not say which `method` the adapter is of")
+        raise UserError(f"`{FILE}` does not say of which `method` the adapter is")
     lists: dict[str, Any] = {name: tuple(found[name]) for name in ("target_modules", "exclude_modules") if name in found}
     told: dict[str, Any] = {**found, **lists, "base": _base(found.get("base"))}
     return Description(**told)
@@ -88,7 +88,7 @@ def _base(found: Any) -> Base | None:
     if not isinstance(found, dict):
         raise UserError(f"`base` in `{FILE}` is `{shown(found)}`, which should be an object")
     told = cast("dict[str, Any]", found)
-    _check(told, {"name": _is_text, "fingerprint": _is_text}, f"`base` in `{FILE}`")
+    _check(told, {"name": _is_text, "fingerprint": _is_text}, f"`base` of `{FILE}`")
     return Base(told.get("name", ""), told.get("fingerprint", ""))
 
 
@@ -108,11 +108,11 @@ def _check(found: Mapping[str, Any], known: Mapping[str, Any], source: str) -> N
     for name, value in found.items():
         if name not in known:
             raise UserError(
-                f"`{source}` has a field `{shown(name)}`, which is not known here",
+                f"{source} has a field `{shown(name)}`, which is not known here",
                 hint="a newer version may have written it: this one would leave out what it says",
             )
         if not known[name](value):
-            raise UserError(f"`{name}` in `{source}` is `{shown(value)}`, which is not what it should be")
+            raise UserError(f"`{name}` in {source} is `{shown(value)}`, which is not what it should be")
 
 
 def _is_text(value: Any) -> bool:

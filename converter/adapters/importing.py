@@ -70,26 +70,23 @@ def plan_import(folder: Folder, base: BaseModel, target: str, talk: Talk, *, can
     if left_out:
         talk.note(f"left out, not part of the adapter: {', '.join(left_out)}")
     config, opened = source.config, source.opened
-    try:
-        _check_uniform(config, opened)
-        every = list(places(base.rules, base.model, canonical=canonical))
-        found = _present(every, config, opened)
-        for place in found:
-            _check_part(place, config, opened)
-        description = replace(
-            opened.description,
-            dim=config.rank(_module(found[0].weights[0])),
-            alpha=config.alpha(_module(found[0].weights[0])),
-            canonical=canonical,
-            target_modules=targets(found, layers=base.model.layers),
-            base=base.told,
-        )
-        makings = [making for place in found for making in _fused(place, opened, description)]
-    except UserError:
-        opened.reader.close()
-        raise
-    shared = {(place, weight): place.weights[0] for place in found for weight in place.weights[1:]}
-    aliases = {peft_name(weight, Factor.A): peft_name(first, Factor.A) for (_, weight), first in shared.items()}
+    _check_uniform(config, opened)
+    found = _present(list(places(base.rules, base.model, canonical=canonical)), config, opened)
+    for place in found:
+        _check_part(place, config, opened)
+    first = _module(found[0].weights[0])
+    description = replace(
+        opened.description,
+        dim=config.rank(first),
+        alpha=config.alpha(first),
+        canonical=canonical,
+        target_modules=targets(found, layers=base.model.layers),
+        base=base.told,
+    )
+    makings = [making for place in found for making in _fused(place, opened, description)]
+    aliases = {
+        peft_name(weight, Factor.A): peft_name(place.weights[0], Factor.A) for place in found for weight in place.weights[1:]
+    }
     return _job(folder, base, target, _Planned(source, description, makings, aliases))
 
 

@@ -29,7 +29,7 @@ _HARMLESS = {
     "auto_mapping", "revision", "task_type", "inference_mode", "peft_version", "eva_config", "megatron_core",
     "qalora_group_size", "runtime_config",
 }  # fmt: skip
-_EMPTY = (None, False, "none")
+_EMPTY: tuple[Any, ...] = (None, False, "none", {}, [])
 
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Beginnings of training that leave the base model's weights as they are. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them."""
@@ -130,7 +130,7 @@ def read(folder: Folder) -> PeftConfig:
 
 def _refuse_features(found: Mapping[str, Any]) -> None:
     for name, value in found.items():
-        if name not in _READ | _HARMLESS and not any(value is one or value == one for one in _EMPTY) and value not in ({}, []):
+        if name not in _READ | _HARMLESS and value not in _EMPTY:
             raise UserError(
                 f"`{FILE}` has `{shown(name)}: {shown(value)}`, which is not supported",
                 hint="merge the adapter with PEFT (`merge_and_unload`) and convert the merged model",
@@ -193,7 +193,7 @@ def make(description: Description, modules: Iterable[str], *, layers: int) -> by
     """The document for an adapter of these modules of a model with that many layers. PEFT builds exactly those from it."""
     alpha = description.alpha
     document = {
-        "base_model_name_or_path": description.base.name if description.base else None,
+        "base_model_name_or_path": (description.base.name if description.base else "") or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

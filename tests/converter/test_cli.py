@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.convert import SHAPES, make_model
 from converter import hf_to_mcore, mcore_to_hf
+from tests.converter.adapters.made import save_adapter
 
 GUARD = """
 import runpy, sys
@@ -37,6 +38,11 @@ def folder(model_folder):
     return model_folder("gqa", dtype="bfloat16")
 
 
+@pytest.fixture
+def peft_adapter(folder, tmp_path):
+    return save_adapter(folder, tmp_path / "adapter", equal_a=True)
+
+
 def test_no_command_imports_torch(folder, tmp_path):
     megatron, back = tmp_path / "m", tmp_path / "back"
     for command in (
@@ -44,6 +50,17 @@ def test_no_command_imports_torch(folder, tmp_path):
         ["hf-to-mcore", folder, megatron, "--tp", 2, "--pp", 2, "--dtype", "fp32"],
         ["hf-to-mcore", folder, tmp_path / "x", "--dry-run"], ["inspect", folder], ["inspect", megatron, "--tensors"],
         ["mcore-to-hf", megatron, back], ["mcore-to-hf", megatron, tmp_path / "x", "--dry-run", "--max-shard-size", "50KB"],
+    ):  # fmt: skip
+        done = mbconvert(*command)
+        assert done.returncode == 0, (command, done.stderr)
+
+
+def test_no_command_on_adapters_imports_torch(folder, peft_adapter, tmp_path):
+    megatron, back = tmp_path / "m", tmp_path / "back"
+    for command in (
+        ["adapter-to-mcore", peft_adapter, megatron, "--base", folder, "--verify"],
+        ["adapter-to-mcore", peft_adapter, tmp_path / "x", "--base", folder, "--fused", "--dry-run"],
+        ["adapter-to-hf", megatron, back, "--json"], ["adapter-to-hf", megatron, tmp_path / "x", "--dry-run"],
     ):  # fmt: skip
         done = mbconvert(*command)
         assert done.returncode == 0, (command, done.stderr)
@@ -148,10 +165,26 @@ def test_the_command_line_surface_is_frozen():
     from converter.cli import cli
 
     surface = {name: sorted(o for p in command.params for o in p.opts) for name, command in cli.commands.items()}
-    both = ["--dry-run", "--dtype", "--json", "--overwrite", "--quiet", "--resume", "--verify", "--workers", "source", "target"]
+    both = ["--dry-run", "--json", "--overwrite", "--quiet", "--resume", "--verify", "--workers", "source", "target"]
+    layout = ["--tp", "--pp", "--vpp", "--pp-layout", "--vocab-divisible-by", "--integrity"]
     assert surface == {
-        "hf-to-mcore": sorted([*both, "--tp", "--pp", "--vpp", "--pp-layout", "--vocab-divisible-by", "--integrity"]),
-        "mcore-to-hf": sorted([*both, "--hf-config", "--max-shard-size"]),
+        "hf-to-mcore": sorted([*both, *layout, "--dtype"]),
+        "mcore-to-hf": sorted([*both, "--hf-config", "--max-shard-size", "--dtype"]),
+        "adapter-to-mcore": sorted([*both, "--base", "--canonical"]),
+        "adapter-to-hf": both,
+        "merge": sorted(
+            [
+                *(set(both) - {"source"}),
+                *layout,
+                "--dtype",
+                "--max-shard-size",
+                "--hf-config",
+                "--to",
+                "--any-base",
+                "base",
+                "adapter",
+            ]
+        ),
         "inspect": ["--check", "--json", "--tensors", "path"],
         "verify": ["--as", "--json", "--quiet", "--workers", "one", "other"],
         "families": ["--json"],

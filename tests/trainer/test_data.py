@@ -20,7 +20,7 @@ from tests.trainer import prepared
 from tests.trainer.prepared import LENGTH, built, contents, write
 from trainer import data, tokenizers
 from trainer.config import DatasetConfig
-from trainer.data import cache
+from trainer.data import cache, segments
 from trainer.data.epochs import Vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not determine rank:UserWarning")  # megatron-core's, of a lone process
@@ -163,6 +163,23 @@ def test_masks_and_positions_are_megatron_cores(tmp_path):
         assert plain[:-1].logical_or(sample["tokens"][:-1] == 256).all()
 
 
+def test_documents_are_kept_apart_as_megatron_core_does(tmp_path):
+    from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), np.uint16)
+    for number in range(30):
+        builder.add_item(torch.tensor([*range(1, 2 + number % 7), 256]))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "a.idx"))
+    config = DatasetConfig(sequence_length=LENGTH, blend=[str(tmp_path / "a")], split="1,0,0", reset_attention_mask=True)
+    assert data.is_packed(config)
+    train, _, _ = data.build(config, tokenizer=tokenizers.load("byte"), vocab_size=257, samples=(5, 0, 0))
+    for sample in train:
+        theirs, _, _ = _get_ltor_masks_and_position_ids(sample["tokens"], 256, False, True, False, True)
+        assert torch.equal(segments.mask(sample["segment_ids"][None])[0], theirs)
+        assert sample["segment_ids"].max() > 1
+
+
 def test_data_prepared_anew_gets_new_indices(prefix, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SMALL", 1)
     built((20, 0, 0), blend=[prefix], split="1,0,0")
@@ -236,9 +253,12 @@ def test_what_cannot_be_built_is_named(prefix, tmp_path):
     assert message(blend=[0.5, prefix, prefix, 0.5]) == f"`[0.5, '{prefix}', '{prefix}', 0.5]` is no blend"
     few = f"the test split of `{prefix}` has 0 tokens in 0 of 60 documents, but a sample takes 17"
     assert message((4, 4, 4), blend=[prefix], split="90,9.9,0.1") == few
-    assert message(blend=[prefix], reset_attention_mask=True) == "`dataset.reset_attention_mask` is not supported"
-    lacks = "`dataset.eod_mask_loss` and `dataset.reset_position_ids` need to know which token ends a document"
-    assert message(blend=[prefix], eod_mask_loss=True) == lacks
+    lacks = (
+        "`dataset.eod_mask_loss`, `dataset.reset_position_ids` and `dataset.reset_attention_mask` need to know which token ends "
+        "a document"
+    )
+    for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
+        assert message(blend=[prefix], **{name: True}) == lacks
     assert message(blend=[prefix], random_seed=-1) == "`dataset.random_seed` is -1"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import converter
+from converter.adapters.fingerprint import fingerprint
 from tests import models
 from tests.trainer import small, witness
 
@@ -74,12 +75,14 @@ def test_what_is_saved_before_the_first_step_is_the_source(ranks, model_folder, 
     changes = {**TP2_PP2, "checkpoint__save": str(tmp_path / "run"), "train__exit_interval": 1}
     assert ranks.run(_save_at_once, 4, str(model_folder()), changes) == [[]] * 4
     assert converter.verify(model_folder(), tmp_path / "run" / "iter_0000000").same
+    assert fingerprint(tmp_path / "run") == fingerprint(model_folder())
 
 
 def test_megatron_bridge_finds_what_it_reads(ranks, model_folder, tmp_path, golden):
     import yaml
 
     ranks.run(witness.train, 1, str(model_folder()), {"checkpoint__save": str(tmp_path), "train__train_iters": 5})
+    assert fingerprint(tmp_path) != fingerprint(model_folder()), "five steps make another model of it"
     theirs = next(golden.glob("bridge_llama_tiny/megatron/**/train_state.pt"))
     ours = tmp_path / "iter_0000005" / "train_state.pt"
     read = [torch.load(path, weights_only=True) for path in (ours, theirs)]

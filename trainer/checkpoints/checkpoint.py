@@ -28,7 +28,7 @@ from formats.disk import free_bytes
 from formats.errors import UserError
 from formats.torch_dist import TRAIN_STATE, iteration_folder
 from trainer import optim
-from trainer.checkpoints import iterations, random_states
+from trainer.checkpoints import adapters, iterations, random_states
 from trainer.config import RunConfig
 from trainer.model import unwrap
 from trainer.parallel import on_first_rank
@@ -108,7 +108,7 @@ class Saver:
 
     def _write(self, parts: Parts, folder: Path) -> Any:
         told = self.config.checkpoint
-        metadata = content(told.optim_sharding)
+        metadata = content(self.config)
         return dist_checkpointing.save(
             state(parts, self.config, metadata=metadata, loading=False),
             str(folder),
@@ -200,12 +200,13 @@ def _train_state(progress: Progress) -> dict[str, torch.Tensor]:
     }
 
 
-def content(optim_sharding: str) -> dict[str, Any]:
+def content(config: RunConfig) -> dict[str, Any]:
     """What megatron-core's modules and optimizers are told of how to lay out their state."""
     return {
+        **(adapters.CONTENT if config.peft is not None else {}),
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
-        "distrib_optim_sharding_type": optim_sharding,
+        "distrib_optim_sharding_type": config.checkpoint.optim_sharding,
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
@@ -214,7 +215,7 @@ def content(optim_sharding: str) -> dict[str, Any]:
 def state(parts: Parts, config: RunConfig, *, metadata: dict[str, Any], loading: bool, rng: bool = True) -> dict[str, Any]:
     """Everything a checkpoint holds, as megatron-core's sharded state dict."""
     names = ["model"] if len(parts.chunks) == 1 else [f"model{number}" for number in range(len(parts.chunks))]
-    weights = {name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in zip(names, parts.chunks, strict=True)}
+    weights = {name: _weights(unwrap(chunk), config, metadata) for name, chunk in zip(names, parts.chunks, strict=True)}
     found: dict[str, Any] = {**weights, "checkpoint_version": 3.0, "iteration": parts.progress.iteration}
     if config.checkpoint.save_optim:
         found["optimizer"] = parts.optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=metadata)
@@ -229,6 +230,11 @@ def state(parts: Parts, config: RunConfig, *, metadata: dict[str, Any], loading:
             "data": data_identity(config),
         }
     return found
+
+
+def _weights(chunk: Any, config: RunConfig, metadata: dict[str, Any]) -> dict[str, Any]:
+    whole = chunk.sharded_state_dict(metadata=metadata)
+    return whole if config.peft is None else adapters.only_trained(whole, chunk)
 
 
 def layout() -> list[int]:
@@ -271,14 +277,18 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
             hint=f"start from its weights with `checkpoint.pretrained_checkpoint={folder.parent}`",
         )
     same_layout = ours["layout"] == layout()
-    metadata = {**content(config.checkpoint.optim_sharding), **common.get("content_metadata", {})}
+    metadata = {**content(config), **common.get("content_metadata", {})}
     if config.checkpoint.save_optim:
         _check_optimizer(parts, ours, metadata["distrib_optim_sharding_type"], folder)
     optim.allocate_state(parts.optimizer)
     wanted = state(parts, config, metadata=metadata, loading=True, rng=same_layout)
     loaded = _load(wanted, folder, config)
     for number, chunk in enumerate(parts.chunks):
-        unwrap(chunk).load_state_dict(loaded["model" if len(parts.chunks) == 1 else f"model{number}"])
+        weights = loaded["model" if len(parts.chunks) == 1 else f"model{number}"]
+        if config.peft is None:
+            unwrap(chunk).load_state_dict(weights)
+        else:
+            adapters.put(chunk, weights)
     if "optimizer" in loaded:
         optim.keep_settings(parts.optimizer, loaded["optimizer"])
         with optim.steps_apart(parts.optimizer), torch.no_grad():

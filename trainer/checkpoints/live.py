@@ -34,6 +34,8 @@ from formats.torch_dist import TorchDistReader
 from trainer.checkpoints.quantized import in_full
 from trainer.settings import described
 
+Choose = Callable[[dict[str, Any], Any], dict[str, Any]]
+
 PIECE_BYTES = 16 << 20
 
 
@@ -66,13 +68,13 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def local_weights(chunks: Sequence[Any]) -> list[Local]:
-    """Every box of every weight on this rank, under the names of a Megatron checkpoint with a number per layer."""
-    return [local for chunk in chunks for local in _of_chunk(chunk)]
+def local_weights(chunks: Sequence[Any], choose: Choose = lambda state, _: state) -> list[Local]:
+    """Every box of every weight on this rank, under the names of a Megatron checkpoint with a number per layer. `choose` takes
+    those that are wanted out of a chunk's sharded state."""
+    return [local for chunk in chunks for local in _of_state(choose(chunk.sharded_state_dict(), chunk))]
 
 
-def _of_chunk(chunk: Any) -> Iterator[Local]:
-    state = chunk.sharded_state_dict()
+def _of_state(state: dict[str, Any]) -> Iterator[Local]:
     apply_factories(state)
     for leaf in nested_values(state):
         if isinstance(leaf, ShardedTensor):
@@ -103,12 +105,12 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
         locals_ = local_weights(chunks)
         told = _told(reader)
         makings = _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else _from_megatron(reader, told)
-        _account(locals_, makings, source)
+        account(locals_, makings, source)
         if told and getattr(chunks[0].config, "hf_config", None):
             for text in described.compare(chunks[0].config, told, source=source):
                 note(text)
         for local in locals_:
-            _fill(local, makings[local.name], reader)
+            fill(local, makings[local.name], reader)
         return _loaded(makings, reader)
 
 
@@ -153,8 +155,11 @@ def _unpadded(making: Making, vocab: int | None) -> Making:
     return replace(making, copies=tuple(replace(copy, count=rows) for copy in making.copies))
 
 
-def _account(locals_: Sequence[Local], makings: Mapping[str, Making], source: str) -> None:
-    """Both sides hold the same names and shapes, over all ranks."""
+_OTHER = "the weights are of another model than `model` describes; nothing is ever left random"
+
+
+def account(locals_: Sequence[Local], makings: Mapping[str, Making], source: str, *, hint: str = _OTHER) -> None:
+    """Raise UserError, on all ranks alike, unless both sides hold the same names and shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, {local.name: local.global_shape for local in locals_})
@@ -162,17 +167,14 @@ def _account(locals_: Sequence[Local], makings: Mapping[str, Making], source: st
         shapes |= one
     missing, over = sorted(shapes.keys() - makings.keys()), sorted(makings.keys() - shapes.keys())
     if missing:
-        raise UserError(f"`{source}` lacks {named(missing)}, which the model has", hint=_OTHER)
+        raise UserError(f"`{source}` lacks {named(missing)}, which the model has", hint=hint)
     if over:
-        raise UserError(f"`{source}` holds {named(over)}, for which the model has no place", hint=_OTHER)
+        raise UserError(f"`{source}` holds {named(over)}, for which the model has no place", hint=hint)
     for name, shape in shapes.items():
         stored = makings[name].spec.shape
         fits = stored[1:] == shape[1:] and (stored[0] == shape[0] or (_padded(name) and _rows(makings[name]) <= shape[0]))
         if not fits:
-            raise UserError(f"`{name}` has shape {list(stored)} in `{source}`, in the model {list(shape)}", hint=_OTHER)
-
-
-_OTHER = "the weights are of another model than `model` describes; nothing is ever left random"
+            raise UserError(f"`{name}` has shape {list(stored)} in `{source}`, in the model {list(shape)}", hint=hint)
 
 
 def _rows(making: Making) -> int:
@@ -180,7 +182,7 @@ def _rows(making: Making) -> int:
 
 
 @torch.no_grad()
-def _fill(local: Local, making: Making, reader: Reader) -> None:
+def fill(local: Local, making: Making, reader: Reader) -> None:
     """Copy what each of the making's sources has of the region; rows that no source has are zero."""
     rows = local.region[0]
     covered = 0

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from converter import carried, families, run_config
+from converter.adapters import description
+from converter.adapters.description import Base
 from converter.config import make_model, to_megatron
 from converter.inspect import HUGGINGFACE, kind
 from converter.layout import make_layout
@@ -23,7 +25,7 @@ from formats.huggingface import HuggingFaceReader
 from formats.spec import DTYPES
 from formats.torch_dist import find_iteration
 from trainer import tokenizers
-from trainer.checkpoints import live
+from trainer.checkpoints import adapters, live
 from trainer.checkpoints.iterations import OURS
 from trainer.config import RunConfig
 from trainer.settings import documents
@@ -32,12 +34,17 @@ _CONFIG = f"{carried.FILES}/{carried.CONFIG}"
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def pack(config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None) -> Callable[[Path], None]:
-    """What writes it all into an iteration's folder, on rank 0. All ranks call this; sources are looked at once, here."""
+def pack(config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None, base: Base | None = None) -> Callable[[Path], None]:
+    """What writes it all into an iteration's folder, on rank 0. All ranks call this; sources are looked at once, here.
+
+    `base` is the model that adapters are trained beside.
+    """
     stages = _stages(chunks)
     source = str(resumed) if resumed else (config.checkpoint.pretrained_checkpoint or getattr(config.model, "hf_source", None))
     found = _from_source(source) if source else _from_config(config)
     found |= {OURS: documents.dump(config).encode()}
+    if config.peft is not None:
+        found |= {description.FILE: description.make(adapters.described(config.peft, base))}
     if known := _known(config):
         found |= {run_config.FILE: _run_config(config, known, stages), **_changed(found, known)}
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from formats.errors import UserError
 from trainer.settings.arguments import read_run, recipe_and_overrides, run_arguments
 
 if TYPE_CHECKING:
-    from trainer.config import FinetuningDatasetConfig, RunConfig
+    from trainer.config import FinetuningDatasetConfig
     from trainer.data.chat.splits import Part
     from trainer.tokenizers import Tokenizer
 
@@ -44,7 +42,8 @@ def command(
 
     Then how many tokens are learned, how many examples are cut or cannot be used, and how long they are. Nothing is trained.
     """
-    from trainer.data.chat import splits  # noqa: PLC0415 - seconds to import
+    from trainer.checkpoints.contents import tokenizer_of_run  # noqa: PLC0415
+    from trainer.data.chat import sets, splits  # noqa: PLC0415 - seconds to import
 
     recipe, overrides = recipe_and_overrides(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
@@ -53,26 +52,8 @@ def command(
     part = parts[_SPLITS.index(split)]
     if part is None:
         raise UserError(f"there are no examples for {split}", hint=f"set `dataset.{split}_path`, or its share in `dataset.split`")
-    with _tokenizer(config) as tokenizer:
-        _show(part, config.dataset, tokenizer, shown=shown, limit=limit, separator="|" if separate else "")
-
-
-@contextmanager
-def _tokenizer(config: RunConfig) -> Iterator[Tokenizer]:
-    """The one named, else that beside the model's own files, else the one in the checkpoint to start from."""
-    from trainer import tokenizers  # noqa: PLC0415
-
-    start = config.checkpoint.pretrained_checkpoint
-    found = tokenizers.of_run(config.tokenizer.tokenizer_model, beside=start or getattr(config.model, "hf_source", None))
-    if found is not None:
-        yield found
-    elif start is not None:
-        from trainer.generation.checkpoint import tokenizer_of  # noqa: PLC0415 - seconds to import
-
-        with tokenizer_of(start) as found:
-            yield found
-    else:
-        raise UserError("there is no tokenizer", hint="name a folder that has one: `tokenizer.tokenizer_model=DIR`")
+    tokenizer = sets.needed(tokenizer_of_run(config))
+    _show(part, config.dataset, tokenizer, shown=shown, limit=limit, separator="|" if separate else "")
 
 
 def _show(part: Part, config: FinetuningDatasetConfig, tokenizer: Tokenizer, *, shown: int, limit: int, separator: str) -> None:

@@ -15,6 +15,8 @@ Your own data: in place of `DatasetConfig`, give an object with
 Rows may hold several examples of which none sees another: then the object has `packed` set, and samples have `segment_ids`
 (int32) too, another number for each example in a row and -1 for what fills it up.
 
+What the training dataset has as `summary`, lines of text, is told before the first step.
+
 It is called on every rank and gives the same there. With `num_workers` above 0 the datasets are pickled to the processes that
 read ahead.
 
@@ -35,7 +37,8 @@ type Splits = tuple[Dataset | None, Dataset | None, Dataset | None]
 
 def is_packed(config: Any) -> bool:
     """Do the samples of this dataset have `segment_ids`?"""
-    return bool(getattr(config, "packed", False))
+    documents = getattr(config, "blend", None) or getattr(config, "blend_per_split", None)  # mock data has none that end
+    return bool(getattr(config, "packed", False) or (documents and getattr(config, "reset_attention_mask", False)))
 
 
 def build(config: Any, *, tokenizer: Tokenizer | None, vocab_size: int, samples: tuple[int, int, int]) -> Splits:

@@ -11,8 +11,10 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import distributed
@@ -72,16 +74,32 @@ def put(whole: Path, write: Callable[[Path], None]) -> None:
 def in_turn[T](make: Callable[[], T]) -> T:
     """`make()` on rank 0, then on the first rank of each node, then on the others.
 
-    Each finds the files of those before it; a node that does not share rank 0's folder makes its own. Without
-    torch.distributed, just `make()`.
+    Each finds the files of those before it; a node that does not share rank 0's folder makes its own. What a person has to
+    correct on one rank is a UserError on all of them. Others wait as long as it takes: tokens of many examples take longer than
+    any message. Without torch.distributed, just `make()`.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return make()
     local = int(os.environ.get("LOCAL_RANK", "0"))
     mine = 0 if distributed.get_rank() == 0 else 1 if local == 0 else 2
     made: list[T] = []
+    group = distributed.new_group(backend="gloo", timeout=timedelta(days=7))
     for turn in range(3):
-        if turn == mine:
-            made.append(make())
-        distributed.barrier()
+        _together(made, make if turn == mine else None, group)
+    distributed.destroy_process_group(group)
     return made[0]
+
+
+def _together[T](made: list[T], make: Callable[[], T] | None, group: Any) -> None:
+    """Some ranks make something, the others wait for them, and all raise what one of them found wrong."""
+    wrong: list[UserError | None] = [None] * distributed.get_world_size()
+    here = None
+    try:
+        if make is not None:
+            made.append(make())
+    except UserError as error:
+        here = error
+    distributed.all_gather_object(wrong, here, group=group)
+    for error in wrong:
+        if error is not None:
+            raise error

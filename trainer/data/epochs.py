@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from formats.errors import UserError
 from trainer.config import DatasetConfig
-from trainer.data import cache
+from trainer.data import cache, segments
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEAD = struct.Struct("<9sQBQQ")
@@ -142,6 +142,8 @@ class Epochs(Dataset):
         number, position = divmod(int(index), self.per_epoch)
         sample = self._epoch(number)[position]
         self._check_vocabulary(sample)
+        if self._config.reset_attention_mask:
+            sample["segment_ids"] = segments.of_documents(sample["tokens"], self._vocabulary.eod)
         return sample
 
     def _check_vocabulary(self, sample: dict[str, torch.Tensor]) -> None:
@@ -171,7 +173,7 @@ class Epochs(Dataset):
             path_to_cache="",  # none at all; None would mean one beside the data
             tokenizer=self._vocabulary,
             reset_position_ids=self._config.reset_position_ids,
-            reset_attention_mask=False,
+            reset_attention_mask=False,  # its masks are squares of the sequence; see `segment_ids`
             eod_mask_loss=self._config.eod_mask_loss,
             create_attention_mask=False,
         )

@@ -42,6 +42,12 @@ def find(segment_ids: torch.Tensor) -> Segments:
     return Segments(bounds, int(counted.sum()), int((counted**2).sum()))
 
 
+def of_documents(tokens: torch.Tensor, eod: int) -> torch.Tensor:
+    """A segment for each document in `tokens`, `[sequence]`, its end included; int32."""
+    ends = (tokens == eod).int()
+    return (ends.cumsum(0) - ends).to(torch.int32)
+
+
 def mask(segment_ids: torch.Tensor) -> torch.Tensor:
     """Which pairs attention leaves out, `[micro batch, 1, sequence, sequence]`: True where the second token is of another segment
     than the first, or comes after it. As megatron-core's own attention takes it."""

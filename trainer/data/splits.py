@@ -113,14 +113,10 @@ def _check(config: DatasetConfig, tokenizer: Tokenizer | None) -> None:
         raise UserError(f"`{config.split}` is no split", hint="it is three shares for train, validation and test, as `969,30,1`")
     if not 0 <= config.random_seed < 2**32:
         raise UserError(f"`dataset.random_seed` is {config.random_seed}", hint=f"choose one from 0 to {2**32 - 1}")
-    if config.reset_attention_mask:
+    if tokenizer is None and (config.eod_mask_loss or config.reset_position_ids or config.reset_attention_mask):
         raise UserError(
-            "`dataset.reset_attention_mask` is not supported",
-            hint="documents in a sample see those before them; leave it at false",
-        )
-    if tokenizer is None and (config.eod_mask_loss or config.reset_position_ids):
-        raise UserError(
-            "`dataset.eod_mask_loss` and `dataset.reset_position_ids` need to know which token ends a document",
+            "`dataset.eod_mask_loss`, `dataset.reset_position_ids` and `dataset.reset_attention_mask` need to know which token "
+            "ends a document",
             hint="set `tokenizer.tokenizer_model`",
         )
 

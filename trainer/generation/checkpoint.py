@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from converter import carried, reference
-from converter.inspect import HUGGINGFACE, kind
-from converter.sources import open_source
 from formats.errors import UserError
-from formats.folder import Folder, LocalFolder
-from formats.huggingface import HuggingFaceReader
-from formats.json_objects import read_json
-from formats.spec import Reader, dtype_name
-from formats.torch_dist import TorchDistReader
-from trainer import device, model, parallel, tokenizers
+from trainer import device, model, parallel
 from trainer.checkpoints import live
+from trainer.checkpoints.contents import describe, tokenizer_of
 from trainer.config import RunConfig
 from trainer.generation.sampling import Sampling
 from trainer.generation.text import Generation, Tell, generate
@@ -32,48 +19,6 @@ from trainer.settings.resolve import Resolved, resolve
 
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16_mixed", "fp16": "fp16_mixed"}
 """`mixed_precision` for the dtypes that weights may be computed in."""
-
-
-@dataclass(frozen=True, slots=True)
-class Described:
-    """What a checkpoint says of itself."""
-
-    config: dict[str, Any]
-    """The model's `config.json`."""
-
-    dtype: str
-    """Of most of its weights."""
-
-    places: tuple[Folder, ...]
-    """Where its tokenizer may be; the first that has one counts."""
-
-
-def describe(source: str) -> Described:
-    """Look at a Hugging Face directory, a Hub id or a Megatron checkpoint; no weight is read.
-
-    Raises UserError where it is none of these, or does not say what model it is.
-    """
-    folder = open_source(source, or_hub=True)
-    if kind(folder) == HUGGINGFACE:
-        with closing(HuggingFaceReader(folder)) as reader:
-            return Described(read_json(folder, carried.CONFIG), _dtype(reader), (folder,))
-    with closing(TorchDistReader(folder)) as reader:
-        try:
-            config = reference.find(reader, None).config
-        except reference.UnknownModelError as error:
-            raise UserError(
-                str(error.args[0]), hint="generate from a checkpoint of `mbconvert` or `mbtrain`, which have a `config.json`"
-            ) from error
-        # The first has `generation_config.json` as well, the second is all that Megatron-Bridge writes.
-        inside = reader.folder
-        return Described(dict(config), _dtype(reader), (inside.below(carried.FILES), inside.below("tokenizer")))
-
-
-def _dtype(reader: Reader) -> str:
-    sizes: Counter[str] = Counter()
-    for spec in reader.specs.values():
-        sizes[dtype_name(spec.dtype)] += prod(spec.shape)
-    return sizes.most_common(1)[0][0]
 
 
 def make_run(source: str, told: Sequence[str] = (), *, world_size: int, dtype: str | None = None) -> Resolved:
@@ -124,7 +69,8 @@ def run(
     comes, and `done`, with all and the seconds they took, on one."""
     config = settings.config
     where = device.choose(config.dist.device)
-    with parallel.session(config, where), tokenizer_of(source, config.tokenizer.tokenizer_model) as tokenizer:
+    with parallel.session(config, where):
+        tokenizer = tokenizer_of(source, config.tokenizer.tokenizer_model)
         prompts = read_prompts()
         chunks = model.build(config.model)
         live.load(chunks, source)
@@ -133,29 +79,3 @@ def run(
         answers = make(tell=tell if parallel.speaks() else None)
         if parallel.speaks():
             done(answers, time.perf_counter() - began)
-
-
-@contextmanager
-def tokenizer_of(source: str, given: str | None = None) -> Iterator[tokenizers.Tokenizer]:
-    """The tokenizer given, else the checkpoint's own. UserError where there is none."""
-    if given:
-        yield tokenizers.load(given)
-        return
-    for place in describe(source).places:
-        if {"tokenizer.json", *tokenizers.ANY_TOKENIZER} & set(place.children()):
-            with _local(place) as path:
-                yield tokenizers.load(str(path))
-            return
-    raise UserError(f"`{source}` has no tokenizer", hint="name a folder that has one: `tokenizer.tokenizer_model=DIR`")
-
-
-@contextmanager
-def _local(place: Folder) -> Iterator[Path]:
-    """The folder itself, or its tokenizer's files on this disk."""
-    if isinstance(place, LocalFolder):
-        yield place.path
-        return
-    with TemporaryDirectory() as made:
-        for name in set(place.children()).intersection(tokenizers.SIDE_FILES):
-            (Path(made) / name).write_bytes(place.get(name))
-        yield Path(made)

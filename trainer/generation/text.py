@@ -38,13 +38,14 @@ class Generation:
 def generate(
     chunks: Sequence[Any],
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
     tell: Tell | None = None,
 ) -> list[Generation]:
-    """What the model says after each prompt. Every rank of a session calls this alike, and gets the same answer.
+    """What the model says after each prompt, a text or its tokens. Every rank of a session calls this alike, and gets the same
+    answer.
 
     `chunks` may be wrapped for training; they, and every random state, are left as they were. Copies of the model
     (data-parallel ranks) all do the same work. `tell` is called with pieces of text as they come. Raises UserError, on all
@@ -61,7 +62,8 @@ def generate(
         for number, (prompt, tokens) in enumerate(zip(prompts, asked, strict=True)):
             limit = min(max_new_tokens, shape.max_sequence_length - len(tokens))
             stream = _tokens(chunks, tokens, limit=limit, how=how, number=number)
-            answers.append(_collect(prompt, stream, ends=ends, tokenizer=tokenizer, tell=tell))
+            text = prompt if isinstance(prompt, str) else tokenizer.decode(tokens)
+            answers.append(_collect(text, stream, ends=ends, tokenizer=tokenizer, tell=tell))
     return answers
 
 
@@ -101,9 +103,9 @@ def _tokens(chunks: Sequence[Any], prompt: Sequence[int], *, limit: int, how: Sa
         new = [token]
 
 
-def _encoded(prompt: str, number: int, *, tokenizer: Tokenizer, longest: int, vocabulary: int) -> list[int]:
+def _encoded(prompt: str | Sequence[int], number: int, *, tokenizer: Tokenizer, longest: int, vocabulary: int) -> list[int]:
     """A prompt's tokens, after those that the tokenizer begins every text with."""
-    tokens = [*tokenizer.begin, *tokenizer.encode(prompt)] or _begin(tokenizer)
+    tokens = list(prompt) if not isinstance(prompt, str) else [*tokenizer.begin, *tokenizer.encode(prompt)] or _begin(tokenizer)
     if not tokens:
         raise UserError(
             f"prompt {number} is empty, and the tokenizer has no token that begins a text", hint="give the text some words"

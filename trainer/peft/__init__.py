@@ -1,6 +1,9 @@
 """Training few parameters beside a model whose own stay as they are.
 
-Names are imported when they are used, so that settings can be read without torch.
+    from trainer.peft import DoRA, LoRA            # methods
+    from trainer.peft import PEFT, Adapter, adapt  # what one of your own is made of
+
+Names are imported when they are used.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.peft.adapted import Adapter, adapt
-    from trainer.peft.attach import attach, trainable
+    from trainer.peft.attach import trainable
     from trainer.peft.dora import DoRA
     from trainer.peft.lora import LoRA
     from trainer.peft.method import PEFT
@@ -21,10 +24,9 @@ _WHERE = {
     "DoRA": "dora",
     "Adapter": "adapted",
     "adapt": "adapted",
-    "attach": "attach",
     "trainable": "attach",
 }
-__all__ = ["PEFT", "Adapter", "DoRA", "LoRA", "adapt", "attach", "trainable"]
+__all__ = ["PEFT", "Adapter", "DoRA", "LoRA", "adapt", "trainable"]
 
 
 def __getattr__(name: str) -> Any:

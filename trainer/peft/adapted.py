@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
@@ -56,14 +57,32 @@ class Adapted:
     """What `adapt` adds to a layer's class."""
 
     adapter: Adapter
+    _quantized: tuple[Any, bool] = (None, False)
+    """The weight as it was when Transformer Engine last quantized it, and whether that was for a backward pass too."""
 
     def forward(self, layer_input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own: megatron-core's answer output and bias, torch's the output alone."""
+        self._quantize_once()
         answer = super().forward(layer_input, *args, **kwargs)  # type: ignore[misc]
         if not isinstance(answer, tuple):
             return self.adapter(answer, layer_input)
         output, bias, seen = _taken_apart(answer, layer_input)
         return self.adapter(output, seen), bias
+
+    def _quantize_once(self) -> None:
+        """At each step's first microbatch megatron-core has the weight quantized anew. It is frozen: once is enough.
+
+        Delayed scaling finds its scales in the first steps, and quantizes with others than before.
+        """
+        weight: Any = self.weight
+        delayed = getattr(getattr(self, "config", None), "fp8_recipe", None) == "delayed"
+        if not getattr(self, "is_first_microbatch", False) or delayed or weight.requires_grad or is_float8tensor(weight):
+            return
+        seen, backward = (weight.data_ptr(), weight._version), torch.is_grad_enabled()
+        if self._quantized in ((seen, True), (seen, backward)):
+            self.is_first_microbatch = False
+        else:
+            self._quantized = (seen, backward)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> State:
         """The layer's own, and the adapter's under `adapter.`."""

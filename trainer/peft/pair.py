@@ -92,7 +92,8 @@ class LoraAdapter(Adapter):
         """The layer's output with s·B·A·x added."""
         a, b = self._with_gradients(*self.matrices())
         hidden = torch.nn.functional.linear(self._dropped(layer_input), a)
-        return AddedProduct.apply(output, self._exchanged(hidden * self.scale), b)
+        scaled = hidden if self.scale == 1 else hidden * self.scale
+        return AddedProduct.apply(output, self._exchanged(scaled), b)
 
     def _with_gradients(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """An expert that ranks divide gets its input, and gives its output, in parts that are summed elsewhere; so the matrix

@@ -12,6 +12,7 @@ from typing import Any
 
 from formats.errors import UserError
 from trainer.config import RunConfig
+from trainer.data import is_packed
 from trainer.settings.precision import Machine, requires
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
@@ -267,13 +268,19 @@ def check_device(config: RunConfig, machine: Machine) -> None:
 
 def check_packed(config: RunConfig, machine: Machine) -> None:
     """What packed rows need of attention, and of their own length."""
-    if not getattr(config.dataset, "packed", False):
+    if not is_packed(config.dataset):
         return
+    setting = "dataset.packed" if getattr(config.dataset, "packed", False) else "dataset.reset_attention_mask"
     window, multiple = getattr(config.model, "window_size", None), number(config.dataset, "pad_to_multiple_of")
     if window and machine.device == "cpu":
         raise UserError(
-            f"`model.window_size` is `{window}`, and on the CPU megatron-core's attention cannot keep packed examples apart as well",
-            hint="set `dataset.packed=false`",
+            f"`model.window_size` is `{window}`, and megatron-core's attention on the CPU cannot keep packed examples apart too",
+            hint=f"set `{setting}=false`",
+        )
+    if setting == "dataset.reset_attention_mask" and size(config.model, CP) > 1:
+        raise UserError(
+            f"`{setting}` is `True`, but documents do not divide among context `{size(config.model, CP)}` ranks",
+            hint=f"set `{setting}=false`, or `model.{CP}=1`",
         )
     length, slices = config.dataset.sequence_length, 2 * size(config.model, CP)
     if multiple and slices > 2 and multiple % slices:
@@ -286,6 +293,21 @@ def check_packed(config: RunConfig, machine: Machine) -> None:
             f"`dataset.sequence_length` is `{length}`, which does not divide by `dataset.pad_to_multiple_of`, `{multiple}`",
             hint=f"choose a multiple of {multiple}",
         )
+
+
+def check_samples(config: RunConfig) -> None:
+    """Can the model answer while it is trained?"""
+    every = config.validation.sample_interval
+    reasons = {
+        f"model.{CP}={size(config.model, CP)}": size(config.model, CP) > 1,
+        "comm_overlap.tp_comm_overlap=true": bool(config.comm_overlap.tp_comm_overlap),
+    }
+    for setting, holds in reasons.items():
+        if every and holds:
+            raise UserError(
+                f"`validation.sample_interval` is `{every}`, and with `{setting}` no text can be generated",
+                hint="leave `validation.sample_interval` out, and generate from checkpoints with `mbtrain generate`",
+            )
 
 
 def check_precision_sizes(config: RunConfig) -> None:

@@ -52,7 +52,7 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     precision.check(told.mixed_precision, machine)
     checks.check_device(told, machine)
     checks.check_packed(told, machine)
-    choices = [*_virtual_stages(told.model), *_agreements(told), *_per_token(told), *_padded_examples(told)]
+    choices = [*_virtual_stages(told.model), *_agreements(told), *_per_token(told), *padded_examples(told)]
     choices = carry_out(told, choices) + precision.apply(told.mixed_precision, told)
     copies = _check_layout(told, world_size)
     microbatches = checks.num_microbatches(told, copies)
@@ -80,6 +80,7 @@ def _check_layout(config: RunConfig, world_size: int) -> int:
     checks.check_tensor_parallel(config.model)
     checks.check_pipeline(config.model)
     checks.check_sequence(config)
+    checks.check_samples(config)
     checks.check_precision_sizes(config)
     return copies
 
@@ -118,13 +119,13 @@ def _per_token(config: RunConfig) -> list[Choice]:
     return [Choice("model.calculate_per_token_loss", True, f"{what}: the mean is over those that count in the whole batch")]
 
 
-def _padded_examples(config: RunConfig) -> list[Choice]:
+def padded_examples(config: RunConfig) -> list[Choice]:
     """Context-parallel ranks take two slices each of every packed example."""
     if not isinstance(config.dataset, FinetuningDatasetConfig) or config.dataset.pad_to_multiple_of is not None:
         return []
     context = checks.size(config.model, checks.CP)
     if context == 1 or not config.dataset.packed:
-        return [Choice("dataset.pad_to_multiple_of", 1, "nothing divides the examples")]
+        return []
     return [
         Choice("dataset.pad_to_multiple_of", 2 * context, f"context parallel ranks take 2 × {context} slices of each example")
     ]

@@ -6,6 +6,7 @@ on one rank.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import click
 import torch
 
 from converter.memory import peak_memory
-from trainer.telling.records import Evaluation, Record, Step
+from trainer.telling.records import Evaluation, Record, Sample, Step
 
 GIB = 2**30
 
@@ -177,6 +178,8 @@ def console_line(record: Record, total_steps: int, *, color: bool = False) -> st
     width = len(str(total_steps))
     place = f"step {record.iteration:>{width}}/{total_steps}"
     shade = _colored if color else _plain
+    if isinstance(record, Sample):
+        return f"{shade(place, 'bright_black')}  {_short(record.prompt)} {shade(_quoted(record.text), 'green')}"
     if isinstance(record, Evaluation):
         words = f"{record.split} loss {shade(f'{record.loss:.4f}', 'cyan')}"
         return f"{shade(place, 'bright_black')}  {words}  perplexity {record.perplexity:.4g}"
@@ -194,6 +197,16 @@ def console_line(record: Record, total_steps: int, *, color: bool = False) -> st
         f"left {duration(record.time_left_s)}",
     ]
     return "  ".join([*parts, *(shade(text, "red") for text in _warnings(record))])
+
+
+def _quoted(text: str) -> str:
+    """On one line, whatever is in it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _short(text: str) -> str:
+    """The end of a prompt, which the answer goes on from."""
+    return _quoted(text if len(text) <= 60 else f"…{text[-59:]}")
 
 
 def tell(record: Record, total_steps: int) -> None:

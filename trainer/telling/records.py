@@ -75,7 +75,17 @@ class Evaluation:
     perplexity: float
 
 
-Record = Step | Evaluation
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What the model answered after a step."""
+
+    iteration: int
+    prompt: str
+    text: str
+
+
+Record = Step | Evaluation | Sample
+KINDS = {"step", "evaluation", "sample"}
 
 
 def evaluation(iteration: int, *, split: Literal["validation", "test"], loss: float) -> Evaluation:
@@ -91,7 +101,7 @@ class JsonLines:
     """A record per line, flushed as it is written; floats are exact, as Python's `repr` writes them.
 
     A float that is not finite is a string (`"NaN"`, `"Infinity"`, `"-Infinity"`), since JSON has no number for it. `kind` is
-    `step` or `evaluation`.
+    `step`, `evaluation` or `sample`.
     """
 
     def __init__(self, path: Path, *, done: int = 0) -> None:
@@ -129,12 +139,14 @@ def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
         found = json.loads(line)
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict) or type(found.get("iteration")) is not int or found.get("kind") not in ("step", "evaluation"):
+    if not isinstance(found, dict) or type(found.get("iteration")) is not int or found.get("kind") not in KINDS:
         text = shown(line[:60].decode("utf-8", "replace").strip())
         raise UserError(
             f"`{path}`, line {number}: `{text}` is not a record of a run",
             hint="remove the line, or choose another folder",
         )
+    if found["kind"] == "sample":
+        return found
     special = ("NaN", "Infinity", "-Infinity")
     return {name: float(value) if value in special else value for name, value in found.items()}
 

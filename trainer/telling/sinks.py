@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from formats.errors import UserError
 from trainer.config import LoggerConfig
 from trainer.telling.metrics import GIB
-from trainer.telling.records import FILE, Evaluation, JsonLines, Record, Step
+from trainer.telling.records import FILE, Evaluation, JsonLines, Record, Sample, Step
 
 _WANDB_ID = "wandb_run_id"
 
@@ -86,6 +86,8 @@ class TensorBoard:
     def log(self, record: Record) -> None:
         for name, value in curves(record).items():
             self._writer.add_scalar(name, value, record.iteration)
+        if isinstance(record, Sample):
+            self._writer.add_text("samples", f"{record.prompt}\n\n---\n\n{record.text}", record.iteration)
         self._writer.flush()
 
     def close(self) -> None:
@@ -126,7 +128,8 @@ class WeightsAndBiases:
             known.write_text(self._run.id + "\n", encoding="ascii")
 
     def log(self, record: Record) -> None:
-        self._run.log({"iteration": record.iteration, **curves(record)})
+        texts = {"sample prompt": record.prompt, "sample": record.text} if isinstance(record, Sample) else {}
+        self._run.log({"iteration": record.iteration, **curves(record), **texts})
 
     def close(self) -> None:
         self._run.finish()
@@ -134,6 +137,8 @@ class WeightsAndBiases:
 
 def curves(record: Record) -> dict[str, float]:
     """A record's numbers under Megatron-LM's TensorBoard names; what Megatron-LM does not draw has a name in its manner."""
+    if isinstance(record, Sample):
+        return {}
     if isinstance(record, Evaluation):
         return {f"lm loss {record.split}": record.loss, f"lm loss {record.split} ppl": record.perplexity}
     named = {

@@ -72,6 +72,10 @@ class Telling:
         """Tell an evaluation."""
         self._tell(records.evaluation(progress.iteration, split=split, loss=loss))
 
+    def sample(self, progress: Any, prompt: str, text: str) -> None:
+        """Tell what the model answered."""
+        self._tell(records.Sample(iteration=progress.iteration, prompt=prompt, text=text))
+
     def pause(self, seconds: float) -> None:
         """Time spent on something other than steps does not count as theirs."""
         self._since += seconds

@@ -102,7 +102,7 @@ def _inside(spans: Sequence[tuple[int, int]], texts: Sequence[Encoded]) -> Token
         if np.any((begins < stop) & (ends > start) & ~inside):
             raise UnusableError(
                 "a token lies half inside a generation mark of the chat template",
-                f"near character {start} of {stop}",
+                f"that from character {start} to {stop}",
                 hint="put the marks where tokens begin and end: right behind a special token, say",
             )
         trained |= inside

@@ -22,7 +22,7 @@ from trainer.data.segments import PADDING
 
 
 class Tokens(Protocol):
-    """Tokenized examples by number."""
+    """Tokenized examples by number: `trainer.data.chat.store.Store`."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -54,10 +54,12 @@ class Examples(Dataset):
         rows: Rows | None = None,
         folder: Path | None = None,
     ) -> None:
-        self._store, self._numbers, self._rows, self._folder = store, numbers, rows, folder
-        self.sequence_length, self.packed, self._multiple, self._seed, self._shuffled = (
-            sequence_length, packed, multiple, seed, shuffled,
-        )  # fmt: skip
+        self.store, self._numbers, self._rows, self._folder = store, numbers, rows, folder
+        self.summary: tuple[str, ...] = ()
+        """What to tell of it before the first step."""
+
+        self.sequence_length, self.packed, self._multiple = sequence_length, packed, multiple
+        self._seed, self._shuffled = seed, shuffled
         self.samples = 0
         self._lengths = np.minimum(store.lengths[numbers], sequence_length).astype(np.int64)
         self._taken = packing.padded(self._lengths, multiple=multiple) if packed else self._lengths
@@ -76,6 +78,11 @@ class Examples(Dataset):
     def efficiency(self) -> float:
         """The share of the first epoch's rows that is tokens of examples."""
         return packing.efficiency(self._lengths, self._ends[0], capacity=self.sequence_length)
+
+    def beginnings(self, count: int) -> list[list[int]]:
+        """The tokens of the first examples before those that are learned."""
+        found = (self.store[number] for number in self._numbers[:count].tolist())
+        return [words[: max(int(trained.argmax()), 1)].tolist() for words, trained in found]
 
     @property
     def _every_epoch_differs(self) -> bool:
@@ -129,7 +136,7 @@ class Examples(Dataset):
 
     def _name(self, epoch: int) -> str:
         """Of the file: all that decides an epoch's rows."""
-        decides = f"{self.sequence_length} {self._seed if self._shuffled else None} {epoch} {packing.WINDOW}"
+        decides = f"{self.sequence_length} {self._seed if self._shuffled else None} {epoch}"
         return f"rows-{blake3.blake3(self._taken.tobytes() + decides.encode()).hexdigest()[:32]}"
 
     def _row(self, examples: np.ndarray) -> dict[str, torch.Tensor]:
@@ -139,7 +146,7 @@ class Examples(Dataset):
         learned, segments = np.zeros(length, np.float32), np.full(length, PADDING, np.int32)
         start = 0
         for segment, example in enumerate(examples.tolist()):
-            words, trained = (part[:length] for part in self._store[example])
+            words, trained = (part[:length] for part in self.store[example])
             end, last = start + len(words), start + len(words) - 1
             tokens[start:end], labels[start:last], learned[start:last] = words, words[1:], trained[1:]
             after = start + int(packing.padded(np.int64(len(words)), multiple=self._multiple)) if self.packed else end

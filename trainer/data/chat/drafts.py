@@ -49,10 +49,14 @@ class Ids:
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoded]:
-    """The tokens of each text and nothing else: no token for its begin or end."""
+    """The tokens of each text and nothing else: no token for its begin or end. A text that stands there twice is read once."""
+    different = list(dict.fromkeys(texts))
     if tokenizer.encode_batch is not None:
-        return tokenizer.encode_batch(texts)
-    return [Ids(tokenizer.encode(text)) for text in texts]
+        found: Sequence[Encoded] = tokenizer.encode_batch(different)
+    else:
+        found = [Ids(tokenizer.encode(text)) for text in different]
+    tokens = dict(zip(different, found, strict=True))
+    return [tokens[text] for text in texts]
 
 
 def tokenized(tokens: Sequence[int], trained: np.ndarray) -> Tokenized:

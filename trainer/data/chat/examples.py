@@ -24,7 +24,7 @@ from trainer.data.chat.sources import Record, Source, UnusableError
 from trainer.data.documents import names
 from trainer.tokenizers import Tokenizer
 
-__all__ = ["Counts", "Tokenized", "Writer", "identity", "read_examples"]
+__all__ = ["Counts", "Tokenized", "Writer", "identity", "read_examples", "tokenizer_identity"]
 
 _TOGETHER = 128  # examples that are tokenized at a time, on all cores
 
@@ -188,12 +188,16 @@ def identity(source: Source, tokenizer: Tokenizer, config: FinetuningDatasetConf
     """
     stats = [(path, path.stat()) for path in source.files()]
     chat = Path(config.chat_template).read_bytes() if config.chat_template and Path(config.chat_template).is_file() else b""
-    own = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(tokenizer.files().items())}
     return {
         "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
-        "tokenizer": own,
+        "tokenizer": tokenizer_identity(tokenizer),
         "chat_template": hashlib.sha256(chat).hexdigest(),
         "prompt_template": config.prompt_template,
         "sequence_length": config.sequence_length,
         "skip_bad": config.skip_bad,
     }
+
+
+def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, str]:
+    """The sha256 of each file that makes a tokenizer, by name."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in sorted(tokenizer.files().items())}

@@ -62,7 +62,7 @@ class Template:
 
     @classmethod
     def _checked(cls, tokenizer: Tokenizer, found: Any, given: str | None) -> Template:
-        if given is None and not found.chat_template:
+        if given is None and not (found.chat_template and isinstance(found.chat_template, (str, dict))):
             raise UserError(
                 f"the tokenizer in `{tokenizer.name}` has no chat template, and the examples are conversations",
                 hint="give a file with one: `dataset.chat_template=FILE`; base models seldom have one, their instruct models do",
@@ -121,8 +121,9 @@ def _read(file: str) -> str:
 @cache
 def _on_a_day(template: str) -> str:
     """The template with its own idea of today: a macro stands in for the function that transformers offers."""
-    forms = {form for _, form in _TODAY.findall(template)}
-    if not forms:
+    if "strftime_now" not in template:
         return template
-    days = {form: _DATE.strftime(form) for form in sorted(forms)}
-    return "{% macro strftime_now(form) %}{{ " + repr(days) + "[form] }}{% endmacro %}{{ '' }}" + template
+    days = {form: _DATE.strftime(form) for _, form in _TODAY.findall(template)}
+    unknown = "raise_exception('it asks for a date in a form that is not written out')"
+    said = f"{{{{ {days}[form] if form in {days} else {unknown} }}}}"
+    return f"{{% macro strftime_now(form) %}}{said}{{% endmacro %}}{{{{ '' }}}}{template}"

@@ -23,7 +23,7 @@ KINDS = (
 _ROWS = 256  # of a table at a time: some MB of usual conversations
 _SUFFIXES = (".jsonl", ".parquet")
 _SHARD = re.compile(r"-\d+-of-\d+$")
-_USUAL = ("train", "valid", "val", "dev", "test")  # what names of splits begin with
+_USUAL = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")  # what names of splits begin with
 _ONE, _MANY = "dataset_info.json", "dataset_dict.json"  # what a Dataset and a DatasetDict leave in their folders
 
 
@@ -122,7 +122,7 @@ def splits_of(path: Path) -> list[str]:
 def _split_names(folder: Path) -> list[str]:
     """Files of one name are one body; so are several where none is named as a split."""
     found = sorted({_split_of(path) for path in _below(folder)})
-    return found if len(found) > 1 and any(name.startswith(_USUAL) for name in found) else []
+    return found if len(found) > 1 and any(_USUAL.match(name) for name in found) else []
 
 
 def _split_of(path: Path) -> str:

@@ -1,15 +1,15 @@
 """Tokenized examples on disk: written once, a part at a time, and mapped by every process of a node.
 
-A folder of `tokens.bin` (uint16 or int32, one example after another), `trained.bin` (a bit per token), `offsets.npy` (int64, where
-examples begin, and where the last ends) and `about.json`. Rows that were composed beforehand lie beside them. Knows files;
-knows neither tokenizers nor models.
+A folder of `tokens.bin` (uint16 or int32, one example after another), `trained.bin` (a bit per token), `offsets.npy` (int64,
+where examples begin, and where the last ends) and `about.json`. Rows that were composed beforehand lie beside them. Knows
+files; knows neither tokenizers nor models.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,13 +85,14 @@ class Store:
         return {**self.__dict__, "_mapped": {}}
 
 
-def write(folder: Path, examples: Iterable[Tokenized], *, vocab_size: int, about: Mapping[str, Any]) -> None:
-    """Examples into files of an existing folder, `about.json` last. `about` is kept along with what is counted here.
+def write(folder: Path, examples: Iterable[Tokenized], *, vocab_size: int, about: Callable[[], Mapping[str, Any]]) -> None:
+    """Examples into files of an existing folder, `about.json` last. What `about` says when all were read is kept along with
+    what is counted here.
 
     Raises UserError for a token that is not in the vocabulary.
     """
     kind = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
-    lengths, counts = [], {"tokens": 0, "trained": 0}
+    lengths, counts = [], {"tokens": 0, "trained": 0, "largest": 0}
     with (folder / _TOKENS).open("wb") as tokens, (folder / _TRAINED).open("wb") as trained:
         left = np.zeros(0, bool)  # bits that do not fill a byte yet
         for words, marks in _together(examples, lengths, vocab_size):
@@ -101,12 +102,13 @@ def write(folder: Path, examples: Iterable[Tokenized], *, vocab_size: int, about
             trained.write(np.packbits(marks[:whole]).tobytes())
             left = marks[whole:]
             counts["tokens"] += len(words)
+            counts["largest"] = max(counts["largest"], int(words.max(initial=0)))
             counts["trained"] += int(marks[:whole].sum())
         trained.write(np.packbits(left).tobytes())
         counts["trained"] += int(left.sum())
         _sync(tokens, trained)
     save(folder / OFFSETS, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64))
-    told = {**about, "version": VERSION, "dtype": kind.name, "vocab_size": vocab_size, "examples": len(lengths), **counts}
+    told = {**about(), "version": VERSION, "dtype": kind.name, "vocab_size": vocab_size, "examples": len(lengths), **counts}
     with (folder / ABOUT).open("w", encoding="utf-8") as file:
         json.dump(told, file, indent=2)
         _sync(file)
@@ -180,7 +182,14 @@ def is_store(path: Path) -> bool:
     return (path / ABOUT).is_file() and (path / OFFSETS).is_file()
 
 
-def kept(folder: Path, name: str, examples: Any, *, vocab_size: int, about: Mapping[str, Any]) -> Store:
+def kept(
+    folder: Path,
+    name: str,
+    examples: Callable[[], Iterable[Tokenized]],
+    *,
+    vocab_size: int,
+    about: Callable[[], Mapping[str, Any]],
+) -> Store:
     """The store `folder / name`, made of what `examples()` gives where it is not there yet. See `trainer.data.cache`."""
     whole = folder / name
     if not is_store(whole):

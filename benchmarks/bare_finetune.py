@@ -1,0 +1,135 @@
+"""LoRA on megatron-core's GPTModel in a `for` loop: packed rows made beforehand and held on the GPU, no files, no logging.
+
+    python -m benchmarks.bare_finetune --shape 8b --sequence 4096 --micro-batch 2 --microbatches 2 --rows DIR [--fp8]
+
+The model is frozen and the adapters are `trainer.peft`'s own, so that what is left between this and `mbtrain finetune` is data,
+logging and agreement over ranks; `--adapters plain` has them written as a reader of the paper would, to see what ours save.
+Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import packed
+from benchmarks.bare_loop import RECIPES, make_model
+from trainer.peft import LoRA
+from trainer.peft.adapted import Adapter, adapt
+from trainer.peft.attach import attach
+from trainer.peft.linear import describe
+
+
+def main() -> None:
+    """Time steps and print what they came to."""
+    told = packed.arguments(__doc__, shapes=tuple(RECIPES))
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    print(json.dumps(_time(told)))
+    dist.destroy_process_group()
+
+
+class PlainAdapter(Adapter):
+    """s·B·A·x as it is written, with s = 1."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        place = {"bias": False, "device": linear.device, "dtype": linear.dtype}
+        self.a, self.b = torch.nn.Linear(linear.columns, packed.RANK, **place), torch.nn.Linear(packed.RANK, linear.rows, **place)
+        torch.nn.init.zeros_(self.b.weight)
+
+    def forward(self, output: torch.Tensor, layer_input: torch.Tensor) -> torch.Tensor:
+        """A new output."""
+        return output + self.b(self.a(layer_input))
+
+
+class Plain(LoRA):
+    """Such an adapter in each layer."""
+
+    def transform(self, module: torch.nn.Module, name: str) -> torch.nn.Module:
+        """One for all that the layer computes."""
+        return adapt(module, PlainAdapter(describe(module, name)))
+
+
+def _time(told: argparse.Namespace) -> dict[str, Any]:
+    config, model = make_model(told, layers=told.layers)
+    config.calculate_per_token_loss = True
+    attached = attach([model], Plain() if told.adapters == "plain" else LoRA(dim=packed.RANK, alpha=packed.RANK))
+    count = told.steps * told.microbatches
+    batches = packed.microbatches(
+        told.rows, vocab_size=config.vocab_size, sequence=told.sequence, micro_batch=told.micro_batch, count=count
+    )
+    seconds = _median_step(told, config, model, batches)
+    rate = told.microbatches * told.micro_batch * told.sequence / seconds
+    work = packed.flops(config, batches, trained=attached.trained) / (count * told.micro_batch * told.sequence)
+    return {
+        "tokens_per_second": rate,
+        "tflops": rate * work / 1e12,
+        "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "trained": attached.trained,
+    }
+
+
+def _median_step(told: argparse.Namespace, config: Any, model: Any, batches: list[dict[str, Any]]) -> float:
+    """Seconds."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    ddp = DistributedDataParallel(config, buffers, model)
+    settings = OptimizerConfig(
+        optimizer="adam", lr=1e-4, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True, clip_grad=1.0
+    )
+    optimizer = get_megatron_optimizer(settings, [ddp])
+    config.finalize_model_grads_func, config.grad_scale_func = finalize_model_grads, optimizer.scale_loss
+    step = partial(
+        get_forward_backward_func(),
+        forward_step_func=_forward,
+        data_iterator=cycle(_on_gpu(batches)),
+        model=[ddp],
+        num_microbatches=told.microbatches,
+        seq_length=told.micro_batch * told.sequence,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    times = []
+    for _ in range(told.steps):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        step()
+        optimizer.step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[told.warm_up :])
+
+
+def _on_gpu(batches: list[dict[str, Any]]) -> list[Any]:
+    """Rows end to end, and what attention is told of them, before the clock starts."""
+    from trainer.data import segments
+    from trainer.loss import end_to_end
+
+    return [end_to_end(batch, segments.find(batch["segment_ids"])) for batch in batches]
+
+
+def _forward(batches: Any, model: Any) -> Any:
+    from trainer.loss import masked_sum
+
+    batch, told = next(batches)
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=told)
+    return losses, partial(masked_sum, mask=batch["loss_mask"])
+
+
+if __name__ == "__main__":
+    main()

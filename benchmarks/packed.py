@@ -1,0 +1,111 @@
+"""LoRA on packed examples of random tokens: what is the same in programs that are timed beside one another.
+
+What is written is what `mbtrain pack` makes, without a tokenizer; what is read is what a run would read.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RANK = 32
+EXAMPLES = 4000
+LENGTHS = (1 / 40, 1 / 2)
+"""The shortest and the longest example, as shares of a row: 102 to 2048 tokens of 4096."""
+
+
+def arguments(text: str | None, *, shapes: tuple[str, ...]) -> argparse.Namespace:
+    """What both loops are told."""
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("--shape", choices=shapes, required=True)
+    for name in ("sequence", "micro-batch", "microbatches", "steps", "warm-up"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--rows", type=Path, required=True, help="a folder of packed examples")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--adapters", choices=("ours", "plain"), default="ours")
+    parser.add_argument("--fp8", action="store_true", help="current scaling in every layer, as the recipe of that name")
+    return parser.parse_args()
+
+
+def write(folder: Path, *, vocab_size: int, sequence: int) -> None:
+    """A folder for `dataset.path`. The second half of each example is learned."""
+    from trainer.data.chat import packing, store
+
+    train = folder / "train"
+    train.mkdir(parents=True)
+    told = {"made_of": {"tokenizer": {}}, "said": f"{EXAMPLES} examples of random tokens", "reasons": []}
+    made = np.random.default_rng(0)
+    lengths = made.integers(*(round(sequence * share) for share in LENGTHS), EXAMPLES, endpoint=True)
+    rows = packing.filled(lengths, capacity=sequence)
+    told |= {"sequence_length": sequence, "pad_to_multiple_of": 1, "rows": len(rows)}
+    store.write(train, _examples(lengths, vocab_size, made), vocab_size=vocab_size, about=lambda: told)
+    for name, array in zip(store.ROWS, (rows.examples, rows.starts), strict=True):
+        store.save(train / name, array)
+
+
+def _examples(lengths: np.ndarray, vocab_size: int, made: np.random.Generator) -> Iterator[Any]:
+    from trainer.data.chat.drafts import Tokenized
+
+    for length in lengths.tolist():
+        yield Tokenized(made.integers(0, vocab_size, length, dtype=np.int32), np.arange(length) >= length // 2)
+
+
+def microbatches(folder: Path, *, vocab_size: int, sequence: int, micro_batch: int, count: int) -> list[dict[str, Any]]:
+    """The first of a run's, in its order: tensors `[micro batch, sequence]` on the CPU."""
+    import torch
+
+    from trainer import data
+    from trainer.config import FinetuningDatasetConfig
+
+    config = FinetuningDatasetConfig(path=str(folder), sequence_length=sequence)
+    rows = data.build(config, tokenizer=None, vocab_size=vocab_size, samples=(micro_batch * count, 0, 0))[0]
+    assert rows is not None
+    groups = ([rows[at * micro_batch + row] for row in range(micro_batch)] for at in range(count))
+    return [{name: torch.stack([row[name] for row in group]) for name in group[0]} for group in groups]
+
+
+def lora_parameters(provider: Any, rank: int) -> int:
+    """What LoRA adds to the four linear layers of each transformer layer, as megatron-core has them."""
+    from trainer.counting.shape import shape_of
+
+    shape = shape_of(provider)
+    inner = shape.gates * shape.ffn
+    sides = (
+        shape.hidden,
+        shape.queries + 2 * shape.keys,
+        shape.queries,
+        shape.hidden,
+        shape.hidden,
+        inner,
+        shape.ffn,
+        shape.hidden,
+    )
+    return shape.layers * rank * sum(sides)
+
+
+def flops(provider: Any, batches: Sequence[dict[str, Any]], *, trained: int) -> float:
+    """Floating-point operations of training `trained` parameters of adapters on these microbatches: a frozen weight takes 4
+    per token, forward and the gradient of its input; an adapter's 6; attention three times its forward. Padding is no work."""
+    from trainer.counting.flops import flops_of_packed
+    from trainer.counting.shape import shape_of
+    from trainer.data import segments
+
+    found = [segments.find(batch["segment_ids"]) for batch in batches]
+    tokens, squares = sum(one.tokens for one in found), sum(one.squares for one in found)
+    shape = shape_of(provider)
+    multiplied = shape.layers * (shape.attention_matrices + shape.mlp_matrices(shape.ffn)) + shape.hidden * shape.vocab
+    return flops_of_packed(provider, tokens, squares) - 2 * multiplied * tokens + 6 * trained * tokens
+
+
+def provider(shape: str, layers: int | None) -> Any:
+    """The model of a recipe, with so many layers if that is told."""
+    from trainer.recipes import find
+
+    model = find(shape).peft_config().model
+    model.num_layers = layers or model.num_layers
+    return model

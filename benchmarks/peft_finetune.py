@@ -1,0 +1,95 @@
+"""LoRA with transformers and PEFT in a `for` loop: the same rows, held on the device.
+
+    python -m benchmarks.peft_finetune --shape 8b --sequence 4096 --micro-batch 2 --microbatches 2 --rows DIR
+
+What would make it slower is left out: adapters are bf16 (PEFT's default is fp32, with casts at every layer), AdamW is torch's
+fused one, nothing is recomputed, and attention is plain causal over a whole row, since it is fastest without a mask: examples in
+a row see one another here, unlike in `mbtrain`. Model FLOPs are counted as if they did not. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from itertools import cycle
+from typing import Any
+
+import torch
+
+from benchmarks import packed
+from benchmarks.bare_loop import RECIPES
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHAPES = RECIPES | {"tiny": "llama_tiny"}
+
+
+def main() -> None:
+    """Time steps and print what they came to."""
+    told = packed.arguments(__doc__, shapes=tuple(SHAPES))
+    provider = packed.provider(SHAPES[told.shape], told.layers)
+    kind = torch.device("cuda" if told.device == "gpu" else "cpu")
+    model = _model(provider, kind)
+    count = told.steps * told.microbatches
+    rows = packed.microbatches(
+        told.rows, vocab_size=provider.vocab_size, sequence=told.sequence, micro_batch=told.micro_batch, count=count
+    )
+    seconds = _median_step(told, model, [_as_transformers(row, kind) for row in rows])
+    rate = told.microbatches * told.micro_batch * told.sequence / seconds
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    work = packed.flops(provider, rows, trained=trained) / (count * told.micro_batch * told.sequence)
+    print(json.dumps(_told(rate, work, kind, trained=trained)))
+
+
+def _told(rate: float, work: float, kind: torch.device, *, trained: int) -> dict[str, Any]:
+    from trainer.telling.metrics import memory_gib
+
+    return {"tokens_per_second": rate, "tflops": rate * work / 1e12, "memory_gib": memory_gib(kind), "trained": trained}
+
+
+def _model(provider: Any, kind: torch.device) -> Any:
+    """Random weights, made where they are computed with."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(provider.hf_config) | {"num_hidden_layers": provider.num_layers, "use_cache": False}
+    config = AutoConfig.for_model(**settings)
+    with kind:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    lora = LoraConfig(r=packed.RANK, lora_alpha=packed.RANK, lora_dropout=0.0, target_modules=LINEARS, task_type="CAUSAL_LM")
+    return get_peft_model(model, lora, autocast_adapter_dtype=False).to(kind).train()
+
+
+def _as_transformers(batch: dict[str, Any], kind: torch.device) -> dict[str, torch.Tensor]:
+    """Labels stand at their own token, not before it."""
+    learned = torch.where(batch["loss_mask"] > 0, batch["labels"], -100)
+    labels = torch.cat((torch.full_like(learned[:, :1], -100), learned[:, :-1]), dim=1)
+    return {"input_ids": batch["tokens"].to(kind), "labels": labels.to(kind)}
+
+
+def _median_step(told: argparse.Namespace, model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
+    """Seconds."""
+    trained = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    endless, times = cycle(batches), []
+    for _ in range(told.steps):
+        _wait(told)
+        began = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(told.microbatches):
+            (model(**next(endless)).loss / told.microbatches).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        _wait(told)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[told.warm_up :])
+
+
+def _wait(told: argparse.Namespace) -> None:
+    if told.device == "gpu":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

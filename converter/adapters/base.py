@@ -1,0 +1,81 @@
+"""The model that an adapter is merged into, opened: whichever way it is kept, it is read under Hugging Face names.
+
+So merging needs no code for fused tensors: a Megatron checkpoint is split by the row table that exports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from converter import families, reference
+from converter.config import make_model
+from converter.exporting import megatron_source
+from converter.importing import huggingface_source
+from converter.inspect import HUGGINGFACE, kind
+from converter.plan import Making, Piece
+from converter.run import check_zero
+from converter.sides import check_dimensions, megatron_side
+from converter.sources import Source
+from formats.errors import UserError
+from formats.folder import Folder
+from formats.huggingface import HuggingFaceReader
+from formats.spec import Array, Reader, Region
+from formats.torch_dist import TorchDistReader
+
+
+class Made:
+    """Tensors that are made of another reader's, whole rows at a time; none is cast, and copies cover each."""
+
+    def __init__(self, reader: Reader, makings: Mapping[str, Making]) -> None:
+        self._reader, self._makings = reader, makings
+        self.specs = {name: making.spec for name, making in makings.items()}
+
+    def read(self, name: str, region: Region, out: Array) -> None:
+        assert region[1:] == self.specs[name].whole[1:], f"{name}: rows are made whole"
+        for copy, there, rows in Piece(self._makings[name], region[0]).copies():
+            self._reader.read(copy.source, there, out[rows])
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def open_base(folder: Folder, given: Folder | None) -> Source:
+    """A model in either format; `given` is a folder with a `config.json` for a checkpoint that carries none.
+
+    Raises UserError for what is neither format, or no model.
+    """
+    if kind(folder) == HUGGINGFACE:
+        if given:
+            raise UserError("`--hf-config` is for a Megatron checkpoint", hint=f"`{folder.label}` has its own `config.json`")
+        reader = HuggingFaceReader(folder)
+        check_dimensions(reader.specs)
+        return huggingface_source(reader)
+    checkpoint = TorchDistReader(folder)
+    origin = reference.find(checkpoint, given)
+    side = megatron_side(checkpoint, origin)
+    for name in side.zero:
+        check_zero(checkpoint, name)
+    return megatron_source(checkpoint, folder, origin, Made(side.reader, side.makings))
+
+
+def check_ties(source: Source, names: Collection[str]) -> None:
+    """Raise UserError if only one use of a tensor that the model uses twice would change."""
+    config = source.reference.config
+    for name, other in _ties(config):
+        changed = sorted({name, other} & set(names))
+        if changed:
+            raise UserError(
+                f"the adapter changes `{changed[0]}`, but `config.json` ties `{name}` to `{other}`: one tensor for two uses",
+                hint="untie the base first: store both, and set `tie_word_embeddings` to false in its `config.json`",
+            )
+
+
+def _ties(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Pairs of names that stand for one tensor, where the family is known."""
+    if config.get("model_type") not in families.names():
+        return []
+    family = families.find(config["model_type"])
+    model = make_model(family.CONFIG, config)
+    tied = [rule for rule in family.RULES if rule.same_as and not rule.when(model)]
+    return [(name, rule.same_as) for rule in tied for name in rule.names(0)[1]]

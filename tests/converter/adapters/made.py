@@ -1,0 +1,86 @@
+"""What PEFT makes of a tiny model: adapters with random weights, and what the model computes with them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TOKENS = np.random.default_rng(5).integers(0, 384, (2, 24)).tolist()
+EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOGETHER = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
+
+
+@contextmanager
+def older_names() -> Iterator[None]:
+    """PEFT asks transformers 5 for what has another name there."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+@older_names()
+def save_adapter(
+    base: Path, folder: Path, *, dtype: str = "float32", equal_a: bool = False, seed: int = 1, **config: Any
+) -> Path:
+    """An adapter of every tensor random, saved by PEFT. `equal_a`: what Megatron fuses has one A."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": EVERY, "task_type": "CAUSAL_LM", **config}
+    adapted = get_peft_model(model, LoraConfig(**config))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                parameter.normal_(0, 0.2)
+            if "lora_magnitude_vector" in name:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+        if equal_a:
+            _share(adapted)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def _share(adapted: Any) -> None:
+    for layer in adapted.base_model.model.model.layers:
+        for part, names in TOGETHER:
+            first, *others = (getattr(getattr(layer, part), name) for name in names)
+            for other in (module for module in others if hasattr(first, "lora_A")):
+                other.lora_A["default"].weight.copy_(first.lora_A["default"].weight)
+
+
+@older_names()
+def with_adapter(base: Path, folder: Path) -> Any:
+    """The model with an adapter, as PEFT opens it."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    return PeftModel.from_pretrained(model, folder).eval()
+
+
+def logits(model: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits
+
+
+def deltas(adapted: Any) -> dict[str, Any]:
+    """What PEFT adds to each weight, without a magnitude."""
+    return {
+        f"{name.removeprefix('base_model.model.')}.weight": module.get_delta_weight("default")
+        for name, module in adapted.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }

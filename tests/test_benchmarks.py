@@ -1,0 +1,54 @@
+"""Benchmarks that a CPU can run: that they measure, not what they measure."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import finetune
+from benchmarks.peft_finetune import _as_transformers
+
+WORDS = ["tiny", "--device", "cpu", "--layers", "1", "--sequence", "64", "--steps", "2", "--warm-up", "1"]
+
+
+def _measured(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit status, the table's last line, and what was told meanwhile."""
+    with pytest.raises(SystemExit) as end:
+        finetune.main([*WORDS, *words])
+    told = capsys.readouterr()
+    return int(end.value.code or 0), told.out.splitlines()[-1], told.err
+
+
+def test_fine_tuning_is_measured_beside_peft(capsys):
+    status, row, said = _measured(capsys)
+    assert status == 0, said
+    told = {name: json.loads(figures) for name, figures in re.findall(r": (\w+) bf16 (\{.*\})", said)}
+    assert set(told) == {"ours", "peft"}
+    assert told["ours"]["trained"] == 32 * (256 + 512 + 256 + 256 + 256 + 1536 + 768 + 256)
+    ratio = told["ours"]["tokens_per_second"] / told["peft"]["tokens_per_second"]
+    assert f"{ratio:.3f}" in row.split()
+
+
+def test_a_program_that_fails_is_told(capsys):
+    status, row, said = _measured(capsys, "--only", "ours", "--setting", "peft.dim=0")
+    assert status == 1
+    assert "ours bf16 failed" in said
+    assert "`peft.dim` is `0`" in said
+    assert set(row.split()) == {"bf16", "-"}
+
+
+def test_transformers_learn_the_same_tokens():
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 64, (2, 17))
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.randint(0, 2, (2, 16)).float()}
+    batch["loss_mask"][:, -1] = 0  # a row's last token has no label
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    found = model(**_as_transformers(batch, torch.device("cpu")))
+    each = cross_entropy(found.logits.transpose(1, 2), batch["labels"], reduction="none")
+    torch.testing.assert_close(found.loss, (each * batch["loss_mask"]).sum() / batch["loss_mask"].sum())

@@ -1,0 +1,141 @@
+"""Checkpoints of adapters: what is trained and nothing else, and which model it was trained beside.
+
+Knows no method: what is trained is what asks for gradients. The model itself stays where it was and is loaded from there
+again; its fingerprint says whether it still is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from converter.adapters import description
+from converter.adapters.description import Base, Description
+from converter.adapters.fingerprint import fingerprint
+from converter.plan import as_stored
+from formats.errors import UserError
+from formats.folder import LocalFolder
+from formats.torch_dist import TorchDistReader
+from trainer.checkpoints import live
+from trainer.config import RunConfig
+from trainer.model import unwrap
+from trainer.parallel import from_first_rank
+
+CONTENT = {"non_homogeneous_layers": True}
+"""What megatron-core's modules are told: layers keep their numbers in the names, since not all need have adapters."""
+
+_CHANGES = ("method", "dim", "alpha", "use_rslora", "canonical")
+"""What, on resume, would make another model of the same tensors."""
+
+
+def described(peft: Any, base: Base | None) -> Description:
+    """`adapter.json` for a method of `trainer.peft` or one's own."""
+    known = {name: getattr(peft, name) for name in ("dim", "alpha", "use_rslora", "canonical", "dropout") if hasattr(peft, name)}
+    names = {name: tuple(getattr(peft, name, ())) for name in ("target_modules", "exclude_modules")}
+    kind = type(peft).__name__
+    return Description(method=kind.lower() if kind.lower() in description.METHODS else kind, base=base, **known, **names)
+
+
+def base_of(config: RunConfig, resumed: Path | None) -> str | None:
+    """Where the weights are that adapters are trained beside: as the settings say, else as the resumed checkpoint does.
+
+    UserError where a checkpoint of adapters is resumed without `peft`, with another method than its own, or the reverse.
+    """
+    named = config.checkpoint.pretrained_checkpoint or getattr(config.model, "pretrained_from", None)
+    if resumed is None:
+        return named
+    found = _read(resumed)
+    _check_method(found, config, resumed)
+    return named or (found.base.name if found and found.base else None)
+
+
+def identify(source: str | None, config: RunConfig, resumed: Path | None) -> Base | None:
+    """The base by name and fingerprint, on all ranks. UserError where it is not the one that the resumed checkpoint names, and
+    where adapters would be saved beside weights that are nowhere."""
+    if source is None:
+        if config.checkpoint.save:
+            raise UserError(
+                "adapters cannot be saved beside random weights, which are nowhere to be found again",
+                hint="name the model with `checkpoint.pretrained_checkpoint`",
+            )
+        return None
+    base = Base(source, from_first_rank(lambda: fingerprint(source)))
+    before = found.base if resumed and (found := _read(resumed)) else None
+    if before and before.fingerprint and before.fingerprint != base.fingerprint:
+        raise _another_base(str(resumed), before, base)
+    return base
+
+
+def _another_base(source: str, theirs: Base, ours: Base) -> UserError:
+    return UserError(
+        f"`{source}` was trained beside `{theirs.name}` (fingerprint {theirs.fingerprint[:12]}…), and `{ours.name}` is another "
+        f"model (fingerprint {ours.fingerprint[:12]}…)",
+        hint="set `checkpoint.pretrained_checkpoint` to where that model is now",
+    )
+
+
+def _read(folder: Path) -> Description | None:
+    return description.read(LocalFolder(folder)) if (folder / description.FILE).is_file() else None
+
+
+def _check_method(found: Description | None, config: RunConfig, resumed: Path | str) -> None:
+    if (found is None) != (config.peft is None):
+        what, hint = ("adapters", "`peft`") if found else ("a whole model", "`peft=none`")
+        raise UserError(f"`{resumed}` holds {what}, and `peft` is `{_name(config.peft)}`", hint=f"resume with {hint} as it was")
+    if found is None:
+        return
+    ours = described(config.peft, None)
+    for name in _CHANGES:
+        if getattr(found, name) != getattr(ours, name):
+            raise UserError(
+                f"`{resumed}` was trained with `{name}` `{getattr(found, name)}`, and `peft` has `{getattr(ours, name)}`",
+                hint="resume with the same method, or start anew with another `checkpoint.save`",
+            )
+
+
+def _name(peft: Any) -> str:
+    return "none" if peft is None else type(peft).__name__
+
+
+def only_trained(state: Mapping[str, Any], chunk: Any) -> dict[str, Any]:
+    """Of a chunk's sharded state, what asks for gradients, and the scales that FP8 with a history cannot find again."""
+    trained = {id(one) for one in chunk.parameters() if one.requires_grad}
+    config = getattr(chunk, "config", None)
+    scales = bool(getattr(config, "fp8", None)) and config.fp8_recipe == "delayed"
+    return {
+        name: leaf
+        for name, leaf in state.items()
+        if (scales if isinstance(leaf, ShardedObject) else id(getattr(leaf, "data", None)) in trained)
+    }
+
+
+def put(chunk: Any, loaded: Mapping[str, Any]) -> None:
+    """Put what was loaded into a chunk whose other parameters stay as they are."""
+    inner = unwrap(chunk)
+    answer = inner.load_state_dict(loaded, strict=False)
+    trained = {name for name, one in inner.named_parameters() if one.requires_grad}
+    assert not answer.unexpected_keys, answer.unexpected_keys
+    assert not trained.intersection(answer.missing_keys), sorted(trained.intersection(answer.missing_keys))
+
+
+def load(chunks: Sequence[Any], source: str, config: RunConfig, base: Base | None) -> str:
+    """Adapters to start from, into chunks they were attached to; answers what was loaded, for people.
+
+    Raises UserError for what is no checkpoint of adapters, or of another method, shape or base.
+    """
+    with closing(TorchDistReader(LocalFolder(Path(source)))) as reader:
+        found = description.read(reader.folder)
+        _check_method(found, config, source)
+        if base and found.base and found.base.fingerprint not in {"", base.fingerprint}:
+            raise _another_base(source, found.base, base)
+        reader.check(reader.specs)
+        locals_, makings = live.local_weights(chunks, only_trained), as_stored(reader.specs)
+        live.account(locals_, makings, source, hint="`peft` should have the rank and the modules that it was trained with")
+        for local in locals_:
+            live.fill(local, makings[local.name], reader)
+        unnamed = "" if found.base and found.base.fingerprint else ", which does not say what it was trained beside"
+        return f"loaded {len(makings)} of {len(reader.specs)} tensors of adapters from `{source}`{unnamed}"

@@ -1,0 +1,105 @@
+"""What a checkpoint or a Hugging Face directory says of itself: its model, its dtype, its tokenizer. Reads no weight."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from converter import carried, reference
+from converter.inspect import HUGGINGFACE, kind
+from converter.sources import open_source
+from formats.errors import UserError
+from formats.folder import Folder, LocalFolder
+from formats.huggingface import HuggingFaceReader
+from formats.json_objects import read_json
+from formats.spec import Reader, dtype_name
+from formats.torch_dist import TorchDistReader
+from trainer import tokenizers
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What a checkpoint says of itself."""
+
+    config: dict[str, Any]
+    """The model's `config.json`."""
+
+    dtype: str
+    """Of most of its weights."""
+
+    places: tuple[Folder, ...]
+    """Where its tokenizer may be; the first that has one counts."""
+
+
+def describe(source: str) -> Described:
+    """Look at a Hugging Face directory, a Hub id or a Megatron checkpoint; no weight is read.
+
+    Raises UserError where it is none of these, or does not say what model it is.
+    """
+    folder = open_source(source, or_hub=True)
+    if kind(folder) == HUGGINGFACE:
+        with closing(HuggingFaceReader(folder)) as reader:
+            return Described(read_json(folder, carried.CONFIG), _dtype(reader), (folder,))
+    with closing(TorchDistReader(folder)) as reader:
+        try:
+            config = reference.find(reader, None).config
+        except reference.UnknownModelError as error:
+            raise UserError(
+                str(error.args[0]), hint="generate from a checkpoint of `mbconvert` or `mbtrain`, which have a `config.json`"
+            ) from error
+        # The first has `generation_config.json` as well, the second is all that Megatron-Bridge writes.
+        inside = reader.folder
+        return Described(dict(config), _dtype(reader), (inside.below(carried.FILES), inside.below("tokenizer")))
+
+
+def _dtype(reader: Reader) -> str:
+    sizes: Counter[str] = Counter()
+    for spec in reader.specs.values():
+        sizes[dtype_name(spec.dtype)] += prod(spec.shape)
+    return sizes.most_common(1)[0][0]
+
+
+def tokenizer_of(source: str, given: str | None = None) -> tokenizers.Tokenizer:
+    """The tokenizer given, else the checkpoint's own. UserError where there is none."""
+    if given:
+        return tokenizers.load(given)
+    for place in describe(source).places:
+        if _has_tokenizer(place):
+            return _load(place)
+    raise UserError(f"`{source}` has no tokenizer", hint="name a folder that has one: `tokenizer.tokenizer_model=DIR`")
+
+
+def tokenizer_of_run(config: RunConfig) -> tokenizers.Tokenizer | None:
+    """The one that is named, else that of the weights to start from, else the one beside the model's own files; None where there
+    is none."""
+    named, start = config.tokenizer.tokenizer_model, config.checkpoint.pretrained_checkpoint
+    if named:
+        return tokenizers.load(named)
+    if start and any(map(_has_tokenizer, describe(start).places)):
+        return tokenizer_of(start)
+    return tokenizers.of_run(None, beside=getattr(config.model, "hf_source", None))
+
+
+def _has_tokenizer(place: Folder) -> bool:
+    return bool({"tokenizer.json", *tokenizers.ANY_TOKENIZER} & set(place.children()))
+
+
+def _load(place: Folder) -> tokenizers.Tokenizer:
+    """From the folder itself; from another machine's, by way of a folder here that stays as long as the tokenizer."""
+    if isinstance(place, LocalFolder):
+        return tokenizers.load(str(place.path))
+    made = TemporaryDirectory()
+    for name in set(place.children()).intersection(tokenizers.SIDE_FILES):
+        (Path(made.name) / name).write_bytes(place.get(name))
+    found = tokenizers.load(made.name)
+    weakref.finalize(found, made.cleanup)
+    return found

@@ -1,0 +1,57 @@
+"""`mbtrain pack`: examples to rows of tokens on disk, once for many runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from trainer.settings.arguments import read_run
+
+if TYPE_CHECKING:
+    from trainer.data.chat.sets import Packed
+
+
+@click.command("pack", no_args_is_help=True)
+@click.argument("words", nargs=-1, metavar="[RECIPE] OUT [SECTION.NAME=VALUE]...")
+@click.option("--config", "config_file", metavar="FILE", help="Settings in YAML, over the recipe's.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+def command(words: tuple[str, ...], *, config_file: str | None, as_json: bool, quiet: bool) -> None:
+    """Tokenize the examples of dataset.path, and pack them into rows of dataset.sequence_length, in the new folder OUT.
+
+    A run with dataset.path=OUT then starts at once, on rows as full as can be. The folder is for the tokenizer and the sequence
+    length that it was made with.
+    """
+    from trainer.checkpoints.contents import tokenizer_of_run  # noqa: PLC0415 - seconds to import
+    from trainer.data.chat import sets  # noqa: PLC0415
+    from trainer.settings.choice import carry_out  # noqa: PLC0415
+    from trainer.settings.resolve import padded_examples  # noqa: PLC0415
+
+    recipe, out, overrides = _apart(words)
+    config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
+    carry_out(config, padded_examples(config))
+    done = sets.pack(config.dataset, out, tokenizer=sets.needed(tokenizer_of_run(config)), vocab_size=config.model.vocab_size)
+    if as_json:
+        click.echo(json.dumps([asdict(one) for one in done]))
+    elif not quiet:
+        for line in _lines(done):
+            click.echo(line, err=True)
+        click.echo(f"done: {out}", err=True)
+
+
+def _apart(words: tuple[str, ...]) -> tuple[str | None, Path, list[str]]:
+    """The recipe, where OUT goes, and overrides, which have a `=` or begin as overrides do."""
+    names = [word for word in words if "=" not in word and word[:1] not in "+~"]
+    if not 0 < len(names) < 3:
+        raise click.UsageError(f"a recipe and a folder to make are expected, not {len(names)} words")
+    return names[0] if len(names) == 2 else None, Path(names[-1]), [word for word in words if word not in names]
+
+
+def _lines(done: list[Packed]) -> list[str]:
+    said = dict.fromkeys(line for one in done for line in (one.said, *one.reasons))
+    rows = [f"{one.split}: {one.examples:,} examples in {one.rows:,} rows, {100 * one.filled:.1f} % filled" for one in done]
+    return [*said, *rows]

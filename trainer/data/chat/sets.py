@@ -1,0 +1,222 @@
+"""From `FinetuningDatasetConfig` to the datasets for training, validation and test: from files of examples, tokenized once and
+kept, or from a folder in which `mbtrain pack` laid out tokens and rows beforehand; and such folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import blake3
+import numpy as np
+
+from formats.errors import UserError
+from trainer.config import FinetuningDatasetConfig
+from trainer.data import Splits, cache
+from trainer.data.chat import packing, store
+from trainer.data.chat.dataset import Examples
+from trainer.data.chat.examples import Counts, Tokenized, identity, read_examples, tokenizer_identity
+from trainer.data.chat.sources import Source
+from trainer.data.chat.splits import SPLITS, Part, parts
+from trainer.data.chat.store import Store
+from trainer.tokenizers import Tokenizer
+
+
+def build(
+    config: FinetuningDatasetConfig, *, tokenizer: Tokenizer | None, vocab_size: int, samples: tuple[int, int, int]
+) -> Splits:
+    """See `trainer.data.build`. Training has another order in each epoch; validation and test are the same each time, and begin
+    anew where more is asked for than there is. The training dataset's `summary` says what was found."""
+    if config.path is not None and is_packed(Path(config.path)):
+        return cache.in_turn(lambda: _laid_out(config, Path(config.path or ""), tokenizer, vocab_size, samples))
+    return cache.in_turn(lambda: _from_files(config, needed(tokenizer), vocab_size, samples))
+
+
+def needed(tokenizer: Tokenizer | None) -> Tokenizer:
+    """UserError where there is none."""
+    if tokenizer is None:
+        raise UserError(
+            "examples are to be tokenized, and there is no tokenizer",
+            hint="name a folder that has one: `tokenizer.tokenizer_model=DIR`",
+        )
+    return tokenizer
+
+
+def _from_files(
+    config: FinetuningDatasetConfig, tokenizer: Tokenizer, vocab_size: int, samples: tuple[int, int, int]
+) -> tuple[Examples | None, ...]:
+    made: list[Examples | None] = []
+    notes: list[str] = []
+    for split, part, count in zip(SPLITS, parts(config), samples, strict=True):
+        if part is None or not count:
+            made.append(None)
+            continue
+        folder = Path(config.path_to_cache or f"{part.source.path}.cache")
+        found = _stored(part.source, folder, tokenizer, config, vocab_size)
+        numbers = part.numbers(len(found))
+        if not len(numbers):
+            notes.append(_nothing(split, config, len(found)))
+        made.append(_dataset(config, found, numbers, split=split, folder=folder).take(count) if len(numbers) else None)
+    return _with_summary(made, notes)
+
+
+def _dataset(config: FinetuningDatasetConfig, found: Store, numbers: np.ndarray, *, split: str, **further: Any) -> Examples:
+    return Examples(
+        found,
+        numbers,
+        sequence_length=config.sequence_length,
+        packed=config.packed,
+        multiple=config.pad_to_multiple_of or 1,
+        seed=config.random_seed,
+        shuffled=split == "train",
+        **further,
+    )
+
+
+def _with_summary(made: list[Examples | None], notes: list[str]) -> tuple[Examples | None, ...]:
+    train = made[0]
+    if train is not None:
+        about = train.store.about
+        filled = f"{100 * train.efficiency:.1f} % of {'packed ' if train.packed else ''}rows filled"
+        train.summary = (f"{about['said']}; {filled}", *about["reasons"], *notes)
+    return tuple(made)
+
+
+def _nothing(split: str, config: FinetuningDatasetConfig, count: int) -> str:
+    """Shares that nobody chose may leave few examples without validation or test: that is told, and no error."""
+    why = f"`dataset.split={config.split}` of {count} examples leaves none for {split}"
+    if split == "train" or config.split != FinetuningDatasetConfig.split:
+        raise UserError(why, hint="change its share, or use more examples")
+    return f"note: {why}"
+
+
+def _stored(source: Source, folder: Path, tokenizer: Tokenizer, config: FinetuningDatasetConfig, vocab_size: int) -> Store:
+    """All examples of a source in tokens: those made before, if nothing has changed that they depend on."""
+    made_of = _identity(source, tokenizer, config)
+    key = blake3.blake3(json.dumps([store.VERSION, vocab_size, made_of], sort_keys=True).encode()).hexdigest()[:32]
+    counts = Counts()
+    try:
+        return store.kept(
+            folder,
+            f"tokens-{key}",
+            lambda: read_examples(source, tokenizer, config, counts=counts),
+            vocab_size=vocab_size,
+            about=lambda: {"made_of": made_of, "said": str(counts), "reasons": counts.reasons()},
+        )
+    except OSError as error:
+        raise cache.cannot_write(folder, "tokens", error) from error
+
+
+def _identity(source: Source, tokenizer: Tokenizer, config: FinetuningDatasetConfig) -> dict[str, Any]:
+    return {**identity(source, tokenizer, config), "split": source.split}
+
+
+def is_packed(path: Path) -> bool:
+    """Is this a folder that `pack` made?"""
+    return store.is_store(path / "train")
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What `pack` did with the examples of one split."""
+
+    split: str
+    examples: int
+    tokens: int
+    trained: int
+    rows: int
+    filled: float
+    """The share of the rows that is tokens of examples."""
+
+    said: str
+    reasons: tuple[str, ...]
+
+
+def pack(config: FinetuningDatasetConfig, out: Path, *, tokenizer: Tokenizer, vocab_size: int) -> list[Packed]:
+    """Examples as tokens, and rows of them as full as can be, into a folder for `dataset.path`: one folder per split inside.
+
+    UserError where `out` exists, or an example cannot be used.
+    """
+    if out.exists():
+        raise UserError(f"`{out}` exists", hint="choose another folder, or remove it")
+    done: list[Packed] = []
+
+    def write(folder: Path) -> None:
+        for split, part in zip(SPLITS, parts(config), strict=True):
+            if part is not None:
+                found = _stored(part.source, folder / "all", tokenizer, config, vocab_size)
+                done.extend(_pack(config, part, found, folder / split, split=split))
+        rmtree(folder / "all")
+
+    try:
+        cache.put(out, write)
+    except OSError as error:
+        raise UserError(f"cannot write `{out}`: {error.strerror}", hint="choose a folder that can be written") from error
+    return done
+
+
+def _pack(config: FinetuningDatasetConfig, part: Part, found: Store, folder: Path, *, split: str) -> Iterator[Packed]:
+    numbers = part.numbers(len(found))
+    if not len(numbers):
+        _nothing(split, config, len(found))
+        return
+    folder.mkdir()
+    multiple = config.pad_to_multiple_of or 1
+    rows = packing.filled(packing.padded(found.lengths[numbers], multiple=multiple), capacity=config.sequence_length)
+    told = {name: found.about[name] for name in ("made_of", "said", "reasons")}
+    told |= {"sequence_length": config.sequence_length, "pad_to_multiple_of": multiple, "rows": len(rows)}
+    examples = (Tokenized(*found[number]) for number in numbers.tolist())
+    store.write(folder, examples, vocab_size=found.about["vocab_size"], about=lambda: told)
+    for name, array in zip(store.ROWS, (rows.examples, rows.starts), strict=True):
+        store.save(folder / name, array)
+    made = store.open_store(folder)
+    filled = packing.efficiency(made.lengths, len(rows), capacity=config.sequence_length)
+    counted = (made.about[name] for name in ("examples", "tokens", "trained"))
+    yield Packed(split, *counted, len(rows), filled, told["said"], tuple(told["reasons"]))
+
+
+def _laid_out(
+    config: FinetuningDatasetConfig, folder: Path, tokenizer: Tokenizer | None, vocab_size: int, samples: tuple[int, int, int]
+) -> tuple[Examples | None, ...]:
+    for name in ("validation_path", "test_path"):
+        if getattr(config, name):
+            raise UserError(
+                f"`dataset.{name}` is `{getattr(config, name)}`, but `{folder}` holds packed examples of all splits",
+                hint="leave it out, or give it to `mbtrain pack`",
+            )
+    made: list[Examples | None] = []
+    for split, count in zip(SPLITS, samples, strict=True):
+        if not count or not store.is_store(folder / split):
+            made.append(None)
+            continue
+        found = store.open_store(folder / split)
+        _check_fits(found, config, tokenizer, vocab_size)
+        made.append(_dataset(config, found, np.arange(len(found)), split=split, rows=found.rows).take(count))
+    return _with_summary(made, [])
+
+
+def _check_fits(found: Store, config: FinetuningDatasetConfig, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    """What rows were composed for is what they are used for."""
+    again = "pack the examples again"
+    told = {**asdict(config), "pad_to_multiple_of": config.pad_to_multiple_of or 1}
+    for name in ("sequence_length", "pad_to_multiple_of"):
+        if told[name] != found.about[name]:
+            raise UserError(
+                f"`dataset.{name}` is `{told[name]}`, but `{found.folder}` was packed with `{found.about[name]}`",
+                hint=f"set `dataset.{name}={found.about[name]}`, or {again}",
+            )
+    if not config.packed:
+        raise UserError(f"`dataset.packed` is `False`, but `{found.folder}` holds packed examples", hint="leave it out")
+    if tokenizer is not None and tokenizer_identity(tokenizer) != found.about["made_of"]["tokenizer"]:
+        raise UserError(
+            f"`{found.folder}` was packed with another tokenizer than this run's",
+            hint=f"set `tokenizer.tokenizer_model` to the one it was packed with, or {again}",
+        )
+    if found.about["largest"] >= vocab_size:
+        raise UserError(
+            f"`{found.folder}` holds the token {found.about['largest']}, but the vocabulary has {vocab_size}",
+            hint=f"{again} with the model's tokenizer",
+        )
