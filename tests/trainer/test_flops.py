@@ -82,7 +82,7 @@ def without_gradient(length: int, *, adapters: bool = True) -> int:
 def test_adapters_beside_frozen_weights_multiply_as_often_as_counted(targets: list[str]) -> None:
     config = settings(peft=LoRA(dim=4, canonical=True, target_modules=targets), dataset__sequence_length=48)
     assert flops_of_run(config) * 48 == counted(adapted(targets), 48) + without_gradient(48)
-    packed = flops_of_packed(config, 48, 16**2 + 32**2)
+    packed = flops_of_packed(config.model, 48, 16**2 + 32**2, peft=config.peft)
     apart = sum(counted(adapted(targets), length) + without_gradient(length) for length in (16, 32))
     assert packed == pytest.approx(apart, rel=1e-12)
 
