@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from formats.errors import UserError
 from tests import models
-from tests.trainer.settings import LLAMA
-from trainer.counting.flops import flops_per_token
+from tests.trainer.settings import LLAMA, settings
+from trainer.counting.flops import flops_of_packed, flops_of_run, flops_per_token
 from trainer.model import GPTModelProvider, from_hf_config
+from trainer.peft import PEFT, DoRA, LoRA
 
 
 def counted(model: Any, length: int, *, batch: int = 1) -> float:
@@ -47,6 +49,56 @@ def test_packed_sequences_attend_only_to_themselves() -> None:
     model.set_attn_implementation("eager")
     packed = flops_per_token(from_hf_config(LLAMA), 48, lengths=[16, 32])
     assert packed * 48 == counted(model, 16) + counted(model, 32)
+
+
+PROJECTIONS = {
+    "linear_qkv": ["q_proj", "k_proj", "v_proj"],
+    "linear_proj": ["o_proj"],
+    "linear_fc1": ["gate_proj", "up_proj"],
+    "linear_fc2": ["down_proj"],
+}
+"""PEFT's names of what adapters stand beside."""
+
+
+def adapted(targets: list[str], *, layers: list[int] | None = None) -> Any:
+    """A Llama whose weights are frozen beside PEFT's adapters of rank 4."""
+    from peft import LoraConfig, get_peft_model
+
+    model = models.build()
+    model.set_attn_implementation("eager")
+    names = [name for target in targets for name in PROJECTIONS[target]]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT asks transformers 5 for it
+        return get_peft_model(model, LoraConfig(r=4, target_modules=names, layers_to_transform=layers))
+
+
+def without_gradient(length: int, *, adapters: bool = True) -> int:
+    """Operations on `length` tokens that we count and nobody does: of the first trained layer's query, key and value the input
+    needs no gradient. 2 × their weights, 64 by 64 + 32 + 32, and 2 × their A, 4 by 64 each."""
+    return 2 * length * (64 * 128 + (3 * 4 * 64 if adapters else 0))
+
+
+@pytest.mark.parametrize("targets", [list(PROJECTIONS), ["linear_qkv", "linear_fc2"]])
+def test_adapters_beside_frozen_weights_multiply_as_often_as_counted(targets: list[str]) -> None:
+    config = settings(peft=LoRA(dim=4, canonical=True, target_modules=targets), dataset__sequence_length=48)
+    assert flops_of_run(config) * 48 == counted(adapted(targets), 48) + without_gradient(48)
+    packed = flops_of_packed(config.model, 48, 16**2 + 32**2, peft=config.peft)
+    apart = sum(counted(adapted(targets), length) + without_gradient(length) for length in (16, 32))
+    assert packed == pytest.approx(apart, rel=1e-12)
+
+
+def test_layers_below_the_first_adapter_only_go_forward() -> None:
+    peft = LoRA(dim=4, canonical=True, target_modules=["*.layers.2.*linear_*", "*.layers.3.*linear_*"])
+    model = adapted(list(PROJECTIONS), layers=[2, 3])
+    assert flops_per_token(from_hf_config(LLAMA), 32, peft=peft) * 32 == counted(model, 32) + without_gradient(32)
+
+
+def test_a_magnitude_multiplies_no_matrix_and_a_method_of_ones_own_is_not_counted() -> None:
+    provider = from_hf_config(LLAMA)
+    lora, dora = (flops_per_token(provider, 32, peft=method(dim=4)) for method in (LoRA, DoRA))
+    assert lora == dora
+    matrices = 4 * 4 * ((64 + 128) + (64 + 64) + (64 + 2 * 96) + (96 + 64))  # layers × r × (inputs + outputs)
+    assert flops_per_token(provider, 32, peft=PEFT()) == lora - 6 * matrices
 
 
 def mixtral(**changes: Any) -> Any:

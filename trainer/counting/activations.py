@@ -3,7 +3,7 @@
 After Korthikanti et al. 2022 (arXiv:2205.05198, section 4), counted anew for what megatron-core runs today: gated feed-forward
 networks, grouped queries, flash attention (no matrix of scores), no dropout mask, fused norms, experts, frozen weights with
 adapters (Transformer Engine 2.20: `module/layernorm_linear.py`, `module/linear.py`). Packed rows on a GPU cost what other rows of
-their length do. Knows no weights.
+their length do. Knows no weights: nor what canonical adapters stack of theirs, once per microbatch, a hundredth of the rest.
 """
 
 from __future__ import annotations

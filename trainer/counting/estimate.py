@@ -199,7 +199,7 @@ def _mask(config: RunConfig) -> Iterator[Part]:
     """On a GPU attention is told where examples begin; megatron-core's own takes a mask instead."""
     if is_packed(config.dataset) and config.model.attention_backend is AttnBackend.local:
         rows, length = config.train.micro_batch_size, config.dataset.sequence_length
-        yield Part("attention mask", rows * length**2, f"which tokens of {length} see which, in {rows} packed rows")
+        yield Part("attention mask", rows * length**2, f"which tokens of packed rows see which: {rows} × {length}² pairs")
 
 
 def _copies(model: Any, world_size: int) -> tuple[int, int]:

@@ -45,15 +45,15 @@ def flops_per_token(provider: Any, sequence_length: int, *, lengths: Sequence[fl
     )
 
 
-def flops_of_run(config: RunConfig, *, lengths: Sequence[float] | None = None) -> float:
-    """Floating-point operations per token of a run as it is configured, on whole sequences or packed ones of those lengths."""
-    return flops_per_token(config.model, config.dataset.sequence_length, lengths=lengths, peft=config.peft)
+def flops_of_run(config: RunConfig) -> float:
+    """Floating-point operations per token of a run as it is configured, on whole sequences."""
+    return flops_per_token(config.model, config.dataset.sequence_length, peft=config.peft)
 
 
-def flops_of_packed(config: RunConfig, tokens: float, squares: float) -> float:
+def flops_of_packed(provider: Any, tokens: float, squares: float, *, peft: Any = None) -> float:
     """Floating-point operations of forward and backward over packed examples of `tokens` tokens in all, Σ sᵢ, whose lengths'
     squares sum up to `squares`, Σ sᵢ². Exact but for sliding windows: for those, as if all were of one length."""
-    return tokens * flops_of_run(config, lengths=(squares / tokens,))
+    return tokens * flops_per_token(provider, 0, lengths=(squares / tokens,), peft=peft)
 
 
 def _multiplied(shape: Shape, first: int = 0) -> int:

@@ -148,7 +148,8 @@ def _flops(config: RunConfig) -> float:
 
 def _flops_of_packed(config: RunConfig) -> Callable[[float, float], float] | None:
     """None for a model of one's own."""
-    return partial(flops_of_packed, config) if isinstance(config.model, GPTModelProvider) else None
+    known = isinstance(config.model, GPTModelProvider)
+    return partial(flops_of_packed, config.model, peft=config.peft) if known else None
 
 
 def _peak(config: RunConfig) -> float | None:
