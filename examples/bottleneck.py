@@ -3,7 +3,8 @@
     python examples/bottleneck.py
     torchrun --nproc-per-node 2 examples/bottleneck.py --tp 2
 
-`trainer.peft.LoRA` and `DoRA` are made of the same parts. Everything else of the model is frozen.
+`trainer.peft.LoRA` and `DoRA` are made of the same parts. Everything else of the model is frozen: here a tiny Llama with random
+weights, of which nothing can be learned; `checkpoint.pretrained_checkpoint` names real ones.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def settings(*, tp: int = 1) -> RunConfig:
     config.dataset.sequence_length = 32
     config.dataset.num_workers = 0
     config.validation.eval_iters = 0
-    config.optimizer.lr = 1e-2
+    config.optimizer.lr, config.optimizer.min_lr = 1e-2, 1e-3
+    config.scheduler.lr_decay_iters = 20
     config.logger.log_interval = 1
     return config
 

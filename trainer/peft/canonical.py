@@ -26,6 +26,10 @@ class Pair(torch.nn.Module):
         super().__init__()
         self.linear_in, self.linear_out = make_pair(linear, told, rows=rows)
 
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B; called for them, as `Matrix` is for its weight."""
+        return self.linear_in(), self.linear_out()
+
 
 class CanonicalAdapter(LoraAdapter):
     """`chosen` parts of a fused layer have A and B."""
@@ -45,6 +49,6 @@ class CanonicalAdapter(LoraAdapter):
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The A of all parts [sum of ranks, inputs], and the B [rows, sum of ranks]."""
-        pairs = self.pairs()
-        a = torch.cat([pair.linear_in.weight for pair in pairs if pair])
-        return a, self.parts.block([pair.linear_out.weight if pair else None for pair in pairs])
+        pairs = [pair() if pair else None for pair in self.pairs()]
+        a = torch.cat([pair[0] for pair in pairs if pair])
+        return a, self.parts.block([pair[1] if pair else None for pair in pairs])

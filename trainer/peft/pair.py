@@ -32,6 +32,10 @@ class Matrix(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=linear.dtype, device=linear.device))
         mark(self.weight, linear, axis=axis, stride=stride)
 
+    def forward(self) -> torch.Tensor:
+        """The weight. Called for it, since megatron-core may gather a parameter until the module that holds it is called."""
+        return self.weight
+
 
 def mark(parameter: torch.nn.Parameter, linear: Linear, *, axis: int | None, stride: int = 1) -> None:
     """megatron-core's attributes: how ranks divide a parameter, and over which of them its gradient is reduced."""
@@ -86,7 +90,7 @@ class LoraAdapter(Adapter):
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B, such that one product of each is the whole adapter."""
-        return self.linear_in.weight, self.linear_out.weight
+        return self.linear_in(), self.linear_out()
 
     def forward(self, output: torch.Tensor, layer_input: torch.Tensor) -> torch.Tensor:
         """The layer's output with s·B·A·x added."""

@@ -91,10 +91,15 @@ def test_frozen_parameters_have_no_state(changes, ranks, model_folder):
     assert found["held"] == len(found["weights"]) == 4 * 4 * 2  # layers, linear layers, A and B
 
 
-def test_data_parallel_ranks_train_as_one(ranks, model_folder):
-    folder = str(model_folder("gqa"))
-    (alone,) = ranks.run(run, 1, folder, STEPS, "DoRA", {})
-    for changes in ({}, {"ddp__use_distributed_optimizer": True}):
-        for found in ranks.run(run, 2, folder, STEPS | changes, "DoRA", {}):
+OVERLAPPED = {"ddp__use_distributed_optimizer": True, "ddp__overlap_grad_reduce": True, "ddp__overlap_param_gather": True}
+
+
+@pytest.mark.parametrize("way", ["dora", "canonical_dora"])
+def test_data_parallel_ranks_train_as_one(way, ranks, model_folder):
+    """Also where a parameter is gathered behind the scenes until the module that holds it is called."""
+    folder, (kind, told) = str(model_folder("gqa")), WAYS[way]
+    (alone,) = ranks.run(run, 1, folder, STEPS, kind, told)
+    for changes in ({}, {"ddp__use_distributed_optimizer": True}, OVERLAPPED):
+        for found in ranks.run(run, 2, folder, STEPS | changes, kind, told):
             assert found["losses"] == pytest.approx(alone["losses"], abs=1e-4)
             assert found["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-4)
