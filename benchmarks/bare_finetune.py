@@ -70,7 +70,7 @@ def _time(told: argparse.Namespace) -> dict[str, Any]:
     )
     seconds = _median_step(told, config, model, batches)
     rate = told.microbatches * told.micro_batch * told.sequence / seconds
-    work = packed.flops(config, batches, trained=attached.trained) / (count * told.micro_batch * told.sequence)
+    work = packed.flops(config, batches) / (count * told.micro_batch * told.sequence)
     return {
         "tokens_per_second": rate,
         "tflops": rate * work / 1e12,

@@ -140,7 +140,7 @@ def _ours(told: argparse.Namespace, precision: str) -> Figures:
     rows = packed.microbatches(
         told.folder / "rows", vocab_size=provider.vocab_size, sequence=told.sequence, micro_batch=batch, count=told.steps
     )
-    work = packed.flops(provider, rows, trained=trained) / (told.steps * batch * told.sequence)
+    work = packed.flops(provider, rows) / (told.steps * batch * told.sequence)
     return {
         "tokens_per_second": rate,
         "tflops": rate * work / 1e12,

@@ -80,18 +80,15 @@ def lora_parameters(provider: Any, rank: int) -> int:
     return shape.layers * rank * (attention + network)
 
 
-def flops(provider: Any, batches: Sequence[dict[str, Any]], *, trained: int) -> float:
-    """Floating-point operations of training `trained` parameters of adapters on these microbatches: a frozen weight takes 4
-    per token, forward and the gradient of its input; an adapter's 6; attention three times its forward. Padding is no work."""
+def flops(provider: Any, batches: Sequence[dict[str, Any]]) -> float:
+    """Floating-point operations of training LoRA of rank `RANK` on these microbatches, as `mbtrain` counts its own."""
     from trainer.counting.flops import flops_of_packed
-    from trainer.counting.shape import shape_of
     from trainer.data import segments
+    from trainer.peft import LoRA
 
     found = [segments.find(batch["segment_ids"]) for batch in batches]
     tokens, squares = sum(one.tokens for one in found), sum(one.squares for one in found)
-    shape = shape_of(provider)
-    multiplied = shape.layers * (shape.attention_matrices + shape.mlp_matrices(shape.ffn)) + shape.hidden * shape.vocab
-    return flops_of_packed(provider, tokens, squares) - 2 * multiplied * tokens + 6 * trained * tokens
+    return flops_of_packed(provider, tokens, squares, peft=LoRA(dim=RANK, alpha=RANK))
 
 
 def provider(shape: str, layers: int | None) -> Any:

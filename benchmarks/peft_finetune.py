@@ -39,7 +39,7 @@ def main() -> None:
     seconds = _median_step(told, model, [_as_transformers(row, kind) for row in rows])
     rate = told.microbatches * told.micro_batch * told.sequence / seconds
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    work = packed.flops(provider, rows, trained=trained) / (count * told.micro_batch * told.sequence)
+    work = packed.flops(provider, rows) / (count * told.micro_batch * told.sequence)
     print(json.dumps(_told(rate, work, kind, trained=trained)))
 
 

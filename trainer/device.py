@@ -6,7 +6,8 @@ Knows no models beyond which layers each device has. What lets megatron-core run
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -81,6 +82,23 @@ def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
     return get_gpt_decoder_block_spec(
         config, use_transformer_engine=_on_gpu(), normalization=config.normalization, vp_stage=vp_stage
     )
+
+
+_ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+"""What megatron-core sets for a model's attention, and refuses to find set for another's."""
+
+
+@contextmanager
+def environment_kept() -> Iterator[None]:
+    """What a model leaves in the environment is gone afterwards, so that another one may follow in this process."""
+    before = {name: os.environ.get(name) for name in _ATTENTION}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def stand_in(kind: str) -> AbstractContextManager[None]:

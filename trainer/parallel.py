@@ -80,7 +80,7 @@ def _first_host(env: Mapping[str, str]) -> str:
 def session(config: RunConfig, kind: str) -> Iterator[None]:
     """Process groups, seeds and the microbatch calculator of a run, for as long as this is entered."""
     device.prepare(kind)
-    with device.stand_in(kind):
+    with device.stand_in(kind), device.environment_kept():
         _start(config, kind)
         try:
             with user_buffers.held(config):
