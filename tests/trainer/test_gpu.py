@@ -10,6 +10,7 @@ import torch
 
 from tests import models
 from tests.trainer import small
+from tests.trainer.peft import runs as adapters
 
 pytestmark = pytest.mark.gpu
 
@@ -187,6 +188,53 @@ def test_fp8_overlaps_tensor_parallel_messages(ranks, folder):
     apart, overlapped = (ranks.run(small.train, 2, str(folder), {**told, **more})[1] for more in ({}, OVERLAP))
     print(f"fp8: {_distance(apart, overlapped):.4f} with overlap")
     assert overlapped.losses == pytest.approx(apart.losses, rel=2**-7)
+
+
+@pytest.fixture(scope="module")
+def adapted(ranks, folder):
+    """Random adapters, and what the CPU's fp32 makes of them."""
+    known = {}
+
+    def make(kind):
+        if kind not in known:
+            (first,) = ranks.run(adapters.run, 1, str(folder), adapters.ONE_STEP, kind, {})
+            made = torch.Generator().manual_seed(5)
+            random = {name: torch.randn(one.shape, generator=made) * 0.05 for name, one in first["weights"].items()}
+            begin = {name: first["weights"][name] if "magnitude" in name else one for name, one in random.items()}
+            (found,) = ranks.run(adapters.run, 1, str(folder), {"dataset__sequence_length": 128}, kind, {}, begin)
+            known[kind] = begin, found["losses"], found["grad_norms"]
+        return known[kind]
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_adapters_beside_transformer_engines_layers_follow_the_cpu(kind, ranks, folder, adapted):
+    begin, losses, norms = adapted(kind)
+    (found,) = ranks.run(adapters.run, 1, str(folder), GPU, kind, {}, begin)
+    print(kind, "largest difference of losses", max(abs(a - b) for a, b in zip(found["losses"], losses, strict=True)))
+    assert found["losses"] == pytest.approx(losses, abs=1e-3)
+    assert found["grad_norms"] == pytest.approx(norms, rel=1e-2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_adapters_over_two_gpus_train_as_on_one(kind, layout, ranks, folder, adapted):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    begin, losses, norms = adapted(kind)
+    for found in ranks.run(adapters.run, 2, str(folder), {**BF16, **LAYOUTS[layout]}, kind, {}, begin):
+        assert found["losses"] == pytest.approx(losses, rel=2**-7)
+        assert found["grad_norms"][0] == pytest.approx(norms[0], rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_adapters_train_beside_fp8(kind, ranks, folder, adapted):
+    begin, losses, _ = adapted(kind)
+    told = {**GPU, "mixed_precision": "bf16_with_fp8_current_scaling_mixed"}
+    for changes in ({}, {"ddp__use_distributed_optimizer": True, "ddp__fp8_param_gather": True}):
+        (found,) = ranks.run(adapters.run, 1, str(folder), told | changes, kind, {}, begin)
+        assert found["losses"][-1] == pytest.approx(losses[-1], abs=0.1)
 
 
 def test_a_checkpoint_of_a_gpu_resumes_exactly_and_exports(ranks, folder, tmp_path):

@@ -158,11 +158,11 @@ def _agree(here: _Found, peft: PEFT) -> int:
 
 
 def _let_gradients_start(chunk: Any) -> None:
-    """Recomputed layers get gradients only where their input asks for some, and the pipeline goes back through every stage;
-    a frozen embedding asks for none. Elsewhere it is cheaper not to go back below the first trained parameter."""
+    """Recomputed layers get gradients only where their input asks for some, and a frozen embedding asks for none. Elsewhere it
+    is cheaper not to go back below the first trained parameter."""
     embedding = getattr(chunk, "embedding", None)
     recomputed = getattr(getattr(chunk, "config", None), "recompute_granularity", None) is not None
-    if embedding is not None and (recomputed or not any(one.requires_grad for one in chunk.parameters())):
+    if embedding is not None and recomputed and any(one.requires_grad for one in chunk.parameters()):
         embedding.register_forward_hook(_with_gradient)
 
 

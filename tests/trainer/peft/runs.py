@@ -113,7 +113,7 @@ class Watched(small.History):
         super().on_step(run, step)
         if not self.seen:
             self.seen = {
-                name: (one.main_grad.clone(), *(getattr(one, what, False) for what in _DIVIDED))
+                name: (one.main_grad.clone().cpu(), *(getattr(one, what, False) for what in _DIVIDED))
                 for name, one in trainable(run.chunks)
             }
         self.held = sum(len(one.optimizer.state) for one in _optimizers(run) if one.optimizer)
@@ -122,7 +122,7 @@ class Watched(small.History):
     def on_end(self, run: Any) -> None:
         from trainer.peft import trainable
 
-        self.weights = {name: one.detach().clone() for name, one in trainable(run.chunks)}
+        self.weights = {name: one.detach().clone().cpu() for name, one in trainable(run.chunks)}
 
 
 def _optimizers(run: Any) -> list[Any]:
