@@ -31,7 +31,7 @@ from trainer.peft.linear import describe
 
 def main() -> None:
     """Time steps and print what they came to."""
-    told = packed.arguments(__doc__, shapes=tuple(RECIPES))
+    told = packed.arguments(__doc__, shapes=tuple(RECIPES), adapters=("ours", "plain"))
     torch.cuda.set_device(0)
     dist.init_process_group("nccl", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
     print(json.dumps(_time(told)))

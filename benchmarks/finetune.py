@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ PRECISIONS = {
     "bf16": ("bf16_mixed",),
     "fp8": ("bf16_with_fp8_current_scaling_mixed", "model.first_last_layers_bf16=false"),
 }
-PROGRAMS = ("bare", "ours", "peft")
+PROGRAMS = ("bare", "ours", "peft", "peft-fp32")
+PEFT = ("peft", "peft-fp32")
+"""With adapters in bf16, and as it is by default: in fp32."""
 
 type Figures = dict[str, float]
 
@@ -84,7 +87,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
 def _measure(told: argparse.Namespace) -> dict[tuple[str, str], list[Figures]]:
     """Figures of each round, by program and precision; none where a program failed."""
     todo = [(program, precision) for precision in told.precision for program in told.only]
-    todo = list(dict.fromkeys((program, "bf16" if program == "peft" else precision) for program, precision in todo))
+    todo = list(dict.fromkeys((program, "bf16" if program in PEFT else precision) for program, precision in todo))
     found: dict[tuple[str, str], list[Figures]] = {one: [] for one in todo}
     for number in range(told.rounds):
         for program, precision in todo:
@@ -162,39 +165,41 @@ def _bare(told: argparse.Namespace, precision: str) -> Figures:
     return _last_line(_run(told, "benchmarks.bare_finetune", words))
 
 
-def _peft(told: argparse.Namespace, _precision: str) -> Figures:
+def _peft(told: argparse.Namespace, _precision: str, adapters: str = "bf16") -> Figures:
     """With the micro batch, or half of it where it does not fit."""
+    kind = ["--adapters", adapters]
     room = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # without it, less fits
     try:
-        return _last_line(_run(told, "benchmarks.peft_finetune", _words(told), **room))
+        return _last_line(_run(told, "benchmarks.peft_finetune", [*_words(told), *kind], **room))
     except FailedError as error:
         if "OutOfMemoryError" not in str(error) or told.micro_batch % 2:
             raise
         _say(f"PEFT runs out of memory with a micro batch of {told.micro_batch}: half of it")
-    return _last_line(_run(told, "benchmarks.peft_finetune", _words(told, halvings=1), **room))
+    return _last_line(_run(told, "benchmarks.peft_finetune", [*_words(told, halvings=1), *kind], **room))
 
 
 def _last_line(printed: str) -> Figures:
     return json.loads(printed.strip().splitlines()[-1])
 
 
-_MEASURES = {"bare": _bare, "ours": _ours, "peft": _peft}
+_MEASURES = {"bare": _bare, "ours": _ours, "peft": _peft, "peft-fp32": partial(_peft, adapters="fp32")}
 
 
 def _print(told: argparse.Namespace, found: dict[tuple[str, str], list[Figures]]) -> None:
     print(f"{told.shape}, {told.layers or 'all'} layers, sequence {told.sequence}, micro batch {told.micro_batch}")
     heads = [f"{program} {what}" for what in ("tok/s", "TFLOP/s", "GiB") for program in PROGRAMS]
-    print(f"{'precision':10}" + "".join(f"{head:>13}" for head in [*heads[:3], "ours/bare", "ours/peft", *heads[3:]]))
+    ratios = [f"ours/{other}" for other in PROGRAMS if other != "ours"]
+    print(f"{'precision':10}" + "".join(f"{head:>18}" for head in [*heads[:4], *ratios, *heads[4:]]))
     for precision in told.precision:
-        seen = {program: found.get((program, "bf16" if program == "peft" else precision), []) for program in PROGRAMS}
+        seen = {program: found.get((program, "bf16" if program in PEFT else precision), []) for program in PROGRAMS}
         rates, work, memory = (
             {program: _median(rounds, what) for program, rounds in seen.items()}
             for what in ("tokens_per_second", "tflops", "memory_gib")
         )
         cells = [_cell(rates[program], 0) for program in PROGRAMS]
-        cells += [_cell(_ratio(rates["ours"], rates[other]), 3) for other in ("bare", "peft")]
+        cells += [_cell(_ratio(rates["ours"], rates[other]), 3) for other in PROGRAMS if other != "ours"]
         cells += [_cell(work[program], 1) for program in PROGRAMS] + [_cell(memory[program], 1) for program in PROGRAMS]
-        print(f"{precision:10}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
+        print(f"{precision:10}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
 
 
 def _median(rounds: list[Figures], what: str) -> float | None:

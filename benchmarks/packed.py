@@ -18,7 +18,7 @@ LENGTHS = (1 / 40, 1 / 2)
 """The shortest and the longest example, as shares of a row: 102 to 2048 tokens of 4096."""
 
 
-def arguments(text: str | None, *, shapes: tuple[str, ...]) -> argparse.Namespace:
+def arguments(text: str | None, *, shapes: tuple[str, ...], adapters: tuple[str, ...]) -> argparse.Namespace:
     """What both loops are told."""
     parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--shape", choices=shapes, required=True)
@@ -27,7 +27,7 @@ def arguments(text: str | None, *, shapes: tuple[str, ...]) -> argparse.Namespac
     parser.add_argument("--rows", type=Path, required=True, help="a folder of packed examples")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
-    parser.add_argument("--adapters", choices=("ours", "plain"), default="ours")
+    parser.add_argument("--adapters", choices=adapters, default=adapters[0])
     parser.add_argument("--fp8", action="store_true", help="current scaling in every layer, as the recipe of that name")
     return parser.parse_args()
 

@@ -3,7 +3,7 @@ r"""LoRA with transformers and PEFT in a `for` loop: the same rows, held on the 
     python -m benchmarks.peft_finetune --shape 8b --sequence 4096 --micro-batch 2 --microbatches 2 \
         --steps 10 --warm-up 4 --rows DIR
 
-What would make it slower is left out: adapters are bf16 (PEFT's default is fp32, with casts at every layer), AdamW is torch's
+With `--adapters bf16` what would make it slower is left out: PEFT's default is fp32, with casts at every layer. AdamW is torch's
 fused one, nothing is recomputed, and attention is plain causal over a whole row, since it is fastest without a mask: examples in
 a row see one another here, unlike in `mbtrain`. Model FLOPs are counted as if they did not. Prints one JSON object.
 """
@@ -28,10 +28,10 @@ SHAPES = RECIPES | {"tiny": "llama_tiny"}
 
 def main() -> None:
     """Time steps and print what they came to."""
-    told = packed.arguments(__doc__, shapes=tuple(SHAPES))
+    told = packed.arguments(__doc__, shapes=tuple(SHAPES), adapters=("bf16", "fp32"))
     provider = packed.provider(SHAPES[told.shape], told.layers)
     kind = torch.device("cuda" if told.device == "gpu" else "cpu")
-    model = _model(provider, kind)
+    model = _model(provider, kind, as_by_default=told.adapters == "fp32")
     count = told.steps * told.microbatches
     rows = packed.microbatches(
         told.rows, vocab_size=provider.vocab_size, sequence=told.sequence, micro_batch=told.micro_batch, count=count
@@ -49,7 +49,7 @@ def _told(rate: float, work: float, kind: torch.device, *, trained: int) -> dict
     return {"tokens_per_second": rate, "tflops": rate * work / 1e12, "memory_gib": memory_gib(kind), "trained": trained}
 
 
-def _model(provider: Any, kind: torch.device) -> Any:
+def _model(provider: Any, kind: torch.device, *, as_by_default: bool) -> Any:
     """Random weights, made where they are computed with."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -59,7 +59,7 @@ def _model(provider: Any, kind: torch.device) -> Any:
     with kind:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     lora = LoraConfig(r=packed.RANK, lora_alpha=packed.RANK, lora_dropout=0.0, target_modules=LINEARS, task_type="CAUSAL_LM")
-    return get_peft_model(model, lora, autocast_adapter_dtype=False).to(kind).train()
+    return get_peft_model(model, lora, autocast_adapter_dtype=as_by_default).to(kind).train()
 
 
 def _as_transformers(batch: dict[str, Any], kind: torch.device) -> dict[str, torch.Tensor]:
