@@ -32,7 +32,6 @@ LAYOUTS = {
     "pp2_two_rows_at_once": (2, {**PP2, "train__micro_batch_size": 2}),
     "vpp4": (2, {**PP2, "model__virtual_pipeline_model_parallel_size": 4}),  # six of eight stages are in the middle
     "cp2": (2, {"model__context_parallel_size": 2}),
-    "cp2_two_rows_at_once": (2, {"model__context_parallel_size": 2, "train__micro_batch_size": 2}),
 }
 
 

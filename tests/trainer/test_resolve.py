@@ -366,3 +366,12 @@ def test_a_number_out_of_its_range_is_named(setting: str, value: float) -> None:
 def test_an_optimizer_that_cannot_run_is_found_before_the_start(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         resolved(device="cpu", **changes)
+
+
+def test_packed_rows_divide_among_context_ranks_one_at_a_time() -> None:
+    from trainer.config import FinetuningDatasetConfig
+
+    told = {"dataset": FinetuningDatasetConfig(sequence_length=128), "model__context_parallel_size": 2}
+    assert resolve(settings(**told), world_size=2, device="gpu").config.dataset.pad_to_multiple_of == 4
+    with pytest.raises(UserError, match=r"`train.micro_batch_size` is `2`, and packed rows divide among context `2` ranks"):
+        resolve(settings(**told, train__micro_batch_size=2), world_size=2, device="gpu")

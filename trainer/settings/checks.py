@@ -282,6 +282,12 @@ def check_packed(config: RunConfig, machine: Machine) -> None:
             f"`{setting}` is `True`, but documents do not divide among context `{size(config.model, CP)}` ranks",
             hint=f"set `{setting}=false`, or `model.{CP}=1`",
         )
+    if size(config.model, CP) > 1 and config.train.micro_batch_size > 1:
+        raise UserError(
+            f"`train.micro_batch_size` is `{config.train.micro_batch_size}`, and packed rows divide among context "
+            f"`{size(config.model, CP)}` ranks one at a time",  # seen: with two, Transformer Engine reads beyond its memory
+            hint="set `train.micro_batch_size=1`, and a longer `dataset.sequence_length`",
+        )
     length, slices = config.dataset.sequence_length, 2 * size(config.model, CP)
     if multiple and slices > 2 and multiple % slices:
         raise UserError(
