@@ -16,10 +16,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from converter.adapters import description
 from converter.adapters.description import Base, Description
 from converter.adapters.fingerprint import fingerprint
+from converter.inspect import HUGGINGFACE, kind
 from converter.plan import as_stored
+from converter.sources import open_source
 from formats.errors import UserError
 from formats.folder import LocalFolder
-from formats.torch_dist import TorchDistReader
+from formats.torch_dist import TorchDistReader, find_iteration
 from trainer.checkpoints import live
 from trainer.config import RunConfig
 from trainer.model import unwrap
@@ -36,8 +38,27 @@ def described(peft: Any, base: Base | None) -> Description:
     """`adapter.json` for a method of `trainer.peft` or one's own."""
     known = {name: getattr(peft, name) for name in ("dim", "alpha", "use_rslora", "canonical", "dropout") if hasattr(peft, name)}
     names = {name: tuple(getattr(peft, name, ())) for name in ("target_modules", "exclude_modules")}
-    kind = type(peft).__name__
-    return Description(method=kind.lower() if kind.lower() in description.METHODS else kind, base=base, **known, **names)
+    name = type(peft).__name__
+    return Description(method=name.lower() if name.lower() in description.METHODS else name, base=base, **known, **names)
+
+
+def method_of(found: Description) -> Any:
+    """The method that a description tells of. UserError for one of somebody's own, which only its code knows."""
+    from trainer.peft import DoRA, LoRA  # noqa: PLC0415 - bring megatron-core's layers
+
+    description.check_method(found, label=description.FILE)
+    method = {"lora": LoRA, "dora": DoRA}[found.method]
+    names = {name: list(getattr(found, name)) for name in ("target_modules", "exclude_modules")}
+    return method(dim=found.dim, alpha=found.alpha, use_rslora=found.use_rslora, canonical=found.canonical, **names)
+
+
+def find(source: str) -> Description | None:
+    """What an adapter's checkpoint says of it; None for a checkpoint of a whole model."""
+    folder = open_source(source, or_hub=True)
+    if kind(folder) == HUGGINGFACE:
+        return None
+    iteration = find_iteration(folder)
+    return description.read(iteration) if iteration.has(description.FILE) else None
 
 
 def base_of(config: RunConfig, resumed: Path | None) -> str | None:

@@ -9,11 +9,12 @@ from typing import Any
 
 from formats.errors import UserError
 from trainer import device, model, parallel
-from trainer.checkpoints import live
+from trainer.checkpoints import adapters, live
 from trainer.checkpoints.contents import describe, tokenizer_of
 from trainer.config import RunConfig
 from trainer.generation.sampling import Sampling
 from trainer.generation.text import Generation, Tell, generate
+from trainer.peft.attach import attach
 from trainer.settings import checks, overrides
 from trainer.settings.resolve import Resolved, resolve
 
@@ -73,9 +74,24 @@ def run(
         tokenizer = tokenizer_of(source, config.tokenizer.tokenizer_model)
         prompts = read_prompts()
         chunks = model.build(config.model)
-        live.load(chunks, source)
+        _fill(chunks, source, config)
         make = partial(generate, chunks, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
         began = time.perf_counter()
         answers = make(tell=tell if parallel.speaks() else None)
         if parallel.speaks():
             done(answers, time.perf_counter() - began)
+
+
+def _fill(chunks: Sequence[Any], source: str, config: RunConfig) -> None:
+    """The checkpoint's weights; for one of adapters, those of the model that it names, with the adapters beside them."""
+    found = adapters.find(source)
+    if found is None:
+        live.load(chunks, source)
+        return
+    if found.base is None:
+        raise UserError(f"`{source}` holds adapters and does not say beside which model", hint="merge them: `mbconvert merge`")
+    live.load(chunks, found.base.name)
+    config.peft = adapters.method_of(found)
+    base = adapters.identify(found.base.name, config, None)
+    attach(chunks, config.peft)
+    adapters.load(chunks, source, config, base)
