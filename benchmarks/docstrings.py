@@ -61,7 +61,7 @@ def _base(told: argparse.Namespace) -> Path:
     sources, examples, text, run = (told.folder / name for name in ("sources", "examples.jsonl", "text", "base"))
     sources.mkdir(exist_ok=True)
     with examples.open("w", encoding="utf-8") as out:
-        for number, (code, found) in enumerate(_modules()):
+        for number, (code, found) in enumerate(modules()):
             (sources / f"{number:04}.txt").write_text(code, encoding="utf-8")
             out.writelines(json.dumps(one) + "\n" for one in found)
     _run("prepare-data", sources, text, "--tokenizer", "byte", "--overwrite", "--quiet")
@@ -97,7 +97,7 @@ def _run(*words: Any) -> None:
     subprocess.run([sys.executable, "-m", "trainer", *map(str, words)], check=True)
 
 
-def _modules() -> Iterator[tuple[str, list[dict[str, str]]]]:
+def modules() -> Iterator[tuple[str, list[dict[str, str]]]]:
     """Each module without the docstrings of its functions, and those functions with their docstrings."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):

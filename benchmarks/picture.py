@@ -2,12 +2,14 @@
 
 python -m benchmarks.picture conversion docs/conversion.svg
 python -m benchmarks.picture training docs/training.svg
+python -m benchmarks.picture finetuning docs/finetuning.svg
 """
 
 from __future__ import annotations
 
 import fcntl
 import io
+import json
 import os
 import pty
 import shlex
@@ -25,8 +27,9 @@ from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 from benchmarks.convert import SHAPES, make_model
+from benchmarks.docstrings import modules
 
-WIDTH = {"conversion": 112, "training": 136}
+WIDTH = {"conversion": 112, "training": 136, "finetuning": 136}
 COMMANDS = {
     "conversion": (
         "mbconvert hf-to-mcore Llama-3.2-1B megatron --tp 8 --pp 4 --verify",
@@ -42,6 +45,13 @@ COMMANDS = {
         "mbtrain generate run --prompt 'def __init__(self' --max-new-tokens 16",
         "mbconvert mcore-to-hf run llama-hf",
         "mbtrain pretrain llama_tiny train.train_itres=5",
+    ),
+    "finetuning": (
+        "mbtrain preview llama_tiny dataset.path=docstrings.jsonl --examples 2",
+        "mbtrain finetune llama_tiny peft=lora dataset.path=docstrings.jsonl checkpoint.pretrained_checkpoint=base "
+        "checkpoint.save=adapter train.train_iters=30 validation.sample_interval=30 validation.sample_tokens=24",
+        "mbconvert adapter-to-hf adapter peft",
+        "mbconvert merge base adapter merged --to hf",
     ),
 }
 MODULES = {"mbconvert": "converter", "mbtrain": "trainer"}
@@ -81,15 +91,33 @@ def seen(command: str, folder: str, *, width: int) -> list[str]:
     return [line.rstrip("\r").rsplit("\r", 1)[-1] for line in shown.decode().split("\n")]
 
 
+def _model(folder: Path) -> None:
+    make_model(folder / "Llama-3.2-1B", SHAPES["1b"])
+
+
+def _sources(folder: Path) -> None:
+    shutil.copytree(Path(sysconfig.get_paths()["stdlib"]) / "asyncio", folder / "sources")
+
+
+def _examples(folder: Path) -> None:
+    """Signatures and docstrings, and a model that has read some sources."""
+    found = [one for _, examples in modules() for one in examples if len(one["completion"]) < 120]
+    (folder / "docstrings.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found[:1000]))
+    _sources(folder)
+    for command in COMMANDS["training"][:1]:
+        seen(command, str(folder), width=80)
+    seen("mbtrain pretrain llama_tiny dataset.blend=[text] checkpoint.save=base train.train_iters=60", str(folder), width=80)
+
+
+PREPARED = {"conversion": _model, "training": _sources, "finetuning": _examples}
+
+
 def main(what: str, picture: str) -> None:
     """Run the commands, conversions on a 1B shape, training on the standard library's sources, and draw what was seen."""
     width = WIDTH[what]
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     with tempfile.TemporaryDirectory() as folder:
-        if what == "conversion":
-            make_model(Path(folder) / "Llama-3.2-1B", SHAPES["1b"])
-        else:
-            shutil.copytree(Path(sysconfig.get_paths()["stdlib"]) / "asyncio", Path(folder) / "sources")
+        PREPARED[what](Path(folder))
         for command in COMMANDS[what]:
             console.print(Text.assemble(("$ ", "green"), (command, "bold")))
             for line in seen(command, folder, width=width):

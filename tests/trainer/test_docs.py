@@ -1,4 +1,4 @@
-"""docs/training.md: the blocks that begin with `# runs in the tests` do."""
+"""docs/training.md and docs/finetuning.md: the blocks that begin with `# runs in the tests` do."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(
-    r"^```bash\n# runs in the tests\n(.+?)^```", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE | re.DOTALL
-)
+
+
+def _blocks(page: str) -> list[str]:
+    text = (ROOT / "docs" / page).read_text()
+    return re.findall(r"^```bash\n# runs in the tests\n(.+?)^```", text, re.MULTILINE | re.DOTALL)
+
+
 PROGRAMS = {"mbtrain": "trainer", "mbconvert": "converter"}
 PROLOGUE = "set -eu\n" + "".join(f'{name}() {{ "{sys.executable}" -m {module} "$@"; }}\n' for name, module in PROGRAMS.items())
 """The commands of this checkout, wherever it is installed."""
@@ -28,17 +30,25 @@ def _bash(block, folder):
     return done.stderr
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def _run(page, folder):
     """What each block said, and the folder they ran in."""
-    folder = tmp_path_factory.mktemp("newcomer")
-    return folder, [_bash(block, folder) for block in BLOCKS]
+    return folder, [_bash(block, folder) for block in _blocks(page)]
 
 
-def test_the_pages_commands_do_what_it_says(told):
-    folder, (data, there_and_back, checkpoints) = told
+def test_the_commands_of_training_do_what_it_says(tmp_path):
+    folder, (data, there_and_back, checkpoints) = _run("training.md", tmp_path)
     assert {"corpus.bin", "corpus.idx", "trained", "megatron"} <= {path.name for path in folder.iterdir()}
     assert "saved run/iter_0000002" in data
     assert "loaded 27 of 27 tensors" in there_and_back
     assert "resumed kept/iter_0000002: step 2" in checkpoints
     assert (folder / "kept" / "curves.png").stat().st_size > 0
+
+
+def test_the_commands_of_fine_tuning_do_what_it_says(tmp_path):
+    folder, (tuned, packed, converted) = _run("finetuning.md", tmp_path)
+    assert "100 examples of 1 file" in tuned
+    assert "LoRA: " in tuned
+    assert "% filled" in packed
+    assert "done: " in converted
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (folder / "peft").iterdir()}
+    assert (folder / "merged" / "model.safetensors").exists()
