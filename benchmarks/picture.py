@@ -48,8 +48,7 @@ COMMANDS = {
     ),
     "finetuning": (
         "mbtrain preview llama_tiny dataset.path=docstrings.jsonl --examples 2",
-        "mbtrain finetune llama_tiny peft=lora dataset.path=docstrings.jsonl checkpoint.pretrained_checkpoint=base "
-        "checkpoint.save=adapter train.train_iters=30 validation.sample_interval=30 validation.sample_tokens=24",
+        "mbtrain finetune llama_tiny peft=lora dataset.path=docstrings.jsonl checkpoint.pretrained_checkpoint=base checkpoint.save=adapter",
         "mbconvert adapter-to-hf adapter peft",
         "mbconvert merge base adapter merged --to hf",
     ),
