@@ -48,7 +48,7 @@ COMMANDS = {
     ),
     "finetuning": (
         "mbtrain preview llama_tiny dataset.path=docstrings.jsonl --examples 2",
-        "mbtrain finetune llama_tiny peft=lora dataset.path=docstrings.jsonl checkpoint.pretrained_checkpoint=base checkpoint.save=adapter",
+        "mbtrain finetune llama_tiny dataset.path=docstrings.jsonl checkpoint.pretrained_checkpoint=base checkpoint.save=adapter",
         "mbconvert adapter-to-hf adapter peft",
         "mbconvert merge base adapter merged --to hf",
     ),
