@@ -18,6 +18,7 @@ from converter.adapters.description import Base, Description
 from converter.adapters.fingerprint import fingerprint
 from converter.inspect import HUGGINGFACE, kind
 from converter.plan import as_stored
+from converter.reference import UnknownModelError
 from converter.sources import open_source
 from formats.errors import UserError
 from formats.folder import LocalFolder
@@ -84,11 +85,19 @@ def identify(source: str | None, config: RunConfig, resumed: Path | None) -> Bas
                 hint="name the model with `checkpoint.pretrained_checkpoint`",
             )
         return None
-    base = Base(source, from_first_rank(lambda: fingerprint(source)))
+    base = Base(source, from_first_rank(lambda: _fingerprint(source)))
     before = found.base if resumed and (found := _read(resumed)) else None
-    if before and before.fingerprint and before.fingerprint != base.fingerprint:
+    if before and before.fingerprint and base.fingerprint and before.fingerprint != base.fingerprint:
         raise _another_base(str(resumed), before, base)
     return base
+
+
+def _fingerprint(source: str) -> str:
+    """Nothing for a model of one's own, of which nobody knows which tensors it has."""
+    try:
+        return fingerprint(source)
+    except UnknownModelError:
+        return ""
 
 
 def _another_base(source: str, theirs: Base, ours: Base) -> UserError:
@@ -151,7 +160,7 @@ def load(chunks: Sequence[Any], source: str, config: RunConfig, base: Base | Non
     with closing(TorchDistReader(LocalFolder(Path(source)))) as reader:
         found = description.read(reader.folder)
         _check_method(found, config, source)
-        if base and found.base and found.base.fingerprint not in {"", base.fingerprint}:
+        if base and base.fingerprint and found.base and found.base.fingerprint not in {"", base.fingerprint}:
             raise _another_base(source, found.base, base)
         reader.check(reader.specs)
         locals_, makings = live.local_weights(chunks, only_trained), as_stored(reader.specs)

@@ -82,8 +82,9 @@ def tokenizer_of_run(config: RunConfig) -> tokenizers.Tokenizer | None:
     """The one that is named, else that of the weights to start from, else the one beside the model's own files; None where there
     is none."""
     named, start = config.tokenizer.tokenizer_model, config.checkpoint.pretrained_checkpoint
-    if named:
-        return tokenizers.load(named)
+    found = tokenizers.of_run(named, beside=start)
+    if found is not None:
+        return found
     if start and any(map(_has_tokenizer, describe(start).places)):
         return tokenizer_of(start)
     return tokenizers.of_run(None, beside=getattr(config.model, "hf_source", None))
