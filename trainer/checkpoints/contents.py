@@ -19,7 +19,7 @@ from formats.folder import Folder, LocalFolder
 from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
 from formats.spec import Reader, dtype_name
-from formats.torch_dist import TorchDistReader
+from formats.torch_dist import TorchDistReader, find_iteration
 from trainer import tokenizers
 
 if TYPE_CHECKING:
@@ -36,9 +36,6 @@ class Described:
     dtype: str
     """Of most of its weights."""
 
-    places: tuple[Folder, ...]
-    """Where its tokenizer may be; the first that has one counts."""
-
 
 def describe(source: str) -> Described:
     """Look at a Hugging Face directory, a Hub id or a Megatron checkpoint; no weight is read.
@@ -48,7 +45,7 @@ def describe(source: str) -> Described:
     folder = open_source(source, or_hub=True)
     if kind(folder) == HUGGINGFACE:
         with closing(HuggingFaceReader(folder)) as reader:
-            return Described(read_json(folder, carried.CONFIG), _dtype(reader), (folder,))
+            return Described(read_json(folder, carried.CONFIG), _dtype(reader))
     with closing(TorchDistReader(folder)) as reader:
         try:
             config = reference.find(reader, None).config
@@ -56,9 +53,17 @@ def describe(source: str) -> Described:
             raise UserError(
                 str(error.args[0]), hint="generate from a checkpoint of `mbconvert` or `mbtrain`, which have a `config.json`"
             ) from error
-        # The first has `generation_config.json` as well, the second is all that Megatron-Bridge writes.
-        inside = reader.folder
-        return Described(dict(config), _dtype(reader), (inside.below(carried.FILES), inside.below("tokenizer")))
+        return Described(dict(config), _dtype(reader))
+
+
+def places(source: str) -> tuple[Folder, ...]:
+    """Where the tokenizer may be; the first that has one counts."""
+    folder = open_source(source, or_hub=True)
+    if kind(folder) == HUGGINGFACE:
+        return (folder,)
+    inside = find_iteration(folder)
+    # The first has `generation_config.json` as well, the second is all that Megatron-Bridge writes.
+    return inside.below(carried.FILES), inside.below("tokenizer")
 
 
 def _dtype(reader: Reader) -> str:
@@ -72,9 +77,9 @@ def tokenizer_of(source: str, given: str | None = None) -> tokenizers.Tokenizer:
     """The tokenizer given, else the checkpoint's own. UserError where there is none."""
     if given:
         return tokenizers.load(given)
-    for place in describe(source).places:
-        if _has_tokenizer(place):
-            return _load(place)
+    place = next(filter(_has_tokenizer, places(source)), None)
+    if place is not None:
+        return _load(place)
     raise UserError(f"`{source}` has no tokenizer", hint="name a folder that has one: `tokenizer.tokenizer_model=DIR`")
 
 
@@ -85,8 +90,9 @@ def tokenizer_of_run(config: RunConfig) -> tokenizers.Tokenizer | None:
     found = tokenizers.of_run(named, beside=start)
     if found is not None:
         return found
-    if start and any(map(_has_tokenizer, describe(start).places)):
-        return tokenizer_of(start)
+    place = next(filter(_has_tokenizer, places(start)), None) if start else None
+    if place is not None:
+        return _load(place)
     return tokenizers.of_run(None, beside=getattr(config.model, "hf_source", None))
 
 

@@ -92,7 +92,10 @@ def test_the_tokenizer_of_the_weights_to_start_from_is_taken(tmp_path, folder):
     told = preview("llama_tiny", *words, f"checkpoint.pretrained_checkpoint={folder}")
     assert "⟦a fox<|eot_id|>⟧" in told.stdout
     told = preview("llama_tiny", *words)
-    assert told.stderr == ("error: there is no tokenizer\n\nhint: name a folder that has one: `tokenizer.tokenizer_model=DIR`\n")
+    assert told.stderr == (
+        "error: examples are to be tokenized, and there is no tokenizer\n\n"
+        "hint: name a folder that has one: `tokenizer.tokenizer_model=DIR`\n"
+    )
 
 
 def test_each_split_can_be_seen(tmp_path, pairs):
