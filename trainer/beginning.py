@@ -54,7 +54,9 @@ def what_is_trained(chunks: Sequence[Any], config: RunConfig, resumed: Path | No
         return None
     base = adapters.identify(adapters.base_of(config, resumed), config, resumed)
     say(str(attach(chunks, config.peft, seed=config.rng.seed)))
-    if told and not resumed:
+    if resumed:
+        adapters.check_same(chunks, resumed)
+    elif told:
         say(adapters.load(chunks, told, config, base))
     return base
 

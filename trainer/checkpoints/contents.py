@@ -21,6 +21,7 @@ from formats.json_objects import read_json
 from formats.spec import Reader, dtype_name
 from formats.torch_dist import TorchDistReader
 from trainer import tokenizers
+from trainer.checkpoints import iterations
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -56,9 +57,12 @@ def describe(source: str) -> Described:
             raise UserError(
                 str(error.args[0]), hint="generate from a checkpoint of `mbconvert` or `mbtrain`, which have a `config.json`"
             ) from error
-        # The first has `generation_config.json` as well, the second is all that Megatron-Bridge writes.
-        inside = reader.folder
-        return Described(dict(config), _dtype(reader), (inside.below(carried.FILES), inside.below("tokenizer")))
+        return Described(dict(config), _dtype(reader), _places(reader.folder))
+
+
+def _places(iteration: Folder) -> tuple[Folder, ...]:
+    """The first has `generation_config.json` as well, the second is all that Megatron-Bridge writes."""
+    return iteration.below(carried.FILES), iteration.below("tokenizer")
 
 
 def _dtype(reader: Reader) -> str:
@@ -79,13 +83,17 @@ def tokenizer_of(source: str, given: str | None = None) -> tokenizers.Tokenizer:
 
 
 def tokenizer_of_run(config: RunConfig) -> tokenizers.Tokenizer | None:
-    """The one that is named, else that of the weights to start from, else the one beside the model's own files; None where there
-    is none."""
+    """The one that is named, else that of the weights to start from, else that of the checkpoint to resume, else the one beside
+    the model's own files; None where there is none."""
     named, start = config.tokenizer.tokenizer_model, config.checkpoint.pretrained_checkpoint
+    resumed = iterations.latest(config.checkpoint.load)
     if named:
         return tokenizers.load(named)
     if start and any(map(_has_tokenizer, describe(start).places)):
         return tokenizer_of(start)
+    for place in _places(LocalFolder(resumed)) if resumed else ():
+        if _has_tokenizer(place):
+            return _load(place)
     return tokenizers.of_run(None, beside=getattr(config.model, "hf_source", None))
 
 
