@@ -10,7 +10,7 @@ from converter.adapters.description import Base
 from formats.errors import UserError
 from formats.torch_dist import TRACKER
 from trainer.checkpoints import adapters, checkpoint, iterations, live
-from trainer.config import CheckpointConfig, RunConfig
+from trainer.config import CheckpointConfig, FinetuningDatasetConfig, RunConfig
 from trainer.peft.attach import attach
 from trainer.run import say
 
@@ -28,8 +28,14 @@ def first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | None
         return
     if source:
         say(str(live.load(chunks, source, note=lambda text: say(f"note: {text}"))))
-    else:
-        say("weights are random: neither `checkpoint.load` nor `checkpoint.pretrained_checkpoint` names any")
+        return
+    tuning = config.peft is not None or isinstance(config.dataset, FinetuningDatasetConfig)
+    if tuning and not told.random_weights:
+        raise UserError(
+            "fine-tuning starts from a model, and `checkpoint.pretrained_checkpoint` names none",
+            hint="name a Megatron checkpoint or a Hugging Face directory; `checkpoint.random_weights=true` if random ones are meant",
+        )
+    say("weights are random: neither `checkpoint.load` nor `checkpoint.pretrained_checkpoint` names any")
 
 
 def _check_start(told: CheckpointConfig) -> None:
@@ -54,7 +60,9 @@ def what_is_trained(chunks: Sequence[Any], config: RunConfig, resumed: Path | No
         return None
     base = adapters.identify(adapters.base_of(config, resumed), config, resumed)
     say(str(attach(chunks, config.peft, seed=config.rng.seed)))
-    if told and not resumed:
+    if resumed:
+        adapters.check_same(chunks, resumed)
+    elif told:
         say(adapters.load(chunks, told, config, base))
     return base
 

@@ -198,6 +198,9 @@ class CheckpointConfig:
     pretrained_checkpoint: str | None = None
     """Weights to start from where there is nothing to resume: a Megatron checkpoint or a Hugging Face directory."""
 
+    random_weights: bool = False
+    """Fine-tune random weights, as benchmarks do; otherwise naming none is an error. Pretraining needs no leave."""
+
     pretrained_adapter: str | None = None
     """Adapters to start from beside those weights: a checkpoint of this trainer, or of `mbconvert adapter-to-mcore`."""
 

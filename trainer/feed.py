@@ -11,10 +11,17 @@ from formats.errors import UserError
 from trainer import data, device, model
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.contents import tokenizer_of_run
-from trainer.config import RunConfig
+from trainer.config import FinetuningDatasetConfig, RunConfig
+from trainer.data.chat import sets
 from trainer.data.loader import batches
 from trainer.run import Run, say
 from trainer.tokenizers import Tokenizer
+
+
+def check(config: RunConfig) -> None:
+    """UserError where examples to learn from are not there: known before a model is loaded. To be called on every rank."""
+    if isinstance(config.dataset, FinetuningDatasetConfig):
+        sets.check(config.dataset)
 
 
 def datasets(config: RunConfig, progress: checkpoint.Progress) -> Sequence[Any]:

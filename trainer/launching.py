@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import click
 
-from trainer import device
+from trainer import device, feed
 from trainer.config import RunConfig
 from trainer.settings.resolve import resolve
 
@@ -22,6 +22,7 @@ STOPPING_S = "3600"
 def check(config: RunConfig, *, world_size: int) -> None:
     """Raise UserError for whatever would stop the run before its first step, before processes start."""
     resolve(config, world_size=world_size, device=device.choose(config.dist.device))
+    feed.check(config)
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:

@@ -67,6 +67,7 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     config = resolved.config
     for line in resolved.warnings:
         say(f"note: {line}")
+    feed.check(config)
     voice.make_folders(config)
     chunks = model.build(config.model)
     resumed = iterations.latest(config.checkpoint.load)

@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Unpack
 
+from converter.adapters.description import base_name
 from converter.adapters.exporting import plan_export
 from converter.adapters.importing import open_base, plan_import
 from converter.carry import carry_out
@@ -35,7 +36,7 @@ def adapter_to_mcore(
     beside = open_source(base, or_hub=True)
     check_place(target, [folder, beside], how)
     with closing(folder), closing(beside):
-        job = plan_import(folder, open_base(beside, name=str(base)), target, talk, canonical=canonical)
+        job = plan_import(folder, open_base(beside, name=base_name(base)), target, talk, canonical=canonical)
         return carry_out(job, how, talk)
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
+from pathlib import Path
 from typing import Any, cast
 
 from formats.errors import UserError, shown
@@ -26,6 +27,11 @@ class Base:
 
     fingerprint: str
     """See `converter.adapters.fingerprint`; empty where nobody took it, as in PEFT's own files."""
+
+
+def base_name(source: str | Path) -> str:
+    """What a model is called that adapters stand beside: a folder here by its whole path, which holds in every other folder."""
+    return str(Path(source).absolute()) if Path(source).exists() else str(source)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,3 +82,14 @@ def test_no_tokenizer_or_nothing_to_ask_is_told_before_the_first_step(ranks, mod
     told = {"validation__sample_interval": 5, "train__train_iters": 1, "scheduler__lr_warmup_iters": 0}
     with pytest.raises(UserError, match="and there are no prompts"):
         ranks.run(witness.train, 1, str(model_folder("gqa")), told)
+
+
+def test_examples_that_are_not_there_are_missed_before_the_model_is_loaded(ranks, model_folder, tmp_path):
+    from formats.errors import UserError
+
+    (tmp_path / "model").mkdir()  # loading it would be an error of its own
+    for path, message in ((tmp_path / "none.jsonl", "none.jsonl` does not exist"), (None, "`dataset.path` is not set")):
+        changes = _told(path, checkpoint__pretrained_checkpoint=str(tmp_path / "model"))
+        changes["dataset"].path = str(path) if path else None
+        with pytest.raises(UserError, match=message):
+            ranks.run(witness.train, 1, str(model_folder("gqa")), changes)

@@ -42,6 +42,7 @@ def _config(method: str | None, precision: str, *, in_rows: bool, model: dict[st
     config.peft = {None: None, "lora": LoRA(dim=32), "dora": DoRA(dim=32)}[method]
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 3, 2, 1
     config.validation.eval_iters = 0
+    config.checkpoint.random_weights = True
     config.optimizer.lr = 1e-5
     config.optimizer.use_distributed_optimizer = config.ddp.use_distributed_optimizer = True
     return config

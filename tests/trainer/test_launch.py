@@ -296,3 +296,10 @@ def test_nemo_run_on_slurm_wants_an_account(with_nemo_run):
 
 def test_nemo_run_on_slurm_wants_sbatch(with_nemo_run):
     with_nemo_run(NO_SBATCH, None)
+
+
+@pytest.mark.parametrize("method", ["lora", "none"])
+def test_fine_tuning_on_nothing_is_refused_before_it_is_a_job(method):
+    done = CliRunner().invoke(command, ["--slurm", "llama3_8b", f"peft={method}"])
+    assert "`dataset.path` is not set" in str(done.exception)
+    assert CliRunner().invoke(command, ["--slurm", "llama3_8b", f"peft={method}", "dataset.path=there.jsonl"]).exit_code == 0

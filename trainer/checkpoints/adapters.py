@@ -85,7 +85,7 @@ def identify(source: str | None, config: RunConfig, resumed: Path | None) -> Bas
                 hint="name the model with `checkpoint.pretrained_checkpoint`",
             )
         return None
-    base = Base(source, from_first_rank(lambda: _fingerprint(source)))
+    base = Base(description.base_name(source), from_first_rank(lambda: _fingerprint(source)))
     before = found.base if resumed and (found := _read(resumed)) else None
     if before and before.fingerprint and base.fingerprint and before.fingerprint != base.fingerprint:
         raise _another_base(str(resumed), before, base)
@@ -152,6 +152,16 @@ def put(chunk: Any, loaded: Mapping[str, Any]) -> None:
     assert not trained.intersection(answer.missing_keys), sorted(trained.intersection(answer.missing_keys))
 
 
+def check_same(chunks: Sequence[Any], resumed: Path) -> None:
+    """UserError where a checkpoint holds other adapters than were attached: megatron-core would leave out, and say nothing, what
+    has no place."""
+    with closing(TorchDistReader(LocalFolder(resumed))) as reader:
+        live.account(live.local_weights(chunks, only_trained), as_stored(reader.specs), str(resumed), hint=_SAME)
+
+
+_SAME = "`peft` should have the rank and the modules that it was trained with"
+
+
 def load(chunks: Sequence[Any], source: str, config: RunConfig, base: Base | None) -> str:
     """Adapters to start from, into chunks they were attached to; answers what was loaded, for people.
 
@@ -164,7 +174,7 @@ def load(chunks: Sequence[Any], source: str, config: RunConfig, base: Base | Non
             raise _another_base(source, found.base, base)
         reader.check(reader.specs)
         locals_, makings = live.local_weights(chunks, only_trained), as_stored(reader.specs)
-        live.account(locals_, makings, source, hint="`peft` should have the rank and the modules that it was trained with")
+        live.account(locals_, makings, source, hint=_SAME)
         for local in locals_:
             live.fill(local, makings[local.name], reader)
         unnamed = "" if found.base and found.base.fingerprint else ", which does not say what it was trained beside"

@@ -308,7 +308,7 @@ def _load(wanted: dict[str, Any], folder: Path, config: RunConfig) -> dict[str, 
         return dist_checkpointing.load(
             wanted, str(folder), strict=StrictHandling.RAISE_UNEXPECTED, verify_integrity=config.checkpoint.verify_integrity
         )
-    except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
+    except (dist_checkpointing.core.CheckpointingException, CheckpointException, ValueError) as error:
         reason = _reason(error) if isinstance(error, CheckpointException) else str(error)
         raise UserError(
             f"`{folder}` cannot be resumed from: {reason[:500]}",

@@ -21,6 +21,7 @@ from formats.json_objects import read_json
 from formats.spec import Reader, dtype_name
 from formats.torch_dist import TorchDistReader, find_iteration
 from trainer import tokenizers
+from trainer.checkpoints import iterations
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -84,15 +85,17 @@ def tokenizer_of(source: str, given: str | None = None) -> tokenizers.Tokenizer:
 
 
 def tokenizer_of_run(config: RunConfig) -> tokenizers.Tokenizer | None:
-    """The one that is named, else that of the weights to start from, else the one beside the model's own files; None where there
-    is none."""
+    """The one that is named, else that of the weights to start from, else that of the checkpoint to resume, else the one beside
+    the model's own files; None where there is none."""
     named, start = config.tokenizer.tokenizer_model, config.checkpoint.pretrained_checkpoint
     found = tokenizers.of_run(named, beside=start)
     if found is not None:
         return found
-    place = next(filter(_has_tokenizer, places(start)), None) if start else None
-    if place is not None:
-        return _load(place)
+    resumed = iterations.latest(config.checkpoint.load)
+    for source in filter(None, (start, resumed and str(resumed))):
+        place = next(filter(_has_tokenizer, places(source)), None)
+        if place is not None:
+            return _load(place)
     return tokenizers.of_run(None, beside=getattr(config.model, "hf_source", None))
 
 

@@ -41,9 +41,9 @@ def name_of(setting: str, value: Any) -> str | None:
 
 def taken_apart(setting: str, value: Any, now: Any) -> tuple[Any, Mapping[str, Any]]:
     """What `setting` becomes, and what is then to be set in it: of a name, or of a mapping with `name` and other settings.
-    Without another name, what is there stays."""
+    Without another name, what is there stays: a recipe's own rank, say."""
     if not isinstance(value, Mapping):
-        return fresh(setting, value), {}
+        return (now if now is not None and value == name_of(setting, now) else fresh(setting, value)), {}
     rest = {key: one for key, one in value.items() if key != "name"}
     if "name" not in value and now is None and rest:
         raise UserError(

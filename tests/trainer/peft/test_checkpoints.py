@@ -86,6 +86,28 @@ def test_a_checkpoint_holds_adapters_alone_and_names_its_base(run, model_folder,
     reader.close()
 
 
+def test_the_base_is_found_from_every_folder(model_folder, monkeypatch):
+    from converter.adapters.description import base_name
+
+    folder = model_folder("gqa")
+    monkeypatch.chdir(folder.parent)
+    assert base_name(folder.name) == str(folder)
+    assert base_name("org/name") == "org/name"
+
+
+def test_a_resumed_run_has_the_tokenizer_that_its_checkpoint_carries(run, model_folder, tmp_path):
+    from tests.trainer.small import settings
+    from trainer.checkpoints.contents import tokenizer_of, tokenizer_of_run
+
+    folder = model_folder("gqa")
+    run(1, {"peft": _method("lora"), **_there(tmp_path), "train__exit_interval": 1})
+    config = settings(folder, checkpoint__pretrained_checkpoint=None, checkpoint__load=str(tmp_path))
+    config.model.hf_source = None
+    found = tokenizer_of_run(config)
+    assert found is not None
+    assert found.encode("some words") == tokenizer_of(str(folder)).encode("some words")
+
+
 def test_a_trained_adapter_says_in_peft_what_it_says_here(run, model_folder, tmp_path):
     """Loss of the held-out samples, by PEFT on transformers' model."""
     from peft import PeftModel
@@ -144,6 +166,9 @@ def test_what_does_not_belong_together_is_refused(run, model_folder, tmp_path):
     assert "holds adapters, and `peft` is `none`" in _refusal(run, {**told, "peft": None})
     assert "was trained with `alpha` `8`, and `peft` has `4`" in _refusal(run, {**told, "peft": _method("lora", alpha=4)})
     assert "was trained with `method` `lora`, and `peft` has `dora`" in _refusal(run, {**told, "peft": _method("dora")})
+    fewer = {**told, "peft": _method("lora", target_modules=["linear_qkv"])}
+    assert "for which the model has no place" in _refusal(run, fewer)
+    assert "cannot be resumed from" in _refusal(run, {**told, "peft": _method("lora", lora_plus_ratio=4.0)})
     nowhere = {"peft": _method("lora"), "checkpoint__save": str(tmp_path / "new"), "checkpoint__pretrained_checkpoint": None}
     assert "cannot be saved beside random weights" in _refusal(run, nowhere)
     without = {"peft": None, "checkpoint__pretrained_adapter": str(tmp_path)}

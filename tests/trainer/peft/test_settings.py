@@ -23,6 +23,7 @@ def test_a_name_chooses_and_settings_follow():
     found = _after("peft=lora", "peft.dim=16", "peft.target_modules=[linear_qkv]", "peft.canonical=true").peft
     assert found == LoRA(dim=16, target_modules=["linear_qkv"], canonical=True)
     assert _after("peft=lora", "peft.dim=16", "peft=dora").peft == DoRA()
+    assert _after("peft=lora", "peft.dim=16", "peft=lora").peft == LoRA(dim=16)
     assert type(_after("peft={name:dora,dim:4}").peft) is DoRA
     assert _after("peft={name:dora,dim:4}", "peft={dropout:0.1}").peft == DoRA(dim=4, dropout=0.1)
     assert (

@@ -20,7 +20,7 @@ from trainer.data.chat import packing, store
 from trainer.data.chat.dataset import Examples
 from trainer.data.chat.examples import Counts, Tokenized, identity, read_examples, tokenizer_identity
 from trainer.data.chat.sources import Source
-from trainer.data.chat.splits import SPLITS, Part, parts
+from trainer.data.chat.splits import SPLITS, Part, parts, path_of
 from trainer.data.chat.store import Store
 from trainer.tokenizers import Tokenizer
 
@@ -33,6 +33,12 @@ def build(
     if config.path is not None and is_packed(Path(config.path)):
         return cache.in_turn(lambda: _laid_out(config, Path(config.path or ""), tokenizer, vocab_size, samples))
     return cache.in_turn(lambda: _from_files(config, needed(tokenizer), vocab_size, samples))
+
+
+def check(config: FinetuningDatasetConfig) -> None:
+    """UserError where there is nothing to train on. To be called on every rank."""
+    if not is_packed(path_of(config)):
+        cache.in_turn(lambda: [part.source.files() for part in parts(config)[:1] if part])
 
 
 def needed(tokenizer: Tokenizer | None) -> Tokenizer:

@@ -48,6 +48,13 @@ _ONE_OF_THEM = "name the folder or file of one of them: `dataset.path`, `dataset
 type Parts = tuple[Part | None, Part | None, Part | None]
 
 
+def path_of(config: FinetuningDatasetConfig) -> Path:
+    """Where the examples are; UserError where that is not said. Opens nothing."""
+    if config.path is None:
+        raise UserError("`dataset.path` is not set", hint="name the examples to learn from: `dataset.path=examples.jsonl`")
+    return Path(config.path)
+
+
 def parts(config: FinetuningDatasetConfig) -> Parts:
     """For train, validation and test: what each has; None for one that has nothing.
 
@@ -55,11 +62,9 @@ def parts(config: FinetuningDatasetConfig) -> Parts:
     else a share of the training examples; shares of those with examples of their own are left out. UserError where nothing is
     left to train on, or `split` is no split.
     """
-    if config.path is None:
-        raise UserError("`dataset.path` is not set", hint="name the examples to learn from: `dataset.path=examples.jsonl`")
     if not 0 <= config.random_seed < 2**32:
         raise UserError(f"`dataset.random_seed` is {config.random_seed}", hint=f"choose one from 0 to {2**32 - 1}")
-    train, *own = _sources(config, Path(config.path))
+    train, *own = _sources(config, path_of(config))
     asked = _shares(config.split)
     left = [asked[0], *(0.0 if source else share for source, share in zip(own, asked[1:], strict=True))]
     if not left[0]:
