@@ -129,7 +129,8 @@ def _ours(told: argparse.Namespace, precision: str) -> Figures:
         settings = [
             "peft=lora", f"peft.dim={packed.RANK}", f"peft.alpha={packed.RANK}", f"mixed_precision={name}", *more, *layers,
             f"dataset.path={told.folder / 'rows'}", f"dataset.sequence_length={told.sequence}",
-            "tokenizer.tokenizer_model=null", "checkpoint.random_weights=true", f"train.micro_batch_size={told.micro_batch}", f"train.global_batch_size={batch}",
+            "tokenizer.tokenizer_model=null", "checkpoint.random_weights=true",
+            f"train.micro_batch_size={told.micro_batch}", f"train.global_batch_size={batch}",
             f"train.train_iters={told.steps}", "validation.eval_iters=0", "optimizer.lr=1e-4", "optimizer.clip_grad=1.0",
             "logger.log_interval=1", f"logger.run_dir={run}", f"dist.device={told.device}", *told.setting,
         ]  # fmt: skip

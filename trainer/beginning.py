@@ -33,7 +33,7 @@ def first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | None
     if tuning and not told.random_weights:
         raise UserError(
             "fine-tuning starts from a model, and `checkpoint.pretrained_checkpoint` names none",
-            hint="name a Megatron checkpoint or a Hugging Face directory; `checkpoint.random_weights=true` if random ones are meant",
+            hint="name a checkpoint or a Hugging Face directory; `checkpoint.random_weights=true` if random ones are meant",
         )
     say("weights are random: neither `checkpoint.load` nor `checkpoint.pretrained_checkpoint` names any")
 
