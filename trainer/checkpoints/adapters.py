@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from converter.adapters import description
 from converter.adapters.description import Base, Description
 from converter.adapters.fingerprint import fingerprint
+from converter.adapters.open import is_peft
 from converter.inspect import HUGGINGFACE, kind
 from converter.plan import as_stored
 from converter.reference import UnknownModelError
@@ -167,6 +168,11 @@ def load(chunks: Sequence[Any], source: str, config: RunConfig, base: Base | Non
 
     Raises UserError for what is no checkpoint of adapters, or of another method, shape or base.
     """
+    if is_peft(LocalFolder(Path(source))):
+        raise UserError(
+            f"`{source}` is a folder of PEFT's",
+            hint=f"make a checkpoint of it: `mbconvert adapter-to-mcore {source} DST --base …`, and name that",
+        )
     with closing(TorchDistReader(LocalFolder(Path(source)))) as reader:
         found = description.read(reader.folder)
         _check_method(found, config, source)

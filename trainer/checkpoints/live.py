@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from converter import families, reference
+from converter.adapters.open import refuse_adapter
 from converter.carried import CONFIG
 from converter.config import make_model
 from converter.inspect import HUGGINGFACE, kind
@@ -100,8 +101,10 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
     alike, before a weight changes.
     """
     folder = open_source(source, or_hub=True)
+    refuse_adapter(folder)
     opened = HuggingFaceReader if kind(folder) == HUGGINGFACE else TorchDistReader
     with in_full(chunks), closing(opened(folder)) as reader:
+        refuse_adapter(reader.folder)
         locals_ = local_weights(chunks)
         told = _told(reader)
         makings = _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else _from_megatron(reader, told)

@@ -173,6 +173,12 @@ def test_what_does_not_belong_together_is_refused(run, model_folder, tmp_path):
     assert "fine-tuning starts from a model" in _refusal(run, nowhere)
     nowhere["checkpoint__random_weights"] = True
     assert "cannot be saved beside random weights" in _refusal(run, nowhere)
+    named = {"peft": _method("lora"), "checkpoint__pretrained_checkpoint": str(tmp_path)}
+    assert "is an adapter without its model" in _refusal(run, named)
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text("{}")
+    theirs = {"peft": _method("lora"), "checkpoint__pretrained_adapter": str(tmp_path / "peft")}
+    assert "is a folder of PEFT's" in _refusal(run, theirs)
     without = {"peft": None, "checkpoint__pretrained_adapter": str(tmp_path)}
     assert "`peft` is `none`" in _refusal(run, without)
     ill = {"peft": _method("lora", target_modules=["linear_fc1"]), "checkpoint__pretrained_adapter": str(tmp_path)}
