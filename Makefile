@@ -18,7 +18,7 @@ demo-training: $(TRAIN)
 	$(BIN)/python -m tests.demo_training
 
 test: check
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu"
 
 check: $(FULL)
 	$(BIN)/ruff format --check .

@@ -100,7 +100,7 @@ def _sources(folder: Path) -> None:
 
 def _examples(folder: Path) -> None:
     """Signatures and docstrings, and a model that has read some sources."""
-    found = [one for _, examples in modules() for one in examples if len(one["completion"]) < 120]
+    found = [one for _, examples in modules() for one in examples if len(one["completion"]) < 120 and len(one["prompt"]) < 120]
     (folder / "docstrings.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found[:1000]))
     _sources(folder)
     for command in COMMANDS["training"][:1]:
