@@ -29,8 +29,7 @@ def first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | None
     if source:
         say(str(live.load(chunks, source, note=lambda text: say(f"note: {text}"))))
         return
-    tuning = config.peft is not None or isinstance(config.dataset, FinetuningDatasetConfig)
-    if tuning and not told.random_weights:
+    if isinstance(config.dataset, FinetuningDatasetConfig) and not told.random_weights:
         raise UserError(
             "fine-tuning starts from a model, and `checkpoint.pretrained_checkpoint` names none",
             hint="name a checkpoint or a Hugging Face directory; `checkpoint.random_weights=true` if random ones are meant",

@@ -76,6 +76,13 @@ def test_adapters_answer_beside_their_base_as_the_merged_model_does_in_transform
         assert _tokens(ranks.run(answers, world, str(run), layout)[-1]) == expected
 
 
+def test_fine_tuning_that_names_no_model_is_refused(ranks, model_folder, examples):
+    from formats.errors import UserError
+
+    with pytest.raises(UserError, match="fine-tuning starts from a model"):
+        ranks.run(witness.train, 1, str(model_folder("gqa")), _told(examples, checkpoint__pretrained_checkpoint=None))
+
+
 def test_no_tokenizer_or_nothing_to_ask_is_told_before_the_first_step(ranks, model_folder, tmp_path):
     from formats.errors import UserError
 

@@ -170,8 +170,6 @@ def test_what_does_not_belong_together_is_refused(run, model_folder, tmp_path):
     assert "for which the model has no place" in _refusal(run, fewer)
     assert "cannot be resumed from" in _refusal(run, {**told, "peft": _method("lora", lora_plus_ratio=4.0)})
     nowhere = {"peft": _method("lora"), "checkpoint__save": str(tmp_path / "new"), "checkpoint__pretrained_checkpoint": None}
-    assert "fine-tuning starts from a model" in _refusal(run, nowhere)
-    nowhere["checkpoint__random_weights"] = True
     assert "cannot be saved beside random weights" in _refusal(run, nowhere)
     named = {"peft": _method("lora"), "checkpoint__pretrained_checkpoint": str(tmp_path)}
     assert "is an adapter without its model" in _refusal(run, named)
