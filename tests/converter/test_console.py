@@ -27,7 +27,7 @@ def test_where_nobody_watches_a_line_every_few_seconds(monkeypatch, capsys):
         lines.progress(100_000_000)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 4
-    assert re.fullmatch(r"500.00 MB of 10.00 GB, 100.00 MB/s, 95 s left, \d+\.\d\d MB resident", said[0])
+    assert re.fullmatch(r"500.00 MB of 10.00 GB, 100.00 MB/s, 95 s left, \d+\.\d\d [MG]B resident", said[0])
 
 
 def test_on_a_terminal_a_bar_with_bytes_rate_time_and_memory(model_folder, tmp_path):
