@@ -8,6 +8,7 @@ Commands import what they need when they run, so that `--help` answers at once.
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -32,28 +33,29 @@ _INTERRUPTED, _TERMINATED = 130, 143
 _DTYPES = click.Choice(["keep", "bf16", "fp16", "fp32"])
 
 
-class _Size(click.ParamType[int]):
-    """`5GB`, `500MB`, `2GiB`, or a number of bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value).strip().lower())
-        if not found or found[2] not in _UNITS or float(found[1]) * _UNITS[found[2]] < 1:
-            self.fail(f"`{value}` is not a size; try 5GB or 500MB", param, ctx)
-        return int(float(found[1]) * _UNITS[found[2]])
+_LARGEST = 1 << 62
+"""Bytes that file offsets can count."""
 
 
-class _Stages(click.ParamType[list[int]]):
-    """`9,9,8,6`."""
+def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """`5GB`, `500MB`, `2GiB` or a number of bytes, as bytes."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*([a-z]*)", value.strip().lower())
+    size = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
+    if not 1 <= size < _LARGEST:
+        raise click.BadParameter(f"`{value[:40]}` is not a size; try 5GB or 500MB", context, parameter)
+    return size
 
-    name = "layers"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        parts = str(value).split(",")
-        if not all(re.fullmatch(r"\d{1,6}", part.strip()) for part in parts):
-            self.fail(f"`{value}` is not a list of layers per stage; try 9,9,8,6", param, ctx)
-        return [int(part) for part in parts]
+def _stages(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
+    """`9,9,8,6` as layers per pipeline stage."""
+    if value is None:
+        return None
+    parts = value.split(",")
+    if not all(re.fullmatch(r"\d{1,6}", part.strip()) for part in parts):
+        raise click.BadParameter(f"`{value[:40]}` is not a list of layers per stage; try 9,9,8,6", context, parameter)
+    return [int(part) for part in parts]
 
 
 _COUNT = click.IntRange(min=1)
@@ -88,7 +90,8 @@ def _layout(command: _Command) -> _Command:
         click.option("--tp", type=_COUNT, default=1, show_default=True, metavar="N", help="Tensor-parallel size."),
         click.option("--pp", type=_COUNT, default=1, show_default=True, metavar="N", help="Pipeline-parallel size."),
         click.option("--vpp", type=_COUNT, default=1, show_default=True, metavar="N", help="Virtual stages per pipeline rank."),
-        click.option("--pp-layout", type=_Stages(), help="Layers per stage, all ranks of the first virtual stage first."),
+        click.option("--pp-layout", callback=_stages, metavar="N,N,…",
+                     help="Layers per stage, all ranks of the first virtual stage first."),
         click.option("--vocab-divisible-by", type=_COUNT, default=128, show_default=True, metavar="N",
                      help="Pad the vocabulary to a multiple of N × TP."),
         click.option("--integrity/--no-integrity", default=True, show_default=True,
@@ -99,7 +102,9 @@ def _layout(command: _Command) -> _Command:
     return command
 
 
-_max_shard_size = click.option("--max-shard-size", type=_Size(), help="Size of a safetensors file at most, such as 5GB.")
+_max_shard_size = click.option(
+    "--max-shard-size", callback=_size, metavar="SIZE", help="Size of a safetensors file at most, such as 5GB."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -111,34 +116,40 @@ def cli() -> None:
     """
 
 
-@cli.command("hf-to-mcore")
+@cli.command("hf-to-mcore", epilog="Example: mbconvert hf-to-mcore Llama-3.2-1B megatron --tp 8 --pp 4")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
 @_layout
 @_common
 def hf_to_mcore(source: str, target: str, **options: Any) -> None:
-    """Convert the Hugging Face model SRC (a directory or a Hub id) to the Megatron checkpoint DST."""
+    """Convert a Hugging Face model to Megatron.
+
+    SRC is a directory, a Hub id or a URL; DST becomes a Megatron distributed checkpoint.
+    """
     from converter.console import convert  # noqa: PLC0415
     from converter.convert import hf_to_mcore  # noqa: PLC0415
 
     convert(hf_to_mcore, source, target, **options)
 
 
-@cli.command("mcore-to-hf")
+@cli.command("mcore-to-hf", epilog="Example: mbconvert mcore-to-hf megatron Llama-back --max-shard-size 5GB")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
 @click.option("--hf-config", metavar="DIR", help="Follow the `config.json` and side files of DIR.")
 @_max_shard_size
 @_common
 def mcore_to_hf(source: str, target: str, **options: Any) -> None:
-    """Convert the Megatron checkpoint SRC (its root, or one `iter_*` directory) to the Hugging Face model DST."""
+    """Convert a Megatron checkpoint to Hugging Face.
+
+    SRC is the root of a checkpoint or one `iter_*` directory in it; DST becomes a model directory.
+    """
     from converter.console import convert  # noqa: PLC0415
     from converter.convert import mcore_to_hf  # noqa: PLC0415
 
     convert(mcore_to_hf, source, target, **options)
 
 
-@cli.command("merge")
+@cli.command("merge", epilog="Example: mbconvert merge Llama-3.2-1B adapter Llama-merged")
 @click.argument("base", metavar="BASE")
 @click.argument("adapter", metavar="ADAPTER")
 @click.argument("target", metavar="DST")
@@ -149,10 +160,10 @@ def mcore_to_hf(source: str, target: str, **options: Any) -> None:
 @_max_shard_size
 @_common
 def merge(base: str, adapter: str, target: str, **options: Any) -> None:
-    """Write BASE with ADAPTER merged into its weights to DST: added in fp32, rounded once.
+    """Merge an adapter into the weights of its base.
 
-    BASE and DST are Hugging Face directories or Megatron checkpoints; ADAPTER is PEFT's folder, or the Megatron checkpoint of
-    a training run with `peft`.
+    DST becomes BASE with ADAPTER added in fp32 and rounded once. BASE and DST are Hugging Face directories or Megatron
+    checkpoints; ADAPTER is PEFT's folder, or the Megatron checkpoint of a training run with `peft`.
     """
     from converter.adapters.merge import merge  # noqa: PLC0415
     from converter.console import convert  # noqa: PLC0415
@@ -160,7 +171,7 @@ def merge(base: str, adapter: str, target: str, **options: Any) -> None:
     convert(merge, base, adapter, target, **options)
 
 
-@cli.command("adapter-to-mcore")
+@cli.command("adapter-to-mcore", epilog="Example: mbconvert adapter-to-mcore adapter megatron-adapter --base Llama-3.2-1B")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
 @click.option("--base", required=True, metavar="MODEL", help="The model it was trained beside: a directory of either format, "
@@ -169,26 +180,32 @@ def merge(base: str, adapter: str, target: str, **options: Any) -> None:
               help="Separate adapters for query, key, value, gate and up, as PEFT has them; or one per module.")  # fmt: skip
 @_how
 def adapter_to_mcore(source: str, target: str, **options: Any) -> None:
-    """Convert the PEFT adapter SRC (a directory or a Hub id) to the Megatron adapter checkpoint DST."""
+    """Convert a PEFT adapter to Megatron.
+
+    SRC is a directory or a Hub id; DST becomes a Megatron checkpoint of the adapter alone.
+    """
     from converter.adapters.convert import adapter_to_mcore  # noqa: PLC0415
     from converter.console import convert  # noqa: PLC0415
 
     convert(adapter_to_mcore, source, target, **options)
 
 
-@cli.command("adapter-to-hf")
+@cli.command("adapter-to-hf", epilog="Example: mbconvert adapter-to-hf megatron-adapter adapter")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
 @_how
 def adapter_to_hf(source: str, target: str, **options: Any) -> None:
-    """Convert the Megatron adapter checkpoint SRC (its root, or one `iter_*` directory) to the PEFT adapter DST."""
+    """Convert a Megatron adapter checkpoint to PEFT.
+
+    SRC is the root of a checkpoint or one `iter_*` directory in it; DST becomes a PEFT directory.
+    """
     from converter.adapters.convert import adapter_to_hf  # noqa: PLC0415
     from converter.console import convert  # noqa: PLC0415
 
     convert(adapter_to_hf, source, target, **options)
 
 
-@cli.command("inspect")
+@cli.command("inspect", epilog="Example: mbconvert inspect megatron --check")
 @click.argument("path", metavar="PATH")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option(
@@ -199,7 +216,10 @@ def adapter_to_hf(source: str, target: str, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def inspect_command(context: click.Context, path: str, *, tensors: bool, check: bool, as_json: bool) -> None:
-    """Say what PATH is, from headers alone: format, writer, family, sizes, dtypes, layout."""
+    """Describe a checkpoint from its headers.
+
+    Prints format, writer, family, sizes, dtypes and layout of PATH: a directory, a URL or a Hub id.
+    """
     from converter import console  # noqa: PLC0415
     from converter.inspect import inspect  # noqa: PLC0415
 
@@ -210,7 +230,7 @@ def inspect_command(context: click.Context, path: str, *, tensors: bool, check: 
     console.show_report(inspect(path, tensors=tensors), as_json=as_json)
 
 
-@cli.command("verify")
+@cli.command("verify", epilog="Example: mbconvert verify Llama-3.2-1B megatron")
 @click.argument("one", metavar="A")
 @click.argument("other", metavar="B")
 @click.option("--as", "cast", type=click.Choice(["bf16", "fp16", "fp32"]), help="Compare after casting both.")
@@ -219,13 +239,16 @@ def inspect_command(context: click.Context, path: str, *, tensors: bool, check: 
 @click.option("--quiet", is_flag=True, help="No progress; the exit code tells.")
 @click.pass_context
 def verify_command(context: click.Context, one: str, other: str, **options: Any) -> None:
-    """Do A and B hold the same weights? Any formats, layouts and writers, to the bit. Exit 0 the same, 1 different."""
+    """Compare two checkpoints bit for bit.
+
+    A and B may differ in format, layout and writer. Exit 0 if they hold the same weights, 1 if not.
+    """
     from converter import console  # noqa: PLC0415
 
     context.exit(console.verify(one, other, **options))
 
 
-@cli.command("families")
+@cli.command("families", epilog="Example: mbconvert families --json")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def families_command(*, as_json: bool) -> None:
     """List the supported model families."""
@@ -262,14 +285,24 @@ def main() -> None:
         sys.exit(cli.main(standalone_mode=False))
     except UserError as error:
         click.echo(f"error: {error}", err=True)
+        _failed_as_json(str(error.args[0]), error.hint)
         sys.exit(1)
     except click.ClickException as error:
         error.show()
+        _failed_as_json(error.format_message())
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
+        _failed_as_json("interrupted")
         sys.exit(_INTERRUPTED)
     except SystemExit as stopped:
         if stopped.code == _TERMINATED:
             click.echo("terminated", err=True)
+            _failed_as_json("terminated")
         raise
+
+
+def _failed_as_json(message: str, hint: str = "") -> None:
+    """Say on stdout too that a command with `--json` failed: a program that reads it always gets one object."""
+    if "--json" in sys.argv[1:]:
+        click.echo(json.dumps({"error": message, "hint": hint}))

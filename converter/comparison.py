@@ -55,22 +55,24 @@ class Side:
 @dataclass(slots=True)
 class Difference:
     """How a tensor differs. `elements` that differ in any bit, the `first` of them by index, both values there, and the
-    `largest` difference of two numbers; where shape or dtype differ, nothing is compared and `what` says so."""
+    `largest` difference of two numbers, None where no two of those that differ are numbers; where shape or dtype differ, nothing
+    is compared and `what` says so."""
 
     name: str
     what: str = ""
     elements: int = 0
     first: tuple[int, ...] = ()
     values: tuple[float, float] | tuple[()] = ()
-    largest: float = 0.0
+    largest: float | None = None
 
     def __str__(self) -> str:
         if self.what:
             return f"`{self.name}`: {self.what}"
         one, other = self.values or (0.0, 0.0)
+        largest = "no two of them numbers" if self.largest is None else f"largest difference {self.largest!r}"
         return (
             f"`{self.name}`: {'1 element differs' if self.elements == 1 else f'{self.elements} elements differ, first'} "
-            f"at {list(self.first)}: {one!r} and {other!r}, largest difference {self.largest!r}"
+            f"at {list(self.first)}: {one!r} and {other!r}, {largest}"
         )
 
 
@@ -181,4 +183,6 @@ def _add(found: Difference, piece: Piece, one: Array, other: Array) -> None:
     found.elements += len(where)
     with np.errstate(all="ignore"):
         apart: Any = np.abs(ours - theirs)
-        found.largest = max(found.largest, float(np.nanmax(apart, initial=0.0)))
+    numbers = apart[~np.isnan(apart)]
+    if numbers.size:
+        found.largest = max(found.largest or 0.0, float(numbers.max()))

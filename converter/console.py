@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,7 @@ from converter.memory import peak_memory, resident_memory
 from converter.proof import check_directory, verify_directories
 from converter.ranks import from_environment
 from formats.disk import free_bytes
+from formats.json_objects import finite
 from formats.remote.folder import is_remote
 
 LINE_EVERY = 5.0
@@ -44,6 +45,11 @@ def count(number: int) -> str:
     return str(number)
 
 
+def print_json(data: Mapping[str, Any]) -> None:
+    """Print one JSON object on stdout."""
+    click.echo(json.dumps(finite(data), allow_nan=False))
+
+
 def convert(action: Callable[..., Summary], *places: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Run a conversion with progress, then say what it did. Of several ranks, the first speaks."""
     ranks = from_environment()
@@ -52,7 +58,7 @@ def convert(action: Callable[..., Summary], *places: str, as_json: bool, quiet: 
     with talking(quiet=quiet or (as_json and options["dry_run"])) as talk:
         summary = action(*places, talk=talk, ranks=ranks, **options)
     if as_json:
-        click.echo(json.dumps(asdict(summary)))
+        print_json(asdict(summary))
     elif summary.dry_run and not silent:
         show_plan(summary)
     elif not quiet:
@@ -70,7 +76,7 @@ def verify(one: str, other: str, *, cast: str | None, workers: int | None, as_js
     with talking(quiet=quiet or as_json) as talk:
         found = verify_directories(one, other, cast=cast, workers=workers, talk=talk)
     if as_json:
-        click.echo(json.dumps({"same": found.same, **asdict(found), "peak_memory": peak_memory()}))
+        print_json({"same": found.same, **asdict(found), "peak_memory": peak_memory()})
     elif not quiet:
         show_comparison(found)
     return 0 if found.same else 1
@@ -90,7 +96,7 @@ def check(path: str, *, as_json: bool) -> int:
     with talking(quiet=as_json) as talk:
         found = check_directory(path, talk=talk)
     if as_json:
-        click.echo(json.dumps({"whole": found.whole, **asdict(found)}))
+        print_json({"whole": found.whole, **asdict(found)})
     else:
         for what, names in (("changed", found.changed), ("missing", found.missing), ("not listed", found.unlisted)):
             for name in names:
@@ -181,7 +187,7 @@ def show_plan(summary: Summary) -> None:
 def show_report(report: Report, *, as_json: bool) -> None:
     """A report as lines, or as JSON."""
     if as_json:
-        click.echo(json.dumps(asdict(report)))
+        print_json(asdict(report))
         return
     for name, text in _report_lines(report):
         click.echo(f"{name:<12} {text}")
@@ -209,7 +215,7 @@ def show_families(*, as_json: bool) -> None:
     """The support matrix: the directory of families, listed."""
     rows = [(name, families.find(name)) for name in families.names()]
     if as_json:
-        click.echo(json.dumps({name: {"models": one.MODELS, "architecture": one.ARCHITECTURE} for name, one in rows}))
+        print_json({name: {"models": one.MODELS, "architecture": one.ARCHITECTURE} for name, one in rows})
         return
     width = shutil.get_terminal_size().columns
     for name, one in rows:

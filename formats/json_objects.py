@@ -1,8 +1,9 @@
-"""JSON objects from files that may be damaged."""
+"""JSON objects from files that may be damaged, and values fit to be written as JSON."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -66,3 +67,16 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
     if not folder.has(name):
         raise UserError(f"`{folder.label}` has no `{name}`", hint="point at a Hugging Face model directory")
     return parse_json(folder.get(name), source=name)
+
+
+def finite(value: Any) -> Any:
+    """Return `value` with floats that JSON has no number for as the strings `NaN`, `Infinity` and `-Infinity`.
+
+    >>> finite({"largest": float("inf"), "values": (0.5, float("nan"))})
+    {'largest': 'Infinity', 'values': [0.5, 'NaN']}
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in cast("dict[str, Any]", value).items()}
+    return [finite(inner) for inner in cast("list[Any]", value)] if isinstance(value, (list, tuple)) else value

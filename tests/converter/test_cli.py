@@ -116,7 +116,8 @@ def test_a_405b_model_is_planned_from_headers_alone(tmp_path):
 
 @pytest.mark.parametrize("arguments", [
     ["convert"], ["hf-to-mcore", "a"], ["hf-to-mcore", "a", "b", "--tp", "0"], ["hf-to-mcore", "a", "b", "--dtype", "int8"],
-    ["mcore-to-hf", "a", "b", "--max-shard-size", "5 apples"], ["hf-to-mcore", "a", "b", "--pp-layout", "3,x"], ["inspect"],
+    ["mcore-to-hf", "a", "b", "--max-shard-size", "5 apples"], ["mcore-to-hf", "a", "b", "--max-shard-size", "9" * 400],
+    ["mcore-to-hf", "a", "b", "--max-shard-size", "5000000TB"], ["hf-to-mcore", "a", "b", "--pp-layout", "3,x"], ["inspect"],
 ])  # fmt: skip
 def test_misuse_exits_with_2(arguments):
     done = mbconvert(*arguments)
@@ -132,6 +133,19 @@ def test_failure_exits_with_1_and_a_hint_and_no_traceback(folder, tmp_path):
         "\n"
         "hint: megatron-core takes 1, 2, 4 or a multiple of 4\n"
     )
+
+
+def test_a_failure_is_one_json_object_too(folder, tmp_path):
+    done = mbconvert("hf-to-mcore", folder, tmp_path / "m", "--tp", "3", "--json")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: tensor-parallel size 3 neither")
+    assert json.loads(done.stdout) == {
+        "error": "tensor-parallel size 3 neither divides the model's 4 query groups nor is a multiple of them",
+        "hint": "megatron-core takes 1, 2, 4 or a multiple of 4",
+    }
+    done = mbconvert("hf-to-mcore", folder, tmp_path / "m", "--tp", "0", "--json")
+    assert done.returncode == 2
+    assert sorted(json.loads(done.stdout)) == ["error", "hint"]
 
 
 def test_an_interrupt_exits_with_130_and_leaves_nothing(folder, tmp_path):

@@ -108,6 +108,20 @@ def test_the_same_nan_is_the_same_and_another_is_not(pair):
     [difference] = verify(other, other.with_name("nan")).different
     assert difference.elements == 1
     assert np.isnan(difference.values).all()
+    assert difference.largest is None
+    assert str(difference) == "`model.norm.weight`: 1 element differs at [0]: nan and nan, no two of them numbers"
+
+
+def _no_number(text):
+    raise AssertionError(f"{text} is not JSON")
+
+
+def test_json_of_a_comparison_is_json_where_values_are_no_numbers(pair):
+    one, other = pair
+    edit(other, lambda tensors: tensors["model.norm.weight"].__setitem__(slice(0, 2), torch.tensor([torch.nan, torch.inf])))
+    done = mbconvert("verify", one, other, "--json")
+    [found] = json.loads(done.stdout, parse_constant=_no_number)["different"]
+    assert (found["values"][1], found["largest"]) == ("NaN", "Infinity")
 
 
 def test_tensors_on_one_side_only_are_named(pair):

@@ -8,12 +8,14 @@ from trainer.commands.pretrain import carry_out
 from trainer.settings.arguments import run_arguments
 
 
-@click.command()
+@click.command(epilog="Example: mbtrain finetune llama3_8b checkpoint.pretrained_checkpoint=DIR dataset.path=chat.jsonl")
 @run_arguments
 @click.option("--nproc", type=click.IntRange(1), help="Start so many processes here; under torchrun or Slurm leave it out.")
 @click.option("--skip-bad", is_flag=True, help="Count examples that cannot be used, as dataset.skip_bad=true does.")
 def command(words: tuple[str, ...], config_file: str | None, nproc: int | None, *, skip_bad: bool) -> None:
-    """Fine-tune RECIPE from checkpoint.pretrained_checkpoint=DIR on the examples of dataset.path=FILE.
+    """Fine-tune a model on examples.
+
+    RECIPE starts from checkpoint.pretrained_checkpoint=DIR and learns the examples of dataset.path=FILE.
 
     peft=lora and peft=dora train adapters, which is what happens if nothing is said; peft=none trains every parameter.
 

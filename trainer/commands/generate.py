@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trainer.generation.text import Generation
 
 
-@click.command()
+@click.command(epilog="Example: mbtrain generate run --prompt 'def main('")
 @click.argument("checkpoint")
 @click.argument("overrides", nargs=-1, metavar="[SECTION.NAME=VALUE]...")
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="May be given several times.")
@@ -46,7 +46,7 @@ def command(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Let the model in CHECKPOINT go on from prompts.
+    """Generate text from prompts.
 
     CHECKPOINT is a Megatron checkpoint or a Hugging Face directory; settings such as model.tensor_model_parallel_size=2 divide
     the model over --nproc processes, or over those that torchrun starts.

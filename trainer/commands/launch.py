@@ -9,7 +9,11 @@ import click
 from trainer.launch import STOP_BEFORE, Job, pretraining
 
 
-@click.command(name="launch", context_settings={"ignore_unknown_options": False})
+@click.command(
+    name="launch",
+    epilog="Example: mbtrain launch --slurm llama3_8b --nodes 2",
+    context_settings={"ignore_unknown_options": False},
+)
 @click.option("--slurm", "by_slurm", is_flag=True, help="As an sbatch script.")
 @click.option("--nemo-run", "by_nemo_run", is_flag=True, help="As a NeMo-Run experiment.")
 @click.argument("recipe")
@@ -33,7 +37,9 @@ from trainer.launch import STOP_BEFORE, Job, pretraining
               help="NeMo-Run: on this machine, or by Slurm.")  # fmt: skip
 @click.option("--submit/--dry-run", default=False, help="Run it; without it, only show what would be run.")
 def command(*, by_slurm: bool, by_nemo_run: bool, recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
-    """Train RECIPE as a job: print an sbatch script or a NeMo-Run experiment, or submit it.
+    """Run a recipe under Slurm or NeMo-Run.
+
+    Prints an sbatch script or a NeMo-Run experiment, or submits it.
 
     KEY=VALUE settings are those of `mbtrain pretrain`; a run that cannot start there is refused here.
     """

@@ -15,13 +15,19 @@ if TYPE_CHECKING:
     from trainer.data.chat.sets import Packed
 
 
-@click.command("pack", no_args_is_help=True)
+@click.command(
+    "pack",
+    no_args_is_help=True,
+    epilog="Example: mbtrain pack llama3_8b packed tokenizer.tokenizer_model=DIR dataset.path=chat.jsonl",
+)
 @click.argument("words", nargs=-1, metavar="[RECIPE] OUT [SECTION.NAME=VALUE]...")
 @click.option("--config", "config_file", metavar="FILE", help="Settings in YAML, over the recipe's.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 def command(words: tuple[str, ...], *, config_file: str | None, as_json: bool, quiet: bool) -> None:
-    """Tokenize the examples of dataset.path, and pack them into rows of dataset.sequence_length, in the new folder OUT.
+    """Tokenize and pack examples, once for many runs.
+
+    The examples of dataset.path become rows of dataset.sequence_length in the new folder OUT.
 
     A run with dataset.path=OUT then starts at once, on rows as full as can be. The folder is for the tokenizer and the sequence
     length that it was made with.

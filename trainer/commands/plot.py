@@ -7,11 +7,14 @@ from pathlib import Path
 import click
 
 
-@click.command(name="plot")
+@click.command(name="plot", epilog="Example: mbtrain plot run")
 @click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR…", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The PNG to write; without it, `curves.png` in the first RUN_DIR.")
 def command(run_dirs: tuple[Path, ...], out: Path | None) -> None:
-    """Draw loss, learning rate, gradient norm and throughput of a run, or of several over each other."""
+    """Plot the curves of one run or several.
+
+    Loss, learning rate, gradient norm and throughput, as a PNG.
+    """
     from trainer.telling.plot import plot  # noqa: PLC0415 - `--help` needs no matplotlib
 
     out = out or run_dirs[0] / "curves.png"

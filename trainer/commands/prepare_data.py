@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 
-@click.command("prepare-data", no_args_is_help=True)
+@click.command("prepare-data", no_args_is_help=True, epilog="Example: mbtrain prepare-data sources text --tokenizer byte")
 @click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="INPUT…")
 @click.argument("prefix", type=click.Path(path_type=Path))
 @click.option("--tokenizer", required=True, metavar="DIR|byte", help="A folder with tokenizer.json, or `byte`.")
@@ -34,7 +34,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Tokenize documents into PREFIX.bin and PREFIX.idx, in Megatron-LM's format.
+    """Tokenize documents for pretraining.
+
+    Writes PREFIX.bin and PREFIX.idx in Megatron-LM's format.
 
     INPUT is a file or a folder of files: .txt, .md and .py are a document each, .jsonl has one per line, .parquet one per row.
     The result does not depend on --workers.

@@ -11,11 +11,11 @@ import click
 from trainer.settings.arguments import read_run, recipe_and_overrides, run_arguments
 
 
-@click.command()
+@click.command(epilog="Example: mbtrain pretrain llama_tiny dataset.blend=[text] checkpoint.save=run train.train_iters=100")
 @run_arguments
 @click.option("--nproc", type=click.IntRange(1), help="Start so many processes here; under torchrun or Slurm leave it out.")
 def command(words: tuple[str, ...], config_file: str | None, nproc: int | None) -> None:
-    """Train RECIPE, with settings such as train.train_iters=100.
+    """Train a model from scratch or from a checkpoint.
 
     In one process, in --nproc of them, or in those that `torchrun … -m trainer pretrain …` starts.
 

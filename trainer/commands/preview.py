@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _SPLITS = ("train", "validation", "test")
 
 
-@click.command("preview")
+@click.command("preview", epilog="Example: mbtrain preview llama3_8b tokenizer.tokenizer_model=DIR dataset.path=chat.jsonl")
 @run_arguments
 @click.option("--examples", "shown", type=click.IntRange(min=0), default=3, show_default=True, help="Examples to show.")
 @click.option("--limit", type=click.IntRange(min=1), default=10_000, show_default=True, help="Examples to read for the figures.")
@@ -38,7 +38,9 @@ def command(
     separate: bool,
     skip_bad: bool,
 ) -> None:
-    """Show the examples of dataset.path as RECIPE would learn them: tokens that are learned in color, or in ⟦brackets⟧.
+    """Show examples as a model would learn them.
+
+    Tokens that are learned are in color, or in ⟦brackets⟧.
 
     Then how many tokens are learned, how many examples are cut or cannot be used, and how long they are. Nothing is trained.
     """

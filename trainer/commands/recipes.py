@@ -19,11 +19,14 @@ _SIZES = (
 )
 
 
-@click.command("recipes")
+@click.command("recipes", epilog="Example: mbtrain recipes --json")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(*, as_json: bool) -> None:
-    """List the recipes: parameters, parallelism and precision of pretraining, and the fewest GPUs of 80 GB for pretraining, for
-    fine-tuning all parameters (SFT), and for adapters (PEFT)."""
+    """List the recipes and the GPUs they take.
+
+    Parameters, parallelism and precision of pretraining, and the fewest GPUs of 80 GB for pretraining, for fine-tuning all
+    parameters (SFT), and for adapters (PEFT).
+    """
     from trainer import recipes  # noqa: PLC0415
 
     rows = [_row(one) for one in recipes.every().values()]

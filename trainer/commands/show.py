@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from trainer.recipe import Recipe
 
 
-@click.command("show")
+@click.command("show", epilog="Example: mbtrain show llama31_70b --gpus 64")
 @run_arguments
 @click.option(
     "--gpus", "gpus", type=click.IntRange(min=1), metavar="N", help="As it would be on N GPUs; the recipe's number otherwise."
 )
 @click.option("--nproc", "processes", type=click.IntRange(min=1), metavar="N", help="As it would be with N processes on CPUs.")
 def command(words: tuple[str, ...], *, config_file: str | None, gpus: int | None, processes: int | None) -> None:
-    """Print every setting of a run as YAML, with what follows from them: parameters, memory, FLOPs, automatic choices.
+    """Print the settings of a run and what it takes.
+
+    Every setting as YAML, with parameters, memory, FLOPs and automatic choices.
 
     The YAML can be given to `--config`. Nothing is trained, and no GPU is needed.
     """

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import click
 
 from formats.errors import UserError, shown
+from formats.json_objects import finite
 
 FILE = "metrics.jsonl"
 
@@ -111,18 +112,12 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, record: Record) -> None:
-        fields = {name: _json(value) for name, value in asdict(record).items()}
-        self._file.write(json.dumps({"kind": type(record).__name__.lower(), **fields}, allow_nan=False) + "\n")
+        fields = {"kind": type(record).__name__.lower(), **asdict(record)}
+        self._file.write(json.dumps(finite(fields), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
-
-
-def _json(value: Any) -> Any:
-    if not isinstance(value, float) or math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
