@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Mapping
 from math import prod
@@ -29,7 +28,6 @@ def carry_out(job: Job, how: How, talk: Talk) -> Summary:
     """Make the output, or with `dry_run` only say what it would be. The output appears whole or not at all."""
     started, files, reused, workers = time.monotonic(), job.files, 0, how.workers or DEFAULT_WORKERS
     if not how.dry_run:
-        _allow_many_files()
         reused = _committed(job, how, talk, files, workers)
     return Summary(
         command=job.command,
@@ -96,9 +94,3 @@ def _uploaded(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers:
         ours.through(files, verify=False)
         upload.commit([*last, *job.writer.markers])
     return 0
-
-
-def _allow_many_files() -> None:
-    """A checkpoint of hundreds of ranks has hundreds of files open at once."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

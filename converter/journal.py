@@ -55,7 +55,7 @@ class Journal:
 
     def __init__(self, folder: Path, *, sync: Callable[[], None]) -> None:
         self._folder = folder
-        self._descriptor = os.open(folder / f"journal-{secrets.token_hex(6)}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._descriptor = os.open(folder / f"journal-{secrets.token_hex(6)}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         self._sync = sync
         self._lines = 0
         self._synced = time.monotonic()

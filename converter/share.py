@@ -213,6 +213,7 @@ class Share:
             self._put(job.inside(integrity.FILE), integrity.make(hashes))
         for name, data in job.writer.markers.items():
             self._put(name, data)
+        job.outputs.sync()
         if isinstance(job.outputs, LocalOutputs):
             check_sizes(self._stage.partial, files)
 

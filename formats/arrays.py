@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from formats.disk import BLOCK
+from formats.disk import io_alignment
 from formats.spec import Array, Shape
 
 
@@ -20,13 +20,13 @@ class Buffer:
         self._memory: Array = np.empty(0, np.uint8)
 
     def view(self, shape: Shape, dtype: np.dtype[Any], *, place: int = 0) -> Array:
-        """An array of unspecified values, valid until the next call; its address has the remainder by `BLOCK` that `place`
-        has."""
-        start = place % BLOCK
-        end = start + prod(shape) * dtype.itemsize
-        if self._memory.nbytes < end:
-            self._memory = np.frombuffer(mmap.mmap(-1, end + BLOCK), np.uint8)  # mapped memory starts at a page
-        return self._memory[start:end].view(dtype).reshape(shape)
+        """An array of unspecified values, valid until the next call; its address has the remainder by
+        `io_alignment()` that `place` has."""
+        block, nbytes = io_alignment(), prod(shape) * dtype.itemsize
+        if self._memory.nbytes < nbytes + block:
+            self._memory = np.frombuffer(mmap.mmap(-1, nbytes + block), np.uint8)
+        start = (place - self._memory.ctypes.data) % block
+        return self._memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def copy(out: Array, data: Array) -> None:

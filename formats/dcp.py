@@ -16,12 +16,11 @@ import numpy as np
 
 from formats.boxes import Stored, place_of, read_box, write_box
 from formats.dcp_index import METADATA, Chunk, ChunkedTensor, Place, make_index, read_index
-from formats.disk import BLOCK
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.outputs import Outputs
 from formats.spec import Array, Region, Shape, Span, dtype_name, extent, within
-from formats.torch_zip import Frame, OpenArchive, contiguous_strides, tensor_frame
+from formats.torch_zip import DATA_ALIGNMENT, Frame, OpenArchive, contiguous_strides, tensor_frame
 
 
 class Container:
@@ -174,7 +173,7 @@ class ContainerWriter:
         placed: dict[str, list[Chunk]] = {key: [] for key in tensors}
         for new in chunks:
             frame = _frame(tensors[new.key][1], extent(new.region))
-            placed[new.key].append(Chunk(new.region, self._take(new.file, frame, alignment=BLOCK)))
+            placed[new.key].append(Chunk(new.region, self._take(new.file, frame, alignment=DATA_ALIGNMENT)))
         self._chunked = {key: ChunkedTensor(*tensors[key], found) for key, found in placed.items()}
 
     def _take(self, file: str, frame: Frame, *, alignment: int = 1) -> Place:

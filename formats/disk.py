@@ -1,4 +1,4 @@
-"""Open files, whole reads and writes at positions, and errors a user can act on.
+"""Whole reads and writes at positions, direct I/O where there is any, and errors a user can act on.
 
 Knows nothing of what the bytes mean.
 """
@@ -6,55 +6,46 @@ Knows nothing of what the bytes mean.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from formats.errors import TransientError, UserError
 
-BLOCK = 4096
-"""What direct I/O is aligned to: a page, and no smaller than any disk's sector."""
+_MOST_AT_ONCE = 1 << 30  # macOS refuses reads and writes of 2 GiB
+_ALIGNMENT = 4096  # no disk has larger sectors
 
 
-class Files:
-    """Open file descriptors by path, shared by threads, closed together: at the latest when nobody holds them any more."""
+def io_alignment() -> int:
+    """What direct I/O is aligned to, in bytes: whole pages of this machine's memory.
 
-    def __init__(self, flags: int = os.O_RDONLY) -> None:
-        self._flags = flags | os.O_CLOEXEC
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
+    Smaller blocks would let direct I/O and the page cache change parts of the same page.
+    """
+    return max(_ALIGNMENT, mmap.PAGESIZE)
 
-    def descriptor(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._open:
-                if self._flags & os.O_CREAT:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                self._open[path] = os.open(path, self._flags, 0o644)
-            return self._open[path]
 
-    def sync(self) -> None:
-        """Get everything written so far onto the disk."""
-        with self._lock:
-            descriptors = list(self._open.values())
-        for descriptor in descriptors:
-            os.fsync(descriptor)
+def direct_flag() -> int:
+    """What opens a file for direct I/O; 0 on systems that have none."""
+    return getattr(os, "O_DIRECT", 0)
 
-    def close(self) -> None:
-        with self._lock:
-            for descriptor in self._open.values():
-                os.close(descriptor)
-            self._open.clear()
 
-    def __del__(self) -> None:
-        self.close()
+def refuses_direct(error: OSError) -> bool:
+    """Does a file system say so that it has no direct I/O, or wants it aligned otherwise?"""
+    return error.errno in (errno.EINVAL, errno.EOPNOTSUPP)
+
+
+def forget(descriptor: int, offset: int, length: int) -> None:
+    """Tell the system that it need not keep these bytes of a file in memory, where it can be told so."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
-        done += os.pwrite(descriptor, data[done:], offset + done)
+        done += os.pwrite(descriptor, data[done : done + _MOST_AT_ONCE], offset + done)
 
 
 def read_exactly(descriptor: int, out: memoryview, offset: int, *, path: Path, least: int | None = None) -> None:
@@ -62,7 +53,7 @@ def read_exactly(descriptor: int, out: memoryview, offset: int, *, path: Path, l
     least, done = len(out) if least is None else least, 0
     while done < least:
         try:
-            count = os.preadv(descriptor, [out[done:]], offset + done)
+            count = _read(descriptor, out[done : done + _MOST_AT_ONCE], offset + done)
         except OSError as error:
             error.filename = str(path)  # else it would look like one of what is being written
             raise
@@ -74,11 +65,22 @@ def read_exactly(descriptor: int, out: memoryview, offset: int, *, path: Path, l
         done += count
 
 
+def _read(descriptor: int, out: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [out], offset)
+    data = os.pread(descriptor, len(out), offset)
+    out[: len(data)] = data
+    return len(data)
+
+
 _FULL = {
     errno.ENOSPC: "free space",
     errno.EDQUOT: "free space",
     errno.EFBIG: "raise the limit on the size of files (`ulimit -f`)",
 }
+
+
+_HINTS = {errno.EMFILE: "raise the limit on open files (`ulimit -n`)"}
 
 
 @contextmanager
@@ -97,7 +99,7 @@ def explained(path: Path | None = None) -> Generator[None]:
                 hint=f"{_FULL[error.errno]}, then go on with `--resume`; nothing readable was left there",
             ) from error
         named = f"`{error.filename or path}`" if error.filename or path else "a file"
-        raise UserError(f"cannot use {named}: {error.strerror or error}") from error
+        raise UserError(f"cannot use {named}: {error.strerror or error}", hint=_HINTS.get(error.errno or 0, "")) from error
 
 
 def free_bytes(path: Path) -> int:

@@ -5,7 +5,6 @@ File names are relative to the folder, with slashes. Knows nothing of what the f
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import threading
@@ -17,8 +16,9 @@ from typing import Protocol
 import numpy as np
 
 from formats.arrays import Buffer, as_bytes
-from formats.disk import BLOCK, Files, read_exactly
+from formats.disk import direct_flag, forget, io_alignment, read_exactly, refuses_direct
 from formats.errors import UserError
+from formats.open_files import Files
 from formats.spec import Array
 
 _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([^/]+)$")  # of the Hub's cache
@@ -133,8 +133,8 @@ class LocalFolder:
         open files."""
         self.path = path
         self._direct = direct
+        self._may_bypass = bool(direct_flag())
         self._files = within._files if within else Files(os.O_RDONLY)
-        self._past_cache = within._past_cache if within else Files(os.O_RDONLY | getattr(os, "O_DIRECT", 0))
         self._local = within._local if within else threading.local()
 
     @property
@@ -186,37 +186,41 @@ class LocalFolder:
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
         path = self.path / name
-        if self._direct:
-            self._read_past_cache(path, offset, out)
-        else:
-            read_exactly(self._files.descriptor(path), out, offset, path=path)
+        if self._direct and self._may_bypass:
+            try:
+                return self._read_past_cache(path, offset, out)
+            except OSError as error:
+                if not refuses_direct(error):
+                    raise
+                self._may_bypass = False
+        with self._files.using(path) as descriptor:
+            if self._direct:
+                forget(descriptor, *self._blocks_around(offset, len(out)))
+            read_exactly(descriptor, out, offset, path=path)
+        return None
 
     def _read_past_cache(self, path: Path, offset: int, out: memoryview) -> None:
         """Whole blocks around what is asked for, into memory that starts at a page, as direct I/O wants it."""
-        start = offset // BLOCK * BLOCK
+        start, length = self._blocks_around(offset, len(out))
         if not hasattr(self._local, "buffer"):
             self._local.buffer = Buffer()
-        blocks: Array = self._local.buffer.view((-(-(offset + len(out) - start) // BLOCK) * BLOCK,), np.dtype(np.uint8))
-        read_exactly(self._direct_descriptor(path), as_bytes(blocks), start, path=path, least=offset + len(out) - start)
+        blocks: Array = self._local.buffer.view((length,), np.dtype(np.uint8))
+        with self._files.using(path, direct_flag()) as descriptor:
+            read_exactly(descriptor, as_bytes(blocks), start, path=path, least=offset + len(out) - start)
         out[:] = as_bytes(blocks)[offset - start : offset - start + len(out)]
 
-    def _direct_descriptor(self, path: Path) -> int:
-        """Of a file that the system was told to forget; where it allows no direct I/O, that must do."""
-        try:
-            return self._past_cache.descriptor(path)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-        descriptor = self._files.descriptor(path)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        return descriptor
+    @staticmethod
+    def _blocks_around(offset: int, length: int) -> tuple[int, int]:
+        """Where the blocks of direct I/O around some bytes of a file start, and how many bytes they have."""
+        block = io_alignment()
+        start = offset // block * block
+        return start, -(-(offset + length - start) // block) * block
 
     def below(self, name: str) -> LocalFolder:
         return LocalFolder(self.path / name, direct=self._direct, within=self)
 
     def close(self) -> None:
         self._files.close()
-        self._past_cache.close()
 
     def _status(self, name: str) -> os.stat_result:
         if not self.has(name):

@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from formats.arrays import Buffer, as_bytes, copy
-from formats.disk import BLOCK, Files, write_all
+from formats.disk import direct_flag, forget, io_alignment, refuses_direct, write_all
+from formats.open_files import Files
 from formats.spec import Array
 
 BYPASS_FROM = 64 << 10
@@ -56,20 +57,21 @@ class Outputs(Protocol):
 class LocalOutputs:
     """Files below a directory.
 
-    Whole blocks bypass the page cache where the file system allows: copying through it costs more processor time than all
-    the rest of a conversion, and evicts what others have cached. Edges of less than a block go through it.
+    Whole blocks (of `io_alignment()` bytes) bypass the page cache where the file system allows: copying through it costs more
+    processor time than all the rest of a conversion, and evicts what others have cached. Edges of less than a block go
+    through it.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.tap: Tap | None = None
-        self._buffered = Files(os.O_RDWR | os.O_CREAT)
-        self._direct = Files(os.O_WRONLY | os.O_CREAT | getattr(os, "O_DIRECT", 0))
-        self._may_bypass = hasattr(os, "O_DIRECT")
+        self._files = Files(os.O_RDWR | os.O_CREAT)
+        self._may_bypass = bool(direct_flag())
         self._local = threading.local()
 
     def write(self, file: str, offset: int, data: Array) -> None:
-        head, middle = -offset % BLOCK, (data.nbytes - -offset % BLOCK) // BLOCK * BLOCK
+        block = io_alignment()
+        head, middle = -offset % block, (data.nbytes - -offset % block) // block * block
         if not self._may_bypass or middle < BYPASS_FROM:
             placed = as_bytes(np.ascontiguousarray(data))
             self._write_buffered(file, offset, placed)
@@ -82,7 +84,8 @@ class LocalOutputs:
             self.tap(file, offset, placed)
 
     def begin(self, file: str, size: int) -> None:  # noqa: ARG002 - a file grows by itself
-        self._buffered.descriptor(self._path(file))
+        with self._files.using(self._path(file)):
+            pass
 
     def put(self, file: str, offset: int, data: bytes | memoryview) -> None:
         self._write_buffered(file, offset, memoryview(data))
@@ -91,16 +94,14 @@ class LocalOutputs:
         """Nobody waits: every place can be written at any time."""
 
     def sync(self) -> None:
-        self._buffered.sync()
-        self._direct.sync()
+        self._files.sync()
 
     def close(self) -> None:
-        self._buffered.close()
-        self._direct.close()
+        self._files.close()
 
     def _aligned(self, data: Array, offset: int) -> memoryview:
-        """The array's bytes in memory whose addresses have the same remainder by `BLOCK` as their place in the file."""
-        if data.flags.c_contiguous and (data.ctypes.data - offset) % BLOCK == 0:
+        """The array's bytes in memory whose addresses have the same remainder by `io_alignment()` as their place in the file."""
+        if data.flags.c_contiguous and (data.ctypes.data - offset) % io_alignment() == 0:
             return as_bytes(data)
         if not hasattr(self._local, "buffer"):
             self._local.buffer = Buffer()
@@ -117,16 +118,17 @@ class LocalOutputs:
 
     def _write_direct(self, file: str, offset: int, data: memoryview) -> None:
         try:
-            write_all(self._direct.descriptor(self._path(file)), data, offset)
+            with self._files.using(self._path(file), direct_flag()) as descriptor:
+                write_all(descriptor, data, offset)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            if not refuses_direct(error):
                 raise
             self._may_bypass = False
             self._write_buffered(file, offset, data)
 
     def _write_buffered(self, file: str, offset: int, data: memoryview) -> None:
         """Through the page cache; long writes are started towards the disk at once, so that it works while we read on."""
-        descriptor = self._buffered.descriptor(self._path(file))
-        write_all(descriptor, data, offset)
-        if len(data) >= BYPASS_FROM:
-            os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
+        with self._files.using(self._path(file)) as descriptor:
+            write_all(descriptor, data, offset)
+            if len(data) >= BYPASS_FROM:
+                forget(descriptor, offset, len(data))

@@ -249,7 +249,7 @@ class Rendezvous:
         if not self._trusted:
             return
         with suppress(OSError):
-            file = os.open(self._failure, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            file = os.open(self._failure, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             self._left.append(self._failure)
             try:
                 os.write(file, json.dumps({"text": text}).encode())

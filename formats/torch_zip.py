@@ -17,13 +17,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from formats.disk import BLOCK
 from formats.errors import UserError
 from formats.pickles import Global, Record, Storage, dumps, loads
 from formats.spec import DTYPES, Array, Shape, dtype_name, possible_shape
 
 ALIGNMENT = 64
 """Where torch starts a record's data."""
+
+DATA_ALIGNMENT = 4096
+"""Where archives written here start a tensor's data. Part of the files' bytes, hence the same on every machine."""
 
 _ZIP64_FROM = 0xFFFFFFFF
 _LOCAL = struct.Struct("<IHHHHHIIIHH")
@@ -89,8 +91,8 @@ class StoredTensor:
 def tensor_frame(dtype: str, shape: Shape) -> Frame:
     """The archive of one contiguous tensor: everything but its data.
 
-    The data starts `BLOCK` bytes on. Archives being placed at whole blocks of their file, it can be written and read past
-    the page cache, or mapped.
+    The data starts `DATA_ALIGNMENT` bytes on. Archives being placed at multiples of it in their file, it can be written and
+    read past the page cache, or mapped.
     """
     record = tensor_record(dtype, shape, key="0")
     size = int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
@@ -142,7 +144,7 @@ def _frame(described: bytes, size: int) -> Frame:
     archive = _Archive("archive")
     archive.add("data.pkl", described)
     archive.add("byteorder", b"little")
-    before = archive.skip("data/0", size, alignment=BLOCK)
+    before = archive.skip("data/0", size, alignment=DATA_ALIGNMENT)
     archive.add("version", b"3\n")
     whole = archive.finish()
     return Frame(whole[:before], size, whole[before:])

@@ -1,0 +1,278 @@
+"""Open file descriptors of the whole process, at most so many at a time: the least recently used are closed first.
+
+Knows nothing of what is read or written. A descriptor is lent for the length of a `with` block and is not closed while any
+thread has it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from formats.errors import UserError
+
+try:
+    import resource
+except ImportError:  # not a POSIX system
+    resource = None
+
+MOST_OPEN = 128
+"""Descriptors that all `Files` of this process hold at most. A checkpoint of hundreds of ranks has hundreds of files."""
+
+_Stamp = tuple[int, int]
+
+
+def most_open() -> int:
+    """`MOST_OPEN`, or half of what the process may open if that is less: the rest of the program needs some too."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else -1
+    return MOST_OPEN if soft < 0 else max(1, min(MOST_OPEN, soft // 2))
+
+
+class Files:
+    """Files opened with the same `flags`, shared by threads, closed together: at the latest when nobody holds them any more.
+
+    A file is opened again where its descriptor had to be closed meanwhile. One that was written is synced before that.
+    """
+
+    def __init__(self, flags: int = os.O_RDONLY) -> None:
+        self._owner = _Owner(flags | os.O_CLOEXEC)
+
+    def using(self, path: Path, flags: int = 0) -> _Lease:
+        """A context manager that lends the descriptor of `path`, opened with further `flags`.
+
+        A thread borrows one at a time: it may wait until another thread gives one back. Raises UserError if a file that was
+        closed meanwhile is not the same when it is opened again, and what went wrong with an earlier file of these.
+        """
+        return _Lease(self._owner, path, flags)
+
+    def sync(self) -> None:
+        """Get everything written so far onto the disk. What could not be synced before is raised, each time again."""
+        _OPEN.sync(self._owner)
+
+    def close(self) -> None:
+        """Close all that nobody is using; the rest as soon as it is given back."""
+        _OPEN.close(self._owner)
+
+    def __del__(self) -> None:
+        _OPEN.close_later(self._owner)
+
+
+@dataclass(slots=True, eq=False)
+class _Owner:
+    """What the files of one `Files` share. `known`: what each file was when it was first opened; None for those written."""
+
+    flags: int
+    known: dict[Path, _Stamp | None] = field(default_factory=dict[Path, "_Stamp | None"])
+    closing: int = 0
+    failure: OSError | None = None
+
+    @property
+    def writes(self) -> bool:
+        return bool(self.flags & (os.O_WRONLY | os.O_RDWR))
+
+    def raise_failure(self) -> None:
+        if self.failure:
+            raise self.failure
+
+
+_Key = tuple[_Owner, Path, int]
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """An open descriptor: how many threads use it, and whether it was written since it was last synced."""
+
+    key: _Key
+    descriptor: int
+    users: int = 0
+    dirty: bool = False
+    unwanted: bool = False
+
+
+class _Lease:
+    """See `Files.using`."""
+
+    __slots__ = ("_key", "_open")
+
+    def __init__(self, owner: _Owner, path: Path, flags: int) -> None:
+        self._key = owner, path, flags
+
+    def __enter__(self) -> int:
+        self._open = _OPEN.borrow(self._key)
+        return self._open.descriptor
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _OPEN.give_back(self._open)
+
+
+class _OpenFiles:
+    """All open descriptors, the least recently used first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._open: OrderedDict[_Key, _Open] = OrderedDict()
+        self._count = 0  # also those that are being closed
+        self._left: deque[_Owner] = deque()
+
+    def borrow(self, key: _Key) -> _Open:
+        """The descriptor, opened if it must be; waits while as many as allowed are in use."""
+        owner, *_ = key
+        with self._changed:
+            self._close_left()
+            owner.raise_failure()
+            while key not in self._open:
+                if self._count < most_open() and self._try_to_open(key):
+                    break
+                self._make_room()
+                owner.raise_failure()
+            found = self._open[key]
+            self._open.move_to_end(key)
+            found.users += 1
+            found.dirty = found.dirty or owner.writes
+            return found
+
+    def give_back(self, found: _Open) -> None:
+        with self._changed:
+            found.users -= 1
+            if found.unwanted and not found.users:
+                self._close(found)
+            self._changed.notify_all()
+
+    def sync(self, owner: _Owner) -> None:
+        with self._changed:
+            dirty = [found for key, found in self._open.items() if key[0] is owner and found.dirty]
+        for found in dirty:
+            self._sync_open(found)
+        with self._changed:
+            self._changed.wait_for(lambda: not owner.closing)
+            owner.raise_failure()
+
+    def close(self, owner: _Owner) -> None:
+        with self._changed:
+            self._close_left()
+            self._drop(owner)
+            self._changed.notify_all()
+
+    def close_later(self, owner: _Owner) -> None:
+        """The same from a finalizer, which may run in the middle of any of these: then the next one closes them."""
+        self._left.append(owner)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._close_left()
+            finally:
+                self._lock.release()
+
+    def before_fork(self) -> None:
+        self._lock.acquire()
+
+    def after_fork(self) -> None:
+        self._lock.release()
+
+    def _sync_open(self, found: _Open) -> None:
+        with self._changed:
+            if self._open.get(found.key) is not found:
+                return  # closed meanwhile, hence synced
+            found.users += 1
+            found.dirty = False
+        try:
+            _sync(found)
+        finally:
+            self.give_back(found)
+
+    def _close_left(self) -> None:
+        while self._left:
+            self._drop(self._left.popleft())
+
+    def _drop(self, owner: _Owner) -> None:
+        owner.known.clear()
+        for key in [key for key in self._open if key[0] is owner]:
+            found = self._open.pop(key)
+            found.unwanted = True
+            if not found.users:
+                self._close(found)
+
+    def _try_to_open(self, key: _Key) -> bool:
+        """Open a file; False where the process has no descriptor left, but could have if others were closed."""
+        try:
+            self._open[key] = _Open(key, _descriptor(*key))
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE) and self._open:
+                return False
+            raise
+        self._count += 1
+        return True
+
+    def _make_room(self) -> None:
+        """Close the least recently used, rather one that needs no sync; wait if all are in use."""
+        idle = [found for found in self._open.values() if not found.users]
+        if not idle:
+            self._changed.wait()
+            return
+        found = next((one for one in idle if not one.dirty), idle[0])
+        del self._open[found.key]
+        if found.dirty:
+            self._without_lock(found, lambda: _sync(found))
+        self._close(found)
+        self._changed.notify_all()
+
+    def _without_lock(self, found: _Open, act: Callable[[], None]) -> None:
+        owner, *_ = found.key
+        owner.closing += 1
+        self._lock.release()
+        try:
+            act()
+        finally:
+            self._lock.acquire()
+            owner.closing -= 1
+
+    def _close(self, found: _Open) -> None:
+        self._count -= 1
+        with suppress(OSError):  # nothing depends on it: what was written is synced first
+            os.close(found.descriptor)
+
+
+def _sync(found: _Open) -> None:
+    """Sync a file. What fails is remembered and raised to whoever writes or syncs files of the same owner: this may be
+    another's thread, and the system tells of a lost write only once."""
+    owner, path, _ = found.key
+    try:
+        os.fsync(found.descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        owner.failure = owner.failure or error
+
+
+def _descriptor(owner: _Owner, path: Path, flags: int) -> int:
+    """Open a file; again only if it is still there and, where it is read, unchanged."""
+    flags |= owner.flags
+    if path in owner.known:
+        flags &= ~os.O_CREAT
+    elif flags & os.O_CREAT:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, flags, 0o666)  # the umask decides, as for any program
+    try:
+        _check_unchanged(owner, path, descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_unchanged(owner: _Owner, path: Path, descriptor: int) -> None:
+    status = os.fstat(descriptor)
+    stamp = None if owner.writes else (status.st_size, status.st_mtime_ns)
+    if owner.known.setdefault(path, stamp) != stamp:
+        raise UserError(f"`{path}` was changed while it was being read", hint="start again when nothing writes to it any more")
+
+
+_OPEN = _OpenFiles()
+if hasattr(os, "register_at_fork"):  # a child must not find the lock held by a thread that it does not have
+    os.register_at_fork(before=_OPEN.before_fork, after_in_parent=_OPEN.after_fork, after_in_child=_OPEN.after_fork)
