@@ -201,7 +201,7 @@ def adapter_to_hf(source: str, target: str, **options: Any) -> None:
 def inspect_command(context: click.Context, path: str, *, tensors: bool, check: bool, as_json: bool) -> None:
     """Say what PATH is, from headers alone: format, writer, family, sizes, dtypes, layout."""
     from converter import console  # noqa: PLC0415
-    from converter.inspect import inspect  # noqa: PLC0415
+    from converter.report import inspect  # noqa: PLC0415
 
     if check and tensors:
         raise click.UsageError("`--tensors` lists, `--check` judges: give one of them")
