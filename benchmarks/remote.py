@@ -176,7 +176,7 @@ def ours_s3(url: str) -> Read:
 
 
 def _ours(url: str) -> Read:
-    from formats.remote.folder import open_folder
+    from formats.location import open_folder
 
     folder = open_folder(url)
     folder.size("big")

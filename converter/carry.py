@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from converter.job import How, Job, Summary, Talk
 from converter.memory import expected_peak, peak_memory
@@ -15,13 +14,10 @@ from converter.ranks import share as divided
 from converter.run import DEFAULT_WORKERS
 from converter.share import Share, resumable
 from formats.disk import explained
-from formats.errors import UserError
-from formats.remote.folder import is_remote
-from formats.remote.outputs import RemoteOutputs
-from formats.remote.store import without_secrets
-from formats.remote.upload import Upload
+from formats.location import is_remote, without_secrets
+from formats.outputs import LocalOutputs
 from formats.rendezvous import Rendezvous
-from formats.staging import Stage, check_room, staged
+from formats.staging import check_room, staged
 
 
 def carry_out(job: Job, how: How, talk: Talk) -> Summary:
@@ -48,8 +44,11 @@ def carry_out(job: Job, how: How, talk: Talk) -> Summary:
 
 def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers: int) -> int:
     """All ranks of this run, from the lock to the commit; answers how many bytes this one need not write again."""
-    if isinstance(job.outputs, RemoteOutputs):
-        return _uploaded(job, how, talk, files, workers)
+    if not isinstance(job.outputs, LocalOutputs):
+        from converter.carry_remote import upload  # noqa: PLC0415 - the clients of object stores
+
+        upload(job, how, talk, files, workers)
+        return 0
     ranks = how.ranks or alone()
     target, partial = Path(job.target), job.outputs.directory
     place = partial.with_name(f"{partial.name}.ranks")
@@ -71,26 +70,3 @@ def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers
             check_room(target, sum(files.values()), already=partial)
         ours = Share(job, talk, stage, together=together, share=share, workers=workers)
         return ours.through(files, verify=how.verify)
-
-
-def _uploaded(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers: int) -> int:
-    """The same to an object store: one process, and nothing that a later run could go on with."""
-    assert isinstance(job.outputs, RemoteOutputs)
-    ranks = how.ranks or alone()
-    if ranks.size > 1:
-        raise UserError(
-            f"`{without_secrets(job.target)}` cannot be written by {ranks.size} processes together",
-            hint="use one process, or convert to a shared file system and copy",
-        )
-    last = [name for name in job.last if name in files]
-    with (
-        TemporaryDirectory() as nowhere,
-        Rendezvous(Path(nowhere, "ranks"), 0, 1, ranks.run_id, target=Path(nowhere, "upload")) as together,
-        Upload(job.target, overwrite=how.overwrite) as upload,
-    ):
-        job.outputs.open(upload, job.writer.files, job.writer.spans)
-        stage = Stage(Path(nowhere), Path(nowhere))
-        ours = Share(job, talk, stage, together=together, share=job.makings, workers=workers)
-        ours.through(files, verify=False)
-        upload.commit([*last, *job.writer.markers])
-    return 0

@@ -221,7 +221,7 @@ def inspect_command(context: click.Context, path: str, *, tensors: bool, check: 
     Prints format, writer, family, sizes, dtypes and layout of PATH: a directory, a URL or a Hub id.
     """
     from converter import console  # noqa: PLC0415
-    from converter.inspect import inspect  # noqa: PLC0415
+    from converter.report import inspect  # noqa: PLC0415
 
     if check and tensors:
         raise click.UsageError("`--tensors` lists, `--check` judges: give one of them")

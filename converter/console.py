@@ -1,4 +1,7 @@
-"""What a terminal shows: progress, plans, reports. Knows how to say things, not how to do them."""
+"""What a terminal shows: progress, plans, reports. Knows how to say things, not how to do them.
+
+What a command alone needs is imported when that command runs.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,20 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter import families
-from converter.comparison import Comparison
-from converter.inspect import Report
-from converter.job import Summary, Talk
 from converter.memory import peak_memory, resident_memory
-from converter.proof import check_directory, verify_directories
 from converter.ranks import from_environment
 from formats.disk import free_bytes
 from formats.json_objects import finite
-from formats.remote.folder import is_remote
+from formats.location import is_remote
+
+if TYPE_CHECKING:
+    from converter.comparison import Comparison
+    from converter.job import Summary, Talk
+    from converter.report import Report
 
 LINE_EVERY = 5.0
 """Seconds between lines where there is no terminal."""
@@ -73,6 +76,8 @@ def convert(action: Callable[..., Summary], *places: str, as_json: bool, quiet: 
 
 def verify(one: str, other: str, *, cast: str | None, workers: int | None, as_json: bool, quiet: bool) -> int:
     """Compare two directories and say how they differ; the exit code."""
+    from converter.proof import verify_directories  # noqa: PLC0415
+
     with talking(quiet=quiet or as_json) as talk:
         found = verify_directories(one, other, cast=cast, workers=workers, talk=talk)
     if as_json:
@@ -93,6 +98,8 @@ def show_comparison(found: Comparison) -> None:
 
 def check(path: str, *, as_json: bool) -> int:
     """Hold a directory against the hashes it carries; the exit code."""
+    from converter.proof import check_directory  # noqa: PLC0415
+
     with talking(quiet=as_json) as talk:
         found = check_directory(path, talk=talk)
     if as_json:
@@ -109,11 +116,13 @@ def check(path: str, *, as_json: bool) -> int:
 @contextmanager
 def talking(*, quiet: bool) -> Generator[Talk]:
     """A Talk that shows a bar on a terminal, and elsewhere a line every few seconds."""
+    from converter.job import Talk  # noqa: PLC0415
+
     if quiet:
         yield Talk()
     elif sys.stderr.isatty():
-        with _bar() as talk:
-            yield talk
+        with _bar() as (note, start, progress):
+            yield Talk(note, start, progress)
     else:
         lines = _Lines()
         yield Talk(_note, lines.start, lines.progress)
@@ -124,7 +133,8 @@ def _note(text: str) -> None:
 
 
 @contextmanager
-def _bar() -> Generator[Talk]:
+def _bar() -> Generator[tuple[Callable[[str], None], Callable[[int], None], Callable[[int], None]]]:
+    """What a Talk does where there is a terminal."""
     from rich.console import Console  # noqa: PLC0415 - slow to import
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn  # noqa: PLC0415
 
@@ -143,7 +153,7 @@ def _bar() -> Generator[Talk]:
         def note(text: str) -> None:
             progress.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
-        yield Talk(note, start, advance)
+        yield note, start, advance
 
 
 class _Lines:
@@ -213,6 +223,8 @@ def _report_lines(report: Report) -> Iterator[tuple[str, str]]:
 
 def show_families(*, as_json: bool) -> None:
     """The support matrix: the directory of families, listed."""
+    from converter import families  # noqa: PLC0415
+
     rows = [(name, families.find(name)) for name in families.names()]
     if as_json:
         print_json({name: {"models": one.MODELS, "architecture": one.ARCHITECTURE} for name, one in rows})

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Unpack
 
-from converter.adapters.open import refuse_adapter
+from converter.adapters.files import refuse_adapter
 from converter.carry import carry_out
 from converter.exporting import ExportOptions, plan_export
 from converter.importing import ImportOptions, huggingface_source, plan_import
@@ -18,9 +18,7 @@ from formats.disk import explained
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.huggingface import HuggingFaceReader
-from formats.remote.folder import is_remote
-from formats.remote.store import without_secrets
-from formats.remote.upload import TARGETS
+from formats.location import is_remote, without_secrets
 from formats.staging import check_target
 from formats.torch_dist import TorchDistReader
 
@@ -97,6 +95,8 @@ def check_place(target: str, sources: Sequence[Folder], how: How) -> None:
     if not is_remote(target):
         check_target(Path(target), *(one.path for one in sources if isinstance(one, LocalFolder)), overwrite=how.overwrite)
         return
+    from formats.remote.upload import TARGETS  # noqa: PLC0415 - the clients of object stores
+
     kind = target.partition("://")[0].lower()
     if kind not in TARGETS:
         raise UserError(f"`{kind}://` cannot be written to", hint="a directory, s3:// and gs:// can")

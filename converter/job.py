@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from converter import provenance
 from converter.comparison import Side
@@ -15,10 +15,12 @@ from converter.plan import Making
 from converter.ranks import Ranks
 from formats import integrity
 from formats.folder import FileIn, Folder
+from formats.location import is_remote
 from formats.outputs import LocalOutputs
-from formats.remote.folder import is_remote
-from formats.remote.outputs import RemoteOutputs
 from formats.spec import Reader, TensorSpec, Writer
+
+if TYPE_CHECKING:
+    from formats.remote.outputs import RemoteOutputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,8 @@ class Summary:
 def outputs_for(target: str, makings: Iterable[Making], options: Mapping[str, Any]) -> LocalOutputs | RemoteOutputs:
     """Where a conversion writes: up to a URL, or into a directory until it is whole."""
     if is_remote(target):
+        from formats.remote.outputs import RemoteOutputs  # noqa: PLC0415 - the clients of object stores
+
         return RemoteOutputs(target)
     return LocalOutputs(partial_directory(Path(target), makings, options))
 

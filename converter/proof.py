@@ -10,9 +10,9 @@ from blake3 import blake3
 
 from converter import provenance
 from converter.comparison import Comparison, Side, compare
-from converter.inspect import TORCH_DIST, kind
 from converter.job import Talk
 from converter.plan import Making, pieces
+from converter.report import TORCH_DIST, kind
 from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Bench, in_threads
 from converter.sides import huggingface_side, open_sides
 from converter.sources import open_source

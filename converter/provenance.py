@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from converter.version import VERSION
 from formats import integrity
 from formats.dcp_index import METADATA
 from formats.errors import UserError
@@ -20,17 +20,6 @@ from formats.huggingface import Shard
 
 FILE = "conversion.json"
 _UNKNOWN = "0" * 64
-
-
-def _version() -> str:
-    """Of a source tree that was never installed, nothing is known."""
-    try:
-        return version("mbtools")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-VERSION = _version()
 
 
 def huggingface_source(folder: Folder, shards: Mapping[str, Shard]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from converter import carried, families, run_config
+from converter import carried, families
 from converter.carried import Reference
 from converter.config import to_huggingface
 from formats.errors import UserError
@@ -25,6 +25,8 @@ def find(reader: TorchDistReader, given: Folder | None) -> Reference:
 
 
 def _rebuilt(reader: TorchDistReader) -> Reference:
+    from converter import run_config  # noqa: PLC0415 - and YAML: a checkpoint that carries its `config.json` needs neither
+
     found = run_config.read(reader.folder, reader.args())
     if not found:
         raise UnknownModelError(

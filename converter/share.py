@@ -20,6 +20,7 @@ from converter.journal import Finished, Journal, doubted_if_lost, read_journals
 from converter.lanes import cut, in_lanes
 from converter.plan import Making, Piece, pieces
 from converter.run import PIECE_BYTES, Task, Watch, run
+from converter.version import VERSION
 from formats import integrity
 from formats.arrays import as_bytes
 from formats.errors import UserError
@@ -34,7 +35,7 @@ from formats.staging import Stage, check_sizes, sync_tree
 
 def resumable(job: Job) -> dict[str, Any]:
     """What must be the same for another run to go on with this one: numbers of pieces must mean the same, too."""
-    return {**job.manifest, "mbtools": provenance.VERSION, "a piece size of": PIECE_BYTES}
+    return {**job.manifest, "mbtools": VERSION, "a piece size of": PIECE_BYTES}
 
 
 class Share:

@@ -10,10 +10,10 @@ from converter.carried import CONFIG, EXTRAS, Reference
 from converter.comparison import Side
 from converter.config import make_model
 from converter.families import Family
-from converter.inspect import HUGGINGFACE, kind
 from converter.model import Model
 from converter.plan import Making, as_stored, to_huggingface
 from converter.reference import UnknownModelError
+from converter.report import HUGGINGFACE, kind
 from converter.rules import fill
 from formats.errors import UserError
 from formats.folder import Folder

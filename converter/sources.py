@@ -12,7 +12,7 @@ from typing import Any
 from converter.carried import Reference
 from formats.errors import UserError
 from formats.folder import FileIn, Folder, LocalFolder
-from formats.remote.folder import is_remote, open_folder
+from formats.location import is_remote, open_folder
 from formats.spec import Reader
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")

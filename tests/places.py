@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from formats.folder import Folder
-from formats.remote.folder import open_folder
+from formats.location import open_folder
 from formats.remote.retry import Patience
 from formats.remote.s3 import open_client
 from tests.conftest import SECRET

@@ -12,8 +12,8 @@ from converter import families, reference
 from converter.config import make_model
 from converter.exporting import megatron_source
 from converter.importing import huggingface_source
-from converter.inspect import HUGGINGFACE, kind
 from converter.plan import Making, Piece
+from converter.report import HUGGINGFACE, kind
 from converter.run import check_zero
 from converter.sides import check_dimensions, megatron_side
 from converter.sources import Source

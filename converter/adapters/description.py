@@ -9,12 +9,13 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
+from converter.adapters.files import DESCRIPTION
 from formats.errors import UserError, shown
 from formats.folder import Folder
 from formats.json_objects import read_json
 from formats.spec import whole_number
 
-FILE = "adapter.json"
+FILE = DESCRIPTION
 METHODS = ("lora", "dora")
 
 

@@ -19,8 +19,8 @@ from blake3 import blake3
 from converter import families, reference
 from converter.carried import CONFIG
 from converter.config import make_model
-from converter.inspect import HUGGINGFACE, kind
 from converter.plan import Making, as_stored, bind, named, to_huggingface
+from converter.report import HUGGINGFACE, kind
 from converter.run import in_threads
 from converter.sources import open_source
 from formats.disk import explained

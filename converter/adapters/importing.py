@@ -21,10 +21,10 @@ from converter.adapters.peft_format import PeftAdapter, open_peft
 from converter.carried import Reference
 from converter.comparison import Side
 from converter.config import make_model
-from converter.inspect import HUGGINGFACE, kind
 from converter.job import Job, Talk, manifest, outputs_for
 from converter.model import Model
 from converter.plan import Copy, Making, named
+from converter.report import HUGGINGFACE, kind
 from converter.rules import Rule
 from formats.arrays import same_bits
 from formats.dcp_index import METADATA

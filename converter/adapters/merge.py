@@ -19,9 +19,9 @@ from converter.carry import carry_out
 from converter.convert import check_options, check_place
 from converter.exporting import ExportOptions, plan_files
 from converter.importing import ImportOptions, left_out, plan_import
-from converter.inspect import HUGGINGFACE, kind
 from converter.job import How, HowOptions, Job, Summary, Talk
 from converter.plan import Copy, Making, casts
+from converter.report import HUGGINGFACE, kind
 from converter.run import DEFAULT_WORKERS
 from converter.sources import Source, open_source
 from converter.values import KEEP, target_dtype

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from converter.adapters import description, peft_config
 from converter.adapters.adapter import Adapter
+from converter.adapters.files import is_peft
 from converter.adapters.megatron_format import open_megatron
 from converter.adapters.opened import Opened
-from converter.adapters.peft_format import PICKLED, open_peft
-from converter.carried import CONFIG
+from converter.adapters.peft_format import open_peft
 from converter.sources import open_source
-from formats.errors import UserError
 from formats.folder import Folder
 
 
@@ -27,16 +25,3 @@ def open_adapter(path: str | Path) -> Adapter:
 def open_either(folder: Folder) -> Opened:
     """The same of a folder, with its tensors under PEFT's names."""
     return open_peft(folder).opened if is_peft(folder) else open_megatron(folder).opened
-
-
-def is_peft(folder: Folder) -> bool:
-    return folder.has(peft_config.FILE) or folder.has(PICKLED)
-
-
-def refuse_adapter(folder: Folder) -> None:
-    """Raise UserError for an adapter where a model is asked for."""
-    if folder.has(description.FILE) or (is_peft(folder) and not folder.has(CONFIG)):
-        raise UserError(
-            f"`{folder.label}` is an adapter without its model",
-            hint="`mbconvert adapter-to-hf` and `adapter-to-mcore` convert it, `mbconvert merge` puts it into its model",
-        )

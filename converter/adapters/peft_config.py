@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from converter.adapters.description import Description, is_number, scale
+from converter.adapters.files import PEFT_CONFIG
 from formats.errors import UserError, shown
 from formats.folder import Folder
 from formats.json_objects import read_json
 from formats.spec import whole_number
 
-FILE = "adapter_config.json"
+FILE = PEFT_CONFIG
 ALL_LINEAR = "all-linear"
 
 _READ = {

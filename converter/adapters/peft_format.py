@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from converter.adapters import peft_config
 from converter.adapters.description import Base, Description
+from converter.adapters.files import PEFT_PICKLE, PEFT_WEIGHTS
 from converter.adapters.names import PREFIX, WEIGHT, Factor, factors, peft_name
 from converter.adapters.opened import Opened
 from converter.adapters.peft_config import PeftConfig
@@ -19,8 +20,7 @@ from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader, Shard, make_header, parse_shard
 from formats.spec import DTYPES, TensorSpec, dtype_name
 
-FILE = "adapter_model.safetensors"
-PICKLED = "adapter_model.bin"
+FILE, PICKLED = PEFT_WEIGHTS, PEFT_PICKLE
 
 
 @dataclass(frozen=True, slots=True)

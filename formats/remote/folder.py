@@ -1,4 +1,4 @@
-"""A directory by its URL: `hf://org/name[@revision]`, `s3://`, `gs://`, `http(s)://`; or a path.
+"""A directory by its URL: `hf://org/name[@revision]`, `s3://`, `gs://`, `http(s)://`.
 
 Files are read by byte range, nothing is kept on disk. What a file is, is fixed when it is first looked at, and every later
 read is checked against it. Knows no protocol.
@@ -6,14 +6,12 @@ read is checked against it. Knows no protocol.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from formats.errors import UserError
-from formats.folder import NOT_OF_THE_MODEL, Folder, LocalFolder, whole
+from formats.folder import NOT_OF_THE_MODEL, Folder, whole
 from formats.remote.gcs import GoogleStorage
 from formats.remote.hub import Hub
 from formats.remote.retry import BrokenError, Patience, persist
@@ -31,24 +29,13 @@ _SMALL = 16 << 10
 round trip."""
 
 
-def open_folder(source: str | Path, *, patience: Patience | None = None) -> Folder:
-    """The folder of a path or URL. Whether it is there shows when something is asked of it; a Hub id is asked for at once,
-    because its commit is fixed then.
-
-    Raises UserError for URLs that cannot be understood, and where a package is missing.
-    """
-    if not is_remote(source):
-        return LocalFolder(Path(source))
-    kind = str(source).partition("://")[0].lower()
+def open_remote(url: str, *, patience: Patience | None = None) -> Folder:
+    """The folder of a URL. Raises UserError for URLs that cannot be understood, and where a package is missing."""
+    kind = url.partition("://")[0].lower()
     if kind not in _STORES:
         raise UserError(f"`{kind}://` is not supported", hint=f"known are {', '.join(f'{name}://' for name in _STORES)}")
     patience = patience or Patience()
-    return RemoteFolder(_Opened(_STORES[kind](str(source), patience), patience), "")
-
-
-def is_remote(source: str | Path) -> bool:
-    """Does that name a URL rather than a path?"""
-    return isinstance(source, str) and bool(re.match(r"[A-Za-z][\w+.-]*://", source))
+    return RemoteFolder(_Opened(_STORES[kind](url, patience), patience), "")
 
 
 class _Opened:

@@ -18,10 +18,11 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from formats.errors import UserError
+from formats.location import without_secrets
 from formats.remote.http import Answer, Body, Client
 from formats.remote.retry import BrokenError, Patience
 from formats.remote.s3 import bucket_and_prefix
-from formats.remote.store import Labelled, Status, changed, needed, refused, without_secrets
+from formats.remote.store import Labelled, Status, changed, needed, refused
 from formats.remote.web import check_allowed, range_header, read_range
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"

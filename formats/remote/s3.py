@@ -11,9 +11,10 @@ from contextlib import closing
 from typing import Any, Protocol, cast
 
 from formats.errors import UserError
+from formats.location import without_secrets
 from formats.remote.http import PASSING, seconds
 from formats.remote.retry import BrokenError, Patience, fill, words
-from formats.remote.store import Labelled, Status, changed, needed, refused, resized, without_secrets
+from formats.remote.store import Labelled, Status, changed, needed, refused, resized
 
 type Reply = Mapping[str, Any]
 

@@ -9,7 +9,6 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from formats.errors import UserError
 
@@ -81,15 +80,6 @@ class Labelled:
     @property
     def origin(self) -> dict[str, str]:
         return {}
-
-
-def without_secrets(url: str) -> str:
-    """A URL for messages: no user, no password, no query (which signs some URLs), no fragment."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return f"{url.partition('://')[0]}://…"
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def file_name(path: str) -> str:

@@ -18,9 +18,10 @@ from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
 from formats.errors import UserError
+from formats.location import without_secrets
 from formats.remote.http import Answer, Client, basic, split_url
 from formats.remote.retry import BrokenError, Patience, persist
-from formats.remote.store import Labelled, Status, changed, file_name, refused, resized, without_secrets
+from formats.remote.store import Labelled, Status, changed, file_name, refused, resized
 
 INTEGRITY = "integrity.json"
 """The hashes of an iteration's files: {"algorithm": "sha256", "files": {relative name: hex}}."""

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
 from formats.errors import UserError
-from formats.remote.folder import open_folder
+from formats.location import open_folder
 from formats.remote.gcs import Access
 from formats.remote.http import Client
 from formats.remote.retry import BrokenError, Patience

@@ -15,7 +15,7 @@ import pytest
 
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
-from formats.remote.folder import open_folder
+from formats.location import open_folder
 from formats.remote.retry import Patience
 from tests.conftest import SECRET
 from tests.places import BIG, HURRIED, KINDS, Place, served

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 import pytest
 
 from formats.errors import UserError
+from formats.location import open_folder
 from formats.remote import upload as upload_module
-from formats.remote.folder import open_folder
 from formats.remote.upload import Upload, exists, part_size
 from tests.places import HURRIED, Store, google_store, s3_store
 from tests.servers import Fault, GoogleServer, Handler

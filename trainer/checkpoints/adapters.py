@@ -15,11 +15,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from converter.adapters import description
 from converter.adapters.description import Base, Description
+from converter.adapters.files import is_peft
 from converter.adapters.fingerprint import fingerprint
-from converter.adapters.open import is_peft
-from converter.inspect import HUGGINGFACE, kind
 from converter.plan import as_stored
 from converter.reference import UnknownModelError
+from converter.report import HUGGINGFACE, kind
 from converter.sources import open_source
 from formats.errors import UserError
 from formats.folder import LocalFolder

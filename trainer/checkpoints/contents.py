@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from converter import carried, reference
-from converter.inspect import HUGGINGFACE, kind
+from converter.report import HUGGINGFACE, kind
 from converter.sources import open_source
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder

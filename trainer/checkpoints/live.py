@@ -19,11 +19,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from converter import families, reference
-from converter.adapters.open import refuse_adapter
+from converter.adapters.files import refuse_adapter
 from converter.carried import CONFIG
 from converter.config import make_model
-from converter.inspect import HUGGINGFACE, kind
 from converter.plan import Making, Plan, as_stored, named, to_megatron
+from converter.report import HUGGINGFACE, kind
 from converter.run import check_equal
 from converter.sources import open_source
 from formats.arrays import bands

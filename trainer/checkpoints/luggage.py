@@ -17,8 +17,8 @@ from converter import carried, families, run_config
 from converter.adapters import description
 from converter.adapters.description import Base
 from converter.config import make_model, to_megatron
-from converter.inspect import HUGGINGFACE, kind
 from converter.layout import make_layout
+from converter.report import HUGGINGFACE, kind
 from converter.sources import open_source
 from formats.folder import FileIn, Folder
 from formats.huggingface import HuggingFaceReader

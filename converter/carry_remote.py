@@ -1,0 +1,39 @@
+"""Carry a job out to an object store: uploaded in parts, committed at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from converter.job import How, Job, Talk
+from converter.ranks import alone
+from converter.share import Share
+from formats.errors import UserError
+from formats.location import without_secrets
+from formats.remote.outputs import RemoteOutputs
+from formats.remote.upload import Upload
+from formats.rendezvous import Rendezvous
+from formats.staging import Stage
+
+
+def upload(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers: int) -> None:
+    """The work of one process, with nothing that a later run could go on with."""
+    assert isinstance(job.outputs, RemoteOutputs)
+    ranks = how.ranks or alone()
+    if ranks.size > 1:
+        raise UserError(
+            f"`{without_secrets(job.target)}` cannot be written by {ranks.size} processes together",
+            hint="use one process, or convert to a shared file system and copy",
+        )
+    last = [name for name in job.last if name in files]
+    with (
+        TemporaryDirectory() as nowhere,
+        Rendezvous(Path(nowhere, "ranks"), 0, 1, ranks.run_id, target=Path(nowhere, "upload")) as together,
+        Upload(job.target, overwrite=how.overwrite) as uploaded,
+    ):
+        job.outputs.open(uploaded, job.writer.files, job.writer.spans)
+        stage = Stage(Path(nowhere), Path(nowhere))
+        ours = Share(job, talk, stage, together=together, share=job.makings, workers=workers)
+        ours.through(files, verify=False)
+        uploaded.commit([*last, *job.writer.markers])

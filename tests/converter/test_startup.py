@@ -1,0 +1,42 @@
+"""What a command imports: nothing that it does not use, since those imports took longer than a small conversion."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+_PROGRAM = """
+import contextlib, io, json, sys
+from converter.cli import cli
+
+def imported_by(*arguments):
+    with contextlib.redirect_stdout(io.StringIO()):
+        cli.main(arguments, standalone_mode=False)
+    return sorted(sys.modules)
+
+source, checkpoint, made = sys.argv[1:]
+print(json.dumps([
+    imported_by("--help"),
+    imported_by("families"),
+    imported_by("inspect", source),
+    imported_by("mcore-to-hf", checkpoint, made, "--dry-run"),
+    imported_by("hf-to-mcore", source, made, "--verify"),
+]))
+"""
+
+_OF_URLS = ("formats.remote", "http", "ssl", "email", "botocore", "google", "requests", "huggingface_hub")
+_OF_ADAPTERS = ("converter.adapters.open", "converter.adapters.description", "converter.adapters.merge")
+_OF_OTHERS = ("rich", "importlib.metadata", "converter.proof")
+
+
+def test_a_command_imports_only_what_it_uses(model_folder, checkpoint, tmp_path):
+    places = [model_folder("gqa", dtype="bfloat16"), checkpoint, tmp_path / "made"]
+    done = subprocess.run([sys.executable, "-c", _PROGRAM, *map(str, places)], capture_output=True, text=True, check=True)
+    help_, families, inspect, planned, converted = (set(names) for names in json.loads(done.stdout))
+    assert not {"numpy", "yaml", "blake3", "converter.families"} & help_
+    assert not {"yaml", "blake3", "converter.job"} & families
+    assert not {"converter.job", "converter.share"} & inspect
+    for names in (help_, families, inspect, planned, converted):
+        late = [name for name in names if f"{name}.".startswith(tuple(f"{one}." for one in _OF_URLS + _OF_ADAPTERS + _OF_OTHERS))]
+        assert not late
