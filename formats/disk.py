@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from formats.errors import TransientError, UserError
+from formats.faults import fault
 
 BLOCK = 4096
 """What direct I/O is aligned to: a page, and no smaller than any disk's sector."""
@@ -97,7 +98,7 @@ def explained(path: Path | None = None) -> Generator[None]:
                 hint=f"{_FULL[error.errno]}, then go on with `--resume`; nothing readable was left there",
             ) from error
         named = f"`{error.filename or path}`" if error.filename or path else "a file"
-        raise UserError(f"cannot use {named}: {error.strerror or error}") from error
+        raise UserError(f"cannot use {named}: {fault(error)}") from error
 
 
 def free_bytes(path: Path) -> int:
