@@ -16,6 +16,7 @@ import yaml
 from converter.config import Config
 from converter.layout import Layout
 from formats.errors import UserError, shown
+from formats.faults import fault
 from formats.folder import Folder
 from formats.spec import dtype_name
 
@@ -107,9 +108,26 @@ def _from_run_config(data: bytes) -> dict[str, Any]:
     try:
         _check_events(cast("Any", yaml).parse(data, Loader=loader))
         document = yaml.load(data, Loader=loader)  # noqa: S506
+    except _RefusedError as error:
+        raise UserError(f"`{FILE}` is not readable: {error.args[0]}") from error
     except Exception as error:  # a damaged value makes the parser raise anything
-        raise UserError(f"`{FILE}` is not readable: {str(error)[:200]}") from error
+        raise UserError(f"`{FILE}` is not readable as YAML: {_why(data, error)}") from error
     return _model_fields(document)
+
+
+class _RefusedError(ValueError):
+    """What no settings have, in our words."""
+
+
+def _why(data: bytes, error: Exception) -> str:
+    """The parser written in C has a limit of its own to how deep a document may be, and may reach it before any event comes."""
+    try:
+        _check_events(cast("Any", yaml).parse(data, Loader=yaml.SafeLoader))
+    except _RefusedError as refused:
+        return str(refused.args[0])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        pass
+    return fault(error)
 
 
 def _check_events(events: Iterable[Any]) -> None:
@@ -119,9 +137,9 @@ def _check_events(events: Iterable[Any]) -> None:
     for event in events:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
-            raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
+            raise _RefusedError(f"it is nested deeper than {_DEEPEST} levels")
         if isinstance(event, yaml.ScalarEvent) and (event.value == "<<" or len(event.value) > _LONGEST):
-            raise ValueError("it merges keys, or holds a value longer than any setting")
+            raise _RefusedError("it merges keys, or holds a value longer than any setting")
 
 
 def _model_fields(document: Any) -> dict[str, Any]:

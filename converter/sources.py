@@ -11,6 +11,7 @@ from typing import Any
 
 from converter.carried import Reference
 from formats.errors import UserError
+from formats.faults import fault
 from formats.folder import FileIn, Folder, LocalFolder
 from formats.location import is_remote, open_folder
 from formats.spec import Reader
@@ -75,8 +76,14 @@ def _fetch(source: str) -> Folder:
     try:
         return LocalFolder(Path(snapshot_download(name, revision=revision or None, ignore_patterns=_LEFT)))
     except (OSError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"cannot fetch `{source}` from the Hub, and there is no such directory here: {first}",
+            f"cannot fetch `{source}` from the Hub, and there is no such directory here: {_hub_fault(error)}",
             hint="check the name, the network and, for gated models, `hf auth login`",
         ) from error
+
+
+def _hub_fault(error: Exception) -> str:
+    """Why the Hub gave nothing: the HTTP status where there is one, else the kind of error."""
+    response: Any = getattr(error, "response", None)
+    status: Any = getattr(response, "status_code", None)
+    return f"the Hub answered HTTP {status}" if isinstance(status, int) else fault(error)

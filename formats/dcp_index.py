@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from formats.errors import UserError
+from formats.errors import UserError, shown
+from formats.faults import fault
 from formats.folder import Folder
 from formats.pickles import Global, Record, dumps, loads
 from formats.spec import Region, Shape, dtype_name, extent, intersect, whole_number
@@ -192,7 +193,13 @@ def _structured() -> Generator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise _unstructured(str(error)[:100]) from error
+        raise _unstructured(_misshapen(error)) from error
+
+
+def _misshapen(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it lacks `{shown(error.args[0])}`"
+    return f"a value in it is of another kind ({fault(error)})"
 
 
 def _unstructured(what: str) -> UserError:

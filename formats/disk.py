@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from formats.errors import TransientError, UserError
+from formats.faults import fault
 
 _MOST_AT_ONCE = 1 << 30  # macOS refuses reads and writes of 2 GiB
 _ALIGNMENT = 4096  # no disk has larger sectors
@@ -99,7 +100,7 @@ def explained(path: Path | None = None) -> Generator[None]:
                 hint=f"{_FULL[error.errno]}, then go on with `--resume`; nothing readable was left there",
             ) from error
         named = f"`{error.filename or path}`" if error.filename or path else "a file"
-        raise UserError(f"cannot use {named}: {error.strerror or error}", hint=_HINTS.get(error.errno or 0, "")) from error
+        raise UserError(f"cannot use {named}: {fault(error)}", hint=_HINTS.get(error.errno or 0, "")) from error
 
 
 def free_bytes(path: Path) -> int:

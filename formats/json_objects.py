@@ -10,18 +10,26 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from formats.errors import UserError
+from formats.faults import fault
 from formats.folder import Folder
 
 _DEEPEST = 64
+_DAMAGED = "the file is damaged"
 _HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class _TwiceError(ValueError):
+    """A key that stands in one object twice."""
 
 
 def parse_json(text: bytes, *, source: str) -> dict[str, Any]:
     """A JSON object; UserError names `source` where it is broken, is no object, or says a thing twice."""
     try:
         parsed = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
+    except _TwiceError as error:
+        raise UserError(f"`{source}` is not readable JSON: `{error.args[0]}` stands there twice", hint=_DAMAGED) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"`{source}` is not readable JSON: {error}", hint="the file is damaged") from None
+        raise UserError(f"`{source}` is not readable JSON: {fault(error)}", hint=_DAMAGED) from error
     if not isinstance(parsed, dict):
         raise UserError(f"`{source}` should be a JSON object, it is a {type(parsed).__name__}")
     _check_depth(parsed, source)
@@ -35,7 +43,7 @@ def _check_text(parsed: Any, source: str) -> None:
     try:
         json.dumps(parsed, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"`{source}` is not readable JSON: {error.reason}", hint="the file is damaged") from None
+        raise UserError(f"`{source}` is not readable JSON: {fault(error)}", hint=_DAMAGED) from error
 
 
 def _check_depth(parsed: Any, source: str) -> None:
@@ -45,7 +53,7 @@ def _check_depth(parsed: Any, source: str) -> None:
         level = [inner for part in level for inner in _inside(part)]
         if not level:
             return
-    raise UserError(f"`{source}` is nested deeper than {_DEEPEST} levels", hint="the file is damaged")
+    raise UserError(f"`{source}` is nested deeper than {_DEEPEST} levels", hint=_DAMAGED)
 
 
 def _inside(part: Any) -> Iterable[Any]:
@@ -58,7 +66,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"`{twice}` stands there twice")
+        raise _TwiceError(twice)
     return found
 
 

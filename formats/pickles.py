@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from formats.errors import UserError
+from formats.faults import fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +256,7 @@ def loads(data: bytes, *, source: str) -> Any:
     except UserError as error:
         raise UserError(f"`{source}`: {error.args[0]}", hint=error.hint) from None
     except Exception as error:
-        raise UserError(f"`{source}` is not a readable pickle: {error}", hint="the file is damaged") from error
+        raise UserError(f"`{source}` is not a readable pickle: {fault(error)}", hint="the file is damaged") from error
 
 
 def dumps(value: Any) -> bytes:

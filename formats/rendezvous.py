@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from formats.errors import TransientError, UserError
+from formats.faults import fault
 from formats.heartbeat import PATIENCE, Heartbeat, Process, Watch, pauses
 from formats.json_objects import parse_json
 from formats.lock import Lock, lock
@@ -261,7 +262,7 @@ class Rendezvous:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             self._report(f"{_who(self._rank, self._hello())} was stopped")
         elif error and not self._trouble:
-            self.fail(str(error.args[0]) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".strip(": "))
+            self.fail(str(error.args[0]) if isinstance(error, UserError) else fault(error))
         self._leaving = True
 
     def _clear(self) -> None:

@@ -58,8 +58,9 @@ def check_target(target: Path, *sources: Path, overwrite: bool) -> None:
 def _resolved(path: Path) -> Path:
     try:
         return path.resolve()
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"`{path}` leads nowhere: {error}") from None
+    except (RuntimeError, ValueError, OSError) as error:
+        why = "it holds a null character" if isinstance(error, ValueError) else "its links lead in a circle"
+        raise UserError(f"`{path}` leads nowhere: {why}", hint="choose another place") from error
 
 
 def _looks_like_a_model(directory: Path) -> bool:

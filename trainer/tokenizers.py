@@ -6,12 +6,15 @@ Knows where such folders say which token ends a document. Knows neither models n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from formats.errors import UserError, shown
+from formats.faults import fault
 from formats.json_objects import parse_json
 
 END = "<|endoftext|>"
@@ -129,7 +132,7 @@ def _from_file(path: Path) -> Any:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"`{path}` is not readable as a tokenizer: {error}", hint="fetch the file again") from None
+        raise UserError(f"`{path}` is not readable as a tokenizer", hint="fetch the file again") from error
 
 
 def _fast(folder: Path, backend: Any) -> Tokenizer:
@@ -173,11 +176,7 @@ def _other(folder: Path) -> Tokenizer:
     try:
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # any of many kinds, from several libraries
-        first = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"`{folder}` has no `tokenizer.json`, and transformers cannot read the rest: {first}",
-            hint="save the tokenizer with transformers' `save_pretrained`, which writes `tokenizer.json`",
-        ) from None
+        raise unreadable(f"`{folder}` has no `tokenizer.json`, and transformers cannot read the rest", folder, error) from error
     if found.is_fast:
         return _fast(folder, found.backend_tokenizer)
     numbers = found.get_vocab()
@@ -190,6 +189,53 @@ def _other(folder: Path) -> Tokenizer:
         begin=_before(*(found(_ANY_TEXT, add_special_tokens=special)["input_ids"] for special in (True, False))),
         name=str(folder),
     )
+
+
+def unreadable(message: str, folder: Path, error: Exception) -> UserError:
+    """The error for a folder whose tokenizer transformers cannot read, which starts with `message`: names the packages that
+    its files need and that are not installed; transformers often names another one, which it tries last."""
+    for file, kind, packages in _needed(folder):
+        missing = [name for name, module in packages.items() if not _installed(module)]
+        if missing:
+            return UserError(
+                f"{message}: `{file}` is a {kind} model, and {_names_of(missing)} not installed",
+                hint=f"pip install {' '.join(missing)}",
+            )
+    if isinstance(error, ImportError):
+        return UserError(f"{message}: {fault(error)}", hint="install that package")
+    return UserError(
+        f"{message} ({fault(error)})",
+        hint="save the tokenizer with transformers' `save_pretrained`, which writes `tokenizer.json`, or fetch its files again",
+    )
+
+
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+_TIKTOKEN = {"tiktoken": "tiktoken", "blobfile": "blobfile"}
+
+
+def _needed(folder: Path) -> Iterator[tuple[str, str, Mapping[str, str]]]:
+    """The model files of a folder, of which library they are, and the packages (with the module of each) that read them.
+
+    tiktoken's files are lines of base64 and a number, sentencepiece's are a protobuf message.
+    """
+    for path in sorted({*folder.glob("*.model"), *folder.glob("*.tiktoken")}):
+        head = path.read_bytes()[:4096] if path.is_file() else b""
+        lines = head.splitlines()[:-1]
+        text = bool(lines) and all(re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", line) for line in lines)
+        yield (path.name, "tiktoken", _TIKTOKEN) if text else (path.name, "SentencePiece", _SENTENCEPIECE)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that the module lies in
+        return False
+
+
+def _names_of(packages: Sequence[str]) -> str:
+    """`the package x is` or `the packages x and y are`."""
+    listed = " and ".join(f"`{name}`" for name in packages)
+    return f"the package {listed} is" if len(packages) == 1 else f"the packages {listed} are"
 
 
 def _side_files(folder: Path) -> dict[str, bytes]:

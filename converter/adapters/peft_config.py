@@ -15,6 +15,7 @@ from typing import Any, cast
 from converter.adapters.description import Description, is_number, scale
 from converter.adapters.files import PEFT_CONFIG
 from formats.errors import UserError, shown
+from formats.faults import fault
 from formats.folder import Folder
 from formats.json_objects import read_json
 from formats.spec import whole_number
@@ -101,7 +102,7 @@ def _match(pattern: str, text: str) -> re.Match[str] | None:
     try:
         return re.match(pattern, text)
     except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"`{FILE}` holds `{shown(pattern)}`, which is no regular expression: {error}") from None
+        raise UserError(f"`{FILE}` holds `{shown(pattern)}`, which is no regular expression: {fault(error)}") from error
 
 
 def read(folder: Folder) -> PeftConfig:

@@ -216,10 +216,24 @@ def _proxy_authorization(proxy: SplitResult) -> dict[str, str]:
 def _final(error: Exception, host: str) -> UserError | None:
     """What is not worth another attempt."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return UserError(f"the certificate of `{host}` does not hold: {error.verify_message}", hint="see SSL_CERT_FILE")
+        return UserError(f"the certificate of `{host}` does not hold: {_unverified(error)}", hint="see SSL_CERT_FILE")
     if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
         return UserError(f"there is no server `{host}`", hint="check the URL and the network")
     return None
+
+
+_CERTIFICATE_FAULTS = {
+    10: "it has expired",
+    18: "it is signed by itself",
+    19: "an authority above it is signed by itself, and not known here",
+    20: "the authority that signed it is not known here",
+    62: "it is for another host",
+}
+"""What OpenSSL's `X509_V_ERR_*` numbers mean."""
+
+
+def _unverified(error: ssl.SSLCertVerificationError) -> str:
+    return _CERTIFICATE_FAULTS.get(error.verify_code, f"OpenSSL's error {error.verify_code}")
 
 
 def seconds(retry_after: str) -> float | None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -24,11 +23,10 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from formats.disk import free_bytes
 from formats.errors import UserError
 from formats.torch_dist import TRAIN_STATE, iteration_folder
 from trainer import optim
-from trainer.checkpoints import adapters, iterations, random_states
+from trainer.checkpoints import adapters, causes, iterations, random_states
 from trainer.config import RunConfig
 from trainer.model import unwrap
 from trainer.parallel import on_first_rank
@@ -144,13 +142,9 @@ class Saver:
         """What the disk says against a save, as one error on all ranks."""
         try:
             yield
-        except (CheckpointException, OSError) as error:
+        except (CheckpointException, ImportError, OSError) as error:
             assert self._writing is not None
-            free = free_bytes(self._writing) / 1e9
-            raise UserError(
-                f"saving `{self._writing}` failed: {_reason(error)} ({free:.1f} GB free); {self.standing}",
-                hint="make room and start again with the same command: the run goes on from its last checkpoint",
-            ) from error
+            raise causes.not_saved(error, self._writing, standing=self.standing) from error
 
     @property
     def standing(self) -> str:
@@ -174,15 +168,6 @@ class Saver:
         """Let go of the writer; what it has not finished stays a leftover."""
         for call in self._queue.async_calls:
             call.async_caller.close(abort=True)
-
-
-def _reason(error: CheckpointException | OSError) -> str:
-    """What went wrong, in the same words on all ranks; only the first knows the details of a write."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    told: list[Any] = ["; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())]
-    dist.broadcast_object_list(told, src=0)
-    return str(told[0])
 
 
 def _train_state(progress: Progress) -> dict[str, torch.Tensor]:
@@ -309,11 +294,7 @@ def _load(wanted: dict[str, Any], folder: Path, config: RunConfig) -> dict[str, 
             wanted, str(folder), strict=StrictHandling.RAISE_UNEXPECTED, verify_integrity=config.checkpoint.verify_integrity
         )
     except (dist_checkpointing.core.CheckpointingException, CheckpointException, ValueError) as error:
-        reason = _reason(error) if isinstance(error, CheckpointException) else str(error)
-        raise UserError(
-            f"`{folder}` cannot be resumed from: {reason[:500]}",
-            hint="it is of another model or optimizer, or was saved without `checkpoint.save_optim` or `save_rng`",
-        ) from error
+        raise causes.not_resumed(error, wanted, folder) from error
 
 
 def _check_optimizer(parts: Parts, ours: dict[str, Any], sharding: str, folder: Path) -> None:

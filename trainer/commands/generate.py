@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from formats.errors import UserError
+from formats.faults import fault
 
 if TYPE_CHECKING:
     from trainer.generation.text import Generation
@@ -89,7 +90,7 @@ def _lines(file: str | None) -> list[str]:
     try:
         lines = [line for line in told[0].decode().splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise UserError(f"`{file}` is not text in UTF-8: {error.reason} at byte {error.start}", hint="save it as UTF-8") from None
+        raise UserError(f"`{file}` is not text in UTF-8: {fault(error)}", hint="save it as UTF-8") from error
     if not lines:
         raise UserError(f"`{file}` has no prompt", hint="write one on each line")
     return lines

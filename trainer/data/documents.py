@@ -13,6 +13,7 @@ from typing import Any
 
 from formats.disk import explained
 from formats.errors import UserError
+from formats.faults import fault
 
 TEXT = (".txt", ".md", ".py")
 """Files that are one document each."""
@@ -109,7 +110,7 @@ def _rows(path: Path, key: str) -> Iterator[Raw]:
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise UserError(f"`{path}` is not readable as parquet: {error}", hint="fetch the file again") from None
+        raise UserError(f"`{path}` is not readable as parquet", hint="fetch the file again") from error
     with file:
         _check_column(path, file.schema_arrow, key)
         number, share = 0, path.stat().st_size // max(file.metadata.num_rows, 1)
@@ -142,7 +143,7 @@ def text(raw: Raw) -> str:
     try:
         content = raw.data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{raw.place} is not UTF-8: {error.reason} at byte {error.start}", hint="convert it to UTF-8") from None
+        raise UserError(f"{raw.place} is not text in UTF-8: {fault(error)}", hint="convert it to UTF-8") from error
     return content if raw.key is None else _member(raw, content, raw.key)
 
 
@@ -150,7 +151,9 @@ def _member(raw: Raw, line: str, key: str) -> str:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{raw.place} is not JSON: {error}", hint="a .jsonl file holds one JSON object per line") from None
+        raise UserError(
+            f"{raw.place} is not JSON: {fault(error)}", hint="a .jsonl file holds one JSON object per line"
+        ) from error
     if not isinstance(found, dict):
         raise UserError(f"{raw.place} is no JSON object but a {type(found).__name__}", hint=f'lines look like {{"{key}": "…"}}')
     if key not in found:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from formats.errors import UserError
+from formats.faults import fault
 from trainer.launch import Job
 from trainer.launch.slurm import sbatch
 
@@ -96,5 +97,5 @@ def _nemo_run() -> Any:
         if str(error.name).startswith("leptonai"):
             # NeMo-Run 0.11 admits leptonai 0.47, which no longer has what it imports.
             hint = "pip install 'leptonai<0.47'"
-        raise UserError(f"NeMo-Run is installed, but cannot be imported: {error}", hint=hint) from error
+        raise UserError(f"NeMo-Run is installed, but cannot be imported: {fault(error)}", hint=hint) from error
     return nemo_run

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from formats.errors import UserError
+from formats.faults import fault
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -67,7 +68,7 @@ def _read(file: str | Path) -> dict[str, Any]:
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read `{file}`: {getattr(error, 'strerror', None) or error}", hint="give a YAML file") from None
+        raise UserError(f"cannot read `{file}`: {fault(error)}", hint="give a YAML file") from error
     return documents.load(text, source=str(file))
 
 

@@ -337,8 +337,14 @@ def check_precision_sizes(config: RunConfig) -> None:
 
 
 def check_saving(config: RunConfig) -> None:
-    """Checkpoints that are asked for have somewhere to go."""
+    """Checkpoints that are asked for have somewhere to go, and something that writes them."""
     told = config.checkpoint
+    if told.save is not None and find_spec("psutil") is None:  # megatron-core's writer asks for it after the first steps only
+        raise UserError(
+            f"`checkpoint.save` is `{told.save}`, and the package `psutil`, which megatron-core writes checkpoints with, is "
+            "not installed",
+            hint="pip install 'mbtools[train]', or leave `checkpoint.save` out",
+        )
     for name in ("save_interval", "save_interval_in_mins"):
         if getattr(told, name) is not None and told.save is None:
             raise UserError(

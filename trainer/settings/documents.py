@@ -12,10 +12,12 @@ from typing import Any
 import yaml
 
 from formats.errors import UserError, shown
+from formats.faults import fault, position
 from trainer.settings.named import CHOICES, name_of
 from trainer.settings.places import Place, is_section, kinds, place
 from trainer.settings.values import UnnamedError, plain
 
+_YAML = "it should be YAML: `section:`, then `  name: value`"
 _DEEPEST, _LONGEST = 64, 1 << 16
 _HYDRA = ("_target_", "_call_", "_partial_", "_args_", "_recursive_", "_convert_")
 
@@ -72,15 +74,26 @@ def load(text: str, *, source: str = "the document") -> dict[str, Any]:
             assert event
         _check_twice(yaml.compose(text, Loader=yaml.SafeLoader))
         found = yaml.safe_load(text)
+    except _RefusedError as error:
+        raise UserError(f"`{source}` is not readable: {error.args[0]}", hint=_YAML) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"`{source}` is not readable: {str(error)[:300]}", hint="it should be YAML: `section:`, then `  name: value`"
-        ) from None
+        raise UserError(f"`{source}` is not readable: {_why(error)}", hint=_YAML) from error
     if found is None:
         return {}
     if not isinstance(found, dict):
         raise UserError(f"`{source}` is `{shown(found)}`, it should be sections with settings", hint="start with `train:`")
     return found
+
+
+class _RefusedError(ValueError):
+    """What YAML can hold and settings do not, in our words."""
+
+
+def _why(error: Exception) -> str:
+    """A tag that stands for code is one of the faults whose place is known."""
+    if isinstance(error, yaml.constructor.ConstructorError) and error.problem_mark:
+        return f"{position(error)} has a tag or a key that no setting has"
+    return fault(error)
 
 
 def _checked(events: Iterator[Any]) -> Iterator[Any]:
@@ -89,11 +102,11 @@ def _checked(events: Iterator[Any]) -> Iterator[Any]:
     for event in events:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
-            raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
+            raise _RefusedError(f"it is nested deeper than {_DEEPEST} levels")
         if isinstance(event, yaml.AliasEvent) or (isinstance(event, yaml.ScalarEvent) and event.value == "<<"):
-            raise ValueError(f"line {event.start_mark.line + 1} refers to another place in it; write the values out")
+            raise _RefusedError(f"line {event.start_mark.line + 1} refers to another place in it; write the values out")
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > _LONGEST:
-            raise ValueError(f"line {event.start_mark.line + 1} holds a value longer than any setting")
+            raise _RefusedError(f"line {event.start_mark.line + 1} holds a value longer than any setting")
         yield event
 
 
@@ -107,7 +120,7 @@ def _check_twice(node: Any) -> None:
     seen: set[str] = set()
     for key, value in node.value:
         if str(key.value) in seen:
-            raise ValueError(f"line {key.start_mark.line + 1}: `{key.value}` stands there twice")
+            raise _RefusedError(f"line {key.start_mark.line + 1}: `{key.value}` stands there twice")
         seen.add(str(key.value))
         _check_twice(value)
 

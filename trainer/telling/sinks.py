@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from formats.errors import UserError
+from formats.faults import fault
 from trainer.config import LoggerConfig
 from trainer.telling.metrics import GIB
 from trainer.telling.records import FILE, Evaluation, JsonLines, Record, Sample, Step
@@ -69,7 +70,7 @@ def _need(package: str, *, setting: str, install: str) -> None:
         importlib.import_module(package)
     except ImportError as error:
         raise UserError(
-            f"`logger.{setting}` is set, but the package `{package}` cannot be imported: {error}",
+            f"`logger.{setting}` is set, but the package `{package}` cannot be imported: {fault(error)}",
             hint=f"pip install {install}, or leave `logger.{setting}` out",
         ) from error
 
@@ -121,7 +122,8 @@ class WeightsAndBiases:
             )
         except wandb.errors.Error as error:
             raise UserError(
-                f"Weights & Biases did not start: {error}", hint="run `wandb login`, or set `logger.wandb_mode=offline`"
+                f"Weights & Biases did not start (its `{type(error).__name__}`)",
+                hint="run `wandb login`, or set `logger.wandb_mode=offline`",
             ) from error
         self._run.define_metric("*", step_metric="iteration")
         if known:

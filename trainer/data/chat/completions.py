@@ -55,7 +55,7 @@ def _parsed(template: str) -> tuple[tuple[str, str | None], ...]:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise UserError(f"`dataset.prompt_template` is not readable: {error}", hint=hint) from None
+        raise UserError("`dataset.prompt_template` is not readable: a brace is not closed, or not opened", hint=hint) from error
     for _, name, form, conversion in parts:
         if name is not None and (not name.isidentifier() or form or conversion):
             raise UserError(f"`dataset.prompt_template` has `{{{name}}}`, which is no field's name alone", hint=hint)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from formats.faults import fault
 from trainer.data.chat.drafts import Draft, Tokenized, tokenized
 from trainer.data.chat.jinja import Messages, Template
 from trainer.data.chat.sources import UnusableError
@@ -151,7 +152,7 @@ def _tools(value: Any) -> Any:
     try:
         return json.loads(value) or None if value.strip() else None
     except ValueError as error:
-        raise UnusableError("its `tools` are not JSON", str(error)) from None
+        raise UnusableError("its `tools` are not JSON", fault(error)) from error
 
 
 def _unicode(text: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import UserError
+from formats.faults import fault
+from trainer import tokenizers
 from trainer.data.chat.sources import UnusableError
 from trainer.tokenizers import Tokenizer
 
@@ -53,11 +56,9 @@ class Template:
         try:
             found = AutoTokenizer.from_pretrained(tokenizer.name, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # any of many kinds, from several libraries
-            first = str(error).strip().split("\n")[0]
-            raise UserError(
-                f"transformers, which renders chat templates, cannot read `{tokenizer.name}`: {first}",
-                hint="save the tokenizer again with transformers' `save_pretrained`",
-            ) from None
+            raise tokenizers.unreadable(
+                f"transformers, which renders chat templates, cannot read `{tokenizer.name}`", Path(tokenizer.name), error
+            ) from error
         return cls._checked(tokenizer, found, _read(file) if file else None)
 
     @classmethod
@@ -94,9 +95,10 @@ class Template:
                 [plain], tools=tools, chat_template=template, **how, **self.renderer.special_tokens_map
             )
         except TemplateSyntaxError as error:
-            raise UserError(f"the chat template is not readable: {error.message} in line {error.lineno}") from None
+            raise UserError(f"the chat template is not readable: {fault(error)}", hint="correct the template") from error
         except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise UnusableError("the chat template refuses it", str(error).strip().split("\n")[0]) from None
+            said = error.message if type(error) is TemplateError else None  # by the template's own `raise_exception`
+            raise UnusableError("the chat template refuses it", _first_line(said) or _in_template(error)) from error
         return texts[0], spans[0] if spans else ()
 
     def _text(self, tools: Any) -> str:
@@ -104,18 +106,28 @@ class Template:
             return self.renderer.get_chat_template(self.given, tools)
         except ValueError as error:
             raise UserError(
-                f"the tokenizer has no chat template to take: {error}", hint="give one with `dataset.chat_template`"
-            ) from None
+                "the tokenizer has several chat templates, and none is called `default`",
+                hint="give one with `dataset.chat_template`",
+            ) from error
+
+
+def _first_line(said: str | None) -> str:
+    return (said or "").strip().partition("\n")[0]
+
+
+def _in_template(error: Exception) -> str:
+    """What failed while a template was rendered, and in which of its lines."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+    return f"{fault(error)}{f' in its line {lines[-1]}' if lines else ''}"
 
 
 def _read(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"cannot read `dataset.chat_template`, which is `{file}`: {reason}", hint="give a file with a Jinja template"
-        ) from None
+            f"cannot read `dataset.chat_template`, which is `{file}`: {fault(error)}", hint="give a file with a Jinja template"
+        ) from error
 
 
 @cache

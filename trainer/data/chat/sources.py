@@ -14,6 +14,7 @@ from typing import Any
 
 from formats.disk import explained
 from formats.errors import UserError, shown
+from formats.faults import fault
 from trainer.data import documents
 
 KINDS = (
@@ -57,9 +58,9 @@ class Record:
         try:
             found = json.loads(self.data)
         except UnicodeDecodeError as error:
-            raise UnusableError("it is not UTF-8", f"{error.reason} at byte {error.start}") from None
+            raise UnusableError("it is not UTF-8", fault(error)) from error
         except (ValueError, RecursionError) as error:
-            raise UnusableError("it is not JSON", str(error)) from None
+            raise UnusableError("it is not JSON", fault(error)) from error
         if not isinstance(found, dict):
             raise UnusableError("it is no JSON object", f"it is {shown(found)}")
         return found
@@ -153,7 +154,7 @@ def _rows(path: Path) -> Iterator[Record]:
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise UserError(f"`{path}` is not readable as parquet: {error}", hint="fetch the file again") from None
+        raise UserError(f"`{path}` is not readable as parquet", hint="fetch the file again") from error
     number = 0
     with file:
         for batch in file.iter_batches(batch_size=_ROWS):
@@ -173,7 +174,6 @@ def _saved(folder: Path) -> Iterator[Record]:
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # any of many kinds, from several libraries
-        first = str(error).strip().split("\n")[0]
-        raise UserError(f"`{folder}` is not readable as a folder of `datasets`: {first}", hint="save it again") from None
+        raise UserError(f"`{folder}` is not readable as a folder of `datasets`: {fault(error)}", hint="save it again") from error
     for number, row in enumerate(found.with_format(None), 1):
         yield Record(folder, number, row)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from formats.errors import UserError
+from formats.faults import fault
 from trainer.data import cache
 from trainer.data.chat.packing import Rows
 
@@ -159,7 +160,7 @@ def open_store(folder: Path) -> Store:
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"`{folder}` holds no packed examples: {error}", hint="make it with `mbtrain pack`") from error
+        raise UserError(f"`{folder}` holds no packed examples: {fault(error)}", hint="make it with `mbtrain pack`") from error
     if not isinstance(about, dict) or about.get("version") != VERSION:
         raise UserError(f"`{folder}` was made by another version of `mbtrain pack`", hint="make it again")
     store = Store(folder, about)

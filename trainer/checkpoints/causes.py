@@ -1,0 +1,106 @@
+"""Why a checkpoint could not be written or read, and what to do about it: from error numbers, classes, names and shapes, never
+from the texts of torch and megatron-core, which change between releases.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from torch.distributed.checkpoint.api import CheckpointException
+
+from formats.disk import free_bytes
+from formats.errors import UserError, shown
+from formats.faults import code_location, fault
+
+_AGAIN = "start again with the same command: the run goes on from its last checkpoint"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR}
+_ERROR_NUMBER = re.compile(r"\[Errno (\d+)\]")
+
+
+def not_saved(error: BaseException, folder: Path, *, standing: str) -> UserError:
+    """The error for a save to `folder` that failed; `standing` says which checkpoint there is to go back to.
+
+    Of a CheckpointException, which all ranks get, the first rank's words are told on all.
+    """
+    told: list[Any] = [_cause(error)]
+    if isinstance(error, CheckpointException):
+        dist.broadcast_object_list(told, src=0)
+    reason, hint = told[0]
+    return UserError(f"saving `{folder}` failed: {reason} ({free_bytes(folder) / 1e9:.1f} GB free); {standing}", hint=hint)
+
+
+def _cause(error: BaseException) -> tuple[str, str]:
+    """What went wrong, and the way out."""
+    if not isinstance(error, CheckpointException):
+        return _described(error), _way_out([error])
+    causes = [(rank, *found) for rank, found in error.failures.items()]
+    reasons = "; ".join(f"rank {rank}: {_described(cause, trace)}" for rank, cause, trace in causes)
+    return reasons, _way_out([cause for _, cause, _ in causes])
+
+
+def _described(error: BaseException, trace: Any = None) -> str:
+    number = _number(error)
+    if number:
+        return os.strerror(number)
+    where = code_location(trace or error.__traceback__)
+    return f"{fault(error)}{f' in {where}' if where else ''}"
+
+
+def _number(error: BaseException) -> int | None:
+    """The operating system's error number, which processes that write for others hand on as `[Errno 28]`."""
+    for one in (error, error.__cause__, error.__context__):
+        if isinstance(one, OSError) and one.errno:
+            return one.errno
+    found = _ERROR_NUMBER.search(str(error))
+    return int(found[1]) if found else None
+
+
+def _way_out(errors: Iterable[BaseException]) -> str:
+    errors = list(errors)
+    numbers = {_number(error) for error in errors}
+    if numbers & _FULL:
+        return f"make room and {_AGAIN}"
+    if numbers & _REFUSED:
+        return f"let this user write there, or choose another `checkpoint.save`; then {_AGAIN}"
+    if any(isinstance(error, ImportError) for error in errors):
+        return "install that package on all hosts: `pip install 'mbtools[train]'`"
+    return f"correct what is named, then {_AGAIN}"
+
+
+def not_resumed(error: BaseException, wanted: dict[str, Any], folder: Path) -> UserError:
+    """The error for a checkpoint that megatron-core could not load into `wanted`, a sharded state dict."""
+    difference = _difference(wanted, folder)
+    if difference:
+        hint = "it is of another model or optimizer, or was saved without `checkpoint.save_optim` or `save_rng`"
+        return UserError(f"`{folder}` cannot be resumed from: {difference}", hint=hint)
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return UserError(
+        f"`{folder}` cannot be resumed from: a file of it is damaged or cannot be read ({_described(causes[0])})",
+        hint=f"`mbconvert inspect --check {folder}` names the file; resume from another checkpoint",
+    )
+
+
+def _difference(wanted: dict[str, Any], folder: Path) -> str:
+    """The first tensor that a run and a checkpoint do not share, or have in different shapes; empty where there is none."""
+    try:
+        there = {one.key: tuple(one.global_shape) for one in dist_checkpointing.load_tensors_metadata(str(folder)).values()}
+    except (CheckpointException, dist_checkpointing.core.CheckpointingException, OSError, ValueError, KeyError, TypeError):
+        return ""
+    apply_factories(wanted)
+    ours = {one.key: tuple(one.global_shape) for one in nested_values(wanted) if isinstance(one, ShardedTensor)}
+    for name, shape in ours.items():
+        if name not in there:
+            return f"it has no `{name}`, which this run has"
+        if there[name] != shape:
+            return f"`{name}` is `{shown(list(there[name]))}` there, and `{shown(list(shape))}` in this run"
+    return ""
