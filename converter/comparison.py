@@ -163,7 +163,7 @@ class _Pairs:
         def look(piece: Piece) -> None:
             name = piece.making.spec.name
             ours = benches[0].make(piece, self._one.reader)
-            theirs = benches[1].make(Piece(self._other.makings[name], piece.rows), self._other.reader)
+            theirs = benches[1].make(Piece(self._other.makings[name], piece.region), self._other.reader)
             if not same_bits(ours, theirs):
                 with self._lock:
                     _add(self._different.setdefault(name, Difference(name)), piece, ours, theirs)
@@ -175,8 +175,8 @@ class _Pairs:
 def _add(found: Difference, piece: Piece, one: Array, other: Array) -> None:
     plain = np.dtype(f"u{one.dtype.itemsize}")
     where = np.flatnonzero(one.view(plain).reshape(-1) != other.view(plain).reshape(-1))
-    row, *rest = (int(index) for index in np.unravel_index(int(where[0]), one.shape))
-    first = piece.rows.start + row, *rest
+    inside = np.unravel_index(int(where[0]), one.shape)
+    first = tuple(part.start + int(index) for part, index in zip(piece.region, inside, strict=True))
     ours, theirs = (side.reshape(-1)[where].astype(np.float64) for side in (one, other))
     if not found.values or first < found.first:
         found.first, found.values = first, (float(ours[0]), float(theirs[0]))

@@ -16,11 +16,14 @@ from converter.layout import Layout, boxes
 from converter.model import Model
 from converter.rules import Rule, fill, in_order
 from converter.values import target_dtype
-from formats.arrays import bands
+from formats.arrays import contiguous_regions
 from formats.errors import UserError
-from formats.spec import Region, TensorSpec, dtype_name
+from formats.spec import Region, TensorSpec, dtype_name, extent
 
 Specs = Mapping[str, TensorSpec]
+
+PIECE_AXES = "every leading axis"
+"""How tensors are cut into pieces, as journals say it: up to mbtools 0.1 it was along the first alone, and not said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,28 +59,30 @@ def as_stored(specs: Mapping[str, TensorSpec]) -> dict[str, Making]:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A band of rows of a target tensor, small enough to hold in memory: the unit of work."""
+    """A part of a target tensor that is one run of bytes, small enough to hold in memory: the unit of work.
+
+    Whole rows, or where one row is too large a part of one (see `contiguous_regions`).
+    """
 
     making: Making
-    rows: slice
+    region: Region
 
     @property
-    def region(self) -> Region:
-        return (self.rows, *self.making.spec.whole[1:])
+    def rows(self) -> slice:
+        return self.region[0]
 
     @property
     def nbytes(self) -> int:
-        spec = self.making.spec
-        return (self.rows.stop - self.rows.start) * (spec.nbytes // max(spec.shape[0], 1))
+        return prod(extent(self.region)) * self.making.spec.dtype.itemsize
 
     def copies(self) -> Iterator[tuple[Copy, Region, slice]]:
         """What is copied, the source's region, and the piece's rows that it fills."""
+        rows, rest = self.region[0], self.region[1:]
         for copy in self.making.copies:
-            start, stop = max(self.rows.start, copy.here), min(self.rows.stop, copy.here + copy.count)
+            start, stop = max(rows.start, copy.here), min(rows.stop, copy.here + copy.count)
             if start < stop:
                 shift = copy.there - copy.here
-                region = (slice(start + shift, stop + shift), *self.making.spec.whole[1:])
-                yield copy, region, slice(start - self.rows.start, stop - self.rows.start)
+                yield copy, (slice(start + shift, stop + shift), *rest), slice(start - rows.start, stop - rows.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,9 +254,11 @@ def placed(plan: Plan, layout: Layout) -> Iterator[tuple[TensorSpec, tuple[tuple
 
 
 def pieces(makings: Iterable[Making], *, limit: int) -> Iterator[Piece]:
-    """Tensors as bands of whole rows, none larger than `limit` bytes where one row allows."""
+    """Tensors as pieces in C order, none of more than `limit` bytes in the source's dtype or its own.
+
+    Their numbers are written down in journals: with another order or size, `resumable` has to differ.
+    """
     for making in makings:
-        rows = making.spec.shape[0]
-        row_bytes = prod(making.spec.shape[1:]) * max(dtype.itemsize for dtype in making.dtypes)
-        for band in bands(slice(0, rows), max(1, limit // max(row_bytes, 1))):
-            yield Piece(making, band)
+        count = limit // max(dtype.itemsize for dtype in making.dtypes)
+        for region in contiguous_regions(making.spec.shape, count):
+            yield Piece(making, region)

@@ -16,7 +16,7 @@ import numpy as np
 
 from converter.plan import Copy, Making, Piece, pieces
 from converter.values import cast_into
-from formats.arrays import Buffer, as_bytes, same_bits
+from formats.arrays import Buffer, as_bytes, offset_of, same_bits
 from formats.errors import UserError
 from formats.in_order import AbandonedError
 from formats.spec import Array, Reader, Region, Writer, extent
@@ -124,7 +124,7 @@ class Bench:
         same = out.dtype == copy.dtype
         data = out if same else self._scratch.view(out.shape, copy.dtype)
         reader.read(copy.source, region, data)
-        self._told(copy.source, region[0].start * (data.nbytes // max(len(data), 1)), as_bytes(data))
+        self._told(copy.source, offset_of(region, reader.specs[copy.source].shape) * copy.dtype.itemsize, as_bytes(data))
         if not same:
             cast_into(out, data)
 

@@ -18,11 +18,11 @@ from converter.comparison import compare
 from converter.job import Job, Talk
 from converter.journal import Finished, Journal, doubted_if_lost, read_journals
 from converter.lanes import cut, in_lanes
-from converter.plan import Making, Piece, pieces
+from converter.plan import PIECE_AXES, Making, Piece, pieces
 from converter.run import PIECE_BYTES, Task, Watch, run
 from converter.version import VERSION
 from formats import integrity
-from formats.arrays import as_bytes
+from formats.arrays import as_bytes, offset_of
 from formats.errors import UserError
 from formats.folder import FileIn, LocalFolder
 from formats.in_order import InOrder
@@ -35,7 +35,7 @@ from formats.staging import Stage, check_sizes, sync_tree
 
 def resumable(job: Job) -> dict[str, Any]:
     """What must be the same for another run to go on with this one: numbers of pieces must mean the same, too."""
-    return {**job.manifest, "mbtools": VERSION, "a piece size of": PIECE_BYTES}
+    return {**job.manifest, "mbtools": VERSION, "a piece size of": PIECE_BYTES, "pieces cut along": PIECE_AXES}
 
 
 class Share:
@@ -169,8 +169,8 @@ class Share:
             self._tensors.put(name, offset, data)
 
     def _look_at_made(self, piece: Piece, data: Array) -> None:
-        row_bytes = data.nbytes // max(len(data), 1)
-        self._look_at_read(piece.making.spec.name, piece.rows.start * row_bytes, as_bytes(data))
+        spec = piece.making.spec
+        self._look_at_read(spec.name, offset_of(piece.region, spec.shape) * spec.dtype.itemsize, as_bytes(data))
 
     def _tensor_passed(self, name: str, digest: blake3) -> None:
         self._hashes.tensors[name] = digest.hexdigest()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from itertools import product
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from formats.disk import io_alignment
-from formats.spec import Array, Shape
+from formats.spec import Array, Region, Shape
 
 
 class Buffer:
@@ -44,6 +45,33 @@ def same_bits(one: Array, other: Array) -> bool:
 def as_bytes(array: Array) -> memoryview:
     """The memory of a contiguous array, as bytes."""
     return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def contiguous_regions(shape: Shape, count: int) -> Iterator[Region]:
+    """Cut an array into regions of at most `count` elements (at least one), each one run in C order, in that order.
+
+    The first axis along which one step fits is cut; of all axes before it, a region has one index.
+
+    >>> [tuple((part.start, part.stop) for part in region) for region in contiguous_regions((2, 3), 2)]
+    [((0, 1), (0, 2)), ((0, 1), (2, 3)), ((1, 2), (0, 2)), ((1, 2), (2, 3))]
+    """
+    axis = next((axis for axis in range(len(shape)) if prod(shape[axis + 1 :]) <= count), max(len(shape) - 1, 0))
+    inner = tuple(slice(0, size) for size in shape[axis + 1 :])
+    step = max(1, count // max(prod(shape[axis + 1 :]), 1))
+    for index in product(*(range(size) for size in shape[:axis])):
+        outer = tuple(slice(number, number + 1) for number in index)
+        for band in bands(slice(0, shape[axis]), step) if shape else ():
+            yield (*outer, band, *inner)
+    if not shape:
+        yield ()
+
+
+def offset_of(region: Region, shape: Shape) -> int:
+    """Where in an array of that shape, in C order, a region's first element is; in elements."""
+    position = 0
+    for size, part in zip(shape, region, strict=True):
+        position = position * size + part.start
+    return position
 
 
 def bands(rows: slice, step: int) -> Iterator[slice]:

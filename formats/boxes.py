@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from formats.arrays import as_bytes, bands, copy
+from formats.arrays import as_bytes, bands, copy, offset_of
 from formats.folder import Folder
 from formats.outputs import Outputs
 from formats.spec import Array, Region, Shape, extent
@@ -58,7 +58,7 @@ def write_box(outputs: Outputs, stored: Stored, region: Region, data: Array) -> 
 
 def place_of(stored: Stored, region: Region, itemsize: int) -> int:
     """Where in its file a region's first byte lies."""
-    return stored.offset + _element(stored.shape, region) * itemsize
+    return stored.offset + offset_of(region, stored.shape) * itemsize
 
 
 def _read_run(folder: Folder, stored: Stored, region: Region, out: Array) -> None:
@@ -83,10 +83,3 @@ def _contiguous(shape: Shape, box: Shape) -> bool:
         free = free or part != 1
     return True
 
-
-def _element(shape: Shape, region: Region) -> int:
-    """Position of a region's first element, in elements."""
-    position = 0
-    for size, part in zip(shape, region, strict=True):
-        position = position * size + part.start
-    return position

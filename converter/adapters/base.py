@@ -25,15 +25,14 @@ from formats.torch_dist import TorchDistReader
 
 
 class Made:
-    """Tensors that are made of another reader's, whole rows at a time; none is cast, and copies cover each."""
+    """Tensors that are made of another reader's; none is cast, and copies cover each."""
 
     def __init__(self, reader: Reader, makings: Mapping[str, Making]) -> None:
         self._reader, self._makings = reader, makings
         self.specs = {name: making.spec for name, making in makings.items()}
 
     def read(self, name: str, region: Region, out: Array) -> None:
-        assert region[1:] == self.specs[name].whole[1:], f"{name}: rows are made whole"
-        for copy, there, rows in Piece(self._makings[name], region[0]).copies():
+        for copy, there, rows in Piece(self._makings[name], region).copies():
             self._reader.read(copy.source, there, out[rows])
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from converter.adapters.adapter import Adapter, Delta
 from converter.values import cast_into, target_dtype
-from formats.arrays import Buffer, bands
+from formats.arrays import Buffer, bands, copy
 from formats.spec import DTYPES, Array, Reader, Region, extent
 
 BLOCK_BYTES = 1 << 20
@@ -55,7 +55,8 @@ class Merged:
         if name not in self._names:
             return self._reader.read(name, region, out)
         spec, rows = self._reader.specs[name], region[0]
-        assert region[1:] == spec.whole[1:], f"{name}: a row has to be whole to be changed"
+        if region[1:] != spec.whole[1:]:
+            return self._read_parts(name, region, out)
         stored = out if out.dtype == spec.dtype else self._buffers()[0].view(extent(region), spec.dtype)
         self._reader.read(name, region, stored)
         delta = self._recent.get(name)
@@ -64,6 +65,14 @@ class Merged:
             band = slice(start - rows.start, stop - rows.start)
             self._change(delta, block, slice(start, stop), stored[band], out[band])
         return None
+
+    def _read_parts(self, name: str, region: Region, out: Array) -> None:
+        """Parts of rows: a row has to be whole to be changed, since DoRA's factor depends on all of it."""
+        whole = self.specs[name].whole
+        for number, row in enumerate(range(region[0].start, region[0].stop)):
+            changed = np.empty((1, *self.specs[name].shape[1:]), out.dtype)
+            self.read(name, (slice(row, row + 1), *whole[1:]), changed)
+            copy(out[number], changed[(0, *region[1:])])
 
     def close(self) -> None:
         self._reader.close()

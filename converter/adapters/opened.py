@@ -41,5 +41,5 @@ class Opened:
         return Delta(found[Factor.A], found[Factor.B], self.scales[weight], found.get(Factor.MAGNITUDE))
 
     def _whole(self, making: Making) -> Array:
-        piece = Piece(making, slice(0, making.spec.shape[0]))
+        piece = Piece(making, making.spec.whole)
         return Bench().make(piece, self.reader).astype(np.float32)

@@ -63,12 +63,14 @@ def test_the_same_bytes_with_one_worker_and_with_eight_from_any_folder(model_fol
     assert tree(tmp_path / "back1") == tree(elsewhere / "back8")
 
 
-def test_small_pieces_make_the_same_bytes(model_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", [1000, 60], ids=["rows", "parts of rows"])
+def test_small_pieces_make_the_same_bytes(model_folder, tmp_path, monkeypatch, size):
     folder = model_folder("attention_bias", dtype="bfloat16")
     hf_to_mcore(folder, tmp_path / "large", tp=2, pp=2)
-    monkeypatch.setattr("converter.share.PIECE_BYTES", 1000)
-    hf_to_mcore(folder, tmp_path / "small", tp=2, pp=2)
-    mcore_to_hf(tmp_path / "small", tmp_path / "back")
+    for module in ("share", "comparison", "run"):
+        monkeypatch.setattr(f"converter.{module}.PIECE_BYTES", size)
+    hf_to_mcore(folder, tmp_path / "small", tp=2, pp=2, verify=True)
+    mcore_to_hf(tmp_path / "small", tmp_path / "back", verify=True)
     assert tree(tmp_path / "large") == tree(tmp_path / "small")
     assert model_tree(tmp_path / "back") == tree(folder)
 

@@ -17,7 +17,7 @@ from converter.layout import make_layout
 from converter.model import Model
 from converter.plan import pieces, placed, to_huggingface, to_megatron
 from formats.dcp_index import _tiles
-from formats.spec import DTYPES, TensorSpec
+from formats.spec import DTYPES, TensorSpec, extent
 
 few = st.integers(1, 3)
 
@@ -49,10 +49,10 @@ def carried_out(makings, values, limit):
     """Every making, piece by piece: whole rows, zero where no copy says otherwise."""
     made = {making.spec.name: np.full(making.spec.shape, np.nan, np.float32) for making in makings}
     for piece in pieces(makings, limit=limit):
-        band = np.zeros((piece.rows.stop - piece.rows.start, *piece.making.spec.shape[1:]), np.float32)
+        band = np.zeros(extent(piece.region), np.float32)
         for copy, region, rows in piece.copies():
             band[rows] = values[copy.source][region]
-        made[piece.making.spec.name][piece.rows] = band
+        made[piece.making.spec.name][piece.region] = band
     return made
 
 

@@ -258,6 +258,20 @@ def test_a_damaged_record_is_refused_and_a_missing_one_is_no_record(start, go_on
     assert tree(tmp_path / "m") == straight["hf-to-mcore"][2]
 
 
+def test_a_journal_whose_numbers_mean_other_pieces_is_refused(go_on, half):
+    """As an earlier version wrote it, which cut tensors along their first axis alone."""
+    record = state_of(half) / "job.json"
+    said = json.loads(record.read_text())
+    assert said.pop("pieces cut along") == "every leading axis"
+    record.write_text(json.dumps(said))
+    with pytest.raises(UserError) as refused:
+        go_on()
+    assert str(refused.value) == (
+        f'`{half}` was begun with pieces cut along null, now it is "every leading axis"\n\n'
+        f"hint: resume with what it was begun with, or remove it: rm -r {half}.state {half}"
+    )
+
+
 def journal(half):
     (found,) = state_of(half).glob("journal-*")
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,16 +70,28 @@ def test_layers_go_to_stages_in_megatrons_order(stages):
     assert (layout.stage(-1), layout.stage(sum(stages))) == (0, 1)
 
 
-@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 200))
-def test_pieces_cover_a_tensor_and_stay_below_the_limit(count, columns, limit):
-    making = Making(TensorSpec("t", (count, columns), DTYPES["bf16"]), (Copy("s", DTYPES["fp32"], 3, 0, count - 1),))
-    cut = list(pieces([making], limit=limit))
-    assert [row for piece in cut for row in range(piece.rows.start, piece.rows.stop)] == list(range(count))
-    assert all(
-        piece.rows.stop - piece.rows.start == 1 or (piece.rows.stop - piece.rows.start) * columns * 4 <= limit for piece in cut
-    )
-    copied = [row for piece in cut for _, region, _ in piece.copies() for row in range(region[0].start, region[0].stop)]
-    assert copied == list(range(3, 3 + count - 1))
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(4, 300), st.booleans())
+def test_pieces_are_runs_of_bytes_in_order_and_none_exceeds_the_limit(shape, limit, cast):
+    """Whatever the axis: a row of a tensor of stacked matrices is a matrix, and one row may be as large as any."""
+    dtypes = DTYPES["bf16"], DTYPES["fp32" if cast else "bf16"]
+    making = Making(TensorSpec("t", tuple(shape), dtypes[0]), (Copy("s", dtypes[1], 3, 0, shape[0]),))
+    elements = np.arange(prod(shape)).reshape(shape)
+    found = list(pieces([making], limit=limit))
+    assert np.concatenate([elements[piece.region].ravel() for piece in found]).tolist() == list(range(elements.size))
+    assert max(elements[piece.region].size for piece in found) * dtypes[1].itemsize <= limit
+    source = np.concatenate([np.full((3, *shape[1:]), -1), elements])
+    for piece in found:
+        [(_, region, rows)] = piece.copies()
+        assert np.array_equal(source[region], elements[piece.region][rows])
+        assert piece.nbytes == elements[piece.region].size * 2
+
+
+def test_a_stack_of_experts_is_cut_below_the_limit():
+    making = Making(TensorSpec("experts", (128, 2880, 5760), DTYPES["bf16"]), ())
+    sizes = [piece.nbytes for piece in pieces([making], limit=4 << 20)]
+    assert max(sizes) <= 4 << 20
+    assert sum(sizes) == making.spec.nbytes
+    assert len(sizes) == 128 * 8
 
 
 def test_a_tiling_of_many_dimensions_is_judged_at_once():

@@ -166,9 +166,9 @@ def test_smaller_files_if_they_are_asked_for(base, peft_folder, tmp_path):
     assert same_bits(weights(tmp_path / "merged"), weights(tmp_path / "small"))
 
 
-def test_the_bytes_do_not_depend_on_the_number_of_workers(base, peft_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("converter.share.PIECE_BYTES", 3000)
-    for workers in (1, 8):
+def test_the_bytes_do_not_depend_on_the_number_of_workers_nor_on_how_rows_are_cut(base, peft_folder, tmp_path, monkeypatch):
+    for workers, size in ((1, 3000), (8, 100)):
+        monkeypatch.setattr("converter.share.PIECE_BYTES", size)
         merge(base, peft_folder(use_dora=True), tmp_path / f"{workers}", to="mcore", tp=2, workers=workers)
     assert tree(tmp_path / "1") == tree(tmp_path / "8")
 
