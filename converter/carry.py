@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from converter import provenance
 from converter.job import How, Job, Summary, Talk
 from converter.memory import expected_peak, peak_memory
 from converter.ranks import alone
@@ -17,20 +18,26 @@ from converter.run import DEFAULT_WORKERS
 from converter.share import Share, resumable
 from formats.disk import explained
 from formats.errors import UserError
+from formats.folder import Folder
 from formats.remote.folder import is_remote
 from formats.remote.outputs import RemoteOutputs
 from formats.remote.store import without_secrets
 from formats.remote.upload import Upload
 from formats.rendezvous import Rendezvous
+from formats.replacement import Rule
 from formats.staging import Stage, check_room, staged
+from formats.target import look
 
 
-def carry_out(job: Job, how: How, talk: Talk) -> Summary:
-    """Make the output, or with `dry_run` only say what it would be. The output appears whole or not at all."""
+def carry_out(job: Job, how: How, talk: Talk, *, sources: Sequence[Folder]) -> Summary:
+    """Make the output, or with `dry_run` only say what it would be. The output appears whole or not at all, and not if one of
+    the `sources` changed meanwhile."""
     started, files, reused, workers = time.monotonic(), job.files, 0, how.workers or DEFAULT_WORKERS
     if not how.dry_run:
         _allow_many_files()
-        reused = _committed(job, how, talk, files, workers)
+        reused = _committed(job, how, talk, sources, files, workers)
+    elif not is_remote(job.target):
+        look(Path(job.target), rule=rule(how, files))
     return Summary(
         command=job.command,
         source=job.source,
@@ -48,10 +55,19 @@ def carry_out(job: Job, how: How, talk: Talk) -> Summary:
     )
 
 
-def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers: int) -> int:
+def rule(how: How, planned: Collection[str] | None = None) -> Rule | None:
+    """What this run may replace, once it is known which files it writes; None where nothing was said of replacing."""
+    if not how.overwrite:
+        return None
+    from converter.ownership import replaceable  # noqa: PLC0415 - knows every format's names, and is seldom needed
+
+    return replaceable(planned)
+
+
+def _committed(job: Job, how: How, talk: Talk, sources: Sequence[Folder], files: Mapping[str, int], workers: int) -> int:
     """All ranks of this run, from the lock to the commit; answers how many bytes this one need not write again."""
     if isinstance(job.outputs, RemoteOutputs):
-        return _uploaded(job, how, talk, files, workers)
+        return _uploaded(job, how, talk, sources, files, workers)
     ranks = how.ranks or alone()
     target, partial = Path(job.target), job.outputs.directory
     place = partial.with_name(f"{partial.name}.ranks")
@@ -64,18 +80,18 @@ def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers
             partial,
             resumable(job),
             together,
-            overwrite=how.overwrite,
+            rule=rule(how, files),
             resume=how.resume,
             note=talk.note,
         ) as stage,
     ):
         if together.is_first:
             check_room(target, sum(files.values()), already=partial)
-        ours = Share(job, talk, stage, together=together, share=share, workers=workers)
+        ours = Share(job, talk, stage, together=together, share=share, workers=workers, sources=sources)
         return ours.through(files, verify=how.verify)
 
 
-def _uploaded(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers: int) -> int:
+def _uploaded(job: Job, how: How, talk: Talk, sources: Sequence[Folder], files: Mapping[str, int], workers: int) -> int:
     """The same to an object store: one process, and nothing that a later run could go on with."""
     assert isinstance(job.outputs, RemoteOutputs)
     ranks = how.ranks or alone()
@@ -88,13 +104,13 @@ def _uploaded(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers:
     with (
         TemporaryDirectory() as nowhere,
         Rendezvous(Path(nowhere, "ranks"), 0, 1, ranks.run_id, target=Path(nowhere, "upload")) as together,
-        Upload(job.target, overwrite=how.overwrite) as upload,
+        Upload(job.target, rule=rule(how, files)) as upload,
     ):
         job.outputs.open(upload, job.writer.files, job.writer.spans)
         stage = Stage(Path(nowhere), Path(nowhere))
-        ours = Share(job, talk, stage, together=together, share=job.makings, workers=workers)
+        ours = Share(job, talk, stage, together=together, share=job.makings, workers=workers, sources=sources)
         ours.through(files, verify=False)
-        upload.commit([*last, *job.writer.markers])
+        upload.commit([*last, *job.writer.markers], record=job.inside(provenance.FILE))
     return 0
 
 

@@ -14,11 +14,15 @@ from tests.models import tree
 MANIFEST = {"command": "copy", "`tp`": 2}
 
 
+def anything(_found):
+    """A rule that lets everything go."""
+
+
 @contextmanager
-def staging(tmp_path, *, name="a1", manifest=None, overwrite=False, resume=False, said=None):
+def staging(tmp_path, *, name="a1", manifest=None, rule=None, resume=False, said=None):
     """A stage for `tmp_path/out`, as one process alone has it."""
     partial, target = tmp_path / f"out.partial-{name}", tmp_path / "out"
-    options = {"overwrite": overwrite, "resume": resume, "note": (said if said is not None else []).append}
+    options = {"rule": rule, "resume": resume, "note": (said if said is not None else []).append}
     with (
         Rendezvous(tmp_path / "ranks", 0, 1, "alone", target=target) as together,
         staged(target, partial, manifest or MANIFEST, together, **options) as stage,
@@ -129,7 +133,7 @@ def test_an_old_output_goes_when_the_new_one_is_whole(tmp_path, monkeypatch, exc
         monkeypatch.setattr("formats.staging._exchange", lambda *_: False)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    with staging(tmp_path, overwrite=True) as stage:
+    with staging(tmp_path, rule=anything) as stage:
         (stage.partial / "new").write_text("new")
         assert tree(tmp_path / "out") == {"old": b"old"}
     assert tree(tmp_path) == {"out/new": b"new"}
@@ -147,6 +151,6 @@ def test_who_is_stopped_right_after_the_commit_leaves_the_new_output_alone(tmp_p
 
     monkeypatch.setattr("formats.staging.sync", stopped)
     with pytest.raises(KeyboardInterrupt):
-        attempt(tmp_path, overwrite=True, said=said)
+        attempt(tmp_path, rule=anything, said=said)
     assert tree(tmp_path) == {"out/done": b"x"}
     assert not said

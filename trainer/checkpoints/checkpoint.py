@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from formats.disk import free_bytes
+from formats.disk import free_space
 from formats.errors import UserError
 from formats.torch_dist import TRAIN_STATE, iteration_folder
 from trainer import optim
@@ -146,9 +146,8 @@ class Saver:
             yield
         except (CheckpointException, OSError) as error:
             assert self._writing is not None
-            free = free_bytes(self._writing) / 1e9
             raise UserError(
-                f"saving `{self._writing}` failed: {_reason(error)} ({free:.1f} GB free); {self.standing}",
+                f"saving `{self._writing}` failed: {_reason(error)} ({free_space(self._writing)}); {self.standing}",
                 hint="make room and start again with the same command: the run goes on from its last checkpoint",
             ) from error
 
