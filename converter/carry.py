@@ -35,7 +35,7 @@ def carry_out(job: Job, how: How, talk: Talk, *, sources: Sequence[Folder]) -> S
     started, files, reused, workers = time.monotonic(), job.files, 0, how.workers or DEFAULT_WORKERS
     if not how.dry_run:
         _allow_many_files()
-        reused = _committed(job, how, talk, sources, files, workers)
+        reused = _committed(job, how, talk, sources=sources, files=files, workers=workers)
     elif not is_remote(job.target):
         look(Path(job.target), rule=rule(how, files))
     return Summary(
@@ -64,10 +64,10 @@ def rule(how: How, planned: Collection[str] | None = None) -> Rule | None:
     return replaceable(planned)
 
 
-def _committed(job: Job, how: How, talk: Talk, sources: Sequence[Folder], files: Mapping[str, int], workers: int) -> int:
+def _committed(job: Job, how: How, talk: Talk, *, sources: Sequence[Folder], files: Mapping[str, int], workers: int) -> int:
     """All ranks of this run, from the lock to the commit; answers how many bytes this one need not write again."""
     if isinstance(job.outputs, RemoteOutputs):
-        return _uploaded(job, how, talk, sources, files, workers)
+        return _uploaded(job, how, talk, sources=sources, files=files, workers=workers)
     ranks = how.ranks or alone()
     target, partial = Path(job.target), job.outputs.directory
     place = partial.with_name(f"{partial.name}.ranks")
@@ -91,7 +91,7 @@ def _committed(job: Job, how: How, talk: Talk, sources: Sequence[Folder], files:
         return ours.through(files, verify=how.verify)
 
 
-def _uploaded(job: Job, how: How, talk: Talk, sources: Sequence[Folder], files: Mapping[str, int], workers: int) -> int:
+def _uploaded(job: Job, how: How, talk: Talk, *, sources: Sequence[Folder], files: Mapping[str, int], workers: int) -> int:
     """The same to an object store: one process, and nothing that a later run could go on with."""
     assert isinstance(job.outputs, RemoteOutputs)
     ranks = how.ranks or alone()

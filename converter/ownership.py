@@ -33,6 +33,7 @@ _IN_AN_ITERATION = re.compile(
 )  # fmt: skip
 _IN_A_MODEL = {
     provenance.FILE, INDEX, SINGLE, CONFIG, "generation_config.json", peft_format.FILE, peft_config.FILE, *TOKENIZER_FILES,
+    ".gitattributes", "LICENSE", "LICENSE.txt", "USE_POLICY.md",
 }  # fmt: skip
 _INSTEAD = "move it away or remove it yourself, or choose another place"
 
@@ -46,8 +47,8 @@ def replaceable(planned: Collection[str] | None = None) -> Rule:
         document = _read(found, record) if record else {}
         if record is None or document.get("tool") != provenance.TOOL:
             raise UserError(
-                f"`{found.label}` holds `{first(found.entries)}` and no `{provenance.FILE}` of this tool: it is not the output of a "
-                "conversion, so `--overwrite` does not replace it",
+                f"`{found.label}` holds `{first(found.entries)}` and no `{provenance.FILE}` of this tool: it is not the output of "
+                "a conversion, so `--overwrite` does not replace it",
                 hint=_INSTEAD,
             )
         strangers = _strangers(found, record, document, planned)

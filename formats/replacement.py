@@ -55,12 +55,14 @@ def check_unchanged(before: Present | None, now: Present | None, *, then: str) -
 
 
 def _difference(before: Present, now: Present) -> str:
-    """The first entry that differs, by name."""
-    for name in sorted({*before.entries, *now.entries}):
-        if before.entries.get(name) != now.entries.get(name):
-            what = "appeared" if name not in before.entries else "is gone" if name not in now.entries else "was changed"
-            return f"`{printable(name)}` {what}"
-    return "another directory has its name"
+    """What differs, of the entries the first by name: rather one that came than one that was changed or is gone."""
+    came = now.entries.keys() - before.entries.keys()
+    if now.identity != before.identity:
+        return "another directory has its name" + (f", with `{first(came)}`" if came else "")
+    if came:
+        return f"`{first(came)}` appeared"
+    name = min(name for name in before.entries if before.entries[name] != now.entries.get(name))
+    return f"`{printable(name)}` {'was changed' if name in now.entries else 'is gone'}"
 
 
 def printable(name: str) -> str:

@@ -4,11 +4,11 @@ Files go up in parts while they are made, each in order, several at once. `commi
 that nobody takes for a checkpoint, then, one by one, those that say it is whole. Knows nothing of what files hold.
 
 Promised: whoever opens the place at any moment finds what was there before, no checkpoint, or all of the new one; a run that
-fails leaves none of its objects; parts arrived as they were sent. Not promised, because object storage has no rename: with
-`overwrite`, between the start of `commit` and its end there is neither the old checkpoint nor the new one (seconds; for good if
-the run fails just then); a reader in the middle of the old one finds files gone or changed; two runs to one place at once are
-found out only if one has committed by the time the other does, which then changes nothing. A killed run leaves parts that nobody sees and the owner of the
-bucket pays for: a lifecycle rule that drops unfinished uploads is the remedy.
+fails leaves none of its objects; parts arrived as they were sent. Not promised, because object storage has no rename: where
+something is replaced, between the start of `commit` and its end there is neither the old checkpoint nor the new one (seconds; for
+good if the run fails just then); a reader in the middle of the old one finds files gone or changed; two runs to one place at once
+are found out only if one has committed by the time the other does, which then changes nothing. A killed run leaves parts that
+nobody sees and the owner of the bucket pays for: a lifecycle rule that drops unfinished uploads is the remedy.
 """
 
 from __future__ import annotations

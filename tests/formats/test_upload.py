@@ -176,10 +176,11 @@ def test_a_whole_bucket_is_never_replaced(store: Store) -> None:
 def test_what_comes_there_meanwhile_is_not_removed(store: Store, files: dict[str, bytes], before: dict[str, bytes]) -> None:
     for name, data in before.items():
         store.put(name, data)
-    with opened(store, rule=anything) as upload, pytest.raises(TransientError) as caught:
+    with opened(store, rule=anything) as upload:
         fill(upload, files)
         store.put("thesis.tex", b"precious")
-        upload.commit([INDEX, TRACKER])
+        with pytest.raises(TransientError) as caught:
+            upload.commit([INDEX, TRACKER])
     what = "changed while its replacement was being made: `thesis.tex` appeared" if before else "appeared while it was being made"
     assert str(caught.value).startswith(f"`{store.url}` {what}\n\nhint: move")
     assert store.objects() == {**before, "thesis.tex": b"precious"}
