@@ -47,8 +47,8 @@ def replaceable(planned: Collection[str] | None = None) -> Rule:
         document = _read(found, record) if record else {}
         if record is None or document.get("tool") != provenance.TOOL:
             raise UserError(
-                f"`{found.label}` holds `{first(found.entries)}` and no `{provenance.FILE}` of this tool: it is not the output of "
-                "a conversion, so `--overwrite` does not replace it",
+                f"`{found.label}` holds `{first(found.entries)}` and no `{provenance.FILE}` of this tool: it is not the output "
+                "of a conversion, so `--overwrite` does not replace it",
                 hint=_INSTEAD,
             )
         strangers = _strangers(found, record, document, planned)
