@@ -34,7 +34,7 @@ HEADERS = f"{FOLDER}/headers"
 EXTRAS = f"{FOLDER}/extras.safetensors"
 CONFIG = "config.json"
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "tekken.json",
 )  # fmt: skip
@@ -75,7 +75,7 @@ def pack_again(origin: Reference) -> Luggage:
 
 def _copies(files: Mapping[str, FileIn]) -> dict[str, FileIn]:
     """Where side files go; those of the tokenizer a second time, where Megatron-Bridge looks for them."""
-    tokenizer = {f"tokenizer/{name}": file for name, file in files.items() if name in _TOKENIZER_FILES}
+    tokenizer = {f"tokenizer/{name}": file for name, file in files.items() if name in TOKENIZER_FILES}
     return {**{f"{FILES}/{name}": file for name, file in files.items()}, **tokenizer}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -14,17 +14,23 @@ from converter.ranks import share as divided
 from converter.run import DEFAULT_WORKERS
 from converter.share import Share, resumable
 from formats.disk import explained
+from formats.folder import Folder
 from formats.location import is_remote, without_secrets
 from formats.outputs import LocalOutputs
 from formats.rendezvous import Rendezvous
+from formats.replacement import Rule
 from formats.staging import check_room, staged
+from formats.target import look
 
 
-def carry_out(job: Job, how: How, talk: Talk) -> Summary:
-    """Make the output, or with `dry_run` only say what it would be. The output appears whole or not at all."""
+def carry_out(job: Job, how: How, talk: Talk, *, sources: Sequence[Folder]) -> Summary:
+    """Make the output, or with `dry_run` only say what it would be. The output appears whole or not at all, and not if one of
+    the `sources` changed meanwhile."""
     started, files, reused, workers = time.monotonic(), job.files, 0, how.workers or DEFAULT_WORKERS
     if not how.dry_run:
-        reused = _committed(job, how, talk, files, workers)
+        reused = _committed(job, how, talk, sources=sources, files=files, workers=workers)
+    elif not is_remote(job.target):
+        look(Path(job.target), rule=rule(how, files))
     return Summary(
         command=job.command,
         source=job.source,
@@ -42,12 +48,21 @@ def carry_out(job: Job, how: How, talk: Talk) -> Summary:
     )
 
 
-def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers: int) -> int:
+def rule(how: How, planned: Collection[str] | None = None) -> Rule | None:
+    """What this run may replace, once it is known which files it writes; None where nothing was said of replacing."""
+    if not how.overwrite:
+        return None
+    from converter.ownership import replaceable  # noqa: PLC0415 - knows every format's names, and is seldom needed
+
+    return replaceable(planned)
+
+
+def _committed(job: Job, how: How, talk: Talk, *, sources: Sequence[Folder], files: Mapping[str, int], workers: int) -> int:
     """All ranks of this run, from the lock to the commit; answers how many bytes this one need not write again."""
     if not isinstance(job.outputs, LocalOutputs):
         from converter.carry_remote import upload  # noqa: PLC0415 - the clients of object stores
 
-        upload(job, how, talk, files, workers)
+        upload(job, how, talk, sources=sources, files=files, workers=workers)
         return 0
     ranks = how.ranks or alone()
     target, partial = Path(job.target), job.outputs.directory
@@ -61,12 +76,12 @@ def _committed(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers
             partial,
             resumable(job),
             together,
-            overwrite=how.overwrite,
+            rule=rule(how, files),
             resume=how.resume,
             note=talk.note,
         ) as stage,
     ):
         if together.is_first:
             check_room(target, sum(files.values()), already=partial)
-        ours = Share(job, talk, stage, together=together, share=share, workers=workers)
+        ours = Share(job, talk, stage, together=together, share=share, workers=workers, sources=sources)
         return ours.through(files, verify=how.verify)

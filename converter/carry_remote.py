@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from converter import provenance
+from converter.carry import rule
 from converter.job import How, Job, Talk
 from converter.ranks import alone
 from converter.share import Share
 from formats.errors import UserError
+from formats.folder import Folder
 from formats.location import without_secrets
 from formats.remote.outputs import RemoteOutputs
 from formats.remote.upload import Upload
@@ -17,7 +20,7 @@ from formats.rendezvous import Rendezvous
 from formats.staging import Stage
 
 
-def upload(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers: int) -> None:
+def upload(job: Job, how: How, talk: Talk, *, sources: Sequence[Folder], files: Mapping[str, int], workers: int) -> None:
     """The work of one process, with nothing that a later run could go on with."""
     assert isinstance(job.outputs, RemoteOutputs)
     ranks = how.ranks or alone()
@@ -30,10 +33,10 @@ def upload(job: Job, how: How, talk: Talk, files: Mapping[str, int], workers: in
     with (
         TemporaryDirectory() as nowhere,
         Rendezvous(Path(nowhere, "ranks"), 0, 1, ranks.run_id, target=Path(nowhere, "upload")) as together,
-        Upload(job.target, overwrite=how.overwrite) as uploaded,
+        Upload(job.target, rule=rule(how, files)) as uploaded,
     ):
         job.outputs.open(uploaded, job.writer.files, job.writer.spans)
         stage = Stage(Path(nowhere), Path(nowhere))
-        ours = Share(job, talk, stage, together=together, share=job.makings, workers=workers)
+        ours = Share(job, talk, stage, together=together, share=job.makings, workers=workers, sources=sources)
         ours.through(files, verify=False)
-        uploaded.commit([*last, *job.writer.markers])
+        uploaded.commit([*last, *job.writer.markers], record=job.inside(provenance.FILE))

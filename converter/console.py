@@ -189,9 +189,9 @@ def show_plan(summary: Summary) -> None:
     click.echo(f"expected peak memory {size(summary.peak_memory)} with {summary.workers} workers")
     if is_remote(summary.target):
         return
-    free = free_bytes(Path(summary.target))
-    enough = "" if free >= summary.total_bytes else ": NOT ENOUGH"
-    click.echo(f"free disk {size(free)}, needed {size(summary.total_bytes)}{enough}")
+    free = free_bytes(Path(summary.target).parent)
+    enough = "" if free is None or free >= summary.total_bytes else ": NOT ENOUGH"
+    click.echo(f"free disk {'unknown' if free is None else size(free)}, needed {size(summary.total_bytes)}{enough}")
 
 
 def show_report(report: Report, *, as_json: bool) -> None:

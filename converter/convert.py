@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Unpack
 
 from converter.adapters.files import refuse_adapter
-from converter.carry import carry_out
+from converter.carry import carry_out, rule
 from converter.exporting import ExportOptions, plan_export
 from converter.importing import ImportOptions, huggingface_source, plan_import
 from converter.job import How, HowOptions, Summary, Talk
@@ -19,7 +19,7 @@ from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.huggingface import HuggingFaceReader
 from formats.location import is_remote, without_secrets
-from formats.staging import check_target
+from formats.target import check_target
 from formats.torch_dist import TorchDistReader
 
 
@@ -58,7 +58,7 @@ def hf_to_mcore(
     )
     refuse_adapter(folder)
     with closing(HuggingFaceReader(folder)) as reader:
-        return carry_out(plan_import(huggingface_source(reader), target, wanted, talk), how, talk)
+        return carry_out(plan_import(huggingface_source(reader), target, wanted, talk), how, talk, sources=[folder])
 
 
 @explained()
@@ -81,19 +81,20 @@ def mcore_to_hf(
     how, talk, target, root = How(**options), talk or Talk(), str(target), open_source(source)
     check_options(dtype=dtype, max_shard_size=max_shard_size, workers=how.workers)
     given = open_source(hf_config) if hf_config else None
-    check_place(target, [root, *([given] if given else [])], how)
+    sources = [root, *([given] if given else [])]
+    check_place(target, sources, how)
     wanted = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype)
     with closing(TorchDistReader(root)) as reader:
         refuse_adapter(reader.folder)
         job = plan_export(reader, root, target, wanted, talk)
         with closing(job.reader):
-            return carry_out(job, how, talk)
+            return carry_out(job, how, talk, sources=sources)
 
 
 def check_place(target: str, sources: Sequence[Folder], how: How) -> None:
     """Refuse what would harm something, and what an object store cannot do."""
     if not is_remote(target):
-        check_target(Path(target), *(one.path for one in sources if isinstance(one, LocalFolder)), overwrite=how.overwrite)
+        check_target(Path(target), *(one.path for one in sources if isinstance(one, LocalFolder)), rule=rule(how))
         return
     from formats.remote.upload import TARGETS  # noqa: PLC0415 - the clients of object stores
 

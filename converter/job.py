@@ -105,8 +105,9 @@ class Job:
         """Every file of the output and its size in bytes."""
         copied = {name: file.size for name, file in self.copies.items()}
         documents = {**self.documents, **self.writer.documents, **self.writer.markers}
-        documents[self.inside(provenance.FILE)] = self.record({})
-        sizes = {**copied, **{name: len(data) for name, data in documents.items()}, **self.writer.files}
+        record = self.inside(provenance.FILE)
+        sizes = {**copied, **{name: len(data) for name, data in documents.items()}, **self.writer.files, record: 0}
+        sizes[record] = len(self.record({}, [*sizes, self.inside(integrity.FILE)] if self.integrity else sizes))
         if self.integrity:
             unknown = {name.removeprefix(self.folder): "0" * 64 for name in self.listed(sizes)}
             sizes[self.inside(integrity.FILE)] = len(integrity.make(unknown))
@@ -119,11 +120,11 @@ class Job:
         """Those of the output's files that `integrity.json` lists: all of its folder but itself."""
         return [name for name in files if name.startswith(self.folder) and name != self.inside(integrity.FILE)]
 
-    def record(self, hashes: Mapping[str, str]) -> bytes:
-        """`conversion.json`, with the hashes there are."""
+    def record(self, hashes: Mapping[str, str], files: Iterable[str]) -> bytes:
+        """`conversion.json`, with the hashes there are and the names of all `files`."""
         known = {**hashes, **self.hashes}
         known |= {name: known[other] for name, other in self.aliases.items() if other in known}
-        return provenance.make(self.command, self.facts, {*self.tensors, *self.hashes, *self.aliases}, known)
+        return provenance.make(self.command, self.facts, {*self.tensors, *self.hashes, *self.aliases}, known, files=files)
 
 
 @dataclass(frozen=True, slots=True)

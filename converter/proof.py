@@ -15,7 +15,7 @@ from converter.plan import Making, pieces
 from converter.report import TORCH_DIST, kind
 from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Bench, in_threads
 from converter.sides import huggingface_side, open_sides
-from converter.sources import open_source
+from converter.sources import check_unchanged, open_source
 from converter.values import CHOICES
 from formats import integrity
 from formats.arrays import as_bytes
@@ -42,7 +42,9 @@ def verify_directories(
     sides = open_sides(*folders)
     with closing(sides[0].reader), closing(sides[1].reader):
         talk.start(_compared_bytes(*sides))
-        return compare(*sides, cast=cast, workers=workers or DEFAULT_WORKERS, progress=talk.progress)
+        found = compare(*sides, cast=cast, workers=workers or DEFAULT_WORKERS, progress=talk.progress)
+        check_unchanged(folders)
+        return found
 
 
 def _compared_bytes(one: Side, other: Side) -> int:
@@ -62,8 +64,11 @@ def check_directory(path: str | Path, *, workers: int | None = None, talk: Talk 
             iteration = find_iteration(folder)
             listed = integrity.read(iteration)
             talk.start(sum(iteration.size(name) for name in listed if iteration.has(name)))
-            return integrity.check(iteration, listed, workers=workers, progress=talk.progress)
-        return _check_tensors(folder, workers, talk)
+            found = integrity.check(iteration, listed, workers=workers, progress=talk.progress)
+        else:
+            found = _check_tensors(folder, workers, talk)
+        check_unchanged([folder])
+        return found
 
 
 def _check_tensors(folder: Folder, workers: int, talk: Talk) -> Check:

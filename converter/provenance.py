@@ -19,6 +19,9 @@ from formats.folder import Folder
 from formats.huggingface import Shard
 
 FILE = "conversion.json"
+TOOL = "mbconvert"
+"""What it says of who wrote it."""
+
 _UNKNOWN = "0" * 64
 
 
@@ -50,13 +53,17 @@ def _told(iteration: Folder) -> dict[str, str]:
         return {}
 
 
-def make(command: str, facts: Mapping[str, Any], names: Iterable[str], hashes: Mapping[str, str]) -> bytes:
-    """The document. `names` are the Hugging Face tensors; those whose hash is not known yet take as much room."""
+def make(
+    command: str, facts: Mapping[str, Any], names: Iterable[str], hashes: Mapping[str, str], *, files: Iterable[str]
+) -> bytes:
+    """The document. `names` are the Hugging Face tensors; those whose hash is not known yet take as much room. `files` are all
+    of the output's, so that nothing else is ever taken for a part of it."""
     document = {
-        "tool": "mbconvert",
+        "tool": TOOL,
         "version": VERSION,
         "command": command,
         **facts,
+        "files": sorted(files),
         "blake3": {name: hashes.get(name, _UNKNOWN) for name in sorted(names)},
     }
     return (json.dumps(document, indent=2) + "\n").encode()

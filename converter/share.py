@@ -20,11 +20,12 @@ from converter.journal import Finished, Journal, doubted_if_lost, read_journals
 from converter.lanes import cut, in_lanes
 from converter.plan import PIECE_AXES, Making, Piece, pieces
 from converter.run import PIECE_BYTES, Task, Watch, run
+from converter.sources import changes, sources_changed
 from converter.version import VERSION
 from formats import integrity
 from formats.arrays import as_bytes, offset_of
 from formats.errors import UserError
-from formats.folder import FileIn, LocalFolder
+from formats.folder import FileIn, Folder, LocalFolder
 from formats.in_order import InOrder
 from formats.integrity import Hash
 from formats.outputs import LocalOutputs
@@ -42,10 +43,18 @@ class Share:
     """See the module. Made for one run."""
 
     def __init__(
-        self, job: Job, talk: Talk, stage: Stage, *, together: Rendezvous, share: Sequence[Making], workers: int
+        self,
+        job: Job,
+        talk: Talk,
+        stage: Stage,
+        *,
+        together: Rendezvous,
+        share: Sequence[Making],
+        workers: int,
+        sources: Sequence[Folder],
     ) -> None:
         self._job, self._talk, self._stage, self._together = job, talk, stage, together
-        self._workers = workers
+        self._workers, self._sources = workers, sources
         self._share = {making.spec.name: making for making in share}
         self._before = read_journals(stage.state) if stage.resumed else Finished()
         self._hashes = Finished(tensors=dict(self._before.tensors), files=dict(self._before.files))
@@ -61,13 +70,15 @@ class Share:
             reused = self._move()
             self._gather("moved")
             if together.is_first:
-                self._write_around()
+                self._write_around(files)
             [said] = self._announced("readable", {"unknown": self._unknown(files)})
             self._hashes.files |= self._read_back(together.part(said["unknown"]))
-            different = self._compared() if verify else ""
-            found = self._gather("checked", {"different": different})
+            changed = changes(self._sources)
+            different = self._compared() if verify and not changed else ""
+            changed = changed or changes(self._sources)
+            found = self._gather("checked", {"changed": changed, "different": different})
             if together.is_first:
-                self._refuse([text for text in found if text])
+                self._refuse(found)
                 self._write_markers(files)
         return reused
 
@@ -89,8 +100,8 @@ class Share:
         for file in gone & before.files.keys():
             del before.files[file], self._hashes.files[file]
 
-    def _gather(self, stage: str, more: Mapping[str, str] | None = None) -> list[str]:
-        """Meet the other ranks: the first learns all hashes, and what each has found different."""
+    def _gather(self, stage: str, more: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+        """Meet the other ranks: the first learns all hashes, and what each has found."""
         self._journal.sync()
         self._together.arrive(stage, {"tensors": self._hashes.tensors, "files": self._hashes.files, **(more or {})})
         if not self._together.is_first:
@@ -99,7 +110,7 @@ class Share:
         for one in said:
             self._hashes.tensors |= one["tensors"]
             self._hashes.files |= one["files"]
-        return [str(one.get("different", "")) for one in said]
+        return said
 
     def _announced(self, stage: str, payload: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What the first rank says, to all."""
@@ -192,7 +203,7 @@ class Share:
         self._contents.abandon()
         self._job.outputs.abandon()
 
-    def _write_around(self) -> None:
+    def _write_around(self, files: Mapping[str, int]) -> None:
         """What lies around the data, copies, and documents."""
         job = self._job
         for file in job.writer.files:
@@ -201,7 +212,7 @@ class Share:
                     job.outputs.put(file, span.start, span.known)
         for name, file in job.copies.items():
             self._copy(name, file)
-        record = {job.inside(provenance.FILE): job.record(self._hashes.tensors)}
+        record = {job.inside(provenance.FILE): job.record(self._hashes.tensors, files)}
         for name, data in {**job.documents, **record, **job.writer.documents}.items():
             self._put(name, data)
         self._journal.sync()
@@ -253,9 +264,13 @@ class Share:
             self._talk.start(sum(making.spec.nbytes for making in one.makings.values()))
             return compare(one, other, workers=self._workers, progress=self._talk.progress).summary
 
-    def _refuse(self, different: Sequence[str]) -> None:
+    def _refuse(self, said: Sequence[Mapping[str, Any]]) -> None:
+        """Raise UserError if a source changed while a rank read it, or a rank found the output different."""
+        changed, different = ([str(one[what]) for one in said if one[what]] for what in ("changed", "different"))
+        self._stage.spoilt = bool(changed or different)
+        if changed:
+            raise sources_changed(changed[0])
         if different:
-            self._stage.spoilt = True
             raise UserError(
                 f"what lies on the disk is not what was converted: {'; '.join(different)}",
                 hint="nothing is left at the target; check the disk, the memory, and that no one wrote to the source",

@@ -4,7 +4,7 @@ is known of the model there, once it was opened."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,22 @@ def open_source(source: str | Path, *, or_hub: bool = False) -> Folder:
         return _fetch(source)
     hub = ", or a Hub id such as `org/name`" if or_hub else ""
     raise UserError(f"`{source}` is not there", hint=f"give a directory, a URL (hf://, s3://, gs://, https://){hub}")
+
+
+def changes(sources: Iterable[Folder]) -> str:
+    """What was changed in the sources while they were read, of the first file that was; nothing if none was."""
+    return next((found for source in sources if (found := source.changed())), "")
+
+
+def check_unchanged(sources: Iterable[Folder]) -> None:
+    """Raise UserError if what was read is a mixture: a file that was changed, replaced or removed meanwhile."""
+    if found := changes(sources):
+        raise sources_changed(found)
+
+
+def sources_changed(what: str) -> UserError:
+    """The error for a source that changed while it was read."""
+    return UserError(what, hint="run it again once nothing writes to it")
 
 
 def _fetch(source: str) -> Folder:

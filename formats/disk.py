@@ -94,18 +94,24 @@ def explained(path: Path | None = None) -> Generator[None]:
         yield
     except OSError as error:
         if path and error.errno in _FULL:
-            free = free_bytes(path)
             raise TransientError(
-                f"no room left for `{path}`: {error.strerror} ({free / 1e9:.1f} GB free)",
+                f"no room left for `{path}`: {error.strerror} ({free_space(path)})",
                 hint=f"{_FULL[error.errno]}, then go on with `--resume`; nothing readable was left there",
             ) from error
         named = f"`{error.filename or path}`" if error.filename or path else "a file"
         raise UserError(f"cannot use {named}: {fault(error)}", hint=_HINTS.get(error.errno or 0, "")) from error
 
 
-def free_bytes(path: Path) -> int:
-    """Bytes an ordinary user may still write below `path`, which need not exist yet."""
+def free_bytes(path: Path) -> int | None:
+    """Bytes an ordinary user may still write below `path`, which need not exist yet; None where the file system does not tell:
+    some that lie in user space or on a network answer that they have no blocks at all."""
     while not path.exists() and path != path.parent:
         path = path.parent
     status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
+    return status.f_bavail * status.f_frsize if status.f_blocks else None
+
+
+def free_space(path: Path) -> str:
+    """The same for messages."""
+    free = free_bytes(path)
+    return "free space unknown" if free is None else f"{free / 1e9:.1f} GB free"

@@ -93,6 +93,11 @@ class Folder(Protocol):
         """Fill `out` from `offset`; UserError where the file ends before, or is not what it was when it was opened."""
         ...
 
+    def changed(self) -> str:
+        """Which of the files that were read here or below is not what it was when it was first looked at, and how it differs;
+        empty if none."""
+        ...
+
     def below(self, name: str) -> Folder:
         """The folder of that name in this one. Whether it is there shows when something is asked of it."""
         ...
@@ -136,6 +141,7 @@ class LocalFolder:
         self._may_bypass = bool(direct_flag())
         self._files = within._files if within else Files(os.O_RDONLY)
         self._local = within._local if within else threading.local()
+        self._seen: dict[Path, os.stat_result] = within._seen if within else {}
 
     @property
     def label(self) -> str:
@@ -157,8 +163,7 @@ class LocalFolder:
         return self._status(name).st_size
 
     def version(self, name: str) -> str:
-        status = self._status(name)
-        return f"{status.st_size} bytes, changed at {status.st_mtime_ns}"
+        return _version(self._status(name))
 
     def sha256(self, name: str) -> str | None:
         """What the Hub's cache names its files by; other directories do not tell."""
@@ -186,6 +191,8 @@ class LocalFolder:
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
         path = self.path / name
+        if path not in self._seen:
+            self._status(name)
         if self._direct and self._may_bypass:
             try:
                 return self._read_past_cache(path, offset, out)
@@ -216,6 +223,12 @@ class LocalFolder:
         start = offset // block * block
         return start, -(-(offset + length - start) // block) * block
 
+    def changed(self) -> str:
+        for path, before in sorted(self._seen.items()):
+            if how := _difference(path, before):
+                return f"`{path}` changed while it was being read: {how}"
+        return ""
+
     def below(self, name: str) -> LocalFolder:
         return LocalFolder(self.path / name, direct=self._direct, within=self)
 
@@ -225,4 +238,23 @@ class LocalFolder:
     def _status(self, name: str) -> os.stat_result:
         if not self.has(name):
             raise UserError(f"`{self.label}` has no `{name}`")
-        return (self.path / name).stat()
+        path = self.path / name
+        status = path.stat()
+        self._seen.setdefault(path, status)
+        return status
+
+
+def _version(status: os.stat_result) -> str:
+    return f"{status.st_size} bytes, changed at {status.st_mtime_ns}"
+
+
+def _difference(path: Path, before: os.stat_result) -> str:
+    """How a file differs from what it was: written to, gone, or another in its place; empty if it does not."""
+    try:
+        now = path.stat()
+    except OSError:
+        return "it is gone"
+    if _version(now) != _version(before):
+        return f"it was `{_version(before)}`, it is `{_version(now)}`"
+    same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+    return "" if same else "another file of the same size and time has its name"

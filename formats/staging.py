@@ -7,6 +7,7 @@ nothing at DST, and the partial directory with what a later run needs to go on.
 from __future__ import annotations
 
 import ctypes
+import errno
 import glob
 import json
 import os
@@ -18,59 +19,30 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 from formats.disk import explained, free_bytes
 from formats.errors import TransientError, UserError
 from formats.rendezvous import Rendezvous
+from formats.replacement import Present, Rule, check_unchanged
+from formats.target import look, present
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2(2)
 _AT_FDCWD = -100
 _OF_A_RUN = re.compile(r"\.partial-[0-9a-f]+(\.state|\.ranks|\.replaced)?")
-_OF_A_MODEL = re.compile(r".*\.safetensors|iter_\d+|latest_checkpointed_iteration\.txt")
-
-
-def check_target(target: Path, *sources: Path, overwrite: bool) -> None:
-    """Refuse a target that would harm something: a source, output that is already there, or a folder of other things."""
-    if target.name in ("", ".."):
-        raise UserError(
-            f"`{target}` has no name of its own", hint="an output is made beside its place: give the directory's name"
-        )
-    for source in sources:
-        real, from_ = _resolved(target), _resolved(source)
-        if real == from_ or from_ in real.parents or real in from_.parents:
-            raise UserError(f"`{target}` and the source `{source}` lie in one another", hint="choose another place")
-    if not os.path.lexists(target):
-        return
-    if target.is_symlink() or not target.is_dir():
-        kind = "link" if target.is_symlink() else "file"
-        raise UserError(f"`{target}` is a {kind}, not a directory", hint="choose another place")
-    if not overwrite:
-        whole = "outputs appear only when they are whole, so this one needs no `--resume`"
-        raise UserError(f"`{target}` already exists", hint=f"choose another place, or replace it with `--overwrite`; {whole}")
-    if not _looks_like_a_model(target):
-        raise UserError(
-            f"`{target}` holds no model, so `--overwrite` does not remove it",
-            hint="remove it yourself, or choose another place",
-        )
-
-
-def _resolved(path: Path) -> Path:
-    try:
-        return path.resolve()
-    except (RuntimeError, ValueError, OSError) as error:
-        why = "it holds a null character" if isinstance(error, ValueError) else "its links lead in a circle"
-        raise UserError(f"`{path}` leads nowhere: {why}", hint="choose another place") from error
-
-
-def _looks_like_a_model(directory: Path) -> bool:
-    inside = {path.name for path in directory.iterdir()}
-    return not inside or any(_OF_A_MODEL.fullmatch(name) for name in inside)
+_REPLACED = ".replaced"
+_CANNOT_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS}
+"""What file systems say of a directory that need not be synced, or cannot be."""
 
 
 def check_room(target: Path, needed: int, *, already: Path) -> None:
-    """Raise UserError if the disk has less free than `needed` bytes, of which some may lie `already` there."""
-    free = free_bytes(target) + sum(path.stat().st_blocks * 512 for path in already.rglob("*") if path.is_file())
+    """Raise TransientError if the disk has less free than `needed` bytes, of which some may lie in `already`, the directory
+    that is written into. A file system that does not tell how large it is passes."""
+    free = free_bytes(already.parent)
+    if free is None:
+        return
+    free += sum(path.stat().st_blocks * 512 for path in already.rglob("*") if path.is_file())
     if free < needed:
         raise TransientError(
             f"`{target}` needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free",
@@ -115,19 +87,21 @@ def staged(
     manifest: Manifest,
     together: Rendezvous,
     *,
-    overwrite: bool,
+    rule: Rule | None = None,
     resume: bool,
     note: Callable[[str], None] = lambda _text: None,
 ) -> Generator[Stage]:
     """A directory to write into; it becomes `target` when the block ends well.
 
-    When not, it stays if it is worth keeping, `note` is told, and `resume` goes on there. Raises UserError for what an
-    earlier run left without `resume`, and with it where that run did something else. Only the first rank prepares, commits
-    and removes.
+    When not, it stays if it is worth keeping, `note` is told, and `resume` goes on there. What is at `target` is replaced if
+    `rule` lets it go, and it is the same at the end as at the start. Raises UserError for what an earlier run left without
+    `resume`, and with it where that run did something else. Only the first rank prepares, commits and removes.
     """
     with explained(target):
         stage = Stage(partial, _state(partial))
         if together.is_first:
+            _put_back(target, note)
+            before = look(target, rule=rule)
             stage.resumed = stage.worth_keeping = _goes_on(target, partial, manifest, resume=resume)
             with _kept_or_removed(stage, target, together, note):
                 if not stage.resumed:
@@ -136,8 +110,8 @@ def staged(
                 yield stage
                 sync_tree(partial)
                 together.confirm()
-                _publish(stage, target, overwrite=overwrite)
-            _sweep(target, but=partial)
+                _publish(stage, target, before)
+            _sweep(target, note, but=partial)
             together.arrive("committed")
         else:
             stage.resumed = together.wait("prepared", [0])[0]["resumed"]
@@ -155,11 +129,13 @@ def _kept_or_removed(stage: Stage, target: Path, together: Rendezvous, note: Cal
             if together.holds():
                 _remove(stage.partial)
         else:
-            removal = f"or remove it: {how_to_remove(stage.partial)}"
-            note(f"`{stage.partial}` keeps what is done: finish it with the same command and `--resume`, {removal}")
+            note(f"`{stage.partial}` keeps what is done: {_ways_out(stage.partial)}")
+        if _replaced(stage.partial).is_dir() and not os.path.lexists(target):
+            note(f"`{target}` as it was before is in `{_replaced(stage.partial)}`: rename it, or the next run puts it back")
         raise
     if together.holds():
         _remove(stage.partial)
+        _discard(note, stage.partial, _state(stage.partial), _replaced(stage.partial))
 
 
 def _is_kept(stage: Stage, error: BaseException, together: Rendezvous) -> bool:
@@ -173,9 +149,21 @@ def _state(partial: Path) -> Path:
     return partial.with_name(f"{partial.name}.state")
 
 
+def _replaced(partial: Path) -> Path:
+    """Where the old output is while the new one takes its place in two steps."""
+    return partial.with_name(f"{partial.name}{_REPLACED}")
+
+
 def how_to_remove(partial: Path) -> str:
     """The command that removes what an interrupted run left. First what says how far it came: `rm` may be interrupted."""
     return f"`{shlex.join(['rm', '-r', str(_state(partial)), str(partial)])}`"
+
+
+def _ways_out(partial: Path) -> str:
+    """What to do about a partial directory. An output that it was to replace is named too, and no command removes that."""
+    old = _replaced(partial)
+    kept = f"; `{old}` is an output that stood there before, which stays until another is whole" if old.is_dir() else ""
+    return f"finish it with the same command and `--resume`, or remove it: {how_to_remove(partial)}{kept}"
 
 
 def _remove(partial: Path) -> None:
@@ -186,12 +174,32 @@ def _remove(partial: Path) -> None:
     shutil.rmtree(_state(partial), ignore_errors=True)
 
 
+def _discard(note: Callable[[str], None], *paths: Path) -> None:
+    """Remove what nobody needs any more; what cannot be removed is named, for it may be as large as the output."""
+    for path in paths:
+        errors: list[BaseException] = []
+        shutil.rmtree(path, onexc=lambda _call, _path, error, found=errors: found.append(error))
+        if os.path.lexists(path):
+            why = next((error.strerror for error in errors if isinstance(error, OSError) and error.strerror), "unknown")
+            note(f"`{path}` is not needed any more and could not be removed ({why}): `{shlex.join(['rm', '-r', str(path)])}`")
+
+
+def _put_back(target: Path, note: Callable[[str], None]) -> None:
+    """Give the old output its name again, where a run was killed after it had moved that away and before the new one came."""
+    moved = [path for path in _of_runs(target) if path.name.endswith(_REPLACED)]
+    if not moved or os.path.lexists(target):
+        return
+    latest = max(moved, key=lambda path: path.stat().st_ctime_ns)
+    latest.rename(target)
+    sync(target.parent)
+    note(f"`{target}` was put back from `{latest}`, where an interrupted run had moved it")
+
+
 def _goes_on(target: Path, partial: Path, manifest: Manifest, *, resume: bool) -> bool:
     """Is there something to go on with? UserError if there is and it was not asked for, or is not the same."""
     left = list(_left_behind(target))
     if left and not resume:
-        hint = f"finish it with the same command and `--resume`, or remove it: {how_to_remove(left[0])}"
-        raise UserError(f"an interrupted run left `{left[0]}`", hint=hint)
+        raise UserError(f"an interrupted run left `{left[0]}`", hint=_ways_out(left[0]))
     for one in left:
         _check_unchanged(one, manifest)
     return partial in left
@@ -200,6 +208,9 @@ def _goes_on(target: Path, partial: Path, manifest: Manifest, *, resume: bool) -
 def _begin(stage: Stage, manifest: Manifest) -> None:
     _remove(stage.partial)
     for folder in (stage.partial, stage.state):
+        if os.path.lexists(folder):
+            hint = f"remove it yourself: {how_to_remove(stage.partial)}"
+            raise UserError(f"`{folder}` is left of an earlier run and could not be removed", hint=hint)
         folder.mkdir(parents=True)
     put(stage.state / MANIFEST, json.dumps(manifest).encode())
 
@@ -228,11 +239,9 @@ def _left_behind(target: Path) -> Iterator[Path]:
             yield path
 
 
-def _sweep(target: Path, *, but: Path) -> None:
+def _sweep(target: Path, note: Callable[[str], None], *, but: Path) -> None:
     """With the output in its place, remove what dead runs left; of our own ranks, all are still there."""
-    for path in _of_runs(target):
-        if not path.name.startswith(but.name):
-            shutil.rmtree(path, ignore_errors=True)
+    _discard(note, *(path for path in _of_runs(target) if not path.name.startswith(but.name)))
 
 
 def _check_unchanged(partial: Path, now: Manifest) -> None:
@@ -259,31 +268,38 @@ def sync_tree(directory: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Get a file or a folder onto the disk."""
+    """Get a file or a folder onto the disk. A folder that the file system does not sync passes, a file does not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC or not S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
     finally:
         os.close(descriptor)
 
 
-def _publish(stage: Stage, target: Path, *, overwrite: bool) -> None:
-    """Rename into place. Where an old output stands, the two change places, and what is then `partial` is to be removed."""
+def _publish(stage: Stage, target: Path, before: Present | None) -> None:
+    """Rename into place. Where an old output stands, it is what it was `before`; the two change places, and what is then
+    `partial` is to be removed."""
     partial = stage.partial
-    if os.path.lexists(target) and not overwrite:
-        hint = "move it away, then give the same command again with `--resume`"
-        raise TransientError(f"`{target}` appeared while it was being made", hint=hint)
+    check_unchanged(before, present(target), then="give the same command again with `--resume`")
     put(stage.state / _COMMIT, str(partial.stat().st_ino).encode())
     take_place(partial, target)
 
 
-def take_place(new: Path, place: Path) -> None:
-    """Rename a directory, and that for good. Where one stands already the two change places: what is `new` then can go."""
+def take_place(new: Path, place: Path) -> Path | None:
+    """Rename a directory, and that for good. Where one stands already the two change places: answers where the old one is
+    then, to be removed."""
+    old = None
     if not os.path.lexists(place):
         new.rename(place)
-    elif not _exchange(new, place):
-        _swap(new, place)
+    elif _exchange(new, place):
+        old = new
+    else:
+        old = _swap(new, place)
     sync(place.parent)
+    return old
 
 
 def _is_published(partial: Path, target: Path) -> bool:
@@ -300,9 +316,9 @@ def _exchange(one: Path, other: Path) -> bool:
     return renameat2 is not None and renameat2(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _EXCHANGE) == 0
 
 
-def _swap(partial: Path, target: Path) -> None:
-    """The same in two steps, the first undone if the second fails."""
-    old = partial.with_name(f"{partial.name}.replaced")
+def _swap(partial: Path, target: Path) -> Path:
+    """The same in two steps, the first undone if the second fails; `_put_back` undoes it after a kill."""
+    old = _replaced(partial)
     shutil.rmtree(old, ignore_errors=True)
     target.rename(old)
     try:
@@ -310,4 +326,4 @@ def _swap(partial: Path, target: Path) -> None:
     except BaseException:
         old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    return old

@@ -21,7 +21,7 @@ PATIENCE = 1.5
 ROOT = Path(__file__).parents[1]
 
 CHILD = """
-import json, os, runpy, shutil, sys, time
+import itertools, json, os, pathlib, runpy, shutil, sys, time
 import converter.carry, converter.run, converter.share, formats.staging
 from formats.huggingface import HuggingFaceWriter
 from formats.outputs import LocalOutputs
@@ -32,10 +32,10 @@ log, pause, pauses, piece_bytes, patience = json.loads(sys.argv[1])
 log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 def slowly(owner, name, nbytes=lambda *_: 0):
-    act = getattr(owner, name)
+    act, calls = getattr(owner, name), itertools.count(1)
     def slow(*arguments, **options):
         os.write(log, f"{name} {nbytes(*arguments)}\\n".encode())
-        time.sleep(pauses.get(name, pause))
+        time.sleep(pauses.get(f"{name} {next(calls)}", pauses.get(name, pause)))
         return act(*arguments, **options)
     setattr(owner, name, slow)
 
@@ -50,13 +50,15 @@ slowly(LocalOutputs, "put")
 for name in ("_begin", "sync", "_publish", "_exchange", "_remove"):
     slowly(formats.staging, name)
 slowly(shutil, "rmtree")
+slowly(pathlib.Path, "rename")
 sys.argv[1:2] = []
 runpy.run_module("converter", run_name="__main__")
 """
 
 
 class Conversion(subprocess.Popen[str]):
-    """A conversion under way. It makes a pause before every step, or another one before those in `pauses`.
+    """A conversion under way. It makes a pause before every step, or another one before those in `pauses`: all of a name, or
+    `name 2`, the second.
 
     Its log outlives it: those of several that are given one log are added up.
     """

@@ -37,7 +37,7 @@ def adapter_to_mcore(
     check_place(target, [folder, beside], how)
     with closing(folder), closing(beside):
         job = plan_import(folder, open_base(beside, name=base_name(base)), target, talk, canonical=canonical)
-        return carry_out(job, how, talk)
+        return carry_out(job, how, talk, sources=[folder, beside])
 
 
 @explained()
@@ -50,4 +50,4 @@ def adapter_to_hf(source: str | Path, target: str | Path, *, talk: Talk | None =
     how, talk, target, root = How(**options), talk or Talk(), str(target), open_source(source)
     check_place(target, [root], how)
     with closing(root):
-        return carry_out(plan_export(root, target), how, talk)
+        return carry_out(plan_export(root, target), how, talk, sources=[root])

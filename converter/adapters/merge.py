@@ -80,7 +80,8 @@ def merge(
     to = to or ("hf" if kind(folder) == HUGGINGFACE else "mcore")
     _check_meant(to, layout, files)
     beside = open_source(adapter, or_hub=True)
-    check_place(target, [folder, beside, *([given] if given else [])], how)
+    sources = [folder, beside, *([given] if given else [])]
+    check_place(target, sources, how)
     with closing(open_either(beside).adapter()) as opened:
         if not any_base:
             _check_base(folder, opened, talk)
@@ -94,7 +95,7 @@ def merge(
                 memory=found.memory(how.workers or DEFAULT_WORKERS),
             )
             job = _as_files(source, target, files, talk) if to == "hf" else plan_import(source, target, layout, talk)
-            return carry_out(job, how, talk)
+            return carry_out(job, how, talk, sources=sources)
 
 
 def _check_meant(to: Kind, layout: ImportOptions, files: ExportOptions) -> None:

@@ -173,6 +173,10 @@ class RemoteFolder:
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
         self._opened.read(self._prefix + name, offset, out)
 
+    def changed(self) -> str:
+        """Nothing: every read is of the version that was seen first, or fails."""
+        return ""
+
     def below(self, name: str) -> RemoteFolder:
         return RemoteFolder(self._opened, f"{self._prefix}{name.strip('/')}/")
 

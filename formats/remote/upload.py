@@ -4,34 +4,34 @@ Files go up in parts while they are made, each in order, several at once. `commi
 that nobody takes for a checkpoint, then, one by one, those that say it is whole. Knows nothing of what files hold.
 
 Promised: whoever opens the place at any moment finds what was there before, no checkpoint, or all of the new one; a run that
-fails leaves none of its objects; parts arrived as they were sent. Not promised, because object storage has no rename: with
-`overwrite`, between the start of `commit` and its end there is neither the old checkpoint nor the new one (seconds; for good if
-the run fails just then); a reader in the middle of the old one finds files gone or changed; two runs to one place at once are
-found out only if one has committed by the time the other does. A killed run leaves parts that nobody sees and the owner of the
-bucket pays for: a lifecycle rule that drops unfinished uploads is the remedy.
+fails leaves none of its objects; parts arrived as they were sent. Not promised, because object storage has no rename: where
+something is replaced, between the start of `commit` and its end there is neither the old checkpoint nor the new one (seconds; for
+good if the run fails just then); a reader in the middle of the old one finds files gone or changed; two runs to one place at once
+are found out only if one has committed by the time the other does, which then changes nothing. A killed run leaves parts that
+nobody sees and the owner of the bucket pays for: a lifecycle rule that drops unfinished uploads is the remedy.
 """
 
 from __future__ import annotations
 
-import re
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
+from urllib.parse import urlsplit
 
 from formats.errors import UserError
 from formats.remote.gcs import GoogleStorage
 from formats.remote.retry import Patience, persist
 from formats.remote.s3 import S3
 from formats.remote.store import Status, Store
+from formats.replacement import Present, Rule, already_exists, check_unchanged
 
 _PART = 8 << 20
 _MOST_PARTS = 9_000  # 10,000 is the limit of both services
 _WHOLE = 256 << 10  # smaller files are kept until `commit`, and go up whole
-_OF_A_MODEL = re.compile(r"[^/]*\.safetensors|iter_\d+/.*|latest_checkpointed_iteration\.txt")
 
 
 class Target(Store, Protocol):
@@ -61,12 +61,12 @@ class Upload:
     """Files on their way to `url`. Use it as a context: what was not committed by the end of the block is taken back.
 
     Memory: a part (8 MiB, or a nine-thousandth of the file if that is more) for every open file, and `streams` more.
-    Raises UserError if there is something at `url`, unless `overwrite` says that it may be replaced and it is a model.
+    Raises UserError if there is something at `url`, unless `rule` lets all of it go; what is at a bucket's root never goes.
     """
 
-    def __init__(self, url: str, *, overwrite: bool = False, streams: int = 8, patience: Patience | None = None) -> None:
+    def __init__(self, url: str, *, rule: Rule | None = None, streams: int = 8, patience: Patience | None = None) -> None:
         self._patient = _Patient(url, patience or Patience())
-        self._overwrite = overwrite
+        self._rule, self._is_root = rule, not urlsplit(url).path.strip("/")
         self._files: dict[str, Sink] = {}
         self._published: list[str] = []
         self._lock = threading.Lock()
@@ -74,7 +74,7 @@ class Upload:
         self._room = threading.BoundedSemaphore(streams)
         self._failure: BaseException | None = None
         try:
-            self._check(self._patient.children())
+            self._before = self._look() if self._patient.children() else None
         except BaseException:
             self.abort()
             raise
@@ -97,20 +97,24 @@ class Upload:
         sink.update(memoryview(data))
         sink.close()
 
-    def commit(self, order: Sequence[str]) -> None:
+    def commit(self, order: Sequence[str], *, record: str = "") -> None:
         """Make all files readable. Those in `order` come last, one by one: there belongs whatever says that the checkpoint is
-        whole (`.metadata`, then trackers; an index, then `config.json`).
+        whole (`.metadata`, then trackers; an index, then `config.json`). The `record`, which says what belongs to the output,
+        comes first: so a run that is killed meanwhile leaves nothing that another may not replace.
 
-        With `overwrite`, what was there goes first: the old files of the names in `order`, then all that are not replaced.
+        What was there goes first: the old files of the names in `order`, then all that are not replaced. Raises
+        TransientError, with all of it in place, if it is not what was there at the start.
         """
         assert set(order) <= set(self._files), "order names files that were not opened"
         for sink in self._files.values():
             sink.wait()
         before = self._patient.listed()
-        self._check(before)
+        check_unchanged(self._before, self._present(before) if before else None, then="run it again")
         self._make_room(before, order)
         publish = partial(self._publish, before)
-        list(self._pool.map(publish, [name for name in self._files if name not in order]))
+        if record:
+            publish(record)
+        list(self._pool.map(publish, [name for name in self._files if name not in {*order, record}]))
         for name in order:
             publish(name)
         self._files.clear()
@@ -134,14 +138,23 @@ class Upload:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.abort()
 
-    def _check(self, found: Collection[str]) -> None:
-        if found and not self._overwrite:
-            raise UserError(f"`{self.label}` already exists", hint="choose another place, or replace it with `--overwrite`")
-        if found and not any(_OF_A_MODEL.fullmatch(path) for path in found):
+    def _look(self) -> Present | None:
+        """What is there now, if anything; UserError unless all of it may go."""
+        if self._rule is None:
+            raise already_exists(self.label)
+        if self._is_root:
             raise UserError(
-                f"`{self.label}` holds no model, so `--overwrite` does not remove it",
-                hint="remove it yourself, or choose another place",
+                f"`{self.label}` is a whole bucket, which `--overwrite` never replaces",
+                hint=f"give a folder in it, such as `{self.label}/model`",
             )
+        found = self._present(self._patient.listed())
+        if not found.entries:
+            return None
+        self._rule(found)
+        return found
+
+    def _present(self, listed: Mapping[str, Status]) -> Present:
+        return Present(self.label, listed, read=lambda name: self._patient.get(name, listed[name]))
 
     def _send(self, call: Callable[[], str]) -> Future[str]:
         """Run a call on the pool, as soon as one of its streams is free; raise what an earlier one raised."""
@@ -251,6 +264,11 @@ class _Patient:
         found = self._persist(lambda: self.target.files(""), "listing", "")
         whole = {path: status or self._status(path) for path, status in found.items()}
         return {path: status for path, status in whole.items() if status}
+
+    def get(self, name: str, status: Status) -> bytes:
+        out = bytearray(status.size)
+        self._persist(lambda: self.target.fetch(name, status, 0, memoryview(out)), "reading", name)
+        return bytes(out)
 
     def begin(self, name: str) -> str:
         return self._persist(lambda: self.target.begin(name), "writing", name)

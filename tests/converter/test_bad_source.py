@@ -261,11 +261,7 @@ def test_an_old_output_is_kept_until_the_new_one_is_whole(source, model_folder, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "source"]
 
 
-def test_overwrite_removes_models_and_nothing_else(source, checkpoint, tmp_path):
-    (tmp_path / "project").mkdir()
-    (tmp_path / "project" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="holds no model, so `--overwrite` does not remove it"):
-        hf_to_mcore(source, tmp_path / "project", overwrite=True)
+def test_targets_that_lie_in_a_source_or_lead_elsewhere(source, checkpoint, tmp_path):
     with pytest.raises(UserError, match="lie in one another"):
         mcore_to_hf(checkpoint, source, hf_config=source, overwrite=True)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")

@@ -146,6 +146,23 @@ def test_an_old_output_is_replaced_where_directories_cannot_change_places(conver
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "m"]
 
 
+def test_killed_where_they_cannot_the_old_output_gets_its_name_back(convert, fault, whole, model, tmp_path):
+    """Between the first rename and the second."""
+    hf_to_mcore(model, tmp_path / "m")
+    old, env = tree(tmp_path / "m"), fault("renameat2", "", 1, errno.EINVAL)
+    how = {"log": tmp_path / "log", "pause": 0, "pauses": {"rename 2": 600}, "env": env}
+    process = Conversion("hf-to-mcore", model, tmp_path / "m", *OPTIONS, "--overwrite", **how)
+    process.until("rename", 2)
+    process.stop()
+    assert not (tmp_path / "m").exists()
+    code, text, _ = convert("--resume")
+    assert (code, tree(tmp_path / "m")) == (1, old)
+    assert f"`{tmp_path / 'm'}` already exists" in text
+    assert convert("--resume", "--overwrite")[0] == 0
+    assert tree(tmp_path / "m") == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "m"]
+
+
 def test_a_limit_on_the_size_of_files_is_named(convert, whole, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+from formats.disk import free_space
 from formats.errors import TransientError, UserError
 from formats.rendezvous import Rendezvous
-from formats.staging import staged
+from formats.staging import check_room, staged
 from tests.models import tree
 
 MANIFEST = {"command": "copy", "`tp`": 2}
 
 
+def anything(_found):
+    """A rule that lets everything go."""
+
+
 @contextmanager
-def staging(tmp_path, *, name="a1", manifest=None, overwrite=False, resume=False, said=None):
+def staging(tmp_path, *, name="a1", manifest=None, rule=None, resume=False, said=None):
     """A stage for `tmp_path/out`, as one process alone has it."""
     partial, target = tmp_path / f"out.partial-{name}", tmp_path / "out"
-    options = {"overwrite": overwrite, "resume": resume, "note": (said if said is not None else []).append}
+    options = {"rule": rule, "resume": resume, "note": (said if said is not None else []).append}
     with (
         Rendezvous(tmp_path / "ranks", 0, 1, "alone", target=target) as together,
         staged(target, partial, manifest or MANIFEST, together, **options) as stage,
@@ -129,7 +138,7 @@ def test_an_old_output_goes_when_the_new_one_is_whole(tmp_path, monkeypatch, exc
         monkeypatch.setattr("formats.staging._exchange", lambda *_: False)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    with staging(tmp_path, overwrite=True) as stage:
+    with staging(tmp_path, rule=anything) as stage:
         (stage.partial / "new").write_text("new")
         assert tree(tmp_path / "out") == {"old": b"old"}
     assert tree(tmp_path) == {"out/new": b"new"}
@@ -147,6 +156,136 @@ def test_who_is_stopped_right_after_the_commit_leaves_the_new_output_alone(tmp_p
 
     monkeypatch.setattr("formats.staging.sync", stopped)
     with pytest.raises(KeyboardInterrupt):
-        attempt(tmp_path, overwrite=True, said=said)
+        attempt(tmp_path, rule=anything, said=said)
     assert tree(tmp_path) == {"out/done": b"x"}
     assert not said
+
+
+@pytest.fixture
+def killed_between(tmp_path):
+    """What a run leaves that was killed between its two renames: the old output has no name, the new one not yet."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    fail(tmp_path, ValueError(), rule=anything)
+    (tmp_path / "out").rename(tmp_path / "out.partial-a1.replaced")
+    return tmp_path / "out.partial-a1.replaced"
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"name": "b2"}], ids=str)
+def test_an_old_output_without_its_name_gets_it_back_whatever_the_next_run_is(tmp_path, killed_between, options):
+    said: list[str] = []
+    with pytest.raises(UserError, match=f"`{tmp_path / 'out'}` already exists"):
+        attempt(tmp_path, said=said, **options)
+    assert said == [f"`{tmp_path / 'out'}` was put back from `{killed_between}`, where an interrupted run had moved it"]
+    assert tree(tmp_path / "out") == {"old": b"old"}
+    assert tree(tmp_path / "out.partial-a1") == {"done": b"x"}
+
+
+def test_resumed_it_ends_with_the_new_output_and_nothing_else(tmp_path, killed_between):
+    with staging(tmp_path, rule=anything, resume=True) as stage:
+        assert stage.resumed
+        assert tree(tmp_path / "out") == {"old": b"old"}
+    assert tree(tmp_path) == {"out/done": b"x"}
+
+
+def test_where_something_else_came_in_its_place_the_old_output_is_named_and_goes_last(tmp_path, killed_between):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "newer").write_text("x")
+    left = tmp_path / "out.partial-a1"
+    with pytest.raises(UserError, match="an interrupted run left") as caught:
+        attempt(tmp_path, rule=anything)
+    assert caught.value.hint == (
+        f"finish it with the same command and `--resume`, or remove it: `rm -r {left}.state {left}`; "
+        f"`{killed_between}` is an output that stood there before, which stays until another is whole"
+    )
+    with staging(tmp_path, rule=anything, resume=True):
+        assert tree(killed_between) == {"old": b"old"}
+    assert tree(tmp_path) == {"out/done": b"x"}
+
+
+def test_an_old_output_that_cannot_get_its_name_back_is_named(tmp_path, monkeypatch):
+    said: list[str] = []
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("formats.staging._exchange", lambda *_: False)
+    rename = Path.rename
+
+    def first_only(path, target):
+        if path.name == "out":
+            return rename(path, target)
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "rename", first_only)
+    with pytest.raises(UserError, match="cannot use"):
+        attempt(tmp_path, rule=anything, said=said)
+    old = tmp_path / "out.partial-a1.replaced"
+    assert said[-1] == f"`{tmp_path / 'out'}` as it was before is in `{old}`: rename it, or the next run puts it back"
+    assert old.is_dir()
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchanged at once", "where the file system cannot"])
+def test_what_could_not_be_removed_is_named_and_the_output_stands(tmp_path, monkeypatch, exchange):
+    said: list[str] = []
+    if not exchange:
+        monkeypatch.setattr("formats.staging._exchange", lambda *_: False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    unlink = os.unlink
+
+    def busy(path, **options):
+        if os.fspath(path) == "old":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", busy)
+        attempt(tmp_path, rule=anything, said=said)
+    left = tmp_path / ("out.partial-a1" if exchange else "out.partial-a1.replaced")
+    assert said == [f"`{left}` is not needed any more and could not be removed (Device or resource busy): `rm -r {left}`"]
+    assert tree(tmp_path) == {"out/done": b"x", f"{left.name}/old": b"old"}
+
+
+def test_what_an_earlier_run_left_and_cannot_be_removed_is_named_before_anything_is_done(tmp_path, monkeypatch):
+    left = tmp_path / "out.partial-a1"
+    (left / "old").mkdir(parents=True)
+    monkeypatch.setattr("shutil.rmtree", lambda *_arguments, **_options: None)
+    with pytest.raises(UserError) as caught:
+        attempt(tmp_path)
+    assert str(caught.value) == (
+        f"`{left}` is left of an earlier run and could not be removed\n\nhint: remove it yourself: `rm -r {left}.state {left}`"
+    )
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.ENOTSUP], ids=errno.errorcode.get)
+def test_a_file_system_that_does_not_sync_directories_will_do_but_one_that_loses_files_will_not(tmp_path, monkeypatch, number):
+    def fsync(descriptor):
+        if refuses(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    refuses = stat.S_ISDIR
+    attempt(tmp_path)
+    assert tree(tmp_path) == {"out/done": b"x"}
+    refuses = stat.S_ISREG
+    with pytest.raises(UserError, match=f"cannot use .*: {os.strerror(number)}"):
+        attempt(tmp_path, name="b2", rule=anything)
+
+
+def test_room_is_what_the_file_system_has_that_is_written_to(tmp_path, monkeypatch):
+    asked = []
+
+    def statvfs(path, real=os.statvfs):
+        asked.append(Path(path))
+        return real(path)
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    with pytest.raises(TransientError, match=r"needs 1000000000\.00 GB, the disk has"):
+        check_room(tmp_path / "out", 10**18, already=tmp_path / "out.partial-a1")
+    assert asked == [tmp_path]
+
+
+def test_a_file_system_that_does_not_tell_its_size_is_not_a_full_one(tmp_path, monkeypatch):
+    """Some in user space answer with no blocks at all."""
+    monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255)))
+    check_room(tmp_path / "out", 10**18, already=tmp_path / "out.partial-a1")
+    assert free_space(tmp_path) == "free space unknown"

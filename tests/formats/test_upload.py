@@ -12,10 +12,11 @@ from contextlib import ExitStack
 
 import pytest
 
-from formats.errors import UserError
+from formats.errors import TransientError, UserError
 from formats.location import open_folder
 from formats.remote import upload as upload_module
 from formats.remote.upload import Upload, exists, part_size
+from formats.replacement import Present
 from tests.places import HURRIED, Store, google_store, s3_store
 from tests.servers import Fault, GoogleServer, Handler
 
@@ -137,18 +138,60 @@ def test_what_is_there_is_not_harmed(store: Store) -> None:
     assert store.objects() == {"model.safetensors": b"precious"}
 
 
-def test_overwrite_takes_models_only(store: Store) -> None:
-    store.put("holidays/photo.jpg", b"precious")
-    store.put("other-model/model.safetensors", b"precious too")
-    with pytest.raises(UserError, match="holds no model, so `--overwrite` does not remove it"):
-        opened(store, overwrite=True)
+def anything(_found: Present) -> None:
+    """A rule that lets everything go."""
+
+
+def test_the_rule_sees_all_that_is_there_and_what_it_refuses_stays(store: Store) -> None:
+    there = {"holidays/photo.jpg": b"precious", "model.safetensors": b"precious too", "conversion.json": b"x" * 100}
+    for name, data in there.items():
+        store.put(name, data)
+    seen: list[bytes] = []
+
+    def rule(found: Present) -> None:
+        assert (found.label, set(found.entries)) == (store.url, set(there))
+        seen.append(found.read("conversion.json"))
+        raise UserError("the rule's own words")
+
+    with pytest.raises(UserError, match="the rule's own words"):
+        opened(store, rule=rule)
+    assert seen == [there["conversion.json"]]
+    assert store.objects() == there
+
+
+def test_a_whole_bucket_is_never_replaced(store: Store) -> None:
+    store.put("conversion.json", b"")
+    bucket = store.url.removesuffix("/out")
+    for url in (bucket, f"{bucket}/", f"{bucket}//"):
+        with pytest.raises(UserError) as caught:
+            Upload(url, rule=anything, patience=HURRIED)
+        assert str(caught.value) == (
+            f"`{bucket}` is a whole bucket, which `--overwrite` never replaces\n\n"
+            f"hint: give a folder in it, such as `{bucket}/model`"
+        )
+    assert store.objects() == {"conversion.json": b""}
+
+
+@pytest.mark.parametrize("before", [{}, {"old": b"old"}], ids=["nothing was there", "something was there"])
+def test_what_comes_there_meanwhile_is_not_removed(store: Store, files: dict[str, bytes], before: dict[str, bytes]) -> None:
+    for name, data in before.items():
+        store.put(name, data)
+    with opened(store, rule=anything) as upload:
+        fill(upload, files)
+        store.put("thesis.tex", b"precious")
+        with pytest.raises(TransientError) as caught:
+            upload.commit([INDEX, TRACKER])
+    what = "changed while its replacement was being made: `thesis.tex` appeared" if before else "appeared while it was being made"
+    assert str(caught.value).startswith(f"`{store.url}` {what}\n\nhint: move")
+    assert store.objects() == {**before, "thesis.tex": b"precious"}
+    assert store.unfinished() == 0
 
 
 def test_overwrite_keeps_the_old_until_commit_and_then_replaces_all_of_it(store: Store, files: dict[str, bytes]) -> None:
     old = {DATA: b"old", INDEX: b"old", TRACKER: b"100", "iter_0000100/.metadata": b"old", "config.json": b"old"}
     for name, data in old.items():
         store.put(name, data)
-    with opened(store, overwrite=True) as upload:
+    with opened(store, rule=anything) as upload:
         fill(upload, files)
         assert store.objects() == old
         upload.commit([INDEX, TRACKER])
@@ -158,7 +201,7 @@ def test_overwrite_keeps_the_old_until_commit_and_then_replaces_all_of_it(store:
 def test_old_marks_go_first_and_new_ones_come_last(bucket: Store, google: GoogleServer, files: dict[str, bytes]) -> None:
     for name in (DATA, INDEX, TRACKER, "stale"):
         bucket.put(name, b"old")
-    with opened(bucket, overwrite=True) as upload:
+    with opened(bucket, rule=anything) as upload:
         fill(upload, files)
         upload.commit([INDEX, TRACKER])
     made = [(method, *path.removeprefix("/bucket/out/").partition("?")) for method, path, _ in google.log]
@@ -184,7 +227,7 @@ def test_a_commit_that_fails_takes_back_what_it_made(bucket: Store, google: Goog
 
 
 def test_somebody_else_who_was_faster_is_not_overwritten(store: Store, files: dict[str, bytes]) -> None:
-    with pytest.raises(UserError, match="already exists"):
+    with pytest.raises(UserError, match="appeared while it was being made"):
         convert(store, files, meanwhile=lambda: store.put("model.safetensors", b"theirs"))
     assert store.objects() == {"model.safetensors": b"theirs"}
     assert store.unfinished() == 0

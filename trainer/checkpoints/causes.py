@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch.distributed.checkpoint.api import CheckpointException
 
-from formats.disk import free_bytes
+from formats.disk import free_space
 from formats.errors import UserError, shown
 from formats.faults import code_location, fault
 
@@ -36,7 +36,7 @@ def not_saved(error: BaseException, folder: Path, *, standing: str) -> UserError
     if isinstance(error, CheckpointException):
         dist.broadcast_object_list(told, src=0)
     reason, hint = told[0]
-    return UserError(f"saving `{folder}` failed: {reason} ({free_bytes(folder) / 1e9:.1f} GB free); {standing}", hint=hint)
+    return UserError(f"saving `{folder}` failed: {reason} ({free_space(folder)}); {standing}", hint=hint)
 
 
 def _cause(error: BaseException) -> tuple[str, str]:

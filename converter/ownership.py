@@ -1,0 +1,105 @@
+"""Which directories a conversion may replace: those that a conversion made, where nothing else has come to since.
+
+`conversion.json` lists every file of its output. Versions that did not list them are known by the names that their outputs
+could have; those of their side files are not among them unless the conversion at hand writes a file of that name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from typing import Any, cast
+
+from converter import provenance, run_config
+from converter.adapters import description, peft_config, peft_format
+from converter.carried import CONFIG, EXTRAS, FILES, HEADERS, TOKENIZER_FILES
+from formats import integrity
+from formats.dcp_index import METADATA
+from formats.errors import UserError
+from formats.huggingface import INDEX, SINGLE
+from formats.json_objects import parse_json
+from formats.replacement import Present, Rule, first
+from formats.torch_dist import COMMON, FORMAT, TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER
+
+_RECORD = re.compile(rf"(iter_\d+/)?{re.escape(provenance.FILE)}")
+_IN_AN_ITERATION = re.compile(
+    "|".join((
+        *map(re.escape, (METADATA, FORMAT, COMMON, TRAIN_STATE, run_config.FILE, provenance.FILE, integrity.FILE, EXTRAS)),
+        re.escape(description.FILE),
+        r"__\d+_\d+\.distcp",
+        rf"({FILES}|{HEADERS})/.+",
+        rf"tokenizer/({'|'.join(map(re.escape, TOKENIZER_FILES))})",
+    ))
+)  # fmt: skip
+_IN_A_MODEL = {
+    provenance.FILE, INDEX, SINGLE, CONFIG, "generation_config.json", peft_format.FILE, peft_config.FILE, *TOKENIZER_FILES,
+    ".gitattributes", "LICENSE", "LICENSE.txt", "USE_POLICY.md",
+}  # fmt: skip
+_INSTEAD = "move it away or remove it yourself, or choose another place"
+
+
+def replaceable(planned: Collection[str] | None = None) -> Rule:
+    """The rule for a conversion that writes the files `planned`; without them, before they are known, what an earlier version
+    may have written passes."""
+
+    def check(found: Present) -> None:
+        record = next(iter(sorted(filter(_RECORD.fullmatch, found.entries), key=len)), None)
+        document = _read(found, record) if record else {}
+        if record is None or document.get("tool") != provenance.TOOL:
+            raise UserError(
+                f"`{found.label}` holds `{first(found.entries)}` and no `{provenance.FILE}` of this tool: it is not the output "
+                "of a conversion, so `--overwrite` does not replace it",
+                hint=_INSTEAD,
+            )
+        strangers = _strangers(found, record, document, planned)
+        if strangers:
+            raise UserError(
+                f"`{found.label}` holds `{first(strangers)}`, which the conversion that made it did not write, so `--overwrite` "
+                "does not replace it",
+                hint=_INSTEAD,
+            )
+
+    return check
+
+
+def _read(found: Present, name: str) -> dict[str, Any]:
+    """A document; an empty one where it is damaged."""
+    data = found.read(name)
+    try:
+        return parse_json(data, source=name)
+    except UserError:
+        return {}
+
+
+def _strangers(found: Present, record: str, document: dict[str, Any], planned: Collection[str] | None) -> list[str]:
+    match document.get("files"):
+        case [*names]:
+            return list(found.entries.keys() - {name for name in names if isinstance(name, str)})
+        case _:
+            known = _known(found, record.removesuffix(provenance.FILE))
+            return [] if planned is None else list(found.entries.keys() - known - set(planned))
+
+
+def _known(found: Present, folder: str) -> set[str]:
+    """The names that conversions of earlier versions could give; `folder` is the iteration, empty for a Hugging Face folder."""
+    if not folder:
+        return _IN_A_MODEL | _shards(found)
+    inside = [name.removeprefix(folder) for name in found.entries if name.startswith(folder)]
+    listed = _listed(found, folder)
+    known = listed & set(inside) if listed else set(filter(_IN_AN_ITERATION.fullmatch, inside))
+    return {TRACKER, TRAIN_STATE_TRACKER, *(f"{folder}{name}" for name in known)}
+
+
+def _listed(found: Present, folder: str) -> set[str]:
+    """The files of an iteration that has their hashes; none where it has not."""
+    if f"{folder}{integrity.FILE}" not in found.entries:
+        return set()
+    files: Any = _read(found, f"{folder}{integrity.FILE}").get("files")
+    return {integrity.FILE, *cast("dict[str, Any]", files)} if isinstance(files, dict) else set()
+
+
+def _shards(found: Present) -> set[str]:
+    """The files of a model in several."""
+    listed: Any = _read(found, INDEX).get("weight_map") if INDEX in found.entries else {}
+    names: Iterable[Any] = cast("dict[str, Any]", listed).values() if isinstance(listed, dict) else ()
+    return {name for name in names if isinstance(name, str) and name.endswith(".safetensors")}
