@@ -12,6 +12,7 @@ from typing import Any
 from converter.carried import Reference
 from formats.errors import UserError
 from formats.folder import FileIn, Folder, LocalFolder
+from formats.machine import check_machine
 from formats.remote.folder import is_remote, open_folder
 from formats.spec import Reader
 
@@ -55,8 +56,9 @@ class Source:
 def open_source(source: str | Path, *, or_hub: bool = False) -> Folder:
     """The folder of a source. With `or_hub`, one that is no directory may be `org/name` or `org/name@revision` on the Hub.
 
-    Raises UserError if it is nothing of that.
+    Raises UserError if it is nothing of that, and on a machine where nothing can be converted: every command begins here.
     """
+    check_machine()
     path = Path(source)
     if is_remote(source) or path.is_dir():
         return open_folder(source)
