@@ -12,8 +12,8 @@ from converter.job import How, Job, Summary, Talk
 from converter.memory import expected_peak, peak_memory
 from converter.ranks import alone
 from converter.ranks import share as divided
-from converter.run import DEFAULT_WORKERS
 from converter.share import Share, resumable
+from converter.workers import check_workers
 from formats.disk import explained
 from formats.errors import UserError
 from formats.remote.folder import is_remote
@@ -26,7 +26,7 @@ from formats.staging import Stage, check_room, staged
 
 def carry_out(job: Job, how: How, talk: Talk) -> Summary:
     """Make the output, or with `dry_run` only say what it would be. The output appears whole or not at all."""
-    started, files, reused, workers = time.monotonic(), job.files, 0, how.workers or DEFAULT_WORKERS
+    started, files, reused, workers = time.monotonic(), job.files, 0, check_workers(how.workers)
     if not how.dry_run:
         reused = _committed(job, how, talk, files, workers)
     return Summary(

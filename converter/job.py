@@ -13,6 +13,7 @@ from converter import provenance
 from converter.comparison import Side
 from converter.plan import Making
 from converter.ranks import Ranks
+from converter.workers import check_workers
 from formats import integrity
 from formats.errors import UserError, is_text, printable
 from formats.folder import FileIn, Folder
@@ -42,6 +43,9 @@ class How:
     verify: bool = False
     ranks: Ranks | None = None
     """Which of several processes that share the work this is; None if it is alone."""
+
+    def __post_init__(self) -> None:
+        check_workers(self.workers)
 
 
 class HowOptions(TypedDict, total=False):
