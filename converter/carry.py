@@ -11,8 +11,8 @@ from converter.job import How, Job, Summary, Talk
 from converter.memory import expected_peak, peak_memory
 from converter.ranks import alone
 from converter.ranks import share as divided
-from converter.run import DEFAULT_WORKERS
 from converter.share import Share, resumable
+from converter.workers import check_workers
 from formats.disk import explained
 from formats.folder import Folder
 from formats.location import is_remote, without_secrets
@@ -26,7 +26,7 @@ from formats.target import look
 def carry_out(job: Job, how: How, talk: Talk, *, sources: Sequence[Folder]) -> Summary:
     """Make the output, or with `dry_run` only say what it would be. The output appears whole or not at all, and not if one of
     the `sources` changed meanwhile."""
-    started, files, reused, workers = time.monotonic(), job.files, 0, how.workers or DEFAULT_WORKERS
+    started, files, reused, workers = time.monotonic(), job.files, 0, check_workers(how.workers)
     if not how.dry_run:
         reused = _committed(job, how, talk, sources=sources, files=files, workers=workers)
     elif not is_remote(job.target):

@@ -18,6 +18,8 @@ from typing import Any, cast
 
 import click
 
+from converter.workers import MOST_WORKERS
+
 _UNITS = {
     "": 1,
     "kb": 10**3,
@@ -59,6 +61,7 @@ def _stages(context: click.Context, parameter: click.Parameter, value: str | Non
 
 
 _COUNT = click.IntRange(min=1)
+_WORKERS = click.IntRange(1, MOST_WORKERS)
 
 _Command = Callable[..., None]
 
@@ -71,7 +74,7 @@ def _common(command: _Command) -> _Command:
 def _how(command: _Command) -> _Command:
     """How to carry out whatever writes an output."""
     options = [
-        click.option("--workers", type=_COUNT, metavar="N", help="Threads; the bytes written do not depend on it."),
+        click.option("--workers", type=_WORKERS, metavar="N", help="Threads; the bytes written do not depend on it."),
         click.option("--dry-run", is_flag=True, help="Print every file and its size, memory and disk; move nothing."),
         click.option("--overwrite", is_flag=True, help="Replace DST, once the new output is whole."),
         click.option("--verify", is_flag=True, help="Read back what lies on the disk and compare, before DST appears."),
@@ -234,7 +237,7 @@ def inspect_command(context: click.Context, path: str, *, tensors: bool, check: 
 @click.argument("one", metavar="A")
 @click.argument("other", metavar="B")
 @click.option("--as", "cast", type=click.Choice(["bf16", "fp16", "fp32"]), help="Compare after casting both.")
-@click.option("--workers", type=_COUNT, metavar="N", help="Threads.")
+@click.option("--workers", type=_WORKERS, metavar="N", help="Threads.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress; the exit code tells.")
 @click.pass_context

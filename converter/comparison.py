@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from converter.plan import Making, Piece, pieces
-from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Bench, in_threads, is_zero
+from converter.run import PIECE_BYTES, Bench, in_threads, is_zero
 from converter.values import target_dtype
+from converter.workers import DEFAULT_WORKERS
 from formats.arrays import same_bits
 from formats.spec import Array, Reader, TensorSpec, dtype_name
 

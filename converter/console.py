@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from converter.memory import peak_memory, resident_memory
-from converter.ranks import from_environment
+from converter.ranks import from_environment, waiting
 from formats.disk import free_bytes
 from formats.json_objects import finite
 from formats.location import is_remote
@@ -57,6 +57,8 @@ def convert(action: Callable[..., Summary], *places: str, as_json: bool, quiet: 
     """Run a conversion with progress, then say what it did. Of several ranks, the first speaks."""
     ranks = from_environment()
     silent = ranks.rank > 0
+    if not quiet and not options["dry_run"] and (text := waiting(ranks)):
+        _note(text)
     quiet, as_json = quiet or silent, as_json and not silent
     with talking(quiet=quiet or (as_json and options["dry_run"])) as talk:
         summary = action(*places, talk=talk, ranks=ranks, **options)
@@ -65,7 +67,7 @@ def convert(action: Callable[..., Summary], *places: str, as_json: bool, quiet: 
     elif summary.dry_run and not silent:
         show_plan(summary)
     elif not quiet:
-        rate = size(summary.total_bytes / max(summary.seconds, 1e-9))
+        rate = size((summary.total_bytes - summary.reused_bytes) / max(summary.seconds, 1e-9))
         click.echo(
             f"done{', verified' if summary.verified else ''}: {summary.tensors} tensors, {count(summary.parameters)} parameters, "
             f"{size(summary.total_bytes)} in {summary.seconds:.1f} s ({rate}/s), peak memory {size(summary.peak_memory)} "

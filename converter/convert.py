@@ -45,7 +45,7 @@ def hf_to_mcore(
     any failure nothing is at `target`.
     """
     how, talk, target, folder = How(**options), talk or Talk(), str(target), open_source(source, or_hub=True)
-    check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, vocab_divisible_by=vocab_divisible_by, workers=how.workers)
+    check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, vocab_divisible_by=vocab_divisible_by)
     check_place(target, [folder], how)
     wanted = ImportOptions(
         tp=tp,
@@ -79,7 +79,7 @@ def mcore_to_hf(
     exactly; after any failure nothing is at `target`.
     """
     how, talk, target, root = How(**options), talk or Talk(), str(target), open_source(source)
-    check_options(dtype=dtype, max_shard_size=max_shard_size, workers=how.workers)
+    check_options(dtype=dtype, max_shard_size=max_shard_size)
     given = open_source(hf_config) if hf_config else None
     sources = [root, *([given] if given else [])]
     check_place(target, sources, how)

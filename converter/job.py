@@ -13,7 +13,9 @@ from converter import provenance
 from converter.comparison import Side
 from converter.plan import Making
 from converter.ranks import Ranks
+from converter.workers import check_workers
 from formats import integrity
+from formats.errors import UserError, is_text, printable
 from formats.folder import FileIn, Folder
 from formats.location import is_remote
 from formats.outputs import LocalOutputs
@@ -43,6 +45,9 @@ class How:
     verify: bool = False
     ranks: Ranks | None = None
     """Which of several processes that share the work this is; None if it is alone."""
+
+    def __post_init__(self) -> None:
+        check_workers(self.workers)
 
 
 class HowOptions(TypedDict, total=False):
@@ -102,7 +107,8 @@ class Job:
 
     @property
     def files(self) -> dict[str, int]:
-        """Every file of the output and its size in bytes."""
+        """Every file of the output and its size in bytes. Raises UserError for a name that no index could list."""
+        self._check_names()
         copied = {name: file.size for name, file in self.copies.items()}
         documents = {**self.documents, **self.writer.documents, **self.writer.markers}
         record = self.inside(provenance.FILE)
@@ -112,6 +118,15 @@ class Job:
             unknown = {name.removeprefix(self.folder): "0" * 64 for name in self.listed(sizes)}
             sizes[self.inside(integrity.FILE)] = len(integrity.make(unknown))
         return dict(sorted(sizes.items()))
+
+    def _check_names(self) -> None:
+        for name in [*self.copies, *self.documents, *self.writer.files]:
+            if not is_text(name):
+                file = self.copies[name].name if name in self.copies else name.rpartition("/")[2]
+                raise UserError(
+                    f"the name of `{printable(file)}` is not UTF-8, so `{integrity.FILE}` could not list it",
+                    hint="rename the file, or move it out of the directory",
+                )
 
     def inside(self, name: str) -> str:
         return f"{self.folder}{name}"

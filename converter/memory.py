@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 from pathlib import Path
 
 from converter.run import PIECE_BYTES
+
+try:
+    import resource
+except ImportError:  # not a POSIX system
+    resource = None
 
 BASE_BYTES = 48 << 20
 """The interpreter, numpy and the plan of a large model: planning 405B peaks at 51 MiB."""
@@ -17,11 +22,14 @@ def expected_peak(workers: int) -> int:
 
 
 def peak_memory() -> int:
-    """Largest resident set of this program so far, in bytes.
+    """Largest resident set of this program so far, in bytes; 0 where the system does not tell.
 
     `VmHWM` starts anew with the program; `getrusage` would also count the shell or launcher it was forked from.
     """
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if (known := _status("VmHWM")) or not resource:
+        return known
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def resident_memory() -> int:

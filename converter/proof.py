@@ -13,10 +13,11 @@ from converter.comparison import Comparison, Side, compare
 from converter.job import Talk
 from converter.plan import Making, pieces
 from converter.report import TORCH_DIST, kind
-from converter.run import DEFAULT_WORKERS, PIECE_BYTES, Bench, in_threads
+from converter.run import PIECE_BYTES, Bench, in_threads
 from converter.sides import huggingface_side, open_sides
 from converter.sources import check_unchanged, open_source
 from converter.values import CHOICES
+from converter.workers import check_workers
 from formats import integrity
 from formats.arrays import as_bytes
 from formats.disk import explained
@@ -36,13 +37,13 @@ def verify_directories(
 
     Raises UserError if one is not a checkpoint, or damaged.
     """
-    talk, folders = talk or Talk(), [open_source(one), open_source(other)]
+    talk, workers, folders = talk or Talk(), check_workers(workers), [open_source(one), open_source(other)]
     if cast is not None and cast not in CHOICES[1:]:
         raise UserError(f"dtype `{cast}` is not one of {', '.join(CHOICES[1:])}")
     sides = open_sides(*folders)
     with closing(sides[0].reader), closing(sides[1].reader):
         talk.start(_compared_bytes(*sides))
-        found = compare(*sides, cast=cast, workers=workers or DEFAULT_WORKERS, progress=talk.progress)
+        found = compare(*sides, cast=cast, workers=workers, progress=talk.progress)
         check_unchanged(folders)
         return found
 
@@ -58,7 +59,7 @@ def check_directory(path: str | Path, *, workers: int | None = None, talk: Talk 
 
     Raises UserError if there is no such document.
     """
-    talk, folder, workers = talk or Talk(), open_source(path), workers or DEFAULT_WORKERS
+    talk, workers, folder = talk or Talk(), check_workers(workers), open_source(path)
     with closing(folder):
         if kind(folder) == TORCH_DIST:
             iteration = find_iteration(folder)

@@ -46,6 +46,22 @@ def from_environment(env: Mapping[str, str] = os.environ) -> Ranks:
     return alone()
 
 
+def waiting(ranks: Ranks, env: Mapping[str, str] = os.environ) -> str:
+    """Whom this process is about to wait for and why, where no torchrun says that the others are on their way; else "".
+
+    A shell may have the variables without having been started as one of several: a pod of a training operator has.
+    """
+    if ranks.size == 1 or "TORCHELASTIC_RUN_ID" in env:
+        return ""
+    named = ("RANK", "WORLD_SIZE") if "RANK" in env else ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    others = "rank 0" if ranks.rank else "rank 1" if ranks.size == 2 else f"ranks 1–{ranks.size - 1}"
+    unset = " ".join(f"-u {name}" for name in named)
+    return (
+        f"rank {ranks.rank} of {ranks.size}: waiting for {others} ({', '.join(named)} are set); "
+        f"to convert with this process alone: `env {unset} mbconvert …`"
+    )
+
+
 def alone() -> Ranks:
     """A process that shares its work with no other."""
     return Ranks(0, 1, f"alone-{os.getpid()}-{secrets.token_hex(4)}")

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,6 @@ from formats.spec import Array, Reader, Region, Writer, extent
 
 PIECE_BYTES = 4 << 20
 """Larger pieces did not get faster here; smaller ones cost system calls (docs/decisions.md)."""
-
-DEFAULT_WORKERS = 4
-"""Threads mostly wait for the disk: two fill a quiet one, four also one with delays, eight gave no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +74,14 @@ def in_threads[T](
 ) -> None:
     """Draw items in order and do each on some thread, with what `start` prepared for that thread.
 
-    The first error stops all and is raised.
+    At most `workers` threads, and no more than there are items. The first error stops all and is raised.
     """
     queue = _Shared(iter(items))
 
-    def work() -> None:
-        act = start()
+    def work(first: T) -> None:
         try:
+            act = start()
+            act(first)
             for item in queue:
                 act(item)
         except BaseException:
@@ -92,10 +91,12 @@ def in_threads[T](
 
     with ThreadPoolExecutor(workers, thread_name_prefix="piece") as pool:
         try:
-            tasks = [pool.submit(work) for _ in range(workers)]
+            tasks = [pool.submit(work, first) for first in islice(queue, workers)]
             wait(tasks, return_when=FIRST_EXCEPTION)
-        except BaseException:
+        except BaseException as error:
             queue.stop()
+            if isinstance(error, Exception):  # the item that was drawn is done by nobody
+                stop()
             raise
     errors = [error for task in tasks if (error := task.exception())]
     for error in sorted(errors, key=lambda error: isinstance(error, AbandonedError)):

@@ -14,6 +14,7 @@ from formats.errors import UserError
 from formats.faults import fault
 from formats.folder import FileIn, Folder, LocalFolder
 from formats.location import is_remote, open_folder
+from formats.machine import check_machine
 from formats.spec import Reader
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
@@ -56,8 +57,9 @@ class Source:
 def open_source(source: str | Path, *, or_hub: bool = False) -> Folder:
     """The folder of a source. With `or_hub`, one that is no directory may be `org/name` or `org/name@revision` on the Hub.
 
-    Raises UserError if it is nothing of that.
+    Raises UserError if it is nothing of that, and on a machine where nothing can be converted: every command begins here.
     """
+    check_machine()
     path = Path(source)
     if is_remote(source) or path.is_dir():
         return open_folder(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, cast
 
 
@@ -33,3 +34,22 @@ def shown(value: Any, *, inside: bool = False) -> str:
     if value is None or isinstance(value, (str, int, float)):
         return str(value)[:100]
     return f"a {type(value).__name__}"
+
+
+def is_text(name: str) -> bool:
+    """Can it be written as UTF-8? File names and JSON may hold halves of surrogate pairs, which cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(name: str) -> str:
+    """A name as it is, or with backslash escapes for what is not UTF-8: `caf\\xe9`."""
+    if is_text(name):
+        return name
+    try:
+        return os.fsencode(name).decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # not the name of any file here
+        return name.encode(errors="backslashreplace").decode()

@@ -17,7 +17,7 @@ import numpy as np
 
 from formats.arrays import Buffer, as_bytes
 from formats.disk import direct_flag, forget, io_alignment, read_exactly, refuses_direct
-from formats.errors import UserError
+from formats.errors import UserError, printable
 from formats.open_files import Files
 from formats.spec import Array
 
@@ -154,7 +154,7 @@ class LocalFolder:
     @property
     def origin(self) -> Mapping[str, str]:
         found = _SNAPSHOT.search(str(self.path))
-        return {"id": f"{found[1]}/{found[2]}", "revision": found[3]} if found else {"name": self.name}
+        return {"id": f"{found[1]}/{found[2]}", "revision": found[3]} if found else {"name": printable(self.name)}
 
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()

@@ -22,9 +22,9 @@ from converter.importing import ImportOptions, left_out, plan_import
 from converter.job import How, HowOptions, Job, Summary, Talk
 from converter.plan import Copy, Making, casts
 from converter.report import HUGGINGFACE, kind
-from converter.run import DEFAULT_WORKERS
 from converter.sources import Source, open_source
 from converter.values import KEEP, target_dtype
+from converter.workers import check_workers
 from formats.disk import explained
 from formats.errors import UserError
 from formats.folder import Folder
@@ -63,7 +63,7 @@ def merge(
     """
     how, talk, target = How(**options), talk or Talk(), str(target)
     counts = {"tp": tp, "pp": pp, "vpp": vpp, "vocab_divisible_by": vocab_divisible_by, "max_shard_size": max_shard_size}
-    check_options(dtype=dtype, workers=how.workers, **counts)
+    check_options(dtype=dtype, **counts)
     folder, given = open_source(base, or_hub=True), open_source(hf_config) if hf_config else None
     layout = ImportOptions(
         tp=tp,
@@ -92,7 +92,7 @@ def merge(
                 model,
                 reader=Merged(model.reader, opened, dtype=dtype),
                 adapter=found.told,
-                memory=found.memory(how.workers or DEFAULT_WORKERS),
+                memory=found.memory(check_workers(how.workers)),
             )
             job = _as_files(source, target, files, talk) if to == "hf" else plan_import(source, target, layout, talk)
             return carry_out(job, how, talk, sources=sources)

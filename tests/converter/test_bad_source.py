@@ -276,7 +276,7 @@ def test_targets_that_lie_in_a_source_or_lead_elsewhere(source, checkpoint, tmp_
     "options", [{"tp": 0}, {"pp": -1}, {"workers": 0}, {"vocab_divisible_by": 0}, {"dtype": "int8"}], ids=str
 )
 def test_python_callers_get_the_same_checks(source, tmp_path, options):
-    refused(hf_to_mcore, source, tmp_path, "which should be 1 or more|is not one of", **options)
+    refused(hf_to_mcore, source, tmp_path, "which should be 1 or more|which should be 1 to 256|is not one of", **options)
 
 
 def test_absurd_numbers_are_refused_at_once(source, tmp_path):

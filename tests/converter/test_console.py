@@ -9,7 +9,9 @@ import select
 import subprocess
 import sys
 
-from converter import console
+import pytest
+
+from converter import Summary, console
 
 
 def test_sizes_and_counts_for_a_person():
@@ -28,6 +30,20 @@ def test_where_nobody_watches_a_line_every_few_seconds(monkeypatch, capsys):
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 4
     assert re.fullmatch(r"500.00 MB of 10.00 GB, 100.00 MB/s, 95 s left, \d+\.\d\d [MG]B resident", said[0])
+
+
+@pytest.mark.parametrize(("reused", "rate", "more"), [(0, "200.00", ""), (900_000_000, "20.00", ", 900.00 MB were there")])
+def test_the_rate_is_that_of_what_was_moved(capsys, reused, rate, more):
+    def converted(*_places, **_options):
+        return Summary(
+            command="hf-to-mcore", source="a", target="b", dry_run=False, tensors=3, parameters=5, total_bytes=10**9, files={},
+            seconds=5.0, peak_memory=10**8, workers=4, reused_bytes=reused,
+        )  # fmt: skip
+
+    console.convert(converted, "a", "b", as_json=False, quiet=False, dry_run=False)
+    assert capsys.readouterr().err == (
+        f"done: 3 tensors, 5 parameters, 1.00 GB in 5.0 s ({rate} MB/s), peak memory 100.00 MB -> b{more}\n"
+    )
 
 
 def test_on_a_terminal_a_bar_with_bytes_rate_time_and_memory(model_folder, tmp_path):

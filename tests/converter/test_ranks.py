@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter.ranks import from_environment, share
+from converter import console, hf_to_mcore
+from converter.ranks import Ranks, from_environment, share, waiting
 from formats.errors import UserError
 
 TORCHRUN = {
@@ -20,6 +21,7 @@ TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0",
 }  # fmt: skip
 SRUN = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "2", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "6"}
+HOW = {"as_json": False, "quiet": False, "dry_run": False}
 BATCH_SCRIPT = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NPROCS": "8"}
 
 
@@ -127,3 +129,40 @@ def test_items_of_one_size_are_dealt_out_evenly(weight, count, size):
     for weights in ([weight] * count, [0] * count):
         dealt = [len(range(count)[share(weights, rank, size)]) for rank in range(size)]
         assert max(dealt) - min(dealt) <= 1
+
+
+LONE = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "pod-0", "MASTER_PORT": "23456"}
+IN_STEP = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3"}
+
+
+@pytest.mark.parametrize(
+    ("env", "words", "names"),
+    [
+        (LONE, "rank 0 of 4: waiting for ranks 1–3", ["RANK", "WORLD_SIZE"]),
+        ({**LONE, "RANK": "3"}, "rank 3 of 4: waiting for rank 0", ["RANK", "WORLD_SIZE"]),
+        ({**LONE, "WORLD_SIZE": "2"}, "rank 0 of 2: waiting for rank 1", ["RANK", "WORLD_SIZE"]),
+        (IN_STEP, "rank 2 of 3: waiting for rank 0", ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS"]),
+    ],
+)
+def test_who_waits_says_for_whom_and_which_variables_made_it_wait(env, words, names):
+    one, other = names
+    assert waiting(from_environment(env), env) == (
+        f"{words} ({one}, {other} are set); to convert with this process alone: `env -u {one} -u {other} mbconvert …`"
+    )
+
+
+@pytest.mark.parametrize("env", [TORCHRUN, {"RANK": "0", "WORLD_SIZE": "1"}, {}], ids=["torchrun", "one", "alone"])
+def test_nothing_is_said_where_the_others_are_on_their_way_or_there_are_none(env):
+    assert waiting(from_environment(env), env) == ""
+
+
+def test_a_lone_shell_with_the_variables_set_hears_so_before_it_waits(capsys, monkeypatch):
+    """The note comes before the conversion begins, whichever rank the shell is."""
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        for options, noted in (({}, True), ({"dry_run": True}, False), ({"quiet": True}, False)):
+            with pytest.raises(UserError, match="is not there"):
+                console.convert(hf_to_mcore, "/nowhere", "/never", **{**HOW, **options})
+            words = f"note: {waiting(Ranks(int(rank), 4, 'x'), LONE)}\n" if noted else ""
+            assert capsys.readouterr().err == words

@@ -117,7 +117,7 @@ def test_pefts_own_files_do_not_tell_and_that_is_said(base, adapter, tmp_path):
     ({"to": "hf", "integrity": False}, "`integrity` is False, which means nothing to a Hugging Face directory"),
     ({"to": "mcore", "max_shard_size": 10_000}, "`max_shard_size` is 10000, which means nothing to a Megatron checkpoint"),
     ({"to": "gguf"}, "the target's format `gguf` is not one of hf, mcore"),
-    ({"workers": 0}, "`workers` is 0, which should be 1 or more"),
+    ({"workers": 0}, "`workers` is 0, which should be 1 to 256"),
     ({"to": "mcore", "tp": 3}, "tensor-parallel size 3 neither divides the model's 4 query groups nor is a multiple of them"),
 ])  # fmt: skip
 def test_options_of_the_other_format(base, adapter, tmp_path, options, said):
