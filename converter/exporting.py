@@ -71,7 +71,7 @@ def plan_files(source: Source, makings: Sequence[Making], target: str, wanted: E
     """Everything that writing a directory of these tensors does."""
     shards = choose_shards(makings, source.reference, wanted.max_shard_size)
     made, texts = documents(source.reference, shards, limited=wanted.max_shard_size is not None)
-    for text in texts:
+    for text in (*source.reference.notes, *texts):
         talk.note(text)
     return _job(_Planned(source, in_file_order(makings, shards), shards, made), target, wanted)
 
