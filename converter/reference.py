@@ -37,8 +37,8 @@ def find(reader: TorchDistReader, given: Folder | None, *, any_settings: bool = 
 
 
 def _check_settings(said: Sequence[Said], *, sure: bool) -> tuple[str, ...]:
-    """Raise UserError for a setting that no `config.json` can say. One that is unknown here is only noted where somebody is `sure`
-    which model it is."""
+    """Raise UserError for a setting that no `config.json` can say. One that is unknown here is only noted where somebody is
+    `sure` which model it is."""
     found = [
         (one, place.origin)
         for place in said

@@ -126,7 +126,7 @@ class Bench:
         reader.read(copy.source, region, data)
         self._told(copy.source, region[0].start * (data.nbytes // max(len(data), 1)), as_bytes(data))
         if not same:
-            cast_into(out, data)
+            cast_into(out, data, name=copy.source)
 
 
 def _zero_the_rest(piece: Piece, out: Array) -> None:

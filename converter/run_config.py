@@ -123,7 +123,7 @@ def read(iteration: Folder, args: Config) -> tuple[dict[str, Any], str] | None:
 
 
 def read_all(iteration: Folder, args: Config) -> list[Said]:
-    """Everything that a checkpoint says of its model, in the order in which it counts: `run_config.yaml`, Megatron-LM's `args`."""
+    """What a checkpoint says of its model, in the order in which it counts: `run_config.yaml`, Megatron-LM's `args`."""
     found = [_from_run_config(iteration.get(FILE))] if iteration.has(FILE) else []
     return [*found, Said(_from_args(args), args, ARGS)] if args.get("num_layers") else found
 

@@ -8,7 +8,7 @@ from converter.adapters import description, peft_config
 from converter.adapters.adapter import Adapter
 from converter.adapters.megatron_format import open_megatron
 from converter.adapters.opened import Opened
-from converter.adapters.peft_format import PICKLED, open_peft
+from converter.adapters.peft_format import FILE, PICKLED, open_peft
 from converter.carried import CONFIG
 from converter.sources import open_source
 from formats.errors import UserError
@@ -35,6 +35,12 @@ def is_peft(folder: Folder) -> bool:
 
 def refuse_adapter(folder: Folder) -> None:
     """Raise UserError for an adapter where a model is asked for."""
+    if folder.has(CONFIG) and any(folder.has(name) for name in (FILE, PICKLED)) and folder.has(peft_config.FILE):
+        raise UserError(
+            f"`{folder.label}` holds a model and an adapter beside it, `{peft_config.FILE}`: transformers would load both",
+            hint="`mbconvert merge DIR DIR DST`, with this folder as both, puts the adapter into the model; for the model alone "
+            "move the files `adapter_*` elsewhere",
+        )
     if folder.has(description.FILE) or (is_peft(folder) and not folder.has(CONFIG)):
         raise UserError(
             f"`{folder.label}` is an adapter without its model",
