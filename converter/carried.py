@@ -95,6 +95,8 @@ class Reference:
     files: Mapping[str, FileIn] = field(default_factory=dict[str, FileIn])
     shards: Mapping[str, Shard] = field(default_factory=dict[str, Shard])
     extras: FileIn | None = None
+    notes: tuple[str, ...] = ()
+    """What a user should know of where it is from."""
 
 
 def unpack(iteration: Folder) -> Reference | None:

@@ -107,6 +107,7 @@ def window(megatron: str, huggingface: str, *, default: int | None) -> Field:
 
     def read(config: Config) -> dict[str, Any]:
         tokens = config.get(huggingface, default)
+        _check_sliding(config, huggingface, tokens)
         return {megatron: None if tokens is None else [_count({huggingface: tokens}, huggingface) - 1, 0]}
 
     def write(config: Config) -> dict[str, Any]:
@@ -121,20 +122,123 @@ def window(megatron: str, huggingface: str, *, default: int | None) -> Field:
     return Field(read, write)
 
 
+def no_window(megatron: str) -> Field:
+    """Attention over all that comes before a token, in every layer."""
+
+    def read(config: Config) -> dict[str, Any]:
+        _check_layers(config, "full_attention")
+        return {megatron: None}
+
+    return Field(read, lambda config: _agreeing(config, {megatron: None}))
+
+
+def _check_sliding(config: Config, name: str, tokens: Any) -> None:
+    if tokens is not None and config.get("use_sliding_window") is False:
+        raise UserError(
+            f"`config.json` says two things: `use_sliding_window` is `False`, `{name}` is `{shown(tokens)}`",
+            hint=f"transformers' models of this family look at `{name}` alone: set it to null if there is no window",
+        )
+    _check_layers(config, "full_attention" if tokens is None else "sliding_attention")
+
+
+def _check_layers(config: Config, expected: str) -> None:
+    """Raise UserError for layers that attend in another way than the rest of `config.json` says."""
+    found = config.get("layer_types")
+    other = next((one for one in cast("list[Any]", found) if one != expected), None) if isinstance(found, list) else None
+    if other is not None:
+        raise UserError(
+            f"`layer_types` has `{shown(other)}`, but models of this family have `{expected}` in all layers",
+            hint="is `model_type` right?",
+        )
+
+
 BUILT_IN_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What megatron-core's GPTModel fixes for Llama-3.1's scaling (`RotaryEmbedding._apply_scaling`)."""
 
 
+_ROPE_FIELDS = ("rope_parameters", "rope_scaling")
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""What each kind of rotary embedding is computed from, beside `rope_theta`."""
+
+
 def rope_numbers(config: Config) -> dict[str, Any]:
     """Rotary embedding parameters of a `config.json`, as transformers 5 writes them (`rope_parameters`) or as 4 did
-    (`rope_theta` and `rope_scaling`)."""
-    scaling: Any = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise UserError(f"`rope_scaling` is `{shown(scaling)}`, which should be an object")
-    numbers = dict(cast("Config", scaling))
-    numbers["rope_type"] = numbers.get("rope_type") or numbers.pop("type", None) or "default"
-    numbers["rope_theta"] = _number("rope_theta", numbers.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    (`rope_theta` and `rope_scaling`). UserError where both are there and say different things."""
+    objects = {name: found for name in _ROPE_FIELDS if (found := _rope_object(config, name))}
+    read = {name: _numbers_of(found, config, name) for name, found in objects.items()}
+    if not read:
+        return _numbers_of({}, config, "rope_scaling")
+    new, *old = read.values()
+    for key in _computed_from(new) if old else ():
+        if new.get(key) != old[0].get(key):
+            raise UserError(
+                f"`config.json` has `rope_parameters`, by which `{key}` is `{shown(new.get(key))}`, and `rope_scaling`, by "
+                f"which it is `{shown(old[0].get(key))}`",
+                hint="the first is of transformers 5, the second, with `rope_theta` beside it, of 4: leave one out",
+            )
+    return new
+
+
+def _rope_object(config: Config, name: str) -> Config:
+    found = config.get(name) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"`{name}` is `{shown(found)}`, which should be an object")
+    return cast("Config", found)
+
+
+def _computed_from(numbers: Config) -> Iterable[str]:
+    return "rope_type", "rope_theta", *_ROPE_KEYS.get(numbers["rope_type"], sorted(numbers))
+
+
+def _numbers_of(said: Config, config: Config, field: str) -> dict[str, Any]:
+    """The parameters in one field of `config.json`, with those that lie beside it."""
+    nested = next((key for key, found in said.items() if isinstance(found, dict)), None)
+    if nested is not None:
+        raise UserError(
+            f"`{field}` has parameters of their own for `{shown(nested)}` layers, which megatron-core cannot do for this family"
+        )
+    numbers = dict(said)
+    numbers["rope_type"] = _one_of({f"`type` in `{field}`": numbers.pop("type", None), "`rope_type`": said.get("rope_type")})
+    numbers["rope_type"] = numbers["rope_type"] or "default"
+    theta = _one_of({f"`rope_theta` in `{field}`": said.get("rope_theta"), "`rope_theta`": config.get("rope_theta")})
+    numbers["rope_theta"] = _number("rope_theta", 10000.0 if theta is None else theta)
+    _check_partial(said, config)
+    if numbers["rope_type"] == "llama3":
+        numbers["original_max_position_embeddings"] = _original_length(said, config, field)
     return numbers
+
+
+def _original_length(said: Config, config: Config, field: str) -> Any:
+    """How long the sequences were before the scaling; as transformers has it, as long as now where nothing is said."""
+    name = "original_max_position_embeddings"
+    length = _one_of({f"`{name}` in `{field}`": said.get(name), f"`{name}`": config.get(name)})
+    return _number(name, config.get("max_position_embeddings", 2048) if length is None else length)
+
+
+def _check_partial(said: Config, config: Config) -> None:
+    part = _one_of({"`partial_rotary_factor` of the rope": said.get("partial_rotary_factor"),
+                    "`partial_rotary_factor`": config.get("partial_rotary_factor")})  # fmt: skip
+    if part not in (None, 1):
+        raise UserError(f"`partial_rotary_factor` is `{shown(part)}`, but models of this family turn whole heads")
+
+
+def _one_of(places: Mapping[str, Any]) -> Any:
+    """What two places of `config.json` say that should say the same, or the one that says something."""
+    said = {place: found for place, found in places.items() if found is not None}
+    if not said:
+        return None
+    (first, value), *others = said.items()
+    for place, other in others:
+        if other != value:
+            raise UserError(
+                f"`config.json` says two things: {first} is `{shown(value)}`, {place} is `{shown(other)}`",
+                hint="loaders differ in which they take: leave one out",
+            )
+    return value
 
 
 def rope(*kinds: str) -> Field:
@@ -149,8 +253,10 @@ def rope(*kinds: str) -> Field:
                 hint=f"supported are: {', '.join(kinds)}",
             )
         found: dict[str, Any] = {"rotary_base": numbers["rope_theta"], "rope_scaling": kind == "llama3"}
+        for name in _ROPE_KEYS.get(kind, ()):
+            _number(name, numbers.get(name))
         if kind == "llama3":
-            found["rope_scaling_factor"] = _number("factor", numbers.get("factor", 8.0))
+            found["rope_scaling_factor"] = _number("factor", numbers.get("factor"))
         if kind == "linear":
             found["seq_len_interpolation_factor"] = _number("factor", numbers.get("factor"))
         return found

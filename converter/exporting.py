@@ -4,7 +4,7 @@ does: what is made, which file holds it, and what lies beside."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from converter.comparison import Side
 from converter.config import make_model
 from converter.job import Job, Talk, manifest, outputs_for
 from converter.plan import Making, as_stored, casts, to_huggingface
+from converter.quantization import is_plain, quantization
 from converter.run import check_zero
 from converter.sides import with_carried
 from converter.sources import Source
@@ -71,7 +72,7 @@ def plan_files(source: Source, makings: Sequence[Making], target: str, wanted: E
     """Everything that writing a directory of these tensors does."""
     shards = choose_shards(makings, source.reference, wanted.max_shard_size)
     made, texts = documents(source.reference, shards, limited=wanted.max_shard_size is not None)
-    for text in texts:
+    for text in (*source.reference.notes, *texts):
         talk.note(text)
     return _job(_Planned(source, in_file_order(makings, shards), shards, made), target, wanted)
 
@@ -157,27 +158,36 @@ def documents(origin: Reference, shards: Mapping[str, Shard], *, limited: bool) 
     config = _retyped_config(origin, shards)
     if config != origin.config or CONFIG not in origin.files:
         made[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
-        fresh = CONFIG not in origin.files
-        notes.append(f"`{CONFIG}` is {origin.origin}" if fresh else f"`{CONFIG}` changed: {_dtype_change(origin, config)}")
+        if CONFIG not in origin.files:
+            notes.append(f"`{CONFIG}` is {origin.origin}")
+        notes += [f"`{CONFIG}` changed: {text}" for text in _changes(origin.config, config)]
     return made, notes
 
 
 def _retyped_config(origin: Reference, shards: Mapping[str, Shard]) -> dict[str, Any]:
-    """`config.json` with the dtype of the weights written, if that is not what the files it belongs to have."""
-    config, dtype = dict(origin.config), _main_dtype(shards)
+    """`config.json` with the dtype of the weights written, if that is not what the files it belongs to have; without a
+    quantization that they do not have."""
+    dtypes = {spec.dtype for shard in shards.values() for spec, _ in shard.tensors.values()}
+    left_over = quantization(origin.config) if is_plain(dtypes) else ()
+    config, dtype = {name: value for name, value in origin.config.items() if name not in left_over}, _main_dtype(shards)
     if origin.shards and _main_dtype(origin.shards) == dtype:
         return config
-    return {**config, _dtype_field(config): _CONFIG_NAMES.get(dtype_name(dtype), dtype_name(dtype))}
+    return config | dict.fromkeys(_dtype_fields(config), _CONFIG_NAMES.get(dtype_name(dtype), dtype_name(dtype)))
 
 
-def _dtype_field(config: Mapping[str, Any]) -> str:
+def _dtype_fields(config: Mapping[str, Any]) -> list[str]:
     """transformers 4 wrote `torch_dtype`, 5 writes `dtype`."""
-    return "torch_dtype" if "torch_dtype" in config else "dtype"
+    return [name for name in ("torch_dtype", "dtype") if name in config] or ["dtype"]
 
 
-def _dtype_change(origin: Reference, config: Mapping[str, Any]) -> str:
-    field = _dtype_field(config)
-    return f"`{field}` from `{shown(origin.config.get(field))}` to `{config[field]}`"
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """What is otherwise in `config.json` than where it is from, in words."""
+    for name, value in after.items():
+        if name not in before or before[name] != value:
+            yield f"`{name}` from `{shown(before.get(name))}` to `{value}`"
+    for name in before:
+        if name not in after:
+            yield f"without `{name}`, for the weights are not quantized"
 
 
 def _main_dtype(shards: Mapping[str, Shard]) -> np.dtype[Any]:

@@ -20,6 +20,7 @@ from converter.layout import Layout, make_layout
 from converter.model import Model
 from converter.plan import Plan, as_stored, casts, placed
 from converter.plan import to_megatron as plan_megatron
+from converter.quantization import is_plain, quantization
 from converter.run import check_equal
 from converter.sides import megatron_side, tied
 from converter.sources import Source
@@ -182,6 +183,9 @@ def notes(source: Source, plan: Plan) -> Iterator[str]:
         yield f"weights are cast from {old} to {new}"
     if plan.zero:
         yield f"{len(plan.zero)} biases that the source does not have are written as zeros (megatron-core has one switch for all)"
+    if is_plain({spec.dtype for spec in source.reader.specs.values()}):
+        for name in quantization(source.reference.config):
+            yield f"`config.json` has `{name}`, but no weight is quantized: an export leaves it out"
     rope = rope_numbers(source.reference.config)
     told = {name: rope[name] for name in BUILT_IN_ROPE if name in rope}
     if rope["rope_type"] == "llama3" and told != BUILT_IN_ROPE:

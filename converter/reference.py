@@ -1,13 +1,17 @@
 """Which `config.json` an export follows: the one given, the one that travelled, or one rebuilt from what the checkpoint
-says of its model."""
+says of its model. Whatever else the checkpoint says must agree with it: tensors do not show it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from converter import carried, families
+from converter import agreement, carried, families, megatron_settings, run_config
 from converter.carried import Reference
 from converter.config import to_huggingface
+from converter.padded_vocab import tokens
+from converter.run_config import Said
 from formats.errors import UserError
 from formats.folder import FileIn, Folder
 from formats.torch_dist import TorchDistReader
@@ -17,26 +21,58 @@ class UnknownModelError(UserError):
     """A checkpoint that says nothing about its model; one whose word is damaged or not understood is another error."""
 
 
-def find(reader: TorchDistReader, given: Folder | None) -> Reference:
-    """The reference for an export; UserError where there is none and none can be rebuilt."""
-    if given:
-        return carried.from_folder(given)
-    return carried.unpack(reader.folder) or _rebuilt(reader)
+def find(reader: TorchDistReader, given: Folder | None, *, any_settings: bool = False) -> Reference:
+    """Return the reference for an export; UserError where there is none and none can be rebuilt, where two places say different
+    things of the model, and for settings that no `config.json` can say.
+
+    `any_settings`: those settings are the caller's business, who compares them.
+    """
+    said = run_config.read_all(reader.folder, reader.args())
+    own = carried.unpack(reader.folder)
+    notes = () if any_settings else _check_settings(said, sure=given is not None or own is not None)
+    origin = carried.from_folder(given) if given else own or _rebuilt(reader, said)
+    others = [own] if given and own else []
+    agreement.check(origin, others, said, rows=agreement.vocabulary_rows(reader.specs))
+    return replace(origin, notes=(*origin.notes, *notes))
 
 
-def _rebuilt(reader: TorchDistReader) -> Reference:
-    from converter import run_config  # noqa: PLC0415 - and YAML: a checkpoint that carries its `config.json` needs neither
+def _check_settings(said: Sequence[Said], *, sure: bool) -> tuple[str, ...]:
+    """Raise UserError for a setting that no `config.json` can say. One that is unknown here is only noted where somebody is
+    `sure` which model it is."""
+    found = [
+        (one, place.origin)
+        for place in said
+        for one in megatron_settings.foreign(place.settings, only_model_words=place.origin == run_config.ARGS)
+    ]
+    for one, origin in sorted(found, key=lambda each: not each[0].known):
+        if one.known or not sure:
+            raise megatron_settings.refuse(one, origin)
+    return tuple(f"{origin} has `{one.name}`, which is not known here: it is taken not to matter" for one, origin in found)
 
-    found = run_config.read(reader.folder, reader.args())
-    if not found:
+
+def _rebuilt(reader: TorchDistReader, said: Sequence[Said]) -> Reference:
+    if not said:
         raise UnknownModelError(
             f"`{reader.folder.label}` says nothing about its model: no `config.json`, no `{run_config.FILE}`, no `args`",
             hint="give a folder with the model's `config.json`: `--hf-config DIR`",
         )
-    fields, origin = found
+    first = said[0]
     tokenizer = reader.folder.below("tokenizer")
     files = {name: FileIn(tokenizer, name) for name in tokenizer.children() if tokenizer.has(name)}
-    return Reference(rebuild_config(fields, origin), f"rebuilt from {origin}", files)
+    fields, note = first.known, ""
+    if "vocab_size" not in fields:
+        fields["vocab_size"], note = tokens(first.settings, tokenizer, origin=first.origin)
+    config = rebuild_config(_completed(fields), first.origin)
+    return Reference(config, f"rebuilt from {first.origin}", files, notes=(note,) if note else ())
+
+
+def _completed(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields that are left out where they have Megatron's default, which is not always Hugging Face's."""
+    hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    derived = {"layernorm_epsilon": 1e-5}
+    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        derived |= {"num_query_groups": heads, "kv_channels": hidden // heads}
+    return {**derived, **fields}
 
 
 def rebuild_config(fields: dict[str, Any], origin: str) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class Bench:
         reader.read(copy.source, region, data)
         self._told(copy.source, offset_of(region, reader.specs[copy.source].shape) * copy.dtype.itemsize, as_bytes(data))
         if not same:
-            cast_into(out, data)
+            cast_into(out, data, name=copy.source)
 
 
 def _zero_the_rest(piece: Piece, out: Array) -> None:

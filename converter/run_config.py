@@ -8,6 +8,7 @@ not are left to its defaults.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -21,6 +22,7 @@ from formats.folder import Folder
 from formats.spec import dtype_name
 
 FILE = "run_config.yaml"
+ARGS = "Megatron-LM's `args`"
 
 _DEEPEST, _LONGEST = 64, 1 << 16
 
@@ -96,14 +98,38 @@ def layout_string(layout: Layout) -> str:
     return "|".join(stages)
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a checkpoint says of its model in one place."""
+
+    fields: Mapping[str, Any]
+    """In TransformerConfig's and GPTModel's words; null where it says that there is none."""
+
+    settings: Mapping[str, Any]
+    """Everything that it says, in the words it has there."""
+
+    origin: str
+    """The place, for messages."""
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """The fields that have a value."""
+        return {name: value for name, value in self.fields.items() if value is not None}
+
+
 def read(iteration: Folder, args: Config) -> tuple[dict[str, Any], str] | None:
     """Megatron's fields of a checkpoint's model and where they were found: `run_config.yaml`, else Megatron-LM's `args`."""
-    if iteration.has(FILE):
-        return _from_run_config(iteration.get(FILE)), FILE
-    return (_from_args(args), "Megatron-LM's `args`") if args.get("num_layers") else None
+    found = read_all(iteration, args)
+    return (found[0].known, found[0].origin) if found else None
 
 
-def _from_run_config(data: bytes) -> dict[str, Any]:
+def read_all(iteration: Folder, args: Config) -> list[Said]:
+    """What a checkpoint says of its model, in the order in which it counts: `run_config.yaml`, Megatron-LM's `args`."""
+    found = [_from_run_config(iteration.get(FILE))] if iteration.has(FILE) else []
+    return [*found, Said(_from_args(args), args, ARGS)] if args.get("num_layers") else found
+
+
+def _from_run_config(data: bytes) -> Said:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         _check_events(cast("Any", yaml).parse(data, Loader=loader))
@@ -112,7 +138,8 @@ def _from_run_config(data: bytes) -> dict[str, Any]:
         raise UserError(f"`{FILE}` is not readable: {error.args[0]}") from error
     except Exception as error:  # a damaged value makes the parser raise anything
         raise UserError(f"`{FILE}` is not readable as YAML: {_why(data, error)}") from error
-    return _model_fields(document)
+    section = _model_section(document)
+    return Said(_model_fields(section), section, f"`{FILE}`")
 
 
 class _RefusedError(ValueError):
@@ -142,36 +169,39 @@ def _check_events(events: Iterable[Any]) -> None:
             raise _RefusedError("it merges keys, or holds a value longer than any setting")
 
 
-def _model_fields(document: Any) -> dict[str, Any]:
+def _model_section(document: Any) -> dict[str, Any]:
     section = cast("dict[str, Any]", document).get("model") if isinstance(document, dict) else None
     if not isinstance(section, dict):
         raise UserError(f"`{FILE}` has no `model` section")
-    fields = cast("dict[str, Any]", section)
-    activation = fields.get("activation_func")
-    plain = {name: found for name, found in fields.items() if found is not None and not isinstance(found, Mapping)}
+    return {name: value for name, value in cast("dict[Any, Any]", section).items() if isinstance(name, str)}
+
+
+def _model_fields(section: Config) -> dict[str, Any]:
+    activation = section.get("activation_func")
+    plain = {name: found for name, found in section.items() if not isinstance(found, Mapping)}
     if isinstance(activation, Mapping):
         plain["activation_func"] = shown(cast("Config", activation).get("_target_")).rpartition(".")[2]
     return plain
 
 
+_SAME = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "init_method_std",
+    "attention_dropout", "add_bias_linear", "add_qkv_bias", "rotary_base", "rope_scaling_factor", "normalization",
+    "position_embedding_type", "rotary_percent", "window_size", "qk_layernorm", "vocab_size",
+)  # fmt: skip
+_RENAMED = {"rope_scaling": "use_rope_scaling", "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor"}
+
+
 def _from_args(args: Config) -> dict[str, Any]:
     """Megatron-LM's command line in TransformerConfig's words (`core_transformer_config_from_args`)."""
     heads = args.get("num_attention_heads")
-    fields = {
+    return {
+        **{name: args[name] for name in _SAME if name in args},
+        **{name: args[theirs] for name, theirs in _RENAMED.items() if theirs in args},
         "num_query_groups": args.get("num_query_groups") if args.get("group_query_attention") else heads,
         "seq_length": args.get("max_position_embeddings") or args.get("seq_length"),
         "layernorm_epsilon": args.get("norm_epsilon") or args.get("layernorm_epsilon"),
         "share_embeddings_and_output_weights": not args.get("untie_embeddings_and_output_weights"),
         "gated_linear_unit": bool(args.get("swiglu")),
         "activation_func": "silu" if args.get("swiglu") else "gelu",
-        "rope_scaling": args.get("use_rope_scaling"),
-        "seq_len_interpolation_factor": args.get("rotary_seq_len_interpolation_factor"),
-        "vocab_size": args.get("vocab_size") or args.get("padded_vocab_size"),
     }
-    same = (
-        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "init_method_std",
-        "attention_dropout", "add_bias_linear", "add_qkv_bias", "rotary_base", "rope_scaling_factor", "normalization",
-        "position_embedding_type", "rotary_percent", "window_size", "qk_layernorm",
-    )  # fmt: skip
-    fields |= {name: args.get(name) for name in same}
-    return {name: found for name, found in fields.items() if found is not None}

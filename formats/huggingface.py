@@ -147,7 +147,7 @@ class HuggingFaceReader:
             self.specs[name] = spec
 
     def _check_index(self) -> None:
-        if not self.folder.has(INDEX):
+        if not self.folder.has(INDEX) or not indexed(self.folder, self.shards):
             return
         listed = weight_map(self.folder)
         for name in sorted(listed.keys() | self._where.keys()):
@@ -179,8 +179,8 @@ def weight_map(folder: Folder) -> dict[str, str]:
 
 def shard_names(folder: Folder) -> list[str]:
     """The files that hold the model: the index's, or `model.safetensors`, or every safetensors file there is."""
-    if folder.has(INDEX):
-        names = sorted(set(weight_map(folder).values()))
+    if folder.has(INDEX) and (listed := _listed(folder)):
+        names = listed
     elif folder.has(SINGLE):
         names = [SINGLE]
     else:
@@ -191,6 +191,26 @@ def shard_names(folder: Folder) -> list[str]:
         if not folder.has(name):
             raise UserError(f"`{INDEX}` names `{name}`, which is not in `{folder.label}`", hint="fetch the missing file")
     return names
+
+
+def _listed(folder: Folder) -> list[str]:
+    """The index's files; none where they are all gone and `model.safetensors` is there, which transformers reads first."""
+    names = sorted(set(weight_map(folder).values()))
+    if not folder.has(SINGLE) or SINGLE in names:
+        return names
+    there = [name for name in names if folder.has(name)]
+    if there:
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise UserError(
+            f"`{folder.label}` holds two models: `{SINGLE}`, and the one of `{INDEX}` in `{there[0]}`{more}",
+            hint=f"transformers reads `{SINGLE}` and never looks at the index: remove the one that is old",
+        )
+    return []
+
+
+def indexed(folder: Folder, shards: Iterable[str]) -> bool:
+    """Is the folder's index of these files? One that an older model left behind is of others."""
+    return not set(shards).isdisjoint(weight_map(folder).values())
 
 
 class HuggingFaceWriter:
@@ -273,18 +293,30 @@ def retyped(shard: Shard, dtypes: Mapping[str, np.dtype[Any]], *, source: str) -
 
 
 _OTHER_WEIGHTS = re.compile(
-    r"(^original/)|\.(bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|safetensors|tflite|npz|ot|nemo)$|\.index\.json$"
+    r"(^original/)|\.(bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|safetensors|tflite|npz|ot|nemo)$"
+    r"|\.index(\.[\w-]+)?\.json$"
 )
+_ADAPTER = "adapter_"
+_ADAPTER_CONFIG = f"{_ADAPTER}config.json"
 
 
 def side_files(folder: Folder, shards: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The files beside the model's `shards`, as relative names: those that travel, and weights in other formats, which do
-    not."""
+    """The files beside the model's `shards`, as relative names: those that travel, and those that are not the model's: weights in
+    other formats, an index of other files, adapters. UserError for a link that leads to no file, where the file would travel."""
     model, found = set(shards), folder.files()
-    left_out = [name for name in found if name not in model | {INDEX} and _does_not_travel(folder, name)]
-    return [name for name in found if name not in model and name not in left_out], left_out
+    ours = {INDEX} if INDEX in found and (not model or indexed(folder, model)) else set[str]()
+    adapters = tuple(name.removesuffix("config.json") for name in found if name.rpartition("/")[2] == _ADAPTER_CONFIG)
+    left_out = [name for name in found if name not in model | ours and (name.startswith(adapters) or _does_not_travel(name))]
+    travels = [name for name in found if name not in model and name not in left_out]
+    for name in travels:
+        if not folder.has(name):
+            raise UserError(
+                f"`{name}` in `{folder.label}` is a link that leads to no file",
+                hint="fetch the file again, or remove the link if the model does not need it",
+            )
+    return travels, left_out
 
 
-def _does_not_travel(folder: Folder, name: str) -> bool:
-    """Weights in other formats, version control, download caches, and links that lead to no file."""
-    return bool(_OTHER_WEIGHTS.search(name)) or name.endswith("/") or not folder.has(name)
+def _does_not_travel(name: str) -> bool:
+    """Weights in other formats, version control, download caches, links to folders."""
+    return bool(_OTHER_WEIGHTS.search(name)) or name.endswith("/")

@@ -38,3 +38,9 @@ class Adapter:
 
     close: Callable[[], None]
     """Let go of open files."""
+
+    asks_for: Callable[[str], bool] = lambda _weight: False
+    """Does the adapter's configuration ask for a change of that weight? Its file may lack it all the same."""
+
+    all_linear: bool = False
+    """Does it ask for all linear layers, whichever they are?"""

@@ -21,6 +21,12 @@ def is_peft(folder: Folder) -> bool:
 
 def refuse_adapter(folder: Folder) -> None:
     """Raise UserError for an adapter where a model is asked for."""
+    if folder.has(CONFIG) and any(folder.has(name) for name in (PEFT_WEIGHTS, PEFT_PICKLE)) and folder.has(PEFT_CONFIG):
+        raise UserError(
+            f"`{folder.label}` holds a model and an adapter beside it, `{PEFT_CONFIG}`: transformers would load both",
+            hint="`mbconvert merge DIR DIR DST`, with this folder as both, puts the adapter into the model; for the model alone "
+            "move the files `adapter_*` elsewhere",
+        )
     if folder.has(DESCRIPTION) or (is_peft(folder) and not folder.has(CONFIG)):
         raise UserError(
             f"`{folder.label}` is an adapter without its model",

@@ -74,7 +74,7 @@ def _stored(reader: HuggingFaceReader) -> list[Making]:
 
 def _made(reader: TorchDistReader) -> list[Making]:
     """The same as a Megatron checkpoint holds them."""
-    config = reference.find(reader, None).config
+    config = reference.find(reader, None, any_settings=True).config
     family = families.find(config.get("model_type"))
     plan = to_huggingface(family.RULES, make_model(family.CONFIG, config), reader.specs, dtype="keep")
     reader.check(one.megatron for one in plan.bound)

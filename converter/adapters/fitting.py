@@ -13,9 +13,12 @@ from typing import Any, cast
 import numpy as np
 from blake3 import blake3
 
+from converter import families
 from converter.adapters.adapter import Adapter, Delta
 from converter.adapters.base import check_ties
 from converter.adapters.merged import BLOCK_BYTES, RECENT
+from converter.adapters.names import WEIGHT, places
+from converter.config import make_model
 from converter.plan import named
 from converter.sources import Source
 from formats.arrays import as_bytes
@@ -54,6 +57,7 @@ def survey(adapter: Adapter, base: Source, folder: Folder) -> Survey:
             f"the adapter `{folder.label}` changes {named(missing)}, which `{base.label}` does not have",
             hint="it was trained beside another model",
         )
+    check_whole(adapter, base, folder)
     digest, nbytes = blake3(), dict[str, int]()
     for weight in sorted(adapter.names):
         delta = adapter.read(weight)
@@ -65,6 +69,39 @@ def survey(adapter: Adapter, base: Source, folder: Folder) -> Survey:
             digest.update(as_bytes(np.ascontiguousarray(array)))
     described = {field: _plain(value) for field, value in asdict(adapter.description).items()}
     return Survey({**folder.origin, **described, "weights": len(nbytes), "blake3": digest.hexdigest()}, nbytes)
+
+
+def check_whole(adapter: Adapter, base: Source, folder: Folder) -> None:
+    """Raise UserError where an adapter lacks weights that its configuration asks for: a lost file or pipeline stage."""
+    candidates = _linear_layers(adapter, base) if adapter.all_linear else base.reader.specs
+    lacking = [
+        weight
+        for weight in candidates
+        if weight not in adapter.names and len(base.reader.specs[weight].shape) == 2 and adapter.asks_for(weight)
+    ]
+    if lacking:
+        raise UserError(
+            f"the adapter `{folder.label}` asks for changes of {named(lacking)}, but its file holds none for them",
+            hint="its file is not whole, or it was trained beside another model: a merge would be of a part alone",
+        )
+
+
+def _linear_layers(adapter: Adapter, base: Source) -> list[str]:
+    """Weights that PEFT's `all-linear` means: by the family, or where it is not known, by the names that the adapter has in some
+    layer."""
+    config, specs = base.reference.config, base.reader.specs
+    if config.get("model_type") in families.names():
+        family = families.find(config["model_type"])
+        model = make_model(family.CONFIG, config)
+        every = (weight for place in places(family.RULES, model, canonical=True) for weight in place.weights)
+        return [weight for weight in every if weight in specs]
+    ends = {_end(name) for name in adapter.names}
+    return [name for name in specs if name.endswith(WEIGHT) and _end(name) in ends]
+
+
+def _end(weight: str) -> str:
+    """`q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
+    return weight.removesuffix(WEIGHT).rpartition(".")[2]
 
 
 def _plain(value: Any) -> Any:

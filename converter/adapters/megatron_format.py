@@ -54,6 +54,7 @@ def _present(every: Iterable[Place], description: Description, specs: Mapping[st
     """The places that have an adapter, with every tensor accounted for."""
     wanted = factors(description.method)
     # an adapter's place is there if any of its tensors is; with others missing, it is broken
+    every = list(every)
     found = [place for place in every if any(place.name(factor) in specs for factor in Factor)]
     names = [place.name(factor) for place in found for factor in wanted]
     missing = [name for name in names if name not in specs]
@@ -70,9 +71,19 @@ def _present(every: Iterable[Place], description: Description, specs: Mapping[st
         )
     if not found:
         raise UserError("the checkpoint holds no tensors of an adapter")
+    lacking = [place.name(Factor.A) for place in every if place not in found and _asks_for(description, place)]
+    if lacking:
+        raise UserError(
+            f"the checkpoint lacks {named(lacking)}, which `target_modules` in `{described.FILE}` asks for",
+            hint="its files are not whole, or that file is of another adapter",
+        )
     for place in found:
         _check_shapes(place, wanted, description.dim, specs)
     return found
+
+
+def _asks_for(description: Description, place: Place) -> bool:
+    return place.is_chosen(description.target_modules, description.exclude_modules)
 
 
 def _check_shapes(place: Place, wanted: Iterable[Factor], rank: int, specs: Mapping[str, TensorSpec]) -> None:

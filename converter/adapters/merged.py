@@ -63,7 +63,7 @@ class Merged:
         for block in blocks(rows, spec.shape):
             start, stop = max(block.start, rows.start), min(block.stop, rows.stop)
             band = slice(start - rows.start, stop - rows.start)
-            self._change(delta, block, slice(start, stop), stored[band], out[band])
+            cast_into(out[band], self._changed(delta, block, slice(start, stop), stored[band]), name=name)
         return None
 
     def _read_parts(self, name: str, region: Region, out: Array) -> None:
@@ -77,15 +77,15 @@ class Merged:
     def close(self) -> None:
         self._reader.close()
 
-    def _change(self, delta: Delta, block: slice, rows: slice, stored: Array, out: Array) -> None:
-        """Rows of one block of a weight: what is stored of them, changed, into `out`."""
+    def _changed(self, delta: Delta, block: slice, rows: slice, stored: Array) -> Array:
+        """Rows of one block of a weight: what is stored of them, changed, in fp32; valid until the next call."""
         _, products, sums = self._buffers()
         product = products.view((block.stop - block.start, delta.a.shape[1]), _FP32)
         multiply(delta.b[block], delta.a, product)
         weight = sums.view(stored.shape, _FP32)
         np.copyto(weight, stored)
         change(weight, delta, product[rows.start - block.start : rows.stop - block.start], rows)
-        cast_into(out, weight)
+        return weight
 
     def _buffers(self) -> tuple[Buffer, Buffer, Buffer]:
         """This thread's."""

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
 from functools import partial
 
 from converter.model import Model
@@ -64,6 +65,17 @@ class Place:
     runs: Callable[[], Iterable[Run]]
     """From the weights' rows to those of the adapter. Sizes should be held against real tensors before this is asked."""
 
+    @property
+    def module(self) -> str:
+        """The Megatron module that it stands beside, which may have several."""
+        return self.prefix.partition(".adapter")[0]
+
+    def is_chosen(self, patterns: Iterable[str], excluded: Iterable[str]) -> bool:
+        """Do a description's `target_modules` ask for it? The name of its module stands for all of the module's."""
+        names = (self.module, self.target)
+        wanted, unwanted = (any(fits(one, name) for one in each for name in names) for each in (patterns, excluded))
+        return wanted and not unwanted
+
     def name(self, factor: Factor) -> str:
         return f"{self.prefix}.{factor.value[0]}"
 
@@ -83,6 +95,11 @@ def places(rules: Iterable[Rule], model: Model, *, canonical: bool) -> Iterator[
     for layer in range(model.layers):
         for rule in linear:
             yield from _separate(rule, layer, model) if canonical else [_fused(rule, layer, model)]
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Does a pattern of `target_modules` choose a module? One without a dot is for its last name; `*` stands for any text."""
+    return fnmatchcase(name if "." in pattern else name.rpartition(".")[2], pattern)
 
 
 def is_linear(rule: Rule) -> bool:

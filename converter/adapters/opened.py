@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,13 +28,19 @@ class Opened:
     scales: Mapping[str, float]
     """What B · A is multiplied by, for each of those weights."""
 
+    asks_for: Callable[[str], bool] = lambda _weight: False
+    """See `Adapter`."""
+
+    all_linear: bool = False
+
     @property
     def makings(self) -> dict[str, Making]:
         """All of them by name."""
         return {making.spec.name: making for factors in self.parts.values() for making in factors.values()}
 
     def adapter(self) -> Adapter:
-        return Adapter(self.description, frozenset(self.parts), self._delta, self.reader.close)
+        names = frozenset(self.parts)
+        return Adapter(self.description, names, self._delta, self.reader.close, self.asks_for, self.all_linear)
 
     def _delta(self, weight: str) -> Delta:
         found = {factor: self._whole(making) for factor, making in self.parts[weight].items()}

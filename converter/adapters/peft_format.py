@@ -43,7 +43,16 @@ def open_peft(folder: Folder) -> PeftAdapter:
         reader.close()
         raise
     scales = {weight: config.scale(weight.removesuffix(WEIGHT)) for weight in parts}
-    return PeftAdapter(Opened(folder.label, _description(config), reader, parts, scales), reader, config)
+    opened = Opened(
+        folder.label,
+        _description(config),
+        reader,
+        parts,
+        scales,
+        asks_for=lambda weight: config.targets(weight.removesuffix(WEIGHT)),
+        all_linear=config.target_modules == peft_config.ALL_LINEAR,
+    )
+    return PeftAdapter(opened, reader, config)
 
 
 def _check_file(folder: Folder) -> None:

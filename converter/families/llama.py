@@ -1,6 +1,6 @@
 """Llama 2, 3, 3.1, 3.2, and the models that copied their shape."""
 
-from converter.config import activation, field, fixed, flag, required, rope, value
+from converter.config import activation, field, fixed, flag, no_window, required, rope, value
 from converter.model import Model
 from converter.rules import gate_up, qkv, row, under, vocab, whole
 
@@ -67,7 +67,7 @@ CONFIG = (
     *SIZES,
     flag("add_bias_linear", "attention_bias", "mlp_bias"),
     rope("default", "linear", "llama3"),
-    fixed(window_size=None),
+    no_window("window_size"),
 )
 
 EXTRAS = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)

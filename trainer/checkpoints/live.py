@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from converter import families, reference
+from converter import families, reference, run_config
 from converter.adapters.files import refuse_adapter
 from converter.carried import CONFIG
 from converter.config import make_model
@@ -33,6 +33,7 @@ from formats.json_objects import read_json
 from formats.spec import Array, Reader, Region, dtype_name, extent, within
 from formats.torch_dist import TorchDistReader
 from trainer.checkpoints.quantized import in_full
+from trainer.model import GPTModelProvider
 from trainer.settings import described
 
 Choose = Callable[[dict[str, Any], Any], dict[str, Any]]
@@ -112,6 +113,8 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
         if told and getattr(chunks[0].config, "hf_config", None):
             for text in described.compare(chunks[0].config, told, source=source):
                 note(text)
+        for text in _by_settings(reader, chunks[0].config, source):
+            note(text)
         for local in locals_:
             fill(local, makings[local.name], reader)
         return _loaded(makings, reader)
@@ -122,9 +125,17 @@ def _told(reader: HuggingFaceReader | TorchDistReader) -> Mapping[str, Any] | No
     if isinstance(reader, HuggingFaceReader):
         return read_json(reader.folder, CONFIG)
     try:
-        return reference.find(reader, None).config
+        return reference.find(reader, None, any_settings=True).config
     except reference.UnknownModelError:
         return None
+
+
+def _by_settings(reader: HuggingFaceReader | TorchDistReader, provider: Any, source: str) -> list[str]:
+    """How a GPT computes otherwise than the weights were made for, by what no `config.json` says."""
+    if not isinstance(provider, GPTModelProvider):
+        return []
+    said = [] if isinstance(reader, HuggingFaceReader) else run_config.read_all(reader.folder, reader.args())
+    return described.compare_settings(provider, said[0].settings if said else {}, source=source)
 
 
 def plan_of(reader: HuggingFaceReader) -> Plan:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from megatron.core import parallel_state
 from converter import carried, families, run_config
 from converter.adapters import description
 from converter.adapters.description import Base
-from converter.config import make_model, to_megatron
+from converter.config import to_megatron
 from converter.layout import make_layout
+from converter.megatron_settings import Kind
+from converter.megatron_settings import kind as kind_of
+from converter.model import Model
 from converter.report import HUGGINGFACE, kind
 from converter.sources import open_source
 from formats.folder import FileIn, Folder
@@ -28,7 +32,8 @@ from trainer import tokenizers
 from trainer.checkpoints import adapters, live
 from trainer.checkpoints.iterations import OURS
 from trainer.config import RunConfig
-from trainer.settings import documents
+from trainer.model import GPTModelProvider
+from trainer.settings import described, documents
 
 _CONFIG = f"{carried.FILES}/{carried.CONFIG}"
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -45,8 +50,12 @@ def pack(config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None, base
     found |= {OURS: documents.dump(config).encode()}
     if config.peft is not None:
         found |= {description.FILE: description.make(adapters.described(config.peft, base))}
-    if known := _known(config):
-        found |= {run_config.FILE: _run_config(config, known, stages), **_changed(found, known)}
+    if isinstance(config.model, GPTModelProvider) and sum(stages) == config.model.num_layers:
+        found |= {run_config.FILE: _run_config(config.model, stages)}
+    if described.unsayable(config.model):
+        found.pop(_CONFIG, None)
+    elif known := _known(config):
+        found |= _changed(found, known)
 
     # Read now: when a checkpoint is saved the source may be gone, above all an older checkpoint of this run.
     first = dist.get_rank() == 0
@@ -100,19 +109,47 @@ def _from_config(config: RunConfig) -> dict[str, bytes | FileIn]:
     return found
 
 
-def _run_config(config: RunConfig, known: dict[str, Any], stages: Sequence[int]) -> bytes:
-    model = config.model
-    fields = families.find(known.get("model_type")).CONFIG
+def _run_config(model: GPTModelProvider, stages: Sequence[int]) -> bytes:
+    """What the model is: its `config.json`, and settings that no such file can say; all its settings where it has none."""
+    known = model.hf_config
+    megatron = to_megatron(families.find(known.get("model_type")).CONFIG, known) if known else _own_fields(model)
     layout = make_layout(
-        make_model(fields, known),
+        _sizes(model),
         tp=model.tensor_model_parallel_size,
         pp=model.pipeline_model_parallel_size,
         vpp=model.virtual_pipeline_model_parallel_size or 1,
         pp_layout=stages,
     )
     dtype = DTYPES[_NAMES[model.params_dtype]]
-    megatron = to_megatron(fields, known)
-    return run_config.make(megatron, layout, dtype, vocab_multiple=model.make_vocab_size_divisible_by)
+    said = {**megatron, **described.unsayable(model)}
+    return run_config.make(said, layout, dtype, vocab_multiple=model.make_vocab_size_divisible_by)
+
+
+def _own_fields(model: GPTModelProvider) -> dict[str, Any]:
+    """Settings of a model that a `run_config.yaml` can hold: all but those that say how it is computed."""
+    of_model = (Kind.COMPUTED, Kind.SAID, Kind.PART)
+    told = {one.name: getattr(model, one.name) for one in fields(model) if kind_of(one.name) in of_model}
+    plain = {name: value for name, value in told.items() if _is_plain(value)}
+    return {**plain, "activation_func": getattr(model.activation_func, "__name__", "unknown")}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list))
+
+
+def _sizes(model: GPTModelProvider) -> Model:
+    heads = model.num_attention_heads
+    return Model(
+        layers=model.num_layers,
+        hidden=model.hidden_size,
+        heads=heads,
+        groups=model.num_query_groups or heads,
+        head_dim=model.kv_channels or model.hidden_size // heads,
+        ffn=model.ffn_hidden_size or 4 * model.hidden_size,
+        vocab=model.vocab_size,
+        padded_vocab=model.padded_vocab_size,
+        tied=model.share_embeddings_and_output_weights,
+    )
 
 
 def _stages(chunks: Sequence[Any]) -> list[int]:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
+from converter.adapters.names import fits
 from formats.errors import UserError
-
-
-def fits(pattern: str, name: str) -> bool:
-    """Does a pattern choose a module? One without a dot is for its last name; `*` stands for any text."""
-    return fnmatchcase(name if "." in pattern else name.rpartition(".")[2], pattern)
 
 
 def chosen(patterns: Iterable[str], names: Sequence[str]) -> set[str]:

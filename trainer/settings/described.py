@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from converter import megatron_settings
 from converter.config import rope_numbers, to_huggingface, to_megatron
 from converter.families import find
 from formats.errors import UserError, shown
@@ -77,6 +78,49 @@ def compare(provider: Any, config: Mapping[str, Any], *, source: str) -> list[st
             )
         notes.append(f"`model.{name}` is `{shown(is_now[name])}`; the weights were made with `{shown(said[name])}`")
     return notes
+
+
+def unsayable(provider: Any) -> dict[str, Any]:
+    """Settings of a provider that change what it computes and that no `config.json` can say: its checkpoints get none."""
+    settings = {name: _plain(getattr(provider, name)) for name in _CONTEXT if hasattr(provider, name)}
+    return {one.name: one.value for one in megatron_settings.foreign(settings, only_model_words=True) if one.known}
+
+
+_CONTEXT = (*megatron_settings.NEUTRAL, "window_size", "kv_channels", "hidden_size", "num_attention_heads")
+
+
+def notes(provider: Any) -> list[str]:
+    """What to say at the start of a run whose checkpoints cannot be exported to Hugging Face."""
+    return [
+        f"`model.{name}` is `{shown(value)}`, which no `config.json` can say: checkpoints have none, and `mbconvert mcore-to-hf` "
+        "refuses them"
+        for name, value in (unsayable(provider).items() if getattr(provider, "hf_config", None) else ())
+    ]
+
+
+def compare_settings(provider: Any, settings: Mapping[str, Any], *, source: str) -> list[str]:
+    """What a provider computes otherwise than the weights at `source` were made with, by what no `config.json` says, in words.
+    UserError for a setting of theirs that the provider does not have."""
+    theirs = {
+        _OTHER_NAMES.get(one.name, one.name): one.value
+        for one in megatron_settings.foreign(settings, only_model_words=True)
+        if one.known
+    }
+    ours = unsayable(provider)
+    for name, value in theirs.items():
+        if ours.get(name) != value:
+            is_now = _plain(getattr(provider, name, None))
+            raise UserError(
+                f"`model.{name}` is `{shown(is_now)}`, and the weights at `{source}` were made with `{shown(value)}`",
+                hint=f"set `model.{name}={shown(value)}`, or name other weights",
+            )
+    return [
+        f"`model.{name}` is `{shown(value)}`; the weights were made without" for name, value in ours.items() if name not in theirs
+    ]
+
+
+_OTHER_NAMES = {"apply_layernorm_1p": "layernorm_zero_centered_gamma", "num_experts": "num_moe_experts"}
+"""What Megatron-LM's `args` call settings of TransformerConfig."""
 
 
 def _both(provider: Any, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -64,7 +64,8 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     checks.check_saving(told)
     _validate(told)
     choices += described.follow(told.model)
-    return Resolved(told, tuple(choices), _warnings(told, microbatches), world_size, copies, microbatches)
+    warnings_ = (*_warnings(told, microbatches), *described.notes(told.model))
+    return Resolved(told, tuple(choices), warnings_, world_size, copies, microbatches)
 
 
 def _copy(config: RunConfig) -> RunConfig:

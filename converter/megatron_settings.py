@@ -1,0 +1,259 @@
+"""Megatron's settings by what they do: change the function that the weights compute, or only how it is computed.
+
+A Hugging Face `config.json` has no field for most of the first, and tensors do not show them: the same names and shapes are
+another model with `rotary_interleaved`. Each of those has the values under which it leaves a model of our families as it is, and
+any other value is refused by name. Sources: `TransformerConfig`, `ModelParallelConfig` and `GPTModel` of megatron-core 0.19,
+Megatron-LM's command line, Megatron-Bridge's `GPTModelProvider`. Names that are in none of the tables are of newer versions or of
+forks. Reads no files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from math import isclose, sqrt
+from typing import Any, cast
+
+from formats.errors import UserError, shown
+
+Settings = Mapping[str, Any]
+
+
+class Kind(Enum):
+    """What a setting does."""
+
+    COMPUTED = "changes what is computed, and no `config.json` can say it"
+    SAID = "is a field of `config.json`, or refused, by a family's `CONFIG`"
+    PART = "means something only where another setting of this table switches it on"
+    HOW = "changes how it is computed, trained or stored"
+    UNKNOWN = "is in no table"
+
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "activation_func_clamp_value": (),
+    "apply_layernorm_1p": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "attention_multiplier": (),
+    "attention_output_gate": (False,),
+    "attn_logit_softcapping": (0.0,),
+    "embedding_multiplier": (1.0,),
+    "experimental_attention_variant": (),
+    "final_logit_softcapping": (0.0,),
+    "glu_linear_offset": (0.0,),
+    "heterogeneous_block_specs": (False,),
+    "heterogeneous_layers_config_encoded_json": ("",),
+    "heterogeneous_layers_config_path": ("",),
+    "hybrid_attention_ratio": (0.0,),
+    "hybrid_layer_pattern": ("",),
+    "hybrid_mlp_ratio": (0.0,),
+    "hybrid_override_pattern": ("",),
+    "is_hybrid_model": (False,),
+    "layernorm_zero_centered_gamma": (False,),
+    "linear_attention_freq": (),
+    "logit_scale": (1.0,),
+    "logits_scaling": (1.0,),
+    "mrope_section": ([],),
+    "mtp_num_layers": (0,),
+    "multi_latent_attention": (False,),
+    "no_rope_freq": (0, []),
+    "num_experts": (0,),
+    "openai_gelu": (False,),
+    "qk_l2_norm": (False,),
+    "query_pre_attn_scalar": (),
+    "quick_geglu": (False,),
+    "residual_multiplier": (1.0,),
+    "retro_add_retriever": (False,),
+    "rope_type": ("rope",),
+    "rotary_interleaved": (False,),
+    "softmax_scale": (),
+    "softmax_type": ("vanilla",),
+    "spec": (),
+    "squared_relu": (False,),
+    "use_mup": (False,),
+    "window_attn_skip_freq": (0,),
+}
+"""Settings that change what is computed, with the values beside null that do not. A few are of forks and of Megatron-Bridge's
+other families."""
+
+_SAID = frozenset({
+    "activation_func", "add_bias_linear", "add_qkv_bias", "attention_dropout", "ffn_hidden_size", "gated_linear_unit",
+    "hidden_dropout", "hidden_size", "init_method_std", "kv_channels", "layernorm_epsilon", "normalization",
+    "num_attention_heads", "num_layers", "num_moe_experts", "num_query_groups", "position_embedding_type", "qk_layernorm",
+    "rope_scaling", "rope_scaling_factor", "rotary_base", "rotary_percent", "seq_len_interpolation_factor", "seq_length",
+    "share_embeddings_and_output_weights", "vocab_size", "window_size",
+    # Megatron-LM's own names
+    "add_position_embedding", "group_query_attention", "make_vocab_size_divisible_by", "max_position_embeddings", "norm_epsilon",
+    "padded_vocab_size", "rotary_seq_len_interpolation_factor", "swiglu", "untie_embeddings_and_output_weights",
+    "use_rope_scaling", "use_rotary_position_embeddings",
+})  # fmt: skip
+
+_PARTS = re.compile(
+    r"^(dsa_|linear_(?!attention_freq)|mamba_|moe_|mtp_|mup_|yarn_|mscale|relative_attention_"
+    r"|(beta_fast|beta_slow|cache_mla_latents|kv_lora_rank|mla_down_proj_fusion|original_max_position_embeddings|q_lora_rank"
+    r"|qk_head_dim|qk_pos_emb_head_dim|rotary_scaling_factor|v_head_dim)$)"
+)
+"""Of sparse attention, linear attention, Mamba, experts, multi-token prediction, muP, YaRN, T5's positions, latent attention."""
+
+_HOW_WHATEVER_FOLLOWS = re.compile(
+    r"^(account_for|dino_|fp4_|fp8_|fp16_|fp32_|fine_grained|fused_|grpo_|inference_|kitchen_|log_|logits_load_|logits_save_"
+    r"|loss_scale|(initial|min)_loss_scale|muon_|overlap_|persist_|no_persist_|reset_|retriever_|rl_|tp_comm_"
+    r"|use_(flash|fused|kitchen|te_))|(_fusion|_fusion_impl|_grad_scale_func|_init_method|_init_method_std)$"
+)
+
+_HOW = re.compile(
+    r"^(activation_offload|async|autocast|barrier|batch_|checkpoint|ckpt|context_parallel|cp_comm|cpu_offload"
+    r"|cross_entropy|cuda_graph|data|ddp_|defer_|delay_|delta_offload|deterministic|disable_|distribute|dist_|enable_"
+    r"|ep_overlap|expert_|external_cuda|flash_|fp16|fp32|fp4|fp8|bf16|fsdp_|gradient_|grad_"
+    r"|gtp_|hierarchical|init_|initial_|loss_|main_|megatron_fsdp|memory_|microbatch"
+    r"|min_offload|mlp_chunks|nccl|no_sync|num_layers_(in|at)_|num_microbatches|offload|optim|param|perform_"
+    r"|pipeline_|quant_|recompute_|save_|sequence_parallel|symmetric|tensor_|te_|test_|timer|torch_|train"
+    r"|transformer_impl|use_(cpu|ring|grouped|inference|mamba|megatron|dist|nccl|transformer_engine|torch)"
+    r"|variable_seq|virtual_|wgrad_|_cpu_offload)"
+    r"|(_func|_dtype|_backend|_comm_type|_recipe|_gemm|_mode|_seed|_pool|_precision|_parallel_size|_process_group|_nvls|_sms)$"
+)
+"""Names of settings for precision, parallelism, kernels, initialization, memory, and how a run is made: unless a word of models
+is in them."""
+
+_HOW_BY_NAME = frozenset({
+    "activation_func_fp8_input_store", "activation_offload_fraction", "apply_query_key_layer_scaling",
+    "apply_wd_to_qk_layernorm", "attention_backend", "attention_softmax_in_fp32", "calculate_per_token_loss", "clip_grad",
+    "clone_scatter_output_in_embedding", "config_logger_dir", "create_attention_mask_in_dataloader",
+    "deallocate_pipeline_outputs", "defer_embedding_wgrad_compute", "dense_grouped_gemm", "embedding_path",
+    "ep_overlap_early_attn_memory_release", "experimental_attention_variant_loss_scale_func", "first_last_layers_bf16",
+    "flash_attention_version",
+    "grad_scale_func", "head_lr_mult", "hetereogenous_dist_checkpoint", "hf_model_id", "hf_model_revision",
+    "high_priority_a2a_comm_stream", "hybrid_context_parallel", "max_seqlen_per_dp_cp_rank", "memory_efficient_layer_norm",
+    "num_microbatches_with_partial_activation_checkpoints", "output_bert_embeddings", "parallel_output", "qk_clip",
+    "qk_clip_alpha", "qk_clip_threshold", "restore_modelopt_state", "scatter_embedding_sequence_parallel", "should_pad_vocab",
+    "tp_only_amax_red",
+    "use_arbitrary_attention_mask", "use_transformer_engine_full_layer_spec", "use_transformer_engine_op_fuser",
+})  # fmt: skip
+"""The same, of names that no pattern shows. QK clipping changes weights while they are trained, and not what they compute."""
+
+_MODEL_WORDS = frozenset({
+    "act", "activation", "alibi", "attention", "attn", "bias", "clamp", "embed", "embedding", "embeddings", "experts", "gamma",
+    "gate", "gated", "geglu", "gelu", "glu", "hybrid", "interleaved", "layernorm", "logit", "logits", "mult", "multiplier",
+    "mup", "nope", "norm", "ntk", "position", "positional", "qk", "relu", "residual", "rmsnorm", "rope", "rotary", "scale",
+    "scaling", "sink", "sinks", "softcap", "softcapping", "softmax", "spec", "swiglu", "temperature", "window", "yarn",
+})  # fmt: skip
+"""A name with one of these may change what is computed, whatever else is in it."""
+
+_OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
+_FACTOR = re.compile(r"(multiplier|mult|scale|scaling|factor)$")
+_LAYER_SPECS = re.compile(r"^megatron\.(core\.models\.gpt\.|bridge\.models\.gpt_provider\.)")
+_BUILT_BY = {
+    "_target_": re.compile(r"(^|\.)(GPTModelProvider|(Llama|CodeLlama|Mistral)\w*Provider\w*)$"),
+    "transformer_layer_spec": _LAYER_SPECS,
+}
+"""Classes and functions that Megatron-Bridge builds a model with, of those families that are supported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A setting with a value that makes another model, or may."""
+
+    name: str
+    value: Any
+    known: bool
+    """Does it surely? Else its name is unknown here."""
+
+
+def kind(name: str) -> Kind:
+    """Return what a setting does, by its name."""
+    if name in NEUTRAL or name in _BUILT_BY:
+        return Kind.COMPUTED
+    if name in _SAID:
+        return Kind.SAID
+    if _PARTS.search(name):
+        return Kind.PART
+    if name in _HOW_BY_NAME or _HOW_WHATEVER_FOLLOWS.search(name):
+        return Kind.HOW
+    if has_model_word(name):
+        return Kind.UNKNOWN
+    return Kind.HOW if _HOW.search(name) else Kind.UNKNOWN
+
+
+def has_model_word(name: str) -> bool:
+    """Does a name look like one of a model's settings, and not of a run's?"""
+    return bool(_MODEL_WORDS.intersection(name.split("_")))
+
+
+def foreign(settings: Settings, *, only_model_words: bool) -> Iterator[Foreign]:
+    """Yield the settings that make another model than the plain one of a family, and unknown ones that may.
+
+    `only_model_words`: of unknown names look at those alone that look like a model's, as Megatron-LM's `args` hold all
+    settings of a run.
+    """
+    for name, value in settings.items():
+        what = kind(name)
+        if name in _BUILT_BY:
+            yield from _built_by(name, value)
+        elif what is Kind.COMPUTED and not is_neutral(name, value, settings):
+            yield Foreign(name, value, known=True)
+        elif what is Kind.UNKNOWN and (has_model_word(name) or not only_model_words) and not _is_off(name, value):
+            yield Foreign(name, value, known=False)
+
+
+def _built_by(name: str, value: Any) -> Iterator[Foreign]:
+    target = cast("Settings", value).get("_target_") if isinstance(value, Mapping) else value
+    if isinstance(target, str) and not _BUILT_BY[name].search(target):
+        yield Foreign(name, target, known=False)
+
+
+def is_neutral(name: str, value: Any, settings: Settings) -> bool:
+    """Does a setting of `NEUTRAL` leave a model as it is, beside the other settings?"""
+    if value is None or any(_same(value, one) for one in NEUTRAL[name]):
+        return True
+    if name == "softmax_scale":
+        return _is_default_scale(value, settings)
+    if name == "no_rope_freq" and isinstance(value, list):
+        return not any(cast("list[Any]", value))
+    if name == "window_attn_skip_freq":
+        return settings.get("window_size") is None
+    return name == "spec" and _is_gpt_spec(value)
+
+
+def _is_default_scale(value: Any, settings: Settings) -> bool:
+    """Is it what attention divides by anyway, the root of the head's size?"""
+    hidden, heads, size = (settings.get(name) for name in ("hidden_size", "num_attention_heads", "kv_channels"))
+    if size is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        size = hidden // heads
+    numbers = isinstance(value, (int, float)) and isinstance(size, int) and size > 0
+    return numbers and isclose(value, 1 / sqrt(cast("int", size)), rel_tol=1e-6)
+
+
+def _is_gpt_spec(value: Any) -> bool:
+    """Megatron-LM's `--spec MODULE NAME`, of a module of megatron-core's own GPT layers."""
+    first = cast("list[Any]", value)[0] if isinstance(value, (list, tuple)) and value else value
+    return isinstance(first, str) and bool(_LAYER_SPECS.match(f"{first}."))
+
+
+def _is_off(name: str, value: Any) -> bool:
+    return any(_same(value, one) for one in _OFF) or (bool(_FACTOR.search(name)) and _same(value, 1))
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equal, for values whose types may not be compared at all."""
+    return type(value) in (bool, int, float, str, list, dict, type(None)) and value == other
+
+
+def refuse(found: Foreign, origin: str) -> UserError:
+    """Return the error for a setting that no `config.json` can say."""
+    said = f"{origin} has `{found.name}: {shown(found.value)}`"
+    if not found.known:
+        return UserError(
+            f"{said}, which is not known here and may make another model than a `config.json` can describe",
+            hint="if it does not change what the model computes, say which model it is: `--hf-config DIR`, a folder with its "
+            "`config.json`",
+        )
+    fits = " or ".join(f"`{value}`" for value in (*NEUTRAL[found.name], None)[:2])
+    more = "; with zero-centered weights 1 would have to be added to each norm" if found.name in _ZERO_CENTERED else ""
+    return UserError(
+        f"{said}, which no `config.json` of a supported family can say: the weights would be another model there",
+        hint=f"a model with `{found.name}` {fits} can be exported{more}",
+    )
+
+
+_ZERO_CENTERED = ("apply_layernorm_1p", "layernorm_zero_centered_gamma")

@@ -1,0 +1,73 @@
+"""How many rows of a padded vocabulary are tokens, where a checkpoint says only how many rows there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from formats.errors import UserError, shown
+from formats.folder import Folder
+from formats.json_objects import read_json
+from formats.spec import whole_number
+
+TOKENIZER = "tokenizer.json"
+_DIVISIBLE_BY = 128
+"""Megatron-LM's default of `make_vocab_size_divisible_by`."""
+
+
+def tokens(settings: Mapping[str, Any], tokenizer: Folder, *, origin: str) -> tuple[Any, str]:
+    """Return the vocabulary's size without padding, and a note on where it is from; by Megatron-LM's rule of padding, from the
+    tokenizer beside the checkpoint. UserError where nothing says it.
+
+    None where the settings say nothing of a vocabulary at all.
+    """
+    padded = settings.get("padded_vocab_size")
+    if padded is None:
+        return None, ""
+    multiple = _multiple(settings)
+    if multiple == 1 and settings.get("make_vocab_size_divisible_by") == 1:
+        return padded, ""
+    size = tokenizer_size(tokenizer)
+    if size is None:
+        raise _unknown(f"{origin} say `padded_vocab_size` `{shown(padded)}`, and not how many of these rows are tokens")
+    if -(-size // multiple) * multiple != padded:
+        raise _unknown(
+            f"{origin} say `padded_vocab_size` `{shown(padded)}`, and the tokenizer's {size} tokens, padded to a multiple of "
+            f"{multiple}, would be {-(-size // multiple) * multiple}"
+        )
+    return size, f"`vocab_size` is {size}, as `{TOKENIZER}` says: {origin} know only the padded size, {shown(padded)}"
+
+
+def _unknown(message: str) -> UserError:
+    return UserError(
+        message,
+        hint="padding must not become tokens: give a folder with the model's `config.json`, whose `vocab_size` is without "
+        "padding: `--hf-config DIR`",
+    )
+
+
+def _multiple(settings: Mapping[str, Any]) -> int:
+    """What Megatron-LM pads a vocabulary to a multiple of."""
+    found = [settings.get(name) for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size")]
+    by, ranks = (one if whole_number(one) and one else default for one, default in zip(found, (_DIVISIBLE_BY, 1), strict=True))
+    return cast("int", by) * cast("int", ranks)
+
+
+def tokenizer_size(folder: Folder) -> int | None:
+    """Return how many tokens a `tokenizer.json` has: one more than the largest number; None where there is none."""
+    if not folder.has(TOKENIZER):
+        return None
+    return max(_numbers(read_json(folder, TOKENIZER)), default=-1) + 1 or None
+
+
+def _numbers(found: Mapping[str, Any]) -> Iterator[int]:
+    model, added = found.get("model"), found.get("added_tokens")
+    vocab = cast("Mapping[str, Any]", model).get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, dict):
+        yield from (number for number in cast("dict[str, Any]", vocab).values() if isinstance(number, int))
+    elif isinstance(vocab, list):
+        yield len(cast("list[Any]", vocab)) - 1
+    for one in cast("list[Any]", added) if isinstance(added, list) else []:
+        number = cast("Mapping[str, Any]", one).get("id") if isinstance(one, dict) else None
+        if isinstance(number, int):
+            yield number
