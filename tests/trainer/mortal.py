@@ -35,17 +35,17 @@ class Mortal:
         for rank in ranks:
             os.killpg(self.processes[rank].pid, signal.SIGKILL)
         for process in self.processes:
-            process.join(60)
+            process.join(900)
             assert not process.is_alive()
 
     def wait(self) -> list[Any]:
         """What each rank answered."""
         for process in self.processes:
-            process.join(120)
+            process.join(900)
             assert process.exitcode == 0, self.log.read_text()
         return [pickle.loads(path.read_bytes()) for path in self._answers]
 
-    def until(self, condition: Any, *, longest: float = 60) -> None:
+    def until(self, condition: Any, *, longest: float = 900) -> None:
         """Wait for something to be so while all processes live."""
         ends = time.monotonic() + longest
         while not condition():
