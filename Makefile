@@ -18,7 +18,7 @@ demo-training: $(TRAIN)
 	$(BIN)/python -m tests.demo_training
 
 test: check
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not slow"
 
 check: $(FULL)
 	$(BIN)/ruff format --check .

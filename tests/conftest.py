@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import models
-from tests.megatron_cpu import Ranks
+from tests import megatron_cpu, models
+from tests.ranks import Ranks
 from tests.servers import HOST
 
 SECRET = "s3cr3t-t0ken"
@@ -17,11 +17,15 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
+def processes() -> Ranks:
+    """Processes that stand for GPUs."""
+    return Ranks()
+
+
+@pytest.fixture(scope="session")
+def ranks(processes: Ranks) -> megatron_cpu.Ranks:
     """Processes that run megatron-core."""
-    pool = Ranks()
-    yield pool
-    pool.close()
+    return megatron_cpu.Ranks(processes)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from benchmarks.convert import make_model
 SHAPE = {"hidden": 128, "layers": 4, "heads": 8, "groups": 4, "head_dim": 16, "ffn": 256, "vocab": 1024, "tied": False}
 PIECE_BYTES = 16 << 10
 WORKERS = 3
-PATIENCE = 1.5
+LONGEST = 900
+"""Seconds that anything may take before its test fails: minutes, for a busy machine."""
+
 ROOT = Path(__file__).parents[1]
 
 CHILD = """
@@ -28,14 +31,21 @@ from formats.outputs import LocalOutputs
 from formats.rendezvous import Rendezvous
 from formats.torch_dist import TorchDistWriter
 
-log, pause, pauses, piece_bytes, patience = json.loads(sys.argv[1])
+log, release, pause, pauses, hold, piece_bytes, patience = json.loads(sys.argv[1])
 log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+taken = itertools.count(1)
+
+def held(name, number):
+    return number >= hold.get(name, sys.maxsize) and not os.path.exists(release)
 
 def slowly(owner, name, nbytes=lambda *_: 0):
-    act, calls = getattr(owner, name), itertools.count(1)
+    act, numbers = getattr(owner, name), itertools.count(1)
     def slow(*arguments, **options):
+        number, of_all = next(numbers), next(taken)
         os.write(log, f"{name} {nbytes(*arguments)}\\n".encode())
-        time.sleep(pauses.get(f"{name} {next(calls)}", pauses.get(name, pause)))
+        while held(name, number) or held("any", of_all):
+            time.sleep(0.01)
+        time.sleep(pauses.get(f"{name} {number}", pauses.get(name, pause)))
         return act(*arguments, **options)
     setattr(owner, name, slow)
 
@@ -60,13 +70,25 @@ class Conversion(subprocess.Popen[str]):
     """A conversion under way. It makes a pause before every step, or another one before those in `pauses`: all of a name, or
     `name 2`, the second.
 
-    Its log outlives it: those of several that are given one log are added up.
+    `hold` has numbers of steps by name (`any` counts all): each thread that comes to that one, or to a later one of the name,
+    waits there for `release` or its end. `patience` is that of ranks with one another. Its log outlives it: those of several
+    that are given one log are added up.
     """
 
     def __init__(
-        self, *arguments: object, log: Path, pause=0.005, pauses=None, piece_bytes=PIECE_BYTES, env=None, **options
+        self,
+        *arguments: object,
+        log: Path,
+        pause=0.005,
+        pauses=None,
+        hold=None,
+        piece_bytes=PIECE_BYTES,
+        patience=60.0,
+        env=None,
+        **options,
     ) -> None:
-        settings = json.dumps([str(log), pause, pauses or {}, piece_bytes, PATIENCE])
+        self._release = log.with_name(f"{log.name}.{secrets.token_hex(4)}.release")
+        settings = json.dumps([str(log), str(self._release), pause, pauses or {}, hold or {}, piece_bytes, patience])
         command = [sys.executable, "-c", CHILD, settings, *map(str, arguments), "--workers", str(WORKERS), "--json"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         super().__init__(command, cwd=ROOT, env={**os.environ, **(env or {})}, **pipes, **options)
@@ -78,6 +100,23 @@ class Conversion(subprocess.Popen[str]):
             assert self.poll() is None, (step, self.stderr.read())
             time.sleep(0.002)
 
+    def until_total(self, total: int) -> None:
+        """Wait until it has taken so many steps of any name."""
+        while sum(steps(self._log).values()) < total:
+            assert self.poll() is None, (total, self.stderr.read())
+            time.sleep(0.002)
+
+    def until_it_ignores(self, number: int) -> None:
+        """Wait until it ignores a signal."""
+        ignored = re.compile(r"^SigIgn:\t(\w+)$", re.MULTILINE)
+        while not int(ignored.search(Path(f"/proc/{self.pid}/status").read_text())[1], 16) >> number - 1 & 1:
+            assert self.poll() is None, self.stderr.read()
+            time.sleep(0.002)
+
+    def release(self) -> None:
+        """Let those who wait go on."""
+        self._release.touch()
+
     def stop(self, number: int = signal.SIGKILL) -> tuple[int, str]:
         """Send a signal; its exit code and what it said."""
         self.send_signal(number)
@@ -85,7 +124,7 @@ class Conversion(subprocess.Popen[str]):
 
     def end(self) -> tuple[int, str]:
         """Its exit code and what it said on stderr; what it said on stdout is in `summary`."""
-        out, errors = self.communicate(timeout=60)
+        out, errors = self.communicate(timeout=LONGEST)
         self.summary = json.loads(out) if out else {}
         return self.returncode, errors
 

@@ -1,24 +1,19 @@
 """megatron-core itself on a machine without a GPU: the oracle that loads what we write and saves what we read.
 
-A few persistent processes over gloo; each request forms a new process group of the size a layout needs. megatron-core has
-no CPU mode: `_Cpu` sends its hard-wired CUDA calls to the CPU.
+Each request is a run of ranks over gloo, of the number a layout needs. megatron-core has no CPU mode: `_Cpu` sends its
+hard-wired CUDA calls to the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import multiprocessing
-import os
-import tempfile
-import traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WORLD = 4
+from tests import ranks
 
 
 @dataclass(frozen=True)
@@ -34,57 +29,24 @@ class Shape:
 
 
 class Ranks:
-    """Processes that stand for GPUs. `run(f, world, …)` calls `f(rank, …)` on the first `world` of them."""
+    """Ranks of megatron-core alone. `run(f, world, …)` calls `f(rank, …)` in a process group of `world` ranks."""
 
-    def __init__(self, count: int = WORLD) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipes, self._processes = [], []
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,))
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
+    def __init__(self, processes: ranks.Ranks) -> None:
+        self._processes = processes
 
     def run(self, function: Any, world: int, *args: Any) -> list[Any]:
-        """What each rank answered; the first rank's traceback is raised here."""
-        with tempfile.TemporaryDirectory() as folder:
-            for rank in range(world):
-                self._pipes[rank].send((function, rank, world, f"{folder}/store", args))
-            answers = [self._pipes[rank].recv() for rank in range(world)]
-        for rank, (ok, answer) in enumerate(answers):
-            if not ok:
-                raise RuntimeError(f"rank {rank}:\n{answer}")
-        return [answer for _, answer in answers]
-
-    def close(self) -> None:
-        for pipe in self._pipes:
-            pipe.send(None)
-        for process in self._processes:
-            process.join(30)
+        """What each rank answered; the exception of the first rank that failed is raised here."""
+        return self._processes.run(_in_group, world, function, *args)
 
 
-def _serve(pipe: Any) -> None:
+def _in_group(function: Any, *args: Any) -> Any:
     warnings.simplefilter("ignore")
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
     _pretend_cuda()
-    while (request := pipe.recv()) is not None:
-        function, rank, world, store, args = request
-        try:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-            with _Cpu(), Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null):
-                pipe.send((True, function(rank, *args)))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()))
-        finally:
-            from megatron.core import parallel_state
-
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
+    dist.init_process_group("gloo")
+    with _Cpu():
+        return function(dist.get_rank(), *args)
 
 
 def _pretend_cuda() -> None:

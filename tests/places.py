@@ -16,7 +16,7 @@ from tests.conftest import SECRET
 from tests.servers import HOST, Cutter, GoogleServer, HubServer, Server, WebServer
 
 KINDS = ("http", "hf", "s3", "gs")
-HURRIED = Patience(attempts=6, first=0.002, longest=0.01, silence=5)
+HURRIED = Patience(attempts=6, first=0.002, longest=0.01, silence=60)
 BIG = "model-00001-of-00002.safetensors"
 
 

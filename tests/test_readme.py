@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 
 from benchmarks.convert import SHAPES, make_model
 from tests.incidents import incidents
+from tests.programs import run_module
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -31,9 +30,7 @@ def test_the_commands_run_in_order(folder):
     assert len(commands) == 5
     for command in commands:
         words = command.split()[1:]
-        done = subprocess.run(
-            [sys.executable, "-m", "converter", *words], cwd=folder, capture_output=True, text=True, check=False
-        )
+        done = run_module("converter", *words, cwd=folder)
         assert done.returncode == 0, (command, done.stderr)
     one, other = ((folder / name / "model.safetensors").read_bytes() for name in ("Llama-3.2-1B", "Llama-back"))
     assert one == other
@@ -47,9 +44,7 @@ def test_the_training_commands_run_in_order(tmp_path):
         program, *words = shlex.split(command)
         words += ["train.train_iters=2", "validation.eval_iters=1"] if words[0] == "pretrain" else []
         module = {"mbtrain": "trainer", "mbconvert": "converter"}[program]
-        done = subprocess.run(
-            [sys.executable, "-m", module, *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200
-        )
+        done = run_module(module, *words, cwd=tmp_path)
         assert done.returncode == 0, (command, done.stderr)
     assert {path.name for path in (tmp_path / "llama-hf").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
 

@@ -117,7 +117,7 @@ def test_what_a_failed_sync_may_have_lost_is_written_again(convert, fault, whole
 
 def test_what_an_earlier_run_wrote_is_synced_before_a_later_one_counts_on_it(convert, model, fault, whole, tmp_path):
     """Else the failure would be told once, to a run that did not write the data, and forgotten."""
-    killed = Conversion("hf-to-mcore", model, tmp_path / "m", *OPTIONS, log=tmp_path / "first")
+    killed = Conversion("hf-to-mcore", model, tmp_path / "m", *OPTIONS, log=tmp_path / "first", hold={"write": 30})
     killed.until("write", 30)
     killed.stop()
     failed(convert("--resume", env=fault("fsync", ".distcp", 1, errno.EIO)), tmp_path / "m", said="cannot use")
@@ -196,10 +196,12 @@ def small_disk(tmp_path):
 def test_a_disk_that_others_fill_is_said_and_the_conversion_ends_when_there_is_room(model, whole, small_disk, fault, tmp_path):
     target = (small_disk or tmp_path) / "m"
     command, log = ("hf-to-mcore", model, target, *OPTIONS), tmp_path / "log"
-    process = Conversion(*command, log=log, env=None if small_disk else fault("pwrite", ".distcp", 60, errno.ENOSPC))
+    full = {} if small_disk else fault("pwrite", ".distcp", 60, errno.ENOSPC)
+    process = Conversion(*command, log=log, env=full, hold={"write": 20})
     process.until("write", 20)
     if small_disk:
         fill(small_disk / "ballast")
+    process.release()
     failed((*process.end(), process.summary), target, said="no room left for")
     (target.parent / "ballast").unlink(missing_ok=True)
     process = Conversion(*command, "--resume", log=log)

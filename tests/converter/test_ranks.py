@@ -112,7 +112,7 @@ def test_processes_that_have_the_variables_set_find_one_another(tmp_path, names)
     command = [sys.executable, "-c", MEET, str(tmp_path)]
     envs = [{**os.environ, names[0]: str(rank), names[1]: "2"} for rank in range(2)]
     started = [subprocess.Popen(command, cwd=Path(__file__).parents[2], env=env, stdout=subprocess.PIPE) for env in envs]
-    said = [process.communicate(timeout=100)[0] for process in started]
+    said = [process.communicate(timeout=900)[0] for process in started]
     assert said == [b"[{'rank': 0}, {'rank': 1}]\n"] * 2
     assert not list(tmp_path.iterdir())
 

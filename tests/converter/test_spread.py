@@ -15,6 +15,8 @@ from tests.models import tree
 
 TORCHRUN, SRUN = ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 OPTIONS = ("--tp", 2, "--pp", 2)
+SILENCE = 4.0
+"""Seconds after which a rank that is not heard of is dead. A living one says something 30 times in it."""
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +38,14 @@ def start(model, tmp_path):
     """Starts all ranks of a conversion; ends those that the test does not."""
     started = []
 
-    def run(size, *options, command=("hf-to-mcore", model, tmp_path / "m", *OPTIONS), names=TORCHRUN, **how):
-        log = tmp_path / f"log-{len(started)}"
+    def run(size, *options, command=("hf-to-mcore", model, tmp_path / "m", *OPTIONS), names=TORCHRUN, hold=None, **how):
+        """`hold` has, by rank, at which steps it waits."""
+        logs = [tmp_path / f"log-{len(started) + rank}" for rank in range(size)]
         envs = [{names[0]: str(rank), names[1]: str(size)} for rank in range(size)]
-        ranks = [Conversion(*command, *options, log=log, env=env, **how) for env in envs]
+        ranks = [
+            Conversion(*command, *options, log=logs[rank], env=envs[rank], hold=(hold or {}).get(rank), **how)
+            for rank in range(size)
+        ]
         started.extend(ranks)
         return ranks
 
@@ -90,8 +96,9 @@ def test_ranks_export_the_bytes_that_one_process_exports(start, model, tmp_path)
 def test_a_killed_rank_is_named_and_any_number_of_ranks_goes_on(start, whole, tmp_path, case):
     """One dies while it writes, or where all are to read back what they wrote."""
     dead, again, options = case
-    ranks = start(3, *options, pauses={"compare": 0.3, "write": 0.02})
-    ranks[dead].until("compare" if "--verify" in options else "write", 1 if "--verify" in options else 60)
+    step, number = ("compare", 1) if "--verify" in options else ("write", 10)
+    ranks = start(3, *options, hold={dead: {step: number}}, patience=SILENCE)
+    ranks[dead].until(step, number)
     ranks[dead].stop()
     for rank in ranks:
         code, said = rank.end()
@@ -110,9 +117,11 @@ def test_a_killed_rank_is_named_and_any_number_of_ranks_goes_on(start, whole, tm
 
 
 def test_a_rank_that_is_stopped_is_named_and_all_stop_at_once(start, whole, tmp_path):
-    ranks = start(2)
-    ranks[0].until("write", 20)
+    ranks = start(2, pauses={"write": 0.1}, hold={0: {"write": 10}})
+    for rank in ranks:
+        rank.until("write", 5)
     assert ranks[1].stop(signal.SIGTERM)[0] == 143
+    ranks[0].release()
     code, said = ranks[0].end()
     assert code == 1
     assert f"error: rank `1` (pid `{ranks[1].pid}` on `" in said
@@ -125,8 +134,8 @@ def test_a_rank_that_is_stopped_is_named_and_all_stop_at_once(start, whole, tmp_
 
 
 def test_all_ranks_refuse_what_an_interrupted_run_left(start, tmp_path):
-    ranks = start(2)
-    ranks[0].until("write", 20)
+    ranks = start(2, hold={0: {"write": 10}})
+    ranks[0].until("write", 10)
     for rank in ranks:
         rank.kill()
     for rank in ranks:

@@ -27,7 +27,7 @@ from formats.remote.retry import BrokenError, Patience
 from tests.conftest import SECRET
 from tests.servers import HOST, Cutter, Fault, Handler, Server, WebServer
 
-HURRIED = Patience(attempts=3, first=0.002, longest=0.01, silence=5)
+HURRIED = Patience(attempts=3, first=0.002, longest=0.01, silence=60)
 
 
 @pytest.fixture(scope="session")
@@ -143,7 +143,7 @@ def test_a_connection_that_the_server_left_is_replaced_at_once() -> None:
     server.files["config.json"] = b"{}"
     server.faults += [Fault(body_ends_after=2)] * 3  # which is all of it; then it leaves without a word
     with server.running():
-        client = Client(silence=5)
+        client = Client(silence=60)
         for _ in range(4):
             with client.ask("GET", f"{server.url}/config.json", {}) as answer:
                 assert answer.body() == b"{}"
@@ -201,7 +201,7 @@ def test_googles_refusal_says_how_to_log_in(key, tmp_path: Path, monkeypatch: py
 def test_threads_share_connections_without_mixing_answers() -> None:
     server = WebServer()
     server.files.update({str(number): str(number).encode() * 1000 for number in range(8)})
-    client = Client(silence=5)
+    client = Client(silence=60)
     wrong: list[str] = []
 
     def ask(name: str) -> None:

@@ -47,4 +47,4 @@ def test_those_who_wait_for_what_will_not_come_are_woken():
         done = pool.submit(wait)
         waiting.wait()
         streams.abandon()
-        done.result(timeout=10)
+        done.result(timeout=600)

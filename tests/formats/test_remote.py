@@ -9,6 +9,7 @@ import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_dropped_connections_are_taken_up_where_they_broke(place: Place, files: 
 
 
 def test_connections_that_never_hold_are_an_error_that_names_file_and_range(place: Place) -> None:
-    folder = place.open(Patience(attempts=3, first=0.001, longest=0.001, silence=5))
+    folder = place.open(Patience(attempts=3, first=0.001, longest=0.001, silence=60))
     folder.size(BIG)
     place.cutter.cut(100, after=400)
     with pytest.raises(UserError, match=rf"reading `{BIG}` from byte 100 to 200100 failed 3 times; the last time: ") as caught:
@@ -171,13 +172,15 @@ def opened(url: str, patience: Patience = HURRIED) -> Iterator[Folder]:
         Fault(429, {"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}),
         Fault(body_ends_after=0),
         Fault(body_ends_after=99_999),
-        Fault(silence=0.3),
+        Fault(silence=1),
     ],
 )
 def test_what_passes_is_tried_again(fault: Fault, web: WebServer, files: dict[str, bytes]) -> None:
-    with opened(web.url, Patience(attempts=4, first=0.001, longest=0.01, silence=0.15)) as folder:
+    # Short only where silence is what passes: a busy machine may be silent for a while, and then a few attempts more do it.
+    patience = Patience(attempts=40, silence=0.5) if fault.silence else Patience(attempts=4)
+    with opened(web.url, replace(patience, first=0.001, longest=0.01)) as folder:
         folder.size(BIG)
-        web.faults += [fault] * 3
+        web.faults += [fault] * (1 if fault.silence else 3)
         assert read(folder, BIG, 0, 200_000) == files[BIG][:200_000]
 
 

@@ -15,8 +15,8 @@ from formats.errors import UserError
 from formats.lock import Holder, lock_path
 from formats.rendezvous import Rendezvous
 
-LONG, SHORT = 10.0, 1.0
-"""Patience where nobody is to be found dead, and where somebody is."""
+LONG, SHORT = 300.0, 3.0
+"""Patience where nobody is to be found dead, and where somebody is: a living process says something 30 times in it."""
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +82,7 @@ class Rank(subprocess.Popen[str]):
 
     def end(self) -> tuple[int, str]:
         """Its exit code and what it said against it."""
-        _, errors = self.communicate(timeout=30)
+        _, errors = self.communicate(timeout=600)
         return self.returncode, errors
 
 

@@ -90,20 +90,21 @@ def watched(folder: Path) -> Generator[None]:
 
 @contextmanager
 def timed(seconds: float = SECONDS) -> Generator[None]:
-    """TooSlow is raised if the block takes longer; code that never lets Python's signals in ends the process."""
+    """TooSlow is raised if the block takes more processor time; code that never lets Python's signals in, or waits for what does
+    not come, ends the process after a while."""
 
     def late(*_arguments: Any) -> None:
         raise TooSlow(f"{seconds} s")
 
-    previous = signal.signal(signal.SIGALRM, late)
-    faulthandler.dump_traceback_later(10 * seconds, exit=True)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    previous = signal.signal(signal.SIGPROF, late)
+    faulthandler.dump_traceback_later(300 * seconds, exit=True)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.cancel_dump_traceback_later()
-        signal.signal(signal.SIGALRM, previous)
+        signal.signal(signal.SIGPROF, previous)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""What was found stays found; and a few seconds of new damage at every change. The long run: `python -m tests.fuzz.run`."""
+"""What was found stays found; and some new damage at every change. The long run: `python -m tests.fuzz.run`."""
 
 from __future__ import annotations
 
-import time
+import itertools
 
 import pytest
 
@@ -12,8 +12,8 @@ from tests.fuzz.targets import TARGETS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SECONDS = 0.3
-"""For each reader."""
+INPUTS = 50
+"""For each reader: as many on a busy machine as on an idle one."""
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
@@ -25,9 +25,9 @@ def test_inputs_that_once_did_harm_are_read_right_or_refused(target, tmp_path):
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_damaged_files_are_read_right_or_refused(target, tmp_path):
     with guard.limited():
-        tally = fuzz(target, tmp_path, inputs=10_000, seed=0, seconds=SECONDS)
+        tally = fuzz(target, tmp_path, inputs=INPUTS, seed=0)
     assert not tally.findings
-    assert tally.inputs
+    assert tally.inputs == INPUTS
 
 
 def test_the_guard_sees_what_no_reader_may_do(tmp_path):
@@ -49,5 +49,5 @@ def test_the_guard_sees_what_no_reader_may_do(tmp_path):
         with pytest.raises(kind):
             guard.refusal(act, tmp_path)
     with pytest.raises(guard.TooSlow), guard.timed(0.05):
-        time.sleep(1)
+        all(itertools.repeat(True))
     assert bases.one_file()

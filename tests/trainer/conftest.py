@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.trainer.ranks import Ranks
+from tests.ranks import Ranks
 
 
 @pytest.fixture(scope="session")
-def ranks():
-    """Processes that stand for GPUs, for all tests."""
-    found = Ranks()
-    yield found
-    found.close()
+def ranks(processes: Ranks) -> Ranks:
+    """Processes that run the trainer, which forms process groups by itself."""
+    return processes

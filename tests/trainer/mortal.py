@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import signal
@@ -11,18 +10,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.trainer.ranks import _free_port
+from tests.ranks import Meeting, warm
 
 
 class Mortal:
     """A run on `world` processes, each the leader of a session of its own, as under torchrun. Their words go to `log`."""
 
     def __init__(self, folder: Path, changes: dict[str, Any], *, world: int, log: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.trainer.warm"])
-        port, self._answers = _free_port(), [log.with_suffix(f".{rank}") for rank in range(world)]
+        context, self._meeting = warm(), Meeting()
+        self._answers = [log.with_suffix(f".{rank}") for rank in range(world)]
         self.processes = [
-            context.Process(target=_rank, args=((rank, world, port), str(folder), changes, str(log), str(self._answers[rank])))
+            context.Process(
+                target=_rank,
+                args=(self._meeting.environment(rank, world), str(folder), changes, str(log), str(self._answers[rank])),
+            )
             for rank in range(world)
         ]
         self.log = log
@@ -34,17 +35,17 @@ class Mortal:
         for rank in ranks:
             os.killpg(self.processes[rank].pid, signal.SIGKILL)
         for process in self.processes:
-            process.join(60)
+            process.join(900)
             assert not process.is_alive()
 
     def wait(self) -> list[Any]:
         """What each rank answered."""
         for process in self.processes:
-            process.join(120)
+            process.join(900)
             assert process.exitcode == 0, self.log.read_text()
         return [pickle.loads(path.read_bytes()) for path in self._answers]
 
-    def until(self, condition: Any, *, longest: float = 60) -> None:
+    def until(self, condition: Any, *, longest: float = 900) -> None:
         """Wait for something to be so while all processes live."""
         ends = time.monotonic() + longest
         while not condition():
@@ -53,15 +54,14 @@ class Mortal:
             time.sleep(0.001)
 
 
-def _rank(place: tuple[int, int, int], folder: str, changes: dict[str, Any], log: str, answer: str) -> None:
+def _rank(environment: dict[str, str], folder: str, changes: dict[str, Any], log: str, answer: str) -> None:
     from tests.trainer import witness
 
-    rank, world, port = place
     os.setsid()
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(written, 1)
     os.dup2(written, 2)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(environment)
     seen = witness.train(folder, changes)
     Path(answer).write_bytes(pickle.dumps(seen))
     sys.stderr.flush()

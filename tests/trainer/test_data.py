@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -198,15 +196,13 @@ def test_datasets_can_be_sent_to_other_processes(tmp_path, place):
     assert contents(pickle.loads(sent)) == rows
 
 
-def test_ranks_that_build_at_once_see_the_same_whether_they_share_a_folder_or_not(tmp_path):
+def test_ranks_that_build_at_once_see_the_same_whether_they_share_a_folder_or_not(ranks, tmp_path):
     prefixes = [write(tmp_path / "a"), write(tmp_path / "b", seed=10)]
     folders = [tmp_path / "shared", tmp_path / "own0", tmp_path / "own1"]
-    work = functools.partial(prepared.rank, prefixes=prefixes, place=tmp_path)
-    multiprocessing.set_forkserver_preload(["tests.trainer.prepared", "trainer.data.splits", "trainer.data.loader"])
-    torch.multiprocessing.start_processes(work, nprocs=2, start_method="forkserver")
+    found = ranks.run(prepared.rank, 2, prefixes, tmp_path)
     alone = built((150, 20, 0), blend=[1.0, prefixes[0], 1.0, prefixes[1]], split="80,20,0")
     expected = [contents(alone[0]), contents(alone[1])]
-    assert [torch.load(tmp_path / f"{number}.pt") for number in (0, 1)] == [[expected, expected]] * 2
+    assert found == [[expected, expected]] * 2
     kept = [sorted(path.name for path in folder.iterdir()) for folder in folders]
     assert kept[0] == kept[1] == kept[2]
     assert len(kept[0]) > 4

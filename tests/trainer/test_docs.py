@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,7 +26,7 @@ PROLOGUE = "set -eu\n" + "".join(f'{name}() {{ "{sys.executable}" -m {module} "$
 def _bash(block, folder):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        ["bash", "-c", PROLOGUE + block], cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False
+        ["bash", "-c", PROLOGUE + block], cwd=folder, env=env, capture_output=True, text=True, timeout=1800, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -35,6 +37,7 @@ def _run(page, folder):
     return folder, [_bash(block, folder) for block in _blocks(page)]
 
 
+@pytest.mark.slow
 def test_the_commands_of_training_do_what_it_says(tmp_path):
     folder, (data, there_and_back, checkpoints) = _run("training.md", tmp_path)
     assert {"corpus.bin", "corpus.idx", "trained", "megatron"} <= {path.name for path in folder.iterdir()}
@@ -44,6 +47,7 @@ def test_the_commands_of_training_do_what_it_says(tmp_path):
     assert (folder / "kept" / "curves.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_the_commands_of_fine_tuning_do_what_it_says(tmp_path):
     folder, (tuned, packed, converted) = _run("finetuning.md", tmp_path)
     assert "100 examples of 1 file" in tuned

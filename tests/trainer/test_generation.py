@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 
 from formats.errors import UserError
+from tests.programs import run_module
 from tests.trainer import small
 from trainer.generation.sampling import NO_NUMBER, Sampling, choose, filtered
 
@@ -332,15 +331,10 @@ def test_training_goes_on_bit_for_bit_after_generating(world, changes, ranks, mo
 
 
 def mbtrain(*arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
-    return subprocess.run(
-        [sys.executable, "-m", "trainer", "generate", *arguments],
-        input=said, env=environment, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+    return run_module("trainer", "generate", *arguments, said=said, env={"OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow
 def test_the_command_reads_prompts_from_lines_and_writes_json(model_folder):
     folder = model_folder("gqa")
     done = mbtrain(

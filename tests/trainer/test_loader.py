@@ -105,7 +105,7 @@ def test_processes_that_read_ahead_end_with_a_rank_that_is_killed():
         workers = [int(number) for number in rank.stdout.readline().split()]
         os.kill(rank.pid, signal.SIGKILL)
     assert len(workers) == 2
-    limit = time.monotonic() + 20
-    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < limit:
-        time.sleep(0.05)
-    assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+    limit = time.monotonic() + 600
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < limit
+        time.sleep(0.02)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from formats.errors import UserError
 from trainer import device, parallel
+from trainer.cli import main
 
-ROOT = Path(__file__).parents[2]
 TASK = {
     "SLURM_JOB_ID": "123456",
     "SLURM_STEP_ID": "2",
@@ -97,41 +95,29 @@ def test_more_processes_than_gpus_are_refused():
     )
 
 
-def _free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+def _pretrain(place, arguments):
+    """As srun starts it: told by variables alone which task this is."""
+    task = os.environ["RANK"]
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        del os.environ[name]
+    os.environ |= {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": task,
+        "SLURM_LOCALID": task,
+        "SLURM_STEP_NODELIST": "localhost",
+    }
+    sys.argv = ["mbtrain", "pretrain", "llama_tiny", *arguments]
+    with (place / task).open("w") as heard, contextlib.redirect_stderr(heard):
+        main(standalone_mode=False)
 
 
-def test_two_tasks_train_together(tmp_path):
-    """As srun starts them: the same command, told apart by variables alone."""
+def test_two_tasks_train_together(tmp_path, ranks):
     arguments = ["train.train_iters=2", "train.micro_batch_size=4", "dataset.sequence_length=16", "validation.eval_iters=0"]
     arguments += ["logger.log_interval=1", f"logger.run_dir={tmp_path}", "dataset.num_workers=0", "dist.device=cpu"]
-    taken = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"}
-    kept = {name: value for name, value in os.environ.items() if name not in taken}
-    tasks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "trainer", "pretrain", "llama_tiny", *arguments],
-            cwd=ROOT,
-            env={
-                **kept,
-                "OMP_NUM_THREADS": "1",
-                "MASTER_PORT": str(port),
-                "SLURM_JOB_ID": "7",
-                "SLURM_STEP_ID": "0",
-                "SLURM_STEP_NUM_TASKS": "2",
-                "SLURM_PROCID": str(rank),
-                "SLURM_LOCALID": str(rank),
-                "SLURM_STEP_NODELIST": "localhost",
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for port in [_free_port()]
-        for rank in range(2)
-    ]
-    heard = [task.communicate(timeout=120)[1] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], heard
+    ranks.run(_pretrain, 2, tmp_path, arguments)
+    heard = [(tmp_path / task).read_text() for task in "01"]
     assert [len(re.findall(r"^step ", text, re.MULTILINE)) for text in heard] == [0, 2]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [one["iteration"] for one in records] == [1, 2]

@@ -1,0 +1,34 @@
+"""What processes that stand for GPUs have imported before they are forked: what a run of the trainer imports.
+
+Starts no thread and forms no process group: a forked process inherits neither.
+"""
+# ruff: noqa: E402, F401
+
+import gc
+import warnings
+
+warnings.simplefilter("ignore")
+
+import torch
+
+torch.set_num_threads(1)
+
+import hydra.core.override_parser.overrides_parser
+import megatron.core.dist_checkpointing
+import megatron.core.models.gpt.gpt_layer_specs
+import megatron.core.models.mimo.optimizer
+import omegaconf
+import pytest
+import tensorboard
+import tokenizers
+import torch.profiler._cupti_monitor
+import transformers.models.llama.modeling_llama
+
+import converter.families.llama
+import tests.trainer.small
+import trainer.generation.checkpoint
+import trainer.loop
+import trainer.peft
+import trainer.settings.overrides
+
+gc.freeze()  # a collection in a forked process would touch, and so copy, every object of these modules
