@@ -68,7 +68,16 @@ _Command = Callable[..., None]
 
 def _common(command: _Command) -> _Command:
     """The options both directions share."""
-    return click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Cast weights.")(_how(command))
+    options = [
+        click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Cast weights."),
+        click.option("--integrity/--no-integrity", default=True, show_default=True,
+                     help="Write hashes: the sha256 of every file of a Megatron checkpoint, as megatron-core checks them, "
+                     "and the BLAKE3 of every tensor."),
+    ]  # fmt: skip
+    command = _how(command)
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def _how(command: _Command) -> _Command:
@@ -97,8 +106,6 @@ def _layout(command: _Command) -> _Command:
                      help="Layers per stage, all ranks of the first virtual stage first."),
         click.option("--vocab-divisible-by", type=_COUNT, default=128, show_default=True, metavar="N",
                      help="Pad the vocabulary to a multiple of N × TP."),
-        click.option("--integrity/--no-integrity", default=True, show_default=True,
-                     help="Write the sha256 of every file, as megatron-core checks them."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)

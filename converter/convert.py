@@ -41,8 +41,8 @@ def hf_to_mcore(
     """Write a Hugging Face model as a Megatron distributed checkpoint for `tp` × `pp` ranks.
 
     `source` is a directory, a URL or a Hub id; `target` a directory, s3:// or gs://; `integrity` writes the sha256 of every
-    file, as megatron-core checks them. Raises UserError before a byte moves for whatever cannot be converted exactly; after
-    any failure nothing is at `target`.
+    file, as megatron-core checks them, and the BLAKE3 of every tensor. Raises UserError before a byte moves for whatever
+    cannot be converted exactly; after any failure nothing is at `target`.
     """
     how, talk, target, folder = How(**options), talk or Talk(), str(target), open_source(source, or_hub=True)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, vocab_divisible_by=vocab_divisible_by)
@@ -69,21 +69,22 @@ def mcore_to_hf(
     hf_config: str | Path | None = None,
     max_shard_size: int | None = None,
     dtype: str = KEEP,
+    integrity: bool = True,
     talk: Talk | None = None,
     **options: Unpack[HowOptions],
 ) -> Summary:
     """Write a Megatron distributed checkpoint as a Hugging Face model directory.
 
     `source` is the checkpoint's root or one iteration; `hf_config` a folder with a `config.json` to follow instead of the
-    one that travelled; `max_shard_size` in bytes. Raises UserError before a byte moves for whatever cannot be converted
-    exactly; after any failure nothing is at `target`.
+    one that travelled; `max_shard_size` in bytes; `integrity` writes the BLAKE3 of every tensor. Raises UserError before a
+    byte moves for whatever cannot be converted exactly; after any failure nothing is at `target`.
     """
     how, talk, target, root = How(**options), talk or Talk(), str(target), open_source(source)
     check_options(dtype=dtype, max_shard_size=max_shard_size)
     given = open_source(hf_config) if hf_config else None
     sources = [root, *([given] if given else [])]
     check_place(target, sources, how)
-    wanted = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype)
+    wanted = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype, integrity=integrity)
     with closing(TorchDistReader(root)) as reader:
         refuse_adapter(reader.folder)
         job = plan_export(reader, root, target, wanted, talk)

@@ -40,6 +40,7 @@ class ExportOptions:
     hf_config: Folder | None
     max_shard_size: int | None
     dtype: str
+    integrity: bool
 
 
 def plan_export(reader: TorchDistReader, root: Folder, target: str, wanted: ExportOptions, talk: Talk) -> Job:
@@ -91,6 +92,7 @@ def _job(found: _Planned, target: str, wanted: ExportOptions) -> Job:
     source, given = found.source, wanted.hf_config.name if wanted.hf_config else None
     command = source.command("mcore-to-hf")
     options = {"max_shard_size": wanted.max_shard_size, "dtype": wanted.dtype, "hf_config": given}
+    options |= {} if wanted.integrity else {"integrity": False}  # as earlier versions wrote it, where it says nothing new
     laid_out = {file: shard.size for file, shard in found.shards.items()}
     outputs = outputs_for(target, found.makings, {**options, **source.merged(), "shards": laid_out})
     made = {*found.documents, provenance.FILE}
@@ -118,6 +120,7 @@ def _job(found: _Planned, target: str, wanted: ExportOptions) -> Job:
         sides=lambda written: (Side(source.label, source.reader, makings), _written(written)),
         copies=copies,
         documents=found.documents,
+        hashed=wanted.integrity,
         last=(INDEX, CONFIG),
         memory=source.memory,
     )

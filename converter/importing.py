@@ -114,6 +114,7 @@ def _job(found: _Planned, target: str, wanted: ImportOptions) -> Job:
         folder=folder,
         last=(f"{folder}{METADATA}",),
         integrity=wanted.integrity,
+        hashed=wanted.integrity,
         memory=source.memory,
     )
 

@@ -99,6 +99,11 @@ class Job:
     """Where `conversion.json` and `integrity.json` lie."""
 
     integrity: bool = False
+    """Is `integrity.json` written?"""
+
+    hashed: bool = True
+    """Are the Hugging Face tensors hashed? `conversion.json` lists no hashes if not."""
+
     memory: int = 0
     """Bytes that reading the source holds at most, beside what is read."""
 
@@ -139,7 +144,8 @@ class Job:
         """`conversion.json`, with the hashes there are and the names of all `files`."""
         known = {**hashes, **self.hashes}
         known |= {name: known[other] for name, other in self.aliases.items() if other in known}
-        return provenance.make(self.command, self.facts, {*self.tensors, *self.hashes, *self.aliases}, known, files=files)
+        names = {*self.tensors, *self.hashes, *self.aliases} if self.hashed else None
+        return provenance.make(self.command, self.facts, names, known, files=files)
 
 
 @dataclass(frozen=True, slots=True)

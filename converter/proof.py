@@ -105,7 +105,13 @@ def _recorded(folder: Folder) -> dict[str, str]:
     """The hashes that `conversion.json` lists."""
     if not folder.has(provenance.FILE):
         raise UserError(f"`{folder.label}` has no `{provenance.FILE}`: nothing to hold it against")
-    hashes: Any = read_json(folder, provenance.FILE).get("blake3")
+    document = read_json(folder, provenance.FILE)
+    hashes: Any = document.get("blake3")
+    if hashes is None and "blake3" in document:
+        raise UserError(
+            f"`{provenance.FILE}` lists no hashes of tensors: it was written with `--no-integrity`",
+            hint="`mbconvert verify SRC DST` compares it with what it was made from",
+        )
     if not isinstance(hashes, dict) or not all(isinstance(found, str) for found in cast("dict[str, Any]", hashes).values()):
         raise UserError(f"`{provenance.FILE}` lists no hashes of tensors", hint="it was not written by mbconvert, or is damaged")
     return cast("dict[str, str]", hashes)

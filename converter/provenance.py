@@ -1,7 +1,8 @@
 """`conversion.json`: what an output was made from and how, the same whenever and wherever it is made.
 
 It holds no time, path, host, or number of workers. Every Hugging Face tensor stands there with the BLAKE3 of its bytes, taken
-as they pass: an import and the export of its output list the same hashes, whatever the layout between.
+as they pass: an import and the export of its output list the same hashes, whatever the layout between. With `--no-integrity`
+nothing is hashed, and `blake3` is null.
 """
 
 from __future__ import annotations
@@ -54,16 +55,16 @@ def _told(iteration: Folder) -> dict[str, str]:
 
 
 def make(
-    command: str, facts: Mapping[str, Any], names: Iterable[str], hashes: Mapping[str, str], *, files: Iterable[str]
+    command: str, facts: Mapping[str, Any], names: Iterable[str] | None, hashes: Mapping[str, str], *, files: Iterable[str]
 ) -> bytes:
-    """The document. `names` are the Hugging Face tensors; those whose hash is not known yet take as much room. `files` are all
-    of the output's, so that nothing else is ever taken for a part of it."""
+    """The document. `names` are the Hugging Face tensors, None if they are not hashed; those whose hash is not known yet take
+    as much room. `files` are all of the output's, so that nothing else is ever taken for a part of it."""
     document = {
         "tool": TOOL,
         "version": VERSION,
         "command": command,
         **facts,
         "files": sorted(files),
-        "blake3": {name: hashes.get(name, _UNKNOWN) for name in sorted(names)},
+        "blake3": None if names is None else {name: hashes.get(name, _UNKNOWN) for name in sorted(names)},
     }
     return (json.dumps(document, indent=2) + "\n").encode()

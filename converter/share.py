@@ -126,7 +126,9 @@ class Share:
             live = self._all_ours(begun)
             job.outputs.tap = lambda file, offset, data: self._contents.put(file, offset, data) if file in live else None
         watch = Watch(done=self._done, stop=self._stop)
-        watch = replace(watch, read=self._look_at_read) if job.passing == "read" else replace(watch, made=self._look_at_made)
+        if job.hashed:
+            as_read = job.passing == "read"
+            watch = replace(watch, read=self._look_at_read) if as_read else replace(watch, made=self._look_at_made)
         run(self._in_lanes(), job.reader, job.writer, workers=self._workers, watch=watch)
         return reused
 
@@ -163,7 +165,9 @@ class Share:
         return in_lanes(self._tasks, lambda task: task.piece.making.spec.name in first) if place else self._tasks()
 
     def _passing(self, making: Making) -> set[str]:
-        """The Hugging Face tensors that pass by with a tensor."""
+        """The Hugging Face tensors that pass by with a tensor, to be hashed."""
+        if not self._job.hashed:
+            return set()
         return {copy.source for copy in making.copies} if self._job.passing == "read" else {making.spec.name}
 
     def _all_ours(self, begun: set[str]) -> set[str]:

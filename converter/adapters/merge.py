@@ -74,7 +74,7 @@ def merge(
         vocab_divisible_by=vocab_divisible_by,
         integrity=integrity,
     )
-    files = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype)
+    files = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype, integrity=integrity)
     if to not in (None, "hf", "mcore"):
         raise UserError(f"the target's format `{to}` is not one of hf, mcore")
     to = to or ("hf" if kind(folder) == HUGGINGFACE else "mcore")
@@ -101,7 +101,7 @@ def merge(
 def _check_meant(to: Kind, layout: ImportOptions, files: ExportOptions) -> None:
     """Raise UserError for an option that only the other format has."""
     if to == "hf":
-        plain = {"tp": 1, "pp": 1, "vpp": 1, "pp_layout": None, "vocab_divisible_by": 128, "integrity": True}
+        plain = {"tp": 1, "pp": 1, "vpp": 1, "pp_layout": None, "vocab_divisible_by": 128}
         given, what = {name: getattr(layout, name) for name in plain}, "a Hugging Face directory"
     else:
         plain, given, what = {"max_shard_size": None}, {"max_shard_size": files.max_shard_size}, "a Megatron checkpoint"

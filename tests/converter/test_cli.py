@@ -180,17 +180,18 @@ def test_the_command_line_surface_is_frozen():
 
     surface = {name: sorted(o for p in command.params for o in p.opts) for name, command in cli.commands.items()}
     both = ["--dry-run", "--json", "--overwrite", "--quiet", "--resume", "--verify", "--workers", "source", "target"]
-    layout = ["--tp", "--pp", "--vpp", "--pp-layout", "--vocab-divisible-by", "--integrity"]
+    layout = ["--tp", "--pp", "--vpp", "--pp-layout", "--vocab-divisible-by"]
+    weights = ["--dtype", "--integrity"]
     assert surface == {
-        "hf-to-mcore": sorted([*both, *layout, "--dtype"]),
-        "mcore-to-hf": sorted([*both, "--hf-config", "--max-shard-size", "--dtype"]),
+        "hf-to-mcore": sorted([*both, *layout, *weights]),
+        "mcore-to-hf": sorted([*both, "--hf-config", "--max-shard-size", *weights]),
         "adapter-to-mcore": sorted([*both, "--base", "--canonical"]),
         "adapter-to-hf": both,
         "merge": sorted(
             [
                 *(set(both) - {"source"}),
                 *layout,
-                "--dtype",
+                *weights,
                 "--max-shard-size",
                 "--hf-config",
                 "--to",

@@ -9,8 +9,9 @@ import pytest
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import save_integrity_manifest, verify_integrity_manifest
 
-from converter import check, hf_to_mcore, mcore_to_hf
+from converter import Talk, check, hf_to_mcore, mcore_to_hf
 from formats.errors import UserError
+from tests.models import tree
 
 
 def flip(path, at=-1000):
@@ -90,3 +91,35 @@ def test_an_export_is_held_against_the_hashes_of_its_tensors(checkpoint, tmp_pat
     (tmp_path / "hf" / "conversion.json").unlink()
     with pytest.raises(UserError, match="nothing to hold it against"):
         check(tmp_path / "hf")
+
+
+def test_without_integrity_nothing_is_hashed_and_the_record_says_so(model_folder, tmp_path):
+    """Neither way; the bytes of everything else are the same, and a check names the option."""
+    for name, options in (("hashed", {}), ("not", {"integrity": False})):
+        hf_to_mcore(model_folder("gqa", dtype="bfloat16"), tmp_path / name / "m", tp=2, pp=2, **options)
+        mcore_to_hf(tmp_path / "hashed" / "m", tmp_path / name / "hf", **options)
+    for place in ("m/iter_0000000", "hf"):
+        hashed, plain = (json.loads((tmp_path / name / place / "conversion.json").read_text()) for name in ("hashed", "not"))
+        assert len(hashed["blake3"]) > 10
+        assert plain == {**hashed, "blake3": None, "options": {**hashed["options"], "integrity": False}}
+    differ = {name for name, data in tree(tmp_path / "not").items() if tree(tmp_path / "hashed").get(name) != data}
+    assert differ == {"m/iter_0000000/conversion.json", "hf/conversion.json"}
+    with pytest.raises(UserError, match=r"`conversion\.json` lists no hashes of tensors: it was written with `--no-integrity`"):
+        check(tmp_path / "not" / "hf")
+
+
+def test_a_run_that_hashes_nothing_goes_on_where_it_stopped(model_folder, tmp_path):
+    source = model_folder("gqa", dtype="bfloat16")
+    hf_to_mcore(source, tmp_path / "straight", integrity=False)
+    seen = []
+
+    def stop_half_way(count):
+        seen.append(count)
+        if len(seen) == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hf_to_mcore(source, tmp_path / "m", integrity=False, workers=1, talk=Talk(progress=stop_half_way))
+    summary = hf_to_mcore(source, tmp_path / "m", integrity=False, resume=True)
+    assert summary.reused_bytes == sum(seen)
+    assert tree(tmp_path / "m") == tree(tmp_path / "straight")

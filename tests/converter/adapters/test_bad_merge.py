@@ -114,7 +114,6 @@ def test_pefts_own_files_do_not_tell_and_that_is_said(base, adapter, tmp_path):
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"to": "hf", "tp": 2}, "`tp` is 2, which means nothing to a Hugging Face directory"),
-    ({"to": "hf", "integrity": False}, "`integrity` is False, which means nothing to a Hugging Face directory"),
     ({"to": "mcore", "max_shard_size": 10_000}, "`max_shard_size` is 10000, which means nothing to a Megatron checkpoint"),
     ({"to": "gguf"}, "the target's format `gguf` is not one of hf, mcore"),
     ({"workers": 0}, "`workers` is 0, which should be 1 to 256"),
