@@ -22,6 +22,7 @@ def first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | None
     for path in iterations.leftovers(told.save):
         say(f"note: `{path}` is left of a save that was interrupted; it can be removed")
     source = adapters.base_of(config, resumed)
+    _check_place(told, resumed)
     if resumed is None:
         _check_start(told)
     elif config.peft is None:
@@ -43,8 +44,21 @@ def _check_start(told: CheckpointConfig) -> None:
             f"`checkpoint.load` is `{told.load}`, where there is no checkpoint to resume",
             hint="to start from weights alone use `checkpoint.pretrained_checkpoint`; a first start needs no `load`",
         )
-    if told.save and (Path(told.save) / TRACKER).exists():
-        say(f"note: `{told.save}` has checkpoints, and this run starts anew beside them; to resume set `checkpoint.load`")
+
+
+def _check_place(told: CheckpointConfig, resumed: Path | None) -> None:
+    """Raise UserError if checkpoints that this run does not go on from are where it saves: it would replace those of the same
+    iterations, move the tracker, and `checkpoint.keep_last` would remove the others."""
+    if told.save is None or (resumed and _same(resumed.parent, told.save)):
+        return
+    there = [*(path.name for path in iterations.whole(told.save)), *([TRACKER] if (Path(told.save) / TRACKER).exists() else [])]
+    if there:
+        begins = f"goes on from `{resumed}`" if resumed else "starts anew"
+        raise UserError(
+            f"`checkpoint.save` is `{told.save}`, which holds `{there[0]}` of another run, and this one {begins}: "
+            "it would replace what is there",
+            hint=f"save to another folder, or go on from there: `checkpoint.load={told.save}`",
+        )
 
 
 def what_is_trained(chunks: Sequence[Any], config: RunConfig, resumed: Path | None) -> Base | None:

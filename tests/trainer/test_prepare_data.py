@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from formats.errors import UserError
+from converter import Talk
+from formats.errors import TransientError, UserError
 from trainer import tokenizers
 from trainer.commands.prepare_data import command
 from trainer.data.prepare import prepare
@@ -198,3 +199,35 @@ def test_existing_output_is_refused_and_survives_a_failed_overwrite(tmp_path):
     (tmp_path / "a.txt").write_text("other")
     prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer="byte", overwrite=True)
     assert pair(tmp_path / "out") == naively(tmp_path / "naive", ["other"], "byte")
+
+
+@pytest.mark.parametrize("index", [None, b"no index of Megatron's"])
+def test_overwriting_takes_data_of_megatrons_and_nothing_else(tmp_path, index):
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "out.bin").write_bytes(b"months of work")
+    if index:
+        (tmp_path / "out.idx").write_bytes(index)
+    said = refused(tmp_path, "a.txt", overwrite=True)
+    assert said == "`T/out.bin` has no index of Megatron's in `T/out.idx`, so `--overwrite` does not replace it"
+    assert (tmp_path / "out.bin").read_bytes() == b"months of work"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_another_wrote_there_meanwhile_stays(tmp_path, overwrite):
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "b.txt").write_text("another text")
+    for text in ("a", "b"):
+        prepare([tmp_path / f"{text}.txt"], tmp_path / text, tokenizer="byte")
+    if overwrite:
+        copy_pair(tmp_path / "a", tmp_path / "out")
+    with pytest.raises(TransientError, match="appeared or changed while it was being made"):
+        prepare(
+            [tmp_path / "a.txt"], tmp_path / "out", tokenizer="byte", overwrite=overwrite,
+            talk=Talk(progress=lambda _count: copy_pair(tmp_path / "b", tmp_path / "out")),
+        )  # fmt: skip
+    assert pair(tmp_path / "out") == pair(tmp_path / "b")
+
+
+def copy_pair(one, other):
+    for suffix in (".bin", ".idx"):
+        other.with_suffix(suffix).write_bytes(one.with_suffix(suffix).read_bytes())

@@ -55,6 +55,17 @@ def test_a_resume_with_nothing_to_drop_says_nothing(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_run_that_starts_anew_keeps_the_lines_of_those_before(tmp_path, capsys):
+    first = write(tmp_path, [10, 20])
+    second = write(tmp_path, [10], loss=3.0)
+    assert len(write(tmp_path, [])) == 0
+    assert (tmp_path / "metrics-1.jsonl").read_text().splitlines() == first
+    assert (tmp_path / "metrics-2.jsonl").read_text().splitlines() == second
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {tmp_path / FILE} was of an earlier run, and is metrics-{number}.jsonl now" for number in (1, 2)
+    ]
+
+
 def test_a_line_that_is_no_record_is_named(tmp_path):
     lines = write(tmp_path, [1, 2])
     (tmp_path / FILE).write_text(f"{lines[0]}\nnonsense\n{lines[1]}\n")

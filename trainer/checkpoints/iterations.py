@@ -22,15 +22,24 @@ _WHOLE = re.compile(r"iter_(\d{7,})")
 
 
 def latest(root: str | None) -> Path | None:
-    """The iteration that a folder's tracker names; None where there is no tracker yet."""
-    if root is None or not (Path(root) / TRACKER).exists():
+    """The iteration that a folder's tracker names; where there is no tracker yet, the newest of this trainer's: it has its name,
+    so it is whole, and the run was killed right then. None where there is neither."""
+    if root is None:
         return None
-    return Path(root) / find_iteration(LocalFolder(Path(root))).name
+    if (Path(root) / TRACKER).exists():
+        return Path(root) / find_iteration(LocalFolder(Path(root))).name
+    return max((path for path in whole(root) if (path / OURS).is_file()), key=_number, default=None)
+
+
+def whole(root: str | None) -> list[Path]:
+    """The iterations in a folder, whoever wrote them, the oldest first."""
+    inside = Path(root).iterdir() if root and Path(root).is_dir() else ()
+    return sorted((path for path in inside if _number(path) >= 0), key=_number)
 
 
 def leftovers(root: str | None) -> list[Path]:
     """What interrupted saves left in a folder."""
-    return sorted(Path(root).glob(f"iter_*{PARTIAL}")) if root and Path(root).is_dir() else []
+    return sorted(Path(root).glob(f"iter_*{PARTIAL}*")) if root and Path(root).is_dir() else []
 
 
 def partial(root: Path, iteration: int) -> Path:
@@ -48,8 +57,9 @@ def commit(partial: Path, *, iteration: int) -> Path:
     """Everything is written: get it onto the disk, give it its name, and let the trackers name it."""
     target = partial.with_name(iteration_folder(iteration))
     sync_tree(partial)
-    take_place(partial, target)
-    shutil.rmtree(partial, ignore_errors=True)  # the one it replaced
+    replaced = take_place(partial, target)
+    if replaced:
+        shutil.rmtree(replaced, ignore_errors=True)
     put(target.parent / TRAIN_STATE_TRACKER, (target / TRAIN_STATE).read_bytes())
     put(target.parent / TRACKER, str(iteration).encode())
     return target
@@ -58,8 +68,7 @@ def commit(partial: Path, *, iteration: int) -> Path:
 def prune(newest: Path, *, keep: int | None) -> None:
     """Remove this trainer's checkpoints that are older than `newest`, but for the last `keep - 1` of them."""
     number = _number(newest)
-    older = sorted((path for path in newest.parent.iterdir() if 0 <= _number(path) < number), key=_number)
-    ours = [path for path in older if (path / OURS).is_file()]
+    ours = [path for path in whole(str(newest.parent)) if _number(path) < number and (path / OURS).is_file()]
     for path in ours[: max(len(ours) - keep + 1, 0)] if keep else ():
         # Half removed, it must not look like a checkpoint.
         shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))

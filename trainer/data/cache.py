@@ -57,8 +57,8 @@ def _save(arrays: Arrays, folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def put(whole: Path, write: Callable[[Path], None]) -> None:
-    """A folder that `write` fills, at `whole` once it is whole; one that is there already stays."""
+def put(whole: Path, write: Callable[[Path], None]) -> bool:
+    """A folder that `write` fills, at `whole` once it is whole; one that is there already stays, and the answer is False."""
     unfinished = whole.with_name(f"{whole.name}.partial-{secrets.token_hex(4)}")
     unfinished.mkdir(parents=True)
     try:
@@ -67,6 +67,7 @@ def put(whole: Path, write: Callable[[Path], None]) -> None:
             unfinished.rename(whole)
         if not whole.is_dir():
             unfinished.rename(whole)
+        return not unfinished.exists()
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -29,6 +29,7 @@ from formats.staging import sync
 from trainer import tokenizers
 from trainer.data import documents, orphans
 
+_MAGIC = b"MMIDIDX\x00\x00"  # an index of Megatron's begins so
 _PIECE = 2**20  # bytes of documents that a process gets at a time: small against memory, large against the cost of sending
 
 
@@ -77,13 +78,13 @@ def prepare(
     from megatron.core.datasets.indexed_dataset import DType  # noqa: PLC0415 - brings torch
 
     talk, started = talk or Talk(), time.monotonic()
-    _check_target(prefix, overwrite=overwrite)
+    before = _check_target(prefix, overwrite=overwrite)
     paths = documents.files(inputs)
     dtype = DType.optimal_dtype(tokenizers.load(tokenizer).vocab_size)
     talk.start(sum(path.stat().st_size for path in paths))
     work = partial(_tokenize, append_eod=append_eod, dtype=np.dtype(dtype).name)
     totals = dict.fromkeys(("documents", "empty", "tokens"), 0)
-    with _output(prefix, dtype) as builder, _processes(tokenizer, workers) as submit:
+    with _output(prefix, dtype, before) as builder, _processes(tokenizer, workers) as submit:
         for tokens in _in_order(submit, work, _pieces(documents.read(paths, key=key)), ahead=2 * workers):
             _write(builder, tokens, totals)
             talk.progress(tokens.size)
@@ -195,18 +196,41 @@ def _pair(prefix: Path) -> tuple[Path, Path]:
     return prefix.with_name(f"{prefix.name}.bin"), prefix.with_name(f"{prefix.name}.idx")
 
 
-def _check_target(prefix: Path, *, overwrite: bool) -> None:
+type _Standing = list[tuple[int, int, int] | None]
+"""What tells whether the files of a pair are what they were; None for one that is not there."""
+
+
+def _standing(prefix: Path) -> _Standing:
+    statuses = [path.stat() if path.exists() else None for path in _pair(prefix)]
+    return [status and (status.st_ino, status.st_size, status.st_mtime_ns) for status in statuses]
+
+
+def _check_target(prefix: Path, *, overwrite: bool) -> _Standing:
+    """What stands at a prefix. Raises UserError unless that is nothing, or Megatron's and may be replaced."""
     if prefix.suffix in (".bin", ".idx"):
         raise UserError(f"`{prefix}` is a file's name, not a prefix", hint=f"give `{prefix.with_suffix('')}`")
     there = [path for path in _pair(prefix) if path.exists()]
     if there and not overwrite:
         raise UserError(f"`{there[0]}` already exists", hint="choose another prefix, or replace it with `--overwrite`")
+    if there and not _is_index(_pair(prefix)[1]):
+        raise UserError(
+            f"`{there[0]}` has no index of Megatron's in `{_pair(prefix)[1]}`, so `--overwrite` does not replace it",
+            hint="choose another prefix, or remove it yourself",
+        )
+    return _standing(prefix)
+
+
+def _is_index(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
 
 
 @contextmanager
-def _output(prefix: Path, dtype: Any) -> Generator[Any]:
+def _output(prefix: Path, dtype: Any, before: _Standing) -> Generator[Any]:
     """A builder whose files get their names when all went well. Until then there is nothing to read at `prefix`, or what was
-    there before."""
+    there `before`; TransientError if something else is there by then."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: PLC0415 - brings torch
 
     hidden = _pair(prefix.with_name(f"{prefix.name}.partial-{secrets.token_hex(4)}"))
@@ -218,6 +242,8 @@ def _output(prefix: Path, dtype: Any) -> Generator[Any]:
         if not builder.sequence_lengths:
             raise UserError("the inputs hold no text at all", hint="nothing was written")
         builder.finalize(str(hidden[1]))
+        if _standing(prefix) != before:
+            raise TransientError(f"`{prefix}` appeared or changed while it was being made", hint="look at it, then run it again")
         _reveal(hidden, _pair(prefix))
     except OSError as error:
         raise UserError(f"cannot write `{prefix}`: {error.strerror}", hint="nothing readable was left there") from error

@@ -6,6 +6,7 @@ Knows what the numbers mean, not where they come from. Imports no torch, so that
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
@@ -106,8 +107,12 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, *, done: int = 0) -> None:
+        """`done` is the number of steps behind a resumed run; what another run wrote, which this one does not go on from, is
+        moved aside."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        if path.exists() and not done:
+            _move_aside(path)
+        elif path.exists():
             _cut_back(path, done)
         self._file = path.open("a", encoding="utf-8")
 
@@ -144,6 +149,16 @@ def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
         return found
     special = ("NaN", "Infinity", "-Infinity")
     return {name: float(value) if value in special else value for name, value in found.items()}
+
+
+def _move_aside(path: Path) -> None:
+    """Give the lines of an earlier run a name that nothing has."""
+    if not path.stat().st_size:
+        return
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+    free = next(name for name in names if not name.exists())
+    path.rename(free)
+    click.echo(f"note: {path} was of an earlier run, and is {free.name} now", file=sys.stderr)
 
 
 def _cut_back(path: Path, done: int) -> None:

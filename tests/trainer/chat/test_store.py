@@ -211,6 +211,22 @@ def test_a_packed_folder_of_another_tokenizer_is_refused(packed, model_folder):
         made(config(packed[0]), vocab_size=256)
 
 
+def test_what_another_put_there_meanwhile_stays(data, tmp_path, monkeypatch):
+    out, told = tmp_path / "out", [f"dataset.path={data}", "tokenizer.tokenizer_model=byte"]
+
+    def save(path, array, real=store.save):
+        out.mkdir(exist_ok=True)
+        (out / "precious").write_text("x")
+        real(path, array)
+
+    monkeypatch.setattr(store, "save", save)
+    result = CliRunner().invoke(main, ["pack", "llama_tiny", str(out), *told])
+    assert result.exit_code == 1
+    assert f"error: `{out}` appeared while it was being made" in result.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
+    assert (out / "precious").read_text() == "x"
+
+
 def test_packing_again_needs_another_folder(packed, data):
     told = [f"dataset.path={data}", "tokenizer.tokenizer_model=byte"]
     result = CliRunner().invoke(main, ["pack", "llama_tiny", str(packed[0]), *told])

@@ -158,9 +158,11 @@ def pack(config: FinetuningDatasetConfig, out: Path, *, tokenizer: Tokenizer, vo
         rmtree(folder / "all")
 
     try:
-        cache.put(out, write)
+        ours = cache.put(out, write)
     except OSError as error:
         raise UserError(f"cannot write `{out}`: {error.strerror}", hint="choose a folder that can be written") from error
+    if not ours:
+        raise UserError(f"`{out}` appeared while it was being made", hint="choose another folder, or remove it")
     return done
 
 
