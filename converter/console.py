@@ -221,6 +221,8 @@ def _report_lines(report: Report) -> Iterator[tuple[str, str]]:
     if report.layout:
         yield "layout", ", ".join(f"{name} {value}" for name, value in report.layout.items())
         yield "optimizer", "yes" if report.optimizer_state else "no"
+    if report.unknown_packages:
+        yield "args", f"names classes of {', '.join(f'`{name}`' for name in report.unknown_packages)}"
 
 
 def show_families(*, as_json: bool) -> None:

@@ -14,15 +14,17 @@ from converter.carried import CONFIG, unpack
 from converter.sources import open_source
 from formats.dcp_index import METADATA
 from formats.disk import explained
-from formats.errors import UserError, shown
+from formats.errors import UserError, printable, shown
 from formats.folder import Folder
 from formats.huggingface import INDEX, HuggingFaceReader
 from formats.json_objects import read_json
+from formats.pickles import others
 from formats.spec import TensorSpec, dtype_name, extent, whole_number
 from formats.torch_dist import TRACKER, TorchDistReader
 
 HUGGINGFACE = "Hugging Face safetensors"
 TORCH_DIST = "Megatron torch_dist"
+_MOST_PACKAGES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,9 @@ class Report:
     layout: dict[str, Any] = field(default_factory=dict[str, Any])
     iteration: str = ""
     optimizer_state: bool = False
+    unknown_packages: list[str] = field(default_factory=list[str])
+    """Whose classes the common state names, beside those of Python, torch and megatron-core: a fork's, mostly."""
+
     tensor_list: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
@@ -108,8 +113,14 @@ def _megatron(folder: Folder, *, tensors: bool) -> Report:
         layout=_layout(reader, fields),
         iteration=reader.folder.name,
         optimizer_state=reader.has_optimizer,
+        unknown_packages=_unknown_packages(reader),
         tensor_list=[{**_row(spec), "chunks": _chunks(reader, spec.name)} for spec in reader.specs.values()] if tensors else [],
     )
+
+
+def _unknown_packages(reader: TorchDistReader) -> list[str]:
+    named = {printable(one.module.partition(".")[0]) for one in others(reader.common_state())}
+    return sorted(shown(name) for name in named)[:_MOST_PACKAGES]
 
 
 def _described(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Pickles without code: a reader that builds inert records, and a writer of the same records.
 
-A checkpoint's pickles name Python classes. Reading here imports none and calls none: a class on the allow-list becomes a
-`Record` that holds what the pickle passed to it, any other name is refused. Writing takes the same records. So this
+A checkpoint's pickles name Python classes, those of a fork of Megatron-LM its own. Reading here imports none and calls none: a
+class becomes a `Record` that holds what the pickle passed to it. Names of the standard library are refused, but for those that
+hold data: no checkpoint needs others, and whoever put them there wanted something run. Writing takes the same records. So this
 module needs neither torch nor megatron-core, and nothing in a file can run.
 """
 
@@ -10,12 +11,13 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
-from formats.errors import UserError
+from formats.errors import UserError, printable
 from formats.faults import fault
+from formats.pickle_names import is_known, may_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Global:
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """What a pickle wanted to build: `kind(*args)`, then its state."""
+    """What a pickle wanted to build: `kind(*args)`, then its state; of a kind of dict, its items as far as there is no state."""
 
     kind: Global
     args: tuple[Any, ...] = ()
@@ -41,12 +43,14 @@ class Record:
 
     def __getitem__(self, name: str) -> Any:
         """A field of the state, whether it was pickled as a dict or as a pair of dicts."""
-        return self._fields()[name]
+        return self.fields[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self._fields().get(name, default)
+        return self.fields.get(name, default)
 
-    def _fields(self) -> Mapping[str, Any]:
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The state's fields, as far as it has any."""
         state = self.state
         match state:
             case (_, dict()):
@@ -81,62 +85,6 @@ _PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
 }
 """Built-in containers, made for real: nothing they do can surprise."""
 
-_CHECKPOINT = "torch.distributed.checkpoint"
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-ALLOWED: Mapping[str, frozenset[str]] = {
-    f"{_CHECKPOINT}.metadata": _words(
-        "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex"
-        " StorageMeta _MEM_FORMAT_ENCODING"
-    ),
-    f"{_CHECKPOINT}.filesystem": frozenset(["_StorageInfo", "_StoragePrefix", "_StorageWriterTransforms"]),
-    f"{_CHECKPOINT}.planner": _words(
-        "SavePlan LoadPlan WriteItem ReadItem WriteItemType LoadItemType TensorWriteData BytesIOWriteData"
-    ),
-    f"{_CHECKPOINT}._extension": frozenset(["ZStandard"]),
-    "megatron.core.dist_checkpointing.strategies.torch": frozenset(["MCoreMetadata", "MCoreSavePlan", "MCoreSavePlanner"]),
-    "torch": _words(
-        "Size Tensor device bfloat16 float16 float32 float64 float8_e4m3fn float8_e5m2 int8 int16 int32 int64 uint8 bool"
-        " uint16 uint32 uint64 complex64 complex128 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
-        " BFloat16Storage HalfStorage FloatStorage DoubleStorage CharStorage ShortStorage IntStorage LongStorage"
-        " ByteStorage BoolStorage Float8_e4m3fnStorage Float8_e5m2Storage"
-    ),
-    "torch._C": frozenset(["Generator"]),
-    "torch.serialization": frozenset(["_get_layout"]),
-    "torch.storage": frozenset(["UntypedStorage", "_load_from_bytes"]),
-    "torch._utils": frozenset(["_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter"]),
-    "torch._tensor": frozenset(["_rebuild_from_type_v2"]),
-    "argparse": frozenset(["Namespace"]),
-    "types": frozenset(["SimpleNamespace"]),
-    "pathlib": frozenset(["Path", "PosixPath", "PurePosixPath"]),
-    "pathlib._local": frozenset(["Path", "PosixPath", "PurePosixPath"]),
-    "signal": frozenset(["Signals"]),
-    "_io": frozenset(["BytesIO"]),
-    "io": frozenset(["BytesIO"]),
-    "_codecs": frozenset(["encode"]),
-    "numpy": frozenset(["ndarray", "dtype"]),
-    "numpy.dtypes": frozenset(["UInt32DType"]),
-    "numpy.core.multiarray": frozenset(["_reconstruct", "scalar"]),
-    "numpy._core.multiarray": frozenset(["_reconstruct", "scalar"]),
-    "megatron.core.enums": frozenset(["ModelType"]),
-    "megatron.core.optimizer.optimizer_config": frozenset(["OptimizerConfig"]),
-    "megatron.core.optimizer": frozenset(["OptimizerConfig"]),
-    "megatron.core.rerun_state_machine": frozenset(["RerunDiagnostic", "RerunMode", "RerunState"]),
-    "megatron.core.transformer.enums": frozenset(["AttnBackend", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope"]),
-    "transformer_engine.common.recipe": _words(
-        "DelayedScaling Float8CurrentScaling Float8BlockScaling MXFP8BlockScaling NVFP4BlockScaling Format"
-        " _FormatHelper MMParams QParams"
-    ),
-    "megatron.core.extensions.transformer_engine": frozenset(["TEDelayedScaling"]),
-}
-"""The classes a checkpoint may name: what `.metadata` holds (planner classes too) and what `megatron.core.safe_globals`
-lists. Each becomes an inert record."""
-
-
 _BASE = cast("Any", pickle)._Unpickler
 """The unpickler written in Python: its memo is a dict, so a forged index cannot make it allocate gigabytes as the C one
 does, and its table of opcodes can be cut down."""
@@ -157,9 +105,9 @@ class _Unpickler(_BASE):
     def find_class(self, module: str, name: str, /) -> Any:
         if (module, name) in _PLAIN:
             return _PLAIN[module, name]
-        if name not in ALLOWED.get(module, ()):
+        if may_run(module, name):
             raise UserError(
-                f"the pickle names `{module}.{name}`, which no checkpoint needs; it was not executed",
+                f"the pickle names `{printable(f'{module}.{name}'[:100])}`, which no checkpoint needs; it was not executed",
                 hint="the file does not come from megatron-core or torch, or someone tampered with it",
             )
         return Global(module, name)
@@ -173,13 +121,13 @@ class _Unpickler(_BASE):
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        self.stack[-1][_hashable(key)] = value
+        _items_of(self.stack[-1])[_hashable(key)] = value
 
     dispatch[pickle.SETITEM[0]] = load_setitem
 
     def load_setitems(self) -> None:
         items = self.pop_mark()
-        self.stack[-1].update(_dict(zip(items[::2], items[1::2], strict=True)))
+        _items_of(self.stack[-1]).update(_dict(zip(items[::2], items[1::2], strict=True)))
 
     dispatch[pickle.SETITEMS[0]] = load_setitems
 
@@ -189,9 +137,27 @@ class _Unpickler(_BASE):
 
     dispatch[pickle.DICT[0]] = load_dict
 
-    def load_additems(self) -> None:
+    def load_append(self) -> None:
+        item = self.stack.pop()
+        self._extend([item])
+
+    dispatch[pickle.APPEND[0]] = load_append
+
+    def load_appends(self) -> None:
         items = self.pop_mark()
-        self.stack[-1].update(_set(items))
+        self._extend(items)
+
+    dispatch[pickle.APPENDS[0]] = load_appends
+
+    def _extend(self, items: list[Any]) -> None:
+        """A list; what a class of somebody's own gathers is left out."""
+        if not isinstance(self.stack[-1], Record):
+            self.stack[-1].extend(items)
+
+    def load_additems(self) -> None:
+        items = _set(self.pop_mark())
+        if not isinstance(self.stack[-1], Record):
+            self.stack[-1].update(items)
 
     dispatch[pickle.ADDITEMS[0]] = load_additems
 
@@ -230,7 +196,7 @@ class _Unpickler(_BASE):
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, Record):
+        if isinstance(target, Record) and state is not target:  # a dict that is its own `__dict__` says its items twice
             target.state = state
 
     dispatch[pickle.BUILD[0]] = load_build
@@ -246,10 +212,19 @@ def _hashable(key: Any) -> Any:
     raise UserError("a dictionary has keys that no checkpoint needs")
 
 
+def _items_of(target: Any) -> dict[Any, Any]:
+    """Where a dict's items go, or those of a class that is a kind of dict."""
+    if not isinstance(target, Record):
+        return target
+    if target.state is None:
+        target.state = {}
+    return target.state
+
+
 def loads(data: bytes, *, source: str) -> Any:
     """The object in `data`, classes as inert records.
 
-    Raises UserError for a class outside `ALLOWED` and for bytes that are no pickle; `source` names the file in it.
+    Raises UserError for a name that may run something and for bytes that are no pickle; `source` names the file in it.
     """
     try:
         return _Unpickler(data).load()
@@ -257,6 +232,34 @@ def loads(data: bytes, *, source: str) -> Any:
         raise UserError(f"`{source}`: {error.args[0]}", hint=error.hint) from None
     except Exception as error:
         raise UserError(f"`{source}` is not a readable pickle: {fault(error)}", hint="the file is damaged") from error
+
+
+def others(value: Any) -> set[Global]:
+    """The names in something read that are neither Python's nor those that torch and megatron-core save."""
+    seen, todo, found = set[int](), [value], set[Global]()
+    while todo:
+        one = todo.pop()
+        if isinstance(one, Global) and not is_known(one.module, one.name):
+            found.add(one)
+        if id(one) not in seen:
+            seen.add(id(one))
+            todo += _parts(one)
+    return found
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    match value:
+        case Record():
+            return value.kind, *value.args, value.state
+        case Storage():
+            return (value.kind,)
+        case dict():
+            items = cast("dict[Any, Any]", value)
+            return [*items.keys(), *items.values()]
+        case list() | tuple() | set():
+            return cast("Iterable[Any]", value)
+        case _:
+            return ()
 
 
 def dumps(value: Any) -> bytes:

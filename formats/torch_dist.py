@@ -207,8 +207,8 @@ class TorchDistReader:
     def args(self) -> Mapping[str, Any]:
         """Megatron-LM's command line, where the checkpoint carries one."""
         match self.common_state().get("args"):
-            case Record(state={**args}):
-                return args
+            case Record() as args:
+                return args.fields
             case _:
                 return {}
 

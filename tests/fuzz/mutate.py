@@ -34,6 +34,7 @@ NAMES = (
     b"torch._utils\n_rebuild_tensor_v2", b"torch._utils\n_rebuild_tensor_v3", b"torch._utils\n_rebuild_parameter",
     b"torch._tensor\n_rebuild_from_type_v2", b"torch\nFloatStorage", b"torch.storage\nUntypedStorage", b"argparse\nNamespace",
     b"torch.distributed.checkpoint.metadata\nBytesStorageMetadata", b"torch.distributed.checkpoint.metadata\nMetadata",
+    b"ourcompany.megatron.schedules\nSchedule", b"__main__\nSettings", b"datetime\ntimedelta", b"torch\nos.system",
 )  # fmt: skip
 
 SNIPPETS = (

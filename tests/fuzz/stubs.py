@@ -11,7 +11,10 @@ from typing import Any
 
 from formats.pickles import Global, Record, Storage
 
-_REAL = {"set": set, "frozenset": frozenset, "OrderedDict": dict}
+_REAL = {
+    **{(module, one.__name__): one for module in ("builtins", "__builtin__") for one in (set, frozenset)},
+    ("collections", "OrderedDict"): dict,
+}
 
 
 class Stub:
@@ -42,8 +45,8 @@ class _Unpickler(pickle.Unpickler):
         self._made: dict[tuple[str, str], Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in _REAL:
-            return _REAL[name]
+        if (module, name) in _REAL:
+            return _REAL[module, name]
         return self._made.setdefault((module, name), type(name, (Stub,), {"__module__": module}))
 
     def persistent_load(self, pid: Any) -> Any:
