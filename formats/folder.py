@@ -142,6 +142,7 @@ class LocalFolder:
         self._files = within._files if within else Files(os.O_RDONLY)
         self._local = within._local if within else threading.local()
         self._seen: dict[Path, os.stat_result] = within._seen if within else {}
+        self._paths: dict[str, Path] = {}
 
     @property
     def label(self) -> str:
@@ -190,9 +191,7 @@ class LocalFolder:
         return whole(self, name)
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
-        path = self.path / name
-        if path not in self._seen:
-            self._status(name)
+        path = self._path(name)
         if self._direct and self._may_bypass:
             try:
                 return self._read_past_cache(path, offset, out)
@@ -234,6 +233,15 @@ class LocalFolder:
 
     def close(self) -> None:
         self._files.close()
+
+    def _path(self, name: str) -> Path:
+        """Of a file that is read. Making and hashing a path anew for each read takes longer than the system call."""
+        if name not in self._paths:
+            path = self.path / name
+            if path not in self._seen:
+                self._status(name)
+            self._paths[name] = path
+        return self._paths[name]
 
     def _status(self, name: str) -> os.stat_result:
         if not self.has(name):

@@ -68,6 +68,7 @@ class LocalOutputs:
         self._files = Files(os.O_RDWR | os.O_CREAT)
         self._may_bypass = bool(direct_flag())
         self._local = threading.local()
+        self._paths: dict[str, Path] = {}
 
     def write(self, file: str, offset: int, data: Array) -> None:
         block = io_alignment()
@@ -111,10 +112,11 @@ class LocalOutputs:
 
     def _path(self, file: str) -> Path:
         """Folders below are made; the directory itself is not: if it is gone, another run has it, or has finished it."""
-        path = self.directory / file
+        if file not in self._paths:  # making and hashing a path anew for each write takes longer than the system call
+            self._paths[file] = self.directory / file
         if not self.directory.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.directory))
-        return path
+        return self._paths[file]
 
     def _write_direct(self, file: str, offset: int, data: memoryview) -> None:
         try:
