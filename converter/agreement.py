@@ -4,7 +4,7 @@ so what tensors do not show is compared wherever two places say it."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from converter import families
 from converter.carried import CONFIG, Reference
@@ -97,7 +97,7 @@ def _plain(value: Any) -> Any:
     """A value as it is compared: switches that are off and settings that are absent are the same."""
     if value is None or value is False:
         return None
-    return list(value) if isinstance(value, tuple) else value
+    return list(cast("tuple[Any]", value)) if isinstance(value, tuple) else value
 
 
 def vocabulary_rows(specs: Mapping[str, TensorSpec]) -> int | None:

@@ -226,7 +226,7 @@ def _is_default_scale(value: Any, settings: Settings) -> bool:
 
 def _is_gpt_spec(value: Any) -> bool:
     """Megatron-LM's `--spec MODULE NAME`, of a module of megatron-core's own GPT layers."""
-    first = cast("list[Any]", value)[0] if isinstance(value, (list, tuple)) and value else value
+    first: Any = cast("list[Any]", value)[0] if isinstance(value, (list, tuple)) and value else value
     return isinstance(first, str) and bool(_LAYER_SPECS.match(f"{first}."))
 
 
