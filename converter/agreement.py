@@ -35,7 +35,7 @@ def check(origin: Reference, others: Sequence[Reference], said: Sequence[Said], 
     """
     ours = _of_config(origin.config)
     places = [(_of_config(other.config), f"{other.origin} `{CONFIG}`") for other in others]
-    places += [(_complete(one.fields), one.origin) for one in said]
+    places += [(one.complete, one.origin) for one in said]
     for theirs, place in places:
         for name in differing(ours, theirs, rows=rows):
             raise UserError(
@@ -62,17 +62,6 @@ def _of_config(config: Fields) -> dict[str, Any]:
     """Megatron's fields of a `config.json`."""
     absent = {"rope_scaling_factor": None, "seq_len_interpolation_factor": None, "window_size": None}
     return absent | to_megatron(families.find(config.get("model_type")).CONFIG, config)
-
-
-def _complete(fields: Fields) -> dict[str, Any]:
-    """Fields with what null stands for in Megatron."""
-    found = dict(fields)
-    hidden, heads = found.get("hidden_size"), found.get("num_attention_heads")
-    if "num_query_groups" in found and found["num_query_groups"] is None:
-        found["num_query_groups"] = heads
-    if "kv_channels" in found and found["kv_channels"] is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
-        found["kv_channels"] = hidden // heads
-    return found
 
 
 def differing(ours: Fields, theirs: Fields, *, rows: int | None) -> Iterator[str]:
