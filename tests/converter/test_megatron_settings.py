@@ -1,4 +1,4 @@
-"""Every setting of megatron-core and Megatron-LM is known by what it does, and those that make another model are refused by name."""
+"""Settings of megatron-core and Megatron-LM are known by what they do; those that make another model are refused by name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -54,9 +55,11 @@ def say_in_args(folder, **settings):
 @pytest.fixture(scope="module")
 def megatron_lm():
     """Every setting of Megatron-LM's command line with its default."""
-    from megatron.training.arguments import add_megatron_arguments
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is not installed, Transformer Engine and a GPU, and of old argparse
+        from megatron.training.arguments import add_megatron_arguments
 
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+        parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     return {action.dest: action.default for action in parser._actions if action.dest != "help"}
 
 
@@ -82,7 +85,7 @@ def test_defaults_of_megatron_core_are_neutral():
 def test_defaults_of_megatron_lm_are_neutral_and_none_of_its_models_settings_is_unknown(megatron_lm):
     assert len(megatron_lm) > 700
     assert not list(foreign(megatron_lm, only_model_words=True))
-    on = {name: "something" for name in megatron_lm}
+    on = dict.fromkeys(megatron_lm, "something")
     assert not [one.name for one in foreign(on, only_model_words=True) if not one.known]
 
 
