@@ -4,7 +4,7 @@ so what tensors do not show is compared wherever two places say it."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from converter import families
 from converter.carried import CONFIG, Reference
@@ -35,7 +35,7 @@ def check(origin: Reference, others: Sequence[Reference], said: Sequence[Said], 
     """
     ours = _of_config(origin.config)
     places = [(_of_config(other.config), f"{other.origin} `{CONFIG}`") for other in others]
-    places += [(_complete(one.fields), one.origin) for one in said]
+    places += [(one.complete, one.origin) for one in said]
     for theirs, place in places:
         for name in differing(ours, theirs, rows=rows):
             raise UserError(
@@ -64,17 +64,6 @@ def _of_config(config: Fields) -> dict[str, Any]:
     return absent | to_megatron(families.find(config.get("model_type")).CONFIG, config)
 
 
-def _complete(fields: Fields) -> dict[str, Any]:
-    """Fields with what null stands for in Megatron."""
-    found = dict(fields)
-    hidden, heads = found.get("hidden_size"), found.get("num_attention_heads")
-    if "num_query_groups" in found and found["num_query_groups"] is None:
-        found["num_query_groups"] = heads
-    if "kv_channels" in found and found["kv_channels"] is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
-        found["kv_channels"] = hidden // heads
-    return found
-
-
 def differing(ours: Fields, theirs: Fields, *, rows: int | None) -> Iterator[str]:
     """Yield the fields that both have and that make two different models."""
     scaled = bool(ours.get("rope_scaling")) and bool(theirs.get("rope_scaling"))
@@ -97,7 +86,7 @@ def _plain(value: Any) -> Any:
     """A value as it is compared: switches that are off and settings that are absent are the same."""
     if value is None or value is False:
         return None
-    return list(value) if isinstance(value, tuple) else value
+    return list(cast("tuple[Any]", value)) if isinstance(value, tuple) else value
 
 
 def vocabulary_rows(specs: Mapping[str, TensorSpec]) -> int | None:

@@ -184,7 +184,7 @@ def rope_numbers(config: Config) -> dict[str, Any]:
 
 
 def _rope_object(config: Config, name: str) -> Config:
-    found = config.get(name) or {}
+    found: Any = config.get(name) or {}
     if not isinstance(found, dict):
         raise UserError(f"`{name}` is `{shown(found)}`, which should be an object")
     return cast("Config", found)

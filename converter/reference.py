@@ -59,20 +59,11 @@ def _rebuilt(reader: TorchDistReader, said: Sequence[Said]) -> Reference:
     first = said[0]
     tokenizer = reader.folder.below("tokenizer")
     files = {name: FileIn(tokenizer, name) for name in tokenizer.children() if tokenizer.has(name)}
-    fields, note = first.known, ""
+    fields, note = {name: value for name, value in first.complete.items() if value is not None}, ""
     if "vocab_size" not in fields:
         fields["vocab_size"], note = tokens(first.settings, tokenizer, origin=first.origin)
-    config = rebuild_config(_completed(fields), first.origin)
+    config = rebuild_config(fields, first.origin)
     return Reference(config, f"rebuilt from {first.origin}", files, notes=(note,) if note else ())
-
-
-def _completed(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields that are left out where they have Megatron's default, which is not always Hugging Face's."""
-    hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
-    derived = {"layernorm_epsilon": 1e-5}
-    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-        derived |= {"num_query_groups": heads, "kv_channels": hidden // heads}
-    return {**derived, **fields}
 
 
 def rebuild_config(fields: dict[str, Any], origin: str) -> dict[str, Any]:

@@ -116,6 +116,15 @@ class Said:
         """The fields that have a value."""
         return {name: value for name, value in self.fields.items() if value is not None}
 
+    @property
+    def complete(self) -> dict[str, Any]:
+        """The fields, with what Megatron takes where one is null or left out; that is not always what Hugging Face takes."""
+        hidden, heads = self.fields.get("hidden_size"), self.fields.get("num_attention_heads")
+        defaults: dict[str, Any] = {"layernorm_epsilon": 1e-5}
+        if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+            defaults |= {"num_query_groups": heads, "kv_channels": hidden // heads}
+        return {**defaults, **{name: value for name, value in self.fields.items() if value is not None or name not in defaults}}
+
 
 def read(iteration: Folder, args: Config) -> tuple[dict[str, Any], str] | None:
     """Megatron's fields of a checkpoint's model and where they were found: `run_config.yaml`, else Megatron-LM's `args`."""

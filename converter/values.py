@@ -6,7 +6,7 @@ Where no cast is asked for, bytes are moved untouched. A cast never makes a numb
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -70,4 +70,4 @@ def _is_shorter(dtype: np.dtype[Any], other: np.dtype[Any]) -> bool:
 
 
 def _largest(dtype: np.dtype[Any]) -> float:
-    return float(ml_dtypes.finfo(dtype).max)
+    return float(cast("Any", ml_dtypes.finfo(dtype)).max)

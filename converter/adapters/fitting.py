@@ -76,7 +76,7 @@ def check_whole(adapter: Adapter, base: Source, folder: Folder) -> None:
     candidates = _linear_layers(adapter, base) if adapter.all_linear else base.reader.specs
     lacking = [
         weight
-        for weight in candidates
+        for weight in sorted(candidates)
         if weight not in adapter.names and len(base.reader.specs[weight].shape) == 2 and adapter.asks_for(weight)
     ]
     if lacking:

@@ -48,7 +48,7 @@ def test_no_or_broken_config(source, tmp_path, text, pattern):
     ({"num_key_value_heads": 3}, "8 attention heads do not divide into 3 query groups"),
     ({"intermediate_size": 80}, r"has shape \[96, 64\], by `config.json` it should be \[80, 64\]"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "rope type `yarn`"),
-    ({"rope_parameters": [1]}, "`rope_scaling` is"),
+    ({"rope_parameters": [1]}, "`rope_(parameters|scaling)` is"),
     ({"hidden_act": "gelu"}, "`hidden_act` is `gelu`"),
     ({"tie_word_embeddings": True}, "`lm_head.weight` differs from `model.embed_tokens.weight`"),
     ({"attention_bias": True}, "the source lacks `model.layers.0.self_attn.q_proj.bias`"),

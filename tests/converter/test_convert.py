@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from converter import UserError, hf_to_mcore, mcore_to_hf
+from converter import UserError, hf_to_mcore, mcore_to_hf, verify
 from tests.models import VARIANTS, build, model_tree, save, tree
 
 LAYOUTS = [{"tp": 1, "pp": 1}, {"tp": 2, "pp": 2}, {"tp": 4, "pp": 1}, {"tp": 1, "pp": 4}, {"tp": 2, "pp": 2, "vpp": 2}]
@@ -194,7 +194,7 @@ def test_a_cast_equals_torchs_and_keeps_the_files_grouping(model_folder, tmp_pat
     assert config == {**original, "dtype": str(torch_dtype).removeprefix("torch.")}
 
 
-def test_casting_rounds_as_torch_does_at_ties_overflow_and_nan(tmp_path):
+def test_casting_rounds_as_torch_does_at_ties_underflow_and_nan_and_refuses_what_would_become_infinite():
     from converter.values import cast_into
     from formats.spec import DTYPES
 
@@ -203,12 +203,46 @@ def test_casting_rounds_as_torch_does_at_ties_overflow_and_nan(tmp_path):
                                np.array([0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x477FEFFF, 0x477FF000], np.uint32)])  # fmt: skip
     values = patterns.view(np.float32)
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        out = np.empty(values.shape, DTYPES[name])
-        cast_into(out, values)
-        expected = torch.from_numpy(values).to(dtype)
-        number = ~np.isnan(values)
+        lost = np.isinf(torch.from_numpy(values).to(dtype).float().numpy()) & np.isfinite(values)
+        with pytest.raises(UserError, match=f"`w` has numbers that {name} cannot hold.*; {lost.sum()} of the {lost.size} "):
+            cast_into(np.empty(values.shape, DTYPES[name]), values, name="w")
+        kept = values[~lost]
+        assert np.isinf(kept).any()
+        out = np.empty(kept.shape, DTYPES[name])
+        cast_into(out, kept, name="w")
+        expected = torch.from_numpy(kept).to(dtype)
+        number = ~np.isnan(kept)
         assert np.array_equal(out.view(np.int16)[number], expected.view(torch.int16).numpy()[number])
         assert np.isnan(out.astype(np.float32)[~number]).all()
+
+
+@pytest.mark.parametrize(("start", "infinite"), [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_a_cast_never_makes_a_number_infinite(model_folder, tmp_path, start, infinite):
+    """One that was infinite before stays."""
+    source, name = tmp_path / "source", "model.layers.2.mlp.up_proj.weight"
+    shutil.copytree(model_folder("gqa", dtype=start), source)
+    weights = load_file(source / "model.safetensors")
+    weights[name][3, 5:7] = torch.inf if infinite else torch.tensor([65536.0, -131072.0])
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    if infinite:
+        hf_to_mcore(source, tmp_path / "m", dtype="fp16", verify=True)
+        return
+    text = (
+        f"`{name}` has numbers that fp16 cannot hold: up to `131072`, and its largest is `65504`; 2 of the 6144 looked at would "
+        "become infinite\n\nhint: cast to bf16 or fp32, or convert with `--dtype keep`"
+    )
+    with pytest.raises(UserError) as error:
+        hf_to_mcore(source, tmp_path / "m", dtype="fp16", verify=True)
+    assert str(error.value) == text
+    assert not list(tmp_path.glob("m*"))
+    hf_to_mcore(source, tmp_path / "m", dtype="bf16")
+    with pytest.raises(
+        UserError, match=r"`decoder.layers.2.mlp.linear_fc1.weight` has numbers that fp16 cannot hold: up to `131072`"
+    ):
+        mcore_to_hf(tmp_path / "m", tmp_path / "back", dtype="fp16")
+    assert not list(tmp_path.glob("back*"))
+    with pytest.raises(UserError, match="has numbers that fp16 cannot hold"):
+        verify(source, tmp_path / "m", cast="fp16")
 
 
 def test_a_dtype_per_layer_is_refused_and_can_be_cast(model_folder, tmp_path):
