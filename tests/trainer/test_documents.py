@@ -163,8 +163,8 @@ ddp: null
         ("train: {<<: {train_iters: 1}}", ("`run.yaml` is not readable: line 1 refers to another place in it; "
          "write the values out")),
         ("[" * 70, "`run.yaml` is not readable: it is nested deeper than 64 levels"),
-        ("train: !!python/name:os.system {}", "`run.yaml` is not readable: line 1, column 8 has a tag or a key that no setting "
-         "has"),
+        ("train: !!python/name:os.system {}", ("`run.yaml` is not readable: line 1, column 8 has a tag or a key that no setting "
+         "has")),
         ("train:\n  a: [1\n", "`run.yaml` is not readable: the fault is at line 3, column 1"),
         ("[" * 100_000, "`run.yaml` is not readable: it is nested deeper than 64 levels"),
         ("train: \x07", "`run.yaml` is not readable: the fault is at character 8"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +60,7 @@ def command(
     from trainer.generation.sampling import Sampling  # noqa: PLC0415
 
     how, checkpoint = Sampling(**sampling), expanded(checkpoint)
-    starts = nproc is not None and nproc > 1 and "RANK" not in os.environ
+    starts = parallel.starts_others(nproc)
     settings = generation.make_run(
         checkpoint, overrides, world_size=nproc if starts and nproc else parallel.world_size(), dtype=dtype
     )

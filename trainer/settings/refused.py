@@ -42,6 +42,22 @@ def explained(name: str, part: Any, attempt: Callable[[Any], object]) -> Iterato
         raise refusal(name, part, attempt, error) from error
 
 
+@contextmanager
+def named_in_first_step() -> Iterator[None]:
+    """Turn what megatron-core itself asserts when a model first runs into a UserError: it is about a setting that nothing looked
+    at before. Everything else, such as memory that is full or a fault in a user's own code, stays what it is."""
+    try:
+        yield
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if "/megatron/core/" not in frames[-1].filename or _has_foreign_code(error):
+            raise
+        raise UserError(
+            "megatron-core refuses settings of this run in its first step",
+            hint=f"compare them with the recipe's: `mbtrain show`\n\n{_in_its_words(error)}",
+        ) from error
+
+
 def _has_foreign_code(error: Exception) -> bool:
     """Did a model of the user's own take part, whose faults want a traceback?"""
     ours = (str(Path(__file__).parents[2]), *sysconfig.get_paths().values())

@@ -16,7 +16,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from formats.errors import UserError
 from trainer.config import DatasetConfig, FinetuningDatasetConfig, RunConfig
-from trainer.settings import checks, described, overlap, paths, precision, refused
+from trainer.settings import checks, described, overlap, paths, precision, refused, unsupported
 from trainer.settings.choice import Choice, carry_out
 from trainer.settings.precision import Machine
 
@@ -49,6 +49,7 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     checks.check_sizes(told)
     checks.check_attention(told.model)
     checks.check_optimizer(told)
+    unsupported.check(told, machine.device)
     checks.check_peft(told.peft)
     precision.check(told.mixed_precision, machine)
     checks.check_device(told, machine)
