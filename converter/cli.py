@@ -7,14 +7,13 @@ Commands import what they need when they run, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import click
 
@@ -287,10 +286,11 @@ def _leave_at_once(_number: int, _frame: object) -> None:
 
 def main() -> None:
     """The program. Errors a user can mend are shown without a traceback."""
+    from converter.streams import prepare  # noqa: PLC0415
     from formats.errors import UserError  # noqa: PLC0415
 
     _stop_well()
-    cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")  # names in a damaged file may be no text
+    prepare()
     try:
         sys.exit(cli.main(standalone_mode=False))
     except UserError as error:

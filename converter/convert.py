@@ -17,6 +17,7 @@ from converter.values import CHOICES, KEEP
 from formats.disk import explained
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
+from formats.home import expanded
 from formats.huggingface import HuggingFaceReader
 from formats.location import is_remote, without_secrets
 from formats.target import check_target
@@ -44,7 +45,7 @@ def hf_to_mcore(
     file, as megatron-core checks them, and the BLAKE3 of every tensor. Raises UserError before a byte moves for whatever
     cannot be converted exactly; after any failure nothing is at `target`.
     """
-    how, talk, target, folder = How(**options), talk or Talk(), str(target), open_source(source, or_hub=True)
+    how, talk, target, folder = How(**options), talk or Talk(), expanded(target), open_source(source, or_hub=True)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, vocab_divisible_by=vocab_divisible_by)
     check_place(target, [folder], how)
     wanted = ImportOptions(
@@ -79,7 +80,7 @@ def mcore_to_hf(
     one that travelled; `max_shard_size` in bytes; `integrity` writes the BLAKE3 of every tensor. Raises UserError before a
     byte moves for whatever cannot be converted exactly; after any failure nothing is at `target`.
     """
-    how, talk, target, root = How(**options), talk or Talk(), str(target), open_source(source)
+    how, talk, target, root = How(**options), talk or Talk(), expanded(target), open_source(source)
     check_options(dtype=dtype, max_shard_size=max_shard_size)
     given = open_source(hf_config) if hf_config else None
     sources = [root, *([given] if given else [])]

@@ -13,6 +13,7 @@ from converter.carried import Reference
 from formats.errors import UserError
 from formats.faults import fault
 from formats.folder import FileIn, Folder, LocalFolder
+from formats.home import expanded
 from formats.location import is_remote, open_folder
 from formats.machine import check_machine
 from formats.spec import Reader
@@ -60,6 +61,7 @@ def open_source(source: str | Path, *, or_hub: bool = False) -> Folder:
     Raises UserError if it is nothing of that, and on a machine where nothing can be converted: every command begins here.
     """
     check_machine()
+    source = expanded(source) if isinstance(source, str) else Path(expanded(source))
     path = Path(source)
     if is_remote(source) or path.is_dir():
         return open_folder(source)

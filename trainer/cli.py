@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from converter import streams
 from formats.errors import UserError
 from trainer import commands
 
@@ -24,6 +25,11 @@ class _Commands(click.Group):
             return None
         command: Any = import_module(f"{commands.__name__}.{cmd_name.replace('-', '_')}").command
         return command
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """The program; also each process of a run."""
+        streams.prepare()
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

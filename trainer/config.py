@@ -6,10 +6,16 @@ Knows no defaults that depend on a model or a machine: recipes know the first, `
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from megatron.core import distributed
 from megatron.core.optimizer import OptimizerConfig
+
+FilePath = Annotated[str, "a path"]
+"""A file or a folder; a `~` that it begins with is the home directory (`trainer.settings.paths`)."""
+
+Blend = list[Any]
+"""Prefixes of files, or weights and prefixes in turns."""
 
 
 @dataclass(kw_only=True)
@@ -90,17 +96,17 @@ class DatasetConfig:
     sequence_length: int = 1024
     """Tokens per training sequence."""
 
-    blend: list[Any] | None = None
+    blend: Blend | None = None
     """Prefixes of `.bin`/`.idx` pairs, or weights and prefixes in turns: `[0.3, a_text, 0.7, b_text]`."""
 
-    blend_per_split: list[list[Any] | None] | None = None
+    blend_per_split: list[Blend | None] | None = None
     """The same for train, validation and test, each from its own files."""
 
     split: str = "969,30,1"
     """Shares of the documents for train, validation and test, where `blend` is one for all."""
 
     random_seed: int = 1234
-    path_to_cache: str | None = None
+    path_to_cache: FilePath | None = None
     """Where the indices of shuffled documents are kept; None for a folder beside the data."""
 
     num_workers: int = 2
@@ -121,11 +127,11 @@ class FinetuningDatasetConfig:
     sequence_length: int = 2048
     """Tokens per training sequence; longer examples are cut."""
 
-    path: str | None = None
+    path: FilePath | None = None
     """JSON lines, parquet, a folder of Hugging Face `datasets`, or a folder that `mbtrain pack` made."""
 
-    validation_path: str | None = None
-    test_path: str | None = None
+    validation_path: FilePath | None = None
+    test_path: FilePath | None = None
     split: str = "95,5,0"
     """Shares of the examples of `path` for train, validation and test, where those have no files of their own."""
 
@@ -135,7 +141,7 @@ class FinetuningDatasetConfig:
     pad_to_multiple_of: int | None = None
     """What lengths of packed examples are brought up to a multiple of; None for what context parallelism needs, 2 × its size."""
 
-    chat_template: str | None = None
+    chat_template: FilePath | None = None
     """A file with a Jinja template, in place of the tokenizer's own."""
 
     prompt_template: str = "{prompt}"
@@ -145,7 +151,7 @@ class FinetuningDatasetConfig:
     """Count examples that cannot be used, instead of stopping at the first."""
 
     random_seed: int = 1234
-    path_to_cache: str | None = None
+    path_to_cache: FilePath | None = None
     """Where tokens are kept from one start to the next; None for a folder beside the data."""
 
     num_workers: int = 2
@@ -162,7 +168,7 @@ class FinetuningDatasetConfig:
 class TokenizerConfig:
     """What made the tokens: needed for end-of-document ids, generation, and to travel with checkpoints."""
 
-    tokenizer_model: str | None = None
+    tokenizer_model: FilePath | None = None
     """A folder with `tokenizer.json`, or `byte`; None for the model's own, where it has one."""
 
 
@@ -173,14 +179,14 @@ class LoggerConfig:
     log_interval: int = 10
     """Steps per line."""
 
-    run_dir: str | None = None
+    run_dir: FilePath | None = None
     """Where `metrics.jsonl` and plots go; None for `checkpoint.save`, if that is given."""
 
-    tensorboard_dir: str | None = None
+    tensorboard_dir: FilePath | None = None
     wandb_project: str | None = None
     wandb_exp_name: str | None = None
     wandb_entity: str | None = None
-    wandb_save_dir: str | None = None
+    wandb_save_dir: FilePath | None = None
     wandb_mode: Literal["online", "offline"] = "online"
 
 
@@ -188,20 +194,20 @@ class LoggerConfig:
 class CheckpointConfig:
     """What a run starts from, and what it leaves."""
 
-    save: str | None = None
+    save: FilePath | None = None
     """The folder that checkpoints go to; None for none."""
 
-    load: str | None = None
+    load: FilePath | None = None
     """A folder of this trainer's checkpoints to resume from: weights, optimizer, data position. One without checkpoints
     starts anew, so that `load` and `save` may be the same from the first start on."""
 
-    pretrained_checkpoint: str | None = None
+    pretrained_checkpoint: FilePath | None = None
     """Weights to start from where there is nothing to resume: a Megatron checkpoint or a Hugging Face directory."""
 
     random_weights: bool = False
     """Fine-tune random weights, as benchmarks do; otherwise naming none is an error. Pretraining needs no leave."""
 
-    pretrained_adapter: str | None = None
+    pretrained_adapter: FilePath | None = None
     """Adapters to start from beside those weights: a checkpoint of this trainer, or of `mbconvert adapter-to-mcore`."""
 
     save_interval: int | None = None

@@ -6,7 +6,7 @@ Knows no models beyond which layers each device has. What lets megatron-core run
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
@@ -47,7 +47,17 @@ def prepare(kind: str) -> None:
                 "training on a GPU needs Transformer Engine, which is not installed",
                 hint="`pip install 'mbtools[gpu]'`, or `dist.device=cpu`",
             )
-        torch.cuda.set_device(_gpu(int(os.environ.get("LOCAL_RANK", "0")), visible=torch.cuda.device_count()))
+        torch.cuda.set_device(_gpu(local_rank(os.environ), visible=torch.cuda.device_count()))
+
+
+def local_rank(env: Mapping[str, str]) -> int:
+    """This process's number on its host. UserError where it is none."""
+    told = env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0"
+    if not told.isdecimal():
+        raise UserError(
+            f"`LOCAL_RANK` is `{told}`, which is no number of a process on its host", hint="start all processes with torchrun"
+        )
+    return int(told)
 
 
 def _gpu(local_rank: int, *, visible: int) -> int:

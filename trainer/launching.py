@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import click
 
-from trainer import device, feed
+from trainer import device, feed, rehearsal
 from trainer.config import RunConfig
 from trainer.settings.resolve import resolve
 
@@ -21,7 +21,10 @@ STOPPING_S = "3600"
 
 def check(config: RunConfig, *, world_size: int) -> None:
     """Raise UserError for whatever would stop the run before its first step, before processes start."""
-    resolve(config, world_size=world_size, device=device.choose(config.dist.device))
+    kind = device.choose(config.dist.device)
+    resolved = resolve(config, world_size=world_size, device=kind)
+    if kind == device.CPU:
+        rehearsal.rehearse(resolved.config, world_size=world_size)
     feed.check(config)
 
 

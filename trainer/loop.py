@@ -11,7 +11,8 @@ import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from trainer.generation.text import generate
 from trainer.loss import forward_step as default_forward_step
 from trainer.loss import mean
 from trainer.run import Callback, ForwardStep, Run, Step, say
+from trainer.settings import refused
 from trainer.settings.resolve import Resolved, resolve
 from trainer.signals import Stop
 from trainer.telling import voice
@@ -74,8 +76,7 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     first_weights(chunks, config, resumed)
     base = what_is_trained(chunks, config, resumed)
     travels = luggage.pack(config, chunks, resumed=resumed, base=base)
-    wrapped = optim.wrap(chunks, config)
-    optimizer = optim.make_optimizer(wrapped, config)
+    wrapped, optimizer = _trainable(chunks, config)
     parts = checkpoint.Parts(wrapped, optimizer, optim.make_scheduler(optimizer, config), checkpoint.Progress())
     if resumed:
         checkpoint.resume(parts, config, resumed, say=say)
@@ -99,11 +100,24 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     return run
 
 
+def _trainable(chunks: list[Any], config: RunConfig) -> tuple[list[Any], Any]:
+    """Chunks whose gradients are reduced, and the optimizer. UserError for settings that megatron-core refuses."""
+    with refused.explained("ddp", config.ddp, lambda tried: optim.wrap(chunks, replace(config, ddp=tried))):
+        wrapped = optim.wrap(chunks, config)
+
+    def attempt(tried: Any) -> Any:
+        return optim.make_optimizer(wrapped, replace(config, optimizer=tried))
+
+    with refused.explained("optimizer", config.optimizer, attempt):
+        return wrapped, optim.make_optimizer(wrapped, config)
+
+
 def train(run: Run) -> None:
     """Step until the run is done or asked to stop; tell, evaluate and save on the way."""
-    settings = run.config
+    settings, first = run.config, run.progress.iteration
     while run.progress.iteration < settings.train.train_iters:
-        step = train_step(run)
+        with refused.named_in_first_step() if run.progress.iteration == first else nullcontext():
+            step = train_step(run)
         run.telling.step(run.progress, step)
         for callback in run.callbacks:
             callback.on_step(run, step)

@@ -31,7 +31,9 @@ from converter.config import rope_numbers, to_megatron
 from converter.families import find
 from formats.errors import UserError
 from trainer import device
+from trainer.config import FilePath
 from trainer.loss import WithoutPadding
+from trainer.settings import refused
 
 Config = Mapping[str, Any]
 
@@ -108,10 +110,10 @@ class GPTModelProvider(ModelProvider):
     hf_config: dict[str, Any] = field(default_factory=dict)
     """The `config.json` this model is; it travels with checkpoints so that they can be exported."""
 
-    hf_source: str | None = None
+    hf_source: FilePath | None = None
     """The folder whose tokenizer and other side files travel with checkpoints."""
 
-    pretrained_from: str | None = None
+    pretrained_from: FilePath | None = None
     """Weights that a run starts from where `checkpoint.pretrained_checkpoint` names none."""
 
     def finalize(self) -> None:
@@ -177,7 +179,21 @@ def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProv
 
 
 def build(provider: Any) -> list[torch.nn.Module]:
-    """This rank's chunks, one per virtual pipeline stage, on its device and in the parameters' dtype."""
+    """This rank's chunks, one per virtual pipeline stage, on its device and in the parameters' dtype.
+
+    UserError where megatron-core refuses the settings.
+    """
+    with refused.explained("model", provider, shapes):
+        return [chunk.to(device.current()) for chunk in _chunks(provider)]
+
+
+def shapes(provider: Any) -> list[torch.nn.Module]:
+    """The same chunks on torch's meta device: without memory, in a fraction of a second."""
+    with torch.device("meta"):
+        return _chunks(provider)
+
+
+def _chunks(provider: Any) -> list[torch.nn.Module]:
     stages = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
     return [_chunk(provider, stage if stages > 1 else None) for stage in range(stages)]
 
@@ -189,7 +205,7 @@ def _chunk(provider: Any, vp_stage: int | None) -> torch.nn.Module:
         post_process=parallel_state.is_pipeline_last_stage(**place),
         vp_stage=vp_stage,
     )
-    return _as_megatron(model, provider).to(device.current())
+    return _as_megatron(model, provider)
 
 
 def _as_megatron(model: torch.nn.Module, provider: Any) -> torch.nn.Module:

@@ -76,9 +76,46 @@ def _first_host(env: Mapping[str, str]) -> str:
     )
 
 
+_WAYS_OUT = "start all processes with torchrun, or unset `RANK` and `WORLD_SIZE` to train in this one alone"
+
+
+def check_meeting_point(env: Mapping[str, str]) -> None:
+    """UserError where there are several processes, and the environment does not say where they meet."""
+    size = from_environment(env).size
+    if size == 1:
+        return
+    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+    if lacking:
+        raise UserError(
+            f"`WORLD_SIZE` is `{size}`, and {' and '.join(f'`{name}`' for name in lacking)} "
+            f"{'is' if len(lacking) == 1 else 'are'} not set: processes do not know where to meet",
+            hint=f"{_WAYS_OUT}; or set both to rank 0's host and a free port of it",
+        )
+    port = env["MASTER_PORT"]
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(
+            f"`MASTER_PORT` is `{port}`, which is no port", hint=f"set it to a number up to {2**16 - 1}; or {_WAYS_OUT}"
+        )
+
+
+def starts_others(nproc: int | None) -> bool:
+    """Is this the process that starts those of `--nproc`, and not one of them? UserError where others were started already, and
+    are another number."""
+    size = world_size()
+    if nproc is None or nproc == 1 or size == 1:
+        return nproc is not None and nproc > 1
+    if nproc != size:
+        raise UserError(
+            f"`--nproc` is `{nproc}`, and this is one of `{size}` processes that were started already",
+            hint="leave `--nproc` out; or unset `RANK` and `WORLD_SIZE` where they are left over from something else",
+        )
+    return False
+
+
 @contextmanager
 def session(config: RunConfig, kind: str) -> Iterator[None]:
     """Process groups, seeds and the microbatch calculator of a run, for as long as this is entered."""
+    check_meeting_point(os.environ)
     device.prepare(kind)
     with device.stand_in(kind), device.environment_kept():
         _start(config, kind)
@@ -100,8 +137,7 @@ def _first_to_tell(error: UserError) -> bool:
 
 
 def _start(config: RunConfig, kind: str) -> None:
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    alone = "RANK" not in os.environ
+    alone = world_size() == 1  # which needs to meet nobody, whatever else a cluster has set
     dist.init_process_group(
         "gloo" if kind == device.CPU else "nccl",
         init_method="tcp://127.0.0.1:0" if alone else None,
@@ -119,8 +155,8 @@ def _start(config: RunConfig, kind: str) -> None:
     )
 
 
-def form_groups(model: Any, *, timeout_minutes: float) -> None:
-    """megatron-core's process groups for a model's parallel sizes."""
+def form_groups(model: Any, *, timeout_minutes: float, gloo: bool = True) -> None:
+    """megatron-core's process groups for a model's parallel sizes; without `gloo`, no second set of them."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
@@ -129,6 +165,7 @@ def form_groups(model: Any, *, timeout_minutes: float) -> None:
         expert_model_parallel_size=model.expert_model_parallel_size,
         expert_tensor_parallel_size=model.expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, int(timeout_minutes)),
+        create_gloo_process_groups=gloo,
     )
 
 

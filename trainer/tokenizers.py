@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from formats.errors import UserError, shown
 from formats.faults import fault
+from formats.home import expanded
 from formats.json_objects import parse_json
 
 END = "<|endoftext|>"
@@ -85,6 +86,7 @@ def load(name: str) -> Tokenizer:
     """
     if name == "byte":
         return _bytes()
+    name = expanded(name)
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(f"`{name}` is no folder", hint="give a folder with `tokenizer.json`, or `byte` for plain bytes")

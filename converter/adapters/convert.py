@@ -14,6 +14,7 @@ from converter.convert import check_place
 from converter.job import How, HowOptions, Summary, Talk
 from converter.sources import open_source
 from formats.disk import explained
+from formats.home import expanded
 
 
 @explained()
@@ -32,7 +33,7 @@ def adapter_to_mcore(
     keeps the separate adapters that PEFT has; without it those of query, key and value, and of gate and up, become one, which
     needs their A to be the same. Raises UserError before a byte moves for whatever cannot be converted exactly.
     """
-    how, talk, target, folder = How(**options), talk or Talk(), str(target), open_source(source, or_hub=True)
+    how, talk, target, folder = How(**options), talk or Talk(), expanded(target), open_source(source, or_hub=True)
     beside = open_source(base, or_hub=True)
     check_place(target, [folder, beside], how)
     with closing(folder), closing(beside):
@@ -47,7 +48,7 @@ def adapter_to_hf(source: str | Path, target: str | Path, *, talk: Talk | None =
     `source` is the checkpoint's root or one iteration. A fused adapter becomes one for each of the weights it changes, with
     the same A. Raises UserError before a byte moves for whatever cannot be converted exactly.
     """
-    how, talk, target, root = How(**options), talk or Talk(), str(target), open_source(source)
+    how, talk, target, root = How(**options), talk or Talk(), expanded(target), open_source(source)
     check_place(target, [root], how)
     with closing(root):
         return carry_out(plan_export(root, target), how, talk, sources=[root])

@@ -12,6 +12,7 @@ from typing import Any, cast
 from converter.adapters.files import DESCRIPTION
 from formats.errors import UserError, shown
 from formats.folder import Folder
+from formats.home import expanded
 from formats.json_objects import read_json
 from formats.spec import whole_number
 
@@ -32,7 +33,8 @@ class Base:
 
 def base_name(source: str | Path) -> str:
     """What a model is called that adapters stand beside: a folder here by its whole path, which holds in every other folder."""
-    return str(Path(source).absolute()) if Path(source).exists() else str(source)
+    path = Path(expanded(source))
+    return str(path.absolute()) if path.exists() else str(source)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from converter.workers import check_workers
 from formats.disk import explained
 from formats.errors import UserError
 from formats.folder import Folder
+from formats.home import expanded
 from formats.spec import TensorSpec
 
 Kind = Literal["hf", "mcore"]
@@ -61,7 +62,7 @@ def merge(
     unless `any_base`. Raises UserError before a byte moves for whatever does not fit; after any failure nothing is at
     `target`.
     """
-    how, talk, target = How(**options), talk or Talk(), str(target)
+    how, talk, target = How(**options), talk or Talk(), expanded(target)
     counts = {"tp": tp, "pp": pp, "vpp": vpp, "vocab_divisible_by": vocab_divisible_by, "max_shard_size": max_shard_size}
     check_options(dtype=dtype, **counts)
     folder, given = open_source(base, or_hub=True), open_source(hf_config) if hf_config else None

@@ -163,9 +163,11 @@ ddp: null
         ("train: {<<: {train_iters: 1}}", ("`run.yaml` is not readable: line 1 refers to another place in it; "
          "write the values out")),
         ("[" * 70, "`run.yaml` is not readable: it is nested deeper than 64 levels"),
-        ("train: !!python/name:os.system {}", ("`run.yaml` is not readable: could not determine a constructor for the tag "
-         "'tag:yaml.org,2002:python/name:os.system'\n  in \"<unicode string>\", line 1, column 8:\n"
-         "    train: !!python/name:os.system {}\n           ^")),
+        ("train: !!python/name:os.system {}", ("`run.yaml` is not readable: line 1, column 8 has a tag or a key that no setting "
+         "has")),
+        ("train:\n  a: [1\n", "`run.yaml` is not readable: the fault is at line 3, column 1"),
+        ("[" * 100_000, "`run.yaml` is not readable: it is nested deeper than 64 levels"),
+        ("train: \x07", "`run.yaml` is not readable: the fault is at character 8"),
         ("5", "`run.yaml` is `5`, it should be sections with settings\n\nhint: start with `train:`"),
         ("logger: {wandb_project: 5}", "`logger.wandb_project` is `5`, it should be text or null\n\nhint: write it in quotes"),
         ("logger: {wandb_mode: off}", "`logger.wandb_mode` is `False`, it should be `online` or `offline`"),

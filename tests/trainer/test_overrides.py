@@ -198,6 +198,27 @@ def test_a_sweep_that_meant_text_or_a_list_says_how(config: RunConfig) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("checkpoint.save=/tmp/münchen 日本/a", "/tmp/münchen 日本/a"),
+        ("checkpoint.save=a#b&c;d!e<f>g^h`i", "a#b&c;d!e<f>g^h`i"),
+        ("checkpoint.save='~a'", "~a"),
+        ("checkpoint.save=./~/a", "./~/a"),
+        ('checkpoint.save="é"', "é"),
+    ],
+)
+def test_letters_that_hydras_grammar_lacks_stand_for_themselves(config: RunConfig, text: str, value: str) -> None:
+    overrides.apply(config, [text])
+    assert config.checkpoint.save == value
+
+
+def test_letters_that_hydras_grammar_lacks_stand_in_lists_and_mappings_too(config: RunConfig) -> None:
+    overrides.apply(config, ["dataset.blend=[0.3,~/a,0.7,'b#,']", "+model.hf_config.x={ä: [~]}"])
+    assert config.dataset.blend == [0.3, "~/a", 0.7, "b#,"]
+    assert config.model.hf_config["x"] == {"ä": ["~"]}
+
+
 def test_groups_and_interpolations_are_refused(config: RunConfig) -> None:
     assert refusal(config, "model@a=b") == (
         "`model@a=b` chooses from a config group, and there are none\n\nhint: write `section.name=value`"
@@ -209,11 +230,16 @@ def test_groups_and_interpolations_are_refused(config: RunConfig) -> None:
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("train.train_iters", "missing EQUAL at '<EOF>'"), ("checkpoint.save=~/x", "token recognition error at: '~'")],
+    [
+        ("train.train_iters", ": it has no `=`"),
+        ("checkpoint.save=a=b", ": `=` has a meaning of its own in Hydra's grammar"),
+        ("checkpoint.save=(a)", ": `(` has a meaning of its own in Hydra's grammar"),
+        ("checkpoint.save=a\\&b", ""),
+    ],
 )
 def test_what_cannot_be_read_says_how_to_write_it(config: RunConfig, text: str, reason: str) -> None:
     assert refusal(config, text) == (
-        f"cannot read the override `{text}`: {reason}\n\n"
+        f"cannot read the override `{text}`{reason}\n\n"
         "hint: write `section.name=value`; text with special characters goes in quotes: `'section.name=\"a=b\"'`"
     )
 

@@ -145,12 +145,12 @@ def refused(tmp_path, *inputs, prefix="out", **options):
 
 
 LINES = {
-    b'{"text": "a" "b"}': " is not JSON: Expecting ',' delimiter: line 1 column 14 (char 13)",
+    b'{"text": "a" "b"}': " is not JSON: the fault is at line 1, column 14",
     b'{"body": 1, "id": 2}': " has no key `text`: it has `body`, `id`",
     b"[1]": " is no JSON object but a list",
     b'{"text": 3}': ": `text` is no text but a int",
     b'{"text": "\\ud800"}': ": `text` holds half a surrogate pair, which is no text",
-    b'{"text": "\xff"}': " is not UTF-8: invalid start byte at byte 10",
+    b'{"text": "\xff"}': " is not text in UTF-8: byte 10 is not UTF-8",
 }
 
 
@@ -177,11 +177,11 @@ def test_bad_files_are_named(tmp_path, monkeypatch):
     assert refused(tmp_path, "a.csv") == "`T/a.csv` is of no kind that documents are read from"
     assert refused(tmp_path, "empty") == "`T/empty` holds no file that documents are read from"
     assert refused(tmp_path, "none.txt") == "`T/none.txt` does not exist"
-    assert refused(tmp_path, "bad.parquet").startswith("`T/bad.parquet` is not readable as parquet: ")
+    assert refused(tmp_path, "bad.parquet").startswith("`T/bad.parquet` is not readable as parquet")
     assert refused(tmp_path, "null.parquet") == "`T/null.parquet`, row 1 holds no text: it is null"
     assert refused(tmp_path, "null.parquet", key="n") == "column `n` of `T/null.parquet` is no text: it is int64"
     assert refused(tmp_path, "null.parquet", key="x") == "`T/null.parquet` has no column `x`: it has `n`, `text`"
-    assert refused(tmp_path, "latin.txt") == "`T/latin.txt` is not UTF-8: invalid start byte at byte 2"
+    assert refused(tmp_path, "latin.txt") == "`T/latin.txt` is not text in UTF-8: byte 2 is not UTF-8"
     assert refused(tmp_path, "nothing.txt") == "the inputs hold no text at all"
     assert refused(tmp_path, "a.csv", prefix="out.bin") == "`T/out.bin` is a file's name, not a prefix"
     monkeypatch.setattr("trainer.data.documents.LONGEST", 2)

@@ -130,7 +130,16 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {EP: 4, "model__num_moe_experts": 4, "world_size": 2},
         (
             "`2` processes do not divide by `4`: expert tensor `1` × expert `4` × pipeline `1`\n\n"
-            "hint: start a multiple of 4 processes, or change `model.expert_model_parallel_size`"
+            "hint: start a multiple of 4 processes, or change `model.expert_model_parallel_size` or "
+            "`model.expert_tensor_parallel_size`"
+        ),
+    ),
+    "expert tensor parallelism without experts": (
+        {"model__expert_tensor_parallel_size": 2},
+        (
+            "`1` processes do not divide by `2`: expert tensor `2` × expert `1` × pipeline `1`\n\n"
+            "hint: start a multiple of 2 processes, or change `model.expert_model_parallel_size` or "
+            "`model.expert_tensor_parallel_size`"
         ),
     ),
     "experts": (
@@ -306,8 +315,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "megatron-core's own": (
         {"model__fp8_output_proj": True},
         (
-            "megatron-core refuses the settings under `model`: fp8_output_proj must be used together with fp8 mode.\n\n"
-            "hint: change the settings that it names"
+            "megatron-core refuses `model.fp8_output_proj=True`\n\n"
+            "hint: leave `model.fp8_output_proj` out, or change what it depends on"
         ),
     ),
 }
@@ -318,7 +327,9 @@ def test_what_cannot_run_is_refused_with_both_numbers_and_a_way_out(what: str) -
     changes, message = REFUSALS[what]
     with pytest.raises(UserError) as caught:
         resolved(**changes)
-    assert str(caught.value) == message
+    ours, _, theirs = str(caught.value).partition("\n\nmegatron-core 0.19.2 says")
+    assert ours == message
+    assert bool(theirs) == message.startswith("megatron-core refuses")
 
 
 def test_a_gpu_without_transformer_engine_has_no_context_parallelism() -> None:

@@ -23,6 +23,7 @@ from converter.report import HUGGINGFACE, kind
 from converter.sources import open_source
 from formats.errors import UserError
 from formats.folder import LocalFolder
+from formats.home import expanded
 from formats.torch_dist import TorchDistReader, find_iteration
 from trainer.checkpoints import live
 from trainer.config import RunConfig
@@ -168,6 +169,7 @@ def load(chunks: Sequence[Any], source: str, config: RunConfig, base: Base | Non
 
     Raises UserError for what is no checkpoint of adapters, or of another method, shape or base.
     """
+    source = expanded(source)
     if is_peft(LocalFolder(Path(source))):
         raise UserError(
             f"`{source}` is a folder of PEFT's",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ import click
 
 from formats.errors import UserError
 from formats.faults import fault
+from formats.home import expanded
+from trainer.settings.arguments import HomePath
 
 if TYPE_CHECKING:
     from trainer.generation.text import Generation
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="May be given several times.")
 @click.option(
     "--prompt-file",
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    type=HomePath(exists=True, dir_okay=False, allow_dash=True),
     help="A prompt on each line that is not empty; `-` reads standard input.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
@@ -39,7 +40,7 @@ def command(
     checkpoint: str,
     overrides: tuple[str, ...],
     prompts: tuple[str, ...],
-    prompt_file: str | None,
+    prompt_file: Path | str | None,
     *,
     max_new_tokens: int,
     dtype: str | None,
@@ -58,8 +59,8 @@ def command(
     from trainer.generation import checkpoint as generation  # noqa: PLC0415
     from trainer.generation.sampling import Sampling  # noqa: PLC0415
 
-    how = Sampling(**sampling)
-    starts = nproc is not None and nproc > 1 and "RANK" not in os.environ
+    how, checkpoint = Sampling(**sampling), expanded(checkpoint)
+    starts = parallel.starts_others(nproc)
     settings = generation.make_run(
         checkpoint, overrides, world_size=nproc if starts and nproc else parallel.world_size(), dtype=dtype
     )
@@ -77,7 +78,7 @@ def command(
     )
 
 
-def _lines(file: str | None) -> list[str]:
+def _lines(file: Path | str | None) -> list[str]:
     """A file's prompts, read by one rank: standard input can be read once."""
     if file is None:
         return []
@@ -85,7 +86,7 @@ def _lines(file: str | None) -> list[str]:
 
     told: list[Any] = [None]
     if dist.get_rank() == 0:
-        told = [sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()]
+        told = [sys.stdin.buffer.read() if isinstance(file, str) else file.read_bytes()]
     dist.broadcast_object_list(told, src=0)
     try:
         lines = [line for line in told[0].decode().splitlines() if line.strip()]

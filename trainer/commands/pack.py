@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trainer.settings.arguments import read_run
+from formats.home import expanded
+from trainer.settings.arguments import is_override, read_run
 
 if TYPE_CHECKING:
     from trainer.data.chat.sets import Packed
@@ -51,10 +52,10 @@ def command(words: tuple[str, ...], *, config_file: str | None, as_json: bool, q
 
 def _apart(words: tuple[str, ...]) -> tuple[str | None, Path, list[str]]:
     """The recipe, where OUT goes, and overrides, which have a `=` or begin as overrides do."""
-    names = [word for word in words if "=" not in word and word[:1] not in "+~"]
+    names = [word for word in words if not is_override(word)]
     if not 0 < len(names) < 3:
         raise click.UsageError(f"a recipe and a folder to make are expected, not {len(names)} words")
-    return names[0] if len(names) == 2 else None, Path(names[-1]), [word for word in words if word not in names]
+    return names[0] if len(names) == 2 else None, Path(expanded(names[-1])), [word for word in words if word not in names]
 
 
 def _lines(done: list[Packed]) -> list[str]:

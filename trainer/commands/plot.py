@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from trainer.settings.arguments import HomePath
+
 
 @click.command(name="plot", epilog="Example: mbtrain plot run")
-@click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR…", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="The PNG to write; without it, `curves.png` in the first RUN_DIR.")
+@click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR…", type=HomePath())
+@click.option("--out", type=HomePath(), help="The PNG to write; without it, `curves.png` in the first RUN_DIR.")
 def command(run_dirs: tuple[Path, ...], out: Path | None) -> None:
     """Plot the curves of one run or several.
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import click
 
+from trainer.settings.arguments import HomePath
+
 
 @click.command("prepare-data", no_args_is_help=True, epilog="Example: mbtrain prepare-data sources text --tokenizer byte")
-@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="INPUT…")
-@click.argument("prefix", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, type=HomePath(), metavar="INPUT…")
+@click.argument("prefix", type=HomePath())
 @click.option("--tokenizer", required=True, metavar="DIR|byte", help="A folder with tokenizer.json, or `byte`.")
 @click.option(
     "--json-key", default="text", show_default=True, help="The key in .jsonl, or the column in .parquet, with the text."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -27,11 +26,11 @@ def command(words: tuple[str, ...], config_file: str | None, nproc: int | None) 
 
 def carry_out(words: Sequence[str], config_file: str | None, nproc: int | None, *, finetune: bool) -> None:
     """Train here, or start the processes that do."""
-    from trainer import launching, loop  # noqa: PLC0415 - seconds to import
+    from trainer import launching, loop, parallel  # noqa: PLC0415 - seconds to import
 
     recipe, overrides = recipe_and_overrides(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=finetune)
-    if nproc is not None and nproc > 1 and "RANK" not in os.environ:
+    if nproc is not None and parallel.starts_others(nproc):
         launching.check(config, world_size=nproc)
         sys.exit(launching.launch(nproc, sys.argv[1:]))
     loop.pretrain(config)

@@ -20,6 +20,7 @@ import numpy as np
 from torch import distributed
 
 from formats.errors import UserError
+from trainer.device import local_rank
 
 type Arrays = tuple[np.ndarray, ...]
 
@@ -81,7 +82,7 @@ def in_turn[T](make: Callable[[], T]) -> T:
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return make()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = local_rank(os.environ)
     mine = 0 if distributed.get_rank() == 0 else 1 if local == 0 else 2
     made: list[T] = []
     group = distributed.new_group(backend="gloo", timeout=timedelta(days=7))

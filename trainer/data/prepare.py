@@ -25,6 +25,7 @@ import numpy as np
 
 from converter.job import Talk
 from formats.errors import TransientError, UserError
+from formats.home import expanded
 from formats.staging import sync
 from trainer import tokenizers
 from trainer.data import documents, orphans
@@ -78,6 +79,7 @@ def prepare(
     from megatron.core.datasets.indexed_dataset import DType  # noqa: PLC0415 - brings torch
 
     talk, started = talk or Talk(), time.monotonic()
+    inputs, prefix = [Path(expanded(path)) for path in inputs], Path(expanded(prefix))
     before = _check_target(prefix, overwrite=overwrite)
     paths = documents.files(inputs)
     dtype = DType.optimal_dtype(tokenizers.load(tokenizer).vocab_size)

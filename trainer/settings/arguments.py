@@ -15,9 +15,21 @@ import click
 
 from formats.errors import UserError
 from formats.faults import fault
+from formats.home import expanded
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
+
+
+class HomePath(click.Path):
+    """A path; a `~` that it begins with, which no shell replaces in `--out=~/x`, is the home directory."""
+
+    def __init__(self, **checks: Any) -> None:
+        super().__init__(path_type=Path, **checks)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """`-` stays what it is where it stands for standard input."""
+        return value if value == "-" and self.allow_dash else super().convert(expanded(value), param, ctx)
 
 
 def run_arguments(command: Callable[..., None]) -> Callable[..., None]:
@@ -26,9 +38,14 @@ def run_arguments(command: Callable[..., None]) -> Callable[..., None]:
     return click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.NAME=VALUE]...")(command)
 
 
+def is_override(word: str) -> bool:
+    """Is it no name? `name=value` is one, `+name` and `~name` are, and `~/folder` is a path."""
+    return "=" in word or word[:1] == "+" or (word[:1] == "~" and word != "~" and "/" not in word)
+
+
 def recipe_and_overrides(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """The first word is the recipe, unless it is an override."""
-    if words and "=" not in words[0] and words[0][:1] not in "+~":
+    if words and not is_override(words[0]):
         return words[0], list(words[1:])
     return None, list(words)
 
@@ -46,7 +63,7 @@ def read_run(
     `finetune`, or where `peft` is given, it is a recipe's run for fine-tuning: adapters, or all parameters for `peft=none`.
     UserError for what is unknown or does not fit.
     """
-    from trainer.settings import described, documents  # noqa: PLC0415
+    from trainer.settings import described, documents, paths  # noqa: PLC0415
     from trainer.settings import overrides as hydra  # noqa: PLC0415
 
     document = _read(config_file) if config_file else {}
@@ -59,6 +76,7 @@ def read_run(
     hydra.apply(config, overrides)
     if getattr(config.model, "hf_config", None) != before:
         described.check(config.model)
+    paths.expand(config)
     return config
 
 
@@ -66,7 +84,7 @@ def _read(file: str | Path) -> dict[str, Any]:
     from trainer.settings import documents  # noqa: PLC0415
 
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(expanded(file)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read `{file}`: {fault(error)}", hint="give a YAML file") from error
     return documents.load(text, source=str(file))

@@ -144,14 +144,13 @@ def data_parallel_size(model: Any, world_size: int) -> int:
             f"`{world_size}` processes do not divide by `{one}`: tensor `{tensor}` × pipeline `{pipeline}` × context `{context}`",
             hint=f"start {one} processes or a multiple of them, or make the model's parallel sizes smaller",
         )
-    if number(model, "num_moe_experts"):
-        experts, cut = size(model, EP), size(model, ETP) if getattr(model, ETP, None) else tensor
-        if world_size % (cut * experts * pipeline):
-            raise UserError(
-                f"`{world_size}` processes do not divide by `{cut * experts * pipeline}`: "
-                f"expert tensor `{cut}` × expert `{experts}` × pipeline `{pipeline}`",
-                hint=f"start a multiple of {cut * experts * pipeline} processes, or change `model.{EP}`",
-            )
+    experts, cut = size(model, EP), size(model, ETP) if getattr(model, ETP, None) else tensor
+    if world_size % (cut * experts * pipeline):
+        raise UserError(
+            f"`{world_size}` processes do not divide by `{cut * experts * pipeline}`: "
+            f"expert tensor `{cut}` × expert `{experts}` × pipeline `{pipeline}`",
+            hint=f"start a multiple of {cut * experts * pipeline} processes, or change `model.{EP}` or `model.{ETP}`",
+        )
     return world_size // one
 
 

@@ -31,15 +31,52 @@ def apply(config: Any, overrides: Iterable[str]) -> None:
 
 def _parsed(parser: OverridesParser, text: str) -> Override:
     try:
-        found = parser.parse_override(text)
+        found = parser.parse_override(_spelled(text))
     except HydraException as error:
-        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"cannot read the override `{text}`: {reason}",
+            f"cannot read the override `{text}`{_why(text)}",
             hint="write `section.name=value`; text with special characters goes in quotes: `'section.name=\"a=b\"'`",
-        ) from None
+        ) from error
     _check_meaning(found, text)
     return found
+
+
+def _why(text: str) -> str:
+    """The commonest reasons; where it is another, the hint must do."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        return ": it has no `=`"
+    if not key.lstrip("+~"):
+        return ": no setting is named before the `=`"
+    special = next((letter for letter in _QUOTED.sub("", value) if letter in _GRAMMAR), None)
+    return f": `{special}` has a meaning of its own in Hydra's grammar" if special else ""
+
+
+_QUOTED = re.compile(r"""\\.|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""")
+_GRAMMAR = "=\"'(){}[]:,$"
+_FOREIGN = re.compile(_QUOTED.pattern + r"""|[^\x00-\x7f]|[~#&!;<>^`]""")
+_SPELLED = re.compile(r"mbtrain_([0-9a-f]+)_letter")
+
+
+def _spelled(text: str) -> str:
+    """The override with each letter of its value that Hydra's grammar has not, such as the `~` of a path, spelled in letters
+    that it has. Quoted text, in which all letters may stand, stays."""
+    key, equals, value = text.partition("=")
+    return key + equals + _FOREIGN.sub(lambda found: _in_letters(found[0]) if len(found[0]) == 1 else found[0], value)
+
+
+def _in_letters(letter: str) -> str:
+    return f"mbtrain_{ord(letter):x}_letter"
+
+
+def _unspelled(value: Any) -> Any:
+    if isinstance(value, str):
+        return _SPELLED.sub(lambda found: chr(int(found[1], 16)), value)
+    if isinstance(value, list):
+        return [_unspelled(one) for one in value]
+    if isinstance(value, Mapping):
+        return {_unspelled(key): _unspelled(one) for key, one in value.items()}
+    return value
 
 
 def _check_meaning(found: Override, text: str) -> None:
@@ -63,7 +100,7 @@ def _apply_one(config: Any, found: Override, text: str) -> None:
         _remove(config, found)
         return
     here = place(config, found.key_or_group, new=found.type in _NEW)
-    value: Any = found.value()
+    value: Any = _unspelled(found.value())
     if (
         found.type == OverrideType.ADD
         and here.value is not None
@@ -89,9 +126,10 @@ def _assign(config: Any, here: Place, value: Any, *, new: bool) -> None:
 
 def _remove(config: Any, found: Override) -> None:
     here = place(config, found.key_or_group)
-    if found.value_type is not None and here.fitting(found.value()) != here.value:
+    value = _unspelled(found.value()) if found.value_type is not None else None
+    if found.value_type is not None and here.fitting(value) != here.value:
         raise UserError(
-            f"cannot remove `{here.name}`: it is `{shown(here.value)}`, not `{shown(found.value())}`",
+            f"cannot remove `{here.name}`: it is `{shown(here.value)}`, not `{shown(value)}`",
             hint=f"`~{here.name}` removes it whatever it is",
         )
     here.reset()

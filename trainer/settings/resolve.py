@@ -16,7 +16,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from formats.errors import UserError
 from trainer.config import DatasetConfig, FinetuningDatasetConfig, RunConfig
-from trainer.settings import checks, described, overlap, precision
+from trainer.settings import checks, described, overlap, paths, precision, refused, unsupported
 from trainer.settings.choice import Choice, carry_out
 from trainer.settings.precision import Machine
 
@@ -44,10 +44,12 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     UserError for whatever would fail later. `machine` is what this process finds, if not given.
     """
     told = _copy(config)
+    paths.expand(told)
     machine = machine or precision.find_machine(device)
     checks.check_sizes(told)
     checks.check_attention(told.model)
     checks.check_optimizer(told)
+    unsupported.check(told, machine.device)
     checks.check_peft(told.peft)
     precision.check(told.mixed_precision, machine)
     checks.check_device(told, machine)
@@ -94,14 +96,15 @@ def _virtual_stages(model: Any) -> list[Choice]:
     layout = getattr(model, "pipeline_model_parallel_layout", None)
     if not isinstance(layout, (str, list)) or told is not None:
         return []
-    try:
-        stages = PipelineParallelLayerLayout(layout, checks.size(model, checks.PP))
-    except (ValueError, KeyError, AssertionError) as error:
-        raise UserError(
-            f"megatron-core refuses `model.pipeline_model_parallel_layout`: {error}", hint="write it as megatron-core does"
-        ) from error
+    with refused.explained("model", model, _stages_of):
+        stages = _stages_of(model)
     virtual = stages.virtual_pipeline_model_parallel_size
     return [Choice(setting, virtual, "as `model.pipeline_model_parallel_layout` says")] if virtual > 1 else []
+
+
+def _stages_of(model: Any) -> Any:
+    layout = model.pipeline_model_parallel_layout
+    return PipelineParallelLayerLayout(layout, checks.size(model, checks.PP)) if layout is not None else None
 
 
 def _agreements(config: RunConfig) -> list[Choice]:
@@ -208,21 +211,18 @@ _EXPECTED = ("full scope is deprecated", "Could not determine rank")
 
 def _validate(config: RunConfig) -> None:
     """megatron-core's own checks, and the fields it derives from others."""
-    finalize = getattr(config.model, "finalize", lambda: None)
-    for what, validate in (
-        ("model", finalize),
-        ("optimizer", config.optimizer.__post_init__),
-        ("ddp", config.ddp.__post_init__),
-    ):
-        try:
-            with warnings.catch_warnings():
-                for expected in _EXPECTED:
-                    warnings.filterwarnings("ignore", expected, UserWarning)
-                validate()
-        except (ValueError, AssertionError, RuntimeError, ImportError) as error:
-            raise UserError(
-                f"megatron-core refuses the settings under `{what}`: {error}", hint="change the settings that it names"
-            ) from error
+    with warnings.catch_warnings():
+        for expected in _EXPECTED:
+            warnings.filterwarnings("ignore", expected, UserWarning)
+        for name, method in (("model", "finalize"), ("optimizer", "__post_init__"), ("ddp", "__post_init__")):
+            part = getattr(config, name)
+            before = copy.copy(part)  # what is derived in place would hide which setting was refused
+            with refused.explained(name, before, lambda tried, method=method: getattr(tried, method, _nothing)()):
+                getattr(part, method, _nothing)()
+
+
+def _nothing() -> None:
+    """What a model of the user's own may leave out."""
 
 
 def _warnings(config: RunConfig, microbatches: int) -> tuple[str, ...]:

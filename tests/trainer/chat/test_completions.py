@@ -36,7 +36,7 @@ HINT = "it is text with fields of the examples in braces, as `Question: {prompt}
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{prompt", "`dataset.prompt_template` is not readable: expected '}' before end of string"),
+        ("{prompt", "`dataset.prompt_template` is not readable: a brace is not closed, or not opened"),
         ("{prompt.__class__}", "`dataset.prompt_template` has `{prompt.__class__}`, which is no field's name alone"),
         ("{prompt!r}", "`dataset.prompt_template` has `{prompt}`, which is no field's name alone"),
         ("{}", "`dataset.prompt_template` has `{}`, which is no field's name alone"),

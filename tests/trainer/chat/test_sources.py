@@ -126,7 +126,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     assert refusal(Source(tmp_path / "none"), tmp_path) == f"`none` does not exist\n\nhint: examples are read from {KINDS}"
     assert refusal(Source(tmp_path / "empty"), tmp_path) == f"`empty` is nothing that examples are read from{supported}"
     assert refusal(Source(tmp_path / "a.csv"), tmp_path) == f"`a.csv` is nothing that examples are read from{supported}"
-    assert refusal(Source(tmp_path / "a.parquet"), tmp_path).startswith("`a.parquet` is not readable as parquet: ")
+    assert refusal(Source(tmp_path / "a.parquet"), tmp_path).startswith("`a.parquet` is not readable as parquet")
 
 
 def test_a_damaged_folder_of_datasets_is_named(tmp_path):

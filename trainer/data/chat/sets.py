@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -14,6 +14,7 @@ import blake3
 import numpy as np
 
 from formats.errors import UserError
+from formats.home import expanded
 from trainer.config import FinetuningDatasetConfig
 from trainer.data import Splits, cache
 from trainer.data.chat import packing, store
@@ -22,6 +23,7 @@ from trainer.data.chat.examples import Counts, Tokenized, identity, read_example
 from trainer.data.chat.sources import Source
 from trainer.data.chat.splits import SPLITS, Part, parts, path_of
 from trainer.data.chat.store import Store
+from trainer.settings import paths
 from trainer.tokenizers import Tokenizer
 
 
@@ -146,6 +148,8 @@ def pack(config: FinetuningDatasetConfig, out: Path, *, tokenizer: Tokenizer, vo
 
     UserError where `out` exists, or an example cannot be used.
     """
+    out, config = Path(expanded(out)), replace(config)
+    paths.expand_section(config)
     if out.exists():
         raise UserError(f"`{out}` exists", hint="choose another folder, or remove it")
     done: list[Packed] = []

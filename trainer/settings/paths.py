@@ -1,0 +1,43 @@
+"""The settings of a run that are paths, by their type: `FilePath` and `Blend` of `trainer.config`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from formats.home import expanded
+
+_PATHS, _BLENDS = "FilePath", "Blend"
+_OF_MEGATRON = ("config_logger_dir",)
+"""Paths among megatron-core's settings, which are plain text there."""
+
+
+def expand(config: Any) -> None:
+    """Change every path of a run that begins with `~` into one in the home directory. UserError where there is none."""
+    for section in _sections(config):
+        expand_section(section)
+
+
+def expand_section(section: Any) -> None:
+    """The same for one part of a run, such as `RunConfig.dataset`."""
+    for one in dataclasses.fields(section):
+        value, kind = getattr(section, one.name, None), str(one.type)
+        if value is not None and (_PATHS in kind or _BLENDS in kind or one.name in _OF_MEGATRON):
+            found = _expanded(value)
+            if found != value:
+                setattr(section, one.name, found)
+
+
+def _sections(config: Any) -> Iterator[Any]:
+    """The parts that have fields; frozen ones, which only code can make, stay as they are."""
+    for one in dataclasses.fields(config):
+        part = getattr(config, one.name)
+        if dataclasses.is_dataclass(part) and not type(part).__dataclass_params__.frozen:  # type: ignore[attr-defined]
+            yield part
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_expanded(one) for one in value]
+    return expanded(value) if isinstance(value, str) and value.startswith("~") else value

@@ -1,0 +1,129 @@
+"""Settings that megatron-core refuses, by name.
+
+megatron-core asserts. Which setting an assertion is about is found by trying again with each setting that is not its default
+put back to it. What one setting asks of others is known to megatron-core alone, so its own words stand at the end, apart
+from ours; they do not change between installations, since its version is pinned.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from formats.errors import UserError, shown
+from formats.faults import code_location, fault
+from trainer.settings.values import UnnamedError, plain
+
+REFUSALS = (
+    ValueError, AssertionError, RuntimeError, ImportError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError,
+    NotImplementedError,
+)  # fmt: skip
+"""What megatron-core and torch raise over settings that do not work together."""
+
+_SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
+
+
+@contextmanager
+def explained(name: str, part: Any, attempt: Callable[[Any], object]) -> Iterator[None]:
+    """Turn what megatron-core raises over `part`, the settings under `name`, into a UserError that names them. `attempt` does
+    the same with a copy of `part`."""
+    try:
+        yield
+    except REFUSALS as error:
+        if _has_foreign_code(error):
+            raise
+        raise refusal(name, part, attempt, error) from error
+
+
+@contextmanager
+def named_in_first_step() -> Iterator[None]:
+    """Turn what megatron-core itself asserts when a model first runs into a UserError: it is about a setting that nothing looked
+    at before. Everything else, such as memory that is full or a fault in a user's own code, stays what it is."""
+    try:
+        yield
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if "/megatron/core/" not in frames[-1].filename or _has_foreign_code(error):
+            raise
+        raise UserError(
+            "megatron-core refuses settings of this run in its first step",
+            hint=f"compare them with the recipe's: `mbtrain show`\n\n{_in_its_words(error)}",
+        ) from error
+
+
+def _has_foreign_code(error: Exception) -> bool:
+    """Did a model of the user's own take part, whose faults want a traceback?"""
+    ours = (str(Path(__file__).parents[2]), *sysconfig.get_paths().values())
+    tests = str(Path(__file__).parents[2] / "tests")
+    files = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
+    return any(name.startswith((tests, "<")) or not name.startswith(ours) for name in files)
+
+
+def refusal(name: str, part: Any, attempt: Callable[[Any], object], error: Exception) -> UserError:
+    """The error for settings that `attempt` fails over with `error`."""
+    found = {f"{name}.{one}": value for one, value in _culprits(part, attempt).items()}
+    listed = " and ".join(f"`{setting}={_shown(value)}`" for setting, value in list(found.items())[:4])
+    if not found:
+        message, hint = f"megatron-core refuses the settings under `{name}`", f"`{name}` needs other settings"
+    elif len(found) == 1:
+        message, hint = f"megatron-core refuses {listed}", f"leave `{next(iter(found))}` out, or change what it depends on"
+    else:
+        message, hint = f"megatron-core refuses {listed} together", "leave one of them out"
+    return UserError(message, hint=f"{hint}\n\n{_in_its_words(error)}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return shown(plain(value))
+    except UnnamedError:
+        return shown(value)
+
+
+def _in_its_words(error: Exception) -> str:
+    try:
+        who = f"megatron-core {version('megatron-core')}"
+    except PackageNotFoundError:
+        who = "megatron-core"
+    where = code_location(error.__traceback__)
+    words = str(error).strip().partition("\n")[0][:300] or fault(error)
+    return f"{who} says{f' ({where})' if where else ''}: {words}"
+
+
+def _culprits(part: Any, attempt: Callable[[Any], object]) -> dict[str, Any]:
+    """The settings whose default would do, each by itself."""
+    return {name: value for name, value in _changed(part).items() if _works(part, {name: _default(part, name)}, attempt)}
+
+
+def _changed(part: Any) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(part):
+        return {}
+    named = (one for one in dataclasses.fields(part) if one.init and one.name[0] != "_" and one.name not in _SHAPE)
+    values = ((one.name, getattr(part, one.name, None)) for one in named)
+    return {name: value for name, value in values if _differs(value, _default(part, name))}
+
+
+def _differs(value: Any, default: Any) -> bool:
+    return default is not dataclasses.MISSING and bool(value != default)
+
+
+def _default(part: Any, name: str) -> Any:
+    one = next(one for one in dataclasses.fields(part) if one.name == name)
+    return one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+
+
+def _works(part: Any, changes: Mapping[str, Any], attempt: Callable[[Any], object]) -> bool:
+    tried = copy.copy(part)
+    for name, value in changes.items():
+        setattr(tried, name, value)
+    try:
+        attempt(tried)
+    except REFUSALS:
+        return False
+    return True
