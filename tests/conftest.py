@@ -17,9 +17,11 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
-def processes() -> Ranks:
+def processes() -> Iterator[Ranks]:
     """Processes that stand for GPUs."""
-    return Ranks()
+    found = Ranks()
+    yield found
+    found.write_results.close()
 
 
 @pytest.fixture(scope="session")

@@ -61,32 +61,60 @@ class Meeting:
         }
 
 
+class WriteResults:
+    """Queues for what the writers of a checkpoint report to their rank, of the kind that megatron-core makes.
+
+    megatron-core would start a Python for its own, which imports torch, in every rank that saves.
+    """
+
+    def __init__(self) -> None:
+        self._manager = warm().Manager()
+
+    def queue(self) -> Any:
+        """One for a rank."""
+        return self._manager.Queue()
+
+    def close(self) -> None:
+        """End the process that holds the queues."""
+        self._manager.shutdown()
+
+
+def use_write_results(queue: Any) -> None:
+    """In a rank: have megatron-core use this queue."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue
+
+
 class Ranks:
     """`run(f, world, …)` calls `f(…)` once on each of `world` ranks and returns what each answered."""
 
     def __init__(self) -> None:
-        self._context = warm()
+        self._context, self.write_results = warm(), WriteResults()
 
     def run(self, function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
         """The answers by rank. Raises what the first rank to fail has raised."""
         call, meeting = pickle.dumps((function, args)), Meeting()
         with tempfile.TemporaryDirectory() as folder:
-            ranks = [_Rank(self._context, call, meeting.environment(number, world), Path(folder)) for number in range(world)]
+            ranks = [self._start(call, meeting.environment(number, world), Path(folder)) for number in range(world)]
             try:
                 return _answers(ranks)
             finally:
                 for rank in ranks:
                     rank.end()
 
+    def _start(self, call: bytes, environment: dict[str, str], folder: Path) -> _Rank:
+        return _Rank(self._context, call, self.write_results.queue(), environment, folder)
+
 
 class _Rank:
     """A process of one run, and the pipe that brings its answer."""
 
-    def __init__(self, context: ForkServerContext, call: bytes, environment: dict[str, str], folder: Path) -> None:
-        self.number = environment["RANK"]
+    def __init__(self, context: ForkServerContext, call: bytes, queue: Any, environment: dict[str, str], folder: Path) -> None:
+        self.number, self._queue = environment["RANK"], queue  # which lives as long as somebody here holds it
         self._log = folder / self.number
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, call, environment, str(self._log)))
+        self.process = context.Process(target=_serve, args=(theirs, call, queue, environment, str(self._log)))
         self.process.start()
         theirs.close()
 
@@ -140,7 +168,7 @@ def _cause(failed: list[BaseException]) -> BaseException:
     return next((error for error in failed if not isinstance(error, RuntimeError)), failed[0])
 
 
-def _serve(pipe: Connection, call: bytes, environment: dict[str, str], log: str) -> None:
+def _serve(pipe: Connection, call: bytes, queue: Any, environment: dict[str, str], log: str) -> None:
     os.setsid()
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(written, 1)
@@ -148,6 +176,7 @@ def _serve(pipe: Connection, call: bytes, environment: dict[str, str], log: str)
     os.environ.update(environment)
     try:
         assert "tests.warm" in sys.modules, "forked from a process that has imported nothing"
+        use_write_results(queue)
         function, args = pickle.loads(call)
         answer = pickle.dumps((True, function(*args), ""))
     except BaseException as error:

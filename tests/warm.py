@@ -14,7 +14,9 @@ import torch
 torch.set_num_threads(1)
 
 import hydra.core.override_parser.overrides_parser
-import megatron.core.dist_checkpointing
+import megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader
+import megatron.core.dist_checkpointing.strategies.filesystem_async
+import megatron.core.dist_checkpointing.strategies.state_dict_saver
 import megatron.core.models.gpt.gpt_layer_specs
 import megatron.core.models.mimo.optimizer
 import omegaconf

@@ -10,21 +10,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import Meeting, warm
+from tests.ranks import Meeting, WriteResults, use_write_results, warm
 
 
 class Mortal:
     """A run on `world` processes, each the leader of a session of its own, as under torchrun. Their words go to `log`."""
 
     def __init__(self, folder: Path, changes: dict[str, Any], *, world: int, log: Path) -> None:
-        context, self._meeting = warm(), Meeting()
+        context, self._meeting, self._write_results = warm(), Meeting(), WriteResults()
         self._answers = [log.with_suffix(f".{rank}") for rank in range(world)]
+        self._queues = [self._write_results.queue() for _ in range(world)]
         self.processes = [
             context.Process(
                 target=_rank,
-                args=(self._meeting.environment(rank, world), str(folder), changes, str(log), str(self._answers[rank])),
+                args=(self._meeting.environment(rank, world), queue, (str(log), str(self._answers[rank])), str(folder), changes),
             )
-            for rank in range(world)
+            for rank, queue in enumerate(self._queues)
         ]
         self.log = log
         for process in self.processes:
@@ -54,14 +55,16 @@ class Mortal:
             time.sleep(0.001)
 
 
-def _rank(environment: dict[str, str], folder: str, changes: dict[str, Any], log: str, answer: str) -> None:
+def _rank(environment: dict[str, str], queue: Any, files: tuple[str, str], folder: str, changes: dict[str, Any]) -> None:
     from tests.trainer import witness
 
+    log, answer = files
     os.setsid()
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(written, 1)
     os.dup2(written, 2)
     os.environ.update(environment)
+    use_write_results(queue)
     seen = witness.train(folder, changes)
     Path(answer).write_bytes(pickle.dumps(seen))
     sys.stderr.flush()
