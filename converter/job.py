@@ -18,7 +18,7 @@ from formats.folder import FileIn, Folder
 from formats.outputs import LocalOutputs
 from formats.remote.folder import is_remote
 from formats.remote.outputs import RemoteOutputs
-from formats.spec import Reader, TensorSpec, Writer
+from formats.spec import Document, Reader, TensorSpec, Writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +102,9 @@ class Job:
     def files(self) -> dict[str, int]:
         """Every file of the output and its size in bytes."""
         copied = {name: file.size for name, file in self.copies.items()}
-        documents = {**self.documents, **self.writer.documents, **self.writer.markers}
-        documents[self.inside(provenance.FILE)] = self.record({})
-        sizes = {**copied, **{name: len(data) for name, data in documents.items()}, **self.writer.files}
+        sizes = {name: len(data) for name, data in {**self.documents, **self.writer.markers}.items()}
+        made = {self.inside(provenance.FILE): self.record({}), **self.writer.documents}
+        sizes = {**copied, **sizes, **{name: document.size for name, document in made.items()}, **self.writer.files}
         if self.integrity:
             unknown = {name.removeprefix(self.folder): "0" * 64 for name in self.listed(sizes)}
             sizes[self.inside(integrity.FILE)] = len(integrity.make(unknown))
@@ -117,11 +117,14 @@ class Job:
         """Those of the output's files that `integrity.json` lists: all of its folder but itself."""
         return [name for name in files if name.startswith(self.folder) and name != self.inside(integrity.FILE)]
 
-    def record(self, hashes: Mapping[str, str]) -> bytes:
+    def record(self, hashes: Mapping[str, str]) -> Document:
         """`conversion.json`, with the hashes there are."""
-        known = {**hashes, **self.hashes}
-        known |= {name: known[other] for name, other in self.aliases.items() if other in known}
-        return provenance.make(self.command, self.facts, {*self.tensors, *self.hashes, *self.aliases}, known)
+
+        def hash_of(name: str) -> str | None:
+            known = self.aliases.get(name, name)
+            return self.hashes.get(known) or hashes.get(known) or self.hashes.get(name) or hashes.get(name)
+
+        return provenance.make(self.command, self.facts, {*self.tensors, *self.hashes, *self.aliases}, hash_of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +156,14 @@ def outputs_for(target: str, makings: Iterable[Making], options: Mapping[str, An
 
 def partial_directory(target: Path, makings: Iterable[Making], options: Mapping[str, Any]) -> Path:
     """Where a conversion writes until it is whole. Named by what it makes: the same for the same plan, whoever runs it."""
-    plan = [[m.spec.name, m.spec.shape, str(m.spec.dtype), [(c.source, c.there) for c in m.copies]] for m in makings]
-    digest = hashlib.sha256(json.dumps([plan, options], sort_keys=True).encode()).hexdigest()
-    return target.with_name(f"{target.name}.partial-{digest[:12]}")
+    digest, before = hashlib.sha256(b"[["), ""
+    for made in makings:  # as one document of all, which would be larger than all else in memory
+        spec = made.spec
+        line = json.dumps([spec.name, spec.shape, str(spec.dtype), [(copy.source, copy.there) for copy in made.copies]])
+        digest.update(f"{before}{line}".encode())
+        before = ", "
+    digest.update(f"], {json.dumps(options, sort_keys=True)}]".encode())
+    return target.with_name(f"{target.name}.partial-{digest.hexdigest()[:12]}")
 
 
 def manifest(command: str, options: Mapping[str, Any], files: Mapping[str, FileIn]) -> dict[str, Any]:

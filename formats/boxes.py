@@ -82,4 +82,3 @@ def _contiguous(shape: Shape, box: Shape) -> bool:
             return False
         free = free or part != 1
     return True
-
