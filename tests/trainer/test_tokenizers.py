@@ -101,7 +101,7 @@ def test_what_a_folder_lacks_is_named(folder, tmp_path):
     wrong = f"`{folder}/tokenizer_config.json` names `<end>` as its end-of-document token, which the tokenizer does not have"
     assert message(folder) == wrong
     (folder / "tokenizer.json").write_text("{}")
-    assert message(folder)== f"`{folder}/tokenizer.json` is not readable as a tokenizer"
+    assert message(folder) == f"`{folder}/tokenizer.json` is not readable as a tokenizer"
     (tmp_path / "empty").mkdir()
     assert message(tmp_path / "empty") == f"`{tmp_path}/empty` has no tokenizer: there is no `tokenizer.json`"
     assert message(tmp_path / "none") == f"`{tmp_path}/none` is no folder"

@@ -66,9 +66,7 @@ def test_a_line_that_is_no_json_object_is_named(refusal, line, reason):
 
 def test_bytes_that_are_no_text_are_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(
-        examples.UserError, match=r"line 1 cannot be learned from: it is not UTF-8: byte 12 is not UTF-8"
-    ):
+    with pytest.raises(examples.UserError, match=r"line 1 cannot be learned from: it is not UTF-8: byte 12 is not UTF-8"):
         list(examples.read_examples(Source(tmp_path / "a.jsonl"), BYTE, FinetuningDatasetConfig()))
 
 
