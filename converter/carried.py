@@ -15,6 +15,7 @@ import numpy as np
 from blake3 import blake3
 
 from formats.arrays import as_bytes
+from formats.content import LARGEST_POINTER, refuse_pointer
 from formats.errors import UserError
 from formats.folder import FileIn, Folder
 from formats.huggingface import (
@@ -129,6 +130,9 @@ def of_model(reader: HuggingFaceReader) -> tuple[Reference, list[str]]:
     """What a Hugging Face directory says of its own weights; and the files in it that do not travel."""
     travels, left_out = side_files(reader.folder, reader.shards)
     files = {name: FileIn(reader.folder, name) for name in travels}
+    for name in travels:
+        if name in TOKENIZER_FILES and reader.folder.size(name) <= LARGEST_POINTER:
+            refuse_pointer(reader.folder, name)
     return Reference(read_json(reader.folder, CONFIG), f"`{reader.folder.label}`'s", files, reader.shards), left_out
 
 

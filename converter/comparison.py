@@ -18,7 +18,7 @@ from converter.run import PIECE_BYTES, Bench, in_threads, is_zero
 from converter.values import target_dtype
 from converter.workers import DEFAULT_WORKERS
 from formats.arrays import same_bits
-from formats.spec import Array, Reader, TensorSpec, dtype_name
+from formats.spec import Array, Reader, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +36,7 @@ class Side:
         """The same, every tensor cast."""
 
         def made(makings: Mapping[str, Making]) -> dict[str, Making]:
-            return {
-                name: replace(one, spec=TensorSpec(name, one.spec.shape, target_dtype(one.spec, dtype)))
-                for name, one in makings.items()
-            }
+            return {name: replace(one, spec=one.spec.cast(target_dtype(one.spec, dtype))) for name, one in makings.items()}
 
         return replace(self, makings=made(self.makings), tied=made(self.tied))
 
@@ -143,10 +140,10 @@ def compare(
 
 
 def _unlike(one: TensorSpec, other: TensorSpec) -> str:
-    if one.shape != other.shape:
-        return f"shape {list(one.shape)} and {list(other.shape)}"
-    if one.dtype != other.dtype:
-        names = dtype_name(one.dtype), dtype_name(other.dtype)
+    if one.stored_shape != other.stored_shape:
+        return f"shape {list(one.stored_shape)} and {list(other.stored_shape)}"
+    if one.stored_dtype != other.stored_dtype:
+        names = one.stored_dtype, other.stored_dtype
         return f"{names[0]} and {names[1]}: `--as {names[1]}` compares after a cast"
     return ""
 
@@ -178,7 +175,7 @@ def _add(found: Difference, piece: Piece, one: Array, other: Array) -> None:
     where = np.flatnonzero(one.view(plain).reshape(-1) != other.view(plain).reshape(-1))
     inside = np.unravel_index(int(where[0]), one.shape)
     first = tuple(part.start + int(index) for part, index in zip(piece.region, inside, strict=True))
-    ours, theirs = (side.reshape(-1)[where].astype(np.float64) for side in (one, other))
+    ours, theirs = (_numbers(side.reshape(-1)[where]) for side in (one, other))
     if not found.values or first < found.first:
         found.first, found.values = first, (float(ours[0]), float(theirs[0]))
     found.elements += len(where)
@@ -187,3 +184,8 @@ def _add(found: Difference, piece: Piece, one: Array, other: Array) -> None:
     numbers = apart[~np.isnan(apart)]
     if numbers.size:
         found.largest = max(found.largest or 0.0, float(numbers.max()))
+
+
+def _numbers(values: Array) -> Array:
+    """As double precision; of complex numbers their magnitudes."""
+    return (np.abs(values) if values.dtype.kind == "c" else values).astype(np.float64)

@@ -30,12 +30,17 @@ def value(constant: Any) -> Callable[[Config], Any]:
     return lambda _config: constant
 
 
-def field(megatron: str, huggingface: str, *, default: Callable[[Config], Any]) -> Field:
-    """The same number under two names; absent or null on the Hugging Face side means the default."""
+def field(
+    megatron: str, huggingface: str, *, default: Callable[[Config], Any], null: Callable[[Config], Any] | None = None
+) -> Field:
+    """The same number under two names; absent on the Hugging Face side means the default, and null what `null` says. Without
+    it, null is refused, as by transformers."""
 
     def read(config: Config) -> dict[str, Any]:
-        found = config.get(huggingface)
-        return {megatron: default(config) if found is None else _number(huggingface, found)}
+        if huggingface not in config:
+            return {megatron: default(config)}
+        found = config[huggingface]
+        return {megatron: null(config) if found is None and null else _number(huggingface, found)}
 
     return Field(read, lambda config: {huggingface: _number(megatron, config[megatron])} if megatron in config else {})
 
@@ -90,12 +95,16 @@ def _agreeing(config: Config, fields: Config) -> dict[str, Any]:
     return {}
 
 
+_SPELLINGS = {"silu": ("silu", "swish")}
+"""Other names that transformers has for an activation function (`transformers.activations.ACT2CLS`)."""
+
+
 def activation(name: str) -> Field:
     """The only activation function the family's Megatron model has."""
 
     def read(config: Config) -> dict[str, Any]:
         found = config.get("hidden_act", name)
-        if found != name:
+        if found not in _SPELLINGS.get(name, (name,)):
             raise UserError(f"`hidden_act` is `{shown(found)}`; only `{name}` is supported for this family")
         return {"activation_func": name}
 
@@ -254,14 +263,26 @@ def rope(*kinds: str) -> Field:
             )
         found: dict[str, Any] = {"rotary_base": numbers["rope_theta"], "rope_scaling": kind == "llama3"}
         for name in _ROPE_KEYS.get(kind, ()):
-            _number(name, numbers.get(name))
+            _factor(numbers, name)
         if kind == "llama3":
-            found["rope_scaling_factor"] = _number("factor", numbers.get("factor"))
+            found["rope_scaling_factor"] = numbers["factor"]
         if kind == "linear":
-            found["seq_len_interpolation_factor"] = _number("factor", numbers.get("factor"))
+            found["seq_len_interpolation_factor"] = numbers["factor"]
         return found
 
     return Field(read, _write_rope)
+
+
+def _factor(numbers: Config, name: str) -> Any:
+    """A number above 0 of a scaling. transformers takes no scaling without it."""
+    if name not in numbers:
+        raise UserError(
+            f"`config.json` has rope type `{numbers['rope_type']}` without `{name}`",
+            hint="transformers refuses that too: take the scaling's numbers from the original model",
+        )
+    if not _number(name, numbers[name]):
+        raise UserError(f"`{name}` is `{shown(numbers[name])}`, which should be above 0", hint="the configuration is damaged")
+    return numbers[name]
 
 
 def _write_rope(config: Config) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Unpack
 
-from converter.adapters.files import refuse_adapter
+from converter.adapters.files import refuse_adapter, require
 from converter.carry import carry_out, rule
 from converter.exporting import ExportOptions, plan_export
 from converter.importing import ImportOptions, huggingface_source, plan_import
 from converter.job import How, HowOptions, Summary, Talk
 from converter.sources import open_source
 from converter.values import CHOICES, KEEP
+from formats.detect import Format
 from formats.disk import explained
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
@@ -57,8 +58,8 @@ def hf_to_mcore(
         vocab_divisible_by=vocab_divisible_by,
         integrity=integrity,
     )
-    refuse_adapter(folder)
-    with closing(HuggingFaceReader(folder)) as reader:
+    require(folder, Format.HUGGINGFACE)
+    with closing(HuggingFaceReader(folder, any_dtype=True)) as reader:
         return carry_out(plan_import(huggingface_source(reader), target, wanted, talk), how, talk, sources=[folder])
 
 
@@ -86,6 +87,7 @@ def mcore_to_hf(
     sources = [root, *([given] if given else [])]
     check_place(target, sources, how)
     wanted = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype, integrity=integrity)
+    require(root, Format.TORCH_DIST)
     with closing(TorchDistReader(root)) as reader:
         refuse_adapter(reader.folder)
         job = plan_export(reader, root, target, wanted, talk)

@@ -21,6 +21,7 @@ from converter.model import Model
 from converter.plan import Plan, as_stored, casts, placed
 from converter.plan import to_megatron as plan_megatron
 from converter.quantization import is_plain, quantization
+from converter.recognize import refuse_unfit
 from converter.run import check_equal
 from converter.sides import megatron_side, tied
 from converter.sources import Source
@@ -83,6 +84,7 @@ def _planned(source: Source, wanted: ImportOptions) -> _Planned:
     reader, config = source.reader, source.reference.config
     family = families.find(config.get("model_type"))
     model = make_model(family.CONFIG, config, vocab_multiple=wanted.vocab_divisible_by * wanted.tp)
+    refuse_unfit(reader.specs, config, family, model, label=source.label)
     layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout)
     plan = plan_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype=wanted.dtype)
     return _Planned(source, family, model, layout, plan, carried.pack_model(source.reference, reader, plan.extras))

@@ -19,7 +19,7 @@ from converter.rules import Rule, fill, in_order
 from converter.values import target_dtype
 from formats.arrays import contiguous_regions
 from formats.errors import UserError
-from formats.spec import Region, TensorSpec, dtype_name, extent
+from formats.spec import DTYPES, Region, TensorSpec, dtype_name, extent
 
 Specs = Mapping[str, TensorSpec]
 
@@ -292,11 +292,22 @@ def _account(wanted: Mapping[str, tuple[int, ...]], found: Specs, *, known: set[
             f"the {side} holds {named(over)}, for which this family has no place",
             hint="nothing is left out silently: is `config.json` of the same model?",
         )
+    check_dtypes(found)
     for name, shape in wanted.items():
         if found[name].shape != shape:
             raise UserError(
                 f"`{name}` has shape {list(found[name].shape)}, by `config.json` it should be {list(shape)}",
                 hint="either the weights or `config.json` are of another model",
+            )
+
+
+def check_dtypes(specs: Specs) -> None:
+    """Raise UserError for tensors of a dtype that can only be reported and compared."""
+    for spec in specs.values():
+        if spec.stored_dtype not in DTYPES:
+            raise UserError(
+                f"`{spec.name}` is {spec.stored_dtype}, which cannot be converted",
+                hint=f"those that can be are {', '.join(DTYPES)}; convert the weights to one of these first",
             )
 
 

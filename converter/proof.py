@@ -12,7 +12,6 @@ from converter import provenance
 from converter.comparison import Comparison, Side, compare
 from converter.job import Talk
 from converter.plan import Making, pieces
-from converter.report import TORCH_DIST, kind
 from converter.run import PIECE_BYTES, Bench, in_threads
 from converter.sides import huggingface_side, open_sides
 from converter.sources import check_unchanged, open_source
@@ -20,12 +19,14 @@ from converter.values import CHOICES
 from converter.workers import check_workers
 from formats import integrity
 from formats.arrays import as_bytes
+from formats.detect import Format, detect
 from formats.disk import explained
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
 from formats.integrity import Check
 from formats.json_objects import read_json
+from formats.spec import Reader
 from formats.torch_dist import find_iteration
 
 
@@ -61,7 +62,7 @@ def check_directory(path: str | Path, *, workers: int | None = None, talk: Talk 
     """
     talk, workers, folder = talk or Talk(), check_workers(workers), open_source(path)
     with closing(folder):
-        if kind(folder) == TORCH_DIST:
+        if detect(folder) is Format.TORCH_DIST:
             iteration = find_iteration(folder)
             listed = integrity.read(iteration)
             talk.start(sum(iteration.size(name) for name in listed if iteration.has(name)))
@@ -74,8 +75,8 @@ def check_directory(path: str | Path, *, workers: int | None = None, talk: Talk 
 
 def _check_tensors(folder: Folder, workers: int, talk: Talk) -> Check:
     listed = _recorded(folder)
-    reader = HuggingFaceReader(folder)
-    makings = huggingface_side(reader).makings
+    side = huggingface_side(HuggingFaceReader(folder, any_dtype=True))
+    makings, reader = side.makings, side.reader
     talk.start(sum(making.spec.nbytes for making in makings.values()))
     found: dict[str, str] = {}
 
@@ -93,7 +94,7 @@ def _check_tensors(folder: Folder, workers: int, talk: Talk) -> Check:
     return Check("tensors", len(found), "config.json and other side files", changed, missing, unlisted)
 
 
-def _hash(making: Making, bench: Bench, reader: HuggingFaceReader, talk: Talk) -> str:
+def _hash(making: Making, bench: Bench, reader: Reader, talk: Talk) -> str:
     digest = blake3()
     for piece in pieces([making], limit=PIECE_BYTES):
         digest.update(as_bytes(bench.make(piece, reader)))

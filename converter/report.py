@@ -12,18 +12,16 @@ from typing import Any, cast
 from converter import families, provenance, run_config
 from converter.carried import CONFIG, unpack
 from converter.sources import open_source
-from formats.dcp_index import METADATA
+from formats.detect import Format, detect
 from formats.disk import explained
-from formats.errors import UserError, printable, shown
+from formats.errors import printable, shown
 from formats.folder import Folder
-from formats.huggingface import INDEX, HuggingFaceReader
+from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
 from formats.pickles import others
-from formats.spec import TensorSpec, dtype_name, extent, whole_number
-from formats.torch_dist import TRACKER, TorchDistReader
+from formats.spec import TensorSpec, extent, whole_number
+from formats.torch_dist import TorchDistReader
 
-HUGGINGFACE = "Hugging Face safetensors"
-TORCH_DIST = "Megatron torch_dist"
 _MOST_PACKAGES = 16
 
 
@@ -67,29 +65,18 @@ def inspect(path: str | Path, *, tensors: bool = False) -> Report:
     Raises UserError if it is neither, or damaged.
     """
     with closing(open_source(path)) as folder:
-        return _megatron(folder, tensors=tensors) if kind(folder) == TORCH_DIST else _huggingface(folder, tensors=tensors)
+        found = detect(folder)
+        return _megatron(folder, tensors=tensors) if found is Format.TORCH_DIST else _huggingface(folder, found, tensors=tensors)
 
 
-def kind(folder: Folder) -> str:
-    """Which format a folder is in; UserError if it is none."""
-    if folder.has(TRACKER) or folder.has(METADATA) or folder.name.startswith("iter_"):
-        return TORCH_DIST
-    if folder.has(INDEX) or any(name.endswith(".safetensors") for name in folder.children()):
-        return HUGGINGFACE
-    raise UserError(
-        f"`{folder.label}` is neither a Hugging Face directory nor a Megatron checkpoint",
-        hint=f"the first has `*.safetensors` files, the second `{TRACKER}` or `{METADATA}`",
-    )
-
-
-def _huggingface(folder: Folder, *, tensors: bool) -> Report:
-    reader = HuggingFaceReader(folder)
+def _huggingface(folder: Folder, found: Format, *, tensors: bool) -> Report:
+    reader = HuggingFaceReader(folder, any_dtype=True)
     config = read_json(folder, CONFIG) if folder.has(CONFIG) else {}
     version = config.get("transformers_version")
     files = {name: file for file, shard in reader.shards.items() for name in shard.tensors}
     return Report(
         path=folder.label,
-        format=HUGGINGFACE,
+        format=found.value,
         writer=f"transformers {shown(version)}" if version else "unknown",
         **_described(config, reader.specs),
         dtypes=_dtypes(reader.specs.values()),
@@ -105,7 +92,7 @@ def _megatron(folder: Folder, *, tensors: bool) -> Report:
     fields = found[0] if found else {}
     return Report(
         path=folder.label,
-        format=TORCH_DIST,
+        format=Format.TORCH_DIST.value,
         writer=_writer(reader),
         **_described(origin.config if origin else {}, reader.specs),
         dtypes=_dtypes(reader.specs.values()),
@@ -129,7 +116,7 @@ def _described(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> di
     return {
         "family": family if supported else f"{family} (not supported)",
         "architecture": _architecture(config.get("architectures")),
-        "parameters": sum(prod(spec.shape) for spec in specs.values()),
+        "parameters": sum(prod(spec.stored_shape) for spec in specs.values()),
         "layers": len({name.split("layers.")[1].split(".")[0] for name in specs if "layers." in name}),
         "tensors": len(specs),
     }
@@ -142,9 +129,9 @@ def _architecture(named: Any) -> str:
 def _dtypes(specs: Iterable[TensorSpec]) -> list[DtypeRow]:
     grouped: dict[str, list[TensorSpec]] = {}
     for spec in specs:
-        grouped.setdefault(dtype_name(spec.dtype), []).append(spec)
+        grouped.setdefault(spec.stored_dtype, []).append(spec)
     return [
-        DtypeRow(name, len(group), sum(prod(s.shape) for s in group), sum(s.nbytes for s in group))
+        DtypeRow(name, len(group), sum(prod(s.stored_shape) for s in group), sum(s.nbytes for s in group))
         for name, group in sorted(grouped.items())
     ]
 
@@ -174,7 +161,7 @@ def _layout(reader: TorchDistReader, fields: Mapping[str, Any]) -> dict[str, Any
 
 
 def _row(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "shape": list(spec.shape), "dtype": dtype_name(spec.dtype)}
+    return {"name": spec.name, "shape": list(spec.stored_shape), "dtype": spec.stored_dtype}
 
 
 def _chunks(reader: TorchDistReader, name: str) -> list[dict[str, Any]]:

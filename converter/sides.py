@@ -13,13 +13,13 @@ from converter.families import Family
 from converter.model import Model
 from converter.plan import Making, as_stored, to_huggingface
 from converter.reference import UnknownModelError
-from converter.report import HUGGINGFACE, kind
 from converter.rules import fill
+from formats.detect import Format, detect
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
-from formats.spec import Joined, TensorSpec
+from formats.spec import Array, Joined, Reader, Region, TensorSpec, ViewSpec
 from formats.torch_dist import TorchDistReader
 
 
@@ -43,7 +43,7 @@ def open_sides(one: Folder, other: Folder) -> tuple[Side, Side]:
 
 
 def _reader(folder: Folder) -> HuggingFaceReader | TorchDistReader:
-    return HuggingFaceReader(folder) if kind(folder) == HUGGINGFACE else TorchDistReader(folder)
+    return HuggingFaceReader(folder, any_dtype=True) if detect(folder) is not Format.TORCH_DIST else TorchDistReader(folder)
 
 
 def _told(reader: TorchDistReader) -> Reference | None:
@@ -61,18 +61,37 @@ def _borrowed(neighbour: HuggingFaceReader | TorchDistReader, told: Reference | 
     return Reference(told.config, f"`{neighbour.folder.label}`'s") if told else None
 
 
+class InRows:
+    """A reader whose tensors without dimensions are seen as one row of one number."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self.specs = {name: spec if spec.shape else _one_row(spec) for name, spec in reader.specs.items()}
+
+    def read(self, name: str, region: Region, out: Array) -> None:
+        if self._reader.specs[name].shape:
+            self._reader.read(name, region, out)
+        else:
+            self._reader.read(name, (), out.reshape(()))
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def _one_row(spec: TensorSpec) -> TensorSpec:
+    return ViewSpec(spec.name, (1,), spec.dtype, spec.stored_shape, spec.stored_dtype)
+
+
 def huggingface_side(reader: HuggingFaceReader) -> Side:
     """Tensors as they are; tied ones can be asked for where `config.json` is of a supported family."""
-    check_dimensions(reader.specs)
-    makings = as_stored(reader.specs)
-    if not reader.folder.has(CONFIG):
-        return Side(reader.folder.label, reader, makings)
-    config = read_json(reader.folder, CONFIG)
+    rows = InRows(reader)
+    makings = as_stored(rows.specs)
+    config = read_json(reader.folder, CONFIG) if reader.folder.has(CONFIG) else {}
     if config.get("model_type") not in families.names():
-        return Side(reader.folder.label, reader, makings)
+        return Side(reader.folder.label, rows, makings)
     family = families.find(config["model_type"])
     model = make_model(family.CONFIG, config)
-    return Side(reader.folder.label, reader, makings, tied=tied(makings.values(), family, model))
+    return Side(reader.folder.label, rows, makings, tied=tied(makings.values(), family, model))
 
 
 def megatron_side(reader: TorchDistReader, origin: Reference, *, zero: Mapping[str, int] | None = None) -> Side:
@@ -125,9 +144,9 @@ def tied(makings: Iterable[Making], family: Family, model: Model) -> dict[str, M
 
 
 def _native(reader: TorchDistReader) -> Side:
-    check_dimensions(reader.specs)
     reader.check(reader.specs)
-    return Side(reader.folder.label, reader, as_stored(reader.specs))
+    rows = InRows(reader)
+    return Side(reader.folder.label, rows, as_stored(rows.specs))
 
 
 def check_dimensions(specs: Mapping[str, TensorSpec]) -> None:

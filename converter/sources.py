@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.carried import Reference
+from formats.detect import refuse_file
 from formats.errors import UserError
 from formats.faults import fault
 from formats.folder import FileIn, Folder, LocalFolder
@@ -66,7 +67,7 @@ def open_source(source: str | Path, *, or_hub: bool = False) -> Folder:
     if is_remote(source) or path.is_dir():
         return open_folder(source)
     if path.exists():
-        raise UserError(f"`{source}` is a file", hint="point at the directory it lies in")
+        refuse_file(str(source))
     if or_hub and isinstance(source, str) and "/" in source and _HUB_ID.fullmatch(source):
         return _fetch(source)
     hub = ", or a Hub id such as `org/name`" if or_hub else ""

@@ -25,7 +25,7 @@ def target_dtype(spec: TensorSpec, choice: str) -> np.dtype[Any]:
         return spec.dtype
     if spec.dtype not in _CASTABLE:
         raise UserError(
-            f"`{spec.name}` is {dtype_name(spec.dtype)}, which cannot be cast to {choice} without its scales",
+            f"`{spec.name}` is {spec.stored_dtype}, which cannot be cast to {choice} without its scales",
             hint="convert it with `--dtype keep`",
         )
     return DTYPES[choice]

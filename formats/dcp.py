@@ -16,6 +16,7 @@ import numpy as np
 
 from formats.boxes import Stored, place_of, read_box, write_box
 from formats.chunks import ChunkedTensor, Place, tiles
+from formats.content import START_BYTES, refuse_start
 from formats.dcp_index import METADATA, read_index
 from formats.errors import UserError
 from formats.folder import Folder
@@ -90,11 +91,19 @@ class Container:
             raise UserError(f"`{name}` is stored compressed, which is not supported")
         _check_name(place.file)
         if place.offset + place.length > self._size(place.file):
+            self._refuse_pointer(place.file)
             raise UserError(
                 f"`{name}` runs past the end of `{place.file}`: it should lie at {place.offset} to "
                 f"{place.offset + place.length}, the file has {self._size(place.file)} bytes",
                 hint="the file is truncated; copy the checkpoint again",
             )
+
+    def _refuse_pointer(self, file: str) -> None:
+        """Raise UserError if a file is recognized as something else than the archives that it should hold."""
+        start = bytearray(min(self._size(file), START_BYTES))
+        self._folder.read_into(file, 0, memoryview(start))
+        if not start.startswith(b"PK"):
+            refuse_start(bytes(start), source=file)
 
     def _size(self, file: str) -> int:
         if file not in self._sizes:

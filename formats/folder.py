@@ -130,6 +130,13 @@ class FileIn:
             yield band
 
 
+def link(folder: Folder, name: str) -> str:
+    """Say of a name that is listed in a folder, and no file, where it leads: words that follow the name."""
+    if isinstance(folder, LocalFolder) and (folder.path / name).is_symlink():
+        return f"is a link to `{(folder.path / name).readlink()}`, which is not there"
+    return "is no file"
+
+
 class LocalFolder:
     """A directory of the file system."""
 

@@ -9,19 +9,33 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
 
 import numpy as np
 
+from formats import foreign
 from formats.boxes import Stored, place_of, read_box, write_box
+from formats.content import refuse_other
 from formats.errors import UserError, shown
-from formats.folder import Folder
+from formats.folder import Folder, LocalFolder, link
 from formats.json_objects import parse_json, read_json
 from formats.outputs import Outputs
-from formats.spec import DTYPES, Array, Document, Region, Span, TensorSpec, dtype_name, possible_shape, whole_number
+from formats.spec import (
+    DTYPES,
+    OTHER_DTYPES,
+    Array,
+    Document,
+    Region,
+    Span,
+    TensorSpec,
+    ViewSpec,
+    dtype_name,
+    possible_shape,
+    whole_number,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,7 +45,12 @@ _NAMES = {
     "bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64", "fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2",
     "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
+_OTHER_NAMES = {
+    "uint16": "U16", "uint32": "U32", "uint64": "U64", "complex64": "C64", "fp8_e8m0": "F8_E8M0",
+    "fp8_e4m3fnuz": "F8_E4M3FNUZ", "fp8_e5m2fnuz": "F8_E5M2FNUZ",
+}  # fmt: skip
 _DTYPE_OF = {safetensors_name: DTYPES[name] for name, safetensors_name in _NAMES.items()}
+_OTHER_DTYPE_OF = {safetensors_name: OTHER_DTYPES[name] for name, safetensors_name in _OTHER_NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +62,9 @@ class Shard:
     size: int
 
 
-def parse_shard(raw: bytes, *, source: str) -> Shard:
-    """A shard from the raw bytes before its data.
+def parse_shard(raw: bytes, *, source: str, any_dtype: bool = False) -> Shard:
+    """A shard from the raw bytes before its data. With `any_dtype` also of dtypes that cannot be converted; tensors of one that
+    numpy does not have are read as bytes.
 
     Raises UserError where dtypes, shapes or offsets are nonsense, overlap or leave gaps.
     """
@@ -58,7 +78,7 @@ def parse_shard(raw: bytes, *, source: str) -> Shard:
     end, shapes = 0, dict[tuple[int, ...], tuple[int, ...]]()
     spans = sorted(((*_span(name, entry, source), name) for name, entry in entries.items()), key=lambda span: span[:2])
     for start, stop, name in spans:
-        spec = _spec(name, entries.pop(name), source, shapes)
+        spec = _spec(name, entries.pop(name), source, shapes, stop - start if any_dtype else None)
         if start != end or stop - start != spec.nbytes:
             raise UserError(
                 f"`{source}`: the data of `{name}` should be {spec.nbytes} bytes from {end}, its header says {start} to {stop}",
@@ -69,20 +89,21 @@ def parse_shard(raw: bytes, *, source: str) -> Shard:
     return Shard(raw, tensors, len(raw) + end)
 
 
-def read_shard(folder: Folder, name: str) -> Shard:
+def read_shard(folder: Folder, name: str, *, any_dtype: bool = False) -> Shard:
     """The header of a file, checked against the file's size."""
     size = folder.size(name)
     prefix = bytearray(8 if size >= 8 else 0)
     folder.read_into(name, 0, memoryview(prefix))
     length = struct.unpack("<Q", prefix)[0] if prefix else 0
     if not 2 <= length <= min(_MAX_HEADER, size - 8):
+        refuse_other(folder, name)
         raise UserError(
             f"`{name}` claims a header of {length} bytes and is {size} bytes long",
             hint="it is not a safetensors file, or it is truncated",
         )
     raw = bytearray(8 + length)
     folder.read_into(name, 0, memoryview(raw))
-    shard = parse_shard(bytes(raw), source=name)
+    shard = parse_shard(bytes(raw), source=name, any_dtype=any_dtype)
     if shard.size != size:
         raise UserError(
             f"`{name}` is {size} bytes long, its header describes {shard.size}",
@@ -116,26 +137,32 @@ def _span(name: str, entry: Any, source: str) -> tuple[int, int]:
             raise UserError(f"`{source}`: `{name}` has data offsets `{shown(offsets)}`", hint="the header is damaged")
 
 
-def _spec(name: str, entry: dict[str, Any], source: str, shapes: dict[tuple[int, ...], tuple[int, ...]]) -> TensorSpec:
-    """A tensor as an entry describes it; of equal `shapes`, one object is kept."""
+def _spec(
+    name: str, entry: dict[str, Any], source: str, shapes: dict[tuple[int, ...], tuple[int, ...]], size: int | None
+) -> TensorSpec:
+    """A tensor as an entry describes it, of `size` bytes where it may have any dtype; of equal `shapes`, one object is kept."""
     shape, dtype = entry.get("shape"), entry.get("dtype")
-    if not isinstance(dtype, str) or dtype not in _DTYPE_OF:
-        raise UserError(f"`{source}`: `{name}` has dtype `{shown(dtype)}`", hint=f"known are {', '.join(_DTYPE_OF)}")
+    if not isinstance(dtype, str) or (size is None and dtype not in _DTYPE_OF):
+        raise UserError(
+            f"`{source}`: `{name}` has dtype `{shown(dtype)}`", hint=f"those that can be converted are {', '.join(_DTYPE_OF)}"
+        )
     sizes = tuple(cast("list[Any]", shape if isinstance(shape, list) else [None]))
-    known = shapes.get(sizes) if all(type(size) is int for size in sizes) else None
+    known = shapes.get(sizes) if all(type(part) is int for part in sizes) else None
     if known is None:
         if not possible_shape(sizes):
             raise UserError(f"`{source}`: `{name}` has shape `{shown(shape)}`", hint="the header is damaged")
         known = shapes.setdefault(sizes, sizes)
-    return TensorSpec(name, known, _DTYPE_OF[dtype])
+    held = _DTYPE_OF.get(dtype) or _OTHER_DTYPE_OF.get(dtype)
+    return TensorSpec(name, known, held) if held else ViewSpec(name, (size or 0,), np.dtype(np.uint8), known, shown(dtype))
 
 
 class HuggingFaceReader:
     """An opened folder: headers read and checked against the index; data read on demand."""
 
-    def __init__(self, folder: Folder, *, files: Sequence[str] | None = None) -> None:
+    def __init__(self, folder: Folder, *, files: Sequence[str] | None = None, any_dtype: bool = False) -> None:
+        """`any_dtype`: also with tensors of dtypes that cannot be converted, to report or to compare them."""
         self.folder = folder
-        self.shards = {name: read_shard(folder, name) for name in files or shard_names(folder)}
+        self.shards = {name: read_shard(folder, name, any_dtype=any_dtype) for name in files or shard_names(folder)}
         self._files: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
         for file, shard in self.shards.items():
@@ -185,18 +212,25 @@ def weight_map(folder: Folder) -> dict[str, str]:
 
 
 def shard_names(folder: Folder) -> list[str]:
-    """The files that hold the model: the index's, or `model.safetensors`, or every safetensors file there is."""
+    """The files that hold the model: the index's, or `model.safetensors`, or those that are left where there is no index.
+
+    Raises UserError where one of them is not there, or where they do not tell which of them are the model.
+    """
+    local = folder.children() if isinstance(folder, LocalFolder) else []  # stores have no links, and whole files alone
+    if INDEX in local:
+        _check_there(folder, INDEX, local)
     if folder.has(INDEX) and (listed := _listed(folder)):
         names = listed
     elif folder.has(SINGLE):
         names = [SINGLE]
     else:
-        names = [name for name in folder.children() if name.endswith(".safetensors")]
+        listed = folder.children()
+        names = _without_index(folder, model_files(listed) or [name for name in listed if name.endswith(".safetensors")])
     if not names:
+        foreign.refuse(folder.label, folder.children())
         raise UserError(f"`{folder.label}` holds no safetensors files", hint="point at a Hugging Face model directory")
     for name in names:
-        if not folder.has(name):
-            raise UserError(f"`{INDEX}` names `{name}`, which is not in `{folder.label}`", hint="fetch the missing file")
+        _check_there(folder, name, local)
     return names
 
 
@@ -218,6 +252,76 @@ def _listed(folder: Folder) -> list[str]:
 def indexed(folder: Folder, shards: Iterable[str]) -> bool:
     """Is the folder's index of these files? One that an older model left behind is of others."""
     return not set(shards).isdisjoint(weight_map(folder).values())
+
+
+def model_files(names: Iterable[str]) -> list[str]:
+    """Those of a folder's files that may hold a model: safetensors that are no adapter's, and not hidden.
+
+    >>> model_files(["._model.safetensors", "adapter_model.safetensors", "config.json", "model.safetensors"])
+    ['model.safetensors']
+    """
+    return [name for name in names if name.endswith(".safetensors") and not name.startswith((".", "adapter"))]
+
+
+def _without_index(folder: Folder, names: Sequence[str]) -> list[str]:
+    """Of files that no index names, those of the one set that is numbered (`model-00001-of-00002.safetensors`); where none
+    is, all but `consolidated.safetensors`, which holds the same model under other names."""
+    sets: dict[tuple[str, str], dict[int, str]] = {}
+    for name in names:
+        if found := _NUMBERED.fullmatch(name):
+            sets.setdefault((found["stem"], found["count"]), {})[int(found["number"])] = name
+    chosen = {key: files for key, files in sets.items() if not key[0].startswith(_CONSOLIDATED)} or sets
+    if len(chosen) > 1:
+        listed = ", ".join(f"`{stem}-*-of-{count}.safetensors`" for stem, count in sorted(chosen))
+        raise UserError(
+            f"`{folder.label}` has no `{INDEX}` and files of several models: {listed}",
+            hint="fetch the index, or move the files that are not to be converted elsewhere",
+        )
+    for (stem, count), files in chosen.items():
+        _check_numbers(folder, stem, count, files)
+        return sorted(files.values())
+    return [name for name in names if not name.startswith(_CONSOLIDATED)] or list(names)
+
+
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})\.safetensors")
+_CONSOLIDATED = "consolidated"
+
+
+def _check_numbers(folder: Folder, stem: str, count: str, numbers: Collection[int]) -> None:
+    """Raise UserError if files of a numbered set are missing. Some writers count from 0."""
+    first = 0 if 0 in numbers else 1
+    missing = [number for number in range(first, first + int(count)) if number not in numbers]
+    if missing:
+        names = ", ".join(f"`{stem}-{number:0{len(count)}d}-of-{count}.safetensors`" for number in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        hint = _fetch(folder, folder.children())
+        raise UserError(f"`{folder.label}` lacks {names}{more}, of {int(count)} files", hint=f"{hint}, and `{INDEX}`")
+
+
+def _check_there(folder: Folder, name: str, names: Collection[str]) -> None:
+    """Raise UserError if a file of the model is not there, or if a download is still writing it."""
+    if not folder.has(name):
+        who = f"`{INDEX}` names `{name}`, which" if folder.has(INDEX) else f"`{name}` of `{folder.label}`"
+        where = link(folder, name) if name in names else f"is not in `{folder.label}`"
+        raise UserError(f"{who} {where}", hint=_fetch(folder, names))
+    for ending in _UNFINISHED:
+        if f"{name}{ending}" in names:
+            raise UserError(
+                f"`{name}` is not whole: `{name}{ending}` beside it is a download's that has not come to its end",
+                hint="start the download again and wait for its end; if the file is whole, remove the other one",
+            )
+
+
+def _fetch(folder: Folder, names: Collection[str]) -> str:
+    """What to do about missing files."""
+    found = foreign.unfinished_downloads(folder, list(names))
+    if found:
+        return f"a download has not come to its end (`{found[0]}`): start it again, and fetch the missing file"
+    return "fetch the missing file"
+
+
+_UNFINISHED = (".aria2", ".part", ".crdownload")
+"""Endings of what downloads keep beside a file that they write to."""
 
 
 class HuggingFaceWriter:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, cast
 
+from formats.content import refuse_start
 from formats.errors import UserError
 from formats.faults import fault
 from formats.folder import Folder
@@ -30,6 +31,7 @@ def parse_json(text: bytes, *, source: str) -> dict[str, Any]:
     except _TwiceError as error:
         raise UserError(f"`{source}` is not readable JSON: `{error.args[0]}` stands there twice", hint=_DAMAGED) from None
     except (ValueError, RecursionError) as error:
+        refuse_start(text, source=source)
         raise UserError(f"`{source}` is not readable JSON: {fault(error)}", hint=_DAMAGED) from error
     if not isinstance(parsed, dict):
         raise UserError(f"`{source}` should be a JSON object, it is a {type(parsed).__name__}")

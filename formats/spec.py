@@ -34,11 +34,22 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "uint8": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
 }
-"""Every dtype a checkpoint may hold, by the name that commands and reports use."""
+"""Every dtype that is converted, by the name that commands and reports use."""
+
+OTHER_DTYPES: dict[str, np.dtype[Any]] = {
+    "uint16": np.dtype(np.uint16),
+    "uint32": np.dtype(np.uint32),
+    "uint64": np.dtype(np.uint64),
+    "complex64": np.dtype(np.complex64),
+    "fp8_e8m0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "fp8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "fp8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
+}
+"""Dtypes that are reported and compared, and not converted."""
 
 MOST_DIMENSIONS = 64
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in (DTYPES | OTHER_DTYPES).items()}
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:
@@ -61,6 +72,40 @@ class TensorSpec:
     @property
     def whole(self) -> Region:
         return tuple(slice(0, size) for size in self.shape)
+
+    def cast(self, dtype: np.dtype[Any]) -> TensorSpec:
+        """The same tensor in another dtype."""
+        return TensorSpec(self.name, self.shape, dtype)
+
+    @property
+    def stored_shape(self) -> Shape:
+        """The shape that its file says."""
+        return self.shape
+
+    @property
+    def stored_dtype(self) -> str:
+        """The name of the dtype that its file says."""
+        return dtype_name(self.dtype)
+
+
+@dataclass(frozen=True)
+class ViewSpec(TensorSpec):
+    """A tensor that is read in another shape or dtype than its file says: as bytes where numpy has no such dtype, or as one
+    row where it has no dimensions."""
+
+    file_shape: Shape
+    file_dtype: str
+
+    def cast(self, dtype: np.dtype[Any]) -> TensorSpec:
+        return ViewSpec(self.name, self.shape, dtype, self.file_shape, dtype_name(dtype))
+
+    @property
+    def stored_shape(self) -> Shape:
+        return self.file_shape
+
+    @property
+    def stored_dtype(self) -> str:
+        return self.file_dtype
 
 
 def whole_number(value: Any) -> bool:

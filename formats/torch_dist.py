@@ -49,6 +49,8 @@ _NOT_WEIGHTS = re.compile(r"^(optimizer|chained_\d+|rng_state|rerun_state_machin
 _GATE, _UP = "_w", "_v"
 """With `singleton_local_shards`, megatron-core stores a gated projection as two tensors of these endings."""
 
+_LEGACY_RANK = re.compile(r"mp_rank_\d+(_\d+)*/")
+
 _NUMBERED_LAYER = re.compile(r"(.*?\blayers)\.(\d+)\.(.+)")
 _STACKED_LAYER = re.compile(r"(.*?\blayers)\.(?!\d+\.)(.+)")
 
@@ -71,10 +73,12 @@ def find_iteration(folder: Folder) -> Folder:
 
     Raises UserError for what is not there, not complete, or another format.
     """
-    _refuse_legacy(folder)
-    if folder.has(METADATA) or folder.name.startswith("iter_"):
-        return _complete(folder)
+    refuse_legacy(folder)
+    if folder.has(METADATA):
+        return folder
     if not folder.has(TRACKER):
+        if any(name.endswith(".distcp") for name in folder.children()):
+            raise unfinished(folder)
         raise UserError(
             f"`{folder.label}` is not a Megatron checkpoint: it has neither `{TRACKER}` nor `{METADATA}`",
             hint="point at the checkpoint's root, or at one iteration in it (`iter_0000100`)",
@@ -86,28 +90,28 @@ def find_iteration(folder: Folder) -> Folder:
     if not folder.below(chosen).children():
         there = ", ".join(name.rstrip("/") for name in folder.children() if name.startswith("iter_")) or "none"
         raise UserError(f"`{TRACKER}` says iteration {tracked}, but `{chosen}` is not there", hint=f"there are: {there}")
-    return _complete(folder.below(chosen))
+    refuse_legacy(folder.below(chosen))
+    if not folder.below(chosen).has(METADATA):
+        raise unfinished(folder.below(chosen))
+    return folder.below(chosen)
 
 
-def _complete(folder: Folder) -> Folder:
-    if not folder.children():
-        raise UserError(f"`{folder.label}` is not there")
-    _refuse_legacy(folder)
-    if not folder.has(METADATA):
-        raise UserError(
-            f"`{folder.label}` has no `{METADATA}`: its saving never finished",
-            hint="use an earlier iteration; `.metadata` is what megatron-core writes last",
-        )
-    return folder
+def unfinished(folder: Folder) -> UserError:
+    """The error for an iteration that has no index."""
+    return UserError(
+        f"`{folder.label}` has no `{METADATA}`: its saving never finished",
+        hint="use an earlier iteration; `.metadata` is what megatron-core writes last",
+    )
 
 
-def _refuse_legacy(folder: Folder) -> None:
-    if any(name.startswith("mp_rank_") for name in folder.children()):
+def refuse_legacy(folder: Folder) -> None:
+    """Raise UserError for an iteration in one of Megatron's other formats."""
+    if any(_LEGACY_RANK.fullmatch(name) for name in folder.children()):
         raise UserError(
             f"`{folder.label}` is in Megatron's legacy `mp_rank_*` format, which is not supported yet",
             hint="load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
         )
-    backend = read_json(folder, FORMAT).get("sharded_backend") if folder.has(FORMAT) else "torch_dist"
+    backend = read_json(folder, FORMAT).get("sharded_backend", "torch_dist") if folder.has(FORMAT) else "torch_dist"
     if backend != "torch_dist":
         raise UserError(
             f"`{folder.label}` is in the `{shown(backend)}` format, which is not supported yet",

@@ -12,11 +12,12 @@ from converter import families, reference
 from converter.config import make_model
 from converter.exporting import megatron_source
 from converter.importing import huggingface_source
-from converter.plan import Making, Piece
-from converter.report import HUGGINGFACE, kind
+from converter.plan import Making, Piece, check_dtypes
+from converter.recognize import refuse_unfit
 from converter.run import check_zero
 from converter.sides import check_dimensions, megatron_side
 from converter.sources import Source
+from formats.detect import Format, detect
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
@@ -44,18 +45,29 @@ def open_base(folder: Folder, given: Folder | None) -> Source:
 
     Raises UserError for what is neither format, or no model.
     """
-    if kind(folder) == HUGGINGFACE:
+    if detect(folder) is not Format.TORCH_DIST:
         if given:
             raise UserError("`--hf-config` is for a Megatron checkpoint", hint=f"`{folder.label}` has its own `config.json`")
-        reader = HuggingFaceReader(folder)
+        reader = HuggingFaceReader(folder, any_dtype=True)
+        source = huggingface_source(reader)
+        _check_names(source)
+        check_dtypes(reader.specs)
         check_dimensions(reader.specs)
-        return huggingface_source(reader)
+        return source
     checkpoint = TorchDistReader(folder)
     origin = reference.find(checkpoint, given)
     side = megatron_side(checkpoint, origin)
     for name in side.zero:
         check_zero(checkpoint, name)
     return megatron_source(checkpoint, folder, origin, Made(side.reader, side.makings))
+
+
+def _check_names(source: Source) -> None:
+    """Raise UserError for weights that are recognized as no plain ones of their family, where it is supported."""
+    config = source.reference.config
+    if config.get("model_type") in families.names():
+        family = families.find(config["model_type"])
+        refuse_unfit(source.reader.specs, config, family, make_model(family.CONFIG, config), label=source.label)
 
 
 def check_ties(source: Source, names: Collection[str]) -> None:

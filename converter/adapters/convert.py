@@ -8,11 +8,13 @@ from typing import Unpack
 
 from converter.adapters.description import base_name
 from converter.adapters.exporting import plan_export
+from converter.adapters.files import refuse_adapter, require, require_peft
 from converter.adapters.importing import open_base, plan_import
 from converter.carry import carry_out
 from converter.convert import check_place
 from converter.job import How, HowOptions, Summary, Talk
 from converter.sources import open_source
+from formats.detect import Format
 from formats.disk import explained
 from formats.home import expanded
 
@@ -37,6 +39,8 @@ def adapter_to_mcore(
     beside = open_source(base, or_hub=True)
     check_place(target, [folder, beside], how)
     with closing(folder), closing(beside):
+        require_peft(folder)
+        refuse_adapter(beside)
         job = plan_import(folder, open_base(beside, name=base_name(base)), target, talk, canonical=canonical)
         return carry_out(job, how, talk, sources=[folder, beside])
 
@@ -51,4 +55,5 @@ def adapter_to_hf(source: str | Path, target: str | Path, *, talk: Talk | None =
     how, talk, target, root = How(**options), talk or Talk(), expanded(target), open_source(source)
     check_place(target, [root], how)
     with closing(root):
+        require(root, Format.TORCH_DIST, adapter=True)
         return carry_out(plan_export(root, target), how, talk, sources=[root])

@@ -20,9 +20,10 @@ from converter import families, reference
 from converter.carried import CONFIG
 from converter.config import make_model
 from converter.plan import Making, as_stored, bind, named, to_huggingface
-from converter.report import HUGGINGFACE, kind
+from converter.recognize import refuse_unfit
 from converter.run import in_threads
 from converter.sources import open_source
+from formats.detect import Format, detect
 from formats.disk import explained
 from formats.errors import UserError
 from formats.folder import Folder
@@ -47,7 +48,7 @@ def fingerprint(source: str | Path | Folder) -> str:
     if isinstance(source, (str, Path)):
         with closing(open_source(source, or_hub=True)) as folder:
             return fingerprint(folder)
-    reader = HuggingFaceReader(source) if kind(source) == HUGGINGFACE else TorchDistReader(source)
+    reader = HuggingFaceReader(source) if detect(source) is not Format.TORCH_DIST else TorchDistReader(source)
     makings = _stored(reader) if isinstance(reader, HuggingFaceReader) else _made(reader)
     return _digest(reader, makings)
 
@@ -58,6 +59,7 @@ def _stored(reader: HuggingFaceReader) -> list[Making]:
     config = read_json(reader.folder, CONFIG)
     family = families.find(config.get("model_type"))
     model = make_model(family.CONFIG, config)
+    refuse_unfit(reader.specs, config, family, model, label=reader.folder.label)
     bound = [one for one in bind(family.RULES, model, reader.specs) if not one.rule.zeros(model)]
     wanted = {name: shape for one in bound for name, shape in zip(one.huggingface, one.rule.part_shapes(model), strict=True)}
     missing = [name for name in wanted if name not in reader.specs]

@@ -6,7 +6,7 @@ Reads all of the adapter once, one weight's at a time, and no data of the base.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from converter import families
 from converter.adapters.adapter import Adapter, Delta
 from converter.adapters.base import check_ties
 from converter.adapters.merged import BLOCK_BYTES, RECENT
-from converter.adapters.names import WEIGHT, places
+from converter.adapters.names import PREFIX, WEIGHT, places
 from converter.config import make_model
 from converter.plan import named
 from converter.sources import Source
@@ -55,7 +55,7 @@ def survey(adapter: Adapter, base: Source, folder: Folder) -> Survey:
     if missing:
         raise UserError(
             f"the adapter `{folder.label}` changes {named(missing)}, which `{base.label}` does not have",
-            hint="it was trained beside another model",
+            hint=_trained_beside(missing, specs),
         )
     check_whole(adapter, base, folder)
     digest, nbytes = blake3(), dict[str, int]()
@@ -102,6 +102,20 @@ def _linear_layers(adapter: Adapter, base: Source) -> list[str]:
 def _end(weight: str) -> str:
     """`q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
     return weight.removesuffix(WEIGHT).rpartition(".")[2]
+
+
+def _trained_beside(missing: Sequence[str], specs: Mapping[str, TensorSpec]) -> str:
+    """Why weights that an adapter changes are not there: another prefix in their names, or another model."""
+    for name in missing:
+        before, layers, tail = name.partition("layers.")
+        found = next((one for one in specs if layers and one.endswith(f".{layers}{tail}")), None)
+        if found:
+            new = f'n.replace("{PREFIX}{before}", "{PREFIX}{found.partition(layers)[0]}", 1)'
+            return (
+                f"the base calls that weight `{found}`: the adapter was trained beside `AutoModel`, or a model of text and "
+                f"images; rename its tensors `n` to `{new}`"
+            )
+    return "it was trained beside another model"
 
 
 def _plain(value: Any) -> Any:

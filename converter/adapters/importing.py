@@ -24,10 +24,10 @@ from converter.config import make_model
 from converter.job import Job, Talk, manifest, outputs_for
 from converter.model import Model
 from converter.plan import Copy, Making, named
-from converter.report import HUGGINGFACE, kind
 from converter.rules import Rule
 from formats.arrays import same_bits
 from formats.dcp_index import METADATA
+from formats.detect import Format, detect
 from formats.errors import UserError
 from formats.folder import FileIn, Folder
 from formats.spec import Array, Reader, TensorSpec, dtype_name
@@ -46,7 +46,9 @@ class BaseModel:
 
 def open_base(folder: Folder, *, name: str) -> BaseModel:
     """A model in either format; `name` is what it is called where nobody knows its Hub id."""
-    origin = carried.from_folder(folder) if kind(folder) == HUGGINGFACE else reference.find(TorchDistReader(folder), None)
+    origin = (
+        carried.from_folder(folder) if detect(folder) is not Format.TORCH_DIST else reference.find(TorchDistReader(folder), None)
+    )
     family = families.find(origin.config.get("model_type"))
     told = Base(folder.origin.get("id", name), fingerprint(folder))
     return BaseModel(told, origin, family.RULES, make_model(family.CONFIG, origin.config))
@@ -71,7 +73,8 @@ def plan_import(folder: Folder, base: BaseModel, target: str, talk: Talk, *, can
         talk.note(f"left out, not part of the adapter: {', '.join(left_out)}")
     config, opened = source.config, source.opened
     _check_uniform(config, opened)
-    found = _present(list(places(base.rules, base.model, canonical=canonical)), config, opened)
+    outside = {name for rule in base.rules if "{layer}" not in rule.megatron for name in rule.names(0)[1]}
+    found = _present(list(places(base.rules, base.model, canonical=canonical)), config, opened, outside)
     for place in found:
         _check_part(place, config, opened)
     first = _module(found[0].weights[0])
@@ -107,10 +110,18 @@ def _check_uniform(config: PeftConfig, opened: Opened) -> None:
             )
 
 
-def _present(every: Sequence[Place], config: PeftConfig, opened: Opened) -> list[Place]:
-    """The places that get an adapter, with every tensor of the source accounted for."""
+def _present(every: Sequence[Place], config: PeftConfig, opened: Opened, outside: set[str]) -> list[Place]:
+    """The places that get an adapter, with every tensor of the source accounted for. `outside` are the model's weights that
+    are in no layer."""
     weights = [weight for place in every for weight in place.weights]
     over = sorted(opened.parts.keys() - set(weights))
+    whole = [weight for weight in over if weight in outside]
+    if whole:
+        raise UserError(
+            f"`{peft_format.FILE}` holds an adapter for {named(whole)}, where Megatron's adapters have no place: they are on the "
+            "linear layers of the decoder alone",
+            hint="merge it into its base model instead: `mbconvert merge`",
+        )
     if over:
         raise UserError(
             f"`{peft_format.FILE}` holds an adapter for {named(over)}, which Megatron has no adapter for in this family",

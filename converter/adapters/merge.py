@@ -11,6 +11,7 @@ from typing import Literal, Unpack
 from converter.adapters.adapter import Adapter
 from converter.adapters.base import open_base
 from converter.adapters.description import Base
+from converter.adapters.files import refuse_adapter
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.fitting import survey
 from converter.adapters.merged import Merged
@@ -21,10 +22,10 @@ from converter.exporting import ExportOptions, plan_files
 from converter.importing import ImportOptions, left_out, plan_import
 from converter.job import How, HowOptions, Job, Summary, Talk
 from converter.plan import Copy, Making, casts
-from converter.report import HUGGINGFACE, kind
 from converter.sources import Source, open_source
 from converter.values import KEEP, target_dtype
 from converter.workers import check_workers
+from formats.detect import Format, detect
 from formats.disk import explained
 from formats.errors import UserError
 from formats.folder import Folder
@@ -78,7 +79,8 @@ def merge(
     files = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype, integrity=integrity)
     if to not in (None, "hf", "mcore"):
         raise UserError(f"the target's format `{to}` is not one of hf, mcore")
-    to = to or ("hf" if kind(folder) == HUGGINGFACE else "mcore")
+    refuse_adapter(folder)
+    to = to or ("hf" if detect(folder) is not Format.TORCH_DIST else "mcore")
     _check_meant(to, layout, files)
     beside = open_source(adapter, or_hub=True)
     sources = [folder, beside, *([given] if given else [])]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from converter.adapters.adapter import Adapter
-from converter.adapters.files import is_peft
+from converter.adapters.files import is_peft, require
 from converter.adapters.megatron_format import open_megatron
 from converter.adapters.opened import Opened
 from converter.adapters.peft_format import open_peft
 from converter.sources import open_source
+from formats.detect import Format
 from formats.folder import Folder
 
 
@@ -24,4 +25,7 @@ def open_adapter(path: str | Path) -> Adapter:
 
 def open_either(folder: Folder) -> Opened:
     """The same of a folder, with its tensors under PEFT's names."""
-    return open_peft(folder).opened if is_peft(folder) else open_megatron(folder).opened
+    if is_peft(folder):
+        return open_peft(folder).opened
+    require(folder, Format.TORCH_DIST, adapter=True)
+    return open_megatron(folder).opened

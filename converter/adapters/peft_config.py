@@ -111,7 +111,7 @@ def read(folder: Folder) -> PeftConfig:
     if found.get("peft_type") != "LORA":
         raise UserError(
             f"`peft_type` in `{FILE}` is `{shown(found.get('peft_type'))}`, which is not supported",
-            hint="LORA is, with `use_dora` or without",
+            hint=_instead(found),
         )
     _refuse_features(found)
     return PeftConfig(
@@ -128,6 +128,27 @@ def read(folder: Folder) -> PeftConfig:
         alpha_pattern=_get(found, "alpha_pattern", _is_table_of(is_number), cast("dict[str, float]", {})),
         base=_get(found, "base_model_name_or_path", lambda value: isinstance(value, str), ""),
     )
+
+
+_UNMERGEABLE = {
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "ADAPTION_PROMPT",
+    "CPT",
+    "XLORA",
+    "POLY",
+}
+
+
+def _instead(found: Mapping[str, Any]) -> str:
+    """What to do about an adapter of another kind."""
+    if "fine_tune_type" in found or "lora_parameters" in found:
+        return "MLX wrote it: `mlx_lm.fuse` merges it into its model"
+    if found.get("peft_type") in _UNMERGEABLE:
+        return "LORA is, with `use_dora` or without; this kind adds to what a model reads and cannot be merged into its weights"
+    return "LORA is, with `use_dora` or without; merge others with PEFT (`merge_and_unload`) and convert the merged model"
 
 
 def _refuse_features(found: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Names are PEFT's own: a prefix, the module, an ending. Which modules a model has
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -56,6 +57,7 @@ def open_peft(folder: Folder) -> PeftAdapter:
 
 
 def _check_file(folder: Folder) -> None:
+    """Raise UserError if the weights are not where PEFT writes them, and say where they are."""
     if folder.has(FILE):
         return
     if folder.has(PICKLED):
@@ -63,7 +65,17 @@ def _check_file(folder: Folder) -> None:
             f"`{folder.label}` has its weights in `{PICKLED}`, a pickle, which can run any program when it is opened",
             hint="if you trust it, load it with PEFT and save it again: `save_pretrained` writes safetensors",
         )
-    raise UserError(f"`{folder.label}` has no `{FILE}`", hint="point at a folder that PEFT's `save_pretrained` wrote")
+    other = [name for name in folder.children() if _WEIGHTS.fullmatch(name)]
+    there = f", but {named(other)}" if other else ""
+    raise UserError(
+        f"`{folder.label}` has no `{FILE}`{there}",
+        hint="another program wrote it: load it there and save it as PEFT's `save_pretrained` does"
+        if other
+        else "point at a folder that PEFT's `save_pretrained` wrote",
+    )
+
+
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|npz|gguf)")
 
 
 def _description(config: PeftConfig) -> Description:
@@ -115,10 +127,40 @@ def _module(name: str) -> str:
         ending = f".{factor.value[1]}"
         if name.startswith(PREFIX) and name.endswith(ending):
             return name.removeprefix(PREFIX).removesuffix(ending)
+    _refuse_other_writers(name)
     raise UserError(
         f"`{FILE}` holds `{name}`, which is no tensor of a LoRA on a linear layer",
-        hint="embeddings, biases and modules that were trained whole are not supported",
+        hint="embeddings, biases and modules that were trained whole are not supported: merge the adapter with PEFT "
+        "(`merge_and_unload`) and convert the merged model",
     )
+
+
+_NAMED = re.compile(r".+\.(lora_[AB]|lora_magnitude_vector)\.(?P<adapter>(?!weight$|bias$)[^.]+)(?P<after>\.weight)?")
+_ENDING = re.compile(r"(?P<module>.+)\.(lora_[AB]\.weight|lora_magnitude_vector)")
+
+
+def _refuse_other_writers(name: str) -> None:
+    """Raise UserError for a LoRA tensor as other programs than PEFT's `save_pretrained` name it, and say how to rename it."""
+    found = _NAMED.fullmatch(name)
+    if found:
+        adapter = found["adapter"]
+        raise _renamed(
+            f"`{FILE}` holds `{name}`, with the name of the adapter (`{adapter}`) in it, which PEFT's files do not have",
+            f'n.replace(".{adapter}.weight", ".weight").removesuffix(".{adapter}")',
+        )
+    if _ENDING.fullmatch(name):
+        start = re.match(r"(.*?)(model\.)*(?=layers\.\d+\.|lm_head\b|embed_tokens\b)", name)
+        there, model = (start[1], "" if "lm_head" in name else "model.") if start else ("", "")
+        wrong = f"the prefix `{start[0]}`" if start and start[0] else "no prefix"
+        raise _renamed(
+            f"`{FILE}` holds `{name}`, with {wrong} where PEFT has `{PREFIX}{model}`",
+            f'"{PREFIX}{model}" + n.removeprefix("{start[0] if start else there}")',
+        )
+
+
+def _renamed(what: str, new: str) -> UserError:
+    text = f'`save_file({{{new}: t for n, t in load_file("{FILE}").items()}}, "{FILE}", {{"format": "pt"}})`'
+    return UserError(what, hint=f"rename its tensors as PEFT's `save_pretrained` does: {text} of `safetensors.torch`")
 
 
 def _check(module: str, specs: Mapping[Factor, TensorSpec], config: PeftConfig) -> None:

@@ -1,6 +1,6 @@
 """Llama 2, 3, 3.1, 3.2, and the models that copied their shape."""
 
-from converter.config import activation, field, fixed, flag, no_window, required, rope, value
+from converter.config import Config, activation, field, fixed, flag, no_window, required, rope, value
 from converter.model import Model
 from converter.rules import gate_up, qkv, row, under, vocab, whole
 
@@ -23,6 +23,14 @@ def _plain_attention(model: Model) -> bool:
 
 def _plain_mlp(model: Model) -> bool:
     return not model.mlp_bias
+
+
+def _heads(config: Config) -> int:
+    return config["num_attention_heads"]
+
+
+def _head_dim(config: Config) -> int:
+    return config["hidden_size"] // config["num_attention_heads"]
 
 
 RULES = (
@@ -50,8 +58,8 @@ SIZES = (
     required("hidden_size", "hidden_size"),
     required("ffn_hidden_size", "intermediate_size"),
     required("num_attention_heads", "num_attention_heads"),
-    field("num_query_groups", "num_key_value_heads", default=lambda config: config["num_attention_heads"]),
-    field("kv_channels", "head_dim", default=lambda config: config["hidden_size"] // config["num_attention_heads"]),
+    field("num_query_groups", "num_key_value_heads", default=_heads, null=_heads),
+    field("kv_channels", "head_dim", default=_head_dim, null=_head_dim),
     required("vocab_size", "vocab_size"),
     field("seq_length", "max_position_embeddings", default=value(2048)),
     field("layernorm_epsilon", "rms_norm_eps", default=value(1e-6)),

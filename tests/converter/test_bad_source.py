@@ -83,14 +83,13 @@ def gap(header):
 HEADERS = {
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-7]), "bytes long, its header describes"),
     "appended": (lambda p: p.write_bytes(p.read_bytes() + b"x"), "bytes long, its header describes"),
-    "empty": (lambda p: p.write_bytes(b""), "claims a header of 0 bytes and is 0 bytes long"),
+    "empty": (lambda p: p.write_bytes(b""), "is empty"),
     "short": (lambda p: p.write_bytes(b"abc"), "claims a header of 0 bytes and is 3 bytes long"),
     "huge_length": (lambda p: p.write_bytes(struct.pack("<Q", 1 << 60) + p.read_bytes()[8:]), f"claims a header of {1 << 60}"),
     "no_json": (lambda p: rewrite_header(p, lambda h: b"\xff" * 40), "is not readable JSON"),
     "a_list": (lambda p: rewrite_header(p, lambda h: b"[]"), "should be a JSON object"),
     "overlap": (lambda p: rewrite_header(p, overlap), "should be .* bytes from"),
     "gap": (lambda p: rewrite_header(p, gap), "should be .* bytes from 0, its header says 8"),
-    "dtype": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(dtype="BF17")), "has dtype `BF17`"),
     "shape": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(shape=[-1, 64])), r"has shape `\[-1, 64\]`"),
     "shape_text": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(shape="ab")), "has shape `ab`"),
     "big_shape": (
@@ -112,6 +111,11 @@ def test_a_damaged_safetensors_file_is_named(source, tmp_path, name):
     path = sorted(source.glob("*.safetensors"))[1]
     damage(path)
     refused(hf_to_mcore, source, tmp_path, f"(?s)`{path.name}`.*{pattern}")
+
+
+def test_a_dtype_that_nobody_knows_is_named(source, tmp_path):
+    rewrite_header(sorted(source.glob("*.safetensors"))[1], lambda header: first_two(header)[0].update(dtype="BF17"))
+    refused(hf_to_mcore, source, tmp_path, "is BF17, which cannot be converted\n\nhint: those that can be are bf16, fp16")
 
 
 def test_a_file_that_shrinks_after_its_header_was_read_is_named(source, tmp_path, monkeypatch):
@@ -218,7 +222,7 @@ def test_a_source_that_is_not_there(tmp_path):
     refused(mcore_to_hf, tmp_path / "nowhere", tmp_path, "is not there")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama"}')
-    refused(hf_to_mcore, tmp_path / "empty", tmp_path, "holds no safetensors files")
+    refused(hf_to_mcore, tmp_path / "empty", tmp_path, "holds no weights")
 
 
 def test_a_disk_that_is_too_small_is_said_before_writing(source, tmp_path, monkeypatch):

@@ -215,14 +215,24 @@ def test_verify_changes_no_byte(model_folder, tmp_path):
     assert tree(tmp_path / "plain") == tree(tmp_path / "verified")
 
 
-def test_numbers_without_dimensions_are_refused_not_left_out(tmp_path):
+def test_numbers_without_dimensions_are_compared_as_one_row(tmp_path):
     import torch.distributed.checkpoint as dcp
 
     for name, scale in (("one", 1.0), ("other", 2.0)):
         state = {"decoder.weight": torch.ones(8), "decoder.scale": torch.tensor(scale)}
         dcp.save(state, checkpoint_id=tmp_path / name, no_dist=True)
-    with pytest.raises(UserError, match=r"`decoder\.scale` has no dimensions"):
-        verify(tmp_path / "one", tmp_path / "other")
+    found = verify(tmp_path / "one", tmp_path / "other")
+    assert [(one.name, one.elements, one.values) for one in found.different] == [("decoder.scale", 1, (1.0, 2.0))]
+    assert verify(tmp_path / "one", tmp_path / "one").same
+
+
+def test_a_number_without_dimensions_is_not_the_same_as_a_row_of_one(tmp_path):
+    for name, value in (("a", torch.tensor(1.0)), ("b", torch.tensor([1.0])), ("c", torch.tensor(1.0, dtype=torch.bfloat16))):
+        (tmp_path / name).mkdir()
+        save_file({"scale": value}, tmp_path / name / "model.safetensors")
+    assert verify(tmp_path / "a", tmp_path / "a").same
+    assert verify(tmp_path / "a", tmp_path / "b").lines() == ["`scale`: shape [] and [1]"]
+    assert verify(tmp_path / "a", tmp_path / "c", cast="bf16").same
 
 
 def test_a_damaged_config_is_an_error_not_a_reason_to_take_the_others(model_folder, checkpoint):

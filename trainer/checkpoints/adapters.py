@@ -19,8 +19,8 @@ from converter.adapters.files import is_peft
 from converter.adapters.fingerprint import fingerprint
 from converter.plan import as_stored
 from converter.reference import UnknownModelError
-from converter.report import HUGGINGFACE, kind
 from converter.sources import open_source
+from formats.detect import Format, detect
 from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.home import expanded
@@ -58,7 +58,7 @@ def method_of(found: Description) -> Any:
 def find(source: str) -> Description | None:
     """What an adapter's checkpoint says of it; None for a checkpoint of a whole model."""
     folder = open_source(source, or_hub=True)
-    if kind(folder) == HUGGINGFACE:
+    if detect(folder) is not Format.TORCH_DIST:
         return None
     iteration = find_iteration(folder)
     return description.read(iteration) if iteration.has(description.FILE) else None

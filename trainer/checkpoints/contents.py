@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from converter import carried, reference
-from converter.report import HUGGINGFACE, kind
 from converter.sources import open_source
+from formats.detect import Format, detect
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.huggingface import HuggingFaceReader
@@ -44,7 +44,7 @@ def describe(source: str) -> Described:
     Raises UserError where it is none of these, or does not say what model it is.
     """
     folder = open_source(source, or_hub=True)
-    if kind(folder) == HUGGINGFACE:
+    if detect(folder) is not Format.TORCH_DIST:
         with closing(HuggingFaceReader(folder)) as reader:
             return Described(read_json(folder, carried.CONFIG), _dtype(reader))
     with closing(TorchDistReader(folder)) as reader:
@@ -60,7 +60,7 @@ def describe(source: str) -> Described:
 def places(source: str) -> tuple[Folder, ...]:
     """Where the tokenizer may be; the first that has one counts."""
     folder = open_source(source, or_hub=True)
-    if kind(folder) == HUGGINGFACE:
+    if detect(folder) is not Format.TORCH_DIST:
         return (folder,)
     inside = find_iteration(folder)
     # The first has `generation_config.json` as well, the second is all that Megatron-Bridge writes.

@@ -23,10 +23,10 @@ from converter.adapters.files import refuse_adapter
 from converter.carried import CONFIG
 from converter.config import make_model
 from converter.plan import Making, Plan, as_stored, named, to_megatron
-from converter.report import HUGGINGFACE, kind
 from converter.run import check_equal
 from converter.sources import open_source
 from formats.arrays import bands
+from formats.detect import Format, detect
 from formats.errors import UserError
 from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
@@ -103,7 +103,7 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
     """
     folder = open_source(source, or_hub=True)
     refuse_adapter(folder)
-    opened = HuggingFaceReader if kind(folder) == HUGGINGFACE else TorchDistReader
+    opened = HuggingFaceReader if detect(folder) is not Format.TORCH_DIST else TorchDistReader
     with in_full(chunks), closing(opened(folder)) as reader:
         refuse_adapter(reader.folder)
         locals_ = local_weights(chunks)

@@ -22,8 +22,8 @@ from converter.layout import make_layout
 from converter.megatron_settings import Kind
 from converter.megatron_settings import kind as kind_of
 from converter.model import Model
-from converter.report import HUGGINGFACE, kind
 from converter.sources import open_source
+from formats.detect import Format, detect
 from formats.folder import FileIn, Folder
 from formats.huggingface import HuggingFaceReader
 from formats.spec import DTYPES
@@ -86,7 +86,7 @@ def _changed(found: Mapping[str, bytes | FileIn], known: dict[str, Any]) -> dict
 def _from_source(source: str) -> dict[str, bytes | FileIn]:
     """The side files of a Hugging Face directory, or those that travelled with a Megatron checkpoint."""
     folder = open_source(source, or_hub=True)
-    if kind(folder) == HUGGINGFACE:
+    if detect(folder) is not Format.TORCH_DIST:
         reader = HuggingFaceReader(folder)
         luggage = carried.pack(reader, live.plan_of(reader).extras)
         return {**luggage.documents, **luggage.copies}

@@ -172,7 +172,7 @@ def test_another_base_model(adapter, model_folder, tmp_path):
 
 
 def test_a_model_is_no_adapter(base, tmp_path):
-    refused(adapter_to_mcore, base, tmp_path, r"has no `adapter_config.json`", base=base)
+    refused(adapter_to_mcore, base, tmp_path, "is a Hugging Face model, not a PEFT adapter", base=base)
 
 
 def test_a_checkpoint_of_a_model_is_no_adapter(base, tmp_path):

@@ -1,0 +1,182 @@
+"""Say what Hugging Face weights are that do not fit their `config.json`: quantized, renamed, or with another head.
+
+Looks at names and dtypes alone, and only raises what it recognizes: what is left is for the plan to account for. Every hint
+leads to weights that can be converted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from converter.families import Family
+from converter.model import Model
+from converter.plan import named
+from converter.quantization import refuse_quantized
+from converter.rules import fill
+from formats.errors import UserError
+from formats.huggingface import INDEX
+from formats.spec import TensorSpec
+
+_LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+_CORE = re.compile(r"(?P<before>.*?)(?P<core>layers\.0\..+|embed_tokens\.weight|norm\.weight)")
+
+_WRAPPERS = {
+    "module": "DistributedDataParallel's or DeepSpeed's",
+    "_orig_mod": "`torch.compile`'s",
+    "_fsdp_wrapped_module": "FSDP's",
+    "_checkpoint_wrapped_module": "activation checkpointing's",
+    "_forward_module": "Lightning's",
+    "base_model.model": "PEFT's",
+    "base_layer": "PEFT's",
+    "original_module": "PEFT's",
+}
+"""Parts of names that a wrapper around the model puts there, and whose they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Others:
+    """Names of other programs or models: what they are, and the way out."""
+
+    pattern: str
+    what: str
+    hint: str
+
+
+_CONVERTED = "fetch the repository's version for transformers, or convert it with the script that transformers has for it"
+_OTHERS = (
+    _Others(
+        r"(.*\.)?lora_[AB]\..*|.*\.lora_magnitude_vector",
+        "LoRA tensors that were not merged",
+        "load it with PEFT and save `model.merge_and_unload()`; an adapter alone is put into its model by `mbconvert merge`",
+    ),
+    _Others(
+        r"tok_embeddings\.weight|layers\.0\.attention\.w[qkvo]\.weight",
+        "names of Meta's and Mistral's own format (`consolidated.safetensors`)",
+        "fetch `model-*.safetensors` and their index of the same repository, or a repository for transformers",
+    ),
+    _Others(
+        r"(module\.)*(decoder\.layers\.0\.|embedding\.word_embeddings\.).*",
+        "Megatron's names",
+        "load them in Megatron-LM and save them with `--ckpt-format torch_dist`; `mbconvert mcore-to-hf` converts that",
+    ),
+    _Others(r"blk\.\d+\..*|token_embd\.weight", "names of GGUF", "convert the original weights"),
+    _Others(r"(transformer\.)?(h|blocks)\.\d+\..*|gpt_neox\..*", "names of another architecture (GPT-2, GPT-NeoX)", _CONVERTED),
+    _Others(
+        r".*\.(qkv_proj|gate_up_proj|query_key_value|Wqkv)\..*",
+        "projections fused into one tensor, as vLLM and other architectures keep them",
+        "save the model with transformers (`save_pretrained`), under the architecture that `config.json` names",
+    ),
+    _Others(r".*\.(experts|block_sparse_moe)\..*", "experts of a mixture", "such models are not supported yet"),
+)
+
+
+def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], family: Family, model: Model, *, label: str) -> None:
+    """Raise UserError for weights that are recognized as no plain ones of this model; `label` is their folder."""
+    wanted = {name for rule in family.RULES if rule.when(model) and not rule.zeros(model) for name in rule.names(0)[1]}
+    head = {name for rule in family.RULES if rule.same_as for name in rule.names(0)[1]}
+    extras = {fill(template, 0) for template in family.EXTRAS}
+    found = {_LAYER.sub("0", name): name for name in specs}
+    missing, over = wanted - found.keys(), [found[name] for name in sorted(found.keys() - wanted - head - extras)]
+    refuse_quantized(specs, over, config, label=label)
+    if not missing and not over:
+        return
+    for other in _OTHERS:
+        names = [name for name in over if re.fullmatch(other.pattern, _LAYER.sub("0", name))]
+        if names:
+            raise UserError(f"`{label}` holds {named(names)}: {other.what}", hint=other.hint)
+    _refuse_renamed(wanted, found, label=label)
+    if missing <= head:
+        _refuse_head(missing, over, label=label)
+
+
+def _unwrap(name: str) -> tuple[str, list[str]]:
+    """A name without what wrappers put there, and those wrappers."""
+    parts = name.split(".")
+    parts = ["base_model.model", *parts[2:]] if parts[:2] == ["base_model", "model"] else parts
+    return ".".join(part for part in parts if part not in _WRAPPERS), list(
+        dict.fromkeys(part for part in parts if part in _WRAPPERS)
+    )
+
+
+def _refuse_renamed(wanted: set[str], found: Mapping[str, str], *, label: str) -> None:
+    """Raise UserError if weights have other prefixes than the model has, and say how to rename them."""
+    cores = {match["core"]: (name, match["before"]) for name in sorted(wanted) if (match := _CORE.fullmatch(name))}
+    for name in sorted(found):
+        plain, wrappers = _unwrap(name)
+        match = _CORE.fullmatch(plain)
+        if not match or match["core"] not in cores:
+            continue
+        expected, before = cores[match["core"]]
+        if name != expected:
+            raise UserError(
+                f"`{label}` holds `{found[name]}`, which `config.json` calls `{_like(expected, found[name])}`: "
+                f"{_cause(wrappers, match['before'], before)}",
+                hint=_rename(wrappers, match["before"], before, found),
+            )
+
+
+def _like(expected: str, name: str) -> str:
+    """The expected name, in the layer of the other."""
+    number = _LAYER.search(name)
+    return _LAYER.sub(number[0], expected) if number else expected
+
+
+def _cause(wrappers: Iterable[str], there: str, expected: str) -> str:
+    parts = [f"`{wrapper}.` is {_WRAPPERS[wrapper]}" for wrapper in wrappers]
+    if "language_model" in there:
+        parts.append("a model of text and images, whose text part has the prefix `language_model.`")
+    elif there == "" and expected:
+        parts.append(f"saved from `AutoModel`, without the prefix `{expected}` and without a head")
+    elif there != expected:
+        parts.append(f"the prefix is `{there}` instead of `{expected}`")
+    return "; ".join(parts)
+
+
+def _rename(wrappers: Iterable[str], there: str, expected: str, found: Iterable[str]) -> str:
+    """Python that renames the tensors of one file."""
+    new = "n" + "".join(f'.replace("{wrapper}.", "")' for wrapper in wrappers)
+    extra = there.removesuffix(expected)
+    if there == "":
+        new = f'(n if n.startswith("lm_head") else "{expected}" + n)' if not wrappers else f'"{expected}" + {new}'
+    elif there != expected and there.endswith(f".{expected}"):
+        new += f'.removeprefix("{extra}")'
+    elif there != expected:
+        new += f'.replace("{there}", "{expected}", 1)'
+    kept = ' if "language_model." in n or n.startswith("lm_head")' if "language_model" in there else ""
+    text = (
+        f'in each file `f`: `save_file({{{new}: t for n, t in load_file(f).items(){kept}}}, f, {{"format": "pt"}})` of '
+        f"`safetensors.torch`; then remove `{INDEX}`"
+    )
+    if not any("lm_head" in name for name in found):
+        text += f"; if the model's head is tied, set `tie_word_embeddings` to true; if not, {_BODY}"
+    return text
+
+
+_BODY = (
+    "take it from the model that this one was trained from: `m = AutoModelForCausalLM.from_pretrained(BASE)`, "
+    "`m.model.load_state_dict(AutoModel.from_pretrained(DIR).state_dict())`, `m.save_pretrained(OUT)`"
+)
+
+
+_HEAD = re.compile(r"(\w+\.)?(scores?|\w*classifier|\w*heads?|qa_outputs|pooler|regress\w*|reward\w*|value\w*|logit\w*)(\..+)?")
+"""Modules beside a model's body that give something else than tokens."""
+
+
+def _refuse_head(missing: set[str], over: list[str], *, label: str) -> None:
+    """Raise UserError for a whole body with another head than a language model's, or with none."""
+    heads = [name for name in over if _HEAD.fullmatch(name)]
+    if heads and len(heads) == len(over) and not missing:
+        again = f'`AutoModelForCausalLM.from_pretrained("{label}", dtype="auto").save_pretrained("OUT")`'
+        raise UserError(
+            f"`{label}` holds {named(heads)} beside the language model: a head for classification, rewards or values",
+            hint=f"leave it out: {again}, then convert `OUT`",
+        )
+    if missing and len(heads) == len(over):
+        instead = f", but {named(heads)}: a head for classification, rewards or embeddings" if heads else ""
+        raise UserError(
+            f"`{label}` has no head of a language model (`{min(missing)}`){instead}",
+            hint=f"if it is tied to the embedding, set `tie_word_embeddings` to true in `config.json`; if not, {_BODY}",
+        )

@@ -1,0 +1,158 @@
+"""What a folder is: a Hugging Face model, a PEFT adapter, a Megatron checkpoint, or none of these and then what.
+
+Decided by content, never by the folder's own name. Knows which files a format is known by; what is in them is left to the
+readers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+
+from formats import foreign
+from formats.dcp_index import METADATA, read_index
+from formats.errors import UserError
+from formats.folder import Folder, LocalFolder
+from formats.huggingface import INDEX, model_files
+from formats.torch_dist import COMMON, FORMAT, TRACKER, TRAIN_STATE, refuse_legacy, unfinished
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = re.compile(r"adapter[\w-]*\.(safetensors|bin|pt|pth)")
+_RUN_CONFIG = "run_config.yaml"
+
+_ITERATION = re.compile(r"(iter_\d+|release)/")
+_MEGATRON_NAME = re.compile(
+    r"(.*\.)?(decoder|encoder)\.layers\..*|(decoder|encoder|embedding|output_layer)\..*|(optimizer|chained_\d+)\..*"
+)
+_MOST_FOLDERS = 200
+"""More sub-folders are not looked into: a folder with so many is no collection of models."""
+
+
+class Format(StrEnum):
+    """The formats that are read here, as reports name them."""
+
+    HUGGINGFACE = "Hugging Face safetensors"
+    PEFT = "PEFT adapter"
+    TORCH_DIST = "Megatron torch_dist"
+
+
+def detect(folder: Folder) -> Format:
+    """Return the format of a folder.
+
+    Raises UserError for every other one, which says what the folder is, as far as that can be told, and the way out.
+    """
+    if folder.has(TRACKER):
+        return Format.TORCH_DIST
+    if folder.has(METADATA):
+        return _container(folder)
+    if folder.has(INDEX):
+        return Format.HUGGINGFACE
+    names = folder.children()
+    if model_files(names):
+        return Format.HUGGINGFACE
+    if ADAPTER_CONFIG in names or any(ADAPTER_WEIGHTS.fullmatch(name) for name in names):
+        return Format.PEFT
+    raise _unknown(folder, names)
+
+
+def _container(folder: Folder) -> Format:
+    """A folder with `.metadata`: Megatron's by the files that only Megatron writes, or else by the names of its tensors."""
+    if any(folder.has(name) for name in (FORMAT, COMMON, TRAIN_STATE, _RUN_CONFIG)):
+        return Format.TORCH_DIST
+    names = folder.children()
+    if model_files(names) and not _containers(names):
+        return Format.HUGGINGFACE
+    tensors = sorted(read_index(folder).tensors)
+    if not tensors or any(_MEGATRON_NAME.fullmatch(name) for name in tensors):
+        return Format.TORCH_DIST
+    raise UserError(
+        f"`{folder.label}` is a distributed checkpoint of PyTorch's, but not Megatron's: it holds {len(tensors)} tensors such as "
+        f"`{tensors[0]}`",
+        hint=f"where FSDP wrote it, `accelerate merge-weights {folder.label} OUT` writes safetensors; elsewhere load it with "
+        "`torch.distributed.checkpoint` in the program that saved it, and save the model with `save_pretrained`",
+    )
+
+
+def _containers(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.endswith(".distcp")]
+
+
+def _unknown(folder: Folder, names: Sequence[str]) -> UserError:
+    """The error for a folder that is in none of the formats."""
+    if not names:
+        there = not isinstance(folder, LocalFolder) or folder.path.is_dir()
+        return UserError(
+            f"`{folder.label}` is {'empty' if there else 'not there'}", hint="give the folder that holds the weights"
+        )
+    refuse_legacy(folder)
+    _refuse_unfinished(folder, names)
+    _refuse_root(folder, names)
+    if _containers(names) or folder.name.startswith("iter_"):
+        return unfinished(folder)
+    foreign.refuse(folder.label, names)
+    _refuse_parent(folder, names)
+    listed = ", ".join(f"`{name}`" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return UserError(
+        f"`{folder.label}` holds no weights: it is neither a Hugging Face directory nor a Megatron checkpoint",
+        hint=f"the first has `*.safetensors` files, the second `{TRACKER}` or `{METADATA}`; there are: {listed}",
+    )
+
+
+def _refuse_unfinished(folder: Folder, names: Sequence[str]) -> None:
+    """Raise UserError if a download did not come to its end, and no file of another format is there whole."""
+    found = foreign.unfinished_downloads(folder, names)
+    if found and not foreign.find(name for name in names if name not in found):
+        raise UserError(
+            f"`{folder.label}` is an unfinished download: it has `{found[0]}` and no weights",
+            hint="start the download again, which goes on where it stopped, and wait for its end",
+        )
+
+
+def _refuse_root(folder: Folder, names: Sequence[str]) -> None:
+    """Raise UserError for a folder of iterations that has no tracker."""
+    iterations = [name.rstrip("/") for name in names if _ITERATION.fullmatch(name)]
+    if not iterations:
+        return
+    whole = [name for name in iterations if folder.below(name).has(METADATA)]
+    for name in () if whole else iterations:
+        refuse_legacy(folder.below(name))
+    given = ", ".join(f"`{folder.label}/{name}`" for name in reversed(whole[-5:]))
+    raise UserError(
+        f"`{folder.label}` has no `{TRACKER}`, which says which of its iterations is the last: {_listed(iterations)}",
+        hint=f"give one of them: {given}" if given else f"none of them is whole: they have no `{METADATA}`",
+    )
+
+
+def _refuse_parent(folder: Folder, names: Sequence[str]) -> None:
+    """Raise UserError if the weights are in folders below, and say in which."""
+    folders = [name.rstrip("/") for name in names if name.endswith("/")][:_MOST_FOLDERS]
+    if "snapshots/" in names and "blobs/" in names:
+        folders = [f"snapshots/{name.rstrip('/')}" for name in folder.below("snapshots").children()]
+    found = [name for name in folders if _holds_weights(folder.below(name))]
+    if found:
+        raise UserError(
+            f"`{folder.label}` holds no weights itself; folders in it do: {_listed(found)}",
+            hint=f"give one of them: `{folder.label}/{found[0]}`",
+        )
+
+
+def _holds_weights(folder: Folder) -> bool:
+    names = folder.children()
+    known = {INDEX, TRACKER, METADATA, ADAPTER_CONFIG}
+    return bool(known.intersection(names) or model_files(names) or foreign.find(names))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def refuse_file(path: str) -> None:
+    """Raise UserError for a file where a folder should be given."""
+    folder, _, name = path.rpartition(os.sep)
+    folder = folder or ("" if path.startswith(os.sep) else ".")
+    found = foreign.find([name])
+    if found:
+        raise UserError(f"`{path}` is a file: {found[0].what}", hint=foreign.hint(found[0], folder, name))
+    raise UserError(f"`{path}` is a file", hint=f"give the directory that it is in: `{folder or os.sep}`")

@@ -1,0 +1,139 @@
+"""Formats of weights that are not converted here: which files they are known by, and how a model gets out of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from formats.errors import UserError
+from formats.folder import Folder
+
+UNFINISHED = re.compile(
+    r".+\.(incomplete|aria2|part|crdownload|partial|download|opdownload|filepart|tmp|temp|!ut)$", re.IGNORECASE
+)
+"""What programs call a file that they have not fetched to its end."""
+
+_SAVE_AGAIN = (
+    'load it with transformers and save it again, which writes safetensors: `AutoModelForCausalLM.from_pretrained("{folder}", '
+    'dtype="auto").save_pretrained("OUT")`; then convert `OUT`'
+)
+_SAVE_IN_ITS_PROGRAM = (
+    "load it with the program that saved it, and save the model with `save_pretrained`, which writes safetensors"
+)  # fmt: skip
+_VERL = (
+    "`python -m verl.model_merger merge --backend fsdp --local_dir {folder} --target_dir OUT` writes safetensors; then "
+    "convert `OUT`"
+)
+_DEEPSPEED = (
+    "DeepSpeed puts `zero_to_fp32.py` beside its `global_step*` folders: `python zero_to_fp32.py {folder} OUT "
+    "--safe_serialization` writes safetensors; add the model's `config.json` and convert `OUT`"
+)
+_DEEPSPEED_FILES = (
+    r"(\w+_)?zero_pp_rank_\d+_mp_rank_\d+_.*\.pt|mp_rank_\d+_model_states\.pt|zero_to_fp32\.py|global_step\d+/|"
+    r"layer_\d+-model_\d+-model_states\.pt"
+)
+_ACCELERATE = (
+    "`accelerate merge-weights {folder}/{file} OUT` writes safetensors; add the model's `config.json` and convert `OUT`"
+)  # fmt: skip
+_META = (
+    "use the repository that has the model for transformers (with `-hf` in its name, or `*.safetensors` beside `original/`), "
+    "or convert it with `convert_llama_weights_to_hf.py` of transformers 4"
+)
+_NEMO = (
+    "convert it with NeMo's `scripts/checkpoint_converters/convert_llama_nemo_to_hf.py`; then convert what that writes"
+)  # fmt: skip
+_FRAMEWORKS = (
+    "load it with transformers 4 (`from_tf=True` or `from_flax=True`) and save it with `save_pretrained`; or fetch the "
+    "repository's safetensors files"
+)
+_ORIGINAL = "convert the original weights, from which it was made"
+_GGUF = (
+    f"{_ORIGINAL}; or, with its rounding, "
+    '`AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="{file}").save_pretrained("OUT")`'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A format, known by the name of one file or folder in it. `{folder}` and `{file}` in the hint are filled in."""
+
+    pattern: str
+    what: str
+    hint: str
+
+    def matches(self, name: str) -> bool:
+        return re.fullmatch(self.pattern, name, re.IGNORECASE) is not None
+
+
+_FORMATS = (
+    Foreign(r"model_world_size_\d+_rank_\d+\.pt", "FSDP shards as verl saves them", _VERL),
+    Foreign(_DEEPSPEED_FILES, "a DeepSpeed checkpoint", _DEEPSPEED),
+    Foreign(
+        r"mp_rank_\d+(_\d+)*/",
+        "Megatron's legacy `mp_rank_*` format, which is not supported yet",
+        "load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
+    ),
+    Foreign(r"pytorch_model_fsdp_\d+/", "FSDP shards as accelerate saves them", _ACCELERATE),
+    Foreign(
+        r"(diffusion_)?(pytorch_)?model(\.[\w-]+)?(-\d+-of-\d+)?\.bin(\.index(\.[\w-]+)?\.json)?",
+        "pickled PyTorch tensors, not safetensors",
+        _SAVE_AGAIN,
+    ),
+    Foreign(r"consolidated[\w.-]*\.pth", "Meta's own format (`.pth`)", _META),
+    Foreign(r".*\.(gguf|ggml|llamafile)", "GGUF, the format of llama.cpp", _GGUF),
+    Foreign(r".*\.nemo", "a NeMo archive", _NEMO),
+    Foreign(r".*\.(h5|keras|pb)|.*\.h5\.index\.json|.*\.ckpt\.(index|meta|data-.*)", "TensorFlow weights", _FRAMEWORKS),
+    Foreign(r".*\.msgpack(\.index\.json)?|_CHECKPOINT_METADATA|manifest\.ocdbt", "Flax or JAX weights", _FRAMEWORKS),
+    Foreign(r".*\.(onnx|onnx_data|onnx\.data)", "an ONNX graph", _ORIGINAL),
+    Foreign(r".*\.(mlmodel|mlpackage|mlmodelc)/?", "a CoreML model", _ORIGINAL),
+    Foreign(r".*\.npz", "numpy arrays, as MLX saves them", _ORIGINAL),
+    Foreign(r".*\.(tflite|task|litertlm)", "a TFLite model", _ORIGINAL),
+    Foreign(r"openvino_.*|.*\.(engine|plan|trt|mlc)", "a model compiled for one engine", _ORIGINAL),
+    Foreign(r".*\.ot", "weights for Rust (`rust_model.ot`)", _ORIGINAL),
+    Foreign(
+        r"model_index\.json",
+        "a pipeline of diffusers, of several models",
+        "none of them is a language model of a supported family",
+    ),
+    Foreign(
+        r"(.*[_-])?(rank|shard)[_-]?\d+.*\.(pt|pth|bin)",
+        "pickled PyTorch tensors, one file for each rank",
+        f"gather them: {_SAVE_IN_ITS_PROGRAM}",
+    ),
+    Foreign(r".*\.(pt|pth|ckpt|bin|pkl|pickle)", "pickled PyTorch tensors, not safetensors", _SAVE_IN_ITS_PROGRAM),
+)
+
+_NOT_WEIGHTS = re.compile(
+    r"(optimizer|scheduler|rng_state.*|training_args|scaler|random_states.*|trainer_state)\.(pt|pth|bin|pkl|json)|tokenizer.*|vocab.*"
+)
+"""What lies beside weights of every format, and says nothing about theirs."""
+
+
+def find(names: Iterable[str]) -> tuple[Foreign, str] | None:
+    """Return the first format that one of these names is known by, and that name."""
+    named = sorted(name for name in names if not _NOT_WEIGHTS.fullmatch(name))
+    return next(((one, name) for one in _FORMATS for name in named if one.matches(name)), None)
+
+
+def refuse(label: str, names: Iterable[str]) -> None:
+    """Raise UserError if one of the names in the folder `label` tells of a format that is not converted here."""
+    found = find(names)
+    if found:
+        one, name = found
+        raise UserError(f"`{label}` has its weights in `{name}`: {one.what}", hint=hint(one, label, name))
+
+
+def hint(one: Foreign, label: str, name: str) -> str:
+    """What to do about a file of that format in the folder `label`."""
+    return one.hint.replace("{file}", name.rstrip("/")).replace("{folder}", label)
+
+
+_DOWNLOADS = ".cache/huggingface/download"
+
+
+def unfinished_downloads(folder: Folder, names: Sequence[str]) -> list[str]:
+    """Return those files of a folder, whose `names` are given, that a download has not come to the end of."""
+    here = [name for name in names if UNFINISHED.fullmatch(name.rstrip("/"))]
+    inside = folder.below(_DOWNLOADS).children() if ".cache/" in names else []
+    return here + [f"{_DOWNLOADS}/{name}" for name in inside if UNFINISHED.fullmatch(name)]

@@ -1,0 +1,276 @@
+"""What a folder is, is told by what is in it; what is not converted here is named, with a way out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.numpy import save_file
+
+from formats.content import recognize
+from formats.detect import Format, detect, refuse_file
+from formats.errors import UserError
+from formats.folder import LocalFolder
+from formats.huggingface import HuggingFaceReader, shard_names
+
+WEIGHTS = {"w": np.ones((2, 3), "float32")}
+
+
+def folder_with(path, *names):
+    """A folder with these files, and folders where names end in a slash."""
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).mkdir(exist_ok=True) if name.endswith("/") else (path / name).write_bytes(b"PK")
+    return LocalFolder(path)
+
+
+def message(folder):
+    with pytest.raises(UserError) as error:
+        detect(folder)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["iter_0000100", "release", "global_step1", "model"])
+def test_a_folder_is_a_model_by_its_content_and_not_by_its_name(tmp_path, name):
+    (tmp_path / name).mkdir()
+    save_file(WEIGHTS, tmp_path / name / "model.safetensors")
+    assert detect(LocalFolder(tmp_path / name)) is Format.HUGGINGFACE
+
+
+@pytest.mark.parametrize(("names", "found"), [
+    (["model.safetensors.index.json"], Format.HUGGINGFACE),
+    (["model-00001-of-00002.safetensors", "pytorch_model.bin", "optimizer.pt", "global_step5/"], Format.HUGGINGFACE),
+    (["adapter_model.safetensors"], Format.PEFT),
+    (["adapter_config.json", "adapter_model.safetensors", "config.json", "README.md"], Format.PEFT),
+    (["adapter_model.bin"], Format.PEFT),
+    (["adapter_config.json", "model.safetensors"], Format.HUGGINGFACE),
+    (["latest_checkpointed_iteration.txt"], Format.TORCH_DIST),
+    ([".metadata", "metadata.json"], Format.TORCH_DIST),
+    ([".metadata", "common.pt"], Format.TORCH_DIST),
+])  # fmt: skip
+def test_formats_that_are_read(tmp_path, names, found):
+    assert detect(folder_with(tmp_path / "m", *names)) is found
+
+
+OTHERS = {
+    "pytorch": (["config.json", "pytorch_model.bin"], "`pytorch_model.bin`: pickled PyTorch tensors", "save_pretrained"),
+    "pytorch shards": (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], "pickled", "save_pretrained"),
+    "variant": (["pytorch_model.fp16.bin"], "pickled PyTorch tensors", "AutoModelForCausalLM"),
+    "Meta": (["consolidated.00.pth", "params.json", "tokenizer.model"], "Meta's own format", "convert_llama_weights_to_hf.py"),
+    "GGUF": (["llama.Q4_K_M.gguf", "config.json"], "`llama.Q4_K_M.gguf`: GGUF", 'gguf_file="llama.Q4_K_M.gguf"'),
+    "verl": (["model_world_size_2_rank_0.pt", "fsdp_config.json"], "verl", "verl.model_merger merge"),
+    "DeepSpeed": (["latest", "zero_to_fp32.py", "global_step1/mp_rank_00_model_states.pt"], "DeepSpeed", "zero_to_fp32.py"),
+    "DeepSpeed's step": (["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"], "DeepSpeed", "zero_to"),
+    "ZeRO in bf16": (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "a DeepSpeed checkpoint", "zero_to_fp32"),
+    "accelerate": (["pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp"], "accelerate", "merge-weights"),
+    "ranks": (["rank_0.pt", "rank_1.pt"], "one file for each rank", "save_pretrained"),
+    "legacy": (["mp_rank_00/model_optim_rng.pt"], "legacy `mp_rank_*` format", "--ckpt-format torch_dist"),
+    "legacy root": (["release/mp_rank_00/model_optim_rng.pt"], "legacy `mp_rank_*` format", "--ckpt-format torch_dist"),
+    "NeMo": (["llama.nemo"], "a NeMo archive", "convert_llama_nemo_to_hf.py"),
+    "TensorFlow": (["tf_model.h5"], "TensorFlow weights", "from_tf=True"),
+    "Flax": (["flax_model.msgpack"], "Flax or JAX weights", "from_flax=True"),
+    "ONNX": (["model.onnx", "model.onnx_data"], "an ONNX graph", "original weights"),
+    "CoreML": (["llama.mlpackage/Manifest.json"], "a CoreML model", "original weights"),
+    "MLX": (["weights.npz"], "numpy arrays", "original weights"),
+    "Rust": (["rust_model.ot"], "weights for Rust", "original weights"),
+    "torch.save": (["config.json", "model.pth", "training_args.bin"], "`model.pth`: pickled PyTorch tensors", "save_pretrained"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_format_is_named_with_the_way_out(tmp_path, name):
+    names, what, way = OTHERS[name]
+    said = message(folder_with(tmp_path / "my model", *names))
+    problem, _, hint = said.partition("\n\nhint: ")
+    assert str(tmp_path / "my model") in problem
+    assert what in problem
+    assert way in hint
+    assert "{" not in hint
+
+
+def test_zarr_is_named(tmp_path):
+    folder = folder_with(tmp_path / "m", "metadata.json")
+    (tmp_path / "m" / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    assert "is in the `zarr` format, which is not supported yet" in message(folder)
+
+
+@pytest.mark.parametrize("names", [
+    ["config.json", "model.safetensors.incomplete"], ["model-00001-of-00004.safetensors.aria2"], ["model.safetensors.part"],
+    ["config.json", "model.safetensors.crdownload"], ["config.json", ".cache/huggingface/download/abc.def.incomplete"],
+])  # fmt: skip
+def test_an_unfinished_download_is_said_to_be_one(tmp_path, names):
+    said = message(folder_with(tmp_path / "m", *names))
+    assert f"`{tmp_path / 'm'}` is an unfinished download: it has `{names[-1]}` and no weights" in said
+
+
+@pytest.mark.parametrize("ending", ["aria2", "part", "crdownload"])
+def test_a_file_that_a_download_still_writes_to_is_refused_though_it_has_its_size(tmp_path, ending):
+    (tmp_path / f"model.safetensors.{ending}").write_bytes(b"x")
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=rf"`model.safetensors` is not whole: `model.safetensors.{ending}` beside it"):
+        HuggingFaceReader(LocalFolder(tmp_path))
+
+
+def test_an_empty_folder_and_one_without_weights(tmp_path):
+    (tmp_path / "m").mkdir()
+    assert message(LocalFolder(tmp_path / "m")).startswith(f"`{tmp_path / 'm'}` is empty")
+    said = message(folder_with(tmp_path / "m", "config.json", "README.md"))
+    assert "holds no weights: it is neither a Hugging Face directory nor a Megatron checkpoint" in said
+    assert "there are: `README.md`, `config.json`" in said
+
+
+def test_a_root_without_a_tracker_says_which_iterations_it_has(tmp_path):
+    names = [f"iter_{number:07d}/.metadata" for number in (10, 20)]
+    said = message(folder_with(tmp_path / "run", *names, "iter_0000030/__0_0.distcp"))
+    assert "has no `latest_checkpointed_iteration.txt`" in said
+    assert "`iter_0000010`, `iter_0000020`, `iter_0000030`" in said
+    assert f"give one of them: `{tmp_path / 'run'}/iter_0000020`, `{tmp_path / 'run'}/iter_0000010`" in said
+
+
+def test_an_iteration_without_its_index_was_never_finished(tmp_path):
+    assert "has no `.metadata`: its saving never finished" in message(folder_with(tmp_path / "x", "__0_0.distcp", "common.pt"))
+    assert "has no `.metadata`: its saving never finished" in message(folder_with(tmp_path / "iter_0000007", "common.pt"))
+
+
+def test_a_distributed_checkpoint_of_another_program_is_not_called_megatrons(tmp_path):
+    dcp.save({"model.model.layers.0.mlp.up_proj.weight": torch.ones(4, 2)}, checkpoint_id=tmp_path / "fsdp", no_dist=True)
+    said = message(LocalFolder(tmp_path / "fsdp"))
+    assert "is a distributed checkpoint of PyTorch's, but not Megatron's" in said
+    assert "`model.model.layers.0.mlp.up_proj.weight`" in said
+    assert "accelerate merge-weights" in said
+    dcp.save({"decoder.layers.mlp.linear_fc2.weight": torch.ones(4, 2)}, checkpoint_id=tmp_path / "mcore", no_dist=True)
+    assert detect(LocalFolder(tmp_path / "mcore")) is Format.TORCH_DIST
+
+
+@pytest.mark.parametrize("names", [
+    ["checkpoint-500/model.safetensors", "trainer_state.json"], ["weights/.metadata", "context/model.yaml"],
+    ["style/adapter_config.json"], ["snapshots/abc/model.safetensors", "blobs/", "refs/main"],
+])  # fmt: skip
+def test_weights_in_a_folder_below_are_pointed_at(tmp_path, names):
+    below = names[0].rpartition("/")[0]
+    said = message(folder_with(tmp_path / "m", *names))
+    assert f"holds no weights itself; folders in it do: `{below}`" in said
+    assert f"hint: give one of them: `{tmp_path / 'm'}/{below}`" in said
+
+
+CONTENTS = {
+    "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 12345\n", "a git-lfs pointer"),
+    "html": (b"<!DOCTYPE html>\n<html><head><title>Sign in</title>", "a web page or an error message"),
+    "xml": (b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>', "a web page or an error message"),
+    "hub": (b"Entry not found", "an error message of a server"),
+    "gated": (b"Access to model meta-llama/Llama-3.1-8B is restricted", "an error message of a server"),
+    "gguf": (b"GGUF\x03\0\0\0" + b"\0" * 64, "a GGUF file"),
+    "zip": (b"PK\x03\x04" + b"\0" * 64, "a zip archive, as `torch.save` writes it"),
+    "pickle": (b"\x80\x02}q\x00.", "a pickle, as `torch.save` writes it"),
+    "zeros": (bytes(4096), "a file of zero bytes at its start"),
+    "gzip": (b"\x1f\x8b\x08\0" + b"a" * 64, "a compressed file"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + b"a" * 64, "an HDF5 file"),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_what_is_saved_under_a_models_name_is_told_by_its_first_bytes(tmp_path, name):
+    data, what = CONTENTS[name]
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=f"^`model.safetensors` is {what}"):
+        HuggingFaceReader(LocalFolder(tmp_path))
+
+
+def test_a_real_header_is_never_taken_for_something_else(tmp_path):
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    assert recognize((tmp_path / "model.safetensors").read_bytes()) is None
+
+
+@pytest.mark.parametrize("name", ["git-lfs", "html"])
+def test_other_files_of_a_checkpoint_are_told_likewise(tmp_path, name):
+    data, what = CONTENTS[name]
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_bytes(data)
+    with pytest.raises(UserError, match=f"`model.safetensors.index.json` is {what}"):
+        HuggingFaceReader(LocalFolder(tmp_path))
+
+
+def shards(folder, *names):
+    folder.mkdir(exist_ok=True)
+    for number, name in enumerate(names):
+        save_file({f"w{number}": np.ones(2, "float32")}, folder / name)
+    return LocalFolder(folder)
+
+
+def test_numbered_files_without_an_index_are_the_model_and_others_are_not(tmp_path):
+    wanted = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert (
+        shard_names(shards(tmp_path / "m", *wanted, "consolidated.safetensors", "._model-00001-of-00002.safetensors")) == wanted
+    )
+    assert shard_names(shards(tmp_path / "one", "llama.safetensors", "consolidated.safetensors")) == ["llama.safetensors"]
+    assert shard_names(shards(tmp_path / "alone", "consolidated.safetensors")) == ["consolidated.safetensors"]
+    from_0 = ["part-0-of-2.safetensors", "part-1-of-2.safetensors"]
+    assert shard_names(shards(tmp_path / "zero", *from_0)) == from_0
+
+
+def test_a_missing_number_of_a_set_is_named(tmp_path):
+    folder = shards(tmp_path / "m", "model-00001-of-00004.safetensors", "model-00004-of-00004.safetensors")
+    with pytest.raises(
+        UserError, match=r"lacks `model-00002-of-00004.safetensors`, `model-00003-of-00004.safetensors`, of 4 files"
+    ):
+        shard_names(folder)
+    (tmp_path / "m" / "model-00002-of-00004.safetensors.incomplete").write_bytes(b"x")
+    with pytest.raises(
+        UserError, match=r"hint: a download has not come to its end \(`model-00002-of-00004.safetensors.incomplete`"
+    ):
+        shard_names(folder)
+
+
+def test_several_sets_without_an_index_are_not_chosen_from(tmp_path):
+    folder = shards(tmp_path / "m", "model-00001-of-00001.safetensors", "ema-00001-of-00001.safetensors")
+    with pytest.raises(
+        UserError, match=r"files of several models: `ema-\*-of-00001.safetensors`, `model-\*-of-00001.safetensors`"
+    ):
+        shard_names(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path, name):
+    shards(tmp_path / "m", *([] if name == "model.safetensors" else ["model-00001-of-00002.safetensors"]))
+    (tmp_path / "m" / name).symlink_to("../../blobs/0123abcd")
+    with pytest.raises(UserError, match=rf"`{name}` of .* is a link to `../../blobs/0123abcd`, which is not there"):
+        shard_names(LocalFolder(tmp_path / "m"))
+
+
+def test_a_missing_file_of_an_index_is_told_apart_from_a_broken_link(tmp_path):
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    folder = shards(tmp_path / "m", names[0])
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
+    with pytest.raises(UserError, match=rf"names `{names[1]}`, which is not in `"):
+        shard_names(folder)
+    (tmp_path / "m" / names[1]).symlink_to("../../blobs/0123abcd")
+    with pytest.raises(UserError, match=rf"names `{names[1]}`, which is a link to `../../blobs/0123abcd`, which is not there"):
+        shard_names(folder)
+
+
+@pytest.mark.parametrize(("path", "text"), [
+    ("llama.gguf", "`llama.gguf` is a file: GGUF"), ("a/pytorch_model.bin", "`a/pytorch_model.bin` is a file: pickled PyTorch"),
+    ("m/model.safetensors", "`m/model.safetensors` is a file\n\nhint: give the directory that it is in: `m`"),
+    ("model.safetensors", "`model.safetensors` is a file\n\nhint: give the directory that it is in: `.`"),
+])  # fmt: skip
+def test_a_file_instead_of_a_folder(path, text):
+    with pytest.raises(UserError) as error:
+        refuse_file(path)
+    assert text in str(error.value)
+
+
+def test_the_hint_for_pickled_weights_does_what_it_says(tmp_path, model_folder):
+    """transformers, told to save again what it saved as a pickle, writes what can be converted."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(model_folder("gqa"), tmp_path / "m")
+    torch.save(load_file(tmp_path / "m" / "model.safetensors"), tmp_path / "m" / "pytorch_model.bin")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    command = message(LocalFolder(tmp_path / "m")).partition("safetensors: `")[2].partition("`; then")[0]
+    exec(command.replace('"OUT"', f'"{tmp_path / "out"}"'), {"AutoModelForCausalLM": AutoModelForCausalLM})
+    assert detect(LocalFolder(tmp_path / "out")) is Format.HUGGINGFACE
