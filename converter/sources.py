@@ -71,6 +71,10 @@ def open_source(source: str | Path, *, or_hub: bool = False) -> Folder:
     if or_hub and isinstance(source, str) and "/" in source and _HUB_ID.fullmatch(source):
         return _fetch(source)
     hub = ", or a Hub id such as `org/name`" if or_hub else ""
+    if not or_hub and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)) and not path.parent.exists():
+        raise UserError(
+            f"`{source}` is not there", hint=f"a model on the Hub is `hf://{source}`; others are a directory or a URL"
+        )
     raise UserError(f"`{source}` is not there", hint=f"give a directory, a URL (hf://, s3://, gs://, https://){hub}")
 
 

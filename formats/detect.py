@@ -96,8 +96,14 @@ def _unknown(folder: Folder, names: Sequence[str]) -> UserError:
     listed = ", ".join(f"`{name}`" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return UserError(
         f"`{folder.label}` holds no weights: it is neither a Hugging Face directory nor a Megatron checkpoint",
-        hint=f"the first has `*.safetensors` files, the second `{TRACKER}` or `{METADATA}`; there are: {listed}",
+        hint=f"the first has `*.safetensors` files, the second `{TRACKER}` or `{METADATA}`; there are: {listed}{_not_fetched(folder)}",
     )
+
+
+def _not_fetched(folder: Folder) -> str:
+    """What a snapshot of the Hub may lack because nobody asked for it."""
+    snapshot = isinstance(folder, LocalFolder) and "revision" in folder.origin
+    return "; weights in other formats (`*.bin`, `*.pth`, `*.gguf`) may not have been fetched" if snapshot else ""
 
 
 def _refuse_unfinished(folder: Folder, names: Sequence[str]) -> None:
