@@ -18,15 +18,9 @@ from formats.arrays import as_bytes
 from formats.content import LARGEST_POINTER, refuse_pointer
 from formats.errors import UserError
 from formats.folder import FileIn, Folder
-from formats.huggingface import (
-    INDEX,
-    HuggingFaceReader,
-    Shard,
-    make_header,
-    parse_shard,
-    side_files,
-)
+from formats.huggingface import HuggingFaceReader, Shard, make_header, parse_shard, side_files
 from formats.json_objects import read_json
+from formats.shard_files import INDEX
 from formats.spec import Reader
 
 FOLDER = "huggingface"

@@ -23,7 +23,8 @@ from converter.sources import Source
 from formats.dcp_index import METADATA
 from formats.errors import shown
 from formats.folder import FileIn, Folder
-from formats.huggingface import INDEX, HuggingFaceReader, HuggingFaceWriter, Shard, make_index, plan_shards, retyped
+from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, Shard, make_index, plan_shards, retyped
+from formats.shard_files import INDEX
 from formats.spec import Joined, Reader, dtype_name
 from formats.torch_dist import TorchDistReader
 

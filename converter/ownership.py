@@ -16,9 +16,9 @@ from converter.carried import CONFIG, EXTRAS, FILES, HEADERS, TOKENIZER_FILES
 from formats import integrity
 from formats.dcp_index import METADATA
 from formats.errors import UserError
-from formats.huggingface import INDEX, SINGLE
 from formats.json_objects import parse_json
 from formats.replacement import Present, Rule, first
+from formats.shard_files import INDEX, SINGLE
 from formats.torch_dist import COMMON, FORMAT, TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER
 
 _RECORD = re.compile(rf"(iter_\d+/)?{re.escape(provenance.FILE)}")

@@ -17,7 +17,7 @@ from converter.plan import named
 from converter.quantization import refuse_quantized
 from converter.rules import fill
 from formats.errors import UserError
-from formats.huggingface import INDEX
+from formats.shard_files import INDEX
 from formats.spec import TensorSpec
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")

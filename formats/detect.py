@@ -15,7 +15,7 @@ from formats import foreign
 from formats.dcp_index import METADATA, read_index
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
-from formats.huggingface import INDEX, model_files
+from formats.shard_files import INDEX, model_files
 from formats.torch_dist import COMMON, FORMAT, TRACKER, TRAIN_STATE, refuse_legacy, unfinished
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -96,7 +96,8 @@ def _unknown(folder: Folder, names: Sequence[str]) -> UserError:
     listed = ", ".join(f"`{name}`" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return UserError(
         f"`{folder.label}` holds no weights: it is neither a Hugging Face directory nor a Megatron checkpoint",
-        hint=f"the first has `*.safetensors` files, the second `{TRACKER}` or `{METADATA}`; there are: {listed}{_not_fetched(folder)}",
+        hint=f"the first has `*.safetensors` files, the second `{TRACKER}` or `{METADATA}`; there are: {listed}"
+        f"{_not_fetched(folder)}",
     )
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.convert import SHAPES, make_model
-from formats.huggingface import SINGLE
+from formats.shard_files import SINGLE
 
 _SLOWLY = """
 import runpy, sys, time

@@ -1,4 +1,4 @@
-"""Sources and targets as users name them: snapshots of links, names with spaces and of other scripts, other working directories."""
+"""Sources and targets as users name them: snapshots of links, any characters in names, other working directories."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from converter import Talk, UserError, hf_to_mcore, mcore_to_hf
 from converter.config import rope_numbers
 from formats.folder import LocalFolder
-from formats.huggingface import HuggingFaceReader, shard_names
+from formats.huggingface import HuggingFaceReader
+from formats.shard_files import shard_names
 from tests.models import LLAMA31_ROPE
 from tests.refusal import refused
 

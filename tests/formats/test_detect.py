@@ -15,7 +15,8 @@ from formats.content import recognize
 from formats.detect import Format, detect, refuse_file
 from formats.errors import UserError
 from formats.folder import LocalFolder
-from formats.huggingface import HuggingFaceReader, shard_names
+from formats.huggingface import HuggingFaceReader
+from formats.shard_files import shard_names
 
 WEIGHTS = {"w": np.ones((2, 3), "float32")}
 
