@@ -73,13 +73,18 @@ def forget_the_list(output):
     path.write_text(json.dumps(record))
 
 
-def refused(command, target, name):
+def refused(command, target, name, *, earlier=False):
     """Nothing is changed, and the error is the one for a stranger of that name."""
     before = tree(target)
     with pytest.raises(UserError) as caught:
         command(target, overwrite=True)
+    why = (
+        "which may be somebody else's: the `conversion.json` there, of an earlier version, does not list its files"
+        if earlier
+        else "which the conversion that made it did not write"
+    )
     assert str(caught.value) == (
-        f"`{target}` holds `{name}`, which the conversion that made it did not write, so `--overwrite` does not replace it\n\n"
+        f"`{target}` holds `{name}`, {why}, so `--overwrite` does not replace it\n\n"
         "hint: move it away or remove it yourself, or choose another place"
     )
     assert tree(target) == before
@@ -109,7 +114,7 @@ def test_anything_else_in_an_output_is_named_and_stays(commands, output, kind, s
     if earlier:
         forget_the_list(target)
     add(target, stranger)
-    refused(commands[kind], target, stranger)
+    refused(commands[kind], target, stranger, earlier=earlier)
     if not earlier:
         with pytest.raises(UserError, match="which the conversion that made it did not write"):
             commands[kind](target, overwrite=True, dry_run=True)
