@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,12 @@ def test_a_link_is_a_stranger_and_what_it_leads_to_is_not_looked_into(commands, 
     (target / "config.json").symlink_to(tmp_path / "precious")
     refused(commands["export"], target, f"config.json -> {tmp_path / 'precious'}")
     assert (tmp_path / "precious" / "thesis.tex").exists()
+
+
+def test_a_name_that_is_not_utf_8_is_told_all_the_same(commands, output):
+    target = output("export")
+    (target / os.fsdecode(b"caf\xe9")).write_text("x")
+    refused(commands["export"], target, r"caf\xe9")
 
 
 @pytest.mark.parametrize("record", [None, "{", "{}", '{"tool": "another"}', "[]"])
