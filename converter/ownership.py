@@ -1,7 +1,7 @@
 """Which directories a conversion may replace: those that a conversion made, where nothing else has come to since.
 
-`conversion.json` lists every file of its output. Versions that did not list them are known by the names that their outputs
-could have; those of their side files are not among them unless the conversion at hand writes a file of that name.
+`conversion.json` lists every file of its output. Outputs of versions that did not list them are known by the names that they
+could have; of side files, by those that most models have, and those that the conversion at hand writes too.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ _IN_AN_ITERATION = re.compile(
 )  # fmt: skip
 _IN_A_MODEL = {
     provenance.FILE, INDEX, SINGLE, CONFIG, "generation_config.json", peft_format.FILE, peft_config.FILE, *TOKENIZER_FILES,
-    ".gitattributes", "LICENSE", "LICENSE.txt", "USE_POLICY.md",
+    ".gitattributes", "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md",
 }  # fmt: skip
+_NOT_LISTED = "which the conversion that made it did not write"
+_NO_LIST = f"which may be somebody else's: the `{provenance.FILE}` there, of an earlier version, does not list its files"
 _INSTEAD = "move it away or remove it yourself, or choose another place"
 
 
@@ -53,10 +55,9 @@ def replaceable(planned: Collection[str] | None = None) -> Rule:
             )
         strangers = _strangers(found, record, document, planned)
         if strangers:
+            why = _NOT_LISTED if "files" in document else _NO_LIST
             raise UserError(
-                f"`{found.label}` holds `{first(strangers)}`, which the conversion that made it did not write, so `--overwrite` "
-                "does not replace it",
-                hint=_INSTEAD,
+                f"`{found.label}` holds `{first(strangers)}`, {why}, so `--overwrite` does not replace it", hint=_INSTEAD
             )
 
     return check

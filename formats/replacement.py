@@ -5,11 +5,10 @@ Knows no names of files: which of them an output can have is the caller's rule.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from formats.errors import TransientError, UserError
+from formats.errors import TransientError, UserError, printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +62,6 @@ def _difference(before: Present, now: Present) -> str:
         return f"`{first(came)}` appeared"
     name = min(name for name in before.entries if before.entries[name] != now.entries.get(name))
     return f"`{printable(name)}` {'was changed' if name in now.entries else 'is gone'}"
-
-
-def printable(name: str) -> str:
-    """A file's name for messages, whatever its bytes are."""
-    return os.fsencode(name).decode(errors="replace")
 
 
 def first(names: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -73,13 +74,18 @@ def forget_the_list(output):
     path.write_text(json.dumps(record))
 
 
-def refused(command, target, name):
+def refused(command, target, name, *, earlier=False):
     """Nothing is changed, and the error is the one for a stranger of that name."""
     before = tree(target)
     with pytest.raises(UserError) as caught:
         command(target, overwrite=True)
+    why = (
+        "which may be somebody else's: the `conversion.json` there, of an earlier version, does not list its files"
+        if earlier
+        else "which the conversion that made it did not write"
+    )
     assert str(caught.value) == (
-        f"`{target}` holds `{name}`, which the conversion that made it did not write, so `--overwrite` does not replace it\n\n"
+        f"`{target}` holds `{name}`, {why}, so `--overwrite` does not replace it\n\n"
         "hint: move it away or remove it yourself, or choose another place"
     )
     assert tree(target) == before
@@ -109,7 +115,7 @@ def test_anything_else_in_an_output_is_named_and_stays(commands, output, kind, s
     if earlier:
         forget_the_list(target)
     add(target, stranger)
-    refused(commands[kind], target, stranger)
+    refused(commands[kind], target, stranger, earlier=earlier)
     if not earlier:
         with pytest.raises(UserError, match="which the conversion that made it did not write"):
             commands[kind](target, overwrite=True, dry_run=True)
@@ -130,6 +136,12 @@ def test_a_link_is_a_stranger_and_what_it_leads_to_is_not_looked_into(commands, 
     (target / "config.json").symlink_to(tmp_path / "precious")
     refused(commands["export"], target, f"config.json -> {tmp_path / 'precious'}")
     assert (tmp_path / "precious" / "thesis.tex").exists()
+
+
+def test_a_name_that_is_not_utf_8_is_told_all_the_same(commands, output):
+    target = output("export")
+    (target / os.fsdecode(b"caf\xe9")).write_text("x")
+    refused(commands["export"], target, r"caf\xe9")
 
 
 @pytest.mark.parametrize("record", [None, "{", "{}", '{"tool": "another"}', "[]"])
@@ -212,17 +224,18 @@ def bucket(moto, monkeypatch):
 
 @pytest.mark.usefixtures("at_home")
 def test_the_same_rule_holds_in_a_bucket(commands, made, bucket):
-    for kind, earlier in (("import", False), ("export", False), ("import", True)):
+    for kind, earlier in (("import", True), ("export", True), ("export", False)):
         commands[kind](bucket.url, overwrite=True)
         assert bucket.objects() == tree(made / kind)
         if earlier:
-            record = json.loads(bucket.objects()["iter_0000000/conversion.json"])
+            name = "conversion.json" if kind == "export" else "iter_0000000/conversion.json"
+            record = json.loads(bucket.objects()[name])
             del record["files"]
-            bucket.put("iter_0000000/conversion.json", json.dumps(record).encode())
+            bucket.put(name, json.dumps(record).encode())
     bucket.put("iter_0000000/notes.txt", b"precious")
     before = bucket.objects()
     with pytest.raises(UserError) as caught:
-        commands["import"](bucket.url, overwrite=True)
+        commands["export"](bucket.url, overwrite=True)
     assert str(caught.value).startswith(
         f"`{bucket.url}` holds `iter_0000000/notes.txt`, which the conversion that made it did not"
     )

@@ -210,6 +210,16 @@ def test_old_marks_go_first_and_new_ones_come_last(bucket: Store, google: Google
     assert changes[-2:] == [f"POST {INDEX}", f"PUT {TRACKER}"]
 
 
+def test_what_says_which_files_belong_together_comes_before_them(bucket: Store, google: GoogleServer) -> None:
+    """A run that is killed between two objects leaves none that a later one could not tell to be its own."""
+    with opened(bucket) as upload:
+        for name in ("a", "conversion.json", "z", TRACKER):
+            upload.put(name, b"x")
+        upload.commit([TRACKER], record="conversion.json")
+    made = [path.removeprefix("/bucket/out/") for method, path, _ in google.log if method == "PUT"]
+    assert (made[0], set(made[1:3]), made[3]) == ("conversion.json", {"a", "z"}, TRACKER)
+
+
 def convert(store: Store, files: dict[str, bytes], *, meanwhile: Callable[[], None] = lambda: None) -> None:
     with opened(store) as upload:
         fill(upload, files)
