@@ -15,7 +15,7 @@ import numpy as np
 from blake3 import blake3
 
 from formats.arrays import as_bytes
-from formats.errors import UserError
+from formats.errors import UserError, shown
 from formats.folder import FileIn, Folder
 from formats.huggingface import (
     INDEX,
@@ -129,7 +129,19 @@ def of_model(reader: HuggingFaceReader) -> tuple[Reference, list[str]]:
     """What a Hugging Face directory says of its own weights; and the files in it that do not travel."""
     travels, left_out = side_files(reader.folder, reader.shards)
     files = {name: FileIn(reader.folder, name) for name in travels}
-    return Reference(read_json(reader.folder, CONFIG), f"`{reader.folder.label}`'s", files, reader.shards), left_out
+    config = read_json(reader.folder, CONFIG)
+    _check_weights_file(config, reader)
+    return Reference(config, f"`{reader.folder.label}`'s", files, reader.shards), left_out
+
+
+def _check_weights_file(config: Mapping[str, Any], reader: HuggingFaceReader) -> None:
+    """Raise UserError where `config.json` says that transformers reads other files than were opened here."""
+    wanted = config.get("transformers_weights")
+    if wanted is not None and wanted not in (INDEX, *reader.shards):
+        raise UserError(
+            f"`transformers_weights` in `{CONFIG}` is `{shown(wanted)}`, but the weights here are in `{min(reader.shards)}`",
+            hint="transformers would load that file: remove the field, or the other files",
+        )
 
 
 def from_folder(folder: Folder) -> Reference:

@@ -98,6 +98,10 @@ def layout_string(layout: Layout) -> str:
     return "|".join(stages)
 
 
+class UnknownModelError(UserError):
+    """A checkpoint that does not say which model it holds; one whose word is damaged or not understood is another error."""
+
+
 @dataclass(frozen=True, slots=True)
 class Said:
     """What a checkpoint says of its model in one place."""

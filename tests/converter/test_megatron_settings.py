@@ -258,6 +258,7 @@ def test_a_padded_vocabulary_is_not_taken_for_the_real_one(bare, tmp_path, model
     )
     mcore_to_hf(bare, tmp_path / "back", hf_config=model_folder("padded_vocab"))
     assert verify(model_folder("padded_vocab"), tmp_path / "back").same
+    assert verify(model_folder("padded_vocab"), bare).same  # the other side says it
 
 
 def test_a_vocabulary_that_nobody_padded_is_the_real_one(bare, tmp_path):
