@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from transformers import AutoConfig
 
 from converter import Talk, UserError, hf_to_mcore, inspect, mcore_to_hf, verify
 from converter.megatron_settings import NEUTRAL, Kind, foreign, kind
@@ -146,6 +147,16 @@ def test_the_refusal_says_the_value_and_what_can_be_exported(bare, tmp_path, mod
 def test_values_that_change_nothing_pass(bare, tmp_path, settings):
     say_in_run_config(bare, **settings)
     mcore_to_hf(bare, tmp_path / "back", dry_run=True)
+
+
+def test_a_rope_scaled_by_megatron_bridges_provider_is_scaled(bare, tmp_path):
+    own = {"scale_factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192, "rope_scaling": False}
+    say_in_run_config(bare, _target_="megatron.bridge.models.llama.llama_provider.Llama31ModelProvider8B", **own)
+    mcore_to_hf(bare, tmp_path / "back")
+    rope = AutoConfig.from_pretrained(tmp_path / "back").rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("llama3", 8.0, 8192)
+    say_in_run_config(bare, low_freq_factor=2.0)
+    refused(mcore_to_hf, bare, tmp_path, "`run_config.yaml` has `low_freq_factor: 2.0`, which no `config.json`")
 
 
 UNKNOWN = [
