@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from formats.arrays import as_bytes
 from formats.content import LARGEST_POINTER, refuse_pointer
-from formats.errors import UserError
+from formats.errors import UserError, shown
 from formats.folder import FileIn, Folder
 from formats.huggingface import HuggingFaceReader, Shard, make_header, parse_shard, side_files
 from formats.json_objects import read_json
@@ -127,7 +127,19 @@ def of_model(reader: HuggingFaceReader) -> tuple[Reference, list[str]]:
     for name in travels:
         if name in TOKENIZER_FILES and reader.folder.size(name) <= LARGEST_POINTER:
             refuse_pointer(reader.folder, name)
-    return Reference(read_json(reader.folder, CONFIG), f"`{reader.folder.label}`'s", files, reader.shards), left_out
+    config = read_json(reader.folder, CONFIG)
+    _check_weights_file(config, reader)
+    return Reference(config, f"`{reader.folder.label}`'s", files, reader.shards), left_out
+
+
+def _check_weights_file(config: Mapping[str, Any], reader: HuggingFaceReader) -> None:
+    """Raise UserError where `config.json` says that transformers reads other files than were opened here."""
+    wanted = config.get("transformers_weights")
+    if wanted is not None and wanted not in (INDEX, *reader.shards):
+        raise UserError(
+            f"`transformers_weights` in `{CONFIG}` is `{shown(wanted)}`, but the weights here are in `{min(reader.shards)}`",
+            hint="transformers would load that file: remove the field, or the other files",
+        )
 
 
 def from_folder(folder: Folder) -> Reference:

@@ -49,16 +49,19 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hybrid_layer_pattern": ("",),
     "hybrid_mlp_ratio": (0.0,),
     "hybrid_override_pattern": ("",),
+    "high_freq_factor": (4.0,),
     "is_hybrid_model": (False,),
     "layernorm_zero_centered_gamma": (False,),
     "linear_attention_freq": (),
     "logit_scale": (1.0,),
     "logits_scaling": (1.0,),
+    "low_freq_factor": (1.0,),
     "mrope_section": ([],),
     "mtp_num_layers": (0,),
     "multi_latent_attention": (False,),
     "no_rope_freq": (0, []),
     "num_experts": (0,),
+    "old_context_len": (8192,),
     "openai_gelu": (False,),
     "qk_l2_norm": (False,),
     "query_pre_attn_scalar": (),
@@ -81,7 +84,8 @@ _SAID = frozenset({
     "activation_func", "add_bias_linear", "add_qkv_bias", "attention_dropout", "ffn_hidden_size", "gated_linear_unit",
     "hidden_dropout", "hidden_size", "init_method_std", "kv_channels", "layernorm_epsilon", "normalization",
     "num_attention_heads", "num_layers", "num_moe_experts", "num_query_groups", "position_embedding_type", "qk_layernorm",
-    "rope_scaling", "rope_scaling_factor", "rotary_base", "rotary_percent", "seq_len_interpolation_factor", "seq_length",
+    "rope_scaling", "rope_scaling_factor", "scale_factor", "rotary_base", "rotary_percent", "seq_len_interpolation_factor",
+    "seq_length",
     "share_embeddings_and_output_weights", "vocab_size", "window_size",
     # Megatron-LM's own names
     "add_position_embedding", "group_query_attention", "make_vocab_size_divisible_by", "max_position_embeddings", "norm_epsilon",
@@ -90,7 +94,7 @@ _SAID = frozenset({
 })  # fmt: skip
 
 _PARTS = re.compile(
-    r"^(dsa_|linear_(?!attention_freq)|mamba_|moe_|mtp_|mup_|yarn_|mscale|relative_attention_"
+    r"^(dsa_|linear_(?!attention_freq)|mamba_|moe_|mtp_|mup_|yarn_|mscale|relative_attention_|retro_"
     r"|(beta_fast|beta_slow|cache_mla_latents|kv_lora_rank|mla_down_proj_fusion|original_max_position_embeddings|q_lora_rank"
     r"|qk_head_dim|qk_pos_emb_head_dim|rotary_scaling_factor|v_head_dim)$)"
 )
@@ -122,6 +126,7 @@ _HOW_BY_NAME = frozenset({
     "clone_scatter_output_in_embedding", "config_logger_dir", "create_attention_mask_in_dataloader",
     "deallocate_pipeline_outputs", "defer_embedding_wgrad_compute", "dense_grouped_gemm", "embedding_path",
     "ep_overlap_early_attn_memory_release", "experimental_attention_variant_loss_scale_func", "first_last_layers_bf16",
+    "generation_config",
     "flash_attention_version",
     "grad_scale_func", "head_lr_mult", "hetereogenous_dist_checkpoint", "hf_model_id", "hf_model_revision",
     "high_priority_a2a_comm_stream", "hybrid_context_parallel", "max_seqlen_per_dp_cp_rank", "memory_efficient_layer_norm",

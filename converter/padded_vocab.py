@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-from formats.errors import UserError, shown
+from converter.run_config import UnknownModelError
+from formats.errors import shown
 from formats.folder import Folder
 from formats.json_objects import read_json
 from formats.spec import whole_number
@@ -17,7 +18,7 @@ _DIVISIBLE_BY = 128
 
 def tokens(settings: Mapping[str, Any], tokenizer: Folder, *, origin: str) -> tuple[Any, str]:
     """Return the vocabulary's size without padding, and a note on where it is from; by Megatron-LM's rule of padding, from the
-    tokenizer beside the checkpoint. UserError where nothing says it.
+    tokenizer beside the checkpoint. UnknownModelError where nothing says it.
 
     None where the settings say nothing of a vocabulary at all.
     """
@@ -38,8 +39,8 @@ def tokens(settings: Mapping[str, Any], tokenizer: Folder, *, origin: str) -> tu
     return size, f"`vocab_size` is {size}, as `{TOKENIZER}` says: {origin} know only the padded size, {shown(padded)}"
 
 
-def _unknown(message: str) -> UserError:
-    return UserError(
+def _unknown(message: str) -> UnknownModelError:
+    return UnknownModelError(
         message,
         hint="padding must not become tokens: give a folder with the model's `config.json`, whose `vocab_size` is without "
         "padding: `--hf-config DIR`",

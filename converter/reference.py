@@ -11,26 +11,23 @@ from converter import agreement, carried, families, megatron_settings, run_confi
 from converter.carried import Reference
 from converter.config import to_huggingface
 from converter.padded_vocab import tokens
-from converter.run_config import Said
+from converter.run_config import Said, UnknownModelError
 from formats.errors import UserError
 from formats.folder import FileIn, Folder
 from formats.torch_dist import TorchDistReader
 
 
-class UnknownModelError(UserError):
-    """A checkpoint that says nothing about its model; one whose word is damaged or not understood is another error."""
-
-
-def find(reader: TorchDistReader, given: Folder | None, *, any_settings: bool = False) -> Reference:
+def find(reader: TorchDistReader, given: Folder | None, *, any_settings: bool = False, vocab: int | None = None) -> Reference:
     """Return the reference for an export; UserError where there is none and none can be rebuilt, where two places say different
     things of the model, and for settings that no `config.json` can say.
 
-    `any_settings`: those settings are the caller's business, who compares them.
+    `any_settings`: those settings are the caller's business, who compares them. `vocab`: how many tokens there are, where the
+    checkpoint knows its padded vocabulary alone.
     """
     said = run_config.read_all(reader.folder, reader.args())
     own = carried.unpack(reader.folder)
     notes = () if any_settings else _check_settings(said, sure=given is not None or own is not None)
-    origin = carried.from_folder(given) if given else own or _rebuilt(reader, said)
+    origin = carried.from_folder(given) if given else own or _rebuilt(reader, said, vocab)
     others = [own] if given and own else []
     agreement.check(origin, others, said, rows=agreement.vocabulary_rows(reader.specs))
     return replace(origin, notes=(*origin.notes, *notes))
@@ -50,7 +47,7 @@ def _check_settings(said: Sequence[Said], *, sure: bool) -> tuple[str, ...]:
     return tuple(f"{origin} has `{one.name}`, which is not known here: it is taken not to matter" for one, origin in found)
 
 
-def _rebuilt(reader: TorchDistReader, said: Sequence[Said]) -> Reference:
+def _rebuilt(reader: TorchDistReader, said: Sequence[Said], vocab: int | None) -> Reference:
     if not said:
         raise UnknownModelError(
             f"`{reader.folder.label}` says nothing about its model: no `config.json`, no `{run_config.FILE}`, no `args`",
@@ -61,7 +58,7 @@ def _rebuilt(reader: TorchDistReader, said: Sequence[Said]) -> Reference:
     files = {name: FileIn(tokenizer, name) for name in tokenizer.children() if tokenizer.has(name)}
     fields, note = {name: value for name, value in first.complete.items() if value is not None}, ""
     if "vocab_size" not in fields:
-        fields["vocab_size"], note = tokens(first.settings, tokenizer, origin=first.origin)
+        fields["vocab_size"], note = (vocab, "") if vocab else tokens(first.settings, tokenizer, origin=first.origin)
     config = rebuild_config(fields, first.origin)
     return Reference(config, f"rebuilt from {first.origin}", files, notes=(note,) if note else ())
 

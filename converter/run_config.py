@@ -98,6 +98,10 @@ def layout_string(layout: Layout) -> str:
     return "|".join(stages)
 
 
+class UnknownModelError(UserError):
+    """A checkpoint that does not say which model it holds; one whose word is damaged or not understood is another error."""
+
+
 @dataclass(frozen=True, slots=True)
 class Said:
     """What a checkpoint says of its model in one place."""
@@ -190,7 +194,14 @@ def _model_fields(section: Config) -> dict[str, Any]:
     plain = {name: found for name, found in section.items() if not isinstance(found, Mapping)}
     if isinstance(activation, Mapping):
         plain["activation_func"] = shown(cast("Config", activation).get("_target_")).rpartition(".")[2]
-    return plain
+    return {**plain, **_scaled_by_provider(section)}
+
+
+def _scaled_by_provider(section: Config) -> dict[str, Any]:
+    """Llama-3.1's rope scaling as Megatron-Bridge's `Llama31ModelProvider` has it: in its own fields, beside megatron-core's."""
+    if section.get("scale_factor") is None or section.get("old_context_len") is None:
+        return {}
+    return {"rope_scaling": True, "rope_scaling_factor": section["scale_factor"]}
 
 
 _SAME = (

@@ -25,7 +25,10 @@ def first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | None
     _check_place(told, resumed)
     if resumed is None:
         _check_start(told)
-    elif config.peft is None:
+    else:
+        for text in live.settings_changed(chunks, resumed):
+            say(f"note: {text}")
+    if resumed is not None and config.peft is None:
         return
     if source:
         say(str(live.load(chunks, source, note=lambda text: say(f"note: {text}"))))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from transformers import AutoConfig
 
 from converter import Talk, UserError, hf_to_mcore, inspect, mcore_to_hf, verify
 from converter.megatron_settings import NEUTRAL, Kind, foreign, kind
@@ -148,6 +149,16 @@ def test_values_that_change_nothing_pass(bare, tmp_path, settings):
     mcore_to_hf(bare, tmp_path / "back", dry_run=True)
 
 
+def test_a_rope_scaled_by_megatron_bridges_provider_is_scaled(bare, tmp_path):
+    own = {"scale_factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192, "rope_scaling": False}
+    say_in_run_config(bare, _target_="megatron.bridge.models.llama.llama_provider.Llama31ModelProvider8B", **own)
+    mcore_to_hf(bare, tmp_path / "back")
+    rope = AutoConfig.from_pretrained(tmp_path / "back").rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("llama3", 8.0, 8192)
+    say_in_run_config(bare, low_freq_factor=2.0)
+    refused(mcore_to_hf, bare, tmp_path, "`run_config.yaml` has `low_freq_factor: 2.0`, which no `config.json`")
+
+
 UNKNOWN = [
     {"my_attention": "spiral"}, {"score_function": 3}, {"_target_": "megatron.bridge.models.gemma.GemmaModelProvider"},
     {"transformer_layer_spec": {"_target_": "mine.layers.spec"}},
@@ -258,6 +269,7 @@ def test_a_padded_vocabulary_is_not_taken_for_the_real_one(bare, tmp_path, model
     )
     mcore_to_hf(bare, tmp_path / "back", hf_config=model_folder("padded_vocab"))
     assert verify(model_folder("padded_vocab"), tmp_path / "back").same
+    assert verify(model_folder("padded_vocab"), bare).same  # the other side says it
 
 
 def test_a_vocabulary_that_nobody_padded_is_the_real_one(bare, tmp_path):

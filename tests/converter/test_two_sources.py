@@ -97,6 +97,18 @@ def test_an_index_of_a_variant_does_not_travel_without_its_files(source, tmp_pat
     assert "left out, not part of the model: model.safetensors.index.fp16.json" in said(hf_to_mcore, source, tmp_path / "m")
 
 
+def test_a_config_that_names_another_file_of_weights_is_refused(source, tmp_path):
+    edit_config(source, transformers_weights="other.safetensors")
+    with pytest.raises(UserError) as error:
+        hf_to_mcore(source, tmp_path / "out")
+    assert str(error.value) == (
+        "`transformers_weights` in `config.json` is `other.safetensors`, but the weights here are in `model.safetensors`\n\n"
+        "hint: transformers would load that file: remove the field, or the other files"
+    )
+    edit_config(source, transformers_weights="model.safetensors")
+    hf_to_mcore(source, tmp_path / "out", dry_run=True)
+
+
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {name: value for name, value in LLAMA31_ROPE.items() if name != "rope_theta"}
 ROPES = {

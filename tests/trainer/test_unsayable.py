@@ -61,15 +61,21 @@ def train_and_go_on(root: str) -> list[str]:
     train(f"{root}/plain")
     start = "checkpoint.pretrained_checkpoint="
     train(f"{root}/again", "model.rotary_interleaved=true", "model.softmax_scale=0.5", f"{start}{root}/special")
+    train(f"{root}/special", f"checkpoint.load={root}/special", "model.rotary_interleaved=true", "model.softmax_scale=0.5")
+    resumed = refusal(train, f"{root}/special", f"checkpoint.load={root}/special", "model.softmax_scale=0.5")
     without = refusal(train, f"{root}/none", "model.rotary_interleaved=true", f"{start}{root}/special")
-    return [without, *train(f"{root}/new", "model.rotary_interleaved=true", f"{start}{root}/plain")]
+    return [resumed, without, *train(f"{root}/new", "model.rotary_interleaved=true", f"{start}{root}/plain")]
 
 
 def test_what_no_config_json_says_is_kept_and_never_exported_or_forgotten(ranks, tmp_path: Path) -> None:
-    [[without, *notes]] = ranks.run(train_and_go_on, 1, str(tmp_path))
+    [[resumed, without, *notes]] = ranks.run(train_and_go_on, 1, str(tmp_path))
     assert without == (
         f"`model.softmax_scale` is `None`, and the weights at `{tmp_path}/special` were made with `0.5`\n\n"
         "hint: set `model.softmax_scale=0.5`, or name other weights"
+    )
+    assert resumed == (
+        f"`model.rotary_interleaved` is `False`, and the weights at `{tmp_path}/special/iter_0000001` were made with `True`\n\n"
+        "hint: set `model.rotary_interleaved=True`, or name other weights"
     )
     assert "note: `model.rotary_interleaved` is `True`; the weights were made without" in notes
     mcore_to_hf(tmp_path / "plain", tmp_path / "exported")

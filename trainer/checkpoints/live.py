@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from converter.sources import open_source
 from formats.arrays import bands
 from formats.detect import Format, detect
 from formats.errors import UserError
+from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
 from formats.spec import Array, Reader, Region, dtype_name, extent, within
@@ -107,7 +109,7 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
     with in_full(chunks), closing(opened(folder)) as reader:
         refuse_adapter(reader.folder)
         locals_ = local_weights(chunks)
-        told = _told(reader)
+        told = _told(reader, getattr(chunks[0].config, "vocab_size", None))
         makings = _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else _from_megatron(reader, told)
         account(locals_, makings, source)
         if told and getattr(chunks[0].config, "hf_config", None):
@@ -120,12 +122,13 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
         return _loaded(makings, reader)
 
 
-def _told(reader: HuggingFaceReader | TorchDistReader) -> Mapping[str, Any] | None:
-    """The `config.json` of a source; None for a checkpoint that does not say what model it holds."""
+def _told(reader: HuggingFaceReader | TorchDistReader, vocab: int | None) -> Mapping[str, Any] | None:
+    """The `config.json` of a source; None for a checkpoint that does not say what model it holds. `vocab`: the model's own size,
+    for a checkpoint that knows its padded vocabulary alone."""
     if isinstance(reader, HuggingFaceReader):
         return read_json(reader.folder, CONFIG)
     try:
-        return reference.find(reader, None, any_settings=True).config
+        return reference.find(reader, None, any_settings=True, vocab=vocab).config
     except reference.UnknownModelError:
         return None
 
@@ -136,6 +139,14 @@ def _by_settings(reader: HuggingFaceReader | TorchDistReader, provider: Any, sou
         return []
     said = [] if isinstance(reader, HuggingFaceReader) else run_config.read_all(reader.folder, reader.args())
     return described.compare_settings(provider, said[0].settings if said else {}, source=source)
+
+
+def settings_changed(chunks: Sequence[Any], resumed: Path) -> list[str]:
+    """How a GPT computes otherwise than in the checkpoint that its run goes on from, in words. UserError for a setting that the
+    run has no more."""
+    folder, provider = LocalFolder(resumed), chunks[0].config
+    said = run_config.read_all(folder, {}) if isinstance(provider, GPTModelProvider) else []
+    return described.compare_settings(provider, said[0].settings, source=str(resumed)) if said else []
 
 
 def plan_of(reader: HuggingFaceReader) -> Plan:
