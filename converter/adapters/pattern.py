@@ -20,7 +20,7 @@ LONGEST = 4096
 
 _MOST_INSTRUCTIONS = 8192
 _DEEPEST = 50
-_STEPS, _STEPS_EACH = 2_000_000, 2_000
+_STEPS, _STEPS_EACH = 500_000, 2_000
 
 _ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|N\{[^}]*\}|0[0-7]{0,2}|[^1-9])", re.DOTALL)
 _CLASS = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*\]", re.DOTALL)

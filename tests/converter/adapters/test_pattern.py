@@ -90,21 +90,24 @@ def test_what_is_no_pattern_for_re_is_none_here_and_the_rest_matches_or_is_refus
 
 SLOW = [
     r"((\w|\.)+)+#", r"(a|a)*b", r"(.*)*x", r"(\w*)*#", r"(\w+\.?)+#", r"([a-z._0-9]+)*$#", ".*" * 12 + "x", r"(.|\w)*?#",
-    r"(?=((\w|\.)+)+#)x", r"(?!((\w|\.)+)+#)x", r".*(?<=((\w|\.)+)+#)", r"((((\w*)*)*)*)*#", r"(x?){40}\w{40}",
+    r"(?=((\w|\.)+)+#)x", r"(?!((\w|\.)+)+#)x", r".*(?<=#)((\w*)*)*!", r"((((\w*)*)*)*)*#", r"(x?){40}\w{40}",
     r"(a?|\w?|\.?){60}#",
     r"^(([\w])+.)+([\w]{2,10})+#", r"(.*?,){11}P", r"(?i)((\w|\.)+)+#", "(|a|.)*" * 20 + "#", r"((.*)(.*)){9}#",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("pattern", SLOW)
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"])
-def test_a_pattern_that_was_made_to_take_for_ever_matches_nothing_or_is_refused(tmp_path, pattern, field):
+@pytest.mark.parametrize(
+    ("field", "pattern"),
+    [("target_modules", pattern) for pattern in SLOW]
+    + [(field, SLOW[0]) for field in ("exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern")],
+)
+def test_a_pattern_that_was_made_to_take_for_ever_matches_nothing_or_is_refused(tmp_path, field, pattern):
     value = {"rank_pattern": {pattern: 9}, "alpha_pattern": {pattern: 9}, "layers_pattern": [pattern]}.get(field, pattern)
     fields = {"target_modules": ["q_proj"], "layers_to_transform": [1], field: value}
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **fields}))
     config = peft_config.read(LocalFolder(tmp_path))
     refused = ""
-    for layer in range(12):
+    for layer in range(3):
         name = f"model.layers.{layer}.self_attn.q_proj"
         try:
             assert (config.rank(name), config.alpha(name)) == (8, 8)
