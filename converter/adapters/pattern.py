@@ -3,7 +3,7 @@
 `re` tries every way to divide a text among nested repeats, which takes for ever where a pattern is made for that. Here no step
 is tried twice at the same place of the text (as RE2's `bitstate.cc` does it), so a match takes at most program length ×
 text length steps. A match is a match in both: without backreferences it does not depend on how one came to a step. Single
-characters, character classes and anchors are left to `re` itself. Errors begin with the pattern: callers say before it where it is.
+characters, character classes and anchors are left to `re` itself.
 """
 
 from __future__ import annotations

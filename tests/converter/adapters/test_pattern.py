@@ -114,21 +114,21 @@ def test_a_pattern_that_was_made_to_take_for_ever_matches_nothing_or_is_refused(
             assert config.targets(name) == (layer == 1 and field in ("exclude_modules", "rank_pattern", "alpha_pattern"))
         except UserError as error:
             refused = str(error)
-    assert not refused or refused.endswith(" takes too long to match\n\nhint: name the modules one by one")
+    assert not refused or refused.endswith(", which takes too long to match\n\nhint: name the modules one by one")
 
 
 BY_ONE = "\n\nhint: name the modules one by one"
 NOT_ALL = "\n\nhint: backreferences, possessive repeats, conditions and comments are not; name the modules one by one"
 REFUSED = {
-    "(((": "`(((` is no regular expression",
-    "a" * 5000: f"`{'a' * 100}` has 5000 characters, a pattern may have 4096",
-    r"(a)\1": rf"`(a)\1` has at `\1` what is not supported in a pattern{NOT_ALL}",
-    "a*+b": f"`a*+b` has at `+b` what is not supported in a pattern{NOT_ALL}",
-    "(?>a)b": f"`(?>a)b` has at `?>a)b` what is not supported in a pattern{NOT_ALL}",
-    "((a{99}){99}){99}": f"`((a{{99}}){{99}}){{99}}` repeats too much{BY_ONE}",
-    "(a{1,9000}){1,9000}#": f"`(a{{1,9000}}){{1,9000}}#` repeats too much{BY_ONE}",
-    "(.{1,90}){1,80}#": f"`(.{{1,90}}){{1,80}}#` repeats too much{BY_ONE}",
-    "(" * 60 + "a" + ")" * 60: "what is not supported in a pattern",
+    "(((": "is no regular expression: the fault is at character 3",
+    "a" * 5000: "has 5000 characters; a pattern may have 4096",
+    r"(a)\1": rf"has at `\1` what is not supported in a pattern{NOT_ALL}",
+    "a*+b": f"has at `+b` what is not supported in a pattern{NOT_ALL}",
+    "(?>a)b": f"has at `?>a)b` what is not supported in a pattern{NOT_ALL}",
+    "((a{99}){99}){99}": f"repeats too much{BY_ONE}",
+    "(a{1,9000}){1,9000}#": f"repeats too much{BY_ONE}",
+    "(.{1,90}){1,80}#": f"repeats too much{BY_ONE}",
+    "(" * 60 + "a" + ")" * 60: f"has at `{'(' * 9}a{')' * 60}` what is not supported in a pattern{NOT_ALL}",
 }
 
 
@@ -136,9 +136,9 @@ REFUSED = {
 def test_what_is_no_pattern_is_refused_by_name(tmp_path, pattern):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "target_modules": pattern}))
     config = peft_config.read(LocalFolder(tmp_path))
-    with pytest.raises(UserError, match=re.escape(REFUSED[pattern])) as refusal:
+    with pytest.raises(UserError) as refusal:
         config.targets("model.layers.0.self_attn.q_proj")
-    assert str(refusal.value).startswith("`adapter_config.json`: `")
+    assert str(refusal.value) == f"`adapter_config.json` holds `{pattern[:100]}`, which {REFUSED[pattern]}"
 
 
 def test_many_exact_names_with_ranks_of_their_own_are_quick_and_right():
