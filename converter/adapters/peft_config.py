@@ -7,15 +7,16 @@ feature this does not know is refused and not left out.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from converter.adapters import pattern
 from converter.adapters.description import Description, is_number, scale
 from converter.adapters.files import PEFT_CONFIG
+from converter.adapters.pattern import Budget
 from formats.errors import UserError, shown
-from formats.faults import fault
 from formats.folder import Folder
 from formats.json_objects import read_json
 from formats.spec import whole_number
@@ -31,6 +32,7 @@ _HARMLESS = {
     "auto_mapping", "revision", "task_type", "inference_mode", "peft_version", "eva_config", "megatron_core",
     "qalora_group_size", "runtime_config",
 }  # fmt: skip
+_MOST_PATTERNS = 1 << 14
 _EMPTY: tuple[Any, ...] = (None, False, "none", {}, [])
 
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -55,16 +57,17 @@ class PeftConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
     base: str = ""
+    _budget: Budget = field(default_factory=Budget, repr=False, compare=False)
 
     @property
     def method(self) -> str:
         return "dora" if self.use_dora else "lora"
 
     def rank(self, module: str) -> int:
-        return _by_pattern(self.rank_pattern, module, self.r)
+        return self._by_pattern(self.rank_pattern, module, self.r)
 
     def alpha(self, module: str) -> float:
-        return _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return self._by_pattern(self.alpha_pattern, module, self.lora_alpha)
 
     def scale(self, module: str) -> float:
         """What B · A of a module is multiplied by."""
@@ -72,37 +75,49 @@ class PeftConfig:
 
     def targets(self, module: str) -> bool:
         """Would PEFT build an adapter there? Source: `check_target_module_exists` in PEFT's `tuners_utils.py`."""
-        if _named(self.exclude_modules, module):
+        if self._named(self.exclude_modules, module):
             return False
         if isinstance(self.target_modules, str) or module in self.target_modules:
-            return _named(self.target_modules, module)
-        return _named(self.target_modules, module) and self._in_layers(module)
+            return self._is_all_linear() or self._named(self.target_modules, module)
+        return self._named(self.target_modules, module) and self._in_layers(module)
+
+    def _is_all_linear(self) -> bool:
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    def _named(self, wanted: str | tuple[str, ...], module: str) -> bool:
+        """By a whole name or its end; by one text as a regular expression."""
+        if isinstance(wanted, str):
+            with _named_file():
+                return bool(wanted) and pattern.fullmatch(wanted, module, self._budget)
+        return any(module == one or module.endswith(f".{one}") for one in wanted)
 
     def _in_layers(self, module: str) -> bool:
         if not self.layers_to_transform:
             return True
-        before = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern] or [r".*?\.[^.]*"]
-        found = next((found for one in before if (found := _match(rf"{one}\.(?P<number>\d+)\.", module))), None)
-        return found is not None and int(found["number"]) in self.layers_to_transform
+        before = [rf"(?:^|.*?\.){one}" for one in self.layers_pattern] or [r".*?\.[^.]*"]
+        with _named_file():
+            found = (pattern.match(rf"{one}\.(?P<idx>\d+)\.", module, self._budget) for one in before)
+            first = next((one for one in found if one is not None), ())
+        return bool(first) and int(module[first[-2] : first[-1]]) in self.layers_to_transform
+
+    def _by_pattern[Number: (int, float)](self, patterns: Mapping[str, Number], module: str, otherwise: Number) -> Number:
+        """Source: `get_pattern_key` in PEFT's `utils/other.py`: the first pattern that matches the name, or its end, counts."""
+        return next((number for one, number in patterns.items() if self._ends_with(one, module)), otherwise)
+
+    def _ends_with(self, one: str, module: str) -> bool:
+        whole = rf"(.*\.)?({one})$"
+        with _named_file():
+            if pattern.is_plain(one):
+                return pattern.compiled(whole).match(module) is not None
+            return pattern.match(whole, module, self._budget) is not None
 
 
-def _named(wanted: str | tuple[str, ...], module: str) -> bool:
-    """By a whole name or its end; by one text as a regular expression."""
-    if isinstance(wanted, str):
-        return wanted == ALL_LINEAR or _match(rf"(?:{wanted})\Z", module) is not None
-    return any(module == one or module.endswith(f".{one}") for one in wanted)
-
-
-def _by_pattern[Number: (int, float)](patterns: Mapping[str, Number], module: str, otherwise: Number) -> Number:
-    """Source: `get_pattern_key` in PEFT's `utils/other.py`: the first pattern that matches the name, or its end, counts."""
-    return next((number for one, number in patterns.items() if _match(rf"(.*\.)?({one})$", module)), otherwise)
-
-
-def _match(pattern: str, text: str) -> re.Match[str] | None:
+@contextmanager
+def _named_file() -> Generator[None]:
     try:
-        return re.match(pattern, text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"`{FILE}` holds `{shown(pattern)}`, which is no regular expression: {fault(error)}") from error
+        yield
+    except UserError as error:
+        raise UserError(f"`{FILE}` holds {error.args[0]}", hint=error.hint) from error
 
 
 def read(folder: Folder) -> PeftConfig:
@@ -185,7 +200,11 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_table_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(check(one) for one in cast("dict[str, Any]", value).values())
+    def is_table(value: Any) -> bool:
+        table = cast("dict[str, Any]", value) if isinstance(value, dict) else None
+        return table is not None and len(table) <= _MOST_PATTERNS and all(check(one) for one in table.values())
+
+    return is_table
 
 
 def _is_list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:

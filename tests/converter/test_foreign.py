@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
+import sys
+import types
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from converter import UserError, hf_to_mcore, inspect, mcore_to_hf
+from converter.console import show_report
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
 from tests.megatron_cpu import Shape, save
@@ -108,14 +112,42 @@ def test_a_megatron_lm_checkpoint_rebuilds_its_config_from_args(ranks, imported,
 
 def test_an_older_common_pt_with_enums_in_args_opens(ranks, imported, tmp_path):
     """Before 0.19 megatron-core kept common state in `common.pt`."""
-    import argparse
-
     from megatron.core.transformer.enums import AttnBackend
 
     saved = saved_by_megatron(ranks, imported, tmp_path / "iter_0000007")
     args = argparse.Namespace(**ARGS, attention_backend=AttnBackend.auto)
     torch.save({"args": args, "iteration": 7, "checkpoint_version": 3.0}, saved / "common.pt")
     assert inspect(saved).writer == "Megatron-LM"
+    mcore_to_hf(saved, tmp_path / "back")
+    assert same_weights(imported[0], tmp_path / "back")
+
+
+@pytest.fixture
+def schedule(monkeypatch):
+    """A class of a fork of Megatron-LM, of a package that is not installed where the checkpoint is read."""
+    module = types.ModuleType("ourcompany.megatron.schedules")
+    module.Schedule = type("Schedule", (), {"__module__": module.__name__})
+    monkeypatch.setitem(sys.modules, "ourcompany", types.ModuleType("ourcompany"))
+    monkeypatch.setitem(sys.modules, "ourcompany.megatron", types.ModuleType("ourcompany.megatron"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    made = module.Schedule()
+    made.steps = [1, 2]
+    return made
+
+
+def test_a_checkpoint_of_a_fork_is_read_and_inspect_names_its_package(imported, schedule, monkeypatch, tmp_path, capsys):
+    saved = tmp_path / "iter_0000007"
+    shutil.copytree(imported[1], saved)
+    shutil.rmtree(saved / "huggingface")
+    for name in ("run_config.yaml", "conversion.json", "integrity.json"):
+        (saved / name).unlink()
+    torch.save({"args": argparse.Namespace(**ARGS, schedule=schedule), "iteration": 7}, saved / "common.pt")
+    monkeypatch.undo()
+    assert "ourcompany" not in sys.modules
+    report = inspect(saved)
+    assert (report.writer, report.unknown_packages) == ("Megatron-LM", ["ourcompany"])
+    show_report(report, as_json=False)
+    assert "args         names classes of `ourcompany`\n" in capsys.readouterr().out
     mcore_to_hf(saved, tmp_path / "back")
     assert same_weights(imported[0], tmp_path / "back")
 

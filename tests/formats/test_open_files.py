@@ -10,16 +10,23 @@ import re
 import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from formats import open_files
-from formats.disk import read_exactly, write_all
+from formats.disk import explained, read_exactly, write_all
 from formats.errors import UserError
 from formats.open_files import Files, most_open
 
 WRITING = os.O_RDWR | os.O_CREAT
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No descriptors that other tests left open."""
+    monkeypatch.setattr(open_files, "_OPEN", open_files._OpenFiles())
 
 
 @pytest.fixture
@@ -196,11 +203,9 @@ def test_where_the_rest_of_the_process_has_taken_the_descriptors_ours_are_closed
             pass
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
-        try:
+        with suppress(OSError):
             while True:
                 others.append(os.dup(0))
-        except OSError:
-            pass
         with files.using(tmp_path / "one more") as descriptor:
             assert os.fstat(descriptor)
     finally:
@@ -238,3 +243,23 @@ def test_the_umask_decides_who_may_read(tmp_path, mask, mode):
         os.umask(before)
     files.close()
     assert (tmp_path / "a").stat().st_mode & 0o777 == mode
+
+
+def test_where_nothing_is_left_to_close_the_error_says_what_to_raise(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    others = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        with suppress(OSError):
+            while True:
+                others.append(os.dup(0))
+        files = Files(WRITING)
+        with pytest.raises(UserError) as failure, explained():
+            files.using(tmp_path / "a").__enter__()
+    finally:
+        for other in others:
+            os.close(other)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert str(failure.value) == (
+        f"cannot use `{tmp_path / 'a'}`: Too many open files\n\nhint: raise the limit on open files (`ulimit -n`)"
+    )

@@ -17,7 +17,7 @@ import safetensors.numpy
 import torch
 import torch.distributed.checkpoint
 
-from converter import hf_to_mcore
+from converter import adapter_to_mcore, hf_to_mcore
 from formats import pickles
 from formats.huggingface import make_index, parse_shard, plan_shards
 from formats.spec import DTYPES, TensorSpec
@@ -109,6 +109,57 @@ def by_torch() -> tuple[Files, ...]:
     with TemporaryDirectory() as name:
         torch.distributed.checkpoint.save(state, checkpoint_id=name, no_dist=True)
         return (tree(Path(name)), *(below(files, ITERATION) for files in megatron()))
+
+
+ADAPTER_CONFIG = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny", "inference_mode": True, "r": 2,
+    "lora_alpha": 4, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "bias": "none", "init_lora_weights": True,
+    "layers_pattern": None, "alpha_pattern": {}, "modules_to_save": None,
+}  # fmt: skip
+ADAPTED = {"self_attn.q_proj": 2, "self_attn.v_proj": 2, "mlp.down_proj": 3}
+
+
+def factors() -> dict[str, np.ndarray]:
+    """A LoRA of three modules, one of a rank of its own, as PEFT names it."""
+    rng = np.random.default_rng(9)
+    shapes = {f"{name}.lora_A": (rank, 8) for name, rank in ADAPTED.items()}
+    shapes |= {f"{name}.lora_B": (8, rank) for name, rank in ADAPTED.items()}
+    return {
+        f"base_model.model.model.layers.0.{name}.weight": rng.standard_normal(shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+@cache
+def adapters() -> tuple[Files, ...]:
+    """PEFT's folders: modules by name, by a pattern, and within layers."""
+    asked = [
+        {"target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"down_proj": 3}},
+        {
+            "target_modules": r".*\.(q|v|down)_proj",
+            "rank_pattern": {r"layers\.\d+\.mlp.*": 3},
+            "exclude_modules": "lm_head|.*norm",
+        },
+        {"target_modules": [*ADAPTED], "rank_pattern": {"^model.layers.0.mlp.down_proj": 3}, "layers_to_transform": [0]},
+    ]
+    tensors = safetensors.numpy.save(factors(), {"format": "pt"})
+    documents = [json.dumps({**ADAPTER_CONFIG, **one}, indent=1).encode() for one in asked]
+    return tuple({"adapter_config.json": document, "adapter_model.safetensors": tensors} for document in documents)
+
+
+@cache
+def megatron_adapters() -> tuple[Files, ...]:
+    """The same converted: an iteration that holds an adapter alone."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write(folder / "hf", huggingface()[0])
+        config = {**ADAPTER_CONFIG, "target_modules": ["q_proj", "v_proj"]}
+        kept = {name: tensor for name, tensor in factors().items() if "self_attn" in name}
+        files = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": safetensors.numpy.save(kept)}
+        write(folder / "peft", files)
+        adapter_to_mcore(folder / "peft", folder / "m", base=folder / "hf")
+        made = below(tree(folder / "m"), ITERATION)
+        return ({**made, "adapter.json": made["adapter.json"].replace(str(folder / "hf").encode(), b"tiny")},)
 
 
 @cache

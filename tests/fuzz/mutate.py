@@ -27,6 +27,7 @@ VALUES: tuple[Any, ...] = (
     *NUMBERS, None, True, False, "", "a", "..", "../x", "/etc/passwd", "\ud800", "a\0b", "x" * 300, 0.5, -1.5, 1e308,
     float("nan"), float("inf"), 10**4200, -(10**4200), [], {}, [0], [1 << 60, 1 << 60], [0, 1 << 61, 1 << 61], [1] * 65, [[[]]],
     {"a": {"a": []}}, "llama", "mistral", "bfloat16", "linear", "llama3", "F32", "BF16",
+    r"((\w|\.)+)+#", r"(.*)*x", "(a|a)*" * 9, r".*(q|v)_proj", "(", ["q_proj"], {r"(\w*)*#": 3}, {"": 3},
 )  # fmt: skip
 
 NAMES = (

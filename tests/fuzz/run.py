@@ -28,6 +28,7 @@ from tests.fuzz.targets import TARGETS, Target
 
 CORPUS = Path(__file__).parent / "corpus"
 _KEPT = 300
+_FEWEST = 20  # inputs, however short the time and busy the machine
 
 
 @dataclass
@@ -93,7 +94,7 @@ def fuzz(target: Target, folder: Path, *, inputs: int, seed: int, seconds: float
         sandbox.try_one(data, number, undamaged)
     assert undamaged.right == originals, f"{target.name}: the files are not read as they are: {undamaged}"
     with Coverage() as coverage:
-        while tally.inputs < inputs and time.monotonic() - started < seconds:
+        while tally.inputs < inputs and (tally.inputs < _FEWEST or time.monotonic() - started < seconds):
             base, data = rng.choice(pool[:originals]) if rng.random() < 0.4 else rng.choice(pool)
             damaged = mutate(data, target.kind, rng, [other for _, other in pool[:originals]])
             if damaged == data:

@@ -26,6 +26,9 @@ import safetensors
 import torch
 
 from converter import families, hf_to_mcore, inspect, mcore_to_hf, run_config
+from converter.adapters import peft_config
+from converter.adapters.names import Factor
+from converter.adapters.open import open_either
 from converter.config import make_model
 from converter.console import show_report
 from converter.reference import rebuild_config
@@ -300,6 +303,46 @@ def check_rebuilt(found: Any, folder: Path, before: Files) -> None:
         check_planned(summary, folder, before)
 
 
+@explained()
+def adapter_contents(folder: Path) -> dict[str, np.ndarray]:
+    """Every factor of an adapter by its name in PEFT's files, read as one that is merged."""
+    opened = open_either(LocalFolder(folder))
+    adapter = opened.adapter()
+    try:
+        found: dict[str, np.ndarray] = {}
+        for weight, parts in opened.parts.items():
+            delta = adapter.read(weight)
+            assert np.isfinite(delta.scale)
+            found |= {parts[Factor.A].spec.name: delta.a, parts[Factor.B].spec.name: delta.b}
+    finally:
+        adapter.close()
+    return found
+
+
+def check_adapter_config(found: dict[str, np.ndarray], folder: Path, _before: Files) -> None:
+    """A configuration chooses and scales; it changes no factor, and what it says is what PEFT's own rule says."""
+    _same_factors(found, bases.factors())
+    config = peft_config.read(LocalFolder(folder))
+    for name in found:
+        module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        assert config.targets(module)
+        assert config.rank(module) == found[name].shape[0 if ".lora_A." in name else 1]
+
+
+def check_adapter_file(found: dict[str, np.ndarray], folder: Path, _before: Files) -> None:
+    library = dict(safetensors.deserialize((folder / "adapter_model.safetensors").read_bytes()))
+    assert {name: bytes(one["data"]) for name, one in library.items()} == {name: one.tobytes() for name, one in found.items()}
+
+
+def check_same_factors(found: dict[str, np.ndarray], _folder: Path, _before: Files) -> None:
+    _same_factors(found, bases.factors())
+
+
+def _same_factors(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found
+    assert all(array.tobytes() == expected[name].tobytes() for name, array in found.items())
+
+
 _HEADER = "huggingface/headers/model-00001-of-00002.safetensors"
 _EXTRAS = "huggingface/extras.safetensors"
 
@@ -318,6 +361,9 @@ TARGETS = (
     Target("carried_extras", "header", _EXTRAS, bases.carried, describe_and_plan, check_planned),
     Target("tracker", "bytes", "latest_checkpointed_iteration.txt", bases.megatron, describe_and_plan, check_planned),
     Target("format", "json", "metadata.json", bases.carried, describe_and_plan, check_planned),
+    Target("adapter_config", "json", "adapter_config.json", bases.adapters, adapter_contents, check_adapter_config, share=3),
+    Target("adapter_file", "header", "adapter_model.safetensors", bases.adapters, adapter_contents, check_adapter_file),
+    Target("adapter", "json", "adapter.json", bases.megatron_adapters, adapter_contents, check_same_factors),
     Target("json", "json", "integrity.json", bases.checksums, read_document, check_document, share=3),
 )
 """Every reader there is, by what it reads."""

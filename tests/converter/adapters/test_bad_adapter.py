@@ -123,8 +123,14 @@ CONFIGURED = {
     "infinite alpha": ({"lora_alpha": float("inf")}, r"`lora_alpha` in `adapter_config.json` is `inf`"),
     "a flag": ({"use_dora": "yes"}, r"`use_dora` in `adapter_config.json` is `yes`"),
     "targets": ({"target_modules": [1]}, r"`target_modules` in `adapter_config.json` is `\[1\]`"),
-    "a broken pattern": ({"target_modules": "(q_proj"}, r"which is no regular expression"),
-    "a broken rank pattern": ({"rank_pattern": {"(": 2}}, r"which is no regular expression"),
+    "a broken pattern": (
+        {"target_modules": "(q_proj"},
+        r"`adapter_config.json` holds `.*`, which is no regular expression: the fault is at character",
+    ),
+    "a broken rank pattern": (
+        {"rank_pattern": {"(": 2}},
+        r"`adapter_config.json` holds `.*`, which is no regular expression: the fault is at character",
+    ),
     "a rank in words": ({"rank_pattern": {"q_proj": "2"}}, r"`rank_pattern` in `adapter_config.json` is `a dict`"),
     "DoRA without magnitudes": ({"use_dora": True}, r"lacks `.*lora_magnitude_vector`"),
     "excluded": ({"exclude_modules": ["q_proj"]}, r"an adapter for `.*q_proj`, which `target_modules`"),
