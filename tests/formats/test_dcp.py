@@ -109,13 +109,13 @@ def written(tmp_path):
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     outputs = LocalOutputs(tmp_path)
     region = (slice(0, 2), slice(0, 3))
-    writer = ContainerWriter(outputs, "it", {"a": ((2, 3), values.dtype)}, [NewChunk("a", region, "__0_0.distcp")], [])
+    writer = ContainerWriter(outputs, "it", {"a": ((2, 3), values.dtype)}, [NewChunk("a", (0, 0), (2, 3), "__0_0.distcp")], [])
     writer.write("a", region, values)
     for span in writer.spans("it/__0_0.distcp"):
         if span.known:
             outputs.put("it/__0_0.distcp", span.start, span.known)
     outputs.close()
-    (tmp_path / "it" / ".metadata").write_bytes(writer.metadata)
+    (tmp_path / "it" / ".metadata").write_bytes(b"".join(writer.metadata.blocks()))
     return tmp_path / "it"
 
 
