@@ -144,5 +144,5 @@ def test_an_archive_that_differs_is_parsed(written):
     assert folder.reads > 3
     data[data.index(b"FloatStorage")] = ord("f")
     path.write_bytes(data)
-    with pytest.raises(UserError, match="`__0_0.distcp` is not a whole torch archive"):
+    with pytest.raises(UserError, match=r"`__0_0\.distcp` is not a whole torch archive"):
         read_all(LocalFolder(written))
