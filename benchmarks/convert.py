@@ -3,23 +3,33 @@
     python benchmarks/convert.py [--runs 3] [--shape 1b --shape 8b-16] [--folder DIR]
 
 Each round runs `cp -r SRC X && sync`, then each conversion and `sync`, so that a machine whose speed drifts treats both alike.
-Start-up is counted. Source files are in the page cache, as far as they fit. `bare` is forward without `integrity.json`, `verify`
-compares the source with what was made of it. Needs no torch.
+Start-up is counted. Source files are in the page cache, as far as they fit. `bare` and `back-bare` hash nothing
+(`--no-integrity`), `verify` compares the source with what was made of it. Needs no torch.
+
+Seconds tell little of another machine. So the first lines say what this one can do, and each row has the processor time that a
+command and its children took, in core-seconds per GB of the source, beside those of `cp` in the same rounds. A core that moves
+8 GB/s and hashes 2 GB/s cannot need less than 0.125 and 0.5 core-seconds per GB for it, whatever the program.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import mmap
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from blake3 import blake3
 
 from formats.huggingface import make_index, plan_shards
 from formats.spec import DTYPES, TensorSpec
@@ -37,6 +47,14 @@ SHAPES = {
 LAYOUTS = ((1, 1), (8, 4))
 LIMITS = {"1b": {(1, 1): 1.3, (8, 4): 1.2}, "8b-16": {(1, 1): 1.1, (8, 4): 1.0}}
 PEAK_LIMIT_MIB = 128
+CORE_LIMIT = 1.3
+"""Core-seconds of a conversion that hashes nothing, as a multiple of `cp`'s."""
+
+STARTUP_LIMIT = 2.0
+"""Core-seconds of a command that does next to nothing, as a multiple of those of `import numpy`."""
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+"""For every command: modules are compiled once, as in an installed package."""
 
 
 def config(shape: dict) -> dict:
@@ -95,16 +113,27 @@ def make_model(folder: Path, shape: dict, *, data: bool = True, shard_bytes: int
     (folder / "config.json").write_text(json.dumps(config(shape), indent=2))
 
 
-def timed(command: list[str], output: Path) -> tuple[float, float]:
-    """Wall seconds of a command with `sync`, and its peak resident MiB if it reports one; its output is removed."""
+@dataclass(frozen=True)
+class Run:
+    """One command: wall seconds with `sync`, core-seconds of it and its children, and its peak resident MiB if it reports one."""
+
+    seconds: float
+    cores: float
+    peak: float = 0.0
+
+
+def timed(command: list[str], output: Path) -> Run:
+    """Run a command; what it made is removed."""
     os.sync()
-    started = time.monotonic()
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=ENVIRONMENT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     os.sync()
     seconds = time.monotonic() - started
     if output.name == "X":
         shutil.rmtree(output, ignore_errors=True)  # verifying makes none
-    return seconds, json.loads(done.stdout)["peak_memory"] / 2**20 if done.stdout else 0.0
+    cores = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Run(seconds, cores, json.loads(done.stdout)["peak_memory"] / 2**20 if done.stdout.startswith(b"{") else 0.0)
 
 
 def measure(folder: Path, name: str, runs: int) -> list[dict]:
@@ -119,43 +148,113 @@ def measure(folder: Path, name: str, runs: int) -> list[dict]:
         if not megatron[tp, pp].exists():
             layout = ["--tp", str(tp), "--pp", str(pp), "--quiet", "--json"]
             timed([*mbconvert, "hf-to-mcore", str(source), str(megatron[tp, pp]), *layout], megatron[tp, pp])
-    taken: dict[tuple, list[tuple[float, float]]] = {}
+    taken: dict[tuple, list[tuple[Run, Run]]] = {}
     for _ in range(runs):
         for tp, pp in LAYOUTS:
             there = [*mbconvert, "hf-to-mcore", str(source), str(out), "--tp", str(tp), "--pp", str(pp), "--quiet", "--json"]
             made = megatron[tp, pp]
+            back = [*mbconvert, "mcore-to-hf", str(made), str(out), "--quiet", "--json"]
             pairs = {
                 "forward": (source, there),
                 "bare": (source, [*there, "--no-integrity"]),
-                "back": (made, [*mbconvert, "mcore-to-hf", str(made), str(out), "--quiet", "--json"]),
+                "back": (made, back),
+                "back-bare": (made, [*back, "--no-integrity"]),
                 "verify": (source, [*mbconvert, "verify", str(source), str(made), "--json"]),
             }
             for direction, (original, command) in pairs.items():
-                copied, _ = timed(["cp", "-r", str(original), str(out)], out)
-                seconds, peak = timed(command, out)
-                taken.setdefault((tp, pp, direction), []).append((seconds, peak, copied))
+                copied = timed(["cp", "-r", str(original), str(out)], out)
+                taken.setdefault((tp, pp, direction), []).append((timed(command, out), copied))
     for path in megatron.values():
         shutil.rmtree(path)
-    return [row(name, key, rows) for key, rows in taken.items()]
+    size = sum(path.stat().st_size for path in source.iterdir())
+    return [row(name, key, rows, size) for key, rows in taken.items()]
 
 
-def row(name: str, key: tuple, rows: list[tuple]) -> dict:
-    seconds, peak, copied = (statistics.median(column) for column in zip(*rows, strict=True))
-    ratio = statistics.median(one / other for one, _, other in rows)
-    limit = LIMITS.get(name, {}).get(key[:2]) if key[2] != "verify" else None
-    peak = max(one for _, one, _ in rows)
-    return {"shape": name, "layout": f"TP{key[0]}·PP{key[1]}", "direction": key[2], "seconds": seconds, "cp": copied,
-            "ratio": ratio, "limit": limit, "peak_mib": peak, "runs": [round(a / b, 2) for a, _, b in rows]}  # fmt: skip
+def row(name: str, key: tuple, rows: list[tuple[Run, Run]], size: int) -> dict:
+    def median(value: Callable[[Run, Run], float]) -> float:
+        return statistics.median(value(ours, cp) for ours, cp in rows)
+
+    return {
+        "shape": name,
+        "layout": f"TP{key[0]}·PP{key[1]}",
+        "direction": key[2],
+        "seconds": median(lambda ours, _: ours.seconds),
+        "cp": median(lambda _, cp: cp.seconds),
+        "ratio": median(lambda ours, cp: ours.seconds / cp.seconds),
+        "limit": LIMITS.get(name, {}).get(key[:2]) if key[2] != "verify" else None,
+        "cores": median(lambda ours, _: ours.cores) / size * 1e9,
+        "cp_cores": median(lambda _, cp: cp.cores) / size * 1e9,
+        "cores_ratio": median(lambda ours, cp: ours.cores / cp.cores),
+        "cores_limit": CORE_LIMIT if "bare" in key[2] else None,
+        "peak_mib": max(ours.peak for ours, _ in rows),
+        "runs": [round(ours.seconds / cp.seconds, 2) for ours, cp in rows],
+    }
 
 
-def help_seconds(runs: int = 5) -> float:
-    """Median wall time of `mbconvert --help`."""
+def core_seconds(command: list[str], runs: int = 5) -> float:
+    """The least of some runs: what else goes on only adds to it."""
+    return min(timed(command, Path()).cores for _ in range(runs))
+
+
+def rate(act: Callable[[], object], nbytes: int, runs: int = 5) -> float:
+    """GB a second, the best of some runs."""
+    act()
     taken = []
     for _ in range(runs):
         started = time.monotonic()
-        subprocess.run([sys.executable, "-m", "converter", "--help"], check=True, capture_output=True)
+        act()
         taken.append(time.monotonic() - started)
-    return statistics.median(taken)
+    return nbytes / min(taken) / 1e9
+
+
+def write_directly(path: Path, block: memoryview, count: int) -> None:
+    """A file past the page cache, as conversions write."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
+    try:
+        for number in range(count):
+            os.pwrite(descriptor, block, number * len(block))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+        path.unlink()
+
+
+def machine(folder: Path) -> str:
+    """What one core, and the disk, can do at best: no conversion takes less than its share of these."""
+    block = memoryview(mmap.mmap(-1, 64 << 20))
+    source, target = np.frombuffer(block, np.uint8), np.empty(64 << 20, np.uint8)
+    source[:] = np.arange(64 << 20, dtype=np.uint8)
+    copied = rate(lambda: np.copyto(target, source), 64 << 20)
+    hashed = {
+        name: rate(lambda make=make: make(block), 64 << 20) for name, make in (("sha256", hashlib.sha256), ("BLAKE3", blake3))
+    }
+    written = rate(lambda: write_directly(folder / "X", block, 8), 512 << 20, runs=2)
+    return (
+        f"{os.cpu_count()} cores; a core copies memory at {copied:.1f} GB/s, takes sha256 at {hashed['sha256']:.1f} GB/s and "
+        f"BLAKE3 at {hashed['BLAKE3']:.1f} GB/s; direct writes {written:.1f} GB/s"
+    )
+
+
+def startup() -> str:
+    """What commands take that do next to nothing, beside the import of numpy."""
+    numpy = core_seconds([sys.executable, "-c", "import numpy"])
+    commands = {name: core_seconds([sys.executable, "-m", "converter", name]) for name in ("--help", "families")}
+    listed = ", ".join(f"{name} {taken:.2f} ({taken / numpy:.1f} ×)" for name, taken in commands.items())
+    return f"core-seconds to start: import numpy {numpy:.2f}, {listed}; limit {STARTUP_LIMIT} ×"
+
+
+HEADER = (
+    f"{'shape':6} {'layout':8} {'direction':9} {'mbconvert':>9} {'cp+sync':>8} {'ratio':>6} {'limit':>6} "
+    f"{'cores/GB':>9} {'of cp':>6} {'ratio':>6} {'limit':>6} {'peak':>8}  ratios"
+)
+
+
+def line(one: dict) -> str:
+    return (
+        f"{one['shape']:6} {one['layout']:8} {one['direction']:9} {one['seconds']:7.2f} s {one['cp']:6.2f} s "
+        f"{one['ratio']:6.2f} {one['limit'] or '-':>6} {one['cores']:9.2f} {one['cp_cores']:6.2f} {one['cores_ratio']:6.2f} "
+        f"{one['cores_limit'] or '-':>6} {one['peak_mib']:4.0f} MiB  {one['runs']}"
+    )
 
 
 def main() -> None:
@@ -164,17 +263,11 @@ def main() -> None:
     parser.add_argument("--shape", action="append", choices=SHAPES, help="default: 1b and 8b-16")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/mbconvert-bench"))
     options = parser.parse_args()
-    print(f"mbconvert --help: {help_seconds():.2f} s (limit 0.3)")
-    print(
-        f"{'shape':6} {'layout':8} {'direction':9} {'mbconvert':>9} {'cp+sync':>8} {'ratio':>6} {'limit':>6} {'peak':>8}  ratios"
-    )
+    options.folder.mkdir(parents=True, exist_ok=True)
+    print(f"{machine(options.folder)}\n{startup()}\n{HEADER}", flush=True)
     for name in options.shape or ["1b", "8b-16"]:
         for one in measure(options.folder, name, options.runs):
-            print(
-                f"{one['shape']:6} {one['layout']:8} {one['direction']:9} {one['seconds']:7.2f} s {one['cp']:6.2f} s "
-                f"{one['ratio']:6.2f} {one['limit'] or '-':>6} {one['peak_mib']:4.0f} MiB  {one['runs']}",
-                flush=True,
-            )
+            print(line(one), flush=True)
         shutil.rmtree(options.folder / name)
 
 

@@ -12,8 +12,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-_ROW = re.compile(r"(\S+)\s+(TP\S+)\s+(forward|bare|back|verify)\s+([\d.]+) s\s+([\d.]+) s")
-_WHAT = {"forward": "there", "bare": "there, --no-integrity", "back": "back", "verify": "verify"}
+_ROW = re.compile(r"(\S+)\s+(TP\S+)\s+(forward|bare|back-bare|back|verify)\s+([\d.]+) s\s+([\d.]+) s")
+_WHAT = {
+    "forward": "there",
+    "bare": "there, --no-integrity",
+    "back": "back",
+    "back-bare": "back, --no-integrity",
+    "verify": "verify",
+}
 _LABELS = {"1b": "1B shape, 2.47 GB", "8b-16": "8B shape with 16 layers, 9.1 GB"}
 
 

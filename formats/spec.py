@@ -129,8 +129,13 @@ def extent(region: Region) -> Shape:
 
 def intersect(one: Region, other: Region) -> Region | None:
     """The box two regions share, or None."""
-    shared = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
-    return shared if all(part.start < part.stop for part in shared) else None
+    shared: list[slice] = []
+    for a, b in zip(one, other, strict=True):
+        start, stop = max(a.start, b.start), min(a.stop, b.stop)
+        if start >= stop:
+            return None
+        shared.append(slice(start, stop))
+    return tuple(shared)
 
 
 def within(region: Region, origin: Region) -> Region:

@@ -10,9 +10,10 @@ import torch
 import torch.distributed.checkpoint
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from formats.dcp import Container
+from formats.dcp import Container, ContainerWriter, NewChunk
 from formats.errors import UserError
 from formats.folder import LocalFolder
+from formats.outputs import LocalOutputs
 from formats.torch_dist import TorchDistReader
 
 STACK = "decoder.layers.mlp.linear_fc2.weight"
@@ -90,3 +91,58 @@ def test_a_shape_of_more_dimensions_than_numpy_has_is_refused(saved):
     edit(saved, flat)
     with pytest.raises(UserError, match="a shape"):
         TorchDistReader(LocalFolder(saved))
+
+
+class Counted(LocalFolder):
+    """A folder that counts what is read of data files."""
+
+    reads = 0
+
+    def read_into(self, name, offset, out):
+        self.reads += name.endswith(".distcp")
+        super().read_into(name, offset, out)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A chunk as this tool writes it."""
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    outputs = LocalOutputs(tmp_path)
+    region = (slice(0, 2), slice(0, 3))
+    writer = ContainerWriter(outputs, "it", {"a": ((2, 3), values.dtype)}, [NewChunk("a", (0, 0), (2, 3), "__0_0.distcp")], [])
+    writer.write("a", region, values)
+    for span in writer.spans("it/__0_0.distcp"):
+        if span.known:
+            outputs.put("it/__0_0.distcp", span.start, span.known)
+    outputs.close()
+    (tmp_path / "it" / ".metadata").write_bytes(b"".join(writer.metadata.blocks()))
+    return tmp_path / "it"
+
+
+def read_all(folder):
+    container = Container(folder)
+    tensor = container.tensor("a")
+    out = np.zeros(tensor.shape, tensor.dtype)
+    container.read(tensor, tuple(slice(0, size) for size in tensor.shape), out)
+    return out.tolist()
+
+
+def test_an_archive_that_is_known_byte_by_byte_is_compared_and_not_parsed(written):
+    folder = Counted(written)
+    assert read_all(folder) == [[0, 1, 2], [3, 4, 5]]
+    assert folder.reads == 3  # what is before the data, what is after it, the data
+
+
+def test_an_archive_that_differs_is_parsed(written):
+    path = written / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    at = data.index(b"Z" * 64)
+    data[at] = ord("Y")  # padding, which means nothing
+    path.write_bytes(data)
+    folder = Counted(written)
+    assert read_all(folder) == [[0, 1, 2], [3, 4, 5]]
+    assert folder.reads > 3
+    data[data.index(b"FloatStorage")] = ord("f")
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"`__0_0\.distcp` is not a whole torch archive"):
+        read_all(LocalFolder(written))
