@@ -41,16 +41,13 @@ def test_the_mark_of_a_text_file_is_no_letter_of_it(tmp_path: Path) -> None:
 
 
 ARRAY = (
-    "`a.jsonl` is one JSON array; a .jsonl file has one {what} per line\n\n"
-    "hint: write it so: `jq -c '.[]' a.jsonl > NEW.jsonl`"
+    "`a.jsonl` is one JSON array; a .jsonl file has one {what} per line\n\nhint: write it so: `jq -c '.[]' a.jsonl > NEW.jsonl`"
 )
 SPREAD = (
     "`a.jsonl` begins with a JSON object that takes several lines; a .jsonl file has one {what} per line\n\n"
     "hint: write it so: `jq -c . a.jsonl > NEW.jsonl`"
 )
-UTF16 = (
-    "`a.jsonl` is text in UTF-16, {why}; it should be UTF-8\n\nhint: convert it: `iconv -f UTF-16 -t UTF-8 a.jsonl > NEW`"
-)
+UTF16 = "`a.jsonl` is text in UTF-16, {why}; it should be UTF-8\n\nhint: convert it: `iconv -f UTF-16 -t UTF-8 a.jsonl > NEW`"
 PACKED = "`a.jsonl` is compressed with {name}\n\nhint: unpack it first: `{program} a.jsonl`"
 TEXT = b"\n".join(LINES)
 
