@@ -53,7 +53,7 @@ def open_lines(path: Path, *, what: str) -> BinaryIO:
         head = file.read(_SHORT)
         check_encoding(path, head)
         start = len(UTF8_MARK) if head.startswith(UTF8_MARK) else 0
-        _check_values(path, head[start:], whole=len(head) < _SHORT, what=what)
+        _check_values(path, head[start:], what=what)
         file.seek(start)
     except BaseException:
         file.close()
@@ -61,15 +61,15 @@ def open_lines(path: Path, *, what: str) -> BinaryIO:
     return file
 
 
-def _check_values(path: Path, head: bytes, *, whole: bool, what: str) -> None:
+def _check_values(path: Path, head: bytes, *, what: str) -> None:
     text = head.lstrip()
-    first, ended, _ = text.partition(b"\n")
+    first, ended, rest = text.partition(b"\n")
     if text[:1] == b"[" and not _is_a_list_of_plain_values(first):
         raise UserError(
             f"`{path}` is one JSON array; a .jsonl file has one {what} per line",
             hint=f"write it so: `jq -c '.[]' {path} > NEW.jsonl`",
         )
-    if text[:1] == b"{" and (ended or whole) and _is_cut_short(first):
+    if text[:1] == b"{" and ended and rest.lstrip()[:1] not in (b"{", b"") and _is_cut_short(first):
         raise UserError(
             f"`{path}` begins with a JSON object that takes several lines; a .jsonl file has one {what} per line",
             hint=f"write it so: `jq -c . {path} > NEW.jsonl`",

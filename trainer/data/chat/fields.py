@@ -30,7 +30,6 @@ _MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios", "fu
 _TEXTS = frozenset(
     {"system", "instruction", "input", "query", "context", "history", "prompt", "completion", "response", "output"}
 )
-OF_EXAMPLE = _MEDIA | _TEXTS | {"tools"} | (LEARNS.keys() - {"loss", "loss_mask"})
 """Fields of an example that change what would be learned from it."""
 
 
