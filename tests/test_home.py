@@ -125,3 +125,35 @@ def test_other_commands_have_it_too(home):
     assert {path.name for path in home.iterdir()} == {"a.txt", "tokens.bin", "tokens.idx"}
     assert _apart(("~/out", "~model.hf_config", "a=~/b")) == (None, home / "out", ["~model.hf_config", "a=~/b"])
     assert recipe_and_overrides(["~model.hf_config"]) == (None, ["~model.hf_config"])
+
+
+def as_the_hub_keeps_it(model: Path, cache: Path) -> Path:
+    """A snapshot in the Hub's cache: links to blobs that are called by their hashes. The names have spaces and letters."""
+    import hashlib
+
+    snapshot = cache / "models--größe--ein modell" / "snapshots" / "0123abc"
+    blobs = snapshot.parents[1] / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for path in (one for one in model.rglob("*") if one.is_file()):
+        blob = blobs / hashlib.sha256(str(path).encode()).hexdigest()
+        blob.write_bytes(path.read_bytes())
+        link = snapshot / path.relative_to(model)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(blob.relative_to(link.parent, walk_up=True))
+    return snapshot
+
+
+def test_a_snapshot_of_the_hubs_cache_is_a_model_like_any(home, model_folder):
+    from converter import hf_to_mcore, mcore_to_hf, verify
+    from trainer import tokenizers
+    from trainer.checkpoints.contents import describe, tokenizer_of
+
+    snapshot = as_the_hub_keeps_it(model_folder("gqa"), home / "~ cache ü")
+    hf_to_mcore(snapshot, home / "ein modell ü")
+    mcore_to_hf(home / "ein modell ü", "zurück #1")
+    assert verify(snapshot, "zurück #1").same
+    assert {path.name for path in Path("zurück #1").iterdir()} >= {path.name for path in snapshot.iterdir()}
+    assert not any(path.is_symlink() for path in Path("zurück #1").iterdir())
+    assert describe(str(snapshot)).config == describe("zurück #1").config
+    assert tokenizer_of(str(snapshot)).vocab_size == tokenizers.load("zurück #1").vocab_size
