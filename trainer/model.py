@@ -183,8 +183,18 @@ def build(provider: Any) -> list[torch.nn.Module]:
 
     UserError where megatron-core refuses the settings.
     """
-    with refused.explained("model", provider, shapes):
+    with refused.explained("model", provider, try_again):
         return [chunk.to(device.current()) for chunk in _chunks(provider)]
+
+
+def try_again(provider: Any) -> None:
+    """Build a provider of which fields were changed after it was finalized, on torch's meta device: as it is, or with what is
+    derived from them derived anew."""
+    try:
+        shapes(provider)
+    except refused.REFUSALS:
+        getattr(provider, "finalize", lambda: None)()
+        shapes(provider)
 
 
 def shapes(provider: Any) -> list[torch.nn.Module]:

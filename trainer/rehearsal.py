@@ -32,7 +32,7 @@ def rehearse(config: RunConfig, *, world_size: int) -> None:
             device.stand_in(device.CPU),
             device.environment_kept(),
             _as_if(rank, world_size, config.model),
-            refused.explained("model", config.model, model.shapes),
+            refused.explained("model", config.model, model.try_again),
         ):
             model.shapes(config.model)
 

@@ -180,7 +180,7 @@ def place_field(name, value):
     (assign("state_dict_metadata", {5: torch.distributed.checkpoint.metadata.BytesStorageMetadata()}), "name is not text"),
     (chunk_field("offsets", None), "whole numbers"), (chunk_field("sizes", torch.Size([1])), "not built as torch builds it"),
     (chunk_field("sizes", (1, 64, 10**5000)), "whole numbers"), (chunk_field("sizes", (1.5, 64, 48)), "whole numbers"),
-    (place_field("offset", 1.5), "does not say where"), (place_field("length", None), "not built as torch builds it: 'length'"),
+    (place_field("offset", 1.5), "does not say where"), (place_field("length", None), "not built as torch builds it: it lacks `length`"),
     (place_field("relative_path", "a" * 300), "leaves the checkpoint's directory"),
     (lambda m: setattr(m.state_dict_metadata[FC2], "chunks", 5), "not built as torch builds it"),
     (lambda m: setattr(m.state_dict_metadata[FC2], "properties", 5), "not built as torch builds it"),

@@ -121,3 +121,66 @@ def test_two_tasks_train_together(tmp_path, ranks):
     assert [len(re.findall(r"^step ", text, re.MULTILINE)) for text in heard] == [0, 2]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [one["iteration"] for one in records] == [1, 2]
+
+
+MEET = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+WAYS_OUT = "start all processes with torchrun, or unset `RANK` and `WORLD_SIZE` to train in this one alone"
+BOTH = f"{WAYS_OUT}; or set both to rank 0's host and a free port of it"
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({}, f"`MASTER_ADDR` and `MASTER_PORT` are not set: processes do not know where to meet\n\nhint: {BOTH}"),
+        ({"MASTER_ADDR": "a"}, f"`MASTER_PORT` is not set: processes do not know where to meet\n\nhint: {BOTH}"),
+        ({"MASTER_PORT": "1"}, f"`MASTER_ADDR` is not set: processes do not know where to meet\n\nhint: {BOTH}"),
+        ({**MEET, "MASTER_PORT": "x"}, "`MASTER_PORT` is `x`, which is no port\n\nhint: set it to a number up to 65535; or"),
+        ({**MEET, "MASTER_PORT": "65536"}, "`MASTER_PORT` is `65536`, which is no port\n\n"),
+    ],
+)  # fmt: skip
+def test_several_processes_that_do_not_know_where_to_meet_are_told(told, message):
+    with pytest.raises(UserError) as refused:
+        parallel.check_meeting_point({"RANK": "0", "WORLD_SIZE": "2", **told})
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("told", [{}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "2", **MEET}, MEET])
+def test_one_process_needs_no_place_to_meet(told):
+    parallel.check_meeting_point(told)
+
+
+@pytest.mark.filterwarnings("ignore")  # megatron-core's own, which commands do not show
+def test_one_process_of_a_cluster_trains_alone(monkeypatch, tmp_path):
+    from trainer import loop, recipes
+
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    config = recipes.find("llama_tiny").pretrain_config()
+    config.model.num_layers = config.train.train_iters = 1
+    config.train.global_batch_size, config.dataset.sequence_length, config.dataset.num_workers = 2, 16, 0
+    config.validation.eval_iters, config.dist.device = 0, "cpu"
+    assert loop.pretrain(config).iteration == 1
+
+
+def test_a_number_on_this_host_that_is_none_is_named():
+    with pytest.raises(UserError, match="`LOCAL_RANK` is `x`, which is no number of a process on its host"):
+        device.local_rank({"LOCAL_RANK": "x"})
+    assert device.local_rank({}) == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "nproc", "starts"), [("1", 2, True), ("2", 2, False), ("2", None, False), ("2", 1, False), ("1", 1, False)]
+)
+def test_a_process_that_is_one_of_several_starts_no_others(monkeypatch, size, nproc, starts):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert parallel.starts_others(nproc) is starts
+
+
+def test_a_number_of_processes_that_is_not_that_of_those_started_is_an_error(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="`--nproc` is `4`, and this is one of `2` processes that were started already"):
+        parallel.starts_others(4)

@@ -115,3 +115,33 @@ def test_a_tokenizer_written_in_python_is_read_by_transformers(tmp_path):
     assert found.encode("grün") == other("grün", add_special_tokens=False)["input_ids"]
     assert found.decode(found.encode("grün")) == "grün"
     assert (found.eod, found.vocab_size) == (other.eos_token_id, len(other))
+
+
+SENTENCEPIECE = bytes([10, 14, 10, 5, 60, 117, 110, 107, 62, 21, 0, 0, 0, 0, 24, 2])
+TIKTOKEN = b"IQ== 0\nIg== 1\nIw== 2\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "lacking", "message"),
+    [
+        (SENTENCEPIECE, {"sentencepiece"}, ("a SentencePiece model, and the package `sentencepiece` is not installed"
+         "\n\nhint: pip install sentencepiece")),
+        (SENTENCEPIECE, {"sentencepiece", "google.protobuf"}, ("a SentencePiece model, and the packages `sentencepiece` and "
+         "`protobuf` are not installed\n\nhint: pip install sentencepiece protobuf")),
+        (TIKTOKEN, {"tiktoken"}, "a tiktoken model, and the package `tiktoken` is not installed\n\nhint: pip install tiktoken"),
+    ],
+    ids=["sentencepiece", "both", "tiktoken"],
+)  # fmt: skip
+def test_the_package_that_a_tokenizer_needs_is_named(tmp_path, monkeypatch, data, lacking, message):
+    """transformers names another one, which it tries last."""
+    monkeypatch.setattr(tokenizers, "_installed", lambda module: module not in lacking)
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    error = tokenizers.unreadable("`T` cannot be read", tmp_path, ValueError("a library's words"))
+    assert str(error) == f"`T` cannot be read: `tokenizer.model` is {message}"
+
+
+def test_what_else_makes_a_tokenizer_unreadable_is_told_by_its_class(tmp_path):
+    error = tokenizers.unreadable("`T` cannot be read", tmp_path, ValueError("a library's words"))
+    assert error.args[0] == "`T` cannot be read (`ValueError`)"
+    error = tokenizers.unreadable("`T` cannot be read", tmp_path, ModuleNotFoundError("a library's words", name="other.part"))
+    assert str(error) == "`T` cannot be read: the package `other` is not installed\n\nhint: install that package"

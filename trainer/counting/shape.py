@@ -84,7 +84,7 @@ def shape_of(provider: Any) -> Shape:
         return _shape(provider)
     except AttributeError as error:
         raise UserError(
-            f"no formula for the size of a `{type(provider).__name__}`: {error}",
+            f"no formula for the size of a `{type(provider).__name__}`: it has no `{error.name}`",
             hint="only models with the fields of `GPTModelProvider` are counted",
         ) from error
 

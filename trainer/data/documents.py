@@ -14,6 +14,7 @@ from typing import Any
 from formats.disk import explained
 from formats.errors import UserError
 from formats.faults import fault
+from trainer.data import text_files
 
 TEXT = (".txt", ".md", ".py")
 """Files that are one document each."""
@@ -55,8 +56,19 @@ def files(inputs: Iterable[Path]) -> list[Path]:
         if not path.is_file():
             raise UserError(f"`{path}` does not exist", hint=f"inputs are folders or files: {KINDS}")
         if not _supported(path):
-            raise UserError(f"`{path}` is of no kind that documents are read from", hint=f"inputs are folders or files: {KINDS}")
+            raise UserError(
+                f"`{path}` is of no kind that documents are read from", hint=f"{way_in(path)}inputs are folders or files: {KINDS}"
+            )
     return found
+
+
+def way_in(path: Path) -> str:
+    """What would make a file of another kind one that is read, for the beginning of a hint."""
+    if path.suffix in (".gz", ".bz2", ".xz", ".zst", ".zip"):
+        return "unpack it first; "
+    if path.suffix in (".json", ".ndjson", ".jsonlines"):
+        return f"if it has one JSON object per line, name it `{path.stem}.jsonl`; if it is one array, `jq -c '.[]'` makes lines; "
+    return ""
 
 
 def _below(folder: Path) -> list[Path]:
@@ -88,12 +100,14 @@ def _whole(path: Path) -> Raw:
     size = path.stat().st_size
     if size > LONGEST:
         raise _too_long(f"`{path}`", "cut it into files of one document each, or make it .jsonl with a document per line")
-    return Raw(path, None, path.read_bytes(), None, size)
+    data = path.read_bytes()
+    text_files.check_encoding(path, data[:64])
+    return Raw(path, None, data.removeprefix(text_files.UTF8_MARK), None, size)
 
 
 def lines(path: Path, key: str | None) -> Iterator[Raw]:
     """The lines of a file that are not blank, in order."""
-    with path.open("rb") as file:
+    with text_files.open_lines(path, what="document" if key else "example") as file:
         number = 0
         while line := file.readline(LONGEST + 1):
             number += 1

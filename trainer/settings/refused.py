@@ -71,7 +71,7 @@ def refusal(name: str, part: Any, attempt: Callable[[Any], object], error: Excep
     found = {f"{name}.{one}": value for one, value in _culprits(part, attempt).items()}
     listed = " and ".join(f"`{setting}={_shown(value)}`" for setting, value in list(found.items())[:4])
     if not found:
-        message, hint = f"megatron-core refuses the settings under `{name}`", f"`{name}` needs other settings"
+        message, hint = f"megatron-core refuses the settings under `{name}`", "compare them with a recipe's: `mbtrain show`"
     elif len(found) == 1:
         message, hint = f"megatron-core refuses {listed}", f"leave `{next(iter(found))}` out, or change what it depends on"
     else:

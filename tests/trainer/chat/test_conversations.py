@@ -281,7 +281,6 @@ def test_a_folder_that_transformers_cannot_read_is_named(refusal, tmp_path):
     odd = llama.save(tmp_path / "odd")
     (odd / "tokenizer_config.json").write_text('{"eos_token": "<|eot_id|>", "extra_special_tokens": 5}')
     assert refusal({"messages": said("a", "b")}, tokenizer=tokenizers.load(str(odd))) == (
-        "transformers, which renders chat templates, cannot read `odd`: "
-        "extra_special_tokens must be a list/tuple of tokens or a dict of named tokens\n\n"
-        "hint: save the tokenizer again with transformers' `save_pretrained`"
+        "transformers, which renders chat templates, cannot read `odd` (`TypeError`)\n\n"
+        "hint: save the tokenizer with transformers' `save_pretrained`, which writes `tokenizer.json`, or fetch its files again"
     )

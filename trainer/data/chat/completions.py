@@ -35,6 +35,11 @@ class Completions:
         """UserError for a template that is none."""
         return cls(tokenizer, _parsed(prompt_template))
 
+    @property
+    def names(self) -> set[str]:
+        """The fields that are used."""
+        return {"completion", *(name for _, name in self.pieces if name)}
+
     def draft(self, fields: Mapping[str, Any]) -> Draft:
         """UnusableError for an example without what the template names, or without a completion."""
         prompt = "".join(text + (_text(fields, name) if name else "") for text, name in self.pieces)

@@ -17,6 +17,7 @@ import numpy as np
 
 from formats.faults import fault
 from trainer.data.chat.drafts import Draft, Tokenized, tokenized
+from trainer.data.chat.fields import SAYS_MORE, plain_message
 from trainer.data.chat.jinja import Messages, Template
 from trainer.data.chat.sources import UnusableError
 from trainer.data.documents import is_unicode, names
@@ -47,16 +48,45 @@ class Conversations:
     tokenizer: Tokenizer
     template: Template
 
-    def draft(self, fields: Mapping[str, Any], messages: Messages, *, given: int = 0) -> Draft:
-        """The first `given` messages are not learned, whoever says them. UnusableError for what is no conversation."""
-        answers = [number for number, one in enumerate(messages) if number >= given and one["role"] == _ANSWERS]
-        if not answers:
-            raise UnusableError("no message is the assistant's")
+    def draft(self, fields: Mapping[str, Any], messages: Messages, learned: Sequence[bool]) -> Draft:
+        """`learned` says of each message whether it is, if it is an answer. UnusableError for what is no conversation, and where
+        the template leaves out something that is said in it."""
+        answers = [number for number, one in enumerate(messages) if one["role"] == _ANSWERS]
+        wanted = [number for number in answers if learned[number]]
+        if not wanted:
+            raise UnusableError(
+                "none of the assistant's messages is to be learned" if answers else "no message is the assistant's"
+            )
         tools = _tools(fields.get("tools"))
-        if not given and self.tokenizer.encode_batch is not None and self.template.marks(tools):
+        if wanted == answers and self.tokenizer.encode_batch is not None and self.template.marks(tools):
             text, spans = self.template.render_marked(messages, tools=tools)
-            return Draft([_unicode(text)], partial(_inside, spans))
-        return Draft(self._growing(messages, answers, tools), partial(self._between, answers))
+            draft = Draft([_unicode(text)], partial(_inside, spans))
+        else:
+            draft = Draft(self._growing(messages, wanted, tools), partial(self._between, wanted))
+        self._check_whole(messages, draft.texts[-1], tools)
+        return draft
+
+    def _check_whole(self, messages: Messages, text: str, tools: Any) -> None:
+        """Is all that is said in the messages in the text, or does the text change with it?"""
+        start = 0
+        for number, message in enumerate(messages):
+            content = (message.get("content") or "").strip()
+            found = text.find(content, start) if len(content) > _TELLING else -1
+            if found >= 0:
+                start = found + len(content)
+            elif content and self._without(messages, number, tools, content=f"{content} {_OTHER}") == text:
+                raise _left_out(number, f"of `{message['role']}`")
+            for name in SAYS_MORE.intersection(message):
+                if message[name] and self._without(messages, number, tools, **{name: None}) == text:
+                    raise _left_out(number, f"its `{name}`")
+
+    def _without(self, messages: Messages, number: int, tools: Any, **changes: Any) -> str | None:
+        """The text where a message is another; None where the template refuses that."""
+        try:
+            changed = [*messages[:number], {**messages[number], **changes}, *messages[number + 1 :]]
+            return self.template.render(changed, tools=tools, asking=False)
+        except UnusableError:
+            return None
 
     def _growing(self, messages: Messages, answers: Sequence[int], tools: Any) -> list[str]:
         """Before and after each answer, and the whole."""
@@ -110,32 +140,50 @@ def _inside(spans: Sequence[tuple[int, int]], texts: Sequence[Encoded]) -> Token
     return tokenized(text.ids, trained)
 
 
-def messages_of(fields: Mapping[str, Any], name: str) -> Messages:
-    """The messages in that field, roles and texts checked; ShareGPT's `from` and `value` under the names that templates know."""
+_TELLING = 8
+"""Letters from which on a message's text is found in another by no accident."""
+
+_OTHER = "and otherwise"
+
+
+def _left_out(number: int, what: str) -> UnusableError:
+    return UnusableError(
+        "the chat template leaves out something that is said",
+        f"message {number + 1}, {what}",
+        hint="take a template that has it (`dataset.chat_template=FILE`), or leave it out of the example",
+    )
+
+
+def messages_of(fields: Mapping[str, Any], name: str) -> tuple[list[Mapping[str, Any]], list[bool]]:
+    """The messages in that field, and of each whether it is learned if it is an answer. Roles and texts are checked, ShareGPT's
+    `from` and `value` stand under the names that templates know, and parts are one text."""
     value = fields[name]
     if not isinstance(value, list) or not value:
         raise UnusableError(
             f"its `{name}` is no list of messages", f"it is {'empty' if value == [] else f'a {type(value).__name__}'}"
         )
-    return [_message(one, number) for number, one in enumerate(value, 1)]
+    found = [_message(one, number) for number, one in enumerate(value, 1)]
+    return [message for message, _ in found], [learned for _, learned in found]
 
 
-def _message(found: Any, number: int) -> Mapping[str, Any]:
+def _message(found: Any, number: int) -> tuple[Mapping[str, Any], bool]:
     if not isinstance(found, dict):
         raise UnusableError("a message is no object", f"message {number} is a {type(found).__name__}")
     if found.get("role") is None and found.get("from") is not None:
-        found = {"role": _role(found["from"], number), "content": found.get("value")}
+        rest = {name: value for name, value in found.items() if name not in ("from", "value")}
+        found = {**rest, "role": _role(found["from"], number), "content": found.get("value")}
     if not isinstance(found.get("role"), str):
         raise UnusableError("a message has no `role`", f"message {number} has {names(found)}")
-    content, more = found.get("content"), set(found) - {"role", "content"}
-    if content is not None and not isinstance(content, (str, list)):
+    found, learned = plain_message(found, number)
+    content, more = found.get("content"), SAYS_MORE.intersection(found)
+    if content is not None and not isinstance(content, str):
         raise UnusableError("a message's `content` is no text", f"that of message {number} is a {type(content).__name__}")
     said = content or any(found[name] for name in more)
     if content is None and not said:
         raise UnusableError("a message has no `content`", f"message {number} has {names(found)}")
     if found["role"] == _ANSWERS and not said:
         raise UnusableError("an answer is empty", f"message {number}")
-    return found
+    return found, learned
 
 
 def _role(speaker: Any, number: int) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import batched
@@ -19,6 +19,7 @@ from trainer.config import FinetuningDatasetConfig
 from trainer.data.chat.completions import Completions
 from trainer.data.chat.conversations import Conversations, messages_of
 from trainer.data.chat.drafts import Draft, Tokenized, encode
+from trainer.data.chat.fields import check_example, with_system
 from trainer.data.chat.jinja import Template
 from trainer.data.chat.sources import Record, Source, UnusableError
 from trainer.data.documents import names
@@ -26,6 +27,8 @@ from trainer.tokenizers import Tokenizer
 
 __all__ = ["Counts", "Tokenized", "Writer", "identity", "read_examples", "tokenizer_identity"]
 
+_SAY_IT = "say it in a message, or leave the field out of the file"
+_NAME_IT = "name it in `dataset.prompt_template`, for example `{system} {prompt}`, or leave the field out of the file"
 _TOGETHER = 128  # examples that are tokenized at a time, on all cores
 
 
@@ -47,6 +50,8 @@ class Counts:
     """Examples that cannot be used, by reason."""
 
     files: set[Path] = field(default_factory=set)
+    unused: Mapping[str, None] = field(default_factory=dict)
+    """Fields of examples of which nothing is learned."""
 
     def add(self, example: Tokenized, *, length: int) -> None:
         """An example that had `length` tokens before it was cut."""
@@ -65,8 +70,9 @@ class Counts:
         )
 
     def reasons(self) -> list[str]:
-        """Why examples were skipped, the most frequent reason first."""
-        return [f"skipped {count:,}: {reason}" for reason, count in self.skipped.most_common()]
+        """Why examples were skipped, the most frequent reason first; then which of their fields are not used."""
+        skipped = [f"skipped {count:,}: {reason}" for reason, count in self.skipped.most_common()]
+        return [*skipped, *([f"not learned from: {names(self.unused)}"] if self.unused else [])]
 
 
 def _number(count: int, what: str) -> str:
@@ -91,6 +97,7 @@ def read_examples(
     counts = Counts() if counts is None else counts
     counts.sequence_length = config.sequence_length
     writer, before = Writer(tokenizer, config), counts.examples
+    counts.unused = writer.unused
     for records in batched(source.records(), _TOGETHER):
         for record, made in zip(records, writer.write(records), strict=True):
             counts.files.add(record.path)
@@ -125,6 +132,8 @@ class Writer:
 
     tokenizer: Tokenizer
     config: FinetuningDatasetConfig
+    unused: dict[str, None] = field(default_factory=dict)
+    """Fields of examples that say nothing to learn, in the order in which they were met."""
 
     @cached_property
     def _conversations(self) -> Conversations:
@@ -144,21 +153,37 @@ class Writer:
 
     def _draft(self, record: Record) -> Draft:
         fields = {name: value for name, value in record.fields().items() if value is not None}
-        for name in ("messages", "conversations"):
-            if name in fields:
-                return self._conversations.draft(fields, messages_of(fields, name))
+        there = [name for name in ("messages", "conversations") if name in fields]
+        if there:
+            messages, learned = messages_of(fields, there[0])
+            if there[1:] and messages_of(fields, there[1])[0] != messages:
+                raise UnusableError("its `messages` and `conversations` differ", "", hint="leave one of them out")
+            return self._talk(fields, messages, learned, used=there)
         if "completion" not in fields:
             raise UnusableError("it has neither `messages` nor `completion`", f"it has {names(fields)}")
         if isinstance(fields["completion"], list):
             return self._continued(fields)
-        return self._completions.draft(fields)
+        draft = self._completions.draft(fields)
+        self._look_for_more(fields, self._completions.names, draft.texts, hint=_NAME_IT)
+        return draft
+
+    def _talk(
+        self, fields: Mapping[str, Any], messages: list[Mapping[str, Any]], learned: list[bool], *, used: Sequence[str]
+    ) -> Draft:
+        whole = with_system(fields, messages)
+        texts = [str(one.get("content") or "") for one in whole]
+        self._look_for_more(fields, {*used, "tools", "system"}, texts, hint=_SAY_IT)
+        return self._conversations.draft(fields, whole, [True] * (len(whole) - len(messages)) + learned)
+
+    def _look_for_more(self, fields: Mapping[str, Any], used: Collection[str], texts: Sequence[str], *, hint: str) -> None:
+        self.unused.update(dict.fromkeys(check_example(fields, used, texts, hint=hint)))
 
     def _continued(self, fields: Mapping[str, Any]) -> Draft:
         """Prompt and completion as messages, as TRL has them: answers in the prompt are not learned."""
         if "prompt" not in fields:
             raise UnusableError("it has no `prompt`", f"it has {names(fields)}")
-        prompt, completion = messages_of(fields, "prompt"), messages_of(fields, "completion")
-        return self._conversations.draft(fields, [*prompt, *completion], given=len(prompt))
+        (prompt, _), (completion, learned) = messages_of(fields, "prompt"), messages_of(fields, "completion")
+        return self._talk(fields, [*prompt, *completion], [False] * len(prompt) + learned, used=("prompt", "completion"))
 
     def _finished(self, draft: Draft, texts: Sequence[Any]) -> Tokenized:
         made = draft.finish(texts)

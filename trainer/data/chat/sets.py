@@ -101,10 +101,14 @@ def _nothing(split: str, config: FinetuningDatasetConfig, count: int) -> str:
     return f"note: {why}"
 
 
+_READING = 2
+"""How examples are read. Tokens that are kept from before another way was learned are made again."""
+
+
 def _stored(source: Source, folder: Path, tokenizer: Tokenizer, config: FinetuningDatasetConfig, vocab_size: int) -> Store:
     """All examples of a source in tokens: those made before, if nothing has changed that they depend on."""
     made_of = _identity(source, tokenizer, config)
-    key = blake3.blake3(json.dumps([store.VERSION, vocab_size, made_of], sort_keys=True).encode()).hexdigest()[:32]
+    key = blake3.blake3(json.dumps([store.VERSION, _READING, vocab_size, made_of], sort_keys=True).encode()).hexdigest()[:32]
     counts = Counts()
     try:
         return store.kept(

@@ -97,7 +97,10 @@ class Source:
         found = _below(self.path) if self.path.is_dir() else [self.path]
         found = [path for path in found if self.split is None or _split_of(path) == self.split]
         if not found or any(path.suffix not in _SUFFIXES for path in found):
-            raise UserError(f"`{self.path}` is nothing that examples are read from", hint=f"supported are {KINDS}")
+            raise UserError(
+                f"`{self.path}` is nothing that examples are read from",
+                hint=f"{documents.way_in(self.path)}supported are {KINDS}",
+            )
         return found
 
     @property
