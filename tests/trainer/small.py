@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-STEPS, BATCH, SEQUENCE = 20, 4, 32
+STEPS, BATCH, MICRO_BATCH, SEQUENCE = 20, 4, 2, 32
 
 
 @dataclass
@@ -83,7 +83,7 @@ def settings(folder: Path, **changes: Any) -> Any:
 
     model = from_hf_config(json.loads((folder / "config.json").read_text()), source=str(folder))
     config = RunConfig(model=model, dataset=FixedTokens(model.vocab_size), mixed_precision="fp32")
-    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = STEPS, BATCH, 1
+    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = STEPS, BATCH, MICRO_BATCH
     config.validation.eval_iters = 0
     config.optimizer.lr, config.optimizer.min_lr, config.optimizer.weight_decay = 3e-3, 3e-4, 0.1
     config.optimizer.adam_beta2, config.optimizer.clip_grad = 0.95, 1.0

@@ -94,7 +94,7 @@ def test_the_curve_is_that_of_transformers_and_adamw(layout, variant, ranks, mod
 
 def test_gradients_accumulate_over_microbatches(ranks, model_folder, reference):
     losses, norms = reference("gqa")
-    for micro in (2, 4):
+    for micro in (1, 4):
         (history,) = ranks.run(small.train, 1, str(model_folder("gqa")), {"train__micro_batch_size": micro})
         assert history.losses == pytest.approx(losses, abs=TOLERANCE)
         assert history.grad_norms == pytest.approx(norms, rel=TOLERANCE, abs=TOLERANCE)

@@ -84,7 +84,13 @@ def train(folder: str, packed: bool, changes: dict[str, Any]) -> Seen:
     given = changes.get("dataset") or Given()
     given.packed = packed
     rows = 16 // EACH if packed else 16
-    told = {"dataset": given, "train__train_iters": 6, "train__global_batch_size": rows, "validation__eval_iters": 1}
+    told = {
+        "dataset": given,
+        "train__train_iters": 6,
+        "train__global_batch_size": rows,
+        "train__micro_batch_size": 1 if packed else 4,
+        "validation__eval_iters": 1,
+    }
     seen = Seen()
     pretrain(small.settings(Path(folder), **{**told, **changes}), callbacks=[seen])
     return seen
