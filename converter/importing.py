@@ -104,7 +104,7 @@ def _job(found: _Planned, target: str, wanted: ImportOptions) -> Job:
         makings=plan.makings,
         manifest=manifest(command, {**options, **source.merged()}, {**source.files, **luggage.copies}),
         facts={"source": source.told, **source.merged(), "options": options, **_facts(found)},
-        tensors={copy.source: source.reader.specs[copy.source] for making in plan.makings for copy in making.copies},
+        tensors={name: source.reader.specs[name] for making in plan.makings for name in making.sources},
         passing="read",
         sides=lambda written: _sides(found, written, wanted.dtype),
         hashes=luggage.hashes,

@@ -19,7 +19,7 @@ from formats.errors import UserError, is_text, printable
 from formats.folder import FileIn, Folder
 from formats.location import is_remote
 from formats.outputs import LocalOutputs
-from formats.spec import Reader, TensorSpec, Writer
+from formats.spec import Document, Reader, TensorSpec, Writer
 
 if TYPE_CHECKING:
     from formats.remote.outputs import RemoteOutputs
@@ -115,10 +115,11 @@ class Job:
         """Every file of the output and its size in bytes. Raises UserError for a name that no index could list."""
         self._check_names()
         copied = {name: file.size for name, file in self.copies.items()}
-        documents = {**self.documents, **self.writer.documents, **self.writer.markers}
+        sizes = {name: len(data) for name, data in {**self.documents, **self.writer.markers}.items()}
+        made = {name: document.size for name, document in self.writer.documents.items()}
         record = self.inside(provenance.FILE)
-        sizes = {**copied, **{name: len(data) for name, data in documents.items()}, **self.writer.files, record: 0}
-        sizes[record] = len(self.record({}, [*sizes, self.inside(integrity.FILE)] if self.integrity else sizes))
+        sizes = {**copied, **sizes, **made, **self.writer.files, record: 0}
+        sizes[record] = self.record({}, [*sizes, self.inside(integrity.FILE)] if self.integrity else sizes).size
         if self.integrity:
             unknown = {name.removeprefix(self.folder): "0" * 64 for name in self.listed(sizes)}
             sizes[self.inside(integrity.FILE)] = len(integrity.make(unknown))
@@ -140,12 +141,15 @@ class Job:
         """Those of the output's files that `integrity.json` lists: all of its folder but itself."""
         return [name for name in files if name.startswith(self.folder) and name != self.inside(integrity.FILE)]
 
-    def record(self, hashes: Mapping[str, str], files: Iterable[str]) -> bytes:
+    def record(self, hashes: Mapping[str, str], files: Iterable[str]) -> Document:
         """`conversion.json`, with the hashes there are and the names of all `files`."""
-        known = {**hashes, **self.hashes}
-        known |= {name: known[other] for name, other in self.aliases.items() if other in known}
+
+        def hash_of(name: str) -> str | None:
+            known = self.aliases.get(name, name)
+            return self.hashes.get(known) or hashes.get(known) or self.hashes.get(name) or hashes.get(name)
+
         names = {*self.tensors, *self.hashes, *self.aliases} if self.hashed else None
-        return provenance.make(self.command, self.facts, names, known, files=files)
+        return provenance.make(self.command, self.facts, names, hash_of, files=files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +183,14 @@ def outputs_for(target: str, makings: Iterable[Making], options: Mapping[str, An
 
 def partial_directory(target: Path, makings: Iterable[Making], options: Mapping[str, Any]) -> Path:
     """Where a conversion writes until it is whole. Named by what it makes: the same for the same plan, whoever runs it."""
-    plan = [[m.spec.name, m.spec.shape, str(m.spec.dtype), [(c.source, c.there) for c in m.copies]] for m in makings]
-    digest = hashlib.sha256(json.dumps([plan, options], sort_keys=True).encode()).hexdigest()
-    return target.with_name(f"{target.name}.partial-{digest[:12]}")
+    digest, before = hashlib.sha256(b"[["), ""
+    for made in makings:  # as one document of all, which would be larger than all else in memory
+        spec = made.spec
+        line = json.dumps([spec.name, spec.shape, str(spec.dtype), [(copy.source, copy.there) for copy in made.copies]])
+        digest.update(f"{before}{line}".encode())
+        before = ", "
+    digest.update(f"], {json.dumps(options, sort_keys=True)}]".encode())
+    return target.with_name(f"{target.name}.partial-{digest.hexdigest()[:12]}")
 
 
 def manifest(command: str, options: Mapping[str, Any], files: Mapping[str, FileIn]) -> dict[str, Any]:

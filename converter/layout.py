@@ -5,8 +5,10 @@ Pure arithmetic on sizes: knows no names of weights and no files.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 from converter.model import Model
@@ -26,10 +28,8 @@ class Layout:
 
     def stage(self, layer: int) -> int:
         """The pipeline rank that computes a layer; the first has what comes before them (-1), the last what comes after."""
-        if layer < 0:
-            return 0
-        ends = accumulate(self.stages)
-        return next((number for number, end in enumerate(ends) if layer < end), -1) % self.pp
+        number = bisect_right(_ends(self.stages), layer) if layer >= 0 else 0
+        return min(number, len(self.stages) - 1) % self.pp
 
     def rank(self, stage: int, tp_rank: int) -> int:
         """Megatron's global rank (order tp-cp-ep-dp-pp, one data-parallel replica)."""
@@ -38,6 +38,12 @@ class Layout:
     @property
     def even(self) -> bool:
         return len(set(self.stages)) == 1
+
+
+@cache
+def _ends(stages: tuple[int, ...]) -> tuple[int, ...]:
+    """For each stage, the layer after its last."""
+    return tuple(accumulate(stages))
 
 
 def make_layout(model: Model, *, tp: int, pp: int, vpp: int, pp_layout: Sequence[int] | None) -> Layout:

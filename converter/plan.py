@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast, overload
 
 import numpy as np
 
 from converter.layout import Layout, boxes
 from converter.model import Model
+from converter.rows import Run
 from converter.rules import Rule, fill, in_order
 from converter.values import target_dtype
 from formats.arrays import contiguous_regions
@@ -39,17 +40,59 @@ class Copy:
     count: int
 
 
+class RowCopies(Sequence[Copy]):
+    """Copies from tensors by a row table. A table is the same in every layer, so it is kept once and copies are made as they are
+    asked for."""
+
+    __slots__ = ("_runs", "parts")
+
+    def __init__(self, parts: tuple[TensorSpec, ...], runs: Sequence[Run]) -> None:
+        self.parts, self._runs = parts, runs
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __iter__(self) -> Iterator[Copy]:
+        return map(self._copy, self._runs)
+
+    @overload
+    def __getitem__(self, index: int) -> Copy: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Copy]: ...
+    def __getitem__(self, index: int | slice) -> Copy | Sequence[Copy]:
+        if isinstance(index, slice):
+            return RowCopies(self.parts, self._runs[index])
+        return self._copy(self._runs[index])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(cast("Sequence[Any]", other))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def _copy(self, run: Run) -> Copy:
+        part = self.parts[run.part]
+        return Copy(part.name, part.dtype, run.there, run.here, run.count)
+
+
 @dataclass(frozen=True, slots=True)
 class Making:
     """One target tensor and the copies that make it; rows that no copy covers are zero."""
 
     spec: TensorSpec
-    copies: tuple[Copy, ...]
+    copies: Sequence[Copy]
+
+    @property
+    def sources(self) -> dict[str, np.dtype[Any]]:
+        """The tensors it is made of, with their dtypes."""
+        if isinstance(self.copies, RowCopies):
+            return {part.name: part.dtype for part in self.copies.parts}
+        return {copy.source: copy.dtype for copy in self.copies}
 
     @property
     def dtypes(self) -> set[np.dtype[Any]]:
         """Those of its sources and its own."""
-        return {self.spec.dtype, *(copy.dtype for copy in self.copies)}
+        return {self.spec.dtype, *self.sources.values()}
 
 
 def as_stored(specs: Mapping[str, TensorSpec]) -> dict[str, Making]:
@@ -118,13 +161,23 @@ def bind(rules: Iterable[Rule], model: Model, source: Specs) -> list[Bound]:
             f"`config.json` says {model.layers} layers, but there are only {len(source)} tensors in all",
             hint="either the weights or `config.json` are of another model",
         )
-    return [Bound(rule, layer, *rule.names(layer)) for rule, layer in in_order(rules, model) if rule.when(model)]
+    return [_bound(rule, layer, source) for rule, layer in in_order(rules, model) if rule.when(model)]
+
+
+def _bound(rule: Rule, layer: int, source: Specs) -> Bound:
+    """The names are the source's own objects where it has them: a large model has hundreds of thousands."""
+    megatron, huggingface = rule.names(layer)
+    return Bound(rule, layer, _same_object(megatron, source), tuple(_same_object(name, source) for name in huggingface))
+
+
+def _same_object(name: str, source: Specs) -> str:
+    return source[name].name if name in source else name
 
 
 def to_megatron(rules: Sequence[Rule], extras: Iterable[str], model: Model, source: Specs, *, dtype: str) -> Plan:
     """The plan that makes every Megatron tensor of `model` from Hugging Face tensors."""
-    bound = bind(rules, model, source)
-    wanted = {name: shape for one in bound if not one.rule.zeros(model) for name, shape in _parts(one, model)}
+    bound, tables = bind(rules, model, source), _Tables(model)
+    wanted = {name: shape for one in bound if not one.rule.zeros(model) for name, shape in tables.parts(one)}
     allowed = {fill(template, layer) for template in extras for layer in range(model.layers)}
     equal = [
         (name, rule.same_as)
@@ -135,7 +188,7 @@ def to_megatron(rules: Sequence[Rule], extras: Iterable[str], model: Model, sour
     ]
     _account(wanted, source, known=allowed | {name for name, _ in equal}, side="source")
     common = _dtypes(wanted, source)
-    makings = [_fused(one, model, source, common, dtype) for one in bound]
+    makings = [_fused(one, tables, source, common, dtype) for one in bound]
     zero = [one.megatron for one in bound if one.rule.zeros(model)]
     present = sorted(allowed & source.keys())
     for name in present:
@@ -144,38 +197,69 @@ def to_megatron(rules: Sequence[Rule], extras: Iterable[str], model: Model, sour
     return Plan(tuple(makings), tuple(bound), tuple(present), tuple(equal), tuple(zero))
 
 
-def _fused(one: Bound, model: Model, source: Specs, common: np.dtype[Any], dtype: str) -> Making:
-    shape = one.rule.shape(model)
-    if one.rule.zeros(model):
+class _Tables:
+    """What rules say of one model: the same in every layer, so worked out once."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._shapes: dict[int, tuple[tuple[int, ...], list[tuple[int, ...]]]] = {}
+        self._runs: dict[tuple[int, int | None], tuple[Run, ...]] = {}
+
+    def shape(self, rule: Rule) -> tuple[int, ...]:
+        """The Megatron tensor's."""
+        return self._of(rule)[0]
+
+    def parts(self, one: Bound) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The Hugging Face tensors and their shapes."""
+        return zip(one.huggingface, self._of(one.rule)[1], strict=True)
+
+    def runs(self, rule: Rule) -> tuple[Run, ...]:
+        """The runs of all parts into the Megatron tensor."""
+        if (id(rule), None) not in self._runs:
+            self._runs[id(rule), None] = tuple(rule.runs(self.model))
+        return self._runs[id(rule), None]
+
+    def runs_back(self, rule: Rule, part: int) -> tuple[Run, ...]:
+        """The runs of the Megatron tensor into one part."""
+        if (id(rule), part) not in self._runs:
+            back = (Run(0, run.here, run.there, run.count) for run in self.runs(rule) if run.part == part)
+            self._runs[id(rule), part] = tuple(back)
+        return self._runs[id(rule), part]
+
+    def _of(self, rule: Rule) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        if id(rule) not in self._shapes:
+            self._shapes[id(rule)] = rule.shape(self.model), rule.part_shapes(self.model)
+        return self._shapes[id(rule)]
+
+
+def _fused(one: Bound, tables: _Tables, source: Specs, common: np.dtype[Any], dtype: str) -> Making:
+    shape = tables.shape(one.rule)
+    if one.rule.zeros(tables.model):
         target = target_dtype(TensorSpec(one.megatron, shape, common), dtype)
         return Making(TensorSpec(one.megatron, shape, target), ())
-    parts = [source[name] for name in one.huggingface]
+    parts = tuple(source[name] for name in one.huggingface)
     targets = [target_dtype(part, dtype) for part in parts]
     for part, target in zip(parts, targets, strict=True):
         if target != targets[0]:
             raise _unequal_dtypes(parts[0], part, one.megatron)
-    copies = tuple(_copy(parts[run.part], run.there, run.here, run.count) for run in one.rule.runs(model))
-    return Making(TensorSpec(one.megatron, shape, targets[0]), copies)
-
-
-def _copy(spec: TensorSpec, there: int, here: int, count: int) -> Copy:
-    return Copy(spec.name, spec.dtype, there, here, count)
+    return Making(TensorSpec(one.megatron, shape, targets[0]), RowCopies(parts, tables.runs(one.rule)))
 
 
 def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype: str) -> Plan:
     """The plan that makes every Hugging Face tensor of `model` from Megatron tensors."""
-    bound = [_as_stored(one, source) for one in bind(rules, model, source)]
-    wanted = {one.megatron: _stored_shape(one, model, source) for one in bound}
+    bound, tables = [_as_stored(one, source) for one in bind(rules, model, source)], _Tables(model)
+    wanted = {one.megatron: _stored_shape(one, tables, source) for one in bound}
     _account(wanted, source, known=set(), side="checkpoint")
     zero = tuple(one.megatron for one in bound if one.rule.zeros(model))
-    makings = [making for one in bound if one.megatron not in zero for making in _split(one, model, source, dtype)]
+    zeros = set(zero)
+    makings = [making for one in bound if one.megatron not in zeros for making in _split(one, tables, source, dtype)]
     return Plan(tuple(makings), tuple(bound), zero=zero)
 
 
-def _split(one: Bound, model: Model, source: Specs, dtype: str) -> Iterator[Making]:
-    spec, runs = source[one.megatron], list(one.rule.runs(model))
-    for part, (name, shape) in enumerate(_parts(one, model)):
-        copies = tuple(_copy(spec, run.here, run.there, run.count) for run in runs if run.part == part)
+def _split(one: Bound, tables: _Tables, source: Specs, dtype: str) -> Iterator[Making]:
+    spec = source[one.megatron]
+    for part, (name, shape) in enumerate(tables.parts(one)):
+        copies = RowCopies((spec,), tables.runs_back(one.rule, part))
         yield Making(TensorSpec(name, shape, target_dtype(spec, dtype)), copies)
 
 
@@ -185,17 +269,13 @@ def _as_stored(one: Bound, source: Specs) -> Bound:
     return Bound(one.rule, one.layer, other, one.huggingface) if one.megatron not in source and other in source else one
 
 
-def _stored_shape(one: Bound, model: Model, source: Specs) -> tuple[int, ...]:
+def _stored_shape(one: Bound, tables: _Tables, source: Specs) -> tuple[int, ...]:
     """The shape a stored tensor should have: any padding of the vocabulary will do."""
-    shape = one.rule.shape(model)
+    shape = tables.shape(one.rule)
     stored = source.get(one.megatron)
-    if one.rule.padded and stored and len(stored.shape) == len(shape) and stored.shape[0] >= model.vocab:
+    if one.rule.padded and stored and len(stored.shape) == len(shape) and stored.shape[0] >= tables.model.vocab:
         return stored.shape[0], *shape[1:]
     return shape
-
-
-def _parts(one: Bound, model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
-    return zip(one.huggingface, one.rule.part_shapes(model), strict=True)
 
 
 def _account(wanted: Mapping[str, tuple[int, ...]], found: Specs, *, known: set[str], side: str) -> None:
@@ -206,7 +286,7 @@ def _account(wanted: Mapping[str, tuple[int, ...]], found: Specs, *, known: set[
             f"the {side} lacks {named(missing)}",
             hint="`config.json` describes a model with these tensors: either it or the weights are of another model",
         )
-    over = sorted(found.keys() - wanted.keys() - known)
+    over = sorted(name for name in found if name not in wanted and name not in known)
     if over:
         raise UserError(
             f"the {side} holds {named(over)}, for which this family has no place",
@@ -240,17 +320,21 @@ def _unequal_dtypes(one: TensorSpec, other: TensorSpec, megatron: str) -> UserEr
 
 def casts(makings: Iterable[Making]) -> dict[str, str]:
     """The dtypes that values are cast from, each with what it is cast to."""
-    changed = {(copy.dtype, making.spec.dtype) for making in makings for copy in making.copies}
+    changed = {(dtype, making.spec.dtype) for making in makings for dtype in making.sources.values()}
     changed = {(old, new) for old, new in changed if old != new}
     return {dtype_name(old): dtype_name(new) for old, new in sorted(changed, key=str)}
 
 
 def placed(plan: Plan, layout: Layout) -> Iterator[tuple[TensorSpec, tuple[tuple[Region, int], ...]]]:
     """Every Megatron tensor of a plan, with its chunks and the rank that holds each."""
+    known: dict[Any, tuple[tuple[Region, int], ...]] = {}
     for one, making in zip(plan.bound, plan.makings, strict=True):
-        stage = layout.stage(one.layer)
-        cut = boxes(making.spec.shape, one.rule.cut, one.rule.blocks, layout.tp)
-        yield making.spec, tuple((region, layout.rank(stage, tp_rank)) for region, tp_rank in cut)
+        stage, shape, rule = layout.stage(one.layer), making.spec.shape, one.rule
+        like = shape, rule.cut, rule.blocks, stage
+        if like not in known:
+            cut = boxes(shape, rule.cut, rule.blocks, layout.tp)
+            known[like] = tuple((region, layout.rank(stage, tp_rank)) for region, tp_rank in cut)
+        yield making.spec, known[like]
 
 
 def pieces(makings: Iterable[Making], *, limit: int) -> Iterator[Piece]:

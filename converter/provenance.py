@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from converter.version import VERSION
@@ -18,6 +18,7 @@ from formats.dcp_index import METADATA
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import Shard
+from formats.spec import Document
 
 FILE = "conversion.json"
 TOOL = "mbconvert"
@@ -55,16 +56,35 @@ def _told(iteration: Folder) -> dict[str, str]:
 
 
 def make(
-    command: str, facts: Mapping[str, Any], names: Iterable[str] | None, hashes: Mapping[str, str], *, files: Iterable[str]
-) -> bytes:
+    command: str,
+    facts: Mapping[str, Any],
+    names: Iterable[str] | None,
+    hash_of: Callable[[str], str | None],
+    *,
+    files: Iterable[str],
+) -> Document:
     """The document. `names` are the Hugging Face tensors, None if they are not hashed; those whose hash is not known yet take
     as much room. `files` are all of the output's, so that nothing else is ever taken for a part of it."""
-    document = {
-        "tool": TOOL,
-        "version": VERSION,
-        "command": command,
-        **facts,
-        "files": sorted(files),
-        "blake3": None if names is None else {name: hashes.get(name, _UNKNOWN) for name in sorted(names)},
-    }
-    return (json.dumps(document, indent=2) + "\n").encode()
+    about: dict[str, Any] = {"tool": TOOL, "version": VERSION, "command": command, **facts, "files": sorted(files)}
+    start = (json.dumps({**about, "blake3": None if names is None else {}}, indent=2) + "\n").encode()
+    if not names:
+        return Document.of(start)
+    names = sorted(names)
+    start, end = start.removesuffix(b"{}\n}\n") + b"{\n", b"\n  }\n}\n"
+    lines = (len(json.dumps(name)) + len(_LINE) for name in names)
+    size = len(start) + sum(lines) - len(",\n") + len(end)
+    return Document(size, lambda: _blocks(start, names, hash_of, end))
+
+
+_LINE = f'    : "{_UNKNOWN}",\n'  # what surrounds a name
+_NAMES_AT_ONCE = 1000
+
+
+def _blocks(start: bytes, names: Sequence[str], hash_of: Callable[[str], str | None], end: bytes) -> Iterator[bytes]:
+    """`json.dumps` of all with an indent would take ten times the document's memory."""
+    yield start
+    for first in range(0, len(names), _NAMES_AT_ONCE):
+        some = names[first : first + _NAMES_AT_ONCE]
+        text = ",\n".join(f'    {json.dumps(name)}: "{hash_of(name) or _UNKNOWN}"' for name in some)
+        yield (text + (",\n" if first + len(some) < len(names) else "")).encode()
+    yield end

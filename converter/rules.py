@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TypedDict, Unpack
 
 from converter import rows
@@ -121,6 +122,7 @@ def fill(template: str, layer: int) -> str:
     return template.replace("{layer}", str(layer))
 
 
+@cache
 def alternatives(template: str) -> list[str]:
     """`self_attn.{q,k}_proj` stands for `self_attn.q_proj` and `self_attn.k_proj`."""
     head, brace, rest = template.partition("{")

@@ -6,7 +6,7 @@ What lies beside the tensors is the first rank's; the others wait for it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -25,12 +25,12 @@ from converter.version import VERSION
 from formats import integrity
 from formats.arrays import as_bytes, offset_of
 from formats.errors import UserError
-from formats.folder import FileIn, Folder, LocalFolder
+from formats.folder import Folder, LocalFolder
 from formats.in_order import InOrder
 from formats.integrity import Hash
 from formats.outputs import LocalOutputs
 from formats.rendezvous import Rendezvous
-from formats.spec import Array, Span
+from formats.spec import Array, Document, Span
 from formats.staging import Stage, check_sizes, sync_tree
 
 
@@ -168,7 +168,7 @@ class Share:
         """The Hugging Face tensors that pass by with a tensor, to be hashed."""
         if not self._job.hashed:
             return set()
-        return {copy.source for copy in making.copies} if self._job.passing == "read" else {making.spec.name}
+        return set(making.sources) if self._job.passing == "read" else {making.spec.name}
 
     def _all_ours(self, begun: set[str]) -> set[str]:
         """Files of which this run writes all, so that they can be hashed as they pass; `begun` are tensors of which an
@@ -215,10 +215,12 @@ class Share:
                 if span.known:
                     job.outputs.put(file, span.start, span.known)
         for name, file in job.copies.items():
-            self._copy(name, file)
-        record = {job.inside(provenance.FILE): job.record(self._hashes.tensors, files)}
-        for name, data in {**job.documents, **record, **job.writer.documents}.items():
-            self._put(name, data)
+            self._write_in_order(name, file.size, file.bands())
+        for name, data in job.documents.items():
+            self._put(name, Document.of(data))
+        self._put(job.inside(provenance.FILE), job.record(self._hashes.tensors, files))
+        for name, document in job.writer.documents.items():
+            self._put(name, document)
         self._journal.sync()
 
     def _write_markers(self, files: Mapping[str, int]) -> None:
@@ -226,26 +228,24 @@ class Share:
         job = self._job
         if job.integrity:
             hashes = {name.removeprefix(job.folder): self._hashes.files[name] for name in job.listed(files)}
-            self._put(job.inside(integrity.FILE), integrity.make(hashes))
+            self._put(job.inside(integrity.FILE), Document.of(integrity.make(hashes)))
         for name, data in job.writer.markers.items():
-            self._put(name, data)
+            self._put(name, Document.of(data))
         job.outputs.sync()
         if isinstance(job.outputs, LocalOutputs):
             check_sizes(self._stage.partial, files)
 
-    def _copy(self, name: str, file: FileIn) -> None:
-        digest, at = hashlib.sha256(), 0
-        self._job.outputs.begin(name, file.size)
-        for band in file.bands():
-            digest.update(band)
-            self._job.outputs.put(name, at, band)
-            at += len(band)
-        self._hashes.files[name] = digest.hexdigest()
+    def _put(self, name: str, document: Document) -> None:
+        self._write_in_order(name, document.size, document.blocks())
 
-    def _put(self, name: str, data: bytes) -> None:
-        self._job.outputs.begin(name, len(data))
-        self._job.outputs.put(name, 0, data)
-        self._hashes.files[name] = hashlib.sha256(data).hexdigest()
+    def _write_in_order(self, name: str, size: int, blocks: Iterable[bytes | memoryview]) -> None:
+        digest, at = hashlib.sha256(), 0
+        self._job.outputs.begin(name, size)
+        for block in blocks:
+            digest.update(block)
+            self._job.outputs.put(name, at, block)
+            at += len(block)
+        self._hashes.files[name] = digest.hexdigest()
 
     def _unknown(self, files: Mapping[str, int]) -> list[str]:
         """Files of the iteration folder that were not hashed as they passed."""

@@ -6,8 +6,8 @@ Each archive holds one chunk (a box of a tensor) or one object. Knows nothing of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from math import prod
 from typing import Any, NamedTuple
@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from formats.boxes import Stored, place_of, read_box, write_box
-from formats.dcp_index import METADATA, Chunk, ChunkedTensor, Place, make_index, read_index
+from formats.chunks import ChunkedTensor, Place, tiles
+from formats.dcp_index import METADATA, read_index
 from formats.errors import UserError
 from formats.folder import Folder
+from formats.index_writer import index_document
 from formats.outputs import Outputs
-from formats.spec import Array, Region, Shape, Span, dtype_name, extent, within
+from formats.spec import Array, Document, Region, Shape, Span, dtype_name, extent, within
 from formats.torch_zip import DATA_ALIGNMENT, Frame, OpenArchive, contiguous_strides, tensor_frame
 
 
@@ -28,7 +30,6 @@ class Container:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        self._stored: dict[Place, Stored] = {}
         self._sizes: dict[str, int] = {}
         self._index = read_index(folder)
 
@@ -51,8 +52,7 @@ class Container:
         Raises UserError if the chunks overlap, leave holes or run past their files.
         """
         tensor = self._index.tensor(name)
-        for chunk in tensor.chunks:
-            self._check_place(name, chunk.place)
+        self._check_places(name, tensor)
         return tensor
 
     def shape(self, name: str) -> Shape:
@@ -63,19 +63,27 @@ class Container:
 
     def object(self, name: str) -> Any:
         """An object's pickle, classes as inert records."""
-        place = self._index.place(name, None)
+        place = self._index.object(name)
         self._check_place(name, place)
         return self._archive(place).pickle()
 
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
         """Fill `out` with a region of the tensor, from whichever chunks hold it."""
-        for chunk, shared in tensor.touching(region):
-            stored = self._locate(chunk, tensor.dtype)
+        for number, shared in tensor.touching(region):
+            chunk = tensor.region(number)
             part = out[(*within(shared, region), ...)]  # the dots keep a single number an array that can be filled
-            read_box(self._folder, stored, within(shared, chunk.region), part)
+            read_box(self._folder, self._locate(tensor, number), within(shared, chunk), part)
 
     def close(self) -> None:
         self._folder.close()
+
+    def _check_places(self, name: str, tensor: ChunkedTensor) -> None:
+        """The last archive of a file is looked at for all of them."""
+        table = tensor.table()
+        files, stops = table[:, -4], table[:, -3] + table[:, -2]
+        for file in np.unique(files):
+            last = np.flatnonzero(files == file)[np.argmax(stops[files == file])]
+            self._check_place(name, tensor.place(int(last)))
 
     def _check_place(self, name: str, place: Place) -> None:
         if place.compressed:
@@ -95,21 +103,25 @@ class Container:
             self._sizes[file] = self._folder.size(file)
         return self._sizes[file]
 
-    def _locate(self, chunk: Chunk, dtype: np.dtype[Any]) -> Stored:
-        if chunk.place not in self._stored:
-            archive = self._archive(chunk.place)
-            tensor, start = archive.tensor(archive.pickle())
-            shape = extent(chunk.region)
-            if _cut(tensor.shape) != _cut(shape) or tensor.dtype != dtype:
-                raise UserError(
-                    f"`{chunk.place.file}` holds {list(tensor.shape)} of {dtype_name(tensor.dtype)} where `{METADATA}` "
-                    f"promises {list(shape)} of {dtype_name(dtype)}",
-                    hint="the checkpoint is damaged or was mixed from two",
-                )
-            if tensor.strides != contiguous_strides(tensor.shape) and prod(shape) > 1:
-                raise UserError(f"`{chunk.place.file}` holds a tensor with strides {list(tensor.strides)}: not supported")
-            self._stored[chunk.place] = Stored(chunk.place.file, chunk.place.offset + start, shape)
-        return self._stored[chunk.place]
+    def _locate(self, tensor: ChunkedTensor, number: int) -> Stored:
+        place, shape = tensor.place(number), extent(tensor.region(number))
+        if tensor.data_start(number) < 0:
+            tensor.found_data(number, place.offset + self._data_start(place, shape, tensor.dtype))
+        return Stored(place.file, tensor.data_start(number), shape)
+
+    def _data_start(self, place: Place, shape: Shape, dtype: np.dtype[Any]) -> int:
+        """Where in its archive a chunk's data starts; UserError if the archive describes another chunk."""
+        archive = self._archive(place)
+        found, start = archive.tensor(archive.pickle())
+        if _cut(found.shape) != _cut(shape) or found.dtype != dtype:
+            raise UserError(
+                f"`{place.file}` holds {list(found.shape)} of {dtype_name(found.dtype)} where `{METADATA}` "
+                f"promises {list(shape)} of {dtype_name(dtype)}",
+                hint="the checkpoint is damaged or was mixed from two",
+            )
+        if found.strides != contiguous_strides(found.shape) and prod(shape) > 1:
+            raise UserError(f"`{place.file}` holds a tensor with strides {list(found.strides)}: not supported")
+        return start
 
     def _archive(self, place: Place) -> OpenArchive:
         def fetch(offset: int, length: int) -> bytes:
@@ -131,17 +143,16 @@ def _cut(shape: Shape) -> Shape:
     return tuple(size for size in shape if size != 1)
 
 
-@dataclass(frozen=True, slots=True)
-class NewChunk:
-    """A chunk to be written: which tensor, which box of it, and in which file."""
+class NewChunk(NamedTuple):
+    """A chunk to be written: which tensor, where in it the chunk starts, its sizes, and in which file."""
 
     key: str
-    region: Region
+    starts: Shape
+    sizes: Shape
     file: str
 
 
-@dataclass(frozen=True, slots=True)
-class NewObject:
+class NewObject(NamedTuple):
     """An object to be written: its archive is ready."""
 
     key: str
@@ -161,40 +172,65 @@ class ContainerWriter:
         outputs: Outputs,
         folder: str,
         tensors: Mapping[str, tuple[Shape, np.dtype[Any]]],
-        chunks: Sequence[NewChunk],
-        objects: Sequence[NewObject],
+        chunks: Iterable[NewChunk],
+        objects: Iterable[NewObject],
     ) -> None:
         self._outputs, self._folder = outputs, folder
-        self._ends: dict[str, int] = {}
-        self._contents: dict[str, list[_Archived]] = {}
-        self._objects: dict[str, Place] = {}
+        self._files: dict[str, int] = {}
+        self._ends: list[int] = []
+        self._contents: list[array[int]] = []
+        self._frames: list[Frame] = []
+        self._objects: list[str] = []
+        self._object_places = array("q")
+        archives: dict[bytes, int] = {}
         for new in objects:
-            self._objects[new.key] = self._take(new.file, Frame(new.archive, 0, b""))
-        placed: dict[str, list[Chunk]] = {key: [] for key in tensors}
+            if new.archive not in archives:
+                archives[new.archive] = len(self._frames)
+                self._frames.append(Frame(new.archive, 0, b""))
+            self._objects.append(new.key)
+            self._object_places.extend(self._take(new.file, archives[new.archive], len(new.archive)))
+        numbers = {key: (array("q"), dtype) for key, (_, dtype) in tensors.items()}
+        known: dict[tuple[np.dtype[Any], Shape], tuple[int, int]] = {}
         for new in chunks:
-            frame = _frame(tensors[new.key][1], extent(new.region))
-            placed[new.key].append(Chunk(new.region, self._take(new.file, frame, alignment=DATA_ALIGNMENT)))
-        self._chunked = {key: ChunkedTensor(*tensors[key], found) for key, found in placed.items()}
+            found, dtype = numbers[new.key]
+            frame = known.get((dtype, new.sizes))
+            if frame is None:
+                self._frames.append(_frame(dtype, new.sizes))
+                frame = known[dtype, new.sizes] = len(self._frames) - 1, self._frames[-1].length
+            found.extend((*new.starts, *new.sizes, *self._take(new.file, *frame, alignment=DATA_ALIGNMENT), -1))
+        names = list(self._files)
+        self._chunked = {key: ChunkedTensor(*tensors[key], found, names) for key, (found, _) in numbers.items()}
+        for key, tensor in self._chunked.items():
+            assert tiles(*tensor.boxes()), f"the chunks of {key} do not tile {tensor.shape}"
 
-    def _take(self, file: str, frame: Frame, *, alignment: int = 1) -> Place:
-        start = -(-self._ends.get(file, 0) // alignment) * alignment
-        self._ends[file] = start + frame.length
-        self._contents.setdefault(file, []).append(_Archived(start, frame))
-        return Place(file, start, frame.length)
+    def _take(self, name: str, frame: int, length: int, *, alignment: int = 1) -> tuple[int, int, int]:
+        """Room for an archive at the end of a file: the file's number, where the archive starts, and its length."""
+        file = self._files.get(name)
+        if file is None:
+            file = self._files[name] = len(self._files)
+            self._ends.append(0)
+            self._contents.append(array("q"))
+        start = -(-self._ends[file] // alignment) * alignment
+        self._ends[file] = start + length
+        self._contents[file].extend((start, frame))
+        return file, start, length
 
     @cached_property
-    def metadata(self) -> bytes:
+    def metadata(self) -> Document:
         """The index that makes the folder a checkpoint."""
-        return make_index(self._chunked, self._objects)
+        places = np.frombuffer(self._object_places, np.int64).reshape(-1, 3)
+        return index_document(self._chunked, (self._objects, places, list(self._files)))
 
     @property
     def files(self) -> dict[str, int]:
-        return {f"{self._folder}/{file}": end for file, end in self._ends.items()}
+        return {f"{self._folder}/{file}": self._ends[number] for file, number in self._files.items()}
 
     def spans(self, file: str) -> Iterator[Span]:
         """What lies around the data of a file, and where the data lies, from its first byte to its last."""
         known, at = b"", 0
-        for start, frame in self._contents[file.removeprefix(f"{self._folder}/")]:
+        contents = self._contents[self._files[file.removeprefix(f"{self._folder}/")]]
+        for start, number in zip(contents[::2], contents[1::2], strict=True):
+            frame = self._frames[number]
             known += bytes(start - at - len(known)) + frame.before
             if frame.size:
                 yield Span(at, known)
@@ -205,30 +241,27 @@ class ContainerWriter:
 
     def place(self, key: str, region: Region) -> int:
         """Where in its file the region's first byte goes."""
+        tensor = self._chunked[key]
         corner = tuple(slice(part.start, part.start + 1) for part in region)
-        chunk, _ = next(self._chunked[key].touching(corner))
-        return place_of(self._stored(key, chunk), within(corner, chunk.region), self._chunked[key].dtype.itemsize)
+        number, _ = next(tensor.touching(corner))
+        return place_of(self._stored(tensor, number), within(corner, tensor.region(number)), tensor.dtype.itemsize)
 
     def touched(self, key: str, region: Region) -> set[str]:
         """The files that hold some of a region."""
-        return {f"{self._folder}/{chunk.place.file}" for chunk, _ in self._chunked[key].touching(region)}
+        tensor = self._chunked[key]
+        return {f"{self._folder}/{tensor.place(number).file}" for number, _ in tensor.touching(region)}
 
     def write(self, key: str, region: Region, data: Array) -> None:
         """Put a region of a tensor where its chunks lie."""
-        for chunk, shared in self._chunked[key].touching(region):
-            write_box(self._outputs, self._stored(key, chunk), within(shared, chunk.region), data[within(shared, region)])
+        tensor = self._chunked[key]
+        for number, shared in tensor.touching(region):
+            inside = within(shared, tensor.region(number))
+            write_box(self._outputs, self._stored(tensor, number), inside, data[within(shared, region)])
 
-    def _stored(self, key: str, chunk: Chunk) -> Stored:
-        shape = extent(chunk.region)
-        start = chunk.place.offset + len(_frame(self._chunked[key].dtype, shape).before)
-        return Stored(f"{self._folder}/{chunk.place.file}", start, shape)
-
-
-class _Archived(NamedTuple):
-    """An archive of a file: where it starts, and what lies around its data."""
-
-    start: int
-    frame: Frame
+    def _stored(self, tensor: ChunkedTensor, number: int) -> Stored:
+        shape, place = extent(tensor.region(number)), tensor.place(number)
+        start = place.offset + len(_frame(tensor.dtype, shape).before)
+        return Stored(f"{self._folder}/{place.file}", start, shape)
 
 
 @cache

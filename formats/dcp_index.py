@@ -1,102 +1,57 @@
-"""`.metadata`: the index of a distributed checkpoint, read and made. One pickle of torch's classes, here as records.
+"""`.metadata`: the index of a distributed checkpoint, read. One pickle of torch's classes, here as records and numbers.
 
 Says of every tensor its shape, dtype and chunks, and of every chunk and object in which bytes of which file it lies. Opens no
-file but the index. Layout: torch's `torch/distributed/checkpoint/metadata.py`.
+file but the index. Layout: torch's `torch/distributed/checkpoint/metadata.py`. Written by formats/index_writer.py.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import numpy as np
 
+from formats.chunks import ChunkedTensor, Place, check_tiling, stride, untiled
 from formats.errors import UserError, shown
 from formats.faults import fault
 from formats.folder import Folder
-from formats.pickles import Global, Record, dumps, loads
-from formats.spec import Region, Shape, dtype_name, extent, intersect, whole_number
-from formats.torch_zip import DTYPE_OF, TORCH_NAMES, read_sizes
+from formats.index_pickle import ELSEWHERE, ChunkRun, PlaceRun, load_index
+from formats.pickles import Global, Record
+from formats.spec import Array, Shape, whole_number
+from formats.torch_zip import DTYPE_OF, read_sizes
 
 METADATA = ".metadata"
 _LONGEST_NAME = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """An archive: bytes `offset` to `offset + length` of a file."""
-
-    file: str
-    offset: int
-    length: int
-    compressed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A box of a tensor and the archive that holds it."""
-
-    region: Region
-    place: Place
-
-
-class ChunkedTensor:
-    """A tensor as its chunks, which together tile it."""
-
-    def __init__(self, shape: Shape, dtype: np.dtype[Any], chunks: Iterable[Chunk]) -> None:
-        self.shape, self.dtype = shape, dtype
-        self.chunks = sorted(chunks, key=_first_row)
-        self._longest = max((_rows(chunk).stop - _rows(chunk).start for chunk in self.chunks), default=0)
-
-    def touching(self, region: Region) -> Iterator[tuple[Chunk, Region]]:
-        """The chunks that share a box with a region, and the box. A tensor of stacked layers has thousands of chunks, so
-        only those near the region's rows are looked at."""
-        rows = region[0] if region else slice(0, 1)
-        first = bisect_left(self.chunks, rows.start - self._longest + 1, key=_first_row)
-        for chunk in self.chunks[first : bisect_left(self.chunks, rows.stop, key=_first_row)]:
-            shared = intersect(chunk.region, region)
-            if shared is not None:
-                yield chunk, shared
-
-
-def _rows(chunk: Chunk) -> slice:
-    return chunk.region[0] if chunk.region else slice(0, 1)
-
-
-def _first_row(chunk: Chunk) -> int:
-    return _rows(chunk).start
-
-
-Places = Mapping[tuple[str, Shape | None], Place]
-"""Where each chunk lies, by name and first corner, and each object, by name and None."""
+_OF_OBJECT = -1  # instead of the number of a chunk's dimensions
 
 
 class Index:
     """An index that was read. Only what is asked for is looked at closely."""
 
-    def __init__(
-        self, tensors: Mapping[str, Record], objects: set[str], places: Mapping[tuple[str, Shape | None], Place]
-    ) -> None:
+    def __init__(self, tensors: Mapping[str, Record], objects: set[str], places: _Places) -> None:
         self.tensors, self.objects = tensors, objects
         self._places = places
 
     @property
     def files(self) -> set[str]:
         """Every file that holds something."""
-        return {place.file for place in self._places.values()}
+        return set(self._places.files)
 
     def tensor(self, name: str) -> ChunkedTensor:
         """A tensor's shape, dtype and chunks; UserError if the chunks overlap or leave holes."""
-        with _structured():
-            chunks = [self._chunk(name, chunk) for chunk in self.tensors[name]["chunks"]]
         shape = self.shape(name)
-        _check_tiling(name, shape, [chunk.region for chunk in chunks])
-        return ChunkedTensor(shape, self.dtype(name), chunks)
+        with _structured():
+            boxes = _boxes(name, shape, self.tensors[name]["chunks"])
+        numbers = np.full((len(boxes), stride(len(shape))), -1, np.int64)
+        numbers[:, : 2 * len(shape)] = boxes
+        numbers[:, 2 * len(shape) : -1] = self._places.of_chunks(name, shape, boxes[:, : len(shape)])
+        made = ChunkedTensor(shape, self.dtype(name), array("q", numbers.tobytes()), self._places.files)
+        check_tiling(name, made)
+        return made
 
     def shape(self, name: str) -> Shape:
         with _structured():
@@ -106,54 +61,175 @@ class Index:
         with _structured():
             return _dtype(name, self.tensors[name]["properties"])
 
-    def place(self, name: str, offsets: Shape | None) -> Place:
-        """Where the chunk at `offsets`, or with None an object, lies."""
-        if (name, offsets) not in self._places:
-            raise UserError(f"`{METADATA}` does not say where `{name}` at {list(offsets or ())} lies")
-        return self._places[name, offsets]
-
-    def _chunk(self, name: str, record: Record) -> Chunk:
-        offsets, sizes = read_sizes(record["offsets"]), read_sizes(record["sizes"])
-        region = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
-        return Chunk(region, self.place(name, offsets))
+    def object(self, name: str) -> Place:
+        """Where an object lies."""
+        return self._places.of_object(name)
 
 
 def read_index(folder: Folder) -> Index:
     """The index of a folder; UserError if it is none, is misshapen, or puts two archives in the same bytes."""
+    return load_index(folder.get(METADATA), _index, source=METADATA)
+
+
+def _index(loaded: Any) -> Index:
     with _structured():
-        match loads(folder.get(METADATA), source=METADATA):
+        match loaded:
             case Record(kind=Global(name="Metadata"), state={"state_dict_metadata": {**described}, "storage_data": {**stored}}):
-                places = {_index_key(index): _info(info) for index, info in stored.items()}
+                places = _Places(stored)
                 tensors = {name: one for name, one in described.items() if one.kind.name == "TensorStorageMetadata"}
                 objects = {name for name, one in described.items() if one.kind.name == "BytesStorageMetadata"}
             case _:
                 raise UserError(f"`{METADATA}` is not the index of a distributed checkpoint")
+        for one in tensors.values():
+            if any(part is ELSEWHERE for part in (one["size"], one["properties"], one["chunks"], *one["chunks"])):
+                raise _unstructured("a chunk is there twice")
     if not all(_is_name(name) for name in described):
         raise _unstructured("a tensor's name is not text")
-    _check_apart(places)
     return Index(tensors, objects, places)
 
 
-def make_index(tensors: Mapping[str, ChunkedTensor], objects: Mapping[str, Place]) -> bytes:
-    """The pickle that makes a directory a checkpoint."""
-    described: dict[str, Record] = {}
-    storage: dict[Record, Record] = {}
-    for key, tensor in tensors.items():
-        described[key] = _tensor_record(tensor)
-        for chunk in tensor.chunks:
-            storage[_index_record(key, _starts(chunk.region))] = _info_record(chunk.place)
-    for key, place in objects.items():
-        described[key] = _metadata_record("BytesStorageMetadata", {})
-        storage[_index_record(key, None)] = _info_record(place)
-    fields = {"state_dict_metadata": described, "planner_data": None, "storage_data": storage}
-    return dumps(_metadata_record("Metadata", {**fields, "storage_meta": None, "version": "1.0.0"}))
+def _boxes(name: str, shape: Shape, chunks: Iterable[Any]) -> Array:
+    """The offsets and sizes of a tensor's chunks, [count, 2 * dims]."""
+    tables: list[Array] = []
+    for chunk in chunks:
+        if isinstance(chunk, ChunkRun):
+            tables.append(chunk.table)
+        else:
+            tables.append(np.array([[*read_sizes(chunk["offsets"]), *read_sizes(chunk["sizes"])]], np.int64))
+    if any(table.shape[1] != 2 * len(shape) for table in tables):
+        raise UserError(f"a chunk of `{name}` has another number of dimensions than its shape {list(shape)}")
+    return np.concatenate([np.empty((0, 2 * len(shape)), np.int64), *tables])
 
 
-def _index_key(index: Record) -> tuple[str, Shape | None]:
-    name, offset = index["fqn"], index.get("offset")
-    if not _is_name(name):
-        raise _unstructured("a tensor's name is not text")
-    return name, None if offset is None else read_sizes(offset)
+@dataclass(slots=True)
+class _Rows:
+    """The columns of `_Places` while they are collected."""
+
+    names: array[int] = field(default_factory=lambda: array("i"))
+    files: array[int] = field(default_factory=lambda: array("i"))
+    dims: array[int] = field(default_factory=lambda: array("b"))
+    offsets: array[int] = field(default_factory=lambda: array("q"))
+    spans: array[int] = field(default_factory=lambda: array("q"))
+
+
+class _Places:
+    """Where every chunk and object lies: a row of numbers for each, found by name and by the chunk's offsets."""
+
+    def __init__(self, stored: Mapping[Any, Any]) -> None:
+        self._numbers: dict[str, int] = {}
+        self._file_numbers: dict[str, int] = {}
+        self._compressed: set[int] = set()
+        rows = _Rows()
+        for index, info in stored.items():
+            if isinstance(index, PlaceRun):
+                self._add_run(rows, index)
+            else:
+                self._add(rows, index, info)
+        self.files = list(self._file_numbers)
+        self._file, self._dims = np.frombuffer(rows.files, np.int32), np.frombuffer(rows.dims, np.int8)
+        self._offsets = np.frombuffer(rows.offsets, np.int64)
+        self._spans = np.frombuffer(rows.spans, np.int64).reshape(-1, 2)
+        counts = np.maximum(self._dims, 0)
+        self._first = np.cumsum(counts, dtype=np.int64) - counts
+        names = np.frombuffer(rows.names, np.int32)
+        self._by_name = np.argsort(names, kind="stable").astype(np.int32)
+        self._bounds = np.searchsorted(names[self._by_name], np.arange(len(self._numbers) + 1))
+        self._check_apart(names)
+
+    def of_chunks(self, name: str, shape: Shape, corners: Array) -> Array:
+        """The number of the file, the offset and the length of the archive of each chunk at `corners`, [count, 3]."""
+        if np.any(corners > np.array(shape, np.int64)):
+            raise untiled(name, shape)
+        rows = self._rows(name)
+        rows = rows[self._dims[rows] == len(shape)]
+        at = self._offsets[self._first[rows, np.newaxis] + np.arange(len(shape))]
+        inside = (at <= np.array(shape, np.int64)).all(axis=1)
+        rows, both = rows[inside], _flat(np.concatenate([at[inside], corners]), shape)
+        keys, wanted = both[: len(rows)], both[len(rows) :]
+        order = np.argsort(keys, kind="stable")
+        found = np.searchsorted(keys[order], wanted, side="right") - 1
+        missing = (
+            np.flatnonzero((found < 0) | (keys[order][np.maximum(found, 0)] != wanted)) if len(keys) else np.arange(len(corners))
+        )
+        if len(missing):
+            raise _nowhere(name, corners[missing[0]].tolist())
+        rows = rows[order[found]] if len(corners) else rows[:0]
+        if self._compressed & set(rows.tolist()):
+            raise UserError(f"`{name}` is stored compressed, which is not supported")
+        return np.concatenate([self._file[rows, np.newaxis], self._spans[rows]], axis=1)
+
+    def of_object(self, name: str) -> Place:
+        rows = self._rows(name)
+        rows = rows[self._dims[rows] == _OF_OBJECT]
+        if not len(rows):
+            raise _nowhere(name, [])
+        row = int(rows[-1])
+        offset, length = self._spans[row].tolist()
+        return Place(self.files[int(self._file[row])], offset, length, row in self._compressed)
+
+    def _rows(self, name: str) -> Array:
+        number = self._numbers.get(name)
+        return self._by_name[:0] if number is None else self._by_name[self._bounds[number] : self._bounds[number + 1]]
+
+    def _add_run(self, rows: _Rows, run: PlaceRun) -> None:
+        names, files = ({number: run.texts[number] for number in np.unique(part).tolist()} for part in (run.names, run.files))
+        rows.names.frombytes(_translated(run.names, {n: self._name(text) for n, text in names.items()}).tobytes())
+        rows.files.frombytes(_translated(run.files, {n: self._file_number(text) for n, text in files.items()}).tobytes())
+        dims = _OF_OBJECT if run.offsets is None else run.offsets.shape[1]
+        rows.dims.frombytes(np.full(len(run.names), dims, np.int8).tobytes())
+        rows.offsets.frombytes(b"" if run.offsets is None else run.offsets.tobytes())
+        rows.spans.frombytes(run.spans.tobytes())
+
+    def _add(self, rows: _Rows, index: Record, info: Record) -> None:
+        offsets = index.get("offset")
+        shape = None if offsets is None else read_sizes(offsets)
+        file, offset, length = info["relative_path"], info["offset"], info["length"]
+        if not isinstance(file, str) or not whole_number(offset) or not whole_number(length):
+            raise _unstructured("it does not say where an archive lies")
+        if info.get("transform_descriptors"):
+            self._compressed.add(len(rows.names))
+        rows.names.append(self._name(index["fqn"]))
+        rows.files.append(self._file_number(file))
+        rows.dims.append(_OF_OBJECT if shape is None else len(shape))
+        rows.offsets.extend(shape or ())
+        rows.spans.extend((offset, length))
+
+    def _name(self, name: Any) -> int:
+        if not _is_name(name):
+            raise _unstructured("a tensor's name is not text")
+        return self._numbers.setdefault(name, len(self._numbers))
+
+    def _file_number(self, file: str) -> int:
+        return self._file_numbers.setdefault(file, len(self._file_numbers))
+
+    def _check_apart(self, names: Array) -> None:
+        """No byte may belong to two archives: such an index would give one tensor's data for another's."""
+        order = np.lexsort((self._spans[:, 0], self._file)) if len(names) else np.empty(0, np.int64)
+        starts, stops, files = self._spans[order, 0], self._spans[order].sum(axis=1), self._file[order]
+        shared = np.flatnonzero((files[1:] == files[:-1]) & (starts[1:] < stops[:-1]))
+        if len(shared):
+            texts = list(self._numbers)
+            one, other = (texts[names[order[shared[0] + step]]] for step in (0, 1))
+            raise UserError(
+                f"`{METADATA}` puts `{one}` and `{other}` in the same bytes of `{self.files[files[shared[0]]]}`",
+                hint="the checkpoint is damaged or was mixed from two",
+            )
+
+
+def _translated(numbers: Array, meaning: Mapping[int, int]) -> Array:
+    """Each number as another."""
+    known = np.array(sorted(meaning), np.int64)
+    return np.array([meaning[number] for number in known.tolist()], np.int32)[np.searchsorted(known, numbers)]
+
+
+def _flat(corners: Array, shape: Shape) -> Array:
+    """Corners inside a shape, or where an empty chunk may be, at its end: each as one number."""
+    if prod(size + 1 for size in shape) >= 1 << 62:
+        return np.unique(corners, axis=0, return_inverse=True)[1].reshape(-1)
+    flat = np.zeros(len(corners), np.int64)
+    for dim, size in enumerate(shape):
+        flat = flat * (size + 1) + corners[:, dim]
+    return flat
 
 
 def _is_name(name: Any) -> bool:
@@ -169,22 +245,8 @@ def _dtype(name: str, properties: Record) -> np.dtype[Any]:
             raise UserError(f"`{name}` has a dtype that is not supported")
 
 
-def _info(record: Record) -> Place:
-    file, offset, length = record["relative_path"], record["offset"], record["length"]
-    if not isinstance(file, str) or not whole_number(offset) or not whole_number(length):
-        raise _unstructured("it does not say where an archive lies")
-    return Place(file, offset, length, bool(record.get("transform_descriptors")))
-
-
-def _check_apart(places: Places) -> None:
-    """No byte may belong to two archives: such an index would give one tensor's data for another's."""
-    ordered = sorted(places.items(), key=lambda item: (item[1].file, item[1].offset))
-    for (one, before), (other, after) in pairwise(ordered):
-        if before.file == after.file and after.offset < before.offset + before.length:
-            raise UserError(
-                f"`{METADATA}` puts `{one[0]}` and `{other[0]}` in the same bytes of `{after.file}`",
-                hint="the checkpoint is damaged or was mixed from two",
-            )
+def _nowhere(name: str, offsets: list[int]) -> UserError:
+    return UserError(f"`{METADATA}` does not say where `{name}` at {offsets} lies")
 
 
 @contextmanager
@@ -204,85 +266,3 @@ def _misshapen(error: Exception) -> str:
 
 def _unstructured(what: str) -> UserError:
     return UserError(f"`{METADATA}` is not built as torch builds it: {what}", hint="the file is damaged")
-
-
-def _check_tiling(name: str, shape: Shape, regions: Sequence[Region]) -> None:
-    """Chunks must cover each element once."""
-    if any(len(region) != len(shape) for region in regions):
-        raise UserError(f"a chunk of `{name}` has another number of dimensions than its shape {list(shape)}")
-    outside = [r for r in regions if any(part.stop > size for part, size in zip(r, shape, strict=True))]
-    covered = sum(prod(extent(region)) for region in regions)
-    if outside or covered != prod(shape) or not _tiles(shape, regions):
-        raise UserError(
-            f"the chunks of `{name}` do not tile its shape {list(shape)}: they overlap, leave holes or stick out",
-            hint="the checkpoint is incomplete or damaged",
-        )
-
-
-def _tiles(shape: Shape, regions: Sequence[Region]) -> bool:
-    """Do boxes inside a shape tile it? Where they lie in slabs along the first dimension, as megatron-core's do, each slab is
-    asked for the rest; else they must be apart and fill it. Cutting boxes that lie otherwise into slabs would double the
-    work with every dimension."""
-    if not shape:
-        return len(regions) == 1
-    bounds = sorted({0, shape[0], *(r[0].start for r in regions), *(r[0].stop for r in regions)})
-    by_span: dict[tuple[int, int], list[Region]] = {}
-    for region in regions:
-        by_span.setdefault((region[0].start, region[0].stop), []).append(region[1:])
-    regular = all(span in by_span for span in pairwise(bounds)) and len(by_span) == len(bounds) - 1
-    if regular:
-        return all(_tiles(shape[1:], rest) for rest in by_span.values())
-    return sum(prod(extent(region)) for region in regions) == prod(shape) and _apart(regions)
-
-
-def _apart(regions: Sequence[Region]) -> bool:
-    """Do no two boxes share an element? Only those that share rows are compared."""
-    ordered = sorted(regions, key=lambda region: region[0].start)
-    for number, one in enumerate(ordered):
-        for after in range(number + 1, len(ordered)):
-            other = ordered[after]
-            if other[0].start >= one[0].stop:
-                break
-            if intersect(one, other) is not None:
-                return False
-    return True
-
-
-def _metadata_record(name: str, state: Any) -> Record:
-    return Record(Global("torch.distributed.checkpoint.metadata", name), state=state, made_by_call=False)
-
-
-def _size_record(shape: Shape) -> Record:
-    return Global("torch", "Size")(shape)
-
-
-def _starts(region: Region) -> Shape:
-    return tuple(part.start for part in region)
-
-
-def _index_record(key: str, offset: Shape | None) -> Record:
-    where = None if offset is None else _size_record(offset)
-    return _metadata_record("MetadataIndex", {"fqn": key, "offset": where, "index": None})
-
-
-def _info_record(place: Place) -> Record:
-    kind = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-    state = {"relative_path": place.file, "offset": place.offset, "length": place.length}
-    return Record(kind, state=state, made_by_call=False)
-
-
-def _tensor_record(tensor: ChunkedTensor) -> Record:
-    layout = Global("torch.serialization", "_get_layout")("torch.strided")
-    memory_format = Global("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING")(0)
-    fields = Global("torch", TORCH_NAMES[dtype_name(tensor.dtype)]), layout, False, memory_format, False
-    properties = _metadata_record("TensorProperties", fields)
-    boxes = [
-        _metadata_record(
-            "ChunkStorageMetadata",
-            {"offsets": _size_record(_starts(c.region)), "sizes": _size_record(extent(c.region))},
-        )
-        for c in tensor.chunks
-    ]
-    return _metadata_record(
-        "TensorStorageMetadata", {"properties": properties, "size": _size_record(tensor.shape), "chunks": boxes}
-    )

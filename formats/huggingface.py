@@ -21,7 +21,7 @@ from formats.errors import UserError, shown
 from formats.folder import Folder
 from formats.json_objects import parse_json, read_json
 from formats.outputs import Outputs
-from formats.spec import DTYPES, Array, Region, Span, TensorSpec, dtype_name, possible_shape, whole_number
+from formats.spec import DTYPES, Array, Document, Region, Span, TensorSpec, dtype_name, possible_shape, whole_number
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -55,10 +55,10 @@ def parse_shard(raw: bytes, *, source: str) -> Shard:
     if not isinstance(described, dict) or not all(isinstance(text, str) for text in cast("dict[str, Any]", described).values()):
         raise UserError(f"`{source}`: `__metadata__` should hold text alone", hint="the header is damaged")
     tensors: dict[str, tuple[TensorSpec, int]] = {}
-    end = 0
+    end, shapes = 0, dict[tuple[int, ...], tuple[int, ...]]()
     spans = sorted(((*_span(name, entry, source), name) for name, entry in entries.items()), key=lambda span: span[:2])
     for start, stop, name in spans:
-        spec = _spec(name, entries[name], source)
+        spec = _spec(name, entries.pop(name), source, shapes)
         if start != end or stop - start != spec.nbytes:
             raise UserError(
                 f"`{source}`: the data of `{name}` should be {spec.nbytes} bytes from {end}, its header says {start} to {stop}",
@@ -116,14 +116,18 @@ def _span(name: str, entry: Any, source: str) -> tuple[int, int]:
             raise UserError(f"`{source}`: `{name}` has data offsets `{shown(offsets)}`", hint="the header is damaged")
 
 
-def _spec(name: str, entry: dict[str, Any], source: str) -> TensorSpec:
+def _spec(name: str, entry: dict[str, Any], source: str, shapes: dict[tuple[int, ...], tuple[int, ...]]) -> TensorSpec:
+    """A tensor as an entry describes it; of equal `shapes`, one object is kept."""
     shape, dtype = entry.get("shape"), entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in _DTYPE_OF:
         raise UserError(f"`{source}`: `{name}` has dtype `{shown(dtype)}`", hint=f"known are {', '.join(_DTYPE_OF)}")
-    sizes = cast("list[Any]", shape if isinstance(shape, list) else [None])
-    if not possible_shape(sizes):
-        raise UserError(f"`{source}`: `{name}` has shape `{shown(shape)}`", hint="the header is damaged")
-    return TensorSpec(name, tuple(sizes), _DTYPE_OF[dtype])
+    sizes = tuple(cast("list[Any]", shape if isinstance(shape, list) else [None]))
+    known = shapes.get(sizes) if all(type(size) is int for size in sizes) else None
+    if known is None:
+        if not possible_shape(sizes):
+            raise UserError(f"`{source}`: `{name}` has shape `{shown(shape)}`", hint="the header is damaged")
+        known = shapes.setdefault(sizes, sizes)
+    return TensorSpec(name, known, _DTYPE_OF[dtype])
 
 
 class HuggingFaceReader:
@@ -132,7 +136,7 @@ class HuggingFaceReader:
     def __init__(self, folder: Folder, *, files: Sequence[str] | None = None) -> None:
         self.folder = folder
         self.shards = {name: read_shard(folder, name) for name in files or shard_names(folder)}
-        self._where: dict[str, tuple[str, int]] = {}
+        self._files: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
         for file, shard in self.shards.items():
             self._add(file, shard)
@@ -140,18 +144,20 @@ class HuggingFaceReader:
             self._check_index()
 
     def _add(self, file: str, shard: Shard) -> None:
-        for name, (spec, offset) in shard.tensors.items():
-            if name in self._where:
-                raise UserError(f"`{name}` is in two files: `{self._where[name][0]}` and `{file}`")
-            self._where[name] = file, offset
+        for name, (spec, _) in shard.tensors.items():
+            if name in self._files:
+                raise UserError(f"`{name}` is in two files: `{self._files[name]}` and `{file}`")
+            self._files[name] = file
             self.specs[name] = spec
 
     def _check_index(self) -> None:
         if not self.folder.has(INDEX) or not indexed(self.folder, self.shards):
             return
         listed = weight_map(self.folder)
-        for name in sorted(listed.keys() | self._where.keys()):
-            there = self._where[name][0] if name in self._where else "no file"
+        wrong = [name for name, file in self._files.items() if listed.get(name) != file]
+        wrong += [name for name in listed if name not in self._files]
+        for name in sorted(wrong):
+            there = self._files.get(name, "no file")
             if listed.get(name, "no file") != there:
                 raise UserError(
                     f"`{INDEX}` puts `{name}` in {listed.get(name, 'no file')}, it is in {there}",
@@ -159,8 +165,9 @@ class HuggingFaceReader:
                 )
 
     def read(self, name: str, region: Region, out: Array) -> None:
-        file, offset = self._where[name]
-        read_box(self.folder, Stored(file, offset, self.specs[name].shape), region, out)
+        file = self._files[name]
+        spec, offset = self.shards[file].tensors[name]
+        read_box(self.folder, Stored(file, offset, spec.shape), region, out)
 
     def close(self) -> None:
         self.folder.close()
@@ -219,25 +226,30 @@ class HuggingFaceWriter:
     def __init__(self, outputs: Outputs, shards: Mapping[str, Shard]) -> None:
         self._outputs = outputs
         self._shards = shards
-        self._where = {
-            name: Stored(file, offset, spec.shape)
-            for file, shard in shards.items()
-            for name, (spec, offset) in shard.tensors.items()
-        }
-        self.specs = {name: spec for shard in shards.values() for name, (spec, _) in shard.tensors.items()}
+        self._files = {name: file for file, shard in shards.items() for name in shard.tensors}
 
     @property
     def files(self) -> dict[str, int]:
         return {file: shard.size for file, shard in self._shards.items()}
 
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {name: spec for shard in self._shards.values() for name, (spec, _) in shard.tensors.items()}
+
     def place(self, name: str, region: Region) -> int:
-        return place_of(self._where[name], region, self.specs[name].dtype.itemsize)
+        spec, _ = self._shards[self._files[name]].tensors[name]
+        return place_of(self._stored(name), region, spec.dtype.itemsize)
 
     def write(self, name: str, region: Region, data: Array) -> None:
-        write_box(self._outputs, self._where[name], region, data)
+        write_box(self._outputs, self._stored(name), region, data)
+
+    def _stored(self, name: str) -> Stored:
+        file = self._files[name]
+        spec, offset = self._shards[file].tensors[name]
+        return Stored(file, offset, spec.shape)
 
     @property
-    def documents(self) -> dict[str, bytes]:
+    def documents(self) -> dict[str, Document]:
         return {}
 
     @property
@@ -250,7 +262,7 @@ class HuggingFaceWriter:
         yield Span(len(shard.raw), None, shard.size - len(shard.raw))
 
     def touched(self, name: str, region: Region | None = None) -> set[str]:  # noqa: ARG002 - no tensor lies in two files
-        return {self._where[name].file}
+        return {self._files[name]}
 
 
 def plan_shards(specs: Sequence[TensorSpec], *, limit: int) -> dict[str, Shard]:

@@ -15,6 +15,7 @@ from formats.folder import Folder
 
 _DEEPEST = 64
 _DAMAGED = "the file is damaged"
+_CONTAINERS = frozenset({dict, list})
 _HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -49,8 +50,8 @@ def _check_text(parsed: Any, source: str) -> None:
 def _check_depth(parsed: Any, source: str) -> None:
     """What is nested deeper than any document of ours could be read but not printed."""
     level: list[Any] = [parsed]
-    for _ in range(_DEEPEST):
-        level = [inner for part in level for inner in _inside(part)]
+    for _ in range(_DEEPEST - 1):
+        level = [inner for part in level for inner in _inside(part) if type(inner) in _CONTAINERS]
         if not level:
             return
     raise UserError(f"`{source}` is nested deeper than {_DEEPEST} levels", hint=_DAMAGED)

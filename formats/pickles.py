@@ -147,11 +147,14 @@ _REFUSED = {
 }  # fmt: skip
 
 
-class _Unpickler(_BASE):
+class Unpickler(_BASE):
+    """Opcodes that checkpoints need, and what they do to inert records."""
+
     dispatch: ClassVar = {code: act for code, act in _BASE.dispatch.items() if bytes([code]) not in _REFUSED}
 
     def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))  # pyright: ignore[reportUnknownMemberType]
+        self._stream = io.BytesIO(data)
+        super().__init__(self._stream)  # pyright: ignore[reportUnknownMemberType]
         self._room = len(data)
 
     def find_class(self, module: str, name: str, /) -> Any:
@@ -236,7 +239,11 @@ class _Unpickler(_BASE):
     dispatch[pickle.BUILD[0]] = load_build
 
 
-_KEYS = (str, int, float, bytes, type(None), Record, Global)
+class Run:
+    """Records that follow one another, kept together by a reader that needs them in another form."""
+
+
+_KEYS = (str, int, float, bytes, type(None), Record, Global, Run)
 
 
 def _hashable(key: Any) -> Any:
@@ -251,8 +258,13 @@ def loads(data: bytes, *, source: str) -> Any:
 
     Raises UserError for a class outside `ALLOWED` and for bytes that are no pickle; `source` names the file in it.
     """
+    return load_from(Unpickler(data), source)
+
+
+def load_from(unpickler: Unpickler, source: str) -> Any:
+    """What an unpickler loads, or a UserError that names `source`."""
     try:
-        return _Unpickler(data).load()
+        return unpickler.load()
     except UserError as error:
         raise UserError(f"`{source}`: {error.args[0]}", hint=error.hint) from None
     except Exception as error:

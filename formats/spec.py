@@ -5,9 +5,8 @@ Knows nothing of files, and nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -47,7 +46,7 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     return _NAMES[dtype]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor, without its data."""
 
@@ -55,7 +54,7 @@ class TensorSpec:
     shape: Shape
     dtype: np.dtype[Any]
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
@@ -106,6 +105,18 @@ class Span(NamedTuple):
         return self.start + (self.size if self.known is None else len(self.known))
 
 
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A file whose size is known and whose bytes are made when they are written, in blocks."""
+
+    size: int
+    blocks: Callable[[], Iterable[bytes]]
+
+    @staticmethod
+    def of(data: bytes) -> Document:
+        return Document(len(data), lambda: (data,))
+
+
 class Reader(Protocol):
     """An opened checkpoint. Regions may be read in any order and from several threads."""
 
@@ -136,8 +147,8 @@ class Writer(Protocol):
         ...
 
     @property
-    def documents(self) -> Mapping[str, bytes]:
-        """The small files that say what lies in those, an index last."""
+    def documents(self) -> Mapping[str, Document]:
+        """The files that say what lies in those, an index last."""
         ...
 
     @property

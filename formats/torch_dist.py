@@ -10,21 +10,25 @@ from __future__ import annotations
 import json
 import re
 import threading
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from formats.chunks import Chunk, ChunkedTensor
 from formats.dcp import Container, ContainerWriter, NewChunk, NewObject
-from formats.dcp_index import METADATA, Chunk, ChunkedTensor
+from formats.dcp_index import METADATA
 from formats.errors import UserError, shown
 from formats.folder import Folder
 from formats.json_objects import read_json
 from formats.outputs import Outputs
 from formats.pickles import Record
-from formats.spec import Array, Region, Span, TensorSpec, dtype_name
+from formats.spec import Array, Document, Region, Shape, Span, TensorSpec, dtype_name, extent
 from formats.torch_zip import OpenArchive, object_archive
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -34,7 +38,7 @@ FORMAT = "metadata.json"
 COMMON = "common.pt"
 COMMON_KEY = "common_state/shard_0_1"
 
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1 << 15
 MOST_WEIGHTS = 1 << 18
 """More than any model has: a damaged shape must not be counted through."""
 
@@ -174,7 +178,7 @@ class TorchDistReader:
         if row is None:
             return tensor.chunks
         layer = (slice(row, row + 1), *self.specs[name].whole)
-        return [chunk for chunk, _ in tensor.touching(layer)]
+        return [tensor.chunk(number) for number, _ in tensor.touching(layer)]
 
     def _tensor(self, name: str) -> ChunkedTensor:
         source = self._sources[name]
@@ -218,12 +222,10 @@ class TorchDistReader:
 
 def _stacked(first: ChunkedTensor, then: ChunkedTensor) -> ChunkedTensor:
     """Two tensors as one, the second's rows after the first's."""
-    rows = first.shape[0]
-    moved = [
-        replace(chunk, region=(slice(chunk.region[0].start + rows, chunk.region[0].stop + rows), *chunk.region[1:]))
-        for chunk in then.chunks
-    ]
-    return ChunkedTensor((rows + then.shape[0], *first.shape[1:]), first.dtype, [*first.chunks, *moved])
+    rows, moved = first.shape[0], then.table().copy()
+    moved[:, 0] += rows
+    numbers = array("q", first.table().tobytes() + moved.tobytes())
+    return ChunkedTensor((rows + then.shape[0], *first.shape[1:]), first.dtype, numbers, first.files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,26 +243,37 @@ class TorchDistWriter:
         """Of a `whole_model`, layers are stacked and every module gets its empty `_extra_state`. What has only some of a
         model's tensors keeps the layer's number in each key, and holds nothing else."""
         self._folder = iteration_folder(iteration)
-        self.specs = {item.spec.name: item.spec for item in placed}
-        self._keys = _stack(self.specs) if whole_model else {name: (name, None, spec.shape) for name, spec in self.specs.items()}
-        tensors = {key: (shape, self.specs[name].dtype) for name, (key, _, shape) in self._keys.items()}
-        chunks = [
-            NewChunk(self._keys[item.spec.name][0], self._shift(item.spec.name, region), rank_file(rank))
-            for item in placed
-            for region, rank in item.chunks
-        ]
+        specs = {item.spec.name: item.spec for item in placed}
+        self._keys = _stack(specs) if whole_model else {name: _Stacked(spec, name, None) for name, spec in specs.items()}
+        tensors = _whole(self._keys)
         common = NewObject(COMMON_KEY, rank_file(0), _common(iteration, stacked=whole_model))
-        objects = [*_extra_states(placed), common] if whole_model else [common]
-        self._container = ContainerWriter(outputs, self._folder, tensors, chunks, objects)
+        objects = chain(_extra_states(placed, self._keys), [common]) if whole_model else [common]
+        self._container = ContainerWriter(outputs, self._folder, tensors, self._chunks(placed), objects)
         self._iteration = iteration
+
+    def _chunks(self, placed: Iterable[Placed]) -> Iterator[NewChunk]:
+        """Layers are held alike, so boxes are taken apart once for all that share them."""
+        known: dict[int, list[tuple[Shape, Shape, str]]] = {}
+        for item in placed:
+            if id(item.chunks) not in known:
+                boxes = [(tuple(part.start for part in region), extent(region), rank) for region, rank in item.chunks]
+                known[id(item.chunks)] = [(starts, sizes, rank_file(rank)) for starts, sizes, rank in boxes]
+            _, key, row = self._keys[item.spec.name]
+            for starts, sizes, file in known[id(item.chunks)]:
+                yield NewChunk(key, starts, sizes, file) if row is None else NewChunk(key, (row, *starts), (1, *sizes), file)
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {name: found.spec for name, found in self._keys.items()}
 
     @property
     def files(self) -> dict[str, int]:
         return self._container.files
 
     @property
-    def documents(self) -> dict[str, bytes]:
-        inside = {FORMAT: _FORMAT_DOCUMENT, TRAIN_STATE: _train_state(self._iteration), METADATA: self._container.metadata}
+    def documents(self) -> dict[str, Document]:
+        small = {FORMAT: Document.of(_FORMAT_DOCUMENT), TRAIN_STATE: Document.of(_train_state(self._iteration))}
+        inside = {**small, METADATA: self._container.metadata}
         return {f"{self._folder}/{name}": data for name, data in inside.items()}
 
     @property
@@ -272,43 +285,62 @@ class TorchDistWriter:
         return self._container.spans(file)
 
     def touched(self, name: str, region: Region | None = None) -> set[str]:
-        return self._container.touched(self._keys[name][0], self._shift(name, region or self.specs[name].whole))
+        found = self._keys[name]
+        return self._container.touched(found.key, found.region(region or found.spec.whole))
 
     def place(self, name: str, region: Region) -> int:
-        return self._container.place(self._keys[name][0], self._shift(name, region))
+        found = self._keys[name]
+        return self._container.place(found.key, found.region(region))
 
     def write(self, name: str, region: Region, data: Array) -> None:
-        key, row, _ = self._keys[name]
-        self._container.write(key, self._shift(name, region), data if row is None else data[np.newaxis])
-
-    def _shift(self, name: str, region: Region) -> Region:
-        row = self._keys[name][1]
-        return region if row is None else (slice(row, row + 1), *region)
+        found = self._keys[name]
+        self._container.write(found.key, found.region(region), data if found.row is None else data[np.newaxis])
 
 
 _FORMAT_DOCUMENT = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode()
 
 
+@cache
 def rank_file(rank: int) -> str:
     return f"__{rank}_0.distcp"
 
 
-def _stack(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
-    """For each weight: the key it is stored under, its row there, and the key's whole shape."""
-    found = {name: _key_and_row(name) for name in specs}
-    counts = Counter(key for key, _ in found.values())
+class _Stacked(NamedTuple):
+    """A weight, the key it is stored under, and its row there where layers are stacked."""
+
+    spec: TensorSpec
+    key: str
+    row: int | None
+
+    def region(self, region: Region) -> Region:
+        """A region of the weight, in the key."""
+        return region if self.row is None else (slice(self.row, self.row + 1), *region)
+
+
+def _stack(specs: Mapping[str, TensorSpec]) -> dict[str, _Stacked]:
+    """For each weight, where it is stored."""
+    keys: dict[str, str] = {}
     first: dict[str, TensorSpec] = {}
-    for name, (key, _) in found.items():
-        like = first.setdefault(key, specs[name])
-        if specs[name].dtype != like.dtype:
+    found: dict[str, _Stacked] = {}
+    for name, spec in specs.items():
+        key, row = _key_and_row(name)
+        found[name] = _Stacked(spec, keys.setdefault(key, key), row)
+        like = first.setdefault(key, spec)
+        if spec.dtype != like.dtype:
             raise UserError(
-                f"`{like.name}` is {dtype_name(like.dtype)} and `{name}` is {dtype_name(specs[name].dtype)}, "
+                f"`{like.name}` is {dtype_name(like.dtype)} and `{name}` is {dtype_name(spec.dtype)}, "
                 "but Megatron keeps them as one tensor",
                 hint="choose one dtype for all with `--dtype`",
             )
+    return found
+
+
+def _whole(found: Mapping[str, _Stacked]) -> dict[str, tuple[Shape, np.dtype[Any]]]:
+    """The shape and dtype of each key."""
+    counts = Counter(one.key for one in found.values())
     return {
-        name: (key, row, specs[name].shape if row is None else (counts[key], *specs[name].shape))
-        for name, (key, row) in found.items()
+        one.key: ((*(() if one.row is None else (counts[one.key],)), *one.spec.shape), one.spec.dtype)
+        for one in {one.key: one for one in found.values()}.values()
     }
 
 
@@ -317,19 +349,19 @@ def _key_and_row(name: str) -> tuple[str, int | None]:
     return (f"{numbered[1]}.{numbered[3]}", int(numbered[2])) if numbered else (name, None)
 
 
-def _extra_states(placed: Sequence[Placed]) -> list[NewObject]:
+def _extra_states(placed: Sequence[Placed], keys: Mapping[str, _Stacked]) -> Iterator[NewObject]:
     """The empty state that megatron-core asks for with every module: one object per layer, in the module's own file."""
     archive = object_archive([np.zeros(0, np.uint8)])
-    layers = {row for item in placed if (row := _key_and_row(item.spec.name)[1]) is not None}
-    modules: dict[str, NewObject] = {}
+    layers = len({found.row for found in keys.values() if found.row is not None})
+    seen = set[tuple[str, int | None]]()
     for item in placed:
-        module = item.spec.name.rpartition(".")[0]
-        if module.rpartition(".")[2] in _STATELESS or module in modules:
+        key, row = keys[item.spec.name].key, keys[item.spec.name].row
+        module = key.rpartition(".")[0]
+        if (module, row) in seen or module.rpartition(".")[2] in _STATELESS:
             continue
-        key, row = _key_and_row(module)
-        shard = "shard_0_1" if row is None else f"shard_{row}_{len(layers)}"
-        modules[module] = NewObject(f"{key}._extra_state/{shard}", rank_file(item.chunks[0][1]), archive)
-    return list(modules.values())
+        seen.add((module, row))
+        shard = "shard_0_1" if row is None else f"shard_{row}_{layers}"
+        yield NewObject(f"{module}._extra_state/{shard}", rank_file(item.chunks[0][1]), archive)
 
 
 def _common(iteration: int, *, stacked: bool) -> bytes:

@@ -95,7 +95,7 @@ def tensor_frame(dtype: str, shape: Shape) -> Frame:
     read past the page cache, or mapped.
     """
     record = tensor_record(dtype, shape, key="0")
-    size = int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+    size = prod(shape) * DTYPES[dtype].itemsize
     return _frame(dumps(record), size)
 
 
@@ -123,7 +123,7 @@ def object_archive(value: Any, *, name: str = "archive") -> bytes:
 
 def tensor_record(dtype: str, shape: Shape, *, key: str) -> Record:
     """How `data.pkl` describes a contiguous tensor."""
-    count, strides = int(np.prod(shape, dtype=np.int64)), contiguous_strides(shape)
+    count, strides = prod(shape), contiguous_strides(shape)
     if dtype in _STORAGES:
         return _REBUILD(Storage(Global("torch", _STORAGES[dtype]), key, count), 0, shape, strides, False, _HOOKS)
     untyped = Storage(Global("torch.storage", "UntypedStorage"), key, count * DTYPES[dtype].itemsize)

@@ -16,8 +16,9 @@ from converter.families import llama
 from converter.layout import make_layout
 from converter.model import Model
 from converter.plan import pieces, placed, to_huggingface, to_megatron
-from formats.dcp_index import _tiles
+from formats.chunks import tiles
 from formats.spec import DTYPES, TensorSpec, extent
+from tests.converter.test_rows import starts_and_sizes
 
 few = st.integers(1, 3)
 
@@ -104,7 +105,7 @@ def test_chunks_tile_every_tensor_at_every_layout_that_is_taken(model, data):
         return
     assert sum(layout.stages) == model.layers
     for spec, chunks in placed(plan, layout):
-        assert _tiles(spec.shape, [region for region, _ in chunks])
+        assert tiles(spec.shape, *starts_and_sizes([region for region, _ in chunks]))
         ranks = {rank for _, rank in chunks}
         assert {rank // tp for rank in ranks} <= set(range(pp))
         assert len({rank // tp for rank in ranks}) == 1, "a tensor lies in one stage"

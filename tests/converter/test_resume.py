@@ -268,7 +268,7 @@ def test_a_journal_whose_numbers_mean_other_pieces_is_refused(go_on, half):
         go_on()
     assert str(refused.value) == (
         f'`{half}` was begun with pieces cut along null, now it is "every leading axis"\n\n'
-        f"hint: resume with what it was begun with, or remove it: rm -r {half}.state {half}"
+        f"hint: resume with what it was begun with, or remove it: `rm -r {half}.state {half}`"
     )
 
 

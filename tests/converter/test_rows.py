@@ -12,8 +12,8 @@ from converter import rows
 from converter.layout import Layout, boxes
 from converter.model import Model
 from converter.plan import Copy, Making, pieces
-from formats.dcp_index import _tiles
-from formats.spec import DTYPES, TensorSpec
+from formats.chunks import tiles
+from formats.spec import DTYPES, TensorSpec, extent
 
 
 def model(groups, per_group, head_dim):
@@ -22,6 +22,12 @@ def model(groups, per_group, head_dim):
 
 
 sizes = st.integers(1, 6)
+
+
+def starts_and_sizes(regions, *, dims=None):
+    """Regions as `tiles` takes them: [count, dims] of both."""
+    starts = np.array([[part.start for part in region] for region in regions], np.int64).reshape(len(regions), dims or -1)
+    return starts, np.array([extent(region) for region in regions], np.int64).reshape(starts.shape)
 
 
 @given(sizes, sizes, sizes)
@@ -58,7 +64,7 @@ def test_a_table_with_a_hole_or_an_overlap_is_not_covered():
 def test_boxes_tile_a_tensor(tp, blocks, cut):
     shape = 24, 16
     held = boxes(shape, cut, blocks, tp)
-    assert _tiles(shape, [region for region, _ in held])
+    assert tiles(shape, *starts_and_sizes([region for region, _ in held]))
     assert {rank for _, rank in held} == ({0} if cut is None else set(range(tp)))
 
 
@@ -104,8 +110,8 @@ def test_a_tiling_of_many_dimensions_is_judged_at_once():
         for half in range(2)
     ]
     shape = (*(2,) * count, count)
-    assert _tiles(shape, halves)
-    assert not _tiles(shape, [*halves[:-1], halves[0]])
+    assert tiles(shape, *starts_and_sizes(halves))
+    assert not tiles(shape, *starts_and_sizes([*halves[:-1], halves[0]]))
 
 
 boxes_of_six = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6), st.integers(0, 5), st.integers(1, 6)), max_size=6)
@@ -117,4 +123,4 @@ def test_tiling_is_judged_as_counting_elements_judges_it(corners):
     counted = np.zeros((6, 6), int)
     for region in regions:
         counted[region] += 1
-    assert _tiles((6, 6), regions) == bool((counted == 1).all())
+    assert tiles((6, 6), *starts_and_sizes(regions, dims=2)) == bool((counted == 1).all())

@@ -44,7 +44,9 @@ class FormatSuite:
         for file in writer.files:
             for span in writer.spans(file):
                 outputs.put(file, span.start, span.known or b"")
-        documents = {**writer.documents, **writer.markers}
+        made = {name: b"".join(document.blocks()) for name, document in writer.documents.items()}
+        assert {name: document.size for name, document in writer.documents.items()} == {n: len(data) for n, data in made.items()}
+        documents = {**made, **writer.markers}
         for file, data in documents.items():
             outputs.put(file, 0, data)
         outputs.close()

@@ -29,7 +29,7 @@ _ADDRESSES = 1 << 30
 
 _HARMLESS = {
     "object.__getattr__", "object.__setattr__", "sys._getframe", "builtins.id", "mmap.__new__", "glob.glob", "glob.glob/2",
-    "os.walk",
+    "os.walk", "array.__new__",
 }  # fmt: skip
 _LISTINGS = {"os.listdir", "os.scandir", "pathlib.Path.glob", "pathlib.Path.rglob", "pathlib.Path.walk"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT

@@ -1,0 +1,385 @@
+"""Read the pickle of an index with hundreds of thousands of records: each kind of record is unpickled once, opcode by opcode,
+and turned into a pattern; its repetitions are matched and kept as numbers.
+
+A pattern is the record's opcodes as they are, with a group for each integer and for each reference to something remembered.
+So a match does what the opcodes would do with those values in their places. Whatever matches no pattern is unpickled as any
+other pickle (formats/pickles.py). The memory is that of the numbers; objects for all would take ten times the file's size.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from formats.errors import UserError
+from formats.pickles import Global, Record, Run, Unpickler, load_from
+from formats.spec import Array, whole_number
+from formats.torch_zip import read_sizes
+
+_CHUNK, _INDEX, _INFO = "ChunkStorageMetadata", "MetadataIndex", "_StorageInfo"
+_SKIPPED = "WriteItem"
+"""megatron-core keeps the plans of all ranks beside the index: nothing here needs them."""
+
+_KINDS = {_CHUNK, _INDEX, _INFO, _SKIPPED}
+_KEYS = {"offsets", "sizes", "fqn", "offset", "index", "relative_path", "length", "transform_descriptors"}
+_MOST_PATTERNS = 64
+_BLOCK = 2000  # records that are matched at a time
+_MOST = 1 << 62  # as `whole_number`
+_MEMOIZE = pickle.MEMOIZE[0]
+
+_WIDE = b"|".join(rb"\x8a%c.{%d}" % (count, count) for count in range(1, 9))
+_INTEGER = rb"(K.|M..|J....|" + _WIDE + rb")"
+_REFERENCE = rb"(h.|j....)"
+_ARGUMENTS = {pickle.BININT1[0]: 1, pickle.BININT2[0]: 2, pickle.BININT[0]: 4, pickle.BINGET[0]: 1, pickle.LONG_BINGET[0]: 4}
+_PLAIN = frozenset(b"".join([
+    pickle.MARK, pickle.TUPLE, pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_DICT, pickle.SETITEM,
+    pickle.SETITEMS, pickle.NEWOBJ, pickle.BUILD, pickle.REDUCE, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.MEMOIZE,
+]))  # fmt: skip
+
+
+@dataclass(slots=True, eq=False)
+class ChunkRun(Run):
+    """Chunks that follow one another in a list: a row for each, [count, 2 * dims], of its offsets and then its sizes."""
+
+    table: Array
+
+
+@dataclass(slots=True, eq=False)
+class PlaceRun(Run):
+    """Archives that follow one another in the index: for each the number in `texts` of its tensor's or object's name and of its
+    file, its chunk's offsets [count, dims] (None for objects), and [count, 2] its offset and length in the file."""
+
+    names: Array
+    files: Array
+    offsets: Array | None
+    spans: Array
+    texts: Mapping[int, str]
+
+
+ELSEWHERE = Run()
+"""Stands for (parts of) records that were kept as numbers or skipped, where something refers to them."""
+
+
+@dataclass(slots=True)
+class _Pattern:
+    """Opcodes of one record, or of a pair of them: `source` with a group for each value, `fields` the groups of each key,
+    `refers` the groups that are references."""
+
+    source: bytes
+    memoized: int
+    fields: dict[str, slice]
+    refers: tuple[bool, ...]
+    one: re.Pattern[bytes] = field(init=False)
+    many: re.Pattern[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.one = re.compile(self.source, re.DOTALL)
+        groupless = self.source.replace(_INTEGER, b"(?:" + _INTEGER[1:]).replace(_REFERENCE, b"(?:" + _REFERENCE[1:])
+        self.many = re.compile(b"(?:%b){1,%d}" % (groupless, _BLOCK), re.DOTALL)
+
+    def then(self, other: _Pattern) -> _Pattern:
+        """Both, one after the other; keys of the other as `then KEY`."""
+        count = len(self.refers)
+        moved = {f"then {key}": slice(part.start + count, part.stop + count) for key, part in other.fields.items()}
+        both = self.fields | moved
+        return _Pattern(self.source + other.source, self.memoized + other.memoized, both, self.refers + other.refers)
+
+    def table(self, data: bytes, at: int, memo: Mapping[int, Any]) -> tuple[Array, int]:
+        """The values of the records that match from `at` on, a row for each and a column for each group, and where they end.
+        References are what they refer to's numbers. Stops before a record that no file can mean."""
+        block = self.many.match(data, at)
+        if block is None:
+            return np.empty((0, len(self.refers)), np.int64), at
+        rows = self.one.findall(data, at, block.end())
+        rows = [(one,) for one in rows] if len(self.refers) == 1 else rows
+        table = np.stack([_decoded(column) for column in zip(*rows, strict=True)], axis=1)
+        good = (table >= 0).all(axis=1) & (table < _MOST).all(axis=1)
+        for number in np.flatnonzero(self.refers):
+            named = np.array([isinstance(memo.get(int(target)), str) for target in np.unique(table[:, number])])
+            good &= named[np.unique(table[:, number], return_inverse=True)[1]]
+        if good.all():
+            return table, block.end()
+        count = int(np.flatnonzero(~good)[0])
+        for _ in range(count):
+            at = self.one.match(data, at).end()  # pyright: ignore[reportOptionalMemberAccess] - it did
+        return table[:count], at
+
+
+def _decoded(column: Sequence[bytes]) -> Array:
+    """The numbers that opcodes with arguments push or refer to; -1 where a file can mean none of that size."""
+    lengths = np.fromiter(map(len, column), np.int64, len(column))
+    stream = np.frombuffer(b"".join(column) + bytes(16), np.uint8)
+    starts = np.cumsum(lengths) - lengths
+    codes = stream[starts]
+    values = stream[starts + 1].astype(np.int64)
+    for code, count in ((pickle.BININT2[0], 2), (pickle.BININT[0], 4), (pickle.LONG_BINGET[0], 4)):
+        chosen = np.flatnonzero(codes == code)
+        if len(chosen):
+            places = starts[chosen, np.newaxis] + 1 + np.arange(count)
+            raw = np.zeros((len(chosen), 4), np.uint8)
+            raw[:, :count] = stream[places]
+            values[chosen] = raw.view("<i4")[:, 0]
+    for number in np.flatnonzero(codes == pickle.LONG1[0]).tolist():
+        value = int.from_bytes(column[number][2:], "little", signed=True)
+        values[number] = value if whole_number(value) else -1
+    return values
+
+
+class IndexUnpickler(Unpickler):
+    """See the module. With `patterns` off, everything is read opcode by opcode."""
+
+    dispatch: ClassVar = {
+        code: act for code, act in Unpickler.dispatch.items() if bytes([code]) not in (pickle.POP, pickle.POP_MARK)
+    }
+
+    def __init__(self, data: bytes, *, patterns: bool = True) -> None:
+        super().__init__(data)
+        self._data = data
+        self._use_patterns = patterns
+        self._patterns: dict[int, list[_Pattern]] = {}
+        self._pairs: dict[int, list[_Pattern]] = {}
+        self._before: tuple[int, _Pattern] | None = None
+        self._memoized = 0
+        self._put = False
+        self._open: list[tuple[str, int, int]] = []
+        self.used_patterns = False
+        """If it fails and this is set, it may not without patterns: where a record is changed or referred to later."""
+
+    def load_frame(self) -> None:
+        """Frames say how to read a stream; the data is all there."""
+        if int.from_bytes(self.read(8), "little") > len(self._data):
+            raise UserError("a frame is longer than the file")
+
+    dispatch[pickle.FRAME[0]] = load_frame
+
+    def load_put(self) -> None:
+        super().load_put()  # pyright: ignore[reportUnknownMemberType] - the unpickler written in Python has no types
+        self._put = True
+
+    dispatch[pickle.PUT[0]] = load_put
+
+    def load_binput(self) -> None:
+        super().load_binput()  # pyright: ignore[reportUnknownMemberType]
+        self._put = True
+
+    dispatch[pickle.BINPUT[0]] = load_binput
+
+    def load_long_binput(self) -> None:
+        super().load_long_binput()  # pyright: ignore[reportUnknownMemberType]
+        self._put = True
+
+    dispatch[pickle.LONG_BINPUT[0]] = load_long_binput
+
+    def load_memoize(self) -> None:
+        """Counted, for of records that were kept as numbers the memo holds nothing."""
+        if self._put:
+            raise UserError("it numbers what it remembers in two ways")
+        self.memo[self._memoized] = self.stack[-1]
+        self._memoized += 1
+
+    dispatch[_MEMOIZE] = load_memoize
+
+    def load_binget(self) -> None:
+        self._get(self.read(1)[0], 2)
+
+    dispatch[pickle.BINGET[0]] = load_binget
+
+    def load_long_binget(self) -> None:
+        self._get(int.from_bytes(self.read(4), "little"), 5)
+
+    dispatch[pickle.LONG_BINGET[0]] = load_long_binget
+
+    def _get(self, number: int, length: int) -> None:
+        if number not in self.memo:
+            if number < self._memoized:
+                return self.append(ELSEWHERE)
+            raise UserError(f"it refers to {number}, which it does not remember")
+        found = self.memo[number]
+        if self._use_patterns and type(found) is Global and found.name in _KINDS:
+            start = self._stream.tell() - length
+            if self._matched(start):
+                return None
+            self._open.append((found.name, number, start))
+        return self.append(found)
+
+    def load_build(self) -> None:
+        if isinstance(self.stack[-2], Run):
+            raise UserError("it changes a record that it had built")
+        super().load_build()
+        target: Any = self.stack[-1]
+        if self._open and isinstance(target, Record) and target.kind.name == self._open[-1][0]:
+            _, number, start = self._open.pop()
+            self._learn(number, self._data[start : self._stream.tell()], target)
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def _learn(self, number: int, data: bytes, record: Record) -> None:
+        """Keep the pattern of a record, if it gives what the record says; of archives, with the pattern of the name before."""
+        kind, known = record.kind.name, self._patterns.setdefault(number, [])
+        made = _pattern(data, self.memo) if len(known) < _MOST_PATTERNS else None
+        if made is None or not (kind == _SKIPPED or self._holds(made, data, record)):
+            self._before = None
+            return
+        if all(made.source != one.source for one in known):
+            known.append(made)
+        if kind == _INFO and self._before:
+            pairs = self._pairs.setdefault(self._before[0], [])
+            both = self._before[1].then(made)
+            if len(pairs) < _MOST_PATTERNS and all(both.source != one.source for one in pairs):
+                pairs.append(both)
+        self._before = (number, made) if kind == _INDEX else None
+
+    def _holds(self, made: _Pattern, data: bytes, record: Record) -> bool:
+        table, _ = made.table(data, 0, self.memo)
+        if len(table) != 1:
+            return False
+        values = [self.memo[value] if refers else value for value, refers in zip(table[0].tolist(), made.refers, strict=True)]
+        return {key: tuple(values[part]) for key, part in made.fields.items()} == _expected(record)
+
+    def _matched(self, start: int) -> bool:
+        """Take as many records as patterns match from `start` on; was there any?"""
+        kind: Any = self.memo[self._number_at(start)].name
+        if kind == _CHUNK:
+            end = self._chunks(start)
+        elif kind == _INDEX and len(self.stack) % 2 == 0:
+            end = self._places(start)
+        else:
+            end = self._skipped(start) if kind == _SKIPPED else start
+        if end > start:
+            self.used_patterns = True
+            self._stream.seek(end)
+        return end > start
+
+    def _chunks(self, at: int) -> int:
+        pattern, table, end = self._longest(at, self._patterns.get(self._number_at(at), ()))
+        if pattern:
+            offsets, sizes = (pattern.fields[key] for key in ("offsets", "sizes"))
+            self.append(ChunkRun(np.concatenate([table[:, offsets], table[:, sizes]], axis=1)))
+        return end
+
+    def _places(self, at: int) -> int:
+        pattern, table, end = self._longest(at, self._pairs.get(self._number_at(at), ()))
+        if pattern:
+            fields = pattern.fields
+            names, files = (table[:, fields[key].start] for key in ("fqn", "then relative_path"))
+            spans = np.stack([table[:, fields[f"then {key}"].start] for key in ("offset", "length")], axis=1)
+            texts = {int(number): self.memo[int(number)] for number in np.unique([names, files])}
+            run = PlaceRun(names, files, table[:, fields["offset"]] if "offset" in fields else None, spans, texts)
+            self.append(run)
+            self.append(run)
+        return end
+
+    def _skipped(self, at: int) -> int:
+        before, patterns = at, self._patterns.get(self._number_at(at), ())
+        while found := next(((p, match) for p in patterns if (match := p.one.match(self._data, at))), None):
+            self._memoized += found[0].memoized
+            at = found[1].end()
+        if at > before:
+            self.append(ELSEWHERE)
+        return at
+
+    def _longest(self, at: int, patterns: Sequence[_Pattern]) -> tuple[_Pattern | None, Array, int]:
+        """The first pattern that matches at a position, with the values of all records it matches, and their end."""
+        for pattern in patterns:
+            table, end = pattern.table(self._data, at, self.memo)
+            if len(table):
+                self._memoized += pattern.memoized * len(table)
+                return pattern, table, end
+        return None, np.empty((0, 0), np.int64), at
+
+    def _number_at(self, at: int) -> int:
+        """What the opcode at a position refers to; -1 if it refers to nothing."""
+        code = self._data[at : at + 1]
+        if code == pickle.BINGET:
+            return self._data[at + 1]
+        return int.from_bytes(self._data[at + 1 : at + 5], "little") if code == pickle.LONG_BINGET else -1
+
+
+_POPS = {
+    pickle.TUPLE1[0]: 1, pickle.TUPLE2[0]: 2, pickle.TUPLE3[0]: 3, pickle.NEWOBJ[0]: 2, pickle.REDUCE[0]: 2, pickle.BUILD[0]: 2,
+    pickle.SETITEM[0]: 3,
+}  # fmt: skip
+_TO_MARK = {pickle.TUPLE[0]: 1, pickle.SETITEMS[0]: 0}
+
+
+def _is_one_object(codes: Iterable[int]) -> bool:
+    """Do opcodes push one object and use nothing of what was on the stack before?"""
+    depth, marks = 0, list[int]()
+    for code in codes:
+        if code == pickle.MARK[0]:
+            marks.append(depth)
+        elif code in _TO_MARK:
+            if not marks:
+                return False
+            depth = marks.pop() + _TO_MARK[code]
+        elif code != _MEMOIZE:
+            depth -= _POPS.get(code, 0)
+            if depth < (marks[-1] if marks else 0):
+                return False
+            depth += 1
+    return depth == 1 and not marks
+
+
+def _pattern(data: bytes, memo: dict[int, Any]) -> _Pattern | None:
+    """The pattern of a record's opcodes; None if it has others than records that repeat have."""
+    parts: list[bytes] = []
+    codes: list[int] = []
+    fields: dict[str, slice] = {}
+    refers: list[bool] = []
+    memoized = at = 0
+    key = ""
+    while at < len(data):
+        code, start = data[at], at
+        codes.append(code)
+        at += 1 + (1 + data[at + 1] if code == pickle.LONG1[0] else _ARGUMENTS.get(code, 0))
+        if code in _PLAIN:
+            parts.append(re.escape(data[start:at]))
+            memoized += code == _MEMOIZE
+            continue
+        is_reference = code in (pickle.BINGET[0], pickle.LONG_BINGET[0])
+        if not is_reference and code not in _ARGUMENTS and code != pickle.LONG1[0]:
+            return None
+        target = memo.get(int.from_bytes(data[start + 1 : at], "little")) if is_reference else None
+        if isinstance(target, Global) or (isinstance(target, str) and target in _KEYS):
+            parts.append(re.escape(data[start:at]))
+            key = target if isinstance(target, str) else key
+            continue
+        fields[key] = slice(fields[key].start if key in fields else len(refers), len(refers) + 1)
+        refers.append(is_reference)
+        parts.append(_REFERENCE if is_reference else _INTEGER)
+    return _Pattern(b"".join(parts), memoized, fields, tuple(refers)) if refers and _is_one_object(codes) else None
+
+
+def _expected(record: Record) -> dict[str, tuple[Any, ...]] | None:
+    """What the values of a record's pattern should be."""
+    try:
+        if record.kind.name == _CHUNK:
+            return {"offsets": read_sizes(record["offsets"]), "sizes": read_sizes(record["sizes"])}
+        if record.kind.name == _INFO:
+            if record.get("transform_descriptors"):
+                return None
+            return {name: (record[name],) for name in ("relative_path", "offset", "length")}
+        offset, number = record.get("offset"), record.get("index")
+        shape = {} if offset is None else {"offset": read_sizes(offset)}
+        return {"fqn": (record["fqn"],), **shape, **({} if number is None else {"index": (number,)})}
+    except (KeyError, UserError):
+        return None
+
+
+def load_index[T](data: bytes, build: Callable[[Any], T], *, source: str) -> T:
+    """What `build` makes of the object in the pickle, with runs of chunks and archives in it as `ChunkRun` and `PlaceRun`.
+
+    If that fails, the same once more with objects for all of them: a record may refer to another in a way that numbers cannot.
+    """
+    unpickler = IndexUnpickler(data)
+    try:
+        return build(load_from(unpickler, source))
+    except UserError:
+        if not unpickler.used_patterns:
+            raise
+    return build(load_from(IndexUnpickler(data, patterns=False), source))
