@@ -1,32 +1,188 @@
-"""How much planning takes, and whether `--dry-run`'s figure for memory is what a conversion takes.
+"""What planning takes, and whether `--dry-run`'s figure for memory is what a conversion then takes. Prints two tables.
 
-python benchmarks/plan.py [--tensors 45000 --tensors 200000] [--folder DIR]
+    python benchmarks/plan.py [--tensors 45000 --tensors 200000] [--skip-cases] [--folder DIR]
+
+Models are files full of holes: they take no disk and no time to make. Every row is a process of its own, with its processor
+time and its VmHWM. Needs no torch; the upload goes to a server here that forgets what it is sent.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from benchmarks.convert import make_model
+from converter.memory import peak_memory
 
-ROWS = 300  # tensors in a file
+TARGETS = {45_000: (1.5, 128), 200_000: (5.0, 250)}
+"""Seconds of processor time and MiB, by number of tensors."""
+
+SHARD_BYTES = 160 << 10
+"""Some 300 tiny tensors in a file, as large models have."""
+
+PROGRAM = "import sys, json, time; from benchmarks.plan import measured; measured(json.loads(sys.argv[1]))"
 
 
-def shape(tensors: int) -> dict:
+def many(tensors: int) -> dict:
     """A Llama of tiny layers with that many tensors."""
-    return {
-        "hidden": 16,
-        "layers": (tensors + 8) // 9,
-        "heads": 2,
-        "groups": 2,
-        "head_dim": 8,
-        "ffn": 16,
-        "vocab": 16,
-        "tied": False,
-    }
+    sizes = {"hidden": 16, "heads": 2, "groups": 2, "head_dim": 8, "ffn": 16, "vocab": 16}
+    return {**sizes, "layers": -(-tensors // 9), "tied": False}
+
+
+def measured(call: dict) -> None:
+    """In a process of its own: one call, then what it took, as JSON."""
+    import time
+
+    from converter import hf_to_mcore, mcore_to_hf
+
+    told = 0
+    if call["what"] == "index":
+        from formats.dcp_index import read_index
+        from formats.folder import LocalFolder
+
+        index = read_index(LocalFolder(Path(call["source"])))
+        for name in index.tensors:
+            index.tensor(name)
+    else:
+        convert = {"import": hf_to_mcore, "export": mcore_to_hf}[call["what"]]
+        told = convert(call["source"], call["target"], **call.get("options", {})).peak_memory
+    print(json.dumps({"cpu": time.process_time(), "peak": peak_memory(), "told": told}))
+
+
+def run(**call: object) -> dict:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(call)], stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def layout(shape: dict) -> dict:
+    """TP2·PP8, for any number of layers."""
+    each = -(-shape["layers"] // 8)
+    return {"tp": 2, "pp": 8, "pp_layout": [each] * 7 + [shape["layers"] - 7 * each], "vocab_divisible_by": 1}
+
+
+def planning(folder: Path, tensors: int) -> None:
+    source, made, shape = folder / f"hf-{tensors}", folder / f"mcore-{tensors}", many(tensors)
+    make_model(source, shape, data=False, shard_bytes=SHARD_BYTES)
+    where = {"source": str(source), "target": str(folder / "nothing")}
+    row(tensors, "import", run(what="import", **where, options={**layout(shape), "dry_run": True}))
+    run(what="import", source=str(source), target=str(made), options={**layout(shape), "integrity": False})
+    row(tensors, "export", run(what="export", **{**where, "source": str(made)}, options={"dry_run": True}))
+    row(tensors, "index", run(what="index", **{**where, "source": str(made / "iter_0000000")}))
+    shutil.rmtree(source)
+    shutil.rmtree(made)
+
+
+def row(tensors: int, what: str, found: dict) -> None:
+    seconds, mib = TARGETS.get(tensors, (float("nan"), float("nan")))
+    print(
+        f"{tensors:8,} {what:7} {found['cpu']:6.2f} s  {seconds:5.1f} s  {found['peak'] / 2**20:6.0f} MiB  {mib:4.0f} MiB",
+        flush=True,
+    )
+
+
+class Forgetful(BaseHTTPRequestHandler):
+    """As much of S3 as an upload needs. Keeps nothing."""
+
+    protocol_version = "HTTP/1.1"
+
+    def _answer(self, body: str = "", **headers: str) -> None:
+        left = int(self.headers.get("Content-Length", 0))
+        while left:
+            left -= len(self.rfile.read(min(left, 1 << 20)))
+        self.send_response(200)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def do_GET(self) -> None:
+        self._answer("<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>")
+
+    def do_PUT(self) -> None:
+        self._answer(ETag='"tag"')
+
+    def do_POST(self) -> None:
+        kind = "InitiateMultipartUploadResult" if re.search(r"\?uploads", self.path) else "CompleteMultipartUploadResult"
+        self._answer(f"<{kind}><UploadId>1</UploadId><ETag>tag</ETag></{kind}>")
+
+    def do_DELETE(self) -> None:
+        self._answer()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def bucket():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Forgetful)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    given = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    os.environ.update(given)
+    yield "s3://bucket/out"
+    server.shutdown()
+
+
+LARGE = {"hidden": 1024, "layers": 16, "heads": 16, "groups": 16, "head_dim": 64, "ffn": 4096, "vocab": 16384, "tied": False}
+WIDE = {"hidden": 1 << 23, "layers": 1, "heads": 8, "groups": 8, "head_dim": 1, "ffn": 8, "vocab": 8, "tied": False}
+
+
+def cases(folder: Path) -> None:
+    """The four cases that a figure by workers and pieces alone gets wrong."""
+    told_and_taken(folder, "TP8·PP4·VPP4 to s3://", LARGE, {"tp": 8, "pp": 4, "vpp": 4}, remote=True)
+    told_and_taken(folder, "45,000 tensors", many(45_000), layout(many(45_000)))
+    told_and_taken(folder, "rows of 16 MiB, 8 workers, cast", WIDE, {"workers": 8, "dtype": "fp32", "vocab_divisible_by": 1})
+    source, made, shape = folder / "hf", folder / "mcore", many(150_000)
+    make_model(source, shape, data=False, shard_bytes=SHARD_BYTES)
+    run(what="import", source=str(source), target=str(made), options={**layout(shape), "integrity": False})
+    shutil.rmtree(source)
+    compared("`.metadata` of 200,000 chunks, back", "export", made, folder / "X", {})
+    shutil.rmtree(made)
+
+
+def told_and_taken(folder: Path, name: str, shape: dict, options: dict, *, remote: bool = False) -> None:
+    source = folder / "hf"
+    make_model(source, shape, data=False, shard_bytes=SHARD_BYTES if shape["hidden"] == many(1)["hidden"] else 5_000_000_000)
+    if remote:
+        with bucket() as url:
+            compared(name, "import", source, url, options)
+    else:
+        compared(name, "import", source, folder / "X", options)
+    shutil.rmtree(source)
+
+
+def compared(name: str, what: str, source: Path, target: Path | str, options: dict) -> None:
+    told = run(what=what, source=str(source), target=str(target), options={**options, "dry_run": True})["told"]
+    taken = run(what=what, source=str(source), target=str(target), options=options)["peak"]
+    print(f"{name:36} {told / 2**20:6.0f} MiB {taken / 2**20:6.0f} MiB {told / taken:6.2f}  0.85 to 1.15", flush=True)
+    if isinstance(target, Path):
+        shutil.rmtree(target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tensors", type=int, action="append", help="default: 45000 and 200000; 0 for none")
+    parser.add_argument("--skip-cases", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/mbconvert-plan"))
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    print(f"{'tensors':>8} {'what':7} {'cpu':>8}  {'target':>7}  {'peak':>10}  {'target':>8}")
+    for tensors in options.tensors or TARGETS:
+        if tensors:
+            planning(options.folder, tensors)
+    if not options.skip_cases:
+        print(f"{'case':36} {'told':>10} {'taken':>10} {'ratio':>6}  target")
+        cases(options.folder)
+    shutil.rmtree(options.folder)
 
 
 if __name__ == "__main__":
-    import sys
-
-    make_model(Path(sys.argv[2]), shape(int(sys.argv[1])), data=False, shard_bytes=4096 * 40)
+    main()

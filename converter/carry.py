@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from converter.job import How, Job, Summary, Talk
-from converter.memory import expected_peak, peak_memory
+from converter.memory import expected_peak, peak_memory, resident_memory
 from converter.ranks import alone
 from converter.ranks import share as divided
 from converter.share import Share, resumable
@@ -41,11 +41,15 @@ def carry_out(job: Job, how: How, talk: Talk, *, sources: Sequence[Folder]) -> S
         total_bytes=sum(files.values()),
         files=files,
         seconds=time.monotonic() - started,
-        peak_memory=expected_peak(workers) + job.memory if how.dry_run else peak_memory(),
+        peak_memory=_expected(job, workers) if how.dry_run else peak_memory(),
         workers=workers,
         verified=how.verify and not how.dry_run,
         reused_bytes=reused,
     )
+
+
+def _expected(job: Job, workers: int) -> int:
+    return expected_peak(job, workers, planned=resident_memory(), highest=peak_memory())
 
 
 def rule(how: How, planned: Collection[str] | None = None) -> Rule | None:

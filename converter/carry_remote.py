@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from converter import provenance
 from converter.carry import rule
 from converter.job import How, Job, Talk
+from converter.plan import Making
 from converter.ranks import alone
 from converter.share import Share
 from formats.errors import UserError
@@ -22,21 +24,28 @@ from formats.staging import Stage
 
 def upload(job: Job, how: How, talk: Talk, *, sources: Sequence[Folder], files: Mapping[str, int], workers: int) -> None:
     """The work of one process, with nothing that a later run could go on with."""
-    assert isinstance(job.outputs, RemoteOutputs)
-    ranks = how.ranks or alone()
+    outputs, ranks = job.outputs, how.ranks or alone()
+    assert isinstance(outputs, RemoteOutputs)
     if ranks.size > 1:
         raise UserError(
             f"`{without_secrets(job.target)}` cannot be written by {ranks.size} processes together",
             hint="use one process, or convert to a shared file system and copy",
         )
+    job = replace(job, makings=file_by_file(job))
     last = [name for name in job.last if name in files]
     with (
         TemporaryDirectory() as nowhere,
         Rendezvous(Path(nowhere, "ranks"), 0, 1, ranks.run_id, target=Path(nowhere, "upload")) as together,
         Upload(job.target, rule=rule(how, files)) as uploaded,
     ):
-        job.outputs.open(uploaded, job.writer.files, job.writer.spans)
+        outputs.open(uploaded, job.writer.files, job.writer.spans)
         stage = Stage(Path(nowhere), Path(nowhere))
         ours = Share(job, talk, stage, together=together, share=job.makings, workers=workers, sources=sources)
         ours.through(files, verify=False)
         uploaded.commit([*last, *job.writer.markers], record=job.inside(provenance.FILE))
+
+
+def file_by_file(job: Job) -> list[Making]:
+    """What is made, ordered so that as few files as can be are open at a time: a part of each open file is held. The files of
+    one pipeline rank are filled together; within each, the order stays, as the bytes of a file arrive in order."""
+    return sorted(job.makings, key=lambda making: min(job.writer.touched(making.spec.name)))

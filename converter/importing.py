@@ -27,8 +27,10 @@ from converter.sides import megatron_side, tied
 from converter.sources import Source
 from converter.values import KEEP
 from formats.dcp_index import METADATA
+from formats.errors import UserError
 from formats.folder import FileIn, Folder
 from formats.huggingface import HuggingFaceReader
+from formats.spec import possible_shape
 from formats.torch_dist import Placed, TorchDistReader, TorchDistWriter, iteration_folder
 
 
@@ -85,6 +87,7 @@ def _planned(source: Source, wanted: ImportOptions) -> _Planned:
     family = families.find(config.get("model_type"))
     model = make_model(family.CONFIG, config, vocab_multiple=wanted.vocab_divisible_by * wanted.tp)
     refuse_unfit(reader.specs, config, family, model, label=source.label)
+    _check_padding(model, wanted)
     layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout)
     plan = plan_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype=wanted.dtype)
     return _Planned(source, family, model, layout, plan, carried.pack_model(source.reference, reader, plan.extras))
@@ -119,6 +122,16 @@ def _job(found: _Planned, target: str, wanted: ImportOptions) -> Job:
         hashed=wanted.integrity,
         memory=source.memory,
     )
+
+
+def _check_padding(model: Model, wanted: ImportOptions) -> None:
+    """Raise UserError for a padded vocabulary of more rows than a tensor can have."""
+    if not possible_shape((model.padded_vocab, model.hidden)):
+        raise UserError(
+            f"`--vocab-divisible-by {wanted.vocab_divisible_by}` and `--tp {wanted.tp}` pad the vocabulary of {model.vocab} to "
+            f"{model.padded_vocab} rows of {model.hidden}, which is more than a tensor can hold",
+            hint="Megatron-LM's default is 128",
+        )
 
 
 def _options(wanted: ImportOptions, layout: Layout) -> dict[str, Any]:

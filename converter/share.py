@@ -159,7 +159,8 @@ class Share:
     def _in_lanes(self) -> Iterator[Task]:
         """The tasks; where files are hashed, two files' at a time if the layout allows."""
         names = list(self._share)
-        touched = [self._job.writer.touched(name) for name in names] if self._job.integrity else []
+        hashed = self._job.integrity and isinstance(self._job.outputs, LocalOutputs)  # an upload has as few files open as can be
+        touched = [self._job.writer.touched(name) for name in names] if hashed else []
         place = cut([making.spec.nbytes for making in self._share.values()], touched) if touched else None
         first = set(names[:place])
         return in_lanes(self._tasks, lambda task: task.piece.making.spec.name in first) if place else self._tasks()

@@ -103,7 +103,7 @@ class _Writer:
             for numbers in _rows(tensor, most):
                 yield self.place(key, numbers[:dims], tensor.files[numbers[-4]], numbers[-3], numbers[-2])
         for key, (file, offset, length) in zip(names, places.tolist(), strict=True):
-            yield self.place(key, None, files[file], offset, length)
+            yield self.place(key, None, files[int(file)], offset, length)
         yield pickle.SETITEMS + at("storage_meta") + pickle.NONE + at("version") + at("1.0.0") + _END + pickle.STOP
 
     def chunk(self, starts: Sequence[int], sizes: Sequence[int]) -> bytes:

@@ -24,14 +24,15 @@ from urllib.parse import urlsplit
 
 from formats.errors import UserError
 from formats.remote.gcs import GoogleStorage
+from formats.remote.part_memory import PART_BYTES, PART_MEMORY, MemoryPart, Part, PartMemory
 from formats.remote.retry import Patience, persist
 from formats.remote.s3 import S3
 from formats.remote.store import Status, Store
 from formats.replacement import Present, Rule, already_exists, check_unchanged
 
-_PART = 8 << 20
 _MOST_PARTS = 9_000  # 10,000 is the limit of both services
 _WHOLE = 256 << 10  # smaller files are kept until `commit`, and go up whole
+_MOST_KEPT = 8 << 20  # of these, together; further ones go up as files of one part
 
 
 class Target(Store, Protocol):
@@ -60,11 +61,14 @@ def exists(url: str, *, patience: Patience | None = None) -> bool:
 class Upload:
     """Files on their way to `url`. Use it as a context: what was not committed by the end of the block is taken back.
 
-    Memory: a part (8 MiB, or a nine-thousandth of the file if that is more) for every open file, and `streams` more.
+    Memory: the parts of all files together hold at most `memory` bytes, and one that was filled on disk comes on top while it is
+    sent (formats/remote/part_memory.py). A part is 8 MiB, or a nine-thousandth of the file if that is more.
     Raises UserError if there is something at `url`, unless `rule` lets all of it go; what is at a bucket's root never goes.
     """
 
-    def __init__(self, url: str, *, rule: Rule | None = None, streams: int = 8, patience: Patience | None = None) -> None:
+    def __init__(
+        self, url: str, *, rule: Rule | None = None, streams: int = 8, memory: int = PART_MEMORY, patience: Patience | None = None
+    ) -> None:
         self._patient = _Patient(url, patience or Patience())
         self._rule, self._is_root = rule, not urlsplit(url).path.strip("/")
         self._files: dict[str, Sink] = {}
@@ -72,6 +76,8 @@ class Upload:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(streams, thread_name_prefix="upload")
         self._room = threading.BoundedSemaphore(streams)
+        self._memory = PartMemory(memory)
+        self._kept = 0
         self._failure: BaseException | None = None
         try:
             self._before = self._look() if self._patient.children() else None
@@ -85,9 +91,11 @@ class Upload:
 
     def open(self, name: str, size: int) -> Sink:
         """A new file of that size, to be filled from its start to its end."""
-        sink = Sink(self._patient, name, size, self._send)
         with self._lock:
             assert name not in self._files, f"{name} was opened before"
+            keep = size <= _WHOLE and self._kept + size <= _MOST_KEPT
+            self._kept += size if keep else 0
+            sink = Sink(self._patient, name, size, self._send, None if keep else self._memory)
             self._files[name] = sink
         return sink
 
@@ -156,16 +164,18 @@ class Upload:
     def _present(self, listed: Mapping[str, Status]) -> Present:
         return Present(self.label, listed, read=lambda name: self._patient.get(name, listed[name]))
 
-    def _send(self, call: Callable[[], str]) -> Future[str]:
+    def _send(self, part: Part, call: Callable[[bytearray], str]) -> Future[str]:
         """Run a call on the pool, as soon as one of its streams is free; raise what an earlier one raised."""
         if self._failure:
             raise self._failure
+        self._memory.sending(part)
         self._room.acquire()
-        future = self._pool.submit(call)
-        future.add_done_callback(self._sent)
+        future = self._pool.submit(part.send, call)
+        future.add_done_callback(partial(self._sent, part))
         return future
 
-    def _sent(self, future: Future[str]) -> None:
+    def _sent(self, part: Part, future: Future[str]) -> None:
+        self._memory.sent(part)
         if not future.cancelled():
             self._failure = self._failure or future.exception()
         self._room.release()
@@ -184,13 +194,18 @@ class Upload:
         self._files[name].publish(before.get(name))
 
 
-class Sink:
-    """A file on its way. `update` may be called from any thread, from one at a time."""
+Send = Callable[[Part, Callable[[bytearray], str]], Future[str]]
 
-    def __init__(self, patient: _Patient, name: str, size: int, send: Callable[[Callable[[], str]], Future[str]]) -> None:
+
+class Sink:
+    """A file on its way. `update` may be called from any thread, from one at a time. Its parts are made in `memory`; without
+    one, it is kept whole until it is published."""
+
+    def __init__(self, patient: _Patient, name: str, size: int, send: Send, memory: PartMemory | None) -> None:
         self._patient, self._name, self._size, self._send = patient, name, size, send
         self._part_size = part_size(size)
-        self._part = bytearray()
+        self._memory = memory
+        self._part: Part | None = None
         self._filled = 0
         self._taken = 0
         self._upload = ""
@@ -201,20 +216,20 @@ class Sink:
         raises UserError where an earlier part could not be sent."""
         data = data.cast("B") if data.nbytes else memoryview(b"")
         while data:
-            if not self._part:
-                self._part = bytearray(min(self._part_size, self._size - self._taken))
-            count = min(len(data), len(self._part) - self._filled)
-            assert count, f"{self._name} should have {self._size} bytes, there are more"
-            self._part[self._filled : self._filled + count] = data[:count]
+            size = min(self._part_size, self._size - self._taken + self._filled)
+            assert size > self._filled, f"{self._name} should have {self._size} bytes, there are more"
+            self._part = self._part or (self._memory.part(size) if self._memory else MemoryPart(size))
+            count = min(len(data), size - self._filled)
+            self._part.write(self._filled, data[:count])
             self._filled, self._taken, data = self._filled + count, self._taken + count, data[count:]
             if self._filled == self._part_size:
-                self._flush()
+                self._flush(self._part)
 
     def close(self) -> None:
         """The file is complete. It cannot be read yet."""
         assert self._taken == self._size, f"{self._name} has {self._taken} of {self._size} bytes"
-        if self._part and self._size > _WHOLE:
-            self._flush()
+        if self._part and self._memory:
+            self._flush(self._part)
 
     def wait(self) -> None:
         """Wait until every part has arrived; UserError if one did not."""
@@ -227,7 +242,7 @@ class Sink:
         if self._upload:
             self._patient.finish(self._name, self._upload, [tag.result() for tag in self._tags], self._size, before)
         else:
-            self._patient.put(self._name, bytes(self._part))
+            self._patient.put(self._name, self._part.content() if isinstance(self._part, MemoryPart) else b"")
         self._upload = ""
 
     def drop(self) -> None:
@@ -235,16 +250,16 @@ class Sink:
         if self._upload:
             self._patient.drop(self._name, self._upload)
 
-    def _flush(self) -> None:
+    def _flush(self, part: Part) -> None:
         self._upload = self._upload or self._patient.begin(self._name)
-        upload, number, part = self._upload, len(self._tags) + 1, self._part
-        self._part, self._filled = bytearray(), 0
-        self._tags.append(self._send(lambda: self._patient.part(self._name, upload, number, part)))
+        upload, number = self._upload, len(self._tags) + 1
+        self._part, self._filled = None, 0
+        self._tags.append(self._send(part, lambda data: self._patient.part(self._name, upload, number, data)))
 
 
 def part_size(size: int) -> int:
     """Bytes of a part of a file of that size: 8 MiB, or more where the number of parts would pass the services' limit."""
-    return max(_PART, -(-size // _MOST_PARTS // _PART) * _PART)
+    return max(PART_BYTES, -(-size // _MOST_PARTS // PART_BYTES) * PART_BYTES)
 
 
 class _Patient:

@@ -1,0 +1,117 @@
+"""The parts of all files that are uploaded at once, in bounded memory.
+
+A part is filled by its own file's next bytes and freed when it has been sent. Where parts on their way hold the memory, a new one
+waits for them: they need nothing to arrive. Where parts that are being filled hold all of it, waiting could last for ever, as
+the bytes that would fill them may come later: then the new one is filled on disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+import threading
+from collections.abc import Callable
+
+from formats.errors import TransientError
+
+PART_BYTES = 8 << 20
+"""The services want 5 MiB at least; a file of more than 75 GB has larger ones."""
+
+PART_MEMORY = 8 * PART_BYTES
+"""Eight parts of 8 MiB: as many streams keep a fast network busy."""
+
+
+class MemoryPart:
+    """A part in memory."""
+
+    in_memory = True
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._data = bytearray(size)
+
+    def write(self, at: int, data: memoryview) -> None:
+        self._data[at : at + len(data)] = data
+
+    def send(self, send: Callable[[bytearray], str]) -> str:
+        data, self._data = self._data, bytearray()
+        return send(data)
+
+    def content(self) -> bytes:
+        return bytes(self._data)
+
+
+class DiskPart:
+    """A part in a temporary file that has no name. Several are sent one after another, since sending takes memory."""
+
+    in_memory = False
+    _one_at_a_time = threading.Lock()
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed when it was sent, or with the last reference
+
+    def write(self, at: int, data: memoryview) -> None:
+        try:
+            self._file.seek(at)
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise TransientError(
+                f"no room left in `{tempfile.gettempdir()}` for a part of {self.size} bytes of an upload",
+                hint="set TMPDIR to a directory with room for a part of each file",
+            ) from error
+
+    def send(self, send: Callable[[bytearray], str]) -> str:
+        with self._one_at_a_time:
+            data = bytearray(self.size)
+            self._file.seek(0)
+            self._file.readinto(data)
+            self._file.close()
+            return send(data)
+
+
+Part = MemoryPart | DiskPart
+
+
+class PartMemory:
+    """See the module. Shared by threads."""
+
+    def __init__(self, limit: int = PART_MEMORY) -> None:
+        self._limit = limit
+        self._held = self._sending = 0
+        self._changed = threading.Condition()
+
+    @property
+    def held(self) -> int:
+        """Bytes of all parts that are in memory, being filled or on their way."""
+        return self._held
+
+    def part(self, size: int) -> Part:
+        """A new part, to be filled and then sent."""
+        return MemoryPart(size) if self._take(size) else DiskPart(size)
+
+    def sending(self, part: Part) -> None:
+        """It is on its way: it will be freed without anybody's help."""
+        with self._changed:
+            self._sending += part.in_memory
+            self._changed.notify_all()
+
+    def sent(self, part: Part) -> None:
+        """It has been sent, or cannot be."""
+        if part.in_memory:
+            with self._changed:
+                self._sending -= 1
+                self._held -= part.size
+                self._changed.notify_all()
+
+    def _take(self, size: int) -> bool:
+        with self._changed:
+            while self._held and self._held + size > self._limit:
+                if not self._sending:
+                    return False
+                self._changed.wait()
+            self._held += size
+            return True
