@@ -8,7 +8,8 @@ from math import prod
 from pathlib import Path
 
 from converter.job import How, Job, Summary, Talk
-from converter.memory import expected_peak, peak_memory, resident_memory
+from converter.memory import peak_memory, resident_memory
+from converter.memory_estimate import expected_peak
 from converter.ranks import alone
 from converter.ranks import share as divided
 from converter.share import Share, resumable
