@@ -114,13 +114,16 @@ def test_keep_last_removes_only_this_trainers_own_older_checkpoints(ranks, model
     from converter import hf_to_mcore
 
     root = tmp_path / "run"
-    hf_to_mcore(model_folder(), root, tp=1, pp=1)  # `iter_0000000`
+    changes = {"checkpoint__save": str(root), "checkpoint__load": str(root), "checkpoint__save_interval": 2}
+    changes |= {"checkpoint__keep_last": 2, "train__train_iters": 6}
+    ranks.run(witness.train, 1, str(model_folder()), {**changes, "train__exit_interval": 2})
+    hf_to_mcore(model_folder(), tmp_path / "converted", tp=1, pp=1)
+    (tmp_path / "converted" / "iter_0000000").rename(root / "iter_0000000")
     (root / "iter_0000009.partial").mkdir()
     (root / "iter_0000009.partial" / iterations.OURS).touch()
     (root / "iter_0000001").mkdir()
     (root / "iter_0000001" / "notes.txt").touch()
-    changes = {"checkpoint__save": str(root), "checkpoint__save_interval": 2, "checkpoint__keep_last": 2}
-    ranks.run(witness.train, 1, str(model_folder()), {**changes, "train__train_iters": 6})
+    ranks.run(witness.train, 1, str(model_folder()), changes)
     there = {path.name for path in root.iterdir() if path.is_dir()}
     assert there == {"iter_0000000", "iter_0000001", "iter_0000009.partial", "iter_0000004", "iter_0000006"}
     assert iterations.latest(str(root)).name == "iter_0000006"
@@ -176,8 +179,9 @@ def test_a_byte_that_changed_is_found_where_integrity_is_verified(ranks, model_f
 
 
 def test_a_clock_saves_and_ends_runs(ranks, model_folder, tmp_path):
-    changes = {"checkpoint__save": str(tmp_path), "checkpoint__save_interval_in_mins": 1e-9, "checkpoint__keep_last": 9}
+    changes = {"checkpoint__save": str(tmp_path / "one"), "checkpoint__save_interval_in_mins": 1e-9, "checkpoint__keep_last": 9}
     ranks.run(witness.train, 2, str(model_folder()), {**changes, "train__train_iters": 5})
-    assert len(list(tmp_path.glob("iter_*"))) == 5
+    assert len(list((tmp_path / "one").glob("iter_*"))) == 5
+    changes["checkpoint__save"] = str(tmp_path / "other")
     (seen, _) = ranks.run(witness.train, 2, str(model_folder()), {**changes, "train__exit_duration_in_mins": 1e-9})
     assert len(seen.losses) == 1
