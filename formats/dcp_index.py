@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from formats.chunks import ChunkedTensor, Place, check_tiling, stride, untiled
+from formats.content import refuse_start
 from formats.errors import UserError, shown
 from formats.faults import fault
 from formats.folder import Folder

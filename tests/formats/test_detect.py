@@ -206,7 +206,7 @@ def test_other_files_of_a_checkpoint_are_told_likewise(tmp_path, name):
 def test_an_index_that_git_lfs_did_not_fetch_is_told(tmp_path):
     folder = folder_with(tmp_path / "m", ".metadata", "metadata.json")
     (tmp_path / "m" / ".metadata").write_bytes(CONTENTS["git-lfs"][0])
-    with pytest.raises(UserError, match="^`.metadata` is a git-lfs pointer, not the file itself"):
+    with pytest.raises(UserError, match=r"^`\.metadata` is a git-lfs pointer, not the file itself"):
         read_index(folder)
 
 
