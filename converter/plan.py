@@ -281,9 +281,11 @@ def _stored_shape(one: Bound, tables: _Tables, source: Specs) -> tuple[int, ...]
 def _account(wanted: Mapping[str, tuple[int, ...]], found: Specs, *, known: set[str], side: str) -> None:
     """Nothing missing, nothing left over, every shape as it should be."""
     missing = [name for name in wanted if name not in found]
+    over = sorted(found.keys() - wanted.keys() - known)
     if missing:
+        instead = f"; it holds {named(over)}, for which this family has no place" if over else ""
         raise UserError(
-            f"the {side} lacks {named(missing)}",
+            f"the {side} lacks {named(missing)}{instead}",
             hint="`config.json` describes a model with these tensors: either it or the weights are of another model",
         )
     over = sorted(name for name in found if name not in wanted and name not in known)

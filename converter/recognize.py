@@ -46,9 +46,10 @@ class _Others:
 
 
 _CONVERTED = "fetch the repository's version for transformers, or convert it with the script that transformers has for it"
+_LORA = re.compile(r"(.*\.)?lora_[AB]\..*|.*\.lora_magnitude_vector")
 _OTHERS = (
     _Others(
-        r"(.*\.)?lora_[AB]\..*|.*\.lora_magnitude_vector",
+        _LORA.pattern,
         "LoRA tensors that were not merged",
         "load it with PEFT and save `model.merge_and_unload()`; an adapter alone is put into its model by `mbconvert merge`",
     ),
@@ -69,6 +70,11 @@ _OTHERS = (
         "projections fused into one tensor, as vLLM and other architectures keep them",
         "save the model with transformers (`save_pretrained`), under the architecture that `config.json` names",
     ),
+    _Others(
+        r"(model\.)?(vision\w*|visual|image\w*|multi_modal\w*|mm_\w+|audio\w*|speech\w*)\..*",
+        "a part for images or sounds beside the language model",
+        "leave out what is not the language model's: only that can be converted",
+    ),
     _Others(r".*\.(experts|block_sparse_moe)\..*", "experts of a mixture", "such models are not supported yet"),
 )
 
@@ -83,11 +89,12 @@ def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], fam
     refuse_quantized(specs, over, config, label=label)
     if not missing and not over:
         return
+    if not any(_LORA.fullmatch(name) for name in over):
+        _refuse_renamed(wanted, found, label=label)
     for other in _OTHERS:
         names = [name for name in over if re.fullmatch(other.pattern, _LAYER.sub("0", name))]
         if names:
             raise UserError(f"`{label}` holds {named(names)}: {other.what}", hint=other.hint)
-    _refuse_renamed(wanted, found, label=label)
     if missing <= head:
         _refuse_head(missing, over, label=label)
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from formats.chunks import ChunkedTensor, Place, check_tiling, stride, untiled
+from formats.content import refuse_start
 from formats.errors import UserError, shown
 from formats.faults import fault
 from formats.folder import Folder
@@ -68,7 +69,10 @@ class Index:
 
 def read_index(folder: Folder) -> Index:
     """The index of a folder; UserError if it is none, is misshapen, or puts two archives in the same bytes."""
-    return load_index(folder.get(METADATA), _index, source=METADATA)
+    data = folder.get(METADATA)
+    if not data.startswith(b"\x80"):  # a pickle does
+        refuse_start(data, source=METADATA)
+    return load_index(data, _index, source=METADATA)
 
 
 def _index(loaded: Any) -> Index:

@@ -16,16 +16,14 @@ from formats.dcp_index import METADATA, read_index
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.shard_files import INDEX, model_files
-from formats.torch_dist import COMMON, FORMAT, TRACKER, TRAIN_STATE, refuse_legacy, unfinished
+from formats.torch_dist import COMMON, FORMAT, TRACKER, TRAIN_STATE, other_format, refuse_legacy, unfinished
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = re.compile(r"adapter[\w-]*\.(safetensors|bin|pt|pth)")
 _RUN_CONFIG = "run_config.yaml"
 
 _ITERATION = re.compile(r"(iter_\d+|release)/")
-_MEGATRON_NAME = re.compile(
-    r"(.*\.)?(decoder|encoder)\.layers\..*|(decoder|encoder|embedding|output_layer)\..*|(optimizer|chained_\d+)\..*"
-)
+_MEGATRON_NAME = re.compile(r"(.*\.)?(decoder|encoder)\.layers\..*|(decoder|encoder|embedding|output_layer)\..*")
 _MOST_FOLDERS = 200
 """More sub-folders are not looked into: a folder with so many is no collection of models."""
 
@@ -87,6 +85,8 @@ def _unknown(folder: Folder, names: Sequence[str]) -> UserError:
             f"`{folder.label}` is {'empty' if there else 'not there'}", hint="give the folder that holds the weights"
         )
     refuse_legacy(folder)
+    if any(folder.below(name).has(".zarray") for name in [name for name in names if name.endswith("/")][:_MOST_FOLDERS]):
+        raise other_format(folder, "zarr")
     _refuse_unfinished(folder, names)
     _refuse_root(folder, names)
     if _containers(names) or folder.name.startswith("iter_"):

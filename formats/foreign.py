@@ -26,7 +26,7 @@ _VERL = (
     "convert `OUT`"
 )
 _DEEPSPEED = (
-    "DeepSpeed puts `zero_to_fp32.py` beside its `global_step*` folders: `python zero_to_fp32.py {folder} OUT "
+    "beside its `global_step*` folders DeepSpeed puts `zero_to_fp32.py`; there, `python zero_to_fp32.py . OUT "
     "--safe_serialization` writes safetensors; add the model's `config.json` and convert `OUT`"
 )
 _DEEPSPEED_FILES = (

@@ -113,10 +113,15 @@ def refuse_legacy(folder: Folder) -> None:
         )
     backend = read_json(folder, FORMAT).get("sharded_backend", "torch_dist") if folder.has(FORMAT) else "torch_dist"
     if backend != "torch_dist":
-        raise UserError(
-            f"`{folder.label}` is in the `{shown(backend)}` format, which is not supported yet",
-            hint="load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
-        )
+        raise other_format(folder, shown(backend))
+
+
+def other_format(folder: Folder, name: str) -> UserError:
+    """The error for an iteration in the format of that name."""
+    return UserError(
+        f"`{folder.label}` is in the `{name}` format, which is not supported yet",
+        hint="load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
+    )
 
 
 class TorchDistReader:

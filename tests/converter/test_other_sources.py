@@ -217,6 +217,7 @@ OTHERS = {
     "blk.0.attn_q.weight": "names of GGUF",
     "transformer.h.0.attn.c_attn.weight": "names of another architecture",
     "model.layers.1.self_attn.qkv_proj.weight": "projections fused into one tensor",
+    "vision_tower.encoder.layers.0.mlp.fc1.weight": "a part for images or sounds beside the language model",
     "model.layers.1.mlp.experts.0.w1.weight": "experts of a mixture",
 }
 
@@ -227,6 +228,13 @@ def test_names_of_other_programs_are_told(plain, tmp_path, name):
     said = message(hf_to_mcore, plain, tmp_path)
     assert f"holds `{name}`: {OTHERS[name]}" in said
     assert "hint: " in said
+
+
+def test_what_is_lacking_and_what_is_there_instead_are_both_named(plain, tmp_path):
+    rewrite(plain, lambda tensors: {name.replace("up_proj", "w3"): value for name, value in tensors.items()})
+    said = message(hf_to_mcore, plain, tmp_path)
+    assert said.startswith("the source lacks `model.layers.0.mlp.up_proj.weight`, ")
+    assert "and 1 more; it holds `model.layers.0.mlp.w3.weight`, `model.layers.1.mlp.w3.weight`, " in said
 
 
 def test_mistrals_own_file_alone_is_told(plain, tmp_path):

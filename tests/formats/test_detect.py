@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.numpy import save_file
 
 from formats.content import recognize
+from formats.dcp_index import read_index
 from formats.detect import Format, detect, refuse_file
 from formats.errors import UserError
 from formats.folder import LocalFolder
@@ -94,6 +95,8 @@ def test_another_format_is_named_with_the_way_out(tmp_path, name):
 
 
 def test_zarr_is_named(tmp_path):
+    arrays = folder_with(tmp_path / "arrays", "model.decoder.layers.mlp/.zarray", "model.decoder.layers.mlp/0.0")
+    assert "is in the `zarr` format, which is not supported yet" in message(arrays)
     folder = folder_with(tmp_path / "m", "metadata.json")
     (tmp_path / "m" / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     assert "is in the `zarr` format, which is not supported yet" in message(folder)
@@ -143,6 +146,11 @@ def test_a_distributed_checkpoint_of_another_program_is_not_called_megatrons(tmp
     assert "is a distributed checkpoint of PyTorch's, but not Megatron's" in said
     assert "`model.model.layers.0.mlp.up_proj.weight`" in said
     assert "accelerate merge-weights" in said
+    state = {"model": {"layers.0.attention.wq.weight": torch.ones(3)}, "optimizer": {"step": torch.ones(2)}}
+    dcp.save(state, checkpoint_id=tmp_path / "titan", no_dist=True)
+    assert "but not Megatron's: it holds 2 tensors such as `model.layers.0.attention.wq.weight`" in message(
+        LocalFolder(tmp_path / "titan")
+    )
     dcp.save({"decoder.layers.mlp.linear_fc2.weight": torch.ones(4, 2)}, checkpoint_id=tmp_path / "mcore", no_dist=True)
     assert detect(LocalFolder(tmp_path / "mcore")) is Format.TORCH_DIST
 
@@ -193,6 +201,13 @@ def test_other_files_of_a_checkpoint_are_told_likewise(tmp_path, name):
     (tmp_path / "model.safetensors.index.json").write_bytes(data)
     with pytest.raises(UserError, match=f"`model.safetensors.index.json` is {what}"):
         HuggingFaceReader(LocalFolder(tmp_path))
+
+
+def test_an_index_that_git_lfs_did_not_fetch_is_told(tmp_path):
+    folder = folder_with(tmp_path / "m", ".metadata", "metadata.json")
+    (tmp_path / "m" / ".metadata").write_bytes(CONTENTS["git-lfs"][0])
+    with pytest.raises(UserError, match=r"^`\.metadata` is a git-lfs pointer, not the file itself"):
+        read_index(folder)
 
 
 def shards(folder, *names):
