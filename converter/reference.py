@@ -74,7 +74,7 @@ def rebuild_config(fields: dict[str, Any], origin: str) -> dict[str, Any]:
             refused.append(f"{name}: {error.args[0]}")
             continue
         return {"architectures": [family.ARCHITECTURE], "model_type": name, **config}
-    raise UserError(
+    raise UnknownModelError(
         f"{origin} describes a model of no supported family ({'; '.join(refused)})",
         hint="give a folder with the model's `config.json`: `--hf-config DIR`",
     )

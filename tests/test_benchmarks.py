@@ -24,6 +24,7 @@ def _measured(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str
     return int(end.value.code or 0), told.out.splitlines()[-1], told.err
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_measured_beside_peft(capsys):
     status, row, said = _measured(capsys)
     assert status == 0, said

@@ -137,13 +137,10 @@ def _first_to_tell(error: UserError) -> bool:
 
 
 def _start(config: RunConfig, kind: str) -> None:
-    alone = world_size() == 1  # which needs to meet nobody, whatever else a cluster has set
+    # One process needs to meet nobody, whatever torchrun or a cluster has set.
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size() == 1 else {}
     dist.init_process_group(
-        "gloo" if kind == device.CPU else "nccl",
-        init_method="tcp://127.0.0.1:0" if alone else None,
-        rank=0 if alone else -1,
-        world_size=1 if alone else -1,
-        timeout=timedelta(minutes=config.dist.timeout_minutes),
+        "gloo" if kind == device.CPU else "nccl", timeout=timedelta(minutes=config.dist.timeout_minutes), **alone
     )
     form_groups(config.model, timeout_minutes=config.dist.timeout_minutes)
     seed(config.rng.seed)

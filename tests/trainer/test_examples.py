@@ -58,6 +58,7 @@ def test_there_is_a_test_for_every_example():
     assert all(f'"{path.stem}"' in tested or f"{path.stem}.py" in tested for path in EXAMPLES.glob("*.py"))
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs_by_itself_and_leaves_a_model_that_transformers_loads(tmp_path):
     from transformers import AutoModelForCausalLM
 
