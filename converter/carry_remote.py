@@ -46,6 +46,20 @@ def upload(job: Job, how: How, talk: Talk, *, sources: Sequence[Folder], files: 
 
 
 def file_by_file(job: Job) -> list[Making]:
-    """What is made, ordered so that as few files as can be are open at a time: a part of each open file is held. The files of
-    one pipeline rank are filled together; within each, the order stays, as the bytes of a file arrive in order."""
-    return sorted(job.makings, key=lambda making: min(job.writer.touched(making.spec.name)))
+    """What is made, ordered so that as few files as can be are open at a time: a part of each open file is held. Files that have
+    a tensor in common (those of one pipeline rank) are filled together. Among tensors that share a file the order stays: its
+    bytes arrive in order, and a thread that comes early waits for the one before."""
+    leader: dict[str, str] = {}
+
+    def first(file: str) -> str:
+        while leader.setdefault(file, file) != file:
+            file = leader[file]
+        return file
+
+    touched = [sorted(job.writer.touched(making.spec.name)) for making in job.makings]
+    for files in touched:
+        for file in files:
+            leader[first(file)] = first(files[0])
+    order: dict[str, int] = {}
+    places = [order.setdefault(first(files[0]), len(order)) if files else 0 for files in touched]
+    return [making for _, making in sorted(zip(places, job.makings, strict=True), key=lambda item: item[0])]

@@ -49,7 +49,7 @@ class DiskPart:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed when it was sent, or with the last reference
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - see `__del__`
 
     def write(self, at: int, data: memoryview) -> None:
         try:
@@ -71,6 +71,10 @@ class DiskPart:
             self._file.readinto(data)
             self._file.close()
             return send(data)
+
+    def __del__(self) -> None:
+        """An upload that failed drops parts that were never sent."""
+        self._file.close()
 
 
 Part = MemoryPart | DiskPart

@@ -89,6 +89,11 @@ class Upload:
     def label(self) -> str:
         return self._patient.target.label
 
+    @property
+    def held(self) -> int:
+        """Bytes of all files' parts that are in memory."""
+        return self._memory.held
+
     def open(self, name: str, size: int) -> Sink:
         """A new file of that size, to be filled from its start to its end."""
         with self._lock:

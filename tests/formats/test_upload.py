@@ -286,3 +286,19 @@ def test_no_thread_outlives_an_upload(bucket: Store, files: dict[str, bytes]) ->
         fill(upload, files)
         upload.commit([INDEX, TRACKER])
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("upload")]
+
+
+def test_many_files_at_once_share_a_bounded_memory(bucket: Store, google: GoogleServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve files are filled in turns, as ranks are: more open parts than memory for them, and each waits for its next bytes."""
+    monkeypatch.setattr(upload_module, "PART_BYTES", MIB)
+    files = {f"iter_0000000/__{number}_0.distcp": os.urandom(2 * MIB + number) for number in range(12)}
+    with opened(bucket, streams=2, memory=4 * MIB) as upload:
+        sinks = {name: upload.open(name, len(data)) for name, data in files.items()}
+        for at in range(0, 2 * MIB + 12, MIB // 2):
+            for name, data in files.items():
+                sinks[name].update(memoryview(data)[at : at + MIB // 2])
+                assert upload.held <= 4 * MIB
+        for sink in sinks.values():
+            sink.close()
+        upload.commit([])
+    assert bucket.objects() == files
