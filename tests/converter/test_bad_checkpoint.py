@@ -178,7 +178,7 @@ def place_field(name, value):
     (assign("storage_data", {1: 2}), "not built as torch builds it"), (assign("storage_data", None), "is not the index"),
     (assign("state_dict_metadata", {"a": 1}), "not built as torch builds it"),
     (assign("state_dict_metadata", {5: torch.distributed.checkpoint.metadata.BytesStorageMetadata()}), "name is not text"),
-    (chunk_field("offsets", None), "whole numbers"), (chunk_field("sizes", torch.Size([1])), "not built as torch builds it"),
+    (chunk_field("offsets", None), "whole numbers"), (chunk_field("sizes", torch.Size([1])), "another number of dimensions"),
     (chunk_field("sizes", (1, 64, 10**5000)), "whole numbers"), (chunk_field("sizes", (1.5, 64, 48)), "whole numbers"),
     (place_field("offset", 1.5), "does not say where"),
     (place_field("length", None), "not built as torch builds it: it lacks `length`"),

@@ -251,8 +251,7 @@ def test_what_should_be_zero_and_is_not_is_named_once_with_its_side(model_folder
     from formats.folder import LocalFolder
 
     container = Container(LocalFolder(weights.parent))
-    chunk = container.tensor("decoder.layers.mlp.linear_fc1.bias").chunks[0]
-    stored = container._locate(chunk, container.dtype("decoder.layers.mlp.linear_fc1.bias"))
+    stored = container._locate(container.tensor("decoder.layers.mlp.linear_fc1.bias"), 0)
     with weights.open("r+b") as file:
         file.seek(stored.offset)
         file.write(b"\x01\x02")
