@@ -8,7 +8,10 @@ BASE := $(VENV)/.base-$(REQUIREMENTS)
 TRAIN := $(VENV)/.train-$(REQUIREMENTS)
 FULL := $(VENV)/.full-$(REQUIREMENTS)
 
-.PHONY: demo demo-training test check format clean
+# Two processes share the tests, a file at a time: fixtures of a file are made once.
+WORKERS := -n 2 --dist loadfile
+
+.PHONY: demo demo-training test test-slow check format clean
 
 demo: $(BASE)
 	$(BIN)/python -m tests.demo
@@ -18,7 +21,10 @@ demo-training: $(TRAIN)
 	$(BIN)/python -m tests.demo_training
 
 test: check
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not gpu and not slow"
+
+test-slow: $(FULL)
+	$(BIN)/python -m pytest $(WORKERS) -m "slow and not gpu"
 
 check: $(FULL)
 	$(BIN)/ruff format --check .
