@@ -60,15 +60,20 @@ def _size(tensors: Mapping[str, ChunkedTensor], objects: Archives) -> int:
     total = sum(map(len, writer.parts(tensors, (names[:1], places[:1], files), most=1)))
     spelled = set(writer.known)
     for key, tensor in tensors.items():
+        if not len(tensor):
+            continue
         dims, table = len(tensor.shape), tensor.table()[1:]
+        file = tensor.files[int(tensor.table()[0, -4])]  # a name that is spelled already
         zeros = [0] * dims
-        each = len(writer.chunk(zeros, zeros)) + len(writer.place(key, zeros, files[0], 0, 0)) - len(_number(0)) * (3 * dims + 2)
+        each = len(writer.chunk(zeros, zeros)) + len(writer.place(key, zeros, file, 0, 0)) - len(_number(0)) * (3 * dims + 2)
         total += each * len(table) + _digits(table[:, : 2 * dims]) + _digits(table[:, :dims]) + _digits(table[:, -3:-1])
         spelled |= {tensor.files[number] for number in np.unique(table[:, -4])}
     for name in names[1:]:
         spelled.add(name)
     if names:
-        each = len(writer.object(names[0])) + len(writer.place(names[0], None, files[0], 0, 0)) - 2 * len(_number(0))
+        each = (
+            len(writer.object(names[0])) + len(writer.place(names[0], None, files[int(places[0, 0])], 0, 0)) - 2 * len(_number(0))
+        )
         total += each * (len(names) - 1) + _digits(places[1:, 1:])
     return total + sum(len(_spelled(name)) for name in spelled - writer.known.keys())
 
