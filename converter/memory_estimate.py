@@ -18,7 +18,7 @@ RUNNING_BYTES = 4 << 20
 TENSOR_BYTES = 300
 """The hash of a tensor, and its name in the set of those that have passed."""
 
-CLIENT_BYTES = {"s3": 28 << 20, "gs": 12 << 20}
+CLIENT_BYTES = {"s3": 36 << 20, "gs": 12 << 20}
 """The clients of object stores with their connections."""
 
 

@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from mmap import mmap
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -73,7 +74,7 @@ class GoogleStorage(Labelled):
             raise UserError(f"`{self.label}` began no upload of `{path}`")
         return found[1].decode()
 
-    def part(self, path: str, upload: str, number: int, data: bytearray) -> str:
+    def part(self, path: str, upload: str, number: int, data: mmap) -> str:
         """One part, counted from 1; its tag. The server checks it against its MD5."""
         query = f"?partNumber={number}&uploadId={quote(upload, safe='')}"
         with self._send("PUT", path, query, memoryview(data)) as answer:

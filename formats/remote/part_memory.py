@@ -8,6 +8,7 @@ the bytes that would fill them may come later: then the new one is filled on dis
 from __future__ import annotations
 
 import errno
+import mmap
 import tempfile
 import threading
 from collections.abc import Callable
@@ -28,17 +29,18 @@ class MemoryPart:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._data = bytearray(size)
+        self._data = mmap.mmap(-1, max(size, 1))  # given back to the system at once, which the heap of a thread is not
 
     def write(self, at: int, data: memoryview) -> None:
         self._data[at : at + len(data)] = data
 
-    def send(self, send: Callable[[bytearray], str]) -> str:
-        data, self._data = self._data, bytearray()
+    def send(self, send: Callable[[mmap.mmap], str]) -> str:
+        data = self._data
+        del self._data
         return send(data)
 
     def content(self) -> bytes:
-        return bytes(self._data)
+        return self._data[: self.size]
 
 
 class DiskPart:
@@ -64,9 +66,9 @@ class DiskPart:
                 hint="set TMPDIR to a directory with room for a part of each file",
             ) from error
 
-    def send(self, send: Callable[[bytearray], str]) -> str:
+    def send(self, send: Callable[[mmap.mmap], str]) -> str:
         with self._one_at_a_time:
-            data = bytearray(self.size)
+            data = mmap.mmap(-1, self.size)
             self._file.seek(0)
             self._file.readinto(data)
             self._file.close()

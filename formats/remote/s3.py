@@ -8,6 +8,7 @@ import base64
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from mmap import mmap
 from typing import Any, Protocol, cast
 
 from formats.errors import UserError
@@ -91,8 +92,9 @@ class S3(Labelled):
         """An upload in parts; its number."""
         return str(self._write(self.client.create_multipart_upload, path)["UploadId"])
 
-    def part(self, path: str, upload: str, number: int, data: bytearray) -> str:
+    def part(self, path: str, upload: str, number: int, data: mmap) -> str:
         """One part, counted from 1; its tag. The server checks it against a checksum."""
+        data.seek(0)  # botocore reads it as a file, without a copy of all of it
         return str(self._write(self.client.upload_part, path, UploadId=upload, PartNumber=number, Body=data)["ETag"])
 
     def finish(self, path: str, upload: str, tags: Sequence[str]) -> bool:

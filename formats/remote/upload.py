@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from mmap import mmap
 from types import TracebackType
 from typing import Protocol, Self
 from urllib.parse import urlsplit
@@ -39,7 +40,7 @@ class Target(Store, Protocol):
     """A store that can be written, in parts, each call one attempt."""
 
     def begin(self, path: str) -> str: ...
-    def part(self, path: str, upload: str, number: int, data: bytearray) -> str: ...
+    def part(self, path: str, upload: str, number: int, data: mmap) -> str: ...
     def finish(self, path: str, upload: str, tags: Sequence[str]) -> bool: ...
     def drop(self, path: str, upload: str) -> None: ...
     def put(self, path: str, data: bytes) -> None: ...
@@ -169,7 +170,7 @@ class Upload:
     def _present(self, listed: Mapping[str, Status]) -> Present:
         return Present(self.label, listed, read=lambda name: self._patient.get(name, listed[name]))
 
-    def _send(self, part: Part, call: Callable[[bytearray], str]) -> Future[str]:
+    def _send(self, part: Part, call: Callable[[mmap], str]) -> Future[str]:
         """Run a call on the pool, as soon as one of its streams is free; raise what an earlier one raised."""
         if self._failure:
             raise self._failure
@@ -199,7 +200,7 @@ class Upload:
         self._files[name].publish(before.get(name))
 
 
-Send = Callable[[Part, Callable[[bytearray], str]], Future[str]]
+Send = Callable[[Part, Callable[[mmap], str]], Future[str]]
 
 
 class Sink:
@@ -293,7 +294,7 @@ class _Patient:
     def begin(self, name: str) -> str:
         return self._persist(lambda: self.target.begin(name), "writing", name)
 
-    def part(self, name: str, upload: str, number: int, data: bytearray) -> str:
+    def part(self, name: str, upload: str, number: int, data: mmap) -> str:
         return self._persist(lambda: self.target.part(name, upload, number, data), f"writing part {number} of", name)
 
     def finish(self, name: str, upload: str, tags: Sequence[str], size: int, before: Status | None) -> None:
