@@ -15,6 +15,7 @@ import pytest
 from formats.errors import TransientError, UserError
 from formats.location import open_folder
 from formats.remote import upload as upload_module
+from formats.remote.part_memory import MemoryPart
 from formats.remote.upload import Upload, exists, part_size
 from formats.replacement import Present
 from tests.places import HURRIED, Store, google_store, s3_store
