@@ -140,11 +140,11 @@ class _OpenFiles:
             return found
 
     def give_back(self, found: _Open) -> None:
+        """A sync that came while it was lent may have missed what was written after it, so another is needed."""
+        owner, *_ = found.key
         with self._changed:
-            found.users -= 1
-            if found.unwanted and not found.users:
-                self._close(found)
-            self._changed.notify_all()
+            found.dirty = owner.writes
+            self._release(found)
 
     def sync(self, owner: _Owner) -> None:
         with self._changed:
@@ -185,7 +185,14 @@ class _OpenFiles:
         try:
             _sync(found)
         finally:
-            self.give_back(found)
+            with self._changed:
+                self._release(found)
+
+    def _release(self, found: _Open) -> None:
+        found.users -= 1
+        if found.unwanted and not found.users:
+            self._close(found)
+        self._changed.notify_all()
 
     def _close_left(self) -> None:
         while self._left:

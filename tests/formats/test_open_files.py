@@ -263,3 +263,23 @@ def test_where_nothing_is_left_to_close_the_error_says_what_to_raise(tmp_path):
     assert str(failure.value) == (
         f"cannot use `{tmp_path / 'a'}`: Too many open files\n\nhint: raise the limit on open files (`ulimit -n`)"
     )
+
+
+def test_what_is_written_after_a_sync_in_the_same_loan_is_synced_by_the_next(tmp_path, monkeypatch):
+    """One thread writes down what is on the disk while others write."""
+    on_disk, fsync = [], os.fsync
+
+    def watch(descriptor):
+        fsync(descriptor)
+        on_disk.append(os.pread(descriptor, 9, 0))
+
+    monkeypatch.setattr(os, "fsync", watch)
+    files = Files(WRITING)
+    with files.using(tmp_path / "a") as descriptor:
+        os.write(descriptor, b"before")
+        files.sync()
+        os.write(descriptor, b" it")
+    files.sync()
+    files.sync()
+    assert on_disk == [b"before", b"before it"]
+    files.close()
