@@ -109,6 +109,18 @@ def doubted_if_lost(folder: Path) -> Generator[None]:
         raise
 
 
+@contextmanager
+def doubted_if_lost_on_the_way(folder: Path, check: Callable[[], None]) -> Generator[None]:
+    """For a block that writes: whatever ends it, `check` raises OSError if a file that was synced and closed in the middle of it,
+    to open another, has lost something. The sync that comes next would not tell."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError), doubted_if_lost(folder):
+            check()
+        raise
+
+
 def read_journals(folder: Path) -> Finished:
     """All that earlier processes finished, as far as it can be trusted."""
     finished = Finished()

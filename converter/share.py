@@ -16,7 +16,7 @@ from blake3 import blake3
 from converter import provenance
 from converter.comparison import compare
 from converter.job import Job, Talk
-from converter.journal import Finished, Journal, doubted_if_lost, read_journals
+from converter.journal import Finished, Journal, doubted_if_lost, doubted_if_lost_on_the_way, read_journals
 from converter.lanes import cut, in_lanes
 from converter.plan import PIECE_AXES, Making, Piece, pieces
 from converter.run import PIECE_BYTES, Task, Watch, run
@@ -63,8 +63,12 @@ class Share:
 
     def through(self, files: Mapping[str, int], *, verify: bool) -> int:
         """Everything up to the commit. The first rank does alone what lies beside the tensors, the others wait for it."""
-        together = self._together
-        with closing(self._job.outputs), closing(Journal(self._stage.state, sync=self._job.outputs.sync)) as self._journal:
+        together, outputs, state = self._together, self._job.outputs, self._stage.state
+        with (
+            closing(outputs),
+            closing(Journal(state, sync=outputs.sync)) as self._journal,
+            doubted_if_lost_on_the_way(state, outputs.check),
+        ):
             if self._stage.resumed:
                 self._go_on()
             reused = self._move()

@@ -56,6 +56,10 @@ class Files:
         """Get everything written so far onto the disk. What could not be synced before is raised, each time again."""
         _OPEN.sync(self._owner)
 
+    def check(self) -> None:
+        """Raise what is known to have failed so far. Syncs nothing."""
+        self._owner.raise_failure()
+
     def close(self) -> None:
         """Close all that nobody is using; the rest as soon as it is given back."""
         _OPEN.close(self._owner)

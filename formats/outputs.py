@@ -49,6 +49,10 @@ class Outputs(Protocol):
         """Get everything written so far to where it outlives this process."""
         ...
 
+    def check(self) -> None:
+        """Raise OSError if something that was written is known to be lost."""
+        ...
+
     def close(self) -> None:
         """Let go of open files or connections."""
         ...
@@ -96,6 +100,9 @@ class LocalOutputs:
 
     def sync(self) -> None:
         self._files.sync()
+
+    def check(self) -> None:
+        self._files.check()
 
     def close(self) -> None:
         self._files.close()

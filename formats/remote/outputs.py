@@ -51,6 +51,9 @@ class RemoteOutputs:
     def sync(self) -> None:
         pass
 
+    def check(self) -> None:
+        """Nobody goes on with an upload."""
+
     def close(self) -> None:
         for sink in self._begun.values():
             sink.close()

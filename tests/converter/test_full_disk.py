@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import resource
 import shutil
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from converter import hf_to_mcore
-from tests.interrupted import Conversion, make_source, partial, written
+from formats import open_files
+from formats.errors import UserError
+from tests.interrupted import Conversion, journaled, make_source, partial, written
 from tests.models import tree
 
 SOURCE = Path(__file__).parents[1] / "fault.c"
@@ -214,3 +217,25 @@ def fill(path):
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
+
+
+def test_what_a_sync_lost_in_the_middle_of_the_run_is_written_again(model, whole, tmp_path, monkeypatch):
+    """Of many files, few are open at a time, so one is synced and closed for another; the system tells of a loss only then."""
+    fsync, synced, lost = os.fsync, [], []
+
+    def lost_once(descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append(path)
+        if path.suffix == ".distcp" and not lost and len(synced) > 9:
+            lost.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(open_files, "MOST_OPEN", 2)
+    monkeypatch.setattr(os, "fsync", lost_once)
+    with pytest.raises(UserError) as failure:
+        hf_to_mcore(model, tmp_path / "m", tp=2, pp=2, workers=1)
+    assert journaled(tmp_path / "m")
+    assert str(failure.value) == f"cannot use `{lost[0]}`: Input/output error"
+    assert hf_to_mcore(model, tmp_path / "m", tp=2, pp=2, resume=True).reused_bytes == 0
+    assert tree(tmp_path / "m") == whole
