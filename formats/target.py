@@ -22,10 +22,34 @@ def check_target(target: Path, *sources: Path, rule: Rule | None) -> None:
             f"`{target}` has no name of its own", hint="an output is made beside its place: give the directory's name"
         )
     for source in sources:
-        real, from_ = _resolved(target), _resolved(source)
-        if real == from_ or from_ in real.parents or real in from_.parents:
+        if _is_within(target, source) or _is_within(source, target):
             raise UserError(f"`{target}` and the source `{source}` lie in one another", hint="choose another place")
+        if target.is_dir() and (link := _link_into(target, source)):
+            raise UserError(f"`{link}` of the source leads into `{target}`, which is to be replaced", hint="choose another place")
     look(target, rule=rule)
+
+
+def _is_within(inner: Path, outer: Path) -> bool:
+    """Is a path another one or below it? A directory that is mounted at two places has two paths and one inode."""
+    inner, outer = _resolved(inner), _resolved(outer)
+    around = [inner, *inner.parents]
+    return outer in around or _inode(outer) in {_inode(path) for path in around} - {None}
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    """None where nothing is, or the file system has no inodes."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if status.st_ino else None
+
+
+def _link_into(target: Path, source: Path) -> Path | None:
+    """The first link below a source that leads to something in the target: what is read there is removed in the end."""
+    real = _resolved(target)
+    links = (folder / name for folder, _, files in source.walk() for name in sorted(files) if (folder / name).is_symlink())
+    return next((link for link in links if Path(os.path.realpath(link)).is_relative_to(real)), None)
 
 
 def look(target: Path, *, rule: Rule | None) -> Present | None:

@@ -283,3 +283,47 @@ def test_a_mount_point_is_refused_before_a_byte_moves(model_folder, tmp_path):
           for _ in range(3)),
         "['bound here', 'elsewhere', 'mounted'] ['model']",
     ], done.stderr  # fmt: skip
+
+
+@pytest.mark.parametrize("leads", ["a file", "a folder"])
+def test_what_the_source_has_by_a_link_is_not_replaced(commands, output, tmp_path, leads):
+    target, source = output("export"), tmp_path / "source"
+    shutil.copytree(target, source)
+    name = next(target.glob("*.safetensors")).name if leads == "a file" else "model"
+    if leads == "a file":
+        (source / name).unlink()
+    (source / name).symlink_to(target / name if leads == "a file" else target)
+    before = tree(target)
+    with pytest.raises(UserError) as caught:
+        hf_to_mcore(source, target, overwrite=True)
+    assert str(caught.value) == (
+        f"`{source / name}` of the source leads into `{target}`, which is to be replaced\n\nhint: choose another place"
+    )
+    assert tree(target) == before
+
+
+TWICE = """
+import sys
+from converter import UserError, hf_to_mcore
+for source, target in (("one/out", "two/out"), ("one/out", "two"), ("two/out/iter", "one/out")):
+    try:
+        hf_to_mcore(source, target, overwrite=True)
+    except UserError as error:
+        print(error.args[0])
+"""
+
+
+@pytest.mark.skipif(subprocess.call(["unshare", "-rm", "true"], stderr=subprocess.DEVNULL) != 0, reason="no namespaces here")
+def test_a_source_that_has_another_path_by_a_mount_is_not_replaced(made, tmp_path):
+    shutil.copytree(made / "export", tmp_path / "one" / "out")
+    for name in ("one/out/iter", "two"):
+        (tmp_path / name).mkdir()
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", 'mount --bind one two && exec "$@"', "sh", sys.executable, "-c", TWICE],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [
+        "`two/out` and the source `one/out` lie in one another",
+        "`two` and the source `one/out` lie in one another",
+        "`one/out` and the source `two/out/iter` lie in one another",
+    ], done.stderr
