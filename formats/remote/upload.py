@@ -28,7 +28,7 @@ from formats.remote.gcs import GoogleStorage
 from formats.remote.part_memory import PART_BYTES, PART_MEMORY, MemoryPart, Part, PartMemory
 from formats.remote.retry import Patience, persist
 from formats.remote.s3 import S3
-from formats.remote.store import Status, Store
+from formats.remote.store import Status, Store, file_name
 from formats.replacement import Present, Rule, already_exists, check_unchanged
 
 _MOST_PARTS = 9_000  # 10,000 is the limit of both services
@@ -74,6 +74,8 @@ class Upload:
         self._rule, self._is_root = rule, not urlsplit(url).path.strip("/")
         self._files: dict[str, Sink] = {}
         self._published: list[str] = []
+        self._standing: set[str] = set()
+        self._record = ""
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(streams, thread_name_prefix="upload")
         self._room = threading.BoundedSemaphore(streams)
@@ -114,7 +116,8 @@ class Upload:
     def commit(self, order: Sequence[str], *, record: str = "") -> None:
         """Make all files readable. Those in `order` come last, one by one: there belongs whatever says that the checkpoint is
         whole (`.metadata`, then trackers; an index, then `config.json`). The `record`, which says what belongs to the output,
-        comes first: so a run that is killed meanwhile leaves nothing that another may not replace.
+        comes first, and an old one of that file name goes last: so a run that ends meanwhile leaves nothing that another may not
+        replace.
 
         What was there goes first: the old files of the names in `order`, then all that are not replaced. Raises
         TransientError, with all of it in place, if it is not what was there at the start.
@@ -124,6 +127,7 @@ class Upload:
             sink.wait()
         before = self._patient.listed()
         check_unchanged(self._before, self._present(before) if before else None, then="run it again")
+        self._standing, self._record = set(before), record
         self._make_room(before, order)
         publish = partial(self._publish, before)
         if record:
@@ -135,11 +139,13 @@ class Upload:
 
     def abort(self) -> None:
         """Take everything back: parts, and objects that a failed `commit` had made, the last first. What cannot be taken back
-        is left, without complaint: the reason for all this says more. After a `commit` that succeeded, nothing happens."""
+        is left, without complaint: the reason for all this says more. The record stays beside whatever is left. After a `commit`
+        that succeeded, nothing happens."""
         self._pool.shutdown(cancel_futures=True)
         for name in reversed(self._published if self._files else []):
-            with suppress(UserError):
-                self._patient.delete(name)
+            if name != self._record or self._standing == {name}:
+                with suppress(UserError):
+                    self._remove(name)
         for sink in self._files.values():
             with suppress(UserError):
                 sink.drop()
@@ -190,13 +196,21 @@ class Upload:
         """Small files go before large ones: whatever says that a checkpoint is whole is small."""
         for name in reversed(order):
             if name in before:
-                self._patient.delete(name)
-        stale = sorted((status.size, name) for name, status in before.items() if name not in self._files)
-        list(self._pool.map(self._patient.delete, [name for _, name in stale]))
+                self._remove(name)
+        stale = sorted(before.keys() - self._files.keys(), key=lambda name: (before[name].size, name))
+        records = [name for name in stale if self._record and file_name(name) == file_name(self._record)]
+        list(self._pool.map(self._remove, [name for name in stale if name not in records]))
+        for name in records:
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        self._patient.delete(name)
+        self._standing.discard(name)
 
     def _publish(self, before: Mapping[str, Status], name: str) -> None:
         with self._lock:
             self._published.append(name)
+            self._standing.add(name)
         self._files[name].publish(before.get(name))
 
 

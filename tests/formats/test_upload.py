@@ -237,6 +237,29 @@ def test_a_commit_that_fails_takes_back_what_it_made(bucket: Store, google: Goog
     assert bucket.unfinished() == 0
 
 
+def test_what_cannot_be_taken_back_keeps_the_record_that_says_whose_it_is(bucket: Store, google: GoogleServer) -> None:
+    """Else no later run could replace it: it would be anybody's."""
+    google.faulty = lambda handler: (handler.command, handler.path.rpartition("/")[2]) in {("PUT", TRACKER), ("DELETE", "a")}
+    google.faults += [Fault(403)] * 2
+    with pytest.raises(UserError, match=rf"cannot write `gs://bucket/out/{TRACKER}`"), opened(bucket) as upload:  # noqa: PT012
+        for name in ("a", "conversion.json", "z", TRACKER):
+            upload.put(name, b"x")
+        upload.commit([TRACKER], record="conversion.json")
+    assert sorted(bucket.objects()) == ["a", "conversion.json"]
+
+
+def test_of_what_is_replaced_the_record_goes_last(bucket: Store, google: GoogleServer) -> None:
+    """A run that ends between two objects leaves none that a later one could not tell to be a conversion's."""
+    for name, size in {"conversion.json": 1, "large": 100, "old": 10}.items():
+        bucket.put(name, b"x" * size)
+    google.faulty = lambda handler: handler.command == "DELETE" and handler.path.endswith("/large")
+    google.faults.append(Fault(403))
+    with pytest.raises(UserError, match=r"cannot write `gs://bucket/out/large`"), opened(bucket, rule=anything) as upload:  # noqa: PT012
+        upload.put("iter_0000000/conversion.json", b"x")
+        upload.commit([], record="iter_0000000/conversion.json")
+    assert {"conversion.json", "large"} <= bucket.objects().keys()
+
+
 def test_somebody_else_who_was_faster_is_not_overwritten(store: Store, files: dict[str, bytes]) -> None:
     with pytest.raises(UserError, match="appeared while it was being made"):
         convert(store, files, meanwhile=lambda: store.put("model.safetensors", b"theirs"))
