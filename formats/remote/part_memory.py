@@ -12,7 +12,9 @@ import mmap
 import tempfile
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
+from formats.disk import read_exactly, write_all
 from formats.errors import TransientError
 
 PART_BYTES = 8 << 20
@@ -55,9 +57,7 @@ class DiskPart:
 
     def write(self, at: int, data: memoryview) -> None:
         try:
-            self._file.seek(at)
-            while data:
-                data = data[self._file.write(data) :]
+            write_all(self._file.fileno(), data, at)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -69,8 +69,7 @@ class DiskPart:
     def send(self, send: Callable[[mmap.mmap], str]) -> str:
         with self._one_at_a_time:
             data = mmap.mmap(-1, self.size)
-            self._file.seek(0)
-            self._file.readinto(data)
+            read_exactly(self._file.fileno(), memoryview(data), 0, path=Path(tempfile.gettempdir()))
             self._file.close()
             return send(data)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
+from formats.errors import UserError
 from formats.remote.part_memory import DiskPart, MemoryPart, PartMemory
 
 
@@ -41,3 +45,20 @@ def test_a_part_larger_than_the_limit_is_taken_alone():
     memory = PartMemory(limit=10)
     assert isinstance(memory.part(100), MemoryPart)
     assert isinstance(memory.part(1), DiskPart)
+
+
+def test_a_part_on_disk_arrives_whole_though_a_read_gives_less_than_was_asked_for(monkeypatch):
+    preadv = os.preadv
+    part = DiskPart(10)
+    part.write(0, memoryview(b"0123456789"))
+    with monkeypatch.context() as slow:
+        slow.setattr(os, "preadv", lambda descriptor, out, offset: preadv(descriptor, [out[0][:3]], offset))
+        assert part.send(bytes) == b"0123456789"
+
+
+def test_a_part_that_is_not_all_on_disk_any_more_is_not_sent():
+    part = DiskPart(10)
+    part.write(0, memoryview(b"0123456789"))
+    os.ftruncate(part._file.fileno(), 4)
+    with pytest.raises(UserError, match="ends at byte 4"):
+        part.send(bytes)
