@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISDIR
 from typing import Any
@@ -125,7 +125,7 @@ def _kept_or_removed(stage: Stage, target: Path, together: Rendezvous, note: Cal
     try:
         yield
     except BaseException as error:
-        if _is_published(stage.partial, target) or not _is_kept(stage, error, together):
+        if _is_published(stage.partial) or not _is_kept(stage, error, together):
             if together.holds():
                 _remove(stage.partial)
         else:
@@ -235,7 +235,7 @@ def _left_behind(target: Path) -> Iterator[Path]:
     """The directories that earlier runs left, and that tell what they were doing. Not those of runs that came so far that
     the output took its place: what lies there then is the output it replaced."""
     for path in _of_runs(target):
-        if (_state(path) / MANIFEST).is_file() and not _is_published(path, target):
+        if (_state(path) / MANIFEST).is_file() and not _is_published(path):
             yield path
 
 
@@ -282,10 +282,16 @@ def sync(path: Path) -> None:
 def _publish(stage: Stage, target: Path, before: Present | None) -> None:
     """Rename into place. Where an old output stands, it is what it was `before`; the two change places, and what is then
     `partial` is to be removed."""
-    partial = stage.partial
-    check_unchanged(before, present(target), then="give the same command again with `--resume`")
+    partial, then = stage.partial, "give the same command again with `--resume`"
     put(stage.state / _COMMIT, str(partial.stat().st_ino).encode())
-    take_place(partial, target)
+    check_unchanged(before, present(target), then=then)
+    exchanged = take_place(partial, target) == partial
+    if exchanged and (now := present(partial)):  # what came since then is not lost either
+        try:
+            check_unchanged(before, replace(now, label=str(target)), then=then)
+        except UserError:
+            take_place(partial, target)
+            raise
 
 
 def take_place(new: Path, place: Path) -> Path | None:
@@ -302,12 +308,13 @@ def take_place(new: Path, place: Path) -> Path | None:
     return old
 
 
-def _is_published(partial: Path, target: Path) -> bool:
-    """Did what was `partial` take its place? Only the directory itself can tell: the old output has its name now."""
+def _is_published(partial: Path) -> bool:
+    """Did what was `partial` take its place? Then its name is nobody's, or the old output's, which is another directory."""
     try:
-        return int((_state(partial) / _COMMIT).read_text()) == target.stat().st_ino
+        number = int((_state(partial) / _COMMIT).read_text())
     except (OSError, ValueError):
         return False
+    return not os.path.lexists(partial) or partial.stat().st_ino != number
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import formats.staging
 from formats.disk import free_space
 from formats.errors import TransientError, UserError
 from formats.rendezvous import Rendezvous
@@ -200,6 +201,46 @@ def test_where_something_else_came_in_its_place_the_old_output_is_named_and_goes
     )
     with staging(tmp_path, rule=anything, resume=True):
         assert tree(killed_between) == {"old": b"old"}
+    assert tree(tmp_path) == {"out/done": b"x"}
+
+
+def test_an_old_output_is_not_gone_on_with_although_the_new_one_was_moved_away(tmp_path):
+    """A run was killed right after the two had changed places: what has the name of the partial output is the old one."""
+    left, old = tmp_path / "out.partial-a1", tmp_path / "out"
+    fail(tmp_path, ValueError())
+    (tmp_path / "out.partial-a1.state" / "commit.json").write_text(str(left.stat().st_ino))
+    old.mkdir()
+    (old / "old").write_text("old")
+    left.rename(tmp_path / "moved")
+    old.rename(left)
+    with staging(tmp_path, resume=True) as stage:
+        assert not stage.resumed
+        assert tree(left) == {}
+    assert tree(tmp_path) == {"moved/done": b"x"}
+
+
+def test_what_comes_between_the_last_look_and_the_rename_is_not_removed(tmp_path, monkeypatch):
+    out, exchange = tmp_path / "out", formats.staging._exchange
+    out.mkdir()
+    (out / "old").write_text("old")
+
+    def late(one, other):
+        monkeypatch.undo()
+        (out / "late").write_text("late")
+        return exchange(one, other)
+
+    monkeypatch.setattr("formats.staging._exchange", late)
+    with pytest.raises(TransientError) as caught:
+        attempt(tmp_path, rule=anything)
+    assert str(caught.value) == (
+        f"`{out}` changed while its replacement was being made: `late` appeared\n\n"
+        "hint: move away what is to be kept, then give the same command again with `--resume`"
+    )
+    assert tree(out) == {"old": b"old", "late": b"late"}
+    assert tree(tmp_path / "out.partial-a1") == {"done": b"x"}
+    (out / "late").unlink()
+    with staging(tmp_path, rule=anything, resume=True):
+        pass
     assert tree(tmp_path) == {"out/done": b"x"}
 
 
