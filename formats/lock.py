@@ -31,6 +31,7 @@ from formats.heartbeat import PATIENCE, Heartbeat, Process, Watch, pauses
 from formats.json_objects import parse_json
 
 _SIZE = 2048  # bytes of a lock file: it is always rewritten whole, by one write
+_START = b'{"host": '
 _OF_A_CLAIM = re.compile(r"[0-9a-f-]+(\.[0-9a-f-]+)*(\.new)?")
 
 
@@ -75,6 +76,12 @@ class _Found:
     text: bytes
     key: str
     holder: Holder | None
+
+    @property
+    def is_a_lock(self) -> bool:
+        """What a maker leaves that dies while it writes is the start of a lock, zeros, or nothing."""
+        start = self.text[: len(_START)]
+        return self.holder is not None or _START.startswith(start) or not self.text.strip(b"\0")
 
 
 class Lock:
@@ -172,6 +179,8 @@ def _take(path: Path, me: Holder, target: Path, patience: float, note: Callable[
             return
         if not (found := _look(path)):
             continue
+        if not found.is_a_lock:
+            raise _no_lock(path, target)
         alive = found.holder.process.is_alive() if found.holder else None
         quiet = watch.look(found)
         if alive or (before and before.key == found.key and before != found):
@@ -199,6 +208,13 @@ def _take_over(path: Path, stale: _Found, me: Holder, target: Path, patience: fl
         return True
     finally:
         _drop(claim, claimant)
+
+
+def _no_lock(path: Path, target: Path) -> UserError:
+    return UserError(
+        f"`{path}` is in the way: the lock of `{target}` has that name, and this file is none",
+        hint="move it away, or choose another place",
+    )
 
 
 def _refusal(target: Path, holder: Holder | None) -> UserError:

@@ -208,7 +208,11 @@ def test_a_pid_of_another_host_is_not_trusted(tmp_path):
         assert Holder.parse(lock_path(tmp_path / "out").read_bytes()) == far
 
 
-@pytest.mark.parametrize("content", [elsewhere().text(7), b"", b"{"], ids=["another host", "empty", "damaged"])
+@pytest.mark.parametrize(
+    "content",
+    [elsewhere().text(7), b"", b"{", bytes(99), dead_holder().text(0)[:50]],
+    ids=["another host", "empty", "cut short at once", "zeros", "cut short"],
+)
 def test_a_lock_whose_heart_stands_still_is_recovered_after_patience(tmp_path, content):
     lock_path(tmp_path / "out").write_bytes(content)
     notes = []
@@ -217,6 +221,19 @@ def test_a_lock_whose_heart_stands_still_is_recovered_after_patience(tmp_path, c
     assert len(notes) == 1
     assert "watching" in notes[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"packages = []", b'{"version": 1}' * 999])
+def test_somebody_elses_file_of_that_name_is_not_taken_for_a_lock(tmp_path, content):
+    path = lock_path(tmp_path / "out")
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught, lock(tmp_path / "out", run="second", patience=0.4):
+        pass
+    assert str(caught.value) == (
+        f"`{path}` is in the way: the lock of `{tmp_path / 'out'}` has that name, and this file is none\n\n"
+        "hint: move it away, or choose another place"
+    )
+    assert path.read_bytes() == content
 
 
 def test_a_holder_that_slept_too_long_learns_that_the_lock_is_not_its_own(tmp_path, start):
