@@ -110,6 +110,19 @@ def check_place(target: str, sources: Sequence[Folder], how: How) -> None:
             f"`--{'resume' if how.resume else 'verify'}` needs a directory as target, `{without_secrets(target)}` is none",
             hint="nothing can be read there before all of it is; afterwards `mbconvert verify SRC DST` compares",
         )
+    for source in sources:
+        if _prefix(source.label).startswith(_prefix(without_secrets(target))):
+            raise UserError(
+                f"the source `{source.label}` lies in `{without_secrets(target)}`, which the output is to be",
+                hint="choose another place",
+            )
+
+
+def _prefix(url: str) -> str:
+    """What the names of all objects below a URL begin with; a path has none of a URL's."""
+    kind, _, path = url.partition("://")
+    bucket, _, folder = path.partition("/")
+    return f"{kind}://{bucket}/{folder.strip('/')}".rstrip("/") + "/"
 
 
 def check_options(*, dtype: str, **counts: int | None) -> None:

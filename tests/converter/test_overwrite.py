@@ -243,6 +243,22 @@ def test_the_same_rule_holds_in_a_bucket(commands, made, bucket):
 
 
 @pytest.mark.usefixtures("at_home")
+@pytest.mark.parametrize(("source", "target"), [("", "/"), ("", ""), ("/iter_0000000", "")])
+def test_a_source_in_a_bucket_is_not_replaced(made, bucket, source, target):
+    kind, command = ("import", mcore_to_hf) if source else ("export", hf_to_mcore)
+    for name, data in tree(made / kind).items():
+        bucket.put(name, data)
+    before = bucket.objects()
+    with pytest.raises(UserError) as caught:
+        command(bucket.url + source, bucket.url + target, overwrite=True)
+    assert str(caught.value) == (
+        f"the source `{bucket.url}{source}` lies in `{bucket.url}{target}`, which the output is to be\n\n"
+        "hint: choose another place"
+    )
+    assert bucket.objects() == before
+
+
+@pytest.mark.usefixtures("at_home")
 def test_a_bucket_of_other_things_is_not_emptied(commands, bucket):
     for name in ("finance/2026.xlsx", "models/llama/model-00001-of-00191.safetensors", "scratch.safetensors"):
         bucket.put(name, b"precious")
