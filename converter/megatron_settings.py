@@ -230,9 +230,10 @@ def _is_default_scale(value: Any, settings: Settings) -> bool:
 
 
 def _is_gpt_spec(value: Any) -> bool:
-    """Megatron-LM's `--spec MODULE NAME`, of a module of megatron-core's own GPT layers."""
+    """Megatron-LM's `--spec MODULE NAME`, of a module of megatron-core's own GPT layers, or `--spec local`: those without
+    Transformer Engine."""
     parts = cast("list[Any]", value) if isinstance(value, (list, tuple)) else [value]
-    return bool(parts) and isinstance(parts[0], str) and bool(_LAYER_SPECS.match(f"{parts[0]}."))
+    return bool(parts) and isinstance(parts[0], str) and (parts[0] == "local" or bool(_LAYER_SPECS.match(f"{parts[0]}.")))
 
 
 def _is_off(name: str, value: Any) -> bool:
