@@ -143,6 +143,7 @@ def test_the_refusal_says_the_value_and_what_can_be_exported(bare, tmp_path, mod
     {"window_attn_skip_freq": 4}, {"residual_multiplier": 1.0}, {"my_router_buffers": 0}, {"fork_scaling": 1.0},
     {"transformer_layer_spec": {"_call_": False, "_target_": "megatron.bridge.models.gpt_provider.local_layer_spec"}},
     {"_target_": "megatron.bridge.models.llama.llama_provider.Llama3ModelProvider8B"}, {"moe_new_buffer": 64},
+    {"spec": ["local"]}, {"spec": ["megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"]},
 ], ids=str)  # fmt: skip
 def test_values_that_change_nothing_pass(bare, tmp_path, settings):
     say_in_run_config(bare, **settings)
@@ -270,6 +271,13 @@ def test_a_padded_vocabulary_is_not_taken_for_the_real_one(bare, tmp_path, model
     mcore_to_hf(bare, tmp_path / "back", hf_config=model_folder("padded_vocab"))
     assert verify(model_folder("padded_vocab"), tmp_path / "back").same
     assert verify(model_folder("padded_vocab"), bare).same  # the other side says it
+
+
+def test_a_tokenizer_that_may_have_one_token_more_does_not_say_the_vocabulary(bare, tmp_path, model_folder):
+    say_in_args(bare, tokenizer_type="NullTokenizer", vocab_size=388)  # "before EOD", in most versions
+    refused(mcore_to_hf, bare, tmp_path, "`padded_vocab_size` `512`, and not how many of these rows are tokens")
+    mcore_to_hf(bare, tmp_path / "back", hf_config=model_folder("padded_vocab"))
+    assert verify(model_folder("padded_vocab"), tmp_path / "back").same
 
 
 def test_a_vocabulary_that_nobody_padded_is_the_real_one(bare, tmp_path):
