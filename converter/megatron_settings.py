@@ -103,7 +103,7 @@ _PARTS = re.compile(
 _HOW_WHATEVER_FOLLOWS = re.compile(
     r"^(account_for|dino_|fp4_|fp8_|fp16_|fp32_|fine_grained|fused_|grpo_|inference_|kitchen_|log_|logits_load_|logits_save_"
     r"|loss_scale|(initial|min)_loss_scale|muon_|overlap_|persist_|no_persist_|reset_|retriever_|rl_|tp_comm_"
-    r"|use_(flash|fused|kitchen|te_))|(_fusion|_fusion_impl|_grad_scale_func|_init_method|_init_method_std)$"
+    r"|use_(flash|fused|kitchen|te_))|(_fusion|_fusion_impl|_in_fp32|_grad_scale_func|_init_method|_init_method_std)$"
 )
 
 _HOW = re.compile(

@@ -144,6 +144,7 @@ def test_the_refusal_says_the_value_and_what_can_be_exported(bare, tmp_path, mod
     {"transformer_layer_spec": {"_call_": False, "_target_": "megatron.bridge.models.gpt_provider.local_layer_spec"}},
     {"_target_": "megatron.bridge.models.llama.llama_provider.Llama3ModelProvider8B"}, {"moe_new_buffer": 64},
     {"spec": ["local"]}, {"spec": ["megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"]},
+    {"embedding_weights_in_fp32": True},
 ], ids=str)  # fmt: skip
 def test_values_that_change_nothing_pass(bare, tmp_path, settings):
     say_in_run_config(bare, **settings)
