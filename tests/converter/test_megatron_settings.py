@@ -274,6 +274,23 @@ def test_a_padded_vocabulary_is_not_taken_for_the_real_one(bare, tmp_path, model
     assert verify(model_folder("padded_vocab"), bare).same  # the other side says it
 
 
+def test_rows_that_are_more_than_padding_are_told_of(bare, tmp_path, model_folder):
+    notes = []
+    say_in_args(bare, vocab_size=None, make_vocab_size_divisible_by=64, tensor_model_parallel_size=1)
+    mcore_to_hf(bare, tmp_path / "b", hf_config=model_folder("padded_vocab"), talk=Talk(note=notes.append), dry_run=True)
+    assert notes[0].startswith("Megatron-LM's `args` pad 389 tokens to 448 rows, but the embedding has 512: those after 389 are")
+    say_in_args(bare, vocab_size=None, make_vocab_size_divisible_by=128, tensor_model_parallel_size=2)
+    mcore_to_hf(bare, tmp_path / "b", hf_config=model_folder("padded_vocab"), talk=Talk(note=notes.append), dry_run=True)
+    assert len(notes) == 1
+
+
+def test_a_tokenizer_of_as_many_tokens_as_there_are_rows_needs_no_rule(bare, tmp_path):
+    write_tokenizer(bare / "iter_0000000" / "tokenizer", 512)
+    say_in_args(bare, vocab_size=None, make_vocab_size_divisible_by=384)
+    mcore_to_hf(bare, tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["vocab_size"] == 512
+
+
 def test_a_tokenizer_that_may_have_one_token_more_does_not_say_the_vocabulary(bare, tmp_path, model_folder):
     say_in_args(bare, tokenizer_type="NullTokenizer", vocab_size=388)  # "before EOD", in most versions
     refused(mcore_to_hf, bare, tmp_path, "`padded_vocab_size` `512`, and not how many of these rows are tokens")
