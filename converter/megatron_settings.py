@@ -103,7 +103,7 @@ _PARTS = re.compile(
 _HOW_WHATEVER_FOLLOWS = re.compile(
     r"^(account_for|dino_|fp4_|fp8_|fp16_|fp32_|fine_grained|fused_|grpo_|inference_|kitchen_|log_|logits_load_|logits_save_"
     r"|loss_scale|(initial|min)_loss_scale|muon_|overlap_|persist_|no_persist_|reset_|retriever_|rl_|tp_comm_"
-    r"|use_(flash|fused|kitchen|te_))|(_fusion|_fusion_impl|_grad_scale_func|_init_method|_init_method_std)$"
+    r"|use_(flash|fused|kitchen|te_))|(_fusion|_fusion_impl|_in_fp32|_grad_scale_func|_init_method|_init_method_std)$"
 )
 
 _HOW = re.compile(
@@ -230,9 +230,10 @@ def _is_default_scale(value: Any, settings: Settings) -> bool:
 
 
 def _is_gpt_spec(value: Any) -> bool:
-    """Megatron-LM's `--spec MODULE NAME`, of a module of megatron-core's own GPT layers."""
+    """Megatron-LM's `--spec MODULE NAME`, of a module of megatron-core's own GPT layers, or `--spec local`: those without
+    Transformer Engine."""
     parts = cast("list[Any]", value) if isinstance(value, (list, tuple)) else [value]
-    return bool(parts) and isinstance(parts[0], str) and bool(_LAYER_SPECS.match(f"{parts[0]}."))
+    return bool(parts) and isinstance(parts[0], str) and (parts[0] == "local" or bool(_LAYER_SPECS.match(f"{parts[0]}.")))
 
 
 def _is_off(name: str, value: Any) -> bool:

@@ -31,12 +31,18 @@ def tokens(settings: Mapping[str, Any], tokenizer: Folder, *, origin: str) -> tu
     size = tokenizer_size(tokenizer)
     if size is None:
         raise _unknown(f"{origin} say `padded_vocab_size` `{shown(padded)}`, and not how many of these rows are tokens")
-    if -(-size // multiple) * multiple != padded:
+    if padded not in (size, rows_of(size, settings)):
         raise _unknown(
             f"{origin} say `padded_vocab_size` `{shown(padded)}`, and the tokenizer's {size} tokens, padded to a multiple of "
-            f"{multiple}, would be {-(-size // multiple) * multiple}"
+            f"{multiple}, would be {rows_of(size, settings)}"
         )
     return size, f"`vocab_size` is {size}, as `{TOKENIZER}` says: {origin} know only the padded size, {shown(padded)}"
+
+
+def rows_of(size: int, settings: Mapping[str, Any]) -> int:
+    """Return how many rows a vocabulary has with padding, by Megatron-LM's rule."""
+    multiple = _multiple(settings)
+    return -(-size // multiple) * multiple
 
 
 def _unknown(message: str) -> UnknownModelError:

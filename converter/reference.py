@@ -3,14 +3,14 @@ says of its model. Whatever else the checkpoint says must agree with it: tensors
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from converter import agreement, carried, families, megatron_settings, run_config
 from converter.carried import Reference
 from converter.config import to_huggingface
-from converter.padded_vocab import tokens
+from converter.padded_vocab import rows_of, tokens
 from converter.run_config import Said, UnknownModelError
 from formats.errors import UserError
 from formats.folder import FileIn, Folder
@@ -29,8 +29,21 @@ def find(reader: TorchDistReader, given: Folder | None, *, any_settings: bool = 
     notes = () if any_settings else _check_settings(said, sure=given is not None or own is not None)
     origin = carried.from_folder(given) if given else own or _rebuilt(reader, said, vocab)
     others = [own] if given and own else []
-    agreement.check(origin, others, said, rows=agreement.vocabulary_rows(reader.specs))
-    return replace(origin, notes=(*origin.notes, *notes))
+    rows = agreement.vocabulary_rows(reader.specs)
+    agreement.check(origin, others, said, rows=rows)
+    return replace(origin, notes=(*origin.notes, *notes, *_rows_left_out(origin, said, rows or 0)))
+
+
+def _rows_left_out(origin: Reference, said: Sequence[Said], rows: int) -> Iterator[str]:
+    """Tell of rows after the vocabulary that are more, or fewer, than its padding: they may be tokens that were added."""
+    size = origin.config["vocab_size"]
+    for one in said:
+        expected = rows_of(size, one.settings)
+        if "make_vocab_size_divisible_by" in one.settings and size < rows != expected:
+            yield (
+                f"{one.origin} pad {size} tokens to {expected} rows, but the embedding has {rows}: those after {size} are left "
+                f"out; where tokens were added, `vocab_size` in the `config.json` of `--hf-config` has to count them"
+            )
 
 
 def _check_settings(said: Sequence[Said], *, sure: bool) -> tuple[str, ...]:

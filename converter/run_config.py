@@ -209,6 +209,9 @@ _SAME = (
     "attention_dropout", "add_bias_linear", "add_qkv_bias", "rotary_base", "rope_scaling_factor", "normalization",
     "position_embedding_type", "rotary_percent", "window_size", "qk_layernorm", "vocab_size",
 )  # fmt: skip
+_ONE_MORE = ("NullTokenizer", "NullMultimodalTokenizer")
+"""Tokenizers of which most versions of Megatron-LM have one token more than `vocab_size` says: the end of a document."""
+
 _RENAMED = {"rope_scaling": "use_rope_scaling", "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor"}
 
 
@@ -224,4 +227,5 @@ def _from_args(args: Config) -> dict[str, Any]:
         "share_embeddings_and_output_weights": not args.get("untie_embeddings_and_output_weights"),
         "gated_linear_unit": bool(args.get("swiglu")),
         "activation_func": "silu" if args.get("swiglu") else "gelu",
+        **({"vocab_size": None} if args.get("tokenizer_type") in _ONE_MORE else {}),
     }

@@ -12,7 +12,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -89,12 +89,12 @@ class _Pattern:
         both = self.fields | moved
         return _Pattern(self.source + other.source, self.memoized + other.memoized, both, self.refers + other.refers)
 
-    def table(self, data: bytes, at: int, memo: Mapping[int, Any]) -> tuple[Array, int]:
+    def table(self, data: bytes, at: int, memo: Mapping[int, Any]) -> tuple[Array, int, bool]:
         """The values of the records that match from `at` on, a row for each and a column for each group, and where they end.
-        References are what they refer to's numbers. Stops before a record that no file can mean."""
+        References are what they refer to's numbers. Stops before a record that no file can mean, and says if there is one."""
         block = self.many.match(data, at)
         if block is None:
-            return np.empty((0, len(self.refers)), np.int64), at
+            return np.empty((0, len(self.refers)), np.int64), at, False
         rows = self.one.findall(data, at, block.end())
         rows = [(one,) for one in rows] if len(self.refers) == 1 else rows
         table = np.stack([_decoded(column) for column in zip(*rows, strict=True)], axis=1)
@@ -103,11 +103,11 @@ class _Pattern:
             named = np.array([isinstance(memo.get(int(target)), str) for target in np.unique(table[:, number])])
             good &= named[np.unique(table[:, number], return_inverse=True)[1]]
         if good.all():
-            return table, block.end()
+            return table, block.end(), False
         count = int(np.flatnonzero(~good)[0])
         for _ in range(count):
             at = self.one.match(data, at).end()  # pyright: ignore[reportOptionalMemberAccess] - it did
-        return table[:count], at
+        return table[:count], at, True
 
 
 def _decoded(column: Sequence[bytes]) -> Array:
@@ -158,22 +158,26 @@ class IndexUnpickler(Unpickler):
     dispatch[pickle.FRAME[0]] = load_frame
 
     def load_put(self) -> None:
-        super().load_put()  # pyright: ignore[reportUnknownMemberType] - the unpickler written in Python has no types
-        self._put = True
+        self._put_by(cast("Any", super()).load_put)
 
     dispatch[pickle.PUT[0]] = load_put
 
     def load_binput(self) -> None:
-        super().load_binput()  # pyright: ignore[reportUnknownMemberType]
-        self._put = True
+        self._put_by(cast("Any", super()).load_binput)
 
     dispatch[pickle.BINPUT[0]] = load_binput
 
     def load_long_binput(self) -> None:
-        super().load_long_binput()  # pyright: ignore[reportUnknownMemberType]
-        self._put = True
+        self._put_by(cast("Any", super()).load_long_binput)
 
     dispatch[pickle.LONG_BINPUT[0]] = load_long_binput
+
+    def _put_by(self, put: Callable[[], None]) -> None:
+        """Remember something under a number. Patterns refer to numbers, so they end where one is given a second time."""
+        known = len(self.memo)
+        put()
+        self._put = True
+        self._use_patterns &= len(self.memo) > known and not self._memoized
 
     def load_memoize(self) -> None:
         """Counted, for of records that were kept as numbers the memo holds nothing."""
@@ -235,7 +239,7 @@ class IndexUnpickler(Unpickler):
         self._before = (number, made) if kind == _INDEX else None
 
     def _holds(self, made: _Pattern, data: bytes, record: Record) -> bool:
-        table, _ = made.table(data, 0, self.memo)
+        table, _, _ = made.table(data, 0, self.memo)
         if len(table) != 1:
             return False
         values = [self.memo[value] if refers else value for value, refers in zip(table[0].tolist(), made.refers, strict=True)]
@@ -284,9 +288,13 @@ class IndexUnpickler(Unpickler):
         return at
 
     def _longest(self, at: int, patterns: Sequence[_Pattern]) -> tuple[_Pattern | None, Array, int]:
-        """The first pattern that matches at a position, with the values of all records it matches, and their end."""
+        """The first pattern that matches at a position, with the values of all records it matches, and their end.
+
+        After a record that no file can mean, patterns are used no more: each would look at thousands of records for every one.
+        """
         for pattern in patterns:
-            table, end = pattern.table(self._data, at, self.memo)
+            table, end, is_bad = pattern.table(self._data, at, self.memo)
+            self._use_patterns &= not is_bad
             if len(table):
                 self._memoized += pattern.memoized * len(table)
                 return pattern, table, end
@@ -304,25 +312,29 @@ _POPS = {
     pickle.TUPLE1[0]: 1, pickle.TUPLE2[0]: 2, pickle.TUPLE3[0]: 3, pickle.NEWOBJ[0]: 2, pickle.REDUCE[0]: 2, pickle.BUILD[0]: 2,
     pickle.SETITEM[0]: 3,
 }  # fmt: skip
-_TO_MARK = {pickle.TUPLE[0]: 1, pickle.SETITEMS[0]: 0}
+_TO_MARK = {pickle.TUPLE[0], pickle.SETITEMS[0]}
+_CHANGES = {pickle.SETITEM[0], pickle.SETITEMS[0], pickle.BUILD[0]}
+_REFERENCES = {pickle.BINGET[0], pickle.LONG_BINGET[0]}
 
 
 def _is_one_object(codes: Iterable[int]) -> bool:
-    """Do opcodes push one object and use nothing of what was on the stack before?"""
-    depth, marks = 0, list[int]()
+    """Do opcodes push one object, use nothing of what was on the stack before, and change nothing that they did not make?"""
+    made, marks = list[bool](), list[int]()  # for each object on the stack: is it made here, or only referred to?
     for code in codes:
         if code == pickle.MARK[0]:
-            marks.append(depth)
-        elif code in _TO_MARK:
-            if not marks:
-                return False
-            depth = marks.pop() + _TO_MARK[code]
-        elif code != _MEMOIZE:
-            depth -= _POPS.get(code, 0)
-            if depth < (marks[-1] if marks else 0):
-                return False
-            depth += 1
-    return depth == 1 and not marks
+            marks.append(len(made))
+            continue
+        if code == _MEMOIZE:
+            continue
+        if code in _TO_MARK and not marks:
+            return False
+        taken = len(made) - marks.pop() if code in _TO_MARK else _POPS.get(code, 0)
+        taken += code == pickle.SETITEMS[0]
+        left = len(made) - taken
+        if left < (marks[-1] if marks else 0) or (code in _CHANGES and not made[left]):
+            return False
+        made[left:] = [code not in _REFERENCES]
+    return len(made) == 1 and not marks
 
 
 def _pattern(data: bytes, memo: dict[int, Any]) -> _Pattern | None:
@@ -341,7 +353,7 @@ def _pattern(data: bytes, memo: dict[int, Any]) -> _Pattern | None:
             parts.append(re.escape(data[start:at]))
             memoized += code == _MEMOIZE
             continue
-        is_reference = code in (pickle.BINGET[0], pickle.LONG_BINGET[0])
+        is_reference = code in _REFERENCES
         if not is_reference and code not in _ARGUMENTS and code != pickle.LONG1[0]:
             return None
         target = memo.get(int.from_bytes(data[start + 1 : at], "little")) if is_reference else None

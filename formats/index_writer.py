@@ -58,7 +58,10 @@ def _size(tensors: Mapping[str, ChunkedTensor], objects: Archives) -> int:
     which differ in numbers and in the names that are spelled out where they come first."""
     writer, (names, places, files) = _Writer(), objects
     total = sum(map(len, writer.parts(tensors, (names[:1], places[:1], files), most=1)))
-    spelled = set(writer.known)
+    known = set(writer.known)
+    spelled = known | {files[int(number)] for number in np.unique(places[:, 0])}
+    if files:
+        writer.name(files[0])  # so that what a record adds is counted without the name
     for key, tensor in tensors.items():
         if not len(tensor):
             continue
@@ -75,7 +78,7 @@ def _size(tensors: Mapping[str, ChunkedTensor], objects: Archives) -> int:
             len(writer.object(names[0])) + len(writer.place(names[0], None, files[int(places[0, 0])], 0, 0)) - 2 * len(_number(0))
         )
         total += each * (len(names) - 1) + _digits(places[1:, 1:])
-    return total + sum(len(_spelled(name)) for name in spelled - writer.known.keys())
+    return total + sum(len(_spelled(name)) for name in spelled - known)
 
 
 _DIGITS_FROM = np.array([1 << 8, 1 << 31, 1 << 39, 1 << 47, 1 << 55], np.int64)
@@ -95,7 +98,7 @@ class _Writer:
 
     def parts(self, tensors: Mapping[str, ChunkedTensor], objects: Archives, *, most: int | None = None) -> Iterator[bytes]:
         """The pickle from its first byte to its last; of each tensor with at most so many chunks."""
-        at, (names, places, files) = self._name, objects
+        at, (names, places, files) = self.name, objects
         yield pickle.PROTO + b"\x02" + at(Global(_METADATA, "Metadata")) + _BARE + _DICT
         yield at("state_dict_metadata") + _DICT
         for key, tensor in tensors.items():
@@ -113,22 +116,22 @@ class _Writer:
 
     def chunk(self, starts: Sequence[int], sizes: Sequence[int]) -> bytes:
         """A chunk of a tensor: where it starts, and its sizes."""
-        at = self._name
+        at = self.name
         start = at(_CHUNK) + _BARE + _DICT + at("offsets") + self._size(starts)
         return start + at("sizes") + self._size(sizes) + _END
 
     def object(self, key: str) -> bytes:
-        return self._name(key) + self._name(_BYTES) + _BARE + _DICT + _END
+        return self.name(key) + self.name(_BYTES) + _BARE + _DICT + _END
 
     def place(self, key: str, starts: Sequence[int] | None, file: str, offset: int, length: int) -> bytes:
         """Where the chunk of a tensor that starts there, or an object, lies."""
-        at = self._name
+        at = self.name
         index = at(_INDEX) + _BARE + _DICT + at("fqn") + at(key) + at("offset")
         index += (pickle.NONE if starts is None else self._size(starts)) + at("index") + pickle.NONE + _END
         info = at(_INFO) + _BARE + _DICT + at("relative_path") + at(file)
         return index + info + at("offset") + _number(offset) + at("length") + _number(length) + _END
 
-    def _name(self, value: str | Global) -> bytes:
+    def name(self, value: str | Global) -> bytes:
         """A text or a global: written out the first time, later referred to."""
         found = self.known.get(value)
         if found is None:
@@ -138,7 +141,7 @@ class _Writer:
         return found
 
     def _tensor(self, key: str, tensor: ChunkedTensor, most: int | None) -> Iterator[bytes]:
-        at, dims = self._name, len(tensor.shape)
+        at, dims = self.name, len(tensor.shape)
         start = at(key) + at(_TENSOR) + _BARE + _DICT + at("properties") + self._properties(dtype_name(tensor.dtype))
         yield start + at("size") + self._size(tensor.shape) + at("chunks") + pickle.EMPTY_LIST + pickle.MARK
         for numbers in _rows(tensor, most):
@@ -146,7 +149,7 @@ class _Writer:
         yield pickle.APPENDS + _END
 
     def _properties(self, dtype: str) -> bytes:
-        at = self._name
+        at = self.name
         made = at(_PROPERTIES) + _BARE + pickle.MARK + at(Global("torch", TORCH_NAMES[dtype]))
         made += (
             at(Global("torch.serialization", "_get_layout")) + pickle.MARK + at("torch.strided") + pickle.TUPLE + pickle.REDUCE
@@ -155,7 +158,7 @@ class _Writer:
         return made + pickle.TUPLE + pickle.REDUCE + pickle.NEWFALSE + pickle.TUPLE + pickle.BUILD
 
     def _size(self, sizes: Sequence[int]) -> bytes:
-        return self._name(_SIZE) + _SIZE_START + _numbers(sizes) + _SIZE_END
+        return self.name(_SIZE) + _SIZE_START + _numbers(sizes) + _SIZE_END
 
 
 def _rows(tensor: ChunkedTensor, most: int | None) -> Iterator[list[int]]:

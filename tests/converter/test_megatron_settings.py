@@ -143,6 +143,8 @@ def test_the_refusal_says_the_value_and_what_can_be_exported(bare, tmp_path, mod
     {"window_attn_skip_freq": 4}, {"residual_multiplier": 1.0}, {"my_router_buffers": 0}, {"fork_scaling": 1.0},
     {"transformer_layer_spec": {"_call_": False, "_target_": "megatron.bridge.models.gpt_provider.local_layer_spec"}},
     {"_target_": "megatron.bridge.models.llama.llama_provider.Llama3ModelProvider8B"}, {"moe_new_buffer": 64},
+    {"spec": ["local"]}, {"spec": ["megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"]},
+    {"embedding_weights_in_fp32": True},
 ], ids=str)  # fmt: skip
 def test_values_that_change_nothing_pass(bare, tmp_path, settings):
     say_in_run_config(bare, **settings)
@@ -270,6 +272,30 @@ def test_a_padded_vocabulary_is_not_taken_for_the_real_one(bare, tmp_path, model
     mcore_to_hf(bare, tmp_path / "back", hf_config=model_folder("padded_vocab"))
     assert verify(model_folder("padded_vocab"), tmp_path / "back").same
     assert verify(model_folder("padded_vocab"), bare).same  # the other side says it
+
+
+def test_rows_that_are_more_than_padding_are_told_of(bare, tmp_path, model_folder):
+    notes = []
+    say_in_args(bare, vocab_size=None, make_vocab_size_divisible_by=64, tensor_model_parallel_size=1)
+    mcore_to_hf(bare, tmp_path / "b", hf_config=model_folder("padded_vocab"), talk=Talk(note=notes.append), dry_run=True)
+    assert notes[0].startswith("Megatron-LM's `args` pad 389 tokens to 448 rows, but the embedding has 512: those after 389 are")
+    say_in_args(bare, vocab_size=None, make_vocab_size_divisible_by=128, tensor_model_parallel_size=2)
+    mcore_to_hf(bare, tmp_path / "b", hf_config=model_folder("padded_vocab"), talk=Talk(note=notes.append), dry_run=True)
+    assert len(notes) == 1
+
+
+def test_a_tokenizer_of_as_many_tokens_as_there_are_rows_needs_no_rule(bare, tmp_path):
+    write_tokenizer(bare / "iter_0000000" / "tokenizer", 512)
+    say_in_args(bare, vocab_size=None, make_vocab_size_divisible_by=384)
+    mcore_to_hf(bare, tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["vocab_size"] == 512
+
+
+def test_a_tokenizer_that_may_have_one_token_more_does_not_say_the_vocabulary(bare, tmp_path, model_folder):
+    say_in_args(bare, tokenizer_type="NullTokenizer", vocab_size=388)  # "before EOD", in most versions
+    refused(mcore_to_hf, bare, tmp_path, "`padded_vocab_size` `512`, and not how many of these rows are tokens")
+    mcore_to_hf(bare, tmp_path / "back", hf_config=model_folder("padded_vocab"))
+    assert verify(model_folder("padded_vocab"), tmp_path / "back").same
 
 
 def test_a_vocabulary_that_nobody_padded_is_the_real_one(bare, tmp_path):

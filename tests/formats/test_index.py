@@ -79,7 +79,7 @@ def indices(draw):
             numbers.extend((*box, *take(draw(st.integers(0, 2))), -1))
             row += step
         tensors[f"layers.{number}"] = ChunkedTensor((row, *rest), DTYPES["bf16"], numbers, FILES)
-    objects = {f"state/{number}": take(0) for number in range(draw(st.integers(0, 5)))}
+    objects = {f"state/{number}": take(draw(st.integers(0, 2))) for number in range(draw(st.integers(0, 5)))}
     return tensors, objects
 
 
