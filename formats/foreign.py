@@ -85,7 +85,7 @@ _FORMATS = (
     Foreign(r".*\.nemo", "a NeMo archive", _NEMO),
     Foreign(r".*\.(h5|keras|pb)|.*\.h5\.index\.json|.*\.ckpt\.(index|meta|data-.*)", "TensorFlow weights", _FRAMEWORKS),
     Foreign(r".*\.msgpack(\.index\.json)?|_CHECKPOINT_METADATA|manifest\.ocdbt", "Flax or JAX weights", _FRAMEWORKS),
-    Foreign(r".*\.(onnx|onnx_data|onnx\.data)", "an ONNX graph", _ORIGINAL),
+    Foreign(r".*\.(onnx|onnx_data(_\d+)?|onnx\.data)", "an ONNX graph", _ORIGINAL),
     Foreign(r".*\.(mlmodel|mlpackage|mlmodelc)/?", "a CoreML model", _ORIGINAL),
     Foreign(r".*\.npz", "numpy arrays, as MLX saves them", _ORIGINAL),
     Foreign(r".*\.(tflite|task|litertlm)", "a TFLite model", _ORIGINAL),

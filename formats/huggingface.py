@@ -283,7 +283,7 @@ def retyped(shard: Shard, dtypes: Mapping[str, np.dtype[Any]], *, source: str) -
 
 
 _OTHER_WEIGHTS = re.compile(
-    r"(^original/)|\.(bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|safetensors|tflite|npz|ot|nemo)$"
+    r"(^original/)|\.(bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data(_\d+)?|safetensors|tflite|npz|ot|nemo)$"
     r"|\.index(\.[\w-]+)?\.json$"
 )
 _ADAPTER = "adapter_"

@@ -106,7 +106,14 @@ def test_weights_in_other_formats_are_named_and_left_out(model_folder, tmp_path)
     source = tmp_path / "source"
     shutil.copytree(model_folder("gqa", dtype="bfloat16", max_shard_size="60KB"), source)
     expected = tree(source)
-    for name in ("original/consolidated.00.pth", "pytorch_model.bin", "model.gguf", "consolidated.safetensors", ".git/HEAD"):
+    for name in (
+        "original/consolidated.00.pth",
+        "pytorch_model.bin",
+        "model.gguf",
+        "onnx/model.onnx_data_1",
+        "consolidated.safetensors",
+        ".git/HEAD",
+    ):
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(b"other weights")
     from converter import Talk
@@ -115,8 +122,8 @@ def test_weights_in_other_formats_are_named_and_left_out(model_folder, tmp_path)
     hf_to_mcore(source, tmp_path / "megatron", talk=Talk(note=notes.append))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert model_tree(tmp_path / "back") == expected
-    left_out = ".git/, consolidated.safetensors, model.gguf, original/consolidated.00.pth, pytorch_model.bin"
-    assert notes == [f"left out, not part of the model: {left_out}"]
+    left_out = ".git/, consolidated.safetensors, model.gguf, onnx/model.onnx_data_1, original/consolidated.00.pth"
+    assert notes == [f"left out, not part of the model: {left_out}, pytorch_model.bin"]
 
 
 def test_inverse_frequencies_of_old_llama_2_files_travel(model_folder, tmp_path):

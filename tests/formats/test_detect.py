@@ -76,6 +76,7 @@ OTHERS = {
     "TensorFlow": (["tf_model.h5"], "TensorFlow weights", "from_tf=True"),
     "Flax": (["flax_model.msgpack"], "Flax or JAX weights", "from_flax=True"),
     "ONNX": (["model.onnx", "model.onnx_data"], "an ONNX graph", "original weights"),
+    "ONNX without its graph": (["model.onnx_data_1"], "an ONNX graph", "original weights"),
     "CoreML": (["llama.mlpackage/Manifest.json"], "a CoreML model", "original weights"),
     "MLX": (["weights.npz"], "numpy arrays", "original weights"),
     "Rust": (["rust_model.ot"], "weights for Rust", "original weights"),
