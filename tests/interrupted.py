@@ -66,6 +66,11 @@ runpy.run_module("converter", run_name="__main__")
 """
 
 
+def _heed_interrupts() -> None:
+    """A shell has what it starts in the background ignore Ctrl-C, and so does all that is started from there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Conversion(subprocess.Popen[str]):
     """A conversion under way. It makes a pause before every step, or another one before those in `pauses`: all of a name, or
     `name 2`, the second.
@@ -91,6 +96,7 @@ class Conversion(subprocess.Popen[str]):
         settings = json.dumps([str(log), str(self._release), pause, pauses or {}, hold or {}, piece_bytes, patience])
         command = [sys.executable, "-c", CHILD, settings, *map(str, arguments), "--workers", str(WORKERS), "--json"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        options = {"preexec_fn": _heed_interrupts, **options}
         super().__init__(command, cwd=ROOT, env={**os.environ, **(env or {})}, **pipes, **options)
         self._log = log
 

@@ -161,7 +161,7 @@ def _instead(found: Mapping[str, Any]) -> str:
     """What to do about an adapter of another kind."""
     if "fine_tune_type" in found or "lora_parameters" in found:
         return "MLX wrote it: `mlx_lm.fuse` merges it into its model"
-    if found.get("peft_type") in _UNMERGEABLE:
+    if str(found.get("peft_type")) in _UNMERGEABLE:
         return "LORA is, with `use_dora` or without; this kind adds to what a model reads and cannot be merged into its weights"
     return "LORA is, with `use_dora` or without; merge others with PEFT (`merge_and_unload`) and convert the merged model"
 

@@ -37,8 +37,8 @@ def test_a_side_file_is_refused_by_its_escaped_name(source, tmp_path, name, word
 
 def test_a_weights_file_is_refused_likewise(source, tmp_path):
     (source / "model.safetensors.index.json").unlink()
-    first = next(source.glob("*.safetensors"))
-    first.rename(os.fsdecode(os.fsencode(source) + b"/model\xff.safetensors"))
+    for number, shard in enumerate(sorted(source.glob("*.safetensors"))):  # without an index, numbers would say which are missing
+        shard.rename(source / (f"part-{number}.safetensors" if number else os.fsdecode(b"model\xff.safetensors")))
     refused(hf_to_mcore, source, tmp_path / "m", name=r"model\xff.safetensors")
 
 

@@ -31,6 +31,7 @@ _HARMLESS = {
     "object.__getattr__", "object.__setattr__", "sys._getframe", "builtins.id", "mmap.__new__", "glob.glob", "glob.glob/2",
     "os.walk", "array.__new__",
 }  # fmt: skip
+_OWN_MEMORY = "/proc/self/status"  # what a dry run counts from
 _LISTINGS = {"os.listdir", "os.scandir", "pathlib.Path.glob", "pathlib.Path.rglob", "pathlib.Path.walk"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -59,7 +60,7 @@ class _Watch:
     def _allowed(self, event: str, arguments: tuple[Any, ...]) -> bool:
         if event == "open":
             path, _, flags = arguments
-            return isinstance(path, int) or (not flags & _WRITES and self._inside(path))
+            return isinstance(path, int) or path == _OWN_MEMORY or (not flags & _WRITES and self._inside(path))
         return event in _LISTINGS and self._inside(arguments[0], *converter.families.__path__)
 
     def _inside(self, path: Any, *others: str) -> bool:

@@ -222,5 +222,5 @@ def _tree(folder):
 def test_a_model_of_another_shape_is_an_error_that_names_the_checkpoint(run, tmp_path):
     there = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
     run(2, {**there, "train__exit_interval": STOPPED})
-    with pytest.raises(UserError, match=r"iter_0000003` cannot be resumed from: `decoder.*` is `.*` there, and `.*256"):
+    with pytest.raises(UserError, match=r"iter_0000003` cannot be resumed from: `decoder.*` is `.*` there, and `.*512"):
         run(2, {**there, "model__ffn_hidden_size": 256})

@@ -227,6 +227,6 @@ def test_fine_tuning_weighs_tokens_alike_and_pads_examples_for_context_parallel_
     assert plain.model.calculate_per_token_loss
     assert plain.dataset.pad_to_multiple_of is None
     gpu = Machine(device="gpu", capability=None, transformer_engine=None)
-    changes = {"model__context_parallel_size": 2, "dist__device": "gpu", **tuned(data)}
+    changes = {"model__context_parallel_size": 2, "dist__device": "gpu", **tuned(data), "train__micro_batch_size": 1}
     cut = resolve(small.settings(Path(model_folder("gqa")), **changes), world_size=2, device="gpu", machine=gpu).config
     assert cut.dataset.pad_to_multiple_of == 4
