@@ -75,7 +75,8 @@ def _way_out(errors: Iterable[BaseException]) -> str:
     if any(isinstance(error, ImportError) for error in errors):
         return "install that package on all hosts: `pip install 'mbtools[train]'`"
     if all(type(error) is RuntimeError for error in errors):  # torch's writer, which keeps the error number to itself
-        return f"make room, or raise the limit on the size of files (`ulimit -f`), if that is short: the writer does not say; then {_AGAIN}"
+        short = "make room, or raise the limit on the size of files (`ulimit -f`), if that is short: the writer does not say"
+        return f"{short}; then {_AGAIN}"
     return f"correct what is named, then {_AGAIN}"
 
 
