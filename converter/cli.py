@@ -121,7 +121,7 @@ _max_shard_size = click.option(
 def cli() -> None:
     """Move model weights between Hugging Face safetensors and Megatron distributed checkpoints.
 
-    Streams: less than 100 MB of memory whatever the model's size, on any CPU, bit-exact.
+    Streams, on any CPU, bit-exact, in memory that grows with the number of tensors and not with their size.
     """
 
 
