@@ -283,6 +283,15 @@ def test_python_callers_get_the_same_checks(source, tmp_path, options):
     refused(hf_to_mcore, source, tmp_path, "which should be 1 or more|which should be 1 to 256|is not one of", **options)
 
 
+def test_a_padded_vocabulary_that_no_tensor_can_hold_is_refused_with_its_size(source, tmp_path):
+    with pytest.raises(UserError) as caught:
+        hf_to_mcore(source, tmp_path / "m", vocab_divisible_by=1 << 62, tp=2, dry_run=True)
+    assert str(caught.value) == (
+        "`--vocab-divisible-by 4611686018427387904` and `--tp 2` pad the vocabulary of 384 to 9223372036854775808 rows of 64, "
+        "which is more than a tensor can hold\n\nhint: Megatron-LM's default is 128"
+    )
+
+
 def test_absurd_numbers_are_refused_at_once(source, tmp_path):
     refused(hf_to_mcore, source, tmp_path, "need 1000000000", pp=10**9, pp_layout=[1, 2])
     refused(hf_to_mcore, source, tmp_path, "negative", pp=2, pp_layout=[5, -1])
