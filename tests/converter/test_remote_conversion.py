@@ -143,7 +143,8 @@ def test_an_export_to_a_bucket_has_the_same_bytes(folder, bucket, tmp_path):
     assert bucket.objects() == tree(tmp_path / "back")
 
 
-def test_an_upload_that_fails_leaves_nothing_there(checkpoint, bucket):
+def test_an_upload_that_fails_leaves_nothing_there(checkpoint, bucket, monkeypatch):
+    monkeypatch.setattr("formats.remote.upload.Patience", lambda: HURRIED)
     bucket.cutter.cut(10_000, after=0)
     with pytest.raises(UserError):
         mcore_to_hf(checkpoint, bucket.url)
