@@ -7,6 +7,7 @@ Commands import what they need when they run, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -289,6 +290,7 @@ def main() -> None:
     from converter.streams import prepare  # noqa: PLC0415
     from formats.errors import UserError  # noqa: PLC0415
 
+    gc.set_threshold(200_000, 20, 100)  # plans live to the end: looking for cycles in them took a tenth of planning
     _stop_well()
     prepare()
     try:
