@@ -38,7 +38,7 @@ GOLDEN = """\
 set -euo pipefail
 
 # The processes meet on the first node; the port differs between jobs that share it.
-first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 # torchrun gives workers this long to save after SIGTERM; without it, 30 s.

@@ -9,12 +9,13 @@ import subprocess
 from formats.errors import UserError
 from trainer.launch import Job
 
+# `sed` reads to the end. `head` leaves early: `scontrol` may then end by SIGPIPE, and by `pipefail` the job with it.
 _SETUP = """\
 # A command that fails, or a variable that is missing, ends the job.
 set -euo pipefail
 
 # The processes meet on the first node; the port differs between jobs that share it.
-first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 # torchrun gives workers this long to save after SIGTERM; without it, 30 s.
