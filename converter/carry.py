@@ -13,7 +13,7 @@ from converter.memory_estimate import expected_peak
 from converter.ranks import alone
 from converter.ranks import share as divided
 from converter.share import Share, resumable
-from converter.workers import check_workers
+from converter.sources import workers_for
 from formats.disk import explained
 from formats.folder import Folder
 from formats.location import is_remote, without_secrets
@@ -27,7 +27,8 @@ from formats.target import look
 def carry_out(job: Job, how: How, talk: Talk, *, sources: Sequence[Folder]) -> Summary:
     """Make the output, or with `dry_run` only say what it would be. The output appears whole or not at all, and not if one of
     the `sources` changed meanwhile."""
-    started, files, reused, workers = time.monotonic(), job.files, 0, check_workers(how.workers)
+    started, files, reused = time.monotonic(), job.files, 0
+    workers = workers_for(how.workers, sources, job.target)
     if not how.dry_run:
         reused = _committed(job, how, talk, sources=sources, files=files, workers=workers)
     elif not is_remote(job.target):

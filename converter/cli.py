@@ -290,6 +290,7 @@ def main() -> None:
     from converter.streams import prepare  # noqa: PLC0415
     from formats.errors import UserError  # noqa: PLC0415
 
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads have no work here and take 50 ms to start
     gc.set_threshold(200_000, 20, 100)  # plans live to the end: looking for cycles in them took a tenth of planning
     _stop_well()
     prepare()

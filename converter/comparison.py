@@ -16,7 +16,7 @@ import numpy as np
 from converter.plan import Making, Piece, pieces
 from converter.run import PIECE_BYTES, Bench, in_threads, is_zero
 from converter.values import target_dtype
-from converter.workers import DEFAULT_WORKERS
+from converter.workers import DEFAULT
 from formats.arrays import same_bits
 from formats.spec import Array, Reader, TensorSpec
 
@@ -110,7 +110,7 @@ def compare(
     other: Side,
     *,
     cast: str | None = None,
-    workers: int = DEFAULT_WORKERS,
+    workers: int = DEFAULT,
     progress: Callable[[int], None] = lambda _count: None,
 ) -> Comparison:
     """Compare every tensor of two sides, with `cast` after casting both. Reads each side once."""

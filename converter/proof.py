@@ -14,7 +14,7 @@ from converter.job import Talk
 from converter.plan import Making, pieces
 from converter.run import PIECE_BYTES, Bench, in_threads
 from converter.sides import huggingface_side, open_sides
-from converter.sources import check_unchanged, open_source
+from converter.sources import check_unchanged, open_source, workers_for
 from converter.values import CHOICES
 from converter.workers import check_workers
 from formats import integrity
@@ -38,7 +38,9 @@ def verify_directories(
 
     Raises UserError if one is not a checkpoint, or damaged.
     """
-    talk, workers, folders = talk or Talk(), check_workers(workers), [open_source(one), open_source(other)]
+    check_workers(workers)
+    talk, folders = talk or Talk(), [open_source(one), open_source(other)]
+    workers = workers_for(workers, folders)
     if cast is not None and cast not in CHOICES[1:]:
         raise UserError(f"dtype `{cast}` is not one of {', '.join(CHOICES[1:])}")
     sides = open_sides(*folders)
@@ -60,7 +62,9 @@ def check_directory(path: str | Path, *, workers: int | None = None, talk: Talk 
 
     Raises UserError if there is no such document.
     """
-    talk, workers, folder = talk or Talk(), check_workers(workers), open_source(path)
+    check_workers(workers)
+    talk, folder = talk or Talk(), open_source(path)
+    workers = workers_for(workers, [folder])
     with closing(folder):
         if detect(folder) is Format.TORCH_DIST:
             iteration = find_iteration(folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.carried import Reference
+from converter.workers import count_workers
 from formats.detect import refuse_file
 from formats.errors import UserError
 from formats.faults import fault
@@ -92,6 +93,12 @@ def check_unchanged(sources: Iterable[Folder]) -> None:
 def sources_changed(what: str) -> UserError:
     """The error for a source that changed while it was read."""
     return UserError(what, hint="run it again once nothing writes to it")
+
+
+def workers_for(workers: int | None, sources: Iterable[Folder], target: str | Path = "") -> int:
+    """The number of threads for work from `sources` to `target`, as `count_workers` answers it."""
+    remote = is_remote(target) or not all(isinstance(source, LocalFolder) for source in sources)
+    return count_workers(workers, remote=remote)
 
 
 def _fetch(source: str) -> Folder:

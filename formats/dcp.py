@@ -85,7 +85,7 @@ class Container:
         """The last archive of a file is looked at for all of them."""
         table = tensor.table()
         files, stops = table[:, -4], table[:, -3] + table[:, -2]
-        for file in np.unique(files):
+        for file in set(files.tolist()):
             last = np.flatnonzero(files == file)[np.argmax(stops[files == file])]
             self._check_place(name, tensor.place(int(last)))
 

@@ -129,7 +129,7 @@ class _OpenFiles:
     def borrow(self, key: _Key) -> _Open:
         """The descriptor, opened if it must be; waits while as many as allowed are in use."""
         owner, *_ = key
-        with self._changed:
+        with self._lock:
             self._close_left()
             owner.raise_failure()
             while key not in self._open:
@@ -146,12 +146,12 @@ class _OpenFiles:
     def give_back(self, found: _Open) -> None:
         """A sync that came while it was lent may have missed what was written after it, so another is needed."""
         owner, *_ = found.key
-        with self._changed:
+        with self._lock:
             found.dirty = owner.writes
             self._release(found)
 
     def sync(self, owner: _Owner) -> None:
-        with self._changed:
+        with self._lock:
             dirty = [found for key, found in self._open.items() if key[0] is owner and found.dirty]
         for found in dirty:
             self._sync_open(found)
@@ -160,7 +160,7 @@ class _OpenFiles:
             owner.raise_failure()
 
     def close(self, owner: _Owner) -> None:
-        with self._changed:
+        with self._lock:
             self._close_left()
             self._drop(owner)
             self._changed.notify_all()
@@ -181,7 +181,7 @@ class _OpenFiles:
         self._lock.release()
 
     def _sync_open(self, found: _Open) -> None:
-        with self._changed:
+        with self._lock:
             if self._open.get(found.key) is not found:
                 return  # closed meanwhile, hence synced
             found.users += 1
@@ -189,7 +189,7 @@ class _OpenFiles:
         try:
             _sync(found)
         finally:
-            with self._changed:
+            with self._lock:
                 self._release(found)
 
     def _release(self, found: _Open) -> None:

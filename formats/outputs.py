@@ -75,16 +75,15 @@ class LocalOutputs:
         self._paths: dict[str, Path] = {}
 
     def write(self, file: str, offset: int, data: Array) -> None:
-        block = io_alignment()
+        path, block = self._path(file), io_alignment()
         head, middle = -offset % block, (data.nbytes - -offset % block) // block * block
         if not self._may_bypass or middle < BYPASS_FROM:
             placed = as_bytes(np.ascontiguousarray(data))
-            self._write_buffered(file, offset, placed)
+            self._write_buffered(path, (offset, placed))
         else:
             placed, end = self._aligned(data, offset), head + middle
-            self._write_direct(file, offset + head, placed[head:end])
-            self._write_buffered(file, offset, placed[:head])
-            self._write_buffered(file, offset + end, placed[end:])
+            self._write_direct(path, offset + head, placed[head:end])
+            self._write_buffered(path, (offset, placed[:head]), (offset + end, placed[end:]))
         if self.tap:
             self.tap(file, offset, placed)
 
@@ -93,7 +92,7 @@ class LocalOutputs:
             pass
 
     def put(self, file: str, offset: int, data: bytes | memoryview) -> None:
-        self._write_buffered(file, offset, memoryview(data))
+        self._write_buffered(self._path(file), (offset, memoryview(data)))
 
     def abandon(self) -> None:
         """Nobody waits: every place can be written at any time."""
@@ -125,19 +124,21 @@ class LocalOutputs:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.directory))
         return self._paths[file]
 
-    def _write_direct(self, file: str, offset: int, data: memoryview) -> None:
+    def _write_direct(self, path: Path, offset: int, data: memoryview) -> None:
         try:
-            with self._files.using(self._path(file), direct_flag()) as descriptor:
+            with self._files.using(path, direct_flag()) as descriptor:
                 write_all(descriptor, data, offset)
         except OSError as error:
             if not refuses_direct(error):
                 raise
             self._may_bypass = False
-            self._write_buffered(file, offset, data)
+            self._write_buffered(path, (offset, data))
 
-    def _write_buffered(self, file: str, offset: int, data: memoryview) -> None:
-        """Through the page cache; long writes are started towards the disk at once, so that it works while we read on."""
-        with self._files.using(self._path(file)) as descriptor:
-            write_all(descriptor, data, offset)
-            if len(data) >= BYPASS_FROM:
-                forget(descriptor, offset, len(data))
+    def _write_buffered(self, path: Path, *parts: tuple[int, memoryview]) -> None:
+        """Through the page cache, each part at its offset; long ones are started towards the disk at once, so that it works
+        while we read on."""
+        with self._files.using(path) as descriptor:
+            for offset, data in parts:
+                write_all(descriptor, data, offset)
+                if len(data) >= BYPASS_FROM:
+                    forget(descriptor, offset, len(data))

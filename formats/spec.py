@@ -124,7 +124,7 @@ def possible_shape(sizes: Sequence[Any]) -> bool:
 
 def extent(region: Region) -> Shape:
     """The shape of a region."""
-    return tuple(part.stop - part.start for part in region)
+    return tuple([part.stop - part.start for part in region])
 
 
 def intersect(one: Region, other: Region) -> Region | None:
@@ -140,7 +140,7 @@ def intersect(one: Region, other: Region) -> Region | None:
 
 def within(region: Region, origin: Region) -> Region:
     """The same box, counted from the first corner of `origin`."""
-    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(region, origin, strict=True))
+    return tuple([slice(a.start - b.start, a.stop - b.start) for a, b in zip(region, origin, strict=True)])
 
 
 class Span(NamedTuple):

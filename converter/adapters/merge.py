@@ -22,9 +22,8 @@ from converter.exporting import ExportOptions, plan_files
 from converter.importing import ImportOptions, left_out, plan_import
 from converter.job import How, HowOptions, Job, Summary, Talk
 from converter.plan import Copy, Making, casts
-from converter.sources import Source, open_source
+from converter.sources import Source, open_source, workers_for
 from converter.values import KEEP, target_dtype
-from converter.workers import check_workers
 from formats.detect import Format, detect
 from formats.disk import explained
 from formats.errors import UserError
@@ -91,11 +90,12 @@ def merge(
         model = open_base(folder, given)
         with closing(model.reader):
             found = survey(opened, model, beside)
+            workers = workers_for(how.workers, sources, target)
             source = replace(
                 model,
                 reader=Merged(model.reader, opened, dtype=dtype),
                 adapter=found.told,
-                memory=found.memory(check_workers(how.workers)),
+                memory=found.memory(workers),
             )
             job = _as_files(source, target, files, talk) if to == "hf" else plan_import(source, target, layout, talk)
             return carry_out(job, how, talk, sources=sources)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 
@@ -10,6 +11,10 @@ import pytest
 from converter import UserError, check, hf_to_mcore, mcore_to_hf, verify
 from converter.adapters.convert import adapter_to_hf, adapter_to_mcore
 from converter.run import in_threads
+from converter.sources import workers_for
+from converter.workers import count_workers
+from formats.folder import LocalFolder
+from formats.location import open_folder
 from tests.converter.test_cli import mbconvert
 from tests.models import tree
 
@@ -24,6 +29,24 @@ def test_a_number_out_of_bounds_is_refused_by_every_function(workers):
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             act()
+
+
+@pytest.mark.parametrize(("cores", "here", "remote"), [(1, 2, 4), (2, 2, 4), (3, 3, 4), (64, 4, 4)])
+def test_unless_told_otherwise_there_are_as_many_as_cores_and_more_where_they_wait_for_the_network(
+    monkeypatch, cores, here, remote
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(cores)))
+    assert count_workers(None, remote=False) == here
+    assert count_workers(None, remote=True) == remote
+    assert count_workers(7, remote=False) == 7
+
+
+def test_a_source_or_a_target_on_the_network_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {0, 1})
+    here, there = LocalFolder(tmp_path), open_folder("https://localhost/model")
+    assert workers_for(None, [here]) == 2
+    assert workers_for(None, [here, there]) == 4
+    assert workers_for(None, [here], "s3://bucket/model") == 4
 
 
 @pytest.mark.parametrize("command", [("hf-to-mcore", "a", "b"), ("verify", "a", "b")])
