@@ -52,7 +52,7 @@ def _check_depth(parsed: Any, source: str) -> None:
     """What is nested deeper than any document of ours could be read but not printed."""
     level: list[Any] = [parsed]
     for _ in range(_DEEPEST - 1):
-        parts = (part.values() if type(part) is dict else part for part in level)
+        parts = (part.values() if hasattr(part, "values") else part for part in level)
         level = [inner for part in parts for inner in part if type(inner) in _CONTAINERS]
         if not level:
             return
