@@ -79,7 +79,8 @@ class Job:
     """What `conversion.json` says beside the tensors' hashes."""
 
     tensors: Mapping[str, TensorSpec]
-    """The Hugging Face tensors that pass by, and are hashed."""
+    """The Hugging Face tensors: those that pass by, and are hashed, and those in `hashes` and `aliases`, if they are the
+    source's."""
 
     passing: Literal["read", "made"]
     """Do they pass as the source's, or as the output's?"""

@@ -185,7 +185,8 @@ def _same_object(name: str, source: Specs) -> str:
 def to_megatron(rules: Sequence[Rule], extras: Iterable[str], model: Model, source: Specs, *, dtype: str) -> Plan:
     """The plan that makes every Megatron tensor of `model` from Hugging Face tensors."""
     bound, tables = bind(rules, model, source), _tables(rules, model)
-    wanted = {name: shape for one in bound if not tables[id(one.rule)].zeros for name, shape in tables[id(one.rule)].named(one)}
+    of_source = (one for one in bound if not tables[id(one.rule)].zeros)
+    wanted = {name: shape for one in of_source for name, shape in tables[id(one.rule)].named(one)}
     allowed = {fill(template, layer) for template in extras for layer in range(model.layers)}
     equal = [
         (name, rule.same_as)
@@ -196,6 +197,7 @@ def to_megatron(rules: Sequence[Rule], extras: Iterable[str], model: Model, sour
     ]
     _account(wanted, source, known=allowed | {name for name, _ in equal}, side="source")
     common = _dtypes(wanted, source)
+    del wanted
     makings = [_fused(one, tables[id(one.rule)], source, common, dtype) for one in bound]
     zero = [one.megatron for one in bound if tables[id(one.rule)].zeros]
     present = sorted(allowed & source.keys())
@@ -253,8 +255,9 @@ def _fused(one: Bound, table: _Table, source: Specs, common: np.dtype[Any], dtyp
 def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype: str) -> Plan:
     """The plan that makes every Hugging Face tensor of `model` from Megatron tensors."""
     bound, tables = [_as_stored(one, source) for one in bind(rules, model, source)], _tables(rules, model)
-    wanted = {one.megatron: _stored_shape(one, tables[id(one.rule)].shape, model, source) for one in bound}
-    _account(wanted, source, known=set(), side="checkpoint")
+    stored = {one.megatron: _stored_shape(one, tables[id(one.rule)].shape, model, source) for one in bound}
+    _account(stored, source, known=set(), side="checkpoint")
+    del stored
     made, zero = list[Making](), list[str]()
     for one in bound:
         table = tables[id(one.rule)]

@@ -72,7 +72,7 @@ class ArchiveFiles:
         starts = np.empty_like(lengths)
         starts[order] = _aligned(self._ends, alignment)[sorted_files] + before
         np.maximum.at(self._ends, files, starts + lengths)
-        self._placed.append((sorted_files, starts[order], frames[order]))
+        self._placed.append((sorted_files.astype(np.int32), starts[order], frames[order].astype(np.int32)))
         return np.stack([files, starts, lengths], axis=1)
 
     def content(self, name: str) -> Iterator[tuple[int, Frame]]:
