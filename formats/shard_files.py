@@ -33,16 +33,16 @@ def weight_map(folder: Folder) -> dict[str, str]:
     return cast("dict[str, str]", listed)
 
 
-def shard_names(folder: Folder, listed: Mapping[str, str]) -> list[str]:
-    """The files that hold the model: those that the index has `listed`, or `model.safetensors`, or those that are left where
-    there is no index.
+def shard_names(folder: Folder, listed: Mapping[str, str] | None = None) -> list[str]:
+    """The files that hold the model: the index's, or `model.safetensors`, or those that are left where there is no index.
+    `listed` is the index's `weight_map`, if it was read already.
 
     Raises UserError where one of them is not there, or where they do not tell which of them are the model.
     """
     local = folder.children() if isinstance(folder, LocalFolder) else []  # stores have no links, and whole files alone
     if INDEX in local:
         _check_there(folder, INDEX, local)
-    if indexed := _indexed(folder, listed):
+    if indexed := _indexed(folder, weight_map(folder) if listed is None else listed):
         names = indexed
     elif folder.has(SINGLE):
         names = [SINGLE]

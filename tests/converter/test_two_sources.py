@@ -14,7 +14,7 @@ from converter import Talk, UserError, hf_to_mcore, mcore_to_hf
 from converter.config import rope_numbers
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
-from formats.shard_files import shard_names, weight_map
+from formats.shard_files import shard_names
 from tests.models import LLAMA31_ROPE
 from tests.refusal import refused
 
@@ -74,9 +74,9 @@ def test_the_file_that_transformers_loads_is_read_or_none(source, left):
     theirs = AutoModelForCausalLM.from_pretrained(source).state_dict()["model.norm.weight"]
     if left == ("index", "shards"):
         with pytest.raises(UserError, match="holds two models"):
-            shard_names(LocalFolder(source), weight_map(LocalFolder(source)))
+            shard_names(LocalFolder(source))
         return
-    assert shard_names(LocalFolder(source), weight_map(LocalFolder(source))) == ["model.safetensors"]
+    assert shard_names(LocalFolder(source)) == ["model.safetensors"]
     assert torch.equal(theirs, load_file(source / "model.safetensors")["model.norm.weight"])
     HuggingFaceReader(LocalFolder(source)).close()
 
