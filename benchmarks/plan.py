@@ -59,7 +59,8 @@ def measured(call: dict) -> None:
 
 
 def run(**call: object) -> dict:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(call)], stdout=subprocess.PIPE, check=True)
+    given = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as an installed package
+    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(call)], stdout=subprocess.PIPE, check=True, env=given)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -122,7 +122,7 @@ def _check_once(shards: Mapping[str, Shard]) -> None:
 
 def of_model(reader: HuggingFaceReader) -> tuple[Reference, list[str]]:
     """What a Hugging Face directory says of its own weights; and the files in it that do not travel."""
-    travels, left_out = side_files(reader.folder, reader.shards)
+    travels, left_out = side_files(reader.folder, reader.shards, indexed=reader.indexed)
     files = {name: FileIn(reader.folder, name) for name in travels}
     for name in travels:
         if name in TOKENIZER_FILES and reader.folder.size(name) <= LARGEST_POINTER:
@@ -147,5 +147,5 @@ def from_folder(folder: Folder) -> Reference:
     if not folder.has(CONFIG):
         raise UserError(f"`{folder.label}` has no `{CONFIG}`", hint="`--hf-config` takes a folder with a `config.json`")
     config = read_json(folder, CONFIG)
-    travels, _ = side_files(folder, ())
+    travels, _ = side_files(folder, (), indexed=True)
     return Reference(config, f"`{folder.label}`'s", {name: FileIn(folder, name) for name in travels if name != INDEX})

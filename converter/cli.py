@@ -7,7 +7,6 @@ Commands import what they need when they run, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from typing import Any
 
 import click
 
+from converter.memory import seldom_collected
 from converter.workers import MOST_WORKERS
 
 _UNITS = {
@@ -285,13 +285,13 @@ def _leave_at_once(_number: int, _frame: object) -> None:
     os._exit(_INTERRUPTED)
 
 
+@seldom_collected()
 def main() -> None:
     """The program. Errors a user can mend are shown without a traceback."""
     from converter.streams import prepare  # noqa: PLC0415
     from formats.errors import UserError  # noqa: PLC0415
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads have no work here and take 50 ms to start
-    gc.set_threshold(200_000, 20, 100)  # plans live to the end: looking for cycles in them took a tenth of planning
     _stop_well()
     prepare()
     try:

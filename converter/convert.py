@@ -12,6 +12,7 @@ from converter.carry import carry_out, rule
 from converter.exporting import ExportOptions, plan_export
 from converter.importing import ImportOptions, huggingface_source, plan_import
 from converter.job import How, HowOptions, Summary, Talk
+from converter.memory import seldom_collected
 from converter.sources import open_source
 from converter.values import CHOICES, KEEP
 from formats.detect import Format
@@ -26,6 +27,7 @@ from formats.torch_dist import TorchDistReader
 
 
 @explained()
+@seldom_collected()
 def hf_to_mcore(
     source: str | Path,
     target: str | Path,
@@ -64,6 +66,7 @@ def hf_to_mcore(
 
 
 @explained()
+@seldom_collected()
 def mcore_to_hf(
     source: str | Path,
     target: str | Path,

@@ -14,7 +14,9 @@ from converter import families, provenance, reference
 from converter.carried import CONFIG, EXTRAS, HEADERS, Reference
 from converter.comparison import Side
 from converter.config import make_model
+from converter.families import Family
 from converter.job import Job, Talk, manifest, outputs_for
+from converter.model import Model
 from converter.plan import Making, as_stored, casts, to_huggingface
 from converter.quantization import is_plain, quantization
 from converter.run import check_zero
@@ -49,12 +51,20 @@ def plan_export(reader: TorchDistReader, root: Folder, target: str, wanted: Expo
     origin = reference.find(reader, wanted.hf_config)
     family = families.find(origin.config.get("model_type"))
     model = make_model(family.CONFIG, origin.config)
-    plan = to_huggingface(family.RULES, model, reader.specs, dtype=wanted.dtype)
+    makings, extras = _makings(reader, family, model, origin, dtype=wanted.dtype)
+    tensors = Joined(reader, *extras) if extras else reader
+    return plan_files(megatron_source(reader, root, origin, tensors), makings, target, wanted, talk)
+
+
+def _makings(
+    reader: TorchDistReader, family: Family, model: Model, origin: Reference, *, dtype: str
+) -> tuple[list[Making], list[HuggingFaceReader]]:
+    """What is made of a checkpoint that was found whole, and the readers of what it carries beside Megatron's tensors."""
+    plan = to_huggingface(family.RULES, model, reader.specs, dtype=dtype)
     reader.check(one.megatron for one in plan.bound)
     for name in plan.zero:
         check_zero(reader, name)
-    makings, extras = with_carried(plan.makings, family, model, origin)
-    return plan_files(megatron_source(reader, root, origin, Joined(reader, *extras)), makings, target, wanted, talk)
+    return with_carried(plan.makings, family, model, origin)
 
 
 def megatron_source(reader: TorchDistReader, root: Folder, origin: Reference, tensors: Reader) -> Source:
@@ -98,7 +108,6 @@ def _job(found: _Planned, target: str, wanted: ExportOptions) -> Job:
     outputs = outputs_for(target, found.makings, {**options, **source.merged(), "shards": laid_out})
     made = {*found.documents, provenance.FILE}
     copies = {name: file for name, file in source.reference.files.items() if name not in made}
-    makings = {making.spec.name: making for making in found.makings}
     return Job(
         command=command,
         source=source.label,
@@ -114,17 +123,21 @@ def _job(found: _Planned, target: str, wanted: ExportOptions) -> Job:
             "options": options,
             "family": source.reference.config.get("model_type"),
             "casts": casts(found.makings),
-            "tensors": {"in": len(source.reader.specs), "out": len(makings)},
+            "tensors": {"in": len(source.reader.specs), "out": len(found.makings)},
         },
-        tensors={name: making.spec for name, making in makings.items()},
+        tensors={making.spec.name: making.spec for making in found.makings},
         passing="made",
-        sides=lambda written: (Side(source.label, source.reader, makings), _written(written)),
+        sides=lambda written: (_read(found), _written(written)),
         copies=copies,
         documents=found.documents,
         hashed=wanted.integrity,
         last=(INDEX, CONFIG),
         memory=source.memory,
     )
+
+
+def _read(found: _Planned) -> Side:
+    return Side(found.source.label, found.source.reader, {making.spec.name: making for making in found.makings})
 
 
 def _written(folder: Folder) -> Side:

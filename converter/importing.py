@@ -109,7 +109,7 @@ def _job(found: _Planned, target: str, wanted: ImportOptions) -> Job:
         makings=plan.makings,
         manifest=manifest(command, {**options, **source.merged()}, {**source.files, **luggage.copies}),
         facts={"source": source.told, **source.merged(), "options": options, **_facts(found)},
-        tensors={name: source.reader.specs[name] for making in plan.makings for name in making.sources},
+        tensors=source.reader.specs,
         passing="read",
         sides=lambda written: _sides(found, written, wanted.dtype),
         hashes=luggage.hashes,

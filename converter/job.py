@@ -19,7 +19,7 @@ from formats.errors import UserError, is_text, printable
 from formats.folder import FileIn, Folder
 from formats.location import is_remote
 from formats.outputs import LocalOutputs
-from formats.spec import Document, Reader, TensorSpec, Writer
+from formats.spec import Document, Reader, TensorSpec, Writer, dtype_name
 
 if TYPE_CHECKING:
     from formats.remote.outputs import RemoteOutputs
@@ -79,7 +79,8 @@ class Job:
     """What `conversion.json` says beside the tensors' hashes."""
 
     tensors: Mapping[str, TensorSpec]
-    """The Hugging Face tensors that pass by, and are hashed."""
+    """The Hugging Face tensors: those that pass by, and are hashed, and those in `hashes` and `aliases`, if they are the
+    source's."""
 
     passing: Literal["read", "made"]
     """Do they pass as the source's, or as the output's?"""
@@ -183,13 +184,14 @@ def outputs_for(target: str, makings: Iterable[Making], options: Mapping[str, An
 
 def partial_directory(target: Path, makings: Iterable[Making], options: Mapping[str, Any]) -> Path:
     """Where a conversion writes until it is whole. Named by what it makes: the same for the same plan, whoever runs it."""
-    digest, before = hashlib.sha256(b"[["), ""
-    for made in makings:  # as one document of all, which would be larger than all else in memory
-        spec = made.spec
-        line = json.dumps([spec.name, spec.shape, str(spec.dtype), [(copy.source, copy.there) for copy in made.copies]])
-        digest.update(f"{before}{line}".encode())
-        before = ", "
-    digest.update(f"], {json.dumps(options, sort_keys=True)}]".encode())
+    digest, tables = hashlib.sha256(json.dumps(options, sort_keys=True).encode()), dict[int, int]()
+    for made in makings:
+        spec, rows = made.spec, made.rows
+        if id(rows) not in tables:  # a table is the same in every layer
+            tables[id(rows)] = len(tables)
+            digest.update(repr(rows).encode())
+        line = spec.name, spec.shape, dtype_name(spec.dtype), [*made.sources], tables[id(rows)]
+        digest.update(repr(line).encode(errors="surrogatepass"))
     return target.with_name(f"{target.name}.partial-{digest.hexdigest()[:12]}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any, cast, overload
 
@@ -44,16 +45,16 @@ class RowCopies(Sequence[Copy]):
     """Copies from tensors by a row table. A table is the same in every layer, so it is kept once and copies are made as they are
     asked for."""
 
-    __slots__ = ("_runs", "parts")
+    __slots__ = ("parts", "runs")
 
     def __init__(self, parts: tuple[TensorSpec, ...], runs: Sequence[Run]) -> None:
-        self.parts, self._runs = parts, runs
+        self.parts, self.runs = parts, runs
 
     def __len__(self) -> int:
-        return len(self._runs)
+        return len(self.runs)
 
     def __iter__(self) -> Iterator[Copy]:
-        return map(self._copy, self._runs)
+        return map(self._copy, self.runs)
 
     @overload
     def __getitem__(self, index: int) -> Copy: ...
@@ -61,8 +62,8 @@ class RowCopies(Sequence[Copy]):
     def __getitem__(self, index: slice) -> Sequence[Copy]: ...
     def __getitem__(self, index: int | slice) -> Copy | Sequence[Copy]:
         if isinstance(index, slice):
-            return RowCopies(self.parts, self._runs[index])
-        return self._copy(self._runs[index])
+            return RowCopies(self.parts, self.runs[index])
+        return self._copy(self.runs[index])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and tuple(self) == tuple(cast("Sequence[Any]", other))
@@ -90,9 +91,15 @@ class Making:
         return {copy.source: copy.dtype for copy in self.copies}
 
     @property
+    def rows(self) -> Sequence[Run] | Sequence[Copy]:
+        """Which rows go where: one object for all layers' tensors that are made alike."""
+        return self.copies.runs if isinstance(self.copies, RowCopies) else self.copies
+
+    @property
     def dtypes(self) -> set[np.dtype[Any]]:
         """Those of its sources and its own."""
-        return {self.spec.dtype, *self.sources.values()}
+        parts = self.copies.parts if isinstance(self.copies, RowCopies) else self.copies
+        return {self.spec.dtype, *[part.dtype for part in parts]}
 
 
 def as_stored(specs: Mapping[str, TensorSpec]) -> dict[str, Making]:
@@ -167,17 +174,19 @@ def bind(rules: Iterable[Rule], model: Model, source: Specs) -> list[Bound]:
 def _bound(rule: Rule, layer: int, source: Specs) -> Bound:
     """The names are the source's own objects where it has them: a large model has hundreds of thousands."""
     megatron, huggingface = rule.names(layer)
-    return Bound(rule, layer, _same_object(megatron, source), tuple(_same_object(name, source) for name in huggingface))
+    return Bound(rule, layer, _same_object(megatron, source), tuple([_same_object(name, source) for name in huggingface]))
 
 
 def _same_object(name: str, source: Specs) -> str:
-    return source[name].name if name in source else name
+    found = source.get(name)
+    return name if found is None else found.name
 
 
 def to_megatron(rules: Sequence[Rule], extras: Iterable[str], model: Model, source: Specs, *, dtype: str) -> Plan:
     """The plan that makes every Megatron tensor of `model` from Hugging Face tensors."""
-    bound, tables = bind(rules, model, source), _Tables(model)
-    wanted = {name: shape for one in bound if not one.rule.zeros(model) for name, shape in tables.parts(one)}
+    bound, tables = bind(rules, model, source), _tables(rules, model)
+    of_source = (one for one in bound if not tables[id(one.rule)].zeros)
+    wanted = {name: shape for one in of_source for name, shape in tables[id(one.rule)].named(one)}
     allowed = {fill(template, layer) for template in extras for layer in range(model.layers)}
     equal = [
         (name, rule.same_as)
@@ -188,8 +197,9 @@ def to_megatron(rules: Sequence[Rule], extras: Iterable[str], model: Model, sour
     ]
     _account(wanted, source, known=allowed | {name for name, _ in equal}, side="source")
     common = _dtypes(wanted, source)
-    makings = [_fused(one, tables, source, common, dtype) for one in bound]
-    zero = [one.megatron for one in bound if one.rule.zeros(model)]
+    del wanted
+    makings = [_fused(one, tables[id(one.rule)], source, common, dtype) for one in bound]
+    zero = [one.megatron for one in bound if tables[id(one.rule)].zeros]
     present = sorted(allowed & source.keys())
     for name in present:
         if not source[name].shape:
@@ -197,83 +207,86 @@ def to_megatron(rules: Sequence[Rule], extras: Iterable[str], model: Model, sour
     return Plan(tuple(makings), tuple(bound), tuple(present), tuple(equal), tuple(zero))
 
 
-class _Tables:
-    """What rules say of one model: the same in every layer, so worked out once."""
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """What a rule says of one model: the same in every layer, so worked out once."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self._shapes: dict[int, tuple[tuple[int, ...], list[tuple[int, ...]]]] = {}
-        self._runs: dict[tuple[int, int | None], tuple[Run, ...]] = {}
+    shape: tuple[int, ...]
+    """The Megatron tensor's."""
 
-    def shape(self, rule: Rule) -> tuple[int, ...]:
-        """The Megatron tensor's."""
-        return self._of(rule)[0]
+    parts: list[tuple[int, ...]]
+    """Those of the Hugging Face tensors."""
 
-    def parts(self, one: Bound) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The Hugging Face tensors and their shapes."""
-        return zip(one.huggingface, self._of(one.rule)[1], strict=True)
+    zeros: bool
+    runs: tuple[Run, ...]
+    """The runs of all parts into the Megatron tensor."""
 
-    def runs(self, rule: Rule) -> tuple[Run, ...]:
-        """The runs of all parts into the Megatron tensor."""
-        if (id(rule), None) not in self._runs:
-            self._runs[id(rule), None] = tuple(rule.runs(self.model))
-        return self._runs[id(rule), None]
+    back: list[tuple[Run, ...]]
+    """The runs of the Megatron tensor into each part."""
 
-    def runs_back(self, rule: Rule, part: int) -> tuple[Run, ...]:
-        """The runs of the Megatron tensor into one part."""
-        if (id(rule), part) not in self._runs:
-            back = (Run(0, run.here, run.there, run.count) for run in self.runs(rule) if run.part == part)
-            self._runs[id(rule), part] = tuple(back)
-        return self._runs[id(rule), part]
-
-    def _of(self, rule: Rule) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-        if id(rule) not in self._shapes:
-            self._shapes[id(rule)] = rule.shape(self.model), rule.part_shapes(self.model)
-        return self._shapes[id(rule)]
+    def named(self, one: Bound) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The Hugging Face tensors of one layer, and their shapes."""
+        return zip(one.huggingface, self.parts, strict=True)
 
 
-def _fused(one: Bound, tables: _Tables, source: Specs, common: np.dtype[Any], dtype: str) -> Making:
-    shape = tables.shape(one.rule)
-    if one.rule.zeros(tables.model):
-        target = target_dtype(TensorSpec(one.megatron, shape, common), dtype)
-        return Making(TensorSpec(one.megatron, shape, target), ())
-    parts = tuple(source[name] for name in one.huggingface)
-    targets = [target_dtype(part, dtype) for part in parts]
-    for part, target in zip(parts, targets, strict=True):
-        if target != targets[0]:
+def _tables(rules: Iterable[Rule], model: Model) -> dict[int, _Table]:
+    """The tables of the rules that apply, by `id`: a rule is compared field by field otherwise."""
+    return {id(rule): _table(rule, model) for rule in rules if rule.when(model)}
+
+
+def _table(rule: Rule, model: Model) -> _Table:
+    parts, runs = rule.part_shapes(model), tuple(rule.runs(model))
+    back = [tuple(Run(0, run.here, run.there, run.count) for run in runs if run.part == part) for part in range(len(parts))]
+    return _Table(rule.shape(model), parts, rule.zeros(model), runs, back)
+
+
+def _fused(one: Bound, table: _Table, source: Specs, common: np.dtype[Any], dtype: str) -> Making:
+    if table.zeros:
+        target = target_dtype(TensorSpec(one.megatron, table.shape, common), dtype)
+        return Making(TensorSpec(one.megatron, table.shape, target), ())
+    parts = tuple([source[name] for name in one.huggingface])
+    target = target_dtype(parts[0], dtype)
+    for part in parts[1:]:
+        if target_dtype(part, dtype) != target:
             raise _unequal_dtypes(parts[0], part, one.megatron)
-    return Making(TensorSpec(one.megatron, shape, targets[0]), RowCopies(parts, tables.runs(one.rule)))
+    return Making(TensorSpec(one.megatron, table.shape, target), RowCopies(parts, table.runs))
 
 
 def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype: str) -> Plan:
     """The plan that makes every Hugging Face tensor of `model` from Megatron tensors."""
-    bound, tables = [_as_stored(one, source) for one in bind(rules, model, source)], _Tables(model)
-    wanted = {one.megatron: _stored_shape(one, tables, source) for one in bound}
-    _account(wanted, source, known=set(), side="checkpoint")
-    zero = tuple(one.megatron for one in bound if one.rule.zeros(model))
-    zeros = set(zero)
-    makings = [making for one in bound if one.megatron not in zeros for making in _split(one, tables, source, dtype)]
-    return Plan(tuple(makings), tuple(bound), zero=zero)
+    bound, tables = [_as_stored(one, source) for one in bind(rules, model, source)], _tables(rules, model)
+    stored = {one.megatron: _stored_shape(one, tables[id(one.rule)].shape, model, source) for one in bound}
+    _account(stored, source, known=set(), side="checkpoint")
+    del stored
+    made, zero = list[Making](), list[str]()
+    for one in bound:
+        table = tables[id(one.rule)]
+        if table.zeros:
+            zero.append(one.megatron)
+        else:
+            made += _split(one, table, source, dtype)
+    return Plan(tuple(made), tuple(bound), zero=tuple(zero))
 
 
-def _split(one: Bound, tables: _Tables, source: Specs, dtype: str) -> Iterator[Making]:
+def _split(one: Bound, table: _Table, source: Specs, dtype: str) -> Iterator[Making]:
     spec = source[one.megatron]
-    for part, (name, shape) in enumerate(tables.parts(one)):
-        copies = RowCopies((spec,), tables.runs_back(one.rule, part))
-        yield Making(TensorSpec(name, shape, target_dtype(spec, dtype)), copies)
+    whole, target = (spec,), target_dtype(spec, dtype)
+    for (name, shape), runs in zip(table.named(one), table.back, strict=True):
+        yield Making(TensorSpec(name, shape, target), RowCopies(whole, runs))
 
 
 def _as_stored(one: Bound, source: Specs) -> Bound:
     """The same, under the name that this checkpoint's writer gave it."""
+    if one.megatron in source:
+        return one
     other = fill(one.rule.also, one.layer)
-    return Bound(one.rule, one.layer, other, one.huggingface) if one.megatron not in source and other in source else one
+    return Bound(one.rule, one.layer, other, one.huggingface) if other in source else one
 
 
-def _stored_shape(one: Bound, tables: _Tables, source: Specs) -> tuple[int, ...]:
+def _stored_shape(one: Bound, shape: tuple[int, ...], model: Model, source: Specs) -> tuple[int, ...]:
     """The shape a stored tensor should have: any padding of the vocabulary will do."""
-    shape = tables.shape(one.rule)
-    stored = source.get(one.megatron)
-    if one.rule.padded and stored and len(stored.shape) == len(shape) and stored.shape[0] >= tables.model.vocab:
+    stored = source.get(one.megatron) if one.rule.padded else None
+    if stored and len(stored.shape) == len(shape) and stored.shape[0] >= model.vocab:
         return stored.shape[0], *shape[1:]
     return shape
 
@@ -281,14 +294,13 @@ def _stored_shape(one: Bound, tables: _Tables, source: Specs) -> tuple[int, ...]
 def _account(wanted: Mapping[str, tuple[int, ...]], found: Specs, *, known: set[str], side: str) -> None:
     """Nothing missing, nothing left over, every shape as it should be."""
     missing = [name for name in wanted if name not in found]
-    over = sorted(found.keys() - wanted.keys() - known)
+    over = sorted([name for name in found if name not in wanted and name not in known])
     if missing:
         instead = f"; it holds {named(over)}, for which this family has no place" if over else ""
         raise UserError(
             f"the {side} lacks {named(missing)}{instead}",
             hint="`config.json` describes a model with these tensors: either it or the weights are of another model",
         )
-    over = sorted(name for name in found if name not in wanted and name not in known)
     if over:
         raise UserError(
             f"the {side} holds {named(over)}, for which this family has no place",
@@ -333,7 +345,7 @@ def _unequal_dtypes(one: TensorSpec, other: TensorSpec, megatron: str) -> UserEr
 
 def casts(makings: Iterable[Making]) -> dict[str, str]:
     """The dtypes that values are cast from, each with what it is cast to."""
-    changed = {(dtype, making.spec.dtype) for making in makings for dtype in making.sources.values()}
+    changed = {(dtype, making.spec.dtype) for making in makings for dtype in making.dtypes}
     changed = {(old, new) for old, new in changed if old != new}
     return {dtype_name(old): dtype_name(new) for old, new in sorted(changed, key=str)}
 
@@ -341,8 +353,9 @@ def casts(makings: Iterable[Making]) -> dict[str, str]:
 def placed(plan: Plan, layout: Layout) -> Iterator[tuple[TensorSpec, tuple[tuple[Region, int], ...]]]:
     """Every Megatron tensor of a plan, with its chunks and the rank that holds each."""
     known: dict[Any, tuple[tuple[Region, int], ...]] = {}
+    stage_of = cache(layout.stage)
     for one, making in zip(plan.bound, plan.makings, strict=True):
-        stage, shape, rule = layout.stage(one.layer), making.spec.shape, one.rule
+        stage, shape, rule = stage_of(one.layer), making.spec.shape, one.rule
         like = shape, rule.cut, rule.blocks, stage
         if like not in known:
             cut = boxes(shape, rule.cut, rule.blocks, layout.tp)

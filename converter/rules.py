@@ -57,7 +57,7 @@ class Rule:
 
     def names(self, layer: int) -> tuple[str, tuple[str, ...]]:
         """The Megatron name and the Hugging Face names in one layer."""
-        return fill(self.megatron, layer), tuple(fill(name, layer) for name in alternatives(self.huggingface))
+        return fill(self.megatron, layer), tuple([fill(name, layer) for name in alternatives(self.huggingface)])
 
     def part_shapes(self, model: Model) -> list[tuple[int, ...]]:
         return [tuple(model.size(dim) for dim in dims) for dims in self.parts]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from formats.archive_files import ArchiveFiles, NewPart, append_parts
 from formats.boxes import Stored, place_of, read_box, write_box
 from formats.chunks import ChunkedTensor, Place, tiles
 from formats.content import START_BYTES, refuse_start
@@ -172,15 +173,6 @@ def _cut(shape: Shape) -> Shape:
     return tuple(size for size in shape if size != 1)
 
 
-class NewChunk(NamedTuple):
-    """A chunk to be written: which tensor, where in it the chunk starts, its sizes, and in which file."""
-
-    key: str
-    starts: Shape
-    sizes: Shape
-    file: str
-
-
 class NewObject(NamedTuple):
     """An object to be written: its archive is ready."""
 
@@ -192,8 +184,8 @@ class NewObject(NamedTuple):
 class ContainerWriter:
     """Files being made. Every offset is known before the first byte, so regions arrive in any order.
 
-    `tensors` gives each key's global shape and dtype; `chunks` tile them. Objects, then chunks, lie in their file in the
-    order given. `folder` is where the files lie in the output.
+    `tensors` gives each key's global shape and dtype; the boxes of `parts` tile them. Objects, then the parts' chunks, lie in
+    their file in the order given. `folder` is where the files lie in the output.
     """
 
     def __init__(
@@ -201,65 +193,36 @@ class ContainerWriter:
         outputs: Outputs,
         folder: str,
         tensors: Mapping[str, tuple[Shape, np.dtype[Any]]],
-        chunks: Iterable[NewChunk],
+        parts: Iterable[NewPart],
         objects: Iterable[NewObject],
     ) -> None:
         self._outputs, self._folder = outputs, folder
-        self._files: dict[str, int] = {}
-        self._ends: list[int] = []
-        self._contents: list[array[int]] = []
-        self._frames: list[Frame] = []
-        self._objects: list[str] = []
-        self._object_places = array("q")
-        archives: dict[bytes, int] = {}
+        self._files, self._objects = ArchiveFiles(), list[str]()
+        files, frames, known = array("q"), array("q"), dict[bytes, int]()
         for new in objects:
-            if new.archive not in archives:
-                archives[new.archive] = len(self._frames)
-                self._frames.append(Frame(new.archive, 0, b""))
             self._objects.append(new.key)
-            self._object_places.extend(self._take(new.file, archives[new.archive], len(new.archive)))
-        numbers = {key: (array("q"), dtype) for key, (_, dtype) in tensors.items()}
-        known: dict[tuple[np.dtype[Any], Shape], tuple[int, int]] = {}
-        for new in chunks:
-            found, dtype = numbers[new.key]
-            frame = known.get((dtype, new.sizes))
-            if frame is None:
-                self._frames.append(_frame(dtype, new.sizes))
-                frame = known[dtype, new.sizes] = len(self._frames) - 1, self._frames[-1].length
-            found.extend((*new.starts, *new.sizes, *self._take(new.file, *frame, alignment=DATA_ALIGNMENT), -1))
-        names = list(self._files)
-        self._chunked = {key: ChunkedTensor(*tensors[key], found, names) for key, (found, _) in numbers.items()}
+            files.append(self._files.file(new.file))
+            if new.archive not in known:
+                known[new.archive] = self._files.frame(Frame(new.archive, 0, b""))
+            frames.append(known[new.archive])
+        self._object_places = self._files.append(np.array(files, np.int64), np.array(frames, np.int64))
+        self._chunked = append_parts(self._files, tensors, parts, _frame)
         for key, tensor in self._chunked.items():
             assert tiles(*tensor.boxes()), f"the chunks of {key} do not tile {tensor.shape}"
-
-    def _take(self, name: str, frame: int, length: int, *, alignment: int = 1) -> tuple[int, int, int]:
-        """Room for an archive at the end of a file: the file's number, where the archive starts, and its length."""
-        file = self._files.get(name)
-        if file is None:
-            file = self._files[name] = len(self._files)
-            self._ends.append(0)
-            self._contents.append(array("q"))
-        start = -(-self._ends[file] // alignment) * alignment
-        self._ends[file] = start + length
-        self._contents[file].extend((start, frame))
-        return file, start, length
 
     @cached_property
     def metadata(self) -> Document:
         """The index that makes the folder a checkpoint."""
-        places = np.frombuffer(self._object_places, np.int64).reshape(-1, 3)
-        return index_document(self._chunked, (self._objects, places, list(self._files)))
+        return index_document(self._chunked, (self._objects, self._object_places, self._files.names))
 
     @property
     def files(self) -> dict[str, int]:
-        return {f"{self._folder}/{file}": self._ends[number] for file, number in self._files.items()}
+        return {f"{self._folder}/{file}": end for file, end in self._files.sizes.items()}
 
     def spans(self, file: str) -> Iterator[Span]:
         """What lies around the data of a file, and where the data lies, from its first byte to its last."""
         known, at = b"", 0
-        contents = self._contents[self._files[file.removeprefix(f"{self._folder}/")]]
-        for start, number in zip(contents[::2], contents[1::2], strict=True):
-            frame = self._frames[number]
+        for start, frame in self._files.content(file.removeprefix(f"{self._folder}/")):
             known += bytes(start - at - len(known)) + frame.before
             if frame.size:
                 yield Span(at, known)

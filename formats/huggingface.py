@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import itemgetter
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +23,7 @@ from formats.errors import UserError, shown
 from formats.folder import Folder
 from formats.json_objects import parse_json
 from formats.outputs import Outputs
-from formats.shard_files import INDEX, SINGLE, indexed, shard_names, weight_map
+from formats.shard_files import INDEX, SINGLE, shard_names, weight_map
 from formats.spec import (
     DTYPES,
     OTHER_DTYPES,
@@ -73,10 +74,9 @@ def parse_shard(raw: bytes, *, source: str, any_dtype: bool = False) -> Shard:
     if not isinstance(described, dict) or not all(isinstance(text, str) for text in cast("dict[str, Any]", described).values()):
         raise UserError(f"`{source}`: `__metadata__` should hold text alone", hint="the header is damaged")
     tensors: dict[str, tuple[TensorSpec, int]] = {}
-    end, shapes = 0, dict[tuple[int, ...], tuple[int, ...]]()
-    spans = sorted(((*_span(name, entry, source), name) for name, entry in entries.items()), key=lambda span: span[:2])
-    for start, stop, name in spans:
-        spec = _spec(name, entries.pop(name), source, shapes, stop - start if any_dtype else None)
+    end, known = 0, dict[str, TensorSpec]()
+    for start, stop, name in sorted((_span(name, entry, source) for name, entry in entries.items()), key=_BY_SPAN):
+        spec = _spec(name, entries.pop(name), source, known, stop - start if any_dtype else None)
         if start != end or stop - start != spec.nbytes:
             raise UserError(
                 f"`{source}`: the data of `{name}` should be {spec.nbytes} bytes from {end}, its header says {start} to {stop}",
@@ -126,32 +126,43 @@ def make_header(specs: Iterable[TensorSpec]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _span(name: str, entry: Any, source: str) -> tuple[int, int]:
+_BY_SPAN = itemgetter(slice(2))
+
+
+def _span(name: str, entry: Any, source: str) -> tuple[int, int, str]:
+    """Where the data of an entry starts and stops, and its name."""
     offsets = cast("dict[str, Any]", entry).get("data_offsets") if isinstance(entry, dict) else None
     match offsets:
-        case [int(start), int(stop)] if whole_number(start) and whole_number(stop) and start <= stop:
-            return start, stop
+        case [start, stop] if type(start) is int and whole_number(stop) and 0 <= start <= stop:
+            return start, stop, name
         case _:
             raise UserError(f"`{source}`: `{name}` has data offsets `{shown(offsets)}`", hint="the header is damaged")
 
 
-def _spec(
-    name: str, entry: dict[str, Any], source: str, shapes: dict[tuple[int, ...], tuple[int, ...]], size: int | None
-) -> TensorSpec:
-    """A tensor as an entry describes it, of `size` bytes where it may have any dtype; of equal `shapes`, one object is kept."""
+def _spec(name: str, entry: dict[str, Any], source: str, known: dict[str, TensorSpec], size: int | None) -> TensorSpec:
+    """A tensor as an entry describes it, of `size` bytes where it may have any dtype. Layers repeat their tensors: each kind of
+    them is checked once and `known` from then on."""
     shape, dtype = entry.get("shape"), entry.get("dtype")
+    kind = f"{dtype!r} {shape!r}"  # of 1, 1.0 and true, only one is a size
+    like = known.get(kind)
+    if like is None:
+        like = _checked(name, shape, dtype, source, size)
+        if type(like) is TensorSpec:
+            known[kind] = like
+        return like
+    return TensorSpec(name, like.shape, like.dtype)
+
+
+def _checked(name: str, shape: Any, dtype: Any, source: str, size: int | None) -> TensorSpec:
     if not isinstance(dtype, str) or (size is None and dtype not in _DTYPE_OF):
         raise UserError(
             f"`{source}`: `{name}` has dtype `{shown(dtype)}`", hint=f"those that can be converted are {', '.join(_DTYPE_OF)}"
         )
     sizes = tuple(cast("list[Any]", shape if isinstance(shape, list) else [None]))
-    known = shapes.get(sizes) if all(type(part) is int for part in sizes) else None
-    if known is None:
-        if not possible_shape(sizes):
-            raise UserError(f"`{source}`: `{name}` has shape `{shown(shape)}`", hint="the header is damaged")
-        known = shapes.setdefault(sizes, sizes)
+    if not possible_shape(sizes):
+        raise UserError(f"`{source}`: `{name}` has shape `{shown(shape)}`", hint="the header is damaged")
     held = _DTYPE_OF.get(dtype) or _OTHER_DTYPE_OF.get(dtype)
-    return TensorSpec(name, known, held) if held else ViewSpec(name, (size or 0,), np.dtype(np.uint8), known, shown(dtype))
+    return TensorSpec(name, sizes, held) if held else ViewSpec(name, (size or 0,), np.dtype(np.uint8), sizes, shown(dtype))
 
 
 class HuggingFaceReader:
@@ -160,13 +171,18 @@ class HuggingFaceReader:
     def __init__(self, folder: Folder, *, files: Sequence[str] | None = None, any_dtype: bool = False) -> None:
         """`any_dtype`: also with tensors of dtypes that cannot be converted, to report or to compare them."""
         self.folder = folder
-        self.shards = {name: read_shard(folder, name, any_dtype=any_dtype) for name in files or shard_names(folder)}
+        listed = weight_map(folder) if files is None else {}
+        names = shard_names(folder, listed) if files is None else files
+        self.shards = {name: read_shard(folder, name, any_dtype=any_dtype) for name in names}
+        self.indexed = not self.shards.keys().isdisjoint(listed.values())
+        """Is the folder's index of these files? One that an older model left behind is of others."""
+
         self._files: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
         for file, shard in self.shards.items():
             self._add(file, shard)
-        if files is None:
-            self._check_index()
+        if self.indexed:
+            self._check_index(listed)
 
     def _add(self, file: str, shard: Shard) -> None:
         for name, (spec, _) in shard.tensors.items():
@@ -175,10 +191,7 @@ class HuggingFaceReader:
             self._files[name] = file
             self.specs[name] = spec
 
-    def _check_index(self) -> None:
-        if not self.folder.has(INDEX) or not indexed(self.folder, self.shards):
-            return
-        listed = weight_map(self.folder)
+    def _check_index(self, listed: Mapping[str, str]) -> None:
         wrong = [name for name, file in self._files.items() if listed.get(name) != file]
         wrong += [name for name in listed if name not in self._files]
         for name in sorted(wrong):
@@ -290,11 +303,12 @@ _ADAPTER = "adapter_"
 _ADAPTER_CONFIG = f"{_ADAPTER}config.json"
 
 
-def side_files(folder: Folder, shards: Iterable[str]) -> tuple[list[str], list[str]]:
+def side_files(folder: Folder, shards: Iterable[str], *, indexed: bool) -> tuple[list[str], list[str]]:
     """The files beside the model's `shards`, as relative names: those that travel, and those that are not the model's: weights in
-    other formats, an index of other files, adapters. UserError for a link that leads to no file, where the file would travel."""
+    other formats, an index of other files (if there is one and not `indexed`), adapters. UserError for a link that leads to no
+    file, where the file would travel."""
     model, found = set(shards), folder.files()
-    ours = {INDEX} if INDEX in found and (not model or indexed(folder, model)) else set[str]()
+    ours = {INDEX} if indexed else set[str]()
     adapters = tuple(name.removesuffix("config.json") for name in found if name.rpartition("/")[2] == _ADAPTER_CONFIG)
     left_out = [name for name in found if name not in model | ours and (name.startswith(adapters) or _does_not_travel(name))]
     travels = [name for name in found if name not in model and name not in left_out]

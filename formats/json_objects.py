@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any, cast
 
 from formats.content import refuse_start
@@ -53,16 +52,11 @@ def _check_depth(parsed: Any, source: str) -> None:
     """What is nested deeper than any document of ours could be read but not printed."""
     level: list[Any] = [parsed]
     for _ in range(_DEEPEST - 1):
-        level = [inner for part in level for inner in _inside(part) if type(inner) in _CONTAINERS]
+        parts = (part.values() if hasattr(part, "values") else part for part in level)
+        level = [inner for part in parts for inner in part if type(inner) in _CONTAINERS]
         if not level:
             return
     raise UserError(f"`{source}` is nested deeper than {_DEEPEST} levels", hint=_DAMAGED)
-
-
-def _inside(part: Any) -> Iterable[Any]:
-    if isinstance(part, dict):
-        return cast("dict[str, Any]", part).values()
-    return cast("list[Any]", part) if isinstance(part, list) else ()
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

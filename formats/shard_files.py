@@ -6,7 +6,7 @@ Opens the index alone; what is in the others is left to the reader.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from formats import foreign
@@ -19,7 +19,9 @@ SINGLE = "model.safetensors"
 
 
 def weight_map(folder: Folder) -> dict[str, str]:
-    """Which file holds which tensor, by the index. File names must stay in the directory."""
+    """Which file holds which tensor, by the index; empty where there is no index. File names must stay in the directory."""
+    if not folder.has(INDEX):
+        return {}
     listed = read_json(folder, INDEX).get("weight_map")
     if not isinstance(listed, dict):
         raise UserError(f"`{INDEX}` has no `weight_map`")
@@ -31,21 +33,22 @@ def weight_map(folder: Folder) -> dict[str, str]:
     return cast("dict[str, str]", listed)
 
 
-def shard_names(folder: Folder) -> list[str]:
+def shard_names(folder: Folder, listed: Mapping[str, str] | None = None) -> list[str]:
     """The files that hold the model: the index's, or `model.safetensors`, or those that are left where there is no index.
+    `listed` is the index's `weight_map`, if it was read already.
 
     Raises UserError where one of them is not there, or where they do not tell which of them are the model.
     """
     local = folder.children() if isinstance(folder, LocalFolder) else []  # stores have no links, and whole files alone
     if INDEX in local:
         _check_there(folder, INDEX, local)
-    if folder.has(INDEX) and (listed := _listed(folder)):
-        names = listed
+    if indexed := _indexed(folder, weight_map(folder) if listed is None else listed):
+        names = indexed
     elif folder.has(SINGLE):
         names = [SINGLE]
     else:
-        listed = folder.children()
-        names = _without_index(folder, model_files(listed) or [name for name in listed if name.endswith(".safetensors")])
+        there = folder.children()
+        names = _without_index(folder, model_files(there) or [name for name in there if name.endswith(".safetensors")])
     if not names:
         foreign.refuse(folder.label, folder.children())
         raise UserError(f"`{folder.label}` holds no safetensors files", hint="point at a Hugging Face model directory")
@@ -54,9 +57,9 @@ def shard_names(folder: Folder) -> list[str]:
     return names
 
 
-def _listed(folder: Folder) -> list[str]:
+def _indexed(folder: Folder, listed: Mapping[str, str]) -> list[str]:
     """The index's files; none where they are all gone and `model.safetensors` is there, which transformers reads first."""
-    names = sorted(set(weight_map(folder).values()))
+    names = sorted(set(listed.values()))
     if not folder.has(SINGLE) or SINGLE in names:
         return names
     there = [name for name in names if folder.has(name)]
@@ -67,11 +70,6 @@ def _listed(folder: Folder) -> list[str]:
             hint=f"transformers reads `{SINGLE}` and never looks at the index: remove the one that is old",
         )
     return []
-
-
-def indexed(folder: Folder, shards: Iterable[str]) -> bool:
-    """Is the folder's index of these files? One that an older model left behind is of others."""
-    return not set(shards).isdisjoint(weight_map(folder).values())
 
 
 def model_files(names: Iterable[str]) -> list[str]:

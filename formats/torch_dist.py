@@ -12,7 +12,7 @@ import re
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from formats.archive_files import Box, NewPart
 from formats.chunks import Chunk, ChunkedTensor
-from formats.dcp import Container, ContainerWriter, NewChunk, NewObject
+from formats.dcp import Container, ContainerWriter, NewObject
 from formats.dcp_index import METADATA
 from formats.errors import UserError, shown
 from formats.folder import Folder
@@ -237,8 +238,7 @@ def _stacked(first: ChunkedTensor, then: ChunkedTensor) -> ChunkedTensor:
     return ChunkedTensor((rows + then.shape[0], *first.shape[1:]), first.dtype, numbers, first.files)
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(NamedTuple):
     """A weight and how ranks hold it: boxes of it, each with the rank in whose file it goes."""
 
     spec: TensorSpec
@@ -252,28 +252,17 @@ class TorchDistWriter:
         """Of a `whole_model`, layers are stacked and every module gets its empty `_extra_state`. What has only some of a
         model's tensors keeps the layer's number in each key, and holds nothing else."""
         self._folder = iteration_folder(iteration)
-        specs = {item.spec.name: item.spec for item in placed}
-        self._keys = _stack(specs) if whole_model else {name: _Stacked(spec, name, None) for name, spec in specs.items()}
-        tensors = _whole(self._keys)
+        self._whole_model = whole_model
+        self.specs = {item.spec.name: item.spec for item in placed}
+        parts = _parts(placed, self._located)
         common = NewObject(COMMON_KEY, rank_file(0), _common(iteration, stacked=whole_model))
-        objects = chain(_extra_states(placed, self._keys), [common]) if whole_model else [common]
-        self._container = ContainerWriter(outputs, self._folder, tensors, self._chunks(placed), objects)
+        objects = chain(_extra_states(parts), [common]) if whole_model else [common]
+        self._container = ContainerWriter(outputs, self._folder, _whole(placed, parts), parts, objects)
         self._iteration = iteration
 
-    def _chunks(self, placed: Iterable[Placed]) -> Iterator[NewChunk]:
-        """Layers are held alike, so boxes are taken apart once for all that share them."""
-        known: dict[int, list[tuple[Shape, Shape, str]]] = {}
-        for item in placed:
-            if id(item.chunks) not in known:
-                boxes = [(tuple(part.start for part in region), extent(region), rank) for region, rank in item.chunks]
-                known[id(item.chunks)] = [(starts, sizes, rank_file(rank)) for starts, sizes, rank in boxes]
-            _, key, row = self._keys[item.spec.name]
-            for starts, sizes, file in known[id(item.chunks)]:
-                yield NewChunk(key, starts, sizes, file) if row is None else NewChunk(key, (row, *starts), (1, *sizes), file)
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        return {name: found.spec for name, found in self._keys.items()}
+    def _located(self, name: str) -> tuple[str, int | None]:
+        """The key that a weight is stored under, and its row there where layers are stacked."""
+        return _key_and_row(name) if self._whole_model else (name, None)
 
     @property
     def files(self) -> dict[str, int]:
@@ -294,16 +283,16 @@ class TorchDistWriter:
         return self._container.spans(file)
 
     def touched(self, name: str, region: Region | None = None) -> set[str]:
-        found = self._keys[name]
-        return self._container.touched(found.key, found.region(region or found.spec.whole))
+        key, row = self._located(name)
+        return self._container.touched(key, _in_key(row, region or self.specs[name].whole))
 
     def place(self, name: str, region: Region) -> int:
-        found = self._keys[name]
-        return self._container.place(found.key, found.region(region))
+        key, row = self._located(name)
+        return self._container.place(key, _in_key(row, region))
 
     def write(self, name: str, region: Region, data: Array) -> None:
-        found = self._keys[name]
-        self._container.write(found.key, found.region(region), data if found.row is None else data[np.newaxis])
+        key, row = self._located(name)
+        self._container.write(key, _in_key(row, region), data if row is None else data[np.newaxis])
 
 
 _FORMAT_DOCUMENT = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode()
@@ -314,43 +303,42 @@ def rank_file(rank: int) -> str:
     return f"__{rank}_0.distcp"
 
 
-class _Stacked(NamedTuple):
-    """A weight, the key it is stored under, and its row there where layers are stacked."""
-
-    spec: TensorSpec
-    key: str
-    row: int | None
-
-    def region(self, region: Region) -> Region:
-        """A region of the weight, in the key."""
-        return region if self.row is None else (slice(self.row, self.row + 1), *region)
+def _in_key(row: int | None, region: Region) -> Region:
+    """A region of a weight, in the key it is stored under."""
+    return region if row is None else (slice(row, row + 1), *region)
 
 
-def _stack(specs: Mapping[str, TensorSpec]) -> dict[str, _Stacked]:
-    """For each weight, where it is stored."""
-    keys: dict[str, str] = {}
+def _parts(placed: Iterable[Placed], locate: Callable[[str], tuple[str, int | None]]) -> list[NewPart]:
+    """For each weight, where it is stored. Layers are held alike, so boxes are taken apart once for all that share them."""
+    known: dict[int, list[Box]] = {}
+    keys: dict[str, str] = {}  # one object for each, of hundreds of thousands
+    parts: list[NewPart] = []
+    for spec, chunks in placed:
+        boxes = known.get(id(chunks))
+        if boxes is None:
+            boxes = [Box(tuple(part.start for part in region), extent(region), rank_file(rank)) for region, rank in chunks]
+            known[id(chunks)] = boxes
+        key, row = locate(spec.name)
+        parts.append(NewPart(keys.setdefault(key, key), row, boxes))
+    return parts
+
+
+def _whole(placed: Iterable[Placed], parts: Sequence[NewPart]) -> dict[str, tuple[Shape, np.dtype[Any]]]:
+    """The shape and dtype of each key."""
+    counts = Counter(part.key for part in parts)
     first: dict[str, TensorSpec] = {}
-    found: dict[str, _Stacked] = {}
-    for name, spec in specs.items():
-        key, row = _key_and_row(name)
-        found[name] = _Stacked(spec, keys.setdefault(key, key), row)
-        like = first.setdefault(key, spec)
-        if spec.dtype != like.dtype:
+    whole: dict[str, tuple[Shape, np.dtype[Any]]] = {}
+    for (spec, _), (key, row, _) in zip(placed, parts, strict=True):
+        like = first.get(key)
+        if like is None:
+            first[key], whole[key] = spec, (spec.shape if row is None else (counts[key], *spec.shape), spec.dtype)
+        elif spec.dtype != like.dtype:
             raise UserError(
-                f"`{like.name}` is {dtype_name(like.dtype)} and `{name}` is {dtype_name(spec.dtype)}, "
+                f"`{like.name}` is {dtype_name(like.dtype)} and `{spec.name}` is {dtype_name(spec.dtype)}, "
                 "but Megatron keeps them as one tensor",
                 hint="choose one dtype for all with `--dtype`",
             )
-    return found
-
-
-def _whole(found: Mapping[str, _Stacked]) -> dict[str, tuple[Shape, np.dtype[Any]]]:
-    """The shape and dtype of each key."""
-    counts = Counter(one.key for one in found.values())
-    return {
-        one.key: ((*(() if one.row is None else (counts[one.key],)), *one.spec.shape), one.spec.dtype)
-        for one in {one.key: one for one in found.values()}.values()
-    }
+    return whole
 
 
 def _key_and_row(name: str) -> tuple[str, int | None]:
@@ -358,19 +346,18 @@ def _key_and_row(name: str) -> tuple[str, int | None]:
     return (f"{numbered[1]}.{numbered[3]}", int(numbered[2])) if numbered else (name, None)
 
 
-def _extra_states(placed: Sequence[Placed], keys: Mapping[str, _Stacked]) -> Iterator[NewObject]:
+def _extra_states(parts: Sequence[NewPart]) -> Iterator[NewObject]:
     """The empty state that megatron-core asks for with every module: one object per layer, in the module's own file."""
     archive = object_archive([np.zeros(0, np.uint8)])
-    layers = len({found.row for found in keys.values() if found.row is not None})
-    seen = set[tuple[str, int | None]]()
-    for item in placed:
-        key, row = keys[item.spec.name].key, keys[item.spec.name].row
+    layers = len({part.row for part in parts if part.row is not None})
+    seen = set[str]()
+    for key, row, boxes in parts:
         module = key.rpartition(".")[0]
-        if (module, row) in seen or module.rpartition(".")[2] in _STATELESS:
+        name = f"{module}._extra_state/{'shard_0_1' if row is None else f'shard_{row}_{layers}'}"
+        if name in seen or module.rpartition(".")[2] in _STATELESS:
             continue
-        seen.add((module, row))
-        shard = "shard_0_1" if row is None else f"shard_{row}_{layers}"
-        yield NewObject(f"{module}._extra_state/{shard}", rank_file(item.chunks[0][1]), archive)
+        seen.add(name)
+        yield NewObject(name, boxes[0].file, archive)
 
 
 def _common(iteration: int, *, stacked: bool) -> bytes:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from converter import UserError
 from converter.families import llama
+from converter.job import partial_directory
 from converter.layout import make_layout
 from converter.model import Model
 from converter.plan import pieces, placed, to_huggingface, to_megatron
@@ -122,3 +123,14 @@ def test_a_source_that_lacks_or_holds_one_tensor_more_is_refused(model, data):
     for wrong in (without, renamed, wider):
         with pytest.raises(UserError):
             to_megatron(llama.RULES, (), model, wrong, dtype="keep")
+
+
+def test_plans_that_differ_in_rows_alone_are_written_into_different_directories(tmp_path):
+    sizes = {"layers": 2, "hidden": 4, "ffn": 4, "vocab": 4, "padded_vocab": 4, "tied": False}
+    grouped = [Model(heads=4, groups=2, head_dim=2, **sizes), Model(heads=2, groups=1, head_dim=4, **sizes)]
+    assert source(grouped[0]) == source(grouped[1])
+    plans = [to_megatron(llama.RULES, (), model, source(model), dtype="keep") for model in (*grouped, *grouped)]
+    names = [partial_directory(tmp_path / "out", plan.makings, {"tp": 1}).name for plan in plans]
+    assert names[:2] == names[2:]
+    assert names[0] != names[1]
+    assert partial_directory(tmp_path / "out", plans[0].makings, {"tp": 2}).name not in names

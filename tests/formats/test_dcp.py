@@ -10,7 +10,8 @@ import torch
 import torch.distributed.checkpoint
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from formats.dcp import Container, ContainerWriter, NewChunk
+from formats.archive_files import Box, NewPart
+from formats.dcp import Container, ContainerWriter
 from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.outputs import LocalOutputs
@@ -109,7 +110,8 @@ def written(tmp_path):
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     outputs = LocalOutputs(tmp_path)
     region = (slice(0, 2), slice(0, 3))
-    writer = ContainerWriter(outputs, "it", {"a": ((2, 3), values.dtype)}, [NewChunk("a", (0, 0), (2, 3), "__0_0.distcp")], [])
+    part = NewPart("a", None, [Box((0, 0), (2, 3), "__0_0.distcp")])
+    writer = ContainerWriter(outputs, "it", {"a": ((2, 3), values.dtype)}, [part], [])
     writer.write("a", region, values)
     for span in writer.spans("it/__0_0.distcp"):
         if span.known:

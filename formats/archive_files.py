@@ -1,0 +1,160 @@
+"""Where archives lie in the files of a distributed checkpoint: each after those that came before it in its file.
+
+A checkpoint has hundreds of thousands of chunks, and those of layers that ranks hold alike differ in two numbers: all are placed
+together, as columns of numbers. Opens no files.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from formats.chunks import ChunkedTensor, stride
+from formats.spec import Array, Shape
+from formats.torch_zip import DATA_ALIGNMENT, Frame
+
+
+class Box(NamedTuple):
+    """A part of a tensor that one rank holds: where it starts, its sizes, and the file it goes in."""
+
+    starts: Shape
+    sizes: Shape
+    file: str
+
+
+class NewPart(NamedTuple):
+    """A tensor to be written, or a row of one where layers are stacked, and the boxes that tile it: one object for all parts that
+    ranks hold alike."""
+
+    key: str
+    row: int | None
+    boxes: Sequence[Box]
+
+
+class ArchiveFiles:
+    """Files that archives are appended to. Files and frames are numbered in the order in which they are first named."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, int] = {}
+        self._frames: dict[Frame, int] = {}
+        self._ends = np.zeros(0, np.int64)
+        self._placed: list[tuple[Array, Array, Array]] = []
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(zip(self._files, self._ends.tolist(), strict=True))
+
+    def file(self, name: str) -> int:
+        """The number of a file."""
+        return self._files.setdefault(name, len(self._files))
+
+    def frame(self, frame: Frame) -> int:
+        """The number of a frame."""
+        return self._frames.setdefault(frame, len(self._frames))
+
+    def append(self, files: Array, frames: Array, *, alignment: int = 1) -> Array:
+        """Put archives at the ends of files, both by number, in this order: a row for each, [count, 3], of its file, where it
+        starts there, and its length."""
+        lengths = np.array([frame.length for frame in self._frames], np.int64)[frames]
+        self._ends = np.append(self._ends, np.zeros(len(self._files) - len(self._ends), np.int64))
+        order = np.argsort(files, kind="stable")
+        sorted_files, room = files[order], _aligned(lengths[order], alignment)
+        before = np.cumsum(room) - room
+        before -= before[np.searchsorted(sorted_files, sorted_files)]  # those of the files before
+        starts = np.empty_like(lengths)
+        starts[order] = _aligned(self._ends, alignment)[sorted_files] + before
+        np.maximum.at(self._ends, files, starts + lengths)
+        self._placed.append((sorted_files.astype(np.int32), starts[order], frames[order].astype(np.int32)))
+        return np.stack([files, starts, lengths], axis=1)
+
+    def content(self, name: str) -> Iterator[tuple[int, Frame]]:
+        """The archives of a file, in order: where each starts, and its frame."""
+        number, known = self._files[name], list(self._frames)
+        for files, starts, frames in self._placed:
+            first, last = np.searchsorted(files, [number, number + 1])
+            for start, frame in zip(starts[first:last].tolist(), frames[first:last].tolist(), strict=True):
+                yield start, known[frame]
+
+
+def _aligned(sizes: Array, alignment: int) -> Array:
+    return -(-sizes // alignment) * alignment
+
+
+def append_parts(
+    files: ArchiveFiles,
+    tensors: Mapping[str, tuple[Shape, np.dtype[Any]]],
+    parts: Iterable[NewPart],
+    frame: Callable[[np.dtype[Any], Shape], Frame],
+) -> dict[str, ChunkedTensor]:
+    """Put the chunks of `parts`, in this order, at the ends of files; `tensors` gives each key's shape and dtype, `frame` what is
+    around a chunk of some dtype and sizes."""
+    groups, count = _alike(parts)
+    numbers = np.empty((2, count), np.int64)
+    for group in groups:
+        dtype = tensors[group.key][1]
+        numbers[0, group.numbers] = [files.file(box.file) for box in group.boxes]
+        numbers[1, group.numbers] = [files.frame(frame(dtype, tuple(sizes))) for sizes in group.sizes.tolist()]
+    places = files.append(numbers[0], numbers[1], alignment=DATA_ALIGNMENT)
+    chunks = {key: array("q") for key in tensors}
+    for group in groups:
+        chunks[group.key].frombytes(group.table(places).tobytes())
+    names = files.names
+    return {key: ChunkedTensor(shape, dtype, chunks[key], names) for key, (shape, dtype) in tensors.items()}
+
+
+@dataclass(slots=True)
+class _Group:
+    """Parts of one key with the same boxes: of each the number of its first chunk among all, and its row if it is one."""
+
+    key: str
+    boxes: Sequence[Box]
+    firsts: array[int] = field(default_factory=lambda: array("q"))
+    rows: array[int] = field(default_factory=lambda: array("q"))
+
+    @property
+    def numbers(self) -> Array:
+        """Those of the chunks, [parts, boxes]."""
+        return np.array(self.firsts, np.int64)[:, np.newaxis] + np.arange(len(self.boxes))
+
+    @property
+    def sizes(self) -> Array:
+        """Those of a part's chunks, [boxes, dims]."""
+        return self._with_row([box.sizes for box in self.boxes], 1)
+
+    def _with_row(self, numbers: Sequence[Shape], row: int) -> Array:
+        return np.array([(row, *some) if self.rows else some for some in numbers], np.int64).reshape(len(numbers), -1)
+
+    def table(self, places: Array) -> Array:
+        """The numbers of the chunks as `ChunkedTensor` has them, [parts, boxes, stride]."""
+        sizes = self.sizes
+        dims = sizes.shape[1]
+        table = np.full((len(self.firsts), len(self.boxes), stride(dims)), -1, np.int64)
+        table[:, :, :dims] = self._with_row([box.starts for box in self.boxes], 0)
+        if self.rows:
+            table[:, :, 0] = np.array(self.rows, np.int64)[:, np.newaxis]
+        table[:, :, dims : 2 * dims] = sizes
+        table[:, :, 2 * dims : -1] = places[self.numbers]
+        return table
+
+
+def _alike(parts: Iterable[NewPart]) -> tuple[list[_Group], int]:
+    """Parts by what they have in common, and how many chunks there are."""
+    groups: dict[tuple[str, int], _Group] = {}
+    count = 0
+    for key, row, boxes in parts:
+        group = groups.get((key, id(boxes)))
+        if group is None:
+            group = groups[key, id(boxes)] = _Group(key, boxes)
+        group.firsts.append(count)
+        if row is not None:
+            group.rows.append(row)
+        count += len(boxes)
+    return list(groups.values()), count
