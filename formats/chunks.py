@@ -82,7 +82,8 @@ class ChunkedTensor:
 
     def region(self, number: int) -> Region:
         at, dims = number * self._stride, len(self.shape)
-        return tuple(slice(self._numbers[at + d], self._numbers[at + d] + self._numbers[at + dims + d]) for d in range(dims))
+        numbers = self._numbers[at : at + 2 * dims]
+        return tuple([slice(numbers[d], numbers[d] + numbers[dims + d]) for d in range(dims)])
 
     def place(self, number: int) -> Place:
         at = number * self._stride + 2 * len(self.shape)
@@ -95,8 +96,8 @@ class ChunkedTensor:
     def found_data(self, number: int, start: int) -> None:
         self._numbers[number * self._stride + self._stride - 1] = start
 
-    def touching(self, region: Region) -> Iterator[tuple[int, Region]]:
-        """The numbers of the chunks that share a box with a region, and the box. A tensor of stacked layers has thousands of
+    def touching(self, region: Region) -> Iterator[tuple[int, Region, Region]]:
+        """The chunks that share a box with a region: number, region and the box. A tensor of stacked layers has thousands of
         chunks, so only those near the region's rows are looked at."""
         first, last = 0, len(self)
         if region and last > 1:
@@ -104,9 +105,10 @@ class ChunkedTensor:
             first = bisect_left(range(last), region[0].start - self._longest + 1, key=lambda number: numbers[number * stride])
             last = bisect_left(range(last), region[0].stop, lo=first, key=lambda number: numbers[number * stride])
         for number in range(first, last):
-            shared = intersect(self.region(number), region)
+            chunk = self.region(number)
+            shared = intersect(chunk, region)
             if shared is not None:
-                yield number, shared
+                yield number, chunk, shared
 
 
 def stride(dims: int) -> int:

@@ -74,10 +74,9 @@ class Container:
 
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
         """Fill `out` with a region of the tensor, from whichever chunks hold it."""
-        for number, shared in tensor.touching(region):
-            chunk = tensor.region(number)
+        for number, chunk, shared in tensor.touching(region):
             part = out[(*within(shared, region), ...)]  # the dots keep a single number an array that can be filled
-            read_box(self._folder, self._locate(tensor, number), within(shared, chunk), part)
+            read_box(self._folder, self._locate(tensor, number, extent(chunk)), within(shared, chunk), part)
 
     def close(self) -> None:
         self._folder.close()
@@ -116,8 +115,8 @@ class Container:
             self._sizes[file] = self._folder.size(file)
         return self._sizes[file]
 
-    def _locate(self, tensor: ChunkedTensor, number: int) -> Stored:
-        place, shape = tensor.place(number), extent(tensor.region(number))
+    def _locate(self, tensor: ChunkedTensor, number: int, shape: Shape) -> Stored:
+        place = tensor.place(number)
         if tensor.data_start(number) < 0:
             tensor.found_data(number, place.offset + self._data_start(place, shape, tensor.dtype))
         return Stored(place.file, tensor.data_start(number), shape)
@@ -235,23 +234,23 @@ class ContainerWriter:
         """Where in its file the region's first byte goes."""
         tensor = self._chunked[key]
         corner = tuple(slice(part.start, part.start + 1) for part in region)
-        number, _ = next(tensor.touching(corner))
-        return place_of(self._stored(tensor, number), within(corner, tensor.region(number)), tensor.dtype.itemsize)
+        number, chunk, _ = next(tensor.touching(corner))
+        return place_of(self._stored(tensor, number, extent(chunk)), within(corner, chunk), tensor.dtype.itemsize)
 
     def touched(self, key: str, region: Region) -> set[str]:
         """The files that hold some of a region."""
         tensor = self._chunked[key]
-        return {f"{self._folder}/{tensor.place(number).file}" for number, _ in tensor.touching(region)}
+        return {f"{self._folder}/{tensor.place(number).file}" for number, *_ in tensor.touching(region)}
 
     def write(self, key: str, region: Region, data: Array) -> None:
         """Put a region of a tensor where its chunks lie."""
         tensor = self._chunked[key]
-        for number, shared in tensor.touching(region):
-            inside = within(shared, tensor.region(number))
-            write_box(self._outputs, self._stored(tensor, number), inside, data[within(shared, region)])
+        for number, chunk, shared in tensor.touching(region):
+            stored = self._stored(tensor, number, extent(chunk))
+            write_box(self._outputs, stored, within(shared, chunk), data[within(shared, region)])
 
-    def _stored(self, tensor: ChunkedTensor, number: int) -> Stored:
-        shape, place = extent(tensor.region(number)), tensor.place(number)
+    def _stored(self, tensor: ChunkedTensor, number: int, shape: Shape) -> Stored:
+        place = tensor.place(number)
         start = place.offset + len(_frame(tensor.dtype, shape).before)
         return Stored(f"{self._folder}/{place.file}", start, shape)
 

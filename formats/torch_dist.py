@@ -188,7 +188,7 @@ class TorchDistReader:
         if row is None:
             return tensor.chunks
         layer = (slice(row, row + 1), *self.specs[name].whole)
-        return [tensor.chunk(number) for number, _ in tensor.touching(layer)]
+        return [tensor.chunk(number) for number, *_ in tensor.touching(layer)]
 
     def _tensor(self, name: str) -> ChunkedTensor:
         source = self._sources[name]
