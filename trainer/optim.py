@@ -152,10 +152,17 @@ def _each(optimizer: MegatronOptimizer) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
+def distributed(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
+    """The distributed optimizers that have something to train: of experts there is another."""
+    for one in _each(optimizer):
+        if isinstance(one, DistributedOptimizer) and not one.is_stub_optimizer:
+            yield one
+
+
 def _of_torch(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
     """The torch optimizers inside distributed ones: those of a CPU. On a GPU they are Transformer Engine's."""
-    for one in _each(optimizer):
-        if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.Adam):
+    for one in distributed(optimizer):
+        if isinstance(one.optimizer, torch.optim.Adam):
             yield one.optimizer
 
 
