@@ -10,7 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
@@ -157,6 +157,13 @@ def distributed(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
     for one in _each(optimizer):
         if isinstance(one, DistributedOptimizer) and not one.is_stub_optimizer:
             yield one
+
+
+def undivided(optimizer: MegatronOptimizer) -> Iterator[Float16OptimizerWithFloat16Params]:
+    """The optimizers that hold whole fp32 masters of weights in 16 bits."""
+    yield from (
+        one for one in _each(optimizer) if isinstance(one, Float16OptimizerWithFloat16Params) and not one.is_stub_optimizer
+    )
 
 
 def _of_torch(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
