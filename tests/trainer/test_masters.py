@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 
+from converter import check
 from formats.errors import UserError
 from tests.trainer import small
 from tests.trainer.test_bucket_padding import WIDE
@@ -63,7 +64,7 @@ def _train_as_before(folder, changes):
 
 @pytest.fixture
 def refused(ranks, model_folder, tmp_path):
-    """Save with that function, and resume; the names in the error that tells what is wrong."""
+    """Save with that function, and resume: the weight that is named, and how many others. `mbconvert` finds the same."""
 
     def run(world, told, function, *args):
         there = {**SHORT, **told, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
@@ -78,6 +79,10 @@ def refused(ranks, model_folder, tmp_path):
             str(error.value),
         )
         assert found, str(error.value)
+        if "checkpoint__optim_sharding" not in told:
+            judged = check(tmp_path)
+            assert min(judged.wrong_masters) == found[1]
+            assert len(judged.wrong_masters) == 1 + int(found[2] or 0)
         return found[1], int(found[2] or 0)
 
     return run
