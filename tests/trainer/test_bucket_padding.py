@@ -1,6 +1,6 @@
 """Optimizer state is saved where it belongs, whatever padding is between the buckets of gradients.
 
-Before `bucket_padding` losses at step 4 of the dense run were 5.9294 uninterrupted and 6.1191 resumed.
+`MBTRAIN_UNMENDED=1` shows what was: at step 4 of the dense run a loss of 5.9294 uninterrupted, and resumed one of 6.1191.
 """
 
 from __future__ import annotations
@@ -11,20 +11,8 @@ from unittest import mock
 import pytest
 
 from formats.errors import UserError
-from tests.trainer import small, witness
-
-STEPS, STOPPED = 4, 2
-BUCKETS = {
-    "mixed_precision": "bf16_mixed",
-    "ddp__use_distributed_optimizer": True,
-    "ddp__bucket_size": 10_000,
-    "comm_overlap__overlap_grad_reduce": True,
-    "train__train_iters": STEPS,
-    "train__micro_batch_size": 1,
-    "scheduler__lr_warmup_iters": 1,
-}
-WIDE = {**BUCKETS, "ddp__pad_buckets_for_high_nccl_busbw": True}
-"""Shifted on one rank too: each bucket is padded to 2^16."""
+from tests.trainer import shifting, small, witness
+from tests.trainer.shifting import BUCKETS, WIDE
 
 
 def _experts(changes):
@@ -38,25 +26,9 @@ def _experts(changes):
         setattr(getattr(config, section) if setting else config, setting or section, value)
     config.model.num_moe_experts, config.dist.device = 6, "cpu"
     seen = witness.Witness()
-    pretrain(config, seen.forward_step, callbacks=[seen])
+    with shifting.as_told():
+        pretrain(config, seen.forward_step, callbacks=[seen])
     return seen
-
-
-def _state(seen):
-    """Weights and the optimizer's state. Random states of experts are another matter."""
-    return {name: value for name, value in seen.left.items() if not name.startswith("tracker ")}
-
-
-def _is_the_uninterrupted(train, folder, *, async_save=False):
-    """Train to the end, saving half way; resume from there."""
-    saved = {"save": str(folder), "save_interval": STOPPED, "async_save": async_save}
-    whole = train({f"checkpoint__{name}": value for name, value in saved.items()})
-    (folder / "latest_checkpointed_iteration.txt").write_text(str(STOPPED))
-    resumed = train({"checkpoint__load": str(folder)})
-    for one, other in zip(whole, resumed, strict=True):
-        assert other.losses == one.losses[STOPPED:]
-        assert other.grad_norms == one.grad_norms[STOPPED:]
-        assert witness.differences(_state(one), _state(other)) == []
 
 
 @pytest.fixture
@@ -64,7 +36,7 @@ def dense(ranks, model_folder):
     """Train a small Llama on that many ranks."""
     folder = str(model_folder("gqa", num_hidden_layers=2))
 
-    def on(world, told, function=witness.train):
+    def on(world, told, function=shifting.train):
         return lambda changes: ranks.run(function, world, folder, {**told, "train__global_batch_size": world, **changes})
 
     return on
@@ -73,7 +45,8 @@ def dense(ranks, model_folder):
 @pytest.mark.parametrize("async_save", [False, True])
 @pytest.mark.parametrize("world", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_resumed_run_with_several_buckets_is_the_uninterrupted_one(world, async_save, dense, tmp_path):
-    _is_the_uninterrupted(dense(world, BUCKETS), tmp_path, async_save=async_save)
+    for pair in shifting.in_two(dense(world, BUCKETS), tmp_path, async_save=async_save):
+        assert shifting.differences(*pair) == []
 
 
 @pytest.mark.parametrize("async_save", [False, True])
@@ -84,18 +57,20 @@ def test_so_is_one_with_experts(world, ep, async_save, ranks, tmp_path):
     def train(changes):
         return ranks.run(_experts, world, {**BUCKETS, "ep": ep, "train__global_batch_size": world, **changes})
 
-    _is_the_uninterrupted(train, tmp_path, async_save=async_save)
+    for pair in shifting.in_two(train, tmp_path, async_save=async_save):
+        assert shifting.differences(*pair) == []
 
 
 def test_buckets_padded_for_the_bandwidth_of_nccl_are_saved_right(dense, tmp_path):
-    _is_the_uninterrupted(dense(1, WIDE), tmp_path)
+    (pair,) = shifting.in_two(dense(1, WIDE), tmp_path)
+    assert shifting.differences(*pair) == []
 
 
 def _mended():
     """megatron-core as it will be: the method itself leaves the padding out."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    shifting = DistributedOptimizer.sharded_param_state_fully_reshardable
+    method = DistributedOptimizer.sharded_param_state_fully_reshardable
 
     def mended(self, *args, **kwargs):
         kept = [buffer.param_index_map for buffer in self.buffers]
@@ -107,7 +82,7 @@ def _mended():
                 for one, (start, stop, number) in buffer.param_index_map.items()
             }
         try:
-            return shifting(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
         finally:
             for buffer, offsets in zip(self.buffers, kept, strict=True):
                 buffer.param_index_map = offsets
@@ -121,7 +96,8 @@ def _train_mended(folder, changes):
 
 
 def test_it_stands_aside_where_megatron_core_has_been_mended(dense, tmp_path):
-    _is_the_uninterrupted(dense(1, WIDE, _train_mended), tmp_path)
+    (pair,) = shifting.in_two(dense(1, WIDE, _train_mended), tmp_path)
+    assert shifting.differences(*pair) == []
 
 
 def _does_not_answer(self, weights, **_):

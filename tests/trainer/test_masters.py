@@ -13,7 +13,7 @@ import pytest
 from converter import check
 from formats.errors import UserError
 from tests.trainer import small
-from tests.trainer.test_bucket_padding import WIDE
+from tests.trainer.shifting import WIDE, as_before
 
 DISTRIBUTED = {"ddp__use_distributed_optimizer": True}
 SHORT = {
@@ -56,9 +56,7 @@ def _train_spoiled(folder, changes, rank):
 
 def _train_as_before(folder, changes):
     """Save with megatron-core as it is."""
-    from trainer.checkpoints import bucket_padding
-
-    with mock.patch.object(bucket_padding, "left_out", return_value=contextlib.nullcontext()):
+    with as_before():
         small.train(folder, changes)
 
 
@@ -143,3 +141,11 @@ def test_what_was_not_compared_is_said_once(case, ranks, model_folder, tmp_path)
     (notes,) = ranks.run(_notes, 1, str(model_folder("gqa")), there, freeze)
     named = f"`{tmp_path}/iter_0000002`"
     assert notes == ([f"note: weights of {named} that were not held against fp32 masters: {reason}"] if reason else [])
+
+
+@pytest.mark.parametrize(("first", "then", "noted"), [("bf16_mixed", "fp32", True), ("fp32", "bf16_mixed", False)])
+def test_weights_that_were_saved_in_another_dtype_are_no_reason_to_refuse(first, then, noted, ranks, model_folder, tmp_path):  # noqa: PLR0917
+    there = {**SHORT, **DISTRIBUTED, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    ranks.run(small.train, 1, str(model_folder("gqa")), {**there, "mixed_precision": first})
+    (notes,) = ranks.run(_notes, 1, str(model_folder("gqa")), {**there, "mixed_precision": then}, False)
+    assert [note.partition("masters: ")[2] for note in notes] == (["weights that are in another dtype there"] if noted else [])

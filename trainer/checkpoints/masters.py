@@ -25,6 +25,8 @@ from trainer.config import RunConfig
 from trainer.model import unwrap
 
 _PADDED = "a vocabulary that is padded to another size there"
+_CAST = "weights that are in another dtype there"
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _ONCE = "fp32 weights, which `dp_reshardable` state is read into"
 
 
@@ -39,7 +41,7 @@ class _Pair:
     @property
     def part(self) -> torch.Tensor:
         """The elements whose master this is, `[elements]`."""
-        return self.weight.detach().view(-1)[self.elements]
+        return self.weight.detach().reshape(-1)[self.elements]
 
     @property
     def obstacle(self) -> str:
@@ -75,9 +77,9 @@ def held_against_weights(
     skipped |= {_ONCE} if own and not kept else set()
     skipped |= {"frozen weights"} if config.peft is None and _some_frozen(chunks) else set()
     wrong = [pair.weight for pair in pairs if not pair.obstacle and not pair.agrees]
-    names, padded = _named(wrong, chunks, folder) if wrong else (set(), False)
+    names, unlike = _named(wrong, chunks, folder) if wrong else (set(), set())
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (names, skipped | ({_PADDED} if padded else set())))
+    dist.all_gather_object(everywhere, (names, skipped | unlike))
     wrong_names, reasons = (set().union(*sets) for sets in zip(*everywhere, strict=True))
     if wrong_names:
         raise _written_wrong(sorted(wrong_names), folder)
@@ -92,7 +94,7 @@ def _pairs(optimizer: Any) -> Iterator[_Pair]:
             yield _Pair(weight, _range(one, weight), master)
     for one in optim.undivided(optimizer):
         for weight, master in _zipped(one.float16_groups, one.fp32_from_float16_groups):
-            yield _Pair(weight, slice(None), master.detach().view(-1))
+            yield _Pair(weight, slice(None), master.detach().reshape(-1))
 
 
 def _own_masters(optimizer: Any) -> Iterator[_Pair]:
@@ -116,14 +118,23 @@ def _some_frozen(chunks: list[Any]) -> bool:
     return not all(one.requires_grad for chunk in chunks for one in chunk.parameters())
 
 
-def _named(wrong: list[torch.Tensor], chunks: list[Any], folder: Path) -> tuple[set[str], bool]:
-    """Their names in a checkpoint; and whether there are others, whose rows of padding a checkpoint does not have."""
-    with closing(TorchDistReader(LocalFolder(folder))) as reader:
-        shapes = {name: spec.shape for name, spec in reader.specs.items()}
+def _named(wrong: list[torch.Tensor], chunks: list[Any], folder: Path) -> tuple[set[str], set[str]]:
+    """Their names in a checkpoint; and why others of them need not agree: they are not what was stored."""
     known = {local.data.data_ptr(): local for local in live.local_weights([unwrap(chunk) for chunk in chunks])}
-    found = [known[weight.data_ptr()] for weight in wrong]
-    names = {local.name for local in found if shapes.get(local.name) == local.global_shape}
-    return names, len(names) < len(found)
+    names, unlike = set[str](), set[str]()
+    with closing(TorchDistReader(LocalFolder(folder))) as reader:
+        for weight in wrong:
+            local = known.get(weight.data_ptr())
+            stored = reader.specs.get(local.name) if local else None
+            if local is None or stored is None:
+                names.add(f"a weight of shape {list(weight.shape)}")
+            elif stored.shape != local.global_shape:
+                unlike.add(_PADDED)
+            elif stored.stored_dtype != _DTYPES[weight.dtype]:
+                unlike.add(_CAST)
+            else:
+                names.add(local.name)
+    return names, unlike
 
 
 def _written_wrong(names: list[str], folder: Path) -> UserError:
