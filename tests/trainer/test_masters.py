@@ -97,6 +97,18 @@ def test_all_ranks_refuse_what_one_finds(refused):
     assert refused(2, DISTRIBUTED, _train_spoiled, 1)[1] == 0
 
 
+def test_adapters_are_compared_too_and_the_hint_is_theirs(ranks, model_folder, tmp_path):
+    from trainer.peft import LoRA
+
+    folder, first = str(model_folder("gqa")), tmp_path / "first"
+    told = {**SHORT, **DISTRIBUTED, "peft": LoRA(dim=4)}
+    there = {**told, "checkpoint__save": str(first), "checkpoint__load": str(first)}
+    ranks.run(_train_spoiled, 1, folder, there, 0)
+    with pytest.raises(UserError, match=rf"start from the weights: `checkpoint\.pretrained_adapter={first}/iter_0000002` with"):
+        ranks.run(small.train, 1, folder, there)
+    ranks.run(small.train, 1, folder, {**told, "checkpoint__pretrained_adapter": f"{first}/iter_0000002"})
+
+
 @pytest.mark.parametrize("precision", ["bf16_mixed", "fp32"])
 def test_state_that_megatron_core_shifted_is_refused_and_the_hint_works(precision, refused, ranks, model_folder, tmp_path):
     name, others = refused(1, {**WIDE, **SHORT, "mixed_precision": precision}, _train_as_before)

@@ -1,7 +1,7 @@
 """Cut the distributed optimizer's state into parameters at the right offsets, where megatron-core 0.15 to 0.19.2 shifts it.
 
-megatron-core keeps the parameters of a data-parallel group in flat buffers, each cut into buckets. A bucket ends with padding, up
-to a multiple of lcm(ranks, 128), or of 2^16 more with `ddp.pad_buckets_for_high_nccl_busbw`:
+megatron-core keeps the parameters of a rank in flat buffers, each cut into buckets. A bucket ends with padding, up to a multiple
+of lcm(data-parallel ranks, 128), and of 2^16 with `ddp.pad_buckets_for_high_nccl_busbw`:
 
     the buffer       | a b c . . . | d e . . | f g . |      `param_index_map`: where each parameter starts and ends in it
     what is saved    | a b c | d e | f g |                  gathered bucket by bucket, without the padding

@@ -82,7 +82,7 @@ def held_against_weights(
     dist.all_gather_object(everywhere, (names, skipped | unlike))
     wrong_names, reasons = (set().union(*sets) for sets in zip(*everywhere, strict=True))
     if wrong_names:
-        raise _written_wrong(sorted(wrong_names), folder)
+        raise _written_wrong(sorted(wrong_names), folder, adapters=config.peft is not None)
     if reasons:
         say(f"note: weights of `{folder}` that were not held against fp32 masters: {', '.join(sorted(reasons))}")
 
@@ -137,10 +137,11 @@ def _named(wrong: list[torch.Tensor], chunks: list[Any], folder: Path) -> tuple[
     return names, unlike
 
 
-def _written_wrong(names: list[str], folder: Path) -> UserError:
+def _written_wrong(names: list[str], folder: Path, *, adapters: bool) -> UserError:
     others = f", and those of {len(names) - 1} more do not" if len(names) > 1 else ""
+    setting = "pretrained_adapter" if adapters else "pretrained_checkpoint"
     return UserError(
         f"`{folder}` was written wrong: the fp32 master of `{names[0]}` does not round to the weight{others}",
         hint="its weights are whole, its optimizer state is not (megatron-core 0.15 to 0.19.2 could shift it); start from the "
-        f"weights: `checkpoint.pretrained_checkpoint={folder}` with another `checkpoint.save`",
+        f"weights: `checkpoint.{setting}={folder}` with another `checkpoint.save`",
     )
