@@ -161,3 +161,11 @@ def test_weights_that_were_saved_in_another_dtype_are_no_reason_to_refuse(first,
     ranks.run(small.train, 1, str(model_folder("gqa")), {**there, "mixed_precision": first})
     (notes,) = ranks.run(_notes, 1, str(model_folder("gqa")), {**there, "mixed_precision": then}, False)
     assert [note.partition("masters: ")[2] for note in notes] == (["weights that are in another dtype there"] if noted else [])
+
+
+def test_rows_that_only_pad_the_vocabulary_are_no_reason_to_refuse(ranks, model_folder, tmp_path):
+    """384 rows are 384 on one tensor-parallel rank, and 512 on two."""
+    there = {**SHORT, **DISTRIBUTED, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    ranks.run(small.train, 1, str(model_folder("gqa")), there)
+    told = {**there, "model__tensor_model_parallel_size": 2}
+    assert ranks.run(_notes, 2, str(model_folder("gqa")), told, False) == [[], []]

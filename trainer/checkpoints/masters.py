@@ -24,7 +24,6 @@ from trainer.checkpoints import live
 from trainer.config import RunConfig
 from trainer.model import unwrap
 
-_PADDED = "a vocabulary that is padded to another size there"
 _CAST = "weights that are in another dtype there"
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _ONCE = "fp32 weights, which `dp_reshardable` state is read into"
@@ -77,14 +76,18 @@ def held_against_weights(
     skipped |= {_ONCE} if own and not kept else set()
     skipped |= {"frozen weights"} if config.peft is None and _some_frozen(chunks) else set()
     wrong = [pair.weight for pair in pairs if not pair.obstacle and not pair.agrees]
-    names, unlike = _named(wrong, chunks, folder) if wrong else (set(), set())
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (names, skipped | unlike))
-    wrong_names, reasons = (set().union(*sets) for sets in zip(*everywhere, strict=True))
-    if wrong_names:
-        raise _written_wrong(sorted(wrong_names), folder, adapters=config.peft is not None)
+    found, unlike = _named(wrong, chunks, folder) if wrong else (set(), set())
+    names, reasons = _of_all_ranks(found), _of_all_ranks(skipped | unlike)
+    if names:
+        raise _written_wrong(names, folder, adapters=config.peft is not None)
     if reasons:
-        say(f"note: weights of `{folder}` that were not held against fp32 masters: {', '.join(sorted(reasons))}")
+        say(f"note: weights of `{folder}` that were not held against fp32 masters: {', '.join(reasons)}")
+
+
+def _of_all_ranks(ours: set[str]) -> list[str]:
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, ours)
+    return sorted(set().union(*everywhere))
 
 
 def _pairs(optimizer: Any) -> Iterator[_Pair]:
@@ -119,7 +122,8 @@ def _some_frozen(chunks: list[Any]) -> bool:
 
 
 def _named(wrong: list[torch.Tensor], chunks: list[Any], folder: Path) -> tuple[set[str], set[str]]:
-    """Their names in a checkpoint; and why others of them need not agree: they are not what was stored."""
+    """Their names in a checkpoint; and why others of them need not agree. Rows that pad the vocabulary in this run alone do:
+    megatron-core fills them with zeros on both sides."""
     known = {local.data.data_ptr(): local for local in live.local_weights([unwrap(chunk) for chunk in chunks])}
     names, unlike = set[str](), set[str]()
     with closing(TorchDistReader(LocalFolder(folder))) as reader:
@@ -128,8 +132,6 @@ def _named(wrong: list[torch.Tensor], chunks: list[Any], folder: Path) -> tuple[
             stored = reader.specs.get(local.name) if local else None
             if local is None or stored is None:
                 names.add(f"a weight of shape {list(weight.shape)}")
-            elif stored.shape != local.global_shape:
-                unlike.add(_PADDED)
             elif stored.stored_dtype != _DTYPES[weight.dtype]:
                 unlike.add(_CAST)
             else:
