@@ -221,7 +221,8 @@ def adapter_to_hf(source: str, target: str, **options: Any) -> None:
 @click.option(
     "--check",
     is_flag=True,
-    help="Read it and hold it against the hashes it carries: files of a checkpoint, tensors of a model. Exit 1 if they differ.",
+    help="Read it and hold it against the hashes it carries (files of a checkpoint, tensors of a model), and weights against the "
+    "fp32 masters in an optimizer's state. Exit 1 if they differ.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from converter.comparison import Comparison
     from converter.job import Summary, Talk
     from converter.report import Report
+    from formats.integrity import Check
 
 LINE_EVERY = 5.0
 """Seconds between lines where there is no terminal."""
@@ -99,7 +100,7 @@ def show_comparison(found: Comparison) -> None:
 
 
 def check(path: str, *, as_json: bool) -> int:
-    """Hold a directory against the hashes it carries; the exit code."""
+    """Hold a directory against the hashes it carries, and weights against their masters; the exit code."""
     from converter.proof import check_directory  # noqa: PLC0415
 
     with talking(quiet=as_json) as talk:
@@ -107,12 +108,29 @@ def check(path: str, *, as_json: bool) -> int:
     if as_json:
         print_json({"whole": found.whole, **asdict(found)})
     else:
-        for what, names in (("changed", found.changed), ("missing", found.missing), ("not listed", found.unlisted)):
-            for name in names:
-                click.echo(f"{what}: {name}")
-        more = f"; {found.not_covered} have no hashes here" if found.not_covered else ""
-        click.echo(f"{'whole' if found.whole else 'NOT WHOLE'}: {found.checked} {found.things} checked{more}")
+        _show_check(found)
     return 0 if found.whole else 1
+
+
+def _show_check(found: Check) -> None:
+    for what, names in (("changed", found.changed), ("missing", found.missing), ("not listed", found.unlisted)):
+        for name in names:
+            click.echo(f"{what}: {name}")
+    for reason in found.without_masters:
+        click.echo(f"not held against fp32 masters: {reason}")
+    if found.wrong_masters:
+        first, *others = found.wrong_masters
+        more = f", and those of {len(others)} more do not" if others else ""
+        click.echo(f"written wrong: the fp32 master of `{first}` does not round to the weight{more}")
+    held = f", {found.masters} weights held against fp32 masters" if found.masters else ""
+    more = f"; {found.not_covered} have no hashes here" if found.not_covered else ""
+    click.echo(f"{'whole' if found.whole else 'NOT WHOLE'}: {found.checked} {found.things} checked{held}{more}")
+    if found.wrong_masters:
+        click.echo(
+            "\nhint: its weights are whole, its optimizer state is not (megatron-core 0.15 to 0.19.2 could shift it); start from "
+            "the weights: `checkpoint.pretrained_checkpoint` of mbtrain, `--finetune` of Megatron-LM",
+            err=True,
+        )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from blake3 import blake3
 
-from converter import provenance
+from converter import masters, provenance
 from converter.comparison import Comparison, Side, compare
 from converter.job import Talk
 from converter.plan import Making, pieces
@@ -27,7 +27,7 @@ from formats.huggingface import HuggingFaceReader
 from formats.integrity import Check
 from formats.json_objects import read_json
 from formats.spec import Reader
-from formats.torch_dist import find_iteration
+from formats.torch_dist import TorchDistReader, find_iteration
 
 
 @explained()
@@ -57,24 +57,38 @@ def _compared_bytes(one: Side, other: Side) -> int:
 
 @explained()
 def check_directory(path: str | Path, *, workers: int | None = None, talk: Talk | None = None) -> Check:
-    """Hold every file of a Megatron iteration against its `integrity.json`, or every tensor of a Hugging Face directory
-    against its `conversion.json`.
+    """Hold every file of a Megatron iteration against its `integrity.json`, and its weights against the fp32 masters in its
+    optimizer state; or every tensor of a Hugging Face directory against its `conversion.json`.
 
-    Raises UserError if there is no such document.
+    Raises UserError if there is neither such a document nor a master.
     """
     check_workers(workers)
     talk, folder = talk or Talk(), open_source(path)
     workers = workers_for(workers, [folder])
     with closing(folder):
         if detect(folder) is Format.TORCH_DIST:
-            iteration = find_iteration(folder)
-            listed = integrity.read(iteration)
-            talk.start(sum(iteration.size(name) for name in listed if iteration.has(name)))
-            found = integrity.check(iteration, listed, workers=workers, progress=talk.progress)
+            found = _check_iteration(find_iteration(folder), workers, talk)
         else:
             found = _check_tensors(folder, workers, talk)
         check_unchanged([folder])
         return found
+
+
+def _check_iteration(iteration: Folder, workers: int, talk: Talk) -> Check:
+    """First the files: what is damaged is not worth comparing."""
+    hashed = iteration.has(integrity.FILE)
+    found = _check_files(iteration, workers, talk) if hashed else Check("files", 0, "the files", [], [], [])
+    if found.whole:
+        found = masters.check(TorchDistReader(iteration), found, workers=workers, talk=talk)
+    if not (hashed or found.masters):
+        integrity.read(iteration)  # which says what is missing
+    return found
+
+
+def _check_files(iteration: Folder, workers: int, talk: Talk) -> Check:
+    listed = integrity.read(iteration)
+    talk.start(sum(iteration.size(name) for name in listed if iteration.has(name)))
+    return integrity.check(iteration, listed, workers=workers, progress=talk.progress)
 
 
 def _check_tensors(folder: Folder, workers: int, talk: Talk) -> Check:

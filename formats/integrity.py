@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 from formats.errors import UserError
@@ -57,7 +57,11 @@ def hash_file(file: FileIn, progress: Callable[[int], None] = lambda _count: Non
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What holding a folder against its hashes found: names of `things`, sorted; `not_covered` says what has no hashes."""
+    """What holding a folder against its hashes found: names of `things`, sorted; `not_covered` says what has no hashes.
+
+    Of `masters` weights a master was compared; those of `wrong_masters` do not round to their weights. `without_masters` says
+    which weights were not compared, and why.
+    """
 
     things: str
     checked: int
@@ -65,10 +69,13 @@ class Check:
     changed: list[str]
     missing: list[str]
     unlisted: list[str]
+    masters: int = 0
+    wrong_masters: list[str] = field(default_factory=list[str])
+    without_masters: list[str] = field(default_factory=list[str])
 
     @property
     def whole(self) -> bool:
-        return not (self.changed or self.missing or self.unlisted)
+        return not (self.changed or self.missing or self.unlisted or self.wrong_masters)
 
 
 def check(folder: Folder, listed: Mapping[str, str], *, workers: int, progress: Callable[[int], None]) -> Check:

@@ -128,15 +128,18 @@ def other_format(folder: Folder, name: str) -> UserError:
 class TorchDistReader:
     """An opened iteration. `specs` are its weights, one name per layer; `others` what else it holds (optimizer, …)."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, *, prefix: str = "", container: Container | None = None) -> None:
+        """With a `prefix`: what `beside` describes, in a `container` that was opened already."""
         self.folder = find_iteration(folder)
-        self.container = Container(self.folder)
+        self.container = container or Container(self.folder)
+        self._prefix = prefix
         self.others = [name for name in self.container.tensor_names if _NOT_WEIGHTS.match(name)]
         self.specs: dict[str, TensorSpec] = {}
         self._sources: dict[str, _Source] = {}
         self._tensors: dict[str, ChunkedTensor] = {}
         self._lock = threading.Lock()
-        weights = dict.fromkeys(key for key in self.container.tensor_names if not _NOT_WEIGHTS.match(key))
+        keys = [key for key in self.container.tensor_names if not _NOT_WEIGHTS.match(key)]
+        weights = dict.fromkeys(self._beside(keys) if prefix else keys)
         halves = {key: key.removesuffix(_GATE) + _UP for key in weights if key.endswith(_GATE)}
         halves = {gate: up for gate, up in halves.items() if up in weights}
         for key in weights:
@@ -149,11 +152,19 @@ class TorchDistReader:
     def has_optimizer(self) -> bool:
         return any(name.startswith(("optimizer", "chained_")) for name in self.others)
 
+    def beside(self, prefix: str) -> TorchDistReader:
+        """What an optimizer keeps of weights, in their shapes and by their names: with `optimizer.state.exp_avg.`, a moment."""
+        return TorchDistReader(self.folder, prefix=prefix, container=self.container)
+
+    def _beside(self, keys: Iterable[str]) -> Iterator[str]:
+        shape, there = self.container.shape, set(self.others)
+        return (other for key in keys if (other := f"{self._prefix}{key}") in there and shape(other) == shape(key))
+
     def _add(self, key: str) -> None:
         shape, dtype = self.container.shape(key), self.container.dtype(key)
-        stacked = _STACKED_LAYER.fullmatch(key)
-        if not stacked:
-            self._name(key, _Source(key), shape, dtype)
+        name = key.removeprefix(self._prefix)
+        if not (stacked := _STACKED_LAYER.fullmatch(name)):
+            self._name(name, _Source(key), shape, dtype)
             return
         if not shape or shape[0] > MOST_LAYERS:
             raise UserError(f"`{key}` has shape {list(shape)}, whose first number should count layers")
@@ -164,7 +175,7 @@ class TorchDistReader:
         shape = self.container.shape(gate)
         if self.container.shape(up) != shape or not shape:
             raise UserError(f"`{gate}` has shape {list(shape)}, `{up}` has {list(self.container.shape(up))}")
-        name = gate.removesuffix(_GATE)
+        name = gate.removeprefix(self._prefix).removesuffix(_GATE)
         self._name(name, _Source(gate, then=up), (2 * shape[0], *shape[1:]), self.container.dtype(gate))
 
     def _name(self, name: str, source: _Source, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:

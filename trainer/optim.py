@@ -10,7 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
@@ -152,10 +152,24 @@ def _each(optimizer: MegatronOptimizer) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
+def distributed(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
+    """The distributed optimizers that have something to train: of experts there is another."""
+    for one in _each(optimizer):
+        if isinstance(one, DistributedOptimizer) and not one.is_stub_optimizer:
+            yield one
+
+
+def undivided(optimizer: MegatronOptimizer) -> Iterator[Float16OptimizerWithFloat16Params]:
+    """The optimizers that hold whole fp32 masters of weights in 16 bits."""
+    yield from (
+        one for one in _each(optimizer) if isinstance(one, Float16OptimizerWithFloat16Params) and not one.is_stub_optimizer
+    )
+
+
 def _of_torch(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
     """The torch optimizers inside distributed ones: those of a CPU. On a GPU they are Transformer Engine's."""
-    for one in _each(optimizer):
-        if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.Adam):
+    for one in distributed(optimizer):
+        if isinstance(one.optimizer, torch.optim.Adam):
             yield one.optimizer
 
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from formats.errors import UserError
 from formats.torch_dist import TRAIN_STATE, iteration_folder
 from trainer import optim
-from trainer.checkpoints import adapters, causes, iterations, random_states
+from trainer.checkpoints import adapters, bucket_padding, causes, iterations, masters, random_states
 from trainer.config import RunConfig
 from trainer.model import unwrap
 from trainer.parallel import on_first_rank
@@ -203,7 +203,8 @@ def state(parts: Parts, config: RunConfig, *, metadata: dict[str, Any], loading:
     weights = {name: _weights(unwrap(chunk), config, metadata) for name, chunk in zip(names, parts.chunks, strict=True)}
     found: dict[str, Any] = {**weights, "checkpoint_version": 3.0, "iteration": parts.progress.iteration}
     if config.checkpoint.save_optim:
-        found["optimizer"] = parts.optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=metadata)
+        with bucket_padding.left_out(parts.optimizer, dict(weights), metadata):
+            found["optimizer"] = parts.optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=metadata)
     if config.checkpoint.save_rng and rng:
         found["rng_state"] = _rng_object()
     if not loading:
@@ -276,7 +277,9 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
             adapters.put(chunk, weights)
     if "optimizer" in loaded:
         optim.keep_settings(parts.optimizer, loaded["optimizer"])
-        with optim.steps_apart(parts.optimizer), torch.no_grad():
+        sharding = metadata["distrib_optim_sharding_type"]
+        checked = masters.held_against_weights(parts.chunks, parts.optimizer, config, folder, sharding=sharding, say=say)
+        with checked, optim.steps_apart(parts.optimizer), torch.no_grad():
             parts.optimizer.load_state_dict(loaded["optimizer"])
     else:
         parts.optimizer.reload_model_params()

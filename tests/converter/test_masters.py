@@ -1,0 +1,104 @@
+"""fp32 masters in optimizer state are held against weights: checkpoints of Megatron-LM 0.19.0 with megatron-core 0.19.2."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from megatron.core.dist_checkpointing.validation import save_integrity_manifest
+
+from converter import check, masters
+from converter.cli import cli
+from formats.errors import UserError
+from formats.spec import DTYPES
+
+
+@pytest.fixture
+def written(golden, tmp_path):
+    """A checkpoint of tests/golden/optimizer_state, unpacked."""
+
+    def unpack(name):
+        with tarfile.open(golden / "optimizer_state" / f"{name}.tar.xz") as archive:
+            archive.extractall(tmp_path, filter="data")
+        return tmp_path / name
+
+    return unpack
+
+
+def test_masters_that_round_to_their_weights_are_right(written):
+    found = check(written("right"))
+    assert (found.whole, found.masters, found.wrong_masters, found.without_masters) == (True, 15, [], [])
+
+
+def test_shifted_state_is_found_and_weights_are_named_by_layer(written):
+    found = check(written("shifted"))
+    assert not found.whole
+    assert found.masters == 15
+    assert len(found.wrong_masters) == 11
+    assert found.wrong_masters[0] == "embedding.word_embeddings.weight"
+    assert "decoder.final_layernorm.weight" not in found.wrong_masters
+
+
+@pytest.mark.parametrize("count", [8, 100])
+def test_pieces_of_any_size_find_the_same(count, written, monkeypatch):
+    monkeypatch.setattr(masters, "PIECE_BYTES", 4 * count)
+    assert len(check(written("shifted")).wrong_masters) == 11
+    assert check(written("right")).whole
+
+
+def test_the_command_names_the_first_and_what_to_do(written):
+    answer = CliRunner().invoke(cli, ["inspect", str(written("shifted")), "--check"])
+    assert answer.exit_code == 1
+    assert answer.stdout == (
+        "written wrong: the fp32 master of `embedding.word_embeddings.weight` does not round to the weight, "
+        "and those of 10 more do not\n"
+        "NOT WHOLE: 0 files checked, 15 weights held against fp32 masters; the files have no hashes here\n"
+    )
+    assert answer.stderr == (
+        "\nhint: its weights are whole, its optimizer state is not (megatron-core 0.15 to 0.19.2 could shift it); start from the "
+        "weights: `checkpoint.pretrained_checkpoint` of mbtrain, `--finetune` of Megatron-LM\n"
+    )
+
+
+def test_the_command_answers_in_json_too(written):
+    answer = CliRunner().invoke(cli, ["inspect", str(written("right")), "--check", "--json"])
+    assert answer.exit_code == 0
+    assert json.loads(answer.stdout)["masters"] == 15
+
+
+def test_state_by_buckets_is_not_compared_and_that_is_said(written):
+    root = written("by_buckets")
+    with pytest.raises(UserError, match=r"has no `integrity\.json`"):
+        check(root)
+    save_integrity_manifest(str(root / "iter_0000003"))
+    found = check(root)
+    assert (found.whole, found.masters) == (True, 0)
+    assert found.without_masters == ["15 weights, whose optimizer state is kept by buckets (`dp_reshardable`)"]
+
+
+def test_a_damaged_file_is_named_before_anything_is_compared(written):
+    root = written("right")
+    save_integrity_manifest(str(root / "iter_0000003"))
+    damaged = root / "iter_0000003" / "__0_0.distcp"
+    data = bytearray(damaged.read_bytes())
+    data[1000] ^= 1
+    damaged.write_bytes(data)
+    found = check(root)
+    assert (found.changed, found.masters) == (["__0_0.distcp"], 0)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_rounding_is_torchs(dtype):
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    made = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=made).to(torch.int32)
+    ties = torch.arange(2**15, dtype=torch.int32) * 2**16 + 2**15
+    master = torch.cat([bits, ties]).view(torch.float32)
+    weight = master.to(kind).view(torch.uint16).numpy().view(DTYPES[dtype])
+    assert masters.rounds_to(master.numpy(), weight, np.empty_like(weight))
+    weight.view(np.uint16)[np.flatnonzero(np.isfinite(weight))[0]] ^= 1
+    assert not masters.rounds_to(master.numpy(), weight, np.empty_like(weight))

@@ -1,0 +1,149 @@
+"""Hold the fp32 masters that a checkpoint gave the optimizer against its weights.
+
+A step rounds masters to weights: to the nearest, and of two to the even one. So a master that does not round to its weight, bit
+for bit, was written wrong, and the moments beside it with it (see `bucket_padding`). Weights in fp32 are their own masters; where
+the optimizer's state holds them a second time, both must be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from formats.errors import UserError
+from formats.folder import LocalFolder
+from formats.torch_dist import TorchDistReader
+from trainer import optim
+from trainer.checkpoints import live
+from trainer.config import RunConfig
+from trainer.model import unwrap
+
+_CAST = "weights that are in another dtype there"
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_ONCE = "fp32 weights, which `dp_reshardable` state is read into"
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A weight, the range of its elements whose master this rank holds, and that master, flat."""
+
+    weight: torch.Tensor
+    elements: slice
+    master: torch.Tensor | None
+
+    @property
+    def part(self) -> torch.Tensor:
+        """The elements whose master this is, `[elements]`."""
+        return self.weight.detach().reshape(-1)[self.elements]
+
+    @property
+    def obstacle(self) -> str:
+        """Why the two cannot be compared; empty where they can."""
+        if type(self.weight.data) is not torch.Tensor:
+            return "weights in 8 or 4 bits"
+        if self.master is None or self.master.dtype != torch.float32:
+            return "masters that `optimizer.use_precision_aware_optimizer` keeps in a form of its own"
+        return ""
+
+    @property
+    def agrees(self) -> bool:
+        """Does the master round to the weight, bit for bit?"""
+        assert self.master is not None
+        whole = {2: torch.int16, 4: torch.int32}[self.weight.element_size()]
+        return torch.equal(self.master.to(self.weight.dtype).view(whole), self.part.view(whole))
+
+
+@contextmanager
+def held_against_weights(
+    chunks: list[Any], optimizer: Any, config: RunConfig, folder: Path, *, sharding: str, say: Callable[[str], None]
+) -> Iterator[None]:
+    """While this is entered, the optimizer takes its state from a checkpoint whose weights are in the model already.
+
+    On leaving, what could not be compared is said. Raises UserError, on all ranks alike, for a master that does not round to its
+    weight.
+    """
+    own = list(_own_masters(optimizer))
+    kept = [_Pair(pair.weight, pair.elements, pair.part.clone()) for pair in own] if sharding == "fully_reshardable" else []
+    yield
+    pairs = [*_pairs(optimizer), *kept]
+    skipped = {pair.obstacle for pair in pairs if pair.obstacle}
+    skipped |= {_ONCE} if own and not kept else set()
+    skipped |= {"frozen weights"} if config.peft is None and _some_frozen(chunks) else set()
+    wrong = [pair.weight for pair in pairs if not pair.obstacle and not pair.agrees]
+    found, unlike = _named(wrong, chunks, folder) if wrong else (set(), set())
+    names, reasons = _of_all_ranks(found), _of_all_ranks(skipped | unlike)
+    if names:
+        raise _written_wrong(names, folder, adapters=config.peft is not None)
+    if reasons:
+        say(f"note: weights of `{folder}` that were not held against fp32 masters: {', '.join(reasons)}")
+
+
+def _of_all_ranks(ours: set[str]) -> list[str]:
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, ours)
+    return sorted(set().union(*everywhere))
+
+
+def _pairs(optimizer: Any) -> Iterator[_Pair]:
+    """Weights in 16 bits or fewer, and their masters."""
+    for one in optim.distributed(optimizer):
+        for weight, master in _zipped(one.model_float16_groups, one.shard_fp32_from_float16_groups):
+            yield _Pair(weight, _range(one, weight), master)
+    for one in optim.undivided(optimizer):
+        for weight, master in _zipped(one.float16_groups, one.fp32_from_float16_groups):
+            yield _Pair(weight, slice(None), master.detach().reshape(-1))
+
+
+def _own_masters(optimizer: Any) -> Iterator[_Pair]:
+    """Weights in fp32 of distributed optimizers, which save them a second time."""
+    for one in optim.distributed(optimizer):
+        for weight, part in _zipped(one.model_fp32_groups, one.shard_fp32_groups):
+            yield _Pair(weight, _range(one, weight), part)
+
+
+def _range(one: Any, weight: torch.Tensor) -> slice:
+    found = one._get_model_param_range_map(weight)["param"]
+    return slice(found.start, found.end)
+
+
+def _zipped(weights: Iterable[Any], masters: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    for group, theirs in zip(weights, masters, strict=True):
+        yield from zip(group, theirs, strict=True)
+
+
+def _some_frozen(chunks: list[Any]) -> bool:
+    return not all(one.requires_grad for chunk in chunks for one in chunk.parameters())
+
+
+def _named(wrong: list[torch.Tensor], chunks: list[Any], folder: Path) -> tuple[set[str], set[str]]:
+    """Their names in a checkpoint; and why others of them need not agree. Rows that pad the vocabulary in this run alone do:
+    megatron-core fills them with zeros on both sides."""
+    known = {local.data.data_ptr(): local for local in live.local_weights([unwrap(chunk) for chunk in chunks])}
+    names, unlike = set[str](), set[str]()
+    with closing(TorchDistReader(LocalFolder(folder))) as reader:
+        for weight in wrong:
+            local = known.get(weight.data_ptr())
+            stored = reader.specs.get(local.name) if local else None
+            if local is None or stored is None:
+                names.add(f"a weight of shape {list(weight.shape)}")
+            elif stored.stored_dtype != _DTYPES[weight.dtype]:
+                unlike.add(_CAST)
+            else:
+                names.add(local.name)
+    return names, unlike
+
+
+def _written_wrong(names: list[str], folder: Path, *, adapters: bool) -> UserError:
+    others = f", and those of {len(names) - 1} more do not" if len(names) > 1 else ""
+    setting = "pretrained_adapter" if adapters else "pretrained_checkpoint"
+    return UserError(
+        f"`{folder}` was written wrong: the fp32 master of `{names[0]}` does not round to the weight{others}",
+        hint="its weights are whole, its optimizer state is not (megatron-core 0.15 to 0.19.2 could shift it); start from the "
+        f"weights: `checkpoint.{setting}={folder}` with another `checkpoint.save`",
+    )
