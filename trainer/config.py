@@ -17,6 +17,9 @@ FilePath = Annotated[str, "a path"]
 Blend = list[Any]
 """Prefixes of files, or weights and prefixes in turns."""
 
+Learned = Literal["all_answers", "last_answer", "each_answer"]
+"""Which of a conversation's answers are learned; `each_answer` makes an example of each, with what was said before it."""
+
 
 @dataclass(kw_only=True)
 class DistributedDataParallelConfig(distributed.DistributedDataParallelConfig):
@@ -146,6 +149,13 @@ class FinetuningDatasetConfig:
 
     prompt_template: str = "{prompt}"
     """What the model is shown before it answers, where examples are prompts and completions."""
+
+    learn: Learned = "all_answers"
+    """Which answers of a conversation are learned. `last_answer`, or `each_answer` in an example of its own, for templates that
+    change earlier turns when others follow: Qwen3's with thoughts, Mistral's with a system prompt."""
+
+    ignore_fields: list[str] = field(default_factory=list)
+    """Fields of examples and of messages to read as if they were not there. Others that would be lost are errors."""
 
     skip_bad: bool = False
     """Count examples that cannot be used, instead of stopping at the first."""

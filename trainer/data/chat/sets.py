@@ -101,7 +101,7 @@ def _nothing(split: str, config: FinetuningDatasetConfig, count: int) -> str:
     return f"note: {why}"
 
 
-_READING = 2
+_READING = 3
 """How examples are read. Tokens that are kept from before another way was learned are made again."""
 
 
