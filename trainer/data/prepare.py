@@ -29,6 +29,7 @@ from formats.home import expanded
 from formats.staging import sync
 from trainer import tokenizers
 from trainer.data import documents, orphans
+from trainer.data.records import Record
 
 _MAGIC = b"MMIDIDX\x00\x00"  # an index of Megatron's begins so
 _PIECE = 2**20  # bytes of documents that a process gets at a time: small against memory, large against the cost of sending
@@ -84,7 +85,7 @@ def prepare(
     paths = documents.files(inputs)
     dtype = DType.optimal_dtype(tokenizers.load(tokenizer).vocab_size)
     talk.start(sum(path.stat().st_size for path in paths))
-    work = partial(_tokenize, append_eod=append_eod, dtype=np.dtype(dtype).name)
+    work = partial(_tokenize, key=key, append_eod=append_eod, dtype=np.dtype(dtype).name)
     totals = dict.fromkeys(("documents", "empty", "tokens"), 0)
     with _output(prefix, dtype, before) as builder, _processes(tokenizer, workers) as submit:
         for tokens in _in_order(submit, work, _pieces(documents.read(paths, key=key)), ahead=2 * workers):
@@ -112,11 +113,11 @@ def _write(builder: Any, tokens: _Tokens, totals: dict[str, int]) -> None:
     totals["empty"] += tokens.empty
 
 
-def _pieces(found: Iterable[documents.Raw]) -> Iterator[list[documents.Raw]]:
+def _pieces(found: Iterable[Record]) -> Iterator[list[Record]]:
     piece, size = [], 0
     for raw in found:
         piece.append(raw)
-        size += len(raw.data or "")
+        size += raw.size
         if size >= _PIECE:
             yield piece
             piece, size = [], 0
@@ -140,11 +141,11 @@ def _begin_process(name: str) -> None:
     _begin(name)
 
 
-def _tokenize(piece: list[documents.Raw], *, append_eod: bool, dtype: str) -> _Tokens:
+def _tokenize(piece: list[Record], *, key: str, append_eod: bool, dtype: str) -> _Tokens:
     assert _tokenizer is not None
     parts, empty = [], 0
     for raw in piece:
-        numbers = _tokenizer.encode(documents.text(raw))
+        numbers = _tokenizer.encode(documents.text(raw, key=key))
         empty += not numbers
         if numbers:
             parts.append(np.array(numbers + [_tokenizer.eod] * append_eod, dtype=dtype))
@@ -175,15 +176,13 @@ def _processes(tokenizer: str, workers: int) -> Generator[_Submit]:
         pool.shutdown(cancel_futures=True)
 
 
-def _now(work: Callable[..., _Tokens], piece: list[documents.Raw]) -> Future[_Tokens]:
+def _now(work: Callable[..., _Tokens], piece: list[Record]) -> Future[_Tokens]:
     done: Future[_Tokens] = Future()
     done.set_result(work(piece))
     return done
 
 
-def _in_order(
-    submit: _Submit, work: Callable[..., _Tokens], pieces: Iterable[list[documents.Raw]], *, ahead: int
-) -> Iterator[_Tokens]:
+def _in_order(submit: _Submit, work: Callable[..., _Tokens], pieces: Iterable[list[Record]], *, ahead: int) -> Iterator[_Tokens]:
     """Results in the order of the pieces. No more than `ahead` pieces are read before they are needed."""
     waiting: deque[Future[_Tokens]] = deque()
     for piece in pieces:

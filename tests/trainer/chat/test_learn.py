@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 from tests.trainer.chat.llama import MARKED, PLAIN, said
 from tests.trainer.chat.templates import LAST_QUESTION, THINKING
 
-THOUGHTS = [{**one, "reasoning_content": f"thinking of {number}"} if number % 2 else one
-            for number, one in enumerate(said("one?", "the first answer", "two?", "the second", "three?", "the third"))]  # fmt: skip
+TURNS = said("one?", "the first answer", "two?", "the second", "three?", "the third")
+THOUGHTS = [{**one, "reasoning_content": f"thinking of {n}"} if n % 2 else one for n, one in enumerate(TURNS)]
 INLINE = [{"role": one["role"], "content": f"<think>\n{one['reasoning_content']}\n</think>\n\n{one['content']}"}
           if "reasoning_content" in one else one for one in THOUGHTS]  # fmt: skip
 SYSTEM = said("one?", "the first answer", "two?", "the second", system="Be quick.")
@@ -34,8 +34,9 @@ def without_line_end(found, tokenizer):
     return tokens, trained
 
 
-@pytest.mark.parametrize(("text", "messages"), REWRITING, ids=NAMES)
-def test_each_answer_is_learned_behind_what_the_model_would_see(learn, template, folder, tokenizer, text, messages):
+@pytest.mark.parametrize("case", REWRITING, ids=NAMES)
+def test_each_answer_is_learned_behind_what_the_model_would_see(learn, template, folder, tokenizer, case):
+    text, messages = case
     answers = [number for number, one in enumerate(messages) if one["role"] == "assistant"]
     wanted = [without_line_end(expected(folder, messages, text, number), tokenizer) for number in answers]
     settings = {"chat_template": template(text)}

@@ -18,8 +18,7 @@ from trainer.data.chat import omissions
 from trainer.data.chat.drafts import Draft, Tokenized, tokenized
 from trainer.data.chat.jinja import Template
 from trainer.data.chat.messages import ANSWERS, Talk
-from trainer.data.chat.sources import UnusableError
-from trainer.data.documents import is_unicode
+from trainer.data.records import UnusableError, is_unicode
 from trainer.tokenizers import Encoded, Tokenizer
 
 _MARKS_HINT = "mark the answers in the template with `{% generation %}` and `{% endgeneration %}`: `dataset.chat_template=FILE`"

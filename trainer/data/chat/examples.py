@@ -22,8 +22,8 @@ from trainer.data.chat.drafts import Draft, Tokenized, encode
 from trainer.data.chat.fields import check_example, is_about, with_system, without
 from trainer.data.chat.jinja import Template
 from trainer.data.chat.messages import Message, Talk, messages_of, options_of, tools_of
-from trainer.data.chat.sources import Record, Source, UnusableError
-from trainer.data.documents import names
+from trainer.data.chat.sources import Source
+from trainer.data.records import Record, UnusableError, names
 from trainer.tokenizers import Tokenizer
 
 __all__ = ["Counts", "Tokenized", "Writer", "identity", "read_examples", "tokenizer_identity"]

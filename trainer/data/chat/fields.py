@@ -12,8 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from formats.errors import shown
-from trainer.data.chat.sources import UnusableError
-from trainer.data.documents import names
+from trainer.data.records import UnusableError, names
 
 LEARNS = {"weight": True, "loss": True, "train": True, "training": True, "loss_weight": True, "loss_mask": True,
           "mask": False, "masked": False}  # fmt: skip

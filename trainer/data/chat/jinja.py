@@ -18,7 +18,7 @@ from formats.errors import UserError
 from formats.faults import fault
 from trainer import tokenizers
 from trainer.data.chat.messages import Talk
-from trainer.data.chat.sources import UnusableError
+from trainer.data.records import UnusableError
 from trainer.tokenizers import Tokenizer
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")

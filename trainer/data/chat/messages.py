@@ -13,8 +13,7 @@ from typing import Any
 from formats.errors import shown
 from formats.faults import fault
 from trainer.data.chat.fields import has_content, is_about, learned_as_said, without
-from trainer.data.chat.sources import UnusableError
-from trainer.data.documents import names
+from trainer.data.records import UnusableError, names
 
 ANSWERS = "assistant"
 _ROLES = {

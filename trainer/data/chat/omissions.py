@@ -14,7 +14,7 @@ from typing import Any
 from trainer.data.chat.fields import has_content, is_about
 from trainer.data.chat.jinja import Template
 from trainer.data.chat.messages import ANSWERS, Message, Talk
-from trainer.data.chat.sources import UnusableError
+from trainer.data.records import UnusableError
 
 _BEFORE, _AFTER = "\ue000", "\ue001"  # of a mark's number: private to whoever uses them, so that no text has them
 _MARK = re.compile(f"{_BEFORE}\\d+{_AFTER}")

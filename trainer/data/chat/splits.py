@@ -14,7 +14,7 @@ import numpy as np
 from formats.errors import UserError
 from trainer.config import FinetuningDatasetConfig
 from trainer.data.chat.sources import Source, splits_of
-from trainer.data.documents import names
+from trainer.data.records import names
 
 SPLITS = ("train", "validation", "test")
 _NAMES = (("train",), ("validation", "valid", "val", "dev"), ("test",))  # what folders call them
