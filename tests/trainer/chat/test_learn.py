@@ -84,6 +84,29 @@ def test_thoughts_that_no_answer_shows_are_refused_all_the_same(refusal, templat
     )
 
 
+FORGETFUL = """\
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'tool' and loop.index0 + 2 < messages | length %}(gone){% else %}{{ m.content }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+"""What tools said is forgotten once it was answered."""
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_what_a_tool_said_and_the_template_forgets_is_seen_by_the_answer_to_it(refusal, learn, template, tokenizer, marks):
+    text = FORGETFUL
+    if marks:
+        text = text.replace("{{ m.content }}{% endif %}<|im_end|>", "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+                            "{% endif %}").replace("(gone)", "(gone)<|im_end|>")  # fmt: skip
+        text = text.replace("{% else %}{% gen", "{% elif m.role != 'assistant' %}{{ m.content }}<|im_end|>{% else %}{% gen")
+    messages = [*said("a", "b"), {"role": "tool", "content": "rain today"}, *said("c", "d", "e")[1:]]
+    messages.append({"role": "assistant", "content": "the end"})
+    settings = {"chat_template": template(text)}
+    assert "what follows an answer changes its tokens: message 3" in refusal({"messages": messages}, **settings)
+    each = [tokenizer.decode(tokens) for tokens, _ in learn({"messages": messages}, learn="each_answer", **settings)]
+    assert ["rain today" in one for one in each] == [False, True, False]
+
+
 def test_steps_with_tools_after_the_last_question_are_learned_together(learn, template, tokenizer):
     steps = [{"role": "assistant", "reasoning_content": "look it up", "tool_calls": [{"name": "f", "arguments": {"a": 1}}]},
              {"role": "tool", "content": "rain"},

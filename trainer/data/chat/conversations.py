@@ -17,7 +17,7 @@ from trainer.config import Learned
 from trainer.data.chat import omissions
 from trainer.data.chat.drafts import Draft, Tokenized, tokenized
 from trainer.data.chat.jinja import Template
-from trainer.data.chat.messages import ANSWERS, Talk
+from trainer.data.chat.messages import ANSWERS, TOOL, Talk
 from trainer.data.records import UnusableError, is_unicode
 from trainer.tokenizers import Encoded, Tokenizer
 
@@ -70,7 +70,11 @@ class Conversations:
             draft = Draft([_unicode(text)], partial(_inside, spans))
         else:
             draft = Draft(self._growing(talk, wanted), partial(self._between, wanted))
-        rewritten = omissions.check(self.template, talk, draft.texts[-1]).intersection(wanted)
+        rewritten = omissions.check(self.template, talk, draft.texts[-1])
+        if list(wanted) == [len(talk.messages) - 1]:
+            rewritten.intersection_update(wanted)  # what comes before is as the model would see it
+        else:
+            rewritten = {number for number in rewritten if number in wanted or talk.messages[number]["role"] == TOOL}
         if rewritten:
             raise _changes(min(rewritten), after=True)
         return draft

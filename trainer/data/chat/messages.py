@@ -15,10 +15,10 @@ from formats.faults import fault
 from trainer.data.chat.fields import has_content, is_about, learned_as_said, without
 from trainer.data.records import UnusableError, names
 
-ANSWERS = "assistant"
+ANSWERS, TOOL = "assistant", "tool"
 _ROLES = {
     "human": "user", "user": "user", "gpt": ANSWERS, "assistant": ANSWERS, "function_call": ANSWERS, "system": "system",
-    "tool": "tool", "function": "tool", "observation": "tool",
+    "tool": TOOL, "function": TOOL, "observation": TOOL,
 }  # fmt: skip
 """Who speaks in ShareGPT's `from`, as templates call them."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.data.chat.fields import has_content, is_about
 from trainer.data.chat.jinja import Template
-from trainer.data.chat.messages import ANSWERS, Message, Talk
+from trainer.data.chat.messages import ANSWERS, TOOL, Message, Talk
 from trainer.data.records import UnusableError
 
 _BEFORE, _AFTER = "\ue000", "\ue001"  # of a mark's number: private to whoever uses them, so that no text has them
@@ -40,8 +40,9 @@ class Piece:
 
 
 def check(template: Template, talk: Talk, text: str) -> set[int]:
-    """The numbers of the answers that stood otherwise before something followed them, in `talk`, whose rendering is `text`: of
-    those a part is left out that the template shows where they are the last message, as Qwen3's leaves out thoughts.
+    """The numbers of the answers, and of what tools said, that stood otherwise before something followed them, in `talk`, whose
+    rendering is `text`: of those a part is left out that the template shows where they are the last message, as Qwen3's leaves
+    out thoughts.
 
     UnusableError, which names it, for all else that is said and not in `text`.
     """
@@ -51,7 +52,7 @@ def check(template: Template, talk: Talk, text: str) -> set[int]:
         if number is None:
             raise _not_shown(f"its `{piece.field}`")
         role = talk.messages[number]["role"]
-        if role != ANSWERS or not _was_shown(template, talk, piece, number):
+        if role not in (ANSWERS, TOOL) or not _was_shown(template, talk, piece, number):
             what = f"of `{role}`" if piece.field == "content" else f"its `{piece.field}`"
             raise _not_shown(f"message {number + 1}, {what}")
         rewritten.add(number)
@@ -141,7 +142,7 @@ def _marked(value: Any, number: str) -> Any:
         shown = value.rstrip()
         return f"{shown}{_BEFORE}{number}{_AFTER}{value[len(shown) :]}" if shown else value
     if isinstance(value, dict):
-        return {name: _marked(one, number) for name, one in value.items()}
+        return {name: one if name == "type" else _marked(one, number) for name, one in value.items()}  # templates ask for types
     return [_marked(one, number) for one in value] if isinstance(value, (list, tuple)) else value
 
 
