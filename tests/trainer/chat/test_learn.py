@@ -53,6 +53,16 @@ def test_all_answers_at_once_are_refused_with_the_way_out(refusal, template, tex
     assert "`dataset.learn=last_answer`, `dataset.learn=each_answer`" in said
 
 
+ONCE = [(THINKING, THOUGHTS[:2]), (LAST_QUESTION, SYSTEM[:3]), (LAST_QUESTION, SYSTEM[1:])]
+
+
+@pytest.mark.parametrize(("text", "messages"), ONCE, ids=["one question", "one turn", "no system prompt"])
+def test_the_same_templates_take_all_answers_where_nothing_is_rewritten(learn, template, folder, text, messages):
+    found = AutoTokenizer.from_pretrained(folder)
+    ((tokens, _),) = learn({"messages": messages}, chat_template=template(text))
+    assert tokens == found.apply_chat_template(messages, chat_template=text, return_dict=False)
+
+
 def test_transformers_own_mask_has_the_same_last_answer(learn, template, folder, tokenizer):
     marked = THINKING.replace("<|im_start|>assistant\n{% if loop", "<|im_start|>assistant\n{% generation %}{% if loop").replace(
         "{%- endfor %}<|im_end|>\n", "{%- endfor %}<|im_end|>{% endgeneration %}\n", 1

@@ -81,7 +81,9 @@ def beside(number, **more):
         (PLAIN, {"messages": HI, "tools": TOOLS}, "its `tools`"),
         (PLAIN, beside(1, thoughts="because of it"), "message 2, its `thoughts`"),
         (PLAIN, beside(1, reasoning="yes"), "message 2, its `reasoning`"),
+        (PLAIN, beside(1, reasoning_content="general"), "message 2, its `reasoning_content`"),
         (PLAIN, beside(0, name="Obi-Wan"), "message 1, its `name`"),
+        (PLAIN, beside(0, name="general"), "message 1, its `name`"),
         (PLAIN, beside(1, annotations=[{"note": 1}]), "message 2, its `annotations`"),
         (PLAIN, beside(1, hidden=False), "message 2, its `hidden`"),
         (PLAIN, beside(1, prefix=True), "message 2, its `prefix`"),
@@ -106,9 +108,12 @@ def test_what_the_template_does_not_show_is_refused_by_name(refusal, template, t
     assert refusal(example, chat_template=template(text)).split("\n\n")[0] == REFUSED + OUT + lost
 
 
-@pytest.mark.parametrize("field", ["system_prompt", "enable_thinking", "instruction", "documents", "image_paths", "thinking"])
+@pytest.mark.parametrize(
+    "field",
+    ["system_prompt", "enable_thinking", "instruction", "documents", "image_paths", "thinking", "loss_mask", "label", "task"],
+)
 def test_a_field_of_an_example_that_nothing_uses_is_refused_by_name_or_ignored_by_name(refusal, learn, field):
-    example = {"messages": HI, field: False if field == "enable_thinking" else ["a text"]}
+    example = {"messages": HI, field: False if field in ("enable_thinking", "label") else ["a text"]}
     assert refusal(example) == (
         REFUSED + f"its `{field}` would be left out\n\nhint: say it in a message, or leave it out: "
         f"`dataset.ignore_fields=[{field}]`, or leave such examples out: `dataset.skip_bad=true`"
@@ -149,5 +154,6 @@ def test_thoughts_stand_once_under_two_names(learn, template):
     text = template(THINKING)
     once = learn(beside(1, reasoning_content="because"), chat_template=text)
     assert learn(beside(1, reasoning_content="because", reasoning="because"), chat_template=text) == once
+    assert learn(beside(1, reasoning="because", reasoning_content="because"), chat_template=text) == once
     assert learn(beside(1, thinking="because"), chat_template=text) == once
     assert learn(beside(1, content="<think>because</think>\n\ngeneral"), chat_template=text) == once

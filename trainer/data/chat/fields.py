@@ -21,7 +21,7 @@ Axolotl's `train`, and their kin."""
 
 _ABOUT = re.compile(
     r"(.*_)?(id|ids|idx|index|uuid|hash|url|uri|source|sources|dataset|timestamp|date|time|lang|language|locale|license|author|"
-    r"category|categories|subcategory|topic|topics|tag|tags|domain|task|difficulty|quality|score|scores|rating|ratings|count|"
+    r"category|categories|subcategory|tag|tags|difficulty|quality|score|scores|rating|ratings|count|"
     r"counts|length)|(created|updated|num|len)_.*|__.*__|created|updated|origin|model|model_name|generator|split|subset|version|"
     r"tokens|meta|metadata|turns|turn"
 )
@@ -63,7 +63,7 @@ def _wanted(found: Mapping[str, Any], name: str, number: int, *, positive: bool)
     value = found.get(name)
     if value is None:
         return None
-    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+    if not _is_number(value) or value not in (0, 1):
         raise UnusableError(f"a message's `{name}` is neither 0 nor 1", f"that of message {number} is {shown(value)}")
     return bool(value) == positive
 
@@ -97,15 +97,19 @@ def check_example(fields: Mapping[str, Any], used: Collection[str], texts: Seque
 
 
 def _is_lost(name: str, value: Any, texts: Sequence[str]) -> bool:
-    if is_about(name) or name in LEARNS or not has_content(value):
+    if is_about(name) or not has_content(value) or (name in LEARNS and _is_number(value)):
         return False
     return bool(_MEDIA.fullmatch(name)) or not _is_in(value, texts)
 
 
 def _check_weight(name: str, value: Any) -> None:
     positive = LEARNS.get(name)
-    if positive is not None and isinstance(value, (bool, int, float)) and value != positive:
+    if positive is not None and _is_number(value) and value != positive:
         raise UnusableError(f"its `{name}` asks for another weight than that of other examples", f"it is {shown(value)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float))
 
 
 def _is_in(value: Any, texts: Sequence[str]) -> bool:

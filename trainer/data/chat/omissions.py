@@ -21,6 +21,9 @@ _MARK = re.compile(f"{_BEFORE}\\d+{_AFTER}")
 _WORDS = re.compile(r"(<[^<>\s]*>|\[/?[A-Z_]+\])|[^\s<\[]+|[<\[]")
 """Tags, which templates look for, and what is between them."""
 
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+_TOOLS = (TOOL, "function", "ipython")
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -113,9 +116,9 @@ def _pieces_of_calls(calls: Sequence[Mapping[str, Any]], number: int) -> Iterato
 
 
 def _is_said_twice(message: Message, name: str) -> bool:
-    """Under an earlier name too: some data sets have thoughts as `reasoning` and as `reasoning_content`."""
-    earlier = list(message)[: list(message).index(name)]
-    return name != "content" and any(message[one] == message[name] for one in earlier)
+    """Thoughts under another of their names, which transformers gives to templates before this one."""
+    before = _THOUGHTS[: _THOUGHTS.index(name)] if name in _THOUGHTS else ()
+    return any(message.get(one) == message[name] for one in before)
 
 
 def _is_in(marked: Any, probe: str) -> bool:
@@ -150,8 +153,8 @@ def _is_left_out(template: Template, talk: Talk, text: str, piece: Piece) -> boo
     value = _at(talk, piece.path)
     if not isinstance(value, str):
         return _rendered(template, _without(talk, piece.path)) == text
-    if piece.field == "name" and value in text:
-        return False  # of a tool that answers, which the call before it has named
+    if piece.field == "name" and talk.messages[piece.message or 0]["role"] in _TOOLS and value in text:
+        return False  # the call before it has named the tool that answers
     words = _words_left_out(template, talk, text, piece)
     if words is not None:
         return words
