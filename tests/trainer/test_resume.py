@@ -72,10 +72,13 @@ def test_a_blend_of_examples_goes_on_and_each_held_out_set_is_told_by_its_name(r
     dataset = FinetuningDatasetConfig(
         blend=[0.3, sums, 0.7, products], validation_path=held_out, sequence_length=64, split="90,0,10", num_workers=0
     )
-    changes = {"dataset": dataset, "validation__eval_iters": 1, "tokenizer__tokenizer_model": "byte"}
+    changes = {"dataset": dataset, "tokenizer__tokenizer_model": "byte"}
+    changes |= {"validation__sample_interval": STEPS, "validation__sample_tokens": 2}
     whole = run(1, {**changes, "checkpoint__save": str(tmp_path / "whole")})
     _same(whole, _in_two(run, 1, changes, tmp_path / "parts"))
     assert witness.metrics(tmp_path / "parts") == witness.metrics(tmp_path / "whole")
+    asked = [line["prompt"] for line in witness.metrics(tmp_path / "whole") if line["kind"] == "sample"]
+    assert asked == ["0 times 3 is ", "1 times 3 is "]  # of the first held-out set
     (one,) = whole
     told = [split for split, _ in one.evaluations]
     assert told == ["validation/held", "validation/other"] * (STEPS // 2) + ["test/sums", "test/products"]

@@ -69,7 +69,7 @@ def test_what_is_no_data_set_of_the_hub_says_how_one_looks(url, tmp_path):
 def test_an_id_that_is_no_path_says_how_the_hub_is_named():
     with pytest.raises(UserError) as error:
         Source(Path("org/name")).files()
-    assert error.value.hint.endswith("; one on the Hub is `hf://datasets/org/name`")
+    assert error.value.hint.startswith("on the Hub it is `hf://datasets/org/name`; examples are read from ")
 
 
 def test_without_datasets_it_is_said_what_to_install(tmp_path, monkeypatch):

@@ -19,7 +19,8 @@ from trainer.data.chat import hub
 from trainer.data.records import Record
 
 KINDS = (
-    ".jsonl (an example per line), .parquet (one per row), folders of these, and folders that `save_to_disk` of `datasets` wrote"
+    ".jsonl (an example per line), .parquet (one per row), folders of these, folders that `save_to_disk` of `datasets` wrote, "
+    "and `hf://datasets/org/name` on the Hub"
 )
 
 _LIKE_AN_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w-]*")
@@ -56,8 +57,8 @@ class Source:
         if _is_saved(self._folder):
             return [*sorted(self._folder.glob("*.arrow")), self._folder / "state.json"]
         if not self.path.exists():
-            on_the_hub = f"; one on the Hub is `hf://datasets/{self.path}`" if _LIKE_AN_ID.fullmatch(str(self.path)) else ""
-            raise UserError(f"`{self.path}` does not exist", hint=f"examples are read from {KINDS}{on_the_hub}")
+            on_the_hub = f"on the Hub it is `hf://datasets/{self.path}`; " if _LIKE_AN_ID.fullmatch(str(self.path)) else ""
+            raise UserError(f"`{self.path}` does not exist", hint=f"{on_the_hub}examples are read from {KINDS}")
         found = records.below(self.path, _SUFFIXES) if self.path.is_dir() else [self.path]
         found = [path for path in found if self.split is None or _split_of(path) == self.split]
         if not found or any(path.suffix not in _SUFFIXES for path in found):
