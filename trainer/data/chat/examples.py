@@ -100,6 +100,7 @@ def read_examples(
     counts.sequence_length = config.sequence_length
     writer, before = Writer(tokenizer, config), counts.examples
     counts.unused = writer.unused
+    last = None
     for records in batched(source.records(), _TOGETHER):
         for record, made in writer.write(records):
             counts.files.add(record.path)
@@ -107,7 +108,8 @@ def read_examples(
                 _skip(record, made, counts, config)
                 continue
             length = config.sequence_length
-            short = Tokenized(made.tokens[:length], made.trained[:length], record.place)
+            short = Tokenized(made.tokens[:length], made.trained[:length], record.place, record is last)
+            last = record
             counts.add(short, length=len(made.tokens))
             yield short
     if counts.examples == before:

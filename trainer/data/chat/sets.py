@@ -68,7 +68,7 @@ def _from_files(config: FinetuningDatasetConfig, tokenizer: Tokenizer, vocab_siz
         for part in found.of(split) if count else ():
             folder = Path(config.path_to_cache or f"{part.source.path}.cache")
             stored = _stored(part.source, folder, tokenizer, config, vocab_size)
-            numbers = part.numbers(len(stored))
+            numbers = _numbers(part, stored)
             if len(numbers):
                 made[part.source] = _dataset(config, stored, numbers, split=split, folder=folder)
             else:
@@ -79,6 +79,12 @@ def _from_files(config: FinetuningDatasetConfig, tokenizer: Tokenizer, vocab_siz
     told = [*_summary(train), *notes]
     blended = blend(config, train, found.weights, samples[0], told=told) if train else None
     return blended, by_name(validation, samples[1]), by_name(test, samples[2])
+
+
+def _numbers(part: Part, found: Store) -> np.ndarray:
+    """The examples that a part has, ascending: those of the conversations that it has."""
+    groups = found.groups
+    return np.flatnonzero(np.isin(groups, part.numbers(int(groups[-1]) + 1)))
 
 
 def _dataset(config: FinetuningDatasetConfig, found: Store, numbers: np.ndarray, *, split: str, **further: Any) -> Examples:
@@ -187,7 +193,7 @@ def pack(config: FinetuningDatasetConfig, out: Path, *, tokenizer: Tokenizer, vo
 
 
 def _pack(config: FinetuningDatasetConfig, part: Part, found: Store, folder: Path, *, split: str) -> Iterator[Packed]:
-    numbers = part.numbers(len(found))
+    numbers = _numbers(part, found)
     if not len(numbers):
         _nothing(split, config, len(found))
         return
