@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
+from datasets import Dataset, DatasetDict
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -142,6 +143,26 @@ def refused(tmp_path, *inputs, prefix="out", **options):
         prepare([tmp_path / name for name in inputs], tmp_path / prefix, tokenizer="byte", **options)
     assert {path.name for path in tmp_path.iterdir()} == before
     return str(error.value).replace(str(tmp_path), "T").split("\n")[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:datasets", "ignore::ResourceWarning")
+def test_a_folder_that_datasets_saved_is_read_like_a_file(tmp_path):
+    texts = ["one", "two words", "three"]
+    rows = Dataset.from_list([{"n": number, "text": text} for number, text in enumerate(texts)])
+    rows.save_to_disk(tmp_path / "saved", num_shards=2)
+    prepare([tmp_path / "saved"], tmp_path / "out", tokenizer="byte")
+    assert pair(tmp_path / "out") == naively(tmp_path / "naive", texts, "byte")
+    assert refused(tmp_path, "saved", prefix="x", key="n") == "column `n` of `T/saved` is no text: it is int64"
+    DatasetDict(test=rows, train=rows).save_to_disk(tmp_path / "two")
+    assert refused(tmp_path, "two", prefix="x") == "`T/two` has several splits: `test`, `train`"
+    DatasetDict(train=rows).save_to_disk(tmp_path / "one")
+    prepare([tmp_path / "one"], tmp_path / "again", tokenizer="byte")
+    assert pair(tmp_path / "again") == pair(tmp_path / "out")
+
+
+def test_a_data_set_of_the_hub_is_named_as_elsewhere(tmp_path):
+    with pytest.raises(UserError, match=r"`hf://org/name` is not a data set on the Hub"):
+        run("hf://org/name", tmp_path / "out", "--tokenizer", "byte")
 
 
 LINES = {

@@ -17,18 +17,22 @@ from trainer.data.records import Record, UnusableError, names
 TEXT = (".txt", ".md", ".py")
 """Files that are one document each."""
 
-KINDS = f"{', '.join(TEXT)} (a document each), .jsonl (one per line), .parquet (one per row)"
+KINDS = (
+    f"{', '.join(TEXT)} (a document each), .jsonl (one per line), .parquet (one per row), folders that `save_to_disk` of "
+    "`datasets` wrote, and `hf://datasets/org/name` on the Hub"
+)
 _SUFFIXES = (*TEXT, ".jsonl", ".parquet")
 _DOCUMENT = "document"
 
 
 def files(inputs: Iterable[Path]) -> list[Path]:
-    """The files to read, in order; of a folder all of a supported kind below it, by name, hidden ones left out."""
+    """The files to read, in order; of a folder all of a supported kind below it, by name, hidden ones left out. A folder that
+    `datasets` saved counts as one file."""
     found = [path for one in inputs for path in (_below(one) if one.is_dir() else [one])]
     for path in found:
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"`{path}` does not exist", hint=f"inputs are folders or files: {KINDS}")
-        if path.suffix not in _SUFFIXES:
+        if path.suffix not in _SUFFIXES and not records.is_saved(path):
             raise UserError(
                 f"`{path}` is of no kind that documents are read from",
                 hint=f"{records.way_in(path)}inputs are folders or files: {KINDS}",
@@ -37,17 +41,32 @@ def files(inputs: Iterable[Path]) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
+    if records.is_saved(folder):
+        return [folder]
+    if (folder / records.MANY).is_file():
+        splits = sorted(path.name for path in folder.iterdir() if records.is_saved(path))
+        if len(splits) == 1:
+            return [folder / splits[0]]
+        one = "train" if "train" in splits else "SPLIT"
+        raise UserError(f"`{folder}` has several splits: {names(splits)}", hint=f"name one: `{folder / one}`")
     found = records.below(folder, _SUFFIXES)
     if not found:
         raise UserError(f"`{folder}` holds no file that documents are read from", hint=f"supported are {KINDS}")
     return found
 
 
+def size(path: Path) -> int:
+    """Bytes of a file, or of a folder that counts as one."""
+    return sum(one.stat().st_size for one in (records.files_of_saved(path) if path.is_dir() else [path]))
+
+
 def read(paths: Iterable[Path], *, key: str) -> Iterator[Record]:
     """All documents of the files, in order, as they lie there; of tables the column `key` alone."""
     for path in paths:
         with explained(path):
-            if path.suffix == ".jsonl":
+            if path.is_dir():
+                yield from records.saved(path, key)
+            elif path.suffix == ".jsonl":
                 yield from records.lines(path, what=_DOCUMENT)
             elif path.suffix == ".parquet":
                 yield from records.rows(path, key)

@@ -12,7 +12,7 @@ import secrets
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ from formats.errors import TransientError, UserError
 from formats.home import expanded
 from formats.staging import sync
 from trainer import tokenizers
-from trainer.data import documents, orphans
+from trainer.data import documents, hub, orphans
 from trainer.data.records import Record
 
 _MAGIC = b"MMIDIDX\x00\x00"  # an index of Megatron's begins so
@@ -63,7 +63,7 @@ class _Tokens:
 
 
 def prepare(
-    inputs: list[Path],
+    inputs: Sequence[Path | str],
     prefix: Path,
     *,
     tokenizer: str,
@@ -80,11 +80,11 @@ def prepare(
     from megatron.core.datasets.indexed_dataset import DType  # noqa: PLC0415 - brings torch
 
     talk, started = talk or Talk(), time.monotonic()
-    inputs, prefix = [Path(expanded(path)) for path in inputs], Path(expanded(prefix))
+    prefix = Path(expanded(prefix))
     before = _check_target(prefix, overwrite=overwrite)
-    paths = documents.files(inputs)
+    paths = documents.files([hub.local(expanded(one), None) for one in inputs])
     dtype = DType.optimal_dtype(tokenizers.load(tokenizer).vocab_size)
-    talk.start(sum(path.stat().st_size for path in paths))
+    talk.start(sum(map(documents.size, paths)))
     work = partial(_tokenize, key=key, append_eod=append_eod, dtype=np.dtype(dtype).name)
     totals = dict.fromkeys(("documents", "empty", "tokens"), 0)
     with _output(prefix, dtype, before) as builder, _processes(tokenizer, workers) as submit:
@@ -96,7 +96,7 @@ def prepare(
         prefix=str(prefix),
         **totals,
         dtype=np.dtype(dtype).name,
-        input_bytes=sum(path.stat().st_size for path in paths),
+        input_bytes=sum(map(documents.size, paths)),
         output_bytes=sum(path.stat().st_size for path in _pair(prefix)),
         seconds=seconds,
         tokens_per_second=totals["tokens"] / seconds,

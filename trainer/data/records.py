@@ -19,6 +19,9 @@ from trainer.data import text_files
 LONGEST = 256 * 2**20
 """Bytes of one record. A tokenizer needs some fifty times as much memory for it."""
 
+MANY = "dataset_dict.json"  # what a DatasetDict leaves in its folder
+_ONE, _STATE = "dataset_info.json", "state.json"  # and a Dataset in its own
+
 _ROWS = 256  # of a table at a time: some MB of usual texts
 
 
@@ -103,6 +106,42 @@ def rows(path: Path, column: str | None = None) -> Iterator[Record]:
             for row in batch.to_pylist():
                 number += 1
                 yield Record(path, number, row, share)
+
+
+def saved(folder: Path, column: str | None = None) -> Iterator[Record]:
+    """The rows of a folder that a Dataset of Hugging Face `datasets` was saved to; with `column` that one alone."""
+    datasets = needed(f"`{folder}` was saved by Hugging Face `datasets`")
+    try:
+        found = datasets.load_from_disk(str(folder)).with_format(None)
+    except Exception as error:  # any of many kinds, from several libraries
+        raise UserError(f"`{folder}` is not readable as a folder of `datasets`: {fault(error)}", hint="save it again") from error
+    if column is not None:
+        _check_text(folder, found.features.arrow_schema, column)
+        found = found.select_columns([column])
+    share = sum(path.stat().st_size for path in files_of_saved(folder)) // max(len(found), 1)
+    for number, row in enumerate(found, 1):
+        yield Record(folder, number, row, share)
+
+
+def is_saved(folder: Path) -> bool:
+    """Was one Dataset saved to that folder?"""
+    return (folder / _ONE).is_file() and (folder / _STATE).is_file()
+
+
+def files_of_saved(folder: Path) -> list[Path]:
+    """The files that its rows depend on."""
+    return [*sorted(folder.glob("*.arrow")), folder / _STATE]
+
+
+def needed(why: str) -> Any:
+    """The package `datasets`. UserError, which begins with `why`, where it is not installed."""
+    try:
+        import datasets  # noqa: PLC0415 - only those with such data need it
+    except ImportError:
+        raise UserError(
+            f"{why}, which is not installed", hint="pip install 'mbtools[datasets]', or save the data as .parquet"
+        ) from None
+    return datasets
 
 
 def _check_text(path: Path, schema: Any, column: str) -> None:

@@ -96,7 +96,7 @@ def serving() -> Iterator[str]:
 def main() -> None:
     """Fetch each source named on the command line; print what became of it as JSON, a line each."""
     from formats.errors import UserError
-    from trainer.data.chat import hub
+    from trainer.data import hub
     from trainer.data.chat.sources import Source, splits_of
 
     for source in sys.argv[2:]:

@@ -12,7 +12,7 @@ import pytest
 
 from formats.errors import UserError
 from tests.trainer.chat.hub_server import COMMIT, FILES, NAME, ROWS, serving
-from trainer.data.chat import hub
+from trainer.data import hub
 from trainer.data.chat.sources import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:datasets", "ignore::ResourceWarning")
@@ -78,6 +78,6 @@ def test_without_datasets_it_is_said_what_to_install(tmp_path, monkeypatch):
         hub.local(TALKS, str(tmp_path))
     assert str(error.value) == (
         f"`{TALKS}` is on the Hub, and is fetched by Hugging Face `datasets`, which is not installed\n\n"
-        "hint: pip install 'mbtools[datasets]', or save the examples as .parquet"
+        "hint: pip install 'mbtools[datasets]', or save the data as .parquet"
     )
     assert not list(tmp_path.iterdir())

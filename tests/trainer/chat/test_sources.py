@@ -169,5 +169,5 @@ def test_without_datasets_its_folders_say_what_to_install(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert refusal(source, tmp_path) == (
         "`saved` was saved by Hugging Face `datasets`, which is not installed\n\n"
-        "hint: pip install 'mbtools[datasets]', or save the examples as .parquet"
+        "hint: pip install 'mbtools[datasets]', or save the data as .parquet"
     )

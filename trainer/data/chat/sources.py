@@ -13,9 +13,7 @@ from pathlib import Path
 
 from formats.disk import explained
 from formats.errors import UserError
-from formats.faults import fault
 from trainer.data import records
-from trainer.data.chat import hub
 from trainer.data.records import Record
 
 KINDS = (
@@ -27,7 +25,6 @@ _LIKE_AN_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w-]*")
 _SUFFIXES = (".jsonl", ".parquet")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _USUAL = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")  # what names of splits begin with
-_ONE, _MANY = "dataset_info.json", "dataset_dict.json"  # what a Dataset and a DatasetDict leave in their folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +43,16 @@ class Source:
     def records(self) -> Iterator[Record]:
         """All examples, in order, as they lie there; blank lines are none. UserError where a file cannot be read at all."""
         with explained(self.path):
-            if _is_saved(self._folder):
-                yield from _saved(self._folder)
+            if records.is_saved(self._folder):
+                yield from records.saved(self._folder)
                 return
             for path in self.files():
                 yield from records.rows(path) if path.suffix == ".parquet" else records.lines(path, what="example")
 
     def files(self) -> list[Path]:
         """The files that the examples depend on, in order."""
-        if _is_saved(self._folder):
-            return [*sorted(self._folder.glob("*.arrow")), self._folder / "state.json"]
+        if records.is_saved(self._folder):
+            return records.files_of_saved(self._folder)
         if not self.path.exists():
             on_the_hub = f"on the Hub it is `hf://datasets/{self.path}`; " if _LIKE_AN_ID.fullmatch(str(self.path)) else ""
             raise UserError(f"`{self.path}` does not exist", hint=f"{on_the_hub}examples are read from {KINDS}")
@@ -77,14 +74,14 @@ class Source:
 def splits_of(path: Path) -> list[str]:
     """The names of the splits that a folder holds: a DatasetDict's, or those that its files are named after, as the Hub has
     them (`test-00000-of-00002.parquet`). None for anything else. UserError where a DatasetDict is damaged."""
-    if not (path / _MANY).is_file():
-        return _split_names(path) if path.is_dir() and not _is_saved(path) else []
+    if not (path / records.MANY).is_file():
+        return _split_names(path) if path.is_dir() and not records.is_saved(path) else []
     try:
-        found = json.loads((path / _MANY).read_bytes())["splits"]
+        found = json.loads((path / records.MANY).read_bytes())["splits"]
     except (OSError, ValueError, KeyError, TypeError):
         found = None
-    if not isinstance(found, list) or not all(isinstance(name, str) and _is_saved(path / name) for name in found):
-        raise UserError(f"`{path / _MANY}` names no splits that are there", hint="save the DatasetDict again")
+    if not isinstance(found, list) or not all(isinstance(name, str) and records.is_saved(path / name) for name in found):
+        raise UserError(f"`{path / records.MANY}` names no splits that are there", hint="save the DatasetDict again")
     return found
 
 
@@ -96,17 +93,3 @@ def _split_names(folder: Path) -> list[str]:
 
 def _split_of(path: Path) -> str:
     return _SHARD.sub("", path.stem)
-
-
-def _is_saved(folder: Path) -> bool:
-    return (folder / _ONE).is_file() and (folder / "state.json").is_file()
-
-
-def _saved(folder: Path) -> Iterator[Record]:
-    datasets = hub.needed(f"`{folder}` was saved by Hugging Face `datasets`")
-    try:
-        found = datasets.load_from_disk(str(folder))
-    except Exception as error:  # any of many kinds, from several libraries
-        raise UserError(f"`{folder}` is not readable as a folder of `datasets`: {fault(error)}", hint="save it again") from error
-    for number, row in enumerate(found.with_format(None), 1):
-        yield Record(folder, number, row)

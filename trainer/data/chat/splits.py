@@ -16,7 +16,7 @@ import numpy as np
 
 from formats.errors import UserError
 from trainer.config import FinetuningDatasetConfig
-from trainer.data.chat import hub
+from trainer.data import hub
 from trainer.data.chat.sources import Source, splits_of
 from trainer.data.records import names
 

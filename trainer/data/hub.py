@@ -10,11 +10,10 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from formats.errors import UserError
 from formats.faults import fault
-from trainer.data import cache
+from trainer.data import cache, records
 from trainer.data.records import names
 
 PREFIX = "hf://"
@@ -63,7 +62,7 @@ def _home() -> Path:
 
 
 def _fetch(source: str, url: re.Match[str], folder: Path) -> None:
-    datasets = needed(f"`{source}` is on the Hub, and is fetched by Hugging Face `datasets`")
+    datasets = records.needed(f"`{source}` is on the Hub, and is fetched by Hugging Face `datasets`")
     from huggingface_hub import HfApi  # noqa: PLC0415
 
     try:
@@ -91,14 +90,3 @@ def _config(source: str, wanted: str | None, there: list[str]) -> str:
     if wanted is not None and wanted not in there:
         raise UserError(f"`{source}` has no configuration `{wanted}`: it has {names(there)}", hint="name one of those")
     return wanted or ("default" if "default" in there else there[0])
-
-
-def needed(why: str) -> Any:
-    """The package `datasets`. UserError, which begins with `why`, where it is not installed."""
-    try:
-        import datasets  # noqa: PLC0415 - only those with such data need it
-    except ImportError:
-        raise UserError(
-            f"{why}, which is not installed", hint="pip install 'mbtools[datasets]', or save the examples as .parquet"
-        ) from None
-    return datasets
