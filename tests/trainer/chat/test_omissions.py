@@ -59,6 +59,14 @@ def test_arguments_and_calls_that_are_json_are_the_same_objects(learn, template,
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("call_without", [{}, {"content": None}], ids=["absent", "null"])
+def test_a_call_without_a_text_has_an_empty_one_where_the_template_asks_for_texts(learn, template, folder, call_without):
+    text = CALLS.replace("{%- set content = m.content or '' %}", "{%- set content = m.content + '' %}")
+    messages = used(call(city="Bern"), **call_without)
+    ((tokens, _),) = learn({"messages": messages}, chat_template=template(text))
+    assert tokens == whole(folder, used(call(city="Bern"), content=""), text)
+
+
 def test_sharegpt_calls_tools_too(learn, template):
     inside = {"name": "weather", "arguments": {"city": "Bern"}}
     turns = [("human", "Weather?"), ("function_call", json.dumps(inside)), ("observation", "rain"), ("gpt", "It rains.")]
@@ -121,7 +129,11 @@ def test_a_field_of_an_example_that_nothing_uses_is_refused_by_name_or_ignored_b
     assert learn(example, ignore_fields=[field]) == learn({"messages": HI})
 
 
-def test_a_field_of_a_message_is_ignored_by_name(learn):
+def test_a_field_of_a_message_is_ignored_by_name(learn, refusal):
+    assert refusal(beside(1, reasoning="yes")).split("\n\n")[1] == (
+        "hint: take a template that has it (`dataset.chat_template=FILE`), or leave it out of the example: "
+        "`dataset.ignore_fields=[reasoning]`, or leave such examples out: `dataset.skip_bad=true`"
+    )
     assert learn(beside(1, reasoning="yes"), ignore_fields=["reasoning"]) == learn({"messages": HI})
 
 

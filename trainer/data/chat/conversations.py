@@ -7,7 +7,7 @@ certain is an UnusableError, never a guess.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -53,10 +53,25 @@ class Conversations:
                 "none of the assistant's messages is to be learned" if answers else "no message is the assistant's"
             )
         self._check_options(talk)
+        talk = self._with_contents(talk)
         if learn == "all_answers":
             return [self._draft(talk, wanted)]
         alone = wanted[-1:] if learn == "last_answer" else wanted
         return [self._draft(talk.until(number + 1), [number]) for number in alone]
+
+    def _with_contents(self, talk: Talk) -> Talk:
+        """With empty texts where a call of a tool has none, if the template asks for texts: so do servers that render it."""
+        if all("content" in one for one in talk.messages):
+            return talk
+        filled = replace(talk, messages=tuple({"content": "", **one} for one in talk.messages))
+        return talk if self._is_rendered(talk) or not self._is_rendered(filled) else filled
+
+    def _is_rendered(self, talk: Talk) -> bool:
+        try:
+            self.template.render(talk, asking=False)
+        except UnusableError:
+            return False
+        return True
 
     def _check_options(self, talk: Talk) -> None:
         for name in talk.options:

@@ -92,10 +92,9 @@ class Template:
         from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415 - slow to import
 
         template = _on_a_day(self._text(talk.tools))
-        plain = [{key: value for key, value in message.items() if value is not None} for message in talk.messages]
         given = {**self.renderer.special_tokens_map, **talk.options, **how}
         try:
-            texts, spans = render_jinja_template([plain], tools=talk.tools, chat_template=template, **given)
+            texts, spans = render_jinja_template([list(talk.messages)], tools=talk.tools, chat_template=template, **given)
         except TemplateSyntaxError as error:
             raise UserError(f"the chat template is not readable: {fault(error)}", hint="correct the template") from error
         except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:

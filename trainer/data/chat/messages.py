@@ -65,7 +65,7 @@ def _message(found: Any, number: int, ignored: Collection[str]) -> tuple[Message
     if isinstance(found.get("content"), list):
         found["content"] = "".join(_parts(found["content"], number))
     _check_said(found, number)
-    return found, learned
+    return {name: value for name, value in found.items() if value is not None}, learned
 
 
 def _check_said(found: Message, number: int) -> None:

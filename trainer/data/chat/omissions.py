@@ -16,7 +16,7 @@ from trainer.data.chat.jinja import Template
 from trainer.data.chat.messages import ANSWERS, TOOL, Message, Talk
 from trainer.data.records import UnusableError
 
-_BEFORE, _AFTER = "\ue000", "\ue001"  # of a mark's number: private to whoever uses them, so that no text has them
+_BEFORE, _AFTER = "\U00010080", "\U00010081"  # of a mark's number: letters of Linear B, which Python's and JSON's quotes keep
 _MARK = re.compile(f"{_BEFORE}\\d+{_AFTER}")
 _WORDS = re.compile(r"(<[^<>\s]*>|\[/?[A-Z_]+\])|[^\s<\[]+|[<\[]")
 """Tags, which templates look for, and what is between them."""
@@ -53,11 +53,11 @@ def check(template: Template, talk: Talk, text: str) -> set[int]:
     for piece in left_out(template, talk, text):
         number = piece.message
         if number is None:
-            raise _not_shown(f"its `{piece.field}`")
+            raise _not_shown(f"its `{piece.field}`", piece.field)
         role = talk.messages[number]["role"]
         if role not in (ANSWERS, TOOL) or not _was_shown(template, talk, piece, number):
             what = f"of `{role}`" if piece.field == "content" else f"its `{piece.field}`"
-            raise _not_shown(f"message {number + 1}, {what}")
+            raise _not_shown(f"message {number + 1}, {what}", piece.field)
         rewritten.add(number)
     return rewritten
 
@@ -71,12 +71,12 @@ def _was_shown(template: Template, talk: Talk, piece: Piece, number: int) -> boo
     return text is not None and not _is_left_out(template, then, text, piece)
 
 
-def _not_shown(what: str) -> UnusableError:
+def _not_shown(what: str, field: str) -> UnusableError:
+    ignored = "" if field == "content" else f": `dataset.ignore_fields=[{field}]`"
     return UnusableError(
         "the chat template leaves out something that is said",
         what,
-        hint="take a template that has it (`dataset.chat_template=FILE`), or leave it out of the example "
-        "(`dataset.ignore_fields=[NAME]`)",
+        hint=f"take a template that has it (`dataset.chat_template=FILE`), or leave it out of the example{ignored}",
     )
 
 
