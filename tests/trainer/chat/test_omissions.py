@@ -160,6 +160,10 @@ def test_variables_of_the_template_are_what_the_example_says(refusal, learn, tem
     assert refusal(example).split("\n\n")[0] == (
         REFUSED + "the chat template has no `loud`, which its `chat_template_kwargs` give"
     )
+    example["chat_template_kwargs"] = {"add_generation_prompt": True}
+    assert refusal(example).split("\n\n")[0] == (
+        REFUSED + "its `chat_template_kwargs` give `add_generation_prompt`, which is said elsewhere"
+    )
 
 
 def test_thoughts_stand_once_under_two_names(learn, template):

@@ -21,6 +21,9 @@ from trainer.data.chat.messages import ANSWERS, TOOL, Talk
 from trainer.data.records import UnusableError, is_unicode
 from trainer.tokenizers import Encoded, Tokenizer
 
+_OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+"""What templates are given that no example chooses by these names."""
+
 _MARKS_HINT = "mark the answers in the template with `{% generation %}` and `{% endgeneration %}`: `dataset.chat_template=FILE`"
 _LEARN_HINT = (
     "learn the last answer alone, or each in an example of its own: `dataset.learn=last_answer`, `dataset.learn=each_answer`"
@@ -75,6 +78,8 @@ class Conversations:
 
     def _check_options(self, talk: Talk) -> None:
         for name in talk.options:
+            if name in _OURS:
+                raise UnusableError(f"its `chat_template_kwargs` give `{name}`, which is said elsewhere")
             if not self.template.names(name, talk.tools):
                 raise UnusableError(f"the chat template has no `{name}`, which its `chat_template_kwargs` give")
 
