@@ -17,6 +17,9 @@ FilePath = Annotated[str, "a path"]
 Blend = list[Any]
 """Prefixes of files, or weights and prefixes in turns."""
 
+Learned = Literal["all_answers", "last_answer", "each_answer"]
+"""Which of a conversation's answers are learned; `each_answer` makes an example of each, with what was said before it."""
+
 
 @dataclass(kw_only=True)
 class DistributedDataParallelConfig(distributed.DistributedDataParallelConfig):
@@ -102,6 +105,9 @@ class DatasetConfig:
     blend_per_split: list[Blend | None] | None = None
     """The same for train, validation and test, each from its own files."""
 
+    multiple_validation_sets: bool = False
+    """Evaluate each prefix of the blends for validation and test by itself."""
+
     split: str = "969,30,1"
     """Shares of the documents for train, validation and test, where `blend` is one for all."""
 
@@ -128,10 +134,16 @@ class FinetuningDatasetConfig:
     """Tokens per training sequence; longer examples are cut."""
 
     path: FilePath | None = None
-    """JSON lines, parquet, a folder of Hugging Face `datasets`, or a folder that `mbtrain pack` made."""
+    """JSON lines, parquet, a folder of Hugging Face `datasets`, one on the Hub (`hf://datasets/org/name@revision`), or a folder
+    that `mbtrain pack` made."""
 
-    validation_path: FilePath | None = None
-    test_path: FilePath | None = None
+    blend: Blend | None = None
+    """Several of those in place of `path`, or weights and sources in turns: `[0.3, a.jsonl, 0.7, b.jsonl]`."""
+
+    validation_path: FilePath | list[FilePath] | None = None
+    """What is held out; several are evaluated each by itself."""
+
+    test_path: FilePath | list[FilePath] | None = None
     split: str = "95,5,0"
     """Shares of the examples of `path` for train, validation and test, where those have no files of their own."""
 
@@ -146,6 +158,13 @@ class FinetuningDatasetConfig:
 
     prompt_template: str = "{prompt}"
     """What the model is shown before it answers, where examples are prompts and completions."""
+
+    learn: Learned = "all_answers"
+    """Which answers of a conversation are learned. `last_answer`, or `each_answer` in an example of its own, for templates that
+    change earlier turns when others follow: Qwen3's with thoughts, Mistral's with a system prompt."""
+
+    ignore_fields: list[str] = field(default_factory=list)
+    """Fields of examples and of messages to read as if they were not there. Others that would be lost are errors."""
 
     skip_bad: bool = False
     """Count examples that cannot be used, instead of stopping at the first."""

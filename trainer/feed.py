@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron.core import parallel_state
@@ -51,11 +51,17 @@ def prompts(run: Run) -> tuple[Tokenizer, Sequence[str | list[int]]] | None:
     setting = f"`validation.sample_interval` is `{told.sample_interval}`"
     if tokenizer is None:
         raise UserError(f"{setting}, and there is no tokenizer", hint="name a folder: `tokenizer.tokenizer_model=DIR`")
-    beginnings = getattr(run.datasets[1], "beginnings", lambda _: [])
+    first = next(iter(sets_of(run.datasets[1]).values()), None)
+    beginnings = getattr(first, "beginnings", lambda _: [])
     asked = told.sample_prompts or beginnings(_ASKED)
     if not asked:
         raise UserError(f"{setting}, and there are no prompts", hint="give some: `validation.sample_prompts=[…]`")
     return tokenizer, asked
+
+
+def sets_of(held_out: Any) -> Mapping[str, Any]:
+    """Held-out data by name: nothing, one set without a name, or several."""
+    return held_out if isinstance(held_out, dict) else {"": held_out} if held_out is not None else {}
 
 
 _ASKED = 2

@@ -208,12 +208,15 @@ def _schedule(run: Run, iterators: list[Any], *, microbatches: int, forward_only
     )
 
 
-def evaluate(run: Run, split: str) -> float | None:
-    """The loss over held-out data, the same samples each time; None where there are none."""
-    dataset = run.datasets[1 if split == "validation" else 2]
+def evaluate(run: Run, split: str) -> None:
+    """The loss over held-out data, the same samples each time; of several sets each, as `validation/NAME`."""
+    held_out = feed.sets_of(run.datasets[1 if split == "validation" else 2])
+    for name, dataset in held_out.items() if run.config.validation.eval_iters else ():
+        _evaluate(run, f"{split}/{name}" if name else split, dataset)
+
+
+def _evaluate(run: Run, split: str, dataset: Any) -> None:
     iterations = run.config.validation.eval_iters
-    if dataset is None or iterations == 0:
-        return None
     began = time.perf_counter()
     held_out = feed.iterators(run, dataset, consumed=0)
     for chunk in run.chunks:
@@ -232,7 +235,6 @@ def evaluate(run: Run, split: str) -> float | None:
     run.telling.pause(time.perf_counter() - began)
     for callback in run.callbacks:
         callback.on_evaluation(run, split, loss)
-    return loss
 
 
 def answer(run: Run) -> None:

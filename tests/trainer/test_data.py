@@ -142,6 +142,18 @@ def test_each_split_from_its_own_files(tmp_path):
     assert test is None
 
 
+def test_each_prefix_of_the_held_out_blends_may_be_a_set_of_its_own(tmp_path):
+    one, other = (write(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b")))
+    told = {"blend": [0.3, one, 0.7, other], "split": "60,20,20"}
+    train, valid, test = built((20, 10, 5), multiple_validation_sets=True, **told)
+    assert contents(train) == contents(built((20, 0, 0), **told)[0])
+    for name in (one, other):
+        alone = built((0, 10, 5), blend=[name], split="60,20,20")
+        assert contents(valid[name]) == contents(alone[1])
+        assert contents(test[name]) == contents(alone[2])
+    assert list(valid) == list(test) == [one, other]
+
+
 def test_masks_and_positions_are_megatron_cores(tmp_path):
     """Against what its documentation says: no loss where the input is an end of document, positions from 0 after it."""
     builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), np.uint16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -43,6 +44,21 @@ def test_several_runs_are_one_png(tmp_path):
     out = tmp_path / "made" / "curves.png"
     plot(runs, out)
     assert imread(out).shape == (1040, 1560, 4)
+
+
+def test_each_held_out_set_is_drawn(tmp_path):
+    from matplotlib import figure
+
+    from trainer.telling import plot as module
+
+    sink = JsonLines(tmp_path / FILE)
+    for split in ("test/a", "validation/a", "validation/b", "test/b"):
+        sink.log(evaluation(1, split=split, loss=2.0))
+    sink.close()
+    drawn = figure.Figure()
+    module._draw(drawn, {"run": [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]})
+    labels = [line.get_label() for line in drawn.axes[0].get_lines()]
+    assert labels == ["validation/a", "validation/b", "test/a", "test/b"]
 
 
 def test_the_command_says_where_it_drew(tmp_path):

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
+from datasets import Dataset, DatasetDict
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -144,13 +145,33 @@ def refused(tmp_path, *inputs, prefix="out", **options):
     return str(error.value).replace(str(tmp_path), "T").split("\n")[0]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:datasets", "ignore::ResourceWarning")
+def test_a_folder_that_datasets_saved_is_read_like_a_file(tmp_path):
+    texts = ["one", "two words", "three"]
+    rows = Dataset.from_list([{"n": number, "text": text} for number, text in enumerate(texts)])
+    rows.save_to_disk(tmp_path / "saved", num_shards=2)
+    prepare([tmp_path / "saved"], tmp_path / "out", tokenizer="byte")
+    assert pair(tmp_path / "out") == naively(tmp_path / "naive", texts, "byte")
+    assert refused(tmp_path, "saved", prefix="x", key="n") == "column `n` of `T/saved` is no text: it is int64"
+    DatasetDict(test=rows, train=rows).save_to_disk(tmp_path / "two")
+    assert refused(tmp_path, "two", prefix="x") == "`T/two` has several splits: `test`, `train`"
+    DatasetDict(train=rows).save_to_disk(tmp_path / "one")
+    prepare([tmp_path / "one"], tmp_path / "again", tokenizer="byte")
+    assert pair(tmp_path / "again") == pair(tmp_path / "out")
+
+
+def test_a_data_set_of_the_hub_is_named_as_elsewhere(tmp_path):
+    with pytest.raises(UserError, match=r"`hf://org/name` is not a data set on the Hub"):
+        run("hf://org/name", tmp_path / "out", "--tokenizer", "byte")
+
+
 LINES = {
-    b'{"text": "a" "b"}': " is not JSON: the fault is at line 1, column 14",
+    b'{"text": "a" "b"}': " cannot be read: it is not JSON: the fault is at line 1, column 14",
     b'{"body": 1, "id": 2}': " has no key `text`: it has `body`, `id`",
-    b"[1]": " is no JSON object but a list",
+    b"[1]": " cannot be read: it is no JSON object: it is [1]",
     b'{"text": 3}': ": `text` is no text but a int",
     b'{"text": "\\ud800"}': ": `text` holds half a surrogate pair, which is no text",
-    b'{"text": "\xff"}': " is not text in UTF-8: byte 10 is not UTF-8",
+    b'{"text": "\xff"}': " cannot be read: it is not UTF-8: byte 10 is not UTF-8",
 }
 
 
@@ -164,7 +185,7 @@ def test_of_several_bad_lines_the_first_is_named_whatever_the_workers(tmp_path, 
     monkeypatch.setattr("trainer.data.prepare._PIECE", 1)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n[1]\n[2]\n{}\n')
     said = {refused(tmp_path, "a.jsonl", workers=workers) for workers in (1, 2)}
-    assert said == {"`T/a.jsonl`, line 2 is no JSON object but a list"}
+    assert said == {"`T/a.jsonl`, line 2 cannot be read: it is no JSON object: it is [1]"}
 
 
 def test_bad_files_are_named(tmp_path, monkeypatch):
@@ -184,7 +205,7 @@ def test_bad_files_are_named(tmp_path, monkeypatch):
     assert refused(tmp_path, "latin.txt") == "`T/latin.txt` is not text in UTF-8: byte 2 is not UTF-8"
     assert refused(tmp_path, "nothing.txt") == "the inputs hold no text at all"
     assert refused(tmp_path, "a.csv", prefix="out.bin") == "`T/out.bin` is a file's name, not a prefix"
-    monkeypatch.setattr("trainer.data.documents.LONGEST", 2)
+    monkeypatch.setattr("trainer.data.records.LONGEST", 2)
     assert refused(tmp_path, "latin.txt") == "`T/latin.txt` is longer than 2 bytes, the most for one document"
 
 
@@ -194,7 +215,7 @@ def test_existing_output_is_refused_and_survives_a_failed_overwrite(tmp_path):
     prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer="byte")
     first = pair(tmp_path / "out")
     assert refused(tmp_path, "a.txt") == "`T/out.bin` already exists"
-    assert refused(tmp_path, "b.jsonl", overwrite=True).startswith("`T/b.jsonl`, line 1 is not JSON")
+    assert refused(tmp_path, "b.jsonl", overwrite=True).startswith("`T/b.jsonl`, line 1 cannot be read: it is not JSON")
     assert pair(tmp_path / "out") == first
     (tmp_path / "a.txt").write_text("other")
     prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer="byte", overwrite=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from formats.errors import UserError
@@ -57,6 +59,30 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(layout, run, tmp_pat
     resumed = _in_two(run, world, changes, tmp_path / "parts", checkpoint__async_save=layout == "pp2")
     _same(whole, resumed)
     assert witness.metrics(tmp_path / "parts") == witness.metrics(tmp_path / "whole")
+
+
+def test_a_blend_of_examples_goes_on_and_each_held_out_set_is_told_by_its_name(run, tmp_path):
+    from trainer.config import FinetuningDatasetConfig
+
+    files = [tmp_path / f"{name}.jsonl" for name in ("sums", "products", "held", "other")]
+    for factor, file in enumerate(files, 1):
+        pairs = [{"prompt": f"{n} times {factor} is ", "completion": str(n * factor)} for n in range(20)]
+        file.write_text("".join(json.dumps(one) + "\n" for one in pairs))
+    sums, products, *held_out = map(str, files)
+    dataset = FinetuningDatasetConfig(
+        blend=[0.3, sums, 0.7, products], validation_path=held_out, sequence_length=64, split="90,0,10", num_workers=0
+    )
+    changes = {"dataset": dataset, "tokenizer__tokenizer_model": "byte"}
+    changes |= {"validation__sample_interval": STEPS, "validation__sample_tokens": 2}
+    whole = run(1, {**changes, "checkpoint__save": str(tmp_path / "whole")})
+    _same(whole, _in_two(run, 1, changes, tmp_path / "parts"))
+    assert witness.metrics(tmp_path / "parts") == witness.metrics(tmp_path / "whole")
+    asked = [line["prompt"] for line in witness.metrics(tmp_path / "whole") if line["kind"] == "sample"]
+    assert asked == ["0 times 3 is ", "1 times 3 is "]  # of the first held-out set
+    (one,) = whole
+    told = [split for split, _ in one.evaluations]
+    assert told == ["validation/held", "validation/other"] * (STEPS // 2) + ["test/sums", "test/products"]
+    assert len({loss for _, loss in one.evaluations}) == len(told)
 
 
 def test_the_order_of_real_data_goes_on_across_an_epochs_end(run, tmp_path):

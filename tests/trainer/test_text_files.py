@@ -31,13 +31,13 @@ LINES = [json.dumps(one, ensure_ascii=False).encode() for one in (ONE, TWO)]
 def test_lines_are_read_whatever_stands_around_them(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(data)
-    assert [documents.text(raw) for raw in documents.read([path], key="text")] == ["grün", "zwei"]
+    assert [documents.text(raw, key="text") for raw in documents.read([path], key="text")] == ["grün", "zwei"]
     assert [record.fields() for record in Source(path).records()] == [ONE, TWO]
 
 
 def test_the_mark_of_a_text_file_is_no_letter_of_it(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfgr\xc3\xbcn")
-    assert [documents.text(raw) for raw in documents.read([tmp_path / "a.txt"], key="text")] == ["grün"]
+    assert [documents.text(raw, key="text") for raw in documents.read([tmp_path / "a.txt"], key="text")] == ["grün"]
 
 
 ARRAY = (
@@ -85,8 +85,8 @@ def test_a_bad_line_is_still_named_by_its_number(tmp_path: Path) -> None:
     for first in (b'["a", 1]', b'{"text": "open', b'{"text": }'):
         path.write_bytes(first + b"\n" + LINES[1])
         (raw, _) = documents.read([path], key="text")
-        with pytest.raises(UserError, match=r"a\.jsonl`, line 1 is no"):
-            documents.text(raw)
+        with pytest.raises(UserError, match=r"a\.jsonl`, line 1 cannot be read: it is no"):
+            documents.text(raw, key="text")
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def layout() -> list[int]:
 def data_identity(config: RunConfig) -> dict[str, Any]:
     """What decides which tokens a sample number stands for."""
     names = ("sequence_length", "blend", "blend_per_split", "split", "random_seed", "path", "validation_path", "test_path")
-    of_examples = ("packed", "pad_to_multiple_of", "chat_template", "prompt_template")
+    of_examples = ("packed", "pad_to_multiple_of", "chat_template", "prompt_template", "learn", "ignore_fields")
     return {name: getattr(config.dataset, name, None) for name in (*names, *of_examples)}
 
 
@@ -323,5 +323,5 @@ def _tell(ours: dict[str, Any], config: RunConfig, folder: Path, *, same_layout:
     if not same_layout:
         say(f"note: saved at TP·PP·DP {ours['layout']}, now {layout()}: random states start anew")
     for name, value in data_identity(config).items():
-        if ours["data"].get(name) != value:
+        if ours["data"].get(name, value) != value:  # checkpoints from before a setting was there do not say it
             say(f"note: `dataset.{name}` was {ours['data'].get(name)}, now {value}: the samples to come are others")

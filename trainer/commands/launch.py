@@ -59,14 +59,14 @@ def command(*, by_slurm: bool, by_nemo_run: bool, recipe: str, overrides: tuple[
 def _check(recipe: str, overrides: tuple[str, ...], *, ranks: int) -> None:
     """UserError for settings that would stop the job when it has waited for its machines."""
     from trainer.config import FinetuningDatasetConfig  # noqa: PLC0415 - seconds to import
-    from trainer.data.chat.splits import path_of  # noqa: PLC0415
+    from trainer.data.chat.splits import check_named  # noqa: PLC0415
     from trainer.settings.arguments import read_run  # noqa: PLC0415
     from trainer.settings.resolve import resolve  # noqa: PLC0415
 
     config = read_run(recipe, overrides=overrides)
     resolve(config, world_size=ranks, device="gpu")
     if isinstance(config.dataset, FinetuningDatasetConfig):
-        path_of(config.dataset)
+        check_named(config.dataset)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from trainer.settings.arguments import HomePath
 
 
 @click.command("prepare-data", no_args_is_help=True, epilog="Example: mbtrain prepare-data sources text --tokenizer byte")
-@click.argument("inputs", nargs=-1, required=True, type=HomePath(), metavar="INPUT…")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
 @click.argument("prefix", type=HomePath())
 @click.option("--tokenizer", required=True, metavar="DIR|byte", help="A folder with tokenizer.json, or `byte`.")
 @click.option(
@@ -26,7 +26,7 @@ from trainer.settings.arguments import HomePath
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 def command(
     *,
-    inputs: tuple[Path, ...],
+    inputs: tuple[str, ...],
     prefix: Path,
     tokenizer: str,
     json_key: str,
@@ -40,8 +40,8 @@ def command(
 
     Writes PREFIX.bin and PREFIX.idx in Megatron-LM's format.
 
-    INPUT is a file or a folder of files: .txt, .md and .py are a document each, .jsonl has one per line, .parquet one per row.
-    The result does not depend on --workers.
+    INPUT is a file or a folder of files: .txt, .md and .py are a document each, .jsonl has one per line, .parquet one per row;
+    or a folder that `datasets` saved, or hf://datasets/ORG/NAME. The result does not depend on --workers.
     """
     from converter.console import size, talking  # noqa: PLC0415
     from trainer.data.prepare import prepare  # noqa: PLC0415

@@ -50,12 +50,12 @@ def command(
     recipe, overrides = recipe_and_overrides(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
     config.dataset.skip_bad |= skip_bad
-    parts = splits.parts(config.dataset)
-    part = parts[_SPLITS.index(split)]
-    if part is None:
+    found = splits.parts(config.dataset).of(split)
+    if not found:
         raise UserError(f"there are no examples for {split}", hint=f"set `dataset.{split}_path`, or its share in `dataset.split`")
     tokenizer = sets.needed(tokenizer_of_run(config))
-    _show(part, config.dataset, tokenizer, shown=shown, limit=limit, separator="|" if separate else "")
+    for part in found:
+        _show(part, config.dataset, tokenizer, shown=shown, limit=limit, separator="|" if separate else "")
 
 
 def _show(part: Part, config: FinetuningDatasetConfig, tokenizer: Tokenizer, *, shown: int, limit: int, separator: str) -> None:

@@ -10,7 +10,8 @@ Your own data: in place of `DatasetConfig`, give an object with
 
 - `sequence_length`, and
 - `build(tokenizer, vocab_size, samples) -> (train, valid, test)`: three datasets as above, of at least the lengths in `samples`,
-  or None where that is 0. `tokenizer` is None where the run has none.
+  or None where that is 0. `tokenizer` is None where the run has none. In place of one `valid` or `test` there may be a dict of
+  several by their names, which are evaluated each by itself.
 
 Rows may hold several examples of which none sees another: then the object has `packed` set, and samples have `segment_ids`
 (int32) too, another number for each example in a row and -1 for what fills it up.
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
 
     from trainer.tokenizers import Tokenizer
 
-type Splits = tuple[Dataset | None, Dataset | None, Dataset | None]
+type HeldOut = Dataset | dict[str, Dataset]
+"""One set, or several by their names."""
+
+type Splits = tuple[Dataset | None, HeldOut | None, HeldOut | None]
 
 
 def is_packed(config: Any) -> bool:

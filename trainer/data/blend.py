@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,14 +18,28 @@ from megatron.core.datasets.utils import normalize
 from torch.utils.data import Dataset
 
 from trainer.data import cache
-from trainer.data.epochs import Epochs
+
+
+class Samples(Protocol):
+    """A stream of samples that does not depend on how much of it will be read."""
+
+    def take(self, samples: int) -> Any:
+        """Have so many."""
+        ...
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One of them."""
+        ...
 
 
 class Blend(Dataset):
     """`samples` samples of `sources`, which give as many as their `weights` say."""
 
-    def __init__(self, sources: list[Epochs], weights: list[float], *, samples: int, folder: Path) -> None:
+    def __init__(self, sources: Sequence[Samples], weights: list[float], *, samples: int, folder: Path) -> None:
         self._sources, self._weights, self.samples, self._folder = sources, normalize(weights), samples, folder
+        self.summary: tuple[str, ...] = ()
+        """What to tell of it before the first step."""
+
         self._indices: cache.Arrays | None = None
         which, _ = self._mapped()
         for source, count in zip(sources, np.bincount(which, minlength=len(sources)).tolist(), strict=True):

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import distributed
 
 from formats.errors import UserError
-from trainer.device import local_rank
 
 type Arrays = tuple[np.ndarray, ...]
 
@@ -80,8 +78,12 @@ def in_turn[T](make: Callable[[], T]) -> T:
     correct on one rank is a UserError on all of them. Others wait as long as it takes: tokens of many examples take longer than
     any message. Without torch.distributed, just `make()`.
     """
+    from torch import distributed  # noqa: PLC0415 - slow to import, as what follows
+
     if not (distributed.is_available() and distributed.is_initialized()):
         return make()
+    from trainer.device import local_rank  # noqa: PLC0415
+
     local = local_rank(os.environ)
     mine = 0 if distributed.get_rank() == 0 else 1 if local == 0 else 2
     made: list[T] = []
@@ -94,6 +96,8 @@ def in_turn[T](make: Callable[[], T]) -> T:
 
 def _together[T](made: list[T], make: Callable[[], T] | None, group: Any) -> None:
     """Some ranks make something, the others wait for them, and all raise what one of them found wrong."""
+    from torch import distributed  # noqa: PLC0415
+
     wrong: list[UserError | None] = [None] * distributed.get_world_size()
     here = None
     try:

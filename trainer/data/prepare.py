@@ -12,7 +12,7 @@ import secrets
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -28,7 +28,8 @@ from formats.errors import TransientError, UserError
 from formats.home import expanded
 from formats.staging import sync
 from trainer import tokenizers
-from trainer.data import documents, orphans
+from trainer.data import documents, hub, orphans
+from trainer.data.records import Record
 
 _MAGIC = b"MMIDIDX\x00\x00"  # an index of Megatron's begins so
 _PIECE = 2**20  # bytes of documents that a process gets at a time: small against memory, large against the cost of sending
@@ -62,7 +63,7 @@ class _Tokens:
 
 
 def prepare(
-    inputs: list[Path],
+    inputs: Sequence[Path | str],
     prefix: Path,
     *,
     tokenizer: str,
@@ -79,12 +80,12 @@ def prepare(
     from megatron.core.datasets.indexed_dataset import DType  # noqa: PLC0415 - brings torch
 
     talk, started = talk or Talk(), time.monotonic()
-    inputs, prefix = [Path(expanded(path)) for path in inputs], Path(expanded(prefix))
+    prefix = Path(expanded(prefix))
     before = _check_target(prefix, overwrite=overwrite)
-    paths = documents.files(inputs)
+    paths = documents.files([hub.local(expanded(one), None) for one in inputs])
     dtype = DType.optimal_dtype(tokenizers.load(tokenizer).vocab_size)
-    talk.start(sum(path.stat().st_size for path in paths))
-    work = partial(_tokenize, append_eod=append_eod, dtype=np.dtype(dtype).name)
+    talk.start(sum(map(documents.size, paths)))
+    work = partial(_tokenize, key=key, append_eod=append_eod, dtype=np.dtype(dtype).name)
     totals = dict.fromkeys(("documents", "empty", "tokens"), 0)
     with _output(prefix, dtype, before) as builder, _processes(tokenizer, workers) as submit:
         for tokens in _in_order(submit, work, _pieces(documents.read(paths, key=key)), ahead=2 * workers):
@@ -95,7 +96,7 @@ def prepare(
         prefix=str(prefix),
         **totals,
         dtype=np.dtype(dtype).name,
-        input_bytes=sum(path.stat().st_size for path in paths),
+        input_bytes=sum(map(documents.size, paths)),
         output_bytes=sum(path.stat().st_size for path in _pair(prefix)),
         seconds=seconds,
         tokens_per_second=totals["tokens"] / seconds,
@@ -112,11 +113,11 @@ def _write(builder: Any, tokens: _Tokens, totals: dict[str, int]) -> None:
     totals["empty"] += tokens.empty
 
 
-def _pieces(found: Iterable[documents.Raw]) -> Iterator[list[documents.Raw]]:
+def _pieces(found: Iterable[Record]) -> Iterator[list[Record]]:
     piece, size = [], 0
     for raw in found:
         piece.append(raw)
-        size += len(raw.data or "")
+        size += raw.size
         if size >= _PIECE:
             yield piece
             piece, size = [], 0
@@ -140,11 +141,11 @@ def _begin_process(name: str) -> None:
     _begin(name)
 
 
-def _tokenize(piece: list[documents.Raw], *, append_eod: bool, dtype: str) -> _Tokens:
+def _tokenize(piece: list[Record], *, key: str, append_eod: bool, dtype: str) -> _Tokens:
     assert _tokenizer is not None
     parts, empty = [], 0
     for raw in piece:
-        numbers = _tokenizer.encode(documents.text(raw))
+        numbers = _tokenizer.encode(documents.text(raw, key=key))
         empty += not numbers
         if numbers:
             parts.append(np.array(numbers + [_tokenizer.eod] * append_eod, dtype=dtype))
@@ -175,15 +176,13 @@ def _processes(tokenizer: str, workers: int) -> Generator[_Submit]:
         pool.shutdown(cancel_futures=True)
 
 
-def _now(work: Callable[..., _Tokens], piece: list[documents.Raw]) -> Future[_Tokens]:
+def _now(work: Callable[..., _Tokens], piece: list[Record]) -> Future[_Tokens]:
     done: Future[_Tokens] = Future()
     done.set_result(work(piece))
     return done
 
 
-def _in_order(
-    submit: _Submit, work: Callable[..., _Tokens], pieces: Iterable[list[documents.Raw]], *, ahead: int
-) -> Iterator[_Tokens]:
+def _in_order(submit: _Submit, work: Callable[..., _Tokens], pieces: Iterable[list[Record]], *, ahead: int) -> Iterator[_Tokens]:
     """Results in the order of the pieces. No more than `ahead` pieces are read before they are needed."""
     waiting: deque[Future[_Tokens]] = deque()
     for piece in pieces:

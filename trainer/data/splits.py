@@ -11,11 +11,10 @@ import click
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix, parse_and_normalize_split
 from megatron.core.datasets.utils import Split, get_blend_from_list
-from torch.utils.data import Dataset
 
 from formats.errors import UserError
 from trainer.config import DatasetConfig
-from trainer.data import Splits, cache
+from trainer.data import HeldOut, Splits, cache
 from trainer.data.blend import Blend
 from trainer.data.epochs import Epochs, TooFewError
 from trainer.data.mock import Mock
@@ -31,7 +30,7 @@ def build(config: DatasetConfig, *, tokenizer: Tokenizer | None, vocab_size: int
     blends, shares = _blends(config), _shares(config)
     eod = None if tokenizer is None else tokenizer.eod
 
-    def one(split: Split) -> Dataset | None:
+    def one(split: Split) -> Any:
         number = split.value
         if not samples[number]:
             return None
@@ -64,11 +63,13 @@ def _without(split: Split, config: DatasetConfig, error: TooFewError) -> None:
         click.echo(f"note: there is no {_EVALUATION[split]}: {error.args[0]}", err=True)
 
 
-def _stream(blend: list[Any], config: DatasetConfig, samples: int, **of: Any) -> Dataset:
+def _stream(blend: list[Any], config: DatasetConfig, samples: int, **of: Any) -> HeldOut:
     prefixes, weights = _weighted(blend)
     sources = [Epochs(prefix, config, **of) for prefix in prefixes]
     if len(sources) == 1:
         return sources[0].take(samples)
+    if config.multiple_validation_sets and of["split"] is not Split.train:
+        return {prefix: source.take(samples) for prefix, source in zip(prefixes, sources, strict=True)}
     folder = Path(config.path_to_cache or f"{prefixes[0]}.cache")
     return Blend(sources, weights or [float(source.per_epoch) for source in sources], samples=samples, folder=folder)
 

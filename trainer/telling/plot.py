@@ -58,9 +58,10 @@ def _draw(figure: Any, runs: dict[str, Records]) -> None:
         color = _COLORS[number % len(_COLORS)]
         name = label if len(runs) > 1 else "training"
         _curve(axes[0, 0], records, "loss", color=color, label=name)
-        for split, style in (("validation", "--"), ("test", ":")):
+        for place, split in enumerate(_splits(records), 1):
             words = f"{label}, {split}" if len(runs) > 1 else split
-            shade = color if len(runs) > 1 else _COLORS[1 if split == "validation" else 2]
+            shade = color if len(runs) > 1 else _COLORS[place % len(_COLORS)]
+            style = ":" if split.startswith("test") else "--"
             _curve(
                 axes[0, 0], records, "loss", split=split, color=shade, label=words, linestyle=style, marker="o", markersize=3.5
             )
@@ -78,6 +79,12 @@ def _draw(figure: Any, runs: dict[str, Records]) -> None:
     axes[0, 0].legend(frameon=False, fontsize=9, labelcolor=_INK)
     if len(runs) == 1:
         figure.suptitle(next(iter(runs)), color=_INK)
+
+
+def _splits(records: Records) -> list[str]:
+    """What a run was evaluated on: its validation sets, then its test sets."""
+    found = dict.fromkeys(str(one["split"]) for one in records if one.get("split"))
+    return sorted(found, key=lambda split: split.startswith("test"))
 
 
 def _curve(axis: Any, records: Records, field: str, *, split: str | None = None, **look: Any) -> None:

@@ -72,7 +72,9 @@ class Evaluation:
     """Held-out loss after a step."""
 
     iteration: int
-    split: Literal["validation", "test"]
+    split: str
+    """`validation` or `test`; of several sets `validation/NAME`."""
+
     loss: float
     perplexity: float
 
@@ -90,7 +92,7 @@ Record = Step | Evaluation | Sample
 KINDS = {"step", "evaluation", "sample"}
 
 
-def evaluation(iteration: int, *, split: Literal["validation", "test"], loss: float) -> Evaluation:
+def evaluation(iteration: int, *, split: str, loss: float) -> Evaluation:
     """The record of a mean loss per token in nats. Perplexity is e^loss, infinite where that does not fit a float."""
     try:
         perplexity = math.exp(loss)

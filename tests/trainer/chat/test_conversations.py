@@ -192,7 +192,9 @@ def test_a_template_that_changes_what_it_wrote_is_an_error_and_no_guess(refusal,
     settings = {"chat_template": template(STRIPS)}
     assert learn({"messages": said("a", "hm. b")}, **settings)
     assert refusal({"messages": said("a", "b")}, {"messages": said("a", "hm. b", "c", "d")}, **settings) == (
-        REFUSED.format(2) + f"with this chat template what follows an answer changes its tokens: message 2\n\nhint: {MARK_THEM}"
+        REFUSED.format(2) + "with this chat template what follows an answer changes its tokens: message 2\n\n"
+        "hint: learn the last answer alone, or each in an example of its own: "
+        "`dataset.learn=last_answer`, `dataset.learn=each_answer`" + OR_SKIP
     )
     settings = {"chat_template": template("{{ messages | length }}" + PLAIN)}
     assert refusal({"messages": said("a", "b")}, **settings).startswith(

@@ -108,8 +108,8 @@ def test_a_field_beside_prompt_and_completion_is_named_in_the_template_or_refuse
     example = {"prompt": "hi", "completion": "salut", field: "Speak French."}
     assert refusal(example, tokenizer=BYTE) == (
         REFUSED + f"its `{field}` would be left out\n\n"
-        "hint: name it in `dataset.prompt_template`, for example `{system} {prompt}`, or leave the field out of the file, "
-        "or leave such examples out: `dataset.skip_bad=true`"
+        "hint: name it in `dataset.prompt_template`, for example `{system} {prompt}`, "
+        f"or leave it out: `dataset.ignore_fields=[{field}]`, or leave such examples out: `dataset.skip_bad=true`"
     )
     ((whole, _),) = texts(BYTE, learn(example, tokenizer=BYTE, prompt_template=f"{{{field}}} {{prompt}}"))
     assert whole.startswith("Speak French. hi")

@@ -108,8 +108,20 @@ def test_each_split_can_be_seen(tmp_path, pairs):
 
 
 def test_a_setting_of_documents_is_none_of_examples(pairs):
-    told = preview("llama_tiny", f"dataset.path={pairs}", "dataset.blend=[a]")
-    assert told.stderr.startswith("error: unknown setting `dataset.blend`")
+    told = preview("llama_tiny", f"dataset.path={pairs}", "dataset.blend_per_split=[[a]]")
+    assert told.stderr.startswith("error: unknown setting `dataset.blend_per_split`")
+
+
+def test_each_source_of_a_split_is_shown(pairs, tmp_path):
+    other = tmp_path / "b.jsonl"
+    other.write_text('{"prompt": "another", "completion": "one"}\n')
+    words = ("llama_tiny", f"dataset.blend=[{pairs},{other}]", "dataset.split='1,0,0'", "--examples", 1, "--skip-bad")
+    told = preview(*words)
+    assert told.exit_code == 0, told.stderr
+    assert [line for line in told.stdout.splitlines() if line.startswith("# ")] == [
+        f"# `{pairs}`, line 1: 10 tokens, 7 trained on",
+        f"# `{other}`, line 1: 11 tokens, 4 trained on",
+    ]
 
 
 @pytest.mark.parametrize(("terminal", "no_color", "colored"), [(True, "", True), (True, "1", False), (False, "", False)])

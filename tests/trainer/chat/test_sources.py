@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict
 
 from formats.errors import UserError
 from tests.trainer.chat.llama import said
+from tests.trainer.chat.templates import CALLS
 from trainer.config import FinetuningDatasetConfig
 from trainer.data.chat.examples import Counts, read_examples
 from trainer.data.chat.sources import KINDS, Source, splits_of
@@ -76,6 +77,30 @@ def test_all_kinds_give_the_same_examples(make, tmp_path, tokenizer, learn):
 
 
 CONFIG = FinetuningDatasetConfig()
+
+
+def calling(**arguments):
+    called = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}]}
+    return {"messages": [*said("go"), called, {"role": "tool", "content": "ok"}, *said("", "done")[1:]], "tools": None}
+
+
+CALLING = [
+    calling(city="Bern"),
+    calling(days=3),
+    {"messages": said("hi", "there"), "tools": [{"name": "f", "parameters": {"a": "b"}}]},
+]
+
+
+@pytest.mark.parametrize("make", [as_parquet, as_saved])
+def test_what_a_table_fills_in_is_not_there(make, tmp_path, tokenizer, learn, monkeypatch):
+    """A column has every field that any row has, at every depth: calls would get each other's arguments."""
+    monkeypatch.setattr(f"{__name__}.ROWS", CALLING)
+    (tmp_path / "calls.jinja").write_text(CALLS)
+    config = FinetuningDatasetConfig(chat_template=str(tmp_path / "calls.jinja"))
+    examples = read_examples(make(tmp_path / "made"), tokenizer, config)
+    found = [(one.tokens.tolist(), one.trained.astype(int).tolist()) for one in examples]
+    assert found == learn(*CALLING, chat_template=config.chat_template)
+    assert ["days" in tokenizer.decode(tokens) for tokens, _ in found] == [False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -144,5 +169,5 @@ def test_without_datasets_its_folders_say_what_to_install(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert refusal(source, tmp_path) == (
         "`saved` was saved by Hugging Face `datasets`, which is not installed\n\n"
-        "hint: pip install 'mbtools[datasets]', or save the examples as .parquet"
+        "hint: pip install 'mbtools[datasets]', or save the data as .parquet"
     )

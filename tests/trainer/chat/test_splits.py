@@ -13,13 +13,20 @@ from hypothesis import strategies as st
 from formats.errors import UserError
 from trainer.config import FinetuningDatasetConfig
 from trainer.data.chat.sources import Source
-from trainer.data.chat.splits import Part, parts
+from trainer.data.chat.splits import SPLITS, Part, parts
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:datasets", "ignore::ResourceWarning")
 
 
+def several(**settings):
+    return parts(FinetuningDatasetConfig(**settings))
+
+
 def of(**settings):
-    return parts(FinetuningDatasetConfig(**{"path": "a.jsonl"} | settings))
+    """Of one source: for train, validation and test its part, or None."""
+    found = several(**{"path": "a.jsonl"} | settings)
+    assert found.weights is None
+    return [next(iter(found.of(split)), None) for split in SPLITS]
 
 
 @given(st.integers(0, 300), st.integers(0, 9), st.lists(st.integers(0, 9), min_size=1, max_size=3))
@@ -48,7 +55,7 @@ def test_more_examples_at_the_end_move_few_between_the_splits():
 
 def test_files_of_their_own_leave_the_shares_to_the_others():
     own = Part(Source(Path("v.jsonl")))
-    assert of(validation_path="v.jsonl") == (Part(Source(Path("a.jsonl")), (0.0, 1.0), 1234), own, None)
+    assert of(validation_path="v.jsonl") == [Part(Source(Path("a.jsonl")), (0.0, 1.0), 1234), own, None]
     train, validation, test = of(validation_path="v.jsonl", split="80,10,20")
     assert validation == own
     assert (len(train.numbers(100)), len(test.numbers(100))) == (80, 20)
@@ -90,3 +97,35 @@ def test_what_cannot_be_shared_is_named(tmp_path):
     assert refusal(path=str(tmp_path / "odd")) == f"`{tmp_path / 'odd'}` has no split `train`: {has}\n\n{one}"
     assert refusal(test_path=str(tmp_path / "odd")) == f"`{tmp_path / 'odd'}` has no split `test`: {has}\n\n{one}"
     assert of(path=str(tmp_path / "odd" / "train_sft"))[0].source == Source(tmp_path / "odd" / "train_sft")
+
+
+def paths(found):
+    return [[part.source.path.name for part in found.of(split)] for split in SPLITS]
+
+
+def test_each_source_of_a_blend_has_its_shares_and_its_own_splits(tmp_path):
+    rows = Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
+    found = several(blend=["a.jsonl", str(tmp_path / "two")], split="90,10,0")
+    assert paths(found) == [["a.jsonl", "two"], ["a.jsonl", "two"], ["two"]]
+    assert (found.weights, found.train[1].source.split, found.test[0].source.split) == (None, "train", "test")
+    weighted = several(blend=[0.3, "a.jsonl", 2, "b.jsonl"], validation_path=["v.jsonl", "w.jsonl"])
+    assert paths(weighted) == [["a.jsonl", "b.jsonl"], ["v.jsonl", "w.jsonl"], []]
+    assert (weighted.weights, weighted.train[0].share) == ((0.3, 2.0), (0.0, 1.0))
+
+
+@pytest.mark.parametrize("blend", [["a", 0.3], [0.3, "a", "b"], [0, "a", 1, "b"], [-1, "a", 1, "b"], [True, "a"], [["a"]]])
+def test_what_is_no_blend_is_named(blend):
+    with pytest.raises(UserError) as error:
+        several(blend=blend)
+    assert str(error.value) == (
+        f"`{blend}` is no blend\n\n"
+        "hint: it is a list of sources, or positive weights and sources in turns: `[0.3, a.jsonl, 0.7, b.jsonl]`"
+    )
+
+
+def test_a_source_is_named_once():
+    with pytest.raises(UserError, match=r"`dataset.path` and `dataset.blend` are both set"):
+        several(path="a", blend=["b"])
+    with pytest.raises(UserError, match=r"`dataset.blend` names `a` twice"):
+        several(blend=["a", "b", "a"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from formats.errors import UserError
+from tests.trainer.chat import llama
 from tests.trainer.chat.packed import Drawn
 from trainer import tokenizers
 from trainer.cli import main
@@ -121,6 +123,23 @@ def test_splits_share_no_example(data):
 
     assert len(questions(train) | questions(valid)) == 40
     assert not questions(train) & questions(valid)
+
+
+def test_the_answers_of_a_conversation_are_in_one_split(tmp_path):
+    path, folder = tmp_path / "talks.jsonl", llama.save(tmp_path / "tokenizer")
+    talks = [{"messages": llama.said(*(f"talk {number}." for _ in range(2 * (1 + number % 3))))} for number in range(60)]
+    path.write_text("".join(json.dumps(one) + "\n" for one in talks))
+    told = FinetuningDatasetConfig(sequence_length=LENGTH, path=str(path), split="50,50,0", packed=False, learn="each_answer")
+    tokenizer = tokenizers.load(str(folder))
+    train, valid, _ = build(told, tokenizer=tokenizer, vocab_size=384, samples=(300, 300, 0))
+    found = []
+    for one in (train, valid):
+        rows = [one[number] for number in range(one.per_epoch)]
+        found.append([re.findall(r"talk (\d+)\.", tokenizer.decode(row["tokens"].tolist()))[0] for row in rows])
+    assert len(found[0]) + len(found[1]) == 120
+    assert not set(found[0]) & set(found[1])
+    assert len(set(found[0])) == len(set(found[1])) == 30
+    assert [len(store.open_store(folder)) for folder in (tmp_path / "talks.jsonl.cache").iterdir()] == [120]
 
 
 def train_rows(data):

@@ -11,8 +11,7 @@ import numpy as np
 
 from formats.errors import UserError
 from trainer.data.chat.drafts import Draft, Tokenized, tokenized
-from trainer.data.chat.sources import UnusableError
-from trainer.data.documents import is_unicode, names
+from trainer.data.records import UnusableError, is_unicode, names
 from trainer.tokenizers import Encoded, Tokenizer
 
 

@@ -6,31 +6,28 @@ certain is an UnusableError, never a guess.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
-from formats.faults import fault
+from trainer.config import Learned
+from trainer.data.chat import omissions
 from trainer.data.chat.drafts import Draft, Tokenized, tokenized
-from trainer.data.chat.fields import SAYS_MORE, plain_message
-from trainer.data.chat.jinja import Messages, Template
-from trainer.data.chat.sources import UnusableError
-from trainer.data.documents import is_unicode, names
+from trainer.data.chat.jinja import Template
+from trainer.data.chat.messages import ANSWERS, TOOL, Talk
+from trainer.data.records import UnusableError, is_unicode
 from trainer.tokenizers import Encoded, Tokenizer
 
-_ANSWERS = "assistant"
-_ROLES = {
-    "human": "user", "user": "user", "gpt": _ANSWERS, "assistant": _ANSWERS, "system": "system",
-    "tool": "tool", "function": "tool", "observation": "tool",
-}  # fmt: skip
-"""Who speaks in ShareGPT's `from`, as templates call them."""
+_OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+"""What templates are given that no example chooses by these names."""
 
 _MARKS_HINT = "mark the answers in the template with `{% generation %}` and `{% endgeneration %}`: `dataset.chat_template=FILE`"
+_LEARN_HINT = (
+    "learn the last answer alone, or each in an example of its own: `dataset.learn=last_answer`, `dataset.learn=each_answer`"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,53 +45,67 @@ class Conversations:
     tokenizer: Tokenizer
     template: Template
 
-    def draft(self, fields: Mapping[str, Any], messages: Messages, learned: Sequence[bool]) -> Draft:
-        """`learned` says of each message whether it is, if it is an answer. UnusableError for what is no conversation, and where
-        the template leaves out something that is said in it."""
-        answers = [number for number, one in enumerate(messages) if one["role"] == _ANSWERS]
+    def drafts(self, talk: Talk, learned: Sequence[bool], *, learn: Learned) -> list[Draft]:
+        """`learned` says of each message whether it is, if it is an answer; `learn`, which of those are, and whether in examples
+        of their own, which end with the answer. UnusableError for what is no conversation, and where the template leaves out
+        something that is said in it."""
+        answers = [number for number, one in enumerate(talk.messages) if one["role"] == ANSWERS]
         wanted = [number for number in answers if learned[number]]
         if not wanted:
             raise UnusableError(
                 "none of the assistant's messages is to be learned" if answers else "no message is the assistant's"
             )
-        tools = _tools(fields.get("tools"))
-        if wanted == answers and self.tokenizer.encode_batch is not None and self.template.marks(tools):
-            text, spans = self.template.render_marked(messages, tools=tools)
+        self._check_options(talk)
+        talk = self._with_contents(talk)
+        if learn == "all_answers":
+            return [self._draft(talk, wanted)]
+        alone = wanted[-1:] if learn == "last_answer" else wanted
+        return [self._draft(talk.until(number + 1), [number]) for number in alone]
+
+    def _with_contents(self, talk: Talk) -> Talk:
+        """With empty texts where a call of a tool has none, if the template asks for texts: so do servers that render it."""
+        if all("content" in one for one in talk.messages):
+            return talk
+        filled = replace(talk, messages=tuple({"content": "", **one} for one in talk.messages))
+        return talk if self._is_rendered(talk) or not self._is_rendered(filled) else filled
+
+    def _is_rendered(self, talk: Talk) -> bool:
+        try:
+            self.template.render(talk, asking=False)
+        except UnusableError:
+            return False
+        return True
+
+    def _check_options(self, talk: Talk) -> None:
+        for name in talk.options:
+            if name in _OURS:
+                raise UnusableError(f"its `chat_template_kwargs` give `{name}`, which is said elsewhere")
+            if not self.template.names(name, talk.tools):
+                raise UnusableError(f"the chat template has no `{name}`, which its `chat_template_kwargs` give")
+
+    def _draft(self, talk: Talk, wanted: Sequence[int]) -> Draft:
+        all_of_them = all(number in wanted for number, one in enumerate(talk.messages) if one["role"] == ANSWERS)
+        if all_of_them and self.tokenizer.encode_batch is not None and self.template.marks(talk.tools):
+            text, spans = self.template.render_marked(talk)
             draft = Draft([_unicode(text)], partial(_inside, spans))
         else:
-            draft = Draft(self._growing(messages, wanted, tools), partial(self._between, wanted))
-        self._check_whole(messages, draft.texts[-1], tools)
+            draft = Draft(self._growing(talk, wanted), partial(self._between, wanted))
+        rewritten = omissions.check(self.template, talk, draft.texts[-1])
+        if list(wanted) == [len(talk.messages) - 1]:
+            rewritten.intersection_update(wanted)  # what comes before is as the model would see it
+        else:
+            rewritten = {number for number in rewritten if number in wanted or talk.messages[number]["role"] == TOOL}
+        if rewritten:
+            raise _changes(min(rewritten), after=True)
         return draft
 
-    def _check_whole(self, messages: Messages, text: str, tools: Any) -> None:
-        """Is all that is said in the messages in the text, or does the text change with it?"""
-        start = 0
-        for number, message in enumerate(messages):
-            content = (message.get("content") or "").strip()
-            found = text.find(content, start) if len(content) > _TELLING else -1
-            if found >= 0:
-                start = found + len(content)
-            elif content and self._without(messages, number, tools, content=f"{content} {_OTHER}") == text:
-                raise _left_out(number, f"of `{message['role']}`")
-            for name in SAYS_MORE.intersection(message):
-                if message[name] and self._without(messages, number, tools, **{name: None}) == text:
-                    raise _left_out(number, f"its `{name}`")
-
-    def _without(self, messages: Messages, number: int, tools: Any, **changes: Any) -> str | None:
-        """The text where a message is another; None where the template refuses that."""
-        try:
-            changed = [*messages[:number], {**messages[number], **changes}, *messages[number + 1 :]]
-            return self.template.render(changed, tools=tools, asking=False)
-        except UnusableError:
-            return None
-
-    def _growing(self, messages: Messages, answers: Sequence[int], tools: Any) -> list[str]:
+    def _growing(self, talk: Talk, answers: Sequence[int]) -> list[str]:
         """Before and after each answer, and the whole."""
         if not answers[0]:
             raise UnusableError("the assistant speaks first", "the template cannot be asked what stands before", hint=_MARKS_HINT)
-        render = partial(self.template.render, tools=tools)
-        texts = [render(messages[: number + after], asking=not after) for number in answers for after in (0, 1)]
-        return [_unicode(text) for text in (*texts, render(messages, asking=False))]
+        ends = [(number + after, not after) for number in answers for after in (0, 1)]
+        texts = [self.template.render(talk.until(end), asking=asking) for end, asking in ends]
+        return [_unicode(text) for text in (*texts, self.template.render(talk, asking=False))]
 
     def _between(self, answers: Sequence[int], texts: Sequence[Encoded]) -> Tokenized:
         ids = [text.ids for text in texts]
@@ -120,7 +131,7 @@ class Conversations:
 def _changes(number: int, *, after: int) -> UnusableError:
     """Two ways to see one thing: the text before an answer is not that with it, or the text with it not that of what follows."""
     reason = "what follows an answer changes its tokens" if after else "an answer changes the tokens before it"
-    return UnusableError(f"with this chat template {reason}", f"message {number + 1}", hint=_MARKS_HINT)
+    return UnusableError(f"with this chat template {reason}", f"message {number + 1}", hint=_LEARN_HINT if after else _MARKS_HINT)
 
 
 def _inside(spans: Sequence[tuple[int, int]], texts: Sequence[Encoded]) -> Tokenized:
@@ -138,69 +149,6 @@ def _inside(spans: Sequence[tuple[int, int]], texts: Sequence[Encoded]) -> Token
             )
         trained |= inside
     return tokenized(text.ids, trained)
-
-
-_TELLING = 8
-"""Letters from which on a message's text is found in another by no accident."""
-
-_OTHER = "and otherwise"
-
-
-def _left_out(number: int, what: str) -> UnusableError:
-    return UnusableError(
-        "the chat template leaves out something that is said",
-        f"message {number + 1}, {what}",
-        hint="take a template that has it (`dataset.chat_template=FILE`), or leave it out of the example",
-    )
-
-
-def messages_of(fields: Mapping[str, Any], name: str) -> tuple[list[Mapping[str, Any]], list[bool]]:
-    """The messages in that field, and of each whether it is learned if it is an answer. Roles and texts are checked, ShareGPT's
-    `from` and `value` stand under the names that templates know, and parts are one text."""
-    value = fields[name]
-    if not isinstance(value, list) or not value:
-        raise UnusableError(
-            f"its `{name}` is no list of messages", f"it is {'empty' if value == [] else f'a {type(value).__name__}'}"
-        )
-    found = [_message(one, number) for number, one in enumerate(value, 1)]
-    return [message for message, _ in found], [learned for _, learned in found]
-
-
-def _message(found: Any, number: int) -> tuple[Mapping[str, Any], bool]:
-    if not isinstance(found, dict):
-        raise UnusableError("a message is no object", f"message {number} is a {type(found).__name__}")
-    if found.get("role") is None and found.get("from") is not None:
-        rest = {name: value for name, value in found.items() if name not in ("from", "value")}
-        found = {**rest, "role": _role(found["from"], number), "content": found.get("value")}
-    if not isinstance(found.get("role"), str):
-        raise UnusableError("a message has no `role`", f"message {number} has {names(found)}")
-    found, learned = plain_message(found, number)
-    content, more = found.get("content"), SAYS_MORE.intersection(found)
-    if content is not None and not isinstance(content, str):
-        raise UnusableError("a message's `content` is no text", f"that of message {number} is a {type(content).__name__}")
-    said = content or any(found[name] for name in more)
-    if content is None and not said:
-        raise UnusableError("a message has no `content`", f"message {number} has {names(found)}")
-    if found["role"] == _ANSWERS and not said:
-        raise UnusableError("an answer is empty", f"message {number}")
-    return found, learned
-
-
-def _role(speaker: Any, number: int) -> str:
-    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        raise UnusableError("it is not known who speaks", f"`from` of message {number} is `{str(speaker)[:40]}`")
-    return role
-
-
-def _tools(value: Any) -> Any:
-    """Many datasets keep them as JSON: tables have no room for schemas that differ."""
-    if not isinstance(value, str):
-        return value or None
-    try:
-        return json.loads(value) or None if value.strip() else None
-    except ValueError as error:
-        raise UnusableError("its `tools` are not JSON", fault(error)) from error
 
 
 def _unicode(text: str) -> str:

@@ -26,6 +26,9 @@ class Tokenized:
     place: str = ""
     """For a message: where the example stands."""
 
+    goes_on: bool = False
+    """Is it of the same conversation as the example before it?"""
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:

@@ -17,18 +17,20 @@ from typing import Any
 from formats.errors import UserError
 from trainer.config import FinetuningDatasetConfig
 from trainer.data.chat.completions import Completions
-from trainer.data.chat.conversations import Conversations, messages_of
+from trainer.data.chat.conversations import Conversations
 from trainer.data.chat.drafts import Draft, Tokenized, encode
-from trainer.data.chat.fields import check_example, with_system
+from trainer.data.chat.fields import check_example, is_about, with_system, without
 from trainer.data.chat.jinja import Template
-from trainer.data.chat.sources import Record, Source, UnusableError
-from trainer.data.documents import names
+from trainer.data.chat.messages import Message, Talk, messages_of, options_of, tools_of
+from trainer.data.chat.sources import Source
+from trainer.data.records import Record, UnusableError, names
 from trainer.tokenizers import Tokenizer
 
 __all__ = ["Counts", "Tokenized", "Writer", "identity", "read_examples", "tokenizer_identity"]
 
-_SAY_IT = "say it in a message, or leave the field out of the file"
-_NAME_IT = "name it in `dataset.prompt_template`, for example `{system} {prompt}`, or leave the field out of the file"
+_SAY_IT = "say it in a message"
+_NAME_IT = "name it in `dataset.prompt_template`, for example `{system} {prompt}`"
+_FOR_TEMPLATES = ("tools", "system", "chat_template_kwargs")
 _TOGETHER = 128  # examples that are tokenized at a time, on all cores
 
 
@@ -98,14 +100,16 @@ def read_examples(
     counts.sequence_length = config.sequence_length
     writer, before = Writer(tokenizer, config), counts.examples
     counts.unused = writer.unused
+    last = None
     for records in batched(source.records(), _TOGETHER):
-        for record, made in zip(records, writer.write(records), strict=True):
+        for record, made in writer.write(records):
             counts.files.add(record.path)
             if isinstance(made, UnusableError):
                 _skip(record, made, counts, config)
                 continue
             length = config.sequence_length
-            short = Tokenized(made.tokens[:length], made.trained[:length], record.place)
+            short = Tokenized(made.tokens[:length], made.trained[:length], record.place, record is last)
+            last = record
             counts.add(short, length=len(made.tokens))
             yield short
     if counts.examples == before:
@@ -143,20 +147,28 @@ class Writer:
     def _completions(self) -> Completions:
         return Completions.make(self.tokenizer, self.config.prompt_template)
 
-    def write(self, records: Sequence[Record]) -> list[Tokenized | UnusableError]:
-        """For each example its tokens, uncut, or why it cannot be used. UserError for what is wrong with all of them."""
-        drafts = [_caught(self._draft, record) for record in records]
-        encoded = iter(encode(self.tokenizer, [text for one in drafts if isinstance(one, Draft) for text in one.texts]))
+    def write(self, records: Sequence[Record]) -> list[tuple[Record, Tokenized | UnusableError]]:
+        """For each example, or each that is made of it, its tokens, uncut, or why it cannot be used. UserError for what is wrong
+        with all of them."""
+        drafts = [(record, one) for record in records for one in self._drafts(record)]
+        encoded = iter(encode(self.tokenizer, [text for _, one in drafts if isinstance(one, Draft) for text in one.texts]))
         return [
-            _caught(self._finished, one, [next(encoded) for _ in one.texts]) if isinstance(one, Draft) else one for one in drafts
+            (record, _caught(self._finished, one, [next(encoded) for _ in one.texts]) if isinstance(one, Draft) else one)
+            for record, one in drafts
         ]
 
-    def _draft(self, record: Record) -> Draft:
-        fields = {name: value for name, value in record.fields().items() if value is not None}
+    def _drafts(self, record: Record) -> list[Draft | UnusableError]:
+        try:
+            return [*self._of_fields({name: value for name, value in record.fields().items() if value is not None})]
+        except UnusableError as error:
+            return [error]
+
+    def _of_fields(self, fields: Mapping[str, Any]) -> list[Draft]:
+        fields = without(fields, self.config.ignore_fields)
         there = [name for name in ("messages", "conversations") if name in fields]
         if there:
-            messages, learned = messages_of(fields, there[0])
-            if there[1:] and messages_of(fields, there[1])[0] != messages:
+            messages, learned = self._messages(fields, there[0])
+            if there[1:] and self._messages(fields, there[1])[0] != messages:
                 raise UnusableError("its `messages` and `conversations` differ", "", hint="leave one of them out")
             return self._talk(fields, messages, learned, used=there)
         if "completion" not in fields:
@@ -165,24 +177,29 @@ class Writer:
             return self._continued(fields)
         draft = self._completions.draft(fields)
         self._look_for_more(fields, self._completions.names, draft.texts, hint=_NAME_IT)
-        return draft
+        return [draft]
+
+    def _messages(self, fields: Mapping[str, Any], name: str) -> tuple[list[Message], list[bool]]:
+        return messages_of(fields, name, self.config.ignore_fields)
 
     def _talk(
-        self, fields: Mapping[str, Any], messages: list[Mapping[str, Any]], learned: list[bool], *, used: Sequence[str]
-    ) -> Draft:
+        self, fields: Mapping[str, Any], messages: list[Message], learned: list[bool], *, used: Sequence[str]
+    ) -> list[Draft]:
         whole = with_system(fields, messages)
         texts = [str(one.get("content") or "") for one in whole]
-        self._look_for_more(fields, {*used, "tools", "system"}, texts, hint=_SAY_IT)
-        return self._conversations.draft(fields, whole, [True] * (len(whole) - len(messages)) + learned)
+        self._look_for_more(fields, {*used, *_FOR_TEMPLATES}, texts, hint=_SAY_IT)
+        self.unused.update(dict.fromkeys(name for one in messages for name in one if is_about(name)))
+        talk = Talk(tuple(whole), tools_of(fields), options_of(fields))
+        return self._conversations.drafts(talk, [True] * (len(whole) - len(messages)) + learned, learn=self.config.learn)
 
     def _look_for_more(self, fields: Mapping[str, Any], used: Collection[str], texts: Sequence[str], *, hint: str) -> None:
         self.unused.update(dict.fromkeys(check_example(fields, used, texts, hint=hint)))
 
-    def _continued(self, fields: Mapping[str, Any]) -> Draft:
+    def _continued(self, fields: Mapping[str, Any]) -> list[Draft]:
         """Prompt and completion as messages, as TRL has them: answers in the prompt are not learned."""
         if "prompt" not in fields:
             raise UnusableError("it has no `prompt`", f"it has {names(fields)}")
-        (prompt, _), (completion, learned) = messages_of(fields, "prompt"), messages_of(fields, "completion")
+        (prompt, _), (completion, learned) = self._messages(fields, "prompt"), self._messages(fields, "completion")
         return self._talk(fields, [*prompt, *completion], [False] * len(prompt) + learned, used=("prompt", "completion"))
 
     def _finished(self, draft: Draft, texts: Sequence[Any]) -> Tokenized:
@@ -218,6 +235,8 @@ def identity(source: Source, tokenizer: Tokenizer, config: FinetuningDatasetConf
         "tokenizer": tokenizer_identity(tokenizer),
         "chat_template": hashlib.sha256(chat).hexdigest(),
         "prompt_template": config.prompt_template,
+        "learn": config.learn,
+        "ignore_fields": sorted(config.ignore_fields),
         "sequence_length": config.sequence_length,
         "skip_bad": config.skip_bad,
     }

@@ -1,72 +1,74 @@
-"""What an example says outside of the texts of its messages: which of them are learned, a system prompt beside them, parts, and
-fields of which nothing may get lost in silence.
+"""Fields of examples and of their messages: which say whether an answer is learned, which are about an example, and which would
+be lost.
 
-What changes what would be learned is used, or the example is refused by name. What says something about an example, such as
-`id` or `source`, is not used, and told once for all of them.
+What changes what would be learned is used, or the example is refused by name. What is about an example, such as `id` or
+`source`, is not used, and named once for all of them. Which field of a message is used is for its template to show.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from formats.errors import shown
-from trainer.data.chat.sources import UnusableError
-
-type Message = Mapping[str, Any]
+from trainer.data.records import UnusableError, names
 
 LEARNS = {"weight": True, "loss": True, "train": True, "training": True, "loss_weight": True, "loss_mask": True,
           "mask": False, "masked": False}  # fmt: skip
 """Fields that say whether a message is learned, and of which value that is said: OpenAI's `weight`, LlamaFactory's `loss`,
 Axolotl's `train`, and their kin."""
 
-SAYS_MORE = frozenset({
-    "tool_calls", "function_call", "tool_responses", "reasoning_content", "reasoning", "thinking", "thoughts", "refusal", "audio",
-    "image", "images", "video", "videos", "train_detail",
-})  # fmt: skip
-"""Fields of a message that are part of what is said in it."""
-
-_MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios", "functions", "documents"})
-_TEXTS = frozenset(
-    {"system", "instruction", "input", "query", "context", "history", "prompt", "completion", "response", "output"}
+_ABOUT = re.compile(
+    r"(.*_)?(id|ids|idx|index|uuid|hash|url|uri|source|sources|dataset|timestamp|date|time|lang|language|locale|license|author|"
+    r"category|categories|subcategory|tag|tags|difficulty|quality|score|scores|rating|ratings|count|"
+    r"counts|length)|(created|updated|num|len)_.*|__.*__|created|updated|origin|model|model_name|generator|split|subset|version|"
+    r"tokens|meta|metadata|turns|turn"
 )
-"""Fields of an example that change what would be learned from it."""
+"""Names of fields that say something about an example or a message, and nothing in it."""
+
+_MEDIA = re.compile(r"(images?|videos?|audios?|functions|documents|tools)(_.*)?")
 
 
-def plain_message(found: dict[str, Any], number: int) -> tuple[dict[str, Any], bool]:
-    """A message without what says whether it is learned, its parts as one text; and whether it is learned. `number` from 1."""
+def is_about(name: str) -> bool:
+    """Is a field of that name about an example rather than part of what is said in it?"""
+    return bool(_ABOUT.fullmatch(name))
+
+
+def has_content(value: Any) -> bool:
+    """Does a field say anything? Tables fill what a row does not have with null."""
+    if isinstance(value, dict):
+        return any(has_content(one) for one in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(has_content(one) for one in value)
+    return value is not None and value != ""
+
+
+def without(found: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+    """The fields that are not `ignored`."""
+    return {name: value for name, value in found.items() if name not in ignored}
+
+
+def learned_as_said(found: dict[str, Any], number: int) -> tuple[dict[str, Any], bool]:
+    """A message without what says whether it is learned; and whether it is. `number` counts from 1."""
     wanted = [said for name, positive in LEARNS.items() if (said := _wanted(found, name, number, positive=positive)) is not None]
     if any(wanted) and not all(wanted):
         raise UnusableError("a message says both that it is learned and that it is not", f"message {number}")
     if any(wanted) and found.get("role") != "assistant":
         raise UnusableError("a message asks to be learned, and is not the assistant's", f"message {number}")
-    rest = {name: value for name, value in found.items() if name not in LEARNS}
-    if isinstance(rest.get("content"), list):
-        rest["content"] = "".join(_parts(rest["content"], number))
-    return rest, all(wanted)
+    return without(found, LEARNS), all(wanted)
 
 
 def _wanted(found: Mapping[str, Any], name: str, number: int, *, positive: bool) -> bool | None:
     value = found.get(name)
     if value is None:
         return None
-    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+    if not _is_number(value) or value not in (0, 1):
         raise UnusableError(f"a message's `{name}` is neither 0 nor 1", f"that of message {number} is {shown(value)}")
     return bool(value) == positive
 
 
-def _parts(content: Sequence[Any], number: int) -> Iterator[str]:
-    """The texts of a message in parts, as multi-modal models have them."""
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text") if isinstance(part, dict) else None
-        if kind not in ("text", None) or not isinstance(text, str):
-            what = f"a `{shown(kind)}`" if kind else f"a {type(part).__name__} without text"
-            raise UnusableError("a part of a message is no text", f"{what} in message {number}")
-        yield text
-
-
-def with_system(fields: Mapping[str, Any], messages: Sequence[Message]) -> list[Message]:
+def with_system(fields: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The messages after what the example's own `system` says, unless the first of them says the same."""
     system = fields.get("system")
     if not system:
@@ -82,29 +84,38 @@ def with_system(fields: Mapping[str, Any], messages: Sequence[Message]) -> list[
 
 
 def check_example(fields: Mapping[str, Any], used: Collection[str], texts: Sequence[str], *, hint: str) -> list[str]:
-    """The names of an example's fields that are not used. UnusableError for one that changes what would be learned: media, and
-    texts that stand in none of `texts`, what is learned from."""
-    unused: list[str] = []
-    for name, value in fields.items():
-        if name in used:
-            continue
-        _check_weight(name, value)
-        if value and (name in _MEDIA | {"tools"} or (name in _TEXTS and not _stands_in(value, texts))):
-            raise UnusableError(f"its `{name}` would be left out", "", hint=hint)
-        unused.append(name)
+    """The names of an example's fields that are not used. UnusableError for those that say something which is in none of
+    `texts`, what is learned from."""
+    unused = [name for name in fields if name not in used]
+    for name in unused:
+        _check_weight(name, fields[name])
+    lost = [name for name in unused if _is_lost(name, fields[name], texts)]
+    if lost:
+        ignore = f"leave it out: `dataset.ignore_fields=[{','.join(lost)}]`"
+        raise UnusableError(f"its {names(lost)} would be left out", "", hint=f"{hint}, or {ignore}")
     return unused
+
+
+def _is_lost(name: str, value: Any, texts: Sequence[str]) -> bool:
+    if is_about(name) or not has_content(value) or (name in LEARNS and _is_number(value)):
+        return False
+    return bool(_MEDIA.fullmatch(name)) or not _is_in(value, texts)
 
 
 def _check_weight(name: str, value: Any) -> None:
     positive = LEARNS.get(name)
-    if positive is not None and isinstance(value, (bool, int, float)) and value != positive:
+    if positive is not None and _is_number(value) and value != positive:
         raise UnusableError(f"its `{name}` asks for another weight than that of other examples", f"it is {shown(value)}")
 
 
-def _stands_in(value: Any, texts: Sequence[str]) -> bool:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float))
+
+
+def _is_in(value: Any, texts: Sequence[str]) -> bool:
     if isinstance(value, str):
         return any(value.strip() in text for text in texts)
-    return isinstance(value, list) and all(_stands_in(one, texts) for one in _strings(value))
+    return isinstance(value, list) and all(_is_in(one, texts) for one in _strings(value))
 
 
 def _strings(value: Any) -> Iterator[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any
 from formats.errors import UserError
 from formats.faults import fault
 from trainer import tokenizers
-from trainer.data.chat.sources import UnusableError
+from trainer.data.chat.messages import Talk
+from trainer.data.records import UnusableError
 from trainer.tokenizers import Tokenizer
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -26,8 +27,6 @@ _TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _DATE = datetime.date(2024, 7, 26)
 """What templates are told is today: the day that Meta's templates fall back to. With the real one an example's tokens would
 change over night, and a resumed run would not go on with what it began."""
-
-type Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,26 +73,28 @@ class Template:
         """Does the template say itself, with `{% generation %}`, what the model is to write?"""
         return bool(_MARK.search(self._text(tools)))
 
-    def render(self, messages: Messages, *, tools: Any, asking: bool) -> str:
-        """The text of the messages; `asking` for an answer, with what stands before one. UnusableError where the template
-        refuses the messages."""
-        return self._render(messages, tools, add_generation_prompt=asking)[0]
+    def names(self, option: str, tools: Any) -> bool:
+        """Does the template ask for a variable of that name?"""
+        return bool(re.search(rf"\b{re.escape(option)}\b", self._text(tools)))
 
-    def render_marked(self, messages: Messages, *, tools: Any) -> tuple[str, list[tuple[int, int]]]:
+    def render(self, talk: Talk, *, asking: bool) -> str:
+        """The text of a conversation; `asking` for an answer, with what stands before one. UnusableError where the template
+        refuses it."""
+        return self._render(talk, add_generation_prompt=asking)[0]
+
+    def render_marked(self, talk: Talk) -> tuple[str, list[tuple[int, int]]]:
         """The text, and where in it the model is to write: first characters, and those after the last."""
-        text, spans = self._render(messages, tools, return_assistant_tokens_mask=True)
+        text, spans = self._render(talk, return_assistant_tokens_mask=True)
         return text, list(spans)
 
-    def _render(self, messages: Messages, tools: Any, **how: Any) -> tuple[str, Sequence[tuple[int, int]]]:
+    def _render(self, talk: Talk, **how: Any) -> tuple[str, Sequence[tuple[int, int]]]:
         from jinja2.exceptions import TemplateError, TemplateSyntaxError  # noqa: PLC0415 - comes with transformers
         from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415 - slow to import
 
-        template = _on_a_day(self._text(tools))
-        plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        template = _on_a_day(self._text(talk.tools))
+        given = {**self.renderer.special_tokens_map, **talk.options, **how}
         try:
-            texts, spans = render_jinja_template(
-                [plain], tools=tools, chat_template=template, **how, **self.renderer.special_tokens_map
-            )
+            texts, spans = render_jinja_template([list(talk.messages)], tools=talk.tools, chat_template=template, **given)
         except TemplateSyntaxError as error:
             raise UserError(f"the chat template is not readable: {fault(error)}", hint="correct the template") from error
         except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:

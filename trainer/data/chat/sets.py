@@ -4,7 +4,7 @@ kept, or from a folder in which `mbtrain pack` laid out tokens and rows beforeha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shutil import rmtree
@@ -20,8 +20,9 @@ from trainer.data import Splits, cache
 from trainer.data.chat import packing, store
 from trainer.data.chat.dataset import Examples
 from trainer.data.chat.examples import Counts, Tokenized, identity, read_examples, tokenizer_identity
+from trainer.data.chat.several import blend, by_name
 from trainer.data.chat.sources import Source
-from trainer.data.chat.splits import SPLITS, Part, parts, path_of
+from trainer.data.chat.splits import SPLITS, Part, check_named, parts
 from trainer.data.chat.store import Store
 from trainer.settings import paths
 from trainer.tokenizers import Tokenizer
@@ -32,15 +33,20 @@ def build(
 ) -> Splits:
     """See `trainer.data.build`. Training has another order in each epoch; validation and test are the same each time, and begin
     anew where more is asked for than there is. The training dataset's `summary` says what was found."""
-    if config.path is not None and is_packed(Path(config.path)):
+    if _is_laid_out(config):
         return cache.in_turn(lambda: _laid_out(config, Path(config.path or ""), tokenizer, vocab_size, samples))
     return cache.in_turn(lambda: _from_files(config, needed(tokenizer), vocab_size, samples))
 
 
 def check(config: FinetuningDatasetConfig) -> None:
     """UserError where there is nothing to train on. To be called on every rank."""
-    if not is_packed(path_of(config)):
-        cache.in_turn(lambda: [part.source.files() for part in parts(config)[:1] if part])
+    check_named(config)
+    if not _is_laid_out(config):
+        cache.in_turn(lambda: [part.source.files() for part in parts(config).train])
+
+
+def _is_laid_out(config: FinetuningDatasetConfig) -> bool:
+    return config.path is not None and is_packed(Path(config.path))
 
 
 def needed(tokenizer: Tokenizer | None) -> Tokenizer:
@@ -53,22 +59,32 @@ def needed(tokenizer: Tokenizer | None) -> Tokenizer:
     return tokenizer
 
 
-def _from_files(
-    config: FinetuningDatasetConfig, tokenizer: Tokenizer, vocab_size: int, samples: tuple[int, int, int]
-) -> tuple[Examples | None, ...]:
-    made: list[Examples | None] = []
-    notes: list[str] = []
-    for split, part, count in zip(SPLITS, parts(config), samples, strict=True):
-        if part is None or not count:
-            made.append(None)
-            continue
-        folder = Path(config.path_to_cache or f"{part.source.path}.cache")
-        found = _stored(part.source, folder, tokenizer, config, vocab_size)
-        numbers = part.numbers(len(found))
-        if not len(numbers):
-            notes.append(_nothing(split, config, len(found)))
-        made.append(_dataset(config, found, numbers, split=split, folder=folder).take(count) if len(numbers) else None)
-    return _with_summary(made, notes)
+def _from_files(config: FinetuningDatasetConfig, tokenizer: Tokenizer, vocab_size: int, samples: tuple[int, int, int]) -> Splits:
+    found, notes = parts(config), list[str]()
+
+    def opened(split: str, count: int) -> dict[Source, Examples]:
+        """What a split is to have, by its sources."""
+        made: dict[Source, Examples] = {}
+        for part in found.of(split) if count else ():
+            folder = Path(config.path_to_cache or f"{part.source.path}.cache")
+            stored = _stored(part.source, folder, tokenizer, config, vocab_size)
+            numbers = _numbers(part, stored)
+            if len(numbers):
+                made[part.source] = _dataset(config, stored, numbers, split=split, folder=folder)
+            else:
+                notes.append(_nothing(split, config, len(stored)))
+        return made
+
+    train, validation, test = (opened(split, count) for split, count in zip(SPLITS, samples, strict=True))
+    told = [*_summary(train), *notes]
+    blended = blend(config, train, found.weights, samples[0], told=told) if train else None
+    return blended, by_name(validation, samples[1]), by_name(test, samples[2])
+
+
+def _numbers(part: Part, found: Store) -> np.ndarray:
+    """The examples that a part has, ascending: those of the conversations that it has."""
+    groups = found.groups
+    return np.flatnonzero(np.isin(groups, part.numbers(int(groups[-1]) + 1)))
 
 
 def _dataset(config: FinetuningDatasetConfig, found: Store, numbers: np.ndarray, *, split: str, **further: Any) -> Examples:
@@ -84,13 +100,12 @@ def _dataset(config: FinetuningDatasetConfig, found: Store, numbers: np.ndarray,
     )
 
 
-def _with_summary(made: list[Examples | None], notes: list[str]) -> tuple[Examples | None, ...]:
-    train = made[0]
-    if train is not None:
-        about = train.store.about
-        filled = f"{100 * train.efficiency:.1f} % of {'packed ' if train.packed else ''}rows filled"
-        train.summary = (f"{about['said']}; {filled}", *about["reasons"], *notes)
-    return tuple(made)
+def _summary(train: Mapping[Source, Examples]) -> Iterator[str]:
+    """What was found in each source."""
+    for source, examples in train.items():
+        about, of = examples.store.about, f"{source.name}: " if len(train) > 1 else ""
+        filled = f"{100 * examples.efficiency:.1f} % of {'packed ' if examples.packed else ''}rows filled"
+        yield from (f"{of}{about['said']}; {filled}", *about["reasons"])
 
 
 def _nothing(split: str, config: FinetuningDatasetConfig, count: int) -> str:
@@ -101,7 +116,7 @@ def _nothing(split: str, config: FinetuningDatasetConfig, count: int) -> str:
     return f"note: {why}"
 
 
-_READING = 2
+_READING = 3
 """How examples are read. Tokens that are kept from before another way was learned are made again."""
 
 
@@ -152,6 +167,8 @@ def pack(config: FinetuningDatasetConfig, out: Path, *, tokenizer: Tokenizer, vo
 
     UserError where `out` exists, or an example cannot be used.
     """
+    if config.blend or isinstance(config.validation_path, list) or isinstance(config.test_path, list):
+        raise UserError("several sources of a split cannot be packed beforehand", hint="pack one: `dataset.path`")
     out, config = Path(expanded(out)), replace(config)
     paths.expand_section(config)
     if out.exists():
@@ -159,8 +176,9 @@ def pack(config: FinetuningDatasetConfig, out: Path, *, tokenizer: Tokenizer, vo
     done: list[Packed] = []
 
     def write(folder: Path) -> None:
-        for split, part in zip(SPLITS, parts(config), strict=True):
-            if part is not None:
+        several = parts(config)
+        for split in SPLITS:
+            for part in several.of(split):
                 found = _stored(part.source, folder / "all", tokenizer, config, vocab_size)
                 done.extend(_pack(config, part, found, folder / split, split=split))
         rmtree(folder / "all")
@@ -175,7 +193,7 @@ def pack(config: FinetuningDatasetConfig, out: Path, *, tokenizer: Tokenizer, vo
 
 
 def _pack(config: FinetuningDatasetConfig, part: Part, found: Store, folder: Path, *, split: str) -> Iterator[Packed]:
-    numbers = part.numbers(len(found))
+    numbers = _numbers(part, found)
     if not len(numbers):
         _nothing(split, config, len(found))
         return
@@ -196,7 +214,7 @@ def _pack(config: FinetuningDatasetConfig, part: Part, found: Store, folder: Pat
 
 def _laid_out(
     config: FinetuningDatasetConfig, folder: Path, tokenizer: Tokenizer | None, vocab_size: int, samples: tuple[int, int, int]
-) -> tuple[Examples | None, ...]:
+) -> Splits:
     for name in ("validation_path", "test_path"):
         if getattr(config, name):
             raise UserError(
@@ -211,7 +229,9 @@ def _laid_out(
         found = store.open_store(folder / split)
         _check_fits(found, config, tokenizer, vocab_size)
         made.append(_dataset(config, found, np.arange(len(found)), split=split, rows=found.rows).take(count))
-    return _with_summary(made, [])
+    if made[0] is not None:
+        made[0].summary = tuple(_summary({Source(folder): made[0]}))
+    return made[0], made[1], made[2]
 
 
 def _check_fits(found: Store, config: FinetuningDatasetConfig, tokenizer: Tokenizer | None, vocab_size: int) -> None:

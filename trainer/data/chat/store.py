@@ -1,8 +1,8 @@
 """Tokenized examples on disk: written once, a part at a time, and mapped by every process of a node.
 
 A folder of `tokens.bin` (uint16 or int32, one example after another), `trained.bin` (a bit per token), `offsets.npy` (int64,
-where examples begin, and where the last ends) and `about.json`. Rows that were composed beforehand lie beside them. Knows
-files; knows neither tokenizers nor models.
+where examples begin, and where the last ends), `groups.npy` where conversations have several examples, and `about.json`. Rows
+that were composed beforehand lie beside them. Knows files; knows neither tokenizers nor models.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from trainer.data.chat.packing import Rows
 
 VERSION = 1
 ABOUT, OFFSETS, ROWS = "about.json", "offsets.npy", ("rows.npy", "row_starts.npy")
+_GROUPS = "groups.npy"
 _TOKENS, _TRAINED = "tokens.bin", "trained.bin"
 _BUFFER = 2**20
 """Tokens that are gathered before they are written."""
@@ -76,6 +77,12 @@ class Store:
         return np.memmap(self.folder / file, dtype=kind, mode="r")
 
     @property
+    def groups(self) -> np.ndarray:
+        """Of each example the number of its conversation, ascending from 0; int64. Those of one belong to one split."""
+        path = self.folder / _GROUPS
+        return np.load(path, allow_pickle=False) if path.is_file() else np.arange(len(self))
+
+    @property
     def rows(self) -> Rows | None:
         """Those composed beforehand; None where there are none."""
         if not (self.folder / ROWS[0]).is_file():
@@ -94,9 +101,10 @@ def write(folder: Path, examples: Iterable[Tokenized], *, vocab_size: int, about
     """
     kind = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
     lengths, counts = [], {"tokens": 0, "trained": 0, "largest": 0}
+    begun: list[bool] = []
     with (folder / _TOKENS).open("wb") as tokens, (folder / _TRAINED).open("wb") as trained:
         left = np.zeros(0, bool)  # bits that do not fill a byte yet
-        for words, marks in _together(examples, lengths, vocab_size):
+        for words, marks in _together(_grouped(examples, begun), lengths, vocab_size):
             tokens.write(words.astype(kind).tobytes())
             marks = np.concatenate((left, marks))  # noqa: PLW2901 - with what was left over
             whole = len(marks) - len(marks) % 8
@@ -109,10 +117,19 @@ def write(folder: Path, examples: Iterable[Tokenized], *, vocab_size: int, about
         counts["trained"] += int(left.sum())
         _sync(tokens, trained)
     save(folder / OFFSETS, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64))
+    if not all(begun):
+        save(folder / _GROUPS, np.cumsum(begun, dtype=np.int64) - 1)
     told = {**about(), "version": VERSION, "dtype": kind.name, "vocab_size": vocab_size, "examples": len(lengths), **counts}
     with (folder / ABOUT).open("w", encoding="utf-8") as file:
         json.dump(told, file, indent=2)
         _sync(file)
+
+
+def _grouped(examples: Iterable[Tokenized], begun: list[bool]) -> Iterator[Tokenized]:
+    """The examples; whether each begins a conversation is added to `begun`."""
+    for example in examples:
+        begun.append(not getattr(example, "goes_on", False))
+        yield example
 
 
 def _together(examples: Iterable[Tokenized], lengths: list[int], vocab_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
