@@ -199,7 +199,11 @@ class CheckpointConfig:
 
     load: FilePath | None = None
     """A folder of this trainer's checkpoints to resume from: weights, optimizer, data position. One without checkpoints
-    starts anew, so that `load` and `save` may be the same from the first start on."""
+    starts anew, so that `load` and `save` may be the same from the first start on. Where `save` is another folder and holds
+    checkpoints of this run, it goes on from those."""
+
+    overwrite: bool = False
+    """Start although `save` holds another run's checkpoints: those of the same steps are replaced, the others stay."""
 
     pretrained_checkpoint: FilePath | None = None
     """Weights to start from where there is nothing to resume: a Megatron checkpoint or a Hugging Face directory."""

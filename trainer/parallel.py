@@ -7,6 +7,7 @@ instead is put into the same words.
 from __future__ import annotations
 
 import os
+import platform
 import random
 import shutil
 import subprocess
@@ -186,6 +187,15 @@ def largest(numbers: list[float]) -> list[float]:
     told = torch.tensor(numbers, dtype=torch.float32, device=device.current())
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
     return told.tolist()
+
+
+def where(holds: bool) -> str:
+    """Name the ranks on which something holds, for a message: rank 3 on `host`, and how many others; empty where there are none.
+    All ranks call this."""
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, platform.node() if holds else None)
+    first, *others = [f"rank {rank} on `{host}`" for rank, host in enumerate(hosts) if host is not None] or [""]
+    return f"{first}, like {len(others)} more," if others else first
 
 
 def from_first_rank[T](find: Callable[[], T]) -> T:
