@@ -43,7 +43,8 @@ class TrainingConfig:
     """Save and stop after a step that this divides."""
 
     exit_duration_in_mins: float | None = None
-    """Save and stop after so many minutes."""
+    """Save and stop after so many minutes, the start of the program included; in a program that trains several times, each of the
+    later runs has its own."""
 
     manual_gc_interval: int = 100
     """Steps between Python's garbage collections, so that all ranks pause together; 0 leaves it to Python."""

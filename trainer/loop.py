@@ -21,7 +21,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from trainer import device, feed, model, optim, parallel
+from trainer import clock, device, feed, model, optim, parallel
 from trainer.agreement import agree, not_a_number
 from trainer.beginning import first_weights, make_saver, what_is_trained, where_to_resume
 from trainer.checkpoints import checkpoint, luggage, shared
@@ -45,12 +45,13 @@ def pretrain(
     Raises UserError for settings that cannot work, weights that do not fit, a loss that is no number. A signal saves, and
     then ends the process: SystemExit with 128 + its number, on every rank.
     """
+    began = clock.run_began()
     parallel.adopt_slurm()
     device.set_environment(config)
     kind = device.choose(config.dist.device)
     resolved = resolve(config, world_size=parallel.world_size(), device=kind)
     with parallel.session(resolved.config, kind), Stop() as stop:
-        run = start(resolved, forward_step, callbacks=callbacks, stop=stop)
+        run = start(resolved, forward_step, callbacks=callbacks, stop=stop, began=began)
         try:
             if _last(run):
                 say(f"nothing to do: the run stands at step {run.progress.iteration} of {config.train.train_iters}")
@@ -66,7 +67,7 @@ def pretrain(
         return run.progress
 
 
-def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[Callback], stop: Stop) -> Run:
+def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[Callback], stop: Stop, began: float) -> Run:
     """Model, weights, optimizer, data: everything before the first step."""
     config = resolved.config
     for line in resolved.warnings:
@@ -94,6 +95,7 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
         callbacks=callbacks,
         datasets=feed.datasets(config, parts.progress, tokenizer=tokenizer),
         stop=stop,
+        began=began,
     )
     if parts.progress.interval:
         run.telling.interval.load_state_dict(parts.progress.interval)
