@@ -219,6 +219,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always saves."""
 
     save_interval_in_mins: float | None = None
+    """Minutes between checkpoints. Where neither interval is set it is 30, and `keep_last` is 5 unless it is set."""
+
     save_optim: bool = True
     save_rng: bool = True
     async_save: bool = False
