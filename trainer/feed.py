@@ -11,6 +11,7 @@ from formats.errors import UserError
 from trainer import data, device, model
 from trainer.checkpoints import checkpoint
 from trainer.config import FinetuningDatasetConfig, RunConfig
+from trainer.data import compare
 from trainer.data.chat import sets
 from trainer.data.loader import batches
 from trainer.run import Run, say
@@ -35,6 +36,7 @@ def datasets(config: RunConfig, progress: checkpoint.Progress, *, tokenizer: Tok
         vocab_size=config.model.vocab_size,
         samples=(progress.consumed_samples + to_come, evaluated, evaluated),
     )
+    compare.check(made, tokenizer)
     for line in getattr(made[0], "summary", ()):
         say(line)
     return made
