@@ -21,7 +21,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from trainer import clock, device, feed, model, optim, parallel
+from trainer import clock, device, feed, main_script, model, optim, parallel
 from trainer.agreement import agree, not_a_number
 from trainer.beginning import first_weights, make_saver, what_is_trained, where_to_resume
 from trainer.checkpoints import checkpoint, luggage, shared
@@ -46,6 +46,7 @@ def pretrain(
     then ends the process: SystemExit with 128 + its number, on every rank.
     """
     began = clock.run_began()
+    main_script.check(config)
     parallel.adopt_slurm()
     device.set_environment(config)
     kind = device.choose(config.dist.device)
