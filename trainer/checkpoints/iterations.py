@@ -63,6 +63,11 @@ def whole(root: str | None) -> list[Path]:
     return sorted((path for path in inside if _number(path) >= 0), key=_number)
 
 
+def is_name(name: str) -> bool:
+    """Is a folder of this name an iteration?"""
+    return _WHOLE.fullmatch(name) is not None
+
+
 def leftovers(root: str | None) -> list[Path]:
     """What interrupted saves left in a folder."""
     return sorted(Path(root).glob(f"iter_*{PARTIAL}*")) if root and Path(root).is_dir() else []

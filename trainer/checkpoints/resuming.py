@@ -53,12 +53,18 @@ def _check_sources(told: CheckpointConfig) -> None:
     """Raise UserError if the weights that a run starts from are where it saves, as a whole folder or as one of its iterations."""
     for name in ("pretrained_checkpoint", "pretrained_adapter"):
         source = getattr(told, name)
-        if source and told.save and (same(source, told.save) or same(Path(source).parent, told.save)):
+        if source and told.save and _is_of(Path(source), Path(told.save)):
             raise UserError(
                 f"`checkpoint.save` is `{told.save}`, and `checkpoint.{name}` is `{source}`: what is saved would replace it",
                 hint=f"save to another folder; or, to go on with the run in that one, set `checkpoint.load={told.save}` in place "
                 f"of `checkpoint.{name}`",
             )
+
+
+def _is_of(source: Path, root: Path) -> bool:
+    """Is it a folder of checkpoints, or in one of its iterations?"""
+    source, root = source.resolve(), root.resolve()
+    return source == root or any(one.parent == root and iterations.is_name(one.name) for one in (source, *source.parents))
 
 
 def _check_place(told: CheckpointConfig, resumed: Path | None) -> None:
