@@ -1,0 +1,57 @@
+"""On GPUs: with deterministic kernels a run that stopped and went on is the run that never stopped, bit for bit.
+
+Without them it need not be: Transformer Engine's attention adds gradients in an order that varies, cuBLAS may with several
+workspaces, and NCCL may choose another algorithm. Left out by `make test`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from tests import models
+from tests.trainer import witness
+from tests.trainer.test_gpu import SHAPE
+
+pytestmark = pytest.mark.gpu
+
+STEPS, STOPPED = 8, 3
+TOLD = {
+    "dist__device": "gpu",
+    "dataset__sequence_length": 128,
+    "train__train_iters": STEPS,
+    "model__hidden_dropout": 0.1,
+    "model__attention_dropout": 0.1,
+    "model__cross_entropy_loss_fusion": False,
+}
+CASES = {
+    "fp32": (1, {}),
+    "bf16": (1, {"mixed_precision": "bf16_mixed"}),
+    "bf16, distributed optimizer": (2, {"mixed_precision": "bf16_mixed", "ddp__use_distributed_optimizer": True}),
+    "bf16, TP2": (2, {"mixed_precision": "bf16_mixed", "model__tensor_model_parallel_size": 2}),
+}
+
+
+def _deterministic(folder, changes):
+    """A run under the settings that megatron-core's own trainer asks of a deterministic one."""
+    from megatron.training import determinism
+
+    determinism.apply_determinism_env(os.environ)
+    torch.use_deterministic_algorithms(True)
+    return witness.train(folder, changes)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_with_deterministic_kernels(case, ranks, tmp_path):
+    world, changes = CASES[case]
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    folder = str(models.save(models.build("gqa", **SHAPE), tmp_path / "model"))
+    told, there = {**TOLD, **changes}, {"checkpoint__save": str(tmp_path / "run"), "checkpoint__load": str(tmp_path / "run")}
+    whole = ranks.run(_deterministic, world, folder, told)
+    ranks.run(_deterministic, world, folder, {**told, **there, "train__exit_interval": STOPPED})
+    for one, other in zip(whole, ranks.run(_deterministic, world, folder, {**told, **there}), strict=True):
+        assert other.losses == one.losses[STOPPED:]
+        assert witness.differences(one.left, other.left) == []
