@@ -29,7 +29,7 @@ def agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool, tupl
         bad = 0.0 if math.isfinite(ours) else dist.get_rank() + 1.0
     minutes = settings.checkpoint.save_interval_in_mins
     limit = settings.train.exit_duration_in_mins
-    over = run.stop.requested or (limit is not None and (time.monotonic() - run.started) / 60 >= limit)
+    over = run.stop.requested or (limit is not None and (time.monotonic() - run.began) / 60 >= limit)
     due = minutes is not None and run.saver.root is not None and run.saver.minutes >= minutes
     asked = float(run.stop.received or 0)
     tokens, squares = work or (0.0, 0.0)  # only the last stage knows

@@ -8,11 +8,30 @@ from typing import Any
 
 from converter.adapters.description import Base
 from formats.errors import UserError
-from formats.torch_dist import TRACKER
-from trainer.checkpoints import adapters, checkpoint, iterations, live
-from trainer.config import CheckpointConfig, FinetuningDatasetConfig, RunConfig
+from trainer import parallel
+from trainer.checkpoints import adapters, checkpoint, iterations, live, resuming
+from trainer.config import FinetuningDatasetConfig, RunConfig
 from trainer.peft.attach import attach
 from trainer.run import say
+
+
+def where_to_resume(config: RunConfig) -> Path | None:
+    """Return the checkpoint that all ranks resume from, None for a fresh start: rank 0 decides (`resuming.find`).
+
+    Raises UserError on all ranks where one of them does not see that checkpoint.
+    """
+    told = config.checkpoint
+    resumed = parallel.from_first_rank(lambda: resuming.find(told))
+    if resumed is None:
+        return None
+    unseen = parallel.where(not iterations.sees(resumed))
+    if unseen:
+        raise UserError(
+            f"`{resumed}` is to be resumed, and {unseen} does not see it", hint="all hosts should share the folder of checkpoints"
+        )
+    if resuming.supersedes(resumed, told):
+        say(f"note: `{resumed}` went on from `checkpoint.load`, `{told.load}`, and is resumed in its place")
+    return resumed
 
 
 def first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | None) -> None:
@@ -22,12 +41,8 @@ def first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | None
     for path in iterations.leftovers(told.save):
         say(f"note: `{path}` is left of a save that was interrupted; it can be removed")
     source = adapters.base_of(config, resumed)
-    _check_place(told, resumed)
-    if resumed is None:
-        _check_start(told)
-    else:
-        for text in live.settings_changed(chunks, resumed):
-            say(f"note: {text}")
+    for text in live.settings_changed(chunks, resumed) if resumed else ():
+        say(f"note: {text}")
     if resumed is not None and config.peft is None:
         return
     if source:
@@ -39,29 +54,6 @@ def first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | None
             hint="name a checkpoint or a Hugging Face directory; `checkpoint.random_weights=true` if random ones are meant",
         )
     say("weights are random: neither `checkpoint.load` nor `checkpoint.pretrained_checkpoint` names any")
-
-
-def _check_start(told: CheckpointConfig) -> None:
-    if told.load and not (told.save and _same(told.load, told.save)):
-        raise UserError(
-            f"`checkpoint.load` is `{told.load}`, where there is no checkpoint to resume",
-            hint="to start from weights alone use `checkpoint.pretrained_checkpoint`; a first start needs no `load`",
-        )
-
-
-def _check_place(told: CheckpointConfig, resumed: Path | None) -> None:
-    """Raise UserError if checkpoints that this run does not go on from are where it saves: it would replace those of the same
-    iterations, move the tracker, and `checkpoint.keep_last` would remove the others."""
-    if told.save is None or (resumed and _same(resumed.parent, told.save)):
-        return
-    there = [*(path.name for path in iterations.whole(told.save)), *([TRACKER] if (Path(told.save) / TRACKER).exists() else [])]
-    if there:
-        begins = f"goes on from `{resumed}`" if resumed else "starts anew"
-        raise UserError(
-            f"`checkpoint.save` is `{told.save}`, which holds `{there[0]}` of another run, and this one {begins}: "
-            "it would replace what is there",
-            hint=f"save to another folder, or go on from there: `checkpoint.load={told.save}`",
-        )
 
 
 def what_is_trained(chunks: Sequence[Any], config: RunConfig, resumed: Path | None) -> Base | None:
@@ -86,10 +78,6 @@ def what_is_trained(chunks: Sequence[Any], config: RunConfig, resumed: Path | No
 def make_saver(config: RunConfig, travels: Callable[[Path], None], resumed: Path | None) -> checkpoint.Saver:
     """What it would save first may be there already: that of a run that was done."""
     saver = checkpoint.Saver(config, travels, say, last_good=resumed)
-    if resumed and saver.root and _same(resumed.parent, saver.root):
+    if resumed and saver.root and resuming.same(resumed.parent, saver.root):
         saver.saved_iteration = int(resumed.name.removeprefix("iter_"))
     return saver
-
-
-def _same(one: str | Path, other: str | Path) -> bool:
-    return Path(one).resolve() == Path(other).resolve()

@@ -46,7 +46,8 @@ class TrainingConfig:
     """Save and stop after a step that this divides."""
 
     exit_duration_in_mins: float | None = None
-    """Save and stop after so many minutes."""
+    """Save and stop after so many minutes, the start of the program included; in a program that trains several times, each of the
+    later runs has its own."""
 
     manual_gc_interval: int = 100
     """Steps between Python's garbage collections, so that all ranks pause together; 0 leaves it to Python."""
@@ -218,7 +219,11 @@ class CheckpointConfig:
 
     load: FilePath | None = None
     """A folder of this trainer's checkpoints to resume from: weights, optimizer, data position. One without checkpoints
-    starts anew, so that `load` and `save` may be the same from the first start on."""
+    starts anew, so that `load` and `save` may be the same from the first start on. Where `save` is another folder and holds
+    checkpoints of this run, it goes on from those."""
+
+    overwrite: bool = False
+    """Start although `save` holds another run's checkpoints: those of the same steps are replaced, the others stay."""
 
     pretrained_checkpoint: FilePath | None = None
     """Weights to start from where there is nothing to resume: a Megatron checkpoint or a Hugging Face directory."""
@@ -233,6 +238,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always saves."""
 
     save_interval_in_mins: float | None = None
+    """Minutes between checkpoints. Where neither interval is set it is 30, and `keep_last` is 5 unless it is set."""
+
     save_optim: bool = True
     save_rng: bool = True
     async_save: bool = False

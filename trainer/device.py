@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from formats.errors import UserError
 from trainer import cpu_stand_in, user_buffers
@@ -47,6 +48,8 @@ def prepare(kind: str) -> None:
                 "training on a GPU needs Transformer Engine, which is not installed",
                 hint="`pip install 'mbtools[gpu]'`, or `dist.device=cpu`",
             )
+        if dist.is_initialized() and not os.environ.get("LOCAL_RANK"):
+            return  # a program that has a process group, and no torchrun, has chosen a GPU
         torch.cuda.set_device(_gpu(local_rank(os.environ), visible=torch.cuda.device_count()))
 
 

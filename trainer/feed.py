@@ -10,8 +10,8 @@ from megatron.core import parallel_state
 from formats.errors import UserError
 from trainer import data, device, model
 from trainer.checkpoints import checkpoint
-from trainer.checkpoints.contents import tokenizer_of_run
 from trainer.config import FinetuningDatasetConfig, RunConfig
+from trainer.data import compare
 from trainer.data.chat import sets
 from trainer.data.loader import batches
 from trainer.run import Run, say
@@ -25,29 +25,29 @@ def check(config: RunConfig) -> None:
         sets.check(config.dataset)
 
 
-def datasets(config: RunConfig, progress: checkpoint.Progress) -> Sequence[Any]:
+def datasets(config: RunConfig, progress: checkpoint.Progress, *, tokenizer: Tokenizer | None) -> Sequence[Any]:
     """Long enough for the steps to come, and for those that were made with another batch size."""
     train, checks = config.train, config.validation
     to_come = max(train.train_iters - progress.iteration, 0) * train.global_batch_size
     evaluated = checks.eval_iters * train.global_batch_size
     made = data.build(
         config.dataset,
-        tokenizer=tokenizer_of_run(config),
+        tokenizer=tokenizer,
         vocab_size=config.model.vocab_size,
         samples=(progress.consumed_samples + to_come, evaluated, evaluated),
     )
+    compare.check(made, tokenizer)
     for line in getattr(made[0], "summary", ()):
         say(line)
     return made
 
 
-def prompts(run: Run) -> tuple[Tokenizer, Sequence[str | list[int]]] | None:
+def prompts(run: Run, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Sequence[str | list[int]]] | None:
     """What the model is asked at intervals: texts as it is to see them, or the beginnings of held-out examples, before what is
     learned of them. UserError where there is nothing to ask, or nothing to read the answer with."""
     told = run.config.validation
     if not told.sample_interval:
         return None
-    tokenizer = tokenizer_of_run(run.config)
     setting = f"`validation.sample_interval` is `{told.sample_interval}`"
     if tokenizer is None:
         raise UserError(f"{setting}, and there is no tokenizer", hint="name a folder: `tokenizer.tokenizer_model=DIR`")

@@ -12,6 +12,7 @@ from uuid import uuid4
 import click
 
 from trainer import device, feed, rehearsal
+from trainer.checkpoints import resuming
 from trainer.config import RunConfig
 from trainer.settings.resolve import resolve
 
@@ -26,6 +27,7 @@ def check(config: RunConfig, *, world_size: int) -> None:
     if kind == device.CPU:
         rehearsal.rehearse(resolved.config, world_size=world_size)
     feed.check(config)
+    resuming.find(resolved.config.checkpoint)
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from trainer import device, feed, model, optim, parallel
+from trainer import clock, device, feed, main_script, model, optim, parallel
 from trainer.agreement import agree, not_a_number
-from trainer.beginning import first_weights, make_saver, what_is_trained
-from trainer.checkpoints import checkpoint, iterations, luggage
+from trainer.beginning import first_weights, make_saver, what_is_trained, where_to_resume
+from trainer.checkpoints import checkpoint, luggage, shared
+from trainer.checkpoints.contents import tokenizer_of_run
 from trainer.config import RunConfig
 from trainer.generation.text import generate
 from trainer.loss import forward_step as default_forward_step
@@ -43,12 +45,14 @@ def pretrain(
     Raises UserError for settings that cannot work, weights that do not fit, a loss that is no number. A signal saves, and
     then ends the process: SystemExit with 128 + its number, on every rank.
     """
+    began = clock.run_began()
+    main_script.check(config)
     parallel.adopt_slurm()
     device.set_environment(config)
     kind = device.choose(config.dist.device)
     resolved = resolve(config, world_size=parallel.world_size(), device=kind)
     with parallel.session(resolved.config, kind), Stop() as stop:
-        run = start(resolved, forward_step, callbacks=callbacks, stop=stop)
+        run = start(resolved, forward_step, callbacks=callbacks, stop=stop, began=began)
         try:
             if _last(run):
                 say(f"nothing to do: the run stands at step {run.progress.iteration} of {config.train.train_iters}")
@@ -64,15 +68,17 @@ def pretrain(
         return run.progress
 
 
-def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[Callback], stop: Stop) -> Run:
+def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[Callback], stop: Stop, began: float) -> Run:
     """Model, weights, optimizer, data: everything before the first step."""
     config = resolved.config
     for line in resolved.warnings:
         say(f"note: {line}")
     feed.check(config)
     voice.make_folders(config)
+    if config.checkpoint.save:
+        shared.check(Path(config.checkpoint.save))
+    resumed = where_to_resume(config)
     chunks = model.build(config.model)
-    resumed = iterations.latest(config.checkpoint.load)
     first_weights(chunks, config, resumed)
     base = what_is_trained(chunks, config, resumed)
     travels = luggage.pack(config, chunks, resumed=resumed, base=base)
@@ -80,6 +86,7 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     parts = checkpoint.Parts(wrapped, optimizer, optim.make_scheduler(optimizer, config), checkpoint.Progress())
     if resumed:
         checkpoint.resume(parts, config, resumed, say=say)
+    tokenizer = tokenizer_of_run(config, resumed=resumed)
     run = Run(
         config=config,
         parts=parts,
@@ -87,14 +94,15 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
         telling=voice.open_telling(config, resumed_at=parts.progress.iteration, active=parallel.speaks()),
         forward_step=forward_step,
         callbacks=callbacks,
-        datasets=feed.datasets(config, parts.progress),
+        datasets=feed.datasets(config, parts.progress, tokenizer=tokenizer),
         stop=stop,
+        began=began,
     )
     if parts.progress.interval:
         run.telling.interval.load_state_dict(parts.progress.interval)
     if not _last(run):
         run.batches = feed.iterators(run, run.datasets[0], consumed=parts.progress.consumed_samples)
-    run.prompts = feed.prompts(run)
+    run.prompts = feed.prompts(run, tokenizer)
     for callback in callbacks:
         callback.on_start(run)
     return run
@@ -179,7 +187,7 @@ def train_step(run: Run) -> Step:
     progress.consumed_samples += config.train.global_batch_size
     progress.skipped_steps += not applied
     if applied:
-        parts.scheduler.step(config.train.global_batch_size)
+        parts.scheduler.step(1)
     return Step(
         loss=loss,
         grad_norm=math.nan if grad_norm is None else float(grad_norm),

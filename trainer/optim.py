@@ -61,23 +61,24 @@ def _one_or_all(functions: list[Any]) -> Any:
 
 
 def make_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> OptimizerParamScheduler:
-    """Learning rate and weight decay by samples seen, as Megatron-LM counts them."""
-    told, samples = config.scheduler, config.train.global_batch_size
+    """Learning rate and weight decay by steps applied: what a step's rate is does not depend on batch sizes. (Megatron-LM counts
+    samples.)"""
+    told = config.scheduler
     return OptimizerParamScheduler(
         optimizer,
         init_lr=told.lr_warmup_init,
         max_lr=config.optimizer.lr,
         min_lr=config.optimizer.min_lr,
-        lr_warmup_steps=told.lr_warmup_iters * samples,
-        lr_decay_steps=told.lr_decay_iters * samples,
+        lr_warmup_steps=told.lr_warmup_iters,
+        lr_decay_steps=told.lr_decay_iters,
         lr_decay_style=told.lr_decay_style,
         start_wd=told.start_weight_decay,
         end_wd=told.end_weight_decay,
-        wd_incr_steps=config.train.train_iters * samples,
+        wd_incr_steps=config.train.train_iters,
         wd_incr_style=told.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
-        wsd_decay_steps=None if told.lr_wsd_decay_iters is None else told.lr_wsd_decay_iters * samples,
+        wsd_decay_steps=told.lr_wsd_decay_iters,
         lr_wsd_decay_style=told.lr_wsd_decay_style,
     )
 

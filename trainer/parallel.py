@@ -7,12 +7,12 @@ instead is put into the same words.
 from __future__ import annotations
 
 import os
+import platform
 import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -23,18 +23,19 @@ from megatron.core.num_microbatches_calculator import destroy_num_microbatches_c
 
 from converter.ranks import from_environment
 from formats.errors import UserError
-from trainer import device, user_buffers
+from trainer import device, process_group, user_buffers
 from trainer.config import RunConfig
 
 
 def world_size() -> int:
-    """How many processes torchrun, or else `srun`, has started along with this one: 1 if none did."""
-    return from_environment().size
+    """How many processes torchrun, or else `srun`, has started along with this one: 1 if none did. Of a program that has a
+    process group already, those in it."""
+    return dist.get_world_size() if dist.is_initialized() else from_environment().size
 
 
 def adopt_slurm() -> None:
     """Where `srun` started several processes without torchrun, tell torch.distributed what torchrun would have told it."""
-    if "RANK" not in os.environ and world_size() > 1:
+    if "RANK" not in os.environ and not dist.is_initialized() and world_size() > 1:
         os.environ.update(slurm_variables(os.environ))
 
 
@@ -115,33 +116,25 @@ def starts_others(nproc: int | None) -> bool:
 @contextmanager
 def session(config: RunConfig, kind: str) -> Iterator[None]:
     """Process groups, seeds and the microbatch calculator of a run, for as long as this is entered."""
-    check_meeting_point(os.environ)
+    if not dist.is_initialized():
+        check_meeting_point(os.environ)
     device.prepare(kind)
-    with device.stand_in(kind), device.environment_kept():
-        _start(config, kind)
+    joined = process_group.joined(kind, size=world_size(), timeout_minutes=config.dist.timeout_minutes)
+    with device.stand_in(kind), device.environment_kept(), joined as store:
         try:
+            _start(config)
             with user_buffers.held(config):
                 yield
         except UserError as error:
-            error.told = not _first_to_tell(error)  # type: ignore[attr-defined]
+            # Of several ranks with the same error, one tells it.
+            error.told = store.add(f"told {error}", 1) > 1  # type: ignore[attr-defined]
             raise
         finally:
             destroy_num_microbatches_calculator()
             parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
 
 
-def _first_to_tell(error: UserError) -> bool:
-    """Of several ranks with the same error, one tells it."""
-    return dist.distributed_c10d._get_default_store().add(f"told {error}", 1) == 1
-
-
-def _start(config: RunConfig, kind: str) -> None:
-    # One process needs to meet nobody, whatever torchrun or a cluster has set.
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size() == 1 else {}
-    dist.init_process_group(
-        "gloo" if kind == device.CPU else "nccl", timeout=timedelta(minutes=config.dist.timeout_minutes), **alone
-    )
+def _start(config: RunConfig) -> None:
     form_groups(config.model, timeout_minutes=config.dist.timeout_minutes)
     seed(config.rng.seed)
     init_num_microbatches_calculator(
@@ -186,6 +179,15 @@ def largest(numbers: list[float]) -> list[float]:
     told = torch.tensor(numbers, dtype=torch.float32, device=device.current())
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
     return told.tolist()
+
+
+def where(holds: bool) -> str:
+    """Name the ranks on which something holds, for a message: rank 3 on `host`, and how many others; empty where there are none.
+    All ranks call this."""
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, platform.node() if holds else None)
+    first, *others = [f"rank {rank} on `{host}`" for rank, host in enumerate(hosts) if host is not None] or [""]
+    return f"{first}, like {len(others)} more," if others else first
 
 
 def from_first_rank[T](find: Callable[[], T]) -> T:

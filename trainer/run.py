@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -78,7 +77,9 @@ class Run:
     """Train, validation, test; None where there is none."""
 
     stop: Stop
-    started: float = field(default_factory=time.monotonic)
+    began: float
+    """On `time.monotonic`'s clock: see `trainer.clock`."""
+
     batches: Any = None
     prompts: Any = None
     """A tokenizer and what the model is asked at intervals; None where it is not."""

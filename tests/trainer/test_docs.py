@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,45 @@ def test_the_commands_of_fine_tuning_do_what_it_says(tmp_path):
     assert "done: " in converted
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (folder / "peft").iterdir()}
     assert (folder / "merged" / "model.safetensors").exists()
+
+
+SMALLER = """
+config.train.train_iters, config.train.global_batch_size, config.dataset.sequence_length = 2, 2, 16
+config.mixed_precision, config.validation.eval_iters, config.checkpoint.save = "fp32", 0, "run"
+"""
+
+
+def _scripts():
+    """The Python examples that train, with settings for a CPU; names of weights stand for a small model here."""
+    for page in ("README.md", "docs/training.md"):
+        for code in re.findall(r"^```python\n(.+?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
+            if "pretrain(config" in code:
+                small = "".join(f"    {line}\n" for line in SMALLER.strip().splitlines())
+                there = re.sub(r'from_hf_pretrained\(".*?"\)', 'from_hf_pretrained("model")', code)
+                yield page, there.replace("    pretrain(config", f"{small}    pretrain(config")
+
+
+def _python(code, folder):
+    """A script with this text, run as people run it."""
+    (folder / "train.py").write_text(code)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "train.py"], cwd=folder, env=env, capture_output=True, text=True, timeout=1800, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_the_python_examples_run_as_scripts(page, tmp_path, model_folder):
+    shutil.copytree(model_folder(), tmp_path / "model")
+    done = _python(dict(_scripts())[page], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "saved run/iter_0000002" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_that_nobody_can_see_before_says_so_when_it_is_imported_again(tmp_path, model_folder):
+    shutil.copytree(model_folder(), tmp_path / "model")
+    done = _python(dict(_scripts())["README.md"].replace('if __name__ == "__main__":', "if True:"), tmp_path)
+    assert done.returncode != 0
+    assert "UserError: `the main script` calls `pretrain` whenever it is imported" in done.stderr

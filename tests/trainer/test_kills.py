@@ -7,8 +7,10 @@ import random
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from formats.folder import LocalFolder
@@ -185,3 +187,27 @@ def test_a_clock_saves_and_ends_runs(ranks, model_folder, tmp_path):
     changes["checkpoint__save"] = str(tmp_path / "other")
     (seen, _) = ranks.run(witness.train, 2, str(model_folder()), {**changes, "train__exit_duration_in_mins": 1e-9})
     assert len(seen.losses) == 1
+
+
+@dataclass
+class _Slow(small.FixedTokens):
+    """Takes longer to build than the run may take."""
+
+    def build(self, *told):
+        time.sleep(1.5)
+        return super().build(*told)
+
+
+def _two_slow_starts(folder):
+    from trainer import clock
+
+    began = time.time() - psutil.Process().create_time()
+    age = clock.process_age()
+    slow = {"dataset": _Slow(384), "train__exit_duration_in_mins": 1 / 60}
+    return (began, age), [len(witness.train(folder, slow).losses) for _ in range(2)]
+
+
+def test_the_time_that_a_run_may_take_includes_its_start(ranks, model_folder):
+    (((began, age), steps),) = ranks.run(_two_slow_starts, 1, str(model_folder()))
+    assert steps == [1, 1]
+    assert age == pytest.approx(began, abs=2)  # psutil knows when the machine started to a second

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,8 +14,10 @@ import pytest
 from click.testing import CliRunner
 
 from formats.errors import UserError
+from trainer import launch
 from trainer.commands.launch import command
 from trainer.launch import Job, pretraining, slurm
+from trainer.settings.arguments import read_run
 
 GOLDEN = """\
 #!/bin/bash
@@ -29,10 +32,13 @@ GOLDEN = """\
 #SBATCH --time=01:30:00
 #SBATCH --partition=batch
 #SBATCH --account=team
-# SIGTERM 300 s before the time is up: the run saves a checkpoint and ends.
-#SBATCH --signal=TERM@300
-# Standard output and errors; %x is the job's name, %j its number.
+# 300 s before the time is up this script gets SIGUSR1: see `stop` below.
+#SBATCH --signal=B:USR1@300
+# The job may go back into the queue; after a node has failed, Slurm puts it there.
+#SBATCH --requeue
+# Standard output and errors, of all starts; %x is the job's name, %j its number.
 #SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
 
 # A command that fails, or a variable that is missing, ends the job.
 set -euo pipefail
@@ -51,6 +57,11 @@ export NCCL_DEBUG=WARN
 export PYTHONUNBUFFERED=1
 export HF_HOME='/data/my models'
 
+# When the time is nearly up the ranks are told to save and end. The job then goes back into the queue, to go on from there.
+stopping=
+stop() { stopping=1; scancel --signal=TERM "$SLURM_JOB_ID" || true; }
+trap stop USR1
+
 # A rank that fails ends the job. Slurm would bind a node's one task, and with it all workers, to one core.
 srun --kill-on-bad-exit=1 --cpu-bind=none \\
     --container-image=nvcr.io/nvidia/pytorch:26.01-py3 \\
@@ -61,11 +72,22 @@ srun --kill-on-bad-exit=1 --cpu-bind=none \\
     --rdzv-id="$SLURM_JOB_ID" \\
     --rdzv-backend=c10d \\
     --rdzv-endpoint="$first_node:$port" \\
-    -m trainer pretrain llama3_8b train.train_iters=100 'logger.wandb_exp_name=a b'
+    -m trainer pretrain llama3_8b train.train_iters=100 'logger.wandb_exp_name=a b' checkpoint.save=run checkpoint.load=run &
+step=$! code=0
+wait "$step" || code=$?
+# The signal ends the first `wait`; the second waits for the save.
+if [ -n "$stopping" ]; then
+    code=0
+    wait "$step" || code=$?
+    [ "$code" -eq 0 ] || scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
 """
 AWKWARD = ("a=b c", "list=[1,2]", "quote='", 'double="$HOME" `id` \\', "star=*", "+new=1", "~gone", "é=ü", "two\nlines", "")
 PLACE = ["--nodes", "2", "--time", "01:30:00", "--partition", "batch", "--account", "team", "--mounts", "/data:/data,/home/me",
          "--container", "nvcr.io/nvidia/pytorch:26.01-py3", "--env", "HF_HOME=/data/my models"]  # fmt: skip
+
+SETTINGS = ("train.train_iters=100", "logger.wandb_exp_name=a b", "checkpoint.save=run")
 
 
 def invoke(*words: str):
@@ -73,7 +95,7 @@ def invoke(*words: str):
 
 
 def test_the_sbatch_script_to_the_letter():
-    result = invoke("--slurm", "llama3_8b", *PLACE, "train.train_iters=100", "logger.wandb_exp_name=a b")
+    result = invoke("--slurm", "llama3_8b", *PLACE, *SETTINGS)
     assert (result.exit_code, result.stdout) == (0, GOLDEN)
     assert subprocess.run(["bash", "-n"], check=False, input=GOLDEN, text=True, capture_output=True).stderr == ""
 
@@ -106,6 +128,82 @@ def test_arguments_and_variables_reach_the_program_unchanged(tmp_path):
     assert variable == "$HOME 'x' \"y\"\nz"
 
 
+@pytest.mark.parametrize("word", ["checkpoint.save=/data/run-1", "checkpoint.save=~/run", "++checkpoint.save='a b, [c] #d'"])
+def test_a_job_goes_on_from_where_it_saves(word):
+    """Also where the home directory is another one in the job."""
+    words = ("checkpoint.save=x", word)
+    told = read_run("llama_tiny", overrides=words).checkpoint
+    again = launch.going_on(told, words)
+    assert again == (*words, word.lstrip("+").replace("save", "load"))
+    assert read_run("llama_tiny", overrides=again).checkpoint.load == told.save
+    assert read_run("llama_tiny", overrides=launch.going_on(told, ())).checkpoint.load == told.save
+    told.load = "elsewhere"
+    assert launch.going_on(told, words) == words
+
+
+def test_a_job_that_would_lose_what_it_has_trained_is_refused(tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    (tmp_path / "iter_0000003").mkdir()
+    refused = {
+        "train.train_iters=3": (
+            "`checkpoint.save` is not set: when its time is up, the job would have saved nothing\n\n"
+            "hint: name a folder that all nodes share: `checkpoint.save=DIRECTORY`"
+        ),
+        f"checkpoint.save={tmp_path}": (
+            f"`checkpoint.save` is `{tmp_path}`, which holds `iter_0000003` of another run, and this one starts anew: it would "
+            f"replace what is there\n\nhint: go on from there with `checkpoint.load={tmp_path}`, save to another folder, or set "
+            "`checkpoint.overwrite=true` to replace it"
+        ),
+        "checkpoint.overwrite=true": (
+            "`checkpoint.overwrite` is `True`: a job that is put back into the queue would begin anew each time\n\n"
+            "hint: leave it out, and save to a new folder"
+        ),
+    }
+    for word, text in refused.items():
+        words = ["checkpoint.save=run", word] if "overwrite" in word else [word]
+        with pytest.raises(UserError) as caught:
+            invoke("--slurm", "llama_tiny", "--gpus-per-node", "4", *words)
+        assert str(caught.value) == text
+
+
+def _until(path, process):
+    """Wait until there is a file."""
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+WORK = """\
+trap 'echo saved >> {0}/said; exit 1' TERM
+echo $$ > {0}/ranks
+for (( n = 0; n < 600; n++ )); do sleep 0.1; [ ! -e {0}/end ] || exit $(cat {0}/end); done
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "signalled", "code", "said"),
+    [(None, True, 1, ["saved", "requeue 4021234"]), ("0", False, 0, []), ("3", False, 3, []), ("0", True, 0, [])],
+)
+def test_a_job_whose_time_is_up_saves_and_goes_back_into_the_queue(ends, signalled, code, said, tmp_path):
+    """And one that is done, or has failed, does not. Slurm's programs are stand-ins; bash runs the script."""
+    programs, log = tmp_path / "programs", tmp_path / "said"
+    log.touch()
+    stand_in(programs, "scontrol", f'[ "$1" = show ] && echo node07 || echo "$*" >> {log}')
+    stand_in(programs, "srun", 'while [[ $1 == -* ]]; do shift; done; exec "$@"')
+    stand_in(programs, "torchrun", WORK.format(tmp_path))
+    how = "kill -TERM" if ends is None else f"echo {ends} > {tmp_path}/end; true"
+    stand_in(programs, "scancel", f'[ "$*" = "--signal=TERM 4021234" ] && {how} $(cat {tmp_path}/ranks)')
+    env = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node07", "SLURM_JOB_ID": "4021234"}
+    job = subprocess.Popen(["bash", "-c", slurm.script(Job(program=("-m", "trainer"), name="tiny"))], env=env)
+    _until(tmp_path / "ranks", job)
+    if signalled:
+        job.send_signal(signal.SIGUSR1)
+    else:
+        (tmp_path / "end").write_text(ends)
+    assert job.wait(60) == code
+    assert log.read_text().splitlines() == said
+
+
 # A checkpoint that takes until there is a file, after the signal.
 SLOW = """
 import os, sys, time
@@ -119,13 +217,6 @@ with Stop() as stop:
         time.sleep(0.02)
     open(sys.argv[1], "w").close()
 """
-
-
-def _until(path, process):
-    """Wait until there is a file."""
-    while not path.exists():
-        assert process.poll() is None
-        time.sleep(0.02)
 
 
 @pytest.mark.slow
@@ -160,7 +251,7 @@ def test_torchrun_gives_workers_the_time_that_the_script_asks_for(tmp_path):
 def test_submitting_prints_the_jobs_number(tmp_path, monkeypatch):
     stand_in(tmp_path, "sbatch", f'[ "$*" = --parsable ] && cat > {tmp_path}/received && echo "4021;cluster"')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    result = invoke("--slurm", "llama3_8b", *PLACE, "--submit", "train.train_iters=100", "logger.wandb_exp_name=a b")
+    result = invoke("--slurm", "llama3_8b", *PLACE, "--submit", *SETTINGS)
     assert result.stdout == "4021;cluster\n"
     assert (tmp_path / "received").read_text() == GOLDEN
 
@@ -169,7 +260,7 @@ def test_what_sbatch_refuses_is_told(tmp_path, monkeypatch):
     stand_in(tmp_path, "sbatch", 'echo "sbatch: error: invalid partition" >&2; exit 1')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(UserError) as caught:
-        invoke("--slurm", "llama_tiny", "--gpus-per-node", "4", "--submit")
+        invoke("--slurm", "llama_tiny", "checkpoint.save=run", "--gpus-per-node", "4", "--submit")
     assert str(caught.value) == (
         "`sbatch` refused the job: sbatch: error: invalid partition\n\nhint: print the script without --submit to see it"
     )
@@ -178,7 +269,7 @@ def test_what_sbatch_refuses_is_told(tmp_path, monkeypatch):
 def test_without_sbatch_submitting_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError) as caught:
-        invoke("--slurm", "llama_tiny", "--gpus-per-node", "4", "--submit")
+        invoke("--slurm", "llama_tiny", "checkpoint.save=run", "--gpus-per-node", "4", "--submit")
     assert str(caught.value) == (
         "there is no `sbatch` on this machine\n\nhint: run this on a login node of the cluster, or leave --submit out"
     )
@@ -186,9 +277,9 @@ def test_without_sbatch_submitting_is_an_error(tmp_path, monkeypatch):
 
 def test_a_name_that_would_break_out_of_its_line_is_refused():
     with pytest.raises(UserError, match="cannot be a job's partition"):
-        invoke("--slurm", "llama_tiny", "--gpus-per-node", "4", "--partition", "a\n#SBATCH --nodes=100")
+        invoke("--slurm", "llama_tiny", "checkpoint.save=run", "--gpus-per-node", "4", "--partition", "a\n#SBATCH --nodes=100")
     with pytest.raises(UserError, match="`a b` is not a name of an environment variable"):
-        invoke("--slurm", "llama_tiny", "--gpus-per-node", "4", "--env", "a b=1")
+        invoke("--slurm", "llama_tiny", "checkpoint.save=run", "--gpus-per-node", "4", "--env", "a b=1")
 
 
 def test_one_must_say_how():
@@ -313,4 +404,9 @@ def test_nemo_run_on_slurm_wants_sbatch(with_nemo_run):
 def test_fine_tuning_on_nothing_is_refused_before_it_is_a_job(method):
     done = CliRunner().invoke(command, ["--slurm", "llama3_8b", f"peft={method}"])
     assert "`dataset.path` is not set" in str(done.exception)
-    assert CliRunner().invoke(command, ["--slurm", "llama3_8b", f"peft={method}", "dataset.path=there.jsonl"]).exit_code == 0
+    assert (
+        CliRunner()
+        .invoke(command, ["--slurm", "llama3_8b", f"peft={method}", "dataset.path=there.jsonl", "checkpoint.save=run"])
+        .exit_code
+        == 0
+    )

@@ -386,3 +386,18 @@ def test_packed_rows_divide_among_context_ranks_one_at_a_time() -> None:
     assert resolve(settings(**told), world_size=2, device="gpu").config.dataset.pad_to_multiple_of == 4
     with pytest.raises(UserError, match=r"`train.micro_batch_size` is `2`, and packed rows divide among context `2` ranks"):
         resolve(settings(**told, train__micro_batch_size=2), world_size=2, device="gpu")
+
+
+def test_a_run_that_saves_does_so_before_its_end_unless_it_says_how_often():
+    def saving(**told):
+        found = resolve(settings(**{f"checkpoint__{name}": value for name, value in told.items()}), world_size=1, device="cpu")
+        checkpoint = found.config.checkpoint
+        why = {one.why for one in found.explanations if one.setting.startswith("checkpoint.")}
+        return (checkpoint.save_interval, checkpoint.save_interval_in_mins, checkpoint.keep_last), why
+
+    why = {"`checkpoint.save` is set, and no interval between checkpoints"}
+    assert saving() == ((None, None, None), set())
+    assert saving(save="run") == ((None, 30.0, 5), why)
+    assert saving(save="run", keep_last=2) == ((None, 30.0, 2), why)
+    assert saving(save="run", save_interval=1000) == ((1000, None, None), set())
+    assert saving(save="run", save_interval_in_mins=7.0) == ((None, 7.0, None), set())

@@ -221,6 +221,64 @@ def test_a_changed_batch_size_goes_on_at_the_next_sample(run, tmp_path):
     assert resumed.seen == [twelve[number]["tokens"].tolist() for number in range(12, 16)]
 
 
+def _as_earlier(folder, changes):
+    """A run whose checkpoints are as earlier versions wrote them: a schedule that counts samples, a layout of three sizes."""
+    from trainer.checkpoints import checkpoint
+
+    now = checkpoint.state
+
+    def before(*told, loading, **further):
+        found = now(*told, loading=loading, **further)
+        if not loading:
+            found["opt_param_scheduler"]["num_steps"] *= small.BATCH
+            found["mbtrain"]["layout"] = list(found["mbtrain"]["layout"].values())[:3]
+        return found
+
+    checkpoint.state = before
+    return witness.train(folder, changes)
+
+
+@pytest.mark.parametrize("wrote", [witness.train, _as_earlier])
+def test_the_learning_rate_goes_on_where_it_was_whatever_the_batch_size(wrote, ranks, model_folder, tmp_path):
+    plan = {
+        **PLAN,
+        "scheduler__lr_decay_style": "linear",
+        "scheduler__start_weight_decay": 0.0,
+        "scheduler__end_weight_decay": 0.1,
+    }
+    plan |= {"scheduler__weight_decay_incr_style": "linear", "validation__eval_iters": 0}
+    there = {**plan, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    (whole,) = ranks.run(witness.train, 1, str(model_folder()), plan)
+    ranks.run(wrote, 1, str(model_folder()), {**there, "train__exit_interval": STOPPED})
+    (resumed,) = ranks.run(witness.train, 1, str(model_folder()), {**there, "train__global_batch_size": 16})
+    assert resumed.rates == whole.rates[STOPPED:]
+    decays = [
+        {name: told["weight_decay"] for name, told in one.left.items() if isinstance(told, dict)} for one in (whole, resumed)
+    ]
+    assert decays[0] == decays[1]
+
+
+def _experts(folder, changes):
+    """examples/moe.py with two experts on each of two ranks."""
+    from examples import moe
+    from trainer import pretrain
+
+    config, seen = moe.settings(ep=2, save=folder), witness.Witness()
+    config.checkpoint.load, config.dist.device, config.train.train_iters = folder, "cpu", 4
+    for name, value in changes.items():
+        setattr(config.train, name, value)
+    pretrain(config, seen.forward_step, callbacks=[seen])
+    return seen
+
+
+def test_each_rank_of_experts_gets_its_own_random_numbers_back(ranks, tmp_path):
+    whole = ranks.run(_experts, 2, str(tmp_path / "whole"), {})
+    drawn = [str(one.left["tracker expert-parallel-rng"].tolist()) for one in whole]
+    assert drawn[0] != drawn[1]
+    ranks.run(_experts, 2, str(tmp_path / "parts"), {"exit_interval": 2})
+    _same(whole, ranks.run(_experts, 2, str(tmp_path / "parts"), {}), at=2)
+
+
 def test_a_resumed_run_follows_its_own_settings_not_those_that_were_saved(run, tmp_path):
     for name, layout in {"plain": {}, "distributed": DISTRIBUTED}.items():
         there = {**layout, "checkpoint__save": str(tmp_path / name), "checkpoint__load": str(tmp_path / name)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -206,30 +205,6 @@ def _told(folder, changes):
         pretrain(small.settings(Path(folder), **changes))
     except UserError as error:
         return str(error)
-
-
-def _each_told(folder, runs):
-    return [_told(folder, changes) for changes in runs]
-
-
-def test_a_run_does_not_save_where_another_has_saved_and_goes_on_there_if_told(ranks, model_folder, tmp_path):
-    folder, root, other = str(model_folder()), tmp_path / "r", tmp_path / "other"
-    saving = {"checkpoint__save": str(root), "train__train_iters": 2, "scheduler__lr_warmup_iters": 0}
-    ranks.run(witness.train, 1, folder, saving)
-    shutil.copytree(root, other)
-    before = models.tree(root)
-    others = ({"rng__seed": 7}, {"checkpoint__pretrained_checkpoint": str(root)}, {"checkpoint__load": str(other)})
-    (told,) = ranks.run(_each_told, 1, folder, [{**saving, "train__train_iters": 1, **more} for more in others])
-    assert told == [
-        f"`checkpoint.save` is `{root}`, which holds `iter_0000002` of another run, and this one {begins}: it would replace "
-        f"what is there\n\nhint: save to another folder, or go on from there: `checkpoint.load={root}`"
-        for begins in ("starts anew", "starts anew", f"goes on from `{other}/iter_0000002`")
-    ]
-    assert models.tree(root) == before
-    (root / "latest_checkpointed_iteration.txt").unlink()  # killed between the checkpoint's rename and its tracker
-    ranks.run(witness.train, 1, folder, {**saving, "checkpoint__load": str(root), "train__train_iters": 3})
-    assert sorted(path.name for path in root.glob("iter_*")) == ["iter_0000002", "iter_0000003"]
-    assert models.tree(root / "iter_0000002") == models.tree(other / "iter_0000002")
 
 
 @pytest.mark.parametrize("setting", ["checkpoint.save", "logger.run_dir", "logger.tensorboard_dir"])

@@ -29,7 +29,7 @@ from trainer import optim
 from trainer.checkpoints import adapters, bucket_padding, causes, iterations, masters, random_states
 from trainer.config import RunConfig
 from trainer.model import unwrap
-from trainer.parallel import on_first_rank
+from trainer.parallel import from_first_rank, on_first_rank
 from trainer.signals import held
 
 
@@ -125,7 +125,8 @@ class Saver:
         return self._strategy
 
     def _commit(self, partial: Path, progress: Progress) -> None:
-        """All ranks have written."""
+        """All ranks have written. UserError on all of them if rank 0 does not see what the others wrote."""
+        self._check_whole(partial)
 
         def act() -> None:
             self.travels(partial)
@@ -136,6 +137,15 @@ class Saver:
         on_first_rank(act)
         self.last_good = partial.with_name(iteration_folder(progress.iteration))
         self.say(f"saved {self.last_good}")
+
+    def _check_whole(self, partial: Path) -> None:
+        lacking = from_first_rank(lambda: iterations.lacking(partial))
+        if lacking:
+            raise UserError(
+                f"`{partial}` lacks `{lacking[0]}`, which another rank has written: hosts do not share `checkpoint.save`; "
+                f"{self.standing}",
+                hint="name a folder of a file system that all hosts share, by its absolute path",
+            )
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -223,13 +233,38 @@ def _weights(chunk: Any, config: RunConfig, metadata: dict[str, Any]) -> dict[st
     return whole if config.peft is None else adapters.only_trained(whole, chunk)
 
 
-def layout() -> list[int]:
-    """Tensor, pipeline and data-parallel sizes: random states mean something only where these are the same."""
-    return [
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_data_parallel_world_size(),
-    ]
+def layout() -> dict[str, int]:
+    """Parallel sizes: random states mean something only where these are the same."""
+    return {
+        "TP": parallel_state.get_tensor_model_parallel_world_size(),
+        "PP": parallel_state.get_pipeline_model_parallel_world_size(),
+        "DP": parallel_state.get_data_parallel_world_size(),
+        "CP": parallel_state.get_context_parallel_world_size(),
+        "EP": parallel_state.get_expert_model_parallel_world_size(),
+        "ETP": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+
+
+def _saved_layout(ours: dict[str, Any]) -> dict[str, int]:
+    """Earlier versions saved TP, PP and DP alone, and of experts' random numbers those of one rank for all."""
+    saved = ours["layout"]
+    return saved if isinstance(saved, dict) else dict(zip(layout(), saved, strict=False))
+
+
+def _same_layout(saved: dict[str, int]) -> bool:
+    now = layout()
+    return saved == now or (len(saved) < len(now) and saved.items() <= now.items() and not _experts_differ())
+
+
+def _experts_differ() -> bool:
+    """Do data-parallel ranks hold different (parts of) experts?"""
+    now = layout()
+    return now["EP"] > 1 or now["ETP"] != now["TP"]
+
+
+def _shown(sizes: dict[str, int]) -> str:
+    """`TP 2, PP 1, DP 4`; of the rarer sizes those that are not 1."""
+    return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name in ("TP", "PP", "DP"))
 
 
 def data_identity(config: RunConfig) -> dict[str, Any]:
@@ -240,14 +275,16 @@ def data_identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _rng_object() -> ShardedObject:
-    """Random states per pipeline and tensor-parallel rank; data-parallel ranks share them."""
-    return ShardedObject(
-        "rng_state",
-        [random_states.capture()],
-        (parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_world_size()),
-        (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()),
-        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
-    )
+    """Random states per pipeline and tensor-parallel rank. Data-parallel ranks share them, unless they hold different experts,
+    which draw numbers of their own: then each rank saves its own."""
+    sizes, place, replica = [], [], parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    sizes += [parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_world_size()]
+    place += [parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()]
+    if _experts_differ():
+        sizes.append(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+        place.append(replica)
+        replica = 0
+    return ShardedObject("rng_state", [random_states.capture()], tuple(sizes), tuple(place), replica_id=replica)
 
 
 def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str], None]) -> None:
@@ -262,7 +299,7 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
             f"`{folder}` holds weights, but no run of this trainer to resume",
             hint=f"start from its weights with `checkpoint.pretrained_checkpoint={folder.parent}`",
         )
-    same_layout = ours["layout"] == layout()
+    same_layout = _same_layout(_saved_layout(ours))
     metadata = {**content(config), **common.get("content_metadata", {})}
     if config.checkpoint.save_optim:
         _check_optimizer(parts, ours, metadata["distrib_optim_sharding_type"], folder)
@@ -283,9 +320,10 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
             parts.optimizer.load_state_dict(loaded["optimizer"])
     else:
         parts.optimizer.reload_model_params()
-    parts.scheduler.step(common["opt_param_scheduler"]["num_steps"])
     for name, value in ours["progress"].items():
         setattr(parts.progress, name, value)
+    # Not `opt_param_scheduler`'s own count, which earlier versions kept in samples.
+    parts.scheduler.step(parts.progress.iteration - parts.progress.skipped_steps)
     if "rng_state" in loaded:
         random_states.restore(loaded["rng_state"][0])
     _tell(ours, config, folder, same_layout=same_layout, say=say)
@@ -308,11 +346,11 @@ def _check_optimizer(parts: Parts, ours: dict[str, Any], sharding: str, folder: 
             hint="resume with `ddp.use_distributed_optimizer` and `mixed_precision` as they were, or start from the weights "
             f"alone: `checkpoint.pretrained_checkpoint={folder.parent}` with another `checkpoint.save`",
         )
-    if sharding == "dp_reshardable" and ours["layout"][:2] != layout()[:2]:
-        tensor, pipeline, _ = ours["layout"]
+    saved, now = _saved_layout(ours), layout()
+    if sharding == "dp_reshardable" and (saved["TP"], saved["PP"]) != (now["TP"], now["PP"]):
         raise UserError(
-            f"`{folder}` was saved `dp_reshardable` at TP {tensor}, PP {pipeline}; this run has TP {layout()[0]}, "
-            f"PP {layout()[1]}",
+            f"`{folder}` was saved `dp_reshardable` at TP {saved['TP']}, PP {saved['PP']}; this run has TP {now['TP']}, "
+            f"PP {now['PP']}",
             hint="resume at the same TP and PP, or save with `checkpoint.optim_sharding=fully_reshardable`",
         )
 
@@ -321,7 +359,7 @@ def _tell(ours: dict[str, Any], config: RunConfig, folder: Path, *, same_layout:
     progress = ours["progress"]
     say(f"resumed {folder}: step {progress['iteration']}, {progress['consumed_samples']} samples consumed")
     if not same_layout:
-        say(f"note: saved at TP·PP·DP {ours['layout']}, now {layout()}: random states start anew")
+        say(f"note: saved at {_shown(_saved_layout(ours))}; now {_shown(layout())}: random numbers start anew")
     for name, value in data_identity(config).items():
         if ours["data"].get(name, value) != value:  # checkpoints from before a setting was there do not say it
             say(f"note: `dataset.{name}` was {ours['data'].get(name)}, now {value}: the samples to come are others")

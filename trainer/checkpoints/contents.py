@@ -84,14 +84,14 @@ def tokenizer_of(source: str, given: str | None = None) -> tokenizers.Tokenizer:
     raise UserError(f"`{source}` has no tokenizer", hint="name a folder that has one: `tokenizer.tokenizer_model=DIR`")
 
 
-def tokenizer_of_run(config: RunConfig) -> tokenizers.Tokenizer | None:
-    """The one that is named, else that of the weights to start from, else that of the checkpoint to resume, else the one beside
-    the model's own files; None where there is none."""
+def tokenizer_of_run(config: RunConfig, *, resumed: Path | None = None) -> tokenizers.Tokenizer | None:
+    """The one that is named, else that of the weights to start from, else that of the checkpoint that is resumed (or that a run
+    would resume), else the one beside the model's own files; None where there is none."""
     named, start = config.tokenizer.tokenizer_model, config.checkpoint.pretrained_checkpoint
     found = tokenizers.of_run(named, beside=start)
     if found is not None:
         return found
-    resumed = iterations.latest(config.checkpoint.load)
+    resumed = resumed or iterations.latest(config.checkpoint.load)
     for source in filter(None, (start, resumed and str(resumed))):
         place = next(filter(_has_tokenizer, places(source)), None)
         if place is not None:

@@ -29,8 +29,7 @@ from formats.huggingface import HuggingFaceReader
 from formats.spec import DTYPES
 from formats.torch_dist import find_iteration
 from trainer import tokenizers
-from trainer.checkpoints import adapters, live
-from trainer.checkpoints.iterations import OURS
+from trainer.checkpoints import adapters, iterations, live
 from trainer.config import RunConfig
 from trainer.model import GPTModelProvider
 from trainer.settings import described, documents
@@ -47,7 +46,8 @@ def pack(config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None, base
     stages = _stages(chunks)
     source = str(resumed) if resumed else (config.checkpoint.pretrained_checkpoint or getattr(config.model, "hf_source", None))
     found = _from_source(source) if source else _from_config(config)
-    found |= {OURS: documents.dump(config).encode()}
+    run = iterations.run_of(resumed) if resumed else iterations.new_run()
+    found |= {iterations.OURS: iterations.signature(run) + documents.dump(config).encode()}
     if config.peft is not None:
         found |= {description.FILE: description.make(adapters.described(config.peft, base))}
     if isinstance(config.model, GPTModelProvider) and sum(stages) == config.model.num_layers:

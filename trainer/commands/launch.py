@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from trainer.launch import STOP_BEFORE, Job, pretraining
+from trainer.launch import STOP_BEFORE, Job, going_on, pretraining
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
 
 
 @click.command(
     name="launch",
-    epilog="Example: mbtrain launch --slurm llama3_8b --nodes 2",
+    epilog="Example: mbtrain launch --slurm llama3_8b --nodes 2 checkpoint.save=run",
     context_settings={"ignore_unknown_options": False},
 )
 @click.option("--slurm", "by_slurm", is_flag=True, help="As an sbatch script.")
@@ -42,11 +45,16 @@ def command(*, by_slurm: bool, by_nemo_run: bool, recipe: str, overrides: tuple[
     Prints an sbatch script or a NeMo-Run experiment, or submits it.
 
     KEY=VALUE settings are those of `mbtrain pretrain`; a run that cannot start there is refused here.
+
+    Before the time is up an sbatch script has the run save to `checkpoint.save`, and puts the job back into the queue; it goes on
+    from there.
     """
     if by_slurm == by_nemo_run:
         raise click.UsageError("say how: --slurm or --nemo-run")
-    _check(recipe, overrides, ranks=options["nodes"] * options["gpus_per_node"])
     form, where, submit = options.pop("form"), options.pop("where"), options.pop("submit")
+    config = _check(recipe, overrides, ranks=options["nodes"] * options["gpus_per_node"])
+    if by_slurm or where == "slurm":
+        overrides = going_on(config.checkpoint, overrides)
     name = options.pop("job_name") or recipe
     env = dict(_pair(text) for text in options.pop("env"))
     job = Job(program=pretraining(recipe, overrides), name=name, env=env, **options)
@@ -56,17 +64,19 @@ def command(*, by_slurm: bool, by_nemo_run: bool, recipe: str, overrides: tuple[
         _nemo_run(job, recipe, overrides, form=form, where=where, submit=submit)
 
 
-def _check(recipe: str, overrides: tuple[str, ...], *, ranks: int) -> None:
-    """UserError for settings that would stop the job when it has waited for its machines."""
-    from trainer.config import FinetuningDatasetConfig  # noqa: PLC0415 - seconds to import
+def _check(recipe: str, overrides: tuple[str, ...], *, ranks: int) -> RunConfig:
+    """Return the run as it is told. UserError for settings that would stop the job when it has waited for its machines."""
+    from trainer.checkpoints import resuming  # noqa: PLC0415 - seconds to import
+    from trainer.config import FinetuningDatasetConfig  # noqa: PLC0415
     from trainer.data.chat.splits import check_named  # noqa: PLC0415
     from trainer.settings.arguments import read_run  # noqa: PLC0415
     from trainer.settings.resolve import resolve  # noqa: PLC0415
 
     config = read_run(recipe, overrides=overrides)
-    resolve(config, world_size=ranks, device="gpu")
+    resuming.find(resolve(config, world_size=ranks, device="gpu").config.checkpoint)
     if isinstance(config.dataset, FinetuningDatasetConfig):
         check_named(config.dataset)
+    return config
 
 
 def _pair(text: str) -> tuple[str, str]:

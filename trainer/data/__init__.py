@@ -18,8 +18,8 @@ Rows may hold several examples of which none sees another: then the object has `
 
 What the training dataset has as `summary`, lines of text, is told before the first step.
 
-It is called on every rank and gives the same there. With `num_workers` above 0 the datasets are pickled to the processes that
-read ahead.
+It is called on every rank and gives the same there: lengths are compared, and what `fingerprint()` of a dataset returns, a text,
+where it has that. With `num_workers` above 0 the datasets are pickled to the processes that read ahead.
 
 This package imports torch only when it builds: the processes of `mbtrain prepare-data` do without.
 """

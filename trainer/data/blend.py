@@ -17,7 +17,7 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.utils import normalize
 from torch.utils.data import Dataset
 
-from trainer.data import cache
+from trainer.data import cache, compare
 
 
 class Samples(Protocol):
@@ -29,6 +29,10 @@ class Samples(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """One of them."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of what it reads: see `trainer.data.compare`."""
         ...
 
 
@@ -44,6 +48,11 @@ class Blend(Dataset):
         which, _ = self._mapped()
         for source, count in zip(sources, np.bincount(which, minlength=len(sources)).tolist(), strict=True):
             source.take(count)
+
+    def fingerprint(self) -> str:
+        """A hash of what it reads: see `trainer.data.compare`."""
+        which, _ = self._mapped()
+        return compare.fingerprint(which[:1024], *(source.fingerprint().encode() for source in self._sources))
 
     def __len__(self) -> int:
         return self.samples

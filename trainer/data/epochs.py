@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from formats.errors import UserError
 from trainer.config import DatasetConfig
-from trainer.data import cache, segments
+from trainer.data import cache, compare, segments
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEAD = struct.Struct("<9sQBQQ")
@@ -132,6 +132,14 @@ class Epochs(Dataset):
             for number in range(-(-samples // self.per_epoch)):
                 self._epoch(number)
         return self
+
+    def fingerprint(self) -> str:
+        """A hash of what it reads (`trainer.data.compare`): all lengths, the tokens of some documents, and the first sample."""
+        start = self._bounds[0]
+        some = compare.spread(len(self._lengths))
+        parts = [self._source.get(start + number, length=min(1024, int(self._lengths[number]))) for number in some]
+        said = repr(self._vocabulary).encode()
+        return compare.fingerprint(said, *parts, *([self[0]["tokens"].numpy()] if self.samples else []))
 
     def __len__(self) -> int:
         return self.samples

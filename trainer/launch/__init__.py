@@ -8,8 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from formats.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.config import CheckpointConfig
 
 STOP_BEFORE = 300
 """Seconds between the signal to stop and the end: a step, and a checkpoint of a large model to a shared disk."""
@@ -47,6 +51,34 @@ class Job:
         for name in self.env:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise UserError(f"`{name}` is not a name of an environment variable", hint="--env NAME=VALUE")
+
+
+def going_on(told: CheckpointConfig, overrides: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the settings of a job that is put back into the queue: started again with them, it goes on from its last checkpoint.
+
+    `told` is what they come to. Raises UserError where nothing would be saved, or each start would begin anew.
+    """
+    if told.save is None:
+        raise UserError(
+            "`checkpoint.save` is not set: when its time is up, the job would have saved nothing",
+            hint="name a folder that all nodes share: `checkpoint.save=DIRECTORY`",
+        )
+    if told.overwrite:
+        raise UserError(
+            "`checkpoint.overwrite` is `True`: a job that is put back into the queue would begin anew each time",
+            hint="leave it out, and save to a new folder",
+        )
+    if told.load:
+        return overrides
+    words = [word.partition("=")[2] for word in overrides if _SAVE.match(word)]
+    return *overrides, f"checkpoint.load={words[-1] if words else _quoted(told.save)}"
+
+
+_SAVE = re.compile(r"\+{0,2}checkpoint\.save=")
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def pretraining(recipe: str, overrides: tuple[str, ...]) -> tuple[str, ...]:

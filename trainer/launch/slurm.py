@@ -28,6 +28,25 @@ export NCCL_DEBUG=WARN
 export PYTHONUNBUFFERED=1
 """
 
+_STOP = """\
+# When the time is nearly up the ranks are told to save and end. The job then goes back into the queue, to go on from there.
+stopping=
+stop() { stopping=1; scancel --signal=TERM "$SLURM_JOB_ID" || true; }
+trap stop USR1
+
+"""
+_WAIT = """\
+step=$! code=0
+wait "$step" || code=$?
+# The signal ends the first `wait`; the second waits for the save.
+if [ -n "$stopping" ]; then
+    code=0
+    wait "$step" || code=$?
+    [ "$code" -eq 0 ] || scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
+"""
+
 
 def script(job: Job) -> str:
     """The sbatch script, with a comment for each line that is not obvious. Arguments reach the program unchanged."""
@@ -49,10 +68,13 @@ def _directives(job: Job) -> str:
         f"#SBATCH --time={job.time}",
         *([f"#SBATCH --partition={job.partition}"] if job.partition else []),
         *([f"#SBATCH --account={job.account}"] if job.account else []),
-        f"# SIGTERM {job.stop_before} s before the time is up: the run saves a checkpoint and ends.",
-        f"#SBATCH --signal=TERM@{job.stop_before}",
-        "# Standard output and errors; %x is the job's name, %j its number.",
+        f"# {job.stop_before} s before the time is up this script gets SIGUSR1: see `stop` below.",
+        f"#SBATCH --signal=B:USR1@{job.stop_before}",
+        "# The job may go back into the queue; after a node has failed, Slurm puts it there.",
+        "#SBATCH --requeue",
+        "# Standard output and errors, of all starts; %x is the job's name, %j its number.",
         "#SBATCH --output=%x-%j.log",
+        "#SBATCH --open-mode=append",
     ]
     return "\n".join(lines) + "\n"
 
@@ -72,7 +94,7 @@ def _launch(job: Job) -> str:
         shlex.join(job.program),
     ]
     why = "# A rank that fails ends the job. Slurm would bind a node's one task, and with it all workers, to one core.\n"
-    return why + " \\\n    ".join(parts) + "\n"
+    return _STOP + why + " \\\n    ".join(parts) + " &\n" + _WAIT
 
 
 def submit(text: str) -> str:

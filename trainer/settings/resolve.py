@@ -15,7 +15,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from formats.errors import UserError
-from trainer.config import DatasetConfig, FinetuningDatasetConfig, RunConfig
+from trainer.config import CheckpointConfig, DatasetConfig, FinetuningDatasetConfig, RunConfig
 from trainer.settings import checks, described, overlap, paths, precision, refused, unsupported
 from trainer.settings.choice import Choice, carry_out
 from trainer.settings.precision import Machine
@@ -64,6 +64,7 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     choices += carry_out(told, _schedule(told))
     checks.check_schedule(told)
     checks.check_saving(told)
+    choices += carry_out(told, _saving(told.checkpoint))
     _validate(told)
     choices += described.follow(told.model)
     warnings_ = (*_warnings(told, microbatches), *described.notes(told.model))
@@ -203,6 +204,18 @@ def _schedule(config: RunConfig) -> list[Choice]:
         Choice("scheduler.lr_warmup_iters", int(share * length), why),
         Choice("scheduler.lr_warmup_fraction", None, why),
     ]
+
+
+_SAVED_EVERY_MINS, _KEPT = 30.0, 5
+
+
+def _saving(told: CheckpointConfig) -> list[Choice]:
+    """Who names a folder and no interval loses half an hour at most, and does not fill the disk."""
+    if told.save is None or told.save_interval is not None or told.save_interval_in_mins is not None:
+        return []
+    why = "`checkpoint.save` is set, and no interval between checkpoints"
+    kept = [Choice("checkpoint.keep_last", _KEPT, why)] if told.keep_last is None else []
+    return [Choice("checkpoint.save_interval_in_mins", _SAVED_EVERY_MINS, why), *kept]
 
 
 _EXPECTED = ("full scope is deprecated", "Could not determine rank")

@@ -1,0 +1,54 @@
+"""Do all hosts see the same folder? A checkpoint is written by all ranks together; on folders that hosts do not share it is half.
+
+Knows ranks and one folder; knows nothing of what is saved there.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from formats.errors import UserError
+from trainer import parallel
+
+_PATIENCE_S = 3.0
+"""Seconds that a network file system gets to show what another host has made."""
+
+
+def check(root: Path) -> None:
+    """Raise UserError, on all ranks, if rank 0 makes a file in `root` that another rank does not see. All ranks call this."""
+    if dist.get_world_size() == 1:
+        return
+    probe = root / parallel.from_first_rank(lambda: f".shared-{secrets.token_hex(8)}")
+    try:
+        parallel.on_first_rank(probe.touch)
+        unseen = parallel.where(not _appears(probe))
+        parallel.on_first_rank(lambda: probe.unlink(missing_ok=True))
+    except OSError as error:
+        raise UserError(
+            f"`checkpoint.save` is `{root}`, which cannot be written to: {error.strerror}",
+            hint="give a folder that can be made or written to",
+        ) from error
+    if unseen:
+        raise not_shared(root, unseen)
+
+
+def not_shared(root: Path, unseen: str) -> UserError:
+    """The error for a folder that is not the same for all; `unseen` names who sees another."""
+    return UserError(
+        f"hosts do not share `checkpoint.save`, `{root}`: {unseen} does not see what rank 0 writes there",
+        hint="name a folder of a file system that all hosts share, by its absolute path",
+    )
+
+
+def _appears(path: Path) -> bool:
+    """Listing the folder makes a network file system ask its server anew."""
+    until = time.monotonic() + _PATIENCE_S
+    while not (found := path.parent.is_dir() and path.name in {one.name for one in path.parent.iterdir()}):
+        if time.monotonic() >= until:
+            break
+        time.sleep(0.1)
+    return found
