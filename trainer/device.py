@@ -79,6 +79,16 @@ def _on_gpu() -> bool:
     return not cpu_stand_in.entered() and torch.cuda.is_available()
 
 
+def unused(wanted: str) -> int:
+    """How many GPUs of this host a single process leaves alone."""
+    return torch.cuda.device_count() - 1 if choose(wanted) == GPU else 0
+
+
+def memory() -> int | None:
+    """Bytes of this process's GPU; None on the CPU."""
+    return torch.cuda.get_device_properties(current()).total_memory if _on_gpu() else None
+
+
 def synchronize() -> None:
     """Wait until everything begun is done, so that a clock means something."""
     if _on_gpu():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 from megatron.core import parallel_state
@@ -74,17 +76,32 @@ def iterators(run: Run, dataset: Any, *, consumed: int) -> list[Iterator[Any] | 
     config = run.config
     packed = data.is_packed(config.dataset)
     return [
-        batches(
-            dataset,
-            consumed=consumed,
-            micro_batch_size=config.train.micro_batch_size,
-            global_batch_size=config.train.global_batch_size,
-            rank=parallel_state.get_data_parallel_rank(),
-            size=parallel_state.get_data_parallel_world_size(),
-            num_workers=getattr(config.dataset, "num_workers", 0),
-            pin_memory=device.current().type == "cuda",
+        _timed(
+            run,
+            batches(
+                dataset,
+                consumed=consumed,
+                micro_batch_size=config.train.micro_batch_size,
+                global_batch_size=config.train.global_batch_size,
+                rank=parallel_state.get_data_parallel_rank(),
+                size=parallel_state.get_data_parallel_world_size(),
+                num_workers=getattr(config.dataset, "num_workers", 0),
+                pin_memory=device.current().type == "cuda",
+            ),
         )
         if packed or model.sees_data(chunk)
         else None
         for chunk in run.chunks
     ]
+
+
+def _timed(run: Run, found: Generator[Any]) -> Generator[Any]:
+    """The same microbatches, with the time that each is waited for added up in the run."""
+    with closing(found):
+        while True:
+            began = time.perf_counter()
+            batch = next(found, None)
+            run.waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch

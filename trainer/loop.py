@@ -28,11 +28,11 @@ from trainer.config import RunConfig
 from trainer.generation.text import generate
 from trainer.loss import forward_step as default_forward_step
 from trainer.loss import mean
-from trainer.run import Callback, ForwardStep, Run, Step, say
+from trainer.run import Callback, ForwardStep, Run, Step, answer_signal, say
 from trainer.settings import refused
 from trainer.settings.resolve import Resolved, resolve
 from trainer.signals import Stop
-from trainer.telling import voice
+from trainer.telling import summary, voice
 
 
 def pretrain(
@@ -47,7 +47,7 @@ def pretrain(
     device.set_environment(config)
     kind = device.choose(config.dist.device)
     resolved = resolve(config, world_size=parallel.world_size(), device=kind)
-    with parallel.session(resolved.config, kind), Stop() as stop:
+    with parallel.session(resolved.config, kind), Stop(answer_signal) as stop:
         run = start(resolved, forward_step, callbacks=callbacks, stop=stop)
         try:
             if _last(run):
@@ -80,14 +80,20 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     parts = checkpoint.Parts(wrapped, optimizer, optim.make_scheduler(optimizer, config), checkpoint.Progress())
     if resumed:
         checkpoint.resume(parts, config, resumed, say=say)
+    datasets = feed.datasets(config, parts.progress)
     run = Run(
         config=config,
         parts=parts,
         saver=make_saver(config, travels, resumed),
-        telling=voice.open_telling(config, resumed_at=parts.progress.iteration, active=parallel.speaks()),
+        telling=voice.open_telling(
+            config,
+            resumed_at=parts.progress.iteration,
+            active=parallel.speaks(),
+            samples_per_epoch=getattr(datasets[0], "per_epoch", None),
+        ),
         forward_step=forward_step,
         callbacks=callbacks,
-        datasets=feed.datasets(config, parts.progress),
+        datasets=datasets,
         stop=stop,
     )
     if parts.progress.interval:
@@ -95,6 +101,8 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     if not _last(run):
         run.batches = feed.iterators(run, run.datasets[0], consumed=parts.progress.consumed_samples)
     run.prompts = feed.prompts(run)
+    for line in summary.lines(run, resolved):
+        say(line)
     for callback in callbacks:
         callback.on_start(run)
     return run
@@ -115,6 +123,7 @@ def _trainable(chunks: list[Any], config: RunConfig) -> tuple[list[Any], Any]:
 def train(run: Run) -> None:
     """Step until the run is done or asked to stop; tell, evaluate and save on the way."""
     settings, first = run.config, run.progress.iteration
+    run.telling.begin()
     while run.progress.iteration < settings.train.train_iters:
         with refused.named_in_first_step() if run.progress.iteration == first else nullcontext():
             step = train_step(run)
@@ -165,11 +174,12 @@ def _last(run: Run) -> bool:
 def train_step(run: Run) -> Step:
     """Forward, backward, reduce, update: one global batch. UserError, before anything is saved, where a number is none."""
     parts, config = run.parts, run.config
+    run.waited = 0.0
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     parts.optimizer.zero_grad()
     losses = _schedule(run, run.batches, microbatches=get_num_microbatches(), forward_only=False)
-    loss, stop, save_now, work = agree(run, losses)
+    loss, stop, save_now, waited, work = agree(run, losses)
     applied, grad_norm, _ = parts.optimizer.step()
     if applied and not math.isfinite(grad_norm or 0.0):
         raise not_a_number(run, f"the gradient norm of step {run.progress.iteration + 1} is NaN or Inf")
@@ -188,6 +198,7 @@ def train_step(run: Run) -> Step:
         loss_scale=parts.optimizer.get_loss_scale().item() if config.model.fp16 else None,
         stop=stop,
         save=save_now,
+        waited=waited,
         work=work,
     )
 

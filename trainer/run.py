@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +63,9 @@ class Step:
     save: bool
     """Some rank's clock says that it is time to save."""
 
+    waited: float = 0.0
+    """Seconds that the slowest rank waited for its data."""
+
     work: tuple[float, float] = (0.0, 0.0)
     """Of packed rows: the tokens in examples, and the sum of the squares of examples' lengths, over the whole batch."""
 
@@ -80,6 +86,9 @@ class Run:
     stop: Stop
     started: float = field(default_factory=time.monotonic)
     batches: Any = None
+    waited: float = 0.0
+    """Seconds that this rank has waited for its data in this step."""
+
     prompts: Any = None
     """A tokenizer and what the model is asked at intervals; None where it is not."""
 
@@ -92,6 +101,13 @@ class Run:
     def chunks(self) -> list[Any]:
         """This rank's model chunks."""
         return self.parts.chunks
+
+
+def answer_signal(number: signal.Signals) -> None:
+    """Say at once that the run will stop. Written past Python's buffers, which a signal may find in use."""
+    if parallel.speaks():
+        again = "; Ctrl-C again ends it now, and nothing is saved" if number == signal.SIGINT else ""
+        os.write(sys.stderr.fileno(), f"\n{number.name}: stopping after this step{again}\n".encode())
 
 
 def say(text: str) -> None:

@@ -75,6 +75,11 @@ class Examples(Dataset):
         return self
 
     @property
+    def per_epoch(self) -> int:
+        """Samples of the first epoch; others may have a row more or less."""
+        return self._ends[0]
+
+    @property
     def efficiency(self) -> float:
         """The share of the first epoch's rows that is tokens of examples."""
         return packing.efficiency(self._lengths, self._ends[0], capacity=self.sequence_length)
