@@ -35,16 +35,16 @@ def first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | None
         return
     if isinstance(config.dataset, FinetuningDatasetConfig) and not told.random_weights:
         raise UserError(
-            "fine-tuning starts from a model, and `checkpoint.pretrained_checkpoint` names none",
+            "fine-tuning needs a model to start from, and `checkpoint.pretrained_checkpoint` is not set",
             hint="name a checkpoint or a Hugging Face directory; `checkpoint.random_weights=true` if random ones are meant",
         )
-    say("weights are random: neither `checkpoint.load` nor `checkpoint.pretrained_checkpoint` names any")
+    say("initializing weights at random (no `checkpoint.load`, no `checkpoint.pretrained_checkpoint`)")
 
 
 def _check_start(told: CheckpointConfig) -> None:
     if told.load and not (told.save and _same(told.load, told.save)):
         raise UserError(
-            f"`checkpoint.load` is `{told.load}`, where there is no checkpoint to resume",
+            f"`checkpoint.load` is `{told.load}`, which has no checkpoint to resume from",
             hint="to start from weights alone use `checkpoint.pretrained_checkpoint`; a first start needs no `load`",
         )
 
@@ -58,7 +58,7 @@ def _check_place(told: CheckpointConfig, resumed: Path | None) -> None:
     if there:
         begins = f"goes on from `{resumed}`" if resumed else "starts anew"
         raise UserError(
-            f"`checkpoint.save` is `{told.save}`, which holds `{there[0]}` of another run, and this one {begins}: "
+            f"`checkpoint.save` is `{told.save}`, which holds `{there[0]}` of another run, and this run {begins}: "
             "it would replace what is there",
             hint=f"save to another folder, or go on from there: `checkpoint.load={told.save}`",
         )

@@ -55,7 +55,8 @@ def local_rank(env: Mapping[str, str]) -> int:
     told = env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0"
     if not told.isdecimal():
         raise UserError(
-            f"`LOCAL_RANK` is `{told}`, which is no number of a process on its host", hint="start all processes with torchrun"
+            f"`LOCAL_RANK` is `{told}`, which is not the number of a process on its host",
+            hint="start all processes with torchrun",
         )
     return int(told)
 

@@ -20,7 +20,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from trainer import device, feed, model, optim, parallel
+from trainer import device, diagnostics, feed, model, optim, parallel
 from trainer.agreement import agree, not_a_number
 from trainer.beginning import first_weights, make_saver, what_is_trained
 from trainer.checkpoints import checkpoint, iterations, luggage
@@ -40,7 +40,7 @@ def pretrain(
 ) -> checkpoint.Progress:
     """Train as `config` says, in the processes that torchrun or Slurm started; in this one alone if none did.
 
-    Raises UserError for settings that cannot work, weights that do not fit, a loss that is no number. A signal saves, and
+    Raises UserError for settings that cannot work, weights that do not fit, a loss that is NaN or Inf. A signal saves, and
     then ends the process: SystemExit with 128 + its number, on every rank.
     """
     parallel.adopt_slurm()
@@ -51,7 +51,7 @@ def pretrain(
         run = start(resolved, forward_step, callbacks=callbacks, stop=stop)
         try:
             if _last(run):
-                say(f"nothing to do: the run stands at step {run.progress.iteration} of {config.train.train_iters}")
+                say(f"training is already complete (step {run.progress.iteration} of {config.train.train_iters})")
             else:
                 with _collected_together(config.train.manual_gc_interval):
                     train(run)
@@ -92,7 +92,7 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
             samples_per_epoch=getattr(datasets[0], "per_epoch", None),
         ),
         forward_step=forward_step,
-        callbacks=callbacks,
+        callbacks=[*diagnostics.callbacks(config), *callbacks],
         datasets=datasets,
         stop=stop,
     )
@@ -103,7 +103,7 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     run.prompts = feed.prompts(run)
     for line in summary.lines(run, resolved):
         say(line)
-    for callback in callbacks:
+    for callback in run.callbacks:
         callback.on_start(run)
     return run
 
@@ -172,7 +172,10 @@ def _last(run: Run) -> bool:
 
 
 def train_step(run: Run) -> Step:
-    """Forward, backward, reduce, update: one global batch. UserError, before anything is saved, where a number is none."""
+    """Forward, backward, reduce, update: one global batch.
+
+    Raises UserError if the loss or the gradient norm is NaN or Inf; nothing of that step is saved.
+    """
     parts, config = run.parts, run.config
     run.waited = 0.0
     for chunk in run.chunks:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ ForwardStep = Callable[[Any, Any], Any]
 
 
 class Callback:
-    """What may look at a run, or change it, at the loop's seams. Every rank calls each.
+    """Hooks called by the training loop. Every rank calls every hook.
 
     `run.stop.request()` on one rank or on all lets the run save and end: after this step where it is called in
     `on_evaluation`, after the next one where it is called in `on_step`, since ranks agree once in a step.
@@ -107,7 +106,7 @@ def answer_signal(number: signal.Signals) -> None:
     """Say at once that the run will stop. Written past Python's buffers, which a signal may find in use."""
     if parallel.speaks():
         again = "; Ctrl-C again ends it now, and nothing is saved" if number == signal.SIGINT else ""
-        os.write(sys.stderr.fileno(), f"\n{number.name}: stopping after this step{again}\n".encode())
+        os.write(2, f"\n{number.name}: stopping after this step{again}\n".encode())
 
 
 def say(text: str) -> None:

@@ -139,7 +139,7 @@ def test_an_unknown_key_suggests_the_nearest(config: RunConfig) -> None:
 def test_an_unknown_section_lists_the_sections(config: RunConfig) -> None:
     assert refusal(config, "trian.train_iters=1") == (
         "unknown section `trian`\n\nhint: did you mean `train`? sections are: model, train, validation, optimizer, scheduler, "
-        "dataset, tokenizer, logger, checkpoint, ddp, dist, rng, comm_overlap"
+        "dataset, tokenizer, logger, checkpoint, ddp, dist, rng, comm_overlap, profiling, diagnostics"
     )
 
 

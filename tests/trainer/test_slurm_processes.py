@@ -134,8 +134,8 @@ BOTH = f"{WAYS_OUT}; or set both to rank 0's host and a free port of it"
         ({}, f"`MASTER_ADDR` and `MASTER_PORT` are not set: processes do not know where to meet\n\nhint: {BOTH}"),
         ({"MASTER_ADDR": "a"}, f"`MASTER_PORT` is not set: processes do not know where to meet\n\nhint: {BOTH}"),
         ({"MASTER_PORT": "1"}, f"`MASTER_ADDR` is not set: processes do not know where to meet\n\nhint: {BOTH}"),
-        ({**MEET, "MASTER_PORT": "x"}, "`MASTER_PORT` is `x`, which is no port\n\nhint: set it to a number up to 65535; or"),
-        ({**MEET, "MASTER_PORT": "65536"}, "`MASTER_PORT` is `65536`, which is no port\n\n"),
+        ({**MEET, "MASTER_PORT": "x"}, "`MASTER_PORT` is `x`, which is not a port\n\nhint: set it to a number up to 65535; or"),
+        ({**MEET, "MASTER_PORT": "65536"}, "`MASTER_PORT` is `65536`, which is not a port\n\n"),
     ],
 )  # fmt: skip
 def test_several_processes_that_do_not_know_where_to_meet_are_told(told, message):

@@ -190,7 +190,7 @@ def test_resuming_from_a_folder_without_checkpoints_is_an_error_unless_it_is_the
     with pytest.raises(UserError) as error:
         ranks.run(witness.train, 1, str(model_folder()), nothing)
     assert str(error.value) == (
-        f"`checkpoint.load` is `{tmp_path}/nothing`, where there is no checkpoint to resume\n\n"
+        f"`checkpoint.load` is `{tmp_path}/nothing`, which has no checkpoint to resume from\n\n"
         "hint: to start from weights alone use `checkpoint.pretrained_checkpoint`; a first start needs no `load`"
     )
     (seen,) = ranks.run(witness.train, 1, str(model_folder()), nothing | {"checkpoint__save": f"{tmp_path}/nothing/"})
@@ -221,7 +221,7 @@ def test_a_run_does_not_save_where_another_has_saved_and_goes_on_there_if_told(r
     others = ({"rng__seed": 7}, {"checkpoint__pretrained_checkpoint": str(root)}, {"checkpoint__load": str(other)})
     (told,) = ranks.run(_each_told, 1, folder, [{**saving, "train__train_iters": 1, **more} for more in others])
     assert told == [
-        f"`checkpoint.save` is `{root}`, which holds `iter_0000002` of another run, and this one {begins}: it would replace "
+        f"`checkpoint.save` is `{root}`, which holds `iter_0000002` of another run, and this run {begins}: it would replace "
         f"what is there\n\nhint: save to another folder, or go on from there: `checkpoint.load={root}`"
         for begins in ("starts anew", "starts anew", f"goes on from `{other}/iter_0000002`")
     ]

@@ -26,7 +26,9 @@ def command(words: tuple[str, ...], config_file: str | None, nproc: int | None) 
 
 def carry_out(words: Sequence[str], config_file: str | None, nproc: int | None, *, finetune: bool) -> None:
     """Train here, or start the processes that do."""
-    from trainer import device, launching, loop, parallel  # noqa: PLC0415 - seconds to import
+    from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415 - seconds to import
+
+    from trainer import device, launching, loop, parallel  # noqa: PLC0415
 
     recipe, overrides = recipe_and_overrides(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=finetune)
@@ -35,4 +37,5 @@ def carry_out(words: Sequence[str], config_file: str | None, nproc: int | None, 
         sys.exit(launching.launch(nproc, sys.argv[1:]))
     if nproc is None and parallel.world_size() == 1 and (unused := device.unused(config.dist.device)):
         click.echo(f"note: {unused} of this machine's GPUs are not used; `--nproc gpu` starts a process for each", err=True)
-    loop.pretrain(config)
+    # torchrun is told of the first error, and on which rank.
+    record(loop.pretrain)(config)
