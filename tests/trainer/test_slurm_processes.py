@@ -165,7 +165,7 @@ def test_one_process_of_a_cluster_trains_alone(monkeypatch, tmp_path):
 
 
 def test_a_number_on_this_host_that_is_none_is_named():
-    with pytest.raises(UserError, match="`LOCAL_RANK` is `x`, which is no number of a process on its host"):
+    with pytest.raises(UserError, match="`LOCAL_RANK` is `x`, which is not the number of a process on its host"):
         device.local_rank({"LOCAL_RANK": "x"})
     assert device.local_rank({}) == 0
 

@@ -25,10 +25,14 @@ def command(words: tuple[str, ...], config_file: str | None, nproc: int | None) 
 
 
 def carry_out(words: Sequence[str], config_file: str | None, nproc: int | None, *, finetune: bool) -> None:
-    """Train here, or start the processes that do."""
+    """Train here, or start the processes that do. torchrun is told of the error of a process that it started."""
     from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415 - seconds to import
 
-    from trainer import device, launching, loop, parallel  # noqa: PLC0415
+    record(_carry_out)(words, config_file, nproc, finetune=finetune)
+
+
+def _carry_out(words: Sequence[str], config_file: str | None, nproc: int | None, *, finetune: bool) -> None:
+    from trainer import device, launching, loop, parallel  # noqa: PLC0415 - seconds to import
 
     recipe, overrides = recipe_and_overrides(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=finetune)
@@ -37,5 +41,4 @@ def carry_out(words: Sequence[str], config_file: str | None, nproc: int | None, 
         sys.exit(launching.launch(nproc, sys.argv[1:]))
     if nproc is None and parallel.world_size() == 1 and (unused := device.unused(config.dist.device)):
         click.echo(f"note: {unused} of this machine's GPUs are not used; `--nproc gpu` starts a process for each", err=True)
-    # torchrun is told of the first error, and on which rank.
-    record(loop.pretrain)(config)
+    loop.pretrain(config)
