@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from formats.errors import UserError
 from tests.trainer import small
 from tests.trainer.settings import settings
-from trainer.cli import main
+from trainer.commands.pretrain import carry_out
 from trainer.settings.resolve import resolve
 
 PLAN = {"train__train_iters": 4, "scheduler__lr_warmup_iters": 1}
@@ -95,5 +94,6 @@ def test_steps_to_profile_are_in_order() -> None:
 
 def test_torchrun_is_told_why_a_rank_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    assert CliRunner().invoke(main, ["pretrain", "llama_tiny", "optimizer.lr=-1", "dist.device=cpu"]).exit_code == 1
+    with pytest.raises(UserError):
+        carry_out(["llama_tiny", "optimizer.lr=-1", "dist.device=cpu"], None, None, finetune=False)
     assert "`optimizer.lr` is `-1.0`" in (tmp_path / "error.json").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -26,9 +27,12 @@ def command(words: tuple[str, ...], config_file: str | None, nproc: int | None) 
 
 def carry_out(words: Sequence[str], config_file: str | None, nproc: int | None, *, finetune: bool) -> None:
     """Train here, or start the processes that do. torchrun is told of the error of a process that it started."""
-    from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415 - seconds to import
+    act = _carry_out
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415 - seconds to import
 
-    record(_carry_out)(words, config_file, nproc, finetune=finetune)
+        act = record(act)
+    act(words, config_file, nproc, finetune=finetune)
 
 
 def _carry_out(words: Sequence[str], config_file: str | None, nproc: int | None, *, finetune: bool) -> None:

@@ -46,7 +46,7 @@ def test_large_numbers_are_told_short(tmp_path):
 
 def test_an_answer_that_is_cut_away_whole_is_refused(refusal, learn):
     assert refusal(pair("abc", "d"), tokenizer=BYTE, sequence_length=3) == (
-        "`a.jsonl`, line 1 cannot be learned from: the answer is truncated away entirely: its answer begins at token 4, a sequence has 3"
+        "`a.jsonl`, line 1 cannot be learned from: the answer is truncated away entirely: it begins at token 4, a sequence has 3"
         f"\n\n{SKIP}"
     )
     assert learn(pair("abc", "d"), tokenizer=BYTE, sequence_length=4) == [([97, 98, 99, 100], [0, 0, 0, 1])]
