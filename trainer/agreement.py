@@ -35,7 +35,7 @@ def agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool, floa
     asked = float(run.stop.received or 0)
     tokens, squares = work or (0.0, 0.0)  # only the last stage knows
     worst, value, asked, over, due, waited, tokens, squares = parallel.largest(
-        [bad, here if math.isfinite(here) else -math.inf, asked, float(over), float(due), run.waited, tokens, squares]
+        [bad, here if math.isfinite(here) else -math.inf, asked, float(over), float(due), run.waited.seconds, tokens, squares]
     )
     if worst:
         raise not_a_number(run, f"the loss of step {run.progress.iteration + 1} is NaN or Inf on rank {int(worst) - 1}")

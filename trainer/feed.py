@@ -16,7 +16,7 @@ from trainer.checkpoints.contents import tokenizer_of_run
 from trainer.config import FinetuningDatasetConfig, RunConfig
 from trainer.data.chat import sets
 from trainer.data.loader import batches
-from trainer.run import Run, say
+from trainer.run import Run, Waited, say
 from trainer.tokenizers import Tokenizer
 
 
@@ -77,7 +77,7 @@ def iterators(run: Run, dataset: Any, *, consumed: int) -> list[Iterator[Any] | 
     packed = data.is_packed(config.dataset)
     return [
         _timed(
-            run,
+            run.waited,
             batches(
                 dataset,
                 consumed=consumed,
@@ -95,13 +95,19 @@ def iterators(run: Run, dataset: Any, *, consumed: int) -> list[Iterator[Any] | 
     ]
 
 
-def _timed(run: Run, found: Generator[Any]) -> Generator[Any]:
-    """The same microbatches, with the time that each is waited for added up in the run."""
+def _timed(waited: Waited, found: Generator[Any]) -> Generator[Any]:
+    """The same microbatches, with the time that each is waited for added up."""
     with closing(found):
         while True:
             began = time.perf_counter()
             batch = next(found, None)
-            run.waited += time.perf_counter() - began
+            waited.seconds += time.perf_counter() - began
             if batch is None:
                 return
             yield batch
+
+
+def close(run: Run) -> None:
+    """End the processes that read for a run: at exit, Python would wait for them for ever, since they ignore signals."""
+    for one in run.batches or ():
+        getattr(one, "close", lambda: None)()  # a callback may have put other iterators there

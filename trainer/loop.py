@@ -57,6 +57,7 @@ def pretrain(
                     train(run)
                 finish(run)
         finally:
+            feed.close(run)
             run.saver.close()
             run.telling.close()
         if stop.received:
@@ -177,7 +178,7 @@ def train_step(run: Run) -> Step:
     Raises UserError if the loss or the gradient norm is NaN or Inf; nothing of that step is saved.
     """
     parts, config = run.parts, run.config
-    run.waited = 0.0
+    run.waited.seconds = 0.0
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     parts.optimizer.zero_grad()

@@ -70,6 +70,13 @@ class Step:
 
 
 @dataclass
+class Waited:
+    """How long this rank has waited for its data in this step. Apart from the run, so that what reads data does not hold it."""
+
+    seconds: float = 0.0
+
+
+@dataclass
 class Run:
     """A run in progress, as one rank sees it."""
 
@@ -85,8 +92,7 @@ class Run:
     stop: Stop
     started: float = field(default_factory=time.monotonic)
     batches: Any = None
-    waited: float = 0.0
-    """Seconds that this rank has waited for its data in this step."""
+    waited: Waited = field(default_factory=Waited)
 
     prompts: Any = None
     """A tokenizer and what the model is asked at intervals; None where it is not."""

@@ -71,10 +71,10 @@ def test_a_run_says_what_it_is_before_its_first_step(ranks: Any, model_folder: A
     assert found["layout"] == "2 ranks, TP 2"
     assert found["device"] == "CPU, fp32"
     assert found["batch"] == "128 tokens per step: 4 sequences of 32, 2 microbatches of 2 on each rank"
-    assert found["schedule"] == "3 steps, 384 tokens; learning rate 0.003 to 0.0003, cosine after 1 steps of warm-up"
-    assert found["data"] == "FixedTokens; validation at no interval"
+    assert found["schedule"] == "3 steps, 384 tokens; learning rate 0.003 to 0.0003, cosine after 1 step of warm-up"
+    assert found["data"] == "FixedTokens; no validation"
     assert found["checkpoints"] == f"{tmp_path / 'run'}, every 2 steps and at the end"
-    assert found["memory"].endswith(" GB in the fullest of 2 processes, estimated")
+    assert found["memory"].endswith(" MB in the fullest of 2 processes, estimated")
     assert [line.split()[1] for line in lines[first + 8 :] if line.startswith("step ")] == ["1/3", "3/3"]
 
 
@@ -94,3 +94,22 @@ def test_ctrl_c_is_answered_at_once(ranks: Any, model_folder: Any, tmp_path: Pat
     assert at_once == "\nSIGINT: stopping after this step; Ctrl-C again ends it now, and nothing is saved\n"
     assert status == 130
     assert "stopping after step 2" in said
+
+
+def _processes_left(folder: str, changes: dict[str, Any]) -> list[str]:
+    """What is alive after a run, where garbage is never collected: at exit Python waits for it, and it ignores signals."""
+    import gc
+    import multiprocessing
+
+    from trainer.loop import pretrain
+
+    gc.disable()
+    config = small.settings(Path(folder), **changes)
+    config.dataset.num_workers = 1
+    pretrain(config, callbacks=[small.History()])
+    return [process.name for process in multiprocessing.active_children()]
+
+
+def test_processes_that_read_end_with_their_run(ranks: Any, model_folder: Any, told: dict[str, Any]) -> None:
+    changes = {**told, "checkpoint__save": None, "train__exit_interval": 1}
+    assert ranks.run(_processes_left, 1, str(model_folder()), changes) == [[]]

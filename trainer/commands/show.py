@@ -18,9 +18,13 @@ if TYPE_CHECKING:
 @click.command("show", epilog="Example: mbtrain show llama31_70b --gpus 64")
 @run_arguments
 @click.option(
-    "--gpus", "gpus", type=click.IntRange(min=1), metavar="N", help="As it would be on N GPUs; the recipe's number otherwise."
+    "--gpus",
+    "gpus",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Show the run on N GPUs, instead of the recipe's number of them.",
 )
-@click.option("--nproc", "processes", type=click.IntRange(min=1), metavar="N", help="As it would be with N processes on CPUs.")
+@click.option("--nproc", "processes", type=click.IntRange(min=1), metavar="N", help="Show the run with N processes on CPUs.")
 @click.option("--all", "every", is_flag=True, help="Print every setting, also those that nobody set, as this run would have it.")
 def command(words: tuple[str, ...], *, config_file: str | None, gpus: int | None, processes: int | None, every: bool) -> None:
     """Print the settings of a run and what it takes.

@@ -76,8 +76,8 @@ def _batch(config: RunConfig, resolved: Resolved) -> str:
 def _schedule(config: RunConfig, left: int) -> str:
     train, told, optimizer = config.train, config.scheduler, config.optimizer
     tokens = number(train.train_iters * train.global_batch_size * config.dataset.sequence_length)
-    steps = f"{train.train_iters:,} steps, {tokens} tokens" + (f", {left:,} steps left" if left < train.train_iters else "")
-    warm_up = f" after {told.lr_warmup_iters:,} steps of warm-up" if told.lr_warmup_iters else ""
+    steps = f"{_steps(train.train_iters)}, {tokens} tokens" + (f", {_steps(left)} left" if left < train.train_iters else "")
+    warm_up = f" after {_steps(told.lr_warmup_iters)} of warm-up" if told.lr_warmup_iters else ""
     return f"{steps}; learning rate {optimizer.lr:g} to {optimizer.min_lr:g}, {told.lr_decay_style}{warm_up}"
 
 
@@ -94,15 +94,15 @@ def _data(config: RunConfig, datasets: Any) -> str:
     size = (
         f", {config.train.train_iters * config.train.global_batch_size / epoch:.2g} epochs of {epoch:,} samples" if epoch else ""
     )
-    checked = datasets[1] is not None and check.eval_iters and check.eval_interval
-    return f"{source}{size}; validation {f'every {check.eval_interval} steps' if checked else 'at no interval'}"
+    checked = f"validation every {_steps(check.eval_interval)}" if check.eval_interval else "validation at the end"
+    return f"{source}{size}; {checked if datasets[1] is not None and check.eval_iters else 'no validation'}"
 
 
 def _checkpoints(config: RunConfig) -> str:
     told = config.checkpoint
     if not told.save:
         return "nothing is saved: `checkpoint.save` is not set"
-    when = [f"every {told.save_interval:,} steps"] if told.save_interval else []
+    when = [f"every {_steps(told.save_interval)}"] if told.save_interval else []
     when += [f"every {duration(told.save_interval_in_mins * 60)}"] if told.save_interval_in_mins else []
     kept = f", the newest {told.keep_last} kept" if told.keep_last else ""
     return f"{told.save}, {' and '.join([*when, 'at the end'])}{kept}"
@@ -114,5 +114,13 @@ def _memory(run: Run, resolved: Resolved) -> str:
     found = estimate.of_rank(run.config, held(run.chunks, run.config.model), rank, dist.get_world_size())
     size, card = parallel.largest([float(found.total)])[0], device.memory()
     if card is None:
-        return f"{size / 1e9:.1f} GB in the fullest of {resolved.world_size} processes, estimated"
-    return f"{size / 1e9:.1f} GB of the card's {card / 1e9:.1f} GB, estimated"
+        return f"{_bytes(size)} in the fullest of {resolved.world_size} processes, estimated"
+    return f"{_bytes(size)} of the card's {_bytes(card)}, estimated"
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'' if count == 1 else 's'}"
