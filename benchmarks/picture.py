@@ -29,7 +29,7 @@ from rich.text import Text
 from benchmarks.convert import SHAPES, make_model
 from benchmarks.docstrings import modules
 
-WIDTH = {"conversion": 112, "training": 136, "finetuning": 136}
+WIDTH = {"conversion": 112, "training": 172, "finetuning": 172}
 COMMANDS = {
     "conversion": (
         "mbconvert hf-to-mcore Llama-3.2-1B megatron --tp 8 --pp 4 --verify",

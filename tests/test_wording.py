@@ -18,6 +18,7 @@ SOURCES = sorted(path for room in ("formats", "converter", "trainer") for path i
 FACTS = {
     "strerror", "errno", "filename", "lineno", "colno", "pos", "start", "position", "problem_mark", "context_mark", "name",
     "encoding", "verify_code", "failures", "exitcode", "sigval", "signum", "exit_code", "code", "get_first_failure", "told",
+    "option_name", "ctx",
     "__traceback__", "__cause__", "__context__", "response", "returncode",
 }  # fmt: skip
 """Attributes that are numbers, names and places."""

@@ -1,4 +1,4 @@
-"""What ranks tell each other in a step: the loss, whether it is a number, whether to stop or save. Changes no weight."""
+"""The all-reduce of each step: the loss, whether it is a number, requests to stop and to save. Changes no weight."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from trainer.loss import mean_and_work
 from trainer.run import Run
 
 
-def agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool, tuple[float, float]]:
-    """All ranks learn the loss, whether some rank was asked to stop, whether it is time to save, and the work in packed rows:
-    tokens in examples, and the sum of the squares of examples' lengths, both 0 where rows are not packed.
+def agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool, float, tuple[float, float]]:
+    """All ranks learn the loss, whether some rank was asked to stop, whether it is time to save, the seconds that the slowest of
+    them waited for data, and the work in packed rows: tokens in examples, and the sum of the squares of examples' lengths, both 0
+    where rows are not packed.
 
-    Raises UserError on all of them where the loss is no number: before it reaches the weights.
+    Raises UserError on all of them where the loss is NaN or Inf: before it reaches the weights.
     """
     settings, bad, here = run.config, 0.0, -math.inf
     work: list[float] = []
@@ -33,14 +34,14 @@ def agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool, tupl
     due = minutes is not None and run.saver.root is not None and run.saver.minutes >= minutes
     asked = float(run.stop.received or 0)
     tokens, squares = work or (0.0, 0.0)  # only the last stage knows
-    worst, value, asked, over, due, tokens, squares = parallel.largest(
-        [bad, here if math.isfinite(here) else -math.inf, asked, float(over), float(due), tokens, squares]
+    worst, value, asked, over, due, waited, tokens, squares = parallel.largest(
+        [bad, here if math.isfinite(here) else -math.inf, asked, float(over), float(due), run.waited.seconds, tokens, squares]
     )
     if worst:
         raise not_a_number(run, f"the loss of step {run.progress.iteration + 1} is NaN or Inf on rank {int(worst) - 1}")
     if asked:
         run.stop.received = signal.Signals(int(asked))
-    return value, bool(asked or over), bool(due), (tokens, squares)
+    return value, bool(asked or over), bool(due), waited, (tokens, squares)
 
 
 def not_a_number(run: Run, what: str) -> UserError:

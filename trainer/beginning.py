@@ -50,10 +50,10 @@ def first_weights(chunks: Sequence[Any], config: RunConfig, resumed: Path | None
         return
     if isinstance(config.dataset, FinetuningDatasetConfig) and not told.random_weights:
         raise UserError(
-            "fine-tuning starts from a model, and `checkpoint.pretrained_checkpoint` names none",
+            "fine-tuning needs a model to start from, and `checkpoint.pretrained_checkpoint` is not set",
             hint="name a checkpoint or a Hugging Face directory; `checkpoint.random_weights=true` if random ones are meant",
         )
-    say("weights are random: neither `checkpoint.load` nor `checkpoint.pretrained_checkpoint` names any")
+    say("initializing weights at random (no `checkpoint.load`, no `checkpoint.pretrained_checkpoint`)")
 
 
 def what_is_trained(chunks: Sequence[Any], config: RunConfig, resumed: Path | None) -> Base | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pkgutil
 import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -31,13 +33,34 @@ class _Commands(click.Group):
         streams.prepare()
         return super().main(*args, **kwargs)
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Keep the words, for an error about one of them; and suggest the nearest command."""
+        ctx.meta[_WORDS] = tuple(args)
+        near = get_close_matches(args[0], self.list_commands(ctx), 1)
+        if args[0] not in self.list_commands(ctx) and near:
+            raise click.UsageError(f"there is no command `{args[0]}`; did you mean `{near[0]}`?", ctx)
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if meant := _meant(error.option_name, ctx.meta.get(_WORDS, ())):
+                raise click.UsageError(f"there is no option `{error.option_name}`; write `{meant}`", error.ctx) from error
+            raise
         except UserError as error:
             if not getattr(error, "told", False):
                 click.echo(f"error: {error}", err=True)
             sys.exit(1)
+
+
+_WORDS = f"{__name__}.words"
+
+
+def _meant(option: str, words: Sequence[str]) -> str | None:
+    from trainer.settings import flags  # noqa: PLC0415 - brings torch
+
+    return flags.setting(option, words)
 
 
 @click.command(cls=_Commands)

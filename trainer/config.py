@@ -229,7 +229,7 @@ class CheckpointConfig:
     """Weights to start from where there is nothing to resume: a Megatron checkpoint or a Hugging Face directory."""
 
     random_weights: bool = False
-    """Fine-tune random weights, as benchmarks do; otherwise naming none is an error. Pretraining needs no leave."""
+    """Allow fine-tuning from random weights, as benchmarks do. Ignored by pretraining."""
 
     pretrained_adapter: FilePath | None = None
     """Adapters to start from beside those weights: a checkpoint of this trainer, or of `mbconvert adapter-to-mcore`."""
@@ -275,6 +275,49 @@ class DistConfig:
     timeout_minutes: float = 10.0
     """How long a rank waits for the others before it gives up."""
 
+    step_timeout_minutes: float | None = None
+    """The same after the first step, when nothing is built or compiled any more: longer than an evaluation and a checkpoint
+    take. None for `timeout_minutes`."""
+
+
+@dataclass(kw_only=True)
+class ProfilingConfig:
+    """What is recorded of some steps, by Megatron's names; files go to `profile` in the run's folder."""
+
+    use_pytorch_profiler: bool = False
+    """A trace by torch's profiler."""
+
+    use_nsys_profiler: bool = False
+    """The range of `nsys profile --capture-range=cudaProfilerApi`."""
+
+    record_memory_history: bool = False
+    """A snapshot of the GPU's memory after the last of the steps, or when it is full during them."""
+
+    profile_step_start: int = 10
+    profile_step_end: int = 12
+    """The last step that is recorded."""
+
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    record_shapes: bool = False
+    """Shapes of tensors in torch's trace."""
+
+
+@dataclass(kw_only=True)
+class DiagnosticsConfig:
+    """What is checked of machines while a run goes on, by Megatron's names."""
+
+    check_weight_hash_across_dp_replicas_interval: int | None = None
+    """Steps between comparisons of the weights on data-parallel ranks; None for none."""
+
+    gpu_sniff_test: bool = False
+    """Measure every GPU and link before the first step."""
+
+    log_straggler: bool = False
+    """Tell the slowest and the fastest ranks at every `logger.log_interval`."""
+
+    straggler_minmax_count: int = 1
+    """How many of each."""
+
 
 @dataclass(kw_only=True)
 class CommOverlapConfig:
@@ -314,3 +357,5 @@ class RunConfig:
     """A name from `trainer.settings.precision`, or `fp32`."""
 
     comm_overlap: CommOverlapConfig = field(default_factory=CommOverlapConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)

@@ -58,7 +58,8 @@ def local_rank(env: Mapping[str, str]) -> int:
     told = env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0"
     if not told.isdecimal():
         raise UserError(
-            f"`LOCAL_RANK` is `{told}`, which is no number of a process on its host", hint="start all processes with torchrun"
+            f"`LOCAL_RANK` is `{told}`, which is not the number of a process on its host",
+            hint="start all processes with torchrun",
         )
     return int(told)
 
@@ -80,6 +81,16 @@ def current() -> torch.device:
 
 def _on_gpu() -> bool:
     return not cpu_stand_in.entered() and torch.cuda.is_available()
+
+
+def unused(wanted: str) -> int:
+    """How many GPUs of this host a single process leaves alone."""
+    return torch.cuda.device_count() - 1 if choose(wanted) == GPU else 0
+
+
+def memory() -> int | None:
+    """Bytes of this process's GPU; None on the CPU."""
+    return torch.cuda.get_device_properties(current()).total_memory if _on_gpu() else None
 
 
 def synchronize() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from megatron.core import parallel_state
@@ -14,7 +16,7 @@ from trainer.config import FinetuningDatasetConfig, RunConfig
 from trainer.data import compare
 from trainer.data.chat import sets
 from trainer.data.loader import batches
-from trainer.run import Run, say
+from trainer.run import Run, Waited, say
 from trainer.tokenizers import Tokenizer
 
 
@@ -80,17 +82,38 @@ def iterators(run: Run, dataset: Any, *, consumed: int) -> list[Iterator[Any] | 
     config = run.config
     packed = data.is_packed(config.dataset)
     return [
-        batches(
-            dataset,
-            consumed=consumed,
-            micro_batch_size=config.train.micro_batch_size,
-            global_batch_size=config.train.global_batch_size,
-            rank=parallel_state.get_data_parallel_rank(),
-            size=parallel_state.get_data_parallel_world_size(),
-            num_workers=getattr(config.dataset, "num_workers", 0),
-            pin_memory=device.current().type == "cuda",
+        _timed(
+            run.waited,
+            batches(
+                dataset,
+                consumed=consumed,
+                micro_batch_size=config.train.micro_batch_size,
+                global_batch_size=config.train.global_batch_size,
+                rank=parallel_state.get_data_parallel_rank(),
+                size=parallel_state.get_data_parallel_world_size(),
+                num_workers=getattr(config.dataset, "num_workers", 0),
+                pin_memory=device.current().type == "cuda",
+            ),
         )
         if packed or model.sees_data(chunk)
         else None
         for chunk in run.chunks
     ]
+
+
+def _timed(waited: Waited, found: Generator[Any]) -> Generator[Any]:
+    """The same microbatches, with the time that each is waited for added up."""
+    with closing(found):
+        while True:
+            began = time.perf_counter()
+            batch = next(found, None)
+            waited.seconds += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+
+def close(run: Run) -> None:
+    """End the processes that read for a run: at exit, Python would wait for them for ever, since they ignore signals."""
+    for one in run.batches or ():
+        getattr(one, "close", lambda: None)()  # a callback may have put other iterators there

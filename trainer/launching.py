@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from uuid import uuid4
 
 import click
@@ -30,6 +32,24 @@ def check(config: RunConfig, *, world_size: int) -> None:
     resuming.find(resolved.config.checkpoint)
 
 
+@contextmanager
+def _ctrl_c_for_processes() -> Iterator[None]:
+    """Pass each Ctrl-C on to the processes, which know a first one from a second: torch's launcher would pass on one alone."""
+
+    import psutil  # noqa: PLC0415 - needed here alone
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        for child in psutil.Process().children():
+            if os.getsid(child.pid) == child.pid:  # each process of a run leads a session of its own
+                child.send_signal(number)
+
+    before = signal.signal(signal.SIGINT, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run `mbtrain` with these arguments in `count` processes; the exit status, as a shell says it.
 
@@ -51,9 +71,11 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         monitor_interval=0.1,
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "trainer", *arguments)
+        with _ctrl_c_for_processes():
+            elastic_launch(config, sys.executable)("-m", "trainer", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code: int = failure.exitcode

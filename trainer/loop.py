@@ -21,7 +21,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from trainer import clock, device, feed, main_script, model, optim, parallel
+from trainer import clock, device, diagnostics, feed, main_script, model, optim, parallel
 from trainer.agreement import agree, not_a_number
 from trainer.beginning import first_weights, make_saver, what_is_trained, where_to_resume
 from trainer.checkpoints import checkpoint, luggage, shared
@@ -30,11 +30,11 @@ from trainer.config import RunConfig
 from trainer.generation.text import generate
 from trainer.loss import forward_step as default_forward_step
 from trainer.loss import mean
-from trainer.run import Callback, ForwardStep, Run, Step, say
+from trainer.run import Callback, ForwardStep, Run, Step, answer_signal, say
 from trainer.settings import refused
 from trainer.settings.resolve import Resolved, resolve
 from trainer.signals import Stop
-from trainer.telling import voice
+from trainer.telling import summary, voice
 
 
 def pretrain(
@@ -42,7 +42,7 @@ def pretrain(
 ) -> checkpoint.Progress:
     """Train as `config` says, in the processes that torchrun or Slurm started; in this one alone if none did.
 
-    Raises UserError for settings that cannot work, weights that do not fit, a loss that is no number. A signal saves, and
+    Raises UserError for settings that cannot work, weights that do not fit, a loss that is NaN or Inf. A signal saves, and
     then ends the process: SystemExit with 128 + its number, on every rank.
     """
     began = clock.run_began()
@@ -51,16 +51,17 @@ def pretrain(
     device.set_environment(config)
     kind = device.choose(config.dist.device)
     resolved = resolve(config, world_size=parallel.world_size(), device=kind)
-    with parallel.session(resolved.config, kind), Stop() as stop:
+    with parallel.session(resolved.config, kind), Stop(answer_signal) as stop:
         run = start(resolved, forward_step, callbacks=callbacks, stop=stop, began=began)
         try:
             if _last(run):
-                say(f"nothing to do: the run stands at step {run.progress.iteration} of {config.train.train_iters}")
+                say(f"training is already complete (step {run.progress.iteration} of {config.train.train_iters})")
             else:
                 with _collected_together(config.train.manual_gc_interval):
                     train(run)
                 finish(run)
         finally:
+            feed.close(run)
             run.saver.close()
             run.telling.close()
         if stop.received:
@@ -87,14 +88,20 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     if resumed:
         checkpoint.resume(parts, config, resumed, say=say)
     tokenizer = tokenizer_of_run(config, resumed=resumed)
+    datasets = feed.datasets(config, parts.progress, tokenizer=tokenizer)
     run = Run(
         config=config,
         parts=parts,
         saver=make_saver(config, travels, resumed),
-        telling=voice.open_telling(config, resumed_at=parts.progress.iteration, active=parallel.speaks()),
+        telling=voice.open_telling(
+            config,
+            resumed_at=parts.progress.iteration,
+            active=parallel.speaks(),
+            samples_per_epoch=getattr(datasets[0], "per_epoch", None),
+        ),
         forward_step=forward_step,
-        callbacks=callbacks,
-        datasets=feed.datasets(config, parts.progress, tokenizer=tokenizer),
+        callbacks=[*diagnostics.callbacks(config), *callbacks],
+        datasets=datasets,
         stop=stop,
         began=began,
     )
@@ -103,7 +110,9 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     if not _last(run):
         run.batches = feed.iterators(run, run.datasets[0], consumed=parts.progress.consumed_samples)
     run.prompts = feed.prompts(run, tokenizer)
-    for callback in callbacks:
+    for line in summary.lines(run, resolved):
+        say(line)
+    for callback in run.callbacks:
         callback.on_start(run)
     return run
 
@@ -123,6 +132,7 @@ def _trainable(chunks: list[Any], config: RunConfig) -> tuple[list[Any], Any]:
 def train(run: Run) -> None:
     """Step until the run is done or asked to stop; tell, evaluate and save on the way."""
     settings, first = run.config, run.progress.iteration
+    run.telling.begin()
     while run.progress.iteration < settings.train.train_iters:
         with refused.named_in_first_step() if run.progress.iteration == first else nullcontext():
             step = train_step(run)
@@ -171,13 +181,17 @@ def _last(run: Run) -> bool:
 
 
 def train_step(run: Run) -> Step:
-    """Forward, backward, reduce, update: one global batch. UserError, before anything is saved, where a number is none."""
+    """Forward, backward, reduce, update: one global batch.
+
+    Raises UserError if the loss or the gradient norm is NaN or Inf; nothing of that step is saved.
+    """
     parts, config = run.parts, run.config
+    run.waited.seconds = 0.0
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     parts.optimizer.zero_grad()
     losses = _schedule(run, run.batches, microbatches=get_num_microbatches(), forward_only=False)
-    loss, stop, save_now, work = agree(run, losses)
+    loss, stop, save_now, waited, work = agree(run, losses)
     applied, grad_norm, _ = parts.optimizer.step()
     if applied and not math.isfinite(grad_norm or 0.0):
         raise not_a_number(run, f"the gradient norm of step {run.progress.iteration + 1} is NaN or Inf")
@@ -196,6 +210,7 @@ def train_step(run: Run) -> Step:
         loss_scale=parts.optimizer.get_loss_scale().item() if config.model.fp16 else None,
         stop=stop,
         save=save_now,
+        waited=waited,
         work=work,
     )
 

@@ -95,7 +95,7 @@ def check_meeting_point(env: Mapping[str, str]) -> None:
     port = env["MASTER_PORT"]
     if not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(
-            f"`MASTER_PORT` is `{port}`, which is no port", hint=f"set it to a number up to {2**16 - 1}; or {_WAYS_OUT}"
+            f"`MASTER_PORT` is `{port}`, which is not a port", hint=f"set it to a number up to {2**16 - 1}; or {_WAYS_OUT}"
         )
 
 
@@ -170,7 +170,7 @@ def seed(number: int) -> None:
 
 
 def speaks() -> bool:
-    """Is this the one rank that tells of the run? The last: it has the loss."""
+    """True on the rank that logs: the last, where the last pipeline stage computes the loss."""
     return dist.get_rank() == dist.get_world_size() - 1
 
 

@@ -1,17 +1,23 @@
-"""What a recipe is, and the run that all of them start from. The files in `trainer/recipes` know models and machines."""
+"""What a recipe is, and the run that all of them start from. The files in `trainer/recipes` know models and machines.
+
+Recipes can be listed without torch: megatron-core's settings are imported when a configuration is made.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from trainer.config import DatasetConfig, FinetuningDatasetConfig, RunConfig, TrainingConfig
-from trainer.model import from_hf_config
-from trainer.peft import LoRA
-from trainer.settings.places import place
+from converter.config import make_model
+from converter.families import find
+from converter.rules import in_order
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
 
 WARM_UP = 8_000 / 1_200_000
 """The share of all steps that the Llama 3 paper warms up for (arXiv:2407.21783, section 3.4.1). A share, so that a run cut
@@ -27,6 +33,9 @@ class Recipe:
     """One model with settings that fit a machine. Each call makes a new configuration, which is the caller's to change."""
 
     name: str
+    model: Mapping[str, Any]
+    """Its `config.json`."""
+
     pretrain_config: Callable[[], RunConfig]
     """From random weights, on mock data until `dataset.blend` is given."""
 
@@ -44,6 +53,19 @@ class Recipe:
 
     peft_gpus: int
     """The same for adapters."""
+
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    """How pretraining divides the model: fields of its provider."""
+
+    precision: str = "bf16_mixed"
+    """`mixed_precision` of pretraining."""
+
+    @property
+    def parameters(self) -> int:
+        """All of the model's, tied weights counted once."""
+        family = find(self.model["model_type"])
+        sizes = make_model(family.CONFIG, self.model)
+        return sum(math.prod(rule.shape(sizes)) for rule, _ in in_order(family.RULES, sizes) if rule.when(sizes))
 
     @property
     def summary(self) -> str:
@@ -67,10 +89,20 @@ def pretraining(
     `model` is a `config.json`; `layout` are fields of its provider. Gradients are reduced in fp32, and optimizer states lie
     spread over the data-parallel ranks.
     """
+    from trainer.config import DatasetConfig, TrainingConfig  # noqa: PLC0415 - brings torch
+
     config = _run(model, DatasetConfig(sequence_length=sequence_length), layout)
     config.train = TrainingConfig(train_iters=train_iters, global_batch_size=global_batch_size)
     config.optimizer.lr, config.optimizer.min_lr = lr, min_lr
     config.scheduler.lr_warmup_fraction = WARM_UP
+    return config
+
+
+def continuing(model: Mapping[str, Any], *, sequence_length: int = 4096) -> RunConfig:
+    """More training of a model that is there, on plain text: a thousand steps at a small rate, after a short warm-up."""
+    run = {"sequence_length": sequence_length, "global_batch_size": 32, "train_iters": 1000, "lr": 1e-5, "min_lr": 1e-6}
+    config = pretraining(model, **run)
+    config.scheduler.lr_warmup_fraction = WARM_UP_TUNING
     return config
 
 
@@ -82,6 +114,8 @@ def tuning_all(model: Mapping[str, Any], *, sequence_length: int = 4096, **layou
 def tuning_adapters(model: Mapping[str, Any], *, sequence_length: int = 4096, **layout: Any) -> RunConfig:
     """LoRA of rank 32 beside every linear layer, at 1e-4: adapters start at nothing and want a rate some ten times that of the
     model's own parameters (Schulman et al. 2025, "LoRA Without Regret")."""
+    from trainer.peft import LoRA  # noqa: PLC0415 - brings torch
+
     config = _tuning(model, lr=1e-4, sequence_length=sequence_length, layout=layout)
     config.peft = LoRA(dim=32, alpha=32)
     return config
@@ -89,6 +123,8 @@ def tuning_adapters(model: Mapping[str, Any], *, sequence_length: int = 4096, **
 
 def _tuning(model: Mapping[str, Any], *, lr: float, sequence_length: int, layout: Mapping[str, Any]) -> RunConfig:
     """A thousand steps over examples packed to `sequence_length`."""
+    from trainer.config import FinetuningDatasetConfig, TrainingConfig  # noqa: PLC0415 - brings torch
+
     config = _run(model, FinetuningDatasetConfig(sequence_length=sequence_length), layout)
     config.train = TrainingConfig(train_iters=1000, global_batch_size=32)
     config.optimizer.lr, config.optimizer.min_lr = lr, 0.0
@@ -97,6 +133,10 @@ def _tuning(model: Mapping[str, Any], *, lr: float, sequence_length: int, layout
 
 
 def _run(model: Mapping[str, Any], dataset: Any, layout: Mapping[str, Any]) -> RunConfig:
+    from trainer.config import RunConfig  # noqa: PLC0415 - brings torch
+    from trainer.model import from_hf_config  # noqa: PLC0415
+    from trainer.settings.places import place  # noqa: PLC0415
+
     config = RunConfig(model=from_hf_config(copy.deepcopy(dict(model))), dataset=dataset)
     for name, value in layout.items():
         place(config, f"model.{name}").put(value)

@@ -6,6 +6,7 @@ On the CPU, where it takes a fraction of a second and no memory; Transformer Eng
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,25 +29,23 @@ def rehearse(config: RunConfig, *, world_size: int) -> None:
     if not isinstance(config.model, GPTModelProvider) or dist.is_initialized():
         return
     for rank in sorted({0, world_size - 1}):
-        with (
-            device.stand_in(device.CPU),
-            device.environment_kept(),
-            _as_if(rank, world_size, config.model),
-            refused.explained("model", config.model, model.try_again),
-        ):
+        with as_rank(rank, world_size, config.model), refused.explained("model", config.model, model.try_again):
             model.shapes(config.model)
 
 
 @contextmanager
-def _as_if(rank: int, world_size: int, provider: Any) -> Iterator[None]:
-    """The process groups of one rank among many that are not there."""
+def as_rank(rank: int, world_size: int, provider: Any) -> Iterator[None]:
+    """While entered, megatron-core's process groups are those of one rank among `world_size` that do not exist, and models
+    are built of its own layers, as on the CPU."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415 - registers torch's `fake` backend
 
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    try:
-        parallel.form_groups(provider, timeout_minutes=1, gloo=False)
-        parallel.seed(0)
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    with warnings.catch_warnings(), device.stand_in(device.CPU), device.environment_kept():
+        warnings.filterwarnings("ignore", module="megatron")
+        dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+        try:
+            parallel.form_groups(provider, timeout_minutes=1, gloo=False)
+            parallel.seed(0)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()

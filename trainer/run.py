@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
@@ -18,7 +20,7 @@ ForwardStep = Callable[[Any, Any], Any]
 
 
 class Callback:
-    """What may look at a run, or change it, at the loop's seams. Every rank calls each.
+    """Hooks called by the training loop. Every rank calls every hook.
 
     `run.stop.request()` on one rank or on all lets the run save and end: after this step where it is called in
     `on_evaluation`, after the next one where it is called in `on_step`, since ranks agree once in a step.
@@ -59,8 +61,18 @@ class Step:
     save: bool
     """Some rank's clock says that it is time to save."""
 
+    waited: float = 0.0
+    """Seconds that the slowest rank waited for its data."""
+
     work: tuple[float, float] = (0.0, 0.0)
     """Of packed rows: the tokens in examples, and the sum of the squares of examples' lengths, over the whole batch."""
+
+
+@dataclass
+class Waited:
+    """How long this rank has waited for its data in this step. Apart from the run, so that what reads data does not hold it."""
+
+    seconds: float = 0.0
 
 
 @dataclass
@@ -81,6 +93,8 @@ class Run:
     """On `time.monotonic`'s clock: see `trainer.clock`."""
 
     batches: Any = None
+    waited: Waited = field(default_factory=Waited)
+
     prompts: Any = None
     """A tokenizer and what the model is asked at intervals; None where it is not."""
 
@@ -93,6 +107,13 @@ class Run:
     def chunks(self) -> list[Any]:
         """This rank's model chunks."""
         return self.parts.chunks
+
+
+def answer_signal(number: signal.Signals) -> None:
+    """Say at once that the run will stop. Written past Python's buffers, which a signal may find in use."""
+    if parallel.speaks():
+        again = "; Ctrl-C again ends it now, and nothing is saved" if number == signal.SIGINT else ""
+        os.write(2, f"\n{number.name}: stopping after this step{again}\n".encode())
 
 
 def say(text: str) -> None:

@@ -7,7 +7,7 @@ Ctrl-C. Knows nothing of steps or checkpoints.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
@@ -23,7 +23,9 @@ class Stop:
     handlers are what they were. Enter it in the main thread; Python allows handlers only there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answer: Callable[[signal.Signals], None] | None = None) -> None:
+        """`answer` is called when a signal comes, in its handler."""
+        self._answer = answer
         self.received: signal.Signals | None = None
         self._asked = False
         self._before: dict[signal.Signals, Any] = {}
@@ -56,7 +58,9 @@ class Stop:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        again, self.received = self.received is not None, signal.Signals(number)
+        if self._answer and not again:
+            self._answer(self.received)
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def load(name: str) -> Tokenizer:
     name = expanded(name)
     folder = Path(name)
     if not folder.is_dir():
-        raise UserError(f"`{name}` is no folder", hint="give a folder with `tokenizer.json`, or `byte` for plain bytes")
+        raise UserError(f"`{name}` is not a folder", hint="give a folder with `tokenizer.json`, or `byte` for plain bytes")
     if (folder / "tokenizer.json").is_file():
         return _fast(folder, _from_file(folder / "tokenizer.json"))
     return _other(folder)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import converter
 from formats.errors import UserError
 from trainer import recipes
+from trainer.config import FinetuningDatasetConfig
+from trainer.peft import LoRA
 from trainer.settings import documents
 from trainer.settings.arguments import read_run, recipe_and_overrides
+from trainer.settings.resolve import resolve
 
 
 def write(folder: Path, text: str) -> Path:
@@ -47,9 +53,32 @@ def test_a_run_has_to_start_from_something(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError) as refused:
         read_run(None, config_file=write(tmp_path, text))
     assert str(refused.value) == (
-        "there is no recipe to start from\n\nhint: name one (`mbtrain recipes` lists them), or give a file with "
-        "`recipe: NAME` or with `model.hf_config`"
+        "there is no recipe to start from\n\nhint: name one (`mbtrain recipes` lists them), or a folder with a model "
+        "(`checkpoint.pretrained_checkpoint=DIR`), or a file with `recipe: NAME` or with `model.hf_config`"
     )
+
+
+@pytest.mark.parametrize("form", ["huggingface", "megatron"])
+def test_a_folder_that_says_what_model_it_holds_needs_no_recipe(form: str, model_folder: Any, tmp_path: Path) -> None:
+    folder = Path(model_folder("gqa"))
+    if form == "megatron":
+        converter.hf_to_mcore(folder, tmp_path / "megatron", tp=1, pp=1)
+    named = str(folder if form == "huggingface" else tmp_path / "megatron")
+    here = f"checkpoint.pretrained_checkpoint={named}"
+    file = write(tmp_path, f"checkpoint: {{pretrained_checkpoint: {named}}}")
+    told: dict[str, Any] = {"overrides": [here, "train.train_iters=3"]}
+    lora, every, more = (
+        read_run(None, **told, finetune=True),
+        read_run(None, overrides=[*told["overrides"], "peft=none"], finetune=True),
+        read_run(None, config_file=file),
+    )
+    described = json.loads((folder / "config.json").read_text())
+    for config in (lora, every, more):
+        assert config.model.hf_config.items() >= {name: described[name] for name in ("hidden_size", "vocab_size")}.items()
+        assert (config.dataset.sequence_length, config.checkpoint.pretrained_checkpoint) == (config.model.seq_length, named)
+        resolve(config, world_size=1, device="cpu")
+    assert (type(lora.peft), every.peft, more.peft) == (LoRA, None, None)
+    assert [isinstance(one.dataset, FinetuningDatasetConfig) for one in (lora, every, more)] == [True, True, False]
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -256,9 +256,9 @@ def test_what_cannot_be_built_is_named(prefix, tmp_path):
     assert message(blend_per_split=[[prefix]]) == "`dataset.blend_per_split` has 1 entries"
     assert message(blend_per_split=[None, [prefix], None]) == "`dataset.blend_per_split` leaves nothing to train on"
     assert message(blend=[prefix], split="0,1,0") == "`dataset.split` leaves nothing to train on"
-    assert message(blend=[prefix], split="a,b") == "`a,b` is no split"
-    assert message(blend=[0, prefix]) == f"`[0, '{prefix}']` is no blend"
-    assert message(blend=[0.5, prefix, prefix, 0.5]) == f"`[0.5, '{prefix}', '{prefix}', 0.5]` is no blend"
+    assert message(blend=[prefix], split="a,b") == "`a,b` is not a split"
+    assert message(blend=[0, prefix]) == f"`[0, '{prefix}']` is not a blend"
+    assert message(blend=[0.5, prefix, prefix, 0.5]) == f"`[0.5, '{prefix}', '{prefix}', 0.5]` is not a blend"
     few = f"the test split of `{prefix}` has 0 tokens in 0 of 60 documents, but a sample takes 17"
     assert message((4, 4, 4), blend=[prefix], split="90,9.9,0.1") == few
     lacks = (
@@ -285,7 +285,7 @@ def test_damaged_files_are_named(prefix):
     data_file.write_bytes(b"")
     assert message(blend=[prefix]) == f"`{data_file}` is empty"
     index.write_bytes(index.read_bytes()[:-1])
-    assert message(blend=[prefix]) == f"`{index}` is no whole index of Megatron-LM"
+    assert message(blend=[prefix]) == f"`{index}` is not a complete index of Megatron-LM"
 
 
 def test_a_token_beyond_the_vocabulary_is_named(prefix):

@@ -13,7 +13,8 @@ from tests.trainer.settings import HOPPER, LLAMA, settings
 from trainer import recipes
 from trainer.config import RunConfig
 from trainer.counting.activations import _in_flight
-from trainer.counting.estimate import Estimate, memory, parameters, parameters_per_rank
+from trainer.counting.built import each_rank
+from trainer.counting.estimate import Estimate, memory, parameters
 from trainer.model import from_hf_config
 from trainer.settings.resolve import resolve
 
@@ -56,6 +57,11 @@ def test_parameters_of_experts_and_head_norms() -> None:
     assert parameters(provider) == on_meta(config)
 
 
+def parameters_per_rank(provider: Any) -> list[int]:
+    """Of one rank of each pipeline stage."""
+    return [held.total for _, held in each_rank(provider)]
+
+
 def built(config: RunConfig) -> int:
     """Parameters of what megatron-core builds on this rank."""
     from trainer import parallel
@@ -89,7 +95,8 @@ def test_parameters_of_each_rank_are_what_megatron_core_builds(ranks: Any, layou
     world = 1 if layout == "one" else 2
     resolved = resolve(settings(variant, mixed_precision="fp32", **changes), world_size=world, device="cpu").config
     stage = resolved.model.pipeline_model_parallel_size > 1
-    expected = [parameters_per_rank(resolved.model, pp_rank=rank if stage else 0).total for rank in range(world)]
+    each = parameters_per_rank(resolved.model)
+    expected = [each[rank if stage else 0] for rank in range(world)]
     assert ranks.run(built, world, resolved) == expected
 
 
@@ -112,7 +119,7 @@ def test_bytes_per_parameter_are_those_megatron_documents(
             mixed_precision=precision, ddp__use_distributed_optimizer=sharded, ddp__grad_reduce_in_fp32=fp32_gradients
         )
         _, found = parts(config, world_size=4)
-        count = parameters_per_rank(config.model).total
+        (count,) = parameters_per_rank(resolve(config, world_size=4, device="gpu", machine=HOPPER).config.model)
         assert found["weights"] + found["gradients"] + found["optimizer"] == int(expected * count)
 
 
@@ -223,3 +230,18 @@ def test_recipes_have_the_parameters_of_their_model_and_fit_their_gpus(name: str
     assert parameters(config.model) == on_meta(LlamaConfig(**config.model.hf_config))
     resolved = resolve(config, world_size=recipe.gpus or 1, device="gpu" if recipe.gpus else "cpu", machine=HOPPER)
     assert memory(resolved.config, resolved.world_size).total < 80e9
+
+
+def test_a_large_model_is_counted_without_its_memory() -> None:
+    """TP8·PP4·VPP5: the numbers of the first stage and of the last, which has no embedding and one norm more."""
+    resolved = resolve(recipes.find("llama3_70b").pretrain_config(), world_size=32, device="gpu", machine=HOPPER)
+    assert parameters_per_rank(resolved.config.model)[::3] == [2_271_543_296, 2_271_551_488]
+
+
+@pytest.mark.parametrize("machine", [HOPPER, None])
+def test_the_estimate_of_gpus_is_the_same_where_there_are_none(machine: Any) -> None:
+    """`machine` is None where it is this one, without Transformer Engine."""
+    config = recipes.find("llama32_1b").pretrain_config()
+    resolved = resolve(config, world_size=1, device="gpu", machine=machine).config
+    found = {part.name: part.size for part in memory(resolved, world_size=1).parts}
+    assert found["logits"] == 4 * 8192 * 128256

@@ -86,4 +86,4 @@ def test_a_run_takes_what_the_estimate_says(method, precision, in_rows, ranks):
           f"{taken / GIB:.2f} GiB, estimated {estimated / GIB:.2f} GiB ({estimated / taken - 1:+.1%})")  # fmt: skip
     for name, (size, why) in parts.items():
         print(f"  {name}: {size / GIB:.2f} GiB, {why}")
-    assert estimated == pytest.approx(taken, rel=0.1)
+    assert estimated == pytest.approx(taken, rel=0.01)

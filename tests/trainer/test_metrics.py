@@ -94,9 +94,17 @@ def test_speeds_follow_from_seconds_and_tokens():
 
 def test_the_console_line_of_a_step():
     assert console_line(step(), 1000) == (
-        "step  120/1000  loss  2.5000  lr 3.00e-04  grad norm   1.23   11,703 tok/s/GPU   561.7 TFLOP/s/GPU  MFU 56.8 %"
-        "   61.2 GiB  left 1 h 22 min"
+        "step  120/1000  loss  2.5000  lr 3.00e-04  grad norm   1.23   5.600 s/step   11,703 tok/s/GPU   561.7 TFLOP/s/GPU"
+        "  MFU 56.8 %   61.2 GiB  data wait  0 %   503 M tokens  left 1 h 22 min"
     )
+
+
+def test_the_line_says_the_epoch_the_share_of_the_card_and_the_wait_for_data():
+    measure = replace(MEASURE, samples_per_epoch=81_920, memory_of_gpu=80 * 2**30)
+    told = {"lr": 3e-4, "consumed_samples": 122_880, "consumed_tokens": 503_316_480, "memory_gib": 60.0}
+    record = measure.step(closed([2.0]), iteration=120, seconds=8.0, waited=2.0, **told)
+    assert (record.epoch, record.memory_share, record.data_wait) == (1.5, 0.75, 0.25)
+    assert " 60.0 GiB (75 %)  data wait 25 %  epoch 1.50  left " in console_line(record, 1000)
 
 
 def test_the_columns_of_two_lines_stand_below_each_other():

@@ -20,8 +20,11 @@ from omegaconf import OmegaConf
 
 from formats.errors import UserError
 from trainer import recipes
-from trainer.config import RunConfig
+from trainer.config import FinetuningDatasetConfig, RunConfig
+from trainer.model import GPTModelProvider
+from trainer.peft import LoRA
 from trainer.settings import documents, overrides
+from trainer.settings.places import ALIASES, every_name
 
 OF_TRAIN = (
     "settings of `train` are: train_iters, global_batch_size, micro_batch_size, exit_interval, exit_duration_in_mins, "
@@ -136,7 +139,7 @@ def test_an_unknown_key_suggests_the_nearest(config: RunConfig) -> None:
 def test_an_unknown_section_lists_the_sections(config: RunConfig) -> None:
     assert refusal(config, "trian.train_iters=1") == (
         "unknown section `trian`\n\nhint: did you mean `train`? sections are: model, train, validation, optimizer, scheduler, "
-        "dataset, tokenizer, logger, checkpoint, ddp, dist, rng, comm_overlap"
+        "dataset, tokenizer, logger, checkpoint, ddp, dist, rng, comm_overlap, profiling, diagnostics"
     )
 
 
@@ -301,6 +304,19 @@ def test_a_whole_number_is_a_float_where_one_is_asked_for(config: RunConfig) -> 
 def test_names_of_other_trainers_are_understood(config: RunConfig) -> None:
     overrides.apply(config, ["dataset.seq_length=64", "dataset.data_path=[a]", "model.seq_length=99"])
     assert (config.dataset.sequence_length, config.dataset.blend, config.model.seq_length) == (64, ["a"], 99)
+
+
+def test_every_name_of_another_trainer_is_no_setting_itself_and_means_one_that_there_is() -> None:
+    names = set(every_name(RunConfig(model=GPTModelProvider(), peft=LoRA())))
+    assert not ALIASES.keys() & names
+    tuned = set(every_name(RunConfig(model=GPTModelProvider(), dataset=FinetuningDatasetConfig())))
+    assert set(ALIASES.values()) <= names | tuned
+
+
+def test_aliases_are_understood_in_files_too(config: RunConfig) -> None:
+    documents.apply(config, {"train": {"max_steps": 7, "learning_rate": 1e-4}, "model": {"tp": 2}})
+    found = config.train.train_iters, config.optimizer.lr, config.model.tensor_model_parallel_size
+    assert found == (7, 1e-4, 2)
 
 
 class Colour(enum.Enum):

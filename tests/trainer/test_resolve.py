@@ -108,7 +108,7 @@ def test_a_users_own_model_is_checked_in_the_fields_it_has() -> None:
     config = settings(mixed_precision="fp32")
     config.model = SimpleNamespace(tensor_model_parallel_size=2, num_layers=3)
     assert resolve(config, world_size=2, device="cpu").data_parallel_size == 1
-    with pytest.raises(UserError, match=r"`3` processes do not divide by `2`"):
+    with pytest.raises(UserError, match=r"`3` processes are not divisible by `2`"):
         resolve(config, world_size=3, device="cpu")
 
 
@@ -122,14 +122,14 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "world": (
         {TP: 2, PP: 2, "world_size": 6},
         (
-            "`6` processes do not divide by `4`: tensor `2` × pipeline `2` × context `1`\n\n"
+            "`6` processes are not divisible by `4` (TP `2` × PP `2` × CP `1`)\n\n"
             "hint: start 4 processes or a multiple of them, or make the model's parallel sizes smaller"
         ),
     ),
     "experts' world": (
         {EP: 4, "model__num_moe_experts": 4, "world_size": 2},
         (
-            "`2` processes do not divide by `4`: expert tensor `1` × expert `4` × pipeline `1`\n\n"
+            "`2` processes are not divisible by `4` (expert TP `1` × EP `4` × PP `1`)\n\n"
             "hint: start a multiple of 4 processes, or change `model.expert_model_parallel_size` or "
             "`model.expert_tensor_parallel_size`"
         ),
@@ -137,7 +137,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "expert tensor parallelism without experts": (
         {"model__expert_tensor_parallel_size": 2},
         (
-            "`1` processes do not divide by `2`: expert tensor `2` × expert `1` × pipeline `1`\n\n"
+            "`1` processes are not divisible by `2` (expert TP `2` × EP `1` × PP `1`)\n\n"
             "hint: start a multiple of 2 processes, or change `model.expert_model_parallel_size` or "
             "`model.expert_tensor_parallel_size`"
         ),
@@ -145,14 +145,14 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "experts": (
         {EP: 4, "model__num_moe_experts": 6, "world_size": 4},
         (
-            "`model.expert_model_parallel_size` is `4`, which does not divide the model's experts, `6`\n\n"
+            "the model's experts, `6`, are not divisible by `model.expert_model_parallel_size`, `4`\n\n"
             "hint: choose one of: 1, 2, 3, 6"
         ),
     ),
     "batch": (
         {"train__global_batch_size": 10, "train__micro_batch_size": 2, "world_size": 4},
         (
-            "`train.global_batch_size` is `10`, which does not divide by `train.micro_batch_size` × data parallel: `2` × `4`\n\n"
+            "`train.global_batch_size` is `10`, which is not divisible by `train.micro_batch_size` `2` × DP `4`\n\n"
             "hint: choose a multiple of 8"
         ),
     ),
@@ -170,28 +170,28 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "heads": (
         {TP: 3, "world_size": 3},
         (
-            "`model.tensor_model_parallel_size` is `3`, which does not divide the model's attention heads, `8`\n\n"
+            "the model's attention heads, `8`, are not divisible by `model.tensor_model_parallel_size`, `3`\n\n"
             "hint: choose one of: 1, 2, 4, 8"
         ),
     ),
     "ffn": (
         {TP: 8, "model__ffn_hidden_size": 100, "world_size": 8},
         (
-            "`model.tensor_model_parallel_size` is `8`, which does not divide the model's feed-forward size, `100`\n\n"
+            "the model's feed-forward channels, `100`, are not divisible by `model.tensor_model_parallel_size`, `8`\n\n"
             "hint: choose one of: 1, 2, 4, 5, 10, 20, 25, 50, 100"
         ),
     ),
     "groups": (
         {TP: 4, "model__num_attention_heads": 12, "model__num_query_groups": 6, "world_size": 4},
         (
-            "`model.tensor_model_parallel_size` is `4`, which neither divides the model's query groups, `6`, "
-            "nor is a multiple of them\n\nhint: choose one of: 1, 2, 3, 6, or a multiple of 6"
+            "`model.tensor_model_parallel_size` is `4`, which is neither a divisor nor a multiple of the model's query groups, "
+            "`6`\n\nhint: choose one of: 1, 2, 3, 6, or a multiple of 6"
         ),
     ),
     "layers": (
         {PP: 3, "world_size": 3},
         (
-            "the model's `4` layers do not divide into pipeline `3` × virtual `1` stages\n\n"
+            "the model's `4` layers are not divisible by PP `3` × VPP `1` stages\n\n"
             "hint: choose sizes whose product divides them, or lay the stages out with `model.pipeline_model_parallel_layout`"
         ),
     ),
@@ -211,12 +211,12 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "context": (
         {CP: 2, "dataset__sequence_length": 126, "world_size": 2},
-        "`dataset.sequence_length` is `126`, which does not divide by 2 × context `2`\n\nhint: choose a multiple of 4",
+        "`dataset.sequence_length` is `126`, which is not divisible by 2 × CP `2`\n\nhint: choose a multiple of 4",
     ),
     "sequence parallel": (
         {TP: 4, SP: True, "dataset__sequence_length": 126, "world_size": 4},
         (
-            "`dataset.sequence_length` is `126`, which does not divide by context `1` × tensor `4` ranks\n\n"
+            "`dataset.sequence_length` is `126`, which is not divisible by CP `1` × TP `4`\n\n"
             "hint: choose a multiple of 4, or set `model.sequence_parallel=false`"
         ),
     ),
@@ -257,19 +257,22 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "micro batch": (
         {"train__micro_batch_size": 0},
-        "`train.micro_batch_size` is `0`; the least is `1`\n\nhint: set `train.micro_batch_size=1` or more",
+        "`train.micro_batch_size` is `0`; it must be at least `1`\n\nhint: set `train.micro_batch_size=1` or more",
     ),
     "tensor size": (
         {TP: 0},
-        "`model.tensor_model_parallel_size` is `0`; the least is `1`\n\nhint: set `model.tensor_model_parallel_size=1` or more",
+        (
+            "`model.tensor_model_parallel_size` is `0`; it must be at least `1`\n\n"
+            "hint: set `model.tensor_model_parallel_size=1` or more"
+        ),
     ),
     "keep": (
         {"checkpoint__keep_last": 0},
-        "`checkpoint.keep_last` is `0`; the least is `1`\n\nhint: set `checkpoint.keep_last=1` or more",
+        "`checkpoint.keep_last` is `0`; it must be at least `1`\n\nhint: set `checkpoint.keep_last=1` or more",
     ),
     "evaluation": (
         {"validation__eval_iters": -1},
-        "`validation.eval_iters` is `-1`; the least is `0`\n\nhint: set `validation.eval_iters=0` or more",
+        "`validation.eval_iters` is `-1`; it must be at least `0`\n\nhint: set `validation.eval_iters=0` or more",
     ),
     "save": (
         {"checkpoint__save_interval": 10},
@@ -384,7 +387,7 @@ def test_packed_rows_divide_among_context_ranks_one_at_a_time() -> None:
 
     told = {"dataset": FinetuningDatasetConfig(sequence_length=128), "model__context_parallel_size": 2}
     assert resolve(settings(**told), world_size=2, device="gpu").config.dataset.pad_to_multiple_of == 4
-    with pytest.raises(UserError, match=r"`train.micro_batch_size` is `2`, and packed rows divide among context `2` ranks"):
+    with pytest.raises(UserError, match=r"`train.micro_batch_size` is `2`, and CP `2` ranks split packed rows"):
         resolve(settings(**told, train__micro_batch_size=2), world_size=2, device="gpu")
 
 

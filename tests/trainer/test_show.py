@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from trainer import recipes
 from trainer.cli import main
+from trainer.settings.arguments import read_run
+from trainer.settings.resolve import KERNELS
 
 
 def mbtrain(*words: str | Path) -> Result:
@@ -17,7 +22,7 @@ def mbtrain(*words: str | Path) -> Result:
 
 
 def test_show_prints_the_whole_run_and_what_follows_from_it() -> None:
-    told = mbtrain("show", "llama32_1b", "train.train_iters=50")
+    told = mbtrain("show", "llama32_1b", "train.train_iters=50", "--all")
     document = yaml.safe_load(told.stdout)
     assert (document["train"]["train_iters"], document["model"]["num_layers"]) == (50, 16)
     lines = told.stdout.splitlines()
@@ -35,12 +40,45 @@ def test_show_says_what_adapters_train_and_take() -> None:
     assert any(line.startswith("# memory of the fullest of 1 GPU, estimated: ") for line in lines)
 
 
-def test_what_show_prints_is_a_run_that_shows_the_same(tmp_path: Path) -> None:
-    once = mbtrain("show", "llama31_405b")
+RUNS = [
+    ["llama3_70b", "--gpus", "32"],
+    ["llama3_8b", "peft=dora", "peft.dim=8", "optimizer.weight_decay=0.01", "--gpus", "1"],
+    ["llama3_8b", "peft=none", "dataset.path=chat.jsonl", "model.num_layers=4", "--gpus", "2"],
+    ["llama_tiny", "train.train_iters=7", "+model.hf_config.note=mine", "--nproc", "2"],
+]
+
+
+@pytest.mark.parametrize("every", [[], ["--all"]])
+@pytest.mark.parametrize("words", RUNS, ids=lambda words: " ".join(words[:2]))
+def test_what_show_prints_is_a_run_that_shows_the_same(words: list[str], every: list[str], tmp_path: Path) -> None:
+    once = mbtrain("show", *words, *every)
     (tmp_path / "run.yaml").write_text(once.stdout)
-    again = mbtrain("show", "--config", tmp_path / "run.yaml", "--gpus", 512)
+    again = mbtrain("show", "--config", tmp_path / "run.yaml", *words[-2:], *every)
     assert again.exit_code == 0, again.stderr
     assert yaml.safe_load(again.stdout) == yaml.safe_load(once.stdout)
+    resolved = [mbtrain("show", *told, *words[-2:], "--all").stdout for told in (words[:-2], ["--config", tmp_path / "run.yaml"])]
+    assert yaml.safe_load(resolved[0]) == yaml.safe_load(resolved[1])
+
+
+def test_what_show_prints_pins_nothing_that_nobody_chose(tmp_path: Path) -> None:
+    """A laptop has no fused kernels. The machine with GPUs that is given the file has."""
+    told = mbtrain("show", "llama32_1b", "train.micro_batch_size=2")
+    (tmp_path / "run.yaml").write_text(told.stdout)
+    model = read_run(None, config_file=tmp_path / "run.yaml").model
+    assert {name: getattr(model, name) for name in KERNELS} == dict.fromkeys(KERNELS)
+    document = yaml.safe_load(told.stdout)
+    assert (document["recipe"], document["train"]["micro_batch_size"]) == ("llama32_1b", 2)
+    assert "model" not in document
+    assert len(told.stdout.splitlines()) < 60
+    assert "is set in Python code" not in mbtrain("show", "llama32_1b", "--all").stdout
+
+
+def test_show_builds_a_mixture_of_experts() -> None:
+    experts = ("num_moe_experts=8", "moe_ffn_hidden_size=64", "expert_model_parallel_size=2")
+    told = mbtrain("show", "llama_tiny", "~model.hf_config", *(f"model.{one}" for one in experts), "--nproc", "2")
+    attention, embedding = 256 * (256 + 2 * 128) + 256 * 256, 2 * 257 * 256 + 256
+    layer = attention + 2 * 256 + 8 * 256 + 8 * 3 * 256 * 64
+    assert f"# parameters: {embedding + 4 * layer:,}" in told.stdout.splitlines(), told.stderr or told.exception
 
 
 @pytest.mark.parametrize(
@@ -74,7 +112,8 @@ def test_show_refuses_what_a_run_would_refuse(words: list[str], message: str) ->
 
 def test_recipes_are_listed_a_line_each() -> None:
     lines = mbtrain("recipes").stdout.splitlines()
-    assert [line.split()[:7] for line in lines] == [
+    assert lines[0].split() == ["recipe", "size", "parallelism", "precision", "GPUs", "SFT", "PEFT", "what", "it", "is"]
+    assert [line.split()[:7] for line in lines[1:]] == [
         ["llama3_8b", "8.03B", "TP2", "bf16_mixed", "8", "4", "1"],
         ["llama3_70b", "70.55B", "TP8·PP4·VPP5", "bf16_mixed", "32", "32", "8"],
         ["llama31_8b", "8.03B", "TP2", "bf16_mixed", "8", "4", "1"],
@@ -84,6 +123,26 @@ def test_recipes_are_listed_a_line_each() -> None:
         ["llama32_3b", "3.21B", "none", "bf16_mixed", "4", "1", "1"],
         ["llama_tiny", "3.3M", "none", "fp32", "CPU", "CPU", "CPU"],
     ]
+
+
+def test_help_and_recipes_need_no_torch() -> None:
+    """Nor anything else that takes seconds; in a program of its own, since this one has imported them."""
+    listed = (
+        "import sys; from click.testing import CliRunner; from trainer.cli import main\n"
+        "for words in (['--help'], ['show', '--help'], ['recipes'], ['recipes', '--json']):\n"
+        "    assert CliRunner().invoke(main, words).exit_code == 0, words\n"
+        "print(*{'torch', 'megatron', 'transformers', 'pyarrow', 'hydra'} & sys.modules.keys())"
+    )
+    told = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True)
+    assert told.stdout == "\n"
+
+
+@pytest.mark.parametrize("name", recipes.every())
+def test_a_recipe_is_listed_as_what_it_makes(name: str) -> None:
+    recipe = recipes.find(name)
+    config = recipe.pretrain_config()
+    assert (config.model.hf_config, config.mixed_precision) == (recipe.model, recipe.precision)
+    assert {field: getattr(config.model, field) for field in recipe.layout} == recipe.layout
 
 
 def test_recipes_as_json_are_one_object() -> None:

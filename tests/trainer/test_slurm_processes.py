@@ -134,8 +134,8 @@ BOTH = f"{WAYS_OUT}; or set both to rank 0's host and a free port of it"
         ({}, f"`MASTER_ADDR` and `MASTER_PORT` are not set: processes do not know where to meet\n\nhint: {BOTH}"),
         ({"MASTER_ADDR": "a"}, f"`MASTER_PORT` is not set: processes do not know where to meet\n\nhint: {BOTH}"),
         ({"MASTER_PORT": "1"}, f"`MASTER_ADDR` is not set: processes do not know where to meet\n\nhint: {BOTH}"),
-        ({**MEET, "MASTER_PORT": "x"}, "`MASTER_PORT` is `x`, which is no port\n\nhint: set it to a number up to 65535; or"),
-        ({**MEET, "MASTER_PORT": "65536"}, "`MASTER_PORT` is `65536`, which is no port\n\n"),
+        ({**MEET, "MASTER_PORT": "x"}, "`MASTER_PORT` is `x`, which is not a port\n\nhint: set it to a number up to 65535; or"),
+        ({**MEET, "MASTER_PORT": "65536"}, "`MASTER_PORT` is `65536`, which is not a port\n\n"),
     ],
 )  # fmt: skip
 def test_several_processes_that_do_not_know_where_to_meet_are_told(told, message):
@@ -165,7 +165,7 @@ def test_one_process_of_a_cluster_trains_alone(monkeypatch, tmp_path):
 
 
 def test_a_number_on_this_host_that_is_none_is_named():
-    with pytest.raises(UserError, match="`LOCAL_RANK` is `x`, which is no number of a process on its host"):
+    with pytest.raises(UserError, match="`LOCAL_RANK` is `x`, which is not the number of a process on its host"):
         device.local_rank({"LOCAL_RANK": "x"})
     assert device.local_rank({}) == 0
 

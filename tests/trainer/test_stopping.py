@@ -97,3 +97,21 @@ def test_sigterm_saves_then_exits_with_143_and_the_run_goes_on_exactly(tmp_path,
 
     ranks.run(_pretrain, 2, [*SETTINGS, f"checkpoint.save={root}", f"checkpoint.load={root}"])
     assert witness.metrics(root) == uninterrupted
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_answered_then_saves_and_a_second_one_ends_without(tmp_path):
+    saved = Launched(tmp_path / "saved")
+    saved.until(lambda: _told(tmp_path / "saved", 2))
+    saved.process.send_signal(signal.SIGINT)
+    assert saved.end() == 130, saved.log.read_text()
+    assert "SIGINT: stopping after this step; Ctrl-C again ends it now, and nothing is saved" in saved.log.read_text()
+    assert iterations.latest(str(tmp_path / "saved"))
+
+    ended = Launched(tmp_path / "ended", "checkpoint.save_interval=1000", "train.train_iters=100000")
+    ended.until(lambda: _told(tmp_path / "ended", 2))
+    for _ in range(2):
+        ended.process.send_signal(signal.SIGINT)
+        time.sleep(0.001)  # else the kernel makes one of two
+    assert ended.end() != 0, ended.log.read_text()
+    assert iterations.latest(str(tmp_path / "ended")) is None

@@ -104,7 +104,7 @@ def test_what_a_folder_lacks_is_named(folder, tmp_path):
     assert message(folder) == f"`{folder}/tokenizer.json` is not readable as a tokenizer"
     (tmp_path / "empty").mkdir()
     assert message(tmp_path / "empty") == f"`{tmp_path}/empty` has no tokenizer: there is no `tokenizer.json`"
-    assert message(tmp_path / "none") == f"`{tmp_path}/none` is no folder"
+    assert message(tmp_path / "none") == f"`{tmp_path}/none` is not a folder"
 
 
 def test_a_tokenizer_written_in_python_is_read_by_transformers(tmp_path):

@@ -11,7 +11,9 @@ from typing import Any
 
 from tests.trainer import small
 
-TIMES = {"seconds_per_step", "tokens_per_second_per_gpu", "tflops_per_gpu", "memory_gib", "time_left_s"}
+TIMES = {
+    "seconds_per_step", "tokens_per_second_per_gpu", "tflops_per_gpu", "memory_gib", "memory_share", "data_wait", "time_left_s",
+}  # fmt: skip
 """What the metrics say of the clock and the process, not of the training."""
 
 

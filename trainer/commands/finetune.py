@@ -5,12 +5,12 @@ from __future__ import annotations
 import click
 
 from trainer.commands.pretrain import carry_out
-from trainer.settings.arguments import run_arguments
+from trainer.settings.arguments import num_processes, run_arguments
 
 
 @click.command(epilog="Example: mbtrain finetune llama3_8b checkpoint.pretrained_checkpoint=DIR dataset.path=chat.jsonl")
 @run_arguments
-@click.option("--nproc", type=click.IntRange(1), help="Start so many processes here; under torchrun or Slurm leave it out.")
+@num_processes
 @click.option("--skip-bad", is_flag=True, help="Count examples that cannot be used, as dataset.skip_bad=true does.")
 def command(words: tuple[str, ...], config_file: str | None, nproc: int | None, *, skip_bad: bool) -> None:
     """Fine-tune a model on examples.

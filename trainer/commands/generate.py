@@ -13,7 +13,7 @@ import click
 from formats.errors import UserError
 from formats.faults import fault
 from formats.home import expanded
-from trainer.settings.arguments import HomePath
+from trainer.settings.arguments import HomePath, num_processes
 
 if TYPE_CHECKING:
     from trainer.generation.text import Generation
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--top-p", type=float, help="Sample among the fewest tokens with this much of the probability.")
 @click.option("--seed", type=int, default=1234, show_default=True, help="Of the first prompt; the next one has the next.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp32 on the CPU, else the checkpoint's.")
-@click.option("--nproc", type=click.IntRange(1), help="Start so many processes here; under torchrun or Slurm leave it out.")
+@num_processes
 @click.option("--json", "as_json", is_flag=True, help="A JSON object on a line for each prompt.")
 def command(
     checkpoint: str,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 import click
 
-from trainer.settings.arguments import read_run, recipe_and_overrides, run_arguments
+from trainer.settings.arguments import num_processes, read_run, recipe_and_overrides, run_arguments
 
 
 @click.command(epilog="Example: mbtrain pretrain llama_tiny dataset.blend=[text] checkpoint.save=run train.train_iters=100")
 @run_arguments
-@click.option("--nproc", type=click.IntRange(1), help="Start so many processes here; under torchrun or Slurm leave it out.")
+@num_processes
 def command(words: tuple[str, ...], config_file: str | None, nproc: int | None) -> None:
     """Train a model from scratch or from a checkpoint.
 
@@ -25,12 +26,23 @@ def command(words: tuple[str, ...], config_file: str | None, nproc: int | None) 
 
 
 def carry_out(words: Sequence[str], config_file: str | None, nproc: int | None, *, finetune: bool) -> None:
-    """Train here, or start the processes that do."""
-    from trainer import launching, loop, parallel  # noqa: PLC0415 - seconds to import
+    """Train here, or start the processes that do. torchrun is told of the error of a process that it started."""
+    act = _carry_out
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415 - seconds to import
+
+        act = record(act)
+    act(words, config_file, nproc, finetune=finetune)
+
+
+def _carry_out(words: Sequence[str], config_file: str | None, nproc: int | None, *, finetune: bool) -> None:
+    from trainer import device, launching, loop, parallel  # noqa: PLC0415 - seconds to import
 
     recipe, overrides = recipe_and_overrides(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=finetune)
     if nproc is not None and parallel.starts_others(nproc):
         launching.check(config, world_size=nproc)
         sys.exit(launching.launch(nproc, sys.argv[1:]))
+    if nproc is None and parallel.world_size() == 1 and (unused := device.unused(config.dist.device)):
+        click.echo(f"note: {unused} of this machine's GPUs are not used; `--nproc gpu` starts a process for each", err=True)
     loop.pretrain(config)

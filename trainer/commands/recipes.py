@@ -1,4 +1,4 @@
-"""`mbtrain recipes`: what can be trained out of the box, one line each."""
+"""`mbtrain recipes`: what can be trained out of the box, one line each. Imports no torch."""
 
 from __future__ import annotations
 
@@ -35,20 +35,17 @@ def command(*, as_json: bool) -> None:
     elif sys.stdout.isatty():
         _show_table(rows)
     else:
-        for row in rows:
-            click.echo(_line(row))
+        for cells in (_HEADER, *map(_cells, rows)):
+            click.echo(_line(cells))
 
 
 def _row(recipe: Recipe) -> dict[str, Any]:
-    from trainer.counting.estimate import parameters  # noqa: PLC0415
-
-    config = recipe.pretrain_config()
-    sizes = {short: getattr(config.model, name) for short, name in _SIZES}
+    sizes = {short: recipe.layout.get(name, 1) for short, name in _SIZES}
     return {
         "name": recipe.name,
-        "parameters": parameters(config.model),
-        "parallelism": "·".join(f"{short}{size}" for short, size in sizes.items() if size and size > 1) or "none",
-        "precision": config.mixed_precision,
+        "parameters": recipe.parameters,
+        "parallelism": "·".join(f"{short}{size}" for short, size in sizes.items() if size > 1) or "none",
+        "precision": recipe.precision,
         "gpus": recipe.gpus,
         "sft_gpus": recipe.sft_gpus,
         "peft_gpus": recipe.peft_gpus,
@@ -63,8 +60,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [row["name"], size, row["parallelism"], row["precision"], *gpus, row["summary"]]
 
 
-def _line(row: dict[str, Any]) -> str:
-    name, size, parallelism, precision, pretrain, sft, peft, summary = _cells(row)
+_HEADER = ["recipe", "size", "parallelism", "precision", "GPUs", "SFT", "PEFT", "what it is"]
+
+
+def _line(cells: list[str]) -> str:
+    name, size, parallelism, precision, pretrain, sft, peft, summary = cells
     return f"{name:<13} {size:>8}  {parallelism:<18} {precision:<11} {pretrain:>4} {sft:>4} {peft:>4}  {summary}"
 
 

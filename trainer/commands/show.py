@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from formats.errors import UserError
-from trainer.settings.arguments import read_run, recipe_and_overrides, run_arguments
+from trainer.settings.arguments import named_recipe, read_run, recipe_and_overrides, run_arguments
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -18,22 +18,30 @@ if TYPE_CHECKING:
 @click.command("show", epilog="Example: mbtrain show llama31_70b --gpus 64")
 @run_arguments
 @click.option(
-    "--gpus", "gpus", type=click.IntRange(min=1), metavar="N", help="As it would be on N GPUs; the recipe's number otherwise."
+    "--gpus",
+    "gpus",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Show the run on N GPUs, instead of the recipe's number of them.",
 )
-@click.option("--nproc", "processes", type=click.IntRange(min=1), metavar="N", help="As it would be with N processes on CPUs.")
-def command(words: tuple[str, ...], *, config_file: str | None, gpus: int | None, processes: int | None) -> None:
+@click.option("--nproc", "processes", type=click.IntRange(min=1), metavar="N", help="Show the run with N processes on CPUs.")
+@click.option("--all", "every", is_flag=True, help="Print every setting, also those that nobody set, as this run would have it.")
+def command(words: tuple[str, ...], *, config_file: str | None, gpus: int | None, processes: int | None, every: bool) -> None:
     """Print the settings of a run and what it takes.
 
-    Every setting as YAML, with parameters, memory, FLOPs and automatic choices.
+    Prints what the recipe, the file and the command line say as YAML. Comments before it say the parameters, the memory and the
+    FLOPs of the run, and every choice that is made for it.
 
-    The YAML can be given to `--config`. Nothing is trained, and no GPU is needed.
+    The YAML can be given to --config, where it leaves open what nobody chose. What --all prints leaves nothing open. Nothing is
+    trained, and no GPU is needed.
     """
     if gpus and processes:
         raise UserError("`--gpus` and `--nproc` are both given", hint="give one of them")
     recipe, overrides = recipe_and_overrides(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides)
+    recipe = named_recipe(recipe, config_file)
     world_size, device = _machine(recipe, config, gpus=gpus, processes=processes)
-    _show(config, world_size=world_size, device=device)
+    _show(config, recipe=recipe, world_size=world_size, device=device, every=every)
 
 
 def _machine(recipe: str | None, config: RunConfig, *, gpus: int | None, processes: int | None) -> tuple[int, str]:
@@ -57,7 +65,7 @@ def _recommended(recipe: Recipe, config: RunConfig) -> int:
     return recipe.sft_gpus if isinstance(config.dataset, FinetuningDatasetConfig) else recipe.gpus
 
 
-def _show(config: RunConfig, *, world_size: int, device: str) -> None:
+def _show(config: RunConfig, *, recipe: str | None, world_size: int, device: str, every: bool) -> None:
     from trainer.settings import documents  # noqa: PLC0415
     from trainer.settings.resolve import resolve  # noqa: PLC0415
     from trainer.settings.values import plain  # noqa: PLC0415
@@ -69,12 +77,37 @@ def _show(config: RunConfig, *, world_size: int, device: str) -> None:
         click.echo(f"# {choice.setting} = {plain(choice.value)}: {choice.why}")
     for warning in resolved.warnings:
         click.echo(f"warning: {warning}", err=True)
-    click.echo(documents.dump(resolved.config), nl=False)
+    if every:
+        click.echo("# every setting as it is here; given to --config, this leaves nothing open")
+    text = documents.dump(resolved.config, made=config) if every else documents.written(_told(config, recipe))
+    click.echo(text, nl=False)
+
+
+def _told(config: RunConfig, recipe: str | None) -> dict[str, Any]:
+    """What is not as it would be by default, or not as the recipe has it. Enough to make the same run of."""
+    from trainer.config import FinetuningDatasetConfig, RunConfig  # noqa: PLC0415
+    from trainer.model import from_hf_config  # noqa: PLC0415
+    from trainer.settings import documents  # noqa: PLC0415
+    from trainer.settings.arguments import start  # noqa: PLC0415
+
+    described, peft = getattr(config.model, "hf_config", None), config.peft
+    kind = "peft_config" if peft else "sft_config" if isinstance(config.dataset, FinetuningDatasetConfig) else "pretrain_config"
+    first = start(recipe, {} if recipe else {"model": {"hf_config": described}}, kind)
+    model = from_hf_config(described or first.model.hf_config)
+    plain = RunConfig(model=model, dataset=type(config.dataset)(), peft=type(peft)() if peft else None)
+    found = documents.changes(config, plain, first)
+    whole = documents.as_mapping(config)[0]
+    if not recipe:
+        found["model"] = {"hf_config": whole["model"]["hf_config"], **found.get("model", {})}
+    # A file says by these two which of a recipe's runs it changes.
+    found["peft"] = {"name": whole["peft"]["name"], **found.get("peft", {})} if peft else "none"
+    if kind != "pretrain_config":
+        found.setdefault("dataset", {})["packed"] = config.dataset.packed
+    return {"recipe": recipe, **found} if recipe else found
 
 
 def _figures(config: RunConfig, *, world_size: int, device: str) -> list[str]:
     from trainer.counting.estimate import memory, parameters  # noqa: PLC0415
-    from trainer.counting.flops import flops_of_run  # noqa: PLC0415
 
     one, many = ("GPU", "GPUs") if device == "gpu" else ("process", "processes")
     units = one if world_size == 1 else many
@@ -82,20 +115,38 @@ def _figures(config: RunConfig, *, world_size: int, device: str) -> list[str]:
     return [
         f"parameters: {parameters(config.model):,}",
         *_trained(config),
-        f"memory of the fullest of {world_size} {units}, estimated: {taken.total / 1e9:.1f} GB",
+        f"memory of the fullest of {world_size} {units}, estimated: {taken.total / 1e9:.1f} GB{_fits(taken.total, device)}",
         *(f"  {part.name}: {part.size / 1e9:.1f} GB, {part.why}" for part in taken.parts),
-        f"FLOPs per token, forward and backward: {flops_of_run(config):.4g}",
+        *_flops(config),
     ]
+
+
+def _flops(config: RunConfig) -> list[str]:
+    from trainer.counting.flops import flops_of_run  # noqa: PLC0415
+
+    try:
+        return [f"FLOPs per token, forward and backward: {flops_of_run(config):.4g}"]
+    except UserError as error:
+        return [f"FLOPs per token: {error.args[0]}"]
+
+
+_CARDS = (16, 24, 40, 48, 80, 96, 141, 192)
+"""GB of NVIDIA's cards."""
+
+
+def _fits(size: int, device: str) -> str:
+    """The smallest card on which a tenth stays free, for what torch's allocator does not hold."""
+    card = next((card for card in _CARDS if size * 1.1 <= card * 1e9), None)
+    if device == "cpu":
+        return ""
+    return f" of a card's {card}" if card else f", more than any card of {_CARDS[-1]} GB has"
 
 
 def _trained(config: RunConfig) -> list[str]:
     from converter.console import count  # noqa: PLC0415
-    from trainer.counting.adapters import known  # noqa: PLC0415
-    from trainer.counting.estimate import adapters, parameters  # noqa: PLC0415
+    from trainer.counting import built  # noqa: PLC0415
 
     if config.peft is None:
         return []
-    if not known(config.peft):
-        return [f"trained: what `{type(config.peft).__name__}` adds, which is not counted"]
-    added = adapters(config.model, config.peft)
-    return [f"trained: {count(added)} of {count(added + parameters(config.model))} parameters"]
+    held = built.whole(config.model, config.peft)
+    return [f"trained: {count(held.trained.total)} of {count(held.total)} parameters"]

@@ -14,10 +14,10 @@ from itertools import batched
 from typing import Any
 
 from megatron.core.enums import Fp8Recipe
-from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.transformer.enums import AttnBackend
 
 from trainer.counting.adapters import Linear, beside, first_trained, known, linears
+from trainer.counting.built import is_quantized
 from trainer.counting.shape import Shape, shape_of
 from trainer.peft.dora import DoRA
 
@@ -127,11 +127,6 @@ def _layout(model: Any, number: int, sequence_length: int, peft: Any) -> Layout:
     )
 
 
-def is_quantized(model: Any, number: int) -> bool:
-    """Does a layer multiply in FP8 or FP4?"""
-    return bool(model.fp8 or model.fp4) and not is_first_last_bf16_layer(model, number)
-
-
 def _layer(shape: Shape, number: int, layout: Layout) -> dict[str, int]:
     """Bytes per token of one layer, by what can be recomputed on its own."""
     wide, tp = layout.wide, layout.tp
@@ -157,7 +152,7 @@ def _experts(shape: Shape, layout: Layout, inner: Sequence[Linear]) -> tuple[int
     wide, hidden = layout.wide, shape.hidden
     routed, shared = ([one for one in inner if (one.expert is None) == of_all] for of_all in (False, True))
     whole = replace(layout, shards=1)
-    pairs = [_mlp(shape, pair, whole, layout.etp, normed=False) for pair in batched(routed, 2, strict=True)]
+    pairs = [_mlp(shape, pair, whole, layout.etp, normed=False) for pair in batched(routed, 2)]
     into, own = (sum(pair[which] for pair in pairs) // len(pairs) for which in (0, 1))
     sent = wide * hidden if layout.peft is None else into
     inside = shape.active_experts * (sent + own + wide * hidden)  # what comes out is kept to be weighted

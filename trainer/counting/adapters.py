@@ -1,11 +1,11 @@
-"""What LoRA and DoRA add to a model, by arithmetic, from the names that megatron-core gives its linear layers.
+"""What LoRA and DoRA compute and keep beside the linear layers of a model, by the names that megatron-core gives those.
 
 Knows no method of somebody's own: what `transform` would make of a layer cannot be told without the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,26 +48,6 @@ class Added:
     magnitudes: int
     rank: int
     """Channels of A·x, of all A."""
-
-    @property
-    def parameters(self) -> int:
-        """All that is trained."""
-        return self.matrices + self.magnitudes
-
-
-@dataclass(frozen=True, slots=True)
-class Adapters:
-    """Numbers of what is trained on one rank. Those of experts are apart, as their weights are."""
-
-    dense: int
-    experts: int
-    rows: int
-    """Outputs with a magnitude, experts' included."""
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.dense + self.experts
 
 
 def known(peft: Any) -> bool:
@@ -112,28 +92,6 @@ def beside(peft: Any, linear: Linear, *, ranks: int = 1) -> Added | None:
     columns, rows = (linear.inputs // ranks, sum(outputs)) if linear.row else (linear.inputs, sum(outputs) // ranks)
     rank = peft.dim * len(outputs)
     return Added(rank * columns + peft.dim * rows, rows if isinstance(peft, DoRA) else 0, rank)
-
-
-def adapters(peft: Any, shape: Shape) -> int:
-    """Trained parameters of the whole model; 0 where the method is not known."""
-    return on_rank(peft, shape, range(shape.layers)).total
-
-
-def on_rank(peft: Any, shape: Shape, layers: Sequence[int], *, tp: int = 1, ep: int = 1, etp: int = 1) -> Adapters:
-    """What is trained in `layers` on one rank: of those that hold different experts, the one with the most."""
-    dense, rows, each = 0, 0, shape.num_experts // ep
-    experts = [[0, 0] for _ in range(ep)]
-    for linear in (one for number in layers for one in linears(shape, number)):
-        found = beside(peft, linear, ranks=tp if linear.expert is None else etp)
-        if found is None:
-            continue
-        if linear.expert is None:
-            dense, rows = dense + found.parameters, rows + found.magnitudes
-        else:
-            mine = experts[linear.expert // each]
-            mine[0], mine[1] = mine[0] + found.parameters, mine[1] + found.magnitudes
-    most, their_rows = max(experts)
-    return Adapters(dense, most, rows + their_rows)
 
 
 def first_trained(peft: Any, shape: Shape) -> int:

@@ -1,4 +1,4 @@
-"""The numbers of a GPT-shaped model that sizes and operations follow from, whether or not its provider is finalized yet.
+"""The numbers of a GPT-shaped model that operations and activations follow from, whether or not its provider is finalized yet.
 
 Knows no layout, no precision and no file.
 """
@@ -28,16 +28,6 @@ class Shape:
 
     vocab: int
     padded_vocab: int
-    positions: int
-    """Rows of a learned position embedding; 0 without one."""
-
-    tied: bool
-    norm: int
-    """Weights of a norm per channel: 2 with a bias, else 1."""
-
-    linear_bias: bool
-    qkv_bias: bool
-    qk_norm: bool
     windows: tuple[int | None, ...]
     """Layer by layer: tokens that a token sees, itself included; None for all before it."""
 
@@ -97,6 +87,11 @@ def _shape(provider: Any) -> Shape:
                 hint="only models with plain attention and feed-forward layers or experts are counted",
             )
     heads, hidden = provider.num_attention_heads, provider.hidden_size
+    if not heads or not hidden:  # a provider of the user's own need not say
+        raise UserError(
+            f"no formula for the size of a `{type(provider).__name__}`: its `num_attention_heads` is `{heads}`",
+            hint="only models with the fields of `GPTModelProvider` are counted",
+        )
     ffn = provider.ffn_hidden_size or 4 * hidden
     experts = provider.num_moe_experts or 0
     return Shape(
@@ -109,12 +104,6 @@ def _shape(provider: Any) -> Shape:
         gates=2 if provider.gated_linear_unit else 1,
         vocab=provider.vocab_size,
         padded_vocab=provider.padded_vocab_size,
-        positions=provider.seq_length if provider.position_embedding_type == "learned_absolute" else 0,
-        tied=provider.share_embeddings_and_output_weights,
-        norm=2 if provider.normalization == "LayerNorm" else 1,
-        linear_bias=provider.add_bias_linear,
-        qkv_bias=provider.add_bias_linear or provider.add_qkv_bias,
-        qk_norm=provider.qk_layernorm,
         windows=_windows(provider),
         experts=_layers_with_experts(provider),
         num_experts=experts,

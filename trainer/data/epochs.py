@@ -225,4 +225,4 @@ def _check_index(path: Path) -> None:
         size = _HEAD.size + 12 * sequences + 8 * documents  # int32 lengths and int64 offsets; int64 ends of documents
         if magic == _MAGIC and version == 1 and path.stat().st_size == size:
             return
-    raise UserError(f"`{path}` is no whole index of Megatron-LM", hint="prepare the data again")
+    raise UserError(f"`{path}` is not a complete index of Megatron-LM", hint="prepare the data again")

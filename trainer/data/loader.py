@@ -64,7 +64,7 @@ def batches(
     stride = micro_batch_size * size
     if global_batch_size % stride:
         raise UserError(
-            f"the global batch size `{global_batch_size}` is no multiple of the micro batch size `{micro_batch_size}` times "
+            f"the global batch size `{global_batch_size}` is not divisible by the micro batch size `{micro_batch_size}` times "
             f"`{size}` data-parallel ranks",
             hint=f"choose a multiple of {stride}",
         )

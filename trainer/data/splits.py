@@ -80,7 +80,7 @@ def _weighted(blend: list[Any]) -> tuple[list[str], list[float] | None]:
     numbers = any(isinstance(entry, (int, float)) for entry in blend)
     if (numbers and weights is None) or any(not 0 < weight < math.inf for weight in weights or ()):
         raise UserError(
-            f"`{blend}` is no blend",
+            f"`{blend}` is not a blend",
             hint="it is a list of prefixes, or positive weights and prefixes in turns: `[0.3, a, 0.7, b]`",
         )
     return prefixes, weights
@@ -111,7 +111,9 @@ def _check(config: DatasetConfig, tokenizer: Tokenizer | None) -> None:
             hint="it has three, for train, validation and test; any may be null",
         )
     if not _is_split(config.split):
-        raise UserError(f"`{config.split}` is no split", hint="it is three shares for train, validation and test, as `969,30,1`")
+        raise UserError(
+            f"`{config.split}` is not a split", hint="it is three shares for train, validation and test, as `969,30,1`"
+        )
     if not 0 <= config.random_seed < 2**32:
         raise UserError(f"`dataset.random_seed` is {config.random_seed}", hint=f"choose one from 0 to {2**32 - 1}")
     if tokenizer is None and (config.eod_mask_loss or config.reset_position_ids or config.reset_attention_mask):

@@ -1,6 +1,6 @@
 """One pass through a model that keeps keys and values, and a live model lent for such passes.
 
-The cache is megatron-core's StaticInferenceContext. Its attention masks nothing once the cache holds a token, so the first
+The cache is megatron-core's StaticInferenceContext. With a non-empty cache its attention applies no mask, so the first
 pass takes a whole prompt and each later one a single token; rows of different length would need a mask, so there is one
 sequence at a time. Knows no text.
 """

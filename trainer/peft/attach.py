@@ -83,6 +83,13 @@ def attach(chunks: Sequence[Any], peft: PEFT, *, seed: int = 1234) -> Attached:
     return _counted(chunks, type(peft).__name__, modules)
 
 
+def attach_without_values(chunks: Sequence[Any], peft: PEFT) -> None:
+    """The same modules in one rank's chunks on torch's meta device, where no parameter has a value. No rank is asked."""
+    _freeze(chunks)
+    for chunk in chunks:
+        _transform(chunk, peft, list(module_names(chunk)), _Found(), seed=None)
+
+
 def module_names(chunk: Any) -> Iterator[tuple[str, str, torch.nn.Module]]:
     """Every module of a chunk: its name in the whole model, its name in the chunk, itself.
 
@@ -120,8 +127,8 @@ def _freeze(chunks: Sequence[Any]) -> None:
                 module.frozen_expert_bias = True  # megatron-core's router would move it without any gradient
 
 
-def _transform(chunk: Any, peft: PEFT, named: list[tuple[str, str, Any]], found: _Found, seed: int) -> None:
-    """Change what the method chooses."""
+def _transform(chunk: Any, peft: PEFT, named: list[tuple[str, str, Any]], found: _Found, seed: int | None) -> None:
+    """Change what the method chooses. Without a seed, what it adds gets no first values."""
     for name, local, module in named:
         names = (name, *peft.aliases(name))
         found.names.update(names)
@@ -133,7 +140,7 @@ def _transform(chunk: Any, peft: PEFT, named: list[tuple[str, str, Any]], found:
             parent, _, last = local.rpartition(".")
             setattr(chunk.get_submodule(parent), last, new)
         for one in new.modules():
-            if isinstance(one, Adapter):
+            if isinstance(one, Adapter) and seed is not None:
                 one.reset_parameters(_generator(name, seed))
         found.changed.add(name)
 
@@ -171,7 +178,14 @@ def _with_gradient(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tens
 
 
 def _counted(chunks: Sequence[Any], method: str, modules: int) -> Attached:
-    """Summed over the ranks that hold different parts."""
+    trained, parameters = count(chunks)
+    if not trained:
+        raise UserError(f"`{method}` adds no parameter that could be trained", hint="add one in `transform`")
+    return Attached(method, trained, parameters, modules)
+
+
+def count(chunks: Sequence[Any]) -> tuple[int, int]:
+    """Trained parameters, and all of them: summed over the ranks that hold different parts. All ranks call this."""
     counts = torch.zeros(2, dtype=torch.int64)
     for parameter in (one for chunk in chunks for one in chunk.parameters()):
         if _counts_here(parameter):
@@ -179,9 +193,7 @@ def _counted(chunks: Sequence[Any], method: str, modules: int) -> Attached:
     counts = counts.to(device.current())
     dist.all_reduce(counts)
     trained, parameters = counts.tolist()
-    if not trained:
-        raise UserError(f"`{method}` adds no parameter that could be trained", hint="add one in `transform`")
-    return Attached(method, trained, parameters, modules)
+    return trained, parameters
 
 
 def _counts_here(parameter: torch.Tensor) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trainer.config import RunConfig
 from trainer.recipe import Recipe, pretraining, tuning_adapters, tuning_all
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
 
 COMMON: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -115,6 +117,8 @@ def peft_70b() -> RunConfig:
 RECIPES = (
     Recipe(
         name="llama3_8b",
+        model=MODEL_8B,
+        layout=LAYOUT_8B,
         pretrain_config=pretrain_8b,
         sft_config=sft_8b,
         peft_config=peft_8b,
@@ -124,6 +128,8 @@ RECIPES = (
     ),
     Recipe(
         name="llama3_70b",
+        model=MODEL_70B,
+        layout=LAYOUT_70B,
         pretrain_config=pretrain_70b,
         sft_config=sft_70b,
         peft_config=peft_70b,

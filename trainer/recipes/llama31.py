@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trainer.config import RunConfig
 from trainer.recipe import Recipe, pretraining, tuning_adapters, tuning_all
 from trainer.recipes import llama3
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
 
 LONG: dict[str, Any] = {
     "max_position_embeddings": 131072,
@@ -146,6 +148,8 @@ def peft_405b() -> RunConfig:
 RECIPES = (
     Recipe(
         name="llama31_8b",
+        model=MODEL_8B,
+        layout=llama3.LAYOUT_8B,
         pretrain_config=pretrain_8b,
         sft_config=sft_8b,
         peft_config=peft_8b,
@@ -155,6 +159,8 @@ RECIPES = (
     ),
     Recipe(
         name="llama31_70b",
+        model=MODEL_70B,
+        layout=llama3.LAYOUT_70B,
         pretrain_config=pretrain_70b,
         sft_config=sft_70b,
         peft_config=peft_70b,
@@ -164,6 +170,8 @@ RECIPES = (
     ),
     Recipe(
         name="llama31_405b",
+        model=MODEL_405B,
+        layout=LAYOUT_405B,
         pretrain_config=pretrain_405b,
         sft_config=sft_405b,
         peft_config=peft_405b,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trainer.config import RunConfig
 from trainer.recipe import Recipe, pretraining, tuning_adapters, tuning_all
 from trainer.recipes import llama3, llama31
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
 
 SMALL: dict[str, Any] = (
     llama3.COMMON | llama31.LONG | {"rope_scaling": llama31.LONG["rope_scaling"] | {"factor": 32.0}, "tie_word_embeddings": True}
@@ -84,6 +86,7 @@ def peft_3b() -> RunConfig:
 RECIPES = (
     Recipe(
         name="llama32_1b",
+        model=MODEL_1B,
         pretrain_config=pretrain_1b,
         sft_config=sft_1b,
         peft_config=peft_1b,
@@ -93,6 +96,7 @@ RECIPES = (
     ),
     Recipe(
         name="llama32_3b",
+        model=MODEL_3B,
         pretrain_config=pretrain_3b,
         sft_config=sft_3b,
         peft_config=peft_3b,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trainer.config import RunConfig
 from trainer.recipe import Recipe, pretraining, tuning_adapters, tuning_all
 from trainer.recipes import llama3
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
 
 MODEL: dict[str, Any] = llama3.COMMON | {
     "bos_token_id": None,
@@ -62,6 +64,8 @@ def _small(config: RunConfig) -> RunConfig:
 RECIPES = (
     Recipe(
         name="llama_tiny",
+        model=MODEL,
+        precision="fp32",
         pretrain_config=pretrain,
         sft_config=sft,
         peft_config=peft,

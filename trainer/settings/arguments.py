@@ -32,6 +32,26 @@ class HomePath(click.Path):
         return value if value == "-" and self.allow_dash else super().convert(expanded(value), param, ctx)
 
 
+class _NumProcesses(click.ParamType):
+    """A number of processes, or `gpu` for one for each GPU of this machine."""
+
+    name = "N|gpu"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number."""
+        if value != "gpu":
+            return click.IntRange(1).convert(value, param, ctx)
+        import torch  # noqa: PLC0415 - seconds to import
+
+        return torch.cuda.device_count() or self.fail("torch finds no GPU on this machine", param, ctx)
+
+
+def num_processes(command: Callable[..., None]) -> Callable[..., None]:
+    """`--nproc N` or `--nproc gpu`, as `nproc`."""
+    text = "Start N processes on this machine, or one for each GPU. Under torchrun or Slurm leave it out."
+    return click.option("--nproc", type=_NumProcesses(), metavar="N|gpu", help=text)(command)
+
+
 def run_arguments(command: Callable[..., None]) -> Callable[..., None]:
     """`[RECIPE] [--config FILE] [section.name=value ...]`, as `words` and `config_file`."""
     command = click.option("--config", "config_file", metavar="FILE", help="Settings in YAML, over the recipe's.")(command)
@@ -59,8 +79,9 @@ def read_run(
 ) -> RunConfig:
     """The run that a recipe, a YAML file over it and overrides over both describe.
 
-    Without a recipe, the file names one (`recipe: NAME`) or has the model's `config.json` as `model.hf_config`. With
-    `finetune`, or where `peft` is given, it is a recipe's run for fine-tuning: adapters, or all parameters for `peft=none`.
+    Without a recipe, the file names one (`recipe: NAME`) or has the model's `config.json` as `model.hf_config`, or
+    `checkpoint.pretrained_checkpoint` names a folder that says what model it holds. With `finetune`, or where `peft` is given, it
+    is a run for fine-tuning: adapters, or all parameters for `peft=none`.
     UserError for what is unknown or does not fit.
     """
     from trainer.settings import described, documents, paths  # noqa: PLC0415
@@ -68,8 +89,11 @@ def read_run(
 
     document = _read(config_file) if config_file else {}
     overrides = list(overrides)
-    config = _start(
-        _one_name(recipe, document.pop("recipe", None), config_file), document, _kind(document, overrides, finetune=finetune)
+    config = start(
+        _one_name(recipe, document.pop("recipe", None), config_file),
+        document,
+        _kind(document, overrides, finetune=finetune),
+        folder=_folder(document, overrides),
     )
     before = copy.deepcopy(getattr(config.model, "hf_config", None))
     _tell(documents.apply(config, document))
@@ -78,6 +102,11 @@ def read_run(
         described.check(config.model)
     paths.expand(config)
     return config
+
+
+def named_recipe(recipe: str | None, config_file: str | Path | None) -> str | None:
+    """The recipe that the command or the file names."""
+    return _one_name(recipe, _read(config_file).get("recipe") if config_file else None, config_file)
 
 
 def _read(file: str | Path) -> dict[str, Any]:
@@ -96,37 +125,62 @@ def _one_name(recipe: str | None, in_file: Any, file: object) -> str | None:
     return recipe or (str(in_file) if in_file else None)
 
 
+_NOTHING = (None, "none", "null", "None", "")
+
+
 def _kind(document: dict[str, Any], overrides: Sequence[str], *, finetune: bool) -> str:
     """Which of a recipe's runs is meant. A whole document of a run says `peft: null` of pretraining too."""
-    nothing = {None, "none", "null", "None"}
     told = [word.partition("=")[2] for word in overrides if word.lstrip("+").partition("=")[0] == "peft"]
     method = told[-1] if told else document.get("peft")
     named = bool(told) or "peft" in document
-    if isinstance(method, dict) or method not in nothing or (finetune and not named):
+    if isinstance(method, dict) or method not in _NOTHING or (finetune and not named):
         return "peft_config"
     dataset = document.get("dataset")
     return "sft_config" if told or finetune or (isinstance(dataset, dict) and "packed" in dataset) else "pretrain_config"
 
 
-def _start(name: str | None, document: dict[str, Any], kind: str) -> RunConfig:
+def _folder(document: dict[str, Any], overrides: Sequence[str]) -> str | None:
+    """The folder that `checkpoint.pretrained_checkpoint` names."""
+    section = document.get("checkpoint")
+    found = section.get("pretrained_checkpoint") if isinstance(section, dict) else None
+    for word in overrides:
+        name, _, value = word.lstrip("+").partition("=")
+        found = value.strip("'\"") if name == "checkpoint.pretrained_checkpoint" else found
+    return None if found in _NOTHING else expanded(str(found))
+
+
+def start(name: str | None, document: dict[str, Any], kind: str, *, folder: str | None = None) -> RunConfig:
+    """The run that a recipe's function `kind` makes, or that follows from the model in a document or in a folder."""
     if name is not None:
         from trainer import recipes  # noqa: PLC0415
 
         return getattr(recipes.find(name), kind)()
+    model = document.get("model")
+    described = model.get("hf_config") if isinstance(model, dict) else None
+    if isinstance(described, dict) and described:
+        return _without_recipe(described, kind)
+    if folder:
+        from trainer.checkpoints.contents import describe  # noqa: PLC0415
+
+        described = describe(folder).config
+        return _without_recipe(described, "continued" if kind == "pretrain_config" else kind)
+    raise UserError(
+        "there is no recipe to start from",
+        hint="name one (`mbtrain recipes` lists them), or a folder with a model (`checkpoint.pretrained_checkpoint=DIR`), or a "
+        "file with `recipe: NAME` or with `model.hf_config`",
+    )
+
+
+def _without_recipe(described: dict[str, Any], kind: str) -> RunConfig:
     from trainer import recipe  # noqa: PLC0415
     from trainer.config import RunConfig  # noqa: PLC0415
     from trainer.model import from_hf_config  # noqa: PLC0415
 
-    model = document.get("model")
-    described = model.get("hf_config") if isinstance(model, dict) else None
-    if not isinstance(described, dict) or not described:
-        raise UserError(
-            "there is no recipe to start from",
-            hint="name one (`mbtrain recipes` lists them), or give a file with `recipe: NAME` or with `model.hf_config`",
-        )
+    provider = from_hf_config(described)
     if kind == "pretrain_config":
-        return RunConfig(model=from_hf_config(described))
-    return (recipe.tuning_all if kind == "sft_config" else recipe.tuning_adapters)(described)
+        return RunConfig(model=provider)
+    make = {"sft_config": recipe.tuning_all, "peft_config": recipe.tuning_adapters, "continued": recipe.continuing}[kind]
+    return make(described, sequence_length=min(4096, provider.seq_length))
 
 
 def _tell(ignored: Sequence[str]) -> None:

@@ -40,7 +40,7 @@ def check_attention(model: Any) -> None:
         )
     if getattr(model, "multi_latent_attention", False):
         raise UserError(
-            "`model.multi_latent_attention` needs megatron-core's MLATransformerConfig, and this provider is none",
+            "`model.multi_latent_attention` needs megatron-core's MLATransformerConfig, which this provider is not",
             hint="leave it out, or give a model provider of your own",
         )
 
@@ -69,6 +69,11 @@ def check_sizes(config: RunConfig) -> None:
     _least("logger.log_interval", config.logger.log_interval, 1)
     _least("checkpoint.save_interval", config.checkpoint.save_interval, 1)
     _least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    _least("profiling.profile_step_start", config.profiling.profile_step_start, 1)
+    _least("profiling.profile_step_end", config.profiling.profile_step_end, config.profiling.profile_step_start)
+    every = "check_weight_hash_across_dp_replicas_interval"
+    _least(f"diagnostics.{every}", getattr(config.diagnostics, every), 1)
+    _least("diagnostics.straggler_minmax_count", config.diagnostics.straggler_minmax_count, 1)
     _least("scheduler.lr_warmup_iters", config.scheduler.lr_warmup_iters, 0)
     shaped = hasattr(config.model, "make_vocab_size_divisible_by")  # a model of one's own may leave layers at 0
     for name in ("seq_length", "num_layers", "make_vocab_size_divisible_by") if shaped else ():
@@ -93,19 +98,20 @@ def _check_ranges(config: RunConfig) -> None:
     # Each pipeline stage adds 100 to the seed, of which numpy takes 32 bits.
     _between("rng.seed", config.rng.seed, 0, 2**32 - 100 * size(model, PP))
     _above("dist.timeout_minutes", config.dist.timeout_minutes)
+    _above("dist.step_timeout_minutes", config.dist.step_timeout_minutes)
     _above("train.exit_duration_in_mins", config.train.exit_duration_in_mins)
     _above("checkpoint.save_interval_in_mins", config.checkpoint.save_interval_in_mins)
 
 
 def _between(setting: str, value: float | None, least: float, end: float) -> None:
     if value is not None and not least <= value < end:
-        below = "" if end == math.inf else f" and below {end}"
-        raise UserError(f"`{setting}` is `{value}`", hint=f"choose a finite number from {least} on{below}")
+        below = "" if end == math.inf else f" and less than {end}"
+        raise UserError(f"`{setting}` is `{value}`", hint=f"choose a finite number of at least {least}{below}")
 
 
 def _above(setting: str, value: float | None) -> None:
     if value is not None and not 0 < value < math.inf:
-        raise UserError(f"`{setting}` is `{value}`", hint="choose a finite number above 0")
+        raise UserError(f"`{setting}` is `{value}`", hint="choose a finite number greater than 0")
 
 
 _OPTIMIZERS = ("adam", "sgd")
@@ -132,7 +138,7 @@ def check_optimizer(config: RunConfig) -> None:
 
 def _least(setting: str, value: float | None, least: int) -> None:
     if value is not None and value < least:
-        raise UserError(f"`{setting}` is `{value}`; the least is `{least}`", hint=f"set `{setting}={least}` or more")
+        raise UserError(f"`{setting}` is `{value}`; it must be at least `{least}`", hint=f"set `{setting}={least}` or more")
 
 
 def data_parallel_size(model: Any, world_size: int) -> int:
@@ -141,14 +147,14 @@ def data_parallel_size(model: Any, world_size: int) -> int:
     one = tensor * pipeline * context
     if world_size % one:
         raise UserError(
-            f"`{world_size}` processes do not divide by `{one}`: tensor `{tensor}` × pipeline `{pipeline}` × context `{context}`",
+            f"`{world_size}` processes are not divisible by `{one}` (TP `{tensor}` × PP `{pipeline}` × CP `{context}`)",
             hint=f"start {one} processes or a multiple of them, or make the model's parallel sizes smaller",
         )
     experts, cut = size(model, EP), size(model, ETP) if getattr(model, ETP, None) else tensor
     if world_size % (cut * experts * pipeline):
         raise UserError(
-            f"`{world_size}` processes do not divide by `{cut * experts * pipeline}`: "
-            f"expert tensor `{cut}` × expert `{experts}` × pipeline `{pipeline}`",
+            f"`{world_size}` processes are not divisible by `{cut * experts * pipeline}` "
+            f"(expert TP `{cut}` × EP `{experts}` × PP `{pipeline}`)",
             hint=f"start a multiple of {cut * experts * pipeline} processes, or change `model.{EP}` or `model.{ETP}`",
         )
     return world_size // one
@@ -157,23 +163,23 @@ def data_parallel_size(model: Any, world_size: int) -> int:
 def check_tensor_parallel(model: Any) -> None:
     """Sizes that tensor-parallel ranks divide."""
     cut = size(model, TP)
-    for name, what in (("num_attention_heads", "attention heads"), ("ffn_hidden_size", "feed-forward size")):
+    for name, what in (("num_attention_heads", "attention heads"), ("ffn_hidden_size", "feed-forward channels")):
         whole = number(model, name)
         if whole and whole % cut:
             raise UserError(
-                f"`model.{TP}` is `{cut}`, which does not divide the model's {what}, `{whole}`",
+                f"the model's {what}, `{whole}`, are not divisible by `model.{TP}`, `{cut}`",
                 hint=f"choose one of: {_divisors(whole)}",
             )
     groups = number(model, "num_query_groups")
     if groups and groups % cut and cut % groups:
         raise UserError(
-            f"`model.{TP}` is `{cut}`, which neither divides the model's query groups, `{groups}`, nor is a multiple of them",
+            f"`model.{TP}` is `{cut}`, which is neither a divisor nor a multiple of the model's query groups, `{groups}`",
             hint=f"choose one of: {_divisors(groups)}, or a multiple of {groups}",
         )
     experts = number(model, "num_moe_experts")
     if experts and experts % size(model, EP):
         raise UserError(
-            f"`model.{EP}` is `{size(model, EP)}`, which does not divide the model's experts, `{experts}`",
+            f"the model's experts, `{experts}`, are not divisible by `model.{EP}`, `{size(model, EP)}`",
             hint=f"choose one of: {_divisors(experts)}",
         )
 
@@ -202,7 +208,7 @@ def check_pipeline(model: Any) -> None:
         )
     if layers and layers % (pipeline * virtual) and not any(getattr(model, name, None) for name in _UNEVEN):
         raise UserError(
-            f"the model's `{layers}` layers do not divide into pipeline `{pipeline}` × virtual `{virtual}` stages",
+            f"the model's `{layers}` layers are not divisible by PP `{pipeline}` × VPP `{virtual}` stages",
             hint="choose sizes whose product divides them, or lay the stages out with `model.pipeline_model_parallel_layout`",
         )
 
@@ -221,12 +227,12 @@ def check_sequence(config: RunConfig) -> None:
     context, cut = size(model, CP), size(model, TP)
     if context > 1 and length % (2 * context):
         raise UserError(
-            f"`dataset.sequence_length` is `{length}`, which does not divide by 2 × context `{context}`",
+            f"`dataset.sequence_length` is `{length}`, which is not divisible by 2 × CP `{context}`",
             hint=f"choose a multiple of {2 * context}",
         )
     if getattr(model, "sequence_parallel", False) and length % (context * cut):
         raise UserError(
-            f"`dataset.sequence_length` is `{length}`, which does not divide by context `{context}` × tensor `{cut}` ranks",
+            f"`dataset.sequence_length` is `{length}`, which is not divisible by CP `{context}` × TP `{cut}`",
             hint=f"choose a multiple of {context * cut}, or set `model.sequence_parallel=false`",
         )
 
@@ -236,8 +242,8 @@ def num_microbatches(config: RunConfig, data_parallel: int) -> int:
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     if batch % (micro * data_parallel):
         raise UserError(
-            f"`train.global_batch_size` is `{batch}`, which does not divide by "
-            f"`train.micro_batch_size` × data parallel: `{micro}` × `{data_parallel}`",
+            f"`train.global_batch_size` is `{batch}`, which is not divisible by "
+            f"`train.micro_batch_size` `{micro}` × DP `{data_parallel}`",
             hint=f"choose a multiple of {micro * data_parallel}",
         )
     count, pipeline = batch // (micro * data_parallel), size(config.model, PP)
@@ -278,24 +284,24 @@ def check_packed(config: RunConfig, machine: Machine) -> None:
         )
     if setting == "dataset.reset_attention_mask" and size(config.model, CP) > 1:
         raise UserError(
-            f"`{setting}` is `True`, but documents do not divide among context `{size(config.model, CP)}` ranks",
+            f"`{setting}` is `True`, but documents cannot be split over CP `{size(config.model, CP)}` ranks",
             hint=f"set `{setting}=false`, or `model.{CP}=1`",
         )
     if size(config.model, CP) > 1 and config.train.micro_batch_size > 1:
         raise UserError(
-            f"`train.micro_batch_size` is `{config.train.micro_batch_size}`, and packed rows divide among context "
-            f"`{size(config.model, CP)}` ranks one at a time",  # seen: with two, Transformer Engine reads beyond its memory
+            f"`train.micro_batch_size` is `{config.train.micro_batch_size}`, and CP `{size(config.model, CP)}` ranks split "
+            "packed rows one at a time",  # seen: with two, Transformer Engine reads beyond its memory
             hint="set `train.micro_batch_size=1`, and a longer `dataset.sequence_length`",
         )
     length, slices = config.dataset.sequence_length, 2 * size(config.model, CP)
     if multiple and slices > 2 and multiple % slices:
         raise UserError(
-            f"`dataset.pad_to_multiple_of` is `{multiple}`, which does not divide by 2 × context `{slices // 2}`",
+            f"`dataset.pad_to_multiple_of` is `{multiple}`, which is not divisible by 2 × CP `{slices // 2}`",
             hint="leave it out",
         )
     if multiple and length % multiple:
         raise UserError(
-            f"`dataset.sequence_length` is `{length}`, which does not divide by `dataset.pad_to_multiple_of`, `{multiple}`",
+            f"`dataset.sequence_length` is `{length}`, which is not divisible by `dataset.pad_to_multiple_of`, `{multiple}`",
             hint=f"choose a multiple of {multiple}",
         )
 

@@ -22,14 +22,42 @@ _DEEPEST, _LONGEST = 64, 1 << 16
 _HYDRA = ("_target_", "_call_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
-def dump(config: Any) -> str:
-    """Every setting of a run, section by section, each sorted by name; what the document cannot hold as comments at its end.
+def dump(config: Any, *, made: Any = None) -> str:
+    """Every setting of a run, section by section, each sorted by name; what the document cannot hold as comments at its end, but
+    for what is not in the configuration that it was `made` from: nobody set that.
 
     `apply` of what `load` makes of it, onto the same recipe, gives an equal run.
     """
     document, unnamed = as_mapping(config)
-    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
-    return text + "".join(f"# `{name}` is set in Python code\n" for name in unnamed)
+    set_by_somebody = unnamed if made is None else as_mapping(made)[1]
+    return written(document) + "".join(f"# `{name}` is set in Python code\n" for name in unnamed if name in set_by_somebody)
+
+
+def written(document: Mapping[str, Any]) -> str:
+    """The document as text."""
+    return yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True, width=120)
+
+
+def changes(config: Any, *others: Any) -> dict[str, Any]:
+    """The settings that are not the same in all of these configurations, as they are in the first."""
+    found, *rest = (as_mapping(one)[0] for one in (config, *others))
+    return _changes(found, rest)
+
+
+def _changes(found: Mapping[str, Any], others: list[dict[str, Any]], depth: int = 1) -> dict[str, Any]:
+    """Sections are looked into; mappings in them are one value each."""
+    kept: dict[str, Any] = {}
+    for key, value in found.items():
+        theirs = [one.get(key, _ABSENT) for one in others]
+        if depth and isinstance(value, dict) and all(isinstance(one, dict) for one in theirs):
+            if inner := _changes(value, theirs, depth - 1):
+                kept[key] = inner
+        elif any(one != value for one in theirs):
+            kept[key] = value
+    return kept
+
+
+_ABSENT = object()
 
 
 def as_mapping(config: Any) -> tuple[dict[str, Any], list[str]]:

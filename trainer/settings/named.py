@@ -40,8 +40,8 @@ def name_of(setting: str, value: Any) -> str | None:
 
 
 def taken_apart(setting: str, value: Any, now: Any) -> tuple[Any, Mapping[str, Any]]:
-    """What `setting` becomes, and what is then to be set in it: of a name, or of a mapping with `name` and other settings.
-    Without another name, what is there stays: a recipe's own rank, say."""
+    """Split a group's value, a name or a mapping with `name` and other settings, into the chosen object and the fields to set on
+    it. Without another name the object stays as it is, with a recipe's own rank, for example."""
     if not isinstance(value, Mapping):
         return (now if now is not None and value == name_of(setting, now) else fresh(setting, value)), {}
     rest = {key: one for key, one in value.items() if key != "name"}

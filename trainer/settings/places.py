@@ -19,9 +19,54 @@ from trainer.settings.values import UnfitError, expected, fit
 
 ALIASES = {
     "dataset.seq_length": "dataset.sequence_length",
+    "dataset.seq_len": "dataset.sequence_length",
+    "dataset.max_length": "dataset.sequence_length",
+    "dataset.max_seq_length": "dataset.sequence_length",
     "dataset.data_path": "dataset.blend",
+    "train.seq_length": "dataset.sequence_length",
+    "train.seq_len": "dataset.sequence_length",
+    "train.max_steps": "train.train_iters",
+    "train.num_steps": "train.train_iters",
+    "train.steps": "train.train_iters",
+    "train.batch_size": "train.global_batch_size",
+    "train.local_batch_size": "train.micro_batch_size",
+    "train.per_device_train_batch_size": "train.micro_batch_size",
+    "train.learning_rate": "optimizer.lr",
+    "train.max_grad_norm": "optimizer.clip_grad",
+    "train.seed": "rng.seed",
+    "model.tp": "model.tensor_model_parallel_size",
+    "model.pp": "model.pipeline_model_parallel_size",
+    "model.vpp": "model.virtual_pipeline_model_parallel_size",
+    "model.cp": "model.context_parallel_size",
+    "model.ep": "model.expert_model_parallel_size",
+    "model.etp": "model.expert_tensor_parallel_size",
+    "model.sp": "model.sequence_parallel",
+    "optimizer.learning_rate": "optimizer.lr",
+    "optimizer.max_lr": "optimizer.lr",
+    "optimizer.beta1": "optimizer.adam_beta1",
+    "optimizer.beta2": "optimizer.adam_beta2",
+    "optimizer.eps": "optimizer.adam_eps",
+    "optimizer.grad_clip": "optimizer.clip_grad",
+    "optimizer.max_grad_norm": "optimizer.clip_grad",
+    "optimizer.name": "optimizer.optimizer",
+    "scheduler.warmup_steps": "scheduler.lr_warmup_iters",
+    "scheduler.warmup_ratio": "scheduler.lr_warmup_fraction",
+    "scheduler.decay_steps": "scheduler.lr_decay_iters",
+    "scheduler.name": "scheduler.lr_decay_style",
+    "validation.eval_steps": "validation.eval_interval",
+    "logger.logging_steps": "logger.log_interval",
+    "logger.log_every_n_steps": "logger.log_interval",
+    "checkpoint.folder": "checkpoint.save",
+    "checkpoint.interval": "checkpoint.save_interval",
+    "checkpoint.save_steps": "checkpoint.save_interval",
+    "checkpoint.save_total_limit": "checkpoint.keep_last",
+    "checkpoint.resume_from": "checkpoint.load",
+    "peft.r": "peft.dim",
+    "peft.rank": "peft.dim",
+    "peft.lora_alpha": "peft.alpha",
+    "peft.lora_dropout": "peft.dropout",
 }
-"""Names of other trainers, where the section has no such setting itself."""
+"""Names of transformers, torchtitan, NeMo and PEFT, where the section has no such setting itself."""
 
 _MANY = 20
 
@@ -162,14 +207,14 @@ def _unknown(config: Any, here: Place) -> UserError:
         return UserError(f"there is no `{here.name}`", hint=f"{_near(here.key, here.holder)}`+{here.name}=…` adds it")
     if here.holder is config:
         return _unknown_section(config, here.key)
-    same = [name for name in _every(config) if name.rpartition(".")[2] == here.key]
+    same = [name for name in every_name(config) if name.rpartition(".")[2] == here.key]
     near = same or [f"{here.name.rpartition('.')[0]}.{one}" for one in get_close_matches(here.key, kinds(type(here.holder)), 1)]
     hint = _did_you_mean(near) or _listed(here.name.rpartition(".")[0], here.holder)
     return UserError(f"unknown setting `{here.name}`", hint=hint)
 
 
 def _unknown_section(config: Any, key: str) -> UserError:
-    same = [name for name in _every(config) if name.rpartition(".")[2] == key]
+    same = [name for name in every_name(config) if name.rpartition(".")[2] == key]
     if same:
         return UserError(f"unknown setting `{key}`", hint=_did_you_mean(same))
     return UserError(
@@ -197,7 +242,7 @@ def _listed(name: str, section: Any) -> str:
     return f"settings of `{name}` are: {', '.join(names)}"
 
 
-def _every(config: Any) -> Iterator[str]:
+def every_name(config: Any) -> Iterator[str]:
     """The names of all settings."""
     for section in kinds(type(config)):
         value = getattr(config, section)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -65,8 +67,10 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     checks.check_schedule(told)
     checks.check_saving(told)
     choices += carry_out(told, _saving(told.checkpoint))
-    _validate(told)
-    choices += described.follow(told.model)
+    elsewhere = _kernels_elsewhere(told.model, machine)
+    with _kernels_put_aside(told.model, machine):
+        _validate(told)
+    choices += carry_out(told, elsewhere) + described.follow(told.model)
     warnings_ = (*_warnings(told, microbatches), *described.notes(told.model))
     return Resolved(told, tuple(choices), warnings_, world_size, copies, microbatches)
 
@@ -136,7 +140,7 @@ def padded_examples(config: RunConfig) -> list[Choice]:
     ]
 
 
-_WITHOUT_CUDA: dict[str, Any] = {
+WITHOUT_CUDA: dict[str, Any] = {
     "attention_backend": AttnBackend.local,
     "masked_softmax_fusion": False,
     "bias_activation_fusion": False,
@@ -166,17 +170,41 @@ tokens per second than megatron-core's own, in 12 GiB less (docs/performance.md)
 def _device_fields(model: Any, machine: Machine) -> list[Choice]:
     if machine.device == "cpu":
         why = "the CPU has none of CUDA's kernels"
-        return [Choice(f"model.{name}", value, why) for name, value in _WITHOUT_CUDA.items() if hasattr(model, name)]
+        return [Choice(f"model.{name}", value, why) for name, value in WITHOUT_CUDA.items() if hasattr(model, name)]
     choices: list[Choice] = []
     if not getattr(model, "bf16", False):
         choices.append(Choice("model.cross_entropy_loss_fusion", False, "the fused kernels round gradients to bf16"))
     if importlib.util.find_spec("transformer_engine"):  # megatron-core refuses settings for what it cannot import
-        named = {choice.setting for choice in choices}
-        free = {f"model.{name}": value for name, value in KERNELS.items() if getattr(model, name, False) is None}
-        choices += [Choice(name, value, "a fused kernel") for name, value in free.items() if name not in named]
+        choices += _kernels(model, {choice.setting for choice in choices})
     if getattr(model, "gradient_accumulation_fusion", False) and not importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
         choices.append(Choice("model.gradient_accumulation_fusion", False, "APEX, which has its kernel, is not installed"))
     return choices
+
+
+def _kernels(model: Any, named: set[str]) -> list[Choice]:
+    free = {f"model.{name}": value for name, value in KERNELS.items() if getattr(model, name, False) is None}
+    return [Choice(name, value, "a fused kernel") for name, value in free.items() if name not in named]
+
+
+def _kernels_elsewhere(model: Any, machine: Machine) -> list[Choice]:
+    """What a run on GPUs will choose, seen from a machine that does not have their kernels."""
+    return _kernels(model, set()) if _only_looks(machine) else []
+
+
+def _only_looks(machine: Machine) -> bool:
+    """A run on GPUs needs Transformer Engine: without it, this is a look at one."""
+    return machine.device == "gpu" and not importlib.util.find_spec("transformer_engine")
+
+
+@contextmanager
+def _kernels_put_aside(model: Any, machine: Machine) -> Iterator[None]:
+    """megatron-core refuses kernels that it cannot import, also on a machine that only looks at a run."""
+    asked = [name for name in KERNELS if getattr(model, name, None) is True] if _only_looks(machine) else []
+    for name in asked:
+        setattr(model, name, None)
+    yield
+    for name in asked:
+        setattr(model, name, True)
 
 
 def _schedule(config: RunConfig) -> list[Choice]:

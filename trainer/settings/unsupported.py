@@ -17,6 +17,10 @@ _UNSUPPORTED = {
     "model.cpu_offloading": "Transformer Engine moves activations, and needs a GPU",
     "optimizer.optimizer_cpu_offload": "there is no other device to move states from",
     "optimizer.optimizer_cuda_graph": "CUDA graphs need a GPU",
+    "profiling.use_nsys_profiler": "it records GPUs",
+    "profiling.record_memory_history": "it is the memory of GPUs",
+    "diagnostics.gpu_sniff_test": "it measures GPUs",
+    "diagnostics.log_straggler": "its clocks are CUDA's events",
     "optimizer.overlap_param_gather_with_optimizer_step": "the loop does not start it",
 }
 """Switches that megatron-core has, and what is in their way. Those that name a GPU or Transformer Engine work there."""

@@ -7,8 +7,6 @@ on one rank.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,6 +31,12 @@ class Totals:
     not_finite: int
     work: tuple[float, float] = (0.0, 0.0)
     """See `trainer.run.Step`."""
+
+
+def of_one(step: Any) -> Totals:
+    """What one step came to: a `trainer.run.Step`."""
+    loss, norm = (step.loss, step.grad_norm) if step.applied else (None, None)
+    return Totals(steps=1, loss=loss, grad_norm=norm, skipped=int(not step.applied), not_finite=0, work=step.work)
 
 
 class Interval:
@@ -121,6 +125,10 @@ class Measure:
     """FLOP/s of one GPU: `peaks.peak_flops`."""
 
     device: Literal["gpu", "cpu"] = "gpu"
+    samples_per_epoch: int | None = None
+    memory_of_gpu: int | None = None
+    """Bytes; None on a CPU."""
+
     flops_of_packed: Callable[[float, float], float] | None = None
     """Operations of packed rows, from the tokens in examples and the sum of the squares of examples' lengths."""
 
@@ -141,9 +149,10 @@ class Measure:
         consumed_samples: int,
         consumed_tokens: int,
         memory_gib: float,
+        waited: float = 0.0,
         loss_scale: float | None = None,
     ) -> Step:
-        """The record of an interval that took `seconds` and ended with step `iteration`."""
+        """The record of an interval that took `seconds`, `waited` of them for data, and ended with step `iteration`."""
         assert totals.steps > 0, "an interval without steps"
         per_step = max(seconds, 1e-9) / totals.steps
         rate = self.tokens_per_step / per_step / self.num_gpus
@@ -159,7 +168,10 @@ class Measure:
             tokens_per_second_per_gpu=rate,
             tflops_per_gpu=flops / 1e12,
             mfu=flops / self.peak_flops if self.peak_flops else None,
+            epoch=consumed_samples / self.samples_per_epoch if self.samples_per_epoch else None,
+            data_wait=min(waited / max(seconds, 1e-9), 1.0),
             memory_gib=memory_gib,
+            memory_share=memory_gib * GIB / self.memory_of_gpu if self.memory_of_gpu else None,
             time_left_s=(self.train_iters - iteration) * per_step,
             skipped_steps=totals.skipped,
             nan_steps=totals.not_finite,
@@ -190,10 +202,13 @@ def console_line(record: Record, total_steps: int, *, color: bool = False) -> st
         f"loss {shade(f'{loss:>7}', 'green')}",
         f"lr {record.lr:.2e}",
         *([f"grad norm {record.grad_norm:6.2f}"] if record.grad_norm is not None else []),
+        f"{_significant(record.seconds_per_step):>6} s/step",
         f"{record.tokens_per_second_per_gpu:>7,.0f} tok/s/{each}",
         f"{_significant(record.tflops_per_gpu):>6} TFLOP/s/{each}",
         *([f"MFU {shade(f'{100 * record.mfu:4.1f} %', 'magenta')}"] if record.mfu is not None else []),
-        f"{record.memory_gib:5.1f} GiB",
+        f"{record.memory_gib:5.1f} GiB" + (f" ({100 * record.memory_share:2.0f} %)" if record.memory_share else ""),
+        f"data wait {100 * record.data_wait:2.0f} %",
+        f"epoch {record.epoch:.2f}" if record.epoch is not None else f"{number(record.consumed_tokens):>6} tokens",
         f"left {duration(record.time_left_s)}",
     ]
     return "  ".join([*parts, *(shade(text, "red") for text in _warnings(record))])
@@ -209,12 +224,6 @@ def _short(text: str) -> str:
     return _quoted(text if len(text) <= 60 else f"…{text[-59:]}")
 
 
-def tell(record: Record, total_steps: int) -> None:
-    """The console line to stderr; in colour on a terminal, unless NO_COLOR is set."""
-    color = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    click.echo(console_line(record, total_steps, color=color), err=True, color=color)
-
-
 def duration(seconds: float) -> str:
     """A time for a person: `42 s`, `5 min`, `1 h 23 min`, `2 d 3 h`."""
     if seconds < 60:
@@ -224,6 +233,14 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def number(count: float) -> str:
+    """A number for a person: `503 M`, `1.05 B`."""
+    for unit, name in ((10**12, " T"), (10**9, " B"), (10**6, " M"), (10**3, " k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}"
+    return f"{count:g}"
 
 
 def _warnings(record: Step) -> list[str]:

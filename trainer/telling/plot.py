@@ -18,7 +18,7 @@ _INK, _FAINT = "#333333", "#DDDDDD"
 def plot(run_dirs: Sequence[Path], out: Path) -> None:
     """Write a PNG of loss, learning rate, gradient norm and throughput over the steps of all `run_dirs`.
 
-    UserError for a folder without `metrics.jsonl`, a line that is no record (with file and line), or a run without records.
+    UserError for a folder without `metrics.jsonl`, a line that is not a record (with file and line), or a run without records.
     """
     runs = dict(zip(_labels(run_dirs), [_records(folder) for folder in run_dirs], strict=True))
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - only once there is something to draw

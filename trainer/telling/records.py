@@ -1,4 +1,4 @@
-"""What a run says of itself: one record per logged interval, one per evaluation, and the file that keeps them.
+"""What a run says of itself: one record per step, one per evaluation, and the file that keeps them.
 
 Knows what the numbers mean, not where they come from. Imports no torch, so that reading a run's records takes no time.
 """
@@ -26,7 +26,7 @@ FILE = "metrics.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One logged interval, under the step that ended it. None where there is nothing to say."""
+    """One step, or a logged interval under the step that ended it. None where there is nothing to say."""
 
     iteration: int
     loss: float | None
@@ -50,8 +50,17 @@ class Step:
     mfu: float | None
     """`tflops_per_gpu` as a share of the GPU's dense peak, 0 to 1; None where the peak is not known."""
 
+    epoch: float | None
+    """Times that the training data was read, those before a resume included; None where it has no epochs."""
+
+    data_wait: float
+    """The share of the time, 0 to 1, that the slowest rank waited for its data."""
+
     memory_gib: float
     """The most ever allocated on this rank's GPU; on a CPU, the process's largest resident memory."""
+
+    memory_share: float | None
+    """The same as a share of the GPU's memory, 0 to 1; None on a CPU."""
 
     time_left_s: float
     """Until the last step at this interval's speed, evaluations and checkpoints left out."""

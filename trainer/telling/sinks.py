@@ -38,6 +38,18 @@ class Sinks:
         for place in self.places:
             place.log(record)
 
+    def log_step(self, record: Step) -> None:
+        """Give the record of one step to `metrics.jsonl`, which has every step."""
+        for place in self.places:
+            if isinstance(place, JsonLines):
+                place.log(record)
+
+    def log_interval(self, record: Step) -> None:
+        """Give the record of an interval to the places that draw its curves."""
+        for place in self.places:
+            if not isinstance(place, JsonLines):
+                place.log(record)
+
     def close(self) -> None:
         """Flush and close every place. Closing twice changes nothing."""
         while self.places:
@@ -153,6 +165,8 @@ def curves(record: Record) -> dict[str, float]:
         "tokens-per-second-per-gpu": record.tokens_per_second_per_gpu,
         "mfu": record.mfu,
         "mem-max-allocated-bytes": record.memory_gib * GIB,
+        "data-wait": record.data_wait,
+        "epoch": record.epoch,
         **_counts(record),
     }
     return {name: value for name, value in named.items() if value is not None}

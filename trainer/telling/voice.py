@@ -1,6 +1,6 @@
-"""What a run tells: a line per interval on the console, the same record to files and services.
+"""The log of a run: a line per interval on the console, the same numbers to services, and every step to `metrics.jsonl`.
 
-Every rank counts, so that a checkpoint holds where the interval stood; one rank speaks.
+All ranks accumulate the numbers of an interval, so that any can be checkpointed; one rank writes them.
 """
 
 from __future__ import annotations
@@ -43,30 +43,49 @@ class Telling:
     sinks: Sinks | None
     interval: metrics.Interval = field(default_factory=metrics.Interval)
     color: bool = field(default_factory=_in_a_terminal)
+    resumed_at: int = 0
     _since: float = field(default_factory=time.perf_counter)
+    _step_since: float = field(default_factory=time.perf_counter)
+    _waited: float = 0.0
+
+    def begin(self) -> None:
+        """The first step begins."""
+        self._step_since = time.perf_counter()
 
     def step(self, progress: Any, step: Any) -> None:
-        """Count a step; at an interval's end, tell it."""
+        """Count a step and write its record; at an interval's end, and after the first step of a program, a line too."""
+        now = time.perf_counter()
+        one = self._record(progress, step, metrics.of_one(step), seconds=now - self._step_since, waited=step.waited)
+        self._step_since, self._waited = now, self._waited + step.waited
+        if self.sinks is not None:
+            self.sinks.log_step(one)
         grad_norm = step.grad_norm if step.applied else None
         self.interval.add(torch.tensor(step.loss), grad_norm=grad_norm, skipped=not step.applied, work=step.work)
         every = self.config.logger.log_interval
         if progress.iteration % every and progress.iteration < self.config.train.train_iters:
+            if progress.iteration == self.resumed_at + 1:
+                self._print(one)
             return
         device.synchronize()
         seconds, totals = time.perf_counter() - self._since, self.interval.close()
-        self._tell(
-            self.measure.step(
-                totals,
-                iteration=progress.iteration,
-                seconds=seconds,
-                lr=step.lr,
-                consumed_samples=progress.consumed_samples,
-                consumed_tokens=progress.consumed_samples * self.config.dataset.sequence_length,
-                memory_gib=metrics.memory_gib(device.current()),
-                loss_scale=step.loss_scale,
-            )
+        record = self._record(progress, step, totals, seconds=seconds, waited=self._waited)
+        self._print(record)
+        if self.sinks is not None:
+            self.sinks.log_interval(record)
+        self._since, self._waited = time.perf_counter(), 0.0
+
+    def _record(self, progress: Any, step: Any, totals: metrics.Totals, *, seconds: float, waited: float) -> records.Step:
+        return self.measure.step(
+            totals,
+            iteration=progress.iteration,
+            seconds=seconds,
+            waited=waited,
+            lr=step.lr,
+            consumed_samples=progress.consumed_samples,
+            consumed_tokens=progress.consumed_samples * self.config.dataset.sequence_length,
+            memory_gib=metrics.memory_gib(device.current()),
+            loss_scale=step.loss_scale,
         )
-        self._since = time.perf_counter()
 
     def evaluation(self, progress: Any, split: Any, loss: float) -> None:
         """Tell an evaluation."""
@@ -77,13 +96,18 @@ class Telling:
         self._tell(records.Sample(iteration=progress.iteration, prompt=prompt, text=text))
 
     def pause(self, seconds: float) -> None:
-        """Time spent on something other than steps does not count as theirs."""
+        """Exclude the time of an evaluation or a checkpoint from that of steps."""
         self._since += seconds
+        self._step_since += seconds
 
     def _tell(self, record: records.Record) -> None:
+        self._print(record)
+        if self.sinks is not None:
+            self.sinks.log(record)
+
+    def _print(self, record: records.Record) -> None:
         if self.sinks is not None:
             click.echo(metrics.console_line(record, self.config.train.train_iters, color=self.color), err=True)
-            self.sinks.log(record)
 
     def close(self) -> None:
         """Let go of files and services."""
@@ -122,8 +146,8 @@ def _make(folder: str | None) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
 
 
-def open_telling(config: RunConfig, *, resumed_at: int, active: bool) -> Telling:
-    """The voice of a run that goes on from step `resumed_at`; only the active rank's is heard."""
+def open_telling(config: RunConfig, *, resumed_at: int, active: bool, samples_per_epoch: int | None = None) -> Telling:
+    """The log of a run that goes on from step `resumed_at`; only the active rank writes it."""
     sequence = config.dataset.sequence_length
     kind = device.GPU if device.current().type == "cuda" else device.CPU
     measure = metrics.Measure(
@@ -134,10 +158,12 @@ def open_telling(config: RunConfig, *, resumed_at: int, active: bool) -> Telling
         train_iters=config.train.train_iters,
         peak_flops=_peak(config),
         device=kind,
+        samples_per_epoch=samples_per_epoch,
+        memory_of_gpu=device.memory(),
     )
     settings = documents.as_mapping(config)[0]
     sinks = open_sinks(config.logger, run_dir(config), settings=settings, done=resumed_at) if active else None
-    return Telling(config, measure, sinks)
+    return Telling(config, measure, sinks, resumed_at=resumed_at)
 
 
 def _flops(config: RunConfig) -> float:

@@ -32,7 +32,7 @@ def test_what_was_read_is_told_in_a_line(learn):
         "skipped 2: it is not JSON",
         "skipped 1: it is no JSON object",
         "skipped 1: it has neither `messages` nor `completion`",
-        "skipped 1: its answer is cut away whole",
+        "skipped 1: the answer is truncated away entirely",
     ]
 
 
@@ -46,7 +46,7 @@ def test_large_numbers_are_told_short(tmp_path):
 
 def test_an_answer_that_is_cut_away_whole_is_refused(refusal, learn):
     assert refusal(pair("abc", "d"), tokenizer=BYTE, sequence_length=3) == (
-        "`a.jsonl`, line 1 cannot be learned from: its answer is cut away whole: its answer begins at token 4, a sequence has 3"
+        "`a.jsonl`, line 1 cannot be learned from: the answer is truncated away entirely: it begins at token 4, a sequence has 3"
         f"\n\n{SKIP}"
     )
     assert learn(pair("abc", "d"), tokenizer=BYTE, sequence_length=4) == [([97, 98, 99, 100], [0, 0, 0, 1])]

@@ -212,7 +212,7 @@ def test_settings_that_packed_rows_cannot_have_are_refused(model_folder, data):
     )
     told = tuned(data)["dataset"]
     told.pad_to_multiple_of = 5
-    with pytest.raises(UserError, match=r"`96`, which does not divide by `dataset.pad_to_multiple_of`, `5`"):
+    with pytest.raises(UserError, match=r"`96`, which is not divisible by `dataset.pad_to_multiple_of`, `5`"):
         resolve(small.settings(Path(model_folder("gqa")), dataset=told), world_size=1, device="cpu")
 
 

@@ -82,7 +82,7 @@ def refusal(**settings):
 def test_what_cannot_be_shared_is_named(tmp_path):
     shares = "hint: it is three shares for train, validation and test, as `95,5,0`"
     for split in ("", "a,b", "1,2,3,4", "-1,2", "0,0", "inf,1", "nan"):
-        assert refusal(split=split) == f"`{split}` is no split\n\n{shares}"
+        assert refusal(split=split) == f"`{split}` is not a split\n\n{shares}"
     assert refusal(split="0,1") == (
         "`dataset.split` is `0,1`, which leaves nothing to train on\n\nhint: its first entry is for training"
     )

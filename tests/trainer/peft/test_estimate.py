@@ -9,7 +9,8 @@ import torch
 
 from tests.trainer.settings import HOPPER, settings
 from trainer.config import FinetuningDatasetConfig, RunConfig
-from trainer.counting.estimate import adapters, adapters_per_rank, memory, parameters_per_rank
+from trainer.counting.built import each_rank, whole
+from trainer.counting.estimate import memory
 from trainer.peft import PEFT, DoRA, LoRA
 from trainer.settings.resolve import resolve
 
@@ -58,23 +59,26 @@ def test_adapters_are_as_large_as_those_that_are_attached(ranks: Any, layout: st
     config = settings(mixed_precision="fp32", peft=METHODS[method], **LAYOUTS[layout])
     resolved = resolve(config, world_size=world, device="cpu").config
     stages = resolved.model.pipeline_model_parallel_size > 1
-    each = [adapters_per_rank(resolved.model, resolved.peft, pp_rank=rank if stages else 0).total for rank in range(world)]
-    whole = adapters(resolved.model, resolved.peft)
-    assert ranks.run(attached, world, resolved) == [(one, whole) for one in each]
+    found = [held.trained.total for _, held in each_rank(resolved.model, resolved.peft)]
+    each = found if stages or layout == "experts" else found * world
+    trained = whole(resolved.model, resolved.peft).trained.total
+    assert ranks.run(attached, world, resolved) == [(one, trained) for one in each]
 
 
 def test_ranks_with_other_experts_may_have_more() -> None:
     layout = {**LAYOUTS["experts"], "peft": LoRA(dim=4, target_modules=["*.layers.0.*.local_experts.3.linear_fc2"])}
     model = resolve(settings(mixed_precision="fp32", **layout), world_size=2, device="cpu").config
-    assert adapters_per_rank(model.model, model.peft).experts == 4 * (48 + 64)
+    assert [held.trained.experts for _, held in each_rank(model.model, model.peft)] == [0, 4 * (48 + 64)]
 
 
 def test_weights_of_a_frozen_model_are_all_there_is_of_them() -> None:
     for sharded, optimizer in ((False, 12), (True, 3)):
         config = settings(peft=LoRA(dim=4), mixed_precision="bf16_mixed", ddp__use_distributed_optimizer=sharded)
         found = parts(config, world_size=4)
-        trained = adapters(config.model, config.peft)
-        assert found["weights"] == 2 * parameters_per_rank(config.model).total
+        resolved = resolve(config, world_size=4, device="gpu", machine=HOPPER).config
+        ((_, held),) = each_rank(resolved.model, resolved.peft)
+        trained = held.trained.total
+        assert found["weights"] == 2 * held.frozen.total
         assert (found["adapters"], found["gradients"], found["optimizer"]) == (2 * trained, 4 * trained, optimizer * trained)
 
 
@@ -134,11 +138,11 @@ def test_a_magnitude_keeps_the_output_that_it_scales(ranks: Any) -> None:
 
 def test_layers_before_the_first_adapter_keep_nothing(ranks: Any) -> None:
     told = {"mixed_precision": "fp32", "model__vocab_size": 128}
-    upper = settings(peft=LoRA(dim=4, target_modules=["*.layers.2.*", "*.layers.3.*"]), **told)
+    upper = settings(peft=LoRA(dim=4, target_modules=["*.layers.2.*.linear_*", "*.layers.3.*.linear_*"]), **told)
     every = settings(peft=LoRA(dim=4), **told)
     assert parts(upper)["activations"] * 2 == parts(every)["activations"]
     stages = {"model__pipeline_model_parallel_size": 2}
-    gradients = settings(peft=LoRA(dim=4, target_modules=["*.layers.3.*"]), **told, **stages)
+    gradients = settings(peft=LoRA(dim=4, target_modules=["*.layers.3.*.linear_*"]), **told, **stages)
     assert parts(gradients, world_size=2)["activations"] > 0
 
 
@@ -159,30 +163,23 @@ def test_fp8_keeps_adapters_inputs_as_they_are_and_frozen_layers_none() -> None:
 def test_layers_left_in_bf16_are_not_quantized() -> None:
     fp8 = {"mixed_precision": "bf16_with_fp8_current_scaling_mixed"}
     every, some = (parts(settings(peft=LoRA(dim=4), **fp8, model__first_last_layers_bf16=first)) for first in (False, True))
-    matrices = parameters_per_rank(resolve(settings(**fp8, model__first_last_layers_bf16=False), world_size=1, device="gpu",
-                                           machine=HOPPER).config.model).matrices  # fmt: skip
-    assert every["weights"] - some["weights"] == 2 * matrices // 2
+    config = settings(**fp8, model__first_last_layers_bf16=False)
+    ((_, held),) = each_rank(resolve(config, world_size=1, device="gpu", machine=HOPPER).config.model)
+    assert every["weights"] - some["weights"] == 2 * held.matrices // 2
     assert every["activations"] - some["activations"] == 2 * 128 * 2 * 64
 
 
-class Own(PEFT):
-    """A method of somebody's own."""
-
-
 class Mine(LoRA):
-    """One that may do anything."""
+    """A method of somebody's own: it may do anything."""
 
 
-@pytest.mark.parametrize("method", [Own, Mine])
-def test_a_method_of_ones_own_is_counted_as_nothing_and_said_so(method: type[PEFT]) -> None:
-    resolved = resolve(settings(peft=method()), world_size=1, device="gpu", machine=HOPPER).config
+def test_of_a_method_of_ones_own_all_is_counted_but_what_it_keeps_of_a_step() -> None:
+    mine, lora = (parts(settings(peft=method(dim=4), mixed_precision="bf16_mixed")) for method in (Mine, LoRA))
+    names = ("weights", "adapters", "gradients", "optimizer")
+    assert [mine[name] for name in names] == [lora[name] for name in names]
+    resolved = resolve(settings(peft=Mine()), world_size=1, device="gpu", machine=HOPPER).config
     found = {part.name: part for part in memory(resolved, world_size=1).parts}
-    assert [found[name].size for name in ("adapters", "gradients", "optimizer")] == [0, 0, 0]
-    assert found["adapters"].why == (
-        f"what `{method.__name__}` adds is not known here and not counted: not its parameters, their gradients nor optimizer "
-        "state"
-    )
-    assert f"what `{method.__name__}` keeps is not counted" in found["activations"].why
+    assert "what `Mine` keeps is not counted" in found["activations"].why
 
 
 def test_packed_rows_have_a_mask_on_the_cpu_alone() -> None:

@@ -211,8 +211,10 @@ class Writer:
         if made.trained.all():
             raise UnusableError("everything in it is learned: nothing asks for the answer")
         if not made.trained[1 : self.config.sequence_length].any():
-            detail = f"its answer begins at token {int(made.trained.argmax()) + 1}"
-            raise UnusableError("its answer is cut away whole", f"{detail}, a sequence has {self.config.sequence_length}")
+            detail = f"it begins at token {int(made.trained.argmax()) + 1}"
+            raise UnusableError(
+                "the answer is truncated away entirely", f"{detail}, a sequence has {self.config.sequence_length}"
+            )
         return made
 
 

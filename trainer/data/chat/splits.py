@@ -165,5 +165,5 @@ def _shares(split: str) -> list[float]:
     except ValueError:
         shares = []
     if not 0 < len(shares) <= len(SPLITS) or not all(0 <= share < math.inf for share in shares) or not sum(shares):
-        raise UserError(f"`{split}` is no split", hint="it is three shares for train, validation and test, as `95,5,0`")
+        raise UserError(f"`{split}` is not a split", hint="it is three shares for train, validation and test, as `95,5,0`")
     return shares + [0.0] * (len(SPLITS) - len(shares))

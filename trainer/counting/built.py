@@ -1,0 +1,165 @@
+"""What ranks hold of a model, counted in the model itself: built on torch's meta device, without memory, by one process that is
+each rank in turn, in torch's fake process group.
+
+Layers are megatron-core's own, whatever the machine: their parameters are those of Transformer Engine's. Knows no bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.fp8_utils import is_first_last_bf16_layer
+
+from trainer import model, rehearsal
+from trainer.peft.attach import attach_without_values, module_names
+from trainer.settings.resolve import WITHOUT_CUDA
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Numbers of parameters on one rank. Experts are apart: fewer ranks hold copies of them."""
+
+    dense: int = 0
+    experts: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.dense + self.experts
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one rank holds."""
+
+    trained: Weights
+    frozen: Weights
+    """None of it without `peft`."""
+
+    matrices: int
+    """Parameters that FP8 or FP4 quantizes: what layers multiply with, but for layers that are left in bf16."""
+
+    magnitudes: int
+    """Outputs that DoRA scales."""
+
+    layers: tuple[int, ...]
+    """Transformer layers, counted from 0 in the whole model."""
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.trained.total + self.frozen.total
+
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
+_MATRIX = re.compile(r"(?:^|\.)layers\.(\d+)\.(?!.*\.adapter\.).*linear_\w+\.weight\d*$")
+
+
+def held(chunks: Sequence[Any], provider: Any) -> Held:
+    """Count the chunks of one rank, on any device."""
+    counts = {(trained, expert): 0 for trained in (True, False) for expert in (True, False)}
+    matrices, magnitudes = 0, 0
+    for name, one in _parameters(chunks):
+        counts[one.requires_grad, not getattr(one, "allreduce", True)] += one.numel()
+        found = _MATRIX.search(name)
+        matrices += one.numel() if found and is_quantized(provider, int(found[1])) else 0
+        magnitudes += one.numel() if name.endswith("weight_magnitude") else 0
+    trained, frozen = (Weights(counts[which, False], counts[which, True]) for which in (True, False))
+    return Held(trained, frozen, matrices, magnitudes, tuple(_layers(chunks)))
+
+
+def is_quantized(provider: Any, number: int) -> bool:
+    """Does layer `number` multiply in FP8 or FP4?"""
+    return bool(provider.fp8 or provider.fp4) and not is_first_last_bf16_layer(provider, number)
+
+
+def _parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Each once, under its name in the whole model."""
+    seen: set[int] = set()
+    for chunk in chunks:
+        for name, _, module in module_names(model.unwrap(chunk)):
+            for own, one in module.named_parameters(recurse=False):
+                if id(one) not in seen:
+                    seen.add(id(one))
+                    yield f"{name}.{own}", one
+
+
+def _layers(chunks: Sequence[Any]) -> Iterator[int]:
+    for chunk in chunks:
+        for name, _, module in module_names(model.unwrap(chunk)):
+            if (found := _LAYER.search(name)) and hasattr(module, "layer_number"):
+                yield int(found[1])
+
+
+_WITHOUT_GPU: dict[str, Any] = WITHOUT_CUDA | {
+    # Without it memory is taken on a device by its number, whatever torch's own default is.
+    "use_cpu_initialization": True,
+    "perform_initialization": False,
+    "context_parallel_size": 1,
+    "sequence_parallel": False,
+    "tp_comm_overlap": False,
+    "cpu_offloading": False,
+    "moe_grouped_gemm": False,
+    "fp8": None,
+    "fp8_param": False,
+    "fp4": None,
+}
+"""Settings that change no parameter, and that megatron-core's own layers want so."""
+
+_WHOLE: dict[str, Any] = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_layout": None,
+    "num_layers_in_first_pipeline_stage": None,
+    "num_layers_in_last_pipeline_stage": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "defer_embedding_wgrad_compute": False,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "make_vocab_size_divisible_by": 1,
+}
+"""The layout of one rank that holds everything, without padding."""
+
+
+def whole(provider: Any, peft: Any = None) -> Held:
+    """What the whole model has, with the vocabulary's own size and tied weights once. The provider may be unfinished."""
+    one = _changed(provider, _WITHOUT_GPU | _WHOLE)
+    getattr(one, "finalize", lambda: None)()
+    return _built(_changed(one, _WITHOUT_GPU), provider, peft, rank=0, world_size=1)  # once more, for fields that were derived
+
+
+def each_rank(provider: Any, peft: Any = None) -> Iterator[tuple[int, Held]]:
+    """The pipeline rank and what it holds, of each rank of a finished provider that may hold something else: one of each stage of
+    the pipeline, and with `peft`, which may choose some experts, one of each expert-parallel rank."""
+    one = _changed(provider, _WITHOUT_GPU)
+    tensor, experts = one.tensor_model_parallel_size, one.expert_model_parallel_size
+    each = one.expert_tensor_parallel_size or tensor
+    stage = math.lcm(tensor, each * experts)
+    for pp_rank in range(one.pipeline_model_parallel_size):
+        for ep_rank in range(experts if peft is not None else 1):
+            rank = pp_rank * stage + ep_rank * each
+            yield pp_rank, _built(one, provider, peft, rank=rank, world_size=stage * one.pipeline_model_parallel_size)
+
+
+def _changed(provider: Any, fields: dict[str, Any]) -> Any:
+    one = copy.copy(provider)
+    for name, value in fields.items():
+        if hasattr(one, name):
+            setattr(one, name, value)
+    return one
+
+
+def _built(built: Any, provider: Any, peft: Any, *, rank: int, world_size: int) -> Held:
+    with rehearsal.as_rank(rank, world_size, built):
+        chunks = model.shapes(built)
+        if peft is not None:
+            attach_without_values(chunks, peft)
+        return held(chunks, provider)

@@ -1,0 +1,218 @@
+"""Looks into a run that fails, hangs or is slow: each is a switch of `profiling`, `diagnostics` or `dist`, and a callback.
+
+What they do is torch's and megatron-core's; this chooses when, on which ranks, and where the files go.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.utils import StragglerDetector, check_param_hashes_across_dp_replicas
+
+from formats.errors import UserError
+from trainer import optim, parallel
+from trainer.config import RunConfig
+from trainer.run import Callback, Run, Step
+from trainer.telling.voice import run_dir
+
+
+def callbacks(config: RunConfig) -> Iterator[Callback]:
+    """Those that the settings ask for, in this rank."""
+    told = config.diagnostics
+    if config.dist.step_timeout_minutes is not None:
+        yield StepTimeout(config.dist.step_timeout_minutes)
+    if told.check_weight_hash_across_dp_replicas_interval is not None:
+        yield SameWeights(told.check_weight_hash_across_dp_replicas_interval)
+    if told.gpu_sniff_test:
+        yield SniffTest()
+    if told.log_straggler:
+        yield Stragglers(told.straggler_minmax_count)
+    if dist.get_rank() in config.profiling.profile_ranks:
+        yield from _profilers(config)
+
+
+def _profilers(config: RunConfig) -> Iterator[Callback]:
+    told, folder = config.profiling, (run_dir(config) or Path()) / "profile"
+    if told.use_pytorch_profiler:
+        yield TorchProfiler(config, folder)
+    if told.use_nsys_profiler:
+        yield Nsys(config)
+    if told.record_memory_history:
+        yield MemoryHistory(config, folder)
+
+
+class StepTimeout(Callback):
+    """How long ranks wait for each other once the first step has shown that all of them work."""
+
+    def __init__(self, minutes: float) -> None:
+        self.timeout, self._set = timedelta(minutes=minutes), False
+
+    def on_step(self, run: Run, step: Step) -> None:  # noqa: ARG002
+        """After the first step, in every process group of this rank."""
+        if not self._set:
+            self._set = True
+            for group in dist.distributed_c10d._world.pg_map:
+                dist.distributed_c10d._set_pg_timeout(self.timeout, group)
+
+
+class SameWeights(Callback):
+    """Compares the weights of data-parallel ranks, which only broken hardware or software makes different."""
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    def on_step(self, run: Run, step: Step) -> None:  # noqa: ARG002
+        """UserError on all ranks where two of them differ."""
+        if run.progress.iteration % self.interval:
+            return
+        with optim.parameters_gathered(run.chunks):
+            same = check_param_hashes_across_dp_replicas(run.chunks, cross_check=False)
+        (differs,) = parallel.largest([0.0 if same else dist.get_rank() + 1.0])
+        if differs:
+            run.saver.finish()
+            raise UserError(
+                f"after step {run.progress.iteration}, the weights of rank {int(differs) - 1} are not those of the other "
+                f"data-parallel ranks; {run.saver.standing}",
+                hint="look for a faulty GPU on that rank's host, and go on from a checkpoint that was saved before",
+            )
+
+
+class Stragglers(Callback):
+    """megatron-core's clocks around each forward pass: at every logged interval, the slowest and the fastest ranks."""
+
+    def __init__(self, shown: int) -> None:
+        self.detector, self.shown = StragglerDetector(), shown
+
+    def on_start(self, run: Run) -> None:
+        """Put the clocks around the run's forward step."""
+        _speak(logging.getLogger("megatron.core.utils"))
+        self.detector.configure(dist.get_world_size(), dist.get_rank(), mmcnt=self.shown, enabled=True)
+        forward = run.forward_step
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.detector:
+                return forward(*args, **kwargs)
+
+        run.forward_step = timed
+
+    def on_step(self, run: Run, step: Step) -> None:  # noqa: ARG002
+        """All ranks report together."""
+        every = run.config.logger.log_interval
+        if run.progress.iteration % every == 0:
+            measure = run.telling.measure
+            self.detector.report(measure.flops_per_token * measure.tokens_per_step * every, every)
+
+
+class SniffTest(Callback):
+    """NVIDIA's short measurement of every GPU and link, before the first step."""
+
+    def on_start(self, run: Run) -> None:  # noqa: ARG002
+        """Takes some seconds."""
+        from megatron.training import gpu_sniff_test  # noqa: PLC0415 - brings all of Megatron-LM's training
+
+        _speak(gpu_sniff_test.logger)
+        gpu_sniff_test.run_sniff_tests(
+            ep_group=parallel_state.get_expert_model_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(),
+            ar_group=dist.group.WORLD,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )
+
+
+def _speak(logger: logging.Logger) -> None:
+    """Let a logger of megatron's be heard; commands silence them (`trainer.quiet`)."""
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+
+
+class Windowed(Callback):
+    """Something that lasts from step `profile_step_start` to the end of step `profile_step_end`, or of the run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.first, self.last, self.active = config.profiling.profile_step_start, config.profiling.profile_step_end, False
+
+    def begin(self) -> None:
+        """Before the first of those steps."""
+
+    def end(self) -> None:
+        """After the last of them."""
+
+    def on_start(self, run: Run) -> None:
+        """It may begin with the run."""
+        self._move(run)
+
+    def on_step(self, run: Run, step: Step) -> None:  # noqa: ARG002
+        """Begin before a step, end after one."""
+        self._move(run)
+
+    def on_end(self, run: Run) -> None:  # noqa: ARG002
+        """It ends with the run."""
+        if self.active:
+            self.active = False
+            self.end()
+
+    def _move(self, run: Run) -> None:
+        following = run.progress.iteration + 1
+        if self.active and following > self.last:
+            self.on_end(run)
+        elif not self.active and self.first <= following <= self.last:
+            self.active = True
+            self.begin()
+
+
+class TorchProfiler(Windowed):
+    """torch's profiler: a trace for chrome://tracing or Perfetto."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        super().__init__(config)
+        self.profiler = torch.profiler.profile(record_shapes=config.profiling.record_shapes)
+        self.file = folder / f"steps-{self.first}-{self.last}-rank{dist.get_rank()}.json"
+
+    def begin(self) -> None:
+        self.profiler.start()
+
+    def end(self) -> None:
+        self.profiler.stop()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.profiler.export_chrome_trace(str(self.file))
+        click.echo(f"wrote `{self.file}`", err=True)
+
+
+class Nsys(Windowed):
+    """The range that `nsys profile --capture-range=cudaProfilerApi` records."""
+
+    def begin(self) -> None:
+        torch.cuda.cudart().cudaProfilerStart()
+
+    def end(self) -> None:
+        torch.cuda.cudart().cudaProfilerStop()
+
+
+class MemoryHistory(Windowed):
+    """What was allocated where, for pytorch.org/memory_viz: after the last of the steps, and when memory is full."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        super().__init__(config)
+        self.folder = folder
+
+    def begin(self) -> None:
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
+        torch._C._cuda_attach_out_of_memory_observer(lambda *_: self._dump("out-of-memory"))
+
+    def end(self) -> None:
+        self._dump("memory")
+
+    def _dump(self, name: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{name}-rank{dist.get_rank()}.pickle"
+        torch.cuda.memory._dump_snapshot(str(file))
+        click.echo(f"wrote `{file}`", err=True)

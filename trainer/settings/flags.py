@@ -1,0 +1,31 @@
+"""Options that other trainers have and `mbtrain` writes as settings: `--tp 2` is `model.tensor_model_parallel_size=2`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trainer.settings.places import ALIASES, every_name
+
+
+def setting(option: str, words: Sequence[str]) -> str | None:
+    """What to write instead of an option that there is not, as it is in the words of a command line; None where nothing is like
+    it."""
+    name, _, value = option.lstrip("-").replace("-", "_").partition("=")
+    found = next((full for short, full in ALIASES.items() if short.rpartition(".")[2] == name), None) or _field(name)
+    return f"{found}={value or _value(option, words)}" if found else None
+
+
+def _field(name: str) -> str | None:
+    from trainer.config import RunConfig  # noqa: PLC0415 - brings torch
+    from trainer.model import GPTModelProvider  # noqa: PLC0415
+
+    names = every_name(RunConfig(model=GPTModelProvider()))
+    return next((full for full in names if full.rpartition(".")[2] == name), None)
+
+
+def _value(option: str, words: Sequence[str]) -> str:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        head, equals, value = word.partition("=")
+        if head == option:
+            return value if equals else following or "true"
+    return "…"
