@@ -117,7 +117,7 @@ class DatasetConfig:
     """Documents in a sequence do not see those before them."""
 
     eod_mask_loss: bool = False
-    """Leave end-of-document tokens out of the loss."""
+    """Leave the first token after each end-of-document token out of the loss. The end-of-document token itself is learned."""
 
 
 @dataclass(kw_only=True)

@@ -27,7 +27,7 @@ from trainer.checkpoints import checkpoint, iterations, luggage
 from trainer.config import RunConfig
 from trainer.generation.text import generate
 from trainer.loss import forward_step as default_forward_step
-from trainer.loss import mean
+from trainer.loss import mean, with_token_counts
 from trainer.run import Callback, ForwardStep, Run, Step, say
 from trainer.settings import refused
 from trainer.settings.resolve import Resolved, resolve
@@ -196,8 +196,9 @@ def _schedule(run: Run, iterators: list[Any], *, microbatches: int, forward_only
     """megatron-core's pipeline schedule over one global batch: [loss sum, tokens] per microbatch on the last stage."""
     config = run.config
     rows, length = feed.rows_between_stages(config)
+    per_token = getattr(config.model, "calculate_per_token_loss", False)
     return get_forward_backward_func()(
-        forward_step_func=run.forward_step,
+        forward_step_func=with_token_counts(run.forward_step) if per_token else run.forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=run.chunks,
         num_microbatches=microbatches,

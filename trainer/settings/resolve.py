@@ -116,11 +116,19 @@ def _agreements(config: RunConfig) -> list[Choice]:
 
 def _per_token(config: RunConfig) -> list[Choice]:
     """Microbatches with few tokens that count must not weigh as much as those with many."""
-    tuned = isinstance(config.dataset, FinetuningDatasetConfig)
-    if not (tuned or getattr(config.dataset, "eod_mask_loss", False)) or not hasattr(config.model, "calculate_per_token_loss"):
+    what = _leaves_tokens_out(config.dataset)
+    if what is None or not hasattr(config.model, "calculate_per_token_loss"):
         return []
-    what = "fine-tuning learns answers alone" if tuned else "`dataset.eod_mask_loss` leaves tokens out"
     return [Choice("model.calculate_per_token_loss", True, f"{what}: the mean is over those that count in the whole batch")]
+
+
+def _leaves_tokens_out(dataset: Any) -> str | None:
+    """Why the `loss_mask` of this dataset's samples may hold zeros; None where every token counts."""
+    if isinstance(dataset, FinetuningDatasetConfig):
+        return "fine-tuning learns answers alone"
+    if getattr(dataset, "eod_mask_loss", False):
+        return "`dataset.eod_mask_loss` leaves out what follows the end of a document"
+    return "a dataset of your own may leave tokens out" if hasattr(dataset, "build") else None
 
 
 def padded_examples(config: RunConfig) -> list[Choice]:
