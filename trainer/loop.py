@@ -115,6 +115,7 @@ def _trainable(chunks: list[Any], config: RunConfig) -> tuple[list[Any], Any]:
 def train(run: Run) -> None:
     """Step until the run is done or asked to stop; tell, evaluate and save on the way."""
     settings, first = run.config, run.progress.iteration
+    run.telling.start_clock()
     while run.progress.iteration < settings.train.train_iters:
         with refused.named_in_first_step() if run.progress.iteration == first else nullcontext():
             step = train_step(run)

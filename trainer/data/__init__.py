@@ -3,8 +3,9 @@
 `build` makes the three datasets of a run, `trainer.data.loader.batches` reads them.
 
 A dataset has a length and gives, for each sample number, a dict of tensors `[sequence_length]`: `tokens`, `labels` and
-`position_ids` (int64), `loss_mask` (float32: 1 for labels that are learned, else 0). What a sample number stands for depends on nothing but the data and its seed: not
-on how many samples are asked for, on batch sizes or on ranks. So a sample number is a position that one can resume from.
+`position_ids` (int64), `loss_mask` (float32: 1 for a label that is learned, else 0). What a sample number stands for depends on
+nothing but the data and its seed: not on how many samples are asked for, on batch sizes or on ranks. So a sample number is a
+position that one can resume from.
 
 Your own data: in place of `DatasetConfig`, give an object with
 

@@ -137,15 +137,16 @@ class Measure:
         *,
         iteration: int,
         seconds: float,
+        timed_steps: int,
         lr: float,
         consumed_samples: int,
         consumed_tokens: int,
         memory_gib: float,
         loss_scale: float | None = None,
     ) -> Step:
-        """The record of an interval that took `seconds` and ended with step `iteration`."""
-        assert totals.steps > 0, "an interval without steps"
-        per_step = max(seconds, 1e-9) / totals.steps
+        """The record of an interval that ended with step `iteration`. Its last `timed_steps` took `seconds`."""
+        assert totals.steps >= timed_steps > 0, "an interval without steps"
+        per_step = max(seconds, 1e-9) / timed_steps
         rate = self.tokens_per_step / per_step / self.num_gpus
         flops = self._flops(totals) / per_step / self.num_gpus
         return Step(

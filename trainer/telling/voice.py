@@ -44,21 +44,38 @@ class Telling:
     interval: metrics.Interval = field(default_factory=metrics.Interval)
     color: bool = field(default_factory=_in_a_terminal)
     _since: float = field(default_factory=time.perf_counter)
+    _timed: int = 0
+    """Steps since `_since`: fewer than the interval's where it began before a resume, or with the first step."""
+
+    _first: bool = True
+
+    def start_clock(self) -> None:
+        """Measure from here on: the first step follows."""
+        self._since, self._timed = time.perf_counter(), 0
 
     def step(self, progress: Any, step: Any) -> None:
         """Count a step; at an interval's end, tell it."""
         grad_norm = step.grad_norm if step.applied else None
         self.interval.add(torch.tensor(step.loss), grad_norm=grad_norm, skipped=not step.applied, work=step.work)
-        every = self.config.logger.log_interval
-        if progress.iteration % every and progress.iteration < self.config.train.train_iters:
+        self._timed += 1
+        ends = progress.iteration % self.config.logger.log_interval == 0 or progress.iteration >= self.config.train.train_iters
+        if not (ends or self._first):
             return
         device.synchronize()
+        if ends:
+            self._step(progress, step)
+        # The first step compiles and allocates: it counts only in a line that has no other.
+        self._first = False
+        self.start_clock()
+
+    def _step(self, progress: Any, step: Any) -> None:
         seconds, totals = time.perf_counter() - self._since, self.interval.close()
         self._tell(
             self.measure.step(
                 totals,
                 iteration=progress.iteration,
                 seconds=seconds,
+                timed_steps=self._timed,
                 lr=step.lr,
                 consumed_samples=progress.consumed_samples,
                 consumed_tokens=progress.consumed_samples * self.config.dataset.sequence_length,
@@ -66,7 +83,6 @@ class Telling:
                 loss_scale=step.loss_scale,
             )
         )
-        self._since = time.perf_counter()
 
     def evaluation(self, progress: Any, split: Any, loss: float) -> None:
         """Tell an evaluation."""
