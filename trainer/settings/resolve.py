@@ -16,7 +16,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from formats.errors import UserError
 from trainer.config import DatasetConfig, FinetuningDatasetConfig, RunConfig
-from trainer.settings import checks, described, overlap, paths, precision, refused, unsupported
+from trainer.settings import checks, cross_entropy, described, overlap, paths, precision, refused, unsupported
 from trainer.settings.choice import Choice, carry_out
 from trainer.settings.precision import Machine
 
@@ -61,12 +61,13 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     context = checks.size(told.model, checks.CP)
     choices += carry_out(told, overlap.choose(told, data_parallel=copies * context, device=device))
     choices += carry_out(told, _device_fields(told.model, machine))
+    cross_entropy.check(told.model, machine)
     choices += carry_out(told, _schedule(told))
     checks.check_schedule(told)
     checks.check_saving(told)
     _validate(told)
     choices += described.follow(told.model)
-    warnings_ = (*_warnings(told, microbatches), *described.notes(told.model))
+    warnings_ = (*_warnings(told, microbatches), *described.notes(told.model), *cross_entropy.notes(told.model, machine))
     return Resolved(told, tuple(choices), warnings_, world_size, copies, microbatches)
 
 
@@ -157,17 +158,19 @@ _WITHOUT_CUDA: dict[str, Any] = {
 """megatron-core's kernels that exist for CUDA only, off."""
 
 
-KERNELS: dict[str, Any] = {
+_KERNELS: dict[str, Any] = {
     "bias_activation_fusion": True,
     "bias_dropout_fusion": True,
     "masked_softmax_fusion": True,
     "apply_rope_fusion": True,
     "persist_layer_norm": True,
     "cross_entropy_loss_fusion": True,
-    "cross_entropy_fusion_impl": "te",
 }
-"""Kernels that are faster, where nobody chose. On an H200 Transformer Engine's cross entropy gave a model of 1B shape 6 % more
-tokens per second than megatron-core's own, in 12 GiB less (docs/performance.md)."""
+
+
+def kernels(transformer_engine: str | None) -> dict[str, Any]:
+    """The kernels that are faster, where nobody chose and this version of Transformer Engine is installed."""
+    return {**_KERNELS, "cross_entropy_fusion_impl": cross_entropy.implementation(transformer_engine)}
 
 
 def _device_fields(model: Any, machine: Machine) -> list[Choice]:
@@ -178,8 +181,8 @@ def _device_fields(model: Any, machine: Machine) -> list[Choice]:
     if not getattr(model, "bf16", False):
         choices.append(Choice("model.cross_entropy_loss_fusion", False, "the fused kernels round gradients to bf16"))
     if importlib.util.find_spec("transformer_engine"):  # megatron-core refuses settings for what it cannot import
-        named = {choice.setting for choice in choices}
-        free = {f"model.{name}": value for name, value in KERNELS.items() if getattr(model, name, False) is None}
+        named, faster = {choice.setting for choice in choices}, kernels(machine.transformer_engine)
+        free = {f"model.{name}": value for name, value in faster.items() if getattr(model, name, False) is None}
         choices += [Choice(name, value, "a fused kernel") for name, value in free.items() if name not in named]
     if getattr(model, "gradient_accumulation_fusion", False) and not importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
         choices.append(Choice("model.gradient_accumulation_fusion", False, "APEX, which has its kernel, is not installed"))
