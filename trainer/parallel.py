@@ -117,7 +117,7 @@ def session(config: RunConfig, kind: str) -> Iterator[None]:
     """Process groups, seeds and the microbatch calculator of a run, for as long as this is entered."""
     check_meeting_point(os.environ)
     device.prepare(kind)
-    with device.stand_in(kind), device.environment_kept():
+    with device.stand_in(kind), device.environment_kept(), device.determinism(config):
         _start(config, kind)
         try:
             with user_buffers.held(config):
@@ -161,6 +161,7 @@ def form_groups(model: Any, *, timeout_minutes: float, gloo: bool = True) -> Non
         context_parallel_size=model.context_parallel_size,
         expert_model_parallel_size=model.expert_model_parallel_size,
         expert_tensor_parallel_size=model.expert_tensor_parallel_size,
+        hierarchical_context_parallel_sizes=getattr(model, "hierarchical_context_parallel_sizes", None),
         distributed_timeout_minutes=max(1, int(timeout_minutes)),
         create_gloo_process_groups=gloo,
     )

@@ -53,6 +53,7 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     checks.check_peft(told.peft)
     precision.check(told.mixed_precision, machine)
     checks.check_device(told, machine)
+    checks.check_kernels(told)
     checks.check_packed(told, machine)
     choices = [*_virtual_stages(told.model), *_agreements(told), *_per_token(told), *padded_examples(told)]
     choices = carry_out(told, choices) + precision.apply(told.mixed_precision, told)
@@ -60,10 +61,12 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     microbatches = checks.num_microbatches(told, copies)
     context = checks.size(told.model, checks.CP)
     choices += carry_out(told, overlap.choose(told, data_parallel=copies * context, device=device))
+    checks.check_deterministic(told.model)
     choices += carry_out(told, _device_fields(told.model, machine))
     cross_entropy.check(told.model, machine)
     choices += carry_out(told, _schedule(told))
     checks.check_schedule(told)
+    checks.check_agreements(told)
     checks.check_saving(told)
     _validate(told)
     choices += described.follow(told.model)
@@ -152,7 +155,6 @@ _WITHOUT_CUDA: dict[str, Any] = {
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
     "cross_entropy_loss_fusion": False,
-    "gradient_accumulation_fusion": False,
     "use_cpu_initialization": True,
 }
 """megatron-core's kernels that exist for CUDA only, off."""
@@ -180,12 +182,12 @@ def _device_fields(model: Any, machine: Machine) -> list[Choice]:
     choices: list[Choice] = []
     if not getattr(model, "bf16", False):
         choices.append(Choice("model.cross_entropy_loss_fusion", False, "the fused kernels round gradients to bf16"))
+    elif getattr(model, "deterministic_mode", False):
+        choices.append(Choice("model.cross_entropy_loss_fusion", False, "`model.deterministic_mode`"))
     if importlib.util.find_spec("transformer_engine"):  # megatron-core refuses settings for what it cannot import
         named, faster = {choice.setting for choice in choices}, kernels(machine.transformer_engine)
         free = {f"model.{name}": value for name, value in faster.items() if getattr(model, name, False) is None}
         choices += [Choice(name, value, "a fused kernel") for name, value in free.items() if name not in named]
-    if getattr(model, "gradient_accumulation_fusion", False) and not importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
-        choices.append(Choice("model.gradient_accumulation_fusion", False, "APEX, which has its kernel, is not installed"))
     return choices
 
 
