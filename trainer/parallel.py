@@ -161,7 +161,6 @@ def form_groups(model: Any, *, timeout_minutes: float, gloo: bool = True) -> Non
         context_parallel_size=model.context_parallel_size,
         expert_model_parallel_size=model.expert_model_parallel_size,
         expert_tensor_parallel_size=model.expert_tensor_parallel_size,
-        hierarchical_context_parallel_sizes=getattr(model, "hierarchical_context_parallel_sizes", None),
         distributed_timeout_minutes=max(1, int(timeout_minutes)),
         create_gloo_process_groups=gloo,
     )

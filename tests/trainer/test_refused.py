@@ -55,7 +55,13 @@ def test_all_stages_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"model__kv_channels": 0}, alone("model.kv_channels", 0)),
         ({"model__moe_router_topk": 1}, alone("model.moe_router_topk", 1)),
-        ({"ddp__num_buckets": 0}, alone("ddp.num_buckets", 0)),
+        (
+            {"ddp__num_buckets": 2},
+            (
+                "`ddp.num_buckets` is `2`, which does not work here: megatron-core does not read it\n\n"
+                "hint: leave `ddp.num_buckets` out"
+            ),
+        ),
         ({"optimizer__use_precision_aware_optimizer": True}, alone("optimizer.use_precision_aware_optimizer", True)),
         ({"model__pipeline_model_parallel_layout": "nonsense"}, alone("model.pipeline_model_parallel_layout", "nonsense")),
         ({"model__pipeline_model_parallel_layout": []}, alone("model.pipeline_model_parallel_layout", "[]")),

@@ -124,10 +124,11 @@ def check_optimizer(config: RunConfig) -> None:
             "`optimizer.optimizer` is `sgd`, which megatron-core does not divide among ranks",
             hint="set `ddp.use_distributed_optimizer=false` and `optimizer.use_distributed_optimizer=false`",
         )
-    if config.ddp.use_megatron_fsdp or config.ddp.use_custom_fsdp:
-        raise UserError(
-            "`ddp.use_megatron_fsdp` is not supported: nothing would be divided", hint="use `ddp.use_distributed_optimizer=true`"
-        )
+    for name in ("use_megatron_fsdp", "use_custom_fsdp"):
+        if getattr(config.ddp, name):
+            raise UserError(
+                f"`ddp.{name}` is not supported: nothing would be divided", hint="use `ddp.use_distributed_optimizer=true`"
+            )
 
 
 def _least(setting: str, value: float | None, least: int) -> None:
@@ -410,12 +411,6 @@ def check_agreements(config: RunConfig) -> None:
             f"`model.mup_width_mult` is `{width}`, but it follows from `model.hidden_size` and `model.mup_base_hidden_size`: "
             f"`{follows}`",
             hint="leave `model.mup_width_mult` out",
-        )
-    parts = getattr(model, "hierarchical_context_parallel_sizes", None)
-    if parts and math.prod(parts) != size(model, CP):
-        raise UserError(
-            f"the product of `model.hierarchical_context_parallel_sizes`, `{parts}`, is not `model.{CP}`, `{size(model, CP)}`",
-            hint="choose sizes whose product it is",
         )
 
 

@@ -23,6 +23,7 @@ NEVER: dict[str, dict[str, str]] = {
     "model": {
         "its process groups are not formed": """tensor_parallel_num_weight_shards gtp_weight_remat_size
             expert_tensor_parallel_num_weight_shards expert_gtp_weight_remat_size hybrid_context_parallel
+            hierarchical_context_parallel_sizes
             max_seqlen_per_dp_cp_rank pipeline_model_parallel_comm_backend""",
         "the training loop sets it": """finalize_model_grads_func grad_scale_func moe_grad_scale_func mtp_grad_scale_func
             no_sync_func grad_sync_func param_sync_func""",
@@ -52,6 +53,10 @@ NEVER: dict[str, dict[str, str]] = {
         "it needs a torch with ring exchange, which no package index has": "use_ring_exchange_p2p",
         "it needs APEX, which no package index has": """defer_embedding_wgrad_compute wgrad_deferral_limit
             memory_efficient_layer_norm""",
+        "Transformer Engine does not read it any more": """tp_comm_split_ag tp_comm_atomic_ag tp_comm_split_rs tp_comm_atomic_rs
+            fp8_interval""",
+        "NCCL starts Transformer Engine's buffers": "tp_comm_bootstrap_backend",
+        "versions of flash-attn were not tried": "flash_attention_version",
         "megatron-core does not read it": "apply_residual_connection_post_layernorm moe_token_dropping",
         "NVIDIA's Kitchen is not supported": "use_kitchen use_kitchen_attention kitchen_attention_backend",
         "it is for megatron-core's inference, which this trainer does not run": """flash_decode batch_invariant_mode
@@ -73,7 +78,7 @@ NEVER: dict[str, dict[str, str]] = {
             delta_offload_bytes_across_pp_ranks activation_offload_fraction fine_grained_offloading_max_inflight_offloads""",
         "Transformer Engine's grouped and fused experts were not tried": """use_transformer_engine_op_fuser
             use_grouped_gemm_for_shared_expert moe_shared_expert_glu_interleave_size moe_mlp_glu_interleave_size
-            moe_single_grouped_weight moe_single_grouped_bias""",
+            moe_single_grouped_weight moe_single_grouped_bias use_fused_weighted_squared_relu""",
     },
     "ddp": {
         "one is all that groups are formed for": "num_distributed_optimizer_instances",
@@ -84,8 +89,9 @@ NEVER: dict[str, dict[str, str]] = {
             megatron_fsdp_use_decoupled_grad megatron_fsdp_cuda_graph_mode
             megatron_fsdp_enable_fine_grained_param_gather megatron_fsdp_max_pool_double_buffer""",
         "MXFP8 weights are not supported": "reuse_grad_buf_for_mxfp8_param_ag",
+        "NCCL's user buffers were not tried": "nccl_ub disable_symmetric_registration",
         "the forward step has no schedule to divide": "delay_wgrad_compute",
-        "megatron-core does not read it": "gradient_reduce_div_fusion",
+        "megatron-core does not read it": "gradient_reduce_div_fusion num_buckets",
     },
     "optimizer": {
         "the loop does not start it": "overlap_param_gather_with_optimizer_step",
@@ -103,7 +109,7 @@ NEVER: dict[str, dict[str, str]] = {
 """By section: why, and of which fields another value than the default is refused on every device."""
 
 ON_A_CPU = {
-    "ddp.nccl_ub": "NCCL's user buffers need GPUs",
+    "model.fp32_residual_connection": "megatron-core's own layers take one precision",
     "model.use_te_activation_func": "Transformer Engine's activations need a GPU",
     "model.fused_single_qkv_rope": "its kernel is Transformer Engine's",
     "model.fused_residual_rmsnorm": "its kernel is Transformer Engine's",
@@ -122,7 +128,7 @@ _DEFAULTS = {
 
 def check(config: RunConfig, device: str) -> None:
     """Settings that would fail in the first step, or do nothing."""
-    for setting, why in _never():
+    for setting, why in never():
         if _differs(config, setting):
             raise _refusal(config, setting, "here", why)
     for setting, why in ON_A_CPU.items() if device == "cpu" else ():
@@ -130,7 +136,8 @@ def check(config: RunConfig, device: str) -> None:
             raise _refusal(config, setting, "on the CPU", why)
 
 
-def _never() -> Iterator[tuple[str, str]]:
+def never() -> Iterator[tuple[str, str]]:
+    """Each setting of `NEVER`, and why it is refused."""
     for section, reasons in NEVER.items():
         for why, names in reasons.items():
             yield from ((f"{section}.{name}", why) for name in names.split())
