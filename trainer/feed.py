@@ -12,6 +12,7 @@ from trainer import data, device, model
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.contents import tokenizer_of_run
 from trainer.config import FinetuningDatasetConfig, RunConfig
+from trainer.data import once
 from trainer.data.chat import sets
 from trainer.data.loader import batches
 from trainer.run import Run, say
@@ -27,18 +28,42 @@ def check(config: RunConfig) -> None:
 
 def datasets(config: RunConfig, progress: checkpoint.Progress) -> Sequence[Any]:
     """Long enough for the steps to come, and for those that were made with another batch size."""
-    train, checks = config.train, config.validation
+    train, iterations = config.train, config.validation.eval_iters
     to_come = max(train.train_iters - progress.iteration, 0) * train.global_batch_size
-    evaluated = checks.eval_iters * train.global_batch_size
-    made = data.build(
-        config.dataset,
-        tokenizer=tokenizer_of_run(config),
-        vocab_size=config.model.vocab_size,
-        samples=(progress.consumed_samples + to_come, evaluated, evaluated),
-    )
+    evaluated = (1 if iterations is None else iterations) * train.global_batch_size
+    made = _build(config, (progress.consumed_samples + to_come, evaluated, evaluated))
     for line in getattr(made[0], "summary", ()):
         say(line)
-    return made
+    epoch = getattr(made[0], "per_epoch", None)
+    if epoch and progress.consumed_samples + to_come > epoch:
+        say(f"{epoch} samples per epoch: the run has {(progress.consumed_samples + to_come) / epoch:.1f} epochs")
+    held_out = (once.once(one, iterations=iterations, global_batch_size=train.global_batch_size) for one in made[1:])
+    return made[0], *held_out
+
+
+def _build(config: RunConfig, samples: tuple[int, int, int]) -> Sequence[Any]:
+    return data.build(config.dataset, tokenizer=tokenizer_of_run(config), vocab_size=config.model.vocab_size, samples=samples)
+
+
+def steps_of_epochs(config: RunConfig) -> int:
+    """Optimizer steps in which the training data is gone through `train.num_epochs` times. The last one may go on into the next
+    epoch. UserError where the dataset does not say how many samples that takes."""
+    check(config)
+    epochs, batch = config.train.num_epochs, config.train.global_batch_size
+    until = getattr(_build(config, (batch, 0, 0))[0], "until", None)
+    if until is None:
+        raise UserError(
+            f"`train.num_epochs` is `{epochs}`, and the dataset does not say how many samples an epoch has",
+            hint="leave it out, and set `train.train_iters`",
+        )
+    return -(-until(epochs) // batch)
+
+
+def evaluations(config: RunConfig, dataset: Any) -> int:
+    """Global batches of one evaluation of held-out data."""
+    if isinstance(dataset, once.Once):
+        return len(dataset) // config.train.global_batch_size
+    return config.validation.eval_iters or 0
 
 
 def prompts(run: Run) -> tuple[Tokenizer, Sequence[str | list[int]]] | None:

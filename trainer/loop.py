@@ -48,6 +48,7 @@ def pretrain(
     kind = device.choose(config.dist.device)
     resolved = resolve(config, world_size=parallel.world_size(), device=kind)
     with parallel.session(resolved.config, kind), Stop() as stop:
+        resolved = _with_epochs(config, resolved, kind)
         run = start(resolved, forward_step, callbacks=callbacks, stop=stop)
         try:
             if _last(run):
@@ -62,6 +63,14 @@ def pretrain(
         if stop.received:
             raise SystemExit(stop.exit_code)
         return run.progress
+
+
+def _with_epochs(config: RunConfig, resolved: Resolved, kind: str) -> Resolved:
+    """Count the steps of `train.num_epochs`, which the data says, and resolve what follows from them."""
+    if config.train.num_epochs is None:
+        return resolved
+    steps = feed.steps_of_epochs(resolved.config)
+    return resolve(config, world_size=parallel.world_size(), device=kind, steps=steps)
 
 
 def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[Callback], stop: Stop) -> Run:
@@ -213,7 +222,7 @@ def _schedule(run: Run, iterators: list[Any], *, microbatches: int, forward_only
 def evaluate(run: Run, split: str) -> float | None:
     """The loss over held-out data, the same samples each time; None where there are none."""
     dataset = run.datasets[1 if split == "validation" else 2]
-    iterations = run.config.validation.eval_iters
+    iterations = feed.evaluations(run.config, dataset)
     if dataset is None or iterations == 0:
         return None
     began = time.perf_counter()

@@ -87,7 +87,7 @@ def settings(**changes: Any) -> RunConfig:
     )  # fmt: skip
     config = RunConfig(model=model, mixed_precision="fp32")
     config.dataset.sequence_length, config.dataset.num_workers = 16, 0
-    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = STEPS, 4, 1
+    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = STEPS, 2, 1
     config.train.manual_gc_interval, config.validation.eval_iters = 0, 0
     config.optimizer.lr, config.dist.device = 1e-2, "cpu"
     for name, value in changes.items():

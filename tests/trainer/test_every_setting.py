@@ -162,7 +162,7 @@ OBSERVED: dict[str, Trial] = {
 }
 """Settings whose other value changes a run on the CPU."""
 
-PP2 = {"model.pipeline_model_parallel_size": 2}
+PP2 = {"model.pipeline_model_parallel_size": 2, "train.global_batch_size": 4}
 THREE = {**PP2, "model.num_layers": 3}
 BUILT: dict[str, Trial] = {
     "model.num_layers_in_first_pipeline_stage": Trial(2, THREE, 2),

@@ -133,6 +133,10 @@ class Epochs(Dataset):
                 self._epoch(number)
         return self
 
+    def until(self, epochs: int) -> int:
+        """Samples until the end of that many epochs."""
+        return epochs * self.per_epoch
+
     def __len__(self) -> int:
         return self.samples
 

@@ -61,7 +61,7 @@ def check_sizes(config: RunConfig) -> None:
     """Numbers that are wrong whatever the others are."""
     for name in (TP, PP, CP, VPP, EP, ETP):
         _least(f"model.{name}", getattr(config.model, name, None), 1)
-    for name in ("train_iters", "global_batch_size", "micro_batch_size", "exit_interval"):
+    for name in ("train_iters", "num_epochs", "global_batch_size", "micro_batch_size", "exit_interval"):
         _least(f"train.{name}", getattr(config.train, name), 1)
     _least("train.manual_gc_interval", config.train.manual_gc_interval, 0)
     _least("validation.eval_interval", config.validation.eval_interval, 1)

@@ -38,10 +38,13 @@ class Resolved:
     """Microbatches per step on each rank."""
 
 
-def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine | None = None) -> Resolved:
+def resolve(
+    config: RunConfig, *, world_size: int, device: str, machine: Machine | None = None, steps: int | None = None
+) -> Resolved:
     """A copy of a run's configuration with every field decided, for `world_size` processes on `cpu` or `gpu`.
 
-    UserError for whatever would fail later. `machine` is what this process finds, if not given.
+    UserError for whatever would fail later. `machine` is what this process finds, if not given. `steps` is what
+    `train.num_epochs` comes to, as soon as the data says it: until then the schedule is that of `train.train_iters`.
     """
     told = _copy(config)
     paths.expand(told)
@@ -55,7 +58,7 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     checks.check_device(told, machine)
     checks.check_kernels(told)
     checks.check_packed(told, machine)
-    choices = [*_virtual_stages(told.model), *_agreements(told), *_per_token(told), *padded_examples(told)]
+    choices = [*_epochs(told, steps), *_virtual_stages(told.model), *_agreements(told), *_per_token(told), *padded_examples(told)]
     choices = carry_out(told, choices) + precision.apply(told.mixed_precision, told)
     copies = _check_layout(told, world_size)
     microbatches = checks.num_microbatches(told, copies)
@@ -65,7 +68,8 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     choices += carry_out(told, _device_fields(told.model, machine))
     cross_entropy.check(told.model, machine)
     choices += carry_out(told, _schedule(told))
-    checks.check_schedule(told)
+    if told.train.num_epochs is None or steps is not None:
+        checks.check_schedule(told)
     checks.check_agreements(told)
     checks.check_saving(told)
     _validate(told)
@@ -90,6 +94,12 @@ def _check_layout(config: RunConfig, world_size: int) -> int:
     checks.check_samples(config)
     checks.check_precision_sizes(config)
     return copies
+
+
+def _epochs(config: RunConfig, steps: int | None) -> list[Choice]:
+    if steps is None:
+        return []
+    return [Choice("train.train_iters", steps, f"`train.num_epochs={config.train.num_epochs}` of this data")]
 
 
 def _virtual_stages(model: Any) -> list[Choice]:
