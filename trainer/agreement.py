@@ -10,14 +10,16 @@ import torch
 import torch.distributed as dist
 
 from formats.errors import UserError
-from trainer import parallel
+from trainer import device, parallel
 from trainer.loss import mean_and_work
 from trainer.run import Run
+from trainer.telling.metrics import memory_gib
 
 
-def agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool, tuple[float, float]]:
-    """All ranks learn the loss, whether some rank was asked to stop, whether it is time to save, and the work in packed rows:
-    tokens in examples, and the sum of the squares of examples' lengths, both 0 where rows are not packed.
+def agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool, tuple[float, float], float]:
+    """All ranks learn the loss, whether some rank was asked to stop, whether it is time to save, the work in packed rows (tokens
+    in examples, and the sum of the squares of examples' lengths, both 0 where rows are not packed), and the most GiB that a rank
+    has held.
 
     Raises UserError on all of them where the loss is no number: before it reaches the weights.
     """
@@ -33,14 +35,15 @@ def agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool, tupl
     due = minutes is not None and run.saver.root is not None and run.saver.minutes >= minutes
     asked = float(run.stop.received or 0)
     tokens, squares = work or (0.0, 0.0)  # only the last stage knows
-    worst, value, asked, over, due, tokens, squares = parallel.largest(
-        [bad, here if math.isfinite(here) else -math.inf, asked, float(over), float(due), tokens, squares]
+    held = memory_gib(device.current())
+    worst, value, asked, over, due, tokens, squares, held = parallel.largest(
+        [bad, here if math.isfinite(here) else -math.inf, asked, float(over), float(due), tokens, squares, held]
     )
     if worst:
         raise not_a_number(run, f"the loss of step {run.progress.iteration + 1} is NaN or Inf on rank {int(worst) - 1}")
     if asked:
         run.stop.received = signal.Signals(int(asked))
-    return value, bool(asked or over), bool(due), (tokens, squares)
+    return value, bool(asked or over), bool(due), (tokens, squares), held
 
 
 def not_a_number(run: Run, what: str) -> UserError:

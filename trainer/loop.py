@@ -179,7 +179,7 @@ def train_step(run: Run) -> Step:
         chunk.zero_grad_buffer()
     parts.optimizer.zero_grad()
     losses = _schedule(run, run.batches, microbatches=get_num_microbatches(), forward_only=False)
-    loss, stop, save_now, work = agree(run, losses)
+    loss, stop, save_now, work, memory_gib = agree(run, losses)
     applied, grad_norm, _ = parts.optimizer.step()
     if applied and not math.isfinite(grad_norm or 0.0):
         raise not_a_number(run, f"the gradient norm of step {run.progress.iteration + 1} is NaN or Inf")
@@ -199,6 +199,7 @@ def train_step(run: Run) -> Step:
         stop=stop,
         save=save_now,
         work=work,
+        memory_gib=memory_gib,
     )
 
 

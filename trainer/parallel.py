@@ -132,8 +132,11 @@ def session(config: RunConfig, kind: str) -> Iterator[None]:
 
 
 def _first_to_tell(error: UserError) -> bool:
-    """Of several ranks with the same error, one tells it."""
-    return dist.distributed_c10d._get_default_store().add(f"told {error}", 1) == 1
+    """Of several ranks with the same error, one tells it; so does one that comes after rank 0, and its store, have gone."""
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"told {error}", 1) == 1
+    except dist.DistNetworkError:
+        return True
 
 
 def _start(config: RunConfig, kind: str) -> None:

@@ -44,7 +44,7 @@ def told(clock, seconds, *, every, resumed_at=0, carried=None, start=0.0):
     telling.start_clock()
     for number, took in enumerate(seconds, resumed_at + 1):
         clock.now += took
-        step = SimpleNamespace(loss=1.0, grad_norm=1.0, lr=1e-3, applied=True, loss_scale=None, work=(0.0, 0.0))
+        step = SimpleNamespace(loss=1.0, grad_norm=1.0, lr=1e-3, applied=True, loss_scale=None, work=(0.0, 0.0), memory_gib=1.0)
         telling.step(SimpleNamespace(iteration=number, consumed_samples=number), step)
     return records, telling.interval.state_dict()
 

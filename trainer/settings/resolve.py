@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import warnings
 from dataclasses import dataclass, fields
 from typing import Any
@@ -223,9 +224,14 @@ def _schedule(config: RunConfig) -> list[Choice]:
     why = f"`scheduler.lr_warmup_fraction={share}` of {length} steps"
     return [
         *choices,
-        Choice("scheduler.lr_warmup_iters", int(share * length), why),
+        Choice("scheduler.lr_warmup_iters", _share(share, length), why),
         Choice("scheduler.lr_warmup_fraction", None, why),
     ]
+
+
+def _share(share: float, length: int) -> int:
+    """Steps of a warm-up: at least one, where there is another step after it."""
+    return min(math.ceil(round(share * length, 6)), length - 1)
 
 
 _EXPECTED = ("full scope is deprecated", "Could not determine rank")

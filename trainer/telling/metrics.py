@@ -7,8 +7,6 @@ on one rank.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -109,8 +107,8 @@ class Interval:
 class Measure:
     """What turns a run's totals and seconds into speeds."""
 
-    flops_per_token: float
-    """Floating-point operations of forward and backward, per token, of the whole model."""
+    flops_per_token: float | None
+    """Floating-point operations of forward and backward, per token, of the whole model; None where there is no formula."""
 
     tokens_per_step: int
     num_gpus: int
@@ -124,12 +122,12 @@ class Measure:
     flops_of_packed: Callable[[float, float], float] | None = None
     """Operations of packed rows, from the tokens in examples and the sum of the squares of examples' lengths."""
 
-    def _flops(self, totals: Totals) -> float:
+    def _flops(self, totals: Totals) -> float | None:
         """Operations per step."""
         tokens, squares = totals.work
         if tokens and self.flops_of_packed:
             return self.flops_of_packed(tokens, squares) / totals.steps
-        return self.tokens_per_step * self.flops_per_token
+        return None if self.flops_per_token is None else self.tokens_per_step * self.flops_per_token
 
     def step(
         self,
@@ -148,7 +146,8 @@ class Measure:
         assert totals.steps >= timed_steps > 0, "an interval without steps"
         per_step = max(seconds, 1e-9) / timed_steps
         rate = self.tokens_per_step / per_step / self.num_gpus
-        flops = self._flops(totals) / per_step / self.num_gpus
+        work = self._flops(totals)
+        flops = None if work is None else work / per_step / self.num_gpus
         return Step(
             iteration=iteration,
             loss=totals.loss,
@@ -158,8 +157,8 @@ class Measure:
             consumed_tokens=consumed_tokens,
             seconds_per_step=per_step,
             tokens_per_second_per_gpu=rate,
-            tflops_per_gpu=flops / 1e12,
-            mfu=flops / self.peak_flops if self.peak_flops else None,
+            tflops_per_gpu=None if flops is None else flops / 1e12,
+            mfu=flops / self.peak_flops if self.peak_flops and flops is not None else None,
             memory_gib=memory_gib,
             time_left_s=(self.train_iters - iteration) * per_step,
             skipped_steps=totals.skipped,
@@ -192,7 +191,7 @@ def console_line(record: Record, total_steps: int, *, color: bool = False) -> st
         f"lr {record.lr:.2e}",
         *([f"grad norm {record.grad_norm:6.2f}"] if record.grad_norm is not None else []),
         f"{record.tokens_per_second_per_gpu:>7,.0f} tok/s/{each}",
-        f"{_significant(record.tflops_per_gpu):>6} TFLOP/s/{each}",
+        *([f"{_significant(record.tflops_per_gpu):>6} TFLOP/s/{each}"] if record.tflops_per_gpu is not None else []),
         *([f"MFU {shade(f'{100 * record.mfu:4.1f} %', 'magenta')}"] if record.mfu is not None else []),
         f"{record.memory_gib:5.1f} GiB",
         f"left {duration(record.time_left_s)}",
@@ -208,12 +207,6 @@ def _quoted(text: str) -> str:
 def _short(text: str) -> str:
     """The end of a prompt, which the answer goes on from."""
     return _quoted(text if len(text) <= 60 else f"…{text[-59:]}")
-
-
-def tell(record: Record, total_steps: int) -> None:
-    """The console line to stderr; in colour on a terminal, unless NO_COLOR is set."""
-    color = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    click.echo(console_line(record, total_steps, color=color), err=True, color=color)
 
 
 def duration(seconds: float) -> str:

@@ -79,7 +79,7 @@ class Telling:
                 lr=step.lr,
                 consumed_samples=progress.consumed_samples,
                 consumed_tokens=progress.consumed_samples * self.config.dataset.sequence_length,
-                memory_gib=metrics.memory_gib(device.current()),
+                memory_gib=step.memory_gib,
                 loss_scale=step.loss_scale,
             )
         )
@@ -156,16 +156,19 @@ def open_telling(config: RunConfig, *, resumed_at: int, active: bool) -> Telling
     return Telling(config, measure, sinks)
 
 
-def _flops(config: RunConfig) -> float:
-    """Model FLOPs per token; 0 for a model of one's own, whose shape nobody told."""
-    known = isinstance(config.model, GPTModelProvider)
-    return flops_of_run(config) if known else 0.0
+def _flops(config: RunConfig) -> float | None:
+    """Model FLOPs per token; None for a model that there is no formula for."""
+    if not isinstance(config.model, GPTModelProvider):
+        return None
+    try:
+        return flops_of_run(config)
+    except UserError:
+        return None
 
 
 def _flops_of_packed(config: RunConfig) -> Callable[[float, float], float] | None:
-    """None for a model of one's own."""
-    known = isinstance(config.model, GPTModelProvider)
-    return partial(flops_of_packed, config.model, peft=config.peft) if known else None
+    """None for a model that there is no formula for."""
+    return None if _flops(config) is None else partial(flops_of_packed, config.model, peft=config.peft)
 
 
 def _peak(config: RunConfig) -> float | None:
