@@ -392,3 +392,47 @@ def test_what_gives_other_bits_each_time_is_refused_in_deterministic_mode(ranks:
     both = {"model.deterministic_mode": True, "model.cross_entropy_loss_fusion": True, **BF16}
     with pytest.raises(UserError, match=r"so is `model\.cross_entropy_loss_fusion`, which gives other bits each time"):
         resolve(observed.settings(**both), world_size=1, device="gpu", machine=HOPPER)
+
+
+CONTRADICTIONS = {
+    "average": (
+        {
+            "ddp.average_in_collective": True,
+            "ddp.use_distributed_optimizer": True,
+            "dataset": small.FixedTokens(64, sequence_length=16),
+        },
+        (
+            "`ddp.average_in_collective` is `True`, but gradients are divided by the tokens that count in the global batch "
+            "(`model.calculate_per_token_loss`)\n\nhint: leave `ddp.average_in_collective` out"
+        ),
+    ),
+    "width": (
+        {**MUP, "model.mup_width_mult": 3.0},
+        (
+            "`model.mup_width_mult` is `3.0`, but it follows from `model.hidden_size` and `model.mup_base_hidden_size`: `2.0`\n\n"
+            "hint: leave `model.mup_width_mult` out"
+        ),
+    ),
+    "kernel": (
+        {"model.gradient_accumulation_fusion": True},
+        (
+            "`model.gradient_accumulation_fusion` is `True`, and APEX, which has its kernel, is not installed\n\n"
+            "hint: leave `model.gradient_accumulation_fusion` out"
+        ),
+    ),
+    "messages": (
+        {"model.pipeline_dtype": torch.float16, **BF16},
+        (
+            "`model.pipeline_dtype` is `torch.float16`, but `mixed_precision=bf16_mixed` makes it `torch.bfloat16`\n\n"
+            "hint: leave `model.pipeline_dtype` out, or choose another `mixed_precision`"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_settings_that_would_silently_lose_are_refused(case: str) -> None:
+    changes, message = CONTRADICTIONS[case]
+    with pytest.raises(UserError) as refused:
+        resolve(observed.settings(**changes), world_size=1, device="gpu", machine=HOPPER)
+    assert str(refused.value) == message

@@ -73,7 +73,7 @@ ON_ONE_GPU: dict[str, Trial] = {
     "optimizer.exp_avg_sq_dtype": Trial(torch.bfloat16, PRECISE),
     "optimizer.loss_scale": Trial(128.0, FP16),
     "optimizer.initial_loss_scale": Trial(256.0, FP16),
-    "optimizer.min_loss_scale": Trial(64.0, FP16),
+    "optimizer.min_loss_scale": Trial(2.0**32, {**FP16, "optimizer.hysteresis": 1}),
     "optimizer.loss_scale_window": Trial(1, FP16),
     "optimizer.hysteresis": Trial(1, FP16),
     "optimizer.optimizer_cpu_offload": Trial(True, {**SHAPE, "ddp.use_distributed_optimizer": True}),

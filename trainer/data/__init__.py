@@ -16,6 +16,9 @@ Your own data: in place of `DatasetConfig`, give an object with
 Rows may hold several examples of which none sees another: then the object has `packed` set, and samples have `segment_ids`
 (int32) too, another number for each example in a row and -1 for what fills it up.
 
+A dataset that is gone through in epochs may say so: `per_epoch`, how many samples one has, so that evaluations see each once; and
+`until(epochs)`, how many samples that many have, for `train.num_epochs`.
+
 What the training dataset has as `summary`, lines of text, is told before the first step.
 
 It is called on every rank and gives the same there. With `num_workers` above 0 the datasets are pickled to the processes that

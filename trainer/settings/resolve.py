@@ -17,7 +17,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from formats.errors import UserError
 from trainer.config import DatasetConfig, FinetuningDatasetConfig, RunConfig
-from trainer.settings import checks, cross_entropy, described, overlap, paths, precision, refused, unsupported
+from trainer.settings import checks, contradictions, cross_entropy, described, overlap, paths, precision, refused, unsupported
 from trainer.settings.choice import Choice, carry_out
 from trainer.settings.precision import Machine
 
@@ -57,7 +57,7 @@ def resolve(
     checks.check_peft(told.peft)
     precision.check(told.mixed_precision, machine)
     checks.check_device(told, machine)
-    checks.check_kernels(told)
+    contradictions.check_kernels(told)
     checks.check_packed(told, machine)
     choices = [*_epochs(told, steps), *_virtual_stages(told.model), *_agreements(told), *_per_token(told), *padded_examples(told)]
     choices = carry_out(told, choices) + precision.apply(told.mixed_precision, told)
@@ -65,17 +65,22 @@ def resolve(
     microbatches = checks.num_microbatches(told, copies)
     context = checks.size(told.model, checks.CP)
     choices += carry_out(told, overlap.choose(told, data_parallel=copies * context, device=device))
-    checks.check_deterministic(told.model)
+    contradictions.check_deterministic(told.model)
     choices += carry_out(told, _device_fields(told.model, machine))
     cross_entropy.check(told.model, machine)
     choices += carry_out(told, _schedule(told))
     if told.train.num_epochs is None or steps is not None:
         checks.check_schedule(told)
-    checks.check_agreements(told)
+    contradictions.check(told)
     checks.check_saving(told)
     _validate(told)
     choices += described.follow(told.model)
-    warnings_ = (*_warnings(told, microbatches), *described.notes(told.model), *cross_entropy.notes(told.model, machine))
+    warnings_ = (
+        *_warnings(told, microbatches),
+        *_unknown_length(told, steps),
+        *described.notes(told.model),
+        *cross_entropy.notes(told.model, machine),
+    )
     return Resolved(told, tuple(choices), warnings_, world_size, copies, microbatches)
 
 
@@ -252,6 +257,13 @@ def _validate(config: RunConfig) -> None:
 
 def _nothing() -> None:
     """What a model of the user's own may leave out."""
+
+
+def _unknown_length(config: RunConfig, steps: int | None) -> tuple[str, ...]:
+    epochs, shown = config.train.num_epochs, config.train.train_iters
+    if epochs is None or steps is not None:
+        return ()
+    return (f"`train.num_epochs={epochs}` is counted in steps when a run has read its data; shown are `{shown}` steps",)
 
 
 def _warnings(config: RunConfig, microbatches: int) -> tuple[str, ...]:
