@@ -48,6 +48,7 @@ def make_model(told: argparse.Namespace, *, layers: int | None = None) -> tuple[
 
     from trainer.recipes import find
     from trainer.settings import resolve
+    from trainer.settings.precision import find_machine
 
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
@@ -56,7 +57,7 @@ def make_model(told: argparse.Namespace, *, layers: int | None = None) -> tuple[
     config.tensor_model_parallel_size = config.pipeline_model_parallel_size = config.context_parallel_size = 1
     config.sequence_parallel = False
     config.num_layers = layers or config.num_layers
-    for name, value in resolve.KERNELS.items():
+    for name, value in resolve.kernels(find_machine("gpu").transformer_engine).items():
         setattr(config, name, value)
     if told.fp8:
         config.fp8, config.fp8_recipe = "hybrid", "tensorwise"

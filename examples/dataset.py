@@ -76,8 +76,6 @@ def settings() -> RunConfig:
     config.train.train_iters = 40
     config.train.global_batch_size = 32
     config.logger.log_interval = 10
-    # Answers have one digit or two: every token of the batch weighs the same, whichever microbatch it is in.
-    config.model.calculate_per_token_loss = True
     return config
 
 

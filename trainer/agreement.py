@@ -5,20 +5,40 @@ from __future__ import annotations
 import math
 import signal
 import time
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from formats.errors import UserError
-from trainer import parallel
+from trainer import device, parallel
 from trainer.loss import mean_and_work
 from trainer.run import Run
+from trainer.telling.metrics import memory_gib
 
 
-def agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool, float, tuple[float, float]]:
-    """All ranks learn the loss, whether some rank was asked to stop, whether it is time to save, the seconds that the slowest of
-    them waited for data, and the work in packed rows: tokens in examples, and the sum of the squares of examples' lengths, both 0
-    where rows are not packed.
+class Agreed(NamedTuple):
+    """What all ranks know of a step once its losses are there."""
+
+    loss: float
+    stop: bool
+    """Some rank was asked to stop, or the run's time is up."""
+
+    save: bool
+    """Some rank's clock says that it is time to save."""
+
+    waited: float
+    """Seconds that the slowest rank waited for data."""
+
+    work: tuple[float, float]
+    """Of packed rows: tokens in examples, and the sum of the squares of examples' lengths; both 0 where rows are not packed."""
+
+    memory_gib: float
+    """The most that a rank has held."""
+
+
+def agree(run: Run, losses: list[torch.Tensor]) -> Agreed:
+    """All ranks learn what each of them knows alone.
 
     Raises UserError on all of them where the loss is NaN or Inf: before it reaches the weights.
     """
@@ -34,14 +54,15 @@ def agree(run: Run, losses: list[torch.Tensor]) -> tuple[float, bool, bool, floa
     due = minutes is not None and run.saver.root is not None and run.saver.minutes >= minutes
     asked = float(run.stop.received or 0)
     tokens, squares = work or (0.0, 0.0)  # only the last stage knows
-    worst, value, asked, over, due, waited, tokens, squares = parallel.largest(
-        [bad, here if math.isfinite(here) else -math.inf, asked, float(over), float(due), run.waited.seconds, tokens, squares]
+    held, waited = memory_gib(device.current()), run.waited.seconds
+    worst, value, asked, over, due, waited, tokens, squares, held = parallel.largest(
+        [bad, here if math.isfinite(here) else -math.inf, asked, float(over), float(due), waited, tokens, squares, held]
     )
     if worst:
         raise not_a_number(run, f"the loss of step {run.progress.iteration + 1} is NaN or Inf on rank {int(worst) - 1}")
     if asked:
         run.stop.received = signal.Signals(int(asked))
-    return value, bool(asked or over), bool(due), waited, (tokens, squares)
+    return Agreed(value, bool(asked or over), bool(due), waited, (tokens, squares), held)
 
 
 def not_a_number(run: Run, what: str) -> UserError:

@@ -36,6 +36,9 @@ class TrainingConfig:
     train_iters: int = 100
     """Optimizer steps of the whole run, those before a resume included."""
 
+    num_epochs: int | None = None
+    """How many times to go through the training data; `train_iters` then follows from it. None for `train_iters` as it is."""
+
     global_batch_size: int = 8
     """Sequences per optimizer step, over all data-parallel ranks."""
 
@@ -60,8 +63,8 @@ class ValidationConfig:
     eval_interval: int | None = 100
     """Steps between evaluations; None for none before the end."""
 
-    eval_iters: int = 10
-    """Global batches per evaluation; 0 for no evaluation at all."""
+    eval_iters: int | None = 10
+    """Global batches per evaluation, at most until each held-out sample was seen once; None for all of them, 0 for none."""
 
     sample_interval: int | None = None
     """Steps between answers to `sample_prompts` in the log; None for none."""
@@ -124,7 +127,7 @@ class DatasetConfig:
     """Documents in a sequence do not see those before them."""
 
     eod_mask_loss: bool = False
-    """Leave end-of-document tokens out of the loss."""
+    """Leave the first token after each end-of-document token out of the loss. The end-of-document token itself is learned."""
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ Knows no models beyond which layers each device has. What lets megatron-core run
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
@@ -38,6 +38,37 @@ def set_environment(config: Any) -> None:
         # One queue keeps kernels in the order they were launched in, so that messages start before what hides them.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     user_buffers.set_environment()
+    if getattr(config.model, "deterministic_mode", False):
+        _set_deterministic(os.environ)
+
+
+_DETERMINISTIC = {
+    "NCCL_ALGO": ("Ring",),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+}
+"""What NCCL, Transformer Engine and cuBLAS read when they start, and the values with which they give the same bits each time."""
+
+
+def _set_deterministic(env: MutableMapping[str, str]) -> None:
+    for name, values in _DETERMINISTIC.items():
+        found = env.setdefault(name, values[0])
+        if found not in values:
+            raise UserError(
+                f"`model.deterministic_mode` is `True`, and the environment has `{name}={found}`",
+                hint=f"unset `{name}`, or set it to `{'` or `'.join(values)}`",
+            )
+
+
+@contextmanager
+def determinism(config: Any) -> Iterator[None]:
+    """While this is entered, torch takes algorithms that give the same bits each time, if `model.deterministic_mode` says so."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or bool(getattr(config.model, "deterministic_mode", False)))
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def prepare(kind: str) -> None:
@@ -104,7 +135,11 @@ def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: PLC0415 - seconds to import
 
     return get_gpt_decoder_block_spec(
-        config, use_transformer_engine=_on_gpu(), normalization=config.normalization, vp_stage=vp_stage
+        config,
+        use_transformer_engine=_on_gpu(),
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+        vp_stage=vp_stage,
     )
 
 

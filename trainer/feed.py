@@ -12,8 +12,9 @@ from megatron.core import parallel_state
 from formats.errors import UserError
 from trainer import data, device, model
 from trainer.checkpoints import checkpoint
+from trainer.checkpoints.contents import tokenizer_of_run
 from trainer.config import FinetuningDatasetConfig, RunConfig
-from trainer.data import compare
+from trainer.data import compare, once
 from trainer.data.chat import sets
 from trainer.data.loader import batches
 from trainer.run import Run, Waited, say
@@ -29,19 +30,46 @@ def check(config: RunConfig) -> None:
 
 def datasets(config: RunConfig, progress: checkpoint.Progress, *, tokenizer: Tokenizer | None) -> Sequence[Any]:
     """Long enough for the steps to come, and for those that were made with another batch size."""
-    train, checks = config.train, config.validation
+    train, iterations = config.train, config.validation.eval_iters
     to_come = max(train.train_iters - progress.iteration, 0) * train.global_batch_size
-    evaluated = checks.eval_iters * train.global_batch_size
-    made = data.build(
-        config.dataset,
-        tokenizer=tokenizer,
-        vocab_size=config.model.vocab_size,
-        samples=(progress.consumed_samples + to_come, evaluated, evaluated),
-    )
+    evaluated = (1 if iterations is None else iterations) * train.global_batch_size
+    made = _build(config, (progress.consumed_samples + to_come, evaluated, evaluated), tokenizer)
     compare.check(made, tokenizer)
     for line in getattr(made[0], "summary", ()):
         say(line)
-    return made
+    return made[0], *(_each_once(one, config) for one in made[1:])
+
+
+def _each_once(held_out: Any, config: RunConfig) -> Any:
+    """Of several sets, each."""
+    if isinstance(held_out, dict):
+        return {name: _each_once(one, config) for name, one in held_out.items()}
+    return once.once(held_out, iterations=config.validation.eval_iters, global_batch_size=config.train.global_batch_size)
+
+
+def _build(config: RunConfig, samples: tuple[int, int, int], tokenizer: Tokenizer | None) -> Sequence[Any]:
+    return data.build(config.dataset, tokenizer=tokenizer, vocab_size=config.model.vocab_size, samples=samples)
+
+
+def steps_of_epochs(config: RunConfig) -> int:
+    """Optimizer steps in which the training data is gone through `train.num_epochs` times. The last one may go on into the next
+    epoch. UserError where the dataset does not say how many samples that takes."""
+    check(config)
+    epochs, batch = config.train.num_epochs, config.train.global_batch_size
+    until = getattr(_build(config, (batch, 0, 0), tokenizer_of_run(config))[0], "until", None)
+    if until is None:
+        raise UserError(
+            f"`train.num_epochs` is `{epochs}`, and the dataset does not say how many samples an epoch has",
+            hint="leave it out, and set `train.train_iters`",
+        )
+    return -(-until(epochs) // batch)
+
+
+def evaluations(config: RunConfig, dataset: Any) -> int:
+    """Global batches of one evaluation of held-out data."""
+    if isinstance(dataset, once.Once):
+        return len(dataset) // config.train.global_batch_size
+    return config.validation.eval_iters or 0
 
 
 def prompts(run: Run, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Sequence[str | list[int]]] | None:

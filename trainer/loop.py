@@ -29,7 +29,7 @@ from trainer.checkpoints.contents import tokenizer_of_run
 from trainer.config import RunConfig
 from trainer.generation.text import generate
 from trainer.loss import forward_step as default_forward_step
-from trainer.loss import mean
+from trainer.loss import mean, with_token_counts
 from trainer.run import Callback, ForwardStep, Run, Step, answer_signal, say
 from trainer.settings import refused
 from trainer.settings.resolve import Resolved, resolve
@@ -52,6 +52,7 @@ def pretrain(
     kind = device.choose(config.dist.device)
     resolved = resolve(config, world_size=parallel.world_size(), device=kind)
     with parallel.session(resolved.config, kind), Stop(answer_signal) as stop:
+        resolved = _with_epochs(config, resolved, kind)
         run = start(resolved, forward_step, callbacks=callbacks, stop=stop, began=began)
         try:
             if _last(run):
@@ -67,6 +68,14 @@ def pretrain(
         if stop.received:
             raise SystemExit(stop.exit_code)
         return run.progress
+
+
+def _with_epochs(config: RunConfig, resolved: Resolved, kind: str) -> Resolved:
+    """Count the steps of `train.num_epochs`, which the data says, and resolve what follows from them."""
+    if config.train.num_epochs is None:
+        return resolved
+    steps = feed.steps_of_epochs(resolved.config)
+    return resolve(config, world_size=parallel.world_size(), device=kind, steps=steps)
 
 
 def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[Callback], stop: Stop, began: float) -> Run:
@@ -132,7 +141,7 @@ def _trainable(chunks: list[Any], config: RunConfig) -> tuple[list[Any], Any]:
 def train(run: Run) -> None:
     """Step until the run is done or asked to stop; tell, evaluate and save on the way."""
     settings, first = run.config, run.progress.iteration
-    run.telling.begin()
+    run.telling.start_clock()
     while run.progress.iteration < settings.train.train_iters:
         with refused.named_in_first_step() if run.progress.iteration == first else nullcontext():
             step = train_step(run)
@@ -191,7 +200,7 @@ def train_step(run: Run) -> Step:
         chunk.zero_grad_buffer()
     parts.optimizer.zero_grad()
     losses = _schedule(run, run.batches, microbatches=get_num_microbatches(), forward_only=False)
-    loss, stop, save_now, waited, work = agree(run, losses)
+    agreed = agree(run, losses)
     applied, grad_norm, _ = parts.optimizer.step()
     if applied and not math.isfinite(grad_norm or 0.0):
         raise not_a_number(run, f"the gradient norm of step {run.progress.iteration + 1} is NaN or Inf")
@@ -203,15 +212,16 @@ def train_step(run: Run) -> Step:
     if applied:
         parts.scheduler.step(1)
     return Step(
-        loss=loss,
+        loss=agreed.loss,
         grad_norm=math.nan if grad_norm is None else float(grad_norm),
         lr=lr or 0.0,
         applied=bool(applied),
         loss_scale=parts.optimizer.get_loss_scale().item() if config.model.fp16 else None,
-        stop=stop,
-        save=save_now,
-        waited=waited,
-        work=work,
+        stop=agreed.stop,
+        save=agreed.save,
+        waited=agreed.waited,
+        work=agreed.work,
+        memory_gib=agreed.memory_gib,
     )
 
 
@@ -219,8 +229,9 @@ def _schedule(run: Run, iterators: list[Any], *, microbatches: int, forward_only
     """megatron-core's pipeline schedule over one global batch: [loss sum, tokens] per microbatch on the last stage."""
     config = run.config
     rows, length = feed.rows_between_stages(config)
+    per_token = getattr(config.model, "calculate_per_token_loss", False)
     return get_forward_backward_func()(
-        forward_step_func=run.forward_step,
+        forward_step_func=with_token_counts(run.forward_step) if per_token else run.forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=run.chunks,
         num_microbatches=microbatches,
@@ -233,13 +244,12 @@ def _schedule(run: Run, iterators: list[Any], *, microbatches: int, forward_only
 
 def evaluate(run: Run, split: str) -> None:
     """The loss over held-out data, the same samples each time; of several sets each, as `validation/NAME`."""
-    held_out = feed.sets_of(run.datasets[1 if split == "validation" else 2])
-    for name, dataset in held_out.items() if run.config.validation.eval_iters else ():
-        _evaluate(run, f"{split}/{name}" if name else split, dataset)
+    for name, dataset in feed.sets_of(run.datasets[1 if split == "validation" else 2]).items():
+        if iterations := feed.evaluations(run.config, dataset):
+            _evaluate(run, f"{split}/{name}" if name else split, dataset, iterations)
 
 
-def _evaluate(run: Run, split: str, dataset: Any) -> None:
-    iterations = run.config.validation.eval_iters
+def _evaluate(run: Run, split: str, dataset: Any, iterations: int) -> None:
     began = time.perf_counter()
     held_out = feed.iterators(run, dataset, consumed=0)
     for chunk in run.chunks:

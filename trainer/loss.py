@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank
 
+from formats.errors import UserError
 from trainer import device
 from trainer.data import segments
 
@@ -113,6 +114,28 @@ def masked_sum(
     # Filled on the device: a number copied there would wait for it.
     further = [total.new_full((), number) for number in work]
     return total, tokens.to(torch.int), torch.stack((total.detach(), tokens, *further))
+
+
+def with_token_counts(forward_step: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward_step` for a loss per token of the global batch. Its loss function must return how many tokens it summed over:
+    without that number megatron-core does not divide the gradients of data-parallel ranks. UserError where it does not."""
+
+    def step(*inputs: Any) -> tuple[Any, Any]:
+        output, loss_function = forward_step(*inputs)
+        return output, None if loss_function is None else partial(_with_token_count, loss_function)
+
+    return step
+
+
+def _with_token_count(loss_function: Callable[..., Any], output: torch.Tensor) -> Any:
+    answer = loss_function(output)
+    if len(answer) != 3:
+        raise UserError(
+            f"the loss function of the forward step returns `{len(answer)}` values, and with "
+            "`model.calculate_per_token_loss=True` it must return `3`",
+            hint="return the loss summed over the tokens that count, their number, and what to report: `trainer.loss.masked_sum`",
+        )
+    return answer
 
 
 def mean(losses: Sequence[torch.Tensor]) -> torch.Tensor | None:

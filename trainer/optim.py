@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import ParamKey, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import ParamKey, get_megatron_optimizer, get_mup_config_overrides, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -53,7 +53,14 @@ def _overrides(config: RunConfig) -> dict[ParamKey, Any]:
         ParamKey(name=pattern): {"max_lr": told.lr * times, "min_lr": told.min_lr * times, "lr_mult": times}
         for pattern, times in multiples.items()
     }
-    return get_standard_config_overrides(told) | rates
+    return get_standard_config_overrides(told) | _by_width(config) | rates
+
+
+def _by_width(config: RunConfig) -> dict[ParamKey, Any]:
+    """muP's learning rates and epsilons: those of a hidden matrix are divided by how much wider the model is than its base."""
+    if not getattr(config.model, "use_mup", False):
+        return {}
+    return get_mup_config_overrides(config.optimizer, config.model.mup_width_mult, config.optimizer.optimizer)
 
 
 def _one_or_all(functions: list[Any]) -> Any:

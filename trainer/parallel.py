@@ -120,18 +120,25 @@ def session(config: RunConfig, kind: str) -> Iterator[None]:
         check_meeting_point(os.environ)
     device.prepare(kind)
     joined = process_group.joined(kind, size=world_size(), timeout_minutes=config.dist.timeout_minutes)
-    with device.stand_in(kind), device.environment_kept(), joined as store:
+    with device.stand_in(kind), device.environment_kept(), device.determinism(config), joined as store:
         try:
             _start(config)
             with user_buffers.held(config):
                 yield
         except UserError as error:
-            # Of several ranks with the same error, one tells it.
-            error.told = store.add(f"told {error}", 1) > 1  # type: ignore[attr-defined]
+            error.told = not _first_to_tell(store, error)  # type: ignore[attr-defined]
             raise
         finally:
             destroy_num_microbatches_calculator()
             parallel_state.destroy_model_parallel()
+
+
+def _first_to_tell(store: dist.Store, error: UserError) -> bool:
+    """Of several ranks with the same error, one tells it; so does one that comes after rank 0, and its store, have gone."""
+    try:
+        return store.add(f"told {error}", 1) == 1
+    except dist.DistNetworkError:
+        return True
 
 
 def _start(config: RunConfig) -> None:

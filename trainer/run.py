@@ -67,6 +67,9 @@ class Step:
     work: tuple[float, float] = (0.0, 0.0)
     """Of packed rows: the tokens in examples, and the sum of the squares of examples' lengths, over the whole batch."""
 
+    memory_gib: float = 0.0
+    """The most that any rank has held so far: on its GPU, or resident on a CPU."""
+
 
 @dataclass
 class Waited:

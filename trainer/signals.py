@@ -37,7 +37,7 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        """This rank was asked to stop. Ranks hear at different times: act on `any_rank(stop.requested)`."""
+        """This rank was asked to stop. Ranks hear at different times, and agree in each step (`trainer.agreement`)."""
         return self._asked or self.received is not None
 
     def request(self) -> None:
@@ -75,20 +75,3 @@ def held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def any_rank(flag: bool, *, group: Any = None) -> bool:
-    """True on every rank of `group` if `flag` is true on one. Without torch.distributed, `flag`.
-
-    Every rank must call it, as often. Pass a group of the gloo backend, made once (`dist.new_group(backend="gloo")`): then it
-    is one message of four bytes between CPUs, and the GPU is not waited for. On an NCCL group it waits for the GPU.
-    """
-    import torch  # noqa: PLC0415 - a command that only notes signals starts without torch
-    from torch import distributed  # noqa: PLC0415
-
-    if not distributed.is_initialized():
-        return flag
-    device = "cuda" if distributed.get_backend(group) == "nccl" else "cpu"
-    asked = torch.tensor([int(flag)], dtype=torch.int32, device=device)
-    distributed.all_reduce(asked, op=distributed.ReduceOp.MAX, group=group)
-    return bool(asked.item())

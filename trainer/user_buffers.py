@@ -33,7 +33,7 @@ def held(config: RunConfig) -> Iterator[None]:
             tp_size=config.model.tensor_model_parallel_size,
             quantization_modes=_modes(config.model, base.UserBufferQuantizationMode),
             dtype=config.model.params_dtype,
-            bootstrap_backend=config.model.tp_comm_bootstrap_backend,
+            bootstrap_backend="nccl",
         )
     try:
         yield

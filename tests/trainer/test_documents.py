@@ -16,8 +16,8 @@ from trainer.config import RunConfig
 from trainer.settings import documents, overrides
 
 OF_TRAIN = (
-    "settings of `train` are: train_iters, global_batch_size, micro_batch_size, exit_interval, exit_duration_in_mins, "
-    "manual_gc_interval"
+    "settings of `train` are: train_iters, num_epochs, global_batch_size, micro_batch_size, exit_interval, "
+    "exit_duration_in_mins, manual_gc_interval"
 )
 
 

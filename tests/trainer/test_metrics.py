@@ -26,8 +26,9 @@ def closed(losses: list[float], **options):
 def step(**changes) -> Step:
     totals = closed([2.0, 3.0], grad_norm=1.234)
     record = MEASURE.step(
-        totals, iteration=120, seconds=11.2, lr=3e-4, consumed_samples=122_880, consumed_tokens=503_316_480, memory_gib=61.24
-    )
+        totals, iteration=120, seconds=11.2, timed_steps=2, lr=3e-4, consumed_samples=122_880, consumed_tokens=503_316_480,
+        memory_gib=61.24,
+    )  # fmt: skip
     return replace(record, **changes)
 
 

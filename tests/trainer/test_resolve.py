@@ -87,6 +87,22 @@ def test_megatron_core_takes_the_schedule_that_is_filled_in(monkeypatch: pytest.
     assert schedule.get_lr({"max_lr": optimizer.lr, "min_lr": 0.0}) == 0.0
 
 
+def test_epochs_are_steps_as_soon_as_the_data_says_how_many() -> None:
+    config = settings(train__num_epochs=3, train__train_iters=2, scheduler__lr_warmup_iters=5)
+    before = resolve(config, world_size=1, device="cpu")
+    assert before.warnings == ("`train.num_epochs=3` is counted in steps when a run has read its data; shown are `2` steps",)
+    after = resolve(config, world_size=1, device="cpu", steps=30)
+    assert (after.config.train.train_iters, after.config.scheduler.lr_decay_iters, after.warnings) == (30, 30, ())
+    with pytest.raises(UserError, match=r"`scheduler\.lr_warmup_iters` is `5`, but the schedule ends"):
+        resolve(config, world_size=1, device="cpu", steps=4)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, 0), (2, 1), (10, 1), (150, 1), (151, 2), (1500, 10)])
+def test_a_warm_up_that_is_a_share_has_a_step_in_a_short_run_too(steps: int, expected: int) -> None:
+    answer = resolved(train__train_iters=steps, scheduler__lr_warmup_fraction=1 / 150).config
+    assert answer.scheduler.lr_warmup_iters == expected
+
+
 def test_a_layout_says_how_many_stages_are_virtual() -> None:
     model = resolved(world_size=2, model__pipeline_model_parallel_layout="Et|t|t|tL", **{PP: 2}).config.model
     assert model.virtual_pipeline_model_parallel_size == 2

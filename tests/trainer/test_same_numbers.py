@@ -11,6 +11,7 @@ import torch
 from formats.errors import UserError
 from tests.trainer import small
 from tests.trainer.small import BATCH
+from trainer.config import DatasetConfig
 
 STEPS = 8
 CLOSE = 1e-4
@@ -22,8 +23,6 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 @dataclass
 class SomeCount(small.FixedTokens):
     """Tokens of which each sample leaves out another share."""
-
-    eod_mask_loss: bool = False
 
     def build(self, tokenizer, vocab_size, samples):
         return tuple(_Masked(one) for one in super().build(tokenizer, vocab_size, samples))
@@ -43,12 +42,12 @@ class _Masked(torch.utils.data.Dataset):
         return {**sample, "loss_mask": torch.zeros(32).index_fill(0, keep, 1.0)}
 
 
-def _train(folder, changes, masked=None):
+def _train(folder, changes, masked=False):
     from trainer.loop import pretrain
 
     config = small.settings(Path(folder), train__train_iters=STEPS, **changes)
-    if masked is not None:
-        config.dataset = SomeCount(config.model.vocab_size, eod_mask_loss=masked)
+    if masked:
+        config.dataset = SomeCount(config.model.vocab_size)
     history = small.History()
     pretrain(config, callbacks=[history])
     return history.losses, history.grad_norms
@@ -70,9 +69,11 @@ def test_recomputed_activations_give_the_same_numbers_under_tensor_and_pipeline_
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_mean_over_tokens_is_that_over_microbatches_when_all_tokens_count(world, ranks, model_folder):
+    """Of the trainer's own data, which leaves nothing out, it is not chosen."""
     folder = str(model_folder("gqa"))
-    (losses, norms), *_ = ranks.run(_train, world, folder, {"model__calculate_per_token_loss": True})
-    (plain_losses, plain_norms), *_ = ranks.run(_train, world, folder, {})
+    mock = {"dataset": DatasetConfig(sequence_length=small.SEQUENCE, num_workers=0)}
+    (losses, norms), *_ = ranks.run(_train, world, folder, {"model__calculate_per_token_loss": True, **mock})
+    (plain_losses, plain_norms), *_ = ranks.run(_train, world, folder, mock)
     assert losses == pytest.approx(plain_losses, abs=CLOSE)
     assert norms == pytest.approx(plain_norms, rel=CLOSE)
 
@@ -111,8 +112,8 @@ def _by_transformers(folder):
     [{}, {"ddp__use_distributed_optimizer": True}, {"train__micro_batch_size": 1}],
     ids=["dp2", "distributed", "micro1"],
 )
-def test_where_tokens_are_left_out_the_mean_is_over_all_that_count_in_the_global_batch(changes, ranks, model_folder):
-    """`dataset.eod_mask_loss` alone turns it on."""
+def test_where_a_dataset_leaves_tokens_out_the_mean_is_over_all_that_count_in_the_global_batch(changes, ranks, model_folder):
+    """A dataset of one's own needs to say nothing: its loss mask is enough, at any micro batch size."""
     folder = str(model_folder("gqa"))
     losses, norms = _by_transformers(folder)
     for found, found_norms in ranks.run(_train, 2, folder, changes, True):
@@ -120,12 +121,31 @@ def test_where_tokens_are_left_out_the_mean_is_over_all_that_count_in_the_global
         assert found_norms == pytest.approx(norms, rel=1e-3)
 
 
-def test_without_it_microbatches_of_few_tokens_weigh_as_much_as_those_of_many(ranks, model_folder):
-    """What the choice is for: the gradients are others."""
-    folder = str(model_folder("gqa"))
-    _, norms = _by_transformers(folder)
-    for _, found in ranks.run(_train, 2, folder, {"train__micro_batch_size": 1}, False):
-        assert abs(found[0] - norms[0]) > 0.01 * norms[0]
+def _without_a_count(folder):
+    """A forward step whose loss function returns a mean, as megatron-core allows, and no number of tokens."""
+    from trainer.loop import pretrain
+    from trainer.loss import forward_step
+
+    def step(batches, model):
+        output, loss = forward_step(batches, model)
+
+        def mean(losses):
+            total, tokens, report = loss(losses)
+            return total / tokens, report
+
+        return output, mean
+
+    pretrain(small.settings(Path(folder)), step)
+
+
+def test_a_loss_function_that_counts_no_tokens_is_refused_where_gradients_are_divided_by_them(ranks, model_folder):
+    with pytest.raises(UserError) as refused:
+        ranks.run(_without_a_count, 1, str(model_folder("gqa")))
+    assert str(refused.value) == (
+        "the loss function of the forward step returns `2` values, and with `model.calculate_per_token_loss=True` it must "
+        "return `3`\n\nhint: return the loss summed over the tokens that count, their number, and what to report: "
+        "`trainer.loss.masked_sum`"
+    )
 
 
 def test_the_choice_of_the_mean_is_told_with_its_reason():
@@ -137,7 +157,10 @@ def test_the_choice_of_the_mean_is_told_with_its_reason():
     resolved = resolve(config, world_size=1, device="cpu")
     (choice,) = [one for one in resolved.explanations if one.setting == "model.calculate_per_token_loss"]
     assert (choice.value, resolved.config.model.calculate_per_token_loss) == (True, True)
-    assert choice.why == "`dataset.eod_mask_loss` leaves tokens out: the mean is over those that count in the whole batch"
+    assert choice.why == (
+        "`dataset.eod_mask_loss` leaves out what follows the end of a document: the mean is over those that count in the whole "
+        "batch"
+    )
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "distributed"])

@@ -7,9 +7,6 @@ import subprocess
 import sys
 
 import pytest
-from torch import distributed
-
-from trainer.signals import any_rank
 
 # Prints a line when it is ready for a signal, and says what came of it.
 PROGRAM = """
@@ -60,19 +57,3 @@ def test_a_second_sigterm_changes_nothing(process):
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate("\n", timeout=600)
     assert out == "finished\nTrue False\n"
-
-
-def test_one_process_asks_itself():
-    assert any_rank(True) is True
-    assert any_rank(False) is False
-
-
-def _ask():
-    """Ask four times: nobody was asked to stop, then rank 0, then rank 1, then nobody."""
-    distributed.init_process_group("gloo")
-    rank, group = distributed.get_rank(), distributed.new_group(backend="gloo")
-    return [any_rank(rank == one, group=group) for one in (None, 0, 1, None)]
-
-
-def test_every_rank_hears_of_the_one_that_was_asked(ranks):
-    assert ranks.run(_ask, 2) == [[False, True, True, False]] * 2

@@ -16,7 +16,7 @@ NOTE = "which no `config.json` can say: checkpoints have none, and `mbconvert mc
 SETTINGS = {
     "rotary_interleaved": True, "softmax_scale": 5.0, "no_rope_freq": [1, 0, 1, 0], "activation_func_clamp_value": 7.0,
     "glu_linear_offset": 1.0, "qk_l2_norm": True, "layernorm_zero_centered_gamma": True,
-    "apply_residual_connection_post_layernorm": True, "softmax_type": "off-by-one",
+    "softmax_type": "off-by-one",
 }  # fmt: skip
 
 

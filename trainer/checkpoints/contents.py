@@ -52,7 +52,9 @@ def describe(source: str) -> Described:
             config = reference.find(reader, None).config
         except reference.UnknownModelError as error:
             raise UserError(
-                str(error.args[0]), hint="generate from a checkpoint of `mbconvert` or `mbtrain`, which have a `config.json`"
+                str(error.args[0]),
+                hint="text is generated from checkpoints with a `config.json`: those of `mbconvert`, and those of `mbtrain` for "
+                "a model that a `config.json` describes (not for a mixture of experts, or a model of your own)",
             ) from error
         return Described(dict(config), _dtype(reader))
 

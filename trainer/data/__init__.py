@@ -3,8 +3,9 @@
 `build` makes the three datasets of a run, `trainer.data.loader.batches` reads them.
 
 A dataset has a length and gives, for each sample number, a dict of tensors `[sequence_length]`: `tokens`, `labels` and
-`position_ids` (int64), `loss_mask` (float32). What a sample number stands for depends on nothing but the data and its seed: not
-on how many samples are asked for, on batch sizes or on ranks. So a sample number is a position that one can resume from.
+`position_ids` (int64), `loss_mask` (float32: 1 for a label that is learned, else 0). What a sample number stands for depends on
+nothing but the data and its seed: not on how many samples are asked for, on batch sizes or on ranks. So a sample number is a
+position that one can resume from.
 
 Your own data: in place of `DatasetConfig`, give an object with
 
@@ -15,6 +16,9 @@ Your own data: in place of `DatasetConfig`, give an object with
 
 Rows may hold several examples of which none sees another: then the object has `packed` set, and samples have `segment_ids`
 (int32) too, another number for each example in a row and -1 for what fills it up.
+
+A dataset that is gone through in epochs may say so: `per_epoch`, how many samples one has, so that evaluations see each once; and
+`until(epochs)`, how many samples that many have, for `train.num_epochs`.
 
 What the training dataset has as `summary`, lines of text, is told before the first step.
 

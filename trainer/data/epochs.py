@@ -133,6 +133,10 @@ class Epochs(Dataset):
                 self._epoch(number)
         return self
 
+    def until(self, epochs: int) -> int:
+        """Samples until the end of that many epochs."""
+        return epochs * self.per_epoch
+
     def fingerprint(self) -> str:
         """A hash of what it reads (`trainer.data.compare`): all lengths, the tokens of some documents, and the first sample."""
         start = self._bounds[0]

@@ -61,7 +61,7 @@ def check_sizes(config: RunConfig) -> None:
     """Numbers that are wrong whatever the others are."""
     for name in (TP, PP, CP, VPP, EP, ETP):
         _least(f"model.{name}", getattr(config.model, name, None), 1)
-    for name in ("train_iters", "global_batch_size", "micro_batch_size", "exit_interval"):
+    for name in ("train_iters", "num_epochs", "global_batch_size", "micro_batch_size", "exit_interval"):
         _least(f"train.{name}", getattr(config.train, name), 1)
     _least("train.manual_gc_interval", config.train.manual_gc_interval, 0)
     _least("validation.eval_interval", config.validation.eval_interval, 1)
@@ -120,20 +120,21 @@ _OPTIMIZERS = ("adam", "sgd")
 def check_optimizer(config: RunConfig) -> None:
     """An optimizer that is here, with what it can do."""
     told = config.optimizer
-    if told.optimizer not in _OPTIMIZERS and not find_spec("emerging_optimizers"):
+    if told.optimizer not in _OPTIMIZERS:
         raise UserError(
-            f"`optimizer.optimizer` is `{told.optimizer}`, and the package `emerging-optimizers` is not installed",
-            hint=f"choose one of: {', '.join(_OPTIMIZERS)}; or install that package",
+            f"`optimizer.optimizer` is `{told.optimizer}`, which is not supported",
+            hint=f"choose one of: {', '.join(_OPTIMIZERS)}",
         )
     if told.optimizer == "sgd" and (told.use_distributed_optimizer or config.ddp.use_distributed_optimizer):
         raise UserError(
             "`optimizer.optimizer` is `sgd`, which megatron-core does not divide among ranks",
             hint="set `ddp.use_distributed_optimizer=false` and `optimizer.use_distributed_optimizer=false`",
         )
-    if config.ddp.use_megatron_fsdp or config.ddp.use_custom_fsdp:
-        raise UserError(
-            "`ddp.use_megatron_fsdp` is not supported: nothing would be divided", hint="use `ddp.use_distributed_optimizer=true`"
-        )
+    for name in ("use_megatron_fsdp", "use_custom_fsdp"):
+        if getattr(config.ddp, name):
+            raise UserError(
+                f"`ddp.{name}` is not supported: nothing would be divided", hint="use `ddp.use_distributed_optimizer=true`"
+            )
 
 
 def _least(setting: str, value: float | None, least: int) -> None:

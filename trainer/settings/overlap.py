@@ -63,6 +63,7 @@ def _against_tensor(config: Any, device: str) -> str:
         f"`mixed_precision={config.mixed_precision}` has no buffers in Transformer Engine": (
             not getattr(model, "bf16", False) or recipe not in user_buffers.RECIPES
         ),
+        "`model.deterministic_mode` is on": getattr(model, "deterministic_mode", False),
         "adapters take the activations before they are sent": config.peft is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
@@ -113,14 +114,31 @@ def _data(config: Any, ranks: int, device: str) -> list[Choice]:
     sharded = config.ddp.use_distributed_optimizer
     _check_gather(reduce, gather, sharded=sharded)
     gather = (reduce and useful and sharded) if gather is None else gather
+    _check_with_gather(config, gather)
     reason = why if sharded else "without the distributed optimizer every rank has all weights"
-    virtual = _size(config.model, "virtual_pipeline_model_parallel_size")
+    aligned = gather and (_size(config.model, "virtual_pipeline_model_parallel_size") > 1 or config.ddp.align_param_gather)
     return [
         Choice("ddp.overlap_grad_reduce", reduce, why),
         Choice("ddp.overlap_param_gather", gather, reason),
         Choice("optimizer.overlap_param_gather", gather, "as `ddp.overlap_param_gather`"),
-        Choice("ddp.align_param_gather", gather and virtual > 1, "virtual stages gather at the same time on all ranks"),
+        Choice(
+            "ddp.align_param_gather",
+            aligned,
+            "virtual stages gather at the same time on all ranks",
+        ),
     ]
+
+
+def _check_with_gather(config: Any, gather: bool) -> None:
+    for setting, asked in (
+        ("optimizer.overlap_param_gather", config.optimizer.overlap_param_gather),
+        ("ddp.align_param_gather", config.ddp.align_param_gather),
+    ):
+        if asked and not gather:
+            raise UserError(
+                f"`{setting}` is `True`, but `ddp.overlap_param_gather` is `False`",
+                hint=f"leave `{setting}` out: it follows from `comm_overlap.overlap_param_gather`",
+            )
 
 
 def _check_gather(reduce: bool, gather: bool | None, *, sharded: bool) -> None:

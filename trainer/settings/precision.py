@@ -60,18 +60,17 @@ class Machine:
     cuda: str | None = None
 
 
-_UNQUANTIZED = {"fp8": None, "fp8_recipe": "delayed", "fp8_param": False, "fp4": None, "fp4_param": False}
+_UNQUANTIZED = {"fp8": None, "fp8_recipe": "delayed", "fp8_param": False, "fp4": None, "fp4_recipe": "nvfp4", "fp4_param": False}
 
 
 def _plain(dtype: torch.dtype, *, grad_reduce_in_fp32: bool, cpu: bool, capability: tuple[int, int] | None = None) -> Recipe:
     kind = {"fp16": dtype == torch.float16, "bf16": dtype == torch.bfloat16, "params_dtype": dtype}
+    computed = {"pipeline_dtype": dtype, "autocast_dtype": dtype}
     return Recipe(
-        model={**kind, **_UNQUANTIZED},
+        model={**kind, **computed, **_UNQUANTIZED},
         optimizer={**kind, "fp8_recipe": None},
         ddp={"fp8_param_gather": False, "fp4_param_gather": False},
         starting={
-            "model.pipeline_dtype": dtype,
-            "model.autocast_dtype": dtype,
             "ddp.grad_reduce_in_fp32": grad_reduce_in_fp32,
         },
         needs=Requirement(cpu=cpu, capability=capability),
@@ -160,7 +159,7 @@ def apply(name: str, config: Any) -> list[Choice]:
     """
     chosen = recipe(name)
     decided = {f"{part}.{key}": value for part in ("model", "optimizer", "ddp") for key, value in getattr(chosen, part).items()}
-    decided |= _weights(chosen, config)
+    decided |= _weights(chosen, config) | _messages(config)
     for setting, value in decided.items():
         _agree(config, setting, value, name=name)
     free = {setting: value for setting, value in chosen.starting.items() if given(config, setting) is None}
@@ -176,6 +175,12 @@ def _weights(chosen: Recipe, config: Any) -> dict[str, bool]:
         return {}
     wanted = config.ddp.fp8_param_gather and config.ddp.use_distributed_optimizer
     return {"model.fp8_param": wanted, "ddp.fp8_param_gather": wanted}
+
+
+def _messages(config: Any) -> dict[str, Any]:
+    """What pipeline stages send is as wide as the residual connection."""
+    wide = getattr(config.model, "fp32_residual_connection", False)
+    return {"model.pipeline_dtype": torch.float32} if wide else {}
 
 
 def _agree(config: Any, setting: str, value: Any, *, name: str) -> None:

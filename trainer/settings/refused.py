@@ -69,7 +69,7 @@ def _has_foreign_code(error: Exception) -> bool:
 def refusal(name: str, part: Any, attempt: Callable[[Any], object], error: Exception) -> UserError:
     """The error for settings that `attempt` fails over with `error`."""
     found = {f"{name}.{one}": value for one, value in _culprits(part, attempt).items()}
-    listed = " and ".join(f"`{setting}={_shown(value)}`" for setting, value in list(found.items())[:4])
+    listed = " and ".join(f"`{setting}={as_text(value)}`" for setting, value in list(found.items())[:4])
     if not found:
         message, hint = f"megatron-core refuses the settings under `{name}`", "compare them with a recipe's: `mbtrain show`"
     elif len(found) == 1:
@@ -79,7 +79,8 @@ def refusal(name: str, part: Any, attempt: Callable[[Any], object], error: Excep
     return UserError(message, hint=f"{hint}\n\n{_in_its_words(error)}")
 
 
-def _shown(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A setting's value as a file would have it."""
     try:
         return shown(plain(value))
     except UnnamedError:
@@ -98,7 +99,7 @@ def _in_its_words(error: Exception) -> str:
 
 def _culprits(part: Any, attempt: Callable[[Any], object]) -> dict[str, Any]:
     """The settings whose default would do, each by itself."""
-    return {name: value for name, value in _changed(part).items() if _works(part, {name: _default(part, name)}, attempt)}
+    return {name: value for name, value in _changed(part).items() if _works(part, {name: default_of(part, name)}, attempt)}
 
 
 def _changed(part: Any) -> dict[str, Any]:
@@ -106,14 +107,15 @@ def _changed(part: Any) -> dict[str, Any]:
         return {}
     named = (one for one in dataclasses.fields(part) if one.init and one.name[0] != "_" and one.name not in _SHAPE)
     values = ((one.name, getattr(part, one.name, None)) for one in named)
-    return {name: value for name, value in values if _differs(value, _default(part, name))}
+    return {name: value for name, value in values if _differs(value, default_of(part, name))}
 
 
 def _differs(value: Any, default: Any) -> bool:
     return default is not dataclasses.MISSING and bool(value != default)
 
 
-def _default(part: Any, name: str) -> Any:
+def default_of(part: Any, name: str) -> Any:
+    """A field's default, of a dataclass or an object of one."""
     one = next(one for one in dataclasses.fields(part) if one.name == name)
     return one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,7 +19,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from formats.errors import UserError
 from trainer.config import CheckpointConfig, DatasetConfig, FinetuningDatasetConfig, RunConfig
-from trainer.settings import checks, described, overlap, paths, precision, refused, unsupported
+from trainer.settings import checks, contradictions, cross_entropy, described, overlap, paths, precision, refused, unsupported
 from trainer.settings.choice import Choice, carry_out
 from trainer.settings.precision import Machine
 
@@ -40,10 +41,13 @@ class Resolved:
     """Microbatches per step on each rank."""
 
 
-def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine | None = None) -> Resolved:
+def resolve(
+    config: RunConfig, *, world_size: int, device: str, machine: Machine | None = None, steps: int | None = None
+) -> Resolved:
     """A copy of a run's configuration with every field decided, for `world_size` processes on `cpu` or `gpu`.
 
-    UserError for whatever would fail later. `machine` is what this process finds, if not given.
+    UserError for whatever would fail later. `machine` is what this process finds, if not given. `steps` is what
+    `train.num_epochs` comes to, as soon as the data says it: until then the schedule is that of `train.train_iters`.
     """
     told = _copy(config)
     paths.expand(told)
@@ -55,23 +59,33 @@ def resolve(config: RunConfig, *, world_size: int, device: str, machine: Machine
     checks.check_peft(told.peft)
     precision.check(told.mixed_precision, machine)
     checks.check_device(told, machine)
+    contradictions.check_kernels(told)
     checks.check_packed(told, machine)
-    choices = [*_virtual_stages(told.model), *_agreements(told), *_per_token(told), *padded_examples(told)]
+    choices = [*_epochs(told, steps), *_virtual_stages(told.model), *_agreements(told), *_per_token(told), *padded_examples(told)]
     choices = carry_out(told, choices) + precision.apply(told.mixed_precision, told)
     copies = _check_layout(told, world_size)
     microbatches = checks.num_microbatches(told, copies)
     context = checks.size(told.model, checks.CP)
     choices += carry_out(told, overlap.choose(told, data_parallel=copies * context, device=device))
+    contradictions.check_deterministic(told.model)
     choices += carry_out(told, _device_fields(told.model, machine))
+    cross_entropy.check(told.model, machine)
     choices += carry_out(told, _schedule(told))
-    checks.check_schedule(told)
+    if told.train.num_epochs is None or steps is not None:
+        checks.check_schedule(told)
+    contradictions.check(told)
     checks.check_saving(told)
     choices += carry_out(told, _saving(told.checkpoint))
     elsewhere = _kernels_elsewhere(told.model, machine)
     with _kernels_put_aside(told.model, machine):
         _validate(told)
     choices += carry_out(told, elsewhere) + described.follow(told.model)
-    warnings_ = (*_warnings(told, microbatches), *described.notes(told.model))
+    warnings_ = (
+        *_warnings(told, microbatches),
+        *_unknown_length(told, steps),
+        *described.notes(told.model),
+        *cross_entropy.notes(told.model, machine),
+    )
     return Resolved(told, tuple(choices), warnings_, world_size, copies, microbatches)
 
 
@@ -91,6 +105,12 @@ def _check_layout(config: RunConfig, world_size: int) -> int:
     checks.check_samples(config)
     checks.check_precision_sizes(config)
     return copies
+
+
+def _epochs(config: RunConfig, steps: int | None) -> list[Choice]:
+    if steps is None:
+        return []
+    return [Choice("train.train_iters", steps, f"`train.num_epochs={config.train.num_epochs}` of this data")]
 
 
 def _virtual_stages(model: Any) -> list[Choice]:
@@ -121,11 +141,19 @@ def _agreements(config: RunConfig) -> list[Choice]:
 
 def _per_token(config: RunConfig) -> list[Choice]:
     """Microbatches with few tokens that count must not weigh as much as those with many."""
-    tuned = isinstance(config.dataset, FinetuningDatasetConfig)
-    if not (tuned or getattr(config.dataset, "eod_mask_loss", False)) or not hasattr(config.model, "calculate_per_token_loss"):
+    what = _leaves_tokens_out(config.dataset)
+    if what is None or not hasattr(config.model, "calculate_per_token_loss"):
         return []
-    what = "fine-tuning learns answers alone" if tuned else "`dataset.eod_mask_loss` leaves tokens out"
     return [Choice("model.calculate_per_token_loss", True, f"{what}: the mean is over those that count in the whole batch")]
+
+
+def _leaves_tokens_out(dataset: Any) -> str | None:
+    """Why the `loss_mask` of this dataset's samples may hold zeros; None where every token counts."""
+    if isinstance(dataset, FinetuningDatasetConfig):
+        return "fine-tuning learns answers alone"
+    if getattr(dataset, "eod_mask_loss", False):
+        return "`dataset.eod_mask_loss` leaves out what follows the end of a document"
+    return "a dataset of your own may leave tokens out" if hasattr(dataset, "build") else None
 
 
 def padded_examples(config: RunConfig) -> list[Choice]:
@@ -148,7 +176,6 @@ WITHOUT_CUDA: dict[str, Any] = {
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
     "cross_entropy_loss_fusion": False,
-    "gradient_accumulation_fusion": False,
     "use_cpu_initialization": True,
 }
 """megatron-core's kernels that exist for CUDA only, off."""
@@ -161,10 +188,14 @@ KERNELS: dict[str, Any] = {
     "apply_rope_fusion": True,
     "persist_layer_norm": True,
     "cross_entropy_loss_fusion": True,
-    "cross_entropy_fusion_impl": "te",
+    "cross_entropy_fusion_impl": cross_entropy.TE,
 }
-"""Kernels that are faster, where nobody chose. On an H200 Transformer Engine's cross entropy gave a model of 1B shape 6 % more
-tokens per second than megatron-core's own, in 12 GiB less (docs/performance.md)."""
+"""Kernels that are faster, with a Transformer Engine that has them all."""
+
+
+def kernels(transformer_engine: str | None) -> dict[str, Any]:
+    """The kernels that are faster, where nobody chose and this version of Transformer Engine is installed."""
+    return {**KERNELS, "cross_entropy_fusion_impl": cross_entropy.implementation(transformer_engine)}
 
 
 def _device_fields(model: Any, machine: Machine) -> list[Choice]:
@@ -174,21 +205,21 @@ def _device_fields(model: Any, machine: Machine) -> list[Choice]:
     choices: list[Choice] = []
     if not getattr(model, "bf16", False):
         choices.append(Choice("model.cross_entropy_loss_fusion", False, "the fused kernels round gradients to bf16"))
+    elif getattr(model, "deterministic_mode", False):
+        choices.append(Choice("model.cross_entropy_loss_fusion", False, "`model.deterministic_mode`"))
     if importlib.util.find_spec("transformer_engine"):  # megatron-core refuses settings for what it cannot import
-        choices += _kernels(model, {choice.setting for choice in choices})
-    if getattr(model, "gradient_accumulation_fusion", False) and not importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
-        choices.append(Choice("model.gradient_accumulation_fusion", False, "APEX, which has its kernel, is not installed"))
+        choices += _kernels(model, {choice.setting for choice in choices}, kernels(machine.transformer_engine))
     return choices
 
 
-def _kernels(model: Any, named: set[str]) -> list[Choice]:
-    free = {f"model.{name}": value for name, value in KERNELS.items() if getattr(model, name, False) is None}
+def _kernels(model: Any, named: set[str], faster: Mapping[str, Any]) -> list[Choice]:
+    free = {f"model.{name}": value for name, value in faster.items() if getattr(model, name, False) is None}
     return [Choice(name, value, "a fused kernel") for name, value in free.items() if name not in named]
 
 
 def _kernels_elsewhere(model: Any, machine: Machine) -> list[Choice]:
     """What a run on GPUs will choose, seen from a machine that does not have their kernels."""
-    return _kernels(model, set()) if _only_looks(machine) else []
+    return _kernels(model, set(), KERNELS) if _only_looks(machine) else []
 
 
 def _only_looks(machine: Machine) -> bool:
@@ -229,9 +260,14 @@ def _schedule(config: RunConfig) -> list[Choice]:
     why = f"`scheduler.lr_warmup_fraction={share}` of {length} steps"
     return [
         *choices,
-        Choice("scheduler.lr_warmup_iters", int(share * length), why),
+        Choice("scheduler.lr_warmup_iters", _share(share, length), why),
         Choice("scheduler.lr_warmup_fraction", None, why),
     ]
+
+
+def _share(share: float, length: int) -> int:
+    """Steps of a warm-up: at least one, where there is another step after it."""
+    return min(math.ceil(round(share * length, 6)), length - 1)
 
 
 _SAVED_EVERY_MINS, _KEPT = 30.0, 5
@@ -264,6 +300,13 @@ def _validate(config: RunConfig) -> None:
 
 def _nothing() -> None:
     """What a model of the user's own may leave out."""
+
+
+def _unknown_length(config: RunConfig, steps: int | None) -> tuple[str, ...]:
+    epochs, shown = config.train.num_epochs, config.train.train_iters
+    if epochs is None or steps is not None:
+        return ()
+    return (f"`train.num_epochs={epochs}` is counted in steps when a run has read its data; shown are `{shown}` steps",)
 
 
 def _warnings(config: RunConfig, microbatches: int) -> tuple[str, ...]:

@@ -113,8 +113,8 @@ class Interval:
 class Measure:
     """What turns a run's totals and seconds into speeds."""
 
-    flops_per_token: float
-    """Floating-point operations of forward and backward, per token, of the whole model."""
+    flops_per_token: float | None
+    """Floating-point operations of forward and backward, per token, of the whole model; None where there is no formula."""
 
     tokens_per_step: int
     num_gpus: int
@@ -132,12 +132,12 @@ class Measure:
     flops_of_packed: Callable[[float, float], float] | None = None
     """Operations of packed rows, from the tokens in examples and the sum of the squares of examples' lengths."""
 
-    def _flops(self, totals: Totals) -> float:
+    def _flops(self, totals: Totals) -> float | None:
         """Operations per step."""
         tokens, squares = totals.work
         if tokens and self.flops_of_packed:
             return self.flops_of_packed(tokens, squares) / totals.steps
-        return self.tokens_per_step * self.flops_per_token
+        return None if self.flops_per_token is None else self.tokens_per_step * self.flops_per_token
 
     def step(
         self,
@@ -145,6 +145,7 @@ class Measure:
         *,
         iteration: int,
         seconds: float,
+        timed_steps: int,
         lr: float,
         consumed_samples: int,
         consumed_tokens: int,
@@ -152,11 +153,13 @@ class Measure:
         waited: float = 0.0,
         loss_scale: float | None = None,
     ) -> Step:
-        """The record of an interval that took `seconds`, `waited` of them for data, and ended with step `iteration`."""
-        assert totals.steps > 0, "an interval without steps"
-        per_step = max(seconds, 1e-9) / totals.steps
+        """The record of an interval that ended with step `iteration`. Its last `timed_steps` took `seconds`, `waited` of them for
+        data."""
+        assert totals.steps >= timed_steps > 0, "an interval without steps"
+        per_step = max(seconds, 1e-9) / timed_steps
         rate = self.tokens_per_step / per_step / self.num_gpus
-        flops = self._flops(totals) / per_step / self.num_gpus
+        work = self._flops(totals)
+        flops = None if work is None else work / per_step / self.num_gpus
         return Step(
             iteration=iteration,
             loss=totals.loss,
@@ -166,8 +169,8 @@ class Measure:
             consumed_tokens=consumed_tokens,
             seconds_per_step=per_step,
             tokens_per_second_per_gpu=rate,
-            tflops_per_gpu=flops / 1e12,
-            mfu=flops / self.peak_flops if self.peak_flops else None,
+            tflops_per_gpu=None if flops is None else flops / 1e12,
+            mfu=flops / self.peak_flops if self.peak_flops and flops is not None else None,
             epoch=consumed_samples / self.samples_per_epoch if self.samples_per_epoch else None,
             data_wait=min(waited / max(seconds, 1e-9), 1.0),
             memory_gib=memory_gib,
@@ -204,7 +207,7 @@ def console_line(record: Record, total_steps: int, *, color: bool = False) -> st
         *([f"grad norm {record.grad_norm:6.2f}"] if record.grad_norm is not None else []),
         f"{_significant(record.seconds_per_step):>6} s/step",
         f"{record.tokens_per_second_per_gpu:>7,.0f} tok/s/{each}",
-        f"{_significant(record.tflops_per_gpu):>6} TFLOP/s/{each}",
+        *([f"{_significant(record.tflops_per_gpu):>6} TFLOP/s/{each}"] if record.tflops_per_gpu is not None else []),
         *([f"MFU {shade(f'{100 * record.mfu:4.1f} %', 'magenta')}"] if record.mfu is not None else []),
         f"{record.memory_gib:5.1f} GiB" + (f" ({100 * record.memory_share:2.0f} %)" if record.memory_share else ""),
         f"data wait {100 * record.data_wait:2.0f} %",

@@ -44,8 +44,9 @@ class Step:
     consumed_tokens: int
     seconds_per_step: float
     tokens_per_second_per_gpu: float
-    tflops_per_gpu: float
-    """10^12 floating-point operations of the model per second and GPU; recomputed ones do not count."""
+    tflops_per_gpu: float | None
+    """10^12 floating-point operations of the model per second and GPU; recomputed ones do not count. None for a model that there
+    is no formula for."""
 
     mfu: float | None
     """`tflops_per_gpu` as a share of the GPU's dense peak, 0 to 1; None where the peak is not known."""
@@ -57,7 +58,7 @@ class Step:
     """The share of the time, 0 to 1, that the slowest rank waited for its data."""
 
     memory_gib: float
-    """The most ever allocated on this rank's GPU; on a CPU, the process's largest resident memory."""
+    """The most ever allocated on a GPU, of the rank that has the most; on CPUs, the largest resident memory of a process."""
 
     memory_share: float | None
     """The same as a share of the GPU's memory, 0 to 1; None on a CPU."""

@@ -43,47 +43,62 @@ class Telling:
     sinks: Sinks | None
     interval: metrics.Interval = field(default_factory=metrics.Interval)
     color: bool = field(default_factory=_in_a_terminal)
-    resumed_at: int = 0
     _since: float = field(default_factory=time.perf_counter)
     _step_since: float = field(default_factory=time.perf_counter)
     _waited: float = 0.0
+    _timed: int = 0
+    """Steps since `_since`: fewer than the interval's where it began before a resume, or with the first step."""
 
-    def begin(self) -> None:
-        """The first step begins."""
-        self._step_since = time.perf_counter()
+    _first: bool = True
+
+    def start_clock(self) -> None:
+        """Measure from here on: the first step follows."""
+        self._since = self._step_since = time.perf_counter()
+        self._timed, self._waited = 0, 0.0
 
     def step(self, progress: Any, step: Any) -> None:
         """Count a step and write its record; at an interval's end, and after the first step of a program, a line too."""
         now = time.perf_counter()
-        one = self._record(progress, step, metrics.of_one(step), seconds=now - self._step_since, waited=step.waited)
+        seconds = now - self._step_since
+        one = self._record(progress, step, metrics.of_one(step), seconds=seconds, timed_steps=1, waited=step.waited)
         self._step_since, self._waited = now, self._waited + step.waited
         if self.sinks is not None:
             self.sinks.log_step(one)
         grad_norm = step.grad_norm if step.applied else None
         self.interval.add(torch.tensor(step.loss), grad_norm=grad_norm, skipped=not step.applied, work=step.work)
-        every = self.config.logger.log_interval
-        if progress.iteration % every and progress.iteration < self.config.train.train_iters:
-            if progress.iteration == self.resumed_at + 1:
-                self._print(one)
+        self._timed += 1
+        ends = progress.iteration % self.config.logger.log_interval == 0 or progress.iteration >= self.config.train.train_iters
+        if not (ends or self._first):
             return
         device.synchronize()
+        if ends:
+            self._interval(progress, step)
+        else:
+            self._print(one)
+        # The first step compiles and allocates: it counts only in a line that has no other.
+        self._first = False
+        self.start_clock()
+
+    def _interval(self, progress: Any, step: Any) -> None:
         seconds, totals = time.perf_counter() - self._since, self.interval.close()
-        record = self._record(progress, step, totals, seconds=seconds, waited=self._waited)
+        record = self._record(progress, step, totals, seconds=seconds, timed_steps=self._timed, waited=self._waited)
         self._print(record)
         if self.sinks is not None:
             self.sinks.log_interval(record)
-        self._since, self._waited = time.perf_counter(), 0.0
 
-    def _record(self, progress: Any, step: Any, totals: metrics.Totals, *, seconds: float, waited: float) -> records.Step:
+    def _record(
+        self, progress: Any, step: Any, totals: metrics.Totals, *, seconds: float, timed_steps: int, waited: float
+    ) -> records.Step:
         return self.measure.step(
             totals,
             iteration=progress.iteration,
             seconds=seconds,
+            timed_steps=timed_steps,
             waited=waited,
             lr=step.lr,
             consumed_samples=progress.consumed_samples,
             consumed_tokens=progress.consumed_samples * self.config.dataset.sequence_length,
-            memory_gib=metrics.memory_gib(device.current()),
+            memory_gib=step.memory_gib,
             loss_scale=step.loss_scale,
         )
 
@@ -163,19 +178,22 @@ def open_telling(config: RunConfig, *, resumed_at: int, active: bool, samples_pe
     )
     settings = documents.as_mapping(config)[0]
     sinks = open_sinks(config.logger, run_dir(config), settings=settings, done=resumed_at) if active else None
-    return Telling(config, measure, sinks, resumed_at=resumed_at)
+    return Telling(config, measure, sinks)
 
 
-def _flops(config: RunConfig) -> float:
-    """Model FLOPs per token; 0 for a model of one's own, whose shape nobody told."""
-    known = isinstance(config.model, GPTModelProvider)
-    return flops_of_run(config) if known else 0.0
+def _flops(config: RunConfig) -> float | None:
+    """Model FLOPs per token; None for a model that there is no formula for."""
+    if not isinstance(config.model, GPTModelProvider):
+        return None
+    try:
+        return flops_of_run(config)
+    except UserError:
+        return None
 
 
 def _flops_of_packed(config: RunConfig) -> Callable[[float, float], float] | None:
-    """None for a model of one's own."""
-    known = isinstance(config.model, GPTModelProvider)
-    return partial(flops_of_packed, config.model, peft=config.peft) if known else None
+    """None for a model that there is no formula for."""
+    return None if _flops(config) is None else partial(flops_of_packed, config.model, peft=config.peft)
 
 
 def _peak(config: RunConfig) -> float | None:

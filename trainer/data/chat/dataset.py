@@ -71,13 +71,24 @@ class Examples(Dataset):
         """Have so many samples, and know where the epochs end that they lie in."""
         self.samples = samples
         while self._ends[-1] < samples and self._every_epoch_differs:
-            self._ends.append(self._ends[-1] + len(self._epoch(len(self._ends))))
+            self._pack_next()
         return self
 
     @property
     def per_epoch(self) -> int:
         """Samples of the first epoch; others may have a few more or less where rows are packed anew."""
         return self._ends[0]
+
+    def until(self, epochs: int) -> int:
+        """Samples until the end of that many epochs."""
+        if not self._every_epoch_differs:
+            return epochs * self._ends[0]
+        while len(self._ends) < epochs:
+            self._pack_next()
+        return self._ends[epochs - 1]
+
+    def _pack_next(self) -> None:
+        self._ends.append(self._ends[-1] + len(self._epoch(len(self._ends))))
 
     @property
     def efficiency(self) -> float:

@@ -1,0 +1,122 @@
+"""Settings that only a GPU carries out: another value changes what is built, which kernels run, or what comes of it.
+
+Left out by `make test`. `test_every_setting` counts the settings that are tried here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.enums import AttnBackend
+
+from tests.trainer import observed
+from tests.trainer.observed import Trial
+
+pytestmark = pytest.mark.gpu
+
+SHAPE = {"model.hidden_size": 128, "model.ffn_hidden_size": 256, "model.seq_length": 128, "dataset.sequence_length": 128,
+         "dist.device": "gpu", "mixed_precision": "bf16_mixed"}  # fmt: skip
+FP8 = {**SHAPE, "mixed_precision": "bf16_with_fp8_delayed_scaling_mixed"}
+SCALED = {**SHAPE, "mixed_precision": "bf16_with_fp8_current_scaling_mixed", "model.num_layers": 4}
+FP16 = {**SHAPE, "mixed_precision": "fp16_mixed"}
+MOE = {**SHAPE, "model.num_moe_experts": 4, "model.moe_ffn_hidden_size": 128, "model.moe_token_dispatcher_type": "alltoall"}
+OFFLOADED = {**SHAPE, "model.cpu_offloading": True, "model.cpu_offloading_num_layers": 1}
+PRECISE = {**SHAPE, "ddp.use_distributed_optimizer": True, "optimizer.use_precision_aware_optimizer": True}
+ON_CPU = {**SHAPE, "ddp.use_distributed_optimizer": True, "optimizer.optimizer_cpu_offload": True,
+          "optimizer.optimizer_offload_fraction": 1.0}  # fmt: skip
+
+ON_ONE_GPU: dict[str, Trial] = {
+    "model.use_cpu_initialization": Trial(True, SHAPE),
+    "model.attention_backend": Trial(AttnBackend.unfused, SHAPE),
+    "model.layernorm_zero_centered_gamma": Trial(True, SHAPE),
+    "model.fp32_residual_connection": Trial(True, SHAPE),
+    "model.bias_activation_fusion": Trial(False, SHAPE),
+    "model.bias_dropout_fusion": Trial(False, SHAPE),
+    "model.apply_rope_fusion": Trial(False, SHAPE),
+    "model.cross_entropy_loss_fusion": Trial(False, SHAPE),
+    "model.cross_entropy_fusion_impl": Trial("native", {**SHAPE, "model.cross_entropy_loss_fusion": True}),
+    "model.fused_single_qkv_rope": Trial(True, SHAPE),
+    "model.fused_residual_rmsnorm": Trial(True, SHAPE),
+    "model.use_te_activation_func": Trial(True, {**SHAPE, "model.bias_activation_fusion": False}),
+    "model.disable_parameter_transpose_cache": Trial(True, FP8),
+    "model.cpu_offloading": Trial(True, {**SHAPE, "model.cpu_offloading_num_layers": 1}),
+    "model.cpu_offloading_num_layers": Trial(2, {**OFFLOADED, "model.num_layers": 4}),
+    "model.cpu_offloading_activations": Trial(False, {**OFFLOADED, "model.cpu_offloading_weights": True}),
+    "model.cpu_offloading_weights": Trial(True, OFFLOADED),
+    "model.cpu_offloading_double_buffering": Trial(True, OFFLOADED),
+    "model.cpu_offloading_retain_pinned_cpu_buffers": Trial(True, OFFLOADED),
+    "model.activation_func_fp8_input_store": Trial(True, FP8),
+    "model.fp8_margin": Trial(2, FP8),
+    "model.fp8_amax_history_len": Trial(2, FP8),
+    "model.fp8_amax_compute_algo": Trial("most_recent", FP8),
+    "model.fp8_wgrad": Trial(False, FP8),
+    "model.fp8_output_proj": Trial(True, FP8),
+    "model.fp8_dot_product_attention": Trial(True, FP8),
+    "model.fp8_multi_head_attention": Trial(True, FP8),
+    "model.tp_only_amax_red": Trial(True, FP8),
+    "model.first_last_layers_bf16": Trial(False, SCALED),
+    "model.num_layers_at_start_in_bf16": Trial(2, SCALED),
+    "model.num_layers_at_end_in_bf16": Trial(2, SCALED),
+    "model.moe_grouped_gemm": Trial(True, MOE),
+    "model.moe_permute_fusion": Trial(True, MOE),
+    "model.moe_latent_size": Trial(64, MOE),
+    "model.moe_router_fusion": Trial(True, MOE),
+    "model.moe_router_padding_for_quantization": Trial(True, {**MOE, "mixed_precision": FP8["mixed_precision"]}),
+    "model.moe_router_padding_for_fp8": Trial(True, {**MOE, "mixed_precision": FP8["mixed_precision"]}),
+    "optimizer.use_precision_aware_optimizer": Trial(True, {**SHAPE, "ddp.use_distributed_optimizer": True}),
+    "optimizer.store_param_remainders": Trial(False, PRECISE),
+    "optimizer.main_grads_dtype": Trial(torch.bfloat16, {**PRECISE, "ddp.grad_reduce_in_fp32": False}),
+    "optimizer.main_params_dtype": Trial(torch.float16, {**PRECISE, "optimizer.store_param_remainders": False}),
+    "optimizer.exp_avg_dtype": Trial(torch.bfloat16, PRECISE),
+    "optimizer.exp_avg_sq_dtype": Trial(torch.bfloat16, PRECISE),
+    "optimizer.loss_scale": Trial(128.0, FP16),
+    "optimizer.initial_loss_scale": Trial(256.0, FP16),
+    "optimizer.min_loss_scale": Trial(2.0**32, {**FP16, "optimizer.hysteresis": 1}),
+    "optimizer.loss_scale_window": Trial(1, FP16),
+    "optimizer.hysteresis": Trial(1, FP16),
+    "optimizer.optimizer_cpu_offload": Trial(True, {**SHAPE, "ddp.use_distributed_optimizer": True}),
+    "optimizer.optimizer_offload_fraction": Trial(0.5, ON_CPU),
+    "optimizer.use_torch_optimizer_for_cpu_offload": Trial(True, ON_CPU),
+    "optimizer.overlap_cpu_optimizer_d2h_h2d": Trial(True, ON_CPU),
+    "optimizer.pin_cpu_grads": Trial(False, ON_CPU),
+    "optimizer.pin_cpu_params": Trial(False, ON_CPU),
+}
+
+TP2 = {**SHAPE, "model.tensor_model_parallel_size": 2, "model.sequence_parallel": True, "train.global_batch_size": 8}
+OVERLAPPED = {**TP2, "comm_overlap.tp_comm_overlap": True}
+ON_TWO_GPUS: dict[str, Trial] = {
+    "model.clone_scatter_output_in_embedding": Trial(False, TP2),
+    "model.batch_p2p_sync": Trial(False, {**SHAPE, "model.pipeline_model_parallel_size": 2}),
+    "model.cp_comm_type": Trial("a2a", {**SHAPE, "model.context_parallel_size": 2, "model.num_query_groups": 2}),
+    "model.tp_comm_bulk_wgrad": Trial(False, OVERLAPPED),
+    "model.tp_comm_bulk_dgrad": Trial(False, OVERLAPPED),
+    "model.tp_comm_overlap_ag": Trial(False, OVERLAPPED),
+    "model.tp_comm_overlap_rs": Trial(False, OVERLAPPED),
+    "model.tp_comm_overlap_rs_dgrad": Trial(True, {**OVERLAPPED, "model.tp_comm_bulk_dgrad": False,
+                                                   "model.tp_comm_bulk_wgrad": False}),
+    "model.tp_comm_overlap_disable_qkv": Trial(True, OVERLAPPED),
+    "model.tp_comm_overlap_disable_fc1": Trial(True, OVERLAPPED),
+}  # fmt: skip
+
+
+def _changes(setting: str, trial: Trial) -> list[str]:
+    return observed.differences({setting: trial}, observed.observe_gpu)[setting]
+
+
+@pytest.mark.parametrize("setting", ON_ONE_GPU)
+def test_a_setting_changes_a_run_on_a_gpu(setting: str, ranks: Any) -> None:
+    (found,) = ranks.run(_changes, 1, setting, ON_ONE_GPU[setting])
+    assert found
+    assert {*observed.PARTS, "attributes", "kernels", "memory"}.issuperset(found)
+
+
+@pytest.mark.parametrize("setting", ON_TWO_GPUS)
+def test_a_setting_changes_a_run_on_two_gpus(setting: str, ranks: Any) -> None:
+    trial = ON_TWO_GPUS[setting]
+    before, after = (
+        ranks.run(observed.observe_gpu, 2, changes, 1) for changes in (trial.base, {**trial.base, setting: trial.value})
+    )
+    assert not any("error" in one for one in [*before, *after])
+    assert before != after
