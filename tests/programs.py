@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.ranks import LONGEST, warm
+from tests.ranks import LONGEST, check_warm, warm
 
 RANK_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -44,7 +44,7 @@ def _run(module: str, words: tuple[str, ...], cwd: str | None, env: dict[str, st
     os.environ.update({name: value for name, value in env.items() if name not in RANK_NAMES})
     if cwd:
         os.chdir(cwd)
-    assert "tests.warm" in sys.modules, "forked from a process that has imported nothing"
+    check_warm()
     sys.argv = [module, *words]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,23 @@ AFTERWARDS = 10.0
 """Seconds that the other ranks get to fail by themselves after one has failed, before they are killed."""
 
 
-def warm() -> ForkServerContext:
-    """Start the process that ranks are forked from, if it does not run yet. Returns the context that forks from it."""
+GPUS = any(Path("/dev").glob("nvidia[0-9]*"))
+"""Are there any? Then each rank starts afresh: importing Transformer Engine starts CUDA, which a forked process cannot use."""
+
+
+def warm() -> BaseContext:
+    """Start the process that ranks are forked from, if it does not run yet. Returns the context that starts ranks."""
+    if GPUS:
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.warm"])
     forkserver.ensure_running()
     return context
+
+
+def check_warm() -> None:
+    """In a process that was started: fail if it was forked from one that could not import `tests.warm`."""
+    assert GPUS or "tests.warm" in sys.modules, "forked from a process that has imported nothing"
 
 
 class Meeting:
@@ -110,7 +121,7 @@ class Ranks:
 class _Rank:
     """A process of one run, and the pipe that brings its answer."""
 
-    def __init__(self, context: ForkServerContext, call: bytes, queue: Any, environment: dict[str, str], folder: Path) -> None:
+    def __init__(self, context: BaseContext, call: bytes, queue: Any, environment: dict[str, str], folder: Path) -> None:
         self.number, self._queue = environment["RANK"], queue  # which lives as long as somebody here holds it
         self._log = folder / self.number
         self.pipe, theirs = context.Pipe()
@@ -175,7 +186,7 @@ def _serve(pipe: Connection, call: bytes, queue: Any, environment: dict[str, str
     os.dup2(written, 2)
     os.environ.update(environment)
     try:
-        assert "tests.warm" in sys.modules, "forked from a process that has imported nothing"
+        check_warm()
         use_write_results(queue)
         function, args = pickle.loads(call)
         answer = pickle.dumps((True, function(*args), ""))
