@@ -78,6 +78,7 @@ def _check_iteration(iteration: Folder, workers: int, talk: Talk) -> Check:
     """First the files: what is damaged is not worth comparing."""
     hashed = iteration.has(integrity.FILE)
     found = _check_files(iteration, workers, talk) if hashed else Check("files", 0, "the files", [], [], [])
+    check_unchanged([iteration])
     if found.whole:
         found = masters.check(TorchDistReader(iteration), found, workers=workers, talk=talk)
     if not (hashed or found.masters):

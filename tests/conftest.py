@@ -6,11 +6,15 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests import megatron_cpu, models
 from tests.ranks import Ranks
 from tests.servers import HOST
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # a test asserts no time
+hypothesis.settings.load_profile("no deadline")
 
 SECRET = "s3cr3t-t0ken"
 GOLDEN = Path(__file__).parent / "golden"

@@ -62,7 +62,7 @@ def test_every_path_of_a_run_is_there_by_its_type(home):
         "checkpoint": ("save", "load", "pretrained_checkpoint", "pretrained_adapter"),
         "logger": ("run_dir", "tensorboard_dir", "wandb_save_dir"),
         "tokenizer": ("tokenizer_model",),
-        "model": ("hf_source", "pretrained_from", "config_logger_dir"),
+        "model": ("hf_source", "pretrained_from"),
         "dataset": ("path", "validation_path", "test_path", "chat_template", "path_to_cache"),
     }
     config = settings(dataset=FinetuningDatasetConfig(sequence_length=128))
@@ -85,13 +85,13 @@ def test_settings_that_are_paths_say_so():
     from tests.trainer.settings import settings
     from trainer.config import DatasetConfig, FinetuningDatasetConfig
     from trainer.settings.paths import _OF_MEGATRON
-    from trainer.settings.places import _every
+    from trainer.settings.places import every_name
 
     known = {"checkpoint.save", "checkpoint.load", "checkpoint.pretrained_checkpoint", "checkpoint.pretrained_adapter"}
     looks = re.compile(r"(path|_dir|_file|_folder|_template|path_to_cache|tokenizer_model|hf_source|pretrained_from)$")
     for dataset in (DatasetConfig(), FinetuningDatasetConfig()):
         config = settings(dataset=dataset)
-        for name in (one for one in _every(config) if looks.search(one) or one in known):
+        for name in (one for one in every_name(config) if looks.search(one) or one in known):
             section, _, key = name.partition(".")
             kind = str(type(getattr(config, section)).__dataclass_fields__[key].type)
             assert "FilePath" in kind or key in (*_OF_MEGATRON, "prompt_template", "use_mamba_mem_eff_path"), name

@@ -34,7 +34,7 @@ FEATURES = {
     "formats/remote/gcs.py": ("remote",),
     "formats/remote/store.py": ("remote",),
     "trainer": ("train",),
-    "trainer/data/chat/sources.py": ("train", "datasets"),
+    "trainer/data/records.py": ("train", "datasets"),
     "trainer/telling/sinks.py": ("train", "wandb"),
     "trainer/launch/nemo.py": ("train", "nemo-run"),
     "trainer/device.py": ("train", "gpu"),

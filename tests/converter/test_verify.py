@@ -249,9 +249,11 @@ def test_what_should_be_zero_and_is_not_is_named_once_with_its_side(model_folder
     weights = tmp_path / "m" / "iter_0000000" / "__0_0.distcp"
     from formats.dcp import Container
     from formats.folder import LocalFolder
+    from formats.spec import extent
 
     container = Container(LocalFolder(weights.parent))
-    stored = container._locate(container.tensor("decoder.layers.mlp.linear_fc1.bias"), 0)
+    bias = container.tensor("decoder.layers.mlp.linear_fc1.bias")
+    stored = container._locate(bias, 0, extent(bias.region(0)))
     with weights.open("r+b") as file:
         file.seek(stored.offset)
         file.write(b"\x01\x02")

@@ -105,6 +105,9 @@ def made_up(world: int) -> Iterator[None]:
         yield
         return
 
+    from trainer import process_group
+    from trainer.data import compare
+
     start, group = dist.init_process_group, dist.new_group
     alone = {"rank": 0, "world_size": world, "store": dist.HashStore()}
     named = {"RANK": 0, "WORLD_SIZE": world, "LOCAL_RANK": 0, "MASTER_ADDR": "nowhere", "MASTER_PORT": 1}
@@ -112,6 +115,8 @@ def made_up(world: int) -> Iterator[None]:
         for name, value in named.items():
             patch.setitem(os.environ, name, str(value))
         patch.setattr(dist, "init_process_group", lambda *_, **__: start("fake", **alone))
+        patch.setattr(process_group, "_meeting_point", lambda _: (dist.HashStore(), 0))
+        patch.setattr(compare, "check", lambda *_: None)  # nobody else reads
         patch.setattr(dist, "new_group", lambda *args, **options: group(*args, **{**options, "backend": "fake"}))
         yield
 
@@ -152,12 +157,12 @@ def observe_gpu(changes: dict[str, Any], _world: int) -> dict[str, Any]:
 
 def build(changes: dict[str, Any], world: int) -> dict[str, Any]:
     """What the first of `world` ranks builds, without memory; or the error."""
-    from trainer import device, model, rehearsal
+    from trainer import model, rehearsal
     from trainer.settings.resolve import resolve
 
     try:
         provider = resolve(settings(**changes), world_size=world, device="cpu").config.model
-        with device.stand_in("cpu"), device.environment_kept(), rehearsal._as_if(0, world, provider):
+        with rehearsal.as_rank(0, world, provider):
             return {"model": [str(chunk) for chunk in model.shapes(provider)]}
     except UserError as error:
         return {"error": str(error)}

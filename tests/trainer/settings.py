@@ -9,7 +9,7 @@ from trainer.config import RunConfig
 from trainer.model import from_hf_config
 from trainer.settings.precision import Machine
 
-HOPPER = Machine("gpu", capability=(9, 0), transformer_engine="2.11.0", cuda="13.0")
+HOPPER = Machine("gpu", capability=(9, 0), transformer_engine="2.20.2", cuda="13.0")
 LLAMA = {**BASE, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 

@@ -79,7 +79,7 @@ def test_adapters_answer_beside_their_base_as_the_merged_model_does_in_transform
 def test_fine_tuning_that_names_no_model_is_refused(ranks, model_folder, examples):
     from formats.errors import UserError
 
-    with pytest.raises(UserError, match="fine-tuning starts from a model"):
+    with pytest.raises(UserError, match="fine-tuning needs a model to start from"):
         ranks.run(witness.train, 1, str(model_folder("gqa")), _told(examples, checkpoint__pretrained_checkpoint=None))
 
 

@@ -103,7 +103,7 @@ def test_the_console_line_of_a_step():
 def test_the_line_says_the_epoch_the_share_of_the_card_and_the_wait_for_data():
     measure = replace(MEASURE, samples_per_epoch=81_920, memory_of_gpu=80 * 2**30)
     told = {"lr": 3e-4, "consumed_samples": 122_880, "consumed_tokens": 503_316_480, "memory_gib": 60.0}
-    record = measure.step(closed([2.0]), iteration=120, seconds=8.0, waited=2.0, **told)
+    record = measure.step(closed([2.0]), iteration=120, seconds=8.0, timed_steps=1, waited=2.0, **told)
     assert (record.epoch, record.memory_share, record.data_wait) == (1.5, 0.75, 0.25)
     assert " 60.0 GiB (75 %)  data wait 25 %  epoch 1.50  left " in console_line(record, 1000)
 

@@ -48,7 +48,7 @@ def _train(folder: str, save: str) -> list[float]:
 def test_a_model_without_a_formula_trains_and_its_log_has_no_flops(ranks, model_folder, tmp_path) -> None:
     (losses,) = ranks.run(_train, 1, str(model_folder("gqa")), str(tmp_path))
     assert losses[-1] < losses[0]
-    (record,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    *_, record = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert (record["tflops_per_gpu"], record["mfu"]) == (None, None)
     assert record["tokens_per_second_per_gpu"] > 0
 

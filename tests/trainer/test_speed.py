@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.trainer.settings import settings
+from trainer.run import Step
 from trainer.telling import voice
 from trainer.telling.metrics import Measure
 
@@ -32,11 +33,11 @@ def clock(monkeypatch):
 
 
 def told(clock, seconds, *, every, resumed_at=0, carried=None, start=0.0):
-    """The records of a run whose steps take `seconds` each, after a start of `start` seconds."""
+    """The records of the lines of a run whose steps take `seconds` each, after a start of `start` seconds."""
     records = []
     config = settings(logger__log_interval=every, train__train_iters=60)
     measure = Measure(flops_per_token=1e9, tokens_per_step=TOKENS, num_gpus=1, train_iters=60, device="cpu")
-    sinks = SimpleNamespace(log=records.append)
+    sinks = SimpleNamespace(log_interval=records.append, log_step=lambda _: None)
     telling = voice.Telling(config, measure, sinks)
     if carried:
         telling.interval.load_state_dict(carried)
@@ -44,7 +45,7 @@ def told(clock, seconds, *, every, resumed_at=0, carried=None, start=0.0):
     telling.start_clock()
     for number, took in enumerate(seconds, resumed_at + 1):
         clock.now += took
-        step = SimpleNamespace(loss=1.0, grad_norm=1.0, lr=1e-3, applied=True, loss_scale=None, work=(0.0, 0.0), memory_gib=1.0)
+        step = Step(loss=1.0, grad_norm=1.0, lr=1e-3, applied=True, loss_scale=None, stop=False, save=False, memory_gib=1.0)
         telling.step(SimpleNamespace(iteration=number, consumed_samples=number), step)
     return records, telling.interval.state_dict()
 
