@@ -44,7 +44,7 @@ def _same_run(one: Path, other: Path | None) -> bool:
 def _check_load(told: CheckpointConfig, resumed: Path | None) -> None:
     if resumed is None and told.load and not (told.save and same(told.load, told.save)):
         raise UserError(
-            f"`checkpoint.load` is `{told.load}`, where there is no checkpoint to resume",
+            f"`checkpoint.load` is `{told.load}`, which has no checkpoint to resume from",
             hint="to start from weights alone use `checkpoint.pretrained_checkpoint`; a first start needs no `load`",
         )
 
