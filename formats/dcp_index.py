@@ -20,7 +20,7 @@ from formats.content import refuse_start
 from formats.errors import UserError, shown
 from formats.faults import fault
 from formats.folder import Folder
-from formats.index_pickle import ELSEWHERE, ChunkRun, PlaceRun, load_index
+from formats.index_pickle import ELSEWHERE, OBJECT, ChunkRun, PlaceRun, load_index
 from formats.pickles import Global, Record
 from formats.spec import Array, Shape, whole_number
 from formats.torch_zip import DTYPE_OF, read_sizes
@@ -80,8 +80,12 @@ def _index(loaded: Any) -> Index:
         match loaded:
             case Record(kind=Global(name="Metadata"), state={"state_dict_metadata": {**described}, "storage_data": {**stored}}):
                 places = _Places(stored)
-                tensors = {name: one for name, one in described.items() if one.kind.name == "TensorStorageMetadata"}
-                objects = {name for name, one in described.items() if one.kind.name == "BytesStorageMetadata"}
+                objects = {name for name, one in described.items() if one is OBJECT or one.kind.name == "BytesStorageMetadata"}
+                tensors = {
+                    name: one
+                    for name, one in described.items()
+                    if name not in objects and one.kind.name == "TensorStorageMetadata"
+                }
             case _:
                 raise UserError(f"`{METADATA}` is not the index of a distributed checkpoint")
         for one in tensors.values():

@@ -22,13 +22,15 @@ from formats.spec import Array, whole_number
 from formats.torch_zip import read_sizes
 
 _CHUNK, _INDEX, _INFO = "ChunkStorageMetadata", "MetadataIndex", "_StorageInfo"
+_OBJECT = "BytesStorageMetadata"
 _SKIPPED = "WriteItem"
 """megatron-core keeps the plans of all ranks beside the index: nothing here needs them."""
 
-_KINDS = {_CHUNK, _INDEX, _INFO, _SKIPPED}
+_KINDS = {_CHUNK, _INDEX, _INFO, _OBJECT, _SKIPPED}
 _KEYS = {"offsets", "sizes", "fqn", "offset", "index", "relative_path", "length", "transform_descriptors"}
 _MOST_PATTERNS = 64
 _BLOCK = 2000  # records that are matched at a time
+_FEW = 8  # records: matching them as a block takes as long as one by one
 _MOST = 1 << 62  # as `whole_number`
 _MEMOIZE = pickle.MEMOIZE[0]
 
@@ -64,6 +66,9 @@ class PlaceRun(Run):
 ELSEWHERE = Run()
 """Stands for (parts of) records that were kept as numbers or skipped, where something refers to them."""
 
+OBJECT = Run()
+"""Stands for the record of an object, which says nothing but that it is one."""
+
 
 @dataclass(slots=True)
 class _Pattern:
@@ -92,22 +97,57 @@ class _Pattern:
     def table(self, data: bytes, at: int, memo: Mapping[int, Any]) -> tuple[Array, int, bool]:
         """The values of the records that match from `at` on, a row for each and a column for each group, and where they end.
         References are what they refer to's numbers. Stops before a record that no file can mean, and says if there is one."""
-        block = self.many.match(data, at)
-        if block is None:
-            return np.empty((0, len(self.refers)), np.int64), at, False
-        rows = self.one.findall(data, at, block.end())
-        rows = [(one,) for one in rows] if len(self.refers) == 1 else rows
-        table = np.stack([_decoded(column) for column in zip(*rows, strict=True)], axis=1)
+        table, end = self._alike(data, at)
+        if len(table) < _FEW:
+            table, end = self._others(data, at)
+        if not len(table):
+            return table, at, False
         good = (table >= 0).all(axis=1) & (table < _MOST).all(axis=1)
         for number in np.flatnonzero(self.refers):
             named = np.array([isinstance(memo.get(int(target)), str) for target in np.unique(table[:, number])])
             good &= named[np.unique(table[:, number], return_inverse=True)[1]]
         if good.all():
-            return table, block.end(), False
+            return table, end, False
         count = int(np.flatnonzero(~good)[0])
         for _ in range(count):
             at = self.one.match(data, at).end()  # pyright: ignore[reportOptionalMemberAccess] - it did
         return table[:count], at, True
+
+    def _alike(self, data: bytes, at: int) -> tuple[Array, int]:
+        """The values of the records from `at` on whose opcodes are all the first one's, so that each value has its column of
+        bytes; and where they end."""
+        first = self.one.match(data, at)
+        if first is None:
+            return np.empty((0, len(self.refers)), np.int64), at
+        length = first.end() - at
+        records = np.frombuffer(data, np.uint8, min(_BLOCK, (len(data) - at) // length) * length, at).reshape(-1, length)
+        spans = [(start - at + (2 if data[start] == pickle.LONG1[0] else 1), stop - at) for start, stop in first.regs[1:]]
+        fixed = np.ones(length, bool)
+        for start, stop in spans:
+            fixed[start:stop] = False
+        other = np.flatnonzero((records[:, fixed] != records[0, fixed]).any(axis=1))
+        records = records[: other[0] if len(other) else None]
+        return np.stack([_columns(records[:, start:stop]) for start, stop in spans], axis=1), at + records.size
+
+    def _others(self, data: bytes, at: int) -> tuple[Array, int]:
+        """The values of the records from `at` on, and where they end, whatever opcodes each has for them."""
+        block = self.many.match(data, at)
+        if block is None:
+            return np.empty((0, len(self.refers)), np.int64), at
+        rows = self.one.findall(data, at, block.end())
+        rows = [(one,) for one in rows] if len(self.refers) == 1 else rows
+        return np.stack([_decoded(column) for column in zip(*rows, strict=True)], axis=1), block.end()
+
+
+def _columns(stored: Array) -> Array:
+    """Numbers by their bytes, [count, width], little-endian. Those of more than 2 bytes have signs: -1 where one is negative."""
+    width = stored.shape[1]
+    raw = np.zeros((len(stored), 8), np.uint8)
+    raw[:, :width] = stored
+    values = raw.view("<i8")[:, 0]
+    if width > 2:
+        values[stored[:, -1] >= 1 << 7] = -1
+    return values
 
 
 def _decoded(column: Sequence[bytes]) -> Array:
@@ -226,7 +266,11 @@ class IndexUnpickler(Unpickler):
         """Keep the pattern of a record, if it gives what the record says; of archives, with the pattern of the name before."""
         kind, known = record.kind.name, self._patterns.setdefault(number, [])
         made = _pattern(data, self.memo) if len(known) < _MOST_PATTERNS else None
-        if made is None or not (kind == _SKIPPED or self._holds(made, data, record)):
+        if kind == _OBJECT:
+            if made and not made.refers:
+                self._objects(data, made.memoized)
+            return
+        if made is None or not made.refers or not (kind == _SKIPPED or self._holds(made, data, record)):
             self._before = None
             return
         if all(made.source != one.source for one in known):
@@ -287,6 +331,36 @@ class IndexUnpickler(Unpickler):
             self.append(ELSEWHERE)
         return at
 
+    def _objects(self, record: bytes, memoized: int) -> None:
+        """Take what follows as long as it is the name of another object, and the same record, in which nothing differs."""
+        before = self._stream.tell()
+        while found := self._named(self._stream.tell()):
+            name, number, end = found
+            if not self._data.startswith(record, end):
+                break
+            self.memo[number] = name
+            self._memoized += 0 if self._put else 1 + memoized
+            self.append(name)
+            self.append(OBJECT)
+            self._stream.seek(end + len(record))
+        self.used_patterns |= self._stream.tell() > before
+
+    def _named(self, at: int) -> tuple[str, int, int] | None:
+        """A text at a position, the new number that it is remembered under, and where that ends; None if there is none."""
+        data, count = self._data, _LENGTHS.get(self._data[at], 0)
+        start = at + 1 + count
+        stop = start + int.from_bytes(data[at + 1 : start], "little")
+        put = data[stop : stop + 1]
+        size = _PUTS.get(put, -1)
+        end = stop + 1 + size
+        number = int.from_bytes(data[stop + 1 : end], "little") if size else self._memoized
+        if not count or size < 0 or number in self.memo or (self._put if put == pickle.MEMOIZE else self._memoized):
+            return None
+        try:
+            return str(data[start:stop], "utf-8", "surrogatepass"), number, end
+        except UnicodeDecodeError:
+            return None
+
     def _longest(self, at: int, patterns: Sequence[_Pattern]) -> tuple[_Pattern | None, Array, int]:
         """The first pattern that matches at a position, with the values of all records it matches, and their end.
 
@@ -307,6 +381,12 @@ class IndexUnpickler(Unpickler):
             return self._data[at + 1]
         return int.from_bytes(self._data[at + 1 : at + 5], "little") if code == pickle.LONG_BINGET else -1
 
+
+_LENGTHS = {pickle.SHORT_BINUNICODE[0]: 1, pickle.BINUNICODE[0]: 4}
+"""Bytes of a text's length, by its opcode."""
+
+_PUTS = {pickle.MEMOIZE: 0, pickle.BINPUT: 1, pickle.LONG_BINPUT: 4}
+"""Bytes of the number that something is remembered under."""
 
 _POPS = {
     pickle.TUPLE1[0]: 1, pickle.TUPLE2[0]: 2, pickle.TUPLE3[0]: 3, pickle.NEWOBJ[0]: 2, pickle.REDUCE[0]: 2, pickle.BUILD[0]: 2,
@@ -364,7 +444,7 @@ def _pattern(data: bytes, memo: dict[int, Any]) -> _Pattern | None:
         fields[key] = slice(fields[key].start if key in fields else len(refers), len(refers) + 1)
         refers.append(is_reference)
         parts.append(_REFERENCE if is_reference else _INTEGER)
-    return _Pattern(b"".join(parts), memoized, fields, tuple(refers)) if refers and _is_one_object(codes) else None
+    return _Pattern(b"".join(parts), memoized, fields, tuple(refers)) if _is_one_object(codes) else None
 
 
 def _expected(record: Record) -> dict[str, tuple[Any, ...]] | None:
