@@ -154,7 +154,7 @@ def choose_shards(makings: Sequence[Making], origin: Reference, limit: int | Non
 
 
 def _shapes(shards: Mapping[str, Shard]) -> dict[str, tuple[int, ...]]:
-    return {name: spec.shape for shard in shards.values() for name, (spec, _) in shard.tensors.items()}
+    return {name: spec.shape for shard in shards.values() for name, spec in shard.tensors.items()}
 
 
 def in_file_order(makings: Sequence[Making], shards: Mapping[str, Shard]) -> list[Making]:
@@ -184,7 +184,7 @@ def documents(origin: Reference, shards: Mapping[str, Shard], *, limited: bool) 
 def _retyped_config(origin: Reference, shards: Mapping[str, Shard]) -> dict[str, Any]:
     """`config.json` with the dtype of the weights written, if that is not what the files it belongs to have; without a
     quantization that they do not have."""
-    dtypes = {spec.dtype for shard in shards.values() for spec, _ in shard.tensors.values()}
+    dtypes = {spec.dtype for shard in shards.values() for spec in shard.tensors.values()}
     left_over = quantization(origin.config) if is_plain(dtypes) else ()
     config, dtype = {name: value for name, value in origin.config.items() if name not in left_over}, _main_dtype(shards)
     if origin.shards and _main_dtype(origin.shards) == dtype:
@@ -211,6 +211,6 @@ def _main_dtype(shards: Mapping[str, Shard]) -> np.dtype[Any]:
     """The dtype most bytes have."""
     sizes: dict[np.dtype[Any], int] = {}
     for shard in shards.values():
-        for spec, _ in shard.tensors.values():
+        for spec in shard.tensors.values():
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype])
