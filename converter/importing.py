@@ -158,8 +158,8 @@ def _sides(found: _Planned, written: Folder, dtype: str) -> tuple[Side, Side]:
 
 def _padding(plan: Plan, model: Model) -> dict[str, int]:
     """Tensors whose rows from some number on are padding."""
-    padded = (one for one in plan.bound if one.rule.padded and not one.rule.zeros(model))
-    return {one.megatron: model.vocab for one in padded}
+    made = zip(plan.bound, plan.makings, strict=True)
+    return {making.spec.name: model.vocab for (rule, _), making in made if rule.padded and not rule.zeros(model)}
 
 
 def _documents(found: _Planned, *, vocab_multiple: int) -> dict[str, bytes]:

@@ -68,6 +68,11 @@ class Shard:
         return dict(zip(self.tensors, accumulate(sizes, initial=len(self.raw)), strict=False))  # the last is where the file ends
 
 
+def specs_of(shards: Mapping[str, Shard]) -> dict[str, TensorSpec]:
+    """The tensors of all files."""
+    return {name: spec for shard in shards.values() for name, spec in shard.tensors.items()}
+
+
 def parse_shard(raw: bytes, *, source: str, any_dtype: bool = False) -> Shard:
     """A shard from the raw bytes before its data. With `any_dtype` also of dtypes that cannot be converted; tensors of one that
     numpy does not have are read as bytes.
@@ -245,7 +250,7 @@ class HuggingFaceWriter:
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        return {name: spec for shard in self._shards.values() for name, spec in shard.tensors.items()}
+        return specs_of(self._shards)
 
     def place(self, name: str, region: Region) -> int:
         dtype = self._shards[self._files[name]].tensors[name].dtype
@@ -305,13 +310,11 @@ def make_index(shards: Mapping[str, Shard]) -> bytes:
     return (json.dumps({"metadata": totals, "weight_map": dict(placed)}, indent=2, sort_keys=True) + "\n").encode()
 
 
-def retyped(shard: Shard, dtypes: Mapping[str, np.dtype[Any]], *, source: str) -> Shard:
-    """The same tensors in the same order and file, with other dtypes; the same shard where none differs."""
-    specs = shard.tensors.values()
-    if all(dtypes[spec.name] == spec.dtype for spec in specs):
+def retyped(shard: Shard, specs: Mapping[str, TensorSpec], *, source: str) -> Shard:
+    """The same tensors in the same order and file, with the dtypes of `specs`; the same shard where none differs."""
+    if all(specs[name].dtype == spec.dtype for name, spec in shard.tensors.items()):
         return shard
-    changed = [TensorSpec(spec.name, spec.shape, dtypes[spec.name]) for spec in specs]
-    return parse_shard(make_header(changed), source=source)
+    return parse_shard(make_header(specs[name] for name in shard.tensors), source=source)
 
 
 _OTHER_WEIGHTS = re.compile(
