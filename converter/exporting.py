@@ -48,6 +48,7 @@ class ExportOptions:
 
 def plan_export(reader: TorchDistReader, root: Folder, target: str, wanted: ExportOptions, talk: Talk) -> Job:
     """Everything an export does. Raises UserError for whatever cannot be converted exactly."""
+    reader.check()  # first: the index is let go of, and what follows takes its room
     origin = reference.find(reader, wanted.hf_config)
     family = families.find(origin.config.get("model_type"))
     model = make_model(family.CONFIG, origin.config)
@@ -61,7 +62,6 @@ def _makings(
 ) -> tuple[list[Making], list[HuggingFaceReader]]:
     """What is made of a checkpoint that was found whole, and the readers of what it carries beside Megatron's tensors."""
     plan = to_huggingface(family.RULES, model, reader.specs, dtype=dtype, known=specs_of(origin.shards))
-    reader.check(reader.specs)
     for name in plan.zero:
         check_zero(reader, name)
     return with_carried(plan.makings, family, model, origin)

@@ -99,7 +99,7 @@ def megatron_side(reader: TorchDistReader, origin: Reference, *, zero: Mapping[s
     family = families.find(origin.config.get("model_type"))
     model = make_model(family.CONFIG, origin.config)
     plan = to_huggingface(family.RULES, model, reader.specs, dtype="keep")
-    reader.check(reader.specs)
+    reader.check()
     makings, extras = with_carried(plan.makings, family, model, origin)
     return Side(
         reader.folder.label,
@@ -149,7 +149,7 @@ def tied(makings: Iterable[Making], family: Family, model: Model) -> dict[str, M
 
 
 def _native(reader: TorchDistReader) -> Side:
-    reader.check(reader.specs)
+    reader.check()
     rows = InRows(reader)
     return Side(reader.folder.label, rows, as_stored(rows.specs))
 

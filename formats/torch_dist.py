@@ -13,7 +13,6 @@ import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -53,16 +52,8 @@ _GATE, _UP = "_w", "_v"
 _LEGACY_RANK = re.compile(r"mp_rank_\d+(_\d+)*/")
 
 _NUMBERED_LAYER = re.compile(r"(.*?\blayers)\.(\d+)\.(.+)")
+_LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
 _STACKED_LAYER = re.compile(r"(.*?\blayers)\.(?!\d+\.)(.+)")
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Where a weight's data is: a key, which row of it where layers are stacked, and a second key whose rows follow."""
-
-    key: str
-    row: int | None = None
-    then: str | None = None
 
 
 def iteration_folder(number: int) -> str:
@@ -133,15 +124,20 @@ class TorchDistReader:
         self.container = Container(self.folder)
         self.others = [name for name in self.container.tensor_names if _NOT_WEIGHTS.match(name)]
         self.specs: dict[str, TensorSpec] = {}
-        self._sources: dict[str, _Source] = {}
-        self._tensors: dict[str, ChunkedTensor] = {}
+        self._numbered: dict[str, int] = {}
+        """Keys of stacked layers, each with where in a weight's name the number of its layer stands."""
+
+        self._halved: dict[str, ChunkedTensor] = {}
         self._lock = threading.Lock()
         weights = dict.fromkeys(key for key in self.container.tensor_names if not _NOT_WEIGHTS.match(key))
         halves = {key: key.removesuffix(_GATE) + _UP for key in weights if key.endswith(_GATE)}
         halves = {gate: up for gate, up in halves.items() if up in weights}
-        for key in weights:
-            if key not in halves and key not in halves.values():
-                self._add(key)
+        ups = set(halves.values())
+        self._keys = {key: halves.get(key) for key in weights if key not in ups}
+        """Keys, each with that whose rows follow."""
+
+        for key in (key for key in self._keys if key not in halves):
+            self._add(key)
         for gate, up in halves.items():
             self._add_halves(gate, up)
 
@@ -153,55 +149,69 @@ class TorchDistReader:
         shape, dtype = self.container.shape(key), self.container.dtype(key)
         stacked = _STACKED_LAYER.fullmatch(key)
         if not stacked:
-            self._name(key, _Source(key), shape, dtype)
+            self._name(key, shape, dtype)
             return
         if not shape or shape[0] > MOST_LAYERS:
             raise UserError(f"`{key}` has shape {list(shape)}, whose first number should count layers")
+        self._numbered[key] = stacked.end(1) + 1
+        layer = shape[1:]
         for row in range(shape[0]):
-            self._name(f"{stacked[1]}.{row}.{stacked[2]}", _Source(key, row), shape[1:], dtype)
+            self._name(f"{stacked[1]}.{row}.{stacked[2]}", layer, dtype)
 
     def _add_halves(self, gate: str, up: str) -> None:
         shape = self.container.shape(gate)
         if self.container.shape(up) != shape or not shape:
             raise UserError(f"`{gate}` has shape {list(shape)}, `{up}` has {list(self.container.shape(up))}")
-        name = gate.removesuffix(_GATE)
-        self._name(name, _Source(gate, then=up), (2 * shape[0], *shape[1:]), self.container.dtype(gate))
+        self._name(gate.removesuffix(_GATE), (2 * shape[0], *shape[1:]), self.container.dtype(gate))
 
-    def _name(self, name: str, source: _Source, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def _name(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> None:
         if name in self.specs:
             raise UserError(f"`{name}` is stored twice: stacked with its layers and on its own")
         if len(self.specs) >= MOST_WEIGHTS:
             raise UserError(f"`{METADATA}` describes more than {MOST_WEIGHTS} weights", hint="the checkpoint is damaged")
         self.specs[name] = TensorSpec(name, shape, dtype)
-        self._sources[name] = source
+
+    def _source(self, name: str) -> tuple[str, int | None]:
+        """The key that a weight is stored under, and its row there where layers are stacked. Worked out when it is asked for:
+        models have hundreds of thousands of weights."""
+        if name in self._keys and name not in self._numbered:
+            return name, None
+        for number in _LAYER_NUMBER.finditer(name):
+            start, stop = number.span(1)
+            key = name[:start] + name[stop + 1 :]
+            if self._numbered.get(key) == start:
+                return key, int(number[1])
+        return name + _GATE, None
 
     def read(self, name: str, region: Region, out: Array) -> None:
-        row = self._sources[name].row
+        key, row = self._source(name)
         if row is None:
-            self.container.read(self._tensor(name), region, out)
+            self.container.read(self._tensor(key), region, out)
         else:
-            self.container.read(self._tensor(name), (slice(row, row + 1), *region), out[np.newaxis])
+            self.container.read(self._tensor(key), (slice(row, row + 1), *region), out[np.newaxis])
 
     def chunks(self, name: str) -> list[Chunk]:
         """The chunks that hold a weight (of a stacked key, those that hold its layer)."""
-        row, tensor = self._sources[name].row, self._tensor(name)
+        key, row = self._source(name)
+        tensor = self._tensor(key)
         if row is None:
             return tensor.chunks
         layer = (slice(row, row + 1), *self.specs[name].whole)
         return [tensor.chunk(number) for number, _ in tensor.touching(layer)]
 
-    def _tensor(self, name: str) -> ChunkedTensor:
-        source = self._sources[name]
+    def _tensor(self, key: str) -> ChunkedTensor:
+        then = self._keys[key]
+        if then is None:
+            return self.container.tensor(key)
         with self._lock:
-            if source.key not in self._tensors:
-                whole = self.container.tensor(source.key)
-                self._tensors[source.key] = _stacked(whole, self.container.tensor(source.then)) if source.then else whole
-        return self._tensors[source.key]
+            if key not in self._halved:
+                self._halved[key] = _stacked(self.container.tensor(key), self.container.tensor(then))
+        return self._halved[key]
 
-    def check(self, names: Iterable[str]) -> None:
-        """Raise UserError if chunks of these weights are missing, overlap or run past their files. Reads no data."""
-        for name in names:
-            self._tensor(name)
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Raise UserError if chunks of these weights, or of all, are missing, overlap or run past their files. Reads no data."""
+        for key in self._keys if names is None else dict.fromkeys(self._source(name)[0] for name in names):
+            self._tensor(key)
 
     def common_state(self) -> dict[str, Any]:
         """What the trainer stored beside the tensors (`args`, iteration, …), classes as inert records."""
