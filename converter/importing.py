@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from math import prod
 from typing import Any
 
@@ -104,7 +105,7 @@ def _job(found: _Planned, target: str, wanted: ImportOptions) -> Job:
         source=source.label,
         target=target,
         reader=source.reader,
-        writer=TorchDistWriter(outputs, [Placed(*item) for item in placed(plan, found.layout)]),
+        writer=TorchDistWriter(outputs, starmap(Placed, placed(plan, found.layout))),
         outputs=outputs,
         makings=plan.makings,
         manifest=manifest(command, {**options, **source.merged()}, {**source.files, **luggage.copies}),

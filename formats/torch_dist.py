@@ -258,17 +258,22 @@ class Placed(NamedTuple):
 class TorchDistWriter:
     """An iteration being made, under a root with its trackers."""
 
-    def __init__(self, outputs: Outputs, placed: Sequence[Placed], *, iteration: int = 0, whole_model: bool = True) -> None:
+    def __init__(self, outputs: Outputs, placed: Iterable[Placed], *, iteration: int = 0, whole_model: bool = True) -> None:
         """Of a `whole_model`, layers are stacked and every module gets its empty `_extra_state`. What has only some of a
         model's tensors keeps the layer's number in each key, and holds nothing else."""
         self._folder = iteration_folder(iteration)
         self._whole_model = whole_model
-        self.specs = {item.spec.name: item.spec for item in placed}
-        parts = _parts(placed, self._located)
+        self.specs: dict[str, TensorSpec] = {}
+        parts = _parts(self._noted(placed), self._located)
         common = NewObject(COMMON_KEY, rank_file(0), _common(iteration, stacked=whole_model))
         objects = chain(_extra_states(parts), [common]) if whole_model else [common]
-        self._container = ContainerWriter(outputs, self._folder, _whole(placed, parts), parts, objects)
+        self._container = ContainerWriter(outputs, self._folder, _whole(self.specs.values(), parts), parts, objects)
         self._iteration = iteration
+
+    def _noted(self, placed: Iterable[Placed]) -> Iterator[Placed]:
+        for item in placed:
+            self.specs[item.spec.name] = item.spec
+            yield item
 
     def _located(self, name: str) -> tuple[str, int | None]:
         """The key that a weight is stored under, and its row there where layers are stacked."""
@@ -321,7 +326,7 @@ def _in_key(row: int | None, region: Region) -> Region:
 def _parts(placed: Iterable[Placed], locate: Callable[[str], tuple[str, int | None]]) -> list[NewPart]:
     """For each weight, where it is stored. Layers are held alike, so boxes are taken apart once for all that share them."""
     known: dict[int, list[Box]] = {}
-    keys: dict[str, str] = {}  # one object for each, of hundreds of thousands
+    keys: dict[str | int | None, Any] = {}  # one object for each key and row, of hundreds of thousands
     parts: list[NewPart] = []
     for spec, chunks in placed:
         boxes = known.get(id(chunks))
@@ -329,16 +334,16 @@ def _parts(placed: Iterable[Placed], locate: Callable[[str], tuple[str, int | No
             boxes = [Box(tuple(part.start for part in region), extent(region), rank_file(rank)) for region, rank in chunks]
             known[id(chunks)] = boxes
         key, row = locate(spec.name)
-        parts.append(NewPart(keys.setdefault(key, key), row, boxes))
+        parts.append(NewPart(keys.setdefault(key, key), keys.setdefault(row, row), boxes))
     return parts
 
 
-def _whole(placed: Iterable[Placed], parts: Sequence[NewPart]) -> dict[str, tuple[Shape, np.dtype[Any]]]:
+def _whole(specs: Iterable[TensorSpec], parts: Sequence[NewPart]) -> dict[str, tuple[Shape, np.dtype[Any]]]:
     """The shape and dtype of each key."""
     counts = Counter(part.key for part in parts)
     first: dict[str, TensorSpec] = {}
     whole: dict[str, tuple[Shape, np.dtype[Any]]] = {}
-    for (spec, _), (key, row, _) in zip(placed, parts, strict=True):
+    for spec, (key, row, _) in zip(specs, parts, strict=True):
         like = first.get(key)
         if like is None:
             first[key], whole[key] = spec, (spec.shape if row is None else (counts[key], *spec.shape), spec.dtype)
