@@ -25,9 +25,9 @@ from converter.sources import Source
 from formats.dcp_index import METADATA
 from formats.errors import shown
 from formats.folder import FileIn, Folder
-from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, Shard, make_index, plan_shards, retyped
+from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, Shard, make_index, plan_shards, retyped, specs_of
 from formats.shard_files import INDEX
-from formats.spec import Joined, Reader, dtype_name
+from formats.spec import Joined, Reader, TensorSpec, dtype_name
 from formats.torch_dist import TorchDistReader
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -48,6 +48,7 @@ class ExportOptions:
 
 def plan_export(reader: TorchDistReader, root: Folder, target: str, wanted: ExportOptions, talk: Talk) -> Job:
     """Everything an export does. Raises UserError for whatever cannot be converted exactly."""
+    reader.check()  # first: the index is let go of, and what follows takes its room
     origin = reference.find(reader, wanted.hf_config)
     family = families.find(origin.config.get("model_type"))
     model = make_model(family.CONFIG, origin.config)
@@ -60,8 +61,7 @@ def _makings(
     reader: TorchDistReader, family: Family, model: Model, origin: Reference, *, dtype: str
 ) -> tuple[list[Making], list[HuggingFaceReader]]:
     """What is made of a checkpoint that was found whole, and the readers of what it carries beside Megatron's tensors."""
-    plan = to_huggingface(family.RULES, model, reader.specs, dtype=dtype)
-    reader.check(one.megatron for one in plan.bound)
+    plan = to_huggingface(family.RULES, model, reader.specs, dtype=dtype, known=specs_of(origin.shards))
     for name in plan.zero:
         check_zero(reader, name)
     return with_carried(plan.makings, family, model, origin)
@@ -147,14 +147,18 @@ def _written(folder: Folder) -> Side:
 
 def choose_shards(makings: Sequence[Making], origin: Reference, limit: int | None) -> dict[str, Shard]:
     """The files to write: those that travelled if they hold just these names and shapes, else files of at most `limit`."""
-    if limit is None and _shapes(origin.shards) == {making.spec.name: making.spec.shape for making in makings}:
-        dtypes = {making.spec.name: making.spec.dtype for making in makings}
-        return {file: retyped(shard, dtypes, source=file) for file, shard in origin.shards.items()}
+    specs = {making.spec.name: making.spec for making in makings}
+    if limit is None and _same_shapes(origin.shards, specs):
+        return {file: retyped(shard, specs, source=file) for file, shard in origin.shards.items()}
     return plan_shards([making.spec for making in makings], limit=limit or DEFAULT_SHARD_BYTES)
 
 
-def _shapes(shards: Mapping[str, Shard]) -> dict[str, tuple[int, ...]]:
-    return {name: spec.shape for shard in shards.values() for name, (spec, _) in shard.tensors.items()}
+def _same_shapes(shards: Mapping[str, Shard], specs: Mapping[str, TensorSpec]) -> bool:
+    """Are these the tensors of the files, but for their dtypes?"""
+    held = [shard.tensors for shard in shards.values()]
+    return sum(map(len, held)) == len(specs) and all(
+        name in specs and specs[name].shape == spec.shape for tensors in held for name, spec in tensors.items()
+    )
 
 
 def in_file_order(makings: Sequence[Making], shards: Mapping[str, Shard]) -> list[Making]:
@@ -168,9 +172,10 @@ def documents(origin: Reference, shards: Mapping[str, Shard], *, limited: bool) 
     dtype changed or that was rebuilt."""
     made: dict[str, bytes] = {}
     notes: list[str] = []
-    if origin.shards and not limited and _shapes(origin.shards) != _shapes(shards):
+    changed = dict(shards) != dict(origin.shards)
+    if changed and origin.shards and not limited and not _same_shapes(origin.shards, specs_of(shards)):
         notes.append("the shard map that travelled is of other tensors than these: files are divided anew")
-    if dict(shards) != dict(origin.shards) and (len(shards) > 1 or INDEX in origin.files):
+    if changed and (len(shards) > 1 or INDEX in origin.files):
         made[INDEX] = make_index(shards)
     config = _retyped_config(origin, shards)
     if config != origin.config or CONFIG not in origin.files:
@@ -184,7 +189,7 @@ def documents(origin: Reference, shards: Mapping[str, Shard], *, limited: bool) 
 def _retyped_config(origin: Reference, shards: Mapping[str, Shard]) -> dict[str, Any]:
     """`config.json` with the dtype of the weights written, if that is not what the files it belongs to have; without a
     quantization that they do not have."""
-    dtypes = {spec.dtype for shard in shards.values() for spec, _ in shard.tensors.values()}
+    dtypes = {spec.dtype for shard in shards.values() for spec in shard.tensors.values()}
     left_over = quantization(origin.config) if is_plain(dtypes) else ()
     config, dtype = {name: value for name, value in origin.config.items() if name not in left_over}, _main_dtype(shards)
     if origin.shards and _main_dtype(origin.shards) == dtype:
@@ -211,6 +216,6 @@ def _main_dtype(shards: Mapping[str, Shard]) -> np.dtype[Any]:
     """The dtype most bytes have."""
     sizes: dict[np.dtype[Any], int] = {}
     for shard in shards.values():
-        for spec, _ in shard.tensors.values():
+        for spec in shard.tensors.values():
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype])

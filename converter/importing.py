@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from math import prod
 from typing import Any
 
@@ -104,7 +105,7 @@ def _job(found: _Planned, target: str, wanted: ImportOptions) -> Job:
         source=source.label,
         target=target,
         reader=source.reader,
-        writer=TorchDistWriter(outputs, [Placed(*item) for item in placed(plan, found.layout)]),
+        writer=TorchDistWriter(outputs, starmap(Placed, placed(plan, found.layout))),
         outputs=outputs,
         makings=plan.makings,
         manifest=manifest(command, {**options, **source.merged()}, {**source.files, **luggage.copies}),
@@ -158,8 +159,8 @@ def _sides(found: _Planned, written: Folder, dtype: str) -> tuple[Side, Side]:
 
 def _padding(plan: Plan, model: Model) -> dict[str, int]:
     """Tensors whose rows from some number on are padding."""
-    padded = (one for one in plan.bound if one.rule.padded and not one.rule.zeros(model))
-    return {one.megatron: model.vocab for one in padded}
+    made = zip(plan.bound, plan.makings, strict=True)
+    return {making.spec.name: model.vocab for (rule, _), making in made if rule.padded and not rule.zeros(model)}
 
 
 def _documents(found: _Planned, *, vocab_multiple: int) -> dict[str, bytes]:

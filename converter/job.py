@@ -186,11 +186,11 @@ def partial_directory(target: Path, makings: Iterable[Making], options: Mapping[
     """Where a conversion writes until it is whole. Named by what it makes: the same for the same plan, whoever runs it."""
     digest, tables = hashlib.sha256(json.dumps(options, sort_keys=True).encode()), dict[int, int]()
     for made in makings:
-        spec, rows = made.spec, made.rows
+        spec, rows = made.spec, made.runs
         if id(rows) not in tables:  # a table is the same in every layer
             tables[id(rows)] = len(tables)
             digest.update(repr(rows).encode())
-        line = spec.name, spec.shape, dtype_name(spec.dtype), [*made.sources], tables[id(rows)]
+        line = spec.name, spec.shape, dtype_name(spec.dtype), [part.name for part in made.parts], tables[id(rows)]
         digest.update(repr(line).encode(errors="surrogatepass"))
     return target.with_name(f"{target.name}.partial-{digest.hexdigest()[:12]}")
 

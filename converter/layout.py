@@ -76,6 +76,11 @@ def _check_tp(model: Model, tp: int) -> None:
     for size, what in ((heads, "attention heads"), (model.ffn, "feed-forward size")):
         if size % tp:
             raise UserError(f"tensor-parallel size {tp} does not divide the model's {what}, {size}", hint="choose a divisor")
+    if (rows := model.queries + 2 * model.keys) % tp:  # never where it divides the groups
+        raise UserError(
+            f"tensor-parallel size {tp} does not divide the {rows} rows of the model's query, key and value projection",
+            hint=f"megatron-core takes {_divisors(groups)} or a multiple of {groups} that divides them",
+        )
 
 
 def _divisors(number: int) -> str:

@@ -15,8 +15,8 @@ from formats.spec import extent
 RUNNING_BYTES = 4 << 20
 """Threads, locks, journals: what a small conversion takes beyond planning and buffers."""
 
-TENSOR_BYTES = 300
-"""The hash of a tensor, and its name in the set of those that have passed."""
+TENSOR_BYTES = 450
+"""The hash of a tensor, its name in the set of those that have passed, and in the index where it is spelled."""
 
 CLIENT_BYTES = {"s3": 36 << 20, "gs": 12 << 20}
 """The clients of object stores with their connections."""

@@ -5,22 +5,23 @@ Planning reads no tensor data. It accounts for every tensor on both sides, or sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from math import prod
-from typing import Any, cast, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from converter.layout import Layout, boxes
 from converter.model import Model
 from converter.rows import Run
-from converter.rules import Rule, fill, in_order
+from converter.rules import Rule, alternatives, fill, in_order
 from converter.values import target_dtype
 from formats.arrays import contiguous_regions
 from formats.errors import UserError
-from formats.spec import DTYPES, Region, TensorSpec, dtype_name, extent
+from formats.spec import DTYPES, Region, Shape, TensorSpec, dtype_name, extent
 
 Specs = Mapping[str, TensorSpec]
 
@@ -41,70 +42,46 @@ class Copy:
     count: int
 
 
-class RowCopies(Sequence[Copy]):
-    """Copies from tensors by a row table. A table is the same in every layer, so it is kept once and copies are made as they are
-    asked for."""
-
-    __slots__ = ("parts", "runs")
-
-    def __init__(self, parts: tuple[TensorSpec, ...], runs: Sequence[Run]) -> None:
-        self.parts, self.runs = parts, runs
-
-    def __len__(self) -> int:
-        return len(self.runs)
-
-    def __iter__(self) -> Iterator[Copy]:
-        return map(self._copy, self.runs)
-
-    @overload
-    def __getitem__(self, index: int) -> Copy: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Copy]: ...
-    def __getitem__(self, index: int | slice) -> Copy | Sequence[Copy]:
-        if isinstance(index, slice):
-            return RowCopies(self.parts, self.runs[index])
-        return self._copy(self.runs[index])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and tuple(self) == tuple(cast("Sequence[Any]", other))
-
-    def __hash__(self) -> int:
-        return hash(tuple(self))
-
-    def _copy(self, run: Run) -> Copy:
-        part = self.parts[run.part]
-        return Copy(part.name, part.dtype, run.there, run.here, run.count)
-
-
 @dataclass(frozen=True, slots=True)
 class Making:
-    """One target tensor and the copies that make it; rows that no copy covers are zero."""
+    """One target tensor, and the runs of rows of `parts` that make it; rows that no run covers are zero. Tensors that are made
+    alike in every layer share their runs."""
 
     spec: TensorSpec
-    copies: Sequence[Copy]
+    parts: tuple[TensorSpec, ...] = ()
+    runs: Sequence[Run] = ()
+
+    @property
+    def copies(self) -> Iterator[Copy]:
+        """The runs, each with the tensor it is of."""
+        for run in self.runs:
+            part = self.parts[run.part]
+            yield Copy(part.name, part.dtype, run.there, run.here, run.count)
 
     @property
     def sources(self) -> dict[str, np.dtype[Any]]:
         """The tensors it is made of, with their dtypes."""
-        if isinstance(self.copies, RowCopies):
-            return {part.name: part.dtype for part in self.copies.parts}
-        return {copy.source: copy.dtype for copy in self.copies}
-
-    @property
-    def rows(self) -> Sequence[Run] | Sequence[Copy]:
-        """Which rows go where: one object for all layers' tensors that are made alike."""
-        return self.copies.runs if isinstance(self.copies, RowCopies) else self.copies
+        return {part.name: part.dtype for part in self.parts}
 
     @property
     def dtypes(self) -> set[np.dtype[Any]]:
         """Those of its sources and its own."""
-        parts = self.copies.parts if isinstance(self.copies, RowCopies) else self.copies
-        return {self.spec.dtype, *[part.dtype for part in parts]}
+        return {self.spec.dtype, *[part.dtype for part in self.parts]}
+
+
+def whole(spec: TensorSpec, part: TensorSpec) -> Making:
+    """A tensor that is another, or as many of its first rows as it has."""
+    return Making(spec, (part,), _whole_run(spec.shape[0]))
+
+
+@cache
+def _whole_run(rows: int) -> tuple[Run, ...]:
+    return (Run(0, 0, 0, rows),)
 
 
 def as_stored(specs: Mapping[str, TensorSpec]) -> dict[str, Making]:
     """Tensors read as they are."""
-    return {name: Making(spec, (Copy(name, spec.dtype, 0, 0, spec.shape[0]),)) for name, spec in specs.items()}
+    return {name: whole(spec, spec) for name, spec in specs.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +112,19 @@ class Piece:
                 yield copy, (slice(start + shift, stop + shift), *rest), slice(start - rows.start, stop - rows.start)
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """A rule in one layer of one model."""
+class Bound(NamedTuple):
+    """A rule in one layer of a model."""
 
     rule: Rule
     layer: int
-    megatron: str
-    huggingface: tuple[str, ...]
+
+    @property
+    def megatron(self) -> str:
+        return fill(self.rule.megatron, self.layer)
+
+    @property
+    def huggingface(self) -> tuple[str, ...]:
+        return self.rule.names(self.layer)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +132,8 @@ class Plan:
     """What a conversion does: the tensors it makes, in file order, and what it must check first."""
 
     makings: tuple[Making, ...]
-    bound: tuple[Bound, ...]
+    rules: tuple[Rule, ...]
+    model: Model
     extras: tuple[str, ...] = ()
     """Source tensors that travel untouched."""
 
@@ -160,33 +143,39 @@ class Plan:
     zero: tuple[str, ...] = ()
     """Tensors that are zero on the Megatron side because the Hugging Face model has none."""
 
+    @property
+    def bound(self) -> Iterator[tuple[Rule, int]]:
+        """Every rule that applies, in every layer: one for each Megatron tensor."""
+        return _in_order(self.rules, self.model)
 
-def bind(rules: Iterable[Rule], model: Model, source: Specs) -> list[Bound]:
-    """Every rule that applies, with the names it stands for. A layer has tensors, so layers are no more than those."""
+
+def bind(rules: Iterable[Rule], model: Model, source: Specs) -> Iterator[Bound]:
+    """Every rule that applies, in every layer; UserError for more layers than there are tensors."""
+    _check_layers(model, source)
+    return map(Bound._make, _in_order(rules, model))
+
+
+def _check_layers(model: Model, source: Specs) -> None:
+    """A layer has tensors, so layers are no more than those."""
     if model.layers > len(source):
         raise UserError(
             f"`config.json` says {model.layers} layers, but there are only {len(source)} tensors in all",
             hint="either the weights or `config.json` are of another model",
         )
-    return [_bound(rule, layer, source) for rule, layer in in_order(rules, model) if rule.when(model)]
 
 
-def _bound(rule: Rule, layer: int, source: Specs) -> Bound:
-    """The names are the source's own objects where it has them: a large model has hundreds of thousands."""
-    megatron, huggingface = rule.names(layer)
-    return Bound(rule, layer, _same_object(megatron, source), tuple([_same_object(name, source) for name in huggingface]))
-
-
-def _same_object(name: str, source: Specs) -> str:
-    found = source.get(name)
-    return name if found is None else found.name
+def _in_order(rules: Iterable[Rule], model: Model) -> Iterator[tuple[Rule, int]]:
+    """Every rule that applies, in every layer."""
+    return in_order((rule for rule in rules if rule.when(model)), model)
 
 
 def to_megatron(rules: Sequence[Rule], extras: Iterable[str], model: Model, source: Specs, *, dtype: str) -> Plan:
     """The plan that makes every Megatron tensor of `model` from Hugging Face tensors."""
-    bound, tables = bind(rules, model, source), _tables(rules, model)
-    of_source = (one for one in bound if not tables[id(one.rule)].zeros)
-    wanted = {name: shape for one in of_source for name, shape in tables[id(one.rule)].named(one)}
+    tables = _tables(rules, model, source)
+
+    def wanted() -> Iterator[tuple[str, Shape]]:
+        return chain.from_iterable(table.named(layer) for table, layer in tables() if not table.zeros)
+
     allowed = {fill(template, layer) for template in extras for layer in range(model.layers)}
     equal = [
         (name, rule.same_as)
@@ -196,26 +185,29 @@ def to_megatron(rules: Sequence[Rule], extras: Iterable[str], model: Model, sour
         if name in source
     ]
     _account(wanted, source, known=allowed | {name for name, _ in equal}, side="source")
-    common = _dtypes(wanted, source)
-    del wanted
-    makings = [_fused(one, tables[id(one.rule)], source, common, dtype) for one in bound]
-    zero = [one.megatron for one in bound if tables[id(one.rule)].zeros]
+    common = next(source[name].dtype for name, _ in wanted())  # which zero-filled tensors take
+    makings = tuple([_fused(table, layer, source, common, dtype) for table, layer in tables()])
+    zero = tuple([making.spec.name for making in makings if not making.parts])
     present = sorted(allowed & source.keys())
     for name in present:
         if not source[name].shape:
             raise UserError(f"`{name}` has no dimensions", hint="it should hold a number for each pair of channels")
-    return Plan(tuple(makings), tuple(bound), tuple(present), tuple(equal), tuple(zero))
+    return Plan(makings, tuple(rules), model, tuple(present), tuple(equal), zero)
 
 
 @dataclass(frozen=True, slots=True)
 class _Table:
     """What a rule says of one model: the same in every layer, so worked out once."""
 
-    shape: tuple[int, ...]
+    rule: Rule
+    shape: Shape
     """The Megatron tensor's."""
 
-    parts: list[tuple[int, ...]]
-    """Those of the Hugging Face tensors."""
+    names: Sequence[str]
+    """Templates of those of the Hugging Face tensors."""
+
+    parts: Sequence[Shape]
+    """The shapes of the Hugging Face tensors."""
 
     zeros: bool
     runs: tuple[Run, ...]
@@ -224,77 +216,94 @@ class _Table:
     back: list[tuple[Run, ...]]
     """The runs of the Megatron tensor into each part."""
 
-    def named(self, one: Bound) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def named(self, layer: int) -> Iterator[tuple[str, Shape]]:
         """The Hugging Face tensors of one layer, and their shapes."""
-        return zip(one.huggingface, self.parts, strict=True)
+        return zip([fill(name, layer) for name in self.names], self.parts, strict=True)
+
+    def stored(self, layer: int, source: Specs) -> str:
+        """The Megatron tensor of one layer, under the name that this checkpoint's writer gave it."""
+        name = fill(self.rule.megatron, layer)
+        if name not in source and (other := fill(self.rule.also, layer)) in source:
+            return other
+        return name
 
 
-def _tables(rules: Iterable[Rule], model: Model) -> dict[int, _Table]:
-    """The tables of the rules that apply, by `id`: a rule is compared field by field otherwise."""
-    return {id(rule): _table(rule, model) for rule in rules if rule.when(model)}
+def _tables(rules: Sequence[Rule], model: Model, source: Specs) -> Callable[[], Iterator[tuple[_Table, int]]]:
+    """The table and the layer of every rule that applies, in every layer, as often as they are asked for: objects for all would
+    take tens of MiB."""
+    _check_layers(model, source)
+    known = {id(rule): _table(rule, model) for rule in rules if rule.when(model)}
+    return lambda: ((known[id(rule)], layer) for rule, layer in _in_order(rules, model))
 
 
 def _table(rule: Rule, model: Model) -> _Table:
     parts, runs = rule.part_shapes(model), tuple(rule.runs(model))
     back = [tuple(Run(0, run.here, run.there, run.count) for run in runs if run.part == part) for part in range(len(parts))]
-    return _Table(rule.shape(model), parts, rule.zeros(model), runs, back)
+    return _Table(rule, rule.shape(model), alternatives(rule.huggingface), parts, rule.zeros(model), runs, back)
 
 
-def _fused(one: Bound, table: _Table, source: Specs, common: np.dtype[Any], dtype: str) -> Making:
+def _fused(table: _Table, layer: int, source: Specs, common: np.dtype[Any], dtype: str) -> Making:
+    name = fill(table.rule.megatron, layer)
     if table.zeros:
-        target = target_dtype(TensorSpec(one.megatron, table.shape, common), dtype)
-        return Making(TensorSpec(one.megatron, table.shape, target), ())
-    parts = tuple([source[name] for name in one.huggingface])
+        return Making(TensorSpec(name, table.shape, target_dtype(TensorSpec(name, table.shape, common), dtype)))
+    parts = tuple([source[name] for name, _ in table.named(layer)])
     target = target_dtype(parts[0], dtype)
     for part in parts[1:]:
         if target_dtype(part, dtype) != target:
-            raise _unequal_dtypes(parts[0], part, one.megatron)
-    return Making(TensorSpec(one.megatron, table.shape, target), RowCopies(parts, table.runs))
+            raise _unequal_dtypes(parts[0], part, name)
+    return Making(TensorSpec(name, table.shape, target), parts, table.runs)
 
 
-def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype: str) -> Plan:
-    """The plan that makes every Hugging Face tensor of `model` from Megatron tensors."""
-    bound, tables = [_as_stored(one, source) for one in bind(rules, model, source)], _tables(rules, model)
-    stored = {one.megatron: _stored_shape(one, tables[id(one.rule)].shape, model, source) for one in bound}
+def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype: str, known: Specs | None = None) -> Plan:
+    """The plan that makes every Hugging Face tensor of `model` from Megatron tensors. `known` are specs of such tensors, which
+    are taken where they fit: a large model has hundreds of thousands of names."""
+    tables = _tables(rules, model, source)
+
+    def stored() -> Iterator[tuple[str, Shape]]:
+        for table, layer in tables():
+            name = table.stored(layer, source)
+            yield name, _stored_shape(name, table, model, source)
+
     _account(stored, source, known=set(), side="checkpoint")
-    del stored
-    made, zero = list[Making](), list[str]()
-    for one in bound:
-        table = tables[id(one.rule)]
+    makings, zero = list[Making](), list[str]()
+    for table, layer in tables():
         if table.zeros:
-            zero.append(one.megatron)
+            zero.append(table.stored(layer, source))
         else:
-            made += _split(one, table, source, dtype)
-    return Plan(tuple(made), tuple(bound), zero=tuple(zero))
+            makings += _split(table, layer, source, dtype, known or {})
+    return Plan(tuple(makings), tuple(rules), model, zero=tuple(zero))
 
 
-def _split(one: Bound, table: _Table, source: Specs, dtype: str) -> Iterator[Making]:
-    spec = source[one.megatron]
-    whole, target = (spec,), target_dtype(spec, dtype)
-    for (name, shape), runs in zip(table.named(one), table.back, strict=True):
-        yield Making(TensorSpec(name, shape, target), RowCopies(whole, runs))
+def _split(table: _Table, layer: int, source: Specs, dtype: str, known: Specs) -> Iterator[Making]:
+    stored = source[table.stored(layer, source)]
+    parts, target = (stored,), target_dtype(stored, dtype)
+    for (name, shape), runs in zip(table.named(layer), table.back, strict=True):
+        spec = known.get(name)
+        if spec is None or spec.shape != shape or spec.dtype != target:
+            spec = TensorSpec(name, shape, target)
+        yield Making(spec, parts, runs)
 
 
-def _as_stored(one: Bound, source: Specs) -> Bound:
-    """The same, under the name that this checkpoint's writer gave it."""
-    if one.megatron in source:
-        return one
-    other = fill(one.rule.also, one.layer)
-    return Bound(one.rule, one.layer, other, one.huggingface) if other in source else one
-
-
-def _stored_shape(one: Bound, shape: tuple[int, ...], model: Model, source: Specs) -> tuple[int, ...]:
+def _stored_shape(name: str, table: _Table, model: Model, source: Specs) -> Shape:
     """The shape a stored tensor should have: any padding of the vocabulary will do."""
-    stored = source.get(one.megatron) if one.rule.padded else None
-    if stored and len(stored.shape) == len(shape) and stored.shape[0] >= model.vocab:
-        return stored.shape[0], *shape[1:]
-    return shape
+    stored = source.get(name) if table.rule.padded else None
+    if stored and len(stored.shape) == len(table.shape) and stored.shape[0] >= model.vocab:
+        return stored.shape[0], *table.shape[1:]
+    return table.shape
 
 
-def _account(wanted: Mapping[str, tuple[int, ...]], found: Specs, *, known: set[str], side: str) -> None:
+def _account(wanted: Callable[[], Iterable[tuple[str, Shape]]], found: Specs, *, known: set[str], side: str) -> None:
     """Nothing missing, nothing left over, every shape as it should be."""
-    missing = [name for name in wanted if name not in found]
-    over = sorted([name for name in found if name not in wanted and name not in known])
+    missing, unlike, asked = list[str](), list[tuple[str, Shape]](), len(known & found.keys())
+    for name, shape in wanted():
+        spec = found.get(name)
+        if spec is None:
+            missing.append(name)
+            continue
+        asked += 1
+        if spec.shape != shape:
+            unlike.append((name, shape))
+    over = sorted(found.keys() - known - {name for name, _ in wanted()}) if asked < len(found) else []
     if missing:
         instead = f"; it holds {named(over)}, for which this family has no place" if over else ""
         raise UserError(
@@ -307,12 +316,11 @@ def _account(wanted: Mapping[str, tuple[int, ...]], found: Specs, *, known: set[
             hint="nothing is left out silently: is `config.json` of the same model?",
         )
     check_dtypes(found)
-    for name, shape in wanted.items():
-        if found[name].shape != shape:
-            raise UserError(
-                f"`{name}` has shape {list(found[name].shape)}, by `config.json` it should be {list(shape)}",
-                hint="either the weights or `config.json` are of another model",
-            )
+    for name, shape in unlike:
+        raise UserError(
+            f"`{name}` has shape {list(found[name].shape)}, by `config.json` it should be {list(shape)}",
+            hint="either the weights or `config.json` are of another model",
+        )
 
 
 def check_dtypes(specs: Specs) -> None:
@@ -329,11 +337,6 @@ def named(names: Sequence[str]) -> str:
     """The first three names, and how many more there are: for messages."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(f"`{name}`" for name in names[:3]) + more
-
-
-def _dtypes(wanted: Iterable[str], source: Specs) -> np.dtype[Any]:
-    """The dtype of the first tensor with data, which zero-filled ones take."""
-    return next(source[name].dtype for name in wanted)
 
 
 def _unequal_dtypes(one: TensorSpec, other: TensorSpec, megatron: str) -> UserError:
@@ -354,8 +357,8 @@ def placed(plan: Plan, layout: Layout) -> Iterator[tuple[TensorSpec, tuple[tuple
     """Every Megatron tensor of a plan, with its chunks and the rank that holds each."""
     known: dict[Any, tuple[tuple[Region, int], ...]] = {}
     stage_of = cache(layout.stage)
-    for one, making in zip(plan.bound, plan.makings, strict=True):
-        stage, shape, rule = stage_of(one.layer), making.spec.shape, one.rule
+    for (rule, layer), making in zip(plan.bound, plan.makings, strict=True):
+        stage, shape = stage_of(layer), making.spec.shape
         like = shape, rule.cut, rule.blocks, stage
         if like not in known:
             cut = boxes(shape, rule.cut, rule.blocks, layout.tp)

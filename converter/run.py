@@ -162,7 +162,7 @@ def check_equal(reader: Reader, name: str, other: str) -> None:
     """Raise UserError unless two tensors hold the same bytes. Streams both."""
     spec, like = reader.specs[name], reader.specs[other]
     same = spec.shape == like.shape and spec.dtype == like.dtype
-    for piece in pieces([Making(spec, ())], limit=PIECE_BYTES) if same else ():
+    for piece in pieces([Making(spec)], limit=PIECE_BYTES) if same else ():
         one, two = (np.empty(extent(piece.region), spec.dtype) for _ in range(2))
         reader.read(name, piece.region, one)
         reader.read(other, piece.region, two)
@@ -188,7 +188,7 @@ def check_zero(reader: Reader, name: str) -> None:
 def is_zero(reader: Reader, name: str, *, start: int = 0) -> bool:
     """Are all rows of a tensor zero from row `start` on? Streams them."""
     spec = reader.specs[name]
-    for piece in pieces([Making(spec, ())], limit=PIECE_BYTES):
+    for piece in pieces([Making(spec)], limit=PIECE_BYTES):
         if piece.rows.stop > start:
             data = np.empty(extent(piece.region), spec.dtype)
             reader.read(name, piece.region, data)

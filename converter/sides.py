@@ -99,7 +99,7 @@ def megatron_side(reader: TorchDistReader, origin: Reference, *, zero: Mapping[s
     family = families.find(origin.config.get("model_type"))
     model = make_model(family.CONFIG, origin.config)
     plan = to_huggingface(family.RULES, model, reader.specs, dtype="keep")
-    reader.check(one.megatron for one in plan.bound)
+    reader.check()
     makings, extras = with_carried(plan.makings, family, model, origin)
     return Side(
         reader.folder.label,
@@ -115,8 +115,11 @@ def with_carried(
 ) -> tuple[list[Making], list[HuggingFaceReader]]:
     """The makings, and those of tensors the source had that Megatron has not: a tied output layer, and extras; with the
     readers that extras come from."""
-    had = {name for shard in origin.shards.values() for name in shard.tensors}
-    again = [making for name, making in tied(makings, family, model).items() if name in had]
+    again = [
+        making
+        for name, making in tied(makings, family, model).items()
+        if any(name in shard.tensors for shard in origin.shards.values())
+    ]
     if origin.extras is None:
         return [*makings, *again], []
     reader = HuggingFaceReader(origin.extras.folder, files=[origin.extras.name])
@@ -134,17 +137,19 @@ def _untouched(reader: HuggingFaceReader, family: Family, model: Model) -> Itera
 
 def tied(makings: Iterable[Making], family: Family, model: Model) -> dict[str, Making]:
     """Tensors that a Hugging Face model may hold a second time, made of those they equal."""
-    made = {making.spec.name: making for making in makings}
+    rules = [rule for rule in family.RULES if rule.same_as and not rule.when(model)]
+    equal = {rule.same_as for rule in rules}
+    made = {making.spec.name: making for making in makings if making.spec.name in equal}
     return {
         name: replace(made[rule.same_as], spec=replace(made[rule.same_as].spec, name=name))
-        for rule in family.RULES
-        if rule.same_as and not rule.when(model) and rule.same_as in made
+        for rule in rules
+        if rule.same_as in made
         for name in rule.names(0)[1]
     }
 
 
 def _native(reader: TorchDistReader) -> Side:
-    reader.check(reader.specs)
+    reader.check()
     rows = InRows(reader)
     return Side(reader.folder.label, rows, as_stored(rows.specs))
 

@@ -6,6 +6,7 @@ Each archive holds one chunk (a box of a tensor) or one object. Knows nothing of
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
@@ -37,6 +38,8 @@ class Container:
         self._folder = folder
         self._sizes: dict[str, int] = {}
         self._index = read_index(folder)
+        self._tensors: dict[str, ChunkedTensor] = {}
+        self._lock = threading.Lock()
 
     @property
     def tensor_names(self) -> Iterable[str]:
@@ -56,9 +59,14 @@ class Container:
 
         Raises UserError if the chunks overlap, leave holes or run past their files.
         """
-        tensor = self._index.tensor(name)
-        self._check_places(name, tensor)
-        return tensor
+        with self._lock:
+            if name not in self._tensors:
+                tensor = self._index.tensor(name)
+                self._check_places(name, tensor)
+                self._tensors[name] = tensor
+                if len(self._tensors) == len(self._index.tensors):
+                    self._index.forget_chunks()
+        return self._tensors[name]
 
     def shape(self, name: str) -> Shape:
         return self._index.shape(name)

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from formats.content import refuse_start
 from formats.errors import UserError, shown
 from formats.faults import fault
 from formats.folder import Folder
-from formats.index_pickle import ELSEWHERE, ChunkRun, PlaceRun, load_index
+from formats.index_pickle import ELSEWHERE, OBJECT, ChunkRun, PlaceRun, load_index
 from formats.pickles import Global, Record
 from formats.spec import Array, Shape, whole_number
 from formats.torch_zip import DTYPE_OF, read_sizes
@@ -54,6 +54,12 @@ class Index:
         check_tiling(name, made)
         return made
 
+    def forget_chunks(self) -> None:
+        """Let go of what tensors are made from, once all of them are made: tens of MiB."""
+        for one in self.tensors.values():
+            cast("dict[str, Any]", one.fields).pop("chunks")
+        self._places.forget_chunks()
+
     def shape(self, name: str) -> Shape:
         with _structured():
             return read_sizes(self.tensors[name]["size"])
@@ -80,8 +86,12 @@ def _index(loaded: Any) -> Index:
         match loaded:
             case Record(kind=Global(name="Metadata"), state={"state_dict_metadata": {**described}, "storage_data": {**stored}}):
                 places = _Places(stored)
-                tensors = {name: one for name, one in described.items() if one.kind.name == "TensorStorageMetadata"}
-                objects = {name for name, one in described.items() if one.kind.name == "BytesStorageMetadata"}
+                objects = {name for name, one in described.items() if one is OBJECT or one.kind.name == "BytesStorageMetadata"}
+                tensors = {
+                    name: one
+                    for name, one in described.items()
+                    if name not in objects and one.kind.name == "TensorStorageMetadata"
+                }
             case _:
                 raise UserError(f"`{METADATA}` is not the index of a distributed checkpoint")
         for one in tensors.values():
@@ -133,12 +143,25 @@ class _Places:
         self._file, self._dims = np.frombuffer(rows.files, np.int32), np.frombuffer(rows.dims, np.int8)
         self._offsets = np.frombuffer(rows.offsets, np.int64)
         self._spans = np.frombuffer(rows.spans, np.int64).reshape(-1, 2)
+        self._names = np.frombuffer(rows.names, np.int32)
+        self._sort()
+        self._check_apart(self._names)
+
+    def _sort(self) -> None:
         counts = np.maximum(self._dims, 0)
         self._first = np.cumsum(counts, dtype=np.int64) - counts
-        names = np.frombuffer(rows.names, np.int32)
-        self._by_name = np.argsort(names, kind="stable").astype(np.int32)
-        self._bounds = np.searchsorted(names[self._by_name], np.arange(len(self._numbers) + 1))
-        self._check_apart(names)
+        self._by_name = np.argsort(self._names, kind="stable").astype(np.int32)
+        self._bounds = np.searchsorted(self._names[self._by_name], np.arange(len(self._numbers) + 1)).astype(np.int32)
+
+    def forget_chunks(self) -> None:
+        """Keep the rows of objects alone."""
+        kept = np.flatnonzero(self._dims == _OF_OBJECT)
+        self._compressed = {row for row, before in enumerate(kept.tolist()) if before in self._compressed}
+        self._names, self._file, self._dims, self._spans = (
+            column[kept] for column in (self._names, self._file, self._dims, self._spans)
+        )
+        self._offsets = self._offsets[:0]
+        self._sort()
 
     def of_chunks(self, name: str, shape: Shape, corners: Array) -> Array:
         """The number of the file, the offset and the length of the archive of each chunk at `corners`, [count, 3]."""

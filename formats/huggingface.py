@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from math import prod
 from operator import itemgetter
 from typing import Any, cast
@@ -54,11 +56,21 @@ _OTHER_DTYPE_OF = {safetensors_name: OTHER_DTYPES[name] for name, safetensors_na
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file: its header as it lies on disk, and where each tensor's data starts, in file order."""
+    """One safetensors file: its header as it lies on disk, its tensors in file order, and its size in bytes."""
 
     raw: bytes
-    tensors: Mapping[str, tuple[TensorSpec, int]]
+    tensors: Mapping[str, TensorSpec]
     size: int
+
+    def starts(self) -> dict[str, int]:
+        """Where each tensor's data starts. Made when it is asked for: models have hundreds of thousands of tensors."""
+        sizes = (spec.nbytes for spec in self.tensors.values())
+        return dict(zip(self.tensors, accumulate(sizes, initial=len(self.raw)), strict=False))  # the last is where the file ends
+
+
+def specs_of(shards: Mapping[str, Shard]) -> dict[str, TensorSpec]:
+    """The tensors of all files."""
+    return {name: spec for shard in shards.values() for name, spec in shard.tensors.items()}
 
 
 def parse_shard(raw: bytes, *, source: str, any_dtype: bool = False) -> Shard:
@@ -73,7 +85,7 @@ def parse_shard(raw: bytes, *, source: str, any_dtype: bool = False) -> Shard:
     described = entries.pop("__metadata__", {})
     if not isinstance(described, dict) or not all(isinstance(text, str) for text in cast("dict[str, Any]", described).values()):
         raise UserError(f"`{source}`: `__metadata__` should hold text alone", hint="the header is damaged")
-    tensors: dict[str, tuple[TensorSpec, int]] = {}
+    tensors: dict[str, TensorSpec] = {}
     end, known = 0, dict[str, TensorSpec]()
     for start, stop, name in sorted((_span(name, entry, source) for name, entry in entries.items()), key=_BY_SPAN):
         spec = _spec(name, entries.pop(name), source, known, stop - start if any_dtype else None)
@@ -82,7 +94,7 @@ def parse_shard(raw: bytes, *, source: str, any_dtype: bool = False) -> Shard:
                 f"`{source}`: the data of `{name}` should be {spec.nbytes} bytes from {end}, its header says {start} to {stop}",
                 hint="tensors must fill the file without gaps or overlaps; the file is damaged",
             )
-        tensors[name] = spec, len(raw) + start
+        tensors[name] = spec
         end = stop
     return Shard(raw, tensors, len(raw) + end)
 
@@ -165,6 +177,19 @@ def _checked(name: str, shape: Any, dtype: Any, source: str, size: int | None) -
     return TensorSpec(name, sizes, held) if held else ViewSpec(name, (size or 0,), np.dtype(np.uint8), sizes, shown(dtype))
 
 
+_FILES_AT_ONCE = 64
+
+
+def _starts(shards: Mapping[str, Shard]) -> Callable[[str], Mapping[str, int]]:
+    """Where each tensor's data starts in a file, by the file's name; kept for those that were last asked for."""
+
+    @lru_cache(_FILES_AT_ONCE)
+    def starts(file: str) -> dict[str, int]:
+        return shards[file].starts()
+
+    return starts
+
+
 class HuggingFaceReader:
     """An opened folder: headers read and checked against the index; data read on demand."""
 
@@ -178,6 +203,7 @@ class HuggingFaceReader:
         """Is the folder's index of these files? One that an older model left behind is of others."""
 
         self._files: dict[str, str] = {}
+        self._starts = _starts(self.shards)
         self.specs: dict[str, TensorSpec] = {}
         for file, shard in self.shards.items():
             self._add(file, shard)
@@ -185,11 +211,11 @@ class HuggingFaceReader:
             self._check_index(listed)
 
     def _add(self, file: str, shard: Shard) -> None:
-        for name, (spec, _) in shard.tensors.items():
+        for name in shard.tensors:
             if name in self._files:
                 raise UserError(f"`{name}` is in two files: `{self._files[name]}` and `{file}`")
             self._files[name] = file
-            self.specs[name] = spec
+        self.specs.update(shard.tensors)
 
     def _check_index(self, listed: Mapping[str, str]) -> None:
         wrong = [name for name, file in self._files.items() if listed.get(name) != file]
@@ -204,8 +230,7 @@ class HuggingFaceReader:
 
     def read(self, name: str, region: Region, out: Array) -> None:
         file = self._files[name]
-        spec, offset = self.shards[file].tensors[name]
-        read_box(self.folder, Stored(file, offset, spec.shape), region, out)
+        read_box(self.folder, Stored(file, self._starts(file)[name], self.specs[name].shape), region, out)
 
     def close(self) -> None:
         self.folder.close()
@@ -216,7 +241,7 @@ class HuggingFaceWriter:
 
     def __init__(self, outputs: Outputs, shards: Mapping[str, Shard]) -> None:
         self._outputs = outputs
-        self._shards = shards
+        self._shards, self._starts = shards, _starts(shards)
         self._files = {name: file for file, shard in shards.items() for name in shard.tensors}
 
     @property
@@ -225,19 +250,18 @@ class HuggingFaceWriter:
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        return {name: spec for shard in self._shards.values() for name, (spec, _) in shard.tensors.items()}
+        return specs_of(self._shards)
 
     def place(self, name: str, region: Region) -> int:
-        spec, _ = self._shards[self._files[name]].tensors[name]
-        return place_of(self._stored(name), region, spec.dtype.itemsize)
+        dtype = self._shards[self._files[name]].tensors[name].dtype
+        return place_of(self._stored(name), region, dtype.itemsize)
 
     def write(self, name: str, region: Region, data: Array) -> None:
         write_box(self._outputs, self._stored(name), region, data)
 
     def _stored(self, name: str) -> Stored:
         file = self._files[name]
-        spec, offset = self._shards[file].tensors[name]
-        return Stored(file, offset, spec.shape)
+        return Stored(file, self._starts(file)[name], self._shards[file].tensors[name].shape)
 
     @property
     def documents(self) -> dict[str, Document]:
@@ -278,7 +302,7 @@ def _shard_name(number: int, count: int) -> str:
 def make_index(shards: Mapping[str, Shard]) -> bytes:
     """The index document of these files, as transformers writes it."""
     placed = sorted((name, file) for file, shard in shards.items() for name in shard.tensors)
-    specs = [spec for shard in shards.values() for spec, _ in shard.tensors.values()]
+    specs = [spec for shard in shards.values() for spec in shard.tensors.values()]
     totals = {
         "total_parameters": sum(prod(spec.shape) for spec in specs),
         "total_size": sum(spec.nbytes for spec in specs),
@@ -286,13 +310,11 @@ def make_index(shards: Mapping[str, Shard]) -> bytes:
     return (json.dumps({"metadata": totals, "weight_map": dict(placed)}, indent=2, sort_keys=True) + "\n").encode()
 
 
-def retyped(shard: Shard, dtypes: Mapping[str, np.dtype[Any]], *, source: str) -> Shard:
-    """The same tensors in the same order and file, with other dtypes; the same shard where none differs."""
-    specs = [spec for spec, _ in shard.tensors.values()]
-    if all(dtypes[spec.name] == spec.dtype for spec in specs):
+def retyped(shard: Shard, specs: Mapping[str, TensorSpec], *, source: str) -> Shard:
+    """The same tensors in the same order and file, with the dtypes of `specs`; the same shard where none differs."""
+    if all(specs[name].dtype == spec.dtype for name, spec in shard.tensors.items()):
         return shard
-    changed = [TensorSpec(spec.name, spec.shape, dtypes[spec.name]) for spec in specs]
-    return parse_shard(make_header(changed), source=source)
+    return parse_shard(make_header(specs[name] for name in shard.tensors), source=source)
 
 
 _OTHER_WEIGHTS = re.compile(

@@ -1,45 +1,33 @@
 """Read the pickle of an index with hundreds of thousands of records: each kind of record is unpickled once, opcode by opcode,
 and turned into a pattern; its repetitions are matched and kept as numbers.
 
-A pattern is the record's opcodes as they are, with a group for each integer and for each reference to something remembered.
-So a match does what the opcodes would do with those values in their places. Whatever matches no pattern is unpickled as any
-other pickle (formats/pickles.py). The memory is that of the numbers; objects for all would take ten times the file's size.
+Patterns are formats/index_patterns.py. Whatever matches none is unpickled as any other pickle (formats/pickles.py). The memory is
+that of the numbers; objects for all would take ten times the file's size.
 """
 
 from __future__ import annotations
 
 import pickle
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import numpy as np
 
 from formats.errors import UserError
+from formats.index_patterns import Pattern, pattern_of
 from formats.pickles import Global, Record, Run, Unpickler, load_from
-from formats.spec import Array, whole_number
+from formats.spec import Array
 from formats.torch_zip import read_sizes
 
 _CHUNK, _INDEX, _INFO = "ChunkStorageMetadata", "MetadataIndex", "_StorageInfo"
+_OBJECT = "BytesStorageMetadata"
 _SKIPPED = "WriteItem"
 """megatron-core keeps the plans of all ranks beside the index: nothing here needs them."""
 
-_KINDS = {_CHUNK, _INDEX, _INFO, _SKIPPED}
-_KEYS = {"offsets", "sizes", "fqn", "offset", "index", "relative_path", "length", "transform_descriptors"}
+_KINDS = {_CHUNK, _INDEX, _INFO, _OBJECT, _SKIPPED}
 _MOST_PATTERNS = 64
-_BLOCK = 2000  # records that are matched at a time
-_MOST = 1 << 62  # as `whole_number`
 _MEMOIZE = pickle.MEMOIZE[0]
-
-_WIDE = b"|".join(rb"\x8a%c.{%d}" % (count, count) for count in range(1, 9))
-_INTEGER = rb"(K.|M..|J....|" + _WIDE + rb")"
-_REFERENCE = rb"(h.|j....)"
-_ARGUMENTS = {pickle.BININT1[0]: 1, pickle.BININT2[0]: 2, pickle.BININT[0]: 4, pickle.BINGET[0]: 1, pickle.LONG_BINGET[0]: 4}
-_PLAIN = frozenset(b"".join([
-    pickle.MARK, pickle.TUPLE, pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_DICT, pickle.SETITEM,
-    pickle.SETITEMS, pickle.NEWOBJ, pickle.BUILD, pickle.REDUCE, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.MEMOIZE,
-]))  # fmt: skip
 
 
 @dataclass(slots=True, eq=False)
@@ -64,70 +52,8 @@ class PlaceRun(Run):
 ELSEWHERE = Run()
 """Stands for (parts of) records that were kept as numbers or skipped, where something refers to them."""
 
-
-@dataclass(slots=True)
-class _Pattern:
-    """Opcodes of one record, or of a pair of them: `source` with a group for each value, `fields` the groups of each key,
-    `refers` the groups that are references."""
-
-    source: bytes
-    memoized: int
-    fields: dict[str, slice]
-    refers: tuple[bool, ...]
-    one: re.Pattern[bytes] = field(init=False)
-    many: re.Pattern[bytes] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.one = re.compile(self.source, re.DOTALL)
-        groupless = self.source.replace(_INTEGER, b"(?:" + _INTEGER[1:]).replace(_REFERENCE, b"(?:" + _REFERENCE[1:])
-        self.many = re.compile(b"(?:%b){1,%d}" % (groupless, _BLOCK), re.DOTALL)
-
-    def then(self, other: _Pattern) -> _Pattern:
-        """Both, one after the other; keys of the other as `then KEY`."""
-        count = len(self.refers)
-        moved = {f"then {key}": slice(part.start + count, part.stop + count) for key, part in other.fields.items()}
-        both = self.fields | moved
-        return _Pattern(self.source + other.source, self.memoized + other.memoized, both, self.refers + other.refers)
-
-    def table(self, data: bytes, at: int, memo: Mapping[int, Any]) -> tuple[Array, int, bool]:
-        """The values of the records that match from `at` on, a row for each and a column for each group, and where they end.
-        References are what they refer to's numbers. Stops before a record that no file can mean, and says if there is one."""
-        block = self.many.match(data, at)
-        if block is None:
-            return np.empty((0, len(self.refers)), np.int64), at, False
-        rows = self.one.findall(data, at, block.end())
-        rows = [(one,) for one in rows] if len(self.refers) == 1 else rows
-        table = np.stack([_decoded(column) for column in zip(*rows, strict=True)], axis=1)
-        good = (table >= 0).all(axis=1) & (table < _MOST).all(axis=1)
-        for number in np.flatnonzero(self.refers):
-            named = np.array([isinstance(memo.get(int(target)), str) for target in np.unique(table[:, number])])
-            good &= named[np.unique(table[:, number], return_inverse=True)[1]]
-        if good.all():
-            return table, block.end(), False
-        count = int(np.flatnonzero(~good)[0])
-        for _ in range(count):
-            at = self.one.match(data, at).end()  # pyright: ignore[reportOptionalMemberAccess] - it did
-        return table[:count], at, True
-
-
-def _decoded(column: Sequence[bytes]) -> Array:
-    """The numbers that opcodes with arguments push or refer to; -1 where a file can mean none of that size."""
-    lengths = np.fromiter(map(len, column), np.int64, len(column))
-    stream = np.frombuffer(b"".join(column) + bytes(16), np.uint8)
-    starts = np.cumsum(lengths) - lengths
-    codes = stream[starts]
-    values = stream[starts + 1].astype(np.int64)
-    for code, count in ((pickle.BININT2[0], 2), (pickle.BININT[0], 4), (pickle.LONG_BINGET[0], 4)):
-        chosen = np.flatnonzero(codes == code)
-        if len(chosen):
-            places = starts[chosen, np.newaxis] + 1 + np.arange(count)
-            raw = np.zeros((len(chosen), 4), np.uint8)
-            raw[:, :count] = stream[places]
-            values[chosen] = raw.view("<i4")[:, 0]
-    for number in np.flatnonzero(codes == pickle.LONG1[0]).tolist():
-        value = int.from_bytes(column[number][2:], "little", signed=True)
-        values[number] = value if whole_number(value) else -1
-    return values
+OBJECT = Run()
+"""Stands for the record of an object, which says nothing but that it is one."""
 
 
 class IndexUnpickler(Unpickler):
@@ -141,9 +67,9 @@ class IndexUnpickler(Unpickler):
         super().__init__(data)
         self._data = data
         self._use_patterns = patterns
-        self._patterns: dict[int, list[_Pattern]] = {}
-        self._pairs: dict[int, list[_Pattern]] = {}
-        self._before: tuple[int, _Pattern] | None = None
+        self._patterns: dict[int, list[Pattern]] = {}
+        self._pairs: dict[int, list[Pattern]] = {}
+        self._before: tuple[int, Pattern] | None = None
         self._memoized = 0
         self._put = False
         self._open: list[tuple[str, int, int]] = []
@@ -225,8 +151,12 @@ class IndexUnpickler(Unpickler):
     def _learn(self, number: int, data: bytes, record: Record) -> None:
         """Keep the pattern of a record, if it gives what the record says; of archives, with the pattern of the name before."""
         kind, known = record.kind.name, self._patterns.setdefault(number, [])
-        made = _pattern(data, self.memo) if len(known) < _MOST_PATTERNS else None
-        if made is None or not (kind == _SKIPPED or self._holds(made, data, record)):
+        made = pattern_of(data, self.memo) if len(known) < _MOST_PATTERNS else None
+        if kind == _OBJECT:
+            if made and not made.refers:
+                self._objects(data, made.memoized)
+            return
+        if made is None or not made.refers or not (kind == _SKIPPED or self._holds(made, data, record)):
             self._before = None
             return
         if all(made.source != one.source for one in known):
@@ -238,7 +168,7 @@ class IndexUnpickler(Unpickler):
                 pairs.append(both)
         self._before = (number, made) if kind == _INDEX else None
 
-    def _holds(self, made: _Pattern, data: bytes, record: Record) -> bool:
+    def _holds(self, made: Pattern, data: bytes, record: Record) -> bool:
         table, _, _ = made.table(data, 0, self.memo)
         if len(table) != 1:
             return False
@@ -287,7 +217,37 @@ class IndexUnpickler(Unpickler):
             self.append(ELSEWHERE)
         return at
 
-    def _longest(self, at: int, patterns: Sequence[_Pattern]) -> tuple[_Pattern | None, Array, int]:
+    def _objects(self, record: bytes, memoized: int) -> None:
+        """Take what follows as long as it is the name of another object, and the same record, in which nothing differs."""
+        before = self._stream.tell()
+        while found := self._named(self._stream.tell()):
+            name, number, end = found
+            if not self._data.startswith(record, end):
+                break
+            self.memo[number] = name
+            self._memoized += 0 if self._put else 1 + memoized
+            self.append(name)
+            self.append(OBJECT)
+            self._stream.seek(end + len(record))
+        self.used_patterns |= self._stream.tell() > before
+
+    def _named(self, at: int) -> tuple[str, int, int] | None:
+        """A text at a position, the new number that it is remembered under, and where that ends; None if there is none."""
+        data, count = self._data, _LENGTHS.get(self._data[at], 0)
+        start = at + 1 + count
+        stop = start + int.from_bytes(data[at + 1 : start], "little")
+        put = data[stop : stop + 1]
+        size = _PUTS.get(put, -1)
+        end = stop + 1 + size
+        number = int.from_bytes(data[stop + 1 : end], "little") if size else self._memoized
+        if not count or size < 0 or number in self.memo or (self._put if put == pickle.MEMOIZE else self._memoized):
+            return None
+        try:
+            return str(data[start:stop], "utf-8", "surrogatepass"), number, end
+        except UnicodeDecodeError:
+            return None
+
+    def _longest(self, at: int, patterns: Sequence[Pattern]) -> tuple[Pattern | None, Array, int]:
         """The first pattern that matches at a position, with the values of all records it matches, and their end.
 
         After a record that no file can mean, patterns are used no more: each would look at thousands of records for every one.
@@ -308,63 +268,11 @@ class IndexUnpickler(Unpickler):
         return int.from_bytes(self._data[at + 1 : at + 5], "little") if code == pickle.LONG_BINGET else -1
 
 
-_POPS = {
-    pickle.TUPLE1[0]: 1, pickle.TUPLE2[0]: 2, pickle.TUPLE3[0]: 3, pickle.NEWOBJ[0]: 2, pickle.REDUCE[0]: 2, pickle.BUILD[0]: 2,
-    pickle.SETITEM[0]: 3,
-}  # fmt: skip
-_TO_MARK = {pickle.TUPLE[0], pickle.SETITEMS[0]}
-_CHANGES = {pickle.SETITEM[0], pickle.SETITEMS[0], pickle.BUILD[0]}
-_REFERENCES = {pickle.BINGET[0], pickle.LONG_BINGET[0]}
+_LENGTHS = {pickle.SHORT_BINUNICODE[0]: 1, pickle.BINUNICODE[0]: 4}
+"""Bytes of a text's length, by its opcode."""
 
-
-def _is_one_object(codes: Iterable[int]) -> bool:
-    """Do opcodes push one object, use nothing of what was on the stack before, and change nothing that they did not make?"""
-    made, marks = list[bool](), list[int]()  # for each object on the stack: is it made here, or only referred to?
-    for code in codes:
-        if code == pickle.MARK[0]:
-            marks.append(len(made))
-            continue
-        if code == _MEMOIZE:
-            continue
-        if code in _TO_MARK and not marks:
-            return False
-        taken = len(made) - marks.pop() if code in _TO_MARK else _POPS.get(code, 0)
-        taken += code == pickle.SETITEMS[0]
-        left = len(made) - taken
-        if left < (marks[-1] if marks else 0) or (code in _CHANGES and not made[left]):
-            return False
-        made[left:] = [code not in _REFERENCES]
-    return len(made) == 1 and not marks
-
-
-def _pattern(data: bytes, memo: dict[int, Any]) -> _Pattern | None:
-    """The pattern of a record's opcodes; None if it has others than records that repeat have."""
-    parts: list[bytes] = []
-    codes: list[int] = []
-    fields: dict[str, slice] = {}
-    refers: list[bool] = []
-    memoized = at = 0
-    key = ""
-    while at < len(data):
-        code, start = data[at], at
-        codes.append(code)
-        at += 1 + (1 + data[at + 1] if code == pickle.LONG1[0] else _ARGUMENTS.get(code, 0))
-        if code in _PLAIN:
-            parts.append(re.escape(data[start:at]))
-            memoized += code == _MEMOIZE
-            continue
-        is_reference = code in _REFERENCES
-        if not is_reference and code not in _ARGUMENTS and code != pickle.LONG1[0]:
-            return None
-        target = memo.get(int.from_bytes(data[start + 1 : at], "little")) if is_reference else None
-        if isinstance(target, Global) or (isinstance(target, str) and target in _KEYS):
-            parts.append(re.escape(data[start:at]))
-            key = target if isinstance(target, str) else key
-            continue
-        fields[key] = slice(fields[key].start if key in fields else len(refers), len(refers) + 1)
-        refers.append(is_reference)
-        parts.append(_REFERENCE if is_reference else _INTEGER)
-    return _Pattern(b"".join(parts), memoized, fields, tuple(refers)) if refers and _is_one_object(codes) else None
+_PUTS = {pickle.MEMOIZE: 0, pickle.BINPUT: 1, pickle.LONG_BINPUT: 4}
+"""Bytes of the number that something is remembered under."""
 
 
 def _expected(record: Record) -> dict[str, tuple[Any, ...]] | None:

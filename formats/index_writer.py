@@ -71,8 +71,7 @@ def _size(tensors: Mapping[str, ChunkedTensor], objects: Archives) -> int:
         each = len(writer.chunk(zeros, zeros)) + len(writer.place(key, zeros, file, 0, 0)) - len(_number(0)) * (3 * dims + 2)
         total += each * len(table) + _digits(table[:, : 2 * dims]) + _digits(table[:, :dims]) + _digits(table[:, -3:-1])
         spelled |= {tensor.files[number] for number in np.unique(table[:, -4])}
-    for name in names[1:]:
-        spelled.add(name)
+    total += sum(len(_spelled(name)) for name in names[1:] if name not in spelled)
     if names:
         each = (
             len(writer.object(names[0])) + len(writer.place(names[0], None, files[int(places[0, 0])], 0, 0)) - 2 * len(_number(0))

@@ -13,7 +13,6 @@ import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -53,16 +52,8 @@ _GATE, _UP = "_w", "_v"
 _LEGACY_RANK = re.compile(r"mp_rank_\d+(_\d+)*/")
 
 _NUMBERED_LAYER = re.compile(r"(.*?\blayers)\.(\d+)\.(.+)")
+_LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
 _STACKED_LAYER = re.compile(r"(.*?\blayers)\.(?!\d+\.)(.+)")
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Where a weight's data is: a key, which row of it where layers are stacked, and a second key whose rows follow."""
-
-    key: str
-    row: int | None = None
-    then: str | None = None
 
 
 def iteration_folder(number: int) -> str:
@@ -135,16 +126,22 @@ class TorchDistReader:
         self._prefix = prefix
         self.others = [name for name in self.container.tensor_names if _NOT_WEIGHTS.match(name)]
         self.specs: dict[str, TensorSpec] = {}
-        self._sources: dict[str, _Source] = {}
-        self._tensors: dict[str, ChunkedTensor] = {}
+        self._numbered: dict[str, int] = {}
+        """Keys of stacked layers, each with where in a weight's name the number of its layer stands."""
+
+        self._halved: dict[str, ChunkedTensor] = {}
         self._lock = threading.Lock()
-        keys = [key for key in self.container.tensor_names if not _NOT_WEIGHTS.match(key)]
-        weights = dict.fromkeys(self._beside(keys) if prefix else keys)
+        weights = dict.fromkeys(key for key in self.container.tensor_names if not _NOT_WEIGHTS.match(key))
+        if prefix:
+            weights = self._kept_beside(weights)
         halves = {key: key.removesuffix(_GATE) + _UP for key in weights if key.endswith(_GATE)}
         halves = {gate: up for gate, up in halves.items() if up in weights}
-        for key in weights:
-            if key not in halves and key not in halves.values():
-                self._add(key)
+        ups = set(halves.values())
+        self._keys = {key: halves.get(key) for key in weights if key not in ups}
+        """Keys without the prefix, each with that whose rows follow."""
+
+        for key in (key for key in self._keys if key not in halves):
+            self._add(key)
         for gate, up in halves.items():
             self._add_halves(gate, up)
 
@@ -156,63 +153,85 @@ class TorchDistReader:
         """What an optimizer keeps of weights, in their shapes and by their names: with `optimizer.state.exp_avg.`, a moment."""
         return TorchDistReader(self.folder, prefix=prefix, container=self.container)
 
-    def _beside(self, keys: Iterable[str]) -> Iterator[str]:
+    def _kept_beside(self, weights: Iterable[str]) -> dict[str, None]:
         shape, there = self.container.shape, set(self.others)
-        return (other for key in keys if (other := f"{self._prefix}{key}") in there and shape(other) == shape(key))
+        kept = (key for key in weights if f"{self._prefix}{key}" in there)
+        return dict.fromkeys(key for key in kept if shape(f"{self._prefix}{key}") == shape(key))
+
+    def _shape(self, key: str) -> Shape:
+        return self.container.shape(self._prefix + key)
+
+    def _dtype(self, key: str) -> np.dtype[Any]:
+        return self.container.dtype(self._prefix + key)
 
     def _add(self, key: str) -> None:
-        shape, dtype = self.container.shape(key), self.container.dtype(key)
-        name = key.removeprefix(self._prefix)
-        if not (stacked := _STACKED_LAYER.fullmatch(name)):
-            self._name(name, _Source(key), shape, dtype)
+        shape, dtype = self._shape(key), self._dtype(key)
+        stacked = _STACKED_LAYER.fullmatch(key)
+        if not stacked:
+            self._name(key, shape, dtype)
             return
         if not shape or shape[0] > MOST_LAYERS:
             raise UserError(f"`{key}` has shape {list(shape)}, whose first number should count layers")
+        self._numbered[key] = stacked.end(1) + 1
+        layer = shape[1:]
         for row in range(shape[0]):
-            self._name(f"{stacked[1]}.{row}.{stacked[2]}", _Source(key, row), shape[1:], dtype)
+            self._name(f"{stacked[1]}.{row}.{stacked[2]}", layer, dtype)
 
     def _add_halves(self, gate: str, up: str) -> None:
-        shape = self.container.shape(gate)
-        if self.container.shape(up) != shape or not shape:
-            raise UserError(f"`{gate}` has shape {list(shape)}, `{up}` has {list(self.container.shape(up))}")
-        name = gate.removeprefix(self._prefix).removesuffix(_GATE)
-        self._name(name, _Source(gate, then=up), (2 * shape[0], *shape[1:]), self.container.dtype(gate))
+        shape, other = self._shape(gate), self._shape(up)
+        if other != shape or not shape:
+            raise UserError(f"`{gate}` has shape {list(shape)}, `{up}` has {list(other)}")
+        self._name(gate.removesuffix(_GATE), (2 * shape[0], *shape[1:]), self._dtype(gate))
 
-    def _name(self, name: str, source: _Source, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def _name(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> None:
         if name in self.specs:
             raise UserError(f"`{name}` is stored twice: stacked with its layers and on its own")
         if len(self.specs) >= MOST_WEIGHTS:
             raise UserError(f"`{METADATA}` describes more than {MOST_WEIGHTS} weights", hint="the checkpoint is damaged")
         self.specs[name] = TensorSpec(name, shape, dtype)
-        self._sources[name] = source
+
+    def _source(self, name: str) -> tuple[str, int | None]:
+        """The key that a weight is stored under, and its row there where layers are stacked. Worked out when it is asked for:
+        models have hundreds of thousands of weights."""
+        if name in self._keys and name not in self._numbered:
+            return name, None
+        for number in _LAYER_NUMBER.finditer(name):
+            start, stop = number.span(1)
+            key = name[:start] + name[stop + 1 :]
+            if self._numbered.get(key) == start:
+                return key, int(number[1])
+        return name + _GATE, None
 
     def read(self, name: str, region: Region, out: Array) -> None:
-        row = self._sources[name].row
+        key, row = self._source(name)
         if row is None:
-            self.container.read(self._tensor(name), region, out)
+            self.container.read(self._tensor(key), region, out)
         else:
-            self.container.read(self._tensor(name), (slice(row, row + 1), *region), out[np.newaxis])
+            self.container.read(self._tensor(key), (slice(row, row + 1), *region), out[np.newaxis])
 
     def chunks(self, name: str) -> list[Chunk]:
         """The chunks that hold a weight (of a stacked key, those that hold its layer)."""
-        row, tensor = self._sources[name].row, self._tensor(name)
+        key, row = self._source(name)
+        tensor = self._tensor(key)
         if row is None:
             return tensor.chunks
         layer = (slice(row, row + 1), *self.specs[name].whole)
         return [tensor.chunk(number) for number, *_ in tensor.touching(layer)]
 
-    def _tensor(self, name: str) -> ChunkedTensor:
-        source = self._sources[name]
+    def _tensor(self, key: str) -> ChunkedTensor:
+        then = self._keys[key]
+        if then is None:
+            return self.container.tensor(self._prefix + key)
         with self._lock:
-            if source.key not in self._tensors:
-                whole = self.container.tensor(source.key)
-                self._tensors[source.key] = _stacked(whole, self.container.tensor(source.then)) if source.then else whole
-        return self._tensors[source.key]
+            if key not in self._halved:
+                halves = (self.container.tensor(self._prefix + half) for half in (key, then))
+                self._halved[key] = _stacked(*halves)
+        return self._halved[key]
 
-    def check(self, names: Iterable[str]) -> None:
-        """Raise UserError if chunks of these weights are missing, overlap or run past their files. Reads no data."""
-        for name in names:
-            self._tensor(name)
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Raise UserError if chunks of these weights, or of all, are missing, overlap or run past their files. Reads no data."""
+        for key in self._keys if names is None else dict.fromkeys(self._source(name)[0] for name in names):
+            self._tensor(key)
 
     def common_state(self) -> dict[str, Any]:
         """What the trainer stored beside the tensors (`args`, iteration, …), classes as inert records."""
@@ -259,17 +278,22 @@ class Placed(NamedTuple):
 class TorchDistWriter:
     """An iteration being made, under a root with its trackers."""
 
-    def __init__(self, outputs: Outputs, placed: Sequence[Placed], *, iteration: int = 0, whole_model: bool = True) -> None:
+    def __init__(self, outputs: Outputs, placed: Iterable[Placed], *, iteration: int = 0, whole_model: bool = True) -> None:
         """Of a `whole_model`, layers are stacked and every module gets its empty `_extra_state`. What has only some of a
         model's tensors keeps the layer's number in each key, and holds nothing else."""
         self._folder = iteration_folder(iteration)
         self._whole_model = whole_model
-        self.specs = {item.spec.name: item.spec for item in placed}
-        parts = _parts(placed, self._located)
+        self.specs: dict[str, TensorSpec] = {}
+        parts = _parts(self._noted(placed), self._located)
         common = NewObject(COMMON_KEY, rank_file(0), _common(iteration, stacked=whole_model))
         objects = chain(_extra_states(parts), [common]) if whole_model else [common]
-        self._container = ContainerWriter(outputs, self._folder, _whole(placed, parts), parts, objects)
+        self._container = ContainerWriter(outputs, self._folder, _whole(self.specs.values(), parts), parts, objects)
         self._iteration = iteration
+
+    def _noted(self, placed: Iterable[Placed]) -> Iterator[Placed]:
+        for item in placed:
+            self.specs[item.spec.name] = item.spec
+            yield item
 
     def _located(self, name: str) -> tuple[str, int | None]:
         """The key that a weight is stored under, and its row there where layers are stacked."""
@@ -322,7 +346,7 @@ def _in_key(row: int | None, region: Region) -> Region:
 def _parts(placed: Iterable[Placed], locate: Callable[[str], tuple[str, int | None]]) -> list[NewPart]:
     """For each weight, where it is stored. Layers are held alike, so boxes are taken apart once for all that share them."""
     known: dict[int, list[Box]] = {}
-    keys: dict[str, str] = {}  # one object for each, of hundreds of thousands
+    keys: dict[str | int | None, Any] = {}  # one object for each key and row, of hundreds of thousands
     parts: list[NewPart] = []
     for spec, chunks in placed:
         boxes = known.get(id(chunks))
@@ -330,16 +354,16 @@ def _parts(placed: Iterable[Placed], locate: Callable[[str], tuple[str, int | No
             boxes = [Box(tuple(part.start for part in region), extent(region), rank_file(rank)) for region, rank in chunks]
             known[id(chunks)] = boxes
         key, row = locate(spec.name)
-        parts.append(NewPart(keys.setdefault(key, key), row, boxes))
+        parts.append(NewPart(keys.setdefault(key, key), keys.setdefault(row, row), boxes))
     return parts
 
 
-def _whole(placed: Iterable[Placed], parts: Sequence[NewPart]) -> dict[str, tuple[Shape, np.dtype[Any]]]:
+def _whole(specs: Iterable[TensorSpec], parts: Sequence[NewPart]) -> dict[str, tuple[Shape, np.dtype[Any]]]:
     """The shape and dtype of each key."""
     counts = Counter(part.key for part in parts)
     first: dict[str, TensorSpec] = {}
     whole: dict[str, tuple[Shape, np.dtype[Any]]] = {}
-    for (spec, _), (key, row, _) in zip(placed, parts, strict=True):
+    for spec, (key, row, _) in zip(specs, parts, strict=True):
         like = first.get(key)
         if like is None:
             first[key], whole[key] = spec, (spec.shape if row is None else (counts[key], *spec.shape), spec.dtype)

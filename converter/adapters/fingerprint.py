@@ -79,7 +79,7 @@ def _made(reader: TorchDistReader) -> list[Making]:
     config = reference.find(reader, None, any_settings=True).config
     family = families.find(config.get("model_type"))
     plan = to_huggingface(family.RULES, make_model(family.CONFIG, config), reader.specs, dtype="keep")
-    reader.check(one.megatron for one in plan.bound)
+    reader.check()
     return list(plan.makings)
 
 

@@ -23,7 +23,7 @@ from converter.comparison import Side
 from converter.config import make_model
 from converter.job import Job, Talk, manifest, outputs_for
 from converter.model import Model
-from converter.plan import Copy, Making, named
+from converter.plan import Making, named, whole
 from converter.rules import Rule
 from formats.arrays import same_bits
 from formats.dcp_index import METADATA
@@ -191,10 +191,9 @@ def _fused(place: Place, opened: Opened, description: Description) -> Iterator[M
         parts = [opened.parts[weight][factor].spec for weight in place.weights]
         spec = TensorSpec(place.name(factor), place.shape(factor, description.dim), parts[0].dtype)
         if factor is Factor.A:
-            yield Making(spec, (Copy(parts[0].name, spec.dtype, 0, 0, description.dim),))
+            yield whole(spec, parts[0])
         else:
-            copies = (Copy(parts[run.part].name, spec.dtype, run.there, run.here, run.count) for run in place.runs())
-            yield Making(spec, tuple(copies))
+            yield Making(spec, tuple(parts), tuple(place.runs()))
 
 
 def _job(folder: Folder, base: BaseModel, target: str, found: _Planned) -> Job:

@@ -13,7 +13,8 @@ from converter.adapters.opened import Opened
 from converter.carried import Reference
 from converter.config import make_model
 from converter.model import Model
-from converter.plan import Copy, Making, named
+from converter.plan import Making, named, whole
+from converter.rows import Run
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.spec import TensorSpec
@@ -107,6 +108,5 @@ def _part(place: Place, part: int, factor: Factor, description: Description, spe
     stored, rank = specs[place.name(factor)], description.dim
     spec = TensorSpec(peft_name(place.weights[part], factor), factor.shape(place.rows[part], place.columns, rank), stored.dtype)
     if factor is Factor.A:
-        return Making(spec, (Copy(stored.name, stored.dtype, 0, 0, rank),))
-    copies = (Copy(stored.name, stored.dtype, run.here, run.there, run.count) for run in place.runs() if run.part == part)
-    return Making(spec, tuple(copies))
+        return whole(spec, stored)
+    return Making(spec, (stored,), [Run(0, run.here, run.there, run.count) for run in place.runs() if run.part == part])

@@ -21,7 +21,7 @@ from converter.convert import check_options, check_place
 from converter.exporting import ExportOptions, plan_files
 from converter.importing import ImportOptions, left_out, plan_import
 from converter.job import How, HowOptions, Job, Summary, Talk
-from converter.plan import Copy, Making, casts
+from converter.plan import Making, casts, whole
 from converter.sources import Source, open_source, workers_for
 from converter.values import KEEP, target_dtype
 from formats.detect import Format, detect
@@ -146,4 +146,4 @@ def _as_files(source: Source, target: str, wanted: ExportOptions, talk: Talk) ->
 def _kept(spec: TensorSpec, dtype: str) -> Making:
     """A tensor as it is, or cast."""
     target = TensorSpec(spec.name, spec.shape, target_dtype(spec, dtype))
-    return Making(target, (Copy(spec.name, spec.dtype, 0, 0, spec.shape[0]),))
+    return whole(target, spec)

@@ -31,7 +31,7 @@ def test_rules_name_every_weight_of_the_model_with_its_shape_and_no_other(family
     model = make_model(one.CONFIG, config)
     tied = ["lm_head.weight"] if model.tied else []
     expected = {name: tuple(t.shape) for name, t in made.state_dict().items() if name not in tied}
-    bound = bind(one.RULES, model, dict.fromkeys(range(10_000)))
+    bound = list(bind(one.RULES, model, dict.fromkeys(range(10_000))))
     found = {
         name: shape
         for b in bound

@@ -9,14 +9,14 @@ import pytest
 
 from converter import UserError, hf_to_mcore, mcore_to_hf
 from converter.memory_estimate import piece_buffers
-from converter.plan import Copy, Making
+from converter.plan import whole
 from formats.spec import DTYPES, TensorSpec
 
 MIB = 1 << 20
 
 
 def made(shape, dtype, source):
-    return Making(TensorSpec("t", shape, DTYPES[dtype]), (Copy("s", DTYPES[source], 0, 0, shape[0]),))
+    return whole(TensorSpec("t", shape, DTYPES[dtype]), TensorSpec("s", shape, DTYPES[source]))
 
 
 def test_a_worker_holds_the_largest_piece_and_what_it_is_cast_from():

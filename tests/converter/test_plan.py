@@ -92,6 +92,15 @@ def test_every_source_row_goes_to_one_place_and_every_target_row_comes_from_one(
         assert bool(filled) == (making.spec.name not in there.zero)
 
 
+def test_a_tensor_parallel_size_that_does_not_divide_the_rows_of_query_key_and_value_is_refused():
+    model = Model(layers=1, hidden=1, heads=3, groups=1, head_dim=1, ffn=3, vocab=1, padded_vocab=3, tied=True)
+    with pytest.raises(
+        UserError, match="size 3 does not divide the 5 rows of the model's query, key and value projection"
+    ) as found:
+        make_layout(model, tp=3, pp=1, vpp=1, pp_layout=None)
+    assert found.value.hint == "megatron-core takes 1 or a multiple of 1 that divides them"
+
+
 @given(models(), st.data())
 def test_chunks_tile_every_tensor_at_every_layout_that_is_taken(model, data):
     tp, pp, vpp = (data.draw(st.integers(1, 3)) for _ in range(3))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from converter import rows
 from converter.layout import Layout, boxes
 from converter.model import Model
-from converter.plan import Copy, Making, pieces
+from converter.plan import Making, pieces
 from formats.chunks import tiles
 from formats.spec import DTYPES, TensorSpec, extent
 
@@ -80,20 +80,24 @@ def test_layers_go_to_stages_in_megatrons_order(stages):
 def test_pieces_are_runs_of_bytes_in_order_and_none_exceeds_the_limit(shape, limit, cast):
     """Whatever the axis: a row of a tensor of stacked matrices is a matrix, and one row may be as large as any."""
     dtypes = DTYPES["bf16"], DTYPES["fp32" if cast else "bf16"]
-    making = Making(TensorSpec("t", tuple(shape), dtypes[0]), (Copy("s", dtypes[1], 3, 0, shape[0]),))
+    making = Making(
+        TensorSpec("t", tuple(shape), dtypes[0]),
+        (TensorSpec("s", (3 + shape[0], *shape[1:]), dtypes[1]),),
+        [rows.Run(0, 3, 0, shape[0])],
+    )
     elements = np.arange(prod(shape)).reshape(shape)
     found = list(pieces([making], limit=limit))
     assert np.concatenate([elements[piece.region].ravel() for piece in found]).tolist() == list(range(elements.size))
     assert max(elements[piece.region].size for piece in found) * dtypes[1].itemsize <= limit
     source = np.concatenate([np.full((3, *shape[1:]), -1), elements])
     for piece in found:
-        [(_, region, rows)] = piece.copies()
-        assert np.array_equal(source[region], elements[piece.region][rows])
+        [(_, region, band)] = piece.copies()
+        assert np.array_equal(source[region], elements[piece.region][band])
         assert piece.nbytes == elements[piece.region].size * 2
 
 
 def test_a_stack_of_experts_is_cut_below_the_limit():
-    making = Making(TensorSpec("experts", (128, 2880, 5760), DTYPES["bf16"]), ())
+    making = Making(TensorSpec("experts", (128, 2880, 5760), DTYPES["bf16"]))
     sizes = [piece.nbytes for piece in pieces([making], limit=4 << 20)]
     assert max(sizes) <= 4 << 20
     assert sum(sizes) == making.spec.nbytes

@@ -15,7 +15,8 @@ from formats.dcp import Container, ContainerWriter
 from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.outputs import LocalOutputs
-from formats.torch_dist import TorchDistReader
+from formats.spec import TensorSpec
+from formats.torch_dist import Placed, TorchDistReader, TorchDistWriter
 
 STACK = "decoder.layers.mlp.linear_fc2.weight"
 
@@ -148,3 +149,37 @@ def test_an_archive_that_differs_is_parsed(written):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"`__0_0\.distcp` is not a whole torch archive"):
         read_all(LocalFolder(written))
+
+
+def test_objects_are_found_after_the_chunks_of_all_tensors_were_let_go_of(tmp_path):
+    outputs = LocalOutputs(tmp_path)
+    weights = [TensorSpec(f"decoder.layers.{row}.mlp.linear_fc2.weight", (4, 2), np.dtype(np.float32)) for row in range(2)]
+    writer = TorchDistWriter(outputs, [Placed(spec, ((spec.whole, 0),)) for spec in weights])
+    for file in writer.files:
+        for span in writer.spans(file):
+            outputs.put(file, span.start, span.known or bytes(span.size))
+    outputs.close()
+    for name, document in writer.documents.items():
+        (tmp_path / name).write_bytes(b"".join(document.blocks()))
+    reader = TorchDistReader(LocalFolder(tmp_path / "iter_0000000"))
+    reader.check()
+    reader.check()
+    assert len(reader.container.tensor("decoder.layers.mlp.linear_fc2.weight")) == 2
+    assert [chunk.region[0] for chunk in reader.chunks(weights[1].name)] == [slice(1, 2)]
+    assert reader.common_state()["iteration"] == 0
+    states = [name for name in reader.container.object_names if "_extra_state" in name]
+    assert [len(reader.container.object(name)) for name in states] == [1, 1]
+
+
+def test_layers_that_are_stacked_inside_a_numbered_layer_are_read_from_their_rows(tmp_path):
+    values = np.arange(6, dtype=np.float32).reshape(3, 2)
+    key = "decoder.layers.5.inner.layers.weight"
+    state = {key: torch.from_numpy(values), "decoder.layers.1.weight": torch.ones(2)}
+    torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path, no_dist=True)
+    reader = TorchDistReader(LocalFolder(tmp_path))
+    names = [f"decoder.layers.5.inner.layers.{row}.weight" for row in range(3)]
+    assert reader.specs.keys() == {*names, "decoder.layers.1.weight"}
+    for name, expected in zip([*names, "decoder.layers.1.weight"], [*values, [1, 1]], strict=True):
+        out = np.zeros(2, np.float32)
+        reader.read(name, (slice(0, 2),), out)
+        assert out.tolist() == list(expected)

@@ -116,8 +116,10 @@ def test_what_torch_pickles_is_read_by_patterns_as_without_them(tmp_path):
     again = {md.MetadataIndex("v", torch.Size([row, 0])): _StorageInfo("__9_0.distcp", row * 10, 10) for row in range(700)}
     anew = [md.ChunkStorageMetadata(torch.Size([row, 0]), torch.Size([1, 300])) for row in range(700)]
     other = md.TensorStorageMetadata(md.TensorProperties(torch.float32), torch.Size([700, 300]), anew)
+    objects = {f"state/{number}": md.BytesStorageMetadata() for number in range(700)}
+    again |= {md.MetadataIndex(name): _StorageInfo("__8_0.distcp", n * 10, 10) for n, name in enumerate(objects)}
     for shared in (True, False):
-        kept = {"w": whole, "v": other} if shared else {"v": other}
+        kept = {**objects, "w": whole, "v": other} if shared else {"v": other, **objects}
         data = pickle.dumps(md.Metadata(kept, None, {**(stored if shared else {}), **again}))
         (tmp_path / ".metadata").write_bytes(data)
         assert told(read_index(LocalFolder(tmp_path))) == told(_index(IndexUnpickler(data, patterns=False).load()))

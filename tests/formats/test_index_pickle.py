@@ -78,3 +78,30 @@ def test_records_that_no_file_can_mean_end_the_use_of_patterns():
     data = end.join(parts[:4]) + negative + negative.join(parts[4:])
     places = load_index(data, lambda loaded: list(loaded["storage_data"].values()), source="index")
     assert [place["length"] for place in places[-2990:]] == [-1] * 2990
+
+
+def objects(names):
+    """An index of objects alone, each name under its own number."""
+    places = np.array([(0, LENGTH * number, LENGTH) for number in range(len(names))], np.int64)
+    return b"".join(index_document({}, (names, places, ["__0_0.distcp"])).blocks())
+
+
+def test_a_number_that_is_given_to_a_second_object_means_that_one_from_then_on(tmp_path):
+    names = ["first", "second", "third", "fourth"]
+    data = objects(names)
+    two, four = number_of(data, "second"), number_of(data, "fourth")
+    (tmp_path / METADATA).write_bytes(data.replace(text("fourth", four), text("fourth", two)).replace(
+        pickle.LONG_BINGET + struct.pack("<I", four), pickle.LONG_BINGET + struct.pack("<I", two)
+    ))  # fmt: skip
+    found = read_index(LocalFolder(tmp_path))
+    assert found.objects == set(names)
+    assert found.object("fourth").offset == 3 * LENGTH
+    with pytest.raises(UserError, match="does not say where `second`"):
+        found.object("second")
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"\xc3"])
+def test_an_object_whose_name_is_no_text_is_refused(damage):
+    data = objects(["first", "second", "third"]).replace(b"third", damage + b"third"[len(damage) :])
+    with pytest.raises(UserError, match="is not a readable pickle"):
+        load_index(data, lambda loaded: loaded, source="index")

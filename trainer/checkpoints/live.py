@@ -177,7 +177,7 @@ def _padded(name: str) -> bool:
 
 def _unpadded(making: Making, vocab: int | None) -> Making:
     rows = making.spec.shape[0] if vocab is None else min(vocab, making.spec.shape[0])
-    return replace(making, copies=tuple(replace(copy, count=rows) for copy in making.copies))
+    return replace(making, runs=tuple(replace(run, count=rows) for run in making.runs))
 
 
 _OTHER = "the weights are of another model than `model` describes; nothing is ever left random"
