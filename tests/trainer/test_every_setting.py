@@ -263,6 +263,7 @@ def _changes(run: dict[str, Trial], built: dict[str, Trial]) -> dict[str, list[s
     return observed.differences(run) | observed.differences(built, observed.build)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", [*OBSERVED, *BUILT])
 def test_a_setting_changes_what_is_built_or_done(setting: str, changed: dict[str, list[str]]) -> None:
     assert changed[setting]
