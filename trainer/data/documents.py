@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from formats.disk import explained
-from formats.errors import UserError
+from formats.errors import UserError, is_text
 from formats.faults import fault
 from trainer.data import records, text_files
 from trainer.data.records import Record, UnusableError, names
@@ -106,7 +106,7 @@ def _member(record: Record, found: dict[str, object], key: str) -> str:
     value = found[key]
     if not isinstance(value, str):
         raise UserError(f"{record.place}: `{key}` is no text but a {type(value).__name__}", hint="name another with `--json-key`")
-    if not records.is_unicode(value):
+    if not is_text(value):
         raise UserError(
             f"{record.place}: `{key}` holds half a surrogate pair, which is no text", hint="remove or repair the line"
         )

@@ -175,15 +175,6 @@ def way_in(path: Path) -> str:
     return ""
 
 
-def is_unicode(value: str) -> bool:
-    """Can it be encoded? JSON can name half a surrogate pair, which is no text."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def names(them: Iterable[str]) -> str:
     """The first few, for a message."""
     listed = [f"`{name}`" for name in them]

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from formats.errors import UserError
+from formats.errors import UserError, is_text
 from trainer.data.chat.drafts import Draft, Tokenized, tokenized
-from trainer.data.records import UnusableError, is_unicode, names
+from trainer.data.records import UnusableError, names
 from trainer.tokenizers import Encoded, Tokenizer
 
 
@@ -76,6 +76,6 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
         raise UnusableError(f"it has no `{name}`", f"it has {names(fields)}")
     if not isinstance(value, str):
         raise UnusableError(f"its `{name}` is no text", f"it is a {type(value).__name__}")
-    if not is_unicode(value):
+    if not is_text(value):
         raise UnusableError(f"its `{name}` holds half a surrogate pair, which is no text")
     return value

@@ -13,12 +13,13 @@ from itertools import pairwise
 
 import numpy as np
 
+from formats.errors import is_text
 from trainer.config import Learned
 from trainer.data.chat import omissions
 from trainer.data.chat.drafts import Draft, Tokenized, tokenized
 from trainer.data.chat.jinja import Template
 from trainer.data.chat.messages import ANSWERS, TOOL, Talk
-from trainer.data.records import UnusableError, is_unicode
+from trainer.data.records import UnusableError
 from trainer.tokenizers import Encoded, Tokenizer
 
 _OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
@@ -152,6 +153,6 @@ def _inside(spans: Sequence[tuple[int, int]], texts: Sequence[Encoded]) -> Token
 
 
 def _unicode(text: str) -> str:
-    if not is_unicode(text):
+    if not is_text(text):
         raise UnusableError("it holds half a surrogate pair, which is no text")
     return text
