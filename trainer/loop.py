@@ -56,7 +56,7 @@ def pretrain(
         run = start(resolved, forward_step, callbacks=callbacks, stop=stop, began=began)
         try:
             if _last(run):
-                say(f"training is already complete (step {run.progress.iteration} of {config.train.train_iters})")
+                say(f"training is already complete (step {run.progress.iteration} of {run.config.train.train_iters})")
             else:
                 with _collected_together(config.train.manual_gc_interval):
                     train(run)
