@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from converter.adapters.convert import adapter_to_hf, adapter_to_mcore
     from converter.adapters.merge import merge
     from converter.convert import hf_to_mcore, mcore_to_hf
-    from converter.job import Summary, Talk
+    from converter.job import Summary, Reporter
     from converter.proof import check_directory as check
     from converter.proof import verify_directories as verify
     from converter.report import inspect
@@ -36,7 +36,7 @@ _DEFINED_AS = {
 
 __all__ = [
     "Summary",
-    "Talk",
+    "Reporter",
     "TransientError",
     "UserError",
     "adapter_to_hf",

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from converter import families
-from converter.carried import CONFIG, Reference
+from converter.carried import CONFIG, HFReference
 from converter.config import to_megatron
 from converter.run_config import Said
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from formats.spec import TensorSpec
 
 Fields = Mapping[str, Any]
@@ -28,7 +28,7 @@ _HUGGINGFACE = {
 """What `config.json` calls Megatron's fields, for messages."""
 
 
-def check(origin: Reference, others: Sequence[Reference], said: Sequence[Said], *, rows: int | None) -> None:
+def check(origin: HFReference, others: Sequence[HFReference], said: Sequence[Said], *, rows: int | None) -> None:
     """Raise UserError where the reference and another place say different things of a model, and name both.
 
     `rows`: of the stored embedding, padding included; None where there is none.
@@ -45,7 +45,7 @@ def check(origin: Reference, others: Sequence[Reference], said: Sequence[Said], 
             )
 
 
-def _start(origin: Reference) -> str:
+def _start(origin: HFReference) -> str:
     return f"`{CONFIG}`, {origin.origin}," if origin.origin.startswith("rebuilt") else f"{origin.origin} `{CONFIG}`"
 
 
@@ -55,7 +55,7 @@ def _called(name: str) -> str:
 
 
 def _value(value: Any) -> str:
-    return shown(value)
+    return format_untrusted(value)
 
 
 def _of_config(config: Fields) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from blake3 import blake3
 
 from formats.arrays import as_bytes
 from formats.content import LARGEST_POINTER, refuse_pointer
-from formats.errors import UserError, shown
-from formats.folder import FileIn, Folder
+from formats.errors import UserError, format_untrusted
+from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader, Shard, make_header, parse_shard, side_files
 from formats.json_objects import read_json
 from formats.shard_files import INDEX
@@ -36,39 +36,39 @@ TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Luggage:
+class SideFiles:
     """What an import adds to the iteration directory: small documents by their bytes, other files by where they are;
     `hashes` are those of the tensors that no Megatron model has."""
 
     documents: Mapping[str, bytes]
     hashes: Mapping[str, str]
-    copies: Mapping[str, FileIn]
+    copies: Mapping[str, FileRef]
 
 
-def pack(reader: HuggingFaceReader, extras: tuple[str, ...]) -> Luggage:
+def collect(reader: HuggingFaceReader, extras: tuple[str, ...]) -> SideFiles:
     """Everything of a Hugging Face directory but the weights themselves."""
     reference, _ = of_model(reader)
-    return pack_model(reference, reader, extras)
+    return collect_model(reference, reader, extras)
 
 
-def pack_model(reference: Reference, reader: Reader, extras: tuple[str, ...]) -> Luggage:
+def collect_model(reference: HFReference, reader: Reader, extras: tuple[str, ...]) -> SideFiles:
     """The same of a model that was opened: its side files and its shard map, and the `extras`."""
-    beside = pack_again(reference)
+    beside = collect_again(reference)
     documents = {**beside.documents, **{f"{HEADERS}/{name}": shard.raw for name, shard in reference.shards.items()}}
     data = {name: _bytes_of(reader, name) for name in extras}
     if extras:
         documents[EXTRAS] = make_header(reader.specs[name] for name in extras) + b"".join(data.values())
     hashes = {name: blake3(value).hexdigest() for name, value in data.items()}
-    return Luggage(documents, hashes, beside.copies)
+    return SideFiles(documents, hashes, beside.copies)
 
 
-def pack_again(origin: Reference) -> Luggage:
+def collect_again(origin: HFReference) -> SideFiles:
     """The side files of a model that is known already: for a checkpoint without its weights, an adapter's, nothing else."""
     config = {} if CONFIG in origin.files else {f"{FILES}/{CONFIG}": (json.dumps(origin.config, indent=2) + "\n").encode()}
-    return Luggage(config, {}, _copies(origin.files))
+    return SideFiles(config, {}, _copies(origin.files))
 
 
-def _copies(files: Mapping[str, FileIn]) -> dict[str, FileIn]:
+def _copies(files: Mapping[str, FileRef]) -> dict[str, FileRef]:
     """Where side files go; those of the tokenizer a second time, where Megatron-Bridge looks for them."""
     tokenizer = {f"tokenizer/{name}": file for name, file in files.items() if name in TOKENIZER_FILES}
     return {**{f"{FILES}/{name}": file for name, file in files.items()}, **tokenizer}
@@ -77,36 +77,36 @@ def _copies(files: Mapping[str, FileIn]) -> dict[str, FileIn]:
 def _bytes_of(reader: Reader, name: str) -> bytes:
     spec = reader.specs[name]
     values = np.empty(spec.shape, spec.dtype)
-    reader.read(name, spec.whole, values)
+    reader.read(name, spec.full_region, values)
     return bytes(as_bytes(values))
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class HFReference:
     """What an export knows of the Hugging Face side: its `config.json`, its side files, and its shard map if there is one."""
 
     config: Mapping[str, Any]
     origin: str
-    files: Mapping[str, FileIn] = field(default_factory=dict[str, FileIn])
+    files: Mapping[str, FileRef] = field(default_factory=dict[str, FileRef])
     shards: Mapping[str, Shard] = field(default_factory=dict[str, Shard])
-    extras: FileIn | None = None
+    extras: FileRef | None = None
     notes: tuple[str, ...] = ()
     """What a user should know of where it is from."""
 
 
-def unpack(iteration: Folder) -> Reference | None:
+def load(iteration: Folder) -> HFReference | None:
     """What an import put there; None if this checkpoint carries no `config.json`."""
     files, headers = iteration.below(FILES), iteration.below(HEADERS)
     if not files.has(CONFIG):
         return None
     shards = {name: parse_shard(headers.get(name), source=f"{HEADERS}/{name}") for name in headers.files()}
     _check_once(shards)
-    return Reference(
+    return HFReference(
         read_json(files, CONFIG),
         "the checkpoint's own",
-        {name: FileIn(files, name) for name in files.files()},
+        {name: FileRef(files, name) for name in files.files()},
         shards,
-        FileIn(iteration, EXTRAS) if iteration.has(EXTRAS) else None,
+        FileRef(iteration, EXTRAS) if iteration.has(EXTRAS) else None,
     )
 
 
@@ -120,16 +120,16 @@ def _check_once(shards: Mapping[str, Shard]) -> None:
             seen[name] = file
 
 
-def of_model(reader: HuggingFaceReader) -> tuple[Reference, list[str]]:
+def of_model(reader: HuggingFaceReader) -> tuple[HFReference, list[str]]:
     """What a Hugging Face directory says of its own weights; and the files in it that do not travel."""
     travels, left_out = side_files(reader.folder, reader.shards, indexed=reader.indexed)
-    files = {name: FileIn(reader.folder, name) for name in travels}
+    files = {name: FileRef(reader.folder, name) for name in travels}
     for name in travels:
         if name in TOKENIZER_FILES and reader.folder.size(name) <= LARGEST_POINTER:
             refuse_pointer(reader.folder, name)
     config = read_json(reader.folder, CONFIG)
     _check_weights_file(config, reader)
-    return Reference(config, f"`{reader.folder.label}`'s", files, reader.shards), left_out
+    return HFReference(config, f"`{reader.folder.label}`'s", files, reader.shards), left_out
 
 
 def _check_weights_file(config: Mapping[str, Any], reader: HuggingFaceReader) -> None:
@@ -137,15 +137,15 @@ def _check_weights_file(config: Mapping[str, Any], reader: HuggingFaceReader) ->
     wanted = config.get("transformers_weights")
     if wanted is not None and wanted not in (INDEX, *reader.shards):
         raise UserError(
-            f"`transformers_weights` in `{CONFIG}` is `{shown(wanted)}`, but the weights here are in `{min(reader.shards)}`",
+            f"`transformers_weights` in `{CONFIG}` is `{format_untrusted(wanted)}`, but the weights here are in `{min(reader.shards)}`",
             hint="transformers would load that file: remove the field, or the other files",
         )
 
 
-def from_folder(folder: Folder) -> Reference:
+def from_folder(folder: Folder) -> HFReference:
     """A Hugging Face directory, or one with a `config.json` alone, given as reference. Its weights are not looked at."""
     if not folder.has(CONFIG):
         raise UserError(f"`{folder.label}` has no `{CONFIG}`", hint="`--hf-config` takes a folder with a `config.json`")
     config = read_json(folder, CONFIG)
     travels, _ = side_files(folder, (), indexed=True)
-    return Reference(config, f"`{folder.label}`'s", {name: FileIn(folder, name) for name in travels if name != INDEX})
+    return HFReference(config, f"`{folder.label}`'s", {name: FileRef(folder, name) for name in travels if name != INDEX})

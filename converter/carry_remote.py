@@ -9,10 +9,10 @@ from tempfile import TemporaryDirectory
 
 from converter import provenance
 from converter.carry import rule
-from converter.job import How, Job, Talk
-from converter.plan import Making
+from converter.job import ExecutionOptions, ConversionPlan, Reporter
+from converter.plan import TensorPlan
 from converter.ranks import alone
-from converter.share import Share
+from converter.share import Worker
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.location import without_secrets
@@ -22,7 +22,7 @@ from formats.rendezvous import Rendezvous
 from formats.staging import Stage
 
 
-def upload(job: Job, how: How, talk: Talk, *, sources: Sequence[Folder], files: Mapping[str, int], workers: int) -> None:
+def upload(job: ConversionPlan, how: ExecutionOptions, reporter: Reporter, *, sources: Sequence[Folder], files: Mapping[str, int], workers: int) -> None:
     """The work of one process, with nothing that a later run could go on with."""
     outputs, ranks = job.outputs, how.ranks or alone()
     assert isinstance(outputs, RemoteOutputs)
@@ -31,7 +31,7 @@ def upload(job: Job, how: How, talk: Talk, *, sources: Sequence[Folder], files: 
             f"`{without_secrets(job.target)}` cannot be written by {ranks.size} processes together",
             hint="use one process, or convert to a shared file system and copy",
         )
-    job = replace(job, makings=file_by_file(job))
+    job = replace(job, tensor_plans=file_by_file(job))
     last = [name for name in job.last if name in files]
     with (
         TemporaryDirectory() as nowhere,
@@ -40,12 +40,12 @@ def upload(job: Job, how: How, talk: Talk, *, sources: Sequence[Folder], files: 
     ):
         outputs.open(uploaded, job.writer.files, job.writer.spans)
         stage = Stage(Path(nowhere), Path(nowhere))
-        ours = Share(job, talk, stage, together=together, share=job.makings, workers=workers, sources=sources)
+        ours = Worker(job, reporter, stage, together=together, share=job.tensor_plans, workers=workers, sources=sources)
         ours.through(files, verify=False)
         uploaded.commit([*last, *job.writer.markers], record=job.inside(provenance.FILE))
 
 
-def file_by_file(job: Job) -> list[Making]:
+def file_by_file(job: ConversionPlan) -> list[TensorPlan]:
     """What is made, ordered so that as few files as can be are open at a time: a part of each open file is held. Files that have
     a tensor in common (those of one pipeline rank) are filled together. Among tensors that share a file the order stays: its
     bytes arrive in order, and a thread that comes early waits for the one before."""
@@ -56,10 +56,10 @@ def file_by_file(job: Job) -> list[Making]:
             file = leader[file]
         return file
 
-    touched = [sorted(job.writer.touched(making.spec.name)) for making in job.makings]
+    touched = [sorted(job.writer.touched(tensor_plan.spec.name)) for tensor_plan in job.tensor_plans]
     for files in touched:
         for file in files:
             leader[first(file)] = first(files[0])
     order: dict[str, int] = {}
     places = [order.setdefault(first(files[0]), len(order)) if files else 0 for files in touched]
-    return [making for _, making in sorted(zip(places, job.makings, strict=True), key=lambda item: item[0])]
+    return [tensor_plan for _, tensor_plan in sorted(zip(places, job.tensor_plans, strict=True), key=lambda item: item[0])]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from converter.plan import Making, Piece, pieces
-from converter.run import PIECE_BYTES, Bench, in_threads, is_zero
+from converter.plan import TensorPlan, Piece, pieces
+from converter.run import PIECE_BYTES, PieceBuffers, in_threads, is_zero
 from converter.values import target_dtype
 from converter.workers import DEFAULT
 from formats.arrays import same_bits
@@ -22,32 +22,32 @@ from formats.spec import Array, Reader, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class CheckpointView:
     """One checkpoint: how each of its tensors is read. `tied` are tensors it may be asked for though they are not stored;
     `zero` are stored tensors whose rows from some number on must be zero, for the model has none."""
 
     label: str
     reader: Reader
-    makings: Mapping[str, Making]
-    tied: Mapping[str, Making] = field(default_factory=dict[str, Making])
+    tensor_plans: Mapping[str, TensorPlan]
+    tied: Mapping[str, TensorPlan] = field(default_factory=dict[str, TensorPlan])
     zero: Mapping[str, int] = field(default_factory=dict[str, int])
 
-    def cast(self, dtype: str) -> Side:
+    def cast(self, dtype: str) -> CheckpointView:
         """The same, every tensor cast."""
 
-        def made(makings: Mapping[str, Making]) -> dict[str, Making]:
-            return {name: replace(one, spec=one.spec.cast(target_dtype(one.spec, dtype))) for name, one in makings.items()}
+        def made(tensor_plans: Mapping[str, TensorPlan]) -> dict[str, TensorPlan]:
+            return {name: replace(one, spec=one.spec.cast(target_dtype(one.spec, dtype))) for name, one in tensor_plans.items()}
 
-        return replace(self, makings=made(self.makings), tied=made(self.tied))
+        return replace(self, tensor_plans=made(self.tensor_plans), tied=made(self.tied))
 
-    def only(self, names: Collection[str]) -> Side:
+    def only(self, names: Collection[str]) -> CheckpointView:
         """Some of its tensors."""
-        return replace(self, makings={name: one for name, one in self.makings.items() if name in names})
+        return replace(self, tensor_plans={name: one for name, one in self.tensor_plans.items() if name in names})
 
-    def beside(self, other: Side) -> Side:
+    def beside(self, other: CheckpointView) -> CheckpointView:
         """The same, with those tied tensors that the other has."""
-        asked = {name: one for name, one in self.tied.items() if name in other.makings and name not in self.makings}
-        return replace(self, makings={**self.makings, **asked})
+        asked = {name: one for name, one in self.tied.items() if name in other.tensor_plans and name not in self.tensor_plans}
+        return replace(self, tensor_plans={**self.tensor_plans, **asked})
 
 
 @dataclass(slots=True)
@@ -106,8 +106,8 @@ class Comparison:
 
 
 def compare(
-    one: Side,
-    other: Side,
+    one: CheckpointView,
+    other: CheckpointView,
     *,
     cast: str | None = None,
     workers: int = DEFAULT,
@@ -117,11 +117,11 @@ def compare(
     if cast:
         one, other = one.cast(cast), other.cast(cast)
     one, other = one.beside(other), other.beside(one)
-    shared = [name for name in one.makings if name in other.makings]
-    found = {name: what for name in shared if (what := _unlike(one.makings[name].spec, other.makings[name].spec))}
+    shared = [name for name in one.tensor_plans if name in other.tensor_plans]
+    found = {name: what for name in shared if (what := _unlike(one.tensor_plans[name].spec, other.tensor_plans[name].spec))}
     different = {name: Difference(name, what) for name, what in found.items()}
     pairs = _Pairs(one, other, different, progress)
-    comparable = [one.makings[name] for name in shared if name not in found]
+    comparable = [one.tensor_plans[name] for name in shared if name not in found]
     in_threads(pieces(comparable, limit=PIECE_BYTES // 2), pairs.worker, workers=workers)  # of both sides at once
     for side in (one, other):
         what = f"is not zero in `{side.label}`, where the model has nothing"
@@ -131,11 +131,11 @@ def compare(
         one=one.label,
         other=other.label,
         tensors=len(shared),
-        parameters=sum(prod(one.makings[name].spec.shape) for name in shared),
+        parameters=sum(prod(one.tensor_plans[name].spec.shape) for name in shared),
         cast=cast,
-        different=[different[name] for name in dict.fromkeys([*one.makings, *one.zero, *other.zero]) if name in different],
-        only_in_one=[name for name in one.makings if name not in other.makings],
-        only_in_other=[name for name in other.makings if name not in one.makings],
+        different=[different[name] for name in dict.fromkeys([*one.tensor_plans, *one.zero, *other.zero]) if name in different],
+        only_in_one=[name for name in one.tensor_plans if name not in other.tensor_plans],
+        only_in_other=[name for name in other.tensor_plans if name not in one.tensor_plans],
     )
 
 
@@ -151,17 +151,17 @@ def _unlike(one: TensorSpec, other: TensorSpec) -> str:
 class _Pairs:
     """Pieces of both sides, compared; what differs is added up by tensor."""
 
-    def __init__(self, one: Side, other: Side, different: dict[str, Difference], progress: Callable[[int], None]) -> None:
+    def __init__(self, one: CheckpointView, other: CheckpointView, different: dict[str, Difference], progress: Callable[[int], None]) -> None:
         self._one, self._other, self._different, self._progress = one, other, different, progress
         self._lock = threading.Lock()
 
     def worker(self) -> Callable[[Piece], None]:
-        benches = Bench(), Bench()
+        benches = PieceBuffers(), PieceBuffers()
 
         def look(piece: Piece) -> None:
-            name = piece.making.spec.name
+            name = piece.tensor.spec.name
             ours = benches[0].make(piece, self._one.reader)
-            theirs = benches[1].make(Piece(self._other.makings[name], piece.region), self._other.reader)
+            theirs = benches[1].make(Piece(self._other.tensor_plans[name], piece.region), self._other.reader)
             if not same_bits(ours, theirs):
                 with self._lock:
                     _add(self._different.setdefault(name, Difference(name)), piece, ours, theirs)

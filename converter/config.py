@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from converter.model import Model
-from formats.errors import UserError, shown
-from formats.spec import whole_number
+from formats.errors import UserError, format_untrusted
+from formats.spec import is_size
 
 Config = Mapping[str, Any]
 
@@ -48,7 +48,7 @@ def field(
 def _number(name: str, found: Any) -> Any:
     """A number that means something: not negative, no larger than single precision holds; true and false too."""
     if not isinstance(found, (int, float)) or not 0 <= found < 1e38:
-        raise UserError(f"`{name}` is `{shown(found)}`, which should be a number", hint="the configuration is damaged")
+        raise UserError(f"`{name}` is `{format_untrusted(found)}`, which should be a number", hint="the configuration is damaged")
     return found
 
 
@@ -66,9 +66,9 @@ def required(megatron: str, huggingface: str) -> Field:
 
 def _count(config: Config, name: str) -> int:
     found = config.get(name)
-    if not isinstance(found, int) or not whole_number(found) or found < 1:
+    if not isinstance(found, int) or not is_size(found) or found < 1:
         raise UserError(
-            f"the model's configuration has `{name}`: `{shown(found)}`, which should be a whole number above 0",
+            f"the model's configuration has `{name}`: `{format_untrusted(found)}`, which should be a whole number above 0",
             hint="`config.json` is missing the field or damaged",
         )
     return found
@@ -91,7 +91,7 @@ def fixed(**fields: Any) -> Field:
 def _agreeing(config: Config, fields: Config) -> dict[str, Any]:
     for name, expected in fields.items():
         if config.get(name, expected) != expected:
-            raise UserError(f"`{name}` is `{shown(config[name])}`, not `{expected}`")
+            raise UserError(f"`{name}` is `{format_untrusted(config[name])}`, not `{expected}`")
     return {}
 
 
@@ -105,7 +105,7 @@ def activation(name: str) -> Field:
     def read(config: Config) -> dict[str, Any]:
         found = config.get("hidden_act", name)
         if found not in _SPELLINGS.get(name, (name,)):
-            raise UserError(f"`hidden_act` is `{shown(found)}`; only `{name}` is supported for this family")
+            raise UserError(f"`hidden_act` is `{format_untrusted(found)}`; only `{name}` is supported for this family")
         return {"activation_func": name}
 
     return Field(read, lambda config: {**_agreeing(config, {"activation_func": name}), "hidden_act": name})
@@ -144,7 +144,7 @@ def no_window(megatron: str) -> Field:
 def _check_sliding(config: Config, name: str, tokens: Any) -> None:
     if tokens is not None and config.get("use_sliding_window") is False:
         raise UserError(
-            f"`config.json` says two things: `use_sliding_window` is `False`, `{name}` is `{shown(tokens)}`",
+            f"`config.json` says two things: `use_sliding_window` is `False`, `{name}` is `{format_untrusted(tokens)}`",
             hint=f"transformers' models of this family look at `{name}` alone: set it to null if there is no window",
         )
     _check_layers(config, "full_attention" if tokens is None else "sliding_attention")
@@ -156,7 +156,7 @@ def _check_layers(config: Config, expected: str) -> None:
     other = next((one for one in cast("list[Any]", found) if one != expected), None) if isinstance(found, list) else None
     if other is not None:
         raise UserError(
-            f"`layer_types` has `{shown(other)}`, but models of this family have `{expected}` in all layers",
+            f"`layer_types` has `{format_untrusted(other)}`, but models of this family have `{expected}` in all layers",
             hint="is `model_type` right?",
         )
 
@@ -185,8 +185,8 @@ def rope_numbers(config: Config) -> dict[str, Any]:
     for key in _computed_from(new) if old else ():
         if new.get(key) != old[0].get(key):
             raise UserError(
-                f"`config.json` has `rope_parameters`, by which `{key}` is `{shown(new.get(key))}`, and `rope_scaling`, by "
-                f"which it is `{shown(old[0].get(key))}`",
+                f"`config.json` has `rope_parameters`, by which `{key}` is `{format_untrusted(new.get(key))}`, and `rope_scaling`, by "
+                f"which it is `{format_untrusted(old[0].get(key))}`",
                 hint="the first is of transformers 5, the second, with `rope_theta` beside it, of 4: leave one out",
             )
     return new
@@ -195,7 +195,7 @@ def rope_numbers(config: Config) -> dict[str, Any]:
 def _rope_object(config: Config, name: str) -> Config:
     found: Any = config.get(name) or {}
     if not isinstance(found, dict):
-        raise UserError(f"`{name}` is `{shown(found)}`, which should be an object")
+        raise UserError(f"`{name}` is `{format_untrusted(found)}`, which should be an object")
     return cast("Config", found)
 
 
@@ -208,7 +208,7 @@ def _numbers_of(said: Config, config: Config, field: str) -> dict[str, Any]:
     nested = next((key for key, found in said.items() if isinstance(found, dict)), None)
     if nested is not None:
         raise UserError(
-            f"`{field}` has parameters of their own for `{shown(nested)}` layers, which megatron-core cannot do for this family"
+            f"`{field}` has parameters of their own for `{format_untrusted(nested)}` layers, which megatron-core cannot do for this family"
         )
     numbers = dict(said)
     numbers["rope_type"] = _one_of({f"`type` in `{field}`": numbers.pop("type", None), "`rope_type`": said.get("rope_type")})
@@ -232,7 +232,7 @@ def _check_partial(said: Config, config: Config) -> None:
     part = _one_of({"`partial_rotary_factor` of the rope": said.get("partial_rotary_factor"),
                     "`partial_rotary_factor`": config.get("partial_rotary_factor")})  # fmt: skip
     if part not in (None, 1):
-        raise UserError(f"`partial_rotary_factor` is `{shown(part)}`, but models of this family turn whole heads")
+        raise UserError(f"`partial_rotary_factor` is `{format_untrusted(part)}`, but models of this family turn whole heads")
 
 
 def _one_of(places: Mapping[str, Any]) -> Any:
@@ -244,7 +244,7 @@ def _one_of(places: Mapping[str, Any]) -> Any:
     for place, other in others:
         if other != value:
             raise UserError(
-                f"`config.json` says two things: {first} is `{shown(value)}`, {place} is `{shown(other)}`",
+                f"`config.json` says two things: {first} is `{format_untrusted(value)}`, {place} is `{format_untrusted(other)}`",
                 hint="loaders differ in which they take: leave one out",
             )
     return value
@@ -258,7 +258,7 @@ def rope(*kinds: str) -> Field:
         kind = numbers["rope_type"]
         if kind not in kinds:
             raise UserError(
-                f"`config.json` has rope type `{shown(kind)}`, which megatron-core cannot do for this family",
+                f"`config.json` has rope type `{format_untrusted(kind)}`, which megatron-core cannot do for this family",
                 hint=f"supported are: {', '.join(kinds)}",
             )
         found: dict[str, Any] = {"rotary_base": numbers["rope_theta"], "rope_scaling": kind == "llama3"}
@@ -281,7 +281,7 @@ def _factor(numbers: Config, name: str) -> Any:
             hint="transformers refuses that too: take the scaling's numbers from the original model",
         )
     if not _number(name, numbers[name]):
-        raise UserError(f"`{name}` is `{shown(numbers[name])}`, which should be above 0", hint="the configuration is damaged")
+        raise UserError(f"`{name}` is `{format_untrusted(numbers[name])}`, which should be above 0", hint="the configuration is damaged")
     return numbers[name]
 
 

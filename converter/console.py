@@ -25,7 +25,7 @@ from formats.location import is_remote
 
 if TYPE_CHECKING:
     from converter.comparison import Comparison
-    from converter.job import Summary, Talk
+    from converter.job import Summary, Reporter
     from converter.report import Report
     from formats.integrity import Check
 
@@ -61,8 +61,8 @@ def convert(action: Callable[..., Summary], *places: str, as_json: bool, quiet: 
     if not quiet and not options["dry_run"] and (text := waiting(ranks)):
         _note(text)
     quiet, as_json = quiet or silent, as_json and not silent
-    with talking(quiet=quiet or (as_json and options["dry_run"])) as talk:
-        summary = action(*places, talk=talk, ranks=ranks, **options)
+    with talking(quiet=quiet or (as_json and options["dry_run"])) as reporter:
+        summary = action(*places, reporter=reporter, ranks=ranks, **options)
     if as_json:
         print_json(asdict(summary))
     elif summary.dry_run and not silent:
@@ -81,8 +81,8 @@ def verify(one: str, other: str, *, cast: str | None, workers: int | None, as_js
     """Compare two directories and say how they differ; the exit code."""
     from converter.proof import verify_directories  # noqa: PLC0415
 
-    with talking(quiet=quiet or as_json) as talk:
-        found = verify_directories(one, other, cast=cast, workers=workers, talk=talk)
+    with talking(quiet=quiet or as_json) as reporter:
+        found = verify_directories(one, other, cast=cast, workers=workers, reporter=reporter)
     if as_json:
         print_json({"same": found.same, **asdict(found), "peak_memory": peak_memory()})
     elif not quiet:
@@ -103,8 +103,8 @@ def check(path: str, *, as_json: bool) -> int:
     """Hold a directory against the hashes it carries, and weights against their masters; the exit code."""
     from converter.proof import check_directory  # noqa: PLC0415
 
-    with talking(quiet=as_json) as talk:
-        found = check_directory(path, talk=talk)
+    with talking(quiet=as_json) as reporter:
+        found = check_directory(path, reporter=reporter)
     if as_json:
         print_json({"whole": found.whole, **asdict(found)})
     else:
@@ -134,18 +134,18 @@ def _show_check(found: Check) -> None:
 
 
 @contextmanager
-def talking(*, quiet: bool) -> Generator[Talk]:
+def talking(*, quiet: bool) -> Generator[Reporter]:
     """A Talk that shows a bar on a terminal, and elsewhere a line every few seconds."""
-    from converter.job import Talk  # noqa: PLC0415
+    from converter.job import Reporter  # noqa: PLC0415
 
     if quiet:
-        yield Talk()
+        yield Reporter()
     elif sys.stderr.isatty():
         with _bar() as (note, start, progress):
-            yield Talk(note, start, progress)
+            yield Reporter(note, start, progress)
     else:
         lines = _Lines()
-        yield Talk(_note, lines.start, lines.progress)
+        yield Reporter(_note, lines.start, lines.progress)
 
 
 def _note(text: str) -> None:

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Unpack
 
 from converter.adapters.files import refuse_adapter, require
-from converter.carry import carry_out, rule
+from converter.carry import execute, rule
 from converter.exporting import ExportOptions, plan_export
 from converter.importing import ImportOptions, huggingface_source, plan_import
-from converter.job import How, HowOptions, Summary, Talk
+from converter.job import ExecutionOptions, ExecutionArguments, Summary, Reporter
 from converter.memory import seldom_collected
 from converter.sources import open_source
 from converter.values import CHOICES, KEEP
 from formats.detect import Format
-from formats.disk import explained
+from formats.disk import user_errors
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.home import expanded
@@ -26,7 +26,7 @@ from formats.target import check_target
 from formats.torch_dist import TorchDistReader
 
 
-@explained()
+@user_errors()
 @seldom_collected()
 def hf_to_mcore(
     source: str | Path,
@@ -39,8 +39,8 @@ def hf_to_mcore(
     dtype: str = KEEP,
     vocab_divisible_by: int = 128,
     integrity: bool = True,
-    talk: Talk | None = None,
-    **options: Unpack[HowOptions],
+    reporter: Reporter | None = None,
+    **options: Unpack[ExecutionArguments],
 ) -> Summary:
     """Write a Hugging Face model as a Megatron distributed checkpoint for `tp` × `pp` ranks.
 
@@ -48,7 +48,7 @@ def hf_to_mcore(
     file, as megatron-core checks them, and the BLAKE3 of every tensor. Raises UserError before a byte moves for whatever
     cannot be converted exactly; after any failure nothing is at `target`.
     """
-    how, talk, target, folder = How(**options), talk or Talk(), expanded(target), open_source(source, or_hub=True)
+    how, reporter, target, folder = ExecutionOptions(**options), reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, vocab_divisible_by=vocab_divisible_by)
     check_place(target, [folder], how)
     wanted = ImportOptions(
@@ -62,10 +62,10 @@ def hf_to_mcore(
     )
     require(folder, Format.HUGGINGFACE)
     with closing(HuggingFaceReader(folder, any_dtype=True)) as reader:
-        return carry_out(plan_import(huggingface_source(reader), target, wanted, talk), how, talk, sources=[folder])
+        return execute(plan_import(huggingface_source(reader), target, wanted, reporter), how, reporter, sources=[folder])
 
 
-@explained()
+@user_errors()
 @seldom_collected()
 def mcore_to_hf(
     source: str | Path,
@@ -75,8 +75,8 @@ def mcore_to_hf(
     max_shard_size: int | None = None,
     dtype: str = KEEP,
     integrity: bool = True,
-    talk: Talk | None = None,
-    **options: Unpack[HowOptions],
+    reporter: Reporter | None = None,
+    **options: Unpack[ExecutionArguments],
 ) -> Summary:
     """Write a Megatron distributed checkpoint as a Hugging Face model directory.
 
@@ -84,7 +84,7 @@ def mcore_to_hf(
     one that travelled; `max_shard_size` in bytes; `integrity` writes the BLAKE3 of every tensor. Raises UserError before a
     byte moves for whatever cannot be converted exactly; after any failure nothing is at `target`.
     """
-    how, talk, target, root = How(**options), talk or Talk(), expanded(target), open_source(source)
+    how, reporter, target, root = ExecutionOptions(**options), reporter or Reporter(), expanded(target), open_source(source)
     check_options(dtype=dtype, max_shard_size=max_shard_size)
     given = open_source(hf_config) if hf_config else None
     sources = [root, *([given] if given else [])]
@@ -93,12 +93,12 @@ def mcore_to_hf(
     require(root, Format.TORCH_DIST)
     with closing(TorchDistReader(root)) as reader:
         refuse_adapter(reader.folder)
-        job = plan_export(reader, root, target, wanted, talk)
+        job = plan_export(reader, root, target, wanted, reporter)
         with closing(job.reader):
-            return carry_out(job, how, talk, sources=sources)
+            return execute(job, how, reporter, sources=sources)
 
 
-def check_place(target: str, sources: Sequence[Folder], how: How) -> None:
+def check_place(target: str, sources: Sequence[Folder], how: ExecutionOptions) -> None:
     """Refuse what would harm something, and what an object store cannot do."""
     if not is_remote(target):
         check_target(Path(target), *(one.path for one in sources if isinstance(one, LocalFolder)), rule=rule(how))

@@ -11,23 +11,23 @@ from typing import Any
 import numpy as np
 
 from converter import families, provenance, reference
-from converter.carried import CONFIG, EXTRAS, HEADERS, Reference
-from converter.comparison import Side
+from converter.carried import CONFIG, EXTRAS, HEADERS, HFReference
+from converter.comparison import CheckpointView
 from converter.config import make_model
 from converter.families import Family
-from converter.job import Job, Talk, manifest, outputs_for
+from converter.job import ConversionPlan, Reporter, manifest, outputs_for
 from converter.model import Model
-from converter.plan import Making, as_stored, casts, to_huggingface
+from converter.plan import TensorPlan, as_stored, casts, to_huggingface
 from converter.quantization import is_plain, quantization
 from converter.run import check_zero
-from converter.sides import with_carried
+from converter.sides import with_side_files
 from converter.sources import Source
 from formats.dcp_index import METADATA
-from formats.errors import shown
-from formats.folder import FileIn, Folder
+from formats.errors import format_untrusted
+from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, Shard, make_index, plan_shards, retyped, specs_of
 from formats.shard_files import INDEX
-from formats.spec import Joined, Reader, TensorSpec, dtype_name
+from formats.spec import JoinedReader, Reader, TensorSpec, dtype_name
 from formats.torch_dist import TorchDistReader
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -46,28 +46,28 @@ class ExportOptions:
     integrity: bool
 
 
-def plan_export(reader: TorchDistReader, root: Folder, target: str, wanted: ExportOptions, talk: Talk) -> Job:
+def plan_export(reader: TorchDistReader, root: Folder, target: str, wanted: ExportOptions, reporter: Reporter) -> ConversionPlan:
     """Everything an export does. Raises UserError for whatever cannot be converted exactly."""
     reader.check()  # first: the index is let go of, and what follows takes its room
     origin = reference.find(reader, wanted.hf_config)
     family = families.find(origin.config.get("model_type"))
     model = make_model(family.CONFIG, origin.config)
-    makings, extras = _makings(reader, family, model, origin, dtype=wanted.dtype)
-    tensors = Joined(reader, *extras) if extras else reader
-    return plan_files(megatron_source(reader, root, origin, tensors), makings, target, wanted, talk)
+    tensor_plans, extras = _makings(reader, family, model, origin, dtype=wanted.dtype)
+    tensors = JoinedReader(reader, *extras) if extras else reader
+    return plan_files(megatron_source(reader, root, origin, tensors), tensor_plans, target, wanted, reporter)
 
 
 def _makings(
-    reader: TorchDistReader, family: Family, model: Model, origin: Reference, *, dtype: str
-) -> tuple[list[Making], list[HuggingFaceReader]]:
+    reader: TorchDistReader, family: Family, model: Model, origin: HFReference, *, dtype: str
+) -> tuple[list[TensorPlan], list[HuggingFaceReader]]:
     """What is made of a checkpoint that was found whole, and the readers of what it carries beside Megatron's tensors."""
     plan = to_huggingface(family.RULES, model, reader.specs, dtype=dtype, known=specs_of(origin.shards))
     for name in plan.zero:
         check_zero(reader, name)
-    return with_carried(plan.makings, family, model, origin)
+    return with_side_files(plan.tensors, family, model, origin)
 
 
-def megatron_source(reader: TorchDistReader, root: Folder, origin: Reference, tensors: Reader) -> Source:
+def megatron_source(reader: TorchDistReader, root: Folder, origin: HFReference, tensors: Reader) -> Source:
     """A checkpoint as a model to convert, its `tensors` read as they lie there or in another way."""
     read = [*reader.container.files, METADATA, *(f"{HEADERS}/{name}" for name in origin.shards)]
     read += [EXTRAS] if origin.extras else []
@@ -75,18 +75,18 @@ def megatron_source(reader: TorchDistReader, root: Folder, origin: Reference, te
         label=reader.folder.label,
         reader=tensors,
         reference=origin,
-        files={name: FileIn(reader.folder, name) for name in sorted(read) if reader.folder.has(name)},
+        files={name: FileRef(reader.folder, name) for name in sorted(read) if reader.folder.has(name)},
         told=provenance.megatron_source(root, reader.folder),
     )
 
 
-def plan_files(source: Source, makings: Sequence[Making], target: str, wanted: ExportOptions, talk: Talk) -> Job:
+def plan_files(source: Source, tensor_plans: Sequence[TensorPlan], target: str, wanted: ExportOptions, reporter: Reporter) -> ConversionPlan:
     """Everything that writing a directory of these tensors does."""
-    shards = choose_shards(makings, source.reference, wanted.max_shard_size)
+    shards = choose_shards(tensor_plans, source.reference, wanted.max_shard_size)
     made, texts = documents(source.reference, shards, limited=wanted.max_shard_size is not None)
     for text in (*source.reference.notes, *texts):
-        talk.note(text)
-    return _job(_Planned(source, in_file_order(makings, shards), shards, made), target, wanted)
+        reporter.note(text)
+    return _job(_Planned(source, in_file_order(tensor_plans, shards), shards, made), target, wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,40 +94,40 @@ class _Planned:
     """A source read as a model, and the files to make of it."""
 
     source: Source
-    makings: Sequence[Making]
+    tensor_plans: Sequence[TensorPlan]
     shards: Mapping[str, Shard]
     documents: Mapping[str, bytes]
 
 
-def _job(found: _Planned, target: str, wanted: ExportOptions) -> Job:
+def _job(found: _Planned, target: str, wanted: ExportOptions) -> ConversionPlan:
     source, given = found.source, wanted.hf_config.name if wanted.hf_config else None
     command = source.command("mcore-to-hf")
     options = {"max_shard_size": wanted.max_shard_size, "dtype": wanted.dtype, "hf_config": given}
     options |= {} if wanted.integrity else {"integrity": False}  # as earlier versions wrote it, where it says nothing new
     laid_out = {file: shard.size for file, shard in found.shards.items()}
-    outputs = outputs_for(target, found.makings, {**options, **source.merged(), "shards": laid_out})
+    outputs = outputs_for(target, found.tensor_plans, {**options, **source.merged(), "shards": laid_out})
     made = {*found.documents, provenance.FILE}
     copies = {name: file for name, file in source.reference.files.items() if name not in made}
-    return Job(
+    return ConversionPlan(
         command=command,
         source=source.label,
         target=target,
         reader=source.reader,
         writer=HuggingFaceWriter(outputs, found.shards),
         outputs=outputs,
-        makings=found.makings,
+        tensor_plans=found.tensor_plans,
         manifest=manifest(command, {**options, **source.merged()}, {**source.files, **copies}),
-        facts={
+        provenance_fields={
             "source": source.told,
             **source.merged(),
             "options": options,
             "family": source.reference.config.get("model_type"),
-            "casts": casts(found.makings),
-            "tensors": {"in": len(source.reader.specs), "out": len(found.makings)},
+            "casts": casts(found.tensor_plans),
+            "tensors": {"in": len(source.reader.specs), "out": len(found.tensor_plans)},
         },
-        tensors={making.spec.name: making.spec for making in found.makings},
+        tensors={tensor_plan.spec.name: tensor_plan.spec for tensor_plan in found.tensor_plans},
         passing="made",
-        sides=lambda written: (_read(found), _written(written)),
+        views=lambda written: (_read(found), _written(written)),
         copies=copies,
         documents=found.documents,
         hashed=wanted.integrity,
@@ -136,21 +136,21 @@ def _job(found: _Planned, target: str, wanted: ExportOptions) -> Job:
     )
 
 
-def _read(found: _Planned) -> Side:
-    return Side(found.source.label, found.source.reader, {making.spec.name: making for making in found.makings})
+def _read(found: _Planned) -> CheckpointView:
+    return CheckpointView(found.source.label, found.source.reader, {tensor_plan.spec.name: tensor_plan for tensor_plan in found.tensor_plans})
 
 
-def _written(folder: Folder) -> Side:
+def _written(folder: Folder) -> CheckpointView:
     reader = HuggingFaceReader(folder)
-    return Side(folder.label, reader, as_stored(reader.specs))
+    return CheckpointView(folder.label, reader, as_stored(reader.specs))
 
 
-def choose_shards(makings: Sequence[Making], origin: Reference, limit: int | None) -> dict[str, Shard]:
+def choose_shards(tensor_plans: Sequence[TensorPlan], origin: HFReference, limit: int | None) -> dict[str, Shard]:
     """The files to write: those that travelled if they hold just these names and shapes, else files of at most `limit`."""
-    specs = {making.spec.name: making.spec for making in makings}
+    specs = {tensor_plan.spec.name: tensor_plan.spec for tensor_plan in tensor_plans}
     if limit is None and _same_shapes(origin.shards, specs):
         return {file: retyped(shard, specs, source=file) for file, shard in origin.shards.items()}
-    return plan_shards([making.spec for making in makings], limit=limit or DEFAULT_SHARD_BYTES)
+    return plan_shards([tensor_plan.spec for tensor_plan in tensor_plans], limit=limit or DEFAULT_SHARD_BYTES)
 
 
 def _same_shapes(shards: Mapping[str, Shard], specs: Mapping[str, TensorSpec]) -> bool:
@@ -161,13 +161,13 @@ def _same_shapes(shards: Mapping[str, Shard], specs: Mapping[str, TensorSpec]) -
     )
 
 
-def in_file_order(makings: Sequence[Making], shards: Mapping[str, Shard]) -> list[Making]:
+def in_file_order(tensor_plans: Sequence[TensorPlan], shards: Mapping[str, Shard]) -> list[TensorPlan]:
     """Makings in the order in which their data lies in the files, so that each file is written front to back."""
-    made = {making.spec.name: making for making in makings}
+    made = {tensor_plan.spec.name: tensor_plan for tensor_plan in tensor_plans}
     return [made[name] for shard in shards.values() for name in shard.tensors]
 
 
-def documents(origin: Reference, shards: Mapping[str, Shard], *, limited: bool) -> tuple[dict[str, bytes], list[str]]:
+def documents(origin: HFReference, shards: Mapping[str, Shard], *, limited: bool) -> tuple[dict[str, bytes], list[str]]:
     """Documents that are not copied as they travelled, and notes on why: the index of other files, a `config.json` whose
     dtype changed or that was rebuilt."""
     made: dict[str, bytes] = {}
@@ -186,7 +186,7 @@ def documents(origin: Reference, shards: Mapping[str, Shard], *, limited: bool) 
     return made, notes
 
 
-def _retyped_config(origin: Reference, shards: Mapping[str, Shard]) -> dict[str, Any]:
+def _retyped_config(origin: HFReference, shards: Mapping[str, Shard]) -> dict[str, Any]:
     """`config.json` with the dtype of the weights written, if that is not what the files it belongs to have; without a
     quantization that they do not have."""
     dtypes = {spec.dtype for shard in shards.values() for spec in shard.tensors.values()}
@@ -206,7 +206,7 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[st
     """What is otherwise in `config.json` than where it is from, in words."""
     for name, value in after.items():
         if name not in before or before[name] != value:
-            yield f"`{name}` from `{shown(before.get(name))}` to `{value}`"
+            yield f"`{name}` from `{format_untrusted(before.get(name))}` to `{value}`"
     for name in before:
         if name not in after:
             yield f"without `{name}`, for the weights are not quantized"

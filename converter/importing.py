@@ -12,27 +12,27 @@ from typing import Any
 import numpy as np
 
 from converter import carried, families, provenance, reference, run_config
-from converter.carried import Luggage
-from converter.comparison import Side
+from converter.carried import SideFiles
+from converter.comparison import CheckpointView
 from converter.config import BUILT_IN_ROPE, make_model, rope_numbers, to_megatron
 from converter.families import Family
-from converter.job import Job, Talk, manifest, outputs_for
+from converter.job import ConversionPlan, Reporter, manifest, outputs_for
 from converter.layout import Layout, make_layout
 from converter.model import Model
-from converter.plan import Plan, as_stored, casts, placed
+from converter.plan import Plan, as_stored, casts, sharded
 from converter.plan import to_megatron as plan_megatron
 from converter.quantization import is_plain, quantization
 from converter.recognize import refuse_unfit
 from converter.run import check_equal
-from converter.sides import megatron_side, tied
+from converter.sides import megatron_view, tied
 from converter.sources import Source
 from converter.values import KEEP
 from formats.dcp_index import METADATA
 from formats.errors import UserError
-from formats.folder import FileIn, Folder
+from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader
-from formats.spec import possible_shape
-from formats.torch_dist import Placed, TorchDistReader, TorchDistWriter, iteration_folder
+from formats.spec import is_valid_shape
+from formats.torch_dist import ShardedTensor, TorchDistReader, TorchDistWriter, iteration_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class _Planned:
     model: Model
     layout: Layout
     plan: Plan
-    luggage: Luggage
+    side_files: SideFiles
 
 
 def huggingface_source(reader: HuggingFaceReader) -> Source:
@@ -67,17 +67,17 @@ def huggingface_source(reader: HuggingFaceReader) -> Source:
         label=reader.folder.label,
         reader=reader,
         reference=reference,
-        files={name: FileIn(reader.folder, name) for name in reader.shards},
+        files={name: FileRef(reader.folder, name) for name in reader.shards},
         told=provenance.huggingface_source(reader.folder, reader.shards),
         left_out=left_out,
     )
 
 
-def plan_import(source: Source, target: str, wanted: ImportOptions, talk: Talk) -> Job:
+def plan_import(source: Source, target: str, wanted: ImportOptions, reporter: Reporter) -> ConversionPlan:
     """Everything an import does. Raises UserError for whatever cannot be converted exactly."""
     found = _planned(source, wanted)
     for text in notes(source, found.plan):
-        talk.note(text)
+        reporter.note(text)
     for name, other in found.plan.equal:
         check_equal(source.reader, name, other)
     return _job(found, target, wanted)
@@ -91,31 +91,31 @@ def _planned(source: Source, wanted: ImportOptions) -> _Planned:
     _check_padding(model, wanted)
     layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout)
     plan = plan_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype=wanted.dtype)
-    return _Planned(source, family, model, layout, plan, carried.pack_model(source.reference, reader, plan.extras))
+    return _Planned(source, family, model, layout, plan, carried.collect_model(source.reference, reader, plan.extras))
 
 
-def _job(found: _Planned, target: str, wanted: ImportOptions) -> Job:
-    source, plan, luggage = found.source, found.plan, found.luggage
+def _job(found: _Planned, target: str, wanted: ImportOptions) -> ConversionPlan:
+    source, plan, side_files = found.source, found.plan, found.side_files
     command, options = source.command("hf-to-mcore"), _options(wanted, found.layout)
-    outputs = outputs_for(target, plan.makings, {**options, **source.merged()})
+    outputs = outputs_for(target, plan.tensors, {**options, **source.merged()})
     folder = f"{iteration_folder(0)}/"
-    documents = {**luggage.documents, **_documents(found, vocab_multiple=wanted.vocab_divisible_by)}
-    return Job(
+    documents = {**side_files.documents, **_documents(found, vocab_multiple=wanted.vocab_divisible_by)}
+    return ConversionPlan(
         command=command,
         source=source.label,
         target=target,
         reader=source.reader,
-        writer=TorchDistWriter(outputs, starmap(Placed, placed(plan, found.layout))),
+        writer=TorchDistWriter(outputs, starmap(ShardedTensor, sharded(plan, found.layout))),
         outputs=outputs,
-        makings=plan.makings,
-        manifest=manifest(command, {**options, **source.merged()}, {**source.files, **luggage.copies}),
-        facts={"source": source.told, **source.merged(), "options": options, **_facts(found)},
+        tensor_plans=plan.tensors,
+        manifest=manifest(command, {**options, **source.merged()}, {**source.files, **side_files.copies}),
+        provenance_fields={"source": source.told, **source.merged(), "options": options, **_facts(found)},
         tensors=source.reader.specs,
         passing="read",
-        sides=lambda written: _sides(found, written, wanted.dtype),
-        hashes=luggage.hashes,
+        views=lambda written: _sides(found, written, wanted.dtype),
+        hashes=side_files.hashes,
         aliases=dict(plan.equal),
-        copies={f"{folder}{name}": file for name, file in luggage.copies.items()},
+        copies={f"{folder}{name}": file for name, file in side_files.copies.items()},
         documents={f"{folder}{name}": data for name, data in documents.items()},
         folder=folder,
         last=(f"{folder}{METADATA}",),
@@ -127,7 +127,7 @@ def _job(found: _Planned, target: str, wanted: ImportOptions) -> Job:
 
 def _check_padding(model: Model, wanted: ImportOptions) -> None:
     """Raise UserError for a padded vocabulary of more rows than a tensor can have."""
-    if not possible_shape((model.padded_vocab, model.hidden)):
+    if not is_valid_shape((model.padded_vocab, model.hidden)):
         raise UserError(
             f"`--vocab-divisible-by {wanted.vocab_divisible_by}` and `--tp {wanted.tp}` pad the vocabulary of {model.vocab} to "
             f"{model.padded_vocab} rows of {model.hidden}, which is more than a tensor can hold",
@@ -147,20 +147,20 @@ def _options(wanted: ImportOptions, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _sides(found: _Planned, written: Folder, dtype: str) -> tuple[Side, Side]:
+def _sides(found: _Planned, written: Folder, dtype: str) -> tuple[CheckpointView, CheckpointView]:
     """The source, and what an export of the written output would give; padding must be zero there."""
     back = TorchDistReader(written)
-    makings = as_stored(found.source.reader.specs)
-    tied_too = tied(makings.values(), found.family, found.model)
-    one = Side(found.source.label, found.source.reader, makings, tied=tied_too)
-    other = megatron_side(back, reference.find(back, None), zero=_padding(found.plan, found.model))
+    tensor_plans = as_stored(found.source.reader.specs)
+    tied_too = tied(tensor_plans.values(), found.family, found.model)
+    one = CheckpointView(found.source.label, found.source.reader, tensor_plans, tied=tied_too)
+    other = megatron_view(back, reference.find(back, None), zero=_padding(found.plan, found.model))
     return (one, other) if dtype == KEEP else (one.cast(dtype), other.cast(dtype))
 
 
 def _padding(plan: Plan, model: Model) -> dict[str, int]:
     """Tensors whose rows from some number on are padding."""
-    made = zip(plan.bound, plan.makings, strict=True)
-    return {making.spec.name: model.vocab for (rule, _), making in made if rule.padded and not rule.zeros(model)}
+    made = zip(plan.bound_rules, plan.tensors, strict=True)
+    return {tensor_plan.spec.name: model.vocab for (rule, _), tensor_plan in made if rule.padded and not rule.absent(model)}
 
 
 def _documents(found: _Planned, *, vocab_multiple: int) -> dict[str, bytes]:
@@ -173,9 +173,9 @@ def _facts(found: _Planned) -> dict[str, Any]:
     """What `conversion.json` tells of an import beside its source and its options."""
     return {
         "family": found.source.reference.config["model_type"],
-        "casts": casts(found.plan.makings),
+        "casts": casts(found.plan.tensors),
         "zero_filled": list(found.plan.zero),
-        "tensors": {"in": len(found.source.reader.specs), "out": len(found.plan.makings)},
+        "tensors": {"in": len(found.source.reader.specs), "out": len(found.plan.tensors)},
     }
 
 
@@ -188,15 +188,15 @@ def left_out(source: Source) -> Iterator[str]:
 def main_dtype(plan: Plan) -> np.dtype[Any]:
     """The dtype most parameters have."""
     counts: Counter[np.dtype[Any]] = Counter()
-    for making in plan.makings:
-        counts[making.spec.dtype] += prod(making.spec.shape)
+    for tensor_plan in plan.tensors:
+        counts[tensor_plan.spec.dtype] += prod(tensor_plan.spec.shape)
     return counts.most_common(1)[0][0]
 
 
 def notes(source: Source, plan: Plan) -> Iterator[str]:
     """What a user should know of this import."""
     yield from left_out(source)
-    for old, new in casts(plan.makings).items():
+    for old, new in casts(plan.tensors).items():
         yield f"weights are cast from {old} to {new}"
     if plan.zero:
         yield f"{len(plan.zero)} biases that the source does not have are written as zeros (megatron-core has one switch for all)"

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from converter import provenance
-from converter.comparison import Side
-from converter.plan import Making
+from converter.comparison import CheckpointView
+from converter.plan import TensorPlan
 from converter.ranks import Ranks
 from converter.workers import check_workers
 from formats import integrity
 from formats.errors import UserError, is_text, printable
-from formats.folder import FileIn, Folder
+from formats.folder import FileRef, Folder
 from formats.location import is_remote
 from formats.outputs import LocalOutputs
 from formats.spec import Document, Reader, TensorSpec, Writer, dtype_name
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Talk:
+class Reporter:
     """Where a conversion says what it does: notes for a person, the bytes ahead, and bytes done."""
 
     note: Callable[[str], None] = lambda _text: None
@@ -35,7 +35,7 @@ class Talk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class How:
+class ExecutionOptions:
     """How to carry out a conversion. The bytes of the output do not depend on it."""
 
     workers: int | None = None
@@ -50,7 +50,7 @@ class How:
         check_workers(self.workers)
 
 
-class HowOptions(TypedDict, total=False):
+class ExecutionArguments(TypedDict, total=False):
     """The same as keyword arguments of a conversion."""
 
     workers: int | None
@@ -62,7 +62,7 @@ class HowOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ConversionPlan:
     """Everything known before the first byte moves."""
 
     command: str
@@ -71,11 +71,11 @@ class Job:
     reader: Reader
     writer: Writer
     outputs: LocalOutputs | RemoteOutputs
-    makings: Sequence[Making]
+    tensor_plans: Sequence[TensorPlan]
     manifest: Mapping[str, Any]
     """What must be unchanged for another run to go on with this one."""
 
-    facts: Mapping[str, Any]
+    provenance_fields: Mapping[str, Any]
     """What `conversion.json` says beside the tensors' hashes."""
 
     tensors: Mapping[str, TensorSpec]
@@ -85,7 +85,7 @@ class Job:
     passing: Literal["read", "made"]
     """Do they pass as the source's, or as the output's?"""
 
-    sides: Callable[[Folder], tuple[Side, Side]]
+    views: Callable[[Folder], tuple[CheckpointView, CheckpointView]]
     """The source and a written output, as `verify` compares them."""
 
     hashes: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -94,7 +94,7 @@ class Job:
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     """Further ones, and those they equal."""
 
-    copies: Mapping[str, FileIn] = field(default_factory=dict[str, FileIn])
+    copies: Mapping[str, FileRef] = field(default_factory=dict[str, FileRef])
     documents: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
     folder: str = ""
     """Where `conversion.json` and `integrity.json` lie."""
@@ -150,7 +150,7 @@ class Job:
             return self.hashes.get(known) or hashes.get(known) or self.hashes.get(name) or hashes.get(name)
 
         names = {*self.tensors, *self.hashes, *self.aliases} if self.hashed else None
-        return provenance.make(self.command, self.facts, names, hash_of, files=files)
+        return provenance.make(self.command, self.provenance_fields, names, hash_of, files=files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,20 +173,20 @@ class Summary:
     reused_bytes: int = 0
 
 
-def outputs_for(target: str, makings: Iterable[Making], options: Mapping[str, Any]) -> LocalOutputs | RemoteOutputs:
+def outputs_for(target: str, tensor_plans: Iterable[TensorPlan], options: Mapping[str, Any]) -> LocalOutputs | RemoteOutputs:
     """Where a conversion writes: up to a URL, or into a directory until it is whole."""
     if is_remote(target):
         from formats.remote.outputs import RemoteOutputs  # noqa: PLC0415 - the clients of object stores
 
         return RemoteOutputs(target)
-    return LocalOutputs(partial_directory(Path(target), makings, options))
+    return LocalOutputs(partial_directory(Path(target), tensor_plans, options))
 
 
-def partial_directory(target: Path, makings: Iterable[Making], options: Mapping[str, Any]) -> Path:
+def partial_directory(target: Path, tensor_plans: Iterable[TensorPlan], options: Mapping[str, Any]) -> Path:
     """Where a conversion writes until it is whole. Named by what it makes: the same for the same plan, whoever runs it."""
     digest, tables = hashlib.sha256(json.dumps(options, sort_keys=True).encode()), dict[int, int]()
-    for made in makings:
-        spec, rows = made.spec, made.runs
+    for made in tensor_plans:
+        spec, rows = made.spec, made.ranges
         if id(rows) not in tables:  # a table is the same in every layer
             tables[id(rows)] = len(tables)
             digest.update(repr(rows).encode())
@@ -195,7 +195,7 @@ def partial_directory(target: Path, makings: Iterable[Making], options: Mapping[
     return target.with_name(f"{target.name}.partial-{digest.hexdigest()[:12]}")
 
 
-def manifest(command: str, options: Mapping[str, Any], files: Mapping[str, FileIn]) -> dict[str, Any]:
+def manifest(command: str, options: Mapping[str, Any], files: Mapping[str, FileRef]) -> dict[str, Any]:
     """What must be the same for a run to go on with what another began."""
     versions = {f"the source's `{name}`": file.folder.version(file.name) for name, file in files.items()}
     return {"command": command, **{f"option `{name}`": value for name, value in options.items()}, **versions}

@@ -111,7 +111,7 @@ def _proposal(layers: int, count: int) -> str:
     return ",".join(str(layers // count + (number < layers % count)) for number in range(shown))
 
 
-def boxes(shape: Shape, cut: int | None, blocks: int, tp: int) -> list[tuple[Region, int]]:
+def shards(shape: Shape, cut: int | None, blocks: int, tp: int) -> list[tuple[Region, int]]:
     """The boxes that tile a tensor, block by block, each with the tensor-parallel rank that holds it."""
     whole = tuple(slice(0, size) for size in shape)
     if cut is None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from converter.job import Talk
+from converter.job import Reporter
 from converter.run import PIECE_BYTES, in_threads
 from formats.arrays import Buffer, contiguous_regions
 from formats.integrity import Check
@@ -30,7 +30,7 @@ PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 _ROUNDED_TO = frozenset(DTYPES[name] for name in ("bf16", "fp16", "fp32"))
 
 
-def check(reader: TorchDistReader, found: Check, *, workers: int, talk: Talk) -> Check:
+def check(reader: TorchDistReader, found: Check, *, workers: int, reporter: Reporter) -> Check:
     """`found`, and what comparing weights and masters adds to it; as it is for a checkpoint without optimizer state.
 
     Holds, for each worker, a piece of at most 4 MiB of a master, its weight, and what the master rounds to.
@@ -38,10 +38,10 @@ def check(reader: TorchDistReader, found: Check, *, workers: int, talk: Talk) ->
     if not reader.has_optimizer:
         return found
     kept = [reader.beside(prefix) for prefix in PREFIXES]
-    pairs = _Pairs(reader, {name: one for one in kept for name in one.specs}, talk.progress)
+    pairs = _Pairs(reader, {name: one for one in kept for name in one.specs}, reporter.progress)
     reasons = Counter(reason for name in reader.specs if (reason := pairs.obstacle(name)))
     compared = [name for name in reader.specs if not pairs.obstacle(name)]
-    talk.start(sum(prod(reader.specs[name].shape) for name in compared) * 4)
+    reporter.start(sum(prod(reader.specs[name].shape) for name in compared) * 4)
     in_threads(pairs.pieces(compared), pairs.worker, workers=workers)
     return replace(
         found,

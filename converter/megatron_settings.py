@@ -16,7 +16,7 @@ from enum import Enum
 from math import isclose, sqrt
 from typing import Any, cast
 
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 
 Settings = Mapping[str, Any]
 
@@ -247,7 +247,7 @@ def _same(value: Any, other: Any) -> bool:
 
 def refuse(found: Foreign, origin: str) -> UserError:
     """Return the error for a setting that no `config.json` can say."""
-    said = f"{origin} has `{found.name}: {shown(found.value)}`"
+    said = f"{origin} has `{found.name}: {format_untrusted(found.value)}`"
     if not found.known:
         return UserError(
             f"{said}, which is not known here and may make another model than a `config.json` can describe",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
-from converter.job import Job
-from converter.plan import Making
+from converter.job import ConversionPlan
+from converter.plan import TensorPlan
 from converter.run import PIECE_BYTES
 from formats.arrays import contiguous_regions
 from formats.location import is_remote
@@ -22,15 +22,15 @@ CLIENT_BYTES = {"s3": 36 << 20, "gs": 12 << 20}
 """The clients of object stores with their connections."""
 
 
-def expected_peak(job: Job, workers: int, *, planned: int, highest: int) -> int:
+def expected_peak(job: ConversionPlan, workers: int, *, planned: int, highest: int) -> int:
     """Bytes a conversion will hold at most: what planning left (`planned`), or what planning took (`highest`) if that is more."""
-    running = RUNNING_BYTES + TENSOR_BYTES * len(job.makings) + workers * piece_buffers(job.makings)
+    running = RUNNING_BYTES + TENSOR_BYTES * len(job.tensor_plans) + workers * piece_buffers(job.tensor_plans)
     return max(highest, planned + running + upload_bytes(job)) + job.memory
 
 
-def piece_buffers(makings: Iterable[Making]) -> int:
+def piece_buffers(tensor_plans: Iterable[TensorPlan]) -> int:
     """Bytes of one worker's buffers: the largest piece as it is written, and as it is read where that is another dtype."""
-    pieces = {(making.spec.shape, making.spec.dtype, frozenset(making.dtypes)) for making in makings}
+    pieces = {(tensor_plan.spec.shape, tensor_plan.spec.dtype, frozenset(tensor_plan.dtypes)) for tensor_plan in tensor_plans}
     most = 0
     for shape, dtype, dtypes in pieces:
         first = next(contiguous_regions(shape, PIECE_BYTES // max(one.itemsize for one in dtypes)), ())
@@ -39,7 +39,7 @@ def piece_buffers(makings: Iterable[Making]) -> int:
     return most
 
 
-def upload_bytes(job: Job) -> int:
+def upload_bytes(job: ConversionPlan) -> int:
     """What an upload holds: the client, parts of all files together, and those that are being sent once more, in the client."""
     if not is_remote(job.target):
         return 0

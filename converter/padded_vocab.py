@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from converter.run_config import UnknownModelError
-from formats.errors import shown
+from formats.errors import format_untrusted
 from formats.folder import Folder
 from formats.json_objects import read_json
-from formats.spec import whole_number
+from formats.spec import is_size
 
 TOKENIZER = "tokenizer.json"
 _DIVISIBLE_BY = 128
@@ -30,13 +30,13 @@ def tokens(settings: Mapping[str, Any], tokenizer: Folder, *, origin: str) -> tu
         return padded, ""
     size = tokenizer_size(tokenizer)
     if size is None:
-        raise _unknown(f"{origin} say `padded_vocab_size` `{shown(padded)}`, and not how many of these rows are tokens")
+        raise _unknown(f"{origin} say `padded_vocab_size` `{format_untrusted(padded)}`, and not how many of these rows are tokens")
     if padded not in (size, rows_of(size, settings)):
         raise _unknown(
-            f"{origin} say `padded_vocab_size` `{shown(padded)}`, and the tokenizer's {size} tokens, padded to a multiple of "
+            f"{origin} say `padded_vocab_size` `{format_untrusted(padded)}`, and the tokenizer's {size} tokens, padded to a multiple of "
             f"{multiple}, would be {rows_of(size, settings)}"
         )
-    return size, f"`vocab_size` is {size}, as `{TOKENIZER}` says: {origin} know only the padded size, {shown(padded)}"
+    return size, f"`vocab_size` is {size}, as `{TOKENIZER}` says: {origin} know only the padded size, {format_untrusted(padded)}"
 
 
 def rows_of(size: int, settings: Mapping[str, Any]) -> int:
@@ -56,7 +56,7 @@ def _unknown(message: str) -> UnknownModelError:
 def _multiple(settings: Mapping[str, Any]) -> int:
     """What Megatron-LM pads a vocabulary to a multiple of."""
     found = [settings.get(name) for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size")]
-    by, ranks = (one if whole_number(one) and one else default for one, default in zip(found, (_DIVISIBLE_BY, 1), strict=True))
+    by, ranks = (one if is_size(one) and one else default for one, default in zip(found, (_DIVISIBLE_BY, 1), strict=True))
     return cast("int", by) * cast("int", ranks)
 
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from converter.layout import Layout, boxes
+from converter.layout import Layout, shards
 from converter.model import Model
-from converter.rows import Run
+from converter.rows import RowRange
 from converter.rules import Rule, alternatives, fill, in_order
 from converter.values import target_dtype
 from formats.arrays import contiguous_regions
@@ -30,33 +30,33 @@ PIECE_AXES = "every leading axis"
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class RowCopy:
     """Rows `there` on of a source tensor become rows `here` on of a target tensor."""
 
     source: str
     dtype: np.dtype[Any]
     """The source's; its values are cast where it is not the target's."""
 
-    there: int
-    here: int
-    count: int
+    src_row: int
+    dst_row: int
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
-class Making:
+class TensorPlan:
     """One target tensor, and the runs of rows of `parts` that make it; rows that no run covers are zero. Tensors that are made
     alike in every layer share their runs."""
 
     spec: TensorSpec
     parts: tuple[TensorSpec, ...] = ()
-    runs: Sequence[Run] = ()
+    ranges: Sequence[RowRange] = ()
 
     @property
-    def copies(self) -> Iterator[Copy]:
+    def copies(self) -> Iterator[RowCopy]:
         """The runs, each with the tensor it is of."""
-        for run in self.runs:
+        for run in self.ranges:
             part = self.parts[run.part]
-            yield Copy(part.name, part.dtype, run.there, run.here, run.count)
+            yield RowCopy(part.name, part.dtype, run.src_row, run.dst_row, run.rows)
 
     @property
     def sources(self) -> dict[str, np.dtype[Any]]:
@@ -69,19 +69,19 @@ class Making:
         return {self.spec.dtype, *[part.dtype for part in self.parts]}
 
 
-def whole(spec: TensorSpec, part: TensorSpec) -> Making:
+def same_tensor(spec: TensorSpec, part: TensorSpec) -> TensorPlan:
     """A tensor that is another, or as many of its first rows as it has."""
-    return Making(spec, (part,), _whole_run(spec.shape[0]))
+    return TensorPlan(spec, (part,), _whole_run(spec.shape[0]))
 
 
 @cache
-def _whole_run(rows: int) -> tuple[Run, ...]:
-    return (Run(0, 0, 0, rows),)
+def _whole_run(rows: int) -> tuple[RowRange, ...]:
+    return (RowRange(0, 0, 0, rows),)
 
 
-def as_stored(specs: Mapping[str, TensorSpec]) -> dict[str, Making]:
+def as_stored(specs: Mapping[str, TensorSpec]) -> dict[str, TensorPlan]:
     """Tensors read as they are."""
-    return {name: whole(spec, spec) for name, spec in specs.items()}
+    return {name: same_tensor(spec, spec) for name, spec in specs.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Piece:
     Whole rows, or where one row is too large a part of one (see `contiguous_regions`).
     """
 
-    making: Making
+    tensor: TensorPlan
     region: Region
 
     @property
@@ -100,15 +100,15 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
-        return prod(extent(self.region)) * self.making.spec.dtype.itemsize
+        return prod(extent(self.region)) * self.tensor.spec.dtype.itemsize
 
-    def copies(self) -> Iterator[tuple[Copy, Region, slice]]:
+    def copies(self) -> Iterator[tuple[RowCopy, Region, slice]]:
         """What is copied, the source's region, and the piece's rows that it fills."""
         rows, rest = self.region[0], self.region[1:]
-        for copy in self.making.copies:
-            start, stop = max(rows.start, copy.here), min(rows.stop, copy.here + copy.count)
+        for copy in self.tensor.copies:
+            start, stop = max(rows.start, copy.dst_row), min(rows.stop, copy.dst_row + copy.rows)
             if start < stop:
-                shift = copy.there - copy.here
+                shift = copy.src_row - copy.dst_row
                 yield copy, (slice(start + shift, stop + shift), *rest), slice(start - rows.start, stop - rows.start)
 
 
@@ -131,7 +131,7 @@ class Bound(NamedTuple):
 class Plan:
     """What a conversion does: the tensors it makes, in file order, and what it must check first."""
 
-    makings: tuple[Making, ...]
+    tensors: tuple[TensorPlan, ...]
     rules: tuple[Rule, ...]
     model: Model
     extras: tuple[str, ...] = ()
@@ -144,7 +144,7 @@ class Plan:
     """Tensors that are zero on the Megatron side because the Hugging Face model has none."""
 
     @property
-    def bound(self) -> Iterator[tuple[Rule, int]]:
+    def bound_rules(self) -> Iterator[tuple[Rule, int]]:
         """Every rule that applies, in every layer: one for each Megatron tensor."""
         return _in_order(self.rules, self.model)
 
@@ -178,21 +178,21 @@ def to_megatron(rules: Sequence[Rule], extras: Iterable[str], model: Model, sour
 
     allowed = {fill(template, layer) for template in extras for layer in range(model.layers)}
     equal = [
-        (name, rule.same_as)
+        (name, rule.tied_to)
         for rule in rules
-        if rule.same_as and not rule.when(model)
+        if rule.tied_to and not rule.when(model)
         for name in rule.names(0)[1]
         if name in source
     ]
     _account(wanted, source, known=allowed | {name for name, _ in equal}, side="source")
     common = next(source[name].dtype for name, _ in wanted())  # which zero-filled tensors take
-    makings = tuple([_fused(table, layer, source, common, dtype) for table, layer in tables()])
-    zero = tuple([making.spec.name for making in makings if not making.parts])
+    tensor_plans = tuple([_fused(table, layer, source, common, dtype) for table, layer in tables()])
+    zero = tuple([tensor_plan.spec.name for tensor_plan in tensor_plans if not tensor_plan.parts])
     present = sorted(allowed & source.keys())
     for name in present:
         if not source[name].shape:
             raise UserError(f"`{name}` has no dimensions", hint="it should hold a number for each pair of channels")
-    return Plan(makings, tuple(rules), model, tuple(present), tuple(equal), zero)
+    return Plan(tensor_plans, tuple(rules), model, tuple(present), tuple(equal), zero)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +210,10 @@ class _Table:
     """The shapes of the Hugging Face tensors."""
 
     zeros: bool
-    runs: tuple[Run, ...]
+    runs: tuple[RowRange, ...]
     """The runs of all parts into the Megatron tensor."""
 
-    back: list[tuple[Run, ...]]
+    back: list[tuple[RowRange, ...]]
     """The runs of the Megatron tensor into each part."""
 
     def named(self, layer: int) -> Iterator[tuple[str, Shape]]:
@@ -223,7 +223,7 @@ class _Table:
     def stored(self, layer: int, source: Specs) -> str:
         """The Megatron tensor of one layer, under the name that this checkpoint's writer gave it."""
         name = fill(self.rule.megatron, layer)
-        if name not in source and (other := fill(self.rule.also, layer)) in source:
+        if name not in source and (other := fill(self.rule.alias, layer)) in source:
             return other
         return name
 
@@ -237,21 +237,21 @@ def _tables(rules: Sequence[Rule], model: Model, source: Specs) -> Callable[[], 
 
 
 def _table(rule: Rule, model: Model) -> _Table:
-    parts, runs = rule.part_shapes(model), tuple(rule.runs(model))
-    back = [tuple(Run(0, run.here, run.there, run.count) for run in runs if run.part == part) for part in range(len(parts))]
-    return _Table(rule, rule.shape(model), alternatives(rule.huggingface), parts, rule.zeros(model), runs, back)
+    parts, runs = rule.part_shapes(model), tuple(rule.row_ranges(model))
+    back = [tuple(RowRange(0, run.dst_row, run.src_row, run.rows) for run in runs if run.part == part) for part in range(len(parts))]
+    return _Table(rule, rule.shape(model), alternatives(rule.huggingface), parts, rule.absent(model), runs, back)
 
 
-def _fused(table: _Table, layer: int, source: Specs, common: np.dtype[Any], dtype: str) -> Making:
+def _fused(table: _Table, layer: int, source: Specs, common: np.dtype[Any], dtype: str) -> TensorPlan:
     name = fill(table.rule.megatron, layer)
     if table.zeros:
-        return Making(TensorSpec(name, table.shape, target_dtype(TensorSpec(name, table.shape, common), dtype)))
+        return TensorPlan(TensorSpec(name, table.shape, target_dtype(TensorSpec(name, table.shape, common), dtype)))
     parts = tuple([source[name] for name, _ in table.named(layer)])
     target = target_dtype(parts[0], dtype)
     for part in parts[1:]:
         if target_dtype(part, dtype) != target:
             raise _unequal_dtypes(parts[0], part, name)
-    return Making(TensorSpec(name, table.shape, target), parts, table.runs)
+    return TensorPlan(TensorSpec(name, table.shape, target), parts, table.runs)
 
 
 def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype: str, known: Specs | None = None) -> Plan:
@@ -265,23 +265,23 @@ def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype:
             yield name, _stored_shape(name, table, model, source)
 
     _account(stored, source, known=set(), side="checkpoint")
-    makings, zero = list[Making](), list[str]()
+    tensor_plans, zero = list[TensorPlan](), list[str]()
     for table, layer in tables():
         if table.zeros:
             zero.append(table.stored(layer, source))
         else:
-            makings += _split(table, layer, source, dtype, known or {})
-    return Plan(tuple(makings), tuple(rules), model, zero=tuple(zero))
+            tensor_plans += _split(table, layer, source, dtype, known or {})
+    return Plan(tuple(tensor_plans), tuple(rules), model, zero=tuple(zero))
 
 
-def _split(table: _Table, layer: int, source: Specs, dtype: str, known: Specs) -> Iterator[Making]:
+def _split(table: _Table, layer: int, source: Specs, dtype: str, known: Specs) -> Iterator[TensorPlan]:
     stored = source[table.stored(layer, source)]
     parts, target = (stored,), target_dtype(stored, dtype)
     for (name, shape), runs in zip(table.named(layer), table.back, strict=True):
         spec = known.get(name)
         if spec is None or spec.shape != shape or spec.dtype != target:
             spec = TensorSpec(name, shape, target)
-        yield Making(spec, parts, runs)
+        yield TensorPlan(spec, parts, runs)
 
 
 def _stored_shape(name: str, table: _Table, model: Model, source: Specs) -> Shape:
@@ -305,14 +305,14 @@ def _account(wanted: Callable[[], Iterable[tuple[str, Shape]]], found: Specs, *,
             unlike.append((name, shape))
     over = sorted(found.keys() - known - {name for name, _ in wanted()}) if asked < len(found) else []
     if missing:
-        instead = f"; it holds {named(over)}, for which this family has no place" if over else ""
+        instead = f"; it holds {list_names(over)}, for which this family has no place" if over else ""
         raise UserError(
-            f"the {side} lacks {named(missing)}{instead}",
+            f"the {side} lacks {list_names(missing)}{instead}",
             hint="`config.json` describes a model with these tensors: either it or the weights are of another model",
         )
     if over:
         raise UserError(
-            f"the {side} holds {named(over)}, for which this family has no place",
+            f"the {side} holds {list_names(over)}, for which this family has no place",
             hint="nothing is left out silently: is `config.json` of the same model?",
         )
     check_dtypes(found)
@@ -333,7 +333,7 @@ def check_dtypes(specs: Specs) -> None:
             )
 
 
-def named(names: Sequence[str]) -> str:
+def list_names(names: Sequence[str]) -> str:
     """The first three names, and how many more there are: for messages."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(f"`{name}`" for name in names[:3]) + more
@@ -346,32 +346,32 @@ def _unequal_dtypes(one: TensorSpec, other: TensorSpec, megatron: str) -> UserEr
     )
 
 
-def casts(makings: Iterable[Making]) -> dict[str, str]:
+def casts(tensor_plans: Iterable[TensorPlan]) -> dict[str, str]:
     """The dtypes that values are cast from, each with what it is cast to."""
-    changed = {(dtype, making.spec.dtype) for making in makings for dtype in making.dtypes}
+    changed = {(dtype, tensor_plan.spec.dtype) for tensor_plan in tensor_plans for dtype in tensor_plan.dtypes}
     changed = {(old, new) for old, new in changed if old != new}
     return {dtype_name(old): dtype_name(new) for old, new in sorted(changed, key=str)}
 
 
-def placed(plan: Plan, layout: Layout) -> Iterator[tuple[TensorSpec, tuple[tuple[Region, int], ...]]]:
+def sharded(plan: Plan, layout: Layout) -> Iterator[tuple[TensorSpec, tuple[tuple[Region, int], ...]]]:
     """Every Megatron tensor of a plan, with its chunks and the rank that holds each."""
     known: dict[Any, tuple[tuple[Region, int], ...]] = {}
     stage_of = cache(layout.stage)
-    for (rule, layer), making in zip(plan.bound, plan.makings, strict=True):
-        stage, shape = stage_of(layer), making.spec.shape
-        like = shape, rule.cut, rule.blocks, stage
+    for (rule, layer), tensor_plan in zip(plan.bound_rules, plan.tensors, strict=True):
+        stage, shape = stage_of(layer), tensor_plan.spec.shape
+        like = shape, rule.partition_dim, rule.partition_stride, stage
         if like not in known:
-            cut = boxes(shape, rule.cut, rule.blocks, layout.tp)
+            cut = shards(shape, rule.partition_dim, rule.partition_stride, layout.tp)
             known[like] = tuple((region, layout.rank(stage, tp_rank)) for region, tp_rank in cut)
-        yield making.spec, known[like]
+        yield tensor_plan.spec, known[like]
 
 
-def pieces(makings: Iterable[Making], *, limit: int) -> Iterator[Piece]:
+def pieces(tensor_plans: Iterable[TensorPlan], *, limit: int) -> Iterator[Piece]:
     """Tensors as pieces in C order, none of more than `limit` bytes in the source's dtype or its own.
 
     Their numbers are written down in journals: with another order or size, `resumable` has to differ.
     """
-    for making in makings:
-        count = limit // max(dtype.itemsize for dtype in making.dtypes)
-        for region in contiguous_regions(making.spec.shape, count):
-            yield Piece(making, region)
+    for tensor_plan in tensor_plans:
+        count = limit // max(dtype.itemsize for dtype in tensor_plan.dtypes)
+        for region in contiguous_regions(tensor_plan.spec.shape, count):
+            yield Piece(tensor_plan, region)

@@ -9,18 +9,18 @@ from typing import Any, cast
 from blake3 import blake3
 
 from converter import masters, provenance
-from converter.comparison import Comparison, Side, compare
-from converter.job import Talk
-from converter.plan import Making, pieces
-from converter.run import PIECE_BYTES, Bench, in_threads
-from converter.sides import huggingface_side, open_sides
+from converter.comparison import Comparison, CheckpointView, compare
+from converter.job import Reporter
+from converter.plan import TensorPlan, pieces
+from converter.run import PIECE_BYTES, PieceBuffers, in_threads
+from converter.sides import huggingface_view, open_views
 from converter.sources import check_unchanged, open_source, workers_for
 from converter.values import CHOICES
 from converter.workers import check_workers
 from formats import integrity
 from formats.arrays import as_bytes
 from formats.detect import Format, detect
-from formats.disk import explained
+from formats.disk import user_errors
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
@@ -30,94 +30,94 @@ from formats.spec import Reader
 from formats.torch_dist import TorchDistReader, find_iteration
 
 
-@explained()
+@user_errors()
 def verify_directories(
-    one: str | Path, other: str | Path, *, cast: str | None = None, workers: int | None = None, talk: Talk | None = None
+    one: str | Path, other: str | Path, *, cast: str | None = None, workers: int | None = None, reporter: Reporter | None = None
 ) -> Comparison:
     """Compare two checkpoints tensor by tensor, whatever their formats and layouts; `cast` to one of bf16, fp16, fp32 first.
 
     Raises UserError if one is not a checkpoint, or damaged.
     """
     check_workers(workers)
-    talk, folders = talk or Talk(), [open_source(one), open_source(other)]
+    reporter, folders = reporter or Reporter(), [open_source(one), open_source(other)]
     workers = workers_for(workers, folders)
     if cast is not None and cast not in CHOICES[1:]:
         raise UserError(f"dtype `{cast}` is not one of {', '.join(CHOICES[1:])}")
-    sides = open_sides(*folders)
+    sides = open_views(*folders)
     with closing(sides[0].reader), closing(sides[1].reader):
-        talk.start(_compared_bytes(*sides))
-        found = compare(*sides, cast=cast, workers=workers, progress=talk.progress)
+        reporter.start(_compared_bytes(*sides))
+        found = compare(*sides, cast=cast, workers=workers, progress=reporter.progress)
         check_unchanged(folders)
         return found
 
 
-def _compared_bytes(one: Side, other: Side) -> int:
-    return sum(making.spec.nbytes for name, making in one.makings.items() if name in other.makings)
+def _compared_bytes(one: CheckpointView, other: CheckpointView) -> int:
+    return sum(tensor_plan.spec.nbytes for name, tensor_plan in one.tensor_plans.items() if name in other.tensor_plans)
 
 
-@explained()
-def check_directory(path: str | Path, *, workers: int | None = None, talk: Talk | None = None) -> Check:
+@user_errors()
+def check_directory(path: str | Path, *, workers: int | None = None, reporter: Reporter | None = None) -> Check:
     """Hold every file of a Megatron iteration against its `integrity.json`, and its weights against the fp32 masters in its
     optimizer state; or every tensor of a Hugging Face directory against its `conversion.json`.
 
     Raises UserError if there is neither such a document nor a master.
     """
     check_workers(workers)
-    talk, folder = talk or Talk(), open_source(path)
+    reporter, folder = reporter or Reporter(), open_source(path)
     workers = workers_for(workers, [folder])
     with closing(folder):
         if detect(folder) is Format.TORCH_DIST:
-            found = _check_iteration(find_iteration(folder), workers, talk)
+            found = _check_iteration(find_iteration(folder), workers, reporter)
         else:
-            found = _check_tensors(folder, workers, talk)
+            found = _check_tensors(folder, workers, reporter)
         check_unchanged([folder])
         return found
 
 
-def _check_iteration(iteration: Folder, workers: int, talk: Talk) -> Check:
+def _check_iteration(iteration: Folder, workers: int, reporter: Reporter) -> Check:
     """First the files: what is damaged is not worth comparing."""
     hashed = iteration.has(integrity.FILE)
-    found = _check_files(iteration, workers, talk) if hashed else Check("files", 0, "the files", [], [], [])
+    found = _check_files(iteration, workers, reporter) if hashed else Check("files", 0, "the files", [], [], [])
     check_unchanged([iteration])
     if found.whole:
-        found = masters.check(TorchDistReader(iteration), found, workers=workers, talk=talk)
+        found = masters.check(TorchDistReader(iteration), found, workers=workers, reporter=reporter)
     if not (hashed or found.masters):
         integrity.read(iteration)  # which says what is missing
     return found
 
 
-def _check_files(iteration: Folder, workers: int, talk: Talk) -> Check:
+def _check_files(iteration: Folder, workers: int, reporter: Reporter) -> Check:
     listed = integrity.read(iteration)
-    talk.start(sum(iteration.size(name) for name in listed if iteration.has(name)))
-    return integrity.check(iteration, listed, workers=workers, progress=talk.progress)
+    reporter.start(sum(iteration.size(name) for name in listed if iteration.has(name)))
+    return integrity.check(iteration, listed, workers=workers, progress=reporter.progress)
 
 
-def _check_tensors(folder: Folder, workers: int, talk: Talk) -> Check:
+def _check_tensors(folder: Folder, workers: int, reporter: Reporter) -> Check:
     listed = _recorded(folder)
-    side = huggingface_side(HuggingFaceReader(folder, any_dtype=True))
-    makings, reader = side.makings, side.reader
-    talk.start(sum(making.spec.nbytes for making in makings.values()))
+    side = huggingface_view(HuggingFaceReader(folder, any_dtype=True))
+    tensor_plans, reader = side.tensor_plans, side.reader
+    reporter.start(sum(tensor_plan.spec.nbytes for tensor_plan in tensor_plans.values()))
     found: dict[str, str] = {}
 
     def worker() -> Any:
-        bench = Bench()
+        bench = PieceBuffers()
 
-        def one(making: Making) -> None:
-            found[making.spec.name] = _hash(making, bench, reader, talk)
+        def one(tensor_plan: TensorPlan) -> None:
+            found[tensor_plan.spec.name] = _hash(tensor_plan, bench, reader, reporter)
 
         return one
 
-    in_threads(makings.values(), worker, workers=workers)
+    in_threads(tensor_plans.values(), worker, workers=workers)
     changed = sorted(name for name, digest in found.items() if listed.get(name, digest) != digest)
     missing, unlisted = sorted(listed.keys() - found.keys()), sorted(found.keys() - listed.keys())
     return Check("tensors", len(found), "config.json and other side files", changed, missing, unlisted)
 
 
-def _hash(making: Making, bench: Bench, reader: Reader, talk: Talk) -> str:
+def _hash(tensor_plan: TensorPlan, bench: PieceBuffers, reader: Reader, reporter: Reporter) -> str:
     digest = blake3()
-    for piece in pieces([making], limit=PIECE_BYTES):
+    for piece in pieces([tensor_plan], limit=PIECE_BYTES):
         digest.update(as_bytes(bench.make(piece, reader)))
-        talk.progress(piece.nbytes)
+        reporter.progress(piece.nbytes)
     return digest.hexdigest()
 
 

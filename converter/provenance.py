@@ -16,7 +16,7 @@ from converter.version import VERSION
 from formats import integrity
 from formats.dcp_index import METADATA
 from formats.errors import UserError
-from formats.folder import FileIn, Folder
+from formats.folder import FileRef, Folder
 from formats.huggingface import Shard
 from formats.spec import Document
 
@@ -40,7 +40,7 @@ def huggingface_source(folder: Folder, shards: Mapping[str, Shard]) -> dict[str,
 
 def megatron_source(root: Folder, iteration: Folder) -> dict[str, Any]:
     """A Megatron source: its iteration, the hash of its index, and those that its `integrity.json` tells."""
-    files: dict[str, Any] = {METADATA: {"sha256": integrity.hash_file(FileIn(iteration, METADATA))}}
+    files: dict[str, Any] = {METADATA: {"sha256": integrity.hash_file(FileRef(iteration, METADATA))}}
     told = _told(iteration)
     files |= {name: {"sha256": digest} for name, digest in sorted(told.items()) if name.endswith(".distcp")}
     return {**root.origin, "format": "torch_dist", "iteration": iteration.name, "files": files}

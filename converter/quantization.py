@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from converter.plan import named
-from formats.errors import UserError, shown
+from converter.plan import list_names
+from formats.errors import UserError, format_untrusted
 from formats.spec import DTYPES, TensorSpec
 
 _METHODS = (
@@ -65,7 +65,7 @@ def method_in(config: Mapping[str, Any]) -> str:
     for name in quantization(config):
         if isinstance(config[name], dict):
             told = cast("dict[str, Any]", config[name])
-            return shown(told.get("quant_method") or told.get("quant_algo") or "unnamed method")
+            return format_untrusted(told.get("quant_method") or told.get("quant_algo") or "unnamed method")
     return "MLX" if isinstance(config.get("quantization"), dict) else ""
 
 
@@ -85,7 +85,7 @@ def refuse_quantized(specs: Mapping[str, TensorSpec], over: Sequence[str], confi
     by_name, names = method_of(over)
     told = method_in(config)
     if names:
-        what = f"it holds {named(names)}"
+        what = f"it holds {list_names(names)}"
     else:
         whole = [spec for spec in specs.values() if spec.name not in over and _rounded(spec)]
         if not whole:

@@ -13,7 +13,7 @@ from typing import Any
 
 from converter.families import Family
 from converter.model import Model
-from converter.plan import named
+from converter.plan import list_names
 from converter.quantization import refuse_quantized
 from converter.rules import fill
 from formats.errors import UserError
@@ -81,8 +81,8 @@ _OTHERS = (
 
 def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], family: Family, model: Model, *, label: str) -> None:
     """Raise UserError for weights that are recognized as no plain ones of this model; `label` is their folder."""
-    wanted = {name for rule in family.RULES if rule.when(model) and not rule.zeros(model) for name in rule.names(0)[1]}
-    head = {name for rule in family.RULES if rule.same_as for name in rule.names(0)[1]}
+    wanted = {name for rule in family.RULES if rule.when(model) and not rule.absent(model) for name in rule.names(0)[1]}
+    head = {name for rule in family.RULES if rule.tied_to for name in rule.names(0)[1]}
     extras = {fill(template, 0) for template in family.EXTRAS}
     found = {_LAYER.sub("0", name): name for name in specs}
     missing, over = wanted - found.keys(), [found[name] for name in sorted(found.keys() - wanted - head - extras)]
@@ -94,7 +94,7 @@ def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], fam
     for other in _OTHERS:
         names = [name for name in over if re.fullmatch(other.pattern, _LAYER.sub("0", name))]
         if names:
-            raise UserError(f"`{label}` holds {named(names)}: {other.what}", hint=other.hint)
+            raise UserError(f"`{label}` holds {list_names(names)}: {other.what}", hint=other.hint)
     if missing <= head:
         _refuse_head(missing, over, label=label)
 
@@ -178,11 +178,11 @@ def _refuse_head(missing: set[str], over: list[str], *, label: str) -> None:
     if heads and len(heads) == len(over) and not missing:
         again = f'`AutoModelForCausalLM.from_pretrained("{label}", dtype="auto").save_pretrained("OUT")`'
         raise UserError(
-            f"`{label}` holds {named(heads)} beside the language model: a head for classification, rewards or values",
+            f"`{label}` holds {list_names(heads)} beside the language model: a head for classification, rewards or values",
             hint=f"leave it out: {again}, then convert `OUT`",
         )
     if missing and len(heads) == len(over):
-        instead = f", but {named(heads)}: a head for classification, rewards or embeddings" if heads else ""
+        instead = f", but {list_names(heads)}: a head for classification, rewards or embeddings" if heads else ""
         raise UserError(
             f"`{label}` has no head of a language model (`{min(missing)}`){instead}",
             hint=f"if it is tied to the embedding, set `tie_word_embeddings` to true in `config.json`; if not, {_BODY}",

@@ -8,16 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 from converter import agreement, carried, families, megatron_settings, run_config
-from converter.carried import Reference
+from converter.carried import HFReference
 from converter.config import to_huggingface
 from converter.padded_vocab import rows_of, tokens
 from converter.run_config import Said, UnknownModelError
 from formats.errors import UserError
-from formats.folder import FileIn, Folder
+from formats.folder import FileRef, Folder
 from formats.torch_dist import TorchDistReader
 
 
-def find(reader: TorchDistReader, given: Folder | None, *, any_settings: bool = False, vocab: int | None = None) -> Reference:
+def find(reader: TorchDistReader, given: Folder | None, *, any_settings: bool = False, vocab: int | None = None) -> HFReference:
     """Return the reference for an export; UserError where there is none and none can be rebuilt, where two places say different
     things of the model, and for settings that no `config.json` can say.
 
@@ -25,7 +25,7 @@ def find(reader: TorchDistReader, given: Folder | None, *, any_settings: bool = 
     checkpoint knows its padded vocabulary alone.
     """
     said = run_config.read_all(reader.folder, reader.args())
-    own = carried.unpack(reader.folder)
+    own = carried.load(reader.folder)
     notes = () if any_settings else _check_settings(said, sure=given is not None or own is not None)
     origin = carried.from_folder(given) if given else own or _rebuilt(reader, said, vocab)
     others = [own] if given and own else []
@@ -34,7 +34,7 @@ def find(reader: TorchDistReader, given: Folder | None, *, any_settings: bool = 
     return replace(origin, notes=(*origin.notes, *notes, *_rows_left_out(origin, said, rows or 0)))
 
 
-def _rows_left_out(origin: Reference, said: Sequence[Said], rows: int) -> Iterator[str]:
+def _rows_left_out(origin: HFReference, said: Sequence[Said], rows: int) -> Iterator[str]:
     """Tell of rows after the vocabulary that are more, or fewer, than its padding: they may be tokens that were added."""
     size = origin.config["vocab_size"]
     for one in said:
@@ -60,7 +60,7 @@ def _check_settings(said: Sequence[Said], *, sure: bool) -> tuple[str, ...]:
     return tuple(f"{origin} has `{one.name}`, which is not known here: it is taken not to matter" for one, origin in found)
 
 
-def _rebuilt(reader: TorchDistReader, said: Sequence[Said], vocab: int | None) -> Reference:
+def _rebuilt(reader: TorchDistReader, said: Sequence[Said], vocab: int | None) -> HFReference:
     if not said:
         raise UnknownModelError(
             f"`{reader.folder.label}` says nothing about its model: no `config.json`, no `{run_config.FILE}`, no `args`",
@@ -68,12 +68,12 @@ def _rebuilt(reader: TorchDistReader, said: Sequence[Said], vocab: int | None) -
         )
     first = said[0]
     tokenizer = reader.folder.below("tokenizer")
-    files = {name: FileIn(tokenizer, name) for name in tokenizer.children() if tokenizer.has(name)}
+    files = {name: FileRef(tokenizer, name) for name in tokenizer.children() if tokenizer.has(name)}
     fields, note = {name: value for name, value in first.complete.items() if value is not None}, ""
     if "vocab_size" not in fields:
         fields["vocab_size"], note = (vocab, "") if vocab else tokens(first.settings, tokenizer, origin=first.origin)
     config = rebuild_config(fields, first.origin)
-    return Reference(config, f"rebuilt from {first.origin}", files, notes=(note,) if note else ())
+    return HFReference(config, f"rebuilt from {first.origin}", files, notes=(note,) if note else ())
 
 
 def rebuild_config(fields: dict[str, Any], origin: str) -> dict[str, Any]:

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from converter import families, provenance, run_config
-from converter.carried import CONFIG, unpack
+from converter.carried import CONFIG, load
 from converter.sources import open_source
 from formats.detect import Format, detect
-from formats.disk import explained
-from formats.errors import printable, shown
+from formats.disk import user_errors
+from formats.errors import printable, format_untrusted
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
 from formats.pickles import others
-from formats.spec import TensorSpec, extent, whole_number
+from formats.spec import TensorSpec, extent, is_size
 from formats.torch_dist import TorchDistReader
 
 _MOST_PACKAGES = 16
@@ -58,7 +58,7 @@ class Report:
     tensor_list: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
-@explained()
+@user_errors()
 def inspect(path: str | Path, *, tensors: bool = False) -> Report:
     """Look at a Hugging Face directory, a Megatron checkpoint root or one iteration; `tensors` lists every weight.
 
@@ -77,7 +77,7 @@ def _huggingface(folder: Folder, found: Format, *, tensors: bool) -> Report:
     return Report(
         path=folder.label,
         format=found.value,
-        writer=f"transformers {shown(version)}" if version else "unknown",
+        writer=f"transformers {format_untrusted(version)}" if version else "unknown",
         **_described(config, reader.specs),
         dtypes=_dtypes(reader.specs.values()),
         files=len(reader.shards),
@@ -87,7 +87,7 @@ def _huggingface(folder: Folder, found: Format, *, tensors: bool) -> Report:
 
 def _megatron(folder: Folder, *, tensors: bool) -> Report:
     reader = TorchDistReader(folder)
-    origin = unpack(reader.folder)
+    origin = load(reader.folder)
     found = run_config.read(reader.folder, reader.args())
     fields = found[0] if found else {}
     return Report(
@@ -107,11 +107,11 @@ def _megatron(folder: Folder, *, tensors: bool) -> Report:
 
 def _unknown_packages(reader: TorchDistReader) -> list[str]:
     named = {printable(one.module.partition(".")[0]) for one in others(reader.common_state())}
-    return sorted(shown(name) for name in named)[:_MOST_PACKAGES]
+    return sorted(format_untrusted(name) for name in named)[:_MOST_PACKAGES]
 
 
 def _described(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
-    family = shown(config.get("model_type") or "unknown")
+    family = format_untrusted(config.get("model_type") or "unknown")
     supported = family in families.names() or family == "unknown"
     return {
         "family": family if supported else f"{family} (not supported)",
@@ -123,7 +123,7 @@ def _described(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> di
 
 
 def _architecture(named: Any) -> str:
-    return ", ".join(shown(name) for name in cast("list[Any]", named)) if isinstance(named, list) and named else "unknown"
+    return ", ".join(format_untrusted(name) for name in cast("list[Any]", named)) if isinstance(named, list) and named else "unknown"
 
 
 def _dtypes(specs: Iterable[TensorSpec]) -> list[DtypeRow]:
@@ -156,7 +156,7 @@ def _layout(reader: TorchDistReader, fields: Mapping[str, Any]) -> dict[str, Any
     }
     return {
         "tp": tp,
-        **{name: size if isinstance(size, str) or whole_number(size) else shown(size) for name, size in told.items() if size},
+        **{name: size if isinstance(size, str) or is_size(size) else format_untrusted(size) for name, size in told.items() if size},
     }
 
 

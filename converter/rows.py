@@ -14,28 +14,28 @@ from converter.model import Model
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RowRange:
     """`count` consecutive rows: from row `there` of a part to row `here` of the Megatron tensor."""
 
     part: int
-    there: int
-    here: int
-    count: int
+    src_row: int
+    dst_row: int
+    rows: int
 
 
-Order = Callable[[tuple[int, ...], Model], Iterator[Run]]
+RowOrder = Callable[[tuple[int, ...], Model], Iterator[RowRange]]
 """From the parts' numbers of rows to the runs that cover the Megatron tensor, from its first row to its last."""
 
 
-def same(parts: tuple[int, ...], _model: Model) -> Iterator[Run]:
+def concatenated(parts: tuple[int, ...], _model: Model) -> Iterator[RowRange]:
     """Part after part: one part as it is, or the gate and then the up projection."""
     here = 0
     for part, count in enumerate(parts):
-        yield Run(part, 0, here, count)
+        yield RowRange(part, 0, here, count)
         here += count
 
 
-def grouped(parts: tuple[int, ...], model: Model) -> Iterator[Run]:
+def interleaved_by_group(parts: tuple[int, ...], model: Model) -> Iterator[RowRange]:
     """Query group by query group: its queries, its key, its value. For weights and biases alike.
 
     Source: `SelfAttention.get_query_key_value_tensors` in megatron-core's `transformer/attention.py`.
@@ -44,15 +44,15 @@ def grouped(parts: tuple[int, ...], model: Model) -> Iterator[Run]:
     for group in range(model.groups):
         for part, rows in enumerate(parts):
             count = rows // model.groups
-            yield Run(part, group * count, here, count)
+            yield RowRange(part, group * count, here, count)
             here += count
 
 
-def covered(runs: Iterator[Run], total: int) -> bool:
+def covered(runs: Iterator[RowRange], total: int) -> bool:
     """Do the runs cover rows 0 to `total` once each, in order? Rows after the last run are padding and stay zero."""
     end = 0
     for run in runs:
-        if run.here != end:
+        if run.dst_row != end:
             return False
-        end += run.count
+        end += run.rows
     return end <= total

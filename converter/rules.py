@@ -33,11 +33,11 @@ class Rule:
     megatron: str
     huggingface: str
     parts: tuple[Dims, ...]
-    order: rows.Order
-    cut: int | None
+    row_order: rows.RowOrder
+    partition_dim: int | None
     """The dimension that tensor parallelism divides; None where the first rank of its stage holds it whole."""
 
-    blocks: int = 1
+    partition_stride: int = 1
     """Equal blocks along `cut`, each divided separately."""
 
     padded: bool = False
@@ -46,13 +46,13 @@ class Rule:
     when: Condition = always
     """Does Megatron's model have this tensor?"""
 
-    zeros: Condition = never
+    absent: Condition = never
     """Does Hugging Face's model lack it, so that Megatron's must be zero?"""
 
-    same_as: str = ""
+    tied_to: str = ""
     """Where the rule does not apply, a source may still hold its Hugging Face tensor if it equals this one."""
 
-    also: str = ""
+    alias: str = ""
     """Another name some Megatron layer specs give the tensor; read, never written."""
 
     def names(self, layer: int) -> tuple[str, tuple[str, ...]]:
@@ -68,43 +68,43 @@ class Rule:
         total = model.padded_vocab if self.padded else sum(shape[0] for shape in parts)
         return total, *parts[0][1:]
 
-    def runs(self, model: Model) -> Iterator[rows.Run]:
-        return self.order(tuple(shape[0] for shape in self.part_shapes(model)), model)
+    def row_ranges(self, model: Model) -> Iterator[rows.RowRange]:
+        return self.row_order(tuple(shape[0] for shape in self.part_shapes(model)), model)
 
 
 class Options(TypedDict, total=False):
     """What any verb takes beside names and shape: see the fields of `Rule`."""
 
     when: Condition
-    zeros: Condition
-    same_as: str
-    also: str
+    absent: Condition
+    tied_to: str
+    alias: str
 
 
-def whole(megatron: str, huggingface: str, *shape: str, **options: Unpack[Options]) -> Rule:
+def replicated(megatron: str, huggingface: str, *shape: str, **options: Unpack[Options]) -> Rule:
     """The same tensor on both sides; every tensor-parallel rank holds all of it."""
-    return Rule(megatron, huggingface, (shape,), rows.same, None, **options)
+    return Rule(megatron, huggingface, (shape,), rows.concatenated, None, **options)
 
 
-def row(megatron: str, huggingface: str, *shape: str, **options: Unpack[Options]) -> Rule:
+def row_parallel(megatron: str, huggingface: str, *shape: str, **options: Unpack[Options]) -> Rule:
     """The same tensor on both sides, its columns divided (megatron-core's RowParallelLinear)."""
-    return Rule(megatron, huggingface, (shape,), rows.same, 1, **options)
+    return Rule(megatron, huggingface, (shape,), rows.concatenated, 1, **options)
 
 
 def qkv(megatron: str, huggingface: str, *columns: str, **options: Unpack[Options]) -> Rule:
     """Query, key and value projections, interleaved by query group, rows divided."""
     parts = ("queries", *columns), ("keys", *columns), ("keys", *columns)
-    return Rule(megatron, huggingface, parts, rows.grouped, 0, **options)
+    return Rule(megatron, huggingface, parts, rows.interleaved_by_group, 0, **options)
 
 
-def gate_up(megatron: str, huggingface: str, *shape: str, **options: Unpack[Options]) -> Rule:
+def gated_mlp(megatron: str, huggingface: str, *shape: str, **options: Unpack[Options]) -> Rule:
     """Gate then up projection; the rows of each divided separately."""
-    return Rule(megatron, huggingface, (shape, shape), rows.same, 0, blocks=2, **options)
+    return Rule(megatron, huggingface, (shape, shape), rows.concatenated, 0, partition_stride=2, **options)
 
 
-def vocab(megatron: str, huggingface: str, *columns: str, **options: Unpack[Options]) -> Rule:
+def vocab_parallel(megatron: str, huggingface: str, *columns: str, **options: Unpack[Options]) -> Rule:
     """A row per token, padded with zero rows, rows divided."""
-    return Rule(megatron, huggingface, (("vocab", *columns),), rows.same, 0, padded=True, **options)
+    return Rule(megatron, huggingface, (("vocab", *columns),), rows.concatenated, 0, padded=True, **options)
 
 
 def under(megatron: str, huggingface: str, rules: Iterable[Rule]) -> Iterator[Rule]:
@@ -114,7 +114,7 @@ def under(megatron: str, huggingface: str, rules: Iterable[Rule]) -> Iterator[Ru
             rule,
             megatron=f"{megatron}.{rule.megatron}",
             huggingface=f"{huggingface}.{rule.huggingface}",
-            also=rule.also and f"{megatron}.{rule.also}",
+            also=rule.alias and f"{megatron}.{rule.alias}",
         )
 
 

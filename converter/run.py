@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from converter.plan import Copy, Making, Piece, pieces
+from converter.plan import RowCopy, TensorPlan, Piece, pieces
 from converter.values import cast_into
 from formats.arrays import Buffer, as_bytes, offset_of, same_bits
 from formats.errors import UserError
@@ -40,7 +40,7 @@ def _nothing(*_: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Watch:
+class Observer:
     """What looks on: told of rows as they were read (the source's tensor, offset in it, bytes), of a piece put together,
     and of a task done; `stop` is called when there will be no more."""
 
@@ -50,15 +50,15 @@ class Watch:
     stop: Callable[[], None] = _nothing
 
 
-def run(tasks: Iterable[Task], reader: Reader, writer: Writer, *, workers: int, watch: Watch) -> None:
+def run(tasks: Iterable[Task], reader: Reader, writer: Writer, *, workers: int, watch: Observer) -> None:
     """Carry out every task."""
 
     def carry_out() -> Callable[[Task], None]:
-        bench = Bench(watch.read)
+        bench = PieceBuffers(watch.read)
 
         def one(task: Task) -> None:
-            name, region = task.piece.making.spec.name, task.piece.region
-            data = bench.make(task.piece, reader, writer.place(name, region))
+            name, region = task.piece.tensor.spec.name, task.piece.region
+            data = bench.make(task.piece, reader, writer.file_offset(name, region))
             watch.made(task.piece, data)
             if not task.written:
                 writer.write(name, region, data)
@@ -103,7 +103,7 @@ def in_threads[T](
         raise error
 
 
-class Bench:
+class PieceBuffers:
     """One thread's buffers: where a piece is put together. `read` is told of rows as they come from the source."""
 
     def __init__(self, read: Callable[[str, int, memoryview], None] = _nothing) -> None:
@@ -112,7 +112,7 @@ class Bench:
 
     def make(self, piece: Piece, reader: Reader, place: int = 0) -> Array:
         """The piece's data, valid until the next call; its address has the remainder by page that `place` has."""
-        out = self._target.view(extent(piece.region), piece.making.spec.dtype, place=place)
+        out = self._target.view(extent(piece.region), piece.tensor.spec.dtype, place=place)
         filled = 0
         for copy, region, rows in piece.copies():
             self._read(reader, copy, region, out[rows])
@@ -121,7 +121,7 @@ class Bench:
             _zero_the_rest(piece, out)
         return out
 
-    def _read(self, reader: Reader, copy: Copy, region: Region, out: Array) -> None:
+    def _read(self, reader: Reader, copy: RowCopy, region: Region, out: Array) -> None:
         same = out.dtype == copy.dtype
         data = out if same else self._scratch.view(out.shape, copy.dtype)
         reader.read(copy.source, region, data)
@@ -162,7 +162,7 @@ def check_equal(reader: Reader, name: str, other: str) -> None:
     """Raise UserError unless two tensors hold the same bytes. Streams both."""
     spec, like = reader.specs[name], reader.specs[other]
     same = spec.shape == like.shape and spec.dtype == like.dtype
-    for piece in pieces([Making(spec)], limit=PIECE_BYTES) if same else ():
+    for piece in pieces([TensorPlan(spec)], limit=PIECE_BYTES) if same else ():
         one, two = (np.empty(extent(piece.region), spec.dtype) for _ in range(2))
         reader.read(name, piece.region, one)
         reader.read(other, piece.region, two)
@@ -188,7 +188,7 @@ def check_zero(reader: Reader, name: str) -> None:
 def is_zero(reader: Reader, name: str, *, start: int = 0) -> bool:
     """Are all rows of a tensor zero from row `start` on? Streams them."""
     spec = reader.specs[name]
-    for piece in pieces([Making(spec)], limit=PIECE_BYTES):
+    for piece in pieces([TensorPlan(spec)], limit=PIECE_BYTES):
         if piece.rows.stop > start:
             data = np.empty(extent(piece.region), spec.dtype)
             reader.read(name, piece.region, data)

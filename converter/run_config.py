@@ -16,7 +16,7 @@ import yaml
 
 from converter.config import Config
 from converter.layout import Layout
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from formats.faults import fault
 from formats.folder import Folder
 from formats.spec import dtype_name
@@ -193,7 +193,7 @@ def _model_fields(section: Config) -> dict[str, Any]:
     activation = section.get("activation_func")
     plain = {name: found for name, found in section.items() if not isinstance(found, Mapping)}
     if isinstance(activation, Mapping):
-        plain["activation_func"] = shown(cast("Config", activation).get("_target_")).rpartition(".")[2]
+        plain["activation_func"] = format_untrusted(cast("Config", activation).get("_target_")).rpartition(".")[2]
     return {**plain, **_scaled_by_provider(section)}
 
 

@@ -15,11 +15,11 @@ from blake3 import blake3
 
 from converter import provenance
 from converter.comparison import compare
-from converter.job import Job, Talk
+from converter.job import ConversionPlan, Reporter
 from converter.journal import Finished, Journal, doubted_if_lost, doubted_if_lost_on_the_way, read_journals
 from converter.lanes import cut, in_lanes
-from converter.plan import PIECE_AXES, Making, Piece, pieces
-from converter.run import PIECE_BYTES, Task, Watch, run
+from converter.plan import PIECE_AXES, TensorPlan, Piece, pieces
+from converter.run import PIECE_BYTES, Task, Observer, run
 from converter.sources import changes, sources_changed
 from converter.version import VERSION
 from formats import integrity
@@ -34,28 +34,28 @@ from formats.spec import Array, Document, Span
 from formats.staging import Stage, check_sizes, sync_tree
 
 
-def resumable(job: Job) -> dict[str, Any]:
+def resumable(job: ConversionPlan) -> dict[str, Any]:
     """What must be the same for another run to go on with this one: numbers of pieces must mean the same, too."""
     return {**job.manifest, "mbtools": VERSION, "a piece size of": PIECE_BYTES, "pieces cut along": PIECE_AXES}
 
 
-class Share:
+class Worker:
     """See the module. Made for one run."""
 
     def __init__(
         self,
-        job: Job,
-        talk: Talk,
+        job: ConversionPlan,
+        reporter: Reporter,
         stage: Stage,
         *,
         together: Rendezvous,
-        share: Sequence[Making],
+        share: Sequence[TensorPlan],
         workers: int,
         sources: Sequence[Folder],
     ) -> None:
-        self._job, self._talk, self._stage, self._together = job, talk, stage, together
+        self._job, self._reporter, self._stage, self._together = job, reporter, stage, together
         self._workers, self._sources = workers, sources
-        self._share = {making.spec.name: making for making in share}
+        self._share = {tensor_plan.spec.name: tensor_plan for tensor_plan in share}
         self._before = read_journals(stage.state) if stage.resumed else Finished()
         self._hashes = Finished(tensors=dict(self._before.tensors), files=dict(self._before.files))
         self._tensors = InOrder(self._tensor_span, lambda _: blake3(), self._tensor_passed)
@@ -100,7 +100,7 @@ class Share:
 
     def _forget(self, gone: set[str]) -> None:
         before, touched = self._before, self._job.writer.touched
-        before.pieces -= {number for number, piece in self._numbered() if gone & touched(piece.making.spec.name, piece.region)}
+        before.pieces -= {number for number, piece in self._numbered() if gone & touched(piece.tensor.spec.name, piece.region)}
         for file in gone & before.files.keys():
             del before.files[file], self._hashes.files[file]
 
@@ -125,11 +125,11 @@ class Share:
     def _move(self) -> int:
         job = self._job
         begun, reused = self._written_before()
-        self._talk.start(sum(making.spec.nbytes for making in self._share.values()) - reused)
+        self._reporter.start(sum(tensor_plan.spec.nbytes for tensor_plan in self._share.values()) - reused)
         if job.integrity:
             live = self._all_ours(begun)
             job.outputs.tap = lambda file, offset, data: self._contents.put(file, offset, data) if file in live else None
-        watch = Watch(done=self._done, stop=self._stop)
+        watch = Observer(done=self._done, stop=self._stop)
         if job.hashed:
             as_read = job.passing == "read"
             watch = replace(watch, read=self._look_at_read) if as_read else replace(watch, made=self._look_at_made)
@@ -141,23 +141,23 @@ class Share:
         begun, count = set[str](), 0
         for number, piece in self._pieces() if self._before.pieces else ():
             if number in self._before.pieces:
-                begun.add(piece.making.spec.name)
+                begun.add(piece.tensor.spec.name)
                 count += piece.nbytes
         return begun, count
 
     def _numbered(self) -> Iterator[tuple[int, Piece]]:
         """The pieces of all ranks, as all number them."""
-        return enumerate(pieces(self._job.makings, limit=PIECE_BYTES))
+        return enumerate(pieces(self._job.tensor_plans, limit=PIECE_BYTES))
 
     def _pieces(self) -> Iterator[tuple[int, Piece]]:
         """Our pieces."""
-        return (one for one in self._numbered() if one[1].making.spec.name in self._share)
+        return (one for one in self._numbered() if one[1].tensor.spec.name in self._share)
 
     def _tasks(self) -> Iterator[Task]:
         """What is left to write; and what is written already, where the hash of a tensor needs it once more."""
         for number, piece in self._pieces():
             written = number in self._before.pieces
-            if not written or not self._before.tensors.keys() >= self._passing(piece.making):
+            if not written or not self._before.tensors.keys() >= self._passing(piece.tensor):
                 yield Task(number, piece, written)
 
     def _in_lanes(self) -> Iterator[Task]:
@@ -165,20 +165,20 @@ class Share:
         names = list(self._share)
         hashed = self._job.integrity and isinstance(self._job.outputs, LocalOutputs)  # an upload has as few files open as can be
         touched = [self._job.writer.touched(name) for name in names] if hashed else []
-        place = cut([making.spec.nbytes for making in self._share.values()], touched) if touched else None
+        place = cut([tensor_plan.spec.nbytes for tensor_plan in self._share.values()], touched) if touched else None
         first = set(names[:place])
-        return in_lanes(self._tasks, lambda task: task.piece.making.spec.name in first) if place else self._tasks()
+        return in_lanes(self._tasks, lambda task: task.piece.tensor.spec.name in first) if place else self._tasks()
 
-    def _passing(self, making: Making) -> set[str]:
+    def _passing(self, tensor_plan: TensorPlan) -> set[str]:
         """The Hugging Face tensors that pass by with a tensor, to be hashed."""
         if not self._job.hashed:
             return set()
-        return set(making.sources) if self._job.passing == "read" else {making.spec.name}
+        return set(tensor_plan.sources) if self._job.passing == "read" else {tensor_plan.spec.name}
 
     def _all_ours(self, begun: set[str]) -> set[str]:
         """Files of which this run writes all, so that they can be hashed as they pass; `begun` are tensors of which an
         earlier one wrote some."""
-        others = {making.spec.name for making in self._job.makings} - self._share.keys()
+        others = {tensor_plan.spec.name for tensor_plan in self._job.tensor_plans} - self._share.keys()
         return self._job.writer.files.keys() - {file for name in begun | others for file in self._job.writer.touched(name)}
 
     def _tensor_span(self, name: str) -> Iterator[Span]:
@@ -189,7 +189,7 @@ class Share:
             self._tensors.put(name, offset, data)
 
     def _look_at_made(self, piece: Piece, data: Array) -> None:
-        spec = piece.making.spec
+        spec = piece.tensor.spec
         self._look_at_read(spec.name, offset_of(piece.region, spec.shape) * spec.dtype.itemsize, as_bytes(data))
 
     def _tensor_passed(self, name: str, digest: blake3) -> None:
@@ -205,7 +205,7 @@ class Share:
         if not task.written:
             self._journal.piece(task.number)
             self._stage.worth_keeping = True
-            self._talk.progress(task.piece.nbytes)
+            self._reporter.progress(task.piece.nbytes)
 
     def _stop(self) -> None:
         self._tensors.abandon()
@@ -265,13 +265,13 @@ class Share:
     def _compared(self) -> str:
         """How our part of what lies on the disk differs from the source, if it does."""
         sync_tree(self._stage.partial)
-        self._talk.note("reading back from the disk")
+        self._reporter.note("reading back from the disk")
         with closing(LocalFolder(self._stage.partial / self._job.folder, direct=True)) as written:
-            one, other = self._job.sides(written)
-            names = set(self._together.part(sorted(one.makings.keys() | other.makings.keys())))
+            one, other = self._job.views(written)
+            names = set(self._together.part(sorted(one.tensor_plans.keys() | other.tensor_plans.keys())))
             one, other = one.only(names), other.only(names)
-            self._talk.start(sum(making.spec.nbytes for making in one.makings.values()))
-            return compare(one, other, workers=self._workers, progress=self._talk.progress).summary
+            self._reporter.start(sum(tensor_plan.spec.nbytes for tensor_plan in one.tensor_plans.values()))
+            return compare(one, other, workers=self._workers, progress=self._reporter.progress).summary
 
     def _refuse(self, said: Sequence[Mapping[str, Any]]) -> None:
         """Raise UserError if a source changed while a rank read it, or a rank found the output different."""

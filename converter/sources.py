@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.carried import Reference
+from converter.carried import HFReference
 from converter.workers import count_workers
 from formats.detect import refuse_file
 from formats.errors import UserError
 from formats.faults import fault
-from formats.folder import FileIn, Folder, LocalFolder
+from formats.folder import FileRef, Folder, LocalFolder
 from formats.home import expanded
 from formats.location import is_remote, open_folder
 from formats.machine import check_machine
@@ -30,10 +30,10 @@ class Source:
 
     label: str
     reader: Reader
-    reference: Reference
+    reference: HFReference
     """Its `config.json`, its side files, and its shard map if there is one."""
 
-    files: Mapping[str, FileIn]
+    files: Mapping[str, FileRef]
     """Those that its tensors are read from."""
 
     told: Mapping[str, Any]

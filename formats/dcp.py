@@ -24,7 +24,7 @@ from formats.errors import UserError
 from formats.folder import Folder
 from formats.index_writer import index_document
 from formats.outputs import Outputs
-from formats.spec import Array, Document, Region, Shape, Span, dtype_name, extent, within
+from formats.spec import Array, Document, Region, Shape, Span, dtype_name, extent, relative_to
 from formats.torch_zip import DATA_ALIGNMENT, Frame, OpenArchive, contiguous_strides, tensor_frame
 
 _MOST_AROUND = 4 * DATA_ALIGNMENT
@@ -83,8 +83,8 @@ class Container:
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
         """Fill `out` with a region of the tensor, from whichever chunks hold it."""
         for number, chunk, shared in tensor.touching(region):
-            part = out[(*within(shared, region), ...)]  # the dots keep a single number an array that can be filled
-            read_box(self._folder, self._locate(tensor, number, extent(chunk)), within(shared, chunk), part)
+            part = out[(*relative_to(shared, region), ...)]  # the dots keep a single number an array that can be filled
+            read_box(self._folder, self._locate(tensor, number, extent(chunk)), relative_to(shared, chunk), part)
 
     def close(self) -> None:
         self._folder.close()
@@ -238,12 +238,12 @@ class ContainerWriter:
             known += frame.after
         yield Span(at, known)
 
-    def place(self, key: str, region: Region) -> int:
+    def file_offset(self, key: str, region: Region) -> int:
         """Where in its file the region's first byte goes."""
         tensor = self._chunked[key]
         corner = tuple(slice(part.start, part.start + 1) for part in region)
         number, chunk, _ = next(tensor.touching(corner))
-        return place_of(self._stored(tensor, number, extent(chunk)), within(corner, chunk), tensor.dtype.itemsize)
+        return place_of(self._stored(tensor, number, extent(chunk)), relative_to(corner, chunk), tensor.dtype.itemsize)
 
     def touched(self, key: str, region: Region) -> set[str]:
         """The files that hold some of a region."""
@@ -255,7 +255,7 @@ class ContainerWriter:
         tensor = self._chunked[key]
         for number, chunk, shared in tensor.touching(region):
             stored = self._stored(tensor, number, extent(chunk))
-            write_box(self._outputs, stored, within(shared, chunk), data[within(shared, region)])
+            write_box(self._outputs, stored, relative_to(shared, chunk), data[relative_to(shared, region)])
 
     def _stored(self, tensor: ChunkedTensor, number: int, shape: Shape) -> Stored:
         place = tensor.place(number)

@@ -17,12 +17,12 @@ import numpy as np
 
 from formats.chunks import ChunkedTensor, Place, check_tiling, stride, untiled
 from formats.content import refuse_start
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from formats.faults import fault
 from formats.folder import Folder
 from formats.index_pickle import ELSEWHERE, OBJECT, ChunkRun, PlaceRun, load_index
 from formats.pickles import Global, Record
-from formats.spec import Array, Shape, whole_number
+from formats.spec import Array, Shape, is_size
 from formats.torch_zip import DTYPE_OF, read_sizes
 
 METADATA = ".metadata"
@@ -33,7 +33,7 @@ _OF_OBJECT = -1  # instead of the number of a chunk's dimensions
 class Index:
     """An index that was read. Only what is asked for is looked at closely."""
 
-    def __init__(self, tensors: Mapping[str, Record], objects: set[str], places: _Places) -> None:
+    def __init__(self, tensors: Mapping[str, Record], objects: set[str], places: _Locations) -> None:
         self.tensors, self.objects = tensors, objects
         self._places = places
 
@@ -85,7 +85,7 @@ def _index(loaded: Any) -> Index:
     with _structured():
         match loaded:
             case Record(kind=Global(name="Metadata"), state={"state_dict_metadata": {**described}, "storage_data": {**stored}}):
-                places = _Places(stored)
+                places = _Locations(stored)
                 objects = {name for name, one in described.items() if one is OBJECT or one.kind.name == "BytesStorageMetadata"}
                 tensors = {
                     name: one
@@ -126,7 +126,7 @@ class _Rows:
     spans: array[int] = field(default_factory=lambda: array("q"))
 
 
-class _Places:
+class _Locations:
     """Where every chunk and object lies: a row of numbers for each, found by name and by the chunk's offsets."""
 
     def __init__(self, stored: Mapping[Any, Any]) -> None:
@@ -211,7 +211,7 @@ class _Places:
         offsets = index.get("offset")
         shape = None if offsets is None else read_sizes(offsets)
         file, offset, length = info["relative_path"], info["offset"], info["length"]
-        if not isinstance(file, str) or not whole_number(offset) or not whole_number(length):
+        if not isinstance(file, str) or not is_size(offset) or not is_size(length):
             raise _unstructured("it does not say where an archive lies")
         if info.get("transform_descriptors"):
             self._compressed.add(len(rows.names))
@@ -287,7 +287,7 @@ def _structured() -> Generator[None]:
 
 def _misshapen(error: Exception) -> str:
     if isinstance(error, KeyError):
-        return f"it lacks `{shown(error.args[0])}`"
+        return f"it lacks `{format_untrusted(error.args[0])}`"
     return f"a value in it is of another kind ({fault(error)})"
 
 

@@ -85,7 +85,7 @@ _HINTS = {errno.EMFILE: "raise the limit on open files (`ulimit -n`)"}
 
 
 @contextmanager
-def explained(path: Path | None = None) -> Generator[None]:
+def user_errors(path: Path | None = None) -> Generator[None]:
     """Turn what a full, read-only or broken disk says into errors that name the place and the way out.
 
     `path`: where was being written.

@@ -22,12 +22,12 @@ class TransientError(UserError):
     """What may go well when the same is tried again: a network or another process failed, or a disk was full."""
 
 
-def shown(value: Any, *, inside: bool = False) -> str:
+def format_untrusted(value: Any, *, inside: bool = False) -> str:
     """A value from a file, for a message: short whatever it is. Numbers of thousands of digits cannot be printed, and what is
     nested, or holds one thing many times, can take forever to."""
     if isinstance(value, (list, tuple)) and not inside:
         parts = cast("list[Any]", value)
-        return f"[{', '.join(shown(part, inside=True) for part in parts[:8])}{', …' if len(parts) > 8 else ''}]"
+        return f"[{', '.join(format_untrusted(part, inside=True) for part in parts[:8])}{', …' if len(parts) > 8 else ''}]"
     if isinstance(value, int) and abs(value) >= 1 << 64:
         return f"a number of {value.bit_length()} bits"
     value = cast("Any", value)

@@ -108,7 +108,7 @@ class Folder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class FileIn:
+class FileRef:
     """A file of a folder."""
 
     folder: Folder

@@ -50,7 +50,7 @@ class Heartbeat:
                 self._beat()
 
 
-class Watch:
+class StalenessTimer:
     """Tells how long something has not changed, from one look to the next.
 
     A long time between two looks counts only as a short one. Whoever was stopped or hung on a file system that was away

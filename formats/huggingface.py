@@ -21,7 +21,7 @@ import numpy as np
 
 from formats.boxes import Stored, place_of, read_box, write_box
 from formats.content import refuse_other
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.json_objects import parse_json
 from formats.outputs import Outputs
@@ -36,8 +36,8 @@ from formats.spec import (
     TensorSpec,
     ViewSpec,
     dtype_name,
-    possible_shape,
-    whole_number,
+    is_valid_shape,
+    is_size,
 )
 
 _MAX_HEADER = 100_000_000  # safetensors' own limit
@@ -145,10 +145,10 @@ def _span(name: str, entry: Any, source: str) -> tuple[int, int, str]:
     """Where the data of an entry starts and stops, and its name."""
     offsets = cast("dict[str, Any]", entry).get("data_offsets") if isinstance(entry, dict) else None
     match offsets:
-        case [start, stop] if type(start) is int and whole_number(stop) and 0 <= start <= stop:
+        case [start, stop] if type(start) is int and is_size(stop) and 0 <= start <= stop:
             return start, stop, name
         case _:
-            raise UserError(f"`{source}`: `{name}` has data offsets `{shown(offsets)}`", hint="the header is damaged")
+            raise UserError(f"`{source}`: `{name}` has data offsets `{format_untrusted(offsets)}`", hint="the header is damaged")
 
 
 def _spec(name: str, entry: dict[str, Any], source: str, known: dict[str, TensorSpec], size: int | None) -> TensorSpec:
@@ -168,13 +168,13 @@ def _spec(name: str, entry: dict[str, Any], source: str, known: dict[str, Tensor
 def _checked(name: str, shape: Any, dtype: Any, source: str, size: int | None) -> TensorSpec:
     if not isinstance(dtype, str) or (size is None and dtype not in _DTYPE_OF):
         raise UserError(
-            f"`{source}`: `{name}` has dtype `{shown(dtype)}`", hint=f"those that can be converted are {', '.join(_DTYPE_OF)}"
+            f"`{source}`: `{name}` has dtype `{format_untrusted(dtype)}`", hint=f"those that can be converted are {', '.join(_DTYPE_OF)}"
         )
     sizes = tuple(cast("list[Any]", shape if isinstance(shape, list) else [None]))
-    if not possible_shape(sizes):
-        raise UserError(f"`{source}`: `{name}` has shape `{shown(shape)}`", hint="the header is damaged")
+    if not is_valid_shape(sizes):
+        raise UserError(f"`{source}`: `{name}` has shape `{format_untrusted(shape)}`", hint="the header is damaged")
     held = _DTYPE_OF.get(dtype) or _OTHER_DTYPE_OF.get(dtype)
-    return TensorSpec(name, sizes, held) if held else ViewSpec(name, (size or 0,), np.dtype(np.uint8), sizes, shown(dtype))
+    return TensorSpec(name, sizes, held) if held else ViewSpec(name, (size or 0,), np.dtype(np.uint8), sizes, format_untrusted(dtype))
 
 
 _FILES_AT_ONCE = 64
@@ -252,7 +252,7 @@ class HuggingFaceWriter:
     def specs(self) -> dict[str, TensorSpec]:
         return specs_of(self._shards)
 
-    def place(self, name: str, region: Region) -> int:
+    def file_offset(self, name: str, region: Region) -> int:
         dtype = self._shards[self._files[name]].tensors[name].dtype
         return place_of(self._stored(name), region, dtype.itemsize)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from formats.pickles import Global
-from formats.spec import Array, whole_number
+from formats.spec import Array, is_size
 
 _KEYS = {"offsets", "sizes", "fqn", "offset", "index", "relative_path", "length", "transform_descriptors"}
 _BLOCK = 2000  # records that are matched at a time
@@ -127,7 +127,7 @@ def _decoded(column: Sequence[bytes]) -> Array:
             values[chosen] = raw.view("<i4")[:, 0]
     for number in np.flatnonzero(codes == pickle.LONG1[0]).tolist():
         value = int.from_bytes(column[number][2:], "little", signed=True)
-        values[number] = value if whole_number(value) else -1
+        values[number] = value if is_size(value) else -1
     return values
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 from formats.errors import UserError
-from formats.folder import FileIn, Folder
+from formats.folder import FileRef, Folder
 from formats.json_objects import read_json
 
 FILE = "integrity.json"
@@ -46,7 +46,7 @@ def read(folder: Folder) -> dict[str, str]:
     return cast("dict[str, str]", files)
 
 
-def hash_file(file: FileIn, progress: Callable[[int], None] = lambda _count: None) -> str:
+def hash_file(file: FileRef, progress: Callable[[int], None] = lambda _count: None) -> str:
     """The sha256 of a file, read from its folder."""
     digest = hashlib.sha256()
     for band in file.bands():
@@ -98,7 +98,7 @@ def hash_files(
     """The sha256 of files, several at a time."""
 
     def one(name: str) -> str:
-        return hash_file(FileIn(folder, name), progress)
+        return hash_file(FileRef(folder, name), progress)
 
     with ThreadPoolExecutor(workers, thread_name_prefix="hash") as pool:
         return dict(zip(names, pool.map(one, names), strict=True))

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from formats.folder import Folder, LocalFolder
 
 if TYPE_CHECKING:
-    from formats.remote.retry import Patience
+    from formats.remote.retry import RetryPolicy
 
 
 def is_remote(source: str | Path) -> bool:
@@ -22,7 +22,7 @@ def is_remote(source: str | Path) -> bool:
     return isinstance(source, str) and bool(re.match(r"[A-Za-z][\w+.-]*://", source))
 
 
-def open_folder(source: str | Path, *, patience: Patience | None = None) -> Folder:
+def open_folder(source: str | Path, *, patience: RetryPolicy | None = None) -> Folder:
     """The folder of a path or URL. Whether it is there shows when something is asked of it; a Hub id is asked for at once,
     because its commit is fixed then.
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Self
 
 from formats.errors import TransientError, UserError
-from formats.heartbeat import PATIENCE, Heartbeat, Process, Watch, pauses
+from formats.heartbeat import PATIENCE, Heartbeat, Process, StalenessTimer, pauses
 from formats.json_objects import parse_json
 
 _SIZE = 2048  # bytes of a lock file: it is always rewritten whole, by one write
@@ -173,7 +173,7 @@ def lock(target: Path, *, run: str, patience: float = PATIENCE, note: Callable[[
 
 
 def _take(path: Path, me: Holder, target: Path, patience: float, note: Callable[[str], None] | None) -> None:
-    watch, before = Watch(patience), None
+    watch, before = StalenessTimer(patience), None
     for _ in pauses(patience):
         if _create(path, me):
             return

@@ -28,7 +28,7 @@ from typing import Any, Self
 
 from formats.errors import TransientError, UserError
 from formats.faults import fault
-from formats.heartbeat import PATIENCE, Heartbeat, Process, Watch, pauses
+from formats.heartbeat import PATIENCE, Heartbeat, Process, StalenessTimer, pauses
 from formats.json_objects import parse_json
 from formats.lock import Lock, lock
 
@@ -61,7 +61,7 @@ class Rendezvous:
         self._mine = self._named(rank, self._key)
         self._token, self._trusted = "", False  # rank 0's; another's may be an old one until its key is on the roster
         self._members = dict[int, str]()  # those we watch, and their keys
-        self._watches = dict[int, Watch]()
+        self._watches = dict[int, StalenessTimer]()
         self._heard = dict[int, dict[str, Any]]()  # what each said last
         self._own, self._left = dict[str, Mapping[str, Any]](), list[Path]()
         self._beats, self._writing = 0, threading.Lock()
@@ -152,7 +152,7 @@ class Rendezvous:
     def _gather(self) -> None:
         """Rank 0: call, and wait until every rank has answered."""
         self._token, self._trusted = secrets.token_hex(6), True
-        watches = {rank: Watch(self._patience) for rank in range(1, self._size)}
+        watches = {rank: StalenessTimer(self._patience) for rank in range(1, self._size)}
         self._call()
         for _ in pauses(self._patience):
             hellos = list(self._hellos())
@@ -173,7 +173,7 @@ class Rendezvous:
 
     def _join(self) -> None:
         """Another: repeat what rank 0 calls, until it has taken note of us."""
-        watch = Watch(self._patience)
+        watch = StalenessTimer(self._patience)
         for _ in pauses(self._patience):
             roster = _read(self._roster) or {}
             keys: dict[str, str] = roster["keys"] if self._is_ours(roster) else {}
@@ -227,7 +227,7 @@ class Rendezvous:
             self._write(self._mine, self._hello())
 
     def _watch(self, members: dict[int, str]) -> None:
-        self._watches |= {rank: Watch(self._patience) for rank in members}
+        self._watches |= {rank: StalenessTimer(self._patience) for rank in members}
         self._heard |= {rank: _read(self._named(rank, key)) or {} for rank, key in members.items()}
         self._members = self._members | members  # a new one: the heart goes through the old one meanwhile
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from formats import foreign
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from formats.folder import Folder, LocalFolder, link
 from formats.json_objects import read_json
 
@@ -29,7 +29,7 @@ def weight_map(folder: Folder) -> dict[str, str]:
     named = set(files) if all(isinstance(file, str) for file in files) else files  # a file holds many tensors
     for file in named:
         if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
-            raise UserError(f"`{INDEX}` names the file `{shown(file)}`, which leaves the directory; it was not opened")
+            raise UserError(f"`{INDEX}` names the file `{format_untrusted(file)}`, which leaves the directory; it was not opened")
     return cast("dict[str, str]", listed)
 
 

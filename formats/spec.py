@@ -70,7 +70,7 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
     @property
-    def whole(self) -> Region:
+    def full_region(self) -> Region:
         return tuple(slice(0, size) for size in self.shape)
 
     def cast(self, dtype: np.dtype[Any]) -> TensorSpec:
@@ -108,16 +108,16 @@ class ViewSpec(TensorSpec):
         return self.file_dtype
 
 
-def whole_number(value: Any) -> bool:
+def is_size(value: Any) -> bool:
     """Could it be a size or an offset? Larger ones overflow what disks and numpy count with."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
-def possible_shape(sizes: Sequence[Any]) -> bool:
+def is_valid_shape(sizes: Sequence[Any]) -> bool:
     """Could these be a tensor's sizes? numpy holds no more dimensions, and no more elements even where there are none."""
     return (
         len(sizes) <= MOST_DIMENSIONS
-        and all(whole_number(size) for size in sizes)
+        and all(is_size(size) for size in sizes)
         and prod(max(size, 1) for size in sizes) < 1 << 59
     )
 
@@ -138,7 +138,7 @@ def intersect(one: Region, other: Region) -> Region | None:
     return tuple(shared)
 
 
-def within(region: Region, origin: Region) -> Region:
+def relative_to(region: Region, origin: Region) -> Region:
     """The same box, counted from the first corner of `origin`."""
     return tuple([slice(a.start - b.start, a.stop - b.start) for a, b in zip(region, origin, strict=True)])
 
@@ -214,7 +214,7 @@ class Writer(Protocol):
         """The files that hold some of a tensor, or of a region of it."""
         ...
 
-    def place(self, name: str, region: Region) -> int:
+    def file_offset(self, name: str, region: Region) -> int:
         """Where in its file the region's first byte goes: data at such a place in memory, by pages, is written without a
         copy."""
         ...
@@ -224,7 +224,7 @@ class Writer(Protocol):
         ...
 
 
-class Joined:
+class JoinedReader:
     """Several readers as one. Their tensors have different names."""
 
     def __init__(self, *readers: Reader) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Any
 
-from formats.disk import explained, free_bytes
+from formats.disk import user_errors, free_bytes
 from formats.errors import TransientError, UserError
 from formats.rendezvous import Rendezvous
 from formats.replacement import Present, Rule, check_unchanged
@@ -97,7 +97,7 @@ def staged(
     `rule` lets it go, and it is the same at the end as at the start. Raises UserError for what an earlier run left without
     `resume`, and with it where that run did something else. Only the first rank prepares, commits and removes.
     """
-    with explained(target):
+    with user_errors(target):
         stage = Stage(partial, _state(partial))
         if together.is_first:
             _put_back(target, note)

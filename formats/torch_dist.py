@@ -23,7 +23,7 @@ from formats.archive_files import Box, NewPart
 from formats.chunks import Chunk, ChunkedTensor
 from formats.dcp import Container, ContainerWriter, NewObject
 from formats.dcp_index import METADATA
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.json_objects import read_json
 from formats.outputs import Outputs
@@ -105,7 +105,7 @@ def refuse_legacy(folder: Folder) -> None:
         )
     backend = read_json(folder, FORMAT).get("sharded_backend", "torch_dist") if folder.has(FORMAT) else "torch_dist"
     if backend != "torch_dist":
-        raise other_format(folder, shown(backend))
+        raise other_format(folder, format_untrusted(backend))
 
 
 def other_format(folder: Folder, name: str) -> UserError:
@@ -215,7 +215,7 @@ class TorchDistReader:
         tensor = self._tensor(key)
         if row is None:
             return tensor.chunks
-        layer = (slice(row, row + 1), *self.specs[name].whole)
+        layer = (slice(row, row + 1), *self.specs[name].full_region)
         return [tensor.chunk(number) for number, *_ in tensor.touching(layer)]
 
     def _tensor(self, key: str) -> ChunkedTensor:
@@ -268,7 +268,7 @@ def _stacked(first: ChunkedTensor, then: ChunkedTensor) -> ChunkedTensor:
     return ChunkedTensor((rows + then.shape[0], *first.shape[1:]), first.dtype, numbers, first.files)
 
 
-class Placed(NamedTuple):
+class ShardedTensor(NamedTuple):
     """A weight and how ranks hold it: boxes of it, each with the rank in whose file it goes."""
 
     spec: TensorSpec
@@ -278,7 +278,7 @@ class Placed(NamedTuple):
 class TorchDistWriter:
     """An iteration being made, under a root with its trackers."""
 
-    def __init__(self, outputs: Outputs, placed: Iterable[Placed], *, iteration: int = 0, whole_model: bool = True) -> None:
+    def __init__(self, outputs: Outputs, placed: Iterable[ShardedTensor], *, iteration: int = 0, whole_model: bool = True) -> None:
         """Of a `whole_model`, layers are stacked and every module gets its empty `_extra_state`. What has only some of a
         model's tensors keeps the layer's number in each key, and holds nothing else."""
         self._folder = iteration_folder(iteration)
@@ -290,7 +290,7 @@ class TorchDistWriter:
         self._container = ContainerWriter(outputs, self._folder, _whole(self.specs.values(), parts), parts, objects)
         self._iteration = iteration
 
-    def _noted(self, placed: Iterable[Placed]) -> Iterator[Placed]:
+    def _noted(self, placed: Iterable[ShardedTensor]) -> Iterator[ShardedTensor]:
         for item in placed:
             self.specs[item.spec.name] = item.spec
             yield item
@@ -319,11 +319,11 @@ class TorchDistWriter:
 
     def touched(self, name: str, region: Region | None = None) -> set[str]:
         key, row = self._located(name)
-        return self._container.touched(key, _in_key(row, region or self.specs[name].whole))
+        return self._container.touched(key, _in_key(row, region or self.specs[name].full_region))
 
-    def place(self, name: str, region: Region) -> int:
+    def file_offset(self, name: str, region: Region) -> int:
         key, row = self._located(name)
-        return self._container.place(key, _in_key(row, region))
+        return self._container.file_offset(key, _in_key(row, region))
 
     def write(self, name: str, region: Region, data: Array) -> None:
         key, row = self._located(name)
@@ -343,7 +343,7 @@ def _in_key(row: int | None, region: Region) -> Region:
     return region if row is None else (slice(row, row + 1), *region)
 
 
-def _parts(placed: Iterable[Placed], locate: Callable[[str], tuple[str, int | None]]) -> list[NewPart]:
+def _parts(placed: Iterable[ShardedTensor], locate: Callable[[str], tuple[str, int | None]]) -> list[NewPart]:
     """For each weight, where it is stored. Layers are held alike, so boxes are taken apart once for all that share them."""
     known: dict[int, list[Box]] = {}
     keys: dict[str | int | None, Any] = {}  # one object for each key and row, of hundreds of thousands

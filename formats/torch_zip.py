@@ -19,7 +19,7 @@ import numpy as np
 
 from formats.errors import UserError
 from formats.pickles import Global, Record, Storage, dumps, loads
-from formats.spec import DTYPES, Array, Shape, dtype_name, possible_shape
+from formats.spec import DTYPES, Array, Shape, dtype_name, is_valid_shape
 
 ALIGNMENT = 64
 """Where torch starts a record's data."""
@@ -348,6 +348,6 @@ def read_sizes(value: Any) -> Shape:
     """A shape from a pickle: a tuple, or torch.Size around one."""
     inner = value.args[0] if isinstance(value, Record) and value.args else value
     parts = cast("Sequence[Any]", inner) if isinstance(inner, (tuple, list)) else ()
-    if not isinstance(inner, (tuple, list)) or not possible_shape(parts):
+    if not isinstance(inner, (tuple, list)) or not is_valid_shape(parts):
         raise UserError("a shape is not made of whole numbers that a tensor can have")
     return tuple(parts)

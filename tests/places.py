@@ -10,13 +10,13 @@ import pytest
 
 from formats.folder import Folder
 from formats.location import open_folder
-from formats.remote.retry import Patience
+from formats.remote.retry import RetryPolicy
 from formats.remote.s3 import open_client
 from tests.conftest import SECRET
 from tests.servers import HOST, Cutter, GoogleServer, HubServer, Server, WebServer
 
 KINDS = ("http", "hf", "s3", "gs")
-HURRIED = Patience(attempts=6, first=0.002, longest=0.01, silence=60)
+HURRIED = RetryPolicy(attempts=6, first=0.002, longest=0.01, silence=60)
 BIG = "model-00001-of-00002.safetensors"
 
 
@@ -28,7 +28,7 @@ class Place:
     put: Callable[[str, bytes], None]
     cutter: Cutter
 
-    def open(self, patience: Patience = HURRIED) -> Folder:
+    def open(self, patience: RetryPolicy = HURRIED) -> Folder:
         return open_folder(self.url, patience=patience)
 
 

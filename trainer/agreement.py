@@ -17,7 +17,7 @@ from trainer.run import Run
 from trainer.telling.metrics import memory_gib
 
 
-class Agreed(NamedTuple):
+class StepResult(NamedTuple):
     """What all ranks know of a step once its losses are there."""
 
     loss: float
@@ -37,7 +37,7 @@ class Agreed(NamedTuple):
     """The most that a rank has held."""
 
 
-def agree(run: Run, losses: list[torch.Tensor]) -> Agreed:
+def sync_step(run: Run, losses: list[torch.Tensor]) -> StepResult:
     """All ranks learn what each of them knows alone.
 
     Raises UserError on all of them where the loss is NaN or Inf: before it reaches the weights.
@@ -62,7 +62,7 @@ def agree(run: Run, losses: list[torch.Tensor]) -> Agreed:
         raise not_a_number(run, f"the loss of step {run.progress.iteration + 1} is NaN or Inf on rank {int(worst) - 1}")
     if asked:
         run.stop.received = signal.Signals(int(asked))
-    return Agreed(value, bool(asked or over), bool(due), waited, (tokens, squares), held)
+    return StepResult(value, bool(asked or over), bool(due), waited, (tokens, squares), held)
 
 
 def not_a_number(run: Run, what: str) -> UserError:

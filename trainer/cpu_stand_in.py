@@ -19,13 +19,13 @@ from torch.overrides import TorchFunctionMode
 _active: list[TorchFunctionMode] = []
 
 
-def entered() -> bool:
+def is_active() -> bool:
     """Are CUDA calls sent to the CPU now?"""
     return bool(_active)
 
 
 @contextmanager
-def enter() -> Iterator[None]:
+def activate() -> Iterator[None]:
     """While this is entered, megatron-core's CUDA calls mean the CPU, and its kernels are torch's."""
     with ExitStack() as stack:
         # torch.compile would spend minutes on what runs once, and does not expect the patches.

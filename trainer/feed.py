@@ -17,7 +17,7 @@ from trainer.config import FinetuningDatasetConfig, RunConfig
 from trainer.data import compare, once
 from trainer.data.chat import sets
 from trainer.data.loader import batches
-from trainer.run import Run, Waited, say
+from trainer.run import Run, DataWait, say
 from trainer.tokenizers import Tokenizer
 
 
@@ -129,7 +129,7 @@ def iterators(run: Run, dataset: Any, *, consumed: int) -> list[Iterator[Any] | 
     ]
 
 
-def _timed(waited: Waited, found: Generator[Any]) -> Generator[Any]:
+def _timed(waited: DataWait, found: Generator[Any]) -> Generator[Any]:
     """The same microbatches, with the time that each is waited for added up."""
     with closing(found):
         while True:

@@ -22,7 +22,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from trainer import clock, device, diagnostics, feed, main_script, model, optim, parallel
-from trainer.agreement import agree, not_a_number
+from trainer.agreement import sync_step, not_a_number
 from trainer.beginning import first_weights, make_saver, what_is_trained, where_to_resume
 from trainer.checkpoints import checkpoint, luggage, shared
 from trainer.checkpoints.contents import tokenizer_of_run
@@ -91,7 +91,7 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     chunks = model.build(config.model)
     first_weights(chunks, config, resumed)
     base = what_is_trained(chunks, config, resumed)
-    travels = luggage.pack(config, chunks, resumed=resumed, base=base)
+    travels = side_files.pack(config, chunks, resumed=resumed, base=base)
     wrapped, optimizer = _trainable(chunks, config)
     parts = checkpoint.Parts(wrapped, optimizer, optim.make_scheduler(optimizer, config), checkpoint.Progress())
     if resumed:
@@ -102,10 +102,10 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
         config=config,
         parts=parts,
         saver=make_saver(config, travels, resumed),
-        telling=voice.open_telling(
+        telling=voice.open_logger(
             config,
             resumed_at=parts.progress.iteration,
-            active=parallel.speaks(),
+            active=parallel.is_logging_rank(),
             samples_per_epoch=getattr(datasets[0], "per_epoch", None),
         ),
         forward_step=forward_step,
@@ -200,7 +200,7 @@ def train_step(run: Run) -> Step:
         chunk.zero_grad_buffer()
     parts.optimizer.zero_grad()
     losses = _schedule(run, run.batches, microbatches=get_num_microbatches(), forward_only=False)
-    agreed = agree(run, losses)
+    agreed = sync_step(run, losses)
     applied, grad_norm, _ = parts.optimizer.step()
     if applied and not math.isfinite(grad_norm or 0.0):
         raise not_a_number(run, f"the gradient norm of step {run.progress.iteration + 1} is NaN or Inf")

@@ -176,7 +176,7 @@ def seed(number: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(number)
 
 
-def speaks() -> bool:
+def is_logging_rank() -> bool:
     """True on the rank that logs: the last, where the last pipeline stage computes the loss."""
     return dist.get_rank() == dist.get_world_size() - 1
 

@@ -135,11 +135,11 @@ def _tuning(model: Mapping[str, Any], *, lr: float, sequence_length: int, layout
 def _run(model: Mapping[str, Any], dataset: Any, layout: Mapping[str, Any]) -> RunConfig:
     from trainer.config import RunConfig  # noqa: PLC0415 - brings torch
     from trainer.model import from_hf_config  # noqa: PLC0415
-    from trainer.settings.places import place  # noqa: PLC0415
+    from trainer.settings.places import field_path  # noqa: PLC0415
 
     config = RunConfig(model=from_hf_config(copy.deepcopy(dict(model))), dataset=dataset)
     for name, value in layout.items():
-        place(config, f"model.{name}").put(value)
+        field_path(config, f"model.{name}").put(value)
     optimizer = config.optimizer
     optimizer.weight_decay, optimizer.clip_grad = 0.1, 1.0
     optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_eps = 0.9, 0.95, 1e-8

@@ -72,7 +72,7 @@ class Step:
 
 
 @dataclass
-class Waited:
+class DataWait:
     """How long this rank has waited for its data in this step. Apart from the run, so that what reads data does not hold it."""
 
     seconds: float = 0.0
@@ -85,7 +85,7 @@ class Run:
     config: RunConfig
     parts: checkpoint.Parts
     saver: checkpoint.Saver
-    telling: voice.Telling
+    telling: voice.RunLogger
     forward_step: ForwardStep
     callbacks: Sequence[Callback]
     datasets: Sequence[Any]
@@ -96,7 +96,7 @@ class Run:
     """On `time.monotonic`'s clock: see `trainer.clock`."""
 
     batches: Any = None
-    waited: Waited = field(default_factory=Waited)
+    waited: DataWait = field(default_factory=DataWait)
 
     prompts: Any = None
     """A tokenizer and what the model is asked at intervals; None where it is not."""
@@ -114,12 +114,12 @@ class Run:
 
 def answer_signal(number: signal.Signals) -> None:
     """Say at once that the run will stop. Written past Python's buffers, which a signal may find in use."""
-    if parallel.speaks():
+    if parallel.is_logging_rank():
         again = "; Ctrl-C again ends it now, and nothing is saved" if number == signal.SIGINT else ""
         os.write(2, f"\n{number.name}: stopping after this step{again}\n".encode())
 
 
 def say(text: str) -> None:
     """Tell people, once for all ranks."""
-    if parallel.speaks():
+    if parallel.is_logging_rank():
         click.echo(text, err=True)

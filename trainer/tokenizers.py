@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from formats.faults import fault
 from formats.home import expanded
 from formats.json_objects import parse_json
@@ -250,7 +250,7 @@ def _end_of_document(folder: Path, number_of: Callable[[str], int | None]) -> in
         number = number_of(value) if isinstance(value, str) else value
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise UserError(
-                f"`{folder / source}` names `{shown(value)}` as its end-of-document token, which the tokenizer does not have",
+                f"`{folder / source}` names `{format_untrusted(value)}` as its end-of-document token, which the tokenizer does not have",
                 hint="correct `eos_token`, or the tokenizer",
             )
         return number

@@ -12,10 +12,10 @@ from converter import families, reference
 from converter.config import make_model
 from converter.exporting import megatron_source
 from converter.importing import huggingface_source
-from converter.plan import Making, Piece, check_dtypes
+from converter.plan import TensorPlan, Piece, check_dtypes
 from converter.recognize import refuse_unfit
 from converter.run import check_zero
-from converter.sides import check_dimensions, megatron_side
+from converter.sides import check_dimensions, megatron_view
 from converter.sources import Source
 from formats.detect import Format, detect
 from formats.errors import UserError
@@ -25,12 +25,12 @@ from formats.spec import Array, Reader, Region
 from formats.torch_dist import TorchDistReader
 
 
-class Made:
+class PlannedReader:
     """Tensors that are made of another reader's; none is cast, and copies cover each."""
 
-    def __init__(self, reader: Reader, makings: Mapping[str, Making]) -> None:
-        self._reader, self._makings = reader, makings
-        self.specs = {name: making.spec for name, making in makings.items()}
+    def __init__(self, reader: Reader, tensor_plans: Mapping[str, TensorPlan]) -> None:
+        self._reader, self._makings = reader, tensor_plans
+        self.specs = {name: tensor_plan.spec for name, tensor_plan in tensor_plans.items()}
 
     def read(self, name: str, region: Region, out: Array) -> None:
         for copy, there, rows in Piece(self._makings[name], region).copies():
@@ -56,10 +56,10 @@ def open_base(folder: Folder, given: Folder | None) -> Source:
         return source
     checkpoint = TorchDistReader(folder)
     origin = reference.find(checkpoint, given)
-    side = megatron_side(checkpoint, origin)
+    side = megatron_view(checkpoint, origin)
     for name in side.zero:
         check_zero(checkpoint, name)
-    return megatron_source(checkpoint, folder, origin, Made(side.reader, side.makings))
+    return megatron_source(checkpoint, folder, origin, PlannedReader(side.reader, side.tensor_plans))
 
 
 def _check_names(source: Source) -> None:
@@ -88,5 +88,5 @@ def _ties(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     family = families.find(config["model_type"])
     model = make_model(family.CONFIG, config)
-    tied = [rule for rule in family.RULES if rule.same_as and not rule.when(model)]
-    return [(name, rule.same_as) for rule in tied for name in rule.names(0)[1]]
+    tied = [rule for rule in family.RULES if rule.tied_to and not rule.when(model)]
+    return [(name, rule.tied_to) for rule in tied for name in rule.names(0)[1]]

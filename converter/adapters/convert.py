@@ -10,24 +10,24 @@ from converter.adapters.description import base_name
 from converter.adapters.exporting import plan_export
 from converter.adapters.files import refuse_adapter, require, require_peft
 from converter.adapters.importing import open_base, plan_import
-from converter.carry import carry_out
+from converter.carry import execute
 from converter.convert import check_place
-from converter.job import How, HowOptions, Summary, Talk
+from converter.job import ExecutionOptions, ExecutionArguments, Summary, Reporter
 from converter.sources import open_source
 from formats.detect import Format
-from formats.disk import explained
+from formats.disk import user_errors
 from formats.home import expanded
 
 
-@explained()
+@user_errors()
 def adapter_to_mcore(
     source: str | Path,
     target: str | Path,
     *,
     base: str | Path,
     canonical: bool = True,
-    talk: Talk | None = None,
-    **options: Unpack[HowOptions],
+    reporter: Reporter | None = None,
+    **options: Unpack[ExecutionArguments],
 ) -> Summary:
     """Write a PEFT adapter as a Megatron checkpoint that holds its tensors alone, each in the dtype it has.
 
@@ -35,25 +35,25 @@ def adapter_to_mcore(
     keeps the separate adapters that PEFT has; without it those of query, key and value, and of gate and up, become one, which
     needs their A to be the same. Raises UserError before a byte moves for whatever cannot be converted exactly.
     """
-    how, talk, target, folder = How(**options), talk or Talk(), expanded(target), open_source(source, or_hub=True)
+    how, reporter, target, folder = ExecutionOptions(**options), reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
     beside = open_source(base, or_hub=True)
     check_place(target, [folder, beside], how)
     with closing(folder), closing(beside):
         require_peft(folder)
         refuse_adapter(beside)
-        job = plan_import(folder, open_base(beside, name=base_name(base)), target, talk, canonical=canonical)
-        return carry_out(job, how, talk, sources=[folder, beside])
+        job = plan_import(folder, open_base(beside, name=base_name(base)), target, reporter, canonical=canonical)
+        return execute(job, how, reporter, sources=[folder, beside])
 
 
-@explained()
-def adapter_to_hf(source: str | Path, target: str | Path, *, talk: Talk | None = None, **options: Unpack[HowOptions]) -> Summary:
+@user_errors()
+def adapter_to_hf(source: str | Path, target: str | Path, *, reporter: Reporter | None = None, **options: Unpack[ExecutionArguments]) -> Summary:
     """Write a Megatron adapter checkpoint as the folder that PEFT's `save_pretrained` would write, each tensor in its dtype.
 
     `source` is the checkpoint's root or one iteration. A fused adapter becomes one for each of the weights it changes, with
     the same A. Raises UserError before a byte moves for whatever cannot be converted exactly.
     """
-    how, talk, target, root = How(**options), talk or Talk(), expanded(target), open_source(source)
+    how, reporter, target, root = ExecutionOptions(**options), reporter or Reporter(), expanded(target), open_source(source)
     check_place(target, [root], how)
     with closing(root):
         require(root, Format.TORCH_DIST, adapter=True)
-        return carry_out(plan_export(root, target), how, talk, sources=[root])
+        return execute(plan_export(root, target), how, reporter, sources=[root])

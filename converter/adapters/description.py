@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from converter.adapters.files import DESCRIPTION
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.home import expanded
 from formats.json_objects import read_json
-from formats.spec import whole_number
+from formats.spec import is_size
 
 FILE = DESCRIPTION
 METHODS = ("lora", "dora")
@@ -95,7 +95,7 @@ def _base(found: Any) -> Base | None:
     if found is None:
         return None
     if not isinstance(found, dict):
-        raise UserError(f"`base` in `{FILE}` is `{shown(found)}`, which should be an object")
+        raise UserError(f"`base` in `{FILE}` is `{format_untrusted(found)}`, which should be an object")
     told = cast("dict[str, Any]", found)
     _check(told, {"name": _is_text, "fingerprint": _is_text}, f"`base` of `{FILE}`")
     return Base(told.get("name", ""), told.get("fingerprint", ""))
@@ -105,7 +105,7 @@ def check_method(description: Description, *, label: str) -> None:
     """Raise UserError for an adapter of a method that has no place in PEFT's files and no rule for merging."""
     if description.method not in METHODS:
         raise UserError(
-            f"`{label}` is an adapter of the method `{shown(description.method)}`, which only its author can convert",
+            f"`{label}` is an adapter of the method `{format_untrusted(description.method)}`, which only its author can convert",
             hint=f"supported are: {', '.join(METHODS)}",
         )
     if description.dim < 1:
@@ -117,11 +117,11 @@ def _check(found: Mapping[str, Any], known: Mapping[str, Any], source: str) -> N
     for name, value in found.items():
         if name not in known:
             raise UserError(
-                f"{source} has a field `{shown(name)}`, which is not known here",
+                f"{source} has a field `{format_untrusted(name)}`, which is not known here",
                 hint="a newer version may have written it: this one would leave out what it says",
             )
         if not known[name](value):
-            raise UserError(f"`{name}` in {source} is `{shown(value)}`, which is not what it should be")
+            raise UserError(f"`{name}` in {source} is `{format_untrusted(value)}`, which is not what it should be")
 
 
 def _is_text(value: Any) -> bool:
@@ -146,7 +146,7 @@ def _anything(_value: Any) -> bool:
 
 
 _FIELDS = {
-    "method": _is_text, "dim": whole_number, "alpha": is_number, "use_rslora": _is_flag, "canonical": _is_flag,
+    "method": _is_text, "dim": is_size, "alpha": is_number, "use_rslora": _is_flag, "canonical": _is_flag,
     "dropout": is_number, "target_modules": _is_texts, "exclude_modules": _is_texts, "base": _anything,
 }  # fmt: skip
 assert set(_FIELDS) == {one.name for one in fields(Description)}

@@ -19,12 +19,12 @@ from blake3 import blake3
 from converter import families, reference
 from converter.carried import CONFIG
 from converter.config import make_model
-from converter.plan import Making, as_stored, bind, named, to_huggingface
+from converter.plan import TensorPlan, as_stored, bind, list_names, to_huggingface
 from converter.recognize import refuse_unfit
 from converter.run import in_threads
 from converter.sources import open_source
 from formats.detect import Format, detect
-from formats.disk import explained
+from formats.disk import user_errors
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
@@ -39,7 +39,7 @@ WORKERS = 8
 """Threads that read: the sample is thousands of small pieces, and a remote source answers each on its own."""
 
 
-@explained()
+@user_errors()
 def fingerprint(source: str | Path | Folder) -> str:
     """64 hexadecimal digits for the model in `source`: a directory of either format, a URL, a Hub id, or a folder.
 
@@ -49,22 +49,22 @@ def fingerprint(source: str | Path | Folder) -> str:
         with closing(open_source(source, or_hub=True)) as folder:
             return fingerprint(folder)
     reader = HuggingFaceReader(source) if detect(source) is not Format.TORCH_DIST else TorchDistReader(source)
-    makings = _stored(reader) if isinstance(reader, HuggingFaceReader) else _made(reader)
-    return _digest(reader, makings)
+    tensor_plans = _stored(reader) if isinstance(reader, HuggingFaceReader) else _made(reader)
+    return _digest(reader, tensor_plans)
 
 
-def _stored(reader: HuggingFaceReader) -> list[Making]:
+def _stored(reader: HuggingFaceReader) -> list[TensorPlan]:
     """The weights of a Hugging Face model; what Megatron has no place for, or has once where this has it twice, is not asked
     for."""
     config = read_json(reader.folder, CONFIG)
     family = families.find(config.get("model_type"))
     model = make_model(family.CONFIG, config)
     refuse_unfit(reader.specs, config, family, model, label=reader.folder.label)
-    bound = [one for one in bind(family.RULES, model, reader.specs) if not one.rule.zeros(model)]
+    bound = [one for one in bind(family.RULES, model, reader.specs) if not one.rule.absent(model)]
     wanted = {name: shape for one in bound for name, shape in zip(one.huggingface, one.rule.part_shapes(model), strict=True)}
     missing = [name for name in wanted if name not in reader.specs]
     if missing:
-        raise UserError(f"`{reader.folder.label}` lacks {named(missing)}", hint="is `config.json` of the same model?")
+        raise UserError(f"`{reader.folder.label}` lacks {list_names(missing)}", hint="is `config.json` of the same model?")
     for name, shape in wanted.items():
         if reader.specs[name].shape != shape:
             raise UserError(
@@ -74,34 +74,34 @@ def _stored(reader: HuggingFaceReader) -> list[Making]:
     return list(as_stored({name: reader.specs[name] for name in wanted}).values())
 
 
-def _made(reader: TorchDistReader) -> list[Making]:
+def _made(reader: TorchDistReader) -> list[TensorPlan]:
     """The same as a Megatron checkpoint holds them."""
     config = reference.find(reader, None, any_settings=True).config
     family = families.find(config.get("model_type"))
     plan = to_huggingface(family.RULES, make_model(family.CONFIG, config), reader.specs, dtype="keep")
     reader.check()
-    return list(plan.makings)
+    return list(plan.tensors)
 
 
-def _digest(reader: Reader, makings: list[Making]) -> str:
+def _digest(reader: Reader, tensor_plans: list[TensorPlan]) -> str:
     found: dict[str, bytes] = {}
 
-    def start() -> Callable[[Making], None]:
-        return lambda making: found.update({making.spec.name: _sample(reader, making)})
+    def start() -> Callable[[TensorPlan], None]:
+        return lambda tensor_plan: found.update({tensor_plan.spec.name: _sample(reader, tensor_plan)})
 
-    in_threads(makings, start, workers=WORKERS)
+    in_threads(tensor_plans, start, workers=WORKERS)
     whole = blake3()
     for name in sorted(found):
         whole.update(found[name])
     return whole.hexdigest()
 
 
-def _sample(reader: Reader, making: Making) -> bytes:
+def _sample(reader: Reader, tensor_plan: TensorPlan) -> bytes:
     """A hash of one tensor's name, shape and sample."""
-    spec = making.spec
+    spec = tensor_plan.spec
     seen = blake3(f"{spec.name} {list(spec.shape)}".encode())
     for region in regions(spec.name, spec.shape):
-        seen.update(_read(reader, making, region).astype(np.float32).tobytes())
+        seen.update(_read(reader, tensor_plan, region).astype(np.float32).tobytes())
     return seen.digest()
 
 
@@ -120,14 +120,14 @@ def regions(name: str, shape: tuple[int, ...]) -> Iterator[Region]:
         yield slice(row, row + 1), *(slice(0, size) for size in before[1:]), part
 
 
-def _read(reader: Reader, making: Making, region: Region) -> Array:
+def _read(reader: Reader, tensor_plan: TensorPlan, region: Region) -> Array:
     """A box of a tensor, from wherever its rows lie."""
     rows, *rest = region
-    out = np.empty(extent(region), making.spec.dtype)
-    for copy in making.copies:
-        start, stop = max(rows.start, copy.here), min(rows.stop, copy.here + copy.count)
+    out = np.empty(extent(region), tensor_plan.spec.dtype)
+    for copy in tensor_plan.copies:
+        start, stop = max(rows.start, copy.dst_row), min(rows.stop, copy.dst_row + copy.rows)
         if start < stop:
-            shift = copy.there - copy.here
+            shift = copy.src_row - copy.dst_row
             there = (slice(start + shift, stop + shift), *rest)
             reader.read(copy.source, there, out[start - rows.start : stop - rows.start])
     return out

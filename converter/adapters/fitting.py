@@ -17,9 +17,9 @@ from converter import families
 from converter.adapters.adapter import Adapter, Delta
 from converter.adapters.base import check_ties
 from converter.adapters.merged import BLOCK_BYTES, RECENT
-from converter.adapters.names import PREFIX, WEIGHT, places
+from converter.adapters.names import PREFIX, WEIGHT, adapted_modules
 from converter.config import make_model
-from converter.plan import named
+from converter.plan import list_names
 from converter.sources import Source
 from formats.arrays import as_bytes
 from formats.errors import UserError
@@ -54,7 +54,7 @@ def survey(adapter: Adapter, base: Source, folder: Folder) -> Survey:
     missing = sorted(adapter.names - specs.keys())
     if missing:
         raise UserError(
-            f"the adapter `{folder.label}` changes {named(missing)}, which `{base.label}` does not have",
+            f"the adapter `{folder.label}` changes {list_names(missing)}, which `{base.label}` does not have",
             hint=_trained_beside(missing, specs),
         )
     check_whole(adapter, base, folder)
@@ -81,7 +81,7 @@ def check_whole(adapter: Adapter, base: Source, folder: Folder) -> None:
     ]
     if lacking:
         raise UserError(
-            f"the adapter `{folder.label}` asks for changes of {named(lacking)}, but its file holds none for them",
+            f"the adapter `{folder.label}` asks for changes of {list_names(lacking)}, but its file holds none for them",
             hint="its file is not whole, or it was trained beside another model: a merge would be of a part alone",
         )
 
@@ -93,7 +93,7 @@ def _linear_layers(adapter: Adapter, base: Source) -> list[str]:
     if config.get("model_type") in families.names():
         family = families.find(config["model_type"])
         model = make_model(family.CONFIG, config)
-        every = (weight for place in places(family.RULES, model, canonical=True) for weight in place.weights)
+        every = (weight for place in adapted_modules(family.RULES, model, canonical=True) for weight in place.weights)
         return [weight for weight in every if weight in specs]
     ends = {_end(name) for name in adapter.names}
     return [name for name in specs if name.endswith(WEIGHT) and _end(name) in ends]

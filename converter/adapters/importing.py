@@ -14,24 +14,24 @@ from converter.adapters import peft_config, peft_format
 from converter.adapters.description import Base, Description
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.megatron_format import open_megatron
-from converter.adapters.names import WEIGHT, Factor, Place, factors, peft_name, places, targets
-from converter.adapters.opened import Opened
+from converter.adapters.names import WEIGHT, Factor, AdaptedModule, factors, peft_name, adapted_modules, targets
+from converter.adapters.opened import AdapterReader
 from converter.adapters.peft_config import PeftConfig
 from converter.adapters.peft_format import PeftAdapter, open_peft
-from converter.carried import Reference
-from converter.comparison import Side
+from converter.carried import HFReference
+from converter.comparison import CheckpointView
 from converter.config import make_model
-from converter.job import Job, Talk, manifest, outputs_for
+from converter.job import ConversionPlan, Reporter, manifest, outputs_for
 from converter.model import Model
-from converter.plan import Making, named, whole
+from converter.plan import TensorPlan, list_names, same_tensor
 from converter.rules import Rule
 from formats.arrays import same_bits
 from formats.dcp_index import METADATA
 from formats.detect import Format, detect
 from formats.errors import UserError
-from formats.folder import FileIn, Folder
+from formats.folder import FileRef, Folder
 from formats.spec import Array, Reader, TensorSpec, dtype_name
-from formats.torch_dist import Placed, TorchDistReader, TorchDistWriter, iteration_folder
+from formats.torch_dist import ShardedTensor, TorchDistReader, TorchDistWriter, iteration_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class BaseModel:
     """The model beside which an adapter stands."""
 
     told: Base
-    origin: Reference
+    origin: HFReference
     rules: Sequence[Rule]
     model: Model
 
@@ -60,21 +60,21 @@ class _Planned:
 
     source: PeftAdapter
     description: Description
-    makings: Sequence[Making]
+    tensor_plans: Sequence[TensorPlan]
     aliases: Mapping[str, str]
     """Tensors that are stored once though PEFT has them several times, and those they equal."""
 
 
-def plan_import(folder: Folder, base: BaseModel, target: str, talk: Talk, *, canonical: bool) -> Job:
+def plan_import(folder: Folder, base: BaseModel, target: str, reporter: Reporter, *, canonical: bool) -> ConversionPlan:
     """Everything an import does. Raises UserError for whatever Megatron's adapters cannot say exactly."""
     source = open_peft(folder)
     left_out = [name for name in folder.children() if name not in (peft_format.FILE, peft_config.FILE)]
     if left_out:
-        talk.note(f"left out, not part of the adapter: {', '.join(left_out)}")
+        reporter.note(f"left out, not part of the adapter: {', '.join(left_out)}")
     config, opened = source.config, source.opened
     _check_uniform(config, opened)
     outside = {name for rule in base.rules if "{layer}" not in rule.megatron for name in rule.names(0)[1]}
-    found = _present(list(places(base.rules, base.model, canonical=canonical)), config, opened, outside)
+    found = _present(list(adapted_modules(base.rules, base.model, canonical=canonical)), config, opened, outside)
     for place in found:
         _check_part(place, config, opened)
     first = _module(found[0].weights[0])
@@ -86,18 +86,18 @@ def plan_import(folder: Folder, base: BaseModel, target: str, talk: Talk, *, can
         target_modules=targets(found, layers=base.model.layers),
         base=base.told,
     )
-    makings = [making for place in found for making in _fused(place, opened, description)]
+    tensor_plans = [tensor_plan for place in found for tensor_plan in _fused(place, opened, description)]
     aliases = {
         peft_name(weight, Factor.A): peft_name(place.weights[0], Factor.A) for place in found for weight in place.weights[1:]
     }
-    return _job(folder, base, target, _Planned(source, description, makings, aliases))
+    return _job(folder, base, target, _Planned(source, description, tensor_plans, aliases))
 
 
 def _module(weight: str) -> str:
     return weight.removesuffix(WEIGHT)
 
 
-def _check_uniform(config: PeftConfig, opened: Opened) -> None:
+def _check_uniform(config: PeftConfig, opened: AdapterReader) -> None:
     """Megatron's adapters have one rank and one alpha for all modules."""
     modules = [_module(weight) for weight in opened.parts]
     for number, of in (("rank", config.rank), ("alpha", config.alpha)):
@@ -110,7 +110,7 @@ def _check_uniform(config: PeftConfig, opened: Opened) -> None:
             )
 
 
-def _present(every: Sequence[Place], config: PeftConfig, opened: Opened, outside: set[str]) -> list[Place]:
+def _present(every: Sequence[AdaptedModule], config: PeftConfig, opened: AdapterReader, outside: set[str]) -> list[AdaptedModule]:
     """The places that get an adapter, with every tensor of the source accounted for. `outside` are the model's weights that
     are in no layer."""
     weights = [weight for place in every for weight in place.weights]
@@ -118,19 +118,19 @@ def _present(every: Sequence[Place], config: PeftConfig, opened: Opened, outside
     whole = [weight for weight in over if weight in outside]
     if whole:
         raise UserError(
-            f"`{peft_format.FILE}` holds an adapter for {named(whole)}, where Megatron's adapters have no place: they are on the "
+            f"`{peft_format.FILE}` holds an adapter for {list_names(whole)}, where Megatron's adapters have no place: they are on the "
             "linear layers of the decoder alone",
             hint="merge it into its base model instead: `mbconvert merge`",
         )
     if over:
         raise UserError(
-            f"`{peft_format.FILE}` holds an adapter for {named(over)}, which Megatron has no adapter for in this family",
+            f"`{peft_format.FILE}` holds an adapter for {list_names(over)}, which Megatron has no adapter for in this family",
             hint="nothing is left out silently: is `--base` the model it was trained beside?",
         )
     missing = [weight for weight in weights if weight not in opened.parts and config.targets(_module(weight))]
     if missing:
         raise UserError(
-            f"`{peft_config.FILE}` asks for an adapter for {named(missing)}, but `{peft_format.FILE}` holds none",
+            f"`{peft_config.FILE}` asks for an adapter for {list_names(missing)}, but `{peft_format.FILE}` holds none",
             hint="is `--base` the model it was trained beside, and is the file whole?",
         )
     found = [place for place in every if any(weight in opened.parts for weight in place.weights)]
@@ -138,20 +138,20 @@ def _present(every: Sequence[Place], config: PeftConfig, opened: Opened, outside
         absent = [weight for weight in place.weights if weight not in opened.parts]
         if absent:
             raise UserError(
-                f"`{place.target}` is one module, but there is no adapter for {named(absent)}, which it is made of",
+                f"`{place.target}` is one module, but there is no adapter for {list_names(absent)}, which it is made of",
                 hint="convert with `--canonical`, which keeps separate adapters",
             )
     return found
 
 
-def _check_part(place: Place, config: PeftConfig, opened: Opened) -> None:
+def _check_part(place: AdaptedModule, config: PeftConfig, opened: AdapterReader) -> None:
     """Raise UserError where shapes are of another model, or tensors that become one are not alike."""
     for weight, rows in zip(place.weights, place.rows, strict=True):
-        for factor, making in opened.parts[weight].items():
+        for factor, tensor_plan in opened.parts[weight].items():
             should = factor.shape(rows, place.columns, config.rank(_module(weight)))
-            if making.spec.shape != should:
+            if tensor_plan.spec.shape != should:
                 raise UserError(
-                    f"`{making.spec.name}` has shape {list(making.spec.shape)}, by the base model's `config.json` it should be "
+                    f"`{tensor_plan.spec.name}` has shape {list(tensor_plan.spec.shape)}, by the base model's `config.json` it should be "
                     f"{list(should)}",
                     hint="is `--base` the model it was trained beside?",
                 )
@@ -162,7 +162,7 @@ def _check_part(place: Place, config: PeftConfig, opened: Opened) -> None:
         _check_equal(opened.reader, first[Factor.A].spec, other[Factor.A].spec, place)
 
 
-def _check_dtypes(one: TensorSpec, other: TensorSpec, place: Place) -> None:
+def _check_dtypes(one: TensorSpec, other: TensorSpec, place: AdaptedModule) -> None:
     if one.dtype != other.dtype:
         raise UserError(
             f"`{one.name}` is {dtype_name(one.dtype)} and `{other.name}` is {dtype_name(other.dtype)}, "
@@ -171,7 +171,7 @@ def _check_dtypes(one: TensorSpec, other: TensorSpec, place: Place) -> None:
         )
 
 
-def _check_equal(reader: Reader, one: TensorSpec, other: TensorSpec, place: Place) -> None:
+def _check_equal(reader: Reader, one: TensorSpec, other: TensorSpec, place: AdaptedModule) -> None:
     if not same_bits(_whole(reader, one), _whole(reader, other)):
         raise UserError(
             f"`{one.name}` and `{other.name}` differ, but a fused adapter of `{place.target}` has one A for both",
@@ -181,44 +181,44 @@ def _check_equal(reader: Reader, one: TensorSpec, other: TensorSpec, place: Plac
 
 def _whole(reader: Reader, spec: TensorSpec) -> Array:
     out = np.empty(spec.shape, spec.dtype)
-    reader.read(spec.name, spec.whole, out)
+    reader.read(spec.name, spec.full_region, out)
     return out
 
 
-def _fused(place: Place, opened: Opened, description: Description) -> Iterator[Making]:
+def _fused(place: AdaptedModule, opened: AdapterReader, description: Description) -> Iterator[TensorPlan]:
     """Megatron's tensors of a place as made of PEFT's."""
     for factor in factors(description.method):
         parts = [opened.parts[weight][factor].spec for weight in place.weights]
         spec = TensorSpec(place.name(factor), place.shape(factor, description.dim), parts[0].dtype)
         if factor is Factor.A:
-            yield whole(spec, parts[0])
+            yield same_tensor(spec, parts[0])
         else:
-            yield Making(spec, tuple(parts), tuple(place.runs()))
+            yield TensorPlan(spec, tuple(parts), tuple(place.runs()))
 
 
-def _job(folder: Folder, base: BaseModel, target: str, found: _Planned) -> Job:
-    opened, luggage, inside = found.source.opened, carried.pack_again(base.origin), f"{iteration_folder(0)}/"
+def _job(folder: Folder, base: BaseModel, target: str, found: _Planned) -> ConversionPlan:
+    opened, side_files, inside = found.source.opened, carried.collect_again(base.origin), f"{iteration_folder(0)}/"
     options = {"canonical": found.description.canonical, "base": base.told.fingerprint}
-    outputs = outputs_for(target, found.makings, options)
-    documents = {**luggage.documents, described.FILE: described.make(found.description)}
-    sources = {name: FileIn(folder, name) for name in (peft_format.FILE, peft_config.FILE)}
-    return Job(
+    outputs = outputs_for(target, found.tensor_plans, options)
+    documents = {**side_files.documents, described.FILE: described.make(found.description)}
+    sources = {name: FileRef(folder, name) for name in (peft_format.FILE, peft_config.FILE)}
+    return ConversionPlan(
         command="adapter-to-mcore",
         source=opened.label,
         target=target,
         reader=opened.reader,
         writer=TorchDistWriter(
-            outputs, [Placed(making.spec, ((making.spec.whole, 0),)) for making in found.makings], whole_model=False
+            outputs, [ShardedTensor(tensor_plan.spec, ((tensor_plan.spec.full_region, 0),)) for tensor_plan in found.tensor_plans], whole_model=False
         ),
         outputs=outputs,
-        makings=found.makings,
-        manifest=manifest("adapter-to-mcore", options, {**sources, **luggage.copies}),
-        facts=_facts(folder, base, found, options),
-        tensors={copy.source: opened.reader.specs[copy.source] for making in found.makings for copy in making.copies},
+        tensor_plans=found.tensor_plans,
+        manifest=manifest("adapter-to-mcore", options, {**sources, **side_files.copies}),
+        provenance_fields=_facts(folder, base, found, options),
+        tensors={copy.source: opened.reader.specs[copy.source] for tensor_plan in found.tensor_plans for copy in tensor_plan.copies},
         passing="read",
-        sides=lambda written: (_side(opened), _side(open_megatron(written).opened)),
+        views=lambda written: (_side(opened), _side(open_megatron(written).opened)),
         aliases=found.aliases,
-        copies={f"{inside}{name}": file for name, file in luggage.copies.items()},
+        copies={f"{inside}{name}": file for name, file in side_files.copies.items()},
         documents={f"{inside}{name}": data for name, data in documents.items()},
         folder=inside,
         last=(f"{inside}{METADATA}",),
@@ -232,9 +232,9 @@ def _facts(folder: Folder, base: BaseModel, found: _Planned, options: Mapping[st
         "source": provenance.huggingface_source(folder, found.source.reader.shards),
         "options": options,
         "family": base.origin.config["model_type"],
-        "tensors": {"in": len(found.source.opened.makings), "out": len(found.makings)},
+        "tensors": {"in": len(found.source.opened.tensor_plans), "out": len(found.tensor_plans)},
     }
 
 
-def _side(opened: Opened) -> Side:
-    return Side(opened.label, opened.reader, opened.makings)
+def _side(opened: AdapterReader) -> CheckpointView:
+    return CheckpointView(opened.label, opened.reader, opened.tensor_plans)

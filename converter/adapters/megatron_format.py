@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from converter import families, reference
 from converter.adapters import description as described
 from converter.adapters.description import Description
-from converter.adapters.names import Factor, Place, factors, peft_name, places
-from converter.adapters.opened import Opened
-from converter.carried import Reference
+from converter.adapters.names import Factor, AdaptedModule, factors, peft_name, adapted_modules
+from converter.adapters.opened import AdapterReader
+from converter.carried import HFReference
 from converter.config import make_model
 from converter.model import Model
-from converter.plan import Making, named, whole
-from converter.rows import Run
+from converter.plan import TensorPlan, list_names, same_tensor
+from converter.rows import RowRange
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.spec import TensorSpec
@@ -25,9 +25,9 @@ from formats.torch_dist import TorchDistReader
 class MegatronAdapter:
     """An adapter in a checkpoint, and the model that it belongs to."""
 
-    opened: Opened
+    opened: AdapterReader
     reader: TorchDistReader
-    origin: Reference
+    origin: HFReference
     model: Model
 
 
@@ -41,17 +41,17 @@ def open_megatron(folder: Folder) -> MegatronAdapter:
         origin = reference.find(reader, None)
         family = families.find(origin.config.get("model_type"))
         model = make_model(family.CONFIG, origin.config)
-        found = _present(places(family.RULES, model, canonical=description.canonical), description, reader.specs)
+        found = _present(adapted_modules(family.RULES, model, canonical=description.canonical), description, reader.specs)
         reader.check(place.name(factor) for place in found for factor in factors(description.method))
     except UserError:
         reader.close()
         raise
     parts = {weight: made for place in found for weight, made in split(place, description, reader.specs)}
     scales = dict.fromkeys(parts, description.scale)
-    return MegatronAdapter(Opened(reader.folder.label, description, reader, parts, scales), reader, origin, model)
+    return MegatronAdapter(AdapterReader(reader.folder.label, description, reader, parts, scales), reader, origin, model)
 
 
-def _present(every: Iterable[Place], description: Description, specs: Mapping[str, TensorSpec]) -> list[Place]:
+def _present(every: Iterable[AdaptedModule], description: Description, specs: Mapping[str, TensorSpec]) -> list[AdaptedModule]:
     """The places that have an adapter, with every tensor accounted for."""
     wanted = factors(description.method)
     # an adapter's place is there if any of its tensors is; with others missing, it is broken
@@ -61,13 +61,13 @@ def _present(every: Iterable[Place], description: Description, specs: Mapping[st
     missing = [name for name in names if name not in specs]
     if missing:
         raise UserError(
-            f"the checkpoint lacks {named(missing)}", hint=f"a {description.method} has {len(wanted)} tensors for each module"
+            f"the checkpoint lacks {list_names(missing)}", hint=f"a {description.method} has {len(wanted)} tensors for each module"
         )
     over = sorted(specs.keys() - set(names))
     if over:
         mode = "with `canonical`" if description.canonical else "without `canonical`"
         raise UserError(
-            f"the checkpoint holds {named(over)}, for which a {description.method} {mode} has no place in this family",
+            f"the checkpoint holds {list_names(over)}, for which a {description.method} {mode} has no place in this family",
             hint=f"nothing is left out silently: are `{described.FILE}` and `config.json` of the same run?",
         )
     if not found:
@@ -75,7 +75,7 @@ def _present(every: Iterable[Place], description: Description, specs: Mapping[st
     lacking = [place.name(Factor.A) for place in every if place not in found and _asks_for(description, place)]
     if lacking:
         raise UserError(
-            f"the checkpoint lacks {named(lacking)}, which `target_modules` in `{described.FILE}` asks for",
+            f"the checkpoint lacks {list_names(lacking)}, which `target_modules` in `{described.FILE}` asks for",
             hint="its files are not whole, or that file is of another adapter",
         )
     for place in found:
@@ -83,11 +83,11 @@ def _present(every: Iterable[Place], description: Description, specs: Mapping[st
     return found
 
 
-def _asks_for(description: Description, place: Place) -> bool:
+def _asks_for(description: Description, place: AdaptedModule) -> bool:
     return place.is_chosen(description.target_modules, description.exclude_modules)
 
 
-def _check_shapes(place: Place, wanted: Iterable[Factor], rank: int, specs: Mapping[str, TensorSpec]) -> None:
+def _check_shapes(place: AdaptedModule, wanted: Iterable[Factor], rank: int, specs: Mapping[str, TensorSpec]) -> None:
     for factor in wanted:
         name, should = place.name(factor), place.shape(factor, rank)
         if specs[name].shape != should:
@@ -98,15 +98,15 @@ def _check_shapes(place: Place, wanted: Iterable[Factor], rank: int, specs: Mapp
             )
 
 
-def split(place: Place, description: Description, specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, dict[Factor, Making]]]:
+def split(place: AdaptedModule, description: Description, specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, dict[Factor, TensorPlan]]]:
     """For each Hugging Face weight of a place, PEFT's tensors as made of Megatron's. A is the same for all of them."""
     for part, weight in enumerate(place.weights):
         yield weight, {factor: _part(place, part, factor, description, specs) for factor in factors(description.method)}
 
 
-def _part(place: Place, part: int, factor: Factor, description: Description, specs: Mapping[str, TensorSpec]) -> Making:
+def _part(place: AdaptedModule, part: int, factor: Factor, description: Description, specs: Mapping[str, TensorSpec]) -> TensorPlan:
     stored, rank = specs[place.name(factor)], description.dim
     spec = TensorSpec(peft_name(place.weights[part], factor), factor.shape(place.rows[part], place.columns, rank), stored.dtype)
     if factor is Factor.A:
-        return whole(spec, stored)
-    return Making(spec, (stored,), [Run(0, run.here, run.there, run.count) for run in place.runs() if run.part == part])
+        return same_tensor(spec, stored)
+    return TensorPlan(spec, (stored,), [RowRange(0, run.dst_row, run.src_row, run.rows) for run in place.runs() if run.part == part])

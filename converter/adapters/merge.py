@@ -14,18 +14,18 @@ from converter.adapters.description import Base
 from converter.adapters.files import refuse_adapter
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.fitting import survey
-from converter.adapters.merged import Merged
+from converter.adapters.merged import MergedReader
 from converter.adapters.open import open_either
-from converter.carry import carry_out
+from converter.carry import execute
 from converter.convert import check_options, check_place
 from converter.exporting import ExportOptions, plan_files
 from converter.importing import ImportOptions, left_out, plan_import
-from converter.job import How, HowOptions, Job, Summary, Talk
-from converter.plan import Making, casts, whole
+from converter.job import ExecutionOptions, ExecutionArguments, ConversionPlan, Summary, Reporter
+from converter.plan import TensorPlan, casts, same_tensor
 from converter.sources import Source, open_source, workers_for
 from converter.values import KEEP, target_dtype
 from formats.detect import Format, detect
-from formats.disk import explained
+from formats.disk import user_errors
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.home import expanded
@@ -34,7 +34,7 @@ from formats.spec import TensorSpec
 Kind = Literal["hf", "mcore"]
 
 
-@explained()
+@user_errors()
 def merge(
     base: str | Path,
     adapter: str | Path,
@@ -51,8 +51,8 @@ def merge(
     integrity: bool = True,
     max_shard_size: int | None = None,
     dtype: str = KEEP,
-    talk: Talk | None = None,
-    **options: Unpack[HowOptions],
+    reporter: Reporter | None = None,
+    **options: Unpack[ExecutionArguments],
 ) -> Summary:
     """Write a model with an adapter's changes added to its weights: in fp32, rounded once to each weight's dtype, or `dtype`.
 
@@ -62,7 +62,7 @@ def merge(
     unless `any_base`. Raises UserError before a byte moves for whatever does not fit; after any failure nothing is at
     `target`.
     """
-    how, talk, target = How(**options), talk or Talk(), expanded(target)
+    how, reporter, target = ExecutionOptions(**options), reporter or Reporter(), expanded(target)
     counts = {"tp": tp, "pp": pp, "vpp": vpp, "vocab_divisible_by": vocab_divisible_by, "max_shard_size": max_shard_size}
     check_options(dtype=dtype, **counts)
     folder, given = open_source(base, or_hub=True), open_source(hf_config) if hf_config else None
@@ -86,19 +86,19 @@ def merge(
     check_place(target, sources, how)
     with closing(open_either(beside).adapter()) as opened:
         if not any_base:
-            _check_base(folder, opened, talk)
+            _check_base(folder, opened, reporter)
         model = open_base(folder, given)
         with closing(model.reader):
             found = survey(opened, model, beside)
             workers = workers_for(how.workers, sources, target)
             source = replace(
                 model,
-                reader=Merged(model.reader, opened, dtype=dtype),
+                reader=MergedReader(model.reader, opened, dtype=dtype),
                 adapter=found.told,
                 memory=found.memory(workers),
             )
-            job = _as_files(source, target, files, talk) if to == "hf" else plan_import(source, target, layout, talk)
-            return carry_out(job, how, talk, sources=sources)
+            job = _as_files(source, target, files, reporter) if to == "hf" else plan_import(source, target, layout, reporter)
+            return execute(job, how, reporter, sources=sources)
 
 
 def _check_meant(to: Kind, layout: ImportOptions, files: ExportOptions) -> None:
@@ -116,11 +116,11 @@ def _check_meant(to: Kind, layout: ImportOptions, files: ExportOptions) -> None:
         )
 
 
-def _check_base(folder: Folder, adapter: Adapter, talk: Talk) -> None:
+def _check_base(folder: Folder, adapter: Adapter, reporter: Reporter) -> None:
     """Raise UserError if the adapter was trained beside another model; say so where it does not tell."""
     told = adapter.description.base
     if told is None or not told.fingerprint:
-        talk.note(f"the adapter does not tell its base apart from other models{_as_named(told)}: that is not checked")
+        reporter.note(f"the adapter does not tell its base apart from other models{_as_named(told)}: that is not checked")
         return
     found = fingerprint(folder)
     if found != told.fingerprint:
@@ -135,15 +135,15 @@ def _as_named(base: Base | None) -> str:
     return f" (it names `{base.name}`)" if base and base.name else ""
 
 
-def _as_files(source: Source, target: str, wanted: ExportOptions, talk: Talk) -> Job:
+def _as_files(source: Source, target: str, wanted: ExportOptions, reporter: Reporter) -> ConversionPlan:
     """The same tensors, in the base's files where they are known."""
-    makings = [_kept(spec, wanted.dtype) for spec in source.reader.specs.values()]
-    for text in (*left_out(source), *(f"weights are cast from {old} to {new}" for old, new in casts(makings).items())):
-        talk.note(text)
-    return plan_files(source, makings, target, wanted, talk)
+    tensor_plans = [_kept(spec, wanted.dtype) for spec in source.reader.specs.values()]
+    for text in (*left_out(source), *(f"weights are cast from {old} to {new}" for old, new in casts(tensor_plans).items())):
+        reporter.note(text)
+    return plan_files(source, tensor_plans, target, wanted, reporter)
 
 
-def _kept(spec: TensorSpec, dtype: str) -> Making:
+def _kept(spec: TensorSpec, dtype: str) -> TensorPlan:
     """A tensor as it is, or cast."""
     target = TensorSpec(spec.name, spec.shape, target_dtype(spec, dtype))
-    return whole(target, spec)
+    return same_tensor(target, spec)

@@ -38,7 +38,7 @@ three weights take turns in a fused one."""
 _FP32 = DTYPES["fp32"]
 
 
-class Merged:
+class MergedReader:
     """See the module. `adapter` changes only weights that `reader` has, of the same shape; those are presented in `dtype`."""
 
     def __init__(self, reader: Reader, adapter: Adapter, *, dtype: str) -> None:
@@ -55,7 +55,7 @@ class Merged:
         if name not in self._names:
             return self._reader.read(name, region, out)
         spec, rows = self._reader.specs[name], region[0]
-        if region[1:] != spec.whole[1:]:
+        if region[1:] != spec.full_region[1:]:
             return self._read_parts(name, region, out)
         stored = out if out.dtype == spec.dtype else self._buffers()[0].view(extent(region), spec.dtype)
         self._reader.read(name, region, stored)
@@ -68,7 +68,7 @@ class Merged:
 
     def _read_parts(self, name: str, region: Region, out: Array) -> None:
         """Parts of rows: a row has to be whole to be changed, since DoRA's factor depends on all of it."""
-        whole = self.specs[name].whole
+        whole = self.specs[name].full_region
         for number, row in enumerate(range(region[0].start, region[0].stop)):
             changed = np.empty((1, *self.specs[name].shape[1:]), out.dtype)
             self.read(name, (slice(row, row + 1), *whole[1:]), changed)

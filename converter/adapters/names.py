@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 
 from converter.model import Model
-from converter.rows import Run, same
+from converter.rows import RowRange, concatenated
 from converter.rules import Rule, words
 from formats.errors import UserError
 from formats.torch_dist import MOST_LAYERS
@@ -48,7 +48,7 @@ def peft_name(weight: str, factor: Factor) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class AdaptedModule:
     """Where one Megatron adapter stands in one layer, and the Hugging Face weights that it changes."""
 
     prefix: str
@@ -62,7 +62,7 @@ class Place:
     """Of each of the weights."""
 
     columns: int
-    runs: Callable[[], Iterable[Run]]
+    runs: Callable[[], Iterable[RowRange]]
     """From the weights' rows to those of the adapter. Sizes should be held against real tensors before this is asked."""
 
     @property
@@ -83,7 +83,7 @@ class Place:
         return factor.shape(sum(self.rows), self.columns, rank)
 
 
-def places(rules: Iterable[Rule], model: Model, *, canonical: bool) -> Iterator[Place]:
+def adapted_modules(rules: Iterable[Rule], model: Model, *, canonical: bool) -> Iterator[AdaptedModule]:
     """Every place of a model that an adapter may have, in the order of its layers.
 
     `canonical`: separate ones for what Megatron fuses; otherwise one for each of its modules. UserError for more layers than
@@ -107,14 +107,14 @@ def is_linear(rule: Rule) -> bool:
     return "{layer}" in rule.megatron and len(rule.parts[0]) == 2
 
 
-def _fused(rule: Rule, layer: int, model: Model) -> Place:
+def _fused(rule: Rule, layer: int, model: Model) -> AdaptedModule:
     megatron, weights = rule.names(layer)
     module, shapes = megatron.removesuffix(WEIGHT), rule.part_shapes(model)
     rows = tuple(shape[0] for shape in shapes)
-    return Place(f"{module}.adapter", module, weights, rows, shapes[0][1], partial(rule.runs, model))
+    return AdaptedModule(f"{module}.adapter", module, weights, rows, shapes[0][1], partial(rule.row_ranges, model))
 
 
-def _separate(rule: Rule, layer: int, model: Model) -> Iterator[Place]:
+def _separate(rule: Rule, layer: int, model: Model) -> Iterator[AdaptedModule]:
     """One place per part; parts are called by the words that tell them apart in the rule."""
     whole, parts = _fused(rule, layer, model), words(rule.huggingface)
     if not parts:
@@ -122,11 +122,11 @@ def _separate(rule: Rule, layer: int, model: Model) -> Iterator[Place]:
         return
     for word, weight, rows in zip(parts, whole.weights, whole.rows, strict=True):
         target = f"{whole.target.removesuffix(''.join(parts)).removesuffix('_')}_{word}"
-        alone = partial(same, (rows,), model)
-        yield Place(f"{whole.prefix}.adapter_{word}", target, (weight,), (rows,), whole.columns, alone)
+        alone = partial(concatenated, (rows,), model)
+        yield AdaptedModule(f"{whole.prefix}.adapter_{word}", target, (weight,), (rows,), whole.columns, alone)
 
 
-def targets(found: Iterable[Place], *, layers: int) -> tuple[str, ...]:
+def targets(found: Iterable[AdaptedModule], *, layers: int) -> tuple[str, ...]:
     """What `target_modules` says of these places: their last names where all of those are in every layer, else whole names."""
     whole = [place.target for place in found]
     counts = Counter(target.rpartition(".")[2] for target in whole)

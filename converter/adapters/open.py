@@ -7,7 +7,7 @@ from pathlib import Path
 from converter.adapters.adapter import Adapter
 from converter.adapters.files import is_peft, require
 from converter.adapters.megatron_format import open_megatron
-from converter.adapters.opened import Opened
+from converter.adapters.opened import AdapterReader
 from converter.adapters.peft_format import open_peft
 from converter.sources import open_source
 from formats.detect import Format
@@ -23,7 +23,7 @@ def open_adapter(path: str | Path) -> Adapter:
     return open_either(open_source(path, or_hub=True)).adapter()
 
 
-def open_either(folder: Folder) -> Opened:
+def open_either(folder: Folder) -> AdapterReader:
     """The same of a folder, with its tensors under PEFT's names."""
     if is_peft(folder):
         return open_peft(folder).opened

@@ -10,19 +10,19 @@ import numpy as np
 from converter.adapters.adapter import Adapter, Delta
 from converter.adapters.description import Description
 from converter.adapters.names import Factor
-from converter.plan import Making, Piece
-from converter.run import Bench
+from converter.plan import TensorPlan, Piece
+from converter.run import PieceBuffers
 from formats.spec import Array, Reader
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class AdapterReader:
     """Headers read and checked, no data."""
 
     label: str
     description: Description
     reader: Reader
-    parts: Mapping[str, Mapping[Factor, Making]]
+    parts: Mapping[str, Mapping[Factor, TensorPlan]]
     """The tensors of the adapter of each Hugging Face weight, as PEFT has them."""
 
     scales: Mapping[str, float]
@@ -34,18 +34,18 @@ class Opened:
     all_linear: bool = False
 
     @property
-    def makings(self) -> dict[str, Making]:
+    def tensor_plans(self) -> dict[str, TensorPlan]:
         """All of them by name."""
-        return {making.spec.name: making for factors in self.parts.values() for making in factors.values()}
+        return {tensor_plan.spec.name: tensor_plan for factors in self.parts.values() for tensor_plan in factors.values()}
 
     def adapter(self) -> Adapter:
         names = frozenset(self.parts)
         return Adapter(self.description, names, self._delta, self.reader.close, self.asks_for, self.all_linear)
 
     def _delta(self, weight: str) -> Delta:
-        found = {factor: self._whole(making) for factor, making in self.parts[weight].items()}
+        found = {factor: self._whole(tensor_plan) for factor, tensor_plan in self.parts[weight].items()}
         return Delta(found[Factor.A], found[Factor.B], self.scales[weight], found.get(Factor.MAGNITUDE))
 
-    def _whole(self, making: Making) -> Array:
-        piece = Piece(making, making.spec.whole)
-        return Bench().make(piece, self.reader).astype(np.float32)
+    def _whole(self, tensor_plan: TensorPlan) -> Array:
+        piece = Piece(tensor_plan, tensor_plan.spec.full_region)
+        return PieceBuffers().make(piece, self.reader).astype(np.float32)

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from formats.faults import fault
 
 LONGEST = 4096
@@ -43,7 +43,7 @@ class Budget:
     def spend(self, pattern: str) -> None:
         self._left -= 1
         if self._left < 0:
-            raise UserError(f"`{shown(pattern)}`, which takes too long to match", hint="name the modules one by one")
+            raise UserError(f"`{format_untrusted(pattern)}`, which takes too long to match", hint="name the modules one by one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +101,11 @@ def match(pattern: str, text: str, budget: Budget) -> tuple[int, ...] | None:
 def compiled(pattern: str) -> re.Pattern[str]:
     """As `re.compile`; UserError for what it does not take, and for what is too long."""
     if len(pattern) > LONGEST:
-        raise UserError(f"`{shown(pattern)}`, which has {len(pattern)} characters; a pattern may have {LONGEST}")
+        raise UserError(f"`{format_untrusted(pattern)}`, which has {len(pattern)} characters; a pattern may have {LONGEST}")
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"`{shown(pattern)}`, which is no regular expression: {fault(error)}") from error
+        raise UserError(f"`{format_untrusted(pattern)}`, which is no regular expression: {fault(error)}") from error
 
 
 @lru_cache(512)
@@ -240,12 +240,12 @@ class _Parser:
 
     def _unknown(self) -> UserError:
         return UserError(
-            f"`{shown(self._shown)}`, which has at `{shown(self._text[self._at :])}` what is not supported in a pattern",
+            f"`{format_untrusted(self._shown)}`, which has at `{format_untrusted(self._text[self._at :])}` what is not supported in a pattern",
             hint="backreferences, possessive repeats, conditions and comments are not; name the modules one by one",
         )
 
     def _too_long(self) -> UserError:
-        return UserError(f"`{shown(self._shown)}`, which repeats too much", hint="name the modules one by one")
+        return UserError(f"`{format_untrusted(self._shown)}`, which repeats too much", hint="name the modules one by one")
 
 
 def _jump(distance: int) -> Split:

@@ -16,10 +16,10 @@ from converter.adapters import pattern
 from converter.adapters.description import Description, is_number, scale
 from converter.adapters.files import PEFT_CONFIG
 from converter.adapters.pattern import Budget
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.json_objects import read_json
-from formats.spec import whole_number
+from formats.spec import is_size
 
 FILE = PEFT_CONFIG
 ALL_LINEAR = "all-linear"
@@ -125,7 +125,7 @@ def read(folder: Folder) -> PeftConfig:
     found = read_json(folder, FILE)
     if found.get("peft_type") != "LORA":
         raise UserError(
-            f"`peft_type` in `{FILE}` is `{shown(found.get('peft_type'))}`, which is not supported",
+            f"`peft_type` in `{FILE}` is `{format_untrusted(found.get('peft_type'))}`, which is not supported",
             hint=_instead(found),
         )
     _refuse_features(found)
@@ -170,13 +170,13 @@ def _refuse_features(found: Mapping[str, Any]) -> None:
     for name, value in found.items():
         if name not in _READ | _HARMLESS and value not in _EMPTY:
             raise UserError(
-                f"`{FILE}` has `{shown(name)}: {shown(value)}`, which is not supported",
+                f"`{FILE}` has `{format_untrusted(name)}: {format_untrusted(value)}`, which is not supported",
                 hint="merge the adapter with PEFT (`merge_and_unload`) and convert the merged model",
             )
     start = found.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         raise UserError(
-            f"`{FILE}` has `init_lora_weights: {shown(start)}`, with which PEFT changes the base model's weights too",
+            f"`{FILE}` has `init_lora_weights: {format_untrusted(start)}`, with which PEFT changes the base model's weights too",
             hint="save it with PEFT's `path_initial_model_for_weight_conversion`, which makes a plain LoRA of it",
         )
 
@@ -187,7 +187,7 @@ def _get[T](found: Mapping[str, Any], name: str, check: Callable[[Any], bool], d
     if value is None:
         return default
     if not check(value):
-        raise UserError(f"`{name}` in `{FILE}` is `{shown(value)}`, which is not what it should be", hint="the file is damaged")
+        raise UserError(f"`{name}` in `{FILE}` is `{format_untrusted(value)}`, which is not what it should be", hint="the file is damaged")
     return value
 
 
@@ -196,7 +196,7 @@ def _is_flag(value: Any) -> bool:
 
 
 def _is_rank(value: Any) -> bool:
-    return whole_number(value) and value > 0
+    return is_size(value) and value > 0
 
 
 def _is_table_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -225,9 +225,9 @@ def _several(names: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def _layers(found: Mapping[str, Any]) -> tuple[int, ...]:
     value = found.get("layers_to_transform")
-    if whole_number(value):
+    if is_size(value):
         return (cast("int", value),)
-    listed: list[int] = _get(found, "layers_to_transform", _is_list_of(whole_number), [])
+    listed: list[int] = _get(found, "layers_to_transform", _is_list_of(is_size), [])
     return tuple(listed)
 
 

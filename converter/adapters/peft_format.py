@@ -13,9 +13,9 @@ from converter.adapters import peft_config
 from converter.adapters.description import Base, Description
 from converter.adapters.files import PEFT_PICKLE, PEFT_WEIGHTS
 from converter.adapters.names import PREFIX, WEIGHT, Factor, factors, peft_name
-from converter.adapters.opened import Opened
+from converter.adapters.opened import AdapterReader
 from converter.adapters.peft_config import PeftConfig
-from converter.plan import Making, as_stored, named
+from converter.plan import TensorPlan, as_stored, list_names
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader, Shard, make_header, parse_shard
@@ -28,7 +28,7 @@ FILE, PICKLED = PEFT_WEIGHTS, PEFT_PICKLE
 class PeftAdapter:
     """An adapter in PEFT's files, and what its configuration says."""
 
-    opened: Opened
+    opened: AdapterReader
     reader: HuggingFaceReader
     config: PeftConfig
 
@@ -44,7 +44,7 @@ def open_peft(folder: Folder) -> PeftAdapter:
         reader.close()
         raise
     scales = {weight: config.scale(weight.removesuffix(WEIGHT)) for weight in parts}
-    opened = Opened(
+    opened = AdapterReader(
         folder.label,
         _description(config),
         reader,
@@ -66,7 +66,7 @@ def _check_file(folder: Folder) -> None:
             hint="if you trust it, load it with PEFT and save it again: `save_pretrained` writes safetensors",
         )
     other = [name for name in folder.children() if _WEIGHTS.fullmatch(name)]
-    there = f", but {named(other)}" if other else ""
+    there = f", but {list_names(other)}" if other else ""
     raise UserError(
         f"`{folder.label}` has no `{FILE}`{there}",
         hint="another program wrote it: load it there and save it as PEFT's `save_pretrained` does"
@@ -92,7 +92,7 @@ def _description(config: PeftConfig) -> Description:
     )
 
 
-def _parts(specs: Mapping[str, TensorSpec], config: PeftConfig) -> dict[str, dict[Factor, Making]]:
+def _parts(specs: Mapping[str, TensorSpec], config: PeftConfig) -> dict[str, dict[Factor, TensorPlan]]:
     """The tensors by the weights that they change, in the order of their names."""
     wanted, made = factors(config.method), as_stored(_dimensioned(specs))
     weights = dict.fromkeys(f"{_module(name)}{WEIGHT}" for name in sorted(specs))
@@ -100,14 +100,14 @@ def _parts(specs: Mapping[str, TensorSpec], config: PeftConfig) -> dict[str, dic
         raise UserError(f"`{FILE}` holds no tensors")
     missing = [name for weight in weights for factor in wanted if (name := peft_name(weight, factor)) not in specs]
     if missing:
-        raise UserError(f"`{FILE}` lacks {named(missing)}", hint=f"a {config.method} has {len(wanted)} tensors for each module")
+        raise UserError(f"`{FILE}` lacks {list_names(missing)}", hint=f"a {config.method} has {len(wanted)} tensors for each module")
     found = {weight: {factor: made[peft_name(weight, factor)] for factor in wanted} for weight in weights}
-    used = {making.spec.name for makings in found.values() for making in makings.values()}
+    used = {tensor_plan.spec.name for tensor_plans in found.values() for tensor_plan in tensor_plans.values()}
     over = sorted(specs.keys() - used)
     if over:
-        raise UserError(f"`{FILE}` holds {named(over)}, which a {config.method} does not have", hint="see `use_dora`")
-    for weight, makings in found.items():
-        _check(weight.removesuffix(WEIGHT), {factor: making.spec for factor, making in makings.items()}, config)
+        raise UserError(f"`{FILE}` holds {list_names(over)}, which a {config.method} does not have", hint="see `use_dora`")
+    for weight, tensor_plans in found.items():
+        _check(weight.removesuffix(WEIGHT), {factor: tensor_plan.spec for factor, tensor_plan in tensor_plans.items()}, config)
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 from converter.config import Field
 from converter.rules import Rule
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 
 
 class Family(Protocol):
@@ -34,7 +34,7 @@ def find(model_type: Any) -> Family:
     """The family of a `model_type`; UserError lists those there are."""
     if model_type not in names():
         raise UserError(
-            f"`config.json` has the model type `{shown(model_type)}`, which is not supported",
+            f"`config.json` has the model type `{format_untrusted(model_type)}`, which is not supported",
             hint=f"supported are: {', '.join(names())}",
         )
     return cast("Family", import_module(f"{__name__}.{model_type}"))

@@ -2,7 +2,7 @@
 
 from converter.config import Config, activation, field, fixed, flag, no_window, required, rope, value
 from converter.model import Model
-from converter.rules import gate_up, qkv, row, under, vocab, whole
+from converter.rules import gated_mlp, qkv, row_parallel, under, vocab_parallel, replicated
 
 MODELS = "Llama 2, 3, 3.1, 3.2 and models of the same shape"
 ARCHITECTURE = "LlamaForCausalLM"
@@ -34,23 +34,23 @@ def _head_dim(config: Config) -> int:
 
 
 RULES = (
-    vocab("embedding.word_embeddings.weight", "model.embed_tokens.weight", "hidden"),
+    vocab_parallel("embedding.word_embeddings.weight", "model.embed_tokens.weight", "hidden"),
     *under("decoder.layers.{layer}", "model.layers.{layer}", (
-        whole("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "hidden",
-              also="input_layernorm.weight"),
+        replicated("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "hidden",
+              alias="input_layernorm.weight"),
         qkv("self_attention.linear_qkv.weight", "self_attn.{q,k,v}_proj.weight", "hidden"),
-        qkv("self_attention.linear_qkv.bias", "self_attn.{q,k,v}_proj.bias", when=_biased, zeros=_plain_attention),
-        row("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "hidden", "queries"),
-        whole("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "hidden", when=_biased, zeros=_plain_attention),
-        whole("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "hidden",
-              also="pre_mlp_layernorm.weight"),
-        gate_up("mlp.linear_fc1.weight", "mlp.{gate,up}_proj.weight", "ffn", "hidden"),
-        gate_up("mlp.linear_fc1.bias", "mlp.{gate,up}_proj.bias", "ffn", when=_biased, zeros=_plain_mlp),
-        row("mlp.linear_fc2.weight", "mlp.down_proj.weight", "hidden", "ffn"),
-        whole("mlp.linear_fc2.bias", "mlp.down_proj.bias", "hidden", when=_biased, zeros=_plain_mlp),
+        qkv("self_attention.linear_qkv.bias", "self_attn.{q,k,v}_proj.bias", when=_biased, absent=_plain_attention),
+        row_parallel("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "hidden", "queries"),
+        replicated("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "hidden", when=_biased, absent=_plain_attention),
+        replicated("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "hidden",
+              alias="pre_mlp_layernorm.weight"),
+        gated_mlp("mlp.linear_fc1.weight", "mlp.{gate,up}_proj.weight", "ffn", "hidden"),
+        gated_mlp("mlp.linear_fc1.bias", "mlp.{gate,up}_proj.bias", "ffn", when=_biased, absent=_plain_mlp),
+        row_parallel("mlp.linear_fc2.weight", "mlp.down_proj.weight", "hidden", "ffn"),
+        replicated("mlp.linear_fc2.bias", "mlp.down_proj.bias", "hidden", when=_biased, absent=_plain_mlp),
     )),
-    whole("decoder.final_layernorm.weight", "model.norm.weight", "hidden"),
-    vocab("output_layer.weight", "lm_head.weight", "hidden", when=_untied, same_as="model.embed_tokens.weight"),
+    replicated("decoder.final_layernorm.weight", "model.norm.weight", "hidden"),
+    vocab_parallel("output_layer.weight", "lm_head.weight", "hidden", when=_untied, tied_to="model.embed_tokens.weight"),
 )  # fmt: skip
 
 SIZES = (

@@ -14,12 +14,12 @@ from formats.errors import UserError
 from formats.folder import NOT_OF_THE_MODEL, Folder, whole
 from formats.remote.gcs import GoogleStorage
 from formats.remote.hub import Hub
-from formats.remote.retry import BrokenError, Patience, persist
+from formats.remote.retry import RetryableError, RetryPolicy, retry
 from formats.remote.s3 import S3
 from formats.remote.store import Status, Store, file_name
 from formats.remote.web import Web
 
-_STORES: Mapping[str, Callable[[str, Patience], Store]] = {
+_STORES: Mapping[str, Callable[[str, RetryPolicy], Store]] = {
     "hf": Hub, "s3": S3, "gs": GoogleStorage, "http": Web, "https": Web,
 }  # fmt: skip
 _BLOCK = 64 << 10
@@ -29,21 +29,21 @@ _SMALL = 16 << 10
 round trip."""
 
 
-def open_remote(url: str, *, patience: Patience | None = None) -> Folder:
+def open_remote(url: str, *, policy: RetryPolicy | None = None) -> Folder:
     """The folder of a URL. Raises UserError for URLs that cannot be understood, and where a package is missing."""
     kind = url.partition("://")[0].lower()
     if kind not in _STORES:
         raise UserError(f"`{kind}://` is not supported", hint=f"known are {', '.join(f'{name}://' for name in _STORES)}")
-    patience = patience or Patience()
-    return RemoteFolder(_Opened(_STORES[kind](url, patience), patience), "")
+    policy = policy or RetryPolicy()
+    return RemoteFolder(_Opened(_STORES[kind](url, policy), policy), "")
 
 
 class _Opened:
     """A store, patiently, with the status of every file that was looked at."""
 
-    def __init__(self, store: Store, patience: Patience) -> None:
+    def __init__(self, store: Store, policy: RetryPolicy) -> None:
         self.store = store
-        self._patience = patience
+        self._patience = policy
         self._statuses: dict[str, Status | None] = {}
         self._listed: dict[str, list[str]] = {}
         self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
@@ -111,7 +111,7 @@ class _Opened:
             nonlocal done
             try:
                 self.store.fetch(path, status, offset + done, out[done:])
-            except BrokenError as error:
+            except RetryableError as error:
                 done += error.done
                 if done < len(out):
                     raise
@@ -125,7 +125,7 @@ class _Opened:
                 self._statuses.setdefault(path, status)
 
     def _persist[Result](self, attempt: Callable[[], Result], doing: str) -> Result:
-        return persist(attempt, self._patience, doing=doing)
+        return retry(attempt, self._patience, doing=doing)
 
 
 class RemoteFolder:

@@ -20,23 +20,23 @@ from urllib.parse import quote, urlencode
 
 from formats.errors import UserError
 from formats.location import without_secrets
-from formats.remote.http import Answer, Body, Client
-from formats.remote.retry import BrokenError, Patience
+from formats.remote.http import Response, Body, Client
+from formats.remote.retry import RetryableError, RetryPolicy
 from formats.remote.s3 import bucket_and_prefix
-from formats.remote.store import Labelled, Status, changed, needed, refused
+from formats.remote.store import StoreBase, Status, changed, optional_import, refused
 from formats.remote.web import check_allowed, range_header, read_range
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _LOGIN = "check the name and the credentials (`gcloud auth application-default login`, GOOGLE_APPLICATION_CREDENTIALS)"
 
 
-class GoogleStorage(Labelled):
+class GoogleStorage(StoreBase):
     """The objects below `gs://bucket/prefix`. Without credentials, requests go unsigned, as public buckets allow."""
 
-    def __init__(self, url: str, patience: Patience) -> None:
+    def __init__(self, url: str, policy: RetryPolicy) -> None:
         self._bucket, self._start = bucket_and_prefix(url)
         self.label = without_secrets(url).rstrip("/")
-        self._client = Client(silence=patience.silence)
+        self._client = Client(silence=policy.silence)
         self._access = Access()
 
     def status(self, path: str) -> Status | None:
@@ -46,7 +46,7 @@ class GoogleStorage(Labelled):
     def fetch(self, path: str, status: Status, offset: int, out: memoryview) -> None:
         url = self._url(f"o/{quote(self._start + path, safe='')}", alt="media", ifGenerationMatch=status.tag)
         credentials = self._access.headers(url)
-        with self._client.ask("GET", url, range_header(offset, len(out)), credentials=credentials) as answer:
+        with self._client.request("GET", url, range_header(offset, len(out)), credentials=credentials) as answer:
             if answer.status not in (404, 412):
                 check_allowed(answer, f"{self.label}/{path}", hint=_LOGIN)
                 return read_range(answer, path, status, offset, out)
@@ -109,12 +109,12 @@ class GoogleStorage(Labelled):
             self._check_written(answer, path)
             return answer.body()
 
-    def _send(self, method: str, path: str, query: str, data: Body) -> AbstractContextManager[Answer]:
+    def _send(self, method: str, path: str, query: str, data: Body) -> AbstractContextManager[Response]:
         url = f"{self._access.endpoint}/{self._bucket}/{quote(self._start + path)}{query}"
         checked = {"Content-MD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()} if data else {}
-        return self._client.ask(method, url, checked, credentials=self._access.headers(url), body=data)
+        return self._client.request(method, url, checked, credentials=self._access.headers(url), body=data)
 
-    def _check_written(self, answer: Answer, path: str) -> None:
+    def _check_written(self, answer: Response, path: str) -> None:
         if answer.status not in (200, 201, 204):
             raise refused(answer.status, f"{self.label}/{path}", hint=_LOGIN, doing="write")
 
@@ -132,7 +132,7 @@ class GoogleStorage(Labelled):
 
     def _json(self, what: str, **query: str) -> Mapping[str, Any] | None:
         url = self._url(what, **query)
-        with self._client.ask("GET", url, {}, credentials=self._access.headers(url)) as answer:
+        with self._client.request("GET", url, {}, credentials=self._access.headers(url)) as answer:
             if answer.status == 404:
                 return None
             check_allowed(answer, self.label, hint=_LOGIN)
@@ -150,8 +150,8 @@ class Access:
         self.endpoint = emulator if "://" in emulator else f"http://{emulator}" if emulator else "https://storage.googleapis.com"
         self._lock = threading.Lock()
         self._credentials: Any = None if emulator else _credentials()
-        self._session: Any = needed("requests").Session() if self._credentials else None
-        self._request: Any = needed("google.auth.transport.requests").Request(self._session) if self._session else None
+        self._session: Any = optional_import("requests").Session() if self._credentials else None
+        self._request: Any = optional_import("google.auth.transport.requests").Request(self._session) if self._session else None
 
     def headers(self, url: str) -> dict[str, str]:
         """The headers for a request, with a token that is renewed when it must be."""
@@ -161,9 +161,9 @@ class Access:
         try:
             with self._lock:
                 self._credentials.before_request(self._request, "GET", url, found)
-        except needed("google.auth.exceptions").TransportError:
-            raise BrokenError("Google's token service did not answer") from None
-        except needed("google.auth.exceptions").GoogleAuthError:
+        except optional_import("google.auth.exceptions").TransportError:
+            raise RetryableError("Google's token service did not answer") from None
+        except optional_import("google.auth.exceptions").GoogleAuthError:
             raise UserError("Google does not accept the credentials", hint=_LOGIN) from None
         return found
 
@@ -175,8 +175,8 @@ class Access:
 def _credentials() -> Any:
     """The credentials there are; None if there are none."""
     try:
-        return needed("google.auth").default(scopes=[_SCOPE])[0]
-    except needed("google.auth.exceptions").DefaultCredentialsError:
+        return optional_import("google.auth").default(scopes=[_SCOPE])[0]
+    except optional_import("google.auth.exceptions").DefaultCredentialsError:
         return None
 
 

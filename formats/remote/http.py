@@ -18,7 +18,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 from formats.errors import UserError
-from formats.remote.retry import BrokenError, fill, words
+from formats.remote.retry import RetryableError, fill, words
 
 type Headers = Mapping[str, str]
 type Body = bytes | memoryview | None
@@ -28,7 +28,7 @@ _WORTH_DRAINING = 64 << 10  # reading that much is cheaper than a new connection
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 
 
-class Answer:
+class Response:
     """A response whose body has not been read yet. `url` is where it came from, after redirects."""
 
     def __init__(self, response: HTTPResponse, url: str) -> None:
@@ -55,16 +55,16 @@ class Answer:
         try:
             data = self._response.read(limit)
         except (OSError, HTTPException) as error:
-            raise BrokenError(words(error)) from None
+            raise RetryableError(words(error)) from None
         length = self.header("Content-Length")
         if length.isdigit() and len(data) < min(int(length), limit):
-            raise BrokenError(f"the connection ended after {len(data)} of {length} bytes")
+            raise RetryableError(f"the connection ended after {len(data)} of {length} bytes")
         return data
 
     def check_passing(self) -> None:
         """Raise BrokenError for the answers that may be others in a moment."""
         if self.status in PASSING:
-            raise BrokenError(f"the server answered HTTP {self.status}", wait=seconds(self.header("Retry-After")))
+            raise RetryableError(f"the server answered HTTP {self.status}", wait=seconds(self.header("Retry-After")))
 
     def drained(self) -> bool:
         """Is the connection fit for another request?"""
@@ -90,7 +90,7 @@ class Client:
         self._tls: ssl.SSLContext | None = None
 
     @contextmanager
-    def ask(
+    def request(
         self,
         method: str,
         url: str,
@@ -99,7 +99,7 @@ class Client:
         credentials: Headers | None = None,
         body: Body = None,
         stay: bool = False,
-    ) -> Generator[Answer]:
+    ) -> Generator[Response]:
         """One request, redirects followed. `credentials` are headers that go to the first server and no other.
 
         With `stay`, a redirect to another server is the answer. Raises BrokenError for what may pass, dropped connections and
@@ -125,10 +125,10 @@ class Client:
             self._idle.clear()
 
     @contextmanager
-    def _exchange(self, method: str, url: str, headers: Headers, body: Body) -> Generator[Answer]:
+    def _exchange(self, method: str, url: str, headers: Headers, body: Body) -> Generator[Response]:
         parts = split_url(url)
         connection, response = self._send(method, parts, headers, body)
-        answer, fit = Answer(response, url), False
+        answer, fit = Response(response, url), False
         try:
             yield answer
             fit = answer.drained()
@@ -153,7 +153,7 @@ class Client:
             except (OSError, HTTPException) as error:
                 connection.close()
                 if not (used and isinstance(error, (ConnectionError, RemoteDisconnected))):
-                    raise _final(error, parts.hostname or "") or BrokenError(words(error)) from None
+                    raise _final(error, parts.hostname or "") or RetryableError(words(error)) from None
 
     def _connect(self, parts: SplitResult) -> HTTPConnection:
         proxy = self._proxy(parts)

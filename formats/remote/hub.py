@@ -16,9 +16,9 @@ from typing import Any, cast
 from urllib.parse import quote
 
 from formats.errors import UserError
-from formats.remote.http import Answer, Client
-from formats.remote.retry import BrokenError, Patience, persist
-from formats.remote.store import Status, changed, file_name, needed, refused
+from formats.remote.http import Response, Client
+from formats.remote.retry import RetryableError, RetryPolicy, retry
+from formats.remote.store import Status, changed, file_name, optional_import, refused
 from formats.remote.web import check_allowed, range_header, read_range
 
 _URL = re.compile(
@@ -35,7 +35,7 @@ class Hub:
     `commit` is what the revision points to when this is made; it is what is read, whatever the revision points to later.
     """
 
-    def __init__(self, url: str, patience: Patience) -> None:
+    def __init__(self, url: str, policy: RetryPolicy) -> None:
         found = _URL.fullmatch(url)
         if not found:
             raise UserError("that is not a model on the Hub", hint="it should look like `hf://org/name@revision`")
@@ -43,13 +43,13 @@ class Hub:
         self._name, self._folder = found["name"], found["folder"].strip("/")
         self.name = file_name(self._folder or self._name)
         self._endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        self._client = Client(silence=patience.silence)
+        self._client = Client(silence=policy.silence)
         self._credentials = _headers()
         self._places: dict[str, str] = {}
         self._lock = threading.Lock()
         try:
-            self.commit = self._resolve(found["revision"], patience)
-            self._files = self._tree(patience)
+            self.commit = self._resolve(found["revision"], policy)
+            self._files = self._tree(policy)
         except BaseException:
             self.close()
             raise
@@ -70,7 +70,7 @@ class Hub:
             if known and answer.status in (400, 401, 403, 404, 410):
                 with self._lock:
                     self._places.pop(path, None)
-                raise BrokenError(f"the Hub's link had expired (HTTP {answer.status})")
+                raise RetryableError(f"the Hub's link had expired (HTTP {answer.status})")
             check_allowed(answer, f"{self.label}/{path}", hint=_LOGIN)
             read_range(answer, path, status, offset, out)
 
@@ -84,26 +84,26 @@ class Hub:
     def close(self) -> None:
         self._client.close()
 
-    def _resolve(self, revision: str | None, patience: Patience) -> str:
+    def _resolve(self, revision: str | None, policy: RetryPolicy) -> str:
         wanted = f"/revision/{quote(revision, safe='')}" if revision else ""
-        found, _ = self._json(f"{self._endpoint}/api/models/{self._name}{wanted}", patience)
+        found, _ = self._json(f"{self._endpoint}/api/models/{self._name}{wanted}", policy)
         match found:
             case {"sha": str(sha)} if re.fullmatch(r"[0-9a-f]{40,64}", sha):
                 return sha
             case _:
                 raise UserError(f"the Hub names no commit of `{self.label}`")
 
-    def _tree(self, patience: Patience) -> dict[str, Status]:
+    def _tree(self, policy: RetryPolicy) -> dict[str, Status]:
         folder = f"/{quote(self._folder)}" if self._folder else ""
         url = f"{self._endpoint}/api/models/{self._name}/tree/{self.commit}{folder}?recursive=true&expand=false"
         files: dict[str, Status] = {}
         while url:
-            found, url = self._json(url, patience)
+            found, url = self._json(url, policy)
             files |= dict(_statuses(found))
         start = f"{self._folder}/" if self._folder else ""
         return {path.removeprefix(start): status for path, status in files.items()}
 
-    def _json(self, url: str, patience: Patience) -> tuple[Any, str]:
+    def _json(self, url: str, policy: RetryPolicy) -> tuple[Any, str]:
         """What the Hub says, and where it goes on."""
 
         def attempt() -> tuple[Any, str]:
@@ -113,7 +113,7 @@ class Hub:
                 more = re.search(r'<([^>]+)>;\s*rel="next"', answer.header("Link"))
                 return _parsed(answer.body(), self.label), more[1] if more else ""
 
-        return persist(attempt, patience, doing=f"asking the Hub for `{self.label}`")
+        return retry(attempt, policy, doing=f"asking the Hub for `{self.label}`")
 
     def _place(self, path: str, status: Status) -> str:
         """Where the Hub keeps a file's bytes; good for some time, often about an hour."""
@@ -130,9 +130,9 @@ class Hub:
             self._places[path] = place
         return place
 
-    def _ask(self, method: str, url: str, headers: Mapping[str, str], *, stay: bool = False) -> AbstractContextManager[Answer]:
+    def _ask(self, method: str, url: str, headers: Mapping[str, str], *, stay: bool = False) -> AbstractContextManager[Response]:
         ours = url.startswith(f"{self._endpoint}/")
-        return self._client.ask(method, url, headers, credentials=self._credentials if ours else None, stay=stay)
+        return self._client.request(method, url, headers, credentials=self._credentials if ours else None, stay=stay)
 
 
 def _statuses(listed: Any) -> Iterator[tuple[str, Status]]:
@@ -155,6 +155,6 @@ def _parsed(body: bytes, label: str) -> Any:
 
 def _headers() -> dict[str, str]:
     """The user agent and, if there is a token, the authorization that huggingface_hub sends."""
-    if needed("huggingface_hub.constants").HF_HUB_OFFLINE:
+    if optional_import("huggingface_hub.constants").HF_HUB_OFFLINE:
         raise UserError("the Hub may not be asked: HF_HUB_OFFLINE is set", hint="unset it, or give a directory")
-    return dict(needed("huggingface_hub.utils").build_hf_headers(library_name="mbtools"))
+    return dict(optional_import("huggingface_hub.utils").build_hf_headers(library_name="mbtools"))

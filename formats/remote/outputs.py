@@ -9,7 +9,7 @@ import numpy as np
 from formats.arrays import as_bytes
 from formats.in_order import InOrder
 from formats.outputs import Tap
-from formats.remote.upload import Sink, Upload
+from formats.remote.upload import FileUpload, Upload
 from formats.spec import Array, Span
 
 Spans = Callable[[str], Iterable[Span]]
@@ -21,7 +21,7 @@ class RemoteOutputs:
     def __init__(self, url: str) -> None:
         self.url = url
         self.tap: Tap | None = None
-        self._begun: dict[str, Sink] = {}
+        self._begun: dict[str, FileUpload] = {}
         self._sizes: Mapping[str, int] = {}
 
     def open(self, upload: Upload, sizes: Mapping[str, int], spans: Spans) -> None:

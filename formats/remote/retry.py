@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from formats.errors import TransientError
 
 
-class BrokenError(Exception):
+class RetryableError(Exception):
     """An attempt that failed for a reason that may pass; the message is the reason.
 
     `done` counts the bytes that had arrived by then, `wait` the seconds that the other side asks for.
@@ -24,7 +24,7 @@ class BrokenError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How often to try, and how many seconds to wait: `first`, then twice as long each time, at most `longest`.
 
     `silence` is the number of seconds without a byte after which a connection counts as dropped.
@@ -41,21 +41,21 @@ class Patience:
         return min(usual, self.longest) * random.uniform(1, 1.5)  # noqa: S311 - nobody gains from guessing it
 
 
-def persist[Result](attempt: Callable[[], Result], patience: Patience, *, doing: str) -> Result:
+def retry[Result](attempt: Callable[[], Result], policy: RetryPolicy, *, doing: str) -> Result:
     """Call `attempt` until it does not raise BrokenError; in the end, TransientError says what we were
     `doing` and the last reason."""
     failed = 0
     while True:
         try:
             return attempt()
-        except BrokenError as error:
+        except RetryableError as error:
             failed += 1
-            if failed >= patience.attempts:
+            if failed >= policy.attempts:
                 raise TransientError(
                     f"{doing} failed {failed} times; the last time: {error}",
                     hint="check the network and the server, then run it again",
                 ) from None
-            pause = patience.pause(failed, error.wait)
+            pause = policy.pause(failed, error.wait)
         time.sleep(pause)
 
 
@@ -66,9 +66,9 @@ def fill(out: memoryview, read: Callable[[memoryview], int], errors: tuple[type[
         try:
             count = read(out[done:])
         except errors as error:
-            raise BrokenError(words(error), done=done) from None
+            raise RetryableError(words(error), done=done) from None
         if not count:
-            raise BrokenError(f"the connection ended after {done} of {len(out)} bytes", done=done)
+            raise RetryableError(f"the connection ended after {done} of {len(out)} bytes", done=done)
         done += count
 
 

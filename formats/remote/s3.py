@@ -14,8 +14,8 @@ from typing import Any, Protocol, cast
 from formats.errors import UserError
 from formats.location import without_secrets
 from formats.remote.http import PASSING, seconds
-from formats.remote.retry import BrokenError, Patience, fill, words
-from formats.remote.store import Labelled, Status, changed, needed, refused, resized
+from formats.remote.retry import RetryableError, RetryPolicy, fill, words
+from formats.remote.store import StoreBase, Status, changed, optional_import, refused, resized
 
 type Reply = Mapping[str, Any]
 
@@ -40,13 +40,13 @@ class Client(Protocol):
     def close(self) -> None: ...
 
 
-class S3(Labelled):
+class S3(StoreBase):
     """The objects below `s3://bucket/prefix`. Without credentials, requests go unsigned, as public buckets allow."""
 
-    def __init__(self, url: str, patience: Patience) -> None:
+    def __init__(self, url: str, policy: RetryPolicy) -> None:
         self.bucket, self.start = bucket_and_prefix(url)
         self.label = without_secrets(url).rstrip("/")
-        self.client = open_client(patience)
+        self.client = open_client(policy)
 
     def status(self, path: str) -> Status | None:
         try:
@@ -54,7 +54,7 @@ class S3(Labelled):
         except Exception as error:
             if status_of(error) == 404:
                 return None
-            raise explained(error, f"{self.label}/{path}") from None
+            raise user_error(error, f"{self.label}/{path}") from None
         return Status(int(found["ContentLength"]), str(found["ETag"]), sha256=_whole_sha256(found))
 
     def fetch(self, path: str, status: Status, offset: int, out: memoryview) -> None:
@@ -67,7 +67,7 @@ class S3(Labelled):
             if found["ETag"] != status.tag:
                 raise changed(path, status, str(found["ETag"]))
             if not str(found.get("ContentRange", "")).startswith(f"bytes {offset}-{offset + len(out) - 1}/"):
-                raise BrokenError("the server answered with another range than it was asked for")
+                raise RetryableError("the server answered with another range than it was asked for")
             fill(out, body.readinto, (Exception,))  # urllib3's and botocore's, which have no base in common
 
     def children(self, prefix: str) -> list[str]:
@@ -106,7 +106,7 @@ class S3(Labelled):
         except Exception as error:
             if status_of(error) == 404:
                 return False
-            raise explained(error, f"{self.label}/{path}", doing="write") from None
+            raise user_error(error, f"{self.label}/{path}", doing="write") from None
         return True
 
     def drop(self, path: str, upload: str) -> None:
@@ -129,7 +129,7 @@ class S3(Labelled):
         except Exception as error:
             if gone and status_of(error) == 404:
                 return {}
-            raise explained(error, f"{self.label}/{path}", doing="write") from None
+            raise user_error(error, f"{self.label}/{path}", doing="write") from None
 
     def _pages(self, **arguments: Any) -> list[Reply]:
         pages: list[Reply] = []
@@ -138,7 +138,7 @@ class S3(Labelled):
             try:
                 pages.append(self.client.list_objects_v2(Bucket=self.bucket, **arguments, **more))
             except Exception as error:
-                raise explained(error, self.label) from None
+                raise user_error(error, self.label) from None
             following = pages[-1].get("NextContinuationToken")
             more = {"ContinuationToken": following} if following else {}
         return pages
@@ -154,7 +154,7 @@ class S3(Labelled):
             case 404:
                 return changed(path, status, "gone")
             case _:
-                return explained(error, f"{self.label}/{path}")
+                return user_error(error, f"{self.label}/{path}")
 
 
 def bucket_and_prefix(url: str) -> tuple[str, str]:
@@ -166,14 +166,14 @@ def bucket_and_prefix(url: str) -> tuple[str, str]:
     return bucket, f"{prefix}/" if prefix else ""
 
 
-def open_client(patience: Patience) -> Client:
+def open_client(policy: RetryPolicy) -> Client:
     """A client, to be shared by threads. It does not retry: that is done outside, for all kinds of storage alike."""
-    session = needed("botocore.session").get_session()
+    session = optional_import("botocore.session").get_session()
     try:
-        unsigned = {} if session.get_credentials() else {"signature_version": needed("botocore").UNSIGNED}
-        config = needed("botocore.config").Config(
-            connect_timeout=min(10.0, patience.silence),
-            read_timeout=patience.silence,
+        unsigned = {} if session.get_credentials() else {"signature_version": optional_import("botocore").UNSIGNED}
+        config = optional_import("botocore.config").Config(
+            connect_timeout=min(10.0, policy.silence),
+            read_timeout=policy.silence,
             retries={"total_max_attempts": 1, "mode": "standard"},
             max_pool_connections=_CONNECTIONS,
             response_checksum_validation="when_required",
@@ -184,7 +184,7 @@ def open_client(patience: Patience) -> Client:
     except ValueError:  # whose text holds the URL
         raise UserError("AWS's client cannot use its endpoint: it is not a URL", hint="check AWS_ENDPOINT_URL") from None
     except Exception as error:
-        raise explained(error, "s3://") from None
+        raise user_error(error, "s3://") from None
 
 
 def status_of(error: Exception) -> int:
@@ -197,19 +197,19 @@ def status_of(error: Exception) -> int:
             return 0
 
 
-def explained(error: Exception, label: str, *, doing: str = "read") -> Exception:
+def user_error(error: Exception, label: str, *, doing: str = "read") -> Exception:
     """BrokenError or UserError for a botocore error, in words without URLs; the error itself where it is none of botocore's."""
-    errors = needed("botocore.exceptions")
+    errors = optional_import("botocore.exceptions")
     status = status_of(error)
     if isinstance(error, errors.ClientError):
         reply: Any = getattr(error, "response", {})
         code = str(reply.get("Error", {}).get("Code", ""))
         if status in PASSING or code in ("SlowDown", "RequestTimeout", "InternalError"):
             headers = reply.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-            return BrokenError(f"the server answered HTTP {status}", wait=seconds(headers.get("retry-after", "")))
+            return RetryableError(f"the server answered HTTP {status}", wait=seconds(headers.get("retry-after", "")))
         return refused(status, label, code=code, hint=_CREDENTIALS if doing == "read" else _MAY_WRITE, doing=doing)
     if isinstance(error, (errors.HTTPClientError, errors.ConnectionError, OSError)):
-        return BrokenError(words(error))
+        return RetryableError(words(error))
     if isinstance(error, errors.BotoCoreError):
         return UserError(f"AWS's client cannot {doing} `{label}`: {words(error)}", hint=_CREDENTIALS)
     return error

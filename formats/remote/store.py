@@ -68,7 +68,7 @@ class Store(Protocol):
         ...
 
 
-class Labelled:
+class StoreBase:
     """What a store says of itself that knows no more than its URL without secrets."""
 
     label: str
@@ -109,7 +109,7 @@ def refused(status: int, label: str, *, hint: str, code: str = "", doing: str = 
     return UserError(f"cannot {doing} `{label}`: the server {meaning} ({named})", hint=hint)
 
 
-def needed(module: str) -> Any:
+def optional_import(module: str) -> Any:
     """A module of the extra `remote`, imported on first use."""
     try:
         return importlib.import_module(module)

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from formats.errors import UserError
 from formats.remote.gcs import GoogleStorage
 from formats.remote.part_memory import PART_BYTES, PART_MEMORY, MemoryPart, Part, PartMemory
-from formats.remote.retry import Patience, persist
+from formats.remote.retry import RetryPolicy, retry
 from formats.remote.s3 import S3
 from formats.remote.store import Status, Store, file_name
 from formats.replacement import Present, Rule, already_exists, check_unchanged
@@ -47,12 +47,12 @@ class Target(Store, Protocol):
     def delete(self, path: str) -> None: ...
 
 
-TARGETS: Mapping[str, Callable[[str, Patience], Target]] = {"s3": S3, "gs": GoogleStorage}
+TARGETS: Mapping[str, Callable[[str, RetryPolicy], Target]] = {"s3": S3, "gs": GoogleStorage}
 
 
-def exists(url: str, *, patience: Patience | None = None) -> bool:
+def exists(url: str, *, policy: RetryPolicy | None = None) -> bool:
     """Is there any object below that URL?"""
-    patient = _Patient(url, patience or Patience())
+    patient = _Patient(url, policy or RetryPolicy())
     try:
         return bool(patient.children())
     finally:
@@ -68,11 +68,11 @@ class Upload:
     """
 
     def __init__(
-        self, url: str, *, rule: Rule | None = None, streams: int = 8, memory: int = PART_MEMORY, patience: Patience | None = None
+        self, url: str, *, rule: Rule | None = None, streams: int = 8, memory: int = PART_MEMORY, policy: RetryPolicy | None = None
     ) -> None:
-        self._patient = _Patient(url, patience or Patience())
+        self._patient = _Patient(url, policy or RetryPolicy())
         self._rule, self._is_root = rule, not urlsplit(url).path.strip("/")
-        self._files: dict[str, Sink] = {}
+        self._files: dict[str, FileUpload] = {}
         self._published: list[str] = []
         self._standing: set[str] = set()
         self._record = ""
@@ -97,13 +97,13 @@ class Upload:
         """Bytes of all files' parts that are in memory."""
         return self._memory.held
 
-    def open(self, name: str, size: int) -> Sink:
+    def open(self, name: str, size: int) -> FileUpload:
         """A new file of that size, to be filled from its start to its end."""
         with self._lock:
             assert name not in self._files, f"{name} was opened before"
             keep = size <= _WHOLE and self._kept + size <= _MOST_KEPT
             self._kept += size if keep else 0
-            sink = Sink(self._patient, name, size, self._send, None if keep else self._memory)
+            sink = FileUpload(self._patient, name, size, self._send, None if keep else self._memory)
             self._files[name] = sink
         return sink
 
@@ -217,7 +217,7 @@ class Upload:
 Send = Callable[[Part, Callable[[mmap], str]], Future[str]]
 
 
-class Sink:
+class FileUpload:
     """A file on its way. `update` may be called from any thread, from one at a time. Its parts are made in `memory`; without
     one, it is kept whole until it is published."""
 
@@ -285,12 +285,12 @@ def part_size(size: int) -> int:
 class _Patient:
     """The calls of a target, patiently."""
 
-    def __init__(self, url: str, patience: Patience) -> None:
+    def __init__(self, url: str, policy: RetryPolicy) -> None:
         kind = url.partition("://")[0].lower()
         if kind not in TARGETS:
             raise UserError(f"`{kind}://` cannot be written to", hint="a directory, s3:// and gs:// can")
-        self.target = TARGETS[kind](url, patience)
-        self._patience = patience
+        self.target = TARGETS[kind](url, policy)
+        self._patience = policy
 
     def children(self) -> list[str]:
         return self._persist(lambda: self.target.children(""), "listing", "")
@@ -332,4 +332,4 @@ class _Patient:
         return self._persist(lambda: self.target.status(name), "looking at", name)
 
     def _persist[Result](self, attempt: Callable[[], Result], doing: str, name: str) -> Result:
-        return persist(attempt, self._patience, doing=f"{doing} `{self.target.label}{f'/{name}' if name else ''}`")
+        return retry(attempt, self._patience, doing=f"{doing} `{self.target.label}{f'/{name}' if name else ''}`")

@@ -19,9 +19,9 @@ from urllib.parse import quote, urlsplit
 
 from formats.errors import UserError
 from formats.location import without_secrets
-from formats.remote.http import Answer, Client, basic, split_url
-from formats.remote.retry import BrokenError, Patience, persist
-from formats.remote.store import Labelled, Status, changed, file_name, refused, resized
+from formats.remote.http import Response, Client, basic, split_url
+from formats.remote.retry import RetryableError, RetryPolicy, retry
+from formats.remote.store import StoreBase, Status, changed, file_name, refused, resized
 
 INTEGRITY = "integrity.json"
 """The hashes of an iteration's files: {"algorithm": "sha256", "files": {relative name: hex}}."""
@@ -47,18 +47,18 @@ _QUOTED = "/%:@!$&'()*+,;=~"  # what may stand in a path as it is
 _NO_RANGES = "use a server that answers `Range: bytes=…` with 206, or fetch the directory first"
 
 
-class Web(Labelled):
+class Web(StoreBase):
     """A folder by its URL. A user and password in it, or of `~/.netrc`, go to its server and no other; a query (which
     signs some URLs) goes with every file."""
 
-    def __init__(self, url: str, patience: Patience) -> None:
+    def __init__(self, url: str, policy: RetryPolicy) -> None:
         parts = split_url(url)
         self._root = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{quote(parts.path, safe=_QUOTED).rstrip('/')}/"
         self.label = without_secrets(self._root).rstrip("/")
         self._query = f"?{parts.query}" if parts.query else ""
-        self._patience = patience
+        self._patience = policy
         self._credentials = _credentials(url)
-        self._client = Client(silence=patience.silence)
+        self._client = Client(silence=policy.silence)
         self._known: dict[str, Status] | None = None
         self._lock = threading.Lock()
 
@@ -136,21 +136,21 @@ class Web(Labelled):
             return None
         out = bytearray(status.size)
         if out:
-            persist(lambda: self.fetch(path, status, 0, memoryview(out)), self._patience, doing=f"reading `{file_name(path)}`")
+            retry(lambda: self.fetch(path, status, 0, memoryview(out)), self._patience, doing=f"reading `{file_name(path)}`")
         return bytes(out)
 
     def _patiently(self, path: str) -> Status | None:
-        return persist(lambda: self.status(path), self._patience, doing=f"looking at `{file_name(path)}`")
+        return retry(lambda: self.status(path), self._patience, doing=f"looking at `{file_name(path)}`")
 
-    def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> AbstractContextManager[Answer]:
+    def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> AbstractContextManager[Response]:
         url = self._root + quote(path) + self._query
-        return self._client.ask(method, url, headers, credentials=self._credentials)
+        return self._client.request(method, url, headers, credentials=self._credentials)
 
-    def _check_allowed(self, answer: Answer, path: str) -> None:
+    def _check_allowed(self, answer: Response, path: str) -> None:
         check_allowed(answer, f"{self.label}/{path}", hint="give credentials in `~/.netrc`, or a signed URL")
 
 
-def check_allowed(answer: Answer, label: str, *, hint: str) -> None:
+def check_allowed(answer: Response, label: str, *, hint: str) -> None:
     """UserError for answers that have nothing to do with ranges and are not what was asked for."""
     if answer.status not in (200, 206, 412, 416):
         raise refused(answer.status, label, hint=hint if answer.status in (401, 403) else "check the URL")
@@ -160,13 +160,13 @@ def range_header(offset: int, length: int) -> dict[str, str]:
     return {"Range": f"bytes={offset}-{offset + length - 1}"}
 
 
-def tag_of(answer: Answer) -> tuple[str, str]:
+def tag_of(answer: Response) -> tuple[str, str]:
     """What changes with the file, and what it is called."""
     etag = answer.header("ETag")
     return (etag, "ETag") if etag else (answer.header("Last-Modified"), "last change")
 
 
-def read_range(answer: Answer, path: str, status: Status, offset: int, out: memoryview) -> None:
+def read_range(answer: Response, path: str, status: Status, offset: int, out: memoryview) -> None:
     """Fill `out` with the body of an answer to `range_header`, if it is that part of that version of the file."""
     found, tag_name = tag_of(answer)
     if answer.status in (206, 412) and status.tag_name == tag_name and found and found != status.tag:
@@ -181,11 +181,11 @@ def read_range(answer: Answer, path: str, status: Status, offset: int, out: memo
     if answer.status == 200:
         _check_whole(answer, path, status, offset, len(out))
     elif not part or (part[1], part[2]) != (str(offset), str(offset + len(out) - 1)):
-        raise BrokenError("the server answered with another range than it was asked for")
+        raise RetryableError("the server answered with another range than it was asked for")
     answer.read_into(out)
 
 
-def _check_whole(answer: Answer, path: str, status: Status, offset: int, length: int) -> None:
+def _check_whole(answer: Response, path: str, status: Status, offset: int, length: int) -> None:
     """A server may ignore a range; that is good enough for a file that is wanted whole."""
     if answer.header("Content-Length") not in ("", str(status.size)):
         raise resized(path, status, answer.header("Content-Length"))

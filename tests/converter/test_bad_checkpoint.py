@@ -220,12 +220,12 @@ def test_damaged_headers_that_travelled_are_named(checkpoint, tmp_path):
 
 
 def test_a_map_of_other_tensors_is_left_with_a_word(checkpoint, tmp_path):
-    from converter import Talk
+    from converter import Reporter
 
     header_of(checkpoint).write_bytes(header_of(checkpoint).read_bytes().replace(b"model.norm.weight", b"model.nurm.weight"))
     notes = []
     mcore_to_hf(checkpoint, tmp_path / "back", max_shard_size=50_000)
-    mcore_to_hf(checkpoint, tmp_path / "again", talk=Talk(note=notes.append))
+    mcore_to_hf(checkpoint, tmp_path / "again", reporter=Reporter(note=notes.append))
     assert notes == ["the shard map that travelled is of other tensors than these: files are divided anew"]
 
 

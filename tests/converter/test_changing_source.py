@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from converter import Talk, UserError, adapter_to_hf, adapter_to_mcore, check, hf_to_mcore, mcore_to_hf, merge, verify
+from converter import Reporter, UserError, adapter_to_hf, adapter_to_mcore, check, hf_to_mcore, mcore_to_hf, merge, verify
 from converter.ranks import Ranks
 from tests.converter.adapters.made import save_adapter
 
@@ -104,7 +104,7 @@ def changing(command, at, name, way, **how):
     before = sorted(path.name for path in at.iterdir())
     pattern = rf"^`{at / name}` changed while it was being read: {WAYS[way]}\n\nhint: run it again once nothing writes to it$"
     with pytest.raises(UserError, match=pattern):
-        COMMANDS[command](at, talk=Talk(progress=once(lambda: way(at / name))), workers=1, **how)
+        COMMANDS[command](at, reporter=Reporter(progress=once(lambda: way(at / name))), workers=1, **how)
     assert sorted(path.name for path in at.iterdir()) == before
 
 
@@ -127,11 +127,11 @@ def test_what_only_the_second_of_two_ranks_saw_stops_both(at):
     """As on two machines, of which one still sees the file as it was: each rank looks at what it read itself."""
     shutil.copytree(at / "hf", at / "as the second sees it", copy_function=shutil.copy2)
     path, said = at / "as the second sees it" / "model-00001-of-00003.safetensors", {}
-    talks = [Talk(), Talk(progress=once(lambda: write_in_place(path)))]
+    talks = [Reporter(), Reporter(progress=once(lambda: write_in_place(path)))]
 
     def act(rank, source):
         try:
-            hf_to_mcore(source, at / "out", ranks=Ranks(rank, 2, "run"), talk=talks[rank])
+            hf_to_mcore(source, at / "out", ranks=Ranks(rank, 2, "run"), reporter=talks[rank])
         except UserError as error:
             said[rank] = str(error)
 

@@ -116,10 +116,10 @@ def test_weights_in_other_formats_are_named_and_left_out(model_folder, tmp_path)
     ):
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(b"other weights")
-    from converter import Talk
+    from converter import Reporter
 
     notes = []
-    hf_to_mcore(source, tmp_path / "megatron", talk=Talk(note=notes.append))
+    hf_to_mcore(source, tmp_path / "megatron", reporter=Reporter(note=notes.append))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert model_tree(tmp_path / "back") == expected
     left_out = ".git/, consolidated.safetensors, model.gguf, onnx/model.onnx_data_1, original/consolidated.00.pth"

@@ -35,11 +35,11 @@ def test_rules_name_every_weight_of_the_model_with_its_shape_and_no_other(family
     found = {
         name: shape
         for b in bound
-        if not b.rule.zeros(model)
+        if not b.rule.absent(model)
         for name, shape in zip(b.huggingface, b.rule.part_shapes(model), strict=True)
     }
     assert found == expected
-    assert all(covered(b.rule.runs(model), b.rule.shape(model)[0]) for b in bound)
+    assert all(covered(b.rule.row_ranges(model), b.rule.shape(model)[0]) for b in bound)
 
 
 @pytest.mark.parametrize("family", families.names())

@@ -9,7 +9,7 @@ import pytest
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import save_integrity_manifest, verify_integrity_manifest
 
-from converter import Talk, check, hf_to_mcore, mcore_to_hf
+from converter import Reporter, check, hf_to_mcore, mcore_to_hf
 from formats.errors import UserError
 from tests.models import tree
 
@@ -120,7 +120,7 @@ def test_a_run_that_hashes_nothing_goes_on_where_it_stopped(model_folder, tmp_pa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        hf_to_mcore(source, tmp_path / "m", integrity=False, workers=1, talk=Talk(progress=stop_half_way))
+        hf_to_mcore(source, tmp_path / "m", integrity=False, workers=1, reporter=Reporter(progress=stop_half_way))
     summary = hf_to_mcore(source, tmp_path / "m", integrity=False, resume=True)
     assert summary.reused_bytes == sum(seen)
     assert tree(tmp_path / "m") == tree(tmp_path / "straight")

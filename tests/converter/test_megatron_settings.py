@@ -14,7 +14,7 @@ import yaml
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from transformers import AutoConfig
 
-from converter import Talk, UserError, hf_to_mcore, inspect, mcore_to_hf, verify
+from converter import Reporter, UserError, hf_to_mcore, inspect, mcore_to_hf, verify
 from converter.megatron_settings import NEUTRAL, Kind, foreign, kind
 from tests.conftest import GOLDEN
 from tests.converter.test_foreign import ARGS
@@ -173,7 +173,7 @@ def test_an_unknown_setting_is_refused_unless_somebody_says_which_model_it_is(ba
     [name] = settings
     refused(mcore_to_hf, bare, tmp_path, rf"has `{name}: .*`, which is not known here .*\n\nhint: .*`--hf-config DIR`")
     notes = []
-    mcore_to_hf(bare, tmp_path / "back", hf_config=model_folder("padded_vocab"), talk=Talk(note=notes.append), dry_run=True)
+    mcore_to_hf(bare, tmp_path / "back", hf_config=model_folder("padded_vocab"), reporter=Reporter(note=notes.append), dry_run=True)
     assert f"`run_config.yaml` has `{name}`, which is not known here: it is taken not to matter" in notes
 
 
@@ -277,10 +277,10 @@ def test_a_padded_vocabulary_is_not_taken_for_the_real_one(bare, tmp_path, model
 def test_rows_that_are_more_than_padding_are_told_of(bare, tmp_path, model_folder):
     notes = []
     say_in_args(bare, vocab_size=None, make_vocab_size_divisible_by=64, tensor_model_parallel_size=1)
-    mcore_to_hf(bare, tmp_path / "b", hf_config=model_folder("padded_vocab"), talk=Talk(note=notes.append), dry_run=True)
+    mcore_to_hf(bare, tmp_path / "b", hf_config=model_folder("padded_vocab"), reporter=Reporter(note=notes.append), dry_run=True)
     assert notes[0].startswith("Megatron-LM's `args` pad 389 tokens to 448 rows, but the embedding has 512: those after 389 are")
     say_in_args(bare, vocab_size=None, make_vocab_size_divisible_by=128, tensor_model_parallel_size=2)
-    mcore_to_hf(bare, tmp_path / "b", hf_config=model_folder("padded_vocab"), talk=Talk(note=notes.append), dry_run=True)
+    mcore_to_hf(bare, tmp_path / "b", hf_config=model_folder("padded_vocab"), reporter=Reporter(note=notes.append), dry_run=True)
     assert len(notes) == 1
 
 
@@ -315,7 +315,7 @@ def test_a_tokenizer_tells_how_many_rows_are_tokens_where_the_padding_fits(bare,
     write_tokenizer(bare / "iter_0000000" / "tokenizer", 389)
     say_in_args(bare, vocab_size=None)
     notes = []
-    mcore_to_hf(bare, tmp_path / "back", talk=Talk(note=notes.append))
+    mcore_to_hf(bare, tmp_path / "back", reporter=Reporter(note=notes.append))
     assert verify(model_folder("padded_vocab"), tmp_path / "back").same
     assert notes[0] == ("`vocab_size` is 389, as `tokenizer.json` says: Megatron-LM's `args` know only the padded size, 512")
     say_in_args(bare, vocab_size=None, make_vocab_size_divisible_by=64)

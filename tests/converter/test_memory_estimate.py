@@ -9,14 +9,14 @@ import pytest
 
 from converter import UserError, hf_to_mcore, mcore_to_hf
 from converter.memory_estimate import piece_buffers
-from converter.plan import whole
+from converter.plan import same_tensor
 from formats.spec import DTYPES, TensorSpec
 
 MIB = 1 << 20
 
 
 def made(shape, dtype, source):
-    return whole(TensorSpec("t", shape, DTYPES[dtype]), TensorSpec("s", shape, DTYPES[source]))
+    return same_tensor(TensorSpec("t", shape, DTYPES[dtype]), TensorSpec("s", shape, DTYPES[source]))
 
 
 def test_a_worker_holds_the_largest_piece_and_what_it_is_cast_from():

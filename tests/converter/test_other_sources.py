@@ -17,7 +17,7 @@ from safetensors import torch as safetensors_torch
 from safetensors.numpy import load_file, save_file
 
 from converter import UserError, hf_to_mcore, inspect, mcore_to_hf, verify
-from converter.job import Talk
+from converter.job import Reporter
 from tests.models import model_tree
 from tests.refusal import refused
 
@@ -247,7 +247,7 @@ def test_of_mistrals_repository_without_an_index_the_numbered_files_are_converte
     (source / "model.safetensors.index.json").unlink()
     save_file({"tok_embeddings.weight": np.ones((2, 2), "float32")}, source / "consolidated.safetensors")
     said = []
-    hf_to_mcore(source, tmp_path / "m", talk=Talk(said.append))
+    hf_to_mcore(source, tmp_path / "m", reporter=Reporter(said.append))
     assert said == ["left out, not part of the model: consolidated.safetensors"]
     mcore_to_hf(tmp_path / "m", tmp_path / "back")
     expected = {name: data for name, data in model_tree(source).items() if name != "consolidated.safetensors"}

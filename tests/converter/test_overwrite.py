@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from converter import Talk, TransientError, UserError, adapter_to_hf, adapter_to_mcore, hf_to_mcore, mcore_to_hf, merge
+from converter import Reporter, TransientError, UserError, adapter_to_hf, adapter_to_mcore, hf_to_mcore, mcore_to_hf, merge
 from formats.remote import upload
 from tests.converter.adapters.made import save_adapter
 from tests.models import tree
@@ -171,7 +171,7 @@ def test_an_empty_directory_is_replaced(commands, made, tmp_path):
 def meanwhile(act):
     """A conversion during which something is done, once."""
     left = [act]
-    return Talk(progress=lambda _count: left and left.pop()())
+    return Reporter(progress=lambda _count: left and left.pop()())
 
 
 def another_in_its_place(target):
@@ -192,7 +192,7 @@ MEANWHILE = {
 def test_what_comes_to_dst_while_a_conversion_runs_is_not_lost(commands, made, output, tmp_path, what):
     (act, said), target = MEANWHILE[what], output("export")
     with pytest.raises(TransientError) as caught:
-        commands["export"](target, overwrite=True, talk=meanwhile(lambda: act(target)))
+        commands["export"](target, overwrite=True, reporter=meanwhile(lambda: act(target)))
     assert str(caught.value).startswith(
         f"`{target}` changed while its replacement was being made: {said}\n\nhint: move away what"
     )
@@ -210,7 +210,7 @@ def test_what_appears_where_nothing_was_is_not_lost(commands, made, tmp_path, ov
         shutil.copytree(made / "import", tmp_path / "out")
 
     with pytest.raises(TransientError, match="appeared while it was being made") as caught:
-        commands["export"](tmp_path / "out", overwrite=overwrite, talk=meanwhile(appear))
+        commands["export"](tmp_path / "out", overwrite=overwrite, reporter=meanwhile(appear))
     assert caught.value.hint == "move it away, then give the same command again with `--resume`"
     assert tree(tmp_path / "out") == tree(made / "import")
 

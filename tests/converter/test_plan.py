@@ -16,7 +16,7 @@ from converter.families import llama
 from converter.job import partial_directory
 from converter.layout import make_layout
 from converter.model import Model
-from converter.plan import pieces, placed, to_huggingface, to_megatron
+from converter.plan import pieces, sharded, to_huggingface, to_megatron
 from formats.chunks import tiles
 from formats.spec import DTYPES, TensorSpec, extent
 from tests.converter.test_rows import starts_and_sizes
@@ -40,21 +40,21 @@ def source(model):
     """The Hugging Face tensors of a model, by its rules."""
     found = {}
     for rule in llama.RULES:
-        if rule.when(model) and not rule.zeros(model):
+        if rule.when(model) and not rule.absent(model):
             for layer in range(model.layers) if "{layer}" in rule.megatron else [0]:
                 for name, shape in zip(rule.names(layer)[1], rule.part_shapes(model), strict=True):
                     found[name] = TensorSpec(name, shape, DTYPES["fp32"])
     return found
 
 
-def carried_out(makings, values, limit):
+def carried_out(tensor_plans, values, limit):
     """Every making, piece by piece: whole rows, zero where no copy says otherwise."""
-    made = {making.spec.name: np.full(making.spec.shape, np.nan, np.float32) for making in makings}
-    for piece in pieces(makings, limit=limit):
+    made = {tensor_plan.spec.name: np.full(tensor_plan.spec.shape, np.nan, np.float32) for tensor_plan in tensor_plans}
+    for piece in pieces(tensor_plans, limit=limit):
         band = np.zeros(extent(piece.region), np.float32)
         for copy, region, rows in piece.copies():
             band[rows] = values[copy.source][region]
-        made[piece.making.spec.name][piece.region] = band
+        made[piece.tensor.spec.name][piece.region] = band
     return made
 
 
@@ -70,10 +70,10 @@ def test_there_and_back_is_the_identity_whatever_the_pieces(model, one_limit, ot
     specs = source(model)
     values = numbered(specs)
     there = to_megatron(llama.RULES, (), model, specs, dtype="keep")
-    megatron = carried_out(there.makings, values, one_limit)
-    assert all(np.array_equal(array, megatron[name]) for name, array in carried_out(there.makings, values, other_limit).items())
-    stored = {making.spec.name: making.spec for making in there.makings}
-    back = carried_out(to_huggingface(llama.RULES, model, stored, dtype="keep").makings, megatron, other_limit)
+    megatron = carried_out(there.tensors, values, one_limit)
+    assert all(np.array_equal(array, megatron[name]) for name, array in carried_out(there.tensors, values, other_limit).items())
+    stored = {tensor_plan.spec.name: tensor_plan.spec for tensor_plan in there.tensors}
+    back = carried_out(to_huggingface(llama.RULES, model, stored, dtype="keep").tensors, megatron, other_limit)
     assert back.keys() == values.keys()
     assert all(np.array_equal(back[name], values[name]) for name in values)
 
@@ -82,14 +82,14 @@ def test_there_and_back_is_the_identity_whatever_the_pieces(model, one_limit, ot
 def test_every_source_row_goes_to_one_place_and_every_target_row_comes_from_one(model):
     specs = source(model)
     there = to_megatron(llama.RULES, (), model, specs, dtype="keep")
-    taken = Counter((c.source, row) for m in there.makings for c in m.copies for row in range(c.there, c.there + c.count))
+    taken = Counter((c.source, row) for m in there.tensors for c in m.copies for row in range(c.src_row, c.src_row + c.rows))
     assert taken == Counter((spec.name, row) for spec in specs.values() for row in range(spec.shape[0]))
-    for making in there.makings:
-        filled = [row for copy in making.copies for row in range(copy.here, copy.here + copy.count)]
-        padded = model.vocab if making.spec.shape[0] == model.padded_vocab and "layers" not in making.spec.name else None
+    for tensor_plan in there.tensors:
+        filled = [row for copy in tensor_plan.copies for row in range(copy.dst_row, copy.dst_row + copy.rows)]
+        padded = model.vocab if tensor_plan.spec.shape[0] == model.padded_vocab and "layers" not in tensor_plan.spec.name else None
         assert filled == list(range(len(filled)))
-        assert len(filled) in (making.spec.shape[0], padded, 0)
-        assert bool(filled) == (making.spec.name not in there.zero)
+        assert len(filled) in (tensor_plan.spec.shape[0], padded, 0)
+        assert bool(filled) == (tensor_plan.spec.name not in there.zero)
 
 
 def test_a_tensor_parallel_size_that_does_not_divide_the_rows_of_query_key_and_value_is_refused():
@@ -114,7 +114,7 @@ def test_chunks_tile_every_tensor_at_every_layout_that_is_taken(model, data):
     except UserError:
         return
     assert sum(layout.stages) == model.layers
-    for spec, chunks in placed(plan, layout):
+    for spec, chunks in sharded(plan, layout):
         assert tiles(spec.shape, *starts_and_sizes([region for region, _ in chunks]))
         ranks = {rank for _, rank in chunks}
         assert {rank // tp for rank in ranks} <= set(range(pp))
@@ -139,7 +139,7 @@ def test_plans_that_differ_in_rows_alone_are_written_into_different_directories(
     grouped = [Model(heads=4, groups=2, head_dim=2, **sizes), Model(heads=2, groups=1, head_dim=4, **sizes)]
     assert source(grouped[0]) == source(grouped[1])
     plans = [to_megatron(llama.RULES, (), model, source(model), dtype="keep") for model in (*grouped, *grouped)]
-    names = [partial_directory(tmp_path / "out", plan.makings, {"tp": 1}).name for plan in plans]
+    names = [partial_directory(tmp_path / "out", plan.tensors, {"tp": 1}).name for plan in plans]
     assert names[:2] == names[2:]
     assert names[0] != names[1]
-    assert partial_directory(tmp_path / "out", plans[0].makings, {"tp": 2}).name not in names
+    assert partial_directory(tmp_path / "out", plans[0].tensors, {"tp": 2}).name not in names

@@ -116,10 +116,10 @@ def test_a_network_that_goes_away_is_resumed(folder, place, tmp_path):
         if not broken:
             broken.append(place.cutter.cut(10_000, after=10))
 
-    from converter import Talk
+    from converter import Reporter
 
     with pytest.raises(TransientError, match="failed 6 times"):
-        hf_to_mcore(place.url, tmp_path / "other" / "m", tp=2, workers=1, talk=Talk(progress=cut))
+        hf_to_mcore(place.url, tmp_path / "other" / "m", tp=2, workers=1, reporter=Reporter(progress=cut))
     place.cutter.cut(0, after=0)
     summary = hf_to_mcore(place.url, tmp_path / "other" / "m", tp=2, resume=True)
     assert summary.reused_bytes > 0

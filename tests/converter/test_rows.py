@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter import rows
-from converter.layout import Layout, boxes
+from converter.layout import Layout, shards
 from converter.model import Model
-from converter.plan import Making, pieces
+from converter.plan import TensorPlan, pieces
 from formats.chunks import tiles
 from formats.spec import DTYPES, TensorSpec, extent
 
@@ -34,13 +34,13 @@ def starts_and_sizes(regions, *, dims=None):
 def test_interleaved_rows_are_covered_once_and_read_back_from_right_to_left(groups, per_group, head_dim):
     one = model(groups, per_group, head_dim)
     parts = one.queries, one.keys, one.keys
-    runs = list(rows.grouped(parts, one))
+    runs = list(rows.interleaved_by_group(parts, one))
     assert rows.covered(iter(runs), sum(parts))
     sources = [np.arange(count) + 1000 * part for part, count in enumerate(parts)]
-    fused = np.concatenate([sources[run.part][run.there : run.there + run.count] for run in runs])
+    fused = np.concatenate([sources[run.part][run.src_row : run.src_row + run.rows] for run in runs])
     back = [np.full(count, -1) for count in parts]
     for run in runs:
-        back[run.part][run.there : run.there + run.count] = fused[run.here : run.here + run.count]
+        back[run.part][run.src_row : run.src_row + run.rows] = fused[run.dst_row : run.dst_row + run.rows]
     assert all(np.array_equal(a, b) for a, b in zip(sources, back, strict=True))
 
 
@@ -49,21 +49,21 @@ def test_interleaving_equals_megatrons_reshape(groups, per_group, head_dim):
     one = model(groups, per_group, head_dim)
     q, k, v = (np.arange(n) + 1000 * i for i, n in enumerate((one.queries, one.keys, one.keys)))
     by_group = [part.reshape(groups, -1) for part in (q, k, v)]
-    runs = rows.grouped((one.queries, one.keys, one.keys), one)
-    fused = np.concatenate([(q, k, v)[run.part][run.there : run.there + run.count] for run in runs])
+    runs = rows.interleaved_by_group((one.queries, one.keys, one.keys), one)
+    fused = np.concatenate([(q, k, v)[run.part][run.src_row : run.src_row + run.rows] for run in runs])
     assert np.array_equal(fused, np.concatenate(by_group, axis=1).reshape(-1))
 
 
 def test_a_table_with_a_hole_or_an_overlap_is_not_covered():
-    assert not rows.covered(iter([rows.Run(0, 0, 0, 2), rows.Run(0, 2, 3, 2)]), 5)
-    assert not rows.covered(iter([rows.Run(0, 0, 0, 2), rows.Run(0, 2, 1, 2)]), 5)
-    assert not rows.covered(iter([rows.Run(0, 0, 0, 9)]), 5)
+    assert not rows.covered(iter([rows.RowRange(0, 0, 0, 2), rows.RowRange(0, 2, 3, 2)]), 5)
+    assert not rows.covered(iter([rows.RowRange(0, 0, 0, 2), rows.RowRange(0, 2, 1, 2)]), 5)
+    assert not rows.covered(iter([rows.RowRange(0, 0, 0, 9)]), 5)
 
 
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.sampled_from([None, 0, 1]))
 def test_boxes_tile_a_tensor(tp, blocks, cut):
     shape = 24, 16
-    held = boxes(shape, cut, blocks, tp)
+    held = shards(shape, cut, blocks, tp)
     assert tiles(shape, *starts_and_sizes([region for region, _ in held]))
     assert {rank for _, rank in held} == ({0} if cut is None else set(range(tp)))
 
@@ -80,13 +80,13 @@ def test_layers_go_to_stages_in_megatrons_order(stages):
 def test_pieces_are_runs_of_bytes_in_order_and_none_exceeds_the_limit(shape, limit, cast):
     """Whatever the axis: a row of a tensor of stacked matrices is a matrix, and one row may be as large as any."""
     dtypes = DTYPES["bf16"], DTYPES["fp32" if cast else "bf16"]
-    making = Making(
+    tensor_plan = TensorPlan(
         TensorSpec("t", tuple(shape), dtypes[0]),
         (TensorSpec("s", (3 + shape[0], *shape[1:]), dtypes[1]),),
-        [rows.Run(0, 3, 0, shape[0])],
+        [rows.RowRange(0, 3, 0, shape[0])],
     )
     elements = np.arange(prod(shape)).reshape(shape)
-    found = list(pieces([making], limit=limit))
+    found = list(pieces([tensor_plan], limit=limit))
     assert np.concatenate([elements[piece.region].ravel() for piece in found]).tolist() == list(range(elements.size))
     assert max(elements[piece.region].size for piece in found) * dtypes[1].itemsize <= limit
     source = np.concatenate([np.full((3, *shape[1:]), -1), elements])
@@ -97,10 +97,10 @@ def test_pieces_are_runs_of_bytes_in_order_and_none_exceeds_the_limit(shape, lim
 
 
 def test_a_stack_of_experts_is_cut_below_the_limit():
-    making = Making(TensorSpec("experts", (128, 2880, 5760), DTYPES["bf16"]))
-    sizes = [piece.nbytes for piece in pieces([making], limit=4 << 20)]
+    tensor_plan = TensorPlan(TensorSpec("experts", (128, 2880, 5760), DTYPES["bf16"]))
+    sizes = [piece.nbytes for piece in pieces([tensor_plan], limit=4 << 20)]
     assert max(sizes) <= 4 << 20
-    assert sum(sizes) == making.spec.nbytes
+    assert sum(sizes) == tensor_plan.spec.nbytes
     assert len(sizes) == 128 * 8
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from converter import Talk, UserError, hf_to_mcore, mcore_to_hf
+from converter import Reporter, UserError, hf_to_mcore, mcore_to_hf
 from converter.config import rope_numbers
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
@@ -30,7 +30,7 @@ def edit_config(folder, **changes):
 
 def said(action, *arguments, **options):
     notes = []
-    action(*arguments, talk=Talk(note=notes.append), **options)
+    action(*arguments, reporter=Reporter(note=notes.append), **options)
     return notes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, plan_shards
-from formats.torch_dist import Placed, TorchDistReader, TorchDistWriter
+from formats.torch_dist import ShardedTensor, TorchDistReader, TorchDistWriter
 from tests.formats.conformance import FormatSuite
 
 
@@ -20,7 +20,7 @@ class TestTorchDist(FormatSuite):
         return TorchDistWriter(outputs, [self.placed(spec) for spec in specs])
 
     def placed(self, spec):
-        return Placed(spec, ((spec.whole, 0),))
+        return ShardedTensor(spec, ((spec.whole, 0),))
 
     def reader(self, folder):
         return TorchDistReader(folder)
@@ -31,8 +31,8 @@ class TestTorchDistInQuarters(TestTorchDist):
 
     def placed(self, spec):
         if len(spec.shape) == 1:
-            return Placed(spec, ((spec.whole, 1),))
-        return Placed(spec, tuple(
+            return ShardedTensor(spec, ((spec.whole, 1),))
+        return ShardedTensor(spec, tuple(
             ((slice(*rows), slice(*columns)), rank)
             for rank, (rows, columns) in enumerate((r, c) for r in ((0, 3), (3, 7)) for c in ((0, 5), (5, 12)))
         ))  # fmt: skip

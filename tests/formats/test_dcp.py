@@ -16,7 +16,7 @@ from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.outputs import LocalOutputs
 from formats.spec import TensorSpec
-from formats.torch_dist import Placed, TorchDistReader, TorchDistWriter
+from formats.torch_dist import ShardedTensor, TorchDistReader, TorchDistWriter
 
 STACK = "decoder.layers.mlp.linear_fc2.weight"
 
@@ -154,7 +154,7 @@ def test_an_archive_that_differs_is_parsed(written):
 def test_objects_are_found_after_the_chunks_of_all_tensors_were_let_go_of(tmp_path):
     outputs = LocalOutputs(tmp_path)
     weights = [TensorSpec(f"decoder.layers.{row}.mlp.linear_fc2.weight", (4, 2), np.dtype(np.float32)) for row in range(2)]
-    writer = TorchDistWriter(outputs, [Placed(spec, ((spec.whole, 0),)) for spec in weights])
+    writer = TorchDistWriter(outputs, [ShardedTensor(spec, ((spec.full_region, 0),)) for spec in weights])
     for file in writer.files:
         for span in writer.spans(file):
             outputs.put(file, span.start, span.known or bytes(span.size))

@@ -23,11 +23,11 @@ from formats.errors import UserError
 from formats.location import open_folder
 from formats.remote.gcs import Access
 from formats.remote.http import Client
-from formats.remote.retry import BrokenError, Patience
+from formats.remote.retry import RetryableError, RetryPolicy
 from tests.conftest import SECRET
 from tests.servers import HOST, Cutter, Fault, Handler, Server, WebServer
 
-HURRIED = Patience(attempts=3, first=0.002, longest=0.01, silence=60)
+HURRIED = RetryPolicy(attempts=3, first=0.002, longest=0.01, silence=60)
 
 
 @pytest.fixture(scope="session")
@@ -145,7 +145,7 @@ def test_a_connection_that_the_server_left_is_replaced_at_once() -> None:
     with server.running():
         client = Client(silence=60)
         for _ in range(4):
-            with client.ask("GET", f"{server.url}/config.json", {}) as answer:
+            with client.request("GET", f"{server.url}/config.json", {}) as answer:
                 assert answer.body() == b"{}"
         client.close()
 
@@ -154,7 +154,7 @@ def test_nobody_at_the_door_is_worth_another_attempt() -> None:
     with socket.create_server((HOST, 0)) as unused:
         port = unused.getsockname()[1]
     client = Client(silence=1)
-    with pytest.raises(BrokenError, match="connection refused"), client.ask("GET", f"http://{HOST}:{port}/", {}):
+    with pytest.raises(RetryableError, match="connection refused"), client.request("GET", f"http://{HOST}:{port}/", {}):
         pass
 
 
@@ -206,7 +206,7 @@ def test_threads_share_connections_without_mixing_answers() -> None:
 
     def ask(name: str) -> None:
         for _ in range(20):
-            with client.ask("GET", f"{server.url}/{name}", {}) as answer:
+            with client.request("GET", f"{server.url}/{name}", {}) as answer:
                 if answer.body() != server.files[name]:
                     wrong.append(name)
 

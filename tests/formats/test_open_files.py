@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from formats import open_files
-from formats.disk import explained, read_exactly, write_all
+from formats.disk import user_errors, read_exactly, write_all
 from formats.errors import UserError
 from formats.open_files import Files, most_open
 
@@ -257,7 +257,7 @@ def test_where_nothing_is_left_to_close_the_error_says_what_to_raise(tmp_path):
             while True:
                 others.append(os.dup(0))
         files = Files(WRITING)
-        with pytest.raises(UserError) as failure, explained():
+        with pytest.raises(UserError) as failure, user_errors():
             files.using(tmp_path / "a").__enter__()
     finally:
         for other in others:

@@ -17,7 +17,7 @@ import pytest
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.location import open_folder
-from formats.remote.retry import Patience
+from formats.remote.retry import RetryPolicy
 from tests.conftest import SECRET
 from tests.places import BIG, HURRIED, KINDS, Place, served
 from tests.servers import HOST, Fault, HubServer, WebServer
@@ -89,7 +89,7 @@ def test_dropped_connections_are_taken_up_where_they_broke(place: Place, files: 
 
 
 def test_connections_that_never_hold_are_an_error_that_names_file_and_range(place: Place) -> None:
-    folder = place.open(Patience(attempts=3, first=0.001, longest=0.001, silence=60))
+    folder = place.open(RetryPolicy(attempts=3, first=0.001, longest=0.001, silence=60))
     folder.size(BIG)
     place.cutter.cut(100, after=400)
     with pytest.raises(UserError, match=rf"reading `{BIG}` from byte 100 to 200100 failed 3 times; the last time: ") as caught:
@@ -156,7 +156,7 @@ def web(files: dict[str, bytes]) -> Iterator[WebServer]:
 
 
 @contextmanager
-def opened(url: str, patience: Patience = HURRIED) -> Iterator[Folder]:
+def opened(url: str, patience: RetryPolicy = HURRIED) -> Iterator[Folder]:
     folder = open_folder(url, patience=patience)
     try:
         yield folder
@@ -177,7 +177,7 @@ def opened(url: str, patience: Patience = HURRIED) -> Iterator[Folder]:
 )
 def test_what_passes_is_tried_again(fault: Fault, web: WebServer, files: dict[str, bytes]) -> None:
     # Short only where silence is what passes: a busy machine may be silent for a while, and then a few attempts more do it.
-    patience = Patience(attempts=40, silence=0.5) if fault.silence else Patience(attempts=4)
+    patience = RetryPolicy(attempts=40, silence=0.5) if fault.silence else RetryPolicy(attempts=4)
     with opened(web.url, replace(patience, first=0.001, longest=0.01)) as folder:
         folder.size(BIG)
         web.faults += [fault] * (1 if fault.silence else 3)
@@ -185,7 +185,7 @@ def test_what_passes_is_tried_again(fault: Fault, web: WebServer, files: dict[st
 
 
 def test_waiting_follows_the_servers_wish_within_reason() -> None:
-    patience = Patience(first=0.5, longest=30)
+    patience = RetryPolicy(first=0.5, longest=30)
     assert [patience.pause(failed, None) // 0.5 for failed in (1, 2, 3)] == pytest.approx([1.25, 2.5, 5], rel=0.3)
     assert 30 <= patience.pause(1, 3600) <= 45
     assert 7 <= patience.pause(1, 7) <= 10.5

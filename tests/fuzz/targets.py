@@ -33,7 +33,7 @@ from converter.config import make_model
 from converter.console import show_report
 from converter.reference import rebuild_config
 from formats import pickles
-from formats.disk import explained
+from formats.disk import user_errors
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
 from formats.json_objects import parse_json, read_json
@@ -75,14 +75,14 @@ def open_megatron(folder: Path) -> TorchDistReader:
     return TorchDistReader(LocalFolder(folder))
 
 
-@explained()
+@user_errors()
 def huggingface_contents(folder: Path) -> dict[str, np.ndarray]:
     """Every tensor's values."""
     reader = open_huggingface(folder)
     try:
         found = {name: np.empty(spec.shape, spec.dtype) for name, spec in reader.specs.items()}
         for name, out in found.items():
-            reader.read(name, reader.specs[name].whole, out)
+            reader.read(name, reader.specs[name].full_region, out)
     finally:
         reader.close()
     return found
@@ -108,7 +108,7 @@ def check_same_weights(found: dict[str, np.ndarray], _folder: Path, _before: Fil
     assert all(array.tobytes() == expected[name].tobytes() for name, array in found.items())
 
 
-@explained()
+@user_errors()
 def plan_import(folder: Path) -> Any:
     return read_json(LocalFolder(folder), "config.json"), hf_to_mcore(
         folder, folder.parent / "out", dry_run=True, vocab_divisible_by=4
@@ -133,7 +133,7 @@ class Chunks:
     weights: dict[str, tuple[Any, Any, bytes]]
 
 
-@explained()
+@user_errors()
 def megatron_contents(folder: Path) -> Chunks:
     """Every chunk of every tensor, and every weight; the common state too."""
     reader = open_megatron(folder)
@@ -148,7 +148,7 @@ def megatron_contents(folder: Path) -> Chunks:
                 found.chunks[name, corner] = chunk.place, _region(tensor, chunk, reader.container)
         for name, spec in reader.specs.items():
             out = np.empty(spec.shape, spec.dtype)
-            reader.read(name, spec.whole, out)
+            reader.read(name, spec.full_region, out)
             found.weights[name] = reader.chunks(name), (spec.shape, spec.dtype), out.tobytes()
     finally:
         reader.close()
@@ -273,7 +273,7 @@ def check_document(found: dict[str, Any], folder: Path, _before: Files) -> None:
     assert repr(found) == repr(json.loads((folder / "integrity.json").read_bytes(), object_pairs_hook=once))
 
 
-@explained()
+@user_errors()
 def describe_and_plan(folder: Path) -> Any:
     """What `inspect` and a dry run of the way back say of a checkpoint."""
     with redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")):
@@ -288,7 +288,7 @@ def check_planned(found: Any, _folder: Path, _before: Files) -> None:
     assert not Path(found.target).exists()
 
 
-@explained()
+@user_errors()
 def rebuild(folder: Path) -> Any:
     reader = open_megatron(folder)
     fields = run_config.read(LocalFolder(folder), reader.args())
@@ -303,7 +303,7 @@ def check_rebuilt(found: Any, folder: Path, before: Files) -> None:
         check_planned(summary, folder, before)
 
 
-@explained()
+@user_errors()
 def adapter_contents(folder: Path) -> dict[str, np.ndarray]:
     """Every factor of an adapter by its name in PEFT's files, read as one that is merged."""
     opened = open_either(LocalFolder(folder))

@@ -25,7 +25,7 @@ def test_a_draw_on_the_cpu_is_no_warning_and_all_others_are_heard(caplog, monkey
 
     monkeypatch.setattr(logging.getLogger("megatron"), "level", logging.WARNING)  # `trainer.quiet` may have been imported
     tracker = CudaRNGStatesTracker()
-    with cpu_stand_in.enter():
+    with cpu_stand_in.activate():
         tracker.add("dropout", 1)
         _draw(tracker)
         assert _heard(caplog) == []
@@ -37,7 +37,7 @@ def test_outside_of_it_megatron_core_warns_as_ever(caplog, monkeypatch):
     from megatron.core.tensor_parallel import random
 
     monkeypatch.setattr(logging.getLogger("megatron"), "level", logging.WARNING)
-    with cpu_stand_in.enter():
+    with cpu_stand_in.activate():
         pass
     monkeypatch.setattr(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state())
     monkeypatch.setattr(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state))

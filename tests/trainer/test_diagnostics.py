@@ -13,7 +13,7 @@ import torch
 from formats.errors import UserError
 from tests.trainer import small
 from tests.trainer.settings import settings
-from trainer.commands.pretrain import carry_out
+from trainer.commands.pretrain import run_training
 from trainer.settings.resolve import resolve
 
 PLAN = {"train__train_iters": 4, "scheduler__lr_warmup_iters": 1}
@@ -95,5 +95,5 @@ def test_steps_to_profile_are_in_order() -> None:
 def test_torchrun_is_told_why_a_rank_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(UserError):
-        carry_out(["llama_tiny", "optimizer.lr=-1", "dist.device=cpu"], None, None, finetune=False)
+        run_training(["llama_tiny", "optimizer.lr=-1", "dist.device=cpu"], None, None, finetune=False)
     assert "`optimizer.lr` is `-1.0`" in (tmp_path / "error.json").read_text()

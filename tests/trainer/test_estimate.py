@@ -156,7 +156,7 @@ def test_activations_without_flash_attention_are_those_of_the_paper_less_its_dro
 def test_the_estimate_is_what_an_h200_measured(recipe, gpus, sizes, fp8, measured) -> None:
     """docs/performance.md: GiB at most allocated, Transformer Engine's kernels, data parallel alone, FP8 in every layer."""
     from trainer.recipes import find
-    from trainer.settings.places import place
+    from trainer.settings.places import field_path
 
     config = find(recipe).pretrain_config()
     changes: dict[str, Any] = dict(
@@ -167,7 +167,7 @@ def test_the_estimate_is_what_an_h200_measured(recipe, gpus, sizes, fp8, measure
     alone = {"model.tensor_model_parallel_size": 1, "model.sequence_parallel": False}
     fused = {"model.cross_entropy_loss_fusion": True, "model.cross_entropy_fusion_impl": "te"}
     for name, value in {**alone, **fused, **changes}.items():
-        place(config, name).put(value)
+        field_path(config, name).put(value)
     resolved = resolve(config, world_size=gpus, device="gpu", machine=replace(HOPPER, transformer_engine="2.20.2"))
     assert memory(resolved.config, world_size=gpus).total == pytest.approx(measured * 2**30, rel=0.01)
 

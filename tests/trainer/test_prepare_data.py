@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from converter import Talk
+from converter import Reporter
 from formats.errors import TransientError, UserError
 from trainer import tokenizers
 from trainer.commands.prepare_data import command
@@ -244,7 +244,7 @@ def test_what_another_wrote_there_meanwhile_stays(tmp_path, overwrite):
     with pytest.raises(TransientError, match="appeared or changed while it was being made"):
         prepare(
             [tmp_path / "a.txt"], tmp_path / "out", tokenizer="byte", overwrite=overwrite,
-            talk=Talk(progress=lambda _count: copy_pair(tmp_path / "b", tmp_path / "out")),
+            reporter=Reporter(progress=lambda _count: copy_pair(tmp_path / "b", tmp_path / "out")),
         )  # fmt: skip
     assert pair(tmp_path / "out") == pair(tmp_path / "b")
 

@@ -11,11 +11,11 @@ from formats.errors import UserError
 from tests.trainer.test_metrics import step
 from trainer.config import LoggerConfig
 from trainer.telling.records import evaluation
-from trainer.telling.sinks import open_sinks
+from trainer.telling.sinks import open_writers
 
 
 def test_without_a_folder_or_tools_there_are_no_places():
-    assert open_sinks(LoggerConfig(), None, settings={}).places == []
+    assert open_writers(LoggerConfig(), None, settings={}).places == []
 
 
 def test_tensorboard_has_megatrons_names(tmp_path):
@@ -25,7 +25,7 @@ def test_tensorboard_has_megatrons_names(tmp_path):
 
     logger = LoggerConfig(tensorboard_dir=str(tmp_path))
     for done, iterations in ((0, (10, 20, 30)), (20, (30, 40))):
-        sinks = open_sinks(logger, None, settings={"seed": 7}, done=done)
+        sinks = open_writers(logger, None, settings={"seed": 7}, done=done)
         for iteration in iterations:
             sinks.log(step(iteration=iteration, loss=float(iteration + done)))
         sinks.log(evaluation(iterations[-1], split="validation", loss=0.5))
@@ -50,7 +50,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
     logger = LoggerConfig(wandb_project="tiny", wandb_exp_name="first", wandb_mode="offline")
     ids = []
     for done in (0, 10):
-        sinks = open_sinks(logger, tmp_path / "run", settings={"train": {"seed": 7}}, done=done)
+        sinks = open_writers(logger, tmp_path / "run", settings={"train": {"seed": 7}}, done=done)
         sinks.log(step(iteration=done + 10))
         sinks.close()
         ids.append((tmp_path / "run" / "wandb_run_id").read_text())
@@ -67,7 +67,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
 def test_a_missing_package_is_an_error_before_anything_is_opened(tmp_path, monkeypatch, package, setting, install):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError) as caught:
-        open_sinks(LoggerConfig(**{setting: "x"}), tmp_path, settings={})
+        open_writers(LoggerConfig(**{setting: "x"}), tmp_path, settings={})
     assert str(caught.value) == (
         f"`logger.{setting}` is set, but the package `{package}` cannot be imported: "
         f"the package `{package}` is not installed\n\nhint: pip install {install}, or leave `logger.{setting}` out"

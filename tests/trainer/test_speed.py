@@ -38,7 +38,7 @@ def told(clock, seconds, *, every, resumed_at=0, carried=None, start=0.0):
     config = settings(logger__log_interval=every, train__train_iters=60)
     measure = Measure(flops_per_token=1e9, tokens_per_step=TOKENS, num_gpus=1, train_iters=60, device="cpu")
     sinks = SimpleNamespace(log_interval=records.append, log_step=lambda _: None)
-    telling = voice.Telling(config, measure, sinks)
+    telling = voice.RunLogger(config, measure, sinks)
     if carried:
         telling.interval.load_state_dict(carried)
     clock.now += start

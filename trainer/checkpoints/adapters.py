@@ -181,9 +181,9 @@ def load(chunks: Sequence[Any], source: str, config: RunConfig, base: Base | Non
         if base and base.fingerprint and found.base and found.base.fingerprint not in {"", base.fingerprint}:
             raise _another_base(source, found.base, base)
         reader.check(reader.specs)
-        locals_, makings = live.local_weights(chunks, only_trained), as_stored(reader.specs)
-        live.account(locals_, makings, source, hint=_SAME)
+        locals_, tensor_plans = live.local_weights(chunks, only_trained), as_stored(reader.specs)
+        live.account(locals_, tensor_plans, source, hint=_SAME)
         for local in locals_:
-            live.fill(local, makings[local.name], reader)
+            live.fill(local, tensor_plans[local.name], reader)
         unnamed = "" if found.base and found.base.fingerprint else ", which does not say what it was trained beside"
-        return f"loaded {len(makings)} of {len(reader.specs)} tensors of adapters from `{source}`{unnamed}"
+        return f"loaded {len(tensor_plans)} of {len(reader.specs)} tensors of adapters from `{source}`{unnamed}"

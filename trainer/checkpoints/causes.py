@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from formats.disk import free_space
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from formats.faults import code_location, fault
 
 _AGAIN = "start again with the same command: the run goes on from its last checkpoint"
@@ -105,5 +105,5 @@ def _difference(wanted: dict[str, Any], folder: Path) -> str:
         if name not in there:
             return f"it has no `{name}`, which this run has"
         if there[name] != shape:
-            return f"`{name}` is `{shown(list(there[name]))}` there, and `{shown(list(shape))}` in this run"
+            return f"`{name}` is `{format_untrusted(list(there[name]))}` there, and `{format_untrusted(list(shape))}` in this run"
     return ""

@@ -23,7 +23,7 @@ from converter import families, reference, run_config
 from converter.adapters.files import refuse_adapter
 from converter.carried import CONFIG
 from converter.config import make_model
-from converter.plan import Making, Plan, as_stored, named, to_megatron
+from converter.plan import TensorPlan, Plan, as_stored, list_names, to_megatron
 from converter.run import check_equal
 from converter.sources import open_source
 from formats.arrays import bands
@@ -32,7 +32,7 @@ from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
-from formats.spec import Array, Reader, Region, dtype_name, extent, within
+from formats.spec import Array, Reader, Region, dtype_name, extent, relative_to
 from formats.torch_dist import TorchDistReader
 from trainer.checkpoints.quantized import in_full
 from trainer.model import GPTModelProvider
@@ -110,16 +110,16 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
         refuse_adapter(reader.folder)
         locals_ = local_weights(chunks)
         told = _told(reader, getattr(chunks[0].config, "vocab_size", None))
-        makings = _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else _from_megatron(reader, told)
-        account(locals_, makings, source)
+        tensor_plans = _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else _from_megatron(reader, told)
+        account(locals_, tensor_plans, source)
         if told and getattr(chunks[0].config, "hf_config", None):
             for text in described.compare(chunks[0].config, told, source=source):
                 note(text)
         for text in _by_settings(reader, chunks[0].config, source):
             note(text)
         for local in locals_:
-            fill(local, makings[local.name], reader)
-        return _loaded(makings, reader)
+            fill(local, tensor_plans[local.name], reader)
+        return _loaded(tensor_plans, reader)
 
 
 def _told(reader: HuggingFaceReader | TorchDistReader, vocab: int | None) -> Mapping[str, Any] | None:
@@ -156,69 +156,69 @@ def plan_of(reader: HuggingFaceReader) -> Plan:
     return to_megatron(family.RULES, family.EXTRAS, make_model(family.CONFIG, config), reader.specs, dtype="keep")
 
 
-def _from_huggingface(reader: HuggingFaceReader) -> dict[str, Making]:
+def _from_huggingface(reader: HuggingFaceReader) -> dict[str, TensorPlan]:
     plan = plan_of(reader)
     for name, other in plan.equal:
         check_equal(reader, name, other)
-    return {making.spec.name: making for making in plan.makings}
+    return {tensor_plan.spec.name: tensor_plan for tensor_plan in plan.tensors}
 
 
-def _from_megatron(reader: TorchDistReader, told: Mapping[str, Any] | None) -> dict[str, Making]:
+def _from_megatron(reader: TorchDistReader, told: Mapping[str, Any] | None) -> dict[str, TensorPlan]:
     """Rows of the vocabulary that mean something, where the checkpoint says how many do; else all."""
     reader.check(reader.specs)
     vocab = int(told["vocab_size"]) if told else None
-    makings = as_stored(reader.specs)
-    return {name: _unpadded(making, vocab) if _padded(name) else making for name, making in makings.items()}
+    tensor_plans = as_stored(reader.specs)
+    return {name: _unpadded(tensor_plan, vocab) if _padded(name) else tensor_plan for name, tensor_plan in tensor_plans.items()}
 
 
 def _padded(name: str) -> bool:
     return name in {"embedding.word_embeddings.weight", "output_layer.weight"}
 
 
-def _unpadded(making: Making, vocab: int | None) -> Making:
-    rows = making.spec.shape[0] if vocab is None else min(vocab, making.spec.shape[0])
-    return replace(making, runs=tuple(replace(run, count=rows) for run in making.runs))
+def _unpadded(tensor_plan: TensorPlan, vocab: int | None) -> TensorPlan:
+    rows = tensor_plan.spec.shape[0] if vocab is None else min(vocab, tensor_plan.spec.shape[0])
+    return replace(tensor_plan, runs=tuple(replace(run, count=rows) for run in tensor_plan.ranges))
 
 
 _OTHER = "the weights are of another model than `model` describes; nothing is ever left random"
 
 
-def account(locals_: Sequence[Local], makings: Mapping[str, Making], source: str, *, hint: str = _OTHER) -> None:
+def account(locals_: Sequence[Local], tensor_plans: Mapping[str, TensorPlan], source: str, *, hint: str = _OTHER) -> None:
     """Raise UserError, on all ranks alike, unless both sides hold the same names and shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, {local.name: local.global_shape for local in locals_})
     for one in everywhere:
         shapes |= one
-    missing, over = sorted(shapes.keys() - makings.keys()), sorted(makings.keys() - shapes.keys())
+    missing, over = sorted(shapes.keys() - tensor_plans.keys()), sorted(tensor_plans.keys() - shapes.keys())
     if missing:
-        raise UserError(f"`{source}` lacks {named(missing)}, which the model has", hint=hint)
+        raise UserError(f"`{source}` lacks {list_names(missing)}, which the model has", hint=hint)
     if over:
-        raise UserError(f"`{source}` holds {named(over)}, for which the model has no place", hint=hint)
+        raise UserError(f"`{source}` holds {list_names(over)}, for which the model has no place", hint=hint)
     for name, shape in shapes.items():
-        stored = makings[name].spec.shape
-        fits = stored[1:] == shape[1:] and (stored[0] == shape[0] or (_padded(name) and _rows(makings[name]) <= shape[0]))
+        stored = tensor_plans[name].spec.shape
+        fits = stored[1:] == shape[1:] and (stored[0] == shape[0] or (_padded(name) and _rows(tensor_plans[name]) <= shape[0]))
         if not fits:
             raise UserError(f"`{name}` has shape {list(stored)} in `{source}`, in the model {list(shape)}", hint=hint)
 
 
-def _rows(making: Making) -> int:
-    return max((copy.here + copy.count for copy in making.copies), default=0)
+def _rows(tensor_plan: TensorPlan) -> int:
+    return max((copy.dst_row + copy.rows for copy in tensor_plan.copies), default=0)
 
 
 @torch.no_grad()
-def fill(local: Local, making: Making, reader: Reader) -> None:
+def fill(local: Local, tensor_plan: TensorPlan, reader: Reader) -> None:
     """Copy what each of the making's sources has of the region; rows that no source has are zero."""
     rows = local.region[0]
     covered = 0
-    for copy in making.copies:
-        here = slice(max(rows.start, copy.here), min(rows.stop, copy.here + copy.count))
+    for copy in tensor_plan.copies:
+        here = slice(max(rows.start, copy.dst_row), min(rows.stop, copy.dst_row + copy.rows))
         for band in bands(here, _step(local, copy.dtype)) if here.start < here.stop else ():
-            shift = copy.there - copy.here
+            shift = copy.src_row - copy.dst_row
             region = (slice(band.start + shift, band.stop + shift), *local.region[1:])
             data = np.empty(extent(region), copy.dtype)
             reader.read(copy.source, region, data)
-            (inside,) = within((band,), (rows,))
+            (inside,) = relative_to((band,), (rows,))
             local.data[inside].copy_(as_tensor(data))
             covered += band.stop - band.start
     if covered < rows.stop - rows.start:
@@ -239,7 +239,7 @@ def as_tensor(data: Array) -> torch.Tensor:
     return torch.from_numpy(data.view(f"u{data.dtype.itemsize}")).view(foreign[name])
 
 
-def _loaded(makings: Mapping[str, Making], reader: Reader) -> Loaded:
-    read = {copy.source for making in makings.values() for copy in making.copies}
+def _loaded(tensor_plans: Mapping[str, TensorPlan], reader: Reader) -> Loaded:
+    read = {copy.source for tensor_plan in tensor_plans.values() for copy in tensor_plan.copies}
     parameters = sum(prod(reader.specs[name].shape) for name in read)
     return Loaded(tensors=len(read), of=len(reader.specs), parameters=parameters)

@@ -24,7 +24,7 @@ from converter.megatron_settings import kind as kind_of
 from converter.model import Model
 from converter.sources import open_source
 from formats.detect import Format, detect
-from formats.folder import FileIn, Folder
+from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader
 from formats.spec import DTYPES
 from formats.torch_dist import find_iteration
@@ -38,7 +38,7 @@ _CONFIG = f"{carried.FILES}/{carried.CONFIG}"
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def pack(config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None, base: Base | None = None) -> Callable[[Path], None]:
+def collect(config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None, base: Base | None = None) -> Callable[[Path], None]:
     """What writes it all into an iteration's folder, on rank 0. All ranks call this; sources are looked at once, here.
 
     `base` is the model that adapters are trained beside.
@@ -75,7 +75,7 @@ def _known(config: RunConfig) -> dict[str, Any]:
     return getattr(config.model, "hf_config", None) or {}
 
 
-def _changed(found: Mapping[str, bytes | FileIn], known: dict[str, Any]) -> dict[str, bytes]:
+def _changed(found: Mapping[str, bytes | FileRef], known: dict[str, Any]) -> dict[str, bytes]:
     """The model's `config.json`, where it is not what the source has: its bytes stay where they say the same."""
     there = found.get(_CONFIG)
     if there is not None and json.loads(there if isinstance(there, bytes) else there.get()) == known:
@@ -83,25 +83,25 @@ def _changed(found: Mapping[str, bytes | FileIn], known: dict[str, Any]) -> dict
     return {_CONFIG: (json.dumps(known, indent=2) + "\n").encode()}
 
 
-def _from_source(source: str) -> dict[str, bytes | FileIn]:
+def _from_source(source: str) -> dict[str, bytes | FileRef]:
     """The side files of a Hugging Face directory, or those that travelled with a Megatron checkpoint."""
     folder = open_source(source, or_hub=True)
     if detect(folder) is not Format.TORCH_DIST:
         reader = HuggingFaceReader(folder)
-        luggage = carried.pack(reader, live.plan_of(reader).extras)
-        return {**luggage.documents, **luggage.copies}
+        side_files = carried.collect(reader, live.plan_of(reader).extras)
+        return {**side_files.documents, **side_files.copies}
     iteration = find_iteration(folder)
     return {**_below(iteration, carried.FOLDER), **_below(iteration, "tokenizer")}
 
 
-def _below(folder: Folder, name: str) -> dict[str, bytes | FileIn]:
+def _below(folder: Folder, name: str) -> dict[str, bytes | FileRef]:
     inside = folder.below(name)
-    return {f"{name}/{file}": FileIn(inside, file) for file in inside.files()}
+    return {f"{name}/{file}": FileRef(inside, file) for file in inside.files()}
 
 
-def _from_config(config: RunConfig) -> dict[str, bytes | FileIn]:
+def _from_config(config: RunConfig) -> dict[str, bytes | FileRef]:
     """A model from scratch: the tokenizer its data was made with."""
-    found: dict[str, bytes | FileIn] = {}
+    found: dict[str, bytes | FileRef] = {}
     if _known(config) and config.tokenizer.tokenizer_model:
         for name, data in tokenizers.load(config.tokenizer.tokenizer_model).files().items():
             found |= {f"tokenizer/{name}": data}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from trainer.commands.pretrain import carry_out
+from trainer.commands.pretrain import run_training
 from trainer.settings.arguments import num_processes, run_arguments
 
 
@@ -21,4 +21,4 @@ def command(words: tuple[str, ...], config_file: str | None, nproc: int | None, 
 
     Processes, signals and exit status as those of `mbtrain pretrain`.
     """
-    carry_out((*words, "dataset.skip_bad=true") if skip_bad else words, config_file, nproc, finetune=True)
+    run_training((*words, "dataset.skip_bad=true") if skip_bad else words, config_file, nproc, finetune=True)

@@ -35,12 +35,12 @@ def command(words: tuple[str, ...], *, config_file: str | None, as_json: bool, q
     """
     from trainer.checkpoints.contents import tokenizer_of_run  # noqa: PLC0415 - seconds to import
     from trainer.data.chat import sets  # noqa: PLC0415
-    from trainer.settings.choice import carry_out  # noqa: PLC0415
+    from trainer.settings.choice import apply_choices  # noqa: PLC0415
     from trainer.settings.resolve import padded_examples  # noqa: PLC0415
 
     recipe, out, overrides = _apart(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
-    carry_out(config, padded_examples(config))
+    apply_choices(config, padded_examples(config))
     done = sets.pack(config.dataset, out, tokenizer=sets.needed(tokenizer_of_run(config)), vocab_size=config.model.vocab_size)
     if as_json:
         click.echo(json.dumps([asdict(one) for one in done]))

@@ -46,7 +46,7 @@ def command(
     from converter.console import size, talking  # noqa: PLC0415
     from trainer.data.prepare import prepare  # noqa: PLC0415
 
-    with talking(quiet=quiet) as talk:
+    with talking(quiet=quiet) as reporter:
         done = prepare(
             list(inputs),
             prefix,
@@ -55,10 +55,10 @@ def command(
             workers=workers or len(os.sched_getaffinity(0)),
             append_eod=not no_append_eod,
             overwrite=overwrite,
-            talk=talk,
+            reporter=reporter,
         )
         if done.empty:
-            talk.note(f"{done.empty} documents without text were left out")
+            reporter.note(f"{done.empty} documents without text were left out")
     if as_json:
         click.echo(json.dumps(asdict(done)))
     elif not quiet:

@@ -22,10 +22,10 @@ def command(words: tuple[str, ...], config_file: str | None, nproc: int | None) 
     SIGTERM, SIGUSR1 or Ctrl-C, to this command or to any of its processes: the run saves and ends. Exit status: 0 done, or
     stopped where the settings say; 1 failed; 143 after SIGTERM, 138 after SIGUSR1, 130 after Ctrl-C.
     """
-    carry_out(words, config_file, nproc, finetune=False)
+    run_training(words, config_file, nproc, finetune=False)
 
 
-def carry_out(words: Sequence[str], config_file: str | None, nproc: int | None, *, finetune: bool) -> None:
+def run_training(words: Sequence[str], config_file: str | None, nproc: int | None, *, finetune: bool) -> None:
     """Train here, or start the processes that do. torchrun is told of the error of a process that it started."""
     act = _carry_out
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):

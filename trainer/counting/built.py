@@ -35,7 +35,7 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class RankParameters:
     """What one rank holds."""
 
     trained: Weights
@@ -61,7 +61,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
 _MATRIX = re.compile(r"(?:^|\.)layers\.(\d+)\.(?!.*\.adapter\.).*linear_\w+\.weight\d*$")
 
 
-def held(chunks: Sequence[Any], provider: Any) -> Held:
+def held(chunks: Sequence[Any], provider: Any) -> RankParameters:
     """Count the chunks of one rank, on any device."""
     counts = {(trained, expert): 0 for trained in (True, False) for expert in (True, False)}
     matrices, magnitudes = 0, 0
@@ -71,7 +71,7 @@ def held(chunks: Sequence[Any], provider: Any) -> Held:
         matrices += one.numel() if found and is_quantized(provider, int(found[1])) else 0
         magnitudes += one.numel() if name.endswith("weight_magnitude") else 0
     trained, frozen = (Weights(counts[which, False], counts[which, True]) for which in (True, False))
-    return Held(trained, frozen, matrices, magnitudes, tuple(_layers(chunks)))
+    return RankParameters(trained, frozen, matrices, magnitudes, tuple(_layers(chunks)))
 
 
 def is_quantized(provider: Any, number: int) -> bool:
@@ -129,14 +129,14 @@ _WHOLE: dict[str, Any] = {
 """The layout of one rank that holds everything, without padding."""
 
 
-def whole(provider: Any, peft: Any = None) -> Held:
+def whole(provider: Any, peft: Any = None) -> RankParameters:
     """What the whole model has, with the vocabulary's own size and tied weights once. The provider may be unfinished."""
     one = _changed(provider, _WITHOUT_GPU | _WHOLE)
     getattr(one, "finalize", lambda: None)()
     return _built(_changed(one, _WITHOUT_GPU), provider, peft, rank=0, world_size=1)  # once more, for fields that were derived
 
 
-def each_rank(provider: Any, peft: Any = None) -> Iterator[tuple[int, Held]]:
+def each_rank(provider: Any, peft: Any = None) -> Iterator[tuple[int, RankParameters]]:
     """The pipeline rank and what it holds, of each rank of a finished provider that may hold something else: one of each stage of
     the pipeline, and with `peft`, which may choose some experts, one of each expert-parallel rank."""
     one = _changed(provider, _WITHOUT_GPU)
@@ -157,7 +157,7 @@ def _changed(provider: Any, fields: dict[str, Any]) -> Any:
     return one
 
 
-def _built(built: Any, provider: Any, peft: Any, *, rank: int, world_size: int) -> Held:
+def _built(built: Any, provider: Any, peft: Any, *, rank: int, world_size: int) -> RankParameters:
     with rehearsal.as_rank(rank, world_size, built):
         chunks = model.shapes(built)
         if peft is not None:

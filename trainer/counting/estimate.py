@@ -17,7 +17,7 @@ from formats.errors import UserError
 from trainer.config import RunConfig
 from trainer.counting import built
 from trainer.counting.activations import activations
-from trainer.counting.built import Held, Weights
+from trainer.counting.built import RankParameters, Weights
 from trainer.counting.shape import shape_of
 from trainer.data import is_packed
 
@@ -64,7 +64,7 @@ def memory(config: RunConfig, world_size: int) -> Estimate:
     return max((of_rank(config, held, pp_rank, world_size) for pp_rank, held in ranks), key=lambda one: one.total)
 
 
-def of_rank(config: RunConfig, held: Held, pp_rank: int, world_size: int) -> Estimate:
+def of_rank(config: RunConfig, held: RankParameters, pp_rank: int, world_size: int) -> Estimate:
     """The same for a rank of a pipeline stage that holds so much."""
     copies = _copies(config.model, world_size)
     parts = (
@@ -79,7 +79,7 @@ def of_rank(config: RunConfig, held: Held, pp_rank: int, world_size: int) -> Est
     return Estimate(pp_rank, parts)
 
 
-def _activations(config: RunConfig, held: Held, pp_rank: int, data_parallel: int) -> Iterator[Part]:
+def _activations(config: RunConfig, held: RankParameters, pp_rank: int, data_parallel: int) -> Iterator[Part]:
     micro, length = config.train.micro_batch_size, config.dataset.sequence_length
     try:
         shape_of(config.model)
@@ -103,7 +103,7 @@ def _workspace(config: RunConfig) -> Iterator[Part]:
         yield Part("workspace", WORKSPACE, "cuBLAS")
 
 
-def _adapters(config: RunConfig, held: Held) -> Iterator[Part]:
+def _adapters(config: RunConfig, held: RankParameters) -> Iterator[Part]:
     """Adapters, and what DoRA keeps beside them."""
     if config.peft is None:
         return
@@ -128,7 +128,7 @@ def _copies(model: Any, world_size: int) -> tuple[int, int]:
     return world_size // (pipeline * tensor), world_size // (pipeline * experts)
 
 
-def _weights(config: RunConfig, held: Held) -> Part:
+def _weights(config: RunConfig, held: RankParameters) -> Part:
     model, count = config.model, (held.trained if config.peft is None else held.frozen).total
     size, why = count * model.params_dtype.itemsize, f"{count:,} parameters in {_name(model.params_dtype)}"
     if model.fp8 or model.fp4:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from formats.disk import explained
+from formats.disk import user_errors
 from formats.errors import UserError, is_text
 from formats.faults import fault
 from trainer.data import records, text_files
@@ -63,7 +63,7 @@ def size(path: Path) -> int:
 def read(paths: Iterable[Path], *, key: str) -> Iterator[Record]:
     """All documents of the files, in order, as they lie there; of tables the column `key` alone."""
     for path in paths:
-        with explained(path):
+        with user_errors(path):
             if path.is_dir():
                 yield from records.saved(path, key)
             elif path.suffix == ".jsonl":

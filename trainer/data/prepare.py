@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from converter.job import Talk
+from converter.job import Reporter
 from formats.errors import TransientError, UserError
 from formats.home import expanded
 from formats.staging import sync
@@ -71,7 +71,7 @@ def prepare(
     workers: int = 1,
     append_eod: bool = True,
     overwrite: bool = False,
-    talk: Talk | None = None,
+    reporter: Reporter | None = None,
 ) -> Summary:
     """Tokenize all documents of `inputs` into `prefix`.bin and `prefix`.idx, in order.
 
@@ -79,18 +79,18 @@ def prepare(
     """
     from megatron.core.datasets.indexed_dataset import DType  # noqa: PLC0415 - brings torch
 
-    talk, started = talk or Talk(), time.monotonic()
+    reporter, started = reporter or Reporter(), time.monotonic()
     prefix = Path(expanded(prefix))
     before = _check_target(prefix, overwrite=overwrite)
     paths = documents.files([hub.local(expanded(one), None) for one in inputs])
     dtype = DType.optimal_dtype(tokenizers.load(tokenizer).vocab_size)
-    talk.start(sum(map(documents.size, paths)))
+    reporter.start(sum(map(documents.size, paths)))
     work = partial(_tokenize, key=key, append_eod=append_eod, dtype=np.dtype(dtype).name)
     totals = dict.fromkeys(("documents", "empty", "tokens"), 0)
     with _output(prefix, dtype, before) as builder, _processes(tokenizer, workers) as submit:
         for tokens in _in_order(submit, work, _pieces(documents.read(paths, key=key)), ahead=2 * workers):
             _write(builder, tokens, totals)
-            talk.progress(tokens.size)
+            reporter.progress(tokens.size)
     seconds = time.monotonic() - started
     return Summary(
         prefix=str(prefix),

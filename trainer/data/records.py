@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from formats.faults import fault
 from trainer.data import text_files
 
@@ -67,7 +67,7 @@ class Record:
         except (ValueError, RecursionError) as error:
             raise UnusableError("it is not JSON", fault(error)) from error
         if not isinstance(found, dict):
-            raise UnusableError("it is no JSON object", f"it is {shown(found)}")
+            raise UnusableError("it is no JSON object", f"it is {format_untrusted(found)}")
         return found
 
 

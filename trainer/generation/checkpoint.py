@@ -77,8 +77,8 @@ def run(
         _fill(chunks, source, config)
         make = partial(generate, chunks, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
         began = time.perf_counter()
-        answers = make(tell=tell if parallel.speaks() else None)
-        if parallel.speaks():
+        answers = make(tell=tell if parallel.is_logging_rank() else None)
+        if parallel.is_logging_rank():
             done(answers, time.perf_counter() - began)
 
 

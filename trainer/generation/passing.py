@@ -61,7 +61,7 @@ def agreed(token: int) -> int:
 
 
 @contextmanager
-def lent(chunks: Sequence[Any]) -> Iterator[None]:
+def inference_mode(chunks: Sequence[Any]) -> Iterator[None]:
     """While this is entered the chunks, wrapped or not, generate; afterwards they are as they were. All ranks call this.
 
     Parameters are gathered, gradients and dropout off, FP8 and FP4 off because a single token is no multiple of their

@@ -12,7 +12,7 @@ from typing import Any
 
 from formats.errors import UserError
 from formats.json_objects import parse_json
-from trainer.generation.passing import agreed, lent, new_cache, next_logits
+from trainer.generation.passing import agreed, inference_mode, new_cache, next_logits
 from trainer.generation.sampling import NO_NUMBER, Sampling, choose
 from trainer.model import unwrap
 from trainer.tokenizers import Tokenizer
@@ -58,7 +58,7 @@ def generate(
     ]
     ends = _ends(tokenizer)
     answers = []
-    with lent(chunks):
+    with inference_mode(chunks):
         for number, (prompt, tokens) in enumerate(zip(prompts, asked, strict=True)):
             limit = min(max_new_tokens, shape.max_sequence_length - len(tokens))
             stream = _tokens(chunks, tokens, limit=limit, how=how, number=number)

@@ -53,7 +53,7 @@ class Adapter(torch.nn.Module):
         return found
 
 
-class Adapted:
+class AdaptedLayer:
     """What `adapt` adds to a layer's class."""
 
     adapter: Adapter
@@ -118,7 +118,7 @@ def adapt(module: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
     """Add an adapter to a linear layer of megatron-core's or torch's; the same module, of another class."""
     kind = type(module)
     module.adapter = adapter
-    module.__class__ = type(f"Adapted{kind.__name__}", (Adapted, kind), {})
+    module.__class__ = type(f"Adapted{kind.__name__}", (AdaptedLayer, kind), {})
     if hasattr(module, "return_layernorm_output"):
         module.return_layernorm_output = True
     return module

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainer.peft.linear import Linear
-from trainer.peft.pair import LoraAdapter, make_pair
-from trainer.peft.parts import Parts
+from trainer.peft.pair import LoraAdapter, make_lora_matrices
+from trainer.peft.parts import FusedParts
 
 if TYPE_CHECKING:
     from trainer.peft.lora import LoRA
@@ -24,7 +24,7 @@ class Pair(torch.nn.Module):
 
     def __init__(self, linear: Linear, told: LoRA, *, rows: int) -> None:
         super().__init__()
-        self.linear_in, self.linear_out = make_pair(linear, told, rows=rows)
+        self.linear_in, self.linear_out = make_lora_matrices(linear, told, rows=rows)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B; called for them, as `Matrix` is for its weight."""
@@ -34,7 +34,7 @@ class Pair(torch.nn.Module):
 class CanonicalAdapter(LoraAdapter):
     """`chosen` parts of a fused layer have A and B."""
 
-    def __init__(self, linear: Linear, told: LoRA, *, parts: Parts, chosen: Collection[str]) -> None:
+    def __init__(self, linear: Linear, told: LoRA, *, parts: FusedParts, chosen: Collection[str]) -> None:
         self.parts, self.chosen = parts, chosen
         super().__init__(linear, told)
 

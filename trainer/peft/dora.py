@@ -19,7 +19,7 @@ from trainer.peft.canonical import CanonicalAdapter
 from trainer.peft.linear import COLUMN, ROW, Linear
 from trainer.peft.lora import LoRA
 from trainer.peft.pair import LoraAdapter, mark
-from trainer.peft.parts import Parts
+from trainer.peft.parts import FusedParts
 
 
 @dataclass(kw_only=True)
@@ -30,7 +30,7 @@ class DoRA(LoRA):
         """The adapter with a magnitude."""
         return DoraAdapter(linear, self, base=module)
 
-    def make_canonical(self, module: torch.nn.Module, linear: Linear, found: Parts, chosen: Collection[str]) -> CanonicalAdapter:
+    def make_canonical(self, module: torch.nn.Module, linear: Linear, found: FusedParts, chosen: Collection[str]) -> CanonicalAdapter:
         """One with a magnitude for each chosen part."""
         return CanonicalDoraAdapter(linear, self, base=module, parts=found, chosen=chosen)
 

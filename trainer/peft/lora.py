@@ -80,7 +80,7 @@ class LoRA(PEFT):
         return LoraAdapter(linear, self)
 
     def make_canonical(
-        self, _module: torch.nn.Module, linear: Linear, found: parts.Parts, chosen: Collection[str]
+        self, _module: torch.nn.Module, linear: Linear, found: parts.FusedParts, chosen: Collection[str]
     ) -> CanonicalAdapter:
         """One for each chosen part of a layer."""
         return CanonicalAdapter(linear, self, parts=found, chosen=chosen)

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker
 
 from trainer.peft.adapted import Adapter
 from trainer.peft.linear import COLUMN, ROW, Linear
-from trainer.peft.product import AddedProduct
+from trainer.peft.product import FusedAdd
 
 if TYPE_CHECKING:
     from trainer.peft.lora import LoRA
@@ -44,7 +44,7 @@ def mark(parameter: torch.nn.Parameter, linear: Linear, *, axis: int | None, str
     parameter.sequence_parallel = linear.sequence_parallel and axis is None  # type: ignore[attr-defined]
 
 
-def make_pair(linear: Linear, told: LoRA, *, rows: int, stride: int = 1) -> tuple[Matrix, Matrix]:
+def make_lora_matrices(linear: Linear, told: LoRA, *, rows: int, stride: int = 1) -> tuple[Matrix, Matrix]:
     """A [r, inputs] and B [outputs, r] for `rows` of a layer's outputs on this rank."""
     a = Matrix(linear, told.dim, linear.columns, axis=ROW if linear.axis == ROW else None)
     return a, Matrix(linear, rows, told.dim, axis=COLUMN if linear.axis == COLUMN else None, stride=stride)
@@ -76,7 +76,7 @@ class LoraAdapter(Adapter):
 
     def make_matrices(self) -> None:
         """The parameters, without values."""
-        self.linear_in, self.linear_out = make_pair(
+        self.linear_in, self.linear_out = make_lora_matrices(
             self.linear, self.told, rows=self.linear.rows, stride=2 if self.linear.gated else 1
         )
 
@@ -97,7 +97,7 @@ class LoraAdapter(Adapter):
         a, b = self._with_gradients(*self.matrices())
         hidden = torch.nn.functional.linear(self._dropped(layer_input), a)
         scaled = hidden if self.scale == 1 else hidden * self.scale
-        return AddedProduct.apply(output, self._exchanged(scaled), b)
+        return FusedAdd.apply(output, self._exchanged(scaled), b)
 
     def _with_gradients(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """An expert that ranks divide gets its input, and gives its output, in parts that are summed elsewhere; so the matrix

@@ -29,7 +29,7 @@ def part_names(name: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Parts:
+class FusedParts:
     """How a fused layer's rows of this rank divide: `groups` times the `sizes`, part after part."""
 
     groups: int
@@ -66,14 +66,14 @@ class Parts:
         return tuple(one.flatten() for one in bands)
 
 
-def find(linear: Linear, config: Any) -> Parts:
+def find(linear: Linear, config: Any) -> FusedParts:
     """The parts of a fused layer on this rank. UserError where ranks hold pieces of them, or the layer has others."""
     if linear.name.endswith("linear_fc1"):
         if not linear.gated:
             raise UserError(
                 f"`{linear.name}` has no gate: `model.gated_linear_unit` is `false`", hint="set `peft.canonical=false`"
             )
-        return Parts(1, dict.fromkeys(("gate", "up"), linear.rows // 2))
+        return FusedParts(1, dict.fromkeys(("gate", "up"), linear.rows // 2))
     heads, ranks = config.num_attention_heads, linear.group.size()
     groups = config.num_query_groups or heads
     if groups % ranks:
@@ -83,7 +83,7 @@ def find(linear: Linear, config: Any) -> Parts:
             hint=f"set `peft.canonical=false`, or a tensor-parallel size that divides {groups}",
         )
     sizes = {"q": heads // groups * config.kv_channels, "k": config.kv_channels, "v": config.kv_channels}
-    found = Parts(groups // ranks, sizes)
+    found = FusedParts(groups // ranks, sizes)
     if found.groups * sum(sizes.values()) != linear.rows:
         raise UserError(
             f"`{linear.name}` has `{linear.rows * ranks}` outputs, query, key and value have `{groups * sum(sizes.values())}`",

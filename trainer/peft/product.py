@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-class AddedProduct(torch.autograd.Function):
+class FusedAdd(torch.autograd.Function):
     """`output + hidden @ weight.T`, written over `output` by the multiplication itself.
 
     output [..., out], hidden [..., r], weight [out, r]. Nothing may need what `output` was: linear layers keep their weight and

@@ -33,7 +33,7 @@ def given(config: Any, setting: str) -> Any:
     return None if value == getattr(type(part), name, None) else value
 
 
-def carry_out(config: Any, choices: list[Choice]) -> list[Choice]:
+def apply_choices(config: Any, choices: list[Choice]) -> list[Choice]:
     """Set what differs; answers the choices that changed something."""
     changed = []
     for choice in choices:

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from formats.faults import fault, position
 from trainer.settings.named import CHOICES, name_of
-from trainer.settings.places import Place, is_section, kinds, place
+from trainer.settings.places import FieldPath, is_section, kinds, field_path
 from trainer.settings.values import UnnamedError, plain
 
 _YAML = "it should be YAML: `section:`, then `  name: value`"
@@ -109,7 +109,7 @@ def load(text: str, *, source: str = "the document") -> dict[str, Any]:
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise UserError(f"`{source}` is `{shown(found)}`, it should be sections with settings", hint="start with `train:`")
+        raise UserError(f"`{source}` is `{format_untrusted(found)}`, it should be sections with settings", hint="start with `train:`")
     return found
 
 
@@ -169,7 +169,7 @@ def _apply_section(config: Any, document: Mapping[str, Any], prefix: str) -> lis
         if key in _HYDRA:
             ignored.append(name)
             continue
-        here = place(config, name)
+        here = field_path(config, name)
         if here.name in CHOICES:
             ignored += _apply_choice(here, value)
         elif is_section(here.value):
@@ -179,7 +179,7 @@ def _apply_section(config: Any, document: Mapping[str, Any], prefix: str) -> lis
     return ignored
 
 
-def _apply_choice(here: Place, value: Any) -> list[str]:
+def _apply_choice(here: FieldPath, value: Any) -> list[str]:
     if value is None:
         return []
     ignored = [key for key in value if key in _HYDRA] if isinstance(value, Mapping) else []
@@ -187,7 +187,7 @@ def _apply_choice(here: Place, value: Any) -> list[str]:
     return [f"{here.name}.{key}" for key in ignored]
 
 
-def _settings(here: Place, value: Any) -> Mapping[str, Any]:
+def _settings(here: FieldPath, value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {} if value is None else here.fitting(value)
 
 

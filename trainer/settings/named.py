@@ -10,13 +10,13 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 
 CHOICES: Mapping[str, Mapping[str, str]] = {"peft": {"lora": "trainer.peft.lora:LoRA", "dora": "trainer.peft.dora:DoRA"}}
 NOTHING = "none"
 
 
-def fresh(setting: str, name: Any) -> Any:
+def build(setting: str, name: Any) -> Any:
     """What a name stands for, as its class makes it; None for `none`. UserError for a name that there is not."""
     known = CHOICES[setting]
     if name is None or name == NOTHING:
@@ -24,7 +24,7 @@ def fresh(setting: str, name: Any) -> Any:
     if not isinstance(name, str) or name not in known:
         near = get_close_matches(str(name), known, 1)
         raise UserError(
-            f"`{setting}` is `{shown(name)}`, it should be {', '.join(f'`{one}`' for one in known)} or `{NOTHING}`",
+            f"`{setting}` is `{format_untrusted(name)}`, it should be {', '.join(f'`{one}`' for one in known)} or `{NOTHING}`",
             hint=f"did you mean `{near[0]}`?" if near else "a method of your own is set in Python code",
         )
     module, _, kind = known[name].partition(":")
@@ -39,11 +39,11 @@ def name_of(setting: str, value: Any) -> str | None:
     return next((name for name, where in CHOICES[setting].items() if where == kind), None)
 
 
-def taken_apart(setting: str, value: Any, now: Any) -> tuple[Any, Mapping[str, Any]]:
+def split_group(setting: str, value: Any, now: Any) -> tuple[Any, Mapping[str, Any]]:
     """Split a group's value, a name or a mapping with `name` and other settings, into the chosen object and the fields to set on
     it. Without another name the object stays as it is, with a recipe's own rank, for example."""
     if not isinstance(value, Mapping):
-        return (now if now is not None and value == name_of(setting, now) else fresh(setting, value)), {}
+        return (now if now is not None and value == name_of(setting, now) else build(setting, value)), {}
     rest = {key: one for key, one in value.items() if key != "name"}
     if "name" not in value and now is None and rest:
         raise UserError(
@@ -51,4 +51,4 @@ def taken_apart(setting: str, value: Any, now: Any) -> tuple[Any, Mapping[str, A
             hint=f"add `name`: {' or '.join(f'`{one}`' for one in CHOICES[setting])}",
         )
     stays = "name" not in value or value["name"] == name_of(setting, now)
-    return (now if stays else fresh(setting, value["name"])), rest
+    return (now if stays else build(setting, value["name"])), rest

@@ -15,9 +15,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Sweep
 from hydra.errors import HydraException
 
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from trainer.settings.named import CHOICES
-from trainer.settings.places import Place, fits_text, is_section, place
+from trainer.settings.places import FieldPath, fits_text, is_section, field_path
 
 _NEW = (OverrideType.ADD, OverrideType.FORCE_ADD)
 
@@ -99,7 +99,7 @@ def _apply_one(config: Any, found: Override, text: str) -> None:
     if found.type == OverrideType.DEL:
         _remove(config, found)
         return
-    here = place(config, found.key_or_group, new=found.type in _NEW)
+    here = field_path(config, found.key_or_group, new=found.type in _NEW)
     value: Any = _unspelled(found.value())
     if (
         found.type == OverrideType.ADD
@@ -107,7 +107,7 @@ def _apply_one(config: Any, found: Override, text: str) -> None:
         and not (isinstance(value, dict) and isinstance(here.value, dict))
     ):
         raise UserError(
-            f"cannot add `{here.name}`: it is there, and is `{shown(here.value)}`",
+            f"cannot add `{here.name}`: it is there, and is `{format_untrusted(here.value)}`",
             hint=f"`{text[1:]}` changes it, `+{text}` does both",
         )
     if isinstance(value, (int, float)) and not isinstance(value, bool) and fits_text(here.kind):
@@ -115,21 +115,21 @@ def _apply_one(config: Any, found: Override, text: str) -> None:
     _assign(config, here, value, new=found.type in _NEW)
 
 
-def _assign(config: Any, here: Place, value: Any, *, new: bool) -> None:
+def _assign(config: Any, here: FieldPath, value: Any, *, new: bool) -> None:
     """A mapping changes what it names, and leaves the rest of a section or of a free mapping as it is."""
     if here.name in CHOICES or not isinstance(value, Mapping) or not (is_section(here.value) or isinstance(here.value, dict)):
         here.put(value)
         return
     for key, one in value.items():
-        _assign(config, place(config, f"{here.name}.{key}", new=new), one, new=new)
+        _assign(config, field_path(config, f"{here.name}.{key}", new=new), one, new=new)
 
 
 def _remove(config: Any, found: Override) -> None:
-    here = place(config, found.key_or_group)
+    here = field_path(config, found.key_or_group)
     value = _unspelled(found.value()) if found.value_type is not None else None
     if found.value_type is not None and here.fitting(value) != here.value:
         raise UserError(
-            f"cannot remove `{here.name}`: it is `{shown(here.value)}`, not `{shown(value)}`",
+            f"cannot remove `{here.name}`: it is `{format_untrusted(here.value)}`, not `{format_untrusted(value)}`",
             hint=f"`~{here.name}` removes it whatever it is",
         )
     here.reset()

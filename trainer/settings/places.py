@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any, Optional, get_type_hints
 
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from trainer.settings import named
 from trainer.settings.values import UnfitError, expected, fit
 
@@ -93,7 +93,7 @@ def is_section(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Place:
+class FieldPath:
     """Where a value is kept: a field of a dataclass, or a key of a free mapping. `name` is the whole name."""
 
     holder: Any
@@ -137,21 +137,21 @@ class Place:
             ) from None
 
     def _choose(self, value: Any) -> None:
-        chosen, rest = named.taken_apart(self.name, value, self.value)
+        chosen, rest = named.split_group(self.name, value, self.value)
         setattr(self.holder, self.key, chosen)
         for key, one in rest.items():
-            place(self.holder, f"{self.name}.{key}").put(one)
+            field_path(self.holder, f"{self.name}.{key}").put(one)
 
     def fitting(self, value: Any) -> Any:
         """The value as the annotation asks for it, or UserError."""
         if is_section(self.value):
             raise UserError(
-                f"`{self.name}` is a section, it cannot be `{shown(value)}`", hint=f"{_listed(self.name, self.value)}"
+                f"`{self.name}` is a section, it cannot be `{format_untrusted(value)}`", hint=f"{_listed(self.name, self.value)}"
             )
         try:
             return fit(value, self.kind)
         except UnfitError:
-            text = "null" if value is None else shown(value)
+            text = "null" if value is None else format_untrusted(value)
             hint = "write it in quotes" if fits_text(self.kind) and isinstance(value, (bool, int, float)) else ""
             raise UserError(f"`{self.name}` is `{text}`, it should be {expected(self.kind)}", hint=hint) from None
 
@@ -175,13 +175,13 @@ def fits_text(kind: Any) -> bool:
         return False
 
 
-def place(config: Any, name: str, *, new: bool = False) -> Place:
+def field_path(config: Any, name: str, *, new: bool = False) -> FieldPath:
     """Where `name` is kept. UserError, with the nearest name there is, if there is none; `new` allows a key that a free
     mapping does not have yet, and makes the mappings on the way to it."""
     keys = _current_name(config, name).split(".")
     holder = config
     for at, key in enumerate(keys):
-        here = Place(holder, key, ".".join(keys[: at + 1]))
+        here = FieldPath(holder, key, ".".join(keys[: at + 1]))
         if not here.known and not (new and here.free):
             raise _unknown(config, here)
         if at + 1 == len(keys):
@@ -190,7 +190,7 @@ def place(config: Any, name: str, *, new: bool = False) -> Place:
         if not is_section(holder) and not isinstance(holder, dict):
             first = f"choose first: {' or '.join(f'`{here.name}={one}`' for one in named.CHOICES.get(here.name, ()))}"
             raise UserError(
-                f"`{here.name}` is `{shown(holder)}`, there is no `{keys[at + 1]}` in it",
+                f"`{here.name}` is `{format_untrusted(holder)}`, there is no `{keys[at + 1]}` in it",
                 hint=first if here.name in named.CHOICES else f"set `{here.name}` as a whole",
             )
     raise AssertionError(name)
@@ -202,7 +202,7 @@ def _current_name(config: Any, name: str) -> str:
     return name if not is_section(holder) or key in kinds(type(holder)) else ALIASES.get(name, name)
 
 
-def _unknown(config: Any, here: Place) -> UserError:
+def _unknown(config: Any, here: FieldPath) -> UserError:
     if here.free:
         return UserError(f"there is no `{here.name}`", hint=f"{_near(here.key, here.holder)}`+{here.name}=…` adds it")
     if here.holder is config:

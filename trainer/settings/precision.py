@@ -20,7 +20,7 @@ import torch
 from megatron.core.fp8_utils import get_fp8_align_size
 
 from formats.errors import UserError
-from trainer.settings.choice import Choice, carry_out, given, split
+from trainer.settings.choice import Choice, apply_choices, given, split
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ def apply(name: str, config: Any) -> list[Choice]:
     free = {setting: value for setting, value in chosen.starting.items() if given(config, setting) is None}
     why = f"`mixed_precision={name}`"
     known = {setting: value for setting, value in (decided | free).items() if hasattr(*split(config, setting))}
-    return carry_out(config, [Choice(setting, value, why) for setting, value in known.items()])
+    return apply_choices(config, [Choice(setting, value, why) for setting, value in known.items()])
 
 
 def _weights(chosen: Recipe, config: Any) -> dict[str, bool]:

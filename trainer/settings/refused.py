@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from formats.faults import code_location, fault
 from trainer.settings.values import UnnamedError, plain
 
@@ -82,9 +82,9 @@ def refusal(name: str, part: Any, attempt: Callable[[Any], object], error: Excep
 def as_text(value: Any) -> str:
     """A setting's value as a file would have it."""
     try:
-        return shown(plain(value))
+        return format_untrusted(plain(value))
     except UnnamedError:
-        return shown(value)
+        return format_untrusted(value)
 
 
 def _in_its_words(error: Exception) -> str:

@@ -20,7 +20,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from formats.errors import UserError
 from trainer.config import CheckpointConfig, DatasetConfig, FinetuningDatasetConfig, RunConfig
 from trainer.settings import checks, contradictions, cross_entropy, described, overlap, paths, precision, refused, unsupported
-from trainer.settings.choice import Choice, carry_out
+from trainer.settings.choice import Choice, apply_choices
 from trainer.settings.precision import Machine
 
 
@@ -62,24 +62,24 @@ def resolve(
     contradictions.check_kernels(told)
     checks.check_packed(told, machine)
     choices = [*_epochs(told, steps), *_virtual_stages(told.model), *_agreements(told), *_per_token(told), *padded_examples(told)]
-    choices = carry_out(told, choices) + precision.apply(told.mixed_precision, told)
+    choices = apply_choices(told, choices) + precision.apply(told.mixed_precision, told)
     copies = _check_layout(told, world_size)
     microbatches = checks.num_microbatches(told, copies)
     context = checks.size(told.model, checks.CP)
-    choices += carry_out(told, overlap.choose(told, data_parallel=copies * context, device=device))
+    choices += apply_choices(told, overlap.choose(told, data_parallel=copies * context, device=device))
     contradictions.check_deterministic(told.model)
-    choices += carry_out(told, _device_fields(told.model, machine))
+    choices += apply_choices(told, _device_fields(told.model, machine))
     cross_entropy.check(told.model, machine)
-    choices += carry_out(told, _schedule(told))
+    choices += apply_choices(told, _schedule(told))
     if told.train.num_epochs is None or steps is not None:
         checks.check_schedule(told)
     contradictions.check(told)
     checks.check_saving(told)
-    choices += carry_out(told, _saving(told.checkpoint))
+    choices += apply_choices(told, _saving(told.checkpoint))
     elsewhere = _kernels_elsewhere(told.model, machine)
     with _kernels_put_aside(told.model, machine):
         _validate(told)
-    choices += carry_out(told, elsewhere) + described.follow(told.model)
+    choices += apply_choices(told, elsewhere) + described.follow(told.model)
     warnings_ = (
         *_warnings(told, microbatches),
         *_unknown_length(told, steps),

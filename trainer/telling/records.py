@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import click
 
-from formats.errors import UserError, shown
+from formats.errors import UserError, format_untrusted
 from formats.json_objects import finite
 
 FILE = "metrics.jsonl"
@@ -152,7 +152,7 @@ def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or type(found.get("iteration")) is not int or found.get("kind") not in KINDS:
-        text = shown(line[:60].decode("utf-8", "replace").strip())
+        text = format_untrusted(line[:60].decode("utf-8", "replace").strip())
         raise UserError(
             f"`{path}`, line {number}: `{text}` is not a record of a run",
             hint="remove the line, or choose another folder",

@@ -19,7 +19,7 @@ from trainer.telling.records import FILE, Evaluation, JsonLines, Record, Sample,
 _WANDB_ID = "wandb_run_id"
 
 
-class Sink(Protocol):
+class Writer(Protocol):
     """One place that records go to."""
 
     def log(self, record: Record) -> None: ...
@@ -27,10 +27,10 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-class Sinks:
+class Writers:
     """All places of a run. Each record is out of this process's hands when `log` returns, where the place allows it."""
 
-    def __init__(self, places: list[Sink]) -> None:
+    def __init__(self, places: list[Writer]) -> None:
         self.places = places
 
     def log(self, record: Record) -> None:
@@ -56,7 +56,7 @@ class Sinks:
             self.places.pop().close()
 
 
-def open_sinks(logger: LoggerConfig, run_dir: Path | None, *, settings: dict[str, Any], done: int = 0) -> Sinks:
+def open_writers(logger: LoggerConfig, run_dir: Path | None, *, settings: dict[str, Any], done: int = 0) -> Writers:
     """Open what `logger` asks for, and `metrics.jsonl` in `run_dir` if that is given.
 
     `settings` are kept by TensorBoard and Weights & Biases beside the curves. `done` is the number of steps behind a resumed
@@ -67,14 +67,14 @@ def open_sinks(logger: LoggerConfig, run_dir: Path | None, *, settings: dict[str
         _need("tensorboard", setting="tensorboard_dir", install="tensorboard")
     if logger.wandb_project:
         _need("wandb", setting="wandb_project", install="'mbtools[wandb]'")
-    places: list[Sink] = []
+    places: list[Writer] = []
     if run_dir is not None:
         places.append(JsonLines(run_dir / FILE, done=done))
     if logger.tensorboard_dir:
         places.append(TensorBoard(Path(logger.tensorboard_dir), settings=settings, done=done))
     if logger.wandb_project:
         places.append(WeightsAndBiases(logger, run_dir, settings=settings, resume=done > 0))
-    return Sinks(places)
+    return Writers(places)
 
 
 def _need(package: str, *, setting: str, install: str) -> None:

@@ -27,7 +27,7 @@ from trainer.counting.flops import flops_of_packed, flops_of_run
 from trainer.model import GPTModelProvider
 from trainer.settings import documents
 from trainer.telling import metrics, records
-from trainer.telling.sinks import Sinks, open_sinks
+from trainer.telling.sinks import Writers, open_writers
 
 
 def _in_a_terminal() -> bool:
@@ -35,12 +35,12 @@ def _in_a_terminal() -> bool:
 
 
 @dataclass
-class Telling:
+class RunLogger:
     """A run's voice. `sinks` is None on ranks that are silent."""
 
     config: RunConfig
     measure: metrics.Measure
-    sinks: Sinks | None
+    sinks: Writers | None
     interval: metrics.Interval = field(default_factory=metrics.Interval)
     color: bool = field(default_factory=_in_a_terminal)
     _since: float = field(default_factory=time.perf_counter)
@@ -161,7 +161,7 @@ def _make(folder: str | None) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
 
 
-def open_telling(config: RunConfig, *, resumed_at: int, active: bool, samples_per_epoch: int | None = None) -> Telling:
+def open_logger(config: RunConfig, *, resumed_at: int, active: bool, samples_per_epoch: int | None = None) -> RunLogger:
     """The log of a run that goes on from step `resumed_at`; only the active rank writes it."""
     sequence = config.dataset.sequence_length
     kind = device.GPU if device.current().type == "cuda" else device.CPU
@@ -177,8 +177,8 @@ def open_telling(config: RunConfig, *, resumed_at: int, active: bool, samples_pe
         memory_of_gpu=device.memory(),
     )
     settings = documents.as_mapping(config)[0]
-    sinks = open_sinks(config.logger, run_dir(config), settings=settings, done=resumed_at) if active else None
-    return Telling(config, measure, sinks)
+    sinks = open_writers(config.logger, run_dir(config), settings=settings, done=resumed_at) if active else None
+    return RunLogger(config, measure, sinks)
 
 
 def _flops(config: RunConfig) -> float | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converter import Talk, UserError, hf_to_mcore, verify
+from converter import Reporter, UserError, hf_to_mcore, verify
 from converter.adapters.convert import adapter_to_mcore
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.merge import merge
@@ -100,7 +100,7 @@ def test_the_base_may_be_kept_in_the_other_format(base, peft_folder, tmp_path):
     adapter_to_mcore(peft_folder(), tmp_path / "a", base=base)
     hf_to_mcore(base, tmp_path / "m", tp=2)
     notes = []
-    merge(tmp_path / "m", tmp_path / "a", tmp_path / "merged", talk=Talk(note=notes.append))
+    merge(tmp_path / "m", tmp_path / "a", tmp_path / "merged", reporter=Reporter(note=notes.append))
     assert notes == []
 
 
@@ -108,7 +108,7 @@ def test_pefts_own_files_do_not_tell_and_that_is_said(base, adapter, tmp_path):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/name"}))
     notes = []
-    merge(base, adapter, tmp_path / "merged", talk=Talk(note=notes.append))
+    merge(base, adapter, tmp_path / "merged", reporter=Reporter(note=notes.append))
     assert notes == ["the adapter does not tell its base apart from other models (it names `org/name`): that is not checked"]
 
 

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from converter import Talk, UserError, check, hf_to_mcore, mcore_to_hf, verify
+from converter import Reporter, UserError, check, hf_to_mcore, mcore_to_hf, verify
 from converter.adapters.adapter import Adapter, Delta
 from converter.adapters.convert import adapter_to_mcore
 from converter.adapters.description import Description
 from converter.adapters.merge import merge
-from converter.adapters.merged import Merged, block_rows, blocks
+from converter.adapters.merged import MergedReader, block_rows, blocks
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
 from formats.torch_dist import TRACKER
@@ -275,10 +275,10 @@ def test_an_interrupted_merge_goes_on_and_one_of_another_adapter_does_not(base, 
             if done > 300_000:
                 raise KeyboardInterrupt
 
-        return Talk(progress=progress)
+        return Reporter(progress=progress)
 
     with pytest.raises(KeyboardInterrupt):
-        merge(base, peft_folder(), tmp_path / "m", to="mcore", tp=2, talk=stop_halfway())
+        merge(base, peft_folder(), tmp_path / "m", to="mcore", tp=2, reporter=stop_halfway())
     other = merge(base, peft_folder(seed=3), tmp_path / "other", to="mcore", tp=2, resume=True)
     assert other.reused_bytes == 0
     resumed = merge(base, peft_folder(), tmp_path / "m", to="mcore", tp=2, resume=True)
@@ -319,9 +319,9 @@ def wide(tmp_path_factory):
     save_file({"weight": torch.from_numpy(weight)}, folder / "model.safetensors")
     delta = Delta(a, b, 0.7, np.abs(b[:, 0]))
     adapter = Adapter(Description("dora"), frozenset({"weight"}), {"weight": delta}.__getitem__, lambda: None)
-    with closing(Merged(HuggingFaceReader(LocalFolder(folder)), adapter, dtype="keep")) as merged:
+    with closing(MergedReader(HuggingFaceReader(LocalFolder(folder)), adapter, dtype="keep")) as merged:
         whole = np.empty_like(weight)
-        merged.read("weight", merged.specs["weight"].whole, whole)
+        merged.read("weight", merged.specs["weight"].full_region, whole)
         yield merged, whole
 
 

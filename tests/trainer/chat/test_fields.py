@@ -59,8 +59,8 @@ def test_a_system_prompt_beside_messages_is_the_first_of_them(learn, beside):
 
 
 def test_a_system_prompt_that_is_there_twice_is_there_once(learn):
-    talk = {"messages": said("hi", "salut", system="Speak French.")}
-    assert learn({"system": "Speak French.", **talk}) == learn(talk)
+    conversation = {"messages": said("hi", "salut", system="Speak French.")}
+    assert learn({"system": "Speak French.", **conversation}) == learn(conversation)
 
 
 def test_texts_in_parts_are_one_text(learn):

@@ -70,10 +70,10 @@ def test_a_call_without_a_text_has_an_empty_one_where_the_template_asks_for_text
 def test_sharegpt_calls_tools_too(learn, template):
     inside = {"name": "weather", "arguments": {"city": "Bern"}}
     turns = [("human", "Weather?"), ("function_call", json.dumps(inside)), ("observation", "rain"), ("gpt", "It rains.")]
-    talk = {"conversations": [{"from": who, "value": text} for who, text in turns], "tools": json.dumps(TOOLS)}
+    conversation = {"conversations": [{"from": who, "value": text} for who, text in turns], "tools": json.dumps(TOOLS)}
     expected = [*said("Weather?"), {"role": "assistant", "tool_calls": [inside]}, {"role": "tool", "content": "rain"}, ANSWER]
     text = template(CALLS)
-    assert learn(talk, chat_template=text) == learn({"messages": expected, "tools": TOOLS}, chat_template=text)
+    assert learn(conversation, chat_template=text) == learn({"messages": expected, "tools": TOOLS}, chat_template=text)
 
 
 HI = said("hello there", "general")

@@ -206,18 +206,18 @@ def test_the_adapter_of_a_layer_with_a_norm_in_it_sees_what_the_norm_made(return
 
 
 def test_a_product_is_added_in_place_with_the_gradients_of_torch():
-    from trainer.peft.product import AddedProduct
+    from trainer.peft.product import FusedAdd
 
     def inputs():
         torch.manual_seed(1)
         return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 2, 5), (3, 2, 4), (5, 4))]
 
     def added(output, hidden, weight):
-        return AddedProduct.apply(output.clone(), hidden, weight)
+        return FusedAdd.apply(output.clone(), hidden, weight)
 
     assert torch.autograd.gradcheck(added, inputs())
     output, hidden, weight = inputs()
     before = (output * 1).detach()
-    total = AddedProduct.apply(before, hidden, weight)
+    total = FusedAdd.apply(before, hidden, weight)
     torch.testing.assert_close(total, output + hidden @ weight.T)
     assert total.data_ptr() == before.data_ptr()

@@ -17,10 +17,10 @@ class _Asked(Watched):
     """What would follow the prompt, once at its end and once a token later."""
 
     def on_end(self, run):
-        from trainer.generation.passing import lent, new_cache, next_logits
+        from trainer.generation.passing import inference_mode, new_cache, next_logits
 
         cache = new_cache(len(PROMPT) + 1)
-        with lent(run.chunks):
+        with inference_mode(run.chunks):
             self.answers = [next_logits(run.chunks, tokens, cache) for tokens in (PROMPT, [7])]
 
 

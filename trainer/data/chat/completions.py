@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from formats.errors import UserError, is_text
-from trainer.data.chat.drafts import Draft, Tokenized, tokenized
+from trainer.data.chat.drafts import RenderedText, Tokenized, tokenized
 from trainer.data.records import UnusableError, names
 from trainer.tokenizers import Encoded, Tokenizer
 
@@ -39,13 +39,13 @@ class Completions:
         """The fields that are used."""
         return {"completion", *(name for _, name in self.pieces if name)}
 
-    def draft(self, fields: Mapping[str, Any]) -> Draft:
+    def draft(self, fields: Mapping[str, Any]) -> RenderedText:
         """UnusableError for an example without what the template names, or without a completion."""
         prompt = "".join(text + (_text(fields, name) if name else "") for text, name in self.pieces)
         completion = _text(fields, "completion")
         if not completion:
             raise UnusableError("its `completion` is empty")
-        return Draft([prompt, completion], self._finish)
+        return RenderedText([prompt, completion], self._finish)
 
     def _finish(self, texts: Sequence[Encoded]) -> Tokenized:
         prompt, completion = (text.ids for text in texts)

@@ -16,9 +16,9 @@ import numpy as np
 from formats.errors import is_text
 from trainer.config import Learned
 from trainer.data.chat import omissions
-from trainer.data.chat.drafts import Draft, Tokenized, tokenized
+from trainer.data.chat.drafts import RenderedText, Tokenized, tokenized
 from trainer.data.chat.jinja import Template
-from trainer.data.chat.messages import ANSWERS, TOOL, Talk
+from trainer.data.chat.messages import ANSWERS, TOOL, Conversation
 from trainer.data.records import UnusableError
 from trainer.tokenizers import Encoded, Tokenizer
 
@@ -46,67 +46,67 @@ class Conversations:
     tokenizer: Tokenizer
     template: Template
 
-    def drafts(self, talk: Talk, learned: Sequence[bool], *, learn: Learned) -> list[Draft]:
+    def drafts(self, conversation: Conversation, learned: Sequence[bool], *, learn: Learned) -> list[RenderedText]:
         """`learned` says of each message whether it is, if it is an answer; `learn`, which of those are, and whether in examples
         of their own, which end with the answer. UnusableError for what is no conversation, and where the template leaves out
         something that is said in it."""
-        answers = [number for number, one in enumerate(talk.messages) if one["role"] == ANSWERS]
+        answers = [number for number, one in enumerate(conversation.messages) if one["role"] == ANSWERS]
         wanted = [number for number in answers if learned[number]]
         if not wanted:
             raise UnusableError(
                 "none of the assistant's messages is to be learned" if answers else "no message is the assistant's"
             )
-        self._check_options(talk)
-        talk = self._with_contents(talk)
+        self._check_options(conversation)
+        conversation = self._with_contents(conversation)
         if learn == "all_answers":
-            return [self._draft(talk, wanted)]
+            return [self._draft(conversation, wanted)]
         alone = wanted[-1:] if learn == "last_answer" else wanted
-        return [self._draft(talk.until(number + 1), [number]) for number in alone]
+        return [self._draft(conversation.until(number + 1), [number]) for number in alone]
 
-    def _with_contents(self, talk: Talk) -> Talk:
+    def _with_contents(self, conversation: Conversation) -> Conversation:
         """With empty texts where a call of a tool has none, if the template asks for texts: so do servers that render it."""
-        if all("content" in one for one in talk.messages):
-            return talk
-        filled = replace(talk, messages=tuple({"content": "", **one} for one in talk.messages))
-        return talk if self._is_rendered(talk) or not self._is_rendered(filled) else filled
+        if all("content" in one for one in conversation.messages):
+            return conversation
+        filled = replace(conversation, messages=tuple({"content": "", **one} for one in conversation.messages))
+        return conversation if self._is_rendered(conversation) or not self._is_rendered(filled) else filled
 
-    def _is_rendered(self, talk: Talk) -> bool:
+    def _is_rendered(self, conversation: Conversation) -> bool:
         try:
-            self.template.render(talk, asking=False)
+            self.template.render(conversation, asking=False)
         except UnusableError:
             return False
         return True
 
-    def _check_options(self, talk: Talk) -> None:
-        for name in talk.options:
+    def _check_options(self, conversation: Conversation) -> None:
+        for name in conversation.options:
             if name in _OURS:
                 raise UnusableError(f"its `chat_template_kwargs` give `{name}`, which is said elsewhere")
-            if not self.template.names(name, talk.tools):
+            if not self.template.names(name, conversation.tools):
                 raise UnusableError(f"the chat template has no `{name}`, which its `chat_template_kwargs` give")
 
-    def _draft(self, talk: Talk, wanted: Sequence[int]) -> Draft:
-        all_of_them = all(number in wanted for number, one in enumerate(talk.messages) if one["role"] == ANSWERS)
-        if all_of_them and self.tokenizer.encode_batch is not None and self.template.marks(talk.tools):
-            text, spans = self.template.render_marked(talk)
-            draft = Draft([_unicode(text)], partial(_inside, spans))
+    def _draft(self, conversation: Conversation, wanted: Sequence[int]) -> RenderedText:
+        all_of_them = all(number in wanted for number, one in enumerate(conversation.messages) if one["role"] == ANSWERS)
+        if all_of_them and self.tokenizer.encode_batch is not None and self.template.marks(conversation.tools):
+            text, spans = self.template.render_marked(conversation)
+            draft = RenderedText([_unicode(text)], partial(_inside, spans))
         else:
-            draft = Draft(self._growing(talk, wanted), partial(self._between, wanted))
-        rewritten = omissions.check(self.template, talk, draft.texts[-1])
-        if list(wanted) == [len(talk.messages) - 1]:
+            draft = RenderedText(self._growing(conversation, wanted), partial(self._between, wanted))
+        rewritten = omissions.check(self.template, conversation, draft.texts[-1])
+        if list(wanted) == [len(conversation.messages) - 1]:
             rewritten.intersection_update(wanted)  # what comes before is as the model would see it
         else:
-            rewritten = {number for number in rewritten if number in wanted or talk.messages[number]["role"] == TOOL}
+            rewritten = {number for number in rewritten if number in wanted or conversation.messages[number]["role"] == TOOL}
         if rewritten:
             raise _changes(min(rewritten), after=True)
         return draft
 
-    def _growing(self, talk: Talk, answers: Sequence[int]) -> list[str]:
+    def _growing(self, conversation: Conversation, answers: Sequence[int]) -> list[str]:
         """Before and after each answer, and the whole."""
         if not answers[0]:
             raise UnusableError("the assistant speaks first", "the template cannot be asked what stands before", hint=_MARKS_HINT)
         ends = [(number + after, not after) for number in answers for after in (0, 1)]
-        texts = [self.template.render(talk.until(end), asking=asking) for end, asking in ends]
-        return [_unicode(text) for text in (*texts, self.template.render(talk, asking=False))]
+        texts = [self.template.render(conversation.until(end), asking=asking) for end, asking in ends]
+        return [_unicode(text) for text in (*texts, self.template.render(conversation, asking=False))]
 
     def _between(self, answers: Sequence[int], texts: Sequence[Encoded]) -> Tokenized:
         ids = [text.ids for text in texts]

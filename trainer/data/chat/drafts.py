@@ -31,7 +31,7 @@ class Tokenized:
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class RenderedText:
     """An example as texts to tokenize."""
 
     texts: list[str]

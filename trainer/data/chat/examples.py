@@ -18,10 +18,10 @@ from formats.errors import UserError
 from trainer.config import FinetuningDatasetConfig
 from trainer.data.chat.completions import Completions
 from trainer.data.chat.conversations import Conversations
-from trainer.data.chat.drafts import Draft, Tokenized, encode
+from trainer.data.chat.drafts import RenderedText, Tokenized, encode
 from trainer.data.chat.fields import check_example, is_about, with_system, without
 from trainer.data.chat.jinja import Template
-from trainer.data.chat.messages import Message, Talk, messages_of, options_of, tools_of
+from trainer.data.chat.messages import Message, Conversation, messages_of, options_of, tools_of
 from trainer.data.chat.sources import Source
 from trainer.data.records import Record, UnusableError, names
 from trainer.tokenizers import Tokenizer
@@ -151,26 +151,26 @@ class Writer:
         """For each example, or each that is made of it, its tokens, uncut, or why it cannot be used. UserError for what is wrong
         with all of them."""
         drafts = [(record, one) for record in records for one in self._drafts(record)]
-        encoded = iter(encode(self.tokenizer, [text for _, one in drafts if isinstance(one, Draft) for text in one.texts]))
+        encoded = iter(encode(self.tokenizer, [text for _, one in drafts if isinstance(one, RenderedText) for text in one.texts]))
         return [
-            (record, _caught(self._finished, one, [next(encoded) for _ in one.texts]) if isinstance(one, Draft) else one)
+            (record, _caught(self._finished, one, [next(encoded) for _ in one.texts]) if isinstance(one, RenderedText) else one)
             for record, one in drafts
         ]
 
-    def _drafts(self, record: Record) -> list[Draft | UnusableError]:
+    def _drafts(self, record: Record) -> list[RenderedText | UnusableError]:
         try:
             return [*self._of_fields({name: value for name, value in record.fields().items() if value is not None})]
         except UnusableError as error:
             return [error]
 
-    def _of_fields(self, fields: Mapping[str, Any]) -> list[Draft]:
+    def _of_fields(self, fields: Mapping[str, Any]) -> list[RenderedText]:
         fields = without(fields, self.config.ignore_fields)
         there = [name for name in ("messages", "conversations") if name in fields]
         if there:
             messages, learned = self._messages(fields, there[0])
             if there[1:] and self._messages(fields, there[1])[0] != messages:
                 raise UnusableError("its `messages` and `conversations` differ", "", hint="leave one of them out")
-            return self._talk(fields, messages, learned, used=there)
+            return self._reporter(fields, messages, learned, used=there)
         if "completion" not in fields:
             raise UnusableError("it has neither `messages` nor `completion`", f"it has {names(fields)}")
         if isinstance(fields["completion"], list):
@@ -182,27 +182,27 @@ class Writer:
     def _messages(self, fields: Mapping[str, Any], name: str) -> tuple[list[Message], list[bool]]:
         return messages_of(fields, name, self.config.ignore_fields)
 
-    def _talk(
+    def _reporter(
         self, fields: Mapping[str, Any], messages: list[Message], learned: list[bool], *, used: Sequence[str]
-    ) -> list[Draft]:
+    ) -> list[RenderedText]:
         whole = with_system(fields, messages)
         texts = [str(one.get("content") or "") for one in whole]
         self._look_for_more(fields, {*used, *_FOR_TEMPLATES}, texts, hint=_SAY_IT)
         self.unused.update(dict.fromkeys(name for one in messages for name in one if is_about(name)))
-        talk = Talk(tuple(whole), tools_of(fields), options_of(fields))
-        return self._conversations.drafts(talk, [True] * (len(whole) - len(messages)) + learned, learn=self.config.learn)
+        conversation = Conversation(tuple(whole), tools_of(fields), options_of(fields))
+        return self._conversations.drafts(conversation, [True] * (len(whole) - len(messages)) + learned, learn=self.config.learn)
 
     def _look_for_more(self, fields: Mapping[str, Any], used: Collection[str], texts: Sequence[str], *, hint: str) -> None:
         self.unused.update(dict.fromkeys(check_example(fields, used, texts, hint=hint)))
 
-    def _continued(self, fields: Mapping[str, Any]) -> list[Draft]:
+    def _continued(self, fields: Mapping[str, Any]) -> list[RenderedText]:
         """Prompt and completion as messages, as TRL has them: answers in the prompt are not learned."""
         if "prompt" not in fields:
             raise UnusableError("it has no `prompt`", f"it has {names(fields)}")
         (prompt, _), (completion, learned) = self._messages(fields, "prompt"), self._messages(fields, "completion")
-        return self._talk(fields, [*prompt, *completion], [False] * len(prompt) + learned, used=("prompt", "completion"))
+        return self._reporter(fields, [*prompt, *completion], [False] * len(prompt) + learned, used=("prompt", "completion"))
 
-    def _finished(self, draft: Draft, texts: Sequence[Any]) -> Tokenized:
+    def _finished(self, draft: RenderedText, texts: Sequence[Any]) -> Tokenized:
         made = draft.finish(texts)
         if not len(made.tokens):
             raise UnusableError("it has no tokens")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from formats.errors import shown
+from formats.errors import format_untrusted
 from trainer.data.records import UnusableError, names
 
 LEARNS = {"weight": True, "loss": True, "train": True, "training": True, "loss_weight": True, "loss_mask": True,
@@ -64,7 +64,7 @@ def _wanted(found: Mapping[str, Any], name: str, number: int, *, positive: bool)
     if value is None:
         return None
     if not _is_number(value) or value not in (0, 1):
-        raise UnusableError(f"a message's `{name}` is neither 0 nor 1", f"that of message {number} is {shown(value)}")
+        raise UnusableError(f"a message's `{name}` is neither 0 nor 1", f"that of message {number} is {format_untrusted(value)}")
     return bool(value) == positive
 
 
@@ -105,7 +105,7 @@ def _is_lost(name: str, value: Any, texts: Sequence[str]) -> bool:
 def _check_weight(name: str, value: Any) -> None:
     positive = LEARNS.get(name)
     if positive is not None and _is_number(value) and value != positive:
-        raise UnusableError(f"its `{name}` asks for another weight than that of other examples", f"it is {shown(value)}")
+        raise UnusableError(f"its `{name}` asks for another weight than that of other examples", f"it is {format_untrusted(value)}")
 
 
 def _is_number(value: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from formats.errors import UserError
 from formats.faults import fault
 from trainer import tokenizers
-from trainer.data.chat.messages import Talk
+from trainer.data.chat.messages import Conversation
 from trainer.data.records import UnusableError
 from trainer.tokenizers import Tokenizer
 
@@ -77,24 +77,24 @@ class Template:
         """Does the template ask for a variable of that name?"""
         return bool(re.search(rf"\b{re.escape(option)}\b", self._text(tools)))
 
-    def render(self, talk: Talk, *, asking: bool) -> str:
+    def render(self, conversation: Conversation, *, asking: bool) -> str:
         """The text of a conversation; `asking` for an answer, with what stands before one. UnusableError where the template
         refuses it."""
-        return self._render(talk, add_generation_prompt=asking)[0]
+        return self._render(conversation, add_generation_prompt=asking)[0]
 
-    def render_marked(self, talk: Talk) -> tuple[str, list[tuple[int, int]]]:
+    def render_marked(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The text, and where in it the model is to write: first characters, and those after the last."""
-        text, spans = self._render(talk, return_assistant_tokens_mask=True)
+        text, spans = self._render(conversation, return_assistant_tokens_mask=True)
         return text, list(spans)
 
-    def _render(self, talk: Talk, **how: Any) -> tuple[str, Sequence[tuple[int, int]]]:
+    def _render(self, conversation: Conversation, **how: Any) -> tuple[str, Sequence[tuple[int, int]]]:
         from jinja2.exceptions import TemplateError, TemplateSyntaxError  # noqa: PLC0415 - comes with transformers
         from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415 - slow to import
 
-        template = _on_a_day(self._text(talk.tools))
-        given = {**self.renderer.special_tokens_map, **talk.options, **how}
+        template = _on_a_day(self._text(conversation.tools))
+        given = {**self.renderer.special_tokens_map, **conversation.options, **how}
         try:
-            texts, spans = render_jinja_template([list(talk.messages)], tools=talk.tools, chat_template=template, **given)
+            texts, spans = render_jinja_template([list(conversation.messages)], tools=conversation.tools, chat_template=template, **given)
         except TemplateSyntaxError as error:
             raise UserError(f"the chat template is not readable: {fault(error)}", hint="correct the template") from error
         except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from formats.errors import shown
+from formats.errors import format_untrusted
 from formats.faults import fault
 from trainer.data.chat.fields import has_content, is_about, learned_as_said, without
 from trainer.data.records import UnusableError, names
@@ -26,7 +26,7 @@ type Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Talk:
+class Conversation:
     """All that a chat template is given."""
 
     messages: tuple[Message, ...]
@@ -34,7 +34,7 @@ class Talk:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the template's own, such as `enable_thinking`."""
 
-    def until(self, end: int) -> Talk:
+    def until(self, end: int) -> Conversation:
         """The first `end` messages."""
         return replace(self, messages=self.messages[:end])
 
@@ -97,7 +97,7 @@ def _parts(content: Sequence[Any], number: int) -> Iterator[str]:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("text") if isinstance(part, dict) else None
         if kind not in ("text", None) or not isinstance(text, str):
-            what = f"a `{shown(kind)}`" if kind else f"a {type(part).__name__} without text"
+            what = f"a `{format_untrusted(kind)}`" if kind else f"a {type(part).__name__} without text"
             raise UnusableError("a part of a message is no text", f"{what} in message {number}")
         more = [name for name, value in part.items() if name not in ("type", "text") and has_content(value)]
         if more:
@@ -143,7 +143,7 @@ def options_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Variables for the template, as TRL has them in `chat_template_kwargs`."""
     found = from_json(fields.get("chat_template_kwargs"), "its `chat_template_kwargs` are not JSON") or {}
     if not isinstance(found, dict):
-        raise UnusableError("its `chat_template_kwargs` are no object", f"they are {shown(found)}")
+        raise UnusableError("its `chat_template_kwargs` are no object", f"they are {format_untrusted(found)}")
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.data.chat.fields import has_content, is_about
 from trainer.data.chat.jinja import Template
-from trainer.data.chat.messages import ANSWERS, TOOL, Message, Talk
+from trainer.data.chat.messages import ANSWERS, TOOL, Message, Conversation
 from trainer.data.records import UnusableError
 
 _BEFORE, _AFTER = "\U00010080", "\U00010081"  # of a mark's number: letters of Linear B, which Python's and JSON's quotes keep
@@ -42,7 +42,7 @@ class Piece:
         return str(self.path[2] if self.path[0] == "messages" else self.path[0])
 
 
-def check(template: Template, talk: Talk, text: str) -> set[int]:
+def check(template: Template, conversation: Conversation, text: str) -> set[int]:
     """The numbers of the answers, and of what tools said, that stood otherwise before something followed them, in `talk`, whose
     rendering is `text`: of those a part is left out that the template shows where they are the last message, as Qwen3's leaves
     out thoughts.
@@ -50,23 +50,23 @@ def check(template: Template, talk: Talk, text: str) -> set[int]:
     UnusableError, which names it, for all else that is said and not in `text`.
     """
     rewritten = set[int]()
-    for piece in left_out(template, talk, text):
+    for piece in left_out(template, conversation, text):
         number = piece.message
         if number is None:
             raise _not_shown(f"its `{piece.field}`", piece.field)
-        role = talk.messages[number]["role"]
-        if role not in (ANSWERS, TOOL) or not _was_shown(template, talk, piece, number):
+        role = conversation.messages[number]["role"]
+        if role not in (ANSWERS, TOOL) or not _was_shown(template, conversation, piece, number):
             what = f"of `{role}`" if piece.field == "content" else f"its `{piece.field}`"
             raise _not_shown(f"message {number + 1}, {what}", piece.field)
         rewritten.add(number)
     return rewritten
 
 
-def _was_shown(template: Template, talk: Talk, piece: Piece, number: int) -> bool:
+def _was_shown(template: Template, conversation: Conversation, piece: Piece, number: int) -> bool:
     """When the message was the last one."""
-    if number == len(talk.messages) - 1:
+    if number == len(conversation.messages) - 1:
         return False
-    then = talk.until(number + 1)
+    then = conversation.until(number + 1)
     text = _rendered(template, then)
     return text is not None and not _is_left_out(template, then, text, piece)
 
@@ -80,21 +80,21 @@ def _not_shown(what: str, field: str) -> UnusableError:
     )
 
 
-def left_out(template: Template, talk: Talk, text: str) -> list[Piece]:
+def left_out(template: Template, conversation: Conversation, text: str) -> list[Piece]:
     """The pieces that are not in `text`."""
-    pieces = list(_pieces(talk))
-    marked = {piece: _marked(_at(talk, piece.path), str(number)) for number, piece in enumerate(pieces)}
-    probe = _rendered(template, _with(talk, marked))
+    pieces = list(_pieces(conversation))
+    marked = {piece: _marked(_at(conversation, piece.path), str(number)) for number, piece in enumerate(pieces)}
+    probe = _rendered(template, _with(conversation, marked))
     found = probe is not None and _MARK.sub("", probe) == text
     return [
         piece
         for piece, value in marked.items()
-        if not (found and _is_in(value, probe or "")) and _is_left_out(template, talk, text, piece)
+        if not (found and _is_in(value, probe or "")) and _is_left_out(template, conversation, text, piece)
     ]
 
 
-def _pieces(talk: Talk) -> Iterator[Piece]:
-    for number, message in enumerate(talk.messages):
+def _pieces(conversation: Conversation) -> Iterator[Piece]:
+    for number, message in enumerate(conversation.messages):
         for name, value in message.items():
             if name == "role" or is_about(name) or not has_content(value):
                 continue
@@ -102,7 +102,7 @@ def _pieces(talk: Talk) -> Iterator[Piece]:
                 yield from _pieces_of_calls(value, number)
             elif not _is_said_twice(message, name):
                 yield Piece(("messages", number, name))
-    for number, _ in enumerate(talk.tools or ()):
+    for number, _ in enumerate(conversation.tools or ()):
         yield Piece(("tools", number))
 
 
@@ -149,22 +149,22 @@ def _marked(value: Any, number: str) -> Any:
     return [_marked(one, number) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def _is_left_out(template: Template, talk: Talk, text: str, piece: Piece) -> bool:
-    value = _at(talk, piece.path)
+def _is_left_out(template: Template, conversation: Conversation, text: str, piece: Piece) -> bool:
+    value = _at(conversation, piece.path)
     if not isinstance(value, str):
-        return _rendered(template, _without(talk, piece.path)) == text
-    if piece.field == "name" and talk.messages[piece.message or 0]["role"] in _TOOLS and value in text:
+        return _rendered(template, _without(conversation, piece.path)) == text
+    if piece.field == "name" and conversation.messages[piece.message or 0]["role"] in _TOOLS and value in text:
         return False  # the call before it has named the tool that answers
-    words = _words_left_out(template, talk, text, piece)
+    words = _words_left_out(template, conversation, text, piece)
     if words is not None:
         return words
-    longer = _with(talk, {piece: f"{value.rstrip()} and more"})
-    return text in (_rendered(template, longer), _rendered(template, _without(talk, piece.path)))
+    longer = _with(conversation, {piece: f"{value.rstrip()} and more"})
+    return text in (_rendered(template, longer), _rendered(template, _without(conversation, piece.path)))
 
 
-def _words_left_out(template: Template, talk: Talk, text: str, piece: Piece) -> bool | None:
+def _words_left_out(template: Template, conversation: Conversation, text: str, piece: Piece) -> bool | None:
     """Is any word of it not in the text? None where that cannot be told, since marks make the template write something else."""
-    value = _at(talk, piece.path)
+    value = _at(conversation, piece.path)
     numbers = iter(range(len(value) + 1))
     marks: list[str] = []
 
@@ -174,46 +174,46 @@ def _words_left_out(template: Template, talk: Talk, text: str, piece: Piece) -> 
         marks.append(f"{_BEFORE}{next(numbers)}{_AFTER}")
         return word[0] + marks[-1]
 
-    probe = _rendered(template, _with(talk, {piece: _WORDS.sub(mark, value)}))
+    probe = _rendered(template, _with(conversation, {piece: _WORDS.sub(mark, value)}))
     if probe is None or _MARK.sub("", probe) != text:
         return None
     return not all(one in probe for one in marks)
 
 
-def _rendered(template: Template, talk: Talk) -> str | None:
+def _rendered(template: Template, conversation: Conversation) -> str | None:
     """None where the template refuses it."""
     try:
-        return template.render(talk, asking=False)
+        return template.render(conversation, asking=False)
     except UnusableError:
         return None
 
 
-def _at(talk: Talk, path: Sequence[str | int]) -> Any:
-    found: Any = {"messages": talk.messages, "tools": talk.tools}
+def _at(conversation: Conversation, path: Sequence[str | int]) -> Any:
+    found: Any = {"messages": conversation.messages, "tools": conversation.tools}
     for key in path:
         found = found[key]
     return found
 
 
-def _with(talk: Talk, values: Mapping[Piece, Any]) -> Talk:
+def _with(conversation: Conversation, values: Mapping[Piece, Any]) -> Conversation:
     """Other values at those places."""
-    tree: Any = {"messages": _copied(talk.messages), "tools": _copied(talk.tools)}
+    tree: Any = {"messages": _copied(conversation.messages), "tools": _copied(conversation.tools)}
     for piece, value in values.items():
         inside = tree
         for key in piece.path[:-1]:
             inside = inside[key]
         inside[piece.path[-1]] = value
-    return replace(talk, messages=tuple(tree["messages"]), tools=tree["tools"])
+    return replace(conversation, messages=tuple(tree["messages"]), tools=tree["tools"])
 
 
-def _without(talk: Talk, path: Sequence[str | int]) -> Talk:
+def _without(conversation: Conversation, path: Sequence[str | int]) -> Conversation:
     """Without what is at that place."""
-    tree: Any = {"messages": _copied(talk.messages), "tools": _copied(talk.tools)}
+    tree: Any = {"messages": _copied(conversation.messages), "tools": _copied(conversation.tools)}
     inside = tree
     for key in path[:-1]:
         inside = inside[key]
     del inside[path[-1]]
-    return replace(talk, messages=tuple(tree["messages"]), tools=tree["tools"] or None)
+    return replace(conversation, messages=tuple(tree["messages"]), tools=tree["tools"] or None)
 
 
 def _copied(value: Any) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from formats.disk import explained
+from formats.disk import user_errors
 from formats.errors import UserError
 from trainer.data import records
 from trainer.data.records import Record
@@ -42,7 +42,7 @@ class Source:
 
     def records(self) -> Iterator[Record]:
         """All examples, in order, as they lie there; blank lines are none. UserError where a file cannot be read at all."""
-        with explained(self.path):
+        with user_errors(self.path):
             if records.is_saved(self._folder):
                 yield from records.saved(self._folder)
                 return
