@@ -24,7 +24,7 @@ import torch.distributed as dist
 from benchmarks import packed
 from benchmarks.bare_loop import RECIPES, make_model
 from trainer.peft import LoRA
-from trainer.peft.adapted import Adapter, adapt
+from trainer.peft.adapter_layer import Adapter, adapt
 from trainer.peft.attach import attach
 from trainer.peft.linear import describe
 

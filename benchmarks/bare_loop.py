@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node N -m benchmarks.bare_loop --shape 1b --sequence 4096 --micro-batch 4 --microbatches 4 [--fp8]
 
-Prints one JSON object. FLOPs are `trainer.counting.flops`' own, so both programs count alike.
+Prints one JSON object. FLOPs are `trainer.estimate.flops`' own, so both programs count alike.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _time(told: argparse.Namespace) -> dict[str, Any]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from trainer.counting.flops import flops_per_token
+    from trainer.estimate.flops import flops_per_token
 
     config, model = make_model(told)
     ranks = dist.get_world_size()

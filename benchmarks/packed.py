@@ -49,7 +49,7 @@ def write(folder: Path, *, vocab_size: int, sequence: int) -> None:
 
 
 def _examples(lengths: np.ndarray, vocab_size: int, made: np.random.Generator) -> Iterator[Any]:
-    from trainer.data.chat.drafts import Tokenized
+    from trainer.data.chat.tokenized import Tokenized
 
     for length in lengths.tolist():
         yield Tokenized(made.integers(0, vocab_size, length, dtype=np.int32), np.arange(length) >= length // 2)
@@ -71,7 +71,7 @@ def microbatches(folder: Path, *, vocab_size: int, sequence: int, micro_batch: i
 
 def lora_parameters(provider: Any, rank: int) -> int:
     """What LoRA adds to the four linear layers of each transformer layer, as megatron-core has them."""
-    from trainer.counting.shape import shape_of
+    from trainer.estimate.shape import shape_of
 
     shape = shape_of(provider)
     inner = shape.gates * shape.ffn
@@ -82,8 +82,8 @@ def lora_parameters(provider: Any, rank: int) -> int:
 
 def flops(provider: Any, batches: Sequence[dict[str, Any]]) -> float:
     """Floating-point operations of training LoRA of rank `RANK` on these microbatches, as `mbtrain` counts its own."""
-    from trainer.counting.flops import flops_of_packed
     from trainer.data import segments
+    from trainer.estimate.flops import flops_of_packed
     from trainer.peft import LoRA
 
     found = [segments.find(batch["segment_ids"]) for batch in batches]

@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def _told(rate: float, work: float, kind: torch.device, *, trained: int) -> dict[str, Any]:
-    from trainer.telling.metrics import memory_gib
+    from trainer.logging.metrics import memory_gib
 
     return {"tokens_per_second": rate, "tflops": rate * work / 1e12, "memory_gib": memory_gib(kind), "trained": trained}
 

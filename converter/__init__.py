@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from converter.adapters.convert import adapter_to_hf, adapter_to_mcore
     from converter.adapters.merge import merge
+    from converter.conversion_plan import Reporter, Summary
     from converter.convert import hf_to_mcore, mcore_to_hf
-    from converter.job import Summary, Reporter
     from converter.proof import check_directory as check
     from converter.proof import verify_directories as verify
     from converter.report import inspect
     from formats.errors import TransientError, UserError
 
 _DEFINED_AS = {
-    "Summary": "converter.job.Summary",
-    "Talk": "converter.job.Talk",
+    "Summary": "converter.conversion_plan.Summary",
+    "Talk": "converter.conversion_plan.Talk",
     "TransientError": "formats.errors.TransientError",
     "UserError": "formats.errors.UserError",
     "adapter_to_hf": "converter.adapters.convert.adapter_to_hf",
@@ -35,8 +35,8 @@ _DEFINED_AS = {
 }
 
 __all__ = [
-    "Summary",
     "Reporter",
+    "Summary",
     "TransientError",
     "UserError",
     "adapter_to_hf",

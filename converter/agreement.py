@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from converter import families
-from converter.carried import CONFIG, HFReference
 from converter.config import to_megatron
 from converter.run_config import Said
+from converter.side_files import CONFIG, HFReference
 from formats.errors import UserError, format_untrusted
 from formats.spec import TensorSpec
 

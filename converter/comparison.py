@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from converter.plan import TensorPlan, Piece, pieces
+from converter.plan import Piece, TensorPlan, pieces
 from converter.run import PIECE_BYTES, PieceBuffers, in_threads, is_zero
 from converter.values import target_dtype
 from converter.workers import DEFAULT
@@ -151,7 +151,9 @@ def _unlike(one: TensorSpec, other: TensorSpec) -> str:
 class _Pairs:
     """Pieces of both sides, compared; what differs is added up by tensor."""
 
-    def __init__(self, one: CheckpointView, other: CheckpointView, different: dict[str, Difference], progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, one: CheckpointView, other: CheckpointView, different: dict[str, Difference], progress: Callable[[int], None]
+    ) -> None:
         self._one, self._other, self._different, self._progress = one, other, different, progress
         self._lock = threading.Lock()
 

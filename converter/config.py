@@ -185,7 +185,8 @@ def rope_numbers(config: Config) -> dict[str, Any]:
     for key in _computed_from(new) if old else ():
         if new.get(key) != old[0].get(key):
             raise UserError(
-                f"`config.json` has `rope_parameters`, by which `{key}` is `{format_untrusted(new.get(key))}`, and `rope_scaling`, by "
+                f"`config.json` has `rope_parameters`, by which `{key}` is `{format_untrusted(new.get(key))}`, and "
+                "`rope_scaling`, by "
                 f"which it is `{format_untrusted(old[0].get(key))}`",
                 hint="the first is of transformers 5, the second, with `rope_theta` beside it, of 4: leave one out",
             )
@@ -208,7 +209,8 @@ def _numbers_of(said: Config, config: Config, field: str) -> dict[str, Any]:
     nested = next((key for key, found in said.items() if isinstance(found, dict)), None)
     if nested is not None:
         raise UserError(
-            f"`{field}` has parameters of their own for `{format_untrusted(nested)}` layers, which megatron-core cannot do for this family"
+            f"`{field}` has parameters of their own for `{format_untrusted(nested)}` layers, which megatron-core cannot "
+            "do for this family"
         )
     numbers = dict(said)
     numbers["rope_type"] = _one_of({f"`type` in `{field}`": numbers.pop("type", None), "`rope_type`": said.get("rope_type")})
@@ -281,7 +283,9 @@ def _factor(numbers: Config, name: str) -> Any:
             hint="transformers refuses that too: take the scaling's numbers from the original model",
         )
     if not _number(name, numbers[name]):
-        raise UserError(f"`{name}` is `{format_untrusted(numbers[name])}`, which should be above 0", hint="the configuration is damaged")
+        raise UserError(
+            f"`{name}` is `{format_untrusted(numbers[name])}`, which should be above 0", hint="the configuration is damaged"
+        )
     return numbers[name]
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Unpack
 
 from converter.adapters.files import refuse_adapter, require
-from converter.carry import execute, rule
+from converter.conversion_plan import ExecutionArguments, ExecutionOptions, Reporter, Summary
+from converter.execute import execute, rule
 from converter.exporting import ExportOptions, plan_export
 from converter.importing import ImportOptions, huggingface_source, plan_import
-from converter.job import ExecutionOptions, ExecutionArguments, Summary, Reporter
 from converter.memory import seldom_collected
 from converter.sources import open_source
 from converter.values import CHOICES, KEEP
@@ -48,7 +48,12 @@ def hf_to_mcore(
     file, as megatron-core checks them, and the BLAKE3 of every tensor. Raises UserError before a byte moves for whatever
     cannot be converted exactly; after any failure nothing is at `target`.
     """
-    how, reporter, target, folder = ExecutionOptions(**options), reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
+    how, reporter, target, folder = (
+        ExecutionOptions(**options),
+        reporter or Reporter(),
+        expanded(target),
+        open_source(source, or_hub=True),
+    )
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, vocab_divisible_by=vocab_divisible_by)
     check_place(target, [folder], how)
     wanted = ImportOptions(

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 
 from converter import families, provenance, reference
-from converter.carried import CONFIG, EXTRAS, HEADERS, HFReference
 from converter.comparison import CheckpointView
 from converter.config import make_model
+from converter.conversion_plan import ConversionPlan, Reporter, manifest, outputs_for
 from converter.families import Family
-from converter.job import ConversionPlan, Reporter, manifest, outputs_for
 from converter.model import Model
 from converter.plan import TensorPlan, as_stored, casts, to_huggingface
 from converter.quantization import is_plain, quantization
 from converter.run import check_zero
-from converter.sides import with_side_files
+from converter.side_files import CONFIG, EXTRAS, HEADERS, HFReference
 from converter.sources import Source
+from converter.views import with_side_files
 from formats.dcp_index import METADATA
 from formats.errors import format_untrusted
 from formats.folder import FileRef, Folder
@@ -80,7 +80,9 @@ def megatron_source(reader: TorchDistReader, root: Folder, origin: HFReference, 
     )
 
 
-def plan_files(source: Source, tensor_plans: Sequence[TensorPlan], target: str, wanted: ExportOptions, reporter: Reporter) -> ConversionPlan:
+def plan_files(
+    source: Source, tensor_plans: Sequence[TensorPlan], target: str, wanted: ExportOptions, reporter: Reporter
+) -> ConversionPlan:
     """Everything that writing a directory of these tensors does."""
     shards = choose_shards(tensor_plans, source.reference, wanted.max_shard_size)
     made, texts = documents(source.reference, shards, limited=wanted.max_shard_size is not None)
@@ -137,7 +139,9 @@ def _job(found: _Planned, target: str, wanted: ExportOptions) -> ConversionPlan:
 
 
 def _read(found: _Planned) -> CheckpointView:
-    return CheckpointView(found.source.label, found.source.reader, {tensor_plan.spec.name: tensor_plan for tensor_plan in found.tensor_plans})
+    return CheckpointView(
+        found.source.label, found.source.reader, {tensor_plan.spec.name: tensor_plan for tensor_plan in found.tensor_plans}
+    )
 
 
 def _written(folder: Folder) -> CheckpointView:

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from converter import carried, families, provenance, reference, run_config
-from converter.carried import SideFiles
+from converter import families, provenance, reference, run_config, side_files
 from converter.comparison import CheckpointView
 from converter.config import BUILT_IN_ROPE, make_model, rope_numbers, to_megatron
+from converter.conversion_plan import ConversionPlan, Reporter, manifest, outputs_for
 from converter.families import Family
-from converter.job import ConversionPlan, Reporter, manifest, outputs_for
 from converter.layout import Layout, make_layout
 from converter.model import Model
 from converter.plan import Plan, as_stored, casts, sharded
@@ -24,9 +23,10 @@ from converter.plan import to_megatron as plan_megatron
 from converter.quantization import is_plain, quantization
 from converter.recognize import refuse_unfit
 from converter.run import check_equal
-from converter.sides import megatron_view, tied
+from converter.side_files import SideFiles
 from converter.sources import Source
 from converter.values import KEEP
+from converter.views import megatron_view, tied
 from formats.dcp_index import METADATA
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
@@ -62,7 +62,7 @@ class _Planned:
 
 def huggingface_source(reader: HuggingFaceReader) -> Source:
     """A Hugging Face directory as a model to convert."""
-    reference, left_out = carried.of_model(reader)
+    reference, left_out = side_files.of_model(reader)
     return Source(
         label=reader.folder.label,
         reader=reader,
@@ -91,7 +91,7 @@ def _planned(source: Source, wanted: ImportOptions) -> _Planned:
     _check_padding(model, wanted)
     layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout)
     plan = plan_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype=wanted.dtype)
-    return _Planned(source, family, model, layout, plan, carried.collect_model(source.reference, reader, plan.extras))
+    return _Planned(source, family, model, layout, plan, side_files.collect_model(source.reference, reader, plan.extras))
 
 
 def _job(found: _Planned, target: str, wanted: ImportOptions) -> ConversionPlan:

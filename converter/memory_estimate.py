@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
-from converter.job import ConversionPlan
+from converter.conversion_plan import ConversionPlan
 from converter.plan import TensorPlan
 from converter.run import PIECE_BYTES
 from formats.arrays import contiguous_regions

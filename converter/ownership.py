@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from converter import provenance, run_config
 from converter.adapters import description, peft_config, peft_format
-from converter.carried import CONFIG, EXTRAS, FILES, HEADERS, TOKENIZER_FILES
+from converter.side_files import CONFIG, EXTRAS, FILES, HEADERS, TOKENIZER_FILES
 from formats import integrity
 from formats.dcp_index import METADATA
 from formats.errors import UserError

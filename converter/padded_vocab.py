@@ -30,10 +30,13 @@ def tokens(settings: Mapping[str, Any], tokenizer: Folder, *, origin: str) -> tu
         return padded, ""
     size = tokenizer_size(tokenizer)
     if size is None:
-        raise _unknown(f"{origin} say `padded_vocab_size` `{format_untrusted(padded)}`, and not how many of these rows are tokens")
+        raise _unknown(
+            f"{origin} say `padded_vocab_size` `{format_untrusted(padded)}`, and not how many of these rows are tokens"
+        )
     if padded not in (size, rows_of(size, settings)):
         raise _unknown(
-            f"{origin} say `padded_vocab_size` `{format_untrusted(padded)}`, and the tokenizer's {size} tokens, padded to a multiple of "
+            f"{origin} say `padded_vocab_size` `{format_untrusted(padded)}`, and the tokenizer's {size} tokens, padded "
+            "to a multiple of "
             f"{multiple}, would be {rows_of(size, settings)}"
         )
     return size, f"`vocab_size` is {size}, as `{TOKENIZER}` says: {origin} know only the padded size, {format_untrusted(padded)}"

@@ -238,7 +238,9 @@ def _tables(rules: Sequence[Rule], model: Model, source: Specs) -> Callable[[], 
 
 def _table(rule: Rule, model: Model) -> _Table:
     parts, runs = rule.part_shapes(model), tuple(rule.row_ranges(model))
-    back = [tuple(RowRange(0, run.dst_row, run.src_row, run.rows) for run in runs if run.part == part) for part in range(len(parts))]
+    back = [
+        tuple(RowRange(0, run.dst_row, run.src_row, run.rows) for run in runs if run.part == part) for part in range(len(parts))
+    ]
     return _Table(rule, rule.shape(model), alternatives(rule.huggingface), parts, rule.absent(model), runs, back)
 
 

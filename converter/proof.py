@@ -9,13 +9,13 @@ from typing import Any, cast
 from blake3 import blake3
 
 from converter import masters, provenance
-from converter.comparison import Comparison, CheckpointView, compare
-from converter.job import Reporter
+from converter.comparison import CheckpointView, Comparison, compare
+from converter.conversion_plan import Reporter
 from converter.plan import TensorPlan, pieces
 from converter.run import PIECE_BYTES, PieceBuffers, in_threads
-from converter.sides import huggingface_view, open_views
 from converter.sources import check_unchanged, open_source, workers_for
 from converter.values import CHOICES
+from converter.views import huggingface_view, open_views
 from converter.workers import check_workers
 from formats import integrity
 from formats.arrays import as_bytes

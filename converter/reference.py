@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from converter import agreement, carried, families, megatron_settings, run_config
-from converter.carried import HFReference
+from converter import agreement, families, megatron_settings, run_config, side_files
 from converter.config import to_huggingface
 from converter.padded_vocab import rows_of, tokens
 from converter.run_config import Said, UnknownModelError
+from converter.side_files import HFReference
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
 from formats.torch_dist import TorchDistReader
@@ -25,9 +25,9 @@ def find(reader: TorchDistReader, given: Folder | None, *, any_settings: bool = 
     checkpoint knows its padded vocabulary alone.
     """
     said = run_config.read_all(reader.folder, reader.args())
-    own = carried.load(reader.folder)
+    own = side_files.load(reader.folder)
     notes = () if any_settings else _check_settings(said, sure=given is not None or own is not None)
-    origin = carried.from_folder(given) if given else own or _rebuilt(reader, said, vocab)
+    origin = side_files.from_folder(given) if given else own or _rebuilt(reader, said, vocab)
     others = [own] if given and own else []
     rows = agreement.vocabulary_rows(reader.specs)
     agreement.check(origin, others, said, rows=rows)

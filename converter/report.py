@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from converter import families, provenance, run_config
-from converter.carried import CONFIG, load
+from converter.side_files import CONFIG, load
 from converter.sources import open_source
 from formats.detect import Format, detect
 from formats.disk import user_errors
-from formats.errors import printable, format_untrusted
+from formats.errors import format_untrusted, printable
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
@@ -123,7 +123,9 @@ def _described(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> di
 
 
 def _architecture(named: Any) -> str:
-    return ", ".join(format_untrusted(name) for name in cast("list[Any]", named)) if isinstance(named, list) and named else "unknown"
+    return (
+        ", ".join(format_untrusted(name) for name in cast("list[Any]", named)) if isinstance(named, list) and named else "unknown"
+    )
 
 
 def _dtypes(specs: Iterable[TensorSpec]) -> list[DtypeRow]:
@@ -156,7 +158,11 @@ def _layout(reader: TorchDistReader, fields: Mapping[str, Any]) -> dict[str, Any
     }
     return {
         "tp": tp,
-        **{name: size if isinstance(size, str) or is_size(size) else format_untrusted(size) for name, size in told.items() if size},
+        **{
+            name: size if isinstance(size, str) or is_size(size) else format_untrusted(size)
+            for name, size in told.items()
+            if size
+        },
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from converter.plan import RowCopy, TensorPlan, Piece, pieces
+from converter.plan import Piece, RowCopy, TensorPlan, pieces
 from converter.values import cast_into
 from formats.arrays import Buffer, as_bytes, offset_of, same_bits
 from formats.errors import UserError

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.carried import HFReference
+from converter.side_files import HFReference
 from converter.workers import count_workers
 from formats.detect import refuse_file
 from formats.errors import UserError

@@ -36,8 +36,8 @@ from formats.spec import (
     TensorSpec,
     ViewSpec,
     dtype_name,
-    is_valid_shape,
     is_size,
+    is_valid_shape,
 )
 
 _MAX_HEADER = 100_000_000  # safetensors' own limit
@@ -168,13 +168,18 @@ def _spec(name: str, entry: dict[str, Any], source: str, known: dict[str, Tensor
 def _checked(name: str, shape: Any, dtype: Any, source: str, size: int | None) -> TensorSpec:
     if not isinstance(dtype, str) or (size is None and dtype not in _DTYPE_OF):
         raise UserError(
-            f"`{source}`: `{name}` has dtype `{format_untrusted(dtype)}`", hint=f"those that can be converted are {', '.join(_DTYPE_OF)}"
+            f"`{source}`: `{name}` has dtype `{format_untrusted(dtype)}`",
+            hint=f"those that can be converted are {', '.join(_DTYPE_OF)}",
         )
     sizes = tuple(cast("list[Any]", shape if isinstance(shape, list) else [None]))
     if not is_valid_shape(sizes):
         raise UserError(f"`{source}`: `{name}` has shape `{format_untrusted(shape)}`", hint="the header is damaged")
     held = _DTYPE_OF.get(dtype) or _OTHER_DTYPE_OF.get(dtype)
-    return TensorSpec(name, sizes, held) if held else ViewSpec(name, (size or 0,), np.dtype(np.uint8), sizes, format_untrusted(dtype))
+    return (
+        TensorSpec(name, sizes, held)
+        if held
+        else ViewSpec(name, (size or 0,), np.dtype(np.uint8), sizes, format_untrusted(dtype))
+    )
 
 
 _FILES_AT_ONCE = 64

@@ -22,7 +22,7 @@ def is_remote(source: str | Path) -> bool:
     return isinstance(source, str) and bool(re.match(r"[A-Za-z][\w+.-]*://", source))
 
 
-def open_folder(source: str | Path, *, patience: RetryPolicy | None = None) -> Folder:
+def open_folder(source: str | Path, *, policy: RetryPolicy | None = None) -> Folder:
     """The folder of a path or URL. Whether it is there shows when something is asked of it; a Hub id is asked for at once,
     because its commit is fixed then.
 
@@ -32,7 +32,7 @@ def open_folder(source: str | Path, *, patience: RetryPolicy | None = None) -> F
         return LocalFolder(Path(source))
     from formats.remote.folder import open_remote  # noqa: PLC0415 - the clients of every protocol
 
-    return open_remote(str(source), patience=patience)
+    return open_remote(str(source), policy=policy)
 
 
 def without_secrets(url: str) -> str:

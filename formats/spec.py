@@ -116,9 +116,7 @@ def is_size(value: Any) -> bool:
 def is_valid_shape(sizes: Sequence[Any]) -> bool:
     """Could these be a tensor's sizes? numpy holds no more dimensions, and no more elements even where there are none."""
     return (
-        len(sizes) <= MOST_DIMENSIONS
-        and all(is_size(size) for size in sizes)
-        and prod(max(size, 1) for size in sizes) < 1 << 59
+        len(sizes) <= MOST_DIMENSIONS and all(is_size(size) for size in sizes) and prod(max(size, 1) for size in sizes) < 1 << 59
     )
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Any
 
-from formats.disk import user_errors, free_bytes
+from formats.disk import free_bytes, user_errors
 from formats.errors import TransientError, UserError
 from formats.rendezvous import Rendezvous
 from formats.replacement import Present, Rule, check_unchanged

@@ -278,7 +278,9 @@ class ShardedTensor(NamedTuple):
 class TorchDistWriter:
     """An iteration being made, under a root with its trackers."""
 
-    def __init__(self, outputs: Outputs, placed: Iterable[ShardedTensor], *, iteration: int = 0, whole_model: bool = True) -> None:
+    def __init__(
+        self, outputs: Outputs, placed: Iterable[ShardedTensor], *, iteration: int = 0, whole_model: bool = True
+    ) -> None:
         """Of a `whole_model`, layers are stacked and every module gets its empty `_extra_state`. What has only some of a
         model's tensors keeps the layer's number in each key, and holds nothing else."""
         self._folder = iteration_folder(iteration)

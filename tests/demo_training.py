@@ -12,7 +12,7 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-import trainer.quiet  # noqa: F401 - silences what megatron-core says on import
+import trainer.warnings_filter  # noqa: F401 - silences what megatron-core says on import
 from tests.demo import FOLDER
 
 warnings.filterwarnings("ignore", "Could not determine rank")

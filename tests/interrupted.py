@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 CHILD = """
 import itertools, json, os, pathlib, runpy, shutil, sys, time
-import converter.carry, converter.run, converter.share, formats.staging
+import converter.execute, converter.run, converter.worker, formats.staging
 from formats.huggingface import HuggingFaceWriter
 from formats.outputs import LocalOutputs
 from formats.rendezvous import Rendezvous
@@ -49,13 +49,13 @@ def slowly(owner, name, nbytes=lambda *_: 0):
         return act(*arguments, **options)
     setattr(owner, name, slow)
 
-converter.share.PIECE_BYTES = piece_bytes
+converter.worker.PIECE_BYTES = piece_bytes
 Rendezvous.__init__.__kwdefaults__["patience"] = patience
 slowly(converter.run.Bench, "make")
 for writer in (HuggingFaceWriter, TorchDistWriter):
     slowly(writer, "write", lambda _writer, _name, _region, data: data.nbytes)
-slowly(converter.share, "compare")
-slowly(converter.carry, "check_room")
+slowly(converter.worker, "compare")
+slowly(converter.execute, "check_room")
 slowly(LocalOutputs, "put")
 for name in ("_begin", "sync", "_publish", "_exchange", "_remove"):
     slowly(formats.staging, name)

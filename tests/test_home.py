@@ -84,8 +84,8 @@ def test_settings_that_are_paths_say_so():
 
     from tests.trainer.settings import settings
     from trainer.config import DatasetConfig, FinetuningDatasetConfig
+    from trainer.settings.fields import every_name
     from trainer.settings.paths import _OF_MEGATRON
-    from trainer.settings.places import every_name
 
     known = {"checkpoint.save", "checkpoint.load", "checkpoint.pretrained_checkpoint", "checkpoint.pretrained_adapter"}
     looks = re.compile(r"(path|_dir|_file|_folder|_template|path_to_cache|tokenizer_model|hf_source|pretrained_from)$")

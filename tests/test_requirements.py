@@ -35,7 +35,7 @@ FEATURES = {
     "formats/remote/store.py": ("remote",),
     "trainer": ("train",),
     "trainer/data/records.py": ("train", "datasets"),
-    "trainer/telling/sinks.py": ("train", "wandb"),
+    "trainer/logging/writers.py": ("train", "wandb"),
     "trainer/launch/nemo.py": ("train", "nemo-run"),
     "trainer/device.py": ("train", "gpu"),
     "trainer/settings/resolve.py": ("train", "gpu"),

@@ -37,7 +37,7 @@ MEANT = {
         "_in_its_words",
     ): "what settings ask of others megatron-core alone knows; its words stand apart, and its version is pinned",
     ("trainer/checkpoints/causes.py", "_number"): "`[Errno 28]` is how a number comes from a process that writes for another",
-    ("trainer/data/chat/jinja.py", "_render"): "a template's own `raise_exception` speaks to the user of the template",
+    ("trainer/data/chat/chat_template.py", "_render"): "a template's own `raise_exception` speaks to the user of the template",
     ("converter/cli.py", "main"): "click's own errors about its own command line",
     ("formats/dcp_index.py", "_misshapen"): "of a KeyError its argument, which is a name from the file",
 }

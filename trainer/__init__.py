@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
         return import_module("trainer.recipes")
     if name not in _WHERE:
         raise AttributeError(f"module `{__name__}` has no `{name}`")
-    import_module("trainer.quiet")
+    import_module("trainer.warnings_filter")
     return getattr(import_module(_WHERE[name]), name)
 
 

@@ -67,4 +67,4 @@ def _meant(option: str, words: Sequence[str]) -> str | None:
 @click.version_option(package_name="mbtools")
 def main() -> None:
     """Train language models with megatron-core."""
-    import_module("trainer.quiet")
+    import_module("trainer.warnings_filter")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from formats.errors import UserError
-from trainer import cpu_stand_in, user_buffers
+from trainer import cpu_backend, user_buffers
 
 CPU, GPU = "cpu", "gpu"
 
@@ -111,7 +111,7 @@ def current() -> torch.device:
 
 
 def _on_gpu() -> bool:
-    return not cpu_stand_in.is_active() and torch.cuda.is_available()
+    return not cpu_backend.is_active() and torch.cuda.is_available()
 
 
 def unused(wanted: str) -> int:
@@ -162,4 +162,4 @@ def environment_kept() -> Iterator[None]:
 
 def stand_in(kind: str) -> AbstractContextManager[None]:
     """What a run is computed in: on the CPU, with megatron-core's CUDA calls sent there."""
-    return nullcontext() if kind == GPU else cpu_stand_in.activate()
+    return nullcontext() if kind == GPU else cpu_backend.activate()

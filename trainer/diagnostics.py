@@ -20,8 +20,8 @@ from megatron.core.utils import StragglerDetector, check_param_hashes_across_dp_
 from formats.errors import UserError
 from trainer import optim, parallel
 from trainer.config import RunConfig
-from trainer.run import Callback, Run, Step
-from trainer.telling.voice import run_dir
+from trainer.logging.logger import run_dir
+from trainer.state import Callback, Run, Step
 
 
 def callbacks(config: RunConfig) -> Iterator[Callback]:
@@ -128,7 +128,7 @@ class SniffTest(Callback):
 
 
 def _speak(logger: logging.Logger) -> None:
-    """Let a logger of megatron's be heard; commands silence them (`trainer.quiet`)."""
+    """Let a logger of megatron's be heard; commands silence them (`trainer.warnings_filter`)."""
     logger.setLevel(logging.INFO)
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())

@@ -13,9 +13,10 @@ from uuid import uuid4
 
 import click
 
-from trainer import device, feed, rehearsal
+from trainer import device, rehearsal
 from trainer.checkpoints import resuming
 from trainer.config import RunConfig
+from trainer.data import iterators
 from trainer.settings.resolve import resolve
 
 STOPPING_S = "3600"
@@ -28,7 +29,7 @@ def check(config: RunConfig, *, world_size: int) -> None:
     resolved = resolve(config, world_size=world_size, device=kind)
     if kind == device.CPU:
         rehearsal.rehearse(resolved.config, world_size=world_size)
-    feed.check(config)
+    iterators.check(config)
     resuming.find(resolved.config.checkpoint)
 
 

@@ -21,20 +21,21 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from trainer import clock, device, diagnostics, feed, main_script, model, optim, parallel
-from trainer.agreement import sync_step, not_a_number
-from trainer.beginning import first_weights, make_saver, what_is_trained, where_to_resume
-from trainer.checkpoints import checkpoint, luggage, shared
+from trainer import clock, device, diagnostics, main_script, model, optim, parallel
+from trainer.checkpoints import checkpoint, shared, side_files
 from trainer.checkpoints.contents import tokenizer_of_run
+from trainer.collectives import not_a_number, sync_step
 from trainer.config import RunConfig
+from trainer.data import iterators
 from trainer.generation.text import generate
+from trainer.initialize import first_weights, make_saver, what_is_trained, where_to_resume
+from trainer.logging import logger, summary
 from trainer.loss import forward_step as default_forward_step
 from trainer.loss import mean, with_token_counts
-from trainer.run import Callback, ForwardStep, Run, Step, answer_signal, say
 from trainer.settings import refused
 from trainer.settings.resolve import Resolved, resolve
 from trainer.signals import Stop
-from trainer.telling import summary, voice
+from trainer.state import Callback, ForwardStep, Run, Step, answer_signal, say
 
 
 def pretrain(
@@ -62,7 +63,7 @@ def pretrain(
                     train(run)
                 finish(run)
         finally:
-            feed.close(run)
+            iterators.close(run)
             run.saver.close()
             run.telling.close()
         if stop.received:
@@ -74,7 +75,7 @@ def _with_epochs(config: RunConfig, resolved: Resolved, kind: str) -> Resolved:
     """Count the steps of `train.num_epochs`, which the data says, and resolve what follows from them."""
     if config.train.num_epochs is None:
         return resolved
-    steps = feed.steps_of_epochs(resolved.config)
+    steps = iterators.steps_of_epochs(resolved.config)
     return resolve(config, world_size=parallel.world_size(), device=kind, steps=steps)
 
 
@@ -83,26 +84,26 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     config = resolved.config
     for line in resolved.warnings:
         say(f"note: {line}")
-    feed.check(config)
-    voice.make_folders(config)
+    iterators.check(config)
+    logger.make_folders(config)
     if config.checkpoint.save:
         shared.check(Path(config.checkpoint.save))
     resumed = where_to_resume(config)
     chunks = model.build(config.model)
     first_weights(chunks, config, resumed)
     base = what_is_trained(chunks, config, resumed)
-    travels = side_files.pack(config, chunks, resumed=resumed, base=base)
+    travels = side_files.collect(config, chunks, resumed=resumed, base=base)
     wrapped, optimizer = _trainable(chunks, config)
     parts = checkpoint.Parts(wrapped, optimizer, optim.make_scheduler(optimizer, config), checkpoint.Progress())
     if resumed:
         checkpoint.resume(parts, config, resumed, say=say)
     tokenizer = tokenizer_of_run(config, resumed=resumed)
-    datasets = feed.datasets(config, parts.progress, tokenizer=tokenizer)
+    datasets = iterators.datasets(config, parts.progress, tokenizer=tokenizer)
     run = Run(
         config=config,
         parts=parts,
         saver=make_saver(config, travels, resumed),
-        telling=voice.open_logger(
+        telling=logger.open_logger(
             config,
             resumed_at=parts.progress.iteration,
             active=parallel.is_logging_rank(),
@@ -117,8 +118,8 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     if parts.progress.interval:
         run.telling.interval.load_state_dict(parts.progress.interval)
     if not _last(run):
-        run.batches = feed.iterators(run, run.datasets[0], consumed=parts.progress.consumed_samples)
-    run.prompts = feed.prompts(run, tokenizer)
+        run.batches = iterators.iterators(run, run.datasets[0], consumed=parts.progress.consumed_samples)
+    run.prompts = iterators.prompts(run, tokenizer)
     for line in summary.lines(run, resolved):
         say(line)
     for callback in run.callbacks:
@@ -225,14 +226,14 @@ def train_step(run: Run) -> Step:
     )
 
 
-def _schedule(run: Run, iterators: list[Any], *, microbatches: int, forward_only: bool) -> list[torch.Tensor]:
+def _schedule(run: Run, batches: list[Any], *, microbatches: int, forward_only: bool) -> list[torch.Tensor]:
     """megatron-core's pipeline schedule over one global batch: [loss sum, tokens] per microbatch on the last stage."""
     config = run.config
-    rows, length = feed.rows_between_stages(config)
+    rows, length = iterators.rows_between_stages(config)
     per_token = getattr(config.model, "calculate_per_token_loss", False)
     return get_forward_backward_func()(
         forward_step_func=with_token_counts(run.forward_step) if per_token else run.forward_step,
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        data_iterator=batches if len(batches) > 1 else batches[0],
         model=run.chunks,
         num_microbatches=microbatches,
         seq_length=length,
@@ -244,14 +245,14 @@ def _schedule(run: Run, iterators: list[Any], *, microbatches: int, forward_only
 
 def evaluate(run: Run, split: str) -> None:
     """The loss over held-out data, the same samples each time; of several sets each, as `validation/NAME`."""
-    for name, dataset in feed.sets_of(run.datasets[1 if split == "validation" else 2]).items():
-        if iterations := feed.evaluations(run.config, dataset):
+    for name, dataset in iterators.sets_of(run.datasets[1 if split == "validation" else 2]).items():
+        if iterations := iterators.evaluations(run.config, dataset):
             _evaluate(run, f"{split}/{name}" if name else split, dataset, iterations)
 
 
 def _evaluate(run: Run, split: str, dataset: Any, iterations: int) -> None:
     began = time.perf_counter()
-    held_out = feed.iterators(run, dataset, consumed=0)
+    held_out = iterators.iterators(run, dataset, consumed=0)
     for chunk in run.chunks:
         chunk.eval()
     with torch.no_grad(), optim.parameters_gathered(run.chunks):

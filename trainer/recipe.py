@@ -135,7 +135,7 @@ def _tuning(model: Mapping[str, Any], *, lr: float, sequence_length: int, layout
 def _run(model: Mapping[str, Any], dataset: Any, layout: Mapping[str, Any]) -> RunConfig:
     from trainer.config import RunConfig  # noqa: PLC0415 - brings torch
     from trainer.model import from_hf_config  # noqa: PLC0415
-    from trainer.settings.places import field_path  # noqa: PLC0415
+    from trainer.settings.fields import field_path  # noqa: PLC0415
 
     config = RunConfig(model=from_hf_config(copy.deepcopy(dict(model))), dataset=dataset)
     for name, value in layout.items():

@@ -37,7 +37,7 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        """This rank was asked to stop. Ranks hear at different times, and agree in each step (`trainer.agreement`)."""
+        """This rank was asked to stop. Ranks hear at different times, and agree in each step (`trainer.collectives`)."""
         return self._asked or self.received is not None
 
     def request(self) -> None:

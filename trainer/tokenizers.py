@@ -250,7 +250,8 @@ def _end_of_document(folder: Path, number_of: Callable[[str], int | None]) -> in
         number = number_of(value) if isinstance(value, str) else value
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise UserError(
-                f"`{folder / source}` names `{format_untrusted(value)}` as its end-of-document token, which the tokenizer does not have",
+                f"`{folder / source}` names `{format_untrusted(value)}` as its end-of-document token, which the "
+                "tokenizer does not have",
                 hint="correct `eos_token`, or the tokenizer",
             )
         return number

@@ -12,11 +12,11 @@ from converter import families, reference
 from converter.config import make_model
 from converter.exporting import megatron_source
 from converter.importing import huggingface_source
-from converter.plan import TensorPlan, Piece, check_dtypes
+from converter.plan import Piece, TensorPlan, check_dtypes
 from converter.recognize import refuse_unfit
 from converter.run import check_zero
-from converter.sides import check_dimensions, megatron_view
 from converter.sources import Source
+from converter.views import check_dimensions, megatron_view
 from formats.detect import Format, detect
 from formats.errors import UserError
 from formats.folder import Folder

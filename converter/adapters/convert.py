@@ -10,9 +10,9 @@ from converter.adapters.description import base_name
 from converter.adapters.exporting import plan_export
 from converter.adapters.files import refuse_adapter, require, require_peft
 from converter.adapters.importing import open_base, plan_import
-from converter.carry import execute
+from converter.conversion_plan import ExecutionArguments, ExecutionOptions, Reporter, Summary
 from converter.convert import check_place
-from converter.job import ExecutionOptions, ExecutionArguments, Summary, Reporter
+from converter.execute import execute
 from converter.sources import open_source
 from formats.detect import Format
 from formats.disk import user_errors
@@ -35,7 +35,12 @@ def adapter_to_mcore(
     keeps the separate adapters that PEFT has; without it those of query, key and value, and of gate and up, become one, which
     needs their A to be the same. Raises UserError before a byte moves for whatever cannot be converted exactly.
     """
-    how, reporter, target, folder = ExecutionOptions(**options), reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
+    how, reporter, target, folder = (
+        ExecutionOptions(**options),
+        reporter or Reporter(),
+        expanded(target),
+        open_source(source, or_hub=True),
+    )
     beside = open_source(base, or_hub=True)
     check_place(target, [folder, beside], how)
     with closing(folder), closing(beside):
@@ -46,7 +51,9 @@ def adapter_to_mcore(
 
 
 @user_errors()
-def adapter_to_hf(source: str | Path, target: str | Path, *, reporter: Reporter | None = None, **options: Unpack[ExecutionArguments]) -> Summary:
+def adapter_to_hf(
+    source: str | Path, target: str | Path, *, reporter: Reporter | None = None, **options: Unpack[ExecutionArguments]
+) -> Summary:
     """Write a Megatron adapter checkpoint as the folder that PEFT's `save_pretrained` would write, each tensor in its dtype.
 
     `source` is the checkpoint's root or one iteration. A fused adapter becomes one for each of the weights it changes, with

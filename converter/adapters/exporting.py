@@ -7,10 +7,10 @@ from converter.adapters import description as described
 from converter.adapters import peft_config, peft_format
 from converter.adapters.megatron_format import MegatronAdapter, open_megatron
 from converter.adapters.names import WEIGHT
-from converter.carried import CONFIG, FILES
 from converter.comparison import CheckpointView
-from converter.job import ConversionPlan, manifest, outputs_for
+from converter.conversion_plan import ConversionPlan, manifest, outputs_for
 from converter.plan import TensorPlan, as_stored
+from converter.side_files import CONFIG, FILES
 from formats.dcp_index import METADATA
 from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, Shard
@@ -25,7 +25,9 @@ def plan_export(root: Folder, target: str) -> ConversionPlan:
     return _job(found, root, target, shards, tensor_plans)
 
 
-def _job(found: MegatronAdapter, root: Folder, target: str, shards: dict[str, Shard], tensor_plans: list[TensorPlan]) -> ConversionPlan:
+def _job(
+    found: MegatronAdapter, root: Folder, target: str, shards: dict[str, Shard], tensor_plans: list[TensorPlan]
+) -> ConversionPlan:
     opened, folder = found.opened, found.reader.folder
     modules = [weight.removesuffix(WEIGHT) for weight in opened.parts]
     outputs = outputs_for(target, tensor_plans, {})

@@ -17,11 +17,11 @@ import numpy as np
 from blake3 import blake3
 
 from converter import families, reference
-from converter.carried import CONFIG
 from converter.config import make_model
 from converter.plan import TensorPlan, as_stored, bind, list_names, to_huggingface
 from converter.recognize import refuse_unfit
 from converter.run import in_threads
+from converter.side_files import CONFIG
 from converter.sources import open_source
 from formats.detect import Format, detect
 from formats.disk import user_errors

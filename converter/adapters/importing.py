@@ -8,23 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from converter import carried, families, provenance, reference
+from converter import families, provenance, reference, side_files
 from converter.adapters import description as described
 from converter.adapters import peft_config, peft_format
 from converter.adapters.description import Base, Description
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.megatron_format import open_megatron
-from converter.adapters.names import WEIGHT, Factor, AdaptedModule, factors, peft_name, adapted_modules, targets
+from converter.adapters.names import WEIGHT, AdaptedModule, Factor, adapted_modules, factors, peft_name, targets
 from converter.adapters.opened import AdapterReader
 from converter.adapters.peft_config import PeftConfig
 from converter.adapters.peft_format import PeftAdapter, open_peft
-from converter.carried import HFReference
 from converter.comparison import CheckpointView
 from converter.config import make_model
-from converter.job import ConversionPlan, Reporter, manifest, outputs_for
+from converter.conversion_plan import ConversionPlan, Reporter, manifest, outputs_for
 from converter.model import Model
 from converter.plan import TensorPlan, list_names, same_tensor
 from converter.rules import Rule
+from converter.side_files import HFReference
 from formats.arrays import same_bits
 from formats.dcp_index import METADATA
 from formats.detect import Format, detect
@@ -47,7 +47,9 @@ class BaseModel:
 def open_base(folder: Folder, *, name: str) -> BaseModel:
     """A model in either format; `name` is what it is called where nobody knows its Hub id."""
     origin = (
-        carried.from_folder(folder) if detect(folder) is not Format.TORCH_DIST else reference.find(TorchDistReader(folder), None)
+        side_files.from_folder(folder)
+        if detect(folder) is not Format.TORCH_DIST
+        else reference.find(TorchDistReader(folder), None)
     )
     family = families.find(origin.config.get("model_type"))
     told = Base(folder.origin.get("id", name), fingerprint(folder))
@@ -118,7 +120,8 @@ def _present(every: Sequence[AdaptedModule], config: PeftConfig, opened: Adapter
     whole = [weight for weight in over if weight in outside]
     if whole:
         raise UserError(
-            f"`{peft_format.FILE}` holds an adapter for {list_names(whole)}, where Megatron's adapters have no place: they are on the "
+            f"`{peft_format.FILE}` holds an adapter for {list_names(whole)}, where Megatron's adapters have no place: "
+            "they are on the "
             "linear layers of the decoder alone",
             hint="merge it into its base model instead: `mbconvert merge`",
         )
@@ -151,7 +154,8 @@ def _check_part(place: AdaptedModule, config: PeftConfig, opened: AdapterReader)
             should = factor.shape(rows, place.columns, config.rank(_module(weight)))
             if tensor_plan.spec.shape != should:
                 raise UserError(
-                    f"`{tensor_plan.spec.name}` has shape {list(tensor_plan.spec.shape)}, by the base model's `config.json` it should be "
+                    f"`{tensor_plan.spec.name}` has shape {list(tensor_plan.spec.shape)}, by the base model's "
+                    "`config.json` it should be "
                     f"{list(should)}",
                     hint="is `--base` the model it was trained beside?",
                 )
@@ -197,10 +201,10 @@ def _fused(place: AdaptedModule, opened: AdapterReader, description: Description
 
 
 def _job(folder: Folder, base: BaseModel, target: str, found: _Planned) -> ConversionPlan:
-    opened, side_files, inside = found.source.opened, carried.collect_again(base.origin), f"{iteration_folder(0)}/"
+    opened, carried, inside = found.source.opened, side_files.collect_again(base.origin), f"{iteration_folder(0)}/"
     options = {"canonical": found.description.canonical, "base": base.told.fingerprint}
     outputs = outputs_for(target, found.tensor_plans, options)
-    documents = {**side_files.documents, described.FILE: described.make(found.description)}
+    documents = {**carried.documents, described.FILE: described.make(found.description)}
     sources = {name: FileRef(folder, name) for name in (peft_format.FILE, peft_config.FILE)}
     return ConversionPlan(
         command="adapter-to-mcore",
@@ -208,17 +212,21 @@ def _job(folder: Folder, base: BaseModel, target: str, found: _Planned) -> Conve
         target=target,
         reader=opened.reader,
         writer=TorchDistWriter(
-            outputs, [ShardedTensor(tensor_plan.spec, ((tensor_plan.spec.full_region, 0),)) for tensor_plan in found.tensor_plans], whole_model=False
+            outputs,
+            [ShardedTensor(tensor_plan.spec, ((tensor_plan.spec.full_region, 0),)) for tensor_plan in found.tensor_plans],
+            whole_model=False,
         ),
         outputs=outputs,
         tensor_plans=found.tensor_plans,
-        manifest=manifest("adapter-to-mcore", options, {**sources, **side_files.copies}),
+        manifest=manifest("adapter-to-mcore", options, {**sources, **carried.copies}),
         provenance_fields=_facts(folder, base, found, options),
-        tensors={copy.source: opened.reader.specs[copy.source] for tensor_plan in found.tensor_plans for copy in tensor_plan.copies},
+        tensors={
+            copy.source: opened.reader.specs[copy.source] for tensor_plan in found.tensor_plans for copy in tensor_plan.copies
+        },
         passing="read",
         views=lambda written: (_side(opened), _side(open_megatron(written).opened)),
         aliases=found.aliases,
-        copies={f"{inside}{name}": file for name, file in side_files.copies.items()},
+        copies={f"{inside}{name}": file for name, file in carried.copies.items()},
         documents={f"{inside}{name}": data for name, data in documents.items()},
         folder=inside,
         last=(f"{inside}{METADATA}",),

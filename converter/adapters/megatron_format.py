@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from converter import families, reference
 from converter.adapters import description as described
 from converter.adapters.description import Description
-from converter.adapters.names import Factor, AdaptedModule, factors, peft_name, adapted_modules
+from converter.adapters.names import AdaptedModule, Factor, adapted_modules, factors, peft_name
 from converter.adapters.opened import AdapterReader
-from converter.carried import HFReference
 from converter.config import make_model
 from converter.model import Model
 from converter.plan import TensorPlan, list_names, same_tensor
 from converter.rows import RowRange
+from converter.side_files import HFReference
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.spec import TensorSpec
@@ -61,7 +61,8 @@ def _present(every: Iterable[AdaptedModule], description: Description, specs: Ma
     missing = [name for name in names if name not in specs]
     if missing:
         raise UserError(
-            f"the checkpoint lacks {list_names(missing)}", hint=f"a {description.method} has {len(wanted)} tensors for each module"
+            f"the checkpoint lacks {list_names(missing)}",
+            hint=f"a {description.method} has {len(wanted)} tensors for each module",
         )
     over = sorted(specs.keys() - set(names))
     if over:
@@ -98,15 +99,21 @@ def _check_shapes(place: AdaptedModule, wanted: Iterable[Factor], rank: int, spe
             )
 
 
-def split(place: AdaptedModule, description: Description, specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, dict[Factor, TensorPlan]]]:
+def split(
+    place: AdaptedModule, description: Description, specs: Mapping[str, TensorSpec]
+) -> Iterator[tuple[str, dict[Factor, TensorPlan]]]:
     """For each Hugging Face weight of a place, PEFT's tensors as made of Megatron's. A is the same for all of them."""
     for part, weight in enumerate(place.weights):
         yield weight, {factor: _part(place, part, factor, description, specs) for factor in factors(description.method)}
 
 
-def _part(place: AdaptedModule, part: int, factor: Factor, description: Description, specs: Mapping[str, TensorSpec]) -> TensorPlan:
+def _part(
+    place: AdaptedModule, part: int, factor: Factor, description: Description, specs: Mapping[str, TensorSpec]
+) -> TensorPlan:
     stored, rank = specs[place.name(factor)], description.dim
     spec = TensorSpec(peft_name(place.weights[part], factor), factor.shape(place.rows[part], place.columns, rank), stored.dtype)
     if factor is Factor.A:
         return same_tensor(spec, stored)
-    return TensorPlan(spec, (stored,), [RowRange(0, run.dst_row, run.src_row, run.rows) for run in place.runs() if run.part == part])
+    return TensorPlan(
+        spec, (stored,), [RowRange(0, run.dst_row, run.src_row, run.rows) for run in place.runs() if run.part == part]
+    )

@@ -16,11 +16,11 @@ from converter.adapters.fingerprint import fingerprint
 from converter.adapters.fitting import survey
 from converter.adapters.merged import MergedReader
 from converter.adapters.open import open_either
-from converter.carry import execute
+from converter.conversion_plan import ConversionPlan, ExecutionArguments, ExecutionOptions, Reporter, Summary
 from converter.convert import check_options, check_place
+from converter.execute import execute
 from converter.exporting import ExportOptions, plan_files
 from converter.importing import ImportOptions, left_out, plan_import
-from converter.job import ExecutionOptions, ExecutionArguments, ConversionPlan, Summary, Reporter
 from converter.plan import TensorPlan, casts, same_tensor
 from converter.sources import Source, open_source, workers_for
 from converter.values import KEEP, target_dtype

@@ -10,7 +10,7 @@ import numpy as np
 from converter.adapters.adapter import Adapter, Delta
 from converter.adapters.description import Description
 from converter.adapters.names import Factor
-from converter.plan import TensorPlan, Piece
+from converter.plan import Piece, TensorPlan
 from converter.run import PieceBuffers
 from formats.spec import Array, Reader
 

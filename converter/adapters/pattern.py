@@ -240,7 +240,8 @@ class _Parser:
 
     def _unknown(self) -> UserError:
         return UserError(
-            f"`{format_untrusted(self._shown)}`, which has at `{format_untrusted(self._text[self._at :])}` what is not supported in a pattern",
+            f"`{format_untrusted(self._shown)}`, which has at `{format_untrusted(self._text[self._at :])}` what is not "
+            "supported in a pattern",
             hint="backreferences, possessive repeats, conditions and comments are not; name the modules one by one",
         )
 

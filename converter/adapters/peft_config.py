@@ -187,7 +187,9 @@ def _get[T](found: Mapping[str, Any], name: str, check: Callable[[Any], bool], d
     if value is None:
         return default
     if not check(value):
-        raise UserError(f"`{name}` in `{FILE}` is `{format_untrusted(value)}`, which is not what it should be", hint="the file is damaged")
+        raise UserError(
+            f"`{name}` in `{FILE}` is `{format_untrusted(value)}`, which is not what it should be", hint="the file is damaged"
+        )
     return value
 
 

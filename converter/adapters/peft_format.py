@@ -100,7 +100,9 @@ def _parts(specs: Mapping[str, TensorSpec], config: PeftConfig) -> dict[str, dic
         raise UserError(f"`{FILE}` holds no tensors")
     missing = [name for weight in weights for factor in wanted if (name := peft_name(weight, factor)) not in specs]
     if missing:
-        raise UserError(f"`{FILE}` lacks {list_names(missing)}", hint=f"a {config.method} has {len(wanted)} tensors for each module")
+        raise UserError(
+            f"`{FILE}` lacks {list_names(missing)}", hint=f"a {config.method} has {len(wanted)} tensors for each module"
+        )
     found = {weight: {factor: made[peft_name(weight, factor)] for factor in wanted} for weight in weights}
     used = {tensor_plan.spec.name for tensor_plans in found.values() for tensor_plan in tensor_plans.values()}
     over = sorted(specs.keys() - used)

@@ -2,7 +2,7 @@
 
 from converter.config import Config, activation, field, fixed, flag, no_window, required, rope, value
 from converter.model import Model
-from converter.rules import gated_mlp, qkv, row_parallel, under, vocab_parallel, replicated
+from converter.rules import gated_mlp, qkv, replicated, row_parallel, under, vocab_parallel
 
 MODELS = "Llama 2, 3, 3.1, 3.2 and models of the same shape"
 ARCHITECTURE = "LlamaForCausalLM"

@@ -43,7 +43,7 @@ class _Opened:
 
     def __init__(self, store: Store, policy: RetryPolicy) -> None:
         self.store = store
-        self._patience = policy
+        self._policy = policy
         self._statuses: dict[str, Status | None] = {}
         self._listed: dict[str, list[str]] = {}
         self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
@@ -125,7 +125,7 @@ class _Opened:
                 self._statuses.setdefault(path, status)
 
     def _persist[Result](self, attempt: Callable[[], Result], doing: str) -> Result:
-        return retry(attempt, self._patience, doing=doing)
+        return retry(attempt, self._policy, doing=doing)
 
 
 class RemoteFolder:

@@ -16,7 +16,7 @@ from typing import Any, cast
 from urllib.parse import quote
 
 from formats.errors import UserError
-from formats.remote.http import Response, Client
+from formats.remote.http import Client, Response
 from formats.remote.retry import RetryableError, RetryPolicy, retry
 from formats.remote.store import Status, changed, file_name, optional_import, refused
 from formats.remote.web import check_allowed, range_header, read_range

@@ -15,7 +15,7 @@ from formats.errors import UserError
 from formats.location import without_secrets
 from formats.remote.http import PASSING, seconds
 from formats.remote.retry import RetryableError, RetryPolicy, fill, words
-from formats.remote.store import StoreBase, Status, changed, optional_import, refused, resized
+from formats.remote.store import Status, StoreBase, changed, optional_import, refused, resized
 
 type Reply = Mapping[str, Any]
 

@@ -68,7 +68,13 @@ class Upload:
     """
 
     def __init__(
-        self, url: str, *, rule: Rule | None = None, streams: int = 8, memory: int = PART_MEMORY, policy: RetryPolicy | None = None
+        self,
+        url: str,
+        *,
+        rule: Rule | None = None,
+        streams: int = 8,
+        memory: int = PART_MEMORY,
+        policy: RetryPolicy | None = None,
     ) -> None:
         self._patient = _Patient(url, policy or RetryPolicy())
         self._rule, self._is_root = rule, not urlsplit(url).path.strip("/")
@@ -290,7 +296,7 @@ class _Patient:
         if kind not in TARGETS:
             raise UserError(f"`{kind}://` cannot be written to", hint="a directory, s3:// and gs:// can")
         self.target = TARGETS[kind](url, policy)
-        self._patience = policy
+        self._policy = policy
 
     def children(self) -> list[str]:
         return self._persist(lambda: self.target.children(""), "listing", "")
@@ -332,4 +338,4 @@ class _Patient:
         return self._persist(lambda: self.target.status(name), "looking at", name)
 
     def _persist[Result](self, attempt: Callable[[], Result], doing: str, name: str) -> Result:
-        return retry(attempt, self._patience, doing=f"{doing} `{self.target.label}{f'/{name}' if name else ''}`")
+        return retry(attempt, self._policy, doing=f"{doing} `{self.target.label}{f'/{name}' if name else ''}`")

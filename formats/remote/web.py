@@ -19,9 +19,9 @@ from urllib.parse import quote, urlsplit
 
 from formats.errors import UserError
 from formats.location import without_secrets
-from formats.remote.http import Response, Client, basic, split_url
+from formats.remote.http import Client, Response, basic, split_url
 from formats.remote.retry import RetryableError, RetryPolicy, retry
-from formats.remote.store import StoreBase, Status, changed, file_name, refused, resized
+from formats.remote.store import Status, StoreBase, changed, file_name, refused, resized
 
 INTEGRITY = "integrity.json"
 """The hashes of an iteration's files: {"algorithm": "sha256", "files": {relative name: hex}}."""
@@ -56,7 +56,7 @@ class Web(StoreBase):
         self._root = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{quote(parts.path, safe=_QUOTED).rstrip('/')}/"
         self.label = without_secrets(self._root).rstrip("/")
         self._query = f"?{parts.query}" if parts.query else ""
-        self._patience = policy
+        self._policy = policy
         self._credentials = _credentials(url)
         self._client = Client(silence=policy.silence)
         self._known: dict[str, Status] | None = None
@@ -136,11 +136,11 @@ class Web(StoreBase):
             return None
         out = bytearray(status.size)
         if out:
-            retry(lambda: self.fetch(path, status, 0, memoryview(out)), self._patience, doing=f"reading `{file_name(path)}`")
+            retry(lambda: self.fetch(path, status, 0, memoryview(out)), self._policy, doing=f"reading `{file_name(path)}`")
         return bytes(out)
 
     def _patiently(self, path: str) -> Status | None:
-        return retry(lambda: self.status(path), self._patience, doing=f"looking at `{file_name(path)}`")
+        return retry(lambda: self.status(path), self._policy, doing=f"looking at `{file_name(path)}`")
 
     def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> AbstractContextManager[Response]:
         url = self._root + quote(path) + self._query

@@ -120,13 +120,13 @@ def test_a_dtype_that_nobody_knows_is_named(source, tmp_path):
 
 def test_a_file_that_shrinks_after_its_header_was_read_is_named(source, tmp_path, monkeypatch):
     path = sorted(source.glob("*.safetensors"))[1]
-    import converter.share
+    import converter.worker
 
-    def shrink_then_run(*arguments, run=converter.share.run, **options):
+    def shrink_then_run(*arguments, run=converter.worker.run, **options):
         path.write_bytes(path.read_bytes()[:-4000])
         run(*arguments, **options)
 
-    monkeypatch.setattr(converter.share, "run", shrink_then_run)
+    monkeypatch.setattr(converter.worker, "run", shrink_then_run)
     with pytest.raises(UserError, match=f"`{path.name}` ends at byte"):
         hf_to_mcore(source, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
@@ -256,7 +256,7 @@ def test_an_old_output_is_kept_until_the_new_one_is_whole(source, model_folder, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("converter.share.run", fail)
+        patch.setattr("converter.worker.run", fail)
         with pytest.raises(UserError, match="no room left"):
             hf_to_mcore(source, tmp_path / "m", overwrite=True)
     assert (tmp_path / "m" / "iter_0000000" / "conversion.json").read_bytes() == old

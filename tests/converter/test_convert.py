@@ -285,6 +285,6 @@ def test_a_random_real_model_survives_bit_patterns_of_every_kind(model_folder, t
 
 
 def test_a_model_larger_than_one_piece_per_tensor_comes_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("converter.share.PIECE_BYTES", 1 << 12)
+    monkeypatch.setattr("converter.worker.PIECE_BYTES", 1 << 12)
     folder = save(build("padded_vocab", hidden_size=128, dtype="bfloat16"), tmp_path / "source")
     assert model_tree(there_and_back(folder, tmp_path, tp=2, pp=2, workers=3)) == tree(folder)

@@ -173,7 +173,9 @@ def test_an_unknown_setting_is_refused_unless_somebody_says_which_model_it_is(ba
     [name] = settings
     refused(mcore_to_hf, bare, tmp_path, rf"has `{name}: .*`, which is not known here .*\n\nhint: .*`--hf-config DIR`")
     notes = []
-    mcore_to_hf(bare, tmp_path / "back", hf_config=model_folder("padded_vocab"), reporter=Reporter(note=notes.append), dry_run=True)
+    mcore_to_hf(
+        bare, tmp_path / "back", hf_config=model_folder("padded_vocab"), reporter=Reporter(note=notes.append), dry_run=True
+    )
     assert f"`run_config.yaml` has `{name}`, which is not known here: it is taken not to matter" in notes
 
 

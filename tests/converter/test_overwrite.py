@@ -15,8 +15,8 @@ import pytest
 from converter import Reporter, TransientError, UserError, adapter_to_hf, adapter_to_mcore, hf_to_mcore, mcore_to_hf, merge
 from formats.remote import upload
 from tests.converter.adapters.made import save_adapter
+from tests.locations import HURRIED, s3_store
 from tests.models import tree
-from tests.places import HURRIED, s3_store
 
 ROOT = Path(__file__).parents[2]
 KINDS = ["import", "import without hashes", "export", "adapter import", "adapter export", "merge to hf", "merge to mcore"]

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter import UserError
+from converter.conversion_plan import partial_directory
 from converter.families import llama
-from converter.job import partial_directory
 from converter.layout import make_layout
 from converter.model import Model
 from converter.plan import pieces, sharded, to_huggingface, to_megatron
@@ -86,7 +86,9 @@ def test_every_source_row_goes_to_one_place_and_every_target_row_comes_from_one(
     assert taken == Counter((spec.name, row) for spec in specs.values() for row in range(spec.shape[0]))
     for tensor_plan in there.tensors:
         filled = [row for copy in tensor_plan.copies for row in range(copy.dst_row, copy.dst_row + copy.rows)]
-        padded = model.vocab if tensor_plan.spec.shape[0] == model.padded_vocab and "layers" not in tensor_plan.spec.name else None
+        padded = (
+            model.vocab if tensor_plan.spec.shape[0] == model.padded_vocab and "layers" not in tensor_plan.spec.name else None
+        )
         assert filled == list(range(len(filled)))
         assert len(filled) in (tensor_plan.spec.shape[0], padded, 0)
         assert bool(filled) == (tensor_plan.spec.name not in there.zero)

@@ -11,8 +11,8 @@ from converter import TransientError, UserError, check, hf_to_mcore, inspect, mc
 from converter.ranks import Ranks
 from formats.remote import folder as remote
 from tests.conftest import SECRET
+from tests.locations import HURRIED, KINDS, google_store, s3_store, served
 from tests.models import model_tree, tree
-from tests.places import HURRIED, KINDS, google_store, s3_store, served
 from tests.servers import GoogleServer
 
 TELLS_SOURCE = {"iter_0000000/conversion.json", "iter_0000000/integrity.json"}
@@ -91,9 +91,9 @@ def test_an_export_by_byte_range_makes_the_same_bytes(folder, kind, monkeypatch,
 
 
 def test_a_source_that_changes_meanwhile_is_an_error_and_leaves_nothing(folder, place, kind, tmp_path, monkeypatch):
-    from converter import share
+    from converter import worker
 
-    def change_then_run(*arguments, run=share.run, **options):
+    def change_then_run(*arguments, run=worker.run, **options):
         data = bytearray(tree(folder)[SHARD])
         data[-1] ^= 1
         place.put(SHARD, bytes(data))
@@ -101,7 +101,7 @@ def test_a_source_that_changes_meanwhile_is_an_error_and_leaves_nothing(folder, 
 
     if kind == "hf":
         pytest.skip("a commit of the Hub does not change; a mirror that lies is tested with the folder")
-    monkeypatch.setattr(share, "run", change_then_run)
+    monkeypatch.setattr(worker, "run", change_then_run)
     with pytest.raises(UserError, match=rf"`{SHARD}` changed while it was being read"):
         hf_to_mcore(place.url, tmp_path / "out")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]

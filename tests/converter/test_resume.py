@@ -11,7 +11,7 @@ import signal
 import pytest
 
 from converter import UserError, hf_to_mcore
-from converter.job import Reporter
+from converter.conversion_plan import Reporter
 from tests.interrupted import LONGEST, PIECE_BYTES, WORKERS, Conversion, journaled, make_source, partial, steps, written
 from tests.models import tree
 
@@ -76,7 +76,7 @@ def state_of(left):
 @pytest.fixture
 def go_on(straight, tmp_path, monkeypatch):
     """Goes on with the conversion in this process."""
-    monkeypatch.setattr("converter.share.PIECE_BYTES", PIECE_BYTES)
+    monkeypatch.setattr("converter.worker.PIECE_BYTES", PIECE_BYTES)
 
     def run(**options):
         return hf_to_mcore(straight["hf-to-mcore"][0][1], tmp_path / "m", **{"tp": 2, "pp": 2, "resume": True, **options})
@@ -352,7 +352,7 @@ def test_an_export_whose_untouched_tensors_changed_is_refused(model_folder, tmp_
     """They travel beside the weights, in a file of their own."""
     from safetensors.torch import load_file, save_file
 
-    from converter import mcore_to_hf, share
+    from converter import mcore_to_hf, worker
 
     shutil.copytree(model_folder("gqa", dtype="bfloat16"), tmp_path / "hf")
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
@@ -360,12 +360,12 @@ def test_an_export_whose_untouched_tensors_changed_is_refused(model_folder, tmp_
     save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
     hf_to_mcore(tmp_path / "hf", tmp_path / "m")
 
-    def run_then_stop(*arguments, run=share.run, **options):
+    def run_then_stop(*arguments, run=worker.run, **options):
         run(*arguments, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(share, "run", run_then_stop)
+        patch.setattr(worker, "run", run_then_stop)
         with pytest.raises(KeyboardInterrupt):
             mcore_to_hf(tmp_path / "m", tmp_path / "back")
     extras = tmp_path / "m" / "iter_0000000" / "huggingface" / "extras.safetensors"

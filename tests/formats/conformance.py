@@ -37,7 +37,9 @@ class FormatSuite:
         folder.mkdir(exist_ok=True)
         outputs = LocalOutputs(folder)
         values, writer = self.values(specs), self.writer(outputs, specs)
-        pieces = [(s, (slice(a, min(a + step, s.shape[0])), *s.full_region[1:])) for s in specs for a in range(0, s.shape[0], step)]
+        pieces = [
+            (s, (slice(a, min(a + step, s.shape[0])), *s.full_region[1:])) for s in specs for a in range(0, s.shape[0], step)
+        ]
         np.random.default_rng(1).shuffle(pieces)
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda piece: writer.write(piece[0].name, piece[1], values[piece[0].name][piece[1]]), pieces))

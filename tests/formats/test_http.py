@@ -69,7 +69,7 @@ def secure(certificate: Path) -> Iterator[WebServer]:
 
 
 def read(url: str) -> bytes:
-    folder = open_folder(url, patience=HURRIED)
+    folder = open_folder(url, policy=HURRIED)
     try:
         return folder.get("config.json")
     finally:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from formats import open_files
-from formats.disk import user_errors, read_exactly, write_all
+from formats.disk import read_exactly, user_errors, write_all
 from formats.errors import UserError
 from formats.open_files import Files, most_open
 

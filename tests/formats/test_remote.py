@@ -19,7 +19,7 @@ from formats.folder import Folder, LocalFolder
 from formats.location import open_folder
 from formats.remote.retry import RetryPolicy
 from tests.conftest import SECRET
-from tests.places import BIG, HURRIED, KINDS, Place, served
+from tests.locations import BIG, HURRIED, KINDS, Place, served
 from tests.servers import HOST, Fault, HubServer, WebServer
 
 
@@ -157,7 +157,7 @@ def web(files: dict[str, bytes]) -> Iterator[WebServer]:
 
 @contextmanager
 def opened(url: str, patience: RetryPolicy = HURRIED) -> Iterator[Folder]:
-    folder = open_folder(url, patience=patience)
+    folder = open_folder(url, policy=patience)
     try:
         yield folder
     finally:
@@ -364,13 +364,13 @@ def test_a_link_that_expired_is_asked_for_again(hub: HubServer, files: dict[str,
 )
 def test_what_cannot_be_read_is_refused(url: str, pattern: str, hub: HubServer) -> None:
     with pytest.raises(UserError, match=pattern):
-        open_folder(url, patience=HURRIED)
+        open_folder(url, policy=HURRIED)
 
 
 def test_a_gated_model_says_how_to_log_in(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "wrong-" + SECRET)
     with pytest.raises(UserError, match=r"wants credentials \(HTTP 401\)\n\nhint: .*`hf auth login`") as caught:
-        open_folder("hf://org/tiny", patience=HURRIED)
+        open_folder("hf://org/tiny", policy=HURRIED)
     assert SECRET not in str(caught.value)
 
 

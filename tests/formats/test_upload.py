@@ -18,7 +18,7 @@ from formats.remote import upload as upload_module
 from formats.remote.part_memory import MemoryPart
 from formats.remote.upload import Upload, exists, part_size
 from formats.replacement import Present
-from tests.places import HURRIED, Store, google_store, s3_store
+from tests.locations import HURRIED, Store, google_store, s3_store
 from tests.servers import Fault, GoogleServer, Handler
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -74,7 +74,7 @@ def fill(upload: Upload, files: dict[str, bytes], *, piece: int = 3 * MIB + 7) -
 
 
 def opened(store: Store, **options) -> Upload:
-    return Upload(store.url, patience=HURRIED, **options)
+    return Upload(store.url, policy=HURRIED, **options)
 
 
 def test_nothing_is_there_before_commit_and_everything_after(store: Store, files: dict[str, bytes]) -> None:
@@ -86,7 +86,7 @@ def test_nothing_is_there_before_commit_and_everything_after(store: Store, files
     assert store.objects() == files
     assert store.unfinished() == 0
     assert exists(store.url)
-    folder = open_folder(store.url, patience=HURRIED)
+    folder = open_folder(store.url, policy=HURRIED)
     assert folder.files() == sorted(files)
     assert folder.get(DATA) == files[DATA]
     folder.close()
@@ -165,7 +165,7 @@ def test_a_whole_bucket_is_never_replaced(store: Store) -> None:
     bucket = store.url.removesuffix("/out")
     for url in (bucket, f"{bucket}/", f"{bucket}//"):
         with pytest.raises(UserError) as caught:
-            Upload(url, rule=anything, patience=HURRIED)
+            Upload(url, rule=anything, policy=HURRIED)
         assert str(caught.value) == (
             f"`{bucket}` is a whole bucket, which `--overwrite` never replaces\n\n"
             f"hint: give a folder in it, such as `{bucket}/model`"

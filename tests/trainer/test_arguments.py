@@ -13,7 +13,7 @@ from formats.errors import UserError
 from trainer import recipes
 from trainer.config import FinetuningDatasetConfig
 from trainer.peft import LoRA
-from trainer.settings import documents
+from trainer.settings import yaml_io
 from trainer.settings.arguments import read_run, recipe_and_overrides
 from trainer.settings.resolve import resolve
 
@@ -36,7 +36,7 @@ def test_a_file_can_name_its_recipe(tmp_path: Path) -> None:
 
 def test_a_dumped_run_needs_no_recipe(tmp_path: Path) -> None:
     config = recipes.find("llama31_405b").pretrain_config()
-    assert read_run(None, config_file=write(tmp_path, documents.dump(config))) == config
+    assert read_run(None, config_file=write(tmp_path, yaml_io.dump(config))) == config
 
 
 def test_two_recipes_are_refused(tmp_path: Path) -> None:

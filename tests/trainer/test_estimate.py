@@ -13,9 +13,9 @@ from tests import models
 from tests.trainer.settings import HOPPER, LLAMA, settings
 from trainer import recipes
 from trainer.config import RunConfig
-from trainer.counting.activations import _in_flight
-from trainer.counting.built import each_rank
-from trainer.counting.estimate import Estimate, memory, parameters
+from trainer.estimate.activations import _in_flight
+from trainer.estimate.built import each_rank
+from trainer.estimate.memory import Estimate, memory, parameters
 from trainer.model import from_hf_config
 from trainer.settings.resolve import resolve
 
@@ -156,7 +156,7 @@ def test_activations_without_flash_attention_are_those_of_the_paper_less_its_dro
 def test_the_estimate_is_what_an_h200_measured(recipe, gpus, sizes, fp8, measured) -> None:
     """docs/performance.md: GiB at most allocated, Transformer Engine's kernels, data parallel alone, FP8 in every layer."""
     from trainer.recipes import find
-    from trainer.settings.places import field_path
+    from trainer.settings.fields import field_path
 
     config = find(recipe).pretrain_config()
     changes: dict[str, Any] = dict(

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from formats.errors import UserError
 from tests import models
 from tests.trainer.settings import LLAMA, settings
-from trainer.counting.flops import flops_of_packed, flops_of_run, flops_per_token
+from trainer.estimate.flops import flops_of_packed, flops_of_run, flops_per_token
 from trainer.model import GPTModelProvider, from_hf_config
 from trainer.peft import PEFT, DoRA, LoRA
 

@@ -51,7 +51,7 @@ def _config(method: str | None, precision: str, *, in_rows: bool, model: dict[st
 def _taken(method: str | None, precision: str, in_rows: bool, model: dict[str, Any]) -> tuple[int, dict[str, tuple[int, str]]]:
     """Bytes that a run took at most, and the parts of the estimate."""
     from trainer import device
-    from trainer.counting.estimate import memory
+    from trainer.estimate.memory import memory
     from trainer.loop import pretrain
     from trainer.settings.resolve import resolve
 

@@ -9,9 +9,9 @@ import click
 import pytest
 import torch
 
-from trainer.counting.peaks import peak_flops
-from trainer.telling.metrics import Interval, Measure, console_line, duration, memory_gib
-from trainer.telling.records import Step, evaluation
+from trainer.estimate.peaks import peak_flops
+from trainer.logging.metrics import Interval, Measure, console_line, duration, memory_gib
+from trainer.logging.records import Step, evaluation
 
 MEASURE = Measure(flops_per_token=4.8e10, tokens_per_step=4_194_304, num_gpus=64, train_iters=1000, peak_flops=989e12)
 

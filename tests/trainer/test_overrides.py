@@ -23,8 +23,8 @@ from trainer import recipes
 from trainer.config import FinetuningDatasetConfig, RunConfig
 from trainer.model import GPTModelProvider
 from trainer.peft import LoRA
-from trainer.settings import documents, overrides
-from trainer.settings.places import ALIASES, every_name
+from trainer.settings import overrides, yaml_io
+from trainer.settings.fields import ALIASES, every_name
 
 OF_TRAIN = (
     "settings of `train` are: train_iters, num_epochs, global_batch_size, micro_batch_size, exit_interval, "
@@ -45,7 +45,7 @@ def hydra() -> Iterator[None]:
 
 
 def as_hydra_has_it(config: Any, *texts: str) -> Any:
-    ConfigStore.instance().store(name="run", node=documents.as_mapping(config)[0])
+    ConfigStore.instance().store(name="run", node=yaml_io.as_mapping(config)[0])
     return OmegaConf.to_container(compose("run", overrides=list(texts)))
 
 
@@ -89,14 +89,14 @@ ACCEPTED = [
 def test_an_override_means_what_it_means_to_hydra(config: RunConfig, hydra: None, text: str) -> None:
     expected = as_hydra_has_it(config, text)
     overrides.apply(config, [text])
-    assert documents.as_mapping(config)[0] == expected
+    assert yaml_io.as_mapping(config)[0] == expected
 
 
 def test_later_overrides_win_over_earlier_ones(config: RunConfig, hydra: None) -> None:
     texts = ["train.train_iters=1", "+model.hf_config.a.b=1", "++model.hf_config.a={b:2,c:3}", "train.train_iters=2"]
     expected = as_hydra_has_it(config, *texts)
     overrides.apply(config, texts)
-    assert documents.as_mapping(config)[0] == expected
+    assert yaml_io.as_mapping(config)[0] == expected
 
 
 @dataclass
@@ -127,7 +127,7 @@ def test_a_free_mapping_follows_hydra_in_everything(hydra: None, texts: list[str
         refusal(config, *texts)
         return
     overrides.apply(config, texts)
-    assert documents.as_mapping(config)[0] == expected
+    assert yaml_io.as_mapping(config)[0] == expected
 
 
 def test_an_unknown_key_suggests_the_nearest(config: RunConfig) -> None:
@@ -314,7 +314,7 @@ def test_every_name_of_another_trainer_is_no_setting_itself_and_means_one_that_t
 
 
 def test_aliases_are_understood_in_files_too(config: RunConfig) -> None:
-    documents.apply(config, {"train": {"max_steps": 7, "learning_rate": 1e-4}, "model": {"tp": 2}})
+    yaml_io.apply(config, {"train": {"max_steps": 7, "learning_rate": 1e-4}, "model": {"tp": 2}})
     found = config.train.train_iters, config.optimizer.lr, config.model.tensor_model_parallel_size
     assert found == (7, 1e-4, 2)
 

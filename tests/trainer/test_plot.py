@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from formats.errors import UserError
 from tests.trainer.test_metrics import step
 from trainer.commands.plot import command
-from trainer.telling.plot import plot
-from trainer.telling.records import FILE, JsonLines, evaluation
+from trainer.logging.plot import plot
+from trainer.logging.records import FILE, JsonLines, evaluation
 
 
 def made(folder: Path, *, steps: int = 40, floor: float = 2.0, lr: float = 3e-4, rate: float = 12_000) -> Path:
@@ -49,7 +49,7 @@ def test_several_runs_are_one_png(tmp_path):
 def test_each_held_out_set_is_drawn(tmp_path):
     from matplotlib import figure
 
-    from trainer.telling import plot as module
+    from trainer.logging import plot as module
 
     sink = JsonLines(tmp_path / FILE)
     for split in ("test/a", "validation/a", "validation/b", "test/b"):

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from formats.errors import UserError
 from trainer import recipes
 from trainer.config import RunConfig
-from trainer.counting.estimate import memory
-from trainer.settings import documents
+from trainer.estimate.memory import memory
+from trainer.settings import yaml_io
 from trainer.settings.resolve import resolve
 
 PUBLISHED = {
@@ -70,7 +70,7 @@ def test_a_recipe_is_data_that_travels(name: str, kind: str) -> None:
     _, config, _ = made(name, kind)
     assert json.loads(json.dumps(config.model.hf_config)) == config.model.hf_config
     assert config.ddp.use_distributed_optimizer == config.optimizer.use_distributed_optimizer
-    document = documents.as_mapping(config)[0]
+    document = yaml_io.as_mapping(config)[0]
     assert yaml.safe_load(yaml.safe_dump(document)) == document
     if kind == "pretrain":
         assert config.dataset.blend is None

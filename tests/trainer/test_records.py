@@ -10,7 +10,7 @@ import pytest
 
 from formats.errors import UserError
 from tests.trainer.test_metrics import step
-from trainer.telling.records import FILE, JsonLines, read_records
+from trainer.logging.records import FILE, JsonLines, read_records
 
 
 def write(folder, iterations, *, done: int = 0, **changes) -> list[str]:

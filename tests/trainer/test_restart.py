@@ -126,7 +126,7 @@ def test_checkpoints_that_name_no_run_are_resumed_and_never_taken_for_one_run(co
 
 def _where(told, blind):
     """What this rank resumes; rank 1 sees nothing of it where it is `blind`, since it looks elsewhere."""
-    from trainer import beginning, parallel
+    from trainer import initialize, parallel
 
     config = small.settings(Path(told["model"]), checkpoint__load="r", checkpoint__save="r")
     os.chdir(told["elsewhere"] if blind and os.environ["RANK"] == "1" else told["here"])
@@ -134,7 +134,7 @@ def _where(told, blind):
 
     with parallel.session(resolve(config, world_size=2, device="cpu").config, "cpu"):
         try:
-            return str(beginning.where_to_resume(config))
+            return str(initialize.where_to_resume(config))
         except UserError as error:
             return str(error)
 

@@ -52,21 +52,21 @@ def test_memory_is_that_of_the_rank_that_holds_most(ranks, model_folder) -> None
 
 
 def _plain() -> float:
-    from trainer.telling.metrics import memory_gib
+    from trainer.logging.metrics import memory_gib
 
     return memory_gib(torch.device("cpu"))
 
 
 def _resume(folder: str, save: str) -> list[str]:
     """What Python warns of while a run is resumed, as commands filter it."""
-    from trainer import quiet
+    from trainer import warnings_filter
 
     changes = {"checkpoint__save": save, "checkpoint__load": save, "scheduler__lr_warmup_iters": 0}
     small.train(folder, {**changes, "train__train_iters": 1})
     with warnings.catch_warnings(record=True) as heard:
         warnings.resetwarnings()
         warnings.simplefilter("always")
-        importlib.reload(quiet)
+        importlib.reload(warnings_filter)
         small.train(folder, {**changes, "train__train_iters": 2})
     return [str(one.message) for one in heard]
 

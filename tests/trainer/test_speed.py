@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from tests.trainer.settings import settings
-from trainer.run import Step
-from trainer.telling import voice
-from trainer.telling.metrics import Measure
+from trainer.logging import logger
+from trainer.logging.metrics import Measure
+from trainer.state import Step
 
 TOKENS = 1000
 
@@ -38,7 +38,7 @@ def told(clock, seconds, *, every, resumed_at=0, carried=None, start=0.0):
     config = settings(logger__log_interval=every, train__train_iters=60)
     measure = Measure(flops_per_token=1e9, tokens_per_step=TOKENS, num_gpus=1, train_iters=60, device="cpu")
     sinks = SimpleNamespace(log_interval=records.append, log_step=lambda _: None)
-    telling = voice.RunLogger(config, measure, sinks)
+    telling = logger.RunLogger(config, measure, sinks)
     if carried:
         telling.interval.load_state_dict(carried)
     clock.now += start

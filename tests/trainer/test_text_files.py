@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from formats.errors import UserError
-from trainer.data import documents
+from trainer.data import readers
 from trainer.data.chat.sources import Source
 
 ONE, TWO = {"text": "grün", "n": [1]}, {"text": "zwei"}
@@ -31,13 +31,13 @@ LINES = [json.dumps(one, ensure_ascii=False).encode() for one in (ONE, TWO)]
 def test_lines_are_read_whatever_stands_around_them(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(data)
-    assert [documents.text(raw, key="text") for raw in documents.read([path], key="text")] == ["grün", "zwei"]
+    assert [readers.text(raw, key="text") for raw in readers.read([path], key="text")] == ["grün", "zwei"]
     assert [record.fields() for record in Source(path).records()] == [ONE, TWO]
 
 
 def test_the_mark_of_a_text_file_is_no_letter_of_it(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfgr\xc3\xbcn")
-    assert [documents.text(raw, key="text") for raw in documents.read([tmp_path / "a.txt"], key="text")] == ["grün"]
+    assert [readers.text(raw, key="text") for raw in readers.read([tmp_path / "a.txt"], key="text")] == ["grün"]
 
 
 ARRAY = (
@@ -72,7 +72,7 @@ def test_what_is_not_in_lines_of_utf8_is_said_as_what_it_is(data: bytes, message
     path = tmp_path / "a.jsonl"
     path.write_bytes(data)
     for what, read in (
-        ("document", lambda: list(documents.read([path], key="text"))),
+        ("document", lambda: list(readers.read([path], key="text"))),
         ("example", lambda: list(Source(path).records())),
     ):
         with pytest.raises(UserError) as refused:
@@ -84,9 +84,9 @@ def test_a_bad_line_is_still_named_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     for first in (b'["a", 1]', b'{"text": "open', b'{"text": }'):
         path.write_bytes(first + b"\n" + LINES[1])
-        (raw, _) = documents.read([path], key="text")
+        (raw, _) = readers.read([path], key="text")
         with pytest.raises(UserError, match=r"a\.jsonl`, line 1 cannot be read: it is no"):
-            documents.text(raw, key="text")
+            readers.text(raw, key="text")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_bad_line_is_still_named_by_its_number(tmp_path: Path) -> None:
 def test_a_file_of_another_kind_has_a_way_in(name: str, way: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(TEXT)
     with pytest.raises(UserError) as refused:
-        documents.files([tmp_path / name])
+        readers.files([tmp_path / name])
     assert refused.value.hint.startswith(f"{way}inputs are folders or files: ")
     with pytest.raises(UserError) as refused:
         Source(tmp_path / name).files()

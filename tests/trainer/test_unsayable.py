@@ -42,7 +42,7 @@ def train(root: str, *words: str) -> list[str]:
         "dataset.sequence_length=16", "dataset.num_workers=0", "validation.eval_iters=0", f"checkpoint.save={root}",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("trainer.loop", "trainer.beginning"):
+        for module in ("trainer.loop", "trainer.initialize"):
             patch.setattr(f"{module}.say", said.append)
         loop.pretrain(read_run("llama_tiny", overrides=[*small, *words]))
     return said

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from converter import carried, reference
+from converter import reference, side_files
 from converter.sources import open_source
 from formats.detect import Format, detect
 from formats.errors import UserError
@@ -46,7 +46,7 @@ def describe(source: str) -> Described:
     folder = open_source(source, or_hub=True)
     if detect(folder) is not Format.TORCH_DIST:
         with closing(HuggingFaceReader(folder)) as reader:
-            return Described(read_json(folder, carried.CONFIG), _dtype(reader))
+            return Described(read_json(folder, side_files.CONFIG), _dtype(reader))
     with closing(TorchDistReader(folder)) as reader:
         try:
             config = reference.find(reader, None).config
@@ -66,7 +66,7 @@ def places(source: str) -> tuple[Folder, ...]:
         return (folder,)
     inside = find_iteration(folder)
     # The first has `generation_config.json` as well, the second is all that Megatron-Bridge writes.
-    return inside.below(carried.FILES), inside.below("tokenizer")
+    return inside.below(side_files.FILES), inside.below("tokenizer")
 
 
 def _dtype(reader: Reader) -> str:

@@ -21,10 +21,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from converter import families, reference, run_config
 from converter.adapters.files import refuse_adapter
-from converter.carried import CONFIG
 from converter.config import make_model
-from converter.plan import TensorPlan, Plan, as_stored, list_names, to_megatron
+from converter.plan import Plan, TensorPlan, as_stored, list_names, to_megatron
 from converter.run import check_equal
+from converter.side_files import CONFIG
 from converter.sources import open_source
 from formats.arrays import bands
 from formats.detect import Format, detect
@@ -36,7 +36,7 @@ from formats.spec import Array, Reader, Region, dtype_name, extent, relative_to
 from formats.torch_dist import TorchDistReader
 from trainer.checkpoints.quantized import in_full
 from trainer.model import GPTModelProvider
-from trainer.settings import described
+from trainer.settings import hf_config
 
 Choose = Callable[[dict[str, Any], Any], dict[str, Any]]
 
@@ -113,7 +113,7 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
         tensor_plans = _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else _from_megatron(reader, told)
         account(locals_, tensor_plans, source)
         if told and getattr(chunks[0].config, "hf_config", None):
-            for text in described.compare(chunks[0].config, told, source=source):
+            for text in hf_config.compare(chunks[0].config, told, source=source):
                 note(text)
         for text in _by_settings(reader, chunks[0].config, source):
             note(text)
@@ -138,7 +138,7 @@ def _by_settings(reader: HuggingFaceReader | TorchDistReader, provider: Any, sou
     if not isinstance(provider, GPTModelProvider):
         return []
     said = [] if isinstance(reader, HuggingFaceReader) else run_config.read_all(reader.folder, reader.args())
-    return described.compare_settings(provider, said[0].settings if said else {}, source=source)
+    return hf_config.compare_settings(provider, said[0].settings if said else {}, source=source)
 
 
 def settings_changed(chunks: Sequence[Any], resumed: Path) -> list[str]:
@@ -146,7 +146,7 @@ def settings_changed(chunks: Sequence[Any], resumed: Path) -> list[str]:
     run has no more."""
     folder, provider = LocalFolder(resumed), chunks[0].config
     said = run_config.read_all(folder, {}) if isinstance(provider, GPTModelProvider) else []
-    return described.compare_settings(provider, said[0].settings, source=str(resumed)) if said else []
+    return hf_config.compare_settings(provider, said[0].settings, source=str(resumed)) if said else []
 
 
 def plan_of(reader: HuggingFaceReader) -> Plan:

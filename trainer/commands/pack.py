@@ -13,7 +13,7 @@ from formats.home import expanded
 from trainer.settings.arguments import is_override, read_run
 
 if TYPE_CHECKING:
-    from trainer.data.chat.sets import Packed
+    from trainer.data.chat.build import Packed
 
 
 @click.command(
@@ -34,14 +34,14 @@ def command(words: tuple[str, ...], *, config_file: str | None, as_json: bool, q
     length that it was made with.
     """
     from trainer.checkpoints.contents import tokenizer_of_run  # noqa: PLC0415 - seconds to import
-    from trainer.data.chat import sets  # noqa: PLC0415
-    from trainer.settings.choice import apply_choices  # noqa: PLC0415
+    from trainer.data.chat import build  # noqa: PLC0415
+    from trainer.settings.defaults import apply_choices  # noqa: PLC0415
     from trainer.settings.resolve import padded_examples  # noqa: PLC0415
 
     recipe, out, overrides = _apart(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
     apply_choices(config, padded_examples(config))
-    done = sets.pack(config.dataset, out, tokenizer=sets.needed(tokenizer_of_run(config)), vocab_size=config.model.vocab_size)
+    done = build.pack(config.dataset, out, tokenizer=build.needed(tokenizer_of_run(config)), vocab_size=config.model.vocab_size)
     if as_json:
         click.echo(json.dumps([asdict(one) for one in done]))
     elif not quiet:

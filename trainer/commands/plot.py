@@ -17,7 +17,7 @@ def command(run_dirs: tuple[Path, ...], out: Path | None) -> None:
 
     Loss, learning rate, gradient norm and throughput, as a PNG.
     """
-    from trainer.telling.plot import plot  # noqa: PLC0415 - `--help` needs no matplotlib
+    from trainer.logging.plot import plot  # noqa: PLC0415 - `--help` needs no matplotlib
 
     out = out or run_dirs[0] / "curves.png"
     plot(run_dirs, out)

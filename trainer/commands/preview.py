@@ -45,7 +45,7 @@ def command(
     Then how many tokens are learned, how many examples are cut or cannot be used, and how long they are. Nothing is trained.
     """
     from trainer.checkpoints.contents import tokenizer_of_run  # noqa: PLC0415
-    from trainer.data.chat import sets, splits  # noqa: PLC0415 - seconds to import
+    from trainer.data.chat import build, splits  # noqa: PLC0415 - seconds to import
 
     recipe, overrides = recipe_and_overrides(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
@@ -53,7 +53,7 @@ def command(
     found = splits.parts(config.dataset).of(split)
     if not found:
         raise UserError(f"there are no examples for {split}", hint=f"set `dataset.{split}_path`, or its share in `dataset.split`")
-    tokenizer = sets.needed(tokenizer_of_run(config))
+    tokenizer = build.needed(tokenizer_of_run(config))
     for part in found:
         _show(part, config.dataset, tokenizer, shown=shown, limit=limit, separator="|" if separate else "")
 

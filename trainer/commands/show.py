@@ -66,7 +66,7 @@ def _recommended(recipe: Recipe, config: RunConfig) -> int:
 
 
 def _show(config: RunConfig, *, recipe: str | None, world_size: int, device: str, every: bool) -> None:
-    from trainer.settings import documents  # noqa: PLC0415
+    from trainer.settings import yaml_io  # noqa: PLC0415
     from trainer.settings.resolve import resolve  # noqa: PLC0415
     from trainer.settings.values import plain  # noqa: PLC0415
 
@@ -79,7 +79,7 @@ def _show(config: RunConfig, *, recipe: str | None, world_size: int, device: str
         click.echo(f"warning: {warning}", err=True)
     if every:
         click.echo("# every setting as it is here; given to --config, this leaves nothing open")
-    text = documents.dump(resolved.config, made=config) if every else documents.written(_told(config, recipe))
+    text = yaml_io.dump(resolved.config, made=config) if every else yaml_io.written(_told(config, recipe))
     click.echo(text, nl=False)
 
 
@@ -87,7 +87,7 @@ def _told(config: RunConfig, recipe: str | None) -> dict[str, Any]:
     """What is not as it would be by default, or not as the recipe has it. Enough to make the same run of."""
     from trainer.config import FinetuningDatasetConfig, RunConfig  # noqa: PLC0415
     from trainer.model import from_hf_config  # noqa: PLC0415
-    from trainer.settings import documents  # noqa: PLC0415
+    from trainer.settings import yaml_io  # noqa: PLC0415
     from trainer.settings.arguments import start  # noqa: PLC0415
 
     described, peft = getattr(config.model, "hf_config", None), config.peft
@@ -95,8 +95,8 @@ def _told(config: RunConfig, recipe: str | None) -> dict[str, Any]:
     first = start(recipe, {} if recipe else {"model": {"hf_config": described}}, kind)
     model = from_hf_config(described or first.model.hf_config)
     plain = RunConfig(model=model, dataset=type(config.dataset)(), peft=type(peft)() if peft else None)
-    found = documents.changes(config, plain, first)
-    whole = documents.as_mapping(config)[0]
+    found = yaml_io.changes(config, plain, first)
+    whole = yaml_io.as_mapping(config)[0]
     if not recipe:
         found["model"] = {"hf_config": whole["model"]["hf_config"], **found.get("model", {})}
     # A file says by these two which of a recipe's runs it changes.
@@ -107,7 +107,7 @@ def _told(config: RunConfig, recipe: str | None) -> dict[str, Any]:
 
 
 def _figures(config: RunConfig, *, world_size: int, device: str) -> list[str]:
-    from trainer.counting.estimate import memory, parameters  # noqa: PLC0415
+    from trainer.estimate.memory import memory, parameters  # noqa: PLC0415
 
     one, many = ("GPU", "GPUs") if device == "gpu" else ("process", "processes")
     units = one if world_size == 1 else many
@@ -122,7 +122,7 @@ def _figures(config: RunConfig, *, world_size: int, device: str) -> list[str]:
 
 
 def _flops(config: RunConfig) -> list[str]:
-    from trainer.counting.flops import flops_of_run  # noqa: PLC0415
+    from trainer.estimate.flops import flops_of_run  # noqa: PLC0415
 
     try:
         return [f"FLOPs per token, forward and backward: {flops_of_run(config):.4g}"]
@@ -144,7 +144,7 @@ def _fits(size: int, device: str) -> str:
 
 def _trained(config: RunConfig) -> list[str]:
     from converter.console import count  # noqa: PLC0415
-    from trainer.counting import built  # noqa: PLC0415
+    from trainer.estimate import built  # noqa: PLC0415
 
     if config.peft is None:
         return []

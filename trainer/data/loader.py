@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from formats.errors import UserError
-from trainer.data import orphans
+from trainer.data import parent_watchdog
 from trainer.signals import held
 
 
@@ -95,12 +95,12 @@ def _processes(num_workers: int) -> dict[str, Any]:
     if not num_workers:
         return {"num_workers": 0}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.quiet", "trainer.data.splits", "trainer.data.loader"])
+    context.set_forkserver_preload(["trainer.warnings_filter", "trainer.data.splits", "trainer.data.loader"])
     return {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _begin}
 
 
 def _begin(_number: int) -> None:
-    orphans.end_with_parent()
+    parent_watchdog.end_with_parent()
     # A worker is no rank, and megatron-core need not say so.
     warnings.filterwarnings("ignore", "Could not determine rank", UserWarning)
 

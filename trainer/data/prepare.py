@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from converter.job import Reporter
+from converter.conversion_plan import Reporter
 from formats.errors import TransientError, UserError
 from formats.home import expanded
 from formats.staging import sync
 from trainer import tokenizers
-from trainer.data import documents, hub, orphans
+from trainer.data import hub, parent_watchdog, readers
 from trainer.data.records import Record
 
 _MAGIC = b"MMIDIDX\x00\x00"  # an index of Megatron's begins so
@@ -82,13 +82,13 @@ def prepare(
     reporter, started = reporter or Reporter(), time.monotonic()
     prefix = Path(expanded(prefix))
     before = _check_target(prefix, overwrite=overwrite)
-    paths = documents.files([hub.local(expanded(one), None) for one in inputs])
+    paths = readers.files([hub.local(expanded(one), None) for one in inputs])
     dtype = DType.optimal_dtype(tokenizers.load(tokenizer).vocab_size)
-    reporter.start(sum(map(documents.size, paths)))
+    reporter.start(sum(map(readers.size, paths)))
     work = partial(_tokenize, key=key, append_eod=append_eod, dtype=np.dtype(dtype).name)
     totals = dict.fromkeys(("documents", "empty", "tokens"), 0)
     with _output(prefix, dtype, before) as builder, _processes(tokenizer, workers) as submit:
-        for tokens in _in_order(submit, work, _pieces(documents.read(paths, key=key)), ahead=2 * workers):
+        for tokens in _in_order(submit, work, _pieces(readers.read(paths, key=key)), ahead=2 * workers):
             _write(builder, tokens, totals)
             reporter.progress(tokens.size)
     seconds = time.monotonic() - started
@@ -96,7 +96,7 @@ def prepare(
         prefix=str(prefix),
         **totals,
         dtype=np.dtype(dtype).name,
-        input_bytes=sum(map(documents.size, paths)),
+        input_bytes=sum(map(readers.size, paths)),
         output_bytes=sum(path.stat().st_size for path in _pair(prefix)),
         seconds=seconds,
         tokens_per_second=totals["tokens"] / seconds,
@@ -137,7 +137,7 @@ def _begin(name: str) -> None:
 
 def _begin_process(name: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    orphans.end_with_parent()
+    parent_watchdog.end_with_parent()
     _begin(name)
 
 
@@ -145,7 +145,7 @@ def _tokenize(piece: list[Record], *, key: str, append_eod: bool, dtype: str) ->
     assert _tokenizer is not None
     parts, empty = [], 0
     for raw in piece:
-        numbers = _tokenizer.encode(documents.text(raw, key=key))
+        numbers = _tokenizer.encode(readers.text(raw, key=key))
         empty += not numbers
         if numbers:
             parts.append(np.array(numbers + [_tokenizer.eod] * append_eod, dtype=dtype))

@@ -1,7 +1,7 @@
 """Prompts in, text out, on the model chunks of an open session.
 
 Prompts go one after another, each with its own cache of keys and values. A batch would be faster per token, but rows of
-different length need a mask that the cache's attention does not take; see `trainer.generation.passing`. Knows no checkpoint.
+different length need a mask that the cache's attention does not take; see `trainer.generation.forward`. Knows no checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from formats.errors import UserError
 from formats.json_objects import parse_json
-from trainer.generation.passing import agreed, inference_mode, new_cache, next_logits
+from trainer.generation.forward import agreed, inference_mode, new_cache, next_logits
 from trainer.generation.sampling import NO_NUMBER, Sampling, choose
 from trainer.model import unwrap
 from trainer.tokenizers import Tokenizer

@@ -12,11 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.peft.adapted import Adapter, adapt
+    from trainer.peft.adapter_layer import Adapter, adapt
     from trainer.peft.attach import trainable
     from trainer.peft.dora import DoRA
     from trainer.peft.lora import LoRA
-    from trainer.peft.method import PEFT
+    from trainer.peft.peft import PEFT
 
 _WHERE = {
     "PEFT": "method",

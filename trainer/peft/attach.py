@@ -20,8 +20,8 @@ from megatron.core.transformer.module import param_is_not_shared
 from formats.errors import UserError
 from trainer import device
 from trainer.model import unwrap
-from trainer.peft.adapted import Adapter
-from trainer.peft.method import PEFT
+from trainer.peft.adapter_layer import Adapter
+from trainer.peft.peft import PEFT
 from trainer.peft.targets import check_used, chosen, wanted
 
 

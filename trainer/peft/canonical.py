@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trainer.peft.fused_layers import FusedParts
 from trainer.peft.linear import Linear
-from trainer.peft.pair import LoraAdapter, make_lora_matrices
-from trainer.peft.parts import FusedParts
+from trainer.peft.lora_layers import LoraAdapter, make_lora_matrices
 
 if TYPE_CHECKING:
     from trainer.peft.lora import LoRA

@@ -16,10 +16,10 @@ from megatron.core import tensor_parallel
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
 from trainer.peft.canonical import CanonicalAdapter
+from trainer.peft.fused_layers import FusedParts
 from trainer.peft.linear import COLUMN, ROW, Linear
 from trainer.peft.lora import LoRA
-from trainer.peft.pair import LoraAdapter, mark
-from trainer.peft.parts import FusedParts
+from trainer.peft.lora_layers import LoraAdapter, mark
 
 
 @dataclass(kw_only=True)
@@ -30,7 +30,9 @@ class DoRA(LoRA):
         """The adapter with a magnitude."""
         return DoraAdapter(linear, self, base=module)
 
-    def make_canonical(self, module: torch.nn.Module, linear: Linear, found: FusedParts, chosen: Collection[str]) -> CanonicalAdapter:
+    def make_canonical(
+        self, module: torch.nn.Module, linear: Linear, found: FusedParts, chosen: Collection[str]
+    ) -> CanonicalAdapter:
         """One with a magnitude for each chosen part."""
         return CanonicalDoraAdapter(linear, self, base=module, parts=found, chosen=chosen)
 

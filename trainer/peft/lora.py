@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 
 from formats.errors import UserError
-from trainer.peft import parts
-from trainer.peft.adapted import adapt
+from trainer.peft import fused_layers
+from trainer.peft.adapter_layer import adapt
 from trainer.peft.canonical import CanonicalAdapter
 from trainer.peft.linear import Linear, describe
-from trainer.peft.method import PEFT
-from trainer.peft.pair import LoraAdapter
+from trainer.peft.lora_layers import LoraAdapter
+from trainer.peft.peft import PEFT
 from trainer.peft.targets import wanted
 
 
@@ -67,11 +67,11 @@ class LoRA(PEFT):
     def transform(self, module: torch.nn.Module, name: str) -> torch.nn.Module:
         """The layer, with an adapter in it."""
         linear = describe(module, name)
-        names = parts.part_names(name) if self.canonical else {}
+        names = fused_layers.part_names(name) if self.canonical else {}
         if not names:
             return adapt(module, self.make_adapter(module, linear))
         left = wanted(name, tuple(names.values()), self.target_modules, self.exclude_modules)
-        found = parts.find(linear, module.config)
+        found = fused_layers.find(linear, module.config)
         chosen = [part for part, whole in names.items() if whole in left]
         return adapt(module, self.make_canonical(module, linear, found, chosen))
 
@@ -80,14 +80,14 @@ class LoRA(PEFT):
         return LoraAdapter(linear, self)
 
     def make_canonical(
-        self, _module: torch.nn.Module, linear: Linear, found: parts.FusedParts, chosen: Collection[str]
+        self, _module: torch.nn.Module, linear: Linear, found: fused_layers.FusedParts, chosen: Collection[str]
     ) -> CanonicalAdapter:
         """One for each chosen part of a layer."""
         return CanonicalAdapter(linear, self, parts=found, chosen=chosen)
 
     def aliases(self, name: str) -> Sequence[str]:
         """Those of the parts, where each has an adapter."""
-        return tuple(parts.part_names(name).values()) or (name,) if self.canonical else (name,)
+        return tuple(fused_layers.part_names(name).values()) or (name,) if self.canonical else (name,)
 
     def rate_multiples(self) -> Mapping[str, float]:
         """LoRA+'s."""

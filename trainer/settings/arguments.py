@@ -84,7 +84,7 @@ def read_run(
     is a run for fine-tuning: adapters, or all parameters for `peft=none`.
     UserError for what is unknown or does not fit.
     """
-    from trainer.settings import described, documents, paths  # noqa: PLC0415
+    from trainer.settings import hf_config, paths, yaml_io  # noqa: PLC0415
     from trainer.settings import overrides as hydra  # noqa: PLC0415
 
     document = _read(config_file) if config_file else {}
@@ -96,10 +96,10 @@ def read_run(
         folder=_folder(document, overrides),
     )
     before = copy.deepcopy(getattr(config.model, "hf_config", None))
-    _tell(documents.apply(config, document))
+    _tell(yaml_io.apply(config, document))
     hydra.apply(config, overrides)
     if getattr(config.model, "hf_config", None) != before:
-        described.check(config.model)
+        hf_config.check(config.model)
     paths.expand(config)
     return config
 
@@ -110,13 +110,13 @@ def named_recipe(recipe: str | None, config_file: str | Path | None) -> str | No
 
 
 def _read(file: str | Path) -> dict[str, Any]:
-    from trainer.settings import documents  # noqa: PLC0415
+    from trainer.settings import yaml_io  # noqa: PLC0415
 
     try:
         text = Path(expanded(file)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read `{file}`: {fault(error)}", hint="give a YAML file") from error
-    return documents.load(text, source=str(file))
+    return yaml_io.load(text, source=str(file))
 
 
 def _one_name(recipe: str | None, in_file: Any, file: object) -> str | None:
@@ -156,14 +156,14 @@ def start(name: str | None, document: dict[str, Any], kind: str, *, folder: str 
 
         return getattr(recipes.find(name), kind)()
     model = document.get("model")
-    described = model.get("hf_config") if isinstance(model, dict) else None
-    if isinstance(described, dict) and described:
-        return _without_recipe(described, kind)
+    hf_config = model.get("hf_config") if isinstance(model, dict) else None
+    if isinstance(hf_config, dict) and hf_config:
+        return _without_recipe(hf_config, kind)
     if folder:
         from trainer.checkpoints.contents import describe  # noqa: PLC0415
 
-        described = describe(folder).config
-        return _without_recipe(described, "continued" if kind == "pretrain_config" else kind)
+        hf_config = describe(folder).config
+        return _without_recipe(hf_config, "continued" if kind == "pretrain_config" else kind)
     raise UserError(
         "there is no recipe to start from",
         hint="name one (`mbtrain recipes` lists them), or a folder with a model (`checkpoint.pretrained_checkpoint=DIR`), or a "
@@ -171,16 +171,16 @@ def start(name: str | None, document: dict[str, Any], kind: str, *, folder: str 
     )
 
 
-def _without_recipe(described: dict[str, Any], kind: str) -> RunConfig:
+def _without_recipe(hf_config: dict[str, Any], kind: str) -> RunConfig:
     from trainer import recipe  # noqa: PLC0415
     from trainer.config import RunConfig  # noqa: PLC0415
     from trainer.model import from_hf_config  # noqa: PLC0415
 
-    provider = from_hf_config(described)
+    provider = from_hf_config(hf_config)
     if kind == "pretrain_config":
         return RunConfig(model=provider)
     make = {"sft_config": recipe.tuning_all, "peft_config": recipe.tuning_adapters, "continued": recipe.continuing}[kind]
-    return make(described, sequence_length=min(4096, provider.seq_length))
+    return make(hf_config, sequence_length=min(4096, provider.seq_length))
 
 
 def _tell(ignored: Sequence[str]) -> None:

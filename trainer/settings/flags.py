@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.settings.places import ALIASES, every_name
+from trainer.settings.fields import ALIASES, every_name
 
 
 def setting(option: str, words: Sequence[str]) -> str | None:

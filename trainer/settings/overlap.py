@@ -11,7 +11,7 @@ from typing import Any
 
 from formats.errors import UserError
 from trainer import user_buffers
-from trainer.settings.choice import Choice, given
+from trainer.settings.defaults import Choice, given
 
 CPU = "cpu"
 

@@ -16,8 +16,8 @@ from hydra.core.override_parser.types import Override, OverrideType, Sweep
 from hydra.errors import HydraException
 
 from formats.errors import UserError, format_untrusted
-from trainer.settings.named import CHOICES
-from trainer.settings.places import FieldPath, fits_text, is_section, field_path
+from trainer.settings.fields import FieldPath, field_path, fits_text, is_section
+from trainer.settings.groups import CHOICES
 
 _NEW = (OverrideType.ADD, OverrideType.FORCE_ADD)
 

@@ -20,7 +20,7 @@ import torch
 from megatron.core.fp8_utils import get_fp8_align_size
 
 from formats.errors import UserError
-from trainer.settings.choice import Choice, apply_choices, given, split
+from trainer.settings.defaults import Choice, apply_choices, given, split
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from formats.errors import UserError
 from trainer.config import CheckpointConfig, DatasetConfig, FinetuningDatasetConfig, RunConfig
-from trainer.settings import checks, contradictions, cross_entropy, described, overlap, paths, precision, refused, unsupported
-from trainer.settings.choice import Choice, apply_choices
+from trainer.settings import checks, contradictions, cross_entropy, hf_config, overlap, paths, precision, refused, unsupported
+from trainer.settings.defaults import Choice, apply_choices
 from trainer.settings.precision import Machine
 
 
@@ -79,11 +79,11 @@ def resolve(
     elsewhere = _kernels_elsewhere(told.model, machine)
     with _kernels_put_aside(told.model, machine):
         _validate(told)
-    choices += apply_choices(told, elsewhere) + described.follow(told.model)
+    choices += apply_choices(told, elsewhere) + hf_config.follow(told.model)
     warnings_ = (
         *_warnings(told, microbatches),
         *_unknown_length(told, steps),
-        *described.notes(told.model),
+        *hf_config.notes(told.model),
         *cross_entropy.notes(told.model, machine),
     )
     return Resolved(told, tuple(choices), warnings_, world_size, copies, microbatches)

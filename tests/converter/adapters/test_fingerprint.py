@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from converter import UserError, hf_to_mcore
 from converter.adapters.fingerprint import fingerprint
+from tests.locations import KINDS, served
 from tests.megatron_cpu import Shape, save
 from tests.models import tree
-from tests.places import KINDS, served
 
 
 def config_of(folder):

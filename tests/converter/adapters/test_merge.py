@@ -129,7 +129,7 @@ def test_every_way_gives_the_same_model(model_folder, tmp_path, monkeypatch, var
     hf_to_mcore(base, tmp_path / "base", tp=2, pp=2)
     merge(base, adapter, tmp_path / "hf-hf")
     merge(tmp_path / "base", adapter, tmp_path / "mcore-hf", to="hf", verify=True)
-    monkeypatch.setattr("converter.share.PIECE_BYTES", 3000)
+    monkeypatch.setattr("converter.worker.PIECE_BYTES", 3000)
     monkeypatch.setattr("converter.adapters.merged.RECENT", 1)
     merge(base, adapter, tmp_path / "hf-mcore", to="mcore", tp=4, verify=True)
     merge(tmp_path / "base", adapter, tmp_path / "mcore-mcore", pp=4, verify=True, workers=7)
@@ -168,7 +168,7 @@ def test_smaller_files_if_they_are_asked_for(base, peft_folder, tmp_path):
 
 def test_the_bytes_do_not_depend_on_the_number_of_workers_nor_on_how_rows_are_cut(base, peft_folder, tmp_path, monkeypatch):
     for workers, size in ((1, 3000), (8, 100)):
-        monkeypatch.setattr("converter.share.PIECE_BYTES", size)
+        monkeypatch.setattr("converter.worker.PIECE_BYTES", size)
         merge(base, peft_folder(use_dora=True), tmp_path / f"{workers}", to="mcore", tp=2, workers=workers)
     assert tree(tmp_path / "1") == tree(tmp_path / "8")
 
@@ -263,7 +263,7 @@ def test_what_a_checkpoint_rebuilds_travels_with_the_merged_one(base, peft_folde
 
 
 def test_an_interrupted_merge_goes_on_and_one_of_another_adapter_does_not(base, peft_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("converter.share.PIECE_BYTES", 3000)
+    monkeypatch.setattr("converter.worker.PIECE_BYTES", 3000)
     merge(base, peft_folder(), tmp_path / "straight", to="mcore", tp=2)
 
     def stop_halfway():

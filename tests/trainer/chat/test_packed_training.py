@@ -78,7 +78,7 @@ def test_work_is_what_examples_multiply(ranks, model_folder):
     from tests import models
     from tests.trainer.settings import LLAMA
     from tests.trainer.test_flops import counted
-    from trainer.counting.flops import flops_of_packed
+    from trainer.estimate.flops import flops_of_packed
     from trainer.model import from_hf_config
 
     for one, other in zip(*(ranks.run(packed.train, 2, str(model_folder("gqa")), True, told) for told in ({}, PP2)), strict=True):
@@ -94,7 +94,7 @@ def test_work_is_what_examples_multiply(ranks, model_folder):
 
 
 def test_speeds_count_the_work_of_packed_rows():
-    from trainer.telling.metrics import Interval, Measure
+    from trainer.logging.metrics import Interval, Measure
 
     measure = Measure(
         flops_per_token=1e9, tokens_per_step=1000, num_gpus=2, train_iters=9,

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from tests.trainer.chat.llama import said
 from trainer import tokenizers
 from trainer.cli import main
-from trainer.data.chat.drafts import Tokenized
 from trainer.data.chat.preview import brackets, example_text, histogram
+from trainer.data.chat.tokenized import Tokenized
 
 
 def preview(*words):

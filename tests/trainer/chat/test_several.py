@@ -11,7 +11,7 @@ import pytest
 from formats.errors import UserError
 from trainer import tokenizers
 from trainer.config import FinetuningDatasetConfig
-from trainer.data.chat import build, sets
+from trainer.data.chat import build
 
 BYTE = tokenizers.load("byte")
 LENGTH = 64
@@ -94,4 +94,4 @@ def test_several_sources_are_not_packed_beforehand(sources, tmp_path):
     for told in ({"blend": [str(sources["a"])]}, {"path": str(sources["a"]), "validation_path": [str(sources["b"])]}):
         config = FinetuningDatasetConfig(sequence_length=LENGTH, **told)
         with pytest.raises(UserError, match="several sources of a split cannot be packed beforehand"):
-            sets.pack(config, tmp_path / "out", tokenizer=BYTE, vocab_size=384)
+            build.pack(config, tmp_path / "out", tokenizer=BYTE, vocab_size=384)

@@ -9,8 +9,8 @@ import torch
 
 from tests.trainer.settings import HOPPER, settings
 from trainer.config import FinetuningDatasetConfig, RunConfig
-from trainer.counting.built import each_rank, whole
-from trainer.counting.estimate import memory
+from trainer.estimate.built import each_rank, whole
+from trainer.estimate.memory import memory
 from trainer.peft import PEFT, DoRA, LoRA
 from trainer.settings.resolve import resolve
 

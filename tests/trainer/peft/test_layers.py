@@ -206,7 +206,7 @@ def test_the_adapter_of_a_layer_with_a_norm_in_it_sees_what_the_norm_made(return
 
 
 def test_a_product_is_added_in_place_with_the_gradients_of_torch():
-    from trainer.peft.product import FusedAdd
+    from trainer.peft.fused_add import FusedAdd
 
     def inputs():
         torch.manual_seed(1)

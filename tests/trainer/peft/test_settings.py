@@ -9,7 +9,7 @@ import pytest
 from formats.errors import UserError
 from tests.trainer.settings import settings
 from trainer.peft import PEFT, DoRA, LoRA
-from trainer.settings import documents, overrides
+from trainer.settings import overrides, yaml_io
 from trainer.settings.resolve import resolve
 
 
@@ -41,20 +41,20 @@ def test_a_name_chooses_and_settings_follow():
 def test_a_dump_gives_an_equal_run(told, before):
     config = _after(*told)
     other = _after(*before)
-    assert documents.apply(other, documents.load(documents.dump(config))) == []
+    assert yaml_io.apply(other, yaml_io.load(yaml_io.dump(config))) == []
     assert other.peft == config.peft
     assert type(other.peft) is type(config.peft)
 
 
 def test_documents_choose_too_and_say_nothing_with_null():
     config = settings()
-    documents.apply(config, documents.load("peft: lora"))
+    yaml_io.apply(config, yaml_io.load("peft: lora"))
     assert config.peft == LoRA()
-    documents.apply(config, documents.load("peft:\n  name: dora\n  dim: 8\n"))
+    yaml_io.apply(config, yaml_io.load("peft:\n  name: dora\n  dim: 8\n"))
     assert config.peft == DoRA(dim=8)
-    ignored = documents.apply(config, documents.load("peft:\n  _target_: megatron.bridge.peft.dora.DoRA\n  alpha: 64\n"))
+    ignored = yaml_io.apply(config, yaml_io.load("peft:\n  _target_: megatron.bridge.peft.dora.DoRA\n  alpha: 64\n"))
     assert (config.peft, ignored) == (DoRA(dim=8, alpha=64), ["peft._target_"])
-    documents.apply(config, documents.load("peft: null"))
+    yaml_io.apply(config, yaml_io.load("peft: null"))
     assert config.peft == DoRA(dim=8, alpha=64)
 
 
@@ -69,11 +69,11 @@ def test_a_method_of_ones_own_has_settings_and_is_named_as_set_in_code():
     config = settings()
     config.peft = Own()
     overrides.apply(config, ["peft.width=5"])
-    text = documents.dump(config)
+    text = yaml_io.dump(config)
     assert "# `peft` is set in Python code" in text
     again = settings()
     again.peft = Own()
-    documents.apply(again, documents.load(text))
+    yaml_io.apply(again, yaml_io.load(text))
     assert again.peft == Own(width=5)
 
 

@@ -17,7 +17,7 @@ class _Asked(Watched):
     """What would follow the prompt, once at its end and once a token later."""
 
     def on_end(self, run):
-        from trainer.generation.passing import inference_mode, new_cache, next_logits
+        from trainer.generation.forward import inference_mode, new_cache, next_logits
 
         cache = new_cache(len(PROMPT) + 1)
         with inference_mode(run.chunks):

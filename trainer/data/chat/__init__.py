@@ -14,7 +14,7 @@ def build(
     config: FinetuningDatasetConfig, *, tokenizer: Tokenizer | None, vocab_size: int, samples: tuple[int, int, int]
 ) -> Splits:
     """See `trainer.data.build`."""
-    from trainer.data.chat import sets  # noqa: PLC0415 - brings torch
+    from trainer.data.chat import build  # noqa: PLC0415 - brings torch
 
-    made: Any = sets.build(config, tokenizer=tokenizer, vocab_size=vocab_size, samples=samples)
+    made: Any = build.build(config, tokenizer=tokenizer, vocab_size=vocab_size, samples=samples)
     return made

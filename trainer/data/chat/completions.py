@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from formats.errors import UserError, is_text
-from trainer.data.chat.drafts import RenderedText, Tokenized, tokenized
+from trainer.data.chat.tokenized import RenderedText, Tokenized, tokenized
 from trainer.data.records import UnusableError, names
 from trainer.tokenizers import Encoded, Tokenizer
 

@@ -16,9 +16,9 @@ import numpy as np
 from formats.errors import is_text
 from trainer.config import Learned
 from trainer.data.chat import omissions
-from trainer.data.chat.drafts import RenderedText, Tokenized, tokenized
-from trainer.data.chat.jinja import Template
+from trainer.data.chat.chat_template import Template
 from trainer.data.chat.messages import ANSWERS, TOOL, Conversation
+from trainer.data.chat.tokenized import RenderedText, Tokenized, tokenized
 from trainer.data.records import UnusableError
 from trainer.tokenizers import Encoded, Tokenizer
 

@@ -16,13 +16,13 @@ from typing import Any
 
 from formats.errors import UserError
 from trainer.config import FinetuningDatasetConfig
+from trainer.data.chat.chat_template import Template
 from trainer.data.chat.completions import Completions
 from trainer.data.chat.conversations import Conversations
-from trainer.data.chat.drafts import RenderedText, Tokenized, encode
 from trainer.data.chat.fields import check_example, is_about, with_system, without
-from trainer.data.chat.jinja import Template
-from trainer.data.chat.messages import Message, Conversation, messages_of, options_of, tools_of
+from trainer.data.chat.messages import Conversation, Message, messages_of, options_of, tools_of
 from trainer.data.chat.sources import Source
+from trainer.data.chat.tokenized import RenderedText, Tokenized, encode
 from trainer.data.records import Record, UnusableError, names
 from trainer.tokenizers import Tokenizer
 

@@ -105,7 +105,9 @@ def _is_lost(name: str, value: Any, texts: Sequence[str]) -> bool:
 def _check_weight(name: str, value: Any) -> None:
     positive = LEARNS.get(name)
     if positive is not None and _is_number(value) and value != positive:
-        raise UnusableError(f"its `{name}` asks for another weight than that of other examples", f"it is {format_untrusted(value)}")
+        raise UnusableError(
+            f"its `{name}` asks for another weight than that of other examples", f"it is {format_untrusted(value)}"
+        )
 
 
 def _is_number(value: Any) -> bool:

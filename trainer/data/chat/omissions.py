@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from trainer.data.chat.chat_template import Template
 from trainer.data.chat.fields import has_content, is_about
-from trainer.data.chat.jinja import Template
-from trainer.data.chat.messages import ANSWERS, TOOL, Message, Conversation
+from trainer.data.chat.messages import ANSWERS, TOOL, Conversation, Message
 from trainer.data.records import UnusableError
 
 _BEFORE, _AFTER = "\U00010080", "\U00010081"  # of a mark's number: letters of Linear B, which Python's and JSON's quotes keep

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from trainer.data.chat.drafts import Tokenized
+from trainer.data.chat.tokenized import Tokenized
 from trainer.tokenizers import Tokenizer
 
 _BINS, _WIDTH = 8, 40

@@ -15,11 +15,11 @@ from blake3 import blake3
 
 from converter import provenance
 from converter.comparison import compare
-from converter.job import ConversionPlan, Reporter
+from converter.conversion_plan import ConversionPlan, Reporter
 from converter.journal import Finished, Journal, doubted_if_lost, doubted_if_lost_on_the_way, read_journals
 from converter.lanes import cut, in_lanes
-from converter.plan import PIECE_AXES, TensorPlan, Piece, pieces
-from converter.run import PIECE_BYTES, Task, Observer, run
+from converter.plan import PIECE_AXES, Piece, TensorPlan, pieces
+from converter.run import PIECE_BYTES, Observer, Task, run
 from converter.sources import changes, sources_changed
 from converter.version import VERSION
 from formats import integrity

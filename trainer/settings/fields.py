@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, Optional, get_type_hints
 
 from formats.errors import UserError, format_untrusted
-from trainer.settings import named
+from trainer.settings import groups
 from trainer.settings.values import UnfitError, expected, fit
 
 ALIASES = {
@@ -122,7 +122,7 @@ class FieldPath:
 
     def put(self, value: Any) -> None:
         """Set it. UserError where the value is not what the annotation asks for, or chooses what there is not."""
-        if self.name in named.CHOICES:
+        if self.name in groups.CHOICES:
             self._choose(value)
             return
         fitting = self.fitting(value)
@@ -137,7 +137,7 @@ class FieldPath:
             ) from None
 
     def _choose(self, value: Any) -> None:
-        chosen, rest = named.split_group(self.name, value, self.value)
+        chosen, rest = groups.split_group(self.name, value, self.value)
         setattr(self.holder, self.key, chosen)
         for key, one in rest.items():
             field_path(self.holder, f"{self.name}.{key}").put(one)
@@ -188,10 +188,10 @@ def field_path(config: Any, name: str, *, new: bool = False) -> FieldPath:
             return here
         holder = holder.setdefault(key, {}) if here.free and new else here.value
         if not is_section(holder) and not isinstance(holder, dict):
-            first = f"choose first: {' or '.join(f'`{here.name}={one}`' for one in named.CHOICES.get(here.name, ()))}"
+            first = f"choose first: {' or '.join(f'`{here.name}={one}`' for one in groups.CHOICES.get(here.name, ()))}"
             raise UserError(
                 f"`{here.name}` is `{format_untrusted(holder)}`, there is no `{keys[at + 1]}` in it",
-                hint=first if here.name in named.CHOICES else f"set `{here.name}` as a whole",
+                hint=first if here.name in groups.CHOICES else f"set `{here.name}` as a whole",
             )
     raise AssertionError(name)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import UserError
-from trainer.telling.records import FILE, read_records
+from trainer.logging.records import FILE, read_records
 
 Records = list[dict[str, Any]]
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow.

@@ -8,11 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from converter import provenance
-from converter.carry import rule
-from converter.job import ExecutionOptions, ConversionPlan, Reporter
+from converter.conversion_plan import ConversionPlan, ExecutionOptions, Reporter
+from converter.execute import rule
 from converter.plan import TensorPlan
 from converter.ranks import alone
-from converter.share import Worker
+from converter.worker import Worker
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.location import without_secrets
@@ -22,7 +22,15 @@ from formats.rendezvous import Rendezvous
 from formats.staging import Stage
 
 
-def upload(job: ConversionPlan, how: ExecutionOptions, reporter: Reporter, *, sources: Sequence[Folder], files: Mapping[str, int], workers: int) -> None:
+def upload(
+    job: ConversionPlan,
+    how: ExecutionOptions,
+    reporter: Reporter,
+    *,
+    sources: Sequence[Folder],
+    files: Mapping[str, int],
+    workers: int,
+) -> None:
     """The work of one process, with nothing that a later run could go on with."""
     outputs, ranks = job.outputs, how.ranks or alone()
     assert isinstance(outputs, RemoteOutputs)

@@ -13,7 +13,7 @@ from converter import megatron_settings
 from converter.config import rope_numbers, to_huggingface, to_megatron
 from converter.families import find
 from formats.errors import UserError, format_untrusted
-from trainer.settings.choice import Choice
+from trainer.settings.defaults import Choice
 from trainer.settings.values import UnnamedError, plain
 
 _ROPE = "rope_scaling"
@@ -60,7 +60,8 @@ def check(provider: Any) -> None:
     for name, value in said.items():
         if value != is_now[name]:
             raise UserError(
-                f"`model.hf_config` makes `{name}` `{format_untrusted(value)}`, and `model.{name}` is `{format_untrusted(is_now[name])}`",
+                f"`model.hf_config` makes `{name}` `{format_untrusted(value)}`, and `model.{name}` is "
+                f"`{format_untrusted(is_now[name])}`",
                 hint=f"set `model.{name}`; `model.hf_config` follows it",
             )
 
@@ -73,10 +74,13 @@ def compare(provider: Any, config: Mapping[str, Any], *, source: str) -> list[st
     for name in (name for name in said if said[name] != is_now[name] and name not in _OF_INITIALIZATION):
         if name not in _OF_POSITIONS:
             raise UserError(
-                f"`model.{name}` is `{format_untrusted(is_now[name])}`, and the weights at `{source}` were made with `{format_untrusted(said[name])}`",
+                f"`model.{name}` is `{format_untrusted(is_now[name])}`, and the weights at `{source}` were made with "
+                f"`{format_untrusted(said[name])}`",
                 hint=f"set `model.{name}={format_untrusted(said[name])}`, or name other weights",
             )
-        notes.append(f"`model.{name}` is `{format_untrusted(is_now[name])}`; the weights were made with `{format_untrusted(said[name])}`")
+        notes.append(
+            f"`model.{name}` is `{format_untrusted(is_now[name])}`; the weights were made with `{format_untrusted(said[name])}`"
+        )
     return notes
 
 
@@ -92,7 +96,8 @@ _CONTEXT = (*megatron_settings.NEUTRAL, "window_size", "kv_channels", "hidden_si
 def notes(provider: Any) -> list[str]:
     """What to say at the start of a run whose checkpoints cannot be exported to Hugging Face."""
     return [
-        f"`model.{name}` is `{format_untrusted(value)}`, which no `config.json` can say: checkpoints have none, and `mbconvert mcore-to-hf` "
+        f"`model.{name}` is `{format_untrusted(value)}`, which no `config.json` can say: checkpoints have none, and "
+        "`mbconvert mcore-to-hf` "
         "refuses them"
         for name, value in (unsayable(provider).items() if getattr(provider, "hf_config", None) else ())
     ]
@@ -111,11 +116,14 @@ def compare_settings(provider: Any, settings: Mapping[str, Any], *, source: str)
         if ours.get(name) != value:
             is_now = _plain(getattr(provider, name, None))
             raise UserError(
-                f"`model.{name}` is `{format_untrusted(is_now)}`, and the weights at `{source}` were made with `{format_untrusted(value)}`",
+                f"`model.{name}` is `{format_untrusted(is_now)}`, and the weights at `{source}` were made with "
+                f"`{format_untrusted(value)}`",
                 hint=f"set `model.{name}={format_untrusted(value)}`, or name other weights",
             )
     return [
-        f"`model.{name}` is `{format_untrusted(value)}`; the weights were made without" for name, value in ours.items() if name not in theirs
+        f"`model.{name}` is `{format_untrusted(value)}`; the weights were made without"
+        for name, value in ours.items()
+        if name not in theirs
     ]
 
 

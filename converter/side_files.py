@@ -137,7 +137,8 @@ def _check_weights_file(config: Mapping[str, Any], reader: HuggingFaceReader) ->
     wanted = config.get("transformers_weights")
     if wanted is not None and wanted not in (INDEX, *reader.shards):
         raise UserError(
-            f"`transformers_weights` in `{CONFIG}` is `{format_untrusted(wanted)}`, but the weights here are in `{min(reader.shards)}`",
+            f"`transformers_weights` in `{CONFIG}` is `{format_untrusted(wanted)}`, but the weights here are in "
+            f"`{min(reader.shards)}`",
             hint="transformers would load that file: remove the field, or the other files",
         )
 

@@ -7,13 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
-from converter.job import ExecutionOptions, ConversionPlan, Summary, Reporter
+from converter.conversion_plan import ConversionPlan, ExecutionOptions, Reporter, Summary
 from converter.memory import peak_memory, resident_memory
 from converter.memory_estimate import expected_peak
 from converter.ranks import alone
 from converter.ranks import share as divided
-from converter.share import Worker, resumable
 from converter.sources import workers_for
+from converter.worker import Worker, resumable
 from formats.disk import user_errors
 from formats.folder import Folder
 from formats.location import is_remote, without_secrets
@@ -63,10 +63,18 @@ def rule(how: ExecutionOptions, planned: Collection[str] | None = None) -> Rule 
     return replaceable(planned)
 
 
-def _committed(job: ConversionPlan, how: ExecutionOptions, reporter: Reporter, *, sources: Sequence[Folder], files: Mapping[str, int], workers: int) -> int:
+def _committed(
+    job: ConversionPlan,
+    how: ExecutionOptions,
+    reporter: Reporter,
+    *,
+    sources: Sequence[Folder],
+    files: Mapping[str, int],
+    workers: int,
+) -> int:
     """All ranks of this run, from the lock to the commit; answers how many bytes this one need not write again."""
     if not isinstance(job.outputs, LocalOutputs):
-        from converter.carry_remote import upload  # noqa: PLC0415 - the clients of object stores
+        from converter.execute_remote import upload  # noqa: PLC0415 - the clients of object stores
 
         upload(job, how, reporter, sources=sources, files=files, workers=workers)
         return 0

@@ -94,7 +94,9 @@ class Template:
         template = _on_a_day(self._text(conversation.tools))
         given = {**self.renderer.special_tokens_map, **conversation.options, **how}
         try:
-            texts, spans = render_jinja_template([list(conversation.messages)], tools=conversation.tools, chat_template=template, **given)
+            texts, spans = render_jinja_template(
+                [list(conversation.messages)], tools=conversation.tools, chat_template=template, **given
+            )
         except TemplateSyntaxError as error:
             raise UserError(f"the chat template is not readable: {fault(error)}", hint="correct the template") from error
         except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:

@@ -16,9 +16,9 @@ from typing import Any
 from megatron.core.enums import Fp8Recipe
 from megatron.core.transformer.enums import AttnBackend
 
-from trainer.counting.adapters import Linear, beside, first_trained, known, linears
-from trainer.counting.built import is_quantized
-from trainer.counting.shape import Shape, shape_of
+from trainer.estimate.adapters import Linear, beside, first_trained, known, linears
+from trainer.estimate.built import is_quantized
+from trainer.estimate.shape import Shape, shape_of
 from trainer.peft.dora import DoRA
 
 LOGIT_TE, LOGIT_NATIVE, LOGIT_FP32 = 4, 10, 4

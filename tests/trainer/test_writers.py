@@ -10,8 +10,8 @@ import pytest
 from formats.errors import UserError
 from tests.trainer.test_metrics import step
 from trainer.config import LoggerConfig
-from trainer.telling.records import evaluation
-from trainer.telling.sinks import open_writers
+from trainer.logging.records import evaluation
+from trainer.logging.writers import open_writers
 
 
 def test_without_a_folder_or_tools_there_are_no_places():

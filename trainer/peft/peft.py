@@ -28,7 +28,7 @@ class PEFT:
     def transform(self, module: torch.nn.Module, name: str) -> torch.nn.Module:
         """What takes the place of `module`, whose name over all pipeline stages is `name`; it may be the same, changed.
 
-        `trainer.peft.adapted.adapt` adds to a linear layer what sees its input and its output.
+        `trainer.peft.adapter_layer.adapt` adds to a linear layer what sees its input and its output.
         """
         raise NotImplementedError
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.counting.shape import Shape
+from trainer.estimate.shape import Shape
 from trainer.peft.dora import DoRA
+from trainer.peft.fused_layers import part_names
 from trainer.peft.lora import LoRA
-from trainer.peft.parts import part_names
 from trainer.peft.targets import wanted
 
 KNOWN = (LoRA, DoRA)

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from formats.errors import UserError
 from formats.faults import fault
 from trainer.config import LoggerConfig
-from trainer.telling.metrics import GIB
-from trainer.telling.records import FILE, Evaluation, JsonLines, Record, Sample, Step
+from trainer.logging.metrics import GIB
+from trainer.logging.records import FILE, Evaluation, JsonLines, Record, Sample, Step
 
 _WANDB_ID = "wandb_run_id"
 

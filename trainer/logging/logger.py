@@ -22,12 +22,12 @@ import torch.distributed as dist
 from formats.errors import UserError
 from trainer import device, parallel
 from trainer.config import RunConfig
-from trainer.counting import peaks
-from trainer.counting.flops import flops_of_packed, flops_of_run
+from trainer.estimate import peaks
+from trainer.estimate.flops import flops_of_packed, flops_of_run
+from trainer.logging import metrics, records
+from trainer.logging.writers import Writers, open_writers
 from trainer.model import GPTModelProvider
-from trainer.settings import documents
-from trainer.telling import metrics, records
-from trainer.telling.sinks import Writers, open_writers
+from trainer.settings import yaml_io
 
 
 def _in_a_terminal() -> bool:
@@ -176,7 +176,7 @@ def open_logger(config: RunConfig, *, resumed_at: int, active: bool, samples_per
         samples_per_epoch=samples_per_epoch,
         memory_of_gpu=device.memory(),
     )
-    settings = documents.as_mapping(config)[0]
+    settings = yaml_io.as_mapping(config)[0]
     sinks = open_writers(config.logger, run_dir(config), settings=settings, done=resumed_at) if active else None
     return RunLogger(config, measure, sinks)
 

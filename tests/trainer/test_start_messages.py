@@ -33,7 +33,7 @@ class Interrupted(small.History):
 
 def _run(folder: str, log: str, changes: dict[str, Any], interrupted: bool = False) -> tuple[str, str, int]:
     """What this rank said, what of it came with the signal, and the exit status."""
-    import trainer.quiet  # noqa: F401 - as the commands do
+    import trainer.warnings_filter  # noqa: F401 - as the commands do
     from trainer.loop import pretrain
 
     here = Path(f"{log}-{os.environ['RANK']}")

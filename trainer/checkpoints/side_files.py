@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from converter import carried, families, run_config
+from converter import families, run_config, side_files
 from converter.adapters import description
 from converter.adapters.description import Base
 from converter.config import to_megatron
@@ -32,13 +32,15 @@ from trainer import tokenizers
 from trainer.checkpoints import adapters, iterations, live
 from trainer.config import RunConfig
 from trainer.model import GPTModelProvider
-from trainer.settings import described, documents
+from trainer.settings import hf_config, yaml_io
 
-_CONFIG = f"{carried.FILES}/{carried.CONFIG}"
+_CONFIG = f"{side_files.FILES}/{side_files.CONFIG}"
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def collect(config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None, base: Base | None = None) -> Callable[[Path], None]:
+def collect(
+    config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None, base: Base | None = None
+) -> Callable[[Path], None]:
     """What writes it all into an iteration's folder, on rank 0. All ranks call this; sources are looked at once, here.
 
     `base` is the model that adapters are trained beside.
@@ -47,12 +49,12 @@ def collect(config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None, b
     source = str(resumed) if resumed else (config.checkpoint.pretrained_checkpoint or getattr(config.model, "hf_source", None))
     found = _from_source(source) if source else _from_config(config)
     run = iterations.run_of(resumed) if resumed else iterations.new_run()
-    found |= {iterations.OURS: iterations.signature(run) + documents.dump(config).encode()}
+    found |= {iterations.OURS: iterations.signature(run) + yaml_io.dump(config).encode()}
     if config.peft is not None:
         found |= {description.FILE: description.make(adapters.described(config.peft, base))}
     if isinstance(config.model, GPTModelProvider) and sum(stages) == config.model.num_layers:
         found |= {run_config.FILE: _run_config(config.model, stages)}
-    if described.unsayable(config.model):
+    if hf_config.unsayable(config.model):
         found.pop(_CONFIG, None)
     elif known := _known(config):
         found |= _changed(found, known)
@@ -88,10 +90,10 @@ def _from_source(source: str) -> dict[str, bytes | FileRef]:
     folder = open_source(source, or_hub=True)
     if detect(folder) is not Format.TORCH_DIST:
         reader = HuggingFaceReader(folder)
-        side_files = carried.collect(reader, live.plan_of(reader).extras)
-        return {**side_files.documents, **side_files.copies}
+        collected = side_files.collect(reader, live.plan_of(reader).extras)
+        return {**collected.documents, **collected.copies}
     iteration = find_iteration(folder)
-    return {**_below(iteration, carried.FOLDER), **_below(iteration, "tokenizer")}
+    return {**_below(iteration, side_files.FOLDER), **_below(iteration, "tokenizer")}
 
 
 def _below(folder: Folder, name: str) -> dict[str, bytes | FileRef]:
@@ -105,7 +107,7 @@ def _from_config(config: RunConfig) -> dict[str, bytes | FileRef]:
     if _known(config) and config.tokenizer.tokenizer_model:
         for name, data in tokenizers.load(config.tokenizer.tokenizer_model).files().items():
             found |= {f"tokenizer/{name}": data}
-            found |= {f"{carried.FILES}/{name}": data} if name != carried.CONFIG else {}
+            found |= {f"{side_files.FILES}/{name}": data} if name != side_files.CONFIG else {}
     return found
 
 
@@ -121,7 +123,7 @@ def _run_config(model: GPTModelProvider, stages: Sequence[int]) -> bytes:
         pp_layout=stages,
     )
     dtype = DTYPES[_NAMES[model.params_dtype]]
-    said = {**megatron, **described.unsayable(model)}
+    said = {**megatron, **hf_config.unsayable(model)}
     return run_config.make(said, layout, dtype, vocab_multiple=model.make_vocab_size_divisible_by)
 
 

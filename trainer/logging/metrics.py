@@ -15,7 +15,7 @@ import click
 import torch
 
 from converter.memory import peak_memory
-from trainer.telling.records import Evaluation, Record, Sample, Step
+from trainer.logging.records import Evaluation, Record, Sample, Step
 
 GIB = 2**30
 
@@ -30,11 +30,11 @@ class Totals:
     skipped: int
     not_finite: int
     work: tuple[float, float] = (0.0, 0.0)
-    """See `trainer.run.Step`."""
+    """See `trainer.state.Step`."""
 
 
 def of_one(step: Any) -> Totals:
-    """What one step came to: a `trainer.run.Step`."""
+    """What one step came to: a `trainer.state.Step`."""
     loss, norm = (step.loss, step.grad_norm) if step.applied else (None, None)
     return Totals(steps=1, loss=loss, grad_norm=norm, skipped=int(not step.applied), not_finite=0, work=step.work)
 

@@ -13,8 +13,8 @@ import yaml
 
 from formats.errors import UserError, format_untrusted
 from formats.faults import fault, position
-from trainer.settings.named import CHOICES, name_of
-from trainer.settings.places import FieldPath, is_section, kinds, field_path
+from trainer.settings.fields import FieldPath, field_path, is_section, kinds
+from trainer.settings.groups import CHOICES, name_of
 from trainer.settings.values import UnnamedError, plain
 
 _YAML = "it should be YAML: `section:`, then `  name: value`"
@@ -109,7 +109,9 @@ def load(text: str, *, source: str = "the document") -> dict[str, Any]:
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise UserError(f"`{source}` is `{format_untrusted(found)}`, it should be sections with settings", hint="start with `train:`")
+        raise UserError(
+            f"`{source}` is `{format_untrusted(found)}`, it should be sections with settings", hint="start with `train:`"
+        )
     return found
 
 

@@ -15,9 +15,9 @@ from trainer.checkpoints import checkpoint
 from trainer.checkpoints.contents import tokenizer_of_run
 from trainer.config import FinetuningDatasetConfig, RunConfig
 from trainer.data import compare, once
-from trainer.data.chat import sets
+from trainer.data.chat import build
 from trainer.data.loader import batches
-from trainer.run import Run, DataWait, say
+from trainer.state import DataWait, Run, say
 from trainer.tokenizers import Tokenizer
 
 
@@ -25,7 +25,7 @@ def check(config: RunConfig) -> None:
     """UserError where examples to learn from are not there: known before a model is loaded. To be called on every rank. Whoever
     builds datasets of their own knows what they need."""
     if getattr(type(config.dataset), "build", None) is FinetuningDatasetConfig.build:
-        sets.check(config.dataset)
+        build.check(config.dataset)
 
 
 def datasets(config: RunConfig, progress: checkpoint.Progress, *, tokenizer: Tokenizer | None) -> Sequence[Any]:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from formats.errors import UserError
 from trainer import device, parallel
+from trainer.logging.metrics import memory_gib
 from trainer.loss import mean_and_work
-from trainer.run import Run
-from trainer.telling.metrics import memory_gib
+from trainer.state import Run
 
 
 class StepResult(NamedTuple):

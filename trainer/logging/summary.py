@@ -10,12 +10,12 @@ from megatron.core import parallel_state
 
 from trainer import device, parallel
 from trainer.config import DatasetConfig, FinetuningDatasetConfig, RunConfig
-from trainer.counting import estimate
-from trainer.counting.built import held
+from trainer.estimate import memory
+from trainer.estimate.built import held
+from trainer.logging.metrics import duration, number
 from trainer.peft.attach import count
-from trainer.run import Run
 from trainer.settings.resolve import Resolved
-from trainer.telling.metrics import duration, number
+from trainer.state import Run
 
 
 def lines(run: Run, resolved: Resolved) -> list[str]:
@@ -112,7 +112,7 @@ def _checkpoints(config: RunConfig) -> str:
 def _memory(run: Run, resolved: Resolved) -> str:
     """Of the fullest rank."""
     rank = parallel_state.get_pipeline_model_parallel_rank()
-    found = estimate.of_rank(run.config, held(run.chunks, run.config.model), rank, dist.get_world_size())
+    found = memory.of_rank(run.config, held(run.chunks, run.config.model), rank, dist.get_world_size())
     size, card = parallel.largest([float(found.total)])[0], device.memory()
     if card is None:
         return f"{_bytes(size)} in the fullest of {resolved.world_size} processes, estimated"

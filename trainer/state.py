@@ -13,8 +13,8 @@ import click
 from trainer import parallel
 from trainer.checkpoints import checkpoint
 from trainer.config import RunConfig
+from trainer.logging import logger
 from trainer.signals import Stop
-from trainer.telling import voice
 
 ForwardStep = Callable[[Any, Any], Any]
 
@@ -85,7 +85,7 @@ class Run:
     config: RunConfig
     parts: checkpoint.Parts
     saver: checkpoint.Saver
-    telling: voice.RunLogger
+    telling: logger.RunLogger
     forward_step: ForwardStep
     callbacks: Sequence[Callback]
     datasets: Sequence[Any]

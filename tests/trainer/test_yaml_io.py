@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from formats.errors import UserError
 from trainer import recipes
 from trainer.config import RunConfig
-from trainer.settings import documents, overrides
+from trainer.settings import overrides, yaml_io
 
 OF_TRAIN = (
     "settings of `train` are: train_iters, num_epochs, global_batch_size, micro_batch_size, exit_interval, "
@@ -27,20 +27,20 @@ def tiny() -> RunConfig:
 
 def refusal(text: str) -> str:
     with pytest.raises(UserError) as refused:
-        documents.apply(tiny(), documents.load(text, source="run.yaml"))
+        yaml_io.apply(tiny(), yaml_io.load(text, source="run.yaml"))
     return str(refused.value)
 
 
 @pytest.mark.parametrize("name", recipes.every())
 def test_a_dumped_run_loads_as_an_equal_one(name: str) -> None:
     config, again = recipes.find(name).pretrain_config(), recipes.find("llama_tiny").pretrain_config()
-    assert documents.apply(again, documents.load(documents.dump(config))) == []
+    assert yaml_io.apply(again, yaml_io.load(yaml_io.dump(config))) == []
     assert again == config
 
 
 def test_a_document_says_every_setting_sorted_within_its_section() -> None:
     config = tiny()
-    document = yaml.safe_load(documents.dump(config))
+    document = yaml.safe_load(yaml_io.dump(config))
     assert list(document) == [one.name for one in fields(config)]
     assert list(document["train"]) == sorted(one.name for one in fields(config.train))
     assert set(document["optimizer"]) == {one.name for one in fields(config.optimizer)}
@@ -78,8 +78,8 @@ PLAIN = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow
 )  # fmt: skip
 def test_any_setting_survives_a_dump(document: dict) -> None:
     config, again = tiny(), tiny()
-    documents.apply(config, document)
-    documents.apply(again, documents.load(documents.dump(config)))
+    yaml_io.apply(config, document)
+    yaml_io.apply(again, yaml_io.load(yaml_io.dump(config)))
     assert again == config
 
 
@@ -87,7 +87,7 @@ def test_any_setting_survives_a_dump(document: dict) -> None:
 def test_an_override_survives_a_dump(text: str) -> None:
     config, again = tiny(), tiny()
     overrides.apply(config, [text])
-    documents.apply(again, documents.load(documents.dump(config)))
+    yaml_io.apply(again, yaml_io.load(yaml_io.dump(config)))
     assert again == config
 
 
@@ -95,15 +95,15 @@ def test_a_finalized_model_says_what_only_code_can_set() -> None:
     config, again = tiny(), tiny()
     config.model.apply_rope_fusion = False  # needs Transformer Engine
     config.model.finalize()
-    text = documents.dump(config)
+    text = yaml_io.dump(config)
     assert text.endswith(
         "# `model.embedding_init_method` is set in Python code\n"
         "# `model.init_method` is set in Python code\n"
         "# `model.output_layer_init_method` is set in Python code\n"
     )
-    documents.apply(again, documents.load(text))
+    yaml_io.apply(again, yaml_io.load(text))
     again.model.finalize()
-    assert documents.as_mapping(again) == documents.as_mapping(config)
+    assert yaml_io.as_mapping(again) == yaml_io.as_mapping(config)
 
 
 def test_a_pipeline_layout_is_written_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,20 +119,20 @@ def test_a_pipeline_layout_is_written_as_it_was_given(monkeypatch: pytest.Monkey
         ],
     )
     config.model.finalize()
-    assert yaml.safe_load(documents.dump(config))["model"]["pipeline_model_parallel_layout"] == "Et*2|t*2L"
+    assert yaml.safe_load(yaml_io.dump(config))["model"]["pipeline_model_parallel_layout"] == "Et*2|t*2L"
 
 
 def test_an_empty_section_and_an_empty_document_say_nothing() -> None:
     config = tiny()
-    documents.apply(config, documents.load("model:\ntrain: null\noptimizer: {}\n"))
-    documents.apply(config, documents.load("# nothing\n"))
+    yaml_io.apply(config, yaml_io.load("model:\ntrain: null\noptimizer: {}\n"))
+    yaml_io.apply(config, yaml_io.load("# nothing\n"))
     assert config == tiny()
 
 
 def test_numbers_that_yaml_takes_for_text_are_numbers() -> None:
     config = tiny()
     assert yaml.safe_load("3e-4") == "3e-4"
-    documents.apply(config, documents.load("optimizer:\n  lr: 3e-4\ntrain:\n  train_iters: '12'\n"))
+    yaml_io.apply(config, yaml_io.load("optimizer:\n  lr: 3e-4\ntrain:\n  train_iters: '12'\n"))
     assert (config.optimizer.lr, config.train.train_iters) == (3e-4, 12)
 
 
@@ -146,7 +146,7 @@ model:
   params_dtype: {_call_: false, _target_: torch.bfloat16}
 ddp: null
 """
-    assert documents.apply(config, documents.load(text)) == ["_target_", "model._target_"]
+    assert yaml_io.apply(config, yaml_io.load(text)) == ["_target_", "model._target_"]
     assert config.model.activation_func is torch.nn.functional.gelu
     assert config.model.params_dtype is torch.bfloat16
 

@@ -12,7 +12,7 @@ from trainer import parallel
 from trainer.checkpoints import adapters, checkpoint, iterations, live, resuming
 from trainer.config import FinetuningDatasetConfig, RunConfig
 from trainer.peft.attach import attach
-from trainer.run import say
+from trainer.state import say
 
 
 def where_to_resume(config: RunConfig) -> Path | None:

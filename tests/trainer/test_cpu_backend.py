@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from trainer import cpu_stand_in
+from trainer import cpu_backend
 
 NAME = "megatron.core.tensor_parallel.random"
 
@@ -23,9 +23,11 @@ def _heard(caplog):
 def test_a_draw_on_the_cpu_is_no_warning_and_all_others_are_heard(caplog, monkeypatch):
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-    monkeypatch.setattr(logging.getLogger("megatron"), "level", logging.WARNING)  # `trainer.quiet` may have been imported
+    monkeypatch.setattr(
+        logging.getLogger("megatron"), "level", logging.WARNING
+    )  # `trainer.warnings_filter` may have been imported
     tracker = CudaRNGStatesTracker()
-    with cpu_stand_in.activate():
+    with cpu_backend.activate():
         tracker.add("dropout", 1)
         _draw(tracker)
         assert _heard(caplog) == []
@@ -37,7 +39,7 @@ def test_outside_of_it_megatron_core_warns_as_ever(caplog, monkeypatch):
     from megatron.core.tensor_parallel import random
 
     monkeypatch.setattr(logging.getLogger("megatron"), "level", logging.WARNING)
-    with cpu_stand_in.activate():
+    with cpu_backend.activate():
         pass
     monkeypatch.setattr(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state())
     monkeypatch.setattr(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state))

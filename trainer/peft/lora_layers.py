@@ -15,9 +15,9 @@ from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 
-from trainer.peft.adapted import Adapter
+from trainer.peft.adapter_layer import Adapter
+from trainer.peft.fused_add import FusedAdd
 from trainer.peft.linear import COLUMN, ROW, Linear
-from trainer.peft.product import FusedAdd
 
 if TYPE_CHECKING:
     from trainer.peft.lora import LoRA

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from converter import families, reference
-from converter.carried import CONFIG, EXTRAS, HFReference
 from converter.comparison import CheckpointView
 from converter.config import make_model
 from converter.families import Family
@@ -14,6 +13,7 @@ from converter.model import Model
 from converter.plan import TensorPlan, as_stored, to_huggingface
 from converter.reference import UnknownModelError
 from converter.rules import fill
+from converter.side_files import CONFIG, EXTRAS, HFReference
 from formats.detect import Format, detect
 from formats.errors import UserError
 from formats.folder import Folder

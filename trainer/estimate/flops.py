@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.counting import adapters
-from trainer.counting.shape import Shape, shape_of
+from trainer.estimate import adapters
+from trainer.estimate.shape import Shape, shape_of
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig

@@ -15,11 +15,11 @@ from megatron.core.transformer.enums import AttnBackend
 
 from formats.errors import UserError
 from trainer.config import RunConfig
-from trainer.counting import built
-from trainer.counting.activations import activations
-from trainer.counting.built import RankParameters, Weights
-from trainer.counting.shape import shape_of
 from trainer.data import is_packed
+from trainer.estimate import built
+from trainer.estimate.activations import activations
+from trainer.estimate.built import RankParameters, Weights
+from trainer.estimate.shape import shape_of
 
 FP8_COPIES = 2
 """Bytes per quantized weight: FP8 once as it is and once transposed, for the backward pass (Transformer Engine)."""
