@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _DEFINED_AS = {
     "Summary": "converter.conversion_plan.Summary",
-    "Talk": "converter.conversion_plan.Talk",
+    "Reporter": "converter.conversion_plan.Reporter",
     "TransientError": "formats.errors.TransientError",
     "UserError": "formats.errors.UserError",
     "adapter_to_hf": "converter.adapters.convert.adapter_to_hf",

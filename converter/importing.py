@@ -31,8 +31,10 @@ from formats.dcp_index import METADATA
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader
+from formats.iterations import iteration_folder
 from formats.spec import is_valid_shape
-from formats.torch_dist import ShardedTensor, TorchDistReader, TorchDistWriter, iteration_folder
+from formats.torch_dist import TorchDistReader
+from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

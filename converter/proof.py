@@ -25,9 +25,10 @@ from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
 from formats.integrity import Check
+from formats.iterations import find_iteration
 from formats.json_objects import read_json
 from formats.spec import Reader
-from formats.torch_dist import TorchDistReader, find_iteration
+from formats.torch_dist import TorchDistReader
 
 
 @user_errors()

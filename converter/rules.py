@@ -114,7 +114,7 @@ def under(megatron: str, huggingface: str, rules: Iterable[Rule]) -> Iterator[Ru
             rule,
             megatron=f"{megatron}.{rule.megatron}",
             huggingface=f"{huggingface}.{rule.huggingface}",
-            also=rule.alias and f"{megatron}.{rule.alias}",
+            alias=rule.alias and f"{megatron}.{rule.alias}",
         )
 
 

@@ -15,8 +15,8 @@ from formats import foreign
 from formats.dcp_index import METADATA, read_index
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
+from formats.iterations import COMMON, FORMAT, TRACKER, TRAIN_STATE, other_format, refuse_legacy, unfinished
 from formats.shard_files import INDEX, model_files
-from formats.torch_dist import COMMON, FORMAT, TRACKER, TRAIN_STATE, other_format, refuse_legacy, unfinished
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = re.compile(r"adapter[\w-]*\.(safetensors|bin|pt|pth)")

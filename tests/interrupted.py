@@ -29,7 +29,7 @@ import converter.execute, converter.run, converter.worker, formats.staging
 from formats.huggingface import HuggingFaceWriter
 from formats.outputs import LocalOutputs
 from formats.rendezvous import Rendezvous
-from formats.torch_dist import TorchDistWriter
+from formats.torch_dist_writer import TorchDistWriter
 
 log, release, pause, pauses, hold, piece_bytes, patience = json.loads(sys.argv[1])
 log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

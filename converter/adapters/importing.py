@@ -30,8 +30,10 @@ from formats.dcp_index import METADATA
 from formats.detect import Format, detect
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
+from formats.iterations import iteration_folder
 from formats.spec import Array, Reader, TensorSpec, dtype_name
-from formats.torch_dist import ShardedTensor, TorchDistReader, TorchDistWriter, iteration_folder
+from formats.torch_dist import TorchDistReader
+from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,7 @@ def test_an_export_to_a_bucket_has_the_same_bytes(folder, bucket, tmp_path):
 
 
 def test_an_upload_that_fails_leaves_nothing_there(checkpoint, bucket, monkeypatch):
-    monkeypatch.setattr("formats.remote.upload.Patience", lambda: HURRIED)
+    monkeypatch.setattr("formats.remote.upload.RetryPolicy", lambda: HURRIED)
     bucket.cutter.cut(10_000, after=0)
     with pytest.raises(UserError):
         mcore_to_hf(checkpoint, bucket.url)

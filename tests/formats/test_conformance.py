@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, plan_shards
-from formats.torch_dist import ShardedTensor, TorchDistReader, TorchDistWriter
+from formats.torch_dist import TorchDistReader
+from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
 from tests.formats.conformance import FormatSuite
 
 

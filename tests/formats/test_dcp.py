@@ -16,7 +16,8 @@ from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.outputs import LocalOutputs
 from formats.spec import TensorSpec
-from formats.torch_dist import ShardedTensor, TorchDistReader, TorchDistWriter
+from formats.torch_dist import TorchDistReader
+from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
 
 STACK = "decoder.layers.mlp.linear_fc2.weight"
 

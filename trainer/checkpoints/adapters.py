@@ -24,7 +24,8 @@ from formats.detect import Format, detect
 from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.home import expanded
-from formats.torch_dist import TorchDistReader, find_iteration
+from formats.iterations import find_iteration
+from formats.torch_dist import TorchDistReader
 from trainer.checkpoints import live
 from trainer.config import RunConfig
 from trainer.model import unwrap

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from formats.errors import UserError
-from formats.torch_dist import TRAIN_STATE, iteration_folder
+from formats.iterations import TRAIN_STATE, iteration_folder
 from trainer import optim
 from trainer.checkpoints import adapters, bucket_padding, causes, iterations, masters, random_states
 from trainer.config import RunConfig

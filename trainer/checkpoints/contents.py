@@ -17,9 +17,10 @@ from formats.detect import Format, detect
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.huggingface import HuggingFaceReader
+from formats.iterations import find_iteration
 from formats.json_objects import read_json
 from formats.spec import Reader, dtype_name
-from formats.torch_dist import TorchDistReader, find_iteration
+from formats.torch_dist import TorchDistReader
 from trainer import tokenizers
 from trainer.checkpoints import iterations
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from formats.dcp_index import METADATA, read_index
 from formats.folder import LocalFolder
+from formats.iterations import TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER, find_iteration, iteration_folder
 from formats.staging import put, sync_tree, take_place
-from formats.torch_dist import TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER, find_iteration, iteration_folder
 
 OURS = "mbtrain.yaml"
 """The file that says a checkpoint is one of this trainer's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from formats.errors import UserError
-from formats.torch_dist import TRACKER
+from formats.iterations import TRACKER
 from trainer.checkpoints import iterations
 from trainer.config import CheckpointConfig
 

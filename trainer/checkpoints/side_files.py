@@ -26,8 +26,8 @@ from converter.sources import open_source
 from formats.detect import Format, detect
 from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader
+from formats.iterations import find_iteration
 from formats.spec import DTYPES
-from formats.torch_dist import find_iteration
 from trainer import tokenizers
 from trainer.checkpoints import adapters, iterations, live
 from trainer.config import RunConfig

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from trainer.peft.peft import PEFT
 
 _WHERE = {
-    "PEFT": "method",
+    "PEFT": "peft",
     "LoRA": "lora",
     "DoRA": "dora",
-    "Adapter": "adapted",
-    "adapt": "adapted",
+    "Adapter": "adapter_layer",
+    "adapt": "adapter_layer",
     "trainable": "attach",
 }
 __all__ = ["PEFT", "Adapter", "DoRA", "LoRA", "adapt", "trainable"]

@@ -21,7 +21,7 @@ from converter.adapters.merge import merge
 from converter.adapters.merged import MergedReader, block_rows, blocks
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
-from formats.torch_dist import TRACKER
+from formats.iterations import TRACKER
 from tests.converter.adapters.made import EVERY, logits, older_names, save_adapter, with_adapter
 from tests.converter.test_provenance import hashes, record
 from tests.converter.test_verify import Lying
