@@ -67,7 +67,7 @@ def test_the_same_bytes_with_one_worker_and_with_eight_from_any_folder(model_fol
 def test_small_pieces_make_the_same_bytes(model_folder, tmp_path, monkeypatch, size):
     folder = model_folder("attention_bias", dtype="bfloat16")
     hf_to_mcore(folder, tmp_path / "large", tp=2, pp=2)
-    for module in ("share", "comparison", "run"):
+    for module in ("worker", "comparison", "run"):
         monkeypatch.setattr(f"converter.{module}.PIECE_BYTES", size)
     hf_to_mcore(folder, tmp_path / "small", tp=2, pp=2, verify=True)
     mcore_to_hf(tmp_path / "small", tmp_path / "back", verify=True)

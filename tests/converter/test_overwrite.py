@@ -217,7 +217,7 @@ def test_what_appears_where_nothing_was_is_not_lost(commands, made, tmp_path, ov
 
 @pytest.fixture
 def bucket(moto, monkeypatch):
-    monkeypatch.setattr(upload, "Patience", lambda: HURRIED)
+    monkeypatch.setattr(upload, "RetryPolicy", lambda: HURRIED)
     with ExitStack() as stack:
         yield s3_store(stack, monkeypatch, moto)
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("at_home")
 
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch):
-    monkeypatch.setattr(remote, "Patience", lambda: HURRIED)
+    monkeypatch.setattr(remote, "RetryPolicy", lambda: HURRIED)
 
 
 @pytest.fixture
