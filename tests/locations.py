@@ -29,7 +29,7 @@ class Place:
     cutter: Cutter
 
     def open(self, patience: RetryPolicy = HURRIED) -> Folder:
-        return open_folder(self.url, patience=patience)
+        return open_folder(self.url, policy=patience)
 
 
 @contextmanager
