@@ -30,6 +30,8 @@ CASES = {
     "fp32": (1, {}),
     "bf16": (1, {"mixed_precision": "bf16_mixed"}),
     "bf16, distributed optimizer": (2, {"mixed_precision": "bf16_mixed", "ddp__use_distributed_optimizer": True}),
+    "FP8, delayed scaling": (1, {"mixed_precision": "bf16_with_fp8_delayed_scaling_mixed"}),
+    "FP8, current scaling": (1, {"mixed_precision": "bf16_with_fp8_current_scaling_mixed"}),
     "bf16, TP2": (2, {"mixed_precision": "bf16_mixed", "model__tensor_model_parallel_size": 2}),
 }
 

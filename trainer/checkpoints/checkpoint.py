@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from formats.errors import UserError
 from formats.iterations import TRAIN_STATE, iteration_folder
 from trainer import optim
-from trainer.checkpoints import adapters, bucket_padding, causes, iterations, masters, random_states
+from trainer.checkpoints import adapters, bucket_padding, causes, fp8_states, iterations, masters, random_states
 from trainer.config import RunConfig
 from trainer.model import unwrap
 from trainer.parallel import from_first_rank, on_first_rank
@@ -309,7 +309,8 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
     for number, chunk in enumerate(parts.chunks):
         weights = loaded["model" if len(parts.chunks) == 1 else f"model{number}"]
         if config.peft is None:
-            unwrap(chunk).load_state_dict(weights)
+            with fp8_states.safe_unpickling():
+                unwrap(chunk).load_state_dict(weights)
         else:
             adapters.put(chunk, weights)
     if "optimizer" in loaded:
