@@ -34,6 +34,9 @@ _RECIPES = {
     },
     "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
 }  # fmt: skip
+_STORAGES = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
+"""How a storage is pickled: as torch does, and as megatron-core has it do."""
+
 _TENSORS = {"torch._utils": {"_rebuild_tensor_v2"}, "collections": {"OrderedDict"}}
 
 
@@ -61,7 +64,7 @@ class _Unpickler(pickle.Unpickler):
     """An unpickler that finds tensors, recipes, and no other class or function."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if (module, name) in _STORAGES:
             return _storage
         if name in _RECIPES.get(module, ()) or name in _TENSORS.get(module, ()):
             return super().find_class(module, name)
