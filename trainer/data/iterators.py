@@ -13,8 +13,8 @@ from formats.errors import UserError
 from trainer import data, device, model
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.contents import tokenizer_of_run
-from trainer.config import FinetuningDatasetConfig, RunConfig
-from trainer.data import compare, once
+from trainer.config import FinetuningDatasetConfig, RunConfig, is_packed
+from trainer.data import consistency, one_epoch
 from trainer.data.chat import build
 from trainer.data.loader import batches
 from trainer.state import DataWait, Run, say
@@ -24,7 +24,7 @@ from trainer.tokenizers import Tokenizer
 def check(config: RunConfig) -> None:
     """UserError where examples to learn from are not there: known before a model is loaded. To be called on every rank. Whoever
     builds datasets of their own knows what they need."""
-    if getattr(type(config.dataset), "build", None) is FinetuningDatasetConfig.build:
+    if isinstance(config.dataset, FinetuningDatasetConfig) and not hasattr(config.dataset, "build"):
         build.check(config.dataset)
 
 
@@ -34,7 +34,7 @@ def datasets(config: RunConfig, progress: checkpoint.Progress, *, tokenizer: Tok
     to_come = max(train.train_iters - progress.iteration, 0) * train.global_batch_size
     evaluated = (1 if iterations is None else iterations) * train.global_batch_size
     made = _build(config, (progress.consumed_samples + to_come, evaluated, evaluated), tokenizer)
-    compare.check(made, tokenizer)
+    consistency.check(made, tokenizer)
     for line in getattr(made[0], "summary", ()):
         say(line)
     return made[0], *(_each_once(one, config) for one in made[1:])
@@ -44,7 +44,7 @@ def _each_once(held_out: Any, config: RunConfig) -> Any:
     """Of several sets, each."""
     if isinstance(held_out, dict):
         return {name: _each_once(one, config) for name, one in held_out.items()}
-    return once.once(held_out, iterations=config.validation.eval_iters, global_batch_size=config.train.global_batch_size)
+    return one_epoch.once(held_out, iterations=config.validation.eval_iters, global_batch_size=config.train.global_batch_size)
 
 
 def _build(config: RunConfig, samples: tuple[int, int, int], tokenizer: Tokenizer | None) -> Sequence[Any]:
@@ -67,7 +67,7 @@ def steps_of_epochs(config: RunConfig) -> int:
 
 def evaluations(config: RunConfig, dataset: Any) -> int:
     """Global batches of one evaluation of held-out data."""
-    if isinstance(dataset, once.Once):
+    if isinstance(dataset, one_epoch.Once):
         return len(dataset) // config.train.global_batch_size
     return config.validation.eval_iters or 0
 
@@ -101,14 +101,14 @@ _ASKED = 2
 def rows_between_stages(config: RunConfig) -> tuple[int, int]:
     """Rows and their length in what pipeline stages hand on: on a GPU, packed rows lie end to end (`trainer.loss`)."""
     rows, length = config.train.micro_batch_size, config.dataset.sequence_length
-    return (1, rows * length) if data.is_packed(config.dataset) and device.current().type == "cuda" else (rows, length)
+    return (1, rows * length) if is_packed(config.dataset) and device.current().type == "cuda" else (rows, length)
 
 
 def iterators(run: Run, dataset: Any, *, consumed: int) -> list[Iterator[Any] | None]:
     """One iterator of microbatches per model chunk; None for chunks that see neither tokens nor labels, nor where packed rows
     are divided."""
     config = run.config
-    packed = data.is_packed(config.dataset)
+    packed = is_packed(config.dataset)
     return [
         _timed(
             run.waited,
