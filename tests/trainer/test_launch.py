@@ -15,9 +15,9 @@ from click.testing import CliRunner
 
 from formats.errors import UserError
 from trainer import launch
+from trainer.commands.arguments import read_run
 from trainer.commands.launch import command
 from trainer.launch import Job, pretraining, slurm
-from trainer.settings.arguments import read_run
 
 GOLDEN = """\
 #!/bin/bash

@@ -18,8 +18,8 @@ Where = Literal["local", "slurm"]
 
 def run_recipe(recipe: str, overrides: list[str]) -> None:
     """What a `run.Partial` carries: train `recipe` with `key=value` settings. Plain arguments, since NeMo-Run stores them."""
+    from trainer.commands.arguments import read_run  # noqa: PLC0415 - NeMo-Run imports this module where the job is made
     from trainer.loop import pretrain  # noqa: PLC0415
-    from trainer.settings.arguments import read_run  # noqa: PLC0415 - NeMo-Run imports this module where the job is made
 
     pretrain(read_run(recipe, config_file=None, overrides=overrides))
 
