@@ -118,7 +118,7 @@ def _median_step(told: argparse.Namespace, config: Any, model: Any, batches: lis
 
 def _on_gpu(batches: list[dict[str, Any]]) -> list[Any]:
     """Rows end to end, and what attention is told of them, before the clock starts."""
-    from trainer.data import segments
+    from trainer import segments
     from trainer.loss import end_to_end
 
     return [end_to_end(batch, segments.find(batch["segment_ids"])) for batch in batches]

@@ -82,7 +82,7 @@ def lora_parameters(provider: Any, rank: int) -> int:
 
 def flops(provider: Any, batches: Sequence[dict[str, Any]]) -> float:
     """Floating-point operations of training LoRA of rank `RANK` on these microbatches, as `mbtrain` counts its own."""
-    from trainer.data import segments
+    from trainer import segments
     from trainer.estimate.flops import flops_of_packed
     from trainer.peft import LoRA
 

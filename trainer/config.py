@@ -180,11 +180,11 @@ class FinetuningDatasetConfig:
     num_workers: int = 2
     """Processes that read ahead, per rank; 0 reads in the training process."""
 
-    def build(self, tokenizer: Any, vocab_size: int, samples: tuple[int, int, int]) -> Any:
-        """See `trainer.data`."""
-        from trainer.data import chat  # noqa: PLC0415 - brings torch
 
-        return chat.build(self, tokenizer=tokenizer, vocab_size=vocab_size, samples=samples)
+def is_packed(dataset: Any) -> bool:
+    """Return whether the samples of a dataset section have `segment_ids`: rows of several documents or examples."""
+    documents = getattr(dataset, "blend", None) or getattr(dataset, "blend_per_split", None)  # mock data has no documents
+    return bool(getattr(dataset, "packed", False) or (documents and getattr(dataset, "reset_attention_mask", False)))
 
 
 @dataclass(kw_only=True)

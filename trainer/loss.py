@@ -17,8 +17,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from formats.errors import UserError
-from trainer import device
-from trainer.data import segments
+from trainer import device, segments
 
 Batch = dict[str, torch.Tensor]
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]

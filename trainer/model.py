@@ -7,7 +7,7 @@ A model of your own: a dataclass made from `ModelProvider`, with `provide(pre_pr
 any `torch.nn.Module`. With the forward step that comes along, the module is called as `module(tokens, position_ids,
 attention_mask, labels=labels)` and answers the loss of each token, [micro batch, sequence]; with a forward step of your own,
 as that one does. Precision, data parallelism, saving and resuming need nothing else. Where rows are packed, `attention_mask`
-says which tokens do not see which (`trainer.data.segments`); on a GPU there is megatron-core's `packed_seq_params` instead.
+says which tokens do not see which (`trainer.segments`); on a GPU there is megatron-core's `packed_seq_params` instead.
 
 Every tensor-parallel rank then holds the whole module. To divide it, build it of megatron-core's layers and give it the two
 things they have: `config`, which is the provider, and `sharded_state_dict`; or make it a `MegatronModule`, which has both.

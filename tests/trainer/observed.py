@@ -106,7 +106,7 @@ def made_up(world: int) -> Iterator[None]:
         return
 
     from trainer import process_group
-    from trainer.data import compare
+    from trainer.data import consistency
 
     start, group = dist.init_process_group, dist.new_group
     alone = {"rank": 0, "world_size": world, "store": dist.HashStore()}
@@ -116,7 +116,7 @@ def made_up(world: int) -> Iterator[None]:
             patch.setitem(os.environ, name, str(value))
         patch.setattr(dist, "init_process_group", lambda *_, **__: start("fake", **alone))
         patch.setattr(process_group, "_meeting_point", lambda _: (dist.HashStore(), 0))
-        patch.setattr(compare, "check", lambda *_: None)  # nobody else reads
+        patch.setattr(consistency, "check", lambda *_: None)  # nobody else reads
         patch.setattr(dist, "new_group", lambda *args, **options: group(*args, **{**options, "backend": "fake"}))
         yield
 

@@ -16,9 +16,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from formats.errors import UserError
 from tests.trainer import prepared
 from tests.trainer.prepared import LENGTH, built, contents, write
-from trainer import data, tokenizers
-from trainer.config import DatasetConfig
-from trainer.data import cache, segments
+from trainer import data, segments, tokenizers
+from trainer.config import DatasetConfig, is_packed
+from trainer.data import cache
 from trainer.data.epochs import Vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not determine rank:UserWarning")  # megatron-core's, of a lone process
@@ -182,7 +182,7 @@ def test_documents_are_kept_apart_as_megatron_core_does(tmp_path):
         builder.end_document()
     builder.finalize(str(tmp_path / "a.idx"))
     config = DatasetConfig(sequence_length=LENGTH, blend=[str(tmp_path / "a")], split="1,0,0", reset_attention_mask=True)
-    assert data.is_packed(config)
+    assert is_packed(config)
     train, _, _ = data.build(config, tokenizer=tokenizers.load("byte"), vocab_size=257, samples=(5, 0, 0))
     for sample in train:
         theirs, _, _ = _get_ltor_masks_and_position_ids(sample["tokens"], 256, False, True, False, True)

@@ -1,31 +1,30 @@
-"""Where training tokens come from.
+"""Datasets: the sources of training tokens.
 
-`build` makes the three datasets of a run, `trainer.data.loader.batches` reads them.
+`build` makes the three datasets of a run; `trainer.data.loader.batches` reads them.
 
-A dataset has a length and gives, for each sample number, a dict of tensors `[sequence_length]`: `tokens`, `labels` and
-`position_ids` (int64), `loss_mask` (float32: 1 for a label that is learned, else 0). What a sample number stands for depends on
-nothing but the data and its seed: not on how many samples are asked for, on batch sizes or on ranks. So a sample number is a
-position that one can resume from.
+A dataset has a length and returns, for a sample number, a dict of tensors `[sequence_length]`: `tokens`, `labels` and
+`position_ids` (int64), `loss_mask` (float32; 1 for a label that counts, else 0). A sample number always means the same sample:
+it depends on the data and its seed, not on the number of samples, the batch size or the ranks. Runs resume from a sample number.
 
-Your own data: in place of `DatasetConfig`, give an object with
+To use data of your own, replace `DatasetConfig` by an object with
 
 - `sequence_length`, and
-- `build(tokenizer, vocab_size, samples) -> (train, valid, test)`: three datasets as above, of at least the lengths in `samples`,
-  or None where that is 0. `tokenizer` is None where the run has none. In place of one `valid` or `test` there may be a dict of
-  several by their names, which are evaluated each by itself.
+- `build(tokenizer, vocab_size, samples) -> (train, valid, test)`: three datasets as above with at least the lengths in `samples`,
+  or None where that length is 0. `tokenizer` is None if the run has none. `valid` and `test` may each be a dict of datasets by
+  name; each of these is evaluated by itself.
 
-Rows may hold several examples of which none sees another: then the object has `packed` set, and samples have `segment_ids`
-(int32) too, another number for each example in a row and -1 for what fills it up.
+Rows may hold several examples that do not attend to each other. The object then has `packed` set, and each sample has
+`segment_ids` (int32): a different number for each example in the row, and -1 for padding.
 
-A dataset that is gone through in epochs may say so: `per_epoch`, how many samples one has, so that evaluations see each once; and
-`until(epochs)`, how many samples that many have, for `train.num_epochs`.
+A dataset that repeats in epochs may define `per_epoch`, the number of samples in an epoch, so that an evaluation sees each sample
+once; and `until(epochs)`, the number of samples in that many epochs, for `train.num_epochs`.
 
-What the training dataset has as `summary`, lines of text, is told before the first step.
+If the training dataset has `summary`, a sequence of lines, these are printed before the first step.
 
-It is called on every rank and gives the same there: lengths are compared, and what `fingerprint()` of a dataset returns, a text,
-where it has that. With `num_workers` above 0 the datasets are pickled to the processes that read ahead.
+Every rank calls `build` and must get the same data. They compare lengths and, if a dataset has `fingerprint()`, its result (str).
+With `num_workers` above 0, datasets are pickled and sent to the worker processes.
 
-This package imports torch only when it builds: the processes of `mbtrain prepare-data` do without.
+This package imports torch only inside `build`; the workers of `mbtrain prepare-data` do not import it.
 """
 
 from __future__ import annotations
@@ -33,29 +32,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch.utils.data import Dataset
-
+    from trainer.data.interface import Splits
     from trainer.tokenizers import Tokenizer
-
-type HeldOut = Dataset | dict[str, Dataset]
-"""One set, or several by their names."""
-
-type Splits = tuple[Dataset | None, HeldOut | None, HeldOut | None]
-
-
-def is_packed(config: Any) -> bool:
-    """Do the samples of this dataset have `segment_ids`?"""
-    documents = getattr(config, "blend", None) or getattr(config, "blend_per_split", None)  # mock data has none that end
-    return bool(getattr(config, "packed", False) or (documents and getattr(config, "reset_attention_mask", False)))
 
 
 def build(config: Any, *, tokenizer: Tokenizer | None, vocab_size: int, samples: tuple[int, int, int]) -> Splits:
-    """Train, validation and test datasets of as many samples; None where `samples` is 0, or the split has no share of the data.
+    """Return the train, validation and test datasets, with `samples` samples each.
 
-    To be called on every rank. Raises UserError where the data cannot give them.
+    A split is None if its number in `samples` is 0, or if it has no share of the data. Every rank calls this. Raises UserError
+    if the data cannot give that many.
     """
     if hasattr(config, "build"):
         return config.build(tokenizer, vocab_size, samples)
-    from trainer.data import splits  # noqa: PLC0415 - brings torch and megatron-core
+    from trainer.config import FinetuningDatasetConfig  # noqa: PLC0415 - imports torch and megatron-core
+    from trainer.data import splits  # noqa: PLC0415
+    from trainer.data.chat import build as chat  # noqa: PLC0415
 
-    return splits.build(config, tokenizer=tokenizer, vocab_size=vocab_size, samples=samples)
+    builder: Any = chat if isinstance(config, FinetuningDatasetConfig) else splits
+    return builder.build(config, tokenizer=tokenizer, vocab_size=vocab_size, samples=samples)

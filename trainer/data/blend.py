@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,29 +17,14 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.utils import normalize
 from torch.utils.data import Dataset
 
-from trainer.data import cache, compare
-
-
-class Samples(Protocol):
-    """A stream of samples that does not depend on how much of it will be read."""
-
-    def take(self, samples: int) -> Any:
-        """Have so many."""
-        ...
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One of them."""
-        ...
-
-    def fingerprint(self) -> str:
-        """A hash of what it reads: see `trainer.data.compare`."""
-        ...
+from trainer.data import cache, consistency
+from trainer.data.interface import SampleStream
 
 
 class Blend(Dataset):
     """`samples` samples of `sources`, which give as many as their `weights` say."""
 
-    def __init__(self, sources: Sequence[Samples], weights: list[float], *, samples: int, folder: Path) -> None:
+    def __init__(self, sources: Sequence[SampleStream], weights: list[float], *, samples: int, folder: Path) -> None:
         self._sources, self._weights, self.samples, self._folder = sources, normalize(weights), samples, folder
         self.summary: tuple[str, ...] = ()
         """What to tell of it before the first step."""
@@ -50,9 +35,9 @@ class Blend(Dataset):
             source.take(count)
 
     def fingerprint(self) -> str:
-        """A hash of what it reads: see `trainer.data.compare`."""
+        """A hash of what it reads: see `trainer.data.consistency`."""
         which, _ = self._mapped()
-        return compare.fingerprint(which[:1024], *(source.fingerprint().encode() for source in self._sources))
+        return consistency.fingerprint(which[:1024], *(source.fingerprint().encode() for source in self._sources))
 
     def __len__(self) -> int:
         return self.samples

@@ -25,8 +25,9 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
 from formats.errors import UserError
+from trainer import segments
 from trainer.config import DatasetConfig
-from trainer.data import cache, compare, segments
+from trainer.data import cache, consistency
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEAD = struct.Struct("<9sQBQQ")
@@ -138,12 +139,12 @@ class Epochs(Dataset):
         return epochs * self.per_epoch
 
     def fingerprint(self) -> str:
-        """A hash of what it reads (`trainer.data.compare`): all lengths, the tokens of some documents, and the first sample."""
+        """Return a hash of all lengths, the tokens of some documents, and the first sample: see `trainer.data.consistency`."""
         start = self._bounds[0]
-        some = compare.spread(len(self._lengths))
+        some = consistency.spread(len(self._lengths))
         parts = [self._source.get(start + number, length=min(1024, int(self._lengths[number]))) for number in some]
         said = repr(self._vocabulary).encode()
-        return compare.fingerprint(said, *parts, *([self[0]["tokens"].numpy()] if self.samples else []))
+        return consistency.fingerprint(said, *parts, *([self[0]["tokens"].numpy()] if self.samples else []))
 
     def __len__(self) -> int:
         return self.samples

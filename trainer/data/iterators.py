@@ -16,8 +16,8 @@ from megatron.core import parallel_state
 
 from formats.errors import UserError
 from trainer import data, device, model
-from trainer.config import FinetuningDatasetConfig, TrainingConfig, ValidationConfig
-from trainer.data import compare, once
+from trainer.config import FinetuningDatasetConfig, TrainingConfig, ValidationConfig, is_packed
+from trainer.data import consistency, one_epoch
 from trainer.data.chat import build
 from trainer.data.loader import batches
 from trainer.tokenizers import Tokenizer
@@ -35,7 +35,7 @@ def check(dataset: Any) -> None:
 
     A dataset section of one's own is not checked.
     """
-    if getattr(type(dataset), "build", None) is FinetuningDatasetConfig.build:
+    if isinstance(dataset, FinetuningDatasetConfig) and not hasattr(dataset, "build"):
         build.check(dataset)
 
 
@@ -60,7 +60,7 @@ def datasets(
     evaluated = (1 if iterations is None else iterations) * batch
     samples = (consumed_samples + to_come, evaluated, evaluated)
     training, *held_out = data.build(dataset, tokenizer=tokenizer, vocab_size=vocab_size, samples=samples)
-    compare.check((training, *held_out), tokenizer)
+    consistency.check((training, *held_out), tokenizer)
     return training, *(_each_once(found, iterations, batch) for found in held_out)
 
 
@@ -68,7 +68,7 @@ def _each_once(held_out: Any, iterations: int | None, global_batch_size: int) ->
     """Limit held-out data, or each of several sets, to one epoch."""
     if isinstance(held_out, dict):
         return {name: _each_once(dataset, iterations, global_batch_size) for name, dataset in held_out.items()}
-    return once.once(held_out, iterations=iterations, global_batch_size=global_batch_size)
+    return one_epoch.once(held_out, iterations=iterations, global_batch_size=global_batch_size)
 
 
 def steps_of_epochs(dataset: Any, *, train: TrainingConfig, vocab_size: int, tokenizer: Tokenizer | None) -> int:
@@ -91,7 +91,7 @@ def steps_of_epochs(dataset: Any, *, train: TrainingConfig, vocab_size: int, tok
 
 def eval_iterations(held_out: Any, *, train: TrainingConfig, validation: ValidationConfig) -> int:
     """Return how many global batches one evaluation of a held-out dataset takes."""
-    if isinstance(held_out, once.Once):
+    if isinstance(held_out, one_epoch.Once):
         return len(held_out) // train.global_batch_size
     return validation.eval_iters or 0
 
@@ -105,7 +105,7 @@ def microbatch_shape(dataset: Any, micro_batch_size: int) -> tuple[int, int]:
     """Return the rows and their length of the activations that pipeline stages exchange: on a GPU, packed rows are end to end in
     one row (`trainer.loss`)."""
     length = dataset.sequence_length
-    if data.is_packed(dataset) and device.current().type == "cuda":
+    if is_packed(dataset) and device.current().type == "cuda":
         return 1, micro_batch_size * length
     return micro_batch_size, length
 
@@ -118,7 +118,7 @@ def chunk_iterators(
     `section` is the dataset's settings. None for chunks between the first and the last pipeline stage, which need no batch unless
     rows are packed. The time that each microbatch is waited for is added to `waited`.
     """
-    packed = data.is_packed(section)
+    packed = is_packed(section)
 
     def read() -> Generator[Any]:
         return batches(

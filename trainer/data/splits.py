@@ -14,9 +14,10 @@ from megatron.core.datasets.utils import Split, get_blend_from_list
 
 from formats.errors import UserError
 from trainer.config import DatasetConfig
-from trainer.data import HeldOut, Splits, cache
+from trainer.data import cache
 from trainer.data.blend import Blend
 from trainer.data.epochs import Epochs, TooFewError
+from trainer.data.interface import HeldOut, Splits
 from trainer.data.mock import Mock
 from trainer.tokenizers import Tokenizer
 

@@ -14,8 +14,7 @@ import torch
 from megatron.core.transformer.enums import AttnBackend
 
 from formats.errors import UserError
-from trainer.config import RunConfig
-from trainer.data import is_packed
+from trainer.config import RunConfig, is_packed
 from trainer.estimate import built
 from trainer.estimate.activations import activations
 from trainer.estimate.built import RankParameters, Weights

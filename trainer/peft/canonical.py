@@ -7,22 +7,18 @@ multiplied with zero costs less than another pass over the output would.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import torch
 
 from trainer.peft.fused_layers import FusedParts
 from trainer.peft.linear import Linear
-from trainer.peft.lora_layers import LoraAdapter, make_lora_matrices
-
-if TYPE_CHECKING:
-    from trainer.peft.lora import LoRA
+from trainer.peft.lora_layers import LoraAdapter, LoraSettings, make_lora_matrices
 
 
 class Pair(torch.nn.Module):
     """A and B of one part."""
 
-    def __init__(self, linear: Linear, told: LoRA, *, rows: int) -> None:
+    def __init__(self, linear: Linear, told: LoraSettings, *, rows: int) -> None:
         super().__init__()
         self.linear_in, self.linear_out = make_lora_matrices(linear, told, rows=rows)
 
@@ -34,7 +30,7 @@ class Pair(torch.nn.Module):
 class CanonicalAdapter(LoraAdapter):
     """`chosen` parts of a fused layer have A and B."""
 
-    def __init__(self, linear: Linear, told: LoRA, *, parts: FusedParts, chosen: Collection[str]) -> None:
+    def __init__(self, linear: Linear, told: LoraSettings, *, parts: FusedParts, chosen: Collection[str]) -> None:
         self.parts, self.chosen = parts, chosen
         super().__init__(linear, told)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from megatron.core import tensor_parallel
@@ -19,8 +19,29 @@ from trainer.peft.adapter_layer import Adapter
 from trainer.peft.fused_add import FusedAdd
 from trainer.peft.linear import COLUMN, ROW, Linear
 
-if TYPE_CHECKING:
-    from trainer.peft.lora import LoRA
+
+class LoraSettings(Protocol):
+    """The hyperparameters that an adapter is built from: `trainer.peft.lora.LoRA`."""
+
+    @property
+    def dim(self) -> int:
+        """The rank r."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """The factor s of B·A."""
+        ...
+
+    @property
+    def dropout(self) -> float:
+        """The dropout probability of the adapter's input."""
+        ...
+
+    @property
+    def a_init(self) -> str:
+        """The initializer of A: `kaiming`, `xavier` or `normal`."""
+        ...
 
 
 class Matrix(torch.nn.Module):
@@ -44,14 +65,14 @@ def mark(parameter: torch.nn.Parameter, linear: Linear, *, axis: int | None, str
     parameter.sequence_parallel = linear.sequence_parallel and axis is None  # type: ignore[attr-defined]
 
 
-def make_lora_matrices(linear: Linear, told: LoRA, *, rows: int, stride: int = 1) -> tuple[Matrix, Matrix]:
+def make_lora_matrices(linear: Linear, told: LoraSettings, *, rows: int, stride: int = 1) -> tuple[Matrix, Matrix]:
     """A [r, inputs] and B [outputs, r] for `rows` of a layer's outputs on this rank."""
     a = Matrix(linear, told.dim, linear.columns, axis=ROW if linear.axis == ROW else None)
     return a, Matrix(linear, rows, told.dim, axis=COLUMN if linear.axis == COLUMN else None, stride=stride)
 
 
 @torch.no_grad()
-def first_values(a: torch.Tensor, linear: Linear, told: LoRA, generator: torch.Generator) -> None:
+def first_values(a: torch.Tensor, linear: Linear, told: LoraSettings, generator: torch.Generator) -> None:
     """A as it would be on one rank, of which this one takes its columns."""
     ranks = linear.group.size() if linear.axis == ROW else 1
     whole = torch.empty(a.shape[0], linear.columns * ranks)
@@ -67,7 +88,7 @@ def first_values(a: torch.Tensor, linear: Linear, told: LoRA, generator: torch.G
 class LoraAdapter(Adapter):
     """Adds s·B·A·x to a layer's output. One A for all that the layer computes."""
 
-    def __init__(self, linear: Linear, told: LoRA) -> None:
+    def __init__(self, linear: Linear, told: LoraSettings) -> None:
         super().__init__()
         self.linear, self.group = linear, linear.group
         self.sequence_parallel = linear.sequence_parallel  # generation turns off what is called so

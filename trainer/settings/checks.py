@@ -11,8 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from formats.errors import UserError
-from trainer.config import RunConfig
-from trainer.data import is_packed
+from trainer.config import RunConfig, is_packed
 from trainer.settings.precision import Machine, requires
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"

@@ -59,7 +59,7 @@ def test_an_evaluation_of_fewer_batches_sees_the_first_examples(ranks, model_fol
 
 
 def test_a_blend_does_not_say_how_many_samples_all_are():
-    from trainer.data.once import once
+    from trainer.data.one_epoch import once
 
     with pytest.raises(UserError) as refused:
         once(small.FixedTokens(64).build(None, 64, (1, 1, 1))[1], iterations=None, global_batch_size=4)

@@ -48,9 +48,8 @@ def _logits(folder: str, rows: list[list[int]], ids: list[list[int]] | None) -> 
     from pathlib import Path
 
     from tests.trainer import small
-    from trainer import model, parallel
+    from trainer import model, parallel, segments
     from trainer.checkpoints import live
-    from trainer.data import segments
     from trainer.settings.resolve import resolve
 
     config = resolve(small.settings(Path(folder)), world_size=1, device="cpu").config

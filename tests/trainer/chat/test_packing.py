@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.trainer.chat.packed import Drawn
-from trainer.data import segments
+from trainer import segments
 from trainer.data.chat import packing
 from trainer.data.chat.dataset import Examples
 

@@ -16,7 +16,8 @@ from tests.trainer.chat.packed import Drawn
 from trainer import tokenizers
 from trainer.cli import main
 from trainer.config import FinetuningDatasetConfig
-from trainer.data.chat import build, store
+from trainer.data import build
+from trainer.data.chat import store
 
 LENGTH = 96
 

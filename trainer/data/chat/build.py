@@ -16,14 +16,15 @@ import numpy as np
 from formats.errors import UserError
 from formats.home import expanded
 from trainer.config import FinetuningDatasetConfig
-from trainer.data import Splits, cache
+from trainer.data import cache
 from trainer.data.chat import packing, store
 from trainer.data.chat.dataset import Examples
 from trainer.data.chat.examples import Counts, Tokenized, identity, read_examples, tokenizer_identity
-from trainer.data.chat.several import blend, by_name
+from trainer.data.chat.multi_source import blend, by_name
 from trainer.data.chat.sources import Source
 from trainer.data.chat.splits import SPLITS, Part, check_named, parts
 from trainer.data.chat.store import Store
+from trainer.data.interface import Splits
 from trainer.settings import paths
 from trainer.tokenizers import Tokenizer
 

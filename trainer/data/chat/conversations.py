@@ -15,7 +15,7 @@ import numpy as np
 
 from formats.errors import is_text
 from trainer.config import Learned
-from trainer.data.chat import omissions
+from trainer.data.chat import unrendered
 from trainer.data.chat.chat_template import Template
 from trainer.data.chat.messages import ANSWERS, TOOL, Conversation
 from trainer.data.chat.tokenized import RenderedText, Tokenized, tokenized
@@ -91,7 +91,7 @@ class Conversations:
             draft = RenderedText([_unicode(text)], partial(_inside, spans))
         else:
             draft = RenderedText(self._growing(conversation, wanted), partial(self._between, wanted))
-        rewritten = omissions.check(self.template, conversation, draft.texts[-1])
+        rewritten = unrendered.check(self.template, conversation, draft.texts[-1])
         if list(wanted) == [len(conversation.messages) - 1]:
             rewritten.intersection_update(wanted)  # what comes before is as the model would see it
         else:

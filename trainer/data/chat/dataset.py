@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from trainer.data import cache, compare
+from trainer.data import cache, consistency
 from trainer.data.chat import packing
 from trainer.data.chat.packing import Rows
-from trainer.data.segments import PADDING
+from trainer.segments import PADDING
 
 
 class Tokens(Protocol):
@@ -96,9 +96,9 @@ class Examples(Dataset):
         return packing.efficiency(self._lengths, self._ends[0], capacity=self.sequence_length)
 
     def fingerprint(self) -> str:
-        """A hash of what it reads (`trainer.data.compare`): all lengths, the tokens of some examples, and the first row."""
-        some = [part for number in compare.spread(len(self._numbers)) for part in self.store[int(self._numbers[number])]]
-        return compare.fingerprint(self._lengths, *some, *([self[0]["labels"].numpy()] if self.samples else []))
+        """A hash of what it reads (`trainer.data.consistency`): all lengths, the tokens of some examples, and the first row."""
+        some = [part for number in consistency.spread(len(self._numbers)) for part in self.store[int(self._numbers[number])]]
+        return consistency.fingerprint(self._lengths, *some, *([self[0]["labels"].numpy()] if self.samples else []))
 
     def beginnings(self, count: int) -> list[list[int]]:
         """The tokens of the first examples before those that are learned."""

@@ -11,7 +11,7 @@ import pytest
 from formats.errors import UserError
 from trainer import tokenizers
 from trainer.config import FinetuningDatasetConfig
-from trainer.data.chat import build
+from trainer.data import build
 
 BYTE = tokenizers.load("byte")
 LENGTH = 64

@@ -44,7 +44,7 @@ def _read(folders, config, tokenizer, lengths):
     from torch import distributed
 
     from trainer import tokenizers
-    from trainer.data import build, compare
+    from trainer.data import build, consistency
 
     rank = int(os.environ["RANK"])
     os.chdir(folders[rank])
@@ -53,7 +53,7 @@ def _read(folders, config, tokenizer, lengths):
     try:
         loaded = tokenizers.load(tokenizer)
         made = build(config, tokenizer=loaded, vocab_size=1000, samples=lengths)
-        compare.check(made, loaded)
+        consistency.check(made, loaded)
     except UserError as error:
         return str(error)
     return ""
