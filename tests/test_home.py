@@ -99,7 +99,7 @@ def test_settings_that_are_paths_say_so():
 
 @pytest.mark.parametrize("text", ["checkpoint.save=~/out", "checkpoint.save='~/out'", 'checkpoint.save="~/out"'])
 def test_the_command_line_of_a_run_has_it_too(home, text):
-    from trainer.settings.arguments import read_run
+    from trainer.commands.arguments import read_run
 
     assert read_run("llama_tiny", overrides=[text]).checkpoint.save == f"{home}/out"
     mixed = ["dataset.blend=[0.3,~/a,0.7,b]"]
@@ -107,7 +107,7 @@ def test_the_command_line_of_a_run_has_it_too(home, text):
 
 
 def test_a_file_of_settings_has_it_too(home):
-    from trainer.settings.arguments import read_run
+    from trainer.commands.arguments import read_run
 
     (home / "run.yaml").write_text("checkpoint:\n  save: ~/out\n")
     assert read_run("llama_tiny", config_file="~/run.yaml").checkpoint.save == f"{home}/out"
@@ -116,9 +116,9 @@ def test_a_file_of_settings_has_it_too(home):
 def test_other_commands_have_it_too(home):
     from click.testing import CliRunner
 
+    from trainer.commands.arguments import recipe_and_overrides
     from trainer.commands.pack import _apart
     from trainer.commands.prepare_data import command
-    from trainer.settings.arguments import recipe_and_overrides
 
     (home / "a.txt").write_text("some text")
     done = CliRunner().invoke(command, ["~/a.txt", "~/tokens", "--tokenizer=byte", "--workers=1"], catch_exceptions=False)

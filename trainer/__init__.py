@@ -15,18 +15,19 @@ if TYPE_CHECKING:
     from trainer import recipes
     from trainer.bridge import AutoBridge
     from trainer.config import RunConfig
-    from trainer.loop import Callback, Run, Step, pretrain
+    from trainer.loop import pretrain
     from trainer.loss import forward_step
     from trainer.model import GPTModelProvider, ModelProvider
+    from trainer.state import Callback, Run, Step
 
 _WHERE = {
     "AutoBridge": "trainer.bridge",
-    "Callback": "trainer.loop",
+    "Callback": "trainer.state",
     "GPTModelProvider": "trainer.model",
     "ModelProvider": "trainer.model",
-    "Run": "trainer.loop",
+    "Run": "trainer.state",
     "RunConfig": "trainer.config",
-    "Step": "trainer.loop",
+    "Step": "trainer.state",
     "forward_step": "trainer.loss",
     "pretrain": "trainer.loop",
 }

@@ -1,74 +1,94 @@
-"""The all-reduce of each step: the loss, whether it is a number, requests to stop and to save. Changes no weight."""
+"""Collective operations over all ranks: agree on numbers, on what rank 0 found, and on the outcome of each step.
+
+All ranks call each of these functions. They take and return plain values; what follows from them is the caller's to decide.
+"""
 
 from __future__ import annotations
 
-import math
-import signal
-import time
-from typing import NamedTuple
+import platform
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from formats.errors import UserError
-from trainer import device, parallel
-from trainer.logging.metrics import memory_gib
-from trainer.loss import mean_and_work
-from trainer.state import Run
+from trainer import device
 
 
-class StepResult(NamedTuple):
-    """What all ranks know of a step once its losses are there."""
+class StepReport(NamedTuple):
+    """What one rank reports in a step. After `sync_step` each field is the largest over all ranks; 0 is "nothing to report"."""
 
-    loss: float
-    stop: bool
-    """Some rank was asked to stop, or the run's time is up."""
+    bad_rank: float = 0.0
+    """1 + this rank, if its loss is NaN or Inf."""
 
-    save: bool
-    """Some rank's clock says that it is time to save."""
+    loss: float = float("-inf")
+    """Mean loss per token; only the last pipeline stage computes it."""
 
-    waited: float
-    """Seconds that the slowest rank waited for data."""
+    signal: float = 0.0
+    """The number of the signal that this rank received."""
 
-    work: tuple[float, float]
-    """Of packed rows: tokens in examples, and the sum of the squares of examples' lengths; both 0 where rows are not packed."""
+    stop: float = 0.0
+    """1 if this rank was asked to stop, or its time is up."""
 
-    memory_gib: float
-    """The most that a rank has held."""
+    save: float = 0.0
+    """1 if this rank's clock says that a checkpoint is due."""
 
+    waited: float = 0.0
+    """Seconds that this rank waited for data."""
 
-def sync_step(run: Run, losses: list[torch.Tensor]) -> StepResult:
-    """All ranks learn what each of them knows alone.
+    tokens: float = 0.0
+    """Of packed rows: tokens in examples, over the whole batch; only the last pipeline stage knows."""
 
-    Raises UserError on all of them where the loss is NaN or Inf: before it reaches the weights.
-    """
-    settings, bad, here = run.config, 0.0, -math.inf
-    work: list[float] = []
-    if losses:
-        # This rank's own sum too: in the mean over all ranks, one rank's NaN is everybody's.
-        ours, here, *work = torch.cat([torch.stack(losses).sum()[None], mean_and_work(losses)]).tolist()
-        bad = 0.0 if math.isfinite(ours) else dist.get_rank() + 1.0
-    minutes = settings.checkpoint.save_interval_in_mins
-    limit = settings.train.exit_duration_in_mins
-    over = run.stop.requested or (limit is not None and (time.monotonic() - run.began) / 60 >= limit)
-    due = minutes is not None and run.saver.root is not None and run.saver.minutes >= minutes
-    asked = float(run.stop.received or 0)
-    tokens, squares = work or (0.0, 0.0)  # only the last stage knows
-    held, waited = memory_gib(device.current()), run.waited.seconds
-    worst, value, asked, over, due, waited, tokens, squares, held = parallel.largest(
-        [bad, here if math.isfinite(here) else -math.inf, asked, float(over), float(due), waited, tokens, squares, held]
-    )
-    if worst:
-        raise not_a_number(run, f"the loss of step {run.progress.iteration + 1} is NaN or Inf on rank {int(worst) - 1}")
-    if asked:
-        run.stop.received = signal.Signals(int(asked))
-    return StepResult(value, bool(asked or over), bool(due), waited, (tokens, squares), held)
+    squares: float = 0.0
+    """Of packed rows: the sum of the squares of the lengths of examples."""
+
+    memory_gib: float = 0.0
+    """The most memory that this rank has held."""
 
 
-def not_a_number(run: Run, what: str) -> UserError:
-    """The error that ends a run whose numbers are none, with the last good checkpoint."""
-    run.saver.finish()  # what was begun before is good
-    return UserError(
-        f"{what}; {run.saver.standing}",
-        hint="look at the data of this step and at `optimizer.lr`; the weights of this step were not saved",
-    )
+def sync_step(report: StepReport) -> StepReport:
+    """Return the largest of each field over all ranks: the one all-reduce of each step besides megatron-core's own."""
+    return StepReport(*largest(list(report)))
+
+
+def largest(numbers: list[float]) -> list[float]:
+    """Return the maximum of each number over all ranks, rounded to float32."""
+    values = torch.tensor(numbers, dtype=torch.float32, device=device.current())
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def name_ranks(condition: bool) -> str:
+    """Name the ranks on which `condition` holds, for a message: `rank 3 on `host`, like 2 more,`; empty if there are none."""
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, platform.node() if condition else None)
+    first, *others = [f"rank {rank} on `{host}`" for rank, host in enumerate(hosts) if host is not None] or [""]
+    return f"{first}, like {len(others)} more," if others else first
+
+
+def from_first_rank[T](compute: Callable[[], T]) -> T:
+    """Return on all ranks what `compute` returns on rank 0. Its UserError is raised on all of them too."""
+    results: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            results[0] = compute()
+        except UserError as error:
+            results[1] = (error.args[0], error.hint)
+    dist.broadcast_object_list(results, src=0)
+    if results[1]:
+        raise UserError(results[1][0], hint=results[1][1])
+    return results[0]
+
+
+def on_first_rank(act: Callable[[], None]) -> None:
+    """Run `act` on rank 0 while the others wait. Its OSError is raised on all of them."""
+    results: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            act()
+        except OSError as error:
+            results = [(error.errno, error.strerror, error.filename and str(error.filename))]
+    dist.broadcast_object_list(results, src=0)
+    if results[0]:
+        raise OSError(*results[0])

@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import StragglerDetector, check_param_hashes_across_dp_replicas
 
 from formats.errors import UserError
-from trainer import optim, parallel
+from trainer import collectives, optim
 from trainer.config import RunConfig
 from trainer.logging.logger import run_dir
 from trainer.state import Callback, Run, Step
@@ -40,7 +40,7 @@ def callbacks(config: RunConfig) -> Iterator[Callback]:
 
 
 def _profilers(config: RunConfig) -> Iterator[Callback]:
-    told, folder = config.profiling, (run_dir(config) or Path()) / "profile"
+    told, folder = config.profiling, (run_dir(config.logger, config.checkpoint) or Path()) / "profile"
     if told.use_pytorch_profiler:
         yield TorchProfiler(config, folder)
     if told.use_nsys_profiler:
@@ -75,12 +75,12 @@ class SameWeights(Callback):
             return
         with optim.parameters_gathered(run.chunks):
             same = check_param_hashes_across_dp_replicas(run.chunks, cross_check=False)
-        (differs,) = parallel.largest([0.0 if same else dist.get_rank() + 1.0])
+        (differs,) = collectives.largest([0.0 if same else dist.get_rank() + 1.0])
         if differs:
             run.saver.finish()
             raise UserError(
                 f"after step {run.progress.iteration}, the weights of rank {int(differs) - 1} are not those of the other "
-                f"data-parallel ranks; {run.saver.standing}",
+                f"data-parallel ranks; {run.saver.last_good_text}",
                 hint="look for a faulty GPU on that rank's host, and go on from a checkpoint that was saved before",
             )
 
@@ -107,7 +107,7 @@ class Stragglers(Callback):
         """All ranks report together."""
         every = run.config.logger.log_interval
         if run.progress.iteration % every == 0:
-            measure = run.telling.measure
+            measure = run.logger.measure
             self.detector.report(measure.flops_per_token * measure.tokens_per_step * every, every)
 
 

@@ -14,7 +14,7 @@ from uuid import uuid4
 import click
 
 from trainer import device, rehearsal
-from trainer.checkpoints import resuming
+from trainer.checkpoints import resume_point
 from trainer.config import RunConfig
 from trainer.data import iterators
 from trainer.settings.resolve import resolve
@@ -29,8 +29,8 @@ def check(config: RunConfig, *, world_size: int) -> None:
     resolved = resolve(config, world_size=world_size, device=kind)
     if kind == device.CPU:
         rehearsal.rehearse(resolved.config, world_size=world_size)
-    iterators.check(config)
-    resuming.find(resolved.config.checkpoint)
+    iterators.check(config.dataset)
+    resume_point.find(resolved.config.checkpoint)
 
 
 @contextmanager

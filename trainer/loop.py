@@ -1,47 +1,43 @@
-"""A training run, from its settings to its last checkpoint: read `pretrain`, then `train`, then `train_step`.
+"""The training loop: read `pretrain`, then `train`, then `train_step`.
 
-What a step computes is megatron-core's schedule; what ranks tell each other in it is `agreement`'s. What a run is made of
-stands in the modules imported here: its record and its callbacks in `run`, its first weights in `beginning`, its data in
-`feed`.
+megatron-core's schedule computes a step; `collectives.sync_step` lets ranks agree on its outcome. `setup` does everything before
+the first step, and `state` defines what the loop shares with callbacks.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from trainer import clock, device, diagnostics, main_script, model, optim, parallel
-from trainer.checkpoints import checkpoint, shared, side_files
-from trainer.checkpoints.contents import tokenizer_of_run
-from trainer.collectives import not_a_number, sync_step
+from formats.errors import UserError
+from trainer import clock, collectives, device, main_script, optim, parallel, schedule
 from trainer.config import RunConfig
 from trainer.data import iterators
 from trainer.generation.text import generate
-from trainer.initialize import first_weights, make_saver, what_is_trained, where_to_resume
-from trainer.logging import logger, summary
+from trainer.logging.metrics import memory_gib
 from trainer.loss import forward_step as default_forward_step
-from trainer.loss import mean, with_token_counts
+from trainer.loss import mean, mean_and_work, with_token_counts
 from trainer.settings import refused
-from trainer.settings.resolve import Resolved, resolve
+from trainer.settings.resolve import resolve
+from trainer.setup import resolve_epochs, setup
 from trainer.signals import Stop
-from trainer.state import Callback, ForwardStep, Run, Step, answer_signal, say
+from trainer.state import Callback, ForwardStep, Progress, Run, Step, answer_signal, say
 
 
 def pretrain(
     config: RunConfig, forward_step: ForwardStep = default_forward_step, *, callbacks: Sequence[Callback] = ()
-) -> checkpoint.Progress:
-    """Train as `config` says, in the processes that torchrun or Slurm started; in this one alone if none did.
+) -> Progress:
+    """Train as `config` says, in the processes that torchrun or Slurm started, else in this one alone.
 
     Raises UserError for settings that cannot work, weights that do not fit, a loss that is NaN or Inf. A signal saves, and
     then ends the process: SystemExit with 128 + its number, on every rank.
@@ -53,122 +49,56 @@ def pretrain(
     kind = device.choose(config.dist.device)
     resolved = resolve(config, world_size=parallel.world_size(), device=kind)
     with parallel.session(resolved.config, kind), Stop(answer_signal) as stop:
-        resolved = _with_epochs(config, resolved, kind)
-        run = start(resolved, forward_step, callbacks=callbacks, stop=stop, began=began)
+        resolved = resolve_epochs(config, resolved, kind)
+        run = setup(resolved, forward_step, callbacks=callbacks, stop=stop, began=began)
         try:
-            if _last(run):
+            if run.is_complete:
                 say(f"training is already complete (step {run.progress.iteration} of {run.config.train.train_iters})")
             else:
-                with _collected_together(config.train.manual_gc_interval):
+                with _synchronized_gc(config.train.manual_gc_interval):
                     train(run)
                 finish(run)
         finally:
-            iterators.close(run)
+            iterators.close(run.batches or ())
             run.saver.close()
-            run.telling.close()
+            run.logger.close()
         if stop.received:
             raise SystemExit(stop.exit_code)
         return run.progress
 
 
-def _with_epochs(config: RunConfig, resolved: Resolved, kind: str) -> Resolved:
-    """Count the steps of `train.num_epochs`, which the data says, and resolve what follows from them."""
-    if config.train.num_epochs is None:
-        return resolved
-    steps = iterators.steps_of_epochs(resolved.config)
-    return resolve(config, world_size=parallel.world_size(), device=kind, steps=steps)
-
-
-def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[Callback], stop: Stop, began: float) -> Run:
-    """Model, weights, optimizer, data: everything before the first step."""
-    config = resolved.config
-    for line in resolved.warnings:
-        say(f"note: {line}")
-    iterators.check(config)
-    logger.make_folders(config)
-    if config.checkpoint.save:
-        shared.check(Path(config.checkpoint.save))
-    resumed = where_to_resume(config)
-    chunks = model.build(config.model)
-    first_weights(chunks, config, resumed)
-    base = what_is_trained(chunks, config, resumed)
-    travels = side_files.collect(config, chunks, resumed=resumed, base=base)
-    wrapped, optimizer = _trainable(chunks, config)
-    parts = checkpoint.Parts(wrapped, optimizer, optim.make_scheduler(optimizer, config), checkpoint.Progress())
-    if resumed:
-        checkpoint.resume(parts, config, resumed, say=say)
-    tokenizer = tokenizer_of_run(config, resumed=resumed)
-    datasets = iterators.datasets(config, parts.progress, tokenizer=tokenizer)
-    run = Run(
-        config=config,
-        parts=parts,
-        saver=make_saver(config, travels, resumed),
-        telling=logger.open_logger(
-            config,
-            resumed_at=parts.progress.iteration,
-            active=parallel.is_logging_rank(),
-            samples_per_epoch=getattr(datasets[0], "per_epoch", None),
-        ),
-        forward_step=forward_step,
-        callbacks=[*diagnostics.callbacks(config), *callbacks],
-        datasets=datasets,
-        stop=stop,
-        began=began,
-    )
-    if parts.progress.interval:
-        run.telling.interval.load_state_dict(parts.progress.interval)
-    if not _last(run):
-        run.batches = iterators.iterators(run, run.datasets[0], consumed=parts.progress.consumed_samples)
-    run.prompts = iterators.prompts(run, tokenizer)
-    for line in summary.lines(run, resolved):
-        say(line)
-    for callback in run.callbacks:
-        callback.on_start(run)
-    return run
-
-
-def _trainable(chunks: list[Any], config: RunConfig) -> tuple[list[Any], Any]:
-    """Chunks whose gradients are reduced, and the optimizer. UserError for settings that megatron-core refuses."""
-    with refused.explained("ddp", config.ddp, lambda tried: optim.wrap(chunks, replace(config, ddp=tried))):
-        wrapped = optim.wrap(chunks, config)
-
-    def attempt(tried: Any) -> Any:
-        return optim.make_optimizer(wrapped, replace(config, optimizer=tried))
-
-    with refused.explained("optimizer", config.optimizer, attempt):
-        return wrapped, optim.make_optimizer(wrapped, config)
-
-
 def train(run: Run) -> None:
-    """Step until the run is done or asked to stop; tell, evaluate and save on the way."""
-    settings, first = run.config, run.progress.iteration
-    run.telling.start_clock()
-    while run.progress.iteration < settings.train.train_iters:
+    """Step until the run is complete or asked to stop; log, evaluate and save on the way."""
+    config, first = run.config, run.progress.iteration
+    run.logger.clock.restart()
+    while not run.is_complete:
         with refused.named_in_first_step() if run.progress.iteration == first else nullcontext():
             step = train_step(run)
-        run.telling.step(run.progress, step)
+        run.logger.step(run.progress, step)
         for callback in run.callbacks:
             callback.on_step(run, step)
         stop = step.stop
-        if _every(run, settings.validation.eval_interval) and not _last(run):
+        if _every(run, config.validation.eval_interval) and not run.is_complete:
             evaluate(run, "validation")
-            stop = bool(parallel.largest([float(stop or run.stop.requested)])[0])
-        if _every(run, settings.validation.sample_interval):
-            answer(run)
+            stop = bool(collectives.largest([float(stop or run.stop.requested)])[0])
+        if _every(run, config.validation.sample_interval):
+            sample(run)
         run.saver.poll()
-        if stop or _every(run, settings.train.exit_interval):
+        if stop or _every(run, config.train.exit_interval):
             say(f"stopping after step {run.progress.iteration}")
             return
-        if (step.save or _every(run, settings.checkpoint.save_interval)) and not _last(run):
+        if (step.save or _every(run, config.checkpoint.save_interval)) and not run.is_complete:
             save(run)
-        if _every(run, settings.train.manual_gc_interval):
+        if _every(run, config.train.manual_gc_interval):
             gc.collect()
 
 
 @contextmanager
-def _collected_together(interval: int) -> Iterator[None]:
-    """No rank's garbage collection makes the others wait: `train` calls for it. What is there before the first step stays,
-    and is not looked through again."""
+def _synchronized_gc(interval: int) -> Iterator[None]:
+    """Let `train` collect garbage, on all ranks at the same steps: a rank that collects makes the others wait.
+
+    Objects from before the first step are never collected, so each collection is short.
+    """
     if not interval:
         yield
         return
@@ -186,50 +116,46 @@ def _every(run: Run, interval: int | None) -> bool:
     return bool(interval) and run.progress.iteration % interval == 0
 
 
-def _last(run: Run) -> bool:
-    return run.progress.iteration >= run.config.train.train_iters
-
-
 def train_step(run: Run) -> Step:
     """Forward, backward, reduce, update: one global batch.
 
     Raises UserError if the loss or the gradient norm is NaN or Inf; nothing of that step is saved.
     """
-    parts, config = run.parts, run.config
+    parts, progress = run.parts, run.progress
     run.waited.seconds = 0.0
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     parts.optimizer.zero_grad()
     losses = _schedule(run, run.batches, microbatches=get_num_microbatches(), forward_only=False)
-    agreed = sync_step(run, losses)
+    synced = collectives.sync_step(_report(run, losses))
+    _check(run, synced)
     applied, grad_norm, _ = parts.optimizer.step()
     if applied and not math.isfinite(grad_norm or 0.0):
-        raise not_a_number(run, f"the gradient norm of step {run.progress.iteration + 1} is NaN or Inf")
-    lr = get_canonical_lr_for_logging(parts.optimizer.param_groups)
-    progress = run.progress
+        raise _not_finite(run, f"the gradient norm of step {progress.iteration + 1}")
+    lr = schedule.learning_rate(parts.optimizer)
     progress.iteration += 1
-    progress.consumed_samples += config.train.global_batch_size
+    progress.consumed_samples += run.config.train.global_batch_size
     progress.skipped_steps += not applied
     if applied:
         parts.scheduler.step(1)
     return Step(
-        loss=agreed.loss,
+        loss=synced.loss,
         grad_norm=math.nan if grad_norm is None else float(grad_norm),
-        lr=lr or 0.0,
+        lr=lr,
         applied=bool(applied),
-        loss_scale=parts.optimizer.get_loss_scale().item() if config.model.fp16 else None,
-        stop=agreed.stop,
-        save=agreed.save,
-        waited=agreed.waited,
-        work=agreed.work,
-        memory_gib=agreed.memory_gib,
+        loss_scale=parts.optimizer.get_loss_scale().item() if run.config.model.fp16 else None,
+        stop=bool(synced.signal or synced.stop),
+        save=bool(synced.save),
+        waited=synced.waited,
+        work=(synced.tokens, synced.squares),
+        memory_gib=synced.memory_gib,
     )
 
 
 def _schedule(run: Run, batches: list[Any], *, microbatches: int, forward_only: bool) -> list[torch.Tensor]:
-    """megatron-core's pipeline schedule over one global batch: [loss sum, tokens] per microbatch on the last stage."""
+    """Run megatron-core's pipeline schedule over one global batch: `[loss sum, tokens]` per microbatch on the last stage."""
     config = run.config
-    rows, length = iterators.rows_between_stages(config)
+    rows, length = iterators.microbatch_shape(config.dataset, config.train.micro_batch_size)
     per_token = getattr(config.model, "calculate_per_token_loss", False)
     return get_forward_backward_func()(
         forward_step_func=with_token_counts(run.forward_step) if per_token else run.forward_step,
@@ -243,56 +169,102 @@ def _schedule(run: Run, batches: list[Any], *, microbatches: int, forward_only: 
     )
 
 
+def _report(run: Run, losses: list[torch.Tensor]) -> collectives.StepReport:
+    """Return what this rank knows of the step. `losses` are empty but on the last pipeline stage."""
+    bad, loss, work = False, -math.inf, list[float]()
+    if losses:
+        # This rank's own sum too: in the mean over all ranks, one rank's NaN is everybody's.
+        own, loss, *work = torch.cat([torch.stack(losses).sum()[None], mean_and_work(losses)]).tolist()
+        bad = not math.isfinite(own)
+    tokens, squares = work or (0.0, 0.0)
+    minutes, limit = run.config.checkpoint.save_interval_in_mins, run.config.train.exit_duration_in_mins
+    return collectives.StepReport(
+        bad_rank=dist.get_rank() + 1.0 if bad else 0.0,
+        loss=loss if math.isfinite(loss) else -math.inf,
+        signal=float(run.stop.received or 0),
+        stop=float(run.stop.requested or (limit is not None and (time.monotonic() - run.began) / 60 >= limit)),
+        save=float(minutes is not None and run.saver.root is not None and run.saver.minutes >= minutes),
+        waited=run.waited.seconds,
+        tokens=tokens,
+        squares=squares,
+        memory_gib=memory_gib(device.current()),
+    )
+
+
+def _check(run: Run, synced: collectives.StepReport) -> None:
+    """Raise UserError on all ranks if the loss of one is NaN or Inf, before it reaches the weights. Note a signal of any rank."""
+    if synced.bad_rank:
+        raise _not_finite(run, f"the loss of step {run.progress.iteration + 1}", f" on rank {int(synced.bad_rank) - 1}")
+    if synced.signal:
+        run.stop.received = signal.Signals(int(synced.signal))
+
+
+def _not_finite(run: Run, number: str, where: str = "") -> UserError:
+    """Finish a save that was begun before, and return the error that ends the run and names the last good checkpoint."""
+    run.saver.finish()
+    return UserError(
+        f"{number} is NaN or Inf{where}; {run.saver.last_good_text}",
+        hint="look at the data of this step and at `optimizer.lr`; the weights of this step were not saved",
+    )
+
+
 def evaluate(run: Run, split: str) -> None:
-    """The loss over held-out data, the same samples each time; of several sets each, as `validation/NAME`."""
-    for name, dataset in iterators.sets_of(run.datasets[1 if split == "validation" else 2]).items():
-        if iterations := iterators.evaluations(run.config, dataset):
+    """Compute the loss over `validation` or `test` data, the same samples each time; of several sets each, as
+    `validation/NAME`."""
+    config = run.config
+    for name, dataset in iterators.named_sets(run.datasets[1 if split == "validation" else 2]).items():
+        if iterations := iterators.eval_iterations(dataset, train=config.train, validation=config.validation):
             _evaluate(run, f"{split}/{name}" if name else split, dataset, iterations)
 
 
 def _evaluate(run: Run, split: str, dataset: Any, iterations: int) -> None:
-    began = time.perf_counter()
-    held_out = iterators.iterators(run, dataset, consumed=0)
-    for chunk in run.chunks:
-        chunk.eval()
-    with torch.no_grad(), optim.parameters_gathered(run.chunks):
-        count = iterations * get_num_microbatches()
-        found = mean(_schedule(run, held_out, microbatches=count, forward_only=True))
-    for chunk in run.chunks:
-        chunk.train()
-    here = -math.inf if found is None else found.item()
-    bad = found is not None and not math.isfinite(here)
-    bad, loss = parallel.largest([float(bad), -math.inf if bad else here])
-    if bad:
-        raise not_a_number(run, f"the {split} loss after step {run.progress.iteration} is NaN or Inf")
-    run.telling.evaluation(run.progress, split, loss)
-    run.telling.pause(time.perf_counter() - began)
+    with run.logger.paused():
+        loss = _held_out_loss(run, split, dataset, iterations)
+        run.logger.evaluation(run.progress, split, loss)
     for callback in run.callbacks:
         callback.on_evaluation(run, split, loss)
 
 
-def answer(run: Run) -> None:
-    """Tell what the model says to the run's prompts."""
-    began = time.perf_counter()
-    tokenizer, asked = run.prompts
-    for one in generate(run.chunks, tokenizer, asked, max_new_tokens=run.config.validation.sample_tokens):
-        run.telling.sample(run.progress, one.prompt, one.text)
-    run.telling.pause(time.perf_counter() - began)
+def _held_out_loss(run: Run, split: str, dataset: Any, iterations: int) -> float:
+    """Return the mean loss per token over `iterations` global batches, on all ranks. Raises UserError if it is NaN or Inf."""
+    held_out = iterators.chunk_iterators(
+        dataset, run.config.dataset, run.config.train, chunks=run.chunks, consumed=0, waited=run.waited
+    )
+    for chunk in run.chunks:
+        chunk.eval()
+    with torch.no_grad(), optim.parameters_gathered(run.chunks):
+        count = iterations * get_num_microbatches()
+        value = mean(_schedule(run, held_out, microbatches=count, forward_only=True))
+    for chunk in run.chunks:
+        chunk.train()
+    own = -math.inf if value is None else value.item()  # only the last stage has one
+    bad = value is not None and not math.isfinite(own)
+    any_bad, loss = collectives.largest([float(bad), -math.inf if bad else own])
+    if any_bad:
+        raise _not_finite(run, f"the {split} loss after step {run.progress.iteration}")
+    return loss
+
+
+def sample(run: Run) -> None:
+    """Generate text from the run's prompts, and log it."""
+    with run.logger.paused():
+        tokenizer, prompts = run.prompts
+        for generated in generate(run.chunks, tokenizer, prompts, max_new_tokens=run.config.validation.sample_tokens):
+            run.logger.sample(run.progress, generated.prompt, generated.text)
 
 
 def save(run: Run) -> None:
-    """Begin a checkpoint."""
-    began = time.perf_counter()
-    run.progress.interval = run.telling.interval.state_dict()
-    run.saver.save(run.parts)
-    run.telling.pause(time.perf_counter() - began)
+    """Begin a checkpoint; without `checkpoint.async_save`, finish it too."""
+    with run.logger.paused():
+        run.progress.interval = run.logger.interval.state_dict()
+        run.saver.save(run.parts)
     for callback in run.callbacks:
         callback.on_save(run)
 
 
 def finish(run: Run) -> None:
-    """The last evaluation, the final test where the run is done, and the last checkpoint."""
-    if _last(run):
+    """Evaluate a last time and save the last checkpoint; test where the run is complete."""
+    if run.is_complete:
         evaluate(run, "validation")
         evaluate(run, "test")
     if run.saver.root and run.saver.saved_iteration != run.progress.iteration:

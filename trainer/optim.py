@@ -1,4 +1,4 @@
-"""megatron-core's gradient reduction, optimizer and schedule, from the run's settings."""
+"""megatron-core's gradient reduction and optimizer, from the run's settings. The schedule is `trainer.schedule`'s."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import ParamKey, get_megatron_optimizer, get_mup_config_overrides, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from trainer.config import RunConfig
@@ -65,29 +64,6 @@ def _by_width(config: RunConfig) -> dict[ParamKey, Any]:
 
 def _one_or_all(functions: list[Any]) -> Any:
     return functions[0] if len(functions) == 1 else functions
-
-
-def make_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> OptimizerParamScheduler:
-    """Learning rate and weight decay by steps applied: what a step's rate is does not depend on batch sizes. (Megatron-LM counts
-    samples.)"""
-    told = config.scheduler
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=told.lr_warmup_init,
-        max_lr=config.optimizer.lr,
-        min_lr=config.optimizer.min_lr,
-        lr_warmup_steps=told.lr_warmup_iters,
-        lr_decay_steps=told.lr_decay_iters,
-        lr_decay_style=told.lr_decay_style,
-        start_wd=told.start_weight_decay,
-        end_wd=told.end_weight_decay,
-        wd_incr_steps=config.train.train_iters,
-        wd_incr_style=told.weight_decay_incr_style,
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-        wsd_decay_steps=told.lr_wsd_decay_iters,
-        lr_wsd_decay_style=told.lr_wsd_decay_style,
-    )
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:

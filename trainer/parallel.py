@@ -7,11 +7,10 @@ instead is put into the same words.
 from __future__ import annotations
 
 import os
-import platform
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -179,46 +178,3 @@ def seed(number: int) -> None:
 def is_logging_rank() -> bool:
     """True on the rank that logs: the last, where the last pipeline stage computes the loss."""
     return dist.get_rank() == dist.get_world_size() - 1
-
-
-def largest(numbers: list[float]) -> list[float]:
-    """The largest of each number over all ranks: how they agree on what one of them saw."""
-    told = torch.tensor(numbers, dtype=torch.float32, device=device.current())
-    dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    return told.tolist()
-
-
-def where(holds: bool) -> str:
-    """Name the ranks on which something holds, for a message: rank 3 on `host`, and how many others; empty where there are none.
-    All ranks call this."""
-    hosts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hosts, platform.node() if holds else None)
-    first, *others = [f"rank {rank} on `{host}`" for rank, host in enumerate(hosts) if host is not None] or [""]
-    return f"{first}, like {len(others)} more," if others else first
-
-
-def from_first_rank[T](find: Callable[[], T]) -> T:
-    """What rank 0 finds, on all of them; its UserError too."""
-    told: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            told[0] = find()
-        except UserError as error:
-            told[1] = (error.args[0], error.hint)
-    dist.broadcast_object_list(told, src=0)
-    if told[1]:
-        raise UserError(told[1][0], hint=told[1][1])
-    return told[0]
-
-
-def on_first_rank(act: Callable[[], None]) -> None:
-    """Do something on rank 0, while the others wait. What the disk says against it is an OSError on all of them."""
-    told: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            act()
-        except OSError as error:
-            told = [(error.errno, error.strerror, error.filename and str(error.filename))]
-    dist.broadcast_object_list(told, src=0)
-    if told[0]:
-        raise OSError(*told[0])

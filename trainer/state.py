@@ -1,4 +1,4 @@
-"""A run in progress: what its steps, its evaluations and other people's callbacks share. Does nothing by itself."""
+"""The state of a run that its steps, its evaluations and callbacks share. Does nothing by itself."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 import click
 
 from trainer import parallel
-from trainer.checkpoints import checkpoint
+from trainer.checkpoints.saver import Saver
+from trainer.checkpoints.state_dict import Parts, Progress
 from trainer.config import RunConfig
-from trainer.logging import logger
+from trainer.data.iterators import DataWait
+from trainer.logging.logger import RunLogger
 from trainer.signals import Stop
 
 ForwardStep = Callable[[Any, Any], Any]
@@ -44,9 +46,11 @@ class Callback:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one optimizer step did. The loss is the mean over all tokens that count, the same on all ranks."""
+    """The outcome of one optimizer step, the same on all ranks."""
 
     loss: float
+    """Mean over all tokens that count."""
+
     grad_norm: float
     lr: float
     applied: bool
@@ -59,23 +63,17 @@ class Step:
     """Some rank was asked to stop, or the run's time is up."""
 
     save: bool
-    """Some rank's clock says that it is time to save."""
+    """Some rank's clock says that a checkpoint is due."""
 
     waited: float = 0.0
     """Seconds that the slowest rank waited for its data."""
 
     work: tuple[float, float] = (0.0, 0.0)
-    """Of packed rows: the tokens in examples, and the sum of the squares of examples' lengths, over the whole batch."""
+    """Of packed rows: the tokens in examples, and the sum of the squares of the lengths of examples, over the whole batch; both 0
+    where rows are not packed."""
 
     memory_gib: float = 0.0
     """The most that any rank has held so far: on its GPU, or resident on a CPU."""
-
-
-@dataclass
-class DataWait:
-    """How long this rank has waited for its data in this step. Apart from the run, so that what reads data does not hold it."""
-
-    seconds: float = 0.0
 
 
 @dataclass
@@ -83,9 +81,9 @@ class Run:
     """A run in progress, as one rank sees it."""
 
     config: RunConfig
-    parts: checkpoint.Parts
-    saver: checkpoint.Saver
-    telling: logger.RunLogger
+    parts: Parts
+    saver: Saver
+    logger: RunLogger
     forward_step: ForwardStep
     callbacks: Sequence[Callback]
     datasets: Sequence[Any]
@@ -99,11 +97,11 @@ class Run:
     waited: DataWait = field(default_factory=DataWait)
 
     prompts: Any = None
-    """A tokenizer and what the model is asked at intervals; None where it is not."""
+    """A tokenizer, and the prompts of which samples are generated at intervals; None where none are."""
 
     @property
-    def progress(self) -> checkpoint.Progress:
-        """Where the run stands."""
+    def progress(self) -> Progress:
+        """The steps and samples so far."""
         return self.parts.progress
 
     @property
@@ -111,15 +109,20 @@ class Run:
         """This rank's model chunks."""
         return self.parts.chunks
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of `train.train_iters` steps are done."""
+        return self.progress.iteration >= self.config.train.train_iters
+
 
 def answer_signal(number: signal.Signals) -> None:
-    """Say at once that the run will stop. Written past Python's buffers, which a signal may find in use."""
+    """Print at once that the run will stop. Written past Python's buffers, which a signal may find in use."""
     if parallel.is_logging_rank():
         again = "; Ctrl-C again ends it now, and nothing is saved" if number == signal.SIGINT else ""
         os.write(2, f"\n{number.name}: stopping after this step{again}\n".encode())
 
 
 def say(text: str) -> None:
-    """Tell people, once for all ranks."""
+    """Print a line on stderr, once for all ranks."""
     if parallel.is_logging_rank():
         click.echo(text, err=True)

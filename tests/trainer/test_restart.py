@@ -11,7 +11,7 @@ import pytest
 from formats.errors import UserError
 from tests import models
 from tests.trainer import small, witness
-from trainer.checkpoints import iterations, resuming
+from trainer.checkpoints import iterations, resume_point
 from trainer.config import CheckpointConfig
 
 SHORT = {"scheduler__lr_warmup_iters": 0, "checkpoint__save_interval": 1}
@@ -119,14 +119,14 @@ def test_checkpoints_that_name_no_run_are_resumed_and_never_taken_for_one_run(co
     for path in copy.glob("iter_*/mbtrain.yaml"):
         path.write_text(path.read_text().partition("\n")[2])
     other = shutil.copytree(copy, tmp_path / "other")
-    assert resuming.find(CheckpointConfig(load=str(copy), save=str(copy))) == copy / "iter_0000002"
+    assert resume_point.find(CheckpointConfig(load=str(copy), save=str(copy))) == copy / "iter_0000002"
     with pytest.raises(UserError, match="of another run"):
-        resuming.find(CheckpointConfig(load=str(other), save=str(copy)))
+        resume_point.find(CheckpointConfig(load=str(other), save=str(copy)))
 
 
 def _where(told, blind):
     """What this rank resumes; rank 1 sees nothing of it where it is `blind`, since it looks elsewhere."""
-    from trainer import initialize, parallel
+    from trainer import parallel, setup
 
     config = small.settings(Path(told["model"]), checkpoint__load="r", checkpoint__save="r")
     os.chdir(told["elsewhere"] if blind and os.environ["RANK"] == "1" else told["here"])
@@ -134,7 +134,7 @@ def _where(told, blind):
 
     with parallel.session(resolve(config, world_size=2, device="cpu").config, "cpu"):
         try:
-            return str(initialize.where_to_resume(config))
+            return str(setup.find_checkpoint(config.checkpoint))
         except UserError as error:
             return str(error)
 

@@ -223,9 +223,9 @@ def test_a_changed_batch_size_goes_on_at_the_next_sample(run, tmp_path):
 
 def _as_earlier(folder, changes):
     """A run whose checkpoints are as earlier versions wrote them: a schedule that counts samples, a layout of three sizes."""
-    from trainer.checkpoints import checkpoint
+    from trainer.checkpoints import state_dict
 
-    now = checkpoint.state
+    now = state_dict.state_dict
 
     def before(*told, loading, **further):
         found = now(*told, loading=loading, **further)
@@ -234,7 +234,7 @@ def _as_earlier(folder, changes):
             found["mbtrain"]["layout"] = list(found["mbtrain"]["layout"].values())[:3]
         return found
 
-    checkpoint.state = before
+    state_dict.state_dict = before
     return witness.train(folder, changes)
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from trainer import recipes
 from trainer.cli import main
-from trainer.settings.arguments import read_run
+from trainer.commands.arguments import read_run
 from trainer.settings.resolve import KERNELS
 
 

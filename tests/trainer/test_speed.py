@@ -7,9 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.trainer.settings import settings
 from trainer.logging import logger
-from trainer.logging.metrics import Measure
+from trainer.logging.metrics import Interval, Measure
 from trainer.state import Step
 
 TOKENS = 1000
@@ -35,19 +34,18 @@ def clock(monkeypatch):
 def told(clock, seconds, *, every, resumed_at=0, carried=None, start=0.0):
     """The records of the lines of a run whose steps take `seconds` each, after a start of `start` seconds."""
     records = []
-    config = settings(logger__log_interval=every, train__train_iters=60)
     measure = Measure(flops_per_token=1e9, tokens_per_step=TOKENS, num_gpus=1, train_iters=60, device="cpu")
-    sinks = SimpleNamespace(log_interval=records.append, log_step=lambda _: None)
-    telling = logger.RunLogger(config, measure, sinks)
+    writers = SimpleNamespace(log_interval=records.append, log_step=lambda _: None)
+    run_logger = logger.RunLogger(measure, writers, log_interval=every, sequence_length=32)
     if carried:
-        telling.interval.load_state_dict(carried)
+        run_logger.interval = Interval.from_state_dict(carried)
     clock.now += start
-    telling.start_clock()
+    run_logger.clock.restart()
     for number, took in enumerate(seconds, resumed_at + 1):
         clock.now += took
         step = Step(loss=1.0, grad_norm=1.0, lr=1e-3, applied=True, loss_scale=None, stop=False, save=False, memory_gib=1.0)
-        telling.step(SimpleNamespace(iteration=number, consumed_samples=number), step)
-    return records, telling.interval.state_dict()
+        run_logger.step(SimpleNamespace(iteration=number, consumed_samples=number), step)
+    return records, run_logger.interval.state_dict()
 
 
 def test_a_resume_between_two_lines_does_not_credit_steps_before_it(clock):

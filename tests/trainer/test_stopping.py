@@ -73,7 +73,7 @@ def uninterrupted(tmp_path_factory, ranks):
 
 def _pretrain(words):
     from trainer import loop
-    from trainer.settings import arguments
+    from trainer.commands import arguments
 
     loop.pretrain(arguments.read_run("llama_tiny", config_file=None, overrides=words))
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from converter import UserError, mcore_to_hf
-from trainer.settings.arguments import read_run
+from trainer.commands.arguments import read_run
 from trainer.settings.resolve import resolve
 
 NOTE = "which no `config.json` can say: checkpoints have none, and `mbconvert mcore-to-hf` refuses them"
@@ -42,7 +42,7 @@ def train(root: str, *words: str) -> list[str]:
         "dataset.sequence_length=16", "dataset.num_workers=0", "validation.eval_iters=0", f"checkpoint.save={root}",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("trainer.loop", "trainer.initialize"):
+        for module in ("trainer.loop", "trainer.setup"):
             patch.setattr(f"{module}.say", said.append)
         loop.pretrain(read_run("llama_tiny", overrides=[*small, *words]))
     return said

@@ -11,11 +11,11 @@ from formats.errors import UserError
 from tests.trainer.test_metrics import step
 from trainer.config import LoggerConfig
 from trainer.logging.records import evaluation
-from trainer.logging.writers import open_writers
+from trainer.logging.writers import Writers, open_writers
 
 
-def test_without_a_folder_or_tools_there_are_no_places():
-    assert open_writers(LoggerConfig(), None, settings={}).places == []
+def test_without_a_folder_or_tools_there_are_no_writers():
+    assert open_writers(LoggerConfig(), None, settings={}) == Writers([], [])
 
 
 def test_tensorboard_has_megatrons_names(tmp_path):
@@ -25,11 +25,11 @@ def test_tensorboard_has_megatrons_names(tmp_path):
 
     logger = LoggerConfig(tensorboard_dir=str(tmp_path))
     for done, iterations in ((0, (10, 20, 30)), (20, (30, 40))):
-        sinks = open_writers(logger, None, settings={"seed": 7}, done=done)
+        writers = open_writers(logger, None, settings={"seed": 7}, done=done)
         for iteration in iterations:
-            sinks.log(step(iteration=iteration, loss=float(iteration + done)))
-        sinks.log(evaluation(iterations[-1], split="validation", loss=0.5))
-        sinks.close()
+            writers.log(step(iteration=iteration, loss=float(iteration + done)))
+        writers.log(evaluation(iterations[-1], split="validation", loss=0.5))
+        writers.close()
     read = EventAccumulator(str(tmp_path)).Reload()
     assert {
         "lm loss",
@@ -50,9 +50,9 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
     logger = LoggerConfig(wandb_project="tiny", wandb_exp_name="first", wandb_mode="offline")
     ids = []
     for done in (0, 10):
-        sinks = open_writers(logger, tmp_path / "run", settings={"train": {"seed": 7}}, done=done)
-        sinks.log(step(iteration=done + 10))
-        sinks.close()
+        writers = open_writers(logger, tmp_path / "run", settings={"train": {"seed": 7}}, done=done)
+        writers.log(step(iteration=done + 10))
+        writers.close()
         ids.append((tmp_path / "run" / "wandb_run_id").read_text())
     assert ids[0] == ids[1]
     stored = list((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{ids[0].strip()}.wandb"))

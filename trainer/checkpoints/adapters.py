@@ -27,9 +27,9 @@ from formats.home import expanded
 from formats.iterations import find_iteration
 from formats.torch_dist import TorchDistReader
 from trainer.checkpoints import live
+from trainer.collectives import from_first_rank
 from trainer.config import RunConfig
 from trainer.model import unwrap
-from trainer.parallel import from_first_rank
 
 CONTENT = {"non_homogeneous_layers": True}
 """What megatron-core's modules are told: layers keep their numbers in the names, since not all need have adapters."""

@@ -27,8 +27,8 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR}
 _ERROR_NUMBER = re.compile(r"\[Errno (\d+)\]")
 
 
-def not_saved(error: BaseException, folder: Path, *, standing: str) -> UserError:
-    """The error for a save to `folder` that failed; `standing` says which checkpoint there is to go back to.
+def not_saved(error: BaseException, folder: Path, *, last_good: str) -> UserError:
+    """The error for a save to `folder` that failed; `last_good` says which checkpoint there is to go back to.
 
     Of a CheckpointException, which all ranks get, the first rank's words are told on all.
     """
@@ -36,7 +36,7 @@ def not_saved(error: BaseException, folder: Path, *, standing: str) -> UserError
     if isinstance(error, CheckpointException):
         dist.broadcast_object_list(told, src=0)
     reason, hint = told[0]
-    return UserError(f"saving `{folder}` failed: {reason} ({free_space(folder)}); {standing}", hint=hint)
+    return UserError(f"saving `{folder}` failed: {reason} ({free_space(folder)}); {last_good}", hint=hint)
 
 
 def _cause(error: BaseException) -> tuple[str, str]:

@@ -84,7 +84,7 @@ def begin(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def lacking(partial: Path) -> list[str]:
+def missing_files(partial: Path) -> list[str]:
     """Return the files that an iteration's index names and that are not here, or are empty."""
     there = {path.name for path in partial.iterdir() if path.stat().st_size}
     return sorted(read_index(LocalFolder(partial)).files - there)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from formats.errors import UserError
-from trainer import parallel
+from trainer import collectives
 
 _PATIENCE_S = 3.0
 """Seconds that a network file system gets to show what another host has made."""
@@ -22,11 +22,11 @@ def check(root: Path) -> None:
     """Raise UserError, on all ranks, if rank 0 makes a file in `root` that another rank does not see. All ranks call this."""
     if dist.get_world_size() == 1:
         return
-    probe = root / parallel.from_first_rank(lambda: f".shared-{secrets.token_hex(8)}")
+    probe = root / collectives.from_first_rank(lambda: f".shared-{secrets.token_hex(8)}")
     try:
-        parallel.on_first_rank(probe.touch)
-        unseen = parallel.where(not _appears(probe))
-        parallel.on_first_rank(lambda: probe.unlink(missing_ok=True))
+        collectives.on_first_rank(probe.touch)
+        unseen = collectives.name_ranks(not _appears(probe))
+        collectives.on_first_rank(lambda: probe.unlink(missing_ok=True))
     except OSError as error:
         raise UserError(
             f"`checkpoint.save` is `{root}`, which cannot be written to: {error.strerror}",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from trainer.commands.arguments import num_processes, run_arguments
 from trainer.commands.pretrain import run_training
-from trainer.settings.arguments import num_processes, run_arguments
 
 
 @click.command(epilog="Example: mbtrain finetune llama3_8b checkpoint.pretrained_checkpoint=DIR dataset.path=chat.jsonl")

@@ -66,14 +66,14 @@ def command(*, by_slurm: bool, by_nemo_run: bool, recipe: str, overrides: tuple[
 
 def _check(recipe: str, overrides: tuple[str, ...], *, ranks: int) -> RunConfig:
     """Return the run as it is told. UserError for settings that would stop the job when it has waited for its machines."""
-    from trainer.checkpoints import resuming  # noqa: PLC0415 - seconds to import
+    from trainer.checkpoints import resume_point  # noqa: PLC0415 - seconds to import
+    from trainer.commands.arguments import read_run  # noqa: PLC0415
     from trainer.config import FinetuningDatasetConfig  # noqa: PLC0415
     from trainer.data.chat.splits import check_named  # noqa: PLC0415
-    from trainer.settings.arguments import read_run  # noqa: PLC0415
     from trainer.settings.resolve import resolve  # noqa: PLC0415
 
     config = read_run(recipe, overrides=overrides)
-    resuming.find(resolve(config, world_size=ranks, device="gpu").config.checkpoint)
+    resume_point.find(resolve(config, world_size=ranks, device="gpu").config.checkpoint)
     if isinstance(config.dataset, FinetuningDatasetConfig):
         check_named(config.dataset)
     return config
@@ -96,6 +96,14 @@ def _slurm(job: Job, *, submit: bool) -> None:
 def _nemo_run(job: Job, recipe: str, overrides: tuple[str, ...], *, form: str, where: Any, submit: bool) -> None:
     from trainer.launch import nemo  # noqa: PLC0415 - one of two
 
-    task = nemo.script(job, where=where) if form == "script" else nemo.partial(recipe, list(overrides))
+    task = nemo.script(job, where=where) if form == "script" else nemo.partial(run_recipe, recipe, list(overrides))
     if not nemo.launch(task, nemo.executor(job, where=where), name=job.name, submit=submit):
         raise SystemExit(1)
+
+
+def run_recipe(recipe: str, overrides: list[str]) -> None:
+    """Train `recipe` with `key=value` settings: the function that NeMo-Run stores by its name, with plain arguments."""
+    from trainer.commands.arguments import read_run  # noqa: PLC0415 - NeMo-Run imports this module where the job is made
+    from trainer.loop import pretrain  # noqa: PLC0415
+
+    pretrain(read_run(recipe, config_file=None, overrides=overrides))

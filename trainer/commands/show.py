@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from formats.errors import UserError
-from trainer.settings.arguments import named_recipe, read_run, recipe_and_overrides, run_arguments
+from trainer.commands.arguments import named_recipe, read_run, recipe_and_overrides, run_arguments
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -85,10 +85,10 @@ def _show(config: RunConfig, *, recipe: str | None, world_size: int, device: str
 
 def _told(config: RunConfig, recipe: str | None) -> dict[str, Any]:
     """What is not as it would be by default, or not as the recipe has it. Enough to make the same run of."""
+    from trainer.commands.arguments import start  # noqa: PLC0415
     from trainer.config import FinetuningDatasetConfig, RunConfig  # noqa: PLC0415
     from trainer.model import from_hf_config  # noqa: PLC0415
     from trainer.settings import yaml_io  # noqa: PLC0415
-    from trainer.settings.arguments import start  # noqa: PLC0415
 
     described, peft = getattr(config.model, "hf_config", None), config.peft
     kind = "peft_config" if peft else "sft_config" if isinstance(config.dataset, FinetuningDatasetConfig) else "pretrain_config"

@@ -1,62 +1,86 @@
-"""A run's datasets, and this rank's microbatches of them. Knows how long they must be, and nothing of what they hold."""
+"""The datasets of a run, and this rank's microbatches of them.
+
+Says how many samples each dataset must have, and how many global batches an evaluation takes; what a sample holds is
+`trainer.data`'s to say.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core import parallel_state
 
 from formats.errors import UserError
 from trainer import data, device, model
-from trainer.checkpoints import checkpoint
-from trainer.checkpoints.contents import tokenizer_of_run
-from trainer.config import FinetuningDatasetConfig, RunConfig, is_packed
+from trainer.config import FinetuningDatasetConfig, TrainingConfig, ValidationConfig, is_packed
 from trainer.data import consistency, one_epoch
 from trainer.data.chat import build
 from trainer.data.loader import batches
-from trainer.state import DataWait, Run, say
 from trainer.tokenizers import Tokenizer
 
 
-def check(config: RunConfig) -> None:
-    """UserError where examples to learn from are not there: known before a model is loaded. To be called on every rank. Whoever
-    builds datasets of their own knows what they need."""
-    if isinstance(config.dataset, FinetuningDatasetConfig) and not hasattr(config.dataset, "build"):
-        build.check(config.dataset)
+@dataclass
+class DataWait:
+    """Seconds that this rank has waited for data in the current step; the loop sets it to 0 when a step begins."""
+
+    seconds: float = 0.0
 
 
-def datasets(config: RunConfig, progress: checkpoint.Progress, *, tokenizer: Tokenizer | None) -> Sequence[Any]:
-    """Long enough for the steps to come, and for those that were made with another batch size."""
-    train, iterations = config.train, config.validation.eval_iters
-    to_come = max(train.train_iters - progress.iteration, 0) * train.global_batch_size
-    evaluated = (1 if iterations is None else iterations) * train.global_batch_size
-    made = _build(config, (progress.consumed_samples + to_come, evaluated, evaluated), tokenizer)
-    consistency.check(made, tokenizer)
-    for line in getattr(made[0], "summary", ()):
-        say(line)
-    return made[0], *(_each_once(one, config) for one in made[1:])
+def check(dataset: Any) -> None:
+    """Raise UserError, before a model is loaded, if the files of a fine-tuning dataset cannot be read. All ranks call this.
+
+    A dataset section of one's own is not checked.
+    """
+    if isinstance(dataset, FinetuningDatasetConfig) and not hasattr(dataset, "build"):
+        build.check(dataset)
 
 
-def _each_once(held_out: Any, config: RunConfig) -> Any:
-    """Of several sets, each."""
+def datasets(
+    dataset: Any,
+    *,
+    train: TrainingConfig,
+    validation: ValidationConfig,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    iteration: int = 0,
+    consumed_samples: int = 0,
+) -> Sequence[Any]:
+    """Build the datasets for training, validation and test of the section `dataset`; None where there is none. All ranks call
+    this.
+
+    The first holds the `consumed_samples` of the `iteration` steps so far, whatever their batch size, and those of the steps to
+    come. Raises UserError if ranks do not read the same data.
+    """
+    batch, iterations = train.global_batch_size, validation.eval_iters
+    to_come = max(train.train_iters - iteration, 0) * batch
+    evaluated = (1 if iterations is None else iterations) * batch
+    samples = (consumed_samples + to_come, evaluated, evaluated)
+    training, *held_out = data.build(dataset, tokenizer=tokenizer, vocab_size=vocab_size, samples=samples)
+    consistency.check((training, *held_out), tokenizer)
+    return training, *(_each_once(found, iterations, batch) for found in held_out)
+
+
+def _each_once(held_out: Any, iterations: int | None, global_batch_size: int) -> Any:
+    """Limit held-out data, or each of several sets, to one epoch."""
     if isinstance(held_out, dict):
-        return {name: _each_once(one, config) for name, one in held_out.items()}
-    return one_epoch.once(held_out, iterations=config.validation.eval_iters, global_batch_size=config.train.global_batch_size)
+        return {name: _each_once(dataset, iterations, global_batch_size) for name, dataset in held_out.items()}
+    return one_epoch.once(held_out, iterations=iterations, global_batch_size=global_batch_size)
 
 
-def _build(config: RunConfig, samples: tuple[int, int, int], tokenizer: Tokenizer | None) -> Sequence[Any]:
-    return data.build(config.dataset, tokenizer=tokenizer, vocab_size=config.model.vocab_size, samples=samples)
+def steps_of_epochs(dataset: Any, *, train: TrainingConfig, vocab_size: int, tokenizer: Tokenizer | None) -> int:
+    """Return the optimizer steps that read the training data `train.num_epochs` times. The last step may read into the next
+    epoch.
 
-
-def steps_of_epochs(config: RunConfig) -> int:
-    """Optimizer steps in which the training data is gone through `train.num_epochs` times. The last one may go on into the next
-    epoch. UserError where the dataset does not say how many samples that takes."""
-    check(config)
-    epochs, batch = config.train.num_epochs, config.train.global_batch_size
-    until = getattr(_build(config, (batch, 0, 0), tokenizer_of_run(config))[0], "until", None)
+    Raises UserError if the dataset has no method `until`, which says how many samples that takes.
+    """
+    check(dataset)
+    epochs, batch = train.num_epochs, train.global_batch_size
+    training, *_ = data.build(dataset, tokenizer=tokenizer, vocab_size=vocab_size, samples=(batch, 0, 0))
+    until = getattr(training, "until", None)
     if until is None:
         raise UserError(
             f"`train.num_epochs` is `{epochs}`, and the dataset does not say how many samples an epoch has",
@@ -65,83 +89,65 @@ def steps_of_epochs(config: RunConfig) -> int:
     return -(-until(epochs) // batch)
 
 
-def evaluations(config: RunConfig, dataset: Any) -> int:
-    """Global batches of one evaluation of held-out data."""
-    if isinstance(dataset, one_epoch.Once):
-        return len(dataset) // config.train.global_batch_size
-    return config.validation.eval_iters or 0
+def eval_iterations(held_out: Any, *, train: TrainingConfig, validation: ValidationConfig) -> int:
+    """Return how many global batches one evaluation of a held-out dataset takes."""
+    if isinstance(held_out, one_epoch.Once):
+        return len(held_out) // train.global_batch_size
+    return validation.eval_iters or 0
 
 
-def prompts(run: Run, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Sequence[str | list[int]]] | None:
-    """What the model is asked at intervals: texts as it is to see them, or the beginnings of held-out examples, before what is
-    learned of them. UserError where there is nothing to ask, or nothing to read the answer with."""
-    told = run.config.validation
-    if not told.sample_interval:
-        return None
-    setting = f"`validation.sample_interval` is `{told.sample_interval}`"
-    if tokenizer is None:
-        raise UserError(f"{setting}, and there is no tokenizer", hint="name a folder: `tokenizer.tokenizer_model=DIR`")
-    first = next(iter(sets_of(run.datasets[1]).values()), None)
-    beginnings = getattr(first, "beginnings", lambda _: [])
-    asked = told.sample_prompts or beginnings(_ASKED)
-    if not asked:
-        raise UserError(f"{setting}, and there are no prompts", hint="give some: `validation.sample_prompts=[…]`")
-    return tokenizer, asked
-
-
-def sets_of(held_out: Any) -> Mapping[str, Any]:
-    """Held-out data by name: nothing, one set without a name, or several."""
+def named_sets(held_out: Any) -> Mapping[str, Any]:
+    """Return held-out datasets by name: none, a single one under the name "", or several."""
     return held_out if isinstance(held_out, dict) else {"": held_out} if held_out is not None else {}
 
 
-_ASKED = 2
-"""Held-out examples that are begun where no prompts are given."""
+def microbatch_shape(dataset: Any, micro_batch_size: int) -> tuple[int, int]:
+    """Return the rows and their length of the activations that pipeline stages exchange: on a GPU, packed rows are end to end in
+    one row (`trainer.loss`)."""
+    length = dataset.sequence_length
+    if is_packed(dataset) and device.current().type == "cuda":
+        return 1, micro_batch_size * length
+    return micro_batch_size, length
 
 
-def rows_between_stages(config: RunConfig) -> tuple[int, int]:
-    """Rows and their length in what pipeline stages hand on: on a GPU, packed rows lie end to end (`trainer.loss`)."""
-    rows, length = config.train.micro_batch_size, config.dataset.sequence_length
-    return (1, rows * length) if is_packed(config.dataset) and device.current().type == "cuda" else (rows, length)
+def chunk_iterators(
+    dataset: Any, section: Any, train: TrainingConfig, *, chunks: Sequence[Any], consumed: int, waited: DataWait
+) -> list[Iterator[Any] | None]:
+    """Return an iterator over this rank's microbatches of `dataset` for each model chunk, from sample `consumed` on.
 
+    `section` is the dataset's settings. None for chunks between the first and the last pipeline stage, which need no batch unless
+    rows are packed. The time that each microbatch is waited for is added to `waited`.
+    """
+    packed = is_packed(section)
 
-def iterators(run: Run, dataset: Any, *, consumed: int) -> list[Iterator[Any] | None]:
-    """One iterator of microbatches per model chunk; None for chunks that see neither tokens nor labels, nor where packed rows
-    are divided."""
-    config = run.config
-    packed = is_packed(config.dataset)
-    return [
-        _timed(
-            run.waited,
-            batches(
-                dataset,
-                consumed=consumed,
-                micro_batch_size=config.train.micro_batch_size,
-                global_batch_size=config.train.global_batch_size,
-                rank=parallel_state.get_data_parallel_rank(),
-                size=parallel_state.get_data_parallel_world_size(),
-                num_workers=getattr(config.dataset, "num_workers", 0),
-                pin_memory=device.current().type == "cuda",
-            ),
+    def read() -> Generator[Any]:
+        return batches(
+            dataset,
+            consumed=consumed,
+            micro_batch_size=train.micro_batch_size,
+            global_batch_size=train.global_batch_size,
+            rank=parallel_state.get_data_parallel_rank(),
+            size=parallel_state.get_data_parallel_world_size(),
+            num_workers=getattr(section, "num_workers", 0),
+            pin_memory=device.current().type == "cuda",
         )
-        if packed or model.sees_data(chunk)
-        else None
-        for chunk in run.chunks
-    ]
+
+    return [_timed(waited, read()) if packed or model.sees_data(chunk) else None for chunk in chunks]
 
 
-def _timed(waited: DataWait, found: Generator[Any]) -> Generator[Any]:
-    """The same microbatches, with the time that each is waited for added up."""
-    with closing(found):
+def _timed(waited: DataWait, microbatches: Generator[Any]) -> Generator[Any]:
+    """Yield the same microbatches, and add up the time that each is waited for."""
+    with closing(microbatches):
         while True:
             began = time.perf_counter()
-            batch = next(found, None)
+            batch = next(microbatches, None)
             waited.seconds += time.perf_counter() - began
             if batch is None:
                 return
             yield batch
 
 
-def close(run: Run) -> None:
-    """End the processes that read for a run: at exit, Python would wait for them for ever, since they ignore signals."""
-    for one in run.batches or ():
-        getattr(one, "close", lambda: None)()  # a callback may have put other iterators there
+def close(iterators: Sequence[Any]) -> None:
+    """Stop the worker processes of these iterators: they ignore signals, so Python would wait for them at exit for ever."""
+    for iterator in iterators:
+        getattr(iterator, "close", lambda: None)()  # a callback may have replaced them

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,14 +17,6 @@ from trainer.launch.slurm import sbatch
 Where = Literal["local", "slurm"]
 
 
-def run_recipe(recipe: str, overrides: list[str]) -> None:
-    """What a `run.Partial` carries: train `recipe` with `key=value` settings. Plain arguments, since NeMo-Run stores them."""
-    from trainer.loop import pretrain  # noqa: PLC0415
-    from trainer.settings.arguments import read_run  # noqa: PLC0415 - NeMo-Run imports this module where the job is made
-
-    pretrain(read_run(recipe, config_file=None, overrides=overrides))
-
-
 def script(job: Job, *, where: Where) -> Any:
     """The job's program as `run.Script`, for torchrun to start on every rank.
 
@@ -33,9 +26,9 @@ def script(job: Job, *, where: Where) -> Any:
     return _nemo_run().Script(inline=f"exec {shlex.join([python, *job.program])}\n")
 
 
-def partial(recipe: str, overrides: list[str]) -> Any:
-    """`run_recipe` with its arguments, as `run.Partial`."""
-    return _nemo_run().Partial(run_recipe, recipe=recipe, overrides=list(overrides))
+def partial(train: Callable[..., None], recipe: str, overrides: list[str]) -> Any:
+    """Return `train` with its arguments `recipe` and `overrides`, as `run.Partial`. NeMo-Run stores the name of the function."""
+    return _nemo_run().Partial(train, recipe=recipe, overrides=list(overrides))
 
 
 def executor(job: Job, *, where: Where) -> Any:

@@ -1,1 +1,1 @@
-"""What a run says of itself: lines, files, services, curves."""
+"""The log of a run: console lines, `metrics.jsonl`, TensorBoard, Weights & Biases, and its start-up summary."""

@@ -5,11 +5,9 @@ All ranks accumulate the numbers of an interval, so that any can be checkpointed
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
-import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 from formats.errors import UserError
-from trainer import device, parallel
-from trainer.config import RunConfig
+from trainer import device
+from trainer.config import CheckpointConfig, LoggerConfig, RunConfig
 from trainer.estimate import peaks
 from trainer.estimate.flops import flops_of_packed, flops_of_run
 from trainer.logging import metrics, records
+from trainer.logging.metrics import Interval, StepClock
 from trainer.logging.writers import Writers, open_writers
 from trainer.model import GPTModelProvider
 from trainer.settings import yaml_io
@@ -36,133 +35,98 @@ def _in_a_terminal() -> bool:
 
 @dataclass
 class RunLogger:
-    """A run's voice. `sinks` is None on ranks that are silent."""
+    """Log the steps, evaluations and samples of a run. `writers` is None on ranks that write nothing."""
 
-    config: RunConfig
     measure: metrics.Measure
-    sinks: Writers | None
-    interval: metrics.Interval = field(default_factory=metrics.Interval)
+    writers: Writers | None
+    log_interval: int
+    sequence_length: int
+    interval: Interval = field(default_factory=Interval)
     color: bool = field(default_factory=_in_a_terminal)
-    _since: float = field(default_factory=time.perf_counter)
-    _step_since: float = field(default_factory=time.perf_counter)
-    _waited: float = 0.0
-    _timed: int = 0
-    """Steps since `_since`: fewer than the interval's where it began before a resume, or with the first step."""
-
+    clock: StepClock = field(default_factory=StepClock)
     _first: bool = True
 
-    def start_clock(self) -> None:
-        """Measure from here on: the first step follows."""
-        self._since = self._step_since = time.perf_counter()
-        self._timed, self._waited = 0, 0.0
-
     def step(self, progress: Any, step: Any) -> None:
-        """Count a step and write its record; at an interval's end, and after the first step of a program, a line too."""
-        now = time.perf_counter()
-        seconds = now - self._step_since
-        one = self._record(progress, step, metrics.of_one(step), seconds=seconds, timed_steps=1, waited=step.waited)
-        self._step_since, self._waited = now, self._waited + step.waited
-        if self.sinks is not None:
-            self.sinks.log_step(one)
-        grad_norm = step.grad_norm if step.applied else None
-        self.interval.add(torch.tensor(step.loss), grad_norm=grad_norm, skipped=not step.applied, work=step.work)
-        self._timed += 1
-        ends = progress.iteration % self.config.logger.log_interval == 0 or progress.iteration >= self.config.train.train_iters
+        """Count a `trainer.state.Step`, and write its record. Print a line at the end of an interval, and after the first step of
+        a program."""
+        seconds = self.clock.step(step.waited)
+        alone = Interval()
+        for interval in (alone, self.interval):
+            grad_norm = step.grad_norm if step.applied else None
+            interval.add(step.loss, grad_norm=grad_norm, skipped=not step.applied, work=step.work)
+        record = self._record(progress, step, alone, seconds=seconds, timed_steps=1, waited=step.waited)
+        if self.writers is not None:
+            self.writers.log_step(record)
+        ends = progress.iteration % self.log_interval == 0 or progress.iteration >= self.measure.train_iters
         if not (ends or self._first):
             return
         device.synchronize()
         if ends:
             self._interval(progress, step)
         else:
-            self._print(one)
+            self._print(record)
         # The first step compiles and allocates: it counts only in a line that has no other.
         self._first = False
-        self.start_clock()
+        self.clock.restart()
 
     def _interval(self, progress: Any, step: Any) -> None:
-        seconds, totals = time.perf_counter() - self._since, self.interval.close()
-        record = self._record(progress, step, totals, seconds=seconds, timed_steps=self._timed, waited=self._waited)
+        clock, interval, self.interval = self.clock, self.interval, Interval()
+        record = self._record(progress, step, interval, seconds=clock.seconds, timed_steps=clock.steps, waited=clock.waited)
         self._print(record)
-        if self.sinks is not None:
-            self.sinks.log_interval(record)
+        if self.writers is not None:
+            self.writers.log_interval(record)
 
     def _record(
-        self, progress: Any, step: Any, totals: metrics.Totals, *, seconds: float, timed_steps: int, waited: float
+        self, progress: Any, step: Any, interval: Interval, *, seconds: float, timed_steps: int, waited: float
     ) -> records.Step:
         return self.measure.step(
-            totals,
+            interval,
             iteration=progress.iteration,
             seconds=seconds,
             timed_steps=timed_steps,
             waited=waited,
             lr=step.lr,
             consumed_samples=progress.consumed_samples,
-            consumed_tokens=progress.consumed_samples * self.config.dataset.sequence_length,
+            consumed_tokens=progress.consumed_samples * self.sequence_length,
             memory_gib=step.memory_gib,
             loss_scale=step.loss_scale,
         )
 
-    def evaluation(self, progress: Any, split: Any, loss: float) -> None:
-        """Tell an evaluation."""
-        self._tell(records.evaluation(progress.iteration, split=split, loss=loss))
+    def evaluation(self, progress: Any, split: str, loss: float) -> None:
+        """Log the loss of an evaluation."""
+        self._log(records.evaluation(progress.iteration, split=split, loss=loss))
 
     def sample(self, progress: Any, prompt: str, text: str) -> None:
-        """Tell what the model answered."""
-        self._tell(records.Sample(iteration=progress.iteration, prompt=prompt, text=text))
+        """Log a text that the model generated."""
+        self._log(records.Sample(iteration=progress.iteration, prompt=prompt, text=text))
 
-    def pause(self, seconds: float) -> None:
-        """Exclude the time of an evaluation or a checkpoint from that of steps."""
-        self._since += seconds
-        self._step_since += seconds
+    def paused(self) -> AbstractContextManager[None]:
+        """Exclude the time of an evaluation or a checkpoint from that of steps, while this is entered."""
+        return self.clock.paused()
 
-    def _tell(self, record: records.Record) -> None:
+    def _log(self, record: records.Record) -> None:
         self._print(record)
-        if self.sinks is not None:
-            self.sinks.log(record)
+        if self.writers is not None:
+            self.writers.log(record)
 
     def _print(self, record: records.Record) -> None:
-        if self.sinks is not None:
-            click.echo(metrics.console_line(record, self.config.train.train_iters, color=self.color), err=True)
+        if self.writers is not None:
+            click.echo(metrics.console_line(record, self.measure.train_iters, color=self.color), err=True)
 
     def close(self) -> None:
-        """Let go of files and services."""
-        if self.sinks is not None:
-            self.sinks.close()
+        """Close files and services."""
+        if self.writers is not None:
+            self.writers.close()
 
 
-def run_dir(config: RunConfig) -> Path | None:
-    """Where a run's own files go."""
-    folder = config.logger.run_dir or config.checkpoint.save
+def run_dir(logger: LoggerConfig, checkpoint: CheckpointConfig) -> Path | None:
+    """Return the folder of a run's own files: `logger.run_dir`, else `checkpoint.save`."""
+    folder = logger.run_dir or checkpoint.save
     return Path(folder) if folder else None
 
 
-def make_folders(config: RunConfig) -> None:
-    """The folders that a run writes to, made on rank 0. UserError on all ranks where one cannot be written, before the work."""
-    logger = config.logger
-    for setting, folder in (
-        ("checkpoint.save", config.checkpoint.save),
-        ("logger.run_dir", logger.run_dir),
-        ("logger.tensorboard_dir", logger.tensorboard_dir),
-        ("logger.wandb_save_dir", logger.wandb_save_dir),
-    ):
-        try:
-            parallel.on_first_rank(partial(_make, folder))
-        except OSError as error:
-            raise UserError(
-                f"`{setting}` is `{folder}`, which cannot be written to: {error.strerror}",
-                hint="give a folder that can be made or written to",
-            ) from error
-
-
-def _make(folder: str | None) -> None:
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
-
-
 def open_logger(config: RunConfig, *, resumed_at: int, active: bool, samples_per_epoch: int | None = None) -> RunLogger:
-    """The log of a run that goes on from step `resumed_at`; only the active rank writes it."""
+    """Open the log of a run that goes on from step `resumed_at`; only the active rank writes it."""
     sequence = config.dataset.sequence_length
     kind = device.GPU if device.current().type == "cuda" else device.CPU
     measure = metrics.Measure(
@@ -171,18 +135,20 @@ def open_logger(config: RunConfig, *, resumed_at: int, active: bool, samples_per
         tokens_per_step=config.train.global_batch_size * sequence,
         num_gpus=dist.get_world_size(),
         train_iters=config.train.train_iters,
-        peak_flops=_peak(config),
+        peak_flops=_peak(config.model),
         device=kind,
         samples_per_epoch=samples_per_epoch,
         memory_of_gpu=device.memory(),
     )
-    settings = yaml_io.as_mapping(config)[0]
-    sinks = open_writers(config.logger, run_dir(config), settings=settings, done=resumed_at) if active else None
-    return RunLogger(config, measure, sinks)
+    writers = None
+    if active:
+        folder = run_dir(config.logger, config.checkpoint)
+        writers = open_writers(config.logger, folder, settings=yaml_io.as_mapping(config)[0], done=resumed_at)
+    return RunLogger(measure, writers, config.logger.log_interval, sequence)
 
 
 def _flops(config: RunConfig) -> float | None:
-    """Model FLOPs per token; None for a model that there is no formula for."""
+    """Return the model's FLOPs per token; None for a model that there is no formula for."""
     if not isinstance(config.model, GPTModelProvider):
         return None
     try:
@@ -192,14 +158,13 @@ def _flops(config: RunConfig) -> float | None:
 
 
 def _flops_of_packed(config: RunConfig) -> Callable[[float, float], float] | None:
-    """None for a model that there is no formula for."""
+    """Return the function for FLOPs of packed rows; None for a model that there is no formula for."""
     return None if _flops(config) is None else partial(flops_of_packed, config.model, peft=config.peft)
 
 
-def _peak(config: RunConfig) -> float | None:
-    """The dense peak of this GPU; None on a CPU."""
+def _peak(model: Any) -> float | None:
+    """Return the dense peak of this GPU in FLOP/s, in the model's precision; None on a CPU."""
     if device.current().type == "cpu":
         return None
-    model = config.model
-    computed = "fp4" if model.fp4 else "fp8" if model.fp8 else "bf16" if model.bf16 else "fp16" if model.fp16 else "fp32"
-    return peaks.peak_flops(torch.cuda.get_device_name(), precision=computed)
+    precision = "fp4" if model.fp4 else "fp8" if model.fp8 else "bf16" if model.bf16 else "fp16" if model.fp16 else "fp32"
+    return peaks.peak_flops(torch.cuda.get_device_name(), precision=precision)

@@ -1,13 +1,14 @@
-"""From steps and seconds to the record of an interval, and from a record to the line that a person reads.
+"""From steps to the record of an interval: sums, times and speeds; and from a record to the console line.
 
-Knows arithmetic and words. Knows no files (`records` and `sinks` do), no clock and no ranks: the caller measures, and calls
-on one rank.
+Leaves files and services to `records` and `writers`, and ranks to `logger`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,98 +21,97 @@ from trainer.logging.records import Evaluation, Record, Sample, Step
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Totals:
-    """What an interval came to, as plain numbers."""
-
-    steps: int
-    loss: float | None
-    grad_norm: float | None
-    skipped: int
-    not_finite: int
-    work: tuple[float, float] = (0.0, 0.0)
-    """See `trainer.state.Step`."""
-
-
-def of_one(step: Any) -> Totals:
-    """What one step came to: a `trainer.state.Step`."""
-    loss, norm = (step.loss, step.grad_norm) if step.applied else (None, None)
-    return Totals(steps=1, loss=loss, grad_norm=norm, skipped=int(not step.applied), not_finite=0, work=step.work)
-
-
+@dataclass
 class Interval:
-    """The steps since the last line. `add` leaves everything on its device; only `close` waits for the GPU, once."""
+    """Sums over the steps since the last logged line; a checkpoint holds them, so that a resumed run logs the same lines."""
 
-    def __init__(self) -> None:
-        self._begin()
+    steps: int = 0
+    skipped: int = 0
+    """Steps whose update was skipped: fp16 gradients overflowed."""
 
-    def _begin(self) -> None:
-        self.steps, self._skipped, self._work = 0, 0, (0.0, 0.0)
-        self._loss: torch.Tensor | None = None
-        self._not_finite: torch.Tensor | None = None
-        self._grad_norm: torch.Tensor | float | None = None
+    loss_sum: float = 0.0
+    """Of the steps that were not skipped."""
+
+    grad_norm: float | None = None
+    """Of the last step that had one."""
+
+    work: tuple[float, float] = (0.0, 0.0)
+    """Of packed rows: see `trainer.state.Step`."""
 
     def add(
-        self,
-        loss: torch.Tensor,
-        *,
-        grad_norm: torch.Tensor | float | None = None,
-        skipped: bool = False,
-        work: tuple[float, float] = (0.0, 0.0),
+        self, loss: float, *, grad_norm: float | None = None, skipped: bool = False, work: tuple[float, float] = (0.0, 0.0)
     ) -> None:
-        """Count a step: its mean loss (a scalar tensor on any device), whether its update was skipped, the work of packed rows.
-
-        A loss that is not finite is counted, and unless skipped it makes the mean what it is.
-        """
-        loss = loss.detach().double()
-        wrong = (~torch.isfinite(loss)).double()
-        self._not_finite = wrong if self._not_finite is None else self._not_finite + wrong
+        """Count a step."""
         self.steps += 1
-        self._skipped += skipped
-        self._work = self._work[0] + work[0], self._work[1] + work[1]
+        self.skipped += skipped
+        self.work = self.work[0] + work[0], self.work[1] + work[1]
         if not skipped:
-            self._loss = loss if self._loss is None else self._loss + loss
+            self.loss_sum += loss
         if grad_norm is not None:
-            self._grad_norm = grad_norm.detach() if isinstance(grad_norm, torch.Tensor) else grad_norm
+            self.grad_norm = grad_norm
 
-    def close(self) -> Totals:
-        """The totals since the last `close`; counting begins anew."""
-        state = self.state_dict()
-        self._begin()
-        counted = state["steps"] - state["skipped"]
-        return Totals(
-            steps=state["steps"],
-            loss=state["loss"] / counted if counted else None,
-            grad_norm=state["grad_norm"],
-            skipped=state["skipped"],
-            not_finite=int(state["not_finite"]),
-            work=state["work"],
-        )
+    @property
+    def loss(self) -> float | None:
+        """The mean over steps that were not skipped, each counting the same; None if all were."""
+        counted = self.steps - self.skipped
+        return self.loss_sum / counted if counted else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers for a checkpoint, so that a run resumed between two lines prints the lines it would have printed.
+        """Return plain numbers for a checkpoint, under the names of earlier versions, which also counted losses that are NaN."""
+        names = {"steps": self.steps, "skipped": self.skipped, "work": self.work, "not_finite": 0.0}
+        return {**names, "loss": self.loss_sum if self.steps > self.skipped else None, "grad_norm": self.grad_norm}
 
-        Waits for the GPU, as saving does.
-        """
-        held = (self._loss, self._not_finite, self._grad_norm)
-        on_device = [value.double().reshape(()) for value in held if isinstance(value, torch.Tensor)]
-        numbers = iter(torch.stack([value.to(on_device[0].device) for value in on_device]).tolist() if on_device else [])
-        loss, not_finite, grad_norm = (next(numbers) if isinstance(value, torch.Tensor) else value for value in held)
-        names = {"steps": self.steps, "skipped": self._skipped, "work": self._work}
-        return {**names, "loss": loss, "not_finite": not_finite or 0.0, "grad_norm": grad_norm}
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Interval:
+        """Return the interval of which `state_dict` returned `state`; earlier versions had no `work`."""
+        return cls(
+            state["steps"], state["skipped"], state["loss"] or 0.0, state["grad_norm"], tuple(state.get("work", (0.0, 0.0)))
+        )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        self.steps, self._skipped = state["steps"], state["skipped"]
-        self._work = tuple(state.get("work", (0.0, 0.0)))
-        self._loss = None if state["loss"] is None else torch.tensor(state["loss"], dtype=torch.float64)
-        self._not_finite = torch.tensor(state["not_finite"], dtype=torch.float64)
-        self._grad_norm = state["grad_norm"]
+
+class StepClock:
+    """Times steps, evaluations and checkpoints excluded.
+
+    The interval's time starts anew with each logged line, with the first step after a resume, and after the first step of a
+    program, which compiles and allocates.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Start an interval: the next step begins now."""
+        self._began = self._step_began = time.perf_counter()
+        self.steps, self.waited = 0, 0.0
+
+    def step(self, waited: float) -> float:
+        """Return the seconds that the step which ends now took; `waited` of them were for data."""
+        now = time.perf_counter()
+        seconds, self._step_began = now - self._step_began, now
+        self.steps += 1
+        self.waited += waited
+        return seconds
+
+    @property
+    def seconds(self) -> float:
+        """Since the interval began."""
+        return time.perf_counter() - self._began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time while this is entered."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            paused = time.perf_counter() - began
+            self._began += paused
+            self._step_began += paused
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """What turns a run's totals and seconds into speeds."""
+    """Constants of a run, which turn sums and seconds into speeds."""
 
     flops_per_token: float | None
     """Floating-point operations of forward and backward, per token, of the whole model; None where there is no formula."""
@@ -130,18 +130,18 @@ class Measure:
     """Bytes; None on a CPU."""
 
     flops_of_packed: Callable[[float, float], float] | None = None
-    """Operations of packed rows, from the tokens in examples and the sum of the squares of examples' lengths."""
+    """Operations of packed rows, from the tokens in examples and the sum of the squares of the lengths of examples."""
 
-    def _flops(self, totals: Totals) -> float | None:
-        """Operations per step."""
-        tokens, squares = totals.work
+    def _flops(self, interval: Interval) -> float | None:
+        """Return the operations per step."""
+        tokens, squares = interval.work
         if tokens and self.flops_of_packed:
-            return self.flops_of_packed(tokens, squares) / totals.steps
+            return self.flops_of_packed(tokens, squares) / interval.steps
         return None if self.flops_per_token is None else self.tokens_per_step * self.flops_per_token
 
     def step(
         self,
-        totals: Totals,
+        interval: Interval,
         *,
         iteration: int,
         seconds: float,
@@ -153,18 +153,18 @@ class Measure:
         waited: float = 0.0,
         loss_scale: float | None = None,
     ) -> Step:
-        """The record of an interval that ended with step `iteration`. Its last `timed_steps` took `seconds`, `waited` of them for
-        data."""
-        assert totals.steps >= timed_steps > 0, "an interval without steps"
+        """Return the record of an interval that ended with step `iteration`. Its last `timed_steps` took `seconds`, `waited` of
+        them for data."""
+        assert interval.steps >= timed_steps > 0, "an interval without steps"
         per_step = max(seconds, 1e-9) / timed_steps
         rate = self.tokens_per_step / per_step / self.num_gpus
-        work = self._flops(totals)
-        flops = None if work is None else work / per_step / self.num_gpus
+        operations = self._flops(interval)
+        flops = None if operations is None else operations / per_step / self.num_gpus
         return Step(
             iteration=iteration,
-            loss=totals.loss,
+            loss=interval.loss,
             lr=lr,
-            grad_norm=totals.grad_norm,
+            grad_norm=interval.grad_norm,
             consumed_samples=consumed_samples,
             consumed_tokens=consumed_tokens,
             seconds_per_step=per_step,
@@ -176,32 +176,31 @@ class Measure:
             memory_gib=memory_gib,
             memory_share=memory_gib * GIB / self.memory_of_gpu if self.memory_of_gpu else None,
             time_left_s=(self.train_iters - iteration) * per_step,
-            skipped_steps=totals.skipped,
-            nan_steps=totals.not_finite,
+            skipped_steps=interval.skipped,
             loss_scale=loss_scale,
             device=self.device,
         )
 
 
 def memory_gib(device: torch.device) -> float:
-    """The most that this rank held so far: on its GPU, or resident on a CPU."""
+    """Return the most memory, in GiB, that this rank has held: allocated on its GPU, or resident on a CPU."""
     return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()) / GIB
 
 
 def console_line(record: Record, total_steps: int, *, color: bool = False) -> str:
-    """The record as one line whose columns stand below those of other steps."""
+    """Return the record as one line. Columns are aligned with those of other steps."""
     width = len(str(total_steps))
-    place = f"step {record.iteration:>{width}}/{total_steps}"
+    position = f"step {record.iteration:>{width}}/{total_steps}"
     shade = _colored if color else _plain
     if isinstance(record, Sample):
-        return f"{shade(place, 'bright_black')}  {_short(record.prompt)} {shade(_quoted(record.text), 'green')}"
+        return f"{shade(position, 'bright_black')}  {_short(record.prompt)} {shade(_quoted(record.text), 'green')}"
     if isinstance(record, Evaluation):
         words = f"{record.split} loss {shade(f'{record.loss:.4f}', 'cyan')}"
-        return f"{shade(place, 'bright_black')}  {words}  perplexity {record.perplexity:.4g}"
+        return f"{shade(position, 'bright_black')}  {words}  perplexity {record.perplexity:.4g}"
     loss = "none" if record.loss is None else f"{record.loss:.4f}"
     each = "GPU" if record.device == "gpu" else "process"
     parts = [
-        shade(place, "bright_black"),
+        shade(position, "bright_black"),
         f"loss {shade(f'{loss:>7}', 'green')}",
         f"lr {record.lr:.2e}",
         *([f"grad norm {record.grad_norm:6.2f}"] if record.grad_norm is not None else []),
@@ -218,17 +217,17 @@ def console_line(record: Record, total_steps: int, *, color: bool = False) -> st
 
 
 def _quoted(text: str) -> str:
-    """On one line, whatever is in it."""
+    """Return the text as a JSON string, which is one line."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _short(text: str) -> str:
-    """The end of a prompt, which the answer goes on from."""
+    """Return the last 60 characters of a prompt, quoted."""
     return _quoted(text if len(text) <= 60 else f"…{text[-59:]}")
 
 
 def duration(seconds: float) -> str:
-    """A time for a person: `42 s`, `5 min`, `1 h 23 min`, `2 d 3 h`."""
+    """Format a time: `42 s`, `5 min`, `1 h 23 min`, `2 d 3 h`."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -239,7 +238,7 @@ def duration(seconds: float) -> str:
 
 
 def number(count: float) -> str:
-    """A number for a person: `503 M`, `1.05 B`."""
+    """Format a number: `503 M`, `1.05 B`."""
     for unit, name in ((10**12, " T"), (10**9, " B"), (10**6, " M"), (10**3, " k")):
         if count >= unit:
             return f"{count / unit:.3g}{name}"
@@ -247,13 +246,12 @@ def number(count: float) -> str:
 
 
 def _warnings(record: Step) -> list[str]:
-    found = [f"loss scale {record.loss_scale:g}"] if record.loss_scale not in (None, 1.0) else []
-    found += [f"skipped {record.skipped_steps}"] if record.skipped_steps else []
-    return found + ([f"loss not finite in {record.nan_steps}"] if record.nan_steps else [])
+    scale = [f"loss scale {record.loss_scale:g}"] if record.loss_scale not in (None, 1.0) else []
+    return scale + ([f"skipped {record.skipped_steps}"] if record.skipped_steps else [])
 
 
 def _significant(number: float) -> str:
-    """540.1 on a GPU, and 0.012 on a CPU."""
+    """Format with one decimal, or three below 10: 540.1 on a GPU, 0.012 on a CPU."""
     return f"{number:.1f}" if number >= 10 else f"{number:.3f}"
 
 

@@ -1,6 +1,6 @@
-"""What a run says of itself: one record per step, one per evaluation, and the file that keeps them.
+"""The records of a run, one per step, evaluation and sample, and the file that holds them: `metrics.jsonl`.
 
-Knows what the numbers mean, not where they come from. Imports no torch, so that reading a run's records takes no time.
+Defines what the numbers mean; `metrics` computes them. Imports no torch, so that a run's records are read without delay.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILE = "metrics.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step, or a logged interval under the step that ended it. None where there is nothing to say."""
+    """One step, or a logged interval under the step that ended it. None where a number is not known."""
 
     iteration: int
     loss: float | None
@@ -39,7 +39,7 @@ class Step:
     """Of the last step that had one, before clipping."""
 
     consumed_samples: int
-    """Sequences since the run began, those before a resume included."""
+    """Sequences since the start of the run, those before a resume included."""
 
     consumed_tokens: int
     seconds_per_step: float
@@ -69,9 +69,6 @@ class Step:
     skipped_steps: int
     """Steps of the interval whose update was skipped, as after an overflow in fp16."""
 
-    nan_steps: int
-    """Steps of the interval whose loss was not finite."""
-
     loss_scale: float | None
     device: Literal["gpu", "cpu"]
     """What `per_gpu` counts: GPUs, or processes on CPUs."""
@@ -91,7 +88,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What the model answered after a step."""
+    """A text that the model generated after a step."""
 
     iteration: int
     prompt: str
@@ -103,7 +100,7 @@ KINDS = {"step", "evaluation", "sample"}
 
 
 def evaluation(iteration: int, *, split: str, loss: float) -> Evaluation:
-    """The record of a mean loss per token in nats. Perplexity is e^loss, infinite where that does not fit a float."""
+    """Return the record of a mean loss per token, in nats. Perplexity is e^loss; infinite where that overflows a float."""
     try:
         perplexity = math.exp(loss)
     except OverflowError:
@@ -112,15 +109,15 @@ def evaluation(iteration: int, *, split: str, loss: float) -> Evaluation:
 
 
 class JsonLines:
-    """A record per line, flushed as it is written; floats are exact, as Python's `repr` writes them.
+    """Write a record per line, and flush it; floats are exact, as Python's `repr` writes them.
 
     A float that is not finite is a string (`"NaN"`, `"Infinity"`, `"-Infinity"`), since JSON has no number for it. `kind` is
     `step`, `evaluation` or `sample`.
     """
 
     def __init__(self, path: Path, *, done: int = 0) -> None:
-        """`done` is the number of steps behind a resumed run; what another run wrote, which this one does not go on from, is
-        moved aside."""
+        """Drop the records of steps after `done`, the number of steps before a resume; if that is 0, rename an earlier run's
+        file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not done:
             _move_aside(path)
@@ -138,8 +135,11 @@ class JsonLines:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a `metrics.jsonl` as dictionaries, `NaN` and infinities as floats. UserError with file and line for one
-    that is not a record, but for a last line without its end: a run may be writing it."""
+    """Yield the lines of a `metrics.jsonl` as dictionaries, `NaN` and infinities as floats.
+
+    A last line without its end is skipped: a run may be writing it. Raises UserError with file and line for any other line that
+    is not a record.
+    """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.endswith(b"\n"):
@@ -148,23 +148,23 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        record = json.loads(line)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or type(found.get("iteration")) is not int or found.get("kind") not in KINDS:
+        record = None
+    if not isinstance(record, dict) or type(record.get("iteration")) is not int or record.get("kind") not in KINDS:
         text = format_untrusted(line[:60].decode("utf-8", "replace").strip())
         raise UserError(
             f"`{path}`, line {number}: `{text}` is not a record of a run",
             hint="remove the line, or choose another folder",
         )
-    if found["kind"] == "sample":
-        return found
+    if record["kind"] == "sample":
+        return record
     special = ("NaN", "Infinity", "-Infinity")
-    return {name: float(value) if value in special else value for name, value in found.items()}
+    return {name: float(value) if value in special else value for name, value in record.items()}
 
 
 def _move_aside(path: Path) -> None:
-    """Give the lines of an earlier run a name that nothing has."""
+    """Rename the file of an earlier run: `metrics-1.jsonl`, or the next number that is free."""
     if not path.stat().st_size:
         return
     names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
@@ -174,7 +174,7 @@ def _move_aside(path: Path) -> None:
 
 
 def _cut_back(path: Path, done: int) -> None:
-    """Replace the file by its lines of the steps until `done`; whoever reads it sees the old file or the new one."""
+    """Replace the file, atomically, by its lines of the steps until `done`."""
     old = path.read_bytes()
     kept = [line for line in _whole_lines(old, path) if line[0] <= done]
     new = b"".join(line for _, line in kept)

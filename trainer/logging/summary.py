@@ -1,47 +1,55 @@
-"""What a run is, in eight lines before its first step. Knows words; the numbers are those of the run's own model and settings."""
+"""The summary of a run before its first step, in eight lines: its model, layout, device, batch, schedule, data, checkpoints and
+memory.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from trainer import device, parallel
-from trainer.config import DatasetConfig, FinetuningDatasetConfig, RunConfig
+from trainer import collectives, device
+from trainer.config import (
+    CheckpointConfig,
+    DatasetConfig,
+    FinetuningDatasetConfig,
+    RunConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
 from trainer.estimate import memory
 from trainer.estimate.built import held
 from trainer.logging.metrics import duration, number
 from trainer.peft.attach import count
 from trainer.settings.resolve import Resolved
-from trainer.state import Run
 
 
-def lines(run: Run, resolved: Resolved) -> list[str]:
-    """All ranks call this: each adds its part of the parameters and of the memory."""
-    config, left = run.config, run.config.train.train_iters - run.progress.iteration
-    said = {
-        "model": _model(config, *count(run.chunks)),
+def lines(resolved: Resolved, *, chunks: Sequence[Any], datasets: Sequence[Any], iteration: int) -> list[str]:
+    """Return the lines. All ranks call this: each adds its part of the parameters and of the memory."""
+    config, left = resolved.config, resolved.config.train.train_iters - iteration
+    texts = {
+        "model": _model(config.model, config.peft, *count(chunks)),
         "layout": _layout(config, resolved),
-        "device": _device(config),
-        "batch": _batch(config, resolved),
+        "device": _device(config.mixed_precision),
+        "batch": _batch(config.train, config.dataset.sequence_length, resolved.num_microbatches),
         "schedule": _schedule(config, left),
-        "data": _data(config, run.datasets),
-        "checkpoints": _checkpoints(config),
-        "memory": _memory(run, resolved),
+        "data": f"{_source(config.dataset)}{_epochs(config.train, datasets[0])}; {_validation(config.validation, datasets[1])}",
+        "checkpoints": _checkpoints(config.checkpoint),
+        "memory": _memory(resolved, chunks),
     }
-    return [f"{name:<12} {text}" for name, text in said.items()]
+    return [f"{name:<12} {text}" for name, text in texts.items()]
 
 
-def _model(config: RunConfig, trained: int, parameters: int) -> str:
-    model = config.model
+def _model(model: Any, peft: Any, trained: int, parameters: int) -> str:
     padding = getattr(model, "padded_vocab_size", model.vocab_size) - model.vocab_size
     parameters -= padding * model.hidden_size * (1 if getattr(model, "share_embeddings_and_output_weights", False) else 2)
     described = (getattr(model, "hf_config", None) or {}).get("model_type")
     name = described or type(model).__name__
     sizes = f"{model.num_layers} layers of {model.hidden_size}" if model.num_layers else ""
-    learned = f"{number(trained)} of them trained ({type(config.peft).__name__})" if config.peft is not None else ""
+    learned = f"{number(trained)} of them trained ({type(peft).__name__})" if peft is not None else ""
     return ", ".join(filter(None, (name, f"{parameters:,} parameters", learned, sizes)))
 
 
@@ -61,59 +69,60 @@ def _layout(config: RunConfig, resolved: Resolved) -> str:
     return ", ".join(filter(None, (ranks, shape, each if resolved.data_parallel_size > 1 else "")))
 
 
-def _device(config: RunConfig) -> str:
+def _device(mixed_precision: str) -> str:
     kind = "CPU" if device.current().type == "cpu" else torch.cuda.get_device_name()
-    return f"{kind}, {config.mixed_precision}"
+    return f"{kind}, {mixed_precision}"
 
 
-def _batch(config: RunConfig, resolved: Resolved) -> str:
-    train, length = config.train, config.dataset.sequence_length
-    micro = f"{resolved.num_microbatches} microbatch{'es' if resolved.num_microbatches > 1 else ''} of {train.micro_batch_size}"
+def _batch(train: TrainingConfig, length: int, num_microbatches: int) -> str:
+    micro = f"{num_microbatches} microbatch{'es' if num_microbatches > 1 else ''} of {train.micro_batch_size}"
     tokens = train.global_batch_size * length
     return f"{tokens:,} tokens per step: {train.global_batch_size} sequences of {length}, {micro} on each rank"
 
 
 def _schedule(config: RunConfig, left: int) -> str:
-    train, told, optimizer = config.train, config.scheduler, config.optimizer
+    train, schedule, optimizer = config.train, config.scheduler, config.optimizer
     tokens = number(train.train_iters * train.global_batch_size * config.dataset.sequence_length)
     steps = f"{_steps(train.train_iters)}, {tokens} tokens" + (f", {_steps(left)} left" if left < train.train_iters else "")
-    warm_up = f" after {_steps(told.lr_warmup_iters)} of warm-up" if told.lr_warmup_iters else ""
-    return f"{steps}; learning rate {optimizer.lr:g} to {optimizer.min_lr:g}, {told.lr_decay_style}{warm_up}"
+    warm_up = f" after {_steps(schedule.lr_warmup_iters)} of warm-up" if schedule.lr_warmup_iters else ""
+    return f"{steps}; learning rate {optimizer.lr:g} to {optimizer.min_lr:g}, {schedule.lr_decay_style}{warm_up}"
 
 
-def _data(config: RunConfig, datasets: Any) -> str:
-    told, check = config.dataset, config.validation
-    if isinstance(told, FinetuningDatasetConfig):
-        named = told.path or " ".join(str(one) for one in told.blend or ())
-        source = f"{named}, {'packed rows' if told.packed else 'an example a row'}"
-    elif isinstance(told, DatasetConfig):
-        blend = told.blend or told.blend_per_split
-        source = " ".join(str(one) for one in blend) if blend else "mock tokens, since `dataset.blend` is not set"
-    else:
-        source = type(told).__name__
-    epoch = getattr(datasets[0], "per_epoch", None)
-    size = (
-        f", {config.train.train_iters * config.train.global_batch_size / epoch:.2g} epochs of {epoch:,} samples" if epoch else ""
-    )
-    checked = f"validation every {_steps(check.eval_interval)}" if check.eval_interval else "validation at the end"
-    return f"{source}{size}; {checked if datasets[1] is not None and check.eval_iters else 'no validation'}"
+def _source(dataset: Any) -> str:
+    if isinstance(dataset, FinetuningDatasetConfig):
+        named = dataset.path or " ".join(str(entry) for entry in dataset.blend or ())
+        return f"{named}, {'packed rows' if dataset.packed else 'an example a row'}"
+    if isinstance(dataset, DatasetConfig):
+        blend = dataset.blend or dataset.blend_per_split
+        return " ".join(str(entry) for entry in blend) if blend else "mock tokens, since `dataset.blend` is not set"
+    return type(dataset).__name__
 
 
-def _checkpoints(config: RunConfig) -> str:
-    told = config.checkpoint
-    if not told.save:
+def _epochs(train: TrainingConfig, dataset: Any) -> str:
+    epoch = getattr(dataset, "per_epoch", None)
+    return f", {train.train_iters * train.global_batch_size / epoch:.2g} epochs of {epoch:,} samples" if epoch else ""
+
+
+def _validation(validation: ValidationConfig, held_out: Any) -> str:
+    if held_out is None or not validation.eval_iters:
+        return "no validation"
+    return f"validation every {_steps(validation.eval_interval)}" if validation.eval_interval else "validation at the end"
+
+
+def _checkpoints(checkpoint: CheckpointConfig) -> str:
+    if not checkpoint.save:
         return "nothing is saved: `checkpoint.save` is not set"
-    when = [f"every {_steps(told.save_interval)}"] if told.save_interval else []
-    when += [f"every {duration(told.save_interval_in_mins * 60)}"] if told.save_interval_in_mins else []
-    kept = f", the newest {told.keep_last} kept" if told.keep_last else ""
-    return f"{told.save}, {' and '.join([*when, 'at the end'])}{kept}"
+    when = [f"every {_steps(checkpoint.save_interval)}"] if checkpoint.save_interval else []
+    when += [f"every {duration(checkpoint.save_interval_in_mins * 60)}"] if checkpoint.save_interval_in_mins else []
+    kept = f", the newest {checkpoint.keep_last} kept" if checkpoint.keep_last else ""
+    return f"{checkpoint.save}, {' and '.join([*when, 'at the end'])}{kept}"
 
 
-def _memory(run: Run, resolved: Resolved) -> str:
-    """Of the fullest rank."""
-    rank = parallel_state.get_pipeline_model_parallel_rank()
-    found = memory.of_rank(run.config, held(run.chunks, run.config.model), rank, dist.get_world_size())
-    size, card = parallel.largest([float(found.total)])[0], device.memory()
+def _memory(resolved: Resolved, chunks: Sequence[Any]) -> str:
+    """Return the estimate for the fullest rank."""
+    config, stage = resolved.config, parallel_state.get_pipeline_model_parallel_rank()
+    estimate = memory.of_rank(config, held(chunks, config.model), stage, dist.get_world_size())
+    size, card = collectives.largest([float(estimate.total)])[0], device.memory()
     if card is None:
         return f"{_bytes(size)} in the fullest of {resolved.world_size} processes, estimated"
     return f"{_bytes(size)} of the card's {_bytes(card)}, estimated"

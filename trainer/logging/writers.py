@@ -1,12 +1,12 @@
-"""Where records go: `metrics.jsonl` in the run's folder, TensorBoard, Weights & Biases.
-
-Knows the names that each tool's users expect. Knows no ranks: the caller opens sinks on one.
+"""Write records to `metrics.jsonl` in the run's folder, to TensorBoard and to Weights & Biases, under the names that the users of
+each expect. The caller opens writers on one rank.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,61 +20,63 @@ _WANDB_ID = "wandb_run_id"
 
 
 class Writer(Protocol):
-    """One place that records go to."""
+    """A file or a service that records are written to."""
 
     def log(self, record: Record) -> None: ...
 
     def close(self) -> None: ...
 
 
+@dataclass
 class Writers:
-    """All places of a run. Each record is out of this process's hands when `log` returns, where the place allows it."""
+    """All writers of a run."""
 
-    def __init__(self, places: list[Writer]) -> None:
-        self.places = places
+    every_step: list[Writer]
+    """Write the record of each step."""
+
+    every_interval: list[Writer]
+    """Write the record of each logged interval."""
 
     def log(self, record: Record) -> None:
-        """Give the record to every place."""
-        for place in self.places:
-            place.log(record)
+        """Write an evaluation or a sample, flushed where the writer can flush."""
+        for writer in (*self.every_step, *self.every_interval):
+            writer.log(record)
 
     def log_step(self, record: Step) -> None:
-        """Give the record of one step to `metrics.jsonl`, which has every step."""
-        for place in self.places:
-            if isinstance(place, JsonLines):
-                place.log(record)
+        """Write the record of one step to `metrics.jsonl`."""
+        for writer in self.every_step:
+            writer.log(record)
 
     def log_interval(self, record: Step) -> None:
-        """Give the record of an interval to the places that draw its curves."""
-        for place in self.places:
-            if not isinstance(place, JsonLines):
-                place.log(record)
+        """Write the record of an interval to the services that draw curves."""
+        for writer in self.every_interval:
+            writer.log(record)
 
     def close(self) -> None:
-        """Flush and close every place. Closing twice changes nothing."""
-        while self.places:
-            self.places.pop().close()
+        """Flush and close every writer. Closing twice changes nothing."""
+        for writers in (self.every_interval, self.every_step):
+            while writers:
+                writers.pop().close()
 
 
 def open_writers(logger: LoggerConfig, run_dir: Path | None, *, settings: dict[str, Any], done: int = 0) -> Writers:
     """Open what `logger` asks for, and `metrics.jsonl` in `run_dir` if that is given.
 
-    `settings` are kept by TensorBoard and Weights & Biases beside the curves. `done` is the number of steps behind a resumed
-    run: what a killed run wrote of later steps is dropped from `metrics.jsonl` and hidden in TensorBoard, for it is computed
-    again. UserError if a package is missing, before anything is opened.
+    TensorBoard and Weights & Biases keep `settings` beside the curves. `done` is the number of steps before a resume: records of
+    later steps, which a killed run wrote, are dropped from `metrics.jsonl` and hidden in TensorBoard, since those steps are
+    computed again. Raises UserError if a package is missing, before anything is opened.
     """
     if logger.tensorboard_dir:
         _need("tensorboard", setting="tensorboard_dir", install="tensorboard")
     if logger.wandb_project:
         _need("wandb", setting="wandb_project", install="'mbtools[wandb]'")
-    places: list[Writer] = []
-    if run_dir is not None:
-        places.append(JsonLines(run_dir / FILE, done=done))
+    lines: list[Writer] = [] if run_dir is None else [JsonLines(run_dir / FILE, done=done)]
+    services: list[Writer] = []
     if logger.tensorboard_dir:
-        places.append(TensorBoard(Path(logger.tensorboard_dir), settings=settings, done=done))
+        services.append(TensorBoard(Path(logger.tensorboard_dir), settings=settings, done=done))
     if logger.wandb_project:
-        places.append(WeightsAndBiases(logger, run_dir, settings=settings, resume=done > 0))
-    return Writers(places)
+        services.append(WeightsAndBiases(logger, run_dir, settings=settings, resume=done > 0))
+    return Writers(lines, services)
 
 
 def _need(package: str, *, setting: str, install: str) -> None:
@@ -88,7 +90,7 @@ def _need(package: str, *, setting: str, install: str) -> None:
 
 
 class TensorBoard:
-    """Scalars under the names that Megatron's users know; the step is the iteration."""
+    """Write scalars under Megatron-LM's names; the step is the iteration."""
 
     def __init__(self, folder: Path, *, settings: dict[str, Any], done: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - only if asked for
@@ -108,10 +110,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """The same curves in a run whose id is kept in `run_dir`, so that a resumed run goes on in it.
+    """Write the same curves to a run whose id is kept in `run_dir`, so that a resumed run continues it.
 
-    The x axis is `iteration`, not W&B's own step, which cannot go back: after a resume from an older checkpoint, the steps
-    computed twice are shown twice.
+    The x axis is `iteration`, since W&B's own step cannot go back: after a resume from an older checkpoint, the steps computed
+    twice are shown twice.
     """
 
     def __init__(self, logger: LoggerConfig, run_dir: Path | None, *, settings: dict[str, Any], resume: bool) -> None:
@@ -150,7 +152,7 @@ class WeightsAndBiases:
 
 
 def curves(record: Record) -> dict[str, float]:
-    """A record's numbers under Megatron-LM's TensorBoard names; what Megatron-LM does not draw has a name in its manner."""
+    """Return a record's numbers under Megatron-LM's TensorBoard names, and under names like them where Megatron-LM has none."""
     if isinstance(record, Sample):
         return {}
     if isinstance(record, Evaluation):
@@ -177,5 +179,4 @@ def _counts(record: Step) -> dict[str, float]:
         "consumed-samples": record.consumed_samples,
         "consumed-tokens": record.consumed_tokens,
         "skipped-iterations": record.skipped_steps,
-        "nan-iterations": record.nan_steps,
     }

@@ -99,15 +99,16 @@ def test_speeds_count_the_work_of_packed_rows():
         flops_per_token=1e9, tokens_per_step=1000, num_gpus=2, train_iters=9,
         flops_of_packed=lambda tokens, squares: 1e9 * tokens + 1e6 * squares,
     )  # fmt: skip
-    first, interval = Interval(), Interval()
-    first.add(torch.tensor(1.0), work=(300.0, 5000.0))
-    interval.load_state_dict(first.state_dict())
-    interval.add(torch.tensor(1.0), work=(500.0, 7000.0))
+    first = Interval()
+    first.add(1.0, work=(300.0, 5000.0))
+    interval = Interval.from_state_dict(first.state_dict())
+    interval.add(1.0, work=(500.0, 7000.0))
     told = {"iteration": 2, "seconds": 4.0, "lr": 1.0, "consumed_samples": 1, "consumed_tokens": 1, "memory_gib": 1.0}
-    step = measure.step(interval.close(), timed_steps=2, **told)
+    step = measure.step(interval, timed_steps=2, **told)
     assert step.tflops_per_gpu == pytest.approx((800e9 + 12000e6) / 4 / 2 / 1e12)
-    interval.add(torch.tensor(1.0))  # rows that are not packed
-    assert measure.step(interval.close(), timed_steps=1, **told).tflops_per_gpu == pytest.approx(1000e9 / 4 / 2 / 1e12)
+    unpacked = Interval()
+    unpacked.add(1.0)
+    assert measure.step(unpacked, timed_steps=1, **told).tflops_per_gpu == pytest.approx(1000e9 / 4 / 2 / 1e12)
 
 
 @pytest.fixture
