@@ -129,13 +129,13 @@ def start(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
 
 def _trainable(chunks: list[Any], config: RunConfig) -> tuple[list[Any], Any]:
     """Chunks whose gradients are reduced, and the optimizer. UserError for settings that megatron-core refuses."""
-    with refused.explained("ddp", config.ddp, lambda tried: optim.wrap(chunks, replace(config, ddp=tried))):
+    with refused.user_errors("ddp", config.ddp, lambda tried: optim.wrap(chunks, replace(config, ddp=tried))):
         wrapped = optim.wrap(chunks, config)
 
     def attempt(tried: Any) -> Any:
         return optim.make_optimizer(wrapped, replace(config, optimizer=tried))
 
-    with refused.explained("optimizer", config.optimizer, attempt):
+    with refused.user_errors("optimizer", config.optimizer, attempt):
         return wrapped, optim.make_optimizer(wrapped, config)
 
 
@@ -144,7 +144,7 @@ def train(run: Run) -> None:
     settings, first = run.config, run.progress.iteration
     run.telling.start_clock()
     while run.progress.iteration < settings.train.train_iters:
-        with refused.named_in_first_step() if run.progress.iteration == first else nullcontext():
+        with refused.user_errors_in_first_step() if run.progress.iteration == first else nullcontext():
             step = train_step(run)
         run.telling.step(run.progress, step)
         for callback in run.callbacks:

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from trainer import device, parallel
 from trainer.config import DatasetConfig, FinetuningDatasetConfig, RunConfig
 from trainer.estimate import memory
-from trainer.estimate.built import held
+from trainer.estimate.built import count_chunks
 from trainer.logging.metrics import duration, number
 from trainer.peft.attach import count
 from trainer.settings.resolve import Resolved
@@ -112,7 +112,7 @@ def _checkpoints(config: RunConfig) -> str:
 def _memory(run: Run, resolved: Resolved) -> str:
     """Of the fullest rank."""
     rank = parallel_state.get_pipeline_model_parallel_rank()
-    found = memory.of_rank(run.config, held(run.chunks, run.config.model), rank, dist.get_world_size())
+    found = memory.of_rank(run.config, count_chunks(run.chunks, run.config.model), rank, dist.get_world_size())
     size, card = parallel.largest([float(found.total)])[0], device.memory()
     if card is None:
         return f"{_bytes(size)} in the fullest of {resolved.world_size} processes, estimated"
