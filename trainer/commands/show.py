@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from formats.errors import UserError
+from trainer.formatting import number, size
 from trainer.settings.arguments import named_recipe, read_run, recipe_and_overrides, run_arguments
 
 if TYPE_CHECKING:
@@ -115,8 +116,8 @@ def _figures(config: RunConfig, *, world_size: int, device: str) -> list[str]:
     return [
         f"parameters: {parameters(config.model):,}",
         *_trained(config),
-        f"memory of the fullest of {world_size} {units}, estimated: {taken.total / 1e9:.1f} GB{_fits(taken.total, device)}",
-        *(f"  {part.name}: {part.size / 1e9:.1f} GB, {part.why}" for part in taken.parts),
+        f"memory of the fullest of {world_size} {units}, estimated: {size(taken.total)}{_fits(taken.total, device)}",
+        *(f"  {part.name}: {size(part.size)}, {part.why}" for part in taken.parts),
         *_flops(config),
     ]
 
@@ -143,10 +144,9 @@ def _fits(size: int, device: str) -> str:
 
 
 def _trained(config: RunConfig) -> list[str]:
-    from converter.console import count  # noqa: PLC0415
     from trainer.estimate import built  # noqa: PLC0415
 
     if config.peft is None:
         return []
     held = built.count_whole(config.model, config.peft)
-    return [f"trained: {count(held.trained.total)} of {count(held.total)} parameters"]
+    return [f"trained: {number(held.trained.total)} of {number(held.total)} parameters"]

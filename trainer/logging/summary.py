@@ -12,7 +12,7 @@ from trainer import device, parallel
 from trainer.config import DatasetConfig, FinetuningDatasetConfig, RunConfig
 from trainer.estimate import memory
 from trainer.estimate.built import count_chunks
-from trainer.logging.metrics import duration, number
+from trainer.formatting import duration, number, size, steps
 from trainer.peft.attach import count
 from trainer.settings.resolve import Resolved
 from trainer.state import Run
@@ -55,7 +55,7 @@ def _layout(config: RunConfig, resolved: Resolved) -> str:
         "EP": model.expert_model_parallel_size,
         "DP": resolved.data_parallel_size,
     }
-    shape = " · ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    shape = " · ".join(f"{name} {ranks}" for name, ranks in sizes.items() if ranks > 1)
     each = "optimizer state divided among data-parallel ranks" if config.ddp.use_distributed_optimizer else ""
     ranks = f"{resolved.world_size} rank{'s' if resolved.world_size > 1 else ''}"
     return ", ".join(filter(None, (ranks, shape, each if resolved.data_parallel_size > 1 else "")))
@@ -76,9 +76,9 @@ def _batch(config: RunConfig, resolved: Resolved) -> str:
 def _schedule(config: RunConfig, left: int) -> str:
     train, told, optimizer = config.train, config.scheduler, config.optimizer
     tokens = number(train.train_iters * train.global_batch_size * config.dataset.sequence_length)
-    steps = f"{_steps(train.train_iters)}, {tokens} tokens" + (f", {_steps(left)} left" if left < train.train_iters else "")
-    warm_up = f" after {_steps(told.lr_warmup_iters)} of warm-up" if told.lr_warmup_iters else ""
-    return f"{steps}; learning rate {optimizer.lr:g} to {optimizer.min_lr:g}, {told.lr_decay_style}{warm_up}"
+    length = f"{steps(train.train_iters)}, {tokens} tokens" + (f", {steps(left)} left" if left < train.train_iters else "")
+    warm_up = f" after {steps(told.lr_warmup_iters)} of warm-up" if told.lr_warmup_iters else ""
+    return f"{length}; learning rate {optimizer.lr:g} to {optimizer.min_lr:g}, {told.lr_decay_style}{warm_up}"
 
 
 def _data(config: RunConfig, datasets: Any) -> str:
@@ -92,18 +92,18 @@ def _data(config: RunConfig, datasets: Any) -> str:
     else:
         source = type(told).__name__
     epoch = getattr(datasets[0], "per_epoch", None)
-    size = (
+    epochs = (
         f", {config.train.train_iters * config.train.global_batch_size / epoch:.2g} epochs of {epoch:,} samples" if epoch else ""
     )
-    checked = f"validation every {_steps(check.eval_interval)}" if check.eval_interval else "validation at the end"
-    return f"{source}{size}; {checked if datasets[1] is not None and check.eval_iters else 'no validation'}"
+    checked = f"validation every {steps(check.eval_interval)}" if check.eval_interval else "validation at the end"
+    return f"{source}{epochs}; {checked if datasets[1] is not None and check.eval_iters else 'no validation'}"
 
 
 def _checkpoints(config: RunConfig) -> str:
     told = config.checkpoint
     if not told.save:
         return "nothing is saved: `checkpoint.save` is not set"
-    when = [f"every {_steps(told.save_interval)}"] if told.save_interval else []
+    when = [f"every {steps(told.save_interval)}"] if told.save_interval else []
     when += [f"every {duration(told.save_interval_in_mins * 60)}"] if told.save_interval_in_mins else []
     kept = f", the newest {told.keep_last} kept" if told.keep_last else ""
     return f"{told.save}, {' and '.join([*when, 'at the end'])}{kept}"
@@ -113,15 +113,7 @@ def _memory(run: Run, resolved: Resolved) -> str:
     """Of the fullest rank."""
     rank = parallel_state.get_pipeline_model_parallel_rank()
     found = memory.of_rank(run.config, count_chunks(run.chunks, run.config.model), rank, dist.get_world_size())
-    size, card = parallel.largest([float(found.total)])[0], device.memory()
+    most, card = parallel.largest([float(found.total)])[0], device.memory()
     if card is None:
-        return f"{_bytes(size)} in the fullest of {resolved.world_size} processes, estimated"
-    return f"{_bytes(size)} of the card's {_bytes(card)}, estimated"
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def _steps(count: int) -> str:
-    return f"{count:,} step{'' if count == 1 else 's'}"
+        return f"{size(most)} in the fullest of {resolved.world_size} processes, estimated"
+    return f"{size(most)} of the card's {size(card)}, estimated"
