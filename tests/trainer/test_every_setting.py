@@ -246,7 +246,7 @@ def test_a_field_that_nothing_carries_out_is_refused_by_name(setting: str) -> No
 
 
 def test_no_field_is_both_refused_and_carried_out() -> None:
-    refused = {setting for setting, _ in unsupported.never()}
+    refused = {setting for setting, _ in unsupported.never_supported()}
     assert not refused & COVERED
     assert refused <= set(EVERY)
     assert set(EVERY) >= COVERED
@@ -395,6 +395,8 @@ def test_what_gives_other_bits_each_time_is_refused_in_deterministic_mode(ranks:
         resolve(observed.settings(**both), world_size=1, device="gpu", machine=HOPPER)
 
 
+LARGE = {"model.hidden_size": 128, "model.ffn_hidden_size": 256, "model.seq_length": 128, "dataset.sequence_length": 128}
+
 CONTRADICTIONS = {
     "average": (
         {
@@ -419,6 +421,27 @@ CONTRADICTIONS = {
         (
             "`model.gradient_accumulation_fusion` is `True`, and APEX, which has its kernel, is not installed\n\n"
             "hint: leave `model.gradient_accumulation_fusion` out"
+        ),
+    ),
+    "output layer": (
+        {"model.fp8_output_proj": True, "mixed_precision": "bf16_with_fp8_delayed_scaling_mixed", **LARGE},
+        (
+            "`model.fp8_output_proj` is `True`, which needs MXFP8; `mixed_precision` is `bf16_with_fp8_delayed_scaling_mixed`\n\n"
+            "hint: leave `model.fp8_output_proj` out, or set `mixed_precision=bf16_with_mxfp8_mixed`"
+        ),
+    ),
+    "residual connection": (
+        {"model.fp32_residual_connection": True, **BF16},
+        (
+            "`model.fp32_residual_connection` is `True`, which does not work here: layers take what the residual connection "
+            "carries in the precision of their weights\n\nhint: leave `model.fp32_residual_connection` out"
+        ),
+    ),
+    "offloaded weights": (
+        {"model.cpu_offloading_activations": False, "model.cpu_offloading_weights": True, "model.cpu_offloading": True},
+        (
+            "`model.cpu_offloading_activations` is `False`, which does not work here: Transformer Engine offloads no weights "
+            "without activations\n\nhint: leave `model.cpu_offloading_activations` out"
         ),
     ),
     "messages": (

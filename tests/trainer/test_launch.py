@@ -17,7 +17,7 @@ from formats.errors import UserError
 from trainer import launch
 from trainer.commands.arguments import read_run
 from trainer.commands.launch import command
-from trainer.launch import Job, pretraining, slurm
+from trainer.launch import Job, pretrain_program, slurm
 
 GOLDEN = """\
 #!/bin/bash
@@ -112,7 +112,7 @@ def test_arguments_and_variables_reach_the_program_unchanged(tmp_path):
     stand_in(programs, "srun", 'while [[ $1 == -* ]]; do shift; done; exec "$@"')
     show = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['V']]))"
     stand_in(programs, "torchrun", f'exec {sys.executable} -c "{show}" "$@"')
-    job = Job(program=pretraining("tiny", AWKWARD), name="tiny", nodes=2, env={"V": "$HOME 'x' \"y\"\nz"})
+    job = Job(program=pretrain_program("tiny", AWKWARD), name="tiny", nodes=2, env={"V": "$HOME 'x' \"y\"\nz"})
     env = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[07-08]", "SLURM_JOB_ID": "4021234"}
     done = subprocess.run(["bash"], check=False, input=slurm.script(job), text=True, capture_output=True, env=env, timeout=600)
     assert done.stderr == ""
@@ -133,12 +133,12 @@ def test_a_job_goes_on_from_where_it_saves(word):
     """Also where the home directory is another one in the job."""
     words = ("checkpoint.save=x", word)
     told = read_run("llama_tiny", overrides=words).checkpoint
-    again = launch.going_on(told, words)
+    again = launch.resumable(told, words)
     assert again == (*words, word.lstrip("+").replace("save", "load"))
     assert read_run("llama_tiny", overrides=again).checkpoint.load == told.save
-    assert read_run("llama_tiny", overrides=launch.going_on(told, ())).checkpoint.load == told.save
+    assert read_run("llama_tiny", overrides=launch.resumable(told, ())).checkpoint.load == told.save
     told.load = "elsewhere"
-    assert launch.going_on(told, words) == words
+    assert launch.resumable(told, words) == words
 
 
 def test_a_job_that_would_lose_what_it_has_trained_is_refused(tmp_path):

@@ -90,7 +90,7 @@ def test_megatron_core_takes_the_schedule_that_is_filled_in(monkeypatch: pytest.
 def test_epochs_are_steps_as_soon_as_the_data_says_how_many() -> None:
     config = settings(train__num_epochs=3, train__train_iters=2, scheduler__lr_warmup_iters=5)
     before = resolve(config, world_size=1, device="cpu")
-    assert before.warnings == ("`train.num_epochs=3` is counted in steps when a run has read its data; shown are `2` steps",)
+    assert before.warnings == ("`train.num_epochs=3` is converted to steps when a run has read its data; this shows `2` steps",)
     after = resolve(config, world_size=1, device="cpu", steps=30)
     assert (after.config.train.train_iters, after.config.scheduler.lr_decay_iters, after.warnings) == (30, 30, ())
     with pytest.raises(UserError, match=r"`scheduler\.lr_warmup_iters` is `5`, but the schedule ends"):
@@ -181,7 +181,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "odd heads": (
         {"model__kv_channels": 7},
-        "`model.kv_channels` is `7`, and rotary embeddings turn channels in pairs\n\nhint: choose an even number",
+        "`model.kv_channels` is `7`, and rotary embeddings rotate channels in pairs\n\nhint: choose an even number",
     ),
     "heads": (
         {TP: 3, "world_size": 3},
@@ -294,7 +294,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"checkpoint__save_interval": 10},
         (
             "`checkpoint.save_interval` is `10`, but `checkpoint.save` is not set\n\n"
-            "hint: say where checkpoints go: `checkpoint.save=DIRECTORY`"
+            "hint: name the folder for checkpoints: `checkpoint.save=DIRECTORY`"
         ),
     ),
     "learning rate": (
@@ -332,10 +332,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         ),
     ),
     "megatron-core's own": (
-        {"model__fp8_output_proj": True},
+        {"model__moe_router_topk": 1},
         (
-            "megatron-core refuses `model.fp8_output_proj=True`\n\n"
-            "hint: leave `model.fp8_output_proj` out, or change what it depends on"
+            "megatron-core refuses `model.moe_router_topk=1`\n\n"
+            "hint: leave `model.moe_router_topk` out, or change what it depends on"
         ),
     ),
 }

@@ -54,7 +54,7 @@ def collect(
         found |= {description.FILE: description.make(adapters.described(config.peft, base))}
     if isinstance(config.model, GPTModelProvider) and sum(stages) == config.model.num_layers:
         found |= {run_config.FILE: _run_config(config.model, stages)}
-    if hf_config.unsayable(config.model):
+    if hf_config.not_in_hf_config(config.model):
         found.pop(_CONFIG, None)
     elif known := _known(config):
         found |= _changed(found, known)
@@ -123,7 +123,7 @@ def _run_config(model: GPTModelProvider, stages: Sequence[int]) -> bytes:
         pp_layout=stages,
     )
     dtype = DTYPES[_NAMES[model.params_dtype]]
-    said = {**megatron, **hf_config.unsayable(model)}
+    said = {**megatron, **hf_config.not_in_hf_config(model)}
     return run_config.make(said, layout, dtype, vocab_multiple=model.make_vocab_size_divisible_by)
 
 

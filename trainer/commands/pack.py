@@ -35,22 +35,22 @@ def command(words: tuple[str, ...], *, config_file: str | None, as_json: bool, q
     """
     from trainer.checkpoints.contents import tokenizer_of_run  # noqa: PLC0415 - seconds to import
     from trainer.data.chat import build  # noqa: PLC0415
-    from trainer.settings.defaults import apply_choices  # noqa: PLC0415
+    from trainer.settings.defaults import apply_defaults  # noqa: PLC0415
     from trainer.settings.resolve import padded_examples  # noqa: PLC0415
 
-    recipe, out, overrides = _apart(words)
+    recipe, out, overrides = _parse_words(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
-    apply_choices(config, padded_examples(config))
+    apply_defaults(config, padded_examples(config.model, config.dataset))
     done = build.pack(config.dataset, out, tokenizer=build.needed(tokenizer_of_run(config)), vocab_size=config.model.vocab_size)
     if as_json:
-        click.echo(json.dumps([asdict(one) for one in done]))
+        click.echo(json.dumps([asdict(split) for split in done]))
     elif not quiet:
         for line in _lines(done):
             click.echo(line, err=True)
         click.echo(f"done: {out}", err=True)
 
 
-def _apart(words: tuple[str, ...]) -> tuple[str | None, Path, list[str]]:
+def _parse_words(words: tuple[str, ...]) -> tuple[str | None, Path, list[str]]:
     """The recipe, where OUT goes, and overrides, which have a `=` or begin as overrides do."""
     names = [word for word in words if not is_override(word)]
     if not 0 < len(names) < 3:
@@ -59,6 +59,8 @@ def _apart(words: tuple[str, ...]) -> tuple[str | None, Path, list[str]]:
 
 
 def _lines(done: list[Packed]) -> list[str]:
-    said = dict.fromkeys(line for one in done for line in (one.said, *one.reasons))
-    rows = [f"{one.split}: {one.examples:,} examples in {one.rows:,} rows, {100 * one.filled:.1f} % filled" for one in done]
-    return [*said, *rows]
+    notes = dict.fromkeys(line for split in done for line in (split.said, *split.reasons))
+    rows = [
+        f"{split.split}: {split.examples:,} examples in {split.rows:,} rows, {100 * split.filled:.1f} % filled" for split in done
+    ]
+    return [*notes, *rows]

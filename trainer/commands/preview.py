@@ -50,11 +50,11 @@ def command(
     recipe, overrides = recipe_and_overrides(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
     config.dataset.skip_bad |= skip_bad
-    found = splits.parts(config.dataset).of(split)
-    if not found:
+    parts = splits.parts(config.dataset).of(split)
+    if not parts:
         raise UserError(f"there are no examples for {split}", hint=f"set `dataset.{split}_path`, or its share in `dataset.split`")
     tokenizer = build.needed(tokenizer_of_run(config))
-    for part in found:
+    for part in parts:
         _show(part, config.dataset, tokenizer, shown=shown, limit=limit, separator="|" if separate else "")
 
 

@@ -21,23 +21,23 @@ def expand(config: Any) -> None:
 
 def expand_section(section: Any) -> None:
     """The same for one part of a run, such as `RunConfig.dataset`."""
-    for one in dataclasses.fields(section):
-        value, kind = getattr(section, one.name, None), str(one.type)
-        if value is not None and (_PATHS in kind or _BLENDS in kind or one.name in _OF_MEGATRON):
-            found = _expanded(value)
-            if found != value:
-                setattr(section, one.name, found)
+    for field in dataclasses.fields(section):
+        value, kind = getattr(section, field.name, None), str(field.type)
+        if value is not None and (_PATHS in kind or _BLENDS in kind or field.name in _OF_MEGATRON):
+            path = _expanded(value)
+            if path != value:
+                setattr(section, field.name, path)
 
 
 def _sections(config: Any) -> Iterator[Any]:
     """The parts that have fields; frozen ones, which only code can make, stay as they are."""
-    for one in dataclasses.fields(config):
-        part = getattr(config, one.name)
-        if dataclasses.is_dataclass(part) and not type(part).__dataclass_params__.frozen:  # type: ignore[attr-defined]
-            yield part
+    for field in dataclasses.fields(config):
+        section = getattr(config, field.name)
+        if dataclasses.is_dataclass(section) and not type(section).__dataclass_params__.frozen:  # type: ignore[attr-defined]
+            yield section
 
 
 def _expanded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return [_expanded(one) for one in value]
+        return [_expanded(path) for path in value]
     return expanded(value) if isinstance(value, str) and value.startswith("~") else value

@@ -13,9 +13,9 @@ import yaml
 
 from formats.errors import UserError, format_untrusted
 from formats.faults import fault, position
-from trainer.settings.fields import FieldPath, field_path, is_section, kinds
-from trainer.settings.groups import CHOICES, name_of
-from trainer.settings.values import UnnamedError, plain
+from trainer.settings.fields import FieldPath, annotations, field_path, is_section
+from trainer.settings.groups import GROUPS, name_of
+from trainer.settings.values import NotPlainError, plain
 
 _YAML = "it should be YAML: `section:`, then `  name: value`"
 _DEEPEST, _LONGEST = 64, 1 << 16
@@ -30,29 +30,29 @@ def dump(config: Any, *, made: Any = None) -> str:
     """
     document, unnamed = as_mapping(config)
     set_by_somebody = unnamed if made is None else as_mapping(made)[1]
-    return written(document) + "".join(f"# `{name}` is set in Python code\n" for name in unnamed if name in set_by_somebody)
+    return to_yaml(document) + "".join(f"# `{name}` is set in Python code\n" for name in unnamed if name in set_by_somebody)
 
 
-def written(document: Mapping[str, Any]) -> str:
+def to_yaml(document: Mapping[str, Any]) -> str:
     """The document as text."""
     return yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True, width=120)
 
 
 def changes(config: Any, *others: Any) -> dict[str, Any]:
     """The settings that are not the same in all of these configurations, as they are in the first."""
-    found, *rest = (as_mapping(one)[0] for one in (config, *others))
-    return _changes(found, rest)
+    first, *others_mapped = (as_mapping(run)[0] for run in (config, *others))
+    return _changes(first, others_mapped)
 
 
-def _changes(found: Mapping[str, Any], others: list[dict[str, Any]], depth: int = 1) -> dict[str, Any]:
+def _changes(mapping: Mapping[str, Any], others: list[dict[str, Any]], depth: int = 1) -> dict[str, Any]:
     """Sections are looked into; mappings in them are one value each."""
     kept: dict[str, Any] = {}
-    for key, value in found.items():
-        theirs = [one.get(key, _ABSENT) for one in others]
-        if depth and isinstance(value, dict) and all(isinstance(one, dict) for one in theirs):
+    for key, value in mapping.items():
+        theirs = [other.get(key, _ABSENT) for other in others]
+        if depth and isinstance(value, dict) and all(isinstance(other, dict) for other in theirs):
             if inner := _changes(value, theirs, depth - 1):
                 kept[key] = inner
-        elif any(one != value for one in theirs):
+        elif any(other != value for other in theirs):
             kept[key] = value
     return kept
 
@@ -67,24 +67,24 @@ def as_mapping(config: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def _section(section: Any, prefix: str, unnamed: list[str], *, sort: bool = True) -> dict[str, Any]:
-    names = kinds(type(section))
-    found: dict[str, Any] = {}
+    names = annotations(type(section))
+    mapping: dict[str, Any] = {}
     for name in sorted(names) if sort else names:
         value = getattr(section, name)
-        if f"{prefix}{name}" in CHOICES:
-            found[name] = _choice(name, value, unnamed)
+        if f"{prefix}{name}" in GROUPS:
+            mapping[name] = _group(name, value, unnamed)
             continue
         if is_section(value):
-            found[name] = _section(value, f"{prefix}{name}.", unnamed)
+            mapping[name] = _section(value, f"{prefix}{name}.", unnamed)
             continue
         try:
-            found[name] = plain(value)
-        except UnnamedError:
+            mapping[name] = plain(value)
+        except NotPlainError:
             unnamed.append(f"{prefix}{name}")
-    return found
+    return mapping
 
 
-def _choice(setting: str, value: Any, unnamed: list[str]) -> Any:
+def _group(setting: str, value: Any, unnamed: list[str]) -> Any:
     """The name of what was chosen, and its settings; the settings alone of a class that has no name."""
     name = name_of(setting, value)
     if name is None:
@@ -101,21 +101,21 @@ def load(text: str, *, source: str = "the document") -> dict[str, Any]:
         for event in _checked(yaml.parse(text, Loader=yaml.SafeLoader)):
             assert event
         _check_twice(yaml.compose(text, Loader=yaml.SafeLoader))
-        found = yaml.safe_load(text)
-    except _RefusedError as error:
+        document = yaml.safe_load(text)
+    except _UnsupportedError as error:
         raise UserError(f"`{source}` is not readable: {error.args[0]}", hint=_YAML) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"`{source}` is not readable: {_why(error)}", hint=_YAML) from error
-    if found is None:
+    if document is None:
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(document, dict):
         raise UserError(
-            f"`{source}` is `{format_untrusted(found)}`, it should be sections with settings", hint="start with `train:`"
+            f"`{source}` is `{format_untrusted(document)}`, it should be sections with settings", hint="start with `train:`"
         )
-    return found
+    return document
 
 
-class _RefusedError(ValueError):
+class _UnsupportedError(ValueError):
     """What YAML can hold and settings do not, in our words."""
 
 
@@ -132,25 +132,25 @@ def _checked(events: Iterator[Any]) -> Iterator[Any]:
     for event in events:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
-            raise _RefusedError(f"it is nested deeper than {_DEEPEST} levels")
+            raise _UnsupportedError(f"it is nested deeper than {_DEEPEST} levels")
         if isinstance(event, yaml.AliasEvent) or (isinstance(event, yaml.ScalarEvent) and event.value == "<<"):
-            raise _RefusedError(f"line {event.start_mark.line + 1} refers to another place in it; write the values out")
+            raise _UnsupportedError(f"line {event.start_mark.line + 1} refers to another place in it; write the values out")
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > _LONGEST:
-            raise _RefusedError(f"line {event.start_mark.line + 1} holds a value longer than any setting")
+            raise _UnsupportedError(f"line {event.start_mark.line + 1} holds a value longer than any setting")
         yield event
 
 
 def _check_twice(node: Any) -> None:
     """YAML's loader would silently take the last of two."""
     if isinstance(node, yaml.SequenceNode):
-        for one in node.value:
-            _check_twice(one)
+        for item in node.value:
+            _check_twice(item)
     if not isinstance(node, yaml.MappingNode):
         return
     seen: set[str] = set()
     for key, value in node.value:
         if str(key.value) in seen:
-            raise _RefusedError(f"line {key.start_mark.line + 1}: `{key.value}` stands there twice")
+            raise _UnsupportedError(f"line {key.start_mark.line + 1}: `{key.value}` stands there twice")
         seen.add(str(key.value))
         _check_twice(value)
 
@@ -171,26 +171,26 @@ def _apply_section(config: Any, document: Mapping[str, Any], prefix: str) -> lis
         if key in _HYDRA:
             ignored.append(name)
             continue
-        here = field_path(config, name)
-        if here.name in CHOICES:
-            ignored += _apply_choice(here, value)
-        elif is_section(here.value):
-            ignored += _apply_section(config, _settings(here, value), f"{here.name}.")
+        path = field_path(config, name)
+        if path.name in GROUPS:
+            ignored += _apply_group(path, value)
+        elif is_section(path.value):
+            ignored += _apply_section(config, _settings(path, value), f"{path.name}.")
         else:
-            here.put(_named(value))
+            path.set(_named(value))
     return ignored
 
 
-def _apply_choice(here: FieldPath, value: Any) -> list[str]:
+def _apply_group(path: FieldPath, value: Any) -> list[str]:
     if value is None:
         return []
     ignored = [key for key in value if key in _HYDRA] if isinstance(value, Mapping) else []
-    here.put({key: one for key, one in value.items() if key not in _HYDRA} if ignored else value)
-    return [f"{here.name}.{key}" for key in ignored]
+    path.set({key: setting for key, setting in value.items() if key not in _HYDRA} if ignored else value)
+    return [f"{path.name}.{key}" for key in ignored]
 
 
-def _settings(here: FieldPath, value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {} if value is None else here.fitting(value)
+def _settings(path: FieldPath, value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {} if value is None else path.converted(value)
 
 
 def _named(value: Any) -> Any:
