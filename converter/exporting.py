@@ -28,12 +28,10 @@ from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, Shard, make_index, plan_shards, retyped, specs_of
 from formats.megatron_reader import MegatronReader
 from formats.shard_files import INDEX
-from formats.spec import JoinedReader, Reader, TensorSpec, dtype_name
+from formats.spec import JoinedReader, Reader, TensorSpec, names_of
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """What transformers' `save_pretrained` takes."""
-
-_CONFIG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +196,7 @@ def _retyped_config(origin: HFReference, shards: Mapping[str, Shard]) -> dict[st
     config, dtype = {name: value for name, value in origin.config.items() if name not in left_over}, _main_dtype(shards)
     if origin.shards and _main_dtype(origin.shards) == dtype:
         return config
-    return config | dict.fromkeys(_dtype_fields(config), _CONFIG_NAMES.get(dtype_name(dtype), dtype_name(dtype)))
+    return config | dict.fromkeys(_dtype_fields(config), names_of(dtype).torch)
 
 
 def _dtype_fields(config: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ import numpy as np
 from converter.conversion_plan import Reporter
 from converter.run import PIECE_BYTES, in_threads
 from formats.arrays import Buffer, contiguous_regions
+from formats.dtypes import MODEL_DTYPES
 from formats.integrity import Check
 from formats.megatron_reader import MegatronReader
 from formats.spec import DTYPES, Array, Region, TensorSpec, extent
@@ -27,7 +28,7 @@ from formats.spec import DTYPES, Array, Region, TensorSpec, extent
 PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 """Before the key of the weight: of megatron-core's distributed optimizer, `fully_reshardable`, and of the one that is not."""
 
-_ROUNDED_TO = frozenset(DTYPES[name] for name in ("bf16", "fp16", "fp32"))
+_ROUNDED_TO = frozenset(DTYPES[name] for name in MODEL_DTYPES)
 
 
 def check(reader: MegatronReader, found: Check, *, workers: int, reporter: Reporter) -> Check:
