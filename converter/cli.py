@@ -19,6 +19,7 @@ import click
 
 from converter.memory import seldom_collected
 from converter.workers import MOST_WORKERS
+from formats.dtypes import MODEL_DTYPES
 
 _UNITS = {
     "": 1,
@@ -32,7 +33,7 @@ _UNITS = {
     "tib": 2**40,
 }
 _INTERRUPTED, _TERMINATED = 130, 143
-_DTYPES = click.Choice(["keep", "bf16", "fp16", "fp32"])
+_DTYPES = click.Choice(["keep", *MODEL_DTYPES])
 
 
 _LARGEST = 1 << 62
@@ -244,7 +245,7 @@ def inspect_command(context: click.Context, path: str, *, tensors: bool, check: 
 @cli.command("verify", epilog="Example: mbconvert verify Llama-3.2-1B megatron")
 @click.argument("one", metavar="A")
 @click.argument("other", metavar="B")
-@click.option("--as", "cast", type=click.Choice(["bf16", "fp16", "fp32"]), help="Compare after casting both.")
+@click.option("--as", "cast", type=click.Choice(MODEL_DTYPES), help="Compare after casting both.")
 @click.option("--workers", type=_WORKERS, metavar="N", help="Threads.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress; the exit code tells.")

@@ -15,7 +15,7 @@ from converter.importing import ImportOptions, huggingface_source, plan_import
 from converter.memory import seldom_collected
 from converter.sources import open_source
 from converter.values import CHOICES, KEEP
-from formats.detect import Format
+from formats.detect import Format, open_megatron
 from formats.disk import user_errors
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
@@ -23,7 +23,6 @@ from formats.home import expanded
 from formats.huggingface import HuggingFaceReader
 from formats.location import is_remote, without_secrets
 from formats.target import check_target
-from formats.torch_dist import TorchDistReader
 
 
 @user_errors()
@@ -96,7 +95,7 @@ def mcore_to_hf(
     check_place(target, sources, how)
     wanted = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype, integrity=integrity)
     require(root, Format.TORCH_DIST)
-    with closing(TorchDistReader(root)) as reader:
+    with closing(open_megatron(root)) as reader:
         refuse_adapter(reader.folder)
         job = plan_export(reader, root, target, wanted, reporter)
         with closing(job.reader):

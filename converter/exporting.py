@@ -26,14 +26,12 @@ from formats.dcp_index import METADATA
 from formats.errors import format_untrusted
 from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, Shard, make_index, plan_shards, retyped, specs_of
+from formats.megatron_reader import MegatronReader
 from formats.shard_files import INDEX
-from formats.spec import JoinedReader, Reader, TensorSpec, dtype_name
-from formats.torch_dist import TorchDistReader
+from formats.spec import JoinedReader, Reader, TensorSpec, names_of
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """What transformers' `save_pretrained` takes."""
-
-_CONFIG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +44,7 @@ class ExportOptions:
     integrity: bool
 
 
-def plan_export(reader: TorchDistReader, root: Folder, target: str, wanted: ExportOptions, reporter: Reporter) -> ConversionPlan:
+def plan_export(reader: MegatronReader, root: Folder, target: str, wanted: ExportOptions, reporter: Reporter) -> ConversionPlan:
     """Everything an export does. Raises UserError for whatever cannot be converted exactly."""
     reader.check()  # first: the index is let go of, and what follows takes its room
     origin = reference.find(reader, wanted.hf_config)
@@ -58,7 +56,7 @@ def plan_export(reader: TorchDistReader, root: Folder, target: str, wanted: Expo
 
 
 def _makings(
-    reader: TorchDistReader, family: Family, model: Model, origin: HFReference, *, dtype: str
+    reader: MegatronReader, family: Family, model: Model, origin: HFReference, *, dtype: str
 ) -> tuple[list[TensorPlan], list[HuggingFaceReader]]:
     """What is made of a checkpoint that was found whole, and the readers of what it carries beside Megatron's tensors."""
     plan = to_huggingface(family.RULES, model, reader.specs, dtype=dtype, known=specs_of(origin.shards))
@@ -67,9 +65,9 @@ def _makings(
     return with_side_files(plan.tensors, family, model, origin)
 
 
-def megatron_source(reader: TorchDistReader, root: Folder, origin: HFReference, tensors: Reader) -> Source:
+def megatron_source(reader: MegatronReader, root: Folder, origin: HFReference, tensors: Reader) -> Source:
     """A checkpoint as a model to convert, its `tensors` read as they lie there or in another way."""
-    read = [*reader.container.files, METADATA, *(f"{HEADERS}/{name}" for name in origin.shards)]
+    read = [*reader.files, METADATA, *(f"{HEADERS}/{name}" for name in origin.shards)]
     read += [EXTRAS] if origin.extras else []
     return Source(
         label=reader.folder.label,
@@ -198,7 +196,7 @@ def _retyped_config(origin: HFReference, shards: Mapping[str, Shard]) -> dict[st
     config, dtype = {name: value for name, value in origin.config.items() if name not in left_over}, _main_dtype(shards)
     if origin.shards and _main_dtype(origin.shards) == dtype:
         return config
-    return config | dict.fromkeys(_dtype_fields(config), _CONFIG_NAMES.get(dtype_name(dtype), dtype_name(dtype)))
+    return config | dict.fromkeys(_dtype_fields(config), names_of(dtype).torch)
 
 
 def _dtype_fields(config: Mapping[str, Any]) -> list[str]:

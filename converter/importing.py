@@ -28,12 +28,12 @@ from converter.sources import Source
 from converter.values import KEEP
 from converter.views import megatron_view, tied
 from formats.dcp_index import METADATA
+from formats.detect import open_megatron
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader
 from formats.iterations import iteration_folder
 from formats.spec import is_valid_shape
-from formats.torch_dist import TorchDistReader
 from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
 
 
@@ -151,7 +151,7 @@ def _options(wanted: ImportOptions, layout: Layout) -> dict[str, Any]:
 
 def _sides(found: _Planned, written: Folder, dtype: str) -> tuple[CheckpointView, CheckpointView]:
     """The source, and what an export of the written output would give; padding must be zero there."""
-    back = TorchDistReader(written)
+    back = open_megatron(written)
     tensor_plans = as_stored(found.source.reader.specs)
     tied_too = tied(tensor_plans.values(), found.family, found.model)
     one = CheckpointView(found.source.label, found.source.reader, tensor_plans, tied=tied_too)

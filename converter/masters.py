@@ -20,24 +20,25 @@ import numpy as np
 from converter.conversion_plan import Reporter
 from converter.run import PIECE_BYTES, in_threads
 from formats.arrays import Buffer, contiguous_regions
+from formats.dtypes import MODEL_DTYPES
 from formats.integrity import Check
+from formats.megatron_reader import MegatronReader
 from formats.spec import DTYPES, Array, Region, TensorSpec, extent
-from formats.torch_dist import TorchDistReader
 
 PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 """Before the key of the weight: of megatron-core's distributed optimizer, `fully_reshardable`, and of the one that is not."""
 
-_ROUNDED_TO = frozenset(DTYPES[name] for name in ("bf16", "fp16", "fp32"))
+_ROUNDED_TO = frozenset(DTYPES[name] for name in MODEL_DTYPES)
 
 
-def check(reader: TorchDistReader, found: Check, *, workers: int, reporter: Reporter) -> Check:
+def check(reader: MegatronReader, found: Check, *, workers: int, reporter: Reporter) -> Check:
     """`found`, and what comparing weights and masters adds to it; as it is for a checkpoint without optimizer state.
 
     Holds, for each worker, a piece of at most 4 MiB of a master, its weight, and what the master rounds to.
     """
     if not reader.has_optimizer:
         return found
-    kept = [reader.beside(prefix) for prefix in PREFIXES]
+    kept = [reader.optimizer_state(prefix) for prefix in PREFIXES]
     pairs = _Pairs(reader, {name: one for one in kept for name in one.specs}, reporter.progress)
     reasons = Counter(reason for name in reader.specs if (reason := pairs.obstacle(name)))
     compared = [name for name in reader.specs if not pairs.obstacle(name)]
@@ -54,7 +55,7 @@ def check(reader: TorchDistReader, found: Check, *, workers: int, reporter: Repo
 class _Pairs:
     """Weights and their masters, by the names of the weights; `wrong` are those that disagree."""
 
-    def __init__(self, weights: TorchDistReader, masters: dict[str, TorchDistReader], progress: Callable[[int], None]) -> None:
+    def __init__(self, weights: MegatronReader, masters: dict[str, MegatronReader], progress: Callable[[int], None]) -> None:
         self.wrong: set[str] = set()
         self._weights, self._masters, self._progress = weights, masters, progress
         self._by_buckets = any(name.startswith("optimizer.distributed.") for name in weights.others)

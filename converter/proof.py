@@ -19,7 +19,7 @@ from converter.views import huggingface_view, open_views
 from converter.workers import check_workers
 from formats import integrity
 from formats.arrays import as_bytes
-from formats.detect import Format, detect
+from formats.detect import Format, detect, open_megatron
 from formats.disk import user_errors
 from formats.errors import UserError
 from formats.folder import Folder
@@ -28,7 +28,6 @@ from formats.integrity import Check
 from formats.iterations import find_iteration
 from formats.json_objects import read_json
 from formats.spec import Reader
-from formats.torch_dist import TorchDistReader
 
 
 @user_errors()
@@ -81,7 +80,7 @@ def _check_iteration(iteration: Folder, workers: int, reporter: Reporter) -> Che
     found = _check_files(iteration, workers, reporter) if hashed else Check("files", 0, "the files", [], [], [])
     check_unchanged([iteration])
     if found.whole:
-        found = masters.check(TorchDistReader(iteration), found, workers=workers, reporter=reporter)
+        found = masters.check(open_megatron(iteration), found, workers=workers, reporter=reporter)
     if not (hashed or found.masters):
         integrity.read(iteration)  # which says what is missing
     return found

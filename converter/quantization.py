@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from converter.plan import list_names
+from formats.dtypes import FLOATS
 from formats.errors import UserError, format_untrusted
 from formats.spec import DTYPES, TensorSpec
 
@@ -47,7 +48,7 @@ _METHODS_OF_LIBRARIES = {"MXFP4": "mxfp4", "compressed-tensors": "compressed-ten
 
 
 _FIELDS = ("quantization_config", "compression_config")
-_PLAIN = frozenset(DTYPES[name] for name in ("bf16", "fp16", "fp32", "fp64"))
+_PLAIN = frozenset(DTYPES[name] for name in FLOATS)
 
 
 def quantization(config: Mapping[str, Any]) -> tuple[str, ...]:

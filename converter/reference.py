@@ -14,10 +14,10 @@ from converter.run_config import Said, UnknownModelError
 from converter.side_files import HFReference
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
-from formats.torch_dist import TorchDistReader
+from formats.megatron_reader import MegatronReader
 
 
-def find(reader: TorchDistReader, given: Folder | None, *, any_settings: bool = False, vocab: int | None = None) -> HFReference:
+def find(reader: MegatronReader, given: Folder | None, *, any_settings: bool = False, vocab: int | None = None) -> HFReference:
     """Return the reference for an export; UserError where there is none and none can be rebuilt, where two places say different
     things of the model, and for settings that no `config.json` can say.
 
@@ -60,7 +60,7 @@ def _check_settings(said: Sequence[Said], *, sure: bool) -> tuple[str, ...]:
     return tuple(f"{origin} has `{one.name}`, which is not known here: it is taken not to matter" for one, origin in found)
 
 
-def _rebuilt(reader: TorchDistReader, said: Sequence[Said], vocab: int | None) -> HFReference:
+def _rebuilt(reader: MegatronReader, said: Sequence[Said], vocab: int | None) -> HFReference:
     if not said:
         raise UnknownModelError(
             f"`{reader.folder.label}` says nothing about its model: no `config.json`, no `{run_config.FILE}`, no `args`",

@@ -12,15 +12,15 @@ from typing import Any, cast
 from converter import families, provenance, run_config
 from converter.side_files import CONFIG, load
 from converter.sources import open_source
-from formats.detect import Format, detect
+from formats.detect import Format, detect, open_megatron
 from formats.disk import user_errors
 from formats.errors import format_untrusted, printable
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
+from formats.megatron_reader import MegatronReader
 from formats.pickles import others
 from formats.spec import TensorSpec, extent, is_size
-from formats.torch_dist import TorchDistReader
 
 _MOST_PACKAGES = 16
 
@@ -86,7 +86,7 @@ def _huggingface(folder: Folder, found: Format, *, tensors: bool) -> Report:
 
 
 def _megatron(folder: Folder, *, tensors: bool) -> Report:
-    reader = TorchDistReader(folder)
+    reader = open_megatron(folder)
     origin = load(reader.folder)
     found = run_config.read(reader.folder, reader.args())
     fields = found[0] if found else {}
@@ -105,7 +105,7 @@ def _megatron(folder: Folder, *, tensors: bool) -> Report:
     )
 
 
-def _unknown_packages(reader: TorchDistReader) -> list[str]:
+def _unknown_packages(reader: MegatronReader) -> list[str]:
     named = {printable(one.module.partition(".")[0]) for one in others(reader.common_state())}
     return sorted(format_untrusted(name) for name in named)[:_MOST_PACKAGES]
 
@@ -138,7 +138,7 @@ def _dtypes(specs: Iterable[TensorSpec]) -> list[DtypeRow]:
     ]
 
 
-def _writer(reader: TorchDistReader) -> str:
+def _writer(reader: MegatronReader) -> str:
     """Who wrote it: each leaves something only it writes."""
     if reader.folder.has(provenance.FILE):
         return "mbconvert"
@@ -147,7 +147,7 @@ def _writer(reader: TorchDistReader) -> str:
     return "Megatron-LM" if reader.args() else "megatron-core"
 
 
-def _layout(reader: TorchDistReader, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _layout(reader: MegatronReader, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Tensor parallelism as the chunks show it; pipelines as the run configuration tells, where there is one."""
     cut = [name for name in reader.specs if name.endswith("linear_proj.weight")]
     tp = len({chunk.region[-1:] and chunk.region[-1].start for chunk in reader.chunks(cut[0])}) if cut else 1
@@ -170,6 +170,6 @@ def _row(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "shape": list(spec.stored_shape), "dtype": spec.stored_dtype}
 
 
-def _chunks(reader: TorchDistReader, name: str) -> list[dict[str, Any]]:
+def _chunks(reader: MegatronReader, name: str) -> list[dict[str, Any]]:
     found = reader.chunks(name)
     return [{"file": c.place.file, "at": [p.start for p in c.region], "shape": list(extent(c.region))} for c in found]

@@ -16,17 +16,17 @@ import yaml
 
 from converter.config import Config
 from converter.layout import Layout
+from formats.dtypes import FLOATS
 from formats.errors import UserError, format_untrusted
 from formats.faults import fault
 from formats.folder import Folder
-from formats.spec import dtype_name
+from formats.spec import names_of
 
 FILE = "run_config.yaml"
 ARGS = "Megatron-LM's `args`"
 
 _DEEPEST, _LONGEST = 64, 1 << 16
 
-_TORCH_DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32", "fp64": "torch.float64"}
 _ABSENT = (
     "comm_overlap", "dataset", "ddp", "dist", "ft", "inprocess_restart", "mixed_precision", "nvrx_straggler", "peft",
     "scheduler", "straggler", "train",
@@ -56,14 +56,14 @@ def make(megatron: Config, layout: Layout, dtype: np.dtype[Any], *, vocab_multip
 
 
 def _model(megatron: Config, dtype: np.dtype[Any]) -> dict[str, Any]:
-    name = dtype_name(dtype)
+    names = names_of(dtype)
     return {
         **megatron,
         "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
         "activation_func": _named(f"torch.nn.functional.{megatron['activation_func']}"),
-        "params_dtype": _named(_TORCH_DTYPES.get(name, "torch.float32")),
-        "bf16": name == "bf16",
-        "fp16": name == "fp16",
+        "params_dtype": _named(f"torch.{names.torch if names.name in FLOATS else 'float32'}"),
+        "bf16": names.name == "bf16",
+        "fp16": names.name == "fp16",
         "gradient_accumulation_fusion": False,
         # Megatron-Bridge's export writes padding rows out as if they were tokens. A model without padding loads a padded
         # checkpoint all the same.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.probe import PROBED
 from converter.side_files import HFReference
 from converter.workers import count_workers
 from formats.detect import refuse_file
@@ -66,7 +67,7 @@ def open_source(source: str | Path, *, or_hub: bool = False) -> Folder:
     source = expanded(source) if isinstance(source, str) else Path(expanded(source))
     path = Path(source)
     if is_remote(source) or path.is_dir():
-        return open_folder(source)
+        return open_folder(source, probe=PROBED)
     if path.exists():
         refuse_file(str(source))
     if or_hub and isinstance(source, str) and "/" in source and _HUB_ID.fullmatch(source):

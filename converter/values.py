@@ -11,12 +11,13 @@ from typing import Any, cast
 import ml_dtypes
 import numpy as np
 
+from formats.dtypes import FLOATS, MODEL_DTYPES
 from formats.errors import UserError
 from formats.spec import DTYPES, Array, TensorSpec, dtype_name
 
 KEEP = "keep"
-CHOICES = (KEEP, "bf16", "fp16", "fp32")
-_CASTABLE = frozenset(DTYPES[name] for name in ("bf16", "fp16", "fp32", "fp64"))
+CHOICES = (KEEP, *MODEL_DTYPES)
+_CASTABLE = frozenset(DTYPES[name] for name in FLOATS)
 
 
 def target_dtype(spec: TensorSpec, choice: str) -> np.dtype[Any]:

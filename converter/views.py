@@ -14,13 +14,13 @@ from converter.plan import TensorPlan, as_stored, to_huggingface
 from converter.reference import UnknownModelError
 from converter.rules import fill
 from converter.side_files import CONFIG, EXTRAS, HFReference
-from formats.detect import Format, detect
+from formats.detect import open_checkpoint
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
+from formats.megatron_reader import MegatronReader
 from formats.spec import Array, JoinedReader, Reader, Region, TensorSpec, ViewSpec
-from formats.torch_dist import TorchDistReader
 
 
 def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointView]:
@@ -29,8 +29,8 @@ def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointVi
     Raises UserError for what is neither format. Where two Megatron checkpoints both do not say, they are compared under
     Megatron's names.
     """
-    readers = _reader(one), _reader(other)
-    told = [_told(reader) if isinstance(reader, TorchDistReader) else None for reader in readers]
+    readers = open_checkpoint(one, any_dtype=True), open_checkpoint(other, any_dtype=True)
+    told = [None if isinstance(reader, HuggingFaceReader) else _told(reader) for reader in readers]
     sides: list[CheckpointView] = []
     for reader, own, neighbour, borrowed in zip(readers, told, readers[::-1], told[::-1], strict=True):
         if isinstance(reader, HuggingFaceReader):
@@ -42,11 +42,7 @@ def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointVi
     return sides[0], sides[1]
 
 
-def _reader(folder: Folder) -> HuggingFaceReader | TorchDistReader:
-    return HuggingFaceReader(folder, any_dtype=True) if detect(folder) is not Format.TORCH_DIST else TorchDistReader(folder)
-
-
-def _told(reader: TorchDistReader) -> HFReference | None:
+def _told(reader: MegatronReader) -> HFReference | None:
     """What a checkpoint says of its model, if it says anything."""
     try:
         return reference.find(reader, None)
@@ -54,7 +50,7 @@ def _told(reader: TorchDistReader) -> HFReference | None:
         return None
 
 
-def _borrowed(neighbour: HuggingFaceReader | TorchDistReader, told: HFReference | None) -> HFReference | None:
+def _borrowed(neighbour: HuggingFaceReader | MegatronReader, told: HFReference | None) -> HFReference | None:
     """The model of the other side, without what travels with it."""
     if isinstance(neighbour, HuggingFaceReader):
         return HFReference(read_json(neighbour.folder, CONFIG), f"`{neighbour.folder.label}`'s")
@@ -94,7 +90,7 @@ def huggingface_view(reader: HuggingFaceReader) -> CheckpointView:
     return CheckpointView(reader.folder.label, rows, tensor_plans, tied=tied(tensor_plans.values(), family, model))
 
 
-def megatron_view(reader: TorchDistReader, origin: HFReference, *, zero: Mapping[str, int] | None = None) -> CheckpointView:
+def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[str, int] | None = None) -> CheckpointView:
     """What an export would write; `zero` are rows that must be zero besides."""
     family = families.find(origin.config.get("model_type"))
     model = make_model(family.CONFIG, origin.config)
@@ -148,7 +144,7 @@ def tied(tensor_plans: Iterable[TensorPlan], family: Family, model: Model) -> di
     }
 
 
-def _native(reader: TorchDistReader) -> CheckpointView:
+def _native(reader: MegatronReader) -> CheckpointView:
     reader.check()
     rows = InRows(reader)
     return CheckpointView(reader.folder.label, rows, as_stored(rows.specs))

@@ -24,6 +24,7 @@ from formats.errors import UserError
 from formats.folder import Folder
 from formats.index_writer import index_document
 from formats.outputs import Outputs
+from formats.relative_names import check_below
 from formats.spec import Array, Document, Region, Shape, Span, dtype_name, extent, relative_to
 from formats.torch_zip import DATA_ALIGNMENT, Frame, OpenArchive, contiguous_strides, tensor_frame
 
@@ -100,7 +101,7 @@ class Container:
     def _check_place(self, name: str, place: Place) -> None:
         if place.compressed:
             raise UserError(f"`{name}` is stored compressed, which is not supported")
-        _check_name(place.file)
+        check_below(place.file, source=METADATA)
         if place.offset + place.length > self._size(place.file):
             self._refuse_pointer(place.file)
             raise UserError(
@@ -167,12 +168,6 @@ class Container:
         data = bytearray(length)
         self._folder.read_into(place.file, place.offset + offset, memoryview(data))
         return bytes(data)
-
-
-def _check_name(name: str) -> None:
-    """File names stay in their directory. Where a link of that name leads is the user's business."""
-    if name in ("", ".", "..") or len(name) > 255 or any(sign in name for sign in "/\\\0"):
-        raise UserError(f"`{METADATA}` names the file `{name}`, which leaves the checkpoint's directory; it was not opened")
 
 
 def _cut(shape: Shape) -> Shape:

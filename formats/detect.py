@@ -15,8 +15,11 @@ from formats import foreign
 from formats.dcp_index import METADATA, read_index
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
+from formats.huggingface import HuggingFaceReader
 from formats.iterations import COMMON, FORMAT, TRACKER, TRAIN_STATE, other_format, refuse_legacy, unfinished
+from formats.megatron_reader import MegatronReader
 from formats.shard_files import INDEX, model_files
+from formats.torch_dist import TorchDistReader
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = re.compile(r"adapter[\w-]*\.(safetensors|bin|pt|pth)")
@@ -53,6 +56,25 @@ def detect(folder: Folder) -> Format:
     if ADAPTER_CONFIG in names or any(ADAPTER_WEIGHTS.fullmatch(name) for name in names):
         return Format.PEFT
     raise _unknown(folder, names)
+
+
+def open_checkpoint(folder: Folder, *, any_dtype: bool = False) -> HuggingFaceReader | MegatronReader:
+    """Open a model of either format; the caller closes the reader.
+
+    `any_dtype`: accept safetensors dtypes that are compared and reported, and not converted. Raises UserError for every other
+    format.
+    """
+    if detect(folder) is Format.TORCH_DIST:
+        return open_megatron(folder)
+    return HuggingFaceReader(folder, any_dtype=any_dtype)
+
+
+def open_megatron(folder: Folder) -> MegatronReader:
+    """Open the latest iteration of a Megatron checkpoint's root, or the iteration that `folder` is; the caller closes the reader.
+
+    Raises UserError for what is missing, incomplete or in another format.
+    """
+    return TorchDistReader(folder)
 
 
 def _container(folder: Folder) -> Format:

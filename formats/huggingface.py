@@ -21,6 +21,7 @@ import numpy as np
 
 from formats.boxes import Stored, place_of, read_box, write_box
 from formats.content import refuse_other
+from formats.dtypes import COMPARED, CONVERTED
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.json_objects import parse_json
@@ -35,23 +36,15 @@ from formats.spec import (
     Span,
     TensorSpec,
     ViewSpec,
-    dtype_name,
     is_size,
     is_valid_shape,
+    names_of,
 )
 
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 
-_NAMES = {
-    "bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64", "fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2",
-    "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
-_OTHER_NAMES = {
-    "uint16": "U16", "uint32": "U32", "uint64": "U64", "complex64": "C64", "fp8_e8m0": "F8_E8M0",
-    "fp8_e4m3fnuz": "F8_E4M3FNUZ", "fp8_e5m2fnuz": "F8_E5M2FNUZ",
-}  # fmt: skip
-_DTYPE_OF = {safetensors_name: DTYPES[name] for name, safetensors_name in _NAMES.items()}
-_OTHER_DTYPE_OF = {safetensors_name: OTHER_DTYPES[name] for name, safetensors_name in _OTHER_NAMES.items()}
+_DTYPES = {dtype.safetensors: DTYPES[dtype.name] for dtype in CONVERTED}
+_OTHER_DTYPES = {dtype.safetensors: OTHER_DTYPES[dtype.name] for dtype in COMPARED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +121,7 @@ def make_header(specs: Iterable[TensorSpec]) -> bytes:
     end = 0
     for spec in specs:
         entries[spec.name] = {
-            "dtype": _NAMES[dtype_name(spec.dtype)],
+            "dtype": names_of(spec.dtype).safetensors,
             "shape": list(spec.shape),
             "data_offsets": [end, end + spec.nbytes],
         }
@@ -166,15 +159,15 @@ def _spec(name: str, entry: dict[str, Any], source: str, known: dict[str, Tensor
 
 
 def _checked(name: str, shape: Any, dtype: Any, source: str, size: int | None) -> TensorSpec:
-    if not isinstance(dtype, str) or (size is None and dtype not in _DTYPE_OF):
+    if not isinstance(dtype, str) or (size is None and dtype not in _DTYPES):
         raise UserError(
             f"`{source}`: `{name}` has dtype `{format_untrusted(dtype)}`",
-            hint=f"those that can be converted are {', '.join(_DTYPE_OF)}",
+            hint=f"those that can be converted are {', '.join(_DTYPES)}",
         )
     sizes = tuple(cast("list[Any]", shape if isinstance(shape, list) else [None]))
     if not is_valid_shape(sizes):
         raise UserError(f"`{source}`: `{name}` has shape `{format_untrusted(shape)}`", hint="the header is damaged")
-    held = _DTYPE_OF.get(dtype) or _OTHER_DTYPE_OF.get(dtype)
+    held = _DTYPES.get(dtype) or _OTHER_DTYPES.get(dtype)
     return (
         TensorSpec(name, sizes, held)
         if held

@@ -14,9 +14,9 @@ from functools import lru_cache
 import numpy as np
 
 from formats.chunks import ChunkedTensor
+from formats.dtypes import Dtype
 from formats.pickles import Global
-from formats.spec import Array, Document, dtype_name
-from formats.torch_zip import TORCH_NAMES
+from formats.spec import Array, Document, names_of
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _CHUNK = Global(_METADATA, "ChunkStorageMetadata")
@@ -141,15 +141,15 @@ class _Writer:
 
     def _tensor(self, key: str, tensor: ChunkedTensor, most: int | None) -> Iterator[bytes]:
         at, dims = self.name, len(tensor.shape)
-        start = at(key) + at(_TENSOR) + _BARE + _DICT + at("properties") + self._properties(dtype_name(tensor.dtype))
+        start = at(key) + at(_TENSOR) + _BARE + _DICT + at("properties") + self._properties(names_of(tensor.dtype))
         yield start + at("size") + self._size(tensor.shape) + at("chunks") + pickle.EMPTY_LIST + pickle.MARK
         for numbers in _rows(tensor, most):
             yield self.chunk(numbers[:dims], numbers[dims : 2 * dims])
         yield pickle.APPENDS + _END
 
-    def _properties(self, dtype: str) -> bytes:
+    def _properties(self, dtype: Dtype) -> bytes:
         at = self.name
-        made = at(_PROPERTIES) + _BARE + pickle.MARK + at(Global("torch", TORCH_NAMES[dtype]))
+        made = at(_PROPERTIES) + _BARE + pickle.MARK + at(Global("torch", dtype.torch))
         made += (
             at(Global("torch.serialization", "_get_layout")) + pickle.MARK + at("torch.strided") + pickle.TUPLE + pickle.REDUCE
         )

@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
 from formats.json_objects import read_json
+from formats.relative_names import check_below
 
 FILE = "integrity.json"
 ALGORITHM = "sha256"
@@ -41,8 +42,9 @@ def read(folder: Folder) -> dict[str, str]:
     if document.get("algorithm", ALGORITHM) != ALGORITHM or not isinstance(files, dict):
         raise UserError(f"`{FILE}` is not a list of {ALGORITHM} hashes", hint="the file is damaged")
     for name, found in cast("dict[str, Any]", files).items():
-        if not isinstance(found, str) or ".." in name.split("/") or name.startswith("/") or "\0" in name:
-            raise UserError(f"`{FILE}` lists `{name[:100]}`, which is not a file of the folder with its hash")
+        check_below(name, source=FILE)
+        if not isinstance(found, str):
+            raise UserError(f"`{FILE}` gives no hash of `{name}`", hint="the file is damaged")
     return cast("dict[str, str]", files)
 
 

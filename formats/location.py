@@ -7,6 +7,7 @@ HTTP nor a client of an object store.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -22,17 +23,18 @@ def is_remote(source: str | Path) -> bool:
     return isinstance(source, str) and bool(re.match(r"[A-Za-z][\w+.-]*://", source))
 
 
-def open_folder(source: str | Path, *, policy: RetryPolicy | None = None) -> Folder:
-    """The folder of a path or URL. Whether it is there shows when something is asked of it; a Hub id is asked for at once,
+def open_folder(source: str | Path, *, policy: RetryPolicy | None = None, probe: Sequence[str] = ()) -> Folder:
+    """Open the folder of a path or URL. A missing folder is noticed on first use; for a Hub id the server is asked at once,
     because its commit is fixed then.
 
-    Raises UserError for URLs that cannot be understood, and where a package is missing.
+    `probe`: names of files, relative to an iteration's folder, that are looked for on web servers, which list no directory,
+    besides those of the formats. Raises UserError for a malformed URL and for a missing package.
     """
     if not is_remote(source):
         return LocalFolder(Path(source))
     from formats.remote.folder import open_remote  # noqa: PLC0415 - the clients of every protocol
 
-    return open_remote(str(source), policy=policy)
+    return open_remote(str(source), policy=policy, probe=probe)
 
 
 def without_secrets(url: str) -> str:

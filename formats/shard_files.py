@@ -10,12 +10,21 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from formats import foreign
-from formats.errors import UserError, format_untrusted
+from formats.errors import UserError
 from formats.folder import Folder, LocalFolder, link
 from formats.json_objects import read_json
+from formats.relative_names import check_below
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+USUAL_FILES = (
+    "config.json", "generation_config.json", INDEX, SINGLE,
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tiktoken.model", "tekken.json", "params.json",
+    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md", ".gitattributes",
+)  # fmt: skip
+"""Names that files of a model directory usually have: what is asked for where a server lists no directory."""
 
 
 def weight_map(folder: Folder) -> dict[str, str]:
@@ -28,8 +37,7 @@ def weight_map(folder: Folder) -> dict[str, str]:
     files = cast("dict[str, Any]", listed).values()
     named = set(files) if all(isinstance(file, str) for file in files) else files  # a file holds many tensors
     for file in named:
-        if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
-            raise UserError(f"`{INDEX}` names the file `{format_untrusted(file)}`, which leaves the directory; it was not opened")
+        check_below(file, source=INDEX)
     return cast("dict[str, str]", listed)
 
 

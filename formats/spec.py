@@ -14,38 +14,25 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from formats import dtypes
+from formats.dtypes import Dtype
+
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 
 Region = tuple[slice, ...]
 """A box in a tensor: one slice per dimension, each with a start, a stop and step 1."""
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-    "fp16": np.dtype(np.float16),
-    "fp32": np.dtype(np.float32),
-    "fp64": np.dtype(np.float64),
-    "fp8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "fp8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "int8": np.dtype(np.int8),
-    "int16": np.dtype(np.int16),
-    "int32": np.dtype(np.int32),
-    "int64": np.dtype(np.int64),
-    "uint8": np.dtype(np.uint8),
-    "bool": np.dtype(np.bool_),
-}
-"""Every dtype that is converted, by the name that commands and reports use."""
 
-OTHER_DTYPES: dict[str, np.dtype[Any]] = {
-    "uint16": np.dtype(np.uint16),
-    "uint32": np.dtype(np.uint32),
-    "uint64": np.dtype(np.uint64),
-    "complex64": np.dtype(np.complex64),
-    "fp8_e8m0": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "fp8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
-    "fp8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
-}
-"""Dtypes that are reported and compared, and not converted."""
+def _by_name(table: Sequence[Dtype]) -> dict[str, np.dtype[Any]]:
+    return {dtype.name: np.dtype(getattr(ml_dtypes, dtype.torch, dtype.torch)) for dtype in table}
+
+
+DTYPES = _by_name(dtypes.CONVERTED)
+"""numpy's dtypes of those that are converted, by the name that commands and reports use."""
+
+OTHER_DTYPES = _by_name(dtypes.COMPARED)
+"""The same of those that are reported and compared, and not converted."""
 
 MOST_DIMENSIONS = 64
 
@@ -53,8 +40,13 @@ _NAMES = {dtype: name for name, dtype in (DTYPES | OTHER_DTYPES).items()}
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:
-    """`bf16`, `fp32`, …: the inverse of `DTYPES`."""
+    """Return `bf16`, `fp32`, …: the inverse of `DTYPES`."""
     return _NAMES[dtype]
+
+
+def names_of(dtype: np.dtype[Any]) -> Dtype:
+    """Return what each format calls a dtype."""
+    return dtypes.BY_NAME[_NAMES[dtype]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import threading
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ class TorchDistReader:
     """An opened iteration. `specs` are its weights, one name per layer; `others` what else it holds (optimizer, …)."""
 
     def __init__(self, folder: Folder, *, prefix: str = "", container: Container | None = None) -> None:
-        """With a `prefix`: what `beside` describes, in a `container` that was opened already."""
+        """`prefix`: see `optimizer_state`. `container`: the folder's, where it is already open."""
         self.folder = find_iteration(folder)
         self.container = container or Container(self.folder)
         self._prefix = prefix
@@ -56,7 +56,7 @@ class TorchDistReader:
         self._lock = threading.Lock()
         weights = dict.fromkeys(key for key in self.container.tensor_names if not _NOT_WEIGHTS.match(key))
         if prefix:
-            weights = self._kept_beside(weights)
+            weights = self._state_keys(weights)
         halves = {key: key.removesuffix(_GATE) + _UP for key in weights if key.endswith(_GATE)}
         halves = {gate: up for gate, up in halves.items() if up in weights}
         ups = set(halves.values())
@@ -69,14 +69,17 @@ class TorchDistReader:
             self._add_halves(gate, up)
 
     @property
+    def files(self) -> Collection[str]:
+        return self.container.files
+
+    @property
     def has_optimizer(self) -> bool:
         return any(name.startswith(("optimizer", "chained_")) for name in self.others)
 
-    def beside(self, prefix: str) -> TorchDistReader:
-        """What an optimizer keeps of weights, in their shapes and by their names: with `optimizer.state.exp_avg.`, a moment."""
+    def optimizer_state(self, prefix: str) -> TorchDistReader:
         return TorchDistReader(self.folder, prefix=prefix, container=self.container)
 
-    def _kept_beside(self, weights: Iterable[str]) -> dict[str, None]:
+    def _state_keys(self, weights: Iterable[str]) -> dict[str, None]:
         shape, there = self.container.shape, set(self.others)
         kept = (key for key in weights if f"{self._prefix}{key}" in there)
         return dict.fromkeys(key for key in kept if shape(f"{self._prefix}{key}") == shape(key))

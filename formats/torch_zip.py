@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from formats.dtypes import BY_NAME, CONVERTED
 from formats.errors import UserError
 from formats.pickles import Global, Record, Storage, dumps, loads
 from formats.spec import DTYPES, Array, Shape, dtype_name, is_valid_shape
@@ -42,26 +43,10 @@ _REBUILD_TYPED = Global("torch._utils", "_rebuild_tensor_v3")
 _REBUILDS = (_REBUILD, _REBUILD_TYPED)
 _HOOKS = Record(Global("collections", "OrderedDict"))
 
-TORCH_NAMES: dict[str, str] = {
-    **{name: name for name in DTYPES},
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "fp32": "float32",
-    "fp64": "float64",
-    "fp8_e4m3": "float8_e4m3fn",
-    "fp8_e5m2": "float8_e5m2",
-}
-"""torch's names of dtypes, by ours."""
+DTYPE_OF = {dtype.torch: DTYPES[dtype.name] for dtype in CONVERTED}
+"""The dtypes that a tensor can name, by torch's names."""
 
-DTYPE_OF = {torch_name: DTYPES[name] for name, torch_name in TORCH_NAMES.items()}
-
-_STORAGES = {
-    "bf16": "BFloat16Storage", "fp16": "HalfStorage", "fp32": "FloatStorage", "fp64": "DoubleStorage", "int8": "CharStorage",
-    "int16": "ShortStorage", "int32": "IntStorage", "int64": "LongStorage", "uint8": "ByteStorage", "bool": "BoolStorage",
-}  # fmt: skip
-"""torch's storage classes. Newer dtypes have none: their tensors name the dtype, and their storage counts bytes."""
-
-_STORED_AS = {storage: DTYPES[name] for name, storage in _STORAGES.items()}
+_DTYPE_OF_STORAGE = {dtype.storage: DTYPES[dtype.name] for dtype in CONVERTED if dtype.storage}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +109,11 @@ def object_archive(value: Any, *, name: str = "archive") -> bytes:
 def tensor_record(dtype: str, shape: Shape, *, key: str) -> Record:
     """How `data.pkl` describes a contiguous tensor."""
     count, strides = prod(shape), contiguous_strides(shape)
-    if dtype in _STORAGES:
-        return _REBUILD(Storage(Global("torch", _STORAGES[dtype]), key, count), 0, shape, strides, False, _HOOKS)
+    names = BY_NAME[dtype]
+    if names.storage:
+        return _REBUILD(Storage(Global("torch", names.storage), key, count), 0, shape, strides, False, _HOOKS)
     untyped = Storage(Global("torch.storage", "UntypedStorage"), key, count * DTYPES[dtype].itemsize)
-    return _REBUILD_TYPED(untyped, 0, shape, strides, False, _HOOKS, Global("torch", TORCH_NAMES[dtype]))
+    return _REBUILD_TYPED(untyped, 0, shape, strides, False, _HOOKS, Global("torch", names.torch))
 
 
 def contiguous_strides(shape: Shape) -> Shape:
@@ -260,7 +246,7 @@ class OpenArchive:
         match _unwrapped(record):
             case Record(kind=kind, args=(Storage() as storage, int(start), shape, strides, _, _, *rest)) if kind in _REBUILDS:
                 typed = rest[0].name if kind == _REBUILD_TYPED and rest and isinstance(rest[0], Global) else ""
-                dtype = DTYPE_OF.get(typed) or _STORED_AS.get(storage.kind.name)
+                dtype = DTYPE_OF.get(typed) or _DTYPE_OF_STORAGE.get(storage.kind.name)
                 shape, strides = read_sizes(shape), read_sizes(strides)
                 if dtype is None or start < 0 or len(shape) != len(strides):
                     raise self._damaged(f"it describes a tensor of `{storage.kind.name}` that cannot be")

@@ -28,8 +28,8 @@ class Place:
     put: Callable[[str, bytes], None]
     cutter: Cutter
 
-    def open(self, patience: RetryPolicy = HURRIED) -> Folder:
-        return open_folder(self.url, policy=patience)
+    def open(self, policy: RetryPolicy = HURRIED) -> Folder:
+        return open_folder(self.url, policy=policy)
 
 
 @contextmanager

@@ -17,12 +17,11 @@ from converter.recognize import refuse_unfit
 from converter.run import check_zero
 from converter.sources import Source
 from converter.views import check_dimensions, megatron_view
-from formats.detect import Format, detect
+from formats.detect import Format, detect, open_megatron
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
 from formats.spec import Array, Reader, Region
-from formats.torch_dist import TorchDistReader
 
 
 class PlannedReader:
@@ -54,7 +53,7 @@ def open_base(folder: Folder, given: Folder | None) -> Source:
         check_dtypes(reader.specs)
         check_dimensions(reader.specs)
         return source
-    checkpoint = TorchDistReader(folder)
+    checkpoint = open_megatron(folder)
     origin = reference.find(checkpoint, given)
     side = megatron_view(checkpoint, origin)
     for name in side.zero:

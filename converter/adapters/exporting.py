@@ -31,7 +31,7 @@ def _job(
     opened, folder = found.opened, found.reader.folder
     modules = [weight.removesuffix(WEIGHT) for weight in opened.parts]
     outputs = outputs_for(target, tensor_plans, {})
-    read = [*found.reader.container.files, METADATA, described.FILE, f"{FILES}/{CONFIG}"]
+    read = [*found.reader.files, METADATA, described.FILE, f"{FILES}/{CONFIG}"]
     return ConversionPlan(
         command="adapter-to-hf",
         source=opened.label,

@@ -23,14 +23,14 @@ from converter.recognize import refuse_unfit
 from converter.run import in_threads
 from converter.side_files import CONFIG
 from converter.sources import open_source
-from formats.detect import Format, detect
+from formats.detect import open_checkpoint
 from formats.disk import user_errors
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
+from formats.megatron_reader import MegatronReader
 from formats.spec import Array, Reader, Region, extent
-from formats.torch_dist import TorchDistReader
 
 ROWS, WIDTH = 16, 256
 """Rows of a matrix that are looked at, and elements of each; of a vector, `WIDTH` elements in all."""
@@ -48,7 +48,7 @@ def fingerprint(source: str | Path | Folder) -> str:
     if isinstance(source, (str, Path)):
         with closing(open_source(source, or_hub=True)) as folder:
             return fingerprint(folder)
-    reader = HuggingFaceReader(source) if detect(source) is not Format.TORCH_DIST else TorchDistReader(source)
+    reader = open_checkpoint(source)
     tensor_plans = _stored(reader) if isinstance(reader, HuggingFaceReader) else _made(reader)
     return _digest(reader, tensor_plans)
 
@@ -74,7 +74,7 @@ def _stored(reader: HuggingFaceReader) -> list[TensorPlan]:
     return list(as_stored({name: reader.specs[name] for name in wanted}).values())
 
 
-def _made(reader: TorchDistReader) -> list[TensorPlan]:
+def _made(reader: MegatronReader) -> list[TensorPlan]:
     """The same as a Megatron checkpoint holds them."""
     config = reference.find(reader, None, any_settings=True).config
     family = families.find(config.get("model_type"))

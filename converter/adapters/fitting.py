@@ -22,11 +22,12 @@ from converter.config import make_model
 from converter.plan import list_names
 from converter.sources import Source
 from formats.arrays import as_bytes
+from formats.dtypes import MODEL_DTYPES
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.spec import DTYPES, Array, TensorSpec, dtype_name
 
-_CHANGEABLE = {DTYPES[name]: name for name in ("bf16", "fp16", "fp32")}
+_CHANGEABLE = {DTYPES[name]: name for name in MODEL_DTYPES}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,9 @@ import numpy as np
 
 from converter import families, provenance, reference, side_files
 from converter.adapters import description as described
-from converter.adapters import peft_config, peft_format
+from converter.adapters import megatron_format, peft_config, peft_format
 from converter.adapters.description import Base, Description
 from converter.adapters.fingerprint import fingerprint
-from converter.adapters.megatron_format import open_megatron
 from converter.adapters.names import WEIGHT, AdaptedModule, Factor, adapted_modules, factors, peft_name, targets
 from converter.adapters.opened import AdapterReader
 from converter.adapters.peft_config import PeftConfig
@@ -27,12 +26,11 @@ from converter.rules import Rule
 from converter.side_files import HFReference
 from formats.arrays import same_bits
 from formats.dcp_index import METADATA
-from formats.detect import Format, detect
+from formats.detect import Format, detect, open_megatron
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
 from formats.iterations import iteration_folder
 from formats.spec import Array, Reader, TensorSpec, dtype_name
-from formats.torch_dist import TorchDistReader
 from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
 
 
@@ -49,9 +47,7 @@ class BaseModel:
 def open_base(folder: Folder, *, name: str) -> BaseModel:
     """A model in either format; `name` is what it is called where nobody knows its Hub id."""
     origin = (
-        side_files.from_folder(folder)
-        if detect(folder) is not Format.TORCH_DIST
-        else reference.find(TorchDistReader(folder), None)
+        side_files.from_folder(folder) if detect(folder) is not Format.TORCH_DIST else reference.find(open_megatron(folder), None)
     )
     family = families.find(origin.config.get("model_type"))
     told = Base(folder.origin.get("id", name), fingerprint(folder))
@@ -226,7 +222,7 @@ def _job(folder: Folder, base: BaseModel, target: str, found: _Planned) -> Conve
             copy.source: opened.reader.specs[copy.source] for tensor_plan in found.tensor_plans for copy in tensor_plan.copies
         },
         passing="read",
-        views=lambda written: (_side(opened), _side(open_megatron(written).opened)),
+        views=lambda written: (_side(opened), _side(megatron_format.open_megatron(written).opened)),
         aliases=found.aliases,
         copies={f"{inside}{name}": file for name, file in carried.copies.items()},
         documents={f"{inside}{name}": data for name, data in documents.items()},

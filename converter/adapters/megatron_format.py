@@ -15,10 +15,11 @@ from converter.model import Model
 from converter.plan import TensorPlan, list_names, same_tensor
 from converter.rows import RowRange
 from converter.side_files import HFReference
+from formats import detect
 from formats.errors import UserError
 from formats.folder import Folder
+from formats.megatron_reader import MegatronReader
 from formats.spec import TensorSpec
-from formats.torch_dist import TorchDistReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class MegatronAdapter:
     """An adapter in a checkpoint, and the model that it belongs to."""
 
     opened: AdapterReader
-    reader: TorchDistReader
+    reader: MegatronReader
     origin: HFReference
     model: Model
 
@@ -34,7 +35,7 @@ class MegatronAdapter:
 def open_megatron(folder: Folder) -> MegatronAdapter:
     """An adapter in a checkpoint: its root, or one iteration. Raises UserError for what is missing, left over, of another
     shape, or of a method that is not known here."""
-    reader = TorchDistReader(folder)
+    reader = detect.open_megatron(folder)
     try:
         description = described.read(reader.folder)
         described.check_method(description, label=reader.folder.label)

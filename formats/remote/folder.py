@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from formats.errors import UserError
 from formats.folder import NOT_OF_THE_MODEL, Folder, whole
@@ -29,13 +29,14 @@ _SMALL = 16 << 10
 round trip."""
 
 
-def open_remote(url: str, *, policy: RetryPolicy | None = None) -> Folder:
-    """The folder of a URL. Raises UserError for URLs that cannot be understood, and where a package is missing."""
+def open_remote(url: str, *, policy: RetryPolicy | None = None, probe: Sequence[str] = ()) -> Folder:
+    """Open the folder of a URL; see `formats.location.open_folder`."""
     kind = url.partition("://")[0].lower()
     if kind not in _STORES:
         raise UserError(f"`{kind}://` is not supported", hint=f"known are {', '.join(f'{name}://' for name in _STORES)}")
-    policy = policy or RetryPolicy()
-    return RemoteFolder(_Opened(_STORES[kind](url, policy), policy), "")
+    policy, make = policy or RetryPolicy(), _STORES[kind]
+    store = Web(url, policy, probe=probe) if make is Web else make(url, policy)
+    return RemoteFolder(_Opened(store, policy), "")
 
 
 class _Opened:

@@ -11,37 +11,25 @@ import netrc
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
+from formats import integrity
+from formats.dcp_index import METADATA
 from formats.errors import UserError
+from formats.iterations import COMMON, FORMAT, TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER, iteration_folder
 from formats.location import without_secrets
+from formats.relative_names import stays_below
 from formats.remote.http import Client, Response, basic, split_url
 from formats.remote.retry import RetryableError, RetryPolicy, retry
 from formats.remote.store import Status, StoreBase, changed, file_name, refused, resized
+from formats.shard_files import INDEX, USUAL_FILES
 
-INTEGRITY = "integrity.json"
-"""The hashes of an iteration's files: {"algorithm": "sha256", "files": {relative name: hex}}."""
-
-_INDEX = "model.safetensors.index.json"
-_TRACKER = "latest_checkpointed_iteration.txt"
-_OF_A_MODEL = (
-    "config.json", "generation_config.json", _INDEX, "model.safetensors",
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tiktoken.model", "tekken.json", "params.json",
-    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
-    "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md", ".gitattributes",
-)  # fmt: skip
-_OF_AN_ITERATION = (
-    ".metadata", "metadata.json", "common.pt", "train_state.pt", "run_config.yaml", "conversion.json", INTEGRITY,
-    "huggingface/extras.safetensors",
-    *(f"tokenizer/{name}" for name in _OF_A_MODEL if "tok" in name or name in ("vocab.json", "merges.txt")),
-    *(f"huggingface/files/{name}" for name in _OF_A_MODEL if not name.startswith("model.")),
-)  # fmt: skip
-_OF_A_ROOT = (_TRACKER, "latest_train_state.pt")
+_ROOT_FILES = (TRACKER, TRAIN_STATE_TRACKER)
+_ITERATION_FILES = (METADATA, FORMAT, COMMON, TRAIN_STATE, integrity.FILE)
 _AT_ONCE = 8
 _QUOTED = "/%:@!$&'()*+,;=~"  # what may stand in a path as it is
 _NO_RANGES = "use a server that answers `Range: bytes=…` with 206, or fetch the directory first"
@@ -51,12 +39,13 @@ class Web(StoreBase):
     """A folder by its URL. A user and password in it, or of `~/.netrc`, go to its server and no other; a query (which
     signs some URLs) goes with every file."""
 
-    def __init__(self, url: str, policy: RetryPolicy) -> None:
+    def __init__(self, url: str, policy: RetryPolicy, *, probe: Sequence[str] = ()) -> None:
+        """`probe`: names of files that an iteration may have besides those of its format."""
         parts = split_url(url)
         self._root = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{quote(parts.path, safe=_QUOTED).rstrip('/')}/"
         self.label = without_secrets(self._root).rstrip("/")
         self._query = f"?{parts.query}" if parts.query else ""
-        self._policy = policy
+        self._policy, self._probe_names = policy, probe
         self._credentials = _credentials(url)
         self._client = Client(silence=policy.silence)
         self._known: dict[str, Status] | None = None
@@ -106,21 +95,21 @@ class Web(StoreBase):
 
     def _named(self, prefix: str) -> Iterator[str]:
         """Paths of files that may be there: of an iteration, of a root with its newest iteration, or of a model."""
-        tracked = (self._small(prefix + _TRACKER) or b"").decode(errors="replace").strip()
+        tracked = (self._small(prefix + TRACKER) or b"").decode(errors="replace").strip()
         if re.fullmatch(r"\d{1,18}|release", tracked):
-            yield from (prefix + name for name in _OF_A_ROOT)
-            yield from self._of_iteration(prefix + (tracked if tracked == "release" else f"iter_{int(tracked):07d}") + "/")
-        elif self._patiently(prefix + ".metadata"):
+            yield from (prefix + name for name in _ROOT_FILES)
+            yield from self._of_iteration(prefix + (tracked if tracked == "release" else iteration_folder(int(tracked))) + "/")
+        elif self._patiently(prefix + METADATA):
             yield from self._of_iteration(prefix)
         else:
-            names = cast("Any", self._document(prefix + _INDEX).get("weight_map"))
+            names = cast("Any", self._document(prefix + INDEX).get("weight_map"))
             listed = cast("dict[str, Any]", names).values() if isinstance(names, dict) else ()
-            yield from (prefix + name for name in (*_OF_A_MODEL, *listed) if _stays(name))
+            yield from (prefix + name for name in (*USUAL_FILES, *listed) if stays_below(name))
 
     def _of_iteration(self, prefix: str) -> Iterator[str]:
-        listed = self._document(prefix + INTEGRITY).get("files")
+        listed = self._document(prefix + integrity.FILE).get("files")
         names = cast("dict[str, Any]", listed) if isinstance(listed, dict) else {}
-        yield from (prefix + name for name in (*_OF_AN_ITERATION, *names) if _stays(name))
+        yield from (prefix + name for name in (*_ITERATION_FILES, *self._probe_names, *names) if stays_below(name))
 
     def _document(self, path: str) -> dict[str, Any]:
         """A JSON object for its names; readers complain about a broken one."""
@@ -211,10 +200,3 @@ def _credentials(url: str) -> dict[str, str]:
     except (OSError, netrc.NetrcParseError):
         return {}
     return {"Authorization": basic(quote(found[0]), quote(found[2]))} if found else {}
-
-
-def _stays(name: Any) -> bool:
-    """Is that a relative name that stays below where it starts?"""
-    return (
-        isinstance(name, str) and not re.search(r"[\\\0]", name) and all(part not in ("", ".", "..") for part in name.split("/"))
-    )

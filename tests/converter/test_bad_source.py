@@ -13,6 +13,7 @@ import torch.distributed.checkpoint
 from safetensors.torch import load_file, save_file
 
 from converter import UserError, hf_to_mcore, mcore_to_hf
+from tests.models import model_tree, tree
 from tests.refusal import refused
 
 
@@ -156,10 +157,22 @@ def edit_index(source, change):
     path.write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", None, 5])
+@pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "a/../../b.safetensors", "..", "a//b", "", "a\\b", None, 5])
 def test_an_index_that_leaves_the_directory(source, tmp_path, file):
     edit_index(source, lambda index: index["weight_map"].update({"model.norm.weight": file}))
-    refused(hf_to_mcore, source, tmp_path, "which leaves the directory; it was not opened")
+    refused(hf_to_mcore, source, tmp_path, "which is no valid path inside the directory: it was not opened")
+
+
+def test_an_index_may_name_files_in_folders_below(source, tmp_path):
+    for file in source.glob("*.safetensors"):
+        file.rename(tmp_path / file.name)
+    (source / "parts").mkdir()
+    for file in tmp_path.glob("*.safetensors"):
+        file.rename(source / "parts" / file.name)
+    edit_index(source, lambda index: index.update(weight_map={n: f"parts/{f}" for n, f in index["weight_map"].items()}))
+    hf_to_mcore(source, tmp_path / "m")
+    mcore_to_hf(tmp_path / "m", tmp_path / "back")
+    assert model_tree(tmp_path / "back") == tree(source)
 
 
 def test_an_index_that_disagrees_with_the_files(source, tmp_path):

@@ -146,6 +146,16 @@ def test_fp8_weights_without_scales_are_plain_weights(plain, tmp_path):
     assert verify(plain, tmp_path / "m").same
 
 
+def test_a_config_names_the_dtype_of_fp8_weights_as_torch_does(plain, tmp_path):
+    rewrite(plain, lambda tensors: {name: fp8(value) for name, value in tensors.items()})
+    hf_to_mcore(plain, tmp_path / "m")
+    (tmp_path / "settings").mkdir()
+    shutil.copy(plain / "config.json", tmp_path / "settings")
+    mcore_to_hf(tmp_path / "m", tmp_path / "back", hf_config=tmp_path / "settings")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert getattr(torch, config.get("dtype") or config["torch_dtype"]) is torch.float8_e4m3fn
+
+
 def everywhere(name, wrapper):
     head, dot, tail = name.partition("self_attn.")
     return f"{head}{wrapper}.{dot}{tail}" if dot else name

@@ -62,7 +62,7 @@ class FormatSuite:
             spec = reader.specs[name]
             assert (spec.shape, spec.dtype) == (expected.shape, expected.dtype)
             out = np.empty(spec.shape, spec.dtype)
-            reader.read(name, spec.whole, out)
+            reader.read(name, spec.full_region, out)
             assert out.tobytes() == expected.tobytes()
 
     def test_any_region_reads_back_also_into_strided_memory(self, tmp_path):
@@ -103,7 +103,7 @@ class FormatSuite:
         reader = self.reader(LocalFolder(tmp_path, direct=True))
         for name, expected in values.items():
             out = np.empty(expected.shape, expected.dtype)
-            reader.read(name, reader.specs[name].whole, out)
+            reader.read(name, reader.specs[name].full_region, out)
             assert out.tobytes() == expected.tobytes()
 
     def test_reading_from_threads_gives_the_same(self, tmp_path):
@@ -112,7 +112,7 @@ class FormatSuite:
 
         def read(name):
             out = np.empty(reader.specs[name].shape, reader.specs[name].dtype)
-            reader.read(name, reader.specs[name].whole, out)
+            reader.read(name, reader.specs[name].full_region, out)
             return out.tobytes() == values[name].tobytes()
 
         with ThreadPoolExecutor(8) as pool:

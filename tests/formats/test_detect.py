@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from formats.content import recognize
 from formats.dcp_index import read_index
-from formats.detect import Format, detect, refuse_file
+from formats.detect import Format, detect, open_checkpoint, open_megatron, refuse_file
 from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
@@ -56,6 +56,22 @@ def test_a_folder_is_a_model_by_its_content_and_not_by_its_name(tmp_path, name):
 ])  # fmt: skip
 def test_formats_that_are_read(tmp_path, names, found):
     assert detect(folder_with(tmp_path / "m", *names)) is found
+
+
+def test_a_checkpoint_is_opened_by_its_content(tmp_path):
+    (tmp_path / "hf").mkdir()
+    save_file(WEIGHTS, tmp_path / "hf" / "model.safetensors")
+    iteration = tmp_path / "megatron" / "iter_0000007"
+    tensors = {"decoder.layers.mlp.weight": torch.zeros(2, 3), "optimizer.state.exp_avg.w": torch.zeros(1)}
+    dcp.save(tensors, checkpoint_id=iteration)
+    (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").write_text("7")
+    huggingface = open_checkpoint(LocalFolder(tmp_path / "hf"))
+    megatron = open_megatron(LocalFolder(tmp_path / "megatron"))
+    assert list(huggingface.specs) == ["w"]
+    assert type(open_checkpoint(LocalFolder(tmp_path / "megatron"))) is type(megatron)
+    assert list(megatron.specs) == ["decoder.layers.0.mlp.weight", "decoder.layers.1.mlp.weight"]
+    assert (megatron.folder.name, set(megatron.files)) == ("iter_0000007", {"__0_0.distcp"})
+    assert (megatron.has_optimizer, list(megatron.others)) == (True, ["optimizer.state.exp_avg.w"])
 
 
 OTHERS = {

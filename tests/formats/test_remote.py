@@ -268,6 +268,14 @@ def test_integrity_names_the_files_of_an_iteration(web: WebServer) -> None:
     assert not any("passwd" in path for _, path, _ in web.log)
 
 
+def test_files_of_an_iteration_are_found_that_the_caller_knows_of(web: WebServer) -> None:
+    known = [".metadata", "__0_0.distcp", "notes/of ours.json"]
+    web.files.update({f"m/{name}": b"x" for name in known})
+    folder = open_folder(f"{web.url}/m", policy=HURRIED, probe=["notes/of ours.json", "notes/gone.json"])
+    assert folder.files() == [".metadata", "notes/of ours.json"]
+    folder.close()
+
+
 def test_small_reads_close_together_are_one_request(web: WebServer, files: dict[str, bytes]) -> None:
     with opened(web.url) as folder:
         folder.size(BIG)

@@ -20,12 +20,11 @@ from converter.adapters.fingerprint import fingerprint
 from converter.plan import as_stored
 from converter.reference import UnknownModelError
 from converter.sources import open_source
-from formats.detect import Format, detect
+from formats.detect import Format, detect, open_megatron
 from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.home import expanded
 from formats.iterations import find_iteration
-from formats.torch_dist import TorchDistReader
 from trainer.checkpoints import live
 from trainer.collectives import from_first_rank
 from trainer.config import RunConfig
@@ -158,7 +157,7 @@ def put(chunk: Any, loaded: Mapping[str, Any]) -> None:
 def check_same(chunks: Sequence[Any], resumed: Path) -> None:
     """UserError where a checkpoint holds other adapters than were attached: megatron-core would leave out, and say nothing, what
     has no place."""
-    with closing(TorchDistReader(LocalFolder(resumed))) as reader:
+    with closing(open_megatron(LocalFolder(resumed))) as reader:
         live.account(live.local_weights(chunks, only_trained), as_stored(reader.specs), str(resumed), hint=_SAME)
 
 
@@ -176,7 +175,7 @@ def load(chunks: Sequence[Any], source: str, config: RunConfig, base: Base | Non
             f"`{source}` is a folder of PEFT's",
             hint=f"make a checkpoint of it: `mbconvert adapter-to-mcore {source} DST --base …`, and name that",
         )
-    with closing(TorchDistReader(LocalFolder(Path(source)))) as reader:
+    with closing(open_megatron(LocalFolder(Path(source)))) as reader:
         found = description.read(reader.folder)
         _check_method(found, config, source)
         if base and base.fingerprint and found.base and found.base.fingerprint not in {"", base.fingerprint}:

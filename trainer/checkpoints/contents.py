@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from converter import reference, side_files
 from converter.sources import open_source
-from formats.detect import Format, detect
+from formats.detect import Format, detect, open_megatron
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.huggingface import HuggingFaceReader
 from formats.iterations import find_iteration
 from formats.json_objects import read_json
 from formats.spec import Reader, dtype_name
-from formats.torch_dist import TorchDistReader
 from trainer import tokenizers
 from trainer.checkpoints import iterations
 
@@ -48,7 +47,7 @@ def describe(source: str) -> Described:
     if detect(folder) is not Format.TORCH_DIST:
         with closing(HuggingFaceReader(folder)) as reader:
             return Described(read_json(folder, side_files.CONFIG), _dtype(reader))
-    with closing(TorchDistReader(folder)) as reader:
+    with closing(open_megatron(folder)) as reader:
         try:
             config = reference.find(reader, None).config
         except reference.UnknownModelError as error:

@@ -27,13 +27,13 @@ from converter.run import check_equal
 from converter.side_files import CONFIG
 from converter.sources import open_source
 from formats.arrays import bands
-from formats.detect import Format, detect
+from formats.detect import open_checkpoint
 from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
+from formats.megatron_reader import MegatronReader
 from formats.spec import Array, Reader, Region, dtype_name, extent, relative_to
-from formats.torch_dist import TorchDistReader
 from trainer.checkpoints.quantized import in_full
 from trainer.model import GPTModelProvider
 from trainer.settings import hf_config
@@ -105,8 +105,7 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
     """
     folder = open_source(source, or_hub=True)
     refuse_adapter(folder)
-    opened = HuggingFaceReader if detect(folder) is not Format.TORCH_DIST else TorchDistReader
-    with in_full(chunks), closing(opened(folder)) as reader:
+    with in_full(chunks), closing(open_checkpoint(folder)) as reader:
         refuse_adapter(reader.folder)
         locals_ = local_weights(chunks)
         told = _told(reader, getattr(chunks[0].config, "vocab_size", None))
@@ -122,7 +121,7 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
         return _loaded(tensor_plans, reader)
 
 
-def _told(reader: HuggingFaceReader | TorchDistReader, vocab: int | None) -> Mapping[str, Any] | None:
+def _told(reader: HuggingFaceReader | MegatronReader, vocab: int | None) -> Mapping[str, Any] | None:
     """The `config.json` of a source; None for a checkpoint that does not say what model it holds. `vocab`: the model's own size,
     for a checkpoint that knows its padded vocabulary alone."""
     if isinstance(reader, HuggingFaceReader):
@@ -133,7 +132,7 @@ def _told(reader: HuggingFaceReader | TorchDistReader, vocab: int | None) -> Map
         return None
 
 
-def _by_settings(reader: HuggingFaceReader | TorchDistReader, provider: Any, source: str) -> list[str]:
+def _by_settings(reader: HuggingFaceReader | MegatronReader, provider: Any, source: str) -> list[str]:
     """How a GPT computes otherwise than the weights were made for, by what no `config.json` says."""
     if not isinstance(provider, GPTModelProvider):
         return []
@@ -163,7 +162,7 @@ def _from_huggingface(reader: HuggingFaceReader) -> dict[str, TensorPlan]:
     return {tensor_plan.spec.name: tensor_plan for tensor_plan in plan.tensors}
 
 
-def _from_megatron(reader: TorchDistReader, told: Mapping[str, Any] | None) -> dict[str, TensorPlan]:
+def _from_megatron(reader: MegatronReader, told: Mapping[str, Any] | None) -> dict[str, TensorPlan]:
     """Rows of the vocabulary that mean something, where the checkpoint says how many do; else all."""
     reader.check(reader.specs)
     vocab = int(told["vocab_size"]) if told else None

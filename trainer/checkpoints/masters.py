@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from formats.detect import open_megatron
 from formats.errors import UserError
 from formats.folder import LocalFolder
-from formats.torch_dist import TorchDistReader
 from trainer import optim
 from trainer.checkpoints import live
 from trainer.config import RunConfig
@@ -126,7 +126,7 @@ def _named(wrong: list[torch.Tensor], chunks: list[Any], folder: Path) -> tuple[
     megatron-core fills them with zeros on both sides."""
     known = {local.data.data_ptr(): local for local in live.local_weights([unwrap(chunk) for chunk in chunks])}
     names, unlike = set[str](), set[str]()
-    with closing(TorchDistReader(LocalFolder(folder))) as reader:
+    with closing(open_megatron(LocalFolder(folder))) as reader:
         for weight in wrong:
             local = known.get(weight.data_ptr())
             stored = reader.specs.get(local.name) if local else None

@@ -1,0 +1,56 @@
+"""The dtypes that are known here, and what every format calls them. Strings only: reading the table imports no numpy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Dtype(NamedTuple):
+    """One dtype, by its name in each format."""
+
+    name: str
+    """In commands, reports and messages."""
+
+    torch: str
+    """In torch, and in numpy or ml_dtypes, which use the same name."""
+
+    safetensors: str
+
+    storage: str = ""
+    """The class of torch's typed storage. Newer dtypes have none: their tensors name the dtype, their storage counts bytes."""
+
+
+CONVERTED = (
+    Dtype("bf16", "bfloat16", "BF16", "BFloat16Storage"),
+    Dtype("fp16", "float16", "F16", "HalfStorage"),
+    Dtype("fp32", "float32", "F32", "FloatStorage"),
+    Dtype("fp64", "float64", "F64", "DoubleStorage"),
+    Dtype("fp8_e4m3", "float8_e4m3fn", "F8_E4M3"),
+    Dtype("fp8_e5m2", "float8_e5m2", "F8_E5M2"),
+    Dtype("int8", "int8", "I8", "CharStorage"),
+    Dtype("int16", "int16", "I16", "ShortStorage"),
+    Dtype("int32", "int32", "I32", "IntStorage"),
+    Dtype("int64", "int64", "I64", "LongStorage"),
+    Dtype("uint8", "uint8", "U8", "ByteStorage"),
+    Dtype("bool", "bool", "BOOL", "BoolStorage"),
+)
+"""Dtypes that are converted."""
+
+COMPARED = (
+    Dtype("uint16", "uint16", "U16"),
+    Dtype("uint32", "uint32", "U32"),
+    Dtype("uint64", "uint64", "U64"),
+    Dtype("complex64", "complex64", "C64"),
+    Dtype("fp8_e8m0", "float8_e8m0fnu", "F8_E8M0"),
+    Dtype("fp8_e4m3fnuz", "float8_e4m3fnuz", "F8_E4M3FNUZ"),
+    Dtype("fp8_e5m2fnuz", "float8_e5m2fnuz", "F8_E5M2FNUZ"),
+)
+"""Dtypes that are reported and compared, and not converted."""
+
+MODEL_DTYPES = ("bf16", "fp16", "fp32")
+"""Names of the dtypes that models are trained and run in."""
+
+FLOATS = (*MODEL_DTYPES, "fp64")
+"""Names of the dtypes whose numbers need no scale."""
+
+BY_NAME = {dtype.name: dtype for dtype in CONVERTED + COMPARED}
