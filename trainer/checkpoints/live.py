@@ -22,7 +22,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from converter import families, reference, run_config
 from converter.adapters.files import refuse_adapter
 from converter.config import make_model
-from converter.plan import Plan, TensorPlan, as_stored, list_names, to_megatron
+from converter.plan import TensorPlan, as_stored, list_names
+from converter.planner import Plan, to_megatron
 from converter.run import check_equal
 from converter.side_files import CONFIG
 from converter.sources import open_source
@@ -177,7 +178,7 @@ def _padded(name: str) -> bool:
 
 def _unpadded(tensor_plan: TensorPlan, vocab: int | None) -> TensorPlan:
     rows = tensor_plan.spec.shape[0] if vocab is None else min(vocab, tensor_plan.spec.shape[0])
-    return replace(tensor_plan, runs=tuple(replace(run, count=rows) for run in tensor_plan.ranges))
+    return replace(tensor_plan, ranges=tuple(replace(run, rows=rows) for run in tensor_plan.ranges))
 
 
 _OTHER = "the weights are of another model than `model` describes; nothing is ever left random"
