@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from converter.plan import Piece, TensorPlan, pieces
-from converter.run import PIECE_BYTES, PieceBuffers, in_threads, is_zero
+from converter.run import PIECE_BYTES, PieceBuffers, in_threads, is_filled
 from converter.values import target_dtype
 from converter.workers import DEFAULT
 from formats.arrays import same_bits
@@ -31,6 +31,8 @@ class CheckpointView:
     tensor_plans: Mapping[str, TensorPlan]
     tied: Mapping[str, TensorPlan] = field(default_factory=dict[str, TensorPlan])
     zero: Mapping[str, int] = field(default_factory=dict[str, int])
+    filled: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Stored tensors that must hold one number everywhere, for the model has none."""
 
     def cast(self, dtype: str) -> CheckpointView:
         """The same, every tensor cast."""
@@ -125,18 +127,28 @@ def compare(
     in_threads(pieces(comparable, limit=PIECE_BYTES // 2), pairs.worker, workers=workers)  # of both sides at once
     for side in (one, other):
         what = f"is not zero in `{side.label}`, where the model has nothing"
-        stray = [name for name, start in side.zero.items() if not is_zero(side.reader, name, start=start)]
+        stray = [name for name, start in side.zero.items() if not is_filled(side.reader, name, 0, start=start)]
         different |= {name: Difference(name, what) for name in stray}
+        different |= {
+            name: Difference(name, f"is not {value:g} everywhere in `{side.label}`, where the model has nothing")
+            for name, value in side.filled.items()
+            if not is_filled(side.reader, name, value)
+        }
     return Comparison(
         one=one.label,
         other=other.label,
         tensors=len(shared),
         parameters=sum(prod(one.tensor_plans[name].spec.shape) for name in shared),
         cast=cast,
-        different=[different[name] for name in dict.fromkeys([*one.tensor_plans, *one.zero, *other.zero]) if name in different],
+        different=[different[name] for name in _order(one, other) if name in different],
         only_in_one=[name for name in one.tensor_plans if name not in other.tensor_plans],
         only_in_other=[name for name in other.tensor_plans if name not in one.tensor_plans],
     )
+
+
+def _order(one: CheckpointView, other: CheckpointView) -> dict[str, None]:
+    """The names that may differ, in the order in which they are reported."""
+    return dict.fromkeys([*one.tensor_plans, *one.zero, *one.filled, *other.zero, *other.filled])
 
 
 def _unlike(one: TensorSpec, other: TensorSpec) -> str:

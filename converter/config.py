@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from converter.model import Model
 from formats.errors import UserError, format_untrusted
@@ -17,12 +17,50 @@ from formats.spec import is_size
 Config = Mapping[str, Any]
 
 
+def _nothing(_config: Config) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One correspondence: what a Hugging Face config says, in Megatron's fields, and the way back."""
+    """One correspondence: what a Hugging Face config says, in Megatron's fields, and the way back; and what it says of the
+    model's sizes."""
 
     to_megatron: Callable[[Config], dict[str, Any]]
     to_huggingface: Callable[[Config], dict[str, Any]]
+    sizes: Callable[[Sizes], dict[str, Any]] = lambda _sizes: {}
+    """The named sizes that a `Model` has of it."""
+
+
+class Sizes(NamedTuple):
+    """What named sizes follow from: both configurations, and the sizes of the fields before."""
+
+    config: Config
+    megatron: Config
+    known: Mapping[str, Any]
+
+
+def counts(**megatron: str) -> Field:
+    """Return named sizes that are positive whole numbers of Megatron's fields: `counts(hidden="hidden_size")`."""
+    return Field(_nothing, _nothing, lambda sizes: {name: _count(sizes.megatron, one) for name, one in megatron.items()})
+
+
+def switches(**megatron: str) -> Field:
+    """Return named switches that are fields of Megatron's: `switches(tied="share_embeddings_and_output_weights")`."""
+    return Field(_nothing, _nothing, lambda sizes: {name: bool(sizes.megatron[one]) for name, one in megatron.items()})
+
+
+def named(**values: Any | Callable[[Model], Any]) -> Field:
+    """Return named sizes that follow from others, or are the same in every model of the family.
+
+    `named(stacked=False, mamba_inner=lambda model: model.mamba_heads * model.mamba_dim)`
+    """
+
+    def sizes(sizes: Sizes) -> dict[str, Any]:
+        model = Model(**sizes.known)
+        return {name: one(model) if callable(one) else one for name, one in values.items()}
+
+    return Field(_nothing, _nothing, sizes)
 
 
 def value(constant: Any) -> Callable[[Config], Any]:
@@ -75,12 +113,16 @@ def _count(config: Config, name: str) -> int:
 
 
 def flag(megatron: str, *huggingface: str) -> Field:
-    """One switch in Megatron for several in Hugging Face: on if any is."""
+    """Return one switch in Megatron for several in Hugging Face: on if any is. Conditions know each by its name there."""
 
     def read(config: Config) -> dict[str, Any]:
         return {megatron: any(bool(config.get(name)) for name in huggingface)}
 
-    return Field(read, lambda config: dict.fromkeys(huggingface, bool(config.get(megatron))))
+    return Field(
+        read,
+        lambda config: dict.fromkeys(huggingface, bool(config.get(megatron))),
+        lambda sizes: {name: bool(sizes.megatron[megatron]) and bool(sizes.config.get(name)) for name in huggingface},
+    )
 
 
 def fixed(**fields: Any) -> Field:
@@ -316,29 +358,17 @@ def to_huggingface(fields: Iterable[Field], config: Config) -> dict[str, Any]:
 
 
 def make_model(fields: Iterable[Field], config: Config, *, vocab_multiple: int = 1) -> Model:
-    """The sizes in a `config.json`. `vocab_multiple`: the padded vocabulary is the next multiple of it."""
-    megatron = to_megatron(fields, config)
-    count = {name: _count(megatron, name) for name in _COUNTS}
-    if count["num_attention_heads"] % count["num_query_groups"]:
+    """Return the sizes in a `config.json` by the names that the fields give them; of one name, the last field's.
+
+    `vocab_multiple`: the padded vocabulary is the next multiple of it.
+    """
+    fields = tuple(fields)
+    megatron, known = to_megatron(fields, config), dict[str, Any]()
+    for one in fields:
+        known |= one.sizes(Sizes(config, megatron, known))
+    if known.get("heads", 0) % known.get("groups", 1):
         raise UserError(
-            f"{count['num_attention_heads']} attention heads do not divide into {count['num_query_groups']} query groups",
-            hint="`config.json` is damaged",
+            f"{known['heads']} attention heads do not divide into {known['groups']} query groups", hint="`config.json` is damaged"
         )
-    return Model(
-        layers=count["num_layers"],
-        hidden=count["hidden_size"],
-        heads=count["num_attention_heads"],
-        groups=count["num_query_groups"],
-        head_dim=count["kv_channels"],
-        ffn=count["ffn_hidden_size"],
-        vocab=count["vocab_size"],
-        padded_vocab=-(-count["vocab_size"] // vocab_multiple) * vocab_multiple,
-        tied=bool(megatron["share_embeddings_and_output_weights"]),
-        attention_bias=bool(megatron["add_bias_linear"]) and bool(config.get("attention_bias")),
-        mlp_bias=bool(megatron["add_bias_linear"]) and bool(config.get("mlp_bias")),
-    )
-
-
-_COUNTS = (
-    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size", "vocab_size",
-)  # fmt: skip
+    padded = -(-known["vocab"] // vocab_multiple) * vocab_multiple
+    return Model(**{**known, "padded_vocab": padded})

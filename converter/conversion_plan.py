@@ -191,7 +191,8 @@ def partial_directory(target: Path, tensor_plans: Iterable[TensorPlan], options:
             tables[id(rows)] = len(tables)
             digest.update(repr(rows).encode())
         line = spec.name, spec.shape, dtype_name(spec.dtype), [part.name for part in made.parts], tables[id(rows)]
-        digest.update(repr(line).encode(errors="surrogatepass"))
+        more = (made.experts, made.transform) if made.transform else ()
+        digest.update(repr((*line, *more)).encode(errors="surrogatepass"))
     return target.with_name(f"{target.name}.partial-{digest.hexdigest()[:12]}")
 
 

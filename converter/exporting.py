@@ -16,9 +16,10 @@ from converter.config import make_model
 from converter.conversion_plan import ConversionPlan, Reporter, manifest, outputs_for
 from converter.families import Family
 from converter.model import Model
-from converter.plan import TensorPlan, as_stored, casts, to_huggingface
+from converter.plan import TensorPlan, as_stored, casts
+from converter.planner import to_huggingface
 from converter.quantization import is_plain, quantization
-from converter.run import check_zero
+from converter.run import check_filled
 from converter.side_files import CONFIG, EXTRAS, HEADERS, HFReference
 from converter.sources import Source
 from converter.views import with_side_files
@@ -48,7 +49,7 @@ def plan_export(reader: MegatronReader, root: Folder, target: str, wanted: Expor
     """Everything an export does. Raises UserError for whatever cannot be converted exactly."""
     reader.check()  # first: the index is let go of, and what follows takes its room
     origin = reference.find(reader, wanted.hf_config)
-    family = families.find(origin.config.get("model_type"))
+    family = families.find(origin.config.get("model_type")).rooted(specs_of(origin.shards))
     model = make_model(family.CONFIG, origin.config)
     tensor_plans, extras = _makings(reader, family, model, origin, dtype=wanted.dtype)
     tensors = JoinedReader(reader, *extras) if extras else reader
@@ -60,8 +61,8 @@ def _makings(
 ) -> tuple[list[TensorPlan], list[HuggingFaceReader]]:
     """What is made of a checkpoint that was found whole, and the readers of what it carries beside Megatron's tensors."""
     plan = to_huggingface(family.RULES, model, reader.specs, dtype=dtype, known=specs_of(origin.shards))
-    for name in plan.zero:
-        check_zero(reader, name)
+    for name, value in plan.filled.items():
+        check_filled(reader, name, value)
     return with_side_files(plan.tensors, family, model, origin)
 
 

@@ -18,11 +18,12 @@ from converter.conversion_plan import ConversionPlan, Reporter, manifest, output
 from converter.families import Family
 from converter.layout import Layout, make_layout
 from converter.model import Model
-from converter.plan import Plan, as_stored, casts, sharded
-from converter.plan import to_megatron as plan_megatron
+from converter.plan import as_stored, casts
+from converter.planner import Plan, sharded
+from converter.planner import to_megatron as plan_megatron
 from converter.quantization import is_plain, quantization
 from converter.recognize import refuse_unfit
-from converter.run import check_equal
+from converter.run import check_equal, check_exact
 from converter.side_files import SideFiles
 from converter.sources import Source
 from converter.values import KEEP
@@ -45,6 +46,10 @@ class ImportOptions:
     pp: int
     vpp: int
     pp_layout: Sequence[int] | None
+    ep: int = 1
+    etp: int | None = None
+    """The shards of each expert; as many as of other layers (`tp`) unless given."""
+
     dtype: str
     vocab_divisible_by: int
     integrity: bool
@@ -82,23 +87,28 @@ def plan_import(source: Source, target: str, wanted: ImportOptions, reporter: Re
         reporter.note(text)
     for name, other in found.plan.equal:
         check_equal(source.reader, name, other)
+    for tensor_plan in found.plan.exact:
+        check_exact(source.reader, tensor_plan)
     return _job(found, target, wanted)
 
 
 def _planned(source: Source, wanted: ImportOptions) -> _Planned:
     reader, config = source.reader, source.reference.config
-    family = families.find(config.get("model_type"))
+    family = families.find(config.get("model_type")).rooted(reader.specs)
     model = make_model(family.CONFIG, config, vocab_multiple=wanted.vocab_divisible_by * wanted.tp)
     refuse_unfit(reader.specs, config, family, model, label=source.label)
     _check_padding(model, wanted)
-    layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout)
-    plan = plan_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype=wanted.dtype)
+    layout = make_layout(
+        model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout, ep=wanted.ep, etp=wanted.etp
+    )
+    passing = family.PASSTHROUGH_PREFIXES
+    plan = plan_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype=wanted.dtype, passing=passing)
     return _Planned(source, family, model, layout, plan, side_files.collect_model(source.reference, reader, plan.extras))
 
 
 def _job(found: _Planned, target: str, wanted: ImportOptions) -> ConversionPlan:
     source, plan, side_files = found.source, found.plan, found.side_files
-    command, options = source.command("hf-to-mcore"), _options(wanted, found.layout)
+    command, options = source.command("hf-to-mcore"), _options(wanted, found.layout, experts="experts" in found.model)
     outputs = outputs_for(target, plan.tensors, {**options, **source.merged()})
     folder = f"{iteration_folder(0)}/"
     documents = {**side_files.documents, **_documents(found, vocab_multiple=wanted.vocab_divisible_by)}
@@ -137,7 +147,7 @@ def _check_padding(model: Model, wanted: ImportOptions) -> None:
         )
 
 
-def _options(wanted: ImportOptions, layout: Layout) -> dict[str, Any]:
+def _options(wanted: ImportOptions, layout: Layout, *, experts: bool) -> dict[str, Any]:
     return {
         "tp": wanted.tp,
         "pp": wanted.pp,
@@ -146,6 +156,7 @@ def _options(wanted: ImportOptions, layout: Layout) -> dict[str, Any]:
         "dtype": wanted.dtype,
         "vocab_divisible_by": wanted.vocab_divisible_by,
         "integrity": wanted.integrity,
+        **({"ep": layout.ep, "etp": layout.etp} if experts else {}),
     }
 
 
@@ -162,7 +173,7 @@ def _sides(found: _Planned, written: Folder, dtype: str) -> tuple[CheckpointView
 def _padding(plan: Plan, model: Model) -> dict[str, int]:
     """Tensors whose rows from some number on are padding."""
     made = zip(plan.bound_rules, plan.tensors, strict=True)
-    return {tensor_plan.spec.name: model.vocab for (rule, _), tensor_plan in made if rule.padded and not rule.absent(model)}
+    return {tensor_plan.spec.name: model.vocab for (rule, _), tensor_plan in made if rule.padded and tensor_plan.parts}
 
 
 def _documents(found: _Planned, *, vocab_multiple: int) -> dict[str, bytes]:
@@ -202,6 +213,8 @@ def notes(source: Source, plan: Plan) -> Iterator[str]:
         yield f"weights are cast from {old} to {new}"
     if plan.zero:
         yield f"{len(plan.zero)} biases that the source does not have are written as zeros (megatron-core has one switch for all)"
+    if others := plan.filled.keys() - set(plan.zero):
+        yield f"{len(others)} weights that the source does not have are written as the numbers that change nothing there"
     if is_plain({spec.dtype for spec in source.reader.specs.values()}):
         for name in quantization(source.reference.config):
             yield f"`config.json` has `{name}`, but no weight is quantized: an export leaves it out"

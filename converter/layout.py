@@ -18,22 +18,36 @@ from formats.spec import Region, Shape
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Tensor, pipeline and virtual pipeline sizes; `stages` counts layers per model chunk in megatron-core's order: all
-    pipeline ranks of the first virtual stage, then the second."""
+    """Sizes of tensor, pipeline, virtual pipeline, expert and expert tensor parallelism.
+
+    `stages` counts layers per model chunk in megatron-core's order: all pipeline ranks of the first virtual stage, then the
+    second.
+    """
 
     tp: int
     pp: int
     vpp: int
     stages: tuple[int, ...]
+    ep: int = 1
+    etp: int = 1
 
     def stage(self, layer: int) -> int:
-        """The pipeline rank that computes a layer; the first has what comes before them (-1), the last what comes after."""
+        """Return the pipeline rank that computes a layer; the first has what comes before (-1), the last what comes after."""
         number = bisect_right(_ends(self.stages), layer) if layer >= 0 else 0
         return min(number, len(self.stages) - 1) % self.pp
 
-    def rank(self, stage: int, tp_rank: int) -> int:
-        """Megatron's global rank (order tp-cp-ep-dp-pp, one data-parallel replica)."""
-        return stage * self.tp + tp_rank
+    def rank(self, stage: int, tp_rank: int, ep_rank: int | None = None) -> int:
+        """Return Megatron's global rank (order tp-cp-ep-dp-pp, one replica); with an `ep_rank`, `tp_rank` counts shards of an
+        expert.
+
+        A stage has as many ranks as either its attention or its experts need.
+        """
+        number = tp_rank if ep_rank is None else ep_rank * self.etp + tp_rank
+        return stage * max(self.tp, self.ep * self.etp) + number
+
+    def expert_owner(self, expert: int, experts: int) -> int:
+        """Return the expert-parallel rank that holds an expert."""
+        return expert // (experts // self.ep)
 
     @property
     def even(self) -> bool:
@@ -46,12 +60,16 @@ def _ends(stages: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(accumulate(stages))
 
 
-def make_layout(model: Model, *, tp: int, pp: int, vpp: int, pp_layout: Sequence[int] | None) -> Layout:
-    """A layout the model fits in.
+def make_layout(
+    model: Model, *, tp: int, pp: int, vpp: int, pp_layout: Sequence[int] | None, ep: int = 1, etp: int | None = None
+) -> Layout:
+    """Return a layout the model fits in. `etp` is `tp` unless given, as in Megatron-LM.
 
-    Raises UserError where tensor parallelism does not divide the model's sizes or the stages do not add up to its layers.
+    Raises UserError where tensor or expert parallelism does not divide the model's sizes or the stages do not add up to its
+    layers.
     """
     _check_tp(model, tp)
+    etp = _check_experts(model, ep, etp or tp)
     if vpp > 1 and pp == 1:
         raise UserError(
             f"{vpp} virtual stages need more than 1 pipeline rank", hint="leave `--vpp` out, or choose a larger `--pp`"
@@ -63,23 +81,50 @@ def make_layout(model: Model, *, tp: int, pp: int, vpp: int, pp_layout: Sequence
             f"{pp} pipeline ranks × {vpp} virtual stages are more than the model's {model.layers} layers",
             hint="choose a smaller `--pp` or `--vpp`",
         )
-    return Layout(tp, pp, vpp, _stages(model.layers, pp, vpp, pp_layout))
+    return Layout(tp, pp, vpp, _stages(model.layers, pp, vpp, pp_layout), ep, etp)
+
+
+def _check_experts(model: Model, ep: int, etp: int) -> int:
+    """Return the size of expert tensor parallelism: 1 for a model without experts."""
+    experts = model.get("experts", 0)
+    if not experts:
+        if ep > 1:
+            raise UserError(f"expert-parallel size {ep} needs a model with experts, which this is not", hint="leave it out")
+        return 1
+    if experts % ep:
+        raise UserError(f"expert-parallel size {ep} does not divide the model's {experts} experts", hint="choose a divisor")
+    if "moe_ffn" in model and model.moe_ffn % etp:
+        raise UserError(
+            f"expert-tensor-parallel size {etp} does not divide the experts' feed-forward size, {model.moe_ffn}",
+            hint="choose a divisor",
+        )
+    return etp
+
+
+_DIVIDED = (("heads", "attention heads"), ("ffn", "feed-forward size"), ("shared_ffn", "feed-forward size of shared experts"),
+            ("mamba_groups", "Mamba groups"), ("mamba_heads", "Mamba heads"), ("linear_heads", "linear-attention heads"),
+            ("linear_groups", "linear-attention groups"))  # fmt: skip
+"""Sizes that a family may have, which tensor parallelism has to divide, in words."""
 
 
 def _check_tp(model: Model, tp: int) -> None:
-    groups, heads = model.groups, model.heads
+    if "groups" in model:
+        _check_groups(model.groups, tp)
+    for name, what in _DIVIDED:
+        if (size := model.get(name, 0)) % tp:
+            raise UserError(f"tensor-parallel size {tp} does not divide the model's {what}, {size}", hint="choose a divisor")
+    if "groups" in model and (rows := model.queries + 2 * model.keys) % tp:  # never where it divides the groups
+        raise UserError(
+            f"tensor-parallel size {tp} does not divide the {rows} rows of the model's query, key and value projection",
+            hint=f"megatron-core takes {_divisors(model.groups)} or a multiple of {model.groups} that divides them",
+        )
+
+
+def _check_groups(groups: int, tp: int) -> None:
     if groups % tp and tp % groups:
         raise UserError(
             f"tensor-parallel size {tp} neither divides the model's {groups} query groups nor is a multiple of them",
             hint=f"megatron-core takes {_divisors(groups)} or a multiple of {groups}",
-        )
-    for size, what in ((heads, "attention heads"), (model.ffn, "feed-forward size")):
-        if size % tp:
-            raise UserError(f"tensor-parallel size {tp} does not divide the model's {what}, {size}", hint="choose a divisor")
-    if (rows := model.queries + 2 * model.keys) % tp:  # never where it divides the groups
-        raise UserError(
-            f"tensor-parallel size {tp} does not divide the {rows} rows of the model's query, key and value projection",
-            hint=f"megatron-core takes {_divisors(groups)} or a multiple of {groups} that divides them",
         )
 
 
@@ -111,18 +156,17 @@ def _proposal(layers: int, count: int) -> str:
     return ",".join(str(layers // count + (number < layers % count)) for number in range(shown))
 
 
-def shards(shape: Shape, cut: int | None, blocks: int, tp: int) -> list[tuple[Region, int]]:
-    """The boxes that tile a tensor, block by block, each with the tensor-parallel rank that holds it."""
+def shards(shape: Shape, partition_dim: int | None, partition_stride: int, tp: int) -> list[tuple[Region, int]]:
+    """Return the boxes that tile a tensor, block by block, each with the tensor-parallel rank that holds it."""
     whole = tuple(slice(0, size) for size in shape)
-    if cut is None:
+    if partition_dim is None:
         return [(whole, 0)]
-    size, pieces = shape[cut], tp * blocks
-    if size % pieces:
+    before, after = whole[:partition_dim], whole[partition_dim + 1 :]
+    size, count = shape[partition_dim], tp * partition_stride
+    if size % count:
         raise UserError(
-            f"tensor-parallel size {tp} does not divide a dimension of {size // blocks}",
+            f"tensor-parallel size {tp} does not divide a dimension of {size // partition_stride}",
             hint="choose a divisor",
         )
-    step = size // pieces
-    return [
-        ((*whole[:cut], slice(number * step, (number + 1) * step), *whole[cut + 1 :]), number % tp) for number in range(pieces)
-    ]
+    step = size // count
+    return [((*before, slice(number * step, (number + 1) * step), *after), number % tp) for number in range(count)]

@@ -15,7 +15,7 @@ from converter.families import Family
 from converter.model import Model
 from converter.plan import list_names
 from converter.quantization import refuse_quantized
-from converter.rules import fill
+from converter.rules import at, extra_names, layer_names
 from formats.errors import UserError
 from formats.shard_files import INDEX
 from formats.spec import TensorSpec
@@ -81,10 +81,12 @@ _OTHERS = (
 
 def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], family: Family, model: Model, *, label: str) -> None:
     """Raise UserError for weights that are recognized as no plain ones of this model; `label` is their folder."""
-    wanted = {name for rule in family.RULES if rule.when(model) and not rule.absent(model) for name in rule.names(0)[1]}
-    head = {name for rule in family.RULES if rule.tied_to for name in rule.names(0)[1]}
-    extras = {fill(template, 0) for template in family.EXTRAS}
-    found = {_LAYER.sub("0", name): name for name in specs}
+    bounded = model.replace(**{name: min(model.get(name, 0), len(specs)) for name in ("layers", "experts", "mtp")})
+    wanted = {_LAYER.sub("0", name) for name in layer_names(family.RULES, bounded)}
+    head = {name for rule in family.RULES if rule.tied_to for name in rule.names(at(model, 0))[1]}
+    extras = extra_names(family.EXTRAS, model.replace(layers=1))
+    passing = family.PASSTHROUGH_PREFIXES
+    found = {_LAYER.sub("0", name): name for name in specs if not (passing and name.startswith(passing))}
     missing, over = wanted - found.keys(), [found[name] for name in sorted(found.keys() - wanted - head - extras)]
     refuse_quantized(specs, over, config, label=label)
     if not missing and not over:

@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from converter.plan import Piece, RowCopy, TensorPlan, pieces
+from converter.transform import Move, Transform
 from converter.values import cast_into
 from formats.arrays import Buffer, as_bytes, offset_of, same_bits
+from formats.arrays import copy as copy_bits
 from formats.errors import UserError
 from formats.in_order import AbandonedError
-from formats.spec import Array, Reader, Region, Writer, extent
+from formats.spec import Array, Reader, Region, Writer, dtype_name, extent
 
 PIECE_BYTES = 4 << 20
 """Larger pieces did not get faster here; smaller ones cost system calls (docs/decisions.md)."""
@@ -113,29 +115,53 @@ class PieceBuffers:
     def make(self, piece: Piece, reader: Reader, place: int = 0) -> Array:
         """The piece's data, valid until the next call; its address has the remainder by page that `place` has."""
         out = self._target.view(extent(piece.region), piece.tensor.spec.dtype, place=place)
-        filled = 0
-        for copy, region, rows in piece.copies():
-            self._read(reader, copy, region, out[rows])
-            filled += rows.stop - rows.start
-        if filled < len(out):
-            _zero_the_rest(piece, out)
+        transform, filled = piece.tensor.transform, list[slice]()
+        if transform and transform.moves_values:
+            for move in piece.moves(transform):
+                self._move(reader, move, transform, out)
+                filled.append(cast("slice", move.into[0]))
+            filled = filled if transform.to_megatron else [slice(0, len(out))]  # Hugging Face's tensors have no padding
+        else:
+            for copy, region, rows in piece.copies():
+                self._read(reader, copy, region, out[rows], in_order=piece.tensor.reads_in_order)
+                filled.append(rows)
+        _fill_the_rest(filled, out, piece.tensor.fill)
         return out
 
-    def _read(self, reader: Reader, copy: RowCopy, region: Region, out: Array) -> None:
+    def _read(self, reader: Reader, copy: RowCopy, region: Region, out: Array, *, in_order: bool) -> None:
         same = out.dtype == copy.dtype
         data = out if same else self._scratch.view(out.shape, copy.dtype)
         reader.read(copy.source, region, data)
-        self._told(copy.source, offset_of(region, reader.specs[copy.source].shape) * copy.dtype.itemsize, as_bytes(data))
+        if in_order:
+            self._told(copy.source, offset_of(region, reader.specs[copy.source].shape) * copy.dtype.itemsize, as_bytes(data))
         if not same:
             cast_into(out, data, name=copy.source)
 
+    def _move(self, reader: Reader, move: Move, transform: Transform, out: Array) -> None:
+        data = self._scratch.view(extent(move.region), move.dtype)
+        reader.read(move.source, move.region, data)
+        if transform.in_order and transform.to_megatron:
+            offset = offset_of(move.region, reader.specs[move.source].shape) * move.dtype.itemsize
+            self._told(move.source, offset, as_bytes(data))
+        values, target = (data, out[move.into]) if transform.to_megatron else (out[move.into], data)
+        view = transform.view(values)[move.rows]
+        source, target = (view, target) if transform.to_megatron else (target, view)
+        shifted = transform.shifted(source)
+        if shifted.dtype == target.dtype:
+            copy_bits(target, shifted)
+        else:
+            cast_into(target, shifted, name=move.source)
 
-def _zero_the_rest(piece: Piece, out: Array) -> None:
+
+def _fill_the_rest(filled: list[slice], out: Array, value: float) -> None:
+    """Set the rows that nothing has filled."""
     end = 0
-    for _, _, rows in sorted(piece.copies(), key=lambda copy: copy[2].start):
-        out[end : rows.start] = 0
+    for rows in sorted(filled, key=lambda rows: rows.start):
+        if rows.start > end:
+            out[end : rows.start] = value
         end = rows.stop
-    out[end:] = 0
+    if end < len(out):
+        out[end:] = value
 
 
 class _Shared[T]:
@@ -176,22 +202,45 @@ def check_equal(reader: Reader, name: str, other: str) -> None:
         )
 
 
-def check_zero(reader: Reader, name: str) -> None:
-    """Raise UserError unless a tensor is all zeros."""
-    if not is_zero(reader, name):
+def check_filled(reader: Reader, name: str, value: float) -> None:
+    """Raise UserError unless all values of a tensor are what Megatron's has where Hugging Face has no such tensor."""
+    if is_filled(reader, name, value):
+        return
+    if value:
         raise UserError(
-            f"`{name}` is not zero any more, but `config.json` has no place for it",
-            hint="set `attention_bias` and `mlp_bias` to true in the `config.json` given with `--hf-config`",
+            f"`{name}` is not {value:g} everywhere any more, but `config.json` has no place for it",
+            hint="models of this family have no such weights: this one cannot be exported as one of them",
         )
+    raise UserError(
+        f"`{name}` is not zero any more, but `config.json` has no place for it",
+        hint="set `attention_bias` and `mlp_bias` to true in the `config.json` given with `--hf-config`",
+    )
 
 
-def is_zero(reader: Reader, name: str, *, start: int = 0) -> bool:
-    """Are all rows of a tensor zero from row `start` on? Streams them."""
+def check_exact(reader: Reader, plan: TensorPlan) -> None:
+    """Raise UserError unless adding a tensor's offset, and taking it off again, gives back every value."""
+    assert plan.transform is not None
+    (source,), target, offset = plan.parts, plan.spec.dtype, plan.transform.offset
+    with np.errstate(all="ignore"):
+        for piece in pieces([TensorPlan(source)], limit=PIECE_BYTES // 4):
+            data = np.empty(extent(piece.region), source.dtype)
+            reader.read(source.name, piece.region, data)
+            back = ((data.astype(np.float64) + offset).astype(target).astype(np.float64) - offset).astype(source.dtype)
+            if not same_bits(back, data):
+                raise UserError(
+                    f"`{source.name}` cannot be stored as `{plan.spec.name}` exactly: there {offset:+g} is added to each value, "
+                    f"which rounds in {dtype_name(target)}",
+                    hint="convert with `--dtype fp32`",
+                )
+
+
+def is_filled(reader: Reader, name: str, value: float, *, start: int = 0) -> bool:
+    """Do all rows of a tensor from row `start` on hold one value? Streams them."""
     spec = reader.specs[name]
     for piece in pieces([TensorPlan(spec)], limit=PIECE_BYTES):
         if piece.rows.stop > start:
             data = np.empty(extent(piece.region), spec.dtype)
             reader.read(name, piece.region, data)
-            if np.any(data[max(0, start - piece.rows.start) :]):
+            if np.any(data[max(0, start - piece.rows.start) :] != value):
                 return False
     return True

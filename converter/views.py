@@ -10,14 +10,15 @@ from converter.comparison import CheckpointView
 from converter.config import make_model
 from converter.families import Family
 from converter.model import Model
-from converter.plan import TensorPlan, as_stored, to_huggingface
+from converter.plan import TensorPlan, as_stored
+from converter.planner import to_huggingface
 from converter.reference import UnknownModelError
-from converter.rules import fill
+from converter.rules import extra_names, tied_names
 from converter.side_files import CONFIG, EXTRAS, HFReference
 from formats.detect import open_checkpoint
 from formats.errors import UserError
 from formats.folder import Folder
-from formats.huggingface import HuggingFaceReader
+from formats.huggingface import HuggingFaceReader, specs_of
 from formats.json_objects import read_json
 from formats.megatron_reader import MegatronReader
 from formats.spec import Array, JoinedReader, Reader, Region, TensorSpec, ViewSpec
@@ -85,16 +86,17 @@ def huggingface_view(reader: HuggingFaceReader) -> CheckpointView:
     config = read_json(reader.folder, CONFIG) if reader.folder.has(CONFIG) else {}
     if config.get("model_type") not in families.names():
         return CheckpointView(reader.folder.label, rows, tensor_plans)
-    family = families.find(config["model_type"])
+    family = families.find(config["model_type"]).rooted(reader.specs)
     model = make_model(family.CONFIG, config)
     return CheckpointView(reader.folder.label, rows, tensor_plans, tied=tied(tensor_plans.values(), family, model))
 
 
 def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[str, int] | None = None) -> CheckpointView:
     """What an export would write; `zero` are rows that must be zero besides."""
-    family = families.find(origin.config.get("model_type"))
+    known = specs_of(origin.shards)
+    family = families.find(origin.config.get("model_type")).rooted(known)
     model = make_model(family.CONFIG, origin.config)
-    plan = to_huggingface(family.RULES, model, reader.specs, dtype="keep")
+    plan = to_huggingface(family.RULES, model, reader.specs, dtype="keep", known=known)
     reader.check()
     tensor_plans, extras = with_side_files(plan.tensors, family, model, origin)
     return CheckpointView(
@@ -103,6 +105,7 @@ def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[
         {tensor_plan.spec.name: tensor_plan for tensor_plan in tensor_plans},
         tied=tied(plan.tensors, family, model),
         zero={**dict.fromkeys(plan.zero, 0), **(zero or {})},
+        filled={name: value for name, value in plan.filled.items() if value},
     )
 
 
@@ -124,23 +127,20 @@ def with_side_files(
 
 def _untouched(reader: HuggingFaceReader, family: Family, model: Model) -> Iterable[TensorPlan]:
     """Extras as they are. A file that was tampered with must not put other tensors in the place of weights."""
-    known = {fill(template, layer) for template in family.EXTRAS for layer in range(model.layers)}
+    known, passing = extra_names(family.EXTRAS, model), family.PASSTHROUGH_PREFIXES
     for spec in reader.specs.values():
-        if spec.name not in known or not spec.shape:
+        if not (spec.name in known or (passing and spec.name.startswith(passing))) or not spec.shape:
             raise UserError(f"`{EXTRAS}` holds `{spec.name}` of shape {list(spec.shape)}, for which this family has no place")
     return as_stored(reader.specs).values()
 
 
 def tied(tensor_plans: Iterable[TensorPlan], family: Family, model: Model) -> dict[str, TensorPlan]:
     """Tensors that a Hugging Face model may hold a second time, made of those they equal."""
-    rules = [rule for rule in family.RULES if rule.tied_to and not rule.when(model)]
-    equal = {rule.tied_to for rule in rules}
+    names = tied_names(family.RULES, model)
+    equal = set(names.values())
     made = {tensor_plan.spec.name: tensor_plan for tensor_plan in tensor_plans if tensor_plan.spec.name in equal}
     return {
-        name: replace(made[rule.tied_to], spec=replace(made[rule.tied_to].spec, name=name))
-        for rule in rules
-        if rule.tied_to in made
-        for name in rule.names(0)[1]
+        name: replace(made[other], spec=replace(made[other].spec, name=name)) for name, other in names.items() if other in made
     }
 
 

@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from blake3 import blake3
 
 from converter import provenance
@@ -19,7 +20,7 @@ from converter.conversion_plan import ConversionPlan, Reporter
 from converter.journal import Finished, Journal, doubted_if_lost, doubted_if_lost_on_the_way, read_journals
 from converter.lanes import cut, in_lanes
 from converter.plan import PIECE_AXES, Piece, TensorPlan, pieces
-from converter.run import PIECE_BYTES, Observer, Task, run
+from converter.run import PIECE_BYTES, Observer, Task, in_threads, run
 from converter.sources import changes, sources_changed
 from converter.version import VERSION
 from formats import integrity
@@ -30,7 +31,7 @@ from formats.in_order import InOrder
 from formats.integrity import Hash
 from formats.outputs import LocalOutputs
 from formats.rendezvous import Rendezvous
-from formats.spec import Array, Document, Span
+from formats.spec import Array, Document, Span, extent
 from formats.staging import Stage, check_sizes, sync_tree
 
 
@@ -72,6 +73,7 @@ class Worker:
             if self._stage.resumed:
                 self._go_on()
             reused = self._move()
+            self._hash_again(together.part(self._out_of_order()))
             self._gather("moved")
             if together.is_first:
                 self._write_around(files)
@@ -136,6 +138,26 @@ class Worker:
         run(self._in_lanes(), job.reader, job.writer, workers=self._workers, watch=watch)
         return reused
 
+    def _out_of_order(self) -> list[str]:
+        """The source's tensors whose bytes do not pass in order, so that they are hashed by reading them once more."""
+        if not self._job.hashed or self._job.passing != "read":
+            return []
+        plans = self._job.tensor_plans
+        return sorted({name for tensor_plan in plans if not tensor_plan.reads_in_order for name in tensor_plan.sources})
+
+    def _hash_again(self, names: Sequence[str]) -> None:
+        """Hash source tensors, each from its first byte to its last on one thread."""
+        left = [name for name in names if name not in self._before.tensors]
+        in_threads(left, lambda: self._hash_one, workers=self._workers)
+
+    def _hash_one(self, name: str) -> None:
+        spec, digest = self._job.tensors[name], blake3()
+        for piece in pieces([TensorPlan(spec)], limit=PIECE_BYTES):
+            data = np.empty(extent(piece.region), spec.dtype)
+            self._job.reader.read(name, piece.region, data)
+            digest.update(as_bytes(data))
+        self._tensor_passed(name, digest)
+
     def _written_before(self) -> tuple[set[str], int]:
         """Our tensors of which an earlier run wrote some, and how many bytes it wrote."""
         begun, count = set[str](), 0
@@ -173,7 +195,9 @@ class Worker:
         """The Hugging Face tensors that pass by with a tensor, to be hashed."""
         if not self._job.hashed:
             return set()
-        return set(tensor_plan.sources) if self._job.passing == "read" else {tensor_plan.spec.name}
+        if self._job.passing == "read":
+            return set(tensor_plan.sources) if tensor_plan.reads_in_order else set()
+        return {tensor_plan.spec.name}
 
     def _all_ours(self, begun: set[str]) -> set[str]:
         """Files of which this run writes all, so that they can be hashed as they pass; `begun` are tensors of which an

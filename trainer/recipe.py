@@ -65,7 +65,7 @@ class Recipe:
         """All of the model's, tied weights counted once."""
         family = find(self.model["model_type"])
         sizes = make_model(family.CONFIG, self.model)
-        return sum(math.prod(rule.shape(sizes)) for rule, _ in in_order(family.RULES, sizes) if rule.when(sizes))
+        return sum(math.prod(rule.shape(sizes)) for rule, _ in in_order(family.RULES, sizes))
 
     @property
     def summary(self) -> str:

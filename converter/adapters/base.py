@@ -14,7 +14,8 @@ from converter.exporting import megatron_source
 from converter.importing import huggingface_source
 from converter.plan import Piece, TensorPlan, check_dtypes
 from converter.recognize import refuse_unfit
-from converter.run import check_zero
+from converter.rules import tied_names
+from converter.run import check_filled
 from converter.sources import Source
 from converter.views import check_dimensions, megatron_view
 from formats.detect import Format, detect, open_megatron
@@ -57,7 +58,9 @@ def open_base(folder: Folder, given: Folder | None) -> Source:
     origin = reference.find(checkpoint, given)
     side = megatron_view(checkpoint, origin)
     for name in side.zero:
-        check_zero(checkpoint, name)
+        check_filled(checkpoint, name, 0)
+    for name, value in side.filled.items():
+        check_filled(checkpoint, name, value)
     return megatron_source(checkpoint, folder, origin, PlannedReader(side.reader, side.tensor_plans))
 
 
@@ -87,5 +90,4 @@ def _ties(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     family = families.find(config["model_type"])
     model = make_model(family.CONFIG, config)
-    tied = [rule for rule in family.RULES if rule.tied_to and not rule.when(model)]
-    return [(name, rule.tied_to) for rule in tied for name in rule.names(0)[1]]
+    return [*tied_names(family.RULES, model).items()]

@@ -18,7 +18,8 @@ from blake3 import blake3
 
 from converter import families, reference
 from converter.config import make_model
-from converter.plan import TensorPlan, as_stored, bind, list_names, to_huggingface
+from converter.plan import TensorPlan, as_stored, list_names
+from converter.planner import huggingface_tensors, to_huggingface
 from converter.recognize import refuse_unfit
 from converter.run import in_threads
 from converter.side_files import CONFIG
@@ -57,11 +58,10 @@ def _stored(reader: HuggingFaceReader) -> list[TensorPlan]:
     """The weights of a Hugging Face model; what Megatron has no place for, or has once where this has it twice, is not asked
     for."""
     config = read_json(reader.folder, CONFIG)
-    family = families.find(config.get("model_type"))
+    family = families.find(config.get("model_type")).rooted(reader.specs)
     model = make_model(family.CONFIG, config)
     refuse_unfit(reader.specs, config, family, model, label=reader.folder.label)
-    bound = [one for one in bind(family.RULES, model, reader.specs) if not one.rule.absent(model)]
-    wanted = {name: shape for one in bound for name, shape in zip(one.huggingface, one.rule.part_shapes(model), strict=True)}
+    wanted = dict(huggingface_tensors(family.RULES, model, reader.specs))
     missing = [name for name in wanted if name not in reader.specs]
     if missing:
         raise UserError(f"`{reader.folder.label}` lacks {list_names(missing)}", hint="is `config.json` of the same model?")
@@ -77,7 +77,7 @@ def _stored(reader: HuggingFaceReader) -> list[TensorPlan]:
 def _made(reader: MegatronReader) -> list[TensorPlan]:
     """The same as a Megatron checkpoint holds them."""
     config = reference.find(reader, None, any_settings=True).config
-    family = families.find(config.get("model_type"))
+    family = families.find(config.get("model_type")).rooted(reader.specs)
     plan = to_huggingface(family.RULES, make_model(family.CONFIG, config), reader.specs, dtype="keep")
     reader.check()
     return list(plan.tensors)

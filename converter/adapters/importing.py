@@ -22,7 +22,7 @@ from converter.config import make_model
 from converter.conversion_plan import ConversionPlan, Reporter, manifest, outputs_for
 from converter.model import Model
 from converter.plan import TensorPlan, list_names, same_tensor
-from converter.rules import Rule
+from converter.rules import Rule, alternatives
 from converter.side_files import HFReference
 from formats.arrays import same_bits
 from formats.dcp_index import METADATA
@@ -73,7 +73,7 @@ def plan_import(folder: Folder, base: BaseModel, target: str, reporter: Reporter
         reporter.note(f"left out, not part of the adapter: {', '.join(left_out)}")
     config, opened = source.config, source.opened
     _check_uniform(config, opened)
-    outside = {name for rule in base.rules if "{layer}" not in rule.megatron for name in rule.names(0)[1]}
+    outside = {name for rule in base.rules if "{layer}" not in rule.megatron for name in alternatives(rule.huggingface)}
     found = _present(list(adapted_modules(base.rules, base.model, canonical=canonical)), config, opened, outside)
     for place in found:
         _check_part(place, config, opened)

@@ -15,7 +15,7 @@ from functools import partial
 
 from converter.model import Model
 from converter.rows import RowRange, concatenated
-from converter.rules import Rule, words
+from converter.rules import Indices, Rule, alternatives, at, words
 from formats.errors import UserError
 from formats.torch_dist import MOST_LAYERS
 
@@ -93,8 +93,10 @@ def adapted_modules(rules: Iterable[Rule], model: Model, *, canonical: bool) -> 
         raise UserError(f"`config.json` says {model.layers} layers, more than any model has", hint="it is damaged")
     linear = [rule for rule in rules if is_linear(rule)]
     for layer in range(model.layers):
+        indices = at(model, layer)
         for rule in linear:
-            yield from _separate(rule, layer, model) if canonical else [_fused(rule, layer, model)]
+            if rule.when(model, indices):
+                yield from _separate(rule, indices, model) if canonical else [_fused(rule, indices, model)]
 
 
 def fits(pattern: str, name: str) -> bool:
@@ -104,19 +106,20 @@ def fits(pattern: str, name: str) -> bool:
 
 def is_linear(rule: Rule) -> bool:
     """Is it the weight of a linear layer in the decoder?"""
-    return "{layer}" in rule.megatron and len(rule.parts[0]) == 2
+    plain = not rule.is_expert and not rule.is_moved and len(alternatives(rule.huggingface)) == len(rule.parts)
+    return "{layer}" in rule.megatron and len(rule.parts[0]) == 2 and plain
 
 
-def _fused(rule: Rule, layer: int, model: Model) -> AdaptedModule:
-    megatron, weights = rule.names(layer)
+def _fused(rule: Rule, indices: Indices, model: Model) -> AdaptedModule:
+    megatron, weights = rule.names(indices)
     module, shapes = megatron.removesuffix(WEIGHT), rule.part_shapes(model)
     rows = tuple(shape[0] for shape in shapes)
     return AdaptedModule(f"{module}.adapter", module, weights, rows, shapes[0][1], partial(rule.row_ranges, model))
 
 
-def _separate(rule: Rule, layer: int, model: Model) -> Iterator[AdaptedModule]:
+def _separate(rule: Rule, indices: Indices, model: Model) -> Iterator[AdaptedModule]:
     """One place per part; parts are called by the words that tell them apart in the rule."""
-    whole, parts = _fused(rule, layer, model), words(rule.huggingface)
+    whole, parts = _fused(rule, indices, model), words(rule.huggingface)
     if not parts:
         yield whole
         return

@@ -1,40 +1,84 @@
 """One file per model family, named after Hugging Face's `model_type`. This directory is the registry.
 
-A family file holds `RULES` (see `converter.rules`), `CONFIG` (see `converter.config`), `EXTRAS` (templates of tensors
-that a source may hold beside the weights and that travel untouched) and `MODELS` (what it was made for, in words).
+A family file holds `MODELS` (what it was made for, in words), `ARCHITECTURE`, `RULES` (see `converter.rules`) and `CONFIG` (see
+`converter.config`), and may hold what `Family` has defaults for. docs/families.md shows how to write one.
 """
 
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Container
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any
 
 from converter.config import Field
-from converter.rules import Rule
+from converter.rules import Rule, templates
 from formats.errors import UserError, format_untrusted
 
 
-class Family(Protocol):
+@dataclass(frozen=True, slots=True)
+class Family:
     """What a family file defines."""
 
     MODELS: str
     ARCHITECTURE: str
     RULES: tuple[Rule, ...]
     CONFIG: tuple[Field, ...]
-    EXTRAS: tuple[str, ...]
+    EXTRAS: tuple[str, ...] = ()
+    """Templates of tensors that a source may hold beside the weights and that pass through untouched."""
+
+    PASSTHROUGH_PREFIXES: tuple[str, ...] = ()
+    """What the names of whole parts of a source begin with that pass through untouched: `vision_tower.`."""
+
+    ROOTS: tuple[str, ...] = ()
+    """What names may begin with in place of the first of these, which `RULES` and `EXTRAS` are written with. One that ends with
+    the first is a prefix of all names."""
+
+    PROVIDER: tuple[str, ...] = ()
+    """What a model needs to be trained that megatron-core's GPTModel does not have. Its weights are converted all the same."""
+
+    @property
+    def trains(self) -> bool:
+        """Does megatron-core's own GPTModel compute what the family does?"""
+        return not self.PROVIDER
+
+    def rooted(self, names: Container[str]) -> Family:
+        """Return the family with the names that a source has: those under the first root under which it has the embedding."""
+        for root in self.ROOTS[1:]:
+            found = replace(self, RULES=templates(self.RULES, lambda name, root=root: _moved(name, self.ROOTS[0], root)))
+            if self._embedding not in names and found._embedding in names:
+                return replace(found, EXTRAS=tuple(_moved(name, self.ROOTS[0], root) for name in self.EXTRAS))
+        return self
+
+    @property
+    def _embedding(self) -> str:
+        return next(rule.huggingface for rule in self.RULES if rule.padded)
+
+
+def _moved(name: str, first: str, root: str) -> str:
+    """A name under another root."""
+    if root.endswith(first):
+        return root.removesuffix(first) + name
+    return root + name.removeprefix(first) if name.startswith(first) else name
 
 
 def names() -> list[str]:
-    """Every supported `model_type`."""
+    """Return every supported `model_type`."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def find(model_type: Any) -> Family:
-    """The family of a `model_type`; UserError lists those there are."""
+    """Return the family of a `model_type`; UserError lists those there are."""
     if model_type not in names():
         raise UserError(
             f"`config.json` has the model type `{format_untrusted(model_type)}`, which is not supported",
             hint=f"supported are: {', '.join(names())}",
         )
-    return cast("Family", import_module(f"{__name__}.{model_type}"))
+    return _load(import_module(f"{__name__}.{model_type}"))
+
+
+@cache
+def _load(module: Any) -> Family:
+    return Family(**{one.name: getattr(module, one.name) for one in fields(Family) if hasattr(module, one.name)})

@@ -7,8 +7,7 @@ import torch
 
 from converter import families
 from converter.config import make_model, to_huggingface, to_megatron
-from converter.plan import bind
-from converter.rows import covered
+from converter.planner import huggingface_tensors
 from tests.models import BASE, VARIANTS
 
 
@@ -31,15 +30,7 @@ def test_rules_name_every_weight_of_the_model_with_its_shape_and_no_other(family
     model = make_model(one.CONFIG, config)
     tied = ["lm_head.weight"] if model.tied else []
     expected = {name: tuple(t.shape) for name, t in made.state_dict().items() if name not in tied}
-    bound = list(bind(one.RULES, model, dict.fromkeys(range(10_000))))
-    found = {
-        name: shape
-        for b in bound
-        if not b.rule.absent(model)
-        for name, shape in zip(b.huggingface, b.rule.part_shapes(model), strict=True)
-    }
-    assert found == expected
-    assert all(covered(b.rule.row_ranges(model), b.rule.shape(model)[0]) for b in bound)
+    assert dict(huggingface_tensors(one.RULES, model, dict.fromkeys(range(10_000)))) == expected
 
 
 @pytest.mark.parametrize("family", families.names())

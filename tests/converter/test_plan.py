@@ -16,7 +16,8 @@ from converter.conversion_plan import partial_directory
 from converter.families import llama
 from converter.layout import make_layout
 from converter.model import Model
-from converter.plan import pieces, sharded, to_huggingface, to_megatron
+from converter.plan import pieces
+from converter.planner import huggingface_tensors, sharded, to_huggingface, to_megatron
 from formats.chunks import tiles
 from formats.spec import DTYPES, TensorSpec, extent
 from tests.converter.test_rows import starts_and_sizes
@@ -38,13 +39,8 @@ def models(draw):
 
 def source(model):
     """The Hugging Face tensors of a model, by its rules."""
-    found = {}
-    for rule in llama.RULES:
-        if rule.when(model) and not rule.absent(model):
-            for layer in range(model.layers) if "{layer}" in rule.megatron else [0]:
-                for name, shape in zip(rule.names(layer)[1], rule.part_shapes(model), strict=True):
-                    found[name] = TensorSpec(name, shape, DTYPES["fp32"])
-    return found
+    tensors = huggingface_tensors(llama.RULES, model, dict.fromkeys(range(1000)))
+    return {name: TensorSpec(name, shape, DTYPES["fp32"]) for name, shape in tensors}
 
 
 def carried_out(tensor_plans, values, limit):
@@ -107,7 +103,7 @@ def test_a_tensor_parallel_size_that_does_not_divide_the_rows_of_query_key_and_v
 def test_chunks_tile_every_tensor_at_every_layout_that_is_taken(model, data):
     tp, pp, vpp = (data.draw(st.integers(1, 3)) for _ in range(3))
     multiple = tp * data.draw(few)
-    model = replace(model, padded_vocab=-(-model.vocab // multiple) * multiple)
+    model = model.replace(padded_vocab=-(-model.vocab // multiple) * multiple)
     held = data.draw(st.lists(st.integers(0, pp * vpp - 1), min_size=model.layers, max_size=model.layers))
     stages = data.draw(st.sampled_from([None, [held.count(stage) for stage in range(pp * vpp)]]))
     plan = to_megatron(llama.RULES, (), model, source(model), dtype="keep")
@@ -137,7 +133,16 @@ def test_a_source_that_lacks_or_holds_one_tensor_more_is_refused(model, data):
 
 
 def test_plans_that_differ_in_rows_alone_are_written_into_different_directories(tmp_path):
-    sizes = {"layers": 2, "hidden": 4, "ffn": 4, "vocab": 4, "padded_vocab": 4, "tied": False}
+    sizes = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "layers": 2,
+        "hidden": 4,
+        "ffn": 4,
+        "vocab": 4,
+        "padded_vocab": 4,
+        "tied": False,
+    }
     grouped = [Model(heads=4, groups=2, head_dim=2, **sizes), Model(heads=2, groups=1, head_dim=4, **sizes)]
     assert source(grouped[0]) == source(grouped[1])
     plans = [to_megatron(llama.RULES, (), model, source(model), dtype="keep") for model in (*grouped, *grouped)]
