@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-REQUIREMENTS := $(shell sed -n '/^dependencies/,/^\[project.scripts/p' pyproject.toml | cksum | cut -d' ' -f1)
+REQUIREMENTS := $(shell sed -n '/^dependencies/,/^\[tool.ruff\]/p' pyproject.toml | cksum | cut -d' ' -f1)
 BASE := $(VENV)/.base-$(REQUIREMENTS)
 TRAIN := $(VENV)/.train-$(REQUIREMENTS)
 FULL := $(VENV)/.full-$(REQUIREMENTS)

@@ -67,7 +67,7 @@ def run(**call: object) -> dict:
 def layout(shape: dict) -> dict:
     """TP2·PP8, for any number of layers."""
     each = -(-shape["layers"] // 8)
-    return {"tp": 2, "pp": 8, "pp_layout": [each] * 7 + [shape["layers"] - 7 * each], "vocab_divisible_by": 1}
+    return {"tp": 2, "pp": 8, "pp_layout": [each] * 7 + [shape["layers"] - 7 * each], "make_vocab_size_divisible_by": 1}
 
 
 def planning(folder: Path, tensors: int) -> None:
@@ -140,7 +140,9 @@ def cases(folder: Path) -> None:
     """The four cases that a figure by workers and pieces alone gets wrong."""
     told_and_taken(folder, "TP8·PP4·VPP4 to s3://", LARGE, {"tp": 8, "pp": 4, "vpp": 4}, remote=True)
     told_and_taken(folder, "45,000 tensors", many(45_000), layout(many(45_000)))
-    told_and_taken(folder, "rows of 16 MiB, 8 workers, cast", WIDE, {"workers": 8, "dtype": "fp32", "vocab_divisible_by": 1})
+    told_and_taken(
+        folder, "rows of 16 MiB, 8 workers, cast", WIDE, {"workers": 8, "dtype": "fp32", "make_vocab_size_divisible_by": 1}
+    )
     source, made, shape = folder / "hf", folder / "mcore", many(150_000)
     make_model(source, shape, data=False, shard_bytes=SHARD_BYTES)
     run(what="import", source=str(source), target=str(made), options={**layout(shape), "integrity": False})

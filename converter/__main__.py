@@ -1,5 +1,5 @@
-"""`python -m converter` is `mbconvert`."""
+"""Run `mbconvert` as `python -m converter`."""
 
-from converter.cli import main
+from mbtools import mbconvert
 
-main()
+mbconvert()

@@ -1,8 +1,7 @@
-"""`mbconvert`: arguments in, exit code out (0 done, 1 failed or different, 2 misuse, 130 and 143 stopped by Ctrl-C and SIGTERM).
+"""Parse the arguments of `mbconvert`, run the command, and exit.
 
-Data on stdout, talk on stderr.
-
-Commands import what they need when they run, so that `--help` answers at once.
+Exit codes: 0 done, 1 failed or different, 2 wrong arguments, 130 and 143 stopped by Ctrl-C and SIGTERM. Results go to stdout;
+progress, notes and errors go to stderr. Each command imports its code when it runs, so `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -35,30 +34,32 @@ _UNITS = {
 _INTERRUPTED, _TERMINATED = 130, 143
 _DTYPES = click.Choice(["keep", *MODEL_DTYPES])
 
-
 _LARGEST = 1 << 62
-"""Bytes that file offsets can count."""
+"""Bytes; file offsets cannot count more."""
 
 
 def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """`5GB`, `500MB`, `2GiB` or a number of bytes, as bytes."""
+    """Return `5GB`, `500MB`, `2GiB` or a plain number as bytes."""
     if value is None:
         return None
-    found = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*([a-z]*)", value.strip().lower())
-    size = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
+    match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*([a-z]*)", value.strip().lower())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
     if not 1 <= size < _LARGEST:
         raise click.BadParameter(f"`{value[:40]}` is not a size; try 5GB or 500MB", context, parameter)
     return size
 
 
 def _stages(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
-    """`9,9,8,6` as layers per pipeline stage."""
+    """Return `9,9,8,6` or `Et*9|t*9|t*8|t*6L` as layers per pipeline stage."""
     if value is None:
         return None
-    parts = value.split(",")
-    if not all(re.fullmatch(r"\d{1,6}", part.strip()) for part in parts):
-        raise click.BadParameter(f"`{value[:40]}` is not a list of layers per stage; try 9,9,8,6", context, parameter)
-    return [int(part) for part in parts]
+    from converter.pipeline_layout import parse_layout  # noqa: PLC0415
+    from formats.errors import UserError  # noqa: PLC0415
+
+    try:
+        return parse_layout(value)
+    except UserError as error:
+        raise click.BadParameter(f"{error.args[0]}; {error.hint}", context, parameter) from error
 
 
 _COUNT = click.IntRange(min=1)
@@ -68,29 +69,36 @@ _Command = Callable[..., None]
 
 
 def _common(command: _Command) -> _Command:
-    """The options both directions share."""
+    """Add the options that every conversion of weights has."""
     options = [
         click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Cast weights."),
         click.option("--integrity/--no-integrity", default=True, show_default=True,
-                     help="Write hashes: the sha256 of every file of a Megatron checkpoint, as megatron-core checks them, "
-                     "and the BLAKE3 of every tensor."),
+                     help="Write hashes: the BLAKE3 of every tensor and, for a Megatron checkpoint, the sha256 of every file "
+                     "in the form that megatron-core checks."),
     ]  # fmt: skip
-    command = _how(command)
+    command = _execution(command)
     for option in reversed(options):
         command = option(command)
     return command
 
 
-def _how(command: _Command) -> _Command:
-    """How to carry out whatever writes an output."""
+def _execution(command: _Command) -> _Command:
+    """Add the options of every command that writes an output."""
     options = [
-        click.option("--workers", type=_WORKERS, metavar="N", help="Threads; the bytes written do not depend on it."),
-        click.option("--dry-run", is_flag=True, help="Print every file and its size, memory and disk; move nothing."),
-        click.option("--overwrite", is_flag=True, help="Replace DST, once the new output is whole."),
-        click.option("--verify", is_flag=True, help="Read back what lies on the disk and compare, before DST appears."),
-        click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped, if there was one."),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout at the end."),
-        click.option("--quiet", is_flag=True, help="No progress and no notes."),
+        click.option(
+            "--workers",
+            type=_WORKERS,
+            metavar="N",
+            help="Number of threads; it does not change the output. [default: the number of cores, 2 to 4]",
+        ),
+        click.option("--dry-run", is_flag=True, help="Print the files to be written, peak memory and free disk; write nothing."),
+        click.option("--overwrite", is_flag=True, help="Replace DST after the new output is complete."),
+        click.option(
+            "--verify", is_flag=True, help="Read the output back from disk and compare it with the source before DST appears."
+        ),
+        click.option("--resume", is_flag=True, help="Continue an interrupted run, if there is one."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object."),
+        click.option("-q", "--quiet", is_flag=True, help="Print no progress and no notes."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -98,14 +106,18 @@ def _how(command: _Command) -> _Command:
 
 
 def _layout(command: _Command) -> _Command:
-    """The options of what writes a Megatron checkpoint."""
+    """Add the options that lay out a Megatron checkpoint."""
     options = [
-        click.option("--tp", type=_COUNT, default=1, show_default=True, metavar="N", help="Tensor-parallel size."),
-        click.option("--pp", type=_COUNT, default=1, show_default=True, metavar="N", help="Pipeline-parallel size."),
-        click.option("--vpp", type=_COUNT, default=1, show_default=True, metavar="N", help="Virtual stages per pipeline rank."),
-        click.option("--pp-layout", callback=_stages, metavar="N,N,…",
-                     help="Layers per stage, all ranks of the first virtual stage first."),
-        click.option("--vocab-divisible-by", type=_COUNT, default=128, show_default=True, metavar="N",
+        click.option("--tp", "--tensor-model-parallel-size", "tp", type=_COUNT, default=1, show_default=True, metavar="N",
+                     help="Tensor-parallel size."),
+        click.option("--pp", "--pipeline-model-parallel-size", "pp", type=_COUNT, default=1, show_default=True, metavar="N",
+                     help="Pipeline-parallel size."),
+        click.option("--vpp", type=_COUNT, default=1, show_default=True, metavar="N",
+                     help="Virtual pipeline stages per pipeline rank."),
+        click.option("--pp-layout", callback=_stages, metavar="LAYOUT",
+                     help="Layers per pipeline stage, all ranks of the first virtual stage first: 9,9,8,6, or Megatron's "
+                     "Et*9|t*9|t*8|t*6L."),
+        click.option("--make-vocab-size-divisible-by", type=_COUNT, default=128, show_default=True, metavar="N",
                      help="Pad the vocabulary to a multiple of N × TP."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -114,16 +126,36 @@ def _layout(command: _Command) -> _Command:
 
 
 _max_shard_size = click.option(
-    "--max-shard-size", callback=_size, metavar="SIZE", help="Size of a safetensors file at most, such as 5GB."
+    "--max-shard-size", callback=_size, metavar="SIZE", help="Largest size of one safetensors file, such as 5GB."
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+_FORMER_NAMES = {
+    "--any-base": "--allow-other-base",
+    "--as": "--cast-to",
+    "--vocab-divisible-by": "--make-vocab-size-divisible-by",
+}
+
+
+class _Commands(click.Group):
+    """A group whose commands answer the former name of an option with its present name."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            present = _FORMER_NAMES.get(error.option_name, "")
+            if error.ctx and any(present in option.opts for option in error.ctx.command.params):
+                raise click.UsageError(f"there is no option `{error.option_name}`; write `{present}`", error.ctx) from error
+            raise
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="mbtools", prog_name="mbconvert")
 def cli() -> None:
-    """Move model weights between Hugging Face safetensors and Megatron distributed checkpoints.
+    """Convert model weights between Hugging Face safetensors and Megatron distributed checkpoints.
 
-    Streams, on any CPU, bit-exact, in memory that grows with the number of tensors and not with their size.
+    Conversions are bit-exact and stream on any CPU. Memory grows with the number of tensors, not with their size.
     """
 
 
@@ -146,7 +178,7 @@ def hf_to_mcore(source: str, target: str, **options: Any) -> None:
 @cli.command("mcore-to-hf", epilog="Example: mbconvert mcore-to-hf megatron Llama-back --max-shard-size 5GB")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@click.option("--hf-config", metavar="DIR", help="Follow the `config.json` and side files of DIR.")
+@click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR instead of those in SRC.")
 @_max_shard_size
 @_common
 def mcore_to_hf(source: str, target: str, **options: Any) -> None:
@@ -164,9 +196,11 @@ def mcore_to_hf(source: str, target: str, **options: Any) -> None:
 @click.argument("base", metavar="BASE")
 @click.argument("adapter", metavar="ADAPTER")
 @click.argument("target", metavar="DST")
-@click.option("--to", type=click.Choice(["hf", "mcore"]), help="Format of DST; by default that of BASE.")
-@click.option("--any-base", is_flag=True, help="Even if ADAPTER was trained beside another model.")
-@click.option("--hf-config", metavar="DIR", help="Follow the `config.json` and side files of DIR; for a Megatron BASE.")
+@click.option("--to", type=click.Choice(["hf", "mcore"]), help="Format of DST. [default: that of BASE]")
+@click.option("--allow-other-base", is_flag=True, help="Merge even if ADAPTER was trained on another model.")
+@click.option(
+    "--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR instead of those in a Megatron BASE."
+)
 @_layout
 @_max_shard_size
 @_common
@@ -185,11 +219,11 @@ def merge(base: str, adapter: str, target: str, **options: Any) -> None:
 @cli.command("adapter-to-mcore", epilog="Example: mbconvert adapter-to-mcore adapter megatron-adapter --base Llama-3.2-1B")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@click.option("--base", required=True, metavar="MODEL", help="The model it was trained beside: a directory of either format, "
-              "a URL or a Hub id.")  # fmt: skip
+@click.option("--base", required=True, metavar="MODEL", help="The model the adapter was trained on: a directory in "
+              "either format, a URL or a Hub id.")  # fmt: skip
 @click.option("--canonical/--fused", default=True, show_default=True,
-              help="Separate adapters for query, key, value, gate and up, as PEFT has them; or one per module.")  # fmt: skip
-@_how
+              help="Separate adapters for query, key, value, gate and up, as in PEFT; or one per fused layer.")  # fmt: skip
+@_execution
 def adapter_to_mcore(source: str, target: str, **options: Any) -> None:
     """Convert a PEFT adapter to Megatron.
 
@@ -204,7 +238,7 @@ def adapter_to_mcore(source: str, target: str, **options: Any) -> None:
 @cli.command("adapter-to-hf", epilog="Example: mbconvert adapter-to-hf megatron-adapter adapter")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@_how
+@_execution
 def adapter_to_hf(source: str, target: str, **options: Any) -> None:
     """Convert a Megatron adapter checkpoint to PEFT.
 
@@ -222,10 +256,10 @@ def adapter_to_hf(source: str, target: str, **options: Any) -> None:
 @click.option(
     "--check",
     is_flag=True,
-    help="Read it and hold it against the hashes it carries (files of a checkpoint, tensors of a model), and weights against the "
-    "fp32 masters in an optimizer's state. Exit 1 if they differ.",
+    help="Read everything and compare it with the stored hashes (of files in a Megatron checkpoint, of tensors in a Hugging Face "
+    "model), and weights with the fp32 masters in the optimizer state. Exit 1 if anything differs.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.pass_context
 def inspect_command(context: click.Context, path: str, *, tensors: bool, check: bool, as_json: bool) -> None:
     """Describe a checkpoint from its headers.
@@ -233,22 +267,22 @@ def inspect_command(context: click.Context, path: str, *, tensors: bool, check: 
     Prints format, writer, family, sizes, dtypes and layout of PATH: a directory, a URL or a Hub id.
     """
     from converter import console  # noqa: PLC0415
-    from converter.report import inspect  # noqa: PLC0415
+    from converter.report import inspect_checkpoint  # noqa: PLC0415
 
     if check and tensors:
-        raise click.UsageError("`--tensors` lists, `--check` judges: give one of them")
+        raise click.UsageError("`--tensors` and `--check` cannot be combined")
     if check:
         context.exit(console.check(path, as_json=as_json))
-    console.show_report(inspect(path, tensors=tensors), as_json=as_json)
+    console.show_report(inspect_checkpoint(path, tensors=tensors), as_json=as_json)
 
 
 @cli.command("verify", epilog="Example: mbconvert verify Llama-3.2-1B megatron")
 @click.argument("one", metavar="A")
 @click.argument("other", metavar="B")
-@click.option("--as", "cast", type=click.Choice(MODEL_DTYPES), help="Compare after casting both.")
-@click.option("--workers", type=_WORKERS, metavar="N", help="Threads.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress; the exit code tells.")
+@click.option("--cast-to", type=click.Choice(MODEL_DTYPES), help="Cast both before comparing.")
+@click.option("--workers", type=_WORKERS, metavar="N", help="Number of threads. [default: the number of cores, 2 to 4]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit code is the answer.")
 @click.pass_context
 def verify_command(context: click.Context, one: str, other: str, **options: Any) -> None:
     """Compare two checkpoints bit for bit.
@@ -261,7 +295,7 @@ def verify_command(context: click.Context, one: str, other: str, **options: Any)
 
 
 @cli.command("families", epilog="Example: mbconvert families --json")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def families_command(*, as_json: bool) -> None:
     """List the supported model families."""
     from converter.console import show_families  # noqa: PLC0415
@@ -269,55 +303,55 @@ def families_command(*, as_json: bool) -> None:
     show_families(as_json=as_json)
 
 
-def _stop_well() -> None:
-    """Have SIGTERM and Ctrl-C end what is in flight and keep what is done. A Ctrl-C that was to be ignored stays so."""
-    signal.signal(signal.SIGTERM, _stopped)
+def _install_signal_handlers() -> None:
+    """Make SIGTERM and Ctrl-C stop a run so that it can be resumed. A SIGINT that the parent had ignored stays ignored."""
+    signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _stopped)
+        signal.signal(signal.SIGINT, _stop)
 
 
-def _stopped(number: int, _frame: object) -> None:
-    """The first of them. torchrun sends SIGTERM after Ctrl-C, which adds nothing; who presses Ctrl-C again means now."""
+def _stop(number: int, _frame: object) -> None:
+    """Stop at the first signal. torchrun sends SIGTERM after Ctrl-C, which is ignored; a second Ctrl-C exits at once."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, _leave_at_once)
+    signal.signal(signal.SIGINT, _exit_at_once)
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(_TERMINATED)
 
 
-def _leave_at_once(_number: int, _frame: object) -> None:
+def _exit_at_once(_number: int, _frame: object) -> None:
     os._exit(_INTERRUPTED)
 
 
 @seldom_collected()
 def main() -> None:
-    """The program. Errors a user can mend are shown without a traceback."""
+    """Run the program. Errors that a user can fix are shown without a traceback."""
     from converter.streams import prepare  # noqa: PLC0415
     from formats.errors import UserError  # noqa: PLC0415
 
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads have no work here and take 50 ms to start
-    _stop_well()
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads would be idle and take 50 ms to start
+    _install_signal_handlers()
     prepare()
     try:
         sys.exit(cli.main(standalone_mode=False))
     except UserError as error:
         click.echo(f"error: {error}", err=True)
-        _failed_as_json(str(error.args[0]), error.hint)
+        _print_failure_as_json(str(error.args[0]), error.hint)
         sys.exit(1)
     except click.ClickException as error:
         error.show()
-        _failed_as_json(error.format_message())
+        _print_failure_as_json(error.format_message())
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
-        _failed_as_json("interrupted")
+        _print_failure_as_json("interrupted")
         sys.exit(_INTERRUPTED)
     except SystemExit as stopped:
         if stopped.code == _TERMINATED:
             click.echo("terminated", err=True)
-            _failed_as_json("terminated")
+            _print_failure_as_json("terminated")
         raise
 
 
-def _failed_as_json(message: str, hint: str = "") -> None:
-    """Say on stdout too that a command with `--json` failed: a program that reads it always gets one object."""
+def _print_failure_as_json(message: str, hint: str = "") -> None:
+    """Print the error as JSON if `--json` was given: a program that reads stdout always gets one object."""
     if "--json" in sys.argv[1:]:
         click.echo(json.dumps({"error": message, "hint": hint}))

@@ -156,7 +156,7 @@ def _unlike(one: TensorSpec, other: TensorSpec) -> str:
         return f"shape {list(one.stored_shape)} and {list(other.stored_shape)}"
     if one.stored_dtype != other.stored_dtype:
         names = one.stored_dtype, other.stored_dtype
-        return f"{names[0]} and {names[1]}: `--as {names[1]}` compares after a cast"
+        return f"{names[0]} and {names[1]}: `--cast-to {names[1]}` compares after a cast"
     return ""
 
 

@@ -1,6 +1,6 @@
-"""What a terminal shows: progress, plans, reports. Knows how to say things, not how to do them.
+"""Print what a command shows: progress, plans, reports and results. The work itself is done elsewhere.
 
-What a command alone needs is imported when that command runs.
+What only one command needs is imported when that command runs.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
     from formats.integrity import Check
 
 LINE_EVERY = 5.0
-"""Seconds between lines where there is no terminal."""
+"""Seconds between progress lines if stderr is not a terminal."""
 
 
 def size(count: float) -> str:
-    """Bytes for a person: 16.06 GB."""
+    """Format a number of bytes: 16.06 GB."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
@@ -42,7 +43,7 @@ def size(count: float) -> str:
 
 
 def count(number: int) -> str:
-    """Parameters for a person: 8.03 B."""
+    """Format a number of parameters: 8.03 B."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:
             return f"{number / scale:.2f} {unit}"
@@ -54,15 +55,15 @@ def print_json(data: Mapping[str, Any]) -> None:
     click.echo(json.dumps(finite(data), allow_nan=False))
 
 
-def convert(action: Callable[..., Summary], *places: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Run a conversion with progress, then say what it did. Of several ranks, the first speaks."""
+def convert(action: Callable[..., Summary], *paths: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Run a conversion with progress and print its result. Of several ranks, only rank 0 prints."""
     ranks = from_environment()
     silent = ranks.rank > 0
     if not quiet and not options["dry_run"] and (text := waiting(ranks)):
         _note(text)
     quiet, as_json = quiet or silent, as_json and not silent
-    with talking(quiet=quiet or (as_json and options["dry_run"])) as reporter:
-        summary = action(*places, reporter=reporter, ranks=ranks, **options)
+    with progress_reporter(quiet=quiet or (as_json and options["dry_run"])) as reporter:
+        summary = action(*paths, reporter=reporter, ranks=ranks, **options)
     if as_json:
         print_json(asdict(summary))
     elif summary.dry_run and not silent:
@@ -72,70 +73,70 @@ def convert(action: Callable[..., Summary], *places: str, as_json: bool, quiet: 
         click.echo(
             f"done{', verified' if summary.verified else ''}: {summary.tensors} tensors, {count(summary.parameters)} parameters, "
             f"{size(summary.total_bytes)} in {summary.seconds:.1f} s ({rate}/s), peak memory {size(summary.peak_memory)} "
-            f"-> {summary.target}{f', {size(summary.reused_bytes)} were there' if summary.reused_bytes else ''}",
+            f"-> {summary.target}{f', {size(summary.reused_bytes)} reused' if summary.reused_bytes else ''}",
             err=True,
         )
 
 
-def verify(one: str, other: str, *, cast: str | None, workers: int | None, as_json: bool, quiet: bool) -> int:
-    """Compare two directories and say how they differ; the exit code."""
-    from converter.proof import verify_directories  # noqa: PLC0415
+def verify(one: str, other: str, *, cast_to: str | None, workers: int | None, as_json: bool, quiet: bool) -> int:
+    """Compare two checkpoints, print how they differ, and return the exit code."""
+    from converter.proof import verify_checkpoints  # noqa: PLC0415
 
-    with talking(quiet=quiet or as_json) as reporter:
-        found = verify_directories(one, other, cast=cast, workers=workers, reporter=reporter)
+    with progress_reporter(quiet=quiet or as_json) as reporter:
+        comparison = verify_checkpoints(one, other, cast_to=cast_to, workers=workers, reporter=reporter)
     if as_json:
-        print_json({"same": found.same, **asdict(found), "peak_memory": peak_memory()})
+        print_json({"same": comparison.same, **asdict(comparison), "peak_memory": peak_memory()})
     elif not quiet:
-        show_comparison(found)
-    return 0 if found.same else 1
+        show_comparison(comparison)
+    return 0 if comparison.same else 1
 
 
-def show_comparison(found: Comparison) -> None:
-    """What differs, a line each; then how much was compared."""
-    for line in found.lines():
+def show_comparison(comparison: Comparison) -> None:
+    """Print one line for each difference, then how much was compared."""
+    for line in comparison.lines():
         click.echo(line)
-    how = f"after a cast to {found.cast}" if found.cast else "bit for bit"
-    verdict = "same" if found.same else "DIFFERENT"
-    click.echo(f"{verdict}: {found.tensors} tensors, {count(found.parameters)} parameters compared {how}")
+    how = f"after a cast to {comparison.cast}" if comparison.cast else "bit for bit"
+    verdict = "same" if comparison.same else "DIFFERENT"
+    click.echo(f"{verdict}: {comparison.tensors} tensors, {count(comparison.parameters)} parameters compared {how}")
 
 
 def check(path: str, *, as_json: bool) -> int:
-    """Hold a directory against the hashes it carries, and weights against their masters; the exit code."""
-    from converter.proof import check_directory  # noqa: PLC0415
+    """Compare a checkpoint with its stored hashes and masters, print the result, and return the exit code."""
+    from converter.proof import check_checkpoint  # noqa: PLC0415
 
-    with talking(quiet=as_json) as reporter:
-        found = check_directory(path, reporter=reporter)
+    with progress_reporter(quiet=as_json) as reporter:
+        result = check_checkpoint(path, reporter=reporter)
     if as_json:
-        print_json({"whole": found.whole, **asdict(found)})
+        print_json({"whole": result.whole, **asdict(result)})
     else:
-        _show_check(found)
-    return 0 if found.whole else 1
+        _show_check(result)
+    return 0 if result.whole else 1
 
 
-def _show_check(found: Check) -> None:
-    for what, names in (("changed", found.changed), ("missing", found.missing), ("not listed", found.unlisted)):
+def _show_check(result: Check) -> None:
+    for what, names in (("changed", result.changed), ("missing", result.missing), ("not listed", result.unlisted)):
         for name in names:
             click.echo(f"{what}: {name}")
-    for reason in found.without_masters:
-        click.echo(f"not held against fp32 masters: {reason}")
-    if found.wrong_masters:
-        first, *others = found.wrong_masters
-        more = f", and those of {len(others)} more do not" if others else ""
-        click.echo(f"written wrong: the fp32 master of `{first}` does not round to the weight{more}")
-    held = f", {found.masters} weights held against fp32 masters" if found.masters else ""
-    more = f"; {found.not_covered} have no hashes here" if found.not_covered else ""
-    click.echo(f"{'whole' if found.whole else 'NOT WHOLE'}: {found.checked} {found.things} checked{held}{more}")
-    if found.wrong_masters:
+    for reason in result.without_masters:
+        click.echo(f"not compared with fp32 masters: {reason}")
+    if result.wrong_masters:
+        first, *others = result.wrong_masters
+        more = f", and {len(others)} more" if others else ""
+        click.echo(f"wrong optimizer state: the fp32 master of `{first}` does not round to the weight{more}")
+    compared = f", {result.masters} weights compared with fp32 masters" if result.masters else ""
+    more = f"; no hashes are stored for {result.not_covered}" if result.not_covered else ""
+    click.echo(f"{'intact' if result.whole else 'DAMAGED'}: {result.checked} {result.things} checked{compared}{more}")
+    if result.wrong_masters:
         click.echo(
-            "\nhint: its weights are whole, its optimizer state is not (megatron-core 0.15 to 0.19.2 could shift it); start from "
-            "the weights: `checkpoint.pretrained_checkpoint` of mbtrain, `--finetune` of Megatron-LM",
+            "\nhint: the weights are intact, the optimizer state is not (megatron-core 0.15 to 0.19.2 could shift it); start "
+            "from the weights: `checkpoint.pretrained_checkpoint` of mbtrain, `--finetune` of Megatron-LM",
             err=True,
         )
 
 
 @contextmanager
-def talking(*, quiet: bool) -> Generator[Reporter]:
-    """A Talk that shows a bar on a terminal, and elsewhere a line every few seconds."""
+def progress_reporter(*, quiet: bool) -> Generator[Reporter]:
+    """Yield a Reporter that shows a progress bar on a terminal, and elsewhere prints a line every few seconds."""
     from converter.conversion_plan import Reporter  # noqa: PLC0415
 
     if quiet:
@@ -154,7 +155,7 @@ def _note(text: str) -> None:
 
 @contextmanager
 def _bar() -> Generator[tuple[Callable[[str], None], Callable[[int], None], Callable[[int], None]]]:
-    """What a Talk does where there is a terminal."""
+    """Yield the callbacks of a Reporter for a terminal."""
     from rich.console import Console  # noqa: PLC0415 - slow to import
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn  # noqa: PLC0415
 
@@ -177,21 +178,26 @@ def _bar() -> Generator[tuple[Callable[[str], None], Callable[[int], None], Call
 
 
 class _Lines:
-    """Progress where nobody watches: one line every few seconds."""
+    """Print progress as one line every few seconds. `progress` may be called on several threads at once."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._total = self._done = 0
-        self._started = self._said = time.monotonic()
+        self._started = self._printed = time.monotonic()
 
     def start(self, total: int) -> None:
-        """A new stage: what was done before counts no more."""
+        """Begin a stage of `total` bytes; earlier stages no longer count."""
         self._total, self._done, self._started = total, 0, time.monotonic()
 
     def progress(self, done: int) -> None:
+        with self._lock:
+            self._advance(done)
+
+    def _advance(self, done: int) -> None:
         self._done += done
         now = time.monotonic()
-        if now - self._said >= LINE_EVERY:
-            self._said = now
+        if now - self._printed >= LINE_EVERY:
+            self._printed = now
             rate = self._done / (now - self._started)
             left = (self._total - self._done) / rate
             click.echo(
@@ -202,7 +208,7 @@ class _Lines:
 
 
 def show_plan(summary: Summary) -> None:
-    """Every file and its size, then what the conversion takes."""
+    """Print every file and its size, then the memory and disk that the conversion needs."""
     for name, bytes_ in summary.files.items():
         click.echo(f"{bytes_:>16,}  {name}")
     click.echo(f"{summary.total_bytes:>16,}  bytes in {len(summary.files)} files, {count(summary.parameters)} parameters")
@@ -215,7 +221,7 @@ def show_plan(summary: Summary) -> None:
 
 
 def show_report(report: Report, *, as_json: bool) -> None:
-    """A report as lines, or as JSON."""
+    """Print a report as lines, or as JSON."""
     if as_json:
         print_json(asdict(report))
         return
@@ -225,8 +231,8 @@ def show_report(report: Report, *, as_json: bool) -> None:
         click.echo(f"  {row.dtype:<10} {row.tensors:>6} tensors  {count(row.parameters):>9}  {size(row.bytes):>10}")
     for tensor in report.tensor_list:
         chunks = tensor.get("chunks")
-        where = tensor.get("file") or f"{len(chunks or [])} chunks"
-        click.echo(f"  {tensor['name']}  {tensor['shape']}  {tensor['dtype']}  {where}")
+        location = tensor.get("file") or f"{len(chunks or [])} chunks"
+        click.echo(f"  {tensor['name']}  {tensor['shape']}  {tensor['dtype']}  {location}")
 
 
 def _report_lines(report: Report) -> Iterator[tuple[str, str]]:

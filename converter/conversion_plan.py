@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reporter:
-    """Where a conversion says what it does: notes for a person, the bytes ahead, and bytes done."""
+    """Callbacks that report what a conversion does.
+
+    `note` receives a sentence for a person, `start` the bytes of the stage that begins, `progress` bytes completed since its
+    last call. `note` and `start` run on the thread that called the conversion. `progress` runs on the worker threads, on several
+    at once: it must be safe for that and return quickly.
+
+    >>> Reporter(note=print).note("weights are cast from fp32 to bf16")
+    weights are cast from fp32 to bf16
+    """
 
     note: Callable[[str], None] = lambda _text: None
     start: Callable[[int], None] = lambda _total: None

@@ -12,7 +12,9 @@ from converter.conversion_plan import ExecutionArguments, ExecutionOptions, Repo
 from converter.execute import execute, rule
 from converter.exporting import ExportOptions, plan_export
 from converter.importing import ImportOptions, huggingface_source, plan_import
+from converter.keywords import IN_MEGATRON, other_names
 from converter.memory import seldom_collected
+from converter.pipeline_layout import layers_per_stage
 from converter.sources import open_source
 from converter.values import CHOICES, KEEP
 from formats.detect import Format, open_megatron
@@ -25,6 +27,7 @@ from formats.location import is_remote, without_secrets
 from formats.target import check_target
 
 
+@other_names(vocab_divisible_by="make_vocab_size_divisible_by", **IN_MEGATRON)
 @user_errors()
 @seldom_collected()
 def hf_to_mcore(
@@ -34,18 +37,24 @@ def hf_to_mcore(
     tp: int = 1,
     pp: int = 1,
     vpp: int = 1,
-    pp_layout: Sequence[int] | None = None,
+    pp_layout: str | Sequence[int] | None = None,
     dtype: str = KEEP,
-    vocab_divisible_by: int = 128,
+    make_vocab_size_divisible_by: int = 128,
     integrity: bool = True,
     reporter: Reporter | None = None,
     **options: Unpack[ExecutionArguments],
 ) -> Summary:
     """Write a Hugging Face model as a Megatron distributed checkpoint for `tp` × `pp` ranks.
 
-    `source` is a directory, a URL or a Hub id; `target` a directory, s3:// or gs://; `integrity` writes the sha256 of every
-    file, as megatron-core checks them, and the BLAKE3 of every tensor. Raises UserError before a byte moves for whatever
-    cannot be converted exactly; after any failure nothing is at `target`.
+    `source` is a directory, a URL or a Hub id; `target` is a directory, s3:// or gs://. `pp_layout` gives the layers of each
+    pipeline stage, all ranks of the first virtual stage first: `[9, 9, 8, 6]`, or megatron-core's `"Et*9|t*9|t*8|t*6L"`.
+    The vocabulary is padded to a multiple of `make_vocab_size_divisible_by` × `tp`. `integrity` writes the sha256 of every
+    file, as megatron-core checks them, and the BLAKE3 of every tensor.
+
+    Raises UserError before a byte moves if the model cannot be converted exactly. After any failure nothing is at `target`.
+
+    >>> hf_to_mcore("Llama-3.2-1B", "llama-tp2-pp2", tp=2, pp=2, pp_layout="Et*3|tL").tensors
+    27
     """
     how, reporter, target, folder = (
         ExecutionOptions(**options),
@@ -53,15 +62,15 @@ def hf_to_mcore(
         expanded(target),
         open_source(source, or_hub=True),
     )
-    check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, vocab_divisible_by=vocab_divisible_by)
+    check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     check_place(target, [folder], how)
     wanted = ImportOptions(
         tp=tp,
         pp=pp,
         vpp=vpp,
-        pp_layout=pp_layout,
+        pp_layout=layers_per_stage(pp_layout),
         dtype=dtype,
-        vocab_divisible_by=vocab_divisible_by,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         integrity=integrity,
     )
     require(folder, Format.HUGGINGFACE)
@@ -84,9 +93,13 @@ def mcore_to_hf(
 ) -> Summary:
     """Write a Megatron distributed checkpoint as a Hugging Face model directory.
 
-    `source` is the checkpoint's root or one iteration; `hf_config` a folder with a `config.json` to follow instead of the
-    one that travelled; `max_shard_size` in bytes; `integrity` writes the BLAKE3 of every tensor. Raises UserError before a
-    byte moves for whatever cannot be converted exactly; after any failure nothing is at `target`.
+    `source` is the root of a checkpoint or one iteration. `hf_config` is a folder whose `config.json` and side files are used
+    instead of those in the checkpoint. `max_shard_size` is in bytes. `integrity` writes the BLAKE3 of every tensor.
+
+    Raises UserError before a byte moves if the model cannot be converted exactly. After any failure nothing is at `target`.
+
+    >>> sorted(mcore_to_hf("megatron", "llama-back").files)
+    ['config.json', 'conversion.json', 'model.safetensors']
     """
     how, reporter, target, root = ExecutionOptions(**options), reporter or Reporter(), expanded(target), open_source(source)
     check_options(dtype=dtype, max_shard_size=max_shard_size)

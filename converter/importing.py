@@ -51,7 +51,7 @@ class ImportOptions:
     """The shards of each expert; as many as of other layers (`tp`) unless given."""
 
     dtype: str
-    vocab_divisible_by: int
+    make_vocab_size_divisible_by: int
     integrity: bool
 
 
@@ -95,7 +95,7 @@ def plan_import(source: Source, target: str, wanted: ImportOptions, reporter: Re
 def _planned(source: Source, wanted: ImportOptions) -> _Planned:
     reader, config = source.reader, source.reference.config
     family = families.find(config.get("model_type")).rooted(reader.specs)
-    model = make_model(family.CONFIG, config, vocab_multiple=wanted.vocab_divisible_by * wanted.tp)
+    model = make_model(family.CONFIG, config, vocab_multiple=wanted.make_vocab_size_divisible_by * wanted.tp)
     refuse_unfit(reader.specs, config, family, model, label=source.label)
     _check_padding(model, wanted)
     layout = make_layout(
@@ -111,7 +111,7 @@ def _job(found: _Planned, target: str, wanted: ImportOptions) -> ConversionPlan:
     command, options = source.command("hf-to-mcore"), _options(wanted, found.layout, experts="experts" in found.model)
     outputs = outputs_for(target, plan.tensors, {**options, **source.merged()})
     folder = f"{iteration_folder(0)}/"
-    documents = {**side_files.documents, **_documents(found, vocab_multiple=wanted.vocab_divisible_by)}
+    documents = {**side_files.documents, **_documents(found, vocab_multiple=wanted.make_vocab_size_divisible_by)}
     return ConversionPlan(
         command=command,
         source=source.label,
@@ -141,8 +141,8 @@ def _check_padding(model: Model, wanted: ImportOptions) -> None:
     """Raise UserError for a padded vocabulary of more rows than a tensor can have."""
     if not is_valid_shape((model.padded_vocab, model.hidden)):
         raise UserError(
-            f"`--vocab-divisible-by {wanted.vocab_divisible_by}` and `--tp {wanted.tp}` pad the vocabulary of {model.vocab} to "
-            f"{model.padded_vocab} rows of {model.hidden}, which is more than a tensor can hold",
+            f"`--make-vocab-size-divisible-by {wanted.make_vocab_size_divisible_by}` and `--tp {wanted.tp}` pad the vocabulary "
+            f"of {model.vocab} to {model.padded_vocab} rows of {model.hidden}, which is more than a tensor can hold",
             hint="Megatron-LM's default is 128",
         )
 
@@ -154,7 +154,7 @@ def _options(wanted: ImportOptions, layout: Layout, *, experts: bool) -> dict[st
         "vpp": wanted.vpp,
         "layers": list(layout.stages),
         "dtype": wanted.dtype,
-        "vocab_divisible_by": wanted.vocab_divisible_by,
+        "vocab_divisible_by": wanted.make_vocab_size_divisible_by,
         "integrity": wanted.integrity,
         **({"ep": layout.ep, "etp": layout.etp} if experts else {}),
     }

@@ -11,6 +11,7 @@ from blake3 import blake3
 from converter import masters, provenance
 from converter.comparison import CheckpointView, Comparison, compare
 from converter.conversion_plan import Reporter
+from converter.keywords import other_names
 from converter.plan import TensorPlan, pieces
 from converter.run import PIECE_BYTES, PieceBuffers, in_threads
 from converter.sources import check_unchanged, open_source, workers_for
@@ -30,23 +31,32 @@ from formats.json_objects import read_json
 from formats.spec import Reader
 
 
+@other_names(cast="cast_to")
 @user_errors()
-def verify_directories(
-    one: str | Path, other: str | Path, *, cast: str | None = None, workers: int | None = None, reporter: Reporter | None = None
+def verify_checkpoints(
+    one: str | Path,
+    other: str | Path,
+    *,
+    cast_to: str | None = None,
+    workers: int | None = None,
+    reporter: Reporter | None = None,
 ) -> Comparison:
-    """Compare two checkpoints tensor by tensor, whatever their formats and layouts; `cast` to one of bf16, fp16, fp32 first.
+    """Compare two checkpoints tensor by tensor, bit for bit, in any two formats and layouts.
 
-    Raises UserError if one is not a checkpoint, or damaged.
+    `cast_to` (bf16, fp16 or fp32) casts both before comparing. Raises UserError if one is damaged or not a checkpoint.
+
+    >>> verify_checkpoints("Llama-3.2-1B", "megatron").same
+    True
     """
     check_workers(workers)
     reporter, folders = reporter or Reporter(), [open_source(one), open_source(other)]
     workers = workers_for(workers, folders)
-    if cast is not None and cast not in CHOICES[1:]:
-        raise UserError(f"dtype `{cast}` is not one of {', '.join(CHOICES[1:])}")
+    if cast_to is not None and cast_to not in CHOICES[1:]:
+        raise UserError(f"dtype `{cast_to}` is not one of {', '.join(CHOICES[1:])}")
     sides = open_views(*folders)
     with closing(sides[0].reader), closing(sides[1].reader):
         reporter.start(_compared_bytes(*sides))
-        found = compare(*sides, cast=cast, workers=workers, progress=reporter.progress)
+        found = compare(*sides, cast=cast_to, workers=workers, progress=reporter.progress)
         check_unchanged(folders)
         return found
 
@@ -56,11 +66,14 @@ def _compared_bytes(one: CheckpointView, other: CheckpointView) -> int:
 
 
 @user_errors()
-def check_directory(path: str | Path, *, workers: int | None = None, reporter: Reporter | None = None) -> Check:
-    """Hold every file of a Megatron iteration against its `integrity.json`, and its weights against the fp32 masters in its
-    optimizer state; or every tensor of a Hugging Face directory against its `conversion.json`.
+def check_checkpoint(path: str | Path, *, workers: int | None = None, reporter: Reporter | None = None) -> Check:
+    """Compare a checkpoint with the hashes stored in it.
 
-    Raises UserError if there is neither such a document nor a master.
+    In a Megatron iteration: every file with `integrity.json`, and every weight with the fp32 master in the optimizer state. In
+    a Hugging Face directory: every tensor with `conversion.json`. Raises UserError if there is nothing to compare with.
+
+    >>> check_checkpoint("megatron").whole
+    True
     """
     check_workers(workers)
     reporter, folder = reporter or Reporter(), open_source(path)

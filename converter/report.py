@@ -59,10 +59,13 @@ class Report:
 
 
 @user_errors()
-def inspect(path: str | Path, *, tensors: bool = False) -> Report:
-    """Look at a Hugging Face directory, a Megatron checkpoint root or one iteration; `tensors` lists every weight.
+def inspect_checkpoint(path: str | Path, *, tensors: bool = False) -> Report:
+    """Describe a Hugging Face directory, the root of a Megatron checkpoint or one iteration, from its headers.
 
-    Raises UserError if it is neither, or damaged.
+    `tensors` lists every weight. Raises UserError if it is damaged or none of these.
+
+    >>> inspect_checkpoint("megatron").layout
+    {'tp': 2, 'pp': 2, 'stages': 'Et*3|t*1L'}
     """
     with closing(open_source(path)) as folder:
         found = detect(folder)

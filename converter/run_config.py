@@ -16,6 +16,7 @@ import yaml
 
 from converter.config import Config
 from converter.layout import Layout
+from converter.pipeline_layout import format_layout
 from formats.dtypes import FLOATS
 from formats.errors import UserError, format_untrusted
 from formats.faults import fault
@@ -82,20 +83,12 @@ def _parallel(layout: Layout) -> dict[str, Any]:
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
-        "pipeline_model_parallel_layout": None if layout.even else layout_string(layout),
+        "pipeline_model_parallel_layout": None if layout.even else format_layout(layout.stages),
         "context_parallel_size": 1,
         "expert_model_parallel_size": 1,
         "expert_tensor_parallel_size": 1,
         "sequence_parallel": False,
     }
-
-
-def layout_string(layout: Layout) -> str:
-    """Uneven stages as megatron-core writes them: `E` the embedding, `t*9` nine layers, `L` the loss."""
-    stages = [f"t*{count}" if count else "" for count in layout.stages]
-    stages[0] = f"E{stages[0]}"
-    stages[-1] = f"{stages[-1]}L"
-    return "|".join(stages)
 
 
 class UnknownModelError(UserError):

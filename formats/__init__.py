@@ -1,0 +1,3 @@
+"""Move named regions of tensors between memory and files. Knows no models."""
+
+DISTRIBUTION = "mbtools"

@@ -24,15 +24,15 @@ from formats.shard_files import SINGLE
 
 _SLOWLY = """
 import itertools, runpy, sys, time
-from converter.run import Bench
+from converter.run import PieceBuffers
 
 numbers = itertools.count()
 
-def make(*arguments, make=Bench.make):
+def make(*arguments, make=PieceBuffers.make):
     time.sleep(3 if next(numbers) else 0)  # time for the signal, once there is a piece
     return make(*arguments)
 
-Bench.make = make
+PieceBuffers.make = make
 runpy.run_module("converter", run_name="__main__")
 """
 
@@ -75,7 +75,7 @@ def plain(text: str) -> str:
     text = re.sub(r"\d+\.\d s \([^)]*\), peak memory [\d.]+ MB", "… s, peak memory … MB", text)
     text = re.sub(r"pid `\d+` on `[^`]+` since `[^`]+`, run `[^`]+`", "pid `…` on `…` since `…`, run `…`", text)
     text = re.sub(r"[\d.]+ GB free", "… GB free", text)
-    text = re.sub(r"[\d.]+ MB were there", "… MB were there", text)
+    text = re.sub(r"[\d.]+ MB reused", "… MB reused", text)
     return "<br>".join(line.strip() for line in text.splitlines() if line.strip())
 
 
@@ -85,7 +85,7 @@ class _Hostile:
 
 
 def incidents(folder: Path) -> Iterator[tuple[str, str]]:
-    """Each incident in words, and what the command says then, in an order in which one follows from the other."""
+    """Yield each incident and what the command prints, in an order in which each builds on the one before."""
     shell = Shell(folder)
     shell.killed(signal.SIGKILL)
     yield "a run was killed (`kill -9`, out of memory), and the command is given again", shell.run(*THERE)
@@ -95,9 +95,9 @@ def incidents(folder: Path) -> Iterator[tuple[str, str]]:
     yield "SIGTERM, or Ctrl-C (then exit 130)", shell.killed(signal.SIGTERM)
     shell.run(*THERE, "--resume")
     shutil.rmtree(folder / "megatron")
-    yield "a file hits a limit half way (a full disk: likewise, of its space)", shell.run(*THERE, limit=20_000)
+    yield "a file-size limit is reached (a full disk: likewise)", shell.run(*THERE, limit=20_000)
     shell.run(*THERE, "--resume")
-    yield "DST is there already", shell.run(*THERE)
+    yield "DST exists", shell.run(*THERE)
     yield "an option that does not fit the model", shell.run("hf-to-mcore", "Llama-3.2-1B", "m3", "--tp", "3")
     yield from _damaged(shell, folder)
 
@@ -107,13 +107,13 @@ def _damaged(shell: Shell, folder: Path) -> Iterator[tuple[str, str]]:
     data = bytearray(chunk.read_bytes())
     data[500_000] ^= 4
     chunk.write_bytes(data)
-    yield "one bit of a checkpoint has flipped: `inspect --check`", shell.run("inspect", "megatron", "--check")
+    yield "one bit of a checkpoint flipped: `inspect --check`", shell.run("inspect", "megatron", "--check")
     yield "… `verify`", shell.run("verify", "Llama-3.2-1B", "megatron")
     weights = folder / "Llama-3.2-1B" / SINGLE
     os.truncate(weights, weights.stat().st_size - 1000)
     yield "a shard is truncated", shell.run("hf-to-mcore", "Llama-3.2-1B", "m4")
     (folder / "megatron" / "iter_0000000" / ".metadata").write_bytes(pickle.dumps(_Hostile()))
-    yield "a checkpoint holds code", shell.run("mcore-to-hf", "megatron", "hf")
+    yield "a checkpoint contains code", shell.run("mcore-to-hf", "megatron", "hf")
     assert not (folder / "owned").exists(), "code ran"
 
 

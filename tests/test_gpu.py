@@ -66,7 +66,7 @@ def test_transformer_engine_loads_strictly_and_computes_transformers_logits(tmp_
     from transformers import AutoModelForCausalLM
 
     folder = models.save(models.build(variant, dtype=dtype, **SHAPE), tmp_path / "hf", side_files=False)
-    hf_to_mcore(folder, tmp_path / "m", tp=2, pp=2, vocab_divisible_by=32)
+    hf_to_mcore(folder, tmp_path / "m", tp=2, pp=2, make_vocab_size_divisible_by=32)
     config = json.loads((folder / "config.json").read_text())
     model = te_model(config, getattr(torch, dtype), biased=variant == "attention_bias")
     iteration = str(tmp_path / "m" / "iter_0000000")

@@ -20,9 +20,9 @@ def _commands() -> list[tuple[str, str]]:
 
 def _command(program: str, name: str) -> click.Command:
     group = PROGRAMS[program]
-    found = group.get_command(click.Context(group), name)
-    assert found
-    return found
+    command = group.get_command(click.Context(group), name)
+    assert command
+    return command
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -1,4 +1,4 @@
-"""The README's commands run as they stand there."""
+"""The commands and the Python example of the README run as printed, and its tables and its file tree are true."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the model that the README speaks of, smaller."""
+    """A folder with a small model under the name that the README uses."""
     made = tmp_path_factory.mktemp("readme")
     make_model(made / "Llama-3.2-1B", SHAPES["tiny"])
     return made
@@ -58,20 +58,21 @@ def test_the_python_example_runs(folder, monkeypatch, capsys):
 
 def test_the_file_tree_names_what_is_there():
     root = Path(__file__).parent.parent
-    tree = README.split("## The house")[1].split("```")[1]
+    tree = README.split("## Source tree")[1].split("```")[1]
     named = set(re.findall(r"\b\w+\.py\b", tree))
-    rooms = ("formats", "converter", "trainer")
-    there = {path.name for folder in rooms for path in (root / folder).glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert there <= named, there - named
+    packages = ("formats", "converter", "trainer")
+    modules = {path.name for folder in packages for path in (root / folder).glob("*.py")} - {"__init__.py", "__main__.py"}
+    modules.add("mbtools.py")
+    assert modules <= named, modules - named
     others = {path.name for folder in ("tests", "benchmarks") for path in (root / folder).glob("*.py")}
-    assert named <= there | others, named - there - others
+    assert named <= modules | others, named - modules - others
 
 
 def test_each_incident_ends_as_the_table_says(tmp_path):
     rows = list(incidents(tmp_path))
     assert len(rows) == 11
-    for what, said in rows:
-        assert f"| {what} | {said} |\n" in README, (what, said)
+    for incident, output in rows:
+        assert f"| {incident} | {output} |\n" in README, (incident, output)
 
 
 def test_the_two_commands_are_makes_targets():

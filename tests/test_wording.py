@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(path for room in ("formats", "converter", "trainer") for path in (ROOT / room).rglob("*.py"))
+SOURCES = sorted(
+    [ROOT / "mbtools.py", *(path for room in ("formats", "converter", "trainer") for path in (ROOT / room).rglob("*.py"))]
+)
 
 FACTS = {
     "strerror", "errno", "filename", "lineno", "colno", "pos", "start", "position", "problem_mark", "context_mark", "name",

@@ -3,13 +3,15 @@
     from trainer import AutoBridge, Callback, RunConfig, forward_step, pretrain
     from trainer.recipes import llama32_1b
 
-Names are imported when they are used: `import trainer` brings neither torch nor megatron-core, and silences nobody.
+Each name is imported on first use: `import trainer` alone imports neither torch nor megatron-core, and filters no warnings.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from mbtools import check_packages
 
 if TYPE_CHECKING:
     from trainer import recipes
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from trainer.model import GPTModelProvider, ModelProvider
     from trainer.state import Callback, Run, Step
 
-_WHERE = {
+DISTRIBUTION = "mbtools"
+
+_DEFINED_IN = {
     "AutoBridge": "trainer.bridge",
     "Callback": "trainer.state",
     "GPTModelProvider": "trainer.model",
@@ -46,12 +50,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    """Import a name on first use. Raises ForeignPackageError if `formats` or `converter` is not ours."""
+    check_packages("formats", "converter")
     if name == "recipes":
         return import_module("trainer.recipes")
-    if name not in _WHERE:
+    if name not in _DEFINED_IN:
         raise AttributeError(f"module `{__name__}` has no `{name}`")
     import_module("trainer.warnings_filter")
-    return getattr(import_module(_WHERE[name]), name)
+    return getattr(import_module(_DEFINED_IN[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
-"""`python -m trainer`, and what torchrun starts: `torchrun … -m trainer pretrain …`."""
+"""Run `mbtrain` as `python -m trainer`; torchrun starts it as `torchrun … -m trainer pretrain …`."""
 
-from trainer.cli import main
+from mbtools import mbtrain
 
 if __name__ == "__main__":  # processes that write checkpoints import this file again
-    main()
+    mbtrain()

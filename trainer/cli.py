@@ -1,4 +1,4 @@
-"""`mbtrain`: arguments in, exit code out. Each file under `commands/` is a command; this lists them without importing them."""
+"""Parse the command of `mbtrain`, run it, and exit. Each file in `commands/` is a command, imported only when it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer import commands
 
 
 class _Commands(click.Group):
-    """The files of a directory as commands, imported when they are called: torch alone takes seconds."""
+    """List the files of a directory as commands and import one when it is called: importing torch takes seconds."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(commands.__path__))
@@ -29,12 +29,12 @@ class _Commands(click.Group):
         return command
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """The program; also each process of a run."""
+        """Run the program; each process of a run calls this too."""
         streams.prepare()
         return super().main(*args, **kwargs)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        """Keep the words, for an error about one of them; and suggest the nearest command."""
+        """Suggest the nearest command for an unknown one. Keeps the arguments for an error about one of them."""
         ctx.meta[_WORDS] = tuple(args)
         near = get_close_matches(args[0], self.list_commands(ctx), 1)
         if args[0] not in self.list_commands(ctx) and near:

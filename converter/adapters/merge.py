@@ -21,6 +21,8 @@ from converter.convert import check_options, check_place
 from converter.execute import execute
 from converter.exporting import ExportOptions, plan_files
 from converter.importing import ImportOptions, left_out, plan_import
+from converter.keywords import IN_MEGATRON, other_names
+from converter.pipeline_layout import layers_per_stage
 from converter.plan import TensorPlan, casts, same_tensor
 from converter.sources import Source, open_source, workers_for
 from converter.values import KEEP, target_dtype
@@ -34,6 +36,7 @@ from formats.spec import TensorSpec
 Kind = Literal["hf", "mcore"]
 
 
+@other_names(any_base="allow_other_base", vocab_divisible_by="make_vocab_size_divisible_by", **IN_MEGATRON)
 @user_errors()
 def merge(
     base: str | Path,
@@ -42,12 +45,12 @@ def merge(
     *,
     to: Kind | None = None,
     hf_config: str | Path | None = None,
-    any_base: bool = False,
+    allow_other_base: bool = False,
     tp: int = 1,
     pp: int = 1,
     vpp: int = 1,
-    pp_layout: Sequence[int] | None = None,
-    vocab_divisible_by: int = 128,
+    pp_layout: str | Sequence[int] | None = None,
+    make_vocab_size_divisible_by: int = 128,
     integrity: bool = True,
     max_shard_size: int | None = None,
     dtype: str = KEEP,
@@ -59,20 +62,26 @@ def merge(
     `base` is a Hugging Face directory, a URL, a Hub id or a Megatron checkpoint; `adapter` is PEFT's folder or a Megatron
     checkpoint of an adapter; `to` is the target's format, by default the base's. A Megatron target is laid out anew, by `tp`,
     `pp` and so on; a Hugging Face one keeps the base's files. An adapter that names its base is refused beside another,
-    unless `any_base`. Raises UserError before a byte moves for whatever does not fit; after any failure nothing is at
+    unless `allow_other_base`. Raises UserError before a byte moves for whatever does not fit; after any failure nothing is at
     `target`.
     """
     how, reporter, target = ExecutionOptions(**options), reporter or Reporter(), expanded(target)
-    counts = {"tp": tp, "pp": pp, "vpp": vpp, "vocab_divisible_by": vocab_divisible_by, "max_shard_size": max_shard_size}
+    counts = {
+        "tp": tp,
+        "pp": pp,
+        "vpp": vpp,
+        "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
+        "max_shard_size": max_shard_size,
+    }
     check_options(dtype=dtype, **counts)
     folder, given = open_source(base, or_hub=True), open_source(hf_config) if hf_config else None
     layout = ImportOptions(
         tp=tp,
         pp=pp,
         vpp=vpp,
-        pp_layout=pp_layout,
+        pp_layout=layers_per_stage(pp_layout),
         dtype=dtype,
-        vocab_divisible_by=vocab_divisible_by,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         integrity=integrity,
     )
     files = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype, integrity=integrity)
@@ -85,7 +94,7 @@ def merge(
     sources = [folder, beside, *([given] if given else [])]
     check_place(target, sources, how)
     with closing(open_either(beside).adapter()) as opened:
-        if not any_base:
+        if not allow_other_base:
             _check_base(folder, opened, reporter)
         model = open_base(folder, given)
         with closing(model.reader):
@@ -104,7 +113,7 @@ def merge(
 def _check_meant(to: Kind, layout: ImportOptions, files: ExportOptions) -> None:
     """Raise UserError for an option that only the other format has."""
     if to == "hf":
-        plain = {"tp": 1, "pp": 1, "vpp": 1, "pp_layout": None, "vocab_divisible_by": 128}
+        plain = {"tp": 1, "pp": 1, "vpp": 1, "pp_layout": None, "make_vocab_size_divisible_by": 128}
         given, what = {name: getattr(layout, name) for name in plain}, "a Hugging Face directory"
     else:
         plain, given, what = {"max_shard_size": None}, {"max_shard_size": files.max_shard_size}, "a Megatron checkpoint"
@@ -127,7 +136,7 @@ def _check_base(folder: Folder, adapter: Adapter, reporter: Reporter) -> None:
         raise UserError(
             f"the adapter was trained beside `{told.name}`, whose fingerprint is {told.fingerprint}; "
             f"that of `{folder.label}` is {found}",
-            hint="give the base it was trained beside, or `--any-base` to merge it into this one",
+            hint="give the base it was trained beside, or `--allow-other-base` to merge it into this one",
         )
 
 

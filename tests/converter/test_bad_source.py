@@ -290,7 +290,7 @@ def test_targets_that_lie_in_a_source_or_lead_elsewhere(source, checkpoint, tmp_
 
 
 @pytest.mark.parametrize(
-    "options", [{"tp": 0}, {"pp": -1}, {"workers": 0}, {"vocab_divisible_by": 0}, {"dtype": "int8"}], ids=str
+    "options", [{"tp": 0}, {"pp": -1}, {"workers": 0}, {"make_vocab_size_divisible_by": 0}, {"dtype": "int8"}], ids=str
 )
 def test_python_callers_get_the_same_checks(source, tmp_path, options):
     refused(hf_to_mcore, source, tmp_path, "which should be 1 or more|which should be 1 to 256|is not one of", **options)
@@ -298,9 +298,10 @@ def test_python_callers_get_the_same_checks(source, tmp_path, options):
 
 def test_a_padded_vocabulary_that_no_tensor_can_hold_is_refused_with_its_size(source, tmp_path):
     with pytest.raises(UserError) as caught:
-        hf_to_mcore(source, tmp_path / "m", vocab_divisible_by=1 << 62, tp=2, dry_run=True)
+        hf_to_mcore(source, tmp_path / "m", make_vocab_size_divisible_by=1 << 62, tp=2, dry_run=True)
     assert str(caught.value) == (
-        "`--vocab-divisible-by 4611686018427387904` and `--tp 2` pad the vocabulary of 384 to 9223372036854775808 rows of 64, "
+        "`--make-vocab-size-divisible-by 4611686018427387904` and `--tp 2` pad the vocabulary of 384 to "
+        "9223372036854775808 rows of 64, "
         "which is more than a tensor can hold\n\nhint: Megatron-LM's default is 128"
     )
 

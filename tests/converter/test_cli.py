@@ -66,13 +66,56 @@ def test_no_command_on_adapters_imports_torch(folder, peft_adapter, tmp_path):
         assert done.returncode == 0, (command, done.stderr)
 
 
-def test_data_goes_to_stdout_and_talk_to_stderr(folder, tmp_path):
+def test_results_go_to_stdout_and_progress_to_stderr(folder, tmp_path):
     done = mbconvert("hf-to-mcore", folder, tmp_path / "m")
     assert done.stdout == ""
     assert "done: 27 tensors, " in done.stderr
     assert "peak memory" in done.stderr
-    done = mbconvert("hf-to-mcore", folder, tmp_path / "m2", "--quiet")
+    done = mbconvert("hf-to-mcore", folder, tmp_path / "m2", "-q")
     assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "former", "present"),
+    [
+        (["verify", "a", "b", "--as", "bf16"], "--as", "--cast-to"),
+        (["merge", "a", "b", "c", "--any-base"], "--any-base", "--allow-other-base"),
+        (["hf-to-mcore", "a", "b", "--vocab-divisible-by", "4"], "--vocab-divisible-by", "--make-vocab-size-divisible-by"),
+        (["merge", "a", "b", "c", "--vocab-divisible-by=4"], "--vocab-divisible-by", "--make-vocab-size-divisible-by"),
+    ],
+)  # fmt: skip
+def test_the_former_name_of_an_option_is_answered_with_its_present_name(arguments, former, present):
+    done = mbconvert(*arguments, "--json")
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"Error: there is no option `{former}`; write `{present}`\n")
+    assert json.loads(done.stdout)["error"] == f"there is no option `{former}`; write `{present}`"
+
+
+def test_a_name_is_not_suggested_to_a_command_without_that_option():
+    done = mbconvert("inspect", "a", "--as", "bf16")
+    assert done.returncode == 2
+    assert "--cast-to" not in done.stderr
+
+
+def test_megatrons_names_and_notation_give_the_same_bytes(folder, tmp_path):
+    hf_to_mcore(folder, tmp_path / "short", tp=2, pp=2, vpp=2, pp_layout=[1, 1, 2, 0], make_vocab_size_divisible_by=64)
+    done = mbconvert(
+        "hf-to-mcore", folder, tmp_path / "long", "--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2,
+        "--vpp", 2, "--pp-layout", "Et|t|(t)*2|L", "--make-vocab-size-divisible-by", 64, "-q",
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    hf_to_mcore(folder, tmp_path / "python", tp=2, pp=2, vpp=2, pp_layout="Et|t|tt|L", make_vocab_size_divisible_by=64)
+    short, long, python = (
+        {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+        for name in ("short", "long", "python")
+    )
+    assert short == long == python
+
+
+def test_a_layout_of_other_sizes_is_refused_with_both_numbers(folder, tmp_path):
+    done = mbconvert("hf-to-mcore", folder, tmp_path / "m", "--pp", 2, "--pp-layout", "Et|t|t|tL")
+    assert done.returncode == 1
+    assert "`--pp-layout 1,1,1,1` has 4 stages and 4 layers; 2 pipeline ranks × 1 virtual stages need 2" in done.stderr
 
 
 def test_json_prints_one_object(folder, tmp_path):
@@ -117,7 +160,9 @@ def test_a_405b_model_is_planned_from_headers_alone(tmp_path):
 @pytest.mark.parametrize("arguments", [
     ["convert"], ["hf-to-mcore", "a"], ["hf-to-mcore", "a", "b", "--tp", "0"], ["hf-to-mcore", "a", "b", "--dtype", "int8"],
     ["mcore-to-hf", "a", "b", "--max-shard-size", "5 apples"], ["mcore-to-hf", "a", "b", "--max-shard-size", "9" * 400],
-    ["mcore-to-hf", "a", "b", "--max-shard-size", "5000000TB"], ["hf-to-mcore", "a", "b", "--pp-layout", "3,x"], ["inspect"],
+    ["mcore-to-hf", "a", "b", "--max-shard-size", "5000000TB"], ["hf-to-mcore", "a", "b", "--pp-layout", "3,x"],
+    ["hf-to-mcore", "a", "b", "--pp-layout", "Et|x|L"], ["inspect"],
+    ["inspect", "a", "--check", "--tensors"],
 ])  # fmt: skip
 def test_misuse_exits_with_2(arguments):
     done = mbconvert(*arguments)
@@ -179,8 +224,9 @@ def test_the_command_line_surface_is_frozen():
     from converter.cli import cli
 
     surface = {name: sorted(o for p in command.params for o in p.opts) for name, command in cli.commands.items()}
-    both = ["--dry-run", "--json", "--overwrite", "--quiet", "--resume", "--verify", "--workers", "source", "target"]
-    layout = ["--tp", "--pp", "--vpp", "--pp-layout", "--vocab-divisible-by"]
+    both = ["--dry-run", "--json", "--overwrite", "--quiet", "--resume", "--verify", "--workers", "-q", "source", "target"]
+    layout = ["--tp", "--tensor-model-parallel-size", "--pp", "--pipeline-model-parallel-size", "--vpp", "--pp-layout",
+              "--make-vocab-size-divisible-by"]  # fmt: skip
     weights = ["--dtype", "--integrity"]
     assert surface == {
         "hf-to-mcore": sorted([*both, *layout, *weights]),
@@ -195,12 +241,12 @@ def test_the_command_line_surface_is_frozen():
                 "--max-shard-size",
                 "--hf-config",
                 "--to",
-                "--any-base",
+                "--allow-other-base",
                 "base",
                 "adapter",
             ]
         ),
         "inspect": ["--check", "--json", "--tensors", "path"],
-        "verify": ["--as", "--json", "--quiet", "--workers", "one", "other"],
+        "verify": ["--cast-to", "--json", "--quiet", "--workers", "-q", "one", "other"],
         "families": ["--json"],
     }

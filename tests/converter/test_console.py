@@ -8,10 +8,11 @@ import re
 import select
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from converter import Summary, console
+from converter import Reporter, Summary, check_checkpoint, console, hf_to_mcore, verify_checkpoints
 
 
 def test_sizes_and_counts_for_a_person():
@@ -32,7 +33,7 @@ def test_where_nobody_watches_a_line_every_few_seconds(monkeypatch, capsys):
     assert re.fullmatch(r"500.00 MB of 10.00 GB, 100.00 MB/s, 95 s left, \d+\.\d\d [MG]B resident", said[0])
 
 
-@pytest.mark.parametrize(("reused", "rate", "more"), [(0, "200.00", ""), (900_000_000, "20.00", ", 900.00 MB were there")])
+@pytest.mark.parametrize(("reused", "rate", "more"), [(0, "200.00", ""), (900_000_000, "20.00", ", 900.00 MB reused")])
 def test_the_rate_is_that_of_what_was_moved(capsys, reused, rate, more):
     def converted(*_places, **_options):
         return Summary(
@@ -44,6 +45,22 @@ def test_the_rate_is_that_of_what_was_moved(capsys, reused, rate, more):
     assert capsys.readouterr().err == (
         f"done: 3 tensors, 5 parameters, 1.00 GB in 5.0 s ({rate} MB/s), peak memory 100.00 MB -> b{more}\n"
     )
+
+
+def test_notes_come_on_the_callers_thread_and_progress_on_worker_threads(model_folder, tmp_path):
+    threads = {"note": set(), "start": set(), "progress": set()}
+
+    def record(name):
+        return lambda _: threads[name].add(threading.current_thread())
+
+    reporter = Reporter(*(record(name) for name in threads))
+    source = model_folder("attention_bias")
+    hf_to_mcore(source, tmp_path / "m", dtype="bf16", verify=True, workers=2, reporter=reporter)
+    verify_checkpoints(source, tmp_path / "m", cast_to="bf16", workers=2, reporter=reporter)
+    check_checkpoint(tmp_path / "m", workers=2, reporter=reporter)
+    assert threads["note"] == threads["start"] == {threading.current_thread()}
+    assert threads["progress"]
+    assert threading.current_thread() not in threads["progress"]
 
 
 def test_on_a_terminal_a_bar_with_bytes_rate_time_and_memory(model_folder, tmp_path):

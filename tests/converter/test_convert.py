@@ -249,7 +249,7 @@ def test_a_cast_never_makes_a_number_infinite(model_folder, tmp_path, start, inf
         mcore_to_hf(tmp_path / "m", tmp_path / "back", dtype="fp16")
     assert not list(tmp_path.glob("back*"))
     with pytest.raises(UserError, match="has numbers that fp16 cannot hold"):
-        verify(source, tmp_path / "m", cast="fp16")
+        verify(source, tmp_path / "m", cast_to="fp16")
 
 
 def test_a_dtype_per_layer_is_refused_and_can_be_cast(model_folder, tmp_path):

@@ -54,13 +54,13 @@ def test_the_command_names_the_first_and_what_to_do(written):
     answer = CliRunner().invoke(cli, ["inspect", str(written("shifted")), "--check"])
     assert answer.exit_code == 1
     assert answer.stdout == (
-        "written wrong: the fp32 master of `embedding.word_embeddings.weight` does not round to the weight, "
-        "and those of 10 more do not\n"
-        "NOT WHOLE: 0 files checked, 15 weights held against fp32 masters; the files have no hashes here\n"
+        "wrong optimizer state: the fp32 master of `embedding.word_embeddings.weight` does not round to the weight, "
+        "and 10 more\n"
+        "DAMAGED: 0 files checked, 15 weights compared with fp32 masters; no hashes are stored for the files\n"
     )
     assert answer.stderr == (
-        "\nhint: its weights are whole, its optimizer state is not (megatron-core 0.15 to 0.19.2 could shift it); start from the "
-        "weights: `checkpoint.pretrained_checkpoint` of mbtrain, `--finetune` of Megatron-LM\n"
+        "\nhint: the weights are intact, the optimizer state is not (megatron-core 0.15 to 0.19.2 could shift it); start from "
+        "the weights: `checkpoint.pretrained_checkpoint` of mbtrain, `--finetune` of Megatron-LM\n"
     )
 
 

@@ -45,7 +45,7 @@ def test_an_import_and_its_export_are_the_source(model_folder, tmp_path, variant
 
 @pytest.mark.parametrize("layout", [{"tp": 4}, {"pp": 4}, {"tp": 2, "pp": 2, "vpp": 2}, {"pp": 2, "pp_layout": [3, 1]}], ids=str)
 def test_megatron_at_another_layout_is_the_same(model_folder, checkpoint, tmp_path, layout):
-    hf_to_mcore(model_folder("gqa", dtype="bfloat16"), tmp_path / "other", vocab_divisible_by=500, **layout)
+    hf_to_mcore(model_folder("gqa", dtype="bfloat16"), tmp_path / "other", make_vocab_size_divisible_by=500, **layout)
     assert verify(checkpoint, tmp_path / "other").same
 
 
@@ -136,9 +136,9 @@ def test_another_dtype_is_different_and_the_same_after_a_cast(model_folder, tmp_
     hf_to_mcore(source, tmp_path / "m", tp=2, dtype="bf16")
     found = verify(source, tmp_path / "m")
     assert len(found.different) == found.tensors
-    assert "fp32 and bf16: `--as bf16` compares after a cast" in str(found.different[0])
-    assert verify(source, tmp_path / "m", cast="bf16").same
-    assert not verify(source, tmp_path / "m", cast="fp32").same
+    assert "fp32 and bf16: `--cast-to bf16` compares after a cast" in str(found.different[0])
+    assert verify(source, tmp_path / "m", cast_to="bf16").same
+    assert not verify(source, tmp_path / "m", cast_to="fp32").same
 
 
 def test_another_shape_is_different(pair):
@@ -232,7 +232,7 @@ def test_a_number_without_dimensions_is_not_the_same_as_a_row_of_one(tmp_path):
         save_file({"scale": value}, tmp_path / name / "model.safetensors")
     assert verify(tmp_path / "a", tmp_path / "a").same
     assert verify(tmp_path / "a", tmp_path / "b").lines() == ["`scale`: shape [] and [1]"]
-    assert verify(tmp_path / "a", tmp_path / "c", cast="bf16").same
+    assert verify(tmp_path / "a", tmp_path / "c", cast_to="bf16").same
 
 
 def test_a_damaged_config_is_an_error_not_a_reason_to_take_the_others(model_folder, checkpoint):

@@ -93,7 +93,7 @@ def megatron() -> tuple[Files, ...]:
         folder = Path(name)
         write(folder / "hf", huggingface()[0])
         for tp in (1, 2):
-            hf_to_mcore(folder / "hf", folder / f"tp{tp}", tp=tp, vocab_divisible_by=4)
+            hf_to_mcore(folder / "hf", folder / f"tp{tp}", tp=tp, make_vocab_size_divisible_by=4)
         return tuple(tree(folder / f"tp{tp}") for tp in (1, 2))
 
 

@@ -111,7 +111,7 @@ def check_same_weights(found: dict[str, np.ndarray], _folder: Path, _before: Fil
 @user_errors()
 def plan_import(folder: Path) -> Any:
     return read_json(LocalFolder(folder), "config.json"), hf_to_mcore(
-        folder, folder.parent / "out", dry_run=True, vocab_divisible_by=4
+        folder, folder.parent / "out", dry_run=True, make_vocab_size_divisible_by=4
     )
 
 

@@ -43,10 +43,10 @@ def command(
     INPUT is a file or a folder of files: .txt, .md and .py are a document each, .jsonl has one per line, .parquet one per row;
     or a folder that `datasets` saved, or hf://datasets/ORG/NAME. The result does not depend on --workers.
     """
-    from converter.console import size, talking  # noqa: PLC0415
+    from converter.console import progress_reporter, size  # noqa: PLC0415
     from trainer.data.prepare import prepare  # noqa: PLC0415
 
-    with talking(quiet=quiet) as reporter:
+    with progress_reporter(quiet=quiet) as reporter:
         done = prepare(
             list(inputs),
             prefix,

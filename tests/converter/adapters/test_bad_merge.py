@@ -91,7 +91,7 @@ def test_another_base_than_it_was_trained_beside(base, model_folder, peft_folder
         f"the adapter was trained beside `{base}`, whose fingerprint is {fingerprint(base)}; that of `{other}` is "
         f"{fingerprint(other)}"
     )
-    merge(other, tmp_path / "a", tmp_path / "any", any_base=True)
+    merge(other, tmp_path / "a", tmp_path / "any", allow_other_base=True)
     merge(other, peft_folder(), tmp_path / "expected")
     assert verify(tmp_path / "any", tmp_path / "expected").same
 

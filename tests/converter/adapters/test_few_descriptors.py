@@ -26,7 +26,7 @@ assert check(place / "m").whole and check(place / "back").whole
 assert verify(base, place / "m").same and verify(place / "m", place / "back").same
 assert inspect(place / "m").files == inspect(place / "m", tensors=True).files
 merge(place / "m", adapter, place / "merged", tp=8, pp=4)
-merge(place / "merged", adapter, place / "twice", to="hf", max_shard_size=20_000, any_base=True)
+merge(place / "merged", adapter, place / "twice", to="hf", max_shard_size=20_000, allow_other_base=True)
 assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
 """
 

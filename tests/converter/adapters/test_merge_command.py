@@ -54,7 +54,7 @@ def test_no_merge_imports_torch(model_folder, peft_folder, tmp_path):
         [folder, adapter, tmp_path / "a", "--verify", "--dtype", "fp32", "--max-shard-size", "50KB"],
         [folder, adapter, tmp_path / "b", "--to", "mcore", "--tp", 2, "--verify"],
         [tmp_path / "m", adapter, tmp_path / "c", "--pp", 2, "--vpp", 2], [tmp_path / "m", adapter, tmp_path / "d", "--to", "hf"],
-        [folder, adapter, tmp_path / "x", "--dry-run"], [folder, adapter, tmp_path / "y", "--any-base", "--quiet"],
+        [folder, adapter, tmp_path / "x", "--dry-run"], [folder, adapter, tmp_path / "y", "--allow-other-base", "--quiet"],
     ):  # fmt: skip
         done = mbconvert("merge", *command)
         assert done.returncode == 0, (command, done.stderr)

@@ -1,0 +1,83 @@
+"""Layers per stage as text: as numbers, and in megatron-core's notation, which megatron-core itself judges here."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from converter import UserError
+from converter.pipeline_layout import format_layout, layers_per_stage, parse_layout
+
+STAGES = st.lists(st.integers(0, 12), min_size=1, max_size=9)
+
+
+def by_megatron(text: str, pp: int = 1) -> list[int]:
+    """The layers of each stage as megatron-core reads them, first virtual stage first."""
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    layout = PipelineParallelLayerLayout(text, pp)
+    virtual = layout.virtual_pipeline_model_parallel_size
+    layout.validate_layer_layout(layout.flatten_layout.count(LayerType.decoder), None)
+    return [layout.layout[rank][stage].count(LayerType.decoder) for stage in range(virtual) for rank in range(pp)]
+
+
+@given(STAGES)
+def test_what_is_written_is_read_back_by_megatron_core_and_here(stages):
+    text = format_layout(stages)
+    assert parse_layout(text) == by_megatron(text, len(stages)) == stages
+    assert parse_layout(",".join(map(str, stages))) == stages
+
+
+@pytest.mark.parametrize(
+    ("text", "pp"),
+    [
+        ("Et*9|t*9|t*8|t*6L", 4), ("Ettt|(tt|)*29,t|L", 32), ("Et|(t|)*2ttL", 2), ("Et,t|t*2|,tt|t*2,L", 2), ("E|t*4|L", 3),
+        ("Et|*2tL", 3), ("E(tt)*2L", 1), ("EL", 1), ("E(|t)*3L", 4), ("Et*2|t*0|tL", 3),
+    ],
+)  # fmt: skip
+def test_a_layout_is_read_as_megatron_core_reads_it(text, pp):
+    assert parse_layout(text) == by_megatron(text, pp)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("Et*2|tx|tL", "stage 2 of the pipeline layout, `tx`, has `x`", "`E` is the embedding"),
+        ("Et|m|L", "stage 2 of the pipeline layout, `m`, has `m`", "`E` is the embedding"),
+        ("Et*|tL", "stage 1 of the pipeline layout, `Et*`, has `*`", "`E` is the embedding"),
+        ("Et|(t|t|tL", "stage 2 of the pipeline layout, `(t`, has `(`", "`E` is the embedding"),
+        ("t*2|t*2L", "stage 1 of the pipeline layout, `t*2`, does not begin with `E`", "holds the embedding"),
+        ("Et*2|t*2", "stage 2 of the pipeline layout, `t*2`, does not end with `L`", "holds the output layer"),
+        ("E", "stage 1 of the pipeline layout, `E`, does not end with `L`", "holds the output layer"),
+        ("|E", "stage 1 of the pipeline layout, ``, does not begin with `E`", "holds the embedding"),
+        ("Et|Et|tL", "stage 2 of the pipeline layout, `Et`, has `E`", "`E` comes first, and only there"),
+        ("Et|tL|tL", "stage 2 of the pipeline layout, `tL`, has `L`", "`L` comes last, and only there"),
+        ("EEt|tL", "stage 1 of the pipeline layout, `EEt`, has `E`", "`E` comes first"),
+        ("Et|tLL", "stage 2 of the pipeline layout, `tLL`, has `L`", "`L` comes last"),
+        ("3,x", "pipeline layout `3,x` is not a list of layers per stage", "for example `9,9,8,6` or `Et*9|t*9|t*8|t*6L`"),
+        ("", "pipeline layout `` is not a list of layers per stage", "for example"),
+        ("E(t|)*99999|L", "pipeline layout `E(t|)*99999|L` is too long", "for example"),
+        ("E|*999999L", "pipeline layout `E|*999999L` is too long", "for example"),
+    ],
+)  # fmt: skip
+def test_a_wrong_layout_is_refused_by_its_stage(text, message, hint):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}") as refused:
+        parse_layout(text)
+    assert hint in refused.value.hint
+
+
+@given(st.text("ELtm|*()0123456789,x ", max_size=30))
+def test_any_text_is_read_or_refused(text):
+    with contextlib.suppress(UserError):
+        assert all(count >= 0 for count in parse_layout(text))
+
+
+def test_numbers_stay_numbers():
+    assert layers_per_stage([3, 1]) == [3, 1]
+    assert layers_per_stage(None) is None
+    assert layers_per_stage("Et*3|tL") == [3, 1]
