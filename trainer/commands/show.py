@@ -86,6 +86,7 @@ def _show(config: RunConfig, *, recipe: str | None, world_size: int, device: str
 
 def _explicit(config: RunConfig, recipe: str | None) -> dict[str, Any]:
     """What is not as it would be by default, or not as the recipe has it. Enough to make the same run of."""
+    from trainer.commands.arguments import initial_run  # noqa: PLC0415
     from trainer.config import FinetuningDatasetConfig, RunConfig  # noqa: PLC0415
     from trainer.model import from_hf_config  # noqa: PLC0415
     from trainer.settings import yaml_io  # noqa: PLC0415
