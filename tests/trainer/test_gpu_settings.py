@@ -21,6 +21,7 @@ pytestmark = pytest.mark.gpu
 SHAPE = {"model.hidden_size": 128, "model.ffn_hidden_size": 256, "model.seq_length": 128, "dataset.sequence_length": 128,
          "dist.device": "gpu", "mixed_precision": "bf16_mixed"}  # fmt: skip
 FP8 = {**SHAPE, "mixed_precision": "bf16_with_fp8_delayed_scaling_mixed"}
+WIDE_HEADS = {**FP8, "model.hidden_size": 256}  # on Hopper, FP8 attention takes heads of 128 and delayed scaling
 SCALED = {**SHAPE, "mixed_precision": "bf16_with_fp8_current_scaling_mixed", "model.num_layers": 4}
 FP16 = {**SHAPE, "mixed_precision": "fp16_mixed"}
 MOE = {**SHAPE, "model.num_moe_experts": 4, "model.moe_ffn_hidden_size": 128, "model.moe_token_dispatcher_type": "alltoall"}
@@ -52,8 +53,8 @@ ON_ONE_GPU: dict[str, Trial] = {
     "model.fp8_amax_history_len": Trial(2, FP8),
     "model.fp8_amax_compute_algo": Trial("most_recent", FP8),
     "model.fp8_wgrad": Trial(False, FP8),
-    "model.fp8_dot_product_attention": Trial(True, FP8),
-    "model.fp8_multi_head_attention": Trial(True, FP8),
+    "model.fp8_dot_product_attention": Trial(True, WIDE_HEADS),
+    "model.fp8_multi_head_attention": Trial(True, {**WIDE_HEADS, "model.fp8_dot_product_attention": True}),
     "model.tp_only_amax_red": Trial(True, FP8),
     "model.first_last_layers_bf16": Trial(False, SCALED),
     "model.num_layers_at_start_in_bf16": Trial(2, SCALED),
