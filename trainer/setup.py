@@ -184,8 +184,8 @@ def _attach_adapters(chunks: Sequence[Any], config: RunConfig, resumed: Path | N
 
 def _trainable(chunks: list[Any], config: RunConfig) -> tuple[list[Any], Any]:
     """Wrap the chunks for gradient reduction and make the optimizer. Raises UserError for settings that megatron-core refuses."""
-    with refused.explained("ddp", config.ddp, lambda tried: optim.wrap(chunks, replace(config, ddp=tried))):
-        wrapped = optim.wrap(chunks, config)
+    with refused.explained("ddp", config.ddp, lambda tried: optim.wrap(chunks, config.model, tried)):
+        wrapped = optim.wrap(chunks, config.model, config.ddp)
 
     def attempt(tried: Any) -> Any:
         return optim.make_optimizer(wrapped, replace(config, optimizer=tried))

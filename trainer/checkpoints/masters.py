@@ -95,7 +95,7 @@ def _pairs(optimizer: Any) -> Iterator[_Pair]:
     for one in optim.distributed(optimizer):
         for weight, master in _zipped(one.model_float16_groups, one.shard_fp32_from_float16_groups):
             yield _Pair(weight, _range(one, weight), master)
-    for one in optim.undivided(optimizer):
+    for one in optim.unsharded(optimizer):
         for weight, master in _zipped(one.float16_groups, one.fp32_from_float16_groups):
             yield _Pair(weight, slice(None), master.detach().reshape(-1))
 
