@@ -173,12 +173,12 @@ def _attach_adapters(chunks: Sequence[Any], config: RunConfig, resumed: Path | N
                 hint="set `peft`, or merge the adapter into its base with `mbconvert merge`",
             )
         return None
-    base = adapters.identify(adapters.base_of(config, resumed), config, resumed)
+    base = adapters.identify(adapters.base_of(config, resumed), saves=bool(config.checkpoint.save), resumed=resumed)
     say(str(attach(chunks, config.peft, seed=config.rng.seed)))
     if resumed:
         adapters.check_same(chunks, resumed)
     elif adapter:
-        say(adapters.load(chunks, adapter, config, base))
+        say(adapters.load(chunks, adapter, peft=config.peft, base=base))
     return base
 
 

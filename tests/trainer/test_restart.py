@@ -67,14 +67,14 @@ def test_what_another_run_has_saved_is_not_replaced_unless_that_is_said(ranks, m
     others = [{"rng__seed": 7}, {"checkpoint__load": str(other)}, *({name: value} for name, value in named.items())]
     (told,) = ranks.run(_each_told, 1, str(model_folder()), [{**saving, **more} for more in others])
     assert told[:2] == [
-        f"`checkpoint.save` is `{copy}`, which holds `iter_0000001` of another run, and this one {begins}: it would replace "
-        f"what is there\n\nhint: go on from there with `checkpoint.load={copy}`, save to another folder, or set "
+        f"`checkpoint.save` is `{copy}`, which holds `iter_0000001` of another run, and this one {begins}: it would overwrite "
+        f"that\n\nhint: resume that run with `checkpoint.load={copy}`, save to another folder, or set "
         "`checkpoint.overwrite=true` to replace it"
-        for begins in ("starts anew", f"goes on from `{other}/iter_0000002`")
+        for begins in ("starts anew", f"resumes from `{other}/iter_0000002`")
     ]
     assert told[2:] == [
         f"`checkpoint.save` is `{copy}`, and `checkpoint.{name.partition('__')[2]}` is `{value}`: what is saved would replace it"
-        f"\n\nhint: save to another folder; or, to go on with the run in that one, set `checkpoint.load={copy}` in place of "
+        f"\n\nhint: save to another folder; or, to resume the run in that one, set `checkpoint.load={copy}` in place of "
         f"`checkpoint.{name.partition('__')[2]}`"
         for name, value in named.items()
     ]

@@ -68,7 +68,7 @@ def state_dict(parts: Parts, config: RunConfig, *, metadata: dict[str, Any], loa
     }
     state: dict[str, Any] = {**weights, "checkpoint_version": 3.0, "iteration": parts.progress.iteration}
     if config.checkpoint.save_optim:
-        with bucket_padding.left_out(parts.optimizer, dict(weights), metadata):
+        with bucket_padding.padding_excluded(parts.optimizer, dict(weights), metadata):
             state["optimizer"] = parts.optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=metadata)
     if config.checkpoint.save_rng and rng:
         state["rng_state"] = _rng_object()
