@@ -191,3 +191,23 @@ def test_folders_that_hosts_do_not_share_are_an_error_and_never_half_a_checkpoin
     assert [path.name for host in hosts for path in (host / "run").glob("iter_*") if path.suffix != iterations.PARTIAL] == []
     assert not any((host / "run" / iterations.TRACKER).exists() for host in hosts)
     assert [path for host in hosts for path in host.rglob(".shared-*")] == []
+
+
+def _printed(folder, changes):
+    """What the loop printed in a run of two epochs of ten examples, which are five steps; `train_iters` is not used."""
+    from tests.trainer.chat.packed import Given
+    from trainer.loop import pretrain
+
+    lines: list[str] = []
+    dataset = Given(count=10, packed=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.loop.say", lines.append)
+        pretrain(small.settings(Path(folder), dataset=dataset, train__num_epochs=2, train__train_iters=1, **SHORT, **changes))
+    return lines
+
+
+def test_a_complete_run_of_epochs_names_the_steps_that_they_came_to(ranks, model_folder, tmp_path):
+    changes = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path), "validation__eval_iters": 0}
+    assert ranks.run(_printed, 1, str(model_folder("gqa")), changes) == [[]]
+    assert ranks.run(_printed, 1, str(model_folder("gqa")), changes) == [["training is already complete (step 5 of 5)"]]
+    assert _iterations(tmp_path) == [f"iter_{number:07}" for number in range(1, 6)]
