@@ -32,7 +32,7 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
             hint=f"start from its weights with `checkpoint.pretrained_checkpoint={folder.parent}`",
         )
     same_layout = _is_same_layout(_saved_layout(saved))
-    metadata = {**state_dict.content_metadata(config), **common.get("content_metadata", {})}
+    metadata = {**state_dict.content_metadata(config.checkpoint, peft=config.peft), **common.get("content_metadata", {})}
     sharding = metadata["distrib_optim_sharding_type"]
     if config.checkpoint.save_optim:
         _check_optimizer(parts, saved, sharding, folder)

@@ -82,7 +82,7 @@ class Saver:
             self._queue.schedule_async_request(request)
 
     def _write(self, parts: Parts, folder: Path) -> Any:
-        metadata = state_dict.content_metadata(self.config)
+        metadata = state_dict.content_metadata(self.config.checkpoint, peft=self.config.peft)
         return dist_checkpointing.save(
             state_dict.state_dict(parts, self.config, metadata=metadata, loading=False),
             str(folder),

@@ -30,7 +30,7 @@ from formats.iterations import find_iteration
 from formats.spec import DTYPES
 from trainer import tokenizers
 from trainer.checkpoints import adapters, iterations, live
-from trainer.config import RunConfig
+from trainer.config import RunConfig, TokenizerConfig
 from trainer.model import GPTModelProvider
 from trainer.settings import hf_config, yaml_io
 
@@ -48,7 +48,7 @@ def collect(
     """
     stages = _stages(chunks)
     source = str(resumed) if resumed else (config.checkpoint.pretrained_checkpoint or getattr(config.model, "hf_source", None))
-    files = _from_source(source) if source else _from_config(config)
+    files = _from_source(source) if source else _from_tokenizer(config.model, config.tokenizer)
     run = iterations.run_of(resumed) if resumed else iterations.new_run()
     files |= {iterations.OURS: iterations.signature(run) + yaml_io.dump(config).encode()}
     if config.peft is not None:
@@ -104,11 +104,11 @@ def _below(folder: Folder, name: str) -> dict[str, bytes | FileRef]:
     return {f"{name}/{file}": FileRef(inside, file) for file in inside.files()}
 
 
-def _from_config(config: RunConfig) -> dict[str, bytes | FileRef]:
+def _from_tokenizer(model: Any, tokenizer: TokenizerConfig) -> dict[str, bytes | FileRef]:
     """Return the tokenizer's files, for a model from scratch."""
     files: dict[str, bytes | FileRef] = {}
-    if _config_json(config.model) and config.tokenizer.tokenizer_model:
-        for name, data in tokenizers.load(config.tokenizer.tokenizer_model).files().items():
+    if _config_json(model) and tokenizer.tokenizer_model:
+        for name, data in tokenizers.load(tokenizer.tokenizer_model).files().items():
             files |= {f"tokenizer/{name}": data}
             files |= {f"{side_files.FILES}/{name}": data} if name != side_files.CONFIG else {}
     return files
