@@ -27,7 +27,7 @@ FACTS = {
 
 ASKS_FOR_FACTS = {
     "fault", "position", "missing_package", "code_location", "isinstance", "type", "getattr", "status_of", "words", "user_error",
-    "_misshapen", "_hub_fault", "_unverified", "_why", "_in_template", "_final", "_cause", "_described", "_number", "_way_out",
+    "_misshapen", "_hub_fault", "_unverified", "_why", "_in_template", "_final", "_cause", "_describe", "_number", "_hint",
     "not_saved", "not_resumed", "unreadable", "cannot_write", "refusal", "_has_foreign_code", "_in_its_words", "_skip", "_other",
     "_without", "extract_tb", "refuses_direct", "_is_kept", "__exit__",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""When a run began: what a time limit of a job counts from."""
+"""The time at which a run began, which a job's time limit counts from."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 _STAT = Path("/proc/self/stat")
 _STARTED = 19
-"""Where the time since boot at which a process started is, in clock ticks, behind its name in parentheses (proc(5), field 22)."""
+"""The field with a process's start, in clock ticks since boot, counted from after its name in parentheses (proc(5), field 22)."""
 
 _runs = itertools.count()
 
 
 def run_began() -> float:
-    """Return the moment on `time.monotonic`'s clock: of a process's first run that at which the process began, imports included;
-    of later ones now."""
+    """Return the time at which the run began, on `time.monotonic`'s clock: the start of the process, imports included, for its
+    first run; now for later ones."""
     return time.monotonic() - (0.0 if next(_runs) else process_age())
 
 
 def process_age() -> float:
-    """Return the seconds since this process began; 0 where the system does not say, which Linux does."""
+    """Return the seconds since this process began; 0 on systems other than Linux."""
     if not _STAT.is_file():
         return 0.0
     ticks = int(_STAT.read_text().rpartition(")")[2].split()[_STARTED])

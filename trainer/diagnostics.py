@@ -1,6 +1,6 @@
-"""Looks into a run that fails, hangs or is slow: each is a switch of `profiling`, `diagnostics` or `dist`, and a callback.
+"""Callbacks that show why a run fails, hangs or is slow, each switched on by a setting of `profiling`, `diagnostics` or `dist`.
 
-What they do is torch's and megatron-core's; this chooses when, on which ranks, and where the files go.
+torch and megatron-core do the measuring; this module chooses the steps, the ranks and the files.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ from megatron.core.utils import StragglerDetector, check_param_hashes_across_dp_
 
 from formats.errors import UserError
 from trainer import collectives, optim
-from trainer.config import RunConfig
+from trainer.config import ProfilingConfig, RunConfig
 from trainer.logging.logger import run_dir
 from trainer.state import Callback, Run, Step
 
 
 def callbacks(config: RunConfig) -> Iterator[Callback]:
-    """Those that the settings ask for, in this rank."""
-    told = config.diagnostics
+    """Yield the callbacks that the settings switch on, on this rank."""
+    settings = config.diagnostics
     if config.dist.step_timeout_minutes is not None:
         yield StepTimeout(config.dist.step_timeout_minutes)
-    if told.check_weight_hash_across_dp_replicas_interval is not None:
-        yield SameWeights(told.check_weight_hash_across_dp_replicas_interval)
-    if told.gpu_sniff_test:
+    if settings.check_weight_hash_across_dp_replicas_interval is not None:
+        yield SameWeights(settings.check_weight_hash_across_dp_replicas_interval)
+    if settings.gpu_sniff_test:
         yield SniffTest()
-    if told.log_straggler:
-        yield Stragglers(told.straggler_minmax_count)
+    if settings.log_straggler:
+        yield Stragglers(settings.straggler_minmax_count)
     if dist.get_rank() in config.profiling.profile_ranks:
-        yield from _profilers(config)
+        folder = run_dir(config.logger, config.checkpoint) or Path()
+        yield from _profilers(config.profiling, folder / "profile")
 
 
-def _profilers(config: RunConfig) -> Iterator[Callback]:
-    told, folder = config.profiling, (run_dir(config.logger, config.checkpoint) or Path()) / "profile"
-    if told.use_pytorch_profiler:
-        yield TorchProfiler(config, folder)
-    if told.use_nsys_profiler:
-        yield Nsys(config)
-    if told.record_memory_history:
-        yield MemoryHistory(config, folder)
+def _profilers(settings: ProfilingConfig, folder: Path) -> Iterator[Callback]:
+    if settings.use_pytorch_profiler:
+        yield TorchProfiler(settings, folder)
+    if settings.use_nsys_profiler:
+        yield Nsys(settings)
+    if settings.record_memory_history:
+        yield MemoryHistory(settings, folder)
 
 
 class StepTimeout(Callback):
-    """How long ranks wait for each other once the first step has shown that all of them work."""
+    """Set the timeout of collective operations after the first step, when nothing is built or compiled any more."""
 
     def __init__(self, minutes: float) -> None:
         self.timeout, self._set = timedelta(minutes=minutes), False
 
     def on_step(self, run: Run, step: Step) -> None:  # noqa: ARG002
-        """After the first step, in every process group of this rank."""
+        """Set it after the first step, for every process group of this rank."""
         if not self._set:
             self._set = True
             for group in dist.distributed_c10d._world.pg_map:
@@ -64,13 +64,13 @@ class StepTimeout(Callback):
 
 
 class SameWeights(Callback):
-    """Compares the weights of data-parallel ranks, which only broken hardware or software makes different."""
+    """Compare the weights of data-parallel ranks, which differ only if hardware or software is faulty."""
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
 
     def on_step(self, run: Run, step: Step) -> None:  # noqa: ARG002
-        """UserError on all ranks where two of them differ."""
+        """Raise UserError on all ranks if the weights of two of them differ."""
         if run.progress.iteration % self.interval:
             return
         with optim.parameters_gathered(run.chunks):
@@ -86,14 +86,14 @@ class SameWeights(Callback):
 
 
 class Stragglers(Callback):
-    """megatron-core's clocks around each forward pass: at every logged interval, the slowest and the fastest ranks."""
+    """Time each forward pass with megatron-core's detector, and log the slowest and the fastest ranks of each interval."""
 
     def __init__(self, shown: int) -> None:
         self.detector, self.shown = StragglerDetector(), shown
 
     def on_start(self, run: Run) -> None:
-        """Put the clocks around the run's forward step."""
-        _speak(logging.getLogger("megatron.core.utils"))
+        """Wrap the run's forward step."""
+        _unmute(logging.getLogger("megatron.core.utils"))
         self.detector.configure(dist.get_world_size(), dist.get_rank(), mmcnt=self.shown, enabled=True)
         forward = run.forward_step
 
@@ -104,7 +104,7 @@ class Stragglers(Callback):
         run.forward_step = timed
 
     def on_step(self, run: Run, step: Step) -> None:  # noqa: ARG002
-        """All ranks report together."""
+        """Report, on all ranks together."""
         every = run.config.logger.log_interval
         if run.progress.iteration % every == 0:
             measure = run.logger.measure
@@ -112,13 +112,13 @@ class Stragglers(Callback):
 
 
 class SniffTest(Callback):
-    """NVIDIA's short measurement of every GPU and link, before the first step."""
+    """Run NVIDIA's short measurement of every GPU and link before the first step."""
 
     def on_start(self, run: Run) -> None:  # noqa: ARG002
-        """Takes some seconds."""
+        """Run it; that takes some seconds."""
         from megatron.training import gpu_sniff_test  # noqa: PLC0415 - brings all of Megatron-LM's training
 
-        _speak(gpu_sniff_test.logger)
+        _unmute(gpu_sniff_test.logger)
         gpu_sniff_test.run_sniff_tests(
             ep_group=parallel_state.get_expert_model_parallel_group(),
             dp_group=parallel_state.get_data_parallel_group(),
@@ -127,35 +127,35 @@ class SniffTest(Callback):
         )
 
 
-def _speak(logger: logging.Logger) -> None:
-    """Let a logger of megatron's be heard; commands silence them (`trainer.warnings_filter`)."""
+def _unmute(logger: logging.Logger) -> None:
+    """Print the messages of one of megatron's loggers, which commands silence (`trainer.warnings_filter`)."""
     logger.setLevel(logging.INFO)
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
 
 
 class Windowed(Callback):
-    """Something that lasts from step `profile_step_start` to the end of step `profile_step_end`, or of the run."""
+    """Record from step `profile_step_start` to the end of step `profile_step_end`, or of the run."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self.first, self.last, self.active = config.profiling.profile_step_start, config.profiling.profile_step_end, False
+    def __init__(self, settings: ProfilingConfig) -> None:
+        self.first, self.last, self.active = settings.profile_step_start, settings.profile_step_end, False
 
     def begin(self) -> None:
-        """Before the first of those steps."""
+        """Start recording, before the first of those steps."""
 
     def end(self) -> None:
-        """After the last of them."""
+        """Stop recording, after the last of them."""
 
     def on_start(self, run: Run) -> None:
-        """It may begin with the run."""
+        """Start if the first step is recorded."""
         self._move(run)
 
     def on_step(self, run: Run, step: Step) -> None:  # noqa: ARG002
-        """Begin before a step, end after one."""
+        """Start before the step that follows, or stop after this one."""
         self._move(run)
 
     def on_end(self, run: Run) -> None:  # noqa: ARG002
-        """It ends with the run."""
+        """Stop with the run."""
         if self.active:
             self.active = False
             self.end()
@@ -170,11 +170,11 @@ class Windowed(Callback):
 
 
 class TorchProfiler(Windowed):
-    """torch's profiler: a trace for chrome://tracing or Perfetto."""
+    """Write a trace by torch's profiler, for chrome://tracing or Perfetto."""
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        super().__init__(config)
-        self.profiler = torch.profiler.profile(record_shapes=config.profiling.record_shapes)
+    def __init__(self, settings: ProfilingConfig, folder: Path) -> None:
+        super().__init__(settings)
+        self.profiler = torch.profiler.profile(record_shapes=settings.record_shapes)
         self.file = folder / f"steps-{self.first}-{self.last}-rank{dist.get_rank()}.json"
 
     def begin(self) -> None:
@@ -188,7 +188,7 @@ class TorchProfiler(Windowed):
 
 
 class Nsys(Windowed):
-    """The range that `nsys profile --capture-range=cudaProfilerApi` records."""
+    """Mark the range that `nsys profile --capture-range=cudaProfilerApi` records."""
 
     def begin(self) -> None:
         torch.cuda.cudart().cudaProfilerStart()
@@ -198,10 +198,10 @@ class Nsys(Windowed):
 
 
 class MemoryHistory(Windowed):
-    """What was allocated where, for pytorch.org/memory_viz: after the last of the steps, and when memory is full."""
+    """Write snapshots of allocated memory for pytorch.org/memory_viz: after the last of the steps, and when memory is full."""
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        super().__init__(config)
+    def __init__(self, settings: ProfilingConfig, folder: Path) -> None:
+        super().__init__(settings)
         self.folder = folder
 
     def begin(self) -> None:

@@ -1,4 +1,4 @@
-"""Several processes on this machine, through torch's own elastic launcher: what `torchrun --standalone` does."""
+"""Start several processes on this machine with torch's elastic launcher, as `torchrun --standalone` does."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ STOPPING_S = "3600"
 
 
 def check(config: RunConfig, *, world_size: int) -> None:
-    """Raise UserError for whatever would stop the run before its first step, before processes start."""
+    """Raise UserError, before processes start, for whatever would stop the run before its first step."""
     kind = device.choose(config.dist.device)
     resolved = resolve(config, world_size=world_size, device=kind)
     if kind == device.CPU:
-        rehearsal.rehearse(resolved.config, world_size=world_size)
+        rehearsal.rehearse(resolved.config.model, world_size=world_size)
     iterators.check(config.dataset)
     resume_point.find(resolved.config.checkpoint)
 
 
 @contextmanager
-def _ctrl_c_for_processes() -> Iterator[None]:
-    """Pass each Ctrl-C on to the processes, which know a first one from a second: torch's launcher would pass on one alone."""
-
+def _forwarded_ctrl_c() -> Iterator[None]:
+    """Forward each Ctrl-C to the processes, where a second one has another meaning. torch's launcher forwards only one."""
     import psutil  # noqa: PLC0415 - needed here alone
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
+    def forward(number: int, _frame: FrameType | None) -> None:
         for child in psutil.Process().children():
             if os.getsid(child.pid) == child.pid:  # each process of a run leads a session of its own
                 child.send_signal(number)
 
-    before = signal.signal(signal.SIGINT, pass_on)
+    before = signal.signal(signal.SIGINT, forward)
     try:
         yield
     finally:
@@ -52,9 +51,9 @@ def _ctrl_c_for_processes() -> Iterator[None]:
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `mbtrain` with these arguments in `count` processes; the exit status, as a shell says it.
+    """Run `mbtrain` with these arguments in `count` processes, and return the exit status.
 
-    That of the first process that failed; 143 where SIGTERM stopped the run, 130 for Ctrl-C.
+    It is that of the first process that failed; 143 if SIGTERM stopped the run, 130 for Ctrl-C.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415 - a second to import
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
@@ -75,7 +74,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
     )
     try:
-        with _ctrl_c_for_processes():
+        with _forwarded_ctrl_c():
             elastic_launch(config, sys.executable)("-m", "trainer", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()

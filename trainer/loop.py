@@ -43,7 +43,7 @@ def pretrain(
     then ends the process: SystemExit with 128 + its number, on every rank.
     """
     began = clock.run_began()
-    main_script.check(config)
+    main_script.check(config.dataset, config.checkpoint)
     parallel.adopt_slurm()
     device.set_environment(config)
     kind = device.choose(config.dist.device)

@@ -1,7 +1,7 @@
-"""The token loss: from a batch to what megatron-core's schedules want, and padded vocabulary kept out of the softmax.
+"""The token loss: a forward step for megatron-core's schedules, and a softmax without padded vocabulary.
 
-Rows that hold several examples say so with `segment_ids`. No example sees another: on the CPU a mask keeps them apart; on a GPU
-Transformer Engine is given all rows of a microbatch end to end ("thd", tokens × heads × channels) and where segments begin.
+Rows of several examples have `segment_ids`. No example attends to another: on the CPU by a mask; on a GPU, Transformer Engine
+gets all rows of a microbatch end to end ("thd": tokens × heads × channels), and the bounds of segments.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def forward_step(batches: Iterator[Batch] | None, model: Any) -> tuple[torch.Tensor, LossFunction]:
-    """One microbatch through one model chunk: megatron-core's `forward_step_func`.
+    """Run one microbatch through one model chunk: megatron-core's `forward_step_func`.
 
-    A batch holds `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each [micro batch, sequence].
+    A batch holds `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each `[micro batch, sequence]`.
     Chunks in the middle of the pipeline need none, unless rows are packed: then there are `segment_ids` too (int32), and each
-    chunk needs them. Answers the chunk's output and what makes the loss of it.
+    chunk needs them. Returns the chunk's output, and the function that computes the loss from it.
     """
     batch = next(batches) if batches is not None else {}
     if "segment_ids" in batch:
@@ -40,24 +40,24 @@ def forward_step(batches: Iterator[Batch] | None, model: Any) -> tuple[torch.Ten
 
 
 def _packed_step(batch: Batch, model: Any) -> tuple[torch.Tensor, LossFunction]:
-    """The same for rows of several examples."""
+    """Run one microbatch whose rows hold several examples."""
     found = segments.find(batch["segment_ids"])
     if device.current().type == "cuda":
-        batch, told = end_to_end(batch, found)
-        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=told)
+        batch, packed = end_to_end(batch, found)
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
     else:
-        apart = segments.mask(batch["segment_ids"])
-        output = model(batch["tokens"], batch["position_ids"], apart, labels=batch["labels"])
+        mask = segments.mask(batch["segment_ids"])
+        output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
     ranks = parallel_state.get_context_parallel_world_size()  # which share the examples, and each report
     work = (found.tokens / ranks, found.squares / ranks)
     return output, partial(masked_sum, mask=batch["loss_mask"], work=work)
 
 
 def end_to_end(batch: Batch, found: segments.Segments) -> tuple[Batch, PackedSeqParams]:
-    """All rows as one, `[1, micro batch × sequence]` on this rank's GPU, and what Transformer Engine is told of segments.
+    """Return all rows as one, `[1, micro batch × sequence]` on this rank's GPU, and Transformer Engine's description of segments.
 
     Under context parallelism each rank has two slices of each segment, as Transformer Engine's attention takes them, and bounds
-    stay those of whole segments. Nothing here waits for the GPU.
+    are those of whole segments. Nothing here waits for the GPU.
     """
     names = ("tokens", "labels", "loss_mask", "position_ids")
     moved: dict[str, Any] = {name: batch[name].reshape(1, -1).to(device.current(), non_blocking=True) for name in names}
@@ -66,20 +66,20 @@ def end_to_end(batch: Batch, found: segments.Segments) -> tuple[Batch, PackedSeq
         whole = {**moved, "cu_seqlens": bounds[None], "cu_seqlens_padded": None}
         cut = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
         moved = {name: cut[name] for name in names}
-    return moved, _told(bounds, longest=_upper_bound(found))
+    return moved, _packed_seq_params(bounds, longest=_upper_bound(found))
 
 
 def _upper_bound(found: segments.Segments) -> int:
-    """The longest segment, brought up to a multiple of 64 as Transformer Engine does, so that few kernels and rotary tables are
-    made. Never all tokens of several segments: megatron-core would take positions to go on from one to the next."""
+    """Return the length of the longest segment, rounded up to a multiple of 64 as Transformer Engine does: few kernels and rotary
+    tables are made. Never all tokens of several segments: megatron-core would continue positions from one to the next."""
     longest, total = found.longest, int(found.bounds[-1])
     rounded = -(-longest // 64) * 64
     return rounded if rounded < total else longest
 
 
-def _told(bounds: torch.Tensor, *, longest: int) -> PackedSeqParams:
-    """`bounds` is int32 `[segments + 1]`. Padding has segments like examples, so the padded bounds are the very same object, by
-    which Transformer Engine knows that nothing lies between segments."""
+def _packed_seq_params(bounds: torch.Tensor, *, longest: int) -> PackedSeqParams:
+    """Describe segments by their `bounds`, int32 `[segments + 1]`. Padding is a segment too, so the padded bounds are the same
+    object: that tells Transformer Engine that there is no padding between segments."""
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,
@@ -92,7 +92,7 @@ def _told(bounds: torch.Tensor, *, longest: int) -> PackedSeqParams:
 
 
 def on_this_rank(batch: Batch) -> Batch:
-    """The batch on this rank's device, cut to its share of the sequence under context parallelism."""
+    """Return the batch on this rank's device, and under context parallelism its part of the sequence."""
     moved = {name: value.to(device.current(), non_blocking=True) for name, value in batch.items()}
     if parallel_state.get_context_parallel_world_size() == 1:
         return moved
@@ -104,9 +104,10 @@ def on_this_rank(batch: Batch) -> Batch:
 def masked_sum(
     losses: torch.Tensor, *, mask: torch.Tensor, work: Sequence[float] = ()
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss summed over tokens that count, how many those are, and both as one tensor to report.
+    """Return the loss summed over tokens that count, their number, and the tensor to report: `[sum, tokens, *work]`.
 
-    `work` is reported after them: of packed rows, the tokens in examples, and the sum of the squares of examples' lengths.
+    `losses` and `mask` are `[micro batch, sequence]`. `work` of packed rows is the tokens in examples, and the sum of the squares
+    of the lengths of examples.
     """
     total = (losses.float() * mask).sum()
     tokens = mask.sum()
@@ -116,8 +117,11 @@ def masked_sum(
 
 
 def with_token_counts(forward_step: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward_step` for a loss per token of the global batch. Its loss function must return how many tokens it summed over:
-    without that number megatron-core does not divide the gradients of data-parallel ranks. UserError where it does not."""
+    """Return `forward_step` for a loss per token of the global batch.
+
+    Its loss function must return how many tokens it summed over: without that number megatron-core does not divide the gradients
+    of data-parallel ranks. Raises UserError, in the step, if it does not.
+    """
 
     def step(*inputs: Any) -> tuple[Any, Any]:
         output, loss_function = forward_step(*inputs)
@@ -127,30 +131,31 @@ def with_token_counts(forward_step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_token_count(loss_function: Callable[..., Any], output: torch.Tensor) -> Any:
-    answer = loss_function(output)
-    if len(answer) != 3:
+    values = loss_function(output)
+    if len(values) != 3:
         raise UserError(
-            f"the loss function of the forward step returns `{len(answer)}` values, and with "
+            f"the loss function of the forward step returns `{len(values)}` values, and with "
             "`model.calculate_per_token_loss=True` it must return `3`",
             hint="return the loss summed over the tokens that count, their number, and what to report: `trainer.loss.masked_sum`",
         )
-    return answer
+    return values
 
 
 def mean(losses: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Loss per token over microbatches and data-parallel ranks, from what `masked_sum` reported; None but on the last stage."""
+    """Return the loss per token over microbatches and data-parallel ranks, from reports of `masked_sum`. None without `losses`:
+    only the last stage has them."""
     return mean_and_work(losses)[0] if losses else None
 
 
 def mean_and_work(losses: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Loss per token over microbatches and data-parallel ranks, and after it the sums of what `masked_sum` reported as work."""
+    """Return `[loss per token, *work]` over microbatches and data-parallel ranks, from reports `[sum, tokens, *work]`."""
     total = torch.stack(list(losses)).sum(dim=0)
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return torch.cat(((total[0] / total[1].clamp(min=1))[None], total[2:]))
 
 
 class WithoutPadding(torch.autograd.Function):
-    """Logits whose columns from `valid` on can never be chosen, written in place.
+    """Set logits from column `valid` on, those of padded vocabulary, to the lowest number, in place.
 
     megatron-core's vocabulary-parallel cross entropies count padded rows as tokens. A softmax gives these columns
     probability 0 and gradient 0, so the gradient passes unchanged.
@@ -158,7 +163,7 @@ class WithoutPadding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, valid: int) -> torch.Tensor:
-        """`logits` is [..., vocabulary rows of this rank]."""
+        """Fill `logits`, `[..., vocabulary rows of this rank]`."""
         ctx.mark_dirty(logits)
         # Finite: a rank that holds nothing but padding would otherwise compute infinity minus infinity.
         logits[..., valid:] = torch.finfo(logits.dtype).min
@@ -166,5 +171,5 @@ class WithoutPadding(torch.autograd.Function):
 
     @staticmethod
     def backward(_ctx: Any, *gradients: Any) -> Any:
-        """Softmax gave the padding no gradient."""
+        """Return the gradient as it is: that of the padding is 0."""
         return gradients[0], None

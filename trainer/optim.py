@@ -8,30 +8,33 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import ParamKey, get_megatron_optimizer, get_mup_config_overrides, get_standard_config_overrides
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_mup_config_overrides,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
 
-from trainer.config import RunConfig
+from trainer.config import DistributedDataParallelConfig, RunConfig
 
 
-def wrap(chunks: list[torch.nn.Module], config: RunConfig) -> list[Any]:
-    """Model chunks in the run's precision whose gradients are reduced over data-parallel ranks."""
-    model = config.model
+def wrap(chunks: list[torch.nn.Module], model: Any, ddp: DistributedDataParallelConfig) -> list[Any]:
+    """Return model chunks in the precision of `model`, whose gradients are reduced over data-parallel ranks."""
     if model.bf16 or model.fp16:
         chunks = [Float16Module(model, chunk) for chunk in chunks]
-    return [
-        DistributedDataParallel(model, config.ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)
-    ]
+    return [DistributedDataParallel(model, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
 
 
 def make_optimizer(chunks: list[Any], config: RunConfig) -> MegatronOptimizer:
-    """The optimizer, and what the pipeline schedules must call for it."""
+    """Return the optimizer, and set the functions that the pipeline schedules call for it on `config.model`."""
     optimizer = get_megatron_optimizer(config.optimizer, chunks, config_overrides=_overrides(config))
-    for one in _each(optimizer):
-        if one.init_state_fn is None:  # of SGD, which megatron-core calls all the same where a state is loaded
-            one.init_state_fn = _allocate_momentum
+    for part in _each(optimizer):
+        if part.init_state_fn is None:  # SGD has none, and megatron-core calls it to load a state
+            part.init_state_fn = _allocate_momentum
     model = config.model
     model.grad_scale_func = optimizer.scale_loss
     model.finalize_model_grads_func = finalize_model_grads
@@ -45,21 +48,21 @@ def make_optimizer(chunks: list[Any], config: RunConfig) -> MegatronOptimizer:
 
 
 def _overrides(config: RunConfig) -> dict[ParamKey, Any]:
-    """What parameters have of their own: megatron-core's weight decay, and the learning rates of the method in `peft`."""
-    told = config.optimizer
+    """Return the settings of single parameters: megatron-core's weight decay, and the learning rates of the method in `peft`."""
+    settings = config.optimizer
     multiples = config.peft.rate_multiples() if config.peft is not None else {}
     rates = {
-        ParamKey(name=pattern): {"max_lr": told.lr * times, "min_lr": told.min_lr * times, "lr_mult": times}
+        ParamKey(name=pattern): {"max_lr": settings.lr * times, "min_lr": settings.min_lr * times, "lr_mult": times}
         for pattern, times in multiples.items()
     }
-    return get_standard_config_overrides(told) | _by_width(config) | rates
+    return get_standard_config_overrides(settings) | _by_width(config.model, settings) | rates
 
 
-def _by_width(config: RunConfig) -> dict[ParamKey, Any]:
-    """muP's learning rates and epsilons: those of a hidden matrix are divided by how much wider the model is than its base."""
-    if not getattr(config.model, "use_mup", False):
+def _by_width(model: Any, settings: OptimizerConfig) -> dict[ParamKey, Any]:
+    """Return muP's learning rates and epsilons: of hidden matrices, divided by the ratio of the model's width to its base's."""
+    if not getattr(model, "use_mup", False):
         return {}
-    return get_mup_config_overrides(config.optimizer, config.model.mup_width_mult, config.optimizer.optimizer)
+    return get_mup_config_overrides(settings, model.mup_width_mult, settings.optimizer)
 
 
 def _one_or_all(functions: list[Any]) -> Any:
@@ -67,7 +70,7 @@ def _one_or_all(functions: list[Any]) -> Any:
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's Adam the state that it makes at its first step: megatron-core's distributed optimizer asks for it before."""
+    """Allocate the state of torch's Adam, made at its first step; megatron-core's distributed optimizer needs it before."""
     for inner in _of_torch(optimizer):
         for group in inner.param_groups:
             for parameter in group["params"]:
@@ -76,7 +79,7 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
 
 
 def _allocate_momentum(inner: torch.optim.Optimizer, _config: Any = None) -> None:
-    """Give torch's SGD the state that it makes at its first step."""
+    """Allocate the momentum of torch's SGD, which it makes at its first step."""
     for group in inner.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
             inner.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
@@ -84,10 +87,10 @@ def _allocate_momentum(inner: torch.optim.Optimizer, _config: Any = None) -> Non
 
 @contextmanager
 def steps_apart(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """While this is entered, states are loaded into torch's Adam without its counts of steps.
+    """While this is entered, load states into torch's Adam without its step counts; on leaving, give each parameter its own.
 
-    megatron-core's distributed optimizer fails over them; and it makes one tensor of them for all parameters, to which torch
-    would add once for each. On leaving each parameter has its own.
+    megatron-core's distributed optimizer fails to load them; and it makes one tensor of them for all parameters, to which torch
+    would add once for each.
     """
     steps: list[tuple[dict[str, Any], torch.Tensor]] = []
 
@@ -105,24 +108,24 @@ def steps_apart(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 
 _GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
-"""What tells parameter groups of one model apart."""
+"""The settings in which parameter groups of a model differ."""
 
 
 def kind(optimizer: MegatronOptimizer) -> str:
-    """megatron-core's class of optimizer; states of one do not fit another."""
+    """Return the name of megatron-core's optimizer class. A state is loaded only into the class that saved it."""
     return type(_each(optimizer)[0]).__name__
 
 
 def keep_settings(optimizer: MegatronOptimizer, saved: Any) -> None:
-    """Write this run's rates, betas and so on into a saved state: megatron-core would take those that were saved, or refuse."""
+    """Write this run's rates, betas and so on into a saved state: megatron-core would use those that were saved, or fail."""
 
     def key(group: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(group.get(name) for name in _GROUP)
 
     ours = {
         key(group): {name: value for name, value in group.items() if name not in {"params", "step"}}
-        for one in _each(optimizer)
-        for group in one.param_groups
+        for part in _each(optimizer)
+        for group in part.param_groups
     }
     for name, value in saved.items() if isinstance(saved, dict) else ():
         if name == "param_groups":
@@ -137,29 +140,29 @@ def _each(optimizer: MegatronOptimizer) -> list[Any]:
 
 
 def distributed(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
-    """The distributed optimizers that have something to train: of experts there is another."""
-    for one in _each(optimizer):
-        if isinstance(one, DistributedOptimizer) and not one.is_stub_optimizer:
-            yield one
+    """Yield the distributed optimizers that have parameters: experts have one of their own."""
+    for part in _each(optimizer):
+        if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer:
+            yield part
 
 
-def undivided(optimizer: MegatronOptimizer) -> Iterator[Float16OptimizerWithFloat16Params]:
-    """The optimizers that hold whole fp32 masters of weights in 16 bits."""
-    yield from (
-        one for one in _each(optimizer) if isinstance(one, Float16OptimizerWithFloat16Params) and not one.is_stub_optimizer
-    )
+def unsharded(optimizer: MegatronOptimizer) -> Iterator[Float16OptimizerWithFloat16Params]:
+    """Yield the optimizers that hold unsharded fp32 masters of weights in 16 bits."""
+    for part in _each(optimizer):
+        if isinstance(part, Float16OptimizerWithFloat16Params) and not part.is_stub_optimizer:
+            yield part
 
 
 def _of_torch(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
-    """The torch optimizers inside distributed ones: those of a CPU. On a GPU they are Transformer Engine's."""
-    for one in distributed(optimizer):
-        if isinstance(one.optimizer, torch.optim.Adam):
-            yield one.optimizer
+    """Yield torch's optimizers inside the distributed ones, as on a CPU. On a GPU they are Transformer Engine's."""
+    for part in distributed(optimizer):
+        if isinstance(part.optimizer, torch.optim.Adam):
+            yield part.optimizer
 
 
 @contextmanager
 def parameters_gathered(chunks: list[Any]) -> Iterator[None]:
-    """While this is entered every rank has all parameters, and none is gathered behind the scenes."""
+    """While this is entered, every rank has all its parameters gathered, and forward passes do not gather any."""
     overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapped:
         chunk.disable_forward_pre_hook(param_sync=True)

@@ -1,7 +1,7 @@
-"""Processes, and the groups they form: started by torchrun or Slurm, never by us.
+"""Processes that torchrun or Slurm started, and the groups they form.
 
-Knows nothing of models but how many ways each is divided. torchrun tells each process where the others are; what `srun` says
-instead is put into the same words.
+Of a model only the parallel sizes matter here. Slurm's variables are translated to torchrun's. `collectives` has the operations
+over all ranks.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from trainer.config import RunConfig
 
 
 def world_size() -> int:
-    """How many processes torchrun, or else `srun`, has started along with this one: 1 if none did. Of a program that has a
-    process group already, those in it."""
+    """Return the number of processes that torchrun, or else `srun`, started: 1 if none did. If the program has a process group
+    already, return its size."""
     return dist.get_world_size() if dist.is_initialized() else from_environment().size
 
 
 def adopt_slurm() -> None:
-    """Where `srun` started several processes without torchrun, tell torch.distributed what torchrun would have told it."""
+    """Set torchrun's variables if `srun` started several processes without torchrun."""
     if "RANK" not in os.environ and not dist.is_initialized() and world_size() > 1:
         os.environ.update(slurm_variables(os.environ))
 
 
 def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's variables for a task of an `srun` step. What `MASTER_ADDR` and `MASTER_PORT` are set to already is kept.
+    """Return torchrun's variables for a task of an `srun` step. `MASTER_ADDR` and `MASTER_PORT` keep a value that they have.
 
-    UserError where the first host cannot be told.
+    Raises UserError if the first host is not known.
     """
     ranks = from_environment(env)
     return {
@@ -54,24 +54,25 @@ def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _number(env: Mapping[str, str], what: str) -> int:
-    told = env.get(f"SLURM_{what}_ID", "")
-    return int(told) if told.isdecimal() else 0
+def _number(env: Mapping[str, str], kind: str) -> int:
+    value = env.get(f"SLURM_{kind}_ID", "")
+    return int(value) if value.isdecimal() else 0
 
 
 def _first_host(env: Mapping[str, str]) -> str:
-    """Where rank 0 is. Slurm writes several hosts as `node[01-04]`, which `scontrol` takes apart."""
+    """Return the host of rank 0. Slurm abbreviates several hosts as `node[01-04]`, which `scontrol` expands."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
     if nodes and not set(nodes) & set("[,"):
         return nodes
     scontrol = shutil.which("scontrol", path=env.get("PATH"))
     if scontrol and nodes:
-        told = subprocess.run([scontrol, "show", "hostnames", nodes], capture_output=True, text=True, check=False)  # noqa: S603
-        if told.returncode == 0 and told.stdout.strip():
-            return told.stdout.split()[0]
+        command = [scontrol, "show", "hostnames", nodes]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        if result.returncode == 0 and result.stdout.strip():
+            return result.stdout.split()[0]
     raise UserError(
-        f"cannot tell which host is the first of Slurm's `{nodes}`: `scontrol show hostnames` "
-        f"{'failed' if scontrol else 'is not here'}",
+        f"cannot find the first host of Slurm's `{nodes}`: `scontrol show hostnames` "
+        f"{'failed' if scontrol else 'is not installed here'}",
         hint="set `MASTER_ADDR` to that host before `srun`, or start with torchrun",
     )
 
@@ -79,16 +80,16 @@ def _first_host(env: Mapping[str, str]) -> str:
 _WAYS_OUT = "start all processes with torchrun, or unset `RANK` and `WORLD_SIZE` to train in this one alone"
 
 
-def check_meeting_point(env: Mapping[str, str]) -> None:
-    """UserError where there are several processes, and the environment does not say where they meet."""
+def check_rendezvous(env: Mapping[str, str]) -> None:
+    """Raise UserError if there are several processes, and the environment has no address at which they connect."""
     size = from_environment(env).size
     if size == 1:
         return
-    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
-    if lacking:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+    if missing:
         raise UserError(
-            f"`WORLD_SIZE` is `{size}`, and {' and '.join(f'`{name}`' for name in lacking)} "
-            f"{'is' if len(lacking) == 1 else 'are'} not set: processes do not know where to meet",
+            f"`WORLD_SIZE` is `{size}`, and {' and '.join(f'`{name}`' for name in missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set: the processes cannot connect",
             hint=f"{_WAYS_OUT}; or set both to rank 0's host and a free port of it",
         )
     port = env["MASTER_PORT"]
@@ -99,24 +100,26 @@ def check_meeting_point(env: Mapping[str, str]) -> None:
 
 
 def starts_others(nproc: int | None) -> bool:
-    """Is this the process that starts those of `--nproc`, and not one of them? UserError where others were started already, and
-    are another number."""
+    """Return whether this process is to start the `nproc` processes of a run, since it is not one of them.
+
+    Raises UserError if processes were started already, and not `nproc`.
+    """
     size = world_size()
     if nproc is None or nproc == 1 or size == 1:
         return nproc is not None and nproc > 1
     if nproc != size:
         raise UserError(
             f"`--nproc` is `{nproc}`, and this is one of `{size}` processes that were started already",
-            hint="leave `--nproc` out; or unset `RANK` and `WORLD_SIZE` where they are left over from something else",
+            hint="leave `--nproc` out; or unset `RANK` and `WORLD_SIZE` if they are left over from another program",
         )
     return False
 
 
 @contextmanager
 def session(config: RunConfig, kind: str) -> Iterator[None]:
-    """Process groups, seeds and the microbatch calculator of a run, for as long as this is entered."""
+    """Set up process groups, seeds and the microbatch calculator of a run while this is entered. All ranks enter it."""
     if not dist.is_initialized():
-        check_meeting_point(os.environ)
+        check_rendezvous(os.environ)
     device.prepare(kind)
     joined = process_group.joined(kind, size=world_size(), timeout_minutes=config.dist.timeout_minutes)
     with device.backend(kind), device.environment_restored(), device.determinism(config), joined as store:
@@ -125,15 +128,15 @@ def session(config: RunConfig, kind: str) -> Iterator[None]:
             with user_buffers.initialized(config):
                 yield
         except UserError as error:
-            error.told = not _first_to_tell(store, error)  # type: ignore[attr-defined]
+            error.told = not _is_first_to_print(store, error)  # type: ignore[attr-defined]
             raise
         finally:
             destroy_num_microbatches_calculator()
             parallel_state.destroy_model_parallel()
 
 
-def _first_to_tell(store: dist.Store, error: UserError) -> bool:
-    """Of several ranks with the same error, one tells it; so does one that comes after rank 0, and its store, have gone."""
+def _is_first_to_print(store: dist.Store, error: UserError) -> bool:
+    """Return whether this rank prints an error that several ranks have: the first one does, and any that finds rank 0 gone."""
     try:
         return store.add(f"told {error}", 1) == 1
     except dist.DistNetworkError:
@@ -152,7 +155,7 @@ def _start(config: RunConfig) -> None:
 
 
 def form_groups(model: Any, *, timeout_minutes: float, gloo: bool = True) -> None:
-    """megatron-core's process groups for a model's parallel sizes; without `gloo`, no second set of them."""
+    """Make megatron-core's process groups for a model's parallel sizes; with `gloo`, a second set for the CPU."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
@@ -166,8 +169,8 @@ def form_groups(model: Any, *, timeout_minutes: float, gloo: bool = True) -> Non
 
 
 def seed(number: int) -> None:
-    """Random numbers as Megatron-LM draws them: apart by 100 per pipeline stage; tensor-parallel ranks differ in megatron-core's
-    tracker."""
+    """Seed all random number generators as Megatron-LM does: 100 apart per pipeline stage, and per tensor-parallel rank in
+    megatron-core's tracker."""
     number += 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(number)
     np.random.seed(number)

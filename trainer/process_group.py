@@ -1,7 +1,6 @@
-"""The process group of a run: the program's own where it has one, else one that is made for the run and destroyed after it.
+"""The process group of a run: the program's own if it has one, else one that is made for the run and destroyed after it.
 
-Several runs may follow one another in a program: each meets under names of its own in the store that torchrun or rank 0 keeps.
-Knows nothing of models.
+A program may have several runs, one after another: each has its own prefix in the store that torchrun or rank 0 serves.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ _runs = itertools.count(1)
 
 @contextmanager
 def joined(kind: str, *, size: int, timeout_minutes: float) -> Iterator[dist.Store]:
-    """Be in a process group of `size` ranks on a `cpu` or `gpu` (`kind`); gives the run's own store of keys and values.
+    """Join a process group of `size` ranks on a `cpu` or `gpu` (`kind`), and yield the run's own key-value store.
 
-    A group that the program has made stays when this is left, and the groups made from it meanwhile go. Raises UserError where it
-    cannot be used. All ranks enter this as often.
+    A group that the program has made is kept on leaving; groups that were made from it meanwhile are destroyed. Raises UserError
+    if it cannot be used. All ranks enter this equally often.
     """
     name = f"mbtrain-{next(_runs)}"
     if dist.is_initialized():
         _check(kind)
-        with _further_groups():
+        with _destroy_new_groups():
             yield dist.PrefixStore(name, distributed_c10d._get_default_store())
         return
     timeout = timedelta(minutes=timeout_minutes)
-    store, rank = (dist.HashStore(), 0) if size == 1 else _meeting_point(timeout)
+    store, rank = (dist.HashStore(), 0) if size == 1 else _rendezvous(timeout)
     store = dist.PrefixStore(name, store)
     store.set_timeout(timeout)
     backend = "gloo" if kind == "cpu" else "nccl"
@@ -46,18 +45,19 @@ def joined(kind: str, *, size: int, timeout_minutes: float) -> Iterator[dist.Sto
         dist.destroy_process_group()
 
 
-_met: list[tuple[dist.Store, int]] = []
+_connected: list[tuple[dist.Store, int]] = []
 
 
-def _meeting_point(timeout: timedelta) -> tuple[dist.Store, int]:
-    """The store that all ranks reach, and this one's number. It is kept: on rank 0 it may be the server itself."""
-    if not _met:
+def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int]:
+    """Return the store that all ranks connect to, and this rank. It is kept: on rank 0 it may be the server itself."""
+    if not _connected:
         store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
-        _met.append((store, rank))
-    return _met[0]
+        _connected.append((store, rank))
+    return _connected[0]
 
 
 def _check(kind: str) -> None:
+    """Raise UserError if the program's process group cannot be used for a run."""
     has, needs = dist.get_backend_config(), _BACKENDS[kind]
     if needs not in has:
         raise UserError(
@@ -72,12 +72,12 @@ def _check(kind: str) -> None:
 
 
 @contextmanager
-def _further_groups() -> Iterator[None]:
-    """Destroy the groups that are made while this is entered."""
+def _destroy_new_groups() -> Iterator[None]:
+    """On leaving, destroy the groups that were made while this was entered."""
     groups = distributed_c10d._world.pg_map
     before = set(groups)
     try:
         yield
     finally:
-        for group in [one for one in groups if one not in before]:
+        for group in [group for group in groups if group not in before]:
             dist.destroy_process_group(group)

@@ -1,7 +1,8 @@
-"""A run's model built beforehand, by one process that plays each of several: what megatron-core refuses only when it builds is
-refused before processes start.
+"""Build a run's model before processes start, in one process that acts as several ranks, so that settings which megatron-core
+refuses only when it builds are refused early.
 
-On the CPU, where it takes a fraction of a second and no memory; Transformer Engine's layers want a GPU to be built.
+On torch's meta device that takes a fraction of a second and no memory. Only for runs on CPUs: Transformer Engine's layers need a
+GPU to be built.
 """
 
 from __future__ import annotations
@@ -15,28 +16,27 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from trainer import device, model, parallel
-from trainer.config import RunConfig
 from trainer.model import GPTModelProvider
 from trainer.settings import refused
 
 
-def rehearse(config: RunConfig, *, world_size: int) -> None:
-    """Build the chunks of the first and of the last of `world_size` ranks, on torch's meta device. UserError where
-    megatron-core refuses the settings of the model.
+def rehearse(provider: Any, *, world_size: int) -> None:
+    """Build the chunks of the first and the last of `world_size` ranks, on torch's meta device.
 
-    A model of the user's own is built by its own code, which may do more than that: it is left alone.
+    Raises UserError if megatron-core refuses the settings of the model. A provider of one's own is not called: it may do more
+    than build.
     """
-    if not isinstance(config.model, GPTModelProvider) or dist.is_initialized():
+    if not isinstance(provider, GPTModelProvider) or dist.is_initialized():
         return
     for rank in sorted({0, world_size - 1}):
-        with as_rank(rank, world_size, config.model), refused.user_errors("model", config.model, model.try_again):
-            model.shapes(config.model)
+        with as_rank(rank, world_size, provider), refused.user_errors("model", provider, model.try_again):
+            model.shapes(provider)
 
 
 @contextmanager
 def as_rank(rank: int, world_size: int, provider: Any) -> Iterator[None]:
-    """While entered, megatron-core's process groups are those of one rank among `world_size` that do not exist, and models
-    are built of its own layers, as on the CPU."""
+    """While entered, act as one rank of `world_size`: megatron-core's process groups use torch's fake backend, and models are
+    built of its own layers, as on the CPU."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415 - registers torch's `fake` backend
 
     with warnings.catch_warnings(), device.backend(device.CPU), device.environment_restored():

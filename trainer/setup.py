@@ -173,19 +173,19 @@ def _attach_adapters(chunks: Sequence[Any], config: RunConfig, resumed: Path | N
                 hint="set `peft`, or merge the adapter into its base with `mbconvert merge`",
             )
         return None
-    base = adapters.identify(adapters.base_of(config, resumed), config, resumed)
+    base = adapters.identify(adapters.base_of(config, resumed), saves=bool(config.checkpoint.save), resumed=resumed)
     say(str(attach(chunks, config.peft, seed=config.rng.seed)))
     if resumed:
         adapters.check_same(chunks, resumed)
     elif adapter:
-        say(adapters.load(chunks, adapter, config, base))
+        say(adapters.load(chunks, adapter, peft=config.peft, base=base))
     return base
 
 
 def _trainable(chunks: list[Any], config: RunConfig) -> tuple[list[Any], Any]:
     """Wrap the chunks for gradient reduction and make the optimizer. Raises UserError for settings that megatron-core refuses."""
-    with refused.user_errors("ddp", config.ddp, lambda tried: optim.wrap(chunks, replace(config, ddp=tried))):
-        wrapped = optim.wrap(chunks, config)
+    with refused.user_errors("ddp", config.ddp, lambda tried: optim.wrap(chunks, config.model, tried)):
+        wrapped = optim.wrap(chunks, config.model, config.ddp)
 
     def attempt(tried: Any) -> Any:
         return optim.make_optimizer(wrapped, replace(config, optimizer=tried))

@@ -1,7 +1,6 @@
-"""Stopping a run from outside: notes the signal, leaves the stopping to the loop, and asks the other ranks.
+"""Record signals that ask a run to stop. The loop stops it, and lets ranks agree on that.
 
-SIGTERM comes from Slurm before the time limit and from torchrun, SIGUSR1 from Slurm where it is told so, SIGINT from
-Ctrl-C. Knows nothing of steps or checkpoints.
+SIGTERM is sent by Slurm before the time limit and by torchrun, SIGUSR1 by Slurm if configured, SIGINT by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-NOTED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stop:
-    """While entered, the first signal of each kind is only noted. A second Ctrl-C stops at once, with KeyboardInterrupt.
+    """While entered, record signals instead of ending the process. A second Ctrl-C raises KeyboardInterrupt.
 
-    A second SIGTERM changes nothing: under Slurm a worker may get one from Slurm and one from torchrun. On leaving, the
-    handlers are what they were. Enter it in the main thread; Python allows handlers only there.
+    A second SIGTERM changes nothing: under Slurm a process may get one from Slurm and one from torchrun. On leaving, the
+    handlers from before are restored. Enter it in the main thread: Python allows handlers only there.
     """
 
     def __init__(self, answer: Callable[[signal.Signals], None] | None = None) -> None:
-        """`answer` is called when a signal comes, in its handler."""
+        """Call `answer` with the first signal, in its handler."""
         self._answer = answer
         self.received: signal.Signals | None = None
         self._asked = False
@@ -32,21 +31,21 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        """What a shell says of a program that the signal ended: 143 for SIGTERM; 0 where there was none."""
+        """The exit status of a program that the signal ended: 143 for SIGTERM; 0 without a signal."""
         return 128 + self.received if self.received else 0
 
     @property
     def requested(self) -> bool:
-        """This rank was asked to stop. Ranks hear at different times, and agree in each step (`trainer.collectives`)."""
+        """Whether this rank was asked to stop. Ranks may be asked at different times, and agree in each step."""
         return self._asked or self.received is not None
 
     def request(self) -> None:
-        """Ask from within the program: a callback that has seen enough."""
+        """Ask the run to stop, from a callback."""
         self._asked = True
 
     def __enter__(self) -> Self:
-        for number in NOTED:
-            self._before[number] = signal.signal(number, self._note)
+        for number in HANDLED:
+            self._before[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -55,7 +54,7 @@ class Stop:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _record(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         again, self.received = self.received is not None, signal.Signals(number)
@@ -64,13 +63,13 @@ class Stop:
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """While entered, NOTED signals wait; and processes that are started here never get them.
+def blocked() -> Iterator[None]:
+    """While entered, block HANDLED signals; child processes that are started here never get them.
 
-    torchrun and Slurm signal a rank's children too. Without a child that writes or reads, a run cannot save and stop.
+    torchrun and Slurm signal a rank's children too. Without the children that write and read, a run cannot save and stop.
     """
     resource_tracker.ensure_running()  # else multiprocessing starts it in here, and lets SIGTERM through after that
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOTED)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""Importing this silences what megatron-core and torch say on import of extras they do without; `resolve` says what matters.
+"""Importing this silences the warnings of megatron-core and torch about missing extras; `resolve` reports those that matter.
 
-Commands import it first, and so do the processes that read data, which inherit nothing else.
+Commands import it first, and so do the worker processes that read data, since they do not inherit filters.
 """
 
 import logging
@@ -11,7 +11,7 @@ for _text in (
     "torch.distributed is disabled, unavailable or uninitialized",
     "The argument order of load has been changed",
     "Please use DTensor instead",
-):  # torch's, of how megatron-core loads a checkpoint
+):  # torch's, about how megatron-core loads a checkpoint
     warnings.filterwarnings("ignore", _text)
 for _name in ("torch.utils.cpp_extension", "megatron"):
     logging.getLogger(_name).setLevel(logging.ERROR)

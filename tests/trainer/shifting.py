@@ -35,7 +35,7 @@ def as_before() -> Iterator[None]:
     from trainer.checkpoints import bucket_padding, masters
 
     with (
-        mock.patch.object(bucket_padding, "left_out", side_effect=lambda *_: nullcontext()),
+        mock.patch.object(bucket_padding, "padding_excluded", side_effect=lambda *_: nullcontext()),
         mock.patch.object(masters, "held_against_weights", side_effect=lambda *_, **__: nullcontext()),
     ):
         yield

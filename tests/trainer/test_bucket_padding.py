@@ -125,7 +125,7 @@ class _Corrected:
         with (
             mock.patch.object(DistributedOptimizer, "sharded_param_state_fully_reshardable", _does_not_answer),
             mock.patch("importlib.metadata.version", return_value=self.version),
-            bucket_padding.left_out(run.parts.optimizer, {}, {"distrib_optim_sharding_type": "fully_reshardable"}),
+            bucket_padding.padding_excluded(run.parts.optimizer, {}, {"distrib_optim_sharding_type": "fully_reshardable"}),
         ):
             self.answer = buffer.param_index_map != before
         run.stop.request()

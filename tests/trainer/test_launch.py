@@ -151,7 +151,7 @@ def test_a_job_that_would_lose_what_it_has_trained_is_refused(tmp_path):
         ),
         f"checkpoint.save={tmp_path}": (
             f"`checkpoint.save` is `{tmp_path}`, which holds `iter_0000003` of another run, and this one starts anew: it would "
-            f"replace what is there\n\nhint: go on from there with `checkpoint.load={tmp_path}`, save to another folder, or set "
+            f"overwrite that\n\nhint: resume that run with `checkpoint.load={tmp_path}`, save to another folder, or set "
             "`checkpoint.overwrite=true` to replace it"
         ),
         "checkpoint.overwrite=true": (

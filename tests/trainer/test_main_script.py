@@ -16,7 +16,7 @@ from trainer.config import DatasetConfig, RunConfig
 def train():
     config = RunConfig(model=None, dataset=DatasetConfig(num_workers={workers}))
     config.checkpoint.save = {save!r}
-    main_script.check(config)
+    main_script.check(config.dataset, config.checkpoint)
 
 """
 CALLS = {
@@ -38,7 +38,7 @@ def _said(script, again):
 
 
 TOLD = (
-    "`train.py` calls `pretrain` whenever it is imported, and processes that a run starts import it again\n\n"
+    "`train.py` calls `pretrain` whenever it is imported, and the worker processes of a run import it again\n\n"
     'hint: put the call, and what comes before it, under `if __name__ == "__main__":`'
 )
 

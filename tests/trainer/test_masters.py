@@ -44,7 +44,7 @@ class _Spoil(small.History):
         if run.progress.iteration == 2 and dist.get_rank() == self.rank:
             for one in optim.distributed(run.parts.optimizer):
                 one.shard_fp32_from_float16_groups[0][0].data.add_(1)
-            for one in optim.undivided(run.parts.optimizer):
+            for one in optim.unsharded(run.parts.optimizer):
                 one.fp32_from_float16_groups[0][0].data.add_(1)
 
 

@@ -23,7 +23,7 @@ VERSION = "\n\nmegatron-core 0.19.2 says ("
 def refusal(world_size: int = 1, **changes: Any) -> str:
     config = settings(mixed_precision="fp32", **changes)
     with pytest.raises(UserError) as found:
-        rehearsal.rehearse(resolve(config, world_size=world_size, device="cpu").config, world_size=world_size)
+        rehearsal.rehearse(resolve(config, world_size=world_size, device="cpu").config.model, world_size=world_size)
     assert not dist.is_initialized()
     return str(found.value)
 
@@ -46,7 +46,7 @@ def test_all_stages_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(mixed_precision="fp32", model__pipeline_model_parallel_size=2)
     ranks: list[int] = []
     monkeypatch.setattr("trainer.model.shapes", lambda _: ranks.append(dist.get_rank()))
-    rehearsal.rehearse(resolve(config, world_size=4, device="cpu").config, world_size=4)
+    rehearsal.rehearse(resolve(config, world_size=4, device="cpu").config.model, world_size=4)
     assert ranks == [0, 3]
 
 

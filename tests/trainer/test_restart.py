@@ -67,14 +67,14 @@ def test_what_another_run_has_saved_is_not_replaced_unless_that_is_said(ranks, m
     others = [{"rng__seed": 7}, {"checkpoint__load": str(other)}, *({name: value} for name, value in named.items())]
     (told,) = ranks.run(_each_told, 1, str(model_folder()), [{**saving, **more} for more in others])
     assert told[:2] == [
-        f"`checkpoint.save` is `{copy}`, which holds `iter_0000001` of another run, and this one {begins}: it would replace "
-        f"what is there\n\nhint: go on from there with `checkpoint.load={copy}`, save to another folder, or set "
+        f"`checkpoint.save` is `{copy}`, which holds `iter_0000001` of another run, and this one {begins}: it would overwrite "
+        f"that\n\nhint: resume that run with `checkpoint.load={copy}`, save to another folder, or set "
         "`checkpoint.overwrite=true` to replace it"
-        for begins in ("starts anew", f"goes on from `{other}/iter_0000002`")
+        for begins in ("starts anew", f"resumes from `{other}/iter_0000002`")
     ]
     assert told[2:] == [
         f"`checkpoint.save` is `{copy}`, and `checkpoint.{name.partition('__')[2]}` is `{value}`: what is saved would replace it"
-        f"\n\nhint: save to another folder; or, to go on with the run in that one, set `checkpoint.load={copy}` in place of "
+        f"\n\nhint: save to another folder; or, to resume the run in that one, set `checkpoint.load={copy}` in place of "
         f"`checkpoint.{name.partition('__')[2]}`"
         for name, value in named.items()
     ]
@@ -191,3 +191,23 @@ def test_folders_that_hosts_do_not_share_are_an_error_and_never_half_a_checkpoin
     assert [path.name for host in hosts for path in (host / "run").glob("iter_*") if path.suffix != iterations.PARTIAL] == []
     assert not any((host / "run" / iterations.TRACKER).exists() for host in hosts)
     assert [path for host in hosts for path in host.rglob(".shared-*")] == []
+
+
+def _printed(folder, changes):
+    """What the loop printed in a run of two epochs of ten examples, which are five steps; `train_iters` is not used."""
+    from tests.trainer.chat.packed import Given
+    from trainer.loop import pretrain
+
+    lines: list[str] = []
+    dataset = Given(count=10, packed=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.loop.say", lines.append)
+        pretrain(small.settings(Path(folder), dataset=dataset, train__num_epochs=2, train__train_iters=1, **SHORT, **changes))
+    return lines
+
+
+def test_a_complete_run_of_epochs_names_the_steps_that_they_came_to(ranks, model_folder, tmp_path):
+    changes = {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path), "validation__eval_iters": 0}
+    assert ranks.run(_printed, 1, str(model_folder("gqa")), changes) == [[]]
+    assert ranks.run(_printed, 1, str(model_folder("gqa")), changes) == [["training is already complete (step 5 of 5)"]]
+    assert _iterations(tmp_path) == [f"iter_{number:07}" for number in range(1, 6)]

@@ -52,13 +52,13 @@ def test_an_address_that_was_set_is_kept():
     assert (told["MASTER_ADDR"], told["MASTER_PORT"]) == ("head", "999")
 
 
-@pytest.mark.parametrize(("there", "why"), [(False, "is not here"), (True, "failed")])
+@pytest.mark.parametrize(("there", "why"), [(False, "is not installed here"), (True, "failed")])
 def test_hosts_that_cannot_be_told_apart_are_an_error(there, why, tmp_path):
     path = _scontrol(tmp_path, "exit 1") if there else ""
     with pytest.raises(UserError) as refused:
         parallel.slurm_variables({**TASK, "PATH": path})
     assert str(refused.value) == (
-        f"cannot tell which host is the first of Slurm's `gpu[07-08]`: `scontrol show hostnames` {why}\n\n"
+        f"cannot find the first host of Slurm's `gpu[07-08]`: `scontrol show hostnames` {why}\n\n"
         "hint: set `MASTER_ADDR` to that host before `srun`, or start with torchrun"
     )
 
@@ -131,22 +131,22 @@ BOTH = f"{WAYS_OUT}; or set both to rank 0's host and a free port of it"
 @pytest.mark.parametrize(
     ("told", "message"),
     [
-        ({}, f"`MASTER_ADDR` and `MASTER_PORT` are not set: processes do not know where to meet\n\nhint: {BOTH}"),
-        ({"MASTER_ADDR": "a"}, f"`MASTER_PORT` is not set: processes do not know where to meet\n\nhint: {BOTH}"),
-        ({"MASTER_PORT": "1"}, f"`MASTER_ADDR` is not set: processes do not know where to meet\n\nhint: {BOTH}"),
+        ({}, f"`MASTER_ADDR` and `MASTER_PORT` are not set: the processes cannot connect\n\nhint: {BOTH}"),
+        ({"MASTER_ADDR": "a"}, f"`MASTER_PORT` is not set: the processes cannot connect\n\nhint: {BOTH}"),
+        ({"MASTER_PORT": "1"}, f"`MASTER_ADDR` is not set: the processes cannot connect\n\nhint: {BOTH}"),
         ({**MEET, "MASTER_PORT": "x"}, "`MASTER_PORT` is `x`, which is not a port\n\nhint: set it to a number up to 65535; or"),
         ({**MEET, "MASTER_PORT": "65536"}, "`MASTER_PORT` is `65536`, which is not a port\n\n"),
     ],
 )  # fmt: skip
 def test_several_processes_that_do_not_know_where_to_meet_are_told(told, message):
     with pytest.raises(UserError) as refused:
-        parallel.check_meeting_point({"RANK": "0", "WORLD_SIZE": "2", **told})
+        parallel.check_rendezvous({"RANK": "0", "WORLD_SIZE": "2", **told})
     assert message in str(refused.value)
 
 
 @pytest.mark.parametrize("told", [{}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "2", **MEET}, MEET])
 def test_one_process_needs_no_place_to_meet(told):
-    parallel.check_meeting_point(told)
+    parallel.check_rendezvous(told)
 
 
 @pytest.mark.filterwarnings("ignore")  # megatron-core's own, which commands do not show

@@ -118,7 +118,7 @@ def _refused(folder, changes, source):
         return str(error), error.told, bool(witness.differences(before, _weights(chunks)))
 
 
-HINT = "\n\nhint: the weights are of another model than `model` describes; nothing is ever left random"
+HINT = "\n\nhint: the weights are of another model than `model` describes; no weight is left random"
 
 
 @pytest.mark.parametrize("form", ["huggingface", "megatron"])
@@ -139,7 +139,7 @@ def test_weights_that_do_not_fit_are_an_error_on_every_rank_before_one_changes(f
     )
     expected = {
         short: f"`{short}` lacks {third}, which the model has",
-        long: f"`{long}` holds {fifth}, for which the model has no place",
+        long: f"`{long}` holds {fifth}, which the model does not have",
         wide: f"`decoder.layers.0.mlp.linear_fc1.weight` has shape [256, 64] in `{wide}`, in the model [192, 64]",
     }
     for path, text in expected.items():

@@ -1,7 +1,7 @@
-"""Checkpoints of adapters: what is trained and nothing else, and which model it was trained beside.
+"""Checkpoints of adapters: the trained parameters alone, and the base model that they belong to.
 
-Knows no method: what is trained is what asks for gradients. The model itself stays where it was and is loaded from there
-again; its fingerprint says whether it still is the same.
+Works for any method of `peft`: a parameter is trained if it requires a gradient. The base model is not saved; it is loaded from
+its source again, and its fingerprint tells whether it is still the same.
 """
 
 from __future__ import annotations
@@ -31,32 +31,33 @@ from trainer.config import RunConfig
 from trainer.model import unwrap
 
 CONTENT = {"non_homogeneous_layers": True}
-"""What megatron-core's modules are told: layers keep their numbers in the names, since not all need have adapters."""
+"""The option of megatron-core's modules that keeps layer numbers in the names, since not all layers need have adapters."""
 
 _CHANGES = ("method", "dim", "alpha", "use_rslora", "canonical")
-"""What, on resume, would make another model of the same tensors."""
+"""Settings that, changed on resume, would make another model of the same tensors."""
 
 
-def described(peft: Any, base: Base | None) -> Description:
-    """`adapter.json` for a method of `trainer.peft` or one's own."""
+def describe(peft: Any, base: Base | None) -> Description:
+    """Return the content of `adapter.json` for a method of `trainer.peft`, or for one's own."""
     known = {name: getattr(peft, name) for name in ("dim", "alpha", "use_rslora", "canonical", "dropout") if hasattr(peft, name)}
     names = {name: tuple(getattr(peft, name, ())) for name in ("target_modules", "exclude_modules")}
     name = type(peft).__name__
     return Description(method=name.lower() if name.lower() in description.METHODS else name, base=base, **known, **names)
 
 
-def method_of(found: Description) -> Any:
-    """The method that a description tells of. UserError for one of somebody's own, which only its code knows."""
+def method_of(described: Description) -> Any:
+    """Return the method that a description names. Raises UserError for a method that is not of `trainer.peft`."""
     from trainer.peft import DoRA, LoRA  # noqa: PLC0415 - bring megatron-core's layers
 
-    description.check_method(found, label=description.FILE)
-    method = {"lora": LoRA, "dora": DoRA}[found.method]
-    names = {name: list(getattr(found, name)) for name in ("target_modules", "exclude_modules")}
-    return method(dim=found.dim, alpha=found.alpha, use_rslora=found.use_rslora, canonical=found.canonical, **names)
+    description.check_method(described, label=description.FILE)
+    method = {"lora": LoRA, "dora": DoRA}[described.method]
+    names = {name: list(getattr(described, name)) for name in ("target_modules", "exclude_modules")}
+    sizes = {name: getattr(described, name) for name in ("dim", "alpha", "use_rslora", "canonical")}
+    return method(**sizes, **names)
 
 
 def find(source: str) -> Description | None:
-    """What an adapter's checkpoint says of it; None for a checkpoint of a whole model."""
+    """Return the description in a checkpoint of adapters; None for a checkpoint of a whole model."""
     folder = open_source(source, or_hub=True)
     if detect(folder) is not Format.TORCH_DIST:
         return None
@@ -65,37 +66,40 @@ def find(source: str) -> Description | None:
 
 
 def base_of(config: RunConfig, resumed: Path | None) -> str | None:
-    """Where the weights are that adapters are trained beside: as the settings say, else as the resumed checkpoint does.
+    """Return the source of the base model's weights: that of the settings, else that of the resumed checkpoint.
 
-    UserError where a checkpoint of adapters is resumed without `peft`, with another method than its own, or the reverse.
+    Raises UserError if a checkpoint of adapters is resumed without `peft` or with another method, or one of a whole model with
+    `peft`.
     """
-    named = config.checkpoint.pretrained_checkpoint or getattr(config.model, "pretrained_from", None)
+    source = config.checkpoint.pretrained_checkpoint or getattr(config.model, "pretrained_from", None)
     if resumed is None:
-        return named
-    found = _read(resumed)
-    _check_method(found, config, resumed)
-    return named or (found.base.name if found and found.base else None)
+        return source
+    saved = _read(resumed)
+    _check_method(saved, config.peft, resumed)
+    return source or (saved.base.name if saved and saved.base else None)
 
 
-def identify(source: str | None, config: RunConfig, resumed: Path | None) -> Base | None:
-    """The base by name and fingerprint, on all ranks. UserError where it is not the one that the resumed checkpoint names, and
-    where adapters would be saved beside weights that are nowhere."""
+def identify(source: str | None, *, saves: bool, resumed: Path | None) -> Base | None:
+    """Return the base model by name and fingerprint, on all ranks; None for random weights.
+
+    Raises UserError if it is not the one that the resumed checkpoint names, and if adapters of random weights would be saved.
+    """
     if source is None:
-        if config.checkpoint.save:
+        if saves:
             raise UserError(
-                "adapters cannot be saved beside random weights, which are nowhere to be found again",
+                "adapters of random weights cannot be saved: the base model could not be loaded again",
                 hint="name the model with `checkpoint.pretrained_checkpoint`",
             )
         return None
     base = Base(description.base_name(source), from_first_rank(lambda: _fingerprint(source)))
-    before = found.base if resumed and (found := _read(resumed)) else None
+    before = saved.base if resumed and (saved := _read(resumed)) else None
     if before and before.fingerprint and base.fingerprint and before.fingerprint != base.fingerprint:
         raise _another_base(str(resumed), before, base)
     return base
 
 
 def _fingerprint(source: str) -> str:
-    """Nothing for a model of one's own, of which nobody knows which tensors it has."""
+    """Return the fingerprint of a model; empty for one that no family describes."""
     try:
         return fingerprint(source)
     except UnknownModelError:
@@ -104,8 +108,8 @@ def _fingerprint(source: str) -> str:
 
 def _another_base(source: str, theirs: Base, ours: Base) -> UserError:
     return UserError(
-        f"`{source}` was trained beside `{theirs.name}` (fingerprint {theirs.fingerprint[:12]}…), and `{ours.name}` is another "
-        f"model (fingerprint {ours.fingerprint[:12]}…)",
+        f"`{source}` was trained with the base model `{theirs.name}` (fingerprint {theirs.fingerprint[:12]}…), and "
+        f"`{ours.name}` is another model (fingerprint {ours.fingerprint[:12]}…)",
         hint="set `checkpoint.pretrained_checkpoint` to where that model is now",
     )
 
@@ -114,17 +118,17 @@ def _read(folder: Path) -> Description | None:
     return description.read(LocalFolder(folder)) if (folder / description.FILE).is_file() else None
 
 
-def _check_method(found: Description | None, config: RunConfig, resumed: Path | str) -> None:
-    if (found is None) != (config.peft is None):
-        what, hint = ("adapters", "`peft`") if found else ("a whole model", "`peft=none`")
-        raise UserError(f"`{resumed}` holds {what}, and `peft` is `{_name(config.peft)}`", hint=f"resume with {hint} as it was")
-    if found is None:
+def _check_method(saved: Description | None, peft: Any, resumed: Path | str) -> None:
+    if (saved is None) != (peft is None):
+        content, hint = ("adapters", "`peft`") if saved else ("a whole model", "`peft=none`")
+        raise UserError(f"`{resumed}` holds {content}, and `peft` is `{_name(peft)}`", hint=f"resume with {hint} as it was")
+    if saved is None:
         return
-    ours = described(config.peft, None)
+    ours = describe(peft, None)
     for name in _CHANGES:
-        if getattr(found, name) != getattr(ours, name):
+        if getattr(saved, name) != getattr(ours, name):
             raise UserError(
-                f"`{resumed}` was trained with `{name}` `{getattr(found, name)}`, and `peft` has `{getattr(ours, name)}`",
+                f"`{resumed}` was trained with `{name}` `{getattr(saved, name)}`, and `peft` has `{getattr(ours, name)}`",
                 hint="resume with the same method, or start anew with another `checkpoint.save`",
             )
 
@@ -134,8 +138,9 @@ def _name(peft: Any) -> str:
 
 
 def only_trained(state: Mapping[str, Any], chunk: Any) -> dict[str, Any]:
-    """Of a chunk's sharded state, what asks for gradients, and the scales that FP8 with a history cannot find again."""
-    trained = {id(one) for one in chunk.parameters() if one.requires_grad}
+    """Return the trained parameters of a chunk's sharded state, and the scales of FP8 with a history, which are not computed
+    again."""
+    trained = {id(parameter) for parameter in chunk.parameters() if parameter.requires_grad}
     config = getattr(chunk, "config", None)
     scales = bool(getattr(config, "fp8", None)) and config.fp8_recipe == "delayed"
     return {
@@ -146,44 +151,43 @@ def only_trained(state: Mapping[str, Any], chunk: Any) -> dict[str, Any]:
 
 
 def put(chunk: Any, loaded: Mapping[str, Any]) -> None:
-    """Put what was loaded into a chunk whose other parameters stay as they are."""
+    """Load the trained parameters into a chunk; its other parameters do not change."""
     inner = unwrap(chunk)
-    answer = inner.load_state_dict(loaded, strict=False)
-    trained = {name for name, one in inner.named_parameters() if one.requires_grad}
-    assert not answer.unexpected_keys, answer.unexpected_keys
-    assert not trained.intersection(answer.missing_keys), sorted(trained.intersection(answer.missing_keys))
+    keys = inner.load_state_dict(loaded, strict=False)
+    trained = {name for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    assert not keys.unexpected_keys, keys.unexpected_keys
+    assert not trained.intersection(keys.missing_keys), sorted(trained.intersection(keys.missing_keys))
 
 
 def check_same(chunks: Sequence[Any], resumed: Path) -> None:
-    """UserError where a checkpoint holds other adapters than were attached: megatron-core would leave out, and say nothing, what
-    has no place."""
+    """Raise UserError if a checkpoint holds other adapters than were attached: megatron-core would ignore the others silently."""
     with closing(open_megatron(LocalFolder(resumed))) as reader:
-        live.account(live.local_weights(chunks, only_trained), as_stored(reader.specs), str(resumed), hint=_SAME)
+        live.check_names_and_shapes(live.local_weights(chunks, only_trained), as_stored(reader.specs), str(resumed), hint=_SAME)
 
 
 _SAME = "`peft` should have the rank and the modules that it was trained with"
 
 
-def load(chunks: Sequence[Any], source: str, config: RunConfig, base: Base | None) -> str:
-    """Adapters to start from, into chunks they were attached to; answers what was loaded, for people.
+def load(chunks: Sequence[Any], source: str, *, peft: Any, base: Base | None) -> str:
+    """Load adapters to start from into chunks that have adapters; return a line for people.
 
-    Raises UserError for what is no checkpoint of adapters, or of another method, shape or base.
+    Raises UserError if `source` is not a checkpoint of adapters, or has another method, shape or base.
     """
     source = expanded(source)
     if is_peft(LocalFolder(Path(source))):
         raise UserError(
-            f"`{source}` is a folder of PEFT's",
-            hint=f"make a checkpoint of it: `mbconvert adapter-to-mcore {source} DST --base …`, and name that",
+            f"`{source}` is a PEFT adapter",
+            hint=f"convert it first: `mbconvert adapter-to-mcore {source} DST --base …`, and name DST",
         )
     with closing(open_megatron(LocalFolder(Path(source)))) as reader:
-        found = description.read(reader.folder)
-        _check_method(found, config, source)
-        if base and base.fingerprint and found.base and found.base.fingerprint not in {"", base.fingerprint}:
-            raise _another_base(source, found.base, base)
+        saved = description.read(reader.folder)
+        _check_method(saved, peft, source)
+        if base and base.fingerprint and saved.base and saved.base.fingerprint not in {"", base.fingerprint}:
+            raise _another_base(source, saved.base, base)
         reader.check(reader.specs)
         locals_, tensor_plans = live.local_weights(chunks, only_trained), as_stored(reader.specs)
-        live.account(locals_, tensor_plans, source, hint=_SAME)
+        live.check_names_and_shapes(locals_, tensor_plans, source, hint=_SAME)
         for local in locals_:
             live.fill(local, tensor_plans[local.name], reader)
-        unnamed = "" if found.base and found.base.fingerprint else ", which does not say what it was trained beside"
+        unnamed = "" if saved.base and saved.base.fingerprint else ", which does not name its base model"
         return f"loaded {len(tensor_plans)} of {len(reader.specs)} tensors of adapters from `{source}`{unnamed}"

@@ -1,5 +1,6 @@
-"""Why a checkpoint could not be written or read, and what to do about it: from error numbers, classes, names and shapes, never
-from the texts of torch and megatron-core, which change between releases.
+"""Explain why a checkpoint could not be written or read, and what to do about it.
+
+Uses error numbers, classes, names and shapes, never the texts of torch and megatron-core, which change between releases.
 """
 
 from __future__ import annotations
@@ -28,27 +29,27 @@ _ERROR_NUMBER = re.compile(r"\[Errno (\d+)\]")
 
 
 def not_saved(error: BaseException, folder: Path, *, last_good: str) -> UserError:
-    """The error for a save to `folder` that failed; `last_good` says which checkpoint there is to go back to.
+    """Return the error for a save to `folder` that failed; `last_good` names the last good checkpoint.
 
-    Of a CheckpointException, which all ranks get, the first rank's words are told on all.
+    All ranks get a CheckpointException; then all return the error of rank 0.
     """
-    told: list[Any] = [_cause(error)]
+    cause: list[Any] = [_cause(error)]
     if isinstance(error, CheckpointException):
-        dist.broadcast_object_list(told, src=0)
-    reason, hint = told[0]
+        dist.broadcast_object_list(cause, src=0)
+    reason, hint = cause[0]
     return UserError(f"saving `{folder}` failed: {reason} ({free_space(folder)}); {last_good}", hint=hint)
 
 
 def _cause(error: BaseException) -> tuple[str, str]:
-    """What went wrong, and the way out."""
+    """Return the reason and a hint."""
     if not isinstance(error, CheckpointException):
-        return _described(error), _way_out([error])
-    causes = [(rank, *found) for rank, found in error.failures.items()]
-    reasons = "; ".join(f"rank {rank}: {_described(cause, trace)}" for rank, cause, trace in causes)
-    return reasons, _way_out([cause for _, cause, _ in causes])
+        return _describe(error), _hint([error])
+    causes = [(rank, *failure) for rank, failure in error.failures.items()]
+    reasons = "; ".join(f"rank {rank}: {_describe(cause, trace)}" for rank, cause, trace in causes)
+    return reasons, _hint([cause for _, cause, _ in causes])
 
 
-def _described(error: BaseException, trace: Any = None) -> str:
+def _describe(error: BaseException, trace: Any = None) -> str:
     number = _number(error)
     if number:
         return os.strerror(number)
@@ -57,15 +58,15 @@ def _described(error: BaseException, trace: Any = None) -> str:
 
 
 def _number(error: BaseException) -> int | None:
-    """The operating system's error number, which processes that write for others hand on as `[Errno 28]`."""
-    for one in (error, error.__cause__, error.__context__):
-        if isinstance(one, OSError) and one.errno:
-            return one.errno
-    found = _ERROR_NUMBER.search(str(error))
-    return int(found[1]) if found else None
+    """Return the operating system's error number, which the processes of torch's writer pass on as `[Errno 28]`."""
+    for cause in (error, error.__cause__, error.__context__):
+        if isinstance(cause, OSError) and cause.errno:
+            return cause.errno
+    match = _ERROR_NUMBER.search(str(error))
+    return int(match[1]) if match else None
 
 
-def _way_out(errors: Iterable[BaseException]) -> str:
+def _hint(errors: Iterable[BaseException]) -> str:
     errors = list(errors)
     numbers = {_number(error) for error in errors}
     if numbers & _FULL:
@@ -74,36 +75,37 @@ def _way_out(errors: Iterable[BaseException]) -> str:
         return f"let this user write there, or choose another `checkpoint.save`; then {_AGAIN}"
     if any(isinstance(error, ImportError) for error in errors):
         return "install that package on all hosts: `pip install 'mbtools[train]'`"
-    if all(type(error) is RuntimeError for error in errors):  # torch's writer, which keeps the error number to itself
-        short = "make room, or raise the limit on the size of files (`ulimit -f`), if that is short: the writer does not say"
-        return f"{short}; then {_AGAIN}"
+    if all(type(error) is RuntimeError for error in errors):  # torch's writer, which drops the error number
+        room = "make room, or raise the limit on the size of files (`ulimit -f`): the writer gives no reason"
+        return f"{room}; then {_AGAIN}"
     return f"correct what is named, then {_AGAIN}"
 
 
 def not_resumed(error: BaseException, wanted: dict[str, Any], folder: Path) -> UserError:
-    """The error for a checkpoint that megatron-core could not load into `wanted`, a sharded state dict."""
+    """Return the error for a checkpoint that megatron-core could not load into `wanted`, a sharded state dict."""
     difference = _difference(wanted, folder)
     if difference:
-        hint = "it is of another model or optimizer, or was saved without `checkpoint.save_optim` or `save_rng`"
+        hint = "it has another model or optimizer, or was saved without `checkpoint.save_optim` or `save_rng`"
         return UserError(f"`{folder}` cannot be resumed from: {difference}", hint=hint)
     causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
     return UserError(
-        f"`{folder}` cannot be resumed from: a file of it is damaged or cannot be read ({_described(causes[0])})",
+        f"`{folder}` cannot be resumed from: a file of it is damaged or cannot be read ({_describe(causes[0])})",
         hint=f"`mbconvert inspect --check {folder}` names the file; resume from another checkpoint",
     )
 
 
 def _difference(wanted: dict[str, Any], folder: Path) -> str:
-    """The first tensor that a run and a checkpoint do not share, or have in different shapes; empty where there is none."""
+    """Describe the first tensor that the checkpoint lacks, or has in another shape; empty if there is none."""
     try:
-        there = {one.key: tuple(one.global_shape) for one in dist_checkpointing.load_tensors_metadata(str(folder)).values()}
+        metadata = dist_checkpointing.load_tensors_metadata(str(folder)).values()
+        saved = {tensor.key: tuple(tensor.global_shape) for tensor in metadata}
     except (CheckpointException, dist_checkpointing.core.CheckpointingException, OSError, ValueError, KeyError, TypeError):
         return ""
     apply_factories(wanted)
-    ours = {one.key: tuple(one.global_shape) for one in nested_values(wanted) if isinstance(one, ShardedTensor)}
+    ours = {leaf.key: tuple(leaf.global_shape) for leaf in nested_values(wanted) if isinstance(leaf, ShardedTensor)}
     for name, shape in ours.items():
-        if name not in there:
+        if name not in saved:
             return f"it has no `{name}`, which this run has"
-        if there[name] != shape:
-            return f"`{name}` is `{format_untrusted(list(there[name]))}` there, and `{format_untrusted(list(shape))}` in this run"
+        if saved[name] != shape:
+            return f"`{name}` is `{format_untrusted(list(saved[name]))}` there, and `{format_untrusted(list(shape))}` in this run"
     return ""

@@ -1,4 +1,4 @@
-"""What a checkpoint or a Hugging Face directory says of itself: its model, its dtype, its tokenizer. Reads no weight."""
+"""Read the model, dtype and tokenizer of a checkpoint or a Hugging Face directory. Reads no weight."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What a checkpoint says of itself."""
+    """The model and dtype of a checkpoint."""
 
     config: dict[str, Any]
     """The model's `config.json`."""
@@ -39,9 +39,9 @@ class Described:
 
 
 def describe(source: str) -> Described:
-    """Look at a Hugging Face directory, a Hub id or a Megatron checkpoint; no weight is read.
+    """Return the model and dtype of a Hugging Face directory, a Hub id or a Megatron checkpoint.
 
-    Raises UserError where it is none of these, or does not say what model it is.
+    Raises UserError if it is none of these, or has no `config.json`.
     """
     folder = open_source(source, or_hub=True)
     if detect(folder) is not Format.TORCH_DIST:
@@ -59,13 +59,13 @@ def describe(source: str) -> Described:
         return Described(dict(config), _dtype(reader))
 
 
-def places(source: str) -> tuple[Folder, ...]:
-    """Where the tokenizer may be; the first that has one counts."""
+def tokenizer_folders(source: str) -> tuple[Folder, ...]:
+    """Return the folders that may hold the tokenizer; the first that has one is used."""
     folder = open_source(source, or_hub=True)
     if detect(folder) is not Format.TORCH_DIST:
         return (folder,)
     inside = find_iteration(folder)
-    # The first has `generation_config.json` as well, the second is all that Megatron-Bridge writes.
+    # The first has `generation_config.json` as well; Megatron-Bridge writes only the second.
     return inside.below(side_files.FILES), inside.below("tokenizer")
 
 
@@ -77,41 +77,41 @@ def _dtype(reader: Reader) -> str:
 
 
 def tokenizer_of(source: str, given: str | None = None) -> tokenizers.Tokenizer:
-    """The tokenizer given, else the checkpoint's own. UserError where there is none."""
+    """Return the tokenizer `given`, else the checkpoint's own. Raises UserError if there is none."""
     if given:
         return tokenizers.load(given)
-    place = next(filter(_has_tokenizer, places(source)), None)
-    if place is not None:
-        return _load(place)
+    folder = next(filter(_has_tokenizer, tokenizer_folders(source)), None)
+    if folder is not None:
+        return _load(folder)
     raise UserError(f"`{source}` has no tokenizer", hint="name a folder that has one: `tokenizer.tokenizer_model=DIR`")
 
 
 def tokenizer_of_run(config: RunConfig, *, resumed: Path | None = None) -> tokenizers.Tokenizer | None:
-    """The one that is named, else that of the weights to start from, else that of the checkpoint that is resumed (or that a run
-    would resume), else the one beside the model's own files; None where there is none."""
+    """Return the tokenizer that the settings name, else that of the weights to start from, else that of the checkpoint that is
+    resumed (or that a run would resume), else the one beside the model's own files; None if there is none."""
     named, start = config.tokenizer.tokenizer_model, config.checkpoint.pretrained_checkpoint
-    found = tokenizers.of_run(named, beside=start)
-    if found is not None:
-        return found
+    tokenizer = tokenizers.of_run(named, beside=start)
+    if tokenizer is not None:
+        return tokenizer
     resumed = resumed or iterations.latest(config.checkpoint.load)
     for source in filter(None, (start, resumed and str(resumed))):
-        place = next(filter(_has_tokenizer, places(source)), None)
-        if place is not None:
-            return _load(place)
+        folder = next(filter(_has_tokenizer, tokenizer_folders(source)), None)
+        if folder is not None:
+            return _load(folder)
     return tokenizers.of_run(None, beside=getattr(config.model, "hf_source", None))
 
 
-def _has_tokenizer(place: Folder) -> bool:
-    return bool({"tokenizer.json", *tokenizers.ANY_TOKENIZER} & set(place.children()))
+def _has_tokenizer(folder: Folder) -> bool:
+    return bool({"tokenizer.json", *tokenizers.ANY_TOKENIZER} & set(folder.children()))
 
 
-def _load(place: Folder) -> tokenizers.Tokenizer:
-    """From the folder itself; from another machine's, by way of a folder here that stays as long as the tokenizer."""
-    if isinstance(place, LocalFolder):
-        return tokenizers.load(str(place.path))
-    made = TemporaryDirectory()
-    for name in set(place.children()).intersection(tokenizers.SIDE_FILES):
-        (Path(made.name) / name).write_bytes(place.get(name))
-    found = tokenizers.load(made.name)
-    weakref.finalize(found, made.cleanup)
-    return found
+def _load(folder: Folder) -> tokenizers.Tokenizer:
+    """Load a tokenizer; from a remote folder, through a temporary one that exists as long as the tokenizer."""
+    if isinstance(folder, LocalFolder):
+        return tokenizers.load(str(folder.path))
+    temporary = TemporaryDirectory()
+    for name in set(folder.children()).intersection(tokenizers.SIDE_FILES):
+        (Path(temporary.name) / name).write_bytes(folder.get(name))
+    tokenizer = tokenizers.load(temporary.name)
+    weakref.finalize(tokenizer, temporary.cleanup)
+    return tokenizer

@@ -1,7 +1,7 @@
-"""The running model as a place to write named regions, and checkpoints of either format read into it.
+"""Load checkpoints of either format into the running model.
 
-Each rank reads the rows it holds and nothing else; every tensor of the source must find its place on some rank, and every
-weight of the model must find its tensor. Knows no optimizer.
+Each rank reads only the rows that it holds. Every tensor of the source must be a weight on some rank, and every weight of the
+model must have a tensor. The optimizer is not involved.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ PIECE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
-    """A box of a weight that this rank holds, and the memory it is in. Padded vocabulary rows may lie beyond the weight."""
+class LocalShard:
+    """A shard of a weight on this rank: its region of the global tensor, and its memory. It may have padded vocabulary rows."""
 
     name: str
     region: Region
@@ -56,7 +56,7 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a load did, over all ranks."""
+    """The result of a load, over all ranks."""
 
     tensors: int
     of: int
@@ -73,47 +73,48 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def local_weights(chunks: Sequence[Any], choose: Choose = lambda state, _: state) -> list[Local]:
-    """Every box of every weight on this rank, under the names of a Megatron checkpoint with a number per layer. `choose` takes
-    those that are wanted out of a chunk's sharded state."""
+def local_weights(chunks: Sequence[Any], choose: Choose = lambda state, _: state) -> list[LocalShard]:
+    """Return every shard of every weight on this rank, under the names of a Megatron checkpoint with a number per layer. `choose`
+    selects from a chunk's sharded state."""
     return [local for chunk in chunks for local in _of_state(choose(chunk.sharded_state_dict(), chunk))]
 
 
-def _of_state(state: dict[str, Any]) -> Iterator[Local]:
+def _of_state(state: dict[str, Any]) -> Iterator[LocalShard]:
     apply_factories(state)
     for leaf in nested_values(state):
         if isinstance(leaf, ShardedTensor):
             yield _local(leaf)
 
 
-def _local(leaf: ShardedTensor) -> Local:
-    """A stacked key's first offset is the layer, which here is part of the name. One that is left is the expert."""
+def _local(leaf: ShardedTensor) -> LocalShard:
+    """Convert megatron-core's shard. The first offset of a stacked key is the layer, which becomes part of the name; any other
+    prepended offset is the expert."""
     stack, _, rest = leaf.key.partition(".layers.")
     stacked = int(leaf.prepend_axis_num > 0 and bool(rest) and not rest[0].isdigit())
     name = f"{stack}.layers.{leaf.global_offset[0]}.{rest}" if stacked else leaf.key
     data = leaf.data.detach()[(None,) * (leaf.prepend_axis_num - stacked)]
     starts = leaf.global_offset[stacked:]
     region = tuple(slice(start, start + size) for start, size in zip(starts, data.shape, strict=True))
-    return Local(name, region, data, tuple(leaf.global_shape[stacked:]))
+    return LocalShard(name, region, data, tuple(leaf.global_shape[stacked:]))
 
 
 def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = lambda _: None) -> Loaded:
-    """Fill the model from a Hugging Face directory, a Hub id or a Megatron checkpoint. `note` hears where the model's settings
-    are not those that the weights were made with, but may be meant.
+    """Fill the model from a Hugging Face directory, a Hub id or a Megatron checkpoint.
 
-    `chunks` are not wrapped yet. Raises UserError for whatever is missing, left over or of another shape, on every rank
-    alike, before a weight changes.
+    `chunks` are not wrapped yet. `note` is called with differences between the model's settings and those that the weights were
+    trained with. Raises UserError for tensors that are missing, unused or of another shape, on every rank alike, before a weight
+    changes.
     """
     folder = open_source(source, or_hub=True)
     refuse_adapter(folder)
     with in_full(chunks), closing(open_checkpoint(folder)) as reader:
         refuse_adapter(reader.folder)
         locals_ = local_weights(chunks)
-        told = _told(reader, getattr(chunks[0].config, "vocab_size", None))
-        tensor_plans = _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else _from_megatron(reader, told)
-        account(locals_, tensor_plans, source)
-        if told and getattr(chunks[0].config, "hf_config", None):
-            for text in hf_config.compare(chunks[0].config, told, source=source):
+        config = _hf_config(reader, getattr(chunks[0].config, "vocab_size", None))
+        tensor_plans = _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else _from_megatron(reader, config)
+        check_names_and_shapes(locals_, tensor_plans, source)
+        if config and getattr(chunks[0].config, "hf_config", None):
+            for text in hf_config.compare(chunks[0].config, config, source=source):
                 note(text)
         for text in _by_settings(reader, chunks[0].config, source):
             note(text)
@@ -122,9 +123,9 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
         return _loaded(tensor_plans, reader)
 
 
-def _told(reader: HuggingFaceReader | MegatronReader, vocab: int | None) -> Mapping[str, Any] | None:
-    """The `config.json` of a source; None for a checkpoint that does not say what model it holds. `vocab`: the model's own size,
-    for a checkpoint that knows its padded vocabulary alone."""
+def _hf_config(reader: HuggingFaceReader | MegatronReader, vocab: int | None) -> Mapping[str, Any] | None:
+    """Return the `config.json` of a source; None for a checkpoint that does not describe its model. `vocab` is the model's own
+    vocabulary size, for a checkpoint that has only the padded size."""
     if isinstance(reader, HuggingFaceReader):
         return read_json(reader.folder, CONFIG)
     try:
@@ -134,23 +135,23 @@ def _told(reader: HuggingFaceReader | MegatronReader, vocab: int | None) -> Mapp
 
 
 def _by_settings(reader: HuggingFaceReader | MegatronReader, provider: Any, source: str) -> list[str]:
-    """How a GPT computes otherwise than the weights were made for, by what no `config.json` says."""
+    """Return the differences between a GPT's settings and those of a checkpoint that no `config.json` can hold."""
     if not isinstance(provider, GPTModelProvider):
         return []
-    said = [] if isinstance(reader, HuggingFaceReader) else run_config.read_all(reader.folder, reader.args())
-    return hf_config.compare_settings(provider, said[0].settings if said else {}, source=source)
+    saved = [] if isinstance(reader, HuggingFaceReader) else run_config.read_all(reader.folder, reader.args())
+    return hf_config.compare_settings(provider, saved[0].settings if saved else {}, source=source)
 
 
 def settings_changed(chunks: Sequence[Any], resumed: Path) -> list[str]:
-    """How a GPT computes otherwise than in the checkpoint that its run goes on from, in words. UserError for a setting that the
-    run has no more."""
+    """Return the differences between a GPT's settings and those of the checkpoint that its run resumes, as text. Raises UserError
+    for a setting that the run lacks."""
     folder, provider = LocalFolder(resumed), chunks[0].config
-    said = run_config.read_all(folder, {}) if isinstance(provider, GPTModelProvider) else []
-    return hf_config.compare_settings(provider, said[0].settings, source=str(resumed)) if said else []
+    saved = run_config.read_all(folder, {}) if isinstance(provider, GPTModelProvider) else []
+    return hf_config.compare_settings(provider, saved[0].settings, source=str(resumed)) if saved else []
 
 
 def plan_of(reader: HuggingFaceReader) -> Plan:
-    """How a directory's tensors make a Megatron model without padding."""
+    """Return the plan that makes a Megatron model without padding from a directory's tensors."""
     config = read_json(reader.folder, CONFIG)
     family = families.find(config.get("model_type"))
     return to_megatron(family.RULES, family.EXTRAS, make_model(family.CONFIG, config), reader.specs, dtype="keep")
@@ -163,10 +164,10 @@ def _from_huggingface(reader: HuggingFaceReader) -> dict[str, TensorPlan]:
     return {tensor_plan.spec.name: tensor_plan for tensor_plan in plan.tensors}
 
 
-def _from_megatron(reader: MegatronReader, told: Mapping[str, Any] | None) -> dict[str, TensorPlan]:
-    """Rows of the vocabulary that mean something, where the checkpoint says how many do; else all."""
+def _from_megatron(reader: MegatronReader, config: Mapping[str, Any] | None) -> dict[str, TensorPlan]:
+    """Return the plan for a checkpoint's tensors, without padded vocabulary rows if `config` has the vocabulary size."""
     reader.check(reader.specs)
-    vocab = int(told["vocab_size"]) if told else None
+    vocab = int(config["vocab_size"]) if config else None
     tensor_plans = as_stored(reader.specs)
     return {name: _unpadded(tensor_plan, vocab) if _padded(name) else tensor_plan for name, tensor_plan in tensor_plans.items()}
 
@@ -180,21 +181,23 @@ def _unpadded(tensor_plan: TensorPlan, vocab: int | None) -> TensorPlan:
     return replace(tensor_plan, ranges=tuple(replace(part, rows=rows) for part in tensor_plan.ranges))
 
 
-_OTHER = "the weights are of another model than `model` describes; nothing is ever left random"
+_OTHER = "the weights are of another model than `model` describes; no weight is left random"
 
 
-def account(locals_: Sequence[Local], tensor_plans: Mapping[str, TensorPlan], source: str, *, hint: str = _OTHER) -> None:
+def check_names_and_shapes(
+    locals_: Sequence[LocalShard], tensor_plans: Mapping[str, TensorPlan], source: str, *, hint: str = _OTHER
+) -> None:
     """Raise UserError, on all ranks alike, unless both sides hold the same names and shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, {local.name: local.global_shape for local in locals_})
-    for one in everywhere:
-        shapes |= one
+    for of_rank in everywhere:
+        shapes |= of_rank
     missing, over = sorted(shapes.keys() - tensor_plans.keys()), sorted(tensor_plans.keys() - shapes.keys())
     if missing:
         raise UserError(f"`{source}` lacks {list_names(missing)}, which the model has", hint=hint)
     if over:
-        raise UserError(f"`{source}` holds {list_names(over)}, for which the model has no place", hint=hint)
+        raise UserError(f"`{source}` holds {list_names(over)}, which the model does not have", hint=hint)
     for name, shape in shapes.items():
         stored = tensor_plans[name].spec.shape
         fits = stored[1:] == shape[1:] and (stored[0] == shape[0] or (_padded(name) and _rows(tensor_plans[name]) <= shape[0]))
@@ -207,13 +210,13 @@ def _rows(tensor_plan: TensorPlan) -> int:
 
 
 @torch.no_grad()
-def fill(local: Local, tensor_plan: TensorPlan, reader: Reader) -> None:
-    """Copy what each of the making's sources has of the region; rows that no source has are zero."""
+def fill(local: LocalShard, tensor_plan: TensorPlan, reader: Reader) -> None:
+    """Copy the rows of each of the plan's sources into the shard; rows without a source become zero."""
     rows = local.region[0]
     covered = 0
     for copy in tensor_plan.copies:
-        here = slice(max(rows.start, copy.dst_row), min(rows.stop, copy.dst_row + copy.rows))
-        for band in bands(here, _step(local, copy.dtype)) if here.start < here.stop else ():
+        overlap = slice(max(rows.start, copy.dst_row), min(rows.stop, copy.dst_row + copy.rows))
+        for band in bands(overlap, _step(local, copy.dtype)) if overlap.start < overlap.stop else ():
             shift = copy.src_row - copy.dst_row
             region = (slice(band.start + shift, band.stop + shift), *local.region[1:])
             data = np.empty(extent(region), copy.dtype)
@@ -225,13 +228,13 @@ def fill(local: Local, tensor_plan: TensorPlan, reader: Reader) -> None:
         local.data[covered:].zero_()
 
 
-def _step(local: Local, dtype: np.dtype[Any]) -> int:
+def _step(local: LocalShard, dtype: np.dtype[Any]) -> int:
     row_bytes = prod(extent(local.region)[1:]) * dtype.itemsize
     return max(1, PIECE_BYTES // max(row_bytes, 1))
 
 
 def as_tensor(data: Array) -> torch.Tensor:
-    """The same memory for torch, which shares numpy's dtypes but not the 8 and 16 bit floats of ml_dtypes."""
+    """Return a tensor of the same memory. torch has numpy's dtypes, but not the 8 and 16 bit floats of ml_dtypes."""
     foreign = {"bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
     name = dtype_name(data.dtype)
     if name not in foreign:

@@ -1,8 +1,8 @@
-"""Hold the fp32 masters that a checkpoint gave the optimizer against its weights.
+"""Compare the fp32 masters of a loaded optimizer state with the weights.
 
-A step rounds masters to weights: to the nearest, and of two to the even one. So a master that does not round to its weight, bit
-for bit, was written wrong, and the moments beside it with it (see `bucket_padding`). Weights in fp32 are their own masters; where
-the optimizer's state holds them a second time, both must be the same.
+A step rounds masters to weights, to nearest even. So a master that does not round to its weight, bit for bit, was written wrong,
+and its moments too (see `bucket_padding`). Weights in fp32 are their own masters; if the optimizer's state holds them a second
+time, both must be equal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from formats.errors import UserError
 from formats.folder import LocalFolder
 from trainer import optim
 from trainer.checkpoints import live
-from trainer.config import RunConfig
 from trainer.model import unwrap
 
 _CAST = "weights that are in another dtype there"
@@ -39,12 +38,12 @@ class _Pair:
 
     @property
     def part(self) -> torch.Tensor:
-        """The elements whose master this is, `[elements]`."""
+        """The elements of the weight that the master is of, `[elements]`."""
         return self.weight.detach().reshape(-1)[self.elements]
 
     @property
     def obstacle(self) -> str:
-        """Why the two cannot be compared; empty where they can."""
+        """Why the two cannot be compared; empty if they can."""
         if type(self.weight.data) is not torch.Tensor:
             return "weights in 8 or 4 bits"
         if self.master is None or self.master.dtype != torch.float32:
@@ -53,20 +52,20 @@ class _Pair:
 
     @property
     def agrees(self) -> bool:
-        """Does the master round to the weight, bit for bit?"""
+        """Whether the master rounds to the weight, bit for bit."""
         assert self.master is not None
-        whole = {2: torch.int16, 4: torch.int32}[self.weight.element_size()]
-        return torch.equal(self.master.to(self.weight.dtype).view(whole), self.part.view(whole))
+        bits = {2: torch.int16, 4: torch.int32}[self.weight.element_size()]
+        return torch.equal(self.master.to(self.weight.dtype).view(bits), self.part.view(bits))
 
 
 @contextmanager
-def held_against_weights(
-    chunks: list[Any], optimizer: Any, config: RunConfig, folder: Path, *, sharding: str, say: Callable[[str], None]
+def compared_with_weights(
+    chunks: list[Any], optimizer: Any, folder: Path, *, peft: Any, sharding: str, say: Callable[[str], None]
 ) -> Iterator[None]:
-    """While this is entered, the optimizer takes its state from a checkpoint whose weights are in the model already.
+    """While this is entered, the optimizer loads its state from the checkpoint `folder`, whose weights the model has already.
 
-    On leaving, what could not be compared is said. Raises UserError, on all ranks alike, for a master that does not round to its
-    weight.
+    On leaving, compares them, and prints what could not be compared. Raises UserError, on all ranks alike, for a master that does
+    not round to its weight.
     """
     own = list(_own_masters(optimizer))
     kept = [_Pair(pair.weight, pair.elements, pair.part.clone()) for pair in own] if sharding == "fully_reshardable" else []
@@ -74,12 +73,12 @@ def held_against_weights(
     pairs = [*_pairs(optimizer), *kept]
     skipped = {pair.obstacle for pair in pairs if pair.obstacle}
     skipped |= {_ONCE} if own and not kept else set()
-    skipped |= {"frozen weights"} if config.peft is None and _some_frozen(chunks) else set()
+    skipped |= {"frozen weights"} if peft is None and _some_frozen(chunks) else set()
     wrong = [pair.weight for pair in pairs if not pair.obstacle and not pair.agrees]
-    found, unlike = _named(wrong, chunks, folder) if wrong else (set(), set())
-    names, reasons = _of_all_ranks(found), _of_all_ranks(skipped | unlike)
+    own_names, other_dtype = _names(wrong, chunks, folder) if wrong else (set(), set())
+    names, reasons = _of_all_ranks(own_names), _of_all_ranks(skipped | other_dtype)
     if names:
-        raise _written_wrong(names, folder, adapters=config.peft is not None)
+        raise _written_wrong(names, folder, adapters=peft is not None)
     if reasons:
         say(f"note: weights of `{folder}` that were not held against fp32 masters: {', '.join(reasons)}")
 
@@ -91,25 +90,25 @@ def _of_all_ranks(ours: set[str]) -> list[str]:
 
 
 def _pairs(optimizer: Any) -> Iterator[_Pair]:
-    """Weights in 16 bits or fewer, and their masters."""
-    for one in optim.distributed(optimizer):
-        for weight, master in _zipped(one.model_float16_groups, one.shard_fp32_from_float16_groups):
-            yield _Pair(weight, _range(one, weight), master)
-    for one in optim.undivided(optimizer):
-        for weight, master in _zipped(one.float16_groups, one.fp32_from_float16_groups):
+    """Yield weights in 16 bits or fewer, and their masters."""
+    for part in optim.distributed(optimizer):
+        for weight, master in _zipped(part.model_float16_groups, part.shard_fp32_from_float16_groups):
+            yield _Pair(weight, _range(part, weight), master)
+    for part in optim.unsharded(optimizer):
+        for weight, master in _zipped(part.float16_groups, part.fp32_from_float16_groups):
             yield _Pair(weight, slice(None), master.detach().reshape(-1))
 
 
 def _own_masters(optimizer: Any) -> Iterator[_Pair]:
-    """Weights in fp32 of distributed optimizers, which save them a second time."""
-    for one in optim.distributed(optimizer):
-        for weight, part in _zipped(one.model_fp32_groups, one.shard_fp32_groups):
-            yield _Pair(weight, _range(one, weight), part)
+    """Yield weights in fp32 of distributed optimizers, which save them a second time."""
+    for part in optim.distributed(optimizer):
+        for weight, shard in _zipped(part.model_fp32_groups, part.shard_fp32_groups):
+            yield _Pair(weight, _range(part, weight), shard)
 
 
-def _range(one: Any, weight: torch.Tensor) -> slice:
-    found = one._get_model_param_range_map(weight)["param"]
-    return slice(found.start, found.end)
+def _range(optimizer: Any, weight: torch.Tensor) -> slice:
+    elements = optimizer._get_model_param_range_map(weight)["param"]
+    return slice(elements.start, elements.end)
 
 
 def _zipped(weights: Iterable[Any], masters: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
@@ -118,14 +117,16 @@ def _zipped(weights: Iterable[Any], masters: Iterable[Any]) -> Iterator[tuple[An
 
 
 def _some_frozen(chunks: list[Any]) -> bool:
-    return not all(one.requires_grad for chunk in chunks for one in chunk.parameters())
+    return not all(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters())
 
 
-def _named(wrong: list[torch.Tensor], chunks: list[Any], folder: Path) -> tuple[set[str], set[str]]:
-    """Their names in a checkpoint; and why others of them need not agree. Rows that pad the vocabulary in this run alone do:
-    megatron-core fills them with zeros on both sides."""
+def _names(wrong: list[torch.Tensor], chunks: list[Any], folder: Path) -> tuple[set[str], set[str]]:
+    """Return the names of these weights in the checkpoint, and why others of them may differ.
+
+    Vocabulary rows that only this run pads do not differ: megatron-core fills weights and masters with zeros.
+    """
     known = {local.data.data_ptr(): local for local in live.local_weights([unwrap(chunk) for chunk in chunks])}
-    names, unlike = set[str](), set[str]()
+    names, other_dtype = set[str](), set[str]()
     with closing(open_megatron(LocalFolder(folder))) as reader:
         for weight in wrong:
             local = known.get(weight.data_ptr())
@@ -133,10 +134,10 @@ def _named(wrong: list[torch.Tensor], chunks: list[Any], folder: Path) -> tuple[
             if local is None or stored is None:
                 names.add(f"a weight of shape {list(weight.shape)}")
             elif stored.stored_dtype != _DTYPES[weight.dtype]:
-                unlike.add(_CAST)
+                other_dtype.add(_CAST)
             else:
                 names.add(local.name)
-    return names, unlike
+    return names, other_dtype
 
 
 def _written_wrong(names: list[str], folder: Path, *, adapters: bool) -> UserError:

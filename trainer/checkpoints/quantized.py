@@ -1,7 +1,7 @@
-"""Weights that Transformer Engine keeps in 8 bits, as plain tensors for as long as they are filled.
+"""Replace weights that Transformer Engine keeps in 8 bits by plain tensors while they are loaded.
 
-Each has a second copy in full precision, made when the model was: the optimizer takes its fp32 weights from there, not from
-the 8 bits. Both must become what was loaded. Knows no checkpoint.
+Each has a second copy in full precision, made with the model, from which the optimizer takes its fp32 masters. Both must get the
+loaded values.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _COPY = "_high_precision_init_val"
 
 @contextmanager
 def in_full(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """While this is entered, quantized weights of `chunks` are plain tensors of unspecified values; on leaving, the weights
-    become what was put there."""
+    """While this is entered, quantized weights of `chunks` are plain tensors of unspecified values; on leaving, the weights get
+    the values of those tensors."""
     swapped = [
         (module, name, parameter, _plain(parameter))
         for chunk in chunks

@@ -1,4 +1,4 @@
-"""Where all random numbers of a rank stand, so that a resumed run draws those that would have come. Knows no files."""
+"""Capture and restore the random number generators of a rank, so that a resumed run draws the same numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.core import tensor_parallel
 
 
 def capture() -> dict[str, Any]:
-    """The states of Python, numpy, torch on CPU and GPU, and megatron-core's tracker, as plain data and tensors."""
+    """Return the states of Python, numpy, torch on CPU and GPU, and megatron-core's tracker, as plain data and tensors."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -23,7 +23,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any]) -> None:
-    """Go on from what `capture` gave."""
+    """Restore what `capture` returned."""
     random.setstate(states["python"])
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, np.array(keys, np.uint32), *rest))

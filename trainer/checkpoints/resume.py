@@ -32,7 +32,7 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
             hint=f"start from its weights with `checkpoint.pretrained_checkpoint={folder.parent}`",
         )
     same_layout = _is_same_layout(_saved_layout(saved))
-    metadata = {**state_dict.content_metadata(config), **common.get("content_metadata", {})}
+    metadata = {**state_dict.content_metadata(config.checkpoint, peft=config.peft), **common.get("content_metadata", {})}
     sharding = metadata["distrib_optim_sharding_type"]
     if config.checkpoint.save_optim:
         _check_optimizer(parts, saved, sharding, folder)
@@ -40,7 +40,7 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
     wanted = state_dict.state_dict(parts, config, metadata=metadata, loading=True, rng=same_layout)
     loaded = _load(wanted, folder, verify_integrity=config.checkpoint.verify_integrity)
     _take_weights(parts.chunks, loaded, config.peft)
-    _take_optimizer(parts, loaded, config, folder, sharding=sharding, say=say)
+    _take_optimizer(parts, loaded, folder, peft=config.peft, sharding=sharding, say=say)
     for name, value in saved["progress"].items():
         setattr(parts.progress, name, value)
     schedule.resume(parts.scheduler, iteration=parts.progress.iteration, skipped_steps=parts.progress.skipped_steps)
@@ -68,15 +68,15 @@ def _take_weights(chunks: list[Any], loaded: dict[str, Any], peft: Any) -> None:
 
 
 def _take_optimizer(
-    parts: Parts, loaded: dict[str, Any], config: RunConfig, folder: Path, *, sharding: str, say: Callable[[str], None]
+    parts: Parts, loaded: dict[str, Any], folder: Path, *, peft: Any, sharding: str, say: Callable[[str], None]
 ) -> None:
     """Load the optimizer's state, with this run's settings. Without a saved state, masters are made from the weights."""
     if "optimizer" not in loaded:
         parts.optimizer.reload_model_params()
         return
     optim.keep_settings(parts.optimizer, loaded["optimizer"])
-    checked = masters.held_against_weights(parts.chunks, parts.optimizer, config, folder, sharding=sharding, say=say)
-    with checked, optim.steps_apart(parts.optimizer), torch.no_grad():
+    compared = masters.compared_with_weights(parts.chunks, parts.optimizer, folder, peft=peft, sharding=sharding, say=say)
+    with compared, optim.steps_apart(parts.optimizer), torch.no_grad():
         parts.optimizer.load_state_dict(loaded["optimizer"])
 
 

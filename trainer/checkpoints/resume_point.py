@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may save where it is told to. Reads folders; knows no tensors, no ranks."""
+"""Find the checkpoint that a run resumes from, and check that it may write to `checkpoint.save`. `resume` loads it."""
 
 from __future__ import annotations
 
@@ -10,74 +10,75 @@ from trainer.checkpoints import iterations
 from trainer.config import CheckpointConfig
 
 
-def find(told: CheckpointConfig) -> Path | None:
+def find(config: CheckpointConfig) -> Path | None:
     """Return the checkpoint to resume from, None for a fresh start.
 
-    It is the newest in `load`, or, where a run that was resumed from `load` has saved in another folder `save` since, the newest
-    there: the same command can be started again and again. Raises UserError where the run would lose what is in `save`, or `load`
-    holds nothing to resume.
+    It is the newest in `load`; or the newest in another folder `save`, if a run that was resumed from `load` has saved there
+    since: the same command can be started again and again. Raises UserError if the run would overwrite checkpoints in `save`, or
+    if `load` holds none to resume.
     """
-    resumed = iterations.latest(told.load)
-    if resumed and told.save and not told.overwrite and _same_run(resumed, further := iterations.latest(told.save)):
+    resumed = iterations.latest(config.load)
+    if resumed and config.save and not config.overwrite and _same_run(resumed, further := iterations.latest(config.save)):
         resumed = further
-    _check_sources(told)
-    _check_place(told, resumed)
-    _check_load(told, resumed)
+    _check_sources(config)
+    _check_save(config, resumed)
+    _check_load(config, resumed)
     return resumed
 
 
-def supersedes(resumed: Path | None, told: CheckpointConfig) -> bool:
-    """Is `resumed` in `save`, though `load` is another folder?"""
-    return bool(resumed and told.load and not same(resumed.parent, told.load))
+def supersedes(resumed: Path | None, config: CheckpointConfig) -> bool:
+    """Return whether `resumed` is in `save`, though `load` is another folder."""
+    return bool(resumed and config.load and not same(resumed.parent, config.load))
 
 
-def same(one: str | Path, other: str | Path) -> bool:
-    """Are these two names of one folder?"""
-    return Path(one).resolve() == Path(other).resolve()
+def same(first: str | Path, second: str | Path) -> bool:
+    """Return whether both paths are one folder."""
+    return Path(first).resolve() == Path(second).resolve()
 
 
-def _same_run(one: Path, other: Path | None) -> bool:
-    """Were both written by one run? Checkpoints that name no run are of none."""
-    return other is not None and iterations.run_of(one) == iterations.run_of(other) != ""
+def _same_run(first: Path, second: Path | None) -> bool:
+    """Return whether one run wrote both. Checkpoints of earlier versions name no run."""
+    return second is not None and iterations.run_of(first) == iterations.run_of(second) != ""
 
 
-def _check_load(told: CheckpointConfig, resumed: Path | None) -> None:
-    if resumed is None and told.load and not (told.save and same(told.load, told.save)):
+def _check_load(config: CheckpointConfig, resumed: Path | None) -> None:
+    if resumed is None and config.load and not (config.save and same(config.load, config.save)):
         raise UserError(
-            f"`checkpoint.load` is `{told.load}`, which has no checkpoint to resume from",
+            f"`checkpoint.load` is `{config.load}`, which has no checkpoint to resume from",
             hint="to start from weights alone use `checkpoint.pretrained_checkpoint`; a first start needs no `load`",
         )
 
 
-def _check_sources(told: CheckpointConfig) -> None:
+def _check_sources(config: CheckpointConfig) -> None:
     """Raise UserError if the weights that a run starts from are where it saves, as a whole folder or as one of its iterations."""
     for name in ("pretrained_checkpoint", "pretrained_adapter"):
-        source = getattr(told, name)
-        if source and told.save and _is_of(Path(source), Path(told.save)):
+        source = getattr(config, name)
+        if source and config.save and _is_of(Path(source), Path(config.save)):
             raise UserError(
-                f"`checkpoint.save` is `{told.save}`, and `checkpoint.{name}` is `{source}`: what is saved would replace it",
-                hint=f"save to another folder; or, to go on with the run in that one, set `checkpoint.load={told.save}` in place "
+                f"`checkpoint.save` is `{config.save}`, and `checkpoint.{name}` is `{source}`: what is saved would replace it",
+                hint=f"save to another folder; or, to resume the run in that one, set `checkpoint.load={config.save}` in place "
                 f"of `checkpoint.{name}`",
             )
 
 
 def _is_of(source: Path, root: Path) -> bool:
-    """Is it a folder of checkpoints, or in one of its iterations?"""
+    """Return whether `source` is the folder of checkpoints `root`, or in one of its iterations."""
     source, root = source.resolve(), root.resolve()
-    return source == root or any(one.parent == root and iterations.is_name(one.name) for one in (source, *source.parents))
+    return source == root or any(path.parent == root and iterations.is_name(path.name) for path in (source, *source.parents))
 
 
-def _check_place(told: CheckpointConfig, resumed: Path | None) -> None:
-    """Raise UserError if checkpoints that this run does not go on from are where it saves: it would replace those of the same
-    iterations and move the tracker."""
-    if told.save is None or told.overwrite or (resumed and same(resumed.parent, told.save)):
+def _check_save(config: CheckpointConfig, resumed: Path | None) -> None:
+    """Raise UserError if `save` holds checkpoints of another run: this one would replace those of the same iterations, and the
+    tracker."""
+    if config.save is None or config.overwrite or (resumed and same(resumed.parent, config.save)):
         return
-    there = [*(path.name for path in iterations.whole(told.save)), *([TRACKER] if (Path(told.save) / TRACKER).exists() else [])]
-    if there:
-        begins = f"goes on from `{resumed}`" if resumed else "starts anew"
+    tracker = Path(config.save) / TRACKER
+    existing = [*(path.name for path in iterations.complete(config.save)), *([TRACKER] if tracker.exists() else [])]
+    if existing:
+        begins = f"resumes from `{resumed}`" if resumed else "starts anew"
         raise UserError(
-            f"`checkpoint.save` is `{told.save}`, which holds `{there[0]}` of another run, and this one {begins}: "
-            "it would replace what is there",
-            hint=f"go on from there with `checkpoint.load={told.save}`, save to another folder, or set "
+            f"`checkpoint.save` is `{config.save}`, which holds `{existing[0]}` of another run, and this one {begins}: "
+            "it would overwrite that",
+            hint=f"resume that run with `checkpoint.load={config.save}`, save to another folder, or set "
             "`checkpoint.overwrite=true` to replace it",
         )

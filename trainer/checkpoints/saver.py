@@ -27,7 +27,7 @@ from trainer.checkpoints import causes, iterations, state_dict
 from trainer.checkpoints.state_dict import Parts, Progress
 from trainer.collectives import from_first_rank, on_first_rank
 from trainer.config import RunConfig
-from trainer.signals import held
+from trainer.signals import blocked
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Saver:
         progress = deepcopy(parts.progress)
         self._saved_at, self.saved_iteration = time.monotonic(), progress.iteration
         self._writing = partial = iterations.partial(self.root, progress.iteration)
-        with self._user_errors(), held():
+        with self._user_errors(), blocked():
             on_first_rank(lambda: iterations.begin(partial))
             with optim.parameters_gathered(parts.chunks):
                 request = self._write(parts, partial)
@@ -82,7 +82,7 @@ class Saver:
             self._queue.schedule_async_request(request)
 
     def _write(self, parts: Parts, folder: Path) -> Any:
-        metadata = state_dict.content_metadata(self.config)
+        metadata = state_dict.content_metadata(self.config.checkpoint, peft=self.config.peft)
         return dist_checkpointing.save(
             state_dict.state_dict(parts, self.config, metadata=metadata, loading=False),
             str(folder),

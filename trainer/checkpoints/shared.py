@@ -1,7 +1,4 @@
-"""Do all hosts see the same folder? A checkpoint is written by all ranks together; on folders that hosts do not share it is half.
-
-Knows ranks and one folder; knows nothing of what is saved there.
-"""
+"""Check that all hosts share the folder of checkpoints: all ranks write a checkpoint together, and it must be complete."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from formats.errors import UserError
 from trainer import collectives
 
 _PATIENCE_S = 3.0
-"""Seconds that a network file system gets to show what another host has made."""
+"""Seconds until a network file system must show a file that another host has made."""
 
 
 def check(root: Path) -> None:
@@ -37,7 +34,7 @@ def check(root: Path) -> None:
 
 
 def not_shared(root: Path, unseen: str) -> UserError:
-    """The error for a folder that is not the same for all; `unseen` names who sees another."""
+    """Return the error for a folder that hosts do not share; `unseen` names the ranks that see another."""
     return UserError(
         f"hosts do not share `checkpoint.save`, `{root}`: {unseen} does not see what rank 0 writes there",
         hint="name a folder of a file system that all hosts share, by its absolute path",
@@ -45,10 +42,10 @@ def not_shared(root: Path, unseen: str) -> UserError:
 
 
 def _appears(path: Path) -> bool:
-    """Listing the folder makes a network file system ask its server anew."""
+    """Return whether a file is visible. Lists the folder, for which a network file system asks its server again."""
     until = time.monotonic() + _PATIENCE_S
-    while not (found := path.parent.is_dir() and path.name in {one.name for one in path.parent.iterdir()}):
+    while not (exists := path.parent.is_dir() and path in path.parent.iterdir()):
         if time.monotonic() >= until:
             break
         time.sleep(0.1)
-    return found
+    return exists

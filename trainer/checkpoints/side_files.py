@@ -1,4 +1,4 @@
-"""What travels with a checkpoint's weights so that it can be exported with nothing else: the model's `config.json`, its
+"""The files saved with a checkpoint's weights, so that it can be exported with nothing else: the model's `config.json`, its
 tokenizer and other side files, `run_config.yaml` for Megatron-Bridge, and the run's own settings.
 """
 
@@ -30,7 +30,7 @@ from formats.iterations import find_iteration
 from formats.spec import DTYPES
 from trainer import tokenizers
 from trainer.checkpoints import adapters, iterations, live
-from trainer.config import RunConfig
+from trainer.config import RunConfig, TokenizerConfig
 from trainer.model import GPTModelProvider
 from trainer.settings import hf_config, yaml_io
 
@@ -41,27 +41,26 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 def collect(
     config: RunConfig, chunks: Sequence[Any], *, resumed: Path | None, base: Base | None = None
 ) -> Callable[[Path], None]:
-    """What writes it all into an iteration's folder, on rank 0. All ranks call this; sources are looked at once, here.
+    """Return the function that writes the files into an iteration's folder, on rank 0. All ranks call this.
 
-    `base` is the model that adapters are trained beside.
+    Sources are read once, here: when a checkpoint is saved the source may be gone, above all an older checkpoint of this run.
+    `base` is the base model of adapters.
     """
     stages = _stages(chunks)
     source = str(resumed) if resumed else (config.checkpoint.pretrained_checkpoint or getattr(config.model, "hf_source", None))
-    found = _from_source(source) if source else _from_config(config)
+    files = _from_source(source) if source else _from_tokenizer(config.model, config.tokenizer)
     run = iterations.run_of(resumed) if resumed else iterations.new_run()
-    found |= {iterations.OURS: iterations.signature(run) + yaml_io.dump(config).encode()}
+    files |= {iterations.OURS: iterations.signature(run) + yaml_io.dump(config).encode()}
     if config.peft is not None:
-        found |= {description.FILE: description.make(adapters.described(config.peft, base))}
+        files |= {description.FILE: description.make(adapters.describe(config.peft, base))}
     if isinstance(config.model, GPTModelProvider) and sum(stages) == config.model.num_layers:
-        found |= {run_config.FILE: _run_config(config.model, stages)}
+        files |= {run_config.FILE: _run_config(config.model, stages)}
     if hf_config.not_in_hf_config(config.model):
-        found.pop(_CONFIG, None)
-    elif known := _known(config):
-        found |= _changed(found, known)
+        files.pop(_CONFIG, None)
+    elif config_json := _config_json(config.model):
+        files |= _changed(files, config_json)
 
-    # Read now: when a checkpoint is saved the source may be gone, above all an older checkpoint of this run.
-    first = dist.get_rank() == 0
-    contents = {name: one if isinstance(one, bytes) else one.get() for name, one in found.items()} if first else {}
+    contents = {name: _bytes(file) for name, file in files.items()} if dist.get_rank() == 0 else {}
 
     def write(folder: Path) -> None:
         for name, content in contents.items():
@@ -72,21 +71,25 @@ def collect(
     return write
 
 
-def _known(config: RunConfig) -> dict[str, Any]:
-    """The `config.json` of the model; empty for a model of one's own."""
-    return getattr(config.model, "hf_config", None) or {}
+def _bytes(file: bytes | FileRef) -> bytes:
+    return file if isinstance(file, bytes) else file.get()
 
 
-def _changed(found: Mapping[str, bytes | FileRef], known: dict[str, Any]) -> dict[str, bytes]:
-    """The model's `config.json`, where it is not what the source has: its bytes stay where they say the same."""
-    there = found.get(_CONFIG)
-    if there is not None and json.loads(there if isinstance(there, bytes) else there.get()) == known:
+def _config_json(model: Any) -> dict[str, Any]:
+    """Return the `config.json` of a model; empty for a model of one's own."""
+    return getattr(model, "hf_config", None) or {}
+
+
+def _changed(files: Mapping[str, bytes | FileRef], config_json: dict[str, Any]) -> dict[str, bytes]:
+    """Return the model's `config.json` if it differs from the source's; an equal one keeps the bytes of the source."""
+    source = files.get(_CONFIG)
+    if source is not None and json.loads(_bytes(source)) == config_json:
         return {}
-    return {_CONFIG: (json.dumps(known, indent=2) + "\n").encode()}
+    return {_CONFIG: (json.dumps(config_json, indent=2) + "\n").encode()}
 
 
 def _from_source(source: str) -> dict[str, bytes | FileRef]:
-    """The side files of a Hugging Face directory, or those that travelled with a Megatron checkpoint."""
+    """Return the side files of a Hugging Face directory or of a Megatron checkpoint."""
     folder = open_source(source, or_hub=True)
     if detect(folder) is not Format.TORCH_DIST:
         reader = HuggingFaceReader(folder)
@@ -101,20 +104,21 @@ def _below(folder: Folder, name: str) -> dict[str, bytes | FileRef]:
     return {f"{name}/{file}": FileRef(inside, file) for file in inside.files()}
 
 
-def _from_config(config: RunConfig) -> dict[str, bytes | FileRef]:
-    """A model from scratch: the tokenizer its data was made with."""
-    found: dict[str, bytes | FileRef] = {}
-    if _known(config) and config.tokenizer.tokenizer_model:
-        for name, data in tokenizers.load(config.tokenizer.tokenizer_model).files().items():
-            found |= {f"tokenizer/{name}": data}
-            found |= {f"{side_files.FILES}/{name}": data} if name != side_files.CONFIG else {}
-    return found
+def _from_tokenizer(model: Any, tokenizer: TokenizerConfig) -> dict[str, bytes | FileRef]:
+    """Return the tokenizer's files, for a model from scratch."""
+    files: dict[str, bytes | FileRef] = {}
+    if _config_json(model) and tokenizer.tokenizer_model:
+        for name, data in tokenizers.load(tokenizer.tokenizer_model).files().items():
+            files |= {f"tokenizer/{name}": data}
+            files |= {f"{side_files.FILES}/{name}": data} if name != side_files.CONFIG else {}
+    return files
 
 
 def _run_config(model: GPTModelProvider, stages: Sequence[int]) -> bytes:
-    """What the model is: its `config.json`, and settings that no such file can say; all its settings where it has none."""
-    known = model.hf_config
-    megatron = to_megatron(families.find(known.get("model_type")).CONFIG, known) if known else _own_fields(model)
+    """Return `run_config.yaml`: the settings of `config.json` and those that it cannot hold; without it, all of the model's."""
+    config_json = model.hf_config
+    family = families.find(config_json.get("model_type")) if config_json else None
+    megatron = to_megatron(family.CONFIG, config_json) if family else _own_fields(model)
     layout = make_layout(
         _sizes(model),
         tp=model.tensor_model_parallel_size,
@@ -123,15 +127,15 @@ def _run_config(model: GPTModelProvider, stages: Sequence[int]) -> bytes:
         pp_layout=stages,
     )
     dtype = DTYPES[_NAMES[model.params_dtype]]
-    said = {**megatron, **hf_config.not_in_hf_config(model)}
-    return run_config.make(said, layout, dtype, vocab_multiple=model.make_vocab_size_divisible_by)
+    settings = {**megatron, **hf_config.not_in_hf_config(model)}
+    return run_config.make(settings, layout, dtype, vocab_multiple=model.make_vocab_size_divisible_by)
 
 
 def _own_fields(model: GPTModelProvider) -> dict[str, Any]:
-    """Settings of a model that a `run_config.yaml` can hold: all but those that say how it is computed."""
+    """Return the settings of a model that `run_config.yaml` can hold: all but those of how it is computed."""
     of_model = (Kind.COMPUTED, Kind.SAID, Kind.PART)
-    told = {one.name: getattr(model, one.name) for one in fields(model) if kind_of(one.name) in of_model}
-    plain = {name: value for name, value in told.items() if _is_plain(value)}
+    settings = {field.name: getattr(model, field.name) for field in fields(model) if kind_of(field.name) in of_model}
+    plain = {name: value for name, value in settings.items() if _is_plain(value)}
     return {**plain, "activation_func": getattr(model.activation_func, "__name__", "unknown")}
 
 
@@ -155,7 +159,7 @@ def _sizes(model: GPTModelProvider) -> Model:
 
 
 def _stages(chunks: Sequence[Any]) -> list[int]:
-    """Layers of each pipeline stage: all ranks of the first virtual stage, then the second."""
+    """Return the layers of each pipeline stage: all ranks of the first virtual stage, then the second."""
     ours = [len(decoder.layers) if (decoder := getattr(chunk, "decoder", None)) is not None else 0 for chunk in chunks]
     group = parallel_state.get_pipeline_model_parallel_group()
     everywhere: list[Any] = [None] * dist.get_world_size(group)

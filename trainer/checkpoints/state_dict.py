@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from trainer import optim
 from trainer.checkpoints import adapters, bucket_padding, random_states
-from trainer.config import RunConfig
+from trainer.config import CheckpointConfig, RunConfig
 from trainer.model import unwrap
 
 
@@ -48,13 +48,13 @@ class Parts:
     progress: Progress
 
 
-def content_metadata(config: RunConfig) -> dict[str, Any]:
+def content_metadata(checkpoint: CheckpointConfig, *, peft: Any) -> dict[str, Any]:
     """Return the options that megatron-core's modules and optimizers take for the layout of their state."""
     return {
-        **(adapters.CONTENT if config.peft is not None else {}),
+        **(adapters.CONTENT if peft is not None else {}),
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
-        "distrib_optim_sharding_type": config.checkpoint.optim_sharding,
+        "distrib_optim_sharding_type": checkpoint.optim_sharding,
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
@@ -68,7 +68,7 @@ def state_dict(parts: Parts, config: RunConfig, *, metadata: dict[str, Any], loa
     }
     state: dict[str, Any] = {**weights, "checkpoint_version": 3.0, "iteration": parts.progress.iteration}
     if config.checkpoint.save_optim:
-        with bucket_padding.left_out(parts.optimizer, dict(weights), metadata):
+        with bucket_padding.padding_excluded(parts.optimizer, dict(weights), metadata):
             state["optimizer"] = parts.optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=metadata)
     if config.checkpoint.save_rng and rng:
         state["rng_state"] = _rng_object()

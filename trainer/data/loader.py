@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from formats.errors import UserError
 from trainer.data import parent_watchdog
-from trainer.signals import held
+from trainer.signals import blocked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +106,6 @@ def _begin(_number: int) -> None:
 
 
 def _read(loader: DataLoader) -> Generator[dict[str, torch.Tensor]]:
-    with held():
+    with blocked():
         reading = iter(loader)
     yield from reading

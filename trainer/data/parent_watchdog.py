@@ -1,4 +1,4 @@
-"""Worker processes end with the process that started them, however that ended."""
+"""End worker processes when the process that started them ends, even if it was killed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import threading
 
 
 def end_with_parent() -> None:
-    """End this process as soon as its parent is gone: by a thread that waits for it.
+    """Start a thread that ends this process as soon as its parent is gone.
 
-    Neither a pool's processes nor those of a fork server notice that their parent was killed; they would wait for work forever.
+    Neither the processes of a pool nor those of a fork server notice that their parent was killed: they would wait for work
+    forever.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def wait() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()

@@ -92,6 +92,6 @@ def _fill(chunks: Sequence[Any], source: str, config: RunConfig) -> None:
         raise UserError(f"`{source}` holds adapters and does not say beside which model", hint="merge them: `mbconvert merge`")
     live.load(chunks, found.base.name)
     config.peft = adapters.method_of(found)
-    base = adapters.identify(found.base.name, config, None)
+    base = adapters.identify(found.base.name, saves=False, resumed=None)
     attach(chunks, config.peft)
-    adapters.load(chunks, source, config, base)
+    adapters.load(chunks, source, peft=config.peft, base=base)

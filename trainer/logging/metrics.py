@@ -154,8 +154,7 @@ class Measure:
         waited: float = 0.0,
         loss_scale: float | None = None,
     ) -> Step:
-        """Return the record of an interval that ended with step `iteration`. Its last `timed_steps` took `seconds`, `waited` of
-        them for data."""
+        """Return the record of an interval up to step `iteration`, whose last `timed_steps` took `seconds`, `waited` for data."""
         assert interval.steps >= timed_steps > 0, "an interval without steps"
         per_step = max(seconds, 1e-9) / timed_steps
         rate = self.tokens_per_step / per_step / self.num_gpus

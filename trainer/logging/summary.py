@@ -32,7 +32,7 @@ def lines(resolved: Resolved, *, chunks: Sequence[Any], datasets: Sequence[Any],
     config, left = resolved.config, resolved.config.train.train_iters - iteration
     texts = {
         "model": _model(config.model, config.peft, *count(chunks)),
-        "layout": _layout(config, resolved),
+        "layout": _layout(config.model, resolved, divided=config.ddp.use_distributed_optimizer),
         "device": _device(config.mixed_precision),
         "batch": _batch(config.train, config.dataset.sequence_length, resolved.num_microbatches),
         "schedule": _schedule(config, left),
@@ -53,8 +53,7 @@ def _model(model: Any, peft: Any, trained: int, parameters: int) -> str:
     return ", ".join(filter(None, (name, f"{parameters:,} parameters", learned, sizes)))
 
 
-def _layout(config: RunConfig, resolved: Resolved) -> str:
-    model = config.model
+def _layout(model: Any, resolved: Resolved, *, divided: bool) -> str:
     sizes = {
         "TP": model.tensor_model_parallel_size,
         "PP": model.pipeline_model_parallel_size,
@@ -64,9 +63,9 @@ def _layout(config: RunConfig, resolved: Resolved) -> str:
         "DP": resolved.data_parallel_size,
     }
     shape = " · ".join(f"{name} {ranks}" for name, ranks in sizes.items() if ranks > 1)
-    each = "optimizer state divided among data-parallel ranks" if config.ddp.use_distributed_optimizer else ""
+    optimizer = "optimizer state divided among data-parallel ranks" if divided and resolved.data_parallel_size > 1 else ""
     ranks = f"{resolved.world_size} rank{'s' if resolved.world_size > 1 else ''}"
-    return ", ".join(filter(None, (ranks, shape, each if resolved.data_parallel_size > 1 else "")))
+    return ", ".join(filter(None, (ranks, shape, optimizer)))
 
 
 def _device(mixed_precision: str) -> str:

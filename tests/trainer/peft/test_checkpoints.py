@@ -167,20 +167,20 @@ def test_what_does_not_belong_together_is_refused(run, model_folder, tmp_path):
     assert "was trained with `alpha` `8`, and `peft` has `4`" in _refusal(run, {**told, "peft": _method("lora", alpha=4)})
     assert "was trained with `method` `lora`, and `peft` has `dora`" in _refusal(run, {**told, "peft": _method("dora")})
     fewer = {**told, "peft": _method("lora", target_modules=["linear_qkv"])}
-    assert "for which the model has no place" in _refusal(run, fewer)
+    assert "which the model does not have" in _refusal(run, fewer)
     assert "cannot be resumed from" in _refusal(run, {**told, "peft": _method("lora", lora_plus_ratio=4.0)})
     nowhere = {"peft": _method("lora"), "checkpoint__save": str(tmp_path / "new"), "checkpoint__pretrained_checkpoint": None}
-    assert "cannot be saved beside random weights" in _refusal(run, nowhere)
+    assert "adapters of random weights cannot be saved" in _refusal(run, nowhere)
     named = {"peft": _method("lora"), "checkpoint__pretrained_checkpoint": str(tmp_path)}
     assert "is an adapter without its model" in _refusal(run, named)
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_config.json").write_text("{}")
     theirs = {"peft": _method("lora"), "checkpoint__pretrained_adapter": str(tmp_path / "peft")}
-    assert "is a folder of PEFT's" in _refusal(run, theirs)
+    assert "is a PEFT adapter" in _refusal(run, theirs)
     without = {"peft": None, "checkpoint__pretrained_adapter": str(tmp_path)}
     assert "`peft` is `none`" in _refusal(run, without)
     ill = {"peft": _method("lora", target_modules=["linear_fc1"]), "checkpoint__pretrained_adapter": str(tmp_path)}
-    assert "for which the model has no place" in _refusal(run, ill)
+    assert "which the model does not have" in _refusal(run, ill)
 
 
 def _nudge(file):
