@@ -26,7 +26,7 @@ from benchmarks.bare_loop import RECIPES, make_model
 from trainer.peft import LoRA
 from trainer.peft.adapter_layer import Adapter, adapt
 from trainer.peft.attach import attach
-from trainer.peft.linear import describe
+from trainer.peft.linear import describe_linear
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ class Plain(LoRA):
 
     def transform(self, module: torch.nn.Module, name: str) -> torch.nn.Module:
         """One for all that the layer computes."""
-        return adapt(module, PlainAdapter(describe(module, name)))
+        return adapt(module, PlainAdapter(describe_linear(module, name)))
 
 
 def _time(told: argparse.Namespace) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _on_gpu(batches: list[dict[str, Any]]) -> list[Any]:
     from trainer import segments
     from trainer.loss import end_to_end
 
-    return [end_to_end(batch, segments.find(batch["segment_ids"])) for batch in batches]
+    return [end_to_end(batch, segments.find_segments(batch["segment_ids"])) for batch in batches]
 
 
 def _forward(batches: Any, model: Any) -> Any:

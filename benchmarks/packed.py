@@ -41,11 +41,11 @@ def write(folder: Path, *, vocab_size: int, sequence: int) -> None:
     told = {"made_of": {"tokenizer": {}}, "said": f"{EXAMPLES} examples of random tokens", "reasons": []}
     made = np.random.default_rng(0)
     lengths = made.integers(*(round(sequence * share) for share in LENGTHS), EXAMPLES, endpoint=True)
-    rows = packing.filled(lengths, capacity=sequence)
+    rows = packing.best_fit_decreasing(lengths, capacity=sequence)
     told |= {"sequence_length": sequence, "pad_to_multiple_of": 1, "rows": len(rows)}
     store.write(train, _examples(lengths, vocab_size, made), vocab_size=vocab_size, about=lambda: told)
     for name, array in zip(store.ROWS, (rows.examples, rows.starts), strict=True):
-        store.save(train / name, array)
+        store.save_array(train / name, array)
 
 
 def _examples(lengths: np.ndarray, vocab_size: int, made: np.random.Generator) -> Iterator[Any]:
@@ -86,8 +86,8 @@ def flops(provider: Any, batches: Sequence[dict[str, Any]]) -> float:
     from trainer.estimate.flops import flops_of_packed
     from trainer.peft import LoRA
 
-    found = [segments.find(batch["segment_ids"]) for batch in batches]
-    tokens, squares = sum(one.tokens for one in found), sum(one.squares for one in found)
+    found = [segments.find_segments(batch["segment_ids"]) for batch in batches]
+    tokens, squares = sum(one.num_tokens for one in found), sum(one.sum_squared_lengths for one in found)
     return flops_of_packed(provider, tokens, squares, peft=LoRA(dim=RANK, alpha=RANK))
 
 

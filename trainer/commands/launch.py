@@ -68,14 +68,14 @@ def _check(recipe: str, overrides: tuple[str, ...], *, ranks: int) -> RunConfig:
     """Return the run as it is told. UserError for settings that would stop the job when it has waited for its machines."""
     from trainer.checkpoints import resuming  # noqa: PLC0415 - seconds to import
     from trainer.config import FinetuningDatasetConfig  # noqa: PLC0415
-    from trainer.data.chat.splits import check_named  # noqa: PLC0415
+    from trainer.data.chat.splits import check_sources  # noqa: PLC0415
     from trainer.settings.arguments import read_run  # noqa: PLC0415
     from trainer.settings.resolve import resolve  # noqa: PLC0415
 
     config = read_run(recipe, overrides=overrides)
     resuming.find(resolve(config, world_size=ranks, device="gpu").config.checkpoint)
     if isinstance(config.dataset, FinetuningDatasetConfig):
-        check_named(config.dataset)
+        check_sources(config.dataset)
     return config
 
 

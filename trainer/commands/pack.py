@@ -13,7 +13,7 @@ from formats.home import expanded
 from trainer.settings.arguments import is_override, read_run
 
 if TYPE_CHECKING:
-    from trainer.data.chat.build import Packed
+    from trainer.data.chat.build import PackedSplit
 
 
 @click.command(
@@ -41,7 +41,9 @@ def command(words: tuple[str, ...], *, config_file: str | None, as_json: bool, q
     recipe, out, overrides = _apart(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
     apply_choices(config, padded_examples(config))
-    done = build.pack(config.dataset, out, tokenizer=build.needed(tokenizer_of_run(config)), vocab_size=config.model.vocab_size)
+    done = build.pack(
+        config.dataset, out, tokenizer=build.require_tokenizer(tokenizer_of_run(config)), vocab_size=config.model.vocab_size
+    )
     if as_json:
         click.echo(json.dumps([asdict(one) for one in done]))
     elif not quiet:
@@ -58,7 +60,7 @@ def _apart(words: tuple[str, ...]) -> tuple[str | None, Path, list[str]]:
     return names[0] if len(names) == 2 else None, Path(expanded(names[-1])), [word for word in words if word not in names]
 
 
-def _lines(done: list[Packed]) -> list[str]:
+def _lines(done: list[PackedSplit]) -> list[str]:
     said = dict.fromkeys(line for one in done for line in (one.said, *one.reasons))
     rows = [f"{one.split}: {one.examples:,} examples in {one.rows:,} rows, {100 * one.filled:.1f} % filled" for one in done]
     return [*said, *rows]

@@ -34,7 +34,7 @@ def datasets(config: RunConfig, progress: checkpoint.Progress, *, tokenizer: Tok
     to_come = max(train.train_iters - progress.iteration, 0) * train.global_batch_size
     evaluated = (1 if iterations is None else iterations) * train.global_batch_size
     made = _build(config, (progress.consumed_samples + to_come, evaluated, evaluated), tokenizer)
-    consistency.check(made, tokenizer)
+    consistency.check_ranks(made, tokenizer)
     for line in getattr(made[0], "summary", ()):
         say(line)
     return made[0], *(_each_once(one, config) for one in made[1:])
@@ -44,7 +44,9 @@ def _each_once(held_out: Any, config: RunConfig) -> Any:
     """Of several sets, each."""
     if isinstance(held_out, dict):
         return {name: _each_once(one, config) for name, one in held_out.items()}
-    return one_epoch.once(held_out, iterations=config.validation.eval_iters, global_batch_size=config.train.global_batch_size)
+    return one_epoch.limit_to_one_epoch(
+        held_out, iterations=config.validation.eval_iters, global_batch_size=config.train.global_batch_size
+    )
 
 
 def _build(config: RunConfig, samples: tuple[int, int, int], tokenizer: Tokenizer | None) -> Sequence[Any]:
@@ -67,7 +69,7 @@ def steps_of_epochs(config: RunConfig) -> int:
 
 def evaluations(config: RunConfig, dataset: Any) -> int:
     """Global batches of one evaluation of held-out data."""
-    if isinstance(dataset, one_epoch.Once):
+    if isinstance(dataset, one_epoch.OneEpoch):
         return len(dataset) // config.train.global_batch_size
     return config.validation.eval_iters or 0
 
