@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import blake3
@@ -64,6 +64,6 @@ def fingerprint(*parts: bytes | np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def spread_indices(count: int) -> Iterable[int]:
+def spread_indices(count: int) -> list[int]:
     """Return at most 64 indices below `count`, evenly spaced from the first to the last."""
     return np.unique(np.linspace(0, count - 1, min(count, _MAX_SAMPLED)).astype(int)).tolist()
