@@ -117,14 +117,14 @@ def test_other_commands_have_it_too(home):
     from click.testing import CliRunner
 
     from trainer.commands.arguments import recipe_and_overrides
-    from trainer.commands.pack import _parse_words
+    from trainer.commands.pack import _split_words
     from trainer.commands.prepare_data import command
 
     (home / "a.txt").write_text("some text")
     done = CliRunner().invoke(command, ["~/a.txt", "~/tokens", "--tokenizer=byte", "--workers=1"], catch_exceptions=False)
     assert done.exit_code == 0
     assert {path.name for path in home.iterdir()} == {"a.txt", "tokens.bin", "tokens.idx"}
-    assert _parse_words(("~/out", "~model.hf_config", "a=~/b")) == (None, home / "out", ["~model.hf_config", "a=~/b"])
+    assert _split_words(("~/out", "~model.hf_config", "a=~/b")) == (None, home / "out", ["~model.hf_config", "a=~/b"])
     assert recipe_and_overrides(["~model.hf_config"]) == (None, ["~model.hf_config"])
 
 

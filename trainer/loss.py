@@ -41,15 +41,15 @@ def forward_step(batches: Iterator[Batch] | None, model: Any) -> tuple[torch.Ten
 
 def _packed_step(batch: Batch, model: Any) -> tuple[torch.Tensor, LossFunction]:
     """Run one microbatch whose rows hold several examples."""
-    found = segments.find(batch["segment_ids"])
+    found = segments.find_segments(batch["segment_ids"])
     if device.current().type == "cuda":
         batch, packed = end_to_end(batch, found)
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
     else:
-        mask = segments.mask(batch["segment_ids"])
+        mask = segments.attention_mask(batch["segment_ids"])
         output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
     ranks = parallel_state.get_context_parallel_world_size()  # which share the examples, and each report
-    work = (found.tokens / ranks, found.squares / ranks)
+    work = (found.num_tokens / ranks, found.sum_squared_lengths / ranks)
     return output, partial(masked_sum, mask=batch["loss_mask"], work=work)
 
 
@@ -61,7 +61,7 @@ def end_to_end(batch: Batch, found: segments.Segments) -> tuple[Batch, PackedSeq
     """
     names = ("tokens", "labels", "loss_mask", "position_ids")
     moved: dict[str, Any] = {name: batch[name].reshape(1, -1).to(device.current(), non_blocking=True) for name in names}
-    bounds = torch.from_numpy(found.bounds).pin_memory().to(device.current(), non_blocking=True)
+    bounds = torch.from_numpy(found.cu_seqlens).pin_memory().to(device.current(), non_blocking=True)
     if parallel_state.get_context_parallel_world_size() > 1:
         whole = {**moved, "cu_seqlens": bounds[None], "cu_seqlens_padded": None}
         cut = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
@@ -72,7 +72,7 @@ def end_to_end(batch: Batch, found: segments.Segments) -> tuple[Batch, PackedSeq
 def _upper_bound(found: segments.Segments) -> int:
     """Return the length of the longest segment, rounded up to a multiple of 64 as Transformer Engine does: few kernels and rotary
     tables are made. Never all tokens of several segments: megatron-core would continue positions from one to the next."""
-    longest, total = found.longest, int(found.bounds[-1])
+    longest, total = found.max_seqlen, int(found.cu_seqlens[-1])
     rounded = -(-longest // 64) * 64
     return rounded if rounded < total else longest
 
