@@ -24,7 +24,7 @@ class Gone(dist.Store):
 def test_a_rank_that_comes_after_the_first_has_gone_tells_its_error() -> None:
     from trainer import parallel
 
-    assert parallel._first_to_tell(Gone(), UserError("a fault", hint="mend it"))
+    assert parallel._is_first_to_print(Gone(), UserError("a fault", hint="mend it"))
 
 
 def _hold(folder: str) -> list[float]:
