@@ -36,6 +36,8 @@ def hf_to_mcore(
     pp: int = 1,
     vpp: int = 1,
     pp_layout: Sequence[int] | None = None,
+    ep: int = 1,
+    etp: int | None = None,
     dtype: str = KEEP,
     vocab_divisible_by: int = 128,
     integrity: bool = True,
@@ -44,7 +46,8 @@ def hf_to_mcore(
 ) -> Summary:
     """Write a Hugging Face model as a Megatron distributed checkpoint for `tp` × `pp` ranks.
 
-    `source` is a directory, a URL or a Hub id; `target` a directory, s3:// or gs://; `integrity` writes the sha256 of every
+    `source` is a directory, a URL or a Hub id; `target` a directory, s3:// or gs://; `ep` and `etp` divide experts (`etp` is `tp`
+    unless given); `integrity` writes the sha256 of every
     file, as megatron-core checks them, and the BLAKE3 of every tensor. Raises UserError before a byte moves for whatever
     cannot be converted exactly; after any failure nothing is at `target`.
     """
@@ -54,13 +57,15 @@ def hf_to_mcore(
         expanded(target),
         open_source(source, or_hub=True),
     )
-    check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, vocab_divisible_by=vocab_divisible_by)
+    check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, vocab_divisible_by=vocab_divisible_by)
     check_place(target, [folder], how)
     wanted = ImportOptions(
         tp=tp,
         pp=pp,
         vpp=vpp,
         pp_layout=pp_layout,
+        ep=ep,
+        etp=etp,
         dtype=dtype,
         vocab_divisible_by=vocab_divisible_by,
         integrity=integrity,
