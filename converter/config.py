@@ -137,20 +137,29 @@ def _agreeing(config: Config, fields: Config) -> dict[str, Any]:
     return {}
 
 
-_SPELLINGS = {"silu": ("silu", "swish")}
-"""Other names that transformers has for an activation function (`transformers.activations.ACT2CLS`)."""
+_SPELLINGS = {"silu": ("silu", "swish"), "squared_relu": ("relu2",)}
+"""What transformers calls a function of torch or megatron-core, where it has other names (`transformers.activations.ACT2CLS`)."""
 
 
-def activation(name: str) -> Field:
-    """The only activation function the family's Megatron model has."""
+def activation(*names: str, huggingface: str = "hidden_act") -> Field:
+    """Return the activation functions that a family's Megatron model may have, as torch or megatron-core calls them; the first is
+    the default."""
+    spelled = {word: name for name in names for word in _SPELLINGS.get(name, (name,))}
 
     def read(config: Config) -> dict[str, Any]:
-        found = config.get("hidden_act", name)
-        if found not in _SPELLINGS.get(name, (name,)):
-            raise UserError(f"`hidden_act` is `{format_untrusted(found)}`; only `{name}` is supported for this family")
-        return {"activation_func": name}
+        found = config.get(huggingface, names[0])
+        if found not in spelled:
+            supported = " and ".join(f"`{name}`" for name in names)
+            raise UserError(f"`{huggingface}` is `{format_untrusted(found)}`; only {supported} is supported for this family")
+        return {"activation_func": spelled[found]}
 
-    return Field(read, lambda config: {**_agreeing(config, {"activation_func": name}), "hidden_act": name})
+    def write(config: Config) -> dict[str, Any]:
+        found = config.get("activation_func", names[0])
+        if found not in names:
+            raise UserError(f"`activation_func` is `{format_untrusted(found)}`, not `{names[0]}`")
+        return {huggingface: _SPELLINGS.get(found, (found,))[0]}
+
+    return Field(read, write)
 
 
 def window(megatron: str, huggingface: str, *, default: int | None) -> Field:

@@ -38,6 +38,8 @@ def hf_to_mcore(
     pp: int = 1,
     vpp: int = 1,
     pp_layout: str | Sequence[int] | None = None,
+    ep: int = 1,
+    etp: int | None = None,
     dtype: str = KEEP,
     make_vocab_size_divisible_by: int = 128,
     integrity: bool = True,
@@ -47,9 +49,9 @@ def hf_to_mcore(
     """Write a Hugging Face model as a Megatron distributed checkpoint for `tp` × `pp` ranks.
 
     `source` is a directory, a URL or a Hub id; `target` is a directory, s3:// or gs://. `pp_layout` gives the layers of each
-    pipeline stage, all ranks of the first virtual stage first: `[9, 9, 8, 6]`, or megatron-core's `"Et*9|t*9|t*8|t*6L"`.
-    The vocabulary is padded to a multiple of `make_vocab_size_divisible_by` × `tp`. `integrity` writes the sha256 of every
-    file, as megatron-core checks them, and the BLAKE3 of every tensor.
+    pipeline stage, all ranks of the first virtual stage first: `[9, 9, 8, 6]`, or megatron-core's `"Et*9|t*9|t*8|t*6L"`. `ep` and
+    `etp` divide experts; `etp` is `tp` unless given. The vocabulary is padded to a multiple of `make_vocab_size_divisible_by` ×
+    `tp`. `integrity` writes the sha256 of every file, as megatron-core checks them, and the BLAKE3 of every tensor.
 
     Raises UserError before a byte moves if the model cannot be converted exactly. After any failure nothing is at `target`.
 
@@ -62,13 +64,15 @@ def hf_to_mcore(
         expanded(target),
         open_source(source, or_hub=True),
     )
-    check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
+    check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     check_place(target, [folder], how)
     wanted = ImportOptions(
         tp=tp,
         pp=pp,
         vpp=vpp,
         pp_layout=layers_per_stage(pp_layout),
+        ep=ep,
+        etp=etp,
         dtype=dtype,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         integrity=integrity,

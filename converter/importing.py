@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import starmap
 from math import prod
 from typing import Any
@@ -15,6 +16,7 @@ from converter import families, provenance, reference, run_config, side_files
 from converter.comparison import CheckpointView
 from converter.config import BUILT_IN_ROPE, make_model, rope_numbers, to_megatron
 from converter.conversion_plan import ConversionPlan, Reporter, manifest, outputs_for
+from converter.extra_states import stateful_module
 from converter.families import Family
 from converter.layout import Layout, make_layout
 from converter.model import Model
@@ -34,6 +36,7 @@ from formats.errors import UserError
 from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader
 from formats.iterations import iteration_folder
+from formats.outputs import Outputs
 from formats.spec import is_valid_shape
 from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
 
@@ -117,7 +120,7 @@ def _job(found: _Planned, target: str, wanted: ImportOptions) -> ConversionPlan:
         source=source.label,
         target=target,
         reader=source.reader,
-        writer=TorchDistWriter(outputs, starmap(ShardedTensor, sharded(plan, found.layout))),
+        writer=_writer(outputs, found),
         outputs=outputs,
         tensor_plans=plan.tensors,
         manifest=manifest(command, {**options, **source.merged()}, {**source.files, **side_files.copies}),
@@ -134,6 +137,15 @@ def _job(found: _Planned, target: str, wanted: ImportOptions) -> ConversionPlan:
         integrity=wanted.integrity,
         hashed=wanted.integrity,
         memory=source.memory,
+    )
+
+
+def _writer(outputs: Outputs, found: _Planned) -> TorchDistWriter:
+    return TorchDistWriter(
+        outputs,
+        starmap(ShardedTensor, sharded(found.plan, found.layout)),
+        stacked=found.model.get("stacked", True),
+        stateful_module=partial(stateful_module, hybrid=found.model.get("hybrid", False)),
     )
 
 

@@ -114,14 +114,17 @@ def to_megatron(
     equal = [(name, other) for name, other in tied_names(rules, model).items() if name in source]
     _account(wanted, source, known=allowed | {name for name, _ in equal}, side="source")
     common = next(source[name].dtype for name, _ in wanted())  # which filled tensors take
-    tensor_plans = tuple([_fused(table, indices, source, common, dtype) for table, indices in tables])
-    filled = {fill(table.rule.megatron, indices): table.rule.fill for table, indices in tables if table.filled}
+    filled, tensor_plans = dict[str, float](), list[TensorPlan]()
+    for table, indices in tables:
+        tensor_plans.append(_fused(table, indices, source, common, dtype))
+        if table.filled:
+            filled[tensor_plans[-1].spec.name] = table.rule.fill
     present = sorted(allowed & source.keys())
     for name in present:
         if not source[name].shape:
             raise UserError(f"`{name}` has no dimensions", hint="it should hold a number for each pair of channels")
     exact = tuple([one for one in tensor_plans if one.transform and one.transform.offset])
-    return Plan(tensor_plans, tuple(rules), model, tuple(present), tuple(equal), filled, exact)
+    return Plan(tuple(tensor_plans), tuple(rules), model, tuple(present), tuple(equal), filled, exact)
 
 
 def _fused(table: Table, indices: Indices, source: Specs, common: np.dtype[Any], dtype: str) -> TensorPlan:
@@ -132,9 +135,9 @@ def _fused(table: Table, indices: Indices, source: Specs, common: np.dtype[Any],
     parts = tuple([source[fill(template, indices)] for template in table.names])
     target = _kept(table.rule) or target_dtype(parts[0], dtype)
     for part in parts[1:]:
-        if not table.rule.keep_dtype and target_dtype(part, dtype) != target:
+        if part.dtype != parts[0].dtype and not table.rule.keep_dtype and target_dtype(part, dtype) != target:
             raise _unequal_dtypes(parts[0], part, name)
-    experts = _same_expert(indices["expert"], len(parts)) if table.rule.is_stacked else ()
+    experts = _same_expert(indices["expert"], len(parts)) if table.is_stacked else ()
     return TensorPlan(TensorSpec(name, table.shape, target), parts, table.ranges, experts, table.forward)
 
 
@@ -209,7 +212,7 @@ class _Made:
             raise _unequal_dtypes(tensor.parts[0], stored, tensor.spec.name)
         tensor.parts.append(stored)
         tensor.ranges.append(ranges)
-        if table.rule.is_stacked:
+        if table.is_stacked:
             tensor.experts.append(indices["expert"])
 
     def _spec(self, name: str, table: Table, number: int, stored: TensorSpec) -> TensorSpec:

@@ -20,7 +20,7 @@ from formats.errors import UserError
 from formats.shard_files import INDEX
 from formats.spec import TensorSpec
 
-_LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+_LAYER = re.compile(r"(?:(?<=layers\.)|(?<=blocks\.)|(?<=\bh\.))\d+(?=\.)")
 _CORE = re.compile(r"(?P<before>.*?)(?P<core>layers\.0\..+|embed_tokens\.weight|norm\.weight)")
 
 _WRAPPERS = {

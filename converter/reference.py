@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from converter import agreement, families, megatron_settings, run_config, side_files
-from converter.config import to_huggingface
+from converter.config import to_huggingface, to_megatron
 from converter.padded_vocab import rows_of, tokens
 from converter.run_config import Said, UnknownModelError
 from converter.side_files import HFReference
@@ -26,8 +26,9 @@ def find(reader: MegatronReader, given: Folder | None, *, any_settings: bool = F
     """
     said = run_config.read_all(reader.folder, reader.args())
     own = side_files.load(reader.folder)
-    notes = () if any_settings else _check_settings(said, sure=given is not None or own is not None)
-    origin = side_files.from_folder(given) if given else own or _rebuilt(reader, said, vocab)
+    known = side_files.from_folder(given) if given else own
+    notes = () if any_settings else _check_settings(said, known)
+    origin = known or _rebuilt(reader, said, vocab)
     others = [own] if given and own else []
     rows = agreement.vocabulary_rows(reader.specs)
     agreement.check(origin, others, said, rows=rows)
@@ -46,16 +47,18 @@ def _rows_left_out(origin: HFReference, said: Sequence[Said], rows: int) -> Iter
             )
 
 
-def _check_settings(said: Sequence[Said], *, sure: bool) -> tuple[str, ...]:
-    """Raise UserError for a setting that no `config.json` can say. One that is unknown here is only noted where somebody is
-    `sure` which model it is."""
+def _check_settings(said: Sequence[Said], reference: HFReference | None) -> tuple[str, ...]:
+    """Raise UserError for a setting that no `config.json` can say. One that is unknown here is only noted where there is a
+    `reference` that says which model it is; those that its family says are compared with it elsewhere."""
+    compared = to_megatron(families.find(reference.config.get("model_type")).CONFIG, reference.config) if reference else {}
     found = [
         (one, place.origin)
         for place in said
         for one in megatron_settings.foreign(place.settings, only_model_words=place.origin == run_config.ARGS)
+        if one.name not in compared
     ]
     for one, origin in sorted(found, key=lambda each: not each[0].known):
-        if one.known or not sure:
+        if one.known or reference is None:
             raise megatron_settings.refuse(one, origin)
     return tuple(f"{origin} has `{one.name}`, which is not known here: it is taken not to matter" for one, origin in found)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import TypedDict, Unpack
 
 from converter import rows
@@ -298,6 +298,9 @@ def _active(rules: Sequence[Rule], model: Model, indices: Indices) -> tuple[list
 def counted(rules: Sequence[Rule], indices: Indices, model: Model) -> Iterator[tuple[int, Indices]]:
     """Yield the number of each rule of one layer with its indices. Rules of experts, and of multi-token prediction layers, that
     follow one another are gone through expert by expert, layer by layer."""
+    if not any("{expert}" in rule.megatron or "{mtp}" in rule.megatron for rule in rules):
+        yield from zip(range(len(rules)), repeat(indices), strict=False)
+        return
     for is_mtp, group in groupby(range(len(rules)), lambda number: "{mtp}" in rules[number].megatron):
         numbers = list(group)
         for mtp in range(model.get("mtp", 0) if is_mtp else 1):

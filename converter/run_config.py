@@ -28,6 +28,9 @@ ARGS = "Megatron-LM's `args`"
 
 _DEEPEST, _LONGEST = 64, 1 << 16
 
+_ACTIVATIONS = {"squared_relu": "megatron.core.activations.squared_relu"}
+"""Where functions are that torch has not."""
+
 _ABSENT = (
     "comm_overlap", "dataset", "ddp", "dist", "ft", "inprocess_restart", "mixed_precision", "nvrx_straggler", "peft",
     "scheduler", "straggler", "train",
@@ -61,7 +64,7 @@ def _model(megatron: Config, dtype: np.dtype[Any]) -> dict[str, Any]:
     return {
         **megatron,
         "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
-        "activation_func": _named(f"torch.nn.functional.{megatron['activation_func']}"),
+        "activation_func": _named(_ACTIVATIONS.get(function := megatron["activation_func"], f"torch.nn.functional.{function}")),
         "params_dtype": _named(f"torch.{names.torch if names.name in FLOATS else 'float32'}"),
         "bf16": names.name == "bf16",
         "fp16": names.name == "fp16",
@@ -85,8 +88,8 @@ def _parallel(layout: Layout) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "pipeline_model_parallel_layout": None if layout.even else format_layout(layout.stages),
         "context_parallel_size": 1,
-        "expert_model_parallel_size": 1,
-        "expert_tensor_parallel_size": 1,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
         "sequence_parallel": False,
     }
 

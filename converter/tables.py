@@ -12,7 +12,7 @@ from typing import Any
 from converter import rows
 from converter.model import Model
 from converter.rows import RowRange
-from converter.rules import Indices, Rule, alternatives, by_layer, counted, fill
+from converter.rules import Indices, Rule, alternatives, at, by_layer, counted, fill
 from converter.transform import Transform, ones_of
 from formats.errors import UserError
 from formats.spec import Shape
@@ -49,13 +49,15 @@ class Table:
     shared: Sequence[bool] = ()
     """Of each Hugging Face tensor: do several Megatron tensors hold its rows?"""
 
-    def owned_by(self, indices: Indices) -> Iterator[tuple[str, Shape]]:
-        """Yield the Hugging Face tensors, with their shapes, that no table before names with indices before."""
-        if self.rule.is_stacked and indices["expert"]:
-            return
-        for name, shape, owned in zip(self.names, self.shapes, self.owned, strict=True):
-            if owned:
-                yield fill(name, indices), shape
+    is_stacked: bool = False
+    """Do its Hugging Face tensors hold all experts?"""
+
+    def owned_by(self, indices: Indices) -> list[tuple[str, Shape]]:
+        """Return the Hugging Face tensors, with their shapes, that no table before names with indices before."""
+        if self.is_stacked and indices["expert"]:
+            return []
+        named = zip(self.names, self.shapes, self.owned, strict=True)
+        return [(fill(name, indices), shape) for name, shape, owned in named if owned]
 
 
 class Tables:
@@ -66,11 +68,15 @@ class Tables:
         self._rules, self._model = tuple(rules), model
         self._plain: dict[int, Table] = {}
         self._alike: dict[tuple[Any, ...], list[Table]] = {}
+        self._layers: list[tuple[list[Table], int]] = []
+        """The tables of each layer, and its number: the same list for all that are alike."""
 
     def __iter__(self) -> Iterator[tuple[Table, Indices]]:
-        for active, indices in by_layer(self._rules, self._model):
-            tables = self._of_layer(active, indices)
-            for number, one in counted(active, indices, self._model):
+        if not self._layers:
+            by_layers = by_layer(self._rules, self._model)
+            self._layers = [(self._of_layer(active, indices), indices["layer"]) for active, indices in by_layers]
+        for tables, layer in self._layers:
+            for number, one in counted([table.rule for table in tables], at(self._model, layer), self._model):
                 yield tables[number], one
 
     def _of_layer(self, active: Sequence[Rule], indices: Indices) -> list[Table]:
@@ -102,7 +108,8 @@ def _table(rule: Rule, model: Model) -> Table:
         raise _not_covered(rule, rule.megatron)
     forward = _transform(rule, model, ranges)
     backward = forward and replace(forward, to_megatron=False, offset=-forward.offset, in_order=True)
-    return Table(rule, shape, alternatives(rule.huggingface), shapes, ranges, back, forward, backward, filled=False)
+    names, stacked = alternatives(rule.huggingface), rule.is_stacked
+    return Table(rule, shape, names, shapes, ranges, back, forward, backward, filled=False, is_stacked=stacked)
 
 
 def _transform(rule: Rule, model: Model, ranges: Sequence[RowRange]) -> Transform | None:

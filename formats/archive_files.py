@@ -27,11 +27,11 @@ class Box(NamedTuple):
 
 
 class NewPart(NamedTuple):
-    """A tensor to be written, or a row of one where layers are stacked, and the boxes that tile it: one object for all parts that
-    ranks hold alike."""
+    """A tensor to be written, or a row of one where layers are stacked (or a row of a row, of experts), and the boxes that tile
+    it: one object for all parts that ranks hold alike."""
 
     key: str
-    row: int | None
+    rows: tuple[int, ...]
     boxes: Sequence[Box]
 
 
@@ -112,10 +112,11 @@ def append_parts(
 
 @dataclass(slots=True)
 class _Group:
-    """Parts of one key with the same boxes: of each the number of its first chunk among all, and its row if it is one."""
+    """Parts of one key with the same boxes: of each the number of its first chunk among all, and its rows, `depth` of them."""
 
     key: str
     boxes: Sequence[Box]
+    depth: int
     firsts: array[int] = field(default_factory=lambda: array("q"))
     rows: array[int] = field(default_factory=lambda: array("q"))
 
@@ -127,19 +128,18 @@ class _Group:
     @property
     def sizes(self) -> Array:
         """Those of a part's chunks, [boxes, dims]."""
-        return self._with_row([box.sizes for box in self.boxes], 1)
+        return self._with_rows([box.sizes for box in self.boxes], 1)
 
-    def _with_row(self, numbers: Sequence[Shape], row: int) -> Array:
-        return np.array([(row, *some) if self.rows else some for some in numbers], np.int64).reshape(len(numbers), -1)
+    def _with_rows(self, numbers: Sequence[Shape], row: int) -> Array:
+        return np.array([(*(row,) * self.depth, *some) for some in numbers], np.int64).reshape(len(numbers), -1)
 
     def table(self, places: Array) -> Array:
         """The numbers of the chunks as `ChunkedTensor` has them, [parts, boxes, stride]."""
         sizes = self.sizes
         dims = sizes.shape[1]
         table = np.full((len(self.firsts), len(self.boxes), stride(dims)), -1, np.int64)
-        table[:, :, :dims] = self._with_row([box.starts for box in self.boxes], 0)
-        if self.rows:
-            table[:, :, 0] = np.array(self.rows, np.int64)[:, np.newaxis]
+        table[:, :, :dims] = self._with_rows([box.starts for box in self.boxes], 0)
+        table[:, :, : self.depth] = np.array(self.rows, np.int64).reshape(len(self.firsts), 1, self.depth)
         table[:, :, dims : 2 * dims] = sizes
         table[:, :, 2 * dims : -1] = places[self.numbers]
         return table
@@ -149,12 +149,11 @@ def _alike(parts: Iterable[NewPart]) -> tuple[list[_Group], int]:
     """Parts by what they have in common, and how many chunks there are."""
     groups: dict[tuple[str, int], _Group] = {}
     count = 0
-    for key, row, boxes in parts:
+    for key, rows, boxes in parts:
         group = groups.get((key, id(boxes)))
         if group is None:
-            group = groups[key, id(boxes)] = _Group(key, boxes)
+            group = groups[key, id(boxes)] = _Group(key, boxes, len(rows))
         group.firsts.append(count)
-        if row is not None:
-            group.rows.append(row)
+        group.rows.extend(rows)
         count += len(boxes)
     return list(groups.values()), count

@@ -210,7 +210,8 @@ class ContainerWriter:
         self._object_places = self._files.append(np.array(files, np.int64), np.array(frames, np.int64))
         self._chunked = append_parts(self._files, tensors, parts, _frame)
         for key, tensor in self._chunked.items():
-            assert tiles(*tensor.boxes()), f"the chunks of {key} do not tile {tensor.shape}"
+            if not tiles(*tensor.boxes()):
+                raise ValueError(f"the chunks to be written of `{key}` do not tile its shape {list(tensor.shape)}")
 
     @cached_property
     def metadata(self) -> Document:

@@ -1,7 +1,8 @@
 """Megatron's conventions on top of PyTorch's container, for the `torch_dist` format of megatron-core 0.19.
 
-One name per layer outside, stacked keys inside: `decoder.layers.7.mlp.linear_fc2.weight` is row 7 of the key
-`decoder.layers.mlp.linear_fc2.weight`. Checkpoints that keep the number in the key read the same.
+One name per layer and expert outside, stacked keys inside: `decoder.layers.7.mlp.linear_fc2.weight` is row 7 of the key
+`decoder.layers.mlp.linear_fc2.weight`, and `decoder.layers.7.mlp.experts.3.linear_fc1.weight` is row (7, 3) of
+`decoder.layers.mlp.experts.experts.linear_fc1.weight`. Checkpoints that keep the layer's number in the key read the same.
 This module reads them, `torch_dist_writer.py` writes them; neither knows a model family.
 """
 
@@ -37,6 +38,8 @@ _GATE, _UP = "_w", "_v"
 
 _LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
 _STACKED_LAYER = re.compile(r"(.*?\blayers)\.(?!\d+\.)(.+)")
+_EXPERT_NUMBER = re.compile(r"\bexperts\.(\d+)\.")
+_STACKED_EXPERT = re.compile(r"(.*\bexperts)\.experts\.(.+)")
 
 
 class TorchDistReader:
@@ -50,7 +53,10 @@ class TorchDistReader:
         self.others = [name for name in self.container.tensor_names if _NOT_WEIGHTS.match(name)]
         self.specs: dict[str, TensorSpec] = {}
         self._numbered: dict[str, int] = {}
-        """Keys of stacked layers, each with where in a weight's name the number of its layer stands."""
+        """Keys of stacked layers, each with where in a weight's name the number of its layer is."""
+
+        self._of_experts: set[str] = set()
+        """Keys of stacked experts."""
 
         self._halved: dict[str, ChunkedTensor] = {}
         self._lock = threading.Lock()
@@ -94,14 +100,25 @@ class TorchDistReader:
         shape, dtype = self._shape(key), self._dtype(key)
         stacked = _STACKED_LAYER.fullmatch(key)
         if not stacked:
-            self._name(key, shape, dtype)
+            self._add_experts(key, key, shape, dtype)
             return
         if not shape or shape[0] > MOST_LAYERS:
             raise UserError(f"`{key}` has shape {list(shape)}, whose first number should count layers")
         self._numbered[key] = stacked.end(1) + 1
-        layer = shape[1:]
         for row in range(shape[0]):
-            self._name(f"{stacked[1]}.{row}.{stacked[2]}", layer, dtype)
+            self._add_experts(key, f"{stacked[1]}.{row}.{stacked[2]}", shape[1:], dtype)
+
+    def _add_experts(self, key: str, name: str, shape: Shape, dtype: np.dtype[Any]) -> None:
+        """Name the weights of one layer that are stored under a key: one, or one for each expert."""
+        stacked = _STACKED_EXPERT.fullmatch(name)
+        if not stacked:
+            self._name(name, shape, dtype)
+            return
+        if not shape or shape[0] > MOST_LAYERS:
+            raise UserError(f"`{key}` has shape {list(self._shape(key))}, in which a number should count experts")
+        self._of_experts.add(key)
+        for expert in range(shape[0]):
+            self._name(f"{stacked[1]}.{expert}.{stacked[2]}", shape[1:], dtype)
 
     def _add_halves(self, gate: str, up: str) -> None:
         shape, other = self._shape(gate), self._shape(up)
@@ -116,33 +133,38 @@ class TorchDistReader:
             raise UserError(f"`{METADATA}` describes more than {MOST_WEIGHTS} weights", hint="the checkpoint is damaged")
         self.specs[name] = TensorSpec(name, shape, dtype)
 
-    def _source(self, name: str) -> tuple[str, int | None]:
-        """The key that a weight is stored under, and its row there where layers are stacked. Worked out when it is asked for:
-        models have hundreds of thousands of weights."""
-        if name in self._keys and name not in self._numbered:
-            return name, None
+    def _source(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """The key that a weight is stored under, and its rows there where layers or experts are stacked. Worked out when it is
+        asked for: models have hundreds of thousands of weights."""
+        expert = _EXPERT_NUMBER.search(name) if self._of_experts else None
+        if expert:
+            folded = f"{name[: expert.start()]}experts.experts.{name[expert.end() :]}"
+            if found := self._layer(folded, (int(expert[1]),)):
+                return found
+        return self._layer(name, ()) or (name + _GATE, ())
+
+    def _layer(self, name: str, experts: tuple[int, ...]) -> tuple[str, tuple[int, ...]] | None:
+        """The key and the rows of a weight whose expert is one of `experts`, if it is stored like that."""
+        if name in self._keys and name not in self._numbered and (name in self._of_experts) == bool(experts):
+            return name, experts
         for number in _LAYER_NUMBER.finditer(name):
             start, stop = number.span(1)
             key = name[:start] + name[stop + 1 :]
-            if self._numbered.get(key) == start:
-                return key, int(number[1])
-        return name + _GATE, None
+            if self._numbered.get(key) == start and (key in self._of_experts) == bool(experts):
+                return key, (int(number[1]), *experts)
+        return None
 
     def read(self, name: str, region: Region, out: Array) -> None:
-        key, row = self._source(name)
-        if row is None:
-            self.container.read(self._tensor(key), region, out)
-        else:
-            self.container.read(self._tensor(key), (slice(row, row + 1), *region), out[np.newaxis])
+        key, rows = self._source(name)
+        self.container.read(self._tensor(key), in_key(rows, region), out[(np.newaxis,) * len(rows)])
 
     def chunks(self, name: str) -> list[Chunk]:
         """The chunks that hold a weight (of a stacked key, those that hold its layer)."""
-        key, row = self._source(name)
+        key, rows = self._source(name)
         tensor = self._tensor(key)
-        if row is None:
+        if not rows:
             return tensor.chunks
-        layer = (slice(row, row + 1), *self.specs[name].full_region)
-        return [tensor.chunk(number) for number, *_ in tensor.touching(layer)]
+        return [tensor.chunk(number) for number, *_ in tensor.touching(in_key(rows, self.specs[name].full_region))]
 
     def _tensor(self, key: str) -> ChunkedTensor:
         then = self._keys[key]
@@ -184,6 +206,11 @@ class TorchDistReader:
 
     def close(self) -> None:
         self.container.close()
+
+
+def in_key(rows: tuple[int, ...], region: Region) -> Region:
+    """Return a region of a weight in the key that it is stored under, of which it is a row of a row."""
+    return (*[slice(row, row + 1) for row in rows], *region)
 
 
 def _stacked(first: ChunkedTensor, then: ChunkedTensor) -> ChunkedTensor:

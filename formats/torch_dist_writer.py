@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,13 +20,13 @@ from formats.errors import UserError
 from formats.iterations import FORMAT, TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER, iteration_folder
 from formats.outputs import Outputs
 from formats.spec import Array, Document, Region, Shape, Span, TensorSpec, dtype_name, extent
-from formats.torch_dist import COMMON_KEY
+from formats.torch_dist import COMMON_KEY, in_key
 from formats.torch_zip import object_archive
 
-_STATELESS = {"word_embeddings", "position_embeddings", "output_layer", "router", "shared_experts"}
-"""Modules that have weights and no `_extra_state`; every other module of Transformer Engine's has one."""
+_NUMBERED_LAYER = re.compile(r"(?!mtp\.)(.*?\blayers)\.(\d+)\.(.+)")
+"""Of the decoder. Keys of multi-token prediction layers keep their number."""
 
-_NUMBERED_LAYER = re.compile(r"(.*?\blayers)\.(\d+)\.(.+)")
+_NUMBERED_EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(.+)")
 
 
 class ShardedTensor(NamedTuple):
@@ -35,21 +36,38 @@ class ShardedTensor(NamedTuple):
     chunks: tuple[tuple[Region, int], ...]
 
 
+def module_of(weight: str) -> str | None:
+    """Return the module of a weight: its name without the last word. Some modules have no `_extra_state`: which, the caller of
+    `TorchDistWriter` knows."""
+    return weight.rpartition(".")[0]
+
+
 class TorchDistWriter:
     """An iteration being made, under a root with its trackers."""
 
     def __init__(
-        self, outputs: Outputs, placed: Iterable[ShardedTensor], *, iteration: int = 0, whole_model: bool = True
+        self,
+        outputs: Outputs,
+        placed: Iterable[ShardedTensor],
+        *,
+        iteration: int = 0,
+        whole_model: bool = True,
+        stacked: bool = True,
+        stateful_module: Callable[[str], str | None] = module_of,
     ) -> None:
-        """Of a `whole_model`, layers are stacked and every module gets its empty `_extra_state`. What has only some of a
-        model's tensors keeps the layer's number in each key, and holds nothing else."""
+        """Of a `whole_model`, layers are stacked unless `stacked` is false, experts are, and every module gets its empty
+        `_extra_state`. What has only some of a model's tensors keeps the layer's number in each key, and holds nothing else.
+
+        `stateful_module`: the module of a weight that has an `_extra_state`, None where it has none.
+        """
         self._folder = iteration_folder(iteration)
-        self._whole_model = whole_model
+        self._whole_model, self._stacked = whole_model, stacked
         self.specs: dict[str, TensorSpec] = {}
         parts = _parts(self._noted(placed), self._located)
-        common = NewObject(COMMON_KEY, rank_file(0), _common(iteration, stacked=whole_model))
-        objects = chain(_extra_states(parts), [common]) if whole_model else [common]
-        self._container = ContainerWriter(outputs, self._folder, _whole(self.specs.values(), parts), parts, objects)
+        keys = _keys(self.specs.values(), parts)
+        common = NewObject(COMMON_KEY, rank_file(0), _common(iteration, stacked=whole_model and stacked))
+        objects = chain(_extra_states(parts, keys, stateful_module), [common]) if whole_model else [common]
+        self._container = ContainerWriter(outputs, self._folder, keys, parts, objects)
         self._iteration = iteration
 
     def _noted(self, placed: Iterable[ShardedTensor]) -> Iterator[ShardedTensor]:
@@ -57,9 +75,9 @@ class TorchDistWriter:
             self.specs[item.spec.name] = item.spec
             yield item
 
-    def _located(self, name: str) -> tuple[str, int | None]:
-        """The key that a weight is stored under, and its row there where layers are stacked."""
-        return _key_and_row(name) if self._whole_model else (name, None)
+    def _located(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """The key that a weight is stored under, and its rows there where layers or experts are stacked."""
+        return _key_and_rows(name, stacked=self._stacked) if self._whole_model else (name, ())
 
     @property
     def files(self) -> dict[str, int]:
@@ -80,16 +98,16 @@ class TorchDistWriter:
         return self._container.spans(file)
 
     def touched(self, name: str, region: Region | None = None) -> set[str]:
-        key, row = self._located(name)
-        return self._container.touched(key, _in_key(row, region or self.specs[name].full_region))
+        key, rows = self._located(name)
+        return self._container.touched(key, in_key(rows, region or self.specs[name].full_region))
 
     def file_offset(self, name: str, region: Region) -> int:
-        key, row = self._located(name)
-        return self._container.file_offset(key, _in_key(row, region))
+        key, rows = self._located(name)
+        return self._container.file_offset(key, in_key(rows, region))
 
     def write(self, name: str, region: Region, data: Array) -> None:
-        key, row = self._located(name)
-        self._container.write(key, _in_key(row, region), data if row is None else data[np.newaxis])
+        key, rows = self._located(name)
+        self._container.write(key, in_key(rows, region), data[(np.newaxis,) * len(rows)])
 
 
 _FORMAT_DOCUMENT = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode()
@@ -100,61 +118,74 @@ def rank_file(rank: int) -> str:
     return f"__{rank}_0.distcp"
 
 
-def _in_key(row: int | None, region: Region) -> Region:
-    """A region of a weight, in the key it is stored under."""
-    return region if row is None else (slice(row, row + 1), *region)
-
-
-def _parts(placed: Iterable[ShardedTensor], locate: Callable[[str], tuple[str, int | None]]) -> list[NewPart]:
+def _parts(placed: Iterable[ShardedTensor], locate: Callable[[str], tuple[str, tuple[int, ...]]]) -> list[NewPart]:
     """For each weight, where it is stored. Layers are held alike, so boxes are taken apart once for all that share them."""
     known: dict[int, list[Box]] = {}
-    keys: dict[str | int | None, Any] = {}  # one object for each key and row, of hundreds of thousands
+    keys: dict[Any, Any] = {}  # one object for each key and row, of hundreds of thousands
     parts: list[NewPart] = []
     for spec, chunks in placed:
         boxes = known.get(id(chunks))
         if boxes is None:
             boxes = [Box(tuple(part.start for part in region), extent(region), rank_file(rank)) for region, rank in chunks]
             known[id(chunks)] = boxes
-        key, row = locate(spec.name)
-        parts.append(NewPart(keys.setdefault(key, key), keys.setdefault(row, row), boxes))
+        key, rows = locate(spec.name)
+        parts.append(NewPart(keys.setdefault(key, key), keys.setdefault(rows, rows), boxes))
     return parts
 
 
-def _whole(specs: Iterable[TensorSpec], parts: Sequence[NewPart]) -> dict[str, tuple[Shape, np.dtype[Any]]]:
-    """The shape and dtype of each key."""
+def _keys(specs: Iterable[TensorSpec], parts: Sequence[NewPart]) -> dict[str, tuple[Shape, np.dtype[Any]]]:
+    """The shape and dtype of each key. UserError where its rows are of two dtypes, or are not those of all layers and experts."""
     counts = Counter(part.key for part in parts)
     first: dict[str, TensorSpec] = {}
-    whole: dict[str, tuple[Shape, np.dtype[Any]]] = {}
-    for spec, (key, row, _) in zip(specs, parts, strict=True):
-        like = first.get(key)
-        if like is None:
-            first[key], whole[key] = spec, (spec.shape if row is None else (counts[key], *spec.shape), spec.dtype)
-        elif spec.dtype != like.dtype:
+    last: dict[str, tuple[int, ...]] = {}
+    for spec, (key, rows, _) in zip(specs, parts, strict=True):
+        like = first.setdefault(key, spec)
+        last[key] = tuple(map(max, last[key], rows)) if key in last else rows
+        if spec.dtype != like.dtype:
             raise UserError(
                 f"`{like.name}` is {dtype_name(like.dtype)} and `{spec.name}` is {dtype_name(spec.dtype)}, "
                 "but Megatron keeps them as one tensor",
                 hint="choose one dtype for all with `--dtype`",
             )
-    return whole
+    whole = {key: (tuple(row + 1 for row in last[key]), spec) for key, spec in first.items()}
+    for key, (sizes, _) in whole.items():
+        if counts[key] != prod(sizes):
+            raise UserError(
+                f"`{key}` would stack {counts[key]} tensors as {' × '.join(map(str, sizes))}: not every layer has one",
+                hint="a family whose layers differ says so: `named(stacked=False)` in its `CONFIG`",
+            )
+    return {key: ((*sizes, *spec.shape), spec.dtype) for key, (sizes, spec) in whole.items()}
 
 
-def _key_and_row(name: str) -> tuple[str, int | None]:
-    numbered = _NUMBERED_LAYER.fullmatch(name)
-    return (f"{numbered[1]}.{numbered[3]}", int(numbered[2])) if numbered else (name, None)
+def _key_and_rows(name: str, *, stacked: bool) -> tuple[str, tuple[int, ...]]:
+    rows: tuple[int, ...] = ()
+    expert = _NUMBERED_EXPERT.fullmatch(name)
+    if expert:
+        name, rows = f"{expert[1]}.experts.{expert[3]}", (int(expert[2]),)
+    numbered = _NUMBERED_LAYER.fullmatch(name) if stacked else None
+    return (f"{numbered[1]}.{numbered[3]}", (int(numbered[2]), *rows)) if numbered else (name, rows)
 
 
-def _extra_states(parts: Sequence[NewPart]) -> Iterator[NewObject]:
-    """The empty state that megatron-core asks for with every module: one object per layer, in the module's own file."""
+def _extra_states(
+    parts: Sequence[NewPart],
+    keys: Mapping[str, tuple[Shape, np.dtype[Any]]],
+    stateful_module: Callable[[str], str | None],
+) -> Iterator[NewObject]:
+    """The empty state that megatron-core asks for with every module: an object per layer and expert, in the module's file."""
     archive = object_archive([np.zeros(0, np.uint8)])
-    layers = len({part.row for part in parts if part.row is not None})
+    modules = {key: stateful_module(key) for key in keys}
     seen = set[str]()
-    for key, row, boxes in parts:
-        module = key.rpartition(".")[0]
-        name = f"{module}._extra_state/{'shard_0_1' if row is None else f'shard_{row}_{layers}'}"
-        if name in seen or module.rpartition(".")[2] in _STATELESS:
+    for key, rows, boxes in parts:
+        sizes = keys[key][0][: len(rows)]
+        name = f"{modules[key]}._extra_state/shard_{_dotted(rows) or 0}_{_dotted(sizes) or 1}"
+        if modules[key] is None or name in seen:
             continue
         seen.add(name)
         yield NewObject(name, boxes[0].file, archive)
+
+
+def _dotted(numbers: Iterable[int]) -> str:
+    return ".".join(map(str, numbers))
 
 
 def _common(iteration: int, *, stacked: bool) -> bytes:

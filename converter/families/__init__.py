@@ -59,7 +59,7 @@ class Family:
 
 def _moved(name: str, first: str, root: str) -> str:
     """A name under another root."""
-    if root.endswith(first):
+    if root.endswith(f".{first}"):
         return root.removesuffix(first) + name
     return root + name.removeprefix(first) if name.startswith(first) else name
 

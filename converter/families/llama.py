@@ -98,11 +98,14 @@ SIZES = (
     named(attention_bias=False, mlp_bias=False),
     activation("silu"),
     fixed(normalization="RMSNorm", gated_linear_unit=True, position_embedding_type="rope", rotary_percent=1.0,
-          hidden_dropout=0.0, add_qkv_bias=False, qk_layernorm=False, num_moe_experts=None),
+          hidden_dropout=0.0, add_qkv_bias=False, qk_layernorm=False),
 )  # fmt: skip
+
+DENSE = fixed(num_moe_experts=None)
 
 CONFIG = (
     *SIZES,
+    DENSE,
     flag("add_bias_linear", "attention_bias", "mlp_bias"),
     rope("default", "linear", "llama3"),
     no_window("window_size"),

@@ -8,13 +8,14 @@ ARCHITECTURE = "MistralForCausalLM"
 
 RULES = llama.RULES
 
-CONFIG = (
+SIZES = (
     *llama.SIZES,
     field("num_query_groups", "num_key_value_heads", default=value(8)),
     field("seq_length", "max_position_embeddings", default=value(4096 * 32)),
-    window("window_size", "sliding_window", default=4096),
     rope("default"),
     fixed(add_bias_linear=False),
 )
+
+CONFIG = (*SIZES, llama.DENSE, window("window_size", "sliding_window", default=4096))
 
 EXTRAS: tuple[str, ...] = llama.EXTRAS

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from contextlib import contextmanager
 
 import pytest
 
-from converter import hf_to_mcore
+from converter import families, hf_to_mcore
 
 
 @pytest.fixture
@@ -21,3 +23,16 @@ def checkpoint(model_folder, tmp_path):
     """A converted model, free to be damaged."""
     hf_to_mcore(model_folder("gqa", dtype="bfloat16"), tmp_path / "megatron", tp=2, pp=2)
     return tmp_path / "megatron"
+
+
+@contextmanager
+def families_from(folder, monkeypatch):
+    """Let the files of a folder be families, as if they were in `converter/families`."""
+    names = {f"converter.families.{file.stem}" for file in folder.glob("*.py")}
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(folder)])
+    try:
+        yield
+    finally:
+        for name in names:
+            if sys.modules.pop(name, None):
+                delattr(families, name.rpartition(".")[2])

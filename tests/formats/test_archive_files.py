@@ -49,7 +49,7 @@ def test_archives_placed_together_lie_as_if_placed_one_by_one(objects, chunks):
 def test_rows_of_a_key_may_be_held_in_different_ways_and_come_in_any_order():
     halves = [Box((0, 0), (2, 3), "first"), Box((2, 0), (2, 3), "second")]
     whole = [Box((0, 0), (4, 3), "third")]
-    parts = [NewPart("key", 2, halves), NewPart("other", None, whole), NewPart("key", 0, whole), NewPart("key", 1, halves)]
+    parts = [NewPart("key", (2,), halves), NewPart("other", (), whole), NewPart("key", (0,), whole), NewPart("key", (1,), halves)]
     tensors = {"key": ((3, 4, 3), DTYPES["fp32"]), "other": ((4, 3), DTYPES["fp32"])}
     found = append_parts(ArchiveFiles(), tensors, parts, lambda _dtype, _shape: FRAME)
     step, length = DATA_ALIGNMENT, FRAME.length

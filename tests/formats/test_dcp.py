@@ -112,7 +112,7 @@ def written(tmp_path):
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     outputs = LocalOutputs(tmp_path)
     region = (slice(0, 2), slice(0, 3))
-    part = NewPart("a", None, [Box((0, 0), (2, 3), "__0_0.distcp")])
+    part = NewPart("a", (), [Box((0, 0), (2, 3), "__0_0.distcp")])
     writer = ContainerWriter(outputs, "it", {"a": ((2, 3), values.dtype)}, [part], [])
     writer.write("a", region, values)
     for span in writer.spans("it/__0_0.distcp"):

@@ -1,0 +1,30 @@
+"""Which of megatron-core's modules have an `_extra_state` in a checkpoint: facts of megatron-core 0.19 with Transformer Engine.
+
+Modules of Transformer Engine have one; those that megatron-core writes itself have none.
+"""
+
+from __future__ import annotations
+
+import re
+
+_STATELESS = re.compile(
+    r"(.*\.)?(word_embeddings|position_embeddings|router|shared_experts"
+    r"|mixer|mixer\.norm|conv1d"  # of Mamba
+    r"|self_attention)"  # of gated delta nets, which hold weights themselves
+)
+_SECTION = re.compile(r"(.*)\.(?:weight|bias)\.\w+")
+"""The name of a part of a weight that megatron-core stores in sections: `in_proj.weight.z`."""
+
+
+def stateful_module(weight: str, *, hybrid: bool = False) -> str | None:
+    """Return the module of a weight that has an `_extra_state`; None where it has none. `hybrid`: of a HybridModel, whose output
+    layer has one.
+
+    >>> stateful_module("decoder.layers.mlp.linear_fc2.weight"), stateful_module("decoder.layers.mlp.router.weight")
+    ('decoder.layers.mlp.linear_fc2', None)
+    """
+    section = _SECTION.fullmatch(weight)
+    module = section[1] if section else weight.rpartition(".")[0]
+    if _STATELESS.fullmatch(module) or (module == "output_layer" and not hybrid):
+        return None
+    return module
