@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from uuid import uuid4
 
@@ -51,6 +52,11 @@ def _ctrl_c_for_processes() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def _search_path() -> list[str]:
+    """Return `-P` unless Python searches the current folder for modules here: a `trainer.py` in it must not run instead."""
+    return [] if {"", str(Path.cwd())} & set(sys.path) else ["-P"]
+
+
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run `mbtrain` with these arguments in `count` processes; the exit status, as a shell says it.
 
@@ -76,7 +82,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     )
     try:
         with _ctrl_c_for_processes():
-            elastic_launch(config, sys.executable)("-m", "trainer", *arguments)
+            elastic_launch(config, sys.executable)(*_search_path(), "-m", "trainer", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code: int = failure.exitcode

@@ -177,7 +177,7 @@ def _padded(name: str) -> bool:
 
 def _unpadded(tensor_plan: TensorPlan, vocab: int | None) -> TensorPlan:
     rows = tensor_plan.spec.shape[0] if vocab is None else min(vocab, tensor_plan.spec.shape[0])
-    return replace(tensor_plan, runs=tuple(replace(run, count=rows) for run in tensor_plan.ranges))
+    return replace(tensor_plan, ranges=tuple(replace(run, rows=rows) for run in tensor_plan.ranges))
 
 
 _OTHER = "the weights are of another model than `model` describes; nothing is ever left random"
