@@ -26,11 +26,10 @@ FACTS = {
 """Attributes that are numbers, names and places."""
 
 ASKS_FOR_FACTS = {
-    "fault", "position", "missing_package", "code_location", "isinstance", "type", "getattr", "status_of", "words",
-    "explained", "user_error", "_misshapen", "_hub_fault", "_unverified", "_why", "_in_template", "_final", "_cause",
-    "_described", "_number", "_way_out", "not_saved", "not_resumed", "unreadable", "cannot_write", "refusal",
-    "_has_foreign_code", "_in_its_words", "_skip", "_other", "_without", "extract_tb", "refuses_direct", "_is_kept",
-    "__exit__",
+    "fault", "position", "missing_package", "code_location", "isinstance", "type", "getattr", "status_of", "words", "explained",
+    "_misshapen", "_hub_fault", "_unverified", "_why", "_in_template", "_final", "_cause", "_described", "_number", "_way_out",
+    "not_saved", "not_resumed", "unreadable", "cannot_write", "refusal", "_has_foreign_code", "_in_its_words", "_skip", "_other",
+    "_without", "extract_tb", "refuses_direct", "_is_kept", "__exit__", "user_error",
 }  # fmt: skip
 """Functions that take an exception. Those of ours are looked at here themselves, by the annotation of what they take."""
 

@@ -52,11 +52,6 @@ def _ctrl_c_for_processes() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _search_path() -> list[str]:
-    """Return `-P` unless Python searches the current folder for modules here: a `trainer.py` in it must not run instead."""
-    return [] if {"", str(Path.cwd())} & set(sys.path) else ["-P"]
-
-
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run `mbtrain` with these arguments in `count` processes; the exit status, as a shell says it.
 
@@ -92,3 +87,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def _search_path() -> list[str]:
+    """Return `-P` unless Python searches the current folder for modules here: a `trainer.py` in it must not run instead."""
+    return [] if {"", str(Path.cwd())} & set(sys.path) else ["-P"]
