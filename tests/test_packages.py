@@ -130,6 +130,26 @@ def test_torchrun_without_python_runs_mbconvert_beside_a_users_own_converter_py(
     assert done.stderr.count("done: 27 tensors") == 1
 
 
+@pytest.mark.slow
+def test_the_processes_of_mbtrain_do_not_run_a_users_own_trainer_py(others):
+    (others / "trainer.py").write_text(SHOUTS)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    words = [
+        "pretrain",
+        "llama_tiny",
+        "--nproc",
+        "2",
+        "train.train_iters=1",
+        "train.micro_batch_size=4",
+        "validation.eval_iters=0",
+    ]
+    command = [sys.executable, "-P", "-c", MBTRAIN, *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=others, env=env, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert SHOUTS.split("'")[1] not in done.stdout
+    assert "step 1" in done.stderr
+
+
 def test_the_three_packages_carry_their_types():
     assert [name for name in PACKAGES if not (files(name) / "py.typed").is_file()] == []
 

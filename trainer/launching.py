@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from uuid import uuid4
 
@@ -75,7 +76,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     )
     try:
         with _forwarded_ctrl_c():
-            elastic_launch(config, sys.executable)("-m", "trainer", *arguments)
+            elastic_launch(config, sys.executable)(*_search_path(), "-m", "trainer", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code: int = failure.exitcode
@@ -85,3 +86,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def _search_path() -> list[str]:
+    """Return `-P` unless Python searches the current folder for modules here: a `trainer.py` in it must not run instead."""
+    return [] if {"", str(Path.cwd())} & set(sys.path) else ["-P"]

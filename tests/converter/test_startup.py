@@ -40,3 +40,19 @@ def test_a_command_imports_only_what_it_uses(model_folder, checkpoint, tmp_path)
     for names in (help_, families, inspect, planned, converted):
         late = [name for name in names if f"{name}.".startswith(tuple(f"{one}." for one in _OF_URLS + _OF_ADAPTERS + _OF_OTHERS))]
         assert not late
+
+
+def test_the_check_of_the_packages_imports_nothing_of_them():
+    program = "import json, sys, mbtools; mbtools.check_packages('formats', 'converter'); print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    imported = set(json.loads(done.stdout))
+    assert {name for name in imported if name.partition(".")[0] in ("formats", "converter", "trainer")} == {
+        "formats",
+        "converter",
+    }
+    assert not {"click", "numpy", "importlib.metadata", "pathlib"} & (imported - _imported_by_python())
+
+
+def _imported_by_python() -> set[str]:
+    program = "import json, sys; print(json.dumps(sorted(sys.modules)))"
+    return set(json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout))

@@ -306,7 +306,7 @@ CASES += [
 @pytest.mark.parametrize(("family", "layout"), [pytest.param(f, layout, id=f"{f}, {name}") for f, name, layout in CASES])
 def test_weights_are_where_the_published_layout_has_them_and_come_back_to_the_bit(made, tmp_path, family, layout):
     folder = made(family)
-    hf_to_mcore(folder, tmp_path / "m", verify=True, vocab_divisible_by=128 // layout.get("tp", 1), **layout)
+    hf_to_mcore(folder, tmp_path / "m", verify=True, make_vocab_size_divisible_by=128 // layout.get("tp", 1), **layout)
     expected = ORACLES[family](source(folder))
     found = stored(tmp_path / "m")
     assert found.keys() == expected.keys()
@@ -475,7 +475,7 @@ def test_prediction_layers_halves_axes_of_one_and_other_roots(tmp_path, root, la
     names = ROOTS[root]
     tensors = made_up_tensors(*names, copy=True, vision=True)
     folder = save_made_up(tmp_path / "hf", tensors)
-    hf_to_mcore(folder, tmp_path / "m", verify=True, vocab_divisible_by=128 // layout.get("tp", 1), **layout)
+    hf_to_mcore(folder, tmp_path / "m", verify=True, make_vocab_size_divisible_by=128 // layout.get("tp", 1), **layout)
     expected, found = made_up_oracle(tensors, *names), stored(tmp_path / "m")
     assert found.keys() == expected.keys()
     for name, array in found.items():
