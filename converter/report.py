@@ -175,4 +175,4 @@ def _row(spec: TensorSpec) -> dict[str, Any]:
 
 def _chunks(reader: MegatronReader, name: str) -> list[dict[str, Any]]:
     found = reader.chunks(name)
-    return [{"file": c.place.file, "at": [p.start for p in c.region], "shape": list(extent(c.region))} for c in found]
+    return [{"file": c.location.file, "at": [p.start for p in c.region], "shape": list(extent(c.region))} for c in found]

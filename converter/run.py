@@ -114,7 +114,7 @@ class PieceBuffers:
 
     def make(self, piece: Piece, reader: Reader, place: int = 0) -> Array:
         """The piece's data, valid until the next call; its address has the remainder by page that `place` has."""
-        out = self._target.view(extent(piece.region), piece.tensor.spec.dtype, place=place)
+        out = self._target.view(extent(piece.region), piece.tensor.spec.dtype, offset=place)
         transform, filled = piece.tensor.transform, list[slice]()
         if transform and transform.moves_values:
             for move in piece.moves(transform):

@@ -1,7 +1,7 @@
-"""Where archives lie in the files of a distributed checkpoint: each after those that came before it in its file.
+"""Lay out the archives of a distributed checkpoint in its files, each after the one before.
 
-A checkpoint has hundreds of thousands of chunks, and those of layers that ranks hold alike differ in two numbers: all are placed
-together, as columns of numbers. Opens no files.
+A checkpoint has hundreds of thousands of chunks, and those of equally sharded layers differ in two numbers. Their offsets are
+computed together, as columns of numbers. No file is opened.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from formats.torch_zip import DATA_ALIGNMENT, Frame
 
 
 class Box(NamedTuple):
-    """A part of a tensor that one rank holds: where it starts, its sizes, and the file it goes in."""
+    """A shard of a tensor: its offset and sizes, [dims] each, and the file that it is stored in."""
 
     starts: Shape
     sizes: Shape
@@ -27,8 +27,8 @@ class Box(NamedTuple):
 
 
 class NewPart(NamedTuple):
-    """A tensor to be written, or a row of one where layers are stacked (or a row of a row, of experts), and the boxes that tile
-    it: one object for all parts that ranks hold alike."""
+    """A tensor to write, or one row of it where layers are stacked (or a row of a row, of experts), and the shards that tile it.
+    Equally sharded parts share one `boxes` object."""
 
     key: str
     rows: tuple[int, ...]
@@ -36,7 +36,7 @@ class NewPart(NamedTuple):
 
 
 class ArchiveFiles:
-    """Files that archives are appended to. Files and frames are numbered in the order in which they are first named."""
+    """Files that archives are appended to. Files and frames are numbered in order of first use."""
 
     def __init__(self) -> None:
         self._files: dict[str, int] = {}
@@ -53,16 +53,17 @@ class ArchiveFiles:
         return dict(zip(self._files, self._ends.tolist(), strict=True))
 
     def file(self, name: str) -> int:
-        """The number of a file."""
+        """Return the number of a file."""
         return self._files.setdefault(name, len(self._files))
 
     def frame(self, frame: Frame) -> int:
-        """The number of a frame."""
+        """Return the number of a frame."""
         return self._frames.setdefault(frame, len(self._frames))
 
     def append(self, files: Array, frames: Array, *, alignment: int = 1) -> Array:
-        """Put archives at the ends of files, both by number, in this order: a row for each, [count, 3], of its file, where it
-        starts there, and its length."""
+        """Append archives to files, both given by number, in this order.
+
+        Returns the location of each, [count, 3]: file number, byte offset, length."""
         lengths = np.array([frame.length for frame in self._frames], np.int64)[frames]
         self._ends = np.append(self._ends, np.zeros(len(self._files) - len(self._ends), np.int64))
         order = np.argsort(files, kind="stable")
@@ -76,7 +77,7 @@ class ArchiveFiles:
         return np.stack([files, starts, lengths], axis=1)
 
     def content(self, name: str) -> Iterator[tuple[int, Frame]]:
-        """The archives of a file, in order: where each starts, and its frame."""
+        """Yield the archives of a file in order: byte offset and frame."""
         number, known = self._files[name], list(self._frames)
         for files, starts, frames in self._placed:
             first, last = np.searchsorted(files, [number, number + 1])
@@ -94,8 +95,9 @@ def append_parts(
     parts: Iterable[NewPart],
     frame: Callable[[np.dtype[Any], Shape], Frame],
 ) -> dict[str, ChunkedTensor]:
-    """Put the chunks of `parts`, in this order, at the ends of files; `tensors` gives each key's shape and dtype, `frame` what is
-    around a chunk of some dtype and sizes."""
+    """Append the chunks of `parts` to files, in this order, and return the tensors by key.
+
+    `tensors` gives each key's shape and dtype; `frame` returns the archive bytes around a chunk of a dtype and shape."""
     groups, count = _alike(parts)
     numbers = np.empty((2, count), np.int64)
     for group in groups:
@@ -112,7 +114,7 @@ def append_parts(
 
 @dataclass(slots=True)
 class _Group:
-    """Parts of one key with the same boxes: of each the number of its first chunk among all, and its rows, `depth` of them."""
+    """Parts of one key with the same shards. Each has the number of its first chunk among all chunks, and its `depth` rows."""
 
     key: str
     boxes: Sequence[Box]
@@ -122,19 +124,19 @@ class _Group:
 
     @property
     def numbers(self) -> Array:
-        """Those of the chunks, [parts, boxes]."""
+        """The numbers of the chunks, [parts, shards]."""
         return np.array(self.firsts, np.int64)[:, np.newaxis] + np.arange(len(self.boxes))
 
     @property
     def sizes(self) -> Array:
-        """Those of a part's chunks, [boxes, dims]."""
+        """The sizes of a part's chunks, [shards, dims]."""
         return self._with_rows([box.sizes for box in self.boxes], 1)
 
     def _with_rows(self, numbers: Sequence[Shape], row: int) -> Array:
         return np.array([(*(row,) * self.depth, *some) for some in numbers], np.int64).reshape(len(numbers), -1)
 
     def table(self, places: Array) -> Array:
-        """The numbers of the chunks as `ChunkedTensor` has them, [parts, boxes, stride]."""
+        """Return the rows of `ChunkedTensor` for the chunks, [parts, shards, stride]."""
         sizes = self.sizes
         dims = sizes.shape[1]
         table = np.full((len(self.firsts), len(self.boxes), stride(dims)), -1, np.int64)
@@ -146,7 +148,7 @@ class _Group:
 
 
 def _alike(parts: Iterable[NewPart]) -> tuple[list[_Group], int]:
-    """Parts by what they have in common, and how many chunks there are."""
+    """Group parts by key and shards; return the groups and the number of chunks."""
     groups: dict[tuple[str, int], _Group] = {}
     count = 0
     for key, rows, boxes in parts:

@@ -1,4 +1,4 @@
-"""Arrays as memory: buffers that are used again, copies that do not look at values, rows some at a time."""
+"""Arrays as memory: reusable buffers, copies of raw bits, and contiguous regions of limited size."""
 
 from __future__ import annotations
 
@@ -15,42 +15,41 @@ from formats.spec import Array, Region, Shape
 
 
 class Buffer:
-    """Memory that is used again and grows when it must."""
+    """Memory that is reused from call to call and grows when needed. Not shared by threads."""
 
     def __init__(self) -> None:
         self._memory: Array = np.empty(0, np.uint8)
 
-    def view(self, shape: Shape, dtype: np.dtype[Any], *, place: int = 0) -> Array:
-        """An array of unspecified values, valid until the next call; its address has the remainder by
-        `io_alignment()` that `place` has."""
+    def view(self, shape: Shape, dtype: np.dtype[Any], *, offset: int = 0) -> Array:
+        """Return an uninitialized array, valid until the next call; its address equals `offset` modulo `io_alignment()`."""
         block, nbytes = io_alignment(), prod(shape) * dtype.itemsize
         if self._memory.nbytes < nbytes + block:
             self._memory = np.frombuffer(mmap.mmap(-1, nbytes + block), np.uint8)
-        start = (place - self._memory.ctypes.data) % block
+        start = (offset - self._memory.ctypes.data) % block
         return self._memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def copy(out: Array, data: Array) -> None:
-    """Move elements of one dtype as whole numbers: numpy copies foreign dtypes such as bfloat16 one by one."""
+    """Copy elements as unsigned integers of the same size: numpy copies foreign dtypes such as bfloat16 one by one."""
     plain = np.dtype(f"u{data.dtype.itemsize}")
     np.copyto(out.view(plain), data.view(plain))
 
 
 def same_bits(one: Array, other: Array) -> bool:
-    """Do two arrays of one dtype and shape hold the same bytes?"""
+    """Do two arrays of one dtype and shape have the same bits?"""
     plain = np.dtype(f"u{one.dtype.itemsize}")
     return np.array_equal(one.view(plain), other.view(plain))
 
 
 def as_bytes(array: Array) -> memoryview:
-    """The memory of a contiguous array, as bytes."""
+    """Return the memory of a contiguous array as bytes, without a copy."""
     return memoryview(array.reshape(-1).view(np.uint8))
 
 
 def contiguous_regions(shape: Shape, count: int) -> Iterator[Region]:
-    """Cut an array into regions of at most `count` elements (at least one), each one run in C order, in that order.
+    """Divide an array into regions of at most `count` elements (at least one), each contiguous in C order, in that order.
 
-    The first axis along which one step fits is cut; of all axes before it, a region has one index.
+    The first axis along which one step fits is divided; a region has one index of each axis before it.
 
     >>> [tuple((part.start, part.stop) for part in region) for region in contiguous_regions((2, 3), 2)]
     [((0, 1), (0, 2)), ((0, 1), (2, 3)), ((1, 2), (0, 2)), ((1, 2), (2, 3))]
@@ -67,7 +66,7 @@ def contiguous_regions(shape: Shape, count: int) -> Iterator[Region]:
 
 
 def offset_of(region: Region, shape: Shape) -> int:
-    """Where in an array of that shape, in C order, a region's first element is; in elements."""
+    """Return the offset of a region's first element in an array of that shape in C order, in elements."""
     position = 0
     for size, part in zip(shape, region, strict=True):
         position = position * size + part.start
@@ -75,6 +74,6 @@ def offset_of(region: Region, shape: Shape) -> int:
 
 
 def bands(rows: slice, step: int) -> Iterator[slice]:
-    """A range of rows, `step` at a time."""
+    """Divide a range of rows into ranges of `step` rows."""
     for start in range(rows.start, rows.stop, step):
         yield slice(start, min(start + step, rows.stop))

@@ -1,7 +1,7 @@
-"""The chunks of a distributed tensor as one array of numbers, and the check that they tile it.
+"""Store the chunks of a distributed tensor as one array of numbers, and check that they tile the tensor.
 
-A checkpoint has hundreds of thousands of chunks: an object for each would take hundreds of MiB, so objects are made for those
-that are asked for. Opens no files.
+A checkpoint has hundreds of thousands of chunks. An object for each would take hundreds of MiB, so objects are created on
+request. No file is opened.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 from formats.errors import UserError
 from formats.spec import Array, Region, Shape, intersect
 
-_PLACE = 4  # numbers of a chunk after its box: file, offset, length, and where its data was found
+_LOCATION_NUMBERS = 4  # numbers of a chunk after its region: file, offset, length, and the offset of its data or -1
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """An archive: bytes `offset` to `offset + length` of a file."""
+class ArchiveLocation:
+    """The location of an archive: bytes `offset` to `offset + length` of a file."""
 
     file: str
     offset: int
@@ -33,17 +33,17 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A box of a tensor and the archive that holds it."""
+    """A region of a tensor, and the location of the archive that holds it."""
 
     region: Region
-    place: Place
+    location: ArchiveLocation
 
 
 class ChunkedTensor:
-    """A tensor as its chunks, which together tile it, in the order of their first rows.
+    """A tensor as chunks that tile it, sorted by their first rows.
 
-    `numbers` holds for each chunk its offsets, its sizes, the number of its file in `files`, the archive's offset and length in
-    bytes, and -1 or the offset of the data in the file once it was looked up.
+    `numbers` holds for each chunk its offsets [dims], its sizes [dims], the index of its file in `files`, the archive's offset
+    and length in bytes, and the byte offset of the data in the file, -1 until it is known.
     """
 
     __slots__ = ("_longest", "_numbers", "_stride", "dtype", "files", "shape")
@@ -64,41 +64,43 @@ class ChunkedTensor:
         return len(self._numbers) // self._stride
 
     def table(self) -> Array:
-        """The numbers, a row for each chunk; a view."""
+        """Return the numbers, [chunks, stride]; a view."""
         return np.frombuffer(self._numbers, np.int64).reshape(-1, self._stride)
 
-    def boxes(self) -> tuple[Shape, Array, Array]:
-        """The tensor's shape, and the offsets and sizes of its chunks, [count, dims]; views."""
+    def bounds(self) -> tuple[Shape, Array, Array]:
+        """Return the tensor's shape, and the offsets and sizes of its chunks, [chunks, dims] each; views."""
         dims, table = len(self.shape), self.table()
         return self.shape, table[:, :dims], table[:, dims : 2 * dims]
 
     @property
     def chunks(self) -> list[Chunk]:
-        """All of them as objects: for tensors of which there are few."""
+        """All chunks as objects. Meant for tensors with few chunks."""
         return [self.chunk(number) for number in range(len(self))]
 
     def chunk(self, number: int) -> Chunk:
-        return Chunk(self.region(number), self.place(number))
+        return Chunk(self.region(number), self.location(number))
 
     def region(self, number: int) -> Region:
         at, dims = number * self._stride, len(self.shape)
         numbers = self._numbers[at : at + 2 * dims]
         return tuple([slice(numbers[d], numbers[d] + numbers[dims + d]) for d in range(dims)])
 
-    def place(self, number: int) -> Place:
+    def location(self, number: int) -> ArchiveLocation:
         at = number * self._stride + 2 * len(self.shape)
-        return Place(self.files[self._numbers[at]], self._numbers[at + 1], self._numbers[at + 2])
+        return ArchiveLocation(self.files[self._numbers[at]], self._numbers[at + 1], self._numbers[at + 2])
 
     def data_start(self, number: int) -> int:
-        """Where in its file a chunk's data starts, as `found_data` said; -1 if it did not yet."""
+        """Return the byte offset of a chunk's data in its file, or -1 before `set_data_start`."""
         return self._numbers[number * self._stride + self._stride - 1]
 
-    def found_data(self, number: int, start: int) -> None:
+    def set_data_start(self, number: int, start: int) -> None:
         self._numbers[number * self._stride + self._stride - 1] = start
 
-    def touching(self, region: Region) -> Iterator[tuple[int, Region, Region]]:
-        """The chunks that share a box with a region: number, region and the box. A tensor of stacked layers has thousands of
-        chunks, so only those near the region's rows are looked at."""
+    def overlapping(self, region: Region) -> Iterator[tuple[int, Region, Region]]:
+        """Yield the chunks that overlap a region: number, the chunk's region, and the intersection.
+
+        A tensor of stacked layers has thousands of chunks, so bisection selects those near the region's rows.
+        """
         first, last = 0, len(self)
         if region and last > 1:
             numbers, stride = self._numbers, self._stride
@@ -112,25 +114,25 @@ class ChunkedTensor:
 
 
 def stride(dims: int) -> int:
-    """How many numbers describe a chunk of so many dimensions."""
-    return 2 * dims + _PLACE
+    """Return how many numbers describe a chunk of a tensor with `dims` dimensions."""
+    return 2 * dims + _LOCATION_NUMBERS
 
 
 def check_tiling(name: str, tensor: ChunkedTensor) -> None:
-    """Raise UserError unless the chunks cover each element once."""
-    if not tiles(*tensor.boxes()):
-        raise untiled(name, tensor.shape)
+    """Raise UserError unless the chunks cover each element exactly once."""
+    if not tiles(*tensor.bounds()):
+        raise tiling_error(name, tensor.shape)
 
 
-def untiled(name: str, shape: Shape) -> UserError:
+def tiling_error(name: str, shape: Shape) -> UserError:
     return UserError(
-        f"the chunks of `{name}` do not tile its shape {list(shape)}: they overlap, leave holes or stick out",
+        f"the chunks of `{name}` do not tile its shape {list(shape)}: they overlap, leave gaps or exceed it",
         hint="the checkpoint is incomplete or damaged",
     )
 
 
 def tiles(shape: Shape, starts: Array, sizes: Array) -> bool:
-    """Do boxes, a row each in both arrays, tile an array of that shape?"""
+    """Do regions tile an array of that shape? `starts` and `sizes` are [regions, dims] each."""
     whole = np.array(shape, np.int64)
     if np.any(starts < 0) or np.any(sizes < 0) or np.any(starts > whole) or np.any(sizes > whole - starts):
         return False
@@ -139,14 +141,16 @@ def tiles(shape: Shape, starts: Array, sizes: Array) -> bool:
         return False
     if _in_slabs(shape, starts, sizes):
         return True
-    return _apart(
+    return _disjoint(
         [tuple(slice(a, a + n) for a, n in zip(*box, strict=True)) for box in zip(starts.tolist(), sizes.tolist(), strict=True)]
     )
 
 
 def _in_slabs(shape: Shape, starts: Array, sizes: Array) -> bool:
-    """Do boxes tile an array slab by slab: along the first dimension, each slab along the second, and so on, as megatron-core's
-    do? Sorted, so that each dimension is one pass over all slabs."""
+    """Do regions tile an array slab by slab, along the first dimension, each slab along the second, and so on?
+
+    Chunks of megatron-core do. The regions are sorted, so that each dimension takes one pass over all slabs.
+    """
     if 0 in sizes or not len(starts):
         return False
     order = np.lexsort(starts.T[::-1]) if shape else np.arange(len(starts))
@@ -165,14 +169,14 @@ def _in_slabs(shape: Shape, starts: Array, sizes: Array) -> bool:
     return bool(new_slab.all())
 
 
-def _apart(regions: Sequence[Region]) -> bool:
-    """Do no two boxes share an element? Only those that share rows are compared."""
+def _disjoint(regions: Sequence[Region]) -> bool:
+    """Are all regions disjoint? Only regions that share rows are compared."""
     ordered = sorted(regions, key=lambda region: region[0].start if region else 0)
-    for number, one in enumerate(ordered):
+    for number, region in enumerate(ordered):
         for after in range(number + 1, len(ordered)):
             other = ordered[after]
-            if one and other[0].start >= one[0].stop:
+            if region and other[0].start >= region[0].stop:
                 break
-            if intersect(one, other) is not None:
+            if intersect(region, other) is not None:
                 return False
     return True

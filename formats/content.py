@@ -1,6 +1,6 @@
-"""What a file holds that is not what its name says, by its first bytes: a git-lfs pointer, an error page, another format.
+"""Recognize a file whose content does not match its name, by its first bytes: git-lfs pointer, error page, other format.
 
-Downloads leave such files behind: they have the right name, and often nobody has looked into them.
+Failed downloads leave such files: they have the right name and the wrong content.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from formats.errors import UserError
 from formats.folder import Folder
 
 START_BYTES = 512
-"""So many bytes of a file are enough to recognize it."""
+"""Bytes at a file's start that are enough to recognize it."""
 
 _FETCH = "fetch the file again, for example with `hf download ORG/NAME`"
 _TORCH = "load it with the library that saved it, and save it with `save_pretrained`, which writes safetensors"
@@ -20,7 +20,7 @@ _TORCH = "load it with the library that saved it, and save it with `save_pretrai
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a file holds, in words that follow "is", and what to do about it."""
+    """The content of a file in words that follow "is", and what to do about it."""
 
     what: str
     hint: str
@@ -57,20 +57,20 @@ _BY_START = (
 
 
 def recognize(start: bytes) -> Content | None:
-    """Return what a file that begins with `start` is, where it is something that is often taken for another.
+    """Return the content of a file that begins with `start` if it is recognized, else None.
 
     >>> recognize(b"version https://git-lfs.github.com/spec/v1").what
     'a git-lfs pointer, not the file itself'
     """
     flags = re.IGNORECASE | re.DOTALL
-    found = next((content for pattern, content in _BY_START if re.match(pattern, start, flags)), None)
-    if found is None and len(start) >= 8 and not start.strip(b"\0"):
-        return Content("a file of zero bytes at its start: space was set aside for it and it was never filled", _FETCH)
-    return found
+    content = next((content for pattern, content in _BY_START if re.match(pattern, start, flags)), None)
+    if content is None and len(start) >= 8 and not start.strip(b"\0"):
+        return Content("a file that starts with zero bytes: its space was allocated and never filled", _FETCH)
+    return content
 
 
 def refuse_other(folder: Folder, name: str) -> None:
-    """Raise UserError if a file that should hold weights or settings is empty, or recognized as something else."""
+    """Raise UserError if a file of weights or settings is empty, or is recognized as something else."""
     size = folder.size(name)
     if size == 0:
         raise UserError(f"`{name}` is empty", hint=_FETCH)
@@ -80,19 +80,19 @@ def refuse_other(folder: Folder, name: str) -> None:
 
 
 LARGEST_POINTER = 512
-"""Bytes of a git-lfs pointer at most, with room to spare."""
+"""Upper bound for the bytes of a git-lfs pointer."""
 
 
 def refuse_pointer(folder: Folder, name: str) -> None:
-    """Raise UserError if a small file only points at the one that should be there, as git-lfs leaves it."""
+    """Raise UserError if a small file is a git-lfs or Xet pointer."""
     start = folder.get(name)
-    found = recognize(start)
-    if found and start.startswith((b"version http", b"# xet")):
-        raise UserError(f"`{name}` is {found.what}", hint=found.hint)
+    content = recognize(start)
+    if content and start.startswith((b"version http", b"# xet")):
+        raise UserError(f"`{name}` is {content.what}", hint=content.hint)
 
 
 def refuse_start(start: bytes, *, source: str) -> None:
     """Raise UserError if these first bytes of `source` are recognized as something else."""
-    found = recognize(start[:START_BYTES])
-    if found:
-        raise UserError(f"`{source}` is {found.what}", hint=found.hint)
+    content = recognize(start[:START_BYTES])
+    if content:
+        raise UserError(f"`{source}` is {content.what}", hint=content.hint)

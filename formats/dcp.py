@@ -1,7 +1,7 @@
-"""PyTorch's distributed-checkpoint container: files of `torch.save` archives, and an index that says where each is.
+"""PyTorch's distributed-checkpoint container: files of `torch.save` archives, and an index of their locations.
 
-Each archive holds one chunk (a box of a tensor) or one object. Knows nothing of Megatron. Layout: torch's
-`torch/distributed/checkpoint/filesystem.py`.
+Each archive holds one chunk (a region of a tensor) or one object. Megatron's naming is left to `torch_dist.py`. Layout:
+torch's `torch/distributed/checkpoint/filesystem.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from formats.archive_files import ArchiveFiles, NewPart, append_parts
-from formats.boxes import Stored, place_of, read_box, write_box
-from formats.chunks import ChunkedTensor, Place, tiles
+from formats.chunks import ArchiveLocation, ChunkedTensor, tiles
 from formats.content import START_BYTES, refuse_start
 from formats.dcp_index import METADATA, read_index
 from formats.errors import UserError
@@ -26,14 +25,15 @@ from formats.index_writer import index_document
 from formats.outputs import Outputs
 from formats.relative_names import check_below
 from formats.spec import Array, Document, Region, Shape, Span, dtype_name, extent, relative_to
+from formats.stored_arrays import StoredArray, file_offset, read_region, write_region
 from formats.torch_zip import DATA_ALIGNMENT, Frame, OpenArchive, contiguous_strides, tensor_frame
 
 _MOST_AROUND = 4 * DATA_ALIGNMENT
-"""More bytes than a frame has."""
+"""An upper bound for the bytes of a frame."""
 
 
 class Container:
-    """An opened folder: its tensors and objects by name. Nothing but `.metadata` is read until asked for."""
+    """An opened container: its tensors and objects by name. Opening reads `.metadata` only."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
@@ -56,14 +56,14 @@ class Container:
         return self._index.objects
 
     def tensor(self, name: str) -> ChunkedTensor:
-        """A tensor's shape, dtype and chunks.
+        """Return a tensor's shape, dtype and chunks.
 
-        Raises UserError if the chunks overlap, leave holes or run past their files.
+        Raises UserError if the chunks overlap, leave gaps or run past their files.
         """
         with self._lock:
             if name not in self._tensors:
                 tensor = self._index.tensor(name)
-                self._check_places(name, tensor)
+                self._check_locations(name, tensor)
                 self._tensors[name] = tensor
                 if len(self._tensors) == len(self._index.tensors):
                     self._index.forget_chunks()
@@ -76,42 +76,42 @@ class Container:
         return self._index.dtype(name)
 
     def object(self, name: str) -> Any:
-        """An object's pickle, classes as inert records."""
-        place = self._index.object(name)
-        self._check_place(name, place)
-        return self._archive(place).pickle()
+        """Read an object's pickle, classes as inert records."""
+        location = self._index.object(name)
+        self._check_location(name, location)
+        return self._archive(location).pickle()
 
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
-        """Fill `out` with a region of the tensor, from whichever chunks hold it."""
-        for number, chunk, shared in tensor.touching(region):
-            part = out[(*relative_to(shared, region), ...)]  # the dots keep a single number an array that can be filled
-            read_box(self._folder, self._locate(tensor, number, extent(chunk)), relative_to(shared, chunk), part)
+        """Read a region of the tensor into `out`, from all chunks that overlap it."""
+        for number, chunk, shared in tensor.overlapping(region):
+            part = out[(*relative_to(shared, region), ...)]  # the ellipsis keeps a single number an array
+            read_region(self._folder, self._locate(tensor, number, extent(chunk)), relative_to(shared, chunk), part)
 
     def close(self) -> None:
         self._folder.close()
 
-    def _check_places(self, name: str, tensor: ChunkedTensor) -> None:
-        """The last archive of a file is looked at for all of them."""
+    def _check_locations(self, name: str, tensor: ChunkedTensor) -> None:
+        """Check the last archive of each file, which stands for all others in it."""
         table = tensor.table()
         files, stops = table[:, -4], table[:, -3] + table[:, -2]
         for file in set(files.tolist()):
             last = np.flatnonzero(files == file)[np.argmax(stops[files == file])]
-            self._check_place(name, tensor.place(int(last)))
+            self._check_location(name, tensor.location(int(last)))
 
-    def _check_place(self, name: str, place: Place) -> None:
-        if place.compressed:
+    def _check_location(self, name: str, location: ArchiveLocation) -> None:
+        if location.compressed:
             raise UserError(f"`{name}` is stored compressed, which is not supported")
-        check_below(place.file, source=METADATA)
-        if place.offset + place.length > self._size(place.file):
-            self._refuse_pointer(place.file)
+        check_below(location.file, source=METADATA)
+        if location.offset + location.length > self._size(location.file):
+            self._refuse_pointer(location.file)
             raise UserError(
-                f"`{name}` runs past the end of `{place.file}`: it should lie at {place.offset} to "
-                f"{place.offset + place.length}, the file has {self._size(place.file)} bytes",
+                f"`{name}` runs past the end of `{location.file}`: its bytes are {location.offset} to "
+                f"{location.offset + location.length}, the file has {self._size(location.file)} bytes",
                 hint="the file is truncated; copy the checkpoint again",
             )
 
     def _refuse_pointer(self, file: str) -> None:
-        """Raise UserError if a file is recognized as something else than the archives that it should hold."""
+        """Raise UserError if a file is recognized as something other than archives."""
         start = bytearray(min(self._size(file), START_BYTES))
         self._folder.read_into(file, 0, memoryview(start))
         if not start.startswith(b"PK"):
@@ -124,59 +124,60 @@ class Container:
             self._sizes[file] = self._folder.size(file)
         return self._sizes[file]
 
-    def _locate(self, tensor: ChunkedTensor, number: int, shape: Shape) -> Stored:
-        place = tensor.place(number)
+    def _locate(self, tensor: ChunkedTensor, number: int, shape: Shape) -> StoredArray:
+        location = tensor.location(number)
         if tensor.data_start(number) < 0:
-            tensor.found_data(number, place.offset + self._data_start(place, shape, tensor.dtype))
-        return Stored(place.file, tensor.data_start(number), shape)
+            tensor.set_data_start(number, location.offset + self._data_start(location, shape, tensor.dtype))
+        return StoredArray(location.file, tensor.data_start(number), shape)
 
-    def _data_start(self, place: Place, shape: Shape, dtype: np.dtype[Any]) -> int:
-        """Where in its archive a chunk's data starts; UserError if the archive describes another chunk."""
-        if start := self._start_in_frame(place, shape, dtype):
+    def _data_start(self, location: ArchiveLocation, shape: Shape, dtype: np.dtype[Any]) -> int:
+        """Return the offset of a chunk's data in its archive; UserError if the archive describes another chunk."""
+        if start := self._start_in_frame(location, shape, dtype):
             return start
-        archive = self._archive(place)
-        found, start = archive.tensor(archive.pickle())
-        if _cut(found.shape) != _cut(shape) or found.dtype != dtype:
+        archive = self._archive(location)
+        stored, start = archive.tensor(archive.pickle())
+        if _without_ones(stored.shape) != _without_ones(shape) or stored.dtype != dtype:
             raise UserError(
-                f"`{place.file}` holds {list(found.shape)} of {dtype_name(found.dtype)} where `{METADATA}` "
-                f"promises {list(shape)} of {dtype_name(dtype)}",
+                f"`{location.file}` holds {list(stored.shape)} of {dtype_name(stored.dtype)}, but `{METADATA}` "
+                f"says {list(shape)} of {dtype_name(dtype)}",
                 hint="the checkpoint is damaged or was mixed from two",
             )
-        if found.strides != contiguous_strides(found.shape) and prod(shape) > 1:
-            raise UserError(f"`{place.file}` holds a tensor with strides {list(found.strides)}: not supported")
+        if stored.strides != contiguous_strides(stored.shape) and prod(shape) > 1:
+            raise UserError(f"`{location.file}` holds a tensor with strides {list(stored.strides)}, which is not supported")
         return start
 
-    def _start_in_frame(self, place: Place, shape: Shape, dtype: np.dtype[Any]) -> int:
-        """Where in its archive a chunk's data starts if all around it is what is written here for that shape and dtype; else 0.
+    def _start_in_frame(self, location: ArchiveLocation, shape: Shape, dtype: np.dtype[Any]) -> int:
+        """Return the offset of a chunk's data in an archive that equals our frame for that shape and dtype; else 0.
 
-        Comparing takes two reads, and no unpickling: for hundreds of small chunks that is most of what reading them takes.
+        The comparison takes two reads and no unpickling, which would dominate the time of reading small chunks.
         """
-        around = place.length - prod(shape) * dtype.itemsize
+        around = location.length - prod(shape) * dtype.itemsize
         frame = _frame(dtype, shape) if 0 < around <= _MOST_AROUND else None
-        if frame is None or frame.length != place.length:
+        if frame is None or frame.length != location.length:
             return 0
-        end = place.length - len(frame.after)
+        end = location.length - len(frame.after)
         same = (
-            self._fetch(place, 0, len(frame.before)) == frame.before and self._fetch(place, end, len(frame.after)) == frame.after
+            self._fetch(location, 0, len(frame.before)) == frame.before
+            and self._fetch(location, end, len(frame.after)) == frame.after
         )
         return len(frame.before) if same else 0
 
-    def _archive(self, place: Place) -> OpenArchive:
-        return OpenArchive(lambda offset, length: self._fetch(place, offset, length), place.length, source=place.file)
+    def _archive(self, location: ArchiveLocation) -> OpenArchive:
+        return OpenArchive(lambda offset, length: self._fetch(location, offset, length), location.length, source=location.file)
 
-    def _fetch(self, place: Place, offset: int, length: int) -> bytes:
+    def _fetch(self, location: ArchiveLocation, offset: int, length: int) -> bytes:
         data = bytearray(length)
-        self._folder.read_into(place.file, place.offset + offset, memoryview(data))
+        self._folder.read_into(location.file, location.offset + offset, memoryview(data))
         return bytes(data)
 
 
-def _cut(shape: Shape) -> Shape:
-    """A shape without its ones: stacked layers add one in front."""
+def _without_ones(shape: Shape) -> Shape:
+    """Return a shape without its ones: megatron-core adds one in front of stacked layers."""
     return tuple(size for size in shape if size != 1)
 
 
 class NewObject(NamedTuple):
-    """An object to be written: its archive is ready."""
+    """An object to write, with its complete archive."""
 
     key: str
     file: str
@@ -184,10 +185,10 @@ class NewObject(NamedTuple):
 
 
 class ContainerWriter:
-    """Files being made. Every offset is known before the first byte, so regions arrive in any order.
+    """The files of a container to write. Every offset is known before the first byte, so regions may be written in any order.
 
-    `tensors` gives each key's global shape and dtype; the boxes of `parts` tile them. Objects, then the parts' chunks, lie in
-    their file in the order given. `folder` is where the files lie in the output.
+    `tensors` gives each key's global shape and dtype, which the shards of `parts` tile. Each file holds objects first, then
+    chunks, in the order given. `folder` is the container's folder in the output.
     """
 
     def __init__(
@@ -207,23 +208,23 @@ class ContainerWriter:
             if new.archive not in known:
                 known[new.archive] = self._files.frame(Frame(new.archive, 0, b""))
             frames.append(known[new.archive])
-        self._object_places = self._files.append(np.array(files, np.int64), np.array(frames, np.int64))
+        self._object_locations = self._files.append(np.array(files, np.int64), np.array(frames, np.int64))
         self._chunked = append_parts(self._files, tensors, parts, _frame)
         for key, tensor in self._chunked.items():
-            if not tiles(*tensor.boxes()):
+            if not tiles(*tensor.bounds()):
                 raise ValueError(f"the chunks to be written of `{key}` do not tile its shape {list(tensor.shape)}")
 
     @cached_property
     def metadata(self) -> Document:
-        """The index that makes the folder a checkpoint."""
-        return index_document(self._chunked, (self._objects, self._object_places, self._files.names))
+        """The index, `.metadata`."""
+        return index_document(self._chunked, (self._objects, self._object_locations, self._files.names))
 
     @property
     def files(self) -> dict[str, int]:
         return {f"{self._folder}/{file}": end for file, end in self._files.sizes.items()}
 
     def spans(self, file: str) -> Iterator[Span]:
-        """What lies around the data of a file, and where the data lies, from its first byte to its last."""
+        """Yield the known bytes and the data ranges of a file, from its first byte to its last."""
         known, at = b"", 0
         for start, frame in self._files.content(file.removeprefix(f"{self._folder}/")):
             known += bytes(start - at - len(known)) + frame.before
@@ -235,31 +236,31 @@ class ContainerWriter:
         yield Span(at, known)
 
     def file_offset(self, key: str, region: Region) -> int:
-        """Where in its file the region's first byte goes."""
+        """Return the byte offset in its file of the region's first element."""
         tensor = self._chunked[key]
         corner = tuple(slice(part.start, part.start + 1) for part in region)
-        number, chunk, _ = next(tensor.touching(corner))
-        return place_of(self._stored(tensor, number, extent(chunk)), relative_to(corner, chunk), tensor.dtype.itemsize)
+        number, chunk, _ = next(tensor.overlapping(corner))
+        return file_offset(self._stored(tensor, number, extent(chunk)), relative_to(corner, chunk), tensor.dtype.itemsize)
 
     def touched(self, key: str, region: Region) -> set[str]:
-        """The files that hold some of a region."""
+        """Return the files that hold part of a region."""
         tensor = self._chunked[key]
-        return {f"{self._folder}/{tensor.place(number).file}" for number, *_ in tensor.touching(region)}
+        return {f"{self._folder}/{tensor.location(number).file}" for number, *_ in tensor.overlapping(region)}
 
     def write(self, key: str, region: Region, data: Array) -> None:
-        """Put a region of a tensor where its chunks lie."""
+        """Write a region of a tensor into its chunks."""
         tensor = self._chunked[key]
-        for number, chunk, shared in tensor.touching(region):
+        for number, chunk, shared in tensor.overlapping(region):
             stored = self._stored(tensor, number, extent(chunk))
-            write_box(self._outputs, stored, relative_to(shared, chunk), data[relative_to(shared, region)])
+            write_region(self._outputs, stored, relative_to(shared, chunk), data[relative_to(shared, region)])
 
-    def _stored(self, tensor: ChunkedTensor, number: int, shape: Shape) -> Stored:
-        place = tensor.place(number)
-        start = place.offset + len(_frame(tensor.dtype, shape).before)
-        return Stored(f"{self._folder}/{place.file}", start, shape)
+    def _stored(self, tensor: ChunkedTensor, number: int, shape: Shape) -> StoredArray:
+        location = tensor.location(number)
+        start = location.offset + len(_frame(tensor.dtype, shape).before)
+        return StoredArray(f"{self._folder}/{location.file}", start, shape)
 
 
 @cache
 def _frame(dtype: np.dtype[Any], shape: Shape) -> Frame:
-    """Frames repeat from layer to layer: one per dtype and shape is enough."""
+    """Return the frame of a chunk, cached: frames repeat from layer to layer."""
     return tensor_frame(dtype_name(dtype), shape)

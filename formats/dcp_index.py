@@ -1,7 +1,7 @@
-"""`.metadata`: the index of a distributed checkpoint, read. One pickle of torch's classes, here as records and numbers.
+"""Read `.metadata`, the index of a distributed checkpoint: one pickle of torch's classes, here as records and numbers.
 
-Says of every tensor its shape, dtype and chunks, and of every chunk and object in which bytes of which file it lies. Opens no
-file but the index. Layout: torch's `torch/distributed/checkpoint/metadata.py`. Written by formats/index_writer.py.
+The index gives the shape, dtype and chunks of every tensor, and the file, offset and length of every chunk and object. No other
+file is opened. Layout: torch's `torch/distributed/checkpoint/metadata.py`. Written by formats/index_writer.py.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from formats.chunks import ChunkedTensor, Place, check_tiling, stride, untiled
+from formats.chunks import ArchiveLocation, ChunkedTensor, check_tiling, stride, tiling_error
 from formats.content import refuse_start
 from formats.errors import UserError, format_untrusted
 from formats.faults import fault
 from formats.folder import Folder
-from formats.index_pickle import ELSEWHERE, OBJECT, ChunkRun, PlaceRun, load_index
+from formats.index_pickle import ELSEWHERE, OBJECT, ChunkRun, LocationRun, load_index
 from formats.pickles import Global, Record
 from formats.spec import Array, Shape, is_size
 from formats.torch_zip import DTYPE_OF, read_sizes
@@ -31,50 +31,50 @@ _OF_OBJECT = -1  # instead of the number of a chunk's dimensions
 
 
 class Index:
-    """An index that was read. Only what is asked for is looked at closely."""
+    """An index that was read. Tensors are checked when they are requested."""
 
     def __init__(self, tensors: Mapping[str, Record], objects: set[str], places: _Locations) -> None:
         self.tensors, self.objects = tensors, objects
-        self._places = places
+        self._locations = places
 
     @property
     def files(self) -> set[str]:
-        """Every file that holds something."""
-        return set(self._places.files)
+        """The files that hold chunks or objects, as the index names them."""
+        return set(self._locations.files)
 
     def tensor(self, name: str) -> ChunkedTensor:
-        """A tensor's shape, dtype and chunks; UserError if the chunks overlap or leave holes."""
+        """Return a tensor's shape, dtype and chunks; UserError if the chunks overlap or leave gaps."""
         shape = self.shape(name)
-        with _structured():
-            boxes = _boxes(name, shape, self.tensors[name]["chunks"])
+        with _malformed_is_user_error():
+            boxes = _bounds(name, shape, self.tensors[name]["chunks"])
         numbers = np.full((len(boxes), stride(len(shape))), -1, np.int64)
         numbers[:, : 2 * len(shape)] = boxes
-        numbers[:, 2 * len(shape) : -1] = self._places.of_chunks(name, shape, boxes[:, : len(shape)])
-        made = ChunkedTensor(shape, self.dtype(name), array("q", numbers.tobytes()), self._places.files)
+        numbers[:, 2 * len(shape) : -1] = self._locations.of_chunks(name, shape, boxes[:, : len(shape)])
+        made = ChunkedTensor(shape, self.dtype(name), array("q", numbers.tobytes()), self._locations.files)
         check_tiling(name, made)
         return made
 
     def forget_chunks(self) -> None:
-        """Let go of what tensors are made from, once all of them are made: tens of MiB."""
+        """Free the records that tensors are built from (tens of MiB), once all tensors are built."""
         for one in self.tensors.values():
             cast("dict[str, Any]", one.fields).pop("chunks")
-        self._places.forget_chunks()
+        self._locations.forget_chunks()
 
     def shape(self, name: str) -> Shape:
-        with _structured():
+        with _malformed_is_user_error():
             return read_sizes(self.tensors[name]["size"])
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        with _structured():
+        with _malformed_is_user_error():
             return _dtype(name, self.tensors[name]["properties"])
 
-    def object(self, name: str) -> Place:
-        """Where an object lies."""
-        return self._places.of_object(name)
+    def object(self, name: str) -> ArchiveLocation:
+        """Return the location of an object."""
+        return self._locations.of_object(name)
 
 
 def read_index(folder: Folder) -> Index:
-    """The index of a folder; UserError if it is none, is misshapen, or puts two archives in the same bytes."""
+    """Read the index of a folder. Raises UserError if it is malformed or puts two archives in the same bytes."""
     data = folder.get(METADATA)
     if not data.startswith(b"\x80"):  # a pickle does
         refuse_start(data, source=METADATA)
@@ -82,7 +82,7 @@ def read_index(folder: Folder) -> Index:
 
 
 def _index(loaded: Any) -> Index:
-    with _structured():
+    with _malformed_is_user_error():
         match loaded:
             case Record(kind=Global(name="Metadata"), state={"state_dict_metadata": {**described}, "storage_data": {**stored}}):
                 places = _Locations(stored)
@@ -96,14 +96,14 @@ def _index(loaded: Any) -> Index:
                 raise UserError(f"`{METADATA}` is not the index of a distributed checkpoint")
         for one in tensors.values():
             if any(part is ELSEWHERE for part in (one["size"], one["properties"], one["chunks"], *one["chunks"])):
-                raise _unstructured("a chunk is there twice")
+                raise _malformed("duplicate chunk")
     if not all(_is_name(name) for name in described):
-        raise _unstructured("a tensor's name is not text")
+        raise _malformed("a tensor's name is not text")
     return Index(tensors, objects, places)
 
 
-def _boxes(name: str, shape: Shape, chunks: Iterable[Any]) -> Array:
-    """The offsets and sizes of a tensor's chunks, [count, 2 * dims]."""
+def _bounds(name: str, shape: Shape, chunks: Iterable[Any]) -> Array:
+    """Return the offsets and sizes of a tensor's chunks, [chunks, 2 * dims]."""
     tables: list[Array] = []
     for chunk in chunks:
         if isinstance(chunk, ChunkRun):
@@ -117,7 +117,7 @@ def _boxes(name: str, shape: Shape, chunks: Iterable[Any]) -> Array:
 
 @dataclass(slots=True)
 class _Rows:
-    """The columns of `_Places` while they are collected."""
+    """The columns of `_Locations` while they are collected."""
 
     names: array[int] = field(default_factory=lambda: array("i"))
     files: array[int] = field(default_factory=lambda: array("i"))
@@ -127,7 +127,7 @@ class _Rows:
 
 
 class _Locations:
-    """Where every chunk and object lies: a row of numbers for each, found by name and by the chunk's offsets."""
+    """The locations of all chunks and objects, a row of numbers each, looked up by name and by the chunk's offsets."""
 
     def __init__(self, stored: Mapping[Any, Any]) -> None:
         self._numbers: dict[str, int] = {}
@@ -135,7 +135,7 @@ class _Locations:
         self._compressed: set[int] = set()
         rows = _Rows()
         for index, info in stored.items():
-            if isinstance(index, PlaceRun):
+            if isinstance(index, LocationRun):
                 self._add_run(rows, index)
             else:
                 self._add(rows, index, info)
@@ -145,7 +145,7 @@ class _Locations:
         self._spans = np.frombuffer(rows.spans, np.int64).reshape(-1, 2)
         self._names = np.frombuffer(rows.names, np.int32)
         self._sort()
-        self._check_apart(self._names)
+        self._check_disjoint(self._names)
 
     def _sort(self) -> None:
         counts = np.maximum(self._dims, 0)
@@ -154,7 +154,7 @@ class _Locations:
         self._bounds = np.searchsorted(self._names[self._by_name], np.arange(len(self._numbers) + 1)).astype(np.int32)
 
     def forget_chunks(self) -> None:
-        """Keep the rows of objects alone."""
+        """Keep only the rows of objects."""
         kept = np.flatnonzero(self._dims == _OF_OBJECT)
         self._compressed = {row for row, before in enumerate(kept.tolist()) if before in self._compressed}
         self._names, self._file, self._dims, self._spans = (
@@ -164,9 +164,9 @@ class _Locations:
         self._sort()
 
     def of_chunks(self, name: str, shape: Shape, corners: Array) -> Array:
-        """The number of the file, the offset and the length of the archive of each chunk at `corners`, [count, 3]."""
+        """Return the location of the chunks at offsets `corners` [count, dims], as [count, 3]: file number, offset, length."""
         if np.any(corners > np.array(shape, np.int64)):
-            raise untiled(name, shape)
+            raise tiling_error(name, shape)
         rows = self._rows(name)
         rows = rows[self._dims[rows] == len(shape)]
         at = self._offsets[self._first[rows, np.newaxis] + np.arange(len(shape))]
@@ -179,26 +179,26 @@ class _Locations:
             np.flatnonzero((found < 0) | (keys[order][np.maximum(found, 0)] != wanted)) if len(keys) else np.arange(len(corners))
         )
         if len(missing):
-            raise _nowhere(name, corners[missing[0]].tolist())
+            raise _no_location(name, corners[missing[0]].tolist())
         rows = rows[order[found]] if len(corners) else rows[:0]
         if self._compressed & set(rows.tolist()):
             raise UserError(f"`{name}` is stored compressed, which is not supported")
         return np.concatenate([self._file[rows, np.newaxis], self._spans[rows]], axis=1)
 
-    def of_object(self, name: str) -> Place:
+    def of_object(self, name: str) -> ArchiveLocation:
         rows = self._rows(name)
         rows = rows[self._dims[rows] == _OF_OBJECT]
         if not len(rows):
-            raise _nowhere(name, [])
+            raise _no_location(name, [])
         row = int(rows[-1])
         offset, length = self._spans[row].tolist()
-        return Place(self.files[int(self._file[row])], offset, length, row in self._compressed)
+        return ArchiveLocation(self.files[int(self._file[row])], offset, length, row in self._compressed)
 
     def _rows(self, name: str) -> Array:
         number = self._numbers.get(name)
         return self._by_name[:0] if number is None else self._by_name[self._bounds[number] : self._bounds[number + 1]]
 
-    def _add_run(self, rows: _Rows, run: PlaceRun) -> None:
+    def _add_run(self, rows: _Rows, run: LocationRun) -> None:
         names, files = ({number: run.texts[number] for number in np.unique(part).tolist()} for part in (run.names, run.files))
         rows.names.frombytes(_translated(run.names, {n: self._name(text) for n, text in names.items()}).tobytes())
         rows.files.frombytes(_translated(run.files, {n: self._file_number(text) for n, text in files.items()}).tobytes())
@@ -212,7 +212,7 @@ class _Locations:
         shape = None if offsets is None else read_sizes(offsets)
         file, offset, length = info["relative_path"], info["offset"], info["length"]
         if not isinstance(file, str) or not is_size(offset) or not is_size(length):
-            raise _unstructured("it does not say where an archive lies")
+            raise _malformed("it does not give the location of an archive")
         if info.get("transform_descriptors"):
             self._compressed.add(len(rows.names))
         rows.names.append(self._name(index["fqn"]))
@@ -223,14 +223,14 @@ class _Locations:
 
     def _name(self, name: Any) -> int:
         if not _is_name(name):
-            raise _unstructured("a tensor's name is not text")
+            raise _malformed("a tensor's name is not text")
         return self._numbers.setdefault(name, len(self._numbers))
 
     def _file_number(self, file: str) -> int:
         return self._file_numbers.setdefault(file, len(self._file_numbers))
 
-    def _check_apart(self, names: Array) -> None:
-        """No byte may belong to two archives: such an index would give one tensor's data for another's."""
+    def _check_disjoint(self, names: Array) -> None:
+        """Raise UserError if two archives share bytes: such an index would return one tensor's data for another's."""
         order = np.lexsort((self._spans[:, 0], self._file)) if len(names) else np.empty(0, np.int64)
         starts, stops, files = self._spans[order, 0], self._spans[order].sum(axis=1), self._file[order]
         shared = np.flatnonzero((files[1:] == files[:-1]) & (starts[1:] < stops[:-1]))
@@ -244,13 +244,13 @@ class _Locations:
 
 
 def _translated(numbers: Array, meaning: Mapping[int, int]) -> Array:
-    """Each number as another."""
+    """Map each number to the one that `meaning` gives for it."""
     known = np.array(sorted(meaning), np.int64)
     return np.array([meaning[number] for number in known.tolist()], np.int32)[np.searchsorted(known, numbers)]
 
 
 def _flat(corners: Array, shape: Shape) -> Array:
-    """Corners inside a shape, or where an empty chunk may be, at its end: each as one number."""
+    """Return each of `corners` [count, dims] as one number. A corner may lie at the end of `shape`: that of an empty chunk."""
     if prod(size + 1 for size in shape) >= 1 << 62:
         return np.unique(corners, axis=0, return_inverse=True)[1].reshape(-1)
     flat = np.zeros(len(corners), np.int64)
@@ -260,36 +260,36 @@ def _flat(corners: Array, shape: Shape) -> Array:
 
 
 def _is_name(name: Any) -> bool:
-    """Text, and not so long that taking names apart takes long."""
+    """Is `name` text of bounded length? Parsing longer names could take long."""
     return isinstance(name, str) and len(name) <= _LONGEST_NAME
 
 
 def _dtype(name: str, properties: Record) -> np.dtype[Any]:
     match properties.state:
-        case (Global(name=found), *_) | {"dtype": Global(name=found)} if found in DTYPE_OF:
-            return DTYPE_OF[found]
+        case (Global(name=dtype), *_) | {"dtype": Global(name=dtype)} if dtype in DTYPE_OF:
+            return DTYPE_OF[dtype]
         case _:
             raise UserError(f"`{name}` has a dtype that is not supported")
 
 
-def _nowhere(name: str, offsets: list[int]) -> UserError:
-    return UserError(f"`{METADATA}` does not say where `{name}` at {offsets} lies")
+def _no_location(name: str, offsets: list[int]) -> UserError:
+    return UserError(f"`{METADATA}` gives no location of `{name}` at {offsets}")
 
 
 @contextmanager
-def _structured() -> Generator[None]:
-    """Turn what a misshapen index makes Python say into an error that names it."""
+def _malformed_is_user_error() -> Generator[None]:
+    """Turn exceptions that a malformed index causes into a UserError that names it."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise _unstructured(_misshapen(error)) from error
+        raise _malformed(_reason(error)) from error
 
 
-def _misshapen(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"it lacks `{format_untrusted(error.args[0])}`"
-    return f"a value in it is of another kind ({fault(error)})"
+    return f"a value in it has the wrong type ({fault(error)})"
 
 
-def _unstructured(what: str) -> UserError:
-    return UserError(f"`{METADATA}` is not built as torch builds it: {what}", hint="the file is damaged")
+def _malformed(what: str) -> UserError:
+    return UserError(f"`{METADATA}` is not a valid index of torch: {what}", hint="the file is damaged")

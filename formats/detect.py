@@ -1,6 +1,6 @@
-"""What a folder is: a Hugging Face model, a PEFT adapter, a Megatron checkpoint, or none of these and then what.
+"""Detect the format of a folder (Hugging Face model, PEFT adapter, Megatron checkpoint) and open it.
 
-Decided by content, never by the folder's own name. Knows which files a format is known by; what is in them is left to the
+The content decides, never the folder's own name. This module recognizes formats by their files; parsing those is left to the
 readers.
 """
 
@@ -28,11 +28,11 @@ _RUN_CONFIG = "run_config.yaml"
 _ITERATION = re.compile(r"(iter_\d+|release)/")
 _MEGATRON_NAME = re.compile(r"(.*\.)?(decoder|encoder)\.layers\..*|(decoder|encoder|embedding|output_layer)\..*")
 _MOST_FOLDERS = 200
-"""More sub-folders are not looked into: a folder with so many is no collection of models."""
+"""Further sub-folders are not searched: a folder with so many is no collection of models."""
 
 
 class Format(StrEnum):
-    """The formats that are read here, as reports name them."""
+    """The formats that can be read. The values are their names in reports."""
 
     HUGGINGFACE = "Hugging Face safetensors"
     PEFT = "PEFT adapter"
@@ -42,7 +42,7 @@ class Format(StrEnum):
 def detect(folder: Folder) -> Format:
     """Return the format of a folder.
 
-    Raises UserError for every other one, which says what the folder is, as far as that can be told, and the way out.
+    Raises UserError for every other folder: it says what the folder is, as far as that is recognized, and what to do.
     """
     if folder.has(TRACKER):
         return Format.TORCH_DIST
@@ -78,7 +78,7 @@ def open_megatron(folder: Folder) -> MegatronReader:
 
 
 def _container(folder: Folder) -> Format:
-    """A folder with `.metadata`: Megatron's by the files that only Megatron writes, or else by the names of its tensors."""
+    """Return the format of a folder with `.metadata`, by the files that only Megatron writes or by the names of the tensors."""
     if any(folder.has(name) for name in (FORMAT, COMMON, TRAIN_STATE, _RUN_CONFIG)):
         return Format.TORCH_DIST
     names = folder.children()
@@ -90,7 +90,7 @@ def _container(folder: Folder) -> Format:
     raise UserError(
         f"`{folder.label}` is a distributed checkpoint of PyTorch's, but not Megatron's: it holds {len(tensors)} tensors such as "
         f"`{tensors[0]}`",
-        hint=f"where FSDP wrote it, `accelerate merge-weights {folder.label} OUT` writes safetensors; elsewhere load it with "
+        hint=f"if FSDP wrote it, `accelerate merge-weights {folder.label} OUT` writes safetensors; otherwise load it with "
         "`torch.distributed.checkpoint` in the program that saved it, and save the model with `save_pretrained`",
     )
 
@@ -100,11 +100,11 @@ def _containers(names: Iterable[str]) -> list[str]:
 
 
 def _unknown(folder: Folder, names: Sequence[str]) -> UserError:
-    """The error for a folder that is in none of the formats."""
+    """Return the error for a folder in no supported format."""
     if not names:
-        there = not isinstance(folder, LocalFolder) or folder.path.is_dir()
+        exists = not isinstance(folder, LocalFolder) or folder.path.is_dir()
         return UserError(
-            f"`{folder.label}` is {'empty' if there else 'not there'}", hint="give the folder that holds the weights"
+            f"`{folder.label}` is {'empty' if exists else 'not there'}", hint="give the folder that holds the weights"
         )
     refuse_legacy(folder)
     if any(folder.below(name).has(".zarray") for name in [name for name in names if name.endswith("/")][:_MOST_FOLDERS]):
@@ -124,18 +124,18 @@ def _unknown(folder: Folder, names: Sequence[str]) -> UserError:
 
 
 def _not_fetched(folder: Folder) -> str:
-    """What a snapshot of the Hub may lack because nobody asked for it."""
+    """Return a note on files that a snapshot of the Hub may lack because they were not fetched."""
     snapshot = isinstance(folder, LocalFolder) and "revision" in folder.origin
     return "; weights in other formats (`*.bin`, `*.pth`, `*.gguf`) may not have been fetched" if snapshot else ""
 
 
 def _refuse_unfinished(folder: Folder, names: Sequence[str]) -> None:
-    """Raise UserError if a download did not come to its end, and no file of another format is there whole."""
-    found = foreign.unfinished_downloads(folder, names)
-    if found and not foreign.find(name for name in names if name not in found):
+    """Raise UserError for an unfinished download, unless there is a complete file of another format."""
+    unfinished_files = foreign.unfinished_downloads(folder, names)
+    if unfinished_files and not foreign.find(name for name in names if name not in unfinished_files):
         raise UserError(
-            f"`{folder.label}` is an unfinished download: it has `{found[0]}` and no weights",
-            hint="start the download again, which goes on where it stopped, and wait for its end",
+            f"`{folder.label}` is an unfinished download: it has `{unfinished_files[0]}` and no weights",
+            hint="restart the download, which continues where it stopped, and wait until it is complete",
         )
 
 
@@ -144,26 +144,26 @@ def _refuse_root(folder: Folder, names: Sequence[str]) -> None:
     iterations = [name.rstrip("/") for name in names if _ITERATION.fullmatch(name)]
     if not iterations:
         return
-    whole = [name for name in iterations if folder.below(name).has(METADATA)]
-    for name in () if whole else iterations:
+    complete = [name for name in iterations if folder.below(name).has(METADATA)]
+    for name in () if complete else iterations:
         refuse_legacy(folder.below(name))
-    given = ", ".join(f"`{folder.label}/{name}`" for name in reversed(whole[-5:]))
+    given = ", ".join(f"`{folder.label}/{name}`" for name in reversed(complete[-5:]))
     raise UserError(
-        f"`{folder.label}` has no `{TRACKER}`, which says which of its iterations is the last: {_listed(iterations)}",
-        hint=f"give one of them: {given}" if given else f"none of them is whole: they have no `{METADATA}`",
+        f"`{folder.label}` has no `{TRACKER}`, which names its latest iteration; it has {_listed(iterations)}",
+        hint=f"give one of them: {given}" if given else f"all of them are incomplete: they have no `{METADATA}`",
     )
 
 
 def _refuse_parent(folder: Folder, names: Sequence[str]) -> None:
-    """Raise UserError if the weights are in folders below, and say in which."""
+    """Raise UserError that names the sub-folders with weights, if there are any."""
     folders = [name.rstrip("/") for name in names if name.endswith("/")][:_MOST_FOLDERS]
     if "snapshots/" in names and "blobs/" in names:
         folders = [f"snapshots/{name.rstrip('/')}" for name in folder.below("snapshots").children()]
-    found = [name for name in folders if _holds_weights(folder.below(name))]
-    if found:
+    holding = [name for name in folders if _holds_weights(folder.below(name))]
+    if holding:
         raise UserError(
-            f"`{folder.label}` holds no weights itself; folders in it do: {_listed(found)}",
-            hint=f"give one of them: `{folder.label}/{found[0]}`",
+            f"`{folder.label}` has no weights itself; its sub-folders do: {_listed(holding)}",
+            hint=f"give one of them: `{folder.label}/{holding[0]}`",
         )
 
 
@@ -181,7 +181,7 @@ def refuse_file(path: str) -> None:
     """Raise UserError for a file where a folder should be given."""
     folder, _, name = path.rpartition(os.sep)
     folder = folder or ("" if path.startswith(os.sep) else ".")
-    found = foreign.find([name])
-    if found:
-        raise UserError(f"`{path}` is a file: {found[0].what}", hint=foreign.hint(found[0], folder, name))
+    known = foreign.find([name])
+    if known:
+        raise UserError(f"`{path}` is a file: {known[0].what}", hint=foreign.hint(known[0], folder, name))
     raise UserError(f"`{path}` is a file", hint=f"give the directory that it is in: `{folder or os.sep}`")

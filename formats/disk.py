@@ -1,7 +1,4 @@
-"""Whole reads and writes at positions, direct I/O where there is any, and errors a user can act on.
-
-Knows nothing of what the bytes mean.
-"""
+"""Complete reads and writes at byte offsets, direct I/O where it is available, and errors a user can act on."""
 
 from __future__ import annotations
 
@@ -20,43 +17,44 @@ _ALIGNMENT = 4096  # no disk has larger sectors
 
 
 def io_alignment() -> int:
-    """What direct I/O is aligned to, in bytes: whole pages of this machine's memory.
+    """Return the alignment of direct I/O in bytes: at least a memory page.
 
-    Smaller blocks would let direct I/O and the page cache change parts of the same page.
+    With smaller blocks, direct I/O and the page cache could change parts of the same page.
     """
     return max(_ALIGNMENT, mmap.PAGESIZE)
 
 
 def direct_flag() -> int:
-    """What opens a file for direct I/O; 0 on systems that have none."""
+    """Return the flag that opens a file for direct I/O; 0 on systems without it."""
     return getattr(os, "O_DIRECT", 0)
 
 
 def refuses_direct(error: OSError) -> bool:
-    """Does a file system say so that it has no direct I/O, or wants it aligned otherwise?"""
+    """Does the error mean that the file system has no direct I/O, or requires another alignment?"""
     return error.errno in (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 def forget(descriptor: int, offset: int, length: int) -> None:
-    """Tell the system that it need not keep these bytes of a file in memory, where it can be told so."""
+    """Drop bytes of a file from the page cache, where the system supports that."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`."""
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done : done + _MOST_AT_ONCE], offset + done)
 
 
 def read_exactly(descriptor: int, out: memoryview, offset: int, *, path: Path, least: int | None = None) -> None:
-    """Fill `out` from `offset`, or at least its first `least` bytes; a file that ends before is an error that names it."""
+    """Read into `out` from `offset`, at least `least` bytes (default: all). Raises UserError for a file that ends before."""
     least, done = len(out) if least is None else least, 0
     while done < least:
         try:
             count = _read(descriptor, out[done : done + _MOST_AT_ONCE], offset + done)
         except OSError as error:
-            error.filename = str(path)  # else it would look like one of what is being written
+            error.filename = str(path)  # the caller may be writing other files at the same time
             raise
         if count == 0:
             raise UserError(
@@ -86,9 +84,9 @@ _HINTS = {errno.EMFILE: "raise the limit on open files (`ulimit -n`)"}
 
 @contextmanager
 def user_errors(path: Path | None = None) -> Generator[None]:
-    """Turn what a full, read-only or broken disk says into errors that name the place and the way out.
+    """Turn OSError of a full, read-only or broken disk into a UserError that names the path and what to do.
 
-    `path`: where was being written.
+    `path`: the output being written.
     """
     try:
         yield
@@ -96,15 +94,17 @@ def user_errors(path: Path | None = None) -> Generator[None]:
         if path and error.errno in _FULL:
             raise TransientError(
                 f"no room left for `{path}`: {error.strerror} ({free_space(path)})",
-                hint=f"{_FULL[error.errno]}, then go on with `--resume`; nothing readable was left there",
+                hint=f"{_FULL[error.errno]}, then continue with `--resume`; nothing readable was left at the target",
             ) from error
         named = f"`{error.filename or path}`" if error.filename or path else "a file"
         raise UserError(f"cannot use {named}: {fault(error)}", hint=_HINTS.get(error.errno or 0, "")) from error
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes an ordinary user may still write below `path`, which need not exist yet; None where the file system does not tell:
-    some that lie in user space or on a network answer that they have no blocks at all."""
+    """Return the free bytes for ordinary users on the file system of `path`, which need not exist yet.
+
+    None where they are unknown: some network and user-space file systems report zero blocks.
+    """
     while not path.exists() and path != path.parent:
         path = path.parent
     status = os.statvfs(path)
@@ -112,6 +112,6 @@ def free_bytes(path: Path) -> int | None:
 
 
 def free_space(path: Path) -> str:
-    """The same for messages."""
+    """Return the free space as text for messages."""
     free = free_bytes(path)
     return "free space unknown" if free is None else f"{free / 1e9:.1f} GB free"

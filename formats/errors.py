@@ -1,4 +1,4 @@
-"""The one exception that speaks to a user. Everything else that escapes is our bug and shows its traceback."""
+"""The exceptions whose text is written for a user. Any other exception that escapes is a bug and shows its traceback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, cast
 
 
 class UserError(Exception):
-    """What is wrong, with names and both values; `hint` says what to do about it."""
+    """An error that a user can fix. The message names what is wrong, with both values; `hint` says what to do."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -19,12 +19,11 @@ class UserError(Exception):
 
 
 class TransientError(UserError):
-    """What may go well when the same is tried again: a network or another process failed, or a disk was full."""
+    """An error that a retry may cure: network, peer process, full disk."""
 
 
 def format_untrusted(value: Any, *, inside: bool = False) -> str:
-    """A value from a file, for a message: short whatever it is. Numbers of thousands of digits cannot be printed, and what is
-    nested, or holds one thing many times, can take forever to."""
+    """Format an untrusted value for a message, in bounded length and time."""
     if isinstance(value, (list, tuple)) and not inside:
         parts = cast("list[Any]", value)
         return f"[{', '.join(format_untrusted(part, inside=True) for part in parts[:8])}{', …' if len(parts) > 8 else ''}]"
@@ -37,7 +36,7 @@ def format_untrusted(value: Any, *, inside: bool = False) -> str:
 
 
 def is_text(name: str) -> bool:
-    """Can it be written as UTF-8? File names and JSON may hold halves of surrogate pairs, which cannot."""
+    """Can `name` be encoded as UTF-8? File names and JSON may hold lone surrogates, which cannot."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -46,10 +45,10 @@ def is_text(name: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """A name as it is, or with backslash escapes for what is not UTF-8: `caf\\xe9`."""
+    """Return a name with backslash escapes for bytes that are not UTF-8: `caf\\xe9`."""
     if is_text(name):
         return name
     try:
         return os.fsencode(name).decode(errors="backslashreplace")
-    except UnicodeEncodeError:  # not the name of any file here
+    except UnicodeEncodeError:  # a lone surrogate that no file name can hold
         return name.encode(errors="backslashreplace").decode()

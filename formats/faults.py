@@ -1,8 +1,7 @@
-"""What went wrong inside a library, in words of our own.
+"""Describe an exception of a library in our own words.
 
-Libraries change the wording of their errors from release to release. A message of ours takes from a library's exception what
-it states in attributes (line, column, byte, error number, package) and the exception's class, never its text; the exception
-itself is chained, for who debugs.
+Libraries change the wording of their errors from release to release. Our messages use the attributes of an exception (line,
+column, byte, error number, package) and its class, never its text. The exception itself is chained for debugging.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-_SAID_BY_CLASS: tuple[tuple[type[BaseException], str], ...] = (
+_TEXT_BY_CLASS: tuple[tuple[type[BaseException], str], ...] = (
     (RecursionError, "it is nested too deeply"),
     (UnicodeEncodeError, "it holds half a surrogate pair, which is no text"),
     (MemoryError, "there is not enough memory for it"),
@@ -23,14 +22,14 @@ _SAID_BY_CLASS: tuple[tuple[type[BaseException], str], ...] = (
 
 
 def fault(error: BaseException) -> str:
-    """Return what `error` states in attributes, for the end of a message: `the fault is at line 2, column 5`."""
+    """Return a description of `error` for the end of a message, such as `the fault is at line 2, column 5`."""
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is not {error.encoding.upper()}"
     if isinstance(error, ImportError):
         return missing_package(error)
-    for kind, said in _SAID_BY_CLASS:
+    for kind, text in _TEXT_BY_CLASS:
         if isinstance(error, kind):
-            return said
+            return text
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     where = position(error)
@@ -38,7 +37,7 @@ def fault(error: BaseException) -> str:
 
 
 def position(error: BaseException) -> str:
-    """Return where in a text a parser stopped, as json, yaml, jinja2 and re state it; empty where none is stated."""
+    """Return the position at which json, yaml, jinja2 or re stopped in a text; empty where the error has none."""
     mark: Any = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     if isinstance(error, json.JSONDecodeError):
         return f"line {error.lineno}, column {error.colno}"

@@ -1,6 +1,6 @@
-"""A directory of files, wherever it lies: what readers ask of one, and the one on a local disk.
+"""The protocol of a directory that readers read from, and its implementation for local disks.
 
-File names are relative to the folder, with slashes. Knows nothing of what the files hold.
+File names are relative to the folder, with slashes. The meaning of the files is left to the readers.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ NOT_OF_THE_MODEL = {".git", ".cache", ".huggingface"}
 
 
 MOST_WHOLE = 256 << 20
-"""Larger files are not read whole: no index, configuration or tokenizer is."""
+"""Larger files are not read into memory at once: no index, configuration or tokenizer is as large."""
 
 
 def whole(folder: Folder, name: str) -> bytes:
-    """All bytes of a file that should be small; UserError if it is not."""
+    """Read a small file completely. Raises UserError for a file larger than `MOST_WHOLE`."""
     size = folder.size(name)
     if size > MOST_WHOLE:
         raise UserError(f"`{name}` has {size} bytes, more than any file of its kind", hint="the file is damaged")
@@ -52,58 +52,59 @@ class Folder(Protocol):
 
     @property
     def name(self) -> str:
-        """The last part of it."""
+        """The last component of the path or URL."""
         ...
 
     @property
     def origin(self) -> Mapping[str, str]:
-        """Where its content comes from: `id` and `revision` on the Hub where they are known, else its `name`."""
+        """The source of the content: `id` and `revision` on the Hub where they are known, else `name`."""
         ...
 
     def has(self, name: str) -> bool:
-        """Is there a file of that name?"""
+        """Does the folder have a file of that name?"""
         ...
 
     def size(self, name: str) -> int:
-        """A file's size in bytes; UserError if it is not there."""
+        """Return a file's size in bytes. Raises UserError if the file is missing."""
         ...
 
     def version(self, name: str) -> str:
-        """What changes when a file does: its size with the time of its last change, or with its ETag."""
+        """Return a text that changes when the file changes: size and modification time, or size and ETag."""
         ...
 
     def sha256(self, name: str) -> str | None:
-        """A file's hash where whoever keeps it tells without its being read."""
+        """Return a file's hash if the storage provides it, else None. Reads no data."""
         ...
 
     def children(self) -> list[str]:
-        """Files and folders right in here, sorted; folders end in a slash."""
+        """Return the names of files and sub-folders, sorted; sub-folders end in a slash."""
         ...
 
     def files(self) -> list[str]:
-        """All files below, sorted. Folders that are not looked into end in a slash: those of version control and download
-        caches, and links to folders."""
+        """Return the names of all files below, sorted.
+
+        Folders that are not searched end in a slash: version control, download caches and links to folders.
+        """
         ...
 
     def get(self, name: str) -> bytes:
-        """A small file, whole; UserError if it is not there."""
+        """Return the content of a small file. Raises UserError if the file is missing."""
         ...
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
-        """Fill `out` from `offset`; UserError where the file ends before, or is not what it was when it was opened."""
+        """Read into `out` from `offset`. Raises UserError if the file ends before, or has changed since it was opened."""
         ...
 
     def changed(self) -> str:
-        """Which of the files that were read here or below is not what it was when it was first looked at, and how it differs;
-        empty if none."""
+        """Describe the first file that has changed since it was first read, here or below; empty if none has."""
         ...
 
     def below(self, name: str) -> Folder:
-        """The folder of that name in this one. Whether it is there shows when something is asked of it."""
+        """Return a sub-folder. A missing one is noticed on first use."""
         ...
 
     def close(self) -> None:
-        """Let go of open files or connections."""
+        """Close open files or connections."""
         ...
 
 
@@ -122,7 +123,7 @@ class FileRef:
         return self.folder.get(self.name)
 
     def bands(self) -> Iterator[memoryview]:
-        """Its bytes, some MiB at a time; each valid until the next."""
+        """Yield the content in blocks of `BAND_BYTES`; a block is valid until the next one."""
         size, buffer = self.size, memoryview(bytearray(min(self.size, BAND_BYTES)))
         for start in range(0, size, BAND_BYTES):
             band = buffer[: min(BAND_BYTES, size - start)]
@@ -131,18 +132,17 @@ class FileRef:
 
 
 def link(folder: Folder, name: str) -> str:
-    """Say of a name that is listed in a folder, and no file, where it leads: words that follow the name."""
+    """Describe a listed name that is no file, in words that follow the name: a broken link with its target, or neither."""
     if isinstance(folder, LocalFolder) and (folder.path / name).is_symlink():
-        return f"is a link to `{(folder.path / name).readlink()}`, which is not there"
-    return "is no file"
+        return f"is a link to `{(folder.path / name).readlink()}`, which does not exist"
+    return "is not a file"
 
 
 class LocalFolder:
     """A directory of the file system."""
 
     def __init__(self, path: Path, *, direct: bool = False, within: LocalFolder | None = None) -> None:
-        """`direct`: read what lies on the disk, not what the system remembers of it. Folders `within` another share its
-        open files."""
+        """`direct`: read from the disk, past the page cache. `within`: share the open files of that folder."""
         self.path = path
         self._direct = direct
         self._may_bypass = bool(direct_flag())
@@ -161,8 +161,10 @@ class LocalFolder:
 
     @property
     def origin(self) -> Mapping[str, str]:
-        found = _SNAPSHOT.search(str(self.path))
-        return {"id": f"{found[1]}/{found[2]}", "revision": found[3]} if found else {"name": printable(self.name)}
+        snapshot = _SNAPSHOT.search(str(self.path))
+        if snapshot:
+            return {"id": f"{snapshot[1]}/{snapshot[2]}", "revision": snapshot[3]}
+        return {"name": printable(self.name)}
 
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()
@@ -174,7 +176,7 @@ class LocalFolder:
         return _version(self._status(name))
 
     def sha256(self, name: str) -> str | None:
-        """What the Hub's cache names its files by; other directories do not tell."""
+        """Return the hash that names a file of the Hub's cache; None in other directories."""
         target = (self.path / name).resolve()
         known = target.parent.name == "blobs" and len(target.name) == 64
         return target.name if known else None
@@ -185,14 +187,14 @@ class LocalFolder:
         return sorted(f"{path.name}/" if path.is_dir() else path.name for path in self.path.iterdir())
 
     def files(self) -> list[str]:
-        found: list[str] = []
+        names: list[str] = []
         for folder, folders, files in self.path.walk():
             closed = {name for name in folders if name in NOT_OF_THE_MODEL or (folder / name).is_symlink()}
             folders[:] = [name for name in folders if name not in closed]
             inside = [f"{name}/" if name in closed or (folder / name).is_dir() else name for name in [*closed, *files]]
             prefix = "" if folder == self.path else f"{folder.relative_to(self.path).as_posix()}/"
-            found += [prefix + name for name in inside]
-        return sorted(found)
+            names += [prefix + name for name in inside]
+        return sorted(names)
 
     def get(self, name: str) -> bytes:
         return whole(self, name)
@@ -213,7 +215,7 @@ class LocalFolder:
         return None
 
     def _read_past_cache(self, path: Path, offset: int, out: memoryview) -> None:
-        """Whole blocks around what is asked for, into memory that starts at a page, as direct I/O wants it."""
+        """Read the aligned blocks around a range into page-aligned memory, as direct I/O requires."""
         start, length = self._blocks_around(offset, len(out))
         if not hasattr(self._local, "buffer"):
             self._local.buffer = Buffer()
@@ -224,7 +226,7 @@ class LocalFolder:
 
     @staticmethod
     def _blocks_around(offset: int, length: int) -> tuple[int, int]:
-        """Where the blocks of direct I/O around some bytes of a file start, and how many bytes they have."""
+        """Return the offset and the length of the aligned blocks around a range of bytes."""
         block = io_alignment()
         start = offset // block * block
         return start, -(-(offset + length - start) // block) * block
@@ -242,7 +244,7 @@ class LocalFolder:
         self._files.close()
 
     def _path(self, name: str) -> Path:
-        """Of a file that is read. Making and hashing a path anew for each read takes longer than the system call."""
+        """Return the path of a file, cached: building and hashing a path takes longer than the read."""
         if name not in self._paths:
             path = self.path / name
             if path not in self._seen:
@@ -264,7 +266,7 @@ def _version(status: os.stat_result) -> str:
 
 
 def _difference(path: Path, before: os.stat_result) -> str:
-    """How a file differs from what it was: written to, gone, or another in its place; empty if it does not."""
+    """Describe how a file has changed: written to, removed or replaced; empty if it has not."""
     try:
         now = path.stat()
     except OSError:

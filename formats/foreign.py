@@ -1,4 +1,4 @@
-"""Formats of weights that are not converted here: which files they are known by, and how a model gets out of them."""
+"""Formats of weights that are not supported: the file names that identify them, and how to convert a model from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from formats.folder import Folder
 UNFINISHED = re.compile(
     r".+\.(incomplete|aria2|part|crdownload|partial|download|opdownload|filepart|tmp|temp|!ut)$", re.IGNORECASE
 )
-"""What programs call a file that they have not fetched to its end."""
+"""Names that programs give to files whose download is incomplete."""
 
 _SAVE_AGAIN = (
     'load it with transformers and save it again, which writes safetensors: `AutoModelForCausalLM.from_pretrained("{folder}", '
@@ -107,33 +107,33 @@ _FORMATS = (
 _NOT_WEIGHTS = re.compile(
     r"(optimizer|scheduler|rng_state.*|training_args|scaler|random_states.*|trainer_state)\.(pt|pth|bin|pkl|json)|tokenizer.*|vocab.*"
 )
-"""What lies beside weights of every format, and says nothing about theirs."""
+"""Files that accompany weights of every format, and identify none."""
 
 
 def find(names: Iterable[str]) -> tuple[Foreign, str] | None:
-    """Return the first format that one of these names is known by, and that name."""
+    """Return the first format that one of these names identifies, and that name."""
     named = sorted(name for name in names if not _NOT_WEIGHTS.fullmatch(name))
-    return next(((one, name) for one in _FORMATS for name in named if one.matches(name)), None)
+    return next(((known, name) for known in _FORMATS for name in named if known.matches(name)), None)
 
 
 def refuse(label: str, names: Iterable[str]) -> None:
-    """Raise UserError if one of the names in the folder `label` tells of a format that is not converted here."""
-    found = find(names)
-    if found:
-        one, name = found
-        raise UserError(f"`{label}` has its weights in `{name}`: {one.what}", hint=hint(one, label, name))
+    """Raise UserError if one of the names in the folder `label` identifies an unsupported format."""
+    known = find(names)
+    if known:
+        other, name = known
+        raise UserError(f"`{label}` has its weights in `{name}`: {other.what}", hint=hint(other, label, name))
 
 
-def hint(one: Foreign, label: str, name: str) -> str:
-    """What to do about a file of that format in the folder `label`."""
-    return one.hint.replace("{file}", name.rstrip("/")).replace("{folder}", label)
+def hint(known: Foreign, label: str, name: str) -> str:
+    """Return what to do about a file of that format in the folder `label`."""
+    return known.hint.replace("{file}", name.rstrip("/")).replace("{folder}", label)
 
 
 _DOWNLOADS = ".cache/huggingface/download"
 
 
 def unfinished_downloads(folder: Folder, names: Sequence[str]) -> list[str]:
-    """Return those files of a folder, whose `names` are given, that a download has not come to the end of."""
-    here = [name for name in names if UNFINISHED.fullmatch(name.rstrip("/"))]
+    """Return the files of a folder with these `names` whose download is incomplete."""
+    unfinished = [name for name in names if UNFINISHED.fullmatch(name.rstrip("/"))]
     inside = folder.below(_DOWNLOADS).children() if ".cache/" in names else []
-    return here + [f"{_DOWNLOADS}/{name}" for name in inside if UNFINISHED.fullmatch(name)]
+    return unfinished + [f"{_DOWNLOADS}/{name}" for name in inside if UNFINISHED.fullmatch(name)]

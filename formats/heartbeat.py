@@ -1,7 +1,7 @@
-"""Who is alive: a process shows it by changing a file again and again, and others believe what they see change.
+"""Detect dead processes: each process rewrites a file again and again, and others watch that file change.
 
-Knows processes and clocks, refuses to know what the files are for. No time is compared with another host's and no file's
-time is believed: an observer counts on its own clock how long what it read has stayed the same.
+Clocks of different hosts are never compared, and file times are not trusted: an observer measures on its own clock how long
+the content has stayed the same. What the files are for is left to the callers.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Self
 PATIENCE = 60.0
 """Seconds without a change after which a process on another host counts as dead."""
 
-_BEATS = 30  # within the patience of those who watch; on NFS a beat also makes this host see what others put beside it
-_LOOKS = 10  # quiet ones that it takes at least to call a process dead
+_BEATS = 30  # heartbeats within `patience`; on NFS a write also refreshes what this host sees of the directory
+_LOOKS = 10  # unchanged reads that it takes at least to call a process dead
 
 
 class Heartbeat:
-    """Calls `beat` at the start of a block and again and again, on a thread of its own, until the block ends.
+    """Call `beat` on a thread of its own, from the start of a `with` block to its end.
 
-    What the first call raises is raised. Later ones may find the file system away for a moment: OSError is passed over,
-    and whoever watches sees the silence.
+    Exceptions of the first call are raised. Later calls ignore OSError, because a file system may be unavailable for a moment;
+    observers see then that the heartbeat stops.
     """
 
     def __init__(self, beat: Callable[[], None], patience: float) -> None:
@@ -51,19 +51,19 @@ class Heartbeat:
 
 
 class StalenessTimer:
-    """Tells how long something has not changed, from one look to the next.
+    """Measure how long a value has not changed.
 
-    A long time between two looks counts only as a short one. Whoever was stopped or hung on a file system that was away
-    cannot know what happened meanwhile, and what is watched may have hung on the same.
+    A long time between two looks counts only as a short one: an observer that was suspended, or that blocked on an unavailable
+    file system, does not know what happened meanwhile, and the watched process may have blocked on the same.
     """
 
     def __init__(self, patience: float) -> None:
         self._patience = patience
-        self._value: object = self  # equal to nothing that can be seen
+        self._value: object = self  # equal to no value that can be read
         self._quiet = self._looked = 0.0
 
     def look(self, value: object) -> bool:
-        """Take note of what is there now; true once it has not changed for all the patience there is."""
+        """Record the current value; return True once it has not changed for `patience` seconds."""
         now = time.monotonic()
         same = value == self._value
         self._quiet = self._quiet + min(now - self._looked, self._patience / _LOOKS) if same else 0.0
@@ -72,7 +72,7 @@ class StalenessTimer:
 
 
 def pauses(patience: float) -> Iterator[None]:
-    """Sleep before every turn of a loop but the first: 10 ms at first, then longer, half a second at most."""
+    """Sleep before every iteration of a loop but the first: 10 ms, then longer, at most half a second."""
     pause = 0.01
     while True:
         yield
@@ -82,25 +82,25 @@ def pauses(patience: float) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process for good: `started` tells it from a later one with its pid, `place` (one start of one system, one space
-    of pids) from one with its pid elsewhere. Both are None or empty where the system does not say."""
+    """A process, identified uniquely: `started` distinguishes it from a later process with its pid, `pid_scope` (boot id and pid
+    namespace) from a process with its pid elsewhere. Both are None or empty where the system does not provide them."""
 
     host: str
     pid: int
     started: int | None
-    place: str
+    pid_scope: str
 
     @classmethod
     def this(cls) -> Self:
-        """The one that asks."""
-        return cls(socket.gethostname(), os.getpid(), _stat(os.getpid())[1], _place())
+        """Return the current process."""
+        return cls(socket.gethostname(), os.getpid(), _stat(os.getpid())[1], _pid_scope())
 
     def is_alive(self) -> bool | None:
-        """None where it cannot be known: elsewhere, or where the system does not show it.
+        """Return whether the process runs, or None for another host and where the system does not tell.
 
-        A host of the same name that was started anew is elsewhere too: names such as `localhost` are not unique.
+        A rebooted host of the same name counts as another host: names such as `localhost` are not unique.
         """
-        if not self.place or self.started is None or (self.host, self.place) != (socket.gethostname(), _place()):
+        if not self.pid_scope or self.started is None or (self.host, self.pid_scope) != (socket.gethostname(), _pid_scope()):
             return None
         try:
             os.kill(self.pid, 0)
@@ -113,7 +113,7 @@ class Process:
 
 
 def _stat(pid: int) -> tuple[str, int | None]:
-    """A process's state, and when it started in ticks since the system did."""
+    """Return a process's state, and when it started, in clock ticks since boot (proc(5))."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -121,7 +121,7 @@ def _stat(pid: int) -> tuple[str, int | None]:
     return fields[0], int(fields[19])
 
 
-def _place() -> str:
+def _pid_scope() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

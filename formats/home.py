@@ -1,4 +1,4 @@
-"""`~` in paths: shells leave it as it is in `name=~/x`, in `--option=~/x` and in quotes, and files are no shells."""
+"""Expand `~` in paths: shells leave it in `name=~/x`, in `--option=~/x` and in quotes, and nothing expands it in files."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _BEGIN = re.compile(r"~[^/]*")
 
 
 def expanded(path: str | Path) -> str:
-    """Return `path` with the `~` or `~user` that it begins with as that home directory; any other path, or URL, as it is.
+    """Return `path` with a leading `~` or `~user` replaced by that home directory; other paths and URLs unchanged.
 
-    UserError where no home directory is known.
+    Raises UserError where no home directory is known.
 
     >>> expanded("./~/model")
     './~/model'
     """
     text = str(path)
-    found = _BEGIN.match(text)
-    if not found:
+    tilde = _BEGIN.match(text)
+    if not tilde:
         return text
-    home = os.path.expanduser(found[0])  # noqa: PTH111 - Path's raises RuntimeError, and joins names that are none
-    if home == found[0]:
-        whose = f"user `{found[0][1:]}`" if found[0] != "~" else "this user"
+    home = os.path.expanduser(tilde[0])  # noqa: PTH111 - Path's raises RuntimeError, and joins unknown names
+    if home == tilde[0]:
+        whose = f"user `{tilde[0][1:]}`" if tilde[0] != "~" else "this user"
         raise UserError(
-            f"`{text}` is in the home directory of {whose}, and there is none",
-            hint=f"give the whole path, or `./{text}` for what is called `{found[0]}` here",
+            f"`{text}` is in the home directory of {whose}, which does not exist",
+            hint=f"give the full path, or `./{text}` for a folder named `{tilde[0]}`",
         )
-    return home + text[found.end() :]
+    return home + text[tilde.end() :]

@@ -1,7 +1,7 @@
-"""Hugging Face directories: safetensors files, their index, and the side files that travel with them.
+"""Read and write Hugging Face directories: safetensors files, their index, and side files.
 
-A safetensors file is an 8-byte little-endian header length, a JSON header, then data without gaps. A raw header fixes a
-file's whole layout, so writing takes raw headers: those of the source give the source's files back, byte for byte.
+A safetensors file is an 8-byte little-endian header length, a JSON header, then data without gaps. The raw header determines
+the layout of the file, so writing takes raw headers: those of the source reproduce its files byte for byte.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from formats.boxes import Stored, place_of, read_box, write_box
 from formats.content import refuse_other
 from formats.dtypes import COMPARED, CONVERTED
 from formats.errors import UserError, format_untrusted
@@ -40,6 +39,7 @@ from formats.spec import (
     is_valid_shape,
     names_of,
 )
+from formats.stored_arrays import StoredArray, file_offset, read_region, write_region
 
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 
@@ -49,35 +49,37 @@ _OTHER_DTYPES = {dtype.safetensors: OTHER_DTYPES[dtype.name] for dtype in COMPAR
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file: its header as it lies on disk, its tensors in file order, and its size in bytes."""
+    """One safetensors file: its raw header, its tensors in file order, and its size in bytes."""
 
     raw: bytes
     tensors: Mapping[str, TensorSpec]
     size: int
 
     def starts(self) -> dict[str, int]:
-        """Where each tensor's data starts. Made when it is asked for: models have hundreds of thousands of tensors."""
+        """Return the byte offset of each tensor's data. Computed on demand: models have hundreds of thousands of tensors."""
         sizes = (spec.nbytes for spec in self.tensors.values())
-        return dict(zip(self.tensors, accumulate(sizes, initial=len(self.raw)), strict=False))  # the last is where the file ends
+        return dict(
+            zip(self.tensors, accumulate(sizes, initial=len(self.raw)), strict=False)
+        )  # the last sum is the end of the file
 
 
 def specs_of(shards: Mapping[str, Shard]) -> dict[str, TensorSpec]:
-    """The tensors of all files."""
+    """Return the tensors of all files by name."""
     return {name: spec for shard in shards.values() for name, spec in shard.tensors.items()}
 
 
 def parse_shard(raw: bytes, *, source: str, any_dtype: bool = False) -> Shard:
-    """A shard from the raw bytes before its data. With `any_dtype` also of dtypes that cannot be converted; tensors of one that
-    numpy does not have are read as bytes.
+    """Parse the raw header of a shard.
 
-    Raises UserError where dtypes, shapes or offsets are nonsense, overlap or leave gaps.
+    `any_dtype`: accept dtypes that cannot be converted; tensors whose dtype numpy lacks are read as bytes. Raises UserError for
+    invalid dtypes, shapes or offsets, for overlaps and gaps.
     """
     if len(raw) < 8 or struct.unpack("<Q", raw[:8])[0] != len(raw) - 8:
-        raise UserError(f"`{source}` does not have the length its first 8 bytes say", hint="the header is damaged")
+        raise UserError(f"`{source}` does not have the length that its first 8 bytes give", hint="the header is damaged")
     entries = parse_json(raw[8:], source=source)
     described = entries.pop("__metadata__", {})
     if not isinstance(described, dict) or not all(isinstance(text, str) for text in cast("dict[str, Any]", described).values()):
-        raise UserError(f"`{source}`: `__metadata__` should hold text alone", hint="the header is damaged")
+        raise UserError(f"`{source}`: `__metadata__` should hold only text", hint="the header is damaged")
     tensors: dict[str, TensorSpec] = {}
     end, known = 0, dict[str, TensorSpec]()
     for start, stop, name in sorted((_span(name, entry, source) for name, entry in entries.items()), key=_BY_SPAN):
@@ -93,7 +95,7 @@ def parse_shard(raw: bytes, *, source: str, any_dtype: bool = False) -> Shard:
 
 
 def read_shard(folder: Folder, name: str, *, any_dtype: bool = False) -> Shard:
-    """The header of a file, checked against the file's size."""
+    """Read the header of a file, and check it against the file's size."""
     size = folder.size(name)
     prefix = bytearray(8 if size >= 8 else 0)
     folder.read_into(name, 0, memoryview(prefix))
@@ -116,7 +118,7 @@ def read_shard(folder: Folder, name: str, *, any_dtype: bool = False) -> Shard:
 
 
 def make_header(specs: Iterable[TensorSpec]) -> bytes:
-    """A raw header for tensors in that order, as the safetensors library writes it: padded with spaces to 8 bytes."""
+    """Return the raw header for tensors in that order, as the safetensors library writes it: padded with spaces to 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in specs:
@@ -135,7 +137,7 @@ _BY_SPAN = itemgetter(slice(2))
 
 
 def _span(name: str, entry: Any, source: str) -> tuple[int, int, str]:
-    """Where the data of an entry starts and stops, and its name."""
+    """Return start and stop of an entry's data, and its name."""
     offsets = cast("dict[str, Any]", entry).get("data_offsets") if isinstance(entry, dict) else None
     match offsets:
         case [start, stop] if type(start) is int and is_size(stop) and 0 <= start <= stop:
@@ -145,8 +147,10 @@ def _span(name: str, entry: Any, source: str) -> tuple[int, int, str]:
 
 
 def _spec(name: str, entry: dict[str, Any], source: str, known: dict[str, TensorSpec], size: int | None) -> TensorSpec:
-    """A tensor as an entry describes it, of `size` bytes where it may have any dtype. Layers repeat their tensors: each kind of
-    them is checked once and `known` from then on."""
+    """Return the tensor that an entry describes; `size` is its number of bytes if it may have any dtype.
+
+    Layers repeat dtypes and shapes: each combination is checked once and kept in `known`.
+    """
     shape, dtype = entry.get("shape"), entry.get("dtype")
     kind = f"{dtype!r} {shape!r}"  # of 1, 1.0 and true, only one is a size
     like = known.get(kind)
@@ -167,10 +171,10 @@ def _checked(name: str, shape: Any, dtype: Any, source: str, size: int | None) -
     sizes = tuple(cast("list[Any]", shape if isinstance(shape, list) else [None]))
     if not is_valid_shape(sizes):
         raise UserError(f"`{source}`: `{name}` has shape `{format_untrusted(shape)}`", hint="the header is damaged")
-    held = _DTYPES.get(dtype) or _OTHER_DTYPES.get(dtype)
+    numpy_dtype = _DTYPES.get(dtype) or _OTHER_DTYPES.get(dtype)
     return (
-        TensorSpec(name, sizes, held)
-        if held
+        TensorSpec(name, sizes, numpy_dtype)
+        if numpy_dtype
         else ViewSpec(name, (size or 0,), np.dtype(np.uint8), sizes, format_untrusted(dtype))
     )
 
@@ -179,7 +183,7 @@ _FILES_AT_ONCE = 64
 
 
 def _starts(shards: Mapping[str, Shard]) -> Callable[[str], Mapping[str, int]]:
-    """Where each tensor's data starts in a file, by the file's name; kept for those that were last asked for."""
+    """Return a cached function from a file's name to the byte offsets of its tensors."""
 
     @lru_cache(_FILES_AT_ONCE)
     def starts(file: str) -> dict[str, int]:
@@ -189,16 +193,16 @@ def _starts(shards: Mapping[str, Shard]) -> Callable[[str], Mapping[str, int]]:
 
 
 class HuggingFaceReader:
-    """An opened folder: headers read and checked against the index; data read on demand."""
+    """An opened folder: headers are read and checked against the index, data is read on demand."""
 
     def __init__(self, folder: Folder, *, files: Sequence[str] | None = None, any_dtype: bool = False) -> None:
-        """`any_dtype`: also with tensors of dtypes that cannot be converted, to report or to compare them."""
+        """`files`: default those of the model. `any_dtype`: accept dtypes that cannot be converted, to report or compare them."""
         self.folder = folder
         listed = weight_map(folder) if files is None else {}
         names = shard_names(folder, listed) if files is None else files
         self.shards = {name: read_shard(folder, name, any_dtype=any_dtype) for name in names}
         self.indexed = not self.shards.keys().isdisjoint(listed.values())
-        """Is the folder's index of these files? One that an older model left behind is of others."""
+        """Does the folder's index describe these files? One that an older model left behind describes others."""
 
         self._files: dict[str, str] = {}
         self._starts = _starts(self.shards)
@@ -219,23 +223,23 @@ class HuggingFaceReader:
         wrong = [name for name, file in self._files.items() if listed.get(name) != file]
         wrong += [name for name in listed if name not in self._files]
         for name in sorted(wrong):
-            there = self._files.get(name, "no file")
-            if listed.get(name, "no file") != there:
+            actual = self._files.get(name, "no file")
+            if listed.get(name, "no file") != actual:
                 raise UserError(
-                    f"`{INDEX}` puts `{name}` in {listed.get(name, 'no file')}, it is in {there}",
+                    f"`{INDEX}` puts `{name}` in {listed.get(name, 'no file')}, it is in {actual}",
                     hint="the index belongs to other files; fetch the directory again",
                 )
 
     def read(self, name: str, region: Region, out: Array) -> None:
         file = self._files[name]
-        read_box(self.folder, Stored(file, self._starts(file)[name], self.specs[name].shape), region, out)
+        read_region(self.folder, StoredArray(file, self._starts(file)[name], self.specs[name].shape), region, out)
 
     def close(self) -> None:
         self.folder.close()
 
 
 class HuggingFaceWriter:
-    """Safetensors files being made. Their raw headers are given, so every offset is known before the first byte."""
+    """Safetensors files being written. Raw headers are given, so every offset is known before the first byte."""
 
     def __init__(self, outputs: Outputs, shards: Mapping[str, Shard]) -> None:
         self._outputs = outputs
@@ -252,14 +256,14 @@ class HuggingFaceWriter:
 
     def file_offset(self, name: str, region: Region) -> int:
         dtype = self._shards[self._files[name]].tensors[name].dtype
-        return place_of(self._stored(name), region, dtype.itemsize)
+        return file_offset(self._stored(name), region, dtype.itemsize)
 
     def write(self, name: str, region: Region, data: Array) -> None:
-        write_box(self._outputs, self._stored(name), region, data)
+        write_region(self._outputs, self._stored(name), region, data)
 
-    def _stored(self, name: str) -> Stored:
+    def _stored(self, name: str) -> StoredArray:
         file = self._files[name]
-        return Stored(file, self._starts(file)[name], self._shards[file].tensors[name].shape)
+        return StoredArray(file, self._starts(file)[name], self._shards[file].tensors[name].shape)
 
     @property
     def documents(self) -> dict[str, Document]:
@@ -279,8 +283,10 @@ class HuggingFaceWriter:
 
 
 def plan_shards(specs: Sequence[TensorSpec], *, limit: int) -> dict[str, Shard]:
-    """Tensors in order, filled into files of at most `limit` bytes of data (a larger tensor gets its own), named as
-    transformers names them."""
+    """Distribute tensors, in order, over files of at most `limit` bytes of data, named as transformers names them.
+
+    A larger tensor gets a file of its own.
+    """
     groups: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in specs:
@@ -298,18 +304,18 @@ def _shard_name(number: int, count: int) -> str:
 
 
 def make_index(shards: Mapping[str, Shard]) -> bytes:
-    """The index document of these files, as transformers writes it."""
-    placed = sorted((name, file) for file, shard in shards.items() for name in shard.tensors)
+    """Return the index document of these files, as transformers writes it."""
+    files = sorted((name, file) for file, shard in shards.items() for name in shard.tensors)
     specs = [spec for shard in shards.values() for spec in shard.tensors.values()]
     totals = {
         "total_parameters": sum(prod(spec.shape) for spec in specs),
         "total_size": sum(spec.nbytes for spec in specs),
     }
-    return (json.dumps({"metadata": totals, "weight_map": dict(placed)}, indent=2, sort_keys=True) + "\n").encode()
+    return (json.dumps({"metadata": totals, "weight_map": dict(files)}, indent=2, sort_keys=True) + "\n").encode()
 
 
 def retyped(shard: Shard, specs: Mapping[str, TensorSpec], *, source: str) -> Shard:
-    """The same tensors in the same order and file, with the dtypes of `specs`; the same shard where none differs."""
+    """Return the shard with the dtypes of `specs`, and tensors in the same order; the same shard if no dtype differs."""
     if all(specs[name].dtype == spec.dtype for name, spec in shard.tensors.items()):
         return shard
     return parse_shard(make_header(specs[name] for name in shard.tensors), source=source)
@@ -324,23 +330,25 @@ _ADAPTER_CONFIG = f"{_ADAPTER}config.json"
 
 
 def side_files(folder: Folder, shards: Iterable[str], *, indexed: bool) -> tuple[list[str], list[str]]:
-    """The files beside the model's `shards`, as relative names: those that travel, and those that are not the model's: weights in
-    other formats, an index of other files (if there is one and not `indexed`), adapters. UserError for a link that leads to no
-    file, where the file would travel."""
-    model, found = set(shards), folder.files()
+    """Return the names of files besides the model's `shards`: side files to copy, and files that are left out.
+
+    Left out are weights in other formats, an index of other files (if not `indexed`) and adapters. Raises UserError for a side
+    file that is a broken link.
+    """
+    model, names = set(shards), folder.files()
     ours = {INDEX} if indexed else set[str]()
-    adapters = tuple(name.removesuffix("config.json") for name in found if name.rpartition("/")[2] == _ADAPTER_CONFIG)
-    left_out = [name for name in found if name not in model | ours and (name.startswith(adapters) or _does_not_travel(name))]
-    travels = [name for name in found if name not in model and name not in left_out]
-    for name in travels:
+    adapters = tuple(name.removesuffix("config.json") for name in names if name.rpartition("/")[2] == _ADAPTER_CONFIG)
+    left_out = [name for name in names if name not in model | ours and (name.startswith(adapters) or _is_left_out(name))]
+    copied = [name for name in names if name not in model and name not in left_out]
+    for name in copied:
         if not folder.has(name):
             raise UserError(
-                f"`{name}` in `{folder.label}` is a link that leads to no file",
+                f"`{name}` in `{folder.label}` is a broken link",
                 hint="fetch the file again, or remove the link if the model does not need it",
             )
-    return travels, left_out
+    return copied, left_out
 
 
-def _does_not_travel(name: str) -> bool:
-    """Weights in other formats, version control, download caches, links to folders."""
+def _is_left_out(name: str) -> bool:
+    """Is it weights in another format, version control, a download cache or a link to a folder?"""
     return bool(_OTHER_WEIGHTS.search(name)) or name.endswith("/")

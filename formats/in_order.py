@@ -1,8 +1,8 @@
-"""Bytes that arrive by position, from several threads, handed on from a file's first byte to its last.
+"""Pass on bytes that several threads deliver by offset, in order from a file's first byte to its last.
 
-Hashes and uploads need them so. Whoever comes too early waits for its turn. That ends well if every byte comes once, and if
-pieces are drawn so that each name's come in order: then the earliest one that is drawn never waits for another. Knows neither
-disks nor networks.
+Hashes and uploads consume bytes sequentially; a thread that arrives early blocks until its offset is next. No deadlock is
+possible if every byte is delivered once and if work is handed to threads in order of offset within each name: then the
+earliest piece in progress never waits. Disks and networks are left to the sinks.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from formats.spec import Span
 
 
 class Sink(Protocol):
-    """What takes bytes in order."""
+    """A consumer of bytes in order, such as a hash."""
 
     def update(self, data: memoryview, /) -> object: ...
 
 
 class AbandonedError(Exception):
-    """Raised in threads that wait for a turn that will not come."""
+    """Raised in threads that wait after another thread has given up."""
 
 
 class InOrder[S: Sink]:
-    """Streams by name. `spans(name)` tells what lies in one; `finished(name, sink)` is called when its last byte is through."""
+    """Streams by name, fed from several threads. `spans(name)` gives a stream's known bytes and the ranges of its data;
+    `finished(name, sink)` is called after its last byte, on the thread that delivered it."""
 
     def __init__(
         self, spans: Callable[[str], Iterable[Span]], sink: Callable[[str], S], finished: Callable[[str, S], None]
@@ -37,14 +38,14 @@ class InOrder[S: Sink]:
         self._abandoned = False
 
     def put(self, name: str, offset: int, data: memoryview) -> None:
-        """Hand on data that lies at `offset`, once all before it is through.
+        """Pass on `data`, which begins at `offset`; blocks until all bytes before it have been passed on.
 
-        Raises AbandonedError if the others have given up.
+        Raises AbandonedError after `abandon`.
         """
         with self._turn:
-            assert name not in self._ended, f"all of {name} has passed"
+            assert name not in self._ended, f"all of {name} was passed on already"
             stream = self._streams.get(name) or self._open(name)
-            assert offset >= stream.at, f"{name} is at {stream.at}, {offset} has passed"
+            assert offset >= stream.at, f"{name} is at {stream.at}, {offset} was passed on already"
             self._turn.wait_for(lambda: self._abandoned or stream.at == offset)
             if self._abandoned:
                 raise AbandonedError
@@ -58,7 +59,7 @@ class InOrder[S: Sink]:
             self._finished(name, stream.sink)
 
     def abandon(self) -> None:
-        """Wake everyone who waits."""
+        """Wake all waiting threads with AbandonedError."""
         with self._turn:
             self._abandoned = True
             self._turn.notify_all()
@@ -69,7 +70,7 @@ class InOrder[S: Sink]:
 
 
 class _Stream[S: Sink]:
-    """One name: how far it is, and what comes next."""
+    """One stream: its sink, and the offset that is next (`at`)."""
 
     def __init__(self, sink: S, spans: Iterator[Span]) -> None:
         self.sink = sink
@@ -79,7 +80,7 @@ class _Stream[S: Sink]:
         self._skip_known()
 
     def take(self, data: memoryview) -> bool:
-        """Hand on data; was it the last? Whoever waits for `at` may go on as soon as it moves."""
+        """Pass on data; return whether it was the last. Setting `at` releases the thread that waits for it, so it is set last."""
         self.sink.update(data)
         at = self.at + len(data)
         if at < self._until:
@@ -88,7 +89,7 @@ class _Stream[S: Sink]:
         return self._skip_known(at)
 
     def _skip_known(self, at: int = 0) -> bool:
-        """Hand on what is known, up to the next data; is there none?"""
+        """Pass on known bytes up to the next data; return whether there is no more data."""
         for span in self._spans:
             if span.known is None and span.size:
                 self._until, self.at = span.stop, at

@@ -1,5 +1,6 @@
-"""The patterns of records that repeat in a pickle: a record's opcodes as they are, with a group for each integer and for each
-reference to something remembered. So a match does what the opcodes would do with those values in their places.
+"""Patterns of records that repeat in a pickle: a record's opcodes, with a group for each integer and each memo reference.
+
+A match therefore has the same meaning as the opcodes with these values.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from formats.spec import Array, is_size
 _KEYS = {"offsets", "sizes", "fqn", "offset", "index", "relative_path", "length", "transform_descriptors"}
 _BLOCK = 2000  # records that are matched at a time
 _FEW = 8  # records: matching them as a block takes as long as one by one
-_MOST = 1 << 62  # as `whole_number`
+_MOST = 1 << 62  # as `is_size`
 _MEMOIZE = pickle.MEMOIZE[0]
 
 _WIDE = b"|".join(rb"\x8a%c.{%d}" % (count, count) for count in range(1, 9))
@@ -33,8 +34,8 @@ _PLAIN = frozenset(b"".join([
 
 @dataclass(slots=True)
 class Pattern:
-    """Opcodes of one record, or of a pair of them: `source` with a group for each value, `fields` the groups of each key,
-    `refers` the groups that are references."""
+    """The opcodes of one record or of a pair: `source` has a group for each value, `fields` the groups of each key, `refers`
+    says which groups are references."""
 
     source: bytes
     memoized: int
@@ -49,15 +50,18 @@ class Pattern:
         self.many = re.compile(b"(?:%b){1,%d}" % (groupless, _BLOCK), re.DOTALL)
 
     def then(self, other: Pattern) -> Pattern:
-        """Both, one after the other; keys of the other as `then KEY`."""
+        """Return the pattern of both, one after the other; keys of the second are prefixed with `then `."""
         count = len(self.refers)
         moved = {f"then {key}": slice(part.start + count, part.stop + count) for key, part in other.fields.items()}
         both = self.fields | moved
         return Pattern(self.source + other.source, self.memoized + other.memoized, both, self.refers + other.refers)
 
     def table(self, data: bytes, at: int, memo: Mapping[int, Any]) -> tuple[Array, int, bool]:
-        """The values of the records that match from `at` on, a row for each and a column for each group, and where they end.
-        References are what they refer to's numbers. Stops before a record that no file can mean, and says if there is one."""
+        """Match records from `at` on.
+
+        Returns their values [records, groups], references as memo numbers; the end position; and whether it stopped before an
+        impossible record.
+        """
         table, end = self._alike(data, at)
         if len(table) < _FEW:
             table, end = self._others(data, at)
@@ -75,8 +79,7 @@ class Pattern:
         return table[:count], at, True
 
     def _alike(self, data: bytes, at: int) -> tuple[Array, int]:
-        """The values of the records from `at` on whose opcodes are all the first one's, so that each value has its column of
-        bytes; and where they end."""
+        """Match records with the same opcodes as the first: each value has a fixed column of bytes. Return values and end."""
         first = self.one.match(data, at)
         if first is None:
             return np.empty((0, len(self.refers)), np.int64), at
@@ -91,7 +94,7 @@ class Pattern:
         return np.stack([_columns(records[:, start:stop]) for start, stop in spans], axis=1), at + records.size
 
     def _others(self, data: bytes, at: int) -> tuple[Array, int]:
-        """The values of the records from `at` on, and where they end, whatever opcodes each has for them."""
+        """Match records with any opcodes for their values; return values and end."""
         block = self.many.match(data, at)
         if block is None:
             return np.empty((0, len(self.refers)), np.int64), at
@@ -101,7 +104,7 @@ class Pattern:
 
 
 def _columns(stored: Array) -> Array:
-    """Numbers by their bytes, [count, width], little-endian. Those of more than 2 bytes have signs: -1 where one is negative."""
+    """Decode little-endian numbers, [count, width] bytes. Those of more than 2 bytes are signed; negative ones give -1."""
     width = stored.shape[1]
     raw = np.zeros((len(stored), 8), np.uint8)
     raw[:, :width] = stored
@@ -112,7 +115,7 @@ def _columns(stored: Array) -> Array:
 
 
 def _decoded(column: Sequence[bytes]) -> Array:
-    """The numbers that opcodes with arguments push or refer to; -1 where a file can mean none of that size."""
+    """Decode the numbers that opcodes push or refer to; -1 for impossible sizes."""
     lengths = np.fromiter(map(len, column), np.int64, len(column))
     stream = np.frombuffer(b"".join(column) + bytes(16), np.uint8)
     starts = np.cumsum(lengths) - lengths
@@ -141,8 +144,8 @@ _REFERENCES = {pickle.BINGET[0], pickle.LONG_BINGET[0]}
 
 
 def _is_one_object(codes: Iterable[int]) -> bool:
-    """Do opcodes push one object, use nothing of what was on the stack before, and change nothing that they did not make?"""
-    made, marks = list[bool](), list[int]()  # for each object on the stack: is it made here, or only referred to?
+    """Do opcodes push exactly one object, without using the earlier stack and without changing objects created before?"""
+    made, marks = list[bool](), list[int]()  # for each object on the stack: was it created here, or only referred to?
     for code in codes:
         if code == pickle.MARK[0]:
             marks.append(len(made))
@@ -161,7 +164,7 @@ def _is_one_object(codes: Iterable[int]) -> bool:
 
 
 def pattern_of(data: bytes, memo: dict[int, Any]) -> Pattern | None:
-    """The pattern of a record's opcodes; None if it has others than records that repeat have."""
+    """Return the pattern of a record's opcodes; None if it has opcodes that repeating records do not have."""
     parts: list[bytes] = []
     codes: list[int] = []
     fields: dict[str, slice] = {}

@@ -1,8 +1,8 @@
-"""Read the pickle of an index with hundreds of thousands of records: each kind of record is unpickled once, opcode by opcode,
-and turned into a pattern; its repetitions are matched and kept as numbers.
+"""Read the pickle of an index with hundreds of thousands of records.
 
-Patterns are formats/index_patterns.py. Whatever matches none is unpickled as any other pickle (formats/pickles.py). The memory is
-that of the numbers; objects for all would take ten times the file's size.
+Each kind of record is unpickled once, opcode by opcode, and turned into a pattern (formats/index_patterns.py). Its repetitions
+are matched and stored as numbers. Anything else is unpickled like any pickle (formats/pickles.py). Memory holds the numbers;
+objects for all records would take ten times the file's size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from formats.torch_zip import read_sizes
 _CHUNK, _INDEX, _INFO = "ChunkStorageMetadata", "MetadataIndex", "_StorageInfo"
 _OBJECT = "BytesStorageMetadata"
 _SKIPPED = "WriteItem"
-"""megatron-core keeps the plans of all ranks beside the index: nothing here needs them."""
+"""megatron-core stores the save plans of all ranks in the index. They are skipped."""
 
 _KINDS = {_CHUNK, _INDEX, _INFO, _OBJECT, _SKIPPED}
 _MOST_PATTERNS = 64
@@ -32,15 +32,15 @@ _MEMOIZE = pickle.MEMOIZE[0]
 
 @dataclass(slots=True, eq=False)
 class ChunkRun(Run):
-    """Chunks that follow one another in a list: a row for each, [count, 2 * dims], of its offsets and then its sizes."""
+    """Consecutive chunks in a list: offsets and sizes of each, [count, 2 * dims]."""
 
     table: Array
 
 
 @dataclass(slots=True, eq=False)
-class PlaceRun(Run):
-    """Archives that follow one another in the index: for each the number in `texts` of its tensor's or object's name and of its
-    file, its chunk's offsets [count, dims] (None for objects), and [count, 2] its offset and length in the file."""
+class LocationRun(Run):
+    """Consecutive archives in the index: the numbers in `texts` of the tensor or object `names` and of the `files`, the chunks'
+    `offsets` [count, dims] (None for objects), and `spans` [count, 2], offset and length in the file."""
 
     names: Array
     files: Array
@@ -50,14 +50,14 @@ class PlaceRun(Run):
 
 
 ELSEWHERE = Run()
-"""Stands for (parts of) records that were kept as numbers or skipped, where something refers to them."""
+"""Placeholder for (parts of) records that were stored as numbers or skipped, where something refers to them."""
 
 OBJECT = Run()
-"""Stands for the record of an object, which says nothing but that it is one."""
+"""Placeholder for the record of an object, which has no content."""
 
 
 class IndexUnpickler(Unpickler):
-    """See the module. With `patterns` off, everything is read opcode by opcode."""
+    """The unpickler described above. Without `patterns`, everything is read opcode by opcode."""
 
     dispatch: ClassVar = {
         code: act for code, act in Unpickler.dispatch.items() if bytes([code]) not in (pickle.POP, pickle.POP_MARK)
@@ -74,10 +74,10 @@ class IndexUnpickler(Unpickler):
         self._put = False
         self._open: list[tuple[str, int, int]] = []
         self.used_patterns = False
-        """If it fails and this is set, it may not without patterns: where a record is changed or referred to later."""
+        """Were patterns used? Reading may fail with patterns where a record is changed or referred to later."""
 
     def load_frame(self) -> None:
-        """Frames say how to read a stream; the data is all there."""
+        """Skip a frame's length: frames matter only for streams."""
         if int.from_bytes(self.read(8), "little") > len(self._data):
             raise UserError("a frame is longer than the file")
 
@@ -99,16 +99,16 @@ class IndexUnpickler(Unpickler):
     dispatch[pickle.LONG_BINPUT[0]] = load_long_binput
 
     def _put_by(self, put: Callable[[], None]) -> None:
-        """Remember something under a number. Patterns refer to numbers, so they end where one is given a second time."""
+        """Memoize under a number. Patterns refer to numbers, so they are disabled once a number is reused."""
         known = len(self.memo)
         put()
         self._put = True
         self._use_patterns &= len(self.memo) > known and not self._memoized
 
     def load_memoize(self) -> None:
-        """Counted, for of records that were kept as numbers the memo holds nothing."""
+        """Memoize under the next number. The count is ours: the memo has no entries for records stored as numbers."""
         if self._put:
-            raise UserError("it numbers what it remembers in two ways")
+            raise UserError("it memoizes in two ways")
         self.memo[self._memoized] = self.stack[-1]
         self._memoized += 1
 
@@ -128,7 +128,7 @@ class IndexUnpickler(Unpickler):
         if number not in self.memo:
             if number < self._memoized:
                 return self.append(ELSEWHERE)
-            raise UserError(f"it refers to {number}, which it does not remember")
+            raise UserError(f"it refers to memo {number}, which does not exist")
         found = self.memo[number]
         if self._use_patterns and type(found) is Global and found.name in _KINDS:
             start = self._stream.tell() - length
@@ -139,7 +139,7 @@ class IndexUnpickler(Unpickler):
 
     def load_build(self) -> None:
         if isinstance(self.stack[-2], Run):
-            raise UserError("it changes a record that it had built")
+            raise UserError("it changes a record after building it")
         super().load_build()
         target: Any = self.stack[-1]
         if self._open and isinstance(target, Record) and target.kind.name == self._open[-1][0]:
@@ -149,7 +149,7 @@ class IndexUnpickler(Unpickler):
     dispatch[pickle.BUILD[0]] = load_build
 
     def _learn(self, number: int, data: bytes, record: Record) -> None:
-        """Keep the pattern of a record, if it gives what the record says; of archives, with the pattern of the name before."""
+        """Keep the pattern of a record if it reproduces the record's values; for archives, joined to the name's pattern."""
         kind, known = record.kind.name, self._patterns.setdefault(number, [])
         made = pattern_of(data, self.memo) if len(known) < _MOST_PATTERNS else None
         if kind == _OBJECT:
@@ -176,12 +176,12 @@ class IndexUnpickler(Unpickler):
         return {key: tuple(values[part]) for key, part in made.fields.items()} == _expected(record)
 
     def _matched(self, start: int) -> bool:
-        """Take as many records as patterns match from `start` on; was there any?"""
+        """Consume all records from `start` on that patterns match; return whether there was any."""
         kind: Any = self.memo[self._number_at(start)].name
         if kind == _CHUNK:
             end = self._chunks(start)
         elif kind == _INDEX and len(self.stack) % 2 == 0:
-            end = self._places(start)
+            end = self._locations(start)
         else:
             end = self._skipped(start) if kind == _SKIPPED else start
         if end > start:
@@ -196,14 +196,14 @@ class IndexUnpickler(Unpickler):
             self.append(ChunkRun(np.concatenate([table[:, offsets], table[:, sizes]], axis=1)))
         return end
 
-    def _places(self, at: int) -> int:
+    def _locations(self, at: int) -> int:
         pattern, table, end = self._longest(at, self._pairs.get(self._number_at(at), ()))
         if pattern:
             fields = pattern.fields
             names, files = (table[:, fields[key].start] for key in ("fqn", "then relative_path"))
             spans = np.stack([table[:, fields[f"then {key}"].start] for key in ("offset", "length")], axis=1)
             texts = {int(number): self.memo[int(number)] for number in np.unique([names, files])}
-            run = PlaceRun(names, files, table[:, fields["offset"]] if "offset" in fields else None, spans, texts)
+            run = LocationRun(names, files, table[:, fields["offset"]] if "offset" in fields else None, spans, texts)
             self.append(run)
             self.append(run)
         return end
@@ -218,10 +218,10 @@ class IndexUnpickler(Unpickler):
         return at
 
     def _objects(self, record: bytes, memoized: int) -> None:
-        """Take what follows as long as it is the name of another object, and the same record, in which nothing differs."""
+        """Consume further objects: a new name each, followed by the identical record."""
         before = self._stream.tell()
-        while found := self._named(self._stream.tell()):
-            name, number, end = found
+        while entry := self._named(self._stream.tell()):
+            name, number, end = entry
             if not self._data.startswith(record, end):
                 break
             self.memo[number] = name
@@ -232,7 +232,7 @@ class IndexUnpickler(Unpickler):
         self.used_patterns |= self._stream.tell() > before
 
     def _named(self, at: int) -> tuple[str, int, int] | None:
-        """A text at a position, the new number that it is remembered under, and where that ends; None if there is none."""
+        """Return the text at a position, its new memo number and the end position; None if there is no new text."""
         data, count = self._data, _LENGTHS.get(self._data[at], 0)
         start = at + 1 + count
         stop = start + int.from_bytes(data[at + 1 : start], "little")
@@ -248,9 +248,9 @@ class IndexUnpickler(Unpickler):
             return None
 
     def _longest(self, at: int, patterns: Sequence[Pattern]) -> tuple[Pattern | None, Array, int]:
-        """The first pattern that matches at a position, with the values of all records it matches, and their end.
+        """Return the first pattern that matches at a position, the values of all records it matches, and their end.
 
-        After a record that no file can mean, patterns are used no more: each would look at thousands of records for every one.
+        After an impossible record, patterns are disabled: each would scan thousands of records for every single one.
         """
         for pattern in patterns:
             table, end, is_bad = pattern.table(self._data, at, self.memo)
@@ -261,7 +261,7 @@ class IndexUnpickler(Unpickler):
         return None, np.empty((0, 0), np.int64), at
 
     def _number_at(self, at: int) -> int:
-        """What the opcode at a position refers to; -1 if it refers to nothing."""
+        """Return the memo number that the opcode at a position refers to; -1 for other opcodes."""
         code = self._data[at : at + 1]
         if code == pickle.BINGET:
             return self._data[at + 1]
@@ -269,14 +269,14 @@ class IndexUnpickler(Unpickler):
 
 
 _LENGTHS = {pickle.SHORT_BINUNICODE[0]: 1, pickle.BINUNICODE[0]: 4}
-"""Bytes of a text's length, by its opcode."""
+"""Bytes of the length of a text, by opcode."""
 
 _PUTS = {pickle.MEMOIZE: 0, pickle.BINPUT: 1, pickle.LONG_BINPUT: 4}
-"""Bytes of the number that something is remembered under."""
+"""Bytes of the memo number, by opcode."""
 
 
 def _expected(record: Record) -> dict[str, tuple[Any, ...]] | None:
-    """What the values of a record's pattern should be."""
+    """Return the values that a record's pattern should give, by key; None for records that no pattern covers."""
     try:
         if record.kind.name == _CHUNK:
             return {"offsets": read_sizes(record["offsets"]), "sizes": read_sizes(record["sizes"])}
@@ -292,9 +292,9 @@ def _expected(record: Record) -> dict[str, tuple[Any, ...]] | None:
 
 
 def load_index[T](data: bytes, build: Callable[[Any], T], *, source: str) -> T:
-    """What `build` makes of the object in the pickle, with runs of chunks and archives in it as `ChunkRun` and `PlaceRun`.
+    """Return `build` of the pickled object, in which runs of chunks and archives are `ChunkRun` and `LocationRun`.
 
-    If that fails, the same once more with objects for all of them: a record may refer to another in a way that numbers cannot.
+    If that fails, read again without patterns: a record may refer to another in a way that numbers cannot express.
     """
     unpickler = IndexUnpickler(data)
     try:

@@ -1,7 +1,7 @@
-"""The index of a distributed checkpoint, written: the pickle that makes a directory a checkpoint.
+"""Write `.metadata`, the index of a distributed checkpoint.
 
-Its records differ in a few numbers, so each is made from a template of bytes: pickled object by object, an index of 100,000
-chunks takes seconds and hundreds of MiB. Its size is known without making it. Layout: see formats/dcp_index.py.
+Its records differ in a few numbers, so each is built from byte templates: pickling objects would take seconds and hundreds of MiB
+for 100,000 chunks. The size is computed without building it. Layout: see formats/dcp_index.py.
 """
 
 from __future__ import annotations
@@ -68,13 +68,15 @@ def _size(tensors: Mapping[str, ChunkedTensor], objects: Archives) -> int:
         dims, table = len(tensor.shape), tensor.table()[1:]
         file = tensor.files[int(tensor.table()[0, -4])]  # a name that is spelled already
         zeros = [0] * dims
-        each = len(writer.chunk(zeros, zeros)) + len(writer.place(key, zeros, file, 0, 0)) - len(_number(0)) * (3 * dims + 2)
+        each = len(writer.chunk(zeros, zeros)) + len(writer.location(key, zeros, file, 0, 0)) - len(_number(0)) * (3 * dims + 2)
         total += each * len(table) + _digits(table[:, : 2 * dims]) + _digits(table[:, :dims]) + _digits(table[:, -3:-1])
         spelled |= {tensor.files[number] for number in np.unique(table[:, -4])}
     total += sum(len(_spelled(name)) for name in names[1:] if name not in spelled)
     if names:
         each = (
-            len(writer.object(names[0])) + len(writer.place(names[0], None, files[int(places[0, 0])], 0, 0)) - 2 * len(_number(0))
+            len(writer.object(names[0]))
+            + len(writer.location(names[0], None, files[int(places[0, 0])], 0, 0))
+            - 2 * len(_number(0))
         )
         total += each * (len(names) - 1) + _digits(places[1:, 1:])
     return total + sum(len(_spelled(name)) for name in spelled - known)
@@ -108,9 +110,9 @@ class _Writer:
         for key, tensor in tensors.items():
             dims = len(tensor.shape)
             for numbers in _rows(tensor, most):
-                yield self.place(key, numbers[:dims], tensor.files[numbers[-4]], numbers[-3], numbers[-2])
+                yield self.location(key, numbers[:dims], tensor.files[numbers[-4]], numbers[-3], numbers[-2])
         for key, (file, offset, length) in zip(names, places.tolist(), strict=True):
-            yield self.place(key, None, files[int(file)], offset, length)
+            yield self.location(key, None, files[int(file)], offset, length)
         yield pickle.SETITEMS + at("storage_meta") + pickle.NONE + at("version") + at("1.0.0") + _END + pickle.STOP
 
     def chunk(self, starts: Sequence[int], sizes: Sequence[int]) -> bytes:
@@ -122,7 +124,7 @@ class _Writer:
     def object(self, key: str) -> bytes:
         return self.name(key) + self.name(_BYTES) + _BARE + _DICT + _END
 
-    def place(self, key: str, starts: Sequence[int] | None, file: str, offset: int, length: int) -> bytes:
+    def location(self, key: str, starts: Sequence[int] | None, file: str, offset: int, length: int) -> bytes:
         """Where the chunk of a tensor that starts there, or an object, lies."""
         at = self.name
         index = at(_INDEX) + _BARE + _DICT + at("fqn") + at(key) + at("offset")

@@ -23,7 +23,7 @@ ALGORITHM = "sha256"
 
 
 class Hash(Protocol):
-    """What hashlib makes."""
+    """A hash object of hashlib."""
 
     def update(self, data: memoryview, /) -> object: ...
 
@@ -31,25 +31,25 @@ class Hash(Protocol):
 
 
 def make(hashes: Mapping[str, str]) -> bytes:
-    """The document for files by name; its size depends on the names alone."""
+    """Return `integrity.json` for hashes by file name. Its size depends only on the names."""
     return json.dumps({"algorithm": ALGORITHM, "files": dict(sorted(hashes.items()))}, indent=2).encode()
 
 
 def read(folder: Folder) -> dict[str, str]:
-    """The hashes a folder lists. Raises UserError if they are misshapen or lead out of the folder."""
+    """Read the hashes that `integrity.json` lists. Raises UserError if they are malformed or name files outside the folder."""
     document = read_json(folder, FILE)
     files: Any = document.get("files")
     if document.get("algorithm", ALGORITHM) != ALGORITHM or not isinstance(files, dict):
         raise UserError(f"`{FILE}` is not a list of {ALGORITHM} hashes", hint="the file is damaged")
-    for name, found in cast("dict[str, Any]", files).items():
+    for name, digest in cast("dict[str, Any]", files).items():
         check_below(name, source=FILE)
-        if not isinstance(found, str):
+        if not isinstance(digest, str):
             raise UserError(f"`{FILE}` gives no hash of `{name}`", hint="the file is damaged")
     return cast("dict[str, str]", files)
 
 
 def hash_file(file: FileRef, progress: Callable[[int], None] = lambda _count: None) -> str:
-    """The sha256 of a file, read from its folder."""
+    """Return the sha256 of a file as hex; `progress` gets the bytes of each step."""
     digest = hashlib.sha256()
     for band in file.bands():
         digest.update(band)
@@ -59,10 +59,10 @@ def hash_file(file: FileRef, progress: Callable[[int], None] = lambda _count: No
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What holding a folder against its hashes found: names of `things`, sorted; `not_covered` says what has no hashes.
+    """The result of a check: sorted names of `things` (files or tensors), and in words what is `not_covered` by hashes.
 
-    Of `masters` weights a master was compared; those of `wrong_masters` do not round to their weights. `without_masters` says
-    which weights were not compared, and why.
+    `masters` counts the weights whose fp32 master was compared; `wrong_masters` names those that do not round to their weight.
+    `without_masters` lists, in words, the weights that were not compared, and why.
     """
 
     things: str
@@ -81,12 +81,12 @@ class Check:
 
 
 def check(folder: Folder, listed: Mapping[str, str], *, workers: int, progress: Callable[[int], None]) -> Check:
-    """Hash every file that is `listed` with its hash, and find those that are not."""
-    there = {name for name in folder.files() if name != FILE}
-    missing = sorted(listed.keys() - there)
-    found = hash_files(folder, sorted(listed.keys() & there), workers=workers, progress=progress)
-    changed = [name for name, digest in found.items() if digest != listed[name]]
-    unlisted = sorted(there - listed.keys())
+    """Hash every listed file on `workers` threads, and report changed, missing and unlisted files."""
+    existing = {name for name in folder.files() if name != FILE}
+    missing = sorted(listed.keys() - existing)
+    hashes = hash_files(folder, sorted(listed.keys() & existing), workers=workers, progress=progress)
+    changed = [name for name, digest in hashes.items() if digest != listed[name]]
+    unlisted = sorted(existing - listed.keys())
     if any("/" in name for name in listed):
         return Check("files", len(listed), "", changed, missing, unlisted)
     above = [name for name in unlisted if "/" not in name]  # megatron-core itself lists no sub-folders
@@ -97,10 +97,10 @@ def check(folder: Folder, listed: Mapping[str, str], *, workers: int, progress: 
 def hash_files(
     folder: Folder, names: Sequence[str], *, workers: int, progress: Callable[[int], None] = lambda _count: None
 ) -> dict[str, str]:
-    """The sha256 of files, several at a time."""
+    """Return the sha256 of files by name, hashed on `workers` threads."""
 
-    def one(name: str) -> str:
+    def digest(name: str) -> str:
         return hash_file(FileRef(folder, name), progress)
 
     with ThreadPoolExecutor(workers, thread_name_prefix="hash") as pool:
-        return dict(zip(names, pool.map(one, names), strict=True))
+        return dict(zip(names, pool.map(digest, names), strict=True))

@@ -1,6 +1,6 @@
-"""A checkpoint's root, its iterations and trackers, as every Megatron format lays them out.
+"""The root of a Megatron checkpoint, its iterations and trackers, which all Megatron formats share.
 
-The formats themselves are read elsewhere; what they are is found by `formats/detect.py`.
+Reading the formats is left to their readers, detection to `formats/detect.py`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def iteration_folder(number: int) -> str:
 
 
 def find_iteration(folder: Folder) -> Folder:
-    """The iteration folder that a root's tracker chooses, or the one given.
+    """Return the iteration that the tracker of a root names, or `folder` itself if it is an iteration.
 
-    Raises UserError for what is not there, not complete, or another format.
+    Raises UserError for an iteration that is missing, incomplete or in another format.
     """
     refuse_legacy(folder)
     if folder.has(METADATA):
@@ -45,8 +45,8 @@ def find_iteration(folder: Folder) -> Folder:
         raise UserError(f"`{TRACKER}` says `{tracked[:40]}`, which is not an iteration")
     chosen = tracked if tracked == "release" else iteration_folder(int(tracked))
     if not folder.below(chosen).children():
-        there = ", ".join(name.rstrip("/") for name in folder.children() if name.startswith("iter_")) or "none"
-        raise UserError(f"`{TRACKER}` says iteration {tracked}, but `{chosen}` is not there", hint=f"there are: {there}")
+        existing = ", ".join(name.rstrip("/") for name in folder.children() if name.startswith("iter_")) or "none"
+        raise UserError(f"`{TRACKER}` says iteration {tracked}, but `{chosen}` is not there", hint=f"there are: {existing}")
     refuse_legacy(folder.below(chosen))
     if not folder.below(chosen).has(METADATA):
         raise unfinished(folder.below(chosen))
@@ -54,10 +54,10 @@ def find_iteration(folder: Folder) -> Folder:
 
 
 def unfinished(folder: Folder) -> UserError:
-    """The error for an iteration that has no index."""
+    """Return the error for an iteration that has no index."""
     return UserError(
-        f"`{folder.label}` has no `{METADATA}`: its saving never finished",
-        hint="use an earlier iteration; `.metadata` is what megatron-core writes last",
+        f"`{folder.label}` is an incomplete checkpoint: `{METADATA}` is missing",
+        hint=f"use an earlier iteration; megatron-core writes `{METADATA}` last",
     )
 
 
@@ -74,7 +74,7 @@ def refuse_legacy(folder: Folder) -> None:
 
 
 def other_format(folder: Folder, name: str) -> UserError:
-    """The error for an iteration in the format of that name."""
+    """Return the error for an iteration in an unsupported format."""
     return UserError(
         f"`{folder.label}` is in the `{name}` format, which is not supported yet",
         hint="load it in Megatron-LM and save it with `--ckpt-format torch_dist`",

@@ -1,4 +1,4 @@
-"""JSON objects from files that may be damaged, and values fit to be written as JSON."""
+"""Parse JSON objects from files that may be damaged, and prepare values for writing as JSON."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from formats.folder import Folder
 _DEEPEST = 64
 _CONTAINERS = frozenset({dict, list})
 _DAMAGED = "the file is damaged"
-_HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+_LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-class _TwiceError(ValueError):
-    """A key that stands in one object twice."""
+class _DuplicateKeyError(ValueError):
+    """An object has the same key twice."""
 
 
 def parse_json(text: bytes, *, source: str) -> dict[str, Any]:
-    """A JSON object; UserError names `source` where it is broken, is no object, or says a thing twice."""
+    """Parse a JSON object. Raises UserError that names `source` for invalid JSON, another type or a duplicate key."""
     try:
         parsed = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
-    except _TwiceError as error:
-        raise UserError(f"`{source}` is not readable JSON: `{error.args[0]}` stands there twice", hint=_DAMAGED) from None
+    except _DuplicateKeyError as error:
+        raise UserError(f"`{source}` is not readable JSON: duplicate key `{error.args[0]}`", hint=_DAMAGED) from None
     except (ValueError, RecursionError) as error:
         refuse_start(text, source=source)
         raise UserError(f"`{source}` is not readable JSON: {fault(error)}", hint=_DAMAGED) from error
     if not isinstance(parsed, dict):
         raise UserError(f"`{source}` should be a JSON object, it is a {type(parsed).__name__}")
     _check_depth(parsed, source)
-    if _HALF_A_PAIR.search(text):
+    if _LONE_SURROGATE.search(text):
         _check_text(parsed, source)
     return cast("dict[str, Any]", parsed)
 
 
 def _check_text(parsed: Any, source: str) -> None:
-    """Half a surrogate pair is no text: it could be read, but neither printed nor written."""
+    """Reject lone surrogates: json can parse them, but they cannot be encoded as UTF-8."""
     try:
         json.dumps(parsed, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -49,7 +49,7 @@ def _check_text(parsed: Any, source: str) -> None:
 
 
 def _check_depth(parsed: Any, source: str) -> None:
-    """What is nested deeper than any document of ours could be read but not printed."""
+    """Reject deeper nesting than any real document has: json could parse it, but not print it."""
     level: list[Any] = [parsed]
     for _ in range(_DEEPEST - 1):
         parts = (part.values() if hasattr(part, "values") else part for part in level)
@@ -60,15 +60,14 @@ def _check_depth(parsed: Any, source: str) -> None:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise _TwiceError(twice)
-    return found
+    parsed = dict(pairs)
+    if len(parsed) != len(pairs):
+        raise _DuplicateKeyError(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return parsed
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Any]:
-    """A JSON object from a file; UserError names the file where it is missing or broken."""
+    """Read a JSON object from a file. Raises UserError where the file is missing or invalid."""
     if not folder.has(name):
         raise UserError(f"`{folder.label}` has no `{name}`", hint="point at a Hugging Face model directory")
     return parse_json(folder.get(name), source=name)

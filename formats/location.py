@@ -1,7 +1,7 @@
-"""What a user names: a path, or the URL of a remote directory.
+"""Open a directory by its path or URL.
 
-What reads and writes URLs is imported when the first URL is opened: a conversion between local directories needs neither
-HTTP nor a client of an object store.
+The clients for URLs are imported when the first URL is opened: a conversion between local directories needs neither HTTP nor a
+client of an object store.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def is_remote(source: str | Path) -> bool:
-    """Does that name a URL rather than a path?"""
+    """Is `source` a URL?"""
     return isinstance(source, str) and bool(re.match(r"[A-Za-z][\w+.-]*://", source))
 
 
@@ -38,7 +38,7 @@ def open_folder(source: str | Path, *, policy: RetryPolicy | None = None, probe:
 
 
 def without_secrets(url: str) -> str:
-    """A URL for messages: no user, no password, no query (which signs some URLs), no fragment."""
+    """Return a URL for messages, without user, password, query (which signs some URLs) and fragment."""
     try:
         parts = urlsplit(url)
     except ValueError:

@@ -1,16 +1,16 @@
-"""A lock on an output directory for a whole run: a file beside it that names its holder.
+"""Lock an output directory for a whole run, with a file beside the directory that names the holder.
 
-Needs nothing of a file system but exclusive creation and atomic rename: flock may be missing on a shared one, or hold for one
-host only. So the file outlives a killed holder, and recovering it must not go wrong when several try:
+The lock needs only exclusive creation and atomic rename, because flock may be missing on a shared file system or may cover one
+host only. A lock file therefore outlives a killed holder. These rules make its recovery safe when several processes try:
 
-- A lock file is made whole by one process only, under a random key of its own, and only its maker ever writes into it.
-- It is removed or replaced only by who holds the *claim* to it: a lock file of its own, named after the key. With the claim
-  in hand the lock is read again; if it is still the dead one, it stays that until the claimant replaces it, by a rename, so
-  that nobody gets in between. The holder itself needs the claim to remove its lock.
-- A claim is held for an instant; who dies in it leaves a stale lock file like any other, recovered in the same way.
+- One process creates a lock file, under a random key, and only that process writes into it.
+- Only a process that holds the *claim* may remove or replace a lock file. A claim is a second lock file, named after the
+  key. The claimant reads the lock again; a stale lock stays unchanged until the claimant replaces it by a rename. The holder
+  also needs the claim to remove its own lock.
+- A claim is held for an instant. A process that dies in between leaves a stale lock file, which is recovered the same way.
 
-A holder on another host that was only stopped, for longer than patience, loses its lock: it finds out at its next beat, or
-when it asks before it commits.
+A holder on another host that is suspended for longer than `patience` loses its lock. It notices at its next heartbeat, or in
+the check before its commit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import re
 import secrets
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -37,7 +37,7 @@ _OF_A_CLAIM = re.compile(r"[0-9a-f-]+(\.[0-9a-f-]+)*(\.new)?")
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """What a lock file says of who made it: `since` is for people to read, `key` is like no other."""
+    """The content of a lock file: the process, since when (for people to read), its run, and a random unique `key`."""
 
     process: Process
     since: str
@@ -46,17 +46,23 @@ class Holder:
 
     @classmethod
     def this(cls, run: str) -> Self:
-        """A new holder: this process, from now on."""
+        """Return a new holder: this process, from now on."""
         return cls(Process.this(), f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC", run, secrets.token_hex(6))
 
     def text(self, heartbeat: int) -> bytes:
-        """The lock file's content."""
-        said = {**asdict(self.process), "since": self.since, "run": self.run, "key": self.key, "heartbeat": heartbeat}
+        """Return the content of the lock file, padded to `_SIZE` bytes."""
+        process = {
+            "host": self.process.host,
+            "pid": self.process.pid,
+            "started": self.process.started,
+            "place": self.process.pid_scope,
+        }
+        said = {**process, "since": self.since, "run": self.run, "key": self.key, "heartbeat": heartbeat}
         return json.dumps(said).encode().ljust(_SIZE - 1) + b"\n"
 
     @classmethod
     def parse(cls, text: bytes) -> Self | None:
-        """The holder from a lock file's content; None where that is damaged."""
+        """Return the holder from a lock file's content, or None where the content is damaged."""
         try:
             said = parse_json(text, source="lock")
             started = None if said["started"] is None else int(said["started"])
@@ -70,8 +76,8 @@ class Holder:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """A lock file as it was read. `key` is its holder's; one of its own where its maker died before it wrote any."""
+class _LockFile:
+    """A lock file that was read. `key` is its holder's, or is derived from the inode where the maker died before it wrote one."""
 
     text: bytes
     key: str
@@ -79,13 +85,13 @@ class _Found:
 
     @property
     def is_a_lock(self) -> bool:
-        """What a maker leaves that dies while it writes is the start of a lock, zeros, or nothing."""
+        """Is the file a lock? A maker that dies while it writes leaves the start of a lock, zeros, or nothing."""
         start = self.text[: len(_START)]
         return self.holder is not None or _START.startswith(start) or not self.text.strip(b"\0")
 
 
 class Lock:
-    """A lock that is held."""
+    """A lock that this process holds."""
 
     def __init__(self, target: Path, holder: Holder) -> None:
         self.holder, self._target, self._path = holder, target, lock_path(target)
@@ -93,22 +99,22 @@ class Lock:
         self._lost = False
 
     def check(self) -> None:
-        """Raise UserError if another run was seen to have taken the lock. Costs nothing."""
+        """Raise UserError if a heartbeat has seen that another run took the lock. Reads no file."""
         if self._lost:
-            found = _look(self._path)
+            found = _read_lock(self._path)
             by = f" by {found.holder}" if found and found.holder else ""
             raise TransientError(
                 f"the lock `{self._path}` was taken from this run{by}",
-                hint=f"this run was not heard of for long; see that only one run writes `{self._target}`",
+                hint=f"this run showed no heartbeat for too long; make sure that only one run writes `{self._target}`",
             )
 
     def confirm(self) -> None:
-        """Look at the file now, then `check`. For the moment before something that cannot be undone."""
+        """Read the lock file now, then `check`. Call it before something that cannot be undone."""
         self.beat()
         self.check()
 
     def is_ours(self) -> bool:
-        """Whether the file, looked at now, still names us; false where it cannot be looked at."""
+        """Does the lock file still name this holder? False where the file cannot be read."""
         try:
             self.beat()
         except OSError:
@@ -116,14 +122,14 @@ class Lock:
         return not self._lost
 
     def beat(self) -> None:
-        """Show life; or learn that the lock is not ours any more."""
+        """Rewrite the lock file as a heartbeat, or notice that another process holds the lock now."""
         try:
             file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             self._lost = True
             return
         try:
-            # Whatever happens to the name meanwhile: what is open here is the file we made, and nobody else's.
+            # The open file stays the one that this process created, whatever its name refers to by now.
             if (found := Holder.parse(os.read(file, _SIZE))) and found.key == self.holder.key:
                 self._beats += 1
                 os.pwrite(file, self.holder.text(self._beats), 0)
@@ -133,32 +139,32 @@ class Lock:
             os.close(file)
 
     def release(self) -> None:
-        """Remove the file, if it is still ours and nobody is about to recover it."""
+        """Remove the lock file, unless another process holds it or is recovering it."""
         claim, claimant = _claim(self._path, self.holder.key), replace(self.holder, key=secrets.token_hex(6))
         try:
             if not _create(claim, claimant):
                 return
-        except OSError:  # a full disk; where the file system has second names, they take no room
+        except OSError:  # a full disk: a hard link needs no free space
             os.link(self._path, claim)
             claimant = self.holder
         try:
-            if (found := _look(self._path)) and found.key == self.holder.key:
+            if (found := _read_lock(self._path)) and found.key == self.holder.key:
                 self._path.unlink(missing_ok=True)
         finally:
-            _drop(claim, claimant)
+            _remove_if_held(claim, claimant)
 
 
 def lock_path(target: Path) -> Path:
-    """Where the lock of a target lies: beside it, one whatever is made of it."""
+    """Return the path of the lock file of `target`, beside it."""
     return target.with_name(f"{target.name}.lock")
 
 
 @contextmanager
 def lock(target: Path, *, run: str, patience: float = PATIENCE, note: Callable[[str], None] | None = None) -> Generator[Lock]:
-    """Hold the lock of `target` for a block. UserError names the holder if there is one.
+    """Hold the lock of `target` for a `with` block. Raises UserError that names the holder if another run has it.
 
-    A dead holder's lock is recovered: at once if it ran on this host, otherwise when its heartbeat has not changed for
-    `patience` seconds; `note` is told before that wait. Hand the same `patience` to every run.
+    The lock of a dead holder is recovered: at once if it ran on this host, otherwise when its heartbeat has not changed for
+    `patience` seconds; `note` is called before that wait. Every run must use the same `patience`.
     """
     lock_path(target).parent.mkdir(parents=True, exist_ok=True)
     held = Lock(target, Holder.this(run))
@@ -177,14 +183,14 @@ def _take(path: Path, me: Holder, target: Path, patience: float, note: Callable[
     for _ in pauses(patience):
         if _create(path, me):
             return
-        if not (found := _look(path)):
+        if not (found := _read_lock(path)):
             continue
         if not found.is_a_lock:
-            raise _no_lock(path, target)
+            raise _not_a_lock(path, target)
         alive = found.holder.process.is_alive() if found.holder else None
         quiet = watch.look(found)
         if alive or (before and before.key == found.key and before != found):
-            raise _refusal(target, found.holder)
+            raise _held_by_another(target, found.holder)
         if (quiet or alive is False) and _take_over(path, found, me, target, patience):
             return
         if note and not before and alive is None:
@@ -192,33 +198,35 @@ def _take(path: Path, me: Holder, target: Path, patience: float, note: Callable[
         before = found
 
 
-def _take_over(path: Path, stale: _Found, me: Holder, target: Path, patience: float) -> bool:
-    """Put our lock in the place of a dead one; False if it is not there any more. UserError if another is doing so."""
+def _take_over(path: Path, stale: _LockFile, me: Holder, target: Path, patience: float) -> bool:
+    """Replace a stale lock file by ours. Returns False if it has changed. Raises UserError if another process is replacing it."""
     claim, claimant = _claim(path, stale.key), replace(me, key=secrets.token_hex(6))
     _take(claim, claimant, target, patience, None)
     new = path.with_name(f"{path.name}.{me.key}.new")
     try:
-        if _look(path) != stale:
+        if _read_lock(path) != stale:
             return False
         new.write_bytes(me.text(0))
         new.replace(path)
-    except FileNotFoundError:  # swept away: we were stopped for so long that the claim was broken
+    except (
+        FileNotFoundError
+    ):  # removed by `_sweep` of another holder: this process was suspended so long that its claim was recovered
         return False
     else:
         return True
     finally:
-        _drop(claim, claimant)
+        _remove_if_held(claim, claimant)
 
 
-def _no_lock(path: Path, target: Path) -> UserError:
+def _not_a_lock(path: Path, target: Path) -> UserError:
     return UserError(
-        f"`{path}` is in the way: the lock of `{target}` has that name, and this file is none",
+        f"`{path}` is not a lock file, but the lock of `{target}` needs that name",
         hint="move it away, or choose another place",
     )
 
 
-def _refusal(target: Path, holder: Holder | None) -> UserError:
-    named = holder or "somebody whose lock is not readable"
+def _held_by_another(target: Path, holder: Holder | None) -> UserError:
+    named = holder or "a holder whose lock file is not readable"
     return UserError(f"another run is writing `{target}`: {named}", hint="wait for it, or stop it")
 
 
@@ -241,23 +249,23 @@ def _create(path: Path, holder: Holder) -> bool:
     return True
 
 
-def _look(path: Path) -> _Found | None:
+def _read_lock(path: Path) -> _LockFile | None:
     try:
         with path.open("rb") as file:
             text, status = file.read(_SIZE), os.fstat(file.fileno())
     except OSError:
         return None
     holder = Holder.parse(text)
-    return _Found(text, holder.key if holder else f"{status.st_ino:x}-{status.st_mtime_ns:x}", holder)
+    return _LockFile(text, holder.key if holder else f"{status.st_ino:x}-{status.st_mtime_ns:x}", holder)
 
 
-def _drop(path: Path, holder: Holder) -> None:
-    if (found := _look(path)) and found.key == holder.key:
+def _remove_if_held(path: Path, holder: Holder) -> None:
+    if (found := _read_lock(path)) and found.key == holder.key:
         path.unlink(missing_ok=True)
 
 
 def _sweep(path: Path, holder: Holder) -> None:
-    """Remove what those who died in a claim left: while we hold the lock, no claim to another one means anything."""
+    """Remove claims that dead processes left. While this process holds the lock, no claim to another lock is valid."""
     for other in path.parent.iterdir():
         name, mine, rest = other.name.partition(f"{path.name}.")
         if not name and mine and _OF_A_CLAIM.fullmatch(rest) and not rest.startswith(holder.key):

@@ -1,4 +1,4 @@
-"""Which machines this runs on. Knows no files."""
+"""Check that this machine is supported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from formats.errors import UserError
 
 
 def check_machine() -> None:
-    """Raise UserError on a machine where numbers would come out wrong, or nothing could be read or written."""
+    """Raise UserError on big-endian machines and on Windows, where `pread` and `pwrite` are missing."""
     if sys.byteorder != "little":
         raise UserError(
             f"this machine stores numbers {sys.byteorder}-endian, checkpoints hold them little-endian",

@@ -1,7 +1,6 @@
-"""Open file descriptors of the whole process, at most so many at a time: the least recently used are closed first.
+"""Limit the open file descriptors of the process: the least recently used are closed first.
 
-Knows nothing of what is read or written. A descriptor is lent for the length of a `with` block and is not closed while any
-thread has it.
+A descriptor is lent for the length of a `with` block and is not closed while a thread uses it.
 """
 
 from __future__ import annotations
@@ -24,44 +23,44 @@ except ImportError:  # not a POSIX system
     resource = None
 
 MOST_OPEN = 128
-"""Descriptors that all `Files` of this process hold at most. A checkpoint of hundreds of ranks has hundreds of files."""
+"""Limit of descriptors for all `Files` of this process. A checkpoint of hundreds of ranks has hundreds of files."""
 
 _Stamp = tuple[int, int]
 
 
 def most_open() -> int:
-    """`MOST_OPEN`, or half of what the process may open if that is less: the rest of the program needs some too."""
+    """Return the limit: `MOST_OPEN`, or half of the process's limit if that is less, because the program needs others too."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else -1
     return MOST_OPEN if soft < 0 else max(1, min(MOST_OPEN, soft // 2))
 
 
 class Files:
-    """Files opened with the same `flags`, shared by threads, closed together: at the latest when nobody holds them any more.
+    """Files opened with the same `flags`, shared by threads and closed together, at the latest on garbage collection.
 
-    A file is opened again where its descriptor had to be closed meanwhile. One that was written is synced before that.
+    A file whose descriptor was closed meanwhile is opened again. A written file is synced before its descriptor is closed.
     """
 
     def __init__(self, flags: int = os.O_RDONLY) -> None:
         self._owner = _Owner(flags | os.O_CLOEXEC)
 
     def using(self, path: Path, flags: int = 0) -> _Lease:
-        """A context manager that lends the descriptor of `path`, opened with further `flags`.
+        """Return a context manager that lends the descriptor of `path`, opened with further `flags`.
 
-        A thread borrows one at a time: it may wait until another thread gives one back. Raises UserError if a file that was
-        closed meanwhile is not the same when it is opened again, and what went wrong with an earlier file of these.
+        A thread may borrow one at a time, and may block until another thread returns one. Raises UserError if a reopened file
+        has changed, and the OSError of an earlier failed sync.
         """
         return _Lease(self._owner, path, flags)
 
     def sync(self) -> None:
-        """Get everything written so far onto the disk. What could not be synced before is raised, each time again."""
+        """Sync all written files. Raises the OSError of the first failed sync, on every call."""
         _OPEN.sync(self._owner)
 
     def check(self) -> None:
-        """Raise what is known to have failed so far. Syncs nothing."""
+        """Raise the OSError of a failed sync, if any. Syncs nothing."""
         self._owner.raise_failure()
 
     def close(self) -> None:
-        """Close all that nobody is using; the rest as soon as it is given back."""
+        """Close all unused descriptors, and the others as soon as they are returned."""
         _OPEN.close(self._owner)
 
     def __del__(self) -> None:
@@ -70,7 +69,7 @@ class Files:
 
 @dataclass(slots=True, eq=False)
 class _Owner:
-    """What the files of one `Files` share. `known`: what each file was when it was first opened; None for those written."""
+    """The state of one `Files`. `known`: size and modification time of each file when it was first opened; None if written."""
 
     flags: int
     known: dict[Path, _Stamp | None] = field(default_factory=dict[Path, "_Stamp | None"])
@@ -91,7 +90,7 @@ _Key = tuple[_Owner, Path, int]
 
 @dataclass(slots=True, eq=False)
 class _Open:
-    """An open descriptor: how many threads use it, and whether it was written since it was last synced."""
+    """An open descriptor: the number of threads that use it, and whether it needs a sync."""
 
     key: _Key
     descriptor: int
@@ -117,20 +116,20 @@ class _Lease:
 
 
 class _OpenFiles:
-    """All open descriptors, the least recently used first."""
+    """All open descriptors of the process, the least recently used first."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._open: OrderedDict[_Key, _Open] = OrderedDict()
         self._count = 0  # also those that are being closed
-        self._left: deque[_Owner] = deque()
+        self._abandoned: deque[_Owner] = deque()
 
     def borrow(self, key: _Key) -> _Open:
-        """The descriptor, opened if it must be; waits while as many as allowed are in use."""
+        """Lend the descriptor, opening the file if needed; blocks while the limit is in use."""
         owner, *_ = key
         with self._lock:
-            self._close_left()
+            self._close_abandoned()
             owner.raise_failure()
             while key not in self._open:
                 if self._count < most_open() and self._try_to_open(key):
@@ -144,7 +143,7 @@ class _OpenFiles:
             return found
 
     def give_back(self, found: _Open) -> None:
-        """A sync that came while it was lent may have missed what was written after it, so another is needed."""
+        """Return a lent descriptor. A sync during the loan may have missed later writes, so another one is needed."""
         owner, *_ = found.key
         with self._lock:
             found.dirty = owner.writes
@@ -161,16 +160,16 @@ class _OpenFiles:
 
     def close(self, owner: _Owner) -> None:
         with self._lock:
-            self._close_left()
+            self._close_abandoned()
             self._drop(owner)
             self._changed.notify_all()
 
     def close_later(self, owner: _Owner) -> None:
-        """The same from a finalizer, which may run in the middle of any of these: then the next one closes them."""
-        self._left.append(owner)
+        """Close from a finalizer, which may interrupt any method here: in that case the next call closes."""
+        self._abandoned.append(owner)
         if self._lock.acquire(blocking=False):
             try:
-                self._close_left()
+                self._close_abandoned()
             finally:
                 self._lock.release()
 
@@ -198,9 +197,9 @@ class _OpenFiles:
             self._close(found)
         self._changed.notify_all()
 
-    def _close_left(self) -> None:
-        while self._left:
-            self._drop(self._left.popleft())
+    def _close_abandoned(self) -> None:
+        while self._abandoned:
+            self._drop(self._abandoned.popleft())
 
     def _drop(self, owner: _Owner) -> None:
         owner.known.clear()
@@ -211,7 +210,7 @@ class _OpenFiles:
                 self._close(found)
 
     def _try_to_open(self, key: _Key) -> bool:
-        """Open a file; False where the process has no descriptor left, but could have if others were closed."""
+        """Open a file; False if the process is out of descriptors and could close others."""
         try:
             self._open[key] = _Open(key, _descriptor(*key))
         except OSError as error:
@@ -222,12 +221,12 @@ class _OpenFiles:
         return True
 
     def _make_room(self) -> None:
-        """Close the least recently used, rather one that needs no sync; wait if all are in use."""
+        """Close the least recently used descriptor, preferably one that needs no sync; block if all are in use."""
         idle = [found for found in self._open.values() if not found.users]
         if not idle:
             self._changed.wait()
             return
-        found = next((one for one in idle if not one.dirty), idle[0])
+        found = next((file for file in idle if not file.dirty), idle[0])
         del self._open[found.key]
         if found.dirty:
             self._without_lock(found, lambda: _sync(found))
@@ -246,13 +245,15 @@ class _OpenFiles:
 
     def _close(self, found: _Open) -> None:
         self._count -= 1
-        with suppress(OSError):  # nothing depends on it: what was written is synced first
+        with suppress(OSError):  # written data was synced before, so a failed close loses nothing
             os.close(found.descriptor)
 
 
 def _sync(found: _Open) -> None:
-    """Sync a file. What fails is remembered and raised to whoever writes or syncs files of the same owner: this may be
-    another's thread, and the system tells of a lost write only once."""
+    """Sync a file, and record a failure for every later call of its owner.
+
+    This may run on a thread of another owner, and the system reports a lost write only once.
+    """
     owner, path, _ = found.key
     try:
         os.fsync(found.descriptor)
@@ -262,7 +263,7 @@ def _sync(found: _Open) -> None:
 
 
 def _descriptor(owner: _Owner, path: Path, flags: int) -> int:
-    """Open a file; again only if it is still there and, where it is read, unchanged."""
+    """Open a file. A reopened one must still exist, and must be unchanged if it is read."""
     flags |= owner.flags
     if path in owner.known:
         flags &= ~os.O_CREAT
@@ -281,9 +282,9 @@ def _check_unchanged(owner: _Owner, path: Path, descriptor: int) -> None:
     status = os.fstat(descriptor)
     stamp = None if owner.writes else (status.st_size, status.st_mtime_ns)
     if owner.known.setdefault(path, stamp) != stamp:
-        raise UserError(f"`{path}` was changed while it was being read", hint="start again when nothing writes to it any more")
+        raise UserError(f"`{path}` changed while it was being read", hint="run it again once nothing is writing to it")
 
 
 _OPEN = _OpenFiles()
-if hasattr(os, "register_at_fork"):  # a child must not find the lock held by a thread that it does not have
+if hasattr(os, "register_at_fork"):  # in a forked child no thread would release the lock
     os.register_at_fork(before=_OPEN.before_fork, after_in_parent=_OPEN.after_fork, after_in_child=_OPEN.after_fork)

@@ -1,4 +1,4 @@
-"""Files being written: what an output promises, and one on a local disk, past the page cache where that is allowed."""
+"""The protocol of an output that files are written to, and its implementation for local disks, past the page cache."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from formats.open_files import Files
 from formats.spec import Array
 
 BYPASS_FROM = 64 << 10
-"""Shorter writes are not worth bypassing the page cache."""
+"""Shorter writes go through the page cache."""
 
 
 Tap = Callable[[str, int, memoryview], None]
-"""Told of every array written: the file, where in it, and its bytes."""
+"""Called for every array written, on the writing thread: file, byte offset, bytes."""
 
 
 class Outputs(Protocol):
-    """Files being written. Names are relative to the output; arrays come in any order, from any thread."""
+    """Files being written. Names are relative to the output. Arrays may be written in any order, from any thread."""
 
     tap: Tap | None
 
     def write(self, file: str, offset: int, data: Array) -> None:
-        """Put an array, in C order, at `offset`."""
+        """Write an array in C order at the byte `offset`."""
         ...
 
     def begin(self, file: str, size: int) -> None:
-        """Start a file that `put` will fill from its first byte to its last."""
+        """Start a file that `put` fills from its first byte to its last."""
         ...
 
     def put(self, file: str, offset: int, data: bytes | memoryview) -> None:
-        """Put bytes that are no array's at `offset`."""
+        """Write bytes that belong to no array at `offset`."""
         ...
 
     def abandon(self) -> None:
-        """Wake threads that wait for others that will not come."""
+        """Wake threads that wait for writes of others, after a failure."""
         ...
 
     def sync(self) -> None:
-        """Get everything written so far to where it outlives this process."""
+        """Make everything written so far durable."""
         ...
 
     def check(self) -> None:
-        """Raise OSError if something that was written is known to be lost."""
+        """Raise OSError if written data is known to be lost."""
         ...
 
     def close(self) -> None:
@@ -61,8 +61,8 @@ class Outputs(Protocol):
 class LocalOutputs:
     """Files below a directory.
 
-    Whole blocks (of `io_alignment()` bytes) bypass the page cache where the file system allows: copying through it costs more
-    processor time than all the rest of a conversion, and evicts what others have cached. Edges of less than a block go
+    Whole blocks of `io_alignment()` bytes bypass the page cache where the file system allows it: copying through the cache
+    costs more processor time than the rest of a conversion, and evicts cached data of others. Partial blocks at the edges go
     through it.
     """
 
@@ -95,7 +95,7 @@ class LocalOutputs:
         self._write_buffered(self._path(file), (offset, memoryview(data)))
 
     def abandon(self) -> None:
-        """Nobody waits: every place can be written at any time."""
+        """Do nothing: no thread ever waits, since any offset can be written at any time."""
 
     def sync(self) -> None:
         self._files.sync()
@@ -107,18 +107,18 @@ class LocalOutputs:
         self._files.close()
 
     def _aligned(self, data: Array, offset: int) -> memoryview:
-        """The array's bytes in memory whose addresses have the same remainder by `io_alignment()` as their place in the file."""
+        """Return the array's bytes at an address congruent to their file offset modulo `io_alignment()`; copies if needed."""
         if data.flags.c_contiguous and (data.ctypes.data - offset) % io_alignment() == 0:
             return as_bytes(data)
         if not hasattr(self._local, "buffer"):
             self._local.buffer = Buffer()
-        placed = self._local.buffer.view(data.shape, data.dtype, place=offset)
+        placed = self._local.buffer.view(data.shape, data.dtype, offset=offset)
         copy(placed, data)
         return as_bytes(placed)
 
     def _path(self, file: str) -> Path:
-        """Folders below are made; the directory itself is not: if it is gone, another run has it, or has finished it."""
-        if file not in self._paths:  # making and hashing a path anew for each write takes longer than the system call
+        """Return the path of a file. Sub-folders are created; a missing directory means that another run took it over."""
+        if file not in self._paths:  # building and hashing a path takes longer than the write
             self._paths[file] = self.directory / file
         if not self.directory.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.directory))
@@ -135,8 +135,7 @@ class LocalOutputs:
             self._write_buffered(path, (offset, data))
 
     def _write_buffered(self, path: Path, *parts: tuple[int, memoryview]) -> None:
-        """Through the page cache, each part at its offset; long ones are started towards the disk at once, so that it works
-        while we read on."""
+        """Write parts through the page cache at their offsets; writeback of long parts starts at once, in parallel to reading."""
         with self._files.using(path) as descriptor:
             for offset, data in parts:
                 write_all(descriptor, data, offset)

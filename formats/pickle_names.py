@@ -1,7 +1,7 @@
-"""Names in a checkpoint's pickles: those that are known, and those that may lead to what runs something.
+"""Classify names in a checkpoint's pickles: known classes, and names that could run code.
 
-Nothing that is named is ever imported or called, so these lists keep nobody safe: they tell a checkpoint of a fork of
-Megatron-LM from one that somebody tampered with.
+Nothing that a pickle names is ever imported or called, so safety does not depend on these lists. They distinguish a checkpoint of
+a fork of Megatron-LM from one that was tampered with.
 """
 
 from __future__ import annotations
@@ -72,18 +72,18 @@ _DATA_OF_PYTHON: Mapping[str, frozenset[str]] = {
     "builtins": _words("bool complex dict float int list object str tuple"),
     "__builtin__": _words("bool complex dict float list long object tuple unicode"),  # as Python 2, so protocol 2, calls them
 }
-"""What the standard library has to hold data with. Everything else of it is refused."""
+"""Classes of the standard library that hold data. All its other names are refused."""
 
 _OF_PYTHON = sys.stdlib_module_names | _words(
     "__builtin__ asynchat asyncore cPickle cgi commands copy_reg crypt dl distutils exceptions imp new nis pipes popen2"
     " smtpd telnetlib"
 )
-"""The standard library's modules, those of earlier versions too."""
+"""Modules of the standard library, including earlier versions."""
 
 
 def may_run(module: str, name: str) -> bool:
-    """Could a name lead to what runs something? One of the standard library, itself or as another module's attribute, or a
-    method of Python's own."""
+    """Could a name run code? True for names of the standard library, directly or as another module's attribute, and for special
+    methods."""
     if name in _DATA_OF_PYTHON.get(module, ()):
         return False
     *owners, _ = parts = name.split(".")
@@ -95,5 +95,5 @@ def may_run(module: str, name: str) -> bool:
 
 
 def is_known(module: str, name: str) -> bool:
-    """Is it one of those that torch and megatron-core save, or that Python holds data with?"""
+    """Is it a name that torch and megatron-core save, or a data class of Python?"""
     return any(name in names.get(module, ()) for names in (_OF_TORCH_AND_MEGATRON, _DATA_OF_PYTHON))

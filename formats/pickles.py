@@ -1,9 +1,8 @@
-"""Pickles without code: a reader that builds inert records, and a writer of the same records.
+"""Read pickles as inert records without running code, and write pickles from the same records.
 
-A checkpoint's pickles name Python classes, those of a fork of Megatron-LM its own. Reading here imports none and calls none: a
-class becomes a `Record` that holds what the pickle passed to it. Names of the standard library are refused, but for those that
-hold data: no checkpoint needs others, and whoever put them there wanted something run. Writing takes the same records. So this
-module needs neither torch nor megatron-core, and nothing in a file can run.
+A checkpoint's pickles name Python classes, those of a fork of Megatron-LM its own. The reader neither imports nor calls any of
+them: a class becomes a `Record` of the arguments that the pickle passes to it. Names of the standard library are refused, except
+those of data classes, because no checkpoint needs others. Neither torch nor megatron-core is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from formats.pickle_names import is_known, may_run
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A name in a pickle: a class, a function or a constant of some module. Calling it makes a record, nothing else."""
+    """A name in a pickle: a class, function or constant of a module. Calling it only creates a record."""
 
     module: str
     name: str
@@ -33,16 +32,16 @@ class Global:
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """What a pickle wanted to build: `kind(*args)`, then its state; of a kind of dict, its items as far as there is no state."""
+    """An object of a pickle that was not built: `kind(*args)` and its state; of a dict subclass without state, its items."""
 
     kind: Global
     args: tuple[Any, ...] = ()
     state: Any = None
     made_by_call: bool = True
-    """REDUCE (a function or class called) rather than NEWOBJ (a bare instance)."""
+    """Was it pickled by REDUCE (a call) rather than NEWOBJ (a bare instance)?"""
 
     def __getitem__(self, name: str) -> Any:
-        """A field of the state, whether it was pickled as a dict or as a pair of dicts."""
+        """Return a field of the state, which is a dict or a pair of which the second is one."""
         return self.fields[name]
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -50,7 +49,7 @@ class Record:
 
     @property
     def fields(self) -> Mapping[str, Any]:
-        """The state's fields, as far as it has any."""
+        """The fields of the state; empty if it has none."""
         state = self.state
         match state:
             case (_, dict()):
@@ -61,7 +60,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A persistent id of torch's: the dtype's storage class, the record's key, and how many elements it holds."""
+    """A persistent id of torch: the storage class, the key of its record, and its number of elements."""
 
     kind: Global
     key: str
@@ -83,7 +82,7 @@ _PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
     ("__builtin__", "frozenset"): _set,
     ("collections", "OrderedDict"): _dict,
 }
-"""Built-in containers, made for real: nothing they do can surprise."""
+"""Built-in containers, which are built as they are: they run no code of the file."""
 
 _BASE = cast("Any", pickle)._Unpickler
 """The unpickler written in Python: its memo is a dict, so a forged index cannot make it allocate gigabytes as the C one
@@ -96,7 +95,7 @@ _REFUSED = {
 
 
 class Unpickler(_BASE):
-    """Opcodes that checkpoints need, and what they do to inert records."""
+    """An unpickler of the opcodes that checkpoints need, on inert records."""
 
     dispatch: ClassVar = {code: act for code, act in _BASE.dispatch.items() if bytes([code]) not in _REFUSED}
 
@@ -153,7 +152,7 @@ class Unpickler(_BASE):
     dispatch[pickle.APPENDS[0]] = load_appends
 
     def _extend(self, items: list[Any]) -> None:
-        """A list; what a class of somebody's own gathers is left out."""
+        """Extend a list; items of other classes are dropped."""
         if not isinstance(self.stack[-1], Record):
             self.stack[-1].extend(items)
 
@@ -183,8 +182,11 @@ class Unpickler(_BASE):
     dispatch[pickle.REDUCE[0]] = load_reduce
 
     def _made(self, kind: Any, args: Any, *, by_call: bool) -> Any:
-        """A record, or a built-in container for real. What containers are made of is counted: one list, made into sets again
-        and again at three bytes each, would fill any memory."""
+        """Return a record or a built-in container.
+
+        The sizes of container arguments are summed against the file's size: a file could turn one list into a new set with three
+        bytes, again and again.
+        """
         if not isinstance(args, tuple):
             raise UserError("the pickle calls something without a tuple of arguments")
         given = cast("tuple[Any, ...]", args)
@@ -194,33 +196,33 @@ class Unpickler(_BASE):
             raise UserError("the pickle calls something that is not a class")
         self._room -= sum(len(part) for part in given if hasattr(part, "__len__"))
         if self._room < 0:
-            raise UserError("the pickle makes containers of more than it holds")
+            raise UserError("the pickle builds containers that are larger than itself")
         return kind(*given)
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, Record) and state is not target:  # a dict that is its own `__dict__` says its items twice
+        if isinstance(target, Record) and state is not target:  # a dict that is its own `__dict__` repeats its items
             target.state = state
 
     dispatch[pickle.BUILD[0]] = load_build
 
 
 class Run:
-    """Records that follow one another, kept together by a reader that needs them in another form."""
+    """A sequence of consecutive records, kept in another form by a reader."""
 
 
 _KEYS = (str, int, float, bytes, type(None), Record, Global, Run)
 
 
 def _hashable(key: Any) -> Any:
-    """A key of a dict or a member of a set. Tuples within tuples are refused: hashing them can take forever."""
+    """Return a key of a dict or member of a set. Raises UserError for nested tuples, whose hashing can take forever."""
     if isinstance(key, _KEYS) or (isinstance(key, tuple) and all(isinstance(part, _KEYS) for part in cast("tuple[Any]", key))):
         return cast("Any", key)
     raise UserError("a dictionary has keys that no checkpoint needs")
 
 
 def _items_of(target: Any) -> dict[Any, Any]:
-    """Where a dict's items go, or those of a class that is a kind of dict."""
+    """Return the dict that items are added to: `target`, or the state of a record."""
     if not isinstance(target, Record):
         return target
     if target.state is None:
@@ -229,15 +231,15 @@ def _items_of(target: Any) -> dict[Any, Any]:
 
 
 def loads(data: bytes, *, source: str) -> Any:
-    """The object in `data`, classes as inert records.
+    """Load the object in `data`, classes as inert records.
 
-    Raises UserError for a name that may run something and for bytes that are no pickle; `source` names the file in it.
+    Raises UserError for a name that could run code and for an invalid pickle; `source` names the file in messages.
     """
     return load_from(Unpickler(data), source)
 
 
 def load_from(unpickler: Unpickler, source: str) -> Any:
-    """What an unpickler loads, or a UserError that names `source`."""
+    """Run an unpickler; errors become a UserError that names `source`."""
     try:
         return unpickler.load()
     except UserError as error:
@@ -247,16 +249,16 @@ def load_from(unpickler: Unpickler, source: str) -> Any:
 
 
 def others(value: Any) -> set[Global]:
-    """The names in something read that are neither Python's nor those that torch and megatron-core save."""
-    seen, todo, found = set[int](), [value], set[Global]()
+    """Return the names in a loaded object that belong neither to Python nor to torch and megatron-core."""
+    seen, todo, unknown = set[int](), [value], set[Global]()
     while todo:
-        one = todo.pop()
-        if isinstance(one, Global) and not is_known(one.module, one.name):
-            found.add(one)
-        if id(one) not in seen:
-            seen.add(id(one))
-            todo += _parts(one)
-    return found
+        part = todo.pop()
+        if isinstance(part, Global) and not is_known(part.module, part.name):
+            unknown.add(part)
+        if id(part) not in seen:
+            seen.add(id(part))
+            todo += _parts(part)
+    return unknown
 
 
 def _parts(value: Any) -> Iterable[Any]:
@@ -282,7 +284,7 @@ def dumps(value: Any) -> bytes:
 
 
 class _Pickler:
-    """Opcodes for plain data and records. Strings and globals are remembered, so a name is written once."""
+    """Writes opcodes for plain data and records. Strings and globals are memoized, so each is written once."""
 
     def __init__(self) -> None:
         self._out = io.BytesIO()

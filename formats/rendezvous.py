@@ -1,16 +1,16 @@
-"""Several processes at one output: who takes part, who is dead, who has arrived where. All of it through files.
+"""Coordinate several processes that write one output, through files: membership, failures, and progress by stages.
 
-Knows no tensors and no engine that starts processes. The files lie in one directory, named by what is made, so that every
-process finds it; a run of long ago may have left its own there, and another may be trying the same at this moment. So
-nothing in it is believed for its name or the run it names:
+The files are in one directory whose name follows from the output, so that every process finds it. Stale files of earlier runs may
+be present, and another run may start at the same time, so file names and run ids are never trusted:
 
-- Every process has a key like no other, says it in a file of its own (`rank-3.KEY.json`), and rewrites that as its heartbeat.
-- Rank 0, once it holds the lock of the target, makes a token like no other and calls it out in `roster.json`. Who repeats it
-  is alive now: rank 0 adds its key to the roster. Who finds its own key there knows that rank 0 is alive now.
-- All else is named by that token. Files of a dead run, even of the same name, satisfy nobody.
+- Every process has a random unique key. It writes the key to its own file (`rank-3.KEY.json`) and rewrites that file as its
+  heartbeat.
+- Rank 0, once it holds the lock of the target, writes a random token to `roster.json`. A process that repeats the token is alive,
+  and rank 0 adds its key to the roster. A process that finds its key on the roster knows that rank 0 is alive.
+- Every later file carries this token, so files of earlier runs are ignored.
 
-Rank 0 watches all, the others watch rank 0: N files to look at, not N². Who fails, or rank 0 for who died, says so in one
-file that all look at.
+Rank 0 watches all ranks, the others watch rank 0, so N files are read instead of N². A rank that fails, or rank 0 for a dead
+rank, writes the failure to one file that all ranks read. Starting the processes is left to a launcher.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _RESUME = "see why it stopped, then give the same command again with `--resume`"
 
 
 class Rendezvous:
-    """One rank's part in a run: a context manager, entered when all are there (rank 0) or rank 0 knows of us (others).
+    """One rank's membership in a run: a context manager, entered when all ranks have joined.
 
-    `directory` is for this alone, `target` what rank 0 takes the lock of for all. A block that raises tells the others; one
-    that ends well ends rank 0's only when all others have gone, or are dead. Nothing is left then but what the dead left.
-    Every method raises UserError naming the rank, where it last ran and what happened, once a rank failed, or was not heard
-    of for `patience` seconds. With `size` 1 there is the lock and no other file.
+    `directory` is used only for this; rank 0 locks `target` for all. An exception in the block is reported to the other ranks.
+    Rank 0 leaves the block after all others have left or died. Every method raises UserError that names the rank, its host and
+    pid and the cause, once a rank has failed or has shown no heartbeat for `patience` seconds. With `size` 1 the lock is the only
+    file.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class Rendezvous:
         self._rank, self._size, self._patience, self._note = rank, size, patience, note
         self._directory, self._target, self._run_id = directory, target, run_id
         self._process, self._key = Process.this(), secrets.token_hex(6)
-        self._mine = self._named(rank, self._key)
-        self._token, self._trusted = "", False  # rank 0's; another's may be an old one until its key is on the roster
-        self._members = dict[int, str]()  # those we watch, and their keys
+        self._mine = self._rank_file(rank, self._key)
+        self._token, self._trusted = "", False  # rank 0's; trusted by others once their key is on the roster
+        self._members = dict[int, str]()  # the watched ranks and their keys
         self._watches = dict[int, StalenessTimer]()
-        self._heard = dict[int, dict[str, Any]]()  # what each said last
+        self._heard = dict[int, dict[str, Any]]()  # the last content of each rank's file
         self._own, self._left = dict[str, Mapping[str, Any]](), list[Path]()
         self._beats, self._writing = 0, threading.Lock()
         self._trouble, self._leaving = "", False
@@ -71,14 +71,14 @@ class Rendezvous:
 
     def __enter__(self) -> Self:
         with ExitStack() as exits:
-            exits.callback(self._vanish)
+            exits.callback(self._remove_own_files)
             if self._size > 1:
                 exits.enter_context(Heartbeat(self._beat, self._patience))
             if self._rank == 0:
                 held = lock(self._target, run=self._run_id, patience=self._patience, note=self._note)
                 self._lock = exits.enter_context(held)
-                exits.callback(self._clear)
-            exits.push(self._tell)
+                exits.callback(self._remove_all_files)
+            exits.push(self._report_exit)
             if self._size > 1:
                 self._gather() if self._rank == 0 else self._join()
             self._exits = exits.pop_all()
@@ -88,14 +88,14 @@ class Rendezvous:
         self._exits.__exit__(kind, error, trace)
 
     def check(self) -> None:
-        """Raise if another rank is known to have failed or died, or the lock to be lost. Costs nothing: call it often."""
+        """Raise UserError if another rank has failed or died, or if the lock is lost. Reads no file: call it often."""
         if self._lock:
             self._lock.check()
         if self._trouble:
             raise TransientError(self._trouble, hint=_RESUME)
 
     def confirm(self) -> None:
-        """Look at the lock now, then `check`. For the moment before something that cannot be undone."""
+        """Read the lock now, then `check`. Call it before something that cannot be undone."""
         if self._lock:
             self._lock.confirm()
             self.check()
@@ -111,55 +111,56 @@ class Rendezvous:
         return self._rank == 0
 
     def holds(self) -> bool:
-        """Is the output still this run's to write and to remove? True of ranks that have no lock."""
+        """May this run still write and remove the output? True on ranks without the lock."""
         return self._lock is None or self._lock.is_ours()
 
     def part[T](self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's of things that are all alike."""
+        """Return this rank's share of equal work items."""
         return items[self._rank :: self._size]
 
     def arrive(self, stage: str, payload: Mapping[str, Any] | None = None) -> None:
-        """Say that this rank has come to `stage` (part of a file's name), with anything JSON can hold."""
+        """Announce that this rank has reached `stage` (part of a file name), with a JSON payload."""
         self._own[stage] = payload or {}
         if self._size > 1:
-            self._left.append(self._place(stage, self._rank))
+            self._left.append(self._stage_file(stage, self._rank))
             self._write(self._left[-1], self._own[stage], sync=True)
 
     def wait(self, stage: str, ranks: Iterable[int] | None = None) -> list[dict[str, Any]]:
-        """What each of `ranks` (all of them) said on coming to `stage`, once they have.
+        """Block until `ranks` (default: all) have reached `stage`; return their payloads.
 
-        For rank 0 a look at the lock ends it: what it does next may not be undone. A rank that waits for all was there itself.
+        Rank 0 confirms the lock at the end, because what it does next cannot be undone. A rank that waits for all must have
+        reached the stage itself.
         """
         wanted = list(range(self._size) if ranks is None else ranks)
-        found: dict[int, dict[str, Any]] = {rank: dict(self._own[stage]) for rank in wanted if rank == self._rank}
+        payloads: dict[int, dict[str, Any]] = {rank: dict(self._own[stage]) for rank in wanted if rank == self._rank}
         for _ in pauses(self._patience):
             self._look_for_failure()
-            known = self._trouble  # trouble that came after rank 0 was done is none: so look for it first
-            for rank in (rank for rank in wanted if rank not in found):
-                if (payload := _read(self._place(stage, rank))) is not None:
-                    found[rank] = payload
-            if len(found) == len(wanted):
+            known = self._trouble  # before the stage files: a failure after rank 0 was done does not count
+            for rank in (rank for rank in wanted if rank not in payloads):
+                if (payload := _read(self._stage_file(stage, rank))) is not None:
+                    payloads[rank] = payload
+            if len(payloads) == len(wanted):
                 break
             if known or self._lock:
                 self.check()
         self.confirm()
-        return [found[rank] for rank in wanted]
+        return [payloads[rank] for rank in wanted]
 
     def fail(self, message: str) -> None:
-        """Make all others stop with an error that names this rank. Only the first failure of a run is told."""
-        self._report(f"{_who(self._rank, self._hello())} failed: {message}")
+        """Stop all other ranks with an error that names this rank. Only the first failure of a run is reported."""
+        self._report(f"{_rank_label(self._rank, self._hello())} failed: {message}")
 
     def _gather(self) -> None:
-        """Rank 0: call, and wait until every rank has answered."""
+        """Rank 0: publish the token, and wait until every rank has repeated it."""
         self._token, self._trusted = secrets.token_hex(6), True
         watches = {rank: StalenessTimer(self._patience) for rank in range(1, self._size)}
-        self._call()
+        self._write_roster()
         for _ in pauses(self._patience):
             hellos = list(self._hellos())
             answers = {hello["rank"]: hello["key"] for hello in hellos if hello["token"] == self._token}
             if new := {rank: key for rank, key in answers.items() if rank in watches.keys() - self._members.keys()}:
                 self._watch(new)
-                self._call()
+                self._write_roster()
             for rank in watches.keys() - self._members.keys():
                 if watches[rank].look([hello for hello in hellos if hello["rank"] == rank]):
                     raise self._missing(rank)
@@ -167,12 +168,12 @@ class Rendezvous:
             if len(self._members) == len(watches):
                 return
 
-    def _call(self) -> None:
+    def _write_roster(self) -> None:
         keys = {str(rank): key for rank, key in {0: self._key, **self._members}.items()}
         self._write(self._roster, {"run": self._run_id, "size": self._size, "token": self._token, "keys": keys})
 
     def _join(self) -> None:
-        """Another: repeat what rank 0 calls, until it has taken note of us."""
+        """Other ranks: repeat the token of rank 0 until the roster has this rank's key."""
         watch = StalenessTimer(self._patience)
         for _ in pauses(self._patience):
             roster = _read(self._roster) or {}
@@ -184,23 +185,23 @@ class Rendezvous:
                 return
             if keys and roster["token"] != self._token:
                 self._token = roster["token"]
-                self._say()
-            # A rank 0 that has another process in our place will never take note of us, however alive it is.
+                self._write_hello()
+            # A rank 0 that has another process for this rank will never add this one.
             strangers = {keys["0"]} if noted else set[str]()
             if watch.look([hello for hello in self._hellos(of="0") if hello["key"] not in strangers]):
                 raise self._missing(0)
 
     def _missing(self, rank: int) -> TransientError:
         return TransientError(
-            f"rank `{rank}` of run `{self._run_id}` never started: not heard of in {self._patience:.0f} s",
-            hint="see what it says, and that all ranks run the same command and see the same file system",
+            f"rank `{rank}` of run `{self._run_id}` never started: no sign of it for {self._patience:.0f} s",
+            hint="look at its output; all ranks must run the same command on the same file system",
         )
 
     def _is_ours(self, said: Mapping[str, Any]) -> bool:
         return said.get("run") == self._run_id and said.get("size") == self._size
 
     def _hellos(self, of: str = "*") -> Iterator[dict[str, Any]]:
-        """What the processes of this run say; those of a dead one of the same name among them."""
+        """Yield the files of this run's processes, including those of a dead run with the same id."""
         for path in self._files():
             if path.match(f"rank-{of}.*.json") and (said := _read(path)) and self._is_ours(said):
                 yield said
@@ -213,7 +214,7 @@ class Rendezvous:
 
     def _beat(self) -> None:
         self._beats += 1
-        self._say()
+        self._write_hello()
         if not self._leaving and not self._trouble:
             self._look_for_failure()
             self._look_for_dead()
@@ -222,23 +223,23 @@ class Rendezvous:
         here = {"host": self._process.host, "pid": self._process.pid, "rank": self._rank}
         return {**here, "run": self._run_id, "size": self._size, "key": self._key, "token": self._token, "beat": self._beats}
 
-    def _say(self) -> None:
+    def _write_hello(self) -> None:
         with self._writing:
             self._write(self._mine, self._hello())
 
     def _watch(self, members: dict[int, str]) -> None:
         self._watches |= {rank: StalenessTimer(self._patience) for rank in members}
-        self._heard |= {rank: _read(self._named(rank, key)) or {} for rank, key in members.items()}
-        self._members = self._members | members  # a new one: the heart goes through the old one meanwhile
+        self._heard |= {rank: _read(self._rank_file(rank, key)) or {} for rank, key in members.items()}
+        self._members = self._members | members  # a new dict, because the heartbeat thread iterates over the old one
 
     def _look_for_dead(self) -> None:
         for rank, key in self._members.items():
-            said = _read(self._named(rank, key))
+            said = _read(self._rank_file(rank, key))
             self._heard[rank] = said or self._heard[rank]
             if self._watches[rank].look(said):
-                text = f"{_who(rank, self._heard[rank])} is dead: not heard of for {self._patience:.0f} s"
+                text = f"{_rank_label(rank, self._heard[rank])} is dead: no heartbeat for {self._patience:.0f} s"
                 self._trouble = self._trouble or text
-                if self._rank == 0:  # of rank 0 each finds out by itself
+                if self._rank == 0:  # every rank detects a dead rank 0 by itself
                     self._report(text)
 
     def _look_for_failure(self) -> None:
@@ -257,35 +258,35 @@ class Rendezvous:
             finally:
                 os.close(file)
 
-    def _tell(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """The first thing on the way out."""
+    def _report_exit(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Report an exception that leaves the block to the other ranks."""
         if isinstance(error, KeyboardInterrupt | SystemExit):
-            self._report(f"{_who(self._rank, self._hello())} was stopped")
+            self._report(f"{_rank_label(self._rank, self._hello())} was stopped")
         elif error and not self._trouble:
             self.fail(str(error.args[0]) if isinstance(error, UserError) else fault(error))
         self._leaving = True
 
-    def _clear(self) -> None:
-        """Rank 0, at the end, lock still held: let the others hear of it, then leave nothing but our own heartbeat."""
+    def _remove_all_files(self) -> None:
+        """Rank 0, at the end, lock still held: wait until the others have left, then remove all files but its own heartbeat."""
         end = time.monotonic() + (self._patience / 6 if self._trouble else self._patience)
         for _ in pauses(self._patience):
             gone = [self._is_gone(rank, key) for rank, key in self._members.items()]
             if all(gone) or time.monotonic() > end:
                 break
-        if self._lock and self._lock.is_ours():  # else what lies there is already another run's
+        if self._lock and self._lock.is_ours():  # else the files belong to another run
             for path in self._files():
                 with suppress(OSError):
                     if path != self._mine:
                         path.unlink()
 
     def _is_gone(self, rank: int, key: str) -> bool:
-        said = _read(self._named(rank, key))
+        said = _read(self._rank_file(rank, key))
         return said is None or self._watches[rank].look(said)
 
-    def _vanish(self) -> None:
-        """The last thing on the way out, heart stopped: whoever goes last takes the empty directory away.
+    def _remove_own_files(self) -> None:
+        """Final cleanup, after the heartbeat has stopped; the last rank removes the empty directory.
 
-        Rank 0 has removed what we left, unless it went before us.
+        Rank 0 has removed this rank's stage files, unless it left earlier.
         """
         over = (_read(self._roster) or {}).get("token") != self._token
         with suppress(OSError):
@@ -301,22 +302,22 @@ class Rendezvous:
     def _failure(self) -> Path:
         return self._directory / f"{self._token}.failed.json"
 
-    def _place(self, stage: str, rank: int) -> Path:
+    def _stage_file(self, stage: str, rank: int) -> Path:
         return self._directory / f"{self._token}.{stage}.rank-{rank}.json"
 
-    def _named(self, rank: int, key: str) -> Path:
+    def _rank_file(self, rank: int, key: str) -> Path:
         return self._directory / f"rank-{rank}.{key}.json"
 
     def _write(self, path: Path, said: Mapping[str, Any], *, sync: bool = False) -> None:
-        """Put a file in its place, whole; again, if somebody who left took the directory away meanwhile."""
+        """Write a file atomically; try again if a leaving rank removed the directory meanwhile."""
         data = json.dumps(dict(said)).encode()
         while True:
             self._directory.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):
-                return _put(path, data, sync=sync)
+                return _write_whole(path, data, sync=sync)
 
 
-def _put(path: Path, data: bytes, *, sync: bool) -> None:
+def _write_whole(path: Path, data: bytes, *, sync: bool) -> None:
     new = path.with_name(f".{path.name}.new")
     with new.open("wb") as file:
         file.write(data)
@@ -327,12 +328,12 @@ def _put(path: Path, data: bytes, *, sync: bool) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A file's object; None if it is not there, not yet whole, or out of reach for a moment."""
+    """Read a file's JSON object; None if it is missing, incomplete, or unreadable for the moment."""
     try:
         return parse_json(path.read_bytes(), source=path.name)
     except (OSError, UserError):
         return None
 
 
-def _who(rank: int, said: Mapping[str, Any]) -> str:
+def _rank_label(rank: int, said: Mapping[str, Any]) -> str:
     return f"rank `{rank}` (pid `{said.get('pid', '?')}` on `{said.get('host', '?')}`)"

@@ -1,6 +1,6 @@
-"""What is at a target, and whether an output may take its place: one rule for directories and object stores.
+"""Describe the content of a target, and decide whether an output may replace it: for directories and object stores alike.
 
-Knows no names of files: which of them an output can have is the caller's rule.
+Which file names an output can have is left to the caller's rule.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ from formats.errors import TransientError, UserError, printable
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """Everything at a target. Two are equal if nothing was changed, added or replaced between them."""
+    """The content of a target. Two are equal if nothing was changed, added or replaced between them."""
 
     label: str
     """The path or URL, for messages."""
 
     entries: Mapping[str, object]
-    """Each file below by its relative name, with what changes when the file does. An empty folder ends in a slash; a link is
-    named `name -> where it leads`, and what else is no file has that said behind its name: neither is one of an output's."""
+    """Each file by its relative name, with a value that changes when the file does. Names of empty folders end in a slash, links
+    are named `name -> target`, and other non-files have a note after the name: no output has any of these."""
 
     identity: object = None
-    """What a directory is besides its name."""
+    """Device and inode of a directory."""
 
     read: Callable[[str], bytes] = field(default=lambda _name: b"", compare=False)
-    """The content of one of the files."""
+    """Return the content of a file."""
 
 
 type Rule = Callable[[Present], None]
-"""Raises UserError unless all that is present may be removed for a new output."""
+"""Raises UserError unless everything present may be removed for a new output."""
 
 
 def already_exists(label: object, *, more: str = "") -> UserError:
-    """The error for a target that is there, where nothing was said of replacing it."""
+    """Return the error for a target that exists and must not be replaced."""
     return UserError(f"`{label}` already exists", hint=f"choose another place, or replace it with `--overwrite`{more}")
 
 
 def check_unchanged(before: Present | None, now: Present | None, *, then: str) -> None:
-    """Raise TransientError if something came to a target after it was checked. `then` is what to do afterwards.
+    """Raise TransientError if a target changed after it was checked. `then` is what to do afterwards.
 
-    A target that is gone is no error: somebody moved away what was to be replaced.
+    A removed target is no error: it was to be replaced anyway.
     """
     if now is None or now == before:
         return
@@ -54,16 +54,16 @@ def check_unchanged(before: Present | None, now: Present | None, *, then: str) -
 
 
 def _difference(before: Present, now: Present) -> str:
-    """What differs, of the entries the first by name: rather one that came than one that was changed or is gone."""
-    came = now.entries.keys() - before.entries.keys()
+    """Describe a difference: the first new entry by name, else the first changed or removed one."""
+    new = now.entries.keys() - before.entries.keys()
     if now.identity != before.identity:
-        return "another directory has its name" + (f", with `{first(came)}`" if came else "")
-    if came:
-        return f"`{first(came)}` appeared"
+        return "another directory has its name" + (f", with `{first(new)}`" if new else "")
+    if new:
+        return f"`{first(new)}` appeared"
     name = min(name for name in before.entries if before.entries[name] != now.entries.get(name))
-    return f"`{printable(name)}` {'was changed' if name in now.entries else 'is gone'}"
+    return f"`{printable(name)}` {'was changed' if name in now.entries else 'was removed'}"
 
 
 def first(names: Iterable[str]) -> str:
-    """The first of some names in the order of the alphabet, for messages."""
+    """Return the first name in alphabetical order, for messages."""
     return printable(min(names))

@@ -1,6 +1,6 @@
-"""Which files of a Hugging Face directory hold its model: by the index, by their names where there is none.
+"""Find the files of a Hugging Face directory that hold its model: by the index, or by their names if there is none.
 
-Opens the index alone; what is in the others is left to the reader.
+Only the index is opened; the other files are left to the reader.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ USUAL_FILES = (
 
 
 def weight_map(folder: Folder) -> dict[str, str]:
-    """Which file holds which tensor, by the index; empty where there is no index. File names must stay in the directory."""
+    """Read from the index which file holds which tensor; empty without an index. UserError for names outside the folder."""
     if not folder.has(INDEX):
         return {}
     listed = read_json(folder, INDEX).get("weight_map")
@@ -42,10 +42,10 @@ def weight_map(folder: Folder) -> dict[str, str]:
 
 
 def shard_names(folder: Folder, listed: Mapping[str, str] | None = None) -> list[str]:
-    """The files that hold the model: the index's, or `model.safetensors`, or those that are left where there is no index.
-    `listed` is the index's `weight_map`, if it was read already.
+    """Return the files that hold the model: those of the index, or `model.safetensors`, or chosen by name.
 
-    Raises UserError where one of them is not there, or where they do not tell which of them are the model.
+    `listed` is the index's `weight_map`, if it was read already. Raises UserError if a file is missing, or if the names are
+    ambiguous.
     """
     local = folder.children() if isinstance(folder, LocalFolder) else []  # stores have no links, and whole files alone
     if INDEX in local:
@@ -55,8 +55,8 @@ def shard_names(folder: Folder, listed: Mapping[str, str] | None = None) -> list
     elif folder.has(SINGLE):
         names = [SINGLE]
     else:
-        there = folder.children()
-        names = _without_index(folder, model_files(there) or [name for name in there if name.endswith(".safetensors")])
+        children = folder.children()
+        names = _without_index(folder, model_files(children) or [name for name in children if name.endswith(".safetensors")])
     if not names:
         foreign.refuse(folder.label, folder.children())
         raise UserError(f"`{folder.label}` holds no safetensors files", hint="point at a Hugging Face model directory")
@@ -66,22 +66,22 @@ def shard_names(folder: Folder, listed: Mapping[str, str] | None = None) -> list
 
 
 def _indexed(folder: Folder, listed: Mapping[str, str]) -> list[str]:
-    """The index's files; none where they are all gone and `model.safetensors` is there, which transformers reads first."""
+    """Return the index's files; none if all are missing and `model.safetensors` exists, which transformers reads first."""
     names = sorted(set(listed.values()))
     if not folder.has(SINGLE) or SINGLE in names:
         return names
-    there = [name for name in names if folder.has(name)]
-    if there:
-        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+    existing = [name for name in names if folder.has(name)]
+    if existing:
+        more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
         raise UserError(
-            f"`{folder.label}` holds two models: `{SINGLE}`, and the one of `{INDEX}` in `{there[0]}`{more}",
-            hint=f"transformers reads `{SINGLE}` and never looks at the index: remove the one that is old",
+            f"`{folder.label}` holds two models: `{SINGLE}`, and the one of `{INDEX}` in `{existing[0]}`{more}",
+            hint=f"transformers reads `{SINGLE}` and ignores the index: remove the outdated one",
         )
     return []
 
 
 def model_files(names: Iterable[str]) -> list[str]:
-    """Those of a folder's files that may hold a model: safetensors that are no adapter's, and not hidden.
+    """Return the files that may hold a model: safetensors, without adapters and hidden files.
 
     >>> model_files(["._model.safetensors", "adapter_model.safetensors", "config.json", "model.safetensors"])
     ['model.safetensors']
@@ -90,12 +90,12 @@ def model_files(names: Iterable[str]) -> list[str]:
 
 
 def _without_index(folder: Folder, names: Sequence[str]) -> list[str]:
-    """Of files that no index names, those of the one set that is numbered (`model-00001-of-00002.safetensors`); where none
-    is, all but `consolidated.safetensors`, which holds the same model under other names."""
+    """Choose among files without an index: the one numbered set (`model-00001-of-00002.safetensors`), or if none is numbered all
+    but `consolidated.safetensors`, which holds the same model under other names."""
     sets: dict[tuple[str, str], dict[int, str]] = {}
     for name in names:
-        if found := _NUMBERED.fullmatch(name):
-            sets.setdefault((found["stem"], found["count"]), {})[int(found["number"])] = name
+        if numbered := _NUMBERED.fullmatch(name):
+            sets.setdefault((numbered["stem"], numbered["count"]), {})[int(numbered["number"])] = name
     chosen = {key: files for key, files in sets.items() if not key[0].startswith(_CONSOLIDATED)} or sets
     if len(chosen) > 1:
         listed = ", ".join(f"`{stem}-*-of-{count}.safetensors`" for stem, count in sorted(chosen))
@@ -125,7 +125,7 @@ def _check_numbers(folder: Folder, stem: str, count: str, numbers: Collection[in
 
 
 def _check_there(folder: Folder, name: str, names: Collection[str]) -> None:
-    """Raise UserError if a file of the model is not there, or if a download is still writing it."""
+    """Raise UserError if a file of the model is missing, or if its download is incomplete."""
     if not folder.has(name):
         who = f"`{INDEX}` names `{name}`, which" if folder.has(INDEX) else f"`{name}` of `{folder.label}`"
         where = link(folder, name) if name in names else f"is not in `{folder.label}`"
@@ -133,18 +133,18 @@ def _check_there(folder: Folder, name: str, names: Collection[str]) -> None:
     for ending in _UNFINISHED:
         if f"{name}{ending}" in names:
             raise UserError(
-                f"`{name}` is not whole: `{name}{ending}` beside it is a download's that has not come to its end",
-                hint="start the download again and wait for its end; if the file is whole, remove the other one",
+                f"`{name}` is incomplete: `{name}{ending}` beside it belongs to an unfinished download",
+                hint="restart the download and wait until it is complete; if the file is complete, remove the other one",
             )
 
 
 def _fetch(folder: Folder, names: Collection[str]) -> str:
-    """What to do about missing files."""
-    found = foreign.unfinished_downloads(folder, list(names))
-    if found:
-        return f"a download has not come to its end (`{found[0]}`): start it again, and fetch the missing file"
+    """Return what to do about missing files."""
+    unfinished = foreign.unfinished_downloads(folder, list(names))
+    if unfinished:
+        return f"a download is incomplete (`{unfinished[0]}`): restart it, and fetch the missing file"
     return "fetch the missing file"
 
 
 _UNFINISHED = (".aria2", ".part", ".crdownload")
-"""Endings of what downloads keep beside a file that they write to."""
+"""Suffixes of the files that downloads keep beside a file while they write it."""

@@ -1,6 +1,6 @@
-"""What a tensor is to every format: a name, a shape, a dtype; and what reading and writing promise.
+"""Tensors as all formats see them (name, shape, dtype), and the protocols of readers and writers.
 
-Knows nothing of files, and nothing of models.
+Files are left to the formats, the meaning of tensors to the converter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Array = NDArray[Any]
 Shape = tuple[int, ...]
 
 Region = tuple[slice, ...]
-"""A box in a tensor: one slice per dimension, each with a start, a stop and step 1."""
+"""A region of a tensor: one slice per dimension, each with a start, a stop and step 1."""
 
 
 def _by_name(table: Sequence[Dtype]) -> dict[str, np.dtype[Any]]:
@@ -66,24 +66,23 @@ class TensorSpec:
         return tuple(slice(0, size) for size in self.shape)
 
     def cast(self, dtype: np.dtype[Any]) -> TensorSpec:
-        """The same tensor in another dtype."""
+        """Return the same tensor in another dtype."""
         return TensorSpec(self.name, self.shape, dtype)
 
     @property
     def stored_shape(self) -> Shape:
-        """The shape that its file says."""
+        """The shape in its file."""
         return self.shape
 
     @property
     def stored_dtype(self) -> str:
-        """The name of the dtype that its file says."""
+        """The name of the dtype in its file."""
         return dtype_name(self.dtype)
 
 
 @dataclass(frozen=True)
 class ViewSpec(TensorSpec):
-    """A tensor that is read in another shape or dtype than its file says: as bytes where numpy has no such dtype, or as one
-    row where it has no dimensions."""
+    """A tensor read in another shape or dtype than its file has: as bytes if numpy lacks the dtype, a 0-d tensor as one row."""
 
     file_shape: Shape
     file_dtype: str
@@ -101,26 +100,26 @@ class ViewSpec(TensorSpec):
 
 
 def is_size(value: Any) -> bool:
-    """Could it be a size or an offset? Larger ones overflow what disks and numpy count with."""
+    """Is `value` a valid size or offset? Larger ones overflow 64-bit offsets of disks and numpy."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
 def is_valid_shape(sizes: Sequence[Any]) -> bool:
-    """Could these be a tensor's sizes? numpy holds no more dimensions, and no more elements even where there are none."""
+    """Are these the sizes of a possible tensor, within the limits of numpy for dimensions and elements?"""
     return (
         len(sizes) <= MOST_DIMENSIONS and all(is_size(size) for size in sizes) and prod(max(size, 1) for size in sizes) < 1 << 59
     )
 
 
 def extent(region: Region) -> Shape:
-    """The shape of a region."""
+    """Return the shape of a region."""
     return tuple([part.stop - part.start for part in region])
 
 
-def intersect(one: Region, other: Region) -> Region | None:
-    """The box two regions share, or None."""
+def intersect(first: Region, second: Region) -> Region | None:
+    """Return the intersection of two regions, or None if they are disjoint."""
     shared: list[slice] = []
-    for a, b in zip(one, other, strict=True):
+    for a, b in zip(first, second, strict=True):
         start, stop = max(a.start, b.start), min(a.stop, b.stop)
         if start >= stop:
             return None
@@ -129,12 +128,12 @@ def intersect(one: Region, other: Region) -> Region | None:
 
 
 def relative_to(region: Region, origin: Region) -> Region:
-    """The same box, counted from the first corner of `origin`."""
+    """Return the same region relative to the start of `origin`."""
     return tuple([slice(a.start - b.start, a.stop - b.start) for a, b in zip(region, origin, strict=True)])
 
 
 class Span(NamedTuple):
-    """Bytes of a file from `start` on: known before any data is there, or `size` bytes of data that will arrive."""
+    """Bytes of a file from the offset `start`: `known` in advance, or `size` bytes of tensor data."""
 
     start: int
     known: bytes | None
@@ -147,7 +146,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A file whose size is known and whose bytes are made when they are written, in blocks."""
+    """A file of known size whose content is generated when it is written, in blocks."""
 
     size: int
     blocks: Callable[[], Iterable[bytes]]
@@ -158,25 +157,25 @@ class Document:
 
 
 class Reader(Protocol):
-    """An opened checkpoint. Regions may be read in any order and from several threads."""
+    """An opened checkpoint. Regions may be read in any order, from several threads."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]: ...
 
     def read(self, name: str, region: Region, out: Array) -> None:
-        """Fill `out`, which has the region's shape and the tensor's dtype.
+        """Read a region into `out`, which has the region's shape and the tensor's dtype.
 
-        Raises UserError where the file holds less than its header says.
+        Raises UserError if the file is shorter than its header says.
         """
         ...
 
     def close(self) -> None:
-        """Let go of open files."""
+        """Close open files."""
         ...
 
 
 class Writer(Protocol):
-    """A checkpoint being made. Its tensors are known from the start; regions arrive in any order, from several threads."""
+    """A checkpoint being written. All tensors are known in advance; regions may be written in any order, from several threads."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]: ...
@@ -188,34 +187,34 @@ class Writer(Protocol):
 
     @property
     def documents(self) -> Mapping[str, Document]:
-        """The files that say what lies in those, an index last."""
+        """The metadata files that describe those, an index last."""
         ...
 
     @property
     def markers(self) -> Mapping[str, bytes]:
-        """The files that appear when all others are whole, in this order."""
+        """The files that are written, in this order, after all others are complete."""
         ...
 
     def spans(self, file: str) -> Iterator[Span]:
-        """The bytes of a file from its first to its last: what is known of it, and where data goes."""
+        """Yield the known bytes and the data ranges of a file, from its first byte to its last."""
         ...
 
     def touched(self, name: str, region: Region | None = None) -> set[str]:
-        """The files that hold some of a tensor, or of a region of it."""
+        """Return the files that hold part of a tensor, or of a region of it."""
         ...
 
     def file_offset(self, name: str, region: Region) -> int:
-        """Where in its file the region's first byte goes: data at such a place in memory, by pages, is written without a
-        copy."""
+        """Return the byte offset in its file of the region's first element. Data in memory with the same alignment is written
+        without a copy."""
         ...
 
     def write(self, name: str, region: Region, data: Array) -> None:
-        """Put `data`, of the region's shape and the tensor's dtype, in its place."""
+        """Write `data`, which has the region's shape and the tensor's dtype."""
         ...
 
 
 class JoinedReader:
-    """Several readers as one. Their tensors have different names."""
+    """Combine several readers whose tensors have different names."""
 
     def __init__(self, *readers: Reader) -> None:
         self._all = readers

@@ -1,7 +1,7 @@
-"""An output directory that does not exist until it is whole.
+"""Write an output directory atomically: it does not exist until it is complete.
 
-Everything is written to a partial directory beside it; success is fsync and rename. A run that fails or is killed leaves
-nothing at DST, and the partial directory with what a later run needs to go on.
+Everything is written to a partial directory beside it, which is synced and renamed on success. A run that fails or is killed
+leaves nothing at DST, and a partial directory from which a later run can resume.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _AT_FDCWD = -100
 _OF_A_RUN = re.compile(r"\.partial-[0-9a-f]+(\.state|\.ranks|\.replaced)?")
 _REPLACED = ".replaced"
 _CANNOT_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS}
-"""What file systems say of a directory that need not be synced, or cannot be."""
+"""Errors of file systems that do not sync directories."""
 
 
 def check_room(target: Path, needed: int, *, already: Path) -> None:
-    """Raise TransientError if the disk has less free than `needed` bytes, of which some may lie in `already`, the directory
-    that is written into. A file system that does not tell how large it is passes."""
+    """Raise TransientError if the disk has less than `needed` bytes free, counting those that `already`, the partial directory,
+    occupies. File systems that do not report their size pass."""
     free = free_bytes(already.parent)
     if free is None:
         return
@@ -51,33 +51,32 @@ def check_room(target: Path, needed: int, *, already: Path) -> None:
 
 
 def check_sizes(directory: Path, planned: Mapping[str, int]) -> None:
-    """Raise UserError if a file is not as large as it should be."""
+    """Raise UserError if a file does not have its planned size."""
     for name, size in planned.items():
-        found = (directory / name).stat().st_size
-        if found != size:
-            hint = "did a source change meanwhile?"
-            raise UserError(f"`{name}` came out with {found} bytes, planned were {size}", hint=hint)
+        actual = (directory / name).stat().st_size
+        if actual != size:
+            raise UserError(f"`{name}` has {actual} bytes, planned were {size}", hint="did a source change during the run?")
 
 
 MANIFEST = "job.json"
 _COMMIT = "commit.json"
 
 Manifest = Mapping[str, Any]
-"""What must be the same for a run to go on where another stopped: plain data, by topic."""
+"""What must be equal for a run to resume another: plain data, by topic."""
 
 
 @dataclass(slots=True)
 class Stage:
-    """Where an output is being written. `state` lies beside it and holds what a later run needs to go on."""
+    """The partial directory of an output; `state`, beside it, holds what a later run needs to resume."""
 
     partial: Path
     state: Path
     resumed: bool = False
     worth_keeping: bool = False
-    """Has anything been done that a later run need not do again?"""
+    """Has anything been done that a later run can reuse?"""
 
     spoilt: bool = False
-    """Is what was written not to be trusted, whoever goes on?"""
+    """True if verification failed: the partial output must not be resumed."""
 
 
 @contextmanager
@@ -91,18 +90,18 @@ def staged(
     resume: bool,
     note: Callable[[str], None] = lambda _text: None,
 ) -> Generator[Stage]:
-    """A directory to write into; it becomes `target` when the block ends well.
+    """Provide a directory to write into, which becomes `target` when the block succeeds.
 
-    When not, it stays if it is worth keeping, `note` is told, and `resume` goes on there. What is at `target` is replaced if
-    `rule` lets it go, and it is the same at the end as at the start. Raises UserError for what an earlier run left without
-    `resume`, and with it where that run did something else. Only the first rank prepares, commits and removes.
+    After a failure it is kept if it is worth keeping, `note` is called, and `resume` continues there. An existing `target` is
+    replaced if `rule` allows it and it has not changed since the start. Raises UserError for leftovers of an earlier run without
+    `resume`, and with `resume` if that run had another manifest. Only the first rank prepares, commits and removes.
     """
     with user_errors(target):
         stage = Stage(partial, _state(partial))
         if together.is_first:
             _put_back(target, note)
             before = look(target, rule=rule)
-            stage.resumed = stage.worth_keeping = _goes_on(target, partial, manifest, resume=resume)
+            stage.resumed = stage.worth_keeping = _can_resume(target, partial, manifest, resume=resume)
             with _kept_or_removed(stage, target, together, note):
                 if not stage.resumed:
                     _begin(stage, manifest)
@@ -121,7 +120,7 @@ def staged(
 
 @contextmanager
 def _kept_or_removed(stage: Stage, target: Path, together: Rendezvous, note: Callable[[str], None]) -> Generator[None]:
-    """What another run may have taken over meanwhile is left alone."""
+    """Keep or remove the partial directory at the end, unless another run has taken it over."""
     try:
         yield
     except BaseException as error:
@@ -129,9 +128,9 @@ def _kept_or_removed(stage: Stage, target: Path, together: Rendezvous, note: Cal
             if together.holds():
                 _remove(stage.partial)
         else:
-            note(f"`{stage.partial}` keeps what is done: {_ways_out(stage.partial)}")
+            note(f"`{stage.partial}` keeps what is done: {_resume_or_remove(stage.partial)}")
         if _replaced(stage.partial).is_dir() and not os.path.lexists(target):
-            note(f"`{target}` as it was before is in `{_replaced(stage.partial)}`: rename it, or the next run puts it back")
+            note(f"`{target}` as it was before is `{_replaced(stage.partial)}`: rename it, or the next run restores it")
         raise
     if together.holds():
         _remove(stage.partial)
@@ -139,7 +138,7 @@ def _kept_or_removed(stage: Stage, target: Path, together: Rendezvous, note: Cal
 
 
 def _is_kept(stage: Stage, error: BaseException, together: Rendezvous) -> bool:
-    """Nothing stays if what failed would fail again, unless other ranks may be writing there."""
+    """Keep nothing if the failure would repeat, unless other ranks may still be writing."""
     would_fail_again = isinstance(error, UserError) and not isinstance(error, TransientError)
     kept = stage.worth_keeping and not would_fail_again if together.alone else True
     return kept and not stage.spoilt
@@ -150,24 +149,24 @@ def _state(partial: Path) -> Path:
 
 
 def _replaced(partial: Path) -> Path:
-    """Where the old output is while the new one takes its place in two steps."""
+    """Return the path of the old output while it is replaced in two steps."""
     return partial.with_name(f"{partial.name}{_REPLACED}")
 
 
 def how_to_remove(partial: Path) -> str:
-    """The command that removes what an interrupted run left. First what says how far it came: `rm` may be interrupted."""
+    """Return the command that removes the leftovers of a run, first its state: `rm` may be interrupted."""
     return f"`{shlex.join(['rm', '-r', str(_state(partial)), str(partial)])}`"
 
 
-def _ways_out(partial: Path) -> str:
-    """What to do about a partial directory. An output that it was to replace is named too, and no command removes that."""
+def _resume_or_remove(partial: Path) -> str:
+    """Return what to do about a partial directory. An old output is named too; no command removes it."""
     old = _replaced(partial)
-    kept = f"; `{old}` is an output that stood there before, which stays until another is whole" if old.is_dir() else ""
+    kept = f"; `{old}` is the previous output, which is kept until a new one is complete" if old.is_dir() else ""
     return f"finish it with the same command and `--resume`, or remove it: {how_to_remove(partial)}{kept}"
 
 
 def _remove(partial: Path) -> None:
-    """In an order that leaves nothing to go on with, wherever it is interrupted."""
+    """Remove a partial directory and its state, manifest first: an interrupted removal leaves nothing to resume."""
     with suppress(OSError):
         (_state(partial) / MANIFEST).unlink()
     shutil.rmtree(partial, ignore_errors=True)
@@ -175,33 +174,33 @@ def _remove(partial: Path) -> None:
 
 
 def _discard(note: Callable[[str], None], *paths: Path) -> None:
-    """Remove what nobody needs any more; what cannot be removed is named, for it may be as large as the output."""
+    """Remove unneeded directories. `note` names those that cannot be removed, which may be as large as the output."""
     for path in paths:
         errors: list[BaseException] = []
-        shutil.rmtree(path, onexc=lambda _call, _path, error, found=errors: found.append(error))
+        shutil.rmtree(path, onexc=lambda _call, _path, error, errors=errors: errors.append(error))
         if os.path.lexists(path):
             why = next((error.strerror for error in errors if isinstance(error, OSError) and error.strerror), "unknown")
             note(f"`{path}` is not needed any more and could not be removed ({why}): `{shlex.join(['rm', '-r', str(path)])}`")
 
 
 def _put_back(target: Path, note: Callable[[str], None]) -> None:
-    """Give the old output its name again, where a run was killed after it had moved that away and before the new one came."""
-    moved = [path for path in _of_runs(target) if path.name.endswith(_REPLACED)]
+    """Restore the old output if a run was killed after moving it away and before the new one was in place."""
+    moved = [path for path in _leftovers(target) if path.name.endswith(_REPLACED)]
     if not moved or os.path.lexists(target):
         return
     latest = max(moved, key=lambda path: path.stat().st_ctime_ns)
     latest.rename(target)
     sync(target.parent)
-    note(f"`{target}` was put back from `{latest}`, where an interrupted run had moved it")
+    note(f"`{target}` was restored from `{latest}`, where an interrupted run had moved it")
 
 
-def _goes_on(target: Path, partial: Path, manifest: Manifest, *, resume: bool) -> bool:
-    """Is there something to go on with? UserError if there is and it was not asked for, or is not the same."""
-    left = list(_left_behind(target))
+def _can_resume(target: Path, partial: Path, manifest: Manifest, *, resume: bool) -> bool:
+    """Is there a run to resume? Raises UserError if there is one without `resume`, or with another manifest."""
+    left = list(_resumable(target))
     if left and not resume:
-        raise UserError(f"an interrupted run left `{left[0]}`", hint=_ways_out(left[0]))
-    for one in left:
-        _check_unchanged(one, manifest)
+        raise UserError(f"an interrupted run left `{left[0]}`", hint=_resume_or_remove(left[0]))
+    for path in left:
+        _check_unchanged(path, manifest)
     return partial in left
 
 
@@ -210,13 +209,13 @@ def _begin(stage: Stage, manifest: Manifest) -> None:
     for folder in (stage.partial, stage.state):
         if os.path.lexists(folder):
             hint = f"remove it yourself: {how_to_remove(stage.partial)}"
-            raise UserError(f"`{folder}` is left of an earlier run and could not be removed", hint=hint)
+            raise UserError(f"`{folder}` was left by an earlier run and could not be removed", hint=hint)
         folder.mkdir(parents=True)
     put(stage.state / MANIFEST, json.dumps(manifest).encode())
 
 
 def put(path: Path, data: bytes) -> None:
-    """A small file, whole and on the disk or not there."""
+    """Write a small file atomically and durably."""
     new = path.with_name(f"{path.name}.new")
     new.write_bytes(data)
     sync(new)
@@ -224,33 +223,33 @@ def put(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
-def _of_runs(target: Path) -> Iterator[Path]:
-    """All that runs for this target may have left."""
+def _leftovers(target: Path) -> Iterator[Path]:
+    """Yield all directories that runs for this target may have left."""
     for path in sorted(target.parent.glob(f"{glob.escape(target.name)}.partial-*")):
         if _OF_A_RUN.fullmatch(path.name.removeprefix(target.name)) and path.is_dir():
             yield path
 
 
-def _left_behind(target: Path) -> Iterator[Path]:
-    """The directories that earlier runs left, and that tell what they were doing. Not those of runs that came so far that
-    the output took its place: what lies there then is the output it replaced."""
-    for path in _of_runs(target):
+def _resumable(target: Path) -> Iterator[Path]:
+    """Yield partial directories of earlier runs that have a manifest. After a completed commit, the directory is the replaced
+    output instead, and is not yielded."""
+    for path in _leftovers(target):
         if (_state(path) / MANIFEST).is_file() and not _is_published(path):
             yield path
 
 
 def _sweep(target: Path, note: Callable[[str], None], *, but: Path) -> None:
-    """With the output in its place, remove what dead runs left; of our own ranks, all are still there."""
-    _discard(note, *(path for path in _of_runs(target) if not path.name.startswith(but.name)))
+    """Remove the leftovers of dead runs after a commit, except those of `but`, which other ranks of this run still use."""
+    _discard(note, *(path for path in _leftovers(target) if not path.name.startswith(but.name)))
 
 
 def _check_unchanged(partial: Path, now: Manifest) -> None:
-    """Raise UserError if a run is not the one that was interrupted."""
+    """Raise UserError if the interrupted run had another manifest."""
     try:
         before = dict(json.loads((_state(partial) / MANIFEST).read_bytes()))
     except ValueError:
         hint = f"remove it: {how_to_remove(partial)}"
-        raise UserError(f"`{_state(partial) / MANIFEST}` is damaged: it does not tell what was done", hint=hint) from None
+        raise UserError(f"`{_state(partial) / MANIFEST}` is damaged", hint=hint) from None
     for topic in {**now, **before}:
         old, new = json.dumps(before.get(topic)), json.dumps(now.get(topic))
         if old != new:
@@ -261,14 +260,14 @@ def _check_unchanged(partial: Path, now: Manifest) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Get every file and folder below a directory onto the disk, several at a time."""
+    """Sync every file and folder below a directory, on 4 threads."""
     paths = [directory, *directory.rglob("*")]
     with ThreadPoolExecutor(4, thread_name_prefix="fsync") as pool:
         list(pool.map(sync, paths))
 
 
 def sync(path: Path) -> None:
-    """Get a file or a folder onto the disk. A folder that the file system does not sync passes, a file does not."""
+    """Sync a file or a folder. Errors of file systems that do not sync folders are ignored, for folders only."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -280,13 +279,13 @@ def sync(path: Path) -> None:
 
 
 def _publish(stage: Stage, target: Path, before: Present | None) -> None:
-    """Rename into place. Where an old output stands, it is what it was `before`; the two change places, and what is then
-    `partial` is to be removed."""
+    """Rename the partial directory to `target`. An old output must equal `before`; the two are exchanged, and `partial` is to be
+    removed afterwards."""
     partial, then = stage.partial, "give the same command again with `--resume`"
     put(stage.state / _COMMIT, str(partial.stat().st_ino).encode())
     check_unchanged(before, present(target), then=then)
     exchanged = take_place(partial, target) == partial
-    if exchanged and (now := present(partial)):  # what came since then is not lost either
+    if exchanged and (now := present(partial)):  # nothing that was added since the check is lost
         try:
             check_unchanged(before, replace(now, label=str(target)), then=then)
         except UserError:
@@ -294,22 +293,21 @@ def _publish(stage: Stage, target: Path, before: Present | None) -> None:
             raise
 
 
-def take_place(new: Path, place: Path) -> Path | None:
-    """Rename a directory, and that for good. Where one stands already the two change places: answers where the old one is
-    then, to be removed."""
+def take_place(new: Path, target: Path) -> Path | None:
+    """Rename a directory to `target`, durably. An existing one is exchanged: returns its new path, to be removed."""
     old = None
-    if not os.path.lexists(place):
-        new.rename(place)
-    elif _exchange(new, place):
+    if not os.path.lexists(target):
+        new.rename(target)
+    elif _exchange(new, target):
         old = new
     else:
-        old = _swap(new, place)
-    sync(place.parent)
+        old = _swap(new, target)
+    sync(target.parent)
     return old
 
 
 def _is_published(partial: Path) -> bool:
-    """Did what was `partial` take its place? Then its name is nobody's, or the old output's, which is another directory."""
+    """Was `partial` committed? Then its name is free, or it is the old output, which is another directory."""
     try:
         number = int((_state(partial) / _COMMIT).read_text())
     except (OSError, ValueError):
@@ -317,14 +315,14 @@ def _is_published(partial: Path) -> bool:
     return not os.path.lexists(partial) or partial.stat().st_ino != number
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Change two directories' places at once; False where the system or the file system cannot."""
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two directories atomically; False where the system or the file system does not support it."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    return renameat2 is not None and renameat2(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _EXCHANGE) == 0
+    return renameat2 is not None and renameat2(_AT_FDCWD, bytes(first), _AT_FDCWD, bytes(second), _EXCHANGE) == 0
 
 
 def _swap(partial: Path, target: Path) -> Path:
-    """The same in two steps, the first undone if the second fails; `_put_back` undoes it after a kill."""
+    """Replace `target` in two renames. The first is undone if the second fails, and by `_put_back` after a kill."""
     old = _replaced(partial)
     shutil.rmtree(old, ignore_errors=True)
     target.rename(old)

@@ -1,4 +1,4 @@
-"""The directory that an output is to become: what must not be harmed there, and what is there now."""
+"""Check the directory that an output is written to: what must not be harmed, and what it contains now."""
 
 from __future__ import annotations
 
@@ -11,33 +11,42 @@ from formats.errors import UserError
 from formats.replacement import Present, Rule, already_exists
 
 _MOUNTS = Path("/proc/self/mountinfo")
-_WHOLE = "; outputs appear only when they are whole, so this one needs no `--resume`"
+_COMPLETE = "; outputs appear only when they are complete, so this one needs no `--resume`"
 
 
 def check_target(target: Path, *sources: Path, rule: Rule | None) -> None:
-    """Refuse a target that would harm something, or cannot be made: a source, a mount point, or what `rule` does not let go
-    (without one: whatever is there)."""
+    """Raise UserError for a target that must not or cannot be written: inside a source or around it, a mount point, or existing
+    content that `rule` refuses (without a rule: any content)."""
     if target.name in ("", ".."):
         raise UserError(
-            f"`{target}` has no name of its own", hint="an output is made beside its place: give the directory's name"
+            f"`{target}` does not end in a directory name",
+            hint="the output is first written beside it: give the directory's name",
         )
     for source in sources:
-        if _is_within(target, source) or _is_within(source, target):
-            raise UserError(f"`{target}` and the source `{source}` lie in one another", hint="choose another place")
+        if relation := _relation(target, source):
+            raise UserError(f"`{target}` {relation} the source `{source}`", hint="choose another place")
         if target.is_dir() and (link := _link_into(target, source)):
-            raise UserError(f"`{link}` of the source leads into `{target}`, which is to be replaced", hint="choose another place")
+            raise UserError(
+                f"`{link}` of the source is a link into `{target}`, which would be replaced", hint="choose another place"
+            )
     look(target, rule=rule)
 
 
+def _relation(target: Path, source: Path) -> str:
+    """Return how a target overlaps a source, in words; empty if it does not."""
+    inside, around = _is_within(target, source), _is_within(source, target)
+    return "is" if inside and around else "is inside" if inside else "contains" if around else ""
+
+
 def _is_within(inner: Path, outer: Path) -> bool:
-    """Is a path another one or below it? A directory that is mounted at two places has two paths and one inode."""
+    """Is a path the same as another or below it? A directory that is mounted twice has two paths and one inode."""
     inner, outer = _resolved(inner), _resolved(outer)
     around = [inner, *inner.parents]
     return outer in around or _inode(outer) in {_inode(path) for path in around} - {None}
 
 
 def _inode(path: Path) -> tuple[int, int] | None:
-    """None where nothing is, or the file system has no inodes."""
+    """Return device and inode; None for a missing path and on file systems without inodes."""
     try:
         status = path.stat()
     except OSError:
@@ -46,15 +55,15 @@ def _inode(path: Path) -> tuple[int, int] | None:
 
 
 def _link_into(target: Path, source: Path) -> Path | None:
-    """The first link below a source that leads to something in the target: what is read there is removed in the end."""
+    """Return the first link below a source that points into the target, which the run would remove."""
     real = _resolved(target)
     links = (folder / name for folder, _, files in source.walk() for name in sorted(files) if (folder / name).is_symlink())
     return next((link for link in links if Path(os.path.realpath(link)).is_relative_to(real)), None)
 
 
 def look(target: Path, *, rule: Rule | None) -> Present | None:
-    """What is at a target now; None where nothing is. Raises UserError unless it may be replaced: an empty directory, or what
-    `rule` lets go."""
+    """Return the content of a target, None if it does not exist. Raises UserError unless it may be replaced: an empty directory,
+    or content that `rule` allows."""
     if not os.path.lexists(target):
         return None
     if target.is_symlink() or not target.is_dir():
@@ -62,19 +71,19 @@ def look(target: Path, *, rule: Rule | None) -> Present | None:
         raise UserError(f"`{target}` is a {kind}, not a directory", hint="choose another place")
     if _is_mount_point(target):
         raise UserError(
-            f"`{target}` is a mount point, which no other directory can take the place of",
-            hint=f"an output is made beside its place and renamed: give a directory inside, such as `{target / 'model'}`",
+            f"`{target}` is a mount point, which cannot be replaced by a rename",
+            hint=f"the output is written beside it and renamed: give a directory inside, such as `{target / 'model'}`",
         )
     if rule is None:
-        raise already_exists(target, more=_WHOLE)
-    found = present(target)
-    if found and found.entries:
-        rule(found)
-    return found
+        raise already_exists(target, more=_COMPLETE)
+    content = present(target)
+    if content and content.entries:
+        rule(content)
+    return content
 
 
 def present(target: Path) -> Present | None:
-    """Everything below a directory, links not followed; None where there is none. Raises OSError for what cannot be listed."""
+    """Return everything below a directory, links not followed; None if it does not exist. Raises OSError if listing fails."""
     if not os.path.lexists(target):
         return None
     if target.is_symlink() or not target.is_dir():
@@ -93,7 +102,7 @@ def present(target: Path) -> Present | None:
 
 
 def _kind(path: Path, status: os.stat_result) -> str:
-    """What is added to the name of what is no file."""
+    """Return the note after the name of an entry that is no regular file."""
     if S_ISLNK(status.st_mode):
         return f" -> {path.readlink()}"
     return "" if S_ISREG(status.st_mode) else " (no file)"
@@ -107,19 +116,18 @@ def _resolved(path: Path) -> Path:
     try:
         return path.resolve()
     except (RuntimeError, ValueError):
-        raise UserError(f"`{path}` leads nowhere: its links lead in a circle, or it holds a null byte") from None
+        raise UserError(f"`{path}` cannot be resolved: its links form a circle, or it holds a null byte") from None
 
 
 def _is_mount_point(directory: Path) -> bool:
-    """`ismount` compares devices, so it does not see a directory of the same file system that is bound there; the kernel's list
-    has that too."""
+    """Is it a mount point? `ismount` compares devices and misses bind mounts of the same file system, which Linux lists."""
     return os.path.ismount(directory) or str(_resolved(directory)) in _mount_points()
 
 
 def _mount_points() -> set[str]:
-    """By Linux's list; nothing where there is none. Blanks and backslashes in it are octal numbers (proc(5))."""
+    """Return the mount points that Linux lists; empty elsewhere. Blanks and backslashes are octal escapes (proc(5))."""
     try:
         lines = _MOUNTS.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return set()
-    return {re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), line.split(" ")[4]) for line in lines}
+    return {re.sub(r"\\([0-7]{3})", lambda escape: chr(int(escape[1], 8)), line.split(" ")[4]) for line in lines}

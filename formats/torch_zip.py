@@ -1,8 +1,8 @@
-"""The archive that `torch.save` makes around tensors, read and written without torch.
+"""Read and write the archive of `torch.save` without torch.
 
-It is an uncompressed zip: `archive/data.pkl` describes, `archive/data/0`, `/1`, … hold raw bytes, aligned to 64 by an `FB`
-extra field. Writing here yields the bytes before and after the data, so that data whose size is known can be put in place
-at any time; optional records, and the data's checksum, which torch does not check, are left out.
+It is an uncompressed zip: `archive/data.pkl` describes the tensors, `archive/data/0`, `/1`, … hold raw bytes, aligned to 64 by
+an `FB` extra field. Writing yields the bytes before and after the data, so that data of known size can be written at any time;
+optional records, and the data's checksum, which torch does not verify, are omitted.
 Layout: PKWARE's APPNOTE 6.3 (zip, zip64) and torch's `caffe2/serialize/inline_container.cc`.
 """
 
@@ -23,10 +23,10 @@ from formats.pickles import Global, Record, Storage, dumps, loads
 from formats.spec import DTYPES, Array, Shape, dtype_name, is_valid_shape
 
 ALIGNMENT = 64
-"""Where torch starts a record's data."""
+"""torch's alignment of a record's data, in bytes."""
 
 DATA_ALIGNMENT = 4096
-"""Where archives written here start a tensor's data. Part of the files' bytes, hence the same on every machine."""
+"""Our alignment of a tensor's data, in bytes. It determines the files' bytes, hence it is the same on every machine."""
 
 _ZIP64_FROM = 0xFFFFFFFF
 _LOCAL = struct.Struct("<IHHHHHIIIHH")
@@ -36,7 +36,7 @@ _END64 = struct.Struct("<IQHHIIQQQQ")
 _LOCATOR64 = struct.Struct("<IIQI")
 _MAX_DIRECTORY = 1 << 24  # a tensor's archive has a handful of records; an object's some thousands
 _MAX_WRAPPINGS = 8
-_EPOCH_DATE = 0x21  # 1980-01-01, the earliest a zip can say: no time of ours gets into the output
+_EPOCH_DATE = 0x21  # 1980-01-01, the earliest date in a zip: outputs must not depend on the time
 
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_TYPED = Global("torch._utils", "_rebuild_tensor_v3")
@@ -51,7 +51,7 @@ _DTYPE_OF_STORAGE = {dtype.storage: DTYPES[dtype.name] for dtype in CONVERTED if
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The bytes of an archive around one data record of `size` bytes."""
+    """The bytes of an archive before and after one data record of `size` bytes."""
 
     before: bytes
     size: int
@@ -64,7 +64,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in an archive: its dtype by our name, its shape and strides, and which record holds it from where."""
+    """A tensor in an archive: dtype, shape, strides, the key of its record and its start in it; strides and start in elements."""
 
     dtype: np.dtype[Any]
     shape: Shape
@@ -74,10 +74,10 @@ class StoredTensor:
 
 
 def tensor_frame(dtype: str, shape: Shape) -> Frame:
-    """The archive of one contiguous tensor: everything but its data.
+    """Return the archive of one contiguous tensor, without its data.
 
-    The data starts `DATA_ALIGNMENT` bytes on. Archives being placed at multiples of it in their file, it can be written and
-    read past the page cache, or mapped.
+    The data starts at offset `DATA_ALIGNMENT`. If the archive starts at a multiple of it, the data can be read and written past
+    the page cache, or mapped.
     """
     record = tensor_record(dtype, shape, key="0")
     size = prod(shape) * DTYPES[dtype].itemsize
@@ -85,7 +85,7 @@ def tensor_frame(dtype: str, shape: Shape) -> Frame:
 
 
 def object_archive(value: Any, *, name: str = "archive") -> bytes:
-    """The whole archive of plain data in which numpy arrays stand for tensors."""
+    """Return the complete archive of plain data in which numpy arrays stand for tensors."""
     payloads: list[Array] = []
 
     def convert(item: Any) -> Any:
@@ -107,7 +107,7 @@ def object_archive(value: Any, *, name: str = "archive") -> bytes:
 
 
 def tensor_record(dtype: str, shape: Shape, *, key: str) -> Record:
-    """How `data.pkl` describes a contiguous tensor."""
+    """Return the record of a contiguous tensor in `data.pkl`."""
     count, strides = prod(shape), contiguous_strides(shape)
     names = BY_NAME[dtype]
     if names.storage:
@@ -117,7 +117,7 @@ def tensor_record(dtype: str, shape: Shape, *, key: str) -> Record:
 
 
 def contiguous_strides(shape: Shape) -> Shape:
-    """Strides of C order, in elements."""
+    """Return the strides of C order, in elements."""
     strides: list[int] = []
     step = 1
     for size in reversed(shape):
@@ -137,7 +137,7 @@ def _frame(described: bytes, size: int) -> Frame:
 
 
 class _Archive:
-    """A zip being laid out; `skip` leaves room for data that someone else puts in place."""
+    """A zip being laid out; `skip` reserves space for data that is written separately."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -150,7 +150,7 @@ class _Archive:
         self._out += data
 
     def skip(self, record: str, size: int, *, alignment: int) -> int:
-        """Room for `size` bytes; answers how many bytes come before them."""
+        """Reserve `size` bytes for a record; return how many bytes of the layout precede them."""
         self._header(record, size, 0, alignment)
         self._skipped += size
         return len(self._out)
@@ -189,16 +189,16 @@ def _central(name: bytes, size: int, at: int, checksum: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One record of an archive: where its local header starts, and its size."""
+    """One record of an archive: the offset of its local header, and its size."""
 
     header: int
     size: int
 
 
 class OpenArchive:
-    """An archive inside a file: found by its directory at the end, its records in any order, with data descriptors or not.
+    """An archive inside a file, read through its directory at the end: records in any order, with or without data descriptors.
 
-    `fetch(offset, length)` reads bytes counted from the archive's start; `length` is the archive's.
+    `fetch(offset, length)` reads bytes relative to the archive's start; `length` is the archive's.
     """
 
     def __init__(self, fetch: Callable[[int, int], bytes], length: int, *, source: str) -> None:
@@ -209,14 +209,14 @@ class OpenArchive:
         return loads(self.record("data.pkl", limit=1 << 26), source=self._source)
 
     def record(self, name: str, *, limit: int = 1 << 30) -> bytes:
-        """A record's bytes, of at most `limit`."""
+        """Return a record's bytes; UserError for more than `limit`."""
         offset, size = self.locate(name)
         if size > limit:
             raise self._damaged(f"record `{name}` claims {size} bytes")
         return self._fetch(offset, size)
 
     def locate(self, name: str) -> tuple[int, int]:
-        """Where a record's bytes start in the archive, and how many there are."""
+        """Return offset and length of a record's bytes in the archive."""
         if name not in self._entries:
             raise self._damaged(f"it has no record `{name}`")
         entry = self._entries[name]
@@ -229,7 +229,7 @@ class OpenArchive:
         return offset, entry.size
 
     def tensor(self, record: Any) -> tuple[StoredTensor, int]:
-        """A tensor described by `data.pkl`, and where its elements start in the archive."""
+        """Return a tensor that `data.pkl` describes, and the offset of its elements in the archive."""
         stored = self._described(record)
         offset, size = self.locate(f"data/{stored.key}")
         if (stored.start + prod(stored.shape)) * stored.dtype.itemsize > size:
@@ -237,7 +237,7 @@ class OpenArchive:
         return stored, offset + stored.start * stored.dtype.itemsize
 
     def array(self, record: Any) -> Array:
-        """A small tensor's values."""
+        """Return a small tensor's values."""
         stored, offset = self.tensor(record)
         data = self._fetch(offset, prod(stored.shape) * stored.dtype.itemsize)
         return np.frombuffer(data, stored.dtype).reshape(stored.shape)
@@ -249,7 +249,7 @@ class OpenArchive:
                 dtype = DTYPE_OF.get(typed) or _DTYPE_OF_STORAGE.get(storage.kind.name)
                 shape, strides = read_sizes(shape), read_sizes(strides)
                 if dtype is None or start < 0 or len(shape) != len(strides):
-                    raise self._damaged(f"it describes a tensor of `{storage.kind.name}` that cannot be")
+                    raise self._damaged(f"it describes an impossible tensor of `{storage.kind.name}`")
                 return StoredTensor(dtype, shape, strides, storage.key, start)
             case _:
                 raise self._damaged("it does not describe a tensor")
@@ -273,7 +273,7 @@ class OpenArchive:
         name = directory[at : at + name_size].decode(errors="replace").partition("/")[2]
         extra = directory[at + name_size : at + name_size + extra_size]
         if fields[0] != 0x02014B50 or fields[4] != 0:
-            raise self._damaged(f"record `{name}` is compressed, or its directory entry is nonsense")
+            raise self._damaged(f"record `{name}` is compressed, or its directory entry is invalid")
         wide = _zip64(extra)
         size, stored, header = (
             next(wide, 0) if value == _ZIP64_FROM else value for value in (size, stored, header)
@@ -303,11 +303,11 @@ class OpenArchive:
         return self._fetch(start, size)
 
     def _damaged(self, what: str) -> UserError:
-        return UserError(f"`{self._source}` is not a whole torch archive: {what}", hint="the file is damaged")
+        return UserError(f"`{self._source}` is not a valid torch archive: {what}", hint="the file is damaged")
 
 
 def _unwrapped(record: Any) -> Any:
-    """What a parameter, or a tensor of a subclass, is around. Deeper wrapping is nonsense."""
+    """Return the record of the tensor inside a parameter or a tensor subclass; None for deeper nesting than torch writes."""
     for _ in range(_MAX_WRAPPINGS):
         match record:
             case Record(kind=Global(name="_rebuild_parameter"), args=(Record() as inner, *_)):
@@ -320,7 +320,7 @@ def _unwrapped(record: Any) -> Any:
 
 
 def _zip64(extra: bytes) -> Any:
-    """The 64-bit values of a zip64 extra field, in their fixed order."""
+    """Yield the 64-bit values of a zip64 extra field, in their fixed order."""
     at = 0
     while at + 4 <= len(extra):
         kind, size = struct.unpack_from("<HH", extra, at)
@@ -331,7 +331,7 @@ def _zip64(extra: bytes) -> Any:
 
 
 def read_sizes(value: Any) -> Shape:
-    """A shape from a pickle: a tuple, or torch.Size around one."""
+    """Return a shape from a pickle: a tuple, or torch.Size of one. Raises UserError for anything else."""
     inner = value.args[0] if isinstance(value, Record) and value.args else value
     parts = cast("Sequence[Any]", inner) if isinstance(inner, (tuple, list)) else ()
     if not isinstance(inner, (tuple, list)) or not is_valid_shape(parts):

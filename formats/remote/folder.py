@@ -1,7 +1,7 @@
 """A directory by its URL: `hf://org/name[@revision]`, `s3://`, `gs://`, `http(s)://`.
 
-Files are read by byte range, nothing is kept on disk. What a file is, is fixed when it is first looked at, and every later
-read is checked against it. Knows no protocol.
+Files are read by byte range, nothing is kept on disk. The version of a file is recorded when it is first requested, and every
+later read is checked against it. The protocols are left to the stores.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _STORES: Mapping[str, Callable[[str, RetryPolicy], Store]] = {
 _BLOCK = 64 << 10
 _BLOCKS = 64
 _SMALL = 16 << 10
-"""Shorter reads than that come out of blocks: the parts of a torch archive lie close together, and every request costs a
-round trip."""
+"""Shorter reads are served from cached blocks: the parts of a torch archive are close together, and every request costs a round
+trip."""
 
 
 def open_remote(url: str, *, policy: RetryPolicy | None = None, probe: Sequence[str] = ()) -> Folder:
@@ -36,11 +36,11 @@ def open_remote(url: str, *, policy: RetryPolicy | None = None, probe: Sequence[
         raise UserError(f"`{kind}://` is not supported", hint=f"known are {', '.join(f'{name}://' for name in _STORES)}")
     policy, make = policy or RetryPolicy(), _STORES[kind]
     store = Web(url, policy, probe=probe) if make is Web else make(url, policy)
-    return RemoteFolder(_Opened(store, policy), "")
+    return RemoteFolder(_CachedStore(store, policy), "")
 
 
-class _Opened:
-    """A store, patiently, with the status of every file that was looked at."""
+class _CachedStore:
+    """A store with retries, cached blocks, and the status of every requested file."""
 
     def __init__(self, store: Store, policy: RetryPolicy) -> None:
         self.store = store
@@ -52,7 +52,7 @@ class _Opened:
 
     def status(self, path: str) -> Status | None:
         if path not in self._statuses:
-            self._remember({path: self._persist(lambda: self.store.status(path), f"looking at `{file_name(path)}`")})
+            self._remember({path: self._retry(lambda: self.store.status(path), f"looking at `{file_name(path)}`")})
         return self._statuses[path]
 
     def existing(self, path: str) -> Status:
@@ -63,13 +63,13 @@ class _Opened:
 
     def files(self, prefix: str) -> list[str]:
         if prefix not in self._listed:
-            found = self._persist(lambda: self.store.files(prefix), f"listing `{self.store.label}`")
+            found = self._retry(lambda: self.store.files(prefix), f"listing `{self.store.label}`")
             self._remember({path: status for path, status in found.items() if status})
             self._listed[prefix] = sorted(found)
         return self._listed[prefix]
 
     def children(self, prefix: str) -> list[str]:
-        return self._persist(lambda: self.store.children(prefix), f"listing `{self.store.label}`")
+        return self._retry(lambda: self.store.children(prefix), f"listing `{self.store.label}`")
 
     def read(self, path: str, offset: int, out: memoryview) -> None:
         status = self.existing(path)
@@ -105,7 +105,7 @@ class _Opened:
         return bytes(data)
 
     def _read(self, path: str, status: Status, offset: int, out: memoryview) -> None:
-        """A range, in as many attempts as it takes; each goes on where the last one broke off."""
+        """Read a range; each attempt continues where the last one failed."""
         done = 0
 
         def attempt() -> None:
@@ -117,77 +117,77 @@ class _Opened:
                 if done < len(out):
                     raise
 
-        self._persist(attempt, f"reading `{file_name(path)}` from byte {offset} to {offset + len(out)}")
+        self._retry(attempt, f"reading `{file_name(path)}` from byte {offset} to {offset + len(out)}")
 
     def _remember(self, found: Mapping[str, Status | None]) -> None:
-        """What was seen first stays."""
+        """Record statuses; the first one of a file is kept."""
         with self._lock:
             for path, status in found.items():
                 self._statuses.setdefault(path, status)
 
-    def _persist[Result](self, attempt: Callable[[], Result], doing: str) -> Result:
+    def _retry[Result](self, attempt: Callable[[], Result], doing: str) -> Result:
         return retry(attempt, self._policy, doing=doing)
 
 
 class RemoteFolder:
-    """A directory in a store. Folders below share its connections, and what it knows of its files."""
+    """A directory in a store. Sub-folders share its connections and its cache."""
 
-    def __init__(self, opened: _Opened, prefix: str) -> None:
-        self._opened = opened
+    def __init__(self, opened: _CachedStore, prefix: str) -> None:
+        self._store = opened
         self._prefix = prefix
 
     @property
     def label(self) -> str:
-        root = self._opened.store.label
+        root = self._store.store.label
         return f"{root}/{self._prefix[:-1]}" if self._prefix else root
 
     @property
     def name(self) -> str:
-        return file_name(self._prefix[:-1]) or self._opened.store.name
+        return file_name(self._prefix[:-1]) or self._store.store.name
 
     @property
     def origin(self) -> Mapping[str, str]:
-        return self._opened.store.origin or {"name": self.name}
+        return self._store.store.origin or {"name": self.name}
 
     def has(self, name: str) -> bool:
-        return self._opened.status(self._prefix + name) is not None
+        return self._store.status(self._prefix + name) is not None
 
     def size(self, name: str) -> int:
-        return self._opened.existing(self._prefix + name).size
+        return self._store.existing(self._prefix + name).size
 
     def version(self, name: str) -> str:
-        return str(self._opened.existing(self._prefix + name))
+        return str(self._store.existing(self._prefix + name))
 
     def sha256(self, name: str) -> str | None:
-        return self._opened.existing(self._prefix + name).sha256
+        return self._store.existing(self._prefix + name).sha256
 
     def children(self) -> list[str]:
-        return self._opened.children(self._prefix)
+        return self._store.children(self._prefix)
 
     def files(self) -> list[str]:
-        names = (path.removeprefix(self._prefix) for path in self._opened.files(self._prefix))
+        names = (path.removeprefix(self._prefix) for path in self._store.files(self._prefix))
         return sorted({_closed(name) for name in names})
 
     def get(self, name: str) -> bytes:
         return whole(self, name)
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
-        self._opened.read(self._prefix + name, offset, out)
+        self._store.read(self._prefix + name, offset, out)
 
     def changed(self) -> str:
-        """Nothing: every read is of the version that was seen first, or fails."""
+        """Return nothing: a read of another version than the first fails by itself."""
         return ""
 
     def below(self, name: str) -> RemoteFolder:
-        return RemoteFolder(self._opened, f"{self._prefix}{name.strip('/')}/")
+        return RemoteFolder(self._store, f"{self._prefix}{name.strip('/')}/")
 
     def close(self) -> None:
-        """Also the connections of folders below, which open new ones if they are used again."""
-        self._opened.store.close()
+        """Close the connections, also of sub-folders, which open new ones if they are used again."""
+        self._store.store.close()
 
 
 def _closed(name: str) -> str:
-    """A file's name, or that of the folder around it which is not looked into."""
+    """Return a file's name, or the folder around it that is not searched."""
     parts = name.split("/")
     for depth, part in enumerate(parts[:-1], 1):
         if part in NOT_OF_THE_MODEL:

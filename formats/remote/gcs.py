@@ -46,10 +46,10 @@ class GoogleStorage(StoreBase):
     def fetch(self, path: str, status: Status, offset: int, out: memoryview) -> None:
         url = self._url(f"o/{quote(self._start + path, safe='')}", alt="media", ifGenerationMatch=status.tag)
         credentials = self._access.headers(url)
-        with self._client.request("GET", url, range_header(offset, len(out)), credentials=credentials) as answer:
-            if answer.status not in (404, 412):
-                check_allowed(answer, f"{self.label}/{path}", hint=_LOGIN)
-                return read_range(answer, path, status, offset, out)
+        with self._client.request("GET", url, range_header(offset, len(out)), credentials=credentials) as response:
+            if response.status not in (404, 412):
+                check_allowed(response, f"{self.label}/{path}", hint=_LOGIN)
+                return read_range(response, path, status, offset, out)
         now = self.status(path)
         raise changed(path, status, now.tag if now else "gone")
 
@@ -77,9 +77,9 @@ class GoogleStorage(StoreBase):
     def part(self, path: str, upload: str, number: int, data: mmap) -> str:
         """One part, counted from 1; its tag. The server checks it against its MD5."""
         query = f"?partNumber={number}&uploadId={quote(upload, safe='')}"
-        with self._send("PUT", path, query, memoryview(data)) as answer:
-            self._check_written(answer, path)
-            return answer.header("ETag")
+        with self._send("PUT", path, query, memoryview(data)) as response:
+            self._check_written(response, path)
+            return response.header("ETag")
 
     def finish(self, path: str, upload: str, tags: Sequence[str]) -> bool:
         """Make the object out of its parts; False if there is no such upload, because it was finished or dropped."""
@@ -103,20 +103,20 @@ class GoogleStorage(StoreBase):
 
     def _write(self, method: str, path: str, query: str, data: bytes = b"", *, gone: bytes | None = None) -> bytes:
         """A call that changes something; its answer's body, or `gone` for what is not there any more."""
-        with self._send(method, path, query, data) as answer:
-            if gone is not None and answer.status == 404:
+        with self._send(method, path, query, data) as response:
+            if gone is not None and response.status == 404:
                 return gone
-            self._check_written(answer, path)
-            return answer.body()
+            self._check_written(response, path)
+            return response.body()
 
     def _send(self, method: str, path: str, query: str, data: Body) -> AbstractContextManager[Response]:
         url = f"{self._access.endpoint}/{self._bucket}/{quote(self._start + path)}{query}"
         checked = {"Content-MD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()} if data else {}
         return self._client.request(method, url, checked, credentials=self._access.headers(url), body=data)
 
-    def _check_written(self, answer: Response, path: str) -> None:
-        if answer.status not in (200, 201, 204):
-            raise refused(answer.status, f"{self.label}/{path}", hint=_LOGIN, doing="write")
+    def _check_written(self, response: Response, path: str) -> None:
+        if response.status not in (200, 201, 204):
+            raise refused(response.status, f"{self.label}/{path}", hint=_LOGIN, doing="write")
 
     def _pages(self, prefix: str, **options: str) -> Iterator[Mapping[str, Any]]:
         fields = "items(name,size,generation),prefixes,nextPageToken"
@@ -132,11 +132,11 @@ class GoogleStorage(StoreBase):
 
     def _json(self, what: str, **query: str) -> Mapping[str, Any] | None:
         url = self._url(what, **query)
-        with self._client.request("GET", url, {}, credentials=self._access.headers(url)) as answer:
-            if answer.status == 404:
+        with self._client.request("GET", url, {}, credentials=self._access.headers(url)) as response:
+            if response.status == 404:
                 return None
-            check_allowed(answer, self.label, hint=_LOGIN)
-            return json.loads(answer.body())
+            check_allowed(response, self.label, hint=_LOGIN)
+            return json.loads(response.body())
 
     def _url(self, what: str, **query: str) -> str:
         return f"{self._access.endpoint}/storage/v1/b/{self._bucket}/{what}?{urlencode(query)}"

@@ -1,6 +1,6 @@
-"""HTTP/1.1 for byte ranges: pooled connections, redirects, proxies, and reads that land in the caller's memory.
+"""HTTP/1.1 for byte ranges: pooled connections, redirects, proxies, and reads into the caller's memory.
 
-The standard library's client underneath. Knows nothing of files, and puts no URL into messages.
+Built on the standard library's client. Messages contain no URL, which may hold secrets.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PASSING = {408, 425, 429, 500, 502, 503, 504}
 
 
 class Response:
-    """A response whose body has not been read yet. `url` is where it came from, after redirects."""
+    """A response whose body has not been read yet. `url` is the final one, after redirects."""
 
     def __init__(self, response: HTTPResponse, url: str) -> None:
         self._response = response
@@ -39,7 +39,7 @@ class Response:
 
     @property
     def redirect(self) -> str | None:
-        """Where it sends us."""
+        """The target of a redirect, else None."""
         target = self.headers["Location"] if self.status in (301, 302, 303, 307, 308) else None
         return urljoin(self.url, target) if target else None
 
@@ -47,11 +47,11 @@ class Response:
         return self.headers.get(name, "")
 
     def read_into(self, out: memoryview) -> None:
-        """Fill `out`; BrokenError says how much came."""
+        """Read the body into `out`; RetryableError gives the number of bytes received."""
         fill(out, self._response.readinto, (OSError, HTTPException))
 
     def body(self, limit: int = 64 << 20) -> bytes:
-        """The whole of a small body."""
+        """Read a small body completely."""
         try:
             data = self._response.read(limit)
         except (OSError, HTTPException) as error:
@@ -62,12 +62,12 @@ class Response:
         return data
 
     def check_passing(self) -> None:
-        """Raise BrokenError for the answers that may be others in a moment."""
+        """Raise RetryableError for status codes that may be temporary."""
         if self.status in PASSING:
             raise RetryableError(f"the server answered HTTP {self.status}", wait=seconds(self.header("Retry-After")))
 
     def drained(self) -> bool:
-        """Is the connection fit for another request?"""
+        """Read a short rest of the body; return whether the connection can be reused."""
         if self._response.will_close:
             return False
         left = self._response.length
@@ -80,7 +80,7 @@ class Response:
 
 
 class Client:
-    """Connections to any number of servers, used by several threads: each request has one to itself meanwhile."""
+    """A pool of connections to any number of servers, shared by threads; each request uses one exclusively."""
 
     def __init__(self, *, silence: float) -> None:
         self._silence = silence
@@ -100,48 +100,48 @@ class Client:
         body: Body = None,
         stay: bool = False,
     ) -> Generator[Response]:
-        """One request, redirects followed. `credentials` are headers that go to the first server and no other.
+        """Send one request and follow redirects. `credentials` are headers for the first server only.
 
-        With `stay`, a redirect to another server is the answer. Raises BrokenError for what may pass, dropped connections and
-        answers alike; UserError where trying again is of no use.
+        With `stay`, a redirect to another server is returned. Raises RetryableError for dropped connections and temporary status
+        codes, UserError where a retry cannot help.
         """
         first = urlsplit(url)
         for _ in range(_MAX_REDIRECTS):
-            here = urlsplit(url)[:2] == first[:2]
-            with self._exchange(method, url, {**headers, **((credentials or {}) if here else {})}, body) as answer:
-                target = answer.redirect
+            is_first = urlsplit(url)[:2] == first[:2]
+            with self._exchange(method, url, {**headers, **((credentials or {}) if is_first else {})}, body) as response:
+                target = response.redirect
                 if not target or (stay and urlsplit(target)[:2] != first[:2]):
-                    answer.check_passing()
-                    yield answer
+                    response.check_passing()
+                    yield response
                     return
             url = target
         raise UserError("the server redirects in circles", hint="check the URL")
 
     def close(self) -> None:
-        """Close what is idle; a later request opens anew."""
+        """Close idle connections; a later request opens new ones."""
         with self._lock:
-            for connection in [one for idle in self._idle.values() for one in idle]:
+            for connection in [connection for idle in self._idle.values() for connection in idle]:
                 connection.close()
             self._idle.clear()
 
     @contextmanager
     def _exchange(self, method: str, url: str, headers: Headers, body: Body) -> Generator[Response]:
         parts = split_url(url)
-        connection, response = self._send(method, parts, headers, body)
-        answer, fit = Response(response, url), False
+        connection, raw = self._send(method, parts, headers, body)
+        response, fit = Response(raw, url), False
         try:
-            yield answer
-            fit = answer.drained()
+            yield response
+            fit = response.drained()
         finally:
             if fit:
                 with self._lock:
                     self._idle[parts.scheme, parts.netloc].append(connection)
             else:
-                response.close()
+                raw.close()
                 connection.close()
 
     def _send(self, method: str, parts: SplitResult, headers: Headers, body: Body) -> tuple[HTTPConnection, HTTPResponse]:
-        """A request on an idle connection, or on a new one where there is none, or where the server had left it."""
+        """Send a request on an idle connection, or on a new one if there is none or the server had closed it."""
         while True:
             with self._lock:
                 idle = self._idle[parts.scheme, parts.netloc]
@@ -178,7 +178,7 @@ class Client:
         return urlsplit(proxy if "://" in proxy else f"http://{proxy}")
 
     def _target(self, parts: SplitResult) -> str:
-        """A proxy for plain HTTP wants the whole URL, without its user."""
+        """Return the request target: the path, or for a proxy of plain HTTP the full URL without its user."""
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         return f"http://{_host(parts)}{path}" if parts.scheme == "http" and self._proxy(parts) else path
 
@@ -189,7 +189,7 @@ class Client:
 
 
 def split_url(url: str) -> SplitResult:
-    """The parts of an http(s) URL; UserError, without it, if it is none."""
+    """Split an http(s) URL. Raises UserError, without the URL, if it is invalid."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
@@ -201,7 +201,7 @@ def split_url(url: str) -> SplitResult:
 
 
 def basic(user: str, password: str) -> str:
-    """The value of an Authorization header."""
+    """Return the value of an Authorization header."""
     return "Basic " + base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
 
 
@@ -214,9 +214,9 @@ def _proxy_authorization(proxy: SplitResult) -> dict[str, str]:
 
 
 def _final(error: Exception, host: str) -> UserError | None:
-    """What is not worth another attempt."""
+    """Return the error for a failure that a retry cannot help, else None."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return UserError(f"the certificate of `{host}` does not hold: {_unverified(error)}", hint="see SSL_CERT_FILE")
+        return UserError(f"certificate verification failed for `{host}`: {_unverified(error)}", hint="see SSL_CERT_FILE")
     if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
         return UserError(f"there is no server `{host}`", hint="check the URL and the network")
     return None
@@ -229,7 +229,7 @@ _CERTIFICATE_FAULTS = {
     20: "the authority that signed it is not known here",
     62: "it is for another host",
 }
-"""What OpenSSL's `X509_V_ERR_*` numbers mean."""
+"""Meanings of OpenSSL's `X509_V_ERR_*` numbers."""
 
 
 def _unverified(error: ssl.SSLCertVerificationError) -> str:
@@ -237,7 +237,7 @@ def _unverified(error: ssl.SSLCertVerificationError) -> str:
 
 
 def seconds(retry_after: str) -> float | None:
-    """Seconds or a date, as the header may say either."""
+    """Return the seconds of a Retry-After header, which holds seconds or a date; None if it is invalid."""
     if retry_after.isdigit():
         return float(retry_after)
     try:

@@ -1,7 +1,6 @@
-"""A model on the Hugging Face Hub: its commit is fixed when it is opened, its files are read by range from where the Hub
-sends us.
+"""Read a model on the Hugging Face Hub: its commit is fixed on opening, its files are read by range after the Hub's redirect.
 
-Three calls of the Hub's are used: a model's revision, the tree of a commit, and `resolve`.
+Three calls of the Hub's API are used: a model's revision, the tree of a commit, and `resolve`.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ _URL = re.compile(
     r"hf://(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
     r"(@(?P<revision>refs/[\w.-]+/[\w.-]+|[\w.-]+))?(?P<folder>(/[^/@?#]+)*)/?"
 )
-_TAG = "linked ETag"  # where the bytes lie, they have another
+_TAG = "linked ETag"  # the server of the bytes has another ETag
 _LOGIN = "check the name; for gated and private models, `hf auth login` or HF_TOKEN"
 
 
 class Hub:
     """The files of `hf://org/name[@revision][/folder]`. The token comes from where huggingface_hub finds it.
 
-    `commit` is what the revision points to when this is made; it is what is read, whatever the revision points to later.
+    `commit` is what the revision points to on opening. It is read even if the revision moves later.
     """
 
     def __init__(self, url: str, policy: RetryPolicy) -> None:
@@ -45,10 +44,10 @@ class Hub:
         self._endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         self._client = Client(silence=policy.silence)
         self._credentials = _headers()
-        self._places: dict[str, str] = {}
+        self._resolved_urls: dict[str, str] = {}
         self._lock = threading.Lock()
         try:
-            self.commit = self._resolve(found["revision"], policy)
+            self.commit = self._resolve_commit(found["revision"], policy)
             self._files = self._tree(policy)
         except BaseException:
             self.close()
@@ -56,7 +55,7 @@ class Hub:
 
     @property
     def origin(self) -> dict[str, str]:
-        """The id, and the commit that was fixed when this was made."""
+        """The id, and the commit that was fixed on opening."""
         found = {"id": self._name, "revision": self.commit}
         return {**found, "folder": self._folder} if self._folder else found
 
@@ -64,15 +63,15 @@ class Hub:
         return self._files.get(path)
 
     def fetch(self, path: str, status: Status, offset: int, out: memoryview) -> None:
-        known = self._places.get(path)
-        place = known or self._place(path, status)
-        with self._ask("GET", place, range_header(offset, len(out))) as answer:
-            if known and answer.status in (400, 401, 403, 404, 410):
+        known = self._resolved_urls.get(path)
+        url = known or self._resolve_file(path, status)
+        with self._request("GET", url, range_header(offset, len(out))) as response:
+            if known and response.status in (400, 401, 403, 404, 410):
                 with self._lock:
-                    self._places.pop(path, None)
-                raise RetryableError(f"the Hub's link had expired (HTTP {answer.status})")
-            check_allowed(answer, f"{self.label}/{path}", hint=_LOGIN)
-            read_range(answer, path, status, offset, out)
+                    self._resolved_urls.pop(path, None)
+                raise RetryableError(f"the Hub's link had expired (HTTP {response.status})")
+            check_allowed(response, f"{self.label}/{path}", hint=_LOGIN)
+            read_range(response, path, status, offset, out)
 
     def children(self, prefix: str) -> list[str]:
         below = (path.removeprefix(prefix).partition("/") for path in self.files(prefix))
@@ -84,7 +83,7 @@ class Hub:
     def close(self) -> None:
         self._client.close()
 
-    def _resolve(self, revision: str | None, policy: RetryPolicy) -> str:
+    def _resolve_commit(self, revision: str | None, policy: RetryPolicy) -> str:
         wanted = f"/revision/{quote(revision, safe='')}" if revision else ""
         found, _ = self._json(f"{self._endpoint}/api/models/{self._name}{wanted}", policy)
         match found:
@@ -104,33 +103,35 @@ class Hub:
         return {path.removeprefix(start): status for path, status in files.items()}
 
     def _json(self, url: str, policy: RetryPolicy) -> tuple[Any, str]:
-        """What the Hub says, and where it goes on."""
+        """Return a JSON answer of the Hub, and the URL of the next page."""
 
         def attempt() -> tuple[Any, str]:
-            with self._ask("GET", url, {}) as answer:
-                if answer.status != 200:
-                    raise refused(answer.status, self.label, hint=_LOGIN)
-                more = re.search(r'<([^>]+)>;\s*rel="next"', answer.header("Link"))
-                return _parsed(answer.body(), self.label), more[1] if more else ""
+            with self._request("GET", url, {}) as response:
+                if response.status != 200:
+                    raise refused(response.status, self.label, hint=_LOGIN)
+                more = re.search(r'<([^>]+)>;\s*rel="next"', response.header("Link"))
+                return _parsed(response.body(), self.label), more[1] if more else ""
 
         return retry(attempt, policy, doing=f"asking the Hub for `{self.label}`")
 
-    def _place(self, path: str, status: Status) -> str:
-        """Where the Hub keeps a file's bytes; good for some time, often about an hour."""
+    def _resolve_file(self, path: str, status: Status) -> str:
+        """Return the URL of a file's bytes, which is valid for some time, often about an hour."""
         whole = f"{self._folder}/{path}" if self._folder else path
         url = f"{self._endpoint}/{self._name}/resolve/{self.commit}/{quote(whole)}"
-        with self._ask("HEAD", url, {}, stay=True) as answer:
-            place = answer.redirect or answer.url
-            if not answer.redirect:
-                check_allowed(answer, f"{self.label}/{path}", hint=_LOGIN)
-            etag = (answer.header("X-Linked-ETag") or answer.header("ETag")).removeprefix("W/").strip('"')
+        with self._request("HEAD", url, {}, stay=True) as response:
+            url = response.redirect or response.url
+            if not response.redirect:
+                check_allowed(response, f"{self.label}/{path}", hint=_LOGIN)
+            etag = (response.header("X-Linked-ETag") or response.header("ETag")).removeprefix("W/").strip('"')
             if etag and etag != status.tag:
                 raise changed(path, status, etag)
         with self._lock:
-            self._places[path] = place
-        return place
+            self._resolved_urls[path] = url
+        return url
 
-    def _ask(self, method: str, url: str, headers: Mapping[str, str], *, stay: bool = False) -> AbstractContextManager[Response]:
+    def _request(
+        self, method: str, url: str, headers: Mapping[str, str], *, stay: bool = False
+    ) -> AbstractContextManager[Response]:
         ours = url.startswith(f"{self._endpoint}/")
         return self._client.request(method, url, headers, credentials=self._credentials if ours else None, stay=stay)
 
@@ -154,7 +155,7 @@ def _parsed(body: bytes, label: str) -> Any:
 
 
 def _headers() -> dict[str, str]:
-    """The user agent and, if there is a token, the authorization that huggingface_hub sends."""
+    """Return the user agent and, if there is a token, the authorization that huggingface_hub sends."""
     if optional_import("huggingface_hub.constants").HF_HUB_OFFLINE:
         raise UserError("the Hub may not be asked: HF_HUB_OFFLINE is set", hint="unset it, or give a directory")
     return dict(optional_import("huggingface_hub.utils").build_hf_headers(library_name="mbtools"))

@@ -1,4 +1,4 @@
-"""Outputs that are uploaded as they are written: arrays wait for their turn in their file, since parts go up in order."""
+"""Outputs that are uploaded while they are written. Parts are sent in order: an early array blocks until its offset is next."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RemoteOutputs:
         self._arrays = InOrder(spans, lambda file: upload.open(file, sizes[file]), lambda _, sink: sink.close())
 
     def write(self, file: str, offset: int, data: Array) -> None:
-        """Hand on an array when everything before it has passed."""
+        """Upload an array once everything before it in the file was uploaded; blocks until then."""
         whole = as_bytes(np.ascontiguousarray(data))
         self._arrays.put(file, offset, whole)
         if self.tap:

@@ -1,8 +1,8 @@
-"""The parts of all files that are uploaded at once, in bounded memory.
+"""Bound the memory of the upload parts of all files.
 
-A part is filled by its own file's next bytes and freed when it has been sent. Where parts on their way hold the memory, a new one
-waits for them: they need nothing to arrive. Where parts that are being filled hold all of it, waiting could last for ever, as
-the bytes that would fill them may come later: then the new one is filled on disk.
+A part is filled with its file's next bytes and freed after it is sent. A new part waits for parts that are being sent, because
+these finish without further data. If all memory is held by parts that are being filled, waiting could last forever, because their
+data may come later: the new part is then filled on disk.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ Part = MemoryPart | DiskPart
 
 
 class PartMemory:
-    """See the module. Shared by threads."""
+    """The memory limit described above, shared by threads."""
 
     def __init__(self, limit: int = PART_MEMORY) -> None:
         self._limit = limit
@@ -95,17 +95,17 @@ class PartMemory:
         return self._held
 
     def part(self, size: int) -> Part:
-        """A new part, to be filled and then sent."""
+        """Return a new part, to be filled and then sent."""
         return MemoryPart(size) if self._take(size) else DiskPart(size)
 
     def sending(self, part: Part) -> None:
-        """It is on its way: it will be freed without anybody's help."""
+        """Record that a part is being sent, and will be freed without further data."""
         with self._changed:
             self._sending += part.in_memory
             self._changed.notify_all()
 
     def sent(self, part: Part) -> None:
-        """It has been sent, or cannot be."""
+        """Record that a part was sent or has failed."""
         if part.in_memory:
             with self._changed:
                 self._sending -= 1

@@ -1,4 +1,4 @@
-"""Trying again: what is worth it, how long to wait in between, when to give up. Knows no protocol."""
+"""Retry attempts that fail for temporary reasons."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from formats.errors import TransientError
 
 
 class RetryableError(Exception):
-    """An attempt that failed for a reason that may pass; the message is the reason.
+    """An attempt failed for a temporary reason, which is the message.
 
-    `done` counts the bytes that had arrived by then, `wait` the seconds that the other side asks for.
+    `done`: bytes received before the failure. `wait`: seconds that the server asks to wait.
     """
 
     def __init__(self, reason: str, *, done: int = 0, wait: float | None = None) -> None:
@@ -25,9 +25,9 @@ class RetryableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often to try, and how many seconds to wait: `first`, then twice as long each time, at most `longest`.
+    """Number of attempts, and seconds between them: `first`, then doubled each time up to `longest`.
 
-    `silence` is the number of seconds without a byte after which a connection counts as dropped.
+    `silence`: seconds without a byte after which a connection counts as dropped.
     """
 
     attempts: int = 6
@@ -36,14 +36,13 @@ class RetryPolicy:
     silence: float = 60.0
 
     def pause(self, failed: int, asked: float | None) -> float:
-        """Seconds before the next attempt. A random part of up to half keeps threads from coming back all at once."""
+        """Return the seconds before the next attempt, with random jitter of up to half."""
         usual = self.first * 2 ** (failed - 1) if asked is None else max(asked, self.first)
         return min(usual, self.longest) * random.uniform(1, 1.5)  # noqa: S311 - nobody gains from guessing it
 
 
 def retry[Result](attempt: Callable[[], Result], policy: RetryPolicy, *, doing: str) -> Result:
-    """Call `attempt` until it does not raise BrokenError; in the end, TransientError says what we were
-    `doing` and the last reason."""
+    """Call `attempt` until it raises no RetryableError. Raises TransientError with `doing` and the last reason in the end."""
     failed = 0
     while True:
         try:
@@ -60,7 +59,7 @@ def retry[Result](attempt: Callable[[], Result], policy: RetryPolicy, *, doing: 
 
 
 def fill(out: memoryview, read: Callable[[memoryview], int], errors: tuple[type[Exception], ...]) -> None:
-    """Fill `out` from a connection; `read` puts some bytes into what it is given. BrokenError says how much came."""
+    """Read into `out` from a connection with repeated calls of `read`; RetryableError gives the number of bytes received."""
     done = 0
     while done < len(out):
         try:
@@ -73,7 +72,7 @@ def fill(out: memoryview, read: Callable[[memoryview], int], errors: tuple[type[
 
 
 def words(error: Exception) -> str:
-    """What went wrong, in words without URLs: of errors whose text may hold one, no more than the kind."""
+    """Describe an error without URLs: errors whose text may contain one give only their class."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, OSError) and error.strerror:

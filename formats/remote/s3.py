@@ -1,5 +1,7 @@
-"""Objects of S3 and what speaks like it, through botocore: credentials, region and endpoint come from where AWS's own tools
-find them. Objects are read by range, of the version that was seen first.
+"""Read and write objects of S3 and compatible storage through botocore.
+
+Credentials, region and endpoint come from where AWS's own tools find them. Objects are read by range, in the version of the first
+request.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _CREDENTIALS = "check the name, the AWS credentials (`aws configure`, AWS_PROFIL
 
 
 class Client(Protocol):
-    """What we use of botocore's client, which has no types."""
+    """The used methods of botocore's client, which has no types."""
 
     def get_object(self, **arguments: Any) -> Reply: ...
     def head_object(self, **arguments: Any) -> Reply: ...
@@ -198,7 +200,7 @@ def status_of(error: Exception) -> int:
 
 
 def user_error(error: Exception, label: str, *, doing: str = "read") -> Exception:
-    """BrokenError or UserError for a botocore error, in words without URLs; the error itself where it is none of botocore's."""
+    """Return RetryableError or UserError, without URLs, for a botocore error; any other error itself."""
     errors = optional_import("botocore.exceptions")
     status = status_of(error)
     if isinstance(error, errors.ClientError):

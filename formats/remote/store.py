@@ -1,7 +1,4 @@
-"""What every kind of remote storage answers, and what they have in common: versions, refusals, names without secrets.
-
-Knows no protocol.
-"""
+"""The protocol of remote storage, and what all kinds share: versions, errors, names without secrets."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from formats.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A file as it was when it was first looked at. `tag` changes when the content does; it is empty where nothing tells."""
+    """The version of a file when it was first requested. `tag` changes with the content; empty if the server gives none."""
 
     size: int
     tag: str
@@ -27,49 +24,49 @@ class Status:
 
 
 class Store(Protocol):
-    """Files by their whole path, each call one attempt.
+    """Files by their full path. Each call is one attempt.
 
-    Calls raise BrokenError where trying again may help, UserError where it does not. They come from several threads.
+    Calls raise RetryableError where a retry may help, else UserError. They may come from several threads.
     """
 
     @property
     def label(self) -> str:
-        """A URL without anything secret."""
+        """The URL without secrets."""
         ...
 
     @property
     def name(self) -> str:
-        """The last part of it."""
+        """The last component of the URL."""
         ...
 
     @property
     def origin(self) -> Mapping[str, str]:
-        """A name of the content that does not change, if there is one."""
+        """A permanent name of the content, if there is one."""
         ...
 
     def status(self, path: str) -> Status | None:
-        """A file's status; None if it is not there."""
+        """Return a file's status; None if it does not exist."""
         ...
 
     def fetch(self, path: str, status: Status, offset: int, out: memoryview) -> None:
-        """Fill `out` from `offset` of the file that has that status. BrokenError tells how many bytes came."""
+        """Read into `out` from `offset` of that version of the file. RetryableError gives the number of bytes received."""
         ...
 
     def children(self, prefix: str) -> list[str]:
-        """Names right below a prefix that is empty or ends in a slash; folders end in a slash."""
+        """Return the names directly below a prefix, which is empty or ends in a slash; folders end in a slash."""
         ...
 
     def files(self, prefix: str) -> Mapping[str, Status | None]:
-        """All paths below a prefix, with what the listing says of them."""
+        """Return all paths below a prefix, with the status if the listing has it."""
         ...
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
         ...
 
 
 class StoreBase:
-    """What a store says of itself that knows no more than its URL without secrets."""
+    """Base of stores that have only their URL as name."""
 
     label: str
 
@@ -87,30 +84,32 @@ def file_name(path: str) -> str:
 
 
 def changed(path: str, status: Status, found: str, *, what: str = "") -> UserError:
-    """The file is not what it was when it was opened."""
+    """Return the error for a file whose version has changed since it was opened."""
     return UserError(
         f"`{file_name(path)}` changed while it was being read: {what or status.tag_name} was `{status.tag}`, is `{found}`",
-        hint="run it again once nobody writes there",
+        hint="run it again once nothing is writing to it",
     )
 
 
 def resized(path: str, status: Status, found: str) -> UserError:
-    """The same, as its size tells."""
+    """Return the error for a file whose size has changed since it was opened."""
     return UserError(
         f"`{file_name(path)}` changed while it was being read: it had {status.size} bytes, now it has {found}",
-        hint="run it again once nobody writes there",
+        hint="run it again once nothing is writing to it",
     )
 
 
 def refused(status: int, label: str, *, hint: str, code: str = "", doing: str = "read") -> UserError:
-    """The other side knows what we want and does not do it; `code` is its own word for why."""
-    meaning = {401: "wants credentials", 403: "does not allow it", 404: "has nothing there"}.get(status, "refuses")
+    """Return the error for a refused request; `code` is the server's reason."""
+    meaning = {401: "the server wants credentials", 403: "the server does not allow it", 404: "not found"}.get(
+        status, "the server refuses"
+    )
     named = f"HTTP {status}" if code in ("", str(status)) else f"HTTP {status}, {code}"
-    return UserError(f"cannot {doing} `{label}`: the server {meaning} ({named})", hint=hint)
+    return UserError(f"cannot {doing} `{label}`: {meaning} ({named})", hint=hint)
 
 
 def optional_import(module: str) -> Any:
-    """A module of the extra `remote`, imported on first use."""
+    """Import a module of the extra `remote` on first use. Raises UserError if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -1,10 +1,10 @@
-"""A directory being made in S3 or Google Cloud Storage, `s3://…` or `gs://…`. Nothing of it can be read before `commit`.
+"""Write a directory to S3 or Google Cloud Storage, `s3://…` or `gs://…`. None of it can be read before `commit`.
 
-Files go up in parts while they are made, each in order, several at once. `commit` turns the parts into objects: first those
-that nobody takes for a checkpoint, then, one by one, those that say it is whole. Knows nothing of what files hold.
+Files are uploaded in parts while they are written, each in order, several at once. `commit` turns the parts into objects: first
+those that do not make a checkpoint recognizable, then, one by one, those that mark it complete.
 
-Promised: whoever opens the place at any moment finds what was there before, no checkpoint, or all of the new one; a run that
-fails leaves none of its objects; parts arrived as they were sent. Not promised, because object storage has no rename: where
+Guaranteed: a reader finds at any moment the previous content, no checkpoint, or the complete new one; a run that fails leaves
+none of its objects; parts arrive as they were sent. Not guaranteed, because object storage has no rename: where
 something is replaced, between the start of `commit` and its end there is neither the old checkpoint nor the new one (seconds; for
 good if the run fails just then); a reader in the middle of the old one finds files gone or changed; two runs to one place at once
 are found out only if one has committed by the time the other does, which then changes nothing. A killed run leaves parts that
@@ -37,7 +37,7 @@ _MOST_KEPT = 8 << 20  # of these, together; further ones go up as files of one p
 
 
 class Target(Store, Protocol):
-    """A store that can be written, in parts, each call one attempt."""
+    """A store that can be written in parts. Each call is one attempt."""
 
     def begin(self, path: str) -> str: ...
     def part(self, path: str, upload: str, number: int, data: mmap) -> str: ...
@@ -51,16 +51,16 @@ TARGETS: Mapping[str, Callable[[str, RetryPolicy], Target]] = {"s3": S3, "gs": G
 
 
 def exists(url: str, *, policy: RetryPolicy | None = None) -> bool:
-    """Is there any object below that URL?"""
-    patient = _Patient(url, policy or RetryPolicy())
+    """Does any object exist below that URL?"""
+    target = _RetryingTarget(url, policy or RetryPolicy())
     try:
-        return bool(patient.children())
+        return bool(target.children())
     finally:
-        patient.target.close()
+        target.target.close()
 
 
 class Upload:
-    """Files on their way to `url`. Use it as a context: what was not committed by the end of the block is taken back.
+    """An upload of files to `url`, as a context manager: what was not committed by the end of the block is removed.
 
     Memory: the parts of all files together hold at most `memory` bytes, and one that was filled on disk comes on top while it is
     sent (formats/remote/part_memory.py). A part is 8 MiB, or a nine-thousandth of the file if that is more.
@@ -76,7 +76,7 @@ class Upload:
         memory: int = PART_MEMORY,
         policy: RetryPolicy | None = None,
     ) -> None:
-        self._patient = _Patient(url, policy or RetryPolicy())
+        self._target = _RetryingTarget(url, policy or RetryPolicy())
         self._rule, self._is_root = rule, not urlsplit(url).path.strip("/")
         self._files: dict[str, FileUpload] = {}
         self._published: list[str] = []
@@ -89,32 +89,32 @@ class Upload:
         self._kept = 0
         self._failure: BaseException | None = None
         try:
-            self._before = self._look() if self._patient.children() else None
+            self._before = self._look() if self._target.children() else None
         except BaseException:
             self.abort()
             raise
 
     @property
     def label(self) -> str:
-        return self._patient.target.label
+        return self._target.target.label
 
     @property
     def held(self) -> int:
-        """Bytes of all files' parts that are in memory."""
+        """Bytes of all parts in memory."""
         return self._memory.held
 
     def open(self, name: str, size: int) -> FileUpload:
-        """A new file of that size, to be filled from its start to its end."""
+        """Start a file of that size, which is written from its first byte to its last."""
         with self._lock:
             assert name not in self._files, f"{name} was opened before"
             keep = size <= _WHOLE and self._kept + size <= _MOST_KEPT
             self._kept += size if keep else 0
-            sink = FileUpload(self._patient, name, size, self._send, None if keep else self._memory)
+            sink = FileUpload(self._target, name, size, self._send, None if keep else self._memory)
             self._files[name] = sink
         return sink
 
     def put(self, name: str, data: bytes) -> None:
-        """A file that is ready, most often a small one."""
+        """Upload a complete file."""
         sink = self.open(name, len(data))
         sink.update(memoryview(data))
         sink.close()
@@ -131,7 +131,7 @@ class Upload:
         assert set(order) <= set(self._files), "order names files that were not opened"
         for sink in self._files.values():
             sink.wait()
-        before = self._patient.listed()
+        before = self._target.listed()
         check_unchanged(self._before, self._present(before) if before else None, then="run it again")
         self._standing, self._record = set(before), record
         self._make_room(before, order)
@@ -156,7 +156,7 @@ class Upload:
             with suppress(UserError):
                 sink.drop()
         self._files.clear()
-        self._patient.target.close()
+        self._target.target.close()
 
     def __enter__(self) -> Self:
         return self
@@ -165,7 +165,7 @@ class Upload:
         self.abort()
 
     def _look(self) -> Present | None:
-        """What is there now, if anything; UserError unless all of it may go."""
+        """Return the current content, None if empty. Raises UserError unless all of it may be replaced."""
         if self._rule is None:
             raise already_exists(self.label)
         if self._is_root:
@@ -173,14 +173,14 @@ class Upload:
                 f"`{self.label}` is a whole bucket, which `--overwrite` never replaces",
                 hint=f"give a folder in it, such as `{self.label}/model`",
             )
-        found = self._present(self._patient.listed())
+        found = self._present(self._target.listed())
         if not found.entries:
             return None
         self._rule(found)
         return found
 
     def _present(self, listed: Mapping[str, Status]) -> Present:
-        return Present(self.label, listed, read=lambda name: self._patient.get(name, listed[name]))
+        return Present(self.label, listed, read=lambda name: self._target.get(name, listed[name]))
 
     def _send(self, part: Part, call: Callable[[mmap], str]) -> Future[str]:
         """Run a call on the pool, as soon as one of its streams is free; raise what an earlier one raised."""
@@ -199,7 +199,7 @@ class Upload:
         self._room.release()
 
     def _make_room(self, before: Mapping[str, Status], order: Sequence[str]) -> None:
-        """Small files go before large ones: whatever says that a checkpoint is whole is small."""
+        """Remove old objects, small ones first: files that mark a checkpoint complete are small."""
         for name in reversed(order):
             if name in before:
                 self._remove(name)
@@ -210,7 +210,7 @@ class Upload:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
-        self._patient.delete(name)
+        self._target.delete(name)
         self._standing.discard(name)
 
     def _publish(self, before: Mapping[str, Status], name: str) -> None:
@@ -227,8 +227,8 @@ class FileUpload:
     """A file on its way. `update` may be called from any thread, from one at a time. Its parts are made in `memory`; without
     one, it is kept whole until it is published."""
 
-    def __init__(self, patient: _Patient, name: str, size: int, send: Send, memory: PartMemory | None) -> None:
-        self._patient, self._name, self._size, self._send = patient, name, size, send
+    def __init__(self, target: _RetryingTarget, name: str, size: int, send: Send, memory: PartMemory | None) -> None:
+        self._target, self._name, self._size, self._send = target, name, size, send
         self._part_size = part_size(size)
         self._memory = memory
         self._part: Part | None = None
@@ -238,8 +238,7 @@ class FileUpload:
         self._tags: list[Future[str]] = []
 
     def update(self, data: memoryview) -> None:
-        """Take the file's next bytes; the memory is the caller's again afterwards. Waits while too much is on its way, and
-        raises UserError where an earlier part could not be sent."""
+        """Copy the file's next bytes. Blocks while too much is being sent, and raises UserError if an earlier part failed."""
         data = data.cast("B") if data.nbytes else memoryview(b"")
         while data:
             size = min(self._part_size, self._size - self._taken + self._filled)
@@ -252,13 +251,13 @@ class FileUpload:
                 self._flush(self._part)
 
     def close(self) -> None:
-        """The file is complete. It cannot be read yet."""
+        """Finish the file's data. It cannot be read before `publish`."""
         assert self._taken == self._size, f"{self._name} has {self._taken} of {self._size} bytes"
         if self._part and self._memory:
             self._flush(self._part)
 
     def wait(self) -> None:
-        """Wait until every part has arrived; UserError if one did not."""
+        """Block until every part was uploaded; UserError if one failed."""
         assert self._taken == self._size, f"{self._name} has {self._taken} of {self._size} bytes"
         for tag in self._tags:
             tag.result()
@@ -266,21 +265,21 @@ class FileUpload:
     def publish(self, before: Status | None) -> None:
         """Make the object, in place of the one that was there `before`."""
         if self._upload:
-            self._patient.finish(self._name, self._upload, [tag.result() for tag in self._tags], self._size, before)
+            self._target.finish(self._name, self._upload, [tag.result() for tag in self._tags], self._size, before)
         else:
-            self._patient.put(self._name, self._part.content() if isinstance(self._part, MemoryPart) else b"")
+            self._target.put(self._name, self._part.content() if isinstance(self._part, MemoryPart) else b"")
         self._upload = ""
 
     def drop(self) -> None:
-        """Forget the parts that were sent."""
+        """Drop the parts that were sent."""
         if self._upload:
-            self._patient.drop(self._name, self._upload)
+            self._target.drop(self._name, self._upload)
 
     def _flush(self, part: Part) -> None:
-        self._upload = self._upload or self._patient.begin(self._name)
+        self._upload = self._upload or self._target.begin(self._name)
         upload, number = self._upload, len(self._tags) + 1
         self._part, self._filled = None, 0
-        self._tags.append(self._send(part, lambda data: self._patient.part(self._name, upload, number, data)))
+        self._tags.append(self._send(part, lambda data: self._target.part(self._name, upload, number, data)))
 
 
 def part_size(size: int) -> int:
@@ -288,8 +287,8 @@ def part_size(size: int) -> int:
     return max(PART_BYTES, -(-size // _MOST_PARTS // PART_BYTES) * PART_BYTES)
 
 
-class _Patient:
-    """The calls of a target, patiently."""
+class _RetryingTarget:
+    """The calls of a target, with retries."""
 
     def __init__(self, url: str, policy: RetryPolicy) -> None:
         kind = url.partition("://")[0].lower()
@@ -299,43 +298,43 @@ class _Patient:
         self._policy = policy
 
     def children(self) -> list[str]:
-        return self._persist(lambda: self.target.children(""), "listing", "")
+        return self._retry(lambda: self.target.children(""), "listing", "")
 
     def listed(self) -> dict[str, Status]:
-        found = self._persist(lambda: self.target.files(""), "listing", "")
+        found = self._retry(lambda: self.target.files(""), "listing", "")
         whole = {path: status or self._status(path) for path, status in found.items()}
         return {path: status for path, status in whole.items() if status}
 
     def get(self, name: str, status: Status) -> bytes:
         out = bytearray(status.size)
-        self._persist(lambda: self.target.fetch(name, status, 0, memoryview(out)), "reading", name)
+        self._retry(lambda: self.target.fetch(name, status, 0, memoryview(out)), "reading", name)
         return bytes(out)
 
     def begin(self, name: str) -> str:
-        return self._persist(lambda: self.target.begin(name), "writing", name)
+        return self._retry(lambda: self.target.begin(name), "writing", name)
 
     def part(self, name: str, upload: str, number: int, data: mmap) -> str:
-        return self._persist(lambda: self.target.part(name, upload, number, data), f"writing part {number} of", name)
+        return self._retry(lambda: self.target.part(name, upload, number, data), f"writing part {number} of", name)
 
     def finish(self, name: str, upload: str, tags: Sequence[str], size: int, before: Status | None) -> None:
-        """An answer may be lost although the object was made: then there is no such upload any more, but another object."""
-        if self._persist(lambda: self.target.finish(name, upload, tags), "writing", name):
+        """Complete an upload. If the response was lost, the upload no longer exists, but the object is new."""
+        if self._retry(lambda: self.target.finish(name, upload, tags), "writing", name):
             return
         now = self._status(name)
         if now is None or now.size != size or now == before:
             raise UserError(f"the upload of `{name}` was dropped by somebody else", hint="run it again")
 
     def drop(self, name: str, upload: str) -> None:
-        self._persist(lambda: self.target.drop(name, upload), "taking back", name)
+        self._retry(lambda: self.target.drop(name, upload), "taking back", name)
 
     def put(self, name: str, data: bytes) -> None:
-        self._persist(lambda: self.target.put(name, data), "writing", name)
+        self._retry(lambda: self.target.put(name, data), "writing", name)
 
     def delete(self, name: str) -> None:
-        self._persist(lambda: self.target.delete(name), "removing", name)
+        self._retry(lambda: self.target.delete(name), "removing", name)
 
     def _status(self, name: str) -> Status | None:
-        return self._persist(lambda: self.target.status(name), "looking at", name)
+        return self._retry(lambda: self.target.status(name), "looking at", name)
 
-    def _persist[Result](self, attempt: Callable[[], Result], doing: str, name: str) -> Result:
+    def _retry[Result](self, attempt: Callable[[], Result], doing: str, name: str) -> Result:
         return retry(attempt, self._policy, doing=f"{doing} `{self.target.label}{f'/{name}' if name else ''}`")

@@ -1,7 +1,7 @@
-"""Files of an ordinary web server, read by range.
+"""Read files of an ordinary web server by range.
 
-A web server has no listing. Which files there are is known only as far as something names them: the safetensors index, a
-Megatron tracker, `integrity.json`, and the names that such files usually have, each of which is asked for.
+A web server lists no directory. Files are found by names: those in the safetensors index, in a Megatron tracker and in
+`integrity.json`, the usual names of a format, and the caller's `probe` list. Each is requested.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from formats.shard_files import INDEX, USUAL_FILES
 _ROOT_FILES = (TRACKER, TRAIN_STATE_TRACKER)
 _ITERATION_FILES = (METADATA, FORMAT, COMMON, TRAIN_STATE, integrity.FILE)
 _AT_ONCE = 8
-_QUOTED = "/%:@!$&'()*+,;=~"  # what may stand in a path as it is
+_QUOTED = "/%:@!$&'()*+,;=~"  # characters that need no escape in a path
 _NO_RANGES = "use a server that answers `Range: bytes=…` with 206, or fetch the directory first"
 
 
@@ -52,37 +52,37 @@ class Web(StoreBase):
         self._lock = threading.Lock()
 
     def status(self, path: str) -> Status | None:
-        """By HEAD; by the first byte where a server does not answer that."""
-        with self._ask("HEAD", path, {}) as answer:
-            if answer.status == 200 and answer.header("Content-Length").isdigit():
-                return Status(int(answer.header("Content-Length")), *tag_of(answer))
-            if answer.status in (404, 410):
+        """Request the status by HEAD, or by the first byte if the server does not support that."""
+        with self._request("HEAD", path, {}) as response:
+            if response.status == 200 and response.header("Content-Length").isdigit():
+                return Status(int(response.header("Content-Length")), *tag_of(response))
+            if response.status in (404, 410):
                 return None
-        with self._ask("GET", path, {"Range": "bytes=0-0"}) as answer:
-            if answer.status in (404, 410):
+        with self._request("GET", path, {"Range": "bytes=0-0"}) as response:
+            if response.status in (404, 410):
                 return None
-            self._check_allowed(answer, path)
-            size = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", answer.header("Content-Range"))
+            self._check_allowed(response, path)
+            size = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", response.header("Content-Range"))
             if not size:
                 raise UserError(f"the server of `{self.label}` does not answer by byte range", hint=_NO_RANGES)
-            return Status(int(size[1]), *tag_of(answer))
+            return Status(int(size[1]), *tag_of(response))
 
     def fetch(self, path: str, status: Status, offset: int, out: memoryview) -> None:
-        with self._ask("GET", path, {**range_header(offset, len(out)), **_only_if(status)}) as answer:
-            self._check_allowed(answer, path)
-            read_range(answer, path, status, offset, out)
+        with self._request("GET", path, {**range_header(offset, len(out)), **_version_condition(status)}) as response:
+            self._check_allowed(response, path)
+            read_range(response, path, status, offset, out)
 
     def children(self, prefix: str) -> list[str]:
         below = (path.removeprefix(prefix).partition("/") for path in self.files(prefix))
         return sorted({first + slash for first, slash, _ in below})
 
     def files(self, prefix: str) -> Mapping[str, Status | None]:
-        """What is named and there."""
+        """Return the known names that exist."""
         with self._lock:
             if self._known is None:
-                self._known = self._probe(self._named(""))
+                self._known = self._probe(self._candidates(""))
         below = {path: status for path, status in self._known.items() if path.startswith(prefix)}
-        return below if below or not prefix else self._probe(self._named(prefix))
+        return below if below or not prefix else self._probe(self._candidates(prefix))
 
     def close(self) -> None:
         self._client.close()
@@ -90,16 +90,16 @@ class Web(StoreBase):
     def _probe(self, paths: Iterable[str]) -> dict[str, Status]:
         asked = sorted(set(paths))
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="probe") as pool:
-            found = zip(asked, pool.map(self._patiently, asked), strict=True)
+            found = zip(asked, pool.map(self._status_retried, asked), strict=True)
             return {path: status for path, status in found if status}
 
-    def _named(self, prefix: str) -> Iterator[str]:
-        """Paths of files that may be there: of an iteration, of a root with its newest iteration, or of a model."""
-        tracked = (self._small(prefix + TRACKER) or b"").decode(errors="replace").strip()
+    def _candidates(self, prefix: str) -> Iterator[str]:
+        """Yield paths of files that may exist: of an iteration, of a root with its latest iteration, or of a model."""
+        tracked = (self._read_small(prefix + TRACKER) or b"").decode(errors="replace").strip()
         if re.fullmatch(r"\d{1,18}|release", tracked):
             yield from (prefix + name for name in _ROOT_FILES)
             yield from self._of_iteration(prefix + (tracked if tracked == "release" else iteration_folder(int(tracked))) + "/")
-        elif self._patiently(prefix + METADATA):
+        elif self._status_retried(prefix + METADATA):
             yield from self._of_iteration(prefix)
         else:
             names = cast("Any", self._document(prefix + INDEX).get("weight_map"))
@@ -112,15 +112,15 @@ class Web(StoreBase):
         yield from (prefix + name for name in (*_ITERATION_FILES, *self._probe_names, *names) if stays_below(name))
 
     def _document(self, path: str) -> dict[str, Any]:
-        """A JSON object for its names; readers complain about a broken one."""
+        """Read a JSON object, empty if it is missing or invalid: readers report an invalid one."""
         try:
-            found = json.loads(self._small(path) or b"{}")
+            found = json.loads(self._read_small(path) or b"{}")
         except (ValueError, RecursionError):
             return {}
         return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
 
-    def _small(self, path: str) -> bytes | None:
-        status = self._patiently(path)
+    def _read_small(self, path: str) -> bytes | None:
+        status = self._status_retried(path)
         if status is None:
             return None
         out = bytearray(status.size)
@@ -128,64 +128,64 @@ class Web(StoreBase):
             retry(lambda: self.fetch(path, status, 0, memoryview(out)), self._policy, doing=f"reading `{file_name(path)}`")
         return bytes(out)
 
-    def _patiently(self, path: str) -> Status | None:
+    def _status_retried(self, path: str) -> Status | None:
         return retry(lambda: self.status(path), self._policy, doing=f"looking at `{file_name(path)}`")
 
-    def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> AbstractContextManager[Response]:
+    def _request(self, method: str, path: str, headers: Mapping[str, str]) -> AbstractContextManager[Response]:
         url = self._root + quote(path) + self._query
         return self._client.request(method, url, headers, credentials=self._credentials)
 
-    def _check_allowed(self, answer: Response, path: str) -> None:
-        check_allowed(answer, f"{self.label}/{path}", hint="give credentials in `~/.netrc`, or a signed URL")
+    def _check_allowed(self, response: Response, path: str) -> None:
+        check_allowed(response, f"{self.label}/{path}", hint="give credentials in `~/.netrc`, or a signed URL")
 
 
-def check_allowed(answer: Response, label: str, *, hint: str) -> None:
-    """UserError for answers that have nothing to do with ranges and are not what was asked for."""
-    if answer.status not in (200, 206, 412, 416):
-        raise refused(answer.status, label, hint=hint if answer.status in (401, 403) else "check the URL")
+def check_allowed(response: Response, label: str, *, hint: str) -> None:
+    """Raise UserError for status codes other than success and those of range requests."""
+    if response.status not in (200, 206, 412, 416):
+        raise refused(response.status, label, hint=hint if response.status in (401, 403) else "check the URL")
 
 
 def range_header(offset: int, length: int) -> dict[str, str]:
     return {"Range": f"bytes={offset}-{offset + length - 1}"}
 
 
-def tag_of(answer: Response) -> tuple[str, str]:
-    """What changes with the file, and what it is called."""
-    etag = answer.header("ETag")
-    return (etag, "ETag") if etag else (answer.header("Last-Modified"), "last change")
+def tag_of(response: Response) -> tuple[str, str]:
+    """Return a value that changes with the file, and its name."""
+    etag = response.header("ETag")
+    return (etag, "ETag") if etag else (response.header("Last-Modified"), "last change")
 
 
-def read_range(answer: Response, path: str, status: Status, offset: int, out: memoryview) -> None:
-    """Fill `out` with the body of an answer to `range_header`, if it is that part of that version of the file."""
-    found, tag_name = tag_of(answer)
-    if answer.status in (206, 412) and status.tag_name == tag_name and found and found != status.tag:
+def read_range(response: Response, path: str, status: Status, offset: int, out: memoryview) -> None:
+    """Read the body of a response to `range_header` into `out`. Raises UserError unless it is that range of that version."""
+    found, tag_name = tag_of(response)
+    if response.status in (206, 412) and status.tag_name == tag_name and found and found != status.tag:
         raise changed(path, status, found)
-    if answer.status == 412:
+    if response.status == 412:
         raise changed(path, status, "another")
-    part = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", answer.header("Content-Range"))
+    part = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", response.header("Content-Range"))
     if part and part[3] not in ("*", str(status.size)):
         raise resized(path, status, part[3])
-    if answer.status == 416:
+    if response.status == 416:
         raise resized(path, status, "less")
-    if answer.status == 200:
-        _check_whole(answer, path, status, offset, len(out))
+    if response.status == 200:
+        _check_whole(response, path, status, offset, len(out))
     elif not part or (part[1], part[2]) != (str(offset), str(offset + len(out) - 1)):
         raise RetryableError("the server answered with another range than it was asked for")
-    answer.read_into(out)
+    response.read_into(out)
 
 
-def _check_whole(answer: Response, path: str, status: Status, offset: int, length: int) -> None:
-    """A server may ignore a range; that is good enough for a file that is wanted whole."""
-    if answer.header("Content-Length") not in ("", str(status.size)):
-        raise resized(path, status, answer.header("Content-Length"))
+def _check_whole(response: Response, path: str, status: Status, offset: int, length: int) -> None:
+    """Accept a response that ignores the range, if the complete file was requested."""
+    if response.header("Content-Length") not in ("", str(status.size)):
+        raise resized(path, status, response.header("Content-Length"))
     if offset or length != status.size:
         raise UserError(f"the server of `{file_name(path)}` does not answer by byte range", hint=_NO_RANGES)
-    if tag_of(answer)[0] not in ("", status.tag):
-        raise changed(path, status, tag_of(answer)[0])
+    if tag_of(response)[0] not in ("", status.tag):
+        raise changed(path, status, tag_of(response)[0])
 
 
-def _only_if(status: Status) -> dict[str, str]:
-    """Ask for this version and no other. Weak ETags never match, so they are compared in the answer alone."""
+def _version_condition(status: Status) -> dict[str, str]:
+    """Return headers that request this version only. Weak ETags never match, so they are compared in the response."""
     if status.tag_name == "ETag":
         return {} if status.tag.startswith("W/") else {"If-Match": status.tag}
     return {"If-Unmodified-Since": status.tag} if status.tag else {}

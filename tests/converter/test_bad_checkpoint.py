@@ -30,8 +30,8 @@ def test_an_iteration_that_is_not_there(checkpoint, tmp_path, tracked, pattern):
 
 def test_an_iteration_that_is_not_complete(checkpoint, tmp_path):
     (checkpoint / "iter_0000000" / ".metadata").unlink()
-    refused(mcore_to_hf, checkpoint, tmp_path, "its saving never finished")
-    refused(mcore_to_hf, checkpoint / "iter_0000000", tmp_path, "its saving never finished")
+    refused(mcore_to_hf, checkpoint, tmp_path, "incomplete checkpoint: `.metadata` is missing")
+    refused(mcore_to_hf, checkpoint / "iter_0000000", tmp_path, "incomplete checkpoint: `.metadata` is missing")
 
 
 def test_legacy_formats_are_refused_by_name(checkpoint, tmp_path):
@@ -91,7 +91,7 @@ def without_fc2(metadata):
     (renamed("../__0_0.distcp"), "which is no valid path inside the directory"),
     (renamed("/etc/passwd"), "`/etc/passwd`, which is no valid path inside the directory"),
     (renamed("a/../../b"), "which is no valid path inside the directory"), (renamed("gone"), "names `gone`, which is not in"),
-    (unplaced, "does not say where"), (without_fc2, "the checkpoint lacks `decoder.layers.0.mlp.linear_fc2.weight`"),
+    (unplaced, "gives no location of"), (without_fc2, "the checkpoint lacks `decoder.layers.0.mlp.linear_fc2.weight`"),
 ])  # fmt: skip
 def test_metadata_that_lies(checkpoint, tmp_path, change, pattern):
     edit_metadata(checkpoint, change)
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_another_shape_or_dtype_than_promised(checkpoint, tmp_pa
         data[one], data[other] = data[other], data[one]
 
     edit_metadata(checkpoint, swap)
-    refused(mcore_to_hf, checkpoint, tmp_path, r"holds \[64\] of bf16 where `.metadata` promises \[1, 64, 48\] of bf16")
+    refused(mcore_to_hf, checkpoint, tmp_path, r"holds \[64\] of bf16, but `.metadata` says \[1, 64, 48\] of bf16")
 
 
 class Touch:
@@ -175,16 +175,16 @@ def place_field(name, value):
 
 @pytest.mark.parametrize(("change", "pattern"), [
     (same_place, f"puts `{FC2}` and `{FC2}` in the same bytes"), (reshaped, r"by `config.json` it should be \[64\]"),
-    (assign("storage_data", {1: 2}), "not built as torch builds it"), (assign("storage_data", None), "is not the index"),
-    (assign("state_dict_metadata", {"a": 1}), "not built as torch builds it"),
+    (assign("storage_data", {1: 2}), "not a valid index of torch"), (assign("storage_data", None), "is not the index"),
+    (assign("state_dict_metadata", {"a": 1}), "not a valid index of torch"),
     (assign("state_dict_metadata", {5: torch.distributed.checkpoint.metadata.BytesStorageMetadata()}), "name is not text"),
     (chunk_field("offsets", None), "whole numbers"), (chunk_field("sizes", torch.Size([1])), "another number of dimensions"),
     (chunk_field("sizes", (1, 64, 10**5000)), "whole numbers"), (chunk_field("sizes", (1.5, 64, 48)), "whole numbers"),
-    (place_field("offset", 1.5), "does not say where"),
-    (place_field("length", None), "not built as torch builds it: it lacks `length`"),
+    (place_field("offset", 1.5), "does not give the location"),
+    (place_field("length", None), "not a valid index of torch: it lacks `length`"),
     (place_field("relative_path", "a" * 300), "which is no valid path inside the directory"),
-    (lambda m: setattr(m.state_dict_metadata[FC2], "chunks", 5), "not built as torch builds it"),
-    (lambda m: setattr(m.state_dict_metadata[FC2], "properties", 5), "not built as torch builds it"),
+    (lambda m: setattr(m.state_dict_metadata[FC2], "chunks", 5), "not a valid index of torch"),
+    (lambda m: setattr(m.state_dict_metadata[FC2], "properties", 5), "not a valid index of torch"),
 ])  # fmt: skip
 def test_a_misshapen_index_is_named_and_never_gives_other_data(checkpoint, tmp_path, change, pattern):
     edit_metadata(checkpoint, change)

@@ -26,7 +26,7 @@ def edit_config(source, **changes):
 @pytest.mark.parametrize(("text", "pattern"), [
     (None, "has no `config.json`"), ("{", "`config.json` is not readable JSON"), ("[1]", "should be a JSON object"),
     ("", "`config.json` is not readable JSON"), ("[" * 100_000, "`config.json` is not readable JSON"),
-    ('{"a": 1, "a": 2}', "`a` stands there twice"), (f'{{"a": {"[" * 70}{"]" * 70}}}', "nested deeper than 64 levels"),
+    ('{"a": 1, "a": 2}', "duplicate key `a`"), (f'{{"a": {"[" * 70}{"]" * 70}}}', "nested deeper than 64 levels"),
 ])  # fmt: skip
 def test_no_or_broken_config(source, tmp_path, text, pattern):
     (source / "config.json").unlink()
@@ -100,7 +100,7 @@ HEADERS = {
     "offsets": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(data_offsets=[9, 3])), r"data offsets `\[9, 3\]`"),
     "floats": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(data_offsets=[0.0, 3e9])), "data offsets"),
     "shape_number": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update(shape=64)), "has shape `64`"),
-    "metadata": (lambda p: rewrite_header(p, lambda h: h.update(__metadata__={"format": 1})), "should hold text alone"),
+    "metadata": (lambda p: rewrite_header(p, lambda h: h.update(__metadata__={"format": 1})), "should hold only text"),
     "no_text": (lambda p: rewrite_header(p, lambda h: first_two(h)[0].update({"\ud800": 1})), "half a surrogate pair"),
     "entry": (lambda p: rewrite_header(p, lambda h: h.update(x=5)), "`x` has data offsets `None`"),
 }
@@ -219,7 +219,7 @@ def test_a_layout_the_model_does_not_fit(source, tmp_path, options, pattern):
 
 def test_targets_that_would_harm_something(source, checkpoint, tmp_path):
     for target in (source, source / "inside", source.parent):
-        with pytest.raises(UserError, match="lie in one another"):
+        with pytest.raises(UserError, match=r"(is|is inside|contains) the source"):
             hf_to_mcore(source, target, overwrite=True)
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match=r"already exists\n\nhint: .*`--overwrite`"):
@@ -279,7 +279,7 @@ def test_an_old_output_is_kept_until_the_new_one_is_whole(source, model_folder, 
 
 
 def test_targets_that_lie_in_a_source_or_lead_elsewhere(source, checkpoint, tmp_path):
-    with pytest.raises(UserError, match="lie in one another"):
+    with pytest.raises(UserError, match=r"(is|is inside|contains) the source"):
         mcore_to_hf(checkpoint, source, hf_config=source, overwrite=True)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is a link"):
@@ -350,6 +350,6 @@ def test_no_descriptor_stays_open(model_folder, tmp_path):
 def test_targets_that_cannot_be_made_are_refused_before_anything_is_read(source, tmp_path, monkeypatch, target):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    with pytest.raises(UserError, match=r"has no name of its own|cannot be written to"):
+    with pytest.raises(UserError, match=r"does not end in a directory name|cannot be written to"):
         hf_to_mcore(source, target, dry_run=True)
     assert not list((tmp_path / "empty").iterdir())

@@ -295,7 +295,7 @@ def test_a_mount_point_is_refused_before_a_byte_moves(model_folder, tmp_path):
         cwd=tmp_path, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert done.stdout.splitlines() == [
-        *(f"`{name}` is a mount point, which no other directory can take the place of" for name in ("mounted", "bound here")
+        *(f"`{name}` is a mount point, which cannot be replaced by a rename" for name in ("mounted", "bound here")
           for _ in range(3)),
         "['bound here', 'elsewhere', 'mounted'] ['model']",
     ], done.stderr  # fmt: skip
@@ -313,7 +313,7 @@ def test_what_the_source_has_by_a_link_is_not_replaced(commands, output, tmp_pat
     with pytest.raises(UserError) as caught:
         hf_to_mcore(source, target, overwrite=True)
     assert str(caught.value) == (
-        f"`{source / name}` of the source leads into `{target}`, which is to be replaced\n\nhint: choose another place"
+        f"`{source / name}` of the source is a link into `{target}`, which would be replaced\n\nhint: choose another place"
     )
     assert tree(target) == before
 
@@ -339,7 +339,7 @@ def test_a_source_that_has_another_path_by_a_mount_is_not_replaced(made, tmp_pat
         cwd=tmp_path, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert done.stdout.splitlines() == [
-        "`two/out` and the source `one/out` lie in one another",
-        "`two` and the source `one/out` lie in one another",
-        "`one/out` and the source `two/out/iter` lie in one another",
+        "`two/out` is the source `one/out`",
+        "`two` contains the source `one/out`",
+        "`one/out` contains the source `two/out/iter`",
     ], done.stderr

@@ -40,7 +40,7 @@ def test_a_snapshot_whose_blob_is_gone_names_the_link(model_folder, tmp_path):
     source = snapshot(model_folder("gqa"), tmp_path)
     (source / "model.safetensors").resolve().unlink()
     for action in (lambda: hf_to_mcore(source, tmp_path / "m"), lambda: inspect(source)):
-        with pytest.raises(UserError, match=r"`model.safetensors` of `.*` is a link to `../../blobs/\d+`, which is not there"):
+        with pytest.raises(UserError, match=r"`model.safetensors` of `.*` is a link to `../../blobs/\d+`, which does not exist"):
             action()
 
 

@@ -59,7 +59,7 @@ def test_an_index_of_other_files_beside_a_whole_one_is_refused(source, tmp_path)
         hf_to_mcore(source, tmp_path / "out")
     assert str(error.value) == (
         f"`{source}` holds two models: `model.safetensors`, and the one of `{INDEX}` in `{SHARDS[0]}` and 1 more\n\n"
-        "hint: transformers reads `model.safetensors` and never looks at the index: remove the one that is old"
+        "hint: transformers reads `model.safetensors` and ignores the index: remove the outdated one"
     )
     (source / SHARDS[1]).unlink()
     refused(hf_to_mcore, source, tmp_path, f"holds two models: .* in `{SHARDS[0]}`\n")
@@ -230,8 +230,7 @@ def test_a_link_to_no_file_is_refused_where_the_file_would_travel(source, tmp_pa
     with pytest.raises(UserError) as error:
         hf_to_mcore(source, tmp_path / "out")
     assert str(error.value) == (
-        f"`{name}` in `{source}` is a link that leads to no file\n\n"
-        "hint: fetch the file again, or remove the link if the model does not need it"
+        f"`{name}` in `{source}` is a broken link\n\nhint: fetch the file again, or remove the link if the model does not need it"
     )
     assert not list(tmp_path.glob("out*"))
     (source / name).unlink()

@@ -62,4 +62,4 @@ def test_rows_of_a_key_may_be_held_in_different_ways_and_come_in_any_order():
     ])  # fmt: skip
     files = ["first", "second", "third"]
     assert np.array_equal(found["key"].table(), ChunkedTensor((3, 4, 3), DTYPES["fp32"], expected, files).table())
-    assert [chunk.place.offset for chunk in found["other"].chunks] == [0]
+    assert [chunk.location.offset for chunk in found["other"].chunks] == [0]

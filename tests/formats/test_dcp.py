@@ -72,7 +72,7 @@ def test_layers_that_no_model_has_are_not_counted_through(saved):
         metadata.state_dict_metadata[STACK].size = torch.Size([100_000, 3])
 
     edit(saved, stack)
-    with pytest.raises(UserError, match="should count layers"):
+    with pytest.raises(UserError, match="should be the number of layers"):
         TorchDistReader(LocalFolder(saved))
 
 
@@ -148,7 +148,7 @@ def test_an_archive_that_differs_is_parsed(written):
     assert folder.reads > 3
     data[data.index(b"FloatStorage")] = ord("f")
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"`__0_0\.distcp` is not a whole torch archive"):
+    with pytest.raises(UserError, match=r"`__0_0\.distcp` is not a valid torch archive"):
         read_all(LocalFolder(written))
 
 

@@ -132,7 +132,7 @@ def test_an_unfinished_download_is_said_to_be_one(tmp_path, names):
 def test_a_file_that_a_download_still_writes_to_is_refused_though_it_has_its_size(tmp_path, ending):
     (tmp_path / f"model.safetensors.{ending}").write_bytes(b"x")
     save_file(WEIGHTS, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=rf"`model.safetensors` is not whole: `model.safetensors.{ending}` beside it"):
+    with pytest.raises(UserError, match=rf"`model.safetensors` is incomplete: `model.safetensors.{ending}` beside it"):
         HuggingFaceReader(LocalFolder(tmp_path))
 
 
@@ -153,8 +153,10 @@ def test_a_root_without_a_tracker_says_which_iterations_it_has(tmp_path):
 
 
 def test_an_iteration_without_its_index_was_never_finished(tmp_path):
-    assert "has no `.metadata`: its saving never finished" in message(folder_with(tmp_path / "x", "__0_0.distcp", "common.pt"))
-    assert "has no `.metadata`: its saving never finished" in message(folder_with(tmp_path / "iter_0000007", "common.pt"))
+    assert "is an incomplete checkpoint: `.metadata` is missing" in message(
+        folder_with(tmp_path / "x", "__0_0.distcp", "common.pt")
+    )
+    assert "is an incomplete checkpoint: `.metadata` is missing" in message(folder_with(tmp_path / "iter_0000007", "common.pt"))
 
 
 def test_a_distributed_checkpoint_of_another_program_is_not_called_megatrons(tmp_path):
@@ -179,7 +181,7 @@ def test_a_distributed_checkpoint_of_another_program_is_not_called_megatrons(tmp
 def test_weights_in_a_folder_below_are_pointed_at(tmp_path, names):
     below = names[0].rpartition("/")[0]
     said = message(folder_with(tmp_path / "m", *names))
-    assert f"holds no weights itself; folders in it do: `{below}`" in said
+    assert f"has no weights itself; its sub-folders do: `{below}`" in said
     assert f"hint: give one of them: `{tmp_path / 'm'}/{below}`" in said
 
 
@@ -192,7 +194,7 @@ CONTENTS = {
     "gguf": (b"GGUF\x03\0\0\0" + b"\0" * 64, "a GGUF file"),
     "zip": (b"PK\x03\x04" + b"\0" * 64, "a zip archive, as `torch.save` writes it"),
     "pickle": (b"\x80\x02}q\x00.", "a pickle, as `torch.save` writes it"),
-    "zeros": (bytes(4096), "a file of zero bytes at its start"),
+    "zeros": (bytes(4096), "a file that starts with zero bytes"),
     "gzip": (b"\x1f\x8b\x08\0" + b"a" * 64, "a compressed file"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + b"a" * 64, "an HDF5 file"),
 }
@@ -252,9 +254,7 @@ def test_a_missing_number_of_a_set_is_named(tmp_path):
     ):
         shard_names(folder)
     (tmp_path / "m" / "model-00002-of-00004.safetensors.incomplete").write_bytes(b"x")
-    with pytest.raises(
-        UserError, match=r"hint: a download has not come to its end \(`model-00002-of-00004.safetensors.incomplete`"
-    ):
+    with pytest.raises(UserError, match=r"hint: a download is incomplete \(`model-00002-of-00004.safetensors.incomplete`"):
         shard_names(folder)
 
 
@@ -270,7 +270,7 @@ def test_several_sets_without_an_index_are_not_chosen_from(tmp_path):
 def test_a_link_that_leads_nowhere_is_named(tmp_path, name):
     shards(tmp_path / "m", *([] if name == "model.safetensors" else ["model-00001-of-00002.safetensors"]))
     (tmp_path / "m" / name).symlink_to("../../blobs/0123abcd")
-    with pytest.raises(UserError, match=rf"`{name}` of .* is a link to `../../blobs/0123abcd`, which is not there"):
+    with pytest.raises(UserError, match=rf"`{name}` of .* is a link to `../../blobs/0123abcd`, which does not exist"):
         shard_names(LocalFolder(tmp_path / "m"))
 
 
@@ -281,7 +281,7 @@ def test_a_missing_file_of_an_index_is_told_apart_from_a_broken_link(tmp_path):
     with pytest.raises(UserError, match=rf"names `{names[1]}`, which is not in `"):
         shard_names(folder)
     (tmp_path / "m" / names[1]).symlink_to("../../blobs/0123abcd")
-    with pytest.raises(UserError, match=rf"names `{names[1]}`, which is a link to `../../blobs/0123abcd`, which is not there"):
+    with pytest.raises(UserError, match=rf"names `{names[1]}`, which is a link to `../../blobs/0123abcd`, which does not exist"):
         shard_names(folder)
 
 

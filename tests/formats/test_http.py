@@ -82,7 +82,7 @@ def test_https_is_read(secure: WebServer, certificate: Path, monkeypatch: pytest
 
 
 def test_a_certificate_that_does_not_hold_is_final(secure: WebServer) -> None:
-    with pytest.raises(UserError, match=rf"the certificate of `{HOST}` does not hold: it is signed by itself"):
+    with pytest.raises(UserError, match=rf"certificate verification failed for `{HOST}`: it is signed by itself"):
         read(f"https://user:{SECRET}@{HOST}:{secure.port}/m")
 
 

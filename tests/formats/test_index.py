@@ -53,7 +53,7 @@ def records(tensors, objects):
         ]
         described[key] = record("TensorStorageMetadata", {"properties": properties, "size": size(tensor.shape), "chunks": boxes})
         for c in tensor.chunks:
-            place(key, starts(c.region), c.place.file, c.place.offset, c.place.length)
+            place(key, starts(c.region), c.location.file, c.location.offset, c.location.length)
     for key, (file, start, length) in objects.items():
         described[key] = record("BytesStorageMetadata", {})
         place(key, None, FILES[file], start, length)

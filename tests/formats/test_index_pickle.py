@@ -48,7 +48,7 @@ def test_names_that_change_places_change_what_later_records_say(tmp_path):
     chunks = pickle.loads(changed).state_dict_metadata["a"].chunks
     assert (chunks[3].offsets, chunks[4].offsets) == (torch.Size([3, 0]), torch.Size([1, 4]))
     (tmp_path / METADATA).write_bytes(changed)
-    with pytest.raises(UserError, match=r"does not say where `a` at \[1, 4\] lies"):
+    with pytest.raises(UserError, match=r"gives no location of `a` at \[1, 4\]"):
         read_index(LocalFolder(tmp_path)).tensor("a")
 
 
@@ -96,7 +96,7 @@ def test_a_number_that_is_given_to_a_second_object_means_that_one_from_then_on(t
     found = read_index(LocalFolder(tmp_path))
     assert found.objects == set(names)
     assert found.object("fourth").offset == 3 * LENGTH
-    with pytest.raises(UserError, match="does not say where `second`"):
+    with pytest.raises(UserError, match="gives no location of `second`"):
         found.object("second")
 
 

@@ -72,7 +72,7 @@ while True:
             if len(text) == 4 and Process(text[0], int(text[1]), int(text[2]), text[3]).is_alive():
                 Path(sys.argv[1] + "-violated").write_text("two at once")
             me = Process.this()
-            inside.write_text(f"{me.host}|{me.pid}|{me.started}|{me.place}")
+            inside.write_text(f"{me.host}|{me.pid}|{me.started}|{me.pid_scope}")
             with open(sys.argv[1] + "-entered", "a") as log:
                 log.write("x")
             inside.unlink()
@@ -128,7 +128,7 @@ def dead_holder() -> Holder:
 def elsewhere(holder: Holder | None = None) -> Holder:
     """A holder on another host."""
     holder = holder or Holder.this("far")
-    return replace(holder, process=replace(holder.process, host="far-away", place="another"))
+    return replace(holder, process=replace(holder.process, host="far-away", pid_scope="another"))
 
 
 @contextmanager
@@ -230,7 +230,7 @@ def test_somebody_elses_file_of_that_name_is_not_taken_for_a_lock(tmp_path, cont
     with pytest.raises(UserError) as caught, lock(tmp_path / "out", run="second", patience=0.4):
         pass
     assert str(caught.value) == (
-        f"`{path}` is in the way: the lock of `{tmp_path / 'out'}` has that name, and this file is none\n\n"
+        f"`{path}` is not a lock file, but the lock of `{tmp_path / 'out'}` needs that name\n\n"
         "hint: move it away, or choose another place"
     )
     assert path.read_bytes() == content

@@ -175,7 +175,7 @@ def test_a_source_that_changed_while_it_was_closed_is_not_read_on(tmp_path, most
         with files.using(tmp_path / name):
             pass
     change(tmp_path / "a")
-    message = f"`{tmp_path / 'a'}` was changed while it was being read\n\nhint: start again when nothing writes to it any more"
+    message = f"`{tmp_path / 'a'}` changed while it was being read\n\nhint: run it again once nothing is writing to it"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         files.using(tmp_path / "a").__enter__()
     files.close()

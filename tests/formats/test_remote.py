@@ -362,7 +362,7 @@ def test_a_link_that_expired_is_asked_for_again(hub: HubServer, files: dict[str,
 @pytest.mark.parametrize(
     ("url", "pattern"),
     [
-        ("hf://org/gone", r"cannot read `hf://org/gone`: the server has nothing there .*\n\nhint: .*`hf auth login`"),
+        ("hf://org/gone", r"cannot read `hf://org/gone`: not found .*\n\nhint: .*`hf auth login`"),
         ("hf://org/tiny@gone", "cannot read `hf://org/tiny@gone`"),
         ("hf://only-a-name", "not a model on the Hub"),
         ("ftp://host/x", r"`ftp://` is not supported\n\nhint: known are hf://, s3://"),

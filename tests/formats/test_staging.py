@@ -177,7 +177,7 @@ def test_an_old_output_without_its_name_gets_it_back_whatever_the_next_run_is(tm
     said: list[str] = []
     with pytest.raises(UserError, match=f"`{tmp_path / 'out'}` already exists"):
         attempt(tmp_path, said=said, **options)
-    assert said == [f"`{tmp_path / 'out'}` was put back from `{killed_between}`, where an interrupted run had moved it"]
+    assert said == [f"`{tmp_path / 'out'}` was restored from `{killed_between}`, where an interrupted run had moved it"]
     assert tree(tmp_path / "out") == {"old": b"old"}
     assert tree(tmp_path / "out.partial-a1") == {"done": b"x"}
 
@@ -197,7 +197,7 @@ def test_where_something_else_came_in_its_place_the_old_output_is_named_and_goes
         attempt(tmp_path, rule=anything)
     assert caught.value.hint == (
         f"finish it with the same command and `--resume`, or remove it: `rm -r {left}.state {left}`; "
-        f"`{killed_between}` is an output that stood there before, which stays until another is whole"
+        f"`{killed_between}` is the previous output, which is kept until a new one is complete"
     )
     with staging(tmp_path, rule=anything, resume=True):
         assert tree(killed_between) == {"old": b"old"}
@@ -259,7 +259,7 @@ def test_an_old_output_that_cannot_get_its_name_back_is_named(tmp_path, monkeypa
     with pytest.raises(UserError, match="cannot use"):
         attempt(tmp_path, rule=anything, said=said)
     old = tmp_path / "out.partial-a1.replaced"
-    assert said[-1] == f"`{tmp_path / 'out'}` as it was before is in `{old}`: rename it, or the next run puts it back"
+    assert said[-1] == f"`{tmp_path / 'out'}` as it was before is `{old}`: rename it, or the next run restores it"
     assert old.is_dir()
 
 
@@ -292,7 +292,7 @@ def test_what_an_earlier_run_left_and_cannot_be_removed_is_named_before_anything
     with pytest.raises(UserError) as caught:
         attempt(tmp_path)
     assert str(caught.value) == (
-        f"`{left}` is left of an earlier run and could not be removed\n\nhint: remove it yourself: `rm -r {left}.state {left}`"
+        f"`{left}` was left by an earlier run and could not be removed\n\nhint: remove it yourself: `rm -r {left}.state {left}`"
     )
 
 

@@ -145,7 +145,7 @@ def megatron_contents(folder: Path) -> Chunks:
             tensor = reader.container.tensor(name)
             for chunk in tensor.chunks:
                 corner = tuple(part.start for part in chunk.region)
-                found.chunks[name, corner] = chunk.place, _region(tensor, chunk, reader.container)
+                found.chunks[name, corner] = chunk.location, _region(tensor, chunk, reader.container)
         for name, spec in reader.specs.items():
             out = np.empty(spec.shape, spec.dtype)
             reader.read(name, spec.full_region, out)

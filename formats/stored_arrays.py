@@ -1,0 +1,84 @@
+"""Read and write regions of arrays that are stored contiguously in files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from formats.arrays import as_bytes, bands, copy, offset_of
+from formats.folder import Folder
+from formats.outputs import Outputs
+from formats.spec import Array, Region, Shape, extent
+
+GATHER_BELOW = 64 << 10
+"""Contiguous parts shorter than this are not worth a system call each: the rows around them are read whole and sliced."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArray:
+    """An array stored contiguously, in C order, at a byte offset of a file."""
+
+    file: str
+    offset: int
+    shape: Shape
+
+
+def read_region(folder: Folder, stored: StoredArray, region: Region, out: Array) -> None:
+    """Read a region of a stored array into `out`, which has the region's shape.
+
+    A region that is not contiguous in the file is read row by row where its rows are long, and otherwise as the whole rows
+    around it, some at a time, so that system calls stay few and memory small.
+    """
+    if _contiguous(stored.shape, extent(region)):
+        return _read_contiguous(folder, stored, region, out)
+    if region[0].stop - region[0].start == 1:
+        return read_region(folder, _row(stored, region[0].start, out.dtype.itemsize), region[1:], out[0])
+    step = 1 if out[0].nbytes >= GATHER_BELOW else max(1, GATHER_BELOW // (prod(stored.shape[1:]) * out.dtype.itemsize))
+    for rows in bands(region[0], step):
+        part = out[rows.start - region[0].start : rows.stop - region[0].start]
+        if step == 1:
+            read_region(folder, stored, (rows, *region[1:]), part)
+        else:
+            scratch = np.empty((rows.stop - rows.start, *stored.shape[1:]), out.dtype)
+            _read_contiguous(folder, stored, (rows, *(slice(0, size) for size in stored.shape[1:])), scratch)
+            copy(part, scratch[(slice(None), *region[1:])])
+    return None
+
+
+def write_region(outputs: Outputs, stored: StoredArray, region: Region, data: Array) -> None:
+    """Write `data` into a region of a stored array, row by row where the region is not contiguous."""
+    if _contiguous(stored.shape, extent(region)):
+        return outputs.write(stored.file, file_offset(stored, region, data.dtype.itemsize), data)
+    for number, row in enumerate(range(region[0].start, region[0].stop)):
+        write_region(outputs, _row(stored, row, data.dtype.itemsize), region[1:], data[number])
+    return None
+
+
+def file_offset(stored: StoredArray, region: Region, itemsize: int) -> int:
+    """Return the byte offset in the file of a region's first element."""
+    return stored.offset + offset_of(region, stored.shape) * itemsize
+
+
+def _read_contiguous(folder: Folder, stored: StoredArray, region: Region, out: Array) -> None:
+    start = file_offset(stored, region, out.dtype.itemsize)
+    target = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
+    folder.read_into(stored.file, start, as_bytes(target))
+    if target is not out:
+        copy(out, target)
+
+
+def _row(stored: StoredArray, row: int, itemsize: int) -> StoredArray:
+    """Return one row of a stored array, as an array of one dimension less."""
+    return StoredArray(stored.file, stored.offset + row * prod(stored.shape[1:]) * itemsize, stored.shape[1:])
+
+
+def _contiguous(shape: Shape, region: Shape) -> bool:
+    """Is a region of that extent contiguous in C order? It is if all dimensions after the first partial one are whole."""
+    free = False
+    for whole, part in zip(shape, region, strict=True):
+        if free and part != whole:
+            return False
+        free = free or part != 1
+    return True
