@@ -1,4 +1,4 @@
-"""A job as a NeMo-Run experiment, on this machine or through Slurm. Knows NeMo-Run's names, and what it does not quote."""
+"""Make a NeMo-Run experiment of a job, on this machine or through Slurm. Knows NeMo-Run's names, and what it does not quote."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Where = Literal["local", "slurm"]
 
 
 def run_recipe(recipe: str, overrides: list[str]) -> None:
-    """What a `run.Partial` carries: train `recipe` with `key=value` settings. Plain arguments, since NeMo-Run stores them."""
+    """Train `recipe` with `key=value` settings, as a `run.Partial`. Arguments are plain, since NeMo-Run stores them."""
     from trainer.loop import pretrain  # noqa: PLC0415
     from trainer.settings.arguments import read_run  # noqa: PLC0415 - NeMo-Run imports this module where the job is made
 
@@ -25,7 +25,7 @@ def run_recipe(recipe: str, overrides: list[str]) -> None:
 
 
 def script(job: Job, *, where: Where) -> Any:
-    """The job's program as `run.Script`, for torchrun to start on every rank.
+    """Return the job's program as `run.Script`, for torchrun to start on every rank.
 
     An inline script, quoted here: NeMo-Run's local torchrun passes the `args` of a Script with shell quotes around them.
     """
@@ -34,12 +34,12 @@ def script(job: Job, *, where: Where) -> Any:
 
 
 def partial(recipe: str, overrides: list[str]) -> Any:
-    """`run_recipe` with its arguments, as `run.Partial`."""
+    """Return `run_recipe` with its arguments, as `run.Partial`."""
     return _nemo_run().Partial(run_recipe, recipe=recipe, overrides=list(overrides))
 
 
 def executor(job: Job, *, where: Where) -> Any:
-    """Where and how: torchrun with a process per GPU, on this machine or by Slurm. UserError where Slurm's account is missing."""
+    """Return the executor: torchrun with a process per GPU, here or by Slurm. Raises UserError without Slurm's account."""
     run = _nemo_run()
     if where == "local":
         # torchrun beside this interpreter, also where its environment is not activated.
@@ -70,8 +70,8 @@ def executor(job: Job, *, where: Where) -> Any:
 
 
 def launch(task: Any, place: Any, *, name: str, submit: bool) -> bool:
-    """Run the task, or only show what NeMo-Run would run; whether all went well. A Slurm job is left to Slurm. UserError
-    without `sbatch`, where it is needed."""
+    """Run the task, or only show what NeMo-Run would run. Returns whether all went well; a Slurm job is not waited for. Raises
+    UserError without `sbatch`, where it is needed."""
     run = _nemo_run()
     detach = isinstance(place, run.SlurmExecutor)
     if detach and submit:
