@@ -1,4 +1,4 @@
-"""Several processes on this machine, through torch's own elastic launcher: what `torchrun --standalone` does."""
+"""Start several processes on this machine through torch's elastic launcher, as `torchrun --standalone` does."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _ctrl_c_for_processes() -> Iterator[None]:
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `mbtrain` with these arguments in `count` processes; the exit status, as a shell says it.
+    """Run `mbtrain` with these arguments in `count` processes. Returns the exit status, as a shell reports it.
 
     That of the first process that failed; 143 where SIGTERM stopped the run, 130 for Ctrl-C.
     """

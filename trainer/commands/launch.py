@@ -65,7 +65,7 @@ def command(*, by_slurm: bool, by_nemo_run: bool, recipe: str, overrides: tuple[
 
 
 def _check(recipe: str, overrides: tuple[str, ...], *, ranks: int) -> RunConfig:
-    """Return the run as it is told. UserError for settings that would stop the job when it has waited for its machines."""
+    """Return the unresolved run. Raises UserError for settings that would stop the job once it has waited for its machines."""
     from trainer.checkpoints import resuming  # noqa: PLC0415 - seconds to import
     from trainer.config import FinetuningDatasetConfig  # noqa: PLC0415
     from trainer.data.chat.splits import check_named  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""`mbtrain pack`: examples to rows of tokens on disk, once for many runs."""
+"""`mbtrain pack`: pack examples into rows of tokens on disk, once for many runs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def command(words: tuple[str, ...], *, config_file: str | None, as_json: bool, q
 
 
 def _parse_words(words: tuple[str, ...]) -> tuple[str | None, Path, list[str]]:
-    """The recipe, where OUT goes, and overrides, which have a `=` or begin as overrides do."""
+    """Split words into the recipe, the folder OUT, and overrides."""
     names = [word for word in words if not is_override(word)]
     if not 0 < len(names) < 3:
         raise click.UsageError(f"a recipe and a folder to make are expected, not {len(names)} words")

@@ -1,4 +1,4 @@
-"""`mbtrain preview`: what a model would learn from examples, before it does."""
+"""`mbtrain preview`: show what a model would learn from examples."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _show(part: Part, config: FinetuningDatasetConfig, tokenizer: Tokenizer, *, 
 
 
 def _mark() -> Any:
-    """How what is learned is shown."""
+    """Return a function that marks text that is learned: in color, or in brackets off a terminal."""
     from trainer.data.chat.preview import brackets  # noqa: PLC0415
 
     plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
