@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 )
 @click.option("--time", default="04:00:00", show_default=True, metavar="HH:MM:SS", help="Slurm's time limit.")
 @click.option("--stop-before", type=click.IntRange(min=31), default=STOP_BEFORE, show_default=True, metavar="SECONDS",
-              help="How long before the time limit the run is told to save and stop.")  # fmt: skip
+              help="How long before the time limit the run is signalled to save and stop.")  # fmt: skip
 @click.option("--partition", help="Slurm's partition.")
 @click.option("--account", help="Slurm's account.")
 @click.option("--container", metavar="IMAGE", help="An image for Slurm's pyxis, or for NeMo-Run.")
