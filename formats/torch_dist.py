@@ -180,7 +180,7 @@ class TorchDistReader:
 
     def check(self, names: Iterable[str] | None = None) -> None:
         """See `MegatronReader.check`."""
-        for key in self._keys if names is None else dict.fromkeys(self._key_and_row(name)[0] for name in names):
+        for key in self._keys if names is None else dict.fromkeys(self._key_and_rows(name)[0] for name in names):
             self._tensor(key)
 
     def common_state(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Between a Hugging Face directory and Megatron: a provider of the model it holds, and conversion of its weights.
+"""Bridge a Hugging Face directory and Megatron: make a provider of the model it holds, and convert its weights.
 
-`converter` does the work; this is the short way to it under the names that users of Megatron-Bridge know. Loads no weights.
+Offers `converter` under the names of Megatron-Bridge. Loads no weights.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class AutoBridge:
     """A Hugging Face model, known by its `config.json`."""
 
     source: str
-    """The directory it lies in; of a Hub id, the one in the Hub's cache."""
+    """The model's directory; for a Hub id, the one in the Hub's cache."""
 
     config: Mapping[str, Any]
 
     @classmethod
     def from_hf_pretrained(cls, source: str | Path) -> AutoBridge:
-        """Open a directory, a URL or a Hub id. UserError if there is no readable `config.json`."""
+        """Open a directory, a URL or a Hub id. Raises UserError without a readable `config.json`."""
         folder = open_source(source, or_hub=True)
         try:
             return cls(folder.label, read_json(folder, "config.json"))
@@ -35,7 +35,7 @@ class AutoBridge:
             folder.close()
 
     def to_megatron_provider(self, load_weights: bool = True) -> GPTModelProvider:
-        """A provider of this model. With `load_weights`, a run starts from its weights, else from random ones."""
+        """Return a provider of this model. With `load_weights`, a run starts from its weights, else from random ones."""
         provider = from_hf_config(self.config, source=self.source)
         provider.pretrained_from = self.source if load_weights else None
         return provider

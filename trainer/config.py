@@ -1,6 +1,6 @@
-"""Everything a run can be told, as dataclasses under the field names that Megatron's users know.
+"""The settings of a run, as dataclasses with Megatron's field names.
 
-Knows no defaults that depend on a model or a machine: recipes know the first, `resolve` finds the second.
+Holds no default that depends on a model or a machine: recipes set the first, `resolve` the second.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from megatron.core import distributed
 from megatron.core.optimizer import OptimizerConfig
 
 FilePath = Annotated[str, "a path"]
-"""A file or a folder; a `~` that it begins with is the home directory (`trainer.settings.paths`)."""
+"""A file or a folder; a leading `~` is the home directory (`trainer.settings.paths`)."""
 
 Blend = list[Any]
 """Prefixes of files, or weights and prefixes in turns."""
@@ -23,7 +23,7 @@ Learned = Literal["all_answers", "last_answer", "each_answer"]
 
 @dataclass(kw_only=True)
 class DistributedDataParallelConfig(distributed.DistributedDataParallelConfig):
-    """megatron-core's, with room for the precision to choose."""
+    """megatron-core's class, with a field that the precision may choose."""
 
     grad_reduce_in_fp32: bool | None = None  # type: ignore[assignment]
     """None for what `mixed_precision` says."""
@@ -189,7 +189,7 @@ def is_packed(dataset: Any) -> bool:
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
-    """What made the tokens: needed for end-of-document ids, generation, and to travel with checkpoints."""
+    """The tokenizer: needed for end-of-document ids and generation, and saved with checkpoints."""
 
     tokenizer_model: FilePath | None = None
     """A folder with `tokenizer.json`, or `byte`; None for the model's own, where it has one."""
@@ -197,7 +197,7 @@ class TokenizerConfig:
 
 @dataclass(kw_only=True)
 class LoggerConfig:
-    """What is told of a run, and where."""
+    """What is logged of a run, and where."""
 
     log_interval: int = 10
     """Steps per line."""
@@ -215,7 +215,7 @@ class LoggerConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """What a run starts from, and what it leaves."""
+    """What a run starts from, and what it saves."""
 
     save: FilePath | None = None
     """The folder that checkpoints go to; None for none."""
@@ -316,7 +316,7 @@ class DiagnosticsConfig:
     """Measure every GPU and link before the first step."""
 
     log_straggler: bool = False
-    """Tell the slowest and the fastest ranks at every `logger.log_interval`."""
+    """Log the slowest and the fastest ranks at every `logger.log_interval`."""
 
     straggler_minmax_count: int = 1
     """How many of each."""
@@ -324,7 +324,7 @@ class DiagnosticsConfig:
 
 @dataclass(kw_only=True)
 class CommOverlapConfig:
-    """What is sent while something else is computed; None lets `overlap` choose."""
+    """Which communication overlaps with computation; None lets `overlap` choose."""
 
     tp_comm_overlap: bool | None = None
     overlap_p2p_comm: bool | None = None

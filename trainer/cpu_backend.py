@@ -1,6 +1,6 @@
-"""megatron-core without a GPU: it has no CPU mode, so its hard-wired CUDA calls are sent to the CPU for as long as a run lasts.
+"""Run megatron-core without a GPU: it has no CPU mode, so its hard-wired CUDA calls are redirected to the CPU during a run.
 
-Runs on a GPU never enter this. Knows megatron-core's inside, and nothing of this trainer.
+Runs on a GPU never enter this. Depends on megatron-core's internals, and on nothing of this trainer.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _active: list[TorchFunctionMode] = []
 
 
 def is_active() -> bool:
-    """Are CUDA calls sent to the CPU now?"""
+    """Tell whether CUDA calls are redirected to the CPU now."""
     return bool(_active)
 
 
 @contextmanager
 def activate() -> Iterator[None]:
-    """While this is entered, megatron-core's CUDA calls mean the CPU, and its kernels are torch's."""
+    """Redirect megatron-core's CUDA calls to the CPU, and its kernels to torch's, inside this context."""
     with ExitStack() as stack:
         # torch.compile would spend minutes on what runs once, and does not expect the patches.
         stack.enter_context(mock.patch.dict(os.environ, {"TORCH_COMPILE_DISABLE": "1"}))
@@ -42,7 +42,7 @@ def activate() -> Iterator[None]:
 
 
 def _inside(mode: TorchFunctionMode) -> Callable[..., Any]:
-    """Backward passes with the mode that torch takes away for their length: recomputed layers make tensors in them."""
+    """Return a backward pass that keeps `mode` active, which torch would disable: recomputed layers create tensors in it."""
     run = torch.autograd._engine_run_backward
 
     def backward(*args: Any, **kwargs: Any) -> Any:
@@ -54,7 +54,7 @@ def _inside(mode: TorchFunctionMode) -> Callable[..., Any]:
 
 @contextmanager
 def _without_random_state_warning() -> Iterator[None]:
-    """megatron-core warns where a draw for the GPU moved the CPU's random state. Here it always does: they are the same."""
+    """Drop megatron-core's warning that a GPU draw changed the CPU's random state: on the CPU they are the same state."""
     logger = logging.getLogger("megatron.core.tensor_parallel.random")
 
     def other(record: logging.LogRecord) -> bool:
@@ -68,7 +68,8 @@ def _without_random_state_warning() -> Iterator[None]:
 
 
 class _CpuForCuda(TorchFunctionMode):
-    """Calls that name a CUDA device get the CPU; tensors tell megatron-core's optimizers the types they ask for."""
+    """Replace CUDA devices in calls by the CPU, and report tensor types as the CUDA types that megatron-core's optimizers
+    expect."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -91,24 +92,24 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _Stream:
-    """Work on the CPU is done in order."""
+    """A CUDA stream on the CPU, where work is done in order."""
 
     def wait_stream(self, _other: Any) -> None:
-        """It is done already."""
+        """Do nothing: the work is done."""
 
     def wait_event(self, _event: Any) -> None:
-        """It has happened already."""
+        """Do nothing: the event has happened."""
 
     def record_event(self, _event: Any = None) -> Any:
-        """What has happened can be waited for like a stream."""
+        """Return this stream, which can be waited for like an event."""
         return self
 
     def synchronize(self) -> None:
-        """It is done already."""
+        """Do nothing: the work is done."""
 
 
 def _patches() -> Iterator[AbstractContextManager[Any]]:
-    """What megatron-core calls on `torch.cuda`, answered by the CPU."""
+    """Yield patches of what megatron-core calls on `torch.cuda`."""
     from megatron.core.tensor_parallel import random  # noqa: PLC0415 - seconds to import
     from megatron.core.transformer.moe import token_dispatcher  # noqa: PLC0415
 
@@ -135,7 +136,7 @@ def _patches() -> Iterator[AbstractContextManager[Any]]:
 
 
 def _kernels() -> Iterator[AbstractContextManager[Any]]:
-    """Where Transformer Engine is installed, megatron-core's optimizers took its CUDA kernels on import: back to torch's."""
+    """Yield patches that give megatron-core's optimizers torch's kernels, where they imported those of Transformer Engine."""
     from megatron.core import optimizer, utils  # noqa: PLC0415
     from megatron.core.optimizer import clip_grads, distrib_optimizer  # noqa: PLC0415
     from megatron.core.optimizer import optimizer as mixed  # noqa: PLC0415
@@ -151,5 +152,5 @@ def _kernels() -> Iterator[AbstractContextManager[Any]]:
 
 
 def _on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:  # noqa: ARG001 - megatron-core's signature
-    """How many tokens go where: numbers, which megatron-core's own function makes of CUDA tensors only."""
+    """Return numbers of tokens on the CPU, as megatron-core's function does for CUDA tensors."""
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor

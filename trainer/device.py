@@ -1,6 +1,6 @@
-"""What a process computes on: a GPU with Transformer Engine, or the CPU.
+"""Choose and prepare what a process computes on: a GPU with Transformer Engine, or the CPU.
 
-Knows no models beyond which layers each device has. What lets megatron-core run without a GPU is in `cpu_stand_in`.
+Of models, knows only which layers each device has. `cpu_backend` lets megatron-core run without a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CPU, GPU = "cpu", "gpu"
 
 
 def choose(wanted: str) -> str:
-    """`cpu` or `gpu` for what `dist.device` says. UserError where a GPU is wanted and there is none."""
+    """Return `cpu` or `gpu` for a value of `dist.device`. Raises UserError where a GPU is requested and there is none."""
     if wanted == CPU or (wanted == "auto" and not torch.cuda.is_available()):
         return CPU
     if not torch.cuda.is_available():
@@ -30,7 +30,7 @@ def choose(wanted: str) -> str:
 
 
 def set_environment(config: Any) -> None:
-    """What CUDA's libraries read once, when they start. Nothing that somebody set is changed."""
+    """Set the environment variables that CUDA's libraries read when they start. Variables that are set stay as they are."""
     if config.mixed_precision == "fp32":
         # Transformer Engine multiplies fp32 in TF32, with 10 bits of mantissa, unless it is told not to.
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
@@ -47,7 +47,7 @@ _DETERMINISTIC = {
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
 }
-"""What NCCL, Transformer Engine and cuBLAS read when they start, and the values with which they give the same bits each time."""
+"""Environment variables of NCCL, Transformer Engine and cuBLAS, and the values with which results are bitwise reproducible."""
 
 
 def _set_deterministic(env: MutableMapping[str, str]) -> None:
@@ -62,7 +62,7 @@ def _set_deterministic(env: MutableMapping[str, str]) -> None:
 
 @contextmanager
 def determinism(config: Any) -> Iterator[None]:
-    """While this is entered, torch takes algorithms that give the same bits each time, if `model.deterministic_mode` says so."""
+    """Have torch use deterministic algorithms inside this context, if `model.deterministic_mode` is set."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(before or bool(getattr(config.model, "deterministic_mode", False)))
     try:
@@ -72,7 +72,7 @@ def determinism(config: Any) -> Iterator[None]:
 
 
 def prepare(kind: str) -> None:
-    """Give this process its device. UserError where a GPU lacks Transformer Engine."""
+    """Set this process's device. Raises UserError for a GPU without Transformer Engine."""
     if kind == GPU:
         if find_spec("transformer_engine") is None:
             raise UserError(
@@ -85,7 +85,7 @@ def prepare(kind: str) -> None:
 
 
 def local_rank(env: Mapping[str, str]) -> int:
-    """This process's number on its host. UserError where it is none."""
+    """Return this process's rank on its host. Raises UserError where the variable is not a number."""
     rank = env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0"
     if not rank.isdecimal():
         raise UserError(
@@ -96,7 +96,7 @@ def local_rank(env: Mapping[str, str]) -> int:
 
 
 def _gpu(local_rank: int, *, visible: int) -> int:
-    """This process's GPU among those it sees. Slurm may show each process its own alone."""
+    """Return this process's GPU among those it sees. Slurm may show each process its own GPU only."""
     if visible > 1 and local_rank >= visible:
         raise UserError(
             f"this process is number `{local_rank}` on its host, and it sees `{visible}` GPUs",
@@ -106,7 +106,7 @@ def _gpu(local_rank: int, *, visible: int) -> int:
 
 
 def current() -> torch.device:
-    """Where parameters and batches live."""
+    """Return the device of parameters and batches."""
     return torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else torch.device("cpu")
 
 
@@ -115,23 +115,23 @@ def _on_gpu() -> bool:
 
 
 def unused(wanted: str) -> int:
-    """How many GPUs of this host a single process leaves alone."""
+    """Return how many GPUs of this host a single process does not use."""
     return torch.cuda.device_count() - 1 if choose(wanted) == GPU else 0
 
 
 def memory() -> int | None:
-    """Bytes of this process's GPU; None on the CPU."""
+    """Return the memory of this process's GPU in bytes; None on the CPU."""
     return torch.cuda.get_device_properties(current()).total_memory if _on_gpu() else None
 
 
 def synchronize() -> None:
-    """Wait until everything begun is done, so that a clock means something."""
+    """Wait until all queued GPU work is done, so that a clock measures it."""
     if _on_gpu():
         torch.cuda.synchronize()
 
 
 def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
-    """The decoder's layers: Transformer Engine's on a GPU, megatron-core's own on the CPU."""
+    """Return the spec of the decoder's layers: Transformer Engine's on a GPU, megatron-core's own on the CPU."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: PLC0415 - seconds to import
 
     return get_gpt_decoder_block_spec(
@@ -144,12 +144,12 @@ def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
 
 
 _ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
-"""What megatron-core sets for a model's attention, and refuses to find set for another's."""
+"""Variables that megatron-core sets for a model's attention; it fails where they are set for another model."""
 
 
 @contextmanager
 def environment_restored() -> Iterator[None]:
-    """What a model leaves in the environment is gone afterwards, so that another one may follow in this process."""
+    """Restore the environment variables that a model sets, so that another model can follow in this process."""
     before = {name: os.environ.get(name) for name in _ATTENTION}
     try:
         yield
@@ -161,5 +161,5 @@ def environment_restored() -> Iterator[None]:
 
 
 def backend(kind: str) -> AbstractContextManager[None]:
-    """What a run is computed in: on the CPU, with megatron-core's CUDA calls sent there."""
+    """Return the context that a run is computed in: on the CPU, megatron-core's CUDA calls are redirected there."""
     return nullcontext() if kind == GPU else cpu_backend.activate()

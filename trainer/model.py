@@ -1,4 +1,4 @@
-"""From a Hugging Face configuration and a layout to this rank's model chunks.
+"""Build this rank's model chunks from a Hugging Face configuration and a layout.
 
 `GPTModelProvider` is megatron-core's TransformerConfig, which validates itself when it is finalized instead of when it is
 made, so that recipes, files and overrides can change any of its fields; and the few numbers GPTModel wants beside it.
@@ -42,11 +42,11 @@ class Model(GPTModel):
     """GPTModel whose padded vocabulary rows never enter the softmax."""
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """The loss of each token, [batch, sequence], from this rank's logits [sequence, batch, vocabulary rows]."""
+        """Return the loss of each token, [batch, sequence], from this rank's logits [sequence, batch, vocabulary rows]."""
         return super().compute_language_model_loss(labels, self.without_padding(logits))
 
     def without_padding(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of this rank, or of all ranks gathered, in which no padding can be chosen. Written in place."""
+        """Mask the padding in the logits of this rank, or of all ranks gathered, in place."""
         rows = logits.shape[-1]
         first = 0 if rows == self.vocab_size else parallel_state.get_tensor_model_parallel_rank() * rows
         valid = min(max(self.config.vocab_size - first, 0), rows)
@@ -55,23 +55,23 @@ class Model(GPTModel):
 
 @dataclass(kw_only=True)
 class ModelProvider(TransformerConfig):
-    """What a run asks of any model: how it is divided, its precision, and `provide`. Fields may change until `finalize`."""
+    """What every model needs: layout, precision, and `provide`. Fields may change until `finalize`."""
 
     num_layers: int = 0
     hidden_size: int = 0
     num_attention_heads: int = 0
     vocab_size: int = 0
-    """Tokens that mean something; rows beyond them are padding."""
+    """Tokens of the vocabulary; rows beyond them are padding."""
 
     def __post_init__(self) -> None:
-        """Nothing yet: see `finalize`."""
+        """Leave validation to `finalize`."""
 
     def finalize(self) -> None:
-        """Derive and validate what concerns how the model is divided; the shape is its own business."""
+        """Derive and validate the layout; the shape is left to the model."""
         ModelParallelConfig.__post_init__(self)
 
     def provide(self, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> torch.nn.Module:
-        """This rank's chunk of the model: the first of the pipeline if `pre_process`, the last if `post_process`."""
+        """Return this rank's chunk of the model: the first of the pipeline if `pre_process`, the last if `post_process`."""
         raise NotImplementedError
 
 
@@ -108,10 +108,10 @@ class GPTModelProvider(ModelProvider):
     """None for what `mixed_precision` says."""
 
     hf_config: dict[str, Any] = field(default_factory=dict)
-    """The `config.json` this model is; it travels with checkpoints so that they can be exported."""
+    """The model's `config.json`, saved with checkpoints so that they can be exported."""
 
     hf_source: FilePath | None = None
-    """The folder whose tokenizer and other side files travel with checkpoints."""
+    """The folder whose tokenizer and other side files are saved with checkpoints."""
 
     pretrained_from: FilePath | None = None
     """Weights that a run starts from where `checkpoint.pretrained_checkpoint` names none."""
@@ -130,7 +130,7 @@ class GPTModelProvider(ModelProvider):
         return -(-self.vocab_size // multiple) * multiple
 
     def provide(self, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> torch.nn.Module:
-        """This rank's chunk of the model: the embedding if `pre_process`, the output layer if `post_process`."""
+        """Return this rank's chunk of the model, with the embedding if `pre_process` and the output layer if `post_process`."""
         model = Model(
             self,
             device.layer_spec(self, vp_stage),
@@ -151,7 +151,7 @@ class GPTModelProvider(ModelProvider):
 
 
 def _with_own_rope(model: GPTModel, config: Config) -> GPTModel:
-    """Llama-3.1's scaling with all four numbers of `config.json`; GPTModel takes the factor and fixes the others."""
+    """Apply Llama 3.1's rope scaling with all four numbers of `config.json`; GPTModel takes the factor and fixes the others."""
     rope = rope_numbers(config) if config else {}
     if rope.get("rope_type") != "llama3":
         return model
@@ -164,7 +164,7 @@ def _with_own_rope(model: GPTModel, config: Config) -> GPTModel:
 
 
 def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProvider:
-    """The provider of the model that a `config.json` describes. UserError for a family that is not supported."""
+    """Return the provider of the model that a `config.json` describes. Raises UserError for an unsupported family."""
     known = {provider_field.name for provider_field in fields(GPTModelProvider)}
     megatron = to_megatron(find(config.get("model_type")).CONFIG, config)
     activation = {"silu": torch.nn.functional.silu}[megatron.pop("activation_func")]
@@ -179,17 +179,16 @@ def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProv
 
 
 def build(provider: Any) -> list[torch.nn.Module]:
-    """This rank's chunks, one per virtual pipeline stage, on its device and in the parameters' dtype.
+    """Return this rank's chunks, one per virtual pipeline stage, on its device and in the parameters' dtype.
 
-    UserError where megatron-core refuses the settings.
+    Raises UserError where megatron-core refuses the settings.
     """
     with refused.user_errors("model", provider, try_again):
         return [chunk.to(device.current()) for chunk in _chunks(provider)]
 
 
 def try_again(provider: Any) -> None:
-    """Build a provider of which fields were changed after it was finalized, on torch's meta device: as it is, or with what is
-    derived from them derived anew."""
+    """Build a provider whose fields were changed after it was finalized, on torch's meta device: as it is, or finalized again."""
     try:
         shapes(provider)
     except refused.REFUSALS:
@@ -198,7 +197,7 @@ def try_again(provider: Any) -> None:
 
 
 def shapes(provider: Any) -> list[torch.nn.Module]:
-    """The same chunks on torch's meta device: without memory, in a fraction of a second."""
+    """Return the same chunks on torch's meta device: without memory, in a fraction of a second."""
     with torch.device("meta"):
         return _chunks(provider)
 
@@ -231,7 +230,7 @@ def _as_megatron(model: torch.nn.Module, provider: Any) -> torch.nn.Module:
 
 
 class Whole(MegatronModule):
-    """A module of one's own with what megatron-core asks for. Its weights keep their names, and are the same on all ranks."""
+    """A module of the user's own with the methods that megatron-core needs. Its weights keep their names, and are replicated."""
 
     model_type = ModelType.encoder_or_decoder
 
@@ -241,31 +240,32 @@ class Whole(MegatronModule):
         self.pre_process, self.post_process = getattr(module, "pre_process", True), getattr(module, "post_process", True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own."""
+        """Call the module."""
         return self.own(*args, **kwargs)
 
     def set_input_tensor(self, received: Any) -> None:
-        """What the stage before sent, for modules that are stages."""
+        """Pass on what the previous stage sent, for modules that are stages."""
         if hasattr(self.own, "set_input_tensor"):
             self.own.set_input_tensor(received)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """The module's own, or all of its tensors as one replica of many."""
+        """Return the module's own sharded state dict, or all of its tensors as replicated."""
         return sharded_state_dict_default(self.own, prefix, sharded_offsets, metadata)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Into the module, whose names the checkpoint has."""
+        """Load into the module, whose names the checkpoint has."""
         return self.own.load_state_dict(state_dict, strict=strict, assign=assign)
 
 
 def sees_data(chunk: Any) -> bool:
-    """Does a chunk take tokens, or labels? Those between take what the pipeline hands on; a model of one's own takes all."""
+    """Tell whether a chunk takes tokens or labels: the first and the last stage do, and every chunk of a model of the user's
+    own."""
     inner = unwrap(chunk)
     return bool(getattr(inner, "pre_process", True) or getattr(inner, "post_process", True))
 
 
 def unwrap(chunk: Any) -> Any:
-    """The model inside what optimizers and precision wrapped around it."""
+    """Return the model inside the wrappers of optimizers and precision."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk

@@ -1,4 +1,4 @@
-"""What a recipe is, and the run that all of them start from. The files in `trainer/recipes` know models and machines.
+"""Define recipes, and the run that all of them start from. The files in `trainer/recipes` know models and machines.
 
 Recipes can be listed without torch: megatron-core's settings are imported when a configuration is made.
 """
@@ -40,10 +40,10 @@ class Recipe:
     """From random weights, on mock data until `dataset.blend` is given."""
 
     sft_config: Callable[[], RunConfig]
-    """All parameters of a model that is there (`checkpoint.pretrained_checkpoint`), on the examples of `dataset.path`."""
+    """Fine-tuning of all parameters of `checkpoint.pretrained_checkpoint`, on the examples of `dataset.path`."""
 
     peft_config: Callable[[], RunConfig]
-    """Adapters beside it: LoRA, until `peft` says otherwise."""
+    """Fine-tuning of adapters: LoRA, unless `peft` is another method."""
 
     gpus: int
     """The fewest GPUs of 80 GB that pretraining fits on, or 0 if a CPU is enough."""
@@ -62,14 +62,14 @@ class Recipe:
 
     @property
     def parameters(self) -> int:
-        """All of the model's, tied weights counted once."""
+        """Parameters of the model, tied weights counted once."""
         family = find(self.model["model_type"])
         sizes = make_model(family.CONFIG, self.model)
         return sum(math.prod(rule.shape(sizes)) for rule, _ in in_order(family.RULES, sizes))
 
     @property
     def summary(self) -> str:
-        """What it is, in a line."""
+        """A one-line description."""
         return inspect.getdoc(self.pretrain_config).partition("\n")[0]  # pyright: ignore[reportOptionalMemberAccess]
 
 
@@ -83,11 +83,11 @@ def pretraining(
     min_lr: float,
     **layout: Any,
 ) -> RunConfig:
-    """Training from random weights with AdamW as in the Llama 3 paper: betas 0.9 and 0.95, weight decay 0.1, gradients
+    """Return a run from random weights with AdamW as in the Llama 3 paper: betas 0.9 and 0.95, weight decay 0.1, gradients
     clipped to a norm of 1, cosine decay after a warm-up.
 
-    `model` is a `config.json`; `layout` are fields of its provider. Gradients are reduced in fp32, and optimizer states lie
-    spread over the data-parallel ranks.
+    `model` is a `config.json`; `layout` are fields of its provider. Gradients are reduced in fp32, and optimizer states are
+    sharded over the data-parallel ranks.
     """
     from trainer.config import DatasetConfig, TrainingConfig  # noqa: PLC0415 - brings torch
 
@@ -99,7 +99,7 @@ def pretraining(
 
 
 def continuing(model: Mapping[str, Any], *, sequence_length: int = 4096) -> RunConfig:
-    """More training of a model that is there, on plain text: a thousand steps at a small rate, after a short warm-up."""
+    """Return a run that continues pretraining on plain text: a thousand steps at a small rate, after a short warm-up."""
     run = {"sequence_length": sequence_length, "global_batch_size": 32, "train_iters": 1000, "lr": 1e-5, "min_lr": 1e-6}
     config = pretraining(model, **run)
     config.scheduler.lr_warmup_fraction = WARM_UP_TUNING
@@ -107,13 +107,13 @@ def continuing(model: Mapping[str, Any], *, sequence_length: int = 4096) -> RunC
 
 
 def tuning_all(model: Mapping[str, Any], *, sequence_length: int = 4096, **layout: Any) -> RunConfig:
-    """Every parameter, at a small rate that leaves most of what the model knows: 5e-6, down to nothing."""
+    """Return a run that fine-tunes every parameter at 5e-6, decayed to 0: small enough to keep most of what the model knows."""
     return _tuning(model, lr=5e-6, sequence_length=sequence_length, layout=layout)
 
 
 def tuning_adapters(model: Mapping[str, Any], *, sequence_length: int = 4096, **layout: Any) -> RunConfig:
-    """LoRA of rank 32 beside every linear layer, at 1e-4: adapters start at nothing and want a rate some ten times that of the
-    model's own parameters (Schulman et al. 2025, "LoRA Without Regret")."""
+    """Return a run with LoRA of rank 32 beside every linear layer, at 1e-4: adapters start at zero and need about ten times the
+    rate of the model's own parameters (Schulman et al. 2025, "LoRA Without Regret")."""
     from trainer.peft import LoRA  # noqa: PLC0415 - brings torch
 
     config = _tuning(model, lr=1e-4, sequence_length=sequence_length, layout=layout)
@@ -122,7 +122,7 @@ def tuning_adapters(model: Mapping[str, Any], *, sequence_length: int = 4096, **
 
 
 def _tuning(model: Mapping[str, Any], *, lr: float, sequence_length: int, layout: Mapping[str, Any]) -> RunConfig:
-    """A thousand steps over examples packed to `sequence_length`."""
+    """Return a run of a thousand steps over examples packed to `sequence_length`."""
     from trainer.config import FinetuningDatasetConfig, TrainingConfig  # noqa: PLC0415 - brings torch
 
     config = _run(model, FinetuningDatasetConfig(sequence_length=sequence_length), layout)

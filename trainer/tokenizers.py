@@ -1,6 +1,6 @@
-"""Text to token numbers and back: a Hugging Face folder, or plain bytes.
+"""Convert text to token ids and back, with the tokenizer of a Hugging Face folder, or with plain bytes.
 
-Knows where such folders say which token ends a document. Knows neither models nor data files.
+Knows where such folders name the end-of-document token. Knows neither models nor data files.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ ANY_TOKENIZER = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "
 
 
 class Encoded(Protocol):
-    """What the `tokenizers` library makes of a text."""
+    """An encoding of the `tokenizers` library."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
-    """For each token its characters in the text: the first, and the one after the last."""
+    """For each token its characters in the text, as [start, end)."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, kw_only=True)
 class Tokenizer:
-    """What `load` gives."""
+    """A loaded tokenizer."""
 
     encode: Callable[[str], list[int]]
-    """Token numbers of a text and nothing else: no token for its begin or end."""
+    """Return the token ids of a text, without tokens for its begin or end."""
 
     decode: Callable[[Sequence[int]], str]
-    """Text, special tokens included; numbers that stand for no token are left out."""
+    """Return the text, special tokens included; unknown ids are left out."""
 
     eod: int
     """The token that ends a document."""
@@ -53,17 +53,16 @@ class Tokenizer:
     """One more than the greatest token number."""
 
     files: Callable[[], Mapping[str, bytes]]
-    """What `load` needs to make this one again, by file name."""
+    """Return the files from which `load` makes this tokenizer again, by name."""
 
     begin: tuple[int, ...] = ()
-    """The tokens that its own files put before every text, as transformers does; `encode` leaves them out."""
+    """The tokens that transformers puts before every text; `encode` leaves them out."""
 
     name: str = ""
-    """What `load` was given."""
+    """The argument of `load`."""
 
     encode_batch: Callable[[Sequence[str]], list[Encoded]] | None = None
-    """The same as `encode` for many texts on all cores, with each token's place in its text; None where the library that reads
-    the tokenizer cannot tell places."""
+    """Encode many texts on all cores, with each token's offsets in its text; None where the library gives no offsets."""
 
     def save(self, folder: Path) -> None:
         """Write the files, so that `load(folder)` gives the same tokenizer; transformers reads them as well."""
@@ -73,14 +72,14 @@ class Tokenizer:
 
 
 def of_run(name: str | None, *, beside: str | None) -> Tokenizer | None:
-    """The one named, or the one beside the model's own files; None where there is none."""
+    """Load the named tokenizer, or the one in the model's folder `beside`; None where there is none."""
     if name is None and beside and (Path(beside) / "tokenizer.json").is_file():
         name = beside
     return load(name) if name else None
 
 
 def load(name: str) -> Tokenizer:
-    """`byte`, or a folder with a tokenizer.
+    """Load a tokenizer from a folder, or `byte` for plain bytes.
 
     Raises UserError where the folder has none, or names no token that ends a document.
     """
@@ -112,7 +111,7 @@ def _text_of_bytes(ids: Sequence[int]) -> str:
 
 
 def _byte_files() -> dict[str, bytes]:
-    """The same as a byte-level BPE without merges: what other programs can load."""
+    """Return the byte tokenizer as a byte-level BPE without merges, which other programs can load."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415 - slow to import
     from transformers.convert_slow_tokenizer import bytes_to_unicode  # noqa: PLC0415
 
@@ -138,13 +137,13 @@ def _from_file(path: Path) -> Any:
 
 
 def _fast(folder: Path, backend: Any) -> Tokenizer:
-    """A tokenizer of the `tokenizers` library; what its file says of cutting and padding is for batches, not for documents."""
+    """Return a tokenizer of the `tokenizers` library, with its truncation and padding, which are for batches, switched off."""
     from tokenizers import processors  # noqa: PLC0415 - slow to import
 
     backend.no_truncation()
     backend.no_padding()
     begin = _prefix(*(backend.encode(_ANY_TEXT, add_special_tokens=special).ids for special in (True, False)))
-    backend.post_processor = processors.Sequence([])  # it would leave white space out of the tokens' places
+    backend.post_processor = processors.Sequence([])  # it would leave white space out of the offsets
     return Tokenizer(
         encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
         decode=lambda ids: backend.decode(list(ids), skip_special_tokens=False),
@@ -161,13 +160,13 @@ _ANY_TEXT = "a"
 
 
 def _prefix(whole: list[int], text: list[int]) -> tuple[int, ...]:
-    """What stands in `whole` before `text`."""
+    """Return the tokens of `whole` before `text`."""
     starts = (start for start in range(len(whole)) if whole[start : start + len(text)] == text)
     return tuple(whole[: next(starts, 0)])
 
 
 def _by_transformers(folder: Path) -> Tokenizer:
-    """What only transformers can read. No code from the folder is run."""
+    """Load a tokenizer that only transformers can read. No code from the folder is run."""
     if not any((folder / name).is_file() for name in ANY_TOKENIZER):
         raise UserError(
             f"`{folder}` has no tokenizer: there is no `tokenizer.json`",
@@ -194,8 +193,8 @@ def _by_transformers(folder: Path) -> Tokenizer:
 
 
 def unreadable(message: str, folder: Path, error: Exception) -> UserError:
-    """The error for a folder whose tokenizer transformers cannot read, which starts with `message`: names the packages that
-    its files need and that are not installed; transformers often names another one, which it tries last."""
+    """Return the error for a folder whose tokenizer transformers cannot read. It starts with `message`, and names the missing
+    packages that the folder's files need; transformers often names another package, which it tries last."""
     for file, kind, packages in _needed(folder):
         missing = [name for name, module in packages.items() if not _installed(module)]
         if missing:
@@ -216,7 +215,7 @@ _TIKTOKEN = {"tiktoken": "tiktoken", "blobfile": "blobfile"}
 
 
 def _needed(folder: Path) -> Iterator[tuple[str, str, Mapping[str, str]]]:
-    """The model files of a folder, of which library they are, and the packages (with the module of each) that read them.
+    """Yield the model files of a folder, the library they belong to, and the packages that read them, with a module of each.
 
     tiktoken's files are lines of base64 and a number, sentencepiece's are a protobuf message.
     """
@@ -230,12 +229,12 @@ def _needed(folder: Path) -> Iterator[tuple[str, str, Mapping[str, str]]]:
 def _installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that the module lies in
+    except ModuleNotFoundError:  # of the module's package
         return False
 
 
 def _names_of(packages: Sequence[str]) -> str:
-    """`the package x is` or `the packages x and y are`."""
+    """Return `the package x is` or `the packages x and y are`."""
     listed = " and ".join(f"`{name}`" for name in packages)
     return f"the package {listed} is" if len(packages) == 1 else f"the packages {listed} are"
 
@@ -245,7 +244,7 @@ def _side_files(folder: Path) -> dict[str, bytes]:
 
 
 def _end_of_document(folder: Path, number_of: Callable[[str], int | None]) -> int:
-    """The number of the token that the folder calls the end of a sequence: the first file that says so counts."""
+    """Return the id of the token that ends a sequence, from the first file of the folder that names one."""
     for source, value in _eos_entries(folder):
         number = number_of(value) if isinstance(value, str) else value
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:

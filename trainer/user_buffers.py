@@ -1,7 +1,7 @@
-"""Transformer Engine's buffers for sending parts of a tensor-parallel product while other parts are computed.
+"""Allocate Transformer Engine's user buffers, which send parts of a tensor-parallel product while other parts are computed.
 
-Each tensor-parallel group holds them once per process, in the shape of the activations that enter a layer. Which runs have
-them is `settings.overlap`'s to say. Knows nothing of models but their width.
+Each tensor-parallel group holds them once per process, in the shape of a layer's input, [tokens, hidden size]. `settings.overlap`
+decides which runs have them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 from trainer.config import RunConfig
 
 FP8_RECIPES = frozenset({None, "delayed", "tensorwise"})
-"""FP8 scalings with which Transformer Engine sends quantized activations; None is no FP8."""
+"""FP8 recipes with which Transformer Engine sends quantized activations; None is no FP8."""
 
 
 @contextmanager
 def initialized(config: RunConfig) -> Iterator[None]:
-    """While this is entered, layers that are built may overlap. All ranks call this, with their process groups formed."""
+    """Allocate the buffers for layers that are built inside this context. All ranks call this, after process groups are
+    formed."""
     if not getattr(config.model, "tp_comm_overlap", False):
         yield
         return
@@ -42,19 +43,20 @@ def initialized(config: RunConfig) -> Iterator[None]:
 
 
 def _shape(config: RunConfig) -> list[int]:
-    """Tokens of a microbatch on one context-parallel rank, before tensor-parallel ranks share them, and the hidden size."""
+    """Return [tokens, hidden size] of a microbatch on one context-parallel rank, before tensor-parallel ranks divide the
+    tokens."""
     tokens = config.dataset.sequence_length * config.train.micro_batch_size
     return [tokens // config.model.context_parallel_size, config.model.hidden_size]
 
 
 def _modes(model: Any, mode: Any) -> list[Any]:
-    """First and last layers may stay in bf16 beside those in FP8."""
+    """Return the quantization modes of the layers: the first and the last may stay in bf16."""
     if not model.fp8:
         return [mode.NONE]
     return [mode.FP8, mode.NONE] if model.first_last_layers_bf16 else [mode.FP8]
 
 
 def set_environment() -> None:
-    """Where NCCL was told to leave NVLink's multicast alone, so is Transformer Engine. Nothing that somebody set is changed."""
+    """Switch off NVLink multicast in Transformer Engine where it is off in NCCL, unless the variable is set."""
     if os.environ.get("NCCL_NVLS_ENABLE") == "0":
         os.environ.setdefault("UB_SKIPMC", "1")

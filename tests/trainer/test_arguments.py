@@ -89,7 +89,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_what_a_file_says_of_classes_is_told_not_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     read_run("llama_tiny", config_file=write(tmp_path, "train: {_target_: a.B}"))
-    assert capsys.readouterr().err == "note: not followed, since a file gives values and no classes: train._target_\n"
+    assert capsys.readouterr().err == "note: ignored, since a file holds values and no classes: train._target_\n"
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ export NCCL_DEBUG=WARN
 export PYTHONUNBUFFERED=1
 export HF_HOME='/data/my models'
 
-# When the time is nearly up the ranks are told to save and end. The job then goes back into the queue, to go on from there.
+# When the time is nearly up the ranks are signalled to save and end. The job then goes back into the queue, to go on from there.
 stopping=
 stop() { stopping=1; scancel --signal=TERM "$SLURM_JOB_ID" || true; }
 trap stop USR1

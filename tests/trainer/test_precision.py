@@ -105,7 +105,7 @@ def test_hopper_does_every_kind_of_fp8(name: str) -> None:
 def test_a_missing_or_old_transformer_engine_is_named() -> None:
     name = "bf16_with_fp8_subchannel_scaling_mixed"
     assert refusal(precision.check, name, Machine("gpu", capability=(9, 0), cuda="13.0")) == (
-        f"precision `{name}` needs Transformer Engine `2.3` or newer, and there is none\n\n"
+        f"precision `{name}` needs Transformer Engine `2.3` or newer, which is not installed\n\n"
         "hint: `pip install 'mbtools[gpu]'`, or choose `mixed_precision=bf16_mixed`"
     )
     assert refusal(precision.check, name, Machine("gpu", capability=(9, 0), transformer_engine="2.3.0", cuda="12.8")) == (

@@ -1,6 +1,6 @@
-"""From what stands on a command line to a run's configuration. What commands that take a run share.
+"""Read a run's configuration from a command line: a recipe, a YAML file over it, overrides over both.
 
-A recipe, then a YAML file over it, then overrides over both.
+Shared by all commands that take a run.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class HomePath(click.Path):
-    """A path; a `~` that it begins with, which no shell replaces in `--out=~/x`, is the home directory."""
+    """A path whose leading `~` is the home directory, also where no shell replaces it, as in `--out=~/x`."""
 
     def __init__(self, **checks: Any) -> None:
         super().__init__(path_type=Path, **checks)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """`-` stays what it is where it stands for standard input."""
+        """Expand `~`; `-` stays as it is where it stands for standard input."""
         return value if value == "-" and self.allow_dash else super().convert(expanded(value), param, ctx)
 
 
@@ -38,7 +38,7 @@ class _NumProcesses(click.ParamType):
     name = "N|gpu"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number."""
+        """Return the number of processes."""
         if value != "gpu":
             return click.IntRange(1).convert(value, param, ctx)
         import torch  # noqa: PLC0415 - seconds to import
@@ -47,24 +47,24 @@ class _NumProcesses(click.ParamType):
 
 
 def num_processes(command: Callable[..., None]) -> Callable[..., None]:
-    """`--nproc N` or `--nproc gpu`, as `nproc`."""
+    """Add `--nproc N` or `--nproc gpu`, passed as `nproc`."""
     text = "Start N processes on this machine, or one for each GPU. Under torchrun or Slurm leave it out."
     return click.option("--nproc", type=_NumProcesses(), metavar="N|gpu", help=text)(command)
 
 
 def run_arguments(command: Callable[..., None]) -> Callable[..., None]:
-    """`[RECIPE] [--config FILE] [section.name=value ...]`, as `words` and `config_file`."""
+    """Add `[RECIPE] [--config FILE] [section.name=value ...]`, passed as `words` and `config_file`."""
     command = click.option("--config", "config_file", metavar="FILE", help="Settings in YAML, over the recipe's.")(command)
     return click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.NAME=VALUE]...")(command)
 
 
 def is_override(word: str) -> bool:
-    """Is it no name? `name=value` is one, `+name` and `~name` are, and `~/folder` is a path."""
+    """Tell whether a word is an override: `name=value`, `+name` or `~name`. `~/folder` is a path."""
     return "=" in word or word[:1] == "+" or (word[:1] == "~" and word != "~" and "/" not in word)
 
 
 def recipe_and_overrides(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The first word is the recipe, unless it is an override."""
+    """Split words into the recipe, which is the first word unless that is an override, and the overrides."""
     if words and not is_override(words[0]):
         return words[0], list(words[1:])
     return None, list(words)
@@ -77,12 +77,11 @@ def read_run(
     overrides: Iterable[str] = (),
     finetune: bool = False,
 ) -> RunConfig:
-    """The run that a recipe, a YAML file over it and overrides over both describe.
+    """Return the run that a recipe, a YAML file over it and overrides over both describe.
 
     Without a recipe, the file names one (`recipe: NAME`) or has the model's `config.json` as `model.hf_config`, or
     `checkpoint.pretrained_checkpoint` names a folder that says what model it holds. With `finetune`, or where `peft` is given, it
-    is a run for fine-tuning: adapters, or all parameters for `peft=none`.
-    UserError for what is unknown or does not fit.
+    is a run for fine-tuning: adapters, or all parameters for `peft=none`. Raises UserError for what is unknown or does not fit.
     """
     from trainer.settings import hf_config, paths, yaml_io  # noqa: PLC0415
     from trainer.settings import overrides as hydra  # noqa: PLC0415
@@ -105,7 +104,7 @@ def read_run(
 
 
 def named_recipe(recipe: str | None, config_file: str | Path | None) -> str | None:
-    """The recipe that the command or the file names."""
+    """Return the recipe that the command or the file names."""
     return _recipe_name(recipe, _read(config_file).get("recipe") if config_file else None, config_file)
 
 
@@ -129,7 +128,7 @@ _NOTHING = (None, "none", "null", "None", "")
 
 
 def _kind(document: dict[str, Any], overrides: Sequence[str], *, finetune: bool) -> str:
-    """Which of a recipe's runs is meant. A whole document of a run says `peft: null` of pretraining too."""
+    """Return which of a recipe's runs is meant. A complete document of a pretraining run has `peft: null` too."""
     methods = [word.partition("=")[2] for word in overrides if word.lstrip("+").partition("=")[0] == "peft"]
     method = methods[-1] if methods else document.get("peft")
     named = bool(methods) or "peft" in document
@@ -140,7 +139,7 @@ def _kind(document: dict[str, Any], overrides: Sequence[str], *, finetune: bool)
 
 
 def _folder(document: dict[str, Any], overrides: Sequence[str]) -> str | None:
-    """The folder that `checkpoint.pretrained_checkpoint` names."""
+    """Return the folder that `checkpoint.pretrained_checkpoint` names; the last override wins."""
     section = document.get("checkpoint")
     folder = section.get("pretrained_checkpoint") if isinstance(section, dict) else None
     for word in overrides:
@@ -150,7 +149,7 @@ def _folder(document: dict[str, Any], overrides: Sequence[str]) -> str | None:
 
 
 def initial_run(name: str | None, document: dict[str, Any], kind: str, *, folder: str | None = None) -> RunConfig:
-    """The run that a recipe's function `kind` makes, or that follows from the model in a document or in a folder."""
+    """Return the run that a recipe's function `kind` makes, or one for the model that a document or a folder describes."""
     if name is not None:
         from trainer import recipes  # noqa: PLC0415
 
@@ -185,4 +184,4 @@ def _without_recipe(hf_config: dict[str, Any], kind: str) -> RunConfig:
 
 def _note_ignored(ignored: Sequence[str]) -> None:
     if ignored and os.environ.get("RANK", "0") == "0":
-        click.echo(f"note: not followed, since a file gives values and no classes: {', '.join(ignored)}", err=True)
+        click.echo(f"note: ignored, since a file holds values and no classes: {', '.join(ignored)}", err=True)

@@ -1,4 +1,4 @@
-"""Options that other trainers have and `mbtrain` writes as settings: `--tp 2` is `model.tensor_model_parallel_size=2`."""
+"""Translate options of other trainers into settings: `--tp 2` is `model.tensor_model_parallel_size=2`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from trainer.settings.fields import ALIASES, every_name
 
 
 def setting(option: str, words: Sequence[str]) -> str | None:
-    """What to write instead of an option that there is not, as it is in the words of a command line; None where nothing is like
-    it."""
+    """Return the setting to write instead of an unknown option among the `words` of a command line; None where none is
+    similar."""
     name, _, value = option.lstrip("-").replace("-", "_").partition("=")
     full_name = next((full for short, full in ALIASES.items() if short.rpartition(".")[2] == name), None) or _field(name)
     return f"{full_name}={value or _value(option, words)}" if full_name else None

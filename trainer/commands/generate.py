@@ -79,7 +79,7 @@ def command(
 
 
 def _lines(file: Path | str | None) -> list[str]:
-    """A file's prompts, read by one rank: standard input can be read once."""
+    """Return a file's prompts. One rank reads them, since standard input can be read once."""
     if file is None:
         return []
     import torch.distributed as dist  # noqa: PLC0415
@@ -98,7 +98,7 @@ def _lines(file: Path | str | None) -> list[str]:
 
 
 def _writer(*, as_json: bool, streamed: bool) -> Callable[[Sequence[Generation], float], None]:
-    """What prints the answers, and how long they took."""
+    """Return a function that prints the answers, and how long they took."""
 
     def write(answers: Sequence[Generation], seconds: float) -> None:
         for answer in answers:

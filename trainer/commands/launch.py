@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 )
 @click.option("--time", default="04:00:00", show_default=True, metavar="HH:MM:SS", help="Slurm's time limit.")
 @click.option("--stop-before", type=click.IntRange(min=31), default=STOP_BEFORE, show_default=True, metavar="SECONDS",
-              help="How long before the time limit the run is told to save and stop.")  # fmt: skip
+              help="How long before the time limit the run is signalled to save and stop.")  # fmt: skip
 @click.option("--partition", help="Slurm's partition.")
 @click.option("--account", help="Slurm's account.")
 @click.option("--container", metavar="IMAGE", help="An image for Slurm's pyxis, or for NeMo-Run.")
@@ -65,7 +65,7 @@ def command(*, by_slurm: bool, by_nemo_run: bool, recipe: str, overrides: tuple[
 
 
 def _check(recipe: str, overrides: tuple[str, ...], *, ranks: int) -> RunConfig:
-    """Return the run as it is told. UserError for settings that would stop the job when it has waited for its machines."""
+    """Return the unresolved run. Raises UserError for settings that would stop the job once it has waited for its machines."""
     from trainer.checkpoints import resume_point  # noqa: PLC0415 - seconds to import
     from trainer.commands.arguments import read_run  # noqa: PLC0415
     from trainer.config import FinetuningDatasetConfig  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""`mbtrain pack`: examples to rows of tokens on disk, once for many runs."""
+"""`mbtrain pack`: pack examples into rows of tokens on disk, once for many runs."""
 
 from __future__ import annotations
 

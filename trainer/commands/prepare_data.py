@@ -1,4 +1,4 @@
-"""`mbtrain prepare-data`: documents to tokens on disk."""
+"""`mbtrain prepare-data`: tokenize documents for pretraining."""
 
 from __future__ import annotations
 

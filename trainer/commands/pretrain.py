@@ -26,7 +26,7 @@ def command(words: tuple[str, ...], config_file: str | None, nproc: int | None) 
 
 
 def run_training(words: Sequence[str], config_file: str | None, nproc: int | None, *, finetune: bool) -> None:
-    """Train here, or start the processes that do. torchrun is told of the error of a process that it started."""
+    """Train in this process, or start the processes that train. An error is reported to torchrun, if it started this process."""
     act = _run_here_or_launch
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
         from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415 - seconds to import

@@ -1,4 +1,4 @@
-"""`mbtrain preview`: what a model would learn from examples, before it does."""
+"""`mbtrain preview`: show what a model would learn from examples."""
 
 from __future__ import annotations
 

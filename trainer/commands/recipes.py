@@ -1,4 +1,4 @@
-"""`mbtrain recipes`: what can be trained out of the box, one line each. Imports no torch."""
+"""`mbtrain recipes`: list the recipes, one line each. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mbtrain show`: the whole run as it would be, without running it."""
+"""`mbtrain show`: print the settings of a run and what it takes, without running it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def command(words: tuple[str, ...], *, config_file: str | None, gpus: int | None
 
 
 def _ranks_and_device(recipe: str | None, config: RunConfig, *, gpus: int | None, processes: int | None) -> tuple[int, str]:
-    """How many ranks, on what: as told, else what the recipe is for, else the fewest that hold one copy of the model."""
+    """Return the number of ranks and the device: explicit, else the recipe's, else the fewest that hold one copy of the model."""
     from trainer import recipes  # noqa: PLC0415
 
     if gpus or processes:
@@ -85,7 +85,7 @@ def _show(config: RunConfig, *, recipe: str | None, world_size: int, device: str
 
 
 def _explicit(config: RunConfig, recipe: str | None) -> dict[str, Any]:
-    """What is not as it would be by default, or not as the recipe has it. Enough to make the same run of."""
+    """Return the settings that differ from the defaults or from the recipe: enough to make the same run again."""
     from trainer.commands.arguments import initial_run  # noqa: PLC0415
     from trainer.config import FinetuningDatasetConfig, RunConfig  # noqa: PLC0415
     from trainer.model import from_hf_config  # noqa: PLC0415
@@ -132,11 +132,11 @@ def _flops(config: RunConfig) -> list[str]:
 
 
 _CARDS = (16, 24, 40, 48, 80, 96, 141, 192)
-"""GB of NVIDIA's cards."""
+"""Memory of NVIDIA's cards, in GB."""
 
 
 def _fits(size: int, device: str) -> str:
-    """The smallest card on which a tenth stays free, for what torch's allocator does not hold."""
+    """Name the smallest card that leaves a tenth free, for what is outside torch's allocator."""
     card = next((card for card in _CARDS if size * 1.1 <= card * 1e9), None)
     if device == "cpu":
         return ""

@@ -1,1 +1,1 @@
-"""Parameters, memory and operations of a model, by arithmetic."""
+"""Estimate parameters, memory and operations of a model."""

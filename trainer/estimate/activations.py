@@ -1,9 +1,9 @@
-"""What the forward pass keeps for the backward pass, in bytes.
+"""Count the bytes that the forward pass keeps for the backward pass.
 
-After Korthikanti et al. 2022 (arXiv:2205.05198, section 4), counted anew for what megatron-core runs today: gated feed-forward
+After Korthikanti et al. 2022 (arXiv:2205.05198, section 4), recounted for what megatron-core runs today: gated feed-forward
 networks, grouped queries, flash attention (no matrix of scores), no dropout mask, fused norms, experts, frozen weights with
-adapters (Transformer Engine 2.20: `module/layernorm_linear.py`, `module/linear.py`). Packed rows on a GPU cost what other rows of
-their length do. Knows no weights: nor what canonical adapters stack of theirs, once per microbatch, a hundredth of the rest.
+adapters (Transformer Engine 2.20: `module/layernorm_linear.py`, `module/linear.py`). Packed rows on a GPU cost as much as
+other rows of their length. Weights are not counted, nor copies that canonical adapters stack of theirs, about 1 % of the rest.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ STATISTICS = 4
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How ranks divide a token's channels, how wide one is, and what is trained."""
+    """How ranks divide a token's channels, the width of a channel, and what is trained."""
 
     tp: int
     etp: int
     shards: int
-    """Ranks that share the tokens of norms and residuals: sequence parallelism."""
+    """Ranks that divide the tokens of norms and residuals: sequence parallelism."""
 
     wide: int
     """Bytes of one channel."""
@@ -48,7 +48,7 @@ class Layout:
     """Bytes of one channel of a matrix product's input: FP8 keeps it quantized."""
 
     projection: int
-    """Bytes of one channel of attention's output that the product after it keeps, beside those that attention keeps."""
+    """Bytes of one channel of attention's output that the projection keeps, beside those that attention keeps."""
 
     scores: int
     """Tokens of one row of the matrix of scores; 0 with flash attention."""
@@ -60,8 +60,11 @@ class Layout:
 def activations(
     model: Any, *, layers: Sequence[int], pp_rank: int, tokens: int, num_microbatches: int, sequence_length: int, peft: Any = None
 ) -> Iterator[tuple[str, int, str]]:
-    """Name, bytes and reason of what one GPU of a pipeline rank keeps at its fullest. `layers` are those it computes, `tokens`
-    those of one microbatch before ranks divide them. `model` is a finalized provider, frozen if there is `peft`."""
+    """Yield name, bytes and reason of what one GPU of a pipeline rank keeps at its peak.
+
+    `layers` are the layers that the rank computes, `tokens` those of one microbatch before ranks divide them. `model` is a
+    finalized provider, frozen if there is `peft`.
+    """
     shape = shape_of(model)
     tokens //= model.context_parallel_size
     parts = [_layer(shape, number, _layout(model, number, sequence_length, peft)) for number in layers]
@@ -94,8 +97,8 @@ def _why(model: Any, layers: str, peft: Any) -> str:
 
 
 def _num_without_gradients(model: Any, shape: Shape, layers: Sequence[int], peft: Any) -> int:
-    """How many of the layers no gradient reaches, so that nothing is kept of them. Pipelines and recomputation pass gradients
-    through every layer (`trainer.peft.attach`)."""
+    """Return how many layers no gradient reaches, which keep nothing. Pipelines and recomputation pass gradients through every
+    layer (`trainer.peft.attach`)."""
     if peft is None or model.pipeline_model_parallel_size > 1 or model.recompute_granularity:
         return 0
     return min(first_trained(peft, shape), len(layers))
@@ -109,7 +112,7 @@ def _logit(model: Any, layout: Layout) -> int:
 
 
 def _layout(model: Any, number: int, sequence_length: int, peft: Any) -> Layout:
-    """That of layer `number`."""
+    """Return the layout of layer `number`."""
     tensor = model.tensor_model_parallel_size
     unfused = model.attention_backend in (AttnBackend.local, AttnBackend.unfused)
     wide = model.params_dtype.itemsize
@@ -128,7 +131,7 @@ def _layout(model: Any, number: int, sequence_length: int, peft: Any) -> Layout:
 
 
 def _layer(shape: Shape, number: int, layout: Layout) -> dict[str, int]:
-    """Bytes per token of one layer, by what can be recomputed on its own."""
+    """Return the bytes per token of one layer, by module that can be recomputed on its own."""
     wide, tp = layout.wide, layout.tp
     qkv, projection, *others = linears(shape, number)
     into_qkv, of_qkv = _linear(qkv, layout, tp, normed=True)
@@ -147,8 +150,8 @@ def _layer(shape: Shape, number: int, layout: Layout) -> dict[str, int]:
 
 
 def _experts(shape: Shape, layout: Layout, inner: Sequence[Linear]) -> tuple[int, dict[str, int]]:
-    """Bytes per token of what goes into a layer's experts before it is sent to them, and of the experts: each is sent as many
-    tokens as another."""
+    """Return the bytes per token of the experts' input before it is dispatched, and of the experts, which all get as many
+    tokens."""
     wide, hidden = layout.wide, shape.hidden
     routed, shared = ([linear for linear in inner if (linear.expert is None) == of_all] for of_all in (False, True))
     whole = replace(layout, shards=1)
@@ -163,7 +166,7 @@ def _experts(shape: Shape, layout: Layout, inner: Sequence[Linear]) -> tuple[int
 
 
 def _mlp(shape: Shape, pair: Sequence[Linear], layout: Layout, ranks: int, *, normed: bool) -> tuple[int, int]:
-    """Bytes per token of what goes into a feed-forward network; of the first product's output and the second's input."""
+    """Return the bytes per token of a feed-forward network's input, and of the first product's output and the second's input."""
     first, second = pair
     into, of_first = _linear(first, layout, ranks, normed=normed)
     activated, of_second = _linear(second, layout, ranks)
@@ -171,7 +174,7 @@ def _mlp(shape: Shape, pair: Sequence[Linear], layout: Layout, ranks: int, *, no
 
 
 def _linear(linear: Linear, layout: Layout, ranks: int, *, normed: bool = False, shared: bool = False) -> tuple[int, int]:
-    """Bytes per token that a linear layer keeps of its input, and what its adapter keeps beside it.
+    """Return the bytes per token that a linear layer keeps of its input, and those that its adapter keeps.
 
     A layer keeps its input for its weight's gradient: in FP8 quantized, frozen not at all. An adapter's A keeps it as it is, or
     what dropout makes of it, with a mask. Transformer Engine's layer with a norm in it (`normed`) that hands out what the norm
@@ -193,7 +196,7 @@ def _linear(linear: Linear, layout: Layout, ranks: int, *, normed: bool = False,
 
 
 def _kept(model: Any, shape: Shape, layout: Layout, parts: Sequence[dict[str, int]], tokens: int) -> tuple[list[int], int]:
-    """Bytes that stay of each layer, and the most that recomputing one unit brings back."""
+    """Return the bytes that each layer keeps, and the most that recomputing one unit needs."""
     whole = [tokens * sum(part.values()) for part in parts]
     again = set(model.recompute_modules or ()) if model.recompute_granularity == "selective" else set[str]()
     if model.recompute_granularity != "full":
@@ -208,8 +211,8 @@ def _kept(model: Any, shape: Shape, layout: Layout, parts: Sequence[dict[str, in
 
 
 def _in_flight(model: Any, pp_rank: int, num_microbatches: int) -> float:
-    """Microbatches whose activations a pipeline rank keeps at once (megatron-core's 1F1B schedules): with virtual stages,
-    parts of the rank's layers are counted as parts of a microbatch."""
+    """Return the microbatches whose activations a pipeline rank keeps at once (megatron-core's 1F1B schedules). With virtual
+    stages, parts of the rank's layers count as parts of a microbatch."""
     pipeline, virtual = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
     if not virtual or pipeline == 1:
         return min(num_microbatches, pipeline - pp_rank)

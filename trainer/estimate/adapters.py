@@ -1,6 +1,6 @@
-"""What LoRA and DoRA compute and keep beside the linear layers of a model, by the names that megatron-core gives those.
+"""Count what LoRA and DoRA add to the linear layers of a model, by megatron-core's names of those.
 
-Knows no method of somebody's own: what `transform` would make of a layer cannot be told without the layer.
+A method of the user's own cannot be counted: what its `transform` does depends on the layer.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ KNOWN = (LoRA, DoRA)
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer of a transformer layer, whole: sizes are those before ranks divide them."""
+    """A linear layer of a transformer layer, with its sizes before ranks divide them."""
 
     name: str
     inputs: int
     parts: dict[str, int]
-    """Outputs of each of those that are computed as one, by their short names; or of the layer itself."""
+    """Outputs of each part of a fused layer, by its short name; or of the layer itself."""
 
     row: bool = False
-    """Ranks divide its inputs; else its outputs."""
+    """Row parallel: ranks divide its inputs; else its outputs."""
 
     expert: int | None = None
 
     @property
     def outputs(self) -> int:
-        """Those of all parts."""
+        """Outputs of all parts."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSize:
-    """What stands beside one linear layer on one rank."""
+    """The adapter of one linear layer, on one rank."""
 
     matrices: int
     """Parameters of all A and B."""
@@ -51,13 +51,13 @@ class AdapterSize:
 
 
 def is_known(peft: Any) -> bool:
-    """Is it a method whose adapters can be counted? A class made from one may do anything."""
+    """Tell whether a method's adapters can be counted: LoRA and DoRA, not classes derived from them."""
     return type(peft) in KNOWN
 
 
 def linears(shape: Shape, number: int) -> Iterator[Linear]:
-    """The linear layers of layer `number`, counted from 0 in the whole model: attention's two, the feed-forward network's or
-    each expert's two, the shared expert's two."""
+    """Yield the linear layers of layer `number`, counted from 0 in the whole model: attention's two, the feed-forward network's
+    or each expert's two, the shared expert's two."""
     layer = f"decoder.layers.{number}"
     yield Linear(f"{layer}.self_attention.linear_qkv", shape.hidden, {"q": shape.queries, "k": shape.keys, "v": shape.keys})
     yield Linear(f"{layer}.self_attention.linear_proj", shape.queries, {"": shape.hidden}, row=True)
@@ -77,7 +77,7 @@ def _mlp(name: str, shape: Shape, ffn: int, expert: int | None = None) -> Iterat
 
 
 def adapter_of(peft: Any, linear: Linear, *, ranks: int = 1) -> AdapterSize | None:
-    """The adapter of a layer that `ranks` divide, on one of them; None where there is none, or none is known.
+    """Return the size of a layer's adapter on one of the `ranks` that divide it; None where there is none, or none is known.
 
     Where ranks divide the outputs, each has all of A and its rows of B; where the inputs, its columns of A and all of B.
     Magnitudes are divided as the outputs are.
@@ -95,8 +95,8 @@ def adapter_of(peft: Any, linear: Linear, *, ranks: int = 1) -> AdapterSize | No
 
 
 def first_trained(peft: Any, shape: Shape) -> int:
-    """The first layer that is reached by gradients: those before it have no adapter, and nothing before them is trained. 0 for
-    a method that is not known; the number of layers where no layer has an adapter."""
+    """Return the first layer that gradients reach: layers before it have no adapter. 0 for an unknown method; the number of
+    layers where no layer has an adapter."""
     if not is_known(peft):
         return 0
     layers = (number for number in range(shape.layers) if any(adapter_of(peft, linear) for linear in linears(shape, number)))
@@ -104,7 +104,7 @@ def first_trained(peft: Any, shape: Shape) -> int:
 
 
 def multiplied_weights(peft: Any, shape: Shape) -> float:
-    """Weights of A and B that one token is multiplied with: of experts, those that a token is sent to on average."""
+    """Return the weights of A and B that one token is multiplied with; of experts, those that a token is sent to on average."""
     share = shape.active_experts / shape.num_experts if shape.num_experts else 0
     adapted = ((linear, adapter_of(peft, linear)) for number in range(shape.layers) for linear in linears(shape, number))
     return sum(added.matrices * (1 if linear.expert is None else share) for linear, added in adapted if added)

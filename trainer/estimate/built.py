@@ -1,7 +1,7 @@
-"""What ranks hold of a model, counted in the model itself: built on torch's meta device, without memory, by one process that is
-each rank in turn, in torch's fake process group.
+"""Count what ranks hold of a model, in the model itself: one process builds each rank's chunks in turn, on torch's meta device
+and in torch's fake process group.
 
-Layers are megatron-core's own, whatever the machine: their parameters are those of Transformer Engine's. Knows no bytes.
+Layers are megatron-core's own on any machine: they have the parameters of Transformer Engine's. Knows no bytes.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from trainer.settings.resolve import WITHOUT_CUDA
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Numbers of parameters on one rank. Experts are apart: fewer ranks hold copies of them."""
+    """Numbers of parameters on one rank; experts separately, since fewer ranks hold copies of them."""
 
     dense: int = 0
     experts: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Dense and expert parameters."""
         return self.dense + self.experts
 
 
 @dataclass(frozen=True, slots=True)
 class RankParameters:
-    """What one rank holds."""
+    """Parameters of one rank."""
 
     trained: Weights
     frozen: Weights
-    """None of it without `peft`."""
+    """Empty without `peft`."""
 
     matrices: int
-    """Parameters that FP8 or FP4 quantizes: what layers multiply with, but for layers that are left in bf16."""
+    """Parameters that FP8 or FP4 quantizes: the matrices of layers that are not left in bf16."""
 
     magnitudes: int
     """Outputs that DoRA scales."""
@@ -75,12 +75,12 @@ def count_chunks(chunks: Sequence[Any], provider: Any) -> RankParameters:
 
 
 def is_quantized(provider: Any, number: int) -> bool:
-    """Does layer `number` multiply in FP8 or FP4?"""
+    """Tell whether layer `number` multiplies in FP8 or FP4."""
     return bool(provider.fp8 or provider.fp4) and not is_first_last_bf16_layer(provider, number)
 
 
 def _parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Each once, under its name in the whole model."""
+    """Yield each parameter once, under its name in the whole model."""
     seen: set[int] = set()
     for chunk in chunks:
         for name, _, module in module_names(model.unwrap(chunk)):
@@ -110,7 +110,7 @@ _WITHOUT_GPU: dict[str, Any] = WITHOUT_CUDA | {
     "fp8_param": False,
     "fp4": None,
 }
-"""Settings that change no parameter, and that megatron-core's own layers want so."""
+"""Settings that change no parameter, with the values that megatron-core's own layers need."""
 
 _WHOLE: dict[str, Any] = {
     "tensor_model_parallel_size": 1,
@@ -130,7 +130,7 @@ _WHOLE: dict[str, Any] = {
 
 
 def count_whole(provider: Any, peft: Any = None) -> RankParameters:
-    """What the whole model has, with the vocabulary's own size and tied weights once. The provider may be unfinished."""
+    """Count the whole model, without padding of the vocabulary and with tied weights once. The provider need not be finalized."""
     local = _with_fields(provider, _WITHOUT_GPU | _WHOLE)
     getattr(local, "finalize", lambda: None)()
     local = _with_fields(local, _WITHOUT_GPU)  # once more, for fields that `finalize` derived
@@ -138,8 +138,8 @@ def count_whole(provider: Any, peft: Any = None) -> RankParameters:
 
 
 def count_each_rank(provider: Any, peft: Any = None) -> Iterator[tuple[int, RankParameters]]:
-    """The pipeline rank and what it holds, of each rank of a finished provider that may hold something else: one of each stage of
-    the pipeline, and with `peft`, which may choose some experts, one of each expert-parallel rank."""
+    """Yield pipeline rank and parameters of each rank of a finalized provider that may hold something else: one of each
+    pipeline stage and, with `peft`, which may choose some experts, one of each expert-parallel rank."""
     local = _with_fields(provider, _WITHOUT_GPU)
     tensor, experts = local.tensor_model_parallel_size, local.expert_model_parallel_size
     each = local.expert_tensor_parallel_size or tensor

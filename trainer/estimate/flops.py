@@ -1,7 +1,5 @@
-"""Model FLOPs per token: the arithmetic that training a model asks for, whatever a run adds or saves.
-
-Knows no hardware and no layout: recomputed activations and padded vocabulary are work of the run, not of the model.
-"""
+"""Count model FLOPs per token, independent of hardware and layout: recomputed activations and padded vocabulary are not
+counted."""
 
 from __future__ import annotations
 
@@ -16,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def flops_per_token(provider: Any, sequence_length: int, *, lengths: Sequence[float] | None = None, peft: Any = None) -> float:
-    """Floating-point operations of forward and backward pass per token, on sequences of `sequence_length` tokens, or packed
-    ones of the given `lengths`.
+    """Return the floating-point operations of forward and backward pass per token, on sequences of `sequence_length` tokens, or
+    packed ones of the given `lengths`.
 
     3 × forward, as backward multiplies twice as much (Narayanan et al. 2021, arXiv:2104.04473, appendix). Forward, per token:
 
@@ -28,9 +26,9 @@ def flops_per_token(provider: Any, sequence_length: int, *, lengths: Sequence[fl
 
     With `peft` the model's weights are frozen: 2 × forward for them, as gradients pass through but none is theirs; 3 × forward
     for attention's scores, which have no weights; and 3 × 2 × every weight of an adapter's A and B. Layers before the first with
-    an adapter are not gone back through: 1 × forward. Of a method of somebody's own, what it adds is not counted.
+    an adapter are not gone back through: 1 × forward. What a method of the user's own adds is not counted.
 
-    UserError for a model that is not GPT-shaped.
+    Raises UserError for a model that is not GPT-shaped.
     """
     shape = shape_of(provider)
     attention = [4 * shape.queries * _seen(lengths or (sequence_length,), window) for window in shape.windows]
@@ -46,18 +44,19 @@ def flops_per_token(provider: Any, sequence_length: int, *, lengths: Sequence[fl
 
 
 def flops_of_run(config: RunConfig) -> float:
-    """Floating-point operations per token of a run as it is configured, on whole sequences."""
+    """Return the floating-point operations per token of a run, on whole sequences."""
     return flops_per_token(config.model, config.dataset.sequence_length, peft=config.peft)
 
 
 def flops_of_packed(provider: Any, tokens: float, squares: float, *, peft: Any = None) -> float:
-    """Floating-point operations of forward and backward over packed examples of `tokens` tokens in all, Σ sᵢ, whose lengths'
-    squares sum up to `squares`, Σ sᵢ². Exact but for sliding windows: for those, as if all were of one length."""
+    """Return the floating-point operations of forward and backward pass over packed examples of `tokens` tokens in all, Σ sᵢ,
+    whose lengths' squares sum up to `squares`, Σ sᵢ². Exact but for sliding windows: for those, as if all were of one
+    length."""
     return tokens * flops_per_token(provider, 0, lengths=(squares / tokens,), peft=peft)
 
 
 def _multiplied(shape: Shape, first: int = 0) -> int:
-    """Weights that one token is multiplied with, from layer `first` on."""
+    """Return the weights that one token is multiplied with, from layer `first` on."""
     dense = shape.mlp_matrices(shape.ffn)
     routed = shape.active_experts * shape.mlp_matrices(shape.expert_ffn) + shape.hidden * shape.num_experts
     routed += shape.mlp_matrices(shape.shared_ffn)
@@ -66,6 +65,6 @@ def _multiplied(shape: Shape, first: int = 0) -> int:
 
 
 def _seen(lengths: Sequence[float], window: int | None) -> float:
-    """Tokens that a token sees on average in one layer: the area under the diagonal, less what lies beyond the window."""
+    """Return the tokens that a token attends to on average in one layer: the area under the diagonal and inside the window."""
     area = sum(length**2 - max(0, length - (window or length)) ** 2 for length in lengths) / 2
     return area / sum(lengths)

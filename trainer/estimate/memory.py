@@ -1,7 +1,7 @@
-"""How large a model is, and how much of a GPU's memory a run takes, from arithmetic alone.
+"""Estimate how large a model is, and how much of a GPU's memory a run takes.
 
-Knows what megatron-core keeps for each weight and token. Does not know the CUDA context and NCCL's buffers, which live outside
-torch's allocator, nor fragments in it.
+Counts what megatron-core keeps for each weight and token. Leaves out the CUDA context and NCCL's buffers, which are outside
+torch's allocator, and fragmentation.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """Bytes of all parts."""
         return sum(part.size for part in self.parts)
 
 
 def parameters(provider: Any) -> int:
-    """Every parameter of the model, with the vocabulary's own size and a tied embedding counted once."""
+    """Count the parameters of the model, without padding of the vocabulary and with a tied embedding once."""
     return built.count_whole(provider).total
 
 
 def memory(config: RunConfig, world_size: int) -> Estimate:
-    """Bytes on each GPU of the fullest rank, for a run that `resolve` has gone through: a line per purpose. Builds what each rank
-    holds (`counting.built`); a run, which has built it, asks `of_rank`."""
+    """Return the bytes on each GPU of the fullest rank, by purpose, for a resolved run. Builds what each rank holds
+    (`estimate.built`); a run, which has built it, calls `of_rank`."""
     ranks = built.count_each_rank(config.model, config.peft)
     return max((of_rank(config, held, pp_rank, world_size) for pp_rank, held in ranks), key=lambda estimate: estimate.total)
 
 
 def of_rank(config: RunConfig, held: RankParameters, pp_rank: int, world_size: int) -> Estimate:
-    """The same for a rank of a pipeline stage that holds so much."""
+    """Return the bytes of one rank of pipeline stage `pp_rank`, which holds the parameters `held`."""
     copies = _copies(config.model, world_size)
     parts = (
         _weights(config, held),
@@ -103,7 +103,7 @@ def _workspace(config: RunConfig) -> Iterator[Part]:
 
 
 def _adapters(config: RunConfig, held: RankParameters) -> Iterator[Part]:
-    """Adapters, and what DoRA keeps beside them."""
+    """Yield the bytes of adapters, and of what DoRA keeps beside them."""
     if config.peft is None:
         return
     kind = config.model.params_dtype
@@ -114,14 +114,14 @@ def _adapters(config: RunConfig, held: RankParameters) -> Iterator[Part]:
 
 
 def _mask(config: RunConfig) -> Iterator[Part]:
-    """On a GPU attention is told where examples begin; megatron-core's own takes a mask instead."""
+    """Yield the bytes of the attention mask that megatron-core's own attention needs for packed rows; a GPU's needs none."""
     if is_packed(config.dataset) and config.model.attention_backend is AttnBackend.local:
         rows, length = config.train.micro_batch_size, config.dataset.sequence_length
         yield Part("attention mask", rows * length**2, f"which tokens of packed rows see which: {rows} × {length}² pairs")
 
 
 def _copies(model: Any, world_size: int) -> tuple[int, int]:
-    """GPUs that hold the same dense weights, and the same experts: context-parallel ranks among them."""
+    """Return how many GPUs hold the same dense weights, and the same experts, context-parallel ranks included."""
     pipeline, tensor = model.pipeline_model_parallel_size, model.tensor_model_parallel_size
     experts = (model.expert_tensor_parallel_size or tensor) * model.expert_model_parallel_size
     return world_size // (pipeline * tensor), world_size // (pipeline * experts)

@@ -1,8 +1,8 @@
-"""Peak dense tensor-core speed of NVIDIA GPUs, by precision; the denominator of MFU.
+"""Look up the peak dense tensor-core speed of NVIDIA GPUs, by precision: the denominator of MFU.
 
 Numbers are TFLOP/s without sparsity, with accumulation in fp32, from NVIDIA's datasheets and architecture whitepapers: V100
 (2020), A100 (2021), A10 (2021), Ada whitepaper (RTX 4090), L40S (2023), H100 (2023, also GH200), H200 (2024), HGX and DGX B200,
-GB200 NVL72 per GPU (2024). Where a datasheet prints the number with sparsity, half of it stands here. Names are those of
+GB200 NVL72 per GPU (2024). Where a datasheet prints the number with sparsity, the table has half of it. Names are those of
 `torch.cuda.get_device_name`; knows nothing of clocks, power limits or what a kernel reaches.
 """
 
@@ -39,7 +39,8 @@ PEAKS: tuple[tuple[str, Mapping[str, float]], ...] = (
 
 
 def peak_flops(device_name: str, *, precision: str) -> float | None:
-    """FLOP/s of one GPU in `fp16`, `bf16`, `fp8` or `fp4`; None for a device or precision that the table does not have.
+    """Return the FLOP/s of one GPU in `fp16`, `bf16`, `fp8` or `fp4`; None for a device or precision that the table does not
+    have.
 
     Of a run in fp8, only the matrix products of the layers are in fp8; its MFU against the fp8 peak says how far it could go.
     """

@@ -1,4 +1,4 @@
-"""The numbers of a GPT-shaped model that operations and activations follow from, whether or not its provider is finalized yet.
+"""Return the sizes of a GPT-shaped model that operations and activations depend on; its provider need not be finalized.
 
 Knows no layout, no precision and no file.
 """
@@ -15,7 +15,7 @@ from formats.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model. Sizes are of whole tensors, before ranks divide them."""
+    """Sizes of a model's whole tensors, before ranks divide them."""
 
     layers: int
     hidden: int
@@ -69,7 +69,7 @@ _UNLIKE = (
 
 
 def shape_of(provider: Any) -> Shape:
-    """A provider's shape. UserError for what is not GPT-shaped: its operations and sizes follow other formulas."""
+    """Return a provider's shape. Raises UserError for a model that is not GPT-shaped: other formulas apply."""
     try:
         return _shape(provider)
     except AttributeError as error:
@@ -114,7 +114,7 @@ def _shape(provider: Any) -> Shape:
 
 
 def _layers_with_experts(provider: Any) -> tuple[bool, ...]:
-    """megatron-core's `moe_layer_freq`: every nth layer from the first on, or a list."""
+    """Expand megatron-core's `moe_layer_freq`, every nth layer from the first on or a list, to one bool per layer."""
     if not provider.num_moe_experts:
         return (False,) * provider.num_layers
     frequency = provider.moe_layer_freq

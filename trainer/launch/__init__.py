@@ -1,6 +1,6 @@
-"""From a recipe and a place to run it to a job: an sbatch script, or a NeMo-Run experiment.
+"""Turn a recipe and a machine into a job: an sbatch script, or a NeMo-Run experiment.
 
-`Job` is what both have in common. Launching knows the command line of `mbtrain pretrain` and nothing of training.
+`Job` is common to both. Knows the command line of `mbtrain pretrain`, not training itself.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from trainer.config import CheckpointConfig
 
 STOP_BEFORE = 300
-"""Seconds between the signal to stop and the end: a step, and a checkpoint of a large model to a shared disk."""
+"""Seconds between the signal to stop and the time limit: enough for a step, and for a large checkpoint on a shared disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is run, on how many machines, for how long. UserError for what a batch system could not read."""
+    """A program with its machines and time. Raises UserError for text that a batch system could not read."""
 
     program: tuple[str, ...]
     """Arguments of `python` on every rank: see `pretraining`."""
@@ -54,9 +54,10 @@ class Job:
 
 
 def resumable(checkpoint: CheckpointConfig, overrides: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the settings of a job that is put back into the queue: started again with them, it goes on from its last checkpoint.
+    """Return overrides with which a requeued job resumes from its last checkpoint.
 
-    `told` is what they come to. Raises UserError where nothing would be saved, or each start would begin anew.
+    `checkpoint` is the section that `overrides` result in. Raises UserError where nothing would be saved, or each start would
+    begin anew.
     """
     if checkpoint.save is None:
         raise UserError(
@@ -82,5 +83,5 @@ def _quoted(text: str) -> str:
 
 
 def pretrain_program(recipe: str, overrides: tuple[str, ...]) -> tuple[str, ...]:
-    """The program that trains `recipe` with `key=value` settings."""
+    """Return the program that trains `recipe` with `key=value` settings."""
     return ("-m", "trainer", "pretrain", recipe, *overrides)

@@ -1,4 +1,4 @@
-"""A job as a NeMo-Run experiment, on this machine or through Slurm. Knows NeMo-Run's names, and what it does not quote."""
+"""Make a NeMo-Run experiment of a job, on this machine or through Slurm. Knows NeMo-Run's names, and what it does not quote."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Where = Literal["local", "slurm"]
 
 
 def script(job: Job, *, where: Where) -> Any:
-    """The job's program as `run.Script`, for torchrun to start on every rank.
+    """Return the job's program as `run.Script`, for torchrun to start on every rank.
 
     An inline script, quoted here: NeMo-Run's local torchrun passes the `args` of a Script with shell quotes around them.
     """
@@ -32,7 +32,7 @@ def partial(train: Callable[..., None], recipe: str, overrides: list[str]) -> An
 
 
 def executor(job: Job, *, where: Where) -> Any:
-    """Where and how: torchrun with a process per GPU, on this machine or by Slurm. UserError where Slurm's account is missing."""
+    """Return the executor: torchrun with a process per GPU, here or by Slurm. Raises UserError without Slurm's account."""
     run = _nemo_run()
     if where == "local":
         # torchrun beside this interpreter, also where its environment is not activated.
@@ -63,8 +63,8 @@ def executor(job: Job, *, where: Where) -> Any:
 
 
 def launch(task: Any, place: Any, *, name: str, submit: bool) -> bool:
-    """Run the task, or only show what NeMo-Run would run; whether all went well. A Slurm job is left to Slurm. UserError
-    without `sbatch`, where it is needed."""
+    """Run the task, or only show what NeMo-Run would run. Returns whether all went well; a Slurm job is not waited for. Raises
+    UserError without `sbatch`, where it is needed."""
     run = _nemo_run()
     detach = isinstance(place, run.SlurmExecutor)
     if detach and submit:

@@ -1,4 +1,4 @@
-"""An sbatch script for a job: torchrun on every node, meeting on the first. Text in, text out; and handing it to sbatch."""
+"""Write an sbatch script for a job, which starts torchrun on every node with the rendezvous on the first; submit it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ export PYTHONUNBUFFERED=1
 """
 
 _STOP = """\
-# When the time is nearly up the ranks are told to save and end. The job then goes back into the queue, to go on from there.
+# When the time is nearly up the ranks are signalled to save and end. The job then goes back into the queue, to go on from there.
 stopping=
 stop() { stopping=1; scancel --signal=TERM "$SLURM_JOB_ID" || true; }
 trap stop USR1
@@ -49,7 +49,7 @@ exit "$code"
 
 
 def script(job: Job) -> str:
-    """The sbatch script, with a comment for each line that is not obvious. Arguments reach the program unchanged."""
+    """Return the sbatch script, with a comment for each line that is not obvious. Arguments reach the program unchanged."""
     own = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in job.env.items())
     setup = _SETUP.format(grace=max(job.stop_before - 30, 1))
     return f"#!/bin/bash\n{_directives(job)}\n{setup}{own}\n{_launch(job)}"
@@ -98,7 +98,7 @@ def _launch(job: Job) -> str:
 
 
 def submit(text: str) -> str:
-    """Hand a script to `sbatch`; the job's number, or `number;cluster`. UserError with what sbatch said, or if there is none."""
+    """Submit a script. Returns the job's id, or `id;cluster`. Raises UserError with sbatch's message, or without sbatch."""
     done = subprocess.run([sbatch(), "--parsable"], input=text, text=True, capture_output=True, check=False)  # noqa: S603
     if done.returncode:
         raise UserError(f"`sbatch` refused the job: {done.stderr.strip()}", hint="print the script without --submit to see it")
@@ -106,7 +106,7 @@ def submit(text: str) -> str:
 
 
 def sbatch() -> str:
-    """The path of `sbatch`. UserError if this machine has none."""
+    """Return the path of `sbatch`. Raises UserError if this machine has none."""
     path = shutil.which("sbatch")
     if path is None:
         raise UserError(

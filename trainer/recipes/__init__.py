@@ -22,13 +22,13 @@ from trainer.recipe import Recipe
 
 
 def every() -> dict[str, Recipe]:
-    """All recipes by name. None is named as a file here: the file would stand in its place once it is imported."""
+    """Return all recipes by name. No recipe has the name of a file here: an imported module would hide it."""
     files = sorted(module.name for module in pkgutil.iter_modules(__path__))
     return {recipe.name: recipe for file in files for recipe in import_module(f"{__name__}.{file}").RECIPES}
 
 
 def find(name: str) -> Recipe:
-    """The recipe of that name; UserError suggests the nearest."""
+    """Return the recipe of a name. Raises UserError with the nearest name for an unknown one."""
     recipes = every()
     if name not in recipes:
         near = get_close_matches(name, recipes, 1)
@@ -38,7 +38,7 @@ def find(name: str) -> Recipe:
 
 
 def __getattr__(name: str) -> Recipe:
-    """`from trainer.recipes import llama32_1b`."""
+    """Return a recipe for `from trainer.recipes import llama32_1b`."""
     if name.startswith("_") or name not in (recipes := every()):
         raise AttributeError(f"module `{__name__}` has no recipe `{name}`")
     return recipes[name]

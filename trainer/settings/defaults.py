@@ -1,4 +1,4 @@
-"""One setting that this program decided, and why: what `precision`, `overlap` and `resolve` hand to each other.
+"""A default that the program decided for a setting, with the reason; passed between `precision`, `overlap` and `resolve`.
 
 Knows no setting by name.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Default:
-    """`setting` is a path from the run's configuration, such as `model.overlap_p2p_comm`."""
+    """A resolved default. `setting` is a path in the run's configuration, such as `model.overlap_p2p_comm`."""
 
     setting: str
     value: Any
@@ -19,7 +19,7 @@ class Default:
 
 
 def holder_and_field(config: Any, setting: str) -> tuple[Any, str]:
-    """The object that holds a setting, and the field's name."""
+    """Return the object that holds a setting, and the field's name."""
     part, _, name = setting.rpartition(".")
     for step in part.split("."):
         config = getattr(config, step)
@@ -27,14 +27,14 @@ def holder_and_field(config: Any, setting: str) -> tuple[Any, str]:
 
 
 def explicit_value(config: Any, setting: str) -> Any:
-    """What somebody set a field to, or None where it still is as its class made it or does not exist."""
+    """Return the value that a field was set to, or None where it has its class's default or does not exist."""
     part, name = holder_and_field(config, setting)
     value = getattr(part, name, None)
     return None if value == getattr(type(part), name, None) else value
 
 
 def apply_defaults(config: Any, choices: list[Default]) -> list[Default]:
-    """Set what differs; answers the choices that changed something."""
+    """Set what differs. Returns the defaults that changed something."""
     changed = []
     for choice in choices:
         part, name = holder_and_field(config, choice.setting)

@@ -1,4 +1,4 @@
-"""Settings by name: `train.train_iters` as a place in a run's dataclasses, and what a name that is none of them may mean.
+"""Resolve names of settings, such as `train.train_iters`, to fields of a run's dataclasses; suggest a name for an unknown one.
 
 Works on any dataclass by its fields and annotations, and on the free mappings in them (`model.hf_config`). Knows no grammar
 and no files.
@@ -66,14 +66,14 @@ ALIASES = {
     "peft.lora_alpha": "peft.alpha",
     "peft.lora_dropout": "peft.dropout",
 }
-"""Names of transformers, torchtitan, NeMo and PEFT, where the section has no such setting itself."""
+"""Names used by transformers, torchtitan, NeMo and PEFT. A section's own setting of that name takes precedence."""
 
 _MANY = 20
 
 
 @cache
 def annotations(section: type) -> Mapping[str, Any]:
-    """The settings of a dataclass and their annotations; Any for those of a class whose annotations cannot be resolved."""
+    """Return the settings of a dataclass and their annotations; Any where a class's annotations cannot be resolved."""
     try:
         hints = get_type_hints(section)
     except NameError:
@@ -82,19 +82,19 @@ def annotations(section: type) -> Mapping[str, Any]:
 
 
 def _kind(field: dataclasses.Field[Any], hints: Mapping[str, Any]) -> Any:
-    """Its annotation; None too where it is the default, which megatron-core does not always annotate."""
+    """Return a field's annotation, made optional where the default is None, which megatron-core does not always annotate."""
     kind = hints.get(field.name, Any)
     return kind if kind is Any or field.default is not None else Optional[kind]  # noqa: UP045 - `|` refuses what is no type
 
 
 def is_section(value: Any) -> bool:
-    """Has it settings of its own?"""
+    """Tell whether a value has settings of its own."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 @dataclass(frozen=True)
 class FieldPath:
-    """Where a value is kept: a field of a dataclass, or a key of a free mapping. `name` is the whole name."""
+    """A field of a dataclass, or a key of a free mapping. `name` is the full dotted name."""
 
     holder: Any
     key: str
@@ -102,26 +102,26 @@ class FieldPath:
 
     @property
     def free(self) -> bool:
-        """In a mapping, to which keys may be added."""
+        """Whether it is a key of a mapping, to which keys may be added."""
         return isinstance(self.holder, dict)
 
     @property
     def known(self) -> bool:
-        """Is there such a setting?"""
+        """Whether the setting exists."""
         return self.key in (self.holder if self.free else annotations(type(self.holder)))
 
     @property
     def value(self) -> Any:
-        """What it is now; None for a key that is not there."""
+        """The current value; None for a missing key."""
         return self.holder.get(self.key) if self.free else getattr(self.holder, self.key)
 
     @property
     def kind(self) -> Any:
-        """Its annotation."""
+        """The field's annotation."""
         return Any if self.free else annotations(type(self.holder))[self.key]
 
     def set(self, value: Any) -> None:
-        """Set it. UserError where the value is not what the annotation asks for, or chooses what there is not."""
+        """Set the value. Raises UserError where it does not fit the annotation, or names no choice of a config group."""
         if self.name in groups.GROUPS:
             self._set_group(value)
             return
@@ -133,7 +133,8 @@ class FieldPath:
             setattr(self.holder, self.key, fitting)
         except dataclasses.FrozenInstanceError:
             raise UserError(
-                f"`{self.name}` cannot be set: `{type(self.holder).__name__}` is a frozen dataclass", hint="thaw the class"
+                f"`{self.name}` cannot be set: `{type(self.holder).__name__}` is a frozen dataclass",
+                hint="define the class without `frozen=True`",
             ) from None
 
     def _set_group(self, value: Any) -> None:
@@ -143,7 +144,7 @@ class FieldPath:
             field_path(self.holder, f"{self.name}.{key}").set(setting)
 
     def converted(self, value: Any) -> Any:
-        """The value as the annotation asks for it, or UserError."""
+        """Return the value converted to the annotated type. Raises UserError where it does not fit."""
         if is_section(self.value):
             raise UserError(
                 f"`{self.name}` is a section, it cannot be `{format_untrusted(value)}`", hint=f"{_listed(self.name, self.value)}"
@@ -156,7 +157,7 @@ class FieldPath:
             raise UserError(f"`{self.name}` is `{text}`, it should be {expected(self.kind)}", hint=hint) from None
 
     def reset(self) -> None:
-        """Back to the field's default, or gone from its mapping. UserError for a field without a default."""
+        """Reset a field to its default, or delete a key. Raises UserError for a field without a default."""
         if self.free:
             del self.holder[self.key]
             return
@@ -168,7 +169,7 @@ class FieldPath:
 
 
 def fits_text(kind: Any) -> bool:
-    """Would any text do?"""
+    """Tell whether any text fits an annotation."""
     try:
         return kind is not Any and convert("any text", kind) == "any text"
     except MismatchError:
@@ -176,8 +177,11 @@ def fits_text(kind: Any) -> bool:
 
 
 def field_path(config: Any, name: str, *, new: bool = False) -> FieldPath:
-    """Where `name` is kept. UserError, with the nearest name there is, if there is none; `new` allows a key that a free
-    mapping does not have yet, and makes the mappings on the way to it."""
+    """Return the field or key that `name` stands for.
+
+    `new` allows a key that a free mapping does not have yet, and creates the mappings that lead to it. Raises UserError, with the
+    nearest name, for an unknown setting.
+    """
     keys = _current_name(config, name).split(".")
     holder = config
     for depth, key in enumerate(keys):
@@ -245,7 +249,7 @@ def _listed(name: str, section: Any) -> str:
 
 
 def every_name(config: Any) -> Iterator[str]:
-    """The names of all settings."""
+    """Yield the names of all settings."""
     for section in annotations(type(config)):
         value = getattr(config, section)
         if is_section(value):

@@ -1,6 +1,6 @@
-"""Settings that are one of several dataclasses, chosen by name: `peft=lora`, then `peft.dim=16`. In a document, `name` chooses.
+"""Config groups: settings that are one of several dataclasses, chosen by name: `peft=lora`, then `peft.dim=16`; `name` in YAML.
 
-Knows which names there are and where their classes stand; brings a class only when it is chosen.
+Knows the names and where their classes are defined; imports a class only when it is chosen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NOTHING = "none"
 
 
 def build(setting: str, name: Any) -> Any:
-    """What a name stands for, as its class makes it; None for `none`. UserError for a name that there is not."""
+    """Return an instance of the class that a name stands for; None for `none`. Raises UserError for an unknown name."""
     known = GROUPS[setting]
     if name is None or name == NOTHING:
         return None
@@ -33,7 +33,7 @@ def build(setting: str, name: Any) -> Any:
 
 
 def name_of(setting: str, value: Any) -> str | None:
-    """The name that stands for a value's class; None where there is none, as for a class of one's own."""
+    """Return the name of a value's class; None where it has none, as for a class of the user's own."""
     if value is None:
         return NOTHING
     kind = f"{type(value).__module__}:{type(value).__qualname__}"

@@ -1,7 +1,7 @@
-"""Does a provider's `config.json` still say what the provider is? Fields of the provider are what is trained; `hf_config`
-follows them, so that checkpoints are exported as what they are.
+"""Keep a provider's `hf_config`, its `config.json`, in line with its fields, so that checkpoints are exported as what was
+trained.
 
-Knows the correspondence of the two from `converter`. Refuses to change the provider.
+Takes the correspondence of the two from `converter`. Never changes the provider's other fields.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _OF_POSITIONS = {
     "layernorm_epsilon", "rope_scaling", "rope_scaling_factor", "rotary_base", "seq_len_interpolation_factor", "seq_length",
     "window_size",
 }  # fmt: skip
-"""What people change on purpose in weights that they have, as to make contexts longer."""
+"""Fields that may differ from those of the weights that a run starts from, for example for a longer context."""
 
 _OF_TRAINING = {"attention_dropout", "hidden_dropout"}
-"""Fields that say how a model is trained, and not what it is."""
+"""Fields that affect training and not the architecture."""
 
 
 def follow(provider: Any) -> list[Default]:
-    """Bring `hf_config` in line with a provider's fields; answers what changed. UserError where the family has no such model."""
+    """Update `hf_config` from a provider's fields. Returns what changed. Raises UserError where the family has no such model."""
     config = getattr(provider, "hf_config", None)
     if not config:
         return []
@@ -52,7 +52,7 @@ def follow(provider: Any) -> list[Default]:
 
 
 def check(provider: Any) -> None:
-    """UserError where somebody changed `hf_config` alone, which changes no model."""
+    """Raise UserError where `hf_config` alone was changed, which changes no model."""
     config = getattr(provider, "hf_config", None)
     if not config:
         return
@@ -67,8 +67,10 @@ def check(provider: Any) -> None:
 
 
 def compare(provider: Any, config: Mapping[str, Any], *, source: str) -> list[str]:
-    """What a provider has otherwise than the `config.json` of the weights at `source`, in words. UserError where they cannot mean
-    the same: shapes agree for 8 heads of 32 and for 4 of 64."""
+    """Return notes on how a provider differs from the `config.json` of the weights at `source`.
+
+    Raises UserError for a difference in architecture, which shapes may hide: 8 heads of 32 have the shapes of 4 heads of 64.
+    """
     described, actual = _both(provider, config)
     notes: list[str] = []
     for name in (name for name in described if described[name] != actual[name] and name not in _OF_INITIALIZATION):
@@ -86,7 +88,8 @@ def compare(provider: Any, config: Mapping[str, Any], *, source: str) -> list[st
 
 
 def not_in_hf_config(provider: Any) -> dict[str, Any]:
-    """Settings of a provider that change what it computes and that no `config.json` can say: its checkpoints get none."""
+    """Return the settings of a provider that change what it computes and that `config.json` cannot express: its checkpoints get
+    none."""
     settings = {name: _plain(getattr(provider, name)) for name in _CONTEXT if hasattr(provider, name)}
     return {
         setting.name: setting.value for setting in megatron_settings.foreign(settings, only_model_words=True) if setting.known
@@ -97,7 +100,7 @@ _CONTEXT = (*megatron_settings.NEUTRAL, "window_size", "kv_channels", "hidden_si
 
 
 def notes(provider: Any) -> list[str]:
-    """What to say at the start of a run whose checkpoints cannot be exported to Hugging Face."""
+    """Return notes for the start of a run whose checkpoints cannot be exported to Hugging Face."""
     return [
         f"`model.{name}` is `{format_untrusted(value)}`, which no `config.json` can say: checkpoints have none, and "
         "`mbconvert mcore-to-hf` "
@@ -107,8 +110,10 @@ def notes(provider: Any) -> list[str]:
 
 
 def compare_settings(provider: Any, settings: Mapping[str, Any], *, source: str) -> list[str]:
-    """What a provider computes otherwise than the weights at `source` were made with, by what no `config.json` says, in words.
-    UserError for a setting of theirs that the provider does not have."""
+    """Return notes on settings outside `config.json` in which a provider differs from the weights at `source`.
+
+    Raises UserError for a setting of the weights that the provider does not have.
+    """
     theirs = {
         _OTHER_NAMES.get(setting.name, setting.name): setting.value
         for setting in megatron_settings.foreign(settings, only_model_words=True)
@@ -131,11 +136,11 @@ def compare_settings(provider: Any, settings: Mapping[str, Any], *, source: str)
 
 
 _OTHER_NAMES = {"apply_layernorm_1p": "layernorm_zero_centered_gamma", "num_experts": "num_moe_experts"}
-"""What Megatron-LM's `args` call settings of TransformerConfig."""
+"""Names in Megatron-LM's `args`, and those of TransformerConfig."""
 
 
 def _both(provider: Any, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `config.json` says in Megatron's fields, and what the provider has there; of fields that both have."""
+    """Return the fields that both have, as `config.json` describes them and as the provider has them."""
     derived = to_megatron(find(config.get("model_type")).CONFIG, config)
     if hasattr(provider, "rope_scaling"):  # which a `config.json` is silent on where it has none of them
         derived = {"rope_scaling_factor": provider.rope_scaling_factor, "seq_len_interpolation_factor": None} | derived
@@ -151,7 +156,7 @@ def _plain(value: Any) -> Any:
 
 
 def _rope(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a scaling that megatron-core has no fields for stay as they were."""
+    """Return the rope settings after a change. Numbers that megatron-core has no fields for stay as they were."""
     old = rope_numbers(config)
     theta = changes.get("rope_theta", old.pop("rope_theta"))
     new = changes[_ROPE] if _ROPE in changes else old if old["rope_type"] != "default" else None

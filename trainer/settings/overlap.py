@@ -1,8 +1,8 @@
-"""What is sent while something else is computed: an automatic policy, with a reason for each choice.
+"""Choose which communication overlaps with computation, with a reason for each choice.
 
-`comm_overlap` in the run's configuration wins wherever megatron-core can do what it says; so does a field that somebody set
-on `model` or `ddp` directly. Knows the layout and the device, nothing of shapes. The policy is Megatron-Bridge's, except that
-context-parallel ranks count: gradients are reduced over them as well.
+Explicit settings win, under `comm_overlap` or on `model` and `ddp` directly, wherever megatron-core supports them. Depends on the
+layout and the device, not on shapes. The policy is Megatron-Bridge's, except that context-parallel ranks count: gradients are
+reduced over them as well.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ CPU = "cpu"
 
 
 def defaults(config: Any, *, data_parallel: int, device: str) -> list[Default]:
-    """Every overlap setting of a run, chosen or as given. `data_parallel` counts context-parallel ranks too.
+    """Return every overlap setting of a run, explicit or chosen. `data_parallel` includes context-parallel ranks.
 
-    UserError for a given setting that megatron-core refuses, or with which it would compute wrong gradients.
+    Raises UserError for an explicit setting that megatron-core refuses, or with which it would compute wrong gradients.
     """
     return [_tensor(config, device), *_pipeline(config), *_data(config, data_parallel, device)]
 
 
 def _requested(config: Any, name: str, *, part: str) -> bool | None:
-    """What was asked for: under `comm_overlap`, or on the part itself."""
+    """Return the explicit value, under `comm_overlap` or on the section itself; None where there is none."""
     overlapped, direct = getattr(config.comm_overlap, name), explicit_value(config, f"{part}.{name}")
     if overlapped is not None and direct is not None and overlapped != direct:
         raise UserError(
@@ -53,7 +53,7 @@ def _tensor(config: Any, device: str) -> Default:
 
 
 def _tensor_obstacle(config: Any, device: str) -> str:
-    """Why Transformer Engine cannot overlap tensor-parallel messages; empty where it can."""
+    """Return why Transformer Engine cannot overlap tensor-parallel messages; empty where it can."""
     model = config.model
     recipe = getattr(model, "fp8_recipe", None) if getattr(model, "fp8", None) else None
     reasons = {

@@ -1,4 +1,4 @@
-"""Overrides from the command line, in Hydra's grammar and with its meaning.
+"""Apply overrides from the command line, in Hydra's grammar.
 
 `a.b=v` changes what is there, `+a.b=v` adds a key to a free mapping, `++a.b=v` does either, `~a.b` removes: a setting goes
 back to its default. Hydra's own parser reads them. Config groups, sweeps and interpolations have no meaning here and are
@@ -23,7 +23,7 @@ _NEW = (OverrideType.ADD, OverrideType.FORCE_ADD)
 
 
 def apply(config: Any, overrides: Iterable[str]) -> None:
-    """Change `config` by each override in turn. UserError for one that cannot be read or does not fit."""
+    """Apply each override to `config` in turn. Raises UserError for one that cannot be parsed or does not fit."""
     parser = OverridesParser.create()
     for text in overrides:
         _apply_one(config, _parsed(parser, text), text)
@@ -42,7 +42,7 @@ def _parsed(parser: OverridesParser, text: str) -> Override:
 
 
 def _why(text: str) -> str:
-    """The commonest reasons; where it is another, the hint must do."""
+    """Return the likely reason that an override cannot be parsed; empty where it is unknown."""
     key, equals, value = text.partition("=")
     if not equals:
         return ": it has no `=`"
@@ -59,8 +59,8 @@ _ENCODED = re.compile(r"mbtrain_([0-9a-f]+)_letter")
 
 
 def _encoded(text: str) -> str:
-    """The override with each letter of its value that Hydra's grammar has not, such as the `~` of a path, spelled in letters
-    that it has. Quoted text, in which all letters may stand, stays."""
+    """Encode the characters of an override's value that Hydra's grammar lacks, such as the `~` of a path, as words that it
+    accepts. Quoted text, which may hold any character, is left as it is."""
     key, equals, value = text.partition("=")
     return key + equals + _FOREIGN.sub(lambda match: _in_letters(match[0]) if len(match[0]) == 1 else match[0], value)
 
@@ -111,12 +111,12 @@ def _apply_one(config: Any, override: Override, text: str) -> None:
             hint=f"`{text[1:]}` changes it, `+{text}` does both",
         )
     if isinstance(value, (int, float)) and not isinstance(value, bool) and fits_text(path.kind):
-        value = text.partition("=")[2].strip()  # as it was written: 1e5, not 100000.0
+        value = text.partition("=")[2].strip()  # as it was typed: 1e5, not 100000.0
     _assign(config, path, value, new=override.type in _NEW)
 
 
 def _assign(config: Any, path: FieldPath, value: Any, *, new: bool) -> None:
-    """A mapping changes what it names, and leaves the rest of a section or of a free mapping as it is."""
+    """Set a value. A mapping sets the keys that it names, and leaves the rest of a section or of a free mapping as it is."""
     if path.name in GROUPS or not isinstance(value, Mapping) or not (is_section(path.value) or isinstance(path.value, dict)):
         path.set(value)
         return

@@ -1,10 +1,10 @@
 """Named precision recipes: the fields that a name decides on model, optimizer and gradient buffers, and the machine it needs.
 
-The names are Megatron-Bridge's. Knows neither shapes beyond what FP8 divides by, nor how a model is built.
+The names are Megatron-Bridge's. Of shapes, knows only the multiples that FP8 needs.
 
-A name decides its fields. What a user set to something else beforehand is a contradiction and refused, except for the few
-fields under `Recipe.starting`, where the user's value stays. A field set to its own class's default cannot be told from one
-that nobody set, and is overwritten.
+A name decides its fields. An explicit field with another value contradicts it and is refused, except for the few fields under
+`Precision.starting`, where the explicit value stays. A field that is explicitly set to its class's default cannot be told from an
+open one, and is overwritten.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from trainer.settings.defaults import Default, apply_defaults, explicit_value, h
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """What a recipe runs on. Versions are numbers to compare: (2, 3)."""
+    """The machine that a precision needs. Versions are tuples to compare: (2, 3)."""
 
     cpu: bool = False
     capability: tuple[int, int] | None = None
     transformer_engine: tuple[int, int] | None = None
     cuda: tuple[int, int] | None = None
     multiple: int = 1
-    """Tokens per rank, and each matrix dimension, must be multiples of this."""
+    """Tokens per rank and each matrix dimension must be multiples of this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Fields by part of the run's configuration."""
+    """The fields that a precision decides, by section of the run's configuration."""
 
     model: Mapping[str, Any]
     optimizer: Mapping[str, Any]
     ddp: Mapping[str, Any]
     needs: Requirement
     starting: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that the name chooses where nobody did."""
+    """Settings that are chosen unless they are explicit."""
 
     low_precision_weights: bool = False
-    """Weights themselves are kept in FP8 where the distributed optimizer holds their fp32 masters."""
+    """Whether weights are kept in FP8 where the distributed optimizer holds their fp32 masters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What was found. None where this process cannot see it: a login node has no GPU, and its processes will."""
+    """The machine as this process sees it. None for what it cannot see: a login node has no GPU."""
 
     device: str
     capability: tuple[int, int] | None = None
@@ -137,7 +137,7 @@ MXFP8 and blockwise keep bf16 weights: MXFP8 weights would share the gradients' 
 
 
 def find(name: str) -> Precision:
-    """The recipe of a name; UserError for an unknown one, with the nearest."""
+    """Return the precision of a name. Raises UserError with the nearest name for an unknown one."""
     if name in PRECISIONS:
         return PRECISIONS[name]
     near = difflib.get_close_matches(name.replace("-", "_"), PRECISIONS, n=1, cutoff=0.5)
@@ -148,14 +148,14 @@ def find(name: str) -> Precision:
 
 
 def requires(name: str) -> Requirement:
-    """What a precision needs."""
+    """Return what a precision needs."""
     return find(name).needs
 
 
 def apply(name: str, config: Any) -> list[Default]:
-    """Set a precision's fields on `config.model`, `config.optimizer` and `config.ddp`; answers what changed.
+    """Set a precision's fields on `config.model`, `config.optimizer` and `config.ddp`. Returns what changed.
 
-    UserError where a field was set to contradict the name.
+    Raises UserError where an explicit field contradicts the name.
     """
     chosen = find(name)
     decided = {f"{part}.{key}": value for part in ("model", "optimizer", "ddp") for key, value in getattr(chosen, part).items()}
@@ -169,8 +169,8 @@ def apply(name: str, config: Any) -> list[Default]:
 
 
 def _weights(chosen: Precision, config: Any) -> dict[str, bool]:
-    """FP8 weights where `ddp.fp8_param_gather` asks for them: half the bytes to hold and to gather, but their transposes are
-    made again for each microbatch. megatron-core gathers them only from the distributed optimizer."""
+    """Choose FP8 weights where `ddp.fp8_param_gather` is set: half the bytes to hold and to gather, but their transposes are
+    computed for each microbatch. megatron-core gathers them only from the distributed optimizer."""
     if not chosen.low_precision_weights:
         return {}
     wanted = config.ddp.fp8_param_gather and config.ddp.use_distributed_optimizer
@@ -192,7 +192,7 @@ def _agree(config: Any, setting: str, value: Any, *, name: str) -> None:
 
 
 def find_machine(device: str) -> Machine:
-    """What this process sees of the machine, for a run on `cpu` or `gpu`."""
+    """Return what this process sees of the machine, for a run on `cpu` or `gpu`."""
     seen = device == "gpu" and torch.cuda.is_available()
     return Machine(
         device=device,
@@ -210,9 +210,9 @@ def _version(package: str) -> str | None:
 
 
 def check(name: str, machine: Machine) -> None:
-    """UserError where the machine cannot do a precision: what it needs, and what was found.
+    """Raise UserError where the machine lacks what a precision needs.
 
-    A machine for GPUs without a visible one passes; its processes check again where they run.
+    Passes for a run on GPUs where this process sees none: the processes of the run check again.
     """
     needs = requires(name)
     if machine.device == "cpu":
@@ -247,7 +247,7 @@ def _check_version(name: str, what: str, *, least: tuple[int, int] | None, versi
         return
     if version is None:
         raise UserError(
-            f"precision `{name}` needs {what} `{_dotted(least)}` or newer, and there is none",
+            f"precision `{name}` needs {what} `{_dotted(least)}` or newer, which is not installed",
             hint="`pip install 'mbtools[gpu]'`, or choose `mixed_precision=bf16_mixed`",
         )
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < least:

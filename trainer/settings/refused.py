@@ -1,8 +1,7 @@
-"""Settings that megatron-core refuses, by name.
+"""Name the settings that megatron-core's assertions are about.
 
-megatron-core asserts. Which setting an assertion is about is found by trying again with each setting that is not its default
-put back to it. What one setting asks of others is known to megatron-core alone, so its own words stand at the end, apart
-from ours; they do not change between installations, since its version is pinned.
+The setting behind an assertion is found by repeating the call with each changed setting reset to its default. megatron-core's own
+message follows the hint; its text is stable, since the version is pinned.
 """
 
 from __future__ import annotations
@@ -25,15 +24,17 @@ REFUSALS = (
     ValueError, AssertionError, RuntimeError, ImportError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError,
     NotImplementedError,
 )  # fmt: skip
-"""What megatron-core and torch raise over settings that do not work together."""
+"""Exceptions that megatron-core and torch raise for settings that do not work together."""
 
 _SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 @contextmanager
 def user_errors(name: str, part: Any, attempt: Callable[[Any], object]) -> Iterator[None]:
-    """Turn what megatron-core raises over `part`, the settings under `name`, into a UserError that names them. `attempt` does
-    the same with a copy of `part`."""
+    """Turn what megatron-core raises inside this context into a UserError that names settings of `part`, the section `name`.
+
+    `attempt` repeats the failing call with a changed copy of `part`.
+    """
     try:
         yield
     except REFUSALS as error:
@@ -44,8 +45,8 @@ def user_errors(name: str, part: Any, attempt: Callable[[Any], object]) -> Itera
 
 @contextmanager
 def user_errors_in_first_step() -> Iterator[None]:
-    """Turn what megatron-core itself asserts when a model first runs into a UserError: it is about a setting that nothing looked
-    at before. Everything else, such as memory that is full or a fault in a user's own code, stays what it is."""
+    """Turn an assertion of megatron-core in a model's first step into a UserError: it is about a setting that nothing checked
+    before. Other exceptions, such as out of memory or a fault in a user's own code, pass unchanged."""
     try:
         yield
     except (AssertionError, ValueError, NotImplementedError) as error:
@@ -59,7 +60,7 @@ def user_errors_in_first_step() -> Iterator[None]:
 
 
 def _has_user_code(error: Exception) -> bool:
-    """Did a model of the user's own take part, whose faults want a traceback?"""
+    """Tell whether code of the user's own is in the traceback, which must then stay visible."""
     ours = (str(Path(__file__).parents[2]), *sysconfig.get_paths().values())
     tests = str(Path(__file__).parents[2] / "tests")
     files = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
@@ -67,7 +68,7 @@ def _has_user_code(error: Exception) -> bool:
 
 
 def refusal(name: str, part: Any, attempt: Callable[[Any], object], error: Exception) -> UserError:
-    """The error for settings that `attempt` fails over with `error`."""
+    """Return the UserError for settings with which `attempt` fails with `error`."""
     culprits = {f"{name}.{field}": value for field, value in _culprits(part, attempt).items()}
     listed = " and ".join(f"`{setting}={as_text(value)}`" for setting, value in list(culprits.items())[:4])
     if not culprits:
@@ -80,7 +81,7 @@ def refusal(name: str, part: Any, attempt: Callable[[Any], object], error: Excep
 
 
 def as_text(value: Any) -> str:
-    """A setting's value as a file would have it."""
+    """Format a setting's value as in a YAML file."""
     try:
         return format_untrusted(plain(value))
     except NotPlainError:
@@ -98,7 +99,7 @@ def _megatron_message(error: Exception) -> str:
 
 
 def _culprits(part: Any, attempt: Callable[[Any], object]) -> dict[str, Any]:
-    """The settings whose default would do, each by itself."""
+    """Return the settings whose reset to the default makes `attempt` succeed, each by itself."""
     return {name: value for name, value in _changed(part).items() if _works(part, {name: default_of(part, name)}, attempt)}
 
 
@@ -115,7 +116,7 @@ def _differs(value: Any, default: Any) -> bool:
 
 
 def default_of(part: Any, name: str) -> Any:
-    """A field's default, of a dataclass or an object of one."""
+    """Return a field's default, of a dataclass or an instance."""
     field = next(field for field in dataclasses.fields(part) if field.name == name)
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 

@@ -45,7 +45,7 @@ from trainer.settings.precision import Machine
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A run that can start."""
+    """A run's configuration with every field decided."""
 
     config: RunConfig
     explanations: tuple[Default, ...]

@@ -1,7 +1,7 @@
-"""Settings of megatron-core's that this trainer does not carry out, or that need what a CPU is not: refused by name, where
-megatron-core would assert in the middle of the first step, or do nothing.
+"""Refuse, by name, settings of megatron-core that this trainer does not implement, or that need a GPU: megatron-core would assert
+in the first step, or ignore them.
 
-`tests/trainer/test_every_setting.py` holds that each field of megatron-core's configurations is refused here, or changes what is
+`tests/trainer/test_every_setting.py` checks that each field of megatron-core's configurations is refused here, or changes what is
 built or done.
 """
 
@@ -108,7 +108,7 @@ NEVER: dict[str, dict[str, str]] = {
             soap_use_kl_shampoo adaptive_muon_moment2_method adaptive_muon_beta2 adaptive_muon_eps""",
     },
 }
-"""By section: why, and of which fields another value than the default is refused on every device."""
+"""By section and reason: fields of which only the default is accepted, on every device."""
 
 GPU_ONLY = {
     "model.use_te_activation_func": "Transformer Engine's activations need a GPU",
@@ -122,7 +122,7 @@ GPU_ONLY = {
     "diagnostics.gpu_sniff_test": "it measures GPUs",
     "diagnostics.log_straggler": "its clocks are CUDA's events",
 }
-"""Switches that work on GPUs, and what a CPU lacks for them."""
+"""Settings that need a GPU, and the reason."""
 
 _DEFAULTS = {
     "model": TransformerConfig,
@@ -132,7 +132,7 @@ _DEFAULTS = {
 
 
 def check(config: RunConfig, device: str) -> None:
-    """Settings that would fail in the first step, or do nothing."""
+    """Raise UserError for settings that would fail in the first step, or do nothing."""
     for setting, why in never_supported():
         if _differs(config, setting):
             raise _refusal(config, setting, "here", why)
@@ -142,14 +142,15 @@ def check(config: RunConfig, device: str) -> None:
 
 
 def never_supported() -> Iterator[tuple[str, str]]:
-    """Each setting of `NEVER`, and why it is refused."""
+    """Yield each setting of `NEVER` with the reason that it is refused."""
     for section, reasons in NEVER.items():
         for why, names in reasons.items():
             yield from ((f"{section}.{name}", why) for name in names.split())
 
 
 def _differs(config: RunConfig, setting: str) -> bool:
-    """Is it set to something else than its class has? A model of the user's own may have other defaults, or no such field."""
+    """Tell whether a setting differs from its class's default. A model of the user's own may have other defaults, or no such
+    field."""
     section, _, name = setting.partition(".")
     part = getattr(config, section)
     if not hasattr(part, name):
@@ -160,7 +161,7 @@ def _differs(config: RunConfig, setting: str) -> bool:
 
 @functools.cache
 def _finalized() -> TransformerConfig:
-    """What megatron-core makes of its defaults: a model that was resolved before has these."""
+    """Return megatron-core's defaults after it derived fields from them, as a model that was resolved before has them."""
     return TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
 
 

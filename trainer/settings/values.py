@@ -1,8 +1,7 @@
-"""Setting values, both ways: what a file or a command line says, as the Python value that a field's annotation asks for, and
-back.
+"""Convert values of settings: from what YAML or a command line holds to the annotated type of a field, and back.
 
-Knows annotations and values. Knows neither names of settings nor where values come from. Nothing is looked up but in the
-fixed places named here, so that no text can name code to run.
+Knows annotations and values, not names of settings. Text is looked up in the fixed modules named here only, so that it cannot
+name code to run.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ _ACTIVATIONS = (torch.nn.functional, activations)
 
 
 class MismatchError(Exception):
-    """A value that is not what an annotation asks for; `expected` says what that is."""
+    """A value does not fit an annotation; `expected` describes what would."""
 
 
 class NotPlainError(Exception):
-    """A value that only code can make: a function without a public name, or an object."""
+    """A value that only Python code can make: a function without a public name, or an object."""
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """The value as the annotation `kind` has it. UnfitError if it is something else.
+    """Convert a value to the annotated type `kind`. Raises MismatchError where it does not fit.
 
-    A whole number is a float too, and text such as `3e-4`, which YAML does not take for a number, is one; enums, dtypes and
-    activation functions go by name; a list is a tuple where one is asked for. Nothing else is converted.
+    An integer fits a float, and so does text such as `3e-4`, which YAML reads as text; enums, dtypes and activation functions are
+    given by name; a list fits a tuple. Nothing else is converted.
     """
     if kind is Any:
         return value
@@ -120,7 +119,7 @@ def _dict(value: Any, kinds: Sequence[Any]) -> dict[Any, Any]:
 
 
 def _function(value: Any, signature: Sequence[Any]) -> Any:
-    """An activation function, if that is what is asked for; other functions are not given by name."""
+    """Return an activation function by its name. No other function can be named."""
     if callable(value):
         return value
     if list(signature) != [[torch.Tensor], torch.Tensor]:
@@ -167,7 +166,7 @@ _WORDS = {
 
 
 def expected(kind: Any) -> str:
-    """What an annotation asks for, in words."""
+    """Describe the values that fit an annotation."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(expected(part) for part in parts))
@@ -189,7 +188,8 @@ def _expected_list(origin: Any, parts: Sequence[Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The value in numbers, text, lists and mappings, such that `fit` makes the same of it. UnnamedError if there is none."""
+    """Return a value as numbers, text, lists and mappings, which `convert` turns back into it. Raises NotPlainError where it
+    cannot."""
     if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, Enum)):
         return value
     if isinstance(value, Mapping):
