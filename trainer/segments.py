@@ -31,7 +31,12 @@ class Segments:
 
 
 def find_segments(segment_ids: torch.Tensor) -> Segments:
-    """Return the runs of equal ids in each row of `segment_ids` [micro batch, sequence], which is on the CPU."""
+    """Return the runs of equal ids in each row of `segment_ids` [micro batch, sequence], which is on the CPU.
+
+    >>> segments = find_segments(torch.tensor([[0, 0, 1, -1], [0, 0, 0, 0]]))
+    >>> segments.cu_seqlens.tolist(), segments.num_tokens, segments.sum_squared_lengths, segments.max_seqlen
+    ([0, 2, 3, 4, 8], 7, 21, 4)
+    """
     rows = segment_ids.numpy()
     begins = np.ones(rows.shape, bool)
     begins[:, 1:] = rows[:, 1:] != rows[:, :-1]
@@ -43,8 +48,11 @@ def find_segments(segment_ids: torch.Tensor) -> Segments:
 
 
 def document_segment_ids(tokens: torch.Tensor, eod: int) -> torch.Tensor:
-    """Return the document number of each of `tokens` [sequence], int32; an end-of-document token belongs to the document it
-    ends."""
+    """Return the document number of each of `tokens` [sequence], int32; an end-of-document token belongs to its document.
+
+    >>> document_segment_ids(torch.tensor([5, 0, 6, 7, 0, 8]), eod=0).tolist()
+    [0, 0, 1, 1, 1, 2]
+    """
     ends = (tokens == eod).int()
     return (ends.cumsum(0) - ends).to(torch.int32)
 
@@ -52,7 +60,11 @@ def document_segment_ids(tokens: torch.Tensor, eod: int) -> torch.Tensor:
 def attention_mask(segment_ids: torch.Tensor) -> torch.Tensor:
     """Return the mask [micro batch, 1, sequence, sequence] in megatron-core's convention: True, so masked, if the key is in
     another
-    segment than the query or comes after it."""
+    segment than the query or comes after it.
+
+    >>> attention_mask(torch.tensor([[0, 0, 1]])).int()[0, 0].tolist()
+    [[0, 1, 1], [0, 0, 1], [1, 1, 0]]
+    """
     length = segment_ids.shape[-1]
     others = segment_ids[:, :, None] != segment_ids[:, None, :]
     later = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).triu(1)

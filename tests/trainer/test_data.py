@@ -291,5 +291,5 @@ def test_damaged_files_are_named(prefix):
 def test_a_token_beyond_the_vocabulary_is_named(prefix):
     config = DatasetConfig(sequence_length=LENGTH, blend=[prefix])
     train, _, _ = data.build(config, tokenizer=None, vocab_size=3, samples=(1, 0, 0))
-    with pytest.raises(UserError, match=r"a` holds the token \d+, but the vocabulary has 3"):
+    with pytest.raises(UserError, match=r"a` has the token id \d+, but the vocabulary has 3"):
         train[0]

@@ -166,7 +166,7 @@ class Epochs(Dataset):
         greatest = max(int(sample["tokens"].max()), int(sample["labels"].max()))
         if greatest >= self._vocabulary.vocab_size:
             raise UserError(
-                f"`{self._prefix}` holds the token {greatest}, but the vocabulary has {self._vocabulary.vocab_size}",
+                f"`{self._prefix}` has the token id {greatest}, but the vocabulary has {self._vocabulary.vocab_size}",
                 hint="prepare the data with the model's tokenizer",
             )
 

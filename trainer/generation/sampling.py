@@ -14,7 +14,12 @@ NOT_FINITE = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a token is sampled. Raises UserError for invalid or contradictory settings."""
+    """How a token is sampled. Raises UserError for invalid or contradictory settings.
+
+    >>> sampling = Sampling(temperature=1.0, top_k=2)
+    >>> filter_logits(torch.tensor([1.0, 3.0, 2.0]), sampling).tolist()
+    [-inf, 3.0, 2.0]
+    """
 
     temperature: float = 0.0
     """0 takes the most likely token; 1 samples from the model's distribution."""

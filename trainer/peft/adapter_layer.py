@@ -122,6 +122,12 @@ def adapt(module: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
     """Add an adapter to a linear layer of megatron-core or torch, in place, and return the layer.
 
     The layer keeps its parameters; its class becomes a subclass named `Adapted…`.
+
+    >>> adapt(torch.nn.Linear(4, 2), Adapter())
+    AdaptedLinear(
+      in_features=4, out_features=2, bias=True
+      (adapter): Adapter()
+    )
     """
     layer_class = type(module)
     module.adapter = adapter

@@ -53,7 +53,7 @@ def _count(number: int) -> str:
 
 @dataclass
 class _Transformed:
-    """What one rank's transformation used and changed."""
+    """The patterns used, the names seen and the modules changed on one rank."""
 
     used: set[str] = field(default_factory=set)
     """Patterns that match a module."""
@@ -186,9 +186,9 @@ def _summarize(chunks: Sequence[Any], method: str, modules: int) -> Attached:
 
 
 def count(chunks: Sequence[Any]) -> tuple[int, int]:
-    """Trained parameters, and all of them: summed over the ranks that hold different parts. All ranks call this."""
+    """Return the number of trained parameters and of all parameters, over all ranks, without replicas. All ranks call this."""
     counts = torch.zeros(2, dtype=torch.int64)
-    for parameter in (one for chunk in chunks for one in chunk.parameters()):
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
         if _is_owner(parameter):
             counts += torch.tensor([parameter.numel() * parameter.requires_grad, parameter.numel()])
     counts = counts.to(device.current())
@@ -198,7 +198,7 @@ def count(chunks: Sequence[Any]) -> tuple[int, int]:
 
 
 def _is_owner(parameter: torch.Tensor) -> bool:
-    """Is this the one rank of those that hold the same?"""
+    """Return whether this rank counts a parameter; of its replicas, one rank does."""
     expert = not getattr(parameter, "allreduce", True)
     copies = (
         parallel_state.get_expert_data_parallel_rank()

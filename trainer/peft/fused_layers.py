@@ -23,7 +23,11 @@ _PARTS = {
 
 
 def part_names(name: str) -> dict[str, str]:
-    """Return the full names of a module's parts by short name; empty for a layer that is not fused."""
+    """Return the full names of a module's parts by short name; empty for a layer that is not fused.
+
+    >>> part_names("decoder.layers.0.mlp.linear_fc1")
+    {'gate': 'decoder.layers.0.mlp.linear_fc1_gate', 'up': 'decoder.layers.0.mlp.linear_fc1_up'}
+    """
     parent, dot, last = name.rpartition(".")
     return {part: f"{parent}{dot}{alias}" for part, alias in _PARTS.get(last, {}).items()}
 

@@ -24,7 +24,11 @@ from trainer.peft.targets import targeted_names
 
 @dataclass(kw_only=True)
 class LoRA(PEFT):
-    """Low-rank matrices beside linear layers. B is initialized with zeros, so that the model is unchanged at first."""
+    """Low-rank matrices beside linear layers. B is initialized with zeros, so that the model is unchanged at first.
+
+    >>> LoRA(dim=16, alpha=32, target_modules=["linear_qkv"]).scale
+    2.0
+    """
 
     dim: int = 32
     """The rank r."""

@@ -15,7 +15,11 @@ def matching_patterns(patterns: Iterable[str], names: Sequence[str]) -> set[str]
 
 
 def targeted_names(name: str, aliases: Sequence[str], targets: Sequence[str], excluded: Sequence[str]) -> list[str]:
-    """Return the aliases of a module that are targeted and not excluded; a pattern for `name` applies to all of them."""
+    """Return the aliases of a module that are targeted and not excluded; a pattern for `name` applies to all of them.
+
+    >>> targeted_names("layers.0.linear_qkv", ("layers.0.linear_q", "layers.0.linear_k"), ["linear_qkv"], ["linear_k"])
+    ['layers.0.linear_q']
+    """
     if matching_patterns(excluded, [name]):
         return []
     return [alias for alias in aliases if matching_patterns(targets, [name, alias]) and not matching_patterns(excluded, [alias])]

@@ -54,7 +54,7 @@ def test_what_was_written_is_read(vocab_size, kind, tmp_path, monkeypatch):
 def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         written(tmp_path / "store", vocab_size=20)
-    assert str(caught.value).startswith("an example holds the token 47, but the vocabulary has 20")
+    assert str(caught.value).startswith("an example has the token id 47, but the vocabulary has 20")
 
 
 def test_a_damaged_store_is_refused(tmp_path):

@@ -42,7 +42,12 @@ def one_per_row(count: int) -> Rows:
 
 
 def best_fit_decreasing(lengths: np.ndarray, *, capacity: int) -> Rows:
-    """Return rows of at most `capacity` tokens by best-fit decreasing: longest examples first."""
+    """Return rows of at most `capacity` tokens by best-fit decreasing: longest examples first.
+
+    >>> rows = best_fit_decreasing(np.array([2, 5, 3, 4]), capacity=7)
+    >>> [rows[row].tolist() for row in range(len(rows))]
+    [[0, 1], [2, 3]]
+    """
     return _best_fit(lengths, np.argsort(-lengths, kind="stable"), capacity)
 
 
@@ -58,7 +63,12 @@ def best_fit_shuffled(lengths: np.ndarray, *, capacity: int, seed: int, epoch: i
 
 
 def best_fit_in_order(lengths: np.ndarray, *, capacity: int) -> Rows:
-    """Return rows by best fit with examples in order; the same in every epoch."""
+    """Return rows by best fit with examples in order; the same in every epoch.
+
+    >>> rows = best_fit_in_order(np.array([2, 5, 3, 4]), capacity=7)
+    >>> [rows[row].tolist() for row in range(len(rows))]
+    [[0, 1], [2, 3]]
+    """
     return _best_fit(lengths, np.arange(len(lengths)), capacity)
 
 
@@ -92,7 +102,11 @@ def _rows_from_assignment(row_of: np.ndarray, count: int) -> Rows:
 
 
 def pad_lengths(lengths: np.ndarray, *, multiple: int) -> np.ndarray:
-    """Return the lengths rounded up to a multiple."""
+    """Return the lengths rounded up to a multiple.
+
+    >>> pad_lengths(np.array([1, 4, 5]), multiple=4).tolist()
+    [4, 4, 8]
+    """
     return -(-lengths // multiple) * multiple
 
 

@@ -155,7 +155,7 @@ def _check_vocabulary(words: np.ndarray, vocab_size: int) -> np.ndarray:
     """Raise UserError for a token id outside the vocabulary; on a GPU it would be a device-side assertion."""
     if len(words) and words.max() >= vocab_size:
         raise UserError(
-            f"an example holds the token {words.max()}, but the vocabulary has {vocab_size}",
+            f"an example has the token id {words.max()}, but the vocabulary has {vocab_size}",
             hint="set `tokenizer.tokenizer_model` to the model's tokenizer",
         )
     return words
