@@ -1,4 +1,4 @@
-r"""LoRA on megatron-core's GPTModel in a `for` loop: packed rows made beforehand and held on the GPU, no files, no logging.
+r"""LoRA on megatron-core's GPTModel in a `for` loop: packed rows made beforehand and kept on the GPU, no files, no logging.
 
     python -m benchmarks.bare_finetune --shape 8b --sequence 4096 --micro-batch 2 --microbatches 2 \
         --steps 10 --warm-up 4 --rows DIR [--fp8]
@@ -26,20 +26,20 @@ from benchmarks.bare_loop import RECIPES, make_model
 from trainer.peft import LoRA
 from trainer.peft.adapter_layer import Adapter, adapt
 from trainer.peft.attach import attach
-from trainer.peft.linear import describe
+from trainer.peft.linear import describe_linear
 
 
 def main() -> None:
-    """Time steps and print what they came to."""
-    told = packed.arguments(__doc__, shapes=tuple(RECIPES), adapters=("ours", "plain"))
+    """Time the steps and print the figures."""
+    options = packed.arguments(__doc__, shapes=tuple(RECIPES), adapters=("ours", "plain"))
     torch.cuda.set_device(0)
     dist.init_process_group("nccl", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
-    print(json.dumps(_time(told)))
+    print(json.dumps(_time(options)))
     dist.destroy_process_group()
 
 
 class PlainAdapter(Adapter):
-    """s·B·A·x as it is written, with s = 1."""
+    """Plain s·B·A·x, with s = 1."""
 
     def __init__(self, linear: Any) -> None:
         super().__init__()
@@ -48,29 +48,29 @@ class PlainAdapter(Adapter):
         torch.nn.init.zeros_(self.b.weight)
 
     def forward(self, output: torch.Tensor, layer_input: torch.Tensor) -> torch.Tensor:
-        """A new output."""
+        """Return the new output."""
         return output + self.b(self.a(layer_input))
 
 
 class Plain(LoRA):
-    """Such an adapter in each layer."""
+    """A plain adapter in each layer."""
 
     def transform(self, module: torch.nn.Module, name: str) -> torch.nn.Module:
-        """One for all that the layer computes."""
-        return adapt(module, PlainAdapter(describe(module, name)))
+        """Return a plain adapter for the whole layer."""
+        return adapt(module, PlainAdapter(describe_linear(module, name)))
 
 
-def _time(told: argparse.Namespace) -> dict[str, Any]:
-    config, model = make_model(told, layers=told.layers)
+def _time(options: argparse.Namespace) -> dict[str, Any]:
+    config, model = make_model(options, layers=options.layers)
     config.calculate_per_token_loss = True
-    attached = attach([model], Plain() if told.adapters == "plain" else LoRA(dim=packed.RANK, alpha=packed.RANK))
-    count = told.steps * told.microbatches
+    attached = attach([model], Plain() if options.adapters == "plain" else LoRA(dim=packed.RANK, alpha=packed.RANK))
+    count = options.steps * options.microbatches
     batches = packed.microbatches(
-        told.rows, vocab_size=config.vocab_size, sequence=told.sequence, micro_batch=told.micro_batch, count=count
+        options.rows, vocab_size=config.vocab_size, sequence=options.sequence, micro_batch=options.micro_batch, count=count
     )
-    seconds = _median_step(told, config, model, batches)
-    rate = told.microbatches * told.micro_batch * told.sequence / seconds
-    work = packed.flops(config, batches) / (count * told.micro_batch * told.sequence)
+    seconds = _median_step(options, config, model, batches)
+    rate = options.microbatches * options.micro_batch * options.sequence / seconds
+    work = packed.flops(config, batches) / (count * options.micro_batch * options.sequence)
     return {
         "tokens_per_second": rate,
         "tflops": rate * work / 1e12,
@@ -79,8 +79,8 @@ def _time(told: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _median_step(told: argparse.Namespace, config: Any, model: Any, batches: list[dict[str, Any]]) -> float:
-    """Seconds."""
+def _median_step(options: argparse.Namespace, config: Any, model: Any, batches: list[dict[str, Any]]) -> float:
+    """Return the median seconds per step."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -98,13 +98,13 @@ def _median_step(told: argparse.Namespace, config: Any, model: Any, batches: lis
         forward_step_func=_forward,
         data_iterator=cycle(_on_gpu(batches)),
         model=[ddp],
-        num_microbatches=told.microbatches,
-        seq_length=told.micro_batch * told.sequence,
+        num_microbatches=options.microbatches,
+        seq_length=options.micro_batch * options.sequence,
         micro_batch_size=1,
         forward_only=False,
     )
     times = []
-    for _ in range(told.steps):
+    for _ in range(options.steps):
         torch.cuda.synchronize()
         began = time.perf_counter()
         ddp.zero_grad_buffer()
@@ -113,22 +113,22 @@ def _median_step(told: argparse.Namespace, config: Any, model: Any, batches: lis
         optimizer.step()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return statistics.median(times[told.warm_up :])
+    return statistics.median(times[options.warm_up :])
 
 
 def _on_gpu(batches: list[dict[str, Any]]) -> list[Any]:
-    """Rows end to end, and what attention is told of them, before the clock starts."""
+    """Concatenate the rows and make the attention arguments before the clock starts."""
     from trainer import segments
     from trainer.loss import end_to_end
 
-    return [end_to_end(batch, segments.find(batch["segment_ids"])) for batch in batches]
+    return [end_to_end(batch, segments.find_segments(batch["segment_ids"])) for batch in batches]
 
 
 def _forward(batches: Any, model: Any) -> Any:
     from trainer.loss import masked_sum
 
-    batch, told = next(batches)
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=told)
+    batch, packed_seq_params = next(batches)
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed_seq_params)
     return losses, partial(masked_sum, mask=batch["loss_mask"])
 
 

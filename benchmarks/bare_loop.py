@@ -23,24 +23,24 @@ WARM_UP = 5
 
 
 def main() -> None:
-    """Time steps and print what they came to."""
+    """Time the steps and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=RECIPES, required=True)
     for name in ("sequence", "micro-batch", "microbatches"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--fp8", action="store_true", help="current scaling in every layer, as the recipe of that name")
-    told = parser.parse_args()
+    options = parser.parse_args()
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl")
-    answer = _time(told)
+    figures = _time(options)
     if dist.get_rank() == 0:
-        print(json.dumps(answer))
+        print(json.dumps(figures))
     dist.destroy_process_group()
 
 
-def make_model(told: argparse.Namespace, *, layers: int | None = None) -> tuple[Any, Any]:
-    """GPTModel on Transformer Engine, its config as a recipe has it but for so many `layers`."""
+def make_model(options: argparse.Namespace, *, layers: int | None = None) -> tuple[Any, Any]:
+    """Return a recipe's config and its GPTModel on Transformer Engine, with `layers` layers if given."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -52,21 +52,21 @@ def make_model(told: argparse.Namespace, *, layers: int | None = None) -> tuple[
 
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
-    config = find(RECIPES[told.shape]).pretrain_config().model
+    config = find(RECIPES[options.shape]).pretrain_config().model
     config.bf16, config.params_dtype, config.pipeline_dtype = True, torch.bfloat16, torch.bfloat16
     config.tensor_model_parallel_size = config.pipeline_model_parallel_size = config.context_parallel_size = 1
     config.sequence_parallel = False
     config.num_layers = layers or config.num_layers
     for name, value in resolve.kernels(find_machine("gpu").transformer_engine).items():
         setattr(config, name, value)
-    if told.fp8:
+    if options.fp8:
         config.fp8, config.fp8_recipe = "hybrid", "tensorwise"
     config.finalize()
     model = GPTModel(
         config,
         get_gpt_layer_with_transformer_engine_spec(),
         vocab_size=config.padded_vocab_size,
-        max_sequence_length=told.sequence,
+        max_sequence_length=options.sequence,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
         rotary_base=config.rotary_base,
@@ -74,7 +74,7 @@ def make_model(told: argparse.Namespace, *, layers: int | None = None) -> tuple[
     return config, model.cuda().bfloat16()
 
 
-def _time(told: argparse.Namespace) -> dict[str, Any]:
+def _time(options: argparse.Namespace) -> dict[str, Any]:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -82,7 +82,7 @@ def _time(told: argparse.Namespace) -> dict[str, Any]:
 
     from trainer.estimate.flops import flops_per_token
 
-    config, model = make_model(told)
+    config, model = make_model(options)
     ranks = dist.get_world_size()
     ddp = DistributedDataParallel(
         config,
@@ -110,15 +110,15 @@ def _time(told: argparse.Namespace) -> dict[str, Any]:
     step = partial(
         get_forward_backward_func(),
         forward_step_func=_forward,
-        data_iterator=_random_tokens(told, config.vocab_size),
+        data_iterator=_random_tokens(options, config.vocab_size),
         model=[ddp],
-        num_microbatches=told.microbatches,
-        seq_length=told.sequence,
-        micro_batch_size=told.micro_batch,
+        num_microbatches=options.microbatches,
+        seq_length=options.sequence,
+        micro_batch_size=options.micro_batch,
         forward_only=False,
     )
     times = []
-    for _ in range(told.steps):
+    for _ in range(options.steps):
         torch.cuda.synchronize()
         began = time.perf_counter()
         ddp.zero_grad_buffer()
@@ -128,19 +128,19 @@ def _time(told: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     seconds = statistics.median(times[WARM_UP:])
-    rate = told.micro_batch * told.microbatches * told.sequence / seconds
+    rate = options.micro_batch * options.microbatches * options.sequence / seconds
     return {
         "tokens_per_second_per_gpu": rate,
-        "tflops_per_gpu": rate * flops_per_token(config, told.sequence) / 1e12,
+        "tflops_per_gpu": rate * flops_per_token(config, options.sequence) / 1e12,
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
 
 
-def _random_tokens(told: argparse.Namespace, vocab: int) -> Any:
+def _random_tokens(options: argparse.Namespace, vocab: int) -> Any:
     made = torch.Generator().manual_seed(dist.get_rank())
-    positions = torch.arange(told.sequence, device="cuda").expand(told.micro_batch, -1)
+    positions = torch.arange(options.sequence, device="cuda").expand(options.micro_batch, -1)
     while True:
-        tokens = torch.randint(0, vocab, (told.micro_batch, told.sequence + 1), generator=made).cuda()
+        tokens = torch.randint(0, vocab, (options.micro_batch, options.sequence + 1), generator=made).cuda()
         yield tokens[:, :-1].contiguous(), positions, tokens[:, 1:].contiguous()
 
 

@@ -36,7 +36,7 @@ LONGEST = 480
 
 
 def main() -> None:
-    """Train, or draw what was trained."""
+    """Train, or draw the curves of a finished run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base-steps", type=int, default=600)
@@ -44,21 +44,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="examples or rows per step; four times as many of text")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--draw", type=Path, metavar="PNG")
-    told = parser.parse_args()
-    if told.draw:
-        draw(json.loads((told.folder / "curves.json").read_text()), told.draw)
+    options = parser.parse_args()
+    if options.draw:
+        draw(json.loads((options.folder / "curves.json").read_text()), options.draw)
         return
-    told.folder.mkdir(parents=True, exist_ok=True)
-    base = _base(told)
-    curves = {name: _tune(told, base, name, settings) for name, settings in METHODS.items()}
-    (told.folder / "curves.json").write_text(json.dumps(curves))
+    options.folder.mkdir(parents=True, exist_ok=True)
+    base = _base(options)
+    curves = {name: _tune(options, base, name, settings) for name, settings in METHODS.items()}
+    (options.folder / "curves.json").write_text(json.dumps(curves))
     for name, curve in curves.items():
         print(f"{name:15} held-out loss {curve[0][1]:.4f} -> {curve[-1][1]:.4f}")
 
 
-def _base(told: argparse.Namespace) -> Path:
-    """A model that has read the sources without their docstrings."""
-    sources, examples, text, run = (told.folder / name for name in ("sources", "examples.jsonl", "text", "base"))
+def _base(options: argparse.Namespace) -> Path:
+    """Pretrain a model on the sources without their docstrings, and return its folder."""
+    sources, examples, text, run = (options.folder / name for name in ("sources", "examples.jsonl", "text", "base"))
     sources.mkdir(exist_ok=True)
     with examples.open("w", encoding="utf-8") as out:
         for number, (code, found) in enumerate(modules()):
@@ -66,21 +66,21 @@ def _base(told: argparse.Namespace) -> Path:
             out.writelines(json.dumps(one) + "\n" for one in found)
     _run("prepare-data", sources, text, "--tokenizer", "byte", "--overwrite", "--quiet")
     _run(
-        "pretrain", "llama_tiny", *_common(told), f"dataset.blend=[{text}]", "dataset.split='98,2,0'",
-        f"checkpoint.save={run}", f"train.train_iters={told.base_steps}", "validation.eval_interval=200", "optimizer.lr=1e-3",
-        f"train.global_batch_size={4 * told.batch}", f"train.micro_batch_size={min(told.batch, 16)}",
+        "pretrain", "llama_tiny", *_common(options), f"dataset.blend=[{text}]", "dataset.split='98,2,0'",
+        f"checkpoint.save={run}", f"train.train_iters={options.base_steps}", "validation.eval_interval=200", "optimizer.lr=1e-3",
+        f"train.global_batch_size={4 * options.batch}", f"train.micro_batch_size={min(options.batch, 16)}",
     )  # fmt: skip
     return run
 
 
-def _tune(told: argparse.Namespace, base: Path, name: str, settings: tuple[str, ...]) -> list[tuple[int, float]]:
-    """Step and held-out loss."""
-    run = told.folder / name.replace(" ", "-")
+def _tune(options: argparse.Namespace, base: Path, name: str, settings: tuple[str, ...]) -> list[tuple[int, float]]:
+    """Fine-tune with one method, and return steps with held-out losses."""
+    run = options.folder / name.replace(" ", "-")
     _run(
-        "finetune", "llama_tiny", *_common(told), *settings, f"dataset.path={told.folder / 'examples.jsonl'}",
+        "finetune", "llama_tiny", *_common(options), *settings, f"dataset.path={options.folder / 'examples.jsonl'}",
         "dataset.split='90,10,0'", f"checkpoint.pretrained_checkpoint={base}", f"logger.run_dir={run}",
-        f"train.train_iters={told.steps}", f"train.global_batch_size={told.batch}",
-        f"train.micro_batch_size={min(told.batch, 16)}",
+        f"train.train_iters={options.steps}", f"train.global_batch_size={options.batch}",
+        f"train.micro_batch_size={min(options.batch, 16)}",
         "validation.eval_interval=10", "validation.eval_iters=8", "validation.sample_interval=100",
         "validation.sample_tokens=80",
     )  # fmt: skip
@@ -88,9 +88,9 @@ def _tune(told: argparse.Namespace, base: Path, name: str, settings: tuple[str, 
     return [(line["iteration"], line["loss"]) for line in lines if line.get("split") == "validation"]
 
 
-def _common(told: argparse.Namespace) -> list[str]:
-    gpu = ["mixed_precision=bf16_mixed", *LARGER] if told.device == "gpu" else []
-    return [*LENGTH, f"dist.device={told.device}", *gpu, "optimizer.min_lr=0"]
+def _common(options: argparse.Namespace) -> list[str]:
+    gpu = ["mixed_precision=bf16_mixed", *LARGER] if options.device == "gpu" else []
+    return [*LENGTH, f"dist.device={options.device}", *gpu, "optimizer.min_lr=0"]
 
 
 def _run(*words: Any) -> None:
@@ -98,7 +98,7 @@ def _run(*words: Any) -> None:
 
 
 def modules() -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """Each module without the docstrings of its functions, and those functions with their docstrings."""
+    """Yield the source of each module without docstrings, and its functions as examples of signature and docstring."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         if {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(path.relative_to(root).parts):
@@ -125,7 +125,7 @@ def _apart(source: str, tree: ast.Module) -> tuple[str, list[dict[str, str]]]:
 
 
 def draw(curves: dict[str, list[tuple[int, float]]], picture: Path) -> None:
-    """The held-out losses over steps."""
+    """Draw the held-out losses over steps."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")

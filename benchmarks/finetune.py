@@ -6,7 +6,7 @@ All three have random weights and the same packed rows. `mbtrain` reads them fro
 logs to files and prints lines; the loops hold them on the GPU. All clip gradients. PEFT has no FP8: beside FP8 stands its bf16,
 measured once. Where PEFT's micro batch does not fit, half of it is tried, with as many sequences per step.
 
-What fails is told on stderr, and the others are measured all the same. `tiny --device cpu` tries the program itself.
+A failure is reported on stderr, and the other programs are still measured. `tiny --device cpu` tests the benchmark itself.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ type Figures = dict[str, float]
 
 
 class FailedError(Exception):
-    """A program ended with an error; what it said last."""
+    """A program ended with an error; the message is its last output."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure each precision in turns, and print the table. SystemExit, of 1 where a program failed."""
-    told = _arguments(words)
-    recipe, sequence, micro, microbatches = SHAPES[told.shape]
-    told.recipe, told.sequence, told.microbatches = recipe, told.sequence or sequence, microbatches
-    told.micro_batch = told.micro_batch or micro
+    """Measure the programs in turns for each precision, print the table, and exit with 1 if a program failed."""
+    options = _arguments(words)
+    recipe, sequence, micro, microbatches = SHAPES[options.shape]
+    options.recipe, options.sequence, options.microbatches = recipe, options.sequence or sequence, microbatches
+    options.micro_batch = options.micro_batch or micro
     with tempfile.TemporaryDirectory() as name:
-        told.folder = Path(name)
-        provider = packed.provider(recipe, told.layers)
-        packed.write(told.folder / "rows", vocab_size=provider.vocab_size, sequence=told.sequence)
-        found = _measure(told)
-    _print(told, found)
-    sys.exit(any(not figures for figures in found.values()))
+        options.folder = Path(name)
+        provider = packed.provider(recipe, options.layers)
+        packed.write(options.folder / "rows", vocab_size=provider.vocab_size, sequence=options.sequence)
+        measured = _measure(options)
+    _print(options, measured)
+    sys.exit(any(not figures for figures in measured.values()))
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
@@ -74,77 +74,77 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for each program")
     parser.add_argument("--setting", nargs="+", default=[], help="further settings for mbtrain, as peft.canonical=true")
-    told = parser.parse_args(words)
-    if told.warm_up >= told.steps:
-        parser.error(f"--warm-up is {told.warm_up}, which leaves none of {told.steps} steps")
-    if told.device == "cpu":
-        told.only = [one for one in told.only if one != "bare"]
-        told.precision = [one for one in told.precision if one != "fp8"]
+    options = parser.parse_args(words)
+    if options.warm_up >= options.steps:
+        parser.error(f"--warm-up is {options.warm_up}, which leaves none of {options.steps} steps")
+    if options.device == "cpu":
+        options.only = [program for program in options.only if program != "bare"]
+        options.precision = [precision for precision in options.precision if precision != "fp8"]
         _say("the bare loop and FP8 need a GPU: left out")
-    return told
+    return options
 
 
-def _measure(told: argparse.Namespace) -> dict[tuple[str, str], list[Figures]]:
-    """Figures of each round, by program and precision; none where a program failed."""
-    todo = [(program, precision) for precision in told.precision for program in told.only]
+def _measure(options: argparse.Namespace) -> dict[tuple[str, str], list[Figures]]:
+    """Return the figures of each round by program and precision; an empty list for a program that failed."""
+    todo = [(program, precision) for precision in options.precision for program in options.only]
     todo = list(dict.fromkeys((program, "bf16" if program in PEFT else precision) for program, precision in todo))
-    found: dict[tuple[str, str], list[Figures]] = {one: [] for one in todo}
-    for number in range(told.rounds):
+    measured: dict[tuple[str, str], list[Figures]] = {key: [] for key in todo}
+    for number in range(options.rounds):
         for program, precision in todo:
             began = time.monotonic()
             try:
-                figures = _MEASURES[program](told, precision)
+                figures = _MEASURES[program](options, precision)
             except FailedError as error:
                 _say(f"{program} {precision} failed:\n{error}")
                 continue
-            found[program, precision].append(figures)
+            measured[program, precision].append(figures)
             _say(f"round {number + 1}: {program} {precision} {json.dumps(figures)} in {time.monotonic() - began:.0f} s")
-    return found
+    return measured
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _run(told: argparse.Namespace, module: str, words: list[Any], **environment: str) -> str:
-    """What a program printed."""
+def _run(options: argparse.Namespace, module: str, words: list[Any], **environment: str) -> str:
+    """Run a program and return its output."""
     command = [sys.executable, "-m", module, *map(str, words)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=told.timeout, env=os.environ | environment
+            command, capture_output=True, text=True, check=False, timeout=options.timeout, env=os.environ | environment
         )
     except subprocess.TimeoutExpired as error:
         last = error.stderr.decode(errors="replace")[-2000:] if isinstance(error.stderr, bytes) else ""
-        raise FailedError(f"{' '.join(command)}\nnot done in {told.timeout:.0f} s\n{last}") from None
+        raise FailedError(f"{' '.join(command)}\nnot done in {options.timeout:.0f} s\n{last}") from None
     if done.returncode:
         raise FailedError(f"{' '.join(command)}\n{done.stdout[-1000:]}\n{done.stderr[-5000:]}")
     return done.stdout
 
 
-def _ours(told: argparse.Namespace, precision: str) -> Figures:
+def _ours(options: argparse.Namespace, precision: str) -> Figures:
     name, *more = PRECISIONS[precision]
-    batch = told.micro_batch * told.microbatches
-    layers = [f"model.num_layers={told.layers}"] if told.layers else []
-    with tempfile.TemporaryDirectory(dir=told.folder) as run:
+    batch = options.micro_batch * options.microbatches
+    layers = [f"model.num_layers={options.layers}"] if options.layers else []
+    with tempfile.TemporaryDirectory(dir=options.folder) as run:
         settings = [
             "peft=lora", f"peft.dim={packed.RANK}", f"peft.alpha={packed.RANK}", f"mixed_precision={name}", *more, *layers,
-            f"dataset.path={told.folder / 'rows'}", f"dataset.sequence_length={told.sequence}",
+            f"dataset.path={options.folder / 'rows'}", f"dataset.sequence_length={options.sequence}",
             "tokenizer.tokenizer_model=null", "checkpoint.random_weights=true",
-            f"train.micro_batch_size={told.micro_batch}", f"train.global_batch_size={batch}",
-            f"train.train_iters={told.steps}", "validation.eval_iters=0", "optimizer.lr=1e-4", "optimizer.clip_grad=1.0",
-            "logger.log_interval=1", f"logger.run_dir={run}", f"dist.device={told.device}", *told.setting,
+            f"train.micro_batch_size={options.micro_batch}", f"train.global_batch_size={batch}",
+            f"train.train_iters={options.steps}", "validation.eval_iters=0", "optimizer.lr=1e-4", "optimizer.clip_grad=1.0",
+            "logger.log_interval=1", f"logger.run_dir={run}", f"dist.device={options.device}", *options.setting,
         ]  # fmt: skip
-        _run(told, "trainer", ["finetune", told.recipe, *settings])
+        _run(options, "trainer", ["finetune", options.recipe, *settings])
         lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line.get("kind", "step") == "step"]
-    seconds = statistics.median(line["seconds_per_step"] for line in steps[told.warm_up :])
-    rate = batch * told.sequence / seconds
-    provider = packed.provider(told.recipe, told.layers)
+    seconds = statistics.median(line["seconds_per_step"] for line in steps[options.warm_up :])
+    rate = batch * options.sequence / seconds
+    provider = packed.provider(options.recipe, options.layers)
     trained = packed.lora_parameters(provider, packed.RANK)
     rows = packed.microbatches(
-        told.folder / "rows", vocab_size=provider.vocab_size, sequence=told.sequence, micro_batch=batch, count=told.steps
+        options.folder / "rows", vocab_size=provider.vocab_size, sequence=options.sequence, micro_batch=batch, count=options.steps
     )
-    work = packed.flops(provider, rows) / (told.steps * batch * told.sequence)
+    work = packed.flops(provider, rows) / (options.steps * batch * options.sequence)
     return {
         "tokens_per_second": rate,
         "tflops": rate * work / 1e12,
@@ -154,29 +154,38 @@ def _ours(told: argparse.Namespace, precision: str) -> Figures:
     }
 
 
-def _words(told: argparse.Namespace, *, halvings: int = 0) -> list[Any]:
-    micro, microbatches = told.micro_batch >> halvings, told.microbatches << halvings
-    words = ["--shape", told.shape, "--sequence", told.sequence, "--micro-batch", micro, "--microbatches", microbatches]
-    words += ["--steps", told.steps, "--warm-up", told.warm_up, "--rows", told.folder / "rows", "--device", told.device]
-    return words + (["--layers", told.layers] if told.layers else [])
+def _words(options: argparse.Namespace, *, halvings: int = 0) -> list[Any]:
+    micro, microbatches = options.micro_batch >> halvings, options.microbatches << halvings
+    words = ["--shape", options.shape, "--sequence", options.sequence, "--micro-batch", micro, "--microbatches", microbatches]
+    words += [
+        "--steps",
+        options.steps,
+        "--warm-up",
+        options.warm_up,
+        "--rows",
+        options.folder / "rows",
+        "--device",
+        options.device,
+    ]
+    return words + (["--layers", options.layers] if options.layers else [])
 
 
-def _bare(told: argparse.Namespace, precision: str) -> Figures:
-    words = [*_words(told), "--adapters", told.adapters, *(["--fp8"] if precision == "fp8" else [])]
-    return _last_line(_run(told, "benchmarks.bare_finetune", words))
+def _bare(options: argparse.Namespace, precision: str) -> Figures:
+    words = [*_words(options), "--adapters", options.adapters, *(["--fp8"] if precision == "fp8" else [])]
+    return _last_line(_run(options, "benchmarks.bare_finetune", words))
 
 
-def _peft(told: argparse.Namespace, _precision: str, adapters: str = "bf16") -> Figures:
-    """With the micro batch, or half of it where it does not fit."""
+def _peft(options: argparse.Namespace, _precision: str, adapters: str = "bf16") -> Figures:
+    """Measure PEFT with the micro batch, or with half of it if memory runs out."""
     kind = ["--adapters", adapters]
     room = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # without it, less fits
     try:
-        return _last_line(_run(told, "benchmarks.peft_finetune", [*_words(told), *kind], **room))
+        return _last_line(_run(options, "benchmarks.peft_finetune", [*_words(options), *kind], **room))
     except FailedError as error:
-        if "OutOfMemoryError" not in str(error) or told.micro_batch % 2:
+        if "OutOfMemoryError" not in str(error) or options.micro_batch % 2:
             raise
-        _say(f"PEFT runs out of memory with a micro batch of {told.micro_batch}: half of it")
-    return _last_line(_run(told, "benchmarks.peft_finetune", [*_words(told, halvings=1), *kind], **room))
+        _say(f"PEFT runs out of memory with a micro batch of {options.micro_batch}: half of it")
+    return _last_line(_run(options, "benchmarks.peft_finetune", [*_words(options, halvings=1), *kind], **room))
 
 
 def _last_line(printed: str) -> Figures:
@@ -186,13 +195,13 @@ def _last_line(printed: str) -> Figures:
 _MEASURES = {"bare": _bare, "ours": _ours, "peft": _peft, "peft-fp32": partial(_peft, adapters="fp32")}
 
 
-def _print(told: argparse.Namespace, found: dict[tuple[str, str], list[Figures]]) -> None:
-    print(f"{told.shape}, {told.layers or 'all'} layers, sequence {told.sequence}, micro batch {told.micro_batch}")
+def _print(options: argparse.Namespace, measured: dict[tuple[str, str], list[Figures]]) -> None:
+    print(f"{options.shape}, {options.layers or 'all'} layers, sequence {options.sequence}, micro batch {options.micro_batch}")
     heads = [f"{program} {what}" for what in ("tok/s", "TFLOP/s", "GiB") for program in PROGRAMS]
     ratios = [f"ours/{other}" for other in PROGRAMS if other != "ours"]
     print(f"{'precision':10}" + "".join(f"{head:>18}" for head in [*heads[:4], *ratios, *heads[4:]]))
-    for precision in told.precision:
-        seen = {program: found.get((program, "bf16" if program in PEFT else precision), []) for program in PROGRAMS}
+    for precision in options.precision:
+        seen = {program: measured.get((program, "bf16" if program in PEFT else precision), []) for program in PROGRAMS}
         rates, work, memory = (
             {program: _median(rounds, what) for program, rounds in seen.items()}
             for what in ("tokens_per_second", "tflops", "memory_gib")
@@ -204,7 +213,7 @@ def _print(told: argparse.Namespace, found: dict[tuple[str, str], list[Figures]]
 
 
 def _median(rounds: list[Figures], what: str) -> float | None:
-    return statistics.median(one[what] for one in rounds) if rounds else None
+    return statistics.median(figures[what] for figures in rounds) if rounds else None
 
 
 def _ratio(one: float | None, other: float | None) -> float | None:

@@ -1,6 +1,6 @@
-"""LoRA on packed examples of random tokens: what is the same in programs that are timed beside one another.
+"""LoRA on packed examples of random tokens: the code that the timed programs share.
 
-What is written is what `mbtrain pack` makes, without a tokenizer; what is read is what a run would read.
+Rows are written in the format of `mbtrain pack`, without a tokenizer, and read as a run reads them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LENGTHS = (1 / 40, 1 / 2)
 
 
 def arguments(text: str | None, *, shapes: tuple[str, ...], adapters: tuple[str, ...]) -> argparse.Namespace:
-    """What both loops are told."""
+    """Return the arguments of both loops."""
     parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--shape", choices=shapes, required=True)
     for name in ("sequence", "micro-batch", "microbatches", "steps", "warm-up"):
@@ -33,19 +33,19 @@ def arguments(text: str | None, *, shapes: tuple[str, ...], adapters: tuple[str,
 
 
 def write(folder: Path, *, vocab_size: int, sequence: int) -> None:
-    """A folder for `dataset.path`. The second half of each example is learned."""
+    """Write a folder for `dataset.path`. The second half of each example is learned."""
     from trainer.data.chat import packing, store
 
     train = folder / "train"
     train.mkdir(parents=True)
-    told = {"made_of": {"tokenizer": {}}, "said": f"{EXAMPLES} examples of random tokens", "reasons": []}
+    about = {"made_of": {"tokenizer": {}}, "said": f"{EXAMPLES} examples of random tokens", "reasons": []}
     made = np.random.default_rng(0)
     lengths = made.integers(*(round(sequence * share) for share in LENGTHS), EXAMPLES, endpoint=True)
-    rows = packing.filled(lengths, capacity=sequence)
-    told |= {"sequence_length": sequence, "pad_to_multiple_of": 1, "rows": len(rows)}
-    store.write(train, _examples(lengths, vocab_size, made), vocab_size=vocab_size, about=lambda: told)
+    rows = packing.best_fit_decreasing(lengths, capacity=sequence)
+    about |= {"sequence_length": sequence, "pad_to_multiple_of": 1, "rows": len(rows)}
+    store.write(train, _examples(lengths, vocab_size, made), vocab_size=vocab_size, about=lambda: about)
     for name, array in zip(store.ROWS, (rows.examples, rows.starts), strict=True):
-        store.save(train / name, array)
+        store.save_array(train / name, array)
 
 
 def _examples(lengths: np.ndarray, vocab_size: int, made: np.random.Generator) -> Iterator[Any]:
@@ -56,7 +56,7 @@ def _examples(lengths: np.ndarray, vocab_size: int, made: np.random.Generator) -
 
 
 def microbatches(folder: Path, *, vocab_size: int, sequence: int, micro_batch: int, count: int) -> list[dict[str, Any]]:
-    """The first of a run's, in its order: tensors `[micro batch, sequence]` on the CPU."""
+    """Return the first `count` microbatches of a run, in its order: tensors [micro batch, sequence] on the CPU."""
     import torch
 
     from trainer import data
@@ -70,7 +70,7 @@ def microbatches(folder: Path, *, vocab_size: int, sequence: int, micro_batch: i
 
 
 def lora_parameters(provider: Any, rank: int) -> int:
-    """What LoRA adds to the four linear layers of each transformer layer, as megatron-core has them."""
+    """Return the parameters of LoRA on the four linear layers of megatron-core's transformer layers."""
     from trainer.estimate.shape import shape_of
 
     shape = shape_of(provider)
@@ -81,18 +81,18 @@ def lora_parameters(provider: Any, rank: int) -> int:
 
 
 def flops(provider: Any, batches: Sequence[dict[str, Any]]) -> float:
-    """Floating-point operations of training LoRA of rank `RANK` on these microbatches, as `mbtrain` counts its own."""
+    """Return the FLOPs of training LoRA of rank `RANK` on these microbatches, as `mbtrain` counts them."""
     from trainer import segments
     from trainer.estimate.flops import flops_of_packed
     from trainer.peft import LoRA
 
-    found = [segments.find(batch["segment_ids"]) for batch in batches]
-    tokens, squares = sum(one.tokens for one in found), sum(one.squares for one in found)
+    packed_rows = [segments.find_segments(batch["segment_ids"]) for batch in batches]
+    tokens, squares = sum(rows.num_tokens for rows in packed_rows), sum(rows.sum_squared_lengths for rows in packed_rows)
     return flops_of_packed(provider, tokens, squares, peft=LoRA(dim=RANK, alpha=RANK))
 
 
 def provider(shape: str, layers: int | None) -> Any:
-    """The model of a recipe, with so many layers if that is told."""
+    """Return the model provider of a recipe, with `layers` layers if given."""
     from trainer.recipes import find
 
     model = find(shape).peft_config().model

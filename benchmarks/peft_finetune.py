@@ -1,11 +1,11 @@
-r"""LoRA with transformers and PEFT in a `for` loop: the same rows, held on the device.
+r"""LoRA with transformers and PEFT in a `for` loop: the same rows, kept on the device.
 
     python -m benchmarks.peft_finetune --shape 8b --sequence 4096 --micro-batch 2 --microbatches 2 \
         --steps 10 --warm-up 4 --rows DIR
 
 With `--adapters bf16` what would make it slower is left out: PEFT's default is fp32, with casts at every layer. AdamW is torch's
 fused one, nothing is recomputed, and attention is plain causal over a whole row, since it is fastest without a mask: examples in
-a row see one another here, unlike in `mbtrain`. Model FLOPs are counted as if they did not. Prints one JSON object.
+a row attend to each other, unlike in `mbtrain`. Model FLOPs are counted as if they did not. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ SHAPES = RECIPES | {"tiny": "llama_tiny"}
 
 
 def main() -> None:
-    """Time steps and print what they came to."""
-    told = packed.arguments(__doc__, shapes=tuple(SHAPES), adapters=("bf16", "fp32"))
-    provider = packed.provider(SHAPES[told.shape], told.layers)
-    kind = torch.device("cuda" if told.device == "gpu" else "cpu")
-    model = _model(provider, kind, as_by_default=told.adapters == "fp32")
-    count = told.steps * told.microbatches
+    """Time the steps and print the figures."""
+    options = packed.arguments(__doc__, shapes=tuple(SHAPES), adapters=("bf16", "fp32"))
+    provider = packed.provider(SHAPES[options.shape], options.layers)
+    kind = torch.device("cuda" if options.device == "gpu" else "cpu")
+    model = _model(provider, kind, as_by_default=options.adapters == "fp32")
+    count = options.steps * options.microbatches
     rows = packed.microbatches(
-        told.rows, vocab_size=provider.vocab_size, sequence=told.sequence, micro_batch=told.micro_batch, count=count
+        options.rows, vocab_size=provider.vocab_size, sequence=options.sequence, micro_batch=options.micro_batch, count=count
     )
-    seconds = _median_step(told, model, [_as_transformers(row, kind) for row in rows])
-    rate = told.microbatches * told.micro_batch * told.sequence / seconds
-    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    work = packed.flops(provider, rows) / (count * told.micro_batch * told.sequence)
-    print(json.dumps(_told(rate, work, kind, trained=trained)))
+    seconds = _median_step(options, model, [_as_transformers(row, kind) for row in rows])
+    rate = options.microbatches * options.micro_batch * options.sequence / seconds
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    work = packed.flops(provider, rows) / (count * options.micro_batch * options.sequence)
+    print(json.dumps(_figures(rate, work, kind, trained=trained)))
 
 
-def _told(rate: float, work: float, kind: torch.device, *, trained: int) -> dict[str, Any]:
+def _figures(rate: float, work: float, kind: torch.device, *, trained: int) -> dict[str, Any]:
     from trainer.logging.metrics import memory_gib
 
     return {"tokens_per_second": rate, "tflops": rate * work / 1e12, "memory_gib": memory_gib(kind), "trained": trained}
 
 
 def _model(provider: Any, kind: torch.device, *, as_by_default: bool) -> Any:
-    """Random weights, made where they are computed with."""
+    """Return a model with random weights, created on its device."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -63,32 +63,32 @@ def _model(provider: Any, kind: torch.device, *, as_by_default: bool) -> Any:
 
 
 def _as_transformers(batch: dict[str, Any], kind: torch.device) -> dict[str, torch.Tensor]:
-    """Labels stand at their own token, not before it."""
+    """Return a batch for transformers, whose labels are at their own token, not at the one before."""
     learned = torch.where(batch["loss_mask"] > 0, batch["labels"], -100)
     labels = torch.cat((torch.full_like(learned[:, :1], -100), learned[:, :-1]), dim=1)
     return {"input_ids": batch["tokens"].to(kind), "labels": labels.to(kind)}
 
 
-def _median_step(told: argparse.Namespace, model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
-    """Seconds."""
-    trained = [one for one in model.parameters() if one.requires_grad]
+def _median_step(options: argparse.Namespace, model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
+    """Return the median seconds per step."""
+    trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     endless, times = cycle(batches), []
-    for _ in range(told.steps):
-        _wait(told)
+    for _ in range(options.steps):
+        _wait(options)
         began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        for _ in range(told.microbatches):
-            (model(**next(endless)).loss / told.microbatches).backward()
+        for _ in range(options.microbatches):
+            (model(**next(endless)).loss / options.microbatches).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        _wait(told)
+        _wait(options)
         times.append(time.perf_counter() - began)
-    return statistics.median(times[told.warm_up :])
+    return statistics.median(times[options.warm_up :])
 
 
-def _wait(told: argparse.Namespace) -> None:
-    if told.device == "gpu":
+def _wait(options: argparse.Namespace) -> None:
+    if options.device == "gpu":
         torch.cuda.synchronize()
 
 

@@ -30,29 +30,29 @@ STEPS = 15
 
 
 def main() -> None:
-    """Measure each shape and precision in turns, and print the table."""
+    """Measure both programs in turns for each shape and precision, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shapes", nargs="+", choices=SHAPES)
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sequence", type=int, help="tokens, where the usual number does not fit")
-    told = parser.parse_args()
-    for shape in told.shapes if told.sequence else ():
-        SHAPES[shape] = (told.sequence, *SHAPES[shape][1:])
+    options = parser.parse_args()
+    for shape in options.shapes if options.sequence else ():
+        SHAPES[shape] = (options.sequence, *SHAPES[shape][1:])
     with tempfile.TemporaryDirectory() as folder:
         tokens = _tokens(Path(folder))
         print(
             f"{'shape':6}{'precision':10}{'bare tok/s':>12}{'mbtrain':>12}{'ratio':>8}{'TFLOP/s':>9}{'GiB bare':>9}{'mbtrain':>9}"
         )
-        for shape in told.shapes:
-            for precision in told.precision:
-                rounds = [_round(Path(folder), tokens, shape, precision, told.gpus) for _ in range(told.rounds)]
+        for shape in options.shapes:
+            for precision in options.precision:
+                rounds = [_round(Path(folder), tokens, shape, precision, options.gpus) for _ in range(options.rounds)]
                 _print(shape, precision, rounds)
 
 
 def _tokens(folder: Path) -> Path:
-    """Random tokens of Llama 3's vocabulary as a prepared file: 64 M of them, in documents of 1000."""
+    """Write a `.bin`/`.idx` pair of 64 M random tokens of Llama 3's vocabulary, in documents of 1000."""
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

@@ -1,10 +1,10 @@
-"""A way of your own to train few parameters: a small network behind each layer's output (Houlsby's adapters, arXiv:1902.00751).
+"""Write your own PEFT method: a small network after each layer's output (Houlsby's adapters, arXiv:1902.00751).
 
     python examples/bottleneck.py
     torchrun --nproc-per-node 2 examples/bottleneck.py --tp 2
 
-`trainer.peft.LoRA` and `DoRA` are made of the same parts. Everything else of the model is frozen: here a tiny Llama with random
-weights, of which nothing can be learned; `checkpoint.pretrained_checkpoint` names real ones.
+`trainer.peft.LoRA` and `DoRA` are built from the same classes. The rest of the model is frozen. Here it is a tiny Llama with
+random weights; for a real run, set `checkpoint.pretrained_checkpoint`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer.recipes import llama_tiny
 
 
 class Bottleneck(Adapter):
-    """What a layer answered, and what two thin layers make of it."""
+    """Adds to a layer's output what two small layers compute from it."""
 
     def __init__(self, features: int, inner: int, like: torch.Tensor) -> None:
         super().__init__()
@@ -28,30 +28,30 @@ class Bottleneck(Adapter):
         self.up = torch.nn.Linear(inner, features, dtype=like.dtype, device=like.device)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Nothing is added at first. The generator gives the same numbers at every layout."""
+        """Initialize so that nothing is added at first. `generator` is the same at every parallel layout."""
         self.down.weight.data.copy_(torch.randn(self.down.weight.shape, generator=generator) * 0.02)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             torch.nn.init.zeros_(zero)
 
-    def forward(self, output: torch.Tensor, layer_input: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - the seam's
-        """`output` is [sequence, micro batch, features]."""
+    def forward(self, output: torch.Tensor, layer_input: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - part of the interface
+        """Return the new output; `output` is [sequence, micro batch, features]."""
         return output + self.up(torch.nn.functional.gelu(self.down(output)))
 
 
 @dataclass(kw_only=True)
 class Bottlenecks(PEFT):
-    """After the last layer of the attention and of the MLP, whose outputs all tensor-parallel ranks have whole."""
+    """A bottleneck after the last layer of attention and of the MLP, whose outputs are replicated over tensor-parallel ranks."""
 
     target_modules: list[str] = field(default_factory=lambda: ["linear_proj", "linear_fc2"])
     inner: int = 8
 
-    def transform(self, module: torch.nn.Module, name: str) -> torch.nn.Module:  # noqa: ARG002 - the seam's
-        """The layer with a network behind it. Its fields are settings: `peft.inner`."""
+    def transform(self, module: torch.nn.Module, name: str) -> torch.nn.Module:  # noqa: ARG002 - part of the interface
+        """Add a bottleneck to the layer. The fields of this class are settings: `peft.inner`."""
         return adapt(module, Bottleneck(module.weight.shape[0], self.inner, like=module.weight))
 
 
 def settings(*, tp: int = 1) -> RunConfig:
-    """A tiny Llama."""
+    """Return a run of a tiny Llama."""
     config = llama_tiny.pretrain_config()
     config.peft = Bottlenecks()
     config.model.tensor_model_parallel_size = tp

@@ -1,10 +1,10 @@
-"""Your own code between steps: a run that stops when validation no longer improves, and logs the norm of its weights.
+"""Run your own code between steps: stop when validation no longer improves, and log the norm of the weights.
 
     python examples/callback.py
     torchrun --nproc-per-node 2 examples/callback.py
 
 A callback may define any of `on_start`, `on_step`, `on_evaluation`, `on_save` and `on_end`. Every rank calls each of them, so
-that they may communicate.
+collectives are allowed in them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from trainer.recipes import llama_tiny
 
 
 class EarlyStopping(Callback):
-    """Ends the run after `patience` evaluations in a row that were not better than the best by `improvement`."""
+    """Stops the run after `patience` consecutive evaluations that do not improve the best loss by `improvement`."""
 
     def __init__(self, *, patience: int = 2, improvement: float = 0.02) -> None:
         self.patience, self.improvement = patience, improvement
         self.best, self.worse = math.inf, 0
 
     def on_evaluation(self, run: Run, split: str, loss: float) -> None:
-        """The loss is the same on all ranks, so all of them decide alike."""
+        """Compare the validation loss with the best. It is the same on all ranks, so all ranks stop together."""
         if split != "validation":
             return
         better = loss < self.best - self.improvement
@@ -40,23 +40,25 @@ class EarlyStopping(Callback):
 
 
 class WeightNorms(Callback):
-    """The norm of all weights, every so many steps."""
+    """Logs the norm of all weights, every `every` steps."""
 
     def __init__(self, *, every: int = 5) -> None:
         self.every = every
 
-    def on_step(self, run: Run, step: Step) -> None:  # noqa: ARG002 - the seam's
-        """Ranks hold parts of a layer, layers, or copies of both; each part counts once."""
+    def on_step(self, run: Run, step: Step) -> None:  # noqa: ARG002 - part of the interface
+        """Sum the squares over model-parallel ranks, counting replicated parameters once."""
         if run.progress.iteration % self.every:
             return
-        mine = [one for chunk in run.chunks for one in chunk.parameters() if param_is_not_tensor_parallel_duplicate(one)]
-        squares = torch.stack([one.detach().float().square().sum() for one in mine]).sum()
+        parameters = [
+            param for chunk in run.chunks for param in chunk.parameters() if param_is_not_tensor_parallel_duplicate(param)
+        ]
+        squares = torch.stack([param.detach().float().square().sum() for param in parameters]).sum()
         dist.all_reduce(squares, group=parallel_state.get_model_parallel_group())
         say(f"step {run.progress.iteration}: the weights' norm is {squares.sqrt().item():.3f}")
 
 
 def settings() -> RunConfig:
-    """A tiny Llama with a learning rate so high that it soon learns no more."""
+    """Return a run of a tiny Llama with a learning rate so high that validation soon stops improving."""
     config = llama_tiny.pretrain_config()
     config.train.train_iters = 200
     config.dataset.sequence_length = 32

@@ -1,10 +1,10 @@
-"""Your own data: sums of two numbers, made up as they are read, of which only the answers are learned.
+"""Use your own data: sums of two numbers, generated as they are read; only the answers are learned.
 
     python examples/dataset.py
     torchrun --nproc-per-node 2 examples/dataset.py    # the same losses, each process with half of each batch
 
-In place of `config.dataset` goes any object with `sequence_length` and `build`; trainer/data/__init__.py says what they promise.
-Shuffling, splitting over processes and going on after a stop come from the sample's number: sample 7 is always the same.
+`config.dataset` may be any object with `sequence_length` and `build`; trainer/data/__init__.py specifies both. Shuffling, data
+parallelism and resuming use sample numbers only: sample 7 is always the same.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from trainer import RunConfig, pretrain
 from trainer.recipes import llama_tiny
 
 END = 256
-"""The token after the last byte, which fills up a line."""
+"""The token that ends a line and pads it."""
 
 
 @dataclass
 class Sums:
-    """What a run asks for data."""
+    """The dataset section of a run: builds the three datasets."""
 
     sequence_length: int = 16
     largest: int = 9
 
     def build(
         self,
-        tokenizer: Any,  # noqa: ARG002 - the protocol's
+        tokenizer: Any,  # noqa: ARG002 - part of the interface
         vocab_size: int,  # noqa: ARG002
         samples: tuple[int, int, int],
     ) -> tuple[Dataset[Any] | None, ...]:
-        """Train, validation and test: sums from different seeds, None where no sample is wanted."""
+        """Return the train, validation and test datasets, with different seeds; None if no samples are needed."""
         return tuple(Lines(self, seed, count) if count else None for seed, count in zip("abc", samples, strict=True))
 
 
 @dataclass
 class Lines(Dataset[Any]):
-    """`3+4=7`, one per sample."""
+    """A dataset with one sum per sample, such as `3+4=7`."""
 
-    told: Sums
+    config: Sums
     seed: str
     count: int
 
@@ -52,11 +52,11 @@ class Lines(Dataset[Any]):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Tokens, what follows each, and 1 for those that are to be learned: the answer, and that it ends there."""
+        """Return tokens, labels, positions and the loss mask, which is 1 for the answer and the token that ends it."""
         draw = random.Random(f"{self.seed}{index}")
-        first, second = draw.randint(0, self.told.largest), draw.randint(0, self.told.largest)
+        first, second = draw.randint(0, self.config.largest), draw.randint(0, self.config.largest)
         question, answer = f"{first}+{second}=", str(first + second)
-        length = self.told.sequence_length
+        length = self.config.sequence_length
         text = [*(question + answer).encode(), *[END] * length][: length + 1]
         labels = torch.tensor(text[1:])
         positions = torch.arange(length)
@@ -70,7 +70,7 @@ class Lines(Dataset[Any]):
 
 
 def settings() -> RunConfig:
-    """A tiny Llama that learns to add."""
+    """Return a run of a tiny Llama that learns to add."""
     config = llama_tiny.pretrain_config()
     config.dataset = Sums()
     config.train.train_iters = 40

@@ -1,11 +1,11 @@
-"""Your own model: a GRU, with nothing of Megatron in it, that trains, saves and resumes.
+"""Train your own model: a GRU without Megatron layers, which trains, saves and resumes.
 
     python examples/model.py                                       # 20 steps
     python examples/model.py --save /tmp/gru                       # 20 steps and a checkpoint
     python examples/model.py --save /tmp/gru --steps 40            # resumes it: 20 more
     torchrun --nproc-per-node 2 examples/model.py                  # data parallel
 
-The settings name a provider, and the provider makes the module; trainer/model.py says what both promise.
+`config.model` is a provider, which builds the module; trainer/model.py specifies both.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from trainer.config import DatasetConfig
 
 @dataclass(kw_only=True)
 class GruProvider(ModelProvider):
-    """Its fields are settings: they are told, logged and saved with the run, as those of any model."""
+    """Builds the GRU. Its fields are settings, which are logged and saved with the run."""
 
     width: int = 64
     depth: int = 2
 
     def provide(self, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> torch.nn.Module:  # noqa: ARG002
-        """The whole of it: without a pipeline every rank has the first and the last stage."""
+        """Return the whole model: without pipeline parallelism, each rank has the first and the last stage."""
         return Gru(self.vocab_size, width=self.width, depth=self.depth)
 
 
 class Gru(torch.nn.Module):
-    """A language model of torch's own parts."""
+    """A language model of torch's layers."""
 
     def __init__(self, vocab_size: int, *, width: int, depth: int) -> None:
         super().__init__()
@@ -43,11 +43,12 @@ class Gru(torch.nn.Module):
     def forward(
         self,
         tokens: torch.Tensor,
-        position_ids: torch.Tensor,  # noqa: ARG002 - a GRU knows where it is
+        position_ids: torch.Tensor,  # noqa: ARG002 - a GRU needs no positions
         attention_mask: torch.Tensor | None,  # noqa: ARG002
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The loss of each token, [micro batch, sequence]; without labels, logits."""
+        """Return the loss of each token [micro batch, sequence]; without labels, the logits [micro batch, sequence,
+        vocabulary]."""
         hidden, _ = self.recurrent(self.embedding(tokens))
         logits = self.output(hidden)
         if labels is None:
@@ -56,7 +57,7 @@ class Gru(torch.nn.Module):
 
 
 def settings(*, steps: int = 20, save: str | None = None) -> RunConfig:
-    """A run from scratch: without a recipe, everything that has no default is said here."""
+    """Return a run without a recipe: every setting that has no default is set here."""
     config = RunConfig(model=GruProvider(vocab_size=256), mixed_precision="fp32")
     config.dataset = DatasetConfig(sequence_length=32, num_workers=0)
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = steps, 8, 4
@@ -71,5 +72,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--save")
-    told = parser.parse_args()
-    pretrain(settings(steps=told.steps, save=told.save))
+    arguments = parser.parse_args()
+    pretrain(settings(steps=arguments.steps, save=arguments.save))

@@ -1,9 +1,9 @@
-"""A mixture of experts: each token is sent to 2 of 4 experts, which lie on one process or spread over several.
+"""Train a mixture of experts: each token is routed to 2 of 4 experts, in one process or with expert parallelism.
 
     python examples/moe.py
     torchrun --nproc-per-node 2 examples/moe.py --ep 2    # two experts in each process
 
-From the same weights, both give the same losses (`--save` keeps them, `--start` begins with them); each process draws random
+From the same weights, both give the same losses (`--save` writes weights, `--start` loads them); each process draws random
 weights for its own experts. On a GPU, `moe_grouped_gemm=True` computes all experts of a rank at once.
 """
 
@@ -18,7 +18,7 @@ from trainer.config import DatasetConfig
 
 
 def settings(*, ep: int = 1, save: str | None = None, start: str | None = None) -> RunConfig:
-    """A model that no `config.json` describes: megatron-core's own fields, of which these are all that differ."""
+    """Return a run of a model without a `config.json`: the fields of megatron-core that differ from their defaults."""
     model = GPTModelProvider(
         num_layers=2,
         hidden_size=64,

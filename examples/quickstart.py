@@ -1,11 +1,11 @@
-"""Quickstart: take a Hugging Face model, train it, and have it back as a Hugging Face model.
+"""Quickstart: load a Hugging Face model, train it, and export it as a Hugging Face model.
 
-    python examples/quickstart.py                                  # a tiny Llama, made on the spot
-    python examples/quickstart.py --save /tmp/quickstart           # keep it: a Megatron checkpoint, and its export
-    python examples/quickstart.py --model meta-llama/Llama-3.2-1B  # a directory or a Hub id; this one wants a GPU
-    torchrun --nproc-per-node 2 examples/quickstart.py --tp 2      # in two processes, each with half of every layer
+    python examples/quickstart.py                                  # a tiny random Llama
+    python examples/quickstart.py --save /tmp/quickstart           # keep the Megatron checkpoint and its export
+    python examples/quickstart.py --model meta-llama/Llama-3.2-1B  # a directory or a Hub id; this one needs a GPU
+    torchrun --nproc-per-node 2 examples/quickstart.py --tp 2      # tensor parallelism over two processes
 
-The data is made up. For your own, see `mbtrain prepare-data --help` and set `config.dataset.blend`.
+The data is mock data. For your own, see `mbtrain prepare-data --help` and set `config.dataset.blend`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from trainer.recipes import llama32_1b
 
 
 def main() -> None:
-    """Ten steps."""
+    """Train for ten steps."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model")
     parser.add_argument("--save")
     parser.add_argument("--tp", type=int, default=1)
-    told = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        train(told.model or tiny_llama(folder), save=told.save, tp=told.tp)
+        train(arguments.model or tiny_llama(folder), save=arguments.save, tp=arguments.tp)
 
 
 def train(model: str, *, save: str | None, tp: int) -> None:
-    """From the model's weights, ten steps; then back to Hugging Face's format."""
+    """Train for ten steps from the model's weights, then export to Hugging Face's format."""
     bridge = AutoBridge.from_hf_pretrained(model)
     provider = bridge.to_megatron_provider()
     provider.tensor_model_parallel_size = tp
@@ -51,8 +51,8 @@ def train(model: str, *, save: str | None, tp: int) -> None:
 
 
 def tiny_llama(folder: str) -> str:
-    """A Llama of a hundred thousand parameters, as `save_pretrained` leaves it. The seed makes it the same in all processes."""
-    import torch  # noqa: PLC0415 - a model that is there needs neither of them
+    """Save a random Llama of about 100,000 parameters to `folder`. The seed makes it the same in all processes."""
+    import torch  # noqa: PLC0415 - not needed with `--model`
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
     torch.manual_seed(0)

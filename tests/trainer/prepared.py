@@ -44,7 +44,7 @@ def contents(dataset, count=None):
 
 def rank(prefixes, place):
     """What one of two ranks reads: of one node that shares a folder of indices, then of two nodes with a folder each."""
-    cache.SMALL = 1  # so that there are files
+    cache.MIN_CACHED_ENTRIES = 1  # so that there are files
     distributed.init_process_group("gloo")
     number = distributed.get_rank()
     blend = [entry for prefix in prefixes for entry in (1.0, prefix)]

@@ -53,7 +53,7 @@ def _read(folders, config, tokenizer, lengths):
     try:
         loaded = tokenizers.load(tokenizer)
         made = build(config, tokenizer=loaded, vocab_size=1000, samples=lengths)
-        consistency.check(made, loaded)
+        consistency.check_ranks(made, loaded)
     except UserError as error:
         return str(error)
     return ""
@@ -75,9 +75,9 @@ def test_text_that_is_another_on_one_host_is_named(letter, ranks, tmp_path):
         if letter == "word" or name == "one":
             assert said[0] == ""
             continue
-        assert said[0].startswith("ranks do not read the same: the training data of rank 1, on `")
+        assert said[0].startswith("ranks read different data: the training data of rank 1, on `")
         assert said[0].endswith(
-            "\n\nhint: the same files should be on all hosts, under the same names; or name files on a disk that they share"
+            "\n\nhint: copy the same files to all hosts, under the same names; or name files on a disk that they share"
         )
 
 

@@ -33,7 +33,7 @@ def prefix(tmp_path):
 def place(request, monkeypatch):
     """Small indices are made in memory, large ones kept in files: both ways."""
     if request.param == "in files":
-        monkeypatch.setattr(cache, "SMALL", 1)
+        monkeypatch.setattr(cache, "MIN_CACHED_ENTRIES", 1)
     return request.param
 
 
@@ -186,16 +186,16 @@ def test_documents_are_kept_apart_as_megatron_core_does(tmp_path):
     train, _, _ = data.build(config, tokenizer=tokenizers.load("byte"), vocab_size=257, samples=(5, 0, 0))
     for sample in train:
         theirs, _, _ = _get_ltor_masks_and_position_ids(sample["tokens"], 256, False, True, False, True)
-        assert torch.equal(segments.mask(sample["segment_ids"][None])[0], theirs)
+        assert torch.equal(segments.attention_mask(sample["segment_ids"][None])[0], theirs)
         assert sample["segment_ids"].max() > 1
 
 
 def test_data_prepared_anew_gets_new_indices(prefix, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "SMALL", 1)
+    monkeypatch.setattr(cache, "MIN_CACHED_ENTRIES", 1)
     built((20, 0, 0), blend=[prefix], split="1,0,0")
     write(prefix, documents=5)
     again = built((20, 0, 0), blend=[prefix], split="1,0,0")[0]
-    monkeypatch.setattr(cache, "SMALL", 2**20)
+    monkeypatch.setattr(cache, "MIN_CACHED_ENTRIES", 2**20)
     assert contents(again) == contents(built((20, 0, 0), blend=[prefix], split="1,0,0")[0])
 
 
@@ -291,5 +291,5 @@ def test_damaged_files_are_named(prefix):
 def test_a_token_beyond_the_vocabulary_is_named(prefix):
     config = DatasetConfig(sequence_length=LENGTH, blend=[prefix])
     train, _, _ = data.build(config, tokenizer=None, vocab_size=3, samples=(1, 0, 0))
-    with pytest.raises(UserError, match=r"a` holds the token \d+, but the vocabulary has 3"):
+    with pytest.raises(UserError, match=r"a` has the token id \d+, but the vocabulary has 3"):
         train[0]

@@ -15,7 +15,7 @@ import torch
 from formats.errors import UserError
 from tests.programs import run_module
 from tests.trainer import small
-from trainer.generation.sampling import NO_NUMBER, Sampling, choose, filtered
+from trainer.generation.sampling import NOT_FINITE, Sampling, filter_logits, sample_token
 
 NEW = 24
 PROMPTS = ["Tiny real models", "a tokenizer trained on the spot, saved as people save them", "from"]
@@ -160,13 +160,13 @@ def test_what_is_sampled_from_is_what_transformers_samples_from(how):
             expected = TopKLogitsWarper(how["top_k"])(None, expected)
         if "top_p" in how:
             expected = TopPLogitsWarper(how["top_p"])(None, expected)
-        assert torch.equal(filtered(logits, Sampling(**how)), expected[0])
+        assert torch.equal(filter_logits(logits, Sampling(**how)), expected[0])
 
 
 def test_tokens_come_as_often_as_they_are_likely():
     logits, draws = torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.Generator().manual_seed(0)
     how = Sampling(temperature=1.0, top_k=3)
-    counts = torch.bincount(torch.tensor([choose(logits, how, draws) for _ in range(4000)]), minlength=4)
+    counts = torch.bincount(torch.tensor([sample_token(logits, how, draws) for _ in range(4000)]), minlength=4)
     expected = torch.tensor([2.0, 1.0, 0.0]).softmax(0)
     # Four standard deviations of a binomial share are at most 4 · √(0.25 / 4000).
     assert torch.allclose(counts[:3] / 4000, expected, atol=0.032)
@@ -174,7 +174,7 @@ def test_tokens_come_as_often_as_they_are_likely():
 
 
 def test_logits_that_are_no_numbers_choose_nothing():
-    assert choose(torch.tensor([0.0, torch.nan]), Sampling(), torch.Generator()) == NO_NUMBER
+    assert sample_token(torch.tensor([0.0, torch.nan]), Sampling(), torch.Generator()) == NOT_FINITE
 
 
 @pytest.mark.parametrize("name", ["generation_config", "tokenizer_config"])
@@ -217,7 +217,7 @@ def test_an_empty_prompt_begins_with_the_token_that_the_model_names(ranks, model
 def test_a_prompt_that_is_too_long_is_told_with_both_lengths(ranks, model_folder):
     told = (
         "prompt 2 has `256` tokens, and the model's longest sequence is `256`\n\n"
-        "hint: shorten it to 255 tokens or fewer: what is generated counts too"
+        "hint: shorten it to 255 tokens or fewer: generated tokens count too"
     )
     assert ranks.run(answers, 2, str(model_folder("gqa")), PP2, {"prompts": ["from", "from " * 256]}) == [told, told]
 
@@ -227,7 +227,7 @@ def test_an_empty_prompt_needs_a_token_to_begin_with(ranks, model_folder, tmp_pa
         model_folder("gqa"), tmp_path / "model", config={"bos_token_id": None}, generation_config={"bos_token_id": None}
     )
     (said,) = ranks.run(answers, 1, str(folder), (), {"prompts": [""]})
-    assert said == "prompt 1 is empty, and the tokenizer has no token that begins a text\n\nhint: give the text some words"
+    assert said == "prompt 1 is empty, and the tokenizer has no begin token\n\nhint: give a prompt with some text"
 
 
 def test_a_model_without_a_tokenizer_says_how_to_name_one(ranks, model_folder, tmp_path):
@@ -242,7 +242,7 @@ def test_a_model_without_a_tokenizer_says_how_to_name_one(ranks, model_folder, t
 
 def test_a_tokenizer_of_another_model_is_refused(ranks, model_folder):
     (said,) = ranks.run(answers, 1, str(model_folder("gqa", vocab_size=16)))
-    assert said.startswith("prompt 1 has token `")
+    assert said.startswith("prompt 1 has the token id `")
     assert said.endswith(
         ", and the model's vocabulary ends at `15`\n\n"
         "hint: the tokenizer is another model's: name the right one with `tokenizer.tokenizer_model=DIR`"
@@ -252,8 +252,8 @@ def test_a_tokenizer_of_another_model_is_refused(ranks, model_folder):
 def test_processes_that_would_only_repeat_the_work_are_refused(ranks, model_folder):
     said = ranks.run(answers, 2, str(model_folder("gqa")))[0]
     assert said == (
-        "`2` processes would hold the model `2` times, and prompts go one after another\n\n"
-        "hint: start 1, or divide the model: `model.tensor_model_parallel_size=2`, for example"
+        "`2` processes would hold `2` copies of the model, and prompts run one after another\n\n"
+        "hint: start 1, or shard the model: `model.tensor_model_parallel_size=2`, for example"
     )
 
 
@@ -266,7 +266,7 @@ def test_processes_that_would_only_repeat_the_work_are_refused(ranks, model_fold
         (
             {"top_p": 0.9},
             (
-                "`top_p` is `0.9`, but `temperature` is `0`, which always takes the likeliest token\n\n"
+                "`top_p` is `0.9`, but `temperature` is `0`, which always takes the most likely token\n\n"
                 "hint: set `temperature`, for example to 1, or leave `top_p` out"
             ),
         ),

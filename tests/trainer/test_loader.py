@@ -76,9 +76,9 @@ def message(**options):
 
 def test_too_few_samples_are_an_error_before_the_first_one():
     tail = "but the dataset has `48` in all, and a global batch takes `8`"
-    assert message(consumed=40, samples=16) == f"`16` samples are wanted after the first `40`, {tail}"
-    assert message(consumed=48) == f"`8` samples are wanted after the first `48`, {tail}"
-    assert message(samples=4) == f"`4` samples are wanted after the first `0`, {tail}"
+    assert message(consumed=40, samples=16) == f"`16` samples are needed after the first `40`, {tail}"
+    assert message(consumed=48) == f"`8` samples are needed after the first `48`, {tail}"
+    assert message(samples=4) == f"`4` samples are needed after the first `0`, {tail}"
     sizes = "the global batch size `6` is not divisible by the micro batch size `2` times `2` data-parallel ranks"
     assert message(global_batch_size=6) == sizes
 

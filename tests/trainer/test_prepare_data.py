@@ -94,7 +94,7 @@ def test_bytes_are_those_of_megatron_core_over_one_document_after_the_other(kind
 
 
 def test_bytes_do_not_depend_on_workers(texts, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.data.prepare._PIECE", 500)
+    monkeypatch.setattr("trainer.data.prepare._BATCH_BYTES", 500)
     sources = [as_jsonl(tmp_path / "one", texts), as_text(tmp_path / "two", texts[:9]), as_parquet(tmp_path / "three", texts)]
     for workers in (1, 2):
         prepare(sources, tmp_path / str(workers), tokenizer=trained, workers=workers, append_eod=False)
@@ -152,7 +152,7 @@ def test_a_folder_that_datasets_saved_is_read_like_a_file(tmp_path):
     rows.save_to_disk(tmp_path / "saved", num_shards=2)
     prepare([tmp_path / "saved"], tmp_path / "out", tokenizer="byte")
     assert pair(tmp_path / "out") == naively(tmp_path / "naive", texts, "byte")
-    assert refused(tmp_path, "saved", prefix="x", key="n") == "column `n` of `T/saved` is no text: it is int64"
+    assert refused(tmp_path, "saved", prefix="x", key="n") == "column `n` of `T/saved` is not text: its type is int64"
     DatasetDict(test=rows, train=rows).save_to_disk(tmp_path / "two")
     assert refused(tmp_path, "two", prefix="x") == "`T/two` has several splits: `test`, `train`"
     DatasetDict(train=rows).save_to_disk(tmp_path / "one")
@@ -161,16 +161,16 @@ def test_a_folder_that_datasets_saved_is_read_like_a_file(tmp_path):
 
 
 def test_a_data_set_of_the_hub_is_named_as_elsewhere(tmp_path):
-    with pytest.raises(UserError, match=r"`hf://org/name` is not a data set on the Hub"):
+    with pytest.raises(UserError, match=r"`hf://org/name` is not a dataset URL of the Hub"):
         run("hf://org/name", tmp_path / "out", "--tokenizer", "byte")
 
 
 LINES = {
     b'{"text": "a" "b"}': " cannot be read: it is not JSON: the fault is at line 1, column 14",
     b'{"body": 1, "id": 2}': " has no key `text`: it has `body`, `id`",
-    b"[1]": " cannot be read: it is no JSON object: it is [1]",
-    b'{"text": 3}': ": `text` is no text but a int",
-    b'{"text": "\\ud800"}': ": `text` holds half a surrogate pair, which is no text",
+    b"[1]": " cannot be read: it is not a JSON object: it is [1]",
+    b'{"text": 3}': ": `text` is not text: it is a int",
+    b'{"text": "\\ud800"}': ": `text` contains an unpaired surrogate, which is not valid text",
     b'{"text": "\xff"}': " cannot be read: it is not UTF-8: byte 10 is not UTF-8",
 }
 
@@ -182,10 +182,10 @@ def test_a_bad_line_is_named_and_nothing_is_left(line, tmp_path):
 
 
 def test_of_several_bad_lines_the_first_is_named_whatever_the_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.data.prepare._PIECE", 1)
+    monkeypatch.setattr("trainer.data.prepare._BATCH_BYTES", 1)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n[1]\n[2]\n{}\n')
     said = {refused(tmp_path, "a.jsonl", workers=workers) for workers in (1, 2)}
-    assert said == {"`T/a.jsonl`, line 2 cannot be read: it is no JSON object: it is [1]"}
+    assert said == {"`T/a.jsonl`, line 2 cannot be read: it is not a JSON object: it is [1]"}
 
 
 def test_bad_files_are_named(tmp_path, monkeypatch):
@@ -195,18 +195,18 @@ def test_bad_files_are_named(tmp_path, monkeypatch):
     (tmp_path / "latin.txt").write_bytes(b"gr\xfc\xdfe")
     (tmp_path / "nothing.txt").write_text("")
     pq.write_table(pa.table({"n": [1], "text": pa.array([None], pa.string())}), tmp_path / "null.parquet")
-    assert refused(tmp_path, "a.csv") == "`T/a.csv` is of no kind that documents are read from"
-    assert refused(tmp_path, "empty") == "`T/empty` holds no file that documents are read from"
+    assert refused(tmp_path, "a.csv") == "`T/a.csv` is not a supported document file"
+    assert refused(tmp_path, "empty") == "`T/empty` has no supported document files"
     assert refused(tmp_path, "none.txt") == "`T/none.txt` does not exist"
     assert refused(tmp_path, "bad.parquet").startswith("`T/bad.parquet` is not readable as parquet")
-    assert refused(tmp_path, "null.parquet") == "`T/null.parquet`, row 1 holds no text: it is null"
-    assert refused(tmp_path, "null.parquet", key="n") == "column `n` of `T/null.parquet` is no text: it is int64"
+    assert refused(tmp_path, "null.parquet") == "`T/null.parquet`, row 1 has no text: `text` is null"
+    assert refused(tmp_path, "null.parquet", key="n") == "column `n` of `T/null.parquet` is not text: its type is int64"
     assert refused(tmp_path, "null.parquet", key="x") == "`T/null.parquet` has no column `x`: it has `n`, `text`"
-    assert refused(tmp_path, "latin.txt") == "`T/latin.txt` is not text in UTF-8: byte 2 is not UTF-8"
-    assert refused(tmp_path, "nothing.txt") == "the inputs hold no text at all"
-    assert refused(tmp_path, "a.csv", prefix="out.bin") == "`T/out.bin` is a file's name, not a prefix"
-    monkeypatch.setattr("trainer.data.records.LONGEST", 2)
-    assert refused(tmp_path, "latin.txt") == "`T/latin.txt` is longer than 2 bytes, the most for one document"
+    assert refused(tmp_path, "latin.txt") == "`T/latin.txt` is not UTF-8 text: byte 2 is not UTF-8"
+    assert refused(tmp_path, "nothing.txt") == "the inputs have no text"
+    assert refused(tmp_path, "a.csv", prefix="out.bin") == "`T/out.bin` is a file name, not a prefix"
+    monkeypatch.setattr("trainer.data.records.MAX_RECORD_BYTES", 2)
+    assert refused(tmp_path, "latin.txt") == "`T/latin.txt` is longer than 2 bytes, the limit for one document"
 
 
 def test_existing_output_is_refused_and_survives_a_failed_overwrite(tmp_path):
@@ -229,7 +229,7 @@ def test_overwriting_takes_data_of_megatrons_and_nothing_else(tmp_path, index):
     if index:
         (tmp_path / "out.idx").write_bytes(index)
     said = refused(tmp_path, "a.txt", overwrite=True)
-    assert said == "`T/out.bin` has no index of Megatron's in `T/out.idx`, so `--overwrite` does not replace it"
+    assert said == "`T/out.idx` is not a Megatron index, so `--overwrite` does not replace `T/out.bin`"
     assert (tmp_path / "out.bin").read_bytes() == b"months of work"
 
 
@@ -241,7 +241,7 @@ def test_what_another_wrote_there_meanwhile_stays(tmp_path, overwrite):
         prepare([tmp_path / f"{text}.txt"], tmp_path / text, tokenizer="byte")
     if overwrite:
         copy_pair(tmp_path / "a", tmp_path / "out")
-    with pytest.raises(TransientError, match="appeared or changed while it was being made"):
+    with pytest.raises(TransientError, match="appeared or changed while it was being written"):
         prepare(
             [tmp_path / "a.txt"], tmp_path / "out", tokenizer="byte", overwrite=overwrite,
             reporter=Reporter(progress=lambda _count: copy_pair(tmp_path / "b", tmp_path / "out")),

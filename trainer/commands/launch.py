@@ -69,13 +69,13 @@ def _check(recipe: str, overrides: tuple[str, ...], *, ranks: int) -> RunConfig:
     from trainer.checkpoints import resume_point  # noqa: PLC0415 - seconds to import
     from trainer.commands.arguments import read_run  # noqa: PLC0415
     from trainer.config import FinetuningDatasetConfig  # noqa: PLC0415
-    from trainer.data.chat.splits import check_named  # noqa: PLC0415
+    from trainer.data.chat.splits import check_sources  # noqa: PLC0415
     from trainer.settings.resolve import resolve  # noqa: PLC0415
 
     config = read_run(recipe, overrides=overrides)
     resume_point.find(resolve(config, world_size=ranks, device="gpu").config.checkpoint)
     if isinstance(config.dataset, FinetuningDatasetConfig):
-        check_named(config.dataset)
+        check_sources(config.dataset)
     return config
 
 

@@ -13,7 +13,7 @@ from formats.home import expanded
 from trainer.commands.arguments import is_override, read_run
 
 if TYPE_CHECKING:
-    from trainer.data.chat.build import Packed
+    from trainer.data.chat.build import PackedSplit
 
 
 @click.command(
@@ -38,27 +38,32 @@ def command(words: tuple[str, ...], *, config_file: str | None, as_json: bool, q
     from trainer.settings.defaults import apply_choices  # noqa: PLC0415
     from trainer.settings.resolve import padded_examples  # noqa: PLC0415
 
-    recipe, out, overrides = _apart(words)
+    recipe, out, overrides = _split_words(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
     apply_choices(config, padded_examples(config))
-    done = build.pack(config.dataset, out, tokenizer=build.needed(tokenizer_of_run(config)), vocab_size=config.model.vocab_size)
+    packed = build.pack(
+        config.dataset, out, tokenizer=build.require_tokenizer(tokenizer_of_run(config)), vocab_size=config.model.vocab_size
+    )
     if as_json:
-        click.echo(json.dumps([asdict(one) for one in done]))
+        click.echo(json.dumps([asdict(split) for split in packed]))
     elif not quiet:
-        for line in _lines(done):
+        for line in _lines(packed):
             click.echo(line, err=True)
         click.echo(f"done: {out}", err=True)
 
 
-def _apart(words: tuple[str, ...]) -> tuple[str | None, Path, list[str]]:
-    """The recipe, where OUT goes, and overrides, which have a `=` or begin as overrides do."""
+def _split_words(words: tuple[str, ...]) -> tuple[str | None, Path, list[str]]:
+    """Return the recipe, the folder OUT, and the overrides, which have a `=` or begin with an override's prefix."""
     names = [word for word in words if not is_override(word)]
     if not 0 < len(names) < 3:
-        raise click.UsageError(f"a recipe and a folder to make are expected, not {len(names)} words")
+        raise click.UsageError(f"expected a recipe and the folder to create, not {len(names)} words")
     return names[0] if len(names) == 2 else None, Path(expanded(names[-1])), [word for word in words if word not in names]
 
 
-def _lines(done: list[Packed]) -> list[str]:
-    said = dict.fromkeys(line for one in done for line in (one.said, *one.reasons))
-    rows = [f"{one.split}: {one.examples:,} examples in {one.rows:,} rows, {100 * one.filled:.1f} % filled" for one in done]
-    return [*said, *rows]
+def _lines(packed: list[PackedSplit]) -> list[str]:
+    sources = dict.fromkeys(line for split in packed for line in (split.said, *split.reasons))
+    rows = (
+        f"{split.split}: {split.examples:,} examples in {split.rows:,} rows, {100 * split.filled:.1f} % filled"
+        for split in packed
+    )
+    return [*sources, *rows]

@@ -15,7 +15,7 @@ from trainer.commands.arguments import read_run, recipe_and_overrides, run_argum
 
 if TYPE_CHECKING:
     from trainer.config import FinetuningDatasetConfig
-    from trainer.data.chat.splits import Part
+    from trainer.data.chat.splits import Subset
     from trainer.tokenizers import Tokenizer
 
 _SPLITS = ("train", "validation", "test")
@@ -50,31 +50,33 @@ def command(
     recipe, overrides = recipe_and_overrides(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
     config.dataset.skip_bad |= skip_bad
-    found = splits.parts(config.dataset).of(split)
-    if not found:
+    subsets = splits.find_subsets(config.dataset).of(split)
+    if not subsets:
         raise UserError(f"there are no examples for {split}", hint=f"set `dataset.{split}_path`, or its share in `dataset.split`")
-    tokenizer = build.needed(tokenizer_of_run(config))
-    for part in found:
-        _show(part, config.dataset, tokenizer, shown=shown, limit=limit, separator="|" if separate else "")
+    tokenizer = build.require_tokenizer(tokenizer_of_run(config))
+    for subset in subsets:
+        _show(subset, config.dataset, tokenizer, shown=shown, limit=limit, separator="|" if separate else "")
 
 
-def _show(part: Part, config: FinetuningDatasetConfig, tokenizer: Tokenizer, *, shown: int, limit: int, separator: str) -> None:
+def _show(
+    subset: Subset, config: FinetuningDatasetConfig, tokenizer: Tokenizer, *, shown: int, limit: int, separator: str
+) -> None:
     from trainer.data.chat.examples import Counts, read_examples  # noqa: PLC0415
-    from trainer.data.chat.preview import example_text, filling, histogram  # noqa: PLC0415
+    from trainer.data.chat.preview import example_text, fill_line, histogram  # noqa: PLC0415
 
-    counts, lengths, mark = Counts(), [], _mark()
-    for example in islice(read_examples(part.source, tokenizer, config, counts=counts), limit):
+    counts, lengths, highlight = Counts(), [], _highlight()
+    for example in islice(read_examples(subset.source, tokenizer, config, counts=counts), limit):
         lengths.append(len(example.tokens))
         if len(lengths) <= shown:
-            click.echo(f"# {example.place}: {len(example.tokens):,} tokens, {int(example.trained.sum()):,} trained on")
-            click.echo(example_text(example, tokenizer, mark=mark, separator=separator) + "\n", color=True)
+            click.echo(f"# {example.location}: {len(example.tokens):,} tokens, {int(example.trained.sum()):,} trained on")
+            click.echo(example_text(example, tokenizer, highlight=highlight, separator=separator) + "\n", color=True)
     click.echo(f"the first {counts}" if len(lengths) == limit else f"{counts}")
-    for line in (*counts.reasons(), filling(lengths, config.sequence_length), "tokens per example:", *histogram(lengths)):
+    for line in (*counts.reasons(), fill_line(lengths, config.sequence_length), "tokens per example:", *histogram(lengths)):
         click.echo(line)
 
 
-def _mark() -> Any:
-    """How what is learned is shown."""
+def _highlight() -> Any:
+    """Return the function that highlights learned text: in color, or in brackets where there are no colors."""
     from trainer.data.chat.preview import brackets  # noqa: PLC0415
 
     plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()

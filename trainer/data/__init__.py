@@ -41,6 +41,11 @@ def build(config: Any, *, tokenizer: Tokenizer | None, vocab_size: int, samples:
 
     A split is None if its number in `samples` is 0, or if it has no share of the data. Every rank calls this. Raises UserError
     if the data cannot give that many.
+
+    >>> from trainer.config import DatasetConfig
+    >>> train, _, _ = build(DatasetConfig(sequence_length=4), tokenizer=None, vocab_size=10, samples=(1, 0, 0))  # mock data
+    >>> {name: list(tensor.shape) for name, tensor in train[0].items()}
+    {'tokens': [4], 'labels': [4], 'loss_mask': [4], 'position_ids': [4]}
     """
     if hasattr(config, "build"):
         return config.build(tokenizer, vocab_size, samples)

@@ -1,6 +1,6 @@
-"""Several streams of samples as one, in fixed proportions, as megatron-core mixes them.
+"""Mix several streams of samples into one, in fixed proportions, in megatron-core's order.
 
-megatron-core takes each sample from the dataset that is furthest behind its share, so a longer blend begins with the shorter one.
+megatron-core takes each sample from the stream that is furthest behind its weight, so a longer blend begins with a shorter one.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from trainer.data.interface import SampleStream
 
 
 class Blend(Dataset):
-    """`samples` samples of `sources`, which give as many as their `weights` say."""
+    """`samples` samples from `sources`, in proportion to `weights`."""
 
     def __init__(self, sources: Sequence[SampleStream], weights: list[float], *, samples: int, folder: Path) -> None:
         self._sources, self._weights, self.samples, self._folder = sources, normalize(weights), samples, folder
         self.summary: tuple[str, ...] = ()
-        """What to tell of it before the first step."""
+        """Lines to print before the first step."""
 
         self._indices: cache.Arrays | None = None
-        which, _ = self._mapped()
-        for source, count in zip(sources, np.bincount(which, minlength=len(sources)).tolist(), strict=True):
+        source_of, _ = self._index_arrays()
+        for source, count in zip(sources, np.bincount(source_of, minlength=len(sources)).tolist(), strict=True):
             source.take(count)
 
     def fingerprint(self) -> str:
-        """A hash of what it reads: see `trainer.data.consistency`."""
-        which, _ = self._mapped()
-        return consistency.fingerprint(which[:1024], *(source.fingerprint().encode() for source in self._sources))
+        """Return a hash of the data; `trainer.data.consistency` compares it among ranks."""
+        source_of, _ = self._index_arrays()
+        return consistency.fingerprint(source_of[:1024], *(source.fingerprint().encode() for source in self._sources))
 
     def __len__(self) -> int:
         return self.samples
@@ -45,21 +45,22 @@ class Blend(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.samples:
             raise IndexError(index)
-        which, position = self._mapped()
-        return self._sources[which[index]][position[index]]
+        source_of, position = self._index_arrays()
+        return self._sources[source_of[index]][position[index]]
 
-    def _mapped(self) -> cache.Arrays:
+    def _index_arrays(self) -> cache.Arrays:
+        """Return, for each sample, its source (int16 [samples]) and its number in that source (int64 [samples])."""
         if self._indices is None:
-            said = json.dumps(["blend", self._weights, self.samples])
-            name = hashlib.sha256(said.encode()).hexdigest()[:32]
-            self._indices = cache.kept(self._folder, name, self.samples, self._made)
+            key = json.dumps(["blend", self._weights, self.samples])
+            name = hashlib.sha256(key.encode()).hexdigest()[:32]
+            self._indices = cache.cached_arrays(self._folder, name, self.samples, self._build_index_arrays)
         return self._indices
 
-    def _made(self) -> cache.Arrays:
-        """Which source each sample comes from, and which sample of that source it is."""
-        which, position = np.zeros(self.samples, np.int16), np.zeros(self.samples, np.int64)
-        helpers.build_blending_indices(which, position, self._weights, len(self._weights), self.samples, False)
-        return which, position
+    def _build_index_arrays(self) -> cache.Arrays:
+        source_of, position = np.zeros(self.samples, np.int16), np.zeros(self.samples, np.int64)
+        helpers.build_blending_indices(source_of, position, self._weights, len(self._weights), self.samples, False)
+        return source_of, position
 
     def __getstate__(self) -> dict[str, Any]:
+        """Leave out the mapped indices, which pickle would copy; the receiving process maps them itself."""
         return {**self.__dict__, "_indices": None}

@@ -1,7 +1,7 @@
-"""Index arrays that are made once and mapped by every process of a node.
+"""Cache files that are made once and mapped by every process of a node.
 
-Knows files and ranks, not what the arrays say. Whoever finds nothing makes the arrays and renames a whole folder into place, so
-several makers at once do no harm: they make the same.
+A folder is written under a temporary name and renamed when it is complete. Several processes may write the same folder at once:
+all write the same contents, and the first to rename wins.
 """
 
 from __future__ import annotations
@@ -22,26 +22,28 @@ from formats.errors import UserError
 
 type Arrays = tuple[np.ndarray, ...]
 
-SMALL = 2**20
-"""Entries below which arrays are made again in every process, in some milliseconds, instead of kept in files."""
+MIN_CACHED_ENTRIES = 2**20
+"""Entries below which arrays are computed in every process, in a few milliseconds, and not cached."""
 
 
-def kept(folder: Path, name: str, entries: int, make: Callable[[], Arrays]) -> Arrays:
-    """What `make` returns: from `folder / name` if it is there, else put there first. Small arrays are never put there."""
-    if entries < SMALL:
+def cached_arrays(folder: Path, name: str, entries: int, make: Callable[[], Arrays]) -> Arrays:
+    """Return the arrays of `make`, memory-mapped from `folder / name`; they are written first if the folder is missing. With
+    fewer
+    than `MIN_CACHED_ENTRIES` entries, call `make` and write nothing. Raises UserError if the folder cannot be written."""
+    if entries < MIN_CACHED_ENTRIES:
         return make()
-    whole = folder / name
-    if not whole.is_dir():
+    target = folder / name
+    if not target.is_dir():
         try:
-            put(whole, partial(_save, make()))
+            write_folder(target, partial(_save, make()))
         except OSError as error:
             raise cannot_write(folder, "indices", error) from error
-    files = sorted(whole.glob("*.npy"))
+    files = sorted(target.glob("*.npy"))
     return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in files)
 
 
 def cannot_write(folder: Path, what: str, error: OSError) -> UserError:
-    """What to say of a cache that nothing can be put into."""
+    """Return the error for a cache folder that cannot be written."""
     return UserError(
         f"cannot write {what} to `{folder}`: {error.strerror}",
         hint="set `dataset.path_to_cache` to a folder that can be written",
@@ -56,56 +58,57 @@ def _save(arrays: Arrays, folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def put(whole: Path, write: Callable[[Path], None]) -> bool:
-    """A folder that `write` fills, at `whole` once it is whole; one that is there already stays, and the answer is False."""
-    unfinished = whole.with_name(f"{whole.name}.partial-{secrets.token_hex(4)}")
+def write_folder(target: Path, write: Callable[[Path], None]) -> bool:
+    """Create the folder `target` atomically: `write` fills a temporary folder, which is then renamed. Return False if another
+    process created `target` first; its contents stay."""
+    unfinished = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
     unfinished.mkdir(parents=True)
     try:
         write(unfinished)
-        with contextlib.suppress(OSError):  # another was faster
-            unfinished.rename(whole)
-        if not whole.is_dir():
-            unfinished.rename(whole)
+        with contextlib.suppress(OSError):  # another process was faster
+            unfinished.rename(target)
+        if not target.is_dir():
+            unfinished.rename(target)
         return not unfinished.exists()
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def in_turn[T](make: Callable[[], T]) -> T:
-    """`make()` on rank 0, then on the first rank of each node, then on the others.
+def first_rank_first[T](make: Callable[[], T]) -> T:
+    """Call `make()` on rank 0, then on the first rank of each node, then on the other ranks; return this rank's result.
 
-    Each finds the files of those before it; a node that does not share rank 0's folder makes its own. What a person has to
-    correct on one rank is a UserError on all of them. Others wait as long as it takes: tokens of many examples take longer than
-    any message. Without torch.distributed, just `make()`.
+    Later ranks find the files of earlier ones; a node that does not share rank 0's folder writes its own. A UserError on one
+    rank is raised on all. The group's timeout is seven days, since tokenizing many examples takes longer than any collective.
+    Without torch.distributed, this is `make()`.
     """
-    from torch import distributed  # noqa: PLC0415 - slow to import, as what follows
+    from torch import distributed  # noqa: PLC0415 - slow to import, like the next
 
     if not (distributed.is_available() and distributed.is_initialized()):
         return make()
     from trainer.device import local_rank  # noqa: PLC0415
 
     local = local_rank(os.environ)
-    mine = 0 if distributed.get_rank() == 0 else 1 if local == 0 else 2
-    made: list[T] = []
+    own_turn = 0 if distributed.get_rank() == 0 else 1 if local == 0 else 2
+    results: list[T] = []
     group = distributed.new_group(backend="gloo", timeout=timedelta(days=7))
     for turn in range(3):
-        _together(made, make if turn == mine else None, group)
+        _share_errors(results, make if turn == own_turn else None, group)
     distributed.destroy_process_group(group)
-    return made[0]
+    return results[0]
 
 
-def _together[T](made: list[T], make: Callable[[], T] | None, group: Any) -> None:
-    """Some ranks make something, the others wait for them, and all raise what one of them found wrong."""
+def _share_errors[T](results: list[T], make: Callable[[], T] | None, group: Any) -> None:
+    """Call `make` if it is given and append its result; wait for all ranks, and raise the first UserError of any of them."""
     from torch import distributed  # noqa: PLC0415
 
-    wrong: list[UserError | None] = [None] * distributed.get_world_size()
-    here = None
+    errors: list[UserError | None] = [None] * distributed.get_world_size()
+    local_error = None
     try:
         if make is not None:
-            made.append(make())
+            results.append(make())
     except UserError as error:
-        here = error
-    distributed.all_gather_object(wrong, here, group=group)
-    for error in wrong:
+        local_error = error
+    distributed.all_gather_object(errors, local_error, group=group)
+    for error in errors:
         if error is not None:
             raise error

@@ -60,7 +60,7 @@ def datasets(
     evaluated = (1 if iterations is None else iterations) * batch
     samples = (consumed_samples + to_come, evaluated, evaluated)
     training, *held_out = data.build(dataset, tokenizer=tokenizer, vocab_size=vocab_size, samples=samples)
-    consistency.check((training, *held_out), tokenizer)
+    consistency.check_ranks((training, *held_out), tokenizer)
     return training, *(_each_once(found, iterations, batch) for found in held_out)
 
 
@@ -68,7 +68,7 @@ def _each_once(held_out: Any, iterations: int | None, global_batch_size: int) ->
     """Limit held-out data, or each of several sets, to one epoch."""
     if isinstance(held_out, dict):
         return {name: _each_once(dataset, iterations, global_batch_size) for name, dataset in held_out.items()}
-    return one_epoch.once(held_out, iterations=iterations, global_batch_size=global_batch_size)
+    return one_epoch.limit_to_one_epoch(held_out, iterations=iterations, global_batch_size=global_batch_size)
 
 
 def steps_of_epochs(dataset: Any, *, train: TrainingConfig, vocab_size: int, tokenizer: Tokenizer | None) -> int:
@@ -91,7 +91,7 @@ def steps_of_epochs(dataset: Any, *, train: TrainingConfig, vocab_size: int, tok
 
 def eval_iterations(held_out: Any, *, train: TrainingConfig, validation: ValidationConfig) -> int:
     """Return how many global batches one evaluation of a held-out dataset takes."""
-    if isinstance(held_out, one_epoch.Once):
+    if isinstance(held_out, one_epoch.OneEpoch):
         return len(held_out) // train.global_batch_size
     return validation.eval_iters or 0
 

@@ -1,8 +1,9 @@
-"""From a dataset to one rank's microbatches. Knows how samples are dealt to ranks, and nothing of what they hold.
+"""Load the microbatches of one data-parallel rank from a dataset.
 
-A global batch is `global_batch_size` samples in a row. Its first microbatches are its first `micro_batch_size` × `size` samples,
-`micro_batch_size` in a row for each rank, and so on: Megatron-LM's order. So a batch depends on the number of its first sample
-alone, and a run that goes on with other batch sizes or more ranks goes on exactly where it was.
+A global batch is `global_batch_size` consecutive samples. Its first microbatches are its first `micro_batch_size` × `size`
+samples,
+`micro_batch_size` consecutive ones for each rank, and so on: Megatron-LM's order. A batch therefore depends only on the number of
+its first sample, and a run resumes at the same sample with another batch size or number of ranks.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from trainer.signals import blocked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Microbatches:
-    """Sample numbers of one rank's microbatches, from sample `consumed` on, over `steps` global batches."""
+class MicrobatchSampler:
+    """The sample numbers of one rank's microbatches: `steps` global batches from sample `consumed` on."""
 
     consumed: int
     steps: int
@@ -55,11 +56,11 @@ def batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Generator[dict[str, torch.Tensor]]:
-    """Microbatches of data-parallel rank `rank` of `size`, each a dict of tensors `[micro_batch_size, sequence_length]`.
+    """Yield the microbatches of data-parallel rank `rank` of `size`: dicts of tensors [micro_batch_size, sequence_length].
 
-    They are samples `consumed` to `consumed + samples`, and then end; by default as many whole global batches as the dataset
-    still has. A dataset with fewer samples is an error now, not on the way: nothing wraps. `num_workers` processes read ahead;
-    they end when the generator is closed, or with this process.
+    They cover samples `consumed` to `consumed + samples`; by default all whole global batches that are left. Raises UserError at
+    the call if the dataset has fewer samples. `num_workers` processes read ahead; they end when the generator is closed, or with
+    this process.
     """
     stride = micro_batch_size * size
     if global_batch_size % stride:
@@ -68,15 +69,15 @@ def batches(
             f"`{size}` data-parallel ranks",
             hint=f"choose a multiple of {stride}",
         )
-    there = max(len(dataset) - consumed, 0)
-    wanted = there - there % global_batch_size if samples is None else samples
-    if wanted > there or not wanted or wanted % global_batch_size:
+    available = max(len(dataset) - consumed, 0)
+    wanted = available - available % global_batch_size if samples is None else samples
+    if wanted > available or not wanted or wanted % global_batch_size:
         raise UserError(
-            f"`{wanted or global_batch_size}` samples are wanted after the first `{consumed}`, but the dataset has "
+            f"`{wanted or global_batch_size}` samples are needed after the first `{consumed}`, but the dataset has "
             f"`{len(dataset)}` in all, and a global batch takes `{global_batch_size}`",
             hint="use more data, or ask for whole global batches that the data can give",
         )
-    order = Microbatches(
+    order = MicrobatchSampler(
         consumed=consumed,
         steps=wanted // global_batch_size,
         micro_batch_size=micro_batch_size,
@@ -84,28 +85,30 @@ def batches(
         rank=rank,
         size=size,
     )
-    return _read(
-        DataLoader(dataset, batch_sampler=order, pin_memory=pin_memory, generator=torch.Generator(), **_processes(num_workers))
-    )
+    options = _worker_options(num_workers)
+    return _read(DataLoader(dataset, batch_sampler=order, pin_memory=pin_memory, generator=torch.Generator(), **options))
 
 
-def _processes(num_workers: int) -> dict[str, Any]:
-    """Not `fork`: this process has threads of CUDA, NCCL and loggers, whose locks would be copied as they are. A fork server
-    imports the heavy libraries once for all workers, and never touches a GPU."""
+def _worker_options(num_workers: int) -> dict[str, Any]:
+    """Return the DataLoader's options for its workers.
+
+    They are not forked from this process: its threads (CUDA, NCCL, loggers) may hold locks. A fork server imports the heavy
+    libraries once for all workers and uses no GPU.
+    """
     if not num_workers:
         return {"num_workers": 0}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.warnings_filter", "trainer.data.splits", "trainer.data.loader"])
-    return {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _begin}
+    return {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _init_worker}
 
 
-def _begin(_number: int) -> None:
+def _init_worker(_number: int) -> None:
     parent_watchdog.end_with_parent()
-    # A worker is no rank, and megatron-core need not say so.
+    # megatron-core warns that a worker has no rank.
     warnings.filterwarnings("ignore", "Could not determine rank", UserWarning)
 
 
 def _read(loader: DataLoader) -> Generator[dict[str, torch.Tensor]]:
     with blocked():
-        reading = iter(loader)
-    yield from reading
+        microbatches = iter(loader)
+    yield from microbatches

@@ -1,6 +1,6 @@
-"""Tokens out of nothing, for trying things out and measuring speed.
+"""Mock data for trial runs and benchmarks.
 
-Not megatron-core's MockGPTDataset: its tokens ignore the seed, and its order depends on how many samples are asked for.
+megatron-core's MockGPTDataset does not fit: its tokens ignore the seed, and its order depends on the number of samples.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mock(Dataset):
-    """Sequences that count from a random token in steps of a random size below 8: a model can learn them."""
+    """Sequences that count from a random token with a random step from 1 to 7, modulo the vocabulary, so that a loss falls."""
 
     samples: int
     sequence_length: int

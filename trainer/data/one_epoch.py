@@ -1,6 +1,4 @@
-"""Held-out data of which each sample is evaluated once: where they do not fill the last global batch, samples of which nothing
-counts do. Knows how long an epoch is, and nothing of what samples hold.
-"""
+"""Limit an evaluation to one epoch: each sample counts once, and samples with a zero loss mask fill the last global batch."""
 
 from __future__ import annotations
 
@@ -12,14 +10,14 @@ from torch.utils.data import Dataset
 from formats.errors import UserError
 
 
-class Once(Dataset):
-    """The first `samples` of a dataset, and then as many without a token that counts as fill whole global batches."""
+class OneEpoch(Dataset):
+    """The first `samples` samples of a dataset, padded to whole global batches with samples whose loss mask is zero."""
 
     def __init__(self, dataset: Any, *, samples: int, global_batch_size: int) -> None:
-        self.dataset, self.samples, self._batch = dataset, samples, global_batch_size
+        self.dataset, self.samples, self._global_batch_size = dataset, samples, global_batch_size
 
     def __len__(self) -> int:
-        return -(-self.samples // self._batch) * self._batch
+        return -(-self.samples // self._global_batch_size) * self._global_batch_size
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if index < self.samples:
@@ -28,14 +26,14 @@ class Once(Dataset):
         return {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])}
 
     def beginnings(self, count: int) -> Any:
-        """What the dataset's first samples begin with, where it says that."""
+        """Return the prompts of the first samples if the dataset has `beginnings`, else an empty list."""
         return getattr(self.dataset, "beginnings", lambda _: [])(count)
 
 
-def once(dataset: Any, *, iterations: int | None, global_batch_size: int) -> Any:
-    """`dataset` for evaluations of `iterations` global batches, or of one epoch where that is shorter, or `iterations` is None.
+def limit_to_one_epoch(dataset: Any, *, iterations: int | None, global_batch_size: int) -> Any:
+    """Return `dataset` limited to `iterations` global batches or one epoch, whichever is shorter; None means one epoch.
 
-    One that does not say how long its epoch is, such as a blend, stays as it is. UserError where None needs to know.
+    A dataset without `per_epoch`, such as a blend, is returned unchanged; UserError if `iterations` is None then.
     """
     epoch = getattr(dataset, "per_epoch", None)
     if dataset is None or (epoch is None and iterations is not None):
@@ -48,4 +46,4 @@ def once(dataset: Any, *, iterations: int | None, global_batch_size: int) -> Any
     samples = epoch if iterations is None else min(epoch, iterations * global_batch_size)
     if hasattr(dataset, "take"):
         dataset.take(samples)
-    return Once(dataset, samples=samples, global_batch_size=global_batch_size)
+    return OneEpoch(dataset, samples=samples, global_batch_size=global_batch_size)

@@ -1,7 +1,7 @@
-"""From documents to the `.bin` and `.idx` files of Megatron-LM, written by megatron-core.
+"""Tokenize documents into the `.bin` and `.idx` files of Megatron-LM, written by megatron-core.
 
-Knows how work is shared among processes without changing a byte of the output, and when the output becomes visible. Memory
-grows with the number of workers and the longest document; and, in megatron-core's writer, by some 100 bytes per document.
+The output does not depend on the number of worker processes, and appears under its name when it is complete. Memory grows with
+the number of workers and the longest document, and by about 100 bytes per document in megatron-core's writer.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from trainer import tokenizers
 from trainer.data import hub, parent_watchdog, readers
 from trainer.data.records import Record
 
-_MAGIC = b"MMIDIDX\x00\x00"  # an index of Megatron's begins so
-_PIECE = 2**20  # bytes of documents that a process gets at a time: small against memory, large against the cost of sending
+_MAGIC = b"MMIDIDX\x00\x00"  # the first bytes of an `.idx`
+_BATCH_BYTES = 2**20  # bytes of documents per task: small against memory, large against the cost of pickling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What was made."""
+    """The figures of a finished run."""
 
     prefix: str
     documents: int
     empty: int
-    """Documents without a token, left out."""
+    """Documents without a token; these are left out."""
 
     tokens: int
     dtype: str
@@ -54,12 +54,13 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """The documents of a piece, one after the other."""
+    """The tokens of a batch of documents, concatenated."""
 
     numbers: np.ndarray
     lengths: list[int]
     empty: int
     size: int
+    """Bytes read."""
 
 
 def prepare(
@@ -73,22 +74,22 @@ def prepare(
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Summary:
-    """Tokenize all documents of `inputs` into `prefix`.bin and `prefix`.idx, in order.
+    """Tokenize all documents of `inputs` into `prefix`.bin and `prefix`.idx, in order, and return the figures.
 
-    The bytes do not depend on `workers`. Raises UserError, and leaves nothing, if an input is unreadable or the output exists.
+    The bytes do not depend on `workers`. Raises UserError, and leaves no files, if an input is unreadable or the output exists.
     """
     from megatron.core.datasets.indexed_dataset import DType  # noqa: PLC0415 - brings torch
 
     reporter, started = reporter or Reporter(), time.monotonic()
     prefix = Path(expanded(prefix))
     before = _check_target(prefix, overwrite=overwrite)
-    paths = readers.files([hub.local(expanded(one), None) for one in inputs])
+    paths = readers.list_inputs([hub.local_path(expanded(source), None) for source in inputs])
     dtype = DType.optimal_dtype(tokenizers.load(tokenizer).vocab_size)
-    reporter.start(sum(map(readers.size, paths)))
+    reporter.start(sum(map(readers.input_size, paths)))
     work = partial(_tokenize, key=key, append_eod=append_eod, dtype=np.dtype(dtype).name)
     totals = dict.fromkeys(("documents", "empty", "tokens"), 0)
-    with _output(prefix, dtype, before) as builder, _processes(tokenizer, workers) as submit:
-        for tokens in _in_order(submit, work, _pieces(readers.read(paths, key=key)), ahead=2 * workers):
+    with _output(prefix, dtype, before) as builder, _worker_pool(tokenizer, workers) as submit:
+        for tokens in _in_order(submit, work, _batches(readers.read_documents(paths, key=key)), ahead=2 * workers):
             _write(builder, tokens, totals)
             reporter.progress(tokens.size)
     seconds = time.monotonic() - started
@@ -96,8 +97,8 @@ def prepare(
         prefix=str(prefix),
         **totals,
         dtype=np.dtype(dtype).name,
-        input_bytes=sum(map(readers.size, paths)),
-        output_bytes=sum(path.stat().st_size for path in _pair(prefix)),
+        input_bytes=sum(map(readers.input_size, paths)),
+        output_bytes=sum(path.stat().st_size for path in _bin_and_idx(prefix)),
         seconds=seconds,
         tokens_per_second=totals["tokens"] / seconds,
     )
@@ -113,112 +114,113 @@ def _write(builder: Any, tokens: _Tokens, totals: dict[str, int]) -> None:
     totals["empty"] += tokens.empty
 
 
-def _pieces(found: Iterable[Record]) -> Iterator[list[Record]]:
-    piece, size = [], 0
-    for raw in found:
-        piece.append(raw)
-        size += raw.size
-        if size >= _PIECE:
-            yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece
+def _batches(documents: Iterable[Record]) -> Iterator[list[Record]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += document.size
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-# What runs in the worker processes. They import neither torch nor megatron-core.
+# The functions of the worker processes, which import neither torch nor megatron-core.
 
-_tokenizer: tokenizers.Tokenizer | None = None  # one per process: it cannot be sent
+_tokenizer: tokenizers.Tokenizer | None = None  # one per process: it cannot be pickled
 
 
-def _begin(name: str) -> None:
+def _load_tokenizer(name: str) -> None:
     global _tokenizer  # noqa: PLW0603
     _tokenizer = tokenizers.load(name)
 
 
-def _begin_process(name: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+def _init_worker(name: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent_watchdog.end_with_parent()
-    _begin(name)
+    _load_tokenizer(name)
 
 
-def _tokenize(piece: list[Record], *, key: str, append_eod: bool, dtype: str) -> _Tokens:
+def _tokenize(batch: list[Record], *, key: str, append_eod: bool, dtype: str) -> _Tokens:
     assert _tokenizer is not None
     parts, empty = [], 0
-    for raw in piece:
-        numbers = _tokenizer.encode(readers.text(raw, key=key))
+    for document in batch:
+        numbers = _tokenizer.encode(readers.document_text(document, key=key))
         empty += not numbers
         if numbers:
             parts.append(np.array(numbers + [_tokenizer.eod] * append_eod, dtype=dtype))
     joined = np.concatenate(parts) if parts else np.empty(0, dtype)
-    return _Tokens(joined, [len(part) for part in parts], empty, sum(raw.size for raw in piece))
+    return _Tokens(joined, [len(part) for part in parts], empty, sum(document.size for document in batch))
 
 
 type _Submit = Callable[..., Future[_Tokens]]
 
 
 @contextmanager
-def _processes(tokenizer: str, workers: int) -> Generator[_Submit]:
-    """A function that starts work: in `workers` processes, or here and now if it is one."""
+def _worker_pool(tokenizer: str, workers: int) -> Generator[_Submit]:
+    """Yield a function that submits work to `workers` processes, or runs it in this process if `workers` is 1."""
     if workers == 1:
-        _begin(tokenizer)
-        yield _now
+        _load_tokenizer(tokenizer)
+        yield _run_inline
         return
-    # Not `fork`: this process has torch's threads. A pool starts its processes as work comes in.
+    # Not `fork`: torch's threads may hold locks. A pool starts its processes as work is submitted.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_process, initargs=(tokenizer,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(tokenizer,))
     try:
         yield pool.submit
     except BrokenProcessPool:
         raise TransientError(
-            "a worker process ended unexpectedly", hint="if memory ran out, use fewer `--workers`; the kernel's log tells"
+            "a worker process ended unexpectedly", hint="if memory ran out (see the kernel's log), use fewer `--workers`"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _now(work: Callable[..., _Tokens], piece: list[Record]) -> Future[_Tokens]:
-    done: Future[_Tokens] = Future()
-    done.set_result(work(piece))
-    return done
+def _run_inline(work: Callable[..., _Tokens], batch: list[Record]) -> Future[_Tokens]:
+    future: Future[_Tokens] = Future()
+    future.set_result(work(batch))
+    return future
 
 
-def _in_order(submit: _Submit, work: Callable[..., _Tokens], pieces: Iterable[list[Record]], *, ahead: int) -> Iterator[_Tokens]:
-    """Results in the order of the pieces. No more than `ahead` pieces are read before they are needed."""
-    waiting: deque[Future[_Tokens]] = deque()
-    for piece in pieces:
-        waiting.append(submit(work, piece))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+def _in_order(submit: _Submit, work: Callable[..., _Tokens], batches: Iterable[list[Record]], *, ahead: int) -> Iterator[_Tokens]:
+    """Yield results in the order of the batches; at most `ahead` batches are submitted and not yet yielded."""
+    pending: deque[Future[_Tokens]] = deque()
+    for batch in batches:
+        pending.append(submit(work, batch))
+        if len(pending) >= ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
-def _pair(prefix: Path) -> tuple[Path, Path]:
+def _bin_and_idx(prefix: Path) -> tuple[Path, Path]:
     return prefix.with_name(f"{prefix.name}.bin"), prefix.with_name(f"{prefix.name}.idx")
 
 
-type _Standing = list[tuple[int, int, int] | None]
-"""What tells whether the files of a pair are what they were; None for one that is not there."""
+type _FileStats = list[tuple[int, int, int] | None]
+"""The inode, size and modification time of each file of a pair, to see whether it changed; None for a missing file."""
 
 
-def _standing(prefix: Path) -> _Standing:
-    statuses = [path.stat() if path.exists() else None for path in _pair(prefix)]
+def _file_stats(prefix: Path) -> _FileStats:
+    statuses = [path.stat() if path.exists() else None for path in _bin_and_idx(prefix)]
     return [status and (status.st_ino, status.st_size, status.st_mtime_ns) for status in statuses]
 
 
-def _check_target(prefix: Path, *, overwrite: bool) -> _Standing:
-    """What stands at a prefix. Raises UserError unless that is nothing, or Megatron's and may be replaced."""
+def _check_target(prefix: Path, *, overwrite: bool) -> _FileStats:
+    """Return the stats of existing files at a prefix. Raises UserError if there are any, unless they are Megatron's and
+    `overwrite`."""
     if prefix.suffix in (".bin", ".idx"):
-        raise UserError(f"`{prefix}` is a file's name, not a prefix", hint=f"give `{prefix.with_suffix('')}`")
-    there = [path for path in _pair(prefix) if path.exists()]
-    if there and not overwrite:
-        raise UserError(f"`{there[0]}` already exists", hint="choose another prefix, or replace it with `--overwrite`")
-    if there and not _is_index(_pair(prefix)[1]):
+        raise UserError(f"`{prefix}` is a file name, not a prefix", hint=f"give `{prefix.with_suffix('')}`")
+    existing = [path for path in _bin_and_idx(prefix) if path.exists()]
+    if existing and not overwrite:
+        raise UserError(f"`{existing[0]}` already exists", hint="choose another prefix, or replace it with `--overwrite`")
+    if existing and not _is_index(_bin_and_idx(prefix)[1]):
         raise UserError(
-            f"`{there[0]}` has no index of Megatron's in `{_pair(prefix)[1]}`, so `--overwrite` does not replace it",
+            f"`{_bin_and_idx(prefix)[1]}` is not a Megatron index, so `--overwrite` does not replace `{existing[0]}`",
             hint="choose another prefix, or remove it yourself",
         )
-    return _standing(prefix)
+    return _file_stats(prefix)
 
 
 def _is_index(path: Path) -> bool:
@@ -229,35 +231,38 @@ def _is_index(path: Path) -> bool:
 
 
 @contextmanager
-def _output(prefix: Path, dtype: Any, before: _Standing) -> Generator[Any]:
-    """A builder whose files get their names when all went well. Until then there is nothing to read at `prefix`, or what was
-    there `before`; TransientError if something else is there by then."""
+def _output(prefix: Path, dtype: Any, before: _FileStats) -> Generator[Any]:
+    """Yield a builder that writes temporary files; rename them to `prefix` at the end. Raises TransientError if the files at
+    `prefix` are no longer those of `before`."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: PLC0415 - brings torch
 
-    hidden = _pair(prefix.with_name(f"{prefix.name}.partial-{secrets.token_hex(4)}"))
+    hidden = _bin_and_idx(prefix.with_name(f"{prefix.name}.partial-{secrets.token_hex(4)}"))
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         builder = IndexedDatasetBuilder(str(hidden[0]), dtype)
         with contextlib.closing(builder.data_file):
             yield builder
         if not builder.sequence_lengths:
-            raise UserError("the inputs hold no text at all", hint="nothing was written")
+            raise UserError("the inputs have no text", hint="nothing was written")
         builder.finalize(str(hidden[1]))
-        if _standing(prefix) != before:
-            raise TransientError(f"`{prefix}` appeared or changed while it was being made", hint="look at it, then run it again")
-        _reveal(hidden, _pair(prefix))
+        if _file_stats(prefix) != before:
+            raise TransientError(
+                f"`{prefix}` appeared or changed while it was being written",
+                hint="check which program wrote it, then run this again",
+            )
+        _publish(hidden, _bin_and_idx(prefix))
     except OSError as error:
-        raise UserError(f"cannot write `{prefix}`: {error.strerror}", hint="nothing readable was left there") from error
+        raise UserError(f"cannot write `{prefix}`: {error.strerror}", hint="no partial output was left") from error
     finally:
         for path in hidden:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
 
-def _reveal(hidden: tuple[Path, Path], named: tuple[Path, Path]) -> None:
+def _publish(hidden: tuple[Path, Path], named: tuple[Path, Path]) -> None:
     for path in hidden:
         sync(path)
-    named[1].unlink(missing_ok=True)  # an old index must never stand beside new data
+    named[1].unlink(missing_ok=True)  # an old index must never be beside new data
     for path, name in zip(hidden, named, strict=True):
         path.replace(name)
     sync(named[0].parent)

@@ -1,6 +1,6 @@
-"""Documents, one text each, in text files, JSON-lines files and parquet files.
+"""Read documents, one text each, from text files, JSON lines, parquet and folders saved by `datasets`.
 
-Knows which files hold documents, and which part of a record is the text. Knows nothing of tokens.
+Finds the files among the inputs, and the text in each record. Tokenizing is `prepare`'s.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from formats.disk import user_errors
 from formats.errors import UserError, is_text
 from formats.faults import fault
 from trainer.data import records, text_files
-from trainer.data.records import Record, UnusableError, names
+from trainer.data.records import Record, UnusableError, list_some
 
 TEXT = (".txt", ".md", ".py")
 """Files that are one document each."""
@@ -25,89 +25,90 @@ _SUFFIXES = (*TEXT, ".jsonl", ".parquet")
 _DOCUMENT = "document"
 
 
-def files(inputs: Iterable[Path]) -> list[Path]:
-    """The files to read, in order; of a folder all of a supported kind below it, by name, hidden ones left out. A folder that
-    `datasets` saved counts as one file."""
-    found = [path for one in inputs for path in (_below(one) if one.is_dir() else [one])]
-    for path in found:
+def list_inputs(inputs: Iterable[Path]) -> list[Path]:
+    """Return the files to read, in order. Folders are replaced by their supported files, sorted by name, without hidden ones; a
+    folder saved by `datasets` counts as one file. Raises UserError for a missing or unsupported file."""
+    paths = [path for given in inputs for path in (_list_folder(given) if given.is_dir() else [given])]
+    for path in paths:
         if not path.exists():
             raise UserError(f"`{path}` does not exist", hint=f"inputs are folders or files: {KINDS}")
-        if path.suffix not in _SUFFIXES and not records.is_saved(path):
+        if path.suffix not in _SUFFIXES and not records.is_saved_dataset(path):
             raise UserError(
-                f"`{path}` is of no kind that documents are read from",
-                hint=f"{records.way_in(path)}inputs are folders or files: {KINDS}",
+                f"`{path}` is not a supported document file",
+                hint=f"{records.format_hint(path)}inputs are folders or files: {KINDS}",
             )
-    return found
+    return paths
 
 
-def _below(folder: Path) -> list[Path]:
-    if records.is_saved(folder):
+def _list_folder(folder: Path) -> list[Path]:
+    if records.is_saved_dataset(folder):
         return [folder]
-    if (folder / records.MANY).is_file():
-        splits = sorted(path.name for path in folder.iterdir() if records.is_saved(path))
+    if records.is_dataset_dict(folder):
+        splits = sorted(records.dataset_dict_splits(folder))
         if len(splits) == 1:
             return [folder / splits[0]]
-        one = "train" if "train" in splits else "SPLIT"
-        raise UserError(f"`{folder}` has several splits: {names(splits)}", hint=f"name one: `{folder / one}`")
-    found = records.below(folder, _SUFFIXES)
-    if not found:
-        raise UserError(f"`{folder}` holds no file that documents are read from", hint=f"supported are {KINDS}")
-    return found
+        example = "train" if "train" in splits else "SPLIT"
+        raise UserError(f"`{folder}` has several splits: {list_some(splits)}", hint=f"name one: `{folder / example}`")
+    paths = records.list_files(folder, _SUFFIXES)
+    if not paths:
+        raise UserError(f"`{folder}` has no supported document files", hint=f"supported are {KINDS}")
+    return paths
 
 
-def size(path: Path) -> int:
-    """Bytes of a file, or of a folder that counts as one."""
-    return sum(one.stat().st_size for one in (records.files_of_saved(path) if path.is_dir() else [path]))
+def input_size(path: Path) -> int:
+    """Return the bytes of a file, or of a folder saved by `datasets`."""
+    return sum(file.stat().st_size for file in (records.saved_dataset_files(path) if path.is_dir() else [path]))
 
 
-def read(paths: Iterable[Path], *, key: str) -> Iterator[Record]:
-    """All documents of the files, in order, as they lie there; of tables the column `key` alone."""
+def read_documents(paths: Iterable[Path], *, key: str) -> Iterator[Record]:
+    """Yield the documents of the files as records, in order. Of tables only the column `key` is read."""
     for path in paths:
         with user_errors(path):
-            if path.is_dir():
-                yield from records.saved(path, key)
-            elif path.suffix == ".jsonl":
-                yield from records.lines(path, what=_DOCUMENT)
-            elif path.suffix == ".parquet":
-                yield from records.rows(path, key)
+            if path.suffix in TEXT and not path.is_dir():
+                yield _read_text_file(path)
             else:
-                yield _whole(path)
+                yield from records.read_records(path, what=_DOCUMENT, column=key)
 
 
-def _whole(path: Path) -> Record:
+def _read_text_file(path: Path) -> Record:
     size = path.stat().st_size
-    if size > records.LONGEST:
+    if size > records.MAX_RECORD_BYTES:
         hint = "cut it into files of one document each, or make it .jsonl with a document per line"
-        raise records.too_long(f"`{path}`", _DOCUMENT, hint)
+        raise records.record_too_long(f"`{path}`", _DOCUMENT, hint)
     data = path.read_bytes()
     text_files.check_encoding(path, data[:64])
-    return Record(path, None, data.removeprefix(text_files.UTF8_MARK), size)
+    return Record(path, None, data.removeprefix(text_files.UTF8_BOM), size)
 
 
-def text(record: Record, *, key: str) -> str:
-    """The document's text, under `key` where the record has names; UserError says where it is and why it is none."""
+def document_text(record: Record, *, key: str) -> str:
+    """Return the text of a document: the whole file, or the value of `key`. Raises UserError, with the location, if there is no
+    text."""
     if isinstance(record.data, bytes) and record.number is None:
         try:
             return record.data.decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{record.place} is not text in UTF-8: {fault(error)}", hint="convert it to UTF-8") from error
+            raise UserError(f"{record.location} is not UTF-8 text: {fault(error)}", hint="convert it to UTF-8") from error
     try:
-        found = record.fields()
+        fields = record.fields()
     except UnusableError as error:
-        raise UserError(f"{record.place} cannot be read: {error}", hint=f'lines look like {{"{key}": "…"}}, in UTF-8') from error
-    if isinstance(record.data, dict) and key not in found:
-        raise UserError(f"{record.place} holds no text: it is null", hint="remove such rows")
-    return _member(record, found, key)
+        hint = f'lines look like {{"{key}": "…"}}, in UTF-8'
+        raise UserError(f"{record.location} cannot be read: {error}", hint=hint) from error
+    if isinstance(record.data, dict) and key not in fields:
+        raise UserError(f"{record.location} has no text: `{key}` is null", hint="remove such rows")
+    return _text_field(record, fields, key)
 
 
-def _member(record: Record, found: dict[str, object], key: str) -> str:
-    if key not in found:
-        raise UserError(f"{record.place} has no key `{key}`: it has {names(found)}", hint="name the right one with `--json-key`")
-    value = found[key]
+def _text_field(record: Record, fields: dict[str, object], key: str) -> str:
+    if key not in fields:
+        hint = "name the right one with `--json-key`"
+        raise UserError(f"{record.location} has no key `{key}`: it has {list_some(fields)}", hint=hint)
+    value = fields[key]
     if not isinstance(value, str):
-        raise UserError(f"{record.place}: `{key}` is no text but a {type(value).__name__}", hint="name another with `--json-key`")
+        hint = "name another with `--json-key`"
+        raise UserError(f"{record.location}: `{key}` is not text: it is a {type(value).__name__}", hint=hint)
     if not is_text(value):
         raise UserError(
-            f"{record.place}: `{key}` holds half a surrogate pair, which is no text", hint="remove or repair the line"
+            f"{record.location}: `{key}` contains an unpaired surrogate, which is not valid text",
+            hint="remove or repair the line",
         )
     return value

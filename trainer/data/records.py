@@ -1,7 +1,7 @@
-"""Records as they lie in files: lines of JSON, rows of tables, whole files of text, one after the other, never a file of many.
+"""Read records from files: lines of JSON, rows of parquet, rows of a saved `datasets` folder, or whole text files.
 
-Knows where a record is and what makes a file unreadable. Knows nothing of what records mean: `documents` takes one text from
-each, `chat.sources` an example.
+Files are streamed; none is read as a whole. What a record means is for the caller: `readers` takes one text from each,
+`chat.examples` one example.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from formats.errors import UserError, format_untrusted
 from formats.faults import fault
 from trainer.data import text_files
 
-LONGEST = 256 * 2**20
-"""Bytes of one record. A tokenizer needs some fifty times as much memory for it."""
+MAX_RECORD_BYTES = 256 * 2**20
+"""Bytes of one record. A tokenizer needs about fifty times as much memory for it."""
 
-MANY = "dataset_dict.json"  # what a DatasetDict leaves in its folder
-_ONE, _STATE = "dataset_info.json", "state.json"  # and a Dataset in its own
+_DATASET_DICT_FILE = "dataset_dict.json"  # in a folder written by `DatasetDict.save_to_disk`
+_DATASET_FILES = ("dataset_info.json", "state.json")  # in a folder written by `Dataset.save_to_disk`
 
-_ROWS = 256  # of a table at a time: some MB of usual texts
+_ROWS_PER_BATCH = 256  # of a table: a few MB of typical texts
 
 
 class UnusableError(Exception):
-    """Why a record cannot be used. `reason` is the same for all of its kind; `detail` says what this one has."""
+    """An example cannot be used. `reason` is counted, so it is the same for all of its kind; `detail` is about this example."""
 
     def __init__(self, reason: str, detail: str = "", *, hint: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -35,63 +35,73 @@ class UnusableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record as it lies in a file."""
+    """One record and its position in a file."""
 
     path: Path
     number: int | None
-    """Line or row, from 1; None where the file is the record."""
+    """Line or row, from 1; None if the file is the record."""
 
     data: bytes | dict[str, Any]
-    """A line or a file; of a table, a row's values by the names of their columns."""
+    """The bytes of a line or a file; for a table, the values of the row by column name."""
 
     size: int = 0
-    """Bytes of the file that were read for it."""
+    """Bytes that were read from the file for this record; an average for tables."""
 
     @property
-    def place(self) -> str:
-        """For a message: where this record is."""
+    def location(self) -> str:
+        """Return the file, and the line or row, for a message."""
         unit = "line" if isinstance(self.data, bytes) else "row"
         return f"`{self.path}`" if self.number is None else f"`{self.path}`, {unit} {self.number}"
 
     def fields(self) -> dict[str, Any]:
-        """What the record holds by name; UnusableError for a line that is no JSON object.
+        """Return the values by name. Raises UnusableError if a line is not a JSON object.
 
-        Rows of a table all have the same fields, at every depth: those that are null were not there when it was made.
+        Rows of a table all have the same fields at every depth, so null means that the field was absent; such fields are dropped.
         """
         if isinstance(self.data, dict):
             return _without_nulls(self.data)
         try:
-            found = json.loads(self.data)
+            value = json.loads(self.data)
         except UnicodeDecodeError as error:
             raise UnusableError("it is not UTF-8", fault(error)) from error
         except (ValueError, RecursionError) as error:
             raise UnusableError("it is not JSON", fault(error)) from error
-        if not isinstance(found, dict):
-            raise UnusableError("it is no JSON object", f"it is {format_untrusted(found)}")
-        return found
+        if not isinstance(value, dict):
+            raise UnusableError("it is not a JSON object", f"it is {format_untrusted(value)}")
+        return value
 
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+        return {name: _without_nulls(member) for name, member in value.items() if member is not None}
+    return [_without_nulls(member) for member in value] if isinstance(value, list) else value
 
 
-def lines(path: Path, *, what: str) -> Iterator[Record]:
-    """The lines of a file that are not blank, in order. `what` is in a line, for messages."""
+def read_records(path: Path, *, what: str, column: str | None = None) -> Iterator[Record]:
+    """Yield the records of a .jsonl file, a .parquet file or a folder saved by `datasets`, in order.
+
+    `what` names a record in messages. If `column` is given, only that column of a table is read; it must be text. Raises
+    UserError if the file cannot be read.
+    """
+    if path.is_dir():
+        return _read_saved_dataset(path, column)
+    return _read_table(path, column) if path.suffix == ".parquet" else _read_lines(path, what=what)
+
+
+def _read_lines(path: Path, *, what: str) -> Iterator[Record]:
+    """Yield the lines of a file, without blank ones."""
     with text_files.open_lines(path, what=what) as file:
         number = 0
-        while line := file.readline(LONGEST + 1):
+        while line := file.readline(MAX_RECORD_BYTES + 1):
             number += 1
-            if len(line) > LONGEST:
-                raise too_long(f"`{path}`, line {number}", what, f"a .jsonl file holds one {what} per line")
+            if len(line) > MAX_RECORD_BYTES:
+                raise record_too_long(f"`{path}`, line {number}", what, f"a .jsonl file holds one {what} per line")
             if not line.isspace():
                 yield Record(path, number, line, len(line))
 
 
-def rows(path: Path, column: str | None = None) -> Iterator[Record]:
-    """The rows of a parquet file, in order; with `column` that one alone, which must be text."""
-    import pyarrow as pa  # noqa: PLC0415 - only those with such files need it
+def _read_table(path: Path, column: str | None) -> Iterator[Record]:
+    import pyarrow as pa  # noqa: PLC0415 - needed for such files only
     import pyarrow.parquet as pq  # noqa: PLC0415
 
     try:
@@ -102,41 +112,57 @@ def rows(path: Path, column: str | None = None) -> Iterator[Record]:
         if column is not None:
             _check_text(path, file.schema_arrow, column)
         number, share = 0, path.stat().st_size // max(file.metadata.num_rows, 1)
-        for batch in file.iter_batches(batch_size=_ROWS, columns=None if column is None else [column]):
+        for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=None if column is None else [column]):
             for row in batch.to_pylist():
                 number += 1
                 yield Record(path, number, row, share)
 
 
-def saved(folder: Path, column: str | None = None) -> Iterator[Record]:
-    """The rows of a folder that a Dataset of Hugging Face `datasets` was saved to; with `column` that one alone."""
-    datasets = needed(f"`{folder}` was saved by Hugging Face `datasets`")
+def _read_saved_dataset(folder: Path, column: str | None) -> Iterator[Record]:
+    datasets = import_datasets(f"`{folder}` was saved by Hugging Face `datasets`")
     try:
-        found = datasets.load_from_disk(str(folder)).with_format(None)
+        dataset = datasets.load_from_disk(str(folder)).with_format(None)
     except Exception as error:  # any of many kinds, from several libraries
         raise UserError(f"`{folder}` is not readable as a folder of `datasets`: {fault(error)}", hint="save it again") from error
     if column is not None:
-        _check_text(folder, found.features.arrow_schema, column)
-        found = found.select_columns([column])
-    share = sum(path.stat().st_size for path in files_of_saved(folder)) // max(len(found), 1)
-    for number, row in enumerate(found, 1):
+        _check_text(folder, dataset.features.arrow_schema, column)
+        dataset = dataset.select_columns([column])
+    share = sum(path.stat().st_size for path in saved_dataset_files(folder)) // max(len(dataset), 1)
+    for number, row in enumerate(dataset, 1):
         yield Record(folder, number, row, share)
 
 
-def is_saved(folder: Path) -> bool:
-    """Was one Dataset saved to that folder?"""
-    return (folder / _ONE).is_file() and (folder / _STATE).is_file()
+def is_saved_dataset(folder: Path) -> bool:
+    """Return whether `Dataset.save_to_disk` wrote this folder."""
+    return all((folder / name).is_file() for name in _DATASET_FILES)
 
 
-def files_of_saved(folder: Path) -> list[Path]:
-    """The files that its rows depend on."""
-    return [*sorted(folder.glob("*.arrow")), folder / _STATE]
+def saved_dataset_files(folder: Path) -> list[Path]:
+    """Return the files that the rows of a saved dataset depend on."""
+    return [*sorted(folder.glob("*.arrow")), folder / _DATASET_FILES[1]]
 
 
-def needed(why: str) -> Any:
-    """The package `datasets`. UserError, which begins with `why`, where it is not installed."""
+def is_dataset_dict(folder: Path) -> bool:
+    """Return whether `DatasetDict.save_to_disk` wrote this folder."""
+    return (folder / _DATASET_DICT_FILE).is_file()
+
+
+def dataset_dict_splits(folder: Path) -> list[str]:
+    """Return the names of the splits of a saved DatasetDict. Raises UserError if a listed split is missing."""
+    path = folder / _DATASET_DICT_FILE
     try:
-        import datasets  # noqa: PLC0415 - only those with such data need it
+        splits = json.loads(path.read_bytes())["splits"]
+    except (OSError, ValueError, KeyError, TypeError):
+        splits = None
+    if not isinstance(splits, list) or not all(isinstance(name, str) and is_saved_dataset(folder / name) for name in splits):
+        raise UserError(f"`{path}` does not list the splits in its folder", hint="save the DatasetDict again")
+    return splits
+
+
+def import_datasets(why: str) -> Any:
+    """Return the package `datasets`. Raises UserError, which begins with `why`, if it is not installed."""
+    try:
+        import datasets  # noqa: PLC0415 - needed for such data only
     except ImportError:
         raise UserError(
             f"{why}, which is not installed", hint="pip install 'mbtools[datasets]', or save the data as .parquet"
@@ -148,26 +174,26 @@ def _check_text(path: Path, schema: Any, column: str) -> None:
     import pyarrow as pa  # noqa: PLC0415
 
     if column not in schema.names:
-        raise UserError(f"`{path}` has no column `{column}`: it has {names(schema.names)}", hint="name one with `--json-key`")
+        raise UserError(f"`{path}` has no column `{column}`: it has {list_some(schema.names)}", hint="name one with `--json-key`")
     kind = schema.field(column).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(f"column `{column}` of `{path}` is no text: it is {kind}", hint="name another with `--json-key`")
+        raise UserError(f"column `{column}` of `{path}` is not text: its type is {kind}", hint="name another with `--json-key`")
 
 
-def too_long(place: str, what: str, hint: str) -> UserError:
-    """A record that does not fit."""
-    return UserError(f"{place} is longer than {LONGEST} bytes, the most for one {what}", hint=hint)
+def record_too_long(location: str, what: str, hint: str) -> UserError:
+    """Return the error for a record above `MAX_RECORD_BYTES`."""
+    return UserError(f"{location} is longer than {MAX_RECORD_BYTES} bytes, the limit for one {what}", hint=hint)
 
 
-def below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The files of those kinds below a folder, by name; hidden ones are left out."""
-    inside = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix in suffixes)
-    shown_ones = (path for path in inside if not any(part.startswith(".") for part in path.parts))
-    return [folder / path for path in sorted(shown_ones) if (folder / path).is_file()]
+def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Return the files with one of the suffixes in a folder and its subfolders, sorted by name, without hidden ones."""
+    relative = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix in suffixes)
+    visible = (path for path in relative if not any(part.startswith(".") for part in path.parts))
+    return [folder / path for path in sorted(visible) if (folder / path).is_file()]
 
 
-def way_in(path: Path) -> str:
-    """What would make a file of another kind one that is read, for the beginning of a hint."""
+def format_hint(path: Path) -> str:
+    """Return the beginning of a hint: how to turn an unsupported file into a supported one."""
     if path.suffix in (".gz", ".bz2", ".xz", ".zst", ".zip"):
         return "unpack it first; "
     if path.suffix in (".json", ".ndjson", ".jsonlines"):
@@ -175,7 +201,7 @@ def way_in(path: Path) -> str:
     return ""
 
 
-def names(them: Iterable[str]) -> str:
-    """The first few, for a message."""
-    listed = [f"`{name}`" for name in them]
-    return ", ".join(listed[:8]) + (", …" if len(listed) > 8 else "") if listed else "none"
+def list_some(names: Iterable[str]) -> str:
+    """Return the first eight names, quoted, for a message."""
+    quoted = [f"`{name}`" for name in names]
+    return ", ".join(quoted[:8]) + (", …" if len(quoted) > 8 else "") if quoted else "none"

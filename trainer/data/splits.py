@@ -1,4 +1,4 @@
-"""From `DatasetConfig` to the datasets for training, validation and test."""
+"""Build the train, validation and test datasets of a `DatasetConfig`: blends of `.bin`/`.idx` pairs, or mock data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from formats.errors import UserError
 from trainer.config import DatasetConfig
 from trainer.data import cache
 from trainer.data.blend import Blend
-from trainer.data.epochs import Epochs, TooFewError
+from trainer.data.epochs import Epochs, TooFewSamplesError
 from trainer.data.interface import HeldOut, Splits
 from trainer.data.mock import Mock
 from trainer.tokenizers import Tokenizer
@@ -26,12 +26,12 @@ _EVALUATION = {Split.valid: "validation", Split.test: "final test"}
 
 
 def build(config: DatasetConfig, *, tokenizer: Tokenizer | None, vocab_size: int, samples: tuple[int, int, int]) -> Splits:
-    """See `trainer.data.build`. Samples beyond one epoch are those of further epochs, in another order."""
+    """Return the datasets as `trainer.data.build` does. Samples beyond one epoch repeat the data in another order."""
     _check(config, tokenizer)
     blends, shares = _blends(config), _shares(config)
     eod = None if tokenizer is None else tokenizer.eod
 
-    def one(split: Split) -> Any:
+    def open_split(split: Split) -> Any:
         number = split.value
         if not samples[number]:
             return None
@@ -40,31 +40,31 @@ def build(config: DatasetConfig, *, tokenizer: Tokenizer | None, vocab_size: int
             return Mock(samples=samples[number], sequence_length=length, vocab_size=vocab_size, seed=seed, split=number)
         blend, share = blends[number], shares[number]
         if not blend or share is None:
-            return _nothing(split, config)
+            return _no_documents(split, config)
         try:
-            return _stream(blend, config, samples[number], split=split, share=share, eod=eod, vocab_size=vocab_size)
-        except TooFewError as error:
+            return _open_blend(blend, config, samples[number], split=split, share=share, eod=eod, vocab_size=vocab_size)
+        except TooFewSamplesError as error:
             return _without(split, config, error)
 
-    return cache.in_turn(lambda: (one(Split.train), one(Split.valid), one(Split.test)))
+    return cache.first_rank_first(lambda: (open_split(Split.train), open_split(Split.valid), open_split(Split.test)))
 
 
-def _nothing(split: Split, config: DatasetConfig) -> None:
-    """Leaving out validation or test is a choice; leaving out training is none."""
+def _no_documents(split: Split, config: DatasetConfig) -> None:
+    """Return None for validation or test. Raises UserError for training."""
     if split is Split.train:
         field = "dataset.blend_per_split" if config.blend_per_split else "dataset.split"
         raise UserError(f"`{field}` leaves nothing to train on", hint="its first entry is for training")
 
 
-def _without(split: Split, config: DatasetConfig, error: TooFewError) -> None:
-    """Shares that nobody chose may leave little data without validation or test: that is told, and no error."""
+def _without(split: Split, config: DatasetConfig, error: TooFewSamplesError) -> None:
+    """Print a note and return None if the default shares leave too little for validation or test; else raise the error."""
     if split is Split.train or config.blend_per_split or config.split != DatasetConfig.split:
         raise error
     if not dist.is_initialized() or dist.get_rank() == 0:
         click.echo(f"note: there is no {_EVALUATION[split]}: {error.args[0]}", err=True)
 
 
-def _stream(blend: list[Any], config: DatasetConfig, samples: int, **of: Any) -> HeldOut:
+def _open_blend(blend: list[Any], config: DatasetConfig, samples: int, **of: Any) -> HeldOut:
     prefixes, weights = _weighted(blend)
     sources = [Epochs(prefix, config, **of) for prefix in prefixes]
     if len(sources) == 1:
@@ -76,26 +76,26 @@ def _stream(blend: list[Any], config: DatasetConfig, samples: int, **of: Any) ->
 
 
 def _weighted(blend: list[Any]) -> tuple[list[str], list[float] | None]:
-    """Prefixes, and their weights if the blend gives any: without, each counts by its samples."""
+    """Return the prefixes, and the weights if the blend has any; without weights, each prefix counts by its samples."""
     prefixes, weights = get_blend_from_list([str(entry) for entry in blend])
     numbers = any(isinstance(entry, (int, float)) for entry in blend)
     if (numbers and weights is None) or any(not 0 < weight < math.inf for weight in weights or ()):
         raise UserError(
             f"`{blend}` is not a blend",
-            hint="it is a list of prefixes, or positive weights and prefixes in turns: `[0.3, a, 0.7, b]`",
+            hint="it is a list of prefixes, or positive weights and prefixes alternating: `[0.3, a, 0.7, b]`",
         )
     return prefixes, weights
 
 
 def _blends(config: DatasetConfig) -> Sequence[list[Any] | None] | None:
-    """For each split its blend; None for mock data."""
+    """Return the blend of each split; None for mock data."""
     if config.blend_per_split:
         return config.blend_per_split
     return [config.blend] * len(Split) if config.blend else None
 
 
 def _shares(config: DatasetConfig) -> list[tuple[float, float] | None]:
-    """For each split its part of the documents, as fractions of their number."""
+    """Return for each split its range of the documents, as fractions."""
     if config.blend_per_split:
         return [_WHOLE] * len(Split)
     return convert_split_vector_to_split_matrix(parse_and_normalize_split(config.split))

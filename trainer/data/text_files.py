@@ -1,6 +1,6 @@
-"""How text files begin, and what that says of them: byte-order marks, compression, and JSON that is not one value per line.
+"""Check the first bytes of text files: byte-order marks, compression, and JSON that is not one value per line.
 
-Knows bytes alone. What a line means is its reader's to know.
+What a line means is for the caller.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import BinaryIO
 
 from formats.errors import UserError
 
-UTF8_MARK = b"\xef\xbb\xbf"
+UTF8_BOM = b"\xef\xbb\xbf"
 _ENCODINGS = {
     b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
 }  # fmt: skip
-"""Byte-order marks; the longer ones first."""
+"""Encodings by byte-order mark; longer marks first."""
 
 _COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip"), b"\xfd7zXZ\x00": ("xz", "unxz"),
@@ -25,7 +25,7 @@ _SHORT = 1 << 16
 
 
 def check_encoding(path: Path, head: bytes) -> None:
-    """UserError where a file that begins with `head` is compressed, or text in another encoding than UTF-8."""
+    """Raise UserError if a file that begins with `head` is compressed or in another encoding than UTF-8."""
     for magic, (name, program) in _COMPRESSED.items():
         if head.startswith(magic):
             raise UserError(f"`{path}` is compressed with {name}", hint=f"unpack it first: `{program} {path}`")
@@ -33,10 +33,10 @@ def check_encoding(path: Path, head: bytes) -> None:
         raise UserError(f"`{path}` is compressed with bzip2", hint=f"unpack it first: `bunzip2 {path}`")
     for mark, name in _ENCODINGS.items():
         if head.startswith(mark):
-            raise _other_encoding(path, name, "as its first bytes say")
+            raise _other_encoding(path, name, "by its byte-order mark")
     pairs = head[:64]
     if len(pairs) >= 4 and (not any(pairs[1::2]) or not any(pairs[::2])):
-        raise _other_encoding(path, "UTF-16", "to judge by the zeros in it")
+        raise _other_encoding(path, "UTF-16", "judging by its zero bytes")
 
 
 def _other_encoding(path: Path, name: str, why: str) -> UserError:
@@ -46,13 +46,14 @@ def _other_encoding(path: Path, name: str, why: str) -> UserError:
 
 
 def open_lines(path: Path, *, what: str) -> BinaryIO:
-    """A file of JSON values, one per line, open behind the byte-order mark that it may begin with. UserError where it is no
-    such file, but one JSON array or an object that takes several lines; `what` is in a line."""
+    """Open a file of JSON values, one per line, and skip a byte-order mark. Raises UserError if it is one JSON array or begins
+    with
+    an object over several lines. `what` names the value of a line in messages."""
     file = path.open("rb")
     try:
         head = file.read(_SHORT)
         check_encoding(path, head)
-        start = len(UTF8_MARK) if head.startswith(UTF8_MARK) else 0
+        start = len(UTF8_BOM) if head.startswith(UTF8_BOM) else 0
         _check_values(path, head[start:], what=what)
         file.seek(start)
     except BaseException:
@@ -64,29 +65,29 @@ def open_lines(path: Path, *, what: str) -> BinaryIO:
 def _check_values(path: Path, head: bytes, *, what: str) -> None:
     text = head.lstrip()
     first, ended, rest = text.partition(b"\n")
-    if text[:1] == b"[" and not _is_a_list_of_plain_values(first):
+    if text[:1] == b"[" and not _is_list_of_scalars(first):
         raise UserError(
             f"`{path}` is one JSON array; a .jsonl file has one {what} per line",
             hint=f"write it so: `jq -c '.[]' {path} > NEW.jsonl`",
         )
-    if text[:1] == b"{" and ended and rest.lstrip()[:1] not in (b"{", b"") and _is_cut_short(first):
+    if text[:1] == b"{" and ended and rest.lstrip()[:1] not in (b"{", b"") and _continues_on_next_line(first):
         raise UserError(
-            f"`{path}` begins with a JSON object that takes several lines; a .jsonl file has one {what} per line",
+            f"`{path}` begins with a JSON object over several lines; a .jsonl file has one {what} per line",
             hint=f"write it so: `jq -c . {path} > NEW.jsonl`",
         )
 
 
-def _is_a_list_of_plain_values(line: bytes) -> bool:
-    """A line that is a list by itself is a bad line in a file of lines, whose number is worth telling."""
+def _is_list_of_scalars(line: bytes) -> bool:
+    """Return whether a line is a list without objects or lists: a bad line in a file of lines, reported later with its number."""
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, list) and not any(isinstance(one, (dict, list)) for one in found) and bool(found)
+    return isinstance(value, list) and not any(isinstance(member, (dict, list)) for member in value) and bool(value)
 
 
-def _is_cut_short(line: bytes) -> bool:
-    """Does what the line begins go on in the next one? Its braces are not closed, and no text in it is left open."""
+def _continues_on_next_line(line: bytes) -> bool:
+    """Return whether the line's JSON value goes on in the next line: brackets are open, and no string is."""
     depth, quoted, escaped = 0, False, False
     for letter in line.decode(errors="replace"):
         if quoted:

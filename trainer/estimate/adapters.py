@@ -13,7 +13,7 @@ from trainer.estimate.shape import Shape
 from trainer.peft.dora import DoRA
 from trainer.peft.fused_layers import part_names
 from trainer.peft.lora import LoRA
-from trainer.peft.targets import wanted
+from trainer.peft.targets import targeted_names
 
 KNOWN = (LoRA, DoRA)
 
@@ -84,7 +84,7 @@ def beside(peft: Any, linear: Linear, *, ranks: int = 1) -> Added | None:
     """
     if not known(peft):
         return None
-    chosen = wanted(linear.name, peft.aliases(linear.name), peft.target_modules, peft.exclude_modules)
+    chosen = targeted_names(linear.name, peft.aliases(linear.name), peft.target_modules, peft.exclude_modules)
     if not chosen:
         return None
     names = part_names(linear.name) if peft.canonical else {}

@@ -17,7 +17,7 @@ import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 
 from trainer import model, rehearsal
-from trainer.peft.attach import attach_without_values, module_names
+from trainer.peft.attach import attach_on_meta, module_names
 from trainer.settings.resolve import WITHOUT_CUDA
 
 
@@ -161,5 +161,5 @@ def _built(built: Any, provider: Any, peft: Any, *, rank: int, world_size: int) 
     with rehearsal.as_rank(rank, world_size, built):
         chunks = model.shapes(built)
         if peft is not None:
-            attach_without_values(chunks, peft)
+            attach_on_meta(chunks, peft)
         return held(chunks, provider)

@@ -1,4 +1,4 @@
-"""Text from a model: `text.generate` works on the chunks of an open session, `checkpoint.run` on a checkpoint.
+"""Text generation: `text.generate` on the model chunks of an open session, `checkpoint.run` on a checkpoint.
 
-Knows nothing of chat templates: a prompt is text, and goes on as it stands.
+Chat templates are not applied: a prompt is plain text that the model continues.
 """

@@ -1,8 +1,8 @@
-"""One pass through a model that keeps keys and values, and a live model lent for such passes.
+"""Run forward passes with a KV cache, and switch a model to inference and back.
 
-The cache is megatron-core's StaticInferenceContext. With a non-empty cache its attention applies no mask, so the first
-pass takes a whole prompt and each later one a single token; rows of different length would need a mask, so there is one
-sequence at a time. Knows no text.
+The cache is megatron-core's StaticInferenceContext. With a non-empty cache its attention applies no mask, so the first pass
+takes the whole prompt and each later pass one token. Rows of different lengths would need a mask, so there is one sequence at a
+time.
 """
 
 from __future__ import annotations
@@ -25,54 +25,56 @@ from trainer.optim import parameters_gathered
 
 
 def new_cache(length: int) -> StaticInferenceContext:
-    """Keys and values of one sequence of at most `length` tokens; each rank holds those of its layers and heads."""
+    """Return an empty KV cache for one sequence of at most `length` tokens; each rank caches its layers and heads."""
     return StaticInferenceContext(max_batch_size=1, max_sequence_length=length)
 
 
 def next_logits(chunks: Sequence[Any], tokens: Sequence[int], cache: StaticInferenceContext) -> torch.Tensor | None:
-    """Logits [vocabulary] of what follows `tokens`, which follow those in the cache; None but on the last stage.
+    """Return the logits [vocabulary] of the token after `tokens`, on the last pipeline stage; None on other stages.
 
-    Stages hand on their output in turn. megatron-core's schedules are not used: the interleaved one needs as many sequences
-    as there are stages.
+    `tokens` are appended to the cache. Stages run in turn. megatron-core's schedules are not used: the interleaved one needs as
+    many sequences as stages.
     """
     inner = unwrap(chunks[-1])
     pipeline = P2PCommunicator(parallel_state.get_pipeline_model_parallel_group(), inner.config)
     shape = (len(tokens), 1, inner.config.hidden_size)
     first = cache.sequence_len_offset
-    here = torch.tensor([tokens], device=device.current())
+    input_ids = torch.tensor([tokens], device=device.current())
     positions = torch.arange(first, first + len(tokens), device=device.current())[None]
     output = None
     for chunk in chunks:
         inner = unwrap(chunk)
         inner.set_input_tensor(pipeline.recv_forward(shape, inner.pre_process))
-        output = chunk(here, positions, None, inference_context=cache, runtime_gather_output=True)
+        output = chunk(input_ids, positions, None, inference_context=cache, runtime_gather_output=True)
         pipeline.send_forward(output, inner.post_process)
         inner.set_input_tensor(None)
     cache.increment_sequence_len_offset(len(tokens))
-    # Rows beyond the vocabulary are padding: how many there are depends on the layout, and none can be chosen.
+    # Rows beyond the vocabulary are padding, whose size depends on the layout; they are cut off.
     return output[0, -1, : inner.config.vocab_size] if inner.post_process else None
 
 
-def agreed(token: int) -> int:
-    """The last rank's token on all ranks: also copies of the model whose sums differ by a rounding go on alike."""
-    told = torch.tensor([token], device=device.current())
-    dist.broadcast(told, src=dist.get_world_size() - 1)
-    return int(told)
+def broadcast_token(token: int) -> int:
+    """Return the last rank's token on all ranks, so that data-parallel ranks continue alike even if their sums are rounded
+    differently."""
+    shared = torch.tensor([token], device=device.current())
+    dist.broadcast(shared, src=dist.get_world_size() - 1)
+    return int(shared)
 
 
 @contextmanager
 def inference_mode(chunks: Sequence[Any]) -> Iterator[None]:
-    """While this is entered the chunks, wrapped or not, generate; afterwards they are as they were. All ranks call this.
+    """Switch the chunks, wrapped or not, to inference; restore them at the end. All ranks call this.
 
-    Parameters are gathered, gradients and dropout off, FP8 and FP4 off because a single token is no multiple of their
-    blocks, and so is sequence parallelism, which would cut it. UserError for what cannot be switched off.
+    Parameters are gathered, and gradients and dropout are off. FP8 and FP4 are off since one token is not a multiple of their
+    block size; sequence parallelism is off since it would split the token. Raises UserError for settings that cannot be switched
+    off.
     """
     _check(unwrap(chunks[0]).config)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(InferenceMode.active())
         stack.enter_context(parameters_gathered([chunk for chunk in chunks if hasattr(chunk, "ddp_config")]))
-        stack.enter_context(_changed(chunks))
+        stack.enter_context(_switched_off(chunks))
         yield
 
 
@@ -94,29 +96,30 @@ _OFF = {
     "fp4": None,
     "input_tensor": None,
 }
-"""Attributes of modules and of their configuration, by what they are while text is generated; the last is what a stage was
-handed on in training.
+"""Attributes of modules and their configs, with their values during generation; `input_tensor` is left from the last training
+step.
 
-Those of sequence parallelism are those of megatron-core's `set_model_to_sequence_parallel`, which sets them all alike afterwards
-and remembers models forever.
+The attributes of sequence parallelism are those of megatron-core's `set_model_to_sequence_parallel`, which is not used because it
+restores all modules to one value and keeps models in memory.
 """
 
 
 @contextmanager
-def _changed(chunks: Sequence[Any]) -> Iterator[None]:
+def _switched_off(chunks: Sequence[Any]) -> Iterator[None]:
     modules = [module for chunk in chunks for module in chunk.modules()]
     configs = {id(config): config for module in modules if (config := getattr(module, "config", None)) is not None}
-    before = [(one, name, vars(one)[name]) for one in (*modules, *configs.values()) for name in _names(one)]
-    for one, name, _ in before:
-        setattr(one, name, _OFF[name])
+    owners = (*modules, *configs.values())
+    before = [(owner, name, vars(owner)[name]) for owner in owners for name in _attributes_to_switch(owner)]
+    for owner, name, _ in before:
+        setattr(owner, name, _OFF[name])
     try:
         yield
     finally:
-        for one, name, value in before:
-            setattr(one, name, value)
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
-def _names(one: Any) -> list[str]:
-    """What must change; Transformer Engine's modules have an `fp8` of their own, which they set anew at each pass."""
-    own = {"fp8", "fp4"} if isinstance(one, torch.nn.Module) else set()
-    return [name for name in _OFF.keys() - own if name in vars(one) and vars(one)[name] is not _OFF[name]]
+def _attributes_to_switch(owner: Any) -> list[str]:
+    """Return the attributes to change. Transformer Engine's modules set their own `fp8` at each pass, so it is left alone."""
+    own = {"fp8", "fp4"} if isinstance(owner, torch.nn.Module) else set()
+    return [name for name in _OFF.keys() - own if name in vars(owner) and vars(owner)[name] is not _OFF[name]]

@@ -1,9 +1,9 @@
-"""Training few parameters beside a model whose own stay as they are.
+"""Parameter-efficient fine-tuning: train a few added parameters beside a frozen model.
 
     from trainer.peft import DoRA, LoRA            # methods
-    from trainer.peft import PEFT, Adapter, adapt  # what one of your own is made of
+    from trainer.peft import PEFT, Adapter, adapt  # to write a method of your own
 
-Names are imported when they are used.
+Modules are imported when a name is first used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trainer.peft.lora import LoRA
     from trainer.peft.peft import PEFT
 
-_WHERE = {
+_MODULES = {
     "PEFT": "peft",
     "LoRA": "lora",
     "DoRA": "dora",
@@ -30,6 +30,6 @@ __all__ = ["PEFT", "Adapter", "DoRA", "LoRA", "adapt", "trainable"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module `{__name__}` has no `{name}`")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,7 +1,7 @@
-"""A linear layer with an adapter beside it: its own parameters and their names stay as they are.
+"""Add an adapter to a linear layer without a wrapper: the layer's parameters keep their names.
 
-The layer becomes of a class that is its own and ours, so that whoever looks for its weight, its bias or its class finds them
-where they were; `adapter` is one more module in it. Knows no method.
+The layer's class is replaced by a subclass of it and `AdaptedLayer`, so code that reads its weight, its bias or its class works
+as before. The adapter is the submodule `adapter`.
 """
 
 from __future__ import annotations
@@ -18,81 +18,85 @@ State = dict[str, Any]
 
 
 class Adapter(torch.nn.Module):
-    """What is trained beside a linear layer. Give it parameters and `forward`.
+    """The trained module of a linear layer. A subclass adds parameters and `forward`.
 
-    A parameter is the same on all tensor-parallel ranks, or divided among them where it has megatron-core's
-    `tensor_model_parallel` and `partition_dim`; two stacked matrices, each divided, have `partition_stride` 2.
+    A parameter is replicated on all tensor-parallel ranks, unless it has megatron-core's attributes `tensor_model_parallel` and
+    `partition_dim`. Two stacked matrices, each of them sharded, have `partition_stride` 2.
     """
 
     group: Any = None
-    """The tensor-parallel ranks; None for those of the run."""
+    """The tensor-parallel group; None for the run's."""
 
     def forward(self, output: torch.Tensor, layer_input: torch.Tensor) -> torch.Tensor:
-        """The layer's new output, from its own and from its input: [sequence, micro batch, features] or [tokens, features].
+        """Return the layer's new output from its own output and its input: [sequence, micro batch, features] or [tokens,
+        features].
 
-        `output` is this rank's, may be written in, and has the bias added where the layer adds it. The input of a layer with
-        a norm in it is what the norm made.
+        `output` is this rank's part, may be overwritten, and includes the bias if the layer adds it. For a layer with a norm in
+        it,
+        `layer_input` is the norm's output.
         """
         raise NotImplementedError
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """First values. The generator is the same wherever the layer lies, at any layout; it makes numbers on the CPU."""
+        """Initialize the parameters. `generator`, on the CPU, is the same for a layer at any parallel layout."""
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> State:
-        """For megatron-core's checkpoints, from the attributes of the parameters."""
+        """Return the ShardedTensors for megatron-core's checkpoints, by the attributes of the parameters."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         group = self.group or parallel_state.get_tensor_model_parallel_group()
         state = self.state_dict(prefix="", keep_vars=True)
-        axes = {name: one.partition_dim for name, one in state.items() if getattr(one, "tensor_model_parallel", False)}
-        places = {"tp_group": group, "dp_cp_group": metadata["dp_cp_group"]}
-        found = make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets, **places)
+        axes = {name: param.partition_dim for name, param in state.items() if getattr(param, "tensor_model_parallel", False)}
+        groups = {"tp_group": group, "dp_cp_group": metadata["dp_cp_group"]}
+        sharded = make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets, **groups)
         for name in axes:
             if state[name].partition_stride == 2:
                 key, singleton = f"{prefix}{name}", metadata.get("singleton_local_shards", False)
-                found[key] = apply_swiglu_sharded_factory(found[key], sharded_offsets, singleton, group)
-        return found
+                sharded[key] = apply_swiglu_sharded_factory(sharded[key], sharded_offsets, singleton, group)
+        return sharded
 
 
 class AdaptedLayer:
-    """What `adapt` adds to a layer's class."""
+    """The mixin that `adapt` adds to a layer's class."""
 
     adapter: Adapter
     _quantized: tuple[Any, bool] = (None, False)
-    """The weight as it was when Transformer Engine last quantized it, and whether that was for a backward pass too."""
+    """The address and version of the weight when Transformer Engine last quantized it, and whether for a backward pass too."""
 
     def forward(self, layer_input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the layer's own: megatron-core's answer output and bias, torch's the output alone."""
+        """Run the layer, then the adapter. Returns what the layer returns: output and bias (megatron-core), or the output
+        (torch)."""
         self._quantize_once()
-        answer = super().forward(layer_input, *args, **kwargs)  # type: ignore[misc]
-        if not isinstance(answer, tuple):
-            return self.adapter(answer, layer_input)
-        output, bias, seen = _taken_apart(answer, layer_input)
-        return self.adapter(output, seen), bias
+        result = super().forward(layer_input, *args, **kwargs)  # type: ignore[misc]
+        if not isinstance(result, tuple):
+            return self.adapter(result, layer_input)
+        output, bias, linear_input = _split_outputs(result, layer_input)
+        return self.adapter(output, linear_input), bias
 
     def _quantize_once(self) -> None:
-        """At each step's first microbatch megatron-core has the weight quantized anew. It is frozen: once is enough.
+        """Skip the quantization of the weight that megatron-core requests at the first microbatch of each step: the weight is
+        frozen.
 
-        Delayed scaling finds its scales in the first steps, and quantizes with others than before.
+        Delayed scaling is not skipped, since its scales change in the first steps.
         """
         weight: Any = self.weight
         delayed = getattr(getattr(self, "config", None), "fp8_recipe", None) == "delayed"
         if not getattr(self, "is_first_microbatch", False) or delayed or weight.requires_grad or is_float8tensor(weight):
             return
-        seen, backward = (weight.data_ptr(), weight._version), torch.is_grad_enabled()
-        if self._quantized in ((seen, True), (seen, backward)):
+        version, backward = (weight.data_ptr(), weight._version), torch.is_grad_enabled()
+        if self._quantized in ((version, True), (version, backward)):
             self.is_first_microbatch = False
         else:
-            self._quantized = (seen, backward)
+            self._quantized = (version, backward)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> State:
-        """The layer's own, and the adapter's under `adapter.`."""
+        """Return the layer's ShardedTensors, and the adapter's under `adapter.`."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
-        ours = f"{prefix}adapter."
-        own = self._own_state(prefix, sharded_offsets, metadata)
-        kept = {name: one for name, one in own.items() if not name.startswith(ours)}
-        return kept | self.adapter.sharded_state_dict(ours, sharded_offsets, metadata)
+        adapter_prefix = f"{prefix}adapter."
+        state = self._layer_state(prefix, sharded_offsets, metadata)
+        layer = {name: tensor for name, tensor in state.items() if not name.startswith(adapter_prefix)}
+        return layer | self.adapter.sharded_state_dict(adapter_prefix, sharded_offsets, metadata)
 
-    def _own_state(self, prefix: str, offsets: Any, metadata: Any) -> State:
+    def _layer_state(self, prefix: str, offsets: Any, metadata: Any) -> State:
         if hasattr(super(), "sharded_state_dict"):
             return super().sharded_state_dict(prefix, offsets, metadata)  # type: ignore[misc]
         group = parallel_state.get_tensor_model_parallel_group()
@@ -102,23 +106,32 @@ class AdaptedLayer:
         )
 
 
-def _taken_apart(answer: tuple[Any, ...], layer_input: torch.Tensor) -> tuple[torch.Tensor, Any, torch.Tensor]:
-    """Output, bias, and what the matrix was multiplied with.
+def _split_outputs(result: tuple[Any, ...], layer_input: torch.Tensor) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """Return output, bias, and the input of the matrix product.
 
-    Transformer Engine's LayerNormLinear appends the norm's output, not gathered along the sequence, to what it answers
-    otherwise; megatron-core's wrapper takes that for one output where no bias is returned.
+    Transformer Engine's LayerNormLinear also returns the norm's output, not gathered along the sequence. If no bias is returned,
+    megatron-core's wrapper takes output and norm output for one value.
     """
-    if len(answer) == 3:
-        return answer
-    first, bias = answer
+    if len(result) == 3:
+        return result
+    first, bias = result
     return (first[0], bias, first[1]) if isinstance(first, tuple) else (first, bias, layer_input)
 
 
 def adapt(module: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
-    """Add an adapter to a linear layer of megatron-core's or torch's; the same module, of another class."""
-    kind = type(module)
+    """Add an adapter to a linear layer of megatron-core or torch, in place, and return the layer.
+
+    The layer keeps its parameters; its class becomes a subclass named `Adapted…`.
+
+    >>> adapt(torch.nn.Linear(4, 2), Adapter())
+    AdaptedLinear(
+      in_features=4, out_features=2, bias=True
+      (adapter): Adapter()
+    )
+    """
+    layer_class = type(module)
     module.adapter = adapter
-    module.__class__ = type(f"Adapted{kind.__name__}", (AdaptedLayer, kind), {})
+    module.__class__ = type(f"Adapted{layer_class.__name__}", (AdaptedLayer, layer_class), {})
     if hasattr(module, "return_layernorm_output"):
         module.return_layernorm_output = True
     return module

@@ -1,6 +1,6 @@
-"""A method applied to a model: its own parameters frozen, what the method adds found, named and counted.
+"""Apply a PEFT method to a model: freeze its parameters, let the method change modules, and name and count what is trained.
 
-Knows how ranks hold a model. Knows no particular method and no optimizer.
+Works on the model chunks of every rank, for any method.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from trainer import device
 from trainer.model import unwrap
 from trainer.peft.adapter_layer import Adapter
 from trainer.peft.peft import PEFT
-from trainer.peft.targets import check_used, chosen, wanted
+from trainer.peft.targets import check_used, matching_patterns, targeted_names
 
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """What is trained of a model, over all ranks."""
+    """The figures of an attached method, over all ranks."""
 
     method: str
     trained: int
     parameters: int
-    """Of the whole model, what is trained included."""
+    """Parameters of the whole model, with the trained ones."""
 
     modules: int
 
@@ -52,11 +52,11 @@ def _count(number: int) -> str:
 
 
 @dataclass
-class _Found:
-    """What one rank saw while it changed its modules."""
+class _Transformed:
+    """The patterns used, the names seen and the modules changed on one rank."""
 
     used: set[str] = field(default_factory=set)
-    """Patterns that fit a module."""
+    """Patterns that match a module."""
 
     names: set[str] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)
@@ -64,59 +64,59 @@ class _Found:
 
 
 def attach(chunks: Sequence[Any], peft: PEFT, *, seed: int = 1234) -> Attached:
-    """Freeze the model and let the method change the modules it chooses. All ranks call this, after weights were loaded and
-    before the chunks are wrapped.
+    """Freeze the model, let the method change the modules it targets, and return the figures.
 
-    First values are the same at every layout. UserError, on all ranks, for names that fit no module, modules that the method
-    cannot change, and a method that adds nothing.
+    All ranks call this, after the weights are loaded and before the chunks are wrapped. Initial values are the same at every
+    parallel layout. Raises UserError, on all ranks, for patterns that match no module, modules that the method cannot change,
+    and a method that adds no parameters.
     """
     _freeze(chunks)
-    found = _Found()
+    local = _Transformed()
     try:
         for chunk in chunks:
-            _transform(chunk, peft, list(module_names(chunk)), found, seed)
+            _transform(chunk, peft, list(module_names(chunk)), local, seed)
     except UserError as error:
-        found.error = (str(error.args[0]), error.hint)
-    modules = _agree(found, peft)
+        local.error = (str(error.args[0]), error.hint)
+    modules = _merge_ranks(local, peft)
     for chunk in chunks:
-        _let_gradients_start(chunk)
-    return _counted(chunks, type(peft).__name__, modules)
+        _require_embedding_gradient(chunk)
+    return _summarize(chunks, type(peft).__name__, modules)
 
 
-def attach_without_values(chunks: Sequence[Any], peft: PEFT) -> None:
-    """The same modules in one rank's chunks on torch's meta device, where no parameter has a value. No rank is asked."""
+def attach_on_meta(chunks: Sequence[Any], peft: PEFT) -> None:
+    """Change the same modules in one rank's chunks on torch's meta device, where parameters have no values; no communication."""
     _freeze(chunks)
     for chunk in chunks:
-        _transform(chunk, peft, list(module_names(chunk)), _Found(), seed=None)
+        _transform(chunk, peft, list(module_names(chunk)), _Transformed(), seed=None)
 
 
 def module_names(chunk: Any) -> Iterator[tuple[str, str, torch.nn.Module]]:
-    """Every module of a chunk: its name in the whole model, its name in the chunk, itself.
+    """Yield every module of a chunk: its name in the whole model, its name in the chunk, and the module.
 
-    Layers and experts count from 0 in each chunk, and know which they are in the model.
+    In a chunk, layers and experts count from 0; their numbers in the whole model come from their attributes.
     """
     numbers: dict[str, int] = {}
     for local, module in chunk.named_modules():
         if (number := getattr(module, "layer_number", None)) is not None and re.search(r"(^|\.)layers\.\d+$", local):
             numbers[local] = number - 1
-        for at in range(len(getattr(module, "local_experts", ()))):
-            numbers[f"{local}.local_experts.{at}"] = at + module.ep_group.rank() * module.num_local_experts
+        for index in range(len(getattr(module, "local_experts", ()))):
+            numbers[f"{local}.local_experts.{index}"] = index + module.ep_group.rank() * module.num_local_experts
         yield _global_name(local, numbers), local, module
 
 
 def _global_name(local: str, numbers: dict[str, int]) -> str:
     parts = local.split(".")
-    heads = (".".join(parts[: at + 1]) for at in range(len(parts)))
-    return ".".join(str(numbers.get(head, part)) for head, part in zip(heads, parts, strict=True))
+    prefixes = (".".join(parts[: index + 1]) for index in range(len(parts)))
+    return ".".join(str(numbers.get(prefix, part)) for prefix, part in zip(prefixes, parts, strict=True))
 
 
 def trainable(chunks: Sequence[Any]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """What is trained on this rank, under its name in the whole model."""
+    """Yield the trained parameters of this rank, by their names in the whole model."""
     for chunk in chunks:
         for name, _, module in module_names(unwrap(chunk)):
-            for own, parameter in module.named_parameters(recurse=False):
+            for last, parameter in module.named_parameters(recurse=False):
                 if parameter.requires_grad:
-                    yield f"{name}.{own}", parameter
+                    yield f"{name}.{last}", parameter
 
 
 def _freeze(chunks: Sequence[Any]) -> None:
@@ -124,52 +124,53 @@ def _freeze(chunks: Sequence[Any]) -> None:
         chunk.requires_grad_(requires_grad=False)
         for module in chunk.modules():
             if hasattr(module, "expert_bias"):
-                module.frozen_expert_bias = True  # megatron-core's router would move it without any gradient
+                module.frozen_expert_bias = True  # megatron-core's router would update it without a gradient
 
 
-def _transform(chunk: Any, peft: PEFT, named: list[tuple[str, str, Any]], found: _Found, seed: int | None) -> None:
-    """Change what the method chooses. Without a seed, what it adds gets no first values."""
-    for name, local, module in named:
+def _transform(chunk: Any, peft: PEFT, modules: list[tuple[str, str, Any]], local: _Transformed, seed: int | None) -> None:
+    """Change the targeted modules, and record them in `local`. Without a seed, added parameters are not initialized."""
+    for name, local_name, module in modules:
         names = (name, *peft.aliases(name))
-        found.names.update(names)
-        found.used |= chosen((*peft.target_modules, *peft.exclude_modules), names)
-        if not wanted(name, names[1:], peft.target_modules, peft.exclude_modules):
+        local.names.update(names)
+        local.used |= matching_patterns((*peft.target_modules, *peft.exclude_modules), names)
+        if not targeted_names(name, names[1:], peft.target_modules, peft.exclude_modules):
             continue
         new = peft.transform(module, name)
         if new is not module:
-            parent, _, last = local.rpartition(".")
+            parent, _, last = local_name.rpartition(".")
             setattr(chunk.get_submodule(parent), last, new)
-        for one in new.modules():
-            if isinstance(one, Adapter) and seed is not None:
-                one.reset_parameters(_generator(name, seed))
-        found.changed.add(name)
+        for added in new.modules():
+            if isinstance(added, Adapter) and seed is not None:
+                added.reset_parameters(_generator(name, seed))
+        local.changed.add(name)
 
 
 def _generator(name: str, seed: int) -> torch.Generator:
-    """Numbers that depend on a module's name in the whole model and the seed alone."""
+    """Return a generator whose seed depends only on `seed` and the module's name in the whole model."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
 
-def _agree(here: _Found, peft: PEFT) -> int:
-    """How many modules changed. What one rank found wrong is an error on all of them; a pattern must fit a module on any."""
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, here)
-    for one in told:
-        if one.error:
-            raise UserError(one.error[0], hint=one.error[1])
-    used, names, changed = (set().union(*(getattr(one, what) for one in told)) for what in ("used", "names", "changed"))
+def _merge_ranks(local: _Transformed, peft: PEFT) -> int:
+    """Return the number of changed modules over all ranks. Raises the first error of any rank on all ranks, and UserError for a
+    pattern that matches a module on none."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, local)
+    for rank in gathered:
+        if rank.error:
+            raise UserError(rank.error[0], hint=rank.error[1])
+    used, names, changed = (set().union(*(getattr(rank, field) for rank in gathered)) for field in ("used", "names", "changed"))
     check_used("peft.target_modules", peft.target_modules, used, names)
     check_used("peft.exclude_modules", peft.exclude_modules, used, names)
     return len(changed)
 
 
-def _let_gradients_start(chunk: Any) -> None:
-    """Recomputed layers get gradients only where their input asks for some, and a frozen embedding asks for none. Elsewhere it
-    is cheaper not to go back below the first trained parameter."""
+def _require_embedding_gradient(chunk: Any) -> None:
+    """Let the output of a frozen embedding require a gradient if layers are recomputed: a recomputed layer gets gradients only if
+    its input requires them. Otherwise the backward pass ends at the first trained parameter, which is cheaper."""
     embedding = getattr(chunk, "embedding", None)
     recomputed = getattr(getattr(chunk, "config", None), "recompute_granularity", None) is not None
-    if embedding is not None and recomputed and any(one.requires_grad for one in chunk.parameters()):
+    if embedding is not None and recomputed and any(parameter.requires_grad for parameter in chunk.parameters()):
         embedding.register_forward_hook(_with_gradient)
 
 
@@ -177,18 +178,18 @@ def _with_gradient(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tens
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
-def _counted(chunks: Sequence[Any], method: str, modules: int) -> Attached:
+def _summarize(chunks: Sequence[Any], method: str, modules: int) -> Attached:
     trained, parameters = count(chunks)
     if not trained:
-        raise UserError(f"`{method}` adds no parameter that could be trained", hint="add one in `transform`")
+        raise UserError(f"`{method}` adds no trainable parameter", hint="add one in `transform`")
     return Attached(method, trained, parameters, modules)
 
 
 def count(chunks: Sequence[Any]) -> tuple[int, int]:
-    """Trained parameters, and all of them: summed over the ranks that hold different parts. All ranks call this."""
+    """Return the number of trained parameters and of all parameters, over all ranks, without replicas. All ranks call this."""
     counts = torch.zeros(2, dtype=torch.int64)
-    for parameter in (one for chunk in chunks for one in chunk.parameters()):
-        if _counts_here(parameter):
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        if _is_owner(parameter):
             counts += torch.tensor([parameter.numel() * parameter.requires_grad, parameter.numel()])
     counts = counts.to(device.current())
     dist.all_reduce(counts)
@@ -196,8 +197,8 @@ def count(chunks: Sequence[Any]) -> tuple[int, int]:
     return trained, parameters
 
 
-def _counts_here(parameter: torch.Tensor) -> bool:
-    """Is this the one rank of those that hold the same?"""
+def _is_owner(parameter: torch.Tensor) -> bool:
+    """Return whether this rank counts a parameter; of its replicas, one rank does."""
     expert = not getattr(parameter, "allreduce", True)
     copies = (
         parallel_state.get_expert_data_parallel_rank()

@@ -1,7 +1,7 @@
-"""An adapter of its own for each layer that megatron-core computes as one, as PEFT has them: `adapter_q`, `adapter_up`.
+"""LoRA with a separate adapter for each part of a fused layer, such as `adapter_q` or `adapter_up`, as in Hugging Face PEFT.
 
-They are computed as one: their A are stacked, and their B stand on the diagonal of one matrix. Ranks are small, so what is
-multiplied with zero costs less than another pass over the output would.
+The parts are computed together: the A matrices are stacked, and the B matrices are the blocks of one block-diagonal matrix. Ranks
+are small, so the products with zeros cost less than another pass over the output.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from trainer.peft.linear import Linear
 from trainer.peft.lora_layers import LoraAdapter, LoraSettings, make_lora_matrices
 
 
-class Pair(torch.nn.Module):
-    """A and B of one part."""
+class LoraPair(torch.nn.Module):
+    """The A and B matrices of one part."""
 
-    def __init__(self, linear: Linear, told: LoraSettings, *, rows: int) -> None:
+    def __init__(self, linear: Linear, settings: LoraSettings, *, rows: int) -> None:
         super().__init__()
-        self.linear_in, self.linear_out = make_lora_matrices(linear, told, rows=rows)
+        self.linear_in, self.linear_out = make_lora_matrices(linear, settings, rows=rows)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B; called for them, as `Matrix` is for its weight."""
+        """Return A and B, each through its module's `forward`: see `LoraWeight`."""
         return self.linear_in(), self.linear_out()
 
 
 class CanonicalAdapter(LoraAdapter):
-    """`chosen` parts of a fused layer have A and B."""
+    """An adapter with A and B for each of the `chosen` parts of a fused layer."""
 
-    def __init__(self, linear: Linear, told: LoraSettings, *, parts: FusedParts, chosen: Collection[str]) -> None:
+    def __init__(self, linear: Linear, settings: LoraSettings, *, parts: FusedParts, chosen: Collection[str]) -> None:
         self.parts, self.chosen = parts, chosen
-        super().__init__(linear, told)
+        super().__init__(linear, settings)
 
     def make_matrices(self) -> None:
-        """One pair for each part."""
+        """Create the matrices of each chosen part."""
         for part in self.chosen:
-            setattr(self, f"adapter_{part}", Pair(self.linear, self.told, rows=self.parts.rows(part)))
+            setattr(self, f"adapter_{part}", LoraPair(self.linear, self.settings, rows=self.parts.rows(part)))
 
-    def pairs(self) -> list[Pair | None]:
-        """By the order of the parts; None for one that is not chosen."""
+    def pairs(self) -> list[LoraPair | None]:
+        """Return the matrices in the order of the parts; None for a part without an adapter."""
         return [getattr(self, f"adapter_{part}", None) for part in self.parts.sizes]
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The A of all parts [sum of ranks, inputs], and the B [rows, sum of ranks]."""
+        """Return the stacked A [sum of ranks, inputs] and the block-diagonal B [outputs, sum of ranks]."""
         pairs = [pair() if pair else None for pair in self.pairs()]
         a = torch.cat([pair[0] for pair in pairs if pair])
-        return a, self.parts.block([pair[1] if pair else None for pair in pairs])
+        return a, self.parts.block_diagonal([pair[1] if pair else None for pair in pairs])

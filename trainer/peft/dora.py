@@ -1,7 +1,7 @@
-"""DoRA: the length of each row of W + s·B·A is trained apart from its direction (arXiv:2402.09353).
+"""DoRA: LoRA with a trained magnitude m for each row of W + s·B·A (arXiv:2402.09353).
 
-Output m ∘ (W + s·B·A)·x / ‖W + s·B·A‖, row by row; the norm takes no gradient, as in the paper's section 4.3. It is found
-without the sum: ‖W‖² + 2s·Σ(W·Aᵀ ∘ B) + s²·Σ(B·A·Aᵀ ∘ B).
+The output is m ∘ (W + s·B·A)·x / ‖W + s·B·A‖, row by row; the norm has no gradient, as in section 4.3 of the paper. The norm is
+computed without forming the sum: ‖W‖² + 2s·Σ(W·Aᵀ ∘ B) + s²·Σ(B·A·Aᵀ ∘ B).
 """
 
 from __future__ import annotations
@@ -19,78 +19,78 @@ from trainer.peft.canonical import CanonicalAdapter
 from trainer.peft.fused_layers import FusedParts
 from trainer.peft.linear import COLUMN, ROW, Linear
 from trainer.peft.lora import LoRA
-from trainer.peft.lora_layers import LoraAdapter, mark
+from trainer.peft.lora_layers import LoraAdapter, set_parallel_attributes
 
 
 @dataclass(kw_only=True)
 class DoRA(LoRA):
-    """LoRA with a magnitude for each output, which starts as the length of the weight's row."""
+    """LoRA with a magnitude for each output, initialized with the norm of the weight's row."""
 
     def make_adapter(self, module: torch.nn.Module, linear: Linear) -> LoraAdapter:
-        """The adapter with a magnitude."""
+        """Return an adapter with a magnitude for the whole layer."""
         return DoraAdapter(linear, self, base=module)
 
     def make_canonical(
-        self, module: torch.nn.Module, linear: Linear, found: FusedParts, chosen: Collection[str]
+        self, module: torch.nn.Module, linear: Linear, parts: FusedParts, chosen: Collection[str]
     ) -> CanonicalAdapter:
-        """One with a magnitude for each chosen part."""
-        return CanonicalDoraAdapter(linear, self, base=module, parts=found, chosen=chosen)
+        """Return an adapter with matrices and a magnitude for each chosen part of a fused layer."""
+        return CanonicalDoraAdapter(linear, self, base=module, parts=parts, chosen=chosen)
 
 
 def _magnitude(linear: Linear, rows: int, *, stride: int = 1) -> torch.nn.Parameter:
-    made = torch.nn.Parameter(torch.empty(rows, dtype=linear.dtype, device=linear.device))
-    mark(made, linear, axis=COLUMN if linear.axis == COLUMN else None, stride=stride)
-    return made
+    magnitude = torch.nn.Parameter(torch.empty(rows, dtype=linear.dtype, device=linear.device))
+    set_parallel_attributes(magnitude, linear, axis=COLUMN if linear.axis == COLUMN else None, stride=stride)
+    return magnitude
 
 
 class DoraAdapter(LoraAdapter):
-    """One magnitude per row of the layer."""
+    """A LoRA adapter with a magnitude for each output of the layer."""
 
-    def __init__(self, linear: Linear, told: LoRA, *, base: torch.nn.Module, **more: Any) -> None:
+    def __init__(self, linear: Linear, settings: LoRA, *, base: torch.nn.Module, **options: Any) -> None:
         self._squares: torch.Tensor | None = None
-        super().__init__(linear, told, **more)
-        self._base = (base,)  # in a tuple, so that torch does not take the layer for a part of its own adapter
-        base.register_load_state_dict_post_hook(self._forget)
+        super().__init__(linear, settings, **options)
+        self._base = (base,)  # in a tuple, so that torch does not register the layer as a submodule of its adapter
+        base.register_load_state_dict_post_hook(self._clear_cache)
 
-    def _forget(self, *_: Any) -> None:
+    def _clear_cache(self, *_: Any) -> None:
         self._squares = None
 
     def make_matrices(self) -> None:
-        """A, B and the magnitude."""
+        """Create A, B and the magnitude."""
         super().make_matrices()
         self.weight_magnitude = _magnitude(self.linear, self.linear.rows, stride=2 if self.linear.gated else 1)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Such that the layer is what it was."""
+        """Initialize the parameters so that the layer's output is unchanged."""
         super().reset_parameters(generator)
-        self._forget()
+        self._clear_cache()
         self._set_magnitudes(self.norms(*self.matrices()))
-        self._forget()
+        self._clear_cache()
 
     def _set_magnitudes(self, norms: torch.Tensor) -> None:
         self.weight_magnitude.copy_(norms)
 
     def factors(self, norms: torch.Tensor) -> torch.Tensor:
-        """What each output is multiplied with: magnitude over norm."""
-        return self._whole_gradient(self.weight_magnitude) / norms
+        """Return magnitude / norm of each output [rows]."""
+        return self._sum_gradient(self.weight_magnitude) / norms
 
-    def _whole_gradient(self, magnitude: torch.Tensor) -> torch.Tensor:
-        """Ranks that divide an expert by its inputs each see a part of the output, and so of the gradient."""
-        if self.linear.expert and self.linear.divided and self.linear.axis == ROW:
+    def _sum_gradient(self, magnitude: torch.Tensor) -> torch.Tensor:
+        """Sum the gradient over ranks for a row-parallel expert, whose ranks each have a partial sum of the output."""
+        if self.linear.expert and self.linear.is_sharded and self.linear.axis == ROW:
             return tensor_parallel.copy_to_tensor_model_parallel_region(magnitude, group=self.group)
         return magnitude
 
     @torch.no_grad()
     def norms(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """The length of each row of W + s·B·A, [rows]; in the magnitude's type, so that nothing changes before B does."""
+        """Return the norm of each row of W + s·B·A [rows], in the magnitude's dtype, so that the ratio is 1 while B is zero."""
         weight, s = self._weight(), self.scale
         if self._squares is None:
             self._squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
-        thin, wide = a.float(), b.float()
-        mixed = (weight @ a.t()).float() * 2 + s * (wide @ (thin @ thin.t()))
-        squares = self._squares + s * (mixed * wide).sum(dim=1)
-        if self.linear.divided and self.linear.axis == ROW:
+        a32, b32 = a.float(), b.float()
+        cross = (weight @ a.t()).float() * 2 + s * (b32 @ (a32 @ a32.t()))
+        squares = self._squares + s * (cross * b32).sum(dim=1)
+        if self.linear.is_sharded and self.linear.axis == ROW:
             dist.all_reduce(squares, group=self.group)
         return squares.clamp_(min=0).sqrt_().to(a.dtype)
 
@@ -99,7 +99,7 @@ class DoraAdapter(LoraAdapter):
         return dequantize_fp8_tensor(weight) if is_float8tensor(weight) else weight
 
     def forward(self, output: torch.Tensor, layer_input: torch.Tensor) -> torch.Tensor:
-        """The layer's output with s·B·A·x added, scaled row by row; a bias that is in it is left as it is."""
+        """Return the layer's output with s·B·A·x added, scaled row by row; a bias in it is not scaled."""
         factors = self.factors(self.norms(*self.matrices()))
         total = super().forward(output, layer_input)
         bias = self._added_bias()
@@ -113,23 +113,23 @@ class DoraAdapter(LoraAdapter):
 
 
 class CanonicalDoraAdapter(DoraAdapter, CanonicalAdapter):
-    """A magnitude for each part that is chosen; the others stay as they are."""
+    """A DoRA adapter with matrices and a magnitude for each chosen part of a fused layer."""
 
     def make_matrices(self) -> None:
-        """A, B and the magnitude of each part."""
+        """Create A, B and the magnitude of each chosen part."""
         CanonicalAdapter.make_matrices(self)
         for part, pair in zip(self.parts.sizes, self.pairs(), strict=True):
             if pair:
                 pair.weight_magnitude = _magnitude(self.linear, self.parts.rows(part))
 
     def _set_magnitudes(self, norms: torch.Tensor) -> None:
-        for pair, one in zip(self.pairs(), self.parts.apart(norms), strict=True):
+        for pair, norm in zip(self.pairs(), self.parts.split(norms), strict=True):
             if pair:
-                pair.weight_magnitude.copy_(one)
+                pair.weight_magnitude.copy_(norm)
 
     def factors(self, norms: torch.Tensor) -> torch.Tensor:
-        """One for the rows of parts without an adapter."""
-        paired = zip(self.pairs(), self.parts.apart(norms), strict=True)
-        return self.parts.together(
-            [self._whole_gradient(pair.weight_magnitude) / one if pair else torch.ones_like(one) for pair, one in paired]
+        """Return magnitude / norm of each output [rows]; 1 for parts without an adapter."""
+        paired = zip(self.pairs(), self.parts.split(norms), strict=True)
+        return self.parts.interleave(
+            [self._sum_gradient(pair.weight_magnitude) / norm if pair else torch.ones_like(norm) for pair, norm in paired]
         )

@@ -1,4 +1,4 @@
-"""Adding a product of small matrices to a large output without another pass over it."""
+"""Add a low-rank product to a large output in one pass."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 
 class FusedAdd(torch.autograd.Function):
-    """`output + hidden @ weight.T`, written over `output` by the multiplication itself.
+    """`output + hidden @ weight.T`, computed in place in `output` by `addmm_`.
 
-    output [..., out], hidden [..., r], weight [out, r]. Nothing may need what `output` was: linear layers keep their weight and
-    their input for the backward pass, never their output. autograd is passed by because it refuses writes into what a custom
-    function (Transformer Engine's) answered as a view.
+    output [..., out], hidden [..., r], weight [out, r]. The old value of `output` must not be needed for a backward pass; linear
+    layers save their weight and input, not their output. A custom function is used because autograd refuses to write into a view
+    that another custom function (Transformer Engine's) returned.
     """
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The sum, in the memory of `output`."""
+        """Return the sum, in the memory of `output`."""
         ctx.save_for_backward(hidden, weight)
         total = output.data
         total.view(-1, total.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), weight.t())
@@ -25,7 +25,7 @@ class FusedAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        """The output's gradient passes unchanged."""
+        """Return the gradients of output (unchanged), hidden and weight."""
         (gradient,) = gradients
         hidden, weight = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])

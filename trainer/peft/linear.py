@@ -1,6 +1,6 @@
-"""What an adapter must know of a linear layer: its share of the weight, and how ranks divide the work.
+"""Describe a linear layer for an adapter: this rank's part of the weight, and how the layer is parallelized.
 
-Knows megatron-core's layers, those over Transformer Engine among them, and torch's. Knows no method.
+Covers the layers of megatron-core, with or without Transformer Engine, and of torch.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from megatron.core import parallel_state
 
 from formats.errors import UserError
 
-COLUMN, ROW, WHOLE = 0, 1, None
-"""The axis of the weight along which tensor-parallel ranks divide it: outputs, inputs, not at all."""
+COLUMN, ROW, REPLICATED = 0, 1, None
+"""The axis of the weight that is sharded over tensor-parallel ranks: outputs, inputs, none."""
 
 _AXES = {
     "ColumnParallelLinear": COLUMN,
@@ -22,46 +22,46 @@ _AXES = {
     "TELayerNormColumnParallelLinear": COLUMN,
     "RowParallelLinear": ROW,
     "TERowParallelLinear": ROW,
-    "TELinear": WHOLE,
-    "Linear": WHOLE,
+    "TELinear": REPLICATED,
+    "Linear": REPLICATED,
 }
 _GROUPED = "TEGroupedLinear"
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer as this rank holds it: `rows` outputs, `columns` inputs."""
+    """A linear layer on this rank: its weight is [rows, columns], that is [outputs, inputs]."""
 
     name: str
     rows: int
     columns: int
     axis: int | None
-    group: Any
-    """The ranks that divide the weight, or have copies of it."""
+    tp_group: Any
+    """The tensor-parallel group, which shards or replicates the weight."""
 
     expert: bool
-    """One of many experts: what it is given and what it answers is sent elsewhere, not by the layer."""
+    """Whether it belongs to an expert; the dispatcher, not the layer, then communicates inputs and outputs."""
 
     sequence_parallel: bool
-    """Its input (outputs divided) or its output (inputs divided) is cut along the sequence."""
+    """Whether its input (column-parallel) or output (row-parallel) is sharded along the sequence."""
 
     gated: bool
-    """Its outputs are those of two layers, gate and up."""
+    """Whether its outputs are those of gate and up."""
 
     allreduce: bool
-    """As megatron-core's parameters have it: False where gradients are reduced among the ranks with the same experts."""
+    """megatron-core's parameter attribute: False if gradients are reduced over the ranks with the same experts only."""
 
     dtype: torch.dtype
     device: torch.device
 
     @property
-    def divided(self) -> bool:
-        """Do several ranks share the weight?"""
-        return self.axis is not WHOLE and self.group.size() > 1
+    def is_sharded(self) -> bool:
+        """Return whether the weight is sharded over several ranks."""
+        return self.axis is not REPLICATED and self.tp_group.size() > 1
 
 
-def describe(module: torch.nn.Module, name: str) -> Linear:
-    """UserError for a module that is no linear layer, or one that no adapter can be added to."""
+def describe_linear(module: torch.nn.Module, name: str) -> Linear:
+    """Describe a module. Raises UserError if it is not a linear layer, or not one that an adapter can be added to."""
     config = getattr(module, "config", None)
     axis = _axis(module, name)
     weight: Any = _weight(module, name)
@@ -74,9 +74,9 @@ def describe(module: torch.nn.Module, name: str) -> Linear:
         rows=weight.shape[0],
         columns=weight.shape[1],
         axis=axis,
-        group=group,
+        tp_group=group,
         expert=expert,
-        sequence_parallel=sequence and (axis is not WHOLE or getattr(weight, "sequence_parallel", False)),
+        sequence_parallel=sequence and (axis is not REPLICATED or getattr(weight, "sequence_parallel", False)),
         gated=bool(getattr(config, "gated_linear_unit", False)) and name.endswith("linear_fc1"),
         allreduce=getattr(weight, "allreduce", True),
         dtype=weight.dtype,
@@ -85,13 +85,13 @@ def describe(module: torch.nn.Module, name: str) -> Linear:
 
 
 def _axis(module: torch.nn.Module, name: str) -> int | None:
-    names = [one.__name__ for one in type(module).__mro__]
+    names = [base.__name__ for base in type(module).__mro__]
     if _GROUPED in names:
         raise UserError(
             f"`{name}` computes several experts at once, to which no adapter can be added",
             hint="set `model.moe_grouped_gemm=false`, or leave the experts out with `peft.exclude_modules='[*.experts.*]'`",
         )
-    known = [one for one in names if one in _AXES]
+    known = [name for name in names if name in _AXES]
     if not known:
         raise UserError(
             f"`{name}` is a `{type(module).__name__}`, to which no adapter can be added",
@@ -107,7 +107,7 @@ def _weight(module: torch.nn.Module, name: str) -> torch.Tensor:
     config = getattr(module, "config", None)
     if getattr(config, "use_transformer_engine_op_fuser", False):
         raise UserError(
-            "`model.use_transformer_engine_op_fuser` is `true`, which passes by the layers that adapters are added to",
+            "`model.use_transformer_engine_op_fuser` is `true`, which bypasses the layers that adapters are added to",
             hint="leave it out",
         )
     return weight

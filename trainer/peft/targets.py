@@ -1,4 +1,4 @@
-"""Names of modules and patterns that choose from them. Knows no modules."""
+"""Match module names with the patterns of `target_modules` and `exclude_modules`."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ from converter.adapters.names import fits
 from formats.errors import UserError
 
 
-def chosen(patterns: Iterable[str], names: Sequence[str]) -> set[str]:
-    """The patterns that fit any of a module's names."""
+def matching_patterns(patterns: Iterable[str], names: Sequence[str]) -> set[str]:
+    """Return the patterns that match any of a module's names."""
     return {pattern for pattern in patterns if any(fits(pattern, name) for name in names)}
 
 
-def wanted(name: str, aliases: Sequence[str], targets: Sequence[str], excluded: Sequence[str]) -> list[str]:
-    """Which of a module's names, of its parts or its own, are targeted and not excluded. Its own name stands for all."""
-    if chosen(excluded, [name]):
+def targeted_names(name: str, aliases: Sequence[str], targets: Sequence[str], excluded: Sequence[str]) -> list[str]:
+    """Return the aliases of a module that are targeted and not excluded; a pattern for `name` applies to all of them.
+
+    >>> targeted_names("layers.0.linear_qkv", ("layers.0.linear_q", "layers.0.linear_k"), ["linear_qkv"], ["linear_k"])
+    ['layers.0.linear_q']
+    """
+    if matching_patterns(excluded, [name]):
         return []
-    return [one for one in aliases if chosen(targets, [name, one]) and not chosen(excluded, [one])]
+    return [alias for alias in aliases if matching_patterns(targets, [name, alias]) and not matching_patterns(excluded, [alias])]
 
 
 def check_used(setting: str, patterns: Iterable[str], used: Collection[str], names: Collection[str]) -> None:
-    """UserError for a pattern that fits no module, with the nearest of the `names` there are."""
+    """Raise UserError for a pattern that matches no module, with the most similar of the `names`."""
     for pattern in patterns:
         if pattern not in used:
             known = names if "." in pattern else {name.rpartition(".")[2] for name in names}
             near = get_close_matches(pattern, sorted(known), 3, cutoff=0.5)
             raise UserError(
-                f"`{setting}` has `{pattern}`, and no module of the model is called so",
-                hint=f"did you mean {' or '.join(f'`{one}`' for one in near)}?" if near else "`*` stands for any text",
+                f"`{setting}` has `{pattern}`, which matches no module of the model",
+                hint=f"did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else "`*` stands for any text",
             )

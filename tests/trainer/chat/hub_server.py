@@ -101,12 +101,12 @@ def main() -> None:
 
     for source in sys.argv[2:]:
         try:
-            path = hub.local(source, sys.argv[1])
+            path = hub.local_path(source, sys.argv[1])
         except UserError as error:
             print(json.dumps({"refused": str(error)}))
             continue
         splits = {split: [one.fields() for one in Source(path, split).records()] for split in splits_of(path)}
-        print(json.dumps({"name": path.name, "splits": splits, "about": json.loads((path / hub.ABOUT).read_text())}))
+        print(json.dumps({"name": path.name, "splits": splits, "about": json.loads((path / hub.METADATA_FILE).read_text())}))
 
 
 if __name__ == "__main__":

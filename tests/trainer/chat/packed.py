@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.trainer import small
 from trainer.config import FinetuningDatasetConfig
-from trainer.data.chat.dataset import Examples
+from trainer.data.chat.dataset import ExampleDataset
 from trainer.data.chat.packing import Rows
 
 EACH, LONGEST = 4, 24
@@ -53,7 +53,7 @@ class Given(FinetuningDatasetConfig):
         rows = Rows(np.arange(self.count), np.arange(0, self.count + 1, EACH)) if self.packed else None
         told = {"sequence_length": self.sequence_length, "packed": self.packed, "multiple": multiple, "seed": 1}
         made = [
-            Examples(Drawn(self.count, longest=self.longest), np.arange(self.count), rows=rows, shuffled=False, **told)
+            ExampleDataset(Drawn(self.count, longest=self.longest), np.arange(self.count), rows=rows, shuffled=False, **told)
             for _ in samples
         ]
         return tuple(one.take(count) if count else None for one, count in zip(made, samples, strict=True))

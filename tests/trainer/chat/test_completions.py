@@ -30,18 +30,18 @@ def test_the_template_takes_any_field_of_the_example(learn):
     assert sum(trained) == 2
 
 
-HINT = "it is text with fields of the examples in braces, as `Question: {prompt}`; braces themselves are doubled: `{{`"
+HINT = "it is text with field names in braces, such as `Question: {prompt}`; a literal brace is doubled: `{{`"
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{prompt", "`dataset.prompt_template` is not readable: a brace is not closed, or not opened"),
-        ("{prompt.__class__}", "`dataset.prompt_template` has `{prompt.__class__}`, which is no field's name alone"),
-        ("{prompt!r}", "`dataset.prompt_template` has `{prompt}`, which is no field's name alone"),
-        ("{}", "`dataset.prompt_template` has `{}`, which is no field's name alone"),
-        ("{prompt}{completion}", "`dataset.prompt_template` names `{completion}`, which is the answer"),
-        ("Question", "`dataset.prompt_template` names no field of the examples"),
+        ("{prompt", "`dataset.prompt_template` is not readable: it has an unmatched brace"),
+        ("{prompt.__class__}", "`dataset.prompt_template` has `{prompt.__class__}`, which is not a plain field name"),
+        ("{prompt!r}", "`dataset.prompt_template` has `{prompt}`, which is not a plain field name"),
+        ("{}", "`dataset.prompt_template` has `{}`, which is not a plain field name"),
+        ("{prompt}{completion}", "`dataset.prompt_template` has `{completion}`, which is the answer"),
+        ("Question", "`dataset.prompt_template` has no field of the examples"),
     ],
 )
 def test_a_template_that_cannot_be_filled_in_is_named_whatever_is_skipped(refusal, template, message):
@@ -56,13 +56,12 @@ def test_a_template_that_cannot_be_filled_in_is_named_whatever_is_skipped(refusa
         ({"prompt": "a", "text": "b"}, "it has neither `messages` nor `completion`: it has `prompt`, `text`"),
         ({"prompt": "a", "completion": ""}, "its `completion` is empty"),
         ({"prompt": "a", "completion": None}, "it has neither `messages` nor `completion`: it has `prompt`"),
-        ({"prompt": 1, "completion": "b"}, "its `prompt` is no text: it is a int"),
-        ({"prompt": "a", "completion": "\udc00"}, "its `completion` holds half a surrogate pair, which is no text"),
-        ({"prompt": "", "completion": "b"}, "everything in it is learned: nothing asks for the answer"),
+        ({"prompt": 1, "completion": "b"}, "its `prompt` is not text: it is a int"),
+        ({"prompt": "a", "completion": "\udc00"}, "its `completion` contains an unpaired surrogate, which is not valid text"),
+        ({"prompt": "", "completion": "b"}, "all of its tokens are learned: it has no prompt"),
     ],
 )
 def test_what_is_no_prompt_and_completion_is_named(refusal, example, reason):
     assert refusal(example, tokenizer=BYTE) == (
-        f"`a.jsonl`, line 1 cannot be learned from: {reason}\n\n"
-        "hint: correct it, or leave such examples out: `dataset.skip_bad=true`"
+        f"`a.jsonl`, line 1 cannot be used: {reason}\n\nhint: correct it, or leave such examples out: `dataset.skip_bad=true`"
     )

@@ -18,7 +18,7 @@ OR_SKIP = ", or leave such examples out: `dataset.skip_bad=true`"
 MARK_THEM = (
     "mark the answers in the template with `{% generation %}` and `{% endgeneration %}`: `dataset.chat_template=FILE`" + OR_SKIP
 )
-REFUSED = "`a.jsonl`, line {} cannot be learned from: "
+REFUSED = "`a.jsonl`, line {} cannot be used: "
 
 CONVERSATIONS = [
     said("what is it?", "a fox"),
@@ -175,7 +175,7 @@ def test_today_is_the_same_day_every_day(learn, template, tokenizer):
 
 def test_a_day_in_a_form_that_only_the_template_knows_is_an_error(refusal, template):
     text = "{% set form = '%d' %}{{ strftime_now(form) }}" + PLAIN
-    told = "the chat template refuses it: it asks for a date in a form that is not written out"
+    told = "the chat template refuses it: it formats a date with a format that is not a literal"
     assert refusal({"messages": said("what?", "it")}, chat_template=template(text)).startswith(REFUSED.format(1) + told)
 
 
@@ -212,16 +212,17 @@ def test_an_answer_whose_tokens_begin_before_it_is_an_error(refusal, template):
     )
     text = MARKED.replace("{% generation %}", ": {% generation %}")
     assert refusal({"messages": said("a", "fox")}, chat_template=template(text)) == (
-        REFUSED.format(1) + "a token lies half inside a generation mark of the chat template: "
-        "that from character 119 to 132\n\n"
-        f"hint: put the marks where tokens begin and end: right behind a special token, say{OR_SKIP}"
+        REFUSED.format(1) + "a token is partly inside a generation mark of the chat template: "
+        "the one from character 119 to 132\n\n"
+        f"hint: put the marks at token boundaries, for example right after a special token{OR_SKIP}"
     )
 
 
 def test_a_turn_that_no_special_token_ends_is_an_error(refusal, template):
     text = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     assert refusal({"messages": said("a", "b")}, chat_template=template(text)) == (
-        REFUSED.format(1) + f"the chat template ends the assistant's turn with no special token: message 2\n\nhint: {MARK_THEM}"
+        REFUSED.format(1)
+        + f"the chat template does not end the assistant's turn with a special token: message 2\n\nhint: {MARK_THEM}"
     )
 
 
@@ -231,18 +232,18 @@ NO_JSON = "its `tools` are not JSON: the fault is at line 1, column 2"
 @pytest.mark.parametrize(
     ("example", "reason"),
     [
-        ({"messages": said("a")}, "no message is the assistant's"),
-        ({"messages": []}, "its `messages` is no list of messages: it is empty"),
-        ({"messages": "a"}, "its `messages` is no list of messages: it is a str"),
-        ({"messages": ["a"]}, "a message is no object: message 1 is a str"),
+        ({"messages": said("a")}, "it has no assistant message"),
+        ({"messages": []}, "its `messages` is not a list of messages: it is empty"),
+        ({"messages": "a"}, "its `messages` is not a list of messages: it is a str"),
+        ({"messages": ["a"]}, "a message is not an object: message 1 is a str"),
         ({"messages": [{"content": "a"}]}, "a message has no `role`: message 1 has `content`"),
         ({"messages": [{"role": "user"}]}, "a message has no `content`: message 1 has `role`"),
-        ({"messages": [{"role": "user", "content": 1}]}, "a message's `content` is no text: that of message 1 is a int"),
+        ({"messages": [{"role": "user", "content": 1}]}, "a message's `content` is not text: that of message 1 is a int"),
         ({"messages": said("a", "")}, "an answer is empty: message 2"),
-        ({"messages": [{"from": "alien", "value": "a"}]}, "it is not known who speaks: `from` of message 1 is `alien`"),
-        ({"messages": said("a", "\ud800")}, "it holds half a surrogate pair, which is no text"),
+        ({"messages": [{"from": "alien", "value": "a"}]}, "a message has an unknown `from`: that of message 1 is `alien`"),
+        ({"messages": said("a", "\ud800")}, "it contains an unpaired surrogate, which is not valid text"),
         ({"messages": said("a", "b"), "tools": "{"}, NO_JSON),
-        ({"messages": said("a", "b")[1:]}, "the assistant speaks first: the template cannot be asked what stands before"),
+        ({"messages": said("a", "b")[1:]}, "the first message is the assistant's: there is no prefix to render before it"),
         ({"completion": said("a", "b")[1:]}, "it has no `prompt`: it has `completion`"),
     ],
 )  # fmt: skip
@@ -268,7 +269,7 @@ def test_without_a_template_no_conversation_can_be_read_whatever_is_skipped(refu
         "hint: give a file with one: `dataset.chat_template=FILE`; base models seldom have one, their instruct models do"
     )
     assert refusal(example, tokenizer=tokenizers.load("byte"), skip_bad=True) == (
-        "the `byte` tokenizer has no chat template, and its texts no tokens that end a turn\n\n"
+        "the `byte` tokenizer has no chat template, and no tokens that end a turn\n\n"
         "hint: train on examples of `prompt` and `completion`, or name another tokenizer: `tokenizer.tokenizer_model=DIR`"
     )
     assert refusal(example, chat_template=str(tmp_path / "none"), skip_bad=True) == (

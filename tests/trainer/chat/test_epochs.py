@@ -13,7 +13,7 @@ from formats.errors import UserError
 from tests.trainer import small, witness
 from tests.trainer.chat.packed import Drawn, Given
 from trainer.config import DatasetConfig
-from trainer.data.chat.dataset import Examples
+from trainer.data.chat.dataset import ExampleDataset
 
 EXAMPLES = 5
 """Of held-out data: with a batch of 4, one is in the second batch alone."""
@@ -59,10 +59,10 @@ def test_an_evaluation_of_fewer_batches_sees_the_first_examples(ranks, model_fol
 
 
 def test_a_blend_does_not_say_how_many_samples_all_are():
-    from trainer.data.one_epoch import once
+    from trainer.data.one_epoch import limit_to_one_epoch
 
     with pytest.raises(UserError) as refused:
-        once(small.FixedTokens(64).build(None, 64, (1, 1, 1))[1], iterations=None, global_batch_size=4)
+        limit_to_one_epoch(small.FixedTokens(64).build(None, 64, (1, 1, 1))[1], iterations=None, global_batch_size=4)
     assert str(refused.value) == (
         "`validation.eval_iters` is `None`, and the dataset does not say how many samples an epoch has\n\n"
         "hint: set `validation.eval_iters` to a number of global batches"
@@ -91,7 +91,7 @@ def test_epochs_are_counted_from_the_data_and_the_schedule_ends_with_them(ranks,
 def test_steps_go_on_until_the_last_epoch_is_whole():
     """Of rows that are packed anew in each epoch."""
     store = Drawn(200)
-    examples = Examples(store, np.arange(200), sequence_length=48, packed=True, seed=3)
+    examples = ExampleDataset(store, np.arange(200), sequence_length=48, packed=True, seed=3)
     ends = [examples.until(epochs) for epochs in (1, 2, 3)]
     assert ends[0] == examples.per_epoch
     examples.take(ends[2])

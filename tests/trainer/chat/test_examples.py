@@ -30,7 +30,7 @@ def test_what_was_read_is_told_in_a_line(learn):
     assert str(counts) == "4 examples of 1 file: 17 tokens, 76.5 % trained on, 1 truncated to 8, 5 skipped"
     assert counts.reasons() == [
         "skipped 2: it is not JSON",
-        "skipped 1: it is no JSON object",
+        "skipped 1: it is not a JSON object",
         "skipped 1: it has neither `messages` nor `completion`",
         "skipped 1: the answer is truncated away entirely",
     ]
@@ -46,7 +46,7 @@ def test_large_numbers_are_told_short(tmp_path):
 
 def test_an_answer_that_is_cut_away_whole_is_refused(refusal, learn):
     assert refusal(pair("abc", "d"), tokenizer=BYTE, sequence_length=3) == (
-        "`a.jsonl`, line 1 cannot be learned from: the answer is truncated away entirely: it begins at token 4, a sequence has 3"
+        "`a.jsonl`, line 1 cannot be used: the answer is truncated away entirely: it begins at token 4, a sequence has 3"
         f"\n\n{SKIP}"
     )
     assert learn(pair("abc", "d"), tokenizer=BYTE, sequence_length=4) == [([97, 98, 99, 100], [0, 0, 0, 1])]
@@ -56,17 +56,17 @@ def test_an_answer_that_is_cut_away_whole_is_refused(refusal, learn):
     ("line", "reason"),
     [
         ("{", "it is not JSON: the fault is at line 2, column 1"),
-        ("[1]", "it is no JSON object: it is [1]"),
+        ("[1]", "it is not a JSON object: it is [1]"),
     ],
 )
 def test_a_line_that_is_no_json_object_is_named(refusal, line, reason):
     good = pair("a", "b")
-    assert refusal(good, "", line, good, tokenizer=BYTE) == f"`a.jsonl`, line 3 cannot be learned from: {reason}\n\n{SKIP}"
+    assert refusal(good, "", line, good, tokenizer=BYTE) == f"`a.jsonl`, line 3 cannot be used: {reason}\n\n{SKIP}"
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(examples.UserError, match=r"line 1 cannot be learned from: it is not UTF-8: byte 12 is not UTF-8"):
+    with pytest.raises(examples.UserError, match=r"line 1 cannot be used: it is not UTF-8: byte 12 is not UTF-8"):
         list(examples.read_examples(Source(tmp_path / "a.jsonl"), BYTE, FinetuningDatasetConfig()))
 
 
@@ -78,17 +78,17 @@ def test_the_first_example_that_is_bad_is_told_whenever_it_is_found_out(refusal)
 def test_examples_none_of_which_is_good_are_an_error_whatever_is_skipped(refusal):
     lines = ["{", pair("", "b"), pair("", "b")]
     assert refusal(*lines, tokenizer=BYTE, skip_bad=True) == (
-        "no example of `a.jsonl` can be learned from "
-        "(2: everything in it is learned: nothing asks for the answer; 1: it is not JSON)\n\n"
+        "no example of `a.jsonl` can be used "
+        "(2: all of its tokens are learned: it has no prompt; 1: it is not JSON)\n\n"
         "hint: look at one with `mbtrain preview`"
     )
-    assert refusal("", tokenizer=BYTE, skip_bad=True).startswith("`a.jsonl` holds no examples\n\n")
+    assert refusal("", tokenizer=BYTE, skip_bad=True).startswith("`a.jsonl` has no examples\n\n")
 
 
 def test_tokens_do_not_depend_on_how_many_are_made_at_a_time(learn, monkeypatch):
     lines = [pair("a" * (1 + n % 7), "the fox " * (n % 5 + 1)) for n in range(20)]
     together = learn(*lines)
-    monkeypatch.setattr(examples, "_TOGETHER", 3)
+    monkeypatch.setattr(examples, "_BATCH", 3)
     assert learn(*lines) == together
     assert len(together) == 20
 

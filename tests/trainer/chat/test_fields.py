@@ -11,7 +11,7 @@ from trainer import tokenizers
 from trainer.data.chat.examples import Counts
 
 BYTE = tokenizers.load("byte")
-REFUSED = "`a.jsonl`, line 1 cannot be learned from: "
+REFUSED = "`a.jsonl`, line 1 cannot be used: "
 TALK = said("a question", "BAD answer", "another one", "GOOD answer")
 
 
@@ -72,7 +72,7 @@ def user(**more) -> dict:
     return {"messages": [{**said("hello there")[0], **more}, *said("", "general")[1:]]}
 
 
-OUT = "the chat template leaves out something that is said: "
+OUT = "the chat template does not render all content: "
 
 
 @pytest.mark.parametrize(
@@ -80,23 +80,23 @@ OUT = "the chat template leaves out something that is said: "
     [
         (answers({"weight": 0.5}, {}), "a message's `weight` is neither 0 nor 1: that of message 2 is 0.5"),
         (answers({"train": "no"}, {}), "a message's `train` is neither 0 nor 1: that of message 2 is no"),
-        (answers({"weight": 0, "loss": True}, {}), "a message says both that it is learned and that it is not: message 2"),
-        (answers({"weight": 0}, {"weight": 0}), "none of the assistant's messages is to be learned"),
-        (user(train=True), "a message asks to be learned, and is not the assistant's: message 1"),
-        (user(content=[{"type": "image", "image": "a.png"}]), "a part of a message is no text: a `image` in message 1"),
-        (user(content=["hi"]), "a part of a message is no text: a str without text in message 1"),
+        (answers({"weight": 0, "loss": True}, {}), "a message has contradictory loss flags: message 2"),
+        (answers({"weight": 0}, {"weight": 0}), "no assistant message is marked as learned"),
+        (user(train=True), "a message that is not the assistant's is marked as learned: message 1"),
+        (user(content=[{"type": "image", "image": "a.png"}]), "a part of a message is not text: a `image` in message 1"),
+        (user(content=["hi"]), "a part of a message is not text: a str without text in message 1"),
         (user(images=["a.png"]), OUT + "message 1, its `images`"),
         (answers({"tool_calls": [{"name": "f"}]}, {}), OUT + "message 2, its `tool_calls`"),
         (answers({}, {"reasoning_content": "because"}), OUT + "message 4, its `reasoning_content`"),
-        ({"messages": said("a", "b"), "images": ["a.png"]}, "its `images` would be left out"),
-        ({"messages": said("a", "b"), "functions": [{"name": "f"}]}, "its `functions` would be left out"),
-        ({"messages": said("a", "b"), "context": "the sky is green"}, "its `context` would be left out"),
-        ({"messages": said("a", "b"), "weight": 0.5}, ("its `weight` asks for another weight than that of other "
+        ({"messages": said("a", "b"), "images": ["a.png"]}, "its `images` would be lost"),
+        ({"messages": said("a", "b"), "functions": [{"name": "f"}]}, "its `functions` would be lost"),
+        ({"messages": said("a", "b"), "context": "the sky is green"}, "its `context` would be lost"),
+        ({"messages": said("a", "b"), "weight": 0.5}, ("its `weight` asks for another loss weight than other "
          "examples: it is 0.5")),
         ({"messages": said("a", "b"), "conversations": said("a", "c")}, "its `messages` and `conversations` differ"),
         ({"messages": said("a", "b", system="x"), "system": "y"},
          "its `system` and its first message are different system prompts"),
-        ({"messages": said("a", "b"), "system": 5}, "its `system` is no text: it is a int"),
+        ({"messages": said("a", "b"), "system": 5}, "its `system` is not text: it is a int"),
     ],
 )  # fmt: skip
 def test_what_would_be_lost_is_refused_by_name(refusal, example, reason):
@@ -107,7 +107,7 @@ def test_what_would_be_lost_is_refused_by_name(refusal, example, reason):
 def test_a_field_beside_prompt_and_completion_is_named_in_the_template_or_refused(refusal, learn, field):
     example = {"prompt": "hi", "completion": "salut", field: "Speak French."}
     assert refusal(example, tokenizer=BYTE) == (
-        REFUSED + f"its `{field}` would be left out\n\n"
+        REFUSED + f"its `{field}` would be lost\n\n"
         "hint: name it in `dataset.prompt_template`, for example `{system} {prompt}`, "
         f"or leave it out: `dataset.ignore_fields=[{field}]`, or leave such examples out: `dataset.skip_bad=true`"
     )
@@ -122,7 +122,7 @@ def test_a_message_that_the_template_leaves_out_is_refused(refusal, template):
     assert DEAF != PLAIN
     example = {"messages": [*said("a question"), {"role": "critic", "content": "too long a text"}, *said("", "an answer")[1:]]}
     assert refusal(example, chat_template=template(DEAF)).startswith(
-        REFUSED + OUT + "message 2, of `critic`\n\nhint: take a template"
+        REFUSED + OUT + "message 2, of `critic`\n\nhint: use a template"
     )
 
 
@@ -137,11 +137,11 @@ def test_fields_that_say_nothing_to_learn_are_named_once(learn):
     learn(
         *({"messages": said("a question", "b"), "id": n, "prompt": "a question", "source": "x"} for n in range(3)), counts=counts
     )
-    assert counts.reasons() == ["not learned from: `id`, `prompt`, `source`"]
+    assert counts.reasons() == ["unused fields: `id`, `prompt`, `source`"]
 
 
 def test_what_is_skipped_is_counted_by_its_reason(learn):
     counts = Counts()
     bad = {"messages": said("a", "b"), "images": ["a.png"]}
     learn(json.dumps(bad), {"messages": said("a", "b")}, counts=counts, skip_bad=True)
-    assert counts.reasons()[0] == "skipped 1: its `images` would be left out"
+    assert counts.reasons()[0] == "skipped 1: its `images` would be lost"

@@ -49,9 +49,9 @@ def test_a_data_set_is_fetched_once_and_stays_what_it_was(tmp_path):
     assert nameless["refused"] == (f"`{TALKS}` has several configurations: `short`, `long`\n\nhint: name one: `{TALKS}/short`")
     assert other["refused"].startswith(f"`{TALKS}/none` has no configuration `none`: it has `short`, `long`")
     assert missing["refused"].startswith(
-        "cannot fetch `hf://datasets/org/none`: `RepositoryNotFoundError`\n\nhint: check the name"
+        "cannot download `hf://datasets/org/none`: `RepositoryNotFoundError`\n\nhint: check the name"
     )
-    folder = hub.local(f"{TALKS}@v1/short", str(tmp_path / "kept"))  # the Hub is gone
+    folder = hub.local_path(f"{TALKS}@v1/short", str(tmp_path / "kept"))  # the Hub is gone
     assert [one.fields() for one in Source(folder, "train").records()] == ROWS
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["org--talks--long", "org--talks@v1--short"]
 
@@ -59,9 +59,9 @@ def test_a_data_set_is_fetched_once_and_stays_what_it_was(tmp_path):
 @pytest.mark.parametrize("url", ["hf://org/name", "hf://datasets/org", "hf://datasets/org/name@a b", "hf://datasets/org/a/b/c"])
 def test_what_is_no_data_set_of_the_hub_says_how_one_looks(url, tmp_path):
     with pytest.raises(UserError) as error:
-        hub.local(url, str(tmp_path))
+        hub.local_path(url, str(tmp_path))
     assert str(error.value) == (
-        f"`{url}` is not a data set on the Hub\n\nhint: it should look like `hf://datasets/org/name`, "
+        f"`{url}` is not a dataset URL of the Hub\n\nhint: it should look like `hf://datasets/org/name`, "
         "`hf://datasets/org/name@revision` or `hf://datasets/org/name/configuration`"
     )
 
@@ -75,9 +75,9 @@ def test_an_id_that_is_no_path_says_how_the_hub_is_named():
 def test_without_datasets_it_is_said_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError) as error:
-        hub.local(TALKS, str(tmp_path))
+        hub.local_path(TALKS, str(tmp_path))
     assert str(error.value) == (
-        f"`{TALKS}` is on the Hub, and is fetched by Hugging Face `datasets`, which is not installed\n\n"
+        f"`{TALKS}` is on the Hub and needs Hugging Face `datasets`, which is not installed\n\n"
         "hint: pip install 'mbtools[datasets]', or save the data as .parquet"
     )
     assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from formats.errors import UserError
 from trainer import tokenizers
 from trainer.config import FinetuningDatasetConfig
 from trainer.data import build
+from trainer.data.chat.build import pack
 
 BYTE = tokenizers.load("byte")
 LENGTH = 64
@@ -93,5 +94,5 @@ def test_what_is_held_out_of_several_is_a_set_each(sources, tmp_path):
 def test_several_sources_are_not_packed_beforehand(sources, tmp_path):
     for told in ({"blend": [str(sources["a"])]}, {"path": str(sources["a"]), "validation_path": [str(sources["b"])]}):
         config = FinetuningDatasetConfig(sequence_length=LENGTH, **told)
-        with pytest.raises(UserError, match="several sources of a split cannot be packed beforehand"):
-            build.pack(config, tmp_path / "out", tokenizer=BYTE, vocab_size=384)
+        with pytest.raises(UserError, match="`mbtrain pack` packs one source per split, and several are set"):
+            pack(config, tmp_path / "out", tokenizer=BYTE, vocab_size=384)

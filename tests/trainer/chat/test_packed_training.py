@@ -57,7 +57,7 @@ def _logits(folder: str, rows: list[list[int]], ids: list[list[int]] | None) -> 
         (chunk,) = model.build(config.model)
         live.load([chunk.eval()], folder)
         tokens = torch.tensor(rows)
-        mask = segments.mask(torch.tensor(ids, dtype=torch.int32)) if ids else None
+        mask = segments.attention_mask(torch.tensor(ids, dtype=torch.int32)) if ids else None
         return chunk(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), mask)
 
 
@@ -182,7 +182,7 @@ def test_an_example_that_cannot_be_used_ends_every_rank(ranks, model_folder, dat
         file.write('{"prompt": "no completion"}\n')
     told = {**tuned(data), "train__train_iters": 2, "scheduler__lr_warmup_iters": 0}
     for said in ranks.run(_refused, 2, str(model_folder("gqa")), told):
-        assert said.startswith(f"`{data}`, line 61 cannot be learned from: ")
+        assert said.startswith(f"`{data}`, line 61 cannot be used: ")
 
 
 def _refused(folder: str, changes: dict) -> str:

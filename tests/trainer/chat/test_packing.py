@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.trainer.chat.packed import Drawn
 from trainer import segments
 from trainer.data.chat import packing
-from trainer.data.chat.dataset import Examples
+from trainer.data.chat.dataset import ExampleDataset
 
 LENGTH = 64
 
@@ -28,9 +28,9 @@ def each(rows):
 
 
 WAYS = {
-    "filled": lambda lengths, capacity: packing.filled(lengths, capacity=capacity),
-    "shuffled": lambda lengths, capacity: packing.shuffled(lengths, capacity=capacity, seed=1, epoch=2),
-    "in_order": lambda lengths, capacity: packing.in_order(lengths, capacity=capacity),
+    "filled": lambda lengths, capacity: packing.best_fit_decreasing(lengths, capacity=capacity),
+    "shuffled": lambda lengths, capacity: packing.best_fit_shuffled(lengths, capacity=capacity, seed=1, epoch=2),
+    "in_order": lambda lengths, capacity: packing.best_fit_in_order(lengths, capacity=capacity),
 }
 
 
@@ -54,7 +54,7 @@ def test_best_fit_is_the_textbooks(lengths):
         best = min(fitting, key=lambda number: room[number])
         room[best] -= lengths[example]
         rows[best].append(example)
-    found = packing.filled(np.array(lengths), capacity=16)
+    found = packing.best_fit_decreasing(np.array(lengths), capacity=16)
     assert sorted(16 - np.array(lengths)[row].sum() for row in each(found)) == sorted(room)
 
 
@@ -67,7 +67,8 @@ def test_rows_are_nearly_full():
 def test_an_epoch_has_the_same_rows_every_time_and_other_epochs_and_seeds_have_others():
     lengths = real(500)
     one, again, epoch, seed = (
-        packing.shuffled(lengths, capacity=2048, seed=seed, epoch=epoch) for seed, epoch in ((1, 0), (1, 0), (1, 1), (2, 0))
+        packing.best_fit_shuffled(lengths, capacity=2048, seed=seed, epoch=epoch)
+        for seed, epoch in ((1, 0), (1, 0), (1, 1), (2, 0))
     )
     assert each(one) == each(again)
     assert each(one) != each(epoch)
@@ -82,7 +83,7 @@ def test_rows_in_another_order_are_the_same_rows():
 
 def dataset(count=40, **told):
     told = {"sequence_length": LENGTH, "packed": True, "seed": 5, **told}
-    return Examples(Drawn(count), np.arange(count), **told)
+    return ExampleDataset(Drawn(count), np.arange(count), **told)
 
 
 def split_up(sample):
@@ -136,7 +137,7 @@ def same(one, other):
 def test_a_sample_is_the_same_however_many_are_asked_for_and_in_other_processes(packed):
     short, long = dataset(packed=packed).take(30), dataset(packed=packed).take(90)
     away = pickle.loads(pickle.dumps(long))
-    assert long._ends[0] < 45  # there are several epochs
+    assert long._epoch_ends[0] < 45  # there are several epochs
     for number in (29, 0, 17):
         assert same(short[number], long[number])
         assert same(away[number], long[number])
@@ -147,11 +148,11 @@ def test_a_sample_is_the_same_however_many_are_asked_for_and_in_other_processes(
 
 def test_every_epoch_has_each_example_once_whatever_number_of_rows_it_has():
     made = dataset(count=60, sequence_length=30).take(400)
-    assert len({end - start for start, end in zip([0, *made._ends], made._ends, strict=False)}) > 1
+    assert len({end - start for start, end in zip([0, *made._epoch_ends], made._epoch_ends, strict=False)}) > 1
     first = Drawn(60)
     expected = sorted(tuple(first[number][0].tolist()) for number in range(60))
     start = 0
-    for end in made._ends[:-1]:
+    for end in made._epoch_ends[:-1]:
         rows = [part["tokens"] for number in range(start, end) for part in split_up(made[number])]
         assert sorted(tuple(part.tolist()) for part in rows) == expected
         start = end
@@ -159,23 +160,23 @@ def test_every_epoch_has_each_example_once_whatever_number_of_rows_it_has():
 
 def test_evaluation_sees_the_same_rows_in_the_same_order_and_begins_anew():
     made = dataset(shuffled=False).take(100)
-    rows = made._ends[0]
+    rows = made._epoch_ends[0]
     assert rows < 50
     assert all(same(made[number], made[number + rows]) for number in range(rows))
 
 
 def test_segments_are_found_row_by_row():
     ids = torch.tensor([[0, 0, 1, 1, 1, -1], [0, 1, 1, 1, 1, 1]], dtype=torch.int32)
-    found = segments.find(ids)
-    assert found.bounds.tolist() == [0, 2, 5, 6, 7, 12]
-    assert found.bounds.dtype == np.int32
-    assert (found.tokens, found.squares, found.longest) == (2 + 3 + 1 + 5, 4 + 9 + 1 + 25, 5)
-    full = segments.find(torch.zeros(2, 6, dtype=torch.int32))  # one example fills each row
-    assert full.bounds.tolist() == [0, 6, 12]
+    found = segments.find_segments(ids)
+    assert found.cu_seqlens.tolist() == [0, 2, 5, 6, 7, 12]
+    assert found.cu_seqlens.dtype == np.int32
+    assert (found.num_tokens, found.sum_squared_lengths, found.max_seqlen) == (2 + 3 + 1 + 5, 4 + 9 + 1 + 25, 5)
+    full = segments.find_segments(torch.zeros(2, 6, dtype=torch.int32))  # one example fills each row
+    assert full.cu_seqlens.tolist() == [0, 6, 12]
 
 
 def test_a_token_is_shown_those_before_it_in_its_own_example():
-    shown = ~segments.mask(torch.tensor([[0, 0, 1, 1, -1]], dtype=torch.int32))
+    shown = ~segments.attention_mask(torch.tensor([[0, 0, 1, 1, -1]], dtype=torch.int32))
     assert shown.shape == (1, 1, 5, 5)
     assert shown[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1],
@@ -186,9 +187,9 @@ def test_rows_of_many_examples_are_kept_in_files(tmp_path, monkeypatch):
     from trainer.data import cache
 
     plain = dataset().take(90)
-    monkeypatch.setattr(cache, "SMALL", 1)
+    monkeypatch.setattr(cache, "MIN_CACHED_ENTRIES", 1)
     kept = dataset(folder=tmp_path).take(90)
-    assert len(list(tmp_path.iterdir())) == len(kept._ends)
+    assert len(list(tmp_path.iterdir())) == len(kept._epoch_ends)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = dataset(folder=tmp_path).take(90)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times

@@ -45,7 +45,7 @@ def test_examples_and_figures_of_prompts_and_completions(pairs):
         "",
         "9 examples of 1 file: 132 tokens, 52.3 % trained on, 5 truncated to 16, 1 skipped",
         "skipped 1: it has neither `messages` nor `completion`",
-        "one to a sequence, examples would fill 91.7 % of 16 tokens",
+        "unpacked, with one example per sequence, 91.7 % of 16 tokens would be filled",
         "tokens per example:",
         "  1-2   0",
         "  3-4   0",
@@ -63,7 +63,7 @@ def test_a_bad_example_stops_it_unless_it_is_skipped(pairs):
     assert told.exit_code == 1
     assert told.stdout.count("# `") == 3
     assert told.stderr == (
-        f"error: `{pairs}`, line 10 cannot be learned from: it has neither `messages` nor `completion`: it has `prompt`\n\n"
+        f"error: `{pairs}`, line 10 cannot be used: it has neither `messages` nor `completion`: it has `prompt`\n\n"
         "hint: correct it, or leave such examples out: `dataset.skip_bad=true`\n"
     )
 
@@ -93,8 +93,8 @@ def test_the_tokenizer_of_the_weights_to_start_from_is_taken(tmp_path, folder):
     assert "⟦a fox<|eot_id|>⟧" in told.stdout
     told = preview("llama_tiny", *words)
     assert told.stderr == (
-        "error: examples are to be tokenized, and there is no tokenizer\n\n"
-        "hint: name a folder that has one: `tokenizer.tokenizer_model=DIR`\n"
+        "error: the examples need a tokenizer, and none is set\n\n"
+        "hint: name a folder with `tokenizer.json`: `tokenizer.tokenizer_model=DIR`\n"
     )
 
 
@@ -126,20 +126,20 @@ def test_each_source_of_a_split_is_shown(pairs, tmp_path):
 
 @pytest.mark.parametrize(("terminal", "no_color", "colored"), [(True, "", True), (True, "1", False), (False, "", False)])
 def test_colors_are_for_terminals_that_want_them(monkeypatch, terminal, no_color, colored):
-    from trainer.commands.preview import _mark
+    from trainer.commands.preview import _highlight
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     monkeypatch.setenv("NO_COLOR", no_color)
-    assert _mark()("a") == (click.style("a", fg="green", bold=True) if colored else "⟦a⟧")
+    assert _highlight()("a") == (click.style("a", fg="green", bold=True) if colored else "⟦a⟧")
 
 
 def test_characters_of_several_tokens_stay_whole():
     byte = tokenizers.load("byte")
     tokens = byte.encode("aü🙂b")
     example = Tokenized(np.array(tokens, np.int32), np.arange(len(tokens)) >= 3)
-    assert example_text(example, byte, mark=brackets) == "aü⟦🙂b⟧"
-    assert example_text(example, byte, mark=brackets, separator="|") == "a|ü⟦🙂|b⟧"
-    assert example_text(example, byte, mark=partial(click.style, fg="red")) == "aü\x1b[31m🙂b\x1b[0m"
+    assert example_text(example, byte, highlight=brackets) == "aü⟦🙂b⟧"
+    assert example_text(example, byte, highlight=brackets, separator="|") == "a|ü⟦🙂|b⟧"
+    assert example_text(example, byte, highlight=partial(click.style, fg="red")) == "aü\x1b[31m🙂b\x1b[0m"
 
 
 def test_every_length_is_in_one_bar():

@@ -115,7 +115,7 @@ def test_what_a_table_fills_in_is_not_there(make, tmp_path, tokenizer, learn, mo
 )
 def test_each_example_knows_its_place(make, places, tmp_path):
     records = list(make(tmp_path / "made.jsonl").records())
-    assert [record.place.replace(f"{tmp_path}/", "") for record in (records[0], records[-1])] == places
+    assert [record.location.replace(f"{tmp_path}/", "") for record in (records[0], records[-1])] == places
     assert [record.fields()["id"] for record in records] == [row["id"] for row in ROWS]
 
 
@@ -149,8 +149,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "a.parquet").write_text("no")
     supported = f"\n\nhint: supported are {KINDS}"
     assert refusal(Source(tmp_path / "none"), tmp_path) == f"`none` does not exist\n\nhint: examples are read from {KINDS}"
-    assert refusal(Source(tmp_path / "empty"), tmp_path) == f"`empty` is nothing that examples are read from{supported}"
-    assert refusal(Source(tmp_path / "a.csv"), tmp_path) == f"`a.csv` is nothing that examples are read from{supported}"
+    assert refusal(Source(tmp_path / "empty"), tmp_path) == f"`empty` is not a supported file or folder of examples{supported}"
+    assert refusal(Source(tmp_path / "a.csv"), tmp_path) == f"`a.csv` is not a supported file or folder of examples{supported}"
     assert refusal(Source(tmp_path / "a.parquet"), tmp_path).startswith("`a.parquet` is not readable as parquet")
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_folder_of_datasets_is_named(tmp_path):
     assert refusal(source, tmp_path).startswith("`saved` is not readable as a folder of `datasets`: ")
     as_dictionary(tmp_path / "many")
     (tmp_path / "many" / "dataset_dict.json").write_text('{"splits": ["other"]}')
-    with pytest.raises(UserError, match=r"dataset_dict.json` names no splits that are there"):
+    with pytest.raises(UserError, match=r"dataset_dict.json` does not list the splits in its folder"):
         splits_of(tmp_path / "many")
 
 

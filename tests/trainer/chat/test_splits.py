@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from formats.errors import UserError
 from trainer.config import FinetuningDatasetConfig
 from trainer.data.chat.sources import Source
-from trainer.data.chat.splits import SPLITS, Part, parts
+from trainer.data.chat.splits import SPLITS, Subset, find_subsets
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:datasets", "ignore::ResourceWarning")
 
 
 def several(**settings):
-    return parts(FinetuningDatasetConfig(**settings))
+    return find_subsets(FinetuningDatasetConfig(**settings))
 
 
 def of(**settings):
@@ -54,8 +54,8 @@ def test_more_examples_at_the_end_move_few_between_the_splits():
 
 
 def test_files_of_their_own_leave_the_shares_to_the_others():
-    own = Part(Source(Path("v.jsonl")))
-    assert of(validation_path="v.jsonl") == [Part(Source(Path("a.jsonl")), (0.0, 1.0), 1234), own, None]
+    own = Subset(Source(Path("v.jsonl")))
+    assert of(validation_path="v.jsonl") == [Subset(Source(Path("a.jsonl")), (0.0, 1.0), 1234), own, None]
     train, validation, test = of(validation_path="v.jsonl", split="80,10,20")
     assert validation == own
     assert (len(train.numbers(100)), len(test.numbers(100))) == (80, 20)
@@ -68,9 +68,9 @@ def test_a_dataset_dict_has_its_own_splits_and_shares_what_it_lacks(tmp_path):
     two, three = tmp_path / "two", tmp_path / "three"
     assert [part.source for part in of(path=str(three))] == [Source(three, name) for name in ("train", "validation", "test")]
     train, validation, test = of(path=str(two))
-    assert (train.source, validation.source, test) == (Source(two, "train"), Source(two, "train"), Part(Source(two, "test")))
+    assert (train.source, validation.source, test) == (Source(two, "train"), Source(two, "train"), Subset(Source(two, "test")))
     assert (len(train.numbers(100)), len(validation.numbers(100))) == (95, 5)
-    assert of(validation_path=str(three))[1] == Part(Source(three, "validation"))
+    assert of(validation_path=str(three))[1] == Subset(Source(three, "validation"))
 
 
 def refusal(**settings):
@@ -119,8 +119,8 @@ def test_what_is_no_blend_is_named(blend):
     with pytest.raises(UserError) as error:
         several(blend=blend)
     assert str(error.value) == (
-        f"`{blend}` is no blend\n\n"
-        "hint: it is a list of sources, or positive weights and sources in turns: `[0.3, a.jsonl, 0.7, b.jsonl]`"
+        f"`{blend}` is not a blend\n\n"
+        "hint: it is a list of sources, or positive weights and sources alternating: `[0.3, a.jsonl, 0.7, b.jsonl]`"
     )
 
 

@@ -38,7 +38,7 @@ def written(folder, *, vocab_size=384, count=200, drawn=None):
 
 @pytest.mark.parametrize(("vocab_size", "kind"), [(2**16, "uint16"), (2**16 + 1, "int32")])
 def test_what_was_written_is_read(vocab_size, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_BUFFER", 500)  # several times full
+    monkeypatch.setattr(store, "_BUFFER_TOKENS", 500)  # several times full
     drawn, found = written(tmp_path / "store", vocab_size=vocab_size)
     assert (found.about["dtype"], found.about["made_of"], len(found)) == (kind, "numbers", 200)
     assert found.lengths.tolist() == drawn.lengths.tolist()
@@ -54,7 +54,7 @@ def test_what_was_written_is_read(vocab_size, kind, tmp_path, monkeypatch):
 def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         written(tmp_path / "store", vocab_size=20)
-    assert str(caught.value).startswith("an example holds the token 47, but the vocabulary has 20")
+    assert str(caught.value).startswith("an example has the token id 47, but the vocabulary has 20")
 
 
 def test_a_damaged_store_is_refused(tmp_path):
@@ -64,7 +64,7 @@ def test_a_damaged_store_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"tokens.bin` has \d+ bytes, but `about.json` says"):
         store.open_store(tmp_path / "store")
     (tmp_path / "store" / "about.json").write_text(json.dumps({**found.about, "version": 0}))
-    with pytest.raises(UserError, match="made by another version"):
+    with pytest.raises(UserError, match="written by another version"):
         store.open_store(tmp_path / "store")
 
 
@@ -145,7 +145,7 @@ def test_the_answers_of_a_conversation_are_in_one_split(tmp_path):
 
 def train_rows(data):
     (train, *_) = made(config(data), samples=(1, 0, 0))
-    return train._ends[0]
+    return train._epoch_ends[0]
 
 
 def test_validation_that_nobody_asked_for_may_be_missing(tmp_path):
@@ -160,7 +160,7 @@ def test_validation_that_nobody_asked_for_may_be_missing(tmp_path):
 
 
 def test_without_a_tokenizer_there_are_no_tokens(data):
-    with pytest.raises(UserError, match="there is no tokenizer"):
+    with pytest.raises(UserError, match="none is set"):
         build(config(data), tokenizer=None, vocab_size=384, samples=(1, 0, 0))
 
 
@@ -207,7 +207,7 @@ def test_a_packed_folder_is_trained_from(packed, data):
     [
         ({"sequence_length": 64}, "`dataset.sequence_length` is `64`, but `{}` was packed with `96`"),
         ({"pad_to_multiple_of": 4}, "`dataset.pad_to_multiple_of` is `4`, but `{}` was packed with `1`"),
-        ({"packed": False}, "`dataset.packed` is `False`, but `{}` holds packed examples"),
+        ({"packed": False}, "`dataset.packed` is `False`, but `{}` has packed examples"),
     ],
 )
 def test_a_packed_folder_is_for_what_it_was_packed_with(changes, message, packed):
@@ -219,30 +219,28 @@ def test_a_packed_folder_is_for_what_it_was_packed_with(changes, message, packed
 def test_a_packed_folder_brings_its_own_validation(packed, data):
     with pytest.raises(UserError) as caught:
         made(config(packed[0], validation_path=str(data)))
-    assert caught.value.args[0] == (
-        f"`dataset.validation_path` is `{data}`, but `{packed[0]}` holds packed examples of all splits"
-    )
+    assert caught.value.args[0] == (f"`dataset.validation_path` is `{data}`, but `{packed[0]}` has packed examples of all splits")
 
 
 def test_a_packed_folder_of_another_tokenizer_is_refused(packed, model_folder):
     with pytest.raises(UserError, match="was packed with another tokenizer than this run's"):
         build(config(packed[0]), tokenizer=tokenizers.load(str(model_folder())), vocab_size=384, samples=(1, 0, 0))
-    with pytest.raises(UserError, match="holds the token 256, but the vocabulary has 256"):
+    with pytest.raises(UserError, match="has the token id 256, but the vocabulary has 256"):
         made(config(packed[0]), vocab_size=256)
 
 
 def test_what_another_put_there_meanwhile_stays(data, tmp_path, monkeypatch):
     out, told = tmp_path / "out", [f"dataset.path={data}", "tokenizer.tokenizer_model=byte"]
 
-    def save(path, array, real=store.save):
+    def save(path, array, real=store.save_array):
         out.mkdir(exist_ok=True)
         (out / "precious").write_text("x")
         real(path, array)
 
-    monkeypatch.setattr(store, "save", save)
+    monkeypatch.setattr(store, "save_array", save)
     result = CliRunner().invoke(main, ["pack", "llama_tiny", str(out), *told])
     assert result.exit_code == 1
-    assert f"error: `{out}` appeared while it was being made" in result.stderr
+    assert f"error: `{out}` appeared while it was being written" in result.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
     assert (out / "precious").read_text() == "x"
 

@@ -11,8 +11,8 @@ from tests.trainer.chat.llama import PLAIN, said
 from tests.trainer.chat.templates import CALLS, ONE_CALL, THINKING
 from trainer.data.chat.examples import Counts
 
-REFUSED = "`a.jsonl`, line 1 cannot be learned from: "
-OUT = "the chat template leaves out something that is said: "
+REFUSED = "`a.jsonl`, line 1 cannot be used: "
+OUT = "the chat template does not render all content: "
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Tell it.", "parameters": {"type": "object"}}}]
 
 
@@ -123,7 +123,7 @@ def test_what_the_template_does_not_show_is_refused_by_name(refusal, template, t
 def test_a_field_of_an_example_that_nothing_uses_is_refused_by_name_or_ignored_by_name(refusal, learn, field):
     example = {"messages": HI, field: False if field in ("enable_thinking", "label") else ["a text"]}
     assert refusal(example) == (
-        REFUSED + f"its `{field}` would be left out\n\nhint: say it in a message, or leave it out: "
+        REFUSED + f"its `{field}` would be lost\n\nhint: put it into a message, or leave it out: "
         f"`dataset.ignore_fields=[{field}]`, or leave such examples out: `dataset.skip_bad=true`"
     )
     assert learn(example, ignore_fields=[field]) == learn({"messages": HI})
@@ -131,7 +131,7 @@ def test_a_field_of_an_example_that_nothing_uses_is_refused_by_name_or_ignored_b
 
 def test_a_field_of_a_message_is_ignored_by_name(learn, refusal):
     assert refusal(beside(1, reasoning="yes")).split("\n\n")[1] == (
-        "hint: take a template that has it (`dataset.chat_template=FILE`), or leave it out of the example: "
+        "hint: use a template that renders it (`dataset.chat_template=FILE`), or remove it from the example: "
         "`dataset.ignore_fields=[reasoning]`, or leave such examples out: `dataset.skip_bad=true`"
     )
     assert learn(beside(1, reasoning="yes"), ignore_fields=["reasoning"]) == learn({"messages": HI})
@@ -141,7 +141,7 @@ def test_what_is_about_an_example_or_a_message_is_named_once(learn):
     counts = Counts()
     example = {**beside(1, id="m2", created_at=5, tool_calls=None, refusal="", audio={"id": None}), "prompt_id": "x", "n": None}
     assert learn({**example, "num_turns": 2, "score": 0.5, "docs": []}, counts=counts) == learn({"messages": HI})
-    assert counts.reasons() == ["not learned from: `prompt_id`, `num_turns`, `score`, `docs`, `id`, `created_at`"]
+    assert counts.reasons() == ["unused fields: `prompt_id`, `num_turns`, `score`, `docs`, `id`, `created_at`"]
 
 
 def test_a_part_that_is_more_than_text_is_refused(refusal, learn):
@@ -158,11 +158,11 @@ def test_variables_of_the_template_are_what_the_example_says(refusal, learn, tem
     ((tokens, _),) = learn(example, chat_template=template(text))
     assert tokens == whole(folder, HI, text, loud=True) != whole(folder, HI, text)
     assert refusal(example).split("\n\n")[0] == (
-        REFUSED + "the chat template has no `loud`, which its `chat_template_kwargs` give"
+        REFUSED + "the chat template has no variable `loud`, which its `chat_template_kwargs` set"
     )
     example["chat_template_kwargs"] = {"add_generation_prompt": True}
     assert refusal(example).split("\n\n")[0] == (
-        REFUSED + "its `chat_template_kwargs` give `add_generation_prompt`, which is said elsewhere"
+        REFUSED + "its `chat_template_kwargs` set `add_generation_prompt`, which is reserved"
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from formats.errors import UserError
 from tests.trainer import small
-from trainer.peft.targets import chosen, fits, wanted
+from trainer.peft.targets import fits, matching_patterns, targeted_names
 
 QKV = "decoder.layers.3.self_attention.linear_qkv"
 
@@ -29,16 +29,16 @@ QKV = "decoder.layers.3.self_attention.linear_qkv"
 )
 def test_a_pattern_without_a_dot_is_for_the_last_name(pattern, matches):
     assert fits(pattern, QKV) == matches
-    assert bool(chosen([pattern], [QKV])) == matches
+    assert bool(matching_patterns([pattern], [QKV])) == matches
 
 
 def test_exclusions_win_and_the_name_of_the_whole_stands_for_its_parts():
     parts = [f"decoder.layers.3.self_attention.linear_{one}" for one in "qkv"]
-    assert wanted(QKV, parts, ["linear_q", "linear_v"], []) == [parts[0], parts[2]]
-    assert wanted(QKV, parts, ["linear_qkv"], ["linear_k"]) == [parts[0], parts[2]]
-    assert wanted(QKV, parts, ["linear_q"], ["linear_qkv"]) == []
-    assert wanted(QKV, parts, ["*.layers.3.*.linear_v"], ["*.layers.2.*"]) == [parts[2]]
-    assert wanted(QKV, [QKV], ["*"], ["*.layers.3.*"]) == []
+    assert targeted_names(QKV, parts, ["linear_q", "linear_v"], []) == [parts[0], parts[2]]
+    assert targeted_names(QKV, parts, ["linear_qkv"], ["linear_k"]) == [parts[0], parts[2]]
+    assert targeted_names(QKV, parts, ["linear_q"], ["linear_qkv"]) == []
+    assert targeted_names(QKV, parts, ["*.layers.3.*.linear_v"], ["*.layers.2.*"]) == [parts[2]]
+    assert targeted_names(QKV, [QKV], ["*"], ["*.layers.3.*"]) == []
 
 
 def _attach(folder, changes, kind, told):
@@ -107,19 +107,19 @@ def test_parts_of_a_fused_layer_can_be_trained_alone(ranks, model_folder):
     [
         (
             {"target_modules": ["linear_qvk"]},
-            "`peft.target_modules` has `linear_qvk`, and no module of the model is called so\n\nhint: did you mean `linear_qkv`",
+            "`peft.target_modules` has `linear_qvk`, which matches no module of the model\n\nhint: did you mean `linear_qkv`",
         ),
         (
             {"target_modules": ["linear_q"]},
-            "`peft.target_modules` has `linear_q`, and no module of the model is called so",
+            "`peft.target_modules` has `linear_q`, which matches no module of the model",
         ),
         (
             {"target_modules": ["*.layers.7.*.linear_qkv"]},
-            "`peft.target_modules` has `*.layers.7.*.linear_qkv`, and no module of the model is called so",
+            "`peft.target_modules` has `*.layers.7.*.linear_qkv`, which matches no module of the model",
         ),
         (
             {"exclude_modules": ["linear_fc3"]},
-            "`peft.exclude_modules` has `linear_fc3`, and no module of the model is called so",
+            "`peft.exclude_modules` has `linear_fc3`, which matches no module of the model",
         ),
         (
             {"target_modules": ["final_layernorm"]},
@@ -131,7 +131,7 @@ def test_parts_of_a_fused_layer_can_be_trained_alone(ranks, model_folder):
         ),
         (
             {"exclude_modules": ["linear_*"]},
-            "`LoRA` adds no parameter that could be trained",
+            "`LoRA` adds no trainable parameter",
         ),
     ],
 )
@@ -144,6 +144,6 @@ def test_what_cannot_be_is_said_on_every_rank(told, message, ranks, model_folder
 def test_parts_need_whole_groups_of_heads(ranks, model_folder):
     changes = {"model__tensor_model_parallel_size": 4, "model__num_query_groups": 2}
     for said, _ in ranks.run(_attach, 4, str(model_folder("gqa")), changes, "LoRA", {"canonical": True}):
-        assert said.startswith("`model.num_query_groups` is `2`, which tensor parallelism over `4` cuts into pieces")
+        assert said.startswith("`model.num_query_groups` is `2`, which is not divisible by the tensor-parallel size `4`")
     for said, _ in ranks.run(_attach, 4, str(model_folder("gqa")), changes, "LoRA", {}):
         assert said.startswith("LoRA: ")

@@ -60,9 +60,9 @@ def test_grouped_experts_are_refused(ranks, start):
     class TEColumnParallelGroupedLinear(torch.nn.Module):
         pass
 
-    from trainer.peft.linear import describe
+    from trainer.peft.linear import describe_linear
 
     grouped = type("TEGroupedLinear", (TEColumnParallelGroupedLinear,), {})()
     with pytest.raises(UserError, match="computes several experts at once") as caught:
-        describe(grouped, "decoder.layers.0.mlp.experts.linear_fc1")
+        describe_linear(grouped, "decoder.layers.0.mlp.experts.linear_fc1")
     assert "moe_grouped_gemm=false" in caught.value.hint

@@ -150,10 +150,10 @@ def _dropped(folder, row, sequence_parallel):
 
     with parallel.session(small.settings(Path(folder), model__tensor_model_parallel_size=2), "cpu"):
         layer = _layer(peft.LoRA(dim=4, dropout=0.5), row=row, sequence_parallel=sequence_parallel)
-        dropped = layer.adapter._dropped(torch.ones(SEQUENCE, BATCH, 8))
+        dropped = layer.adapter._apply_dropout(torch.ones(SEQUENCE, BATCH, 8))
         assert parallel_state.get_tensor_model_parallel_world_size() == 2
         layer.eval()
-        return dropped.numpy(), layer.adapter._dropped(torch.ones(2)).numpy()
+        return dropped.numpy(), layer.adapter._apply_dropout(torch.ones(2)).numpy()
 
 
 @pytest.mark.parametrize(("row", "sequence_parallel"), [(False, False), (True, False), (False, True), (True, True)])

@@ -1,7 +1,7 @@
-"""Conversations: which tokens of a rendered one the model would have written itself. Those are learned, and nothing else.
+"""Render conversations, and find the tokens that the model itself would write; only those are learned.
 
-Knows roles, the template's marks, and how a template's text must grow for its answers to be found. What cannot be told for
-certain is an UnusableError, never a guess.
+Answers are found by the template's generation marks, or by rendering the conversation up to each answer. An ambiguous case raises
+UnusableError.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from formats.errors import is_text
 from trainer.config import Learned
 from trainer.data.chat import unrendered
 from trainer.data.chat.chat_template import Template
-from trainer.data.chat.messages import ANSWERS, TOOL, Conversation
-from trainer.data.chat.tokenized import RenderedText, Tokenized, tokenized
+from trainer.data.chat.messages import ASSISTANT, TOOL, Conversation
+from trainer.data.chat.tokenized import RenderedText, Tokenized, make_tokenized
 from trainer.data.records import UnusableError
 from trainer.tokenizers import Encoded, Tokenizer
 
-_OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
-"""What templates are given that no example chooses by these names."""
+_RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+"""Variables of templates that `chat_template_kwargs` may not set."""
 
 _MARKS_HINT = "mark the answers in the template with `{% generation %}` and `{% endgeneration %}`: `dataset.chat_template=FILE`"
 _LEARN_HINT = (
@@ -32,111 +32,120 @@ _LEARN_HINT = (
 
 
 @dataclass(frozen=True, slots=True)
-class Conversations:
-    """Makes drafts of examples with `messages`.
+class ConversationRenderer:
+    """Renders examples with `messages`.
 
-    Where the template has `{% generation %}` marks, the tokens inside them are learned. Elsewhere an answer is what stands
-    between the conversation before it, rendered as when an answer is asked for, and the conversation up to it: of that, the
-    tokens up to and including the last special one, which ends the turn; white space that the template writes after it is the
-    template's. The tokens of each of these beginnings must be the first tokens of the next.
+    If the template has `{% generation %}` marks, the tokens inside them are learned. Otherwise the conversation is rendered
+    twice for each answer: up to the answer with a generation prompt, and including the answer. The tokens of the difference are
+    learned, up to and including the last special token, which ends the turn; white space after it belongs to the template. The
+    tokens of each such prefix must be a prefix of the next.
 
-    No token is added: templates write those that begin and end a text themselves.
+    No tokens are added: templates write the begin and end tokens.
     """
 
     tokenizer: Tokenizer
     template: Template
 
-    def drafts(self, conversation: Conversation, learned: Sequence[bool], *, learn: Learned) -> list[RenderedText]:
-        """`learned` says of each message whether it is, if it is an answer; `learn`, which of those are, and whether in examples
-        of their own, which end with the answer. UnusableError for what is no conversation, and where the template leaves out
-        something that is said in it."""
-        answers = [number for number, one in enumerate(conversation.messages) if one["role"] == ANSWERS]
+    def render(self, conversation: Conversation, learned: Sequence[bool], *, learn: Learned) -> list[RenderedText]:
+        """Return the texts of the examples of a conversation.
+
+        `learned` says for each message whether it is learned if it is an answer. `learn` chooses among those answers, and whether
+        each is an example of its own that ends with it. Raises UnusableError if there is no answer to learn, or the template does
+        not render all content.
+        """
+        answers = [number for number, message in enumerate(conversation.messages) if message["role"] == ASSISTANT]
         wanted = [number for number in answers if learned[number]]
         if not wanted:
-            raise UnusableError(
-                "none of the assistant's messages is to be learned" if answers else "no message is the assistant's"
-            )
-        self._check_options(conversation)
-        conversation = self._with_contents(conversation)
+            raise UnusableError("no assistant message is marked as learned" if answers else "it has no assistant message")
+        self._check_template_kwargs(conversation)
+        conversation = self._fill_contents(conversation)
         if learn == "all_answers":
-            return [self._draft(conversation, wanted)]
-        alone = wanted[-1:] if learn == "last_answer" else wanted
-        return [self._draft(conversation.until(number + 1), [number]) for number in alone]
+            return [self._render(conversation, wanted)]
+        last = wanted[-1:] if learn == "last_answer" else wanted
+        return [self._render(conversation.truncated(number + 1), [number]) for number in last]
 
-    def _with_contents(self, conversation: Conversation) -> Conversation:
-        """With empty texts where a call of a tool has none, if the template asks for texts: so do servers that render it."""
-        if all("content" in one for one in conversation.messages):
+    def _fill_contents(self, conversation: Conversation) -> Conversation:
+        """Return the conversation with an empty `content` in messages without one, if the template needs it; servers do the same
+        for
+        tool calls."""
+        if all("content" in message for message in conversation.messages):
             return conversation
-        filled = replace(conversation, messages=tuple({"content": "", **one} for one in conversation.messages))
-        return conversation if self._is_rendered(conversation) or not self._is_rendered(filled) else filled
+        filled = replace(conversation, messages=tuple({"content": "", **message} for message in conversation.messages))
+        return conversation if self._can_render(conversation) or not self._can_render(filled) else filled
 
-    def _is_rendered(self, conversation: Conversation) -> bool:
+    def _can_render(self, conversation: Conversation) -> bool:
         try:
-            self.template.render(conversation, asking=False)
+            self.template.render(conversation, add_generation_prompt=False)
         except UnusableError:
             return False
         return True
 
-    def _check_options(self, conversation: Conversation) -> None:
-        for name in conversation.options:
-            if name in _OURS:
-                raise UnusableError(f"its `chat_template_kwargs` give `{name}`, which is said elsewhere")
-            if not self.template.names(name, conversation.tools):
-                raise UnusableError(f"the chat template has no `{name}`, which its `chat_template_kwargs` give")
+    def _check_template_kwargs(self, conversation: Conversation) -> None:
+        for name in conversation.template_kwargs:
+            if name in _RESERVED:
+                raise UnusableError(f"its `chat_template_kwargs` set `{name}`, which is reserved")
+            if not self.template.uses_variable(name, conversation.tools):
+                raise UnusableError(f"the chat template has no variable `{name}`, which its `chat_template_kwargs` set")
 
-    def _draft(self, conversation: Conversation, wanted: Sequence[int]) -> RenderedText:
-        all_of_them = all(number in wanted for number, one in enumerate(conversation.messages) if one["role"] == ANSWERS)
-        if all_of_them and self.tokenizer.encode_batch is not None and self.template.marks(conversation.tools):
+    def _render(self, conversation: Conversation, wanted: Sequence[int]) -> RenderedText:
+        every_answer = all(
+            number in wanted for number, message in enumerate(conversation.messages) if message["role"] == ASSISTANT
+        )
+        if every_answer and self.tokenizer.encode_batch is not None and self.template.has_generation_marks(conversation.tools):
             text, spans = self.template.render_marked(conversation)
-            draft = RenderedText([_unicode(text)], partial(_inside, spans))
+            rendered = RenderedText([_unicode(text)], partial(_learn_marked, spans))
         else:
-            draft = RenderedText(self._growing(conversation, wanted), partial(self._between, wanted))
-        rewritten = unrendered.check(self.template, conversation, draft.texts[-1])
+            rendered = RenderedText(self._render_prefixes(conversation, wanted), partial(self._learn_between, wanted))
+        rewritten = unrendered.check_rendered(self.template, conversation, rendered.texts[-1])
         if list(wanted) == [len(conversation.messages) - 1]:
-            rewritten.intersection_update(wanted)  # what comes before is as the model would see it
+            rewritten.intersection_update(wanted)  # in generation, the template renders the earlier messages in the same way
         else:
             rewritten = {number for number in rewritten if number in wanted or conversation.messages[number]["role"] == TOOL}
         if rewritten:
-            raise _changes(min(rewritten), after=True)
-        return draft
+            raise _unstable_template(min(rewritten), after=True)
+        return rendered
 
-    def _growing(self, conversation: Conversation, answers: Sequence[int]) -> list[str]:
-        """Before and after each answer, and the whole."""
+    def _render_prefixes(self, conversation: Conversation, answers: Sequence[int]) -> list[str]:
+        """Render the conversation before and after each answer, and as a whole."""
         if not answers[0]:
-            raise UnusableError("the assistant speaks first", "the template cannot be asked what stands before", hint=_MARKS_HINT)
+            raise UnusableError(
+                "the first message is the assistant's", "there is no prefix to render before it", hint=_MARKS_HINT
+            )
         ends = [(number + after, not after) for number in answers for after in (0, 1)]
-        texts = [self.template.render(conversation.until(end), asking=asking) for end, asking in ends]
-        return [_unicode(text) for text in (*texts, self.template.render(conversation, asking=False))]
+        texts = [self.template.render(conversation.truncated(end), add_generation_prompt=asking) for end, asking in ends]
+        return [_unicode(text) for text in (*texts, self.template.render(conversation, add_generation_prompt=False))]
 
-    def _between(self, answers: Sequence[int], texts: Sequence[Encoded]) -> Tokenized:
+    def _learn_between(self, answers: Sequence[int], texts: Sequence[Encoded]) -> Tokenized:
         ids = [text.ids for text in texts]
-        for number, (some, more) in enumerate(pairwise(ids)):
-            if more[: len(some)] != some:
-                raise _changes(answers[number // 2], after=number % 2)
+        for number, (prefix, longer) in enumerate(pairwise(ids)):
+            if longer[: len(prefix)] != prefix:
+                raise _unstable_template(answers[number // 2], after=number % 2)
         trained = np.zeros(len(ids[-1]), bool)
         for number, before, after in zip(answers, ids[:-1:2], ids[1::2], strict=True):
-            trained[len(before) : self._end(number, after, len(before))] = True
-        return tokenized(ids[-1], trained)
+            trained[len(before) : self._turn_end(number, after, len(before))] = True
+        return make_tokenized(ids[-1], trained)
 
-    def _end(self, number: int, ids: Sequence[int], start: int) -> int:
-        """Behind the token that ends the turn."""
-        found = (place for place in reversed(range(start, len(ids))) if ids[place] in self.template.controls)
-        last = next(found, None)
+    def _turn_end(self, number: int, ids: Sequence[int], start: int) -> int:
+        """Return the index after the special token that ends the turn."""
+        special = (index for index in reversed(range(start, len(ids))) if ids[index] in self.template.special_ids)
+        last = next(special, None)
         if last is None or self.tokenizer.decode(ids[last + 1 :]).strip():
             raise UnusableError(
-                "the chat template ends the assistant's turn with no special token", f"message {number + 1}", hint=_MARKS_HINT
+                "the chat template does not end the assistant's turn with a special token",
+                f"message {number + 1}",
+                hint=_MARKS_HINT,
             )
         return last + 1
 
 
-def _changes(number: int, *, after: int) -> UnusableError:
-    """Two ways to see one thing: the text before an answer is not that with it, or the text with it not that of what follows."""
+def _unstable_template(number: int, *, after: int) -> UnusableError:
+    """Return the error for prefixes that do not match: before an answer, or (`after`) after it."""
     reason = "what follows an answer changes its tokens" if after else "an answer changes the tokens before it"
     return UnusableError(f"with this chat template {reason}", f"message {number + 1}", hint=_LEARN_HINT if after else _MARKS_HINT)
 
 
-def _inside(spans: Sequence[tuple[int, int]], texts: Sequence[Encoded]) -> Tokenized:
-    """A token is learned if its characters lie inside a mark; one that lies half inside belongs to nobody."""
+def _learn_marked(spans: Sequence[tuple[int, int]], texts: Sequence[Encoded]) -> Tokenized:
+    """Mark the tokens whose characters are inside a generation mark. Raises UnusableError for a token that is partly inside."""
     (text,) = texts
     begins, ends = np.array(text.offsets, np.int64).reshape(-1, 2).T
     trained = np.zeros(len(text.ids), bool)
@@ -144,15 +153,15 @@ def _inside(spans: Sequence[tuple[int, int]], texts: Sequence[Encoded]) -> Token
         inside = (begins >= start) & (ends <= stop) & (begins < stop)
         if np.any((begins < stop) & (ends > start) & ~inside):
             raise UnusableError(
-                "a token lies half inside a generation mark of the chat template",
-                f"that from character {start} to {stop}",
-                hint="put the marks where tokens begin and end: right behind a special token, say",
+                "a token is partly inside a generation mark of the chat template",
+                f"the one from character {start} to {stop}",
+                hint="put the marks at token boundaries, for example right after a special token",
             )
         trained |= inside
-    return tokenized(text.ids, trained)
+    return make_tokenized(text.ids, trained)
 
 
 def _unicode(text: str) -> str:
     if not is_text(text):
-        raise UnusableError("it holds half a surrogate pair, which is no text")
+        raise UnusableError("it contains an unpaired surrogate, which is not valid text")
     return text

@@ -1,7 +1,7 @@
-"""Examples in rows, as the dataset that `trainer.data` describes.
+"""Make samples from rows of examples: the dataset interface of `trainer.data` over a store of tokenized examples.
 
-Which examples a sample number stands for depends on the lengths of the examples, the row's length and the seed: each epoch packs
-them anew, in another order, and has each example once. Knows a store of tokens, and nothing of what made them.
+Each epoch has each example once, packed again in another order. The examples of a sample number depend on the lengths of the
+examples, the sequence length and the seed.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from trainer.data.chat.packing import Rows
 from trainer.segments import PADDING
 
 
-class Tokens(Protocol):
+class TokenStore(Protocol):
     """Tokenized examples by number: `trainer.data.chat.store.Store`."""
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example."""
+        """Tokens of each example, int64 [examples]."""
         ...
 
     def __getitem__(self, example: int) -> tuple[np.ndarray, np.ndarray]:
-        """Its tokens, and for each whether it is learned."""
+        """Return the tokens [length] of an example, and whether each is learned, bool [length]."""
         ...
 
 
-class Examples(Dataset):
-    """The examples `numbers` of a store in rows of `sequence_length`, as many samples as `take` says.
+class ExampleDataset(Dataset):
+    """The examples `numbers` of a store in rows of `sequence_length` tokens; `take` sets the number of samples.
 
-    `packed` puts several into a row. `shuffled` gives every epoch an order of its own; without it all are alike, as evaluation
-    wants them. `rows` are rows composed before, whose order alone changes. Longer examples are cut.
+    With `packed`, a row has several examples. With `shuffled`, each epoch has its own order; without it all epochs are the same,
+    for evaluation. `rows` are rows packed beforehand, of which only the order changes. Longer examples are truncated.
     """
 
     def __init__(
         self,
-        store: Tokens,
+        store: TokenStore,
         numbers: np.ndarray,
         *,
         sequence_length: int,
@@ -56,58 +56,59 @@ class Examples(Dataset):
     ) -> None:
         self.store, self._numbers, self._rows, self._folder = store, numbers, rows, folder
         self.summary: tuple[str, ...] = ()
-        """What to tell of it before the first step."""
+        """Lines to print before the first step."""
 
         self.sequence_length, self.packed, self._multiple = sequence_length, packed, multiple
         self._seed, self._shuffled = seed, shuffled
         self.samples = 0
         self._lengths = np.minimum(store.lengths[numbers], sequence_length).astype(np.int64)
-        self._taken = packing.padded(self._lengths, multiple=multiple) if packed else self._lengths
-        self._opened: dict[int, Rows] = {}
-        self._ends = [len(self._epoch(0))]
-        """Samples until the end of each epoch that was packed."""
+        self._padded_lengths = packing.pad_lengths(self._lengths, multiple=multiple) if packed else self._lengths
+        self._open_epochs: dict[int, Rows] = {}
+        self._epoch_ends = [len(self._epoch(0))]
+        """The number of samples up to the end of each epoch packed so far."""
 
-    def take(self, samples: int) -> Examples:
-        """Have so many samples, and know where the epochs end that they lie in."""
+    def take(self, samples: int) -> ExampleDataset:
+        """Set the length to `samples`, and pack epochs until their ends are known up to there."""
         self.samples = samples
-        while self._ends[-1] < samples and self._every_epoch_differs:
+        while self._epoch_ends[-1] < samples and self._repacks:
             self._pack_next()
         return self
 
     @property
     def per_epoch(self) -> int:
-        """Samples of the first epoch; others may have a few more or less where rows are packed anew."""
-        return self._ends[0]
+        """Return the samples of the first epoch. Other epochs may have a few more or fewer rows if they are packed again."""
+        return self._epoch_ends[0]
 
     def until(self, epochs: int) -> int:
-        """Samples until the end of that many epochs."""
-        if not self._every_epoch_differs:
-            return epochs * self._ends[0]
-        while len(self._ends) < epochs:
+        """Return the number of samples in `epochs` epochs."""
+        if not self._repacks:
+            return epochs * self._epoch_ends[0]
+        while len(self._epoch_ends) < epochs:
             self._pack_next()
-        return self._ends[epochs - 1]
+        return self._epoch_ends[epochs - 1]
 
     def _pack_next(self) -> None:
-        self._ends.append(self._ends[-1] + len(self._epoch(len(self._ends))))
+        self._epoch_ends.append(self._epoch_ends[-1] + len(self._epoch(len(self._epoch_ends))))
 
     @property
     def efficiency(self) -> float:
-        """The share of the first epoch's rows that is tokens of examples."""
-        return packing.efficiency(self._lengths, self._ends[0], capacity=self.sequence_length)
+        """Return the fraction of the first epoch's rows that is tokens of examples, not padding."""
+        return packing.efficiency(self._lengths, self._epoch_ends[0], capacity=self.sequence_length)
 
     def fingerprint(self) -> str:
-        """A hash of what it reads (`trainer.data.consistency`): all lengths, the tokens of some examples, and the first row."""
-        some = [part for number in consistency.spread(len(self._numbers)) for part in self.store[int(self._numbers[number])]]
-        return consistency.fingerprint(self._lengths, *some, *([self[0]["labels"].numpy()] if self.samples else []))
+        """Return a hash of all lengths, the tokens of some examples, and the first row: see `trainer.data.consistency`."""
+        sampled = self._numbers[consistency.spread_indices(len(self._numbers))].tolist()
+        parts = [part for number in sampled for part in self.store[number]]
+        return consistency.fingerprint(self._lengths, *parts, *([self[0]["labels"].numpy()] if self.samples else []))
 
     def beginnings(self, count: int) -> list[list[int]]:
-        """The tokens of the first examples before those that are learned."""
-        found = (self.store[number] for number in self._numbers[:count].tolist())
-        return [words[: max(int(trained.argmax()), 1)].tolist() for words, trained in found]
+        """Return the prompts of the first `count` examples: their tokens before the first learned one."""
+        examples = (self.store[number] for number in self._numbers[:count].tolist())
+        return [tokens[: max(int(trained.argmax()), 1)].tolist() for tokens, trained in examples]
 
     @property
-    def _every_epoch_differs(self) -> bool:
-        """In how many rows it has."""
+    def _repacks(self) -> bool:
+        """Return whether each epoch is packed again, and so may have another number of rows."""
         return self._shuffled and self.packed and self._rows is None
 
     def __len__(self) -> int:
@@ -116,52 +117,54 @@ class Examples(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.samples:
             raise IndexError(index)
-        epoch, row = self._place(int(index))
-        return self._row(self._numbers[self._epoch(epoch)[row]])
+        epoch, row = self._locate(int(index))
+        return self._make_sample(self._numbers[self._epoch(epoch)[row]])
 
-    def _place(self, sample: int) -> tuple[int, int]:
-        """Its epoch, and its row there."""
-        if not self._every_epoch_differs:
-            return divmod(sample, self._ends[0])
-        epoch = bisect_right(self._ends, sample)
-        return epoch, sample - (self._ends[epoch - 1] if epoch else 0)
+    def _locate(self, sample: int) -> tuple[int, int]:
+        """Return the epoch of a sample, and its row in that epoch."""
+        if not self._repacks:
+            return divmod(sample, self._epoch_ends[0])
+        epoch = bisect_right(self._epoch_ends, sample)
+        return epoch, sample - (self._epoch_ends[epoch - 1] if epoch else 0)
 
     def _epoch(self, number: int) -> Rows:
-        """Only two are held: samples are read nearly in order."""
+        """Return the rows of an epoch. Two epochs are kept: samples are read nearly in order."""
         number = number if self._shuffled else 0
-        if number not in self._opened:
-            if len(self._opened) == 2:
-                del self._opened[next(iter(self._opened))]
-            self._opened[number] = self._composed(number)
-        return self._opened[number]
+        if number not in self._open_epochs:
+            if len(self._open_epochs) == 2:
+                del self._open_epochs[next(iter(self._open_epochs))]
+            self._open_epochs[number] = self._compose(number)
+        return self._open_epochs[number]
 
-    def _composed(self, epoch: int) -> Rows:
+    def _compose(self, epoch: int) -> Rows:
         if self.packed and self._rows is None:
-            return self._packed(epoch)
-        rows = self._rows or packing.singly(len(self._lengths))
-        return rows.permuted(packing.draw(self._seed, epoch).permutation(len(rows))) if self._shuffled else rows
+            return self._packed_rows(epoch)
+        rows = self._rows or packing.one_per_row(len(self._lengths))
+        return rows.permuted(packing.epoch_generator(self._seed, epoch).permutation(len(rows))) if self._shuffled else rows
 
-    def _packed(self, epoch: int) -> Rows:
-        """From a file where there are so many examples that packing takes a while."""
+    def _packed_rows(self, epoch: int) -> Rows:
+        """Pack an epoch, or read it from the cache if there are many examples."""
+        lengths, capacity = self._padded_lengths, self.sequence_length
 
         def make() -> cache.Arrays:
             if self._shuffled:
-                rows = packing.shuffled(self._taken, capacity=self.sequence_length, seed=self._seed, epoch=epoch)
+                rows = packing.best_fit_shuffled(lengths, capacity=capacity, seed=self._seed, epoch=epoch)
             else:
-                rows = packing.in_order(self._taken, capacity=self.sequence_length)
+                rows = packing.best_fit_in_order(lengths, capacity=capacity)
             return rows.examples, rows.starts
 
         if self._folder is None:
             return Rows(*make())
-        return Rows(*cache.kept(self._folder, self._name(epoch), _EFFORT * len(self._taken), make))
+        return Rows(*cache.cached_arrays(self._folder, self._cache_name(epoch), _PACKING_COST * len(self._padded_lengths), make))
 
-    def _name(self, epoch: int) -> str:
-        """Of the file: all that decides an epoch's rows."""
-        decides = f"{self.sequence_length} {self._seed if self._shuffled else None} {epoch}"
-        return f"rows-{blake3.blake3(self._taken.tobytes() + decides.encode()).hexdigest()[:32]}"
+    def _cache_name(self, epoch: int) -> str:
+        """Return the name of the cached rows: a hash of everything that they depend on."""
+        settings = f"{self.sequence_length} {self._seed if self._shuffled else None} {epoch}"
+        return f"rows-{blake3.blake3(self._padded_lengths.tobytes() + settings.encode()).hexdigest()[:32]}"
 
-    def _row(self, examples: np.ndarray) -> dict[str, torch.Tensor]:
-        """One sample, `[sequence_length]` each: a token is followed by its label, but for an example's last, which has none."""
+    def _make_sample(self, examples: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return the tensors of a sample, each [sequence_length]. The label of a token is the next token of the same example; the
+        last token of an example has none."""
         length = self.sequence_length
         tokens, labels, positions = (np.zeros(length, np.int64) for _ in range(3))
         learned, segments = np.zeros(length, np.float32), np.full(length, PADDING, np.int32)
@@ -170,7 +173,7 @@ class Examples(Dataset):
             words, trained = (part[:length] for part in self.store[example])
             end, last = start + len(words), start + len(words) - 1
             tokens[start:end], labels[start:last], learned[start:last] = words, words[1:], trained[1:]
-            after = start + int(packing.padded(np.int64(len(words)), multiple=self._multiple)) if self.packed else end
+            after = start + int(packing.pad_lengths(np.int64(len(words)), multiple=self._multiple)) if self.packed else end
             positions[start:after], segments[start:after] = np.arange(after - start), segment
             start = after
         positions[start:] = np.arange(length - start)
@@ -182,5 +185,5 @@ class Examples(Dataset):
         return {**self.__dict__, "_opened": {}}
 
 
-_EFFORT = 16
-"""Packing an example takes as long as so many entries of an index."""
+_PACKING_COST = 16
+"""Packing one example takes about as long as computing this many entries of an index."""

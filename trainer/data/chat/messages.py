@@ -1,6 +1,6 @@
-"""Messages of examples as chat templates take them, whichever family of data sets wrote them.
+"""Parse messages of several dataset formats into the messages that chat templates take.
 
-Knows OpenAI's messages, ShareGPT's turns, content in parts and calls of tools. Knows no template and no tokens.
+Reads OpenAI's messages, ShareGPT's turns, content in parts, and tool calls.
 """
 
 from __future__ import annotations
@@ -12,146 +12,149 @@ from typing import Any
 
 from formats.errors import format_untrusted
 from formats.faults import fault
-from trainer.data.chat.fields import has_content, is_about, learned_as_said, without
-from trainer.data.records import UnusableError, names
+from trainer.data.chat.fields import drop_fields, has_content, is_metadata, split_learned
+from trainer.data.records import UnusableError, list_some
 
-ANSWERS, TOOL = "assistant", "tool"
+ASSISTANT, TOOL = "assistant", "tool"
 _ROLES = {
-    "human": "user", "user": "user", "gpt": ANSWERS, "assistant": ANSWERS, "function_call": ANSWERS, "system": "system",
+    "human": "user", "user": "user", "gpt": ASSISTANT, "assistant": ASSISTANT, "function_call": ASSISTANT, "system": "system",
     "tool": TOOL, "function": TOOL, "observation": TOOL,
 }  # fmt: skip
-"""Who speaks in ShareGPT's `from`, as templates call them."""
+"""Roles of templates by the values of ShareGPT's `from`."""
 
 type Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """All that a chat template is given."""
+    """The inputs of a chat template."""
 
     messages: tuple[Message, ...]
     tools: list[Any] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Variables of the template's own, such as `enable_thinking`."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of this template, such as `enable_thinking`."""
 
-    def until(self, end: int) -> Conversation:
-        """The first `end` messages."""
+    def truncated(self, end: int) -> Conversation:
+        """Return the conversation up to message `end`, exclusive."""
         return replace(self, messages=self.messages[:end])
 
 
-def messages_of(fields: Mapping[str, Any], name: str, ignored: Collection[str] = ()) -> tuple[list[Message], list[bool]]:
-    """The messages in that field without what is `ignored`, and of each whether it is learned if it is an answer. Roles and
-    texts are checked, ShareGPT's `from` and `value` have the names that templates know, and parts are one text."""
+def parse_messages(fields: Mapping[str, Any], name: str, ignored: Collection[str] = ()) -> tuple[list[Message], list[bool]]:
+    """Return the messages of a field without `ignored` fields, and for each whether it is learned if it is an answer.
+
+    ShareGPT's `from` and `value` become `role` and `content`, and parts are joined to one text. Raises UnusableError for a
+    message without a role or content.
+    """
     value = fields[name]
     if not isinstance(value, list) or not value:
         raise UnusableError(
-            f"its `{name}` is no list of messages", f"it is {'empty' if value == [] else f'a {type(value).__name__}'}"
+            f"its `{name}` is not a list of messages", f"it is {'empty' if value == [] else f'a {type(value).__name__}'}"
         )
-    found = [_message(one, number, ignored) for number, one in enumerate(value, 1)]
-    return [message for message, _ in found], [learned for _, learned in found]
+    parsed = [_parse_message(message, number, ignored) for number, message in enumerate(value, 1)]
+    return [message for message, _ in parsed], [learned for _, learned in parsed]
 
 
-def _message(found: Any, number: int, ignored: Collection[str]) -> tuple[Message, bool]:
-    if not isinstance(found, dict):
-        raise UnusableError("a message is no object", f"message {number} is a {type(found).__name__}")
-    found = without(found, ignored)
-    if found.get("role") is None and found.get("from") is not None:
-        found = _of_sharegpt(found, number)
-    if not isinstance(found.get("role"), str):
-        raise UnusableError("a message has no `role`", f"message {number} has {names(found)}")
-    found, learned = learned_as_said(found, number)
-    if found.get("tool_calls"):
-        found["tool_calls"] = _calls(found["tool_calls"], number)
-    if isinstance(found.get("content"), list):
-        found["content"] = "".join(_parts(found["content"], number))
-    _check_said(found, number)
-    return {name: value for name, value in found.items() if value is not None}, learned
+def _parse_message(value: Any, number: int, ignored: Collection[str]) -> tuple[Message, bool]:
+    if not isinstance(value, dict):
+        raise UnusableError("a message is not an object", f"message {number} is a {type(value).__name__}")
+    message = drop_fields(value, ignored)
+    if message.get("role") is None and message.get("from") is not None:
+        message = _from_sharegpt(message, number)
+    if not isinstance(message.get("role"), str):
+        raise UnusableError("a message has no `role`", f"message {number} has {list_some(message)}")
+    message, learned = split_learned(message, number)
+    if message.get("tool_calls"):
+        message["tool_calls"] = _parse_tool_calls(message["tool_calls"], number)
+    if isinstance(message.get("content"), list):
+        message["content"] = "".join(_text_parts(message["content"], number))
+    _check_content(message, number)
+    return {name: member for name, member in message.items() if member is not None}, learned
 
 
-def _check_said(found: Message, number: int) -> None:
-    content = found.get("content")
+def _check_content(message: Message, number: int) -> None:
+    content = message.get("content")
     if content is not None and not isinstance(content, str):
-        raise UnusableError("a message's `content` is no text", f"that of message {number} is a {type(content).__name__}")
-    further = (name for name in found if name not in ("role", "content") and not is_about(name))
-    said = content or any(has_content(found[name]) for name in further)
-    if content is None and not said:
-        raise UnusableError("a message has no `content`", f"message {number} has {names(found)}")
-    if found["role"] == ANSWERS and not said:
+        raise UnusableError("a message's `content` is not text", f"that of message {number} is a {type(content).__name__}")
+    others = (name for name in message if name not in ("role", "content") and not is_metadata(name))
+    is_filled = content or any(has_content(message[name]) for name in others)
+    if content is None and not is_filled:
+        raise UnusableError("a message has no `content`", f"message {number} has {list_some(message)}")
+    if message["role"] == ASSISTANT and not is_filled:
         raise UnusableError("an answer is empty", f"message {number}")
 
 
-def _of_sharegpt(found: Mapping[str, Any], number: int) -> dict[str, Any]:
-    speaker, value = found["from"], found.get("value")
+def _from_sharegpt(message: Mapping[str, Any], number: int) -> dict[str, Any]:
+    speaker, value = message["from"], message.get("value")
     role = _ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise UnusableError("it is not known who speaks", f"`from` of message {number} is `{str(speaker)[:40]}`")
-    rest = without(found, ("from", "value"))
+        raise UnusableError("a message has an unknown `from`", f"that of message {number} is `{str(speaker)[:40]}`")
+    rest = drop_fields(message, ("from", "value"))
     if speaker == "function_call":
         return {**rest, "role": role, "tool_calls": value}
     return {**rest, "role": role, "content": value}
 
 
-def _parts(content: Sequence[Any], number: int) -> Iterator[str]:
-    """The texts of a message in parts, as multi-modal models have them."""
+def _text_parts(content: Sequence[Any], number: int) -> Iterator[str]:
+    """Yield the texts of a message in parts, the format of multi-modal models."""
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("text") if isinstance(part, dict) else None
         if kind not in ("text", None) or not isinstance(text, str):
             what = f"a `{format_untrusted(kind)}`" if kind else f"a {type(part).__name__} without text"
-            raise UnusableError("a part of a message is no text", f"{what} in message {number}")
-        more = [name for name, value in part.items() if name not in ("type", "text") and has_content(value)]
-        if more:
-            raise UnusableError("a part of a message has more than text", f"{names(more)} in message {number}")
+            raise UnusableError("a part of a message is not text", f"{what} in message {number}")
+        extra = [name for name, value in part.items() if name not in ("type", "text") and has_content(value)]
+        if extra:
+            raise UnusableError("a part of a message has more than text", f"{list_some(extra)} in message {number}")
         yield text
 
 
-def _calls(value: Any, number: int) -> list[Any]:
-    """Calls of tools, their arguments as objects: OpenAI has them as JSON, and templates write objects."""
-    found = from_json(value, f"a message's `tool_calls` are not JSON: those of message {number}")
-    calls = found if isinstance(found, list) else [found]
+def _parse_tool_calls(value: Any, number: int) -> list[Any]:
+    """Return tool calls with their arguments as objects: in OpenAI's format arguments are JSON, and templates render objects."""
+    decoded = decode_json(value, f"a message's `tool_calls` are not JSON: those of message {number}")
+    calls = decoded if isinstance(decoded, list) else [decoded]
     if not all(isinstance(call, dict) for call in calls):
-        raise UnusableError("a message's `tool_calls` are no list of objects", f"those of message {number}")
-    return [_call(call) for call in calls]
+        raise UnusableError("a message's `tool_calls` are not a list of objects", f"those of message {number}")
+    return [_parse_tool_call(call) for call in calls]
 
 
-def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(call.get("function"), dict):
-        return {**call, "function": _call(call["function"])}
+        return {**call, "function": _parse_tool_call(call["function"])}
     arguments = call.get("arguments")
     if not isinstance(arguments, str):
         return dict(call)
     try:
         parsed = json.loads(arguments)
     except (ValueError, RecursionError):
-        return dict(call)  # text, then
+        return dict(call)  # plain text
     return {**call, "arguments": parsed if isinstance(parsed, dict) else arguments}
 
 
-def tools_of(fields: Mapping[str, Any]) -> list[Any] | None:
-    """The tools that are offered. Many data sets keep them as JSON: tables have no room for schemas that differ."""
-    found = from_json(fields.get("tools"), "its `tools` are not JSON")
-    if not found:
+def parse_tools(fields: Mapping[str, Any]) -> list[Any] | None:
+    """Return the tools of an example, or None. Many datasets store them as JSON, since the schemas differ from row to row."""
+    tools = decode_json(fields.get("tools"), "its `tools` are not JSON")
+    if not tools:
         return None
-    found = found if isinstance(found, list) else [found]
-    found = [from_json(one, "its `tools` are not JSON") for one in found]
-    if not all(isinstance(one, dict) for one in found):
-        raise UnusableError("its `tools` are no list of objects")
-    return found
+    tools = [decode_json(tool, "its `tools` are not JSON") for tool in (tools if isinstance(tools, list) else [tools])]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise UnusableError("its `tools` are not a list of objects")
+    return tools
 
 
-def options_of(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables for the template, as TRL has them in `chat_template_kwargs`."""
-    found = from_json(fields.get("chat_template_kwargs"), "its `chat_template_kwargs` are not JSON") or {}
-    if not isinstance(found, dict):
-        raise UnusableError("its `chat_template_kwargs` are no object", f"they are {format_untrusted(found)}")
-    return {name: value for name, value in found.items() if value is not None}
+def parse_template_kwargs(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the template variables of an example: `chat_template_kwargs`, TRL's name."""
+    kwargs = decode_json(fields.get("chat_template_kwargs"), "its `chat_template_kwargs` are not JSON") or {}
+    if not isinstance(kwargs, dict):
+        raise UnusableError("its `chat_template_kwargs` are not an object", f"they are {format_untrusted(kwargs)}")
+    return {name: value for name, value in kwargs.items() if value is not None}
 
 
-def from_json(value: Any, wrong: str) -> Any:
-    """A value that may be there as JSON. UnusableError, which says what is `wrong`, where it is text and no JSON."""
+def decode_json(value: Any, reason: str) -> Any:
+    """Decode a value that may be JSON text; return any other value unchanged. Raises UnusableError with `reason` for other
+    text."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError) as error:
-        raise UnusableError(wrong, fault(error)) from error
+        raise UnusableError(reason, fault(error)) from error

@@ -1,4 +1,4 @@
-"""Several sources of examples: one stream of samples for training, and a set for each where a model is evaluated."""
+"""Combine several sources of examples: one blended stream for training, and a dataset per source for evaluation."""
 
 from __future__ import annotations
 
@@ -10,38 +10,39 @@ from torch.utils.data import Dataset
 
 from trainer.config import FinetuningDatasetConfig
 from trainer.data.blend import Blend
-from trainer.data.chat.dataset import Examples
+from trainer.data.chat.dataset import ExampleDataset
 from trainer.data.chat.sources import Source
 
 
-def blend(
+def blend_sources(
     config: FinetuningDatasetConfig,
-    sources: Mapping[Source, Examples],
+    sources: Mapping[Source, ExampleDataset],
     weights: Sequence[float] | None,
     samples: int,
     *,
-    told: Sequence[str],
+    summary: Sequence[str],
 ) -> Dataset:
-    """So many samples of the sources by their weights, or by how many rows each has. Each row is of one source, and which it is
-    depends on its number and the weights alone. `told` becomes the summary."""
-    opened = list(sources.values())
-    if len(opened) == 1:
-        opened[0].summary = tuple(told)
-        return opened[0].take(samples)
+    """Return `samples` rows of the sources in proportion to `weights`, or to the rows of each. A row has examples of one source,
+    which depends only on the row's number and the weights. `summary` becomes that of the dataset."""
+    datasets = list(sources.values())
+    if len(datasets) == 1:
+        datasets[0].summary = tuple(summary)
+        return datasets[0].take(samples)
     folder = Path(config.path_to_cache or f"{next(iter(sources)).path}.cache")
-    found = Blend(opened, list(weights or (float(one.per_epoch) for one in opened)), samples=samples, folder=folder)
-    found.summary = tuple(told)
-    return found
+    weights = list(weights or (float(dataset.per_epoch) for dataset in datasets))
+    blended = Blend(datasets, weights, samples=samples, folder=folder)
+    blended.summary = tuple(summary)
+    return blended
 
 
-def by_name(sources: Mapping[Source, Examples], samples: int) -> Examples | dict[str, Dataset] | None:
-    """So many samples of each source, by its name; without names where there is one; None where there is none."""
-    found = {name: one.take(samples) for name, one in zip(_names(list(sources)), sources.values(), strict=True)}
-    return next(iter(found.values()), None) if len(found) < 2 else {**found}
+def evaluation_sets(sources: Mapping[Source, ExampleDataset], samples: int) -> ExampleDataset | dict[str, Dataset] | None:
+    """Return `samples` rows of each source by name; the dataset itself for one source, and None for none."""
+    named = {name: dataset.take(samples) for name, dataset in zip(_names(list(sources)), sources.values(), strict=True)}
+    return next(iter(named.values()), None) if len(named) < 2 else {**named}
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    """Of files and folders their last names, or whole paths where those are the same."""
-    short = [one.path.stem if one.path.is_file() else one.path.name for one in sources]
-    counted = Counter(short)
-    return [name if counted[name] == 1 else str(one.path) for name, one in zip(short, sources, strict=True)]
+    """Return the last part of each path, or the whole path if several end alike."""
+    short = [source.path.stem if source.path.is_file() else source.path.name for source in sources]
+    counts = Counter(short)
+    return [name if counts[name] == 1 else str(source.path) for name, source in zip(short, sources, strict=True)]

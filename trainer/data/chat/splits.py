@@ -1,7 +1,6 @@
-"""Which examples are for training, for validation and for test: files of their own, splits of a folder, or shares; of one source
-or of several.
+"""Assign examples to train, validation and test: by files, by the splits of a folder, or by shares of one or several sources.
 
-Knows names and numbers of examples; opens nothing but the list of a folder's splits, and fetches what is on the Hub.
+Works on names and numbers of examples. It reads the split lists of folders and downloads Hub datasets, but no examples.
 """
 
 from __future__ import annotations
@@ -18,27 +17,27 @@ from formats.errors import UserError
 from trainer.config import FinetuningDatasetConfig
 from trainer.data import hub
 from trainer.data.chat.sources import Source, splits_of
-from trainer.data.records import names
+from trainer.data.records import list_some
 
 SPLITS = ("train", "validation", "test")
-_NAMES = (("train",), ("validation", "valid", "val", "dev"), ("test",))  # what folders call them
+_SPLIT_NAMES = (("train",), ("validation", "valid", "val", "dev"), ("test",))  # in folders
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """The examples of one source that a split has."""
+class Subset:
+    """The examples of one source that belong to one split."""
 
     source: Source
     share: tuple[float, float] = (0.0, 1.0)
-    """From which to which fraction of the source's examples, in an order that the seed makes."""
+    """The range of the source's examples, as fractions of their number, in an order drawn from `seed`."""
 
     seed: int = 0
 
     def numbers(self, count: int) -> np.ndarray:
-        """Which of `count` examples, ascending; int64, and none where the share is too small for one.
+        """Return which of `count` examples belong to this subset: int64, ascending, empty if the share is below one example.
 
-        Each example draws a number that depends on the seed and its own place alone, and the examples in the order of what
-        they drew are cut by the shares. So parts of one source are disjoint, and all have their sizes to the example.
+        Each example draws a random number that depends only on the seed and its position. The examples, sorted by these numbers,
+        are cut at the shares, so the subsets of a source are disjoint and their sizes are exact.
         """
         if self.share == (0.0, 1.0):
             return np.arange(count, dtype=np.int64)
@@ -48,114 +47,114 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """The examples of a run: for each split a part of each source that has some for it."""
+class SplitSubsets:
+    """The subsets of a run, by split; a split has one subset per source that contributes to it."""
 
-    train: tuple[Part, ...]
-    validation: tuple[Part, ...] = ()
-    test: tuple[Part, ...] = ()
+    train: tuple[Subset, ...]
+    validation: tuple[Subset, ...] = ()
+    test: tuple[Subset, ...] = ()
     weights: tuple[float, ...] | None = None
-    """Of `train`; None for as many samples of each as it has."""
+    """The weights of `train`; None if each subset counts by its samples."""
 
-    def of(self, split: str) -> tuple[Part, ...]:
-        """The parts of a split by its name."""
+    def of(self, split: str) -> tuple[Subset, ...]:
+        """Return the subsets of a split."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]
 
 
-_ONE_OF_THEM = "name the folder or file of one of them: `dataset.path`, `dataset.validation_path`, `dataset.test_path`"
+_NAME_A_SPLIT = "name the folder or file of one of them: `dataset.path`, `dataset.validation_path`, `dataset.test_path`"
 
 
-def check_named(config: FinetuningDatasetConfig) -> None:
-    """UserError where it is not said where the examples are, or said twice. Opens nothing."""
+def check_sources(config: FinetuningDatasetConfig) -> None:
+    """Raise UserError if the source of the examples is missing or given twice. Opens no files."""
     if config.path is None and not config.blend:
         raise UserError("`dataset.path` is not set", hint="name the examples to learn from: `dataset.path=examples.jsonl`")
     if config.path is not None and config.blend:
         raise UserError("`dataset.path` and `dataset.blend` are both set", hint="use one of them")
-    _weighted(config)
+    _sources_and_weights(config)
 
 
-def parts(config: FinetuningDatasetConfig) -> Parts:
-    """Validation and test have the files that `validation_path` and `test_path` name, else the folder's split of that name,
-    else a share of the training examples; shares of those with examples of their own are left out. UserError where nothing is
-    left to train on, or `split` is no split. To be called by one rank after another: it may fetch.
+def find_subsets(config: FinetuningDatasetConfig) -> SplitSubsets:
+    """Return the subsets of each split.
+
+    Validation and test come from `validation_path` and `test_path`, else from the folder's split of that name, else from a share
+    of the training examples; the share of a split with its own examples is ignored. Raises UserError if nothing is left to train
+    on, or `dataset.split` is malformed. Ranks call this in turn, since it may download.
     """
-    check_named(config)
+    check_sources(config)
     if not 0 <= config.random_seed < 2**32:
         raise UserError(f"`dataset.random_seed` is {config.random_seed}", hint=f"choose one from 0 to {2**32 - 1}")
-    sources, weights = _weighted(config)
-    given = [
-        _given(config, one, known) for one, known in zip((config.validation_path, config.test_path), _NAMES[1:], strict=True)
-    ]
-    shared = [_of_source(config, hub.local(one, config.path_to_cache), given) for one in sources]
-    of_split = [tuple(part for one in shared if (part := one[number])) for number in range(len(SPLITS))]
-    validation, test = (found or rest for found, rest in zip(given, of_split[1:], strict=True))
-    return Parts(of_split[0], validation, test, weights)
+    sources, weights = _sources_and_weights(config)
+    held_out = ((config.validation_path, _SPLIT_NAMES[1]), (config.test_path, _SPLIT_NAMES[2]))
+    named = [_named_subsets(config, paths, names) for paths, names in held_out]
+    shared = [_subsets_of(config, hub.local_path(source, config.path_to_cache), named) for source in sources]
+    by_split = [tuple(subset for subsets in shared if (subset := subsets[number])) for number in range(len(SPLITS))]
+    validation, test = (own or rest for own, rest in zip(named, by_split[1:], strict=True))
+    return SplitSubsets(by_split[0], validation, test, weights)
 
 
-def _weighted(config: FinetuningDatasetConfig) -> tuple[list[str], tuple[float, ...] | None]:
-    """Sources, and their weights if there are any."""
-    told = [config.path] if config.path is not None else list(config.blend or ())
-    sources, weights = told, None
-    if any(not isinstance(one, str) for one in told):
-        sources, weights = told[1::2], tuple(told[::2])
+def _sources_and_weights(config: FinetuningDatasetConfig) -> tuple[list[str], tuple[float, ...] | None]:
+    """Return the sources, and their weights if the blend has any."""
+    entries = [config.path] if config.path is not None else list(config.blend or ())
+    sources, weights = entries, None
+    if any(not isinstance(entry, str) for entry in entries):
+        sources, weights = entries[1::2], tuple(entries[::2])
         if not _alternate(sources, weights):
             raise UserError(
-                f"`{told}` is no blend",
-                hint="it is a list of sources, or positive weights and sources in turns: `[0.3, a.jsonl, 0.7, b.jsonl]`",
+                f"`{entries}` is not a blend",
+                hint="it is a list of sources, or positive weights and sources alternating: `[0.3, a.jsonl, 0.7, b.jsonl]`",
             )
-    twice = next((one for one in sources if sources.count(one) > 1), None)
-    if twice:
-        raise UserError(f"`dataset.blend` names `{twice}` twice", hint="name it once, with the sum of the weights")
+    duplicate = next((source for source in sources if sources.count(source) > 1), None)
+    if duplicate:
+        raise UserError(f"`dataset.blend` names `{duplicate}` twice", hint="name it once, with the sum of the weights")
     return sources, weights
 
 
 def _alternate(sources: Sequence[Any], weights: Sequence[Any]) -> bool:
-    numbers = all(isinstance(one, (int, float)) and not isinstance(one, bool) and 0 < one < math.inf for one in weights)
-    return numbers and len(sources) == len(weights) and all(isinstance(one, str) for one in sources)
+    positive = all(isinstance(item, (int, float)) and not isinstance(item, bool) and 0 < item < math.inf for item in weights)
+    return positive and len(sources) == len(weights) and all(isinstance(source, str) for source in sources)
 
 
-def _given(config: FinetuningDatasetConfig, told: str | Sequence[str] | None, wanted: tuple[str, ...]) -> tuple[Part, ...]:
-    """What is named for a split."""
-    found = [told] if isinstance(told, str) else told or []
-    return tuple(Part(_whole(hub.local(one, config.path_to_cache), wanted)) for one in found)
+def _named_subsets(
+    config: FinetuningDatasetConfig, paths: str | Sequence[str] | None, names: tuple[str, ...]
+) -> tuple[Subset, ...]:
+    """Return the subsets of a split that has paths of its own; `names` are those of the split in a folder of several."""
+    listed = [paths] if isinstance(paths, str) else paths or []
+    return tuple(Subset(_source_for(hub.local_path(path, config.path_to_cache), names)) for path in listed)
 
 
-def _of_source(
-    config: FinetuningDatasetConfig, path: Path, given: Sequence[tuple[Part, ...]]
-) -> tuple[Part | None, Part | None, Part | None]:
-    """What a source has for each split, where that has nothing that is `given`."""
-    train, *own = _splits(path)
-    asked = _shares(config.split)
-    taken = [bool(one) or source is not None for one, source in zip(given, own, strict=True)]
-    left = [asked[0], *(0.0 if one else share for one, share in zip(taken, asked[1:], strict=True))]
-    if not left[0]:
+def _subsets_of(
+    config: FinetuningDatasetConfig, path: Path, named: Sequence[tuple[Subset, ...]]
+) -> tuple[Subset | None, Subset | None, Subset | None]:
+    """Return what a source contributes to each split. Splits with `named` subsets or with a split of their own get no share."""
+    train, *own = _split_sources(path)
+    shares = _shares(config.split)
+    for number, (subsets, source) in enumerate(zip(named, own, strict=True), 1):
+        shares[number] = 0.0 if subsets or source else shares[number]
+    if not shares[0]:
         raise UserError(
             f"`dataset.split` is `{config.split}`, which leaves nothing to train on", hint="its first entry is for training"
         )
-    ends = [sum(left[:number]) / sum(left) for number in range(len(left))] + [1.0]
-    shared = [Part(train, (ends[n], ends[n + 1]), config.random_seed) if left[n] else None for n in range(len(SPLITS))]
-    return shared[0], _first(own[0], shared[1]), _first(own[1], shared[2])
+    ends = [sum(shares[:number]) / sum(shares) for number in range(len(shares))] + [1.0]
+    shared = [Subset(train, (ends[n], ends[n + 1]), config.random_seed) if shares[n] else None for n in range(len(SPLITS))]
+    validation, test = (Subset(source) if source else subset for source, subset in zip(own, shared[1:], strict=True))
+    return shared[0], validation, test
 
 
-def _first(own: Source | None, shared: Part | None) -> Part | None:
-    return Part(own) if own else shared
+def _split_sources(path: Path) -> tuple[Source, Source | None, Source | None]:
+    """Return the source of training examples, and those of validation and test if the folder has such splits."""
+    splits = splits_of(path)
+    train, validation, test = (next((Source(path, name) for name in names if name in splits), None) for names in _SPLIT_NAMES)
+    if splits and train is None:
+        raise UserError(f"`{path}` has no split `train`: it has {list_some(splits)}", hint=_NAME_A_SPLIT)
+    return train or Source(path), validation, test
 
 
-def _splits(path: Path) -> tuple[Source, Source | None, Source | None]:
-    """What is to be trained on, or shared; validation and test where a folder has them."""
-    there = splits_of(path)
-    found = [next((Source(path, name) for name in known if name in there), None) for known in _NAMES]
-    if there and found[0] is None:
-        raise UserError(f"`{path}` has no split `train`: it has {names(there)}", hint=_ONE_OF_THEM)
-    return found[0] or Source(path), found[1], found[2]
-
-
-def _whole(path: Path, wanted: tuple[str, ...]) -> Source:
-    """Files for one split; of a folder of several the one of that name."""
-    there = splits_of(path)
-    name = next((one for one in wanted if one in there), None)
-    if there and name is None:
-        raise UserError(f"`{path}` has no split `{wanted[0]}`: it has {names(there)}", hint=_ONE_OF_THEM)
+def _source_for(path: Path, names: tuple[str, ...]) -> Source:
+    """Return the source of one split: all of `path`, or in a folder of several splits the one with one of the `names`."""
+    splits = splits_of(path)
+    name = next((name for name in names if name in splits), None)
+    if splits and name is None:
+        raise UserError(f"`{path}` has no split `{names[0]}`: it has {list_some(splits)}", hint=_NAME_A_SPLIT)
     return Source(path, name)
 
 

@@ -1,8 +1,8 @@
-"""Tokenized examples on disk: written once, a part at a time, and mapped by every process of a node.
+"""Store tokenized examples on disk. A store is written once, in a stream, and mapped by every process of a node.
 
-A folder of `tokens.bin` (uint16 or int32, one example after another), `trained.bin` (a bit per token), `offsets.npy` (int64,
-where examples begin, and where the last ends), `groups.npy` where conversations have several examples, and `about.json`. Rows
-that were composed beforehand lie beside them. Knows files; knows neither tokenizers nor models.
+A folder has `tokens.bin` (uint16 or int32, one example after another), `trained.bin` (one bit per token), `offsets.npy` (int64
+[examples + 1], the start of each example and the end of the last), `groups.npy` if conversations have several examples, and
+`about.json`. Rows that `mbtrain pack` made are in `rows.npy` and `row_starts.npy`.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ VERSION = 1
 ABOUT, OFFSETS, ROWS = "about.json", "offsets.npy", ("rows.npy", "row_starts.npy")
 _GROUPS = "groups.npy"
 _TOKENS, _TRAINED = "tokens.bin", "trained.bin"
-_BUFFER = 2**20
-"""Tokens that are gathered before they are written."""
+_BUFFER_TOKENS = 2**20
+"""Tokens that are collected before a write."""
 
 
 class Tokenized(Protocol):
-    """An example in tokens."""
+    """A tokenized example with a loss mask: `trainer.data.chat.tokenized.Tokenized`."""
 
     @property
     def tokens(self) -> np.ndarray:
-        """Integers."""
+        """The tokens, integers [length]."""
         ...
 
     @property
     def trained(self) -> np.ndarray:
-        """For each token, whether it is learned (bool)."""
+        """Whether each token is learned, bool [length]."""
         ...
 
 
 @dataclass(eq=False)
 class Store:
-    """A folder that `write` made. Maps its files when they are first read, in every process anew."""
+    """A folder that `write` made. Each process maps the files when it first reads them."""
 
     folder: Path
     about: Mapping[str, Any]
@@ -56,11 +56,11 @@ class Store:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, int64."""
+        """Return the number of tokens of each example, int64 [examples]."""
         return np.diff(self._array("offsets"))
 
     def __getitem__(self, example: int) -> tuple[np.ndarray, np.ndarray]:
-        """Its tokens, and for each whether it is learned."""
+        """Return the tokens [length] of an example, and whether each is learned, bool [length]."""
         start, end = self._array("offsets")[example : example + 2].tolist()
         bits = np.unpackbits(self._array("trained")[start // 8 : -(-end // 8)])[start % 8 :]
         return self._array("tokens")[start:end], bits[: end - start].astype(bool)
@@ -78,35 +78,37 @@ class Store:
 
     @property
     def groups(self) -> np.ndarray:
-        """Of each example the number of its conversation, ascending from 0; int64. Those of one belong to one split."""
+        """Return the conversation number of each example, int64 [examples], ascending from 0. A conversation is never divided
+        among splits."""
         path = self.folder / _GROUPS
         return np.load(path, allow_pickle=False) if path.is_file() else np.arange(len(self))
 
     @property
     def rows(self) -> Rows | None:
-        """Those composed beforehand; None where there are none."""
+        """Return the rows that `mbtrain pack` made; None if there are none."""
         if not (self.folder / ROWS[0]).is_file():
             return None
         return Rows(*(np.load(self.folder / name, mmap_mode="r", allow_pickle=False) for name in ROWS))
 
     def __getstate__(self) -> dict[str, Any]:
+        """Leave out the mapped files, which pickle would copy; the receiving process maps them itself."""
         return {**self.__dict__, "_mapped": {}}
 
 
 def write(folder: Path, examples: Iterable[Tokenized], *, vocab_size: int, about: Callable[[], Mapping[str, Any]]) -> None:
-    """Examples into files of an existing folder, `about.json` last. What `about` says when all were read is kept along with
-    what is counted here.
+    """Write examples to an existing folder, `about.json` last. `about` is called after all examples were read; its result and the
+    counts go into `about.json`.
 
-    Raises UserError for a token that is not in the vocabulary.
+    Raises UserError for a token outside the vocabulary.
     """
-    kind = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
+    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
     lengths, counts = [], {"tokens": 0, "trained": 0, "largest": 0}
     begun: list[bool] = []
     with (folder / _TOKENS).open("wb") as tokens, (folder / _TRAINED).open("wb") as trained:
-        left = np.zeros(0, bool)  # bits that do not fill a byte yet
-        for words, marks in _together(_grouped(examples, begun), lengths, vocab_size):
-            tokens.write(words.astype(kind).tobytes())
-            marks = np.concatenate((left, marks))  # noqa: PLW2901 - with what was left over
+        left = np.zeros(0, bool)  # bits of an incomplete byte
+        for words, marks in _batches(_note_beginnings(examples, begun), lengths, vocab_size):
+            tokens.write(words.astype(dtype).tobytes())
+            marks = np.concatenate((left, marks))  # noqa: PLW2901
             whole = len(marks) - len(marks) % 8
             trained.write(np.packbits(marks[:whole]).tobytes())
             left = marks[whole:]
@@ -116,24 +118,24 @@ def write(folder: Path, examples: Iterable[Tokenized], *, vocab_size: int, about
         trained.write(np.packbits(left).tobytes())
         counts["trained"] += int(left.sum())
         _sync(tokens, trained)
-    save(folder / OFFSETS, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64))
+    save_array(folder / OFFSETS, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64))
     if not all(begun):
-        save(folder / _GROUPS, np.cumsum(begun, dtype=np.int64) - 1)
-    told = {**about(), "version": VERSION, "dtype": kind.name, "vocab_size": vocab_size, "examples": len(lengths), **counts}
+        save_array(folder / _GROUPS, np.cumsum(begun, dtype=np.int64) - 1)
+    document = {**about(), "version": VERSION, "dtype": dtype.name, "vocab_size": vocab_size, "examples": len(lengths), **counts}
     with (folder / ABOUT).open("w", encoding="utf-8") as file:
-        json.dump(told, file, indent=2)
+        json.dump(document, file, indent=2)
         _sync(file)
 
 
-def _grouped(examples: Iterable[Tokenized], begun: list[bool]) -> Iterator[Tokenized]:
-    """The examples; whether each begins a conversation is added to `begun`."""
+def _note_beginnings(examples: Iterable[Tokenized], begun: list[bool]) -> Iterator[Tokenized]:
+    """Yield the examples, and append to `begun` whether each begins a conversation."""
     for example in examples:
-        begun.append(not getattr(example, "goes_on", False))
+        begun.append(not getattr(example, "continues_previous", False))
         yield example
 
 
-def _together(examples: Iterable[Tokenized], lengths: list[int], vocab_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and marks of many examples at once; their lengths are added to `lengths`."""
+def _batches(examples: Iterable[Tokenized], lengths: list[int], vocab_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the concatenated tokens and masks of many examples, and append their lengths to `lengths`."""
     words: list[np.ndarray] = []
     marks: list[np.ndarray] = []
     gathered = 0
@@ -142,25 +144,25 @@ def _together(examples: Iterable[Tokenized], lengths: list[int], vocab_size: int
         words.append(example.tokens)
         marks.append(example.trained)
         gathered += len(example.tokens)
-        if gathered >= _BUFFER:
-            yield _checked(np.concatenate(words), vocab_size), np.concatenate(marks)
+        if gathered >= _BUFFER_TOKENS:
+            yield _check_vocabulary(np.concatenate(words), vocab_size), np.concatenate(marks)
             words, marks, gathered = [], [], 0
     if words:
-        yield _checked(np.concatenate(words), vocab_size), np.concatenate(marks)
+        yield _check_vocabulary(np.concatenate(words), vocab_size), np.concatenate(marks)
 
 
-def _checked(words: np.ndarray, vocab_size: int) -> np.ndarray:
-    """On a GPU, a token beyond the embedding's rows ends the process without saying what was wrong."""
+def _check_vocabulary(words: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Raise UserError for a token id outside the vocabulary; on a GPU it would be a device-side assertion."""
     if len(words) and words.max() >= vocab_size:
         raise UserError(
-            f"an example holds the token {words.max()}, but the vocabulary has {vocab_size}",
+            f"an example has the token id {words.max()}, but the vocabulary has {vocab_size}",
             hint="set `tokenizer.tokenizer_model` to the model's tokenizer",
         )
     return words
 
 
-def save(path: Path, array: np.ndarray) -> None:
-    """An array into a file that is on the disk when this returns."""
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Save an array to a file, and flush it to the disk."""
     with path.open("wb") as file:
         np.save(file, array, allow_pickle=False)
         _sync(file)
@@ -173,34 +175,36 @@ def _sync(*files: Any) -> None:
 
 
 def open_store(folder: Path) -> Store:
-    """A folder that `write` made. UserError where it is none, or was made by another version, or lacks something."""
+    """Open a folder that `write` made. Raises UserError if it is not one, has another version, or is incomplete."""
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"`{folder}` holds no packed examples: {fault(error)}", hint="make it with `mbtrain pack`") from error
+        raise UserError(
+            f"`{folder}` has no packed examples: {fault(error)}", hint="pack the examples with `mbtrain pack`"
+        ) from error
     if not isinstance(about, dict) or about.get("version") != VERSION:
-        raise UserError(f"`{folder}` was made by another version of `mbtrain pack`", hint="make it again")
+        raise UserError(f"`{folder}` was written by another version of `mbtrain pack`", hint="pack the examples again")
     store = Store(folder, about)
-    _check_whole(store)
+    _check_sizes(store)
     return store
 
 
-def _check_whole(store: Store) -> None:
+def _check_sizes(store: Store) -> None:
     tokens, about = store.about["tokens"], store.about
     expected = {_TOKENS: tokens * np.dtype(about["dtype"]).itemsize, _TRAINED: -(-tokens // 8)}
     for name, size in expected.items():
         path = store.folder / name
-        found = path.stat().st_size if path.is_file() else 0
-        if found != size:
-            raise UserError(f"`{path}` has {found} bytes, but `{ABOUT}` says {size}", hint="make the folder again")
+        actual = path.stat().st_size if path.is_file() else 0
+        if actual != size:
+            raise UserError(f"`{path}` has {actual} bytes, but `{ABOUT}` says {size}", hint="make the folder again")
 
 
 def is_store(path: Path) -> bool:
-    """Is this a folder of examples that are tokens already?"""
+    """Return whether a folder has tokenized examples."""
     return (path / ABOUT).is_file() and (path / OFFSETS).is_file()
 
 
-def kept(
+def open_or_write(
     folder: Path,
     name: str,
     examples: Callable[[], Iterable[Tokenized]],
@@ -208,8 +212,8 @@ def kept(
     vocab_size: int,
     about: Callable[[], Mapping[str, Any]],
 ) -> Store:
-    """The store `folder / name`, made of what `examples()` gives where it is not there yet. See `trainer.data.cache`."""
-    whole = folder / name
-    if not is_store(whole):
-        cache.put(whole, lambda partial: write(partial, examples(), vocab_size=vocab_size, about=about))
-    return open_store(whole)
+    """Open the store `folder / name`; write it from `examples()` first if it is missing. See `trainer.data.cache`."""
+    target = folder / name
+    if not is_store(target):
+        cache.write_folder(target, lambda partial: write(partial, examples(), vocab_size=vocab_size, about=about))
+    return open_store(target)

@@ -1,7 +1,4 @@
-"""What examples become on their way to tokens: texts first, so that many are tokenized at once, then tokens and what is learned.
-
-Knows neither files nor templates.
-"""
+"""The stages of an example: rendered texts, which are tokenized in batches, then tokens with a loss mask."""
 
 from __future__ import annotations
 
@@ -15,53 +12,53 @@ from trainer.tokenizers import Encoded, Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """An example as the model sees it; the arrays are of equal length."""
+    """An example in tokens, with a loss mask of the same length."""
 
     tokens: np.ndarray
     """`[length]`, int32."""
 
     trained: np.ndarray
-    """`[length]`, bool: is this token learned, as what follows those before it?"""
+    """`[length]`, bool: whether the model learns to predict this token."""
 
-    place: str = ""
-    """For a message: where the example stands."""
+    location: str = ""
+    """The file and line or row of the example, for messages."""
 
-    goes_on: bool = False
-    """Is it of the same conversation as the example before it?"""
+    continues_previous: bool = False
+    """Whether the example is from the same conversation as the one before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedText:
-    """An example as texts to tokenize."""
+    """An example as texts to tokenize, and the function that makes a `Tokenized` of their tokens."""
 
     texts: list[str]
     finish: Callable[[Sequence[Encoded]], Tokenized]
-    """From the tokens of the texts; UnusableError where they do not fit together."""
+    """Takes the tokens of `texts`. Raises UnusableError if they cannot be joined."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ids:
-    """Tokens of a library that does not tell their places."""
+class TokenIds:
+    """Tokens from a library that gives no character offsets."""
 
     ids: list[int]
 
     @property
     def offsets(self) -> list[tuple[int, int]]:
-        """Not to be asked."""
+        """Raise NotImplementedError."""
         raise NotImplementedError
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoded]:
-    """The tokens of each text and nothing else: no token for its begin or end. A text that stands there twice is read once."""
-    different = list(dict.fromkeys(texts))
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoded]:
+    """Return the tokens of each text, without begin or end tokens. Equal texts are tokenized once."""
+    unique = list(dict.fromkeys(texts))
     if tokenizer.encode_batch is not None:
-        found: Sequence[Encoded] = tokenizer.encode_batch(different)
+        encoded: Sequence[Encoded] = tokenizer.encode_batch(unique)
     else:
-        found = [Ids(tokenizer.encode(text)) for text in different]
-    tokens = dict(zip(different, found, strict=True))
-    return [tokens[text] for text in texts]
+        encoded = [TokenIds(tokenizer.encode(text)) for text in unique]
+    by_text = dict(zip(unique, encoded, strict=True))
+    return [by_text[text] for text in texts]
 
 
-def tokenized(tokens: Sequence[int], trained: np.ndarray) -> Tokenized:
-    """Both as arrays."""
+def make_tokenized(tokens: Sequence[int], trained: np.ndarray) -> Tokenized:
+    """Return an example of these tokens, as int32, and this mask."""
     return Tokenized(np.array(tokens, np.int32), trained)

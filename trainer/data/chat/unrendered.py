@@ -1,7 +1,7 @@
-"""What of a conversation a chat template shows, found by rendering it with and without.
+"""Find content of a conversation that a chat template does not render.
 
-All that is said is marked, rendered once, and looked for in the text; what is not found there is changed or taken out by
-itself, and counts as shown if the text is then another. Knows neither tokens nor what is learned.
+Marks are added to all content, the marked conversation is rendered once, and the marks are searched in the text. Content whose
+mark is missing is changed or removed by itself, and counts as rendered if the text changes.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.data.chat.chat_template import Template
-from trainer.data.chat.fields import has_content, is_about
-from trainer.data.chat.messages import ANSWERS, TOOL, Conversation, Message
+from trainer.data.chat.fields import has_content, is_metadata
+from trainer.data.chat.messages import ASSISTANT, TOOL, Conversation, Message
 from trainer.data.records import UnusableError
 
-_BEFORE, _AFTER = "\U00010080", "\U00010081"  # of a mark's number: letters of Linear B, which Python's and JSON's quotes keep
+_BEFORE, _AFTER = (
+    "\U00010080",
+    "\U00010081",
+)  # around the number of a mark: letters of Linear B, which Python's repr and JSON do not escape
 _MARK = re.compile(f"{_BEFORE}\\d+{_AFTER}")
 _WORDS = re.compile(r"(<[^<>\s]*>|\[/?[A-Z_]+\])|[^\s<\[]+|[<\[]")
-"""Tags, which templates look for, and what is between them."""
+"""Tags, which templates search for, and the words between them."""
 
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _TOOLS = (TOOL, "function", "ipython")
@@ -27,102 +30,101 @@ _TOOLS = (TOOL, "function", "ipython")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Something that is said: where it is in a conversation, from the outermost key to the innermost."""
+    """The path of a piece of content in a conversation, outermost key first."""
 
     path: tuple[str | int, ...]
 
     @property
     def message(self) -> int | None:
-        """The number of its message, from 0; None for what is in none."""
+        """Return the number of its message, from 0; None if it is outside the messages."""
         return int(self.path[1]) if self.path[0] == "messages" else None
 
     @property
     def field(self) -> str:
-        """The field of the message, or of the example."""
+        """Return the field of the message, or of the example."""
         return str(self.path[2] if self.path[0] == "messages" else self.path[0])
 
 
-def check(template: Template, conversation: Conversation, text: str) -> set[int]:
-    """The numbers of the answers, and of what tools said, that stood otherwise before something followed them, in `talk`, whose
-    rendering is `text`: of those a part is left out that the template shows where they are the last message, as Qwen3's leaves
-    out thoughts.
+def check_rendered(template: Template, conversation: Conversation, text: str) -> set[int]:
+    """Return the numbers of the answers and tool messages that the template renders differently once messages follow them.
 
-    UnusableError, which names it, for all else that is said and not in `text`.
+    `text` is the rendered conversation. Such messages have content that is rendered only while they are the last message: Qwen3's
+    template drops earlier thoughts. Raises UnusableError, with the name, for all other content that is not in `text`.
     """
     rewritten = set[int]()
-    for piece in left_out(template, conversation, text):
+    for piece in find_unrendered(template, conversation, text):
         number = piece.message
         if number is None:
-            raise _not_shown(f"its `{piece.field}`", piece.field)
+            raise _not_rendered(f"its `{piece.field}`", piece.field)
         role = conversation.messages[number]["role"]
-        if role not in (ANSWERS, TOOL) or not _was_shown(template, conversation, piece, number):
+        if role not in (ASSISTANT, TOOL) or not _was_rendered(template, conversation, piece, number):
             what = f"of `{role}`" if piece.field == "content" else f"its `{piece.field}`"
-            raise _not_shown(f"message {number + 1}, {what}", piece.field)
+            raise _not_rendered(f"message {number + 1}, {what}", piece.field)
         rewritten.add(number)
     return rewritten
 
 
-def _was_shown(template: Template, conversation: Conversation, piece: Piece, number: int) -> bool:
-    """When the message was the last one."""
+def _was_rendered(template: Template, conversation: Conversation, piece: Piece, number: int) -> bool:
+    """Return whether the piece is rendered if its message is the last one."""
     if number == len(conversation.messages) - 1:
         return False
-    then = conversation.until(number + 1)
-    text = _rendered(template, then)
-    return text is not None and not _is_left_out(template, then, text, piece)
+    prefix = conversation.truncated(number + 1)
+    text = _try_render(template, prefix)
+    return text is not None and not _is_unrendered(template, prefix, text, piece)
 
 
-def _not_shown(what: str, field: str) -> UnusableError:
+def _not_rendered(what: str, field: str) -> UnusableError:
     ignored = "" if field == "content" else f": `dataset.ignore_fields=[{field}]`"
     return UnusableError(
-        "the chat template leaves out something that is said",
+        "the chat template does not render all content",
         what,
-        hint=f"take a template that has it (`dataset.chat_template=FILE`), or leave it out of the example{ignored}",
+        hint=f"use a template that renders it (`dataset.chat_template=FILE`), or remove it from the example{ignored}",
     )
 
 
-def left_out(template: Template, conversation: Conversation, text: str) -> list[Piece]:
-    """The pieces that are not in `text`."""
+def find_unrendered(template: Template, conversation: Conversation, text: str) -> list[Piece]:
+    """Return the pieces that are not in `text`, the rendered conversation."""
     pieces = list(_pieces(conversation))
-    marked = {piece: _marked(_at(conversation, piece.path), str(number)) for number, piece in enumerate(pieces)}
-    probe = _rendered(template, _with(conversation, marked))
-    found = probe is not None and _MARK.sub("", probe) == text
+    marked = {piece: _with_marks(_get(conversation, piece.path), str(number)) for number, piece in enumerate(pieces)}
+    probe = _try_render(template, _replace(conversation, marked))
+    comparable = probe is not None and _MARK.sub("", probe) == text
     return [
         piece
         for piece, value in marked.items()
-        if not (found and _is_in(value, probe or "")) and _is_left_out(template, conversation, text, piece)
+        if not (comparable and _is_in(value, probe or "")) and _is_unrendered(template, conversation, text, piece)
     ]
 
 
 def _pieces(conversation: Conversation) -> Iterator[Piece]:
     for number, message in enumerate(conversation.messages):
         for name, value in message.items():
-            if name == "role" or is_about(name) or not has_content(value):
+            if name == "role" or is_metadata(name) or not has_content(value):
                 continue
             if name == "tool_calls":
                 yield from _pieces_of_calls(value, number)
-            elif not _is_said_twice(message, name):
+            elif not _is_duplicate(message, name):
                 yield Piece(("messages", number, name))
     for number, _ in enumerate(conversation.tools or ()):
         yield Piece(("tools", number))
 
 
 def _pieces_of_calls(calls: Sequence[Mapping[str, Any]], number: int) -> Iterator[Piece]:
-    for place, call in enumerate(calls):
+    for index, call in enumerate(calls):
         inside = ("function",) if isinstance(call.get("function"), dict) else ()
-        said = call["function"] if inside else call
-        for name, value in said.items():
-            if name != "type" and not is_about(name) and has_content(value):
-                yield Piece(("messages", number, "tool_calls", place, *inside, name))
+        fields = call["function"] if inside else call
+        for name, value in fields.items():
+            if name != "type" and not is_metadata(name) and has_content(value):
+                yield Piece(("messages", number, "tool_calls", index, *inside, name))
 
 
-def _is_said_twice(message: Message, name: str) -> bool:
-    """Thoughts under another of their names, which transformers gives to templates before this one."""
+def _is_duplicate(message: Message, name: str) -> bool:
+    """Return whether a field of thoughts repeats one with a name that transformers passes to templates first."""
     before = _THOUGHTS[: _THOUGHTS.index(name)] if name in _THOUGHTS else ()
-    return any(message.get(one) == message[name] for one in before)
+    return any(message.get(earlier) == message[name] for earlier in before)
 
 
 def _is_in(marked: Any, probe: str) -> bool:
-    """Text must be there as a whole; of anything else, one of its texts."""
+    """Return whether a marked text is in `probe` as a whole; for any other value, whether one of its marks is."""
     if isinstance(marked, str):
         return marked.strip() in probe
     return any(mark in probe for mark in _marks_in(marked))
@@ -132,72 +134,73 @@ def _marks_in(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield from _MARK.findall(value)
     elif isinstance(value, dict):
-        for one in value.values():
-            yield from _marks_in(one)
+        for member in value.values():
+            yield from _marks_in(member)
     elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _marks_in(one)
+        for member in value:
+            yield from _marks_in(member)
 
 
-def _marked(value: Any, number: str) -> Any:
-    """With a mark behind every text in it, before the white space that ends the text."""
+def _with_marks(value: Any, number: str) -> Any:
+    """Return the value with a mark at the end of every text in it, before trailing white space."""
     if isinstance(value, str):
-        shown = value.rstrip()
-        return f"{shown}{_BEFORE}{number}{_AFTER}{value[len(shown) :]}" if shown else value
-    if isinstance(value, dict):
-        return {name: one if name == "type" else _marked(one, number) for name, one in value.items()}  # templates ask for types
-    return [_marked(one, number) for one in value] if isinstance(value, (list, tuple)) else value
+        visible = value.rstrip()
+        return f"{visible}{_BEFORE}{number}{_AFTER}{value[len(visible) :]}" if visible else value
+    if isinstance(value, dict):  # `type` gets no mark, since templates compare it
+        return {name: member if name == "type" else _with_marks(member, number) for name, member in value.items()}
+    return [_with_marks(member, number) for member in value] if isinstance(value, (list, tuple)) else value
 
 
-def _is_left_out(template: Template, conversation: Conversation, text: str, piece: Piece) -> bool:
-    value = _at(conversation, piece.path)
+def _is_unrendered(template: Template, conversation: Conversation, text: str, piece: Piece) -> bool:
+    value = _get(conversation, piece.path)
     if not isinstance(value, str):
-        return _rendered(template, _without(conversation, piece.path)) == text
+        return _try_render(template, _remove(conversation, piece.path)) == text
     if piece.field == "name" and conversation.messages[piece.message or 0]["role"] in _TOOLS and value in text:
-        return False  # the call before it has named the tool that answers
-    words = _words_left_out(template, conversation, text, piece)
+        return False  # the tool call before it names the tool
+    words = _has_unrendered_words(template, conversation, text, piece)
     if words is not None:
         return words
-    longer = _with(conversation, {piece: f"{value.rstrip()} and more"})
-    return text in (_rendered(template, longer), _rendered(template, _without(conversation, piece.path)))
+    longer = _replace(conversation, {piece: f"{value.rstrip()} and more"})
+    return text in (_try_render(template, longer), _try_render(template, _remove(conversation, piece.path)))
 
 
-def _words_left_out(template: Template, conversation: Conversation, text: str, piece: Piece) -> bool | None:
-    """Is any word of it not in the text? None where that cannot be told, since marks make the template write something else."""
-    value = _at(conversation, piece.path)
+def _has_unrendered_words(template: Template, conversation: Conversation, text: str, piece: Piece) -> bool | None:
+    """Return whether any word of a text is not rendered; None if marks change what the template renders, so that it is
+    unknown."""
+    value = _get(conversation, piece.path)
     numbers = iter(range(len(value) + 1))
     marks: list[str] = []
 
-    def mark(word: re.Match[str]) -> str:
+    def add_mark(word: re.Match[str]) -> str:
         if word[1]:
             return word[0]
         marks.append(f"{_BEFORE}{next(numbers)}{_AFTER}")
         return word[0] + marks[-1]
 
-    probe = _rendered(template, _with(conversation, {piece: _WORDS.sub(mark, value)}))
+    probe = _try_render(template, _replace(conversation, {piece: _WORDS.sub(add_mark, value)}))
     if probe is None or _MARK.sub("", probe) != text:
         return None
-    return not all(one in probe for one in marks)
+    return not all(mark in probe for mark in marks)
 
 
-def _rendered(template: Template, conversation: Conversation) -> str | None:
-    """None where the template refuses it."""
+def _try_render(template: Template, conversation: Conversation) -> str | None:
+    """Return the rendered text; None if the template refuses the conversation."""
     try:
-        return template.render(conversation, asking=False)
+        return template.render(conversation, add_generation_prompt=False)
     except UnusableError:
         return None
 
 
-def _at(conversation: Conversation, path: Sequence[str | int]) -> Any:
-    found: Any = {"messages": conversation.messages, "tools": conversation.tools}
+def _get(conversation: Conversation, path: Sequence[str | int]) -> Any:
+    value: Any = {"messages": conversation.messages, "tools": conversation.tools}
     for key in path:
-        found = found[key]
-    return found
+        value = value[key]
+    return value
 
 
-def _with(conversation: Conversation, values: Mapping[Piece, Any]) -> Conversation:
-    """Other values at those places."""
-    tree: Any = {"messages": _copied(conversation.messages), "tools": _copied(conversation.tools)}
+def _replace(conversation: Conversation, values: Mapping[Piece, Any]) -> Conversation:
+    """Return the conversation with other values for these pieces."""
+    tree: Any = {"messages": _copy(conversation.messages), "tools": _copy(conversation.tools)}
     for piece, value in values.items():
         inside = tree
         for key in piece.path[:-1]:
@@ -206,9 +209,9 @@ def _with(conversation: Conversation, values: Mapping[Piece, Any]) -> Conversati
     return replace(conversation, messages=tuple(tree["messages"]), tools=tree["tools"])
 
 
-def _without(conversation: Conversation, path: Sequence[str | int]) -> Conversation:
-    """Without what is at that place."""
-    tree: Any = {"messages": _copied(conversation.messages), "tools": _copied(conversation.tools)}
+def _remove(conversation: Conversation, path: Sequence[str | int]) -> Conversation:
+    """Return the conversation without the value at a path."""
+    tree: Any = {"messages": _copy(conversation.messages), "tools": _copy(conversation.tools)}
     inside = tree
     for key in path[:-1]:
         inside = inside[key]
@@ -216,7 +219,7 @@ def _without(conversation: Conversation, path: Sequence[str | int]) -> Conversat
     return replace(conversation, messages=tuple(tree["messages"]), tools=tree["tools"] or None)
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _copied(one) for name, one in value.items()}
-    return [_copied(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {name: _copy(member) for name, member in value.items()}
+    return [_copy(member) for member in value] if isinstance(value, (list, tuple)) else value
