@@ -33,7 +33,7 @@ def activate() -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch._dynamo.config, "disable", new=True))
         for patch in _patches():
             stack.enter_context(patch)
-        stack.enter_context(_random_states_are_one())
+        stack.enter_context(_without_random_state_warning())
         mode = stack.enter_context(_CpuForCuda())
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", _inside(mode)))
         _active.append(mode)
@@ -53,7 +53,7 @@ def _inside(mode: TorchFunctionMode) -> Callable[..., Any]:
 
 
 @contextmanager
-def _random_states_are_one() -> Iterator[None]:
+def _without_random_state_warning() -> Iterator[None]:
     """megatron-core warns where a draw for the GPU moved the CPU's random state. Here it always does: they are the same."""
     logger = logging.getLogger("megatron.core.tensor_parallel.random")
 
@@ -77,7 +77,7 @@ class _CpuForCuda(TorchFunctionMode):
         if function is torch.Tensor.cuda:
             return args[0]
         if function is torch.Tensor.to:
-            args = tuple("cpu" if _is_cuda(one) else one for one in args)
+            args = tuple("cpu" if _is_cuda(arg) else arg for arg in args)
         answer = function(*args, **kwargs)
         if function is torch.Tensor.type and isinstance(answer, str):
             return answer.replace("torch.", "torch.cuda.", 1)

@@ -52,10 +52,10 @@ _DETERMINISTIC = {
 
 def _set_deterministic(env: MutableMapping[str, str]) -> None:
     for name, values in _DETERMINISTIC.items():
-        found = env.setdefault(name, values[0])
-        if found not in values:
+        value = env.setdefault(name, values[0])
+        if value not in values:
             raise UserError(
-                f"`model.deterministic_mode` is `True`, and the environment has `{name}={found}`",
+                f"`model.deterministic_mode` is `True`, and the environment has `{name}={value}`",
                 hint=f"unset `{name}`, or set it to `{'` or `'.join(values)}`",
             )
 
@@ -86,13 +86,13 @@ def prepare(kind: str) -> None:
 
 def local_rank(env: Mapping[str, str]) -> int:
     """This process's number on its host. UserError where it is none."""
-    told = env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0"
-    if not told.isdecimal():
+    rank = env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0"
+    if not rank.isdecimal():
         raise UserError(
-            f"`LOCAL_RANK` is `{told}`, which is not the number of a process on its host",
+            f"`LOCAL_RANK` is `{rank}`, which is not the number of a process on its host",
             hint="start all processes with torchrun",
         )
-    return int(told)
+    return int(rank)
 
 
 def _gpu(local_rank: int, *, visible: int) -> int:
@@ -148,7 +148,7 @@ _ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 
 @contextmanager
-def environment_kept() -> Iterator[None]:
+def environment_restored() -> Iterator[None]:
     """What a model leaves in the environment is gone afterwards, so that another one may follow in this process."""
     before = {name: os.environ.get(name) for name in _ATTENTION}
     try:
@@ -160,6 +160,6 @@ def environment_kept() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def stand_in(kind: str) -> AbstractContextManager[None]:
+def backend(kind: str) -> AbstractContextManager[None]:
     """What a run is computed in: on the CPU, with megatron-core's CUDA calls sent there."""
     return nullcontext() if kind == GPU else cpu_backend.activate()

@@ -72,7 +72,7 @@ def train(run: Run) -> None:
     config, first = run.config, run.progress.iteration
     run.logger.clock.restart()
     while not run.is_complete:
-        with refused.named_in_first_step() if run.progress.iteration == first else nullcontext():
+        with refused.user_errors_in_first_step() if run.progress.iteration == first else nullcontext():
             step = train_step(run)
         run.logger.step(run.progress, step)
         for callback in run.callbacks:

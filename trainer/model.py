@@ -118,9 +118,9 @@ class GPTModelProvider(ModelProvider):
 
     def finalize(self) -> None:
         """Derive and validate what TransformerConfig does on construction."""
-        for one in fields(TransformerConfig):
-            if one.default is not None and getattr(self, one.name) is None and one.default is not MISSING:
-                setattr(self, one.name, one.default)
+        for base_field in fields(TransformerConfig):
+            if base_field.default is not None and getattr(self, base_field.name) is None and base_field.default is not MISSING:
+                setattr(self, base_field.name, base_field.default)
         TransformerConfig.__post_init__(self)
 
     @property
@@ -165,7 +165,7 @@ def _with_own_rope(model: GPTModel, config: Config) -> GPTModel:
 
 def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProvider:
     """The provider of the model that a `config.json` describes. UserError for a family that is not supported."""
-    known = {one.name for one in fields(GPTModelProvider)}
+    known = {provider_field.name for provider_field in fields(GPTModelProvider)}
     megatron = to_megatron(find(config.get("model_type")).CONFIG, config)
     activation = {"silu": torch.nn.functional.silu}[megatron.pop("activation_func")]
     window = megatron.pop("window_size", None)
@@ -183,7 +183,7 @@ def build(provider: Any) -> list[torch.nn.Module]:
 
     UserError where megatron-core refuses the settings.
     """
-    with refused.explained("model", provider, try_again):
+    with refused.user_errors("model", provider, try_again):
         return [chunk.to(device.current()) for chunk in _chunks(provider)]
 
 

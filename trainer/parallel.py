@@ -122,10 +122,10 @@ def session(config: RunConfig, kind: str) -> Iterator[None]:
         check_rendezvous(os.environ)
     device.prepare(kind)
     joined = process_group.joined(kind, size=world_size(), timeout_minutes=config.dist.timeout_minutes)
-    with device.stand_in(kind), device.environment_kept(), device.determinism(config), joined as store:
+    with device.backend(kind), device.environment_restored(), device.determinism(config), joined as store:
         try:
             _start(config)
-            with user_buffers.held(config):
+            with user_buffers.initialized(config):
                 yield
         except UserError as error:
             error.told = not _is_first_to_print(store, error)  # type: ignore[attr-defined]

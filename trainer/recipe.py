@@ -139,7 +139,7 @@ def _run(model: Mapping[str, Any], dataset: Any, layout: Mapping[str, Any]) -> R
 
     config = RunConfig(model=from_hf_config(copy.deepcopy(dict(model))), dataset=dataset)
     for name, value in layout.items():
-        field_path(config, f"model.{name}").put(value)
+        field_path(config, f"model.{name}").set(value)
     optimizer = config.optimizer
     optimizer.weight_decay, optimizer.clip_grad = 0.1, 1.0
     optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_eps = 0.9, 0.95, 1e-8

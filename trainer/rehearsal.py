@@ -29,7 +29,7 @@ def rehearse(provider: Any, *, world_size: int) -> None:
     if not isinstance(provider, GPTModelProvider) or dist.is_initialized():
         return
     for rank in sorted({0, world_size - 1}):
-        with as_rank(rank, world_size, provider), refused.explained("model", provider, model.try_again):
+        with as_rank(rank, world_size, provider), refused.user_errors("model", provider, model.try_again):
             model.shapes(provider)
 
 
@@ -39,7 +39,7 @@ def as_rank(rank: int, world_size: int, provider: Any) -> Iterator[None]:
     built of its own layers, as on the CPU."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415 - registers torch's `fake` backend
 
-    with warnings.catch_warnings(), device.stand_in(device.CPU), device.environment_kept():
+    with warnings.catch_warnings(), device.backend(device.CPU), device.environment_restored():
         warnings.filterwarnings("ignore", module="megatron")
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
         try:

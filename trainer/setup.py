@@ -184,13 +184,13 @@ def _attach_adapters(chunks: Sequence[Any], config: RunConfig, resumed: Path | N
 
 def _trainable(chunks: list[Any], config: RunConfig) -> tuple[list[Any], Any]:
     """Wrap the chunks for gradient reduction and make the optimizer. Raises UserError for settings that megatron-core refuses."""
-    with refused.explained("ddp", config.ddp, lambda tried: optim.wrap(chunks, config.model, tried)):
+    with refused.user_errors("ddp", config.ddp, lambda tried: optim.wrap(chunks, config.model, tried)):
         wrapped = optim.wrap(chunks, config.model, config.ddp)
 
     def attempt(tried: Any) -> Any:
         return optim.make_optimizer(wrapped, replace(config, optimizer=tried))
 
-    with refused.explained("optimizer", config.optimizer, attempt):
+    with refused.user_errors("optimizer", config.optimizer, attempt):
         return wrapped, optim.make_optimizer(wrapped, config)
 
 

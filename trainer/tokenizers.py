@@ -92,7 +92,7 @@ def load(name: str) -> Tokenizer:
         raise UserError(f"`{name}` is not a folder", hint="give a folder with `tokenizer.json`, or `byte` for plain bytes")
     if (folder / "tokenizer.json").is_file():
         return _fast(folder, _from_file(folder / "tokenizer.json"))
-    return _other(folder)
+    return _by_transformers(folder)
 
 
 def _bytes() -> Tokenizer:
@@ -143,7 +143,7 @@ def _fast(folder: Path, backend: Any) -> Tokenizer:
 
     backend.no_truncation()
     backend.no_padding()
-    begin = _before(*(backend.encode(_ANY_TEXT, add_special_tokens=special).ids for special in (True, False)))
+    begin = _prefix(*(backend.encode(_ANY_TEXT, add_special_tokens=special).ids for special in (True, False)))
     backend.post_processor = processors.Sequence([])  # it would leave white space out of the tokens' places
     return Tokenizer(
         encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
@@ -160,13 +160,13 @@ def _fast(folder: Path, backend: Any) -> Tokenizer:
 _ANY_TEXT = "a"
 
 
-def _before(whole: list[int], text: list[int]) -> tuple[int, ...]:
+def _prefix(whole: list[int], text: list[int]) -> tuple[int, ...]:
     """What stands in `whole` before `text`."""
     starts = (start for start in range(len(whole)) if whole[start : start + len(text)] == text)
     return tuple(whole[: next(starts, 0)])
 
 
-def _other(folder: Path) -> Tokenizer:
+def _by_transformers(folder: Path) -> Tokenizer:
     """What only transformers can read. No code from the folder is run."""
     if not any((folder / name).is_file() for name in ANY_TOKENIZER):
         raise UserError(
@@ -176,19 +176,19 @@ def _other(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
 
     try:
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # any of many kinds, from several libraries
         raise unreadable(f"`{folder}` has no `tokenizer.json`, and transformers cannot read the rest", folder, error) from error
-    if found.is_fast:
-        return _fast(folder, found.backend_tokenizer)
-    numbers = found.get_vocab()
+    if tokenizer.is_fast:
+        return _fast(folder, tokenizer.backend_tokenizer)
+    numbers = tokenizer.get_vocab()
     return Tokenizer(
-        encode=lambda text: found(text, add_special_tokens=False, verbose=False)["input_ids"],
-        decode=lambda ids: found.decode(list(ids), skip_special_tokens=False),
+        encode=lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False),
         eod=_end_of_document(folder, numbers.get),
         vocab_size=max(numbers.values()) + 1,
         files=lambda: _side_files(folder),
-        begin=_before(*(found(_ANY_TEXT, add_special_tokens=special)["input_ids"] for special in (True, False))),
+        begin=_prefix(*(tokenizer(_ANY_TEXT, add_special_tokens=special)["input_ids"] for special in (True, False))),
         name=str(folder),
     )
 

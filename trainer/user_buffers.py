@@ -15,12 +15,12 @@ from typing import Any
 
 from trainer.config import RunConfig
 
-RECIPES = frozenset({None, "delayed", "tensorwise"})
+FP8_RECIPES = frozenset({None, "delayed", "tensorwise"})
 """FP8 scalings with which Transformer Engine sends quantized activations; None is no FP8."""
 
 
 @contextmanager
-def held(config: RunConfig) -> Iterator[None]:
+def initialized(config: RunConfig) -> Iterator[None]:
     """While this is entered, layers that are built may overlap. All ranks call this, with their process groups formed."""
     if not getattr(config.model, "tp_comm_overlap", False):
         yield

@@ -14,7 +14,7 @@ from tests.trainer.settings import HOPPER, LLAMA, settings
 from trainer import recipes
 from trainer.config import RunConfig
 from trainer.estimate.activations import _in_flight
-from trainer.estimate.built import each_rank
+from trainer.estimate.built import count_each_rank
 from trainer.estimate.memory import Estimate, memory, parameters
 from trainer.model import from_hf_config
 from trainer.settings.resolve import resolve
@@ -60,7 +60,7 @@ def test_parameters_of_experts_and_head_norms() -> None:
 
 def parameters_per_rank(provider: Any) -> list[int]:
     """Of one rank of each pipeline stage."""
-    return [held.total for _, held in each_rank(provider)]
+    return [held.total for _, held in count_each_rank(provider)]
 
 
 def built(config: RunConfig) -> int:
@@ -167,7 +167,7 @@ def test_the_estimate_is_what_an_h200_measured(recipe, gpus, sizes, fp8, measure
     alone = {"model.tensor_model_parallel_size": 1, "model.sequence_parallel": False}
     fused = {"model.cross_entropy_loss_fusion": True, "model.cross_entropy_fusion_impl": "te"}
     for name, value in {**alone, **fused, **changes}.items():
-        field_path(config, name).put(value)
+        field_path(config, name).set(value)
     resolved = resolve(config, world_size=gpus, device="gpu", machine=replace(HOPPER, transformer_engine="2.20.2"))
     assert memory(resolved.config, world_size=gpus).total == pytest.approx(measured * 2**30, rel=0.01)
 

@@ -1,10 +1,12 @@
-"""Settings that only a GPU carries out: another value changes what is built, which kernels run, or what comes of it.
+"""Settings that need a GPU: another value changes what is built, which kernels run, or their results.
 
 Left out by `make test`. `test_every_setting` counts the settings that are tried here.
 """
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -31,7 +33,6 @@ ON_ONE_GPU: dict[str, Trial] = {
     "model.use_cpu_initialization": Trial(True, SHAPE),
     "model.attention_backend": Trial(AttnBackend.unfused, SHAPE),
     "model.layernorm_zero_centered_gamma": Trial(True, SHAPE),
-    "model.fp32_residual_connection": Trial(True, SHAPE),
     "model.bias_activation_fusion": Trial(False, SHAPE),
     "model.bias_dropout_fusion": Trial(False, SHAPE),
     "model.apply_rope_fusion": Trial(False, SHAPE),
@@ -43,7 +44,6 @@ ON_ONE_GPU: dict[str, Trial] = {
     "model.disable_parameter_transpose_cache": Trial(True, FP8),
     "model.cpu_offloading": Trial(True, {**SHAPE, "model.cpu_offloading_num_layers": 1}),
     "model.cpu_offloading_num_layers": Trial(2, {**OFFLOADED, "model.num_layers": 4}),
-    "model.cpu_offloading_activations": Trial(False, {**OFFLOADED, "model.cpu_offloading_weights": True}),
     "model.cpu_offloading_weights": Trial(True, OFFLOADED),
     "model.cpu_offloading_double_buffering": Trial(True, OFFLOADED),
     "model.cpu_offloading_retain_pinned_cpu_buffers": Trial(True, OFFLOADED),
@@ -52,7 +52,6 @@ ON_ONE_GPU: dict[str, Trial] = {
     "model.fp8_amax_history_len": Trial(2, FP8),
     "model.fp8_amax_compute_algo": Trial("most_recent", FP8),
     "model.fp8_wgrad": Trial(False, FP8),
-    "model.fp8_output_proj": Trial(True, FP8),
     "model.fp8_dot_product_attention": Trial(True, FP8),
     "model.fp8_multi_head_attention": Trial(True, FP8),
     "model.tp_only_amax_red": Trial(True, FP8),
@@ -101,11 +100,25 @@ ON_TWO_GPUS: dict[str, Trial] = {
 }  # fmt: skip
 
 
+PROCESSES, TRIALS_EACH = 8, 3
+"""How many processes share the GPU, and how many settings each of them tries at most: a process takes half a minute to start."""
+
+
+def groups(trials: dict[str, Trial]) -> list[dict[str, Trial]]:
+    """Split trials into groups for one process each: settings of the same base stay together, since they share its run."""
+    by_base: dict[str, list[str]] = {}
+    for setting, trial in trials.items():
+        by_base.setdefault(repr(trial.base), []).append(setting)
+    parts = [part for settings in by_base.values() for part in itertools.batched(settings, TRIALS_EACH)]
+    return [{setting: trials[setting] for setting in part} for part in parts]
+
+
 @pytest.fixture(scope="module")
 def changed(ranks: Any) -> dict[str, list[str]]:
-    """For each setting that one GPU can try, what it changes."""
-    (found,) = ranks.run(observed.differences, 1, ON_ONE_GPU, observed.observe_gpu)
-    return found
+    """What each setting that one GPU can try changes."""
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        results = pool.map(lambda group: ranks.run(observed.differences, 1, group, observed.observe_gpu), groups(ON_ONE_GPU))
+        return {setting: parts for (result,) in results for setting, parts in result.items()}
 
 
 @pytest.mark.parametrize("setting", ON_ONE_GPU)
@@ -116,7 +129,7 @@ def test_a_setting_changes_a_run_on_a_gpu(setting: str, changed: dict[str, list[
 
 @pytest.fixture(scope="module")
 def changed_on_two(ranks: Any) -> list[dict[str, list[str]]]:
-    """For each setting that two GPUs can try, what it changes on each of them."""
+    """What each setting that two GPUs can try changes, on each of them."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     return ranks.run(observed.differences, 2, ON_TWO_GPUS, observed.observe_gpu)
@@ -124,6 +137,6 @@ def changed_on_two(ranks: Any) -> list[dict[str, list[str]]]:
 
 @pytest.mark.parametrize("setting", ON_TWO_GPUS)
 def test_a_setting_changes_a_run_on_two_gpus(setting: str, changed_on_two: list[dict[str, list[str]]]) -> None:
-    found = {part for rank in changed_on_two for part in rank[setting]}
-    assert found
-    assert {*observed.PARTS, "attributes", "kernels", "memory"}.issuperset(found)
+    parts = {part for rank in changed_on_two for part in rank[setting]}
+    assert parts
+    assert {*observed.PARTS, "attributes", "kernels", "memory"}.issuperset(parts)

@@ -1,4 +1,4 @@
-"""Jobs: as text, through bash with stand-ins for Slurm's programs, and through NeMo-Run's own local executor."""
+"""Jobs as sbatch scripts: as text, and through bash with stand-ins for Slurm's programs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from formats.errors import UserError
+from tests.trainer.jobs import AWKWARD, invoke
 from trainer import launch
 from trainer.commands.arguments import read_run
 from trainer.commands.launch import command
-from trainer.launch import Job, pretraining, slurm
+from trainer.launch import Job, pretrain_program, slurm
 
 GOLDEN = """\
 #!/bin/bash
@@ -83,15 +84,10 @@ if [ -n "$stopping" ]; then
 fi
 exit "$code"
 """
-AWKWARD = ("a=b c", "list=[1,2]", "quote='", 'double="$HOME" `id` \\', "star=*", "+new=1", "~gone", "é=ü", "two\nlines", "")
 PLACE = ["--nodes", "2", "--time", "01:30:00", "--partition", "batch", "--account", "team", "--mounts", "/data:/data,/home/me",
          "--container", "nvcr.io/nvidia/pytorch:26.01-py3", "--env", "HF_HOME=/data/my models"]  # fmt: skip
 
 SETTINGS = ("train.train_iters=100", "logger.wandb_exp_name=a b", "checkpoint.save=run")
-
-
-def invoke(*words: str):
-    return CliRunner().invoke(command, list(words), catch_exceptions=False)
 
 
 def test_the_sbatch_script_to_the_letter():
@@ -112,7 +108,7 @@ def test_arguments_and_variables_reach_the_program_unchanged(tmp_path):
     stand_in(programs, "srun", 'while [[ $1 == -* ]]; do shift; done; exec "$@"')
     show = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['V']]))"
     stand_in(programs, "torchrun", f'exec {sys.executable} -c "{show}" "$@"')
-    job = Job(program=pretraining("tiny", AWKWARD), name="tiny", nodes=2, env={"V": "$HOME 'x' \"y\"\nz"})
+    job = Job(program=pretrain_program("tiny", AWKWARD), name="tiny", nodes=2, env={"V": "$HOME 'x' \"y\"\nz"})
     env = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[07-08]", "SLURM_JOB_ID": "4021234"}
     done = subprocess.run(["bash"], check=False, input=slurm.script(job), text=True, capture_output=True, env=env, timeout=600)
     assert done.stderr == ""
@@ -133,12 +129,12 @@ def test_a_job_goes_on_from_where_it_saves(word):
     """Also where the home directory is another one in the job."""
     words = ("checkpoint.save=x", word)
     told = read_run("llama_tiny", overrides=words).checkpoint
-    again = launch.going_on(told, words)
+    again = launch.resumable(told, words)
     assert again == (*words, word.lstrip("+").replace("save", "load"))
     assert read_run("llama_tiny", overrides=again).checkpoint.load == told.save
-    assert read_run("llama_tiny", overrides=launch.going_on(told, ())).checkpoint.load == told.save
+    assert read_run("llama_tiny", overrides=launch.resumable(told, ())).checkpoint.load == told.save
     told.load = "elsewhere"
-    assert launch.going_on(told, words) == words
+    assert launch.resumable(told, words) == words
 
 
 def test_a_job_that_would_lose_what_it_has_trained_is_refused(tmp_path):
@@ -286,119 +282,6 @@ def test_one_must_say_how():
     result = invoke("llama_tiny", "--gpus-per-node", "4")
     assert result.exit_code == 2
     assert "say how: --slurm or --nemo-run" in result.output
-
-
-def test_without_nemo_run_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "nemo_run", None)
-    with pytest.raises(UserError) as caught:
-        invoke("--nemo-run", "llama_tiny", "--gpus-per-node", "4")
-    assert str(caught.value) == "NeMo-Run is not installed\n\nhint: pip install 'mbtools[nemo-run]'"
-
-
-# NeMo-Run warns on import and keeps its home in a global: it gets a process of its own.
-LOCAL = """
-import json, sys
-from trainer.launch import Job, nemo
-
-if __name__ == "__main__":
-    out, words = json.loads(sys.argv[1])
-    write = "import json, os, sys; open(sys.argv[1] + os.environ['RANK'], 'w').write(json.dumps(sys.argv[2:]))"
-    job = Job(program=("-c", write, out, *words), name="tiny", gpus_per_node=2)
-    place = nemo.executor(job, where="local")
-    assert nemo.launch(nemo.script(job, where="local"), place, name="tiny", submit=True)
-    job = Job(program=("-c", "raise SystemExit(3)"), name="bad", gpus_per_node=1)
-    assert not nemo.launch(nemo.script(job, where="local"), place, name="bad", submit=True)
-"""
-FORMS = """
-import json, sys
-import fiddle
-import nemo_run
-from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
-from trainer.commands.launch import run_recipe
-from trainer.launch import Job, nemo
-
-words = json.loads(sys.argv[1])
-stored = ZlibJSONSerializer().serialize(nemo.partial(run_recipe, "llama3_8b", words))
-built = fiddle.build(fiddle.cast(nemo_run.Partial, ZlibJSONSerializer().deserialize(stored)))
-assert built.func is run_recipe
-assert built.keywords == {"recipe": "llama3_8b", "overrides": words}, built.keywords
-limits = {"nodes": 4, "account": "team", "partition": "batch", "time": "01:30:00"}
-job = Job(program=("-c", ""), name="tiny", env={"V": "x y"}, container="c", **limits)
-place = nemo.executor(job, where="slurm")
-assert (place.nodes, place.gpus_per_node, place.time, place.partition) == (4, 8, "01:30:00", "batch")
-assert (place.signal, place.env_vars["V"], place.container_image, place.get_launcher().__class__.__name__) == (
-    "TERM@300", "'x y'", "c", "Torchrun")
-"""
-NO_SBATCH = """
-import os
-from formats.errors import UserError
-from trainer.launch import Job, nemo
-
-job = Job(program=("-c", ""), name="tiny", account="team")
-place = nemo.executor(job, where="slurm")
-os.environ["PATH"] = "/nowhere"
-try:
-    nemo.launch(nemo.script(job, where="slurm"), place, name="tiny", submit=True)
-except UserError as error:
-    assert str(error).startswith("there is no `sbatch` on this machine"), error
-else:
-    raise AssertionError
-"""
-NO_ACCOUNT = """
-from formats.errors import UserError
-from trainer.launch import Job, nemo
-
-try:
-    nemo.executor(Job(program=("x",), name="tiny"), where="slurm")
-except UserError as error:
-    assert str(error) == "NeMo-Run's Slurm executor needs an account\\n\\nhint: --account NAME"
-else:
-    raise AssertionError
-"""
-
-
-@pytest.fixture(scope="module")
-def nemo_run_imports(tmp_path_factory) -> None:
-    env = {**os.environ, "NEMORUN_HOME": str(tmp_path_factory.mktemp("nemo"))}
-    words = [sys.executable, "-W", "ignore", "-c", "import nemo_run"]
-    found = subprocess.run(words, env=env, check=False, capture_output=True, text=True)
-    if "No module named 'leptonai" in found.stderr:
-        pytest.skip("NeMo-Run 0.11 needs leptonai<0.47, and a later one is installed")
-    if "No module named 'nemo_run'" in found.stderr:
-        pytest.skip("needs `pip install 'mbtools[nemo-run]'`")
-    assert found.returncode == 0, found.stderr
-
-
-@pytest.fixture
-def with_nemo_run(tmp_path, nemo_run_imports):
-    """Runs a program that uses NeMo-Run, at home in `tmp_path`."""
-    env = {**os.environ, "HOME": str(tmp_path), "NEMORUN_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = str(Path(__file__).parents[2])
-
-    def run(program: str, argument: object) -> None:
-        (tmp_path / "program.py").write_text(program)
-        words = [sys.executable, "-W", "ignore", str(tmp_path / "program.py"), json.dumps(argument)]
-        done = subprocess.run(words, check=False, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-    return run
-
-
-def test_nemo_run_starts_the_program_on_every_rank_with_its_arguments_unchanged(with_nemo_run, tmp_path):
-    with_nemo_run(LOCAL, [f"{tmp_path}/rank", AWKWARD])
-    assert [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2)] == [list(AWKWARD)] * 2
-
-
-def test_nemo_run_stores_a_recipe_and_its_overrides_and_slurms_numbers(with_nemo_run):
-    with_nemo_run(FORMS, list(AWKWARD))
-
-
-def test_nemo_run_on_slurm_wants_an_account(with_nemo_run):
-    with_nemo_run(NO_ACCOUNT, None)
-
-
-def test_nemo_run_on_slurm_wants_sbatch(with_nemo_run):
-    with_nemo_run(NO_SBATCH, None)
 
 
 @pytest.mark.parametrize("method", ["lora", "none"])

@@ -8,11 +8,11 @@ import pytest
 
 from formats.errors import UserError
 from tests.trainer.settings import settings
-from trainer.settings.overlap import choose
+from trainer.settings.overlap import defaults
 
 
 def chosen(*, data_parallel: int = 1, device: str = "gpu", **changes: Any) -> dict[str, Any]:
-    choices = choose(settings(**changes), data_parallel=data_parallel, device=device)
+    choices = defaults(settings(**changes), data_parallel=data_parallel, device=device)
     assert all(choice.why for choice in choices)
     return {choice.setting: choice.value for choice in choices}
 

@@ -21,7 +21,7 @@ def refusal(function, *args) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", precision.RECIPES)
+@pytest.mark.parametrize("name", precision.PRECISIONS)
 def test_megatron_core_accepts_what_each_name_sets(name: str) -> None:
     config = settings(ddp__use_distributed_optimizer=True, optimizer__use_distributed_optimizer=True)
     precision.apply(name, config)
@@ -97,7 +97,7 @@ def test_hopper_refuses_what_needs_blackwell(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in precision.RECIPES if name.startswith("bf16_with_fp8")])
+@pytest.mark.parametrize("name", [name for name in precision.PRECISIONS if name.startswith("bf16_with_fp8")])
 def test_hopper_does_every_kind_of_fp8(name: str) -> None:
     precision.check(name, HOPPER)
 

@@ -35,7 +35,7 @@ def test_show_says_what_adapters_train_and_take() -> None:
     told = mbtrain("show", "llama3_8b", "peft=lora")
     lines = told.stdout.splitlines()
     trained = 32 * 32 * ((4096 + 6144) + (4096 + 4096) + (4096 + 28672) + (14336 + 4096))  # layers × r × (inputs + outputs)
-    assert f"# trained: {trained / 1e6:.2f} M of {(trained + 8_030_261_248) / 1e9:.2f} B parameters" in lines
+    assert f"# trained: {trained / 1e6:.3g} M of {(trained + 8_030_261_248) / 1e9:.3g} B parameters" in lines
     assert f"#   adapters: 0.1 GB, {trained:,} parameters in bfloat16" in lines
     assert any(line.startswith("# memory of the fullest of 1 GPU, estimated: ") for line in lines)
 

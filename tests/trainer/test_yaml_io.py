@@ -157,10 +157,10 @@ ddp: null
         ("train: {train_itres: 1}", "unknown setting `train.train_itres`\n\nhint: did you mean `train.train_iters`?"),
         ("train: {1: 1}", "unknown setting `train.1`\n\nhint: " + OF_TRAIN),
         ("train: 5", "`train` is a section, it cannot be `5`\n\nhint: " + OF_TRAIN),
-        ("train:\n  train_iters: 1\n  train_iters: 2\n", "`run.yaml` is not readable: line 3: `train_iters` stands there twice"),
-        ("train: &a {train_iters: 1}\nmodel: *a\n", ("`run.yaml` is not readable: line 2 refers to another place in it; "
+        ("train:\n  train_iters: 1\n  train_iters: 2\n", "`run.yaml` is not readable: line 3: duplicate key `train_iters`"),
+        ("train: &a {train_iters: 1}\nmodel: *a\n", ("`run.yaml` is not readable: line 2 has an alias or a merge key; "
          "write the values out")),
-        ("train: {<<: {train_iters: 1}}", ("`run.yaml` is not readable: line 1 refers to another place in it; "
+        ("train: {<<: {train_iters: 1}}", ("`run.yaml` is not readable: line 1 has an alias or a merge key; "
          "write the values out")),
         ("[" * 70, "`run.yaml` is not readable: it is nested deeper than 64 levels"),
         ("train: !!python/name:os.system {}", ("`run.yaml` is not readable: line 1, column 8 has a tag or a key that no setting "

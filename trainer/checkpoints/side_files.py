@@ -55,7 +55,7 @@ def collect(
         files |= {description.FILE: description.make(adapters.describe(config.peft, base))}
     if isinstance(config.model, GPTModelProvider) and sum(stages) == config.model.num_layers:
         files |= {run_config.FILE: _run_config(config.model, stages)}
-    if hf_config.unsayable(config.model):
+    if hf_config.not_in_hf_config(config.model):
         files.pop(_CONFIG, None)
     elif config_json := _config_json(config.model):
         files |= _changed(files, config_json)
@@ -127,7 +127,7 @@ def _run_config(model: GPTModelProvider, stages: Sequence[int]) -> bytes:
         pp_layout=stages,
     )
     dtype = DTYPES[_NAMES[model.params_dtype]]
-    settings = {**megatron, **hf_config.unsayable(model)}
+    settings = {**megatron, **hf_config.not_in_hf_config(model)}
     return run_config.make(settings, layout, dtype, vocab_multiple=model.make_vocab_size_divisible_by)
 
 

@@ -89,14 +89,14 @@ def read_run(
 
     document = _read(config_file) if config_file else {}
     overrides = list(overrides)
-    config = start(
-        _one_name(recipe, document.pop("recipe", None), config_file),
+    config = initial_run(
+        _recipe_name(recipe, document.pop("recipe", None), config_file),
         document,
         _kind(document, overrides, finetune=finetune),
         folder=_folder(document, overrides),
     )
     before = copy.deepcopy(getattr(config.model, "hf_config", None))
-    _tell(yaml_io.apply(config, document))
+    _note_ignored(yaml_io.apply(config, document))
     hydra.apply(config, overrides)
     if getattr(config.model, "hf_config", None) != before:
         hf_config.check(config.model)
@@ -106,7 +106,7 @@ def read_run(
 
 def named_recipe(recipe: str | None, config_file: str | Path | None) -> str | None:
     """The recipe that the command or the file names."""
-    return _one_name(recipe, _read(config_file).get("recipe") if config_file else None, config_file)
+    return _recipe_name(recipe, _read(config_file).get("recipe") if config_file else None, config_file)
 
 
 def _read(file: str | Path) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _read(file: str | Path) -> dict[str, Any]:
     return yaml_io.load(text, source=str(file))
 
 
-def _one_name(recipe: str | None, in_file: Any, file: object) -> str | None:
+def _recipe_name(recipe: str | None, in_file: Any, file: object) -> str | None:
     if recipe and in_file and recipe != in_file:
         raise UserError(f"the command says recipe `{recipe}`, and `{file}` says `{in_file}`", hint="leave out one of them")
     return recipe or (str(in_file) if in_file else None)
@@ -130,26 +130,26 @@ _NOTHING = (None, "none", "null", "None", "")
 
 def _kind(document: dict[str, Any], overrides: Sequence[str], *, finetune: bool) -> str:
     """Which of a recipe's runs is meant. A whole document of a run says `peft: null` of pretraining too."""
-    told = [word.partition("=")[2] for word in overrides if word.lstrip("+").partition("=")[0] == "peft"]
-    method = told[-1] if told else document.get("peft")
-    named = bool(told) or "peft" in document
+    methods = [word.partition("=")[2] for word in overrides if word.lstrip("+").partition("=")[0] == "peft"]
+    method = methods[-1] if methods else document.get("peft")
+    named = bool(methods) or "peft" in document
     if isinstance(method, dict) or method not in _NOTHING or (finetune and not named):
         return "peft_config"
     dataset = document.get("dataset")
-    return "sft_config" if told or finetune or (isinstance(dataset, dict) and "packed" in dataset) else "pretrain_config"
+    return "sft_config" if methods or finetune or (isinstance(dataset, dict) and "packed" in dataset) else "pretrain_config"
 
 
 def _folder(document: dict[str, Any], overrides: Sequence[str]) -> str | None:
     """The folder that `checkpoint.pretrained_checkpoint` names."""
     section = document.get("checkpoint")
-    found = section.get("pretrained_checkpoint") if isinstance(section, dict) else None
+    folder = section.get("pretrained_checkpoint") if isinstance(section, dict) else None
     for word in overrides:
         name, _, value = word.lstrip("+").partition("=")
-        found = value.strip("'\"") if name == "checkpoint.pretrained_checkpoint" else found
-    return None if found in _NOTHING else expanded(str(found))
+        folder = value.strip("'\"") if name == "checkpoint.pretrained_checkpoint" else folder
+    return None if folder in _NOTHING else expanded(str(folder))
 
 
-def start(name: str | None, document: dict[str, Any], kind: str, *, folder: str | None = None) -> RunConfig:
+def initial_run(name: str | None, document: dict[str, Any], kind: str, *, folder: str | None = None) -> RunConfig:
     """The run that a recipe's function `kind` makes, or that follows from the model in a document or in a folder."""
     if name is not None:
         from trainer import recipes  # noqa: PLC0415
@@ -183,6 +183,6 @@ def _without_recipe(hf_config: dict[str, Any], kind: str) -> RunConfig:
     return make(hf_config, sequence_length=min(4096, provider.seq_length))
 
 
-def _tell(ignored: Sequence[str]) -> None:
+def _note_ignored(ignored: Sequence[str]) -> None:
     if ignored and os.environ.get("RANK", "0") == "0":
         click.echo(f"note: not followed, since a file gives values and no classes: {', '.join(ignored)}", err=True)

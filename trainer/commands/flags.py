@@ -11,8 +11,8 @@ def setting(option: str, words: Sequence[str]) -> str | None:
     """What to write instead of an option that there is not, as it is in the words of a command line; None where nothing is like
     it."""
     name, _, value = option.lstrip("-").replace("-", "_").partition("=")
-    found = next((full for short, full in ALIASES.items() if short.rpartition(".")[2] == name), None) or _field(name)
-    return f"{found}={value or _value(option, words)}" if found else None
+    full_name = next((full for short, full in ALIASES.items() if short.rpartition(".")[2] == name), None) or _field(name)
+    return f"{full_name}={value or _value(option, words)}" if full_name else None
 
 
 def _field(name: str) -> str | None:

@@ -84,12 +84,12 @@ def _lines(file: Path | str | None) -> list[str]:
         return []
     import torch.distributed as dist  # noqa: PLC0415
 
-    told: list[Any] = [None]
+    message: list[Any] = [None]
     if dist.get_rank() == 0:
-        told = [sys.stdin.buffer.read() if isinstance(file, str) else file.read_bytes()]
-    dist.broadcast_object_list(told, src=0)
+        message = [sys.stdin.buffer.read() if isinstance(file, str) else file.read_bytes()]
+    dist.broadcast_object_list(message, src=0)
     try:
-        lines = [line for line in told[0].decode().splitlines() if line.strip()]
+        lines = [line for line in message[0].decode().splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(f"`{file}` is not text in UTF-8: {fault(error)}", hint="save it as UTF-8") from error
     if not lines:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trainer.launch import STOP_BEFORE, Job, going_on, pretraining
+from trainer.launch import STOP_BEFORE, Job, pretrain_program, resumable
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -54,10 +54,10 @@ def command(*, by_slurm: bool, by_nemo_run: bool, recipe: str, overrides: tuple[
     form, where, submit = options.pop("form"), options.pop("where"), options.pop("submit")
     config = _check(recipe, overrides, ranks=options["nodes"] * options["gpus_per_node"])
     if by_slurm or where == "slurm":
-        overrides = going_on(config.checkpoint, overrides)
+        overrides = resumable(config.checkpoint, overrides)
     name = options.pop("job_name") or recipe
     env = dict(_pair(text) for text in options.pop("env"))
-    job = Job(program=pretraining(recipe, overrides), name=name, env=env, **options)
+    job = Job(program=pretrain_program(recipe, overrides), name=name, env=env, **options)
     if by_slurm:
         _slurm(job, submit=submit)
     else:

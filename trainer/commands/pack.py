@@ -35,12 +35,12 @@ def command(words: tuple[str, ...], *, config_file: str | None, as_json: bool, q
     """
     from trainer.checkpoints.contents import tokenizer_of_run  # noqa: PLC0415 - seconds to import
     from trainer.data.chat import build  # noqa: PLC0415
-    from trainer.settings.defaults import apply_choices  # noqa: PLC0415
+    from trainer.settings.defaults import apply_defaults  # noqa: PLC0415
     from trainer.settings.resolve import padded_examples  # noqa: PLC0415
 
     recipe, out, overrides = _split_words(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
-    apply_choices(config, padded_examples(config))
+    apply_defaults(config, padded_examples(config.model, config.dataset))
     packed = build.pack(
         config.dataset, out, tokenizer=build.require_tokenizer(tokenizer_of_run(config)), vocab_size=config.model.vocab_size
     )

@@ -27,7 +27,7 @@ def command(words: tuple[str, ...], config_file: str | None, nproc: int | None) 
 
 def run_training(words: Sequence[str], config_file: str | None, nproc: int | None, *, finetune: bool) -> None:
     """Train here, or start the processes that do. torchrun is told of the error of a process that it started."""
-    act = _carry_out
+    act = _run_here_or_launch
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
         from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415 - seconds to import
 
@@ -35,7 +35,7 @@ def run_training(words: Sequence[str], config_file: str | None, nproc: int | Non
     act(words, config_file, nproc, finetune=finetune)
 
 
-def _carry_out(words: Sequence[str], config_file: str | None, nproc: int | None, *, finetune: bool) -> None:
+def _run_here_or_launch(words: Sequence[str], config_file: str | None, nproc: int | None, *, finetune: bool) -> None:
     from trainer import device, launching, loop, parallel  # noqa: PLC0415 - seconds to import
 
     recipe, overrides = recipe_and_overrides(words)

@@ -29,7 +29,7 @@ def command(*, as_json: bool) -> None:
     """
     from trainer import recipes  # noqa: PLC0415
 
-    rows = [_row(one) for one in recipes.every().values()]
+    rows = [_row(recipe) for recipe in recipes.every().values()]
     if as_json:
         click.echo(json.dumps({row.pop("name"): row for row in rows}))
     elif sys.stdout.isatty():

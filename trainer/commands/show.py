@@ -9,6 +9,7 @@ import click
 
 from formats.errors import UserError
 from trainer.commands.arguments import named_recipe, read_run, recipe_and_overrides, run_arguments
+from trainer.formatting import number, size
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -40,17 +41,17 @@ def command(words: tuple[str, ...], *, config_file: str | None, gpus: int | None
     recipe, overrides = recipe_and_overrides(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides)
     recipe = named_recipe(recipe, config_file)
-    world_size, device = _machine(recipe, config, gpus=gpus, processes=processes)
+    world_size, device = _ranks_and_device(recipe, config, gpus=gpus, processes=processes)
     _show(config, recipe=recipe, world_size=world_size, device=device, every=every)
 
 
-def _machine(recipe: str | None, config: RunConfig, *, gpus: int | None, processes: int | None) -> tuple[int, str]:
+def _ranks_and_device(recipe: str | None, config: RunConfig, *, gpus: int | None, processes: int | None) -> tuple[int, str]:
     """How many ranks, on what: as told, else what the recipe is for, else the fewest that hold one copy of the model."""
     from trainer import recipes  # noqa: PLC0415
 
     if gpus or processes:
         return gpus or processes or 1, "gpu" if gpus else "cpu"
-    copy = math.prod(getattr(config.model, f"{one}_parallel_size", 1) for one in ("tensor_model", "pipeline_model", "context"))
+    copy = math.prod(getattr(config.model, f"{axis}_parallel_size", 1) for axis in ("tensor_model", "pipeline_model", "context"))
     wanted = _recommended(recipes.find(recipe), config) if recipe else copy
     on_cpu = config.dist.device == "cpu" or wanted == 0
     size = copy if on_cpu else -(-wanted // copy) * copy
@@ -79,44 +80,44 @@ def _show(config: RunConfig, *, recipe: str | None, world_size: int, device: str
         click.echo(f"warning: {warning}", err=True)
     if every:
         click.echo("# every setting as it is here; given to --config, this leaves nothing open")
-    text = yaml_io.dump(resolved.config, made=config) if every else yaml_io.written(_told(config, recipe))
+    text = yaml_io.dump(resolved.config, made=config) if every else yaml_io.to_yaml(_explicit(config, recipe))
     click.echo(text, nl=False)
 
 
-def _told(config: RunConfig, recipe: str | None) -> dict[str, Any]:
+def _explicit(config: RunConfig, recipe: str | None) -> dict[str, Any]:
     """What is not as it would be by default, or not as the recipe has it. Enough to make the same run of."""
-    from trainer.commands.arguments import start  # noqa: PLC0415
+    from trainer.commands.arguments import initial_run  # noqa: PLC0415
     from trainer.config import FinetuningDatasetConfig, RunConfig  # noqa: PLC0415
     from trainer.model import from_hf_config  # noqa: PLC0415
     from trainer.settings import yaml_io  # noqa: PLC0415
 
     described, peft = getattr(config.model, "hf_config", None), config.peft
     kind = "peft_config" if peft else "sft_config" if isinstance(config.dataset, FinetuningDatasetConfig) else "pretrain_config"
-    first = start(recipe, {} if recipe else {"model": {"hf_config": described}}, kind)
+    first = initial_run(recipe, {} if recipe else {"model": {"hf_config": described}}, kind)
     model = from_hf_config(described or first.model.hf_config)
     plain = RunConfig(model=model, dataset=type(config.dataset)(), peft=type(peft)() if peft else None)
-    found = yaml_io.changes(config, plain, first)
+    explicit = yaml_io.changes(config, plain, first)
     whole = yaml_io.as_mapping(config)[0]
     if not recipe:
-        found["model"] = {"hf_config": whole["model"]["hf_config"], **found.get("model", {})}
+        explicit["model"] = {"hf_config": whole["model"]["hf_config"], **explicit.get("model", {})}
     # A file says by these two which of a recipe's runs it changes.
-    found["peft"] = {"name": whole["peft"]["name"], **found.get("peft", {})} if peft else "none"
+    explicit["peft"] = {"name": whole["peft"]["name"], **explicit.get("peft", {})} if peft else "none"
     if kind != "pretrain_config":
-        found.setdefault("dataset", {})["packed"] = config.dataset.packed
-    return {"recipe": recipe, **found} if recipe else found
+        explicit.setdefault("dataset", {})["packed"] = config.dataset.packed
+    return {"recipe": recipe, **explicit} if recipe else explicit
 
 
 def _figures(config: RunConfig, *, world_size: int, device: str) -> list[str]:
     from trainer.estimate.memory import memory, parameters  # noqa: PLC0415
 
-    one, many = ("GPU", "GPUs") if device == "gpu" else ("process", "processes")
-    units = one if world_size == 1 else many
+    unit, many = ("GPU", "GPUs") if device == "gpu" else ("process", "processes")
+    units = unit if world_size == 1 else many
     taken = memory(config, world_size=world_size)
     return [
         f"parameters: {parameters(config.model):,}",
         *_trained(config),
-        f"memory of the fullest of {world_size} {units}, estimated: {taken.total / 1e9:.1f} GB{_fits(taken.total, device)}",
-        *(f"  {part.name}: {part.size / 1e9:.1f} GB, {part.why}" for part in taken.parts),
+        f"memory of the fullest of {world_size} {units}, estimated: {size(taken.total)}{_fits(taken.total, device)}",
+        *(f"  {part.name}: {size(part.size)}, {part.why}" for part in taken.parts),
         *_flops(config),
     ]
 
@@ -143,10 +144,9 @@ def _fits(size: int, device: str) -> str:
 
 
 def _trained(config: RunConfig) -> list[str]:
-    from converter.console import count  # noqa: PLC0415
     from trainer.estimate import built  # noqa: PLC0415
 
     if config.peft is None:
         return []
-    held = built.whole(config.model, config.peft)
-    return [f"trained: {count(held.trained.total)} of {count(held.total)} parameters"]
+    held = built.count_whole(config.model, config.peft)
+    return [f"trained: {number(held.trained.total)} of {number(held.total)} parameters"]

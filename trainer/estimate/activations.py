@@ -16,7 +16,7 @@ from typing import Any
 from megatron.core.enums import Fp8Recipe
 from megatron.core.transformer.enums import AttnBackend
 
-from trainer.estimate.adapters import Linear, beside, first_trained, known, linears
+from trainer.estimate.adapters import Linear, adapter_of, first_trained, is_known, linears
 from trainer.estimate.built import is_quantized
 from trainer.estimate.shape import Shape, shape_of
 from trainer.peft.dora import DoRA
@@ -65,7 +65,7 @@ def activations(
     shape = shape_of(model)
     tokens //= model.context_parallel_size
     parts = [_layer(shape, number, _layout(model, number, sequence_length, peft)) for number in layers]
-    parts = parts[_without_gradients(model, shape, layers, peft) :]
+    parts = parts[_num_without_gradients(model, shape, layers, peft) :]
     layout = _layout(model, 0, sequence_length, peft)
     kept, working = _kept(model, shape, layout, parts, tokens)
     flying = _in_flight(model, pp_rank, num_microbatches)
@@ -87,13 +87,13 @@ def _why(model: Any, layers: str, peft: Any) -> str:
     recompute = f"{model.recompute_granularity} recompute" if model.recompute_granularity else "nothing recomputed"
     if peft is None:
         return f"{layers}, {recompute}"
-    if not known(peft):
+    if not is_known(peft):
         return f"{layers}, {recompute}; frozen layers keep no input; what `{type(peft).__name__}` keeps is not counted"
     magnitudes = ", and with a magnitude their output" if isinstance(peft, DoRA) else ""
     return f"{layers}, {recompute}; of frozen layers, those with an adapter keep their input, not quantized{magnitudes}"
 
 
-def _without_gradients(model: Any, shape: Shape, layers: Sequence[int], peft: Any) -> int:
+def _num_without_gradients(model: Any, shape: Shape, layers: Sequence[int], peft: Any) -> int:
     """How many of the layers no gradient reaches, so that nothing is kept of them. Pipelines and recomputation pass gradients
     through every layer (`trainer.peft.attach`)."""
     if peft is None or model.pipeline_model_parallel_size > 1 or model.recompute_granularity:
@@ -150,7 +150,7 @@ def _experts(shape: Shape, layout: Layout, inner: Sequence[Linear]) -> tuple[int
     """Bytes per token of what goes into a layer's experts before it is sent to them, and of the experts: each is sent as many
     tokens as another."""
     wide, hidden = layout.wide, shape.hidden
-    routed, shared = ([one for one in inner if (one.expert is None) == of_all] for of_all in (False, True))
+    routed, shared = ([linear for linear in inner if (linear.expert is None) == of_all] for of_all in (False, True))
     whole = replace(layout, shards=1)
     pairs = [_mlp(shape, pair, whole, layout.etp, normed=False) for pair in batched(routed, 2)]
     into, own = (sum(pair[which] for pair in pairs) // len(pairs) for which in (0, 1))
@@ -182,7 +182,7 @@ def _linear(linear: Linear, layout: Layout, ranks: int, *, normed: bool = False,
     inputs = linear.inputs // (ranks if linear.row else layout.shards)
     if layout.peft is None:
         return (layout.projection if shared else narrow) * inputs, 0
-    added = beside(layout.peft, linear, ranks=ranks)
+    added = adapter_of(layout.peft, linear, ranks=ranks)
     if added is None:
         return 0, 0
     dropped = layout.peft.dropout > 0

@@ -39,7 +39,7 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
-class Added:
+class AdapterSize:
     """What stands beside one linear layer on one rank."""
 
     matrices: int
@@ -50,7 +50,7 @@ class Added:
     """Channels of A·x, of all A."""
 
 
-def known(peft: Any) -> bool:
+def is_known(peft: Any) -> bool:
     """Is it a method whose adapters can be counted? A class made from one may do anything."""
     return type(peft) in KNOWN
 
@@ -76,13 +76,13 @@ def _mlp(name: str, shape: Shape, ffn: int, expert: int | None = None) -> Iterat
     yield Linear(f"{name}.linear_fc2", ffn, {"": shape.hidden}, row=True, expert=expert)
 
 
-def beside(peft: Any, linear: Linear, *, ranks: int = 1) -> Added | None:
+def adapter_of(peft: Any, linear: Linear, *, ranks: int = 1) -> AdapterSize | None:
     """The adapter of a layer that `ranks` divide, on one of them; None where there is none, or none is known.
 
     Where ranks divide the outputs, each has all of A and its rows of B; where the inputs, its columns of A and all of B.
     Magnitudes are divided as the outputs are.
     """
-    if not known(peft):
+    if not is_known(peft):
         return None
     chosen = targeted_names(linear.name, peft.aliases(linear.name), peft.target_modules, peft.exclude_modules)
     if not chosen:
@@ -91,20 +91,20 @@ def beside(peft: Any, linear: Linear, *, ranks: int = 1) -> Added | None:
     outputs = [linear.parts.get(part, 0) for part, name in names.items() if name in chosen] if names else [linear.outputs]
     columns, rows = (linear.inputs // ranks, sum(outputs)) if linear.row else (linear.inputs, sum(outputs) // ranks)
     rank = peft.dim * len(outputs)
-    return Added(rank * columns + peft.dim * rows, rows if isinstance(peft, DoRA) else 0, rank)
+    return AdapterSize(rank * columns + peft.dim * rows, rows if isinstance(peft, DoRA) else 0, rank)
 
 
 def first_trained(peft: Any, shape: Shape) -> int:
     """The first layer that is reached by gradients: those before it have no adapter, and nothing before them is trained. 0 for
     a method that is not known; the number of layers where no layer has an adapter."""
-    if not known(peft):
+    if not is_known(peft):
         return 0
-    found = (number for number in range(shape.layers) if any(beside(peft, one) for one in linears(shape, number)))
-    return next(found, shape.layers)
+    layers = (number for number in range(shape.layers) if any(adapter_of(peft, linear) for linear in linears(shape, number)))
+    return next(layers, shape.layers)
 
 
-def multiplied(peft: Any, shape: Shape) -> float:
+def multiplied_weights(peft: Any, shape: Shape) -> float:
     """Weights of A and B that one token is multiplied with: of experts, those that a token is sent to on average."""
     share = shape.active_experts / shape.num_experts if shape.num_experts else 0
-    found = ((one, beside(peft, one)) for number in range(shape.layers) for one in linears(shape, number))
-    return sum(added.matrices * (1 if linear.expert is None else share) for linear, added in found if added)
+    adapted = ((linear, adapter_of(peft, linear)) for number in range(shape.layers) for linear in linears(shape, number))
+    return sum(added.matrices * (1 if linear.expert is None else share) for linear, added in adapted if added)

@@ -61,15 +61,15 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
 _MATRIX = re.compile(r"(?:^|\.)layers\.(\d+)\.(?!.*\.adapter\.).*linear_\w+\.weight\d*$")
 
 
-def held(chunks: Sequence[Any], provider: Any) -> RankParameters:
+def count_chunks(chunks: Sequence[Any], provider: Any) -> RankParameters:
     """Count the chunks of one rank, on any device."""
     counts = {(trained, expert): 0 for trained in (True, False) for expert in (True, False)}
     matrices, magnitudes = 0, 0
-    for name, one in _parameters(chunks):
-        counts[one.requires_grad, not getattr(one, "allreduce", True)] += one.numel()
-        found = _MATRIX.search(name)
-        matrices += one.numel() if found and is_quantized(provider, int(found[1])) else 0
-        magnitudes += one.numel() if name.endswith("weight_magnitude") else 0
+    for name, parameter in _parameters(chunks):
+        counts[parameter.requires_grad, not getattr(parameter, "allreduce", True)] += parameter.numel()
+        match = _MATRIX.search(name)
+        matrices += parameter.numel() if match and is_quantized(provider, int(match[1])) else 0
+        magnitudes += parameter.numel() if name.endswith("weight_magnitude") else 0
     trained, frozen = (Weights(counts[which, False], counts[which, True]) for which in (True, False))
     return RankParameters(trained, frozen, matrices, magnitudes, tuple(_layers(chunks)))
 
@@ -84,17 +84,17 @@ def _parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, torch.nn.Parameter
     seen: set[int] = set()
     for chunk in chunks:
         for name, _, module in module_names(model.unwrap(chunk)):
-            for own, one in module.named_parameters(recurse=False):
-                if id(one) not in seen:
-                    seen.add(id(one))
-                    yield f"{name}.{own}", one
+            for own, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{name}.{own}", parameter
 
 
 def _layers(chunks: Sequence[Any]) -> Iterator[int]:
     for chunk in chunks:
         for name, _, module in module_names(model.unwrap(chunk)):
-            if (found := _LAYER.search(name)) and hasattr(module, "layer_number"):
-                yield int(found[1])
+            if (match := _LAYER.search(name)) and hasattr(module, "layer_number"):
+                yield int(match[1])
 
 
 _WITHOUT_GPU: dict[str, Any] = WITHOUT_CUDA | {
@@ -129,37 +129,38 @@ _WHOLE: dict[str, Any] = {
 """The layout of one rank that holds everything, without padding."""
 
 
-def whole(provider: Any, peft: Any = None) -> RankParameters:
+def count_whole(provider: Any, peft: Any = None) -> RankParameters:
     """What the whole model has, with the vocabulary's own size and tied weights once. The provider may be unfinished."""
-    one = _changed(provider, _WITHOUT_GPU | _WHOLE)
-    getattr(one, "finalize", lambda: None)()
-    return _built(_changed(one, _WITHOUT_GPU), provider, peft, rank=0, world_size=1)  # once more, for fields that were derived
+    local = _with_fields(provider, _WITHOUT_GPU | _WHOLE)
+    getattr(local, "finalize", lambda: None)()
+    local = _with_fields(local, _WITHOUT_GPU)  # once more, for fields that `finalize` derived
+    return _count_rank(local, provider, peft, rank=0, world_size=1)
 
 
-def each_rank(provider: Any, peft: Any = None) -> Iterator[tuple[int, RankParameters]]:
+def count_each_rank(provider: Any, peft: Any = None) -> Iterator[tuple[int, RankParameters]]:
     """The pipeline rank and what it holds, of each rank of a finished provider that may hold something else: one of each stage of
     the pipeline, and with `peft`, which may choose some experts, one of each expert-parallel rank."""
-    one = _changed(provider, _WITHOUT_GPU)
-    tensor, experts = one.tensor_model_parallel_size, one.expert_model_parallel_size
-    each = one.expert_tensor_parallel_size or tensor
+    local = _with_fields(provider, _WITHOUT_GPU)
+    tensor, experts = local.tensor_model_parallel_size, local.expert_model_parallel_size
+    each = local.expert_tensor_parallel_size or tensor
     stage = math.lcm(tensor, each * experts)
-    for pp_rank in range(one.pipeline_model_parallel_size):
+    for pp_rank in range(local.pipeline_model_parallel_size):
         for ep_rank in range(experts if peft is not None else 1):
             rank = pp_rank * stage + ep_rank * each
-            yield pp_rank, _built(one, provider, peft, rank=rank, world_size=stage * one.pipeline_model_parallel_size)
+            yield pp_rank, _count_rank(local, provider, peft, rank=rank, world_size=stage * local.pipeline_model_parallel_size)
 
 
-def _changed(provider: Any, fields: dict[str, Any]) -> Any:
-    one = copy.copy(provider)
+def _with_fields(provider: Any, fields: dict[str, Any]) -> Any:
+    changed = copy.copy(provider)
     for name, value in fields.items():
-        if hasattr(one, name):
-            setattr(one, name, value)
-    return one
+        if hasattr(changed, name):
+            setattr(changed, name, value)
+    return changed
 
 
-def _built(built: Any, provider: Any, peft: Any, *, rank: int, world_size: int) -> RankParameters:
+def _count_rank(built: Any, provider: Any, peft: Any, *, rank: int, world_size: int) -> RankParameters:
     with rehearsal.as_rank(rank, world_size, built):
         chunks = model.shapes(built)
         if peft is not None:
             attach_on_meta(chunks, peft)
-        return held(chunks, provider)
+        return count_chunks(chunks, provider)

@@ -41,7 +41,7 @@ def flops_per_token(provider: Any, sequence_length: int, *, lengths: Sequence[fl
         2 * (_multiplied(shape) + _multiplied(shape, first))
         + sum(attention)
         + 2 * sum(attention[first:])
-        + 6 * adapters.multiplied(peft, shape)
+        + 6 * adapters.multiplied_weights(peft, shape)
     )
 
 

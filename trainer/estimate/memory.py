@@ -53,14 +53,14 @@ class Estimate:
 
 def parameters(provider: Any) -> int:
     """Every parameter of the model, with the vocabulary's own size and a tied embedding counted once."""
-    return built.whole(provider).total
+    return built.count_whole(provider).total
 
 
 def memory(config: RunConfig, world_size: int) -> Estimate:
     """Bytes on each GPU of the fullest rank, for a run that `resolve` has gone through: a line per purpose. Builds what each rank
     holds (`counting.built`); a run, which has built it, asks `of_rank`."""
-    ranks = built.each_rank(config.model, config.peft)
-    return max((of_rank(config, held, pp_rank, world_size) for pp_rank, held in ranks), key=lambda one: one.total)
+    ranks = built.count_each_rank(config.model, config.peft)
+    return max((of_rank(config, held, pp_rank, world_size) for pp_rank, held in ranks), key=lambda estimate: estimate.total)
 
 
 def of_rank(config: RunConfig, held: RankParameters, pp_rank: int, world_size: int) -> Estimate:
@@ -143,17 +143,17 @@ def _gradients(config: RunConfig, trained: Weights) -> Part:
 
 
 def _optimizer(config: RunConfig, trained: Weights, copies: tuple[int, int]) -> Part:
-    told = config.optimizer
+    optimizer = config.optimizer
     mixed = config.model.params_dtype != torch.float32
-    if told.use_precision_aware_optimizer:
+    if optimizer.use_precision_aware_optimizer:
         # A bf16 weight holds the upper half of its fp32 master: the lower half is all that is left to keep.
-        master = 2 if told.store_param_remainders and config.model.bf16 else told.main_params_dtype.itemsize
-        each = master + told.exp_avg_dtype.itemsize + told.exp_avg_sq_dtype.itemsize
+        master = 2 if optimizer.store_param_remainders and config.model.bf16 else optimizer.main_params_dtype.itemsize
+        each = master + optimizer.exp_avg_dtype.itemsize + optimizer.exp_avg_sq_dtype.itemsize
     else:
         each = FP32 * (MOMENTS + mixed)
         # Reduced in bf16, gradients are copied to fp32 for the step.
         each += FP32 if mixed and not config.ddp.grad_reduce_in_fp32 else 0
-    shares = copies if told.use_distributed_optimizer else (1, 1)
+    shares = copies if optimizer.use_distributed_optimizer else (1, 1)
     size = each * trained.dense // shares[0] + each * trained.experts // shares[1]
     why = f"{each} bytes per parameter" + (" of an adapter" if config.peft is not None else "")
     return Part("optimizer", size, why + (f", over {shares[0]} ranks" if shares[0] > 1 else ""))

@@ -117,13 +117,13 @@ def _layers_with_experts(provider: Any) -> tuple[bool, ...]:
     """megatron-core's `moe_layer_freq`: every nth layer from the first on, or a list."""
     if not provider.num_moe_experts:
         return (False,) * provider.num_layers
-    told = provider.moe_layer_freq
-    if isinstance(told, int):
-        return tuple(layer % told == 0 for layer in range(provider.num_layers))
-    return tuple(bool(one) for one in told)
+    frequency = provider.moe_layer_freq
+    if isinstance(frequency, int):
+        return tuple(layer % frequency == 0 for layer in range(provider.num_layers))
+    return tuple(bool(has_experts) for has_experts in frequency)
 
 
 def _windows(provider: Any) -> tuple[int | None, ...]:
-    told, skipped = provider.window_size, provider.window_attn_skip_freq
-    in_window = (is_layer_window_attention(told, skipped, layer + 1) for layer in range(provider.num_layers))
-    return tuple(told[0] + 1 if one else None for one in in_window)
+    window, skipped = provider.window_size, provider.window_attn_skip_freq
+    in_window = (is_layer_window_attention(window, skipped, layer + 1) for layer in range(provider.num_layers))
+    return tuple(window[0] + 1 if windowed else None for windowed in in_window)

@@ -38,7 +38,7 @@ def make_run(source: str, settings: Sequence[str] = (), *, world_size: int, dtyp
     config.dataset.sequence_length = config.model.seq_length
     config.optimizer.lr = 1.0  # required by `resolve`; nothing is trained
     _check_copies(config.model, world_size)
-    config.train.global_batch_size = checks.size(config.model, checks.PP)
+    config.train.global_batch_size = checks.parallel_size(config.model, checks.PP)
     return resolve(config, world_size=world_size, device=run_device)
 
 

@@ -53,25 +53,25 @@ class Job:
                 raise UserError(f"`{name}` is not a name of an environment variable", hint="--env NAME=VALUE")
 
 
-def going_on(told: CheckpointConfig, overrides: tuple[str, ...]) -> tuple[str, ...]:
+def resumable(checkpoint: CheckpointConfig, overrides: tuple[str, ...]) -> tuple[str, ...]:
     """Return the settings of a job that is put back into the queue: started again with them, it goes on from its last checkpoint.
 
     `told` is what they come to. Raises UserError where nothing would be saved, or each start would begin anew.
     """
-    if told.save is None:
+    if checkpoint.save is None:
         raise UserError(
             "`checkpoint.save` is not set: when its time is up, the job would have saved nothing",
             hint="name a folder that all nodes share: `checkpoint.save=DIRECTORY`",
         )
-    if told.overwrite:
+    if checkpoint.overwrite:
         raise UserError(
             "`checkpoint.overwrite` is `True`: a job that is put back into the queue would begin anew each time",
             hint="leave it out, and save to a new folder",
         )
-    if told.load:
+    if checkpoint.load:
         return overrides
     words = [word.partition("=")[2] for word in overrides if _SAVE.match(word)]
-    return *overrides, f"checkpoint.load={words[-1] if words else _quoted(told.save)}"
+    return *overrides, f"checkpoint.load={words[-1] if words else _quoted(checkpoint.save)}"
 
 
 _SAVE = re.compile(r"\+{0,2}checkpoint\.save=")
@@ -81,6 +81,6 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
 
-def pretraining(recipe: str, overrides: tuple[str, ...]) -> tuple[str, ...]:
+def pretrain_program(recipe: str, overrides: tuple[str, ...]) -> tuple[str, ...]:
     """The program that trains `recipe` with `key=value` settings."""
     return ("-m", "trainer", "pretrain", recipe, *overrides)

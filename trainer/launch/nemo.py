@@ -77,7 +77,7 @@ def launch(task: Any, place: Any, *, name: str, submit: bool) -> bool:
         experiment.run(detach=detach, sequential=False)
         if detach:
             return True
-    return all(str(one["status"]) == "SUCCEEDED" for one in experiment.status(return_dict=True).values())
+    return all(str(job["status"]) == "SUCCEEDED" for job in experiment.status(return_dict=True).values())
 
 
 def _nemo_run() -> Any:

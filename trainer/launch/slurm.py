@@ -107,9 +107,9 @@ def submit(text: str) -> str:
 
 def sbatch() -> str:
     """The path of `sbatch`. UserError if this machine has none."""
-    found = shutil.which("sbatch")
-    if found is None:
+    path = shutil.which("sbatch")
+    if path is None:
         raise UserError(
             "there is no `sbatch` on this machine", hint="run this on a login node of the cluster, or leave --submit out"
         )
-    return found
+    return path

@@ -16,6 +16,7 @@ import click
 import torch
 
 from converter.memory import peak_memory
+from trainer.formatting import duration, number
 from trainer.logging.records import Evaluation, Record, Sample, Step
 
 GIB = 2**30
@@ -223,25 +224,6 @@ def _quoted(text: str) -> str:
 def _short(text: str) -> str:
     """Return the last 60 characters of a prompt, quoted."""
     return _quoted(text if len(text) <= 60 else f"…{text[-59:]}")
-
-
-def duration(seconds: float) -> str:
-    """Format a time: `42 s`, `5 min`, `1 h 23 min`, `2 d 3 h`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-def number(count: float) -> str:
-    """Format a number: `503 M`, `1.05 B`."""
-    for unit, name in ((10**12, " T"), (10**9, " B"), (10**6, " M"), (10**3, " k")):
-        if count >= unit:
-            return f"{count / unit:.3g}{name}"
-    return f"{count:g}"
 
 
 def _warnings(record: Step) -> list[str]:

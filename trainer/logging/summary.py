@@ -21,8 +21,8 @@ from trainer.config import (
     ValidationConfig,
 )
 from trainer.estimate import memory
-from trainer.estimate.built import held
-from trainer.logging.metrics import duration, number
+from trainer.estimate.built import count_chunks
+from trainer.formatting import duration, number, size, steps
 from trainer.peft.attach import count
 from trainer.settings.resolve import Resolved
 
@@ -62,7 +62,7 @@ def _layout(model: Any, resolved: Resolved, *, divided: bool) -> str:
         "EP": model.expert_model_parallel_size,
         "DP": resolved.data_parallel_size,
     }
-    shape = " · ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    shape = " · ".join(f"{name} {ranks}" for name, ranks in sizes.items() if ranks > 1)
     optimizer = "optimizer state divided among data-parallel ranks" if divided and resolved.data_parallel_size > 1 else ""
     ranks = f"{resolved.world_size} rank{'s' if resolved.world_size > 1 else ''}"
     return ", ".join(filter(None, (ranks, shape, optimizer)))
@@ -82,9 +82,9 @@ def _batch(train: TrainingConfig, length: int, num_microbatches: int) -> str:
 def _schedule(config: RunConfig, left: int) -> str:
     train, schedule, optimizer = config.train, config.scheduler, config.optimizer
     tokens = number(train.train_iters * train.global_batch_size * config.dataset.sequence_length)
-    steps = f"{_steps(train.train_iters)}, {tokens} tokens" + (f", {_steps(left)} left" if left < train.train_iters else "")
-    warm_up = f" after {_steps(schedule.lr_warmup_iters)} of warm-up" if schedule.lr_warmup_iters else ""
-    return f"{steps}; learning rate {optimizer.lr:g} to {optimizer.min_lr:g}, {schedule.lr_decay_style}{warm_up}"
+    length = f"{steps(train.train_iters)}, {tokens} tokens" + (f", {steps(left)} left" if left < train.train_iters else "")
+    warm_up = f" after {steps(schedule.lr_warmup_iters)} of warm-up" if schedule.lr_warmup_iters else ""
+    return f"{length}; learning rate {optimizer.lr:g} to {optimizer.min_lr:g}, {schedule.lr_decay_style}{warm_up}"
 
 
 def _source(dataset: Any) -> str:
@@ -105,13 +105,13 @@ def _epochs(train: TrainingConfig, dataset: Any) -> str:
 def _validation(validation: ValidationConfig, held_out: Any) -> str:
     if held_out is None or not validation.eval_iters:
         return "no validation"
-    return f"validation every {_steps(validation.eval_interval)}" if validation.eval_interval else "validation at the end"
+    return f"validation every {steps(validation.eval_interval)}" if validation.eval_interval else "validation at the end"
 
 
 def _checkpoints(checkpoint: CheckpointConfig) -> str:
     if not checkpoint.save:
         return "nothing is saved: `checkpoint.save` is not set"
-    when = [f"every {_steps(checkpoint.save_interval)}"] if checkpoint.save_interval else []
+    when = [f"every {steps(checkpoint.save_interval)}"] if checkpoint.save_interval else []
     when += [f"every {duration(checkpoint.save_interval_in_mins * 60)}"] if checkpoint.save_interval_in_mins else []
     kept = f", the newest {checkpoint.keep_last} kept" if checkpoint.keep_last else ""
     return f"{checkpoint.save}, {' and '.join([*when, 'at the end'])}{kept}"
@@ -120,16 +120,8 @@ def _checkpoints(checkpoint: CheckpointConfig) -> str:
 def _memory(resolved: Resolved, chunks: Sequence[Any]) -> str:
     """Return the estimate for the fullest rank."""
     config, stage = resolved.config, parallel_state.get_pipeline_model_parallel_rank()
-    estimate = memory.of_rank(config, held(chunks, config.model), stage, dist.get_world_size())
-    size, card = collectives.largest([float(estimate.total)])[0], device.memory()
+    estimate = memory.of_rank(config, count_chunks(chunks, config.model), stage, dist.get_world_size())
+    most, card = collectives.largest([float(estimate.total)])[0], device.memory()
     if card is None:
-        return f"{_bytes(size)} in the fullest of {resolved.world_size} processes, estimated"
-    return f"{_bytes(size)} of the card's {_bytes(card)}, estimated"
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def _steps(count: int) -> str:
-    return f"{count:,} step{'' if count == 1 else 's'}"
+        return f"{size(most)} in the fullest of {resolved.world_size} processes, estimated"
+    return f"{size(most)} of the card's {size(card)}, estimated"

@@ -24,7 +24,7 @@ from trainer.recipe import Recipe
 def every() -> dict[str, Recipe]:
     """All recipes by name. None is named as a file here: the file would stand in its place once it is imported."""
     files = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    return {one.name: one for file in files for one in import_module(f"{__name__}.{file}").RECIPES}
+    return {recipe.name: recipe for file in files for recipe in import_module(f"{__name__}.{file}").RECIPES}
 
 
 def find(name: str) -> Recipe:

@@ -34,24 +34,24 @@ def pretrain() -> RunConfig:
     """
     config = pretraining(MODEL, sequence_length=256, global_batch_size=8, train_iters=100, lr=1e-3, min_lr=1e-4)
     config.scheduler.lr_warmup_fraction = 0.1
-    return _small(config)
+    return _for_cpu(config)
 
 
 def sft() -> RunConfig:
     """All of a tiny model, on a CPU in about a minute."""
     config = tuning_all(MODEL, sequence_length=256)
     config.optimizer.lr = 1e-3
-    return _small(config)
+    return _for_cpu(config)
 
 
 def peft() -> RunConfig:
     """Adapters of a tiny model, on a CPU in about a minute."""
     config = tuning_adapters(MODEL, sequence_length=256)
     config.optimizer.lr, config.peft.dim, config.peft.alpha = 1e-2, 8, 16
-    return _small(config)
+    return _for_cpu(config)
 
 
-def _small(config: RunConfig) -> RunConfig:
+def _for_cpu(config: RunConfig) -> RunConfig:
     """In fp32, for a CPU: one optimizer for all, since ranks have no memory to save."""
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 100, 8, 2
     config.mixed_precision = "fp32"

@@ -1,192 +1,131 @@
-"""What cannot run, found from numbers alone before any process starts: each error names both numbers and a way out.
+"""Refuse what cannot run, from numbers alone and before any process starts: each error names both values and a way out.
 
-Knows megatron-core's limits on layouts, batches and schedules. Changes nothing. A model of the user's own is checked in the
-fields it has. A few limits that megatron-core states in its own configuration are repeated, with a way out.
+Covers megatron-core's limits on layouts, batches and schedules; ranges of single numbers are in `ranges`. Changes nothing. A
+model of the user's own is checked in the fields it has. A few limits that megatron-core states in its own configuration are
+repeated here, with a hint.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from formats.errors import UserError
-from trainer.config import RunConfig, is_packed
+from megatron.core.optimizer import OptimizerConfig
+
+from trainer.config import CheckpointConfig, DistributedDataParallelConfig, RunConfig, SchedulerConfig, is_packed
 from trainer.settings.precision import Machine, requires
+from trainer.settings.rules import Rule, enforce
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 VPP, EP, ETP = "virtual_pipeline_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
 
 
-def size(model: Any, name: str) -> int:
-    """A parallel size of a model: 1 where it has none."""
+def parallel_size(model: Any, name: str) -> int:
+    """Return a parallel size of a model: 1 where it has none."""
     value = getattr(model, name, None)
     return 1 if value is None else value
 
 
-def number(model: Any, name: str) -> int | None:
-    """A whole number of a model, or None where it has no such field."""
-    value = getattr(model, name, None)
+def positive(section: Any, name: str) -> int | None:
+    """Return a positive integer of a section, or None where it has no such field."""
+    value = getattr(section, name, None)
     return value if isinstance(value, int) and value > 0 else None
 
 
 def check_attention(model: Any) -> None:
-    """What megatron-core's GPTModel would fail over when it is built."""
+    """Refuse what megatron-core's GPTModel would fail on when it is built."""
     head, kind = getattr(model, "kv_channels", None), getattr(model, "position_embedding_type", None)
-    if kind == "rope" and head and head % 2:
-        raise UserError(
-            f"`model.kv_channels` is `{head}`, and rotary embeddings turn channels in pairs", hint="choose an even number"
-        )
-    if getattr(model, "multi_latent_attention", False):
-        raise UserError(
-            "`model.multi_latent_attention` needs megatron-core's MLATransformerConfig, which this provider is not",
-            hint="leave it out, or give a model provider of your own",
-        )
+    odd_head = f"`model.kv_channels` is `{head}`, and rotary embeddings rotate channels in pairs"
+    mla = "`model.multi_latent_attention` needs megatron-core's MLATransformerConfig, which this provider is not"
+    enforce((
+        (kind == "rope" and head and head % 2, odd_head, "choose an even number"),
+        (getattr(model, "multi_latent_attention", False), mla, "leave it out, or give a model provider of your own"),
+    ))  # fmt: skip
 
 
 def check_peft(peft: Any) -> None:
-    """What a method of fine-tuning would fail over."""
+    """Refuse a fine-tuning method that cannot be attached."""
     if peft is None:
         return
-    if not callable(getattr(peft, "transform", None)):
-        raise UserError(
-            f"`peft` is a `{type(peft).__name__}`, which has no `transform`",
-            hint="give it `trainer.peft.LoRA()`, `trainer.peft.DoRA()`, or a method of your own made from `trainer.peft.PEFT`",
-        )
+    message = f"`peft` is a `{type(peft).__name__}`, which has no `transform`"
+    hint = "give it `trainer.peft.LoRA()`, `trainer.peft.DoRA()`, or a method of your own made from `trainer.peft.PEFT`"
+    enforce([(not callable(getattr(peft, "transform", None)), message, hint)])
     peft.check()
-
-
-def check_sizes(config: RunConfig) -> None:
-    """Numbers that are wrong whatever the others are."""
-    for name in (TP, PP, CP, VPP, EP, ETP):
-        _least(f"model.{name}", getattr(config.model, name, None), 1)
-    for name in ("train_iters", "num_epochs", "global_batch_size", "micro_batch_size", "exit_interval"):
-        _least(f"train.{name}", getattr(config.train, name), 1)
-    _least("train.manual_gc_interval", config.train.manual_gc_interval, 0)
-    _least("validation.eval_interval", config.validation.eval_interval, 1)
-    _least("validation.eval_iters", config.validation.eval_iters, 0)
-    _least("logger.log_interval", config.logger.log_interval, 1)
-    _least("checkpoint.save_interval", config.checkpoint.save_interval, 1)
-    _least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
-    _least("profiling.profile_step_start", config.profiling.profile_step_start, 1)
-    _least("profiling.profile_step_end", config.profiling.profile_step_end, config.profiling.profile_step_start)
-    every = "check_weight_hash_across_dp_replicas_interval"
-    _least(f"diagnostics.{every}", getattr(config.diagnostics, every), 1)
-    _least("diagnostics.straggler_minmax_count", config.diagnostics.straggler_minmax_count, 1)
-    _least("scheduler.lr_warmup_iters", config.scheduler.lr_warmup_iters, 0)
-    shaped = hasattr(config.model, "make_vocab_size_divisible_by")  # a model of one's own may leave layers at 0
-    for name in ("seq_length", "num_layers", "make_vocab_size_divisible_by") if shaped else ():
-        _least(f"model.{name}", getattr(config.model, name), 1)
-    _least("dataset.sequence_length", getattr(config.dataset, "sequence_length", None), 1)
-    _least("dataset.pad_to_multiple_of", getattr(config.dataset, "pad_to_multiple_of", None), 1)
-    _least("dataset.num_workers", getattr(config.dataset, "num_workers", None), 0)
-    _check_ranges(config)
-
-
-def _check_ranges(config: RunConfig) -> None:
-    """Numbers that are no counts."""
-    optimizer, model = config.optimizer, config.model
-    for name in ("lr", "clip_grad", "weight_decay"):
-        _between(f"optimizer.{name}", getattr(optimizer, name), 0, math.inf)
-    for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
-        _between(f"optimizer.{name}", getattr(optimizer, name), 0, 1)
-    _between("optimizer.adam_eps", optimizer.adam_eps, 0, math.inf)
-    _between("scheduler.lr_warmup_fraction", config.scheduler.lr_warmup_fraction, 0, 1)
-    for name in ("hidden_dropout", "attention_dropout"):
-        _between(f"model.{name}", getattr(model, name, None), 0, 1)
-    # Each pipeline stage adds 100 to the seed, of which numpy takes 32 bits.
-    _between("rng.seed", config.rng.seed, 0, 2**32 - 100 * size(model, PP))
-    _above("dist.timeout_minutes", config.dist.timeout_minutes)
-    _above("dist.step_timeout_minutes", config.dist.step_timeout_minutes)
-    _above("train.exit_duration_in_mins", config.train.exit_duration_in_mins)
-    _above("checkpoint.save_interval_in_mins", config.checkpoint.save_interval_in_mins)
-
-
-def _between(setting: str, value: float | None, least: float, end: float) -> None:
-    if value is not None and not least <= value < end:
-        below = "" if end == math.inf else f" and less than {end}"
-        raise UserError(f"`{setting}` is `{value}`", hint=f"choose a finite number of at least {least}{below}")
-
-
-def _above(setting: str, value: float | None) -> None:
-    if value is not None and not 0 < value < math.inf:
-        raise UserError(f"`{setting}` is `{value}`", hint="choose a finite number greater than 0")
 
 
 _OPTIMIZERS = ("adam", "sgd")
 
 
-def check_optimizer(config: RunConfig) -> None:
-    """An optimizer that is here, with what it can do."""
-    told = config.optimizer
-    if told.optimizer not in _OPTIMIZERS:
-        raise UserError(
-            f"`optimizer.optimizer` is `{told.optimizer}`, which is not supported",
-            hint=f"choose one of: {', '.join(_OPTIMIZERS)}",
-        )
-    if told.optimizer == "sgd" and (told.use_distributed_optimizer or config.ddp.use_distributed_optimizer):
-        raise UserError(
+def check_optimizer(optimizer: OptimizerConfig, ddp: DistributedDataParallelConfig) -> None:
+    """Refuse an optimizer that is not supported, and what the chosen one cannot do."""
+    name, sharded = optimizer.optimizer, optimizer.use_distributed_optimizer or ddp.use_distributed_optimizer
+    rules: list[Rule] = [
+        (
+            name not in _OPTIMIZERS,
+            f"`optimizer.optimizer` is `{name}`, which is not supported",
+            f"choose one of: {', '.join(_OPTIMIZERS)}",
+        ),
+        (
+            name == "sgd" and sharded,
             "`optimizer.optimizer` is `sgd`, which megatron-core does not divide among ranks",
-            hint="set `ddp.use_distributed_optimizer=false` and `optimizer.use_distributed_optimizer=false`",
-        )
-    for name in ("use_megatron_fsdp", "use_custom_fsdp"):
-        if getattr(config.ddp, name):
-            raise UserError(
-                f"`ddp.{name}` is not supported: nothing would be divided", hint="use `ddp.use_distributed_optimizer=true`"
-            )
-
-
-def _least(setting: str, value: float | None, least: int) -> None:
-    if value is not None and value < least:
-        raise UserError(f"`{setting}` is `{value}`; it must be at least `{least}`", hint=f"set `{setting}={least}` or more")
+            "set `ddp.use_distributed_optimizer=false` and `optimizer.use_distributed_optimizer=false`",
+        ),
+    ]
+    for fsdp in ("use_megatron_fsdp", "use_custom_fsdp"):
+        message = f"`ddp.{fsdp}` is not supported: nothing would be divided"
+        rules.append((getattr(ddp, fsdp), message, "use `ddp.use_distributed_optimizer=true`"))
+    enforce(rules)
 
 
 def data_parallel_size(model: Any, world_size: int) -> int:
-    """How many copies of the model there are. UserError where ranks do not divide, for the experts' layout too."""
-    tensor, pipeline, context = (size(model, name) for name in (TP, PP, CP))
-    one = tensor * pipeline * context
-    if world_size % one:
-        raise UserError(
-            f"`{world_size}` processes are not divisible by `{one}` (TP `{tensor}` × PP `{pipeline}` × CP `{context}`)",
-            hint=f"start {one} processes or a multiple of them, or make the model's parallel sizes smaller",
-        )
-    experts, cut = size(model, EP), size(model, ETP) if getattr(model, ETP, None) else tensor
-    if world_size % (cut * experts * pipeline):
-        raise UserError(
-            f"`{world_size}` processes are not divisible by `{cut * experts * pipeline}` "
-            f"(expert TP `{cut}` × EP `{experts}` × PP `{pipeline}`)",
-            hint=f"start a multiple of {cut * experts * pipeline} processes, or change `model.{EP}` or `model.{ETP}`",
-        )
-    return world_size // one
+    """Return the number of copies of the model. Raises UserError where the number of ranks is not divisible by one copy's, or by
+    the experts' layout."""
+    tensor, pipeline, context = (parallel_size(model, name) for name in (TP, PP, CP))
+    experts, expert_tensor = parallel_size(model, EP), getattr(model, ETP, None) or tensor
+    copy, grid = tensor * pipeline * context, expert_tensor * experts * pipeline
+    enforce((
+        (
+            world_size % copy,
+            f"`{world_size}` processes are not divisible by `{copy}` (TP `{tensor}` × PP `{pipeline}` × CP `{context}`)",
+            f"start {copy} processes or a multiple of them, or make the model's parallel sizes smaller",
+        ),
+        (
+            world_size % grid,
+            (f"`{world_size}` processes are not divisible by `{grid}` "
+            f"(expert TP `{expert_tensor}` × EP `{experts}` × PP `{pipeline}`)"),
+            f"start a multiple of {grid} processes, or change `model.{EP}` or `model.{ETP}`",
+        ),
+    ))  # fmt: skip
+    return world_size // copy
 
 
 def check_tensor_parallel(model: Any) -> None:
-    """Sizes that tensor-parallel ranks divide."""
-    cut = size(model, TP)
-    for name, what in (("num_attention_heads", "attention heads"), ("ffn_hidden_size", "feed-forward channels")):
-        whole = number(model, name)
-        if whole and whole % cut:
-            raise UserError(
-                f"the model's {what}, `{whole}`, are not divisible by `model.{TP}`, `{cut}`",
-                hint=f"choose one of: {_divisors(whole)}",
-            )
-    groups = number(model, "num_query_groups")
-    if groups and groups % cut and cut % groups:
-        raise UserError(
-            f"`model.{TP}` is `{cut}`, which is neither a divisor nor a multiple of the model's query groups, `{groups}`",
-            hint=f"choose one of: {_divisors(groups)}, or a multiple of {groups}",
-        )
-    experts = number(model, "num_moe_experts")
-    if experts and experts % size(model, EP):
-        raise UserError(
-            f"the model's experts, `{experts}`, are not divisible by `model.{EP}`, `{size(model, EP)}`",
-            hint=f"choose one of: {_divisors(experts)}",
+    """Refuse sizes that are not divisible among tensor-parallel and expert-parallel ranks."""
+    enforce(_tensor_parallel_rules(model))
+
+
+def _tensor_parallel_rules(model: Any) -> Iterator[Rule]:
+    tensor, experts = parallel_size(model, TP), parallel_size(model, EP)
+    for what, name, axis, parts in (
+        ("attention heads", "num_attention_heads", TP, tensor),
+        ("feed-forward channels", "ffn_hidden_size", TP, tensor),
+        ("experts", "num_moe_experts", EP, experts),
+    ):
+        if total := positive(model, name):
+            message = f"the model's {what}, `{total}`, are not divisible by `model.{axis}`, `{parts}`"
+            yield total % parts, message, f"choose one of: {_divisors(total)}"
+    if groups := positive(model, "num_query_groups"):
+        yield (
+            groups % tensor and tensor % groups,
+            f"`model.{TP}` is `{tensor}`, which is neither a divisor nor a multiple of the model's query groups, `{groups}`",
+            f"choose one of: {_divisors(groups)}, or a multiple of {groups}",
         )
 
 
-def _divisors(whole: int) -> str:
-    """The divisors that are parallel sizes somebody may want."""
-    return ", ".join(str(one) for one in range(1, min(whole, 256) + 1) if whole % one == 0)
+def _divisors(total: int) -> str:
+    """List the divisors that are plausible parallel sizes."""
+    return ", ".join(str(size) for size in range(1, min(total, 256) + 1) if total % size == 0)
 
 
 _UNEVEN = (
@@ -199,194 +138,207 @@ _UNEVEN = (
 
 
 def check_pipeline(model: Any) -> None:
-    """Layers divide into stages. Uneven stages that somebody laid out are checked by megatron-core."""
-    pipeline, virtual, layers = size(model, PP), size(model, VPP), number(model, "num_layers")
-    if virtual > 1 and pipeline == 1:
-        raise UserError(
+    """Refuse layers that are not divisible into stages. An uneven layout is left to megatron-core's own check."""
+    pipeline, virtual, layers = parallel_size(model, PP), parallel_size(model, VPP), positive(model, "num_layers")
+    uneven = any(getattr(model, name, None) for name in _UNEVEN)
+    enforce((
+        (
+            virtual > 1 and pipeline == 1,
             f"`model.{VPP}` is `{virtual}`, but `model.{PP}` is `1`",
-            hint=f"leave out the virtual stages, or set `model.{PP}` to 2 or more",
-        )
-    if layers and layers % (pipeline * virtual) and not any(getattr(model, name, None) for name in _UNEVEN):
-        raise UserError(
+            f"leave out the virtual stages, or set `model.{PP}` to 2 or more",
+        ),
+        (
+            layers and layers % (pipeline * virtual) and not uneven,
             f"the model's `{layers}` layers are not divisible by PP `{pipeline}` × VPP `{virtual}` stages",
-            hint="choose sizes whose product divides them, or lay the stages out with `model.pipeline_model_parallel_layout`",
-        )
+            "choose sizes whose product divides them, or lay the stages out with `model.pipeline_model_parallel_layout`",
+        ),
+    ))  # fmt: skip
 
 
-def check_sequence(config: RunConfig) -> None:
-    """The sequence fits the model, and its ranks divide it."""
-    length, model = number(config.dataset, "sequence_length"), config.model
+def check_sequence(model: Any, dataset: Any) -> None:
+    """Refuse a sequence that is longer than the model's, or not divisible among its ranks."""
+    length = positive(dataset, "sequence_length")
     if length is None:
         return
-    longest = number(model, "seq_length")
-    if longest and length > longest:
-        raise UserError(
+    longest, context, tensor = positive(model, "seq_length") or length, parallel_size(model, CP), parallel_size(model, TP)
+    indivisible = f"`dataset.sequence_length` is `{length}`, which is not divisible by"
+    enforce((
+        (
+            length > longest,
             f"`dataset.sequence_length` is `{length}`, longer than the model's `seq_length`, `{longest}`",
-            hint=f"set `dataset.sequence_length={longest}` or less, or `model.seq_length={length}` to go beyond it",
-        )
-    context, cut = size(model, CP), size(model, TP)
-    if context > 1 and length % (2 * context):
-        raise UserError(
-            f"`dataset.sequence_length` is `{length}`, which is not divisible by 2 × CP `{context}`",
-            hint=f"choose a multiple of {2 * context}",
-        )
-    if getattr(model, "sequence_parallel", False) and length % (context * cut):
-        raise UserError(
-            f"`dataset.sequence_length` is `{length}`, which is not divisible by CP `{context}` × TP `{cut}`",
-            hint=f"choose a multiple of {context * cut}, or set `model.sequence_parallel=false`",
-        )
+            f"set `dataset.sequence_length={longest}` or less, or `model.seq_length={length}` to go beyond it",
+        ),
+        (
+            context > 1 and length % (2 * context),
+            f"{indivisible} 2 × CP `{context}`",
+            f"choose a multiple of {2 * context}",
+        ),
+        (
+            getattr(model, "sequence_parallel", False) and length % (context * tensor),
+            f"{indivisible} CP `{context}` × TP `{tensor}`",
+            f"choose a multiple of {context * tensor}, or set `model.sequence_parallel=false`",
+        ),
+    ))  # fmt: skip
 
 
 def num_microbatches(config: RunConfig, data_parallel: int) -> int:
-    """Microbatches per step and rank. UserError where batches do not divide, or a pipeline with virtual stages lacks some."""
+    """Return the microbatches per step on each rank. Raises UserError where the batch is not divisible, or a pipeline with
+    virtual stages would lack some."""
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    if batch % (micro * data_parallel):
-        raise UserError(
-            f"`train.global_batch_size` is `{batch}`, which is not divisible by "
-            f"`train.micro_batch_size` `{micro}` × DP `{data_parallel}`",
-            hint=f"choose a multiple of {micro * data_parallel}",
-        )
-    count, pipeline = batch // (micro * data_parallel), size(config.model, PP)
-    group = number(config.model, "microbatch_group_size_per_vp_stage") or pipeline
-    if size(config.model, VPP) > 1 and (count < group or 0 < count % group < pipeline):
-        raise UserError(
+    copies, pipeline = micro * data_parallel, parallel_size(config.model, PP)
+    count, group = batch // copies, positive(config.model, "microbatch_group_size_per_vp_stage") or pipeline
+    enforce((
+        (
+            batch % copies,
+            (f"`train.global_batch_size` is `{batch}`, which is not divisible by "
+            f"`train.micro_batch_size` `{micro}` × DP `{data_parallel}`"),
+            f"choose a multiple of {copies}",
+        ),
+        (
+            parallel_size(config.model, VPP) > 1 and (count < group or 0 < count % group < pipeline),
             f"virtual pipeline stages take microbatches `{group}` at a time, and a step has `{count}`",
-            hint=f"choose `train.global_batch_size` as a multiple of {micro * data_parallel * group}",
-        )
+            f"choose `train.global_batch_size` as a multiple of {copies * group}",
+        ),
+    ))  # fmt: skip
     return count
 
 
-def check_device(config: RunConfig, machine: Machine) -> None:
-    """What only Transformer Engine does: context and sequence parallelism."""
-    lacking = machine.device == "cpu" or (machine.capability is not None and machine.transformer_engine is None)
-    found = "this run is on the CPU" if machine.device == "cpu" else "Transformer Engine is not installed"
-    for setting, on in (
-        (CP, size(config.model, CP) > 1),
-        ("sequence_parallel", getattr(config.model, "sequence_parallel", False)),
-    ):
-        if on and lacking:
-            raise UserError(
-                f"`model.{setting}` is `{getattr(config.model, setting)}`, which needs a GPU with Transformer Engine; {found}",
-                hint=f"leave `model.{setting}` out",
-            )
+def check_device(model: Any, machine: Machine) -> None:
+    """Refuse context and sequence parallelism where Transformer Engine, which implements them, cannot run."""
+    on_cpu = machine.device == "cpu"
+    lacking = on_cpu or (machine.capability is not None and machine.transformer_engine is None)
+    why = "this run is on the CPU" if on_cpu else "Transformer Engine is not installed"
+    requested = {CP: parallel_size(model, CP) > 1, "sequence_parallel": getattr(model, "sequence_parallel", False)}
+    for name, on in requested.items():
+        message = f"`model.{name}` is `{getattr(model, name, None)}`, which needs a GPU with Transformer Engine; {why}"
+        enforce([(on and lacking, message, f"leave `model.{name}` out")])
 
 
 def check_packed(config: RunConfig, machine: Machine) -> None:
-    """What packed rows need of attention, and of their own length."""
-    if not is_packed(config.dataset):
-        return
-    setting = "dataset.packed" if getattr(config.dataset, "packed", False) else "dataset.reset_attention_mask"
-    window, multiple = getattr(config.model, "window_size", None), number(config.dataset, "pad_to_multiple_of")
-    if window and machine.device == "cpu":
-        raise UserError(
-            f"`model.window_size` is `{window}`, and megatron-core's attention on the CPU cannot keep packed examples apart too",
-            hint=f"set `{setting}=false`",
-        )
-    if setting == "dataset.reset_attention_mask" and size(config.model, CP) > 1:
-        raise UserError(
-            f"`{setting}` is `True`, but documents cannot be split over CP `{size(config.model, CP)}` ranks",
-            hint=f"set `{setting}=false`, or `model.{CP}=1`",
-        )
-    if size(config.model, CP) > 1 and config.train.micro_batch_size > 1:
-        raise UserError(
-            f"`train.micro_batch_size` is `{config.train.micro_batch_size}`, and CP `{size(config.model, CP)}` ranks split "
-            "packed rows one at a time",  # seen: with two, Transformer Engine reads beyond its memory
-            hint="set `train.micro_batch_size=1`, and a longer `dataset.sequence_length`",
-        )
-    length, slices = config.dataset.sequence_length, 2 * size(config.model, CP)
-    if multiple and slices > 2 and multiple % slices:
-        raise UserError(
-            f"`dataset.pad_to_multiple_of` is `{multiple}`, which is not divisible by 2 × CP `{slices // 2}`",
-            hint="leave it out",
-        )
-    if multiple and length % multiple:
-        raise UserError(
-            f"`dataset.sequence_length` is `{length}`, which is not divisible by `dataset.pad_to_multiple_of`, `{multiple}`",
-            hint=f"choose a multiple of {multiple}",
-        )
+    """Refuse what attention cannot do over packed rows, and lengths that do not fit them."""
+    if is_packed(config.dataset):
+        enforce(_packed_rules(config, machine))
+
+
+def _packed_rules(config: RunConfig, machine: Machine) -> Iterator[Rule]:
+    dataset, micro, context = config.dataset, config.train.micro_batch_size, parallel_size(config.model, CP)
+    setting = "dataset.packed" if getattr(dataset, "packed", False) else "dataset.reset_attention_mask"
+    window, multiple = getattr(config.model, "window_size", None), positive(dataset, "pad_to_multiple_of") or 1
+    yield (
+        window and machine.device == "cpu",
+        f"`model.window_size` is `{window}`, and megatron-core's attention on the CPU cannot keep packed examples apart too",
+        f"set `{setting}=false`",
+    )
+    yield (
+        setting == "dataset.reset_attention_mask" and context > 1,
+        f"`{setting}` is `True`, but documents cannot be split over CP `{context}` ranks",
+        f"set `{setting}=false`, or `model.{CP}=1`",
+    )
+    yield (
+        context > 1 and micro > 1,  # with two rows, Transformer Engine reads beyond its memory
+        f"`train.micro_batch_size` is `{micro}`, and CP `{context}` ranks split packed rows one at a time",
+        "set `train.micro_batch_size=1`, and a longer `dataset.sequence_length`",
+    )
+    yield (
+        context > 1 and multiple > 1 and multiple % (2 * context),
+        f"`dataset.pad_to_multiple_of` is `{multiple}`, which is not divisible by 2 × CP `{context}`",
+        "leave it out",
+    )
+    yield (
+        dataset.sequence_length % multiple,
+        (
+            f"`dataset.sequence_length` is `{dataset.sequence_length}`, which is not divisible by `dataset.pad_to_multiple_of`, "
+            f"`{multiple}`"
+        ),
+        f"choose a multiple of {multiple}",
+    )
 
 
 def check_samples(config: RunConfig) -> None:
-    """Can the model answer while it is trained?"""
+    """Refuse sample answers during training where the layout cannot generate text."""
     every = config.validation.sample_interval
-    reasons = {
-        f"model.{CP}={size(config.model, CP)}": size(config.model, CP) > 1,
-        "comm_overlap.tp_comm_overlap=true": bool(config.comm_overlap.tp_comm_overlap),
+    obstacles = {
+        f"model.{CP}={parallel_size(config.model, CP)}": parallel_size(config.model, CP) > 1,
+        "comm_overlap.tp_comm_overlap=true": config.comm_overlap.tp_comm_overlap,
     }
-    for setting, holds in reasons.items():
-        if every and holds:
-            raise UserError(
-                f"`validation.sample_interval` is `{every}`, and with `{setting}` no text can be generated",
-                hint="leave `validation.sample_interval` out, and generate from checkpoints with `mbtrain generate`",
-            )
+    for setting, on in obstacles.items():
+        message = f"`validation.sample_interval` is `{every}`, and with `{setting}` no text can be generated"
+        hint = "leave `validation.sample_interval` out, and generate from checkpoints with `mbtrain generate`"
+        enforce([(every and on, message, hint)])
 
 
 def check_precision_sizes(config: RunConfig) -> None:
-    """FP8 and FP4 matrices have dimensions that are multiples of a block."""
-    multiple, model = requires(config.mixed_precision).multiple, config.model
-    cut, length = size(model, TP), number(config.dataset, "sequence_length")
-    sizes = [(f"model.{name}", number(model, name), parts) for name, parts in (("hidden_size", 1), ("ffn_hidden_size", cut))]
-    heads, each = number(model, "num_attention_heads"), number(model, "kv_channels")
-    if heads and each:  # without a head size, heads times it is the hidden size
-        sizes.append(("attention heads × head size", heads * each, cut))
+    """Refuse matrices that are not divisible into the blocks of FP8 and FP4."""
+    multiple = requires(config.mixed_precision).multiple
+    for what, total, parts in _matrix_sizes(config):
+        message = (
+            f"precision `{config.mixed_precision}` needs multiples of `{multiple}` on each rank; "
+            f"{what} is `{total}` over `{parts}` ranks"
+        )
+        hint = f"choose a multiple of {multiple * parts}, or `mixed_precision=bf16_mixed`"
+        enforce([(total % (multiple * parts), message, hint)])
+
+
+def _matrix_sizes(config: RunConfig) -> Iterator[tuple[str, int, int]]:
+    """Yield each matrix dimension that blocks divide: its name, its size, and the ranks that divide it."""
+    model = config.model
+    tensor, length = parallel_size(model, TP), positive(config.dataset, "sequence_length")
+    for name, parts in (("hidden_size", 1), ("ffn_hidden_size", tensor)):
+        if total := positive(model, name):
+            yield f"model.{name}", total, parts
+    heads, channels = positive(model, "num_attention_heads"), positive(model, "kv_channels")
+    if heads and channels:  # without a head size, heads times it is the hidden size
+        yield "attention heads × head size", heads * channels, tensor
     if length:
-        share = size(model, CP) * (cut if getattr(model, "sequence_parallel", False) else 1)
-        sizes.append(("sequence × micro batch", length * config.train.micro_batch_size, share))
-    for what, whole, parts in sizes:
-        if whole and whole % (multiple * parts):
-            raise UserError(
-                f"precision `{config.mixed_precision}` needs multiples of `{multiple}` on each rank; "
-                f"{what} is `{whole}` over `{parts}` ranks",
-                hint=f"choose a multiple of {multiple * parts}, or `mixed_precision=bf16_mixed`",
-            )
+        parts = parallel_size(model, CP) * (tensor if getattr(model, "sequence_parallel", False) else 1)
+        yield "sequence × micro batch", length * config.train.micro_batch_size, parts
 
 
-def check_saving(config: RunConfig) -> None:
-    """Checkpoints that are asked for have somewhere to go, and something that writes them."""
-    told = config.checkpoint
-    if told.save is not None and find_spec("psutil") is None:  # megatron-core's writer asks for it after the first steps only
-        raise UserError(
-            f"`checkpoint.save` is `{told.save}`, and the package `psutil`, which megatron-core writes checkpoints with, is "
-            "not installed",
-            hint="pip install 'mbtools[train]', or leave `checkpoint.save` out",
-        )
+def check_saving(checkpoint: CheckpointConfig) -> None:
+    """Refuse checkpoints without a folder to go to, or without the package that writes them."""
+    message = (
+        f"`checkpoint.save` is `{checkpoint.save}`, and the package `psutil`, which megatron-core writes checkpoints with, is "
+        "not installed"
+    )
+    # megatron-core's writer imports it after the first steps only.
+    missing = checkpoint.save is not None and find_spec("psutil") is None
+    rules: list[Rule] = [(missing, message, "pip install 'mbtools[train]', or leave `checkpoint.save` out")]
     for name in ("save_interval", "save_interval_in_mins"):
-        if getattr(told, name) is not None and told.save is None:
-            raise UserError(
-                f"`checkpoint.{name}` is `{getattr(told, name)}`, but `checkpoint.save` is not set",
-                hint="say where checkpoints go: `checkpoint.save=DIRECTORY`",
-            )
+        value = getattr(checkpoint, name)
+        message = f"`checkpoint.{name}` is `{value}`, but `checkpoint.save` is not set"
+        hint = "name the folder for checkpoints: `checkpoint.save=DIRECTORY`"
+        rules.append((value is not None and checkpoint.save is None, message, hint))
+    enforce(rules)
 
 
-def check_schedule(config: RunConfig) -> None:
-    """A filled-in schedule that megatron-core can follow."""
-    told, optimizer = config.scheduler, config.optimizer
-    if optimizer.lr is None:
-        raise UserError("`optimizer.lr` is not set", hint="set the highest learning rate, for example `optimizer.lr=3e-4`")
-    for low, value in (("optimizer.min_lr", optimizer.min_lr), ("scheduler.lr_warmup_init", told.lr_warmup_init)):
-        if not 0 <= value <= optimizer.lr:
-            raise UserError(
-                f"`{low}` is `{value}`, but `optimizer.lr` is `{optimizer.lr}`", hint=f"choose `{low}` from 0 to `optimizer.lr`"
-            )
-    if told.lr_warmup_iters >= told.lr_decay_iters:
-        raise UserError(
-            f"`scheduler.lr_warmup_iters` is `{told.lr_warmup_iters}`, "
-            f"but the schedule ends after `scheduler.lr_decay_iters`: `{told.lr_decay_iters}`",
-            hint="shorten the warm-up or lengthen the run",
-        )
-    if told.lr_decay_style == "WSD" and not 0 < (told.lr_wsd_decay_iters or 0) <= told.lr_decay_iters:
-        raise UserError(
-            f"`scheduler.lr_decay_style` is `WSD`, but `scheduler.lr_wsd_decay_iters` is `{told.lr_wsd_decay_iters}`",
-            hint=f"set how many steps the decay at the end takes, from 1 to {told.lr_decay_iters}",
-        )
-    _check_weight_decay(told)
+def check_schedule(scheduler: SchedulerConfig, optimizer: OptimizerConfig) -> None:
+    """Refuse a filled-in schedule that megatron-core's scheduler would assert on."""
+    enforce(_schedule_rules(scheduler, optimizer))
 
 
-def _check_weight_decay(told: Any) -> None:
-    start, end = told.start_weight_decay, told.end_weight_decay
-    if not 0 <= start <= end or (told.weight_decay_incr_style == "constant" and start != end):
-        raise UserError(
+def _schedule_rules(scheduler: Any, optimizer: OptimizerConfig) -> Iterator[Rule]:
+    highest, warm_up, decay = optimizer.lr, scheduler.lr_warmup_iters, scheduler.lr_decay_iters
+    yield highest is None, "`optimizer.lr` is not set", "set the highest learning rate, for example `optimizer.lr=3e-4`"
+    for low, rate in (("optimizer.min_lr", optimizer.min_lr), ("scheduler.lr_warmup_init", scheduler.lr_warmup_init)):
+        message = f"`{low}` is `{rate}`, but `optimizer.lr` is `{highest}`"
+        yield not 0 <= rate <= highest, message, f"choose `{low}` from 0 to `optimizer.lr`"
+    yield (
+        warm_up >= decay,
+        f"`scheduler.lr_warmup_iters` is `{warm_up}`, but the schedule ends after `scheduler.lr_decay_iters`: `{decay}`",
+        "shorten the warm-up or lengthen the run",
+    )
+    wsd = scheduler.lr_wsd_decay_iters
+    yield (
+        scheduler.lr_decay_style == "WSD" and not 0 < (wsd or 0) <= decay,
+        f"`scheduler.lr_decay_style` is `WSD`, but `scheduler.lr_wsd_decay_iters` is `{wsd}`",
+        f"set how many steps the decay at the end takes, from 1 to {decay}",
+    )
+    start, end, style = scheduler.start_weight_decay, scheduler.end_weight_decay, scheduler.weight_decay_incr_style
+    yield (
+        not 0 <= start <= end or (style == "constant" and start != end),
+        (
             f"`scheduler.start_weight_decay` is `{start}` and `scheduler.end_weight_decay` is `{end}`, "
-            f"with `scheduler.weight_decay_incr_style={told.weight_decay_incr_style}`",
-            hint="weight decay may grow with `linear` or `cosine`, and stays equal with `constant`",
-        )
+            f"with `scheduler.weight_decay_incr_style={style}`"
+        ),
+        "weight decay may grow with `linear` or `cosine`, and stays equal with `constant`",
+    )

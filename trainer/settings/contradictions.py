@@ -1,6 +1,6 @@
-"""Settings that contradict others, or ask for what is not installed: errors, where one would silently win.
+"""Refuse settings that contradict others, or ask for what is not installed: one of them would silently win.
 
-Knows what megatron-core derives from what. Shapes and layouts are `checks`'.
+Knows which fields megatron-core derives from which. Shapes and layouts are left to `checks`.
 """
 
 from __future__ import annotations
@@ -8,45 +8,51 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from formats.errors import UserError
-from trainer.config import RunConfig
+from trainer.config import DistributedDataParallelConfig
+from trainer.settings.rules import enforce
 
 
-def check(config: RunConfig) -> None:
-    """Settings that would be overwritten by what others say, or that contradict them."""
-    if config.ddp.average_in_collective and getattr(config.model, "calculate_per_token_loss", False):
-        raise UserError(
-            "`ddp.average_in_collective` is `True`, but gradients are divided by the tokens that count in the global batch "
-            "(`model.calculate_per_token_loss`)",
-            hint="leave `ddp.average_in_collective` out",
-        )
-    _check_width(config.model)
+def check(model: Any, ddp: DistributedDataParallelConfig, *, mixed_precision: str) -> None:
+    """Refuse settings that would be overwritten by others, or that contradict them."""
+    width, derived = getattr(model, "mup_width_mult", 1.0), _width_mult(model)
+    enforce((
+        (
+            ddp.average_in_collective and getattr(model, "calculate_per_token_loss", False),
+            ("`ddp.average_in_collective` is `True`, but gradients are divided by the tokens that count in the global batch "
+            "(`model.calculate_per_token_loss`)"),
+            "leave `ddp.average_in_collective` out",
+        ),
+        (
+            width not in (1.0, derived),
+            (f"`model.mup_width_mult` is `{width}`, but it follows from `model.hidden_size` and `model.mup_base_hidden_size`: "
+            f"`{derived}`"),
+            "leave `model.mup_width_mult` out",
+        ),
+        (
+            getattr(model, "fp8_output_proj", False) and not (model.fp8 and model.fp8_recipe == "mxfp8"),
+            f"`model.fp8_output_proj` is `True`, which needs MXFP8; `mixed_precision` is `{mixed_precision}`",
+            "leave `model.fp8_output_proj` out, or set `mixed_precision=bf16_with_mxfp8_mixed`",
+        ),
+    ))  # fmt: skip
 
 
-def _check_width(model: Any) -> None:
-    width, base = getattr(model, "mup_width_mult", 1.0), getattr(model, "mup_base_hidden_size", None)
-    follows = model.hidden_size / base if getattr(model, "use_mup", False) and base else 1.0
-    if width not in (1.0, follows):
-        raise UserError(
-            f"`model.mup_width_mult` is `{width}`, but it follows from `model.hidden_size` and `model.mup_base_hidden_size`: "
-            f"`{follows}`",
-            hint="leave `model.mup_width_mult` out",
-        )
+def _width_mult(model: Any) -> float:
+    """Return muP's width multiplier as megatron-core derives it."""
+    base = getattr(model, "mup_base_hidden_size", None)
+    return model.hidden_size / base if getattr(model, "use_mup", False) and base else 1.0
 
 
 def check_deterministic(model: Any) -> None:
-    """Nothing is asked for that gives other bits each time."""
-    if getattr(model, "deterministic_mode", False) and getattr(model, "cross_entropy_loss_fusion", False):
-        raise UserError(
-            "`model.deterministic_mode` is `True`, and so is `model.cross_entropy_loss_fusion`, which gives other bits each time",
-            hint="leave one of them out",
-        )
+    """Refuse fused kernels that give other bits each time, in deterministic mode."""
+    both = getattr(model, "deterministic_mode", False) and getattr(model, "cross_entropy_loss_fusion", False)
+    message = (
+        "`model.deterministic_mode` is `True`, and so is `model.cross_entropy_loss_fusion`, which gives other bits each time"
+    )
+    enforce([(both, message, "leave one of them out")])
 
 
-def check_kernels(config: RunConfig) -> None:
-    """A kernel that is asked for is installed."""
-    if getattr(config.model, "gradient_accumulation_fusion", False) and not find_spec("fused_weight_gradient_mlp_cuda"):
-        raise UserError(
-            "`model.gradient_accumulation_fusion` is `True`, and APEX, which has its kernel, is not installed",
-            hint="leave `model.gradient_accumulation_fusion` out",
-        )
+def check_kernels(model: Any) -> None:
+    """Refuse a kernel whose library is not installed."""
+    missing = getattr(model, "gradient_accumulation_fusion", False) and not find_spec("fused_weight_gradient_mlp_cuda")
+    message = "`model.gradient_accumulation_fusion` is `True`, and APEX, which has its kernel, is not installed"
+    enforce([(missing, message, "leave `model.gradient_accumulation_fusion` out")])

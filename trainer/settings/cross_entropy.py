@@ -14,35 +14,35 @@ from trainer.settings.precision import Machine
 
 TE, NATIVE = "te", "native"
 
-RIGHT = (2, 14)
+CORRECT_FROM = (2, 14)
 """Transformer Engine before this reads logits that are not contiguous as if they were, and returns another loss."""
 
-EXACT = (2, 18)
+PRECISE_FROM = (2, 18)
 """Transformer Engine before this rounds the gradients of bf16 logits more than bf16 does."""
 
 
 def implementation(transformer_engine: str | None) -> str:
     """The value of `model.cross_entropy_fusion_impl` for a version of Transformer Engine; None where there is none."""
-    return TE if _is_from(EXACT, transformer_engine) else NATIVE
+    return TE if _is_from(PRECISE_FROM, transformer_engine) else NATIVE
 
 
 def check(model: Any, machine: Machine) -> None:
     """UserError where Transformer Engine's cross entropy was asked for and this version computes a wrong loss."""
-    found = machine.transformer_engine
-    if _computes(model, TE) and found is not None and not _is_from(RIGHT, found):
+    version = machine.transformer_engine
+    if _computes(model, TE) and version is not None and not _is_from(CORRECT_FROM, version):
         raise UserError(
-            f"`model.cross_entropy_fusion_impl` is `te`, and the loss of Transformer Engine `{found}` is wrong where logits "
+            f"`model.cross_entropy_fusion_impl` is `te`, and the loss of Transformer Engine `{version}` is wrong where logits "
             "are not contiguous",
-            hint=f"leave it out, set it to `native`, or install Transformer Engine {_dotted(EXACT)} or newer",
+            hint=f"leave it out, set it to `native`, or install Transformer Engine {_dotted(PRECISE_FROM)} or newer",
         )
 
 
 def notes(model: Any, machine: Machine) -> tuple[str, ...]:
     """What to say of the implementation in a resolved model, where this version of Transformer Engine is older than `EXACT`."""
-    found = machine.transformer_engine
-    if machine.device == "cpu" or found is None or _is_from(EXACT, found):
+    version = machine.transformer_engine
+    if machine.device == "cpu" or version is None or _is_from(PRECISE_FROM, version):
         return ()
-    lossy = f"Transformer Engine `{found}` loses precision of bf16 gradients; install {_dotted(EXACT)} or newer"
+    lossy = f"Transformer Engine `{version}` loses precision of bf16 gradients; install {_dotted(PRECISE_FROM)} or newer"
     if _computes(model, NATIVE):
         return (f"the loss is computed by megatron-core's own fused cross entropy: that of {lossy} for the faster one",)
     return (f"the cross entropy of {lossy}",) if _computes(model, TE) else ()

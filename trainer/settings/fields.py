@@ -15,7 +15,7 @@ from typing import Any, Optional, get_type_hints
 
 from formats.errors import UserError, format_untrusted
 from trainer.settings import groups
-from trainer.settings.values import UnfitError, expected, fit
+from trainer.settings.values import MismatchError, convert, expected
 
 ALIASES = {
     "dataset.seq_length": "dataset.sequence_length",
@@ -72,19 +72,19 @@ _MANY = 20
 
 
 @cache
-def kinds(section: type) -> Mapping[str, Any]:
+def annotations(section: type) -> Mapping[str, Any]:
     """The settings of a dataclass and their annotations; Any for those of a class whose annotations cannot be resolved."""
     try:
         hints = get_type_hints(section)
     except NameError:
         hints = {}
-    return {one.name: _kind(one, hints) for one in dataclasses.fields(section) if one.init and one.name[0] != "_"}
+    return {field.name: _kind(field, hints) for field in dataclasses.fields(section) if field.init and field.name[0] != "_"}
 
 
-def _kind(one: dataclasses.Field[Any], hints: Mapping[str, Any]) -> Any:
+def _kind(field: dataclasses.Field[Any], hints: Mapping[str, Any]) -> Any:
     """Its annotation; None too where it is the default, which megatron-core does not always annotate."""
-    kind = hints.get(one.name, Any)
-    return kind if kind is Any or one.default is not None else Optional[kind]  # noqa: UP045 - `|` refuses what is no type
+    kind = hints.get(field.name, Any)
+    return kind if kind is Any or field.default is not None else Optional[kind]  # noqa: UP045 - `|` refuses what is no type
 
 
 def is_section(value: Any) -> bool:
@@ -108,7 +108,7 @@ class FieldPath:
     @property
     def known(self) -> bool:
         """Is there such a setting?"""
-        return self.key in (self.holder if self.free else kinds(type(self.holder)))
+        return self.key in (self.holder if self.free else annotations(type(self.holder)))
 
     @property
     def value(self) -> Any:
@@ -118,14 +118,14 @@ class FieldPath:
     @property
     def kind(self) -> Any:
         """Its annotation."""
-        return Any if self.free else kinds(type(self.holder))[self.key]
+        return Any if self.free else annotations(type(self.holder))[self.key]
 
-    def put(self, value: Any) -> None:
+    def set(self, value: Any) -> None:
         """Set it. UserError where the value is not what the annotation asks for, or chooses what there is not."""
-        if self.name in groups.CHOICES:
-            self._choose(value)
+        if self.name in groups.GROUPS:
+            self._set_group(value)
             return
-        fitting = self.fitting(value)
+        fitting = self.converted(value)
         if self.free:
             self.holder[self.key] = fitting
             return
@@ -136,21 +136,21 @@ class FieldPath:
                 f"`{self.name}` cannot be set: `{type(self.holder).__name__}` is a frozen dataclass", hint="thaw the class"
             ) from None
 
-    def _choose(self, value: Any) -> None:
+    def _set_group(self, value: Any) -> None:
         chosen, rest = groups.split_group(self.name, value, self.value)
         setattr(self.holder, self.key, chosen)
-        for key, one in rest.items():
-            field_path(self.holder, f"{self.name}.{key}").put(one)
+        for key, setting in rest.items():
+            field_path(self.holder, f"{self.name}.{key}").set(setting)
 
-    def fitting(self, value: Any) -> Any:
+    def converted(self, value: Any) -> Any:
         """The value as the annotation asks for it, or UserError."""
         if is_section(self.value):
             raise UserError(
                 f"`{self.name}` is a section, it cannot be `{format_untrusted(value)}`", hint=f"{_listed(self.name, self.value)}"
             )
         try:
-            return fit(value, self.kind)
-        except UnfitError:
+            return convert(value, self.kind)
+        except MismatchError:
             text = "null" if value is None else format_untrusted(value)
             hint = "write it in quotes" if fits_text(self.kind) and isinstance(value, (bool, int, float)) else ""
             raise UserError(f"`{self.name}` is `{text}`, it should be {expected(self.kind)}", hint=hint) from None
@@ -160,18 +160,18 @@ class FieldPath:
         if self.free:
             del self.holder[self.key]
             return
-        one = next(one for one in dataclasses.fields(self.holder) if one.name == self.key)
-        made = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
-        if made is dataclasses.MISSING:
+        field = next(field for field in dataclasses.fields(self.holder) if field.name == self.key)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if default is dataclasses.MISSING:
             raise UserError(f"`{self.name}` has no default to go back to", hint="set it to what it should be")
-        setattr(self.holder, self.key, made)
+        setattr(self.holder, self.key, default)
 
 
 def fits_text(kind: Any) -> bool:
     """Would any text do?"""
     try:
-        return kind is not Any and fit("any text", kind) == "any text"
-    except UnfitError:
+        return kind is not Any and convert("any text", kind) == "any text"
+    except MismatchError:
         return False
 
 
@@ -180,18 +180,18 @@ def field_path(config: Any, name: str, *, new: bool = False) -> FieldPath:
     mapping does not have yet, and makes the mappings on the way to it."""
     keys = _current_name(config, name).split(".")
     holder = config
-    for at, key in enumerate(keys):
-        here = FieldPath(holder, key, ".".join(keys[: at + 1]))
-        if not here.known and not (new and here.free):
-            raise _unknown(config, here)
-        if at + 1 == len(keys):
-            return here
-        holder = holder.setdefault(key, {}) if here.free and new else here.value
+    for depth, key in enumerate(keys):
+        path = FieldPath(holder, key, ".".join(keys[: depth + 1]))
+        if not path.known and not (new and path.free):
+            raise _unknown(config, path)
+        if depth + 1 == len(keys):
+            return path
+        holder = holder.setdefault(key, {}) if path.free and new else path.value
         if not is_section(holder) and not isinstance(holder, dict):
-            first = f"choose first: {' or '.join(f'`{here.name}={one}`' for one in groups.CHOICES.get(here.name, ()))}"
+            first = f"choose first: {' or '.join(f'`{path.name}={choice}`' for choice in groups.GROUPS.get(path.name, ()))}"
             raise UserError(
-                f"`{here.name}` is `{format_untrusted(holder)}`, there is no `{keys[at + 1]}` in it",
-                hint=first if here.name in groups.CHOICES else f"set `{here.name}` as a whole",
+                f"`{path.name}` is `{format_untrusted(holder)}`, there is no `{keys[depth + 1]}` in it",
+                hint=first if path.name in groups.GROUPS else f"set `{path.name}` as a whole",
             )
     raise AssertionError(name)
 
@@ -199,18 +199,20 @@ def field_path(config: Any, name: str, *, new: bool = False) -> FieldPath:
 def _current_name(config: Any, name: str) -> str:
     section, _, key = name.partition(".")
     holder = getattr(config, section, None)
-    return name if not is_section(holder) or key in kinds(type(holder)) else ALIASES.get(name, name)
+    return name if not is_section(holder) or key in annotations(type(holder)) else ALIASES.get(name, name)
 
 
-def _unknown(config: Any, here: FieldPath) -> UserError:
-    if here.free:
-        return UserError(f"there is no `{here.name}`", hint=f"{_near(here.key, here.holder)}`+{here.name}=…` adds it")
-    if here.holder is config:
-        return _unknown_section(config, here.key)
-    same = [name for name in every_name(config) if name.rpartition(".")[2] == here.key]
-    near = same or [f"{here.name.rpartition('.')[0]}.{one}" for one in get_close_matches(here.key, kinds(type(here.holder)), 1)]
-    hint = _did_you_mean(near) or _listed(here.name.rpartition(".")[0], here.holder)
-    return UserError(f"unknown setting `{here.name}`", hint=hint)
+def _unknown(config: Any, path: FieldPath) -> UserError:
+    if path.free:
+        return UserError(f"there is no `{path.name}`", hint=f"{_near(path.key, path.holder)}`+{path.name}=…` adds it")
+    if path.holder is config:
+        return _unknown_section(config, path.key)
+    same = [name for name in every_name(config) if name.rpartition(".")[2] == path.key]
+    near = same or [
+        f"{path.name.rpartition('.')[0]}.{nearest}" for nearest in get_close_matches(path.key, annotations(type(path.holder)), 1)
+    ]
+    hint = _did_you_mean(near) or _listed(path.name.rpartition(".")[0], path.holder)
+    return UserError(f"unknown setting `{path.name}`", hint=hint)
 
 
 def _unknown_section(config: Any, key: str) -> UserError:
@@ -218,12 +220,12 @@ def _unknown_section(config: Any, key: str) -> UserError:
     if same:
         return UserError(f"unknown setting `{key}`", hint=_did_you_mean(same))
     return UserError(
-        f"unknown section `{key}`", hint=f"{_near(key, kinds(type(config)))}sections are: {', '.join(_sections(config))}"
+        f"unknown section `{key}`", hint=f"{_near(key, annotations(type(config)))}sections are: {', '.join(_sections(config))}"
     )
 
 
 def _sections(config: Any) -> list[str]:
-    return [name for name in kinds(type(config)) if is_section(getattr(config, name))]
+    return [name for name in annotations(type(config)) if is_section(getattr(config, name))]
 
 
 def _near(key: str, names: Mapping[str, Any]) -> str:
@@ -236,7 +238,7 @@ def _did_you_mean(names: list[str]) -> str:
 
 
 def _listed(name: str, section: Any) -> str:
-    names = list(kinds(type(section)))
+    names = list(annotations(type(section)))
     if len(names) > _MANY:
         return f"`mbtrain show RECIPE` prints every setting of `{name}`"
     return f"settings of `{name}` are: {', '.join(names)}"
@@ -244,9 +246,9 @@ def _listed(name: str, section: Any) -> str:
 
 def every_name(config: Any) -> Iterator[str]:
     """The names of all settings."""
-    for section in kinds(type(config)):
+    for section in annotations(type(config)):
         value = getattr(config, section)
         if is_section(value):
-            yield from (f"{section}.{name}" for name in kinds(type(value)))
+            yield from (f"{section}.{name}" for name in annotations(type(value)))
         else:
             yield section

@@ -13,8 +13,8 @@ from converter import megatron_settings
 from converter.config import rope_numbers, to_huggingface, to_megatron
 from converter.families import find
 from formats.errors import UserError, format_untrusted
-from trainer.settings.defaults import Choice
-from trainer.settings.values import UnnamedError, plain
+from trainer.settings.defaults import Default
+from trainer.settings.values import NotPlainError, plain
 
 _ROPE = "rope_scaling"
 _OF_INITIALIZATION = {"init_method_std"}
@@ -28,16 +28,16 @@ _OF_TRAINING = {"attention_dropout", "hidden_dropout"}
 """Fields that say how a model is trained, and not what it is."""
 
 
-def follow(provider: Any) -> list[Choice]:
+def follow(provider: Any) -> list[Default]:
     """Bring `hf_config` in line with a provider's fields; answers what changed. UserError where the family has no such model."""
     config = getattr(provider, "hf_config", None)
     if not config:
         return []
-    fields, (said, is_now) = find(config.get("model_type")).CONFIG, _both(provider, config)
-    if said == is_now:
+    fields, (described, actual) = find(config.get("model_type")).CONFIG, _both(provider, config)
+    if described == actual:
         return []
     try:
-        before, after = to_huggingface(fields, said), to_huggingface(fields, is_now)
+        before, after = to_huggingface(fields, described), to_huggingface(fields, actual)
     except UserError as error:
         raise UserError(
             f"a `{config['model_type']}` cannot be such a model: {error.args[0]}",
@@ -48,7 +48,7 @@ def follow(provider: Any) -> list[Choice]:
         changes |= _rope(config, changes)
         config.pop("rope_parameters", None)
     config.update(changes)
-    return [Choice(f"model.hf_config.{name}", value, "as the model's own fields") for name, value in changes.items()]
+    return [Default(f"model.hf_config.{name}", value, "as the model's own fields") for name, value in changes.items()]
 
 
 def check(provider: Any) -> None:
@@ -56,12 +56,12 @@ def check(provider: Any) -> None:
     config = getattr(provider, "hf_config", None)
     if not config:
         return
-    said, is_now = _both(provider, config)
-    for name, value in said.items():
-        if value != is_now[name]:
+    described, actual = _both(provider, config)
+    for name, value in described.items():
+        if value != actual[name]:
             raise UserError(
                 f"`model.hf_config` makes `{name}` `{format_untrusted(value)}`, and `model.{name}` is "
-                f"`{format_untrusted(is_now[name])}`",
+                f"`{format_untrusted(actual[name])}`",
                 hint=f"set `model.{name}`; `model.hf_config` follows it",
             )
 
@@ -69,25 +69,28 @@ def check(provider: Any) -> None:
 def compare(provider: Any, config: Mapping[str, Any], *, source: str) -> list[str]:
     """What a provider has otherwise than the `config.json` of the weights at `source`, in words. UserError where they cannot mean
     the same: shapes agree for 8 heads of 32 and for 4 of 64."""
-    said, is_now = _both(provider, config)
+    described, actual = _both(provider, config)
     notes: list[str] = []
-    for name in (name for name in said if said[name] != is_now[name] and name not in _OF_INITIALIZATION):
+    for name in (name for name in described if described[name] != actual[name] and name not in _OF_INITIALIZATION):
         if name not in _OF_POSITIONS:
             raise UserError(
-                f"`model.{name}` is `{format_untrusted(is_now[name])}`, and the weights at `{source}` were made with "
-                f"`{format_untrusted(said[name])}`",
-                hint=f"set `model.{name}={format_untrusted(said[name])}`, or name other weights",
+                f"`model.{name}` is `{format_untrusted(actual[name])}`, and the weights at `{source}` were made with "
+                f"`{format_untrusted(described[name])}`",
+                hint=f"set `model.{name}={format_untrusted(described[name])}`, or name other weights",
             )
         notes.append(
-            f"`model.{name}` is `{format_untrusted(is_now[name])}`; the weights were made with `{format_untrusted(said[name])}`"
+            f"`model.{name}` is `{format_untrusted(actual[name])}`; "
+            f"the weights were made with `{format_untrusted(described[name])}`"
         )
     return notes
 
 
-def unsayable(provider: Any) -> dict[str, Any]:
+def not_in_hf_config(provider: Any) -> dict[str, Any]:
     """Settings of a provider that change what it computes and that no `config.json` can say: its checkpoints get none."""
     settings = {name: _plain(getattr(provider, name)) for name in _CONTEXT if hasattr(provider, name)}
-    return {one.name: one.value for one in megatron_settings.foreign(settings, only_model_words=True) if one.known}
+    return {
+        setting.name: setting.value for setting in megatron_settings.foreign(settings, only_model_words=True) if setting.known
+    }
 
 
 _CONTEXT = (*megatron_settings.NEUTRAL, "window_size", "kv_channels", "hidden_size", "num_attention_heads")
@@ -99,7 +102,7 @@ def notes(provider: Any) -> list[str]:
         f"`model.{name}` is `{format_untrusted(value)}`, which no `config.json` can say: checkpoints have none, and "
         "`mbconvert mcore-to-hf` "
         "refuses them"
-        for name, value in (unsayable(provider).items() if getattr(provider, "hf_config", None) else ())
+        for name, value in (not_in_hf_config(provider).items() if getattr(provider, "hf_config", None) else ())
     ]
 
 
@@ -107,16 +110,16 @@ def compare_settings(provider: Any, settings: Mapping[str, Any], *, source: str)
     """What a provider computes otherwise than the weights at `source` were made with, by what no `config.json` says, in words.
     UserError for a setting of theirs that the provider does not have."""
     theirs = {
-        _OTHER_NAMES.get(one.name, one.name): one.value
-        for one in megatron_settings.foreign(settings, only_model_words=True)
-        if one.known
+        _OTHER_NAMES.get(setting.name, setting.name): setting.value
+        for setting in megatron_settings.foreign(settings, only_model_words=True)
+        if setting.known
     }
-    ours = unsayable(provider)
+    ours = not_in_hf_config(provider)
     for name, value in theirs.items():
         if ours.get(name) != value:
-            is_now = _plain(getattr(provider, name, None))
+            actual = _plain(getattr(provider, name, None))
             raise UserError(
-                f"`model.{name}` is `{format_untrusted(is_now)}`, and the weights at `{source}` were made with "
+                f"`model.{name}` is `{format_untrusted(actual)}`, and the weights at `{source}` were made with "
                 f"`{format_untrusted(value)}`",
                 hint=f"set `model.{name}={format_untrusted(value)}`, or name other weights",
             )
@@ -136,14 +139,14 @@ def _both(provider: Any, config: Mapping[str, Any]) -> tuple[dict[str, Any], dic
     derived = to_megatron(find(config.get("model_type")).CONFIG, config)
     if hasattr(provider, "rope_scaling"):  # which a `config.json` is silent on where it has none of them
         derived = {"rope_scaling_factor": provider.rope_scaling_factor, "seq_len_interpolation_factor": None} | derived
-    said = {name: value for name, value in derived.items() if hasattr(provider, name) and name not in _OF_TRAINING}
-    return said, {name: _plain(getattr(provider, name)) for name in said}
+    described = {name: value for name, value in derived.items() if hasattr(provider, name) and name not in _OF_TRAINING}
+    return described, {name: _plain(getattr(provider, name)) for name in described}
 
 
 def _plain(value: Any) -> Any:
     try:
         return plain(value)
-    except UnnamedError:
+    except NotPlainError:
         return value
 
 

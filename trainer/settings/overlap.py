@@ -11,12 +11,12 @@ from typing import Any
 
 from formats.errors import UserError
 from trainer import user_buffers
-from trainer.settings.defaults import Choice, given
+from trainer.settings.defaults import Default, explicit_value
 
 CPU = "cpu"
 
 
-def choose(config: Any, *, data_parallel: int, device: str) -> list[Choice]:
+def defaults(config: Any, *, data_parallel: int, device: str) -> list[Default]:
     """Every overlap setting of a run, chosen or as given. `data_parallel` counts context-parallel ranks too.
 
     UserError for a given setting that megatron-core refuses, or with which it would compute wrong gradients.
@@ -24,35 +24,35 @@ def choose(config: Any, *, data_parallel: int, device: str) -> list[Choice]:
     return [_tensor(config, device), *_pipeline(config), *_data(config, data_parallel, device)]
 
 
-def _wanted(config: Any, name: str, *, part: str) -> bool | None:
+def _requested(config: Any, name: str, *, part: str) -> bool | None:
     """What was asked for: under `comm_overlap`, or on the part itself."""
-    asked, direct = getattr(config.comm_overlap, name), given(config, f"{part}.{name}")
-    if asked is not None and direct is not None and asked != direct:
+    overlapped, direct = getattr(config.comm_overlap, name), explicit_value(config, f"{part}.{name}")
+    if overlapped is not None and direct is not None and overlapped != direct:
         raise UserError(
-            f"`comm_overlap.{name}` is `{asked}`, but `{part}.{name}` is `{direct}`",
+            f"`comm_overlap.{name}` is `{overlapped}`, but `{part}.{name}` is `{direct}`",
             hint=f"leave `{part}.{name}` out: `comm_overlap` sets it",
         )
-    return direct if asked is None else asked
+    return direct if overlapped is None else overlapped
 
 
 def _size(model: Any, name: str) -> int:
     return getattr(model, name, None) or 1
 
 
-def _tensor(config: Any, device: str) -> Choice:
+def _tensor(config: Any, device: str) -> Default:
     setting = "model.tp_comm_overlap"
-    obstacle = _against_tensor(config, device)
-    if not _wanted(config, "tp_comm_overlap", part="model"):
-        return Choice(setting, False, obstacle or "nobody asked for it: `comm_overlap.tp_comm_overlap=true`")
+    obstacle = _tensor_obstacle(config, device)
+    if not _requested(config, "tp_comm_overlap", part="model"):
+        return Default(setting, False, obstacle or "nobody asked for it: `comm_overlap.tp_comm_overlap=true`")
     if obstacle:
         raise UserError(
             f"`comm_overlap.tp_comm_overlap` cannot be on: {obstacle}",
             hint="leave it out; gradients, weights and pipeline messages overlap all the same",
         )
-    return Choice(setting, True, "parts of a layer's product are sent while others are computed")
+    return Default(setting, True, "parts of a layer's product are sent while others are computed")
 
 
-def _against_tensor(config: Any, device: str) -> str:
+def _tensor_obstacle(config: Any, device: str) -> str:
     """Why Transformer Engine cannot overlap tensor-parallel messages; empty where it can."""
     model = config.model
     recipe = getattr(model, "fp8_recipe", None) if getattr(model, "fp8", None) else None
@@ -61,7 +61,7 @@ def _against_tensor(config: Any, device: str) -> str:
         "there is nothing to overlap with on a CPU": device == CPU,
         "it needs `model.sequence_parallel`": not getattr(model, "sequence_parallel", False),
         f"`mixed_precision={config.mixed_precision}` has no buffers in Transformer Engine": (
-            not getattr(model, "bf16", False) or recipe not in user_buffers.RECIPES
+            not getattr(model, "bf16", False) or recipe not in user_buffers.FP8_RECIPES
         ),
         "`model.deterministic_mode` is on": getattr(model, "deterministic_mode", False),
         "adapters take the activations before they are sent": config.peft is not None,
@@ -69,11 +69,11 @@ def _against_tensor(config: Any, device: str) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def _pipeline(config: Any) -> list[Choice]:
+def _pipeline(config: Any) -> list[Default]:
     pipeline = _size(config.model, "pipeline_model_parallel_size")
     virtual = _size(config.model, "virtual_pipeline_model_parallel_size")
-    overlap = _wanted(config, "overlap_p2p_comm", part="model")
-    batch = _wanted(config, "batch_p2p_comm", part="model")
+    overlap = _requested(config, "overlap_p2p_comm", part="model")
+    batch = _requested(config, "batch_p2p_comm", part="model")
     _check_pipeline(pipeline, virtual, overlap=overlap, batch=batch)
     if virtual > 1:
         why = f"{virtual} virtual stages compute other microbatches while activations are sent"
@@ -82,14 +82,14 @@ def _pipeline(config: Any) -> list[Choice]:
         why = "without virtual stages there is nothing to compute meanwhile" if pipeline > 1 else "one pipeline stage"
         overlap = False
     batch = not overlap if batch is None else batch
-    return [Choice("model.overlap_p2p_comm", overlap, why), Choice("model.batch_p2p_comm", batch, why)]
+    return [Default("model.overlap_p2p_comm", overlap, why), Default("model.batch_p2p_comm", batch, why)]
 
 
 def _check_pipeline(pipeline: int, virtual: int, *, overlap: bool | None, batch: bool | None) -> None:
     if virtual > 1 and pipeline == 2 and (batch or overlap is False):
-        told = "comm_overlap.batch_p2p_comm=true" if batch else "comm_overlap.overlap_p2p_comm=false"
+        setting = "comm_overlap.batch_p2p_comm=true" if batch else "comm_overlap.overlap_p2p_comm=false"
         raise UserError(
-            f"`{told}` gives wrong gradients with `{pipeline}` pipeline stages and `{virtual}` virtual stages: "
+            f"`{setting}` gives wrong gradients with `{pipeline}` pipeline stages and `{virtual}` virtual stages: "
             "the previous and the next rank are the same, and batched messages between them are mixed up",
             hint="leave it out, and messages overlap with computation",
         )
@@ -104,13 +104,13 @@ def _check_pipeline(pipeline: int, virtual: int, *, overlap: bool | None, batch:
         )
 
 
-def _data(config: Any, ranks: int, device: str) -> list[Choice]:
+def _data(config: Any, ranks: int, device: str) -> list[Default]:
     useful, why = ranks > 1 and device != CPU, f"{ranks} ranks reduce gradients"
     if not useful:
         why = "there is nothing to overlap with on a CPU" if ranks > 1 else "one rank alone has its gradients"
-    reduce = _wanted(config, "overlap_grad_reduce", part="ddp")
+    reduce = _requested(config, "overlap_grad_reduce", part="ddp")
     reduce = useful if reduce is None else reduce
-    gather = _wanted(config, "overlap_param_gather", part="ddp")
+    gather = _requested(config, "overlap_param_gather", part="ddp")
     sharded = config.ddp.use_distributed_optimizer
     _check_gather(reduce, gather, sharded=sharded)
     gather = (reduce and useful and sharded) if gather is None else gather
@@ -118,10 +118,10 @@ def _data(config: Any, ranks: int, device: str) -> list[Choice]:
     reason = why if sharded else "without the distributed optimizer every rank has all weights"
     aligned = gather and (_size(config.model, "virtual_pipeline_model_parallel_size") > 1 or config.ddp.align_param_gather)
     return [
-        Choice("ddp.overlap_grad_reduce", reduce, why),
-        Choice("ddp.overlap_param_gather", gather, reason),
-        Choice("optimizer.overlap_param_gather", gather, "as `ddp.overlap_param_gather`"),
-        Choice(
+        Default("ddp.overlap_grad_reduce", reduce, why),
+        Default("ddp.overlap_param_gather", gather, reason),
+        Default("optimizer.overlap_param_gather", gather, "as `ddp.overlap_param_gather`"),
+        Default(
             "ddp.align_param_gather",
             aligned,
             "virtual stages gather at the same time on all ranks",
@@ -130,11 +130,11 @@ def _data(config: Any, ranks: int, device: str) -> list[Choice]:
 
 
 def _check_with_gather(config: Any, gather: bool) -> None:
-    for setting, asked in (
+    for setting, requested in (
         ("optimizer.overlap_param_gather", config.optimizer.overlap_param_gather),
         ("ddp.align_param_gather", config.ddp.align_param_gather),
     ):
-        if asked and not gather:
+        if requested and not gather:
             raise UserError(
                 f"`{setting}` is `True`, but `ddp.overlap_param_gather` is `False`",
                 hint=f"leave `{setting}` out: it follows from `comm_overlap.overlap_param_gather`",

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 
 from formats.errors import UserError, format_untrusted
 from trainer.settings.fields import FieldPath, field_path, fits_text, is_section
-from trainer.settings.groups import CHOICES
+from trainer.settings.groups import GROUPS
 
 _NEW = (OverrideType.ADD, OverrideType.FORCE_ADD)
 
@@ -31,14 +31,14 @@ def apply(config: Any, overrides: Iterable[str]) -> None:
 
 def _parsed(parser: OverridesParser, text: str) -> Override:
     try:
-        found = parser.parse_override(_spelled(text))
+        override = parser.parse_override(_encoded(text))
     except HydraException as error:
         raise UserError(
             f"cannot read the override `{text}`{_why(text)}",
             hint="write `section.name=value`; text with special characters goes in quotes: `'section.name=\"a=b\"'`",
         ) from error
-    _check_meaning(found, text)
-    return found
+    _check_meaning(override, text)
+    return override
 
 
 def _why(text: str) -> str:
@@ -55,81 +55,81 @@ def _why(text: str) -> str:
 _QUOTED = re.compile(r"""\\.|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""")
 _GRAMMAR = "=\"'(){}[]:,$"
 _FOREIGN = re.compile(_QUOTED.pattern + r"""|[^\x00-\x7f]|[~#&!;<>^`]""")
-_SPELLED = re.compile(r"mbtrain_([0-9a-f]+)_letter")
+_ENCODED = re.compile(r"mbtrain_([0-9a-f]+)_letter")
 
 
-def _spelled(text: str) -> str:
+def _encoded(text: str) -> str:
     """The override with each letter of its value that Hydra's grammar has not, such as the `~` of a path, spelled in letters
     that it has. Quoted text, in which all letters may stand, stays."""
     key, equals, value = text.partition("=")
-    return key + equals + _FOREIGN.sub(lambda found: _in_letters(found[0]) if len(found[0]) == 1 else found[0], value)
+    return key + equals + _FOREIGN.sub(lambda match: _in_letters(match[0]) if len(match[0]) == 1 else match[0], value)
 
 
 def _in_letters(letter: str) -> str:
     return f"mbtrain_{ord(letter):x}_letter"
 
 
-def _unspelled(value: Any) -> Any:
+def _decoded(value: Any) -> Any:
     if isinstance(value, str):
-        return _SPELLED.sub(lambda found: chr(int(found[1], 16)), value)
+        return _ENCODED.sub(lambda found: chr(int(found[1], 16)), value)
     if isinstance(value, list):
-        return [_unspelled(one) for one in value]
+        return [_decoded(one) for one in value]
     if isinstance(value, Mapping):
-        return {_unspelled(key): _unspelled(one) for key, one in value.items()}
+        return {_decoded(key): _decoded(one) for key, one in value.items()}
     return value
 
 
-def _check_meaning(found: Override, text: str) -> None:
-    value = found.value() if found.value_type else None
-    if isinstance(value, Sweep) or found.is_sweep_override():
-        shape = "" if not re.search(r"=.*,", text) else _instead_of_commas(found, text)
+def _check_meaning(override: Override, text: str) -> None:
+    value = override.value() if override.value_type else None
+    if isinstance(value, Sweep) or override.is_sweep_override():
+        shape = "" if not re.search(r"=.*,", text) else _instead_of_commas(override, text)
         raise UserError(f"`{text}` is a sweep over several values, and a run has one", hint=shape or "give one value")
-    if found.package is not None or "/" in found.key_or_group:
+    if override.package is not None or "/" in override.key_or_group:
         raise UserError(f"`{text}` chooses from a config group, and there are none", hint="write `section.name=value`")
     if "${" in text:
         raise UserError(f"`{text}` has an interpolation, which is not followed", hint="write the value itself")
 
 
-def _instead_of_commas(found: Override, text: str) -> str:
+def _instead_of_commas(override: Override, text: str) -> str:
     key, _, value = text.partition("=")
-    return f"a list is `{key}=[{value}]`, text with commas `'{key}=\"{value}\"'`" if found.is_choice_sweep() else ""
+    return f"a list is `{key}=[{value}]`, text with commas `'{key}=\"{value}\"'`" if override.is_choice_sweep() else ""
 
 
-def _apply_one(config: Any, found: Override, text: str) -> None:
-    if found.type == OverrideType.DEL:
-        _remove(config, found)
+def _apply_one(config: Any, override: Override, text: str) -> None:
+    if override.type == OverrideType.DEL:
+        _remove(config, override)
         return
-    here = field_path(config, found.key_or_group, new=found.type in _NEW)
-    value: Any = _unspelled(found.value())
+    path = field_path(config, override.key_or_group, new=override.type in _NEW)
+    value: Any = _decoded(override.value())
     if (
-        found.type == OverrideType.ADD
-        and here.value is not None
-        and not (isinstance(value, dict) and isinstance(here.value, dict))
+        override.type == OverrideType.ADD
+        and path.value is not None
+        and not (isinstance(value, dict) and isinstance(path.value, dict))
     ):
         raise UserError(
-            f"cannot add `{here.name}`: it is there, and is `{format_untrusted(here.value)}`",
+            f"cannot add `{path.name}`: it is there, and is `{format_untrusted(path.value)}`",
             hint=f"`{text[1:]}` changes it, `+{text}` does both",
         )
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and fits_text(here.kind):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and fits_text(path.kind):
         value = text.partition("=")[2].strip()  # as it was written: 1e5, not 100000.0
-    _assign(config, here, value, new=found.type in _NEW)
+    _assign(config, path, value, new=override.type in _NEW)
 
 
-def _assign(config: Any, here: FieldPath, value: Any, *, new: bool) -> None:
+def _assign(config: Any, path: FieldPath, value: Any, *, new: bool) -> None:
     """A mapping changes what it names, and leaves the rest of a section or of a free mapping as it is."""
-    if here.name in CHOICES or not isinstance(value, Mapping) or not (is_section(here.value) or isinstance(here.value, dict)):
-        here.put(value)
+    if path.name in GROUPS or not isinstance(value, Mapping) or not (is_section(path.value) or isinstance(path.value, dict)):
+        path.set(value)
         return
-    for key, one in value.items():
-        _assign(config, field_path(config, f"{here.name}.{key}", new=new), one, new=new)
+    for key, setting in value.items():
+        _assign(config, field_path(config, f"{path.name}.{key}", new=new), setting, new=new)
 
 
-def _remove(config: Any, found: Override) -> None:
-    here = field_path(config, found.key_or_group)
-    value = _unspelled(found.value()) if found.value_type is not None else None
-    if found.value_type is not None and here.fitting(value) != here.value:
+def _remove(config: Any, override: Override) -> None:
+    path = field_path(config, override.key_or_group)
+    value = _decoded(override.value()) if override.value_type is not None else None
+    if override.value_type is not None and path.converted(value) != path.value:
         raise UserError(
-            f"cannot remove `{here.name}`: it is `{format_untrusted(here.value)}`, not `{format_untrusted(value)}`",
-            hint=f"`~{here.name}` removes it whatever it is",
+            f"cannot remove `{path.name}`: it is `{format_untrusted(path.value)}`, not `{format_untrusted(value)}`",
+            hint=f"`~{path.name}` removes it whatever it is",
         )
-    here.reset()
+    path.reset()

@@ -20,7 +20,7 @@ import torch
 from megatron.core.fp8_utils import get_fp8_align_size
 
 from formats.errors import UserError
-from trainer.settings.defaults import Choice, apply_choices, given, split
+from trainer.settings.defaults import Default, apply_defaults, explicit_value, holder_and_field
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Requirement:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class Precision:
     """Fields by part of the run's configuration."""
 
     model: Mapping[str, Any]
@@ -63,10 +63,10 @@ class Machine:
 _UNQUANTIZED = {"fp8": None, "fp8_recipe": "delayed", "fp8_param": False, "fp4": None, "fp4_recipe": "nvfp4", "fp4_param": False}
 
 
-def _plain(dtype: torch.dtype, *, grad_reduce_in_fp32: bool, cpu: bool, capability: tuple[int, int] | None = None) -> Recipe:
+def _plain(dtype: torch.dtype, *, grad_reduce_in_fp32: bool, cpu: bool, capability: tuple[int, int] | None = None) -> Precision:
     kind = {"fp16": dtype == torch.float16, "bf16": dtype == torch.bfloat16, "params_dtype": dtype}
     computed = {"pipeline_dtype": dtype, "autocast_dtype": dtype}
-    return Recipe(
+    return Precision(
         model={**kind, **computed, **_UNQUANTIZED},
         optimizer={**kind, "fp8_recipe": None},
         ddp={"fp8_param_gather": False, "fp4_param_gather": False},
@@ -80,8 +80,8 @@ def _plain(dtype: torch.dtype, *, grad_reduce_in_fp32: bool, cpu: bool, capabili
 _BF16 = _plain(torch.bfloat16, grad_reduce_in_fp32=True, cpu=True, capability=(8, 0))
 
 
-def _fp8(kind: str, *, recipe: str, needs: Requirement, weights: bool, **starting: Any) -> Recipe:
-    return Recipe(
+def _fp8(kind: str, *, recipe: str, needs: Requirement, weights: bool, **starting: Any) -> Precision:
+    return Precision(
         model={**_BF16.model, "fp8": kind, "fp8_recipe": recipe},
         optimizer={**_BF16.optimizer, "fp8_recipe": recipe if weights else None},
         ddp=_BF16.ddp,
@@ -91,7 +91,7 @@ def _fp8(kind: str, *, recipe: str, needs: Requirement, weights: bool, **startin
     )
 
 
-RECIPES: dict[str, Recipe] = {
+PRECISIONS: dict[str, Precision] = {
     "fp32": _plain(torch.float32, grad_reduce_in_fp32=False, cpu=True),
     "bf16_mixed": _BF16,
     "fp16_mixed": _plain(torch.float16, grad_reduce_in_fp32=False, cpu=False, capability=(7, 0)),
@@ -122,7 +122,7 @@ RECIPES: dict[str, Recipe] = {
         weights=False,
         needs=Requirement(capability=(10, 0), transformer_engine=(2, 1), cuda=(12, 8), multiple=get_fp8_align_size("mxfp8")),
     ),
-    "bf16_with_nvfp4_mixed": Recipe(
+    "bf16_with_nvfp4_mixed": Precision(
         model={**_BF16.model, "fp4": "e2m1", "fp4_recipe": "nvfp4"},
         optimizer=_BF16.optimizer,
         ddp=_BF16.ddp,
@@ -136,39 +136,39 @@ megatron-core's `get_fp8_align_size`, and for FP4 the 32 values of one 16-byte r
 MXFP8 and blockwise keep bf16 weights: MXFP8 weights would share the gradients' buffer, which needs another training step."""
 
 
-def recipe(name: str) -> Recipe:
+def find(name: str) -> Precision:
     """The recipe of a name; UserError for an unknown one, with the nearest."""
-    if name in RECIPES:
-        return RECIPES[name]
-    near = difflib.get_close_matches(name.replace("-", "_"), RECIPES, n=1, cutoff=0.5)
+    if name in PRECISIONS:
+        return PRECISIONS[name]
+    near = difflib.get_close_matches(name.replace("-", "_"), PRECISIONS, n=1, cutoff=0.5)
     raise UserError(
         f"there is no precision `{name}`",
-        hint=f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(RECIPES)}",
+        hint=f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(PRECISIONS)}",
     )
 
 
 def requires(name: str) -> Requirement:
     """What a precision needs."""
-    return recipe(name).needs
+    return find(name).needs
 
 
-def apply(name: str, config: Any) -> list[Choice]:
+def apply(name: str, config: Any) -> list[Default]:
     """Set a precision's fields on `config.model`, `config.optimizer` and `config.ddp`; answers what changed.
 
     UserError where a field was set to contradict the name.
     """
-    chosen = recipe(name)
+    chosen = find(name)
     decided = {f"{part}.{key}": value for part in ("model", "optimizer", "ddp") for key, value in getattr(chosen, part).items()}
-    decided |= _weights(chosen, config) | _messages(config)
+    decided |= _weights(chosen, config)
     for setting, value in decided.items():
         _agree(config, setting, value, name=name)
-    free = {setting: value for setting, value in chosen.starting.items() if given(config, setting) is None}
+    free = {setting: value for setting, value in chosen.starting.items() if explicit_value(config, setting) is None}
     why = f"`mixed_precision={name}`"
-    known = {setting: value for setting, value in (decided | free).items() if hasattr(*split(config, setting))}
-    return apply_choices(config, [Choice(setting, value, why) for setting, value in known.items()])
+    known = {setting: value for setting, value in (decided | free).items() if hasattr(*holder_and_field(config, setting))}
+    return apply_defaults(config, [Default(setting, value, why) for setting, value in known.items()])
 
 
-def _weights(chosen: Recipe, config: Any) -> dict[str, bool]:
+def _weights(chosen: Precision, config: Any) -> dict[str, bool]:
     """FP8 weights where `ddp.fp8_param_gather` asks for them: half the bytes to hold and to gather, but their transposes are
     made again for each microbatch. megatron-core gathers them only from the distributed optimizer."""
     if not chosen.low_precision_weights:
@@ -177,20 +177,14 @@ def _weights(chosen: Recipe, config: Any) -> dict[str, bool]:
     return {"model.fp8_param": wanted, "ddp.fp8_param_gather": wanted}
 
 
-def _messages(config: Any) -> dict[str, Any]:
-    """What pipeline stages send is as wide as the residual connection."""
-    wide = getattr(config.model, "fp32_residual_connection", False)
-    return {"model.pipeline_dtype": torch.float32} if wide else {}
-
-
 def _agree(config: Any, setting: str, value: Any, *, name: str) -> None:
-    found = given(config, setting)
-    if found is not None and found != value:
+    explicit = explicit_value(config, setting)
+    if explicit is not None and explicit != value:
         raise UserError(
-            f"`{setting}` is `{found}`, but `mixed_precision={name}` makes it `{value}`",
+            f"`{setting}` is `{explicit}`, but `mixed_precision={name}` makes it `{value}`",
             hint=f"leave `{setting}` out, or choose another `mixed_precision`",
         )
-    part, field_name = split(config, setting)
+    part, field_name = holder_and_field(config, setting)
     if not hasattr(part, field_name) and value not in (None, False, torch.float32) and field_name in ("fp8", "fp4"):
         raise UserError(
             f"the model has no field `{field_name}`, which `mixed_precision={name}` sets", hint="choose `bf16_mixed` for it"
@@ -225,40 +219,40 @@ def check(name: str, machine: Machine) -> None:
         if not needs.cpu:
             raise UserError(
                 f"precision `{name}` needs a GPU, and this run is on the CPU",
-                hint=f"choose one of: {', '.join(one for one, kind in RECIPES.items() if kind.needs.cpu)}",
+                hint=f"choose one of: {', '.join(able for able, kind in PRECISIONS.items() if kind.needs.cpu)}",
             )
         return
     if machine.capability is None:
         return
     _check_capability(name, needs, machine.capability)
-    for what, least, found in (
+    for what, least, version in (
         ("Transformer Engine", needs.transformer_engine, machine.transformer_engine),
         ("CUDA", needs.cuda, machine.cuda),
     ):
-        _check_version(name, what, least=least, found=found)
+        _check_version(name, what, least=least, version=version)
 
 
-def _check_capability(name: str, needs: Requirement, found: tuple[int, int]) -> None:
-    if needs.capability and found < needs.capability:
-        able = [one for one, kind in RECIPES.items() if (kind.needs.capability or (0, 0)) <= found]
+def _check_capability(name: str, needs: Requirement, capability: tuple[int, int]) -> None:
+    if needs.capability and capability < needs.capability:
+        able = [precision for precision, kind in PRECISIONS.items() if (kind.needs.capability or (0, 0)) <= capability]
         raise UserError(
             f"precision `{name}` needs a GPU of compute capability `{_dotted(needs.capability)}` or higher; "
-            f"this one has `{_dotted(found)}`",
+            f"this one has `{_dotted(capability)}`",
             hint=f"this GPU can do: {', '.join(able)}",
         )
 
 
-def _check_version(name: str, what: str, *, least: tuple[int, int] | None, found: str | None) -> None:
+def _check_version(name: str, what: str, *, least: tuple[int, int] | None, version: str | None) -> None:
     if least is None:
         return
-    if found is None:
+    if version is None:
         raise UserError(
             f"precision `{name}` needs {what} `{_dotted(least)}` or newer, and there is none",
             hint="`pip install 'mbtools[gpu]'`, or choose `mixed_precision=bf16_mixed`",
         )
-    if tuple(map(int, re.findall(r"\d+", found)[:2])) < least:
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < least:
         raise UserError(
-            f"precision `{name}` needs {what} `{_dotted(least)}` or newer; this is `{found}`",
+            f"precision `{name}` needs {what} `{_dotted(least)}` or newer; this is `{version}`",
             hint=f"install a newer {what}, or choose `mixed_precision=bf16_mixed`",
         )
 

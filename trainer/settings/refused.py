@@ -19,7 +19,7 @@ from typing import Any
 
 from formats.errors import UserError, format_untrusted
 from formats.faults import code_location, fault
-from trainer.settings.values import UnnamedError, plain
+from trainer.settings.values import NotPlainError, plain
 
 REFUSALS = (
     ValueError, AssertionError, RuntimeError, ImportError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError,
@@ -31,34 +31,34 @@ _SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 @contextmanager
-def explained(name: str, part: Any, attempt: Callable[[Any], object]) -> Iterator[None]:
+def user_errors(name: str, part: Any, attempt: Callable[[Any], object]) -> Iterator[None]:
     """Turn what megatron-core raises over `part`, the settings under `name`, into a UserError that names them. `attempt` does
     the same with a copy of `part`."""
     try:
         yield
     except REFUSALS as error:
-        if _has_foreign_code(error):
+        if _has_user_code(error):
             raise
         raise refusal(name, part, attempt, error) from error
 
 
 @contextmanager
-def named_in_first_step() -> Iterator[None]:
+def user_errors_in_first_step() -> Iterator[None]:
     """Turn what megatron-core itself asserts when a model first runs into a UserError: it is about a setting that nothing looked
     at before. Everything else, such as memory that is full or a fault in a user's own code, stays what it is."""
     try:
         yield
     except (AssertionError, ValueError, NotImplementedError) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        if "/megatron/core/" not in frames[-1].filename or _has_foreign_code(error):
+        if "/megatron/core/" not in frames[-1].filename or _has_user_code(error):
             raise
         raise UserError(
             "megatron-core refuses settings of this run in its first step",
-            hint=f"compare them with the recipe's: `mbtrain show`\n\n{_in_its_words(error)}",
+            hint=f"compare them with the recipe's: `mbtrain show`\n\n{_megatron_message(error)}",
         ) from error
 
 
-def _has_foreign_code(error: Exception) -> bool:
+def _has_user_code(error: Exception) -> bool:
     """Did a model of the user's own take part, whose faults want a traceback?"""
     ours = (str(Path(__file__).parents[2]), *sysconfig.get_paths().values())
     tests = str(Path(__file__).parents[2] / "tests")
@@ -68,26 +68,26 @@ def _has_foreign_code(error: Exception) -> bool:
 
 def refusal(name: str, part: Any, attempt: Callable[[Any], object], error: Exception) -> UserError:
     """The error for settings that `attempt` fails over with `error`."""
-    found = {f"{name}.{one}": value for one, value in _culprits(part, attempt).items()}
-    listed = " and ".join(f"`{setting}={as_text(value)}`" for setting, value in list(found.items())[:4])
-    if not found:
+    culprits = {f"{name}.{field}": value for field, value in _culprits(part, attempt).items()}
+    listed = " and ".join(f"`{setting}={as_text(value)}`" for setting, value in list(culprits.items())[:4])
+    if not culprits:
         message, hint = f"megatron-core refuses the settings under `{name}`", "compare them with a recipe's: `mbtrain show`"
-    elif len(found) == 1:
-        message, hint = f"megatron-core refuses {listed}", f"leave `{next(iter(found))}` out, or change what it depends on"
+    elif len(culprits) == 1:
+        message, hint = f"megatron-core refuses {listed}", f"leave `{next(iter(culprits))}` out, or change what it depends on"
     else:
         message, hint = f"megatron-core refuses {listed} together", "leave one of them out"
-    return UserError(message, hint=f"{hint}\n\n{_in_its_words(error)}")
+    return UserError(message, hint=f"{hint}\n\n{_megatron_message(error)}")
 
 
 def as_text(value: Any) -> str:
     """A setting's value as a file would have it."""
     try:
         return format_untrusted(plain(value))
-    except UnnamedError:
+    except NotPlainError:
         return format_untrusted(value)
 
 
-def _in_its_words(error: Exception) -> str:
+def _megatron_message(error: Exception) -> str:
     try:
         who = f"megatron-core {version('megatron-core')}"
     except PackageNotFoundError:
@@ -105,8 +105,8 @@ def _culprits(part: Any, attempt: Callable[[Any], object]) -> dict[str, Any]:
 def _changed(part: Any) -> dict[str, Any]:
     if not dataclasses.is_dataclass(part):
         return {}
-    named = (one for one in dataclasses.fields(part) if one.init and one.name[0] != "_" and one.name not in _SHAPE)
-    values = ((one.name, getattr(part, one.name, None)) for one in named)
+    fields = (field for field in dataclasses.fields(part) if field.init and field.name[0] != "_" and field.name not in _SHAPE)
+    values = ((field.name, getattr(part, field.name, None)) for field in fields)
     return {name: value for name, value in values if _differs(value, default_of(part, name))}
 
 
@@ -116,16 +116,16 @@ def _differs(value: Any, default: Any) -> bool:
 
 def default_of(part: Any, name: str) -> Any:
     """A field's default, of a dataclass or an object of one."""
-    one = next(one for one in dataclasses.fields(part) if one.name == name)
-    return one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+    field = next(field for field in dataclasses.fields(part) if field.name == name)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _works(part: Any, changes: Mapping[str, Any], attempt: Callable[[Any], object]) -> bool:
-    tried = copy.copy(part)
+    candidate = copy.copy(part)
     for name, value in changes.items():
-        setattr(tried, name, value)
+        setattr(candidate, name, value)
     try:
-        attempt(tried)
+        attempt(candidate)
     except REFUSALS:
         return False
     return True

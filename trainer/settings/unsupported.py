@@ -29,6 +29,8 @@ NEVER: dict[str, dict[str, str]] = {
             no_sync_func grad_sync_func param_sync_func""",
         "the run's log has a clock of its own": "timers barrier_with_L1_time",
         "precision is what `mixed_precision` says": "enable_autocast fp8_quantizer_factory fp4_quantizer_factory quant_recipe",
+        "layers take what the residual connection carries in the precision of their weights": "fp32_residual_connection",
+        "Transformer Engine offloads no weights without activations": "cpu_offloading_activations",
         "weights would hold whatever was in memory": "perform_initialization init_model_with_meta_device",
         "CUDA graphs are not captured": """enable_cuda_graph external_cuda_graph cuda_graph_impl cuda_graph_modules
             cuda_graph_scope inference_cuda_graph_scope cuda_graph_use_single_mempool cuda_graph_retain_backward_graph
@@ -108,8 +110,7 @@ NEVER: dict[str, dict[str, str]] = {
 }
 """By section: why, and of which fields another value than the default is refused on every device."""
 
-ON_A_CPU = {
-    "model.fp32_residual_connection": "megatron-core's own layers take one precision",
+GPU_ONLY = {
     "model.use_te_activation_func": "Transformer Engine's activations need a GPU",
     "model.fused_single_qkv_rope": "its kernel is Transformer Engine's",
     "model.fused_residual_rmsnorm": "its kernel is Transformer Engine's",
@@ -132,15 +133,15 @@ _DEFAULTS = {
 
 def check(config: RunConfig, device: str) -> None:
     """Settings that would fail in the first step, or do nothing."""
-    for setting, why in never():
+    for setting, why in never_supported():
         if _differs(config, setting):
             raise _refusal(config, setting, "here", why)
-    for setting, why in ON_A_CPU.items() if device == "cpu" else ():
+    for setting, why in GPU_ONLY.items() if device == "cpu" else ():
         if _differs(config, setting):
             raise _refusal(config, setting, "on the CPU", why)
 
 
-def never() -> Iterator[tuple[str, str]]:
+def never_supported() -> Iterator[tuple[str, str]]:
     """Each setting of `NEVER`, and why it is refused."""
     for section, reasons in NEVER.items():
         for why, names in reasons.items():

@@ -20,15 +20,15 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
 _ACTIVATIONS = (torch.nn.functional, activations)
 
 
-class UnfitError(Exception):
+class MismatchError(Exception):
     """A value that is not what an annotation asks for; `expected` says what that is."""
 
 
-class UnnamedError(Exception):
+class NotPlainError(Exception):
     """A value that only code can make: a function without a public name, or an object."""
 
 
-def fit(value: Any, kind: Any) -> Any:
+def convert(value: Any, kind: Any) -> Any:
     """The value as the annotation `kind` has it. UnfitError if it is something else.
 
     A whole number is a float too, and text such as `3e-4`, which YAML does not take for a number, is one; enums, dtypes and
@@ -47,19 +47,19 @@ def fit(value: Any, kind: Any) -> Any:
 
 def _kept(value: Any, kinds: Any) -> Any:
     if not isinstance(value, kinds):
-        raise UnfitError
+        raise MismatchError
     return value
 
 
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise UnfitError
+        raise MismatchError
     return _number(value, int)
 
 
 def _float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise UnfitError
+        raise MismatchError
     return _number(value, float)
 
 
@@ -67,7 +67,7 @@ def _number(value: float | str, make: type) -> Any:
     try:
         return make(value)
     except (ValueError, OverflowError):
-        raise UnfitError from None
+        raise MismatchError from None
 
 
 def _dtype(value: Any) -> torch.dtype:
@@ -82,41 +82,41 @@ def _member(value: Any, kind: type[Enum]) -> Enum:
         return value
     name = str(value).rpartition(".")[2]
     if name not in kind.__members__:
-        raise UnfitError
+        raise MismatchError
     return kind[name]
 
 
 def _union(value: Any, kinds: Sequence[Any]) -> Any:
     for kind in kinds:
         try:
-            return fit(value, kind)
-        except UnfitError:
+            return convert(value, kind)
+        except MismatchError:
             continue
-    raise UnfitError
+    raise MismatchError
 
 
 def _literal(value: Any, choices: Sequence[Any]) -> Any:
     for choice in choices:
         if type(choice) is type(value) and choice == value:
             return choice
-    raise UnfitError
+    raise MismatchError
 
 
 def _list(value: Any, kinds: Sequence[Any]) -> list[Any]:
-    return [fit(one, kinds[0]) for one in _kept(value, (list, tuple))]
+    return [convert(item, kinds[0]) for item in _kept(value, (list, tuple))]
 
 
 def _tuple(value: Any, kinds: Sequence[Any]) -> tuple[Any, ...]:
-    found = _kept(value, (list, tuple))
+    items = _kept(value, (list, tuple))
     if kinds[-1:] == (...,):
-        return tuple(fit(one, kinds[0]) for one in found)
-    if len(found) != len(kinds):
-        raise UnfitError
-    return tuple(fit(one, kind) for one, kind in zip(found, kinds, strict=True))
+        return tuple(convert(item, kinds[0]) for item in items)
+    if len(items) != len(kinds):
+        raise MismatchError
+    return tuple(convert(item, kind) for item, kind in zip(items, kinds, strict=True))
 
 
 def _dict(value: Any, kinds: Sequence[Any]) -> dict[Any, Any]:
-    return {fit(key, kinds[0]): fit(one, kinds[1]) for key, one in _kept(value, Mapping).items()}
+    return {convert(key, kinds[0]): convert(item, kinds[1]) for key, item in _kept(value, Mapping).items()}
 
 
 def _function(value: Any, signature: Sequence[Any]) -> Any:
@@ -124,14 +124,14 @@ def _function(value: Any, signature: Sequence[Any]) -> Any:
     if callable(value):
         return value
     if list(signature) != [[torch.Tensor], torch.Tensor]:
-        raise UnfitError
+        raise MismatchError
     name = str(value).rpartition(".")[2]
     return _kept(_activation(name), (types.FunctionType, types.BuiltinFunctionType))
 
 
 def _activation(name: str) -> Any:
-    found = (getattr(module, name, None) for module in _ACTIVATIONS if not name.startswith("_"))
-    return next((one for one in found if one is not None), None)
+    functions = (getattr(module, name, None) for module in _ACTIVATIONS if not name.startswith("_"))
+    return next((function for function in functions if function is not None), None)
 
 
 _GENERIC: dict[Any, Callable[[Any, Any], Any]] = {
@@ -193,9 +193,9 @@ def plain(value: Any) -> Any:
     if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, Enum)):
         return value
     if isinstance(value, Mapping):
-        return {key: plain(one) for key, one in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     return _name(value)
 
 
@@ -209,4 +209,4 @@ def _name(value: Any) -> Any:
     name = getattr(value, "__name__", "")
     if name and _activation(name) is value:
         return name
-    raise UnnamedError
+    raise NotPlainError

@@ -1,58 +1,60 @@
-"""A run's settings as a YAML document, and back.
+"""Write a run's settings as a YAML document, and read them back.
 
-A document holds values only: no classes, no functions, no code. What only Python code can make is not in it, and the
-document says so. Knows YAML; what a name or a value means is the business of `settings` and `values`.
+A document holds values only: no classes, no functions, no code. Settings that only Python code can make are left out, and named
+in a comment. Knows YAML; names are resolved by `fields`, values by `values`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 from formats.errors import UserError, format_untrusted
 from formats.faults import fault, position
-from trainer.settings.fields import FieldPath, field_path, is_section, kinds
-from trainer.settings.groups import CHOICES, name_of
-from trainer.settings.values import UnnamedError, plain
+from trainer.settings.fields import FieldPath, annotations, field_path, is_section
+from trainer.settings.groups import GROUPS, name_of
+from trainer.settings.values import NotPlainError, plain
 
 _YAML = "it should be YAML: `section:`, then `  name: value`"
-_DEEPEST, _LONGEST = 64, 1 << 16
+_DEEPEST = 64
+"""Levels of nesting: without a limit, PyYAML spends minutes on a file of opening brackets."""
+
 _HYDRA = ("_target_", "_call_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
 def dump(config: Any, *, made: Any = None) -> str:
-    """Every setting of a run, section by section, each sorted by name; what the document cannot hold as comments at its end, but
-    for what is not in the configuration that it was `made` from: nobody set that.
+    """Return every setting of a run as YAML, section by section, each sorted by name.
 
-    `apply` of what `load` makes of it, onto the same recipe, gives an equal run.
+    Comments at the end name the settings that YAML cannot hold; with `made`, the configuration that this one was resolved from,
+    only those that are explicit there. `load` and `apply` onto the same recipe give an equal run.
     """
     document, unnamed = as_mapping(config)
     set_by_somebody = unnamed if made is None else as_mapping(made)[1]
-    return written(document) + "".join(f"# `{name}` is set in Python code\n" for name in unnamed if name in set_by_somebody)
+    return to_yaml(document) + "".join(f"# `{name}` is set in Python code\n" for name in unnamed if name in set_by_somebody)
 
 
-def written(document: Mapping[str, Any]) -> str:
-    """The document as text."""
+def to_yaml(document: Mapping[str, Any]) -> str:
+    """Return a document as YAML text."""
     return yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True, width=120)
 
 
 def changes(config: Any, *others: Any) -> dict[str, Any]:
-    """The settings that are not the same in all of these configurations, as they are in the first."""
-    found, *rest = (as_mapping(one)[0] for one in (config, *others))
-    return _changes(found, rest)
+    """Return the settings that differ between these configurations, with the values of the first."""
+    first, *others_mapped = (as_mapping(run)[0] for run in (config, *others))
+    return _changes(first, others_mapped)
 
 
-def _changes(found: Mapping[str, Any], others: list[dict[str, Any]], depth: int = 1) -> dict[str, Any]:
-    """Sections are looked into; mappings in them are one value each."""
+def _changes(mapping: Mapping[str, Any], others: list[dict[str, Any]], depth: int = 1) -> dict[str, Any]:
+    """Compare sections setting by setting; a mapping inside a section is one value."""
     kept: dict[str, Any] = {}
-    for key, value in found.items():
-        theirs = [one.get(key, _ABSENT) for one in others]
-        if depth and isinstance(value, dict) and all(isinstance(one, dict) for one in theirs):
+    for key, value in mapping.items():
+        theirs = [other.get(key, _ABSENT) for other in others]
+        if depth and isinstance(value, dict) and all(isinstance(other, dict) for other in theirs):
             if inner := _changes(value, theirs, depth - 1):
                 kept[key] = inner
-        elif any(one != value for one in theirs):
+        elif any(other != value for other in theirs):
             kept[key] = value
     return kept
 
@@ -61,31 +63,31 @@ _ABSENT = object()
 
 
 def as_mapping(config: Any) -> tuple[dict[str, Any], list[str]]:
-    """The settings as nested mappings of plain values, and the names of those that only code can make."""
+    """Return the settings as nested mappings of plain values, and the names of those that only code can make."""
     unnamed: list[str] = []
     return _section(config, "", unnamed, sort=False), unnamed
 
 
 def _section(section: Any, prefix: str, unnamed: list[str], *, sort: bool = True) -> dict[str, Any]:
-    names = kinds(type(section))
-    found: dict[str, Any] = {}
+    names = annotations(type(section))
+    mapping: dict[str, Any] = {}
     for name in sorted(names) if sort else names:
         value = getattr(section, name)
-        if f"{prefix}{name}" in CHOICES:
-            found[name] = _choice(name, value, unnamed)
+        if f"{prefix}{name}" in GROUPS:
+            mapping[name] = _group(name, value, unnamed)
             continue
         if is_section(value):
-            found[name] = _section(value, f"{prefix}{name}.", unnamed)
+            mapping[name] = _section(value, f"{prefix}{name}.", unnamed)
             continue
         try:
-            found[name] = plain(value)
-        except UnnamedError:
+            mapping[name] = plain(value)
+        except NotPlainError:
             unnamed.append(f"{prefix}{name}")
-    return found
+    return mapping
 
 
-def _choice(setting: str, value: Any, unnamed: list[str]) -> Any:
-    """The name of what was chosen, and its settings; the settings alone of a class that has no name."""
+def _group(setting: str, value: Any, unnamed: list[str]) -> Any:
+    """Return a config group's choice: its name and settings, or the settings alone for a class without a name."""
     name = name_of(setting, value)
     if name is None:
         unnamed.append(setting)
@@ -95,71 +97,71 @@ def _choice(setting: str, value: Any, unnamed: list[str]) -> Any:
 
 
 def load(text: str, *, source: str = "the document") -> dict[str, Any]:
-    """The mapping that a YAML document is; empty for an empty one. UserError, naming `source`, where it is broken, says a
-    thing twice, or refers within itself."""
+    """Parse a YAML document; an empty one gives an empty mapping.
+
+    Raises UserError, naming `source`, for invalid YAML, a duplicate key, an alias or a merge key.
+    """
+    depth = 0
     try:
-        for event in _checked(yaml.parse(text, Loader=yaml.SafeLoader)):
-            assert event
-        _check_twice(yaml.compose(text, Loader=yaml.SafeLoader))
-        found = yaml.safe_load(text)
-    except _RefusedError as error:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth = _check_event(event, depth)
+        _check_duplicates(yaml.compose(text, Loader=yaml.SafeLoader))
+        document = yaml.safe_load(text)
+    except _UnsupportedError as error:
         raise UserError(f"`{source}` is not readable: {error.args[0]}", hint=_YAML) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"`{source}` is not readable: {_why(error)}", hint=_YAML) from error
-    if found is None:
+    if document is None:
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(document, dict):
         raise UserError(
-            f"`{source}` is `{format_untrusted(found)}`, it should be sections with settings", hint="start with `train:`"
+            f"`{source}` is `{format_untrusted(document)}`, it should be sections with settings", hint="start with `train:`"
         )
-    return found
+    return document
 
 
-class _RefusedError(ValueError):
-    """What YAML can hold and settings do not, in our words."""
+class _UnsupportedError(ValueError):
+    """YAML that settings do not use."""
 
 
 def _why(error: Exception) -> str:
-    """A tag that stands for code is one of the faults whose place is known."""
+    """Describe a parser's error; for a tag, which may name code, by its position alone."""
     if isinstance(error, yaml.constructor.ConstructorError) and error.problem_mark:
         return f"{position(error)} has a tag or a key that no setting has"
     return fault(error)
 
 
-def _checked(events: Iterator[Any]) -> Iterator[Any]:
-    """What is nested without end stops the parser; what refers within itself grows when it is written out."""
-    depth = 0
-    for event in events:
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise _RefusedError(f"it is nested deeper than {_DEEPEST} levels")
-        if isinstance(event, yaml.AliasEvent) or (isinstance(event, yaml.ScalarEvent) and event.value == "<<"):
-            raise _RefusedError(f"line {event.start_mark.line + 1} refers to another place in it; write the values out")
-        if isinstance(event, yaml.ScalarEvent) and len(event.value) > _LONGEST:
-            raise _RefusedError(f"line {event.start_mark.line + 1} holds a value longer than any setting")
-        yield event
+def _check_event(event: Any, depth: int) -> int:
+    """Return the nesting depth after a parser's event. Refuses deep nesting, and aliases and merge keys: values that refer to
+    each other can grow without end when they are written out."""
+    depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+    if depth > _DEEPEST:
+        raise _UnsupportedError(f"it is nested deeper than {_DEEPEST} levels")
+    if isinstance(event, yaml.AliasEvent) or (isinstance(event, yaml.ScalarEvent) and event.value == "<<"):
+        raise _UnsupportedError(f"line {event.start_mark.line + 1} has an alias or a merge key; write the values out")
+    return depth
 
 
-def _check_twice(node: Any) -> None:
-    """YAML's loader would silently take the last of two."""
+def _check_duplicates(node: Any) -> None:
+    """Refuse a key that occurs twice in a mapping: PyYAML would silently take the last value."""
     if isinstance(node, yaml.SequenceNode):
-        for one in node.value:
-            _check_twice(one)
+        for item in node.value:
+            _check_duplicates(item)
     if not isinstance(node, yaml.MappingNode):
         return
     seen: set[str] = set()
     for key, value in node.value:
         if str(key.value) in seen:
-            raise _RefusedError(f"line {key.start_mark.line + 1}: `{key.value}` stands there twice")
+            raise _UnsupportedError(f"line {key.start_mark.line + 1}: duplicate key `{key.value}`")
         seen.add(str(key.value))
-        _check_twice(value)
+        _check_duplicates(value)
 
 
 def apply(config: Any, document: Mapping[str, Any]) -> list[str]:
-    """Set what the document says; returns the names in it that were not followed, which are Hydra's (`_target_`).
+    """Set what the document says. Returns the names that were ignored: Hydra's own, such as `_target_`.
 
-    A section that is null says nothing. A free mapping (`model.hf_config`) and a list are one value each, and replace the
-    whole. UserError for an unknown name or a value that does not fit.
+    A section that is null changes nothing. A free mapping (`model.hf_config`) or a list replaces the old value as a whole. Raises
+    UserError for an unknown name or a value of another type.
     """
     return _apply_section(config, document, "")
 
@@ -171,30 +173,30 @@ def _apply_section(config: Any, document: Mapping[str, Any], prefix: str) -> lis
         if key in _HYDRA:
             ignored.append(name)
             continue
-        here = field_path(config, name)
-        if here.name in CHOICES:
-            ignored += _apply_choice(here, value)
-        elif is_section(here.value):
-            ignored += _apply_section(config, _settings(here, value), f"{here.name}.")
+        path = field_path(config, name)
+        if path.name in GROUPS:
+            ignored += _apply_group(path, value)
+        elif is_section(path.value):
+            ignored += _apply_section(config, _settings(path, value), f"{path.name}.")
         else:
-            here.put(_named(value))
+            path.set(_named(value))
     return ignored
 
 
-def _apply_choice(here: FieldPath, value: Any) -> list[str]:
+def _apply_group(path: FieldPath, value: Any) -> list[str]:
     if value is None:
         return []
     ignored = [key for key in value if key in _HYDRA] if isinstance(value, Mapping) else []
-    here.put({key: one for key, one in value.items() if key not in _HYDRA} if ignored else value)
-    return [f"{here.name}.{key}" for key in ignored]
+    path.set({key: setting for key, setting in value.items() if key not in _HYDRA} if ignored else value)
+    return [f"{path.name}.{key}" for key in ignored]
 
 
-def _settings(here: FieldPath, value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {} if value is None else here.fitting(value)
+def _settings(path: FieldPath, value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {} if value is None else path.converted(value)
 
 
 def _named(value: Any) -> Any:
-    """Megatron-Bridge writes a function or a dtype as `{_target_: torch.bfloat16, _call_: false}`."""
+    """Read Megatron-Bridge's spelling of a function or dtype, `{_target_: torch.bfloat16, _call_: false}`, as its name."""
     if isinstance(value, Mapping) and value.get("_call_") is False and set(value) == {"_target_", "_call_"}:
         return value["_target_"]
     return value

@@ -9,7 +9,7 @@ import torch
 
 from tests.trainer.settings import HOPPER, settings
 from trainer.config import FinetuningDatasetConfig, RunConfig
-from trainer.estimate.built import each_rank, whole
+from trainer.estimate.built import count_each_rank, count_whole
 from trainer.estimate.memory import memory
 from trainer.peft import PEFT, DoRA, LoRA
 from trainer.settings.resolve import resolve
@@ -59,16 +59,16 @@ def test_adapters_are_as_large_as_those_that_are_attached(ranks: Any, layout: st
     config = settings(mixed_precision="fp32", peft=METHODS[method], **LAYOUTS[layout])
     resolved = resolve(config, world_size=world, device="cpu").config
     stages = resolved.model.pipeline_model_parallel_size > 1
-    found = [held.trained.total for _, held in each_rank(resolved.model, resolved.peft)]
+    found = [held.trained.total for _, held in count_each_rank(resolved.model, resolved.peft)]
     each = found if stages or layout == "experts" else found * world
-    trained = whole(resolved.model, resolved.peft).trained.total
+    trained = count_whole(resolved.model, resolved.peft).trained.total
     assert ranks.run(attached, world, resolved) == [(one, trained) for one in each]
 
 
 def test_ranks_with_other_experts_may_have_more() -> None:
     layout = {**LAYOUTS["experts"], "peft": LoRA(dim=4, target_modules=["*.layers.0.*.local_experts.3.linear_fc2"])}
     model = resolve(settings(mixed_precision="fp32", **layout), world_size=2, device="cpu").config
-    assert [held.trained.experts for _, held in each_rank(model.model, model.peft)] == [0, 4 * (48 + 64)]
+    assert [held.trained.experts for _, held in count_each_rank(model.model, model.peft)] == [0, 4 * (48 + 64)]
 
 
 def test_weights_of_a_frozen_model_are_all_there_is_of_them() -> None:
@@ -76,7 +76,7 @@ def test_weights_of_a_frozen_model_are_all_there_is_of_them() -> None:
         config = settings(peft=LoRA(dim=4), mixed_precision="bf16_mixed", ddp__use_distributed_optimizer=sharded)
         found = parts(config, world_size=4)
         resolved = resolve(config, world_size=4, device="gpu", machine=HOPPER).config
-        ((_, held),) = each_rank(resolved.model, resolved.peft)
+        ((_, held),) = count_each_rank(resolved.model, resolved.peft)
         trained = held.trained.total
         assert found["weights"] == 2 * held.frozen.total
         assert (found["adapters"], found["gradients"], found["optimizer"]) == (2 * trained, 4 * trained, optimizer * trained)
@@ -164,7 +164,7 @@ def test_layers_left_in_bf16_are_not_quantized() -> None:
     fp8 = {"mixed_precision": "bf16_with_fp8_current_scaling_mixed"}
     every, some = (parts(settings(peft=LoRA(dim=4), **fp8, model__first_last_layers_bf16=first)) for first in (False, True))
     config = settings(**fp8, model__first_last_layers_bf16=False)
-    ((_, held),) = each_rank(resolve(config, world_size=1, device="gpu", machine=HOPPER).config.model)
+    ((_, held),) = count_each_rank(resolve(config, world_size=1, device="gpu", machine=HOPPER).config.model)
     assert every["weights"] - some["weights"] == 2 * held.matrices // 2
     assert every["activations"] - some["activations"] == 2 * 128 * 2 * 64
 
