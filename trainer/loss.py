@@ -41,19 +41,19 @@ def forward_step(batches: Iterator[Batch] | None, model: Any) -> tuple[torch.Ten
 
 def _packed_step(batch: Batch, model: Any) -> tuple[torch.Tensor, LossFunction]:
     """Run one microbatch whose rows hold several examples."""
-    found = segments.find_segments(batch["segment_ids"])
+    rows = segments.find_segments(batch["segment_ids"])
     if device.current().type == "cuda":
-        batch, packed = end_to_end(batch, found)
+        batch, packed = end_to_end(batch, rows)
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
     else:
         mask = segments.attention_mask(batch["segment_ids"])
         output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
     ranks = parallel_state.get_context_parallel_world_size()  # which share the examples, and each report
-    work = (found.num_tokens / ranks, found.sum_squared_lengths / ranks)
+    work = (rows.num_tokens / ranks, rows.sum_squared_lengths / ranks)
     return output, partial(masked_sum, mask=batch["loss_mask"], work=work)
 
 
-def end_to_end(batch: Batch, found: segments.Segments) -> tuple[Batch, PackedSeqParams]:
+def end_to_end(batch: Batch, rows: segments.Segments) -> tuple[Batch, PackedSeqParams]:
     """Return all rows as one, `[1, micro batch × sequence]` on this rank's GPU, and Transformer Engine's description of segments.
 
     Under context parallelism each rank has two slices of each segment, as Transformer Engine's attention takes them, and bounds
@@ -61,18 +61,18 @@ def end_to_end(batch: Batch, found: segments.Segments) -> tuple[Batch, PackedSeq
     """
     names = ("tokens", "labels", "loss_mask", "position_ids")
     moved: dict[str, Any] = {name: batch[name].reshape(1, -1).to(device.current(), non_blocking=True) for name in names}
-    bounds = torch.from_numpy(found.cu_seqlens).pin_memory().to(device.current(), non_blocking=True)
+    bounds = torch.from_numpy(rows.cu_seqlens).pin_memory().to(device.current(), non_blocking=True)
     if parallel_state.get_context_parallel_world_size() > 1:
         whole = {**moved, "cu_seqlens": bounds[None], "cu_seqlens_padded": None}
         cut = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
         moved = {name: cut[name] for name in names}
-    return moved, _packed_seq_params(bounds, longest=_upper_bound(found))
+    return moved, _packed_seq_params(bounds, longest=_upper_bound(rows))
 
 
-def _upper_bound(found: segments.Segments) -> int:
+def _upper_bound(rows: segments.Segments) -> int:
     """Return the length of the longest segment, rounded up to a multiple of 64 as Transformer Engine does: few kernels and rotary
     tables are made. Never all tokens of several segments: megatron-core would continue positions from one to the next."""
-    longest, total = found.max_seqlen, int(found.cu_seqlens[-1])
+    longest, total = rows.max_seqlen, int(rows.cu_seqlens[-1])
     rounded = -(-longest // 64) * 64
     return rounded if rounded < total else longest
 

@@ -36,7 +36,7 @@ def as_before() -> Iterator[None]:
 
     with (
         mock.patch.object(bucket_padding, "padding_excluded", side_effect=lambda *_: nullcontext()),
-        mock.patch.object(masters, "held_against_weights", side_effect=lambda *_, **__: nullcontext()),
+        mock.patch.object(masters, "compared_with_weights", side_effect=lambda *_, **__: nullcontext()),
     ):
         yield
 

@@ -40,12 +40,13 @@ import json, sys
 import fiddle
 import nemo_run
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
+from trainer.commands.launch import run_recipe
 from trainer.launch import Job, nemo
 
 words = json.loads(sys.argv[1])
-stored = ZlibJSONSerializer().serialize(nemo.partial("llama3_8b", words))
+stored = ZlibJSONSerializer().serialize(nemo.partial(run_recipe, "llama3_8b", words))
 built = fiddle.build(fiddle.cast(nemo_run.Partial, ZlibJSONSerializer().deserialize(stored)))
-assert built.func is nemo.run_recipe
+assert built.func is run_recipe
 assert built.keywords == {"recipe": "llama3_8b", "overrides": words}, built.keywords
 limits = {"nodes": 4, "account": "team", "partition": "batch", "time": "01:30:00"}
 job = Job(program=("-c", ""), name="tiny", env={"V": "x y"}, container="c", **limits)
