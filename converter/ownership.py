@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from typing import Any, cast
 
 from converter import provenance, run_config
-from converter.adapters import description, peft_config, peft_format
+from converter.adapters.files import DESCRIPTION, PEFT_CONFIG, PEFT_WEIGHTS
 from converter.side_files import CONFIG, EXTRAS, FILES, HEADERS, TOKENIZER_FILES
 from formats import integrity
 from formats.dcp_index import METADATA
@@ -25,14 +25,14 @@ _RECORD = re.compile(rf"(iter_\d+/)?{re.escape(provenance.FILE)}")
 _IN_AN_ITERATION = re.compile(
     "|".join((
         *map(re.escape, (METADATA, FORMAT, COMMON, TRAIN_STATE, run_config.FILE, provenance.FILE, integrity.FILE, EXTRAS)),
-        re.escape(description.FILE),
+        re.escape(DESCRIPTION),
         r"__\d+_\d+\.distcp",
         rf"({FILES}|{HEADERS})/.+",
         rf"tokenizer/({'|'.join(map(re.escape, TOKENIZER_FILES))})",
     ))
 )  # fmt: skip
 _IN_A_MODEL = {
-    provenance.FILE, INDEX, SINGLE, CONFIG, "generation_config.json", peft_format.FILE, peft_config.FILE, *TOKENIZER_FILES,
+    provenance.FILE, INDEX, SINGLE, CONFIG, "generation_config.json", PEFT_WEIGHTS, PEFT_CONFIG, *TOKENIZER_FILES,
     ".gitattributes", "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md",
 }  # fmt: skip
 _NOT_LISTED = "which the conversion that made it did not write"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from converter.adapters.description import Base
+from converter.adapters.adapter import Base
 from formats.errors import UserError
 from trainer import parallel
 from trainer.checkpoints import adapters, checkpoint, iterations, live, resuming

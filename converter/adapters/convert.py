@@ -1,4 +1,4 @@
-"""Adapters both ways, from the outside in: check, open, plan, carry out."""
+"""Convert adapters in both directions, from the outside in: check, open, plan, execute."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Unpack
 
-from converter.adapters.description import base_name
+from converter.adapters.adapter import base_name
+from converter.adapters.base import identify_base
 from converter.adapters.exporting import plan_export
 from converter.adapters.files import refuse_adapter, require, require_peft
-from converter.adapters.importing import open_base, plan_import
+from converter.adapters.importing import plan_import
 from converter.conversion_plan import ExecutionArguments, ExecutionOptions, Reporter, Summary
 from converter.convert import check_place
 from converter.execute import execute
@@ -46,7 +47,7 @@ def adapter_to_mcore(
     with closing(folder), closing(beside):
         require_peft(folder)
         refuse_adapter(beside)
-        job = plan_import(folder, open_base(beside, name=base_name(base)), target, reporter, canonical=canonical)
+        job = plan_import(folder, identify_base(beside, name=base_name(base)), target, reporter, canonical=canonical)
         return execute(job, how, reporter, sources=[folder, beside])
 
 

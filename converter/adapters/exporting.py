@@ -1,12 +1,13 @@
-"""From a Megatron adapter checkpoint to everything that making PEFT's folder does."""
+"""Plan PEFT's folder from a Megatron adapter checkpoint."""
 
 from __future__ import annotations
 
 from converter import provenance
-from converter.adapters import description as described
-from converter.adapters import peft_config, peft_format
-from converter.adapters.megatron_format import MegatronAdapter, open_megatron
-from converter.adapters.names import WEIGHT
+from converter.adapters import peft_config
+from converter.adapters.files import DESCRIPTION, PEFT_CONFIG, PEFT_WEIGHTS
+from converter.adapters.megatron import MegatronAdapter, open_megatron_adapter
+from converter.adapters.names import module_of
+from converter.adapters.peft import make_shard
 from converter.comparison import CheckpointView
 from converter.conversion_plan import ConversionPlan, manifest, outputs_for
 from converter.plan import TensorPlan, as_stored
@@ -17,21 +18,20 @@ from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, Shard
 
 
 def plan_export(root: Folder, target: str) -> ConversionPlan:
-    """Everything an export does. Raises UserError for whatever PEFT's files cannot say exactly."""
-    found = open_megatron(root)
-    shards = peft_format.make_shard(tensor_plan.spec for tensor_plan in found.opened.tensor_plans.values())
-    made = found.opened.tensor_plans
-    tensor_plans = [made[name] for shard in shards.values() for name in shard.tensors]
-    return _job(found, root, target, shards, tensor_plans)
+    """Plan an export. Raises UserError for whatever PEFT's files cannot represent exactly."""
+    source = open_megatron_adapter(root)
+    plans = source.adapter.tensor_plans
+    shards = make_shard(tensor_plan.spec for tensor_plan in plans.values())
+    return _job(source, root, target, shards, [plans[name] for shard in shards.values() for name in shard.tensors])
 
 
 def _job(
-    found: MegatronAdapter, root: Folder, target: str, shards: dict[str, Shard], tensor_plans: list[TensorPlan]
+    source: MegatronAdapter, root: Folder, target: str, shards: dict[str, Shard], tensor_plans: list[TensorPlan]
 ) -> ConversionPlan:
-    opened, folder = found.opened, found.reader.folder
-    modules = [weight.removesuffix(WEIGHT) for weight in opened.parts]
+    opened, folder = source.adapter, source.reader.folder
+    modules = [module_of(weight) for weight in opened.parts]
     outputs = outputs_for(target, tensor_plans, {})
-    read = [*found.reader.container.files, METADATA, described.FILE, f"{FILES}/{CONFIG}"]
+    read = [*source.reader.container.files, METADATA, DESCRIPTION, f"{FILES}/{CONFIG}"]
     return ConversionPlan(
         command="adapter-to-hf",
         source=opened.label,
@@ -43,17 +43,17 @@ def _job(
         manifest=manifest("adapter-to-hf", {}, {name: FileRef(folder, name) for name in read if folder.has(name)}),
         provenance_fields={
             "source": provenance.megatron_source(root, folder),
-            "family": found.origin.config["model_type"],
-            "tensors": {"in": len(found.reader.specs), "out": len(tensor_plans)},
+            "family": source.origin.config["model_type"],
+            "tensors": {"in": len(source.reader.specs), "out": len(tensor_plans)},
         },
         tensors={tensor_plan.spec.name: tensor_plan.spec for tensor_plan in tensor_plans},
         passing="made",
         views=lambda written: (CheckpointView(opened.label, opened.reader, opened.tensor_plans), _written(written)),
-        documents={peft_config.FILE: peft_config.make(opened.description, modules, layers=found.model.layers)},
-        last=(peft_config.FILE,),
+        documents={PEFT_CONFIG: peft_config.encode(opened.description, modules, layers=source.model.layers)},
+        last=(PEFT_CONFIG,),
     )
 
 
 def _written(folder: Folder) -> CheckpointView:
-    reader = HuggingFaceReader(folder, files=[peft_format.FILE])
+    reader = HuggingFaceReader(folder, files=[PEFT_WEIGHTS])
     return CheckpointView(folder.label, reader, as_stored(reader.specs))

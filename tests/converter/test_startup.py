@@ -26,7 +26,12 @@ print(json.dumps([
 """
 
 _OF_URLS = ("formats.remote", "http", "ssl", "email", "botocore", "google", "requests", "huggingface_hub")
-_OF_ADAPTERS = ("converter.adapters.open", "converter.adapters.description", "converter.adapters.merge")
+_OF_ADAPTERS = (
+    "converter.adapters.adapter",
+    "converter.adapters.megatron",
+    "converter.adapters.peft",
+    "converter.adapters.merge",
+)
 _OF_OTHERS = ("rich", "importlib.metadata", "converter.proof")
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from converter.adapters import description
-from converter.adapters.description import Base, Description
-from converter.adapters.files import is_peft
+from converter.adapters.adapter import METHODS, Base, Description, base_name
+from converter.adapters.files import DESCRIPTION, is_peft
 from converter.adapters.fingerprint import fingerprint
+from converter.adapters.megatron import check_method, read_description
 from converter.plan import as_stored
 from converter.reference import UnknownModelError
 from converter.sources import open_source
@@ -43,14 +43,14 @@ def described(peft: Any, base: Base | None) -> Description:
     known = {name: getattr(peft, name) for name in ("dim", "alpha", "use_rslora", "canonical", "dropout") if hasattr(peft, name)}
     names = {name: tuple(getattr(peft, name, ())) for name in ("target_modules", "exclude_modules")}
     name = type(peft).__name__
-    return Description(method=name.lower() if name.lower() in description.METHODS else name, base=base, **known, **names)
+    return Description(method=name.lower() if name.lower() in METHODS else name, base=base, **known, **names)
 
 
 def method_of(found: Description) -> Any:
     """The method that a description tells of. UserError for one of somebody's own, which only its code knows."""
     from trainer.peft import DoRA, LoRA  # noqa: PLC0415 - bring megatron-core's layers
 
-    description.check_method(found, label=description.FILE)
+    check_method(found, label=DESCRIPTION)
     method = {"lora": LoRA, "dora": DoRA}[found.method]
     names = {name: list(getattr(found, name)) for name in ("target_modules", "exclude_modules")}
     return method(dim=found.dim, alpha=found.alpha, use_rslora=found.use_rslora, canonical=found.canonical, **names)
@@ -62,7 +62,7 @@ def find(source: str) -> Description | None:
     if detect(folder) is not Format.TORCH_DIST:
         return None
     iteration = find_iteration(folder)
-    return description.read(iteration) if iteration.has(description.FILE) else None
+    return read_description(iteration) if iteration.has(DESCRIPTION) else None
 
 
 def base_of(config: RunConfig, resumed: Path | None) -> str | None:
@@ -88,7 +88,7 @@ def identify(source: str | None, config: RunConfig, resumed: Path | None) -> Bas
                 hint="name the model with `checkpoint.pretrained_checkpoint`",
             )
         return None
-    base = Base(description.base_name(source), from_first_rank(lambda: _fingerprint(source)))
+    base = Base(base_name(source), from_first_rank(lambda: _fingerprint(source)))
     before = found.base if resumed and (found := _read(resumed)) else None
     if before and before.fingerprint and base.fingerprint and before.fingerprint != base.fingerprint:
         raise _another_base(str(resumed), before, base)
@@ -112,7 +112,7 @@ def _another_base(source: str, theirs: Base, ours: Base) -> UserError:
 
 
 def _read(folder: Path) -> Description | None:
-    return description.read(LocalFolder(folder)) if (folder / description.FILE).is_file() else None
+    return read_description(LocalFolder(folder)) if (folder / DESCRIPTION).is_file() else None
 
 
 def _check_method(found: Description | None, config: RunConfig, resumed: Path | str) -> None:
@@ -177,7 +177,7 @@ def load(chunks: Sequence[Any], source: str, config: RunConfig, base: Base | Non
             hint=f"make a checkpoint of it: `mbconvert adapter-to-mcore {source} DST --base …`, and name that",
         )
     with closing(TorchDistReader(LocalFolder(Path(source)))) as reader:
-        found = description.read(reader.folder)
+        found = read_description(reader.folder)
         _check_method(found, config, source)
         if base and base.fingerprint and found.base and found.base.fingerprint not in {"", base.fingerprint}:
             raise _another_base(source, found.base, base)

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from converter import families, run_config, side_files
-from converter.adapters import description
-from converter.adapters.description import Base
+from converter.adapters.adapter import Base
+from converter.adapters.files import DESCRIPTION
+from converter.adapters.megatron import encode_description
 from converter.config import to_megatron
 from converter.layout import make_layout
 from converter.megatron_settings import Kind
@@ -51,7 +52,7 @@ def collect(
     run = iterations.run_of(resumed) if resumed else iterations.new_run()
     found |= {iterations.OURS: iterations.signature(run) + yaml_io.dump(config).encode()}
     if config.peft is not None:
-        found |= {description.FILE: description.make(adapters.described(config.peft, base))}
+        found |= {DESCRIPTION: encode_description(adapters.described(config.peft, base))}
     if isinstance(config.model, GPTModelProvider) and sum(stages) == config.model.num_layers:
         found |= {run_config.FILE: _run_config(config.model, stages)}
     if hf_config.unsayable(config.model):

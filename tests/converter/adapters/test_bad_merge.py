@@ -88,7 +88,7 @@ def test_another_base_than_it_was_trained_beside(base, model_folder, peft_folder
     adapter_to_mcore(peft_folder(), tmp_path / "a", base=base)
     said = refused(other, tmp_path / "a", tmp_path)
     assert said.startswith(
-        f"the adapter was trained beside `{base}`, whose fingerprint is {fingerprint(base)}; that of `{other}` is "
+        f"the adapter was trained on `{base}`, whose fingerprint is {fingerprint(base)}; that of `{other}` is "
         f"{fingerprint(other)}"
     )
     merge(other, tmp_path / "a", tmp_path / "any", any_base=True)
@@ -109,12 +109,14 @@ def test_pefts_own_files_do_not_tell_and_that_is_said(base, adapter, tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/name"}))
     notes = []
     merge(base, adapter, tmp_path / "merged", reporter=Reporter(note=notes.append))
-    assert notes == ["the adapter does not tell its base apart from other models (it names `org/name`): that is not checked"]
+    assert notes == [
+        "the adapter has no fingerprint of its base (it names `org/name`): whether it was trained on this one is not checked"
+    ]
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"to": "hf", "tp": 2}, "`tp` is 2, which means nothing to a Hugging Face directory"),
-    ({"to": "mcore", "max_shard_size": 10_000}, "`max_shard_size` is 10000, which means nothing to a Megatron checkpoint"),
+    ({"to": "hf", "tp": 2}, "`tp` is 2, which has no effect if the target is a Hugging Face directory"),
+    ({"to": "mcore", "max_shard_size": 10}, "`max_shard_size` is 10, which has no effect if the target is a Megatron checkpoint"),
     ({"to": "gguf"}, "the target's format `gguf` is not one of hf, mcore"),
     ({"workers": 0}, "`workers` is 0, which should be 1 to 256"),
     ({"to": "mcore", "tp": 3}, "tensor-parallel size 3 neither divides the model's 4 query groups nor is a multiple of them"),

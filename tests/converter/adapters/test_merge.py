@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from converter import Reporter, UserError, check, hf_to_mcore, mcore_to_hf, verify
-from converter.adapters.adapter import Adapter, Delta
+from converter.adapters.adapter import Delta
 from converter.adapters.convert import adapter_to_mcore
-from converter.adapters.description import Description
 from converter.adapters.merge import merge
 from converter.adapters.merged import MergedReader, block_rows, blocks
 from formats.folder import LocalFolder
@@ -318,8 +317,8 @@ def wide(tmp_path_factory):
     a, b, weight = (generator.standard_normal(shape, np.float32) for shape in ((16, 2051), (200, 16), (200, 2051)))
     save_file({"weight": torch.from_numpy(weight)}, folder / "model.safetensors")
     delta = Delta(a, b, 0.7, np.abs(b[:, 0]))
-    adapter = Adapter(Description("dora"), frozenset({"weight"}), {"weight": delta}.__getitem__, lambda: None)
-    with closing(MergedReader(HuggingFaceReader(LocalFolder(folder)), adapter, dtype="keep")) as merged:
+    base, deltas = HuggingFaceReader(LocalFolder(folder)), {"weight": delta}
+    with closing(MergedReader(base, deltas.__getitem__, changed=deltas.keys(), dtype="keep")) as merged:
         whole = np.empty_like(weight)
         merged.read("weight", merged.specs["weight"].full_region, whole)
         yield merged, whole

@@ -88,7 +88,9 @@ def test_an_adapter_of_the_head_is_sent_to_merge_which_takes_it(adapter, base, t
     known = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps({**known, "target_modules": [*known["target_modules"], module]}))
     said = message(adapter_to_mcore, adapter, tmp_path / "out", base=base)
-    assert f"holds an adapter for `{module}.weight`, where Megatron's adapters have no place" in said
+    assert (
+        f"holds an adapter for `{module}.weight`, but Megatron's adapters are on the linear layers of the decoder alone" in said
+    )
     assert "hint: merge it into its base model instead: `mbconvert merge`" in said
     merge(base, adapter, tmp_path / "out")
     assert not torch.equal(*(load_file(one / "model.safetensors")["lm_head.weight"] for one in (base, tmp_path / "out")))
@@ -130,7 +132,7 @@ def test_each_command_names_what_it_was_given_and_the_command_for_it(adapter, ba
         f"`{adapter}` is a PEFT adapter, not a Megatron adapter checkpoint\n\nhint: `mbconvert adapter-to-mcore` converts it"
     )
     assert message(adapter_to_mcore, tmp_path / "lora", tmp_path / "out", base=base).startswith(
-        f"`{tmp_path / 'lora'}` is a Megatron checkpoint, not a PEFT adapter\n\nhint: `mbconvert mcore-to-hf` converts it; where"
+        f"`{tmp_path / 'lora'}` is a Megatron checkpoint, not a PEFT adapter\n\nhint: `mbconvert mcore-to-hf` converts it, or"
     )
     alone = f"`{adapter}` is an adapter without its model"
     assert message(mcore_to_hf, adapter, tmp_path / "out").startswith(alone)
