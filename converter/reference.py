@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from converter import agreement, families, megatron_settings, run_config, side_files
+from converter import consistency, families, megatron_settings, run_config, side_files
 from converter.config import to_huggingface
 from converter.padded_vocab import rows_of, tokens
-from converter.run_config import Said, UnknownModelError
+from converter.run_config import ModelSettings, UnknownModelError
 from converter.side_files import HFReference
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
@@ -29,12 +29,12 @@ def find(reader: TorchDistReader, given: Folder | None, *, any_settings: bool = 
     notes = () if any_settings else _check_settings(said, sure=given is not None or own is not None)
     origin = side_files.from_folder(given) if given else own or _rebuilt(reader, said, vocab)
     others = [own] if given and own else []
-    rows = agreement.vocabulary_rows(reader.specs)
-    agreement.check(origin, others, said, rows=rows)
+    rows = consistency.embedding_rows(reader.specs)
+    consistency.check(origin, others, said, rows=rows)
     return replace(origin, notes=(*origin.notes, *notes, *_rows_left_out(origin, said, rows or 0)))
 
 
-def _rows_left_out(origin: HFReference, said: Sequence[Said], rows: int) -> Iterator[str]:
+def _rows_left_out(origin: HFReference, said: Sequence[ModelSettings], rows: int) -> Iterator[str]:
     """Tell of rows after the vocabulary that are more, or fewer, than its padding: they may be tokens that were added."""
     size = origin.config["vocab_size"]
     for one in said:
@@ -46,21 +46,21 @@ def _rows_left_out(origin: HFReference, said: Sequence[Said], rows: int) -> Iter
             )
 
 
-def _check_settings(said: Sequence[Said], *, sure: bool) -> tuple[str, ...]:
+def _check_settings(said: Sequence[ModelSettings], *, sure: bool) -> tuple[str, ...]:
     """Raise UserError for a setting that no `config.json` can say. One that is unknown here is only noted where somebody is
     `sure` which model it is."""
     found = [
         (one, place.origin)
         for place in said
-        for one in megatron_settings.foreign(place.settings, only_model_words=place.origin == run_config.ARGS)
+        for one in megatron_settings.find_unsupported(place.settings, only_model_words=place.origin == run_config.ARGS)
     ]
     for one, origin in sorted(found, key=lambda each: not each[0].known):
         if one.known or not sure:
-            raise megatron_settings.refuse(one, origin)
+            raise megatron_settings.unsupported_error(one, origin)
     return tuple(f"{origin} has `{one.name}`, which is not known here: it is taken not to matter" for one, origin in found)
 
 
-def _rebuilt(reader: TorchDistReader, said: Sequence[Said], vocab: int | None) -> HFReference:
+def _rebuilt(reader: TorchDistReader, said: Sequence[ModelSettings], vocab: int | None) -> HFReference:
     if not said:
         raise UnknownModelError(
             f"`{reader.folder.label}` says nothing about its model: no `config.json`, no `{run_config.FILE}`, no `args`",

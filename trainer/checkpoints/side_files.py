@@ -20,8 +20,7 @@ from converter.adapters.files import DESCRIPTION
 from converter.adapters.megatron import encode_description
 from converter.config import to_megatron
 from converter.layout import make_layout
-from converter.megatron_settings import Kind
-from converter.megatron_settings import kind as kind_of
+from converter.megatron_settings import Effect, effect_of
 from converter.model import Model
 from converter.sources import open_source
 from formats.detect import Format, detect
@@ -130,8 +129,8 @@ def _run_config(model: GPTModelProvider, stages: Sequence[int]) -> bytes:
 
 def _own_fields(model: GPTModelProvider) -> dict[str, Any]:
     """Settings of a model that a `run_config.yaml` can hold: all but those that say how it is computed."""
-    of_model = (Kind.COMPUTED, Kind.SAID, Kind.PART)
-    told = {one.name: getattr(model, one.name) for one in fields(model) if kind_of(one.name) in of_model}
+    of_model = (Effect.FUNCTION, Effect.CONFIG, Effect.DEPENDENT)
+    told = {one.name: getattr(model, one.name) for one in fields(model) if effect_of(one.name) in of_model}
     plain = {name: value for name, value in told.items() if _is_plain(value)}
     return {**plain, "activation_func": getattr(model.activation_func, "__name__", "unknown")}
 

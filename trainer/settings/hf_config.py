@@ -87,7 +87,7 @@ def compare(provider: Any, config: Mapping[str, Any], *, source: str) -> list[st
 def unsayable(provider: Any) -> dict[str, Any]:
     """Settings of a provider that change what it computes and that no `config.json` can say: its checkpoints get none."""
     settings = {name: _plain(getattr(provider, name)) for name in _CONTEXT if hasattr(provider, name)}
-    return {one.name: one.value for one in megatron_settings.foreign(settings, only_model_words=True) if one.known}
+    return {one.name: one.value for one in megatron_settings.find_unsupported(settings, only_model_words=True) if one.known}
 
 
 _CONTEXT = (*megatron_settings.NEUTRAL, "window_size", "kv_channels", "hidden_size", "num_attention_heads")
@@ -108,7 +108,7 @@ def compare_settings(provider: Any, settings: Mapping[str, Any], *, source: str)
     UserError for a setting of theirs that the provider does not have."""
     theirs = {
         _OTHER_NAMES.get(one.name, one.name): one.value
-        for one in megatron_settings.foreign(settings, only_model_words=True)
+        for one in megatron_settings.find_unsupported(settings, only_model_words=True)
         if one.known
     }
     ours = unsayable(provider)
