@@ -30,11 +30,16 @@ def adapter_to_mcore(
     reporter: Reporter | None = None,
     **options: Unpack[ExecutionArguments],
 ) -> Summary:
-    """Write a PEFT adapter as a Megatron checkpoint that holds its tensors alone, each in the dtype it has.
+    """Write a PEFT adapter as a Megatron checkpoint of the adapter's tensors, each in its dtype.
 
-    `source` is PEFT's folder, its URL or Hub id; `base` the model that it was trained beside, in either format. `canonical`
-    keeps the separate adapters that PEFT has; without it those of query, key and value, and of gate and up, become one, which
-    needs their A to be the same. Raises UserError before a byte moves for whatever cannot be converted exactly.
+    `source` is PEFT's folder, its URL or Hub id; `base` is the model that it was trained on, in either format. `canonical` keeps
+    separate adapters for query, key and value, and for gate and up, as PEFT has them. Without it each Megatron module gets one
+    adapter, which requires that their A are equal.
+
+    Raises UserError before a byte moves if the adapter cannot be converted exactly. After any failure nothing is at `target`.
+
+    >>> adapter_to_mcore("adapter", "lora-megatron", base="Llama-3.2-1B").tensors
+    8
     """
     how, reporter, target, folder = (
         ExecutionOptions(**options),
@@ -42,23 +47,29 @@ def adapter_to_mcore(
         expanded(target),
         open_source(source, or_hub=True),
     )
-    beside = open_source(base, or_hub=True)
-    check_place(target, [folder, beside], how)
-    with closing(folder), closing(beside):
+    base_folder = open_source(base, or_hub=True)
+    check_place(target, [folder, base_folder], how)
+    with closing(folder), closing(base_folder):
         require_peft(folder)
-        refuse_adapter(beside)
-        job = plan_import(folder, identify_base(beside, name=base_name(base)), target, reporter, canonical=canonical)
-        return execute(job, how, reporter, sources=[folder, beside])
+        refuse_adapter(base_folder)
+        model = identify_base(base_folder, name=base_name(base))
+        job = plan_import(folder, model, target, reporter, canonical=canonical)
+        return execute(job, how, reporter, sources=[folder, base_folder])
 
 
 @user_errors()
 def adapter_to_hf(
     source: str | Path, target: str | Path, *, reporter: Reporter | None = None, **options: Unpack[ExecutionArguments]
 ) -> Summary:
-    """Write a Megatron adapter checkpoint as the folder that PEFT's `save_pretrained` would write, each tensor in its dtype.
+    """Write a Megatron adapter checkpoint as the folder that PEFT's `save_pretrained` writes, each tensor in its dtype.
 
-    `source` is the checkpoint's root or one iteration. A fused adapter becomes one for each of the weights it changes, with
-    the same A. Raises UserError before a byte moves for whatever cannot be converted exactly.
+    `source` is the root of a checkpoint or one iteration. The adapter of a fused module becomes one adapter for each of the
+    weights it changes, all with the same A.
+
+    Raises UserError before a byte moves if the adapter cannot be converted exactly. After any failure nothing is at `target`.
+
+    >>> list(adapter_to_hf("megatron-adapter", "lora").files)
+    ['adapter_config.json', 'adapter_model.safetensors', 'conversion.json']
     """
     how, reporter, target, root = ExecutionOptions(**options), reporter or Reporter(), expanded(target), open_source(source)
     check_place(target, [root], how)

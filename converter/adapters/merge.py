@@ -59,8 +59,12 @@ def merge(
     `base` is a Hugging Face directory, a URL, a Hub id or a Megatron checkpoint; `adapter` is PEFT's folder or a Megatron
     checkpoint of an adapter; `to` is the target's format, by default the base's. A Megatron target is laid out anew, by `tp`,
     `pp` and so on; a Hugging Face one keeps the base's files. An adapter that names its base is refused with another base,
-    unless `any_base`. Raises UserError before a byte moves for whatever does not fit; after any failure nothing is at
-    `target`.
+    unless `any_base`.
+
+    Raises UserError before a byte moves if the adapter does not fit. After any failure nothing is at `target`.
+
+    >>> merge("Llama-3.2-1B", "adapter", "merged").tensors
+    39
     """
     how, reporter, target = ExecutionOptions(**options), reporter or Reporter(), expanded(target)
     counts = {"tp": tp, "pp": pp, "vpp": vpp, "vocab_divisible_by": vocab_divisible_by, "max_shard_size": max_shard_size}
