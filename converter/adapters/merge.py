@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from inspect import signature
 from pathlib import Path
@@ -88,10 +88,8 @@ def merge(
     with closing(open_adapter(adapter_folder)) as opened:
         if not any_base:
             _check_base(folder, opened.description.base, reporter)
-        model = open_base(folder, given)
-        with closing(model.reader):
-            workers = workers_for(how.workers, sources, target)
-            source = _merge_source(model, opened, adapter_folder, dtype=dtype, workers=workers)
+        workers = workers_for(how.workers, sources, target)
+        with _merged(open_base(folder, given), opened, adapter_folder, dtype=dtype, workers=workers) as source:
             job = _plan_files(source, target, files, reporter) if kind == "hf" else plan_import(source, target, layout, reporter)
             return execute(job, how, reporter, sources=sources)
 
@@ -143,11 +141,13 @@ def _check_base(folder: Folder, expected: Base | None, reporter: Reporter) -> No
         )
 
 
-def _merge_source(model: Source, adapter: AdapterReader, folder: Folder, *, dtype: str, workers: int) -> Source:
-    """Return the base with the adapter's changes added when it is read."""
-    result = survey(adapter, model, folder)
-    reader = MergedReader(model.reader, adapter.read_delta, changed=adapter.parts.keys(), dtype=dtype)
-    return replace(model, reader=reader, adapter=result.provenance, memory=_memory(result.nbytes, workers=workers))
+@contextmanager
+def _merged(model: Source, adapter: AdapterReader, folder: Folder, *, dtype: str, workers: int) -> Generator[Source]:
+    """Yield the base with the adapter's changes added when it is read, and close it. `folder`: the adapter's."""
+    with closing(model.reader):
+        result = survey(adapter, model, folder)
+        reader = MergedReader(model.reader, adapter.read_delta, changed=adapter.parts.keys(), dtype=dtype)
+        yield replace(model, reader=reader, adapter=result.provenance, memory=_memory(result.nbytes, workers=workers))
 
 
 def _memory(nbytes: Mapping[str, int], *, workers: int) -> int:
