@@ -9,14 +9,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from converter import families, reference
+from converter.checks import check_dimensions, check_zero
 from converter.config import make_model
-from converter.exporting import megatron_source
-from converter.importing import huggingface_source
 from converter.plan import Piece, TensorPlan, check_dtypes
 from converter.recognize import refuse_unfit
-from converter.run import check_zero
-from converter.sources import Source
-from converter.views import check_dimensions, megatron_view
+from converter.sources import Source, huggingface_source, megatron_source
+from converter.views import megatron_view
 from formats.detect import Format, detect
 from formats.errors import UserError
 from formats.folder import Folder

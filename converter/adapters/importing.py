@@ -20,11 +20,14 @@ from converter.adapters.peft_config import PeftConfig
 from converter.adapters.peft_format import PeftAdapter, open_peft
 from converter.comparison import CheckpointView
 from converter.config import make_model
-from converter.conversion_plan import ConversionPlan, Reporter, manifest, outputs_for
+from converter.conversion import Conversion
+from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
+from converter.execution import Reporter
 from converter.model import Model
 from converter.plan import TensorPlan, list_names, same_tensor
+from converter.provenance import Provenance
 from converter.rules import Rule
-from converter.side_files import HFReference
+from converter.side_files import HFReference, SideFiles
 from formats.arrays import same_bits
 from formats.dcp_index import METADATA
 from formats.detect import Format, detect
@@ -69,8 +72,8 @@ class _Planned:
     """Tensors that are stored once though PEFT has them several times, and those they equal."""
 
 
-def plan_import(folder: Folder, base: BaseModel, target: str, reporter: Reporter, *, canonical: bool) -> ConversionPlan:
-    """Everything an import does. Raises UserError for whatever Megatron's adapters cannot say exactly."""
+def plan_import(folder: Folder, base: BaseModel, reporter: Reporter, *, canonical: bool) -> Conversion:
+    """Return the conversion of a PEFT adapter to Megatron. Raises UserError for what Megatron's adapters cannot say exactly."""
     source = open_peft(folder)
     left_out = [name for name in folder.children() if name not in (peft_format.FILE, peft_config.FILE)]
     if left_out:
@@ -94,7 +97,7 @@ def plan_import(folder: Folder, base: BaseModel, target: str, reporter: Reporter
     aliases = {
         peft_name(weight, Factor.A): peft_name(place.weights[0], Factor.A) for place in found for weight in place.weights[1:]
     }
-    return _job(folder, base, target, _Planned(source, description, tensor_plans, aliases))
+    return _conversion(folder, base, _Planned(source, description, tensor_plans, aliases))
 
 
 def _module(weight: str) -> str:
@@ -202,37 +205,42 @@ def _fused(place: AdaptedModule, opened: AdapterReader, description: Description
             yield TensorPlan(spec, tuple(parts), tuple(place.runs()))
 
 
-def _job(folder: Folder, base: BaseModel, target: str, found: _Planned) -> ConversionPlan:
-    opened, carried, inside = found.source.opened, side_files.collect_again(base.origin), f"{iteration_folder(0)}/"
+def _conversion(folder: Folder, base: BaseModel, found: _Planned) -> Conversion:
+    opened, beside = found.source.opened, side_files.collect_again(base.origin)
+    return Conversion(
+        plan=_conversion_plan(folder, base, found, beside),
+        reader=opened.reader,
+        views=lambda written: (_side(opened), _side(open_megatron(written).opened)),
+        copies=beside.copies,
+    )
+
+
+def _conversion_plan(folder: Folder, base: BaseModel, found: _Planned, beside: SideFiles) -> ConversionPlan:
+    specs, opened = [tensor_plan.spec for tensor_plan in found.tensor_plans], found.source.opened
     options = {"canonical": found.description.canonical, "base": base.told.fingerprint}
-    outputs = outputs_for(target, found.tensor_plans, options)
-    documents = {**carried.documents, described.FILE: described.make(found.description)}
     sources = {name: FileRef(folder, name) for name in (peft_format.FILE, peft_config.FILE)}
     return ConversionPlan(
-        command="adapter-to-mcore",
         source=opened.label,
-        target=target,
-        reader=opened.reader,
-        writer=TorchDistWriter(
-            outputs,
-            [ShardedTensor(tensor_plan.spec, ((tensor_plan.spec.full_region, 0),)) for tensor_plan in found.tensor_plans],
-            whole_model=False,
-        ),
-        outputs=outputs,
         tensor_plans=found.tensor_plans,
-        manifest=manifest("adapter-to-mcore", options, {**sources, **carried.copies}),
-        provenance_fields=_facts(folder, base, found, options),
-        tensors={
-            copy.source: opened.reader.specs[copy.source] for tensor_plan in found.tensor_plans for copy in tensor_plan.copies
-        },
-        passing="read",
-        views=lambda written: (_side(opened), _side(open_megatron(written).opened)),
-        aliases=found.aliases,
-        copies={f"{inside}{name}": file for name, file in carried.copies.items()},
-        documents={f"{inside}{name}": data for name, data in documents.items()},
-        folder=inside,
-        last=(f"{inside}{METADATA}",),
-        integrity=True,
+        output=OutputFiles(
+            writer=TorchDistWriter([ShardedTensor(spec, ((spec.full_region, 0),)) for spec in specs], whole_model=False),
+            documents={**beside.documents, described.FILE: described.make(found.description)},
+            copied=sizes_of(beside.copies),
+            folder=f"{iteration_folder(0)}/",
+            integrity=True,
+            last=(METADATA,),
+        ),
+        provenance=Provenance(
+            command="adapter-to-mcore",
+            fields=_facts(folder, base, found, options),
+            tensors={
+                copy.source: opened.reader.specs[copy.source] for tensor_plan in found.tensor_plans for copy in tensor_plan.copies
+            },
+            passing="read",
+            aliases=found.aliases,
+        ),
+        manifest=manifest("adapter-to-mcore", options, {**sources, **beside.copies}),
+        identity=options,
     )
 
 

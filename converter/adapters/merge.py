@@ -16,9 +16,10 @@ from converter.adapters.fingerprint import fingerprint
 from converter.adapters.fitting import survey
 from converter.adapters.merged import MergedReader
 from converter.adapters.open import open_either
-from converter.conversion_plan import ConversionPlan, ExecutionArguments, ExecutionOptions, Reporter, Summary
-from converter.convert import check_options, check_place
+from converter.checks import check_execution, check_locations, check_options
+from converter.conversion import Conversion
 from converter.execute import execute
+from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.exporting import ExportOptions, plan_files
 from converter.importing import ImportOptions, left_out, plan_import
 from converter.plan import TensorPlan, casts, same_tensor
@@ -52,7 +53,7 @@ def merge(
     max_shard_size: int | None = None,
     dtype: str = KEEP,
     reporter: Reporter | None = None,
-    **options: Unpack[ExecutionArguments],
+    **options: Unpack[ExecutionOptions],
 ) -> Summary:
     """Write a model with an adapter's changes added to its weights: in fp32, rounded once to each weight's dtype, or `dtype`.
 
@@ -62,7 +63,8 @@ def merge(
     unless `any_base`. Raises UserError before a byte moves for whatever does not fit; after any failure nothing is at
     `target`.
     """
-    how, reporter, target = ExecutionOptions(**options), reporter or Reporter(), expanded(target)
+    check_execution(options)
+    reporter, target = reporter or Reporter(), expanded(target)
     counts = {"tp": tp, "pp": pp, "vpp": vpp, "vocab_divisible_by": vocab_divisible_by, "max_shard_size": max_shard_size}
     check_options(dtype=dtype, **counts)
     folder, given = open_source(base, or_hub=True), open_source(hf_config) if hf_config else None
@@ -83,22 +85,22 @@ def merge(
     _check_meant(to, layout, files)
     beside = open_source(adapter, or_hub=True)
     sources = [folder, beside, *([given] if given else [])]
-    check_place(target, sources, how)
+    check_locations(target, sources, options)
     with closing(open_either(beside).adapter()) as opened:
         if not any_base:
             _check_base(folder, opened, reporter)
         model = open_base(folder, given)
         with closing(model.reader):
             found = survey(opened, model, beside)
-            workers = workers_for(how.workers, sources, target)
+            workers = workers_for(options.get("workers"), sources, target)
             source = replace(
                 model,
                 reader=MergedReader(model.reader, opened, dtype=dtype),
                 adapter=found.told,
                 memory=found.memory(workers),
             )
-            job = _as_files(source, target, files, reporter) if to == "hf" else plan_import(source, target, layout, reporter)
-            return execute(job, how, reporter, sources=sources)
+            conversion = _as_files(source, files, reporter) if to == "hf" else plan_import(source, layout, reporter)
+            return execute(conversion, target, options=options, reporter=reporter, sources=sources)
 
 
 def _check_meant(to: Kind, layout: ImportOptions, files: ExportOptions) -> None:
@@ -135,12 +137,12 @@ def _as_named(base: Base | None) -> str:
     return f" (it names `{base.name}`)" if base and base.name else ""
 
 
-def _as_files(source: Source, target: str, wanted: ExportOptions, reporter: Reporter) -> ConversionPlan:
+def _as_files(source: Source, wanted: ExportOptions, reporter: Reporter) -> Conversion:
     """The same tensors, in the base's files where they are known."""
     tensor_plans = [_kept(spec, wanted.dtype) for spec in source.reader.specs.values()]
     for text in (*left_out(source), *(f"weights are cast from {old} to {new}" for old, new in casts(tensor_plans).items())):
         reporter.note(text)
-    return plan_files(source, tensor_plans, target, wanted, reporter)
+    return plan_files(source, tensor_plans, wanted, reporter)
 
 
 def _kept(spec: TensorSpec, dtype: str) -> TensorPlan:
