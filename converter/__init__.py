@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from converter.adapters.convert import adapter_to_hf, adapter_to_mcore
     from converter.adapters.merge import merge
-    from converter.conversion_plan import Reporter, Summary
     from converter.convert import hf_to_mcore, mcore_to_hf
+    from converter.execution import Reporter, Summary
     from converter.proof import check_directory as check
     from converter.proof import verify_directories as verify
     from converter.report import inspect
     from formats.errors import TransientError, UserError
 
 _DEFINED_AS = {
-    "Summary": "converter.conversion_plan.Summary",
-    "Reporter": "converter.conversion_plan.Reporter",
+    "Summary": "converter.execution.Summary",
+    "Reporter": "converter.execution.Reporter",
     "TransientError": "formats.errors.TransientError",
     "UserError": "formats.errors.UserError",
     "adapter_to_hf": "converter.adapters.convert.adapter_to_hf",

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from converter.checks import is_zero
 from converter.plan import Piece, TensorPlan, pieces
-from converter.run import PIECE_BYTES, PieceBuffers, in_threads, is_zero
+from converter.run import PIECE_BYTES, PieceBuffers, in_threads
 from converter.values import target_dtype
 from converter.workers import DEFAULT
 from formats.arrays import same_bits

@@ -25,7 +25,7 @@ from formats.location import is_remote
 
 if TYPE_CHECKING:
     from converter.comparison import Comparison
-    from converter.conversion_plan import Reporter, Summary
+    from converter.execution import Reporter, Summary
     from converter.report import Report
     from formats.integrity import Check
 
@@ -136,7 +136,7 @@ def _show_check(found: Check) -> None:
 @contextmanager
 def talking(*, quiet: bool) -> Generator[Reporter]:
     """A Talk that shows a bar on a terminal, and elsewhere a line every few seconds."""
-    from converter.conversion_plan import Reporter  # noqa: PLC0415
+    from converter.execution import Reporter  # noqa: PLC0415
 
     if quiet:
         yield Reporter()

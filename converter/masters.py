@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from converter.conversion_plan import Reporter
+from converter.execution import Reporter
 from converter.run import PIECE_BYTES, in_threads
 from formats.arrays import Buffer, contiguous_regions
 from formats.integrity import Check

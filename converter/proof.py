@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from converter import masters, provenance
 from converter.comparison import CheckpointView, Comparison, compare
-from converter.conversion_plan import Reporter
+from converter.execution import Reporter
 from converter.plan import TensorPlan, pieces
 from converter.run import PIECE_BYTES, PieceBuffers, in_threads
 from converter.sources import check_unchanged, open_source, workers_for

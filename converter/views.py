@@ -152,10 +152,3 @@ def _native(reader: TorchDistReader) -> CheckpointView:
     reader.check()
     rows = InRows(reader)
     return CheckpointView(reader.folder.label, rows, as_stored(rows.specs))
-
-
-def check_dimensions(specs: Mapping[str, TensorSpec]) -> None:
-    """Raise UserError for a tensor without rows: nothing here could say which of them go where."""
-    for name, spec in specs.items():
-        if not spec.shape:
-            raise UserError(f"`{name}` has no dimensions, which is not supported")

@@ -189,21 +189,20 @@ class NewObject(NamedTuple):
 
 
 class ContainerWriter:
-    """Files being made. Every offset is known before the first byte, so regions arrive in any order.
+    """The layout of a distributed checkpoint. Every offset is known before the first byte, so regions arrive in any order.
 
-    `tensors` gives each key's global shape and dtype; the boxes of `parts` tile them. Objects, then the parts' chunks, lie in
-    their file in the order given. `folder` is where the files lie in the output.
+    `tensors` gives each key's global shape and dtype; the boxes of `parts` tile them. Each file holds its objects, then the
+    chunks of `parts`, in the order given. `folder` is the files' folder in the output.
     """
 
     def __init__(
         self,
-        outputs: Outputs,
         folder: str,
         tensors: Mapping[str, tuple[Shape, np.dtype[Any]]],
         parts: Iterable[NewPart],
         objects: Iterable[NewObject],
     ) -> None:
-        self._outputs, self._folder = outputs, folder
+        self._folder = folder
         self._files, self._objects = ArchiveFiles(), list[str]()
         files, frames, known = array("q"), array("q"), dict[bytes, int]()
         for new in objects:
@@ -219,7 +218,7 @@ class ContainerWriter:
 
     @cached_property
     def metadata(self) -> Document:
-        """The index that makes the folder a checkpoint."""
+        """Return `.metadata`, the index of all chunks and objects."""
         return index_document(self._chunked, (self._objects, self._object_places, self._files.names))
 
     @property
@@ -227,7 +226,7 @@ class ContainerWriter:
         return {f"{self._folder}/{file}": end for file, end in self._files.sizes.items()}
 
     def spans(self, file: str) -> Iterator[Span]:
-        """What lies around the data of a file, and where the data lies, from its first byte to its last."""
+        """Yield the bytes of a file from its first to its last: archive frames, and the gaps that chunks fill."""
         known, at = b"", 0
         for start, frame in self._files.content(file.removeprefix(f"{self._folder}/")):
             known += bytes(start - at - len(known)) + frame.before
@@ -239,23 +238,23 @@ class ContainerWriter:
         yield Span(at, known)
 
     def file_offset(self, key: str, region: Region) -> int:
-        """Where in its file the region's first byte goes."""
+        """Return the byte offset in its file of a region's first element."""
         tensor = self._chunked[key]
         corner = tuple(slice(part.start, part.start + 1) for part in region)
         number, chunk, _ = next(tensor.touching(corner))
         return place_of(self._stored(tensor, number, extent(chunk)), relative_to(corner, chunk), tensor.dtype.itemsize)
 
     def touched(self, key: str, region: Region) -> set[str]:
-        """The files that hold some of a region."""
+        """Return the files that hold part of a region."""
         tensor = self._chunked[key]
         return {f"{self._folder}/{tensor.place(number).file}" for number, *_ in tensor.touching(region)}
 
-    def write(self, key: str, region: Region, data: Array) -> None:
-        """Put a region of a tensor where its chunks lie."""
+    def write(self, outputs: Outputs, key: str, region: Region, data: Array) -> None:
+        """Write a region of a tensor into the chunks that hold it."""
         tensor = self._chunked[key]
         for number, chunk, shared in tensor.touching(region):
             stored = self._stored(tensor, number, extent(chunk))
-            write_box(self._outputs, stored, relative_to(shared, chunk), data[relative_to(shared, region)])
+            write_box(outputs, stored, relative_to(shared, chunk), data[relative_to(shared, region)])
 
     def _stored(self, tensor: ChunkedTensor, number: int, shape: Shape) -> Stored:
         place = tensor.place(number)

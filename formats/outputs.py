@@ -1,11 +1,15 @@
-"""Files being written: what an output promises, and one on a local disk, past the page cache where that is allowed."""
+"""The two halves of writing a checkpoint: its layout (`Writer`), and the files that bytes go into (`Outputs`).
+
+A writer computes offsets and holds no file, so that a plan with a writer can be made, printed and compared without a target.
+`LocalOutputs` are files on a local disk, written past the page cache where the file system allows it.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -14,56 +18,89 @@ import numpy as np
 from formats.arrays import Buffer, as_bytes, copy
 from formats.disk import direct_flag, forget, io_alignment, refuses_direct, write_all
 from formats.open_files import Files
-from formats.spec import Array
+from formats.spec import Array, Document, Region, Span, TensorSpec
 
 BYPASS_FROM = 64 << 10
 """Shorter writes are not worth bypassing the page cache."""
 
 
 Tap = Callable[[str, int, memoryview], None]
-"""Told of every array written: the file, where in it, and its bytes."""
+"""Called with every array that was written: its file, its offset there in bytes, its bytes. Runs on the writing thread."""
 
 
 class Outputs(Protocol):
-    """Files being written. Names are relative to the output; arrays come in any order, from any thread."""
+    """Files being written. Names are relative to the output; arrays arrive in any order, from any thread."""
 
     tap: Tap | None
 
     def write(self, file: str, offset: int, data: Array) -> None:
-        """Put an array, in C order, at `offset`."""
+        """Write an array, in C order, at byte `offset` of a file."""
         ...
 
     def begin(self, file: str, size: int) -> None:
-        """Start a file that `put` will fill from its first byte to its last."""
+        """Create a file of `size` bytes, which `put` then fills from its first byte to its last."""
         ...
 
     def put(self, file: str, offset: int, data: bytes | memoryview) -> None:
-        """Put bytes that are no array's at `offset`."""
+        """Write bytes of a document, or those around arrays, at byte `offset` of a file."""
         ...
 
     def abandon(self) -> None:
-        """Wake threads that wait for others that will not come."""
-        ...
-
-    def sync(self) -> None:
-        """Get everything written so far to where it outlives this process."""
-        ...
-
-    def check(self) -> None:
-        """Raise OSError if something that was written is known to be lost."""
+        """Wake the threads that wait for bytes of other threads, which have failed."""
         ...
 
     def close(self) -> None:
-        """Let go of open files or connections."""
+        """Close files or connections."""
+        ...
+
+
+class Writer(Protocol):
+    """The layout of a checkpoint: its files, and the offset of every region of every tensor. Immutable; opens nothing."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """The files that hold tensors, by relative name, and their sizes in bytes."""
+        ...
+
+    @property
+    def documents(self) -> Mapping[str, Document]:
+        """The metadata files, an index last."""
+        ...
+
+    @property
+    def markers(self) -> Mapping[str, bytes]:
+        """The files that are written when all others are complete, in this order."""
+        ...
+
+    def spans(self, file: str) -> Iterator[Span]:
+        """Yield the bytes of a file from its first to its last: those known now, and the gaps that tensor data fills."""
+        ...
+
+    def touched(self, name: str, region: Region | None = None) -> set[str]:
+        """Return the files that hold part of a tensor, or of a region of it."""
+        ...
+
+    def file_offset(self, name: str, region: Region) -> int:
+        """Return the byte offset in its file of a region's first element.
+
+        An array whose address has the same remainder by page is written without a copy.
+        """
+        ...
+
+    def write(self, outputs: Outputs, name: str, region: Region, data: Array) -> None:
+        """Write `data`, of the region's shape and the tensor's dtype, to its files in `outputs`. Thread-safe."""
         ...
 
 
 class LocalOutputs:
-    """Files below a directory.
+    """Files below a directory that exists.
 
-    Whole blocks (of `io_alignment()` bytes) bypass the page cache where the file system allows: copying through it costs more
-    processor time than all the rest of a conversion, and evicts what others have cached. Edges of less than a block go
-    through it.
+    Whole blocks of `io_alignment()` bytes bypass the page cache where the file system allows: copying through it takes more
+    processor time than all the rest of a conversion, and evicts what other programs have cached. Edges shorter than a block
+    go through it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -78,16 +115,16 @@ class LocalOutputs:
         path, block = self._path(file), io_alignment()
         head, middle = -offset % block, (data.nbytes - -offset % block) // block * block
         if not self._may_bypass or middle < BYPASS_FROM:
-            placed = as_bytes(np.ascontiguousarray(data))
-            self._write_buffered(path, (offset, placed))
+            content = as_bytes(np.ascontiguousarray(data))
+            self._write_buffered(path, (offset, content))
         else:
-            placed, end = self._aligned(data, offset), head + middle
-            self._write_direct(path, offset + head, placed[head:end])
-            self._write_buffered(path, (offset, placed[:head]), (offset + end, placed[end:]))
+            content, end = self._aligned(data, offset), head + middle
+            self._write_direct(path, offset + head, content[head:end])
+            self._write_buffered(path, (offset, content[:head]), (offset + end, content[end:]))
         if self.tap:
-            self.tap(file, offset, placed)
+            self.tap(file, offset, content)
 
-    def begin(self, file: str, size: int) -> None:  # noqa: ARG002 - a file grows by itself
+    def begin(self, file: str, size: int) -> None:  # noqa: ARG002 - a file grows as it is written
         with self._files.using(self._path(file)):
             pass
 
@@ -95,30 +132,35 @@ class LocalOutputs:
         self._write_buffered(self._path(file), (offset, memoryview(data)))
 
     def abandon(self) -> None:
-        """Nobody waits: every place can be written at any time."""
+        """Do nothing: any offset can be written at any time, so no thread waits."""
 
     def sync(self) -> None:
+        """Flush everything written so far to the disk."""
         self._files.sync()
 
     def check(self) -> None:
+        """Raise OSError if a file that was closed meanwhile is known to have lost data."""
         self._files.check()
 
     def close(self) -> None:
         self._files.close()
 
     def _aligned(self, data: Array, offset: int) -> memoryview:
-        """The array's bytes in memory whose addresses have the same remainder by `io_alignment()` as their place in the file."""
+        """Return the array's bytes at an address with the same remainder by `io_alignment()` as `offset`, copied if need be."""
         if data.flags.c_contiguous and (data.ctypes.data - offset) % io_alignment() == 0:
             return as_bytes(data)
         if not hasattr(self._local, "buffer"):
             self._local.buffer = Buffer()
-        placed = self._local.buffer.view(data.shape, data.dtype, place=offset)
-        copy(placed, data)
-        return as_bytes(placed)
+        aligned = self._local.buffer.view(data.shape, data.dtype, place=offset)
+        copy(aligned, data)
+        return as_bytes(aligned)
 
     def _path(self, file: str) -> Path:
-        """Folders below are made; the directory itself is not: if it is gone, another run has it, or has finished it."""
-        if file not in self._paths:  # making and hashing a path anew for each write takes longer than the system call
+        """Return a file's path.
+
+        Raises FileNotFoundError if the directory is gone: another run has removed or published it.
+        """
+        if file not in self._paths:  # building and hashing a path for each write takes longer than the system call
             self._paths[file] = self.directory / file
         if not self.directory.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.directory))
@@ -135,8 +177,8 @@ class LocalOutputs:
             self._write_buffered(path, (offset, data))
 
     def _write_buffered(self, path: Path, *parts: tuple[int, memoryview]) -> None:
-        """Through the page cache, each part at its offset; long ones are started towards the disk at once, so that it works
-        while we read on."""
+        """Write parts through the page cache, each at its offset. Write-back of long ones starts at once, so that the disk
+        works while the next piece is read."""
         with self._files.using(path) as descriptor:
             for offset, data in parts:
                 write_all(descriptor, data, offset)

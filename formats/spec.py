@@ -1,11 +1,11 @@
-"""What a tensor is to every format: a name, a shape, a dtype; and what reading and writing promise.
+"""What a tensor is to every format: a name, a shape, a dtype; and what a reader promises.
 
-Knows nothing of files, and nothing of models.
+What a writer promises is in formats/outputs.py. Imports no model code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -180,45 +180,6 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Let go of open files."""
-        ...
-
-
-class Writer(Protocol):
-    """A checkpoint being made. Its tensors are known from the start; regions arrive in any order, from several threads."""
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]: ...
-
-    @property
-    def files(self) -> Mapping[str, int]:
-        """The files that hold tensors, by relative name, and their sizes in bytes."""
-        ...
-
-    @property
-    def documents(self) -> Mapping[str, Document]:
-        """The files that say what lies in those, an index last."""
-        ...
-
-    @property
-    def markers(self) -> Mapping[str, bytes]:
-        """The files that appear when all others are whole, in this order."""
-        ...
-
-    def spans(self, file: str) -> Iterator[Span]:
-        """The bytes of a file from its first to its last: what is known of it, and where data goes."""
-        ...
-
-    def touched(self, name: str, region: Region | None = None) -> set[str]:
-        """The files that hold some of a tensor, or of a region of it."""
-        ...
-
-    def file_offset(self, name: str, region: Region) -> int:
-        """Where in its file the region's first byte goes: data at such a place in memory, by pages, is written without a
-        copy."""
-        ...
-
-    def write(self, name: str, region: Region, data: Array) -> None:
-        """Put `data`, of the region's shape and the tensor's dtype, in its place."""
         ...
 
 

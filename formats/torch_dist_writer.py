@@ -36,11 +36,9 @@ class ShardedTensor(NamedTuple):
 
 
 class TorchDistWriter:
-    """An iteration being made, under a root with its trackers."""
+    """The layout of one iteration, under a root with its trackers."""
 
-    def __init__(
-        self, outputs: Outputs, placed: Iterable[ShardedTensor], *, iteration: int = 0, whole_model: bool = True
-    ) -> None:
+    def __init__(self, placed: Iterable[ShardedTensor], *, iteration: int = 0, whole_model: bool = True) -> None:
         """Of a `whole_model`, layers are stacked and every module gets its empty `_extra_state`. What has only some of a
         model's tensors keeps the layer's number in each key, and holds nothing else."""
         self._folder = iteration_folder(iteration)
@@ -49,7 +47,7 @@ class TorchDistWriter:
         parts = _parts(self._noted(placed), self._located)
         common = NewObject(COMMON_KEY, rank_file(0), _common(iteration, stacked=whole_model))
         objects = chain(_extra_states(parts), [common]) if whole_model else [common]
-        self._container = ContainerWriter(outputs, self._folder, _whole(self.specs.values(), parts), parts, objects)
+        self._container = ContainerWriter(self._folder, _whole(self.specs.values(), parts), parts, objects)
         self._iteration = iteration
 
     def _noted(self, placed: Iterable[ShardedTensor]) -> Iterator[ShardedTensor]:
@@ -87,9 +85,9 @@ class TorchDistWriter:
         key, row = self._located(name)
         return self._container.file_offset(key, _in_key(row, region))
 
-    def write(self, name: str, region: Region, data: Array) -> None:
+    def write(self, outputs: Outputs, name: str, region: Region, data: Array) -> None:
         key, row = self._located(name)
-        self._container.write(key, _in_key(row, region), data if row is None else data[np.newaxis])
+        self._container.write(outputs, key, _in_key(row, region), data if row is None else data[np.newaxis])
 
 
 _FORMAT_DOCUMENT = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode()

@@ -24,15 +24,15 @@ from formats.shard_files import SINGLE
 
 _SLOWLY = """
 import itertools, runpy, sys, time
-from converter.run import Bench
+from converter.run import PieceBuffers
 
 numbers = itertools.count()
 
-def make(*arguments, make=Bench.make):
+def make(*arguments, make=PieceBuffers.make):
     time.sleep(3 if next(numbers) else 0)  # time for the signal, once there is a piece
     return make(*arguments)
 
-Bench.make = make
+PieceBuffers.make = make
 runpy.run_module("converter", run_name="__main__")
 """
 

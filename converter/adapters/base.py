@@ -17,18 +17,16 @@ from converter import families, reference, side_files
 from converter.adapters.adapter import AdapterReader, Base, Delta
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.names import PREFIX, WEIGHT, adapted_modules
+from converter.checks import check_dimensions, check_zero
 from converter.config import make_model
-from converter.exporting import megatron_source
 from converter.families import Family
-from converter.importing import huggingface_source
 from converter.model import Model
 from converter.plan import Piece, TensorPlan, check_dtypes, list_names
 from converter.recognize import refuse_unfit
 from converter.rules import Rule
-from converter.run import check_zero
 from converter.side_files import HFReference
-from converter.sources import Source
-from converter.views import check_dimensions, megatron_view
+from converter.sources import Source, huggingface_source, megatron_source
+from converter.views import megatron_view
 from formats.arrays import as_bytes
 from formats.detect import Format, detect
 from formats.errors import UserError

@@ -11,9 +11,9 @@ from converter.adapters.base import identify_base
 from converter.adapters.exporting import plan_export
 from converter.adapters.files import refuse_adapter, require, require_peft
 from converter.adapters.importing import plan_import
-from converter.conversion_plan import ExecutionArguments, ExecutionOptions, Reporter, Summary
-from converter.convert import check_place
+from converter.checks import check_execution, check_locations
 from converter.execute import execute
+from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.sources import open_source
 from formats.detect import Format
 from formats.disk import user_errors
@@ -28,7 +28,7 @@ def adapter_to_mcore(
     base: str | Path,
     canonical: bool = True,
     reporter: Reporter | None = None,
-    **options: Unpack[ExecutionArguments],
+    **options: Unpack[ExecutionOptions],
 ) -> Summary:
     """Write a PEFT adapter as a Megatron checkpoint of the adapter's tensors, each in its dtype.
 
@@ -41,25 +41,21 @@ def adapter_to_mcore(
     >>> adapter_to_mcore("adapter", "lora-megatron", base="Llama-3.2-1B").tensors
     8
     """
-    how, reporter, target, folder = (
-        ExecutionOptions(**options),
-        reporter or Reporter(),
-        expanded(target),
-        open_source(source, or_hub=True),
-    )
+    check_execution(options)
+    reporter, target, folder = reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
     base_folder = open_source(base, or_hub=True)
-    check_place(target, [folder, base_folder], how)
+    check_locations(target, [folder, base_folder], options)
     with closing(folder), closing(base_folder):
         require_peft(folder)
         refuse_adapter(base_folder)
         model = identify_base(base_folder, name=base_name(base))
-        job = plan_import(folder, model, target, reporter, canonical=canonical)
-        return execute(job, how, reporter, sources=[folder, base_folder])
+        conversion = plan_import(folder, model, reporter, canonical=canonical)
+        return execute(conversion, target, options=options, reporter=reporter, sources=[folder, base_folder])
 
 
 @user_errors()
 def adapter_to_hf(
-    source: str | Path, target: str | Path, *, reporter: Reporter | None = None, **options: Unpack[ExecutionArguments]
+    source: str | Path, target: str | Path, *, reporter: Reporter | None = None, **options: Unpack[ExecutionOptions]
 ) -> Summary:
     """Write a Megatron adapter checkpoint as the folder that PEFT's `save_pretrained` writes, each tensor in its dtype.
 
@@ -71,8 +67,9 @@ def adapter_to_hf(
     >>> list(adapter_to_hf("megatron-adapter", "lora").files)
     ['adapter_config.json', 'adapter_model.safetensors', 'conversion.json']
     """
-    how, reporter, target, root = ExecutionOptions(**options), reporter or Reporter(), expanded(target), open_source(source)
-    check_place(target, [root], how)
+    check_execution(options)
+    reporter, target, root = reporter or Reporter(), expanded(target), open_source(source)
+    check_locations(target, [root], options)
     with closing(root):
         require(root, Format.TORCH_DIST, adapter=True)
-        return execute(plan_export(root, target), how, reporter, sources=[root])
+        return execute(plan_export(root), target, options=options, reporter=reporter, sources=[root])

@@ -9,48 +9,54 @@ from converter.adapters.megatron import MegatronAdapter, open_megatron_adapter
 from converter.adapters.names import module_of
 from converter.adapters.peft import make_shard
 from converter.comparison import CheckpointView
-from converter.conversion_plan import ConversionPlan, manifest, outputs_for
-from converter.plan import TensorPlan, as_stored
+from converter.conversion import Conversion
+from converter.conversion_plan import ConversionPlan, OutputFiles, manifest
+from converter.plan import as_stored
+from converter.provenance import Provenance
 from converter.side_files import CONFIG, FILES
 from formats.dcp_index import METADATA
 from formats.folder import FileRef, Folder
-from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, Shard
+from formats.huggingface import HuggingFaceReader, HuggingFaceWriter
 
 
-def plan_export(root: Folder, target: str) -> ConversionPlan:
+def plan_export(root: Folder) -> Conversion:
     """Plan an export. Raises UserError for whatever PEFT's files cannot represent exactly."""
     source = open_megatron_adapter(root)
-    plans = source.adapter.tensor_plans
+    adapter = source.adapter
+    return Conversion(
+        plan=_conversion_plan(source, root),
+        reader=adapter.reader,
+        views=lambda written: (CheckpointView(adapter.label, adapter.reader, adapter.tensor_plans), _written(written)),
+    )
+
+
+def _conversion_plan(source: MegatronAdapter, root: Folder) -> ConversionPlan:
+    adapter, folder = source.adapter, source.reader.folder
+    plans = adapter.tensor_plans
     shards = make_shard(tensor_plan.spec for tensor_plan in plans.values())
-    return _job(source, root, target, shards, [plans[name] for shard in shards.values() for name in shard.tensors])
-
-
-def _job(
-    source: MegatronAdapter, root: Folder, target: str, shards: dict[str, Shard], tensor_plans: list[TensorPlan]
-) -> ConversionPlan:
-    opened, folder = source.adapter, source.reader.folder
-    modules = [module_of(weight) for weight in opened.parts]
-    outputs = outputs_for(target, tensor_plans, {})
+    tensor_plans = [plans[name] for shard in shards.values() for name in shard.tensors]
+    modules = [module_of(weight) for weight in adapter.parts]
     read = [*source.reader.container.files, METADATA, DESCRIPTION, f"{FILES}/{CONFIG}"]
     return ConversionPlan(
-        command="adapter-to-hf",
-        source=opened.label,
-        target=target,
-        reader=opened.reader,
-        writer=HuggingFaceWriter(outputs, shards),
-        outputs=outputs,
+        source=adapter.label,
         tensor_plans=tensor_plans,
+        output=OutputFiles(
+            writer=HuggingFaceWriter(shards),
+            documents={PEFT_CONFIG: peft_config.encode(adapter.description, modules, layers=source.model.layers)},
+            last=(PEFT_CONFIG,),
+        ),
+        provenance=Provenance(
+            command="adapter-to-hf",
+            fields={
+                "source": provenance.megatron_source(root, folder),
+                "family": source.origin.config["model_type"],
+                "tensors": {"in": len(source.reader.specs), "out": len(tensor_plans)},
+            },
+            tensors={tensor_plan.spec.name: tensor_plan.spec for tensor_plan in tensor_plans},
+            passing="made",
+        ),
         manifest=manifest("adapter-to-hf", {}, {name: FileRef(folder, name) for name in read if folder.has(name)}),
-        provenance_fields={
-            "source": provenance.megatron_source(root, folder),
-            "family": source.origin.config["model_type"],
-            "tensors": {"in": len(source.reader.specs), "out": len(tensor_plans)},
-        },
-        tensors={tensor_plan.spec.name: tensor_plan.spec for tensor_plan in tensor_plans},
-        passing="made",
-        views=lambda written: (CheckpointView(opened.label, opened.reader, opened.tensor_plans), _written(written)),
-        documents={PEFT_CONFIG: peft_config.encode(opened.description, modules, layers=source.model.layers)},
-        last=(PEFT_CONFIG,),
+        identity={},
     )
 
 

@@ -16,8 +16,12 @@ from converter.adapters.megatron import encode_description, open_megatron_adapte
 from converter.adapters.names import AdaptedModule, Factor, adapted_modules, factors, module_of, peft_name, targets
 from converter.adapters.peft import PeftAdapter, open_peft_adapter
 from converter.comparison import CheckpointView
-from converter.conversion_plan import ConversionPlan, Reporter, manifest, outputs_for
+from converter.conversion import Conversion
+from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
+from converter.execution import Reporter
 from converter.plan import TensorPlan, list_names, same_tensor
+from converter.provenance import Provenance
+from converter.side_files import SideFiles
 from formats.arrays import same_bits
 from formats.dcp_index import METADATA
 from formats.errors import UserError
@@ -38,7 +42,7 @@ class _Planned:
     """Tensors that PEFT has several times and Megatron once, and the stored tensors that they equal."""
 
 
-def plan_import(folder: Folder, base: BaseModel, target: str, reporter: Reporter, *, canonical: bool) -> ConversionPlan:
+def plan_import(folder: Folder, base: BaseModel, reporter: Reporter, *, canonical: bool) -> Conversion:
     """Plan an import. Raises UserError for whatever Megatron's adapters cannot represent exactly."""
     source = open_peft_adapter(folder)
     left_out = [name for name in folder.children() if name not in (PEFT_WEIGHTS, PEFT_CONFIG)]
@@ -62,7 +66,7 @@ def plan_import(folder: Folder, base: BaseModel, target: str, reporter: Reporter
     aliases = {
         peft_name(weight, Factor.A): peft_name(module.weights[0], Factor.A) for module in modules for weight in module.weights[1:]
     }
-    return _job(folder, base, target, _Planned(source, description, tensor_plans, aliases))
+    return _conversion(folder, base, _Planned(source, description, tensor_plans, aliases))
 
 
 def _check_uniform(source: PeftAdapter) -> None:
@@ -175,49 +179,56 @@ def _fuse(module: AdaptedModule, adapter: AdapterReader, description: Descriptio
             yield TensorPlan(spec, tuple(parts), tuple(module.row_ranges()))
 
 
-def _job(folder: Folder, base: BaseModel, target: str, found: _Planned) -> ConversionPlan:
-    opened, carried, inside = found.source.adapter, side_files.collect_again(base.origin), f"{iteration_folder(0)}/"
-    options = {"canonical": found.description.canonical, "base": base.identity.fingerprint}
-    outputs = outputs_for(target, found.tensor_plans, options)
-    documents = {**carried.documents, DESCRIPTION: encode_description(found.description)}
-    sources = {name: FileRef(folder, name) for name in (PEFT_WEIGHTS, PEFT_CONFIG)}
-    return ConversionPlan(
-        command="adapter-to-mcore",
-        source=opened.label,
-        target=target,
-        reader=opened.reader,
-        writer=TorchDistWriter(
-            outputs,
-            [ShardedTensor(tensor_plan.spec, ((tensor_plan.spec.full_region, 0),)) for tensor_plan in found.tensor_plans],
-            whole_model=False,
-        ),
-        outputs=outputs,
-        tensor_plans=found.tensor_plans,
-        manifest=manifest("adapter-to-mcore", options, {**sources, **carried.copies}),
-        provenance_fields=_facts(folder, base, found, options),
-        tensors={
-            copy.source: opened.reader.specs[copy.source] for tensor_plan in found.tensor_plans for copy in tensor_plan.copies
-        },
-        passing="read",
-        views=lambda written: (_side(opened), _side(open_megatron_adapter(written).adapter)),
-        aliases=found.aliases,
-        copies={f"{inside}{name}": file for name, file in carried.copies.items()},
-        documents={f"{inside}{name}": data for name, data in documents.items()},
-        folder=inside,
-        last=(f"{inside}{METADATA}",),
-        integrity=True,
+def _conversion(folder: Folder, base: BaseModel, planned: _Planned) -> Conversion:
+    adapter, copied = planned.source.adapter, side_files.collect_again(base.origin)
+    return Conversion(
+        plan=_conversion_plan(folder, base, planned, copied),
+        reader=adapter.reader,
+        views=lambda written: (_view(adapter), _view(open_megatron_adapter(written).adapter)),
+        copies=copied.copies,
     )
 
 
-def _facts(folder: Folder, base: BaseModel, found: _Planned, options: Mapping[str, Any]) -> dict[str, Any]:
+def _conversion_plan(folder: Folder, base: BaseModel, planned: _Planned, copied: SideFiles) -> ConversionPlan:
+    specs, adapter = [tensor_plan.spec for tensor_plan in planned.tensor_plans], planned.source.adapter
+    options = {"canonical": planned.description.canonical, "base": base.identity.fingerprint}
+    sources = {name: FileRef(folder, name) for name in (PEFT_WEIGHTS, PEFT_CONFIG)}
+    return ConversionPlan(
+        source=adapter.label,
+        tensor_plans=planned.tensor_plans,
+        output=OutputFiles(
+            writer=TorchDistWriter([ShardedTensor(spec, ((spec.full_region, 0),)) for spec in specs], whole_model=False),
+            documents={**copied.documents, DESCRIPTION: encode_description(planned.description)},
+            copied=sizes_of(copied.copies),
+            folder=f"{iteration_folder(0)}/",
+            integrity=True,
+            last=(METADATA,),
+        ),
+        provenance=Provenance(
+            command="adapter-to-mcore",
+            fields=_provenance_fields(folder, base, planned, options),
+            tensors={
+                copy.source: adapter.reader.specs[copy.source]
+                for tensor_plan in planned.tensor_plans
+                for copy in tensor_plan.copies
+            },
+            passing="read",
+            aliases=planned.aliases,
+        ),
+        manifest=manifest("adapter-to-mcore", options, {**sources, **copied.copies}),
+        identity=options,
+    )
+
+
+def _provenance_fields(folder: Folder, base: BaseModel, planned: _Planned, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `conversion.json` besides the tensors' hashes."""
     return {
-        "source": provenance.huggingface_source(folder, found.source.reader.shards),
+        "source": provenance.huggingface_source(folder, planned.source.reader.shards),
         "options": options,
         "family": base.origin.config["model_type"],
-        "tensors": {"in": len(found.source.adapter.tensor_plans), "out": len(found.tensor_plans)},
+        "tensors": {"in": len(planned.source.adapter.tensor_plans), "out": len(planned.tensor_plans)},
     }
 
 
-def _side(opened: AdapterReader) -> CheckpointView:
-    return CheckpointView(opened.label, opened.reader, opened.tensor_plans)
+def _view(adapter: AdapterReader) -> CheckpointView:
+    return CheckpointView(adapter.label, adapter.reader, adapter.tensor_plans)

@@ -16,9 +16,10 @@ from converter.adapters.fingerprint import fingerprint
 from converter.adapters.megatron import open_megatron_adapter
 from converter.adapters.merged import BLOCK_BYTES, RECENT, MergedReader
 from converter.adapters.peft import open_peft_adapter
-from converter.conversion_plan import ConversionPlan, ExecutionArguments, ExecutionOptions, Reporter, Summary
-from converter.convert import check_options, check_place
+from converter.checks import check_execution, check_locations, check_options
+from converter.conversion import Conversion
 from converter.execute import execute
+from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.exporting import ExportOptions, plan_files
 from converter.importing import ImportOptions, left_out, plan_import
 from converter.plan import TensorPlan, casts, same_tensor
@@ -52,7 +53,7 @@ def merge(
     max_shard_size: int | None = None,
     dtype: str = KEEP,
     reporter: Reporter | None = None,
-    **options: Unpack[ExecutionArguments],
+    **options: Unpack[ExecutionOptions],
 ) -> Summary:
     """Write a model with an adapter's changes added to its weights: in fp32, rounded once to each weight's dtype, or `dtype`.
 
@@ -66,7 +67,8 @@ def merge(
     >>> merge("Llama-3.2-1B", "adapter", "merged").tensors
     39
     """
-    how, reporter, target = ExecutionOptions(**options), reporter or Reporter(), expanded(target)
+    check_execution(options)
+    reporter, target = reporter or Reporter(), expanded(target)
     counts = {"tp": tp, "pp": pp, "vpp": vpp, "vocab_divisible_by": vocab_divisible_by, "max_shard_size": max_shard_size}
     check_options(dtype=dtype, **counts)
     folder, given = open_source(base, or_hub=True), open_source(hf_config) if hf_config else None
@@ -84,14 +86,14 @@ def merge(
     _check_format_options(kind, layout, files)
     adapter_folder = open_source(adapter, or_hub=True)
     sources = [folder, adapter_folder, *([given] if given else [])]
-    check_place(target, sources, how)
+    check_locations(target, sources, options)
     with closing(open_adapter(adapter_folder)) as opened:
         if not any_base:
             _check_base(folder, opened.description.base, reporter)
-        workers = workers_for(how.workers, sources, target)
+        workers = workers_for(options.get("workers"), sources, target)
         with _merged(open_base(folder, given), opened, adapter_folder, dtype=dtype, workers=workers) as source:
-            job = _plan_files(source, target, files, reporter) if kind == "hf" else plan_import(source, target, layout, reporter)
-            return execute(job, how, reporter, sources=sources)
+            conversion = _plan_files(source, files, reporter) if kind == "hf" else plan_import(source, layout, reporter)
+            return execute(conversion, target, options=options, reporter=reporter, sources=sources)
 
 
 def open_adapter(folder: Folder) -> AdapterReader:
@@ -155,12 +157,12 @@ def _memory(nbytes: Mapping[str, int], *, workers: int) -> int:
     return sum(sorted(nbytes.values())[-RECENT:]) + workers * 2 * BLOCK_BYTES
 
 
-def _plan_files(source: Source, target: str, wanted: ExportOptions, reporter: Reporter) -> ConversionPlan:
+def _plan_files(source: Source, wanted: ExportOptions, reporter: Reporter) -> Conversion:
     """Plan the same tensors, in the base's files if they are known."""
     tensor_plans = [_cast(spec, wanted.dtype) for spec in source.reader.specs.values()]
     for text in (*left_out(source), *(f"weights are cast from {old} to {new}" for old, new in casts(tensor_plans).items())):
         reporter.note(text)
-    return plan_files(source, tensor_plans, target, wanted, reporter)
+    return plan_files(source, tensor_plans, wanted, reporter)
 
 
 def _cast(spec: TensorSpec, dtype: str) -> TensorPlan:

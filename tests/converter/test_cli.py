@@ -151,7 +151,7 @@ def test_a_failure_is_one_json_object_too(folder, tmp_path):
 def test_an_interrupt_exits_with_130_and_leaves_nothing(folder, tmp_path):
     script = GUARD.replace(
         "import runpy, sys",
-        "import runpy, sys, converter.worker\ndef stop(*a, **k): raise KeyboardInterrupt\nconverter.share.run = stop",
+        "import runpy, sys, converter.worker\ndef stop(*a, **k): raise KeyboardInterrupt\nconverter.worker.run = stop",
     )
     command = [sys.executable, "-c", script, "hf-to-mcore", str(folder), str(tmp_path / "m")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -9,19 +9,19 @@ from tests.formats.conformance import FormatSuite
 
 
 class TestHuggingFace(FormatSuite):
-    def writer(self, outputs, specs):
-        return HuggingFaceWriter(outputs, plan_shards(specs, limit=2000))
+    def writer(self, specs):
+        return HuggingFaceWriter(plan_shards(specs, limit=2000))
 
     def reader(self, folder):
         return HuggingFaceReader(folder)
 
 
 class TestTorchDist(FormatSuite):
-    def writer(self, outputs, specs):
-        return TorchDistWriter(outputs, [self.placed(spec) for spec in specs])
+    def writer(self, specs):
+        return TorchDistWriter([self.placed(spec) for spec in specs])
 
     def placed(self, spec):
-        return ShardedTensor(spec, ((spec.whole, 0),))
+        return ShardedTensor(spec, ((spec.full_region, 0),))
 
     def reader(self, folder):
         return TorchDistReader(folder)
@@ -32,7 +32,7 @@ class TestTorchDistInQuarters(TestTorchDist):
 
     def placed(self, spec):
         if len(spec.shape) == 1:
-            return ShardedTensor(spec, ((spec.whole, 1),))
+            return ShardedTensor(spec, ((spec.full_region, 1),))
         return ShardedTensor(spec, tuple(
             ((slice(*rows), slice(*columns)), rank)
             for rank, (rows, columns) in enumerate((r, c) for r in ((0, 3), (3, 7)) for c in ((0, 5), (5, 12)))

@@ -21,9 +21,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from converter import families, reference, run_config
 from converter.adapters.files import refuse_adapter
+from converter.checks import check_equal
 from converter.config import make_model
 from converter.plan import Plan, TensorPlan, as_stored, list_names, to_megatron
-from converter.run import check_equal
 from converter.side_files import CONFIG
 from converter.sources import open_source
 from formats.arrays import bands

@@ -329,7 +329,7 @@ def test_verify_sees_what_a_lying_disk_holds(model_folder, peft_folder, tmp_path
     for to in ("hf", "mcore"):
         with monkeypatch.context() as patch:
             Lying(patch, 4)
-            with pytest.raises(UserError, match=r"what lies on the disk is not what was converted: `model\..* 1 element differs"):
+            with pytest.raises(UserError, match=r"what is on the disk is not what was converted: `model\..* 1 element differs"):
                 merge(base, adapter, tmp_path / to, to=to, verify=True)
     assert not list(tmp_path.iterdir())
 
