@@ -16,7 +16,7 @@ from blake3 import blake3
 from converter import families, reference, side_files
 from converter.adapters.adapter import AdapterReader, Base, Delta
 from converter.adapters.fingerprint import fingerprint
-from converter.adapters.names import PREFIX, WEIGHT, adapted_modules
+from converter.adapters.names import PREFIX, WEIGHT, adapted_modules, module_of
 from converter.checks import check_dimensions, check_zero
 from converter.config import make_model
 from converter.families import Family
@@ -205,7 +205,7 @@ def _linear_layers(adapter: AdapterReader, base: Source) -> list[str]:
 
 def _last_name(weight: str) -> str:
     """`q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
-    return weight.removesuffix(WEIGHT).rpartition(".")[2]
+    return module_of(weight).rpartition(".")[2]
 
 
 def _explain_missing(missing: Sequence[str], specs: Mapping[str, TensorSpec]) -> str:

@@ -227,18 +227,24 @@ def test_the_record_names_base_and_adapter_and_lists_the_hashes_of_what_was_made
     hf_to_mcore(base, tmp_path / "base")
     merge(base, adapter, tmp_path / "hf")
     merge(tmp_path / "base", adapter, tmp_path / "mcore", tp=2)
-    told = record(tmp_path / "hf")
-    assert (told["command"], told["source"], told["family"]) == ("merge", {**told["source"], "format": "safetensors"}, "llama")
-    assert told["blake3"] == hashes(tmp_path / "hf") == record(tmp_path / "mcore")["blake3"]
-    assert told["adapter"] == record(tmp_path / "mcore")["adapter"]
+    provenance = record(tmp_path / "hf")
+    assert (provenance["command"], provenance["source"], provenance["family"]) == (
+        "merge",
+        {**provenance["source"], "format": "safetensors"},
+        "llama",
+    )
+    assert provenance["blake3"] == hashes(tmp_path / "hf") == record(tmp_path / "mcore")["blake3"]
+    assert provenance["adapter"] == record(tmp_path / "mcore")["adapter"]
     named = {"name": "adapter", "method": "dora", "dim": 4, "alpha": 8, "weights": 28, "target_modules": sorted(EVERY)}
-    assert {key: sorted(told["adapter"][key]) if key == "target_modules" else told["adapter"][key] for key in named} == named
+    assert {
+        key: sorted(provenance["adapter"][key]) if key == "target_modules" else provenance["adapter"][key] for key in named
+    } == named
     assert record(tmp_path / "mcore")["source"]["format"] == "torch_dist"
     assert check(tmp_path / "hf").whole
     assert check(tmp_path / "mcore").whole
     assert (tmp_path / "mcore" / TRACKER).read_text() == "0"
     merge(base, peft_folder(use_dora=True, seed=2), tmp_path / "other")
-    assert record(tmp_path / "other")["adapter"]["blake3"] != told["adapter"]["blake3"]
+    assert record(tmp_path / "other")["adapter"]["blake3"] != provenance["adapter"]["blake3"]
 
 
 def test_a_base_of_megatrons_that_carries_no_config_follows_the_one_given(base, peft_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""What an opened adapter changes is what PEFT says that it changes, wherever it lies."""
+"""The changes of an open adapter equal PEFT's, in both formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter that lacks tensors its own configuration asks for is refused, by every command."""
+"""Every command refuses an adapter without all tensors that its configuration requests."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def test_a_merge_of_a_part_is_refused_with_what_is_missing(base, peft_folder, tm
         base = tmp_path / "base"
     with pytest.raises(UserError) as error:
         merge(base, adapter, tmp_path / "merged", to="hf")
-    said = str(error.value)
-    assert said.startswith(f"the adapter `{adapter}` requests changes of `{weight}`")
-    assert said.endswith(
+    text = str(error.value)
+    assert text.startswith(f"the adapter `{adapter}` requests changes of `{weight}`")
+    assert text.endswith(
         ", but its file holds no tensors for them\n\n"
         "hint: its file is incomplete, or it was trained on another base model: only a part of it could be merged"
     )
@@ -75,7 +75,7 @@ def test_the_same_beside_a_base_in_megatrons_format(base, peft_folder, tmp_path)
      "down_proj", "query_key_value"]},
 ], ids=str)  # fmt: skip
 def test_a_whole_adapter_is_merged(base, peft_folder, tmp_path, changes):
-    """The output layer is none of PEFT's `all-linear`, and a target that no module has asks for nothing."""
+    """The output layer is none of PEFT's `all-linear`, and a target that no module has requests nothing."""
     merge(base, lacking(peft_folder(), tmp_path / "adapter", "nothing", **changes), tmp_path / "merged", dry_run=True)
 
 

@@ -1,4 +1,4 @@
-"""What a configuration asks for, as PEFT itself understands it; and configurations made for any set of modules."""
+"""A configuration requests the modules that PEFT builds from it; an export writes one for any set of modules."""
 
 from __future__ import annotations
 
