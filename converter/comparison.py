@@ -49,7 +49,7 @@ class CheckpointView:
         tensor_plans = {name: tensor_plan for name, tensor_plan in self.tensor_plans.items() if name in names}
         return replace(self, tensor_plans=tensor_plans)
 
-    def beside(self, other: CheckpointView) -> CheckpointView:
+    def with_ties_of(self, other: CheckpointView) -> CheckpointView:
         """Return the same view with those tied tensors that the `other` stores."""
         needed = other.tensor_plans.keys() - self.tensor_plans.keys()
         tied = {name: tensor_plan for name, tensor_plan in self.tied.items() if name in needed}
@@ -132,7 +132,7 @@ def compare(
     """
     if cast:
         one, other = one.cast(cast), other.cast(cast)
-    one, other = one.beside(other), other.beside(one)
+    one, other = one.with_ties_of(other), other.with_ties_of(one)
     shared = [name for name in one.tensor_plans if name in other.tensor_plans]
     unlike = {name: what for name in shared if (what := _unlike(one.tensor_plans[name].spec, other.tensor_plans[name].spec))}
     different = {name: Difference(name, what) for name, what in unlike.items()}

@@ -83,7 +83,7 @@ class Journal:
     def sync(self) -> None:
         """Get what was written onto the disk, then record how many lines that covers."""
         lines = self._lines
-        with doubted_if_lost(self._folder):
+        with distrusted_on_sync_error(self._folder):
             self._sync()
         self._write({"synced": lines})
         os.fsync(self._descriptor)
@@ -98,7 +98,7 @@ class Journal:
 
 
 @contextmanager
-def doubted_if_lost(folder: Path) -> Generator[None]:
+def distrusted_on_sync_error(folder: Path) -> Generator[None]:
     """Mark all journals as doubtful if the block, which syncs the output, fails.
 
     The system may then drop what it had not written and report it only once: as after another boot, no journal counts beyond
@@ -114,7 +114,7 @@ def doubted_if_lost(folder: Path) -> Generator[None]:
 
 
 @contextmanager
-def doubted_if_lost_on_the_way(folder: Path, check: Callable[[], None]) -> Generator[None]:
+def distrusted_on_write_error(folder: Path, check: Callable[[], None]) -> Generator[None]:
     """Mark all journals as doubtful if the block, which writes, fails and `check` raises OSError.
 
     `check` reports files that were closed during the block, to open others, and lost data: the next sync would not.
@@ -122,7 +122,7 @@ def doubted_if_lost_on_the_way(folder: Path, check: Callable[[], None]) -> Gener
     try:
         yield
     except BaseException:
-        with suppress(OSError), doubted_if_lost(folder):
+        with suppress(OSError), distrusted_on_sync_error(folder):
             check()
         raise
 

@@ -60,7 +60,7 @@ def _borrowed(neighbour: HuggingFaceReader | TorchDistReader, told: HFReference 
     return HFReference(told.config, f"`{neighbour.folder.label}`'s") if told else None
 
 
-class InRows:
+class RowReader:
     """A reader that presents tensors without dimensions as one row of one number."""
 
     def __init__(self, reader: Reader) -> None:
@@ -83,7 +83,7 @@ def _one_row(spec: TensorSpec) -> TensorSpec:
 
 def huggingface_view(reader: HuggingFaceReader) -> CheckpointView:
     """Return the view of a Hugging Face directory, with tied tensors if its family is supported."""
-    rows = InRows(reader)
+    rows = RowReader(reader)
     tensor_plans = as_stored(rows.specs)
     config = read_json(reader.folder, CONFIG) if reader.folder.has(CONFIG) else {}
     if config.get("model_type") not in families.names():
@@ -149,5 +149,5 @@ def tied(tensor_plans: Iterable[TensorPlan], family: Family, model: Model) -> di
 
 def _native(reader: TorchDistReader) -> CheckpointView:
     reader.check()
-    rows = InRows(reader)
+    rows = RowReader(reader)
     return CheckpointView(reader.folder.label, rows, as_stored(rows.specs))
