@@ -45,9 +45,9 @@ def hf_to_mcore(
 ) -> Summary:
     """Write a Hugging Face model as a Megatron distributed checkpoint for `tp` × `pp` ranks.
 
-    `source` is a directory, a URL or a Hub id; `target` is a directory, or an s3:// or gs:// URL. `integrity` writes the
-    sha256 of every file, as megatron-core checks them, and the BLAKE3 of every tensor. Raises UserError before a byte moves
-    if anything cannot be converted exactly. After a failure nothing is at `target`.
+    `source` is a directory, a URL or a Hub id; `target` a directory, s3:// or gs://; `integrity` writes the sha256 of every
+    file, as megatron-core checks them, and the BLAKE3 of every tensor. Raises UserError before a byte moves for whatever
+    cannot be converted exactly; after any failure nothing is at `target`.
     """
     check_execution(options)
     reporter, target, folder = reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
@@ -83,9 +83,9 @@ def mcore_to_hf(
 ) -> Summary:
     """Write a Megatron distributed checkpoint as a Hugging Face model directory.
 
-    `source` is the checkpoint's root or one iteration; `hf_config` is a folder whose `config.json` and side files replace
-    those in the checkpoint. `max_shard_size` is in bytes. `integrity` writes the BLAKE3 of every tensor. Raises UserError
-    before a byte moves if anything cannot be converted exactly. After a failure nothing is at `target`.
+    `source` is the checkpoint's root or one iteration; `hf_config` a folder with a `config.json` to follow instead of the
+    one that travelled; `max_shard_size` in bytes; `integrity` writes the BLAKE3 of every tensor. Raises UserError before a
+    byte moves for whatever cannot be converted exactly; after any failure nothing is at `target`.
     """
     check_execution(options)
     reporter, target, root = reporter or Reporter(), expanded(target), open_source(source)

@@ -20,7 +20,7 @@ from converter.conversion_plan import partial_directory
 from converter.documents import write_documents, write_markers
 from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.hashing import Hashing
-from converter.journal import Finished, Journal, doubted_if_lost, doubted_if_lost_on_the_way, read_journals
+from converter.journal import Finished, Journal, distrusted_on_sync_error, distrusted_on_write_error, read_journals
 from converter.memory import peak_memory, resident_memory
 from converter.memory_estimate import expected_peak
 from converter.plan import TensorPlan
@@ -143,7 +143,7 @@ class _Rank:
         with (
             closing(LocalOutputs(stage.partial)) as outputs,
             closing(Journal(stage.state, sync=outputs.sync)) as journal,
-            doubted_if_lost_on_the_way(stage.state, outputs.check),
+            distrusted_on_write_error(stage.state, outputs.check),
         ):
             if stage.resumed:
                 self._forget_lost_files()
@@ -166,10 +166,10 @@ class _Rank:
         lose a whole file. Runs before any rank writes."""
         gone: list[str] = []
         if self._together.is_first:
-            with doubted_if_lost(self._stage.state):
+            with distrusted_on_sync_error(self._stage.state):
                 sync_tree(self._stage.partial)
             gone = [file for file in self._plan.writer.files if not (self._stage.partial / file).is_file()]
-        gone = self._announced("left", {"gone": gone})["gone"]
+        gone = self._broadcast("left", {"gone": gone})["gone"]
         if gone:
             forget(self._finished, self._plan, gone)
 
@@ -202,7 +202,7 @@ class _Rank:
             hashing.files |= payload["files"]
         return payloads
 
-    def _announced(self, stage: str, payload: Mapping[str, Any]) -> dict[str, Any]:
+    def _broadcast(self, stage: str, payload: Mapping[str, Any]) -> dict[str, Any]:
         """Return to every rank the payload of the first."""
         if self._together.is_first:
             self._together.arrive(stage, payload)
@@ -210,7 +210,7 @@ class _Rank:
 
     def _hash_the_rest(self, hashing: Hashing) -> None:
         """Read back, each rank some of them, the files that `integrity.json` lists and that were not hashed as they passed."""
-        names = self._announced("readable", {"unknown": hashing.unknown(self._files)})["unknown"]
+        names = self._broadcast("readable", {"unknown": hashing.unknown(self._files)})["unknown"]
         with closing(LocalFolder(self._stage.partial)) as written:
             hashing.files |= integrity.hash_files(written, self._together.part(names), workers=self._workers)
 

@@ -14,10 +14,14 @@ from converter.ranks import Ranks
 
 @dataclass(frozen=True, slots=True)
 class Reporter:
-    """Callbacks for progress: a `note` for a person, the bytes ahead at the `start`, and bytes as they are done.
+    """Callbacks that report what a conversion does.
 
-    `progress` is called on worker threads, at times on several at once; `note` and `start` on the thread that called the
-    command.
+    `note` receives a sentence for a person, `start` the bytes of the stage that begins, `progress` bytes completed since its
+    last call. `note` and `start` run on the thread that called the conversion. `progress` runs on the worker threads, on several
+    at once: it must be safe for that and return quickly.
+
+    >>> Reporter(note=print).note("weights are cast from fp32 to bf16")
+    weights are cast from fp32 to bf16
     """
 
     note: Callable[[str], None] = lambda _text: None

@@ -173,7 +173,7 @@ def documents(origin: HFReference, shards: Mapping[str, Shard], *, limited: bool
     notes: list[str] = []
     changed = dict(shards) != dict(origin.shards)
     if changed and origin.shards and not limited and not _same_shapes(origin.shards, specs_of(shards)):
-        notes.append("the shard map that travelled is of other tensors than these: files are divided anew")
+        notes.append("the checkpoint's shard map is of other tensors: files are divided anew")
     if changed and (len(shards) > 1 or INDEX in origin.files):
         made[INDEX] = make_index(shards)
     config = _retyped_config(origin, shards)

@@ -27,7 +27,7 @@ from formats.spec import Reader
 from formats.torch_dist import TorchDistReader
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
-_LEFT = ["original/*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
+_IGNORED = ["original/*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +107,9 @@ def open_source(source: str | Path, *, or_hub: bool = False) -> Folder:
     hub = ", or a Hub id such as `org/name`" if or_hub else ""
     if not or_hub and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)) and not path.parent.exists():
         raise UserError(
-            f"`{source}` is not there", hint=f"a model on the Hub is `hf://{source}`; others are a directory or a URL"
+            f"`{source}` does not exist", hint=f"a model on the Hub is `hf://{source}`; others are a directory or a URL"
         )
-    raise UserError(f"`{source}` is not there", hint=f"give a directory, a URL (hf://, s3://, gs://, https://){hub}")
+    raise UserError(f"`{source}` does not exist", hint=f"give a directory, a URL (hf://, s3://, gs://, https://){hub}")
 
 
 def changes(sources: Iterable[Folder]) -> str:
@@ -139,7 +139,7 @@ def _fetch(source: str) -> Folder:
 
     name, _, revision = source.partition("@")
     try:
-        return LocalFolder(Path(snapshot_download(name, revision=revision or None, ignore_patterns=_LEFT)))
+        return LocalFolder(Path(snapshot_download(name, revision=revision or None, ignore_patterns=_IGNORED)))
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot fetch `{source}` from the Hub, and there is no such directory here: {_hub_fault(error)}",
