@@ -26,7 +26,7 @@ from formats.location import is_remote
 
 if TYPE_CHECKING:
     from converter.comparison import Comparison
-    from converter.conversion_plan import Reporter, Summary
+    from converter.execution import Reporter, Summary
     from converter.report import Report
     from formats.integrity import Check
 
@@ -137,7 +137,7 @@ def _show_check(result: Check) -> None:
 @contextmanager
 def progress_reporter(*, quiet: bool) -> Generator[Reporter]:
     """Yield a Reporter that shows a progress bar on a terminal, and elsewhere prints a line every few seconds."""
-    from converter.conversion_plan import Reporter  # noqa: PLC0415
+    from converter.execution import Reporter  # noqa: PLC0415
 
     if quiet:
         yield Reporter()

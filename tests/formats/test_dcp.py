@@ -113,8 +113,8 @@ def written(tmp_path):
     outputs = LocalOutputs(tmp_path)
     region = (slice(0, 2), slice(0, 3))
     part = NewPart("a", (), [Box((0, 0), (2, 3), "__0_0.distcp")])
-    writer = ContainerWriter(outputs, "it", {"a": ((2, 3), values.dtype)}, [part], [])
-    writer.write("a", region, values)
+    writer = ContainerWriter("it", {"a": ((2, 3), values.dtype)}, [part], [])
+    writer.write(outputs, "a", region, values)
     for span in writer.spans("it/__0_0.distcp"):
         if span.known:
             outputs.put("it/__0_0.distcp", span.start, span.known)
@@ -155,7 +155,7 @@ def test_an_archive_that_differs_is_parsed(written):
 def test_objects_are_found_after_the_chunks_of_all_tensors_were_let_go_of(tmp_path):
     outputs = LocalOutputs(tmp_path)
     weights = [TensorSpec(f"decoder.layers.{row}.mlp.linear_fc2.weight", (4, 2), np.dtype(np.float32)) for row in range(2)]
-    writer = TorchDistWriter(outputs, [ShardedTensor(spec, ((spec.full_region, 0),)) for spec in weights])
+    writer = TorchDistWriter([ShardedTensor(spec, ((spec.full_region, 0),)) for spec in weights])
     for file in writer.files:
         for span in writer.spans(file):
             outputs.put(file, span.start, span.known or bytes(span.size))
