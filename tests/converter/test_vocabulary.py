@@ -3,6 +3,7 @@ here with plain slices, and the way back gives the same bytes, at several layout
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -546,3 +547,32 @@ def test_megatron_core_loads_strictly_and_computes_what_transformers_computes(ra
     check_names(family, folder)
     check_config(family)
     check_logits(ranks, folder, tmp_path, more=FOLDER)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next"])
+def test_a_conversion_that_was_stopped_goes_on_to_the_same_bytes(made, tmp_path, monkeypatch, family):
+    import converter.run
+    import converter.worker
+    from formats.torch_dist_writer import TorchDistWriter
+
+    for module in (converter.run, converter.worker):
+        monkeypatch.setattr(module, "PIECE_BYTES", 1000)
+    hf_to_mcore(made(family), tmp_path / "whole")
+    write, calls = TorchDistWriter.write, itertools.count()
+
+    def stopped(*arguments):
+        if next(calls) > 150:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchDistWriter, "write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            hf_to_mcore(made(family), tmp_path / "again", workers=1)
+    assert hf_to_mcore(made(family), tmp_path / "again", resume=True).reused_bytes > 0
+    one, two = (model_tree(tmp_path / name / "iter_0000000") for name in ("whole", "again"))
+    assert one == two
+    hashes = [
+        json.loads((tmp_path / name / "iter_0000000" / "conversion.json").read_text())["blake3"] for name in ("whole", "again")
+    ]
+    assert hashes[0] == hashes[1]
