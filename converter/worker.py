@@ -19,7 +19,7 @@ from converter.comparison import compare
 from converter.conversion_plan import ConversionPlan, Reporter
 from converter.journal import Finished, Journal, doubted_if_lost, doubted_if_lost_on_the_way, read_journals
 from converter.lanes import cut, in_lanes
-from converter.plan import PIECE_AXES, Piece, TensorPlan, pieces
+from converter.plan import PIECE_AXES, PLAN_FORMAT, Piece, TensorPlan, pieces
 from converter.run import PIECE_BYTES, Observer, Task, in_threads, run
 from converter.sources import changes, sources_changed
 from converter.version import VERSION
@@ -37,7 +37,13 @@ from formats.staging import Stage, check_sizes, sync_tree
 
 def resumable(job: ConversionPlan) -> dict[str, Any]:
     """What must be the same for another run to go on with this one: numbers of pieces must mean the same, too."""
-    return {**job.manifest, "mbtools": VERSION, "a piece size of": PIECE_BYTES, "pieces cut along": PIECE_AXES}
+    return {
+        **job.manifest,
+        "mbtools": VERSION,
+        "a piece size of": PIECE_BYTES,
+        "pieces cut along": PIECE_AXES,
+        "a plan of format": PLAN_FORMAT,
+    }
 
 
 class Worker:

@@ -576,3 +576,23 @@ def test_a_conversion_that_was_stopped_goes_on_to_the_same_bytes(made, tmp_path,
         json.loads((tmp_path / name / "iter_0000000" / "conversion.json").read_text())["blake3"] for name in ("whole", "again")
     ]
     assert hashes[0] == hashes[1]
+
+
+def test_what_a_run_left_that_knew_no_transforms_is_refused_by_name(made, tmp_path, monkeypatch):
+    import converter.worker
+    from formats.torch_dist_writer import TorchDistWriter
+
+    calls, write = itertools.count(), TorchDistWriter.write
+
+    def stopped(*arguments):
+        if next(calls) > 20:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchDistWriter, "write", stopped)
+        patch.setattr(converter.worker, "PLAN_FORMAT", None)
+        with pytest.raises(KeyboardInterrupt):
+            hf_to_mcore(made("qwen2"), tmp_path / "m", workers=1)
+    with pytest.raises(UserError, match="was begun with a plan of format null, now it is 2"):
+        hf_to_mcore(made("qwen2"), tmp_path / "m", resume=True)
