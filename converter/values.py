@@ -23,7 +23,7 @@ _CASTABLE = frozenset(DTYPES[name] for name in FLOATS)
 
 
 def target_dtype(spec: TensorSpec, choice: str) -> np.dtype[Any]:
-    """The dtype a tensor is written in; UserError if its own has no plain cast to the chosen one."""
+    """Return the dtype a tensor is written in; UserError if its own has no plain cast to the chosen one."""
     if choice == KEEP:
         return spec.dtype
     if spec.dtype not in _CASTABLE:

@@ -12,7 +12,7 @@ from converter.conversion_plan import ConversionPlan
 from converter.hashing import Hashing
 from converter.journal import Finished
 from converter.lanes import cut, in_lanes
-from converter.plan import PIECE_AXES, Piece, TensorPlan, pieces
+from converter.plan import PIECE_AXES, PLAN_FORMAT, Piece, TensorPlan, pieces
 from converter.run import PIECE_BYTES, Observer, Task, run
 from converter.version import VERSION
 from formats.outputs import Outputs
@@ -21,7 +21,13 @@ from formats.spec import Reader
 
 def resumable(plan: ConversionPlan) -> dict[str, Any]:
     """Return what must be the same for another run to continue a plan: its manifest, and what the numbers of pieces mean."""
-    return {**plan.manifest, "mbtools": VERSION, "a piece size of": PIECE_BYTES, "pieces cut along": PIECE_AXES}
+    return {
+        **plan.manifest,
+        "mbtools": VERSION,
+        "a piece size of": PIECE_BYTES,
+        "pieces cut along": PIECE_AXES,
+        "a plan of format": PLAN_FORMAT,
+    }
 
 
 def forget(finished: Finished, plan: ConversionPlan, files: Collection[str]) -> None:
