@@ -138,7 +138,7 @@ def test_killed_after_the_commit_the_output_is_whole_and_the_next_run_cleans_up(
     process.until("_remove", 2)
     process.stop()
     assert tree(tmp_path / "m") == straight["hf-to-mcore"][2]
-    assert "outputs appear only when they are whole" in refused(start, "--resume")
+    assert "outputs appear only when they are complete" in refused(start, "--resume")
     go_on(overwrite=True, tp=1, pp=1)
     assert names(tmp_path) == ["m"]
 

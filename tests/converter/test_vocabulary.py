@@ -375,11 +375,11 @@ def test_a_dtype_that_a_family_keeps_wins_over_the_one_asked_for_and_the_source_
 def test_a_weight_that_hugging_face_has_not_must_still_be_what_it_was(made, tmp_path, family, name):
     hf_to_mcore(made(family), tmp_path / "m", integrity=False)
     reader = TorchDistReader(LocalFolder(tmp_path / "m"))
-    place = reader.chunks(name)[0].place
-    path = tmp_path / "m" / "iter_0000000" / place.file
+    location = reader.chunks(name)[0].location
+    path = tmp_path / "m" / "iter_0000000" / location.file
     data = bytearray(path.read_bytes())
     at = data.index(
-        np.ones(32, np.float32).astype("<f4").view("<u4").astype("<u4").__rshift__(16).astype("<u2").tobytes(), place.offset
+        np.ones(32, np.float32).astype("<f4").view("<u4").astype("<u4").__rshift__(16).astype("<u2").tobytes(), location.offset
     )
     data[at : at + 2] = b"\x00\x40"
     path.write_bytes(data)
