@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from converter.adapters.convert import adapter_to_hf, adapter_to_mcore
     from converter.adapters.merge import merge as merge_adapter
     from converter.comparison import Comparison
-    from converter.conversion_plan import Reporter, Summary
     from converter.convert import hf_to_mcore, mcore_to_hf
+    from converter.execution import Reporter, Summary
     from converter.proof import check_checkpoint, verify_checkpoints
     from converter.ranks import Ranks
     from converter.report import Report, inspect_checkpoint
@@ -31,8 +31,8 @@ _DEFINED_AS = {
     "Comparison": "converter.comparison.Comparison",
     "Ranks": "converter.ranks.Ranks",
     "Report": "converter.report.Report",
-    "Reporter": "converter.conversion_plan.Reporter",
-    "Summary": "converter.conversion_plan.Summary",
+    "Reporter": "converter.execution.Reporter",
+    "Summary": "converter.execution.Summary",
     "TransientError": "formats.errors.TransientError",
     "UserError": "formats.errors.UserError",
     "adapter_to_hf": "converter.adapters.convert.adapter_to_hf",

@@ -1,6 +1,6 @@
-"""Are two checkpoints the same model? Compared tensor by tensor under their Hugging Face names, streaming, to the bit.
+"""Compare two checkpoints tensor by tensor, to the bit, under their Hugging Face names, a piece at a time.
 
-Whatever the format, layout and writer of either: a Megatron side is read through the plan that would export it.
+Formats, layouts and writers may differ: a Megatron checkpoint is read through the plan that would export it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from converter.checks import is_filled
 from converter.plan import Piece, TensorPlan, pieces
-from converter.run import PIECE_BYTES, PieceBuffers, in_threads, is_filled
+from converter.run import PIECE_BYTES, PieceBuffers, in_threads
 from converter.values import target_dtype
 from converter.workers import DEFAULT
 from formats.arrays import same_bits
@@ -23,47 +24,60 @@ from formats.spec import Array, Reader, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class CheckpointView:
-    """One checkpoint: how each of its tensors is read. `tied` are tensors it may be asked for though they are not stored;
-    `zero` are stored tensors whose rows from some number on must be zero, for the model has none."""
+    """One checkpoint: how each of its tensors is read, under Hugging Face names."""
 
     label: str
     reader: Reader
     tensor_plans: Mapping[str, TensorPlan]
     tied: Mapping[str, TensorPlan] = field(default_factory=dict[str, TensorPlan])
+    """Tensors that are not stored and equal a stored one: read if the other checkpoint stores them."""
+
     zero: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Stored tensors whose rows from a number on must be zero, as the model has none there."""
+
     filled: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Stored tensors that must hold one number everywhere, for the model has none."""
+    """Stored tensors that must hold one number everywhere, as the model has none."""
 
     def cast(self, dtype: str) -> CheckpointView:
-        """The same, every tensor cast."""
+        """Return the same view with every tensor cast to a dtype."""
 
-        def made(tensor_plans: Mapping[str, TensorPlan]) -> dict[str, TensorPlan]:
-            return {name: replace(one, spec=one.spec.cast(target_dtype(one.spec, dtype))) for name, one in tensor_plans.items()}
+        def cast(tensor_plan: TensorPlan) -> TensorPlan:
+            return replace(tensor_plan, spec=tensor_plan.spec.cast(target_dtype(tensor_plan.spec, dtype)))
 
-        return replace(self, tensor_plans=made(self.tensor_plans), tied=made(self.tied))
+        tensor_plans = {name: cast(tensor_plan) for name, tensor_plan in self.tensor_plans.items()}
+        return replace(self, tensor_plans=tensor_plans, tied={name: cast(tied) for name, tied in self.tied.items()})
 
     def only(self, names: Collection[str]) -> CheckpointView:
-        """Some of its tensors."""
-        return replace(self, tensor_plans={name: one for name, one in self.tensor_plans.items() if name in names})
+        """Return a view of these tensors alone."""
+        tensor_plans = {name: tensor_plan for name, tensor_plan in self.tensor_plans.items() if name in names}
+        return replace(self, tensor_plans=tensor_plans)
 
-    def beside(self, other: CheckpointView) -> CheckpointView:
-        """The same, with those tied tensors that the other has."""
-        asked = {name: one for name, one in self.tied.items() if name in other.tensor_plans and name not in self.tensor_plans}
-        return replace(self, tensor_plans={**self.tensor_plans, **asked})
+    def with_ties_of(self, other: CheckpointView) -> CheckpointView:
+        """Return the same view with those tied tensors that the `other` stores."""
+        needed = other.tensor_plans.keys() - self.tensor_plans.keys()
+        tied = {name: tensor_plan for name, tensor_plan in self.tied.items() if name in needed}
+        return replace(self, tensor_plans={**self.tensor_plans, **tied})
 
 
 @dataclass(slots=True)
 class Difference:
-    """How a tensor differs. `elements` that differ in any bit, the `first` of them by index, both values there, and the
-    `largest` difference of two numbers, None where no two of those that differ are numbers; where shape or dtype differ, nothing
-    is compared and `what` says so."""
+    """How a tensor differs between two checkpoints."""
 
     name: str
     what: str = ""
+    """The difference in shape or dtype; values are then not compared."""
+
     elements: int = 0
+    """How many elements differ in any bit."""
+
     first: tuple[int, ...] = ()
+    """The index of the first of them."""
+
     values: tuple[float, float] | tuple[()] = ()
+    """Both values there."""
+
     largest: float | None = None
+    """The largest difference; None if all elements that differ are NaN on a side."""
 
     def __str__(self) -> str:
         if self.what:
@@ -78,7 +92,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What comparing two checkpoints found. Tensors by name, in the order of the first side."""
+    """The result of comparing two checkpoints. Tensors are named in the order of the first."""
 
     one: str
     other: str
@@ -94,17 +108,17 @@ class Comparison:
         return not (self.different or self.only_in_one or self.only_in_other)
 
     def lines(self) -> list[str]:
-        """Everything that differs."""
-        found = [str(one) for one in self.different]
-        found += [f"`{name}` is only in `{self.one}`" for name in self.only_in_one]
-        found += [f"`{name}` is only in `{self.other}`" for name in self.only_in_other]
-        return found
+        """Return everything that differs, a line for each tensor."""
+        lines = [str(difference) for difference in self.different]
+        lines += [f"`{name}` is only in `{self.one}`" for name in self.only_in_one]
+        lines += [f"`{name}` is only in `{self.other}`" for name in self.only_in_other]
+        return lines
 
     @property
     def summary(self) -> str:
-        """The first of what differs; nothing if nothing does."""
-        found = self.lines()
-        return "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        """The first three differences; empty if there are none."""
+        lines = self.lines()
+        return "; ".join(lines[:3]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
 
 
 def compare(
@@ -115,24 +129,27 @@ def compare(
     workers: int = DEFAULT,
     progress: Callable[[int], None] = lambda _count: None,
 ) -> Comparison:
-    """Compare every tensor of two sides, with `cast` after casting both. Reads each side once."""
+    """Compare every tensor of two checkpoints, with `cast` after casting both. Reads each once.
+
+    `progress` is called on `workers` threads with the bytes that were compared.
+    """
     if cast:
         one, other = one.cast(cast), other.cast(cast)
-    one, other = one.beside(other), other.beside(one)
+    one, other = one.with_ties_of(other), other.with_ties_of(one)
     shared = [name for name in one.tensor_plans if name in other.tensor_plans]
-    found = {name: what for name in shared if (what := _unlike(one.tensor_plans[name].spec, other.tensor_plans[name].spec))}
-    different = {name: Difference(name, what) for name, what in found.items()}
+    unlike = {name: what for name in shared if (what := _unlike(one.tensor_plans[name].spec, other.tensor_plans[name].spec))}
+    different = {name: Difference(name, what) for name, what in unlike.items()}
     pairs = _Pairs(one, other, different, progress)
-    comparable = [one.tensor_plans[name] for name in shared if name not in found]
-    in_threads(pieces(comparable, limit=PIECE_BYTES // 2), pairs.worker, workers=workers)  # of both sides at once
-    for side in (one, other):
-        what = f"is not zero in `{side.label}`, where the model has nothing"
-        stray = [name for name, start in side.zero.items() if not is_filled(side.reader, name, 0, start=start)]
-        different |= {name: Difference(name, what) for name in stray}
+    comparable = [one.tensor_plans[name] for name in shared if name not in unlike]
+    in_threads(pieces(comparable, limit=PIECE_BYTES // 2), pairs.worker, workers=workers)  # a piece of each is in memory
+    for view in (one, other):
+        what = f"is not zero in `{view.label}`, where the model has nothing"
+        nonzero = [name for name, start in view.zero.items() if not is_filled(view.reader, name, 0, start=start)]
+        different |= {name: Difference(name, what) for name in nonzero}
         different |= {
-            name: Difference(name, f"is not {value:g} everywhere in `{side.label}`, where the model has nothing")
-            for name, value in side.filled.items()
-            if not is_filled(side.reader, name, value)
+            name: Difference(name, f"is not {value:g} everywhere in `{view.label}`, where the model has nothing")
+            for name, value in view.filled.items()
+            if not is_filled(view.reader, name, value)
         }
     return Comparison(
         one=one.label,
@@ -152,6 +169,7 @@ def _order(one: CheckpointView, other: CheckpointView) -> dict[str, None]:
 
 
 def _unlike(one: TensorSpec, other: TensorSpec) -> str:
+    """Return how shape or dtype differ, if they do."""
     if one.stored_shape != other.stored_shape:
         return f"shape {list(one.stored_shape)} and {list(other.stored_shape)}"
     if one.stored_dtype != other.stored_dtype:
@@ -161,7 +179,7 @@ def _unlike(one: TensorSpec, other: TensorSpec) -> str:
 
 
 class _Pairs:
-    """Pieces of both sides, compared; what differs is added up by tensor."""
+    """Compares pieces of both checkpoints, and sums the differences by tensor."""
 
     def __init__(
         self, one: CheckpointView, other: CheckpointView, different: dict[str, Difference], progress: Callable[[int], None]
@@ -170,36 +188,38 @@ class _Pairs:
         self._lock = threading.Lock()
 
     def worker(self) -> Callable[[Piece], None]:
-        benches = PieceBuffers(), PieceBuffers()
+        """Return the function that compares pieces on one thread."""
+        buffers = PieceBuffers(), PieceBuffers()
 
-        def look(piece: Piece) -> None:
+        def compare_piece(piece: Piece) -> None:
             name = piece.tensor.spec.name
-            ours = benches[0].make(piece, self._one.reader)
-            theirs = benches[1].make(Piece(self._other.tensor_plans[name], piece.region), self._other.reader)
-            if not same_bits(ours, theirs):
+            one = buffers[0].make(piece, self._one.reader)
+            other = buffers[1].make(Piece(self._other.tensor_plans[name], piece.region), self._other.reader)
+            if not same_bits(one, other):
                 with self._lock:
-                    _add(self._different.setdefault(name, Difference(name)), piece, ours, theirs)
+                    _add(self._different.setdefault(name, Difference(name)), piece, one, other)
             self._progress(piece.nbytes)
 
-        return look
+        return compare_piece
 
 
-def _add(found: Difference, piece: Piece, one: Array, other: Array) -> None:
-    plain = np.dtype(f"u{one.dtype.itemsize}")
-    where = np.flatnonzero(one.view(plain).reshape(-1) != other.view(plain).reshape(-1))
+def _add(difference: Difference, piece: Piece, one: Array, other: Array) -> None:
+    """Add to a tensor's difference that of a piece, given the piece's values in both checkpoints."""
+    bits = np.dtype(f"u{one.dtype.itemsize}")
+    where = np.flatnonzero(one.view(bits).reshape(-1) != other.view(bits).reshape(-1))
     inside = np.unravel_index(int(where[0]), one.shape)
     first = tuple(part.start + int(index) for part, index in zip(piece.region, inside, strict=True))
-    ours, theirs = (_numbers(side.reshape(-1)[where]) for side in (one, other))
-    if not found.values or first < found.first:
-        found.first, found.values = first, (float(ours[0]), float(theirs[0]))
-    found.elements += len(where)
+    values, others = (_numbers(side.reshape(-1)[where]) for side in (one, other))
+    if not difference.values or first < difference.first:
+        difference.first, difference.values = first, (float(values[0]), float(others[0]))
+    difference.elements += len(where)
     with np.errstate(all="ignore"):
-        apart: Any = np.abs(ours - theirs)
-    numbers = apart[~np.isnan(apart)]
+        distances: Any = np.abs(values - others)
+    numbers = distances[~np.isnan(distances)]
     if numbers.size:
-        found.largest = max(found.largest or 0.0, float(numbers.max()))
+        difference.largest = max(difference.largest or 0.0, float(numbers.max()))
 
 
 def _numbers(values: Array) -> Array:
-    """As double precision; of complex numbers their magnitudes."""
+    """Return values in double precision; of complex numbers their magnitudes."""
     return (np.abs(values) if values.dtype.kind == "c" else values).astype(np.float64)

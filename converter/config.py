@@ -64,15 +64,15 @@ def named(**values: Any | Callable[[Model], Any]) -> Field:
 
 
 def value(constant: Any) -> Callable[[Config], Any]:
-    """A default that does not depend on the rest."""
+    """Return a default that does not depend on the rest."""
     return lambda _config: constant
 
 
 def field(
     megatron: str, huggingface: str, *, default: Callable[[Config], Any], null: Callable[[Config], Any] | None = None
 ) -> Field:
-    """The same number under two names; absent on the Hugging Face side means the default, and null what `null` says. Without
-    it, null is refused, as by transformers."""
+    """Return the field of a number that has two names. Absent on the Hugging Face side means the default, and null what `null`
+    says; without it null is refused, as by transformers."""
 
     def read(config: Config) -> dict[str, Any]:
         if huggingface not in config:
@@ -84,14 +84,14 @@ def field(
 
 
 def _number(name: str, found: Any) -> Any:
-    """A number that means something: not negative, no larger than single precision holds; true and false too."""
+    """Return the value if it is a number from 0 to what single precision holds, or true or false; else raise UserError."""
     if not isinstance(found, (int, float)) or not 0 <= found < 1e38:
         raise UserError(f"`{name}` is `{format_untrusted(found)}`, which should be a number", hint="the configuration is damaged")
     return found
 
 
 def required(megatron: str, huggingface: str) -> Field:
-    """The same positive whole number under two names."""
+    """Return the field of a positive whole number that has two names."""
 
     def read(config: Config) -> dict[str, Any]:
         return {megatron: _count(config, huggingface)}
@@ -126,7 +126,7 @@ def flag(megatron: str, *huggingface: str) -> Field:
 
 
 def fixed(**fields: Any) -> Field:
-    """What every model of the family has on Megatron's side; a configuration that says otherwise is another family."""
+    """Return the field of what every model of the family has in Megatron; a configuration with other values is another family."""
     return Field(lambda _config: dict(fields), lambda config: _agreeing(config, fields))
 
 
@@ -163,7 +163,8 @@ def activation(*names: str, huggingface: str = "hidden_act") -> Field:
 
 
 def window(megatron: str, huggingface: str, *, default: int | None) -> Field:
-    """Sliding attention: Hugging Face counts the tokens seen, the current one included; Megatron how many before it."""
+    """Return the field of sliding attention: Hugging Face counts the tokens seen, the current one included; Megatron those before
+    it."""
 
     def read(config: Config) -> dict[str, Any]:
         tokens = config.get(huggingface, default)
@@ -183,7 +184,7 @@ def window(megatron: str, huggingface: str, *, default: int | None) -> Field:
 
 
 def no_window(megatron: str) -> Field:
-    """Attention over all that comes before a token, in every layer."""
+    """Return the field of attention over all tokens before one, in every layer."""
 
     def read(config: Config) -> dict[str, Any]:
         _check_layers(config, "full_attention")
@@ -226,7 +227,7 @@ _ROPE_KEYS = {
 
 
 def rope_numbers(config: Config) -> dict[str, Any]:
-    """Rotary embedding parameters of a `config.json`, as transformers 5 writes them (`rope_parameters`) or as 4 did
+    """Return the rotary embedding parameters of a `config.json`, as transformers 5 writes them (`rope_parameters`) or as 4 did
     (`rope_theta` and `rope_scaling`). UserError where both are there and say different things."""
     objects = {name: found for name in _ROPE_FIELDS if (found := _rope_object(config, name))}
     read = {name: _numbers_of(found, config, name) for name, found in objects.items()}
@@ -256,7 +257,7 @@ def _computed_from(numbers: Config) -> Iterable[str]:
 
 
 def _numbers_of(said: Config, config: Config, field: str) -> dict[str, Any]:
-    """The parameters in one field of `config.json`, with those that lie beside it."""
+    """Return the parameters in one field of `config.json`, with those outside it that belong to them."""
     nested = next((key for key, found in said.items() if isinstance(found, dict)), None)
     if nested is not None:
         raise UserError(
@@ -275,7 +276,7 @@ def _numbers_of(said: Config, config: Config, field: str) -> dict[str, Any]:
 
 
 def _original_length(said: Config, config: Config, field: str) -> Any:
-    """How long the sequences were before the scaling; as transformers has it, as long as now where nothing is said."""
+    """Return the length of sequences before the scaling: as transformers, the present one where there is none."""
     name = "original_max_position_embeddings"
     length = _one_of({f"`{name}` in `{field}`": said.get(name), f"`{name}`": config.get(name)})
     return _number(name, config.get("max_position_embeddings", 2048) if length is None else length)
@@ -289,7 +290,7 @@ def _check_partial(said: Config, config: Config) -> None:
 
 
 def _one_of(places: Mapping[str, Any]) -> Any:
-    """What two places of `config.json` say that should say the same, or the one that says something."""
+    """Return the value that several fields of `config.json` should share; None if none is set, UserError if they differ."""
     said = {place: found for place, found in places.items() if found is not None}
     if not said:
         return None
@@ -304,7 +305,7 @@ def _one_of(places: Mapping[str, Any]) -> Any:
 
 
 def rope(*kinds: str) -> Field:
-    """Rotary embeddings, scaled in one of the given kinds."""
+    """Return the field of rotary embeddings, scaled in one of the given kinds."""
 
     def read(config: Config) -> dict[str, Any]:
         numbers = rope_numbers(config)
@@ -327,7 +328,7 @@ def rope(*kinds: str) -> Field:
 
 
 def _factor(numbers: Config, name: str) -> Any:
-    """A number above 0 of a scaling. transformers takes no scaling without it."""
+    """Return a number above 0 that a scaling needs, as transformers does; else raise UserError."""
     if name not in numbers:
         raise UserError(
             f"`config.json` has rope type `{numbers['rope_type']}` without `{name}`",
@@ -351,7 +352,7 @@ def _write_rope(config: Config) -> dict[str, Any]:
 
 
 def to_megatron(fields: Iterable[Field], config: Config) -> dict[str, Any]:
-    """Megatron's fields for a `config.json`; a later field wins over an earlier one."""
+    """Return Megatron's fields for a `config.json`; a later field wins over an earlier one."""
     found: dict[str, Any] = {}
     for one in fields:
         found |= one.to_megatron(config)
@@ -359,7 +360,7 @@ def to_megatron(fields: Iterable[Field], config: Config) -> dict[str, Any]:
 
 
 def to_huggingface(fields: Iterable[Field], config: Config) -> dict[str, Any]:
-    """The `config.json` fields for Megatron's; UserError where the family cannot say them."""
+    """Return the `config.json` fields for Megatron's; UserError where the family has no such model."""
     found: dict[str, Any] = {}
     for one in fields:
         found |= one.to_huggingface(config)

@@ -26,7 +26,8 @@ from formats.location import is_remote
 
 if TYPE_CHECKING:
     from converter.comparison import Comparison
-    from converter.conversion_plan import Reporter, Summary
+    from converter.execution import Reporter, Summary
+    from converter.families import Family
     from converter.report import Report
     from formats.integrity import Check
 
@@ -137,7 +138,7 @@ def _show_check(result: Check) -> None:
 @contextmanager
 def progress_reporter(*, quiet: bool) -> Generator[Reporter]:
     """Yield a Reporter that shows a progress bar on a terminal, and elsewhere prints a line every few seconds."""
-    from converter.conversion_plan import Reporter  # noqa: PLC0415
+    from converter.execution import Reporter  # noqa: PLC0415
 
     if quiet:
         yield Reporter()
@@ -249,15 +250,26 @@ def _report_lines(report: Report) -> Iterator[tuple[str, str]]:
         yield "args", f"names classes of {', '.join(f'`{name}`' for name in report.unknown_packages)}"
 
 
+def _family(family: Family) -> dict[str, Any]:
+    """What a family is, whether megatron-core's GPTModel computes it, and what that lacks if not."""
+    return {
+        "models": family.MODELS,
+        "architecture": family.ARCHITECTURE,
+        "trains": family.trains,
+        "needs": list(family.PROVIDER),
+    }
+
+
 def show_families(*, as_json: bool) -> None:
     """The support matrix: the directory of families, listed."""
     from converter import families  # noqa: PLC0415
 
     rows = [(name, families.find(name)) for name in families.names()]
     if as_json:
-        print_json({name: {"models": one.MODELS, "architecture": one.ARCHITECTURE} for name, one in rows})
+        print_json({name: _family(one) for name, one in rows})
         return
     width = shutil.get_terminal_size().columns
     for name, one in rows:
-        click.echo(f"{name:<10} {one.ARCHITECTURE:<20} {one.MODELS}"[: max(width, 80)])
+        can = "weights, trains" if one.trains else "weights"
+        click.echo(f"{name:<10} {one.ARCHITECTURE:<20} {can:<15} {one.MODELS}"[: max(width, 80)])
     click.echo("\nboth ways, every TP/PP/VPP layout; dtypes kept, or cast to bf16, fp16, fp32")

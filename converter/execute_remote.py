@@ -1,62 +1,80 @@
-"""Carry a job out to an object store: uploaded in parts, committed at the end."""
+"""Carry a conversion out to an object store: uploaded in parts, committed at the end.
+
+One process does it all. Nothing of an unfinished upload can be read, so there is no journal, no `--resume` and no `--verify`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from converter import provenance
-from converter.conversion_plan import ConversionPlan, ExecutionOptions, Reporter
-from converter.execute import rule
+from converter.checks import replacement_rule
+from converter.conversion import Conversion
+from converter.conversion_plan import ConversionPlan
+from converter.documents import write_documents, write_markers
+from converter.execution import ExecutionOptions, Reporter
+from converter.hashing import Hashing
+from converter.journal import Finished
 from converter.plan import TensorPlan
 from converter.ranks import alone
+from converter.run import Task
+from converter.sources import check_unchanged
 from converter.worker import Worker
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.location import without_secrets
 from formats.remote.outputs import RemoteOutputs
 from formats.remote.upload import Upload
-from formats.rendezvous import Rendezvous
-from formats.staging import Stage
 
 
 def upload(
-    job: ConversionPlan,
-    how: ExecutionOptions,
-    reporter: Reporter,
-    *,
-    sources: Sequence[Folder],
+    conversion: Conversion,
+    target: str,
     files: Mapping[str, int],
+    *,
+    options: ExecutionOptions,
+    reporter: Reporter,
+    sources: Sequence[Folder],
     workers: int,
 ) -> None:
-    """The work of one process, with nothing that a later run could go on with."""
-    outputs, ranks = job.outputs, how.ranks or alone()
-    assert isinstance(outputs, RemoteOutputs)
+    """Write all `files` of the output to a URL. Raises UserError for more than one rank, or if a source changed meanwhile."""
+    ranks = options.get("ranks") or alone()
     if ranks.size > 1:
         raise UserError(
-            f"`{without_secrets(job.target)}` cannot be written by {ranks.size} processes together",
+            f"`{without_secrets(target)}` cannot be written by {ranks.size} processes together",
             hint="use one process, or convert to a shared file system and copy",
         )
-    job = replace(job, tensor_plans=file_by_file(job))
-    last = [name for name in job.last if name in files]
-    with (
-        TemporaryDirectory() as nowhere,
-        Rendezvous(Path(nowhere, "ranks"), 0, 1, ranks.run_id, target=Path(nowhere, "upload")) as together,
-        Upload(job.target, rule=rule(how, files)) as uploaded,
-    ):
-        outputs.open(uploaded, job.writer.files, job.writer.spans)
-        stage = Stage(Path(nowhere), Path(nowhere))
-        ours = Worker(job, reporter, stage, together=together, share=job.tensor_plans, workers=workers, sources=sources)
-        ours.through(files, verify=False)
-        uploaded.commit([*last, *job.writer.markers], record=job.inside(provenance.FILE))
+
+    def done(task: Task) -> None:
+        reporter.progress(task.piece.nbytes)
+
+    plan = replace(conversion.plan, tensor_plans=file_by_file(conversion.plan))
+    with Upload(target, rule=replacement_rule(options, files)) as uploaded:
+        with closing(RemoteOutputs(uploaded, plan.writer)) as outputs:
+            hashing = Hashing(plan, Finished())
+            worker = Worker(plan, plan.tensor_plans, hashing, ())
+            reporter.start(worker.remaining_bytes)
+            worker.move(conversion.reader, outputs, workers=workers, done=done)
+            hashing.read_again(conversion.reader, hashing.out_of_order(), workers=workers)
+            hashing.files |= write_documents(conversion, outputs, files, hashing.tensors)
+            check_unchanged(sources)
+            write_markers(plan, outputs, files, hashing.files)
+        uploaded.commit(_last(plan, files), record=plan.output.record)
 
 
-def file_by_file(job: ConversionPlan) -> list[TensorPlan]:
-    """What is made, ordered so that as few files as can be are open at a time: a part of each open file is held. Files that have
-    a tensor in common (those of one pipeline rank) are filled together. Among tensors that share a file the order stays: its
-    bytes arrive in order, and a thread that comes early waits for the one before."""
+def _last(plan: ConversionPlan, files: Mapping[str, int]) -> list[str]:
+    """Return the files that make the output readable, in the order in which they are committed."""
+    named = map(plan.output.inside, plan.output.last)
+    return [*(name for name in named if name in files), *plan.writer.markers]
+
+
+def file_by_file(plan: ConversionPlan) -> list[TensorPlan]:
+    """Return the plan's tensors in an order in which few files are open at a time: a part of each open file is in memory.
+
+    Files that have a tensor in common (those of one pipeline rank) are filled together. Tensors that share a file keep their
+    order, in which their bytes are in the file: a thread that arrives early blocks until the one before has passed.
+    """
     leader: dict[str, str] = {}
 
     def first(file: str) -> str:
@@ -64,10 +82,10 @@ def file_by_file(job: ConversionPlan) -> list[TensorPlan]:
             file = leader[file]
         return file
 
-    touched = [sorted(job.writer.touched(tensor_plan.spec.name)) for tensor_plan in job.tensor_plans]
+    touched = [sorted(plan.writer.touched(tensor_plan.spec.name)) for tensor_plan in plan.tensor_plans]
     for files in touched:
         for file in files:
             leader[first(file)] = first(files[0])
     order: dict[str, int] = {}
-    places = [order.setdefault(first(files[0]), len(order)) if files else 0 for files in touched]
-    return [tensor_plan for _, tensor_plan in sorted(zip(places, job.tensor_plans, strict=True), key=lambda item: item[0])]
+    groups = [order.setdefault(first(files[0]), len(order)) if files else 0 for files in touched]
+    return [tensor_plan for _, tensor_plan in sorted(zip(groups, plan.tensor_plans, strict=True), key=lambda item: item[0])]

@@ -1,5 +1,7 @@
-"""From a Megatron checkpoint, or a model seen as Hugging Face has it, to everything that writing it as a Hugging Face directory
-does: what is made, which file holds it, and what lies beside."""
+"""Plan an export: from a Megatron checkpoint to the tensors, files and provenance of a Hugging Face directory.
+
+`plan_files` is the second half, for any model whose tensors have Hugging Face names: a merge uses it too.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +10,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from converter import families, provenance, reference
+from converter.checks import check_filled
 from converter.comparison import CheckpointView
 from converter.config import make_model
-from converter.conversion_plan import ConversionPlan, Reporter, manifest, outputs_for
+from converter.conversion import Conversion
+from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
+from converter.execution import Reporter
 from converter.families import Family
 from converter.model import Model
 from converter.plan import TensorPlan, as_stored, casts
 from converter.planner import to_huggingface
+from converter.provenance import Provenance
 from converter.quantization import is_plain, quantization
-from converter.run import check_filled
-from converter.side_files import CONFIG, EXTRAS, HEADERS, HFReference
-from converter.sources import Source
+from converter.side_files import CONFIG, HFReference
+from converter.sources import Source, megatron_source
+from converter.values import dtype_of_most_bytes
 from converter.views import with_side_files
-from formats.dcp_index import METADATA
 from formats.errors import format_untrusted
 from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, Shard, make_index, plan_shards, retyped, specs_of
 from formats.megatron_reader import MegatronReader
 from formats.shard_files import INDEX
-from formats.spec import JoinedReader, Reader, TensorSpec, names_of
+from formats.spec import JoinedReader, TensorSpec, names_of
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """What transformers' `save_pretrained` takes."""
@@ -37,7 +40,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What the bytes of an export depend on beside its source."""
+    """The options that the bytes of an export depend on."""
 
     hf_config: Folder | None
     max_shard_size: int | None
@@ -45,111 +48,103 @@ class ExportOptions:
     integrity: bool
 
 
-def plan_export(reader: MegatronReader, root: Folder, target: str, wanted: ExportOptions, reporter: Reporter) -> ConversionPlan:
-    """Everything an export does. Raises UserError for whatever cannot be converted exactly."""
-    reader.check()  # first: the index is let go of, and what follows takes its room
+def plan_export(reader: MegatronReader, root: Folder, wanted: ExportOptions, reporter: Reporter) -> Conversion:
+    """Return the conversion of a Megatron checkpoint to Hugging Face. Raises UserError if it cannot be converted exactly."""
+    reader.check()  # first: it frees the index, whose memory the plan then takes
     origin = reference.find(reader, wanted.hf_config)
     family = families.find(origin.config.get("model_type")).rooted(specs_of(origin.shards))
     model = make_model(family.CONFIG, origin.config)
-    tensor_plans, extras = _makings(reader, family, model, origin, dtype=wanted.dtype)
+    tensor_plans, extras = _tensor_plans(reader, family, model, origin, dtype=wanted.dtype)
     tensors = JoinedReader(reader, *extras) if extras else reader
-    return plan_files(megatron_source(reader, root, origin, tensors), tensor_plans, target, wanted, reporter)
+    return plan_files(megatron_source(reader, root, origin, tensors), tensor_plans, wanted, reporter)
 
 
-def _makings(
+def _tensor_plans(
     reader: MegatronReader, family: Family, model: Model, origin: HFReference, *, dtype: str
 ) -> tuple[list[TensorPlan], list[HuggingFaceReader]]:
-    """What is made of a checkpoint that was found whole, and the readers of what it carries beside Megatron's tensors."""
+    """Return the tensors of the output, and the readers of those that the checkpoint carries beside Megatron's."""
     plan = to_huggingface(family.RULES, model, reader.specs, dtype=dtype, known=specs_of(origin.shards))
     for name, value in plan.filled.items():
         check_filled(reader, name, value)
     return with_side_files(plan.tensors, family, model, origin)
 
 
-def megatron_source(reader: MegatronReader, root: Folder, origin: HFReference, tensors: Reader) -> Source:
-    """A checkpoint as a model to convert, its `tensors` read as they lie there or in another way."""
-    read = [*reader.files, METADATA, *(f"{HEADERS}/{name}" for name in origin.shards)]
-    read += [EXTRAS] if origin.extras else []
-    return Source(
-        label=reader.folder.label,
-        reader=tensors,
-        reference=origin,
-        files={name: FileRef(reader.folder, name) for name in sorted(read) if reader.folder.has(name)},
-        told=provenance.megatron_source(root, reader.folder),
-    )
-
-
-def plan_files(
-    source: Source, tensor_plans: Sequence[TensorPlan], target: str, wanted: ExportOptions, reporter: Reporter
-) -> ConversionPlan:
-    """Everything that writing a directory of these tensors does."""
+def plan_files(source: Source, tensor_plans: Sequence[TensorPlan], wanted: ExportOptions, reporter: Reporter) -> Conversion:
+    """Return the conversion of a source to a directory of these tensors, in the source's files where they are known."""
     shards = choose_shards(tensor_plans, source.reference, wanted.max_shard_size)
     made, texts = documents(source.reference, shards, limited=wanted.max_shard_size is not None)
     for text in (*source.reference.notes, *texts):
         reporter.note(text)
-    return _job(_Planned(source, in_file_order(tensor_plans, shards), shards, made), target, wanted)
+    replaced = {*made, provenance.FILE}
+    copies = {name: file for name, file in source.reference.files.items() if name not in replaced}
+    found = _Export(source, in_file_order(tensor_plans, shards), shards, made, copies)
+    return Conversion(
+        plan=_conversion_plan(found, wanted),
+        reader=source.reader,
+        views=lambda written: _views(found, written),
+        copies=copies,
+        memory=source.memory,
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
-    """A source read as a model, and the files to make of it."""
+class _Export:
+    """A source, and the files that are made of it."""
 
     source: Source
     tensor_plans: Sequence[TensorPlan]
     shards: Mapping[str, Shard]
     documents: Mapping[str, bytes]
+    copies: Mapping[str, FileRef]
 
 
-def _job(found: _Planned, target: str, wanted: ExportOptions) -> ConversionPlan:
+def _conversion_plan(found: _Export, wanted: ExportOptions) -> ConversionPlan:
     source, given = found.source, wanted.hf_config.name if wanted.hf_config else None
     command = source.command("mcore-to-hf")
     options = {"max_shard_size": wanted.max_shard_size, "dtype": wanted.dtype, "hf_config": given}
     options |= {} if wanted.integrity else {"integrity": False}  # as earlier versions wrote it, where it says nothing new
-    laid_out = {file: shard.size for file, shard in found.shards.items()}
-    outputs = outputs_for(target, found.tensor_plans, {**options, **source.merged(), "shards": laid_out})
-    made = {*found.documents, provenance.FILE}
-    copies = {name: file for name, file in source.reference.files.items() if name not in made}
+    shard_sizes = {file: shard.size for file, shard in found.shards.items()}
     return ConversionPlan(
-        command=command,
         source=source.label,
-        target=target,
-        reader=source.reader,
-        writer=HuggingFaceWriter(outputs, found.shards),
-        outputs=outputs,
         tensor_plans=found.tensor_plans,
-        manifest=manifest(command, {**options, **source.merged()}, {**source.files, **copies}),
-        provenance_fields={
-            "source": source.told,
-            **source.merged(),
-            "options": options,
-            "family": source.reference.config.get("model_type"),
-            "casts": casts(found.tensor_plans),
-            "tensors": {"in": len(source.reader.specs), "out": len(found.tensor_plans)},
-        },
-        tensors={tensor_plan.spec.name: tensor_plan.spec for tensor_plan in found.tensor_plans},
-        passing="made",
-        views=lambda written: (_read(found), _written(written)),
-        copies=copies,
-        documents=found.documents,
-        hashed=wanted.integrity,
-        last=(INDEX, CONFIG),
-        memory=source.memory,
+        output=OutputFiles(
+            writer=HuggingFaceWriter(found.shards),
+            documents=found.documents,
+            copied=sizes_of(found.copies),
+            last=(INDEX, CONFIG),
+        ),
+        provenance=Provenance(
+            command=command,
+            fields={"source": source.provenance, **source.merged(), "options": options, **_fields(found)},
+            tensors={tensor_plan.spec.name: tensor_plan.spec for tensor_plan in found.tensor_plans},
+            passing="made",
+            hashed=wanted.integrity,
+        ),
+        manifest=manifest(command, {**options, **source.merged()}, {**source.files, **found.copies}),
+        identity={**options, **source.merged(), "shards": shard_sizes},
     )
 
 
-def _read(found: _Planned) -> CheckpointView:
-    return CheckpointView(
-        found.source.label, found.source.reader, {tensor_plan.spec.name: tensor_plan for tensor_plan in found.tensor_plans}
-    )
+def _fields(found: _Export) -> dict[str, Any]:
+    """Return what `conversion.json` says of an export beside its source and its options."""
+    return {
+        "family": found.source.reference.config.get("model_type"),
+        "casts": casts(found.tensor_plans),
+        "tensors": {"in": len(found.source.reader.specs), "out": len(found.tensor_plans)},
+    }
 
 
-def _written(folder: Folder) -> CheckpointView:
-    reader = HuggingFaceReader(folder)
-    return CheckpointView(folder.label, reader, as_stored(reader.specs))
+def _views(found: _Export, written: Folder) -> tuple[CheckpointView, CheckpointView]:
+    """Return the source as it is converted, and the written output."""
+    tensor_plans = {tensor_plan.spec.name: tensor_plan for tensor_plan in found.tensor_plans}
+    reader = HuggingFaceReader(written)
+    source = CheckpointView(found.source.label, found.source.reader, tensor_plans)
+    return source, CheckpointView(written.label, reader, as_stored(reader.specs))
 
 
 def choose_shards(tensor_plans: Sequence[TensorPlan], origin: HFReference, limit: int | None) -> dict[str, Shard]:
-    """The files to write: those that travelled if they hold just these names and shapes, else files of at most `limit`."""
+    """Return the files to write: the source's own if they hold just these names and shapes, else files of at most `limit`
+    bytes."""
     specs = {tensor_plan.spec.name: tensor_plan.spec for tensor_plan in tensor_plans}
     if limit is None and _same_shapes(origin.shards, specs):
         return {file: retyped(shard, specs, source=file) for file, shard in origin.shards.items()}
@@ -157,7 +152,7 @@ def choose_shards(tensor_plans: Sequence[TensorPlan], origin: HFReference, limit
 
 
 def _same_shapes(shards: Mapping[str, Shard], specs: Mapping[str, TensorSpec]) -> bool:
-    """Are these the tensors of the files, but for their dtypes?"""
+    """Return whether the files hold these tensors, but for their dtypes."""
     held = [shard.tensors for shard in shards.values()]
     return sum(map(len, held)) == len(specs) and all(
         name in specs and specs[name].shape == spec.shape for tensors in held for name, spec in tensors.items()
@@ -165,19 +160,19 @@ def _same_shapes(shards: Mapping[str, Shard], specs: Mapping[str, TensorSpec]) -
 
 
 def in_file_order(tensor_plans: Sequence[TensorPlan], shards: Mapping[str, Shard]) -> list[TensorPlan]:
-    """Makings in the order in which their data lies in the files, so that each file is written front to back."""
+    """Return tensors in the order of their data in the files, so that each file is written front to back."""
     made = {tensor_plan.spec.name: tensor_plan for tensor_plan in tensor_plans}
     return [made[name] for shard in shards.values() for name in shard.tensors]
 
 
 def documents(origin: HFReference, shards: Mapping[str, Shard], *, limited: bool) -> tuple[dict[str, bytes], list[str]]:
-    """Documents that are not copied as they travelled, and notes on why: the index of other files, a `config.json` whose
-    dtype changed or that was rebuilt."""
+    """Return the documents that are not copied from the source, and notes on why: the index of other files, a `config.json`
+    whose dtype changed or that was rebuilt."""
     made: dict[str, bytes] = {}
     notes: list[str] = []
     changed = dict(shards) != dict(origin.shards)
     if changed and origin.shards and not limited and not _same_shapes(origin.shards, specs_of(shards)):
-        notes.append("the shard map that travelled is of other tensors than these: files are divided anew")
+        notes.append("the checkpoint's shard map is of other tensors: files are divided anew")
     if changed and (len(shards) > 1 or INDEX in origin.files):
         made[INDEX] = make_index(shards)
     config = _retyped_config(origin, shards)
@@ -190,35 +185,27 @@ def documents(origin: HFReference, shards: Mapping[str, Shard], *, limited: bool
 
 
 def _retyped_config(origin: HFReference, shards: Mapping[str, Shard]) -> dict[str, Any]:
-    """`config.json` with the dtype of the weights written, if that is not what the files it belongs to have; without a
-    quantization that they do not have."""
+    """Return `config.json` with the dtype of the weights written, if the source's files have another; without a quantization
+    that they do not have."""
     dtypes = {spec.dtype for shard in shards.values() for spec in shard.tensors.values()}
     left_over = quantization(origin.config) if is_plain(dtypes) else ()
-    config, dtype = {name: value for name, value in origin.config.items() if name not in left_over}, _main_dtype(shards)
-    if origin.shards and _main_dtype(origin.shards) == dtype:
+    config = {name: value for name, value in origin.config.items() if name not in left_over}
+    dtype = dtype_of_most_bytes(specs_of(shards).values())
+    if origin.shards and dtype_of_most_bytes(specs_of(origin.shards).values()) == dtype:
         return config
     return config | dict.fromkeys(_dtype_fields(config), names_of(dtype).torch)
 
 
 def _dtype_fields(config: Mapping[str, Any]) -> list[str]:
-    """transformers 4 wrote `torch_dtype`, 5 writes `dtype`."""
+    """Return the fields for the dtype: transformers 4 wrote `torch_dtype`, 5 writes `dtype`."""
     return [name for name in ("torch_dtype", "dtype") if name in config] or ["dtype"]
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    """What is otherwise in `config.json` than where it is from, in words."""
+    """Yield the differences between two versions of `config.json`, in words."""
     for name, value in after.items():
         if name not in before or before[name] != value:
             yield f"`{name}` from `{format_untrusted(before.get(name))}` to `{value}`"
     for name in before:
         if name not in after:
             yield f"without `{name}`, for the weights are not quantized"
-
-
-def _main_dtype(shards: Mapping[str, Shard]) -> np.dtype[Any]:
-    """The dtype most bytes have."""
-    sizes: dict[np.dtype[Any], int] = {}
-    for shard in shards.values():
-        for spec in shard.tensors.values():
-            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
-    return max(sizes, key=lambda dtype: sizes[dtype])

@@ -1,21 +1,20 @@
-"""From a model as Hugging Face has it to everything an import does: what it makes, what lies beside, and what it tells."""
+"""Plan an import: from a Hugging Face model to the tensors, files and provenance of a Megatron checkpoint."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import starmap
-from math import prod
 from typing import Any
 
-import numpy as np
-
-from converter import families, provenance, reference, run_config, side_files
+from converter import families, reference, run_config, side_files
+from converter.checks import check_equal, check_exact
 from converter.comparison import CheckpointView
 from converter.config import BUILT_IN_ROPE, make_model, rope_numbers, to_megatron
-from converter.conversion_plan import ConversionPlan, Reporter, manifest, outputs_for
+from converter.conversion import Conversion
+from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
+from converter.execution import Reporter
 from converter.extra_states import stateful_module
 from converter.families import Family
 from converter.layout import Layout, make_layout
@@ -23,27 +22,25 @@ from converter.model import Model
 from converter.plan import as_stored, casts
 from converter.planner import Plan, sharded
 from converter.planner import to_megatron as plan_megatron
+from converter.provenance import Provenance
 from converter.quantization import is_plain, quantization
 from converter.recognize import refuse_unfit
-from converter.run import check_equal, check_exact
 from converter.side_files import SideFiles
 from converter.sources import Source
-from converter.values import KEEP
+from converter.values import KEEP, dtype_of_most_parameters
 from converter.views import megatron_view, tied
 from formats.dcp_index import METADATA
 from formats.detect import open_megatron
 from formats.errors import UserError
-from formats.folder import FileRef, Folder
-from formats.huggingface import HuggingFaceReader
+from formats.folder import Folder
 from formats.iterations import iteration_folder
-from formats.outputs import Outputs
 from formats.spec import is_valid_shape
 from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportOptions:
-    """What the bytes of an import depend on beside its source."""
+    """The options that the bytes of an import depend on."""
 
     tp: int
     pp: int
@@ -59,8 +56,8 @@ class ImportOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
-    """A source read as a model, and the plan for it."""
+class _Import:
+    """A source that was recognized as a model, and what is made of it."""
 
     source: Source
     family: Family
@@ -70,32 +67,25 @@ class _Planned:
     side_files: SideFiles
 
 
-def huggingface_source(reader: HuggingFaceReader) -> Source:
-    """A Hugging Face directory as a model to convert."""
-    reference, left_out = side_files.of_model(reader)
-    return Source(
-        label=reader.folder.label,
-        reader=reader,
-        reference=reference,
-        files={name: FileRef(reader.folder, name) for name in reader.shards},
-        told=provenance.huggingface_source(reader.folder, reader.shards),
-        left_out=left_out,
-    )
-
-
-def plan_import(source: Source, target: str, wanted: ImportOptions, reporter: Reporter) -> ConversionPlan:
-    """Everything an import does. Raises UserError for whatever cannot be converted exactly."""
-    found = _planned(source, wanted)
+def plan_import(source: Source, wanted: ImportOptions, reporter: Reporter) -> Conversion:
+    """Return the conversion of a Hugging Face model to Megatron. Raises UserError if it cannot be converted exactly."""
+    found = _recognize(source, wanted)
     for text in notes(source, found.plan):
         reporter.note(text)
     for name, other in found.plan.equal:
         check_equal(source.reader, name, other)
     for tensor_plan in found.plan.exact:
         check_exact(source.reader, tensor_plan)
-    return _job(found, target, wanted)
+    return Conversion(
+        plan=_conversion_plan(found, wanted),
+        reader=source.reader,
+        views=lambda written: _views(found, written, wanted.dtype),
+        copies=found.side_files.copies,
+        memory=source.memory,
+    )
 
 
-def _planned(source: Source, wanted: ImportOptions) -> _Planned:
+def _recognize(source: Source, wanted: ImportOptions) -> _Import:
     reader, config = source.reader, source.reference.config
     family = families.find(config.get("model_type")).rooted(reader.specs)
     model = make_model(family.CONFIG, config, vocab_multiple=wanted.make_vocab_size_divisible_by * wanted.tp)
@@ -106,43 +96,40 @@ def _planned(source: Source, wanted: ImportOptions) -> _Planned:
     )
     passing = family.PASSTHROUGH_PREFIXES
     plan = plan_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype=wanted.dtype, passing=passing)
-    return _Planned(source, family, model, layout, plan, side_files.collect_model(source.reference, reader, plan.extras))
+    return _Import(source, family, model, layout, plan, side_files.collect_model(source.reference, reader, plan.extras))
 
 
-def _job(found: _Planned, target: str, wanted: ImportOptions) -> ConversionPlan:
-    source, plan, side_files = found.source, found.plan, found.side_files
+def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
+    source, plan, folder = found.source, found.plan, f"{iteration_folder(0)}/"
     command, options = source.command("hf-to-mcore"), _options(wanted, found.layout, experts="experts" in found.model)
-    outputs = outputs_for(target, plan.tensors, {**options, **source.merged()})
-    folder = f"{iteration_folder(0)}/"
-    documents = {**side_files.documents, **_documents(found, vocab_multiple=wanted.make_vocab_size_divisible_by)}
+    identity = {**options, **source.merged()}
     return ConversionPlan(
-        command=command,
         source=source.label,
-        target=target,
-        reader=source.reader,
-        writer=_writer(outputs, found),
-        outputs=outputs,
         tensor_plans=plan.tensors,
-        manifest=manifest(command, {**options, **source.merged()}, {**source.files, **side_files.copies}),
-        provenance_fields={"source": source.told, **source.merged(), "options": options, **_facts(found)},
-        tensors=source.reader.specs,
-        passing="read",
-        views=lambda written: _sides(found, written, wanted.dtype),
-        hashes=side_files.hashes,
-        aliases=dict(plan.equal),
-        copies={f"{folder}{name}": file for name, file in side_files.copies.items()},
-        documents={f"{folder}{name}": data for name, data in documents.items()},
-        folder=folder,
-        last=(f"{folder}{METADATA}",),
-        integrity=wanted.integrity,
-        hashed=wanted.integrity,
-        memory=source.memory,
+        output=OutputFiles(
+            writer=_writer(found),
+            documents={**found.side_files.documents, **_documents(found, vocab_multiple=wanted.make_vocab_size_divisible_by)},
+            copied=sizes_of(found.side_files.copies),
+            folder=folder,
+            integrity=wanted.integrity,
+            last=(METADATA,),
+        ),
+        provenance=Provenance(
+            command=command,
+            fields={"source": source.provenance, **source.merged(), "options": options, **_fields(found)},
+            tensors=source.reader.specs,
+            passing="read",
+            hashes=found.side_files.hashes,
+            aliases=dict(plan.equal),
+            hashed=wanted.integrity,
+        ),
+        manifest=manifest(command, identity, {**source.files, **found.side_files.copies}),
+        identity=identity,
     )
 
 
-def _writer(outputs: Outputs, found: _Planned) -> TorchDistWriter:
+def _writer(found: _Import) -> TorchDistWriter:
     return TorchDistWriter(
-        outputs,
         starmap(ShardedTensor, sharded(found.plan, found.layout)),
         stacked=found.model.get("stacked", True),
         stateful_module=partial(stateful_module, hybrid=found.model.get("hybrid", False)),
@@ -172,30 +159,30 @@ def _options(wanted: ImportOptions, layout: Layout, *, experts: bool) -> dict[st
     }
 
 
-def _sides(found: _Planned, written: Folder, dtype: str) -> tuple[CheckpointView, CheckpointView]:
-    """The source, and what an export of the written output would give; padding must be zero there."""
+def _views(found: _Import, written: Folder, dtype: str) -> tuple[CheckpointView, CheckpointView]:
+    """Return the source, and what an export of the written output would give. Its padding must be zero."""
     back = open_megatron(written)
     tensor_plans = as_stored(found.source.reader.specs)
-    tied_too = tied(tensor_plans.values(), found.family, found.model)
-    one = CheckpointView(found.source.label, found.source.reader, tensor_plans, tied=tied_too)
-    other = megatron_view(back, reference.find(back, None), zero=_padding(found.plan, found.model))
-    return (one, other) if dtype == KEEP else (one.cast(dtype), other.cast(dtype))
+    ties = tied(tensor_plans.values(), found.family, found.model)
+    source = CheckpointView(found.source.label, found.source.reader, tensor_plans, tied=ties)
+    output = megatron_view(back, reference.find(back, None), zero=_padding(found.plan, found.model))
+    return (source, output) if dtype == KEEP else (source.cast(dtype), output.cast(dtype))
 
 
 def _padding(plan: Plan, model: Model) -> dict[str, int]:
-    """Tensors whose rows from some number on are padding."""
+    """Return the tensors with padding, and the row at which it starts."""
     made = zip(plan.bound_rules, plan.tensors, strict=True)
     return {tensor_plan.spec.name: model.vocab for (rule, _), tensor_plan in made if rule.padded and tensor_plan.parts}
 
 
-def _documents(found: _Planned, *, vocab_multiple: int) -> dict[str, bytes]:
+def _documents(found: _Import, *, vocab_multiple: int) -> dict[str, bytes]:
     megatron = to_megatron(found.family.CONFIG, found.source.reference.config)
-    made = run_config.make(megatron, found.layout, main_dtype(found.plan), vocab_multiple=vocab_multiple)
-    return {run_config.FILE: made}
+    dtype = dtype_of_most_parameters(tensor_plan.spec for tensor_plan in found.plan.tensors)
+    return {run_config.FILE: run_config.make(megatron, found.layout, dtype, vocab_multiple=vocab_multiple)}
 
 
-def _facts(found: _Planned) -> dict[str, Any]:
-    """What `conversion.json` tells of an import beside its source and its options."""
+def _fields(found: _Import) -> dict[str, Any]:
+    """Return what `conversion.json` says of an import beside its source and its options."""
     return {
         "family": found.source.reference.config["model_type"],
         "casts": casts(found.plan.tensors),
@@ -205,21 +192,13 @@ def _facts(found: _Planned) -> dict[str, Any]:
 
 
 def left_out(source: Source) -> Iterator[str]:
-    """The files of a source that do not travel, if there are any."""
+    """Yield a note on the files of a source that are not part of the output, if there are any."""
     if source.left_out:
         yield f"left out, not part of the model: {', '.join(source.left_out)}"
 
 
-def main_dtype(plan: Plan) -> np.dtype[Any]:
-    """The dtype most parameters have."""
-    counts: Counter[np.dtype[Any]] = Counter()
-    for tensor_plan in plan.tensors:
-        counts[tensor_plan.spec.dtype] += prod(tensor_plan.spec.shape)
-    return counts.most_common(1)[0][0]
-
-
 def notes(source: Source, plan: Plan) -> Iterator[str]:
-    """What a user should know of this import."""
+    """Yield what a user should know of an import."""
     yield from left_out(source)
     for old, new in casts(plan.tensors).items():
         yield f"weights are cast from {old} to {new}"
@@ -231,9 +210,9 @@ def notes(source: Source, plan: Plan) -> Iterator[str]:
         for name in quantization(source.reference.config):
             yield f"`config.json` has `{name}`, but no weight is quantized: an export leaves it out"
     rope = rope_numbers(source.reference.config)
-    told = {name: rope[name] for name in BUILT_IN_ROPE if name in rope}
-    if rope["rope_type"] == "llama3" and told != BUILT_IN_ROPE:
+    scaling = {name: rope[name] for name in BUILT_IN_ROPE if name in rope}
+    if rope["rope_type"] == "llama3" and scaling != BUILT_IN_ROPE:
         yield (
-            f"rope scaling {told} is not what megatron-core's GPTModel builds in ({BUILT_IN_ROPE}): "
+            f"rope scaling {scaling} is not what megatron-core's GPTModel builds in ({BUILT_IN_ROPE}): "
             "set `rotary_pos_emb.inv_freq` after building the model"
         )

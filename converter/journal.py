@@ -1,8 +1,8 @@
-"""What of a conversion is done: lines appended as pieces are finished, read again by `--resume`.
+"""Record which pieces of a conversion are done: lines appended as pieces are finished, read again by `--resume`.
 
-A line stands only after its bytes are with the kernel, so a killed process loses nothing that is written down. A machine
-that went down may lose more, and so may a disk that fails: lines of another boot, or from before such a failure, count only
-up to the last one that says how many were synced.
+A line is appended after the kernel has the piece's bytes, so a killed process loses nothing that is recorded. A machine that
+goes down may lose more, and so may a disk that fails: lines of another boot, or from before such a failure, count only up to
+the last one that says how many were synced.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from pathlib import Path
 from typing import Any
 
 SYNC_SECONDS = 30.0
-"""What a machine that goes down costs at most, in time."""
+"""Seconds of work that are lost at most when a machine goes down."""
 
 _DOUBTED = ".doubted"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def boot_id() -> str:
-    """This boot of this machine; where the system has no name for it, nothing equal to anything."""
+    """Return the id of this boot of this machine; where the system has none, a random text, which equals no other."""
     return _BOOT.read_text().strip() if _BOOT.is_file() else secrets.token_hex(16)
 
 
 @dataclass(slots=True)
 class Finished:
-    """What journals say: pieces by number, and hashes of whole tensors and whole files by name."""
+    """What journals record: pieces by number, and hashes of complete tensors and files by name."""
 
     pieces: set[int] = field(default_factory=set[int])
     tensors: dict[str, str] = field(default_factory=dict[str, str])
     files: dict[str, str] = field(default_factory=dict[str, str])
 
     def add(self, line: Any) -> None:
+        """Add what a line of a journal records; nothing for a line of another kind."""
         match line:
             case [int(number)]:
                 self.pieces.add(number)
@@ -51,7 +52,7 @@ class Finished:
 
 
 class Journal:
-    """A file of one process. Threads may write to it."""
+    """The journal of one process, a file in `folder`. `sync` gets the output's bytes onto the disk. Thread-safe."""
 
     def __init__(self, folder: Path, *, sync: Callable[[], None]) -> None:
         self._folder = folder
@@ -63,8 +64,8 @@ class Journal:
         self._write({"boot": boot_id()})
 
     def piece(self, number: int) -> None:
-        """A piece is written."""
-        self._write([number])  # a line cut short and the next one after it must not read as another number
+        """Record that a piece is written."""
+        self._write([number])  # a line that was cut short, and the next one after it, must not read as another number
         if time.monotonic() - self._synced > SYNC_SECONDS and self._lock.acquire(blocking=False):
             try:
                 self.sync()
@@ -72,17 +73,17 @@ class Journal:
                 self._lock.release()
 
     def tensor(self, name: str, digest: str) -> None:
-        """All of a tensor has passed."""
+        """Record the hash of a tensor."""
         self._write({"tensor": name, "hash": digest})
 
     def file(self, name: str, digest: str) -> None:
-        """All of a file has passed."""
+        """Record the hash of a file."""
         self._write({"file": name, "hash": digest})
 
     def sync(self) -> None:
-        """Get what was written onto the disk, then say so."""
+        """Get what was written onto the disk, then record how many lines that covers."""
         lines = self._lines
-        with doubted_if_lost(self._folder):
+        with distrusted_on_sync_error(self._folder):
             self._sync()
         self._write({"synced": lines})
         os.fsync(self._descriptor)
@@ -97,9 +98,12 @@ class Journal:
 
 
 @contextmanager
-def doubted_if_lost(folder: Path) -> Generator[None]:
-    """For a block that gets what was written onto the disk. Where that fails, the system may drop what it had not written
-    yet and never speak of it again: then no journal counts beyond what was synced, as after another boot."""
+def distrusted_on_sync_error(folder: Path) -> Generator[None]:
+    """Mark all journals as doubtful if the block, which syncs the output, fails.
+
+    The system may then drop what it had not written and report it only once: as after another boot, no journal counts beyond
+    what was synced before.
+    """
     try:
         yield
     except OSError:
@@ -110,19 +114,21 @@ def doubted_if_lost(folder: Path) -> Generator[None]:
 
 
 @contextmanager
-def doubted_if_lost_on_the_way(folder: Path, check: Callable[[], None]) -> Generator[None]:
-    """For a block that writes: whatever ends it, `check` raises OSError if a file that was synced and closed in the middle of it,
-    to open another, has lost something. The sync that comes next would not tell."""
+def distrusted_on_write_error(folder: Path, check: Callable[[], None]) -> Generator[None]:
+    """Mark all journals as doubtful if the block, which writes, fails and `check` raises OSError.
+
+    `check` reports files that were closed during the block, to open others, and lost data: the next sync would not.
+    """
     try:
         yield
     except BaseException:
-        with suppress(OSError), doubted_if_lost(folder):
+        with suppress(OSError), distrusted_on_sync_error(folder):
             check()
         raise
 
 
 def read_journals(folder: Path) -> Finished:
-    """All that earlier processes finished, as far as it can be trusted."""
+    """Return all that earlier processes finished, as far as it can be trusted."""
     finished = Finished()
     for path in sorted(folder.glob("journal-*")):
         for line in _trusted(path):
@@ -131,7 +137,7 @@ def read_journals(folder: Path) -> Finished:
 
 
 def _trusted(path: Path) -> list[Any]:
-    """A journal's lines; the last counts only if it was written to its end."""
+    """Return the lines of a journal that count. The last counts only if it ends with a newline."""
     lines = [_line(text) for text in path.read_bytes().split(b"\n")[:-1]]
     if lines and lines[0] == {"boot": boot_id()} and path.suffix != _DOUBTED:
         return lines

@@ -1,9 +1,9 @@
-"""Hold the fp32 masters in a checkpoint's optimizer state against its weights, streaming.
+"""Compare the fp32 masters in a checkpoint's optimizer state with its weights, streaming.
 
-A training step rounds masters to weights: to the nearest, and of two to the even one. So a master that does not round to its
-weight, bit for bit, was written wrong, and the moments beside it with it. megatron-core 0.15 to 0.19.2 wrote such checkpoints:
-`fully_reshardable` state, where buckets of gradients have padding between them (Megatron-LM's pull request 5077). A weight in
-fp32 is its own master: where the optimizer state has it a second time, both must be the same.
+A training step rounds masters to weights, to nearest even. A master that does not round to its weight, bit for bit, was written
+wrong, and so were its moments. megatron-core 0.15 to 0.19.2 wrote such checkpoints: `fully_reshardable` state with padding
+between the gradient buckets (Megatron-LM's pull request 5077). A weight in fp32 is its own master: if the optimizer state also
+stores it, both must be equal.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from converter.conversion_plan import Reporter
+from converter.execution import Reporter
 from converter.run import PIECE_BYTES, in_threads
 from formats.arrays import Buffer, contiguous_regions
 from formats.dtypes import MODEL_DTYPES
@@ -26,26 +26,26 @@ from formats.megatron_reader import MegatronReader
 from formats.spec import DTYPES, Array, Region, TensorSpec, extent
 
 PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
-"""Before the key of the weight: of megatron-core's distributed optimizer, `fully_reshardable`, and of the one that is not."""
+"""Prefixes of a weight's key: of megatron-core's distributed optimizer (`fully_reshardable`), and of its non-distributed one."""
 
 _ROUNDED_TO = frozenset(DTYPES[name] for name in MODEL_DTYPES)
 
 
-def check(reader: MegatronReader, found: Check, *, workers: int, reporter: Reporter) -> Check:
-    """`found`, and what comparing weights and masters adds to it; as it is for a checkpoint without optimizer state.
+def check(reader: MegatronReader, result: Check, *, workers: int, reporter: Reporter) -> Check:
+    """Return `result` with the comparison of weights and masters added; unchanged for a checkpoint without optimizer state.
 
-    Holds, for each worker, a piece of at most 4 MiB of a master, its weight, and what the master rounds to.
+    Memory for each worker: a piece of at most 4 MiB of a master, its weight, and the rounded master.
     """
     if not reader.has_optimizer:
-        return found
-    kept = [reader.optimizer_state(prefix) for prefix in PREFIXES]
-    pairs = _Pairs(reader, {name: one for one in kept for name in one.specs}, reporter.progress)
+        return result
+    states = [reader.optimizer_state(prefix) for prefix in PREFIXES]
+    pairs = _Pairs(reader, {name: state for state in states for name in state.specs}, reporter.progress)
     reasons = Counter(reason for name in reader.specs if (reason := pairs.obstacle(name)))
     compared = [name for name in reader.specs if not pairs.obstacle(name)]
     reporter.start(sum(prod(reader.specs[name].shape) for name in compared) * 4)
     in_threads(pairs.pieces(compared), pairs.worker, workers=workers)
     return replace(
-        found,
+        result,
         masters=len(compared),
         wrong_masters=[name for name in compared if name in pairs.wrong],
         without_masters=[f"{count} {'weight' if count == 1 else 'weights'}, {reason}" for reason, count in reasons.items()],
@@ -53,7 +53,7 @@ def check(reader: MegatronReader, found: Check, *, workers: int, reporter: Repor
 
 
 class _Pairs:
-    """Weights and their masters, by the names of the weights; `wrong` are those that disagree."""
+    """Weights and their masters, by the names of the weights; `wrong` are the weights that differ from their rounded masters."""
 
     def __init__(self, weights: MegatronReader, masters: dict[str, MegatronReader], progress: Callable[[int], None]) -> None:
         self.wrong: set[str] = set()
@@ -62,24 +62,24 @@ class _Pairs:
         self._lock = threading.Lock()
 
     def obstacle(self, name: str) -> str:
-        """Why a weight cannot be compared; empty where it can."""
+        """Return why a weight cannot be compared, or an empty string."""
         if name not in self._masters:
-            kept = "state is kept by buckets (`dp_reshardable`)" if self._by_buckets else "state has none in their shape"
-            return f"whose optimizer {kept}"
+            state = "state is kept by buckets (`dp_reshardable`)" if self._by_buckets else "state has none in their shape"
+            return f"whose optimizer {state}"
         weight, master = self._weights.specs[name], self._masters[name].specs[name]
         if weight.dtype not in _ROUNDED_TO or master.dtype != DTYPES["fp32"]:
             return f"which are {weight.stored_dtype}, with masters in {master.stored_dtype}"
         return ""
 
     def pieces(self, names: list[str]) -> Iterator[tuple[TensorSpec, Region]]:
-        """Regions that hold at most `PIECE_BYTES` of a master."""
+        """Yield regions of at most `PIECE_BYTES` of a master."""
         for name in names:
             spec = self._weights.specs[name]
             for region in contiguous_regions(spec.shape, PIECE_BYTES // 4):
                 yield spec, region
 
     def worker(self) -> Callable[[tuple[TensorSpec, Region]], None]:
-        """What one thread does with a piece, in memory of its own."""
+        """Return a thread's function for one piece, with buffers of its own."""
         buffers = Buffer(), Buffer(), Buffer()
 
         def compare(piece: tuple[TensorSpec, Region]) -> None:
@@ -98,9 +98,13 @@ class _Pairs:
 
 
 def rounds_to(master: Array, weight: Array, rounded: Array) -> bool:
-    """Is every weight what its master rounds to, bit for bit? `rounded` is overwritten. One NaN is as good as another."""
+    """Return whether every weight is its rounded master, bit for bit. All NaNs are equal. `rounded` is overwritten.
+
+    >>> rounds_to(np.array([0.1], np.float32), np.array([0.1], np.float16), np.empty(1, np.float16))
+    True
+    """
     with np.errstate(all="ignore"):
         np.copyto(rounded, master, casting="unsafe")
-    whole = np.dtype(f"u{weight.dtype.itemsize}")
-    differ: Any = weight.view(whole) != rounded.view(whole)
+    bits = np.dtype(f"u{weight.dtype.itemsize}")
+    differ: Any = weight.view(bits) != rounded.view(bits)
     return not differ.any() or bool((np.isnan(weight[differ]) & np.isnan(master[differ])).all())

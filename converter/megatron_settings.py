@@ -1,10 +1,10 @@
-"""Megatron's settings by what they do: change the function that the weights compute, or only how it is computed.
+"""Classify Megatron's settings: those that change what the weights compute, and those that change how it is computed.
 
-A Hugging Face `config.json` has no field for most of the first, and tensors do not show them: the same names and shapes are
-another model with `rotary_interleaved`. Each of those has the values under which it leaves a model of our families as it is, and
-any other value is refused by name. Sources: `TransformerConfig`, `ModelParallelConfig` and `GPTModel` of megatron-core 0.19,
-Megatron-LM's command line, Megatron-Bridge's `GPTModelProvider`. Names that are in none of the tables are of newer versions or of
-forks. Reads no files.
+A Hugging Face `config.json` has no field for most of the first kind, and tensors do not show them: with `rotary_interleaved`, the
+same names and shapes are another model. `NEUTRAL` lists the values of each that leave a model of our families unchanged; any
+other value is refused by name. Sources: `TransformerConfig`, `ModelParallelConfig` and `GPTModel` of megatron-core 0.19,
+Megatron-LM's command line, Megatron-Bridge's `GPTModelProvider`. Names in none of the tables are of newer versions or of forks.
+Reads no files.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from formats.errors import UserError, format_untrusted
 Settings = Mapping[str, Any]
 
 
-class Kind(Enum):
-    """What a setting does."""
+class Effect(Enum):
+    """What a setting changes."""
 
-    COMPUTED = "changes what is computed, and no `config.json` can say it"
-    SAID = "is a field of `config.json`, or refused, by a family's `CONFIG`"
-    PART = "means something only where another setting of this table switches it on"
-    HOW = "changes how it is computed, trained or stored"
+    FUNCTION = "changes what the model computes, and `config.json` has no field for it"
+    CONFIG = "is a field of `config.json`, which a family's `CONFIG` maps or refuses"
+    DEPENDENT = "has an effect only if another setting of this table enables it"
+    EXECUTION = "changes how the model is computed, trained or stored"
     UNKNOWN = "is in no table"
 
 
@@ -77,10 +77,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "use_mup": (False,),
     "window_attn_skip_freq": (0,),
 }
-"""Settings that change what is computed, with the values beside null that do not. A few are of forks and of Megatron-Bridge's
-other families."""
+"""Settings that change what the model computes, with the values besides null that do not. A few are of forks and of
+Megatron-Bridge's other families."""
 
-_SAID = frozenset({
+_CONFIG = frozenset({
     "activation_func", "add_bias_linear", "add_qkv_bias", "attention_dropout", "ffn_hidden_size", "gated_linear_unit",
     "hidden_dropout", "hidden_size", "init_method_std", "kv_channels", "layernorm_epsilon", "normalization",
     "num_attention_heads", "num_layers", "num_moe_experts", "num_query_groups", "position_embedding_type", "qk_layernorm",
@@ -93,20 +93,21 @@ _SAID = frozenset({
     "use_rope_scaling", "use_rotary_position_embeddings",
 })  # fmt: skip
 
-_PARTS = re.compile(
+_DEPENDENT = re.compile(
     r"^(dsa_|linear_(?!attention_freq)|mamba_|moe_|mtp_|mup_|yarn_|mscale|relative_attention_|retro_"
     r"|(beta_fast|beta_slow|cache_mla_latents|kv_lora_rank|mla_down_proj_fusion|original_max_position_embeddings|q_lora_rank"
     r"|qk_head_dim|qk_pos_emb_head_dim|rotary_scaling_factor|v_head_dim)$)"
 )
-"""Of sparse attention, linear attention, Mamba, experts, multi-token prediction, muP, YaRN, T5's positions, latent attention."""
+"""Settings of sparse attention, linear attention, Mamba, experts, multi-token prediction, muP, YaRN, T5's positions and latent
+attention."""
 
-_HOW_WHATEVER_FOLLOWS = re.compile(
+_EXECUTION_ALWAYS = re.compile(
     r"^(account_for|dino_|fp4_|fp8_|fp16_|fp32_|fine_grained|fused_|grpo_|inference_|kitchen_|log_|logits_load_|logits_save_"
     r"|loss_scale|(initial|min)_loss_scale|muon_|overlap_|persist_|no_persist_|reset_|retriever_|rl_|tp_comm_"
     r"|use_(flash|fused|kitchen|te_))|(_fusion|_fusion_impl|_in_fp32|_grad_scale_func|_init_method|_init_method_std)$"
 )
 
-_HOW = re.compile(
+_EXECUTION = re.compile(
     r"^(activation_offload|async|autocast|barrier|batch_|checkpoint|ckpt|context_parallel|cp_comm|cpu_offload"
     r"|cross_entropy|cuda_graph|data|ddp_|defer_|delay_|delta_offload|deterministic|disable_|distribute|dist_|enable_"
     r"|ep_overlap|expert_|external_cuda|flash_|fp16|fp32|fp4|fp8|bf16|fsdp_|gradient_|grad_"
@@ -117,10 +118,10 @@ _HOW = re.compile(
     r"|variable_seq|virtual_|wgrad_|_cpu_offload)"
     r"|(_func|_dtype|_backend|_comm_type|_recipe|_gemm|_mode|_seed|_pool|_precision|_parallel_size|_process_group|_nvls|_sms)$"
 )
-"""Names of settings for precision, parallelism, kernels, initialization, memory, and how a run is made: unless a word of models
-is in them."""
+"""Names of settings for precision, parallelism, kernels, initialization, memory and the training run, unless they contain one of
+`_MODEL_WORDS`."""
 
-_HOW_BY_NAME = frozenset({
+_EXECUTION_NAMES = frozenset({
     "activation_func_fp8_input_store", "activation_offload_fraction", "apply_query_key_layer_scaling",
     "apply_wd_to_qk_layernorm", "attention_backend", "attention_softmax_in_fp32", "calculate_per_token_loss", "clip_grad",
     "clone_scatter_output_in_embedding", "config_logger_dir", "create_attention_mask_in_dataloader",
@@ -135,7 +136,7 @@ _HOW_BY_NAME = frozenset({
     "tp_only_amax_red",
     "use_arbitrary_attention_mask", "use_transformer_engine_full_layer_spec", "use_transformer_engine_op_fuser",
 })  # fmt: skip
-"""The same, of names that no pattern shows. QK clipping changes weights while they are trained, and not what they compute."""
+"""Further such names, which match no pattern. QK clipping changes weights during training, and not what they compute."""
 
 _MODEL_WORDS = frozenset({
     "act", "activation", "alibi", "attention", "attn", "bias", "clamp", "embed", "embedding", "embeddings", "experts", "gamma",
@@ -143,7 +144,7 @@ _MODEL_WORDS = frozenset({
     "mup", "nope", "norm", "ntk", "position", "positional", "qk", "relu", "residual", "rmsnorm", "rope", "rotary", "scale",
     "scaling", "sink", "sinks", "softcap", "softcapping", "softmax", "spec", "swiglu", "temperature", "window", "yarn",
 })  # fmt: skip
-"""A name with one of these may change what is computed, whatever else is in it."""
+"""A name with one of these words may change what the model computes, whatever its other words are."""
 
 _OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
 _FACTOR = re.compile(r"(multiplier|mult|scale|scaling|factor)$")
@@ -152,64 +153,70 @@ _BUILT_BY = {
     "_target_": re.compile(r"(^|\.)(GPTModelProvider|(Llama|CodeLlama|Mistral)\w*Provider\w*)$"),
     "transformer_layer_spec": _LAYER_SPECS,
 }
-"""Classes and functions that Megatron-Bridge builds a model with, of those families that are supported."""
+"""Classes and functions with which Megatron-Bridge builds a model of a supported family."""
 
 
 @dataclass(frozen=True, slots=True)
-class Foreign:
-    """A setting with a value that makes another model, or may."""
+class UnsupportedSetting:
+    """A setting that changes what the model computes, or may."""
 
     name: str
     value: Any
     known: bool
-    """Does it surely? Else its name is unknown here."""
+    """Whether it certainly does. If not, its name is in no table."""
 
 
-def kind(name: str) -> Kind:
-    """Return what a setting does, by its name."""
+def effect_of(name: str) -> Effect:
+    """Return what a setting changes, by its name.
+
+    >>> effect_of("rotary_interleaved").name, effect_of("tensor_model_parallel_size").name
+    ('FUNCTION', 'EXECUTION')
+    """
     if name in NEUTRAL or name in _BUILT_BY:
-        return Kind.COMPUTED
-    if name in _SAID:
-        return Kind.SAID
-    if _PARTS.search(name):
-        return Kind.PART
-    if name in _HOW_BY_NAME or _HOW_WHATEVER_FOLLOWS.search(name):
-        return Kind.HOW
+        return Effect.FUNCTION
+    if name in _CONFIG:
+        return Effect.CONFIG
+    if _DEPENDENT.search(name):
+        return Effect.DEPENDENT
+    if name in _EXECUTION_NAMES or _EXECUTION_ALWAYS.search(name):
+        return Effect.EXECUTION
     if has_model_word(name):
-        return Kind.UNKNOWN
-    return Kind.HOW if _HOW.search(name) else Kind.UNKNOWN
+        return Effect.UNKNOWN
+    return Effect.EXECUTION if _EXECUTION.search(name) else Effect.UNKNOWN
 
 
 def has_model_word(name: str) -> bool:
-    """Does a name look like one of a model's settings, and not of a run's?"""
+    """Return whether a name looks like a setting of a model rather than of a run."""
     return bool(_MODEL_WORDS.intersection(name.split("_")))
 
 
-def foreign(settings: Settings, *, only_model_words: bool) -> Iterator[Foreign]:
+def find_unsupported(settings: Settings, *, only_model_words: bool) -> Iterator[UnsupportedSetting]:
     """Yield the settings that make another model than the plain one of a family, and unknown ones that may.
 
-    `only_model_words`: of unknown names look at those alone that look like a model's, as Megatron-LM's `args` hold all
-    settings of a run.
+    `only_model_words`: skip unknown names that do not look like a model's. Megatron-LM's `args` hold all settings of a run.
+
+    >>> [setting.name for setting in find_unsupported({"rotary_interleaved": True, "qk_l2_norm": False}, only_model_words=True)]
+    ['rotary_interleaved']
     """
     for name, value in settings.items():
-        what = kind(name)
+        effect = effect_of(name)
         if name in _BUILT_BY:
             yield from _built_by(name, value)
-        elif what is Kind.COMPUTED and not is_neutral(name, value, settings):
-            yield Foreign(name, value, known=True)
-        elif what is Kind.UNKNOWN and (has_model_word(name) or not only_model_words) and not _is_off(name, value):
-            yield Foreign(name, value, known=False)
+        elif effect is Effect.FUNCTION and not is_neutral(name, value, settings):
+            yield UnsupportedSetting(name, value, known=True)
+        elif effect is Effect.UNKNOWN and (has_model_word(name) or not only_model_words) and not _is_off(name, value):
+            yield UnsupportedSetting(name, value, known=False)
 
 
-def _built_by(name: str, value: Any) -> Iterator[Foreign]:
+def _built_by(name: str, value: Any) -> Iterator[UnsupportedSetting]:
     target = cast("Settings", value).get("_target_") if isinstance(value, Mapping) else value
     if isinstance(target, str) and not _BUILT_BY[name].search(target):
-        yield Foreign(name, target, known=False)
+        yield UnsupportedSetting(name, target, known=False)
 
 
 def is_neutral(name: str, value: Any, settings: Settings) -> bool:
-    """Does a setting of `NEUTRAL` leave a model as it is, beside the other settings?"""
-    if value is None or any(_same(value, one) for one in NEUTRAL[name]):
+    """Return whether a setting of `NEUTRAL` leaves the model unchanged, given the other settings."""
+    if value is None or any(_same(value, neutral) for neutral in NEUTRAL[name]):
         return True
     if name == "softmax_scale":
         return _is_default_scale(value, settings)
@@ -221,7 +228,7 @@ def is_neutral(name: str, value: Any, settings: Settings) -> bool:
 
 
 def _is_default_scale(value: Any, settings: Settings) -> bool:
-    """Is it what attention divides by anyway, the root of the head's size?"""
+    """Return whether a softmax scale is the default, 1 / √head_dim."""
     hidden, heads, size = (settings.get(name) for name in ("hidden_size", "num_attention_heads", "kv_channels"))
     if size is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         size = hidden // heads
@@ -230,35 +237,34 @@ def _is_default_scale(value: Any, settings: Settings) -> bool:
 
 
 def _is_gpt_spec(value: Any) -> bool:
-    """Megatron-LM's `--spec MODULE NAME`, of a module of megatron-core's own GPT layers, or `--spec local`: those without
-    Transformer Engine."""
+    """Return whether Megatron-LM's `--spec MODULE NAME` is of megatron-core's own GPT layers, or `local`: without Transformer
+    Engine."""
     parts = cast("list[Any]", value) if isinstance(value, (list, tuple)) else [value]
     return bool(parts) and isinstance(parts[0], str) and (parts[0] == "local" or bool(_LAYER_SPECS.match(f"{parts[0]}.")))
 
 
 def _is_off(name: str, value: Any) -> bool:
-    return any(_same(value, one) for one in _OFF) or (bool(_FACTOR.search(name)) and _same(value, 1))
+    return any(_same(value, off) for off in _OFF) or (bool(_FACTOR.search(name)) and _same(value, 1))
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Equal, for values whose types may not be compared at all."""
+    """Return whether values are equal, also for types that do not support a comparison."""
     return type(value) in (bool, int, float, str, list, dict, type(None)) and value == other
 
 
-def refuse(found: Foreign, origin: str) -> UserError:
-    """Return the error for a setting that no `config.json` can say."""
-    said = f"{origin} has `{found.name}: {format_untrusted(found.value)}`"
-    if not found.known:
+def unsupported_error(setting: UnsupportedSetting, origin: str) -> UserError:
+    """Return the error for a setting that `config.json` has no field for. `origin`: where it is recorded."""
+    start = f"{origin} has `{setting.name}: {format_untrusted(setting.value)}`"
+    if not setting.known:
         return UserError(
-            f"{said}, which is not known here and may make another model than a `config.json` can describe",
-            hint="if it does not change what the model computes, say which model it is: `--hf-config DIR`, a folder with its "
-            "`config.json`",
+            f"{start}, an unknown setting that may change what the model computes",
+            hint="if it does not, give the model's `config.json`: `--hf-config DIR`, a folder with that file",
         )
-    fits = " or ".join(f"`{value}`" for value in (*NEUTRAL[found.name], None)[:2])
-    more = "; with zero-centered weights 1 would have to be added to each norm" if found.name in _ZERO_CENTERED else ""
+    neutral = " or ".join(f"`{value}`" for value in (*NEUTRAL[setting.name], None)[:2])
+    more = "; with zero-centered weights 1 would have to be added to each norm" if setting.name in _ZERO_CENTERED else ""
     return UserError(
-        f"{said}, which no `config.json` of a supported family can say: the weights would be another model there",
-        hint=f"a model with `{found.name}` {fits} can be exported{more}",
+        f"{start}, which no `config.json` of a supported family can express: the exported model would compute something else",
+        hint=f"a model with `{setting.name}` {neutral} can be exported{more}",
     )
 
 

@@ -1,5 +1,4 @@
-"""Memory of this process: how much is resident, now and at most so far, and how often cycles are looked for. Imports nothing that
-takes long."""
+"""Measure the memory of this process, and collect reference cycles less often while planning. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -17,8 +16,10 @@ except ImportError:  # not a POSIX system
 
 @contextmanager
 def seldom_collected() -> Generator[None]:
-    """Look for reference cycles a hundred times less often. Plans are hundreds of thousands of objects that live to the end:
-    looking through them again and again took a fifth of planning."""
+    """Collect reference cycles a hundred times less often in the block.
+
+    A plan is hundreds of thousands of objects that live to the end: traversing them again and again took a fifth of planning.
+    """
     before = gc.get_threshold()
     gc.set_threshold(200_000, 20, 100)
     try:
@@ -28,9 +29,9 @@ def seldom_collected() -> Generator[None]:
 
 
 def peak_memory() -> int:
-    """Largest resident set of this program so far, in bytes; 0 where the system does not tell.
+    """Return the largest resident set of this program so far, in bytes; 0 where the system does not report it.
 
-    `VmHWM` starts anew with the program; `getrusage` would also count the shell or launcher it was forked from.
+    `VmHWM` starts from zero with the program; `getrusage` also counts the shell or launcher that it was forked from.
     """
     if (known := _status("VmHWM")) or not resource:
         return known
@@ -39,15 +40,15 @@ def peak_memory() -> int:
 
 
 def resident_memory() -> int:
-    """Resident set of this program now, in bytes."""
+    """Return the resident set of this program now, in bytes."""
     return _status("VmRSS") or peak_memory()
 
 
 def _status(field: str) -> int:
-    """A size from Linux's `/proc`, in bytes; 0 on systems that have none."""
+    """Return a size from Linux's `/proc`, in bytes; 0 on other systems."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
-    found = next((line for line in lines if line.startswith(f"{field}:")), f"{field}: 0")
-    return int(found.split()[1]) * 1024
+    line = next((line for line in lines if line.startswith(f"{field}:")), f"{field}: 0")
+    return int(line.split()[1]) * 1024

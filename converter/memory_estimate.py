@@ -1,10 +1,11 @@
-"""How much memory a conversion will hold, from its plan: what `--dry-run` prints."""
+"""Estimate the memory that a conversion will hold, from its plan, for `--dry-run`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from math import prod
 
+from converter.conversion import Conversion
 from converter.conversion_plan import ConversionPlan
 from converter.plan import TensorPlan
 from converter.run import PIECE_BYTES
@@ -13,37 +14,42 @@ from formats.location import is_remote
 from formats.spec import extent
 
 RUNNING_BYTES = 4 << 20
-"""Threads, locks, journals: what a small conversion takes beyond planning and buffers."""
+"""Bytes of threads, locks and journals: what a small conversion takes beyond planning and buffers."""
 
 TENSOR_BYTES = 450
-"""The hash of a tensor, its name in the set of those that have passed, and in the index where it is spelled."""
+"""Bytes of a tensor's hash, of its name in the set of those that have passed, and of its entry in the index."""
 
 CLIENT_BYTES = {"s3": 36 << 20, "gs": 12 << 20}
-"""The clients of object stores with their connections."""
+"""Bytes of the clients of object stores with their connections."""
 
 
-def expected_peak(job: ConversionPlan, workers: int, *, planned: int, highest: int) -> int:
-    """Bytes a conversion will hold at most: what planning left (`planned`), or what planning took (`highest`) if that is more."""
-    running = RUNNING_BYTES + TENSOR_BYTES * len(job.tensor_plans) + workers * piece_buffers(job.tensor_plans)
-    return max(highest, planned + running + upload_bytes(job)) + job.memory
+def expected_peak(conversion: Conversion, target: str, workers: int, *, planned: int, highest: int) -> int:
+    """Return the bytes that a conversion to `target` will hold at most.
+
+    `planned` bytes are resident after planning; `highest` is the peak of planning, which counts if it is more.
+    """
+    tensor_plans = conversion.plan.tensor_plans
+    running = RUNNING_BYTES + TENSOR_BYTES * len(tensor_plans) + workers * piece_buffers(tensor_plans)
+    return max(highest, planned + running + upload_bytes(conversion.plan, target)) + conversion.memory
 
 
 def piece_buffers(tensor_plans: Iterable[TensorPlan]) -> int:
-    """Bytes of one worker's buffers: the largest piece as it is written, and as it is read where that is another dtype."""
+    """Return the bytes of one worker's buffers: the largest piece as it is written, and as it is read if that is in another
+    dtype."""
     pieces = {(tensor_plan.spec.shape, tensor_plan.spec.dtype, frozenset(tensor_plan.dtypes)) for tensor_plan in tensor_plans}
     most = 0
     for shape, dtype, dtypes in pieces:
-        first = next(contiguous_regions(shape, PIECE_BYTES // max(one.itemsize for one in dtypes)), ())
-        cast = max((one.itemsize for one in dtypes if one != dtype), default=0)
+        first = next(contiguous_regions(shape, PIECE_BYTES // max(each.itemsize for each in dtypes)), ())
+        cast = max((each.itemsize for each in dtypes if each != dtype), default=0)
         most = max(most, prod(extent(first)) * (dtype.itemsize + cast))
     return most
 
 
-def upload_bytes(job: ConversionPlan) -> int:
-    """What an upload holds: the client, parts of all files together, and those that are being sent once more, in the client."""
-    if not is_remote(job.target):
+def upload_bytes(plan: ConversionPlan, target: str) -> int:
+    """Return the bytes of an upload: the client, and the parts of all files together; 0 for a local target."""
+    if not is_remote(target):
         return 0
     from formats.remote.part_memory import PART_BYTES, PART_MEMORY  # noqa: PLC0415 - of object stores
 
-    parts = sum(-(-size // PART_BYTES) for size in job.writer.files.values()) * PART_BYTES
-    return CLIENT_BYTES.get(job.target.partition("://")[0].lower(), 0) + min(PART_MEMORY, parts)
+    parts = sum(-(-size // PART_BYTES) for size in plan.writer.files.values()) * PART_BYTES
+    return CLIENT_BYTES.get(target.partition("://")[0].lower(), 0) + min(PART_MEMORY, parts)

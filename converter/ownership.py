@@ -1,7 +1,7 @@
-"""Which directories a conversion may replace: those that a conversion made, where nothing else has come to since.
+"""Decide which directories `--overwrite` may replace: outputs of conversions to which nothing was added since.
 
-`conversion.json` lists every file of its output. Outputs of versions that did not list them are known by the names that they
-could have; of side files, by those that most models have, and those that the conversion at hand writes too.
+`conversion.json` lists every file of its output. Earlier versions did not list them: their outputs are recognized by the
+names that a conversion could give, those of usual side files, and those that the conversion at hand writes too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from typing import Any, cast
 
 from converter import provenance, run_config
-from converter.adapters import description, peft_config, peft_format
+from converter.adapters.files import DESCRIPTION, PEFT_CONFIG, PEFT_WEIGHTS
 from converter.side_files import CONFIG, EXTRAS, FILES, HEADERS, TOKENIZER_FILES
 from formats import integrity
 from formats.dcp_index import METADATA
@@ -25,14 +25,14 @@ _RECORD = re.compile(rf"(iter_\d+/)?{re.escape(provenance.FILE)}")
 _IN_AN_ITERATION = re.compile(
     "|".join((
         *map(re.escape, (METADATA, FORMAT, COMMON, TRAIN_STATE, run_config.FILE, provenance.FILE, integrity.FILE, EXTRAS)),
-        re.escape(description.FILE),
+        re.escape(DESCRIPTION),
         r"__\d+_\d+\.distcp",
         rf"({FILES}|{HEADERS})/.+",
         rf"tokenizer/({'|'.join(map(re.escape, TOKENIZER_FILES))})",
     ))
 )  # fmt: skip
 _IN_A_MODEL = {
-    provenance.FILE, INDEX, SINGLE, CONFIG, "generation_config.json", peft_format.FILE, peft_config.FILE, *TOKENIZER_FILES,
+    provenance.FILE, INDEX, SINGLE, CONFIG, "generation_config.json", PEFT_WEIGHTS, PEFT_CONFIG, *TOKENIZER_FILES,
     ".gitattributes", "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md",
 }  # fmt: skip
 _NOT_LISTED = "which the conversion that made it did not write"
@@ -41,66 +41,69 @@ _INSTEAD = "move it away or remove it yourself, or choose another place"
 
 
 def replaceable(planned: Collection[str] | None = None) -> Rule:
-    """The rule for a conversion that writes the files `planned`; without them, before they are known, what an earlier version
-    may have written passes."""
+    """Return the rule for a conversion that writes the files `planned`.
 
-    def check(found: Present) -> None:
-        record = next(iter(sorted(filter(_RECORD.fullmatch, found.entries), key=len)), None)
-        document = _read(found, record) if record else {}
+    Without `planned`, before they are known, it accepts any output of a version that did not list its files.
+    """
+
+    def check(present: Present) -> None:
+        record = next(iter(sorted(filter(_RECORD.fullmatch, present.entries), key=len)), None)
+        document = _read(present, record) if record else {}
         if record is None or document.get("tool") != provenance.TOOL:
             raise UserError(
-                f"`{found.label}` holds `{first(found.entries)}` and no `{provenance.FILE}` of this tool: it is not the output "
-                "of a conversion, so `--overwrite` does not replace it",
+                f"`{present.label}` holds `{first(present.entries)}` and no `{provenance.FILE}` of this tool: it is not the "
+                "output of a conversion, so `--overwrite` does not replace it",
                 hint=_INSTEAD,
             )
-        strangers = _strangers(found, record, document, planned)
-        if strangers:
+        unlisted = _unlisted(present, record, document, planned)
+        if unlisted:
             why = _NOT_LISTED if "files" in document else _NO_LIST
             raise UserError(
-                f"`{found.label}` holds `{first(strangers)}`, {why}, so `--overwrite` does not replace it", hint=_INSTEAD
+                f"`{present.label}` holds `{first(unlisted)}`, {why}, so `--overwrite` does not replace it", hint=_INSTEAD
             )
 
     return check
 
 
-def _read(found: Present, name: str) -> dict[str, Any]:
-    """A document; an empty one where it is damaged."""
-    data = found.read(name)
+def _read(present: Present, name: str) -> dict[str, Any]:
+    """Return a JSON document; an empty one if it is damaged."""
+    data = present.read(name)
     try:
         return parse_json(data, source=name)
     except UserError:
         return {}
 
 
-def _strangers(found: Present, record: str, document: dict[str, Any], planned: Collection[str] | None) -> list[str]:
+def _unlisted(present: Present, record: str, document: dict[str, Any], planned: Collection[str] | None) -> list[str]:
+    """Return the files that are no part of the output."""
     match document.get("files"):
         case [*names]:
-            return list(found.entries.keys() - {name for name in names if isinstance(name, str)})
+            return list(present.entries.keys() - {name for name in names if isinstance(name, str)})
         case _:
-            known = _known(found, record.removesuffix(provenance.FILE))
-            return [] if planned is None else list(found.entries.keys() - known - set(planned))
+            known = _known(present, record.removesuffix(provenance.FILE))
+            return [] if planned is None else list(present.entries.keys() - known - set(planned))
 
 
-def _known(found: Present, folder: str) -> set[str]:
-    """The names that conversions of earlier versions could give; `folder` is the iteration, empty for a Hugging Face folder."""
+def _known(present: Present, folder: str) -> set[str]:
+    """Return the names that earlier versions could give; `folder` is the iteration, empty for a Hugging Face directory."""
     if not folder:
-        return _IN_A_MODEL | _shards(found)
-    inside = [name.removeprefix(folder) for name in found.entries if name.startswith(folder)]
-    listed = _listed(found, folder)
+        return _IN_A_MODEL | _shards(present)
+    inside = [name.removeprefix(folder) for name in present.entries if name.startswith(folder)]
+    listed = _listed(present, folder)
     known = listed & set(inside) if listed else set(filter(_IN_AN_ITERATION.fullmatch, inside))
     return {TRACKER, TRAIN_STATE_TRACKER, *(f"{folder}{name}" for name in known)}
 
 
-def _listed(found: Present, folder: str) -> set[str]:
-    """The files of an iteration that has their hashes; none where it has not."""
-    if f"{folder}{integrity.FILE}" not in found.entries:
+def _listed(present: Present, folder: str) -> set[str]:
+    """Return the files that the iteration's `integrity.json` lists, and itself; none if there is no such document."""
+    if f"{folder}{integrity.FILE}" not in present.entries:
         return set()
-    files: Any = _read(found, f"{folder}{integrity.FILE}").get("files")
+    files: Any = _read(present, f"{folder}{integrity.FILE}").get("files")
     return {integrity.FILE, *cast("dict[str, Any]", files)} if isinstance(files, dict) else set()
 
 
-def _shards(found: Present) -> set[str]:
-    """The files of a model in several."""
-    listed: Any = _read(found, INDEX).get("weight_map") if INDEX in found.entries else {}
+def _shards(present: Present) -> set[str]:
+    """Return the files that the model's index names."""
+    listed: Any = _read(present, INDEX).get("weight_map") if INDEX in present.entries else {}
     names: Iterable[Any] = cast("dict[str, Any]", listed).values() if isinstance(listed, dict) else ()
     return {name for name in names if isinstance(name, str) and name.endswith(".safetensors")}

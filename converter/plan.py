@@ -25,6 +25,9 @@ Specs = Mapping[str, TensorSpec]
 PIECE_AXES = "every leading axis"
 """How tensors are cut into pieces, as journals say it: up to mbtools 0.1 it was along the first alone, and not said."""
 
+PLAN_FORMAT = 2
+"""How plans are written down in the names of what interrupted runs leave: 1 knew no steps between rows, and no transforms."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowCopy:

@@ -1,7 +1,8 @@
-"""Two questions about directories that exist: are they the same model, and is one still what its hashes say?"""
+"""Verify directories that exist: compare two checkpoints, or check one against its hashes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +11,7 @@ from blake3 import blake3
 
 from converter import masters, provenance
 from converter.comparison import CheckpointView, Comparison, compare
-from converter.conversion_plan import Reporter
+from converter.execution import Reporter
 from converter.keywords import other_names
 from converter.plan import TensorPlan, pieces
 from converter.run import PIECE_BYTES, PieceBuffers, in_threads
@@ -80,23 +81,23 @@ def check_checkpoint(path: str | Path, *, workers: int | None = None, reporter: 
     workers = workers_for(workers, [folder])
     with closing(folder):
         if detect(folder) is Format.TORCH_DIST:
-            found = _check_iteration(find_iteration(folder), workers, reporter)
+            result = _check_iteration(find_iteration(folder), workers, reporter)
         else:
-            found = _check_tensors(folder, workers, reporter)
+            result = _check_tensors(folder, workers, reporter)
         check_unchanged([folder])
-        return found
+        return result
 
 
 def _check_iteration(iteration: Folder, workers: int, reporter: Reporter) -> Check:
-    """First the files: what is damaged is not worth comparing."""
+    """Check the files, and if none is damaged the masters."""
     hashed = iteration.has(integrity.FILE)
-    found = _check_files(iteration, workers, reporter) if hashed else Check("files", 0, "the files", [], [], [])
+    result = _check_files(iteration, workers, reporter) if hashed else Check("files", 0, "the files", [], [], [])
     check_unchanged([iteration])
-    if found.whole:
-        found = masters.check(open_megatron(iteration), found, workers=workers, reporter=reporter)
-    if not (hashed or found.masters):
-        integrity.read(iteration)  # which says what is missing
-    return found
+    if result.whole:
+        result = masters.check(open_megatron(iteration), result, workers=workers, reporter=reporter)
+    if not (hashed or result.masters):
+        integrity.read(iteration)  # raises UserError: the document is missing
+    return result
 
 
 def _check_files(iteration: Folder, workers: int, reporter: Reporter) -> Check:
@@ -107,37 +108,37 @@ def _check_files(iteration: Folder, workers: int, reporter: Reporter) -> Check:
 
 def _check_tensors(folder: Folder, workers: int, reporter: Reporter) -> Check:
     listed = _recorded(folder)
-    side = huggingface_view(HuggingFaceReader(folder, any_dtype=True))
-    tensor_plans, reader = side.tensor_plans, side.reader
+    view = huggingface_view(HuggingFaceReader(folder, any_dtype=True))
+    tensor_plans, reader = view.tensor_plans, view.reader
     reporter.start(sum(tensor_plan.spec.nbytes for tensor_plan in tensor_plans.values()))
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
 
-    def worker() -> Any:
-        bench = PieceBuffers()
+    def start() -> Callable[[TensorPlan], None]:
+        buffers = PieceBuffers()
 
-        def one(tensor_plan: TensorPlan) -> None:
-            found[tensor_plan.spec.name] = _hash(tensor_plan, bench, reader, reporter)
+        def hash_tensor(tensor_plan: TensorPlan) -> None:
+            hashes[tensor_plan.spec.name] = _hash(tensor_plan, buffers, reader, reporter)
 
-        return one
+        return hash_tensor
 
-    in_threads(tensor_plans.values(), worker, workers=workers)
-    changed = sorted(name for name, digest in found.items() if listed.get(name, digest) != digest)
-    missing, unlisted = sorted(listed.keys() - found.keys()), sorted(found.keys() - listed.keys())
-    return Check("tensors", len(found), "config.json and other side files", changed, missing, unlisted)
+    in_threads(tensor_plans.values(), start, workers=workers)
+    changed = sorted(name for name, digest in hashes.items() if listed.get(name, digest) != digest)
+    missing, unlisted = sorted(listed.keys() - hashes.keys()), sorted(hashes.keys() - listed.keys())
+    return Check("tensors", len(hashes), "config.json and other side files", changed, missing, unlisted)
 
 
-def _hash(tensor_plan: TensorPlan, bench: PieceBuffers, reader: Reader, reporter: Reporter) -> str:
+def _hash(tensor_plan: TensorPlan, buffers: PieceBuffers, reader: Reader, reporter: Reporter) -> str:
     digest = blake3()
     for piece in pieces([tensor_plan], limit=PIECE_BYTES):
-        digest.update(as_bytes(bench.make(piece, reader)))
+        digest.update(as_bytes(buffers.make(piece, reader)))
         reporter.progress(piece.nbytes)
     return digest.hexdigest()
 
 
 def _recorded(folder: Folder) -> dict[str, str]:
-    """The hashes that `conversion.json` lists."""
+    """Return the hashes of tensors that `conversion.json` lists. Raises UserError if it lists none."""
     if not folder.has(provenance.FILE):
-        raise UserError(f"`{folder.label}` has no `{provenance.FILE}`: nothing to hold it against")
+        raise UserError(f"`{folder.label}` has no `{provenance.FILE}`: there are no hashes to check it against")
     document = read_json(folder, provenance.FILE)
     hashes: Any = document.get("blake3")
     if hashes is None and "blake3" in document:
@@ -145,6 +146,6 @@ def _recorded(folder: Folder) -> dict[str, str]:
             f"`{provenance.FILE}` lists no hashes of tensors: it was written with `--no-integrity`",
             hint="`mbconvert verify SRC DST` compares it with what it was made from",
         )
-    if not isinstance(hashes, dict) or not all(isinstance(found, str) for found in cast("dict[str, Any]", hashes).values()):
+    if not isinstance(hashes, dict) or not all(isinstance(digest, str) for digest in cast("dict[str, Any]", hashes).values()):
         raise UserError(f"`{provenance.FILE}` lists no hashes of tensors", hint="it was not written by mbconvert, or is damaged")
     return cast("dict[str, str]", hashes)

@@ -1,8 +1,8 @@
 """`conversion.json`: what an output was made from and how, the same whenever and wherever it is made.
 
-It holds no time, path, host, or number of workers. Every Hugging Face tensor stands there with the BLAKE3 of its bytes, taken
-as they pass: an import and the export of its output list the same hashes, whatever the layout between. With `--no-integrity`
-nothing is hashed, and `blake3` is null.
+It holds no time, path, host, or number of workers. It lists the BLAKE3 of every Hugging Face tensor's bytes, taken as they
+pass: an import and the export of its output list the same hashes, whatever the layout between. With `--no-integrity` nothing
+is hashed, and `blake3` is null.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from converter.version import VERSION
 from formats import integrity
@@ -18,69 +19,97 @@ from formats.dcp_index import METADATA
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
 from formats.huggingface import Shard
-from formats.spec import Document
+from formats.spec import Document, TensorSpec
 
 FILE = "conversion.json"
 TOOL = "mbconvert"
-"""What it says of who wrote it."""
+"""The value of `tool`, by which an output of this program is known."""
 
 _UNKNOWN = "0" * 64
 
 
 def huggingface_source(folder: Folder, shards: Mapping[str, Shard]) -> dict[str, Any]:
-    """A Hugging Face source: each weights file's size, the hash of its header, and its own where its keeper tells it."""
+    """Describe a Hugging Face source: the size of each weights file, the sha256 of its header, and its own where the Hub or
+    the object store has it."""
     files: dict[str, Any] = {}
     for name, shard in shards.items():
         files[name] = {"bytes": shard.size, "header_sha256": hashlib.sha256(shard.raw).hexdigest()}
-        told = folder.sha256(name)
-        if told:
-            files[name]["sha256"] = told
+        if digest := folder.sha256(name):
+            files[name]["sha256"] = digest
     return {**folder.origin, "format": "safetensors", "files": files}
 
 
 def megatron_source(root: Folder, iteration: Folder) -> dict[str, Any]:
-    """A Megatron source: its iteration, the hash of its index, and those that its `integrity.json` tells."""
+    """Describe a Megatron source: its iteration, the sha256 of its index, and those of data files that `integrity.json` lists."""
     files: dict[str, Any] = {METADATA: {"sha256": integrity.hash_file(FileRef(iteration, METADATA))}}
-    told = _told(iteration)
-    files |= {name: {"sha256": digest} for name, digest in sorted(told.items()) if name.endswith(".distcp")}
+    listed = _listed(iteration)
+    files |= {name: {"sha256": digest} for name, digest in sorted(listed.items()) if name.endswith(".distcp")}
     return {**root.origin, "format": "torch_dist", "iteration": iteration.name, "files": files}
 
 
-def _told(iteration: Folder) -> dict[str, str]:
-    """What `integrity.json` says; nothing where it is missing or damaged, since no weight depends on it."""
+def _listed(iteration: Folder) -> dict[str, str]:
+    """Return the hashes of `integrity.json`; none where it is missing or damaged, since no weight depends on it."""
     try:
         return integrity.read(iteration)
     except UserError:
         return {}
 
 
-def make(
-    command: str,
-    facts: Mapping[str, Any],
-    names: Iterable[str] | None,
-    hash_of: Callable[[str], str | None],
-    *,
-    files: Iterable[str],
-) -> Document:
-    """The document. `names` are the Hugging Face tensors, None if they are not hashed; those whose hash is not known yet take
-    as much room. `files` are all of the output's, so that nothing else is ever taken for a part of it."""
-    about: dict[str, Any] = {"tool": TOOL, "version": VERSION, "command": command, **facts, "files": sorted(files)}
-    start = (json.dumps({**about, "blake3": None if names is None else {}}, indent=2) + "\n").encode()
-    names = sorted(names or ())
-    if not names:
-        return Document.of(start)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What `conversion.json` says of an output. Plain data: hashes are filled in when the document is written."""
+
+    command: str
+    fields: Mapping[str, Any]
+    """What it says beside the command, the files and the hashes of tensors."""
+
+    tensors: Mapping[str, TensorSpec]
+    """The Hugging Face tensors that are hashed as their bytes pass. Those in `hashes` and `aliases` may be among them."""
+
+    passing: Literal["read", "made"]
+    """Whether these are the tensors that are read, or those that are made."""
+
+    hashes: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The BLAKE3 of Hugging Face tensors that do not pass."""
+
+    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Further tensors, by the tensor that each equals."""
+
+    hashed: bool = True
+    """Whether tensors are hashed. If not, the document lists no hashes."""
+
+    def document(self, hashes: Mapping[str, str], files: Iterable[str]) -> Document:
+        """Return the document, with the `hashes` known and the names of all `files` of the output.
+
+        A hash that is not known yet takes as much room. Whatever is not in `files` is never taken for a part of the output.
+        """
+        names = {*self.tensors, *self.hashes, *self.aliases} if self.hashed else None
+        about: dict[str, Any] = {"tool": TOOL, "version": VERSION, "command": self.command, **self.fields}
+        about |= {"files": sorted(files), "blake3": None if names is None else {}}
+        start = (json.dumps(about, indent=2) + "\n").encode()
+        if not names:
+            return Document.of(start)
+        return _with_hashes(start, sorted(names), lambda name: self._hash_of(name, hashes))
+
+    def _hash_of(self, name: str, hashes: Mapping[str, str]) -> str | None:
+        known = self.aliases.get(name, name)
+        return self.hashes.get(known) or hashes.get(known) or self.hashes.get(name) or hashes.get(name)
+
+
+def _with_hashes(start: bytes, names: Sequence[str], hash_of: Callable[[str], str | None]) -> Document:
+    """Return a document that ends with an object of hashes, which is empty in `start`."""
     start, end = start.removesuffix(b"{}\n}\n") + b"{\n", b"\n  }\n}\n"
     lines = (len(json.dumps(name)) + len(_LINE) for name in names)
     size = len(start) + sum(lines) - len(",\n") + len(end)
     return Document(size, lambda: _blocks(start, names, hash_of, end))
 
 
-_LINE = f'    : "{_UNKNOWN}",\n'  # what surrounds a name
+_LINE = f'    : "{_UNKNOWN}",\n'  # a line without its name
 _NAMES_AT_ONCE = 1000
 
 
 def _blocks(start: bytes, names: Sequence[str], hash_of: Callable[[str], str | None], end: bytes) -> Iterator[bytes]:
-    """`json.dumps` of all with an indent would take ten times the document's memory."""
+    """Yield the document in parts: `json.dumps` of all with an indent would take ten times its memory."""
     yield start
     for first in range(0, len(names), _NAMES_AT_ONCE):
         some = names[first : first + _NAMES_AT_ONCE]

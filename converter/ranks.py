@@ -1,7 +1,6 @@
-"""Which process this is of how many, and which part of the work is its own.
+"""Find this process's rank and the number of ranks in the environment, and divide work among ranks.
 
-Knows the variables that `torchrun` and `srun` set, and arithmetic. Knows no files: how ranks hear of one another is
-formats/rendezvous.py.
+Reads the variables that `torchrun` and `srun` set. How ranks exchange messages is left to formats/rendezvous.py.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from itertools import accumulate
 
 from formats.errors import UserError
 
-_NAMELESS = "none"  # what torchrun says when nobody named the run and the rendezvous is static
-_LONGEST = 80
+_NAMELESS = "none"  # torchrun's value for a run without a name and with a static rendezvous
+_LONGEST = 80  # characters of a file name
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process is number `rank` of `size`. `run_id` is the same for all of them and fit to be a file's name.
+    """This process is number `rank` of `size`. `run_id` is the same for all of them, and a valid part of a file name.
 
-    Another run has another `run_id` where the environment tells runs apart. It cannot always (`torchrun` with a static
-    rendezvous says `none` each time), so nothing may depend on it: it sorts files, the rendezvous proves them fresh.
+    It differs between runs where the environment distinguishes them. `torchrun` with a static rendezvous does not, so it must
+    not be relied on for uniqueness; the token of formats/rendezvous.py provides that.
     """
 
     rank: int
@@ -35,9 +34,13 @@ class Ranks:
 
 
 def from_environment(env: Mapping[str, str] = os.environ) -> Ranks:
-    """Who this process is: by `RANK` and `WORLD_SIZE`, else by `SLURM_PROCID` and `SLURM_STEP_NUM_TASKS`, else alone.
+    """Return this process's rank: by `RANK` and `WORLD_SIZE`, else by `SLURM_PROCID` and `SLURM_STEP_NUM_TASKS`, else alone.
 
-    `SLURM_PROCID` by itself is a batch script outside any `srun` step, hence alone. UserError for what makes no sense.
+    `SLURM_PROCID` by itself is a batch script outside any `srun` step, hence alone. Raises UserError for values that
+    contradict one another.
+
+    >>> from_environment({"RANK": "3", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "convert"})
+    Ranks(rank=3, size=8, run_id='torchrun-convert-0')
     """
     if "RANK" in env or "WORLD_SIZE" in env:
         return Ranks(*_numbers(env, "RANK", "WORLD_SIZE"), _safe(_engine_id(env)))
@@ -47,9 +50,9 @@ def from_environment(env: Mapping[str, str] = os.environ) -> Ranks:
 
 
 def waiting(ranks: Ranks, env: Mapping[str, str] = os.environ) -> str:
-    """Whom this process is about to wait for and why, where no torchrun says that the others are on their way; else "".
+    """Return a note on which ranks this process will wait for, and why; empty if it is alone or torchrun started it.
 
-    A shell may have the variables without having been started as one of several: a pod of a training operator has.
+    A shell may have the variables though it is the only process: a pod of a training operator has.
     """
     if ranks.size == 1 or "TORCHELASTIC_RUN_ID" in env:
         return ""
@@ -63,29 +66,33 @@ def waiting(ranks: Ranks, env: Mapping[str, str] = os.environ) -> str:
 
 
 def alone() -> Ranks:
-    """A process that shares its work with no other."""
+    """Return the rank of a process that shares its work with no other."""
     return Ranks(0, 1, f"alone-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def share(weights: Sequence[int], rank: int, size: int) -> slice:
-    """The items that are this rank's, given each item's bytes: `size` neighbouring slices that cover each item once.
+    """Return which items are this rank's, given each item's bytes. The slices of all ranks cover each item once, in order.
 
-    An item goes where the middle of its bytes lies, so no share exceeds an even one by more than the largest item.
+    An item belongs to the rank whose even share holds the middle of its bytes, so no rank has more than an even share and one
+    item.
+
+    >>> [share([4, 4, 2, 2, 4], rank, 2) for rank in range(2)]
+    [slice(0, 2, None), slice(2, 5, None)]
     """
-    whole = sum(weights)
-    counted = list(weights) if whole else [1] * len(weights)
-    whole = whole or len(weights)
+    total = sum(weights)
+    counted = list(weights) if total else [1] * len(weights)
+    total = total or len(weights)
     middles = [2 * end - weight for end, weight in zip(accumulate(counted), counted, strict=True)]
-    owners = [min(size - 1, middle * size // (2 * whole)) for middle in middles]
+    owners = [min(size - 1, middle * size // (2 * total)) for middle in middles]
     return slice(bisect_left(owners, rank), bisect_left(owners, rank + 1))
 
 
 def _numbers(env: Mapping[str, str], rank_name: str, size_name: str) -> tuple[int, int]:
-    said = {name: env.get(name) for name in (rank_name, size_name)}
-    rank, size = (int(text) if text and re.fullmatch(r"[0-9]{1,9}", text) else -1 for text in said.values())
+    given = {name: env.get(name) for name in (rank_name, size_name)}
+    rank, size = (int(text) if text and re.fullmatch(r"[0-9]{1,9}", text) else -1 for text in given.values())
     if 0 <= rank < size:
         return rank, size
-    values = " and ".join(f"`{name}` is " + ("not set" if text is None else f"`{text}`") for name, text in said.items())
+    values = " and ".join(f"`{name}` is " + ("not set" if text is None else f"`{text}`") for name, text in given.items())
     raise UserError(
         f"{values}; together they should say which process this is of how many",
         hint=f"start all processes with torchrun or srun, or unset `{rank_name}` and `{size_name}` to convert with one",
@@ -93,8 +100,10 @@ def _numbers(env: Mapping[str, str], rank_name: str, size_name: str) -> tuple[in
 
 
 def _engine_id(env: Mapping[str, str]) -> str:
-    """What is the same for all processes of one start. Not `MASTER_ADDR` where no torchrun agreed on it: some engines
-    tell rank 0 `localhost` and the others its name."""
+    """Return a name that all processes of one start share.
+
+    `MASTER_ADDR` is not part of it without torchrun: some launchers give rank 0 `localhost` and the others its host name.
+    """
     run = env.get("TORCHELASTIC_RUN_ID")
     if run is None:
         return "-".join(["ranks", env.get("MASTER_PORT", ""), _slurm_id(env) if "SLURM_STEP_ID" in env else ""]).strip("-")
@@ -108,6 +117,6 @@ def _slurm_id(env: Mapping[str, str]) -> str:
 
 
 def _safe(text: str) -> str:
-    """`text` as part of a file's name; where that changes it, its digest keeps it apart from others."""
+    """Return `text` as a valid part of a file name; where that changes it, with a digest that keeps it distinct."""
     plain = re.sub(r"[^A-Za-z0-9_-]", "_", text)[:_LONGEST]
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -1,7 +1,7 @@
-"""Say what Hugging Face weights are that do not fit their `config.json`: quantized, renamed, or with another head.
+"""Recognize Hugging Face weights that do not fit their `config.json`: quantized, renamed, or with another head.
 
-Looks at names and dtypes alone, and only raises what it recognizes: what is left is for the plan to account for. Every hint
-leads to weights that can be converted.
+Reads names and dtypes only, and refuses only what it recognizes; the plan accounts for everything else. Every hint leads to
+weights that can be converted.
 """
 
 from __future__ import annotations
@@ -33,87 +33,91 @@ _WRAPPERS = {
     "base_layer": "PEFT's",
     "original_module": "PEFT's",
 }
-"""Parts of names that a wrapper around the model puts there, and whose they are."""
+"""Parts of names that a wrapper around the model adds, and the wrapper's name."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Others:
-    """Names of other programs or models: what they are, and the way out."""
+class _ForeignNames:
+    """Names that other programs or models give to weights: what they are, and what to do."""
 
     pattern: str
-    what: str
+    description: str
     hint: str
 
 
 _CONVERTED = "fetch the repository's version for transformers, or convert it with the script that transformers has for it"
 _LORA = re.compile(r"(.*\.)?lora_[AB]\..*|.*\.lora_magnitude_vector")
-_OTHERS = (
-    _Others(
+_FOREIGN = (
+    _ForeignNames(
         _LORA.pattern,
         "LoRA tensors that were not merged",
         "load it with PEFT and save `model.merge_and_unload()`; an adapter alone is put into its model by `mbconvert merge`",
     ),
-    _Others(
+    _ForeignNames(
         r"tok_embeddings\.weight|layers\.0\.attention\.w[qkvo]\.weight",
         "names of Meta's and Mistral's own format (`consolidated.safetensors`)",
         "fetch `model-*.safetensors` and their index of the same repository, or a repository for transformers",
     ),
-    _Others(
+    _ForeignNames(
         r"(module\.)*(decoder\.layers\.0\.|embedding\.word_embeddings\.).*",
         "Megatron's names",
         "load them in Megatron-LM and save them with `--ckpt-format torch_dist`; `mbconvert mcore-to-hf` converts that",
     ),
-    _Others(r"blk\.\d+\..*|token_embd\.weight", "names of GGUF", "convert the original weights"),
-    _Others(r"(transformer\.)?(h|blocks)\.\d+\..*|gpt_neox\..*", "names of another architecture (GPT-2, GPT-NeoX)", _CONVERTED),
-    _Others(
+    _ForeignNames(r"blk\.\d+\..*|token_embd\.weight", "names of GGUF", "convert the original weights"),
+    _ForeignNames(
+        r"(transformer\.)?(h|blocks)\.\d+\..*|gpt_neox\..*", "names of another architecture (GPT-2, GPT-NeoX)", _CONVERTED
+    ),
+    _ForeignNames(
         r".*\.(qkv_proj|gate_up_proj|query_key_value|Wqkv)\..*",
         "projections fused into one tensor, as vLLM and other architectures keep them",
         "save the model with transformers (`save_pretrained`), under the architecture that `config.json` names",
     ),
-    _Others(
+    _ForeignNames(
         r"(model\.)?(vision\w*|visual|image\w*|multi_modal\w*|mm_\w+|audio\w*|speech\w*)\..*",
         "a part for images or sounds beside the language model",
         "leave out what is not the language model's: only that can be converted",
     ),
-    _Others(r".*\.(experts|block_sparse_moe)\..*", "experts of a mixture", "such models are not supported yet"),
+    _ForeignNames(r".*\.(experts|block_sparse_moe)\..*", "experts of a mixture", "such models are not supported yet"),
 )
 
 
 def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], family: Family, model: Model, *, label: str) -> None:
-    """Raise UserError for weights that are recognized as no plain ones of this model; `label` is their folder."""
+    """Raise UserError for weights that are recognized as other than the plain ones of this model. `label`: their folder."""
     bounded = model.replace(**{name: min(model.get(name, 0), len(specs)) for name in ("layers", "experts", "mtp")})
-    wanted = {_LAYER.sub("0", name) for name in layer_names(family.RULES, bounded)}
+    expected = {_LAYER.sub("0", name) for name in layer_names(family.RULES, bounded)}
     head = {name for rule in family.RULES if rule.tied_to for name in rule.names(at(model, 0))[1]}
     extras = extra_names(family.EXTRAS, model.replace(layers=1))
     passing = family.PASSTHROUGH_PREFIXES
-    found = {_LAYER.sub("0", name): name for name in specs if not (passing and name.startswith(passing))}
-    missing, over = wanted - found.keys(), [found[name] for name in sorted(found.keys() - wanted - head - extras)]
-    refuse_quantized(specs, over, config, label=label)
-    if not missing and not over:
+    stored = {_LAYER.sub("0", name): name for name in specs if not (passing and name.startswith(passing))}
+    missing, unexpected = expected - stored.keys(), [stored[name] for name in sorted(stored.keys() - expected - head - extras)]
+    refuse_quantized(specs, unexpected, config, label=label)
+    if not missing and not unexpected:
         return
-    if not any(_LORA.fullmatch(name) for name in over):
-        _refuse_renamed(wanted, found, label=label)
-    for other in _OTHERS:
-        names = [name for name in over if re.fullmatch(other.pattern, _LAYER.sub("0", name))]
+    if not any(_LORA.fullmatch(name) for name in unexpected):
+        _refuse_renamed(expected, stored, label=label)
+    for foreign in _FOREIGN:
+        names = [name for name in unexpected if re.fullmatch(foreign.pattern, _LAYER.sub("0", name))]
         if names:
-            raise UserError(f"`{label}` holds {list_names(names)}: {other.what}", hint=other.hint)
+            raise UserError(f"`{label}` holds {list_names(names)}: {foreign.description}", hint=foreign.hint)
     if missing <= head:
-        _refuse_head(missing, over, label=label)
+        _refuse_head(missing, unexpected, label=label)
 
 
 def _unwrap(name: str) -> tuple[str, list[str]]:
-    """A name without what wrappers put there, and those wrappers."""
+    """Return a name without the parts that wrappers add, and those parts."""
     parts = name.split(".")
     parts = ["base_model.model", *parts[2:]] if parts[:2] == ["base_model", "model"] else parts
-    return ".".join(part for part in parts if part not in _WRAPPERS), list(
-        dict.fromkeys(part for part in parts if part in _WRAPPERS)
-    )
+    wrappers = list(dict.fromkeys(part for part in parts if part in _WRAPPERS))
+    return ".".join(part for part in parts if part not in _WRAPPERS), wrappers
 
 
-def _refuse_renamed(wanted: set[str], found: Mapping[str, str], *, label: str) -> None:
-    """Raise UserError if weights have other prefixes than the model has, and say how to rename them."""
+def _refuse_renamed(wanted: set[str], stored: Mapping[str, str], *, label: str) -> None:
+    """Raise UserError if weights have other prefixes than the model's, and say how to rename them.
+
+    `stored`: the names in the folder, by the same names with layer 0.
+    """
     cores = {match["core"]: (name, match["before"]) for name in sorted(wanted) if (match := _CORE.fullmatch(name))}
-    for name in sorted(found):
+    for name in sorted(stored):
         plain, wrappers = _unwrap(name)
         match = _CORE.fullmatch(plain)
         if not match or match["core"] not in cores:
@@ -121,45 +125,46 @@ def _refuse_renamed(wanted: set[str], found: Mapping[str, str], *, label: str) -
         expected, before = cores[match["core"]]
         if name != expected:
             raise UserError(
-                f"`{label}` holds `{found[name]}`, which `config.json` calls `{_like(expected, found[name])}`: "
+                f"`{label}` holds `{stored[name]}`, which `config.json` calls `{_in_layer_of(stored[name], expected)}`: "
                 f"{_cause(wrappers, match['before'], before)}",
-                hint=_rename(wrappers, match["before"], before, found),
+                hint=_rename(wrappers, match["before"], before, stored),
             )
 
 
-def _like(expected: str, name: str) -> str:
-    """The expected name, in the layer of the other."""
+def _in_layer_of(name: str, expected: str) -> str:
+    """Return the expected name with the layer of another name."""
     number = _LAYER.search(name)
     return _LAYER.sub(number[0], expected) if number else expected
 
 
-def _cause(wrappers: Iterable[str], there: str, expected: str) -> str:
+def _cause(wrappers: Iterable[str], prefix: str, expected: str) -> str:
+    """Return which wrappers and which prefix a name has, and the prefix it should have."""
     parts = [f"`{wrapper}.` is {_WRAPPERS[wrapper]}" for wrapper in wrappers]
-    if "language_model" in there:
+    if "language_model" in prefix:
         parts.append("a model of text and images, whose text part has the prefix `language_model.`")
-    elif there == "" and expected:
+    elif prefix == "" and expected:
         parts.append(f"saved from `AutoModel`, without the prefix `{expected}` and without a head")
-    elif there != expected:
-        parts.append(f"the prefix is `{there}` instead of `{expected}`")
+    elif prefix != expected:
+        parts.append(f"the prefix is `{prefix}` instead of `{expected}`")
     return "; ".join(parts)
 
 
-def _rename(wrappers: Iterable[str], there: str, expected: str, found: Iterable[str]) -> str:
-    """Python that renames the tensors of one file."""
+def _rename(wrappers: Iterable[str], prefix: str, expected: str, stored: Iterable[str]) -> str:
+    """Return Python that renames the tensors of one file."""
     new = "n" + "".join(f'.replace("{wrapper}.", "")' for wrapper in wrappers)
-    extra = there.removesuffix(expected)
-    if there == "":
+    extra = prefix.removesuffix(expected)
+    if prefix == "":
         new = f'(n if n.startswith("lm_head") else "{expected}" + n)' if not wrappers else f'"{expected}" + {new}'
-    elif there != expected and there.endswith(f".{expected}"):
+    elif prefix != expected and prefix.endswith(f".{expected}"):
         new += f'.removeprefix("{extra}")'
-    elif there != expected:
-        new += f'.replace("{there}", "{expected}", 1)'
-    kept = ' if "language_model." in n or n.startswith("lm_head")' if "language_model" in there else ""
+    elif prefix != expected:
+        new += f'.replace("{prefix}", "{expected}", 1)'
+    kept = ' if "language_model." in n or n.startswith("lm_head")' if "language_model" in prefix else ""
     text = (
         f'in each file `f`: `save_file({{{new}: t for n, t in load_file(f).items(){kept}}}, f, {{"format": "pt"}})` of '
         f"`safetensors.torch`; then remove `{INDEX}`"
     )
-    if not any("lm_head" in name for name in found):
+    if not any("lm_head" in name for name in stored):
         text += f"; if the model's head is tied, set `tie_word_embeddings` to true; if not, {_BODY}"
     return text
 
@@ -171,19 +176,19 @@ _BODY = (
 
 
 _HEAD = re.compile(r"(\w+\.)?(scores?|\w*classifier|\w*heads?|qa_outputs|pooler|regress\w*|reward\w*|value\w*|logit\w*)(\..+)?")
-"""Modules beside a model's body that give something else than tokens."""
+"""Modules besides a model's body whose output is not tokens."""
 
 
-def _refuse_head(missing: set[str], over: list[str], *, label: str) -> None:
-    """Raise UserError for a whole body with another head than a language model's, or with none."""
-    heads = [name for name in over if _HEAD.fullmatch(name)]
-    if heads and len(heads) == len(over) and not missing:
+def _refuse_head(missing: set[str], unexpected: list[str], *, label: str) -> None:
+    """Raise UserError for a complete body with no head of a language model, or with another head."""
+    heads = [name for name in unexpected if _HEAD.fullmatch(name)]
+    if heads and len(heads) == len(unexpected) and not missing:
         again = f'`AutoModelForCausalLM.from_pretrained("{label}", dtype="auto").save_pretrained("OUT")`'
         raise UserError(
             f"`{label}` holds {list_names(heads)} beside the language model: a head for classification, rewards or values",
             hint=f"leave it out: {again}, then convert `OUT`",
         )
-    if missing and len(heads) == len(over):
+    if missing and len(heads) == len(unexpected):
         instead = f", but {list_names(heads)}: a head for classification, rewards or embeddings" if heads else ""
         raise UserError(
             f"`{label}` has no head of a language model (`{min(missing)}`){instead}",

@@ -1,5 +1,7 @@
-"""Which `config.json` an export follows: the one given, the one that travelled, or one rebuilt from what the checkpoint
-says of its model. Whatever else the checkpoint says must agree with it: tensors do not show it."""
+"""Find the `config.json` that an export follows: the one given, the checkpoint's own, or one rebuilt from its settings.
+
+Everything else that the checkpoint says of its model must agree with it, as tensors do not show all of it.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from converter import agreement, families, megatron_settings, run_config, side_files
+from converter import consistency, families, megatron_settings, run_config, side_files
 from converter.config import to_huggingface, to_megatron
 from converter.padded_vocab import rows_of, tokens
-from converter.run_config import Said, UnknownModelError
+from converter.run_config import ModelSettings, UnknownModelError
 from converter.side_files import HFReference
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
@@ -18,11 +20,11 @@ from formats.megatron_reader import MegatronReader
 
 
 def find(reader: MegatronReader, given: Folder | None, *, any_settings: bool = False, vocab: int | None = None) -> HFReference:
-    """Return the reference for an export; UserError where there is none and none can be rebuilt, where two places say different
-    things of the model, and for settings that no `config.json` can say.
+    """Return the reference for an export, which follows `given` if it is not None.
 
-    `any_settings`: those settings are the caller's business, who compares them. `vocab`: how many tokens there are, where the
-    checkpoint knows its padded vocabulary alone.
+    `any_settings`: accept settings that no `config.json` can say; the caller compares them. `vocab`: the number of tokens, for
+    a checkpoint that knows its padded vocabulary alone. Raises UserError if there is no reference and none can be rebuilt, if
+    two descriptions of the model disagree, and for settings that no `config.json` can say.
     """
     said = run_config.read_all(reader.folder, reader.args())
     own = side_files.load(reader.folder)
@@ -30,40 +32,44 @@ def find(reader: MegatronReader, given: Folder | None, *, any_settings: bool = F
     notes = () if any_settings else _check_settings(said, known)
     origin = known or _rebuilt(reader, said, vocab)
     others = [own] if given and own else []
-    rows = agreement.vocabulary_rows(reader.specs)
-    agreement.check(origin, others, said, rows=rows)
+    rows = consistency.embedding_rows(reader.specs)
+    consistency.check(origin, others, said, rows=rows)
     return replace(origin, notes=(*origin.notes, *notes, *_rows_left_out(origin, said, rows or 0)))
 
 
-def _rows_left_out(origin: HFReference, said: Sequence[Said], rows: int) -> Iterator[str]:
-    """Tell of rows after the vocabulary that are more, or fewer, than its padding: they may be tokens that were added."""
+def _rows_left_out(origin: HFReference, said: Sequence[ModelSettings], rows: int) -> Iterator[str]:
+    """Yield a note if the rows after the vocabulary are not just its padding: they may be tokens that were added."""
     size = origin.config["vocab_size"]
-    for one in said:
-        expected = rows_of(size, one.settings)
-        if "make_vocab_size_divisible_by" in one.settings and size < rows != expected:
+    for description in said:
+        expected = rows_of(size, description.settings)
+        if "make_vocab_size_divisible_by" in description.settings and size < rows != expected:
             yield (
-                f"{one.origin} pad {size} tokens to {expected} rows, but the embedding has {rows}: those after {size} are left "
-                f"out; where tokens were added, `vocab_size` in the `config.json` of `--hf-config` has to count them"
+                f"{description.origin} pad {size} tokens to {expected} rows, but the embedding has {rows}: those after {size} "
+                f"are left out; where tokens were added, `vocab_size` in the `config.json` of `--hf-config` has to count them"
             )
 
 
-def _check_settings(said: Sequence[Said], reference: HFReference | None) -> tuple[str, ...]:
-    """Raise UserError for a setting that no `config.json` can say. One that is unknown here is only noted where there is a
-    `reference` that says which model it is; those that its family says are compared with it elsewhere."""
+def _check_settings(said: Sequence[ModelSettings], reference: HFReference | None) -> tuple[str, ...]:
+    """Raise UserError for a setting that no `config.json` can say; return notes on unknown ones if a `reference` says which
+    model the checkpoint holds, else they are refused too. Those that its family says are compared with it elsewhere."""
     compared = to_megatron(families.find(reference.config.get("model_type")).CONFIG, reference.config) if reference else {}
-    found = [
-        (one, place.origin)
-        for place in said
-        for one in megatron_settings.foreign(place.settings, only_model_words=place.origin == run_config.ARGS)
-        if one.name not in compared
+    foreign = [
+        (setting, description.origin)
+        for description in said
+        for setting in megatron_settings.find_unsupported(
+            description.settings, only_model_words=description.origin == run_config.ARGS
+        )
+        if setting.name not in compared
     ]
-    for one, origin in sorted(found, key=lambda each: not each[0].known):
-        if one.known or reference is None:
-            raise megatron_settings.refuse(one, origin)
-    return tuple(f"{origin} has `{one.name}`, which is not known here: it is taken not to matter" for one, origin in found)
+    for setting, origin in sorted(foreign, key=lambda item: not item[0].known):
+        if setting.known or reference is None:
+            raise megatron_settings.unsupported_error(setting, origin)
+    return tuple(
+        f"{origin} has `{setting.name}`, which is not known here: it is taken not to matter" for setting, origin in foreign
+    )
 
 
-def _rebuilt(reader: MegatronReader, said: Sequence[Said], vocab: int | None) -> HFReference:
+def _rebuilt(reader: MegatronReader, said: Sequence[ModelSettings], vocab: int | None) -> HFReference:
     if not said:
         raise UnknownModelError(
             f"`{reader.folder.label}` says nothing about its model: no `config.json`, no `{run_config.FILE}`, no `args`",
@@ -80,7 +86,7 @@ def _rebuilt(reader: MegatronReader, said: Sequence[Said], vocab: int | None) ->
 
 
 def rebuild_config(fields: dict[str, Any], origin: str) -> dict[str, Any]:
-    """A `config.json` for Megatron's fields, in the first family that can say them."""
+    """Return a `config.json` for Megatron's fields, in the first family that has all of them."""
     refused: list[str] = []
     for name in families.names():
         family = families.find(name)

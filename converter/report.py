@@ -1,4 +1,4 @@
-"""What is this directory? Answered from headers alone: no tensor data is read."""
+"""Describe a checkpoint from its headers. No tensor data is read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MOST_PACKAGES = 16
 
 @dataclass(frozen=True, slots=True)
 class DtypeRow:
-    """A line of the dtype table. `bytes` on disk."""
+    """One row of the dtype table. `bytes` are those on disk."""
 
     dtype: str
     tensors: int
@@ -37,7 +37,7 @@ class DtypeRow:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a directory holds."""
+    """The contents of a directory."""
 
     path: str
     format: str
@@ -53,7 +53,7 @@ class Report:
     iteration: str = ""
     optimizer_state: bool = False
     unknown_packages: list[str] = field(default_factory=list[str])
-    """Whose classes the common state names, beside those of Python, torch and megatron-core: a fork's, mostly."""
+    """Packages whose classes the common state names, besides Python's, torch's and megatron-core's: mostly a fork's."""
 
     tensor_list: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
@@ -68,18 +68,18 @@ def inspect_checkpoint(path: str | Path, *, tensors: bool = False) -> Report:
     {'tp': 2, 'pp': 2, 'stages': 'Et*3|t*1L'}
     """
     with closing(open_source(path)) as folder:
-        found = detect(folder)
-        return _megatron(folder, tensors=tensors) if found is Format.TORCH_DIST else _huggingface(folder, found, tensors=tensors)
+        kind = detect(folder)
+        return _megatron(folder, tensors=tensors) if kind is Format.TORCH_DIST else _huggingface(folder, kind, tensors=tensors)
 
 
-def _huggingface(folder: Folder, found: Format, *, tensors: bool) -> Report:
+def _huggingface(folder: Folder, kind: Format, *, tensors: bool) -> Report:
     reader = HuggingFaceReader(folder, any_dtype=True)
     config = read_json(folder, CONFIG) if folder.has(CONFIG) else {}
     version = config.get("transformers_version")
     files = {name: file for file, shard in reader.shards.items() for name in shard.tensors}
     return Report(
         path=folder.label,
-        format=found.value,
+        format=kind.value,
         writer=f"transformers {format_untrusted(version)}" if version else "unknown",
         **_described(config, reader.specs),
         dtypes=_dtypes(reader.specs.values()),
@@ -91,8 +91,8 @@ def _huggingface(folder: Folder, found: Format, *, tensors: bool) -> Report:
 def _megatron(folder: Folder, *, tensors: bool) -> Report:
     reader = open_megatron(folder)
     origin = load(reader.folder)
-    found = run_config.read(reader.folder, reader.args())
-    fields = found[0] if found else {}
+    recorded = run_config.read(reader.folder, reader.args())
+    fields = recorded[0] if recorded else {}
     return Report(
         path=folder.label,
         format=Format.TORCH_DIST.value,
@@ -109,8 +109,8 @@ def _megatron(folder: Folder, *, tensors: bool) -> Report:
 
 
 def _unknown_packages(reader: MegatronReader) -> list[str]:
-    named = {printable(one.module.partition(".")[0]) for one in others(reader.common_state())}
-    return sorted(format_untrusted(name) for name in named)[:_MOST_PACKAGES]
+    names = {printable(record.module.partition(".")[0]) for record in others(reader.common_state())}
+    return sorted(format_untrusted(name) for name in names)[:_MOST_PACKAGES]
 
 
 def _described(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
@@ -125,10 +125,9 @@ def _described(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> di
     }
 
 
-def _architecture(named: Any) -> str:
-    return (
-        ", ".join(format_untrusted(name) for name in cast("list[Any]", named)) if isinstance(named, list) and named else "unknown"
-    )
+def _architecture(names: Any) -> str:
+    known = cast("list[Any]", names) if isinstance(names, list) else []
+    return ", ".join(format_untrusted(name) for name in known) or "unknown"
 
 
 def _dtypes(specs: Iterable[TensorSpec]) -> list[DtypeRow]:
@@ -136,13 +135,13 @@ def _dtypes(specs: Iterable[TensorSpec]) -> list[DtypeRow]:
     for spec in specs:
         grouped.setdefault(spec.stored_dtype, []).append(spec)
     return [
-        DtypeRow(name, len(group), sum(prod(s.stored_shape) for s in group), sum(s.nbytes for s in group))
+        DtypeRow(name, len(group), sum(prod(spec.stored_shape) for spec in group), sum(spec.nbytes for spec in group))
         for name, group in sorted(grouped.items())
     ]
 
 
 def _writer(reader: MegatronReader) -> str:
-    """Who wrote it: each leaves something only it writes."""
+    """Return the program that wrote it, by the files that only it writes."""
     if reader.folder.has(provenance.FILE):
         return "mbconvert"
     if reader.folder.has(run_config.FILE):
@@ -151,10 +150,10 @@ def _writer(reader: MegatronReader) -> str:
 
 
 def _layout(reader: MegatronReader, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensor parallelism as the chunks show it; pipelines as the run configuration tells, where there is one."""
-    cut = [name for name in reader.specs if name.endswith("linear_proj.weight")]
-    tp = len({chunk.region[-1:] and chunk.region[-1].start for chunk in reader.chunks(cut[0])}) if cut else 1
-    told = {
+    """Return tensor parallelism by the chunks, and pipeline parallelism by the recorded settings, if there are any."""
+    sharded = [name for name in reader.specs if name.endswith("linear_proj.weight")]
+    tp = len({chunk.region[-1:] and chunk.region[-1].start for chunk in reader.chunks(sharded[0])}) if sharded else 1
+    recorded = {
         "pp": fields.get("pipeline_model_parallel_size"),
         "vpp": fields.get("virtual_pipeline_model_parallel_size"),
         "stages": fields.get("pipeline_model_parallel_layout"),
@@ -163,7 +162,7 @@ def _layout(reader: MegatronReader, fields: Mapping[str, Any]) -> dict[str, Any]
         "tp": tp,
         **{
             name: size if isinstance(size, str) or is_size(size) else format_untrusted(size)
-            for name, size in told.items()
+            for name, size in recorded.items()
             if size
         },
     }
@@ -174,5 +173,7 @@ def _row(spec: TensorSpec) -> dict[str, Any]:
 
 
 def _chunks(reader: MegatronReader, name: str) -> list[dict[str, Any]]:
-    found = reader.chunks(name)
-    return [{"file": c.location.file, "at": [p.start for p in c.region], "shape": list(extent(c.region))} for c in found]
+    return [
+        {"file": chunk.location.file, "at": [part.start for part in chunk.region], "shape": list(extent(chunk.region))}
+        for chunk in reader.chunks(name)
+    ]

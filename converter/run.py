@@ -1,7 +1,7 @@
-"""Carry out pieces: read, place, write, on a few threads with buffers that are used again.
+"""Carry out pieces on a few threads: read rows, put them in their order, write them. Buffers are reused.
 
-Pieces are independent and every offset is known, so any thread may do any piece and the bytes written do not depend on how
-many there are. Knows nothing of models.
+Pieces are independent and every offset is known, so any thread may do any piece, and the bytes written do not depend on the
+number of threads.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
-import numpy as np
-
-from converter.plan import Piece, RowCopy, TensorPlan, pieces
+from converter.plan import Piece, RowCopy
 from converter.transform import Move, Transform
 from converter.values import cast_into
-from formats.arrays import Buffer, as_bytes, offset_of, same_bits
+from formats.arrays import Buffer, as_bytes, offset_of
 from formats.arrays import copy as copy_bits
-from formats.errors import UserError
 from formats.in_order import AbandonedError
-from formats.spec import Array, Reader, Region, Writer, dtype_name, extent
+from formats.outputs import Outputs, Writer
+from formats.spec import Array, Reader, Region, extent
 
 PIECE_BYTES = 4 << 20
 """Larger pieces did not get faster here; smaller ones cost system calls (docs/decisions.md)."""
@@ -30,7 +28,10 @@ PIECE_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A piece and its number among all pieces of the plan. One that is `written` is put together only to be looked at."""
+    """A piece and its number among all pieces of the plan.
+
+    One that is `written` already is read and observed, and not written again.
+    """
 
     number: int
     piece: Piece
@@ -43,40 +44,46 @@ def _nothing(*_: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Observer:
-    """What looks on: told of rows as they were read (the source's tensor, offset in it, bytes), of a piece put together,
-    and of a task done; `stop` is called when there will be no more."""
+    """Callbacks of a run. All but `stop` run on its worker threads."""
 
     read: Callable[[str, int, memoryview], None] = _nothing
+    """Rows were read: the source's tensor, the offset in it in bytes, the bytes."""
+
     made: Callable[[Piece, Array], None] = _nothing
+    """A piece was put together, in the output's dtype."""
+
     done: Callable[[Task], None] = _nothing
+    """A task is complete: its piece is written."""
+
     stop: Callable[[], None] = _nothing
+    """A task failed, and no further ones will start: threads that wait for one another must be woken."""
 
 
-def run(tasks: Iterable[Task], reader: Reader, writer: Writer, *, workers: int, watch: Observer) -> None:
-    """Carry out every task."""
+def run(tasks: Iterable[Task], reader: Reader, writer: Writer, *, outputs: Outputs, workers: int, observer: Observer) -> None:
+    """Carry out every task: read its piece with `reader` and put it into `outputs` where `writer` lays it out."""
 
-    def carry_out() -> Callable[[Task], None]:
-        bench = PieceBuffers(watch.read)
+    def start() -> Callable[[Task], None]:
+        buffers = PieceBuffers(observer.read)
 
-        def one(task: Task) -> None:
+        def carry_out(task: Task) -> None:
             name, region = task.piece.tensor.spec.name, task.piece.region
-            data = bench.make(task.piece, reader, writer.file_offset(name, region))
-            watch.made(task.piece, data)
+            data = buffers.make(task.piece, reader, writer.file_offset(name, region))
+            observer.made(task.piece, data)
             if not task.written:
-                writer.write(name, region, data)
-            watch.done(task)
+                writer.write(outputs, name, region, data)
+            observer.done(task)
 
-        return one
+        return carry_out
 
-    in_threads(tasks, carry_out, workers=workers, stop=watch.stop)
+    in_threads(tasks, start, workers=workers, stop=observer.stop)
 
 
 def in_threads[T](
     items: Iterable[T], start: Callable[[], Callable[[T], None]], *, workers: int, stop: Callable[[], None] = _nothing
 ) -> None:
-    """Draw items in order and do each on some thread, with what `start` prepared for that thread.
+    """Draw items in order and call, on some thread, the function that `start` returned for that thread.
 
-    At most `workers` threads, and no more than there are items. The first error stops all and is raised.
+    Uses at most `workers` threads, and no more than there are items. The first error stops all threads and is raised.
     """
     queue = _Shared(iter(items))
 
@@ -97,7 +104,7 @@ def in_threads[T](
             wait(tasks, return_when=FIRST_EXCEPTION)
         except BaseException as error:
             queue.stop()
-            if isinstance(error, Exception):  # the item that was drawn is done by nobody
+            if isinstance(error, Exception):  # no thread does the item that was drawn
                 stop()
             raise
     errors = [error for task in tasks if (error := task.exception())]
@@ -106,15 +113,18 @@ def in_threads[T](
 
 
 class PieceBuffers:
-    """One thread's buffers: where a piece is put together. `read` is told of rows as they come from the source."""
+    """One thread's buffers, in which pieces are put together. `read` is called with the rows that were read."""
 
     def __init__(self, read: Callable[[str, int, memoryview], None] = _nothing) -> None:
         self._target, self._scratch = Buffer(), Buffer()
-        self._told = read
+        self._observe = read
 
-    def make(self, piece: Piece, reader: Reader, place: int = 0) -> Array:
-        """The piece's data, valid until the next call; its address has the remainder by page that `place` has."""
-        out = self._target.view(extent(piece.region), piece.tensor.spec.dtype, offset=place)
+    def make(self, piece: Piece, reader: Reader, offset: int = 0) -> Array:
+        """Return a piece's data, valid until the next call, at an address with the same remainder by page as `offset`.
+
+        The array has the shape of the piece's region and the dtype of its tensor; rows that no copy fills hold its `fill`.
+        """
+        out = self._target.view(extent(piece.region), piece.tensor.spec.dtype, offset=offset)
         transform, filled = piece.tensor.transform, list[slice]()
         if transform and transform.moves_values:
             for move in piece.moves(transform):
@@ -129,12 +139,12 @@ class PieceBuffers:
         return out
 
     def _read(self, reader: Reader, copy: RowCopy, region: Region, out: Array, *, in_order: bool) -> None:
-        same = out.dtype == copy.dtype
-        data = out if same else self._scratch.view(out.shape, copy.dtype)
+        same_dtype = out.dtype == copy.dtype
+        data = out if same_dtype else self._scratch.view(out.shape, copy.dtype)
         reader.read(copy.source, region, data)
         if in_order:
-            self._told(copy.source, offset_of(region, reader.specs[copy.source].shape) * copy.dtype.itemsize, as_bytes(data))
-        if not same:
+            self._observe(copy.source, offset_of(region, reader.specs[copy.source].shape) * copy.dtype.itemsize, as_bytes(data))
+        if not same_dtype:
             cast_into(out, data, name=copy.source)
 
     def _move(self, reader: Reader, move: Move, transform: Transform, out: Array) -> None:
@@ -142,7 +152,7 @@ class PieceBuffers:
         reader.read(move.source, move.region, data)
         if transform.in_order and transform.to_megatron:
             offset = offset_of(move.region, reader.specs[move.source].shape) * move.dtype.itemsize
-            self._told(move.source, offset, as_bytes(data))
+            self._observe(move.source, offset, as_bytes(data))
         values, target = (data, out[move.into]) if transform.to_megatron else (out[move.into], data)
         view = transform.view(values)[move.rows]
         source, target = (view, target) if transform.to_megatron else (target, view)
@@ -165,7 +175,7 @@ def _fill_the_rest(filled: list[slice], out: Array, value: float) -> None:
 
 
 class _Shared[T]:
-    """An iterator that several threads draw from, until someone stops it."""
+    """An iterator that several threads draw from, until one of them stops it."""
 
     def __init__(self, items: Iterator[T]) -> None:
         self._items = items
@@ -182,65 +192,3 @@ class _Shared[T]:
             if item is None:
                 return
             yield item
-
-
-def check_equal(reader: Reader, name: str, other: str) -> None:
-    """Raise UserError unless two tensors hold the same bytes. Streams both."""
-    spec, like = reader.specs[name], reader.specs[other]
-    same = spec.shape == like.shape and spec.dtype == like.dtype
-    for piece in pieces([TensorPlan(spec)], limit=PIECE_BYTES) if same else ():
-        one, two = (np.empty(extent(piece.region), spec.dtype) for _ in range(2))
-        reader.read(name, piece.region, one)
-        reader.read(other, piece.region, two)
-        if not same_bits(one, two):
-            same = False
-            break
-    if not same:
-        raise UserError(
-            f"`{name}` differs from `{other}`, though `config.json` ties them",
-            hint="set `tie_word_embeddings` to false in `config.json` to keep both",
-        )
-
-
-def check_filled(reader: Reader, name: str, value: float) -> None:
-    """Raise UserError unless all values of a tensor are what Megatron's has where Hugging Face has no such tensor."""
-    if is_filled(reader, name, value):
-        return
-    if value:
-        raise UserError(
-            f"`{name}` is not {value:g} everywhere any more, but `config.json` has no place for it",
-            hint="models of this family have no such weights: this one cannot be exported as one of them",
-        )
-    raise UserError(
-        f"`{name}` is not zero any more, but `config.json` has no place for it",
-        hint="set `attention_bias` and `mlp_bias` to true in the `config.json` given with `--hf-config`",
-    )
-
-
-def check_exact(reader: Reader, plan: TensorPlan) -> None:
-    """Raise UserError unless adding a tensor's offset, and taking it off again, gives back every value."""
-    assert plan.transform is not None
-    (source,), target, offset = plan.parts, plan.spec.dtype, plan.transform.offset
-    with np.errstate(all="ignore"):
-        for piece in pieces([TensorPlan(source)], limit=PIECE_BYTES // 4):
-            data = np.empty(extent(piece.region), source.dtype)
-            reader.read(source.name, piece.region, data)
-            back = ((data.astype(np.float64) + offset).astype(target).astype(np.float64) - offset).astype(source.dtype)
-            if not same_bits(back, data):
-                raise UserError(
-                    f"`{source.name}` cannot be stored as `{plan.spec.name}` exactly: there {offset:+g} is added to each value, "
-                    f"which rounds in {dtype_name(target)}",
-                    hint="convert with `--dtype fp32`",
-                )
-
-
-def is_filled(reader: Reader, name: str, value: float, *, start: int = 0) -> bool:
-    """Do all rows of a tensor from row `start` on hold one value? Streams them."""
-    spec = reader.specs[name]
-    for piece in pieces([TensorPlan(spec)], limit=PIECE_BYTES):
-        if piece.rows.stop > start:
-            data = np.empty(extent(piece.region), spec.dtype)
-            reader.read(name, piece.region, data)
-            if np.any(data[max(0, start - piece.rows.start) :] != value):
-                return False
-    return True

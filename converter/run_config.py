@@ -1,8 +1,7 @@
-"""`run_config.yaml`: the model and its layout in the words of Megatron-Bridge, and what any writer's checkpoint says of
-its model.
+"""Write `run_config.yaml` as Megatron-Bridge does, and read the model's settings from any writer's checkpoint.
 
-Megatron-Bridge instantiates the `model` section, so it holds every field that makes the model what it is; fields that do
-not are left to its defaults.
+Megatron-Bridge instantiates the `model` section, so the file has every field that changes what the model computes. The other
+fields have its defaults.
 """
 
 from __future__ import annotations
@@ -38,7 +37,10 @@ _ABSENT = (
 
 
 def make(megatron: Config, layout: Layout, dtype: np.dtype[Any], *, vocab_multiple: int) -> bytes:
-    """The document for a converted model: `megatron` are its fields, `vocab_multiple` what one rank's vocabulary is padded to."""
+    """Return `run_config.yaml` for a converted model.
+
+    `megatron` are the model's fields; one rank's vocabulary is padded to a multiple of `vocab_multiple` rows.
+    """
     document = {
         "_target_": "megatron.bridge.training.config.ConfigContainer",
         "checkpoint": {
@@ -64,20 +66,20 @@ def _model(megatron: Config, dtype: np.dtype[Any]) -> dict[str, Any]:
     return {
         **megatron,
         "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
-        "activation_func": _named(_ACTIVATIONS.get(function := megatron["activation_func"], f"torch.nn.functional.{function}")),
-        "params_dtype": _named(f"torch.{names.torch if names.name in FLOATS else 'float32'}"),
+        "activation_func": _by_name(_ACTIVATIONS.get(function := megatron["activation_func"], f"torch.nn.functional.{function}")),
+        "params_dtype": _by_name(f"torch.{names.torch if names.name in FLOATS else 'float32'}"),
         "bf16": names.name == "bf16",
         "fp16": names.name == "fp16",
         "gradient_accumulation_fusion": False,
-        # Megatron-Bridge's export writes padding rows out as if they were tokens. A model without padding loads a padded
-        # checkpoint all the same.
+        # Megatron-Bridge's export writes padding rows as if they were tokens. A model without padding can load a padded
+        # checkpoint.
         "should_pad_vocab": False,
-        "transformer_layer_spec": _named("megatron.bridge.models.gpt_provider.default_layer_spec"),
+        "transformer_layer_spec": _by_name("megatron.bridge.models.gpt_provider.default_layer_spec"),
     }
 
 
-def _named(target: str) -> dict[str, Any]:
-    """A function or a constant, by name."""
+def _by_name(target: str) -> dict[str, Any]:
+    """Return Megatron-Bridge's encoding of a function or a constant, by name."""
     return {"_call_": False, "_target_": target}
 
 
@@ -95,30 +97,30 @@ def _parallel(layout: Layout) -> dict[str, Any]:
 
 
 class UnknownModelError(UserError):
-    """A checkpoint that does not say which model it holds; one whose word is damaged or not understood is another error."""
+    """A checkpoint without settings of its model. Damaged or unsupported settings raise a plain UserError."""
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """What a checkpoint says of its model in one place."""
+class ModelSettings:
+    """The settings of a checkpoint's model, as recorded in one place."""
 
     fields: Mapping[str, Any]
-    """In TransformerConfig's and GPTModel's words; null where it says that there is none."""
+    """By the names of TransformerConfig and GPTModel; None if it says that there is none."""
 
     settings: Mapping[str, Any]
-    """Everything that it says, in the words it has there."""
+    """All recorded settings, by the names that they have there."""
 
     origin: str
     """The place, for messages."""
 
     @property
     def known(self) -> dict[str, Any]:
-        """The fields that have a value."""
+        """The fields that are not None."""
         return {name: value for name, value in self.fields.items() if value is not None}
 
     @property
     def complete(self) -> dict[str, Any]:
-        """The fields, with what Megatron takes where one is null or left out; that is not always what Hugging Face takes."""
+        """The fields, with Megatron's defaults for those that are None or absent; Hugging Face's defaults may differ."""
         hidden, heads = self.fields.get("hidden_size"), self.fields.get("num_attention_heads")
         defaults: dict[str, Any] = {"layernorm_epsilon": 1e-5}
         if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
@@ -127,18 +129,18 @@ class Said:
 
 
 def read(iteration: Folder, args: Config) -> tuple[dict[str, Any], str] | None:
-    """Megatron's fields of a checkpoint's model and where they were found: `run_config.yaml`, else Megatron-LM's `args`."""
-    found = read_all(iteration, args)
-    return (found[0].known, found[0].origin) if found else None
+    """Return Megatron's fields of a checkpoint's model and their origin: `run_config.yaml`, else Megatron-LM's `args`."""
+    recorded = read_all(iteration, args)
+    return (recorded[0].known, recorded[0].origin) if recorded else None
 
 
-def read_all(iteration: Folder, args: Config) -> list[Said]:
-    """What a checkpoint says of its model, in the order in which it counts: `run_config.yaml`, Megatron-LM's `args`."""
-    found = [_from_run_config(iteration.get(FILE))] if iteration.has(FILE) else []
-    return [*found, Said(_from_args(args), args, ARGS)] if args.get("num_layers") else found
+def read_all(iteration: Folder, args: Config) -> list[ModelSettings]:
+    """Return the recorded settings of a checkpoint's model, by precedence: `run_config.yaml`, Megatron-LM's `args`."""
+    recorded = [_from_run_config(iteration.get(FILE))] if iteration.has(FILE) else []
+    return [*recorded, ModelSettings(_from_args(args), args, ARGS)] if args.get("num_layers") else recorded
 
 
-def _from_run_config(data: bytes) -> Said:
+def _from_run_config(data: bytes) -> ModelSettings:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         _check_events(cast("Any", yaml).parse(data, Loader=loader))
@@ -148,15 +150,16 @@ def _from_run_config(data: bytes) -> Said:
     except Exception as error:  # a damaged value makes the parser raise anything
         raise UserError(f"`{FILE}` is not readable as YAML: {_why(data, error)}") from error
     section = _model_section(document)
-    return Said(_model_fields(section), section, f"`{FILE}`")
+    return ModelSettings(_model_fields(section), section, f"`{FILE}`")
 
 
 class _RefusedError(ValueError):
-    """What no settings have, in our words."""
+    """A document beyond the limits of a settings file. Its message is ours and safe to show."""
 
 
 def _why(data: bytes, error: Exception) -> str:
-    """The parser written in C has a limit of its own to how deep a document may be, and may reach it before any event comes."""
+    """Return why a document is not readable. The C parser has its own limit of depth, and may stop there before any event: the
+    Python parser then says which limit of ours the document exceeds."""
     try:
         _check_events(cast("Any", yaml).parse(data, Loader=yaml.SafeLoader))
     except _RefusedError as refused:
@@ -167,8 +170,7 @@ def _why(data: bytes, error: Exception) -> str:
 
 
 def _check_events(events: Iterable[Any]) -> None:
-    """The loader written in C calls itself for each level until its stack overflows; keys merged into one another grow
-    without end."""
+    """Raise _RefusedError for a document that would overflow the C loader's stack, or grow without bound by merged keys."""
     depth = 0
     for event in events:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -187,35 +189,35 @@ def _model_section(document: Any) -> dict[str, Any]:
 
 def _model_fields(section: Config) -> dict[str, Any]:
     activation = section.get("activation_func")
-    plain = {name: found for name, found in section.items() if not isinstance(found, Mapping)}
+    plain = {name: value for name, value in section.items() if not isinstance(value, Mapping)}
     if isinstance(activation, Mapping):
         plain["activation_func"] = format_untrusted(cast("Config", activation).get("_target_")).rpartition(".")[2]
     return {**plain, **_scaled_by_provider(section)}
 
 
 def _scaled_by_provider(section: Config) -> dict[str, Any]:
-    """Llama-3.1's rope scaling as Megatron-Bridge's `Llama31ModelProvider` has it: in its own fields, beside megatron-core's."""
+    """Return Llama-3.1's rope scaling of Megatron-Bridge's `Llama31ModelProvider`, which has fields of its own for it."""
     if section.get("scale_factor") is None or section.get("old_context_len") is None:
         return {}
     return {"rope_scaling": True, "rope_scaling_factor": section["scale_factor"]}
 
 
-_SAME = (
+_SAME_NAMES = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "init_method_std",
     "attention_dropout", "add_bias_linear", "add_qkv_bias", "rotary_base", "rope_scaling_factor", "normalization",
     "position_embedding_type", "rotary_percent", "window_size", "qk_layernorm", "vocab_size",
 )  # fmt: skip
 _ONE_MORE = ("NullTokenizer", "NullMultimodalTokenizer")
-"""Tokenizers of which most versions of Megatron-LM have one token more than `vocab_size` says: the end of a document."""
+"""Tokenizers with one token more than `vocab_size` in most versions of Megatron-LM: the end of a document."""
 
 _RENAMED = {"rope_scaling": "use_rope_scaling", "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor"}
 
 
 def _from_args(args: Config) -> dict[str, Any]:
-    """Megatron-LM's command line in TransformerConfig's words (`core_transformer_config_from_args`)."""
+    """Return TransformerConfig's fields of Megatron-LM's command line, as its `core_transformer_config_from_args` does."""
     heads = args.get("num_attention_heads")
     return {
-        **{name: args[name] for name in _SAME if name in args},
+        **{name: args[name] for name in _SAME_NAMES if name in args},
         **{name: args[theirs] for name, theirs in _RENAMED.items() if theirs in args},
         "num_query_groups": args.get("num_query_groups") if args.get("group_query_attention") else heads,
         "seq_length": args.get("max_position_embeddings") or args.get("seq_length"),

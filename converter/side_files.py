@@ -1,7 +1,7 @@
-"""What travels with a Megatron checkpoint so that the way back needs nothing else.
+"""Store a Hugging Face model's side files in a Megatron checkpoint, so that an export needs nothing else.
 
 Beside the weights, the iteration directory holds `huggingface/`: the source's side files untouched, the raw header of each
-of its safetensors files (which fix names, order and shard boundaries), and the tensors no Megatron model has.
+of its safetensors files (which fixes names, order and shard boundaries), and the tensors that no Megatron model has.
 """
 
 from __future__ import annotations
@@ -37,39 +37,43 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class SideFiles:
-    """What an import adds to the iteration directory: small documents by their bytes, other files by where they are;
-    `hashes` are those of the tensors that no Megatron model has."""
+    """What an import adds to the iteration directory, by relative names."""
 
     documents: Mapping[str, bytes]
+    """Small files, with their bytes."""
+
     hashes: Mapping[str, str]
+    """The BLAKE3 of the tensors that no Megatron model has."""
+
     copies: Mapping[str, FileRef]
+    """Files that are copied as they are."""
 
 
 def collect(reader: HuggingFaceReader, extras: tuple[str, ...]) -> SideFiles:
-    """Everything of a Hugging Face directory but the weights themselves."""
+    """Return everything of a Hugging Face directory but its weights, and the tensors `extras`."""
     reference, _ = of_model(reader)
     return collect_model(reference, reader, extras)
 
 
 def collect_model(reference: HFReference, reader: Reader, extras: tuple[str, ...]) -> SideFiles:
-    """The same of a model that was opened: its side files and its shard map, and the `extras`."""
-    beside = collect_again(reference)
-    documents = {**beside.documents, **{f"{HEADERS}/{name}": shard.raw for name, shard in reference.shards.items()}}
+    """Return the side files and shard map of a model that was opened, and the tensors `extras`."""
+    files = collect_again(reference)
+    documents = {**files.documents, **{f"{HEADERS}/{name}": shard.raw for name, shard in reference.shards.items()}}
     data = {name: _bytes_of(reader, name) for name in extras}
     if extras:
         documents[EXTRAS] = make_header(reader.specs[name] for name in extras) + b"".join(data.values())
     hashes = {name: blake3(value).hexdigest() for name, value in data.items()}
-    return SideFiles(documents, hashes, beside.copies)
+    return SideFiles(documents, hashes, files.copies)
 
 
 def collect_again(origin: HFReference) -> SideFiles:
-    """The side files of a model that is known already: for a checkpoint without its weights, an adapter's, nothing else."""
+    """Return the side files alone, without shard map and extras: for an adapter's checkpoint, which has no weights."""
     config = {} if CONFIG in origin.files else {f"{FILES}/{CONFIG}": (json.dumps(origin.config, indent=2) + "\n").encode()}
     return SideFiles(config, {}, _copies(origin.files))
 
 
 def _copies(files: Mapping[str, FileRef]) -> dict[str, FileRef]:
-    """Where side files go; those of the tokenizer a second time, where Megatron-Bridge looks for them."""
+    """Return side files by their new names; those of the tokenizer twice, as Megatron-Bridge looks in `tokenizer/`."""
     tokenizer = {f"tokenizer/{name}": file for name, file in files.items() if name in TOKENIZER_FILES}
     return {**{f"{FILES}/{name}": file for name, file in files.items()}, **tokenizer}
 
@@ -83,19 +87,21 @@ def _bytes_of(reader: Reader, name: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class HFReference:
-    """What an export knows of the Hugging Face side: its `config.json`, its side files, and its shard map if there is one."""
+    """What an export knows of the Hugging Face model: `config.json`, side files, and the shard map if there is one."""
 
     config: Mapping[str, Any]
     origin: str
+    """Where `config.json` is from, in words."""
+
     files: Mapping[str, FileRef] = field(default_factory=dict[str, FileRef])
     shards: Mapping[str, Shard] = field(default_factory=dict[str, Shard])
     extras: FileRef | None = None
     notes: tuple[str, ...] = ()
-    """What a user should know of where it is from."""
+    """What a user should know of its origin."""
 
 
 def load(iteration: Folder) -> HFReference | None:
-    """What an import put there; None if this checkpoint carries no `config.json`."""
+    """Return what an import stored in an iteration; None if it has no `config.json`."""
     files, headers = iteration.below(FILES), iteration.below(HEADERS)
     if not files.has(CONFIG):
         return None
@@ -111,7 +117,7 @@ def load(iteration: Folder) -> HFReference | None:
 
 
 def _check_once(shards: Mapping[str, Shard]) -> None:
-    """Raise UserError if two carried headers hold one tensor."""
+    """Raise UserError if two stored headers hold the same tensor."""
     seen: dict[str, str] = {}
     for file, shard in shards.items():
         for name in shard.tensors:
@@ -121,10 +127,10 @@ def _check_once(shards: Mapping[str, Shard]) -> None:
 
 
 def of_model(reader: HuggingFaceReader) -> tuple[HFReference, list[str]]:
-    """What a Hugging Face directory says of its own weights; and the files in it that do not travel."""
-    travels, left_out = side_files(reader.folder, reader.shards, indexed=reader.indexed)
-    files = {name: FileRef(reader.folder, name) for name in travels}
-    for name in travels:
+    """Return what a Hugging Face directory says of its own weights, and the files in it that are not part of the model."""
+    names, left_out = side_files(reader.folder, reader.shards, indexed=reader.indexed)
+    files = {name: FileRef(reader.folder, name) for name in names}
+    for name in names:
         if name in TOKENIZER_FILES and reader.folder.size(name) <= LARGEST_POINTER:
             refuse_pointer(reader.folder, name)
     config = read_json(reader.folder, CONFIG)
@@ -133,7 +139,7 @@ def of_model(reader: HuggingFaceReader) -> tuple[HFReference, list[str]]:
 
 
 def _check_weights_file(config: Mapping[str, Any], reader: HuggingFaceReader) -> None:
-    """Raise UserError where `config.json` says that transformers reads other files than were opened here."""
+    """Raise UserError if `config.json` makes transformers read other files than were opened here."""
     wanted = config.get("transformers_weights")
     if wanted is not None and wanted not in (INDEX, *reader.shards):
         raise UserError(
@@ -144,9 +150,9 @@ def _check_weights_file(config: Mapping[str, Any], reader: HuggingFaceReader) ->
 
 
 def from_folder(folder: Folder) -> HFReference:
-    """A Hugging Face directory, or one with a `config.json` alone, given as reference. Its weights are not looked at."""
+    """Return the reference of a Hugging Face directory, or of one with a `config.json` alone. Its weights are not read."""
     if not folder.has(CONFIG):
         raise UserError(f"`{folder.label}` has no `{CONFIG}`", hint="`--hf-config` takes a folder with a `config.json`")
     config = read_json(folder, CONFIG)
-    travels, _ = side_files(folder, (), indexed=True)
-    return HFReference(config, f"`{folder.label}`'s", {name: FileRef(folder, name) for name in travels if name != INDEX})
+    names, _ = side_files(folder, (), indexed=True)
+    return HFReference(config, f"`{folder.label}`'s", {name: FileRef(folder, name) for name in names if name != INDEX})

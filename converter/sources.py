@@ -1,5 +1,7 @@
-"""What a user names as a source: a directory, a URL read by byte range, or a Hub id fetched into the Hub's own cache; and what
-is known of the model there, once it was opened."""
+"""Open what a user names as a source: a directory, a URL read by byte range, or a Hub id fetched into the Hub's own cache.
+
+`Source` is a model there, with what is known of it.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter import provenance, side_files
 from converter.probe import PROBED
-from converter.side_files import HFReference
+from converter.side_files import EXTRAS, HEADERS, HFReference
 from converter.workers import count_workers
+from formats.dcp_index import METADATA
 from formats.detect import refuse_file
 from formats.errors import UserError
 from formats.faults import fault
 from formats.folder import FileRef, Folder, LocalFolder
 from formats.home import expanded
+from formats.huggingface import HuggingFaceReader
 from formats.location import is_remote, open_folder
 from formats.machine import check_machine
+from formats.megatron_reader import MegatronReader
 from formats.spec import Reader
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
-_LEFT = ["original/*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
+_IGNORED = ["original/*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,31 +43,58 @@ class Source:
     files: Mapping[str, FileRef]
     """Those that its tensors are read from."""
 
-    told: Mapping[str, Any]
+    provenance: Mapping[str, Any]
     """What `conversion.json` says of it."""
 
     left_out: Sequence[str] = ()
-    """Files that lie there and are not part of the model."""
+    """Files in its folder that are not part of the model."""
 
     adapter: Mapping[str, Any] | None = None
-    """The adapter that was merged into its tensors, as `conversion.json` tells of it; None if they are as they lie there."""
+    """The adapter that was merged into its tensors, as `conversion.json` describes it; None if there is none."""
 
     memory: int = 0
     """Bytes that reading it holds at most, beside what is read."""
 
     def command(self, otherwise: str) -> str:
-        """The command that a conversion of it is told as."""
+        """Return the command that `conversion.json` records for a conversion of it."""
         return "merge" if self.adapter else otherwise
 
     def merged(self) -> dict[str, Any]:
-        """The adapter, where options and facts are listed."""
+        """Return the adapter as an entry of options and provenance; nothing if there is none."""
         return {"adapter": dict(self.adapter)} if self.adapter else {}
 
 
-def open_source(source: str | Path, *, or_hub: bool = False) -> Folder:
-    """The folder of a source. With `or_hub`, one that is no directory may be `org/name` or `org/name@revision` on the Hub.
+def huggingface_source(reader: HuggingFaceReader) -> Source:
+    """Return a Hugging Face directory as a model to convert."""
+    reference, left_out = side_files.of_model(reader)
+    return Source(
+        label=reader.folder.label,
+        reader=reader,
+        reference=reference,
+        files={name: FileRef(reader.folder, name) for name in reader.shards},
+        provenance=provenance.huggingface_source(reader.folder, reader.shards),
+        left_out=left_out,
+    )
 
-    Raises UserError if it is nothing of that, and on a machine where nothing can be converted: every command begins here.
+
+def megatron_source(reader: MegatronReader, root: Folder, reference: HFReference, tensors: Reader) -> Source:
+    """Return a Megatron checkpoint as a model to convert. `tensors` reads its tensors, as they are stored or split into those
+    of Hugging Face; `root` is the folder that the user named."""
+    read = [*reader.files, METADATA, *(f"{HEADERS}/{name}" for name in reference.shards)]
+    read += [EXTRAS] if reference.extras else []
+    return Source(
+        label=reader.folder.label,
+        reader=tensors,
+        reference=reference,
+        files={name: FileRef(reader.folder, name) for name in sorted(read) if reader.folder.has(name)},
+        provenance=provenance.megatron_source(root, reader.folder),
+    )
+
+
+def open_source(source: str | Path, *, or_hub: bool = False) -> Folder:
+    """Return the folder of a source. With `or_hub`, a name that is no directory may be `org/name[@revision]` on the Hub.
+
+    Raises UserError if there is no such source, and on a machine that cannot convert: every command begins here.
     """
     check_machine()
     source = expanded(source) if isinstance(source, str) else Path(expanded(source))
@@ -75,29 +108,29 @@ def open_source(source: str | Path, *, or_hub: bool = False) -> Folder:
     hub = ", or a Hub id such as `org/name`" if or_hub else ""
     if not or_hub and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)) and not path.parent.exists():
         raise UserError(
-            f"`{source}` is not there", hint=f"a model on the Hub is `hf://{source}`; others are a directory or a URL"
+            f"`{source}` does not exist", hint=f"a model on the Hub is `hf://{source}`; others are a directory or a URL"
         )
-    raise UserError(f"`{source}` is not there", hint=f"give a directory, a URL (hf://, s3://, gs://, https://){hub}")
+    raise UserError(f"`{source}` does not exist", hint=f"give a directory, a URL (hf://, s3://, gs://, https://){hub}")
 
 
 def changes(sources: Iterable[Folder]) -> str:
-    """What was changed in the sources while they were read, of the first file that was; nothing if none was."""
-    return next((found for source in sources if (found := source.changed())), "")
+    """Return how the first file that changed while the sources were read has changed; nothing if none has."""
+    return next((change for source in sources if (change := source.changed())), "")
 
 
 def check_unchanged(sources: Iterable[Folder]) -> None:
-    """Raise UserError if what was read is a mixture: a file that was changed, replaced or removed meanwhile."""
-    if found := changes(sources):
-        raise sources_changed(found)
+    """Raise UserError if a file of the sources was changed, replaced or removed while they were read."""
+    if change := changes(sources):
+        raise sources_changed(change)
 
 
 def sources_changed(what: str) -> UserError:
-    """The error for a source that changed while it was read."""
+    """Return the error for a source that changed while it was read."""
     return UserError(what, hint="run it again once nothing writes to it")
 
 
 def workers_for(workers: int | None, sources: Iterable[Folder], target: str | Path = "") -> int:
-    """The number of threads for work from `sources` to `target`, as `count_workers` answers it."""
+    """Return the number of threads for work from `sources` to `target`, by `count_workers`."""
     remote = is_remote(target) or not all(isinstance(source, LocalFolder) for source in sources)
     return count_workers(workers, remote=remote)
 
@@ -107,7 +140,7 @@ def _fetch(source: str) -> Folder:
 
     name, _, revision = source.partition("@")
     try:
-        return LocalFolder(Path(snapshot_download(name, revision=revision or None, ignore_patterns=_LEFT)))
+        return LocalFolder(Path(snapshot_download(name, revision=revision or None, ignore_patterns=_IGNORED)))
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot fetch `{source}` from the Hub, and there is no such directory here: {_hub_fault(error)}",
@@ -116,7 +149,7 @@ def _fetch(source: str) -> Folder:
 
 
 def _hub_fault(error: Exception) -> str:
-    """Why the Hub gave nothing: the HTTP status where there is one, else the kind of error."""
+    """Return why the Hub gave nothing: the HTTP status if there is one, else the kind of error."""
     response: Any = getattr(error, "response", None)
     status: Any = getattr(response, "status_code", None)
     return f"the Hub answered HTTP {status}" if isinstance(status, int) else fault(error)

@@ -1,7 +1,6 @@
-"""Standard streams that are closed (`>&-`), whose reader goes away (`| head -1`) or that are full do not break what a command
-does: its work is finished, and its exit code tells of that work.
+"""Make standard streams safe to write to when they are closed (`>&-`), their reader has exited (`| head -1`) or they are full.
 
-Used by `mbconvert` and `mbtrain`. Knows nothing of what is written.
+A command then still finishes its work, and its exit code is that of the work. Used by `mbconvert` and `mbtrain`.
 """
 
 from __future__ import annotations
@@ -17,46 +16,53 @@ _STDOUT, _STDERR = 1, 2
 
 
 class _Descriptor(io.FileIO):
-    """A descriptor to write to. What nobody reads any more goes nowhere; so does what standard error has no room for. What
-    standard output, the result, has no room for is an error."""
+    """A descriptor that drops what can no longer be written.
+
+    A pipe without a reader is dropped on both streams, a full disk on standard error alone: standard output carries the
+    result, so there a full disk raises UserError.
+    """
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            self._leads_nowhere()  # else what is buffered would be tried again when the process ends
+            self._discard()  # else what is buffered would be written again when the process ends
             if not isinstance(error, BrokenPipeError) and self.fileno() == _STDOUT:
                 raise UserError(
-                    f"cannot write to standard output: {error.strerror}", hint="let it go where there is room"
+                    f"cannot write to standard output: {error.strerror}", hint="redirect it to a disk with room"
                 ) from error
             return memoryview(data).nbytes
 
-    def _leads_nowhere(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())
-        os.close(nowhere)
+    def _discard(self) -> None:
+        """Redirect the descriptor to the null device."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
 
 
 def prepare() -> None:
-    """Make this process's standard streams such ones; those that tests put in their place stay."""
-    _open_what_is_closed()
+    """Replace this process's standard streams by safe ones. Streams that a test has substituted are kept."""
+    _open_closed_descriptors()
     for name, number in (("stdout", _STDOUT), ("stderr", _STDERR)):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115, PTH123 - for the process's whole life
         elif stream is getattr(sys, f"__{name}__") and _is_descriptor(stream, number):
-            setattr(sys, name, _patient(stream, number))
+            setattr(sys, name, _safe(stream, number))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-def _open_what_is_closed() -> None:
-    """No file that is opened later may get the number of a standard stream: what is printed would be written into it."""
+def _open_closed_descriptors() -> None:
+    """Open the null device on standard descriptors that are closed.
+
+    A file that is opened later would get such a number, and what is printed would be written into it.
+    """
     for number in (0, _STDOUT, _STDERR):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
 
 
 def _is_descriptor(stream: TextIO, number: int) -> bool:
@@ -66,8 +72,8 @@ def _is_descriptor(stream: TextIO, number: int) -> bool:
         return False
 
 
-def _patient(stream: TextIO, number: int) -> TextIO:
-    """The stream anew. Names in a damaged file may be no text in its encoding: they are escaped."""
+def _safe(stream: TextIO, number: int) -> TextIO:
+    """Return a new stream on a descriptor. Characters that its encoding lacks, such as in names of damaged files, are escaped."""
     stream.flush()
     descriptor = _Descriptor(number, "wb", closefd=False)
     return io.TextIOWrapper(

@@ -5,7 +5,9 @@ Where no cast is asked for, bytes are moved untouched. A cast never makes a numb
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
+from math import prod
 from typing import Any, cast
 
 import ml_dtypes
@@ -21,7 +23,7 @@ _CASTABLE = frozenset(DTYPES[name] for name in FLOATS)
 
 
 def target_dtype(spec: TensorSpec, choice: str) -> np.dtype[Any]:
-    """The dtype a tensor is written in; UserError if its own has no plain cast to the chosen one."""
+    """Return the dtype a tensor is written in; UserError if its own has no plain cast to the chosen one."""
     if choice == KEEP:
         return spec.dtype
     if spec.dtype not in _CASTABLE:
@@ -30,6 +32,23 @@ def target_dtype(spec: TensorSpec, choice: str) -> np.dtype[Any]:
             hint="convert it with `--dtype keep`",
         )
     return DTYPES[choice]
+
+
+def dtype_of_most_parameters(specs: Iterable[TensorSpec]) -> np.dtype[Any]:
+    """Return the dtype that most parameters have: what a model is trained in. Of equals, the one that comes first."""
+    return _heaviest((spec.dtype, prod(spec.shape)) for spec in specs)
+
+
+def dtype_of_most_bytes(specs: Iterable[TensorSpec]) -> np.dtype[Any]:
+    """Return the dtype that most bytes have: what `config.json` names for the files. Of equals, the one that comes first."""
+    return _heaviest((spec.dtype, spec.nbytes) for spec in specs)
+
+
+def _heaviest(weights: Iterable[tuple[np.dtype[Any], int]]) -> np.dtype[Any]:
+    sums: dict[np.dtype[Any], int] = {}
+    for dtype, weight in weights:
+        sums[dtype] = sums.get(dtype, 0) + weight
+    return max(sums, key=lambda dtype: sums[dtype])
 
 
 def cast_into(out: Array, data: Array, *, name: str) -> None:

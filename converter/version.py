@@ -1,3 +1,3 @@
-"""The version of this package. The installed package's metadata is made from it, as `pyproject.toml` says."""
+"""The version of this package. `pyproject.toml` takes the installed package's version from here."""
 
 VERSION = "0.1.0"

@@ -1,4 +1,4 @@
-"""Any directory as a side of a comparison: what it holds under Hugging Face names."""
+"""Open any checkpoint for a comparison: its tensors under Hugging Face names."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ from formats.spec import Array, JoinedReader, Reader, Region, TensorSpec, ViewSp
 
 
 def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointView]:
-    """Both directories. One that does not say what model it holds is taken to hold the other's.
+    """Open both directories. One that does not say what model it holds is taken to hold the other's.
 
-    Raises UserError for what is neither format. Where two Megatron checkpoints both do not say, they are compared under
-    Megatron's names.
+    Two Megatron checkpoints that both do not say are viewed under Megatron's names. Raises UserError for other formats.
     """
     readers = open_checkpoint(one, any_dtype=True), open_checkpoint(other, any_dtype=True)
     told = [None if isinstance(reader, HuggingFaceReader) else _told(reader) for reader in readers]
@@ -44,7 +43,7 @@ def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointVi
 
 
 def _told(reader: MegatronReader) -> HFReference | None:
-    """What a checkpoint says of its model, if it says anything."""
+    """Return what a checkpoint says of its model; None if it says nothing."""
     try:
         return reference.find(reader, None)
     except UnknownModelError:
@@ -52,14 +51,14 @@ def _told(reader: MegatronReader) -> HFReference | None:
 
 
 def _borrowed(neighbour: HuggingFaceReader | MegatronReader, told: HFReference | None) -> HFReference | None:
-    """The model of the other side, without what travels with it."""
+    """Return the model of the other checkpoint, without its side files."""
     if isinstance(neighbour, HuggingFaceReader):
         return HFReference(read_json(neighbour.folder, CONFIG), f"`{neighbour.folder.label}`'s")
     return HFReference(told.config, f"`{neighbour.folder.label}`'s") if told else None
 
 
-class InRows:
-    """A reader whose tensors without dimensions are seen as one row of one number."""
+class RowReader:
+    """A reader that presents tensors without dimensions as one row of one number."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -80,8 +79,8 @@ def _one_row(spec: TensorSpec) -> TensorSpec:
 
 
 def huggingface_view(reader: HuggingFaceReader) -> CheckpointView:
-    """Tensors as they are; tied ones can be asked for where `config.json` is of a supported family."""
-    rows = InRows(reader)
+    """Return the view of a Hugging Face directory, with tied tensors if its family is supported."""
+    rows = RowReader(reader)
     tensor_plans = as_stored(rows.specs)
     config = read_json(reader.folder, CONFIG) if reader.folder.has(CONFIG) else {}
     if config.get("model_type") not in families.names():
@@ -92,7 +91,7 @@ def huggingface_view(reader: HuggingFaceReader) -> CheckpointView:
 
 
 def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[str, int] | None = None) -> CheckpointView:
-    """What an export would write; `zero` are rows that must be zero besides."""
+    """Return the view of a Megatron checkpoint: what an export would write. `zero` are further rows that must be zero."""
     known = specs_of(origin.shards)
     family = families.find(origin.config.get("model_type")).rooted(known)
     model = make_model(family.CONFIG, origin.config)
@@ -112,8 +111,8 @@ def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[
 def with_side_files(
     tensor_plans: Sequence[TensorPlan], family: Family, model: Model, origin: HFReference
 ) -> tuple[list[TensorPlan], list[HuggingFaceReader]]:
-    """The makings, and those of tensors the source had that Megatron has not: a tied output layer, and extras; with the
-    readers that extras come from."""
+    """Return the plans with those of tensors that Megatron does not have, a tied output layer and extras, and the readers of
+    the extras."""
     again = [
         tensor_plan
         for name, tensor_plan in tied(tensor_plans, family, model).items()
@@ -126,7 +125,7 @@ def with_side_files(
 
 
 def _untouched(reader: HuggingFaceReader, family: Family, model: Model) -> Iterable[TensorPlan]:
-    """Extras as they are. A file that was tampered with must not put other tensors in the place of weights."""
+    """Return the plans of extras. Raises UserError for other tensors: a tampered file must not replace weights."""
     known, passing = extra_names(family.EXTRAS, model), family.PASSTHROUGH_PREFIXES
     for spec in reader.specs.values():
         if not (spec.name in known or (passing and spec.name.startswith(passing))) or not spec.shape:
@@ -135,7 +134,7 @@ def _untouched(reader: HuggingFaceReader, family: Family, model: Model) -> Itera
 
 
 def tied(tensor_plans: Iterable[TensorPlan], family: Family, model: Model) -> dict[str, TensorPlan]:
-    """Tensors that a Hugging Face model may hold a second time, made of those they equal."""
+    """Return the plans of tensors that a Hugging Face model may store a second time, made of those they equal."""
     names = tied_names(family.RULES, model)
     equal = set(names.values())
     made = {tensor_plan.spec.name: tensor_plan for tensor_plan in tensor_plans if tensor_plan.spec.name in equal}
@@ -146,12 +145,5 @@ def tied(tensor_plans: Iterable[TensorPlan], family: Family, model: Model) -> di
 
 def _native(reader: MegatronReader) -> CheckpointView:
     reader.check()
-    rows = InRows(reader)
+    rows = RowReader(reader)
     return CheckpointView(reader.folder.label, rows, as_stored(rows.specs))
-
-
-def check_dimensions(specs: Mapping[str, TensorSpec]) -> None:
-    """Raise UserError for a tensor without rows: nothing here could say which of them go where."""
-    for name, spec in specs.items():
-        if not spec.shape:
-            raise UserError(f"`{name}` has no dimensions, which is not supported")

@@ -1,4 +1,4 @@
-"""How many threads a command uses. Imports nothing that takes long: the command line's help needs the bound."""
+"""Choose how many threads a command uses. Imports nothing slow: the command line's help needs the bound."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 from formats.errors import UserError
 
 FEWEST, DEFAULT = 2, 4
-"""Threads mostly wait for the disk: two fill a quiet one, four also one with delays, eight gave no more. More threads than
-cores take the interpreter lock from one another: four on two cores took up to 1.4 times the core-seconds of two."""
+"""Threads mostly wait for the disk: two saturate a quiet one, four also one with delays, eight gave no more. More threads
+than cores compete for the interpreter lock: four on two cores took up to 1.4 times the core-seconds of two."""
 
 MOST_WORKERS = 256
-"""Each has buffers of its own; more of them than that only take memory."""
+"""Each has buffers of its own; more threads would only take memory."""
 
 
 def check_workers(workers: int | None) -> None:
@@ -21,8 +21,14 @@ def check_workers(workers: int | None) -> None:
 
 
 def count_workers(workers: int | None, *, remote: bool) -> int:
-    """The number of threads to use. For None as many as there are cores, `FEWEST` to `DEFAULT`; and `DEFAULT` where something is
-    `remote`, as threads then wait for the network. Raises UserError if it is out of bounds."""
+    """Return the number of threads to use: `workers` if given, else one per core, `FEWEST` to `DEFAULT`.
+
+    With a `remote` source or target it is `DEFAULT`, as threads then wait for the network. Raises UserError if `workers` is
+    out of bounds.
+
+    >>> count_workers(7, remote=False)
+    7
+    """
     check_workers(workers)
     if workers is None:
         return DEFAULT if remote else max(FEWEST, min(DEFAULT, _cores()))
@@ -30,5 +36,5 @@ def count_workers(workers: int | None, *, remote: bool) -> int:
 
 
 def _cores() -> int:
-    """Those that this process may use; a job's may be fewer than the machine's."""
+    """Return the cores that this process may use: a batch job's may be fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

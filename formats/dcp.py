@@ -185,7 +185,7 @@ class NewObject(NamedTuple):
 
 
 class ContainerWriter:
-    """The files of a container to write. Every offset is known before the first byte, so regions may be written in any order.
+    """The layout of a distributed checkpoint. Offsets are known before the first byte, so regions may be written in any order.
 
     `tensors` gives each key's global shape and dtype, which the shards of `parts` tile. Each file holds objects first, then
     chunks, in the order given. `folder` is the container's folder in the output.
@@ -193,13 +193,12 @@ class ContainerWriter:
 
     def __init__(
         self,
-        outputs: Outputs,
         folder: str,
         tensors: Mapping[str, tuple[Shape, np.dtype[Any]]],
         parts: Iterable[NewPart],
         objects: Iterable[NewObject],
     ) -> None:
-        self._outputs, self._folder = outputs, folder
+        self._folder = folder
         self._files, self._objects = ArchiveFiles(), list[str]()
         files, frames, known = array("q"), array("q"), dict[bytes, int]()
         for new in objects:
@@ -216,7 +215,7 @@ class ContainerWriter:
 
     @cached_property
     def metadata(self) -> Document:
-        """The index, `.metadata`."""
+        """Return `.metadata`, the index of all chunks and objects."""
         return index_document(self._chunked, (self._objects, self._object_locations, self._files.names))
 
     @property
@@ -247,12 +246,12 @@ class ContainerWriter:
         tensor = self._chunked[key]
         return {f"{self._folder}/{tensor.location(number).file}" for number, *_ in tensor.overlapping(region)}
 
-    def write(self, key: str, region: Region, data: Array) -> None:
+    def write(self, outputs: Outputs, key: str, region: Region, data: Array) -> None:
         """Write a region of a tensor into its chunks."""
         tensor = self._chunked[key]
         for number, chunk, shared in tensor.overlapping(region):
             stored = self._stored(tensor, number, extent(chunk))
-            write_region(self._outputs, stored, relative_to(shared, chunk), data[relative_to(shared, region)])
+            write_region(outputs, stored, relative_to(shared, chunk), data[relative_to(shared, region)])
 
     def _stored(self, tensor: ChunkedTensor, number: int, shape: Shape) -> StoredArray:
         location = tensor.location(number)

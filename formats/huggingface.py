@@ -239,10 +239,9 @@ class HuggingFaceReader:
 
 
 class HuggingFaceWriter:
-    """Safetensors files being written. Raw headers are given, so every offset is known before the first byte."""
+    """The layout of safetensors files whose raw headers are given, so that every offset is known before the first byte."""
 
-    def __init__(self, outputs: Outputs, shards: Mapping[str, Shard]) -> None:
-        self._outputs = outputs
+    def __init__(self, shards: Mapping[str, Shard]) -> None:
         self._shards, self._starts = shards, _starts(shards)
         self._files = {name: file for file, shard in shards.items() for name in shard.tensors}
 
@@ -258,8 +257,8 @@ class HuggingFaceWriter:
         dtype = self._shards[self._files[name]].tensors[name].dtype
         return file_offset(self._stored(name), region, dtype.itemsize)
 
-    def write(self, name: str, region: Region, data: Array) -> None:
-        write_region(self._outputs, self._stored(name), region, data)
+    def write(self, outputs: Outputs, name: str, region: Region, data: Array) -> None:
+        write_region(outputs, self._stored(name), region, data)
 
     def _stored(self, name: str) -> StoredArray:
         file = self._files[name]
@@ -278,7 +277,7 @@ class HuggingFaceWriter:
         yield Span(0, shard.raw)
         yield Span(len(shard.raw), None, shard.size - len(shard.raw))
 
-    def touched(self, name: str, region: Region | None = None) -> set[str]:  # noqa: ARG002 - no tensor lies in two files
+    def touched(self, name: str, region: Region | None = None) -> set[str]:  # noqa: ARG002 - a tensor is in one file
         return {self._files[name]}
 
 

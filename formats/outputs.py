@@ -1,11 +1,15 @@
-"""The protocol of an output that files are written to, and its implementation for local disks, past the page cache."""
+"""The two halves of writing a checkpoint: its layout (`Writer`), and the files that bytes go into (`Outputs`).
+
+A writer computes offsets and holds no file, so that a plan with a writer can be made, printed and compared without a target.
+`LocalOutputs` are files on a local disk, written past the page cache where the file system allows it.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +18,7 @@ import numpy as np
 from formats.arrays import Buffer, as_bytes, copy
 from formats.disk import direct_flag, forget, io_alignment, refuses_direct, write_all
 from formats.open_files import Files
-from formats.spec import Array
+from formats.spec import Array, Document, Region, Span, TensorSpec
 
 BYPASS_FROM = 64 << 10
 """Shorter writes go through the page cache."""
@@ -45,21 +49,54 @@ class Outputs(Protocol):
         """Wake threads that wait for writes of others, after a failure."""
         ...
 
-    def sync(self) -> None:
-        """Make everything written so far durable."""
-        ...
-
-    def check(self) -> None:
-        """Raise OSError if written data is known to be lost."""
-        ...
-
     def close(self) -> None:
-        """Let go of open files or connections."""
+        """Close files or connections."""
+        ...
+
+
+class Writer(Protocol):
+    """The layout of a checkpoint: its files, and the offset of every region of every tensor. Immutable; opens nothing."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """The files that hold tensors, by relative name, and their sizes in bytes."""
+        ...
+
+    @property
+    def documents(self) -> Mapping[str, Document]:
+        """The metadata files, an index last."""
+        ...
+
+    @property
+    def markers(self) -> Mapping[str, bytes]:
+        """The files that are written when all others are complete, in this order."""
+        ...
+
+    def spans(self, file: str) -> Iterator[Span]:
+        """Yield the bytes of a file from its first to its last: those known now, and the gaps that tensor data fills."""
+        ...
+
+    def touched(self, name: str, region: Region | None = None) -> set[str]:
+        """Return the files that hold part of a tensor, or of a region of it."""
+        ...
+
+    def file_offset(self, name: str, region: Region) -> int:
+        """Return the byte offset in its file of a region's first element.
+
+        An array whose address has the same remainder by page is written without a copy.
+        """
+        ...
+
+    def write(self, outputs: Outputs, name: str, region: Region, data: Array) -> None:
+        """Write `data`, of the region's shape and the tensor's dtype, to its files in `outputs`. Thread-safe."""
         ...
 
 
 class LocalOutputs:
-    """Files below a directory.
+    """Files below a directory that exists.
 
     Whole blocks of `io_alignment()` bytes bypass the page cache where the file system allows it: copying through the cache
     costs more processor time than the rest of a conversion, and evicts cached data of others. Partial blocks at the edges go
@@ -78,16 +115,16 @@ class LocalOutputs:
         path, block = self._path(file), io_alignment()
         head, middle = -offset % block, (data.nbytes - -offset % block) // block * block
         if not self._may_bypass or middle < BYPASS_FROM:
-            placed = as_bytes(np.ascontiguousarray(data))
-            self._write_buffered(path, (offset, placed))
+            content = as_bytes(np.ascontiguousarray(data))
+            self._write_buffered(path, (offset, content))
         else:
-            placed, end = self._aligned(data, offset), head + middle
-            self._write_direct(path, offset + head, placed[head:end])
-            self._write_buffered(path, (offset, placed[:head]), (offset + end, placed[end:]))
+            content, end = self._aligned(data, offset), head + middle
+            self._write_direct(path, offset + head, content[head:end])
+            self._write_buffered(path, (offset, content[:head]), (offset + end, content[end:]))
         if self.tap:
-            self.tap(file, offset, placed)
+            self.tap(file, offset, content)
 
-    def begin(self, file: str, size: int) -> None:  # noqa: ARG002 - a file grows by itself
+    def begin(self, file: str, size: int) -> None:  # noqa: ARG002 - a file grows as it is written
         with self._files.using(self._path(file)):
             pass
 
@@ -98,9 +135,11 @@ class LocalOutputs:
         """Do nothing: no thread ever waits, since any offset can be written at any time."""
 
     def sync(self) -> None:
+        """Flush everything written so far to the disk."""
         self._files.sync()
 
     def check(self) -> None:
+        """Raise OSError if a file that was closed meanwhile is known to have lost data."""
         self._files.check()
 
     def close(self) -> None:
@@ -112,13 +151,16 @@ class LocalOutputs:
             return as_bytes(data)
         if not hasattr(self._local, "buffer"):
             self._local.buffer = Buffer()
-        placed = self._local.buffer.view(data.shape, data.dtype, offset=offset)
-        copy(placed, data)
-        return as_bytes(placed)
+        aligned = self._local.buffer.view(data.shape, data.dtype, offset=offset)
+        copy(aligned, data)
+        return as_bytes(aligned)
 
     def _path(self, file: str) -> Path:
-        """Return the path of a file. Sub-folders are created; a missing directory means that another run took it over."""
-        if file not in self._paths:  # building and hashing a path takes longer than the write
+        """Return a file's path.
+
+        Raises FileNotFoundError if the directory is gone: another run has removed or published it.
+        """
+        if file not in self._paths:  # building and hashing a path for each write takes longer than the system call
             self._paths[file] = self.directory / file
         if not self.directory.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.directory))

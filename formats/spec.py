@@ -1,11 +1,11 @@
-"""Tensors as all formats see them (name, shape, dtype), and the protocols of readers and writers.
+"""Tensors as all formats see them (name, shape, dtype), and the protocol of readers.
 
-Files are left to the formats, the meaning of tensors to the converter.
+Files are left to the formats, the meaning of tensors to the converter. The protocol of writers is in formats/outputs.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -171,45 +171,6 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Close open files."""
-        ...
-
-
-class Writer(Protocol):
-    """A checkpoint being written. All tensors are known in advance; regions may be written in any order, from several threads."""
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]: ...
-
-    @property
-    def files(self) -> Mapping[str, int]:
-        """The files that hold tensors, by relative name, and their sizes in bytes."""
-        ...
-
-    @property
-    def documents(self) -> Mapping[str, Document]:
-        """The metadata files that describe those, an index last."""
-        ...
-
-    @property
-    def markers(self) -> Mapping[str, bytes]:
-        """The files that are written, in this order, after all others are complete."""
-        ...
-
-    def spans(self, file: str) -> Iterator[Span]:
-        """Yield the known bytes and the data ranges of a file, from its first byte to its last."""
-        ...
-
-    def touched(self, name: str, region: Region | None = None) -> set[str]:
-        """Return the files that hold part of a tensor, or of a region of it."""
-        ...
-
-    def file_offset(self, name: str, region: Region) -> int:
-        """Return the byte offset in its file of the region's first element. Data in memory with the same alignment is written
-        without a copy."""
-        ...
-
-    def write(self, name: str, region: Region, data: Array) -> None:
-        """Write `data`, which has the region's shape and the tensor's dtype."""
         ...
 
 

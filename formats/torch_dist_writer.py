@@ -43,11 +43,10 @@ def module_of(weight: str) -> str | None:
 
 
 class TorchDistWriter:
-    """An iteration being made, under a root with its trackers."""
+    """The layout of one iteration, under a root with its trackers."""
 
     def __init__(
         self,
-        outputs: Outputs,
         placed: Iterable[ShardedTensor],
         *,
         iteration: int = 0,
@@ -67,7 +66,7 @@ class TorchDistWriter:
         keys = _keys(self.specs.values(), parts)
         common = NewObject(COMMON_KEY, rank_file(0), _common(iteration, stacked=whole_model and stacked))
         objects = chain(_extra_states(parts, keys, stateful_module), [common]) if whole_model else [common]
-        self._container = ContainerWriter(outputs, self._folder, keys, parts, objects)
+        self._container = ContainerWriter(self._folder, keys, parts, objects)
         self._iteration = iteration
 
     def _noted(self, placed: Iterable[ShardedTensor]) -> Iterator[ShardedTensor]:
@@ -105,9 +104,9 @@ class TorchDistWriter:
         key, rows = self._located(name)
         return self._container.file_offset(key, in_key(rows, region))
 
-    def write(self, name: str, region: Region, data: Array) -> None:
+    def write(self, outputs: Outputs, name: str, region: Region, data: Array) -> None:
         key, rows = self._located(name)
-        self._container.write(key, in_key(rows, region), data[(np.newaxis,) * len(rows)])
+        self._container.write(outputs, key, in_key(rows, region), data[(np.newaxis,) * len(rows)])
 
 
 _FORMAT_DOCUMENT = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode()

@@ -53,8 +53,8 @@ converter.worker.PIECE_BYTES = piece_bytes
 Rendezvous.__init__.__kwdefaults__["patience"] = patience
 slowly(converter.run.PieceBuffers, "make")
 for writer in (HuggingFaceWriter, TorchDistWriter):
-    slowly(writer, "write", lambda _writer, _name, _region, data: data.nbytes)
-slowly(converter.worker, "compare")
+    slowly(writer, "write", lambda _writer, _outputs, _name, _region, data: data.nbytes)
+slowly(converter.execute, "compare")
 slowly(converter.execute, "check_room")
 slowly(LocalOutputs, "put")
 for name in ("_begin", "sync", "_publish", "_exchange", "_remove"):

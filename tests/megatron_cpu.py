@@ -26,6 +26,7 @@ class Shape:
     vpp: int | None = None
     layout: str | None = None  # megatron-core's pipeline_model_parallel_layout
     vocab_multiple: int = 128
+    families: str = ""  # a folder of further family files
 
 
 class Ranks:
@@ -92,17 +93,17 @@ def build(shape: Shape) -> list[Any]:
     import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.enums import AttnBackend
 
+    from converter import families
     from converter.config import rope_numbers, to_megatron
-    from converter.families import find
 
+    families.__path__ = [*families.__path__, *([shape.families] if shape.families else [])]
     parallel_state.initialize_model_parallel(shape.tp, shape.pp, shape.vpp)
     model_parallel_cuda_manual_seed(1)
-    fields = to_megatron(find(shape.config["model_type"]).CONFIG, shape.config)
+    fields = to_megatron(families.find(shape.config["model_type"]).CONFIG, shape.config)
     rope = rope_numbers(shape.config)
     own = {f.name for f in dataclasses.fields(TransformerConfig)} - {"rope_scaling", "window_size", "activation_func"}
     config = TransformerConfig(
@@ -131,7 +132,7 @@ def build(shape: Shape) -> list[Any]:
         place = {"ignore_virtual": False, "vp_stage": stage if shape.vpp else None}
         model = GPTModel(
             config,
-            get_gpt_layer_local_spec(normalization="RMSNorm"),
+            _layer_spec(fields),
             vocab_size=-(-fields["vocab_size"] // multiple) * multiple,
             max_sequence_length=128,
             pre_process=parallel_state.is_pipeline_first_stage(**place),
@@ -149,6 +150,17 @@ def build(shape: Shape) -> list[Any]:
             model.rotary_pos_emb.inv_freq = _scaled_frequencies(model.rotary_pos_emb, rope)
         chunks.append(model.eval())
     return chunks
+
+
+def _layer_spec(fields: dict) -> Any:
+    """megatron-core's own layer. With experts it calls the norm before them as Transformer Engine's layer does."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    experts = fields.get("num_moe_experts")
+    spec = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm", qk_layernorm=fields.get("qk_layernorm", False))
+    if experts:
+        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return spec
 
 
 def _scaled_frequencies(embedding: Any, rope: dict) -> Any:

@@ -53,7 +53,7 @@ def test_a_result_that_there_is_no_room_for_is_an_error(tmp_path) -> None:
     done = run('"$P" -c "$PROGRAM" > /dev/full', tmp_path)
     assert done.returncode == 1
     assert done.stderr == (
-        "error: cannot write to standard output: No space left on device\n\nhint: let it go where there is room\n"
+        "error: cannot write to standard output: No space left on device\n\nhint: redirect it to a disk with room\n"
     )
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from converter.adapters.description import Base
+from converter.adapters.adapter import Base
 from formats.errors import UserError
 from trainer import collectives, diagnostics, model, optim, parallel, schedule
 from trainer.checkpoints import adapters, iterations, live, resume_point, shared, side_files

@@ -1,1 +1,1 @@
-"""Adapters between Megatron and Hugging Face PEFT, and merged into the weights they were trained beside."""
+"""Convert adapters between Megatron and Hugging Face PEFT, and merge them into the weights of their base model."""

@@ -1,81 +1,165 @@
-"""The model that an adapter is merged into, opened: whichever way it is kept, it is read under Hugging Face names.
+"""The base model of an adapter: which model it is, its weights under Hugging Face names, and whether an adapter fits them.
 
-So merging needs no code for fused tensors: a Megatron checkpoint is split by the row table that exports it.
+A Megatron checkpoint is split by the row table that exports it, so merging has no code for fused tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+import struct
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
-from converter import families, reference
+import numpy as np
+from blake3 import blake3
+
+from converter import families, reference, side_files
+from converter.adapters.adapter import AdapterReader, Base, Delta
+from converter.adapters.fingerprint import fingerprint
+from converter.adapters.names import PREFIX, WEIGHT, adapted_modules, module_of
+from converter.checks import check_dimensions, check_filled
 from converter.config import make_model
-from converter.exporting import megatron_source
-from converter.importing import huggingface_source
-from converter.plan import Piece, TensorPlan, check_dtypes
+from converter.families import Family
+from converter.model import Model
+from converter.plan import Piece, TensorPlan, check_dtypes, list_names
 from converter.recognize import refuse_unfit
-from converter.rules import tied_names
-from converter.run import check_filled
-from converter.sources import Source
-from converter.views import check_dimensions, megatron_view
+from converter.rules import Rule, tied_names
+from converter.side_files import HFReference
+from converter.sources import Source, huggingface_source, megatron_source
+from converter.views import megatron_view
+from formats.arrays import as_bytes
 from formats.detect import Format, detect, open_megatron
+from formats.dtypes import MODEL_DTYPES
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
-from formats.spec import Array, Reader, Region
+from formats.spec import DTYPES, Array, Reader, Region, TensorSpec, dtype_name
+
+_CHANGEABLE = {DTYPES[name]: name for name in MODEL_DTYPES}
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """The model that an adapter belongs to, without its weights."""
+
+    identity: Base
+    origin: HFReference
+    rules: Sequence[Rule]
+    model: Model
+
+
+def identify_base(folder: Folder, *, name: str) -> BaseModel:
+    """Read the configuration and the fingerprint of a model in either format.
+
+    `name`: what to call it if the folder has no Hub id.
+    """
+    if detect(folder) is Format.TORCH_DIST:
+        origin = reference.find(open_megatron(folder), None)
+    else:
+        origin = side_files.from_folder(folder)
+    family = families.find(origin.config.get("model_type"))
+    identity = Base(folder.origin.get("id", name), fingerprint(folder))
+    return BaseModel(identity, origin, family.RULES, make_model(family.CONFIG, origin.config))
 
 
 class PlannedReader:
-    """Tensors that are made of another reader's; none is cast, and copies cover each."""
+    """Tensors planned from another reader's. Nothing is cast, and row copies cover every tensor."""
 
     def __init__(self, reader: Reader, tensor_plans: Mapping[str, TensorPlan]) -> None:
-        self._reader, self._makings = reader, tensor_plans
+        self._reader, self._tensor_plans = reader, tensor_plans
         self.specs = {name: tensor_plan.spec for name, tensor_plan in tensor_plans.items()}
 
     def read(self, name: str, region: Region, out: Array) -> None:
-        for copy, there, rows in Piece(self._makings[name], region).copies():
-            self._reader.read(copy.source, there, out[rows])
+        for copy, source_region, rows in Piece(self._tensor_plans[name], region).copies():
+            self._reader.read(copy.source, source_region, out[rows])
 
     def close(self) -> None:
         self._reader.close()
 
 
 def open_base(folder: Folder, given: Folder | None) -> Source:
-    """A model in either format; `given` is a folder with a `config.json` for a checkpoint that carries none.
+    """Open the weights of a model in either format. `given`: a folder with the `config.json` of a checkpoint that has none.
 
-    Raises UserError for what is neither format, or no model.
+    Raises UserError for a folder that holds no model.
     """
     if detect(folder) is not Format.TORCH_DIST:
         if given:
             raise UserError("`--hf-config` is for a Megatron checkpoint", hint=f"`{folder.label}` has its own `config.json`")
         reader = HuggingFaceReader(folder, any_dtype=True)
         source = huggingface_source(reader)
-        _check_names(source)
+        _refuse_unfit(source)
         check_dtypes(reader.specs)
         check_dimensions(reader.specs)
         return source
     checkpoint = open_megatron(folder)
     origin = reference.find(checkpoint, given)
-    side = megatron_view(checkpoint, origin)
-    for name in side.zero:
+    view = megatron_view(checkpoint, origin)
+    for name in view.zero:
         check_filled(checkpoint, name, 0)
-    for name, value in side.filled.items():
+    for name, value in view.filled.items():
         check_filled(checkpoint, name, value)
-    return megatron_source(checkpoint, folder, origin, PlannedReader(side.reader, side.tensor_plans))
+    return megatron_source(checkpoint, folder, origin, PlannedReader(view.reader, view.tensor_plans))
 
 
-def _check_names(source: Source) -> None:
-    """Raise UserError for weights that are recognized as no plain ones of their family, where it is supported."""
+def _supported_family(config: Mapping[str, Any]) -> tuple[Family, Model] | None:
+    """Return the family of a `config.json` and its sizes. Merging does not need a supported family."""
+    if config.get("model_type") not in families.names():
+        return None
+    family = families.find(config["model_type"])
+    return family, make_model(family.CONFIG, config)
+
+
+def _refuse_unfit(source: Source) -> None:
+    """Raise UserError for weights that are not the plain ones of their family, if it is supported."""
     config = source.reference.config
-    if config.get("model_type") in families.names():
-        family = families.find(config["model_type"])
-        refuse_unfit(source.reader.specs, config, family, make_model(family.CONFIG, config), label=source.label)
+    if supported := _supported_family(config):
+        refuse_unfit(source.reader.specs, config, *supported, label=source.label)
 
 
-def check_ties(source: Source, names: Collection[str]) -> None:
-    """Raise UserError if only one use of a tensor that the model uses twice would change."""
-    config = source.reference.config
-    for name, other in _ties(config):
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is known of an adapter that fits its base."""
+
+    provenance: Mapping[str, Any]
+    """Its fields in `conversion.json`."""
+
+    nbytes: Mapping[str, int]
+    """Bytes in memory of the change of each weight."""
+
+
+def survey(adapter: AdapterReader, base: Source, folder: Folder) -> Survey:
+    """Check that an adapter, stored in `folder`, fits a base model. Reads all of the adapter, one weight at a time.
+
+    Raises UserError for a weight that the base lacks, ties to another, or has with another shape or with a dtype that no change
+    can be added to, for a change that is not finite, and for missing changes that the configuration requests.
+    """
+    specs = base.reader.specs
+    if not adapter.parts:
+        raise UserError(f"the adapter `{folder.label}` changes no weights")
+    _check_ties(base, adapter.parts)
+    missing = sorted(adapter.parts.keys() - specs.keys())
+    if missing:
+        raise UserError(
+            f"the adapter `{folder.label}` changes {list_names(missing)}, which `{base.label}` does not have",
+            hint=_explain_missing(missing, specs),
+        )
+    _check_complete(adapter, base, folder)
+    digest, nbytes = blake3(), dict[str, int]()
+    for weight in sorted(adapter.parts):
+        delta = adapter.read_delta(weight)
+        _check_delta(weight, specs[weight], delta)
+        nbytes[weight] = sum(array.nbytes for array in _arrays(delta))
+        digest.update(f"{weight}\0{delta.a.shape}{delta.b.shape}".encode())
+        digest.update(struct.pack("<d", delta.scale))
+        for array in _arrays(delta):
+            digest.update(as_bytes(np.ascontiguousarray(array)))
+    fields = {field: _as_json(value) for field, value in asdict(adapter.description).items()}
+    return Survey({**folder.origin, **fields, "weights": len(nbytes), "blake3": digest.hexdigest()}, nbytes)
+
+
+def _check_ties(source: Source, names: Collection[str]) -> None:
+    """Raise UserError if an adapter changes one of two names of a tied tensor."""
+    for name, other in _ties(source.reference.config):
         changed = sorted({name, other} & set(names))
         if changed:
             raise UserError(
@@ -85,9 +169,80 @@ def check_ties(source: Source, names: Collection[str]) -> None:
 
 
 def _ties(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Pairs of names that stand for one tensor, where the family is known."""
-    if config.get("model_type") not in families.names():
+    """Return pairs of names for one tensor; none for an unsupported family."""
+    supported = _supported_family(config)
+    if supported is None:
         return []
-    family = families.find(config["model_type"])
-    model = make_model(family.CONFIG, config)
+    family, model = supported
     return [*tied_names(family.RULES, model).items()]
+
+
+def _check_complete(adapter: AdapterReader, base: Source, folder: Folder) -> None:
+    """Raise UserError if an adapter lacks changes that its configuration requests: a lost file or pipeline stage."""
+    candidates = _linear_layers(adapter, base) if adapter.all_linear else base.reader.specs
+    lacking = [
+        weight
+        for weight in sorted(candidates)
+        if weight not in adapter.parts and len(base.reader.specs[weight].shape) == 2 and adapter.is_requested(weight)
+    ]
+    if lacking:
+        raise UserError(
+            f"the adapter `{folder.label}` requests changes of {list_names(lacking)}, but its file holds no tensors for them",
+            hint="its file is incomplete, or it was trained on another base model: only a part of it could be merged",
+        )
+
+
+def _linear_layers(adapter: AdapterReader, base: Source) -> list[str]:
+    """Return the weights that PEFT's `all-linear` means: those of the family's linear layers, or for an unsupported family all
+    weights whose last names the adapter has in some layer."""
+    specs = base.reader.specs
+    if supported := _supported_family(base.reference.config):
+        family, model = supported
+        modules = adapted_modules(family.RULES, model, canonical=True)
+        return [weight for module in modules for weight in module.weights if weight in specs]
+    endings = {_last_name(name) for name in adapter.parts}
+    return [name for name in specs if name.endswith(WEIGHT) and _last_name(name) in endings]
+
+
+def _last_name(weight: str) -> str:
+    """`q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
+    return module_of(weight).rpartition(".")[2]
+
+
+def _explain_missing(missing: Sequence[str], specs: Mapping[str, TensorSpec]) -> str:
+    """Return a hint for weights that the base lacks: their names have another prefix, or it is another model."""
+    for name in missing:
+        prefix, layers, tail = name.partition("layers.")
+        match = next((other for other in specs if layers and other.endswith(f".{layers}{tail}")), None)
+        if match:
+            new = f'n.replace("{PREFIX}{prefix}", "{PREFIX}{match.partition(layers)[0]}", 1)'
+            return (
+                f"the base calls that weight `{match}`: the adapter was trained on an `AutoModel`, or on a model of text and "
+                f"images; rename its tensors `n` to `{new}`"
+            )
+    return "it was trained on another base model"
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value as JSON reads it back: `--resume` compares it with what the journal holds."""
+    return list(cast("tuple[Any]", value)) if isinstance(value, tuple) else value
+
+
+def _arrays(delta: Delta) -> list[Array]:
+    return [delta.a, delta.b] if delta.magnitude is None else [delta.a, delta.b, delta.magnitude]
+
+
+def _check_delta(name: str, spec: TensorSpec, delta: Delta) -> None:
+    shape = delta.b.shape[0], delta.a.shape[-1]
+    if spec.shape != shape:
+        raise UserError(
+            f"`{name}` has shape {list(spec.shape)}, its adapter is for one of {list(shape)}",
+            hint="it was trained on another base model",
+        )
+    if not all(np.isfinite(array).all() for array in (*_arrays(delta), np.float64(delta.scale))):
+        raise UserError(f"the adapter of `{name}` holds values that are not finite", hint="its training failed, or it is damaged")
+    if spec.dtype not in _CHANGEABLE:
+        raise UserError(
+            f"`{name}` is {dtype_name(spec.dtype)}, to which nothing can be added",
+            hint=f"merge into a base in {', '.join(_CHANGEABLE.values())}",
+        )

@@ -1,4 +1,4 @@
-"""Adapters both ways, from the outside in: check, open, plan, carry out."""
+"""Convert adapters in both directions, from the outside in: check, open, plan, execute."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Unpack
 
-from converter.adapters.description import base_name
+from converter.adapters.adapter import base_name
+from converter.adapters.base import identify_base
 from converter.adapters.exporting import plan_export
 from converter.adapters.files import refuse_adapter, require, require_peft
-from converter.adapters.importing import open_base, plan_import
-from converter.conversion_plan import ExecutionArguments, ExecutionOptions, Reporter, Summary
-from converter.convert import check_place
+from converter.adapters.importing import plan_import
+from converter.checks import check_execution, check_locations
 from converter.execute import execute
+from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.sources import open_source
 from formats.detect import Format
 from formats.disk import user_errors
@@ -27,40 +28,48 @@ def adapter_to_mcore(
     base: str | Path,
     canonical: bool = True,
     reporter: Reporter | None = None,
-    **options: Unpack[ExecutionArguments],
+    **options: Unpack[ExecutionOptions],
 ) -> Summary:
-    """Write a PEFT adapter as a Megatron checkpoint that holds its tensors alone, each in the dtype it has.
+    """Write a PEFT adapter as a Megatron checkpoint of the adapter's tensors, each in its dtype.
 
-    `source` is PEFT's folder, its URL or Hub id; `base` the model that it was trained beside, in either format. `canonical`
-    keeps the separate adapters that PEFT has; without it those of query, key and value, and of gate and up, become one, which
-    needs their A to be the same. Raises UserError before a byte moves for whatever cannot be converted exactly.
+    `source` is PEFT's folder, its URL or Hub id; `base` is the model that it was trained on, in either format. `canonical` keeps
+    separate adapters for query, key and value, and for gate and up, as PEFT has them. Without it each Megatron module gets one
+    adapter, which requires that their A are equal.
+
+    Raises UserError before a byte moves if the adapter cannot be converted exactly. After any failure nothing is at `target`.
+
+    >>> adapter_to_mcore("adapter", "lora-megatron", base="Llama-3.2-1B").tensors
+    8
     """
-    how, reporter, target, folder = (
-        ExecutionOptions(**options),
-        reporter or Reporter(),
-        expanded(target),
-        open_source(source, or_hub=True),
-    )
-    beside = open_source(base, or_hub=True)
-    check_place(target, [folder, beside], how)
-    with closing(folder), closing(beside):
+    check_execution(options)
+    reporter, target, folder = reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
+    base_folder = open_source(base, or_hub=True)
+    check_locations(target, [folder, base_folder], options)
+    with closing(folder), closing(base_folder):
         require_peft(folder)
-        refuse_adapter(beside)
-        job = plan_import(folder, open_base(beside, name=base_name(base)), target, reporter, canonical=canonical)
-        return execute(job, how, reporter, sources=[folder, beside])
+        refuse_adapter(base_folder)
+        model = identify_base(base_folder, name=base_name(base))
+        conversion = plan_import(folder, model, reporter, canonical=canonical)
+        return execute(conversion, target, options=options, reporter=reporter, sources=[folder, base_folder])
 
 
 @user_errors()
 def adapter_to_hf(
-    source: str | Path, target: str | Path, *, reporter: Reporter | None = None, **options: Unpack[ExecutionArguments]
+    source: str | Path, target: str | Path, *, reporter: Reporter | None = None, **options: Unpack[ExecutionOptions]
 ) -> Summary:
-    """Write a Megatron adapter checkpoint as the folder that PEFT's `save_pretrained` would write, each tensor in its dtype.
+    """Write a Megatron adapter checkpoint as the folder that PEFT's `save_pretrained` writes, each tensor in its dtype.
 
-    `source` is the checkpoint's root or one iteration. A fused adapter becomes one for each of the weights it changes, with
-    the same A. Raises UserError before a byte moves for whatever cannot be converted exactly.
+    `source` is the root of a checkpoint or one iteration. The adapter of a fused module becomes one adapter for each of the
+    weights it changes, all with the same A.
+
+    Raises UserError before a byte moves if the adapter cannot be converted exactly. After any failure nothing is at `target`.
+
+    >>> list(adapter_to_hf("megatron-adapter", "lora").files)
+    ['adapter_config.json', 'adapter_model.safetensors', 'conversion.json']
     """
-    how, reporter, target, root = ExecutionOptions(**options), reporter or Reporter(), expanded(target), open_source(source)
-    check_place(target, [root], how)
+    check_execution(options)
+    reporter, target, root = reporter or Reporter(), expanded(target), open_source(source)
+    check_locations(target, [root], options)
     with closing(root):
         require(root, Format.TORCH_DIST, adapter=True)
-        return execute(plan_export(root, target), how, reporter, sources=[root])
+        return execute(plan_export(root), target, options=options, reporter=reporter, sources=[root])

@@ -1,4 +1,4 @@
-"""From PEFT's files to everything that making a Megatron adapter checkpoint does: what it makes, and what lies beside."""
+"""Plan a Megatron adapter checkpoint from PEFT's files: its tensors, and the model's side files."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from converter import families, provenance, reference, side_files
-from converter.adapters import description as described
-from converter.adapters import megatron_format, peft_config, peft_format
-from converter.adapters.description import Base, Description
-from converter.adapters.fingerprint import fingerprint
-from converter.adapters.names import WEIGHT, AdaptedModule, Factor, adapted_modules, factors, peft_name, targets
-from converter.adapters.opened import AdapterReader
-from converter.adapters.peft_config import PeftConfig
-from converter.adapters.peft_format import PeftAdapter, open_peft
+from converter import provenance, side_files
+from converter.adapters.adapter import AdapterReader, Description
+from converter.adapters.base import BaseModel
+from converter.adapters.files import DESCRIPTION, PEFT_CONFIG, PEFT_WEIGHTS
+from converter.adapters.megatron import encode_description, open_megatron_adapter
+from converter.adapters.names import AdaptedModule, Factor, adapted_modules, factors, module_of, peft_name, targets
+from converter.adapters.peft import PeftAdapter, open_peft_adapter
 from converter.comparison import CheckpointView
-from converter.config import make_model
-from converter.conversion_plan import ConversionPlan, Reporter, manifest, outputs_for
-from converter.model import Model
+from converter.conversion import Conversion
+from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
+from converter.execution import Reporter
 from converter.plan import TensorPlan, list_names, same_tensor
-from converter.rules import Rule, alternatives
-from converter.side_files import HFReference
+from converter.provenance import Provenance
+from converter.rules import alternatives
+from converter.side_files import SideFiles
 from formats.arrays import same_bits
 from formats.dcp_index import METADATA
-from formats.detect import Format, detect, open_megatron
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
 from formats.iterations import iteration_folder
@@ -35,212 +33,203 @@ from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
 
 
 @dataclass(frozen=True, slots=True)
-class BaseModel:
-    """The model beside which an adapter stands."""
-
-    told: Base
-    origin: HFReference
-    rules: Sequence[Rule]
-    model: Model
-
-
-def open_base(folder: Folder, *, name: str) -> BaseModel:
-    """A model in either format; `name` is what it is called where nobody knows its Hub id."""
-    origin = (
-        side_files.from_folder(folder) if detect(folder) is not Format.TORCH_DIST else reference.find(open_megatron(folder), None)
-    )
-    family = families.find(origin.config.get("model_type"))
-    told = Base(folder.origin.get("id", name), fingerprint(folder))
-    return BaseModel(told, origin, family.RULES, make_model(family.CONFIG, origin.config))
-
-
-@dataclass(frozen=True, slots=True)
 class _Planned:
-    """An adapter of PEFT's, and what is made of it."""
+    """A PEFT adapter, and the tensors planned from it."""
 
     source: PeftAdapter
     description: Description
     tensor_plans: Sequence[TensorPlan]
     aliases: Mapping[str, str]
-    """Tensors that are stored once though PEFT has them several times, and those they equal."""
+    """Tensors that PEFT has several times and Megatron once, and the stored tensors that they equal."""
 
 
-def plan_import(folder: Folder, base: BaseModel, target: str, reporter: Reporter, *, canonical: bool) -> ConversionPlan:
-    """Everything an import does. Raises UserError for whatever Megatron's adapters cannot say exactly."""
-    source = open_peft(folder)
-    left_out = [name for name in folder.children() if name not in (peft_format.FILE, peft_config.FILE)]
+def plan_import(folder: Folder, base: BaseModel, reporter: Reporter, *, canonical: bool) -> Conversion:
+    """Plan an import. Raises UserError for whatever Megatron's adapters cannot represent exactly."""
+    source = open_peft_adapter(folder)
+    left_out = [name for name in folder.children() if name not in (PEFT_WEIGHTS, PEFT_CONFIG)]
     if left_out:
         reporter.note(f"left out, not part of the adapter: {', '.join(left_out)}")
-    config, opened = source.config, source.opened
-    _check_uniform(config, opened)
-    outside = {name for rule in base.rules if "{layer}" not in rule.megatron for name in alternatives(rule.huggingface)}
-    found = _present(list(adapted_modules(base.rules, base.model, canonical=canonical)), config, opened, outside)
-    for place in found:
-        _check_part(place, config, opened)
-    first = _module(found[0].weights[0])
+    _check_uniform(source)
+    modules = _find_adapted(list(adapted_modules(base.rules, base.model, canonical=canonical)), source, base)
+    for module in modules:
+        _check_shapes(module, source)
+        _check_fused(module, source.adapter)
+    first = module_of(modules[0].weights[0])
     description = replace(
-        opened.description,
-        dim=config.rank(first),
-        alpha=config.alpha(first),
+        source.adapter.description,
+        dim=source.config.rank(first),
+        alpha=source.config.alpha(first),
         canonical=canonical,
-        target_modules=targets(found, layers=base.model.layers),
-        base=base.told,
+        target_modules=targets(modules, layers=base.model.layers),
+        base=base.identity,
     )
-    tensor_plans = [tensor_plan for place in found for tensor_plan in _fused(place, opened, description)]
+    tensor_plans = [tensor_plan for module in modules for tensor_plan in _fuse(module, source.adapter, description)]
     aliases = {
-        peft_name(weight, Factor.A): peft_name(place.weights[0], Factor.A) for place in found for weight in place.weights[1:]
+        peft_name(weight, Factor.A): peft_name(module.weights[0], Factor.A) for module in modules for weight in module.weights[1:]
     }
-    return _job(folder, base, target, _Planned(source, description, tensor_plans, aliases))
+    return _conversion(folder, base, _Planned(source, description, tensor_plans, aliases))
 
 
-def _module(weight: str) -> str:
-    return weight.removesuffix(WEIGHT)
-
-
-def _check_uniform(config: PeftConfig, opened: AdapterReader) -> None:
-    """Megatron's adapters have one rank and one alpha for all modules."""
-    modules = [_module(weight) for weight in opened.parts]
+def _check_uniform(source: PeftAdapter) -> None:
+    """Raise UserError unless all modules have one rank and one alpha, as Megatron's adapters do."""
+    config, (first, *others) = source.config, [module_of(weight) for weight in source.adapter.parts]
     for number, of in (("rank", config.rank), ("alpha", config.alpha)):
-        other = next((one for one in modules if of(one) != of(modules[0])), None)
+        other = next((module for module in others if of(module) != of(first)), None)
         if other is not None:
             raise UserError(
-                f"`{modules[0]}` has {number} {of(modules[0])} and `{other}` has {of(other)}, by `{number}_pattern` in "
-                f"`{peft_config.FILE}`, but a Megatron adapter has one for all",
+                f"`{first}` has {number} {of(first)} and `{other}` has {of(other)}, by `{number}_pattern` in `{PEFT_CONFIG}`, "
+                "but a Megatron adapter has one for all",
                 hint="merge it into its base model instead: `mbconvert merge`",
             )
 
 
-def _present(every: Sequence[AdaptedModule], config: PeftConfig, opened: AdapterReader, outside: set[str]) -> list[AdaptedModule]:
-    """The places that get an adapter, with every tensor of the source accounted for. `outside` are the model's weights that
-    are in no layer."""
-    weights = [weight for place in every for weight in place.weights]
-    over = sorted(opened.parts.keys() - set(weights))
-    whole = [weight for weight in over if weight in outside]
-    if whole:
-        raise UserError(
-            f"`{peft_format.FILE}` holds an adapter for {list_names(whole)}, where Megatron's adapters have no place: "
-            "they are on the "
-            "linear layers of the decoder alone",
-            hint="merge it into its base model instead: `mbconvert merge`",
-        )
-    if over:
-        raise UserError(
-            f"`{peft_format.FILE}` holds an adapter for {list_names(over)}, which Megatron has no adapter for in this family",
-            hint="nothing is left out silently: is `--base` the model it was trained beside?",
-        )
-    missing = [weight for weight in weights if weight not in opened.parts and config.targets(_module(weight))]
+def _find_adapted(every: Sequence[AdaptedModule], source: PeftAdapter, base: BaseModel) -> list[AdaptedModule]:
+    """Return the modules that get an adapter. Raises UserError unless they take every tensor of the source."""
+    stored, weights = source.adapter.parts, [weight for module in every for weight in module.weights]
+    _refuse_unexpected(sorted(stored.keys() - set(weights)), base)
+    missing = [weight for weight in weights if weight not in stored and source.config.targets(module_of(weight))]
     if missing:
         raise UserError(
-            f"`{peft_config.FILE}` asks for an adapter for {list_names(missing)}, but `{peft_format.FILE}` holds none",
-            hint="is `--base` the model it was trained beside, and is the file whole?",
+            f"`{PEFT_CONFIG}` requests an adapter for {list_names(missing)}, but `{PEFT_WEIGHTS}` holds none",
+            hint="is `--base` the model it was trained on, and is the file complete?",
         )
-    found = [place for place in every if any(weight in opened.parts for weight in place.weights)]
-    for place in found:
-        absent = [weight for weight in place.weights if weight not in opened.parts]
+    modules = [module for module in every if any(weight in stored for weight in module.weights)]
+    for module in modules:
+        absent = [weight for weight in module.weights if weight not in stored]
         if absent:
             raise UserError(
-                f"`{place.target}` is one module, but there is no adapter for {list_names(absent)}, which it is made of",
-                hint="convert with `--canonical`, which keeps separate adapters",
+                f"`{module.target}` is one module, but there is no adapter for {list_names(absent)}, which it is made of",
+                hint=_USE_CANONICAL,
             )
-    return found
+    return modules
 
 
-def _check_part(place: AdaptedModule, config: PeftConfig, opened: AdapterReader) -> None:
-    """Raise UserError where shapes are of another model, or tensors that become one are not alike."""
-    for weight, rows in zip(place.weights, place.rows, strict=True):
-        for factor, tensor_plan in opened.parts[weight].items():
-            should = factor.shape(rows, place.columns, config.rank(_module(weight)))
-            if tensor_plan.spec.shape != should:
+_USE_CANONICAL = "convert with `--canonical`, which keeps separate adapters"
+
+
+def _refuse_unexpected(weights: Sequence[str], base: BaseModel) -> None:
+    """Raise UserError for adapted weights that no module has."""
+    outside_layers = {name for rule in base.rules if "{layer}" not in rule.megatron for name in alternatives(rule.huggingface)}
+    outside = [weight for weight in weights if weight in outside_layers]
+    if outside:
+        raise UserError(
+            f"`{PEFT_WEIGHTS}` holds an adapter for {list_names(outside)}, but Megatron's adapters are on the linear layers of "
+            "the decoder alone",
+            hint="merge it into its base model instead: `mbconvert merge`",
+        )
+    if weights:
+        raise UserError(
+            f"`{PEFT_WEIGHTS}` holds an adapter for {list_names(weights)}, which Megatron has no adapter for in this family",
+            hint="nothing is left out silently: is `--base` the model it was trained on?",
+        )
+
+
+def _check_shapes(module: AdaptedModule, source: PeftAdapter) -> None:
+    """Raise UserError for shapes of another base model."""
+    for weight, rows in zip(module.weights, module.rows, strict=True):
+        for factor, tensor_plan in source.adapter.parts[weight].items():
+            spec, expected = tensor_plan.spec, factor.shape(rows, module.columns, source.config.rank(module_of(weight)))
+            if spec.shape != expected:
                 raise UserError(
-                    f"`{tensor_plan.spec.name}` has shape {list(tensor_plan.spec.shape)}, by the base model's "
-                    "`config.json` it should be "
-                    f"{list(should)}",
-                    hint="is `--base` the model it was trained beside?",
+                    f"`{spec.name}` has shape {list(spec.shape)}, by the base model's `config.json` it should be "
+                    f"{list(expected)}",
+                    hint="is `--base` the model it was trained on?",
                 )
-    first, *others = (opened.parts[weight] for weight in place.weights)
+
+
+def _check_fused(module: AdaptedModule, adapter: AdapterReader) -> None:
+    """Raise UserError unless the parts of a module have equal dtypes and the same A, bit for bit."""
+    first, *others = (adapter.parts[weight] for weight in module.weights)
     for other in others:
         for factor in first:
-            _check_dtypes(first[factor].spec, other[factor].spec, place)
-        _check_equal(opened.reader, first[Factor.A].spec, other[Factor.A].spec, place)
+            _check_dtypes(first[factor].spec, other[factor].spec, module)
+        _check_equal(adapter.reader, first[Factor.A].spec, other[Factor.A].spec, module)
 
 
-def _check_dtypes(one: TensorSpec, other: TensorSpec, place: AdaptedModule) -> None:
+def _check_dtypes(one: TensorSpec, other: TensorSpec, module: AdaptedModule) -> None:
     if one.dtype != other.dtype:
         raise UserError(
             f"`{one.name}` is {dtype_name(one.dtype)} and `{other.name}` is {dtype_name(other.dtype)}, "
-            f"but `{place.target}` has one adapter",
-            hint="convert with `--canonical`, which keeps separate adapters",
+            f"but `{module.target}` has one adapter",
+            hint=_USE_CANONICAL,
         )
 
 
-def _check_equal(reader: Reader, one: TensorSpec, other: TensorSpec, place: AdaptedModule) -> None:
-    if not same_bits(_whole(reader, one), _whole(reader, other)):
+def _check_equal(reader: Reader, one: TensorSpec, other: TensorSpec, module: AdaptedModule) -> None:
+    if not same_bits(_read_all(reader, one), _read_all(reader, other)):
         raise UserError(
-            f"`{one.name}` and `{other.name}` differ, but a fused adapter of `{place.target}` has one A for both",
-            hint="convert with `--canonical`, which keeps separate adapters",
+            f"`{one.name}` and `{other.name}` differ, but a fused adapter of `{module.target}` has one A for both",
+            hint=_USE_CANONICAL,
         )
 
 
-def _whole(reader: Reader, spec: TensorSpec) -> Array:
+def _read_all(reader: Reader, spec: TensorSpec) -> Array:
     out = np.empty(spec.shape, spec.dtype)
     reader.read(spec.name, spec.full_region, out)
     return out
 
 
-def _fused(place: AdaptedModule, opened: AdapterReader, description: Description) -> Iterator[TensorPlan]:
-    """Megatron's tensors of a place as made of PEFT's."""
+def _fuse(module: AdaptedModule, adapter: AdapterReader, description: Description) -> Iterator[TensorPlan]:
+    """Plan Megatron's tensors of a module from PEFT's."""
     for factor in factors(description.method):
-        parts = [opened.parts[weight][factor].spec for weight in place.weights]
-        spec = TensorSpec(place.name(factor), place.shape(factor, description.dim), parts[0].dtype)
+        parts = [adapter.parts[weight][factor].spec for weight in module.weights]
+        spec = TensorSpec(module.name(factor), module.shape(factor, description.dim), parts[0].dtype)
         if factor is Factor.A:
             yield same_tensor(spec, parts[0])
         else:
-            yield TensorPlan(spec, tuple(parts), tuple(place.runs()))
+            yield TensorPlan(spec, tuple(parts), tuple(module.row_ranges()))
 
 
-def _job(folder: Folder, base: BaseModel, target: str, found: _Planned) -> ConversionPlan:
-    opened, carried, inside = found.source.opened, side_files.collect_again(base.origin), f"{iteration_folder(0)}/"
-    options = {"canonical": found.description.canonical, "base": base.told.fingerprint}
-    outputs = outputs_for(target, found.tensor_plans, options)
-    documents = {**carried.documents, described.FILE: described.make(found.description)}
-    sources = {name: FileRef(folder, name) for name in (peft_format.FILE, peft_config.FILE)}
-    return ConversionPlan(
-        command="adapter-to-mcore",
-        source=opened.label,
-        target=target,
-        reader=opened.reader,
-        writer=TorchDistWriter(
-            outputs,
-            [ShardedTensor(tensor_plan.spec, ((tensor_plan.spec.full_region, 0),)) for tensor_plan in found.tensor_plans],
-            whole_model=False,
-        ),
-        outputs=outputs,
-        tensor_plans=found.tensor_plans,
-        manifest=manifest("adapter-to-mcore", options, {**sources, **carried.copies}),
-        provenance_fields=_facts(folder, base, found, options),
-        tensors={
-            copy.source: opened.reader.specs[copy.source] for tensor_plan in found.tensor_plans for copy in tensor_plan.copies
-        },
-        passing="read",
-        views=lambda written: (_side(opened), _side(megatron_format.open_megatron(written).opened)),
-        aliases=found.aliases,
-        copies={f"{inside}{name}": file for name, file in carried.copies.items()},
-        documents={f"{inside}{name}": data for name, data in documents.items()},
-        folder=inside,
-        last=(f"{inside}{METADATA}",),
-        integrity=True,
+def _conversion(folder: Folder, base: BaseModel, planned: _Planned) -> Conversion:
+    adapter, copied = planned.source.adapter, side_files.collect_again(base.origin)
+    return Conversion(
+        plan=_conversion_plan(folder, base, planned, copied),
+        reader=adapter.reader,
+        views=lambda written: (_view(adapter), _view(open_megatron_adapter(written).adapter)),
+        copies=copied.copies,
     )
 
 
-def _facts(folder: Folder, base: BaseModel, found: _Planned, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `conversion.json` tells beside the tensors' hashes."""
+def _conversion_plan(folder: Folder, base: BaseModel, planned: _Planned, copied: SideFiles) -> ConversionPlan:
+    specs, adapter = [tensor_plan.spec for tensor_plan in planned.tensor_plans], planned.source.adapter
+    options = {"canonical": planned.description.canonical, "base": base.identity.fingerprint}
+    sources = {name: FileRef(folder, name) for name in (PEFT_WEIGHTS, PEFT_CONFIG)}
+    return ConversionPlan(
+        source=adapter.label,
+        tensor_plans=planned.tensor_plans,
+        output=OutputFiles(
+            writer=TorchDistWriter([ShardedTensor(spec, ((spec.full_region, 0),)) for spec in specs], whole_model=False),
+            documents={**copied.documents, DESCRIPTION: encode_description(planned.description)},
+            copied=sizes_of(copied.copies),
+            folder=f"{iteration_folder(0)}/",
+            integrity=True,
+            last=(METADATA,),
+        ),
+        provenance=Provenance(
+            command="adapter-to-mcore",
+            fields=_provenance_fields(folder, base, planned, options),
+            tensors={
+                copy.source: adapter.reader.specs[copy.source]
+                for tensor_plan in planned.tensor_plans
+                for copy in tensor_plan.copies
+            },
+            passing="read",
+            aliases=planned.aliases,
+        ),
+        manifest=manifest("adapter-to-mcore", options, {**sources, **copied.copies}),
+        identity=options,
+    )
+
+
+def _provenance_fields(folder: Folder, base: BaseModel, planned: _Planned, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `conversion.json` besides the tensors' hashes."""
     return {
-        "source": provenance.huggingface_source(folder, found.source.reader.shards),
+        "source": provenance.huggingface_source(folder, planned.source.reader.shards),
         "options": options,
         "family": base.origin.config["model_type"],
-        "tensors": {"in": len(found.source.opened.tensor_plans), "out": len(found.tensor_plans)},
+        "tensors": {"in": len(planned.source.adapter.tensor_plans), "out": len(planned.tensor_plans)},
     }
 
 
-def _side(opened: AdapterReader) -> CheckpointView:
-    return CheckpointView(opened.label, opened.reader, opened.tensor_plans)
+def _view(adapter: AdapterReader) -> CheckpointView:
+    return CheckpointView(adapter.label, adapter.reader, adapter.tensor_plans)

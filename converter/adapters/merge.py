@@ -1,24 +1,25 @@
-"""Merge an adapter into the model it was trained beside, from the outside in: check, open, survey, plan, carry out."""
+"""Merge an adapter into its base model, from the outside in: check, open, survey, plan, execute."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import replace
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import fields, replace
+from inspect import signature
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Literal, Unpack, cast, get_args
 
-from converter.adapters.adapter import Adapter
-from converter.adapters.base import open_base
-from converter.adapters.description import Base
-from converter.adapters.files import refuse_adapter
+from converter.adapters.adapter import AdapterReader, Base
+from converter.adapters.base import open_base, survey
+from converter.adapters.files import is_peft, refuse_adapter, require
 from converter.adapters.fingerprint import fingerprint
-from converter.adapters.fitting import survey
-from converter.adapters.merged import MergedReader
-from converter.adapters.open import open_either
-from converter.conversion_plan import ConversionPlan, ExecutionArguments, ExecutionOptions, Reporter, Summary
-from converter.convert import check_options, check_place
+from converter.adapters.megatron import open_megatron_adapter
+from converter.adapters.merged import BLOCK_BYTES, RECENT, MergedReader
+from converter.adapters.peft import open_peft_adapter
+from converter.checks import check_execution, check_locations, check_options
+from converter.conversion import Conversion
 from converter.execute import execute
+from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.exporting import ExportOptions, plan_files
 from converter.importing import ImportOptions, left_out, plan_import
 from converter.keywords import IN_MEGATRON, other_names
@@ -55,17 +56,22 @@ def merge(
     max_shard_size: int | None = None,
     dtype: str = KEEP,
     reporter: Reporter | None = None,
-    **options: Unpack[ExecutionArguments],
+    **options: Unpack[ExecutionOptions],
 ) -> Summary:
     """Write a model with an adapter's changes added to its weights: in fp32, rounded once to each weight's dtype, or `dtype`.
 
     `base` is a Hugging Face directory, a URL, a Hub id or a Megatron checkpoint; `adapter` is PEFT's folder or a Megatron
     checkpoint of an adapter; `to` is the target's format, by default the base's. A Megatron target is laid out anew, by `tp`,
-    `pp` and so on; a Hugging Face one keeps the base's files. An adapter that names its base is refused beside another,
-    unless `allow_other_base`. Raises UserError before a byte moves for whatever does not fit; after any failure nothing is at
-    `target`.
+    `pp` and so on; a Hugging Face one keeps the base's files. An adapter that names its base is refused with another base,
+    unless `allow_other_base`.
+
+    Raises UserError before a byte moves if the adapter does not fit. After any failure nothing is at `target`.
+
+    >>> merge("Llama-3.2-1B", "adapter", "merged").tensors
+    39
     """
-    how, reporter, target = ExecutionOptions(**options), reporter or Reporter(), expanded(target)
+    check_execution(options)
+    reporter, target = reporter or Reporter(), expanded(target)
     counts = {
         "tp": tp,
         "pp": pp,
@@ -85,74 +91,89 @@ def merge(
         integrity=integrity,
     )
     files = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype, integrity=integrity)
-    if to not in (None, "hf", "mcore"):
-        raise UserError(f"the target's format `{to}` is not one of hf, mcore")
-    refuse_adapter(folder)
-    to = to or ("hf" if detect(folder) is not Format.TORCH_DIST else "mcore")
-    _check_meant(to, layout, files)
-    beside = open_source(adapter, or_hub=True)
-    sources = [folder, beside, *([given] if given else [])]
-    check_place(target, sources, how)
-    with closing(open_either(beside).adapter()) as opened:
+    kind = _choose_format(to, folder)
+    _check_format_options(kind, layout, files)
+    adapter_folder = open_source(adapter, or_hub=True)
+    sources = [folder, adapter_folder, *([given] if given else [])]
+    check_locations(target, sources, options)
+    with closing(open_adapter(adapter_folder)) as opened:
         if not allow_other_base:
-            _check_base(folder, opened, reporter)
-        model = open_base(folder, given)
-        with closing(model.reader):
-            found = survey(opened, model, beside)
-            workers = workers_for(how.workers, sources, target)
-            source = replace(
-                model,
-                reader=MergedReader(model.reader, opened, dtype=dtype),
-                adapter=found.told,
-                memory=found.memory(workers),
+            _check_base(folder, opened.description.base, reporter)
+        workers = workers_for(options.get("workers"), sources, target)
+        with _merged(open_base(folder, given), opened, adapter_folder, dtype=dtype, workers=workers) as source:
+            conversion = _plan_files(source, files, reporter) if kind == "hf" else plan_import(source, layout, reporter)
+            return execute(conversion, target, options=options, reporter=reporter, sources=sources)
+
+
+def open_adapter(folder: Folder) -> AdapterReader:
+    """Open an adapter: PEFT's folder, or a Megatron checkpoint, its root or one iteration. Reads headers only.
+
+    Raises UserError for a folder that is neither, is damaged, or holds an adapter of an unknown method.
+    """
+    if is_peft(folder):
+        return open_peft_adapter(folder).adapter
+    require(folder, Format.TORCH_DIST, adapter=True)
+    return open_megatron_adapter(folder).adapter
+
+
+def _choose_format(to: str | None, base: Folder) -> Kind:
+    """Return the target's format: `to`, or by default the base's. Raises UserError for another word, and for a base that is an
+    adapter."""
+    if to not in (None, *get_args(Kind)):
+        raise UserError(f"the target's format `{to}` is not one of {', '.join(get_args(Kind))}")
+    refuse_adapter(base)
+    return cast("Kind", to) if to else ("mcore" if detect(base) is Format.TORCH_DIST else "hf")
+
+
+def _check_format_options(kind: Kind, layout: ImportOptions, files: ExportOptions) -> None:
+    """Raise UserError for an option that only the other format has. `hf_config` is the base's, whatever the target."""
+    given, own, what = (layout, files, "a Hugging Face directory") if kind == "hf" else (files, layout, "a Megatron checkpoint")
+    shared, parameters = {"hf_config", *(field.name for field in fields(own))}, signature(merge).parameters
+    for name in [field.name for field in fields(given) if field.name in parameters and field.name not in shared]:
+        if getattr(given, name) != parameters[name].default:
+            raise UserError(
+                f"`{name}` is {getattr(given, name)}, which has no effect if the target is {what}",
+                hint="`--to hf` and `--to mcore` choose the target's format; without them it is the base's",
             )
-            job = _as_files(source, target, files, reporter) if to == "hf" else plan_import(source, target, layout, reporter)
-            return execute(job, how, reporter, sources=sources)
 
 
-def _check_meant(to: Kind, layout: ImportOptions, files: ExportOptions) -> None:
-    """Raise UserError for an option that only the other format has."""
-    if to == "hf":
-        plain = {"tp": 1, "pp": 1, "vpp": 1, "pp_layout": None, "make_vocab_size_divisible_by": 128}
-        given, what = {name: getattr(layout, name) for name in plain}, "a Hugging Face directory"
-    else:
-        plain, given, what = {"max_shard_size": None}, {"max_shard_size": files.max_shard_size}, "a Megatron checkpoint"
-    meant = next((name for name in plain if given[name] != plain[name]), None)
-    if meant:
-        raise UserError(
-            f"`{meant}` is {given[meant]}, which means nothing to {what}",
-            hint="`--to hf` and `--to mcore` choose the target's format; without them it is the base's",
-        )
-
-
-def _check_base(folder: Folder, adapter: Adapter, reporter: Reporter) -> None:
-    """Raise UserError if the adapter was trained beside another model; say so where it does not tell."""
-    told = adapter.description.base
-    if told is None or not told.fingerprint:
-        reporter.note(f"the adapter does not tell its base apart from other models{_as_named(told)}: that is not checked")
+def _check_base(folder: Folder, expected: Base | None, reporter: Reporter) -> None:
+    """Raise UserError if the adapter was trained on another model; report if it has no fingerprint to compare."""
+    if expected is None or not expected.fingerprint:
+        named = f" (it names `{expected.name}`)" if expected and expected.name else ""
+        reporter.note(f"the adapter has no fingerprint of its base{named}: whether it was trained on this one is not checked")
         return
-    found = fingerprint(folder)
-    if found != told.fingerprint:
+    actual = fingerprint(folder)
+    if actual != expected.fingerprint:
         raise UserError(
-            f"the adapter was trained beside `{told.name}`, whose fingerprint is {told.fingerprint}; "
-            f"that of `{folder.label}` is {found}",
-            hint="give the base it was trained beside, or `--allow-other-base` to merge it into this one",
+            f"the adapter was trained on `{expected.name}`, whose fingerprint is {expected.fingerprint}; "
+            f"that of `{folder.label}` is {actual}",
+            hint="give the base it was trained on, or `--allow-other-base` to merge it into this one",
         )
 
 
-def _as_named(base: Base | None) -> str:
-    return f" (it names `{base.name}`)" if base and base.name else ""
+@contextmanager
+def _merged(model: Source, adapter: AdapterReader, folder: Folder, *, dtype: str, workers: int) -> Generator[Source]:
+    """Yield the base with the adapter's changes added when it is read, and close it. `folder`: the adapter's."""
+    with closing(model.reader):
+        result = survey(adapter, model, folder)
+        reader = MergedReader(model.reader, adapter.read_delta, changed=adapter.parts.keys(), dtype=dtype)
+        yield replace(model, reader=reader, adapter=result.provenance, memory=_memory(result.nbytes, workers=workers))
 
 
-def _as_files(source: Source, target: str, wanted: ExportOptions, reporter: Reporter) -> ConversionPlan:
-    """The same tensors, in the base's files where they are known."""
-    tensor_plans = [_kept(spec, wanted.dtype) for spec in source.reader.specs.values()]
+def _memory(nbytes: Mapping[str, int], *, workers: int) -> int:
+    """Return the most bytes that merging holds: the largest cached deltas, and two blocks for each worker."""
+    return sum(sorted(nbytes.values())[-RECENT:]) + workers * 2 * BLOCK_BYTES
+
+
+def _plan_files(source: Source, wanted: ExportOptions, reporter: Reporter) -> Conversion:
+    """Plan the same tensors, in the base's files if they are known."""
+    tensor_plans = [_cast(spec, wanted.dtype) for spec in source.reader.specs.values()]
     for text in (*left_out(source), *(f"weights are cast from {old} to {new}" for old, new in casts(tensor_plans).items())):
         reporter.note(text)
-    return plan_files(source, tensor_plans, target, wanted, reporter)
+    return plan_files(source, tensor_plans, wanted, reporter)
 
 
-def _kept(spec: TensorSpec, dtype: str) -> TensorPlan:
-    """A tensor as it is, or cast."""
-    target = TensorSpec(spec.name, spec.shape, target_dtype(spec, dtype))
-    return same_tensor(target, spec)
+def _cast(spec: TensorSpec, dtype: str) -> TensorPlan:
+    """Plan a tensor as it is, or cast."""
+    return same_tensor(TensorSpec(spec.name, spec.shape, target_dtype(spec, dtype)), spec)

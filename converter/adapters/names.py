@@ -1,7 +1,7 @@
-"""Where adapters stand beside a model's linear layers: Megatron's names and PEFT's, enumerated from the family's rules.
+"""The modules of a model that can have adapters: Megatron's names and PEFT's, enumerated from the family's rules.
 
-An adapter of a Megatron module has the row table of the module's weight: of B and of the magnitude, rows lie as the weight's
-do; A has none of them and is shared by all Hugging Face weights the module is made of. Reads no files.
+The adapter of a Megatron module has the row table of the module's weight: the rows of B and of the magnitude have the order of
+the weight's rows. A has no such rows, and all Hugging Face weights of the module share it. Reads no files.
 """
 
 from __future__ import annotations
@@ -21,20 +21,26 @@ from formats.torch_dist import MOST_LAYERS
 
 
 class Factor(Enum):
-    """The tensors of one adapter: a [rank, in] that comes first, a [out, rank] that follows, DoRA's [out] lengths of rows.
-    Values are the endings of Megatron's names and of PEFT's."""
+    """The tensors of one adapter: A [rank, in], B [out, rank], and DoRA's magnitude [out], the norms of the rows.
+
+    Each value is the ending of Megatron's name and of PEFT's.
+    """
 
     A = "linear_in.weight", "lora_A.weight"
     B = "linear_out.weight", "lora_B.weight"
     MAGNITUDE = "weight_magnitude", "lora_magnitude_vector"
 
     def shape(self, rows: int, columns: int, rank: int) -> tuple[int, ...]:
-        """Beside a weight of [rows, columns]."""
+        """Return the shape for a weight of [rows, columns].
+
+        >>> Factor.A.shape(64, 32, 4), Factor.B.shape(64, 32, 4), Factor.MAGNITUDE.shape(64, 32, 4)
+        ((4, 32), (64, 4), (64,))
+        """
         return {Factor.A: (rank, columns), Factor.B: (rows, rank), Factor.MAGNITUDE: (rows,)}[self]
 
 
 def factors(method: str) -> tuple[Factor, ...]:
-    """Those an adapter of a method has."""
+    """Return the tensors that an adapter of a method has."""
     return (Factor.A, Factor.B, Factor.MAGNITUDE) if method == "dora" else (Factor.A, Factor.B)
 
 
@@ -43,37 +49,50 @@ WEIGHT = ".weight"
 
 
 def peft_name(weight: str, factor: Factor) -> str:
-    """What PEFT calls a tensor of the adapter of a Hugging Face weight."""
-    return f"{PREFIX}{weight.removesuffix(WEIGHT)}.{factor.value[1]}"
+    """Return PEFT's name for a tensor of the adapter of a Hugging Face weight.
+
+    >>> peft_name("lm_head.weight", Factor.A)
+    'base_model.model.lm_head.lora_A.weight'
+    """
+    return f"{PREFIX}{module_of(weight)}.{factor.value[1]}"
+
+
+def module_of(weight: str) -> str:
+    """Return the name of the module that a weight belongs to.
+
+    >>> module_of("model.layers.0.self_attn.q_proj.weight")
+    'model.layers.0.self_attn.q_proj'
+    """
+    return weight.removesuffix(WEIGHT)
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptedModule:
-    """Where one Megatron adapter stands in one layer, and the Hugging Face weights that it changes."""
+    """One possible Megatron adapter in one layer, and the Hugging Face weights that it changes."""
 
     prefix: str
-    """What its tensors' names begin with."""
+    """The beginning of its tensors' names."""
 
     target: str
-    """The name that `target_modules` knows it by, with its layer: `decoder.layers.0.self_attention.linear_q`."""
+    """Its name in `target_modules`, with its layer: `decoder.layers.0.self_attention.linear_q`."""
 
     weights: tuple[str, ...]
     rows: tuple[int, ...]
-    """Of each of the weights."""
+    """The rows of each of the weights."""
 
     columns: int
-    runs: Callable[[], Iterable[RowRange]]
-    """From the weights' rows to those of the adapter. Sizes should be held against real tensors before this is asked."""
+    row_ranges: Callable[[], Iterable[RowRange]]
+    """From the weights' rows to those of the adapter. Check sizes against stored tensors before calling this."""
 
     @property
     def module(self) -> str:
-        """The Megatron module that it stands beside, which may have several."""
+        """The Megatron module that it is attached to. A module may have several adapters."""
         return self.prefix.partition(".adapter")[0]
 
     def is_chosen(self, patterns: Iterable[str], excluded: Iterable[str]) -> bool:
-        """Do a description's `target_modules` ask for it? The name of its module stands for all of the module's."""
+        """Return whether `target_modules` requests it and `exclude_modules` does not. A module's name means all its adapters."""
         names = (self.module, self.target)
-        wanted, unwanted = (any(fits(one, name) for one in each for name in names) for each in (patterns, excluded))
+        wanted, unwanted = (any(fits(pattern, name) for pattern in each for name in names) for each in (patterns, excluded))
         return wanted and not unwanted
 
     def name(self, factor: Factor) -> str:
@@ -84,10 +103,10 @@ class AdaptedModule:
 
 
 def adapted_modules(rules: Iterable[Rule], model: Model, *, canonical: bool) -> Iterator[AdaptedModule]:
-    """Every place of a model that an adapter may have, in the order of its layers.
+    """Yield every possible adapter of a model, layer by layer.
 
-    `canonical`: separate ones for what Megatron fuses; otherwise one for each of its modules. UserError for more layers than
-    could be counted through.
+    `canonical`: separate adapters for the parts of a fused module, otherwise one for each Megatron module. Raises UserError for
+    a number of layers that is too large to enumerate.
     """
     if model.layers > MOST_LAYERS:
         raise UserError(f"`config.json` says {model.layers} layers, more than any model has", hint="it is damaged")
@@ -100,37 +119,43 @@ def adapted_modules(rules: Iterable[Rule], model: Model, *, canonical: bool) -> 
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Does a pattern of `target_modules` choose a module? One without a dot is for its last name; `*` stands for any text."""
+    """Return whether a pattern of `target_modules` chooses a module. `*` matches any text.
+
+    A pattern without a dot is matched against the last part of the name.
+
+    >>> fits("linear_q*", "decoder.layers.0.self_attention.linear_qkv"), fits("*.layers.1.*", "decoder.layers.0.mlp.linear_fc1")
+    (True, False)
+    """
     return fnmatchcase(name if "." in pattern else name.rpartition(".")[2], pattern)
 
 
 def is_linear(rule: Rule) -> bool:
-    """Is it the weight of a linear layer in the decoder?"""
+    """Return whether a rule is for the weight of a linear layer of the decoder."""
     plain = not rule.is_expert and not rule.is_moved and len(alternatives(rule.huggingface)) == len(rule.parts)
     return "{layer}" in rule.megatron and len(rule.parts[0]) == 2 and plain
 
 
 def _fused(rule: Rule, indices: Indices, model: Model) -> AdaptedModule:
     megatron, weights = rule.names(indices)
-    module, shapes = megatron.removesuffix(WEIGHT), rule.part_shapes(model)
+    module, shapes = module_of(megatron), rule.part_shapes(model)
     rows = tuple(shape[0] for shape in shapes)
     return AdaptedModule(f"{module}.adapter", module, weights, rows, shapes[0][1], partial(rule.row_ranges, model))
 
 
 def _separate(rule: Rule, indices: Indices, model: Model) -> Iterator[AdaptedModule]:
-    """One place per part; parts are called by the words that tell them apart in the rule."""
-    whole, parts = _fused(rule, indices, model), words(rule.huggingface)
+    """Yield one adapter for each part of a rule. A part's name is the word that distinguishes it in the rule's template."""
+    fused, parts = _fused(rule, indices, model), words(rule.huggingface)
     if not parts:
-        yield whole
+        yield fused
         return
-    for word, weight, rows in zip(parts, whole.weights, whole.rows, strict=True):
-        target = f"{whole.target.removesuffix(''.join(parts)).removesuffix('_')}_{word}"
-        alone = partial(concatenated, (rows,), model)
-        yield AdaptedModule(f"{whole.prefix}.adapter_{word}", target, (weight,), (rows,), whole.columns, alone)
+    for word, weight, rows in zip(parts, fused.weights, fused.rows, strict=True):
+        target = f"{fused.target.removesuffix(''.join(parts)).removesuffix('_')}_{word}"
+        row_ranges = partial(concatenated, (rows,), model)
+        yield AdaptedModule(f"{fused.prefix}.adapter_{word}", target, (weight,), (rows,), fused.columns, row_ranges)
 
 
-def targets(found: Iterable[AdaptedModule], *, layers: int) -> tuple[str, ...]:
-    """What `target_modules` says of these places: their last names where all of those are in every layer, else whole names."""
-    whole = [place.target for place in found]
-    counts = Counter(target.rpartition(".")[2] for target in whole)
-    return tuple(counts) if set(counts.values()) == {layers} else tuple(whole)
+def targets(modules: Iterable[AdaptedModule], *, layers: int) -> tuple[str, ...]:
+    """Return `target_modules` for exactly these modules: last names if each is in every layer, otherwise whole names."""
+    names = [module.target for module in modules]
+    counts = Counter(name.rpartition(".")[2] for name in names)
+    return tuple(counts) if set(counts.values()) == {layers} else tuple(names)

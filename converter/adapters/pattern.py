@@ -1,9 +1,9 @@
-"""Regular expressions from somebody else's file, matched as Python's `re` matches them, in bounded time.
+"""Match regular expressions from untrusted files as Python's `re` matches them, in bounded time.
 
-`re` tries every way to divide a text among nested repeats, which takes for ever where a pattern is made for that. Here no step
-is tried twice at the same place of the text (as RE2's `bitstate.cc` does it), so a match takes at most program length ×
-text length steps. A match is a match in both: without backreferences it does not depend on how one came to a step. Single
-characters, character classes and anchors are left to `re` itself.
+`re` tries every way to divide a text among nested repeats, which takes exponential time for some patterns. Here no instruction
+is tried twice at the same position of the text (the method of RE2's `bitstate.cc`), so a match takes at most program length ×
+text length steps. Both find the same matches: without backreferences, what follows a step does not depend on the steps before it.
+Single characters, character classes and anchors are matched by `re` itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from formats.errors import UserError, format_untrusted
 from formats.faults import fault
 
 LONGEST = 4096
-"""Characters of a pattern. Lists of modules in patterns that PEFT, Unsloth or ms-swift write have some hundreds."""
+"""The most characters of a pattern. Lists of modules in patterns by PEFT, Unsloth or ms-swift have some hundreds."""
 
 _MOST_INSTRUCTIONS = 8192
 _DEEPEST = 50
@@ -32,7 +32,7 @@ _ANCHORS = {"^", "$", r"\A", r"\Z", r"\b", r"\B"}
 
 
 class Budget:
-    """The steps that all matches of one configuration may take together: a reserve, and some more for each match."""
+    """The steps that all matches of one configuration may take together: a reserve, and a further allowance for each match."""
 
     def __init__(self) -> None:
         self._left = _STEPS
@@ -48,7 +48,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Character:
-    """One character that `test` matches; or with `width` 0 an anchor, which takes none."""
+    """One character that `test` matches, or with `width` 0 an anchor."""
 
     test: re.Pattern[str]
     width: int = 1
@@ -56,7 +56,7 @@ class Character:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Go on at either of two distances, rather at the first."""
+    """Continue at either of two relative addresses, the first with priority."""
 
     first: int
     second: int
@@ -64,7 +64,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Only where `program` matches ahead, or behind; with `wanted` false only where it does not."""
+    """A lookahead or lookbehind: continue if whether `program` matches equals `wanted`."""
 
     program: tuple[Instruction, ...]
     ahead: bool
@@ -73,7 +73,7 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """The text's position here is remembered."""
+    """Record the position in the text."""
 
 
 Instruction = Character | Split | Look | Mark
@@ -81,25 +81,37 @@ _Code = tuple[Instruction, ...]
 
 
 def is_plain(pattern: str) -> bool:
-    """Has it neither repeats nor alternatives, as the name of a module has none? Then `re` itself is quick."""
+    """Return whether a pattern has neither repeats nor alternatives, like the name of a module: `re` is fast for these.
+
+    >>> is_plain("layers.1.self_attn.q_proj"), is_plain(r".*\\.(q|v)_proj")
+    (True, False)
+    """
     return _PLAIN.fullmatch(pattern) is not None
 
 
 def fullmatch(pattern: str, text: str, budget: Budget) -> bool:
-    """As `re.fullmatch`. Raises UserError for a pattern that is no regular expression, not supported, or too much."""
+    """Return whether `re.fullmatch` would match. Raises UserError for a pattern that is invalid, unsupported, or too expensive.
+
+    >>> fullmatch(r".*\\.(q|v)_proj", "model.layers.0.self_attn.q_proj", Budget())
+    True
+    """
     budget.begin()
     return _run(_program(pattern), text, 0, budget=budget, pattern=pattern, end=len(text)) is not None
 
 
 def match(pattern: str, text: str, budget: Budget) -> tuple[int, ...] | None:
-    """As `re.match`: None, or where the group `idx` starts and ends in the first match, if there is such a group."""
+    """Return None if `re.match` would not match, otherwise the span of the group `idx`: empty without such a group.
+
+    >>> match(r".*\\.(?P<idx>\\d+)\\.", "model.layers.11.mlp", Budget())
+    (13, 15)
+    """
     budget.begin()
     return _run(_program(pattern), text, 0, budget=budget, pattern=pattern)
 
 
 @lru_cache(1 << 14)
 def compiled(pattern: str) -> re.Pattern[str]:
-    """As `re.compile`; UserError for what it does not take, and for what is too long."""
+    """Return `re.compile(pattern)`. Raises UserError for a pattern that is invalid or too long."""
     if len(pattern) > LONGEST:
         raise UserError(f"`{format_untrusted(pattern)}`, which has {len(pattern)} characters; a pattern may have {LONGEST}")
     try:
@@ -115,44 +127,46 @@ def _program(pattern: str) -> _Code:
 
 
 def _run(code: _Code, text: str, start: int, *, budget: Budget, pattern: str, end: int | None = None) -> tuple[int, ...] | None:
-    """Follow the program from `start`, rather the first way at each split: the positions marked on the first way through,
-    that ends at `end` if it is given."""
+    """Run the program from `start` of the text and return the marked positions of the first match, or None.
+
+    At each split the first branch has priority. With `end`, only a match that ends there counts.
+    """
     seen = set[tuple[int, int]]()
-    todo: list[tuple[int, int, tuple[int, ...]]] = [(0, start, ())]
-    while todo:
-        at, position, marks = todo.pop()
-        if (at, position) in seen:
+    stack: list[tuple[int, int, tuple[int, ...]]] = [(0, start, ())]
+    while stack:
+        address, position, marks = stack.pop()
+        if (address, position) in seen:
             continue
-        seen.add((at, position))
+        seen.add((address, position))
         budget.spend(pattern)
-        if at < len(code):
-            one = code[at]
-            if isinstance(one, Split):
-                todo += [(at + one.second, position, marks), (at + one.first, position, marks)]
-            elif isinstance(one, Mark):
-                todo.append((at + 1, position, (*marks, position)))
-            elif (width := _width(one, text, position, budget, pattern)) is not None:
-                todo.append((at + 1, position + width, marks))
+        if address < len(code):
+            instruction = code[address]
+            if isinstance(instruction, Split):
+                stack += [(address + instruction.second, position, marks), (address + instruction.first, position, marks)]
+            elif isinstance(instruction, Mark):
+                stack.append((address + 1, position, (*marks, position)))
+            elif (width := _width(instruction, text, position, budget, pattern)) is not None:
+                stack.append((address + 1, position + width, marks))
         elif end in (None, position):
             return marks
     return None
 
 
-def _width(one: Character | Look, text: str, position: int, budget: Budget, pattern: str) -> int | None:
-    """How much of the text is taken here; None where it does not match."""
-    if isinstance(one, Character):
-        return one.width if one.test.match(text, position) else None
-    starts, end = ((position,), None) if one.ahead else (range(position + 1), position)
-    ways = (_run(one.program, text, start, budget=budget, pattern=pattern, end=end) for start in starts)
-    return 0 if any(way is not None for way in ways) == one.wanted else None
+def _width(instruction: Character | Look, text: str, position: int, budget: Budget, pattern: str) -> int | None:
+    """Return how many characters an instruction consumes at `position`; None if it does not match."""
+    if isinstance(instruction, Character):
+        return instruction.width if instruction.test.match(text, position) else None
+    starts, end = ((position,), None) if instruction.ahead else (range(position + 1), position)
+    matches = (_run(instruction.program, text, start, budget=budget, pattern=pattern, end=end) for start in starts)
+    return 0 if any(match is not None for match in matches) == instruction.wanted else None
 
 
 class _Parser:
-    """From a pattern that `re` takes to instructions. Distances are relative, so that parts can be put together."""
+    """Compile a pattern that `re` accepts to instructions. Addresses are relative, so that parts can be concatenated."""
 
     def __init__(self, pattern: str) -> None:
         flags = _FLAGS.match(pattern)
-        self._text = self._shown = pattern[flags.end() :] if flags else pattern
+        self._text = self._pattern = pattern[flags.end() :] if flags else pattern
         self._flags = frozenset(flags[1]) if flags else frozenset[str]()
         self._at = self._depth = 0
 
@@ -184,9 +198,9 @@ class _Parser:
     def _item(self) -> _Code:
         if self._text[self._at] == "(":
             return self._group()
-        for one in (_ESCAPE, _CLASS):
-            if found := self._matched(one):
-                return (self._character(found[0]),)
+        for kind in (_ESCAPE, _CLASS):
+            if token := self._matched(kind):
+                return (self._character(token[0]),)
         if self._text[self._at] == "\\":
             raise self._unknown()
         self._at += 1
@@ -196,10 +210,10 @@ class _Parser:
         return Character(_single(source, self._flags), 0 if source in _ANCHORS else 1)
 
     def _group(self) -> _Code:
-        found, flags, self._depth = self._matched(_GROUP), self._flags, self._depth + 1
-        if not found or self._text.startswith("?", self._at) or self._depth > _DEEPEST:
+        group, flags, self._depth = self._matched(_GROUP), self._flags, self._depth + 1
+        if not group or self._text.startswith("?", self._at) or self._depth > _DEEPEST:
             raise self._unknown()
-        name, on, off, look = found.groups()
+        name, on, off, look = group.groups()
         self._flags = self._flags.union(on or "").difference(off or "")
         code = self._alternatives()
         if not self._take(")"):
@@ -210,7 +224,7 @@ class _Parser:
         return (Mark(), *code, Mark()) if name == "idx" else code
 
     def _repeated(self, code: _Code, repeat: re.Match[str]) -> _Code:
-        if self._text.startswith("+", self._at):  # possessive: it never gives back, which is no set of texts to match
+        if self._text.startswith("+", self._at):  # possessive: it never backtracks, and this matcher always does
             raise self._unknown()
         sign, (low, comma, high, lazy) = repeat[0][0], repeat.groups()
         least = int(low or 0) if sign == "{" else int(sign == "+")
@@ -228,25 +242,27 @@ class _Parser:
             raise self._too_long()
         return code
 
-    def _matched(self, one: re.Pattern[str]) -> re.Match[str] | None:
-        found = one.match(self._text, self._at)
-        self._at = found.end() if found else self._at
-        return found
+    def _matched(self, token: re.Pattern[str]) -> re.Match[str] | None:
+        """Consume a token, if it is next."""
+        matched = token.match(self._text, self._at)
+        self._at = matched.end() if matched else self._at
+        return matched
 
     def _take(self, sign: str) -> bool:
-        here = self._text.startswith(sign, self._at)
-        self._at += here
-        return here
+        """Consume one character, if it is next."""
+        taken = self._text.startswith(sign, self._at)
+        self._at += taken
+        return taken
 
     def _unknown(self) -> UserError:
         return UserError(
-            f"`{format_untrusted(self._shown)}`, which has at `{format_untrusted(self._text[self._at :])}` what is not "
+            f"`{format_untrusted(self._pattern)}`, which has at `{format_untrusted(self._text[self._at :])}` what is not "
             "supported in a pattern",
             hint="backreferences, possessive repeats, conditions and comments are not; name the modules one by one",
         )
 
     def _too_long(self) -> UserError:
-        return UserError(f"`{format_untrusted(self._shown)}`, which repeats too much", hint="name the modules one by one")
+        return UserError(f"`{format_untrusted(self._pattern)}`, which repeats too much", hint="name the modules one by one")
 
 
 def _jump(distance: int) -> Split:

@@ -1,27 +1,25 @@
-"""`adapter_config.json` as PEFT 0.21 writes it: what it says of a LoRA, and what it asks for that nothing else could do.
+"""`adapter_config.json` as PEFT 0.21 writes it: what it requests, read and written.
 
-Fields that do not change what a trained adapter computes are known by name; every other field must be empty, so that a
-feature this does not know is refused and not left out.
+Fields that do not change what a trained adapter computes are known by name. Every other field must be empty, so that an unknown
+feature is refused instead of ignored.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from converter.adapters import pattern
-from converter.adapters.description import Description, is_number, scale
-from converter.adapters.files import PEFT_CONFIG
+from converter.adapters.adapter import Description, scale
+from converter.adapters.files import FLAG, NUMBER, PEFT_CONFIG, RANK, SIZE, STRING, FieldType, list_of, table_of
 from converter.adapters.pattern import Budget
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.json_objects import read_json
-from formats.spec import is_size
 
-FILE = PEFT_CONFIG
 ALL_LINEAR = "all-linear"
 
 _READ = {
@@ -36,7 +34,12 @@ _MOST_PATTERNS = 1 << 14
 _EMPTY: tuple[Any, ...] = (None, False, "none", {}, [])
 
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-"""Beginnings of training that leave the base model's weights as they are. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them."""
+"""Initializations that keep the base model's weights. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them."""
+
+_PROMPT_METHODS = {
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "XLORA", "POLY",
+}  # fmt: skip
+"""Methods that change a model's inputs or activations, and have no equivalent change of its weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ class PeftConfig:
     use_dora: bool
     lora_dropout: float
     target_modules: str | tuple[str, ...]
-    """Names or their ends; as one text, a regular expression, or `all-linear`."""
+    """Names or endings of names; a single string is a regular expression, or `all-linear`."""
 
     exclude_modules: str | tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] = ()
@@ -70,171 +73,146 @@ class PeftConfig:
         return self._by_pattern(self.alpha_pattern, module, self.lora_alpha)
 
     def scale(self, module: str) -> float:
-        """What B · A of a module is multiplied by."""
+        """Return the factor of B · A of a module."""
         return scale(self.alpha(module), self.rank(module), use_rslora=self.use_rslora)
 
     def targets(self, module: str) -> bool:
-        """Would PEFT build an adapter there? Source: `check_target_module_exists` in PEFT's `tuners_utils.py`."""
-        if self._named(self.exclude_modules, module):
+        """Return whether PEFT builds an adapter for a module.
+
+        Source: `check_target_module_exists` in PEFT's `tuners_utils.py`.
+        """
+        if self._matches(self.exclude_modules, module):
             return False
         if isinstance(self.target_modules, str) or module in self.target_modules:
-            return self._is_all_linear() or self._named(self.target_modules, module)
-        return self._named(self.target_modules, module) and self._in_layers(module)
+            return self._is_all_linear() or self._matches(self.target_modules, module)
+        return self._matches(self.target_modules, module) and self._in_layers(module)
 
     def _is_all_linear(self) -> bool:
         return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
 
-    def _named(self, wanted: str | tuple[str, ...], module: str) -> bool:
-        """By a whole name or its end; by one text as a regular expression."""
+    def _matches(self, wanted: str | tuple[str, ...], module: str) -> bool:
+        """Match a list of names by a whole name or its ending, a single string as a regular expression."""
         if isinstance(wanted, str):
-            with _named_file():
+            with _name_the_file():
                 return bool(wanted) and pattern.fullmatch(wanted, module, self._budget)
-        return any(module == one or module.endswith(f".{one}") for one in wanted)
+        return any(module == name or module.endswith(f".{name}") for name in wanted)
 
     def _in_layers(self, module: str) -> bool:
         if not self.layers_to_transform:
             return True
-        before = [rf"(?:^|.*?\.){one}" for one in self.layers_pattern] or [r".*?\.[^.]*"]
-        with _named_file():
-            found = (pattern.match(rf"{one}\.(?P<idx>\d+)\.", module, self._budget) for one in before)
-            first = next((one for one in found if one is not None), ())
-        return bool(first) and int(module[first[-2] : first[-1]]) in self.layers_to_transform
+        prefixes = [rf"(?:^|.*?\.){layers}" for layers in self.layers_pattern] or [r".*?\.[^.]*"]
+        with _name_the_file():
+            matches = (pattern.match(rf"{prefix}\.(?P<idx>\d+)\.", module, self._budget) for prefix in prefixes)
+            span = next((match for match in matches if match is not None), ())
+        return bool(span) and int(module[span[-2] : span[-1]]) in self.layers_to_transform
 
-    def _by_pattern[Number: (int, float)](self, patterns: Mapping[str, Number], module: str, otherwise: Number) -> Number:
-        """Source: `get_pattern_key` in PEFT's `utils/other.py`: the first pattern that matches the name, or its end, counts."""
-        return next((number for one, number in patterns.items() if self._ends_with(one, module)), otherwise)
+    def _by_pattern[Number: (int, float)](self, patterns: Mapping[str, Number], module: str, default: Number) -> Number:
+        """Return the number of the first pattern that matches the name or its ending.
 
-    def _ends_with(self, one: str, module: str) -> bool:
-        whole = rf"(.*\.)?({one})$"
-        with _named_file():
-            if pattern.is_plain(one):
+        Source: `get_pattern_key` in PEFT's `utils/other.py`.
+        """
+        return next((number for key, number in patterns.items() if self._matches_end(key, module)), default)
+
+    def _matches_end(self, key: str, module: str) -> bool:
+        whole = rf"(.*\.)?({key})$"
+        with _name_the_file():
+            if pattern.is_plain(key):
                 return pattern.compiled(whole).match(module) is not None
             return pattern.match(whole, module, self._budget) is not None
 
 
 @contextmanager
-def _named_file() -> Generator[None]:
+def _name_the_file() -> Generator[None]:
+    """Say in which file a refused pattern is."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"`{FILE}` holds {error.args[0]}", hint=error.hint) from error
+        raise UserError(f"`{PEFT_CONFIG}` holds {error.args[0]}", hint=error.hint) from error
 
 
 def read(folder: Folder) -> PeftConfig:
-    """The configuration in a folder; UserError for what is broken, and by name for what no LoRA and no DoRA is."""
-    found = read_json(folder, FILE)
-    if found.get("peft_type") != "LORA":
+    """Read `adapter_config.json`. Raises UserError for a damaged file, and for anything but a plain LoRA or DoRA."""
+    document = read_json(folder, PEFT_CONFIG)
+    if document.get("peft_type") != "LORA":
         raise UserError(
-            f"`peft_type` in `{FILE}` is `{format_untrusted(found.get('peft_type'))}`, which is not supported",
-            hint=_instead(found),
+            f"`peft_type` in `{PEFT_CONFIG}` is `{format_untrusted(document.get('peft_type'))}`, which is not supported",
+            hint=_suggest(document),
         )
-    _refuse_features(found)
+    _refuse_features(document)
     return PeftConfig(
-        r=_get(found, "r", _is_rank, 8),
-        lora_alpha=_get(found, "lora_alpha", is_number, 8),
-        use_rslora=_get(found, "use_rslora", _is_flag, default=False),
-        use_dora=_get(found, "use_dora", _is_flag, default=False),
-        lora_dropout=_get(found, "lora_dropout", is_number, 0.0),
-        target_modules=_names(found, "target_modules"),
-        exclude_modules=_names(found, "exclude_modules"),
-        layers_to_transform=_layers(found),
-        layers_pattern=_several(_names(found, "layers_pattern")),
-        rank_pattern=_get(found, "rank_pattern", _is_table_of(_is_rank), cast("dict[str, int]", {})),
-        alpha_pattern=_get(found, "alpha_pattern", _is_table_of(is_number), cast("dict[str, float]", {})),
-        base=_get(found, "base_model_name_or_path", lambda value: isinstance(value, str), ""),
+        r=_get(document, "r", RANK, 8),
+        lora_alpha=_get(document, "lora_alpha", NUMBER, 8),
+        use_rslora=_get(document, "use_rslora", FLAG, default=False),
+        use_dora=_get(document, "use_dora", FLAG, default=False),
+        lora_dropout=_get(document, "lora_dropout", NUMBER, 0.0),
+        target_modules=_get_names(document, "target_modules"),
+        exclude_modules=_get_names(document, "exclude_modules"),
+        layers_to_transform=_get_layers(document),
+        layers_pattern=as_tuple(_get_names(document, "layers_pattern")),
+        rank_pattern=_get(document, "rank_pattern", _RANKS, cast("dict[str, int]", {})),
+        alpha_pattern=_get(document, "alpha_pattern", _ALPHAS, cast("dict[str, float]", {})),
+        base=_get(document, "base_model_name_or_path", STRING, ""),
     )
 
 
-_UNMERGEABLE = {
-    "PROMPT_TUNING",
-    "MULTITASK_PROMPT_TUNING",
-    "P_TUNING",
-    "PREFIX_TUNING",
-    "ADAPTION_PROMPT",
-    "CPT",
-    "XLORA",
-    "POLY",
-}
+_RANKS = table_of(RANK, "an object of ranks", most=_MOST_PATTERNS)
+_ALPHAS = table_of(NUMBER, "an object of numbers", most=_MOST_PATTERNS)
+_NAMES = list_of(STRING, "a string or a list of strings")
+_LAYERS = list_of(SIZE, "a layer's number or a list of them")
 
 
-def _instead(found: Mapping[str, Any]) -> str:
-    """What to do about an adapter of another kind."""
-    if "fine_tune_type" in found or "lora_parameters" in found:
+def _suggest(document: Mapping[str, Any]) -> str:
+    """Return what to do with an adapter of another method."""
+    if "fine_tune_type" in document or "lora_parameters" in document:
         return "MLX wrote it: `mlx_lm.fuse` merges it into its model"
-    if str(found.get("peft_type")) in _UNMERGEABLE:
-        return "LORA is, with `use_dora` or without; this kind adds to what a model reads and cannot be merged into its weights"
+    if str(document.get("peft_type")) in _PROMPT_METHODS:
+        return "LORA is, with `use_dora` or without; this method adds to a model's inputs and cannot be merged into its weights"
     return "LORA is, with `use_dora` or without; merge others with PEFT (`merge_and_unload`) and convert the merged model"
 
 
-def _refuse_features(found: Mapping[str, Any]) -> None:
-    for name, value in found.items():
+def _refuse_features(document: Mapping[str, Any]) -> None:
+    for name, value in document.items():
         if name not in _READ | _HARMLESS and value not in _EMPTY:
             raise UserError(
-                f"`{FILE}` has `{format_untrusted(name)}: {format_untrusted(value)}`, which is not supported",
+                f"`{PEFT_CONFIG}` has `{format_untrusted(name)}: {format_untrusted(value)}`, which is not supported",
                 hint="merge the adapter with PEFT (`merge_and_unload`) and convert the merged model",
             )
-    start = found.get("init_lora_weights")
+    start = document.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         raise UserError(
-            f"`{FILE}` has `init_lora_weights: {format_untrusted(start)}`, with which PEFT changes the base model's weights too",
+            f"`{PEFT_CONFIG}` has `init_lora_weights: {format_untrusted(start)}`, with which PEFT changes the base model's "
+            "weights too",
             hint="save it with PEFT's `path_initial_model_for_weight_conversion`, which makes a plain LoRA of it",
         )
 
 
-def _get[T](found: Mapping[str, Any], name: str, check: Callable[[Any], bool], default: T) -> T:
-    """A field of the type that `check` wants; absent or null means the default."""
-    value = found.get(name)
+def _get[T](document: Mapping[str, Any], name: str, kind: FieldType, default: T) -> T:
+    """Return a field; the default if it is absent or null. Raises UserError for another type."""
+    value = document.get(name)
     if value is None:
         return default
-    if not check(value):
-        raise UserError(
-            f"`{name}` in `{FILE}` is `{format_untrusted(value)}`, which is not what it should be", hint="the file is damaged"
-        )
+    kind.check(name, value, source=f"`{PEFT_CONFIG}`", hint="the file is damaged")
     return value
 
 
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
+def _get_names(document: Mapping[str, Any], name: str) -> str | tuple[str, ...]:
+    value = document.get(name)
+    return value if isinstance(value, str) else tuple(sorted(_get(document, name, _NAMES, cast("list[str]", []))))
 
 
-def _is_rank(value: Any) -> bool:
-    return is_size(value) and value > 0
-
-
-def _is_table_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    def is_table(value: Any) -> bool:
-        table = cast("dict[str, Any]", value) if isinstance(value, dict) else None
-        return table is not None and len(table) <= _MOST_PATTERNS and all(check(one) for one in table.values())
-
-    return is_table
-
-
-def _is_list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(check(one) for one in cast("list[Any]", value))
-
-
-def _names(found: Mapping[str, Any], name: str) -> str | tuple[str, ...]:
-    value = found.get(name)
-    if isinstance(value, str):
-        return value
-    listed: list[str] = _get(found, name, _is_list_of(lambda one: isinstance(one, str)), [])
-    return tuple(sorted(listed))
-
-
-def _several(names: str | tuple[str, ...]) -> tuple[str, ...]:
+def as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return a single string as a tuple of one."""
     return (names,) if isinstance(names, str) else names
 
 
-def _layers(found: Mapping[str, Any]) -> tuple[int, ...]:
-    value = found.get("layers_to_transform")
-    if is_size(value):
-        return (cast("int", value),)
-    listed: list[int] = _get(found, "layers_to_transform", _is_list_of(is_size), [])
-    return tuple(listed)
+def _get_layers(document: Mapping[str, Any]) -> tuple[int, ...]:
+    value = document.get("layers_to_transform")
+    layers = [value] if SIZE.accepts(value) else _get(document, "layers_to_transform", _LAYERS, [])
+    return tuple(cast("list[int]", layers))
 
 
-def make(description: Description, modules: Iterable[str], *, layers: int) -> bytes:
-    """The document for an adapter of these modules of a model with that many layers. PEFT builds exactly those from it."""
+def encode(description: Description, modules: Iterable[str], *, layers: int) -> bytes:
+    """Return `adapter_config.json`, from which PEFT builds adapters for exactly these modules of a model of `layers` layers."""
     alpha = description.alpha
     document = {
         "base_model_name_or_path": (description.base.name if description.base else "") or None,
@@ -248,20 +226,25 @@ def make(description: Description, modules: Iterable[str], *, layers: int) -> by
         "task_type": "CAUSAL_LM",
         "use_dora": description.method == "dora",
         "use_rslora": description.use_rslora,
-        **choose(list(modules), layers=layers),
+        **choose_targets(list(modules), layers=layers),
     }
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
 
-def choose(modules: Sequence[str], *, layers: int) -> dict[str, Any]:
-    """`target_modules` and `layers_to_transform` for exactly these modules: their last names where those are in every layer
-    or in the same layers, else their whole names."""
-    inside: dict[str, set[int]] = {}
+def choose_targets(modules: Sequence[str], *, layers: int) -> dict[str, Any]:
+    """Return `target_modules` and `layers_to_transform` for exactly these modules.
+
+    Last names if all of them are in the same layers, otherwise whole names.
+
+    >>> choose_targets(["model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"], layers=4)
+    {'layers_to_transform': [0, 2], 'target_modules': ['up_proj']}
+    """
+    layers_of: dict[str, set[int]] = {}
     for module in modules:
         parts = module.split(".")
-        inside.setdefault(parts[-1], set()).add(next((int(part) for part in parts if part.isdecimal()), -1))
-    taken = {frozenset(numbers) for numbers in inside.values()}
-    if len(taken) > 1 or -1 in next(iter(taken)):
+        layers_of.setdefault(parts[-1], set()).add(next((int(part) for part in parts if part.isdecimal()), -1))
+    distinct = {frozenset(numbers) for numbers in layers_of.values()}
+    if len(distinct) > 1 or -1 in next(iter(distinct)):
         return {"layers_to_transform": None, "target_modules": sorted(modules)}
-    chosen = sorted(next(iter(taken)))
-    return {"layers_to_transform": None if len(chosen) == layers else chosen, "target_modules": sorted(inside)}
+    chosen = sorted(next(iter(distinct)))
+    return {"layers_to_transform": None if len(chosen) == layers else chosen, "target_modules": sorted(layers_of)}

@@ -7,8 +7,8 @@ A family file holds `MODELS` (what it was made for, in words), `ARCHITECTURE`, `
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Container
-from dataclasses import dataclass, fields, replace
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -35,6 +35,9 @@ class Family:
     ROOTS: tuple[str, ...] = ()
     """What names may begin with in place of the first of these, which `RULES` and `EXTRAS` are written with. One that ends with
     the first is a prefix of all names."""
+
+    SMALL: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What `config.json` of a small model has otherwise than a Llama's, for the tests that go through all families."""
 
     PROVIDER: tuple[str, ...] = ()
     """What a model needs to be trained that megatron-core's GPTModel does not have. Its weights are converted all the same."""

@@ -98,13 +98,15 @@ SIZES = (
     named(attention_bias=False, mlp_bias=False),
     activation("silu"),
     fixed(normalization="RMSNorm", gated_linear_unit=True, position_embedding_type="rope", rotary_percent=1.0,
-          hidden_dropout=0.0, add_qkv_bias=False, qk_layernorm=False),
+          hidden_dropout=0.0),
 )  # fmt: skip
 
+PLAIN_ATTENTION = fixed(add_qkv_bias=False, qk_layernorm=False)
 DENSE = fixed(num_moe_experts=None)
 
 CONFIG = (
     *SIZES,
+    PLAIN_ATTENTION,
     DENSE,
     flag("add_bias_linear", "attention_bias", "mlp_bias"),
     rope("default", "linear", "llama3"),

@@ -16,6 +16,6 @@ SIZES = (
     fixed(add_bias_linear=False),
 )
 
-CONFIG = (*SIZES, llama.DENSE, window("window_size", "sliding_window", default=4096))
+CONFIG = (*SIZES, llama.PLAIN_ATTENTION, llama.DENSE, window("window_size", "sliding_window", default=4096))
 
 EXTRAS: tuple[str, ...] = llama.EXTRAS

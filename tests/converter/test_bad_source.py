@@ -231,8 +231,8 @@ def test_targets_that_would_harm_something(source, checkpoint, tmp_path):
 
 
 def test_a_source_that_is_not_there(tmp_path):
-    refused(hf_to_mcore, tmp_path / "nowhere", tmp_path, "is not there")
-    refused(mcore_to_hf, tmp_path / "nowhere", tmp_path, "is not there")
+    refused(hf_to_mcore, tmp_path / "nowhere", tmp_path, "does not exist")
+    refused(mcore_to_hf, tmp_path / "nowhere", tmp_path, "does not exist")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama"}')
     refused(hf_to_mcore, tmp_path / "empty", tmp_path, "holds no weights")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from converter import families
 from converter.config import make_model, to_huggingface, to_megatron
+from converter.console import show_families
 from converter.planner import huggingface_tensors
+from tests.converter.family_suite import check_config, check_logits, check_names, check_round_trip, save_small
 from tests.models import BASE, VARIANTS
 
 
@@ -33,15 +37,39 @@ def test_rules_name_every_weight_of_the_model_with_its_shape_and_no_other(family
     assert dict(huggingface_tensors(one.RULES, model, dict.fromkeys(range(10_000)))) == expected
 
 
+@pytest.fixture(scope="module", params=families.names())
+def saved(request, tmp_path_factory):
+    """A family, and a small model of it as transformers saves it, in fp32."""
+    return request.param, save_small(request.param, tmp_path_factory.mktemp("family") / "hf", dtype="float32")
+
+
+def test_a_family_names_every_weight_that_transformers_saves(saved):
+    check_names(*saved)
+
+
+def test_a_family_s_weights_come_back_to_the_bit(saved, tmp_path):
+    check_round_trip(saved[1], tmp_path)
+
+
+def test_a_family_s_logits_are_those_of_transformers_where_megatron_core_computes_it(saved, ranks, tmp_path):
+    if families.find(saved[0]).trains:
+        check_logits(ranks, saved[1], tmp_path)
+
+
 @pytest.mark.parametrize("family", families.names())
 def test_a_config_survives_the_way_to_megatron_and_back(family):
-    one = families.find(family)
-    config = meta_model(family).config.to_dict()
-    back = to_huggingface(one.CONFIG, to_megatron(one.CONFIG, config))
-    rope = config.pop("rope_parameters")
-    assert back.pop("rope_theta") == rope["rope_theta"]
-    assert back.pop("rope_scaling") is None
-    assert {name: config[name] for name in back} == back
+    check_config(family)
+
+
+def test_every_family_says_what_it_can(capsys):
+    show_families(as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[: len(families.names())]] == families.names()
+    show_families(as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert {name: (one["trains"], one["needs"]) for name, one in found.items()} == {
+        name: (families.find(name).trains, [*families.find(name).PROVIDER]) for name in families.names()
+    }
 
 
 def test_llama31_scaling_is_kept_when_a_config_is_rebuilt():

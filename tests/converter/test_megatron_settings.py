@@ -15,7 +15,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from transformers import AutoConfig
 
 from converter import Reporter, UserError, hf_to_mcore, inspect, mcore_to_hf, verify
-from converter.megatron_settings import NEUTRAL, Kind, foreign, kind
+from converter.megatron_settings import NEUTRAL, Effect, effect_of, find_unsupported
 from tests.conftest import GOLDEN
 from tests.converter.test_foreign import ARGS
 from tests.refusal import refused
@@ -65,7 +65,7 @@ def megatron_lm():
 
 
 def test_every_setting_of_megatron_core_is_in_one_table():
-    unknown = [field.name for field in dataclasses.fields(MLATransformerConfig) if kind(field.name) is Kind.UNKNOWN]
+    unknown = [field.name for field in dataclasses.fields(MLATransformerConfig) if effect_of(field.name) is Effect.UNKNOWN]
     assert not unknown, "say in `converter.megatron_settings` what these do"
 
 
@@ -80,20 +80,20 @@ COMPUTED = {
 def test_defaults_of_megatron_core_are_neutral():
     defaults = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
     assert defaults.keys() & NEUTRAL.keys() == COMPUTED
-    assert not list(foreign(defaults, only_model_words=False))
+    assert not list(find_unsupported(defaults, only_model_words=False))
 
 
 def test_defaults_of_megatron_lm_are_neutral_and_none_of_its_models_settings_is_unknown(megatron_lm):
     assert len(megatron_lm) > 700
-    assert not list(foreign(megatron_lm, only_model_words=True))
+    assert not list(find_unsupported(megatron_lm, only_model_words=True))
     on = dict.fromkeys(megatron_lm, "something")
-    assert not [one.name for one in foreign(on, only_model_words=True) if not one.known]
+    assert not [one.name for one in find_unsupported(on, only_model_words=True) if not one.known]
 
 
 def test_a_run_config_of_megatron_bridge_holds_nothing_foreign():
     document = yaml.safe_load((GOLDEN / "bridge_llama_tiny/megatron/iter_0000000/run_config.yaml").read_text())
     assert len(document["model"]) > 250
-    assert not list(foreign(document["model"], only_model_words=False))
+    assert not list(find_unsupported(document["model"], only_model_words=False))
 
 
 def test_all_of_megatron_lms_settings_beside_a_llama_pass(bare, tmp_path, megatron_lm, model_folder):
@@ -126,8 +126,8 @@ def test_a_setting_that_makes_another_model_is_refused_by_name(bare, tmp_path, s
 def test_the_refusal_says_the_value_and_what_can_be_exported(bare, tmp_path, model_folder):
     say_in_run_config(bare, layernorm_zero_centered_gamma=True)
     text = (
-        "`run_config.yaml` has `layernorm_zero_centered_gamma: True`, which no `config.json` of a supported family can say: the "
-        "weights would be another model there\n\n"
+        "`run_config.yaml` has `layernorm_zero_centered_gamma: True`, which no `config.json` of a supported family can express: "
+        "the exported model would compute something else\n\n"
         "hint: a model with `layernorm_zero_centered_gamma` `False` or `None` can be exported; with zero-centered weights 1 "
         "would have to be added to each norm"
     )
@@ -171,7 +171,7 @@ UNKNOWN = [
 def test_an_unknown_setting_is_refused_unless_somebody_says_which_model_it_is(bare, tmp_path, model_folder, settings):
     say_in_run_config(bare, **settings)
     [name] = settings
-    refused(mcore_to_hf, bare, tmp_path, rf"has `{name}: .*`, which is not known here .*\n\nhint: .*`--hf-config DIR`")
+    refused(mcore_to_hf, bare, tmp_path, rf"has `{name}: .*`, an unknown setting .*\n\nhint: .*`--hf-config DIR`")
     notes = []
     mcore_to_hf(
         bare, tmp_path / "back", hf_config=model_folder("padded_vocab"), reporter=Reporter(note=notes.append), dry_run=True
@@ -183,7 +183,7 @@ def test_unknown_settings_of_a_run_are_none_of_a_models(bare, tmp_path):
     say_in_args(bare, our_cluster="blue", retries=3)
     mcore_to_hf(bare, tmp_path / "back", dry_run=True)
     say_in_args(bare, our_cluster="blue", logit_temperature=3)
-    refused(mcore_to_hf, bare, tmp_path, "Megatron-LM's `args` has `logit_temperature: 3`, which is not known here")
+    refused(mcore_to_hf, bare, tmp_path, "Megatron-LM's `args` has `logit_temperature: 3`, an unknown setting")
 
 
 FACTS = {
@@ -219,7 +219,7 @@ def test_a_config_that_disagrees_is_refused_with_both_values_and_places(bare, tm
     assert str(error.value) == (
         f"`{folder}`'s `config.json` says that `layernorm_epsilon` (`rms_norm_eps`) is `1e-06`, `run_config.yaml` that it is "
         "`1e-05`: no tensor shows which is right\n\n"
-        "hint: the weights were made with one of them: mend the other, so that both say the same of `layernorm_epsilon` "
+        "hint: the weights were trained with one of them: correct the other, so that both have the same `layernorm_epsilon` "
         "(`rms_norm_eps`)"
     )
 

@@ -17,7 +17,7 @@ from safetensors import torch as safetensors_torch
 from safetensors.numpy import load_file, save_file
 
 from converter import UserError, hf_to_mcore, inspect, mcore_to_hf, verify
-from converter.conversion_plan import Reporter
+from converter.execution import Reporter
 from tests.models import model_tree
 from tests.refusal import refused
 

@@ -252,8 +252,8 @@ def test_a_source_in_a_bucket_is_not_replaced(made, bucket, source, target):
     with pytest.raises(UserError) as caught:
         command(bucket.url + source, bucket.url + target, overwrite=True)
     assert str(caught.value) == (
-        f"the source `{bucket.url}{source}` lies in `{bucket.url}{target}`, which the output is to be\n\n"
-        "hint: choose another place"
+        f"the source `{bucket.url}{source}` is inside `{bucket.url}{target}`, where the output is to be written\n\n"
+        "hint: choose another target"
     )
     assert bucket.objects() == before
 

@@ -92,6 +92,6 @@ def test_a_file_and_a_path_that_is_not_there(model_folder, tmp_path):
     with pytest.raises(UserError, match=r"llama.gguf` is a file: GGUF, the format of llama.cpp"):
         inspect(tmp_path / "llama.gguf")
     with pytest.raises(
-        UserError, match=r"`meta-llama/Llama-3.2-1B` is not there\n\nhint: a model on the Hub is `hf://meta-llama"
+        UserError, match=r"`meta-llama/Llama-3.2-1B` does not exist\n\nhint: a model on the Hub is `hf://meta-llama"
     ):
         inspect("meta-llama/Llama-3.2-1B")

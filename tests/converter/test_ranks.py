@@ -162,7 +162,7 @@ def test_a_lone_shell_with_the_variables_set_hears_so_before_it_waits(capsys, mo
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "4")
         for options, noted in (({}, True), ({"dry_run": True}, False), ({"quiet": True}, False)):
-            with pytest.raises(UserError, match="is not there"):
+            with pytest.raises(UserError, match="does not exist"):
                 console.convert(hf_to_mcore, "/nowhere", "/never", **{**HOW, **options})
             words = f"note: {waiting(Ranks(int(rank), 4, 'x'), LONE)}\n" if noted else ""
             assert capsys.readouterr().err == words

@@ -11,7 +11,7 @@ import signal
 import pytest
 
 from converter import UserError, hf_to_mcore
-from converter.conversion_plan import Reporter
+from converter.execution import Reporter
 from tests.interrupted import LONGEST, PIECE_BYTES, WORKERS, Conversion, journaled, make_source, partial, steps, written
 from tests.models import tree
 
@@ -321,7 +321,7 @@ def test_what_did_not_read_back_as_it_was_written_is_not_there_to_go_on_with(str
                 file.seek(-5000, os.SEEK_END)
                 file.write(bytes(100))
 
-    with pytest.raises(UserError, match="what lies on the disk is not what was converted"):
+    with pytest.raises(UserError, match="what is on the disk is not what was converted"):
         hf_to_mcore(straight["hf-to-mcore"][0][1], tmp_path / "m", verify=True, reporter=Reporter(note=damage))
     assert not names(tmp_path)
 

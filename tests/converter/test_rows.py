@@ -5,13 +5,16 @@ from __future__ import annotations
 from math import prod
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter import rows
+from converter import UserError, rows
 from converter.layout import Layout, shards
 from converter.model import Model
 from converter.plan import TensorPlan, pieces
+from converter.rules import replicated, sections
+from converter.tables import Tables
 from formats.chunks import tiles
 from formats.spec import DTYPES, TensorSpec, extent
 
@@ -128,3 +131,37 @@ def test_tiling_is_judged_as_counting_elements_judges_it(corners):
     for region in regions:
         counted[region] += 1
     assert tiles((6, 6), *starts_and_sizes(regions, dims=2)) == bool((counted == 1).all())
+
+
+def test_every_row_of_a_part_is_taken_once_or_it_is_not_exhausted():
+    one, half = rows.RowRange(0, 0, 0, 4), rows.RowRange(0, 1, 4, 4, 2)
+    assert rows.exhausted([rows.RowRange(0, 4, 0, 2), one], 6)
+    assert rows.exhausted([rows.RowRange(0, 0, 0, 4, 2), half], 8)
+    for wrong in ([one], [one, one, one], [one, rows.RowRange(0, 5, 0, 3)], [one, half], [half, half], []):
+        assert not rows.exhausted(wrong, 8)
+
+
+@given(sizes, sizes, st.integers(2, 4))
+def test_sections_and_shares_are_plain_slices(groups, size, count):
+    one = Model(g=groups)
+    parts = tuple(groups * (size + number) for number in range(count))
+    whole = np.arange(sum(parts))
+    by_group = whole.reshape(groups, -1)
+    starts = np.cumsum([0, *parts])
+    for number in range(count):
+        (taken,) = rows.section(number)(parts, one)
+        assert (taken.part, taken.src_row, taken.rows) == (number, 0, parts[number])
+        found = [whole[r.src_row : r.src_row + r.rows] for r in rows.share(number, "g")(parts, one)]
+        inside = slice(starts[number] // groups, starts[number + 1] // groups)
+        assert np.array_equal(np.concatenate(found), by_group[:, inside].reshape(-1))
+    assert rows.exhausted([r for number in range(count) for r in rows.share(number, "g")(parts, one)], sum(parts))
+
+
+def test_a_rule_that_leaves_rows_out_on_either_side_is_refused():
+    model = Model(layers=0, vocab=8, padded_vocab=8, a=2, b=3)
+    lacks_a_section = list(sections("x.{one,two}", "x", ("a", "b")))[:1]
+    takes_rows_twice = [*sections("x.{one,two}", "x", ("a", "b")), replicated("y", "x", "a")]
+    for wrong in (lacks_a_section, takes_rows_twice):
+        with pytest.raises(UserError, match="does not take each row of `x` once with the sizes of this model"):
+            list(Tables(wrong, model))
+    assert len(list(Tables([*sections("x.{one,two}", "x", ("a", "b"))], model))) == 2

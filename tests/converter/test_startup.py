@@ -26,7 +26,12 @@ print(json.dumps([
 """
 
 _OF_URLS = ("formats.remote", "http", "ssl", "email", "botocore", "google", "requests", "huggingface_hub")
-_OF_ADAPTERS = ("converter.adapters.open", "converter.adapters.description", "converter.adapters.merge")
+_OF_ADAPTERS = (
+    "converter.adapters.adapter",
+    "converter.adapters.megatron",
+    "converter.adapters.peft",
+    "converter.adapters.merge",
+)
 _OF_OTHERS = ("rich", "importlib.metadata", "converter.proof")
 
 
@@ -35,8 +40,8 @@ def test_a_command_imports_only_what_it_uses(model_folder, checkpoint, tmp_path)
     done = subprocess.run([sys.executable, "-c", _PROGRAM, *map(str, places)], capture_output=True, text=True, check=True)
     help_, families, inspect, planned, converted = (set(names) for names in json.loads(done.stdout))
     assert not {"numpy", "yaml", "blake3", "converter.families"} & help_
-    assert not {"yaml", "blake3", "converter.conversion_plan"} & families
-    assert not {"converter.conversion_plan", "converter.worker"} & inspect
+    assert not {"yaml", "blake3", "converter.conversion_plan", "converter.execute"} & families
+    assert not {"converter.conversion_plan", "converter.execute", "converter.worker"} & inspect
     for names in (help_, families, inspect, planned, converted):
         late = [name for name in names if f"{name}.".startswith(tuple(f"{one}." for one in _OF_URLS + _OF_ADAPTERS + _OF_OTHERS))]
         assert not late

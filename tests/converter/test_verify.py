@@ -195,13 +195,13 @@ def test_verify_sees_what_a_lying_disk_holds_and_leaves_no_target(model_folder, 
     source = model_folder("gqa", dtype="bfloat16")
     with monkeypatch.context() as patch:
         Lying(patch, nth)
-        with pytest.raises(UserError, match=r"what lies on the disk is not what was converted: `model\..* 1 element differs"):
+        with pytest.raises(UserError, match=r"what is on the disk is not what was converted: `model\..* 1 element differs"):
             hf_to_mcore(source, tmp_path / "m", tp=2, pp=2, verify=True)
     assert not list(tmp_path.iterdir())
     hf_to_mcore(source, tmp_path / "m", tp=2, pp=2, verify=True)
     with monkeypatch.context() as patch:
         Lying(patch, nth)
-        with pytest.raises(UserError, match="what lies on the disk is not what was converted"):
+        with pytest.raises(UserError, match="what is on the disk is not what was converted"):
             mcore_to_hf(tmp_path / "m", tmp_path / "back", verify=True)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 

@@ -3,6 +3,7 @@ here with plain slices, and the way back gives the same bytes, at several layout
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from converter import UserError, hf_to_mcore, mcore_to_hf, verify
 from formats.folder import LocalFolder
 from formats.torch_dist import TorchDistReader
 from tests.converter.conftest import families_from
+from tests.converter.family_suite import check_config, check_logits, check_names, save_small
 from tests.models import model_tree
 
 FOLDER = Path(__file__).parent / "vocabulary"
@@ -537,3 +539,60 @@ def test_keys_of_experts_are_those_megatron_core_asks_for(golden, tmp_path):
         key: [t["global_shape"], t["dtype"]] for key, t in asked["tensors"].items()
     }
     assert objects == {*asked["objects"], "common_state/shard_0_1"}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+def test_megatron_core_loads_strictly_and_computes_what_transformers_computes(ranks, tmp_path, family):
+    folder = save_small(family, tmp_path / "hf", dtype="float32")
+    check_names(family, folder)
+    check_config(family)
+    check_logits(ranks, folder, tmp_path, more=FOLDER)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next"])
+def test_a_conversion_that_was_stopped_goes_on_to_the_same_bytes(made, tmp_path, monkeypatch, family):
+    import converter.run
+    import converter.worker
+    from formats.torch_dist_writer import TorchDistWriter
+
+    for module in (converter.run, converter.worker):
+        monkeypatch.setattr(module, "PIECE_BYTES", 1000)
+    hf_to_mcore(made(family), tmp_path / "whole")
+    write, calls = TorchDistWriter.write, itertools.count()
+
+    def stopped(*arguments):
+        if next(calls) > 150:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchDistWriter, "write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            hf_to_mcore(made(family), tmp_path / "again", workers=1)
+    assert hf_to_mcore(made(family), tmp_path / "again", resume=True).reused_bytes > 0
+    one, two = (model_tree(tmp_path / name / "iter_0000000") for name in ("whole", "again"))
+    assert one == two
+    hashes = [
+        json.loads((tmp_path / name / "iter_0000000" / "conversion.json").read_text())["blake3"] for name in ("whole", "again")
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def test_what_a_run_left_that_knew_no_transforms_is_refused_by_name(made, tmp_path, monkeypatch):
+    import converter.worker
+    from formats.torch_dist_writer import TorchDistWriter
+
+    calls, write = itertools.count(), TorchDistWriter.write
+
+    def stopped(*arguments):
+        if next(calls) > 20:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchDistWriter, "write", stopped)
+        patch.setattr(converter.worker, "PLAN_FORMAT", None)
+        with pytest.raises(KeyboardInterrupt):
+            hf_to_mcore(made("qwen2"), tmp_path / "m", workers=1)
+    with pytest.raises(UserError, match="was begun with a plan of format null, now it is 2"):
+        hf_to_mcore(made("qwen2"), tmp_path / "m", resume=True)

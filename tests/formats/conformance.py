@@ -22,7 +22,7 @@ class FormatSuite:
         named = [TensorSpec(f"decoder.layers.{n}.w.{d}", (7, 12), DTYPES[d]) for n in range(3) for d in self.dtypes]
         return [*named, TensorSpec("one", (1,), DTYPES["fp32"]), TensorSpec("flat", (4099,), DTYPES["bf16"])]
 
-    def writer(self, outputs, specs) -> Any:
+    def writer(self, specs) -> Any:
         raise NotImplementedError
 
     def reader(self, folder) -> Any:
@@ -36,13 +36,13 @@ class FormatSuite:
         specs = self.specs()
         folder.mkdir(exist_ok=True)
         outputs = LocalOutputs(folder)
-        values, writer = self.values(specs), self.writer(outputs, specs)
+        values, writer = self.values(specs), self.writer(specs)
         pieces = [
             (s, (slice(a, min(a + step, s.shape[0])), *s.full_region[1:])) for s in specs for a in range(0, s.shape[0], step)
         ]
         np.random.default_rng(1).shuffle(pieces)
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda piece: writer.write(piece[0].name, piece[1], values[piece[0].name][piece[1]]), pieces))
+            list(pool.map(lambda piece: writer.write(outputs, piece[0].name, piece[1], values[piece[0].name][piece[1]]), pieces))
         for file in writer.files:
             for span in writer.spans(file):
                 outputs.put(file, span.start, span.known or b"")
@@ -86,9 +86,9 @@ class FormatSuite:
         found = {p.relative_to(tmp_path).as_posix(): p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()}
         assert found == announced
 
-    def test_spans_follow_one_another_and_hold_all_data(self, tmp_path):
+    def test_spans_follow_one_another_and_hold_all_data(self):
         specs = self.specs()
-        writer = self.writer(LocalOutputs(tmp_path), specs)
+        writer = self.writer(specs)
         for file, size in writer.files.items():
             end = 0
             for span in writer.spans(file):

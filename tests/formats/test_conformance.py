@@ -9,16 +9,16 @@ from tests.formats.conformance import FormatSuite
 
 
 class TestHuggingFace(FormatSuite):
-    def writer(self, outputs, specs):
-        return HuggingFaceWriter(outputs, plan_shards(specs, limit=2000))
+    def writer(self, specs):
+        return HuggingFaceWriter(plan_shards(specs, limit=2000))
 
     def reader(self, folder):
         return HuggingFaceReader(folder)
 
 
 class TestTorchDist(FormatSuite):
-    def writer(self, outputs, specs):
-        return TorchDistWriter(outputs, [self.placed(spec) for spec in specs])
+    def writer(self, specs):
+        return TorchDistWriter([self.placed(spec) for spec in specs])
 
     def placed(self, spec):
         return ShardedTensor(spec, ((spec.full_region, 0),))

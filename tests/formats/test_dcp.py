@@ -113,8 +113,8 @@ def written(tmp_path):
     outputs = LocalOutputs(tmp_path)
     region = (slice(0, 2), slice(0, 3))
     part = NewPart("a", (), [Box((0, 0), (2, 3), "__0_0.distcp")])
-    writer = ContainerWriter(outputs, "it", {"a": ((2, 3), values.dtype)}, [part], [])
-    writer.write("a", region, values)
+    writer = ContainerWriter("it", {"a": ((2, 3), values.dtype)}, [part], [])
+    writer.write(outputs, "a", region, values)
     for span in writer.spans("it/__0_0.distcp"):
         if span.known:
             outputs.put("it/__0_0.distcp", span.start, span.known)
@@ -155,7 +155,7 @@ def test_an_archive_that_differs_is_parsed(written):
 def test_objects_are_found_after_the_chunks_of_all_tensors_were_let_go_of(tmp_path):
     outputs = LocalOutputs(tmp_path)
     weights = [TensorSpec(f"decoder.layers.{row}.mlp.linear_fc2.weight", (4, 2), np.dtype(np.float32)) for row in range(2)]
-    writer = TorchDistWriter(outputs, [ShardedTensor(spec, ((spec.full_region, 0),)) for spec in weights])
+    writer = TorchDistWriter([ShardedTensor(spec, ((spec.full_region, 0),)) for spec in weights])
     for file in writer.files:
         for span in writer.spans(file):
             outputs.put(file, span.start, span.known or bytes(span.size))
@@ -184,3 +184,23 @@ def test_layers_that_are_stacked_inside_a_numbered_layer_are_read_from_their_row
         out = np.zeros(2, np.float32)
         reader.read(name, (slice(0, 2),), out)
         assert out.tolist() == list(expected)
+
+
+def test_layers_that_differ_cannot_be_stacked(tmp_path):
+    """Layers 0 to 2 are dense, 3 to 5 have experts: of a key with 3 rows there is no row 3."""
+    specs = [TensorSpec(f"decoder.layers.{n}.mlp.linear_fc2.weight", (4, 2), np.dtype(np.float32)) for n in range(3)]
+    specs += [TensorSpec(f"decoder.layers.{n}.mlp.experts.{e}.linear_fc2.weight", (4, 2), np.dtype(np.float32))
+              for n in range(3, 6) for e in range(2)]  # fmt: skip
+    placed = [ShardedTensor(spec, ((spec.full_region, 0),)) for spec in specs]
+    key = "decoder.layers.mlp.experts.experts.linear_fc2.weight"
+    with pytest.raises(UserError, match=f"`{key}` would stack 6 tensors as 6 × 2: not every layer has one"):
+        TorchDistWriter(LocalOutputs(tmp_path), placed)
+    writer = TorchDistWriter(LocalOutputs(tmp_path), placed, stacked=False)
+    assert writer.touched(specs[-1].name) == {"iter_0000000/__0_0.distcp"}
+
+
+def test_chunks_that_do_not_tile_are_not_written(tmp_path):
+    spec = TensorSpec("a.weight", (4, 2), np.dtype(np.float32))
+    half = ShardedTensor(spec, (((slice(0, 2), slice(0, 2)), 0),))
+    with pytest.raises(ValueError, match=r"chunks to be written of `a.weight` do not tile its shape \[4, 2\]"):
+        TorchDistWriter(LocalOutputs(tmp_path), [half])

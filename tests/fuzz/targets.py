@@ -27,8 +27,8 @@ import torch
 
 from converter import families, hf_to_mcore, inspect, mcore_to_hf, run_config
 from converter.adapters import peft_config
+from converter.adapters.merge import open_adapter
 from converter.adapters.names import Factor
-from converter.adapters.open import open_either
 from converter.config import make_model
 from converter.console import show_report
 from converter.reference import rebuild_config
@@ -306,12 +306,11 @@ def check_rebuilt(found: Any, folder: Path, before: Files) -> None:
 @user_errors()
 def adapter_contents(folder: Path) -> dict[str, np.ndarray]:
     """Every factor of an adapter by its name in PEFT's files, read as one that is merged."""
-    opened = open_either(LocalFolder(folder))
-    adapter = opened.adapter()
+    adapter = open_adapter(LocalFolder(folder))
     try:
         found: dict[str, np.ndarray] = {}
-        for weight, parts in opened.parts.items():
-            delta = adapter.read(weight)
+        for weight, parts in adapter.parts.items():
+            delta = adapter.read_delta(weight)
             assert np.isfinite(delta.scale)
             found |= {parts[Factor.A].spec.name: delta.a, parts[Factor.B].spec.name: delta.b}
     finally:

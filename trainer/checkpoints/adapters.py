@@ -13,10 +13,10 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from converter.adapters import description
-from converter.adapters.description import Base, Description
-from converter.adapters.files import is_peft
+from converter.adapters.adapter import METHODS, Base, Description, base_name
+from converter.adapters.files import DESCRIPTION, is_peft
 from converter.adapters.fingerprint import fingerprint
+from converter.adapters.megatron import check_method, read_description
 from converter.plan import as_stored
 from converter.reference import UnknownModelError
 from converter.sources import open_source
@@ -42,14 +42,14 @@ def describe(peft: Any, base: Base | None) -> Description:
     known = {name: getattr(peft, name) for name in ("dim", "alpha", "use_rslora", "canonical", "dropout") if hasattr(peft, name)}
     names = {name: tuple(getattr(peft, name, ())) for name in ("target_modules", "exclude_modules")}
     name = type(peft).__name__
-    return Description(method=name.lower() if name.lower() in description.METHODS else name, base=base, **known, **names)
+    return Description(method=name.lower() if name.lower() in METHODS else name, base=base, **known, **names)
 
 
 def method_of(described: Description) -> Any:
     """Return the method that a description names. Raises UserError for a method that is not of `trainer.peft`."""
     from trainer.peft import DoRA, LoRA  # noqa: PLC0415 - bring megatron-core's layers
 
-    description.check_method(described, label=description.FILE)
+    check_method(described, label=DESCRIPTION)
     method = {"lora": LoRA, "dora": DoRA}[described.method]
     names = {name: list(getattr(described, name)) for name in ("target_modules", "exclude_modules")}
     sizes = {name: getattr(described, name) for name in ("dim", "alpha", "use_rslora", "canonical")}
@@ -62,7 +62,7 @@ def find(source: str) -> Description | None:
     if detect(folder) is not Format.TORCH_DIST:
         return None
     iteration = find_iteration(folder)
-    return description.read(iteration) if iteration.has(description.FILE) else None
+    return read_description(iteration) if iteration.has(DESCRIPTION) else None
 
 
 def base_of(config: RunConfig, resumed: Path | None) -> str | None:
@@ -91,7 +91,7 @@ def identify(source: str | None, *, saves: bool, resumed: Path | None) -> Base |
                 hint="name the model with `checkpoint.pretrained_checkpoint`",
             )
         return None
-    base = Base(description.base_name(source), from_first_rank(lambda: _fingerprint(source)))
+    base = Base(base_name(source), from_first_rank(lambda: _fingerprint(source)))
     before = saved.base if resumed and (saved := _read(resumed)) else None
     if before and before.fingerprint and base.fingerprint and before.fingerprint != base.fingerprint:
         raise _another_base(str(resumed), before, base)
@@ -115,7 +115,7 @@ def _another_base(source: str, theirs: Base, ours: Base) -> UserError:
 
 
 def _read(folder: Path) -> Description | None:
-    return description.read(LocalFolder(folder)) if (folder / description.FILE).is_file() else None
+    return read_description(LocalFolder(folder)) if (folder / DESCRIPTION).is_file() else None
 
 
 def _check_method(saved: Description | None, peft: Any, resumed: Path | str) -> None:
@@ -180,7 +180,7 @@ def load(chunks: Sequence[Any], source: str, *, peft: Any, base: Base | None) ->
             hint=f"convert it first: `mbconvert adapter-to-mcore {source} DST --base …`, and name DST",
         )
     with closing(open_megatron(LocalFolder(Path(source)))) as reader:
-        saved = description.read(reader.folder)
+        saved = read_description(reader.folder)
         _check_method(saved, peft, source)
         if base and base.fingerprint and saved.base and saved.base.fingerprint not in {"", base.fingerprint}:
             raise _another_base(source, saved.base, base)

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from converter import families, run_config, side_files
-from converter.adapters import description
-from converter.adapters.description import Base
+from converter.adapters.adapter import Base
+from converter.adapters.files import DESCRIPTION
+from converter.adapters.megatron import encode_description
 from converter.config import to_megatron
 from converter.layout import make_layout
-from converter.megatron_settings import Kind
-from converter.megatron_settings import kind as kind_of
+from converter.megatron_settings import Effect, effect_of
 from converter.model import Model
 from converter.sources import open_source
 from formats.detect import Format, detect
@@ -52,7 +52,7 @@ def collect(
     run = iterations.run_of(resumed) if resumed else iterations.new_run()
     files |= {iterations.OURS: iterations.signature(run) + yaml_io.dump(config).encode()}
     if config.peft is not None:
-        files |= {description.FILE: description.make(adapters.describe(config.peft, base))}
+        files |= {DESCRIPTION: encode_description(adapters.describe(config.peft, base))}
     if isinstance(config.model, GPTModelProvider) and sum(stages) == config.model.num_layers:
         files |= {run_config.FILE: _run_config(config.model, stages)}
     if hf_config.not_in_hf_config(config.model):
@@ -133,8 +133,8 @@ def _run_config(model: GPTModelProvider, stages: Sequence[int]) -> bytes:
 
 def _own_fields(model: GPTModelProvider) -> dict[str, Any]:
     """Return the settings of a model that `run_config.yaml` can hold: all but those of how it is computed."""
-    of_model = (Kind.COMPUTED, Kind.SAID, Kind.PART)
-    settings = {field.name: getattr(model, field.name) for field in fields(model) if kind_of(field.name) in of_model}
+    of_model = (Effect.FUNCTION, Effect.CONFIG, Effect.DEPENDENT)
+    settings = {field.name: getattr(model, field.name) for field in fields(model) if effect_of(field.name) in of_model}
     plain = {name: value for name, value in settings.items() if _is_plain(value)}
     return {**plain, "activation_func": getattr(model.activation_func, "__name__", "unknown")}
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from converter.conversion_plan import Reporter
+from converter.execution import Reporter
 from formats.errors import TransientError, UserError
 from formats.home import expanded
 from formats.staging import sync

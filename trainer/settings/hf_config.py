@@ -92,7 +92,9 @@ def not_in_hf_config(provider: Any) -> dict[str, Any]:
     none."""
     settings = {name: _plain(getattr(provider, name)) for name in _CONTEXT if hasattr(provider, name)}
     return {
-        setting.name: setting.value for setting in megatron_settings.foreign(settings, only_model_words=True) if setting.known
+        setting.name: setting.value
+        for setting in megatron_settings.find_unsupported(settings, only_model_words=True)
+        if setting.known
     }
 
 
@@ -116,7 +118,7 @@ def compare_settings(provider: Any, settings: Mapping[str, Any], *, source: str)
     """
     theirs = {
         _OTHER_NAMES.get(setting.name, setting.name): setting.value
-        for setting in megatron_settings.foreign(settings, only_model_words=True)
+        for setting in megatron_settings.find_unsupported(settings, only_model_words=True)
         if setting.known
     }
     ours = not_in_hf_config(provider)

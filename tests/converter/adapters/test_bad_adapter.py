@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from converter import UserError, hf_to_mcore, mcore_to_hf
 from converter.adapters.convert import adapter_to_hf, adapter_to_mcore
-from converter.adapters.open import open_adapter
+from converter.adapters.merge import open_adapter
+from converter.sources import open_source
 from tests.refusal import refused
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -52,7 +53,7 @@ DAMAGED = {
     "A is missing": (lambda w: w.pop(f"{Q}.lora_A.weight"), rf"lacks `{Q}.lora_A.weight`"),
     "both are missing": (
         lambda w: [w.pop(f"{Q}.lora_{one}.weight") for one in "AB"],
-        r"asks for an adapter for `model.layers.0.self_attn.q_proj.weight`, but `adapter_model.safetensors` holds none",
+        r"requests an adapter for `model.layers.0.self_attn.q_proj.weight`, but `adapter_model.safetensors` holds none",
     ),
     "rank of A": (
         lambda w: w.update({f"{Q}.lora_A.weight": torch.ones(3, 64)}),
@@ -117,12 +118,18 @@ CONFIGURED = {
     "a variant": ({"alora_invocation_tokens": [1]}, r"`alora_invocation_tokens: \[1\]`, which is not supported"),
     "a feature of tomorrow": ({"use_better_lora": {"x": 1}}, r"`use_better_lora: a dict`, which is not supported"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, r"`init_lora_weights: pissa_niter_4`, with which PEFT changes"),
-    "rank 0": ({"r": 0}, r"`r` in `adapter_config.json` is `0`"),
+    "rank 0": ({"r": 0}, r"`r` in `adapter_config.json` is `0`, which should be a whole number, 1 or more"),
     "rank in words": ({"r": "four"}, r"`r` in `adapter_config.json` is `four`"),
     "alpha": ({"lora_alpha": [1]}, r"`lora_alpha` in `adapter_config.json` is `\[1\]`"),
-    "infinite alpha": ({"lora_alpha": float("inf")}, r"`lora_alpha` in `adapter_config.json` is `inf`"),
-    "a flag": ({"use_dora": "yes"}, r"`use_dora` in `adapter_config.json` is `yes`"),
-    "targets": ({"target_modules": [1]}, r"`target_modules` in `adapter_config.json` is `\[1\]`"),
+    "infinite alpha": (
+        {"lora_alpha": float("inf")},
+        r"`lora_alpha` in `adapter_config.json` is `inf`, which should be a finite number",
+    ),
+    "a flag": ({"use_dora": "yes"}, r"`use_dora` in `adapter_config.json` is `yes`, which should be true or false"),
+    "targets": (
+        {"target_modules": [1]},
+        r"`target_modules` in `adapter_config.json` is `\[1\]`, which should be a string or a list of strings",
+    ),
     "a broken pattern": (
         {"target_modules": "(q_proj"},
         r"`adapter_config.json` holds `.*`, which is no regular expression: the fault is at character",
@@ -131,7 +138,10 @@ CONFIGURED = {
         {"rank_pattern": {"(": 2}},
         r"`adapter_config.json` holds `.*`, which is no regular expression: the fault is at character",
     ),
-    "a rank in words": ({"rank_pattern": {"q_proj": "2"}}, r"`rank_pattern` in `adapter_config.json` is `a dict`"),
+    "a rank in words": (
+        {"rank_pattern": {"q_proj": "2"}},
+        r"`rank_pattern` in .* is `a dict`, which should be an object of ranks",
+    ),
     "DoRA without magnitudes": ({"use_dora": True}, r"lacks `.*lora_magnitude_vector`"),
     "excluded": ({"exclude_modules": ["q_proj"]}, r"an adapter for `.*q_proj`, which `target_modules`"),
     "other alphas": ({"alpha_pattern": {"q_proj": 3}}, r"has alpha 8 and `.*q_proj` has 3, by `alpha_pattern`"),
@@ -165,7 +175,7 @@ def test_a_truncated_file(adapter, base, tmp_path, length):
 def test_a_pickle_is_not_opened(adapter, base, tmp_path):
     (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
     with pytest.raises(UserError) as error:
-        open_adapter(adapter)
+        open_adapter(open_source(adapter))
     assert str(error.value) == (
         f"`{adapter}` has its weights in `adapter_model.bin`, a pickle, which can run any program when it is opened\n\n"
         "hint: if you trust it, load it with PEFT and save it again: `save_pretrained` writes safetensors"
@@ -188,20 +198,20 @@ def test_a_checkpoint_of_a_model_is_no_adapter(base, tmp_path):
 
 DESCRIBED = {
     "another method": ({"method": "my.Method"}, r"is an adapter of the method `my.Method`, which only its author can convert"),
-    "no method": ({"method": None}, r"`method` in `adapter.json` is `None`, which is not"),
+    "no method": ({"method": None}, r"`method` in `adapter.json` is `None`, which should be a string"),
     "rank 0": ({"dim": 0}, r"`dim` in `adapter.json` is 0"),
     "another rank": ({"dim": 5}, r"linear_in.weight` has shape \[4, 64\], .* rank 5 .* should be \[5, 64\]"),
-    "rank in words": ({"dim": "4"}, r"`dim` in `adapter.json` is `4`, which is not what it should be"),
-    "an unknown field": ({"new": 1}, r"has a field `new`, which is not known here"),
+    "rank in words": ({"dim": "4"}, r"`dim` in `adapter.json` is `4`, which should be a whole number, 0 or more"),
+    "an unknown field": ({"new": 1}, r"has an unknown field `new`"),
     "a flag": ({"canonical": 1}, r"`canonical` in `adapter.json` is `1`"),
-    "a base in words": ({"base": "llama"}, r"`base` in `adapter.json` is `llama`"),
+    "a base in words": ({"base": "llama"}, r"`base` in `adapter.json` is `llama`, which should be an object"),
     "a base of numbers": ({"base": {"name": 1}}, r"`name` in `base` of `adapter.json` is `1`"),
     "not alpha": ({"alpha": float("nan")}, r"`alpha` in `adapter.json` is `nan`"),
     "targets": ({"target_modules": "all"}, r"`target_modules` in `adapter.json` is `all`"),
-    "magnitudes left over": ({"method": "lora"}, r"weight_magnitude`.*for which a lora with `canonical` has no place"),
+    "magnitudes left over": ({"method": "lora"}, r"weight_magnitude`.*which a lora with `canonical` does not have"),
     "not canonical": (
         {"canonical": False},
-        r"adapter_gate.linear_in.weight`, .* for which a dora without `canonical` has no place",
+        r"adapter_gate.linear_in.weight`, .* which a dora without `canonical` does not have",
     ),
 }
 
@@ -248,8 +258,8 @@ def test_whatever_a_configuration_says_it_is_understood_or_refused(peft_folder, 
     with TemporaryDirectory() as folder, contextlib.suppress(UserError):
         shutil.copy(peft_folder() / WEIGHTS, folder)
         Path(folder, CONFIG).write_text(json.dumps({**good, name: data.draw(ANYTHING)}))
-        with contextlib.closing(open_adapter(folder)) as adapter:
-            adapter.read("model.layers.3.mlp.up_proj.weight")
+        with contextlib.closing(open_adapter(open_source(folder))) as adapter:
+            adapter.read_delta("model.layers.3.mlp.up_proj.weight")
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -260,7 +270,7 @@ def test_whatever_a_description_says_it_is_understood_or_refused(checkpoint, dat
     name = data.draw(st.sampled_from([*good, "other"]))
     try:
         file.write_text(json.dumps({**good, name: data.draw(ANYTHING)}))
-        with contextlib.suppress(UserError), contextlib.closing(open_adapter(checkpoint)) as adapter:
-            adapter.read("model.layers.3.mlp.up_proj.weight")
+        with contextlib.suppress(UserError), contextlib.closing(open_adapter(open_source(checkpoint))) as adapter:
+            adapter.read_delta("model.layers.3.mlp.up_proj.weight")
     finally:
         file.write_text(json.dumps(good))

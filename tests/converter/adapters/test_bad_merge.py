@@ -1,4 +1,4 @@
-"""What does not fit is named before anything is written."""
+"""An adapter that does not fit its base is refused by name before anything is written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
 
 @pytest.fixture
 def adapter(peft_folder, tmp_path):
-    """One that may be damaged."""
+    """An adapter that a test may damage."""
     shutil.copytree(peft_folder(target_modules=["q_proj"]), tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -35,7 +35,7 @@ def edit(folder, change, *, file=FILE):
 
 
 def refused(base, adapter, tmp_path, **options):
-    """What merging says; nothing is left of it."""
+    """Return the error of a merge that writes nothing."""
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError) as error:
         merge(base, adapter, tmp_path / "merged", **options)
@@ -45,25 +45,25 @@ def refused(base, adapter, tmp_path, **options):
 
 def test_weights_that_the_base_does_not_have(base, model_folder, adapter, tmp_path):
     smaller = model_folder("gqa", num_hidden_layers=2)
-    said = refused(smaller, adapter, tmp_path)
+    text = refused(smaller, adapter, tmp_path)
     assert (
         f"the adapter `{adapter}` changes `model.layers.2.self_attn.q_proj.weight`, `model.layers.3.self_attn.q_proj.weight`, \
 which `{smaller}` does not have"
-        in said
+        in text
     )
 
 
 def test_weights_of_another_shape(model_folder, adapter, tmp_path):
-    said = refused(model_folder("head_dim"), adapter, tmp_path)
-    assert "`model.layers.0.self_attn.q_proj.weight` has shape [96, 64], its adapter is for one of [64, 64]" in said
+    text = refused(model_folder("head_dim"), adapter, tmp_path)
+    assert "`model.layers.0.self_attn.q_proj.weight` has shape [96, 64], its adapter is for one of [64, 64]" in text
     hf_to_mcore(model_folder("head_dim"), tmp_path / "m")
     assert "has shape [96, 64], its adapter is for one of [64, 64]" in refused(tmp_path / "m", adapter, tmp_path)
 
 
 def test_values_that_are_not_finite(base, adapter, tmp_path):
     edit(adapter, lambda found: found[f"{QUERY}.lora_B.weight"][3, 1].fill_(float("nan")))
-    said = refused(base, adapter, tmp_path)
-    assert "the adapter of `model.layers.0.self_attn.q_proj.weight` holds values that are not finite" in said
+    text = refused(base, adapter, tmp_path)
+    assert "the adapter of `model.layers.0.self_attn.q_proj.weight` holds values that are not finite" in text
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
@@ -71,24 +71,24 @@ def test_a_base_to_which_nothing_can_be_added(base, adapter, tmp_path, dtype):
     shutil.copytree(base, tmp_path / "base")
     edit(tmp_path / "base", lambda found: found.update({n: t.to(dtype) for n, t in found.items()}), file="model.safetensors")
     name = {torch.float64: "fp64", torch.float8_e4m3fn: "fp8_e4m3"}[dtype]
-    said = refused(tmp_path / "base", adapter, tmp_path)
-    assert f"`model.layers.0.self_attn.q_proj.weight` is {name}, to which nothing can be added" in said
+    text = refused(tmp_path / "base", adapter, tmp_path)
+    assert f"`model.layers.0.self_attn.q_proj.weight` is {name}, to which nothing can be added" in text
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 def test_a_tied_output_layer(base, model_folder, tmp_path):
     adapter = save_adapter(base, tmp_path / "adapter", target_modules=["lm_head"])
     keep_factors_alone(adapter)
-    said = refused(model_folder("tied"), adapter, tmp_path)
-    assert "changes `lm_head.weight`, but `config.json` ties `lm_head.weight` to `model.embed_tokens.weight`" in said
+    text = refused(model_folder("tied"), adapter, tmp_path)
+    assert "changes `lm_head.weight`, but `config.json` ties `lm_head.weight` to `model.embed_tokens.weight`" in text
 
 
 def test_another_base_than_it_was_trained_beside(base, model_folder, peft_folder, tmp_path):
     other = model_folder("gqa", seed=1)
     adapter_to_mcore(peft_folder(), tmp_path / "a", base=base)
-    said = refused(other, tmp_path / "a", tmp_path)
-    assert said.startswith(
-        f"the adapter was trained beside `{base}`, whose fingerprint is {fingerprint(base)}; that of `{other}` is "
+    text = refused(other, tmp_path / "a", tmp_path)
+    assert text.startswith(
+        f"the adapter was trained on `{base}`, whose fingerprint is {fingerprint(base)}; that of `{other}` is "
         f"{fingerprint(other)}"
     )
     merge(other, tmp_path / "a", tmp_path / "any", allow_other_base=True)
@@ -109,18 +109,20 @@ def test_pefts_own_files_do_not_tell_and_that_is_said(base, adapter, tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/name"}))
     notes = []
     merge(base, adapter, tmp_path / "merged", reporter=Reporter(note=notes.append))
-    assert notes == ["the adapter does not tell its base apart from other models (it names `org/name`): that is not checked"]
+    assert notes == [
+        "the adapter has no fingerprint of its base (it names `org/name`): whether it was trained on this one is not checked"
+    ]
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"to": "hf", "tp": 2}, "`tp` is 2, which means nothing to a Hugging Face directory"),
-    ({"to": "mcore", "max_shard_size": 10_000}, "`max_shard_size` is 10000, which means nothing to a Megatron checkpoint"),
+@pytest.mark.parametrize(("options", "text"), [
+    ({"to": "hf", "tp": 2}, "`tp` is 2, which has no effect if the target is a Hugging Face directory"),
+    ({"to": "mcore", "max_shard_size": 10}, "`max_shard_size` is 10, which has no effect if the target is a Megatron checkpoint"),
     ({"to": "gguf"}, "the target's format `gguf` is not one of hf, mcore"),
     ({"workers": 0}, "`workers` is 0, which should be 1 to 256"),
     ({"to": "mcore", "tp": 3}, "tensor-parallel size 3 neither divides the model's 4 query groups nor is a multiple of them"),
 ])  # fmt: skip
-def test_options_of_the_other_format(base, adapter, tmp_path, options, said):
-    assert said in refused(base, adapter, tmp_path, **options)
+def test_options_of_the_other_format(base, adapter, tmp_path, options, text):
+    assert text in refused(base, adapter, tmp_path, **options)
 
 
 def test_a_target_that_is_the_base_or_the_adapter(base, adapter, tmp_path):
@@ -135,9 +137,9 @@ def test_a_config_for_a_base_that_has_one(base, adapter, tmp_path):
 
 
 def test_a_bias_that_megatron_was_to_keep_zero_and_did_not(model_folder, tmp_path, monkeypatch):
-    """A base in Megatron's format is held to what an export of it would be."""
+    """A base in Megatron's format is checked as an export of it is."""
     base = model_folder("attention_bias")
     adapter = save_adapter(base, tmp_path / "adapter")
     hf_to_mcore(model_folder("both_biases"), tmp_path / "m")
-    said = refused(tmp_path / "m", adapter, tmp_path, hf_config=base)
-    assert "is not zero any more, but `config.json` has no place for it" in said
+    text = refused(tmp_path / "m", adapter, tmp_path, hf_config=base)
+    assert "is not zero any more, but `config.json` has no place for it" in text

@@ -1,4 +1,4 @@
-"""A model has one fingerprint whatever its format, layout and writer, and another once it was trained."""
+"""A model has one fingerprint whatever its format, layout and writer, and another after training."""
 
 from __future__ import annotations
 

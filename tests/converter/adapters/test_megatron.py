@@ -1,4 +1,4 @@
-"""megatron-core reads the checkpoints that we write, and a fused adapter means there what it means to PEFT."""
+"""megatron-core reads the checkpoints that we write, and a fused adapter computes there what it computes in PEFT."""
 
 from __future__ import annotations
 

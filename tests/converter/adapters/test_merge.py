@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from converter import Reporter, UserError, check, hf_to_mcore, mcore_to_hf, verify
-from converter.adapters.adapter import Adapter, Delta
+from converter.adapters.adapter import Delta
 from converter.adapters.convert import adapter_to_mcore
-from converter.adapters.description import Description
 from converter.adapters.merge import merge
 from converter.adapters.merged import MergedReader, block_rows, blocks
 from formats.folder import LocalFolder
@@ -228,18 +227,24 @@ def test_the_record_names_base_and_adapter_and_lists_the_hashes_of_what_was_made
     hf_to_mcore(base, tmp_path / "base")
     merge(base, adapter, tmp_path / "hf")
     merge(tmp_path / "base", adapter, tmp_path / "mcore", tp=2)
-    told = record(tmp_path / "hf")
-    assert (told["command"], told["source"], told["family"]) == ("merge", {**told["source"], "format": "safetensors"}, "llama")
-    assert told["blake3"] == hashes(tmp_path / "hf") == record(tmp_path / "mcore")["blake3"]
-    assert told["adapter"] == record(tmp_path / "mcore")["adapter"]
+    provenance = record(tmp_path / "hf")
+    assert (provenance["command"], provenance["source"], provenance["family"]) == (
+        "merge",
+        {**provenance["source"], "format": "safetensors"},
+        "llama",
+    )
+    assert provenance["blake3"] == hashes(tmp_path / "hf") == record(tmp_path / "mcore")["blake3"]
+    assert provenance["adapter"] == record(tmp_path / "mcore")["adapter"]
     named = {"name": "adapter", "method": "dora", "dim": 4, "alpha": 8, "weights": 28, "target_modules": sorted(EVERY)}
-    assert {key: sorted(told["adapter"][key]) if key == "target_modules" else told["adapter"][key] for key in named} == named
+    assert {
+        key: sorted(provenance["adapter"][key]) if key == "target_modules" else provenance["adapter"][key] for key in named
+    } == named
     assert record(tmp_path / "mcore")["source"]["format"] == "torch_dist"
     assert check(tmp_path / "hf").whole
     assert check(tmp_path / "mcore").whole
     assert (tmp_path / "mcore" / TRACKER).read_text() == "0"
     merge(base, peft_folder(use_dora=True, seed=2), tmp_path / "other")
-    assert record(tmp_path / "other")["adapter"]["blake3"] != told["adapter"]["blake3"]
+    assert record(tmp_path / "other")["adapter"]["blake3"] != provenance["adapter"]["blake3"]
 
 
 def test_a_base_of_megatrons_that_carries_no_config_follows_the_one_given(base, peft_folder, tmp_path):
@@ -318,8 +323,8 @@ def wide(tmp_path_factory):
     a, b, weight = (generator.standard_normal(shape, np.float32) for shape in ((16, 2051), (200, 16), (200, 2051)))
     save_file({"weight": torch.from_numpy(weight)}, folder / "model.safetensors")
     delta = Delta(a, b, 0.7, np.abs(b[:, 0]))
-    adapter = Adapter(Description("dora"), frozenset({"weight"}), {"weight": delta}.__getitem__, lambda: None)
-    with closing(MergedReader(HuggingFaceReader(LocalFolder(folder)), adapter, dtype="keep")) as merged:
+    base, deltas = HuggingFaceReader(LocalFolder(folder)), {"weight": delta}
+    with closing(MergedReader(base, deltas.__getitem__, changed=deltas.keys(), dtype="keep")) as merged:
         whole = np.empty_like(weight)
         merged.read("weight", merged.specs["weight"].full_region, whole)
         yield merged, whole
@@ -330,7 +335,7 @@ def test_verify_sees_what_a_lying_disk_holds(model_folder, peft_folder, tmp_path
     for to in ("hf", "mcore"):
         with monkeypatch.context() as patch:
             Lying(patch, 4)
-            with pytest.raises(UserError, match=r"what lies on the disk is not what was converted: `model\..* 1 element differs"):
+            with pytest.raises(UserError, match=r"what is on the disk is not what was converted: `model\..* 1 element differs"):
                 merge(base, adapter, tmp_path / to, to=to, verify=True)
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""What an opened adapter changes is what PEFT says that it changes, wherever it lies."""
+"""The changes of an open adapter equal PEFT's, in both formats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from converter.adapters.convert import adapter_to_mcore
-from converter.adapters.open import open_adapter
+from converter.adapters.merge import open_adapter
+from converter.sources import open_source
 from tests.converter.adapters.made import deltas, with_adapter
 
 PATTERNS = {
@@ -20,10 +21,10 @@ KINDS = [{}, {"use_rslora": True}, PATTERNS, {**PATTERNS, "use_rslora": True}, {
 
 def check(path, adapted):
     expected = deltas(adapted)
-    with closing(open_adapter(path)) as adapter:
-        assert adapter.names == set(expected)
-        for name in adapter.names:
-            found = adapter.read(name)
+    with closing(open_adapter(open_source(path))) as adapter:
+        assert adapter.parts.keys() == set(expected)
+        for name in adapter.parts:
+            found = adapter.read_delta(name)
             np.testing.assert_allclose(found.scale * (found.b @ found.a), expected[name].detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
@@ -44,8 +45,8 @@ def test_magnitudes(peft_folder, base, tmp_path, canonical):
     folder = peft_folder(equal_a=True, use_dora=True)
     adapter_to_mcore(folder, tmp_path / "m", base=base, canonical=canonical)
     adapted = with_adapter(base, folder)
-    with closing(open_adapter(tmp_path / "m")) as adapter:
-        for name in adapter.names:
+    with closing(open_adapter(open_source(tmp_path / "m"))) as adapter:
+        for name in adapter.parts:
             module = adapted.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
             expected = module.lora_magnitude_vector["default"].weight.detach().numpy()
-            np.testing.assert_array_equal(adapter.read(name).magnitude, expected)
+            np.testing.assert_array_equal(adapter.read_delta(name).magnitude, expected)

@@ -1,5 +1,7 @@
-"""Adapters as other programs than PEFT's `save_pretrained` write them, and adapters given to the wrong command: each error names
-what is there, and what its hint says works."""
+"""Adapters written by other programs than PEFT's `save_pretrained`, and adapters given to the wrong command.
+
+Each error names what was found, and following its hint works.
+"""
 
 from __future__ import annotations
 
@@ -46,14 +48,14 @@ RENAMED = {
 
 
 @pytest.mark.parametrize("name", RENAMED)
-def test_names_of_other_writers_are_told_and_the_hint_mends_them(adapter, base, tmp_path, monkeypatch, name):
+def test_names_of_other_writers_are_recognized_and_the_hint_renames_them(adapter, base, tmp_path, monkeypatch, name):
     new, cause = RENAMED[name]
     expected = load_file(adapter / WEIGHTS)
     rename(adapter, new)
-    said = message(merge, base, adapter, tmp_path / "out")
-    assert cause in said
+    text = message(merge, base, adapter, tmp_path / "out")
+    assert cause in text
     monkeypatch.chdir(adapter)
-    exec(said.partition("does: `")[2].partition("` of")[0], vars(safetensors_torch))
+    exec(text.partition("does: `")[2].partition("` of")[0], vars(safetensors_torch))
     assert load_file(adapter / WEIGHTS).keys() == expected.keys()
     merge(base, adapter, tmp_path / "out")
     save_file(expected, adapter / WEIGHTS, {"format": "pt"})
@@ -87,9 +89,11 @@ def test_an_adapter_of_the_head_is_sent_to_merge_which_takes_it(adapter, base, t
     save_file(weights, adapter / WEIGHTS, {"format": "pt"})
     known = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps({**known, "target_modules": [*known["target_modules"], module]}))
-    said = message(adapter_to_mcore, adapter, tmp_path / "out", base=base)
-    assert f"holds an adapter for `{module}.weight`, where Megatron's adapters have no place" in said
-    assert "hint: merge it into its base model instead: `mbconvert merge`" in said
+    text = message(adapter_to_mcore, adapter, tmp_path / "out", base=base)
+    assert (
+        f"holds an adapter for `{module}.weight`, but Megatron's adapters are on the linear layers of the decoder alone" in text
+    )
+    assert "hint: merge it into its base model instead: `mbconvert merge`" in text
     merge(base, adapter, tmp_path / "out")
     assert not torch.equal(*(load_file(one / "model.safetensors")["lm_head.weight"] for one in (base, tmp_path / "out")))
 
@@ -97,8 +101,8 @@ def test_an_adapter_of_the_head_is_sent_to_merge_which_takes_it(adapter, base, t
 @pytest.mark.parametrize("file", ["adapters.safetensors", "adapter_0.pt", "pytorch_lora_weights.safetensors"])
 def test_weights_in_another_file_are_named(adapter, base, tmp_path, file):
     (adapter / WEIGHTS).rename(adapter / file)
-    said = message(merge, base, adapter, tmp_path / "out")
-    assert f"`{adapter}` has no `{WEIGHTS}`, but `{file}`\n\nhint: another program wrote it" in said
+    text = message(merge, base, adapter, tmp_path / "out")
+    assert f"`{adapter}` has no `{WEIGHTS}`, but `{file}`\n\nhint: another program wrote it" in text
 
 
 @pytest.mark.parametrize(("fields", "way"), [
@@ -107,16 +111,16 @@ def test_weights_in_another_file_are_named(adapter, base, tmp_path, file):
 ])  # fmt: skip
 def test_other_kinds_of_adapters_have_their_way_out(adapter, base, tmp_path, fields, way):
     (adapter / CONFIG).write_text(json.dumps({**json.loads((adapter / CONFIG).read_text()), **fields}))
-    said = message(merge, base, adapter, tmp_path / "out")
-    assert f"`peft_type` in `{CONFIG}` is `{fields['peft_type']}`, which is not supported" in said
-    assert way in said
+    text = message(merge, base, adapter, tmp_path / "out")
+    assert f"`peft_type` in `{CONFIG}` is `{fields['peft_type']}`, which is not supported" in text
+    assert way in text
 
 
 def test_an_adapter_of_a_model_with_other_prefixes_says_so(adapter, base, tmp_path):
     rename(adapter, lambda name: name.replace("model.layers.", "layers."))
-    said = message(merge, base, adapter, tmp_path / "out")
-    assert "the base calls that weight `model.layers.0." in said
-    assert '`n.replace("base_model.model.", "base_model.model.model.", 1)`' in said
+    text = message(merge, base, adapter, tmp_path / "out")
+    assert "the base calls that weight `model.layers.0." in text
+    assert '`n.replace("base_model.model.", "base_model.model.model.", 1)`' in text
 
 
 def test_each_command_names_what_it_was_given_and_the_command_for_it(adapter, base, tmp_path):
@@ -130,7 +134,7 @@ def test_each_command_names_what_it_was_given_and_the_command_for_it(adapter, ba
         f"`{adapter}` is a PEFT adapter, not a Megatron adapter checkpoint\n\nhint: `mbconvert adapter-to-mcore` converts it"
     )
     assert message(adapter_to_mcore, tmp_path / "lora", tmp_path / "out", base=base).startswith(
-        f"`{tmp_path / 'lora'}` is a Megatron checkpoint, not a PEFT adapter\n\nhint: `mbconvert mcore-to-hf` converts it; where"
+        f"`{tmp_path / 'lora'}` is a Megatron checkpoint, not a PEFT adapter\n\nhint: `mbconvert mcore-to-hf` converts it, or"
     )
     alone = f"`{adapter}` is an adapter without its model"
     assert message(mcore_to_hf, adapter, tmp_path / "out").startswith(alone)

@@ -1,4 +1,4 @@
-"""An adapter that lacks tensors its own configuration asks for is refused, by every command."""
+"""Every command refuses an adapter without all tensors that its configuration requests."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def test_a_merge_of_a_part_is_refused_with_what_is_missing(base, peft_folder, tm
         base = tmp_path / "base"
     with pytest.raises(UserError) as error:
         merge(base, adapter, tmp_path / "merged", to="hf")
-    said = str(error.value)
-    assert said.startswith(f"the adapter `{adapter}` asks for changes of `{weight}`")
-    assert said.endswith(
-        ", but its file holds none for them\n\n"
-        "hint: its file is not whole, or it was trained beside another model: a merge would be of a part alone"
+    text = str(error.value)
+    assert text.startswith(f"the adapter `{adapter}` requests changes of `{weight}`")
+    assert text.endswith(
+        ", but its file holds no tensors for them\n\n"
+        "hint: its file is incomplete, or it was trained on another base model: only a part of it could be merged"
     )
     assert not list(tmp_path.glob("merged*"))
 
@@ -66,7 +66,7 @@ def test_a_merge_of_a_part_is_refused_with_what_is_missing(base, peft_folder, tm
 def test_the_same_beside_a_base_in_megatrons_format(base, peft_folder, tmp_path):
     hf_to_mcore(base, tmp_path / "base")
     adapter = lacking(peft_folder(), tmp_path / "adapter", "layers.3.")
-    with pytest.raises(UserError, match=r"asks for changes of `model.layers.3.mlp.down_proj.weight`.* and 4 more"):
+    with pytest.raises(UserError, match=r"requests changes of `model.layers.3.mlp.down_proj.weight`.* and 4 more"):
         merge(tmp_path / "base", adapter, tmp_path / "merged")
 
 
@@ -75,7 +75,7 @@ def test_the_same_beside_a_base_in_megatrons_format(base, peft_folder, tmp_path)
      "down_proj", "query_key_value"]},
 ], ids=str)  # fmt: skip
 def test_a_whole_adapter_is_merged(base, peft_folder, tmp_path, changes):
-    """The output layer is none of PEFT's `all-linear`, and a target that no module has asks for nothing."""
+    """The output layer is none of PEFT's `all-linear`, and a target that no module has requests nothing."""
     merge(base, lacking(peft_folder(), tmp_path / "adapter", "nothing", **changes), tmp_path / "merged", dry_run=True)
 
 
@@ -92,7 +92,7 @@ def test_a_checkpoint_that_lacks_a_targets_adapter_is_refused(base, peft_folder,
             act(tmp_path / "m", tmp_path / "out")
         assert str(error.value) == (
             "the checkpoint lacks `decoder.layers.2.mlp.linear_fc2.adapter.linear_in.weight`, which `target_modules` in "
-            "`adapter.json` asks for\n\nhint: its files are not whole, or that file is of another adapter"
+            "`adapter.json` requests\n\nhint: the checkpoint is incomplete, or that file is of another adapter"
         )
     edit(path, target_modules=[*asked, "linear_fc2"], exclude_modules=["linear_fc2"])
     adapter_to_hf(tmp_path / "m", tmp_path / "excluded")

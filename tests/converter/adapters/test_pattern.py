@@ -1,4 +1,4 @@
-"""Patterns match as Python's `re` matches them, and those that were made to take for ever do not."""
+"""Patterns match as Python's `re` matches them; those that take `re` exponential time are refused or match nothing."""
 
 from __future__ import annotations
 

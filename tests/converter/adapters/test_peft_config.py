@@ -1,4 +1,4 @@
-"""What a configuration asks for, as PEFT itself understands it; and configurations made for any set of modules."""
+"""A configuration requests the modules that PEFT builds from it; an export writes one for any set of modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from converter.adapters import peft_config
-from converter.adapters.description import Description
+from converter.adapters.adapter import Description
 from formats.folder import LocalFolder
 
 LAYERS = 12
@@ -35,16 +35,25 @@ def built_by_peft(config):
     st.sets(st.sampled_from(["self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"]), min_size=1),
 ))  # fmt: skip
 def test_peft_builds_exactly_the_modules_that_an_export_has(modules):
-    document = json.loads(peft_config.make(Description("lora", dim=4, alpha=8), sorted(modules), layers=LAYERS))
+    document = json.loads(peft_config.encode(Description("lora", dim=4, alpha=8), sorted(modules), layers=LAYERS))
     assert built_by_peft(LoraConfig(**document)) == modules
 
 
 def test_short_names_where_they_say_it_all():
     every = [module for module in MODULES if module.endswith(("q_proj", "up_proj"))]
-    assert peft_config.choose(every, layers=LAYERS) == {"layers_to_transform": None, "target_modules": ["q_proj", "up_proj"]}
+    assert peft_config.choose_targets(every, layers=LAYERS) == {
+        "layers_to_transform": None,
+        "target_modules": ["q_proj", "up_proj"],
+    }
     some = [module for module in every if ".3." in module or ".11." in module]
-    assert peft_config.choose(some, layers=LAYERS) == {"layers_to_transform": [3, 11], "target_modules": ["q_proj", "up_proj"]}
-    assert peft_config.choose(some[1:], layers=LAYERS) == {"layers_to_transform": None, "target_modules": sorted(some[1:])}
+    assert peft_config.choose_targets(some, layers=LAYERS) == {
+        "layers_to_transform": [3, 11],
+        "target_modules": ["q_proj", "up_proj"],
+    }
+    assert peft_config.choose_targets(some[1:], layers=LAYERS) == {
+        "layers_to_transform": None,
+        "target_modules": sorted(some[1:]),
+    }
 
 
 ASKED = [

@@ -75,9 +75,9 @@ def test_the_hashes_of_both_records_are_the_same(peft_folder, base, tmp_path):
 
 def test_the_checkpoint_says_what_it_is(peft_folder, base, tmp_path):
     adapter_to_mcore(peft_folder(use_dora=True, lora_dropout=0.1), tmp_path / "m", base=base)
-    told = json.loads((tmp_path / "m" / "iter_0000000" / "adapter.json").read_text())
-    assert told.pop("base")["name"] == str(base)
-    assert told == {
+    description = json.loads((tmp_path / "m" / "iter_0000000" / "adapter.json").read_text())
+    assert description.pop("base")["name"] == str(base)
+    assert description == {
         "method": "dora", "dim": 4, "alpha": 8, "use_rslora": False, "canonical": True, "dropout": 0.1, "exclude_modules": [],
         "target_modules": ["linear_q", "linear_k", "linear_v", "linear_proj", "linear_fc1_gate", "linear_fc1_up", "linear_fc2"],
     }  # fmt: skip

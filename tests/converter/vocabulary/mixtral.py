@@ -14,9 +14,11 @@ MOE = (
     gated_mlp("mlp.experts.{expert}.linear_fc1.weight", EXPERTS + ".{w1,w3}.weight", "moe_ffn", "hidden"),
     row_parallel("mlp.experts.{expert}.linear_fc2.weight", EXPERTS + ".w2.weight", "hidden", "moe_ffn"),
 )
+SMALL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 RULES = llama.decoder(*llama.ATTENTION, *MOE)
 CONFIG = (
     *mistral.SIZES,
+    llama.PLAIN_ATTENTION,
     window("window_size", "sliding_window", default=None),
     *routed(experts="num_local_experts", topk="num_experts_per_tok", ffn="intermediate_size"),
 )

@@ -12,5 +12,5 @@ CONFIG = (
     llama.DENSE,
     rope("default"),
     no_window("window_size"),
-    fixed(add_bias_linear=False),
+    fixed(add_bias_linear=False, add_qkv_bias=True, qk_layernorm=False),
 )

@@ -87,7 +87,7 @@ def test_a_checkpoint_holds_adapters_alone_and_names_its_base(run, model_folder,
 
 
 def test_the_base_is_found_from_every_folder(model_folder, monkeypatch):
-    from converter.adapters.description import base_name
+    from converter.adapters.adapter import base_name
 
     folder = model_folder("gqa")
     monkeypatch.chdir(folder.parent)

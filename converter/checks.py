@@ -1,0 +1,152 @@
+"""What must hold before a conversion starts: its options, its paths, and tensors that must be equal or zero.
+
+What a family or a format asks for is checked where it is planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from converter.execution import ExecutionOptions
+from converter.plan import TensorPlan, pieces
+from converter.run import PIECE_BYTES
+from converter.values import CHOICES
+from converter.workers import check_workers
+from formats.arrays import same_bits
+from formats.errors import UserError
+from formats.folder import Folder, LocalFolder
+from formats.location import is_remote, without_secrets
+from formats.replacement import Rule
+from formats.spec import Reader, TensorSpec, dtype_name, extent
+from formats.target import check_target
+
+
+def check_execution(options: ExecutionOptions) -> None:
+    """Raise TypeError for a keyword that no conversion takes, UserError for a number of threads out of bounds."""
+    for name in options:
+        if name not in ExecutionOptions.__optional_keys__:
+            raise TypeError(f"a conversion takes no keyword argument `{name}`")
+    check_workers(options.get("workers"))
+
+
+def check_options(*, dtype: str, **counts: int | None) -> None:
+    """Raise UserError for a dtype that is not one of the choices, or a count below 1. The command line checks both itself."""
+    if dtype not in CHOICES:
+        raise UserError(f"dtype `{dtype}` is not one of {', '.join(CHOICES)}")
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UserError(f"`{name}` is {count}, which should be 1 or more")
+
+
+def check_locations(target: str, sources: Sequence[Folder], options: ExecutionOptions) -> None:
+    """Raise UserError if writing to `target` would harm a source or something else, or cannot work there."""
+    if not is_remote(target):
+        paths = [source.path for source in sources if isinstance(source, LocalFolder)]
+        check_target(Path(target), *paths, rule=replacement_rule(options))
+        return
+    from formats.remote.upload import TARGETS  # noqa: PLC0415 - the clients of object stores
+
+    kind = target.partition("://")[0].lower()
+    if kind not in TARGETS:
+        raise UserError(f"`{kind}://` cannot be written to", hint="a directory, s3:// and gs:// can")
+    if options.get("resume") or options.get("verify"):
+        raise UserError(
+            f"`--{'resume' if options.get('resume') else 'verify'}` needs a directory as target, "
+            f"`{without_secrets(target)}` is none",
+            hint="nothing can be read there before all of it is; afterwards `mbconvert verify SRC DST` compares",
+        )
+    for source in sources:
+        if _prefix(source.label).startswith(_prefix(without_secrets(target))):
+            raise UserError(
+                f"the source `{source.label}` is inside `{without_secrets(target)}`, where the output is to be written",
+                hint="choose another target",
+            )
+
+
+def _prefix(url: str) -> str:
+    """Return what the names of all objects below a URL begin with."""
+    kind, _, path = url.partition("://")
+    bucket, _, folder = path.partition("/")
+    return f"{kind}://{bucket}/{folder.strip('/')}".rstrip("/") + "/"
+
+
+def replacement_rule(options: ExecutionOptions, planned: Collection[str] | None = None) -> Rule | None:
+    """Return the rule for what may be replaced at the target, given the `planned` files once they are known; None without
+    `overwrite`."""
+    if not options.get("overwrite"):
+        return None
+    from converter.ownership import replaceable  # noqa: PLC0415 - knows every format's names, and is seldom needed
+
+    return replaceable(planned)
+
+
+def check_equal(reader: Reader, name: str, other: str) -> None:
+    """Raise UserError unless two tensors hold the same bytes. Reads both, a piece at a time."""
+    spec, like = reader.specs[name], reader.specs[other]
+    same = spec.shape == like.shape and spec.dtype == like.dtype
+    for piece in pieces([TensorPlan(spec)], limit=PIECE_BYTES) if same else ():
+        one, two = (np.empty(extent(piece.region), spec.dtype) for _ in range(2))
+        reader.read(name, piece.region, one)
+        reader.read(other, piece.region, two)
+        if not same_bits(one, two):
+            same = False
+            break
+    if not same:
+        raise UserError(
+            f"`{name}` differs from `{other}`, though `config.json` ties them",
+            hint="set `tie_word_embeddings` to false in `config.json` to keep both",
+        )
+
+
+def check_filled(reader: Reader, name: str, value: float) -> None:
+    """Raise UserError unless all values of a tensor are those that Megatron's has where Hugging Face has no such tensor."""
+    if is_filled(reader, name, value):
+        return
+    if value:
+        raise UserError(
+            f"`{name}` is not {value:g} everywhere any more, but `config.json` has no place for it",
+            hint="models of this family have no such weights: this one cannot be exported as one of them",
+        )
+    raise UserError(
+        f"`{name}` is not zero any more, but `config.json` has no place for it",
+        hint="set `attention_bias` and `mlp_bias` to true in the `config.json` given with `--hf-config`",
+    )
+
+
+def is_filled(reader: Reader, name: str, value: float, *, start: int = 0) -> bool:
+    """Return whether all rows of a tensor from row `start` on hold one value. Reads them, a piece at a time."""
+    spec = reader.specs[name]
+    for piece in pieces([TensorPlan(spec)], limit=PIECE_BYTES):
+        if piece.rows.stop > start:
+            data = np.empty(extent(piece.region), spec.dtype)
+            reader.read(name, piece.region, data)
+            if np.any(data[max(0, start - piece.rows.start) :] != value):
+                return False
+    return True
+
+
+def check_exact(reader: Reader, plan: TensorPlan) -> None:
+    """Raise UserError unless adding a tensor's offset, and taking it off again, gives back every value."""
+    assert plan.transform is not None
+    (source,), target, offset = plan.parts, plan.spec.dtype, plan.transform.offset
+    with np.errstate(all="ignore"):
+        for piece in pieces([TensorPlan(source)], limit=PIECE_BYTES // 4):
+            data = np.empty(extent(piece.region), source.dtype)
+            reader.read(source.name, piece.region, data)
+            back = ((data.astype(np.float64) + offset).astype(target).astype(np.float64) - offset).astype(source.dtype)
+            if not same_bits(back, data):
+                raise UserError(
+                    f"`{source.name}` cannot be stored as `{plan.spec.name}` exactly: there {offset:+g} is added to each value, "
+                    f"which rounds in {dtype_name(target)}",
+                    hint="convert with `--dtype fp32`",
+                )
+
+
+def check_dimensions(specs: Mapping[str, TensorSpec]) -> None:
+    """Raise UserError for a tensor without dimensions: no row table applies to it."""
+    for name, spec in specs.items():
+        if not spec.shape:
+            raise UserError(f"`{name}` has no dimensions, which is not supported")

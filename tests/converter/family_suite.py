@@ -1,0 +1,89 @@
+"""What holds for every family, by its file alone: `test_families.py` goes through the directory, others through their files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from converter import families, hf_to_mcore, mcore_to_hf
+from converter.config import make_model, to_huggingface, to_megatron
+from converter.planner import huggingface_tensors
+from formats.spec import DTYPES, TensorSpec
+from tests.megatron_cpu import Shape, logits_of
+from tests.models import BASE, model_tree
+
+LAYOUTS = ({}, {"tp": 2}, {"tp": 2, "pp": 2})
+TOKENS = np.random.default_rng(5).integers(0, 384, (2, 24)).tolist()
+
+
+def small_config(family):
+    """The configuration of a small model, as transformers makes it of the family's own fields."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(family, **{**BASE, **families.find(family).SMALL})
+
+
+def save_small(family, folder, *, dtype="bfloat16"):
+    """A small model with random weights, as transformers saves it: under the names that are published."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        small_config(family), dtype=getattr(torch, dtype), attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3 if parameter.ndim == 1 else 0.08)
+    model.save_pretrained(folder)
+    return folder
+
+
+def check_names(family, folder):
+    """Rules name every weight of the saved model with its shape, and no other."""
+    config = json.loads((folder / "config.json").read_text())
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    one = families.find(family)
+    model = make_model(one.CONFIG, config)
+    source = {name: TensorSpec(name, shape, DTYPES["fp32"]) for name, shape in saved.items()}
+    assert dict(huggingface_tensors(one.RULES, model, source)) == saved
+
+
+def check_config(family):
+    """A configuration survives the way to Megatron and back: what comes back means the same to transformers."""
+    one = families.find(family)
+    config = small_config(family).to_dict()
+    back = to_huggingface(one.CONFIG, to_megatron(one.CONFIG, config))
+    assert to_megatron(one.CONFIG, back) == to_megatron(one.CONFIG, config)
+    same = [name for name in back if config.get(name) is not None and name not in ("rope_theta", "rope_scaling")]
+    assert {name: back[name] for name in same} == {name: config[name] for name in same}
+
+
+def check_round_trip(folder, work):
+    """The way there and back gives the same bytes at several layouts."""
+    for number, layout in enumerate(LAYOUTS):
+        out, back = work / f"megatron{number}", work / f"back{number}"
+        hf_to_mcore(folder, out, verify=True, **layout)
+        mcore_to_hf(out, back)
+        assert model_tree(back) == model_tree(folder), layout
+
+
+def check_logits(ranks, folder, work, *, more=""):
+    """megatron-core loads the checkpoint strictly, and computes what transformers computes.
+
+    `more` is a folder of further families.
+    """
+    from transformers import AutoModelForCausalLM
+
+    hf_to_mcore(folder, work / "megatron", tp=2)
+    config = json.loads((folder / "config.json").read_text())
+    [(left, logits)] = ranks.run(logits_of, 1, Shape(config, families=str(more)), str(work / "megatron" / "iter_0000000"), TOKENS)
+    assert all("_extra_state" in key for key in left)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = model(torch.tensor(TOKENS)).logits.numpy()
+    assert np.ptp(expected) > 2, "a test of small logits proves little"
+    np.testing.assert_allclose(logits[..., : expected.shape[-1]], expected, atol=1e-4, rtol=0)
