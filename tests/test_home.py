@@ -35,8 +35,8 @@ def test_a_user_that_there_is_not_is_named(home):
     with pytest.raises(UserError) as refused:
         expanded("~no-one-of-us/a")
     assert str(refused.value) == (
-        "`~no-one-of-us/a` is in the home directory of user `no-one-of-us`, and there is none\n\n"
-        "hint: give the whole path, or `./~no-one-of-us/a` for what is called `~no-one-of-us` here"
+        "`~no-one-of-us/a` is in the home directory of user `no-one-of-us`, which does not exist\n\n"
+        "hint: give the full path, or `./~no-one-of-us/a` for a folder named `~no-one-of-us`"
     )
 
 
@@ -99,7 +99,7 @@ def test_settings_that_are_paths_say_so():
 
 @pytest.mark.parametrize("text", ["checkpoint.save=~/out", "checkpoint.save='~/out'", 'checkpoint.save="~/out"'])
 def test_the_command_line_of_a_run_has_it_too(home, text):
-    from trainer.commands.arguments import read_run
+    from trainer.arguments import read_run
 
     assert read_run("llama_tiny", overrides=[text]).checkpoint.save == f"{home}/out"
     mixed = ["dataset.blend=[0.3,~/a,0.7,b]"]
@@ -107,7 +107,7 @@ def test_the_command_line_of_a_run_has_it_too(home, text):
 
 
 def test_a_file_of_settings_has_it_too(home):
-    from trainer.commands.arguments import read_run
+    from trainer.arguments import read_run
 
     (home / "run.yaml").write_text("checkpoint:\n  save: ~/out\n")
     assert read_run("llama_tiny", config_file="~/run.yaml").checkpoint.save == f"{home}/out"
@@ -116,7 +116,7 @@ def test_a_file_of_settings_has_it_too(home):
 def test_other_commands_have_it_too(home):
     from click.testing import CliRunner
 
-    from trainer.commands.arguments import recipe_and_overrides
+    from trainer.arguments import recipe_and_overrides
     from trainer.commands.pack import _split_words
     from trainer.commands.prepare_data import command
 

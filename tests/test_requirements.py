@@ -37,6 +37,7 @@ FEATURES = {
     "trainer/data/records.py": ("train", "datasets"),
     "trainer/logging/writers.py": ("train", "wandb"),
     "trainer/launch/nemo.py": ("train", "nemo-run"),
+    "trainer/checkpoints/fp8_states.py": ("train", "gpu"),
     "trainer/device.py": ("train", "gpu"),
     "trainer/settings/resolve.py": ("train", "gpu"),
     "trainer/user_buffers.py": ("train", "gpu"),
@@ -70,7 +71,7 @@ def imported(path: Path) -> Iterator[str]:
             yield node.module
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if called in ("import_module", "find_spec", "needed") and isinstance(node.args[0].value, str):
+            if called in ("import_module", "find_spec", "optional_import") and isinstance(node.args[0].value, str):
                 yield node.args[0].value
 
 

@@ -27,21 +27,21 @@ FACTS = {
 
 ASKS_FOR_FACTS = {
     "fault", "position", "missing_package", "code_location", "isinstance", "type", "getattr", "status_of", "words", "user_error",
-    "_misshapen", "_hub_fault", "_unverified", "_why", "_in_template", "_final", "_cause", "_describe", "_number", "_hint",
-    "not_saved", "not_resumed", "unreadable", "cannot_write", "refusal", "_has_foreign_code", "_in_its_words", "_skip", "_other",
-    "_without", "extract_tb", "refuses_direct", "_is_kept", "__exit__",
+    "_reason", "_malformed", "_hub_fault", "_unverified", "_why", "_in_template", "_final", "_cause", "_describe", "_number",
+    "_hint", "not_saved", "not_resumed", "unreadable", "cannot_write", "refusal", "_has_user_code", "_megatron_message", "_skip",
+    "_other", "_without", "extract_tb", "refuses_direct", "_is_kept", "__exit__",
 }  # fmt: skip
 """Functions that take an exception. Those of ours are looked at here themselves, by the annotation of what they take."""
 
 MEANT = {
     (
         "trainer/settings/refused.py",
-        "_in_its_words",
+        "_megatron_message",
     ): "what settings ask of others megatron-core alone knows; its words stand apart, and its version is pinned",
     ("trainer/checkpoints/causes.py", "_number"): "`[Errno 28]` is how a number comes from a process that writes for another",
     ("trainer/data/chat/chat_template.py", "_render"): "a template's own `raise_exception` speaks to the user of the template",
     ("converter/cli.py", "main"): "click's own errors about its own command line",
-    ("formats/dcp_index.py", "_misshapen"): "of a KeyError its argument, which is a name from the file",
+    ("formats/dcp_index.py", "_reason"): "of a KeyError its argument, which is a name from the file",
 }
 """Where a text is passed on, and why."""
 

@@ -58,7 +58,7 @@ _WORDS = f"{__name__}.words"
 
 
 def _meant(option: str, words: Sequence[str]) -> str | None:
-    from trainer.commands import flags  # noqa: PLC0415 - brings torch
+    from trainer import flags  # noqa: PLC0415 - brings torch
 
     return flags.setting(option, words)
 

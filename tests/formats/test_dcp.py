@@ -194,8 +194,8 @@ def test_layers_that_differ_cannot_be_stacked(tmp_path):
     placed = [ShardedTensor(spec, ((spec.full_region, 0),)) for spec in specs]
     key = "decoder.layers.mlp.experts.experts.linear_fc2.weight"
     with pytest.raises(UserError, match=f"`{key}` would stack 6 tensors as 6 × 2: not every layer has one"):
-        TorchDistWriter(LocalOutputs(tmp_path), placed)
-    writer = TorchDistWriter(LocalOutputs(tmp_path), placed, stacked=False)
+        TorchDistWriter(placed)
+    writer = TorchDistWriter(placed, stacked=False)
     assert writer.touched(specs[-1].name) == {"iter_0000000/__0_0.distcp"}
 
 
@@ -203,4 +203,4 @@ def test_chunks_that_do_not_tile_are_not_written(tmp_path):
     spec = TensorSpec("a.weight", (4, 2), np.dtype(np.float32))
     half = ShardedTensor(spec, (((slice(0, 2), slice(0, 2)), 0),))
     with pytest.raises(ValueError, match=r"chunks to be written of `a.weight` do not tile its shape \[4, 2\]"):
-        TorchDistWriter(LocalOutputs(tmp_path), [half])
+        TorchDistWriter([half])

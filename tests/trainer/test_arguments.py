@@ -11,7 +11,7 @@ import pytest
 import converter
 from formats.errors import UserError
 from trainer import recipes
-from trainer.commands.arguments import read_run, recipe_and_overrides
+from trainer.arguments import read_run, recipe_and_overrides
 from trainer.config import FinetuningDatasetConfig
 from trainer.peft import LoRA
 from trainer.settings import yaml_io

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig
 
 from formats.errors import UserError
-from trainer.commands.arguments import read_run
+from trainer.arguments import read_run
 from trainer.settings.resolve import resolve
 
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from formats.errors import UserError
 from tests.trainer.jobs import AWKWARD, invoke
 from trainer import launch
-from trainer.commands.arguments import read_run
+from trainer.arguments import read_run
 from trainer.commands.launch import command
 from trainer.launch import Job, pretrain_program, slurm
 

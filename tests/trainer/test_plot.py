@@ -69,7 +69,7 @@ def test_the_command_says_where_it_drew(tmp_path):
 
 
 def test_drawing_does_not_wait_for_torch():
-    modules = ("commands.plot", "commands.launch", "launch.slurm", "launch.nemo", "telling.plot")
+    modules = ("commands.plot", "commands.launch", "launch.slurm", "launch.nemo", "logging.plot")
     words = "; ".join(f"import trainer.{module}" for module in modules)
     subprocess.run([sys.executable, "-c", f"import sys; {words}; sys.exit('torch' in sys.modules)"], check=True)
 

@@ -12,8 +12,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 from trainer import recipes
+from trainer.arguments import read_run
 from trainer.cli import main
-from trainer.commands.arguments import read_run
 from trainer.settings.resolve import KERNELS
 
 

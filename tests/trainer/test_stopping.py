@@ -72,8 +72,7 @@ def uninterrupted(tmp_path_factory, ranks):
 
 
 def _pretrain(words):
-    from trainer import loop
-    from trainer.commands import arguments
+    from trainer import arguments, loop
 
     loop.pretrain(arguments.read_run("llama_tiny", config_file=None, overrides=words))
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from converter import UserError, mcore_to_hf
-from trainer.commands.arguments import read_run
+from trainer.arguments import read_run
 from trainer.settings.resolve import resolve
 
 NOTE = "which no `config.json` can say: checkpoints have none, and `mbconvert mcore-to-hf` refuses them"

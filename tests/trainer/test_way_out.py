@@ -95,8 +95,7 @@ def test_megatron_bridge_finds_what_it_reads(ranks, model_folder, tmp_path, gold
 
 
 def _from_scratch(root):
-    from trainer import loop
-    from trainer.commands import arguments
+    from trainer import arguments, loop
 
     words = [
         "model.num_layers=3",  # not what the recipe's `config.json` says

@@ -43,6 +43,9 @@ Choose = Callable[[dict[str, Any], Any], dict[str, Any]]
 
 PIECE_BYTES = 16 << 20
 
+_EXPERTS = ".experts.experts."
+"""In a key of stacked experts; their names have the expert's number instead of the second word."""
+
 
 @dataclass(frozen=True, slots=True)
 class LocalShard:
@@ -87,11 +90,13 @@ def _of_state(state: dict[str, Any]) -> Iterator[LocalShard]:
 
 
 def _local(leaf: ShardedTensor) -> LocalShard:
-    """Convert megatron-core's shard. The first offset of a stacked key is the layer, which becomes part of the name; any other
-    prepended offset is the expert."""
+    """Convert megatron-core's shard. Prepended offsets are the layer of a stacked key, then the expert: both become part of the
+    name, as in `formats/torch_dist.py`."""
     stack, _, rest = leaf.key.partition(".layers.")
     stacked = int(leaf.prepend_axis_num > 0 and bool(rest) and not rest[0].isdigit())
     name = f"{stack}.layers.{leaf.global_offset[0]}.{rest}" if stacked else leaf.key
+    if leaf.prepend_axis_num > stacked and _EXPERTS in name:
+        name, stacked = name.replace(_EXPERTS, f".experts.{leaf.global_offset[stacked]}.", 1), stacked + 1
     data = leaf.data.detach()[(None,) * (leaf.prepend_axis_num - stacked)]
     starts = leaf.global_offset[stacked:]
     region = tuple(slice(start, start + size) for start, size in zip(starts, data.shape, strict=True))

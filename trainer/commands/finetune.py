@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from trainer.commands.arguments import num_processes, run_arguments
+from trainer.arguments import num_processes, run_arguments
 from trainer.commands.pretrain import run_training
 
 

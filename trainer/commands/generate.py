@@ -13,7 +13,7 @@ import click
 from formats.errors import UserError
 from formats.faults import fault
 from formats.home import expanded
-from trainer.commands.arguments import HomePath, num_processes
+from trainer.arguments import HomePath, num_processes
 
 if TYPE_CHECKING:
     from trainer.generation.text import Generation

@@ -66,8 +66,8 @@ def command(*, by_slurm: bool, by_nemo_run: bool, recipe: str, overrides: tuple[
 
 def _check(recipe: str, overrides: tuple[str, ...], *, ranks: int) -> RunConfig:
     """Return the unresolved run. Raises UserError for settings that would stop the job once it has waited for its machines."""
+    from trainer.arguments import read_run  # noqa: PLC0415
     from trainer.checkpoints import resume_point  # noqa: PLC0415 - seconds to import
-    from trainer.commands.arguments import read_run  # noqa: PLC0415
     from trainer.config import FinetuningDatasetConfig  # noqa: PLC0415
     from trainer.data.chat.splits import check_sources  # noqa: PLC0415
     from trainer.settings.resolve import resolve  # noqa: PLC0415
@@ -103,7 +103,7 @@ def _nemo_run(job: Job, recipe: str, overrides: tuple[str, ...], *, form: str, w
 
 def run_recipe(recipe: str, overrides: list[str]) -> None:
     """Train `recipe` with `key=value` settings: the function that NeMo-Run stores by its name, with plain arguments."""
-    from trainer.commands.arguments import read_run  # noqa: PLC0415 - NeMo-Run imports this module where the job is made
+    from trainer.arguments import read_run  # noqa: PLC0415 - NeMo-Run imports this module where the job is made
     from trainer.loop import pretrain  # noqa: PLC0415
 
     pretrain(read_run(recipe, config_file=None, overrides=overrides))

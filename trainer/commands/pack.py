@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from formats.home import expanded
-from trainer.commands.arguments import is_override, read_run
+from trainer.arguments import is_override, read_run
 
 if TYPE_CHECKING:
     from trainer.data.chat.build import PackedSplit

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from trainer.commands.arguments import HomePath
+from trainer.arguments import HomePath
 
 
 @click.command(name="plot", epilog="Example: mbtrain plot run")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from trainer.commands.arguments import HomePath
+from trainer.arguments import HomePath
 
 
 @click.command("prepare-data", no_args_is_help=True, epilog="Example: mbtrain prepare-data sources text --tokenizer byte")

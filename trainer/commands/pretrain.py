@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from trainer.commands.arguments import num_processes, read_run, recipe_and_overrides, run_arguments
+from trainer.arguments import num_processes, read_run, recipe_and_overrides, run_arguments
 
 
 @click.command(epilog="Example: mbtrain pretrain llama_tiny dataset.blend=[text] checkpoint.save=run train.train_iters=100")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from formats.errors import UserError
-from trainer.commands.arguments import read_run, recipe_and_overrides, run_arguments
+from trainer.arguments import read_run, recipe_and_overrides, run_arguments
 
 if TYPE_CHECKING:
     from trainer.config import FinetuningDatasetConfig

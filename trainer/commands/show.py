@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from formats.errors import UserError
-from trainer.commands.arguments import named_recipe, read_run, recipe_and_overrides, run_arguments
+from trainer.arguments import named_recipe, read_run, recipe_and_overrides, run_arguments
 from trainer.formatting import number, size
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _show(config: RunConfig, *, recipe: str | None, world_size: int, device: str
 
 def _explicit(config: RunConfig, recipe: str | None) -> dict[str, Any]:
     """Return the settings that differ from the defaults or from the recipe: enough to make the same run again."""
-    from trainer.commands.arguments import initial_run  # noqa: PLC0415
+    from trainer.arguments import initial_run  # noqa: PLC0415
     from trainer.config import FinetuningDatasetConfig, RunConfig  # noqa: PLC0415
     from trainer.model import from_hf_config  # noqa: PLC0415
     from trainer.settings import yaml_io  # noqa: PLC0415
