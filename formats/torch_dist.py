@@ -158,7 +158,7 @@ class TorchDistReader:
 
     def read(self, name: str, region: Region, out: Array) -> None:
         key, rows = self._key_and_rows(name)
-        self.container.read(self._tensor(key), in_key(rows, region), out[(np.newaxis,) * len(rows)])
+        self.container.read(self._tensor(key), in_key(rows, region), out[(*(np.newaxis,) * len(rows), ...)])
 
     def chunks(self, name: str) -> list[Chunk]:
         """The chunks that hold a weight (of a stacked key, those that hold its layer)."""

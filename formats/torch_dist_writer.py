@@ -106,7 +106,7 @@ class TorchDistWriter:
 
     def write(self, outputs: Outputs, name: str, region: Region, data: Array) -> None:
         key, rows = self._located(name)
-        self._container.write(outputs, key, in_key(rows, region), data[(np.newaxis,) * len(rows)])
+        self._container.write(outputs, key, in_key(rows, region), data[(*(np.newaxis,) * len(rows), ...)])
 
 
 _FORMAT_DOCUMENT = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode()

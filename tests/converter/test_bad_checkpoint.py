@@ -213,7 +213,7 @@ def test_damaged_headers_that_travelled_are_named(checkpoint, tmp_path):
     header = header_of(checkpoint)
     raw = header.read_bytes()
     header.write_bytes(struct.pack("<Q", 5) + raw[8:])
-    refused(mcore_to_hf, checkpoint, tmp_path, "does not have the length its first 8 bytes say")
+    refused(mcore_to_hf, checkpoint, tmp_path, "does not have the length that its first 8 bytes give")
     header.write_bytes(raw)
     header.with_name("model-00009.safetensors").write_bytes(raw)
     refused(mcore_to_hf, checkpoint, tmp_path, "is in two headers")

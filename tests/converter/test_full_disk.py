@@ -99,7 +99,7 @@ def test_a_write_that_fails_keeps_what_is_done(convert, fault, whole, tmp_path, 
 )
 def test_no_room_at_any_step_keeps_what_is_done(convert, fault, whole, tmp_path, step):
     error = failed(convert(env=fault(*step, errno.ENOSPC)), tmp_path / "m", said="no room left for")
-    assert "free space, then go on with `--resume`" in error
+    assert "free space, then continue with `--resume`" in error
     code, text, summary = convert("--resume")
     assert code == 0, text
     assert summary["reused_bytes"] > 0
