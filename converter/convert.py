@@ -63,17 +63,8 @@ def hf_to_mcore(
     reporter, target, folder = reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     check_locations(target, [folder], options)
-    wanted = ImportOptions(
-        tp=tp,
-        pp=pp,
-        vpp=vpp,
-        pp_layout=layers_per_stage(pp_layout),
-        ep=ep,
-        etp=etp,
-        dtype=dtype,
-        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-        integrity=integrity,
-    )
+    wanted = ImportOptions(tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp, dtype=dtype,
+                           make_vocab_size_divisible_by=make_vocab_size_divisible_by, integrity=integrity)  # fmt: skip
     require(folder, Format.HUGGINGFACE)
     with closing(HuggingFaceReader(folder, any_dtype=True)) as reader:
         conversion = plan_import(huggingface_source(reader), wanted, reporter)

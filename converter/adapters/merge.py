@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import Literal, Unpack, cast, get_args
@@ -63,46 +63,54 @@ def merge(
     `base` is a Hugging Face directory, a URL, a Hub id or a Megatron checkpoint; `adapter` is PEFT's folder or a Megatron
     checkpoint of an adapter; `to` is the target's format, by default the base's. A Megatron target is laid out anew, by `tp`,
     `pp` and so on; a Hugging Face one keeps the base's files. An adapter that names its base is refused with another base,
-    unless `allow_other_base`.
-
-    Raises UserError before a byte moves if the adapter does not fit. After any failure nothing is at `target`.
+    unless `allow_other_base`. Raises UserError before a byte moves if the adapter does not fit. After any failure nothing is at `target`.
 
     >>> merge("Llama-3.2-1B", "adapter", "merged").tensors
     39
     """
     check_execution(options)
-    reporter, target = reporter or Reporter(), expanded(target)
-    counts = {
-        "tp": tp,
-        "pp": pp,
-        "vpp": vpp,
-        "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
-        "max_shard_size": max_shard_size,
-    }
-    check_options(dtype=dtype, **counts)
-    folder, given = open_source(base, or_hub=True), open_source(hf_config) if hf_config else None
-    layout = ImportOptions(
-        tp=tp,
-        pp=pp,
-        vpp=vpp,
-        pp_layout=layers_per_stage(pp_layout),
-        dtype=dtype,
-        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-        integrity=integrity,
-    )
+    check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+                  max_shard_size=max_shard_size)  # fmt: skip
+    layout = ImportOptions(tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), dtype=dtype,
+                           make_vocab_size_divisible_by=make_vocab_size_divisible_by, integrity=integrity)  # fmt: skip
+    given = open_source(hf_config) if hf_config else None
     files = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype, integrity=integrity)
-    kind = _choose_format(to, folder)
-    _check_format_options(kind, layout, files)
-    adapter_folder = open_source(adapter, or_hub=True)
-    sources = [folder, adapter_folder, *([given] if given else [])]
-    check_locations(target, sources, options)
-    with closing(open_adapter(adapter_folder)) as opened:
+    folder = open_source(base, or_hub=True)
+    outputs = _Target(expanded(target), _choose_format(to, folder), layout, files)
+    return _execute(
+        folder,
+        open_source(adapter, or_hub=True),
+        outputs,
+        options,
+        allow_other_base=allow_other_base,
+        reporter=reporter or Reporter(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where a merged model is written, in which format, and the options of both formats."""
+
+    path: str
+    kind: Kind
+    layout: ImportOptions
+    files: ExportOptions
+
+
+def _execute(
+    base: Folder, adapter: Folder, target: _Target, options: ExecutionOptions, *, allow_other_base: bool, reporter: Reporter
+) -> Summary:
+    layout, files = target.layout, target.files
+    _check_format_options(target.kind, layout, files)
+    sources = [base, adapter, *([files.hf_config] if files.hf_config else [])]
+    check_locations(target.path, sources, options)
+    with closing(open_adapter(adapter)) as opened:
         if not allow_other_base:
-            _check_base(folder, opened.description.base, reporter)
-        workers = workers_for(options.get("workers"), sources, target)
-        with _merged(open_base(folder, given), opened, adapter_folder, dtype=dtype, workers=workers) as source:
-            conversion = _plan_files(source, files, reporter) if kind == "hf" else plan_import(source, layout, reporter)
-            return execute(conversion, target, options=options, reporter=reporter, sources=sources)
+            _check_base(base, opened.description.base, reporter)
+        workers = workers_for(options.get("workers"), sources, target.path)
+        with _merged(open_base(base, files.hf_config), opened, adapter, dtype=files.dtype, workers=workers) as source:
+            conversion = _plan_files(source, files, reporter) if target.kind == "hf" else plan_import(source, layout, reporter)
+            return execute(conversion, target.path, options=options, reporter=reporter, sources=sources)
 
 
 def open_adapter(folder: Folder) -> AdapterReader:

@@ -6,10 +6,14 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from trainer.arguments import HomePath
+
+if TYPE_CHECKING:
+    from trainer.data.prepare import Summary
 
 
 @click.command("prepare-data", no_args_is_help=True, epilog="Example: mbtrain prepare-data sources text --tokenizer byte")
@@ -43,7 +47,7 @@ def command(
     INPUT is a file or a folder of files: .txt, .md and .py are a document each, .jsonl has one per line, .parquet one per row;
     or a folder that `datasets` saved, or hf://datasets/ORG/NAME. The result does not depend on --workers.
     """
-    from converter.console import progress_reporter, size  # noqa: PLC0415
+    from converter.console import progress_reporter  # noqa: PLC0415
     from trainer.data.prepare import prepare  # noqa: PLC0415
 
     with progress_reporter(quiet=quiet) as reporter:
@@ -62,8 +66,13 @@ def command(
     if as_json:
         click.echo(json.dumps(asdict(done)))
     elif not quiet:
-        click.echo(
-            f"done: {done.documents:,} documents, {done.tokens:,} tokens, {size(done.input_bytes)} read, "
-            f"{size(done.output_bytes)} written, {done.seconds:.1f} s ({done.tokens_per_second:,.0f} tokens/s) -> {done.prefix}",
-            err=True,
-        )
+        click.echo(f"done: {_summary(done)}", err=True)
+
+
+def _summary(done: Summary) -> str:
+    from converter.console import size  # noqa: PLC0415
+
+    return (
+        f"{done.documents:,} documents, {done.tokens:,} tokens, {size(done.input_bytes)} read, {size(done.output_bytes)} "
+        f"written, {done.seconds:.1f} s ({done.tokens_per_second:,.0f} tokens/s) -> {done.prefix}"
+    )

@@ -69,14 +69,7 @@ def batches(
             f"`{size}` data-parallel ranks",
             hint=f"choose a multiple of {stride}",
         )
-    available = max(len(dataset) - consumed, 0)
-    wanted = available - available % global_batch_size if samples is None else samples
-    if wanted > available or not wanted or wanted % global_batch_size:
-        raise UserError(
-            f"`{wanted or global_batch_size}` samples are needed after the first `{consumed}`, but the dataset has "
-            f"`{len(dataset)}` in all, and a global batch takes `{global_batch_size}`",
-            hint="use more data, or ask for whole global batches that the data can give",
-        )
+    wanted = _count_samples(len(dataset), consumed, samples, global_batch_size)
     order = MicrobatchSampler(
         consumed=consumed,
         steps=wanted // global_batch_size,
@@ -87,6 +80,19 @@ def batches(
     )
     options = _worker_options(num_workers)
     return _read(DataLoader(dataset, batch_sampler=order, pin_memory=pin_memory, generator=torch.Generator(), **options))
+
+
+def _count_samples(length: int, consumed: int, samples: int | None, global_batch_size: int) -> int:
+    """Return how many samples to read of a dataset of `length`. Raises UserError if it has fewer, or not whole global batches."""
+    available = max(length - consumed, 0)
+    wanted = available - available % global_batch_size if samples is None else samples
+    if wanted > available or not wanted or wanted % global_batch_size:
+        raise UserError(
+            f"`{wanted or global_batch_size}` samples are needed after the first `{consumed}`, but the dataset has "
+            f"`{length}` in all, and a global batch takes `{global_batch_size}`",
+            hint="use more data, or ask for whole global batches that the data can give",
+        )
+    return wanted
 
 
 def _worker_options(num_workers: int) -> dict[str, Any]:
