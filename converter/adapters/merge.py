@@ -63,7 +63,8 @@ def merge(
     `base` is a Hugging Face directory, a URL, a Hub id or a Megatron checkpoint; `adapter` is PEFT's folder or a Megatron
     checkpoint of an adapter; `to` is the target's format, by default the base's. A Megatron target is laid out anew, by `tp`,
     `pp` and so on; a Hugging Face one keeps the base's files. An adapter that names its base is refused with another base,
-    unless `allow_other_base`. Raises UserError before a byte moves if the adapter does not fit. After any failure nothing is at `target`.
+    unless `allow_other_base`. Raises UserError before a byte moves if the adapter does not fit. After any failure nothing is at
+    `target`.
 
     >>> merge("Llama-3.2-1B", "adapter", "merged").tensors
     39
@@ -75,37 +76,29 @@ def merge(
                            make_vocab_size_divisible_by=make_vocab_size_divisible_by, integrity=integrity)  # fmt: skip
     given = open_source(hf_config) if hf_config else None
     files = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype, integrity=integrity)
-    folder = open_source(base, or_hub=True)
-    outputs = _Target(expanded(target), _choose_format(to, folder), layout, files)
-    return _execute(
-        folder,
-        open_source(adapter, or_hub=True),
-        outputs,
-        options,
-        allow_other_base=allow_other_base,
-        reporter=reporter or Reporter(),
-    )
+    folder, reporter = open_source(base, or_hub=True), reporter or Reporter()
+    outputs = _Target(expanded(target), _choose_format(to, folder), layout, files, allow_other_base)
+    return _execute(folder, open_source(adapter, or_hub=True), outputs, options, reporter)
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """Where a merged model is written, in which format, and the options of both formats."""
+    """Where a merged model is written, in which format, the options of both formats, and whether any base may be merged into."""
 
     path: str
     kind: Kind
     layout: ImportOptions
     files: ExportOptions
+    allow_other_base: bool
 
 
-def _execute(
-    base: Folder, adapter: Folder, target: _Target, options: ExecutionOptions, *, allow_other_base: bool, reporter: Reporter
-) -> Summary:
+def _execute(base: Folder, adapter: Folder, target: _Target, options: ExecutionOptions, reporter: Reporter) -> Summary:
     layout, files = target.layout, target.files
     _check_format_options(target.kind, layout, files)
     sources = [base, adapter, *([files.hf_config] if files.hf_config else [])]
     check_locations(target.path, sources, options)
     with closing(open_adapter(adapter)) as opened:
-        if not allow_other_base:
+        if not target.allow_other_base:
             _check_base(base, opened.description.base, reporter)
         workers = workers_for(options.get("workers"), sources, target.path)
         with _merged(open_base(base, files.hf_config), opened, adapter, dtype=files.dtype, workers=workers) as source:
