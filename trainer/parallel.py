@@ -118,6 +118,7 @@ def starts_others(nproc: int | None) -> bool:
 @contextmanager
 def session(config: RunConfig, kind: str) -> Iterator[None]:
     """Set up process groups, seeds and the microbatch calculator of a run while this is entered. All ranks enter it."""
+    device.set_environment(config)
     if not dist.is_initialized():
         check_rendezvous(os.environ)
     device.prepare(kind)

@@ -20,12 +20,10 @@ def _heard(caplog):
     return [message for logger, _, message in caplog.record_tuples if logger == NAME]
 
 
-def test_a_draw_on_the_cpu_is_no_warning_and_all_others_are_heard(caplog, monkeypatch):
+def test_a_draw_on_the_cpu_is_no_warning_and_all_others_are_heard(caplog):
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-    monkeypatch.setattr(
-        logging.getLogger("megatron"), "level", logging.WARNING
-    )  # `trainer.warnings_filter` may have been imported
+    caplog.set_level(logging.WARNING, logger="megatron")  # which `trainer.warnings_filter` may have raised
     tracker = CudaRNGStatesTracker()
     with cpu_backend.activate():
         tracker.add("dropout", 1)
@@ -38,7 +36,7 @@ def test_a_draw_on_the_cpu_is_no_warning_and_all_others_are_heard(caplog, monkey
 def test_outside_of_it_megatron_core_warns_as_ever(caplog, monkeypatch):
     from megatron.core.tensor_parallel import random
 
-    monkeypatch.setattr(logging.getLogger("megatron"), "level", logging.WARNING)
+    caplog.set_level(logging.WARNING, logger="megatron")
     with cpu_backend.activate():
         pass
     monkeypatch.setattr(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state())
