@@ -7,21 +7,9 @@ from typing import Any
 import pytest
 
 from formats.errors import UserError
-from tests.trainer.settings import HOPPER, settings
+from tests.trainer.settings import CP, EP, PP, SP, TP, VPP, resolved, settings
 from trainer.settings.precision import Machine
-from trainer.settings.resolve import Resolved, resolve
-
-TP, PP, VPP = (
-    "model__tensor_model_parallel_size",
-    "model__pipeline_model_parallel_size",
-    "model__virtual_pipeline_model_parallel_size",
-)
-CP, SP, EP = "model__context_parallel_size", "model__sequence_parallel", "model__expert_model_parallel_size"
-
-
-def resolved(*, world_size: int = 1, device: str = "gpu", **changes: Any) -> Resolved:
-    return resolve(settings(**changes), world_size=world_size, device=device, machine=HOPPER if device == "gpu" else None)
-
+from trainer.settings.resolve import resolve
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "world": (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -12,19 +11,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.enums import AttnBackend
 
 from formats.errors import UserError
-from tests.trainer.settings import HOPPER, settings
-from trainer.settings.resolve import Resolved, resolve
-
-TP, PP, VPP = (
-    "model__tensor_model_parallel_size",
-    "model__pipeline_model_parallel_size",
-    "model__virtual_pipeline_model_parallel_size",
-)
-CP, SP, EP = "model__context_parallel_size", "model__sequence_parallel", "model__expert_model_parallel_size"
-
-
-def resolved(*, world_size: int = 1, device: str = "gpu", **changes: Any) -> Resolved:
-    return resolve(settings(**changes), world_size=world_size, device=device, machine=HOPPER if device == "gpu" else None)
+from tests.trainer.settings import CP, HOPPER, PP, TP, VPP, resolved, settings
+from trainer.settings.resolve import resolve
 
 
 def test_the_configuration_it_is_given_stays_as_it_is() -> None:
