@@ -107,10 +107,11 @@ def test_ctrl_c_is_answered_then_saves_and_a_second_one_ends_without(tmp_path):
     assert "SIGINT: stopping after this step; Ctrl-C again ends it now, and nothing is saved" in saved.log.read_text()
     assert iterations.latest(str(tmp_path / "saved"))
 
-    ended = Launched(tmp_path / "ended", "checkpoint.save_interval=1000", "train.train_iters=100000")
-    ended.until(lambda: _told(tmp_path / "ended", 2))
-    for _ in range(2):
-        ended.process.send_signal(signal.SIGINT)
-        time.sleep(0.001)  # else the kernel makes one of two
+    # A step of 500 micro-batches: the second Ctrl-C comes long before the run could save.
+    ended = Launched(tmp_path / "ended", "train.global_batch_size=500")
+    ended.until(lambda: _told(tmp_path / "ended", 1))
+    ended.process.send_signal(signal.SIGINT)
+    ended.until(lambda: "SIGINT: stopping after this step" in ended.log.read_text())
+    ended.process.send_signal(signal.SIGINT)
     assert ended.end() != 0, ended.log.read_text()
     assert iterations.latest(str(tmp_path / "ended")) is None
