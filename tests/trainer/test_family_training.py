@@ -43,7 +43,9 @@ def test_adapters_that_are_exported_are_in_peft_what_they_are_here(folder, ranks
 
     changes = {**SHORT, **TP2, "peft": LoRA(dim=4, alpha=8)}
     whole, *_ = ranks.run(small.train, 2, str(folder), changes)
-    ranks.run(small.train, 2, str(folder), {**changes, "checkpoint__save": str(tmp_path / "run"), "train__exit_interval": FEW - 1})
+    ranks.run(
+        small.train, 2, str(folder), {**changes, "checkpoint__save": str(tmp_path / "run"), "train__exit_interval": FEW - 1}
+    )
     adapter_to_hf(tmp_path / "run", tmp_path / "adapter")
     assert _loss_in_peft(folder, tmp_path / "adapter", FEW - 1) == pytest.approx(whole.losses[-1], abs=test_parity.TOLERANCE)
     assert whole.losses[-1] != whole.losses[0]
