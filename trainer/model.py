@@ -30,7 +30,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from converter.config import rope_numbers, to_megatron
 from converter.families import find
 from formats.errors import UserError
-from trainer import device
+from trainer import device, layers
 from trainer.config import FilePath
 from trainer.loss import WithoutPadding
 from trainer.settings import refused
@@ -133,7 +133,7 @@ class GPTModelProvider(ModelProvider):
         """Return this rank's chunk of the model, with the embedding if `pre_process` and the output layer if `post_process`."""
         model = Model(
             self,
-            device.layer_spec(self, vp_stage),
+            layers.adapt_spec(self, device.layer_spec(self, vp_stage)),
             vocab_size=self.padded_vocab_size,
             max_sequence_length=self.seq_length,
             pre_process=pre_process,
@@ -147,7 +147,7 @@ class GPTModelProvider(ModelProvider):
             seq_len_interpolation_factor=self.seq_len_interpolation_factor,
             vp_stage=vp_stage,
         )
-        return _with_own_rope(model, self.hf_config)
+        return layers.adapt_model(self, _with_own_rope(model, self.hf_config))
 
 
 def _with_own_rope(model: GPTModel, config: Config) -> GPTModel:
