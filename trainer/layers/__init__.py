@@ -10,9 +10,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from trainer.layers.branch_norms import branch_norms
+from trainer.layers.head_norms import head_norms
+from trainer.layers.local_attention import local_attention
+from trainer.layers.norms import accepted, local_norms
+from trainer.layers.parallel_residual import parallel_residual
+from trainer.layers.residual_multiplier import residual_multiplier
 from trainer.layers.spec import copied
 
-LAYER_PIECES: tuple[Callable[[Any, Any], None], ...] = ()
+LAYER_PIECES: tuple[Callable[[Any, Any], None], ...] = (
+    local_norms,
+    local_attention,
+    head_norms,
+    parallel_residual,
+    branch_norms,
+    residual_multiplier,
+)
 """Functions `(provider, layer)` that change the spec of a decoder layer in place. Each looks at fields of its own."""
 
 MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = ()
@@ -28,7 +41,8 @@ def adapt_spec(provider: Any, spec: Any) -> Any:
     for layer in copies.values():
         for piece in LAYER_PIECES:
             piece(provider, layer)
-    return replace(spec, layer_specs=[copies[id(layer)] for layer in spec.layer_specs])
+    adapted = [copies[id(layer)] for layer in spec.layer_specs]
+    return replace(spec, layer_specs=adapted, layer_norm=accepted(provider, spec.layer_norm))
 
 
 def adapt_model(provider: Any, model: Any) -> Any:
