@@ -31,7 +31,7 @@ from converter.config import to_megatron
 from converter.config_rope import rope_numbers
 from converter.families import find
 from formats.errors import UserError, format_untrusted
-from trainer import device
+from trainer import device, layers
 from trainer.config import FilePath
 from trainer.loss import WithoutPadding
 from trainer.settings import refused
@@ -94,6 +94,22 @@ class GPTModelProvider(ModelProvider):
     rope_scaling: bool = False
     rope_scaling_factor: float = 8.0
     seq_len_interpolation_factor: float | None = None
+    parallel_residual: str | None = None
+    """`one_norm` or `two_norms`: x + attention(norm(x)) + mlp(norm(x)), of one norm or of one each. Falcon, Phi; GPT-NeoX."""
+
+    pre_layernorms: bool = True
+    """Norms before attention and the feed-forward part. Without them: OLMo 2."""
+
+    post_layernorms: bool = False
+    """Norms after attention and the feed-forward part, before the residual is added. Gemma 2, GLM-4, OLMo 2."""
+
+    residual_multiplier: float = 1.0
+    """What the output of attention and of the feed-forward part is multiplied by before the residual is added. Granite."""
+
+    qk_layernorm_scope: str = "head"
+    """What `qk_layernorm` normalizes: `head`, each head with one weight for all; `all_heads`, all heads together (OLMo 2);
+    `each_head`, each head with a weight of its own (Command R+)."""
+
     yarn_rotary_scaling_factor: float = 1.0
     yarn_original_max_position_embeddings: int | None = None
     yarn_beta_fast: float | None = None
@@ -144,7 +160,7 @@ class GPTModelProvider(ModelProvider):
         """Return this rank's chunk of the model, with the embedding if `pre_process` and the output layer if `post_process`."""
         model = Model(
             self,
-            device.layer_spec(self, vp_stage),
+            layers.adapt_spec(self, device.layer_spec(self, vp_stage)),
             vocab_size=self.padded_vocab_size,
             max_sequence_length=self.seq_length,
             pre_process=pre_process,
@@ -158,7 +174,7 @@ class GPTModelProvider(ModelProvider):
             seq_len_interpolation_factor=self.seq_len_interpolation_factor,
             vp_stage=vp_stage,
         )
-        return _with_own_rope(model, self.hf_config)
+        return layers.adapt_model(self, _with_own_rope(model, self.hf_config))
 
 
 def _with_own_rope(model: GPTModel, config: Config) -> GPTModel:
