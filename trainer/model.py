@@ -27,13 +27,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 
-from converter.config import rope_numbers, to_megatron
+from converter.config import to_megatron
+from converter.config_rope import rope_numbers
 from converter.families import find
-from formats.errors import UserError
+from formats.errors import UserError, format_untrusted
 from trainer import device
 from trainer.config import FilePath
 from trainer.loss import WithoutPadding
 from trainer.settings import refused
+from trainer.settings.values import activation
 
 Config = Mapping[str, Any]
 
@@ -92,6 +94,15 @@ class GPTModelProvider(ModelProvider):
     rope_scaling: bool = False
     rope_scaling_factor: float = 8.0
     seq_len_interpolation_factor: float | None = None
+    yarn_rotary_scaling_factor: float = 1.0
+    yarn_original_max_position_embeddings: int | None = None
+    yarn_beta_fast: float | None = None
+    yarn_beta_slow: float | None = None
+    yarn_mscale: float | None = None
+    yarn_mscale_all_dim: float | None = None
+    yarn_correction_range_round_to_int: bool | None = None
+    """YaRN's scaling of rotary embeddings, where `position_embedding_type` is `yarn`; megatron-core reads these names."""
+
     bias_activation_fusion: bool | None = None  # type: ignore[assignment]
     bias_dropout_fusion: bool | None = None  # type: ignore[assignment]
     masked_softmax_fusion: bool | None = None  # type: ignore[assignment]
@@ -152,9 +163,9 @@ class GPTModelProvider(ModelProvider):
 
 def _with_own_rope(model: GPTModel, config: Config) -> GPTModel:
     """Apply Llama 3.1's rope scaling with all four numbers of `config.json`; GPTModel takes the factor and fixes the others."""
-    rope = rope_numbers(config) if config else {}
-    if rope.get("rope_type") != "llama3":
+    if not (config and model.config.rope_scaling):
         return model
+    rope = rope_numbers(config)
     embedding = model.rotary_pos_emb
     size = embedding.inv_freq.numel() * 2
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=embedding.inv_freq.device) / size
@@ -167,15 +178,18 @@ def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProv
     """Return the provider of the model that a `config.json` describes. Raises UserError for an unsupported family."""
     known = {provider_field.name for provider_field in fields(GPTModelProvider)}
     megatron = to_megatron(find(config.get("model_type")).CONFIG, config)
-    activation = {"silu": torch.nn.functional.silu}[megatron.pop("activation_func")]
-    window = megatron.pop("window_size", None)
-    return GPTModelProvider(
-        **{name: value for name, value in megatron.items() if name in known and value is not None},
-        activation_func=activation,
-        window_size=tuple(window) if window else None,
-        hf_config=dict(config),
-        hf_source=source,
-    )
+    given = {name: value for name, value in megatron.items() if value is not None}
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(
+                f"`{config['model_type']}` with `{name}` `{format_untrusted(value)}` cannot be trained: neither "
+                "megatron-core nor this trainer computes it",
+                hint="its weights can be converted all the same",
+            )
+    given["activation_func"] = activation(given["activation_func"])
+    if "window_size" in given:
+        given["window_size"] = tuple(given["window_size"])
+    return GPTModelProvider(**given, hf_config=dict(config), hf_source=source)
 
 
 def build(provider: Any) -> list[torch.nn.Module]:
