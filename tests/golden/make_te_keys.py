@@ -120,17 +120,20 @@ def _without_gpu() -> Any:
     return stack
 
 
-def _agrees_with_gpu(name: str) -> bool:
-    """Are the keys that are made here those that were taken on a GPU?"""
-    from transformers import AutoConfig
-
+def taken_on_gpu(name: str) -> dict[str, Any]:
+    """Return a model of `golden_keys.json` as `_keys` does."""
     family, changes = ON_GPU[name]
     taken = json.loads((FOLDER / "golden_keys.json").read_text())[name]
-    made = _keys(AutoConfig.for_model(family, **SIZES, **changes).to_dict())
-    tensors = {
-        key: [one["global_shape"], one["dtype"], one["prepend_axis_num"], one["chunks"]] for key, one in taken["tensors"].items()
-    }
-    return (made["tensors"], sorted(made["objects"])) == (tensors, sorted(taken["objects"]))
+    fields = ("global_shape", "dtype", "prepend_axis_num", "chunks")
+    tensors = {key: [one[field] for field in fields] for key, one in taken["tensors"].items()}
+    return {"config": {"model_type": family, **SIZES, **changes}, "tensors": tensors, "objects": taken["objects"]}
+
+
+def _agrees_with_gpu(name: str) -> bool:
+    """Are the keys that are made here those that were taken on a GPU?"""
+    taken = taken_on_gpu(name)
+    made = _keys(taken["config"])
+    return made["tensors"] == taken["tensors"] and sorted(made["objects"]) == sorted(taken["objects"])
 
 
 def _keys(config: dict[str, Any]) -> dict[str, Any]:
