@@ -76,9 +76,9 @@ def _build(cases: dict[str, tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any]
 
     built, failed = {}, []
     for name, (family, changes) in cases.items():
-        config = small_config(family)
-        config.update(changes)
         try:
+            config = small_config(family)
+            config.update(changes)
             built[name] = _keys(json.loads(config.to_json_string()))
         except Exception as error:
             failed.append(f"{name}: {type(error).__name__}: {error}")
@@ -157,6 +157,7 @@ def _leaves(config: dict[str, Any]) -> Iterator[Any]:
     import torch
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import apply_factories
+    from megatron.core.transformer.module import Float16Module
 
     from trainer.model import from_hf_config
 
@@ -164,7 +165,7 @@ def _leaves(config: dict[str, Any]) -> Iterator[Any]:
     provider.bf16, provider.params_dtype = True, torch.bfloat16
     provider.use_cpu_initialization, provider.perform_initialization = True, False
     provider.finalize()
-    model = provider.provide(pre_process=True, post_process=True)
+    model = Float16Module(provider, provider.provide(pre_process=True, post_process=True))
     state = model.sharded_state_dict(metadata={"singleton_local_shards": False, "chained_optim_avoid_prefix": True})
     apply_factories(state)
     return nested_values(state)
