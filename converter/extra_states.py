@@ -1,6 +1,6 @@
-"""Which of megatron-core's modules have an `_extra_state` in a checkpoint: facts of megatron-core 0.19 with Transformer Engine.
+"""Which of a model's modules have an `_extra_state` in a checkpoint: facts of megatron-core 0.19 with Transformer Engine.
 
-Modules of Transformer Engine have one; those that megatron-core writes itself have none.
+Modules of Transformer Engine have one; those that megatron-core or `mbtrain` write themselves have none.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ import re
 
 _STATELESS = re.compile(
     r"(.*\.)?(word_embeddings|position_embeddings|router|shared_experts"
+    r"|embedding\.layernorm|activation_func"  # of mbtrain
     r"|mixer|mixer\.norm|conv1d"  # of Mamba
     r"|self_attention)"  # of gated delta nets, which hold weights themselves
 )
+_HEAD_NORMS = re.compile(r".*\.[qk]_layernorm")
 _SECTION = re.compile(r"(.*)\.(?:weight|bias)\.\w+")
 """The name of a part of a weight that megatron-core stores in sections: `in_proj.weight.z`."""
 
 
-def stateful_module(weight: str, *, hybrid: bool = False) -> str | None:
-    """Return the module of a weight that has an `_extra_state`; None where it has none. `hybrid`: of a HybridModel, whose output
-    layer has one.
+def stateful_module(weight: str, *, hybrid: bool = False, own_head_norms: bool = False) -> str | None:
+    """Return the module of a weight that has an `_extra_state`; None where it has none.
+
+    `hybrid`: of a HybridModel, whose output layer has one. `own_head_norms`: norms of query and key are `mbtrain`'s, with other
+    weights than one for all heads.
 
     >>> stateful_module("decoder.layers.mlp.linear_fc2.weight"), stateful_module("decoder.layers.mlp.router.weight")
     ('decoder.layers.mlp.linear_fc2', None)
@@ -27,4 +31,4 @@ def stateful_module(weight: str, *, hybrid: bool = False) -> str | None:
     module = section[1] if section else weight.rpartition(".")[0]
     if _STATELESS.fullmatch(module) or (module == "output_layer" and not hybrid):
         return None
-    return module
+    return None if own_head_norms and _HEAD_NORMS.fullmatch(module) else module

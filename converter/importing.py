@@ -131,10 +131,11 @@ def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
 
 
 def _writer(found: _Import) -> TorchDistWriter:
+    scope = to_megatron(found.family.CONFIG, found.source.reference.config).get("qk_layernorm_scope", "head")
     return TorchDistWriter(
         starmap(ShardedTensor, sharded(found.plan, found.layout)),
         stacked=found.model.get("stacked", True),
-        stateful_module=partial(stateful_module, hybrid=found.model.get("hybrid", False)),
+        stateful_module=partial(stateful_module, hybrid=found.model.get("hybrid", False), own_head_norms=scope != "head"),
     )
 
 

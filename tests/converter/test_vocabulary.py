@@ -528,10 +528,11 @@ def test_keys_of_experts_are_those_megatron_core_asks_for(golden, tmp_path):
     """`mixtral` of the golden keys, taken with Transformer Engine on a GPU."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tests.converter.test_golden import MODEL, stored_keys
+    from tests.converter.test_golden import stored_keys
+    from tests.golden.make_te_keys import SIZES
 
     asked = json.loads((golden / "golden_keys.json").read_text())["mixtral"]
-    config = AutoConfig.for_model("mixtral", **{**MODEL, **EXPERTS, "intermediate_size": 48})
+    config = AutoConfig.for_model("mixtral", **{**SIZES, **EXPERTS, "intermediate_size": 48})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "hf")
     hf_to_mcore(tmp_path / "hf", tmp_path / "m")
     tensors, objects = stored_keys(tmp_path / "m" / "iter_0000000")

@@ -1,0 +1,61 @@
+"""What is written of every family is what megatron-core asks for with Transformer Engine's layers, key for key:
+`tests/golden/make_te_keys.py` builds the models, without a GPU."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from converter import families, hf_to_mcore
+from converter.config import make_model
+from converter.planner import huggingface_tensors
+from tests.conftest import GOLDEN
+from tests.converter.test_golden import stored_keys
+from tests.golden.make_te_keys import ON_GPU, taken_on_gpu
+
+MADE = json.loads(gzip.decompress((GOLDEN / "te_keys.json.gz").read_bytes()))["models"]
+
+ASKED = MADE | {f"{name}, on a GPU": taken_on_gpu(name) for name, (family, _) in ON_GPU.items() if family in families.names()}
+
+NOT_BUILT: dict[str, str] = {}
+"""Families whose layers the trainer has not, and why."""
+
+
+def save_zeros(config, folder):
+    """A model directory of zeros, in bf16."""
+    one = families.find(config["model_type"])
+    model = make_model(one.CONFIG, config)
+    shapes = dict(huggingface_tensors(one.RULES, model, dict.fromkeys(range(10_000))))
+    folder.mkdir()
+    save_file({name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_every_family_was_asked_for_or_there_is_a_reason():
+    built = {one["config"]["model_type"] for one in MADE.values()}
+    assert sorted(NOT_BUILT) == sorted({*families.names()} - built), "run tests/golden/make_te_keys.py"
+
+
+@pytest.mark.parametrize("name", sorted(ASKED))
+def test_keys_shapes_dtypes_and_objects_are_those_that_transformer_engine_s_layers_ask_for(name, tmp_path):
+    asked = ASKED[name]
+    hf_to_mcore(save_zeros(asked["config"], tmp_path / "hf"), tmp_path / "m", integrity=False)
+    tensors, objects = stored_keys(tmp_path / "m" / "iter_0000000")
+    found = {
+        key: [[*t.size], str(t.properties.dtype), boxes([c.offsets, c.sizes] for c in t.chunks)] for key, t in tensors.items()
+    }
+    assert found == {
+        key: [shape, dtype, boxes([at, [*[1] * prepended, *size]] for at, size in chunks)]
+        for key, (shape, dtype, prepended, chunks) in asked["tensors"].items()
+    }
+    assert objects == {*asked["objects"], "common_state/shard_0_1"}
+
+
+def boxes(chunks):
+    """Offsets and sizes of chunks, in order."""
+    return sorted((list(offsets), list(sizes)) for offsets, sizes in chunks)
