@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from converter import adapter_to_hf, families
+from converter import adapter_to_hf, families, mcore_to_hf
 from tests import models
 from tests.converter.family_suite import small_model
 from tests.trainer import small, test_parity
@@ -68,3 +68,10 @@ def test_generated_tokens_are_those_of_transformers(folder, ranks):
     expected = transformers_tokens(folder)
     for world, layout in ((1, ()), (2, ("model.tensor_model_parallel_size=2",))):
         assert tokens(ranks.run(answers, world, str(folder), layout)[-1]) == expected
+
+
+def test_what_a_run_saves_is_exported_as_the_model_that_it_began_with(folder, ranks, tmp_path):
+    still = {"train__train_iters": 1, "optimizer__lr": 0.0, "optimizer__min_lr": 0.0, "checkpoint__save": str(tmp_path / "run")}
+    ranks.run(small.train, 2, str(folder), {**still, "scheduler__lr_warmup_iters": 0, **TP2})
+    mcore_to_hf(tmp_path / "run", tmp_path / "back")
+    assert models.model_tree(tmp_path / "back") == models.model_tree(folder)
