@@ -10,12 +10,26 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from trainer.layers.embedding import embedding_layernorm, position_offset
+from trainer.layers.late_norms import late_norms
+from trainer.layers.output import output_bias
+from trainer.layers.rope import own_frequencies, sliding_rope
+from trainer.layers.scores import changed_scores
 from trainer.layers.spec import copied
+from trainer.layers.xielu import activation_weights
 
-LAYER_PIECES: tuple[Callable[[Any, Any], None], ...] = ()
+LAYER_PIECES: tuple[Callable[[Any, Any], None], ...] = (changed_scores,)
 """Functions `(provider, layer)` that change the spec of a decoder layer in place. Each looks at fields of its own."""
 
-MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = ()
+MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
+    own_frequencies,
+    sliding_rope,
+    late_norms,
+    position_offset,
+    embedding_layernorm,
+    output_bias,
+    activation_weights,
+)
 """Functions `(provider, model)` that change this rank's chunk of a GPTModel in place."""
 
 

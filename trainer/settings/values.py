@@ -15,8 +15,10 @@ import torch
 from megatron.core import activations
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from trainer.layers import xielu
+
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-_ACTIVATIONS = (torch.nn.functional, activations)
+_ACTIVATIONS = (torch.nn.functional, activations, xielu)
 
 
 class MismatchError(Exception):
@@ -124,7 +126,11 @@ def _function(value: Any, signature: Sequence[Any]) -> Any:
         return value
     if list(signature) != [[torch.Tensor], torch.Tensor]:
         raise MismatchError
-    name = str(value).rpartition(".")[2]
+    return activation(str(value).rpartition(".")[2])
+
+
+def activation(name: str) -> Any:
+    """Return torch's, megatron-core's or our activation function of a name. Raises MismatchError where there is none."""
     return _kept(_activation(name), (types.FunctionType, types.BuiltinFunctionType))
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from trainer import layers
 from trainer.layers.spec import attention_parts, backend, copied, mlp_parts, uses_transformer_engine
+from trainer.model import GPTModelProvider
 
 
 def _layer(**more):
@@ -30,7 +31,7 @@ def test_layers_that_share_a_spec_share_its_copy():
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     one, other = _layer(), _layer(num_experts=2)
-    adapted = layers.adapt_spec(None, TransformerBlockSubmodules(layer_specs=[one, other, one], layer_norm=None))
+    adapted = layers.adapt_spec(GPTModelProvider(), TransformerBlockSubmodules(layer_specs=[one, other, one], layer_norm=None))
     first, second, third = adapted.layer_specs
     assert first is third is not one
     assert second is not first
