@@ -185,7 +185,7 @@ class GPTModelProvider(ModelProvider):
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-            position_embedding_type="none" if self.alibi else self.position_embedding_type,
+            position_embedding_type="none" if self.alibi is not None else self.position_embedding_type,
             rotary_percent=self.rotary_percent,
             rotary_base=self.rotary_base,
             rope_scaling=self.rope_scaling,
@@ -193,6 +193,7 @@ class GPTModelProvider(ModelProvider):
             seq_len_interpolation_factor=self.seq_len_interpolation_factor,
             vp_stage=vp_stage,
         )
+        model.max_sequence_length = min(self.seq_length, self.exact_sequence_length or self.seq_length)
         return layers.adapt_model(self, model)
 
 

@@ -51,6 +51,8 @@ _SCALED: dict[str, Callable[[torch.Tensor, Numbers], torch.Tensor]] = {
     "llama3": _llama3,
     "longrope": _longrope,
 }
+KINDS = tuple(_SCALED)
+"""Values of `rope_type` in `rope_parameters` and `sliding_rope`."""
 
 
 def longrope_factor(numbers: Numbers) -> float:
