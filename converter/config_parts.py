@@ -1,11 +1,102 @@
-"""Parts of a family's CONFIG that several families have: experts, layers that differ."""
+"""Parts of a family's CONFIG that several families have: sizes, norms, feed-forward layers, experts, layers that differ."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
-from converter.config import Config, Field, counts, field, required, value
+from converter.config import Config, Field, activation, count, counts, field, fixed, optional, required, switches, value
 from formats.errors import UserError, format_untrusted
+
+
+def sizes(
+    *,
+    layers: str = "num_hidden_layers",
+    hidden: str = "hidden_size",
+    heads: str = "num_attention_heads",
+    groups: str = "num_key_value_heads",
+    head_dim: str = "head_dim",
+    ffn: str = "intermediate_size",
+    ffn_default: Callable[[Config], int] | None = None,
+    positions: str = "max_position_embeddings",
+    positions_default: int = 2048,
+    tied: bool = False,
+) -> tuple[Field, ...]:
+    """Return the fields of a decoder's sizes, by their names in `config.json`, and the named sizes of them.
+
+    `groups` and `head_dim` may be empty for families without such a field: one group per head, hidden size / heads. `tied` is
+    `tie_word_embeddings` where it is absent, and `ffn_default` the size of the feed-forward layer.
+    """
+
+    def all_heads(config: Config) -> int:
+        return count(config, heads)
+
+    def even_heads(config: Config) -> int:
+        return count(config, hidden) // count(config, heads)
+
+    def write_nothing(_config: Config) -> dict[str, Any]:
+        return {}
+
+    return (
+        required("num_layers", layers),
+        required("hidden_size", hidden),
+        required("num_attention_heads", heads),
+        field("ffn_hidden_size", ffn, default=ffn_default, null=ffn_default) if ffn_default else required("ffn_hidden_size", ffn),
+        field("num_query_groups", groups, default=all_heads, null=all_heads)
+        if groups
+        else Field(lambda config: {"num_query_groups": all_heads(config)}, write_nothing),
+        field("kv_channels", head_dim, default=even_heads, null=even_heads)
+        if head_dim
+        else Field(lambda config: {"kv_channels": even_heads(config)}, write_nothing),
+        required("vocab_size", "vocab_size"),
+        field("seq_length", positions, default=value(positions_default)),
+        field("init_method_std", "initializer_range", default=value(0.02)),
+        field("share_embeddings_and_output_weights", "tie_word_embeddings", default=value(tied)),
+        counts(layers="num_layers", hidden="hidden_size", heads="num_attention_heads", groups="num_query_groups",
+               head_dim="kv_channels", ffn="ffn_hidden_size", vocab="vocab_size"),
+        switches(tied="share_embeddings_and_output_weights"),
+    )  # fmt: skip
+
+
+def dropouts(*, attention: str = "attention_dropout", hidden: str = "") -> tuple[Field, ...]:
+    """Return the fields of dropout, of attention's weights and of what each branch adds; without a name there is none."""
+    return tuple(
+        field(megatron, name, default=value(0.0)) if name else fixed(**{megatron: 0.0})
+        for megatron, name in (("attention_dropout", attention), ("hidden_dropout", hidden))
+    )
+
+
+def rms_norm(name: str = "rms_norm_eps", *, default: float = 1e-6, zero_centered: bool = False) -> tuple[Field, ...]:
+    """Return the fields of RMSNorm; `zero_centered` where a norm multiplies by 1 + its weight."""
+    return _norm("RMSNorm", name, default, zero_centered)
+
+
+def layer_norm(name: str = "layer_norm_eps", *, default: float = 1e-5, zero_centered: bool = False) -> tuple[Field, ...]:
+    """Return the fields of LayerNorm, which has a bias in Megatron."""
+    return _norm("LayerNorm", name, default, zero_centered)
+
+
+def _norm(kind: str, name: str, default: float, zero_centered: bool) -> tuple[Field, ...]:
+    centered = (fixed(layernorm_zero_centered_gamma=True),) if zero_centered else ()
+    return field("layernorm_epsilon", name, default=value(default)), fixed(normalization=kind), *centered
+
+
+def mlp(*activations: str, gated: bool, huggingface: str = "hidden_act") -> tuple[Field, ...]:
+    """Return the fields of a dense feed-forward layer: its activations, as transformers calls them, and whether it has a gate."""
+    return activation(*activations, huggingface=huggingface), fixed(gated_linear_unit=gated, num_moe_experts=None)
+
+
+def multipliers(*, embedding: Field | None = None, logits: Field | None = None) -> tuple[Field, ...]:
+    """Return the fields of numbers that embeddings and logits are multiplied by: `mup_embedding_mult` and `mup_output_mult`.
+
+    megatron-core's muP switches them on; with the base width equal to the width, and a softmax scale of its own, it changes
+    nothing else.
+    """
+    return (
+        *((embedding,) if embedding else ()),
+        *((logits,) if logits else ()),
+        Field(lambda _config: {"use_mup": True, "mup_attn_scale_power": 0.5}, lambda _config: {}),
+    )
 
 
 def routed(*, experts: str, topk: str, ffn: str, renormalized: str = "") -> tuple[Field, ...]:
@@ -67,3 +158,15 @@ def dimension(size: str, huggingface: str, *, megatron: str = "", default: int |
     name = megatron or huggingface
     one = required(name, huggingface) if default is None else field(name, huggingface, default=value(default))
     return one, counts(**{size: name})
+
+
+NOT_COMPUTED = {
+    "clip_qkv": "queries, keys and values are clamped to it, which no layer here does",
+}
+"""Fields of models whose weights are converted, and which neither megatron-core nor `mbtrain` computes."""
+
+
+def not_computed(name: str) -> Field:
+    """Return a field of `NOT_COMPUTED`, under its name in `config.json`; null where the model does not have it."""
+    assert name in NOT_COMPUTED
+    return optional(name, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import starmap
@@ -11,7 +11,9 @@ from typing import Any
 from converter import families, reference, run_config, side_files
 from converter.checks import check_equal, check_exact
 from converter.comparison import CheckpointView
-from converter.config import BUILT_IN_ROPE, make_model, rope_numbers, to_megatron
+from converter.config import make_model, to_megatron
+from converter.config_parts import NOT_COMPUTED
+from converter.config_rope import BUILT_IN_ROPE, rope_numbers
 from converter.conversion import Conversion
 from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
 from converter.execution import Reporter
@@ -31,7 +33,7 @@ from converter.values import KEEP, dtype_of_most_parameters
 from converter.views import megatron_view, tied
 from formats.dcp_index import METADATA
 from formats.detect import open_megatron
-from formats.errors import UserError
+from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.iterations import iteration_folder
 from formats.spec import is_valid_shape
@@ -209,9 +211,28 @@ def notes(source: Source, plan: Plan) -> Iterator[str]:
     if is_plain({spec.dtype for spec in source.reader.specs.values()}):
         for name in quantization(source.reference.config):
             yield f"`config.json` has `{name}`, but no weight is quantized: an export leaves it out"
-    rope = rope_numbers(source.reference.config)
+    yield from _notes_on_function(source.reference.config)
+
+
+def _notes_on_function(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what megatron-core's layers do not compute of a model whose weights are converted."""
+    family = families.find(config.get("model_type"))
+    megatron = to_megatron(family.CONFIG, config)
+    if family.WEIGHTS_ONLY:
+        yield f"weights alone: `mbtrain` cannot train a `{config['model_type']}`: {family.WEIGHTS_ONLY}"
+    for name, why in NOT_COMPUTED.items():
+        if megatron.get(name) is not None:
+            yield f"`{name}` is `{format_untrusted(megatron[name])}`, with which `mbtrain` refuses the model: {why}"
+    if length := megatron.get("exact_sequence_length"):
+        yield f"`mbtrain` computes sequences of at most {length} tokens as transformers does, and refuses longer ones"
+    if megatron.get("rope_scaling"):
+        yield from _notes_on_rope(config)
+
+
+def _notes_on_rope(config: Mapping[str, Any]) -> Iterator[str]:
+    rope = rope_numbers(config)
     scaling = {name: rope[name] for name in BUILT_IN_ROPE if name in rope}
-    if rope["rope_type"] == "llama3" and scaling != BUILT_IN_ROPE:
+    if scaling != BUILT_IN_ROPE:
         yield (
             f"rope scaling {scaling} is not what megatron-core's GPTModel builds in ({BUILT_IN_ROPE}): "
             "set `rotary_pos_emb.inv_freq` after building the model"

@@ -33,11 +33,14 @@ class Effect(Enum):
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "activation_func_clamp_value": (),
+    "alibi": (),
     "apply_layernorm_1p": (False,),
     "apply_residual_connection_post_layernorm": (False,),
     "attention_multiplier": (),
     "attention_output_gate": (False,),
     "attn_logit_softcapping": (0.0,),
+    "clip_qkv": (),
+    "embedding_layernorm": (False,),
     "embedding_multiplier": (1.0,),
     "experimental_attention_variant": (),
     "final_logit_softcapping": (0.0,),
@@ -63,13 +66,22 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "num_experts": (0,),
     "old_context_len": (8192,),
     "openai_gelu": (False,),
+    "output_layer_bias": (False,),
+    "parallel_residual": (),
+    "position_offset": (0,),
+    "post_layernorms": (False,),
+    "pre_layernorms": (True,),
     "qk_l2_norm": (False,),
+    "qk_layernorm_after_rope": (False,),
+    "qk_layernorm_scope": ("head",),
     "query_pre_attn_scalar": (),
     "quick_geglu": (False,),
     "residual_multiplier": (1.0,),
     "retro_add_retriever": (False,),
+    "rope_parameters": (),
     "rope_type": ("rope",),
     "rotary_interleaved": (False,),
+    "sliding_rope": (),
     "softmax_scale": (),
     "softmax_type": ("vanilla",),
     "spec": (),
@@ -77,8 +89,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "use_mup": (False,),
     "window_attn_skip_freq": (0,),
 }
-"""Settings that change what the model computes, with the values besides null that do not. A few are of forks and of
-Megatron-Bridge's other families."""
+"""Settings that change what the model computes, with the values besides null that do not. A few are of forks, of
+Megatron-Bridge's other families, and of `mbtrain`."""
 
 _CONFIG = frozenset({
     "activation_func", "add_bias_linear", "add_qkv_bias", "attention_dropout", "ffn_hidden_size", "gated_linear_unit",

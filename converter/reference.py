@@ -5,7 +5,7 @@ Everything else that the checkpoint says of its model must agree with it, as ten
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from converter.config import to_huggingface, to_megatron
 from converter.padded_vocab import rows_of, tokens
 from converter.run_config import ModelSettings, UnknownModelError
 from converter.side_files import HFReference
-from formats.errors import UserError
+from formats.errors import UserError, format_untrusted
 from formats.folder import FileRef, Folder
 from formats.megatron_reader import MegatronReader
 
@@ -86,17 +86,34 @@ def _rebuilt(reader: MegatronReader, said: Sequence[ModelSettings], vocab: int |
 
 
 def rebuild_config(fields: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Return a `config.json` for Megatron's fields, in the first family that has all of them."""
+    """Return a `config.json` for Megatron's fields, in the first family whose model has all of them and no others."""
     refused: list[str] = []
-    for name in families.names():
+    for name in dict.fromkeys((*_PLAINEST, *families.names())):
         family = families.find(name)
         try:
             config = to_huggingface(family.CONFIG, fields)
+            described = to_megatron(family.CONFIG, config)
         except UserError as error:
             refused.append(f"{name}: {error.args[0]}")
             continue
-        return {"architectures": [family.ARCHITECTURE], "model_type": name, **config}
+        if not (others := _others(described, fields)):
+            return {"architectures": [family.ARCHITECTURE], "model_type": name, **config}
+        refused.append(f"{name}: `{others[0]}` is `{format_untrusted(described[others[0]])}` there")
+    shown = [text for text in refused if text.startswith(_PLAINEST)]
     raise UnknownModelError(
-        f"{origin} describes a model of no supported family ({'; '.join(refused)})",
+        f"{origin} describes a model of no supported family ({'; '.join(shown)}; …)",
         hint="give a folder with the model's `config.json`: `--hf-config DIR`",
     )
+
+
+_PLAINEST = ("llama", "mistral", "qwen2", "qwen3")
+"""The families that are tried first: several may have the same model."""
+
+
+def _others(described: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
+    """Return the fields by which a family's model is another than the recorded one: a field that is not recorded is off."""
+    silent = [name for name in described if name not in fields and name in megatron_settings.NEUTRAL]
+    return [
+        *consistency.differing(described, fields, rows=None),
+        *(name for name in silent if not megatron_settings.is_neutral(name, described[name], described)),
+    ]

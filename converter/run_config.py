@@ -27,7 +27,7 @@ ARGS = "Megatron-LM's `args`"
 
 _DEEPEST, _LONGEST = 64, 1 << 16
 
-_ACTIVATIONS = {"squared_relu": "megatron.core.activations.squared_relu"}
+_ACTIVATIONS = {name: f"megatron.core.activations.{name}" for name in ("fast_gelu", "quick_gelu", "squared_relu")}
 """Where functions are that torch has not."""
 
 _ABSENT = (

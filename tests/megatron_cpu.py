@@ -98,13 +98,13 @@ def build(shape: Shape) -> list[Any]:
     from megatron.core.transformer.enums import AttnBackend
 
     from converter import families
-    from converter.config import rope_numbers, to_megatron
+    from converter.config import to_megatron
+    from converter.config_rope import rope_numbers
 
-    families.__path__ = [*families.__path__, *([shape.families] if shape.families else [])]
+    families.__path__ = [*([shape.families] if shape.families else []), *families.__path__]
     parallel_state.initialize_model_parallel(shape.tp, shape.pp, shape.vpp)
     model_parallel_cuda_manual_seed(1)
     fields = to_megatron(families.find(shape.config["model_type"]).CONFIG, shape.config)
-    rope = rope_numbers(shape.config)
     own = {f.name for f in dataclasses.fields(TransformerConfig)} - {"rope_scaling", "window_size", "activation_func"}
     config = TransformerConfig(
         **{name: value for name, value in fields.items() if name in own},
@@ -146,8 +146,8 @@ def build(shape: Shape) -> list[Any]:
             seq_len_interpolation_factor=fields.get("seq_len_interpolation_factor"),
             vp_stage=stage if shape.vpp else None,
         )
-        if rope["rope_type"] == "llama3":
-            model.rotary_pos_emb.inv_freq = _scaled_frequencies(model.rotary_pos_emb, rope)
+        if fields["rope_scaling"]:
+            model.rotary_pos_emb.inv_freq = _scaled_frequencies(model.rotary_pos_emb, rope_numbers(shape.config))
         chunks.append(model.eval())
     return chunks
 
@@ -202,32 +202,39 @@ def logits_of(rank: int, shape: Shape, iteration: str, tokens: list[list[int]]) 
 
     Answers (keys nobody asked for, logits as a numpy array on the last stage, else None).
     """
+    chunks = build(shape)
+    return load_strictly(chunks, iteration), forward(chunks, tokens, vpp=shape.vpp, microbatches=shape.pp if shape.vpp else 1)
+
+
+def forward(chunks: list[Any], tokens: list[list[int]], *, vpp: int | None = None, microbatches: int = 1, **options: Any) -> Any:
+    """Run a model through the pipeline schedule; answers logits as a numpy array on the last stage, else None.
+
+    `options` go to the model.
+    """
     import torch
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    chunks = build(shape)
-    left = load_strictly(chunks, iteration)
     data = torch.tensor(tokens)
     positions = torch.arange(data.shape[1]).unsqueeze(0).expand_as(data)
     mask = torch.triu(torch.ones(1, 1, data.shape[1], data.shape[1], dtype=torch.bool), 1)
 
     def step(_batches, model, *_):
-        return model(data, positions, mask), lambda output, **_: output
+        return model(data, positions, mask, **options), lambda output, **_: output
 
     with torch.no_grad():
         outputs = get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=[None] * len(chunks) if shape.vpp else None,
-            model=chunks if shape.vpp else chunks[0],
-            num_microbatches=shape.pp if shape.vpp else 1,
+            data_iterator=[None] * len(chunks) if vpp else None,
+            model=chunks if vpp else chunks[0],
+            num_microbatches=microbatches,
             seq_length=data.shape[1],
             micro_batch_size=data.shape[0],
             forward_only=True,
             collect_non_loss_data=True,
         )
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    return left, outputs[0].float().numpy() if last else None
+    return outputs[0].float().numpy() if last else None
 
 
 def save(rank: int, shape: Shape, source: str, target: str, extra: dict) -> None:

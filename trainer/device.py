@@ -134,13 +134,26 @@ def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
     """Return the spec of the decoder's layers: Transformer Engine's on a GPU, megatron-core's own on the CPU."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: PLC0415 - seconds to import
 
-    return get_gpt_decoder_block_spec(
+    spec = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=_on_gpu(),
         normalization=config.normalization,
         qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
     )
+    if config.num_moe_experts and not _on_gpu():
+        _name_norms_as_on_a_gpu(spec)
+    return spec
+
+
+def _name_norms_as_on_a_gpu(spec: Any) -> None:
+    """Let checkpoints have Transformer Engine's key for the norm before experts: local layers have a dense layer's for it."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: PLC0415 - seconds to import
+
+    for submodules in {id(layer.submodules): layer.submodules for layer in spec.layer_specs}.values():
+        mlp = submodules.mlp
+        if MoELayer in {getattr(mlp, "module", None), getattr(mlp, "func", None)}:
+            submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
 
 
 _ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")

@@ -29,12 +29,13 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 
 from converter.config import to_megatron
 from converter.families import find
-from formats.errors import UserError
+from formats.errors import UserError, format_untrusted
 from trainer import device, layers
 from trainer.config import FilePath
 from trainer.layers.output import capped
 from trainer.loss import WithoutPadding
-from trainer.settings import refused, values
+from trainer.settings import refused
+from trainer.settings.values import activation
 
 Config = Mapping[str, Any]
 
@@ -201,15 +202,18 @@ def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProv
     """Return the provider of the model that a `config.json` describes. Raises UserError for an unsupported family."""
     known = {provider_field.name for provider_field in fields(GPTModelProvider)}
     megatron = to_megatron(find(config.get("model_type")).CONFIG, config)
-    activation = values.activation(megatron.pop("activation_func"))
-    window = megatron.pop("window_size", None)
-    return GPTModelProvider(
-        **{name: value for name, value in megatron.items() if name in known and value is not None},
-        activation_func=activation,
-        window_size=tuple(window) if window else None,
-        hf_config=dict(config),
-        hf_source=source,
-    )
+    given = {name: value for name, value in megatron.items() if value is not None}
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(
+                f"`{config['model_type']}` with `{name}` `{format_untrusted(value)}` cannot be trained: neither "
+                "megatron-core nor this trainer computes it",
+                hint="its weights can be converted all the same",
+            )
+    given["activation_func"] = activation(given["activation_func"])
+    if "window_size" in given:
+        given["window_size"] = tuple(given["window_size"])
+    return GPTModelProvider(**given, hf_config=dict(config), hf_source=source)
 
 
 def build(provider: Any) -> list[torch.nn.Module]:

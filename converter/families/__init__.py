@@ -40,12 +40,15 @@ class Family:
     """What `config.json` of a small model has otherwise than a Llama's, for the tests that go through all families."""
 
     PROVIDER: tuple[str, ...] = ()
-    """What a model needs to be trained that megatron-core's GPTModel does not have. Its weights are converted all the same."""
+    """The fields of `mbtrain`'s GPTModelProvider that a model of the family sets and megatron-core does not have."""
+
+    WEIGHTS_ONLY: str = ""
+    """Why `mbtrain` cannot train a model of the family. Its weights are converted all the same."""
 
     @property
     def trains(self) -> bool:
-        """Does megatron-core's own GPTModel compute what the family does?"""
-        return not self.PROVIDER
+        """Does `mbtrain` compute what the family does?"""
+        return not self.WEIGHTS_ONLY
 
     def rooted(self, names: Container[str]) -> Family:
         """Return the family with the names that a source has: those under the first root under which it has the embedding."""
@@ -69,7 +72,7 @@ def _moved(name: str, first: str, root: str) -> str:
 
 def names() -> list[str]:
     """Return every supported `model_type`."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted({module.name for module in pkgutil.iter_modules(__path__)})
 
 
 def find(model_type: Any) -> Family:

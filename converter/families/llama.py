@@ -1,19 +1,9 @@
 """Llama 2, 3, 3.1, 3.2, and the models that copied their shape."""
 
-from converter.config import (
-    Config,
-    activation,
-    counts,
-    field,
-    fixed,
-    flag,
-    named,
-    no_window,
-    required,
-    rope,
-    switches,
-    value,
-)
+from converter.config import fixed, flag, named
+from converter.config_layers import no_window
+from converter.config_parts import dropouts, mlp, rms_norm, sizes
+from converter.config_rope import rope
 from converter.model import Model
 from converter.rules import Indices, Rule, gated_mlp, qkv, replicated, row_parallel, under, vocab_parallel
 
@@ -21,11 +11,12 @@ MODELS = "Llama 2, 3, 3.1, 3.2 and models of the same shape"
 ARCHITECTURE = "LlamaForCausalLM"
 
 
-def _untied(model: Model, _indices: Indices) -> bool:
+def untied(model: Model, _indices: Indices) -> bool:
+    """Has the model an output layer of its own?"""
     return not model.tied
 
 
-def _biased(model: Model, _indices: Indices) -> bool:
+def biased(model: Model, _indices: Indices) -> bool:
     """megatron-core has one switch, `add_bias_linear`, for what Hugging Face switches separately."""
     return model.attention_bias or model.mlp_bias
 
@@ -36,14 +27,6 @@ def _plain_attention(model: Model, _indices: Indices) -> bool:
 
 def _plain_mlp(model: Model, _indices: Indices) -> bool:
     return not model.mlp_bias
-
-
-def _heads(config: Config) -> int:
-    return config["num_attention_heads"]
-
-
-def _head_dim(config: Config) -> int:
-    return config["hidden_size"] // config["num_attention_heads"]
 
 
 ATTENTION = (
@@ -64,50 +47,29 @@ def decoder(*layer: Rule) -> tuple[Rule, ...]:
         vocab_parallel("embedding.word_embeddings.weight", "model.embed_tokens.weight", "hidden"),
         *under("decoder.layers.{layer}", "model.layers.{layer}", layer),
         replicated("decoder.final_layernorm.weight", "model.norm.weight", "hidden"),
-        vocab_parallel("output_layer.weight", "lm_head.weight", "hidden", when=_untied, tied_to="model.embed_tokens.weight"),
+        vocab_parallel("output_layer.weight", "lm_head.weight", "hidden", when=untied, tied_to="model.embed_tokens.weight"),
     )
 
 
 RULES = decoder(
     *ATTENTION[:2],
-    qkv("self_attention.linear_qkv.bias", "self_attn.{q,k,v}_proj.bias", when=_biased, absent=_plain_attention),
+    qkv("self_attention.linear_qkv.bias", "self_attn.{q,k,v}_proj.bias", when=biased, absent=_plain_attention),
     ATTENTION[2],
-    replicated("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "hidden", when=_biased, absent=_plain_attention),
+    replicated("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "hidden", when=biased, absent=_plain_attention),
     *MLP[:2],
-    gated_mlp("mlp.linear_fc1.bias", "mlp.{gate,up}_proj.bias", "ffn", when=_biased, absent=_plain_mlp),
+    gated_mlp("mlp.linear_fc1.bias", "mlp.{gate,up}_proj.bias", "ffn", when=biased, absent=_plain_mlp),
     MLP[2],
-    replicated("mlp.linear_fc2.bias", "mlp.down_proj.bias", "hidden", when=_biased, absent=_plain_mlp),
+    replicated("mlp.linear_fc2.bias", "mlp.down_proj.bias", "hidden", when=biased, absent=_plain_mlp),
 )
 
-SIZES = (
-    required("num_layers", "num_hidden_layers"),
-    required("hidden_size", "hidden_size"),
-    required("ffn_hidden_size", "intermediate_size"),
-    required("num_attention_heads", "num_attention_heads"),
-    field("num_query_groups", "num_key_value_heads", default=_heads, null=_heads),
-    field("kv_channels", "head_dim", default=_head_dim, null=_head_dim),
-    required("vocab_size", "vocab_size"),
-    field("seq_length", "max_position_embeddings", default=value(2048)),
-    field("layernorm_epsilon", "rms_norm_eps", default=value(1e-6)),
-    field("init_method_std", "initializer_range", default=value(0.02)),
-    field("attention_dropout", "attention_dropout", default=value(0.0)),
-    field("share_embeddings_and_output_weights", "tie_word_embeddings", default=value(False)),
-    counts(layers="num_layers", hidden="hidden_size", heads="num_attention_heads", groups="num_query_groups",
-           head_dim="kv_channels", ffn="ffn_hidden_size", vocab="vocab_size"),
-    switches(tied="share_embeddings_and_output_weights"),
-    named(attention_bias=False, mlp_bias=False),
-    activation("silu"),
-    fixed(normalization="RMSNorm", gated_linear_unit=True, position_embedding_type="rope", rotary_percent=1.0,
-          hidden_dropout=0.0),
-)  # fmt: skip
-
+SIZES = (*sizes(), *dropouts(), *rms_norm())
 PLAIN_ATTENTION = fixed(add_qkv_bias=False, qk_layernorm=False)
-DENSE = fixed(num_moe_experts=None)
+NO_BIAS = (fixed(add_bias_linear=False), named(attention_bias=False, mlp_bias=False))
 
 CONFIG = (
     *SIZES,
+    *mlp("silu", gated=True),
     PLAIN_ATTENTION,
-    DENSE,
     flag("add_bias_linear", "attention_bias", "mlp_bias"),
     rope("default", "linear", "llama3"),
     no_window("window_size"),

@@ -1,6 +1,9 @@
 """Mistral: Llama's weights without biases, and a sliding window over the attention."""
 
-from converter.config import field, fixed, rope, value, window
+from converter.config import field, value
+from converter.config_layers import window
+from converter.config_parts import mlp
+from converter.config_rope import rope
 from converter.families import llama
 
 MODELS = "Mistral 7B, Nemo and models of the same shape"
@@ -13,9 +16,9 @@ SIZES = (
     field("num_query_groups", "num_key_value_heads", default=value(8)),
     field("seq_length", "max_position_embeddings", default=value(4096 * 32)),
     rope("default"),
-    fixed(add_bias_linear=False),
+    *llama.NO_BIAS,
 )
 
-CONFIG = (*SIZES, llama.PLAIN_ATTENTION, llama.DENSE, window("window_size", "sliding_window", default=4096))
+CONFIG = (*SIZES, *mlp("silu", gated=True), llama.PLAIN_ATTENTION, window("window_size", "sliding_window", default=4096))
 
 EXTRAS: tuple[str, ...] = llama.EXTRAS

@@ -29,10 +29,15 @@ def checkpoint(model_folder, tmp_path):
 def families_from(folder, monkeypatch):
     """Let the files of a folder be families, as if they were in `converter/families`."""
     names = {f"converter.families.{file.stem}" for file in folder.glob("*.py")}
-    monkeypatch.setattr(families, "__path__", [*families.__path__, str(folder)])
+    monkeypatch.setattr(families, "__path__", [str(folder), *families.__path__])
+    _forget(names)
     try:
         yield
     finally:
-        for name in names:
-            if sys.modules.pop(name, None):
-                delattr(families, name.rpartition(".")[2])
+        _forget(names)
+
+
+def _forget(names):
+    for name in names:
+        if sys.modules.pop(name, None):
+            delattr(families, name.rpartition(".")[2])

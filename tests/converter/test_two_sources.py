@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from converter import Reporter, UserError, hf_to_mcore, mcore_to_hf
-from converter.config import rope_numbers
+from converter.config_rope import rope_numbers
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
 from formats.shard_files import shard_names

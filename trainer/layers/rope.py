@@ -16,7 +16,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.transformer.utils import is_layer_window_attention
 
-from converter.config import rope_numbers
+from converter.config_rope import rope_numbers
 
 Numbers = Mapping[str, Any]
 
@@ -87,7 +87,7 @@ def _own_numbers(provider: Any) -> Numbers | None:
     if provider.rope_parameters:
         return {"rope_theta": provider.rotary_base, **provider.rope_parameters}
     if provider.rope_scaling and provider.hf_config:
-        return rope_numbers(provider.hf_config)
+        return rope_numbers(provider.hf_config, layers="full_attention")
     return None
 
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from converter import megatron_settings
-from converter.config import rope_numbers, to_huggingface, to_megatron
+from converter.config import to_huggingface, to_megatron
+from converter.config_rope import rope_numbers
 from converter.families import find
 from formats.errors import UserError, format_untrusted
 from trainer.settings.defaults import Default

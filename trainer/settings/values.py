@@ -126,15 +126,12 @@ def _function(value: Any, signature: Sequence[Any]) -> Any:
         return value
     if list(signature) != [[torch.Tensor], torch.Tensor]:
         raise MismatchError
-    return activation(str(value).rpartition(".")[2])
+    name = str(value).rpartition(".")[2]
+    return _kept(activation(name), (types.FunctionType, types.BuiltinFunctionType))
 
 
 def activation(name: str) -> Any:
-    """Return torch's, megatron-core's or our activation function of a name. Raises MismatchError where there is none."""
-    return _kept(_activation(name), (types.FunctionType, types.BuiltinFunctionType))
-
-
-def _activation(name: str) -> Any:
+    """Return a function of torch or megatron-core by its name; None for one that neither has."""
     functions = (getattr(module, name, None) for module in _ACTIVATIONS if not name.startswith("_"))
     return next((function for function in functions if function is not None), None)
 
@@ -213,6 +210,6 @@ def _name(value: Any) -> Any:
     if isinstance(value, PipelineParallelLayerLayout):
         return plain(value.input_data)
     name = getattr(value, "__name__", "")
-    if name and _activation(name) is value:
+    if name and activation(name) is value:
         return name
     raise NotPlainError

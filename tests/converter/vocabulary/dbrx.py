@@ -50,4 +50,4 @@ CONFIG = (
         sizes,
     ),
 )
-PROVIDER = ("clip_qkv",)
+WEIGHTS_ONLY = "`clip_qkv`"

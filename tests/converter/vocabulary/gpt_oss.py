@@ -1,7 +1,8 @@
 """Experts in one tensor each, stored transposed, gate and up projection in alternating rows; biases; a sink for each head."""
 
-from converter.config import Field, fixed
+from converter.config import Field, activation, fixed
 from converter.config_parts import routed
+from converter.config_rope import rope
 from converter.families import llama
 from converter.rows import alternating
 from converter.rules import Rule, column_parallel, qkv, replicated, row_parallel
@@ -25,8 +26,10 @@ RULES = llama.decoder(
 )
 CONFIG = (
     *llama.SIZES,
+    activation("silu"),
+    rope("default", "yarn"),
     *routed(experts="num_local_experts", topk="num_experts_per_tok", ffn="intermediate_size"),
     Field(lambda _: {"softmax_type": "learnable"}, lambda _: {}, lambda s: {"fc1": 2 * s.known["moe_ffn"]}),
     fixed(add_bias_linear=True),
 )
-PROVIDER = ("yarn", "sinks")
+WEIGHTS_ONLY = "no YaRN and no sinks here"

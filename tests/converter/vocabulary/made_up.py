@@ -1,7 +1,8 @@
 """What no small model of transformers has: prediction layers, halves of layers that count, an axis of size 1, other roots."""
 
-from converter.config import fixed, named
+from converter.config import activation, fixed, named
 from converter.config_parts import dimension, routed
+from converter.config_rope import rope
 from converter.families import llama
 from converter.rules import copy_of, gated_mlp, replicated, row_parallel, under
 
@@ -41,6 +42,8 @@ RULES = (
 )
 CONFIG = (
     *llama.SIZES,
+    activation("silu"),
+    rope("default"),
     fixed(add_bias_linear=False),
     *routed(experts="num_experts", topk="num_experts_per_tok", ffn="moe_intermediate_size"),
     *dimension("mtp", "num_nextn_predict_layers", megatron="mtp_num_layers"),

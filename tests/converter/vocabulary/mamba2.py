@@ -43,4 +43,4 @@ CONFIG = (
     ),
     named(stacked=False, hybrid=True),
 )
-PROVIDER = ("hybrid",)
+WEIGHTS_ONLY = "a HybridModel"

@@ -1,6 +1,7 @@
 """Experts that are separate on Hugging Face's side."""
 
-from converter.config import window
+from converter.config import activation, fixed
+from converter.config_layers import window
 from converter.config_parts import routed
 from converter.families import llama, mistral
 from converter.rules import gated_mlp, replicated, row_parallel
@@ -18,6 +19,8 @@ SMALL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 RULES = llama.decoder(*llama.ATTENTION, *MOE)
 CONFIG = (
     *mistral.SIZES,
+    activation("silu"),
+    fixed(gated_linear_unit=True),
     llama.PLAIN_ATTENTION,
     window("window_size", "sliding_window", default=None),
     *routed(experts="num_local_experts", topk="num_experts_per_tok", ffn="intermediate_size"),

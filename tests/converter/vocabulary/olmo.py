@@ -1,6 +1,8 @@
 """Norms without weights: Megatron's are 1, and their biases 0."""
 
-from converter.config import fixed, no_window, rope
+from converter.config_layers import no_window
+from converter.config_parts import mlp
+from converter.config_rope import rope
 from converter.families import llama
 from converter.rules import always, replicated, under, vocab_parallel
 
@@ -27,9 +29,9 @@ RULES = (
 )
 CONFIG = (
     *llama.SIZES,
-    llama.DENSE,
+    *mlp("silu", gated=True),
     rope("default"),
     no_window("window_size"),
-    fixed(add_bias_linear=False),
+    *llama.NO_BIAS,
 )
-PROVIDER = ("layer_norm",)
+WEIGHTS_ONLY = "a LayerNorm without weights"

@@ -1,6 +1,8 @@
 """Query, key and value in one tensor, one after another; gate and up projection in one."""
 
-from converter.config import fixed, no_window, rope
+from converter.config_layers import no_window
+from converter.config_parts import mlp
+from converter.config_rope import rope
 from converter.families import llama
 from converter.rules import gated_mlp, qkv
 
@@ -14,4 +16,4 @@ RULES = llama.decoder(
     gated_mlp("mlp.linear_fc1.weight", "mlp.gate_up_proj.weight", "ffn", "hidden"),
     llama.MLP[2],
 )
-CONFIG = (*llama.SIZES, llama.DENSE, rope("default"), no_window("window_size"), fixed(add_bias_linear=False))
+CONFIG = (*llama.SIZES, *mlp("silu", gated=True), rope("default"), no_window("window_size"), *llama.NO_BIAS)

@@ -1,7 +1,8 @@
 """Layers of two kinds; a tensor whose sections go group by group; a number that is added to every value; shared experts."""
 
-from converter.config import fixed, named
+from converter.config import activation, fixed, named
 from converter.config_parts import by_layer, dimension, routed, shared_experts
+from converter.config_rope import rope
 from converter.families import llama
 from converter.rows import RowRange
 from converter.rules import Rule, column_parallel, gated_mlp, replicated, row_parallel, sections, under
@@ -70,6 +71,8 @@ RULES = (
 )
 CONFIG = (
     *llama.SIZES,
+    activation("silu"),
+    rope("default"),
     fixed(add_bias_linear=False),
     *routed(experts="num_experts", topk="num_experts_per_tok", ffn="moe_intermediate_size", renormalized="norm_topk_prob"),
     *shared_experts("shared_expert_intermediate_size"),
@@ -87,4 +90,4 @@ CONFIG = (
     ),
 )
 PASSTHROUGH_PREFIXES = ("mtp.", "visual.")
-PROVIDER = ("gated_delta_net",)
+WEIGHTS_ONLY = "a gated delta net"

@@ -1,0 +1,165 @@
+"""CONFIG fields of layers that attend differently: sliding windows, layers without positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from converter.config import Config, Field, agreeing, count
+from formats.errors import UserError, format_untrusted
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Words of `layer_types`."""
+
+Types = Callable[[Config], Sequence[str]]
+"""What `layer_types` is where a `config.json` does not have it."""
+
+
+def layers_of(config: Config) -> int:
+    return count(config, "num_hidden_layers")
+
+
+def all_full(config: Config) -> list[str]:
+    """Return the types of layers that all see every token before one."""
+    return [FULL] * layers_of(config)
+
+
+def one_full_in(default: int | str, *, name: str = "sliding_window_pattern") -> Types:
+    """Return the types of layers of which each n-th sees all tokens before one and the others slide.
+
+    `name` is the field of n, which may be a pattern of letters too: `LLLG`. `default` is n where it is absent.
+    """
+
+    def types(config: Config) -> list[str]:
+        found, layers = config.get(name, config.get(f"_{name}", default)), layers_of(config)
+        if isinstance(found, str) and found and set(found) <= {"L", "G"}:
+            return [SLIDING if found[layer % len(found)] == "L" else FULL for layer in range(layers)]
+        each = count({name: found}, name)
+        return [FULL if (layer + 1) % each == 0 else SLIDING for layer in range(layers)]
+
+    return types
+
+
+def layer_types(config: Config, default: Types) -> list[str]:
+    """Return the type of each layer. UserError where `layer_types` is damaged, or contradicts the fields that it follows from."""
+    expected, found = list(default(config)), config.get("layer_types")
+    if found is None:
+        return expected
+    types = cast("list[Any]", found) if isinstance(found, list) else []
+    if len(types) != layers_of(config) or any(word not in (FULL, SLIDING) for word in types):
+        raise UserError(
+            f"`layer_types` is `{format_untrusted(found)}`, which should have `{FULL}` or `{SLIDING}` for each of "
+            f"{layers_of(config)} layers"
+        )
+    named = [name for name in _PATTERNS if config.get(name) is not None]
+    if named and types != expected:
+        layer = next(layer for layer, pair in enumerate(zip(types, expected, strict=True)) if pair[0] != pair[1])
+        raise UserError(
+            f"`config.json` says two things: layer {layer} has `{types[layer]}` in `layer_types`, and by `{named[0]}` it is "
+            f"`{expected[layer]}`",
+            hint="loaders differ in which they take: leave one out",
+        )
+    return types
+
+
+_PATTERNS = ("sliding_window_pattern", "_sliding_window_pattern", "use_sliding_window")
+"""Fields that `layer_types` follows from in some families."""
+
+
+def window_pattern(types: Types, *, huggingface: str = "sliding_window", default: int | None = None, switch: str = "") -> Field:
+    """Return the field of layers of which some attend in a sliding window: `window_size` and `window_attn_skip_freq`.
+
+    `types` is `layer_types` where it is absent. `switch` names a field without which no layer slides.
+    """
+
+    def read(config: Config) -> dict[str, Any]:
+        slides = [word == SLIDING for word in layer_types(config, types)]
+        tokens = config.get(huggingface, default) if any(slides) else None
+        if any(slides) and tokens is None:
+            raise UserError(f"`layer_types` has `{SLIDING}`, and `{huggingface}` is `None`", hint="the configuration is damaged")
+        return {
+            "window_size": None if tokens is None else [count({huggingface: tokens}, huggingface) - 1, 0],
+            "window_attn_skip_freq": [int(one) for one in slides] if any(slides) and not all(slides) else None,
+        }
+
+    def write(config: Config) -> dict[str, Any]:
+        tokens, layers = seen(config.get("window_size")), count(config, "num_layers")
+        slides = config.get("window_attn_skip_freq") or [int(tokens is not None)] * layers
+        if isinstance(slides, int):  # megatron-core: each such layer sees everything
+            slides = [int(bool((layer + 1) % slides)) for layer in range(layers)]
+        types = [SLIDING if one else FULL for one in cast("list[int]", slides)]
+        return {huggingface: tokens, "layer_types": types, **({switch: tokens is not None} if switch else {})}
+
+    return Field(read, write)
+
+
+def no_rope(read: Callable[[Config], Sequence[bool]], write: Callable[[Sequence[int]], dict[str, Any]] | None = None) -> Field:
+    """Return the field of layers without rotary embeddings, `no_rope_freq`. `read` says of each layer whether it has none.
+
+    `write` returns the fields of `config.json` for a list of 1 (none) and 0; without it, they follow from other fields.
+    """
+
+    def there(config: Config) -> dict[str, Any]:
+        without = [int(one) for one in read(config)]
+        return {"no_rope_freq": without if any(without) else None}
+
+    def back(config: Config) -> dict[str, Any]:
+        without = config.get("no_rope_freq") or [0] * count(config, "num_layers")
+        if isinstance(without, int):
+            without = [int((layer + 1) % without == 0) for layer in range(count(config, "num_layers"))]
+        return write(cast("list[int]", without)) if write else {}
+
+    return Field(there, back)
+
+
+def seen(window: Any) -> int | None:
+    """Return the tokens that a window of Megatron's shows, the present one included; None without a window."""
+    match window:
+        case None:
+            return None
+        case [int(before), 0] | (int(before), 0):
+            return before + 1
+        case _:
+            raise UserError("`window_size` is not a window over what comes before a token")
+
+
+def window(megatron: str, huggingface: str, *, default: int | None) -> Field:
+    """Return the field of sliding attention: Hugging Face counts the tokens seen, the current one included; Megatron those before
+    it."""
+
+    def read(config: Config) -> dict[str, Any]:
+        tokens = config.get(huggingface, default)
+        _check_sliding(config, huggingface, tokens)
+        return {megatron: None if tokens is None else [count({huggingface: tokens}, huggingface) - 1, 0]}
+
+    return Field(read, lambda config: {huggingface: seen(config.get(megatron))})
+
+
+def no_window(megatron: str) -> Field:
+    """Return the field of attention over all tokens before one, in every layer."""
+
+    def read(config: Config) -> dict[str, Any]:
+        _check_layers(config, "full_attention")
+        return {megatron: None}
+
+    return Field(read, lambda config: agreeing(config, {megatron: None}))
+
+
+def _check_sliding(config: Config, name: str, tokens: Any) -> None:
+    if tokens is not None and config.get("use_sliding_window") is False:
+        raise UserError(
+            f"`config.json` says two things: `use_sliding_window` is `False`, `{name}` is `{format_untrusted(tokens)}`",
+            hint=f"transformers' models of this family look at `{name}` alone: set it to null if there is no window",
+        )
+    _check_layers(config, "full_attention" if tokens is None else "sliding_attention")
+
+
+def _check_layers(config: Config, expected: str) -> None:
+    """Raise UserError for layers that attend in another way than the rest of `config.json` says."""
+    found = config.get("layer_types")
+    other = next((one for one in cast("list[Any]", found) if one != expected), None) if isinstance(found, list) else None
+    if other is not None:
+        raise UserError(
+            f"`layer_types` has `{format_untrusted(other)}`, but models of this family have `{expected}` in all layers",
+            hint="is `model_type` right?",
+        )

@@ -1,0 +1,338 @@
+"""CONFIG fields of rotary embeddings, as transformers 5 writes them (`rope_parameters`) and as 4 did (`rope_scaling`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from math import log
+from typing import Any, NamedTuple, cast
+
+from converter.config import Config, Field, agreeing, number
+from formats.errors import UserError, format_untrusted
+
+BUILT_IN_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What megatron-core's GPTModel fixes for Llama-3.1's scaling (`RotaryEmbedding._apply_scaling`)."""
+
+_FIELDS = ("rope_parameters", "rope_scaling")
+_ORIGINAL = "original_max_position_embeddings"
+
+
+def partial_rotary(default: float, name: str = "partial_rotary_factor") -> Field:
+    """Return the field of the share of each head that is turned. `name` is the field's in `config.json` of transformers 4."""
+
+    def read(config: Config) -> dict[str, Any]:
+        part = _partial(config, name)
+        return {"rotary_percent": default if part is None else number(name, part)}
+
+    return Field(read, lambda config: {name: number("rotary_percent", config.get("rotary_percent", 1.0))})
+
+
+def _whole_heads(config: Config) -> dict[str, Any]:
+    part = _partial(config, "partial_rotary_factor")
+    if part not in (None, 1):
+        raise UserError(f"`partial_rotary_factor` is `{format_untrusted(part)}`, but models of this family turn whole heads")
+    return {"rotary_percent": 1.0}
+
+
+WHOLE_HEADS = Field(_whole_heads, lambda config: agreeing(config, {"rotary_percent": 1.0}))
+
+
+def _partial(config: Config, name: str) -> Any:
+    inside = {f"`partial_rotary_factor` in `{field}`": _object(config, field).get("partial_rotary_factor") for field in _FIELDS}
+    return _one_of({**inside, f"`{name}`": config.get(name)})
+
+
+def rope(*kinds: str, theta: float = 10000.0, partial: Field = WHOLE_HEADS) -> Field:
+    """Return the field of rotary embeddings, scaled in one of the given kinds.
+
+    `theta` is the base where `config.json` has none; `partial` the field of the share of heads that is turned.
+    """
+
+    def read(config: Config) -> dict[str, Any]:
+        return {**partial.to_megatron(config), **_read(rope_numbers(config, theta=theta), config, kinds)}
+
+    def write(config: Config) -> dict[str, Any]:
+        base = number("rotary_base", config.get("rotary_base", theta))
+        return {"rope_theta": base, "rope_scaling": _written(config, kinds), **partial.to_huggingface(config)}
+
+    return Field(read, write)
+
+
+def rope_by_type(*kinds: str, theta: float, sliding: str = "rope_theta", sliding_theta: float | None = None) -> Field:
+    """Return the field of rotary embeddings that differ between layers that slide and those that do not.
+
+    `sliding` names the field of transformers 4 for the base of layers that slide, which are never scaled there; `theta` and
+    `sliding_theta` are the bases where `config.json` has none. Megatron's fields say what the full layers have, `sliding_rope`
+    what the others have if that is not the same.
+    """
+
+    def read(config: Config) -> dict[str, Any]:
+        full = rope_numbers(config, theta=theta, layers="full_attention")
+        other = _sliding_numbers(config, sliding, theta if sliding_theta is None else sliding_theta)
+        return {
+            **WHOLE_HEADS.to_megatron(config),
+            **_read(full, config, kinds),
+            "sliding_rope": None if other == full else _read_alone(other),
+        }
+
+    def write(config: Config) -> dict[str, Any]:
+        scaling = _written(config, kinds) or {"rope_type": "default"}
+        full = {"rope_theta": number("rotary_base", config.get("rotary_base", theta)), **scaling}
+        other = config.get("sliding_rope") or full
+        return {"rope_parameters": {"full_attention": full, "sliding_attention": other}}
+
+    return Field(read, write)
+
+
+def _sliding_numbers(config: Config, name: str, theta: float) -> dict[str, Any]:
+    """Return the parameters of layers that slide: those of their own, or the base in the field `name` without a scaling."""
+    if any(isinstance(found, dict) for found in _object(config, "rope_parameters").values()):
+        return rope_numbers(config, theta=theta, layers="sliding_attention")
+    base = config.get(name)
+    return {"rope_type": "default", "rope_theta": number(name, theta if base is None else base)}
+
+
+def _read_alone(numbers: Config) -> dict[str, Any]:
+    if numbers["rope_type"] != "default":
+        raise _unknown_kind(numbers["rope_type"], ("default",), "of layers that slide ")
+    return {name: numbers[name] for name in ("rope_type", "rope_theta")}
+
+
+class _Kind(NamedTuple):
+    """A kind of rotary embedding: what it is computed from beside `rope_theta`, and its fields in Megatron."""
+
+    needs: tuple[str, ...]
+    read: Callable[[Config, Config], dict[str, Any]]
+    """Of its parameters and the whole `config.json`."""
+
+    write: Callable[[Config], dict[str, Any] | None]
+    """Of Megatron's fields; None where these are of another kind."""
+
+
+def _read_yarn(numbers: Config, config: Config) -> dict[str, Any]:
+    original = _factor(numbers, _ORIGINAL)
+    factor = number("factor", config["max_position_embeddings"] / original) if numbers["factor"] is None else numbers["factor"]
+    return {
+        "position_embedding_type": "yarn",
+        "yarn_rotary_scaling_factor": float(factor),
+        "yarn_original_max_position_embeddings": original,
+        "yarn_beta_fast": float(numbers.get("beta_fast") or 32),
+        "yarn_beta_slow": float(numbers.get("beta_slow") or 1),
+        **_read_mscale(numbers, factor),
+        "yarn_correction_range_round_to_int": bool(numbers.get("truncate", True)),
+    }
+
+
+def _read_mscale(numbers: Config, factor: float) -> dict[str, Any]:
+    """Return what the attention's factor follows from: (0.1 · mscale · ln factor + 1) / (0.1 · mscale_all_dim · ln factor + 1).
+
+    Source: `_yarn_get_concentration_factor` of megatron-core, `_compute_yarn_parameters` of transformers.
+    """
+    attention, one, all_dim = (numbers.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    if attention is not None and factor > 1:
+        return {"yarn_mscale": (number("attention_factor", attention) - 1) / (0.1 * log(factor)), "yarn_mscale_all_dim": 0.0}
+    both = bool(one and all_dim)
+    return {"yarn_mscale": one if both else None, "yarn_mscale_all_dim": all_dim if both else None}
+
+
+def _write_yarn(config: Config) -> dict[str, Any] | None:
+    if config.get("position_embedding_type") != "yarn":
+        return None
+    factor, one, all_dim = (config.get(f"yarn_{name}") for name in ("rotary_scaling_factor", "mscale", "mscale_all_dim"))
+    factor = number("yarn_rotary_scaling_factor", factor)
+    numbers = {
+        "rope_type": "yarn",
+        "factor": factor,
+        _ORIGINAL: config.get("yarn_original_max_position_embeddings"),
+        "beta_fast": config.get("yarn_beta_fast"),
+        "beta_slow": config.get("yarn_beta_slow"),
+    }
+    if one is not None and all_dim:
+        numbers |= {"mscale": one, "mscale_all_dim": all_dim}
+    elif one is not None:
+        numbers["attention_factor"] = round(0.1 * one * log(factor) + 1, 12)
+    if config.get("yarn_correction_range_round_to_int") is False:
+        numbers["truncate"] = False
+    return numbers
+
+
+def _read_own(numbers: Config, config: Config) -> dict[str, Any]:
+    """Return the parameters as they are: GPTModel has no arguments for them. Below the original length they change nothing, or
+    are the same for all lengths."""
+    original = numbers.get(_ORIGINAL, config.get("max_position_embeddings"))
+    kept = {name: value for name, value in numbers.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    if numbers["rope_type"] == "longrope" and numbers.get("factor") is None:
+        kept["factor"] = number("factor", config["max_position_embeddings"] / original)
+    return {"rope_parameters": kept, "exact_sequence_length": original}
+
+
+def _write_own(kind: str) -> Callable[[Config], dict[str, Any] | None]:
+    def write(config: Config) -> dict[str, Any] | None:
+        found: Any = config.get("rope_parameters")
+        numbers = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+        return dict(numbers) if numbers.get("rope_type") == kind else None
+
+    return write
+
+
+def _read_nothing(_numbers: Config, _config: Config) -> dict[str, Any]:
+    return {}
+
+
+def _write_nothing(_config: Config) -> dict[str, Any] | None:
+    return None
+
+
+def _read_llama3(numbers: Config, _config: Config) -> dict[str, Any]:
+    return {"rope_scaling": True, "rope_scaling_factor": numbers["factor"]}
+
+
+def _write_llama3(config: Config) -> dict[str, Any] | None:
+    if not config.get("rope_scaling"):
+        return None
+    factor = number("rope_scaling_factor", config.get("rope_scaling_factor", 8.0))
+    return {"rope_type": "llama3", "factor": factor, **BUILT_IN_ROPE}
+
+
+def _read_linear(numbers: Config, _config: Config) -> dict[str, Any]:
+    return {"seq_len_interpolation_factor": numbers["factor"]}
+
+
+def _write_linear(config: Config) -> dict[str, Any] | None:
+    factor = config.get("seq_len_interpolation_factor")
+    return {"rope_type": "linear", "factor": factor} if factor else None
+
+
+_KINDS: dict[str, _Kind] = {
+    "default": _Kind((), _read_nothing, _write_nothing),
+    "linear": _Kind(("factor",), _read_linear, _write_linear),
+    "llama3": _Kind(("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL), _read_llama3, _write_llama3),
+    "yarn": _Kind(("factor", _ORIGINAL), _read_yarn, _write_yarn),
+    "dynamic": _Kind(("factor",), _read_own, _write_own("dynamic")),
+    "longrope": _Kind(("short_factor", "long_factor", _ORIGINAL), _read_own, _write_own("longrope")),
+}
+
+
+def _read(numbers: Config, config: Config, kinds: Iterable[str]) -> dict[str, Any]:
+    name = numbers["rope_type"]
+    if name not in kinds:
+        raise _unknown_kind(name, kinds)
+    kind = _KINDS[name]
+    for one in kind.needs:
+        _factor(numbers, one)
+    start = {"rotary_base": numbers["rope_theta"], "position_embedding_type": "rope", "rope_scaling": False}
+    return {**start, **kind.read(numbers, config)}
+
+
+def _unknown_kind(name: Any, kinds: Iterable[str], which: str = "") -> UserError:
+    return UserError(
+        f"`config.json` has {which}rope type `{format_untrusted(name)}`, which megatron-core cannot do for this family",
+        hint=f"supported are: {', '.join(kinds)}",
+    )
+
+
+def _written(config: Config, kinds: Iterable[str]) -> dict[str, Any] | None:
+    """Return `rope_scaling` for Megatron's fields; UserError for a kind that the family has not."""
+    for name, kind in _KINDS.items():
+        found = kind.write(config)
+        if found is not None:
+            if name not in kinds:
+                raise UserError(f"the rotary embedding is of the kind `{name}`, which is not among this family's")
+            return found
+    return agreeing(config, {"position_embedding_type": "rope"}) or None
+
+
+def _factor(numbers: Config, name: str) -> Any:
+    """Return a number above 0 that a scaling needs, or a list of them, as transformers does; else raise UserError."""
+    found: Any = numbers.get(name)
+    if name not in numbers:
+        raise UserError(
+            f"`config.json` has rope type `{numbers['rope_type']}` without `{name}`",
+            hint="transformers refuses that too: take the scaling's numbers from the original model",
+        )
+    if name == "factor" and found is None and numbers["rope_type"] == "yarn":
+        return None  # transformers takes the ratio of both lengths
+    for one in cast("list[Any]", found) if isinstance(found, list) else [found]:
+        if not number(name, one):
+            raise UserError(
+                f"`{name}` is `{format_untrusted(one)}`, which should be above 0", hint="the configuration is damaged"
+            )
+    return cast("Any", found)
+
+
+def rope_numbers(config: Config, *, theta: float = 10000.0, layers: str = "") -> dict[str, Any]:
+    """Return the rotary embedding parameters of a `config.json`, as transformers 5 writes them (`rope_parameters`) or as 4 did
+    (`rope_theta` and `rope_scaling`). UserError where both are there and say different things.
+
+    `theta` is the base where it has none; `layers` the word of `layer_types` whose parameters these are, where layers differ.
+    """
+    objects = {name: found for name in _FIELDS if (found := _object(config, name, layers))}
+    read = {name: _numbers_of(found, config, name, theta) for name, found in objects.items()}
+    if not read:
+        return _numbers_of({}, config, "rope_scaling", theta)
+    new, *old = read.values()
+    for key in _computed_from(new) if old else ():
+        if new.get(key) != old[0].get(key):
+            raise UserError(
+                f"`config.json` has `rope_parameters`, by which `{key}` is `{format_untrusted(new.get(key))}`, and "
+                "`rope_scaling`, by "
+                f"which it is `{format_untrusted(old[0].get(key))}`",
+                hint="the first is of transformers 5, the second, with `rope_theta` beside it, of 4: leave one out",
+            )
+    return new
+
+
+def _object(config: Config, name: str, layers: str = "") -> Config:
+    found: Any = config.get(name) or {}
+    if isinstance(found, dict) and layers and isinstance(cast("Config", found).get(layers), dict):
+        found = cast("Config", found)[layers]
+    if not isinstance(found, dict):
+        raise UserError(f"`{name}` is `{format_untrusted(found)}`, which should be an object")
+    return cast("Config", found)
+
+
+def _computed_from(numbers: Config) -> Iterable[str]:
+    kind = _KINDS.get(numbers["rope_type"])
+    return "rope_type", "rope_theta", *(kind.needs if kind else sorted(numbers))
+
+
+def _numbers_of(said: Config, config: Config, field: str, default_theta: float) -> dict[str, Any]:
+    """Return the parameters in one field of `config.json`, with those outside it that belong to them."""
+    nested = next((key for key, found in said.items() if isinstance(found, dict)), None)
+    if nested is not None:
+        raise UserError(
+            f"`{field}` has parameters of their own for `{format_untrusted(nested)}` layers, which megatron-core cannot "
+            "do for this family"
+        )
+    numbers = dict(said)
+    numbers["rope_type"] = _one_of({f"`type` in `{field}`": numbers.pop("type", None), "`rope_type`": said.get("rope_type")})
+    numbers["rope_type"] = _OTHER_NAMES.get(numbers["rope_type"], numbers["rope_type"]) or "default"
+    theta = _one_of({f"`rope_theta` in `{field}`": said.get("rope_theta"), "`rope_theta`": config.get("rope_theta")})
+    numbers["rope_theta"] = number("rope_theta", default_theta if theta is None else theta)
+    if _ORIGINAL in _KINDS.get(numbers["rope_type"], _KINDS["default"]).needs:
+        numbers[_ORIGINAL] = _original_length(said, config, field)
+    return numbers
+
+
+_OTHER_NAMES = {"su": "longrope"}
+"""What earlier configurations call a kind."""
+
+
+def _original_length(said: Config, config: Config, field: str) -> Any:
+    """Return the length of sequences before the scaling: as transformers, the present one where there is none."""
+    length = _one_of({f"`{_ORIGINAL}` in `{field}`": said.get(_ORIGINAL), f"`{_ORIGINAL}`": config.get(_ORIGINAL)})
+    return number(_ORIGINAL, config.get("max_position_embeddings", 2048) if length is None else length)
+
+
+def _one_of(places: Mapping[str, Any]) -> Any:
+    """Return the value that several fields of `config.json` should share; None if none is set, UserError if they differ."""
+    said = {place: found for place, found in places.items() if found is not None}
+    if not said:
+        return None
+    (first, value), *others = said.items()
+    for place, other in others:
+        if other != value:
+            raise UserError(
+                f"`config.json` says two things: {first} is `{format_untrusted(value)}`, {place} is `{format_untrusted(other)}`",
+                hint="loaders differ in which they take: leave one out",
+            )
+    return value
