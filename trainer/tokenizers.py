@@ -25,6 +25,7 @@ SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json",
 )  # fmt: skip
+MODEL_CONFIGS = ("generation_config.json", "config.json")
 ANY_TOKENIZER = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 
 
@@ -258,6 +259,19 @@ def _end_of_document(folder: Path, number_of: Callable[[str], int | None]) -> in
         f"`{folder}` names no end-of-document token",
         hint="set `eos_token` in `tokenizer_config.json`, or `eos_token_id` in `generation_config.json` or `config.json`",
     )
+
+
+def end_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens at which generation stops: the tokenizer's end-of-document token, and the `eos_token_id` of the model's
+    config files, such as the end of a turn."""
+    eos = read_model_config(tokenizer, MODEL_CONFIGS[0]).get("eos_token_id")
+    return frozenset((tokenizer.eod, *(eos if isinstance(eos, list) else [] if eos is None else [eos])))
+
+
+def read_model_config(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
+    """Return a config file of the model from the tokenizer's folder; empty if there is none."""
+    data = tokenizer.files().get(name)
+    return parse_json(data, source=name) if data else {}
 
 
 def _eos_entries(folder: Path) -> Iterator[tuple[str, Any]]:

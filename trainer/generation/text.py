@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from formats.errors import UserError
-from formats.json_objects import parse_json
 from trainer.generation.forward import broadcast_token, inference_mode, new_cache, next_logits
 from trainer.generation.sampling import NOT_FINITE, Sampling, sample_token
 from trainer.model import unwrap
-from trainer.tokenizers import Tokenizer
+from trainer.tokenizers import MODEL_CONFIGS, Tokenizer, end_tokens, read_model_config
 
 TextCallback = Callable[[str], None]
 
@@ -57,7 +56,7 @@ def generate(
         _encode_prompt(prompt, number, tokenizer=tokenizer, longest=inner.max_sequence_length, vocabulary=inner.config.vocab_size)
         for number, prompt in enumerate(prompts, start=1)
     ]
-    ends = _end_tokens(tokenizer)
+    ends = end_tokens(tokenizer)
     generations = []
     with inference_mode(chunks):
         for number, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True)):
@@ -109,9 +108,9 @@ def _generate_tokens(
 
 
 def _encode_prompt(prompt: str | Sequence[int], number: int, *, tokenizer: Tokenizer, longest: int, vocabulary: int) -> list[int]:
-    """Return the tokens of a prompt, with the tokenizer's begin tokens first if it is a text. Raises UserError if they do not
+    """Return the tokens of a prompt; those of a text begin with the tokenizer's begin tokens. Raises UserError if they do not
     fit."""
-    tokens = [*tokenizer.begin, *tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
+    tokens = encode_text(prompt, tokenizer) if isinstance(prompt, str) else list(prompt)
     if isinstance(prompt, str) and not tokens:
         tokens = _bos_token(tokenizer)
     if not tokens:
@@ -129,25 +128,16 @@ def _encode_prompt(prompt: str | Sequence[int], number: int, *, tokenizer: Token
     return tokens
 
 
+def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens of a text, with the begin tokens once: chat templates write them too."""
+    tokens, begin = tokenizer.encode(text), tokenizer.begin
+    return tokens if tuple(tokens[: len(begin)]) == begin else [*begin, *tokens]
+
+
 def _bos_token(tokenizer: Tokenizer) -> list[int]:
     """Return the `bos_token_id` of the model's config files in a list, or an empty list."""
-    for name in _CONFIGS:
-        value = _read_config(tokenizer, name).get("bos_token_id")
+    for name in MODEL_CONFIGS:
+        value = read_model_config(tokenizer, name).get("bos_token_id")
         if isinstance(value, int):
             return [value]
     return []
-
-
-def _end_tokens(tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the tokenizer's end-of-document token and the `eos_token_id` of the model's config files, such as the end of a
-    turn."""
-    eos = _read_config(tokenizer, _CONFIGS[0]).get("eos_token_id")
-    return frozenset((tokenizer.eod, *(eos if isinstance(eos, list) else [] if eos is None else [eos])))
-
-
-_CONFIGS = ("generation_config.json", "config.json")
-
-
-def _read_config(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
-    data = tokenizer.files().get(name)
-    return parse_json(data, source=name) if data else {}

@@ -36,7 +36,7 @@ TEXTS = [
     "user\n\nassistant\n\nsystem\n\n",
     "what is it? it is  a\n\n\nfox, 12345!",
 ]
-_WORDS = Regex(
+WORDS = Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """How Llama 3 cuts text into words: white space goes with what follows it or with line ends, so that boundaries matter."""
@@ -46,7 +46,7 @@ def save(folder: Path, *, template: str | None = PLAIN, trim_offsets: bool = Fal
     """A folder with the tokenizer, as a Hugging Face directory has it."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(_WORDS, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [pre_tokenizers.Split(WORDS, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -107,13 +107,13 @@ def test_white_space_that_the_template_writes_after_the_turn_is_not_learned(lear
     assert trained == [0] * len(before) + [1] * len(answer) + [0] * len(encode("\n"))
 
 
-def test_white_space_inside_a_generation_mark_is_learned(learn, template, tokenizer):
+def test_white_space_after_the_turn_is_not_learned_inside_a_generation_mark_either(learn, template, tokenizer):
     text = CHATML.replace(
         "{{ message.content }}<|im_end|>\n", "{% generation %}{{ message.content }}<|im_end|>\n{% endgeneration %}"
     )
     [(tokens, trained)] = learn({"messages": said("what?", "a fox")}, chat_template=template(text))
     assert tokens[-2:] == [IM_END, *tokenizer.encode("\n")]
-    assert trained[-2:] == [1, 1]
+    assert trained[-3:] == [1, 1, 0]
 
 
 def test_places_of_tokens_that_leave_white_space_out_do_not_move_the_answers(learn, tmp_path, oracle):

@@ -124,7 +124,7 @@ def _empty_split(split: str, config: FinetuningDatasetConfig, count: int) -> str
     return f"note: {message}"
 
 
-_TOKENIZATION_VERSION = 3
+_TOKENIZATION_VERSION = 4
 """The version of how examples become tokens: a part of the cache key, so that tokens of an earlier version are made again."""
 
 

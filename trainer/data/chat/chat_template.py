@@ -39,6 +39,9 @@ class Template:
     special_ids: frozenset[int]
     """Ids of special tokens, which plain text never becomes and which can end a turn."""
 
+    special_texts: tuple[str, ...]
+    """The texts of these tokens, longest first."""
+
     @classmethod
     def load(cls, tokenizer: Tokenizer, file: str | None) -> Template:
         """Load the template of `file`, or the tokenizer's. Raises UserError if there is none, or it cannot be read."""
@@ -64,7 +67,9 @@ class Template:
                 f"the tokenizer in `{tokenizer.name}` has no chat template, and the examples are conversations",
                 hint="give a file with one: `dataset.chat_template=FILE`; base models seldom have one, their instruct models do",
             )
-        return cls(renderer, override, frozenset(renderer.added_tokens_decoder) | frozenset(renderer.all_special_ids))
+        ids = frozenset(renderer.added_tokens_decoder) | frozenset(renderer.all_special_ids)
+        texts = sorted(renderer.convert_ids_to_tokens(sorted(ids)), key=len, reverse=True)
+        return cls(renderer, override, ids, tuple(texts))
 
     def has_generation_marks(self, tools: Any) -> bool:
         """Return whether the template marks the answers with `{% generation %}`."""
@@ -79,6 +84,13 @@ class Template:
         if the
         template refuses it."""
         return self._render(conversation, add_generation_prompt=add_generation_prompt)[0]
+
+    def try_render(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str | None:
+        """Return the rendered text; None if the template refuses the conversation."""
+        try:
+            return self.render(conversation, add_generation_prompt=add_generation_prompt)
+        except UnusableError:
+            return None
 
     def render_marked(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """Return the text, and the character ranges [start, end) of its generation marks."""

@@ -13,6 +13,10 @@ from typing import Any
 from formats.errors import format_untrusted
 from trainer.data.records import UnusableError, list_some
 
+ANSWER_ROLES = ("assistant", "assistant_tool_call", "tool_calls", "model", "chatbot")
+"""Roles of messages that the model writes. Templates name it `assistant`; Granite's, Mistral's, Gemma's and Cohere's take one of
+the others as well."""
+
 LEARNED_FIELDS = {"weight": True, "loss": True, "train": True, "training": True, "loss_weight": True, "loss_mask": True,
           "mask": False, "masked": False}  # fmt: skip
 """Fields that say whether a message is learned, and the value that means yes: OpenAI's `weight`, LlamaFactory's `loss`, Axolotl's
@@ -54,7 +58,7 @@ def split_learned(message: dict[str, Any], number: int) -> tuple[dict[str, Any],
     given = [flag for flag in flags if flag is not None]
     if any(given) and not all(given):
         raise UnusableError("a message has contradictory loss flags", f"message {number}")
-    if any(given) and message.get("role") != "assistant":
+    if any(given) and message.get("role") not in ANSWER_ROLES:
         raise UnusableError("a message that is not the assistant's is marked as learned", f"message {number}")
     return drop_fields(message, LEARNED_FIELDS), all(given)
 

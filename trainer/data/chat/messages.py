@@ -12,10 +12,13 @@ from typing import Any
 
 from formats.errors import format_untrusted
 from formats.faults import fault
-from trainer.data.chat.fields import drop_fields, has_content, is_metadata, split_learned
+from trainer.data.chat.fields import ANSWER_ROLES, drop_fields, has_content, is_metadata, split_learned
 from trainer.data.records import UnusableError, list_some
 
 ASSISTANT, TOOL = "assistant", "tool"
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Fields of thoughts, in the order in which transformers passes them to templates."""
+
 _ROLES = {
     "human": "user", "user": "user", "gpt": ASSISTANT, "assistant": ASSISTANT, "function_call": ASSISTANT, "system": "system",
     "tool": TOOL, "function": TOOL, "observation": TOOL,
@@ -34,9 +37,26 @@ class Conversation:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Variables of this template, such as `enable_thinking`."""
 
+    @property
+    def answers(self) -> list[int]:
+        """The numbers of the messages that the model writes, from 0."""
+        return [number for number, message in enumerate(self.messages) if message["role"] in ANSWER_ROLES]
+
     def truncated(self, end: int) -> Conversation:
         """Return the conversation up to message `end`, exclusive."""
         return replace(self, messages=self.messages[:end])
+
+    def followed_by(self, message: Message) -> Conversation:
+        """Return the conversation with one more message."""
+        return replace(self, messages=(*self.messages, message))
+
+    def with_contents(self, content: str | None) -> Conversation:
+        """Return the conversation with this `content` in messages without one."""
+        return replace(self, messages=tuple({"content": content, **message} for message in self.messages))
+
+    def with_json_arguments(self) -> Conversation:
+        """Return the conversation with the arguments of tool calls as JSON texts."""
+        return replace(self, messages=tuple(_with_json_arguments(message) for message in self.messages))
 
 
 def parse_messages(fields: Mapping[str, Any], name: str, ignored: Collection[str] = ()) -> tuple[list[Message], list[bool]]:
@@ -79,7 +99,7 @@ def _check_content(message: Message, number: int) -> None:
     is_filled = content or any(has_content(message[name]) for name in others)
     if content is None and not is_filled:
         raise UnusableError("a message has no `content`", f"message {number} has {list_some(message)}")
-    if message["role"] == ASSISTANT and not is_filled:
+    if message["role"] in ANSWER_ROLES and not is_filled:
         raise UnusableError("an answer is empty", f"message {number}")
 
 
@@ -128,6 +148,19 @@ def _parse_tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return dict(call)  # plain text
     return {**call, "arguments": parsed if isinstance(parsed, dict) else arguments}
+
+
+def _with_json_arguments(message: Message) -> Message:
+    if "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": [_with_json_argument(call) for call in message["tool_calls"]]}
+
+
+def _with_json_argument(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_json_argument(call["function"])}
+    arguments = call.get("arguments")
+    return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)} if isinstance(arguments, dict) else call
 
 
 def parse_tools(fields: Mapping[str, Any]) -> list[Any] | None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.data.chat.chat_template import Template
-from trainer.data.chat.fields import has_content, is_metadata
-from trainer.data.chat.messages import ASSISTANT, TOOL, Conversation, Message
+from trainer.data.chat.fields import ANSWER_ROLES, has_content, is_metadata
+from trainer.data.chat.messages import THOUGHTS, TOOL, Conversation, Message
 from trainer.data.records import UnusableError
 
 _BEFORE, _AFTER = (
@@ -24,7 +24,6 @@ _MARK = re.compile(f"{_BEFORE}\\d+{_AFTER}")
 _WORDS = re.compile(r"(<[^<>\s]*>|\[/?[A-Z_]+\])|[^\s<\[]+|[<\[]")
 """Tags, which templates search for, and the words between them."""
 
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _TOOLS = (TOOL, "function", "ipython")
 
 
@@ -57,7 +56,7 @@ def check_rendered(template: Template, conversation: Conversation, text: str) ->
         if number is None:
             raise _not_rendered(f"its `{piece.field}`", piece.field)
         role = conversation.messages[number]["role"]
-        if role not in (ASSISTANT, TOOL) or not _was_rendered(template, conversation, piece, number):
+        if role not in (*ANSWER_ROLES, TOOL) or not _was_rendered(template, conversation, piece, number):
             what = f"of `{role}`" if piece.field == "content" else f"its `{piece.field}`"
             raise _not_rendered(f"message {number + 1}, {what}", piece.field)
         rewritten.add(number)
@@ -69,7 +68,7 @@ def _was_rendered(template: Template, conversation: Conversation, piece: Piece, 
     if number == len(conversation.messages) - 1:
         return False
     prefix = conversation.truncated(number + 1)
-    text = _try_render(template, prefix)
+    text = template.try_render(prefix)
     return text is not None and not _is_unrendered(template, prefix, text, piece)
 
 
@@ -86,7 +85,7 @@ def find_unrendered(template: Template, conversation: Conversation, text: str) -
     """Return the pieces that are not in `text`, the rendered conversation."""
     pieces = list(_pieces(conversation))
     marked = {piece: _with_marks(_get(conversation, piece.path), str(number)) for number, piece in enumerate(pieces)}
-    probe = _try_render(template, _replace(conversation, marked))
+    probe = template.try_render(_replace(conversation, marked))
     comparable = probe is not None and _MARK.sub("", probe) == text
     return [
         piece
@@ -119,7 +118,7 @@ def _pieces_of_calls(calls: Sequence[Mapping[str, Any]], number: int) -> Iterato
 
 def _is_duplicate(message: Message, name: str) -> bool:
     """Return whether a field of thoughts repeats one with a name that transformers passes to templates first."""
-    before = _THOUGHTS[: _THOUGHTS.index(name)] if name in _THOUGHTS else ()
+    before = THOUGHTS[: THOUGHTS.index(name)] if name in THOUGHTS else ()
     return any(message.get(earlier) == message[name] for earlier in before)
 
 
@@ -154,14 +153,14 @@ def _with_marks(value: Any, number: str) -> Any:
 def _is_unrendered(template: Template, conversation: Conversation, text: str, piece: Piece) -> bool:
     value = _get(conversation, piece.path)
     if not isinstance(value, str):
-        return _try_render(template, _remove(conversation, piece.path)) == text
+        return template.try_render(_remove(conversation, piece.path)) == text
     if piece.field == "name" and conversation.messages[piece.message or 0]["role"] in _TOOLS and value in text:
         return False  # the tool call before it names the tool
     words = _has_unrendered_words(template, conversation, text, piece)
     if words is not None:
         return words
     longer = _replace(conversation, {piece: f"{value.rstrip()} and more"})
-    return text in (_try_render(template, longer), _try_render(template, _remove(conversation, piece.path)))
+    return text in (template.try_render(longer), template.try_render(_remove(conversation, piece.path)))
 
 
 def _has_unrendered_words(template: Template, conversation: Conversation, text: str, piece: Piece) -> bool | None:
@@ -177,18 +176,10 @@ def _has_unrendered_words(template: Template, conversation: Conversation, text: 
         marks.append(f"{_BEFORE}{next(numbers)}{_AFTER}")
         return word[0] + marks[-1]
 
-    probe = _try_render(template, _replace(conversation, {piece: _WORDS.sub(add_mark, value)}))
+    probe = template.try_render(_replace(conversation, {piece: _WORDS.sub(add_mark, value)}))
     if probe is None or _MARK.sub("", probe) != text:
         return None
     return not all(mark in probe for mark in marks)
-
-
-def _try_render(template: Template, conversation: Conversation) -> str | None:
-    """Return the rendered text; None if the template refuses the conversation."""
-    try:
-        return template.render(conversation, add_generation_prompt=False)
-    except UnusableError:
-        return None
 
 
 def _get(conversation: Conversation, path: Sequence[str | int]) -> Any:

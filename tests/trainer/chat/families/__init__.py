@@ -1,0 +1,1 @@
+"""The families: a template, and what is expected of it."""
