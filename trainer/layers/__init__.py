@@ -11,16 +11,23 @@ from dataclasses import replace
 from typing import Any
 
 from trainer.layers.branch_norms import branch_norms
+from trainer.layers.embedding import embedding_layernorm, position_offset
 from trainer.layers.head_norms import head_norms
+from trainer.layers.late_norms import late_norms
 from trainer.layers.local_attention import local_attention
 from trainer.layers.norms import accepted, local_norms
+from trainer.layers.output import output_bias
 from trainer.layers.parallel_residual import parallel_residual
 from trainer.layers.residual_multiplier import residual_multiplier
+from trainer.layers.rope import own_frequencies, sliding_rope
+from trainer.layers.scores import changed_scores
 from trainer.layers.spec import copied
+from trainer.layers.xielu import activation_weights
 
 LAYER_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     local_norms,
     local_attention,
+    changed_scores,
     head_norms,
     parallel_residual,
     branch_norms,
@@ -28,7 +35,15 @@ LAYER_PIECES: tuple[Callable[[Any, Any], None], ...] = (
 )
 """Functions `(provider, layer)` that change the spec of a decoder layer in place. Each looks at fields of its own."""
 
-MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = ()
+MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
+    own_frequencies,
+    sliding_rope,
+    late_norms,
+    position_offset,
+    embedding_layernorm,
+    output_bias,
+    activation_weights,
+)
 """Functions `(provider, model)` that change this rank's chunk of a GPTModel in place."""
 
 
