@@ -66,10 +66,18 @@ _PATTERNS = ("sliding_window_pattern", "_sliding_window_pattern", "use_sliding_w
 """Fields that `layer_types` follows from in some families."""
 
 
-def window_pattern(types: Types, *, huggingface: str = "sliding_window", default: int | None = None, switch: str = "") -> Field:
+def window_pattern(
+    types: Types,
+    *,
+    huggingface: str = "sliding_window",
+    default: int | None = None,
+    switch: str = "",
+    pattern: Callable[[Sequence[str]], dict[str, Any]] = lambda _types: {},
+) -> Field:
     """Return the field of layers of which some attend in a sliding window: `window_size` and `window_attn_skip_freq`.
 
-    `types` is `layer_types` where it is absent. `switch` names a field without which no layer slides.
+    `types` is `layer_types` where it is absent, and `pattern` returns the fields of `config.json` that it computes them from.
+    `switch` names a field without which no layer slides.
     """
 
     def read(config: Config) -> dict[str, Any]:
@@ -88,7 +96,7 @@ def window_pattern(types: Types, *, huggingface: str = "sliding_window", default
         if isinstance(slides, int):  # megatron-core: each such layer sees everything
             slides = [int(bool((layer + 1) % slides)) for layer in range(layers)]
         types = [SLIDING if one else FULL for one in cast("list[int]", slides)]
-        return {huggingface: tokens, "layer_types": types, **({switch: tokens is not None} if switch else {})}
+        return {huggingface: tokens, "layer_types": types, **({switch: tokens is not None} if switch else {}), **pattern(types)}
 
     return Field(read, write)
 

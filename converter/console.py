@@ -10,7 +10,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -251,12 +251,13 @@ def _report_lines(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _family(family: Family) -> dict[str, Any]:
-    """What a family is, whether megatron-core's GPTModel computes it, and what that lacks if not."""
+    """What a family is, whether `mbtrain` computes it, which fields of its own that takes, and why not if it does not."""
     return {
         "models": family.MODELS,
         "architecture": family.ARCHITECTURE,
         "trains": family.trains,
         "needs": list(family.PROVIDER),
+        "weights_only": family.WEIGHTS_ONLY or None,
     }
 
 
@@ -264,12 +265,19 @@ def show_families(*, as_json: bool) -> None:
     """The support matrix: the directory of families, listed."""
     from converter import families  # noqa: PLC0415
 
-    rows = [(name, families.find(name)) for name in families.names()]
+    found = [(name, families.find(name)) for name in families.names()]
     if as_json:
-        print_json({name: _family(one) for name, one in rows})
+        print_json({name: _family(one) for name, one in found})
         return
-    width = shutil.get_terminal_size().columns
-    for name, one in rows:
-        can = "weights, trains" if one.trains else "weights"
-        click.echo(f"{name:<10} {one.ARCHITECTURE:<20} {can:<15} {one.MODELS}"[: max(width, 80)])
+    rows = [(name, one.ARCHITECTURE, "weights, trains" if one.trains else "weights", one.MODELS) for name, one in found]
+    for line in _table(rows):
+        click.echo(line)
     click.echo("\nboth ways, every TP/PP/VPP layout; dtypes kept, or cast to bf16, fp16, fp32")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield lines whose columns are as wide as their longest word; a terminal's lines end where it does."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    last = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for row in rows:
+        yield "  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=True)).rstrip()[:last]

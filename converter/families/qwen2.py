@@ -1,5 +1,7 @@
 """Qwen2: Llama's weights, and biases of query, key and value; the last layers may slide."""
 
+from collections.abc import Sequence
+
 from converter.config import field, fixed, value
 from converter.config_layers import FULL, SLIDING, layers_of, window_pattern
 from converter.config_parts import Config, mlp
@@ -20,7 +22,12 @@ def last_slide(config: Config) -> list[str]:
     return [FULL if layer < first else SLIDING for layer in range(layers_of(config))]
 
 
-WINDOW = window_pattern(last_slide, default=4096, switch="use_sliding_window")
+def first_sliding(types: Sequence[str]) -> dict[str, int]:
+    """Return the field by which the last layers slide, if any do."""
+    return {"max_window_layers": types.index(SLIDING)} if SLIDING in types else {}
+
+
+WINDOW = window_pattern(last_slide, default=4096, switch="use_sliding_window", pattern=first_sliding)
 SIZES = (
     *llama.SIZES,
     *mlp("silu", gated=True),

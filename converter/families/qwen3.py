@@ -1,6 +1,6 @@
 """Qwen3: Qwen2 without biases, and a norm over each head of queries and keys."""
 
-from converter.config import field, fixed, value
+from converter.config import field, fixed, only, value
 from converter.families import llama, qwen2
 from converter.rules import replicated
 
@@ -14,6 +14,7 @@ RULES = llama.decoder(*llama.ATTENTION, *NORMS, *llama.MLP)
 CONFIG = (
     *qwen2.SIZES,
     field("kv_channels", "head_dim", default=value(128)),
+    only(attention_bias=False),
     fixed(add_qkv_bias=False, qk_layernorm=True),
 )
 EXTRAS = llama.EXTRAS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from benchmarks.convert import SHAPES, make_model
-from converter import hf_to_mcore, mcore_to_hf
+from converter import families, hf_to_mcore, mcore_to_hf
 from tests.converter.adapters.made import save_adapter
 
 GUARD = """
@@ -205,8 +206,14 @@ def test_an_interrupt_exits_with_130_and_leaves_nothing(folder, tmp_path):
 
 
 def test_families_lists_the_directory():
-    done = mbconvert("families")
-    assert [line.split()[0] for line in done.stdout.splitlines()[:2]] == ["llama", "mistral"]
+    listed = mbconvert("families").stdout.partition("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in listed] == families.names()
+    columns = [re.split("  +", line) for line in listed]
+    assert columns == [
+        [name, one.ARCHITECTURE, "weights, trains" if one.trains else "weights", one.MODELS]
+        for name, one in ((name, families.find(name)) for name in families.names())
+    ]
+    assert len({line.index(words[3]) for line, words in zip(listed, columns, strict=True)}) == 1
 
 
 def test_notes_on_casts_zero_biases_and_rope(model_folder, tmp_path):

@@ -1,0 +1,194 @@
+"""Configurations of every family, there and back: what comes back means the same to transformers' own class.
+
+Random ones, those that the class makes of nothing, and those that say sizes alone: a family's defaults are its class's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from converter import UserError, families
+from converter.config import make_model, to_huggingface, to_megatron
+
+REMOTE_CODE = {
+    "baichuan", "chatglm", "exaone", "hyperclovax", "internlm2", "internlm3", "mimo", "minicpm3", "mpt_remote", "orion", "yi",
+}  # fmt: skip
+"""Families whose configuration class comes with the weights: transformers has none."""
+
+FAMILIES = [name for name in families.names() if name in CONFIG_MAPPING]
+
+_BASE = {one.name for one in fields(PreTrainedConfig)}
+IGNORED = (_BASE - {"tie_word_embeddings"}) | {
+    "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
+    "output_attentions", "pretraining_tp", "rope_parameters", "use_cache", "max_window_layers", "use_sliding_window",
+}  # fmt: skip
+"""Fields that do not change what a decoder computes; `rope_parameters`, of which what follows is compared; and those that
+`layer_types` follows from, where it comes back itself."""
+
+
+def test_a_family_without_a_class_of_transformers_is_known():
+    assert {*families.names()} - {*FAMILIES} <= REMOTE_CODE
+
+
+@cache
+def names(family: str) -> dict[str, str]:
+    """What the class calls the fields that all classes know under one name."""
+    kind = CONFIG_MAPPING[family]
+    own = {one.name for one in fields(kind)}
+    return {name: kind.attribute_map.get(name, name) for name in (*own, *kind.attribute_map)}
+
+
+def plain(config) -> dict:
+    """A `config.json` as it is written."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+@st.composite
+def sizes(draw) -> dict:
+    groups, ratio, half = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([4, 8]))
+    layers = draw(st.integers(1, 9))
+    return {
+        "vocab_size": draw(st.integers(10, 500)),
+        "hidden_size": groups * ratio * half * 2,
+        "intermediate_size": draw(st.integers(1, 40)) * 8,
+        "num_hidden_layers": layers,
+        "num_attention_heads": groups * ratio,
+        "num_key_value_heads": groups,
+        "max_position_embeddings": draw(st.integers(16, 4096)),
+    }
+
+
+ROPES = st.sampled_from(
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 8192},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 16, "beta_fast": 16.0, "beta_slow": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.25},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 0.5},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False},
+    ]
+)  # fmt: skip
+
+
+@st.composite
+def options(draw) -> dict:
+    """Fields that some families have."""
+    switches = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_bias", "use_qkv_bias", "use_sliding_window")
+    found = {name: draw(st.booleans()) for name in switches if draw(st.booleans())}
+    if draw(st.booleans()):
+        found["head_dim"] = draw(st.sampled_from([4, 12, 32]))
+    if draw(st.booleans()):
+        found["rope_parameters"] = {**draw(ROPES), "rope_theta": draw(st.sampled_from([10000.0, 1e6, 5e5]))}
+    numbers = {
+        "sliding_window": st.none() | st.integers(1, 100), "max_window_layers": st.integers(0, 9),
+        "initializer_range": st.floats(0.001, 1), "rms_norm_eps": st.floats(1e-8, 1e-3), "layer_norm_eps": st.floats(1e-8, 1e-3),
+        "attention_dropout": st.floats(0, 0.9),
+    }  # fmt: skip
+    return found | {name: draw(one) for name, one in numbers.items() if draw(st.booleans())}
+
+
+ACTIVATIONS = st.sampled_from(["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2"])
+
+
+def make(family: str, given: dict) -> PreTrainedConfig:
+    """The class's own configuration of those of the fields that it has; what it refuses is no model."""
+    known = {names(family)[name]: value for name, value in given.items() if name in names(family)}
+    try:
+        return AutoConfig.for_model(family, **known)
+    except Exception:
+        assume(False)
+        raise
+
+
+def check(family: str, config: dict) -> None:
+    """There and back: all fields that matter, as the class reads them, and as Megatron does."""
+    one = families.find(family)
+    back = to_huggingface(one.CONFIG, to_megatron(one.CONFIG, config))
+    again = plain(AutoConfig.for_model(family, **back))
+    assert {name: again.get(name) for name in mattering(config)} == {name: config[name] for name in mattering(config)}
+    assert rotations(family, again) == rotations(family, config)
+    assert to_megatron(one.CONFIG, again) == to_megatron(one.CONFIG, config) == to_megatron(one.CONFIG, back)
+    assert make_model(one.CONFIG, back) == make_model(one.CONFIG, config)
+
+
+def mattering(config: dict) -> list[str]:
+    """The fields that change what is computed: a window does only where a layer slides."""
+    still = ("sliding_window",) if "sliding_attention" not in config.get("layer_types", ["sliding_attention"]) else ()
+    return [name for name in config if name not in IGNORED and name not in still]
+
+
+def rotations(family: str, config: dict) -> list[Any]:
+    """What transformers computes of `rope_parameters`: for each type of layer, what they say where it is not scaled, or the
+    frequencies and the factor of attention."""
+    whole = AutoConfig.for_model(family, **{name: value for name, value in config.items() if name != "model_type"})
+    found = config.get("rope_parameters") or {}
+    nested = {name: one for name, one in found.items() if isinstance(one, dict)}
+    return [
+        [name, one]
+        if one.get("rope_type", "default") == "default"
+        else [name, *rounded(ROPE_INIT_FUNCTIONS[one["rope_type"]](whole, "cpu", **({"layer_type": name} if name else {})))]
+        for name, one in (nested or {"": found}).items()
+    ]
+
+
+def rounded(computed: tuple[Any, float]) -> tuple[list[float], float]:
+    """To what single precision holds: a factor that is computed back differs in its last digits."""
+    frequencies, factor = computed
+    return [float(f"{one:.6g}") for one in frequencies.tolist()], float(f"{factor:.9g}")
+
+
+def older(config: dict) -> dict:
+    """The same as transformers 4 wrote it: the base beside the scaling."""
+    rope = dict(config.get("rope_parameters") or {})
+    kept = {name: value for name, value in config.items() if name != "rope_parameters"}
+    if not rope or any(isinstance(value, dict) for value in rope.values()):
+        return config
+    outside = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    kind = rope.pop("rope_type")
+    return {**kept, **outside, "rope_scaling": None if kind == "default" else {"type": kind, **rope}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@given(data=st.data())
+def test_a_random_config_means_the_same_after_the_way_there_and_back(family, data):
+    given = {**data.draw(sizes()), **data.draw(options())}
+    if data.draw(st.integers(0, 3)) == 0:
+        given[
+            next((name for name in ("hidden_act", "activation_function", "hidden_activation") if name in names(family)), "")
+        ] = data.draw(ACTIVATIONS)
+    if "mlp_bias" in names(family):  # Megatron has one switch for both: a bias that only one has is zero in the other
+        given["attention_bias"] = given["mlp_bias"] = bool(given.get("mlp_bias"))
+    config = plain(make(family, given))
+    try:
+        expected = to_megatron(families.find(family).CONFIG, config)
+    except UserError:
+        assume(False)
+        raise
+    check(family, config)
+    assert to_megatron(families.find(family).CONFIG, older(config)) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_defaults_of_a_family_are_those_of_its_class(family):
+    whole = plain(AutoConfig.for_model(family))
+    check(family, whole)
+    sized = {name: whole[name] for name in (names(family).get(one, one) for one in SIZES) if name in whole}
+    assert to_megatron(families.find(family).CONFIG, sized) == to_megatron(families.find(family).CONFIG, whole)
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+"""What every `config.json` says; transformers fills in the rest."""

@@ -1,0 +1,37 @@
+"""What is said of each family is so: the page made of the directory, and the fields of the provider that each names."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import MISSING, fields
+
+import pytest
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import MLATransformerConfig
+
+from benchmarks.families import PAGE, page
+from converter import families
+from tests.converter.family_suite import small_config
+from trainer.model import GPTModelProvider, from_hf_config
+
+
+def test_the_page_of_families_is_current():
+    assert PAGE.read_text() == page(), "run `python -m benchmarks.families --write`"
+
+
+MEGATRON = (
+    {one.name for one in fields(MLATransformerConfig)} | {*inspect.signature(GPTModel.__init__).parameters} | {"seq_length"}
+)
+"""What megatron-core has a name for: `seq_length` is GPTModel's `max_sequence_length`. It reads `yarn_` from its config too."""
+
+OWN = {
+    one.name: one.default_factory() if one.default_factory is not MISSING else one.default
+    for one in fields(GPTModelProvider)
+    if one.name not in MEGATRON and not one.name.startswith(("yarn_", "hf_"))
+}
+
+
+@pytest.mark.parametrize("family", [name for name in families.names() if families.find(name).trains])
+def test_a_family_names_the_fields_of_the_provider_that_it_sets(family):
+    provider = from_hf_config(small_config(family).to_dict())
+    assert {name for name, default in OWN.items() if getattr(provider, name) != default} == {*families.find(family).PROVIDER}
