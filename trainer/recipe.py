@@ -73,6 +73,99 @@ class Recipe:
         return inspect.getdoc(self.pretrain_config).partition("\n")[0]  # pyright: ignore[reportOptionalMemberAccess]
 
 
+_SIZES = {
+    "tensor_model_parallel_size": "TP",
+    "pipeline_model_parallel_size": "PP",
+    "virtual_pipeline_model_parallel_size": "VPP",
+    "context_parallel_size": "CP",
+}
+
+
+def parallelism(layout: Mapping[str, Any]) -> str:
+    """Return the sizes above 1 by which a layout divides a model: `TP8·PP4`."""
+    return "·".join(f"{short}{layout[name]}" for name, short in _SIZES.items() if layout.get(name, 1) > 1)
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs of 80 GB that a run of a recipe takes."""
+
+    number: int
+    """The fewest that it fits on; any power of 2 from there, which layouts divide."""
+
+    gigabytes: int
+    """What the fullest of them holds, as `mbtrain show` estimates it."""
+
+    layout: Mapping[str, Any]
+    """How they divide the model: fields of its provider."""
+
+    def said_of(self, what: str) -> str:
+        """Return the docstring of a run."""
+        gpus = "one GPU" if self.number == 1 else f"{self.number} GPUs"
+        divided = f" at {sizes}" if (sizes := parallelism(self.layout)) else ""
+        more = "or any power of 2" + (" from there" if self.number > 1 else "")
+        return f"{what}, on {gpus} of 80 GB {more}.\n\nPer GPU{divided}: {self.gigabytes} GB."
+
+
+def on(number: int, gigabytes: int, *, tp: int = 1, pp: int = 1, **layout: Any) -> Gpus:
+    """Return the GPUs of a run that divides layers by `tp` and the model into `pp` stages; `layout` is further fields of the
+    provider."""
+    if tp > 1:
+        layout |= {"tensor_model_parallel_size": tp, "sequence_parallel": True}
+    if pp > 1:
+        layout |= {"pipeline_model_parallel_size": pp}
+    return Gpus(number, gigabytes, layout)
+
+
+def shape(hidden: int, ffn: int, layers: int, heads: int, groups: int, **rest: Any) -> dict[str, Any]:
+    """Return the sizes of a model as most `config.json`s name them; `ffn` is the inner size of the feed-forward layers."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        **rest,
+    }
+
+
+def recipe(
+    title: str, model: Mapping[str, Any], *, pretrain: Gpus, sft: Gpus, peft: Gpus, length: int = 4096, lr: float = 3e-4
+) -> Recipe:
+    """Return the recipe of a model whose runs differ from others' in their numbers alone.
+
+    `title` is the model's name, and the recipe's (`Qwen2.5 0.5B`: `qwen25_0_5b`); `model` its `config.json`. Pretraining is on
+    sequences of `length` tokens, in batches and for as many steps as Llama 3's, at `lr`, which decays to a tenth; fine-tuning on
+    4096 tokens.
+    """
+    family, *size = title.lower().split()
+
+    def pretrain_config() -> RunConfig:
+        run = {"sequence_length": length, "global_batch_size": 512, "train_iters": 1_200_000}
+        return pretraining(model, **run, lr=lr, min_lr=lr / 10, **pretrain.layout)
+
+    def sft_config() -> RunConfig:
+        return tuning_all(model, **sft.layout)
+
+    def peft_config() -> RunConfig:
+        return tuning_adapters(model, **peft.layout)
+
+    pretrain_config.__doc__ = pretrain.said_of(f"{title} from random weights")
+    sft_config.__doc__ = sft.said_of(f"All of {title}")
+    peft_config.__doc__ = peft.said_of(f"Adapters of {title}")
+    return Recipe(
+        name="_".join([family.replace(".", ""), *size]).replace(".", "_").replace("-", ""),
+        model=model,
+        layout=pretrain.layout,
+        pretrain_config=pretrain_config,
+        sft_config=sft_config,
+        peft_config=peft_config,
+        gpus=pretrain.number,
+        sft_gpus=sft.number,
+        peft_gpus=peft.number,
+    )
+
+
 def pretraining(
     model: Mapping[str, Any],
     *,

@@ -222,7 +222,7 @@ def test_the_first_of_two_stages_is_the_fullest_where_it_keeps_more_microbatches
     assert all(part.why for part in estimate.parts)
 
 
-@pytest.mark.parametrize("name", sorted(recipes.every()))
+@pytest.mark.parametrize("name", [name for name in recipes.every() if name.startswith("llama")])
 def test_recipes_have_the_parameters_of_their_model_and_fit_their_gpus(name: str) -> None:
     from transformers import LlamaConfig
 

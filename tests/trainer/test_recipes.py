@@ -28,6 +28,24 @@ PUBLISHED = {
     "llama31_405b": 405_853_388_800,
     "llama32_1b": 1_235_814_400,
     "llama32_3b": 3_212_749_824,
+    "mistral_7b": 7_248_023_552,
+    "mistral_nemo_12b": 12_247_782_400,
+    "mistral_small_24b": 23_572_403_200,
+    "phi4_14b": 14_659_507_200,
+    "phi4_mini": 3_836_021_760,
+    "qwen25_0_5b": 494_032_768,
+    "qwen25_1_5b": 1_543_714_304,
+    "qwen25_3b": 3_085_938_688,
+    "qwen25_7b": 7_615_616_512,
+    "qwen25_14b": 14_770_033_664,
+    "qwen25_32b": 32_763_876_352,
+    "qwen25_72b": 72_706_203_648,
+    "qwen3_0_6b": 596_049_920,
+    "qwen3_1_7b": 1_720_574_976,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_14b": 14_768_307_200,
+    "qwen3_32b": 32_762_123_264,
 }
 """Parameters that the safetensors on the Hub hold."""
 
@@ -37,7 +55,11 @@ def test_a_recipe_is_the_published_model(name: str) -> None:
     config = AutoConfig.for_model(**recipes.find(name).pretrain_config().model.hf_config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name] == recipes.find(name).parameters
+
+
+def test_every_recipe_but_a_made_up_one_is_of_a_published_model() -> None:
+    assert PUBLISHED.keys() == recipes.every().keys() - {"llama_tiny"}
 
 
 KINDS = {"pretrain": "gpus", "sft": "sft_gpus", "peft": "peft_gpus"}
@@ -78,8 +100,14 @@ def test_a_recipe_is_data_that_travels(name: str, kind: str) -> None:
         assert (config.dataset.path, config.dataset.packed, config.peft is None) == (None, True, kind == "sft")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*PUBLISHED])
+def machines() -> list[Any]:
+    """Each recipe with each way to train. What fine-tunes all parameters on the machine of pretraining is slow: it holds as much,
+    and fewer activations."""
+    like = {name: [pytest.mark.slow] if recipe.sft_gpus == recipe.gpus else [] for name, recipe in recipes.every().items()}
+    return [pytest.param(name, kind, marks=like[name] if kind == "sft" else []) for name in PUBLISHED for kind in KINDS]
+
+
+@pytest.mark.parametrize(("name", "kind"), machines())
 def test_a_recipe_says_what_one_gpu_holds_and_leaves_a_tenth_of_it_free(name: str, kind: str) -> None:
     function, config, gpus = made(name, kind)
     config.model.cross_entropy_loss_fusion, config.model.cross_entropy_fusion_impl = True, "te"  # as where there are GPUs

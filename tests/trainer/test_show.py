@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_show_refuses_what_a_run_would_refuse(words: list[str], message: str) ->
 
 
 def test_recipes_are_listed_a_line_each() -> None:
-    lines = mbtrain("recipes").stdout.splitlines()
+    lines = mbtrain("recipes", "llama").stdout.splitlines()
     assert lines[0].split() == ["recipe", "size", "parallelism", "precision", "GPUs", "SFT", "PEFT", "what", "it", "is"]
     assert [line.split()[:7] for line in lines[1:]] == [
         ["llama3_8b", "8.03B", "TP2", "bf16_mixed", "8", "4", "1"],
@@ -123,6 +124,14 @@ def test_recipes_are_listed_a_line_each() -> None:
         ["llama32_3b", "3.21B", "none", "bf16_mixed", "4", "1", "1"],
         ["llama_tiny", "3.3M", "none", "fp32", "CPU", "CPU", "CPU"],
     ]
+
+
+def test_every_recipe_is_listed_once_beside_its_family() -> None:
+    names = [line.split()[0] for line in mbtrain("recipes").stdout.splitlines()[1:]]
+    assert names == [*recipes.every()]
+    families = [family for family, _ in groupby(names, lambda name: name.partition("_")[0])]
+    assert len(families) == len({*families}) > 5
+    assert mbtrain("recipes", "qwen9").stderr == "error: there is no recipe `qwen9`\n\nhint: did you mean `qwen3_8b`?\n"
 
 
 def test_help_and_recipes_need_no_torch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,25 +12,22 @@ import click
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
 
-_SIZES = (
-    ("TP", "tensor_model_parallel_size"),
-    ("PP", "pipeline_model_parallel_size"),
-    ("VPP", "virtual_pipeline_model_parallel_size"),
-    ("CP", "context_parallel_size"),
-)
 
-
-@click.command("recipes", epilog="Example: mbtrain recipes --json")
+@click.command("recipes", epilog="Example: mbtrain recipes qwen3")
+@click.argument("beginning", default="")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(*, as_json: bool) -> None:
-    """List the recipes and the GPUs they take.
+def command(*, beginning: str, as_json: bool) -> None:
+    """List the recipes and the GPUs they take; those whose names have a BEGINNING.
 
     Parameters, parallelism and precision of pretraining, and the fewest GPUs of 80 GB for pretraining, for fine-tuning all
     parameters (SFT), and for adapters (PEFT).
     """
     from trainer import recipes  # noqa: PLC0415
 
-    rows = [_row(recipe) for recipe in recipes.every().values()]
+    found = [recipe for name, recipe in recipes.every().items() if name.startswith(beginning)]
+    if not found:
+        recipes.find(beginning)  # which suggests another
+    rows = [_row(recipe) for recipe in found]
     if as_json:
         click.echo(json.dumps({row.pop("name"): row for row in rows}))
     elif sys.stdout.isatty():
@@ -40,11 +38,12 @@ def command(*, as_json: bool) -> None:
 
 
 def _row(recipe: Recipe) -> dict[str, Any]:
-    sizes = {short: recipe.layout.get(name, 1) for short, name in _SIZES}
+    from trainer.recipe import parallelism  # noqa: PLC0415
+
     return {
         "name": recipe.name,
         "parameters": recipe.parameters,
-        "parallelism": "·".join(f"{short}{size}" for short, size in sizes.items() if size > 1) or "none",
+        "parallelism": parallelism(recipe.layout) or "none",
         "precision": recipe.precision,
         "gpus": recipe.gpus,
         "sft_gpus": recipe.sft_gpus,
@@ -65,7 +64,7 @@ _HEADER = ["recipe", "size", "parallelism", "precision", "GPUs", "SFT", "PEFT", 
 
 def _line(cells: list[str]) -> str:
     name, size, parallelism, precision, pretrain, sft, peft, summary = cells
-    return f"{name:<13} {size:>8}  {parallelism:<18} {precision:<11} {pretrain:>4} {sft:>4} {peft:>4}  {summary}"
+    return f"{name:<17} {size:>8}  {parallelism:<18} {precision:<11} {pretrain:>4} {sft:>4} {peft:>4}  {summary}"
 
 
 def _show_table(rows: list[dict[str, Any]]) -> None:
@@ -74,6 +73,9 @@ def _show_table(rows: list[dict[str, Any]]) -> None:
 
     gpus = ("GPUs to pretrain", "SFT", "PEFT")
     table = Table("recipe", "parameters", "parallelism", "precision", *gpus, "what it is", box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*_cells(row))
+    for _, family in groupby(rows, lambda row: row["name"].partition("_")[0]):
+        if table.row_count:
+            table.add_row()
+        for row in family:
+            table.add_row(*_cells(row))
     Console().print(table)
