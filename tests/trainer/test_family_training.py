@@ -65,7 +65,7 @@ def _loss_in_peft(folder, adapter, step):
 
 
 def test_generated_tokens_are_those_of_transformers(folder, ranks):
-    expected = transformers_tokens(folder)
+    expected = [found[: found.index(2)] if 2 in found else found for found in transformers_tokens(folder)]
     for world, layout in ((1, ()), (2, ("model.tensor_model_parallel_size=2",))):
         assert tokens(ranks.run(answers, world, str(folder), layout)[-1]) == expected
 
