@@ -192,6 +192,11 @@ class GPTModelProvider(ModelProvider):
         multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
         return -(-self.vocab_size // multiple) * multiple
 
+    @property
+    def longest_sequence(self) -> int:
+        """The longest sequence that the model was made for and that is computed as transformers does."""
+        return min(self.seq_length, self.exact_sequence_length or self.seq_length)
+
     def provide(self, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> torch.nn.Module:
         """Return this rank's chunk of the model, with the embedding if `pre_process` and the output layer if `post_process`."""
         model = Model(
@@ -210,7 +215,7 @@ class GPTModelProvider(ModelProvider):
             seq_len_interpolation_factor=self.seq_len_interpolation_factor,
             vp_stage=vp_stage,
         )
-        model.max_sequence_length = min(self.seq_length, self.exact_sequence_length or self.seq_length)
+        model.max_sequence_length = self.longest_sequence
         return layers.adapt_model(self, model)
 
 

@@ -35,8 +35,7 @@ def make_run(source: str, settings: Sequence[str] = (), *, world_size: int, dtyp
     config.mixed_precision = config.mixed_precision or _precision(
         dtype or ("fp32" if run_device == device.CPU else description.dtype)
     )
-    longest = config.model.seq_length
-    config.dataset.sequence_length = min(longest, config.model.exact_sequence_length or longest)
+    config.dataset.sequence_length = config.model.longest_sequence
     config.optimizer.lr = 1.0  # required by `resolve`; nothing is trained
     _check_copies(config.model, world_size)
     config.train.global_batch_size = checks.parallel_size(config.model, checks.PP)
