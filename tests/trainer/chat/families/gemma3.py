@@ -1,6 +1,6 @@
 """Gemma 3: as Gemma 2, and the system prompt begins the first question."""
 
-from tests.trainer.chat.family import SYSTEM, TURNS, Case, Family, said
+from tests.trainer.chat.family import SYSTEM, TOOLS, TURNS, Case, Family, said
 
 FAMILY = Family(
     special=("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), bos="<bos>", eos="<eos>", pieces="spaces", begins=True
@@ -14,6 +14,7 @@ CASES = {
         (FIRST + "⟦A fox.<end_of_turn>⟧\n", FIRST + "A fox.<end_of_turn>\n" + LATER),
         learn="each_answer",
     ),
+    "tools": Case(said(*TURNS, tools=TOOLS), refused="the chat template does not render all content: its `tools`"),
     "two questions in a row": Case(
         said(TURNS[0], *TURNS), refused="the chat template refuses it: Conversation roles must alternate"
     ),
