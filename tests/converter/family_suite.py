@@ -20,20 +20,20 @@ LAYOUTS = ({}, {"tp": 2}, {"tp": 2, "pp": 2})
 TOKENS = np.random.default_rng(5).integers(0, 384, (2, 24)).tolist()
 
 
-def small_config(family):
-    """The configuration of a small model, as transformers makes it of the family's own fields."""
+def small_config(family, **changes):
+    """The configuration of a small model, as transformers makes it of the family's own fields and of `changes`."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(family, **{**BASE, **families.find(family).SMALL})
+    return AutoConfig.for_model(family, **{**BASE, "pad_token_id": 383, **families.find(family).SMALL, **changes})
 
 
-def small_model(family, *, dtype="bfloat16"):
+def small_model(family, *, dtype="bfloat16", **changes):
     """A small model of transformers with random weights."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        small_config(family), dtype=getattr(torch, dtype), attn_implementation="eager"
+        small_config(family, **changes), dtype=getattr(torch, dtype), attn_implementation="eager"
     ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -41,9 +41,9 @@ def small_model(family, *, dtype="bfloat16"):
     return model
 
 
-def save_small(family, folder, *, dtype="bfloat16"):
+def save_small(family, folder, *, dtype="bfloat16", **changes):
     """A small model as transformers saves it: under the names that are published."""
-    small_model(family, dtype=dtype).save_pretrained(folder)
+    small_model(family, dtype=dtype, **changes).save_pretrained(folder)
     return folder
 
 
