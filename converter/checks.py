@@ -85,20 +85,30 @@ def replacement_rule(options: ExecutionOptions, planned: Collection[str] | None 
 
 def check_equal(reader: Reader, name: str, other: str) -> None:
     """Raise UserError unless two tensors hold the same bytes. Reads both, a piece at a time."""
-    spec, like = reader.specs[name], reader.specs[other]
-    same = spec.shape == like.shape and spec.dtype == like.dtype
-    for piece in pieces([TensorPlan(spec)], limit=PIECE_BYTES) if same else ():
-        one, two = (np.empty(extent(piece.region), spec.dtype) for _ in range(2))
-        reader.read(name, piece.region, one)
-        reader.read(other, piece.region, two)
-        if not same_bits(one, two):
-            same = False
-            break
-    if not same:
+    difference = _first_difference(reader, name, other)
+    if difference:
         raise UserError(
-            f"`{name}` differs from `{other}`, though `config.json` ties them",
+            f"`{name}` differs from `{other}`, though `config.json` ties them: {difference}",
             hint="set `tie_word_embeddings` to false in `config.json` to keep both",
         )
+
+
+def _first_difference(reader: Reader, name: str, other: str) -> str:
+    """Return how two tensors differ, in words; nothing if they do not."""
+    spec, like = reader.specs[name], reader.specs[other]
+    if (spec.shape, spec.dtype) != (like.shape, like.dtype):
+        one, two = (f"{dtype_name(each.dtype)} {list(each.shape)}" for each in (spec, like))
+        return f"they are {one} and {two}"
+    for piece in pieces([TensorPlan(spec)], limit=PIECE_BYTES):
+        left, right = (np.empty(extent(piece.region), spec.dtype) for _ in range(2))
+        reader.read(name, piece.region, left)
+        reader.read(other, piece.region, right)
+        if not same_bits(left, right):
+            differs = left.reshape(-1).view(np.uint8) != right.reshape(-1).view(np.uint8)
+            first = np.unravel_index(int(differs.argmax()) // spec.dtype.itemsize, left.shape)
+            place = [part.start + int(index) for part, index in zip(piece.region, first, strict=True)]
+            return f"at {place} they are {float(left[first]):.9g} and {float(right[first]):.9g}"
+    return ""
 
 
 def check_filled(reader: Reader, name: str, value: float) -> None:

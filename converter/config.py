@@ -185,7 +185,7 @@ def activation(*names: str, huggingface: str = "hidden_act") -> Field:
 
     def write(config: Config) -> dict[str, Any]:
         found = config.get("activation_func", ACTIVATIONS[names[0]])
-        if found not in spelled:
+        if not isinstance(found, str) or found not in spelled:
             raise UserError(f"`activation_func` is `{format_untrusted(found)}`, not {' or '.join(sorted(spelled))}")
         return {huggingface: spelled[found]}
 

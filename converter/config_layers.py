@@ -91,11 +91,11 @@ def window_pattern(
         }
 
     def write(config: Config) -> dict[str, Any]:
-        tokens, layers = seen(config.get("window_size")), count(config, "num_layers")
-        slides = config.get("window_attn_skip_freq") or [int(tokens is not None)] * layers
-        if isinstance(slides, int):  # megatron-core: each such layer sees everything
-            slides = [int(bool((layer + 1) % slides)) for layer in range(layers)]
-        types = [SLIDING if one else FULL for one in cast("list[int]", slides)]
+        tokens = seen(config.get("window_size"))
+        each, slides = marks(config, "window_attn_skip_freq", absent=int(tokens is not None))
+        if each:  # megatron-core: each such layer sees everything
+            slides = [1 - one for one in slides]
+        types = [SLIDING if one else FULL for one in slides]
         return {huggingface: tokens, "layer_types": types, **({switch: tokens is not None} if switch else {}), **pattern(types)}
 
     return Field(read, write)
@@ -112,12 +112,24 @@ def no_rope(read: Callable[[Config], Sequence[bool]], write: Callable[[Sequence[
         return {"no_rope_freq": without if any(without) else None}
 
     def back(config: Config) -> dict[str, Any]:
-        without = config.get("no_rope_freq") or [0] * count(config, "num_layers")
-        if isinstance(without, int):
-            without = [int((layer + 1) % without == 0) for layer in range(count(config, "num_layers"))]
-        return write(cast("list[int]", without)) if write else {}
+        _, without = marks(config, "no_rope_freq", absent=0)
+        return write(without) if write else {}
 
     return Field(there, back)
+
+
+def marks(config: Config, name: str, *, absent: int) -> tuple[bool, list[int]]:
+    """Return a field of Megatron's that has 0 or 1 for each layer, or a number n for each n-th: whether it is such a number, and
+    the marks of all layers. `absent` is the mark without the field. UserError for anything else."""
+    found, layers = config.get(name), count(config, "num_layers")
+    if found in (None, 0, []):
+        return False, [absent] * layers
+    if isinstance(found, int):
+        return True, [int((layer + 1) % found == 0) for layer in range(layers)]
+    listed = list(cast("Sequence[Any]", found)) if isinstance(found, (list, tuple)) else []
+    if len(listed) != layers or any(one not in (0, 1) for one in listed):
+        raise UserError(f"`{name}` is `{format_untrusted(found)}`, which should have 0 or 1 for each of {layers} layers")
+    return False, listed
 
 
 def seen(window: Any) -> int | None:

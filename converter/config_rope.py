@@ -305,7 +305,10 @@ def _numbers_of(said: Config, config: Config, field: str, default_theta: float) 
         )
     numbers = dict(said)
     numbers["rope_type"] = _one_of({f"`type` in `{field}`": numbers.pop("type", None), "`rope_type`": said.get("rope_type")})
-    numbers["rope_type"] = _OTHER_NAMES.get(numbers["rope_type"], numbers["rope_type"]) or "default"
+    kind: Any = numbers["rope_type"] or "default"
+    if not isinstance(kind, str):
+        raise UserError(f"the rope type in `{field}` is `{format_untrusted(kind)}`, which should be a word")
+    numbers["rope_type"] = _OTHER_NAMES.get(kind, kind)
     theta = _one_of({f"`rope_theta` in `{field}`": said.get("rope_theta"), "`rope_theta`": config.get("rope_theta")})
     numbers["rope_theta"] = number("rope_theta", default_theta if theta is None else theta)
     if _ORIGINAL in _KINDS.get(numbers["rope_type"], _KINDS["default"]).needs:

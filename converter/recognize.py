@@ -21,7 +21,8 @@ from formats.shard_files import INDEX
 from formats.spec import TensorSpec
 
 _LAYER = re.compile(r"(?:(?<=layers\.)|(?<=blocks\.)|(?<=\bh\.))\d+(?=\.)")
-_CORE = re.compile(r"(?P<before>.*?)(?P<core>layers\.0\..+|embed_tokens\.weight|norm\.weight)")
+_CORE = re.compile(r"(?P<before>(?:.*?\.)??)(?P<core>(?:layers|blocks|h)\.0\..+|[^.]+\.[^.]+)")
+"""A name in two parts: what differs by the class that saved it, and a layer's module or the last two words."""
 
 _WRAPPERS = {
     "module": "DistributedDataParallel's or DeepSpeed's",
@@ -94,7 +95,7 @@ def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], fam
     if not missing and not unexpected:
         return
     if not any(_LORA.fullmatch(name) for name in unexpected):
-        _refuse_renamed(expected, stored, label=label)
+        _refuse_renamed(expected - head, stored, head=head, label=label)
     for foreign in _FOREIGN:
         names = [name for name in unexpected if re.fullmatch(foreign.pattern, _LAYER.sub("0", name))]
         if names:
@@ -111,11 +112,12 @@ def _unwrap(name: str) -> tuple[str, list[str]]:
     return ".".join(part for part in parts if part not in _WRAPPERS), wrappers
 
 
-def _refuse_renamed(wanted: set[str], stored: Mapping[str, str], *, label: str) -> None:
+def _refuse_renamed(wanted: set[str], stored: Mapping[str, str], *, head: Iterable[str], label: str) -> None:
     """Raise UserError if weights have other prefixes than the model's, and say how to rename them.
 
-    `stored`: the names in the folder, by the same names with layer 0.
+    `stored`: the names in the folder, by the same names with layer 0. `head`: the weights of the output layer.
     """
+    output = min(head, default="lm_head").partition(".")[0]
     cores = {match["core"]: (name, match["before"]) for name in sorted(wanted) if (match := _CORE.fullmatch(name))}
     for name in sorted(stored):
         plain, wrappers = _unwrap(name)
@@ -127,7 +129,7 @@ def _refuse_renamed(wanted: set[str], stored: Mapping[str, str], *, label: str) 
             raise UserError(
                 f"`{label}` holds `{stored[name]}`, which `config.json` calls `{_in_layer_of(stored[name], expected)}`: "
                 f"{_cause(wrappers, match['before'], before)}",
-                hint=_rename(wrappers, match["before"], before, stored),
+                hint=_rename(wrappers, match["before"], before, stored, output),
             )
 
 
@@ -149,22 +151,22 @@ def _cause(wrappers: Iterable[str], prefix: str, expected: str) -> str:
     return "; ".join(parts)
 
 
-def _rename(wrappers: Iterable[str], prefix: str, expected: str, stored: Iterable[str]) -> str:
-    """Return Python that renames the tensors of one file."""
+def _rename(wrappers: Iterable[str], prefix: str, expected: str, stored: Iterable[str], output: str) -> str:
+    """Return Python that renames the tensors of one file. `output`: the output layer, which has no prefix."""
     new = "n" + "".join(f'.replace("{wrapper}.", "")' for wrapper in wrappers)
     extra = prefix.removesuffix(expected)
     if prefix == "":
-        new = f'(n if n.startswith("lm_head") else "{expected}" + n)' if not wrappers else f'"{expected}" + {new}'
+        new = f'(n if n.startswith("{output}") else "{expected}" + n)' if not wrappers else f'"{expected}" + {new}'
     elif prefix != expected and prefix.endswith(f".{expected}"):
         new += f'.removeprefix("{extra}")'
     elif prefix != expected:
         new += f'.replace("{prefix}", "{expected}", 1)'
-    kept = ' if "language_model." in n or n.startswith("lm_head")' if "language_model" in prefix else ""
+    kept = f' if "language_model." in n or n.startswith("{output}")' if "language_model" in prefix else ""
     text = (
         f'in each file `f`: `save_file({{{new}: t for n, t in load_file(f).items(){kept}}}, f, {{"format": "pt"}})` of '
         f"`safetensors.torch`; then remove `{INDEX}`"
     )
-    if not any("lm_head" in name for name in stored):
+    if not any(output in name for name in stored):
         text += f"; if the model's head is tied, set `tie_word_embeddings` to true; if not, {_BODY}"
     return text
 

@@ -1,0 +1,101 @@
+"""Damaged values in any field of any family's `config.json` are refused by name, or mean what they say: never a traceback."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import suppress
+from itertools import product
+
+import pytest
+
+from converter import UserError, families
+from converter.config import make_model, to_huggingface, to_megatron
+from tests.converter.family_suite import small_config
+
+DAMAGED = (
+    None, "", "text", "4", -1, -0.5, 0, 1.5, 10**400, 1e300, math.nan, math.inf, True, [], {}, [1], ["text"], [None], [-1, 0],
+    [math.nan] * 4, {"text": 1}, {"rope_type": []}, {"full_attention": 1}, {"full_attention": {"rope_theta": "text"}}, [[1], {}],
+)  # fmt: skip
+
+FEW = (None, "text", -1, 0, math.nan, 10**400, [], [1, None], {"text": 1})
+
+ROPE = {
+    "rope_type": "yarn", "type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.0, "truncate": True, "short_factor": [1.0] * 4,
+    "long_factor": [1.0] * 4, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+    "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+
+
+def read(family: str, config: dict) -> None:
+    """There and back, or a refusal."""
+    fields = families.find(family).CONFIG
+    with suppress(UserError):
+        json.dumps(to_huggingface(fields, to_megatron(fields, config)))
+
+
+def sized(family: str, config: dict) -> None:
+    """The sizes, or a refusal."""
+    with suppress(UserError):
+        make_model(families.find(family).CONFIG, config)
+
+
+def plain(family: str) -> dict:
+    return json.loads(json.dumps(small_config(family).to_dict()))
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_a_damaged_value_is_refused_or_read(family):
+    config = plain(family)
+    without = {key: one for key, one in config.items() if key != "layer_types"}
+    for name in (*config, "rope_theta", "rope_scaling", "sliding_window", "layer_types", "use_sliding_window", "head_dim"):
+        for value in DAMAGED:
+            read(family, {**config, name: value})
+            read(family, {**without, name: value})
+            sized(family, {**config, name: value})
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_a_damaged_scaling_of_rotary_embeddings_is_refused_or_read(family):
+    config = plain(family)
+    older = {key: one for key, one in config.items() if key != "rope_parameters"}
+    for kind in ("default", "linear", "llama3", "yarn", "dynamic", "longrope", "su", "other"):
+        for name, value in product(ROPE, FEW):
+            rope = {**ROPE, "rope_type": kind, "type": kind, name: value}
+            read(family, {**config, "rope_parameters": rope})
+            read(family, {**older, "rope_scaling": rope})
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_damaged_fields_of_megatron_are_refused_or_written(family):
+    fields = families.find(family).CONFIG
+    megatron = to_megatron(fields, plain(family))
+    for name in megatron:
+        for value in DAMAGED:
+            with suppress(UserError):
+                to_huggingface(fields, {**megatron, name: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"window_attn_skip_freq": [1, 0]},
+            "`window_attn_skip_freq` is `[1, 0]`, which should have 0 or 1 for each of 4 layers",
+        ),
+        ({"window_attn_skip_freq": 0.5}, "`window_attn_skip_freq` is `0.5`, which should have 0 or 1 for each of 4 layers"),
+        ({"activation_func": ["silu"]}, "`activation_func` is `[silu]`, not silu"),
+    ],
+)
+def test_marks_of_layers_and_functions_that_are_none_are_named(fields, message):
+    family = families.find("qwen2").CONFIG
+    with pytest.raises(UserError) as refused:
+        to_huggingface(family, {**to_megatron(family, plain("qwen2")), **fields})
+    assert str(refused.value) == message
+
+
+def test_a_rope_type_that_is_no_word_is_named():
+    with pytest.raises(UserError) as refused:
+        to_megatron(families.find("qwen2").CONFIG, {**plain("qwen2"), "rope_parameters": {"rope_type": ["yarn"]}})
+    assert str(refused.value) == "the rope type in `rope_parameters` is `[yarn]`, which should be a word"
