@@ -94,8 +94,7 @@ def _rope_rules(model: Any, kind: str) -> Iterator[Rule]:
         yield scaled not in KINDS, f"`model.{name}` has the `rope_type` `{scaled}`", f"choose one of: {', '.join(KINDS)}"
     yield (
         model.multi_latent_attention and attention_factor(model) != 1.0,
-        f"`model.rope_parameters` is `{model.rope_parameters}`: the attention factor is `{attention_factor(model)}`, and with "
-        "latent attention megatron-core leaves it out",
+        f"`model.rope_parameters` has the attention factor `{attention_factor(model)}`, which latent attention leaves out",
         "convert the model's weights, and train it elsewhere",
     )
     yield (
