@@ -27,8 +27,8 @@ def small_config(family):
     return AutoConfig.for_model(family, **{**BASE, **families.find(family).SMALL})
 
 
-def save_small(family, folder, *, dtype="bfloat16"):
-    """A small model with random weights, as transformers saves it: under the names that are published."""
+def small_model(family, *, dtype="bfloat16"):
+    """A small model of transformers with random weights."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -38,7 +38,12 @@ def save_small(family, folder, *, dtype="bfloat16"):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.3 if parameter.ndim == 1 else 0.08)
-    model.save_pretrained(folder)
+    return model
+
+
+def save_small(family, folder, *, dtype="bfloat16"):
+    """A small model as transformers saves it: under the names that are published."""
+    small_model(family, dtype=dtype).save_pretrained(folder)
     return folder
 
 

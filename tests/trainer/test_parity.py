@@ -49,7 +49,7 @@ def reference(model_folder):
     return run
 
 
-def _reference(folder):
+def _reference(folder, steps=STEPS):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -59,7 +59,7 @@ def _reference(folder):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     samples = small.FixedTokens(model.config.vocab_size).build(None, 0, (10**6, 0, 0))[0]
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         batch = [samples[step * BATCH + i] for i in range(BATCH)]
         tokens, labels = (torch.stack([sample[name] for sample in batch]) for name in ("tokens", "labels"))
         loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten())

@@ -89,8 +89,15 @@ def compare(provider: Any, config: Mapping[str, Any], *, source: str) -> list[st
 
 
 def not_in_hf_config(provider: Any) -> dict[str, Any]:
-    """Return the settings of a provider that change what it computes and that `config.json` cannot express: its checkpoints get
-    none."""
+    """Return the settings of a provider that change what it computes and that its `config.json` does not express: its checkpoints
+    get none."""
+    config = getattr(provider, "hf_config", None)
+    expressed = to_megatron(find(config.get("model_type")).CONFIG, config) if config else {}
+    return {name: value for name, value in _unusual(provider).items() if name not in expressed}
+
+
+def _unusual(provider: Any) -> dict[str, Any]:
+    """Return the settings of a provider by which it is not a plain Llama, and for which `config.json` has no common field."""
     settings = {name: _plain(getattr(provider, name)) for name in _CONTEXT if hasattr(provider, name)}
     return {
         setting.name: setting.value
@@ -122,7 +129,7 @@ def compare_settings(provider: Any, settings: Mapping[str, Any], *, source: str)
         for setting in megatron_settings.find_unsupported(settings, only_model_words=True)
         if setting.known
     }
-    ours = not_in_hf_config(provider)
+    ours, unexpressed = _unusual(provider), not_in_hf_config(provider)
     for name, value in theirs.items():
         if ours.get(name) != value:
             actual = _plain(getattr(provider, name, None))
@@ -133,7 +140,7 @@ def compare_settings(provider: Any, settings: Mapping[str, Any], *, source: str)
             )
     return [
         f"`model.{name}` is `{format_untrusted(value)}`; the weights were made without"
-        for name, value in ours.items()
+        for name, value in unexpressed.items()
         if name not in theirs
     ]
 
@@ -168,4 +175,4 @@ def _rope(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
         if new and new["rope_type"] == old["rope_type"]
         else {}
     )
-    return {"rope_theta": theta, _ROPE: new and {**new, **kept, "factor": new["factor"]}}
+    return {"rope_theta": theta, _ROPE: new and {**new, **kept, **({"factor": new["factor"]} if "factor" in new else {})}}

@@ -1,0 +1,77 @@
+"""What is trained of each kind of family is what transformers, PEFT and torch's AdamW train: losses, adapters, generated text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from converter import adapter_to_hf, families, mcore_to_hf
+from tests import models
+from tests.converter.family_suite import small_model
+from tests.trainer import small, test_parity
+from tests.trainer.small import BATCH, STEPS
+from tests.trainer.test_generation import answers, tokens, transformers_tokens
+
+TRAINED = ("qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "glm4", "granite", "gpt_neox", "cohere")
+"""One of each kind: own layers, norms after branches, parallel branches, multipliers, caps, two ropes, fused projections."""
+
+FEW = 5
+TP2 = {"model__tensor_model_parallel_size": 2}
+PP2 = {"model__pipeline_model_parallel_size": 2}
+SHORT = {"train__train_iters": FEW, "scheduler__lr_decay_iters": STEPS}
+
+
+@pytest.fixture(scope="module", params=[family for family in TRAINED if family in families.names()])
+def folder(request, tmp_path_factory):
+    """A small model of a family in fp32, with a tokenizer."""
+    model = small_model(request.param, dtype="float32")
+    model.config.eos_token_id = model.generation_config.eos_token_id = 2
+    return models.save(model, tmp_path_factory.mktemp(request.param) / "hf")
+
+
+def test_a_few_steps_are_those_of_transformers_and_adamw(folder, ranks):
+    losses, norms = test_parity._reference(folder, FEW)
+    for layout in (TP2, PP2):
+        for history in ranks.run(small.train, 2, str(folder), {**SHORT, **layout}):
+            assert history.losses == pytest.approx(losses, abs=test_parity.TOLERANCE)
+            assert history.grad_norms == pytest.approx(norms, rel=1e-3)
+    assert len(set(losses)) == FEW
+
+
+def test_adapters_that_are_exported_are_in_peft_what_they_are_here(folder, ranks, tmp_path):
+    from trainer.peft import LoRA
+
+    changes = {**SHORT, **TP2, "peft": LoRA(dim=4, alpha=8)}
+    whole, *_ = ranks.run(small.train, 2, str(folder), changes)
+    ranks.run(
+        small.train, 2, str(folder), {**changes, "checkpoint__save": str(tmp_path / "run"), "train__exit_interval": FEW - 1}
+    )
+    adapter_to_hf(tmp_path / "run", tmp_path / "adapter")
+    assert _loss_in_peft(folder, tmp_path / "adapter", FEW - 1) == pytest.approx(whole.losses[-1], abs=test_parity.TOLERANCE)
+    assert whole.losses[-1] != whole.losses[0]
+
+
+def _loss_in_peft(folder, adapter, step):
+    """The loss of a step's batch."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), str(adapter)).eval()
+    samples = small.FixedTokens(model.config.vocab_size).build(None, 0, (10**6, 0, 0))[0]
+    batch = [samples[step * BATCH + number] for number in range(BATCH)]
+    tokens, labels = (torch.stack([sample[name] for sample in batch]) for name in ("tokens", "labels"))
+    with torch.no_grad():
+        return torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten()).item()
+
+
+def test_generated_tokens_are_those_of_transformers(folder, ranks):
+    expected = transformers_tokens(folder)
+    for world, layout in ((1, ()), (2, ("model.tensor_model_parallel_size=2",))):
+        assert tokens(ranks.run(answers, world, str(folder), layout)[-1]) == expected
+
+
+def test_what_a_run_saves_is_exported_as_the_model_that_it_began_with(folder, ranks, tmp_path):
+    still = {"train__train_iters": 1, "optimizer__lr": 0.0, "optimizer__min_lr": 0.0, "checkpoint__save": str(tmp_path / "run")}
+    ranks.run(small.train, 2, str(folder), {**still, "scheduler__lr_warmup_iters": 0, **TP2})
+    mcore_to_hf(tmp_path / "run", tmp_path / "back")
+    assert models.model_tree(tmp_path / "back") == models.model_tree(folder)
