@@ -206,12 +206,12 @@ def derived(
 
     def back(config: Config) -> dict[str, Any]:
         found = config.get(megatron)
-        return {huggingface: None if found is None else _undone(read, write, number(megatron, found))}
+        return {huggingface: None if found is None else undone(read, write, number(megatron, found))}
 
     return Field(there, back)
 
 
-def _undone(read: Callable[[Any], Any], write: Callable[[Any], Any], number: Any) -> Any:
+def undone(read: Callable[[Any], Any], write: Callable[[Any], Any], number: Any) -> Any:
     """Return `write(number)`, without the last digits where these are rounding errors: √256 squared is 256."""
     exact = write(number)
     rounded = float(f"{exact:.14g}")

@@ -107,7 +107,7 @@ _CONFIG = frozenset({
 
 _DEPENDENT = re.compile(
     r"^(dsa_|linear_(?!attention_freq)|mamba_|moe_|mtp_|mup_|yarn_|mscale|relative_attention_|retro_"
-    r"|(beta_fast|beta_slow|cache_mla_latents|kv_lora_rank|mla_down_proj_fusion|original_max_position_embeddings|q_lora_rank"
+    r"|(beta_fast|beta_slow|cache_mla_latents|kv_lora_rank|latent_layernorm_epsilon|mla_down_proj_fusion|original_max_position_embeddings|q_lora_rank"
     r"|qk_head_dim|qk_pos_emb_head_dim|rotary_scaling_factor|v_head_dim)$)"
 )
 """Settings of sparse attention, linear attention, Mamba, experts, multi-token prediction, muP, YaRN, T5's positions and latent

@@ -24,7 +24,7 @@ import torch
 from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer import MegatronModule, MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 
 from converter.config import to_megatron
@@ -219,10 +219,28 @@ class GPTModelProvider(ModelProvider):
         return layers.adapt_model(self, model)
 
 
+@dataclass(kw_only=True)
+class MLAModelProvider(GPTModelProvider, MLATransformerConfig):
+    """A GPT-shaped model with multi-head latent attention: queries, keys and values are projected from a few channels."""
+
+    multi_latent_attention: bool = True
+    rope_type: str = "rope"
+    rotary_scaling_factor: float = 1.0
+    latent_layernorm_epsilon: float | None = None
+    """Epsilon of the norms between the two projections of queries, and of keys and values. None: `layernorm_epsilon`."""
+
+    def finalize(self) -> None:
+        """Derive and validate what MLATransformerConfig does on construction."""
+        super().finalize()
+        if self.apply_rope_fusion and self.rope_type != "yarn":
+            raise ValueError("`apply_rope_fusion` for latent attention works only with `rope_type=yarn`")
+
+
 def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProvider:
     """Return the provider of the model that a `config.json` describes. Raises UserError for an unsupported family."""
-    known = {provider_field.name for provider_field in fields(GPTModelProvider)}
     megatron = to_megatron(find(config.get("model_type")).CONFIG, config)
+    provider = MLAModelProvider if megatron.get("multi_latent_attention") else GPTModelProvider
+    known = {provider_field.name for provider_field in fields(provider)}
     given = {name: value for name, value in megatron.items() if value is not None}
     for name, value in given.items():
         if name not in known:
@@ -234,7 +252,7 @@ def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProv
     given["activation_func"] = activation(given["activation_func"])
     if "window_size" in given:
         given["window_size"] = tuple(given["window_size"])
-    return GPTModelProvider(**given, hf_config=dict(config), hf_source=source)
+    return provider(**given, hf_config=dict(config), hf_source=source)
 
 
 def build(provider: Any) -> list[torch.nn.Module]:

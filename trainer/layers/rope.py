@@ -77,10 +77,11 @@ def own_frequencies(provider: Any, model: Any) -> None:
     numbers = _own_numbers(provider)
     if numbers is None:
         return
-    embedding = model.rotary_pos_emb
-    embedding.inv_freq = frequencies(numbers, 2 * embedding.inv_freq.numel()).to(embedding.inv_freq.device)
-    for layer in model.decoder.layers:
-        layer.self_attention._yarn_concentration_factor = attention_factor(provider)
+    attentions = [layer.self_attention for layer in model.decoder.layers]
+    for embedding in [one.rotary_pos_emb for one in attentions] if provider.multi_latent_attention else [model.rotary_pos_emb]:
+        embedding.inv_freq = frequencies(numbers, 2 * embedding.inv_freq.numel()).to(embedding.inv_freq.device)
+    for attention in attentions:
+        attention._yarn_concentration_factor = attention_factor(provider)
 
 
 def _own_numbers(provider: Any) -> Numbers | None:

@@ -1,11 +1,11 @@
 """One file per model family; this directory is the registry of recipes.
 
 A family file holds `config.json`s as they were published, and `RECIPES`: a line of numbers for each size, or one function per
-run. The runs say in their docstrings what one GPU holds. The arithmetic, in bytes: a parameter is 2 (bf16) and its gradient 4 (fp32), over TP and PP;
-its optimizer state 12 (fp32 value and two moments), over data-parallel and context-parallel ranks too; a layer keeps 30 to
-38 × hidden size for each token of a micro-batch, over TP and CP; logits and what the loss makes of them 4 × vocabulary size
-per token. With adapters a parameter is its 2 alone, one of an adapter 18, and layers keep as much as without: the adapters ask
-for what the frozen weights do not. `mbtrain show` says it in full, for any settings.
+run. Runs say in their docstrings what one GPU holds. The arithmetic, in bytes: a parameter is 2 (bf16) and its gradient 4 (fp32),
+over TP and PP; its optimizer state 12 (fp32 value and two moments), over data-parallel and context-parallel ranks too; a layer
+keeps 30 to 38 × hidden size for each token of a micro-batch, over TP and CP; logits and what the loss makes of them 4 ×
+vocabulary size per token. With adapters a parameter is its 2 alone, one of an adapter 18, and layers keep as much as without:
+the adapters ask for what the frozen weights do not. `mbtrain show` says it in full, for any settings.
 
     from trainer.recipes import llama32_1b
     config = llama32_1b.pretrain_config()

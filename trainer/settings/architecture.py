@@ -22,6 +22,7 @@ _ABSENT = SimpleNamespace(
     gated_linear_unit=False, activation_func=None, num_moe_experts=None, fp8_dot_product_attention=False,
     attention_backend=AttnBackend.auto, yarn_rotary_scaling_factor=1.0, yarn_original_max_position_embeddings=None,
     bias_activation_fusion=None, apply_rope_fusion=None, fused_single_qkv_rope=False, window_size=None,
+    multi_latent_attention=False, rope_type="yarn",
 )  # fmt: skip
 """What a model has that lacks a field."""
 
@@ -92,6 +93,11 @@ def _rope_rules(model: Any, kind: str) -> Iterator[Rule]:
         scaled = (getattr(model, name) or {"rope_type": "default"}).get("rope_type")
         yield scaled not in KINDS, f"`model.{name}` has the `rope_type` `{scaled}`", f"choose one of: {', '.join(KINDS)}"
     yield (
+        model.multi_latent_attention and attention_factor(model) != 1.0,
+        f"`model.rope_parameters` has the attention factor `{attention_factor(model)}`, which latent attention leaves out",
+        "convert the model's weights, and train it elsewhere",
+    )
+    yield (
         model.sliding_rope and kind not in ("rope", "yarn"),
         f"`model.sliding_rope` is set, and `model.position_embedding_type` is `{kind}`",
         "leave one of them out",
@@ -149,4 +155,6 @@ def other_kernels(model: Any) -> dict[str, str]:
         found["bias_activation_fusion"] = "the fused kernel computes SwiGLU, or GELU by tanh in place of GELU"
     if attention_factor(model) != 1.0:
         found["apply_rope_fusion"] = "the fused kernel leaves out the attention factor of `yarn` and `longrope`"
+    if model.multi_latent_attention and model.rope_type != "yarn":
+        found["apply_rope_fusion"] = "with latent attention, the fused kernel computes `rope_type=yarn` alone"
     return found

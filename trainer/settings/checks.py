@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import MLATransformerConfig
 
 from trainer.config import CheckpointConfig, DistributedDataParallelConfig, RunConfig, SchedulerConfig, is_packed
 from trainer.settings.precision import Machine, requires
@@ -37,10 +38,11 @@ def check_attention(model: Any) -> None:
     """Refuse what megatron-core's GPTModel would fail on when it is built."""
     head, kind = getattr(model, "kv_channels", None), getattr(model, "position_embedding_type", None)
     odd_head = f"`model.kv_channels` is `{head}`, and rotary embeddings rotate channels in pairs"
-    mla = "`model.multi_latent_attention` needs megatron-core's MLATransformerConfig, which this provider is not"
+    mla = getattr(model, "multi_latent_attention", False) and not isinstance(model, MLATransformerConfig)
+    other = "`model.multi_latent_attention` needs megatron-core's MLATransformerConfig, which this provider is not"
     enforce((
         (kind == "rope" and head and head % 2, odd_head, "choose an even number"),
-        (getattr(model, "multi_latent_attention", False), mla, "leave it out, or give a model provider of your own"),
+        (mla, other, "leave it out, or start from the `config.json` of a model that has it"),
     ))  # fmt: skip
 
 
