@@ -67,7 +67,8 @@ class Rule:
     """Hugging Face's tensor of all experts has no axis of experts: [experts · rows, columns]."""
 
     huggingface_shape: Dims = ()
-    """Hugging Face's own shape (of one expert), where it has axes of size 1 that Megatron's has not."""
+    """Hugging Face's own shape (of one expert), where it has axes of size 1 that Megatron's has not, or where each of its tensors
+    is one row without an axis of rows."""
 
     offset: float = 0.0
     """Megatron's values are Hugging Face's plus this."""

@@ -119,12 +119,14 @@ def _transform(rule: Rule, model: Model, ranges: Sequence[RowRange]) -> Transfor
     plain = rule.rows_first_shapes(model)[0]
     stored = (*plain[1:], plain[0]) if rule.transposed else plain
     own = tuple(model.size(dim) for dim in rule.huggingface_shape)
+    one_row = bool(own) and (1, *own) == stored
     return Transform(
         to_megatron=True,
         transposed=rule.transposed,
         stacked=rule.is_stacked,
         flat=stored[0] if rule.is_stacked and rule.flat else 0,
-        ones=ones_of(own, stored) if own else (),
+        ones=ones_of(own, stored) if own and not one_row else (),
+        one_row=one_row,
         offset=rule.offset,
         widest=step,
     )

@@ -35,6 +35,9 @@ class Transform:
     ones: tuple[int, ...] = ()
     """Axes of size 1 that Megatron's tensor has not, by their number in Hugging Face's, of one expert."""
 
+    one_row: bool = False
+    """Hugging Face's tensor is one row, without an axis of rows."""
+
     offset: float = 0.0
     """Added to every value."""
 
@@ -50,10 +53,12 @@ class Transform:
     @property
     def moves_values(self) -> bool:
         """Are values stored elsewhere, or otherwise, than row ranges alone say?"""
-        return bool(self.transposed or self.stacked or self.ones or self.offset or self.widest > 1)
+        return bool(self.transposed or self.stacked or self.ones or self.one_row or self.offset or self.widest > 1)
 
     def stored(self, box: Region, expert: int) -> Region:
         """Return the box of the Hugging Face tensor that a rows-first box is stored in."""
+        if self.one_row:
+            return tuple(box[1:])
         axes = [*box[1:], box[0]] if self.transposed else [*box]
         for axis in self.ones:
             axes.insert(axis, slice(0, 1))
@@ -66,7 +71,7 @@ class Transform:
 
     def rows_first(self, region: Region, expert: int) -> Region | None:
         """Return the rows-first box of what a box of the Hugging Face tensor holds of an expert; None if it holds nothing."""
-        axes = [*region]
+        axes = [slice(0, 1), *region] if self.one_row else [*region]
         if self.flat:
             first = expert * self.flat
             axes[0] = slice(max(axes[0].start - first, 0), min(axes[0].stop - first, self.flat))
@@ -81,6 +86,8 @@ class Transform:
 
     def view(self, values: Array) -> Array:
         """Return an array of one expert as a view that is rows first."""
+        if self.one_row:
+            return values[None]
         if self.stacked and not self.flat:
             values = values[0]
         values = values.squeeze(self.ones) if self.ones else values

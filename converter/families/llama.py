@@ -51,7 +51,7 @@ def decoder(*layer: Rule) -> tuple[Rule, ...]:
     )
 
 
-RULES = decoder(
+LAYER = (
     *ATTENTION[:2],
     qkv("self_attention.linear_qkv.bias", "self_attn.{q,k,v}_proj.bias", when=biased, absent=_plain_attention),
     ATTENTION[2],
@@ -61,6 +61,7 @@ RULES = decoder(
     MLP[2],
     replicated("mlp.linear_fc2.bias", "mlp.down_proj.bias", "hidden", when=biased, absent=_plain_mlp),
 )
+RULES = decoder(*LAYER)
 
 SIZES = (*sizes(), *dropouts(), *rms_norm())
 PLAIN_ATTENTION = fixed(add_qkv_bias=False, qk_layernorm=False)

@@ -19,20 +19,20 @@ LAYOUTS = ({}, {"tp": 2}, {"tp": 2, "pp": 2})
 TOKENS = np.random.default_rng(5).integers(0, 384, (2, 24)).tolist()
 
 
-def small_config(family):
-    """The configuration of a small model, as transformers makes it of the family's own fields."""
+def small_config(family, **changes):
+    """The configuration of a small model, as transformers makes it of the family's own fields and of `changes`."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(family, **{**BASE, **families.find(family).SMALL})
+    return AutoConfig.for_model(family, **{**BASE, **families.find(family).SMALL, **changes})
 
 
-def save_small(family, folder, *, dtype="bfloat16"):
+def save_small(family, folder, *, dtype="bfloat16", **changes):
     """A small model with random weights, as transformers saves it: under the names that are published."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        small_config(family), dtype=getattr(torch, dtype), attn_implementation="eager"
+        small_config(family, **changes), dtype=getattr(torch, dtype), attn_implementation="eager"
     ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

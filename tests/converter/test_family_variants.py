@@ -1,0 +1,27 @@
+"""Models of a family whose options change which weights there are."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.converter.family_suite import check_logits, check_names, check_round_trip, save_small
+
+VARIANTS = {
+    "neox_serial": ("gpt_neox", {"use_parallel_residual": False}),
+    "neox_without_attention_bias": ("gpt_neox", {"attention_bias": False}),
+    "command_r_plus": ("cohere", {"use_qk_norm": True}),
+    "stablelm_2_12b": ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
+    "stablelm_2_1_6b": ("stablelm", {"use_qkv_bias": True}),
+    "granite_biased": ("granite", {"attention_bias": True}),
+    "hyperclovax_without_norms_after": ("hyperclovax", {"use_post_norm": False}),
+    "glm4_without_bias": ("glm4", {"attention_bias": False}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_is_converted_to_the_bit_and_has_transformers_logits(variant, ranks, tmp_path):
+    family, changes = VARIANTS[variant]
+    folder = save_small(family, tmp_path / "hf", dtype="float32", **changes)
+    check_names(family, folder)
+    check_round_trip(folder, tmp_path)
+    check_logits(ranks, folder, tmp_path)
