@@ -201,6 +201,18 @@ def dimension(size: str, huggingface: str, *, megatron: str = "", default: int |
     return one, counts(**{size: name})
 
 
+def only(**huggingface: Any) -> Field:
+    """Return fields of `config.json` that models of the family have with these values alone, or not at all."""
+
+    def read(config: Config) -> dict[str, Any]:
+        for name, expected in huggingface.items():
+            if config.get(name, expected) != expected:
+                raise UserError(f"`{name}` is `{format_untrusted(config[name])}`; only `{expected}` is supported for this family")
+        return {}
+
+    return Field(read, lambda _config: dict(huggingface))
+
+
 NOT_COMPUTED = {
     "clip_qkv": "queries, keys and values are clamped to it, which no layer here does",
 }

@@ -97,22 +97,6 @@ class GPTModelProvider(ModelProvider):
     rope_scaling: bool = False
     rope_scaling_factor: float = 8.0
     seq_len_interpolation_factor: float | None = None
-    parallel_residual: str | None = None
-    """`one_norm` or `two_norms`: x + attention(norm(x)) + mlp(norm(x)), of one norm or of one each. Falcon, Phi; GPT-NeoX."""
-
-    pre_layernorms: bool = True
-    """Norms before attention and the feed-forward part. Without them: OLMo 2."""
-
-    post_layernorms: bool = False
-    """Norms after attention and the feed-forward part, before the residual is added. Gemma 2, GLM-4, OLMo 2."""
-
-    residual_multiplier: float = 1.0
-    """What the output of attention and of the feed-forward part is multiplied by before the residual is added. Granite."""
-
-    qk_layernorm_scope: str = "head"
-    """What `qk_layernorm` normalizes: `head`, each head with one weight for all; `all_heads`, all heads together (OLMo 2);
-    `each_head`, each head with a weight of its own (Command R+)."""
-
     yarn_rotary_scaling_factor: float = 1.0
     yarn_original_max_position_embeddings: int | None = None
     yarn_beta_fast: float = 32.0
@@ -154,6 +138,22 @@ class GPTModelProvider(ModelProvider):
 
     output_layer_bias: bool = False
     """Add a bias to logits, as Phi, GPT-J and CodeGen do."""
+
+    parallel_residual: str | None = None
+    """`one_norm` or `two_norms`: x + attention(norm(x)) + mlp(norm(x)), of one norm or of one each. Falcon, Phi; GPT-NeoX."""
+
+    pre_layernorms: bool = True
+    """Norms before attention and the feed-forward part. Without them: OLMo 2."""
+
+    post_layernorms: bool = False
+    """Norms after attention and the feed-forward part, before the residual is added. Gemma 2, GLM-4, OLMo 2."""
+
+    residual_multiplier: float = 1.0
+    """What the output of attention and of the feed-forward part is multiplied by before the residual is added. Granite."""
+
+    qk_layernorm_scope: str = "head"
+    """What `qk_layernorm` normalizes: `head`, each head with one weight for all; `all_heads`, all heads together (OLMo 2);
+    `each_head`, each head with a weight of its own (Command R+)."""
 
     bias_activation_fusion: bool | None = None  # type: ignore[assignment]
     bias_dropout_fusion: bool | None = None  # type: ignore[assignment]

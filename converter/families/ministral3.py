@@ -53,3 +53,4 @@ SMALL = {
     "sliding_window": 16,
     "rope_parameters": {**ROPE, "factor": 8.0, "original_max_position_embeddings": 32, "mscale": 0.7},
 }
+PROVIDER = ("exact_sequence_length",)

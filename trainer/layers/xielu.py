@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch.nn import functional
 
 BETA = 0.5
@@ -38,6 +39,17 @@ class XIELU(torch.nn.Module):
         """Return the activation of this rank's channels. Gradients of the weights are added up over ranks."""
         shared = (tensor_parallel.copy_to_tensor_model_parallel_region(weight) for weight in (self.alpha_p, self.alpha_n))
         return xielu(inputs, *shared)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Return both weights as copies of one on all tensor-parallel ranks."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {},
+            sharded_offsets,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
 
 
 def activation_weights(provider: Any, model: Any) -> None:

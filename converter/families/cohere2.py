@@ -1,0 +1,45 @@
+"""Cohere 2 (Command R7B, A): parallel branches, three of four layers slide and the others have no positions, scaled logits."""
+
+from converter.config import Config, field, fixed, value
+from converter.config_layers import FULL, layer_types, no_rope, one_full_in, window_pattern
+from converter.config_parts import dropouts, layer_norm, mlp, multipliers, only, sizes
+from converter.config_rope import rope
+from converter.families import llama
+from converter.rules import always, replicated
+
+MODELS = "Command R7B, Command A"
+ARCHITECTURE = "Cohere2ForCausalLM"
+
+TYPES = one_full_in(4)
+RULES = (
+    *llama.decoder(
+        replicated("input_layernorm.weight", "input_layernorm.weight", "hidden"),
+        replicated("input_layernorm.bias", "", "hidden", absent=always),
+        *llama.ATTENTION[1:],
+        *llama.MLP[1:],
+    ),
+    replicated("decoder.final_layernorm.bias", "", "hidden", absent=always),
+)
+
+
+def _full(config: Config) -> list[bool]:
+    return [one == FULL for one in layer_types(config, TYPES)]
+
+
+CONFIG = (
+    *sizes(positions_default=8192, tied=True),
+    *dropouts(),
+    *layer_norm(),
+    *mlp("silu", gated=True),
+    llama.PLAIN_ATTENTION,
+    *llama.NO_BIAS,
+    fixed(parallel_residual="one_norm", rotary_interleaved=True),
+    rope("default"),
+    window_pattern(TYPES, default=4096),
+    no_rope(_full),
+    *multipliers(logits=field("mup_output_mult", "logit_scale", default=value(0.0625))),
+    only(attention_bias=False),
+)
+EXTRAS = llama.EXTRAS
+SMALL = {"pad_token_id": 0, "sliding_window": 8, "layer_types": None, "tie_word_embeddings": True, "logit_scale": 0.25}
+PROVIDER = ("parallel_residual",)
