@@ -158,6 +158,21 @@ def agreeing(config: Config, fields: Config) -> dict[str, Any]:
     return {}
 
 
+def one_of(places: Mapping[str, Any]) -> Any:
+    """Return the value that several fields of `config.json` should share; None if none is set, UserError if they differ."""
+    said = {place: found for place, found in places.items() if found is not None}
+    if not said:
+        return None
+    (first, value), *others = said.items()
+    for place, other in others:
+        if other != value:
+            raise UserError(
+                f"`config.json` says two things: {first} is `{format_untrusted(value)}`, {place} is `{format_untrusted(other)}`",
+                hint="loaders differ in which they take: leave one out",
+            )
+    return value
+
+
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "fast_gelu", "gelu_fast": "fast_gelu",
     "gelu_pytorch_tanh": "fast_gelu", "gelu_python_tanh": "fast_gelu", "quick_gelu": "quick_gelu", "relu": "relu",
@@ -235,15 +250,21 @@ def to_huggingface(fields: Iterable[Field], config: Config) -> dict[str, Any]:
     return found
 
 
+def sizes_of(fields: Iterable[Field], before: Sizes) -> dict[str, Any]:
+    """Return the named sizes of fields beside those known before; of one name, the last field's."""
+    found: dict[str, Any] = {}
+    for one in fields:
+        found |= one.sizes(before._replace(known={**before.known, **found}))
+    return found
+
+
 def make_model(fields: Iterable[Field], config: Config, *, vocab_multiple: int = 1) -> Model:
     """Return the sizes in a `config.json` by the names that the fields give them; of one name, the last field's.
 
     `vocab_multiple`: the padded vocabulary is the next multiple of it.
     """
     fields = tuple(fields)
-    megatron, known = to_megatron(fields, config), dict[str, Any]()
-    for one in fields:
-        known |= one.sizes(Sizes(config, megatron, known))
+    known = sizes_of(fields, Sizes(config, to_megatron(fields, config), {}))
     if known.get("heads", 0) % known.get("groups", 1):
         raise UserError(
             f"{known['heads']} attention heads do not divide into {known['groups']} query groups", hint="`config.json` is damaged"

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-from converter.config import Config, Field, activation, count, counts, field, fixed, optional, required, switches, value
+from converter.config import (
+    Config,
+    Field,
+    activation,
+    count,
+    counts,
+    field,
+    fixed,
+    one_of,
+    optional,
+    required,
+    sizes_of,
+    switches,
+    to_huggingface,
+    to_megatron,
+    value,
+)
 from formats.errors import UserError, format_untrusted
 
 
@@ -15,7 +31,9 @@ def sizes(
     hidden: str = "hidden_size",
     heads: str = "num_attention_heads",
     groups: str = "num_key_value_heads",
+    groups_default: int | None = None,
     head_dim: str = "head_dim",
+    head_dim_default: int | None = None,
     ffn: str = "intermediate_size",
     ffn_default: Callable[[Config], int] | None = None,
     positions: str = "max_position_embeddings",
@@ -24,8 +42,9 @@ def sizes(
 ) -> tuple[Field, ...]:
     """Return the fields of a decoder's sizes, by their names in `config.json`, and the named sizes of them.
 
-    `groups` and `head_dim` may be empty for families without such a field: one group per head, hidden size / heads. `tied` is
-    `tie_word_embeddings` where it is absent, and `ffn_default` the size of the feed-forward layer.
+    `groups` and `head_dim` may be empty for families without such a field: one group per head, hidden size / heads, which null
+    means too, and absence if there is no default. `tied` is `tie_word_embeddings` where it is absent, and `ffn_default` the size
+    of the feed-forward layer.
     """
 
     def all_heads(config: Config) -> int:
@@ -42,10 +61,10 @@ def sizes(
         required("hidden_size", hidden),
         required("num_attention_heads", heads),
         field("ffn_hidden_size", ffn, default=ffn_default, null=ffn_default) if ffn_default else required("ffn_hidden_size", ffn),
-        field("num_query_groups", groups, default=all_heads, null=all_heads)
+        field("num_query_groups", groups, default=value(groups_default) if groups_default else all_heads, null=all_heads)
         if groups
         else Field(lambda config: {"num_query_groups": all_heads(config)}, write_nothing),
-        field("kv_channels", head_dim, default=even_heads, null=even_heads)
+        field("kv_channels", head_dim, default=value(head_dim_default) if head_dim_default else even_heads, null=even_heads)
         if head_dim
         else Field(lambda config: {"kv_channels": even_heads(config)}, write_nothing),
         required("vocab_size", "vocab_size"),
@@ -96,6 +115,28 @@ def multipliers(*, embedding: Field | None = None, logits: Field | None = None) 
         *((embedding,) if embedding else ()),
         *((logits,) if logits else ()),
         Field(lambda _config: {"use_mup": True, "mup_attn_scale_power": 0.5}, lambda _config: {}),
+    )
+
+
+def renamed(fields: Iterable[Field], **names: str) -> Field:
+    """Return fields whose names in `config.json` have others beside them: `renamed(SIZES, num_layers="num_hidden_layers")`.
+
+    Either is read; both are written. UserError where both are there and differ.
+    """
+    fields = tuple(fields)
+
+    def plain(config: Config) -> Config:
+        found = {other: one_of({f"`{one}`": config.get(one) for one in (name, other)}) for name, other in names.items()}
+        return {**config, **{name: value for name, value in found.items() if value is not None}}
+
+    def write(config: Config) -> dict[str, Any]:
+        found = to_huggingface(fields, config)
+        return {**found, **{name: found[other] for name, other in names.items() if other in found}}
+
+    return Field(
+        lambda config: to_megatron(fields, plain(config)),
+        write,
+        lambda sizes: sizes_of(fields, sizes._replace(config=plain(sizes.config))),
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from math import log
 from typing import Any, NamedTuple, cast
 
-from converter.config import Config, Field, agreeing, number
+from converter.config import Config, Field, agreeing, number, one_of
 from formats.errors import UserError, format_untrusted
 
 BUILT_IN_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -38,21 +38,24 @@ WHOLE_HEADS = Field(_whole_heads, lambda config: agreeing(config, {"rotary_perce
 
 def _partial(config: Config, name: str) -> Any:
     inside = {f"`partial_rotary_factor` in `{field}`": _object(config, field).get("partial_rotary_factor") for field in _FIELDS}
-    return _one_of({**inside, f"`{name}`": config.get(name)})
+    return one_of({**inside, f"`{name}`": config.get(name)})
 
 
-def rope(*kinds: str, theta: float = 10000.0, partial: Field = WHOLE_HEADS) -> Field:
+def rope(*kinds: str, theta: float = 10000.0, partial: Field = WHOLE_HEADS, default: Config | None = None) -> Field:
     """Return the field of rotary embeddings, scaled in one of the given kinds.
 
-    `theta` is the base where `config.json` has none; `partial` the field of the share of heads that is turned.
+    `theta` is the base where `config.json` has none; `default` the parameters where it has none at all; `partial` the field of
+    the share of heads that is turned.
     """
 
     def read(config: Config) -> dict[str, Any]:
-        return {**partial.to_megatron(config), **_read(rope_numbers(config, theta=theta), config, kinds)}
+        return {**partial.to_megatron(config), **_read(rope_numbers(config, theta=theta, default=default), config, kinds)}
 
     def write(config: Config) -> dict[str, Any]:
-        base = number("rotary_base", config.get("rotary_base", theta))
-        return {"rope_theta": base, "rope_scaling": _written(config, kinds), **partial.to_huggingface(config)}
+        base, scaling = number("rotary_base", config.get("rotary_base", theta)), _written(config, kinds)
+        if default is not None:  # which transformers would take where there is a base alone
+            return {_FIELDS[0]: {"rope_theta": base, **(scaling or {"rope_type": "default"})}, **partial.to_huggingface(config)}
+        return {"rope_theta": base, "rope_scaling": scaling, **partial.to_huggingface(config)}
 
     return Field(read, write)
 
@@ -259,16 +262,17 @@ def _factor(numbers: Config, name: str) -> Any:
     return cast("Any", found)
 
 
-def rope_numbers(config: Config, *, theta: float = 10000.0, layers: str = "") -> dict[str, Any]:
+def rope_numbers(config: Config, *, theta: float = 10000.0, layers: str = "", default: Config | None = None) -> dict[str, Any]:
     """Return the rotary embedding parameters of a `config.json`, as transformers 5 writes them (`rope_parameters`) or as 4 did
     (`rope_theta` and `rope_scaling`). UserError where both are there and say different things.
 
-    `theta` is the base where it has none; `layers` the word of `layer_types` whose parameters these are, where layers differ.
+    `theta` is the base where it has none; `layers` the word of `layer_types` whose parameters these are, where layers differ;
+    `default` the parameters where it has none at all.
     """
     objects = {name: found for name in _FIELDS if (found := _object(config, name, layers))}
     read = {name: _numbers_of(found, config, name, theta) for name, found in objects.items()}
     if not read:
-        return _numbers_of({}, config, "rope_scaling", theta)
+        return _numbers_of(default or {}, {} if default else config, "rope_scaling", theta)
     new, *old = read.values()
     for key in _computed_from(new) if old else ():
         if new.get(key) != old[0].get(key):
@@ -304,12 +308,12 @@ def _numbers_of(said: Config, config: Config, field: str, default_theta: float) 
             "do for this family"
         )
     numbers = dict(said)
-    numbers["rope_type"] = _one_of({f"`type` in `{field}`": numbers.pop("type", None), "`rope_type`": said.get("rope_type")})
+    numbers["rope_type"] = one_of({f"`type` in `{field}`": numbers.pop("type", None), "`rope_type`": said.get("rope_type")})
     kind: Any = numbers["rope_type"] or "default"
     if not isinstance(kind, str):
         raise UserError(f"the rope type in `{field}` is `{format_untrusted(kind)}`, which should be a word")
     numbers["rope_type"] = _OTHER_NAMES.get(kind, kind)
-    theta = _one_of({f"`rope_theta` in `{field}`": said.get("rope_theta"), "`rope_theta`": config.get("rope_theta")})
+    theta = one_of({f"`rope_theta` in `{field}`": said.get("rope_theta"), "`rope_theta`": config.get("rope_theta")})
     numbers["rope_theta"] = number("rope_theta", default_theta if theta is None else theta)
     if _ORIGINAL in _KINDS.get(numbers["rope_type"], _KINDS["default"]).needs:
         numbers[_ORIGINAL] = _original_length(said, config, field)
@@ -322,20 +326,5 @@ _OTHER_NAMES = {"su": "longrope"}
 
 def _original_length(said: Config, config: Config, field: str) -> Any:
     """Return the length of sequences before the scaling: as transformers, the present one where there is none."""
-    length = _one_of({f"`{_ORIGINAL}` in `{field}`": said.get(_ORIGINAL), f"`{_ORIGINAL}`": config.get(_ORIGINAL)})
+    length = one_of({f"`{_ORIGINAL}` in `{field}`": said.get(_ORIGINAL), f"`{_ORIGINAL}`": config.get(_ORIGINAL)})
     return number(_ORIGINAL, config.get("max_position_embeddings", 2048) if length is None else length)
-
-
-def _one_of(places: Mapping[str, Any]) -> Any:
-    """Return the value that several fields of `config.json` should share; None if none is set, UserError if they differ."""
-    said = {place: found for place, found in places.items() if found is not None}
-    if not said:
-        return None
-    (first, value), *others = said.items()
-    for place, other in others:
-        if other != value:
-            raise UserError(
-                f"`config.json` says two things: {first} is `{format_untrusted(value)}`, {place} is `{format_untrusted(other)}`",
-                hint="loaders differ in which they take: leave one out",
-            )
-    return value

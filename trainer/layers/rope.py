@@ -88,7 +88,9 @@ def _own_numbers(provider: Any) -> Numbers | None:
     if provider.rope_parameters:
         return {"rope_theta": provider.rotary_base, **provider.rope_parameters}
     if provider.rope_scaling and provider.hf_config:
-        return rope_numbers(provider.hf_config, layers="full_attention")
+        numbers = rope_numbers(provider.hf_config, layers="full_attention")
+        # Without numbers of its own, a family's default are those that GPTModel fixes.
+        return {**numbers, "rope_theta": provider.rotary_base} if numbers["rope_type"] == "llama3" else None
     return None
 
 

@@ -48,6 +48,9 @@ def follow(provider: Any) -> list[Default]:
     if _ROPE in changes or "rope_theta" in changes:
         changes |= _rope(config, changes)
         config.pop("rope_parameters", None)
+    elif "rope_parameters" in changes:
+        for name in (_ROPE, "rope_theta"):
+            config.pop(name, None)
     config.update(changes)
     return [Default(f"model.hf_config.{name}", value, "as the model's own fields") for name, value in changes.items()]
 
