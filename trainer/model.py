@@ -28,11 +28,11 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 
 from converter.config import to_megatron
-from converter.config_rope import rope_numbers
 from converter.families import find
 from formats.errors import UserError, format_untrusted
-from trainer import device
+from trainer import device, layers
 from trainer.config import FilePath
+from trainer.layers.output import capped
 from trainer.loss import WithoutPadding
 from trainer.settings import refused
 from trainer.settings.values import activation
@@ -41,7 +41,10 @@ Config = Mapping[str, Any]
 
 
 class Model(GPTModel):
-    """GPTModel whose padded vocabulary rows never enter the softmax."""
+    """GPTModel whose padded vocabulary rows never enter the softmax, and whose logits may be capped."""
+
+    def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        return capped(super()._scale_logits(logits), self.config.final_logit_softcapping)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Return the loss of each token, [batch, sequence], from this rank's logits [sequence, batch, vocabulary rows]."""
@@ -94,14 +97,63 @@ class GPTModelProvider(ModelProvider):
     rope_scaling: bool = False
     rope_scaling_factor: float = 8.0
     seq_len_interpolation_factor: float | None = None
+    parallel_residual: str | None = None
+    """`one_norm` or `two_norms`: x + attention(norm(x)) + mlp(norm(x)), of one norm or of one each. Falcon, Phi; GPT-NeoX."""
+
+    pre_layernorms: bool = True
+    """Norms before attention and the feed-forward part. Without them: OLMo 2."""
+
+    post_layernorms: bool = False
+    """Norms after attention and the feed-forward part, before the residual is added. Gemma 2, GLM-4, OLMo 2."""
+
+    residual_multiplier: float = 1.0
+    """What the output of attention and of the feed-forward part is multiplied by before the residual is added. Granite."""
+
+    qk_layernorm_scope: str = "head"
+    """What `qk_layernorm` normalizes: `head`, each head with one weight for all; `all_heads`, all heads together (OLMo 2);
+    `each_head`, each head with a weight of its own (Command R+)."""
+
     yarn_rotary_scaling_factor: float = 1.0
     yarn_original_max_position_embeddings: int | None = None
-    yarn_beta_fast: float | None = None
-    yarn_beta_slow: float | None = None
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
     yarn_mscale: float | None = None
     yarn_mscale_all_dim: float | None = None
-    yarn_correction_range_round_to_int: bool | None = None
-    """YaRN's scaling of rotary embeddings, where `position_embedding_type` is `yarn`; megatron-core reads these names."""
+    yarn_correction_range_round_to_int: bool = True
+    """Numbers of `position_embedding_type=yarn`, as megatron-core names them."""
+
+    rope_parameters: dict[str, Any] | None = None
+    """Parameters of rotary embeddings that GPTModel has no arguments for, as transformers names them, without `rope_theta`:
+    `longrope` (Phi-3) and `dynamic`."""
+
+    sliding_rope: dict[str, Any] | None = None
+    """Parameters of the rotary embeddings of layers whose attention slides, as transformers names them. None: as in the other
+    layers. Gemma 3 and OLMo 3 have some."""
+
+    exact_sequence_length: int | None = None
+    """The longest sequence that is computed as transformers does; longer ones are refused. None: any."""
+
+    qk_layernorm_after_rope: bool = False
+    """Norm query and key after the rotary embedding, as Hunyuan does, and not before."""
+
+    alibi: dict[str, float] | None = None
+    """Bias of attention that grows with distance, in place of positions (with `position_embedding_type=alibi`): `bias_max`, 8 by
+    default, from which slopes follow, and `scale`, by which they are multiplied. Bloom, MPT, Baichuan 13B and Falcon RW."""
+
+    attn_logit_softcapping: float | None = None
+    """Cap scores of attention at this value by tanh, as Gemma 2 does. On a GPU without flash-attn, all scores are in memory."""
+
+    final_logit_softcapping: float | None = None
+    """Cap logits at this value by tanh, as Gemma 2 does."""
+
+    position_offset: int = 0
+    """The number of the first position in the learned embeddings of positions: 2 for OPT."""
+
+    embedding_layernorm: bool = False
+    """Norm the embeddings of tokens, as Bloom does."""
+
+    output_layer_bias: bool = False
+    """Add a bias to logits, as Phi, GPT-J and CodeGen do."""
 
     bias_activation_fusion: bool | None = None  # type: ignore[assignment]
     bias_dropout_fusion: bool | None = None  # type: ignore[assignment]
@@ -144,13 +196,13 @@ class GPTModelProvider(ModelProvider):
         """Return this rank's chunk of the model, with the embedding if `pre_process` and the output layer if `post_process`."""
         model = Model(
             self,
-            device.layer_spec(self, vp_stage),
+            layers.adapt_spec(self, device.layer_spec(self, vp_stage)),
             vocab_size=self.padded_vocab_size,
-            max_sequence_length=self.seq_length,
+            max_sequence_length=self.seq_length + self.position_offset,
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-            position_embedding_type=self.position_embedding_type,
+            position_embedding_type="none" if self.alibi is not None else self.position_embedding_type,
             rotary_percent=self.rotary_percent,
             rotary_base=self.rotary_base,
             rope_scaling=self.rope_scaling,
@@ -158,20 +210,8 @@ class GPTModelProvider(ModelProvider):
             seq_len_interpolation_factor=self.seq_len_interpolation_factor,
             vp_stage=vp_stage,
         )
-        return _with_own_rope(model, self.hf_config)
-
-
-def _with_own_rope(model: GPTModel, config: Config) -> GPTModel:
-    """Apply Llama 3.1's rope scaling with all four numbers of `config.json`; GPTModel takes the factor and fixes the others."""
-    if not (config and model.config.rope_scaling):
-        return model
-    rope = rope_numbers(config)
-    embedding = model.rotary_pos_emb
-    size = embedding.inv_freq.numel() * 2
-    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=embedding.inv_freq.device) / size
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    embedding.inv_freq = embedding._apply_scaling(1.0 / rope["rope_theta"] ** exponents, **{name: rope[name] for name in names})
-    return model
+        model.max_sequence_length = min(self.seq_length, self.exact_sequence_length or self.seq_length)
+        return layers.adapt_model(self, model)
 
 
 def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProvider:

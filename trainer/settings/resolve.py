@@ -28,6 +28,7 @@ from trainer.config import (
     TrainingConfig,
 )
 from trainer.settings import (
+    architecture,
     checks,
     contradictions,
     cross_entropy,
@@ -100,6 +101,7 @@ def _check_sections(config: RunConfig, machine: Machine) -> None:
     """Refuse what is wrong whatever the layout is."""
     ranges.check(config)
     checks.check_attention(config.model)
+    architecture.check(config)
     checks.check_optimizer(config.optimizer, config.ddp)
     unsupported.check(config, machine.device)
     checks.check_peft(config.peft)
@@ -245,6 +247,11 @@ def _device_fields(model: Any, machine: Machine) -> list[Default]:
         defaults.append(Default("model.cross_entropy_loss_fusion", False, "the fused kernels round gradients to bf16"))
     elif getattr(model, "deterministic_mode", False):
         defaults.append(Default("model.cross_entropy_loss_fusion", False, "`model.deterministic_mode`"))
+    defaults += [
+        Default(f"model.{name}", False, why)
+        for name, why in architecture.other_kernels(model).items()
+        if getattr(model, name, False) is None
+    ]
     if importlib.util.find_spec("transformer_engine"):  # megatron-core refuses settings for what it cannot import
         defaults += _kernels(model, {default.setting for default in defaults}, kernels(machine.transformer_engine))
     return defaults

@@ -15,8 +15,10 @@ import torch
 from megatron.core import activations
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from trainer.layers import xielu
+
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-_ACTIVATIONS = (torch.nn.functional, activations)
+_ACTIVATIONS = (torch.nn.functional, activations, xielu)
 
 
 class MismatchError(Exception):

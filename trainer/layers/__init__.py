@@ -1,0 +1,67 @@
+"""What models need that megatron-core's own layers lack: one module per piece, switched on by fields of `GPTModelProvider`.
+
+A piece changes the spec of a decoder layer before the model is built, or the model after. It works with megatron-core's local
+layers and with Transformer Engine's, on every rank of a layout. Knows nothing of Hugging Face.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from trainer.layers.branch_norms import branch_norms
+from trainer.layers.embedding import embedding_layernorm, position_offset
+from trainer.layers.head_norms import head_norms
+from trainer.layers.late_norms import late_norms
+from trainer.layers.local_attention import local_attention
+from trainer.layers.norms import accepted, local_norms
+from trainer.layers.output import output_bias
+from trainer.layers.parallel_residual import parallel_residual
+from trainer.layers.residual_multiplier import residual_multiplier
+from trainer.layers.rope import own_frequencies, sliding_rope
+from trainer.layers.scores import changed_scores
+from trainer.layers.spec import copied
+from trainer.layers.xielu import activation_weights
+
+LAYER_PIECES: tuple[Callable[[Any, Any], None], ...] = (
+    local_norms,
+    local_attention,
+    changed_scores,
+    head_norms,
+    parallel_residual,
+    branch_norms,
+    residual_multiplier,
+)
+"""Functions `(provider, layer)` that change the spec of a decoder layer in place. Each looks at fields of its own."""
+
+MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
+    own_frequencies,
+    sliding_rope,
+    late_norms,
+    position_offset,
+    embedding_layernorm,
+    output_bias,
+    activation_weights,
+)
+"""Functions `(provider, model)` that change this rank's chunk of a GPTModel in place."""
+
+
+def adapt_spec(provider: Any, spec: Any) -> Any:
+    """Return the spec of this rank's decoder layers with every piece that the provider's fields switch on.
+
+    Layers that share a spec share its adapted copy; the given spec is not changed.
+    """
+    copies = {id(layer): copied(layer) for layer in spec.layer_specs}
+    for layer in copies.values():
+        for piece in LAYER_PIECES:
+            piece(provider, layer)
+    adapted = [copies[id(layer)] for layer in spec.layer_specs]
+    return replace(spec, layer_specs=adapted, layer_norm=accepted(provider, spec.layer_norm))
+
+
+def adapt_model(provider: Any, model: Any) -> Any:
+    """Return this rank's chunk of a GPTModel with every piece that the provider's fields switch on."""
+    for piece in MODEL_PIECES:
+        piece(provider, model)
+    return model

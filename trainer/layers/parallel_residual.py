@@ -1,0 +1,74 @@
+"""Attention and feed-forward part side by side: x + attention(norm(x)) + mlp(norm(x)). GPT-NeoX, GPT-J, Phi, Falcon, Cohere.
+
+With `one_norm` both branches read one norm of the layer's input, `input_layernorm`; with `two_norms` each has its own, where
+megatron-core has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from formats.errors import UserError
+from trainer.layers.norms import norm
+from trainer.layers.spec import attention_parts, backend, mlp_parts
+
+ONE_NORM, TWO_NORMS = "one_norm", "two_norms"
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """A layer whose feed-forward part reads the layer's input, not what attention has added to it.
+
+    Dropout, recomputation and the fused sum of bias, dropout and residual are megatron-core's.
+    """
+
+    _layer_input: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return (output [sequence, batch, hidden], context) as TransformerLayer does."""
+        self._layer_input = hidden_states
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            self._layer_input = None
+
+    def _forward_pre_mlp_layernorm(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the input of the feed-forward part, and the residual that its output is added to."""
+        return super()._forward_pre_mlp_layernorm(self._layer_input), hidden_states
+
+
+class SharedNormLayer(ParallelResidualLayer):
+    """The same with one norm for both branches. It is computed once for each: attention may discard its result to save memory."""
+
+    def _forward_pre_mlp_layernorm(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, residual = super()._forward_pre_mlp_layernorm(hidden_states)
+        return self.input_layernorm(normed), residual
+
+
+def parallel_residual(provider: Any, layer: Any) -> None:
+    """Add both branches to the layer's input if `provider.parallel_residual` says so."""
+    kind = provider.parallel_residual
+    if kind is None:
+        return
+    if kind not in (ONE_NORM, TWO_NORMS):
+        raise UserError(f"`model.parallel_residual` is `{kind}`", hint=f"set it to `{ONE_NORM}`, `{TWO_NORMS}` or null")
+    if not provider.pre_layernorms:
+        raise UserError(
+            f"`model.parallel_residual` is `{kind}`, and `model.pre_layernorms` is `False`",
+            hint="parallel branches read a norm of the layer's input: leave one of the two out",
+        )
+    layer.module = ParallelResidualLayer
+    if kind == ONE_NORM:
+        layer.module = SharedNormLayer
+        _share_input_norm(provider, layer)
+
+
+def _share_input_norm(provider: Any, layer: Any) -> None:
+    attention_parts(layer).linear_qkv = mlp_parts(layer).linear_fc1 = backend(layer).column_parallel_linear()
+    layer.submodules.input_layernorm = norm(provider, layer)
+    layer.submodules.pre_mlp_layernorm = IdentityOp
+    # megatron-core's local layers save it under the name that it has inside Transformer Engine's fused projection.
+    layer.submodules.sharded_state_dict_keys_map.pop("input_layernorm.", None)

@@ -1,0 +1,51 @@
+"""The spec of one decoder layer: a copy that pieces may change, its parts, and the modules that it is built from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+
+_TRANSFORMER_ENGINE = "transformer_engine"
+
+
+def copied(layer: Any) -> Any:
+    """Return a copy of a layer's spec down to the submodules of its attention and feed-forward part, which pieces change."""
+    parts = layer.submodules
+    attention = replace(parts.self_attention, submodules=replace(parts.self_attention.submodules))
+    mlp = partial(parts.mlp.func, *parts.mlp.args, **{**parts.mlp.keywords, "submodules": replace(mlp_parts(layer))})
+    keys = dict(parts.sharded_state_dict_keys_map)
+    backend = {_TRANSFORMER_ENGINE: attention_parts(layer).linear_proj is not RowParallelLinear}
+    return replace(
+        layer,
+        submodules=replace(parts, self_attention=attention, mlp=mlp, sharded_state_dict_keys_map=keys),
+        metainfo={**layer.metainfo, **backend},
+    )
+
+
+def attention_parts(layer: Any) -> Any:
+    """Return the submodules of a layer's attention: `linear_qkv`, `core_attention`, `linear_proj`, norms of query and key."""
+    return layer.submodules.self_attention.submodules
+
+
+def mlp_parts(layer: Any) -> Any:
+    """Return the submodules of a layer's feed-forward part: `linear_fc1` and `linear_fc2`, or those of a mixture of experts."""
+    return layer.submodules.mlp.keywords["submodules"]
+
+
+def uses_transformer_engine(layer: Any) -> bool:
+    """Tell whether a copied layer is of Transformer Engine's modules, and not of megatron-core's own."""
+    return layer.metainfo[_TRANSFORMER_ENGINE]
+
+
+def backend(layer: Any) -> Any:
+    """Return megatron-core's provider of the modules that a copied layer is built from."""
+    if uses_transformer_engine(layer):
+        # Only where Transformer Engine is installed.
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # noqa: PLC0415
+
+        return TESpecProvider()
+    return LocalSpecProvider()

@@ -1,0 +1,48 @@
+"""xIELU, an activation with two weights of its own in each layer (Apertus; https://arxiv.org/abs/2411.13010)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from torch.nn import functional
+
+BETA = 0.5
+"""The slope at 0, and the least curvature below it."""
+
+_LARGEST = -1e-6
+"""The largest input of the exponential, as in transformers: its gradient at 0 is not needed."""
+
+_INITIAL = 0.8
+"""Both curvatures at first, as in transformers."""
+
+
+def xielu(inputs: torch.Tensor, alpha_p: torch.Tensor, alpha_n: torch.Tensor) -> torch.Tensor:
+    """Return the activation of `inputs` with the weights `alpha_p` and `alpha_n`, [1] each."""
+    above, below = functional.softplus(alpha_p), BETA + functional.softplus(alpha_n)
+    exponential = torch.expm1(inputs.clamp(max=_LARGEST))
+    return torch.where(inputs > 0, above * inputs * inputs, below * (exponential - inputs)) + BETA * inputs
+
+
+class XIELU(torch.nn.Module):
+    """The activation of one layer. Every tensor-parallel rank has both weights and some of the channels."""
+
+    def __init__(self, provider: Any) -> None:
+        super().__init__()
+        curvatures = torch.tensor([[_INITIAL], [_INITIAL - BETA]])
+        weights = curvatures.expm1().log().to(provider.params_dtype)
+        self.alpha_p, self.alpha_n = (torch.nn.Parameter(weight.clone()) for weight in weights)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the activation of this rank's channels. Gradients of the weights are added up over ranks."""
+        shared = (tensor_parallel.copy_to_tensor_model_parallel_region(weight) for weight in (self.alpha_p, self.alpha_n))
+        return xielu(inputs, *shared)
+
+
+def activation_weights(provider: Any, model: Any) -> None:
+    """Give each layer whose activation is `xielu` its weights, `mlp.activation_func.alpha_p` and `alpha_n`."""
+    if provider.activation_func is not xielu:
+        return
+    for layer in model.decoder.layers:
+        layer.mlp.activation_func = XIELU(provider)

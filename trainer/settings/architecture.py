@@ -1,0 +1,152 @@
+"""Refuse settings with which a model's own pieces (`trainer.layers`) would not be computed exactly, and choose kernels that
+compute its functions. A model of the user's own is checked in the fields it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core.transformer.enums import AttnBackend
+
+from trainer.layers.rope import KINDS, attention_factor
+from trainer.layers.xielu import xielu
+from trainer.settings.checks import CP, parallel_size
+from trainer.settings.rules import Rule, enforce
+
+_ABSENT = SimpleNamespace(
+    position_embedding_type="rope", rope_parameters=None, sliding_rope=None, exact_sequence_length=None, rotary_percent=1.0,
+    qk_layernorm_after_rope=False, qk_layernorm=False, alibi=None, attn_logit_softcapping=None, position_offset=0,
+    gated_linear_unit=False, activation_func=None, num_moe_experts=None, fp8_dot_product_attention=False,
+    attention_backend=AttnBackend.auto, yarn_rotary_scaling_factor=1.0, yarn_original_max_position_embeddings=None,
+    bias_activation_fusion=None, apply_rope_fusion=None, fused_single_qkv_rope=False, window_size=None,
+)  # fmt: skip
+"""What a model has that lacks a field."""
+
+
+class _Fields:
+    """A model's fields; those it lacks have the values that switch a piece off."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name, getattr(_ABSENT, name))
+
+
+def check(config: Any) -> None:
+    """Refuse, by name, what would be computed in another way than the model's."""
+    model, length = _Fields(config.model), getattr(config.dataset, "sequence_length", None)
+    enforce(_length_rules(model, length))
+    enforce(_position_rules(model))
+    enforce(_attention_rules(model, context=parallel_size(config.model, CP)))
+    enforce(_kernel_rules(model))
+
+
+def _length_rules(model: Any, length: Any) -> Iterator[Rule]:
+    exact = model.exact_sequence_length
+    yield (
+        isinstance(length, int) and exact is not None and length > exact,
+        f"`dataset.sequence_length` is `{length}`, and this model's positions are computed exactly up to `{exact}` tokens",
+        f"set `dataset.sequence_length={exact}` or less",
+    )
+
+
+def _position_rules(model: Any) -> Iterator[Rule]:
+    kind, known = model.position_embedding_type, {"bias_max", "scale"}
+    yield (
+        (kind == "alibi") != (model.alibi is not None),
+        f"`model.position_embedding_type` is `{kind}`, and `model.alibi` is `{model.alibi}`",
+        "set both, or neither: `model.alibi={}` has the usual slopes",
+    )
+    other = sorted(set(model.alibi or ()) - known)
+    yield other, f"`model.alibi` has `{'`, `'.join(other)}`", f"it may have `{'` and `'.join(sorted(known))}`"
+    yield (
+        model.position_offset and kind != "learned_absolute",
+        f"`model.position_offset` is `{model.position_offset}`, and `model.position_embedding_type` is `{kind}`",
+        "only learned positions (`learned_absolute`) begin at another number",
+    )
+    yield (
+        kind == "yarn" and model.yarn_original_max_position_embeddings is None,
+        "`model.position_embedding_type` is `yarn`, and `model.yarn_original_max_position_embeddings` is `None`",
+        "set the length of sequences before the scaling",
+    )
+    yield (
+        kind == "yarn" and model.rotary_percent < 1,
+        f"`model.rotary_percent` is `{model.rotary_percent}`, and with `yarn` megatron-core turns whole heads",
+        "leave `model.position_embedding_type=yarn` out",
+    )
+    factor = model.yarn_rotary_scaling_factor
+    yield (
+        kind != "yarn" and factor != 1,
+        f"`model.yarn_rotary_scaling_factor` is `{factor}`, and `model.position_embedding_type` is `{kind}`",
+        "set `model.position_embedding_type=yarn`, or leave the factor out",
+    )
+    yield from _rope_rules(model, kind)
+
+
+def _rope_rules(model: Any, kind: str) -> Iterator[Rule]:
+    for name in ("rope_parameters", "sliding_rope"):
+        scaled = (getattr(model, name) or {"rope_type": "default"}).get("rope_type")
+        yield scaled not in KINDS, f"`model.{name}` has the `rope_type` `{scaled}`", f"choose one of: {', '.join(KINDS)}"
+    yield (
+        model.sliding_rope and kind not in ("rope", "yarn"),
+        f"`model.sliding_rope` is set, and `model.position_embedding_type` is `{kind}`",
+        "leave one of them out",
+    )
+    yield (
+        model.sliding_rope and not model.window_size,
+        "`model.sliding_rope` is set, and `model.window_size` is not: no layer slides",
+        "leave `model.sliding_rope` out",
+    )
+
+
+def _attention_rules(model: Any, *, context: int) -> Iterator[Rule]:
+    for name in ("alibi", "attn_logit_softcapping", "sliding_rope"):
+        value = getattr(model, name)
+        yield (
+            value is not None and context > 1,
+            f"`model.{name}` is `{value}`, which does not work with context parallelism (`model.{CP}={context}`)",
+            f"set `model.{CP}=1`",
+        )
+    for name in ("alibi", "attn_logit_softcapping"):
+        value = getattr(model, name)
+        yield (
+            value is not None and model.fp8_dot_product_attention,
+            f"`model.{name}` is `{value}`, which attention in FP8 (`model.fp8_dot_product_attention`) does not do",
+            "leave `model.fp8_dot_product_attention` out",
+        )
+    cap = model.attn_logit_softcapping
+    yield (
+        cap is not None and model.attention_backend is AttnBackend.fused,
+        f"`model.attn_logit_softcapping` is `{cap}`, and `model.attention_backend` is `fused`: cuDNN does not cap scores",
+        "set `model.attention_backend=auto`",
+    )
+    yield (
+        model.qk_layernorm_after_rope and not model.qk_layernorm,
+        "`model.qk_layernorm_after_rope` is `True`, and `model.qk_layernorm` is `False`: there are no norms of query and key",
+        "set `model.qk_layernorm=true`",
+    )
+
+
+def _kernel_rules(model: Any) -> Iterator[Rule]:
+    for name, why in other_kernels(model).items():
+        yield getattr(model, name) is True, f"`model.{name}` is `True`: {why}", f"leave `model.{name}` out"
+    gated = model.gated_linear_unit or model.num_moe_experts is not None
+    yield (
+        model.activation_func is xielu and gated,
+        "`model.activation_func` is `xielu`, which neither gates nor experts have here",
+        "set `model.gated_linear_unit=false`, and no experts",
+    )
+
+
+def other_kernels(model: Any) -> dict[str, str]:
+    """Return the fused kernels that compute something else than this model does, with the reason."""
+    model, found = _Fields(model), dict[str, str]()
+    if model.activation_func is not None and not (model.activation_func is torch.nn.functional.silu and model.gated_linear_unit):
+        found["bias_activation_fusion"] = "the fused kernel computes SwiGLU, or GELU by tanh in place of GELU"
+    if attention_factor(model) != 1.0:
+        found["apply_rope_fusion"] = "the fused kernel leaves out the attention factor of `yarn` and `longrope`"
+    return found
