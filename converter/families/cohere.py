@@ -44,5 +44,5 @@ CONFIG = (
     fixed(qk_layernorm_scope="each_head"),
 )
 EXTRAS = llama.EXTRAS
-SMALL = {"logit_scale": 0.25, "pad_token_id": 383}
+SMALL = {"logit_scale": 0.25}
 PROVIDER = ("parallel_residual", "qk_layernorm_scope")

@@ -41,5 +41,4 @@ CONFIG = (
     only(attention_bias=False),
 )
 EXTRAS = llama.EXTRAS
-SMALL = {"pad_token_id": 383, "sliding_window": 8, "layer_types": None, "tie_word_embeddings": True, "logit_scale": 0.25}
 PROVIDER = ("parallel_residual",)

@@ -54,7 +54,6 @@ CONFIG = (
 )
 EXTRAS = llama.EXTRAS
 SMALL = {
-    "tie_word_embeddings": True, "pad_token_id": 383, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24,
     "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0,
 }  # fmt: skip
 PROVIDER = ("post_layernorms", "attn_logit_softcapping", "final_logit_softcapping")

@@ -22,7 +22,6 @@ CONFIG = (
 )
 EXTRAS = llama.EXTRAS
 SMALL = {
-    "tie_word_embeddings": True, "pad_token_id": 383, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24,
     "sliding_window_pattern": 2,
     "rope_parameters": {
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},

@@ -41,5 +41,5 @@ SIZES = (
 )
 CONFIG = (*SIZES, fixed(post_layernorms=True))
 EXTRAS = llama.EXTRAS
-SMALL = {"head_dim": 16, "attention_bias": True, "pad_token_id": 383}
+SMALL = {"head_dim": 16, "attention_bias": True}
 PROVIDER = ("post_layernorms",)

@@ -27,5 +27,5 @@ CONFIG = (
     only(attention_bias=False),
 )
 EXTRAS = llama.EXTRAS
-SMALL = {"head_dim": 16, "pad_token_id": 383}
+SMALL = {"head_dim": 16}
 PROVIDER = ("qk_layernorm_after_rope",)

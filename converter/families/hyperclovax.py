@@ -28,5 +28,5 @@ CONFIG = (
     switches(post_norms="post_layernorms"),
 )
 EXTRAS = llama.EXTRAS
-SMALL = {**granite.SMALL, "logits_scaling": 4.0, "pad_token_id": 383}
+SMALL = {**granite.SMALL, "logits_scaling": 4.0}
 PROVIDER = ("residual_multiplier", "post_layernorms")

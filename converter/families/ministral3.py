@@ -49,7 +49,6 @@ CONFIG = (
 EXTRAS = llama.EXTRAS
 SMALL = {
     "head_dim": 8,
-    "pad_token_id": 0,
     "sliding_window": 16,
     "rope_parameters": {**ROPE, "factor": 8.0, "original_max_position_embeddings": 32, "mscale": 0.7},
 }

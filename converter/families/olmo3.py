@@ -29,7 +29,6 @@ CONFIG = (
 EXTRAS = llama.EXTRAS
 SMALL = {
     "sliding_window": 8,
-    "pad_token_id": 383,
     "rope_parameters": {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         "full_attention": {

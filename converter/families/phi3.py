@@ -32,7 +32,6 @@ EXTRAS = llama.EXTRAS
 SMALL = {
     "original_max_position_embeddings": 64,
     "sliding_window": 8,
-    "pad_token_id": 383,
     "rope_parameters": {
         "rope_type": "longrope",
         "rope_theta": 10000.0,

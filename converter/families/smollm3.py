@@ -36,4 +36,4 @@ CONFIG = (
     window_pattern(_sliding, switch="use_sliding_window"),
 )
 EXTRAS = llama.EXTRAS
-SMALL = {"pad_token_id": 0, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 8}
+SMALL = {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 8}

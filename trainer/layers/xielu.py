@@ -40,7 +40,7 @@ class XIELU(torch.nn.Module):
         shared = (tensor_parallel.copy_to_tensor_model_parallel_region(weight) for weight in (self.alpha_p, self.alpha_n))
         return xielu(inputs, *shared)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:  # noqa: ARG002 - megatron-core's signature
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Return both weights as copies of one on all tensor-parallel ranks."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
