@@ -134,8 +134,9 @@ class PieceBuffers:
         else:
             for copy, region, rows in piece.copies():
                 self._read(reader, copy, region, out[rows], in_order=piece.tensor.reads_in_order)
-                filled.append(rows)
-        _fill_the_rest(filled, out, piece.tensor.fill)
+                filled += [rows] if isinstance(rows, slice) else []
+        if piece.region:
+            _fill_the_rest(filled, out, piece.tensor.fill)
         return out
 
     def _read(self, reader: Reader, copy: RowCopy, region: Region, out: Array, *, in_order: bool) -> None:
