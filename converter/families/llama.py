@@ -21,11 +21,13 @@ def biased(model: Model, _indices: Indices) -> bool:
     return model.attention_bias or model.mlp_bias
 
 
-def _plain_attention(model: Model, _indices: Indices) -> bool:
+def plain_attention(model: Model, _indices: Indices) -> bool:
+    """Has the attention no biases?"""
     return not model.attention_bias
 
 
-def _plain_mlp(model: Model, _indices: Indices) -> bool:
+def plain_mlp(model: Model, _indices: Indices) -> bool:
+    """Has the feed-forward layer no biases?"""
     return not model.mlp_bias
 
 
@@ -53,13 +55,13 @@ def decoder(*layer: Rule) -> tuple[Rule, ...]:
 
 RULES = decoder(
     *ATTENTION[:2],
-    qkv("self_attention.linear_qkv.bias", "self_attn.{q,k,v}_proj.bias", when=biased, absent=_plain_attention),
+    qkv("self_attention.linear_qkv.bias", "self_attn.{q,k,v}_proj.bias", when=biased, absent=plain_attention),
     ATTENTION[2],
-    replicated("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "hidden", when=biased, absent=_plain_attention),
+    replicated("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "hidden", when=biased, absent=plain_attention),
     *MLP[:2],
-    gated_mlp("mlp.linear_fc1.bias", "mlp.{gate,up}_proj.bias", "ffn", when=biased, absent=_plain_mlp),
+    gated_mlp("mlp.linear_fc1.bias", "mlp.{gate,up}_proj.bias", "ffn", when=biased, absent=plain_mlp),
     MLP[2],
-    replicated("mlp.linear_fc2.bias", "mlp.down_proj.bias", "hidden", when=biased, absent=_plain_mlp),
+    replicated("mlp.linear_fc2.bias", "mlp.down_proj.bias", "hidden", when=biased, absent=plain_mlp),
 )
 
 SIZES = (*sizes(), *dropouts(), *rms_norm())
