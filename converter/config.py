@@ -127,16 +127,19 @@ def count(config: Config, name: str) -> int:
     return found
 
 
-def flag(megatron: str, *huggingface: str) -> Field:
-    """Return one switch in Megatron for several in Hugging Face: on if any is. Conditions know each by its name there."""
+def flag(megatron: str, *huggingface: str, default: bool = False) -> Field:
+    """Return one switch in Megatron for several in Hugging Face: on if any is. Conditions know each by its name there.
+
+    `default` is what a switch is that `config.json` does not have.
+    """
 
     def read(config: Config) -> dict[str, Any]:
-        return {megatron: any(bool(config.get(name)) for name in huggingface)}
+        return {megatron: any(bool(config.get(name, default)) for name in huggingface)}
 
     return Field(
         read,
         lambda config: dict.fromkeys(huggingface, bool(config.get(megatron))),
-        lambda sizes: {name: bool(sizes.megatron[megatron]) and bool(sizes.config.get(name)) for name in huggingface},
+        lambda sizes: {name: bool(sizes.megatron[megatron] and sizes.config.get(name, default)) for name in huggingface},
     )
 
 

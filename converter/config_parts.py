@@ -38,6 +38,7 @@ def sizes(
     ffn_default: Callable[[Config], int] | None = None,
     positions: str = "max_position_embeddings",
     positions_default: int = 2048,
+    vocab: str = "vocab_size",
     tied: bool = False,
 ) -> tuple[Field, ...]:
     """Return the fields of a decoder's sizes, by their names in `config.json`, and the named sizes of them.
@@ -67,7 +68,7 @@ def sizes(
         field("kv_channels", head_dim, default=value(head_dim_default) if head_dim_default else even_heads, null=even_heads)
         if head_dim
         else Field(lambda config: {"kv_channels": even_heads(config)}, write_nothing),
-        required("vocab_size", "vocab_size"),
+        required("vocab_size", vocab),
         field("seq_length", positions, default=value(positions_default)),
         field("init_method_std", "initializer_range", default=value(0.02)),
         field("share_embeddings_and_output_weights", "tie_word_embeddings", default=value(tied)),
@@ -77,10 +78,10 @@ def sizes(
     )  # fmt: skip
 
 
-def dropouts(*, attention: str = "attention_dropout", hidden: str = "") -> tuple[Field, ...]:
+def dropouts(*, attention: str = "attention_dropout", hidden: str = "", default: float = 0.0) -> tuple[Field, ...]:
     """Return the fields of dropout, of attention's weights and of what each branch adds; without a name there is none."""
     return tuple(
-        field(megatron, name, default=value(0.0)) if name else fixed(**{megatron: 0.0})
+        field(megatron, name, default=value(default)) if name else fixed(**{megatron: 0.0})
         for megatron, name in (("attention_dropout", attention), ("hidden_dropout", hidden))
     )
 
@@ -215,11 +216,18 @@ def only(**huggingface: Any) -> Field:
 
 NOT_COMPUTED = {
     "clip_qkv": "queries, keys and values are clamped to it, which no layer here does",
+    "normalized_output_layer": "Baichuan 2 normalizes the rows of its output layer at each step, which no layer here does",
+    "rope_ratio": "ChatGLM 2 divides positions by it and ChatGLM 3 multiplies the base by it; `config.json` is the same for both",
+    "scale_attn_by_inverse_layer_idx": "scores of attention are divided by the number of their layer, which no layer here does",
 }
 """Fields of models whose weights are converted, and which neither megatron-core nor `mbtrain` computes."""
 
 
-def not_computed(name: str) -> Field:
-    """Return a field of `NOT_COMPUTED`, under its name in `config.json`; null where the model does not have it."""
+def not_computed(name: str, *, off: bool | None = None) -> Field:
+    """Return a field of `NOT_COMPUTED`, under its name in `config.json`; null, or `off`, where the model does not have it."""
     assert name in NOT_COMPUTED
-    return optional(name, name)
+    one = optional(name, name, default=off)
+    return Field(
+        lambda config: {name: None} if config.get(name, off) == off else one.to_megatron(config),
+        lambda config: {name: off} if config.get(name) is None else one.to_huggingface(config),
+    )

@@ -91,7 +91,7 @@ class TensorPlan:
 
 def same_tensor(spec: TensorSpec, part: TensorSpec) -> TensorPlan:
     """Return the plan of a tensor that is another, or as many of its first rows as it has."""
-    return TensorPlan(spec, (part,), _all_rows(spec.shape[0]))
+    return TensorPlan(spec, (part,), _all_rows(spec.shape[0] if spec.shape else 1))
 
 
 @cache
@@ -123,7 +123,10 @@ class Piece:
         return prod(extent(self.region)) * self.tensor.spec.dtype.itemsize
 
     def copies(self) -> Iterator[tuple[RowCopy, Region, slice]]:
-        """Yield what is copied, the source's region, and the piece's rows that it fills."""
+        """Yield what is copied, the source's region, and the piece's rows that it fills. A number without dimensions is a row."""
+        if not self.region:
+            yield from ((copy, (), slice(0, 1)) for copy in self.tensor.copies)
+            return
         rows, rest = self.region[0], self.region[1:]
         for copy in self.tensor.copies:
             start, stop = max(rows.start, copy.dst_row), min(rows.stop, copy.dst_row + copy.rows)

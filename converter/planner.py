@@ -120,9 +120,6 @@ def to_megatron(
         if table.filled:
             filled[tensor_plans[-1].spec.name] = table.rule.fill
     present = sorted(allowed & source.keys())
-    for name in present:
-        if not source[name].shape:
-            raise UserError(f"`{name}` has no dimensions", hint="it should hold a number for each pair of channels")
     exact = tuple([one for one in tensor_plans if one.transform and one.transform.offset])
     return Plan(tuple(tensor_plans), tuple(rules), model, tuple(present), tuple(equal), filled, exact)
 

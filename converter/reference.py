@@ -39,7 +39,7 @@ def find(reader: MegatronReader, given: Folder | None, *, any_settings: bool = F
 
 def _rows_left_out(origin: HFReference, said: Sequence[ModelSettings], rows: int) -> Iterator[str]:
     """Yield a note if the rows after the vocabulary are not just its padding: they may be tokens that were added."""
-    size = origin.config["vocab_size"]
+    size = to_megatron(families.find(origin.config.get("model_type")).CONFIG, origin.config)["vocab_size"]
     for description in said:
         expected = rows_of(size, description.settings)
         if "make_vocab_size_divisible_by" in description.settings and size < rows != expected:

@@ -124,7 +124,7 @@ class PieceBuffers:
 
         The array has the shape of the piece's region and the dtype of its tensor; rows that no copy fills hold its `fill`.
         """
-        out = self._target.view(extent(piece.region), piece.tensor.spec.dtype, offset=offset)
+        out = self._target.view(extent(piece.region) or (1,), piece.tensor.spec.dtype, offset=offset)
         transform, filled = piece.tensor.transform, list[slice]()
         if transform and transform.moves_values:
             for move in piece.moves(transform):

@@ -98,10 +98,12 @@ def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[
     plan = to_huggingface(family.RULES, model, reader.specs, dtype="keep", known=known)
     reader.check()
     tensor_plans, extras = with_side_files(plan.tensors, family, model, origin)
+    rows = [RowReader(one) for one in extras]
+    untouched = {name: tensor_plan for one in rows for name, tensor_plan in as_stored(one.specs).items()}
     return CheckpointView(
         reader.folder.label,
-        JoinedReader(reader, *extras),
-        {tensor_plan.spec.name: tensor_plan for tensor_plan in tensor_plans},
+        JoinedReader(reader, *rows),
+        {**{tensor_plan.spec.name: tensor_plan for tensor_plan in tensor_plans}, **untouched},
         tied=tied(plan.tensors, family, model),
         zero={**dict.fromkeys(plan.zero, 0), **(zero or {})},
         filled={name: value for name, value in plan.filled.items() if value},
@@ -128,7 +130,7 @@ def _untouched(reader: HuggingFaceReader, family: Family, model: Model) -> Itera
     """Return the plans of extras. Raises UserError for other tensors: a tampered file must not replace weights."""
     known, passing = extra_names(family.EXTRAS, model), family.PASSTHROUGH_PREFIXES
     for spec in reader.specs.values():
-        if not (spec.name in known or (passing and spec.name.startswith(passing))) or not spec.shape:
+        if spec.name not in known and not (passing and spec.name.startswith(passing)):
             raise UserError(f"`{EXTRAS}` holds `{spec.name}` of shape {list(spec.shape)}, for which this family has no place")
     return as_stored(reader.specs).values()
 
