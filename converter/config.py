@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from converter.model import Model
 from formats.errors import UserError, format_untrusted
@@ -235,6 +235,16 @@ def undone(read: Callable[[Any], Any], write: Callable[[Any], Any], number: Any)
     rounded = float(f"{exact:.14g}")
     rounded = int(rounded) if rounded.is_integer() else rounded
     return rounded if read(rounded) == number else exact
+
+
+TEXT = "text_config"
+"""The field of `config.json` that describes the language model, where other models are beside it."""
+
+
+def language_model(config: Config) -> Config:
+    """Return the part of a `config.json` that describes the language model: all of it, but for models with towers."""
+    found = config.get(TEXT)
+    return cast("Config", found) if isinstance(found, dict) else config
 
 
 def to_megatron(fields: Iterable[Field], config: Config) -> dict[str, Any]:

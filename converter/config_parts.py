@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from converter.config import (
+    TEXT,
     Config,
     Field,
+    Sizes,
     activation,
     count,
     counts,
     field,
     fixed,
+    language_model,
     one_of,
     optional,
     required,
@@ -231,3 +234,56 @@ def not_computed(name: str, *, off: bool | None = None) -> Field:
         lambda config: {name: None} if config.get(name, off) == off else one.to_megatron(config),
         lambda config: {name: off} if config.get(name) is None else one.to_huggingface(config),
     )
+
+
+_TIED = "tie_word_embeddings"
+
+
+def text_config(families: Mapping[str, Iterable[Field]], defaults: Config | None = None) -> Field:
+    """Return the field of a language model beside other models: `config.json` describes it in `text_config`.
+
+    `families` are the fields of each `model_type` that it may have there; the first is meant where it has none. `defaults` is
+    what holds where `text_config` does not say it.
+    """
+    kinds = {name: tuple(fields) for name, fields in families.items()}
+
+    def inside(config: Config) -> tuple[tuple[Field, ...], Config]:
+        text = _text_of(config)
+        kind = text.get("model_type", next(iter(kinds)))
+        if kind not in kinds:
+            raise UserError(
+                f"`model_type` in `{TEXT}` is `{format_untrusted(kind)}`", hint=f"models of this family have {', '.join(kinds)}"
+            )
+        return kinds[kind], {**(defaults or {}), **text}
+
+    def write(config: Config) -> dict[str, Any]:
+        name, found = _first_that_fits(kinds, config)
+        return {TEXT: {"model_type": name, **found}, _TIED: found[_TIED]}
+
+    def sizes(before: Sizes) -> dict[str, Any]:
+        fields, text = inside(before.config)
+        return sizes_of(fields, before._replace(config=text))
+
+    return Field(lambda config: to_megatron(*inside(config)), write, sizes)
+
+
+def _text_of(config: Config) -> dict[str, Any]:
+    """Return `text_config`. Whether output and input embeddings are tied is said beside it, inside it, or in both places."""
+    text = language_model(config)
+    if text is config:
+        raise UserError(f"`config.json` has no object `{TEXT}`", hint="which describes the language model of this family")
+    outside, within = config.get(_TIED), text.get(_TIED)
+    if outside is False and within:  # the other way round is what transformers 5 writes, and weights show what is meant
+        one_of({f"`{_TIED}`": outside, f"`{_TIED}` in `{TEXT}`": within})
+    return {**text, **({} if outside is None else {_TIED: outside})}
+
+
+def _first_that_fits(kinds: Mapping[str, Iterable[Field]], config: Config) -> tuple[str, dict[str, Any]]:
+    """Return the name and the fields of the first kind of model that these fields of Megatron's may be of."""
+    refused: list[UserError] = []
+    for name, fields in kinds.items():
+        try:
+            return name, to_huggingface(fields, config)
+        except UserError as error:
+            refused.append(error)
+    raise refused[-1]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from converter import consistency, families, megatron_settings, run_config, side_files
-from converter.config import to_huggingface, to_megatron
+from converter.config import TEXT, language_model, to_huggingface, to_megatron
 from converter.padded_vocab import rows_of, tokens
 from converter.run_config import ModelSettings, UnknownModelError
 from converter.side_files import HFReference
@@ -96,6 +96,8 @@ def rebuild_config(fields: dict[str, Any], origin: str) -> dict[str, Any]:
         except UserError as error:
             refused.append(f"{name}: {error.args[0]}")
             continue
+        if TEXT in config:
+            continue  # nothing describes the models beside it
         if not (others := _others(described, fields)):
             return {"architectures": [family.ARCHITECTURE], "model_type": name, **config}
         refused.append(f"{name}: `{others[0]}` is `{format_untrusted(described[others[0]])}` there")
