@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from converter.model import Model
 from formats.errors import UserError, format_untrusted
@@ -127,16 +127,19 @@ def count(config: Config, name: str) -> int:
     return found
 
 
-def flag(megatron: str, *huggingface: str) -> Field:
-    """Return one switch in Megatron for several in Hugging Face: on if any is. Conditions know each by its name there."""
+def flag(megatron: str, *huggingface: str, default: bool = False) -> Field:
+    """Return one switch in Megatron for several in Hugging Face: on if any is. Conditions know each by its name there.
+
+    `default` is what a switch is that `config.json` does not have.
+    """
 
     def read(config: Config) -> dict[str, Any]:
-        return {megatron: any(bool(config.get(name)) for name in huggingface)}
+        return {megatron: any(bool(config.get(name, default)) for name in huggingface)}
 
     return Field(
         read,
         lambda config: dict.fromkeys(huggingface, bool(config.get(megatron))),
-        lambda sizes: {name: bool(sizes.megatron[megatron]) and bool(sizes.config.get(name)) for name in huggingface},
+        lambda sizes: {name: bool(sizes.megatron[megatron] and sizes.config.get(name, default)) for name in huggingface},
     )
 
 
@@ -232,6 +235,16 @@ def undone(read: Callable[[Any], Any], write: Callable[[Any], Any], number: Any)
     rounded = float(f"{exact:.14g}")
     rounded = int(rounded) if rounded.is_integer() else rounded
     return rounded if read(rounded) == number else exact
+
+
+TEXT = "text_config"
+"""The field of `config.json` that describes the language model, where other models are beside it."""
+
+
+def language_model(config: Config) -> Config:
+    """Return the part of a `config.json` that describes the language model: all of it, but for models with towers."""
+    found = config.get(TEXT)
+    return cast("Config", found) if isinstance(found, dict) else config
 
 
 def to_megatron(fields: Iterable[Field], config: Config) -> dict[str, Any]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from converter.config import (
+    TEXT,
     Config,
     Field,
+    Sizes,
     activation,
     count,
     counts,
     field,
     fixed,
+    language_model,
     one_of,
     optional,
     required,
@@ -38,6 +41,7 @@ def sizes(
     ffn_default: Callable[[Config], int] | None = None,
     positions: str = "max_position_embeddings",
     positions_default: int = 2048,
+    vocab: str = "vocab_size",
     tied: bool = False,
 ) -> tuple[Field, ...]:
     """Return the fields of a decoder's sizes, by their names in `config.json`, and the named sizes of them.
@@ -67,7 +71,7 @@ def sizes(
         field("kv_channels", head_dim, default=value(head_dim_default) if head_dim_default else even_heads, null=even_heads)
         if head_dim
         else Field(lambda config: {"kv_channels": even_heads(config)}, write_nothing),
-        required("vocab_size", "vocab_size"),
+        required("vocab_size", vocab),
         field("seq_length", positions, default=value(positions_default)),
         field("init_method_std", "initializer_range", default=value(0.02)),
         field("share_embeddings_and_output_weights", "tie_word_embeddings", default=value(tied)),
@@ -77,10 +81,10 @@ def sizes(
     )  # fmt: skip
 
 
-def dropouts(*, attention: str = "attention_dropout", hidden: str = "") -> tuple[Field, ...]:
+def dropouts(*, attention: str = "attention_dropout", hidden: str = "", default: float = 0.0) -> tuple[Field, ...]:
     """Return the fields of dropout, of attention's weights and of what each branch adds; without a name there is none."""
     return tuple(
-        field(megatron, name, default=value(0.0)) if name else fixed(**{megatron: 0.0})
+        field(megatron, name, default=value(default)) if name else fixed(**{megatron: 0.0})
         for megatron, name in (("attention_dropout", attention), ("hidden_dropout", hidden))
     )
 
@@ -215,11 +219,71 @@ def only(**huggingface: Any) -> Field:
 
 NOT_COMPUTED = {
     "clip_qkv": "queries, keys and values are clamped to it, which no layer here does",
+    "normalized_output_layer": "Baichuan 2 normalizes the rows of its output layer at each step, which no layer here does",
+    "rope_ratio": "ChatGLM 2 divides positions by it and ChatGLM 3 multiplies the base by it; `config.json` is the same for both",
+    "scale_attn_by_inverse_layer_idx": "scores of attention are divided by the number of their layer, which no layer here does",
 }
 """Fields of models whose weights are converted, and which neither megatron-core nor `mbtrain` computes."""
 
 
-def not_computed(name: str) -> Field:
-    """Return a field of `NOT_COMPUTED`, under its name in `config.json`; null where the model does not have it."""
+def not_computed(name: str, *, off: bool | None = None) -> Field:
+    """Return a field of `NOT_COMPUTED`, under its name in `config.json`; null, or `off`, where the model does not have it."""
     assert name in NOT_COMPUTED
-    return optional(name, name)
+    one = optional(name, name, default=off)
+    return Field(
+        lambda config: {name: None} if config.get(name, off) == off else one.to_megatron(config),
+        lambda config: {name: off} if config.get(name) is None else one.to_huggingface(config),
+    )
+
+
+_TIED = "tie_word_embeddings"
+
+
+def text_config(families: Mapping[str, Iterable[Field]], defaults: Config | None = None) -> Field:
+    """Return the field of a language model beside other models: `config.json` describes it in `text_config`.
+
+    `families` are the fields of each `model_type` that it may have there; the first is meant where it has none. `defaults` is
+    what holds where `text_config` does not say it.
+    """
+    kinds = {name: tuple(fields) for name, fields in families.items()}
+
+    def inside(config: Config) -> tuple[tuple[Field, ...], Config]:
+        text = _text_of(config)
+        kind = text.get("model_type", next(iter(kinds)))
+        if kind not in kinds:
+            raise UserError(
+                f"`model_type` in `{TEXT}` is `{format_untrusted(kind)}`", hint=f"models of this family have {', '.join(kinds)}"
+            )
+        return kinds[kind], {**(defaults or {}), **text}
+
+    def write(config: Config) -> dict[str, Any]:
+        name, found = _first_that_fits(kinds, config)
+        return {TEXT: {"model_type": name, **found}, _TIED: found[_TIED]}
+
+    def sizes(before: Sizes) -> dict[str, Any]:
+        fields, text = inside(before.config)
+        return sizes_of(fields, before._replace(config=text))
+
+    return Field(lambda config: to_megatron(*inside(config)), write, sizes)
+
+
+def _text_of(config: Config) -> dict[str, Any]:
+    """Return `text_config`. Whether output and input embeddings are tied is said beside it, inside it, or in both places."""
+    text = language_model(config)
+    if text is config:
+        raise UserError(f"`config.json` has no object `{TEXT}`", hint="which describes the language model of this family")
+    outside, within = config.get(_TIED), text.get(_TIED)
+    if outside is False and within:  # the other way round is what transformers 5 writes, and weights show what is meant
+        one_of({f"`{_TIED}`": outside, f"`{_TIED}` in `{TEXT}`": within})
+    return {**text, **({} if outside is None else {_TIED: outside})}
+
+
+def _first_that_fits(kinds: Mapping[str, Iterable[Field]], config: Config) -> tuple[str, dict[str, Any]]:
+    """Return the name and the fields of the first kind of model that these fields of Megatron's may be of."""
+    refused: list[UserError] = []
+    for name, fields in kinds.items():
+        try:
+            return name, to_huggingface(fields, config)
+        except UserError as error:
+            refused.append(error)
+    raise refused[-1]

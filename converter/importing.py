@@ -11,7 +11,7 @@ from typing import Any
 from converter import families, reference, run_config, side_files
 from converter.checks import check_equal, check_exact
 from converter.comparison import CheckpointView
-from converter.config import make_model, to_megatron
+from converter.config import language_model, make_model, to_megatron
 from converter.config_parts import NOT_COMPUTED
 from converter.config_rope import BUILT_IN_ROPE, rope_numbers
 from converter.conversion import Conversion
@@ -231,7 +231,7 @@ def _notes_on_function(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _notes_on_rope(config: Mapping[str, Any]) -> Iterator[str]:
-    rope = rope_numbers(config)
+    rope = rope_numbers(language_model(config))
     scaling = {name: rope[name] for name in BUILT_IN_ROPE if name in rope}
     if scaling != BUILT_IN_ROPE:
         yield (

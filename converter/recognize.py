@@ -46,7 +46,6 @@ class _ForeignNames:
     hint: str
 
 
-_CONVERTED = "fetch the repository's version for transformers, or convert it with the script that transformers has for it"
 _LORA = re.compile(r"(.*\.)?lora_[AB]\..*|.*\.lora_magnitude_vector")
 _FOREIGN = (
     _ForeignNames(
@@ -66,7 +65,9 @@ _FOREIGN = (
     ),
     _ForeignNames(r"blk\.\d+\..*|token_embd\.weight", "names of GGUF", "convert the original weights"),
     _ForeignNames(
-        r"(transformer\.)?(h|blocks)\.\d+\..*|gpt_neox\..*", "names of another architecture (GPT-2, GPT-NeoX)", _CONVERTED
+        r"(transformer\.)?(h|blocks)\.\d+\..*|gpt_neox\..*",
+        "names of another architecture (GPT-2, GPT-NeoX)",
+        "take the `config.json` that belongs to these weights: its `model_type` says whose they are",
     ),
     _ForeignNames(
         r".*\.(qkv_proj|gate_up_proj|query_key_value|Wqkv)\..*",
@@ -98,7 +99,7 @@ def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], fam
         _refuse_renamed(expected - head, stored, head=head, label=label)
     for foreign in _FOREIGN:
         names = [name for name in unexpected if re.fullmatch(foreign.pattern, _LAYER.sub("0", name))]
-        if names:
+        if names and not any(re.fullmatch(foreign.pattern, name) for name in expected):
             raise UserError(f"`{label}` holds {list_names(names)}: {foreign.description}", hint=foreign.hint)
     if missing <= head:
         _refuse_head(missing, unexpected, label=label)

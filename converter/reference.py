@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from converter import consistency, families, megatron_settings, run_config, side_files
-from converter.config import to_huggingface, to_megatron
+from converter.config import TEXT, language_model, to_huggingface, to_megatron
 from converter.padded_vocab import rows_of, tokens
 from converter.run_config import ModelSettings, UnknownModelError
 from converter.side_files import HFReference
@@ -39,7 +39,7 @@ def find(reader: MegatronReader, given: Folder | None, *, any_settings: bool = F
 
 def _rows_left_out(origin: HFReference, said: Sequence[ModelSettings], rows: int) -> Iterator[str]:
     """Yield a note if the rows after the vocabulary are not just its padding: they may be tokens that were added."""
-    size = origin.config["vocab_size"]
+    size = to_megatron(families.find(origin.config.get("model_type")).CONFIG, origin.config)["vocab_size"]
     for description in said:
         expected = rows_of(size, description.settings)
         if "make_vocab_size_divisible_by" in description.settings and size < rows != expected:
@@ -96,6 +96,8 @@ def rebuild_config(fields: dict[str, Any], origin: str) -> dict[str, Any]:
         except UserError as error:
             refused.append(f"{name}: {error.args[0]}")
             continue
+        if TEXT in config:
+            continue  # nothing describes the models beside it
         if not (others := _others(described, fields)):
             return {"architectures": [family.ARCHITECTURE], "model_type": name, **config}
         refused.append(f"{name}: `{others[0]}` is `{format_untrusted(described[others[0]])}` there")

@@ -186,6 +186,22 @@ def gated_mlp(megatron: str, huggingface: str, *shape: str | int, **options: Unp
     return Rule(megatron, huggingface, (shape, shape), partition_dim=0, partition_stride=2, **options)
 
 
+def with_bias(weight: Rule, **options: Unpack[Options]) -> tuple[Rule, Rule]:
+    """Return the rule of a weight, and that of its bias, which has its rows and, of these options, what it has not.
+
+    >>> [rule.huggingface for rule in with_bias(row_parallel("mlp.linear_fc2.weight", "mlp.c_proj.weight", "hidden", "ffn"))]
+    ['mlp.c_proj.weight', 'mlp.c_proj.bias']
+    """
+    megatron, huggingface, alias = (_of_bias(name) for name in (weight.megatron, weight.huggingface, weight.alias))
+    parts, divided = tuple(dims[:1] for dims in weight.parts), 0 if weight.partition_dim == 0 else None
+    bias = replace(weight, megatron=megatron, huggingface=huggingface, alias=alias, parts=parts, transposed=False)
+    return weight, replace(bias, partition_dim=divided, **options)
+
+
+def _of_bias(weight: str) -> str:
+    return f"{weight.removesuffix('weight')}bias" if weight else ""
+
+
 def vocab_parallel(megatron: str, huggingface: str, *columns: str | int, **options: Unpack[Options]) -> Rule:
     """Return the rule of a row per token, padded with zero rows, rows divided."""
     return Rule(megatron, huggingface, (("vocab", *columns),), partition_dim=0, padded=True, **options)

@@ -25,8 +25,11 @@ def build(config: dict, **settings: Any) -> list[Any]:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from trainer.model import build, from_hf_config
+    from trainer.settings.values import activation
 
     provider = from_hf_config(config)
+    if isinstance(settings.get("activation_func"), str):
+        settings["activation_func"] = activation(settings["activation_func"])
     for name, value in {**ON_CPU, "pipeline_dtype": torch.float32, **settings}.items():
         setattr(provider, name, value)
     parallel_state.initialize_model_parallel(provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size)
@@ -48,3 +51,26 @@ def logits_of(rank: int, model: tuple[dict, dict, str], iteration: str, tokens: 
     registry.__path__ = [*([families] if families else []), *registry.__path__]
     chunks = build(config, **settings)
     return load_strictly(chunks, iteration), forward(chunks, tokens, runtime_gather_output=True)
+
+
+def differences(rank: int, config: dict, iteration: str, tokens: list[list[int]], changes: dict[str, dict]) -> dict[str, float]:
+    """How far logits go from those of a checkpoint's model, as a share of the largest, with each of the changes to `mbtrain`'s
+    provider; by their names. Weights that the changed model has otherwise are cut to its shapes, or stay as they are made."""
+    import numpy as np
+    import torch
+    from megatron.core import parallel_state
+
+    chunks = build(config)
+    load_strictly(chunks, iteration)
+    found, weights = {"": forward(chunks, tokens, runtime_gather_output=True)}, dict(chunks[0].named_parameters())
+    for name, settings in changes.items():
+        parallel_state.destroy_model_parallel()
+        changed = build(config, **settings)
+        with torch.no_grad():
+            for key, parameter in changed[0].named_parameters():
+                if key in weights and weights[key].ndim == parameter.ndim:
+                    both = tuple(map(slice, map(min, weights[key].shape, parameter.shape)))
+                    parameter[both] = weights[key][both]
+        found[name] = forward(changed, tokens, runtime_gather_output=True)
+    plain = found.pop("")
+    return {name: float(np.abs(logits - plain).max() / np.abs(plain).max()) for name, logits in found.items()}

@@ -15,7 +15,7 @@ from functools import partial
 
 from converter.model import Model
 from converter.rows import RowRange, concatenated
-from converter.rules import Indices, Rule, alternatives, at, words
+from converter.rules import Indices, Rule, at, words
 from formats.errors import UserError
 from formats.torch_dist import MOST_LAYERS
 
@@ -131,13 +131,12 @@ def fits(pattern: str, name: str) -> bool:
 
 def is_linear(rule: Rule) -> bool:
     """Return whether a rule is for the weight of a linear layer of the decoder."""
-    plain = not rule.is_expert and not rule.is_moved and len(alternatives(rule.huggingface)) == len(rule.parts)
-    return "{layer}" in rule.megatron and len(rule.parts[0]) == 2 and plain
+    return "{layer}" in rule.megatron and len(rule.parts[0]) == 2 and not rule.is_expert and not rule.is_moved
 
 
 def _fused(rule: Rule, indices: Indices, model: Model) -> AdaptedModule:
     megatron, weights = rule.names(indices)
-    module, shapes = module_of(megatron), rule.part_shapes(model)
+    module, shapes = module_of(megatron), rule.rows_first_shapes(model)
     rows = tuple(shape[0] for shape in shapes)
     return AdaptedModule(f"{module}.adapter", module, weights, rows, shapes[0][1], partial(rule.row_ranges, model))
 

@@ -22,3 +22,4 @@ SIZES = (
 CONFIG = (*SIZES, *mlp("silu", gated=True), llama.PLAIN_ATTENTION, window("window_size", "sliding_window", default=4096))
 
 EXTRAS: tuple[str, ...] = llama.EXTRAS
+SMALL = {"sliding_window": 8}

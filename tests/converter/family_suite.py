@@ -9,10 +9,11 @@ import torch
 from safetensors import safe_open
 
 from converter import families, hf_to_mcore, mcore_to_hf
-from converter.config import make_model, to_huggingface, to_megatron
+from converter.config import TEXT, language_model, make_model, to_huggingface, to_megatron
 from converter.planner import huggingface_tensors
 from converter.rules import extra_names
 from formats.spec import DTYPES, TensorSpec
+from tests.converter import remote_code
 from tests.family_models import logits_of
 from tests.models import BASE, model_tree
 
@@ -24,17 +25,29 @@ def small_config(family, **changes):
     """The configuration of a small model, as transformers makes it of the family's own fields and of `changes`."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(family, **{**BASE, "pad_token_id": 383, **families.find(family).SMALL, **changes})
+    small = families.find(family).SMALL
+    if TEXT in small:
+        return AutoConfig.for_model(family, **{**small, TEXT: {**BASE, "pad_token_id": 383, **small[TEXT]}, **changes})
+    fields = {**BASE, "pad_token_id": 383, **small, **changes}
+    return remote_code.config_of(family, fields) if family in remote_code.TWINS else AutoConfig.for_model(family, **fields)
+
+
+def auto_class(config):
+    """The class of transformers that finds a model's own."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if hasattr(config, TEXT) else AutoModelForCausalLM
 
 
 def small_model(family, *, dtype="bfloat16", **changes):
     """A small model of transformers with random weights."""
-    from transformers import AutoModelForCausalLM
+    return random_model(small_config(family, **changes), dtype=dtype)
 
+
+def random_model(config, *, dtype="bfloat16"):
+    """A model of transformers with random weights."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        small_config(family, **changes), dtype=getattr(torch, dtype), attn_implementation="eager"
-    ).eval()
+    model = auto_class(config).from_config(config, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.3 if parameter.ndim == 1 else 0.08)
@@ -43,7 +56,19 @@ def small_model(family, *, dtype="bfloat16", **changes):
 
 def save_small(family, folder, *, dtype="bfloat16", **changes):
     """A small model as transformers saves it: under the names that are published."""
+    if family in remote_code.TWINS:
+        return _save_remote(family, folder, dtype)
     small_model(family, dtype=dtype, **changes).save_pretrained(folder)
+    return folder
+
+
+def _save_remote(family, folder, dtype):
+    from transformers import AutoConfig
+
+    twin = remote_code.TWINS[family]
+    config = AutoConfig.for_model(twin.family, **{**BASE, **twin.fields})
+    random_model(config, dtype=dtype).save_pretrained(remote_code.twin_of(folder))
+    remote_code.publish(family, small_config(family).to_dict(), remote_code.twin_of(folder), folder)
     return folder
 
 
@@ -52,11 +77,13 @@ def check_names(family, folder):
     config = json.loads((folder / "config.json").read_text())
     with safe_open(folder / "model.safetensors", "pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    one = families.find(family)
+    one = families.find(family).rooted(saved)
     model = make_model(one.CONFIG, config)
+    saved = {name: shape for name, shape in saved.items() if not name.startswith(one.PASSTHROUGH_PREFIXES or "nothing")}
     source = {name: TensorSpec(name, shape, DTYPES["fp32"]) for name, shape in saved.items()}
-    extras = extra_names(one.EXTRAS, model)
-    assert dict(huggingface_tensors(one.RULES, model, source)) == {name: saved[name] for name in saved.keys() - extras}
+    extras, passing = extra_names(one.EXTRAS, model), one.PASSTHROUGH_PREFIXES or ("no such",)
+    weights = {name: shape for name, shape in saved.items() if name not in extras and not name.startswith(passing)}
+    assert dict(huggingface_tensors(one.RULES, model, source)) == weights
 
 
 def check_config(family):
@@ -65,6 +92,7 @@ def check_config(family):
     config = small_config(family).to_dict()
     back = to_huggingface(one.CONFIG, to_megatron(one.CONFIG, config))
     assert to_megatron(one.CONFIG, back) == to_megatron(one.CONFIG, config)
+    config, back = language_model(config), language_model(back)
     rope = ("rope_theta", "rope_scaling", "rope_parameters")  # the same in Megatron; some numbers have no field there
     same = [name for name in back if config.get(name) is not None and name not in rope]
     assert {name: back[name] for name in same} == {name: _part(config[name], back[name]) for name in same}
@@ -116,9 +144,13 @@ def check_logits(ranks, folder, work, *, runs=None, more=""):
 
 def transformers_logits(folder):
     """What transformers computes of `TOKENS` in fp32; large enough to tell models apart."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    twin = remote_code.twin_of(folder)
+    folder = twin if twin.exists() else folder
+    model = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         expected = model(torch.tensor(TOKENS)).logits.numpy()
     assert np.ptp(expected) > 0.2, "a test of small logits proves little"

@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 
-from converter import families
+from converter import UserError, families
 from converter.config import make_model, to_huggingface, to_megatron
 from converter.console import show_families
 from converter.planner import huggingface_tensors
 from tests.converter.family_suite import check_config, check_logits, check_names, check_round_trip, save_small
+from tests.converter.remote_code import TWINS
 from tests.models import BASE, VARIANTS
 
 
@@ -61,6 +62,28 @@ def test_a_family_s_logits_are_those_of_transformers_where_megatron_core_compute
 @pytest.mark.parametrize("family", families.names())
 def test_a_config_survives_the_way_to_megatron_and_back(family):
     check_config(family)
+
+
+@pytest.mark.parametrize("family", [name for name in families.names() if name not in TWINS])
+def test_a_field_that_config_json_lacks_is_what_transformers_takes_it_for(family):
+    from transformers import AutoConfig
+
+    config, one = AutoConfig.for_model(family).to_dict(), families.find(family)
+    expected, needed = to_megatron(one.CONFIG, config), []
+    for name in config:
+        try:
+            found = to_megatron(one.CONFIG, {key: value for key, value in config.items() if key != name})
+        except UserError:
+            needed.append(name)
+        else:
+            assert found == expected, name
+    assert len(needed) <= 6, needed
+
+
+def test_a_family_is_known_to_transformers_or_has_a_twin_there():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    assert {name for name in families.names() if name not in CONFIG_MAPPING_NAMES} == TWINS.keys()
 
 
 def test_every_family_says_what_it_can(capsys):

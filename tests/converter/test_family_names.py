@@ -21,6 +21,9 @@ NOT_LISTED = {
     **dict.fromkeys(
         ("baichuan", "chatglm", "internlm2", "mimo"), "transformers has no class of it: names were read in published listings"
     ),
+    **dict.fromkeys(
+        ("gemma3", "mistral3"), "a model of images and text: the text has the names of another family, with a prefix"
+    ),
 }
 """Families that the oracle has not, and why."""
 

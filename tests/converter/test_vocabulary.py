@@ -29,7 +29,7 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MODELS = {
     "qwen2": SMALL,
     "phi3": {**SMALL, "pad_token_id": 0},
-    "olmo": {key: value for key, value in SMALL.items() if key != "head_dim"},
+    "olmo": {**{key: value for key, value in SMALL.items() if key != "head_dim"}, "pad_token_id": 0},
     "mixtral": {**SMALL, **EXPERTS},
     "gpt_oss": {**SMALL, **EXPERTS, "layer_types": ["full_attention"] * 3},
     "dbrx": {

@@ -28,9 +28,25 @@ PUBLISHED = {
     "llama31_405b": 405_853_388_800,
     "llama32_1b": 1_235_814_400,
     "llama32_3b": 3_212_749_824,
+    "gemma2_2b": 2_614_341_888,
+    "gemma2_9b": 9_241_705_984,
+    "gemma2_27b": 27_227_128_320,
+    "gemma3_270m": 268_098_176,
+    "gemma3_1b": 999_885_952,
+    "gemma3_4b": 4_300_079_472 - (416_866_032 + 1152 * 2560 + 1152),
+    "gemma3_12b": 12_187_325_040 - (416_866_032 + 1152 * 3840 + 1152),
+    "gemma3_27b": 27_432_406_640 - (416_866_032 + 1152 * 5376 + 1152),
+    "glm4_9b": 9_400_279_040,
+    "glm4_32b": 32_566_081_536,
+    "granite3_2b": 2_533_539_840,
+    "granite3_8b": 8_170_864_640,
     "mistral_7b": 7_248_023_552,
     "mistral_nemo_12b": 12_247_782_400,
     "mistral_small_24b": 23_572_403_200,
+    "olmo2_1b": 1_484_916_736,
+    "olmo2_7b": 7_298_617_344,
+    "olmo2_13b": 13_716_198_400,
+    "olmo2_32b": 32_234_279_936,
     "phi4_14b": 14_659_507_200,
     "phi4_mini": 3_836_021_760,
     "qwen25_0_5b": 494_032_768,
@@ -47,7 +63,7 @@ PUBLISHED = {
     "qwen3_14b": 14_768_307_200,
     "qwen3_32b": 32_762_123_264,
 }
-"""Parameters that the safetensors on the Hub hold."""
+"""Parameters that the safetensors on the Hub hold; of Gemma 3, without the vision tower and what projects its output."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -73,6 +89,11 @@ def made(name: str, kind: str) -> tuple[Any, RunConfig, int]:
     return function, function(), getattr(recipe, KINDS[kind])
 
 
+RECOMPUTED = pytest.mark.filterwarnings("ignore:If you are using transformer_engine:UserWarning")
+"""megatron-core doubts that attention should be computed again; Gemma 2's should, whose scores are in memory."""
+
+
+@RECOMPUTED
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", recipes.every())
 def test_megatron_accepts_a_recipe_and_its_numbers_divide(name: str, kind: str) -> None:
@@ -107,6 +128,7 @@ def machines() -> list[Any]:
     return [pytest.param(name, kind, marks=like[name] if kind == "sft" else []) for name in PUBLISHED for kind in KINDS]
 
 
+@RECOMPUTED
 @pytest.mark.parametrize(("name", "kind"), machines())
 def test_a_recipe_says_what_one_gpu_holds_and_leaves_a_tenth_of_it_free(name: str, kind: str) -> None:
     function, config, gpus = made(name, kind)
@@ -147,7 +169,7 @@ def test_an_unknown_recipe_suggests_the_nearest() -> None:
     with pytest.raises(UserError) as refused:
         recipes.find("llama32_1bb")
     assert str(refused.value) == "there is no recipe `llama32_1bb`\n\nhint: did you mean `llama32_1b`?"
-    with pytest.raises(UserError, match=r"recipes are: llama3_8b, llama3_70b, .*, llama_tiny"):
+    with pytest.raises(UserError, match="`mbtrain recipes` lists them"):
         recipes.find("gpt")
     with pytest.raises(ImportError):
         from trainer.recipes import gpt  # noqa: F401 # pyright: ignore[reportAttributeAccessIssue]

@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from converter import families, reference, run_config
 from converter.adapters.files import refuse_adapter
 from converter.checks import check_equal
-from converter.config import make_model
+from converter.config import language_model, make_model
 from converter.plan import TensorPlan, as_stored, list_names
 from converter.planner import Plan, to_megatron
 from converter.side_files import CONFIG
@@ -158,8 +158,9 @@ def settings_changed(chunks: Sequence[Any], resumed: Path) -> list[str]:
 def plan_of(reader: HuggingFaceReader) -> Plan:
     """Return the plan that makes a Megatron model without padding from a directory's tensors."""
     config = read_json(reader.folder, CONFIG)
-    family = families.find(config.get("model_type"))
-    return to_megatron(family.RULES, family.EXTRAS, make_model(family.CONFIG, config), reader.specs, dtype="keep")
+    family = families.find(config.get("model_type")).rooted(reader.specs)
+    model, passing = make_model(family.CONFIG, config), family.PASSTHROUGH_PREFIXES
+    return to_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype="keep", passing=passing)
 
 
 def _from_huggingface(reader: HuggingFaceReader) -> dict[str, TensorPlan]:
@@ -172,7 +173,7 @@ def _from_huggingface(reader: HuggingFaceReader) -> dict[str, TensorPlan]:
 def _from_megatron(reader: MegatronReader, config: Mapping[str, Any] | None) -> dict[str, TensorPlan]:
     """Return the plan for a checkpoint's tensors, without padded vocabulary rows if `config` has the vocabulary size."""
     reader.check(reader.specs)
-    vocab = int(config["vocab_size"]) if config else None
+    vocab = make_model(families.find(config.get("model_type")).CONFIG, config).vocab if config else None
     tensor_plans = as_stored(reader.specs)
     return {name: _unpadded(tensor_plan, vocab) if _padded(name) else tensor_plan for name, tensor_plan in tensor_plans.items()}
 

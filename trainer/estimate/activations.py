@@ -105,16 +105,19 @@ def _num_without_gradients(model: Any, shape: Shape, layers: Sequence[int], peft
 
 
 def _logit(model: Any, layout: Layout) -> int:
+    capped = 0 if getattr(model, "final_logit_softcapping", None) is None else layout.wide  # the output of tanh
     if layout.wide == LOGIT_FP32:
-        return LOGIT_FP32
+        return LOGIT_FP32 + capped
     fused = model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl == "te"
-    return LOGIT_TE if fused else LOGIT_NATIVE
+    return (LOGIT_TE if fused else LOGIT_NATIVE) + capped
 
 
 def _layout(model: Any, number: int, sequence_length: int, peft: Any) -> Layout:
     """Return the layout of layer `number`."""
     tensor = model.tensor_model_parallel_size
-    unfused = model.attention_backend in (AttnBackend.local, AttnBackend.unfused)
+    # Transformer Engine caps scores in its unfused attention, unless flash-attn is installed (`trainer.layers.scores`).
+    capped = getattr(model, "attn_logit_softcapping", None) is not None
+    unfused = capped or model.attention_backend in (AttnBackend.local, AttnBackend.unfused)
     wide = model.params_dtype.itemsize
     quantized = is_quantized(model, number)
     return Layout(

@@ -16,6 +16,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from converter.config import language_model
 from converter.config_rope import rope_numbers
 
 Numbers = Mapping[str, Any]
@@ -88,7 +89,7 @@ def _own_numbers(provider: Any) -> Numbers | None:
     if provider.rope_parameters:
         return {"rope_theta": provider.rotary_base, **provider.rope_parameters}
     if provider.rope_scaling and provider.hf_config:
-        numbers = rope_numbers(provider.hf_config, layers="full_attention")
+        numbers = rope_numbers(language_model(provider.hf_config), layers="full_attention")
         # Without numbers of its own, a family's default are those that GPTModel fixes.
         return {**numbers, "rope_theta": provider.rotary_base} if numbers["rope_type"] == "llama3" else None
     return None

@@ -32,7 +32,7 @@ def find(name: str) -> Recipe:
     recipes = every()
     if name not in recipes:
         near = get_close_matches(name, recipes, 1)
-        hint = f"did you mean `{near[0]}`?" if near else f"recipes are: {', '.join(recipes)}"
+        hint = f"did you mean `{near[0]}`?" if near else "`mbtrain recipes` lists them"
         raise UserError(f"there is no recipe `{name}`", hint=hint)
     return recipes[name]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from converter import megatron_settings
-from converter.config import to_huggingface, to_megatron
+from converter.config import TEXT, to_huggingface, to_megatron
 from converter.config_rope import rope_numbers
 from converter.families import find
 from formats.errors import UserError, format_untrusted
@@ -45,14 +45,24 @@ def follow(provider: Any) -> list[Default]:
             hint="`~model.hf_config` trains it all the same; its checkpoints cannot be exported to Hugging Face",
         ) from error
     changes = {name: value for name, value in after.items() if value != before.get(name)}
+    if TEXT in changes:
+        text, config[TEXT] = changes.pop(TEXT), dict(config[TEXT])
+        inside = {name: value for name, value in text.items() if value != before[TEXT].get(name)}
+        changes |= {f"{TEXT}.{name}": value for name, value in _change(config[TEXT], inside).items()}
+    changed = _change(config, {name: value for name, value in changes.items() if name in after}) | changes
+    return [Default(f"model.hf_config.{name}", value, "as the model's own fields") for name, value in changed.items()]
+
+
+def _change(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Update a `config.json`, or the part that describes its language model. Returns all changes."""
     if _ROPE in changes or "rope_theta" in changes:
-        changes |= _rope(config, changes)
+        changes = changes | _rope(config, changes)
         config.pop("rope_parameters", None)
     elif "rope_parameters" in changes:
         for name in (_ROPE, "rope_theta"):
             config.pop(name, None)
     config.update(changes)
-    return [Default(f"model.hf_config.{name}", value, "as the model's own fields") for name, value in changes.items()]
+    return changes
 
 
 def check(provider: Any) -> None:

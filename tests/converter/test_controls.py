@@ -1,0 +1,95 @@
+"""Negative controls: with an option of a family switched off in the model that `mbtrain` builds, logits differ. So the tests of
+logits see each option that `config.json` of a small model sets (`SMALL`)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from converter import families, hf_to_mcore
+from converter.config import to_megatron
+from tests.converter.family_suite import TOKENS, save_small, small_config
+from tests.family_models import differences
+
+TOLERANCE = 1e-4
+"""Of the largest logit: what the tests of logits allow."""
+
+OFF = {
+    "add_qkv_bias": False,
+    "alibi": None,
+    "attn_logit_softcapping": None,
+    "embedding_layernorm": False,
+    "final_logit_softcapping": None,
+    "layernorm_zero_centered_gamma": False,
+    "mup_embedding_mult": 1.0,
+    "mup_output_mult": 1.0,
+    "no_rope_freq": None,
+    "output_layer_bias": False,
+    "parallel_residual": None,
+    "position_embedding_type": "rope",
+    "position_offset": 0,
+    "post_layernorms": False,
+    "pre_layernorms": True,
+    "qk_layernorm": False,
+    "qk_layernorm_after_rope": False,
+    "qk_layernorm_scope": "head",
+    "residual_multiplier": 1.0,
+    "rope_parameters": None,
+    "rope_scaling": False,
+    "rotary_interleaved": False,
+    "rotary_percent": 1.0,
+    "seq_len_interpolation_factor": None,
+    "sliding_rope": None,
+    "softmax_scale": None,
+    "window_attn_skip_freq": None,
+    "window_size": None,
+    "yarn_mscale": None,
+}
+"""Fields of the provider, each with the value that switches it off."""
+
+TOGETHER = {
+    "alibi": {"position_embedding_type": "none"},
+    "qk_layernorm": {"qk_layernorm_scope": "head", "qk_layernorm_after_rope": False},
+    "rotary_percent": {"rope_parameters": None},
+}
+"""What has to change with an option, for megatron-core to build a model."""
+
+OTHER_ACTIVATIONS = {"silu": "gelu", "gelu": "relu", "fast_gelu": "gelu", "relu": "silu", "squared_relu": "relu", "xielu": "silu"}
+
+NOT_SEEN = {"exact_sequence_length"}
+"""Fields that change nothing of the sequences that are computed."""
+
+QUICK = ("gemma", "smollm3")
+
+
+def controls(family, config):
+    """What is switched off for a family, by names: the options that its small model has."""
+    fields = to_megatron(families.find(family).CONFIG, config)
+    on = [name for name, off in OFF.items() if name in fields and fields[name] not in (None, off)]
+    if fields.get("alibi") or fields["position_embedding_type"] == "learned_absolute":
+        on.remove("position_embedding_type")  # switched off with `alibi`; a model's learned positions are its own weights
+    changes = {name: {name: OFF[name], **TOGETHER.get(name, {})} for name in on}
+    return {**changes, "activation_func": {"activation_func": OTHER_ACTIVATIONS[fields["activation_func"]]}}
+
+
+def cases():
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in families.names()]
+
+
+@pytest.mark.parametrize("family", cases())
+def test_logits_see_every_option_of_a_family(family, ranks, tmp_path):
+    if not families.find(family).trains:
+        return
+    save_small(family, tmp_path / "hf", dtype="float32")
+    hf_to_mcore(tmp_path / "hf", tmp_path / "megatron")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    changes = controls(family, config)
+    found = ranks.run(differences, 1, config, str(tmp_path / "megatron" / "iter_0000000"), TOKENS, changes)[0]
+    assert {name: share for name, share in found.items() if share <= TOLERANCE} == {}
+
+
+def test_every_field_that_is_not_megatron_core_s_is_switched_off_in_some_family():
+    needed = {field for name in families.names() for field in families.find(name).PROVIDER} - NOT_SEEN
+    shown = {field for name in families.names() for field in controls(name, small_config(name).to_dict())}
+    assert needed - shown == set()
