@@ -21,17 +21,17 @@ LAYOUTS = ({}, {"tp": 2}, {"tp": 2, "pp": 2})
 TOKENS = np.random.default_rng(5).integers(0, 384, (2, 24)).tolist()
 
 
-def small_config(family):
-    """The configuration of a small model, as transformers makes it of the family's own fields."""
+def small_config(family, **changes):
+    """The configuration of a small model, as transformers makes it of the family's own fields and of `changes`."""
     from transformers import AutoConfig
 
-    fields = {**BASE, **families.find(family).SMALL}
+    fields = {**BASE, **families.find(family).SMALL, **changes}
     return remote_code.config_of(family, fields) if family in remote_code.TWINS else AutoConfig.for_model(family, **fields)
 
 
-def small_model(family, *, dtype="bfloat16"):
+def small_model(family, *, dtype="bfloat16", **changes):
     """A small model of transformers with random weights."""
-    return random_model(small_config(family), dtype=dtype)
+    return random_model(small_config(family, **changes), dtype=dtype)
 
 
 def random_model(config, *, dtype="bfloat16"):
@@ -46,11 +46,11 @@ def random_model(config, *, dtype="bfloat16"):
     return model
 
 
-def save_small(family, folder, *, dtype="bfloat16"):
+def save_small(family, folder, *, dtype="bfloat16", **changes):
     """A small model as transformers saves it: under the names that are published."""
     if family in remote_code.TWINS:
         return _save_remote(family, folder, dtype)
-    small_model(family, dtype=dtype).save_pretrained(folder)
+    small_model(family, dtype=dtype, **changes).save_pretrained(folder)
     return folder
 
 
