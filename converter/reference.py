@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from converter import consistency, families, megatron_settings, run_config, side_files
-from converter.config import TEXT, language_model, to_huggingface, to_megatron
+from converter.config import TEXT, to_huggingface, to_megatron
 from converter.padded_vocab import rows_of, tokens
 from converter.run_config import ModelSettings, UnknownModelError
 from converter.side_files import HFReference

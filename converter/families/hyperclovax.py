@@ -1,6 +1,6 @@
 """HyperCLOVA X SEED: Granite with norms after both branches."""
 
-from converter.config import field, optional, switches, value
+from converter.config import Config, count, field, switches, value
 from converter.config_parts import multipliers
 from converter.families import granite, llama
 from converter.model import Model
@@ -20,10 +20,17 @@ POST = (
 )
 
 RULES = llama.decoder(*llama.LAYER, *POST)
+
+
+def _by_head(config: Config) -> float:
+    size = config.get("head_dim") or count(config, "hidden_size") // count(config, "num_attention_heads")
+    return size**-0.5
+
+
 CONFIG = (
     *granite.CONFIG,
     *multipliers(logits=field("mup_output_mult", "logits_scaling", default=value(1.0))),
-    optional("softmax_scale", "attention_multiplier"),
+    field("softmax_scale", "attention_multiplier", default=_by_head, null=_by_head),
     field("post_layernorms", "use_post_norm", default=value(True)),
     switches(post_norms="post_layernorms"),
 )

@@ -68,6 +68,7 @@ def _value_size(config: Config) -> int:
 
 CONFIG = (
     *sizes(head_dim="", positions_default=32768, tied=True),
+    field("init_method_std", "initializer_range", default=value(0.1)),
     *dropouts(),
     *rms_norm(default=1e-5),
     *mlp("silu", gated=True),

@@ -25,6 +25,6 @@ SIZES = (
     *llama.NO_BIAS,
     fixed(add_qkv_bias=False, qk_layernorm=True, qk_layernorm_scope="all_heads", pre_layernorms=False, post_layernorms=True),
 )
-CONFIG = (*SIZES, rope("default", theta=500000.0), no_window("window_size"))
+CONFIG = (*SIZES, rope("default"), no_window("window_size"))
 EXTRAS = llama.EXTRAS
 PROVIDER = ("pre_layernorms", "post_layernorms", "qk_layernorm_scope")

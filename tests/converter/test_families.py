@@ -70,14 +70,17 @@ def test_a_field_that_config_json_lacks_is_what_transformers_takes_it_for(family
 
     config, one = AutoConfig.for_model(family).to_dict(), families.find(family)
     expected, needed = to_megatron(one.CONFIG, config), []
-    for name in config:
+    tied = (
+        {"tie_word_embeddings"} if "text_config" in config else set()
+    )  # published files lack it beside `text_config`, and mean no
+    for name in config.keys() - tied:
         try:
             found = to_megatron(one.CONFIG, {key: value for key, value in config.items() if key != name})
         except UserError:
             needed.append(name)
         else:
             assert found == expected, name
-    assert len(needed) <= 6, needed
+    assert len(needed) <= (11 if expected.get("multi_latent_attention") else 6), needed
 
 
 def test_a_family_is_known_to_transformers_or_has_a_twin_there():

@@ -15,9 +15,9 @@ from converter.config import to_huggingface, to_megatron
 from converter.execution import Reporter
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
-from tests.converter.family_suite import TOKENS, check_logits, check_names, random_model, save_small, transformers_logits
+from tests.converter.family_suite import TOKENS, check_logits, check_names, save_small, small_config, transformers_logits
 from tests.family_models import logits_of
-from tests.models import BASE, model_tree
+from tests.models import model_tree
 from trainer.checkpoints.live import plan_of
 from trainer.model import from_hf_config
 
@@ -39,10 +39,8 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_is_converted_computed_and_comes_back(option, ranks, tmp_path):
     family, changes = OPTIONS[option]
-    config = AutoConfig.for_model(family, **{**BASE, **families.find(family).SMALL, **changes})
-    random_model(config, dtype="float32").save_pretrained(tmp_path / "hf")
-    check_names(family, tmp_path / "hf")
-    fields = to_megatron(families.find(family).CONFIG, config.to_dict())
+    check_names(family, save_small(family, tmp_path / "hf", dtype="float32", **changes))
+    fields = to_megatron(families.find(family).CONFIG, small_config(family, **changes).to_dict())
     back = to_huggingface(families.find(family).CONFIG, fields)
     assert to_megatron(families.find(family).CONFIG, back) == fields
     check_logits(ranks, tmp_path / "hf", tmp_path, runs=TP2)

@@ -246,3 +246,20 @@ def test_the_estimate_of_gpus_is_the_same_where_there_are_none(machine: Any) -> 
     resolved = resolve(config, world_size=1, device="gpu", machine=machine).config
     found = {part.name: part.size for part in memory(resolved, world_size=1).parts}
     assert found["logits"] == 4 * 8192 * 128256
+
+
+def test_what_caps_keep_is_counted() -> None:
+    """A cap of scores: two matrices of them in each layer. A cap of logits: what tanh made of them."""
+
+    def parts_of(**changes: Any) -> dict[str, int]:
+        config = recipes.find("gemma2_2b").peft_config()
+        config.model.recompute_granularity = config.model.recompute_modules = None
+        for name, value in changes.items():
+            setattr(config.model, name, value)
+        resolved = resolve(config, world_size=1, device="gpu", machine=HOPPER).config
+        return {part.name: part.size for part in memory(resolved, world_size=1).parts}
+
+    capped = parts_of()
+    plain = parts_of(attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert capped["activations"] - plain["activations"] == 26 * 4096 * 2 * 2 * 8 * 4096
+    assert capped["logits"] - plain["logits"] == 2 * 4096 * 256000

@@ -42,7 +42,9 @@ def test_a_few_steps_are_those_of_transformers_and_adamw(folder, ranks):
 def test_adapters_that_are_exported_are_in_peft_what_they_are_here(folder, ranks, tmp_path):
     from trainer.peft import LoRA
 
-    changes = {**SHORT, **TP2, "peft": LoRA(dim=4, alpha=8)}
+    latent = "kv_lora_rank" in (folder / "config.json").read_text()
+    targets = {"target_modules": ["linear_proj", "linear_fc1", "linear_fc2"]} if latent else {}
+    changes = {**SHORT, **TP2, "peft": LoRA(dim=4, alpha=8, **targets)}
     whole, *_ = ranks.run(small.train, 2, str(folder), changes)
     ranks.run(
         small.train, 2, str(folder), {**changes, "checkpoint__save": str(tmp_path / "run"), "train__exit_interval": FEW - 1}

@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from converter import families, reference, run_config
 from converter.adapters.files import refuse_adapter
 from converter.checks import check_equal
-from converter.config import language_model, make_model
+from converter.config import make_model
 from converter.plan import TensorPlan, as_stored, list_names
 from converter.planner import Plan, to_megatron
 from converter.side_files import CONFIG
