@@ -16,6 +16,7 @@ from converter.config import (
     field,
     fixed,
     language_model,
+    number,
     one_of,
     optional,
     required,
@@ -81,12 +82,51 @@ def sizes(
     )  # fmt: skip
 
 
-def dropouts(*, attention: str = "attention_dropout", hidden: str = "", default: float = 0.0) -> tuple[Field, ...]:
-    """Return the fields of dropout, of attention's weights and of what each branch adds; without a name there is none."""
-    return tuple(
-        field(megatron, name, default=value(default)) if name else fixed(**{megatron: 0.0})
-        for megatron, name in (("attention_dropout", attention), ("hidden_dropout", hidden))
+def dropouts(
+    *,
+    attention: str = "attention_dropout",
+    hidden: str = "",
+    embedding: str = "",
+    default: float = 0.0,
+    attention_default: float | None = None,
+    elsewhere: tuple[str, ...] = (),
+) -> tuple[Field, ...]:
+    """Return the fields of dropout: of attention's weights, of what each branch adds, and of embeddings; without a name there is
+    none.
+
+    megatron-core has one number for branches and embeddings, `hidden_dropout`; `embedding_dropout` is the trainer's, where that
+    of embeddings is another. `elsewhere` are dropouts of other places, with which a model is not trained.
+    """
+    of_attention = default if attention_default is None else attention_default
+    both = tuple(
+        field(megatron, name, default=value(absent)) if name else fixed(**{megatron: 0.0})
+        for megatron, name, absent in (("attention_dropout", attention, of_attention), ("hidden_dropout", hidden, default))
     )
+    return (*both, _embedding_dropout(hidden, embedding, default), *((_other_dropouts(elsewhere),) if elsewhere else ()))
+
+
+def _embedding_dropout(hidden: str, embedding: str, default: float) -> Field:
+    def said(config: Config, name: str) -> Any:
+        return number(name, config.get(name, default)) if name else 0.0
+
+    def read(config: Config) -> dict[str, Any]:
+        of_embeddings = said(config, embedding)
+        return {"embedding_dropout": None if of_embeddings == said(config, hidden) else of_embeddings}
+
+    def write(config: Config) -> dict[str, Any]:
+        found = config.get("embedding_dropout")
+        found = config.get("hidden_dropout", default) if found is None else found
+        return {embedding: found} if embedding and embedding != hidden else {}
+
+    return Field(read, write)
+
+
+def _other_dropouts(names: tuple[str, ...]) -> Field:
+    def write(config: Config) -> dict[str, Any]:
+        found: Config = config.get("dropouts") or {}
+        return {name: found.get(name, 0.0) for name in names}
+
+    return Field(lambda config: {"dropouts": {name: config[name] for name in names if config.get(name)} or None}, write)
 
 
 def rms_norm(name: str = "rms_norm_eps", *, default: float = 1e-6, zero_centered: bool = False) -> tuple[Field, ...]:
@@ -218,12 +258,20 @@ def only(**huggingface: Any) -> Field:
 
 
 NOT_COMPUTED = {
+    "alibi_bias_max": "transformers takes 8 whatever it says, MPT's own code what it says",
     "clip_qkv": "queries, keys and values are clamped to it, which no layer here does",
+    "dropouts": "transformers drops other numbers than megatron-core's layers do",
     "normalized_output_layer": "Baichuan 2 normalizes the rows of its output layer at each step, which no layer here does",
     "rope_ratio": "ChatGLM 2 divides positions by it and ChatGLM 3 multiplies the base by it; `config.json` is the same for both",
     "scale_attn_by_inverse_layer_idx": "scores of attention are divided by the number of their layer, which no layer here does",
 }
 """Fields of models whose weights are converted, and which neither megatron-core nor `mbtrain` computes."""
+
+
+def described(name: str, found: Any, *, verb: str = "") -> str:
+    """Return a field with its value, or each field that it holds, for messages; `verb` stands between the two."""
+    said: Config = cast("Config", found) if isinstance(found, dict) else {name: found}
+    return " and ".join(f"`{one}`{verb} `{format_untrusted(value)}`" for one, value in said.items())
 
 
 def not_computed(name: str, *, off: bool | None = None) -> Field:

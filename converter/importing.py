@@ -12,7 +12,7 @@ from converter import families, reference, run_config, side_files
 from converter.checks import check_equal, check_exact
 from converter.comparison import CheckpointView
 from converter.config import language_model, make_model, to_megatron
-from converter.config_parts import NOT_COMPUTED
+from converter.config_parts import NOT_COMPUTED, described
 from converter.config_rope import BUILT_IN_ROPE, rope_numbers
 from converter.conversion import Conversion
 from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
@@ -33,7 +33,7 @@ from converter.values import KEEP, dtype_of_most_parameters
 from converter.views import megatron_view, tied
 from formats.dcp_index import METADATA
 from formats.detect import open_megatron
-from formats.errors import UserError, format_untrusted
+from formats.errors import UserError
 from formats.folder import Folder
 from formats.iterations import iteration_folder
 from formats.spec import is_valid_shape
@@ -223,7 +223,7 @@ def _notes_on_function(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"weights alone: `mbtrain` cannot train a `{config['model_type']}`: {family.WEIGHTS_ONLY}"
     for name, why in NOT_COMPUTED.items():
         if megatron.get(name) is not None:
-            yield f"`{name}` is `{format_untrusted(megatron[name])}`, with which `mbtrain` refuses the model: {why}"
+            yield f"{described(name, megatron[name], verb=' is')}, with which `mbtrain` refuses the model: {why}"
     if length := megatron.get("exact_sequence_length"):
         yield f"`mbtrain` computes sequences of at most {length} tokens as transformers does, and refuses longer ones"
     if megatron.get("rope_scaling"):

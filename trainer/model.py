@@ -28,8 +28,9 @@ from megatron.core.transformer import MegatronModule, MLATransformerConfig, Tran
 from megatron.core.transformer.utils import sharded_state_dict_default
 
 from converter.config import to_megatron
+from converter.config_parts import described
 from converter.families import find
-from formats.errors import UserError, format_untrusted
+from formats.errors import UserError
 from trainer import device, layers
 from trainer.config import FilePath
 from trainer.layers.output import capped
@@ -135,6 +136,9 @@ class GPTModelProvider(ModelProvider):
 
     embedding_layernorm: bool = False
     """Norm the embeddings of tokens, as Bloom does."""
+
+    embedding_dropout: float | None = None
+    """The share of numbers of the embeddings that training drops. None: `hidden_dropout`, as megatron-core does. Phi 2."""
 
     output_layer_bias: bool = False
     """Add a bias to logits, as Phi, GPT-J and CodeGen do."""
@@ -245,7 +249,7 @@ def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProv
     for name, value in given.items():
         if name not in known:
             raise UserError(
-                f"`{config['model_type']}` with `{name}` `{format_untrusted(value)}` cannot be trained: neither "
+                f"`{config['model_type']}` with {described(name, value)} cannot be trained: neither "
                 "megatron-core nor this trainer computes it",
                 hint="its weights can be converted all the same",
             )

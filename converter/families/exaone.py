@@ -26,7 +26,7 @@ def _name(llamas: str) -> str:
 RULES = templates(llama.RULES, _name)
 FIELDS = (
     *sizes(groups_default=8, positions_default=4096),
-    *dropouts(),
+    *dropouts(embedding="embed_dropout"),
     *rms_norm(default=1e-5),
     *mlp("silu", gated=True),
     llama.PLAIN_ATTENTION,

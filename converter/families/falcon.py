@@ -105,7 +105,7 @@ def _write_rope(config: Config) -> dict[str, Any]:
 
 CONFIG = (
     *sizes(groups="", head_dim="", ffn="ffn_hidden_size", ffn_default=lambda config: 4 * count(config, "hidden_size"), tied=True),
-    *dropouts(hidden="hidden_dropout"),
+    *dropouts(attention="", elsewhere=("attention_dropout", "hidden_dropout")),
     *layer_norm("layer_norm_epsilon"),
     *mlp("gelu", gated=False, huggingface="activation"),
     fixed(add_qkv_bias=False, qk_layernorm=False),

@@ -44,17 +44,11 @@ def _written_scale(config: Config) -> dict[str, Any]:
     return {"scale_attn_weights": scale is None}
 
 
-def _embedding_dropout(config: Config) -> dict[str, Any]:
-    """megatron-core has one number for the dropout of embeddings and of branches."""
-    return {"embd_pdrop": config["hidden_dropout"]} if "hidden_dropout" in config else {}
-
-
 SIZES = (
     *sizes(layers="n_layer", hidden="n_embd", heads="n_head", groups="", head_dim="", ffn="n_inner", positions="n_positions",
            ffn_default=lambda config: 4 * count(config, "n_embd"), positions_default=1024, tied=True),
     counts(positions="seq_length"),
-    *dropouts(attention="attn_pdrop", hidden="resid_pdrop", default=0.1),
-    Field(lambda _config: {}, _embedding_dropout),
+    *dropouts(attention="attn_pdrop", hidden="resid_pdrop", embedding="embd_pdrop", default=0.1),
     *layer_norm("layer_norm_epsilon"),
     llama.PLAIN_ATTENTION,
     fixed(add_bias_linear=True, position_embedding_type="learned_absolute"),

@@ -70,7 +70,7 @@ CONFIG = (
     *sizes(groups="", head_dim=""),
     named(fused=lambda model: model.queries + 2 * model.keys),
     *layer_norm(),
-    *dropouts(hidden="hidden_dropout"),
+    *dropouts(hidden="hidden_dropout", embedding="hidden_dropout"),
     *mlp("gelu", "gelu_new", "relu", gated=False),
     Field(_read_rope, _write_rope),
     Field(

@@ -53,7 +53,7 @@ CONFIG = (
     *sizes(layers="n_layer", hidden="n_embd", heads="n_head", groups="", head_dim="", ffn="n_inner", ffn_default=_four_times,
            positions="n_positions"),
     *layer_norm("layer_norm_epsilon"),
-    *dropouts(attention="attn_pdrop", hidden="resid_pdrop"),
+    *dropouts(attention="attn_pdrop", hidden="resid_pdrop", embedding="embd_pdrop"),
     *mlp("gelu_new", "gelu", gated=False, huggingface="activation_function"),
     BIASES,
     Field(_read_rotary, _write_rotary),

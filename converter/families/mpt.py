@@ -1,12 +1,12 @@
 """MPT: ALiBi, LayerNorm without bias, no biases; query, key and value one after another.
 
-`alibi_bias_max` is read as MosaicML's own code does; transformers takes 8 whatever it is.
+transformers takes 8 for `alibi_bias_max` whatever it says, and MosaicML's own code what it says: another is not trained.
 """
 
 from collections.abc import Iterator
 from typing import Any, cast
 
-from converter.config import Config, Field, fixed, value
+from converter.config import Config, Field, fixed, number, value
 from converter.config_layers import no_window
 from converter.config_parts import dropouts, layer_norm, only, sizes
 from converter.families.bloom import four_times
@@ -42,36 +42,41 @@ def _attention(config: Config) -> Config:
     return cast("Config", found)
 
 
+_BIAS_MAX = 8
+
+
 def _read_attention(config: Config) -> dict[str, Any]:
     attention = _attention(config)
+    drops = {"attn_pdrop": attention.get("attn_pdrop"), **{name: config.get(name) for name in ("resid_pdrop", "emb_pdrop")}}
+    bias_max = number("alibi_bias_max", attention.get("alibi_bias_max", _BIAS_MAX))
     return {
         "position_embedding_type": "alibi",
-        "alibi": {"bias_max": float(attention.get("alibi_bias_max", 8))},
-        "attention_dropout": attention.get("attn_pdrop", 0.0),
+        "alibi": {"bias_max": float(_BIAS_MAX)},
+        "alibi_bias_max": None if bias_max == _BIAS_MAX else bias_max,
+        "dropouts": {name: found for name, found in drops.items() if found} or None,
         "softmax_scale": attention.get("softmax_scale"),
         "clip_qkv": attention.get("clip_qkv"),
     }
 
 
 def _write_attention(config: Config) -> dict[str, Any]:
-    slopes: Any = config.get("alibi") or {}
-    bias_max = slopes.get("bias_max", 8.0)
-    return {
-        "attn_config": {
-            "alibi": True,
-            "alibi_bias_max": int(bias_max) if float(bias_max).is_integer() else bias_max,
-            "attn_pdrop": config.get("attention_dropout", 0.0),
-            "softmax_scale": config.get("softmax_scale"),
-            "clip_qkv": config.get("clip_qkv"),
-        }
+    drops: Config = config.get("dropouts") or {}
+    bias_max = config.get("alibi_bias_max")
+    attention = {
+        "alibi": True,
+        "alibi_bias_max": _BIAS_MAX if bias_max is None else bias_max,
+        "attn_pdrop": drops.get("attn_pdrop", 0.0),
+        "softmax_scale": config.get("softmax_scale"),
+        "clip_qkv": config.get("clip_qkv"),
     }
+    return {"attn_config": attention, **{name: drops.get(name, 0.0) for name in ("resid_pdrop", "emb_pdrop")}}
 
 
 CONFIG = (
     *sizes(layers="n_layers", hidden="d_model", heads="n_heads", groups="", head_dim="", ffn="n_inner", ffn_default=value(4),
            positions="max_seq_len", tied=True),
     four_times("d_model"),
-    *dropouts(attention="", hidden="resid_pdrop"),
+    *dropouts(attention=""),
     *layer_norm("layer_norm_epsilon"),
     fixed(activation_func="gelu", gated_linear_unit=False, num_moe_experts=None, add_bias_linear=False, add_qkv_bias=False,
           qk_layernorm=False),

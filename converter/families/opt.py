@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from converter.config import counts, field, fixed, named, value
+from converter.config import counts, fixed, named
 from converter.config_layers import no_window
 from converter.config_parts import dropouts, mlp, only, sizes
 from converter.families.bloom import normed
@@ -46,8 +46,7 @@ CONFIG = (
     *sizes(groups="", head_dim="", ffn="ffn_dim", tied=True),
     counts(longest="seq_length"),
     named(positions=_positions),
-    *dropouts(),
-    field("hidden_dropout", "dropout", default=value(0.1)),
+    *dropouts(hidden="dropout", default=0.1, attention_default=0.0, elsewhere=("layerdrop",)),
     *mlp("relu", gated=False, huggingface="activation_function"),
     fixed(normalization="LayerNorm", layernorm_epsilon=1e-5, add_bias_linear=True, add_qkv_bias=False, qk_layernorm=False,
           position_embedding_type="learned_absolute", position_offset=2),

@@ -40,7 +40,7 @@ RULES = (
 )
 CONFIG = (
     *sizes(groups="", head_dim="", positions_default=16384),
-    *dropouts(hidden="hidden_dropout"),
+    *dropouts(elsewhere=("hidden_dropout",)),
     *layer_norm(),
     *mlp("relu2", "relu", "gelu", gated=False),
     fixed(add_bias_linear=True, add_qkv_bias=False),

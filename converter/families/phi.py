@@ -29,7 +29,7 @@ BIASES = fixed(add_bias_linear=True, add_qkv_bias=False, qk_layernorm=False, par
 CONFIG = (
     *sizes(head_dim=""),
     *layer_norm(),
-    *dropouts(hidden="resid_pdrop"),
+    *dropouts(hidden="resid_pdrop", embedding="embd_pdrop"),
     *mlp("gelu_new", "gelu", gated=False),
     BIASES,
     rope("default", partial=partial_rotary(0.5)),

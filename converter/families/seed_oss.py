@@ -2,7 +2,7 @@
 
 from converter.config import field, fixed, flag, switches, value
 from converter.config_layers import no_window
-from converter.config_parts import mlp, rms_norm, sizes
+from converter.config_parts import dropouts, mlp, rms_norm, sizes
 from converter.config_rope import rope
 from converter.families import llama
 from converter.model import Model
@@ -36,8 +36,7 @@ RULES = llama.decoder(
 )  # fmt: skip
 CONFIG = (
     *sizes(groups_default=8, head_dim_default=128, positions_default=524288),
-    field("attention_dropout", "attention_dropout", default=value(0.1)),
-    field("hidden_dropout", "residual_dropout", default=value(0.1)),
+    *dropouts(hidden="residual_dropout", default=0.1),
     *rms_norm(),
     *mlp("silu", gated=True),
     fixed(qk_layernorm=False),
@@ -48,4 +47,4 @@ CONFIG = (
     no_window("window_size"),
 )
 EXTRAS = llama.EXTRAS
-SMALL = {"head_dim": 16}
+SMALL = {"head_dim": 16, "residual_dropout": 0.0}

@@ -71,7 +71,7 @@ CONFIG = (
     *sizes(head_dim="", positions_default=4096),
     field("num_query_groups", "num_key_value_heads", default=value(32)),
     *layer_norm(),
-    *dropouts(hidden="hidden_dropout"),
+    *dropouts(elsewhere=("hidden_dropout",)),
     *mlp("silu", gated=True),
     *llama.NO_BIAS,
     rope("default", partial=partial_rotary(0.25)),

@@ -34,7 +34,7 @@ CONFIG = (
     *sizes(positions_default=4096, tied=True),
     field("num_query_groups", "num_key_value_heads", default=value(2)),
     field("init_method_std", "initializer_range", default=value(0.018042)),
-    *dropouts(hidden="residual_dropout"),
+    *dropouts(hidden="residual_dropout", embedding="embedding_dropout"),
     *layer_norm("norm_epsilon"),
     *mlp("gelu_pytorch_tanh", "gelu", "relu", gated=False),
     flag("add_bias_linear", "use_bias", default=True),

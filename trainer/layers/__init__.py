@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 from trainer.layers.branch_norms import branch_norms
-from trainer.layers.embedding import embedding_layernorm, position_offset
+from trainer.layers.embedding import embedding_dropout, embedding_layernorm, position_offset
 from trainer.layers.head_norms import head_norms
 from trainer.layers.late_norms import late_norms
 from trainer.layers.local_attention import latent_epsilon, local_attention
 from trainer.layers.norms import accepted, local_norms
 from trainer.layers.output import output_bias
 from trainer.layers.parallel_residual import parallel_residual
+from trainer.layers.recomputed_bias import recomputed_bias
 from trainer.layers.residual_multiplier import residual_multiplier
 from trainer.layers.rope import own_frequencies, sliding_rope
 from trainer.layers.scores import changed_scores
@@ -40,10 +41,12 @@ MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     sliding_rope,
     late_norms,
     position_offset,
+    embedding_dropout,
     embedding_layernorm,
     output_bias,
     activation_weights,
     latent_epsilon,
+    recomputed_bias,
 )
 """Functions `(provider, model)` that change this rank's chunk of a GPTModel in place."""
 

@@ -1,4 +1,4 @@
-"""What is done to the embedding of tokens: positions that begin at another number (OPT), a LayerNorm after it (Bloom)."""
+"""What is done to embeddings: positions that begin at another number (OPT), dropout of its own, a LayerNorm after it (Bloom)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ def position_offset(provider: Any, model: Any) -> None:
         return args, {**kwargs, "position_ids": kwargs["position_ids"] + provider.position_offset}
 
     model.embedding.register_forward_pre_hook(shifted, with_kwargs=True)
+
+
+def embedding_dropout(provider: Any, model: Any) -> None:
+    """Drop another share of the embeddings' numbers than of what branches add."""
+    if provider.embedding_dropout is not None and model.pre_process:
+        model.embedding.embedding_dropout.p = provider.embedding_dropout
 
 
 def embedding_layernorm(provider: Any, model: Any) -> None:

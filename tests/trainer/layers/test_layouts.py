@@ -22,13 +22,7 @@ WITHOUT = {
     "parallel_residual": None, "pre_layernorms": True, "post_layernorms": False, "residual_multiplier": 1.0,
     "qk_layernorm_scope": "head", "layernorm_zero_centered_gamma": False,
 }  # fmt: skip
-CASES = [
-    (piece, layout)
-    for piece in PIECES
-    for layout in passes.LAYOUTS
-    # megatron-core's recomputation of a feed-forward part that returns its bias apart does not end.
-    if (piece, layout) != ("multiplier_with_biases", "selective_recompute")
-]
+CASES = [(piece, layout) for piece in PIECES for layout in passes.LAYOUTS]
 TOLERANCE = 2e-5
 """Of the largest gradient: fp32 sums in another order."""
 

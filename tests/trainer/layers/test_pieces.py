@@ -87,3 +87,28 @@ def test_a_zero_centred_norm_is_torch_s_with_a_weight_more_by_one(kind):
     theirs = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[kind](8, eps=1e-5)
     theirs.weight.data = norm.weight.data + 1
     torch.testing.assert_close(norm(states), theirs(states))
+
+
+def _forward(fields):
+    """Whether each parameter is still a leaf after a forward pass on this rank: if not, the backward pass may never end."""
+    from tests.trainer.layers.passes import SEQUENCE, SMALL
+    from tests.trainer.small import FixedTokens
+    from trainer import model, parallel
+    from trainer.config import RunConfig
+    from trainer.settings.resolve import resolve
+
+    config = RunConfig(model=GPTModelProvider(**{**SMALL, **fields}), dataset=FixedTokens(64, SEQUENCE), mixed_precision="fp32")
+    config.train.global_batch_size, config.train.micro_batch_size, config.optimizer.lr = 2, 2, 1e-4
+    config = resolve(config, world_size=1, device="cpu").config
+    with parallel.session(config, "cpu"):
+        (chunk,) = model.build(config.model)
+        tokens = torch.arange(SEQUENCE)[None]
+        chunk(tokens, tokens, None, labels=tokens)
+        return {name: parameter.is_leaf for name, parameter in chunk.named_parameters()}
+
+
+def test_biases_of_recomputed_feed_forward_parts_stay_parameters(ranks):
+    fields = {"add_bias_linear": True, "recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    found = ranks.run(_forward, 1, fields)[0]
+    assert any(name.endswith("linear_fc2.bias") for name in found)
+    assert [name for name, leaf in found.items() if not leaf] == []
