@@ -30,7 +30,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from converter.config import to_megatron
 from converter.families import find
 from formats.errors import UserError, format_untrusted
-from trainer import device, layers
+from trainer import absent_weights, device, layers
 from trainer.config import FilePath
 from trainer.layers.output import capped
 from trainer.loss import WithoutPadding
@@ -261,7 +261,10 @@ def build(provider: Any) -> list[torch.nn.Module]:
     Raises UserError where megatron-core refuses the settings.
     """
     with refused.user_errors("model", provider, try_again):
-        return [chunk.to(device.current()) for chunk in _chunks(provider)]
+        chunks = [chunk.to(device.current()) for chunk in _chunks(provider)]
+    if isinstance(provider, GPTModelProvider) and provider.hf_config:
+        absent_weights.freeze(chunks, provider.hf_config)
+    return chunks
 
 
 def try_again(provider: Any) -> None:
