@@ -5,7 +5,7 @@ What a family or a format asks for is checked where it is planned.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.location import is_remote, without_secrets
 from formats.replacement import Rule
-from formats.spec import Reader, TensorSpec, dtype_name, extent
+from formats.spec import Reader, dtype_name, extent
 from formats.target import check_target
 
 
@@ -153,10 +153,3 @@ def check_exact(reader: Reader, plan: TensorPlan) -> None:
                     f"which rounds in {dtype_name(target)}",
                     hint="convert with `--dtype fp32`",
                 )
-
-
-def check_dimensions(specs: Mapping[str, TensorSpec]) -> None:
-    """Raise UserError for a tensor without dimensions: no row table applies to it."""
-    for name, spec in specs.items():
-        if not spec.shape:
-            raise UserError(f"`{name}` has no dimensions, which is not supported")

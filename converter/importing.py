@@ -30,7 +30,7 @@ from converter.recognize import refuse_unfit
 from converter.side_files import SideFiles
 from converter.sources import Source
 from converter.values import KEEP, dtype_of_most_parameters
-from converter.views import RowReader, megatron_view, tied
+from converter.views import megatron_view, tied
 from formats.dcp_index import METADATA
 from formats.detect import open_megatron
 from formats.errors import UserError, format_untrusted
@@ -165,10 +165,9 @@ def _options(wanted: ImportOptions, layout: Layout, *, experts: bool) -> dict[st
 def _views(found: _Import, written: Folder, dtype: str) -> tuple[CheckpointView, CheckpointView]:
     """Return the source, and what an export of the written output would give. Its padding must be zero."""
     back = open_megatron(written)
-    rows = RowReader(found.source.reader)
-    tensor_plans = as_stored(rows.specs)
+    tensor_plans = as_stored(found.source.reader.specs)
     ties = tied(tensor_plans.values(), found.family, found.model)
-    source = CheckpointView(found.source.label, rows, tensor_plans, tied=ties)
+    source = CheckpointView(found.source.label, found.source.reader, tensor_plans, tied=ties)
     output = megatron_view(back, reference.find(back, None), zero=_padding(found.plan, found.model))
     return (source, output) if dtype == KEEP else (source.cast(dtype), output.cast(dtype))
 

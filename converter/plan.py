@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -122,10 +123,10 @@ class Piece:
     def nbytes(self) -> int:
         return prod(extent(self.region)) * self.tensor.spec.dtype.itemsize
 
-    def copies(self) -> Iterator[tuple[RowCopy, Region, slice]]:
-        """Yield what is copied, the source's region, and the piece's rows that it fills. A number without dimensions is a row."""
+    def copies(self) -> Iterator[tuple[RowCopy, Region, slice | EllipsisType]]:
+        """Yield what is copied, the source's region, and the piece's rows that it fills: `...` where it has no dimensions."""
         if not self.region:
-            yield from ((copy, (), slice(0, 1)) for copy in self.tensor.copies)
+            yield from ((copy, (), ...) for copy in self.tensor.copies)
             return
         rows, rest = self.region[0], self.region[1:]
         for copy in self.tensor.copies:

@@ -124,7 +124,7 @@ class PieceBuffers:
 
         The array has the shape of the piece's region and the dtype of its tensor; rows that no copy fills hold its `fill`.
         """
-        out = self._target.view(extent(piece.region) or (1,), piece.tensor.spec.dtype, offset=offset)
+        out = self._target.view(extent(piece.region), piece.tensor.spec.dtype, offset=offset)
         transform, filled = piece.tensor.transform, list[slice]()
         if transform and transform.moves_values:
             for move in piece.moves(transform):
@@ -134,8 +134,9 @@ class PieceBuffers:
         else:
             for copy, region, rows in piece.copies():
                 self._read(reader, copy, region, out[rows], in_order=piece.tensor.reads_in_order)
-                filled.append(rows)
-        _fill_the_rest(filled, out, piece.tensor.fill)
+                filled += [rows] if isinstance(rows, slice) else []
+        if piece.region:
+            _fill_the_rest(filled, out, piece.tensor.fill)
         return out
 
     def _read(self, reader: Reader, copy: RowCopy, region: Region, out: Array, *, in_order: bool) -> None:

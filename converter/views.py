@@ -21,7 +21,7 @@ from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader, specs_of
 from formats.json_objects import read_json
 from formats.megatron_reader import MegatronReader
-from formats.spec import Array, JoinedReader, Reader, Region, TensorSpec, ViewSpec
+from formats.spec import JoinedReader
 
 
 def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointView]:
@@ -57,37 +57,15 @@ def _borrowed(neighbour: HuggingFaceReader | MegatronReader, told: HFReference |
     return HFReference(told.config, f"`{neighbour.folder.label}`'s") if told else None
 
 
-class RowReader:
-    """A reader that presents tensors without dimensions as one row of one number."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self.specs = {name: spec if spec.shape else _one_row(spec) for name, spec in reader.specs.items()}
-
-    def read(self, name: str, region: Region, out: Array) -> None:
-        if self._reader.specs[name].shape:
-            self._reader.read(name, region, out)
-        else:
-            self._reader.read(name, (), out.reshape(()))
-
-    def close(self) -> None:
-        self._reader.close()
-
-
-def _one_row(spec: TensorSpec) -> TensorSpec:
-    return ViewSpec(spec.name, (1,), spec.dtype, spec.stored_shape, spec.stored_dtype)
-
-
 def huggingface_view(reader: HuggingFaceReader) -> CheckpointView:
     """Return the view of a Hugging Face directory, with tied tensors if its family is supported."""
-    rows = RowReader(reader)
-    tensor_plans = as_stored(rows.specs)
+    tensor_plans = as_stored(reader.specs)
     config = read_json(reader.folder, CONFIG) if reader.folder.has(CONFIG) else {}
     if config.get("model_type") not in families.names():
-        return CheckpointView(reader.folder.label, rows, tensor_plans)
+        return CheckpointView(reader.folder.label, reader, tensor_plans)
     family = families.find(config["model_type"]).rooted(reader.specs)
     model = make_model(family.CONFIG, config)
-    return CheckpointView(reader.folder.label, rows, tensor_plans, tied=tied(tensor_plans.values(), family, model))
+    return CheckpointView(reader.folder.label, reader, tensor_plans, tied=tied(tensor_plans.values(), family, model))
 
 
 def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[str, int] | None = None) -> CheckpointView:
@@ -98,12 +76,10 @@ def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[
     plan = to_huggingface(family.RULES, model, reader.specs, dtype="keep", known=known)
     reader.check()
     tensor_plans, extras = with_side_files(plan.tensors, family, model, origin)
-    rows = [RowReader(one) for one in extras]
-    untouched = {name: tensor_plan for one in rows for name, tensor_plan in as_stored(one.specs).items()}
     return CheckpointView(
         reader.folder.label,
-        JoinedReader(reader, *rows),
-        {**{tensor_plan.spec.name: tensor_plan for tensor_plan in tensor_plans}, **untouched},
+        JoinedReader(reader, *extras),
+        {tensor_plan.spec.name: tensor_plan for tensor_plan in tensor_plans},
         tied=tied(plan.tensors, family, model),
         zero={**dict.fromkeys(plan.zero, 0), **(zero or {})},
         filled={name: value for name, value in plan.filled.items() if value},
@@ -147,5 +123,4 @@ def tied(tensor_plans: Iterable[TensorPlan], family: Family, model: Model) -> di
 
 def _native(reader: MegatronReader) -> CheckpointView:
     reader.check()
-    rows = RowReader(reader)
-    return CheckpointView(reader.folder.label, rows, as_stored(rows.specs))
+    return CheckpointView(reader.folder.label, reader, as_stored(reader.specs))

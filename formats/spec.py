@@ -82,7 +82,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ViewSpec(TensorSpec):
-    """A tensor read in another shape or dtype than its file has: as bytes if numpy lacks the dtype, a 0-d tensor as one row."""
+    """A tensor read in another shape or dtype than its file has: as bytes if numpy lacks the dtype."""
 
     file_shape: Shape
     file_dtype: str

@@ -17,7 +17,7 @@ from converter import families, reference, side_files
 from converter.adapters.adapter import AdapterReader, Base, Delta
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.names import PREFIX, WEIGHT, adapted_modules, module_of
-from converter.checks import check_dimensions, check_filled
+from converter.checks import check_filled
 from converter.config import make_model
 from converter.families import Family
 from converter.model import Model
@@ -89,7 +89,6 @@ def open_base(folder: Folder, given: Folder | None) -> Source:
         source = huggingface_source(reader)
         _refuse_unfit(source)
         check_dtypes(reader.specs)
-        check_dimensions(reader.specs)
         return source
     checkpoint = open_megatron(folder)
     origin = reference.find(checkpoint, given)

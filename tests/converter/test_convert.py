@@ -136,6 +136,20 @@ def test_inverse_frequencies_of_old_llama_2_files_travel(model_folder, tmp_path)
     assert model_tree(there_and_back(source, tmp_path, tp=2, pp=2)) == tree(source)
 
 
+def test_numbers_without_dimensions_travel_and_are_compared(model_folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(model_folder("gqa", dtype="bfloat16"), source)
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.2.self_attn.rotary_emb.inv_freq"
+    weights[name] = torch.tensor(0.625, dtype=torch.bfloat16)
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    back = there_and_back(source, tmp_path, tp=2)
+    assert model_tree(back) == tree(source)
+    assert verify(source, back).same
+    save_file({**weights, name: torch.tensor(0.5, dtype=torch.bfloat16)}, source / "model.safetensors", {"format": "pt"})
+    assert [one.name for one in verify(source, back).different] == [name]
+
+
 def test_a_tied_output_layer_equal_to_the_embedding_comes_back(model_folder, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(model_folder("tied", dtype="bfloat16"), source)
