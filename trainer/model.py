@@ -31,7 +31,7 @@ from converter.config import to_megatron
 from converter.config_parts import described
 from converter.families import find
 from formats.errors import UserError
-from trainer import device, layers
+from trainer import absent_weights, device, layers
 from trainer.config import FilePath
 from trainer.layers.output import capped
 from trainer.loss import WithoutPadding
@@ -265,7 +265,10 @@ def build(provider: Any) -> list[torch.nn.Module]:
     Raises UserError where megatron-core refuses the settings.
     """
     with refused.user_errors("model", provider, try_again):
-        return [chunk.to(device.current()) for chunk in _chunks(provider)]
+        chunks = [chunk.to(device.current()) for chunk in _chunks(provider)]
+    if isinstance(provider, GPTModelProvider) and provider.hf_config:
+        absent_weights.freeze(chunks, provider.hf_config)
+    return chunks
 
 
 def try_again(provider: Any) -> None:

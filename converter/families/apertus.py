@@ -3,7 +3,7 @@
 from converter.config import fixed
 from converter.config_layers import no_window
 from converter.config_parts import dropouts, mlp, only, rms_norm, sizes
-from converter.config_rope import rope
+from converter.config_rope import BUILT_IN_ROPE, rope
 from converter.families import llama, qwen3
 from converter.rules import column_parallel, replicated
 
@@ -19,6 +19,8 @@ RULES = llama.decoder(
     llama.MLP[2],
     *(replicated(f"mlp.activation_func.alpha_{one}", f"mlp.act_fn.alpha_{one}", 1) for one in ("p", "n")),
 )
+ROPE = {"rope_type": "llama3", "rope_theta": 12e6, "factor": 8.0, **BUILT_IN_ROPE}
+
 CONFIG = (
     *sizes(positions_default=65536),
     *dropouts(),
@@ -26,7 +28,7 @@ CONFIG = (
     *mlp("xielu", gated=False),
     fixed(add_qkv_bias=False, qk_layernorm=True),
     *llama.NO_BIAS,
-    rope("default", "llama3", theta=12e6),
+    rope("default", "llama3", theta=12e6, default=ROPE),
     no_window("window_size"),
     only(attention_bias=False),
 )

@@ -33,4 +33,4 @@ CONFIG = (
     no_window("window_size"),
 )
 EXTRAS = llama.EXTRAS
-SMALL = {"head_dim": 16, "pad_token_id": 0}
+SMALL = {"head_dim": 16}

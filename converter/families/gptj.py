@@ -6,6 +6,7 @@ from converter.config import Config, Field, count, fixed
 from converter.config_layers import no_window
 from converter.config_parts import dropouts, layer_norm, mlp, sizes
 from converter.families.gpt_neox import both, normed
+from converter.families.llama import untied
 from converter.families.phi import BIASES
 from converter.rules import Rule, always, column_parallel, qkv, replicated, row_parallel, under, vocab_parallel
 
@@ -28,7 +29,7 @@ def decoder(attention: Rule) -> tuple[Rule, ...]:
         vocab_parallel("embedding.word_embeddings.weight", "transformer.wte.weight", "hidden"),
         *under("decoder.layers.{layer}", "transformer.h.{layer}", layer),
         *normed("decoder.final_layernorm.", "transformer.ln_f"),
-        vocab_parallel("output_layer.weight", "lm_head.weight", "hidden"),
+        vocab_parallel("output_layer.weight", "lm_head.weight", "hidden", when=untied, tied_to="transformer.wte.weight"),
         vocab_parallel("output_layer.bias", "lm_head.bias"),
     )
 
@@ -57,8 +58,7 @@ CONFIG = (
     *mlp("gelu_new", "gelu", gated=False, huggingface="activation_function"),
     BIASES,
     Field(_read_rotary, _write_rotary),
-    fixed(position_embedding_type="rope", rotary_base=10000.0, rotary_interleaved=True,
-          share_embeddings_and_output_weights=False),
+    fixed(position_embedding_type="rope", rotary_base=10000.0, rotary_interleaved=True),
     no_window("window_size"),
 )  # fmt: skip
 EXTRAS = tuple(f"transformer.h.{{layer}}.attn.{name}" for name in ("bias", "masked_bias"))

@@ -43,4 +43,3 @@ CONFIG = (
     not_computed("clip_qkv"),
 )
 EXTRAS = llama.EXTRAS
-SMALL = {"pad_token_id": 0}

@@ -62,6 +62,6 @@ CONFIG = (
 )
 SMALL = {
     "num_key_value_heads": 8, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
+    "v_head_dim": 12, "pad_token_id": None,
 }  # fmt: skip
 PROVIDER = ("latent_layernorm_epsilon",)

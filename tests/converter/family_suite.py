@@ -124,7 +124,7 @@ MORE_RUNS: dict[str, dict] = {
 }
 
 
-def check_logits(ranks, folder, work, *, runs=None, more=""):
+def check_logits(ranks, folder, work, *, runs=None, more="", attention="eager"):
     """The model that `mbtrain` builds loads the checkpoint strictly, whatever layouts both have, and computes what transformers
     computes.
 
@@ -132,7 +132,7 @@ def check_logits(ranks, folder, work, *, runs=None, more=""):
     """
     hf_to_mcore(folder, work / "megatron", tp=2)
     config, iteration = json.loads((folder / "config.json").read_text()), str(work / "megatron" / "iter_0000000")
-    expected = transformers_logits(folder)
+    expected = transformers_logits(folder, attention)
     largest = np.abs(expected).max()
     for name, settings in (runs or RUNS).items():
         world = settings.get(TP, 1) * settings.get(PP, 1)
@@ -142,14 +142,14 @@ def check_logits(ranks, folder, work, *, runs=None, more=""):
         np.testing.assert_allclose(logits[..., : expected.shape[-1]], expected, atol=1e-4 * largest, rtol=0, err_msg=name)
 
 
-def transformers_logits(folder):
+def transformers_logits(folder, attention="eager"):
     """What transformers computes of `TOKENS` in fp32; large enough to tell models apart."""
     from transformers import AutoConfig
 
     twin = remote_code.twin_of(folder)
     folder = twin if twin.exists() else folder
     model = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation=attention
     )
     with torch.no_grad():
         expected = model(torch.tensor(TOKENS)).logits.numpy()

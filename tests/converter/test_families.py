@@ -11,7 +11,7 @@ from converter import UserError, families
 from converter.config import make_model, to_huggingface, to_megatron
 from converter.console import show_families
 from converter.planner import huggingface_tensors
-from tests.converter.family_suite import check_config, check_logits, check_names, check_round_trip, save_small
+from tests.converter.family_suite import MORE_RUNS, check_config, check_logits, check_names, check_round_trip, save_small
 from tests.converter.remote_code import TWINS
 from tests.models import BASE, VARIANTS
 
@@ -57,6 +57,12 @@ def test_a_family_s_weights_come_back_to_the_bit(saved, tmp_path):
 def test_a_family_s_logits_are_those_of_transformers_where_megatron_core_computes_it(saved, ranks, tmp_path):
     if families.find(saved[0]).trains:
         check_logits(ranks, saved[1], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_family_s_logits_are_the_same_at_more_layouts(saved, ranks, tmp_path):
+    if families.find(saved[0]).trains:
+        check_logits(ranks, saved[1], tmp_path, runs=MORE_RUNS)
 
 
 @pytest.mark.parametrize("family", families.names())

@@ -12,9 +12,10 @@ from tests.trainer import small, test_parity
 from tests.trainer.small import BATCH, STEPS
 from tests.trainer.test_generation import answers, tokens, transformers_tokens
 
-TRAINED = ("qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "glm4", "granite", "gpt_neox", "cohere", "minicpm3")
+TRAINED = ("qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "glm4", "granite", "gpt_neox", "cohere",
+           "minicpm3", "olmo")  # fmt: skip
 """One of each kind: own layers, norms after branches, parallel branches, multipliers, caps, two ropes, fused projections, latent
-attention."""
+attention, weights that Hugging Face lacks."""
 
 FEW, END = 5, 2
 TP2 = {"model__tensor_model_parallel_size": 2}

@@ -23,8 +23,9 @@ from converter import families, reference, run_config
 from converter.adapters.files import refuse_adapter
 from converter.checks import check_equal
 from converter.config import make_model
-from converter.plan import TensorPlan, as_stored, list_names
+from converter.plan import Piece, TensorPlan, as_stored, list_names
 from converter.planner import Plan, to_megatron
+from converter.run import PieceBuffers
 from converter.side_files import CONFIG
 from converter.sources import open_source
 from formats.arrays import bands
@@ -212,26 +213,17 @@ def check_names_and_shapes(
 
 
 def _rows(tensor_plan: TensorPlan) -> int:
-    return max((copy.dst_row + copy.rows for copy in tensor_plan.copies), default=0)
+    return max((part.dst_row + part.rows for part in tensor_plan.ranges), default=0)
 
 
 @torch.no_grad()
 def fill(local: LocalShard, tensor_plan: TensorPlan, reader: Reader) -> None:
-    """Copy the rows of each of the plan's sources into the shard; rows without a source become zero."""
-    rows = local.region[0]
-    covered = 0
-    for copy in tensor_plan.copies:
-        overlap = slice(max(rows.start, copy.dst_row), min(rows.stop, copy.dst_row + copy.rows))
-        for band in bands(overlap, _step(local, copy.dtype)) if overlap.start < overlap.stop else ():
-            shift = copy.src_row - copy.dst_row
-            region = (slice(band.start + shift, band.stop + shift), *local.region[1:])
-            data = np.empty(extent(region), copy.dtype)
-            reader.read(copy.source, region, data)
-            (inside,) = relative_to((band,), (rows,))
-            local.data[inside].copy_(as_tensor(data))
-            covered += band.stop - band.start
-    if covered < rows.stop - rows.start:
-        local.data[covered:].zero_()
+    """Copy the rows of each of the plan's sources into the shard; rows without a source become the plan's `fill`."""
+    buffers, rows = PieceBuffers(), local.region[0]
+    for band in bands(rows, _step(local, tensor_plan.spec.dtype)):
+        data = buffers.make(Piece(tensor_plan, (band, *local.region[1:])), reader)
+        (inside,) = relative_to((band,), (rows,))
+        local.data[inside].copy_(as_tensor(data))
 
 
 def _step(local: LocalShard, dtype: np.dtype[Any]) -> int:
@@ -249,6 +241,6 @@ def as_tensor(data: Array) -> torch.Tensor:
 
 
 def _loaded(tensor_plans: Mapping[str, TensorPlan], reader: Reader) -> Loaded:
-    read = {copy.source for tensor_plan in tensor_plans.values() for copy in tensor_plan.copies}
+    read = {name for tensor_plan in tensor_plans.values() for name in tensor_plan.sources}
     parameters = sum(prod(reader.specs[name].shape) for name in read)
     return Loaded(tensors=len(read), of=len(reader.specs), parameters=parameters)
