@@ -2,7 +2,7 @@
 
 from converter.config import field, fixed, switches, value
 from converter.config_layers import no_window
-from converter.config_parts import dropouts, layer_norm, mlp, multipliers, sizes
+from converter.config_parts import dropouts, layer_norm, mlp, multipliers, only, sizes
 from converter.config_rope import rope
 from converter.families import llama
 from converter.model import Model
@@ -32,6 +32,7 @@ SIZES = (
     *dropouts(),
     *mlp("silu", gated=True),
     *llama.NO_BIAS,
+    only(attention_bias=False),
     *multipliers(logits=field("mup_output_mult", "logit_scale", default=value(0.0625))),
     fixed(add_qkv_bias=False, parallel_residual="one_norm", rotary_interleaved=True),
 )

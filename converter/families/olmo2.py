@@ -2,7 +2,7 @@
 
 from converter.config import fixed
 from converter.config_layers import no_window
-from converter.config_parts import dropouts, mlp, rms_norm, sizes
+from converter.config_parts import dropouts, mlp, only, rms_norm, sizes
 from converter.config_rope import rope
 from converter.families import llama
 from converter.rules import replicated
@@ -23,6 +23,7 @@ SIZES = (
     *dropouts(),
     *mlp("silu", gated=True),
     *llama.NO_BIAS,
+    only(attention_bias=False),
     fixed(add_qkv_bias=False, qk_layernorm=True, qk_layernorm_scope="all_heads", pre_layernorms=False, post_layernorms=True),
 )
 CONFIG = (*SIZES, rope("default"), no_window("window_size"))

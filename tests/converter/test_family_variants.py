@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from converter import hf_to_mcore
+from formats.errors import UserError
 from tests.converter.family_suite import check_logits, check_names, check_round_trip, save_small
 
 VARIANTS = {
@@ -36,3 +40,16 @@ def test_a_variant_is_converted_to_the_bit_and_has_transformers_logits(variant, 
     check_names(family, folder)
     check_round_trip(folder, tmp_path)
     check_logits(ranks, folder, tmp_path, attention=OTHER_ATTENTION.get(variant, "eager"))
+
+
+BIASED = ("apertus", "cohere", "cohere2", "gemma2", "hunyuan_v1_dense", "minicpm3", "olmo2", "olmo3", "qwen3", "youtu")
+"""Families that transformers has a switch for, without a published model that turns it on."""
+
+
+@pytest.mark.parametrize("family", BIASED)
+def test_biases_that_no_published_model_has_are_refused_by_name(family, tmp_path):
+    folder = save_small(family, tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
+    with pytest.raises(UserError, match="`attention_bias` is `True`"):
+        hf_to_mcore(folder, tmp_path / "m")
