@@ -41,4 +41,5 @@ CONFIG = (
     only(attention_bias=False),
 )
 EXTRAS = llama.EXTRAS
+SMALL = {"sliding_window": 8}
 PROVIDER = ("parallel_residual",)

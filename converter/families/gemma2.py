@@ -54,6 +54,6 @@ CONFIG = (
 )
 EXTRAS = llama.EXTRAS
 SMALL = {
-    "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0,
+    "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 64, "sliding_window": 8,
 }  # fmt: skip
 PROVIDER = ("post_layernorms", "attn_logit_softcapping", "final_logit_softcapping")

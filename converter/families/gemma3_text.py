@@ -22,6 +22,8 @@ CONFIG = (
 )
 EXTRAS = llama.EXTRAS
 SMALL = {
+    "query_pre_attn_scalar": 64,
+    "sliding_window": 8,
     "sliding_window_pattern": 2,
     "rope_parameters": {
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},

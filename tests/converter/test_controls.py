@@ -55,7 +55,15 @@ TOGETHER = {
 }
 """What has to change with an option, for megatron-core to build a model."""
 
-OTHER_ACTIVATIONS = {"silu": "gelu", "gelu": "relu", "fast_gelu": "gelu", "relu": "silu", "squared_relu": "relu", "xielu": "silu"}
+OTHER_ACTIVATIONS = {
+    "silu": "gelu",
+    "gelu": "relu",
+    "fast_gelu": "quick_gelu",
+    "relu": "silu",
+    "squared_relu": "relu",
+    "xielu": "silu",
+}
+"""GELU by tanh is nearer to GELU than logits of small models tell."""
 
 NOT_SEEN = {"exact_sequence_length", "latent_layernorm_epsilon"}
 """Fields that change nothing of the sequences that are computed, or too little."""
