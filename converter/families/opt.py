@@ -48,7 +48,7 @@ CONFIG = (
     named(positions=_positions),
     *dropouts(),
     field("hidden_dropout", "dropout", default=value(0.1)),
-    *mlp("relu", gated=False, huggingface="activation_function"),
+    *mlp("relu", "gelu", gated=False, huggingface="activation_function"),
     fixed(normalization="LayerNorm", layernorm_epsilon=1e-5, add_bias_linear=True, add_qkv_bias=False, qk_layernorm=False,
           position_embedding_type="learned_absolute", position_offset=2),
     no_window("window_size"),
