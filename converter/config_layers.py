@@ -31,7 +31,7 @@ def one_full_in(default: int | str, *, name: str = "sliding_window_pattern") -> 
     """
 
     def types(config: Config) -> list[str]:
-        found, layers = config.get(name, config.get(f"_{name}", default)), layers_of(config)
+        found, layers = config.get(name, default), layers_of(config)
         if isinstance(found, str) and found and set(found) <= {"L", "G"}:
             return [SLIDING if found[layer % len(found)] == "L" else FULL for layer in range(layers)]
         each = count({name: found}, name)
@@ -42,9 +42,9 @@ def one_full_in(default: int | str, *, name: str = "sliding_window_pattern") -> 
 
 def layer_types(config: Config, default: Types) -> list[str]:
     """Return the type of each layer. UserError where `layer_types` is damaged, or contradicts the fields that it follows from."""
-    expected, found = list(default(config)), config.get("layer_types")
+    found = config.get("layer_types")
     if found is None:
-        return expected
+        return list(default(config))
     types = cast("list[Any]", found) if isinstance(found, list) else []
     if len(types) != layers_of(config) or any(word not in (FULL, SLIDING) for word in types):
         raise UserError(
@@ -52,7 +52,8 @@ def layer_types(config: Config, default: Types) -> list[str]:
             f"{layers_of(config)} layers"
         )
     named = [name for name in _PATTERNS if config.get(name) is not None]
-    if named and types != expected:
+    expected = list(default(config)) if named else types
+    if types != expected:
         layer = next(layer for layer, pair in enumerate(zip(types, expected, strict=True)) if pair[0] != pair[1])
         raise UserError(
             f"`config.json` says two things: layer {layer} has `{types[layer]}` in `layer_types`, and by `{named[0]}` it is "
@@ -62,8 +63,9 @@ def layer_types(config: Config, default: Types) -> list[str]:
     return types
 
 
-_PATTERNS = ("sliding_window_pattern", "_sliding_window_pattern", "use_sliding_window")
-"""Fields that `layer_types` follows from in some families."""
+_PATTERNS = ("sliding_window_pattern", "use_sliding_window")
+"""Fields that `layer_types` follows from in some families. transformers writes `_sliding_window_pattern` too, and never reads it:
+it is 6 whatever the layers of a Gemma 3 are."""
 
 
 def window_pattern(

@@ -125,6 +125,11 @@ class PieceBuffers:
         The array has the shape of the piece's region and the dtype of its tensor; rows that no copy fills hold its `fill`.
         """
         out = self._target.view(extent(piece.region), piece.tensor.spec.dtype, offset=offset)
+        self.fill(piece, reader, out)
+        return out
+
+    def fill(self, piece: Piece, reader: Reader, out: Array) -> None:
+        """Write a piece's data into `out`, which has the shape of its region and the dtype of its tensor."""
         transform, filled = piece.tensor.transform, list[slice]()
         if transform and transform.moves_values:
             for move in piece.moves(transform):
@@ -137,7 +142,6 @@ class PieceBuffers:
                 filled += [rows] if isinstance(rows, slice) else []
         if piece.region:
             _fill_the_rest(filled, out, piece.tensor.fill)
-        return out
 
     def _read(self, reader: Reader, copy: RowCopy, region: Region, out: Array, *, in_order: bool) -> None:
         same_dtype = out.dtype == copy.dtype

@@ -6,6 +6,7 @@ A Megatron checkpoint is split by the row table that exports it, so merging has 
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -24,6 +25,7 @@ from converter.model import Model
 from converter.plan import Piece, TensorPlan, check_dtypes, list_names
 from converter.recognize import refuse_unfit
 from converter.rules import Rule, tied_names
+from converter.run import PieceBuffers
 from converter.side_files import HFReference
 from converter.sources import Source, huggingface_source, megatron_source
 from converter.views import megatron_view
@@ -63,15 +65,17 @@ def identify_base(folder: Folder, *, name: str) -> BaseModel:
 
 
 class PlannedReader:
-    """Tensors planned from another reader's. Nothing is cast, and row copies cover every tensor."""
+    """Tensors planned from another reader's."""
 
     def __init__(self, reader: Reader, tensor_plans: Mapping[str, TensorPlan]) -> None:
         self._reader, self._tensor_plans = reader, tensor_plans
+        self._local = threading.local()
         self.specs = {name: tensor_plan.spec for name, tensor_plan in tensor_plans.items()}
 
     def read(self, name: str, region: Region, out: Array) -> None:
-        for copy, source_region, rows in Piece(self._tensor_plans[name], region).copies():
-            self._reader.read(copy.source, source_region, out[rows])
+        if not hasattr(self._local, "buffers"):
+            self._local.buffers = PieceBuffers()
+        self._local.buffers.fill(Piece(self._tensor_plans[name], region), self._reader, out)
 
     def close(self) -> None:
         self._reader.close()

@@ -21,7 +21,7 @@ from converter.config import make_model
 from converter.plan import Piece, TensorPlan, as_stored, list_names
 from converter.planner import huggingface_tensors, to_huggingface
 from converter.recognize import refuse_unfit
-from converter.run import in_threads
+from converter.run import PieceBuffers, in_threads
 from converter.side_files import CONFIG
 from converter.sources import open_source
 from formats.detect import open_checkpoint
@@ -31,7 +31,7 @@ from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
 from formats.megatron_reader import MegatronReader
-from formats.spec import Array, Reader, Region, extent
+from formats.spec import Reader, Region
 
 ROWS, WIDTH = 16, 256
 """Rows sampled of a matrix, and elements of each row; of a vector, `WIDTH` elements in all."""
@@ -86,18 +86,19 @@ def _digest(reader: Reader, tensor_plans: list[TensorPlan]) -> str:
     digests: dict[str, bytes] = {}
 
     def start() -> Callable[[TensorPlan], None]:
-        return lambda tensor_plan: digests.update({tensor_plan.spec.name: _hash_sample(reader, tensor_plan)})
+        buffers = PieceBuffers()
+        return lambda tensor_plan: digests.update({tensor_plan.spec.name: _hash_sample(reader, tensor_plan, buffers)})
 
     in_threads(tensor_plans, start, workers=WORKERS)
     return blake3(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
-def _hash_sample(reader: Reader, tensor_plan: TensorPlan) -> bytes:
+def _hash_sample(reader: Reader, tensor_plan: TensorPlan, buffers: PieceBuffers) -> bytes:
     """Return the hash of one tensor's name, shape and sample."""
     spec = tensor_plan.spec
     hasher = blake3(f"{spec.name} {list(spec.shape)}".encode())
     for region in regions(spec.name, spec.shape):
-        hasher.update(_read(reader, tensor_plan, region).astype(np.float32).tobytes())
+        hasher.update(buffers.make(Piece(tensor_plan, region), reader).astype(np.float32).tobytes())
     return hasher.digest()
 
 
@@ -114,11 +115,3 @@ def regions(name: str, shape: tuple[int, ...]) -> Iterator[Region]:
     for number in range(count):
         row = (before[0] - 1) * number // max(count - 1, 1)
         yield slice(row, row + 1), *(slice(0, size) for size in before[1:]), part
-
-
-def _read(reader: Reader, tensor_plan: TensorPlan, region: Region) -> Array:
-    """Read a region of a tensor from the source's tensors."""
-    out = np.empty(extent(region), tensor_plan.spec.dtype)
-    for copy, source_region, rows in Piece(tensor_plan, region).copies():
-        reader.read(copy.source, source_region, out[rows])
-    return out

@@ -21,8 +21,10 @@ from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, siz
 from converter.execution import Reporter
 from converter.plan import TensorPlan, list_names, same_tensor
 from converter.provenance import Provenance
+from converter.rows import RowRange, follow_one_another
 from converter.rules import alternatives
 from converter.side_files import SideFiles
+from converter.transform import Transform
 from formats.arrays import same_bits
 from formats.dcp_index import METADATA
 from formats.errors import UserError
@@ -177,7 +179,14 @@ def _fuse(module: AdaptedModule, adapter: AdapterReader, description: Descriptio
         if factor is Factor.A:
             yield same_tensor(spec, parts[0])
         else:
-            yield TensorPlan(spec, tuple(parts), tuple(module.row_ranges()))
+            yield _plan_fused(spec, parts, tuple(module.row_ranges()))
+
+
+def _plan_fused(spec: TensorSpec, parts: Sequence[TensorSpec], ranges: Sequence[RowRange]) -> TensorPlan:
+    """Plan a tensor from rows of others, and note whether it takes the rows of each from the first to the last: a tensor that is
+    hashed while it is read has to be read in order."""
+    in_order = all(follow_one_another([one for one in ranges if one.part == part]) for part in range(len(parts)))
+    return TensorPlan(spec, tuple(parts), ranges, transform=None if in_order else Transform(to_megatron=True, in_order=False))
 
 
 def _conversion(folder: Folder, base: BaseModel, planned: _Planned) -> Conversion:

@@ -5,7 +5,7 @@ from typing import Any
 
 from converter.config import Config, Field, agreeing, count, fixed, named, value
 from converter.config_layers import no_window
-from converter.config_parts import dropouts, layer_norm, only, sizes
+from converter.config_parts import dropouts, layer_norm, only, renamed, sizes
 from converter.model import Model
 from converter.rules import Rule, column_parallel, replicated, row_parallel, under, vocab_parallel
 
@@ -60,7 +60,7 @@ def fused_qkv(model: Model) -> int:
     return model.queries + 2 * model.keys
 
 
-CONFIG = (
+FIELDS = (
     *sizes(layers="n_layer", heads="n_head", groups="", head_dim="", ffn="n_inner", ffn_default=value(4),
            positions="seq_length", tied=True),
     four_times("hidden_size"),
@@ -72,5 +72,8 @@ CONFIG = (
     no_window("window_size"),
     only(apply_residual_connection_post_layernorm=False),
 )  # fmt: skip
+CONFIG = (renamed(FIELDS, n_embed="hidden_size", num_attention_heads="n_head", num_hidden_layers="n_layer"),)
+"""Published models have the other names."""
+
 SMALL = {"num_attention_heads": 6, "hidden_size": 48}
 PROVIDER = ("alibi", "embedding_layernorm")

@@ -2,7 +2,6 @@
 
 from converter.config_layers import FULL, SLIDING, layers_of, window_pattern
 from converter.config_parts import Config, mlp
-from converter.config_rope import rope
 from converter.families import llama, mistral
 
 MODELS = "Ministral 8B"
@@ -19,7 +18,6 @@ CONFIG = (
     *mistral.SIZES,
     *mlp("silu", gated=True),
     llama.PLAIN_ATTENTION,
-    rope("default", "linear", "llama3", "yarn"),
     window_pattern(_all_slide, default=4096),
 )
 EXTRAS = llama.EXTRAS

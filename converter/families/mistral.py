@@ -15,7 +15,7 @@ SIZES = (
     *llama.SIZES,
     field("num_query_groups", "num_key_value_heads", default=value(8)),
     field("seq_length", "max_position_embeddings", default=value(4096 * 32)),
-    rope("default"),
+    rope("default", "linear", "llama3", "yarn"),
     *llama.NO_BIAS,
 )
 

@@ -47,7 +47,7 @@ CONFIG = (
     counts(longest="seq_length"),
     named(positions=_positions),
     *dropouts(hidden="dropout", default=0.1, attention_default=0.0, elsewhere=("layerdrop",)),
-    *mlp("relu", gated=False, huggingface="activation_function"),
+    *mlp("relu", "gelu", gated=False, huggingface="activation_function"),
     fixed(normalization="LayerNorm", layernorm_epsilon=1e-5, add_bias_linear=True, add_qkv_bias=False, qk_layernorm=False,
           position_embedding_type="learned_absolute", position_offset=2),
     no_window("window_size"),

@@ -55,7 +55,9 @@ CONTROLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "settings"), CONTROLS, ids=str)
+@pytest.mark.parametrize(
+    ("family", "settings"), CONTROLS, ids=[f"{family} {next(iter(settings))}" for family, settings in CONTROLS]
+)
 def test_with_another_setting_the_logits_are_others(family, settings, ranks, tmp_path):
     folder = save_small(family, tmp_path / "hf", dtype="float32")
     hf_to_mcore(folder, tmp_path / "m")
