@@ -20,7 +20,9 @@ from formats.errors import UserError
 from formats.shard_files import INDEX
 from formats.spec import TensorSpec
 
-_LAYER = re.compile(r"(?:(?<=layers\.)|(?<=blocks\.)|(?<=\bh\.))\d+(?=\.)")
+LAYER = re.compile(r"(?:(?<=layers\.)|(?<=blocks\.)|(?<=\bh\.))\d+(?=\.)")
+"""The number of the layer in a name of any family."""
+
 _CORE = re.compile(r"(?P<before>(?:.*?\.)??)(?P<core>(?:layers|blocks|h)\.0\..+|[^.]+\.[^.]+)")
 """A name in two parts: what differs by the class that saved it, and a layer's module or the last two words."""
 
@@ -86,11 +88,11 @@ _FOREIGN = (
 def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], family: Family, model: Model, *, label: str) -> None:
     """Raise UserError for weights that are recognized as other than the plain ones of this model. `label`: their folder."""
     bounded = model.replace(**{name: min(model.get(name, 0), len(specs)) for name in ("layers", "experts", "mtp")})
-    expected = {_LAYER.sub("0", name) for name in layer_names(family.RULES, bounded)}
+    expected = {LAYER.sub("0", name) for name in layer_names(family.RULES, bounded)}
     head = {name for rule in family.RULES if rule.tied_to for name in rule.names(at(model, 0))[1]}
     extras = extra_names(family.EXTRAS, model.replace(layers=1))
     passing = family.PASSTHROUGH_PREFIXES
-    stored = {_LAYER.sub("0", name): name for name in specs if not (passing and name.startswith(passing))}
+    stored = {LAYER.sub("0", name): name for name in specs if not (passing and name.startswith(passing))}
     missing, unexpected = expected - stored.keys(), [stored[name] for name in sorted(stored.keys() - expected - head - extras)]
     refuse_quantized(specs, unexpected, config, label=label)
     if not missing and not unexpected:
@@ -98,7 +100,7 @@ def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], fam
     if not any(_LORA.fullmatch(name) for name in unexpected):
         _refuse_renamed(expected - head, stored, head=head, label=label)
     for foreign in _FOREIGN:
-        names = [name for name in unexpected if re.fullmatch(foreign.pattern, _LAYER.sub("0", name))]
+        names = [name for name in unexpected if re.fullmatch(foreign.pattern, LAYER.sub("0", name))]
         if names and not any(re.fullmatch(foreign.pattern, name) for name in expected):
             raise UserError(f"`{label}` holds {list_names(names)}: {foreign.description}", hint=foreign.hint)
     if missing <= head:
@@ -136,8 +138,8 @@ def _refuse_renamed(wanted: set[str], stored: Mapping[str, str], *, head: Iterab
 
 def _in_layer_of(name: str, expected: str) -> str:
     """Return the expected name with the layer of another name."""
-    number = _LAYER.search(name)
-    return _LAYER.sub(number[0], expected) if number else expected
+    number = LAYER.search(name)
+    return LAYER.sub(number[0], expected) if number else expected
 
 
 def _cause(wrappers: Iterable[str], prefix: str, expected: str) -> str:

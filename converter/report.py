@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from converter import families, provenance, run_config
+from converter.recognize import LAYER
 from converter.side_files import CONFIG, load
 from converter.sources import open_source
 from formats.detect import Format, detect, open_megatron
@@ -120,7 +121,7 @@ def _described(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> di
         "family": family if supported else f"{family} (not supported)",
         "architecture": _architecture(config.get("architectures")),
         "parameters": sum(prod(spec.stored_shape) for spec in specs.values()),
-        "layers": len({name.split("layers.")[1].split(".")[0] for name in specs if "layers." in name}),
+        "layers": len({match[0] for name in specs if (match := LAYER.search(name))}),
         "tensors": len(specs),
     }
 

@@ -5,7 +5,7 @@ The formats themselves are `converter.adapters.peft` and `converter.adapters.meg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,15 +115,27 @@ class AdapterReader:
     all_linear: bool = False
     """Whether the configuration requests all linear layers (PEFT's `all-linear`)."""
 
+    fan_in_fan_out: bool = False
+    """Whether the configuration says that weights are stored as [in, out]."""
+
+    transposed: Collection[str] = ()
+    """The weights that the base model stores as [in, out]."""
+
     @property
     def tensor_plans(self) -> dict[str, TensorPlan]:
         """All tensors by PEFT's names."""
         return {tensor_plan.spec.name: tensor_plan for factors in self.parts.values() for tensor_plan in factors.values()}
 
     def read_delta(self, weight: str) -> Delta:
-        """Read the change of one weight, in fp32. Thread-safe. Raises KeyError for a weight that does not change."""
+        """Read the change of one weight as it is stored, in fp32. Thread-safe. Raises KeyError for a weight that does not change.
+
+        The transpose of B · A is Aᵀ · Bᵀ.
+        """
         arrays = {factor: self._read(tensor_plan) for factor, tensor_plan in self.parts[weight].items()}
-        return Delta(arrays[Factor.A], arrays[Factor.B], self.scales[weight], arrays.get(Factor.MAGNITUDE))
+        a, b = arrays[Factor.A], arrays[Factor.B]
+        if weight in self.transposed:
+            a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
+        return Delta(a, b, self.scales[weight], arrays.get(Factor.MAGNITUDE))
 
     def close(self) -> None:
         self.reader.close()

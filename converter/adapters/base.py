@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +23,7 @@ from converter.config import make_model
 from converter.families import Family
 from converter.model import Model
 from converter.plan import Piece, TensorPlan, check_dtypes, list_names
+from converter.planner import huggingface_tensors
 from converter.recognize import refuse_unfit
 from converter.rules import Rule, tied_names
 from converter.run import PieceBuffers
@@ -32,7 +33,7 @@ from converter.views import megatron_view
 from formats.arrays import as_bytes
 from formats.detect import Format, detect, open_megatron
 from formats.dtypes import MODEL_DTYPES
-from formats.errors import UserError
+from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
 from formats.spec import DTYPES, Array, Reader, Region, TensorSpec, dtype_name
@@ -47,6 +48,8 @@ class BaseModel:
     identity: Base
     origin: HFReference
     rules: Sequence[Rule]
+    """With the names of transformers' modules."""
+
     model: Model
 
 
@@ -59,7 +62,7 @@ def identify_base(folder: Folder, *, name: str) -> BaseModel:
         origin = reference.find(open_megatron(folder), None)
     else:
         origin = side_files.from_folder(folder)
-    family = families.find(origin.config.get("model_type"))
+    family = families.find(origin.config.get("model_type")).as_modules()
     identity = Base(folder.origin.get("id", name), fingerprint(folder))
     return BaseModel(identity, origin, family.RULES, make_model(family.CONFIG, origin.config))
 
@@ -104,19 +107,74 @@ def open_base(folder: Folder, given: Folder | None) -> Source:
     return megatron_source(checkpoint, folder, origin, PlannedReader(view.reader, view.tensor_plans))
 
 
-def _supported_family(config: Mapping[str, Any]) -> tuple[Family, Model] | None:
-    """Return the family of a `config.json` and its sizes. Merging does not need a supported family."""
+def _supported_family(source: Source) -> tuple[Family, Model] | None:
+    """Return the family of a model with the names of its tensors, and its sizes. Merging does not need a supported family."""
+    config = source.reference.config
     if config.get("model_type") not in families.names():
         return None
-    family = families.find(config["model_type"])
+    family = families.find(config["model_type"]).rooted(source.reader.specs)
     return family, make_model(family.CONFIG, config)
 
 
 def _refuse_unfit(source: Source) -> None:
     """Raise UserError for weights that are not the plain ones of their family, if it is supported."""
-    config = source.reference.config
-    if supported := _supported_family(config):
-        refuse_unfit(source.reader.specs, config, *supported, label=source.label)
+    if supported := _supported_family(source):
+        refuse_unfit(source.reader.specs, source.reference.config, *supported, label=source.label)
+
+
+def under_names_of(base: Source, adapter: AdapterReader) -> AdapterReader:
+    """Return the adapter under the names of the base's tensors, which may not be those of its modules, and with those known that
+    the base stores as [in, out].
+
+    Raises UserError for DoRA of such a tensor, and if a family that is not supported has such.
+    """
+    supported = _supported_family(base)
+    if supported is None:
+        if adapter.fan_in_fan_out:
+            raise UserError(
+                "the adapter has `fan_in_fan_out: true`: some weights are stored as [in, out], and the base's `model_type`, "
+                f"`{format_untrusted(base.reference.config.get('model_type'))}`, which says which, is not supported",
+                hint="merge it with PEFT (`merge_and_unload`)",
+            )
+        return adapter
+    family, model = supported
+    modules = _module_names(base, family, model)
+    names = {module: name for name, module in modules.items()}
+
+    def is_requested(weight: str) -> bool:
+        return adapter.is_requested(modules.get(weight, weight))
+
+    linear = adapted_modules(family.RULES, model, canonical=True)
+    found = replace(
+        adapter,
+        parts={names.get(weight, weight): tensors for weight, tensors in adapter.parts.items()},
+        scales={names.get(weight, weight): scale for weight, scale in adapter.scales.items()},
+        is_requested=is_requested,
+        transposed={weight for module in linear if module.transposed for weight in module.weights},
+    )
+    _refuse_transposed_dora(found)
+    return found
+
+
+def _module_names(base: Source, family: Family, model: Model) -> dict[str, str]:
+    """Return the tensors of a base whose names are not those of their modules, with the modules' names."""
+    if not family.ROOTS:
+        return {}
+    specs, named = base.reader.specs, families.find(base.reference.config["model_type"]).as_modules()
+    tensors = (huggingface_tensors(rules, model, specs) for rules in (family.RULES, named.RULES))
+    start = family.MODULE_ROOT.partition(".")[0] + "."
+    passing = [name for name in specs if name.startswith(family.PASSTHROUGH_PREFIXES or ("\0",)) and not name.startswith(start)]
+    towers = {name: start + name for name in passing}
+    return towers | {name: module for (name, _), (module, _) in zip(*tensors, strict=True) if name != module}
+
+
+def _refuse_transposed_dora(adapter: AdapterReader) -> None:
+    weight = min(adapter.parts.keys() & set(adapter.transposed), default="")
+    if weight and adapter.description.method == "dora":
+        raise UserError(
+            f"`{weight}` is stored as [in, out], into which a DoRA cannot be merged here",
+            hint="merge it with PEFT (`merge_and_unload`) and convert the merged model",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +220,7 @@ def survey(adapter: AdapterReader, base: Source, folder: Folder) -> Survey:
 
 def _check_ties(source: Source, names: Collection[str]) -> None:
     """Raise UserError if an adapter changes one of two names of a tied tensor."""
-    for name, other in _ties(source.reference.config):
+    for name, other in _ties(source):
         changed = sorted({name, other} & set(names))
         if changed:
             raise UserError(
@@ -171,9 +229,9 @@ def _check_ties(source: Source, names: Collection[str]) -> None:
             )
 
 
-def _ties(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _ties(source: Source) -> list[tuple[str, str]]:
     """Return pairs of names for one tensor; none for an unsupported family."""
-    supported = _supported_family(config)
+    supported = _supported_family(source)
     if supported is None:
         return []
     family, model = supported
@@ -199,7 +257,7 @@ def _linear_layers(adapter: AdapterReader, base: Source) -> list[str]:
     """Return the weights that PEFT's `all-linear` means: those of the family's linear layers, or for an unsupported family all
     weights whose last names the adapter has in some layer."""
     specs = base.reader.specs
-    if supported := _supported_family(base.reference.config):
+    if supported := _supported_family(base):
         family, model = supported
         modules = adapted_modules(family.RULES, model, canonical=True)
         return [weight for module in modules for weight in module.weights if weight in specs]

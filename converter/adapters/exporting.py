@@ -6,7 +6,6 @@ from converter import provenance
 from converter.adapters import peft_config
 from converter.adapters.files import DESCRIPTION, PEFT_CONFIG, PEFT_WEIGHTS
 from converter.adapters.megatron import MegatronAdapter, open_megatron_adapter
-from converter.adapters.names import module_of
 from converter.adapters.peft import make_shard
 from converter.comparison import CheckpointView
 from converter.conversion import Conversion
@@ -35,14 +34,14 @@ def _conversion_plan(source: MegatronAdapter, root: Folder) -> ConversionPlan:
     plans = adapter.tensor_plans
     shards = make_shard(tensor_plan.spec for tensor_plan in plans.values())
     tensor_plans = [plans[name] for shard in shards.values() for name in shard.tensors]
-    modules = [module_of(weight) for weight in adapter.parts]
+    document = peft_config.encode(adapter.description, source.targets, fan_in_fan_out=adapter.fan_in_fan_out)
     read = [*source.reader.files, METADATA, DESCRIPTION, f"{FILES}/{CONFIG}"]
     return ConversionPlan(
         source=adapter.label,
         tensor_plans=tensor_plans,
         output=OutputFiles(
             writer=HuggingFaceWriter(shards),
-            documents={PEFT_CONFIG: peft_config.encode(adapter.description, modules, layers=source.model.layers)},
+            documents={PEFT_CONFIG: document},
             last=(PEFT_CONFIG,),
         ),
         provenance=Provenance(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from blake3 import blake3
 
 from converter import families, reference
 from converter.config import make_model
-from converter.plan import Piece, TensorPlan, as_stored, list_names
+from converter.plan import Piece, TensorPlan, list_names, same_tensor
 from converter.planner import huggingface_tensors, to_huggingface
 from converter.recognize import refuse_unfit
 from converter.run import PieceBuffers, in_threads
@@ -57,8 +58,8 @@ def fingerprint(source: str | Path | Folder) -> str:
 def _plan_stored(reader: HuggingFaceReader) -> list[TensorPlan]:
     """Plan the weights of a Hugging Face model that Megatron stores: without extras, and tied tensors once."""
     config = read_json(reader.folder, CONFIG)
-    family = families.find(config.get("model_type")).rooted(reader.specs)
-    model = make_model(family.CONFIG, config)
+    plain = families.find(config.get("model_type"))
+    family, model = plain.rooted(reader.specs), make_model(plain.CONFIG, config)
     refuse_unfit(reader.specs, config, family, model, label=reader.folder.label)
     shapes = dict(huggingface_tensors(family.RULES, model, reader.specs))
     missing = [name for name in shapes if name not in reader.specs]
@@ -70,13 +71,15 @@ def _plan_stored(reader: HuggingFaceReader) -> list[TensorPlan]:
                 f"`{name}` has shape {list(reader.specs[name].shape)}, by `config.json` it should be {list(shape)}",
                 hint="either the weights or `config.json` are of another model",
             )
-    return list(as_stored({name: reader.specs[name] for name in shapes}).values())
+    names = [name for name, _ in huggingface_tensors(plain.RULES, model, reader.specs)]  # those of the first root, as everywhere
+    stored = [reader.specs[name] for name in shapes]
+    return [same_tensor(replace(spec, name=name), spec) for name, spec in zip(names, stored, strict=True)]
 
 
 def _plan_exported(reader: MegatronReader) -> list[TensorPlan]:
     """Plan the same weights from a Megatron checkpoint."""
     config = reference.find(reader, None, any_settings=True).config
-    family = families.find(config.get("model_type")).rooted(reader.specs)
+    family = families.find(config.get("model_type"))
     plan = to_huggingface(family.RULES, make_model(family.CONFIG, config), reader.specs, dtype="keep")
     reader.check()
     return list(plan.tensors)

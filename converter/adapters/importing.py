@@ -52,7 +52,8 @@ def plan_import(folder: Folder, base: BaseModel, reporter: Reporter, *, canonica
     if left_out:
         reporter.note(f"left out, not part of the adapter: {', '.join(left_out)}")
     _check_uniform(source)
-    modules = _find_adapted(list(adapted_modules(base.rules, base.model, canonical=canonical)), source, base)
+    every = list(adapted_modules(base.rules, base.model, canonical=canonical))
+    modules = _find_adapted(every, source, base)
     for module in modules:
         _check_shapes(module, source)
         _check_fused(module, source.adapter)
@@ -61,7 +62,7 @@ def plan_import(folder: Folder, base: BaseModel, reporter: Reporter, *, canonica
         source.adapter.description,
         dim=source.config.rank(first),
         alpha=source.config.alpha(first),
-        canonical=canonical,
+        canonical=canonical and any(".adapter_" in module.prefix for module in every),
         target_modules=targets(modules, layers=base.model.layers),
         base=base.identity,
     )

@@ -10,7 +10,8 @@ from typing import Any, cast
 from converter import families, reference
 from converter.adapters.adapter import METHODS, AdapterReader, Base, Description
 from converter.adapters.files import DESCRIPTION, FLAG, NUMBER, OBJECT, SIZE, STRING, STRINGS, FieldType
-from converter.adapters.names import AdaptedModule, Factor, adapted_modules, factors, peft_name
+from converter.adapters.names import AdaptedModule, Factor, adapted_modules, factors, module_of, peft_name
+from converter.adapters.peft_config import choose_targets
 from converter.config import make_model
 from converter.model import Model
 from converter.plan import TensorPlan, list_names, same_tensor
@@ -31,7 +32,8 @@ class MegatronAdapter:
     adapter: AdapterReader
     reader: MegatronReader
     origin: HFReference
-    model: Model
+    targets: Mapping[str, Any]
+    """The fields of PEFT's configuration that request the adapters it has."""
 
 
 def open_megatron_adapter(folder: Folder) -> MegatronAdapter:
@@ -44,7 +46,7 @@ def open_megatron_adapter(folder: Folder) -> MegatronAdapter:
         description = read_description(reader.folder)
         check_method(description, label=reader.folder.label)
         origin = reference.find(reader, None)
-        family = families.find(origin.config.get("model_type"))
+        family = families.find(origin.config.get("model_type")).as_modules()
         model = make_model(family.CONFIG, origin.config)
         every = list(adapted_modules(family.RULES, model, canonical=description.canonical))
         modules = _find_present(every, description, reader.specs)
@@ -56,8 +58,22 @@ def open_megatron_adapter(folder: Folder) -> MegatronAdapter:
         reader.close()
         raise
     parts = {weight: plans for module in modules for weight, plans in _split(module, description, reader.specs)}
-    scales = dict.fromkeys(parts, description.scale)
-    return MegatronAdapter(AdapterReader(reader.folder.label, description, reader, parts, scales), reader, origin, model)
+    adapter = AdapterReader(
+        label=reader.folder.label,
+        description=description,
+        reader=reader,
+        parts=parts,
+        scales=dict.fromkeys(parts, description.scale),
+        fan_in_fan_out=any(module.transposed for module in modules),
+    )
+    return MegatronAdapter(adapter, reader, origin, _targets(parts, every, model, has_towers=bool(family.PASSTHROUGH_PREFIXES)))
+
+
+def _targets(weights: Collection[str], every: Iterable[AdaptedModule], model: Model, *, has_towers: bool) -> dict[str, Any]:
+    """Return the fields with which PEFT requests the adapters of these weights and no others. Towers beside the decoder may have
+    modules with the same last names."""
+    others = [module_of(weight) for module in every for weight in module.weights if has_towers or weight not in weights]
+    return choose_targets([module_of(weight) for weight in weights], layers=model.layers, others=others)
 
 
 def _find_present(
@@ -75,6 +91,7 @@ def _find_present(
         )
     unexpected = sorted(specs.keys() - set(names))
     if unexpected:
+        _refuse_separate(unexpected, every, description)
         mode = "with `canonical`" if description.canonical else "without `canonical`"
         raise UserError(
             f"the checkpoint holds {list_names(unexpected)}, which a {description.method} {mode} does not have in this family",
@@ -85,12 +102,26 @@ def _find_present(
     return modules
 
 
+def _refuse_separate(names: Iterable[str], every: Iterable[AdaptedModule], description: Description) -> None:
+    """Raise UserError for separate adapters of a module whose weight is one tensor in Hugging Face's model."""
+    single = {module.module: module.weights[0] for module in every if module.prefix.endswith(".adapter")}
+    for name in names if description.canonical else ():
+        module, separate, _ = name.partition(".adapter.adapter_")
+        if separate and module in single:
+            raise UserError(
+                f"the checkpoint holds `{name}`, one of several adapters of `{module}`, but this family has one tensor for all, "
+                f"`{single[module]}`, and PEFT one adapter",
+                hint="train it with `peft.canonical=false`: the product of several A and B is not that of one A and one B",
+            )
+
+
 def _check_requested(every: Iterable[AdaptedModule], present: Collection[AdaptedModule], description: Description) -> None:
     """Raise UserError for a module that `target_modules` requests and that has no tensors."""
+    found = {module.prefix for module in present}
     absent = [
         module.name(Factor.A)
         for module in every
-        if module not in present and module.is_chosen(description.target_modules, description.exclude_modules)
+        if module.prefix not in found and module.is_chosen(description.target_modules, description.exclude_modules)
     ]
     if absent:
         raise UserError(

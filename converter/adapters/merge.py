@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, Unpack, cast, get_args
 
 from converter.adapters.adapter import AdapterReader, Base
-from converter.adapters.base import open_base, survey
+from converter.adapters.base import open_base, survey, under_names_of
 from converter.adapters.files import is_peft, refuse_adapter, require
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.megatron import open_megatron_adapter
@@ -157,6 +157,7 @@ def _check_base(folder: Folder, expected: Base | None, reporter: Reporter) -> No
 def _merged(model: Source, adapter: AdapterReader, folder: Folder, *, dtype: str, workers: int) -> Generator[Source]:
     """Yield the base with the adapter's changes added when it is read, and close it. `folder`: the adapter's."""
     with closing(model.reader):
+        adapter = under_names_of(model, adapter)
         result = survey(adapter, model, folder)
         reader = MergedReader(model.reader, adapter.read_delta, changed=adapter.parts.keys(), dtype=dtype)
         yield replace(model, reader=reader, adapter=result.provenance, memory=_memory(result.nbytes, workers=workers))

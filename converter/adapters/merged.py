@@ -17,7 +17,7 @@ import numpy as np
 
 from converter.adapters.adapter import Delta
 from converter.values import cast_into, target_dtype
-from formats.arrays import Buffer, bands, copy
+from formats.arrays import Buffer, copy
 from formats.spec import DTYPES, Array, Reader, Region, extent
 
 BLOCK_BYTES = 1 << 20
@@ -56,16 +56,15 @@ class MergedReader:
     def read(self, name: str, region: Region, out: Array) -> None:
         if name not in self._changed:
             return self._reader.read(name, region, out)
-        spec, rows = self._reader.specs[name], region[0]
-        if region[1:] != spec.full_region[1:]:
+        spec, rows, delta = self._reader.specs[name], region[0], self._deltas.get(name)
+        if delta.magnitude is not None and region[1:] != spec.full_region[1:]:
             return self._read_parts(name, region, out)
         stored = out if out.dtype == spec.dtype else self._buffers()[0].view(extent(region), spec.dtype)
         self._reader.read(name, region, stored)
-        delta = self._deltas.get(name)
         for block in blocks(rows, spec.shape):
             start, stop = max(block.start, rows.start), min(block.stop, rows.stop)
             band = slice(start - rows.start, stop - rows.start)
-            cast_into(out[band], self._add(delta, block, slice(start, stop), stored[band]), name=name)
+            cast_into(out[band], self._add(delta, block, (slice(start, stop), region[1]), stored[band]), name=name)
         return None
 
     def _read_parts(self, name: str, region: Region, out: Array) -> None:
@@ -79,14 +78,15 @@ class MergedReader:
     def close(self) -> None:
         self._reader.close()
 
-    def _add(self, delta: Delta, block: slice, rows: slice, stored: Array) -> Array:
-        """Return rows of one block of a weight, `stored` with the delta added, in fp32. Valid until the thread's next call."""
+    def _add(self, delta: Delta, block: slice, region: Region, stored: Array) -> Array:
+        """Return a region of one block, `stored` with the delta added, in fp32. Valid until the thread's next call."""
         _, products, sums = self._buffers()
         product = products.view((block.stop - block.start, delta.a.shape[1]), _FP32)
-        multiply(delta.b[block], delta.a, product)
+        rows, columns = region
+        multiply(delta.b[block], delta.a, product, columns)
         weight = sums.view(stored.shape, _FP32)
         np.copyto(weight, stored)
-        change(weight, delta, product[rows.start - block.start : rows.stop - block.start], rows)
+        change(weight, delta, product[rows.start - block.start : rows.stop - block.start, columns], rows)
         return weight
 
     def _buffers(self) -> tuple[Buffer, Buffer, Buffer]:
@@ -96,11 +96,12 @@ class MergedReader:
         return self._local.buffers
 
 
-def multiply(b: Array, a: Array, out: Array) -> None:
-    """Write b · a into `out`, tile by tile."""
+def multiply(b: Array, a: Array, out: Array, columns: slice) -> None:
+    """Write b · a into `out`, tile by tile: those tiles alone that have some of `columns`."""
     step = max(1, TILE_PRODUCTS // max(b.size, 1))
-    for columns in bands(slice(0, a.shape[1]), step):
-        np.matmul(b, a[:, columns], out=out[:, columns])
+    for start in range(columns.start // step * step, columns.stop, step):
+        tile = slice(start, min(start + step, a.shape[1]))
+        np.matmul(b, a[:, tile], out=out[:, tile])
 
 
 def change(weight: Array, delta: Delta, product: Array, rows: slice) -> None:

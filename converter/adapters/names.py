@@ -84,6 +84,9 @@ class AdaptedModule:
     row_ranges: Callable[[], Iterable[RowRange]]
     """From the weights' rows to those of the adapter. Check sizes against stored tensors before calling this."""
 
+    transposed: bool = False
+    """Whether the weights are stored as [in, out] (transformers' Conv1D). A and B are as for a linear layer."""
+
     @property
     def module(self) -> str:
         """The Megatron module that it is attached to. A module may have several adapters."""
@@ -130,15 +133,18 @@ def fits(pattern: str, name: str) -> bool:
 
 
 def is_linear(rule: Rule) -> bool:
-    """Return whether a rule is for the weight of a linear layer of the decoder."""
-    return "{layer}" in rule.megatron and len(rule.parts[0]) == 2 and not rule.is_expert and not rule.is_moved
+    """Return whether a rule is for the weight of a linear layer of the decoder, stored as [out, in] or as [in, out]. A norm over
+    each head has two dimensions too."""
+    is_matrix = len(rule.parts[0]) == 2 and not rule.huggingface_shape and "norm" not in module_of(rule.megatron)
+    return "{layer}" in rule.megatron and is_matrix and not rule.is_expert and not rule.offset
 
 
 def _fused(rule: Rule, indices: Indices, model: Model) -> AdaptedModule:
     megatron, weights = rule.names(indices)
     module, shapes = module_of(megatron), rule.rows_first_shapes(model)
     rows = tuple(shape[0] for shape in shapes)
-    return AdaptedModule(f"{module}.adapter", module, weights, rows, shapes[0][1], partial(rule.row_ranges, model))
+    row_ranges = partial(rule.row_ranges, model)
+    return AdaptedModule(f"{module}.adapter", module, weights, rows, shapes[0][1], row_ranges, rule.transposed)
 
 
 def _separate(rule: Rule, indices: Indices, model: Model) -> Iterator[AdaptedModule]:
@@ -150,7 +156,8 @@ def _separate(rule: Rule, indices: Indices, model: Model) -> Iterator[AdaptedMod
     for word, weight, rows in zip(parts, fused.weights, fused.rows, strict=True):
         target = f"{fused.target.removesuffix(''.join(parts)).removesuffix('_')}_{word}"
         row_ranges = partial(concatenated, (rows,), model)
-        yield AdaptedModule(f"{fused.prefix}.adapter_{word}", target, (weight,), (rows,), fused.columns, row_ranges)
+        prefix = f"{fused.prefix}.adapter_{word}"
+        yield AdaptedModule(prefix, target, (weight,), (rows,), fused.columns, row_ranges, rule.transposed)
 
 
 def targets(modules: Iterable[AdaptedModule], *, layers: int) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ def open_peft_adapter(folder: Folder) -> PeftAdapter:
         scales={weight: config.scale(module_of(weight)) for weight in parts},
         is_requested=lambda weight: config.targets(module_of(weight)),
         all_linear=config.target_modules == ALL_LINEAR,
+        fan_in_fan_out=config.fan_in_fan_out,
     )
     return PeftAdapter(adapter, reader, config)
 

@@ -25,6 +25,7 @@ ALL_LINEAR = "all-linear"
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "init_lora_weights",
+    "fan_in_fan_out",
 }  # fmt: skip
 _HARMLESS = {
     "auto_mapping", "revision", "task_type", "inference_mode", "peft_version", "eva_config", "megatron_core",
@@ -60,6 +61,9 @@ class PeftConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
     base: str = ""
+    fan_in_fan_out: bool = False
+    """Whether the weight that PEFT changed last is stored as [in, out]. PEFT goes by the model's modules, not by this."""
+
     _budget: Budget = field(default_factory=Budget, repr=False, compare=False)
 
     @property
@@ -144,6 +148,7 @@ def read(folder: Folder) -> PeftConfig:
         lora_alpha=_get(document, "lora_alpha", NUMBER, 8),
         use_rslora=_get(document, "use_rslora", FLAG, default=False),
         use_dora=_get(document, "use_dora", FLAG, default=False),
+        fan_in_fan_out=_get(document, "fan_in_fan_out", FLAG, default=False),
         lora_dropout=_get(document, "lora_dropout", NUMBER, 0.0),
         target_modules=_get_names(document, "target_modules"),
         exclude_modules=_get_names(document, "exclude_modules"),
@@ -211,13 +216,13 @@ def _get_layers(document: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(cast("list[int]", layers))
 
 
-def encode(description: Description, modules: Iterable[str], *, layers: int) -> bytes:
-    """Return `adapter_config.json`, from which PEFT builds adapters for exactly these modules of a model of `layers` layers."""
+def encode(description: Description, targets: Mapping[str, Any], *, fan_in_fan_out: bool) -> bytes:
+    """Return `adapter_config.json`. `targets`: see `choose_targets`; `fan_in_fan_out`: weights are stored as [in, out]."""
     alpha = description.alpha
     document = {
         "base_model_name_or_path": (description.base.name if description.base else "") or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": description.dropout,
@@ -226,25 +231,33 @@ def encode(description: Description, modules: Iterable[str], *, layers: int) -> 
         "task_type": "CAUSAL_LM",
         "use_dora": description.method == "dora",
         "use_rslora": description.use_rslora,
-        **choose_targets(list(modules), layers=layers),
+        **targets,
     }
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
 
-def choose_targets(modules: Sequence[str], *, layers: int) -> dict[str, Any]:
-    """Return `target_modules` and `layers_to_transform` for exactly these modules.
+def choose_targets(modules: Sequence[str], *, layers: int, others: Iterable[str] = ()) -> dict[str, Any]:
+    """Return `target_modules` and `layers_to_transform` for exactly these modules of a model of `layers` layers.
 
-    Last names if all of them are in the same layers, otherwise whole names.
+    Last names if all of them are in the same layers and none of the `others`, modules without an adapter, has such a name there;
+    otherwise whole names.
 
     >>> choose_targets(["model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"], layers=4)
     {'layers_to_transform': [0, 2], 'target_modules': ['up_proj']}
     """
+    layers_of = _layers_by_last_name(modules)
+    distinct = {frozenset(numbers) for numbers in layers_of.values()}
+    shared = any(numbers & layers_of.get(name, set()) for name, numbers in _layers_by_last_name(others).items())
+    if shared or len(distinct) > 1 or -1 in next(iter(distinct)):
+        return {"layers_to_transform": None, "target_modules": sorted(modules)}
+    chosen = sorted(next(iter(distinct)))
+    return {"layers_to_transform": None if len(chosen) == layers else chosen, "target_modules": sorted(layers_of)}
+
+
+def _layers_by_last_name(modules: Iterable[str]) -> dict[str, set[int]]:
+    """Return the numbers of the layers that have modules of each last name; -1 for a module outside the layers."""
     layers_of: dict[str, set[int]] = {}
     for module in modules:
         parts = module.split(".")
         layers_of.setdefault(parts[-1], set()).add(next((int(part) for part in parts if part.isdecimal()), -1))
-    distinct = {frozenset(numbers) for numbers in layers_of.values()}
-    if len(distinct) > 1 or -1 in next(iter(distinct)):
-        return {"layers_to_transform": None, "target_modules": sorted(modules)}
-    chosen = sorted(next(iter(distinct)))
-    return {"layers_to_transform": None if len(chosen) == layers else chosen, "target_modules": sorted(layers_of)}
+    return layers_of

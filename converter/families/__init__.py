@@ -36,6 +36,10 @@ class Family:
     """What names may begin with in place of the first of these, which `RULES` and `EXTRAS` are written with. One that ends with
     the first is a prefix of all names."""
 
+    MODULE_ROOT: str = ""
+    """What the names of transformers' modules, and PEFT's with them, begin with in place of the first root. Files of models with
+    towers have other names than their modules."""
+
     SMALL: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What `config.json` of a small model has otherwise than a Llama's, for the tests that go through all families."""
 
@@ -52,11 +56,18 @@ class Family:
 
     def rooted(self, names: Container[str]) -> Family:
         """Return the family with the names that a source has: those under the first root under which it has the embedding."""
-        for root in self.ROOTS[1:]:
-            found = replace(self, RULES=templates(self.RULES, lambda name, root=root: _moved(name, self.ROOTS[0], root)))
-            if self._embedding not in names and found._embedding in names:
-                return replace(found, EXTRAS=tuple(_moved(name, self.ROOTS[0], root) for name in self.EXTRAS))
-        return self
+        under = (self._under(root) for root in self.ROOTS[1:])
+        return self if self._embedding in names else next((found for found in under if found._embedding in names), self)
+
+    def as_modules(self) -> Family:
+        """Return the family with the names of transformers' modules."""
+        return self._under(self.MODULE_ROOT) if self.MODULE_ROOT else self
+
+    def _under(self, root: str) -> Family:
+        def moved(name: str) -> str:
+            return _moved(name, self.ROOTS[0], root)
+
+        return replace(self, RULES=templates(self.RULES, moved), EXTRAS=tuple(map(moved, self.EXTRAS)))
 
     @property
     def _embedding(self) -> str:

@@ -16,6 +16,7 @@ DEFAULTS = {
 CONFIG = (text_config({"gemma3_text": gemma3_text.CONFIG}, DEFAULTS),)
 EXTRAS = gemma3_text.EXTRAS
 ROOTS = mistral3.ROOTS
+MODULE_ROOT = mistral3.MODULE_ROOT
 PASSTHROUGH_PREFIXES = mistral3.PASSTHROUGH_PREFIXES
 SMALL = {
     "mm_tokens_per_image": 4,

@@ -10,6 +10,7 @@ RULES = llama.RULES
 CONFIG = (text_config({"mistral": mistral.CONFIG, "ministral3": ministral3.CONFIG}),)
 EXTRAS = llama.EXTRAS
 ROOTS = ("model.", "language_model.model.", "model.language_model.")
+MODULE_ROOT = ROOTS[2]
 PASSTHROUGH_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 SMALL = {
     "tie_word_embeddings": False,

@@ -1,6 +1,7 @@
 """What is not of one family's making works in others too: verify, inspect, servers, resume, adapters and merging.
 
-The central case of each; the suites go through the rest with a Llama. Qwen2 has biases, Qwen3 a norm over each head.
+The central case of each; the suites go through the rest with a Llama. Qwen2 has biases, Qwen3 a norm over each head, Phi-3 one
+tensor of query, key and value, GPT-2 weights stored as [in, out].
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from converter import hf_to_mcore, inspect, mcore_to_hf, verify
 from converter.adapters.convert import adapter_to_hf, adapter_to_mcore
 from converter.adapters.merge import merge
-from tests.converter.adapters.made import logits, save_adapter, with_adapter
+from tests.converter.adapters.made import EVERY, logits, save_adapter, with_adapter
 from tests.converter.family_suite import save_small
 from tests.interrupted import Conversion
 from tests.locations import served
@@ -24,7 +25,18 @@ from tests.models import model_tree, tree
 WEIGHTS = "model.safetensors"
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+KEY = "model.layers.2.self_attn.k_proj.weight"
+FAMILIES = {
+    "llama": (KEY, EVERY),
+    "qwen2": (KEY, EVERY),
+    "qwen3": (KEY, EVERY),
+    "phi3": ("model.layers.2.self_attn.qkv_proj.weight", ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    "gpt2": ("transformer.h.2.attn.c_attn.weight", ["c_attn", "c_proj", "c_fc"]),
+}
+"""Of each a weight, and the last names of all linear layers of the decoder."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     return request.param
 
@@ -36,19 +48,21 @@ def folder(family, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def adapter(folder, tmp_path_factory):
-    return save_adapter(folder, tmp_path_factory.mktemp("adapter") / "peft")
+def adapter(family, folder, tmp_path_factory):
+    options = {"target_modules": FAMILIES[family][1], "fan_in_fan_out": family == "gpt2"}
+    return save_adapter(folder, tmp_path_factory.mktemp("adapter") / "peft", **options)
 
 
-def test_a_difference_is_placed_in_the_tensor_of_hugging_face(folder, tmp_path):
+def test_a_difference_is_placed_in_the_tensor_of_hugging_face(family, folder, tmp_path):
     hf_to_mcore(folder, tmp_path / "m", tp=2, pp=2)
     assert verify(folder, tmp_path / "m").same
     shutil.copytree(folder, tmp_path / "copy")
     tensors = load_file(folder / WEIGHTS)
-    tensors["model.layers.2.self_attn.k_proj.weight"][3, 5] += 1
+    name = FAMILIES[family][0]
+    tensors[name][3, 5] += 1
     save_file(tensors, tmp_path / "copy" / WEIGHTS, {"format": "pt"})
     (difference,) = verify(tmp_path / "copy", tmp_path / "m").different
-    assert (difference.name, difference.first) == ("model.layers.2.self_attn.k_proj.weight", (3, 5))
+    assert (difference.name, difference.first) == (name, (3, 5))
 
 
 def test_inspect_names_the_family_on_both_sides(family, folder, tmp_path):
@@ -90,11 +104,11 @@ def test_an_adapter_comes_back_to_the_bit_and_computes_the_same(folder, adapter,
     assert (logits(adapted) - logits(adapted.unload())).abs().max() > 0.1
 
 
-def test_a_merged_model_is_what_peft_merges(folder, adapter, tmp_path):
+def test_a_merged_model_is_what_peft_merges(family, folder, adapter, tmp_path):
     merge(folder, adapter, tmp_path / "merged")
     expected = with_adapter(folder, adapter).merge_and_unload().state_dict()
     merged = load_file(tmp_path / "merged" / WEIGHTS)
     plain = load_file(folder / WEIGHTS)
-    assert sum(not torch.equal(merged[name], plain[name]) for name in merged) == 4 * 7
+    assert sum(not torch.equal(merged[name], plain[name]) for name in merged) == 4 * {"phi3": 4, "gpt2": 4}.get(family, 7)
     for name, tensor in merged.items():
         np.testing.assert_allclose(tensor.numpy(), expected[name].numpy(), rtol=0, atol=1e-6, err_msg=name)

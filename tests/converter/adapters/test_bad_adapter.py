@@ -114,7 +114,10 @@ CONFIGURED = {
     "replication": ({"layer_replication": [[0, 4], [2, 4]]}, r"`layer_replication: .*, which is not supported"),
     "tokens": ({"trainable_token_indices": [1]}, r"`trainable_token_indices: \[1\]`, which is not supported"),
     "parameters": ({"target_parameters": ["a"]}, r"`target_parameters: \[a\]`, which is not supported"),
-    "transposed": ({"fan_in_fan_out": True}, r"`fan_in_fan_out: True`, which is not supported"),
+    "transposed": (
+        {"fan_in_fan_out": "yes"},
+        r"`fan_in_fan_out` in `adapter_config.json` is `yes`, which should be true or false",
+    ),
     "a variant": ({"alora_invocation_tokens": [1]}, r"`alora_invocation_tokens: \[1\]`, which is not supported"),
     "a feature of tomorrow": ({"use_better_lora": {"x": 1}}, r"`use_better_lora: a dict`, which is not supported"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, r"`init_lora_weights: pissa_niter_4`, with which PEFT changes"),

@@ -35,7 +35,8 @@ def built_by_peft(config):
     st.sets(st.sampled_from(["self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"]), min_size=1),
 ))  # fmt: skip
 def test_peft_builds_exactly_the_modules_that_an_export_has(modules):
-    document = json.loads(peft_config.encode(Description("lora", dim=4, alpha=8), sorted(modules), layers=LAYERS))
+    targets = peft_config.choose_targets(sorted(modules), layers=LAYERS)
+    document = json.loads(peft_config.encode(Description("lora", dim=4, alpha=8), targets, fan_in_fan_out=False))
     assert built_by_peft(LoraConfig(**document)) == modules
 
 
