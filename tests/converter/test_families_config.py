@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from converter import UserError, families
+from converter.config import ACTIVATIONS as FUNCTIONS
 from converter.config import make_model, to_huggingface, to_megatron
 
 REMOTE_CODE = {
@@ -118,10 +119,16 @@ def check(family: str, config: dict) -> None:
     one = families.find(family)
     back = to_huggingface(one.CONFIG, to_megatron(one.CONFIG, config))
     again = plain(AutoConfig.for_model(family, **back))
-    assert {name: again.get(name) for name in mattering(config)} == {name: config[name] for name in mattering(config)}
+    assert meant(again, mattering(config)) == meant(config, mattering(config))
     assert rotations(family, again) == rotations(family, config)
     assert to_megatron(one.CONFIG, again) == to_megatron(one.CONFIG, config) == to_megatron(one.CONFIG, back)
     assert make_model(one.CONFIG, back) == make_model(one.CONFIG, config)
+
+
+def meant(config: dict, names: list[str]) -> dict[str, Any]:
+    """The fields of these names; of activations that have several names, the function."""
+    found = {name: config.get(name) for name in names}
+    return {name: FUNCTIONS.get(one, one) if isinstance(one, str) else one for name, one in found.items()}
 
 
 def mattering(config: dict) -> list[str]:
@@ -140,7 +147,7 @@ def rotations(family: str, config: dict) -> list[Any]:
         [name, one]
         if one.get("rope_type", "default") == "default"
         else [name, *rounded(ROPE_INIT_FUNCTIONS[one["rope_type"]](whole, "cpu", **({"layer_type": name} if name else {})))]
-        for name, one in (nested or {"": found}).items()
+        for name, one in sorted((nested or {"": found}).items())
     ]
 
 

@@ -14,7 +14,7 @@ from trainer.layers.branch_norms import branch_norms
 from trainer.layers.embedding import embedding_dropout, embedding_layernorm, position_offset
 from trainer.layers.head_norms import head_norms
 from trainer.layers.late_norms import late_norms
-from trainer.layers.local_attention import latent_epsilon, local_attention
+from trainer.layers.latent_attention import latent_epsilon, latent_gradients, local_attention
 from trainer.layers.norms import accepted, local_norms
 from trainer.layers.output import output_bias
 from trainer.layers.parallel_residual import parallel_residual
@@ -47,6 +47,7 @@ MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     activation_weights,
     latent_epsilon,
     recomputed_bias,
+    latent_gradients,
 )
 """Functions `(provider, model)` that change this rank's chunk of a GPTModel in place."""
 

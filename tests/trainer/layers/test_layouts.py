@@ -16,11 +16,21 @@ PIECES = {
     "multiplier": {"residual_multiplier": 0.3},
     "multiplier_with_biases": {"residual_multiplier": 0.3, **BIASED},
     "all_heads": {"qk_layernorm": True, "qk_layernorm_scope": "all_heads"},
+    "latent": {
+        "q_lora_rank": 12,
+        "kv_lora_rank": 8,
+        "qk_head_dim": 8,
+        "qk_pos_emb_head_dim": 4,
+        "v_head_dim": 6,
+        "qk_layernorm": True,
+        "latent_layernorm_epsilon": 1.0,
+        "num_query_groups": 4,
+    },
     "each_head": {"qk_layernorm": True, "qk_layernorm_scope": "each_head", "normalization": "LayerNorm"},
 }
 WITHOUT = {
     "parallel_residual": None, "pre_layernorms": True, "post_layernorms": False, "residual_multiplier": 1.0,
-    "qk_layernorm_scope": "head", "layernorm_zero_centered_gamma": False,
+    "qk_layernorm_scope": "head", "latent_layernorm_epsilon": None, "layernorm_zero_centered_gamma": False,
 }  # fmt: skip
 CASES = [(piece, layout) for piece in PIECES for layout in passes.LAYOUTS]
 TOLERANCE = 2e-5
