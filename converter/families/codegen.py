@@ -8,7 +8,7 @@ from converter.model import Model
 from converter.rows import RowRange
 from converter.rules import Rule
 
-MODELS = "CodeGen, CodeGen 2.5"
+MODELS = "CodeGen"
 ARCHITECTURE = "CodeGenForCausalLM"
 
 BLOCKS = 4

@@ -43,7 +43,7 @@ def _positions(model: Model) -> int:
 
 
 CONFIG = (
-    *sizes(groups="", head_dim="", ffn="ffn_dim", tied=True),
+    *sizes(groups="", head_dim="", ffn="ffn_dim", ffn_default=value(3072), tied=True),
     counts(longest="seq_length"),
     named(positions=_positions),
     *dropouts(hidden="dropout", default=0.1, attention_default=0.0, elsewhere=("layerdrop",)),
