@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from converter.config import counts, fixed, named
+from converter.config import counts, fixed, named, value
 from converter.config_layers import no_window
 from converter.config_parts import dropouts, mlp, only, sizes
 from converter.families.bloom import normed
