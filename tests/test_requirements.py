@@ -39,6 +39,7 @@ FEATURES = {
     "trainer/launch/nemo.py": ("train", "nemo-run"),
     "trainer/checkpoints/fp8_states.py": ("train", "gpu"),
     "trainer/device.py": ("train", "gpu"),
+    "trainer/layers/scores.py": ("train", "gpu"),
     "trainer/settings/resolve.py": ("train", "gpu"),
     "trainer/user_buffers.py": ("train", "gpu"),
 }

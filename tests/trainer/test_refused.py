@@ -34,7 +34,7 @@ def alone(setting: str, value: Any) -> str:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("layernorm_zero_centered_gamma", True), ("moe_layer_freq", 0), ("moe_router_padding_for_quantization", True)],
+    [("moe_layer_freq", 0), ("moe_router_padding_for_quantization", True)],
 )
 def test_what_megatron_core_refuses_when_it_builds_is_named_beforehand(setting: str, value: Any) -> None:
     ours, _, theirs = refusal(**{f"model__{setting}": value}).partition(VERSION)

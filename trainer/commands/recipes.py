@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 @click.argument("beginning", default="")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(*, beginning: str, as_json: bool) -> None:
-    """List the recipes and the GPUs they take; those whose names have a BEGINNING.
+    """List the recipes, and the GPUs that they take.
+
+    With a BEGINNING, only those whose names begin with it.
 
     Parameters, parallelism and precision of pretraining, and the fewest GPUs of 80 GB for pretraining, for fine-tuning all
     parameters (SFT), and for adapters (PEFT).

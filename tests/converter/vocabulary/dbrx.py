@@ -43,6 +43,7 @@ CONFIG = (
         lambda c: {
             "num_layers": c["n_layers"],
             "hidden_size": c["d_model"],
+            "vocab_size": c["vocab_size"],
             "activation_func": "silu",
             "normalization": "LayerNorm",
         },

@@ -37,7 +37,12 @@ def sizes(s):
 
 CONFIG = (
     Field(
-        lambda c: {"num_layers": c["num_hidden_layers"], "hidden_size": c["hidden_size"], "activation_func": "silu"},
+        lambda c: {
+            "num_layers": c["num_hidden_layers"],
+            "hidden_size": c["hidden_size"],
+            "vocab_size": c["vocab_size"],
+            "activation_func": "silu",
+        },
         lambda _: {},
         sizes,
     ),
