@@ -104,6 +104,21 @@ def number(name: str, found: Any) -> Any:
     return found
 
 
+def positive(name: str, found: Any) -> Any:
+    """Return the value if it is a number above 0 whose reciprocal single precision holds too; else raise UserError."""
+    if number(name, found) < 1e-38:
+        raise UserError(f"`{name}` is `{format_untrusted(found)}`, which should be above 0", hint="the configuration is damaged")
+    return found
+
+
+def object_of(config: Config, name: str) -> Config:
+    """Return the object that a field of a configuration holds, empty where it has none; UserError for anything else."""
+    found: Any = config.get(name) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"`{name}` is `{format_untrusted(found)}`, which should be an object")
+    return cast("Config", found)
+
+
 def required(megatron: str, huggingface: str) -> Field:
     """Return the field of a positive whole number that has two names."""
 
@@ -213,18 +228,18 @@ def activation(*names: str, huggingface: str = "hidden_act") -> Field:
 def derived(
     megatron: str, huggingface: str, read: Callable[[Any], Any], write: Callable[[Any], Any], *, default: Any = None
 ) -> Field:
-    """Return the field of a number that is another on each side: `read` computes Megatron's, `write` Hugging Face's.
+    """Return the field of a number above 0 that is another on each side: `read` computes Megatron's, `write` Hugging Face's.
 
     None, and the default where it is None, mean that neither side has one.
     """
 
     def there(config: Config) -> dict[str, Any]:
         found = config.get(huggingface, default)
-        return {megatron: None if found is None else read(number(huggingface, found))}
+        return {megatron: None if found is None else read(positive(huggingface, found))}
 
     def back(config: Config) -> dict[str, Any]:
         found = config.get(megatron)
-        return {huggingface: None if found is None else undone(read, write, number(megatron, found))}
+        return {huggingface: None if found is None else undone(read, write, positive(megatron, found))}
 
     return Field(there, back)
 

@@ -17,6 +17,7 @@ from converter.config import (
     fixed,
     language_model,
     number,
+    object_of,
     one_of,
     optional,
     required,
@@ -56,7 +57,7 @@ def sizes(
         return count(config, heads)
 
     def even_heads(config: Config) -> int:
-        return count(config, hidden) // count(config, heads)
+        return count({head_dim or "head_dim": count(config, hidden) // count(config, heads)}, head_dim or "head_dim")
 
     def write_nothing(_config: Config) -> dict[str, Any]:
         return {}
@@ -123,8 +124,8 @@ def _embedding_dropout(hidden: str, embedding: str, default: float) -> Field:
 
 def _other_dropouts(names: tuple[str, ...]) -> Field:
     def write(config: Config) -> dict[str, Any]:
-        found: Config = config.get("dropouts") or {}
-        return {name: found.get(name, 0.0) for name in names}
+        found = object_of(config, "dropouts")
+        return {name: number(name, found.get(name, 0.0)) for name in names}
 
     return Field(lambda config: {"dropouts": {name: config[name] for name in names if config.get(name)} or None}, write)
 

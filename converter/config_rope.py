@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from math import log
 from typing import Any, NamedTuple, cast
 
-from converter.config import Config, Field, agreeing, number, one_of
+from converter.config import Config, Field, agreeing, number, object_of, one_of, positive
 from formats.errors import UserError, format_untrusted
 
 BUILT_IN_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -137,11 +137,18 @@ def _read_mscale(numbers: Config, factor: float) -> dict[str, Any]:
     return {"yarn_mscale": one if both else None, "yarn_mscale_all_dim": all_dim if both else None}
 
 
+def _signed(name: str, found: Any) -> Any:
+    """Return a number that may be below 0, or None: `yarn_mscale` is where the attention's factor is below 1."""
+    if found is None:
+        return None
+    return -number(name, -found) if isinstance(found, (int, float)) and found < 0 else number(name, found)
+
+
 def _write_yarn(config: Config) -> dict[str, Any] | None:
     if config.get("position_embedding_type") != "yarn":
         return None
-    factor, one, all_dim = (config.get(f"yarn_{name}") for name in ("rotary_scaling_factor", "mscale", "mscale_all_dim"))
-    factor = number("yarn_rotary_scaling_factor", factor)
+    factor = positive("yarn_rotary_scaling_factor", config.get("yarn_rotary_scaling_factor"))
+    one, all_dim = (_signed(name, config.get(name)) for name in ("yarn_mscale", "yarn_mscale_all_dim"))
     numbers = {
         "rope_type": "yarn",
         "factor": factor,
@@ -255,10 +262,7 @@ def _factor(numbers: Config, name: str) -> Any:
     if name == "factor" and found is None and numbers["rope_type"] == "yarn":
         return None  # transformers takes the ratio of both lengths
     for one in cast("list[Any]", found) if isinstance(found, list) else [found]:
-        if not number(name, one):
-            raise UserError(
-                f"`{name}` is `{format_untrusted(one)}`, which should be above 0", hint="the configuration is damaged"
-            )
+        positive(name, one)
     return cast("Any", found)
 
 
@@ -286,12 +290,8 @@ def rope_numbers(config: Config, *, theta: float = 10000.0, layers: str = "", de
 
 
 def _object(config: Config, name: str, layers: str = "") -> Config:
-    found: Any = config.get(name) or {}
-    if isinstance(found, dict) and layers and isinstance(cast("Config", found).get(layers), dict):
-        found = cast("Config", found)[layers]
-    if not isinstance(found, dict):
-        raise UserError(f"`{name}` is `{format_untrusted(found)}`, which should be an object")
-    return cast("Config", found)
+    found = object_of(config, name)
+    return found[layers] if layers and isinstance(found.get(layers), dict) else found
 
 
 def _computed_from(numbers: Config) -> Iterable[str]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from converter.config import Config, Field, count, fixed
+from converter.config import Config, Field, count, fixed, number
 from converter.config_layers import no_window
 from converter.config_parts import dropouts, layer_norm, mlp, sizes
 from converter.families.gpt_neox import both, normed
@@ -47,7 +47,7 @@ def _read_rotary(config: Config) -> dict[str, Any]:
 
 
 def _write_rotary(config: Config) -> dict[str, Any]:
-    return {"rotary_dim": round(config["rotary_percent"] * count(config, "kv_channels"))}
+    return {"rotary_dim": round(number("rotary_percent", config.get("rotary_percent", 1.0)) * count(config, "kv_channels"))}
 
 
 CONFIG = (

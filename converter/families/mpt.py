@@ -4,9 +4,9 @@ transformers takes 8 for `alibi_bias_max` whatever it says, and MosaicML's own c
 """
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
-from converter.config import Config, Field, fixed, number, value
+from converter.config import Config, Field, fixed, number, object_of, value
 from converter.config_layers import no_window
 from converter.config_parts import dropouts, layer_norm, only, sizes
 from converter.families.bloom import four_times
@@ -37,16 +37,11 @@ RULES = (
 )
 
 
-def _attention(config: Config) -> Config:
-    found: Any = config.get("attn_config") or {}
-    return cast("Config", found)
-
-
 _BIAS_MAX = 8
 
 
 def _read_attention(config: Config) -> dict[str, Any]:
-    attention = _attention(config)
+    attention = object_of(config, "attn_config")
     drops = {"attn_pdrop": attention.get("attn_pdrop"), **{name: config.get(name) for name in ("resid_pdrop", "emb_pdrop")}}
     bias_max = number("alibi_bias_max", attention.get("alibi_bias_max", _BIAS_MAX))
     return {
@@ -60,7 +55,7 @@ def _read_attention(config: Config) -> dict[str, Any]:
 
 
 def _write_attention(config: Config) -> dict[str, Any]:
-    drops: Config = config.get("dropouts") or {}
+    drops = object_of(config, "dropouts")
     bias_max = config.get("alibi_bias_max")
     attention = {
         "alibi": True,

@@ -1,10 +1,13 @@
 """SmolLM3: Llama whose every fourth layer has no rotary embeddings; those may slide."""
 
+from typing import Any, cast
+
 from converter.config import flag
 from converter.config_layers import FULL, SLIDING, layers_of, no_rope, window_pattern
 from converter.config_parts import Config, count, dropouts, mlp, rms_norm, sizes
 from converter.config_rope import rope
 from converter.families import llama
+from formats.errors import UserError, format_untrusted
 
 MODELS = "SmolLM3"
 ARCHITECTURE = "SmolLM3ForCausalLM"
@@ -13,10 +16,17 @@ RULES = llama.RULES
 
 
 def _without_rope(config: Config) -> list[bool]:
-    if with_rope := config.get("no_rope_layers"):
-        return [not one for one in with_rope[: layers_of(config)]]
-    each = count({"no_rope_layer_interval": 4, **config}, "no_rope_layer_interval")
-    return [(layer + 1) % each == 0 for layer in range(layers_of(config))]
+    found, layers = config.get("no_rope_layers"), layers_of(config)
+    if not found:
+        each = count({"no_rope_layer_interval": 4, **config}, "no_rope_layer_interval")
+        return [(layer + 1) % each == 0 for layer in range(layers)]
+    with_rope = cast("list[Any]", found)[:layers] if isinstance(found, list) else []
+    if len(with_rope) != layers or any(one not in (0, 1) for one in with_rope):
+        raise UserError(
+            f"`no_rope_layers` is `{format_untrusted(found)}`, which should have 0 or 1 for each of {layers} layers",
+            hint="the configuration is damaged",
+        )
+    return [not one for one in with_rope]
 
 
 def _sliding(config: Config) -> list[str]:
