@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from converter import UserError, families
 from converter.config import ACTIVATIONS as FUNCTIONS
-from converter.config import make_model, to_huggingface, to_megatron
+from converter.config import TEXT, make_model, to_huggingface, to_megatron
 
 REMOTE_CODE = {
     "baichuan", "chatglm", "exaone", "hyperclovax", "internlm2", "internlm3", "mimo", "minicpm3", "mpt_remote", "orion", "yi",
@@ -126,9 +126,20 @@ def check(family: str, config: dict) -> None:
 
 
 def meant(config: dict, names: list[str]) -> dict[str, Any]:
-    """The fields of these names; of activations that have several names, the function."""
-    found = {name: config.get(name) for name in names}
+    """The fields of these names; of activations that have several names, the function; of null, the number that it stands for;
+    of a language model beside others, those that matter, but for the switch that is said beside it too and counts there."""
+    found = {name: NULLS[name](config) if name in NULLS and config.get(name) is None else config.get(name) for name in names}
+    if isinstance(text := found.get(TEXT), dict):
+        found[TEXT] = meant(text, [name for name in mattering(text) if name != "tie_word_embeddings"])
     return {name: FUNCTIONS.get(one, one) if isinstance(one, str) else one for name, one in found.items()}
+
+
+NULLS = {
+    "head_dim": lambda config: config["hidden_size"] // config["num_attention_heads"],
+    "num_key_value_heads": lambda config: config["num_attention_heads"],
+    "n_inner": lambda config: 4 * config["n_embd"],
+}
+"""What transformers' models take where a field is null."""
 
 
 def mattering(config: dict) -> list[str]:
@@ -193,8 +204,20 @@ def test_a_random_config_means_the_same_after_the_way_there_and_back(family, dat
 def test_the_defaults_of_a_family_are_those_of_its_class(family):
     whole = plain(AutoConfig.for_model(family))
     check(family, whole)
-    sized = {name: whole[name] for name in (names(family).get(one, one) for one in SIZES) if name in whole}
-    assert to_megatron(families.find(family).CONFIG, sized) == to_megatron(families.find(family).CONFIG, whole)
+    sized = sizes_alone(names(family), whole)
+    if isinstance(text := whole.get(TEXT), dict):
+        sized[TEXT] = {"model_type": text["model_type"], **sizes_alone(names(text["model_type"]), text)}
+    sized |= {name: whole[name] for name in NO_DEFAULTS.get(family, ())}
+    filled = plain(AutoConfig.for_model(family, **sized))
+    assert to_megatron(families.find(family).CONFIG, sized) == to_megatron(families.find(family).CONFIG, filled)
+
+
+NO_DEFAULTS = {"mistral3": ("tie_word_embeddings",)}
+"""Fields that a test must say: by Mistral 3's class embeddings are tied, by that of its `text_config` they are not."""
+
+
+def sizes_alone(names: dict[str, str], whole: dict) -> dict:
+    return {name: whole[name] for name in (names.get(one, one) for one in SIZES) if name in whole}
 
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
