@@ -73,13 +73,15 @@ def window_pattern(
     *,
     huggingface: str = "sliding_window",
     default: int | None = None,
+    unused: int | None = None,
     switch: str = "",
     pattern: Callable[[Sequence[str]], dict[str, Any]] = lambda _types: {},
 ) -> Field:
     """Return the field of layers of which some attend in a sliding window: `window_size` and `window_attn_skip_freq`.
 
     `types` is `layer_types` where it is absent, and `pattern` returns the fields of `config.json` that it computes them from.
-    `switch` names a field without which no layer slides.
+    `unused` is what the field of the window has where no layer slides: null, unless transformers refuses that. `switch` names a
+    field without which no layer slides.
     """
 
     def read(config: Config) -> dict[str, Any]:
@@ -98,7 +100,8 @@ def window_pattern(
         if each:  # megatron-core: each such layer sees everything
             slides = [1 - one for one in slides]
         types = [SLIDING if one else FULL for one in slides]
-        return {huggingface: tokens, "layer_types": types, **({switch: tokens is not None} if switch else {}), **pattern(types)}
+        shown = unused if tokens is None else tokens
+        return {huggingface: shown, "layer_types": types, **({switch: tokens is not None} if switch else {}), **pattern(types)}
 
     return Field(read, write)
 

@@ -29,7 +29,7 @@ CONFIG = (
     flag("add_bias_linear", "mlp_bias"),
     named(attention_bias=False),
     rope("default", "linear", "llama3", "yarn", theta=1e6, default=ROPE),
-    window_pattern(_first_of_four_full, default=8192),
+    window_pattern(_first_of_four_full, default=8192, unused=8192),
 )
 EXTRAS = llama.EXTRAS
 SMALL = {"head_dim": 8, "sliding_window": 8, "rope_parameters": {**ROPE, "original_max_position_embeddings": 16}}

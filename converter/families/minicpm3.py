@@ -74,7 +74,7 @@ CONFIG = (
     *mlp("silu", gated=True),
     field("v_head_dim", "v_head_dim", default=_value_size, null=_value_size),
     counts(value="v_head_dim"),
-    *youtu.LATENT,
+    *youtu.latent(q_lora=768, kv_lora=256, plain=64, turned=32),
     *llama.NO_BIAS,
     rope("default", "longrope"),
     *multipliers(

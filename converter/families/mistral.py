@@ -1,6 +1,6 @@
 """Mistral: Llama's weights without biases, and a sliding window over the attention."""
 
-from converter.config import field, value
+from converter.config import Field, agreeing, field, value
 from converter.config_layers import window
 from converter.config_parts import mlp
 from converter.config_rope import rope
@@ -17,6 +17,7 @@ SIZES = (
     field("seq_length", "max_position_embeddings", default=value(4096 * 32)),
     rope("default", "linear", "llama3", "yarn"),
     *llama.NO_BIAS,
+    Field(lambda _config: {}, lambda config: agreeing(config, {"exact_sequence_length": None})),  # Ministral 3 has one
 )
 
 CONFIG = (*SIZES, *mlp("silu", gated=True), llama.PLAIN_ATTENTION, window("window_size", "sliding_window", default=4096))

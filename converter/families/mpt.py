@@ -60,7 +60,7 @@ def _write_attention(config: Config) -> dict[str, Any]:
     attention = {
         "alibi": True,
         "alibi_bias_max": _BIAS_MAX if bias_max is None else bias_max,
-        "attn_pdrop": drops.get("attn_pdrop", 0.0),
+        "attn_pdrop": drops.get("attn_pdrop", 0),  # a whole number: transformers refuses 0.0
         "softmax_scale": config.get("softmax_scale"),
         "clip_qkv": config.get("clip_qkv"),
     }

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from converter.config import Config, field, fixed, named
+from converter.config import Config, Field, field, fixed, named
 from converter.config_parts import dimension, dropouts, mlp, only, rms_norm, sizes
 from converter.config_rope import rope
 from converter.families import llama
@@ -34,28 +34,34 @@ def _std(config: Config) -> float:
     return 2 / (5 * config["hidden_size"]) ** 0.5
 
 
-LATENT = (
-    *dimension("q_lora", "q_lora_rank"),
-    *dimension("kv_lora", "kv_lora_rank"),
-    *dimension("plain", "qk_nope_head_dim", megatron="qk_head_dim"),
-    *dimension("turned", "qk_rope_head_dim", megatron="qk_pos_emb_head_dim"),
-    named(
-        queries=lambda model: model.heads * (model.plain + model.turned),
-        kv_down=lambda model: model.kv_lora + model.turned,
-        keys_values=lambda model: model.heads * (model.plain + model.value),
-        values=lambda model: model.heads * model.value,
-    ),
-    # transformers builds the two inner norms with this epsilon, whatever `rms_norm_eps` says.
-    fixed(multi_latent_attention=True, rope_type="rope", latent_layernorm_epsilon=1e-6, add_qkv_bias=False, qk_layernorm=True),
-)
+def latent(*, q_lora: int, kv_lora: int, plain: int, turned: int) -> tuple[Field, ...]:
+    """Return the fields of latent attention, and its named sizes; the numbers are what `config.json` means where it has none."""
+    return (
+        *dimension("q_lora", "q_lora_rank", default=q_lora),
+        *dimension("kv_lora", "kv_lora_rank", default=kv_lora),
+        *dimension("plain", "qk_nope_head_dim", megatron="qk_head_dim", default=plain),
+        *dimension("turned", "qk_rope_head_dim", megatron="qk_pos_emb_head_dim", default=turned),
+        named(
+            queries=lambda model: model.heads * (model.plain + model.turned),
+            kv_down=lambda model: model.kv_lora + model.turned,
+            keys_values=lambda model: model.heads * (model.plain + model.value),
+            values=lambda model: model.heads * model.value,
+        ),
+        # transformers builds the two inner norms with this epsilon, whatever `rms_norm_eps` says.
+        fixed(
+            multi_latent_attention=True, rope_type="rope", latent_layernorm_epsilon=1e-6, add_qkv_bias=False, qk_layernorm=True
+        ),
+    )
+
+
 CONFIG = (
     *sizes(head_dim="", positions_default=131072, tied=True),
     field("init_method_std", "initializer_range", default=_std, null=_std),
     *dropouts(),
     *rms_norm(),
     *mlp("silu", gated=True),
-    *dimension("value", "v_head_dim"),
-    *LATENT,
+    *dimension("value", "v_head_dim", default=128),
+    *latent(q_lora=1536, kv_lora=512, plain=128, turned=64),
     *llama.NO_BIAS,
     rope("default"),
     only(attention_bias=False, rope_interleave=True),
