@@ -103,7 +103,8 @@ def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], fam
         names = [name for name in unexpected if re.fullmatch(foreign.pattern, LAYER.sub("0", name))]
         if names and not any(re.fullmatch(foreign.pattern, name) for name in expected):
             raise UserError(f"`{label}` holds {list_names(names)}: {foreign.description}", hint=foreign.hint)
-    if missing <= head:
+    bias = {rule.huggingface for rule in family.RULES if rule.megatron == "output_layer.bias"}
+    if missing <= head | bias and (missing & head or unexpected):
         _refuse_head(missing, unexpected, label=label)
 
 
@@ -196,6 +197,6 @@ def _refuse_head(missing: set[str], unexpected: list[str], *, label: str) -> Non
     if missing and len(heads) == len(unexpected):
         instead = f", but {list_names(heads)}: a head for classification, rewards or embeddings" if heads else ""
         raise UserError(
-            f"`{label}` has no head of a language model (`{min(missing)}`){instead}",
+            f"`{label}` has no head of a language model ({list_names(sorted(missing))}){instead}",
             hint=f"if it is tied to the embedding, set `tie_word_embeddings` to true in `config.json`; if not, {_BODY}",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,14 @@ def make(ranks: Any, fields: dict[str, Any], folder: Path) -> str:
 
 def _make(fields: dict[str, Any], changes: dict[str, Any]) -> None:
     train(fields, changes, _Scattered())
+
+
+def without_settings(folder: str, copy: Path) -> str:
+    """Copy weights without the settings of their model, for which another model is refused."""
+    shutil.copytree(folder, copy)
+    for file in copy.rglob("run_config.yaml"):
+        file.unlink()
+    return str(copy)
 
 
 def start(folder: str, **changes: Any) -> dict[str, Any]:

@@ -85,9 +85,10 @@ def test_a_layout_trains_as_one_rank(name, layout, ranks, weights):
 
 
 @pytest.mark.parametrize(("name", "other"), [(name, other) for name, others in OTHERWISE.items() for other in others])
-def test_a_piece_changes_what_is_computed(name, other, ranks, weights):
+def test_a_piece_changes_what_is_computed(name, other, ranks, weights, tmp_path):
     folder, alone = weights(name)
-    (history,) = ranks.run(runs.train, 1, {**MODELS[name], **other}, runs.start(folder, train__train_iters=1))
+    unsaid = runs.without_settings(folder, tmp_path / "weights")
+    (history,) = ranks.run(runs.train, 1, {**MODELS[name], **other}, runs.start(unsaid, train__train_iters=1))
     assert abs(history.losses[0] - alone.losses[0]) > 1e-4
 
 
