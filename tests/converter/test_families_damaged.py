@@ -14,7 +14,8 @@ from converter.config import make_model, to_huggingface, to_megatron
 from tests.converter.family_suite import small_config
 
 DAMAGED = (
-    None, "", "text", "4", -1, -0.5, 0, 1.5, 10**400, 1e300, math.nan, math.inf, True, [], {}, [1], ["text"], [None], [-1, 0],
+    None, "", "text", "4", -1, -0.5, 0, 1.5, 10**400, 1e300, 1e-300, math.nan, math.inf, True, [], {}, [1], ["text"], [None],
+    [-1, 0],
     [math.nan] * 4, {"text": 1}, {"rope_type": []}, {"full_attention": 1}, {"full_attention": {"rope_theta": "text"}}, [[1], {}],
 )  # fmt: skip
 
