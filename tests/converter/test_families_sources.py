@@ -85,6 +85,12 @@ def test_a_head_for_classification_is_named(family, tmp_path):
     assert "a head for classification, rewards" in said
 
 
+def test_a_head_without_its_bias_lacks_the_bias_alone(tmp_path):
+    folder = save_small("phi", tmp_path / "hf", dtype="float32")
+    change(folder, lambda weights: {name: one for name, one in weights.items() if name != "lm_head.bias"})
+    assert refusal(folder, tmp_path).startswith("the source lacks `lm_head.bias`")
+
+
 OWN_CODE = {*remote_code.TWINS, "exaone"}
 """Families whose names are those of their repositories' code: transformers has no body of them, or saves it under other names."""
 
