@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from converter.config import Config, Field, agreeing, count
 from formats.errors import UserError, format_untrusted
+from formats.torch_dist import MOST_LAYERS
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Words of `layer_types`."""
@@ -15,8 +16,12 @@ Types = Callable[[Config], Sequence[str]]
 """What `layer_types` is where a `config.json` does not have it."""
 
 
-def layers_of(config: Config) -> int:
-    return count(config, "num_hidden_layers")
+def layers_of(config: Config, name: str = "num_hidden_layers") -> int:
+    """Return the number of layers; UserError for more than any list of layers should be made for."""
+    layers = count(config, name)
+    if layers > MOST_LAYERS:
+        raise UserError(f"`{name}` is {layers}, more layers than any model has", hint="the configuration is damaged")
+    return layers
 
 
 def all_full(config: Config) -> list[str]:
@@ -126,7 +131,7 @@ def no_rope(read: Callable[[Config], Sequence[bool]], write: Callable[[Sequence[
 def marks(config: Config, name: str, *, absent: int) -> tuple[bool, list[int]]:
     """Return a field of Megatron's that has 0 or 1 for each layer, or a number n for each n-th: whether it is such a number, and
     the marks of all layers. `absent` is the mark without the field. UserError for anything else."""
-    found, layers = config.get(name), count(config, "num_layers")
+    found, layers = config.get(name), layers_of(config, "num_layers")
     if found in (None, 0, []):
         return False, [absent] * layers
     if isinstance(found, int):

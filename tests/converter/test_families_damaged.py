@@ -100,3 +100,9 @@ def test_a_rope_type_that_is_no_word_is_named():
     with pytest.raises(UserError) as refused:
         to_megatron(families.find("qwen2").CONFIG, {**plain("qwen2"), "rope_parameters": {"rope_type": ["yarn"]}})
     assert str(refused.value) == "the rope type in `rope_parameters` is `[yarn]`, which should be a word"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "smollm3", "cohere2"])
+def test_a_billion_layers_are_refused_before_a_list_is_made_for_each(family):
+    with pytest.raises(UserError, match="is 1000000000, more layers than any model has"):
+        to_megatron(families.find(family).CONFIG, {**plain(family), "num_hidden_layers": 10**9, "layer_types": None})
