@@ -4,21 +4,15 @@ from converter.config import Config, field, fixed, value
 from converter.config_layers import FULL, layer_types, no_rope, one_full_in, window_pattern
 from converter.config_parts import dropouts, layer_norm, mlp, multipliers, only, sizes
 from converter.config_rope import rope
-from converter.families import llama
-from converter.rules import always, replicated
+from converter.families import cohere, llama
 
 MODELS = "Command R7B, Command A"
 ARCHITECTURE = "Cohere2ForCausalLM"
 
 TYPES = one_full_in(4)
 RULES = (
-    *llama.decoder(
-        replicated("input_layernorm.weight", "input_layernorm.weight", "hidden"),
-        replicated("input_layernorm.bias", "", "hidden", absent=always),
-        *llama.ATTENTION[1:],
-        *llama.MLP[1:],
-    ),
-    replicated("decoder.final_layernorm.bias", "", "hidden", absent=always),
+    *llama.decoder(*cohere.ONE_NORM, *llama.ATTENTION[1:], *llama.MLP[1:]),
+    cohere.FINAL_BIAS,
 )
 
 

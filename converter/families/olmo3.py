@@ -4,17 +4,12 @@ from converter.config import fixed
 from converter.config_layers import one_full_in, window_pattern
 from converter.config_parts import dropouts, mlp, only, rms_norm, sizes
 from converter.config_rope import rope_by_type
-from converter.families import gemma2, llama
-from converter.rules import replicated
+from converter.families import gemma2, llama, olmo2
 
 MODELS = "OLMo 3"
 ARCHITECTURE = "Olmo3ForCausalLM"
 
-NORMS = (
-    replicated("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "queries"),
-    replicated("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "keys"),
-)
-RULES = llama.decoder(*llama.ATTENTION[1:], *NORMS, gemma2.POST_NORMS[0], *llama.MLP[1:], gemma2.POST_NORMS[1])
+RULES = llama.decoder(*llama.ATTENTION[1:], *olmo2.NORMS[:2], gemma2.POST_NORMS[0], *llama.MLP[1:], gemma2.POST_NORMS[1])
 CONFIG = (
     *sizes(head_dim=""),
     *dropouts(),
