@@ -100,8 +100,9 @@ def test_fp32_on_the_gpu_follows_the_cpu(ranks, folder):
 @pytest.mark.parametrize(
     ("precision", "tolerance", "more"),
     [
-        # The default scale, 2^32, is halved every other step until gradients no longer overflow: longer than this run.
-        ("fp16_mixed", 0.05, {"optimizer__initial_loss_scale": 2.0**14}),
+        # The default scale, 2^32, is halved every other step until gradients, of the sum over tokens, no longer overflow: longer
+        # than this run.
+        ("fp16_mixed", 0.05, {"optimizer__initial_loss_scale": 2.0**5}),
         ("bf16_with_fp8_delayed_scaling_mixed", 0.1, {}),
         ("bf16_with_fp8_current_scaling_mixed", 0.1, {}),
         ("bf16_with_fp8_subchannel_scaling_mixed", 0.1, {}),

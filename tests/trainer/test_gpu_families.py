@@ -42,7 +42,7 @@ def _logits(folder: Path, precision: str, settings: dict[str, Any]) -> torch.Ten
     from trainer.settings.resolve import resolve
 
     run = RunConfig(model=from_hf_config(json.loads((folder / "hf" / "config.json").read_text())), mixed_precision=precision)
-    run.dataset.sequence_length = len(TOKENS[0])
+    run.optimizer.lr, run.dataset.sequence_length = 1e-4, len(TOKENS[0])
     for name, value in settings.items():
         setattr(run.model, name, value)
     resolved = resolve(run, world_size=parallel.world_size(), device="gpu").config
