@@ -159,6 +159,13 @@ class GPTModelProvider(ModelProvider):
     """What `qk_layernorm` normalizes: `head`, each head with one weight for all; `all_heads`, all heads together (OLMo 2);
     `each_head`, each head with a weight of its own (Command R+)."""
 
+    moe_router_scoring: str | None = None
+    """How experts are chosen and weighed where `moe_router_score_function` cannot say it: `softmax_with_bias` (ERNIE 4.5) or
+    `sparsemixer` (Phi-3.5 MoE)."""
+
+    moe_router_sparsemixer_jitter: float = 0.01
+    """How far below the best an expert's logit may be to count in its weight, with `moe_router_scoring=sparsemixer`."""
+
     bias_activation_fusion: bool | None = None  # type: ignore[assignment]
     bias_dropout_fusion: bool | None = None  # type: ignore[assignment]
     masked_softmax_fusion: bool | None = None  # type: ignore[assignment]

@@ -21,6 +21,7 @@ from trainer.layers.parallel_residual import parallel_residual
 from trainer.layers.recomputed_bias import recomputed_bias
 from trainer.layers.residual_multiplier import residual_multiplier
 from trainer.layers.rope import own_frequencies, sliding_rope
+from trainer.layers.routing import own_scoring
 from trainer.layers.scores import changed_scores
 from trainer.layers.spec import copied
 from trainer.layers.xielu import activation_weights
@@ -33,6 +34,7 @@ LAYER_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     parallel_residual,
     branch_norms,
     residual_multiplier,
+    own_scoring,
 )
 """Functions `(provider, layer)` that change the spec of a decoder layer in place. Each looks at fields of its own."""
 
