@@ -159,6 +159,9 @@ class GPTModelProvider(ModelProvider):
     """What `qk_layernorm` normalizes: `head`, each head with one weight for all; `all_heads`, all heads together (OLMo 2);
     `each_head`, each head with a weight of its own (Command R+)."""
 
+    attention_output_bias: bool = False
+    """Add a bias to attention's output without `add_bias_linear`, which adds some to routers and experts too. Phi-3.5 MoE."""
+
     moe_router_scoring: str | None = None
     """How experts are chosen and weighed where `moe_router_score_function` cannot say it: `softmax_with_bias` (ERNIE 4.5) or
     `sparsemixer` (Phi-3.5 MoE)."""

@@ -18,6 +18,7 @@ from trainer.layers.late_norms import late_norms
 from trainer.layers.latent_attention import latent_epsilon, latent_gradients, local_attention, plain_queries
 from trainer.layers.norms import accepted, local_norms
 from trainer.layers.output import output_bias
+from trainer.layers.output_projection import attention_output_bias
 from trainer.layers.parallel_residual import parallel_residual
 from trainer.layers.prediction import prediction_block
 from trainer.layers.recomputed_bias import recomputed_bias
@@ -35,6 +36,7 @@ LAYER_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     changed_scores,
     head_norms,
     parallel_residual,
+    attention_output_bias,
     branch_norms,
     residual_multiplier,
     own_scoring,
