@@ -58,6 +58,12 @@ def logits_of(rank: int, model: tuple[dict, dict, str], iteration: str, tokens: 
     return load_strictly(chunks, iteration), forward(chunks, tokens, runtime_gather_output=True)
 
 
+def weights_of(chunk: Any) -> dict[str, Any]:
+    """The parameters of a model, and the biases of its routers, which are buffers."""
+    biases = {name: buffer for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")}
+    return {**dict(chunk.named_parameters()), **biases}
+
+
 def differences(rank: int, config: dict, iteration: str, tokens: list[list[int]], changes: dict[str, dict]) -> dict[str, float]:
     """How far logits go from those of a checkpoint's model, as a share of the largest, with each of the changes to `mbtrain`'s
     provider; by their names. Weights that the changed model has otherwise are cut to its shapes, or stay as they are made."""
@@ -67,12 +73,12 @@ def differences(rank: int, config: dict, iteration: str, tokens: list[list[int]]
 
     chunks = build(config)
     load_strictly(chunks, iteration)
-    found, weights = {"": forward(chunks, tokens, runtime_gather_output=True)}, dict(chunks[0].named_parameters())
+    found, weights = {"": forward(chunks, tokens, runtime_gather_output=True)}, weights_of(chunks[0])
     for name, settings in changes.items():
         parallel_state.destroy_model_parallel()
         changed = build(config, **settings)
         with torch.no_grad():
-            for key, parameter in changed[0].named_parameters():
+            for key, parameter in weights_of(changed[0]).items():
                 if key in weights and weights[key].ndim == parameter.ndim:
                     both = tuple(map(slice, map(min, weights[key].shape, parameter.shape)))
                     parameter[both] = weights[key][both]

@@ -18,10 +18,13 @@ TOLERANCE = 1e-4
 OFF = {
     "add_qkv_bias": False,
     "alibi": None,
+    "attention_output_bias": False,
     "attn_logit_softcapping": None,
     "embedding_layernorm": False,
     "final_logit_softcapping": None,
     "layernorm_zero_centered_gamma": False,
+    "moe_router_scoring": None,
+    "moe_router_sparsemixer_jitter": 0.0,
     "mup_embedding_mult": 1.0,
     "mup_output_mult": 1.0,
     "no_rope_freq": None,
