@@ -52,7 +52,7 @@ def _check_groups(experts: int, groups: int, chosen: int, topk: int, best: int) 
     size = experts // groups
     for is_wrong, text in (
         (experts % groups, f"{experts} experts do not divide into {groups} groups"),
-        (size < best, f"a group of {size} experts is rated by its best {best}"),
+        (size < best, f"a group of {size} experts is rated by its {best} best"),
         (chosen > groups, f"{chosen} groups are chosen of {groups}"),
         (topk > chosen * size, f"{topk} experts are chosen in {chosen} groups of {size}"),
     ):
@@ -66,9 +66,7 @@ def _written_groups(config: Config, best: int) -> dict[str, Any]:
         return {"n_group": 1, "topk_group": 1}
     sums = config.get(BEST) or count(config, "moe_router_topk") // count(config, CHOSEN)
     if sums != best:
-        raise UserError(
-            f"the score of a group of experts is the sum of its `{sums}` best, and in this family of its `{best}` best"
-        )
+        raise UserError(f"a group of experts is rated by its `{sums}` best, and in this family by its `{best}` best")
     return {"n_group": number(GROUPS, groups), "topk_group": chosen}
 
 
@@ -92,18 +90,18 @@ def shared_multiple(default: int, *, name: str = "n_shared_experts") -> tuple[Fi
     return (Field(read, write, lambda sizes: {"shared_ffn": sizes.megatron[megatron] or 0}),)
 
 
-def dense_first(default: int) -> Field:
+def dense_first(default: int, *, name: str = "first_k_dense_replace") -> Field:
     """Return the field of layers of which the first ones are dense; `default` is how many where `config.json` does not say it."""
 
     def read(config: Config) -> list[bool]:
-        first = number(_FIRST, config.get(_FIRST, default))
+        first = number(name, config.get(name, default))
         return [layer >= first for layer in range(layers_of(config))]
 
     def write(sparse: Sequence[bool]) -> dict[str, Any]:
         first = list(sparse).index(True) if any(sparse) else len(sparse)
         if not all(sparse[first:]):
             raise UserError("dense layers follow layers with experts, which no model of this family has")
-        return {_FIRST: first}
+        return {name: first}
 
     return sparse_layers(read, write)
 
