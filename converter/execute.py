@@ -64,6 +64,7 @@ def execute(
         seconds=time.monotonic() - started,
         peak_memory=_estimate(conversion, target, workers) if dry_run else peak_memory(),
         workers=workers,
+        layout=dict(plan.layout),
         verified=options.get("verify", False) and not dry_run,
         reused_bytes=reused,
     )

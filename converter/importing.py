@@ -103,7 +103,7 @@ def _recognize(source: Source, wanted: ImportOptions) -> _Import:
 
 def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
     source, plan, folder = found.source, found.plan, f"{iteration_folder(0)}/"
-    command, options = source.command("hf-to-mcore"), _options(wanted, found.layout, experts="experts" in found.model)
+    command, options = source.command("hf-to-mcore"), _options(wanted, found)
     identity = {**options, **source.merged()}
     return ConversionPlan(
         source=source.label,
@@ -127,7 +127,15 @@ def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
         ),
         manifest=manifest(command, identity, {**source.files, **found.side_files.copies}),
         identity=identity,
+        layout=_parallel_sizes(found),
     )
+
+
+def _parallel_sizes(found: _Import) -> dict[str, int]:
+    """Return the sizes of the layout: all of tensor and pipeline parallelism, and those of experts where there are some."""
+    layout = found.layout
+    experts = {"ep": layout.ep, "etp": layout.etp} if "experts" in found.model else {}
+    return {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, **experts}
 
 
 def _writer(found: _Import) -> TorchDistWriter:
@@ -149,16 +157,13 @@ def _check_padding(model: Model, wanted: ImportOptions) -> None:
         )
 
 
-def _options(wanted: ImportOptions, layout: Layout, *, experts: bool) -> dict[str, Any]:
+def _options(wanted: ImportOptions, found: _Import) -> dict[str, Any]:
     return {
-        "tp": wanted.tp,
-        "pp": wanted.pp,
-        "vpp": wanted.vpp,
-        "layers": list(layout.stages),
+        **_parallel_sizes(found),
+        "layers": list(found.layout.stages),
         "dtype": wanted.dtype,
         "vocab_divisible_by": wanted.make_vocab_size_divisible_by,
         "integrity": wanted.integrity,
-        **({"ep": layout.ep, "etp": layout.etp} if experts else {}),
     }
 
 

@@ -81,7 +81,11 @@ _FOREIGN = (
         "a part for images or sounds beside the language model",
         "leave out what is not the language model's: only that can be converted",
     ),
-    _ForeignNames(r".*\.(experts|block_sparse_moe)\..*", "experts of a mixture", "such models are not supported yet"),
+    _ForeignNames(
+        r".*\.(experts|block_sparse_moe)\..*",
+        "experts of a mixture",
+        "take the `config.json` that belongs to these weights: by this one the model has none, or has them under other names",
+    ),
 )
 
 
