@@ -91,6 +91,7 @@ def _write(
     workers: int,
 ) -> int:
     """Write the output, from the lock to the commit; return how many bytes an earlier run had written."""
+    conversion.check()
     if is_remote(target):
         from converter.execute_remote import upload  # noqa: PLC0415 - the clients of object stores
 

@@ -76,17 +76,22 @@ def plan_import(source: Source, wanted: ImportOptions, reporter: Reporter) -> Co
     found = _recognize(source, wanted)
     for text in notes(source, found.plan):
         reporter.note(text)
-    for name, other in found.plan.equal:
-        check_equal(source.reader, name, other)
-    for tensor_plan in found.plan.exact:
-        check_exact(source.reader, tensor_plan)
     return Conversion(
         plan=_conversion_plan(found, wanted),
         reader=source.reader,
         views=lambda written: _views(found, written, wanted.dtype),
         copies=found.side_files.copies,
+        check=lambda: _check_numbers(found),
         memory=source.memory,
     )
+
+
+def _check_numbers(found: _Import) -> None:
+    """Raise UserError where tensors differ that should be equal, or where an offset would round."""
+    for name, other in found.plan.equal:
+        check_equal(found.source.reader, name, other)
+    for tensor_plan in found.plan.exact:
+        check_exact(found.source.reader, tensor_plan)
 
 
 def _recognize(source: Source, wanted: ImportOptions) -> _Import:

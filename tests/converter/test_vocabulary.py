@@ -489,8 +489,10 @@ def test_prediction_layers_halves_axes_of_one_and_other_roots(tmp_path, root, la
 def test_a_copy_of_the_embedding_that_differs_is_refused(tmp_path):
     tensors = made_up_tensors(copy=True)
     tensors["model.layers.4.embed_tokens.weight"][0, 0] += 1
+    folder = save_made_up(tmp_path / "hf", tensors)
+    assert hf_to_mcore(folder, tmp_path / "m", dry_run=True).dry_run  # which reads headers alone
     with pytest.raises(UserError, match=r"`model.layers.4.embed_tokens.weight` differs from `model.embed_tokens.weight`"):
-        hf_to_mcore(save_made_up(tmp_path / "hf", tensors), tmp_path / "m")
+        hf_to_mcore(folder, tmp_path / "m")
 
 
 @pytest.mark.parametrize(("change", "message"), [
