@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from formats.errors import UserError
 from tests import models
+from tests.converter.family_suite import small_model
 from tests.trainer.settings import LLAMA, settings
 from trainer.estimate.flops import flops_of_packed, flops_of_run, flops_per_token
 from trainer.model import GPTModelProvider, from_hf_config
@@ -119,6 +120,12 @@ def test_experts_count_for_the_tokens_they_get() -> None:
     assert flops_per_token(experts_provider(), 32) * 32 == counted(mixtral(), 32)
 
 
+@pytest.mark.parametrize("family", ["youtu"])
+def test_latent_attention_multiplies_as_often_as_counted(family: str) -> None:
+    model = small_model(family, dtype="float32", experts_implementation="eager")
+    assert flops_per_token(from_hf_config(model.config.to_dict()), 32) * 32 == counted(model, 32)
+
+
 def test_a_window_leaves_out_what_lies_beyond_it() -> None:
     provider, plain = from_hf_config(LLAMA), from_hf_config(LLAMA)
     provider.window_size = (15, 0)
@@ -132,10 +139,10 @@ def test_a_window_leaves_out_what_lies_beyond_it() -> None:
 
 def test_a_model_of_another_kind_is_refused() -> None:
     provider = from_hf_config(LLAMA)
-    provider.multi_latent_attention = True
+    provider.experimental_attention_variant = "dsa"
     with pytest.raises(UserError) as caught:
         flops_per_token(provider, 64)
     assert str(caught.value) == (
-        "no formula for the size of a model with `multi_latent_attention`: `True`\n\n"
-        "hint: only models with plain attention and feed-forward layers or experts are counted"
+        "no formula for the size of a model with `experimental_attention_variant`: `dsa`\n\n"
+        "hint: only models of attention, plain or latent, and of feed-forward layers or experts are counted"
     )

@@ -20,6 +20,7 @@ class Ahead(GPTModelProvider):
     """A provider of the user's own, whose model predicts one token more (megatron-core's multi-token prediction)."""
 
     mtp_num_layers: int | None = 1
+    is_hybrid_model: bool = True  # of a kind that there is no formula for
 
     def provide(self, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> Any:
         from megatron.core.models.gpt import GPTModel
