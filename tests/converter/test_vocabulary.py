@@ -525,24 +525,6 @@ def test_a_rank_s_file_holds_its_experts(made, tmp_path):
     assert held == {(layer, e, 0, 0): f"__{e // 2}_0.distcp" for layer in range(3) for e in range(4)}
 
 
-def test_keys_of_experts_are_those_megatron_core_asks_for(golden, tmp_path):
-    """`mixtral` of the golden keys, taken with Transformer Engine on a GPU."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from tests.converter.test_golden import stored_keys
-    from tests.golden.make_te_keys import SIZES
-
-    asked = json.loads((golden / "golden_keys.json").read_text())["mixtral"]
-    config = AutoConfig.for_model("mixtral", **{**SIZES, **EXPERTS, "intermediate_size": 48})
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "hf")
-    hf_to_mcore(tmp_path / "hf", tmp_path / "m")
-    tensors, objects = stored_keys(tmp_path / "m" / "iter_0000000")
-    assert {key: [list(t.size), str(t.properties.dtype)] for key, t in tensors.items()} == {
-        key: [t["global_shape"], t["dtype"]] for key, t in asked["tensors"].items()
-    }
-    assert objects == {*asked["objects"], "common_state/shard_0_1"}
-
-
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next"])
 def test_a_conversion_that_was_stopped_goes_on_to_the_same_bytes(made, tmp_path, monkeypatch, family):
     import converter.run
