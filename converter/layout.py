@@ -116,6 +116,8 @@ def _check_tp(model: Model, tp: int) -> None:
     if "groups" in model:
         _check_groups(model.groups, tp)
     for name, what in _DIVIDED:
+        if name == "ffn" and _is_sparse(model):
+            continue
         if (size := model.get(name, 0)) % tp:
             raise UserError(f"tensor-parallel size {tp} does not divide the model's {what}, {size}", hint="choose a divisor")
     if "groups" in model and (rows := model.queries + 2 * model.keys) % tp:  # never where it divides the groups
@@ -123,6 +125,11 @@ def _check_tp(model: Model, tp: int) -> None:
             f"tensor-parallel size {tp} does not divide the {rows} rows of the model's query, key and value projection",
             hint=f"megatron-core takes {_divisors(model.groups)} or a multiple of {model.groups} that divides them",
         )
+
+
+def _is_sparse(model: Model) -> bool:
+    """Has every layer experts, so that no feed-forward part is divided as attention is?"""
+    return bool(model.get("experts")) and len(model.get("sparse", range(model.layers))) == model.layers
 
 
 def _check_groups(groups: int, tp: int) -> None:
