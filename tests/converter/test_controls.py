@@ -59,6 +59,7 @@ OFF = {
 
 TOGETHER = {
     "alibi": {"position_embedding_type": "none"},
+    "moe_router_enable_expert_bias": {"moe_router_scoring": None},
     "moe_router_num_groups": {"moe_router_group_topk": None, "moe_router_group_score": None},
     "qk_layernorm": {"qk_layernorm_scope": "head", "qk_layernorm_after_rope": False},
     "rotary_percent": {"rope_parameters": None},

@@ -12,6 +12,8 @@ from trainer import layers
 from trainer.layers.routing import SoftmaxWithBias, SparseMixer, sparse_mixer
 from trainer.model import GPTModelProvider
 
+BIASED = {"moe_router_scoring": "softmax_with_bias", "moe_router_enable_expert_bias": True}
+
 
 @pytest.mark.parametrize("training", [False, True])
 def test_sparse_mixer_is_that_of_transformers_with_its_gradient(training, monkeypatch):
@@ -43,7 +45,7 @@ def _router(**fields):
 
 
 def test_a_layer_with_experts_has_the_router_that_a_setting_names():
-    assert _router(num_moe_experts=4, moe_router_scoring="softmax_with_bias") is SoftmaxWithBias
+    assert _router(num_moe_experts=4, **BIASED) is SoftmaxWithBias
     assert _router(num_moe_experts=4, moe_router_scoring="sparsemixer") is SparseMixer
     assert _router(num_moe_experts=4) not in (SoftmaxWithBias, SparseMixer)
     assert _router(moe_router_scoring="sparsemixer") is None, "a dense layer has none"
@@ -53,6 +55,10 @@ def test_a_layer_with_experts_has_the_router_that_a_setting_names():
     ("fields", "message"),
     [
         ({"moe_router_scoring": "hash"}, "`model.moe_router_scoring` is `hash`"),
+        (
+            {**BIASED, "moe_router_enable_expert_bias": False},
+            "`model.moe_router_scoring` is `softmax_with_bias`, and `model.moe_router_enable_expert_bias` is `False`",
+        ),
         (
             {"moe_router_scoring": "sparsemixer", "moe_router_fusion": True},
             "`model.moe_router_fusion` cannot be used with `model.moe_router_scoring` `sparsemixer`",
