@@ -34,10 +34,8 @@ def _check(provider: Any, scoring: str) -> None:
         supported = ", ".join(f"`{one}`" for one in ROUTERS)
         raise UserError(f"`model.moe_router_scoring` is `{scoring}`", hint=f"set it to one of {supported}")
     if scoring == _BIASED and not provider.moe_router_enable_expert_bias:
-        name = "moe_router_enable_expert_bias"
-        raise UserError(
-            f"`model.moe_router_scoring` is `{scoring}`, and `model.{name}` is `False`", hint=f"set `model.{name}=true`"
-        )
+        switch = "model.moe_router_enable_expert_bias"
+        raise UserError(f"`model.moe_router_scoring` is `{scoring}`, and `{switch}` is `False`", hint=f"set `{switch}=true`")
     for name in ("moe_router_fusion", "moe_enable_routing_replay", "moe_router_group_topk"):
         if getattr(provider, name):
             raise UserError(f"`model.{name}` cannot be used with `model.moe_router_scoring` `{scoring}`", hint=f"unset `{name}`")
