@@ -52,7 +52,7 @@ def _check_groups(experts: int, groups: int, chosen: int, topk: int, best: int) 
     size = experts // groups
     for is_wrong, text in (
         (experts % groups, f"{experts} experts do not divide into {groups} groups"),
-        (size < best, f"a group of {size} experts is rated by its best {best}"),
+        (size < best, f"a group of {size} experts is rated by its {best} best"),
         (chosen > groups, f"{chosen} groups are chosen of {groups}"),
         (topk > chosen * size, f"{topk} experts are chosen in {chosen} groups of {size}"),
     ):
@@ -66,9 +66,7 @@ def _written_groups(config: Config, best: int) -> dict[str, Any]:
         return {"n_group": 1, "topk_group": 1}
     sums = config.get(BEST) or count(config, "moe_router_topk") // count(config, CHOSEN)
     if sums != best:
-        raise UserError(
-            f"the score of a group of experts is the sum of its `{sums}` best, and in this family of its `{best}` best"
-        )
+        raise UserError(f"a group of experts is rated by its `{sums}` best, and in this family by its `{best}` best")
     return {"n_group": number(GROUPS, groups), "topk_group": chosen}
 
 
