@@ -30,13 +30,13 @@ def sparse_layers(
         return {"moe_layer_freq": 1 if all(found) else [int(one) for one in found]}
 
     def sizes(before: Sizes) -> dict[str, Any]:
-        found = _with_experts(before.megatron)
+        found = with_experts(before.megatron)
         return {"sparse": frozenset(layer for layer, one in enumerate(found) if one), "stacked": all(found)}
 
-    return Field(there, lambda config: write(_with_experts(config)), sizes)
+    return Field(there, lambda config: write(with_experts(config)), sizes)
 
 
-def _with_experts(megatron: Config) -> list[bool]:
+def with_experts(megatron: Config) -> list[bool]:
     """Return of each layer whether it has experts. megatron-core takes a number n for each n-th layer, from the first on."""
     found, layers = megatron.get("moe_layer_freq", 1), layers_of(megatron, "num_layers")
     if isinstance(found, int) and found > 0:

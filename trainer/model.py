@@ -155,9 +155,22 @@ class GPTModelProvider(ModelProvider):
     residual_multiplier: float = 1.0
     """What the output of attention and of the feed-forward part is multiplied by before the residual is added. Granite."""
 
+    moe_output_multiplier: float = 1.0
+    """What the output of a mixture of experts is multiplied by. Cohere averages chosen and shared experts: 0.5."""
+
     qk_layernorm_scope: str = "head"
     """What `qk_layernorm` normalizes: `head`, each head with one weight for all; `all_heads`, all heads together (OLMo 2);
     `each_head`, each head with a weight of its own (Command R+)."""
+
+    attention_output_bias: bool = False
+    """Add a bias to attention's output without `add_bias_linear`, which adds some to routers and experts too. Phi-3.5 MoE."""
+
+    moe_router_scoring: str | None = None
+    """How experts are chosen and weighed where `moe_router_score_function` cannot say it: `softmax_with_bias` (ERNIE 4.5) or
+    `sparsemixer` (Phi-3.5 MoE)."""
+
+    moe_router_sparsemixer_jitter: float = 0.01
+    """How far below the best an expert's logit may be to count in its weight, with `moe_router_scoring=sparsemixer`."""
 
     moe_router_group_score: int | None = None
     """How many of its best experts a group of experts is rated by (with `moe_router_num_groups`): 1 for DeepSeek-V2, 2 for
