@@ -52,7 +52,7 @@ class ImportOptions:
     pp_layout: Sequence[int] | None
     ep: int = 1
     etp: int | None = None
-    """The shards of each expert; as many as of other layers (`tp`) unless given."""
+    """The shards of each expert; unless given as many as of other layers (`tp`), or what the model can have (1 with biases)."""
 
     dtype: str
     make_vocab_size_divisible_by: int
@@ -100,9 +100,8 @@ def _recognize(source: Source, wanted: ImportOptions) -> _Import:
     model = make_model(family.CONFIG, config, vocab_multiple=wanted.make_vocab_size_divisible_by * wanted.tp)
     refuse_unfit(reader.specs, config, family, model, label=source.label)
     _check_padding(model, wanted)
-    layout = make_layout(
-        model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout, ep=wanted.ep, etp=wanted.etp
-    )
+    etp = wanted.etp or to_megatron(family.CONFIG, config).get("expert_tensor_parallel_size")
+    layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout, ep=wanted.ep, etp=etp)
     passing = family.PASSTHROUGH_PREFIXES
     plan = plan_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype=wanted.dtype, passing=passing)
     return _Import(source, family, model, layout, plan, side_files.collect_model(source.reference, reader, plan.extras))

@@ -147,6 +147,15 @@ MORE_EXPERT_RUNS: dict[str, dict] = {
 """Of families with experts, beside the others. gloo gathers no tensors of unequal sizes: all-to-all needs ETP1."""
 
 
+def more_runs(family):
+    """The slow runs of a family. megatron-core does not divide experts with biases."""
+    fields = to_megatron(families.find(family).CONFIG, small_config(family).to_dict())
+    if not fields.get("num_moe_experts"):
+        return MORE_RUNS
+    most = fields.get(ETP, 2)
+    return MORE_RUNS | {name: settings for name, settings in MORE_EXPERT_RUNS.items() if settings.get(ETP, 1) <= most}
+
+
 def ranks_of(settings):
     """How many ranks a layout needs: those of its attention and its experts, in each stage."""
     tensor = settings.get(TP, 1)

@@ -58,6 +58,14 @@ def test_an_expert_is_divided_as_other_layers_are_unless_said_otherwise(folder, 
     assert inspect(tmp_path / "m").layout == {"tp": 2, "pp": 1, "ep": 2, "etp": 2}
 
 
+def test_an_expert_with_biases_is_not_divided_unless_said(tmp_path):
+    folder = save_small("gpt_oss", tmp_path / "hf")
+    for etp in (None, 2):
+        hf_to_mcore(folder, tmp_path / f"m{etp}", tp=2, ep=2, etp=etp)
+        assert inspect(tmp_path / f"m{etp}").layout == {"tp": 2, "pp": 1, "ep": 2, "etp": etp or 1}
+    assert verify(tmp_path / "mNone", tmp_path / "m2").same
+
+
 def test_a_dry_run_says_the_layout_and_a_file_for_each_rank(folder, checkpoint):
     sizes = ["--tp", 2, "--pp", 2, "--ep", 4, "--etp", 1]
     summary = json.loads(mbconvert("hf-to-mcore", folder, "none", *sizes, "--dry-run", "--json").stdout)

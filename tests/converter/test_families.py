@@ -14,14 +14,12 @@ from converter.planner import huggingface_tensors
 from tests.converter.family_suite import (
     EP,
     ETP,
-    MORE_EXPERT_RUNS,
-    MORE_RUNS,
     TP,
     check_config,
     check_logits,
     check_names,
     check_round_trip,
-    has_experts,
+    more_runs,
     save_small,
 )
 from tests.converter.remote_code import TWINS
@@ -80,8 +78,7 @@ def test_a_family_s_logits_are_those_of_transformers_where_megatron_core_compute
 @pytest.mark.slow
 def test_a_family_s_logits_are_the_same_at_more_layouts(saved, ranks, tmp_path):
     if families.find(saved[0]).trains:
-        more = MORE_EXPERT_RUNS if has_experts(saved[1]) else {}
-        check_logits(ranks, saved[1], tmp_path, runs={**MORE_RUNS, **more})
+        check_logits(ranks, saved[1], tmp_path, runs=more_runs(saved[0]))
 
 
 @pytest.mark.parametrize("family", [
