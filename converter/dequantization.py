@@ -277,7 +277,5 @@ def _check_complete(specs: Specs, reader: DequantizedReader) -> None:
     codes = {weight.codes.name for weight in reader.weights.values()}
     left = [name for name in specs if name.endswith(_SCALES) and name not in reader.carried and name not in codes]
     if left:
-        raise UserError(
-            f"{list_names(left)} belong to no quantized weight",
-            hint=_DAMAGED,
-        )
+        verb = "belong" if len(left) > 1 else "belongs"
+        raise UserError(f"{list_names(left)} {verb} to no quantized weight", hint=_DAMAGED)
