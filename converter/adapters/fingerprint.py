@@ -4,8 +4,7 @@ Fingerprints differ between models of different shapes, between models trained d
 fine-tuned version, if training changed some element of the sample; training that changes all elements of one layer does. A
 change of a few elements outside the sample is not seen, so equal fingerprints do not prove that two models are the same:
 `mbconvert verify` does. Nor are tokenizers, rotary embeddings and `config.json` seen. Values are hashed as fp32: a bf16 model
-and its exact copy in fp32 are equal, and a rounded copy is another model. Quantized
-weights count as the plain ones that they mean.
+and its exact copy in fp32 are equal, and a rounded copy is another model. Quantized weights count as the numbers they mean.
 """
 
 from __future__ import annotations
