@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import starmap
@@ -21,7 +21,7 @@ from converter.extra_states import stateful_module
 from converter.families import Family
 from converter.layout import Layout, make_layout
 from converter.model import Model
-from converter.plan import as_stored, casts
+from converter.plan import TensorPlan, as_stored, casts
 from converter.planner import Plan, sharded
 from converter.planner import to_megatron as plan_megatron
 from converter.provenance import Provenance
@@ -35,7 +35,9 @@ from formats.dcp_index import METADATA
 from formats.detect import open_megatron
 from formats.errors import UserError
 from formats.folder import Folder
+from formats.huggingface import HuggingFaceWriter
 from formats.iterations import iteration_folder
+from formats.outputs import JoinedWriter, Writer
 from formats.spec import is_valid_shape
 from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
 
@@ -107,9 +109,9 @@ def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
     identity = {**options, **source.merged()}
     return ConversionPlan(
         source=source.label,
-        tensor_plans=plan.tensors,
+        tensor_plans=(*plan.tensors, *_extras(found)),
         output=OutputFiles(
-            writer=_writer(found),
+            writer=_with_extras(_writer(found), found, folder),
             documents={**found.side_files.documents, **_documents(found, vocab_multiple=wanted.make_vocab_size_divisible_by)},
             copied=sizes_of(found.side_files.copies),
             folder=folder,
@@ -121,7 +123,6 @@ def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
             fields={"source": source.provenance, **source.merged(), "options": options, **_fields(found)},
             tensors=source.reader.specs,
             passing="read",
-            hashes=found.side_files.hashes,
             aliases=dict(plan.equal),
             hashed=wanted.integrity,
         ),
@@ -137,6 +138,18 @@ def _writer(found: _Import) -> TorchDistWriter:
         stacked=found.model.get("stacked", True),
         stateful_module=partial(stateful_module, hybrid=found.model.get("hybrid", False), own_head_norms=scope != "head"),
     )
+
+
+def _with_extras(writer: TorchDistWriter, found: _Import, folder: str) -> Writer:
+    """Return the layout of all files of the output that hold tensors: those of weights, and that of extras."""
+    extras = found.side_files.extras
+    return JoinedWriter(writer, HuggingFaceWriter({f"{folder}{side_files.EXTRAS}": extras})) if extras else writer
+
+
+def _extras(found: _Import) -> Iterable[TensorPlan]:
+    """Return the plans of tensors that pass through untouched, in the order of their file."""
+    extras = found.side_files.extras
+    return as_stored(extras.tensors).values() if extras else ()
 
 
 def _check_padding(model: Model, wanted: ImportOptions) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from blake3 import blake3
+
 from converter.version import VERSION
 from formats import integrity
 from formats.dcp_index import METADATA
@@ -64,13 +66,10 @@ class Provenance:
     """What it says beside the command, the files and the hashes of tensors."""
 
     tensors: Mapping[str, TensorSpec]
-    """The Hugging Face tensors that are hashed as their bytes pass. Those in `hashes` and `aliases` may be among them."""
+    """The Hugging Face tensors that are hashed as their bytes pass. Those in `aliases` may be among them."""
 
     passing: Literal["read", "made"]
     """Whether these are the tensors that are read, or those that are made."""
-
-    hashes: Mapping[str, str] = field(default_factory=dict[str, str])
-    """The BLAKE3 of Hugging Face tensors that do not pass."""
 
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     """Further tensors, by the tensor that each equals."""
@@ -83,7 +82,7 @@ class Provenance:
 
         A hash that is not known yet takes as much room. Whatever is not in `files` is never taken for a part of the output.
         """
-        names = {*self.tensors, *self.hashes, *self.aliases} if self.hashed else None
+        names = {*self.tensors, *self.aliases} if self.hashed else None
         about: dict[str, Any] = {"tool": TOOL, "version": VERSION, "command": self.command, **self.fields}
         about |= {"files": sorted(files), "blake3": None if names is None else {}}
         start = (json.dumps(about, indent=2) + "\n").encode()
@@ -93,7 +92,9 @@ class Provenance:
 
     def _hash_of(self, name: str, hashes: Mapping[str, str]) -> str | None:
         known = self.aliases.get(name, name)
-        return self.hashes.get(known) or hashes.get(known) or self.hashes.get(name) or hashes.get(name)
+        if known in self.tensors and not self.tensors[known].nbytes:
+            return blake3().hexdigest()  # of a tensor without elements nothing passes
+        return hashes.get(known) or hashes.get(name)
 
 
 def _with_hashes(start: bytes, names: Sequence[str], hash_of: Callable[[str], str | None]) -> Document:
