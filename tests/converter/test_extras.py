@@ -10,27 +10,15 @@ import sys
 import numpy as np
 import pytest
 from blake3 import blake3
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from converter import hf_to_mcore, mcore_to_hf
-from tests.interrupted import ROOT, Conversion, journaled, make_source, written
+from tests.interrupted import EXTRA, ROOT, Conversion, journaled, with_extras, written
 from tests.models import model_tree, tree
 
-EXTRA = "model.layers.{}.self_attn.rotary_emb.inv_freq"
 LARGE = 96 << 20
 SMALL_CHANGE = 12 << 20
 """Bytes by which two runs of the same conversion may differ: allocators and buffers."""
-
-
-def with_extras(folder, *sizes):
-    """A small Llama with one tensor of so many bytes for each layer, in a file of their own."""
-    make_source(folder)
-    tensors = {EXTRA.format(layer): np.arange(size // 4, dtype=np.float32) for layer, size in enumerate(sizes)}
-    save_file(tensors, folder / "model-00009-of-00009.safetensors", {"format": "pt"})
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    index["weight_map"] |= dict.fromkeys(tensors, "model-00009-of-00009.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
 
 
 def converted(*arguments):
