@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +39,8 @@ from formats.folder import Folder
 from formats.huggingface import HuggingFaceWriter
 from formats.iterations import iteration_folder
 from formats.outputs import JoinedWriter, Writer
-from formats.spec import is_valid_shape
+from formats.quantized.reader import DequantizedReader
+from formats.spec import dtype_name, is_valid_shape
 from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
 
 
@@ -222,10 +224,18 @@ def notes(source: Source, plan: Plan) -> Iterator[str]:
         yield f"{len(plan.zero)} biases that the source does not have are written as zeros (megatron-core has one switch for all)"
     if others := plan.filled.keys() - set(plan.zero):
         yield f"{len(others)} weights that the source does not have are written as the numbers that change nothing there"
-    if is_plain({spec.dtype for spec in source.reader.specs.values()}):
+    if isinstance(source.reader, DequantizedReader):
+        yield from _notes_on_quantization(source.reader)
+    elif is_plain({spec.dtype for spec in source.reader.specs.values()}):
         for name in quantization(source.reference.config):
             yield f"`config.json` has `{name}`, but no weight is quantized: an export leaves it out"
     yield from _notes_on_function(source.reference.config)
+
+
+def _notes_on_quantization(reader: DequantizedReader) -> Iterator[str]:
+    """Yield how many weights are dequantized, by scheme."""
+    for (scheme, dtype), count in Counter((one.scheme.name, one.spec.dtype) for one in reader.weights.values()).items():
+        yield f"{count} weights are dequantized to {dtype_name(dtype)}: {scheme}"
 
 
 def _notes_on_function(config: Mapping[str, Any]) -> Iterator[str]:
