@@ -11,16 +11,18 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from blake3 import blake3
 
+from converter.values import KEEP
 from converter.version import VERSION
 from formats import integrity
 from formats.dcp_index import METADATA
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
 from formats.huggingface import Shard
+from formats.json_objects import read_json
 from formats.spec import Document, TensorSpec
 
 FILE = "conversion.json"
@@ -47,6 +49,14 @@ def megatron_source(root: Folder, iteration: Folder) -> dict[str, Any]:
     listed = _listed(iteration)
     files |= {name: {"sha256": digest} for name, digest in sorted(listed.items()) if name.endswith(".distcp")}
     return {**root.origin, "format": "torch_dist", "iteration": iteration.name, "files": files}
+
+
+def is_untouched_import(iteration: Folder) -> bool:
+    """Does an iteration say that it is a plain import, whose values are all as they were? What is trained says nothing here."""
+    document = read_json(iteration, FILE) if iteration.has(FILE) else {}
+    options: Any = document.get("options")
+    kept = isinstance(options, dict) and cast("dict[str, Any]", options).get("dtype") == KEEP
+    return kept and (document.get("tool"), document.get("command")) == (TOOL, "hf-to-mcore")
 
 
 def _listed(iteration: Folder) -> dict[str, str]:

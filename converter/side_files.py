@@ -59,7 +59,7 @@ def collect_model(reference: HFReference, reader: Reader, extras: tuple[str, ...
     files = collect_again(reference)
     documents = {**files.documents, **{f"{HEADERS}/{name}": shard.raw for name, shard in reference.shards.items()}}
     header = make_header(reader.specs[name] for name in extras)
-    return SideFiles(documents, files.copies, parse_shard(header, source=EXTRAS) if extras else None)
+    return SideFiles(documents, files.copies, parse_shard(header, source=EXTRAS, any_dtype=True) if extras else None)
 
 
 def blocks_of(extras: Shard, reader: Reader) -> Iterator[bytes | memoryview]:
@@ -102,7 +102,7 @@ def load(iteration: Folder) -> HFReference | None:
     files, headers = iteration.below(FILES), iteration.below(HEADERS)
     if not files.has(CONFIG):
         return None
-    shards = {name: parse_shard(headers.get(name), source=f"{HEADERS}/{name}") for name in headers.files()}
+    shards = {name: parse_shard(headers.get(name), source=f"{HEADERS}/{name}", any_dtype=True) for name in headers.files()}
     _check_once(shards)
     return HFReference(
         read_json(files, CONFIG),
