@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from converter import families, reference
+from converter import families, prediction_layers, reference
 from converter.comparison import CheckpointView
 from converter.config import make_model
 from converter.encoding import quantized_source
@@ -109,7 +109,8 @@ def with_side_files(
 
 def _untouched(extras: Mapping[str, TensorSpec], family: Family, model: Model) -> Iterable[TensorPlan]:
     """Return the plans of extras. Raises UserError for other tensors: a tampered file must not replace weights."""
-    known, passing = extra_names(family.EXTRAS, model), family.PASSTHROUGH_PREFIXES
+    known = extra_names(family.EXTRAS, model) | prediction_layers.further(family.RULES, model, extras)
+    passing = family.PASSTHROUGH_PREFIXES
     check_dtypes(extras)
     for spec in extras.values():
         if spec.name not in known and not (passing and spec.name.startswith(passing)):
