@@ -25,5 +25,9 @@ class Conversion:
     copies: Mapping[str, FileRef] = field(default_factory=dict[str, FileRef])
     """The side files to copy, by their names in the output's folder."""
 
+    settle: Callable[[int], Conversion] | None = None
+    """Return the conversion with what only reading on some threads can tell, just before it is carried out: a dry run does
+    without."""
+
     memory: int = 0
     """Bytes that reading the source holds at most, beside what is read."""

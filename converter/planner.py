@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from converter import prediction_layers
 from converter.layout import Layout, shards
 from converter.model import Model
 from converter.plan import Specs, TensorPlan, check_dtypes, list_names
@@ -111,6 +112,7 @@ def to_megatron(
             yield from table.owned_by(indices)
 
     allowed = extra_names(extras, model) | {name for name in source if passing and name.startswith(passing)}
+    allowed |= prediction_layers.further(rules, model, source)
     equal = [(name, other) for name, other in tied_names(rules, model).items() if name in source]
     _account(wanted, source, known=allowed | {name for name, _ in equal}, side="source")
     common = next(source[name].dtype for name, _ in wanted())  # which filled tensors take

@@ -16,7 +16,7 @@ import numpy as np
 
 from formats.arrays import bands
 from formats.quantized.scheme import as_float32, bits, block_of, largest, rounded
-from formats.spec import Array, Region, Shape, extent
+from formats.spec import DTYPES, Array, Region, Shape, extent
 
 _WORTH_A_TABLE = 1024
 """Weights of a block from which a table of all 256 codes times its scale is faster than a multiplication for each."""
@@ -38,6 +38,11 @@ class Fp8:
     @property
     def largest(self) -> float:
         return largest(self.dtype)
+
+    @property
+    def step(self) -> float:
+        """That of the smallest codes. Of e5m2, several codes are one infinity or no number."""
+        return 2.0**-9 if self.dtype == DTYPES["fp8_e4m3"] else 0.0
 
     def stored(self, region: Region) -> Region:
         return region

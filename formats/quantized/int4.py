@@ -31,6 +31,11 @@ class PackedInt4:
     name = "INT4, packed"
     largest = 16.0
 
+    @property
+    def step(self) -> float:
+        """1, but for words with bits after the last column, which are in no number."""
+        return 0.0 if self.shape[-1] % PACKED else 1.0
+
     def stored(self, region: Region) -> Region:
         *outer, columns = region
         return *outer, slice(columns.start // PACKED, -(-columns.stop // PACKED))

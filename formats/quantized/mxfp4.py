@@ -28,6 +28,7 @@ class Mxfp4:
 
     name = "MXFP4"
     largest = 6.0
+    step = 0.5
 
     def stored(self, region: Region) -> Region:
         expert, inner, rows = region

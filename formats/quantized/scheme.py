@@ -32,6 +32,11 @@ class Scheme(Protocol):
         """The largest finite code, by which a scale is multiplied."""
         ...
 
+    @property
+    def step(self) -> float:
+        """The least distance of two codes' numbers under a scale of 1; 0 where codes hold what no number says."""
+        ...
+
     def stored(self, region: Region) -> Region:
         """Return the region of the codes that holds a region of the weight, and perhaps more."""
         ...
@@ -85,12 +90,16 @@ class QuantizedWeight:
         for spec, wanted in zip(self.parameters, self.scheme.parameters(region), strict=True):
             values.append(np.empty(extent(wanted), spec.dtype))
             reader.read(spec.name, wanted, values[-1])
-        if not np.isfinite(as_float32(values[0])).all():
+        self.check_scales(values[0])
+        return values
+
+    def check_scales(self, scales: Array) -> None:
+        """Raise UserError for a scale that is not finite."""
+        if not np.isfinite(as_float32(scales)).all():
             raise UserError(
                 f"`{self.parameters[0].name}` holds scales that are not finite",
                 hint="the file is damaged, or the model's quantization failed; fetch it again",
             )
-        return values
 
     def check_shape(self, reader: Reader) -> None:
         """Raise UserError if the stored shape is another than the one that codes and scales have."""
