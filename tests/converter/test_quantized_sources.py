@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from converter import Reporter, UserError, hf_to_mcore, mcore_to_hf
 from converter.adapters.fingerprint import fingerprint
 from formats.dcp_index import METADATA
-from tests.converter.conftest import families_from
 from tests.quantized import FILE, SCHEMES, change, describe, plain_of, quantize
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128, "max_position_embeddings": 64}
@@ -23,12 +21,6 @@ MODELS = {
     "mixtral": {**SIZES, **HEADS, **EXPERTS},
     "gpt_oss": {**SIZES, **HEADS, **EXPERTS, "layer_types": ["full_attention"] * 2},
 }
-
-
-@pytest.fixture(autouse=True)
-def _gpt_oss(monkeypatch):
-    with families_from(Path(__file__).parent / "vocabulary", monkeypatch):
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +111,7 @@ def test_a_model_of_one_fp16_scale_is_fp16(plain, tmp_path):
 
 
 @pytest.mark.parametrize("field", ["quantization_config", "compression_config"])
-def test_the_text_model_of_another_says_it(plain, tmp_path, field, monkeypatch):
+def test_the_text_model_of_another_says_it(plain, tmp_path, field):
     """Models with towers may describe the quantization of their text model in `text_config`."""
     from converter.dequantization import dequantized
     from formats.folder import LocalFolder
