@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from converter import Reporter, UserError, hf_to_mcore, mcore_to_hf
 from converter.adapters.fingerprint import fingerprint
+from converter.dequantization import dequantized
 from formats.dcp_index import METADATA
+from formats.folder import LocalFolder
+from formats.huggingface import HuggingFaceReader
+from formats.quantized.reader import DequantizedReader
 from tests.quantized import FILE, SCHEMES, change, describe, plain_of, quantize
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128, "max_position_embeddings": 64}
@@ -113,11 +119,6 @@ def test_a_model_of_one_fp16_scale_is_fp16(plain, tmp_path):
 @pytest.mark.parametrize("field", ["quantization_config", "compression_config"])
 def test_the_text_model_of_another_says_it(plain, tmp_path, field):
     """Models with towers may describe the quantization of their text model in `text_config`."""
-    from converter.dequantization import dequantized
-    from formats.folder import LocalFolder
-    from formats.huggingface import HuggingFaceReader
-    from formats.quantized.reader import DequantizedReader
-
     source = quantize(plain("llama"), tmp_path / "q", "blocks")
     config = json.loads((source / "config.json").read_text())
     inside = {"text_config": {field: config.pop("quantization_config")}}
@@ -277,8 +278,6 @@ def test_weights_that_are_quantized_unsaid_are_refused_with_what_to_do(source, t
 
 
 def test_a_killed_run_is_resumed(source, tmp_path, monkeypatch):
-    from formats.quantized.reader import DequantizedReader
-
     read, left = DequantizedReader.read, [8]
 
     def fail(self, *arguments):
@@ -294,3 +293,27 @@ def test_a_killed_run_is_resumed(source, tmp_path, monkeypatch):
     hf_to_mcore(source, tmp_path / "m", resume=True)
     hf_to_mcore(plain_of(source), tmp_path / "expected")
     assert weights(tmp_path / "m") == weights(tmp_path / "expected")
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "compressed_tensors.safetensors"
+CHANNEL = {"num_bits": 8, "type": "float", "strategy": "channel"}
+GROUPS = {
+    "int4": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True},
+    "int4_zero_points": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False},
+    "fp8_rows": CHANNEL,
+    "fp8_tensor": {**CHANNEL, "strategy": "tensor"},
+    "fp8_blocks": {**CHANNEL, "strategy": "block", "block_structure": [16, 16]},
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_what_compressed_tensors_wrote_is_read_as_it_reads_it(tmp_path, kind):
+    held = {name.removeprefix(f"{kind}."): one for name, one in load_file(GOLDEN).items() if name.startswith(f"{kind}.")}
+    meant = held.pop("meant")
+    save_file({f"m.{name}": one for name, one in held.items()}, tmp_path / FILE)
+    described = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": GROUPS[kind]}}}
+    reader = dequantized(HuggingFaceReader(LocalFolder(tmp_path)), {"quantization_config": described})
+    assert list(reader.specs) == ["m.weight"]
+    out = np.empty(tuple(meant.shape), reader.specs["m.weight"].dtype)
+    reader.read("m.weight", reader.specs["m.weight"].full_region, out)
+    assert np.array_equal(out.view("uint16"), meant.view(torch.uint16).numpy())
