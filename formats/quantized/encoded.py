@@ -61,7 +61,10 @@ class EncodedReader:
             scheme.encode(values, parameters, held, out)
         scheme.decode(out, parameters, held, again)
         if not same_bits(values, again):
-            raise ChangedError(f"`{weight.spec.name}` is not what it was when its scales were stored")
+            raise ChangedError(
+                f"`{weight.spec.name}` is not what it was when its scales were stored",
+                hint="write plain numbers instead: `--dtype bf16`",
+            )
 
     def _buffers(self) -> tuple[Buffer, Buffer]:
         if not hasattr(self._local, "buffers"):
