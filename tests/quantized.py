@@ -82,6 +82,12 @@ def int4(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return _packed(name, codes.reshape(weight.shape) + 8, scales, weight.shape), plain
 
 
+def int4_rows(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    scales = (weight.float().abs().amax(-1, keepdim=True) / 7.5).bfloat16()
+    codes = (weight.float() / scales.float()).round().clamp(-8, 7).int()
+    return _packed(name, codes + 8, scales, weight.shape), (codes * scales.float()).bfloat16()
+
+
 def int4_zero_points(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     grouped = weight.float().reshape(weight.shape[0], -1, 16)
     low = grouped.amin(-1)
@@ -122,6 +128,7 @@ SCHEMES: dict[str, tuple[Callable[[str, torch.Tensor], tuple[Tensors, torch.Tens
     "Mistral's own names": (mistral_native, {"quant_method": "fp8", "weight_block_size": None}),
     "rows": (rows, _compressed("float-quantized", num_bits=8, type="float", strategy="channel")),
     "int4": (int4, _compressed("pack-quantized", **_INT4, symmetric=True)),
+    "int4 by row": (int4_rows, _compressed("pack-quantized", **{**_INT4, "strategy": "channel"}, symmetric=True)),
     "int4 with zero points": (int4_zero_points, _compressed("pack-quantized", **_INT4, symmetric=False)),
     "mxfp4": (mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
 }

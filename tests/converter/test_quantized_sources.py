@@ -125,6 +125,11 @@ def test_the_text_model_of_another_says_it(plain, tmp_path, field):
     assert isinstance(dequantized(HuggingFaceReader(LocalFolder(source)), inside), DequantizedReader)
 
 
+def test_the_memory_of_decoding_is_estimated(source, tmp_path):
+    plain = hf_to_mcore(plain_of(source), tmp_path / "m", dry_run=True).peak_memory
+    assert hf_to_mcore(source, tmp_path / "m", dry_run=True).peak_memory >= plain + (32 << 20)
+
+
 def test_an_export_gives_the_plain_weights(source, tmp_path):
     hf_to_mcore(source, tmp_path / "m")
     mcore_to_hf(tmp_path / "m", tmp_path / "back", dtype="bf16")
