@@ -20,7 +20,7 @@ from converter.importing import ImportOptions, plan_import
 from converter.keywords import IN_MEGATRON, other_names
 from converter.memory import seldom_collected
 from converter.pipeline_layout import layers_per_stage
-from converter.sources import huggingface_source, open_source
+from converter.sources import huggingface_source, open_source, workers_for
 from converter.values import KEEP
 from formats.detect import Format, open_megatron
 from formats.disk import user_errors
@@ -104,6 +104,7 @@ def mcore_to_hf(
     require(root, Format.TORCH_DIST)
     with closing(open_megatron(root)) as reader:
         refuse_adapter(reader.folder)
-        conversion = plan_export(reader, root, wanted, reporter)
+        workers = workers_for(options.get("workers"), sources, target)
+        conversion = plan_export(reader, root, wanted, reporter, workers=workers)
         with closing(conversion.reader):
             return execute(conversion, target, options=options, reporter=reporter, sources=sources)
