@@ -284,7 +284,5 @@ def _check_complete(specs: Specs, weights: Mapping[str, QuantizedWeight]) -> Non
     known = {spec.name for weight in weights.values() for spec in (weight.codes, *weight.carried)}
     left = [name for name in specs if name.endswith(_SCALES) and name not in known]
     if left:
-        raise UserError(
-            f"{list_names(left)} belong to no quantized weight",
-            hint=_DAMAGED,
-        )
+        verb = "belong" if len(left) > 1 else "belongs"
+        raise UserError(f"{list_names(left)} {verb} to no quantized weight", hint=_DAMAGED)

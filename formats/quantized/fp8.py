@@ -59,7 +59,8 @@ class Fp8:
     def decode(self, codes: Array, parameters: Sequence[Array], region: Region, out: Array) -> None:
         scales, target, size = self._scales(parameters, region), bits(out), out.dtype
         if prod(self.block) < _WORTH_A_TABLE:
-            target[...] = bits(rounded(codes.view(self.dtype).astype(np.float32) * self._spread(scales, region), size))
+            numbers = self._numbers.take(codes.view(np.uint8), mode="clip")
+            target[...] = bits(rounded(numbers * self._spread(scales, region), size))
             return
         tables, raw = bits(self._tables(scales, size)), codes.view(np.uint8)
         for index, part in self._blocks(region):
@@ -80,7 +81,12 @@ class Fp8:
 
     def _tables(self, scales: Array, dtype: np.dtype[Any]) -> Array:
         """Return every code times every scale: [..., 256]."""
-        return rounded(_CODES.view(self.dtype).astype(np.float32) * scales[..., None], dtype)
+        return rounded(self._numbers * scales[..., None], dtype)
+
+    @property
+    def _numbers(self) -> Array:
+        """What each of the 256 codes is under a scale of 1."""
+        return _CODES.view(self.dtype).astype(np.float32)
 
     def _grid(self, region: Region) -> Region:
         """Return the blocks that a region touches."""

@@ -16,6 +16,9 @@ from formats.errors import UserError
 from formats.spec import Array, Reader, Region, TensorSpec, dtype_name, extent
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
+CHUNK = 1 << 16
+"""Numbers that are made at a time, so that what is between stays in the processor's cache."""
+
 _E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 
 

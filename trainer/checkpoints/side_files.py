@@ -116,7 +116,7 @@ def _from_source(source: str) -> tuple[dict[str, bytes | FileRef], Iterable[byte
     """Return the side files of a Hugging Face directory or of a Megatron checkpoint, and the file of extras in blocks."""
     folder = open_source(source, or_hub=True)
     if detect(folder) is not Format.TORCH_DIST:
-        reader = HuggingFaceReader(folder)
+        reader = HuggingFaceReader(folder, any_dtype=True)
         collected = side_files.collect(reader, live.plan_of(reader).extras)
         blocks = side_files.blocks_of(collected.extras, reader) if collected.extras else ()
         return {**collected.documents, **collected.copies}, blocks
