@@ -39,3 +39,8 @@ def kept_weights(reader: DequantizedReader, *, workers: int) -> list[str]:
 
     in_threads(reader.weights.values(), start, workers=workers)
     return [name for name in reader.weights if name in kept]
+
+
+def schemes(weights: Mapping[str, QuantizedWeight]) -> str:
+    """Return how weights are quantized, in words."""
+    return ", ".join(sorted({weight.scheme.name for weight in weights.values()}))

@@ -41,8 +41,8 @@ class CheckpointView:
     carried: Collection[str] = ()
     """Those of its tensors that travel beside dequantized weights: they are compared if the other checkpoint carries them too."""
 
-    dequantized: str = ""
-    """How its weights are stored, if they are compared as the numbers that they mean."""
+    schemes: str = ""
+    """How its weights are quantized, if they are viewed as the numbers that they mean."""
 
     def cast(self, dtype: str) -> CheckpointView:
         """Return the same view with every tensor cast to a dtype, but for what is carried."""
@@ -112,6 +112,9 @@ class Comparison:
     tensors: int
     parameters: int
     cast: str | None
+    schemes: dict[str, str] = field(default_factory=dict[str, str])
+    """How weights are quantized that were compared as the numbers that they mean, by checkpoint."""
+
     different: list[Difference] = field(default_factory=list[Difference])
     only_in_one: list[str] = field(default_factory=list[str])
     only_in_other: list[str] = field(default_factory=list[str])
@@ -171,6 +174,7 @@ def compare(
         tensors=len(shared),
         parameters=sum(prod(one.tensor_plans[name].spec.shape) for name in shared),
         cast=cast,
+        schemes={view.label: view.schemes for view in (one, other) if view.schemes},
         different=[different[name] for name in _order(one, other) if name in different],
         only_in_one=[name for name in one.tensor_plans if name not in other.tensor_plans],
         only_in_other=[name for name in other.tensor_plans if name not in one.tensor_plans],

@@ -29,5 +29,8 @@ class Conversion:
     """Return the conversion with what only reading on some threads can tell, just before it is carried out: a dry run does
     without."""
 
+    done: Callable[[], str] | None = None
+    """Return a note on what only a run can tell, after it."""
+
     memory: int = 0
     """Bytes that reading the source holds at most, beside what is read."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from converter import provenance
-from converter.carried import carried_names
+from converter.carried import carried_names, schemes
 from converter.dequantization import weights_of
 from converter.plan import Piece, TensorPlan, as_stored, pieces
 from converter.planned_reader import PlannedReader
@@ -63,7 +63,7 @@ def encode(
         carried.pop(stored_name(weight), None)
     plain = [tensor_plan for tensor_plan in tensor_plans if tensor_plan.spec.name not in weights]
     plans = [*plain, *as_stored({**encoded.specs, **carried}).values()]
-    return plans, JoinedReader(tensors, encoded), f"{len(weights)} weights are written as they came: {_schemes(weights)}"
+    return plans, JoinedReader(tensors, encoded), f"{len(weights)} weights are written as they came: {schemes(weights)}"
 
 
 def _changed(encoded: EncodedReader, workers: int) -> str:
@@ -82,7 +82,3 @@ def _changed(encoded: EncodedReader, workers: int) -> str:
     except ChangedError as error:
         return str(error.args[0])
     return ""
-
-
-def _schemes(weights: Mapping[str, QuantizedWeight]) -> str:
-    return ", ".join(sorted({weight.scheme.name for weight in weights.values()}))

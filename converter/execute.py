@@ -55,6 +55,8 @@ def execute(
         _check_target(target, files, options)
     else:
         reused = _write(conversion, target, files, options=options, reporter=reporter, sources=sources, workers=workers)
+        if conversion.done:
+            reporter.note(conversion.done())
     return Summary(
         command=plan.provenance.command,
         source=plan.source,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from converter import families, provenance, reference
@@ -22,6 +22,7 @@ from converter.plan import TensorPlan, as_stored, casts
 from converter.planner import to_huggingface
 from converter.provenance import Provenance
 from converter.quantization import is_plain, quantization
+from converter.requantizing import requantize, rounding
 from converter.side_files import CONFIG, HFReference
 from converter.sources import Source, megatron_source
 from converter.values import KEEP, dtype_of_most_bytes
@@ -46,6 +47,8 @@ class ExportOptions:
     max_shard_size: int | None
     dtype: str
     integrity: bool
+    quantize: str = ""
+    """The method by which weights are quantized anew; none if empty."""
 
 
 def plan_export(
@@ -62,6 +65,10 @@ def plan_export(
     quantized = quantized_source(origin)
     tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, carried=quantized.names)
     tensors: Reader = JoinedReader(reader, *extras) if extras else reader
+    if wanted.quantize:
+        tensor_plans, tensors, origin, new = requantize(tensor_plans, tensors, quantized.weights, origin, wanted.quantize)
+        conversion = plan_files(megatron_source(reader, root, origin, tensors), tensor_plans, wanted, reporter)
+        return replace(conversion, done=lambda: rounding(new.error))
     if quantized.weights and wanted.dtype == KEEP:
         tensor_plans, tensors, text = encode(tensor_plans, tensors, quantized, reader.folder, workers=workers)
         reporter.note(text)
@@ -101,6 +108,7 @@ def _conversion_plan(found: _Export, wanted: ExportOptions) -> ConversionPlan:
     source, given = found.source, wanted.hf_config.name if wanted.hf_config else None
     command = source.command("mcore-to-hf")
     options = {"max_shard_size": wanted.max_shard_size, "dtype": wanted.dtype, "hf_config": given}
+    options |= {"quantize": wanted.quantize} if wanted.quantize else {}
     options |= {} if wanted.integrity else {"integrity": False}  # as earlier versions wrote it, where it says nothing new
     shard_sizes = {file: shard.size for file, shard in found.shards.items()}
     return ConversionPlan(
@@ -189,7 +197,9 @@ def _retyped_config(origin: HFReference, shards: Mapping[str, Shard]) -> dict[st
     dtypes = {spec.dtype for shard in shards.values() for spec in shard.tensors.values()}
     left_over = quantization(origin.config) if is_plain(dtypes) else ()
     config = {name: value for name, value in origin.config.items() if name not in left_over}
-    dtype = dtype_of_most_bytes(specs_of(shards).values())
+    specs = specs_of(shards).values()
+    plain = [spec for spec in specs if is_plain({spec.dtype})] if quantization(config) else []  # whose dtype codes stand for
+    dtype = dtype_of_most_bytes(plain or specs)
     if origin.shards and dtype_of_most_bytes(specs_of(origin.shards).values()) == dtype:
         return config
     return config | dict.fromkeys(_dtype_fields(config), names_of(dtype).torch)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from converter import families, prediction_layers, reference
+from converter.carried import carried_tensors, schemes
 from converter.comparison import CheckpointView
 from converter.config import make_model
+from converter.dequantization import dequantized, weights_of
 from converter.encoding import quantized_source
 from converter.families import Family
 from converter.model import Model
@@ -22,6 +25,7 @@ from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader, specs_of
 from formats.json_objects import read_json
 from formats.megatron_reader import MegatronReader
+from formats.quantized.reader import DequantizedReader
 from formats.spec import JoinedReader, TensorSpec
 
 
@@ -33,9 +37,10 @@ def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointVi
     readers = open_checkpoint(one, any_dtype=True), open_checkpoint(other, any_dtype=True)
     told = [None if isinstance(reader, HuggingFaceReader) else _told(reader) for reader in readers]
     sides: list[CheckpointView] = []
+    as_numbers = not _coded_alike(readers)
     for reader, own, neighbour, borrowed in zip(readers, told, readers[::-1], told[::-1], strict=True):
         if isinstance(reader, HuggingFaceReader):
-            sides.append(huggingface_view(reader))
+            sides.append(huggingface_view(reader, as_numbers=as_numbers))
         elif origin := own or _borrowed(neighbour, borrowed):
             sides.append(megatron_view(reader, origin))
         else:
@@ -58,15 +63,37 @@ def _borrowed(neighbour: HuggingFaceReader | MegatronReader, told: HFReference |
     return HFReference(told.config, f"`{neighbour.folder.label}`'s") if told else None
 
 
-def huggingface_view(reader: HuggingFaceReader) -> CheckpointView:
-    """Return the view of a Hugging Face directory, with tied tensors if its family is supported."""
-    tensor_plans = as_stored(reader.specs)
-    config = read_json(reader.folder, CONFIG) if reader.folder.has(CONFIG) else {}
+def _coded_alike(readers: Sequence[HuggingFaceReader | MegatronReader]) -> bool:
+    """Do both hold the same weights in codes of the same kind? Then these are compared, and not the numbers that they mean."""
+    coded = [
+        {weight.codes.name: weight.codes.stored_dtype for weight in weights_of(reader.specs, _config(reader)).values()}
+        for reader in readers
+        if isinstance(reader, HuggingFaceReader)
+    ]
+    return len(coded) == len(readers) and coded[0] == coded[1]
+
+
+def _config(reader: HuggingFaceReader) -> dict[str, Any]:
+    return read_json(reader.folder, CONFIG) if reader.folder.has(CONFIG) else {}
+
+
+def huggingface_view(reader: HuggingFaceReader, *, as_numbers: bool = False) -> CheckpointView:
+    """Return the view of a Hugging Face directory, with tied tensors if its family is supported: `as_numbers`, of quantized
+    weights as the numbers that they mean."""
+    config = _config(reader)
+    tensors = dequantized(reader, config) if as_numbers else reader
+    beside = carried_tensors(tensors)
+    view = CheckpointView(
+        reader.folder.label,
+        JoinedReader(tensors, beside) if beside else tensors,
+        as_stored({**tensors.specs, **(beside.specs if beside else {})}),
+        carried=beside.specs.keys() if beside else (),
+        schemes=schemes(tensors.weights) if isinstance(tensors, DequantizedReader) else "",
+    )
     if config.get("model_type") not in families.names():
-        return CheckpointView(reader.folder.label, reader, tensor_plans)
-    family = families.find(config["model_type"]).rooted(reader.specs)
-    model = make_model(family.CONFIG, config)
-    return CheckpointView(reader.folder.label, reader, tensor_plans, tied=tied(tensor_plans.values(), family, model))
+        return view
+    family = families.find(config["model_type"]).rooted(tensors.specs)
+    return replace(view, tied=tied(view.tensor_plans.values(), family, make_model(family.CONFIG, config)))
 
 
 def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[str, int] | None = None) -> CheckpointView:
