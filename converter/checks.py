@@ -13,9 +13,10 @@ import numpy as np
 from converter.execution import ExecutionOptions
 from converter.plan import TensorPlan, pieces
 from converter.run import PIECE_BYTES
-from converter.values import CHOICES
+from converter.values import CHOICES, KEEP
 from converter.workers import check_workers
 from formats.arrays import same_bits
+from formats.dtypes import QUANTIZED
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.location import is_remote, without_secrets
@@ -39,6 +40,14 @@ def check_options(*, dtype: str, **counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise UserError(f"`{name}` is {count}, which should be 1 or more")
+
+
+def check_quantize(quantize: str | None, dtype: str) -> None:
+    """Raise UserError for a method that is not one of the choices, or one beside a dtype for the same weights."""
+    if quantize is not None and quantize not in QUANTIZED:
+        raise UserError(f"quantize `{quantize}` is not one of {', '.join(QUANTIZED)}")
+    if quantize is not None and dtype not in (KEEP, "bf16"):
+        raise UserError(f"`--quantize {quantize}` is for weights in bf16, `--dtype` is {dtype}", hint="leave out one of both")
 
 
 def check_locations(target: str, sources: Sequence[Folder], options: ExecutionOptions) -> None:

@@ -18,7 +18,7 @@ import click
 
 from converter.memory import seldom_collected
 from converter.workers import MOST_WORKERS
-from formats.dtypes import MODEL_DTYPES
+from formats.dtypes import MODEL_DTYPES, QUANTIZED
 
 _UNITS = {
     "": 1,
@@ -184,6 +184,7 @@ def hf_to_mcore(source: str, target: str, **options: Any) -> None:
 @click.argument("target", metavar="DST")
 @click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR instead of those in SRC.")
 @_max_shard_size
+@click.option("--quantize", type=click.Choice(QUANTIZED), help="Quantize linear weights anew, with new scales.")
 @_common
 def mcore_to_hf(source: str, target: str, **options: Any) -> None:
     """Convert a Megatron checkpoint to Hugging Face.

@@ -38,10 +38,18 @@ class CheckpointView:
     filled: Mapping[str, float] = field(default_factory=dict[str, float])
     """Stored tensors that must hold one number everywhere, as the model has none."""
 
+    carried: Collection[str] = ()
+    """Those of its tensors that travel beside dequantized weights: they are compared if the other checkpoint carries them too."""
+
+    schemes: str = ""
+    """How its weights are quantized, if they are viewed as the numbers that they mean."""
+
     def cast(self, dtype: str) -> CheckpointView:
-        """Return the same view with every tensor cast to a dtype."""
+        """Return the same view with every tensor cast to a dtype, but for what is carried."""
 
         def cast(tensor_plan: TensorPlan) -> TensorPlan:
+            if tensor_plan.spec.name in self.carried:
+                return tensor_plan
             return replace(tensor_plan, spec=tensor_plan.spec.cast(target_dtype(tensor_plan.spec, dtype)))
 
         tensor_plans = {name: cast(tensor_plan) for name, tensor_plan in self.tensor_plans.items()}
@@ -51,6 +59,11 @@ class CheckpointView:
         """Return a view of these tensors alone."""
         tensor_plans = {name: tensor_plan for name, tensor_plan in self.tensor_plans.items() if name in names}
         return replace(self, tensor_plans=tensor_plans)
+
+    def without_scales_unless(self, other: CheckpointView) -> CheckpointView:
+        """Return the same view with those carried tensors alone that the `other` has."""
+        names = self.tensor_plans.keys() - (set(self.carried) - other.tensor_plans.keys())
+        return self.only(names) if self.carried else self
 
     def with_ties_of(self, other: CheckpointView) -> CheckpointView:
         """Return the same view with those tied tensors that the `other` stores."""
@@ -99,6 +112,9 @@ class Comparison:
     tensors: int
     parameters: int
     cast: str | None
+    schemes: dict[str, str] = field(default_factory=dict[str, str])
+    """How weights are quantized that were compared as the numbers that they mean, by checkpoint."""
+
     different: list[Difference] = field(default_factory=list[Difference])
     only_in_one: list[str] = field(default_factory=list[str])
     only_in_other: list[str] = field(default_factory=list[str])
@@ -136,6 +152,7 @@ def compare(
     if cast:
         one, other = one.cast(cast), other.cast(cast)
     one, other = one.with_ties_of(other), other.with_ties_of(one)
+    one, other = one.without_scales_unless(other), other.without_scales_unless(one)
     shared = [name for name in one.tensor_plans if name in other.tensor_plans]
     unlike = {name: what for name in shared if (what := _unlike(one.tensor_plans[name].spec, other.tensor_plans[name].spec))}
     different = {name: Difference(name, what) for name, what in unlike.items()}
@@ -157,6 +174,7 @@ def compare(
         tensors=len(shared),
         parameters=sum(prod(one.tensor_plans[name].spec.shape) for name in shared),
         cast=cast,
+        schemes={view.label: view.schemes for view in (one, other) if view.schemes},
         different=[different[name] for name in _order(one, other) if name in different],
         only_in_one=[name for name in one.tensor_plans if name not in other.tensor_plans],
         only_in_other=[name for name in other.tensor_plans if name not in one.tensor_plans],

@@ -97,6 +97,8 @@ def show_comparison(comparison: Comparison) -> None:
     for line in comparison.lines():
         click.echo(line)
     how = f"after a cast to {comparison.cast}" if comparison.cast else "bit for bit"
+    for label, schemes in comparison.schemes.items():
+        how += f"; of `{label}` the numbers that its codes and scales mean ({schemes})"
     verdict = "same" if comparison.same else "DIFFERENT"
     click.echo(f"{verdict}: {comparison.tensors} tensors, {count(comparison.parameters)} parameters compared {how}")
 

@@ -28,5 +28,12 @@ class Conversion:
     check: Callable[[], None] = lambda: None
     """Raise UserError for numbers in the source that cannot be converted. Reads tensors, which planning does not."""
 
+    settle: Callable[[int], Conversion] | None = None
+    """Return the conversion with what only reading on some threads can tell, just before it is carried out: a dry run does
+    without."""
+
+    done: Callable[[], str] | None = None
+    """Return a note on what only a run can tell, after it."""
+
     memory: int = 0
     """Bytes that reading the source holds at most, beside what is read."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Unpack
 
 from converter.adapters.files import refuse_adapter, require
-from converter.checks import check_execution, check_locations, check_options
+from converter.checks import check_execution, check_locations, check_options, check_quantize
 from converter.execute import execute
 from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.exporting import ExportOptions, plan_export
@@ -20,7 +20,7 @@ from converter.importing import ImportOptions, plan_import
 from converter.keywords import IN_MEGATRON, other_names
 from converter.memory import seldom_collected
 from converter.pipeline_layout import layers_per_stage
-from converter.sources import huggingface_source, open_source
+from converter.sources import huggingface_source, open_source, workers_for
 from converter.values import KEEP
 from formats.detect import Format, open_megatron
 from formats.disk import user_errors
@@ -81,6 +81,7 @@ def mcore_to_hf(
     hf_config: str | Path | None = None,
     max_shard_size: int | None = None,
     dtype: str = KEEP,
+    quantize: str | None = None,
     integrity: bool = True,
     reporter: Reporter | None = None,
     **options: Unpack[ExecutionOptions],
@@ -88,7 +89,8 @@ def mcore_to_hf(
     """Write a Megatron distributed checkpoint as a Hugging Face model directory.
 
     `source` is the root of a checkpoint or one iteration. `hf_config` is a folder whose `config.json` and side files are used
-    instead of those in the checkpoint. `max_shard_size` is in bytes. `integrity` writes the BLAKE3 of every tensor.
+    instead of those in the checkpoint. `max_shard_size` is in bytes. `quantize` (fp8-block or mxfp4) quantizes linear weights
+    anew. `integrity` writes the BLAKE3 of every tensor.
 
     Raises UserError before a byte moves if the model cannot be converted exactly. After any failure nothing is at `target`.
 
@@ -98,13 +100,17 @@ def mcore_to_hf(
     check_execution(options)
     reporter, target, root = reporter or Reporter(), expanded(target), open_source(source)
     check_options(dtype=dtype, max_shard_size=max_shard_size)
+    check_quantize(quantize, dtype)
     given = open_source(hf_config) if hf_config else None
     sources = [root, *([given] if given else [])]
     check_locations(target, sources, options)
-    wanted = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype, integrity=integrity)
+    wanted = ExportOptions(
+        hf_config=given, max_shard_size=max_shard_size, dtype=dtype, integrity=integrity, quantize=quantize or ""
+    )
     require(root, Format.TORCH_DIST)
     with closing(open_megatron(root)) as reader:
         refuse_adapter(reader.folder)
-        conversion = plan_export(reader, root, wanted, reporter)
+        workers = workers_for(options.get("workers"), sources, target)
+        conversion = plan_export(reader, root, wanted, reporter, workers=workers)
         with closing(conversion.reader):
             return execute(conversion, target, options=options, reporter=reporter, sources=sources)

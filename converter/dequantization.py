@@ -35,17 +35,24 @@ def dequantized(reader: Reader, config: Mapping[str, Any]) -> Reader:
 
     Raises UserError for a weight without scales, for scales without a weight, and for scales of another shape.
     """
+    weights = weights_of(reader.specs, config)
+    return DequantizedReader(reader, weights) if weights else reader
+
+
+def weights_of(specs: Specs, config: Mapping[str, Any]) -> dict[str, QuantizedWeight]:
+    """Return the quantized weights among tensors, by their plain names; none if they are plain, or of an unknown method.
+
+    Raises UserError for a weight without scales, for scales without a weight, and for scales of another shape.
+    """
     settings = settings_of(config)
     find = _METHODS.get(str(settings.get("quant_method"))) if settings else None
     if settings is None or find is None:
-        return reader
-    weights = {weight.spec.name: weight for weight in find(reader.specs, settings)}
-    if not weights:
-        return reader
-    result = DequantizedReader(reader, weights)
-    _check_ignored(weights.values(), settings)
-    _check_complete(reader.specs, result)
-    return result
+        return {}
+    weights = {weight.spec.name: weight for weight in find(specs, settings)}
+    if weights:
+        _check_ignored(weights.values(), settings)
+        _check_complete(specs, weights)
+    return weights
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings | None:
@@ -272,12 +279,10 @@ def _check_ignored(weights: Iterable[QuantizedWeight], settings: Settings) -> No
             )
 
 
-def _check_complete(specs: Specs, reader: DequantizedReader) -> None:
+def _check_complete(specs: Specs, weights: Mapping[str, QuantizedWeight]) -> None:
     """Raise UserError for scales that belong to no quantized weight."""
-    codes = {weight.codes.name for weight in reader.weights.values()}
-    left = [name for name in specs if name.endswith(_SCALES) and name not in reader.carried and name not in codes]
+    known = {spec.name for weight in weights.values() for spec in (weight.codes, *weight.carried)}
+    left = [name for name in specs if name.endswith(_SCALES) and name not in known]
     if left:
-        raise UserError(
-            f"{list_names(left)} belong to no quantized weight",
-            hint=_DAMAGED,
-        )
+        verb = "belong" if len(left) > 1 else "belongs"
+        raise UserError(f"{list_names(left)} {verb} to no quantized weight", hint=_DAMAGED)

@@ -46,12 +46,17 @@ def execute(
 
     The output appears complete or not at all, and not if one of the `sources` changed meanwhile.
     """
-    started, plan, reused = time.monotonic(), conversion.plan, 0
-    files, workers, dry_run = plan.files, workers_for(options.get("workers"), sources, target), options.get("dry_run", False)
+    started, reused = time.monotonic(), 0
+    workers, dry_run = workers_for(options.get("workers"), sources, target), options.get("dry_run", False)
+    if conversion.settle and not dry_run:
+        conversion = conversion.settle(workers)
+    plan, files = conversion.plan, conversion.plan.files
     if dry_run:
         _check_target(target, files, options)
     else:
         reused = _write(conversion, target, files, options=options, reporter=reporter, sources=sources, workers=workers)
+        if conversion.done:
+            reporter.note(conversion.done())
     return Summary(
         command=plan.provenance.command,
         source=plan.source,

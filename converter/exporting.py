@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from converter import families, provenance, reference
@@ -16,23 +16,24 @@ from converter.comparison import CheckpointView
 from converter.config import make_model
 from converter.conversion import Conversion
 from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
+from converter.encoding import encode, quantized_source
 from converter.execution import Reporter
-from converter.families import Family
-from converter.model import Model
 from converter.plan import TensorPlan, as_stored, casts
 from converter.planner import to_huggingface
 from converter.provenance import Provenance
 from converter.quantization import is_plain, quantization
+from converter.requantizing import requantize, rounding
 from converter.side_files import CONFIG, HFReference
 from converter.sources import Source, megatron_source
-from converter.values import dtype_of_most_bytes
+from converter.values import KEEP, dtype_of_most_bytes
 from converter.views import with_side_files
+from converter.workers import DEFAULT
 from formats.errors import format_untrusted
 from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, Shard, make_index, plan_shards, retyped, specs_of
 from formats.megatron_reader import MegatronReader
 from formats.shard_files import INDEX
-from formats.spec import JoinedReader, TensorSpec, names_of
+from formats.spec import JoinedReader, Reader, TensorSpec, names_of
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """What transformers' `save_pretrained` takes."""
@@ -46,27 +47,32 @@ class ExportOptions:
     max_shard_size: int | None
     dtype: str
     integrity: bool
+    quantize: str = ""
+    """The method by which weights are quantized anew; none if empty."""
 
 
-def plan_export(reader: MegatronReader, root: Folder, wanted: ExportOptions, reporter: Reporter) -> Conversion:
+def plan_export(
+    reader: MegatronReader, root: Folder, wanted: ExportOptions, reporter: Reporter, *, workers: int = DEFAULT
+) -> Conversion:
     """Return the conversion of a Megatron checkpoint to Hugging Face. Raises UserError if it cannot be converted exactly."""
     reader.check()  # first: it frees the index, whose memory the plan then takes
     origin = reference.find(reader, wanted.hf_config)
     family = families.find(origin.config.get("model_type")).rooted(specs_of(origin.shards))
     model = make_model(family.CONFIG, origin.config)
-    tensor_plans, extras = _tensor_plans(reader, family, model, origin, dtype=wanted.dtype)
-    tensors = JoinedReader(reader, *extras) if extras else reader
-    return plan_files(megatron_source(reader, root, origin, tensors), tensor_plans, wanted, reporter)
-
-
-def _tensor_plans(
-    reader: MegatronReader, family: Family, model: Model, origin: HFReference, *, dtype: str
-) -> tuple[list[TensorPlan], list[HuggingFaceReader]]:
-    """Return the tensors of the output, and the readers of those that the checkpoint carries beside Megatron's."""
-    plan = to_huggingface(family.RULES, model, reader.specs, dtype=dtype, known=specs_of(origin.shards))
+    plan = to_huggingface(family.RULES, model, reader.specs, dtype=wanted.dtype, known=specs_of(origin.shards))
     for name, value in plan.filled.items():
         check_filled(reader, name, value)
-    return with_side_files(plan.tensors, family, model, origin)
+    quantized = quantized_source(origin)
+    tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, carried=quantized.names)
+    tensors: Reader = JoinedReader(reader, *extras) if extras else reader
+    if wanted.quantize:
+        tensor_plans, tensors, origin, new = requantize(tensor_plans, tensors, quantized.weights, origin, wanted.quantize)
+        conversion = plan_files(megatron_source(reader, root, origin, tensors), tensor_plans, wanted, reporter)
+        return replace(conversion, done=lambda: rounding(new.error))
+    if quantized.weights and wanted.dtype == KEEP:
+        tensor_plans, tensors, text = encode(tensor_plans, tensors, quantized, reader.folder, workers=workers)
+        reporter.note(text)
+    return plan_files(megatron_source(reader, root, origin, tensors), tensor_plans, wanted, reporter)
 
 
 def plan_files(source: Source, tensor_plans: Sequence[TensorPlan], wanted: ExportOptions, reporter: Reporter) -> Conversion:
@@ -102,6 +108,7 @@ def _conversion_plan(found: _Export, wanted: ExportOptions) -> ConversionPlan:
     source, given = found.source, wanted.hf_config.name if wanted.hf_config else None
     command = source.command("mcore-to-hf")
     options = {"max_shard_size": wanted.max_shard_size, "dtype": wanted.dtype, "hf_config": given}
+    options |= {"quantize": wanted.quantize} if wanted.quantize else {}
     options |= {} if wanted.integrity else {"integrity": False}  # as earlier versions wrote it, where it says nothing new
     shard_sizes = {file: shard.size for file, shard in found.shards.items()}
     return ConversionPlan(
@@ -137,7 +144,7 @@ def _fields(found: _Export) -> dict[str, Any]:
 def _views(found: _Export, written: Folder) -> tuple[CheckpointView, CheckpointView]:
     """Return the source as it is converted, and the written output."""
     tensor_plans = {tensor_plan.spec.name: tensor_plan for tensor_plan in found.tensor_plans}
-    reader = HuggingFaceReader(written)
+    reader = HuggingFaceReader(written, any_dtype=True)
     source = CheckpointView(found.source.label, found.source.reader, tensor_plans)
     return source, CheckpointView(written.label, reader, as_stored(reader.specs))
 
@@ -190,7 +197,9 @@ def _retyped_config(origin: HFReference, shards: Mapping[str, Shard]) -> dict[st
     dtypes = {spec.dtype for shard in shards.values() for spec in shard.tensors.values()}
     left_over = quantization(origin.config) if is_plain(dtypes) else ()
     config = {name: value for name, value in origin.config.items() if name not in left_over}
-    dtype = dtype_of_most_bytes(specs_of(shards).values())
+    specs = specs_of(shards).values()
+    plain = [spec for spec in specs if is_plain({spec.dtype})] if quantization(config) else []  # whose dtype codes stand for
+    dtype = dtype_of_most_bytes(plain or specs)
     if origin.shards and dtype_of_most_bytes(specs_of(origin.shards).values()) == dtype:
         return config
     return config | dict.fromkeys(_dtype_fields(config), names_of(dtype).torch)

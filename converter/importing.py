@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import starmap
 from typing import Any
 
 from converter import families, prediction_layers, reference, run_config, side_files
+from converter.carried import carried_tensors, kept_weights
 from converter.checks import check_equal, check_exact
 from converter.comparison import CheckpointView
 from converter.config import language_model, make_model, to_megatron
@@ -22,7 +23,7 @@ from converter.extra_states import stateful_module
 from converter.families import Family
 from converter.layout import Layout, make_layout
 from converter.model import Model
-from converter.plan import as_stored, casts
+from converter.plan import TensorPlan, as_stored, casts
 from converter.planner import Plan, sharded
 from converter.planner import to_megatron as plan_megatron
 from converter.provenance import Provenance
@@ -36,9 +37,11 @@ from formats.dcp_index import METADATA
 from formats.detect import open_megatron
 from formats.errors import UserError
 from formats.folder import Folder
+from formats.huggingface import HuggingFaceWriter
 from formats.iterations import iteration_folder
+from formats.outputs import JoinedWriter, Writer
 from formats.quantized.reader import DequantizedReader
-from formats.spec import dtype_name, is_valid_shape
+from formats.spec import JoinedReader, Reader, dtype_name, is_valid_shape
 from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
 
 
@@ -68,7 +71,19 @@ class _Import:
     model: Model
     layout: Layout
     plan: Plan
+    beside: _Beside
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What travels beside the weights."""
+
+    reader: Reader
+    """Reads it, and the weights."""
+
     side_files: SideFiles
+    carried: Collection[str]
+    """The scales of quantized weights, and codes that nothing else gives back."""
 
 
 def plan_import(source: Source, wanted: ImportOptions, reporter: Reporter) -> Conversion:
@@ -76,12 +91,25 @@ def plan_import(source: Source, wanted: ImportOptions, reporter: Reporter) -> Co
     found = _recognize(source, wanted)
     for text in notes(source, found.plan):
         reporter.note(text)
+    return _conversion(found, wanted)
+
+
+def _conversion(found: _Import, wanted: ImportOptions, kept: Sequence[str] | None = None) -> Conversion:
+    """Return the conversion; of a quantized source as far as headers tell, unless it is known which codes are `kept`."""
+    source = found.source
+
+    def settle(workers: int) -> Conversion:
+        assert isinstance(source.reader, DequantizedReader)
+        kept = kept_weights(source.reader, workers=workers)
+        return _conversion(replace(found, beside=_beside(source, found.plan, kept)), wanted, kept)
+
     return Conversion(
         plan=_conversion_plan(found, wanted),
-        reader=source.reader,
+        reader=found.beside.reader,
         views=lambda written: _views(found, written, wanted.dtype),
-        copies=found.side_files.copies,
+        copies=found.beside.side_files.copies,
         check=lambda: _check_numbers(found),
+        settle=settle if found.beside.carried and kept is None else None,
         memory=source.memory,
     )
 
@@ -104,20 +132,31 @@ def _recognize(source: Source, wanted: ImportOptions) -> _Import:
     layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout, ep=wanted.ep, etp=etp)
     passing = family.PASSTHROUGH_PREFIXES
     plan = plan_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype=wanted.dtype, passing=passing)
-    return _Import(source, family, model, layout, plan, side_files.collect_model(source.reference, reader, plan.extras))
+    return _Import(source, family, model, layout, plan, _beside(source, plan))
+
+
+def _beside(source: Source, plan: Plan, kept: Iterable[str] = ()) -> _Beside:
+    """Return what travels beside the weights; of the quantized ones in `kept`, the codes too."""
+    carried = carried_tensors(source.reader, kept)
+    reader = JoinedReader(source.reader, carried) if carried else source.reader
+    names = tuple(carried.specs) if carried else ()
+    return _Beside(reader, side_files.collect_model(source.reference, reader, (*plan.extras, *names)), names)
 
 
 def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
-    source, plan, folder = found.source, found.plan, f"{iteration_folder(0)}/"
+    source, plan, beside, folder = found.source, found.plan, found.beside, f"{iteration_folder(0)}/"
     command, options = source.command("hf-to-mcore"), _options(wanted, found)
     identity = {**options, **source.merged()}
     return ConversionPlan(
         source=source.label,
-        tensor_plans=plan.tensors,
+        tensor_plans=(*plan.tensors, *_extras(found)),
         output=OutputFiles(
-            writer=_writer(found),
-            documents={**found.side_files.documents, **_documents(found, vocab_multiple=wanted.make_vocab_size_divisible_by)},
-            copied=sizes_of(found.side_files.copies),
+            writer=_with_extras(_writer(found), found, folder),
+            documents={
+                **found.beside.side_files.documents,
+                **_documents(found, vocab_multiple=wanted.make_vocab_size_divisible_by),
+            },
+            copied=sizes_of(beside.side_files.copies),
             folder=folder,
             integrity=wanted.integrity,
             last=(METADATA,),
@@ -125,13 +164,12 @@ def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
         provenance=Provenance(
             command=command,
             fields={"source": source.provenance, **source.merged(), "options": options, **_fields(found)},
-            tensors=source.reader.specs,
+            tensors=beside.reader.specs,
             passing="read",
-            hashes=found.side_files.hashes,
             aliases=dict(plan.equal),
             hashed=wanted.integrity,
         ),
-        manifest=manifest(command, identity, {**source.files, **found.side_files.copies}),
+        manifest=manifest(command, identity, {**source.files, **beside.side_files.copies}),
         identity=identity,
         layout=_parallel_sizes(found),
     )
@@ -151,6 +189,18 @@ def _writer(found: _Import) -> TorchDistWriter:
         stacked=found.model.get("stacked", True),
         stateful_module=partial(stateful_module, hybrid=found.model.get("hybrid", False), own_head_norms=scope != "head"),
     )
+
+
+def _with_extras(writer: TorchDistWriter, found: _Import, folder: str) -> Writer:
+    """Return the layout of all files of the output that hold tensors: those of weights, and that of extras."""
+    extras = found.beside.side_files.extras
+    return JoinedWriter(writer, HuggingFaceWriter({f"{folder}{side_files.EXTRAS}": extras})) if extras else writer
+
+
+def _extras(found: _Import) -> Iterable[TensorPlan]:
+    """Return the plans of tensors that pass through untouched, in the order of their file."""
+    extras = found.beside.side_files.extras
+    return as_stored(extras.tensors).values() if extras else ()
 
 
 def _check_padding(model: Model, wanted: ImportOptions) -> None:
@@ -175,10 +225,10 @@ def _options(wanted: ImportOptions, found: _Import) -> dict[str, Any]:
 
 def _views(found: _Import, written: Folder, dtype: str) -> tuple[CheckpointView, CheckpointView]:
     """Return the source, and what an export of the written output would give. Its padding must be zero."""
-    back = open_megatron(written)
-    tensor_plans = as_stored(found.source.reader.specs)
+    back, beside = open_megatron(written), found.beside
+    tensor_plans = as_stored(beside.reader.specs)
     ties = tied(tensor_plans.values(), found.family, found.model)
-    source = CheckpointView(found.source.label, found.source.reader, tensor_plans, tied=ties)
+    source = CheckpointView(found.source.label, beside.reader, tensor_plans, tied=ties, carried=beside.carried)
     output = megatron_view(back, reference.find(back, None), zero=_padding(found.plan, found.model))
     return (source, output) if dtype == KEEP else (source.cast(dtype), output.cast(dtype))
 

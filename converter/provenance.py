@@ -11,14 +11,18 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from blake3 import blake3
+
+from converter.values import KEEP
 from converter.version import VERSION
 from formats import integrity
 from formats.dcp_index import METADATA
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
 from formats.huggingface import Shard
+from formats.json_objects import read_json
 from formats.spec import Document, TensorSpec
 
 FILE = "conversion.json"
@@ -47,6 +51,14 @@ def megatron_source(root: Folder, iteration: Folder) -> dict[str, Any]:
     return {**root.origin, "format": "torch_dist", "iteration": iteration.name, "files": files}
 
 
+def is_untouched_import(iteration: Folder) -> bool:
+    """Does an iteration say that it is a plain import, whose values are all as they were? What is trained says nothing here."""
+    document = read_json(iteration, FILE) if iteration.has(FILE) else {}
+    options: Any = document.get("options")
+    kept = isinstance(options, dict) and cast("dict[str, Any]", options).get("dtype") == KEEP
+    return kept and (document.get("tool"), document.get("command")) == (TOOL, "hf-to-mcore")
+
+
 def _listed(iteration: Folder) -> dict[str, str]:
     """Return the hashes of `integrity.json`; none where it is missing or damaged, since no weight depends on it."""
     try:
@@ -64,13 +76,10 @@ class Provenance:
     """What it says beside the command, the files and the hashes of tensors."""
 
     tensors: Mapping[str, TensorSpec]
-    """The Hugging Face tensors that are hashed as their bytes pass. Those in `hashes` and `aliases` may be among them."""
+    """The Hugging Face tensors that are hashed as their bytes pass. Those in `aliases` may be among them."""
 
     passing: Literal["read", "made"]
     """Whether these are the tensors that are read, or those that are made."""
-
-    hashes: Mapping[str, str] = field(default_factory=dict[str, str])
-    """The BLAKE3 of Hugging Face tensors that do not pass."""
 
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     """Further tensors, by the tensor that each equals."""
@@ -93,12 +102,14 @@ class Provenance:
 
     def _names(self) -> list[str]:
         """Return all tensors with a hash, in order."""
-        more = {*self.hashes, *self.aliases} - self.tensors.keys()
+        more = self.aliases.keys() - self.tensors.keys()
         return sorted([*self.tensors, *more])
 
     def _hash_of(self, name: str, hashes: Mapping[str, str]) -> str | None:
         known = self.aliases.get(name, name)
-        return self.hashes.get(known) or hashes.get(known) or self.hashes.get(name) or hashes.get(name)
+        if known in self.tensors and not self.tensors[known].nbytes:
+            return blake3().hexdigest()  # of a tensor without elements nothing passes
+        return hashes.get(known) or hashes.get(name)
 
 
 def _with_hashes(start: bytes, names: Sequence[str], hash_of: Callable[[str], str | None]) -> Document:

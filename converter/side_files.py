@@ -7,13 +7,12 @@ of its safetensors files (which fixes names, order and shard boundaries), and th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from blake3 import blake3
-
+from converter.plan import as_stored, pieces
+from converter.run import PIECE_BYTES, PieceBuffers
 from formats.arrays import as_bytes
 from formats.content import LARGEST_POINTER, refuse_pointer
 from formats.errors import UserError, format_untrusted
@@ -42,11 +41,11 @@ class SideFiles:
     documents: Mapping[str, bytes]
     """Small files, with their bytes."""
 
-    hashes: Mapping[str, str]
-    """The BLAKE3 of the tensors that no Megatron model has."""
-
     copies: Mapping[str, FileRef]
     """Files that are copied as they are."""
+
+    extras: Shard | None = None
+    """The file of the tensors that no Megatron model has, which may be large: their data is moved as that of weights is."""
 
 
 def collect(reader: HuggingFaceReader, extras: tuple[str, ...]) -> SideFiles:
@@ -59,30 +58,28 @@ def collect_model(reference: HFReference, reader: Reader, extras: tuple[str, ...
     """Return the side files and shard map of a model that was opened, and the tensors `extras`."""
     files = collect_again(reference)
     documents = {**files.documents, **{f"{HEADERS}/{name}": shard.raw for name, shard in reference.shards.items()}}
-    data = {name: _bytes_of(reader, name) for name in extras}
-    if extras:
-        documents[EXTRAS] = make_header(reader.specs[name] for name in extras) + b"".join(data.values())
-    hashes = {name: blake3(value).hexdigest() for name, value in data.items()}
-    return SideFiles(documents, hashes, files.copies)
+    header = make_header(reader.specs[name] for name in extras)
+    return SideFiles(documents, files.copies, parse_shard(header, source=EXTRAS, any_dtype=True) if extras else None)
+
+
+def blocks_of(extras: Shard, reader: Reader) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of the file of `extras`, a piece at a time; each is valid until the next one."""
+    yield extras.raw
+    buffers = PieceBuffers()
+    for piece in pieces(as_stored(extras.tensors).values(), limit=PIECE_BYTES):
+        yield as_bytes(buffers.make(piece, reader))
 
 
 def collect_again(origin: HFReference) -> SideFiles:
     """Return the side files alone, without shard map and extras: for an adapter's checkpoint, which has no weights."""
     config = {} if CONFIG in origin.files else {f"{FILES}/{CONFIG}": (json.dumps(origin.config, indent=2) + "\n").encode()}
-    return SideFiles(config, {}, _copies(origin.files))
+    return SideFiles(config, _copies(origin.files))
 
 
 def _copies(files: Mapping[str, FileRef]) -> dict[str, FileRef]:
     """Return side files by their new names; those of the tokenizer twice, as Megatron-Bridge looks in `tokenizer/`."""
     tokenizer = {f"tokenizer/{name}": file for name, file in files.items() if name in TOKENIZER_FILES}
     return {**{f"{FILES}/{name}": file for name, file in files.items()}, **tokenizer}
-
-
-def _bytes_of(reader: Reader, name: str) -> bytes:
-    spec = reader.specs[name]
-    values = np.empty(spec.shape, spec.dtype)
-    reader.read(name, spec.full_region, values)
-    return bytes(as_bytes(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +102,7 @@ def load(iteration: Folder) -> HFReference | None:
     files, headers = iteration.below(FILES), iteration.below(HEADERS)
     if not files.has(CONFIG):
         return None
-    shards = {name: parse_shard(headers.get(name), source=f"{HEADERS}/{name}") for name in headers.files()}
+    shards = {name: parse_shard(headers.get(name), source=f"{HEADERS}/{name}", any_dtype=True) for name in headers.files()}
     _check_once(shards)
     return HFReference(
         read_json(files, CONFIG),

@@ -15,7 +15,7 @@ from converter import provenance, side_files
 from converter.dequantization import dequantized
 from converter.probe import PROBED
 from converter.side_files import EXTRAS, HEADERS, HFReference
-from converter.workers import count_workers
+from converter.workers import DEFAULT, count_workers
 from formats.dcp_index import METADATA
 from formats.detect import refuse_file
 from formats.errors import UserError
@@ -26,6 +26,7 @@ from formats.huggingface import HuggingFaceReader
 from formats.location import is_remote, open_folder
 from formats.machine import check_machine
 from formats.megatron_reader import MegatronReader
+from formats.quantized.reader import THREAD_BYTES
 from formats.spec import Reader
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
@@ -68,13 +69,15 @@ class Source:
 def huggingface_source(reader: HuggingFaceReader) -> Source:
     """Return a Hugging Face directory as a model to convert. Quantized weights are read as plain ones."""
     reference, left_out = side_files.of_model(reader)
+    plain = dequantized(reader, reference.config)
     return Source(
         label=reader.folder.label,
-        reader=dequantized(reader, reference.config),
+        reader=plain,
         reference=reference,
         files={name: FileRef(reader.folder, name) for name in reader.shards},
         provenance=provenance.huggingface_source(reader.folder, reader.shards),
         left_out=left_out,
+        memory=0 if plain is reader else DEFAULT * THREAD_BYTES,
     )
 
 

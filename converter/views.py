@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from converter import families, prediction_layers, reference
+from converter.carried import carried_tensors, schemes
 from converter.comparison import CheckpointView
 from converter.config import make_model
+from converter.dequantization import dequantized, weights_of
+from converter.encoding import quantized_source
 from converter.families import Family
 from converter.model import Model
-from converter.plan import TensorPlan, as_stored
+from converter.plan import TensorPlan, as_stored, check_dtypes
 from converter.planner import to_huggingface
 from converter.reference import UnknownModelError
 from converter.rules import extra_names, tied_names
@@ -21,7 +25,8 @@ from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader, specs_of
 from formats.json_objects import read_json
 from formats.megatron_reader import MegatronReader
-from formats.spec import JoinedReader
+from formats.quantized.reader import DequantizedReader
+from formats.spec import JoinedReader, TensorSpec
 
 
 def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointView]:
@@ -32,9 +37,10 @@ def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointVi
     readers = open_checkpoint(one, any_dtype=True), open_checkpoint(other, any_dtype=True)
     told = [None if isinstance(reader, HuggingFaceReader) else _told(reader) for reader in readers]
     sides: list[CheckpointView] = []
+    as_numbers = not _coded_alike(readers)
     for reader, own, neighbour, borrowed in zip(readers, told, readers[::-1], told[::-1], strict=True):
         if isinstance(reader, HuggingFaceReader):
-            sides.append(huggingface_view(reader))
+            sides.append(huggingface_view(reader, as_numbers=as_numbers))
         elif origin := own or _borrowed(neighbour, borrowed):
             sides.append(megatron_view(reader, origin))
         else:
@@ -57,29 +63,54 @@ def _borrowed(neighbour: HuggingFaceReader | MegatronReader, told: HFReference |
     return HFReference(told.config, f"`{neighbour.folder.label}`'s") if told else None
 
 
-def huggingface_view(reader: HuggingFaceReader) -> CheckpointView:
-    """Return the view of a Hugging Face directory, with tied tensors if its family is supported."""
-    tensor_plans = as_stored(reader.specs)
-    config = read_json(reader.folder, CONFIG) if reader.folder.has(CONFIG) else {}
+def _coded_alike(readers: Sequence[HuggingFaceReader | MegatronReader]) -> bool:
+    """Do both hold the same weights in codes of the same kind? Then these are compared, and not the numbers that they mean."""
+    coded = [
+        {weight.codes.name: weight.codes.stored_dtype for weight in weights_of(reader.specs, _config(reader)).values()}
+        for reader in readers
+        if isinstance(reader, HuggingFaceReader)
+    ]
+    return len(coded) == len(readers) and coded[0] == coded[1]
+
+
+def _config(reader: HuggingFaceReader) -> dict[str, Any]:
+    return read_json(reader.folder, CONFIG) if reader.folder.has(CONFIG) else {}
+
+
+def huggingface_view(reader: HuggingFaceReader, *, as_numbers: bool = False) -> CheckpointView:
+    """Return the view of a Hugging Face directory, with tied tensors if its family is supported: `as_numbers`, of quantized
+    weights as the numbers that they mean."""
+    config = _config(reader)
+    tensors = dequantized(reader, config) if as_numbers else reader
+    beside = carried_tensors(tensors)
+    view = CheckpointView(
+        reader.folder.label,
+        JoinedReader(tensors, beside) if beside else tensors,
+        as_stored({**tensors.specs, **(beside.specs if beside else {})}),
+        carried=beside.specs.keys() if beside else (),
+        schemes=schemes(tensors.weights) if isinstance(tensors, DequantizedReader) else "",
+    )
     if config.get("model_type") not in families.names():
-        return CheckpointView(reader.folder.label, reader, tensor_plans)
-    family = families.find(config["model_type"]).rooted(reader.specs)
-    model = make_model(family.CONFIG, config)
-    return CheckpointView(reader.folder.label, reader, tensor_plans, tied=tied(tensor_plans.values(), family, model))
+        return view
+    family = families.find(config["model_type"]).rooted(tensors.specs)
+    return replace(view, tied=tied(view.tensor_plans.values(), family, make_model(family.CONFIG, config)))
 
 
 def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[str, int] | None = None) -> CheckpointView:
     """Return the view of a Megatron checkpoint: what an export would write. `zero` are further rows that must be zero."""
-    known = specs_of(origin.shards)
+    known, names = specs_of(origin.shards), quantized_source(origin).names
     family = families.find(origin.config.get("model_type")).rooted(known)
     model = make_model(family.CONFIG, origin.config)
     plan = to_huggingface(family.RULES, model, reader.specs, dtype="keep", known=known)
     reader.check()
-    tensor_plans, extras = with_side_files(plan.tensors, family, model, origin)
+    tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, carried=names)
+    tensors = JoinedReader(reader, *extras)
+    carried = as_stored({name: tensors.specs[name] for name in sorted(names & tensors.specs.keys())})
     return CheckpointView(
         reader.folder.label,
-        JoinedReader(reader, *extras),
-        {tensor_plan.spec.name: tensor_plan for tensor_plan in tensor_plans},
+        tensors,
+        {**{tensor_plan.spec.name: tensor_plan for tensor_plan in tensor_plans}, **carried},
+        carried=carried.keys(),
         tied=tied(plan.tensors, family, model),
         zero={**dict.fromkeys(plan.zero, 0), **(zero or {})},
         filled={name: value for name, value in plan.filled.items() if value},
@@ -87,10 +118,10 @@ def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[
 
 
 def with_side_files(
-    tensor_plans: Sequence[TensorPlan], family: Family, model: Model, origin: HFReference
+    tensor_plans: Sequence[TensorPlan], family: Family, model: Model, origin: HFReference, *, carried: Collection[str] = ()
 ) -> tuple[list[TensorPlan], list[HuggingFaceReader]]:
     """Return the plans with those of tensors that Megatron does not have, a tied output layer and extras, and the readers of
-    the extras."""
+    the extras. What is `carried` beside quantized weights has readers alone."""
     again = [
         tensor_plan
         for name, tensor_plan in tied(tensor_plans, family, model).items()
@@ -98,18 +129,20 @@ def with_side_files(
     ]
     if origin.extras is None:
         return [*tensor_plans, *again], []
-    reader = HuggingFaceReader(origin.extras.folder, files=[origin.extras.name])
-    return [*tensor_plans, *again, *_untouched(reader, family, model)], [reader]
+    reader = HuggingFaceReader(origin.extras.folder, files=[origin.extras.name], any_dtype=True)
+    extras = {name: spec for name, spec in reader.specs.items() if name not in carried}
+    return [*tensor_plans, *again, *_untouched(extras, family, model)], [reader]
 
 
-def _untouched(reader: HuggingFaceReader, family: Family, model: Model) -> Iterable[TensorPlan]:
+def _untouched(extras: Mapping[str, TensorSpec], family: Family, model: Model) -> Iterable[TensorPlan]:
     """Return the plans of extras. Raises UserError for other tensors: a tampered file must not replace weights."""
-    known = extra_names(family.EXTRAS, model) | prediction_layers.further(family.RULES, model, reader.specs)
+    known = extra_names(family.EXTRAS, model) | prediction_layers.further(family.RULES, model, extras)
     passing = family.PASSTHROUGH_PREFIXES
-    for spec in reader.specs.values():
+    check_dtypes(extras)
+    for spec in extras.values():
         if spec.name not in known and not (passing and spec.name.startswith(passing)):
             raise UserError(f"`{EXTRAS}` holds `{spec.name}` of shape {list(spec.shape)}, for which this family has no place")
-    return as_stored(reader.specs).values()
+    return as_stored(extras).values()
 
 
 def tied(tensor_plans: Iterable[TensorPlan], family: Family, model: Model) -> dict[str, TensorPlan]:

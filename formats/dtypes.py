@@ -50,6 +50,9 @@ COMPARED = (
 MODEL_DTYPES = ("bf16", "fp16", "fp32")
 """Names of the dtypes that models are trained and run in."""
 
+QUANTIZED = ("fp8-block", "mxfp4")
+"""Names of the ways in which weights can be quantized anew."""
+
 FLOATS = (*MODEL_DTYPES, "fp64")
 """Names of the dtypes whose numbers need no scale."""
 

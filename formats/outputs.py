@@ -95,6 +95,47 @@ class Writer(Protocol):
         ...
 
 
+class JoinedWriter:
+    """Join the layouts of two writers whose tensors and files have different names. Names of the `other` are looked up: a model
+    has hundreds of thousands of tensors, and the other should have few."""
+
+    def __init__(self, first: Writer, other: Writer) -> None:
+        self._first, self._other = first, other
+        self._others = other.specs
+        assert self._others.keys().isdisjoint(first.specs), "a tensor is in both layouts"
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {**self._first.specs, **self._others}
+
+    @property
+    def files(self) -> dict[str, int]:
+        return {**self._first.files, **self._other.files}
+
+    @property
+    def documents(self) -> dict[str, Document]:
+        return {**self._other.documents, **self._first.documents}
+
+    @property
+    def markers(self) -> dict[str, bytes]:
+        return {**self._other.markers, **self._first.markers}
+
+    def spans(self, file: str) -> Iterator[Span]:
+        return (self._other if file in self._other.files else self._first).spans(file)
+
+    def touched(self, name: str, region: Region | None = None) -> set[str]:
+        return self._of(name).touched(name, region)
+
+    def file_offset(self, name: str, region: Region) -> int:
+        return self._of(name).file_offset(name, region)
+
+    def write(self, outputs: Outputs, name: str, region: Region, data: Array) -> None:
+        self._of(name).write(outputs, name, region, data)
+
+    def _of(self, name: str) -> Writer:
+        return self._other if name in self._others else self._first
+
+
 class LocalOutputs:
     """Files below a directory that exists.
 

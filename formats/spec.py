@@ -6,7 +6,7 @@ Files are left to the formats, the meaning of tensors to the converter. The prot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -188,3 +188,18 @@ class JoinedReader:
     def close(self) -> None:
         for reader in self._all:
             reader.close()
+
+
+class RenamedReader:
+    """Read some tensors of another reader, under names of their own. Closing it closes nothing."""
+
+    def __init__(self, reader: Reader, names: Mapping[str, str]) -> None:
+        """`names`: the tensor of `reader` that each name stands for."""
+        self._reader, self._names = reader, names
+        self.specs = {name: replace(reader.specs[other], name=name) for name, other in names.items()}
+
+    def read(self, name: str, region: Region, out: Array) -> None:
+        self._reader.read(self._names[name], region, out)
+
+    def close(self) -> None:
+        pass

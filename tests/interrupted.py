@@ -13,6 +13,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from benchmarks.convert import make_model
 
 SHAPE = {"hidden": 128, "layers": 4, "heads": 8, "groups": 4, "head_dim": 16, "ffn": 256, "vocab": 1024, "tied": False}
@@ -22,6 +25,9 @@ LONGEST = 900
 """Seconds that anything may take before its test fails: minutes, for a busy machine."""
 
 ROOT = Path(__file__).parents[1]
+
+EXTRA = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+"""A tensor that no Megatron model has."""
 
 CHILD = """
 import itertools, json, os, pathlib, runpy, shutil, sys, time
@@ -165,4 +171,15 @@ def make_source(folder: Path, **changes: object) -> Path:
     """A model in a few files, with some that travel."""
     make_model(folder, SHAPE | changes, shard_bytes=600_000)
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {str(code): code for code in range(999)}}}))
+    return folder
+
+
+def with_extras(folder, *sizes):
+    """A small Llama with one tensor of so many bytes for each layer, in a file of their own."""
+    make_source(folder)
+    tensors = {EXTRA.format(layer): np.arange(size // 4, dtype=np.float32) for layer, size in enumerate(sizes)}
+    save_file(tensors, folder / "model-00009-of-00009.safetensors", {"format": "pt"})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "model-00009-of-00009.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder

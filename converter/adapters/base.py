@@ -6,7 +6,6 @@ A Megatron checkpoint is split by the row table that exports it, so merging has 
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
@@ -22,11 +21,11 @@ from converter.checks import check_filled
 from converter.config import make_model
 from converter.families import Family
 from converter.model import Model
-from converter.plan import Piece, TensorPlan, check_dtypes, list_names
+from converter.plan import check_dtypes, list_names
+from converter.planned_reader import PlannedReader
 from converter.planner import huggingface_tensors
 from converter.recognize import refuse_unfit
 from converter.rules import Rule, tied_names
-from converter.run import PieceBuffers
 from converter.side_files import HFReference
 from converter.sources import Source, huggingface_source, megatron_source
 from converter.views import megatron_view
@@ -36,7 +35,7 @@ from formats.dtypes import MODEL_DTYPES
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
-from formats.spec import DTYPES, Array, Reader, Region, TensorSpec, dtype_name
+from formats.spec import DTYPES, Array, TensorSpec, dtype_name
 
 _CHANGEABLE = {DTYPES[name]: name for name in MODEL_DTYPES}
 
@@ -65,23 +64,6 @@ def identify_base(folder: Folder, *, name: str) -> BaseModel:
     family = families.find(origin.config.get("model_type")).as_modules()
     identity = Base(folder.origin.get("id", name), fingerprint(folder))
     return BaseModel(identity, origin, family.RULES, make_model(family.CONFIG, origin.config))
-
-
-class PlannedReader:
-    """Tensors planned from another reader's."""
-
-    def __init__(self, reader: Reader, tensor_plans: Mapping[str, TensorPlan]) -> None:
-        self._reader, self._tensor_plans = reader, tensor_plans
-        self._local = threading.local()
-        self.specs = {name: tensor_plan.spec for name, tensor_plan in tensor_plans.items()}
-
-    def read(self, name: str, region: Region, out: Array) -> None:
-        if not hasattr(self._local, "buffers"):
-            self._local.buffers = PieceBuffers()
-        self._local.buffers.fill(Piece(self._tensor_plans[name], region), self._reader, out)
-
-    def close(self) -> None:
-        self._reader.close()
 
 
 def open_base(folder: Folder, given: Folder | None) -> Source:

@@ -4,22 +4,24 @@ Fingerprints differ between models of different shapes, between models trained d
 fine-tuned version, if training changed some element of the sample; training that changes all elements of one layer does. A
 change of a few elements outside the sample is not seen, so equal fingerprints do not prove that two models are the same:
 `mbconvert verify` does. Nor are tokenizers, rotary embeddings and `config.json` seen. Values are hashed as fp32: a bf16 model
-and its exact copy in fp32 are equal, and a rounded copy is another model.
+and its exact copy in fp32 are equal, and a rounded copy is another model. Quantized weights count as the numbers they mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
 
 from converter import families, reference
 from converter.config import make_model
-from converter.plan import Piece, TensorPlan, list_names, same_tensor
+from converter.dequantization import dequantized
+from converter.plan import Piece, TensorPlan, check_dtypes, list_names, same_tensor
 from converter.planner import huggingface_tensors, to_huggingface
 from converter.recognize import refuse_unfit
 from converter.run import PieceBuffers, in_threads
@@ -50,21 +52,23 @@ def fingerprint(source: str | Path | Folder) -> str:
     if isinstance(source, (str, Path)):
         with closing(open_source(source, or_hub=True)) as folder:
             return fingerprint(folder)
-    reader = open_checkpoint(source)
-    tensor_plans = _plan_stored(reader) if isinstance(reader, HuggingFaceReader) else _plan_exported(reader)
-    return _digest(reader, tensor_plans)
+    reader = open_checkpoint(source, any_dtype=True)
+    if isinstance(reader, HuggingFaceReader):
+        config = read_json(source, CONFIG)
+        plain = dequantized(reader, config)
+        return _digest(plain, _plan_stored(plain, config, label=source.label))
+    return _digest(reader, _plan_exported(reader))
 
 
-def _plan_stored(reader: HuggingFaceReader) -> list[TensorPlan]:
+def _plan_stored(reader: Reader, config: Mapping[str, Any], *, label: str) -> list[TensorPlan]:
     """Plan the weights of a Hugging Face model that Megatron stores: without extras, and tied tensors once."""
-    config = read_json(reader.folder, CONFIG)
     plain = families.find(config.get("model_type"))
     family, model = plain.rooted(reader.specs), make_model(plain.CONFIG, config)
-    refuse_unfit(reader.specs, config, family, model, label=reader.folder.label)
+    refuse_unfit(reader.specs, config, family, model, label=label)
     shapes = dict(huggingface_tensors(family.RULES, model, reader.specs))
     missing = [name for name in shapes if name not in reader.specs]
     if missing:
-        raise UserError(f"`{reader.folder.label}` lacks {list_names(missing)}", hint="is `config.json` of the same model?")
+        raise UserError(f"`{label}` lacks {list_names(missing)}", hint="is `config.json` of the same model?")
     for name, shape in shapes.items():
         if reader.specs[name].shape != shape:
             raise UserError(
@@ -73,6 +77,7 @@ def _plan_stored(reader: HuggingFaceReader) -> list[TensorPlan]:
             )
     names = [name for name, _ in huggingface_tensors(plain.RULES, model, reader.specs)]  # those of the first root, as everywhere
     stored = [reader.specs[name] for name in shapes]
+    check_dtypes({spec.name: spec for spec in stored})
     return [same_tensor(replace(spec, name=name), spec) for name, spec in zip(names, stored, strict=True)]
 
 

@@ -162,7 +162,9 @@ def _merged(model: Source, adapter: AdapterReader, folder: Folder, *, dtype: str
         adapter = under_names_of(model, adapter)
         result = survey(adapter, model, folder)
         reader = MergedReader(model.reader, adapter.read_delta, changed=adapter.parts.keys(), dtype=dtype)
-        yield replace(model, reader=reader, adapter=result.provenance, memory=_memory(result.nbytes, workers=workers))
+        yield replace(
+            model, reader=reader, adapter=result.provenance, memory=model.memory + _memory(result.nbytes, workers=workers)
+        )
 
 
 def _memory(nbytes: Mapping[str, int], *, workers: int) -> int:

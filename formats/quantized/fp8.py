@@ -16,7 +16,7 @@ import numpy as np
 
 from formats.arrays import bands
 from formats.quantized.scheme import as_float32, bits, block_of, largest, rounded
-from formats.spec import Array, Region, Shape, extent
+from formats.spec import DTYPES, Array, Region, Shape, extent
 
 _WORTH_A_TABLE = 1024
 """Weights of a block from which a table of all 256 codes times its scale is faster than a multiplication for each."""
@@ -39,6 +39,11 @@ class Fp8:
     def largest(self) -> float:
         return largest(self.dtype)
 
+    @property
+    def step(self) -> float:
+        """That of the smallest codes. Of e5m2, several codes are one infinity or no number."""
+        return 2.0**-9 if self.dtype == DTYPES["fp8_e4m3"] else 0.0
+
     def stored(self, region: Region) -> Region:
         return region
 
@@ -54,7 +59,8 @@ class Fp8:
     def decode(self, codes: Array, parameters: Sequence[Array], region: Region, out: Array) -> None:
         scales, target, size = self._scales(parameters, region), bits(out), out.dtype
         if prod(self.block) < _WORTH_A_TABLE:
-            target[...] = bits(rounded(codes.view(self.dtype).astype(np.float32) * self._spread(scales, region), size))
+            numbers = self._numbers.take(codes.view(np.uint8), mode="clip")
+            target[...] = bits(rounded(numbers * self._spread(scales, region), size))
             return
         tables, raw = bits(self._tables(scales, size)), codes.view(np.uint8)
         for index, part in self._blocks(region):
@@ -75,7 +81,12 @@ class Fp8:
 
     def _tables(self, scales: Array, dtype: np.dtype[Any]) -> Array:
         """Return every code times every scale: [..., 256]."""
-        return rounded(_CODES.view(self.dtype).astype(np.float32) * scales[..., None], dtype)
+        return rounded(self._numbers * scales[..., None], dtype)
+
+    @property
+    def _numbers(self) -> Array:
+        """What each of the 256 codes is under a scale of 1."""
+        return _CODES.view(self.dtype).astype(np.float32)
 
     def _grid(self, region: Region) -> Region:
         """Return the blocks that a region touches."""

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from formats.quantized.scheme import as_float32, bits, block_of, rounded
+from formats.arrays import contiguous_regions
+from formats.quantized.scheme import CHUNK, as_float32, block_of, rounded
 from formats.spec import Array, Region, Shape
 
 PACKED = 8
 """Codes in an int32."""
-
-_CODES = np.arange(16, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +29,11 @@ class PackedInt4:
 
     name = "INT4, packed"
     largest = 16.0
+
+    @property
+    def step(self) -> float:
+        """1, but for words with bits after the last column, which are in no number."""
+        return 0.0 if self.shape[-1] % PACKED else 1.0
 
     def stored(self, region: Region) -> Region:
         *outer, columns = region
@@ -46,11 +50,15 @@ class PackedInt4:
         return (*outer, rows, groups), *([(*outer, words, groups)] if self.zero_points else [])
 
     def decode(self, codes: Array, parameters: Sequence[Array], region: Region, out: Array) -> None:
-        zeros, columns = self._zeros(parameters, region), region[-1]
-        tables = (_CODES - zeros[..., None]) * as_float32(parameters[0])[..., None]  # [rows, groups, 16]
-        starts = np.arange(tables.size // 16).reshape(tables.shape[:-1]) * 16
-        index = starts.take(block_of(columns, self.group), axis=-1) + unpacked(codes)[..., : out.shape[-1]]
-        bits(out)[...] = bits(rounded(tables, out.dtype)).reshape(-1).take(index, mode="clip")
+        zeros, scales = self._zeros(parameters, region), as_float32(parameters[0])
+        first, columns = region[-1].start % self.group, out.shape[-1]
+        for rows in contiguous_regions(out.shape[:-1], max(1, CHUNK // columns)):
+            grouped = np.zeros((*scales[rows].shape, self.group), np.float32)
+            flat = grouped.reshape(*grouped.shape[:-2], -1)[..., first : first + columns]
+            flat[...] = unpacked(codes[rows])[..., :columns]
+            grouped -= zeros[rows][..., None]
+            grouped *= scales[rows][..., None]
+            out[rows] = rounded(flat, out.dtype)
 
     def encode(self, values: Array, parameters: Sequence[Array], region: Region, out: Array) -> None:
         group_of = block_of(region[-1], self.group)

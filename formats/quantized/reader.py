@@ -15,6 +15,9 @@ from formats.spec import Array, Reader, Region, TensorSpec, extent, intersect, r
 BAND = 1 << 20
 """Elements of codes that are decoded at a time."""
 
+THREAD_BYTES = 8 << 20
+"""Bytes that a thread holds at most beside what it reads: a band of codes, and the numbers of one that is cut."""
+
 
 class DequantizedReader:
     """The tensors of another reader, the quantized weights among them as plain numbers.

@@ -16,6 +16,9 @@ from formats.errors import UserError
 from formats.spec import Array, Reader, Region, TensorSpec, dtype_name, extent
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
+CHUNK = 1 << 16
+"""Numbers that are made at a time, so that what is between stays in the processor's cache."""
+
 _E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 
 
@@ -30,6 +33,11 @@ class Scheme(Protocol):
     @property
     def largest(self) -> float:
         """The largest finite code, by which a scale is multiplied."""
+        ...
+
+    @property
+    def step(self) -> float:
+        """The least distance of two codes' numbers under a scale of 1; 0 where codes hold what no number says."""
         ...
 
     def stored(self, region: Region) -> Region:
@@ -85,12 +93,16 @@ class QuantizedWeight:
         for spec, wanted in zip(self.parameters, self.scheme.parameters(region), strict=True):
             values.append(np.empty(extent(wanted), spec.dtype))
             reader.read(spec.name, wanted, values[-1])
-        if not np.isfinite(as_float32(values[0])).all():
+        self.check_scales(values[0])
+        return values
+
+    def check_scales(self, scales: Array) -> None:
+        """Raise UserError for a scale that is not finite."""
+        if not np.isfinite(as_float32(scales)).all():
             raise UserError(
                 f"`{self.parameters[0].name}` holds scales that are not finite",
                 hint="the file is damaged, or the model's quantization failed; fetch it again",
             )
-        return values
 
     def check_shape(self, reader: Reader) -> None:
         """Raise UserError if the stored shape is another than the one that codes and scales have."""

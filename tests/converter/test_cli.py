@@ -238,7 +238,7 @@ def test_the_command_line_surface_is_frozen():
     weights = ["--dtype", "--integrity"]
     assert surface == {
         "hf-to-mcore": sorted([*both, *layout, *weights]),
-        "mcore-to-hf": sorted([*both, "--hf-config", "--max-shard-size", *weights]),
+        "mcore-to-hf": sorted([*both, "--hf-config", "--max-shard-size", "--quantize", *weights]),
         "adapter-to-mcore": sorted([*both, "--base", "--canonical"]),
         "adapter-to-hf": both,
         "merge": sorted(

@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
+from converter import hf_to_mcore
 from formats.errors import UserError
+from tests.interrupted import with_extras
+from tests.trainer import witness
 from tests.trainer.settings import settings
 from trainer.checkpoints import causes
 from trainer.settings.resolve import resolve
@@ -39,3 +42,17 @@ def test_a_hint_belongs_to_its_cause(error, why, hint, tmp_path):
     assert said.startswith(f"saving `{tmp_path}` failed: {why} (")
     assert f"; no checkpoint was saved yet\n\nhint: {hint}" in said
     assert ("make room" in said) == (error.args[0] == errno.ENOSPC)
+
+
+def test_tensors_that_megatron_does_not_have_are_in_every_checkpoint(ranks, tmp_path):
+    """Also when the checkpoint that a run resumed from is gone by the time it saves."""
+    source = with_extras(tmp_path / "hf", 4096, 64)
+    (source / "tokenizer.json").unlink()  # which is none
+    hf_to_mcore(source, tmp_path / "m")
+    extras = (tmp_path / "m" / "iter_0000000" / "huggingface" / "extras.safetensors").read_bytes()
+    saving = {"scheduler__lr_warmup_iters": 0, "checkpoint__save_interval": 1, "checkpoint__keep_last": 1}
+    saving |= {"checkpoint__save": str(tmp_path / "run"), "train__train_iters": 3}
+    ranks.run(witness.train, 1, str(source), {**saving, "train__exit_interval": 1})
+    ranks.run(witness.train, 1, str(source), {**saving, "checkpoint__load": str(tmp_path / "run")})
+    assert sorted(path.name for path in (tmp_path / "run").glob("iter_*")) == ["iter_0000003"]
+    assert (tmp_path / "run" / "iter_0000003" / "huggingface" / "extras.safetensors").read_bytes() == extras

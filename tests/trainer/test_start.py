@@ -10,7 +10,9 @@ import pytest
 import converter
 from formats.errors import UserError
 from tests import models
+from tests.quantized import plain_of, quantize
 from tests.trainer import small, witness
+from trainer.checkpoints import contents
 
 TP2, PP2 = {"model__tensor_model_parallel_size": 2}, {"model__pipeline_model_parallel_size": 2}
 CASES = {
@@ -94,6 +96,17 @@ def test_weights_are_those_of_megatron_cores_own_strict_load(case, ranks, model_
         huggingface, megatrons = {"tied": (38, 26)}.get(variant, (39, 27))
         for line, count in zip(told, (huggingface, megatrons), strict=True):
             assert line.startswith(f"loaded {count} of {count} tensors, ")
+
+
+def test_a_quantized_model_is_trained_as_the_plain_one_that_it_means(ranks, model_folder, tmp_path):
+    source = quantize(model_folder("gqa"), tmp_path / "q", "blocks")
+    short = {"train__train_iters": 2, "scheduler__lr_warmup_iters": 0}
+    (ours,) = ranks.run(small.train, 1, str(source), {**short, "checkpoint__save": str(tmp_path / "run")})
+    (theirs,) = ranks.run(small.train, 1, str(plain_of(source)), short)
+    assert ours.losses == theirs.losses
+    assert contents.describe(str(source)).dtype == contents.describe(str(plain_of(source))).dtype
+    converter.mcore_to_hf(tmp_path / "run", tmp_path / "back")
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
 
 
 def _equal_without_padding(one, other):

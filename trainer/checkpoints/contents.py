@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from converter import reference, side_files
+from converter.dequantization import dequantized
 from converter.sources import open_source
 from formats.detect import Format, detect, open_megatron
 from formats.errors import UserError
@@ -45,8 +46,9 @@ def describe(source: str) -> Described:
     """
     folder = open_source(source, or_hub=True)
     if detect(folder) is not Format.TORCH_DIST:
-        with closing(HuggingFaceReader(folder)) as reader:
-            return Described(read_json(folder, side_files.CONFIG), _dtype(reader))
+        with closing(HuggingFaceReader(folder, any_dtype=True)) as reader:
+            config = read_json(folder, side_files.CONFIG)
+            return Described(config, _dtype(dequantized(reader, config)))
     with closing(open_megatron(folder)) as reader:
         try:
             config = reference.find(reader, None).config

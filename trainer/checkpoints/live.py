@@ -23,6 +23,7 @@ from converter import families, reference, run_config
 from converter.adapters.files import refuse_adapter
 from converter.checks import check_equal
 from converter.config import make_model
+from converter.dequantization import dequantized
 from converter.plan import Piece, TensorPlan, as_stored, list_names
 from converter.planner import Plan, to_megatron
 from converter.run import PieceBuffers
@@ -113,11 +114,13 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
     """
     folder = open_source(source, or_hub=True)
     refuse_adapter(folder)
-    with in_full(chunks), closing(open_checkpoint(folder)) as reader:
+    with in_full(chunks), closing(open_checkpoint(folder, any_dtype=True)) as reader:
         refuse_adapter(reader.folder)
         locals_ = local_weights(chunks)
         config = _hf_config(reader, getattr(chunks[0].config, "vocab_size", None))
-        tensor_plans = _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else _from_megatron(reader, config)
+        tensors, tensor_plans = (
+            _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else (reader, _from_megatron(reader, config))
+        )
         check_names_and_shapes(locals_, tensor_plans, source)
         if config and getattr(chunks[0].config, "hf_config", None):
             for text in hf_config.compare(chunks[0].config, config, source=source):
@@ -125,8 +128,8 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
         for text in _by_settings(reader, chunks[0].config, source):
             note(text)
         for local in locals_:
-            fill(local, tensor_plans[local.name], reader)
-        return _loaded(tensor_plans, reader)
+            fill(local, tensor_plans[local.name], tensors)
+        return _loaded(tensor_plans, tensors)
 
 
 def _hf_config(reader: HuggingFaceReader | MegatronReader, vocab: int | None) -> Mapping[str, Any] | None:
@@ -157,18 +160,25 @@ def settings_changed(chunks: Sequence[Any], resumed: Path) -> list[str]:
 
 
 def plan_of(reader: HuggingFaceReader) -> Plan:
-    """Return the plan that makes a Megatron model without padding from a directory's tensors."""
+    """Return the plan that makes a Megatron model without padding from a directory's tensors, as plain numbers."""
     config = read_json(reader.folder, CONFIG)
+    return _plan(dequantized(reader, config), config)
+
+
+def _plan(reader: Reader, config: Mapping[str, Any]) -> Plan:
     family = families.find(config.get("model_type")).rooted(reader.specs)
     model, passing = make_model(family.CONFIG, config), family.PASSTHROUGH_PREFIXES
     return to_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype="keep", passing=passing)
 
 
-def _from_huggingface(reader: HuggingFaceReader) -> dict[str, TensorPlan]:
-    plan = plan_of(reader)
+def _from_huggingface(reader: HuggingFaceReader) -> tuple[Reader, dict[str, TensorPlan]]:
+    """Return a reader of a directory's tensors as plain numbers, and the plan for each of Megatron's."""
+    config = read_json(reader.folder, CONFIG)
+    tensors = dequantized(reader, config)
+    plan = _plan(tensors, config)
     for name, other in plan.equal:
-        check_equal(reader, name, other)
-    return {tensor_plan.spec.name: tensor_plan for tensor_plan in plan.tensors}
+        check_equal(tensors, name, other)
+    return tensors, {tensor_plan.spec.name: tensor_plan for tensor_plan in plan.tensors}
 
 
 def _from_megatron(reader: MegatronReader, config: Mapping[str, Any] | None) -> dict[str, TensorPlan]:

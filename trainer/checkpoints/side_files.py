@@ -5,10 +5,12 @@ tokenizer and other side files, `run_config.yaml` for Megatron-Bridge, and the r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +26,7 @@ from converter.megatron_settings import Effect, effect_of
 from converter.model import Model
 from converter.sources import open_source
 from formats.detect import Format, detect
-from formats.folder import FileRef, Folder
+from formats.folder import BAND_BYTES, FileRef, Folder
 from formats.huggingface import HuggingFaceReader
 from formats.iterations import find_iteration
 from formats.spec import DTYPES
@@ -48,7 +50,7 @@ def collect(
     """
     stages = _stages(chunks)
     source = str(resumed) if resumed else (config.checkpoint.pretrained_checkpoint or getattr(config.model, "hf_source", None))
-    files = _from_source(source) if source else _from_tokenizer(config.model, config.tokenizer)
+    files, extras = _from_source(source) if source else (_from_tokenizer(config.model, config.tokenizer), ())
     run = iterations.run_of(resumed) if resumed else iterations.new_run()
     files |= {iterations.OURS: iterations.signature(run) + yaml_io.dump(config).encode()}
     if config.peft is not None:
@@ -60,15 +62,37 @@ def collect(
     elif config_json := _config_json(config.model):
         files |= _changed(files, config_json)
 
-    contents = {name: _bytes(file) for name, file in files.items()} if dist.get_rank() == 0 else {}
+    if dist.get_rank() != 0 or not config.checkpoint.save:
+        return lambda _folder: None
+    return _writing(files, _spooled(extras, Path(config.checkpoint.save)))
+
+
+def _writing(files: Mapping[str, bytes | FileRef], spooled: IO[bytes] | None) -> Callable[[Path], None]:
+    """Return the function that writes these files and the spooled extras. What it writes is read now."""
+    contents = {name: _bytes(file) for name, file in files.items()}
 
     def write(folder: Path) -> None:
         for name, content in contents.items():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        if spooled:
+            spooled.seek(0)
+            with (folder / side_files.EXTRAS).open("wb") as target:
+                shutil.copyfileobj(spooled, target, BAND_BYTES)
 
     return write
+
+
+def _spooled(blocks: Iterable[bytes | memoryview], folder: Path) -> IO[bytes] | None:
+    """Return a file without a name that holds these blocks, on the disk of `folder`; None if there are none. Tensors that no
+    Megatron model has may be larger than memory."""
+    file = None
+    for block in blocks:
+        if file is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as the run
+        file.write(block)
+    return file
 
 
 def _bytes(file: bytes | FileRef) -> bytes:
@@ -88,15 +112,18 @@ def _changed(files: Mapping[str, bytes | FileRef], config_json: dict[str, Any]) 
     return {_CONFIG: (json.dumps(config_json, indent=2) + "\n").encode()}
 
 
-def _from_source(source: str) -> dict[str, bytes | FileRef]:
-    """Return the side files of a Hugging Face directory or of a Megatron checkpoint."""
+def _from_source(source: str) -> tuple[dict[str, bytes | FileRef], Iterable[bytes | memoryview]]:
+    """Return the side files of a Hugging Face directory or of a Megatron checkpoint, and the file of extras in blocks."""
     folder = open_source(source, or_hub=True)
     if detect(folder) is not Format.TORCH_DIST:
-        reader = HuggingFaceReader(folder)
+        reader = HuggingFaceReader(folder, any_dtype=True)
         collected = side_files.collect(reader, live.plan_of(reader).extras)
-        return {**collected.documents, **collected.copies}
+        blocks = side_files.blocks_of(collected.extras, reader) if collected.extras else ()
+        return {**collected.documents, **collected.copies}, blocks
     iteration = find_iteration(folder)
-    return {**_below(iteration, side_files.FOLDER), **_below(iteration, "tokenizer")}
+    files = {**_below(iteration, side_files.FOLDER), **_below(iteration, "tokenizer")}
+    extras = files.pop(side_files.EXTRAS, None)
+    return files, extras.bands() if isinstance(extras, FileRef) else ()
 
 
 def _below(folder: Folder, name: str) -> dict[str, bytes | FileRef]:

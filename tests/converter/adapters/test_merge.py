@@ -25,6 +25,7 @@ from tests.converter.adapters.made import EVERY, logits, older_names, save_adapt
 from tests.converter.test_provenance import hashes, record
 from tests.converter.test_verify import Lying
 from tests.models import model_tree, tree
+from tests.quantized import plain_of, quantize
 
 METHODS = {
     "lora": {},
@@ -179,6 +180,17 @@ def test_an_adapter_checkpoint_of_megatron_merges_to_the_same(base, peft_folder,
         merge(base, tmp_path / name, tmp_path / f"{name}-merged")
         merge(base, adapter, tmp_path / f"{name}-expected")
         assert same_bits(weights(tmp_path / f"{name}-merged"), weights(tmp_path / f"{name}-expected"))
+
+
+@pytest.mark.parametrize("to", ["hf", "mcore"])
+def test_a_quantized_base_is_merged_as_the_plain_one_that_it_means(model_folder, tmp_path, to):
+    base = quantize(model_folder("gqa"), tmp_path / "q", "blocks")
+    save_adapter(plain_of(base), tmp_path / "a")
+    merge(base, tmp_path / "a", tmp_path / "out", to=to)
+    merge(plain_of(base), tmp_path / "a", tmp_path / "expected", to=to)
+    assert verify(tmp_path / "out", tmp_path / "expected").same
+    config = next((tmp_path / "out").rglob("config.json"))
+    assert to == "mcore" or "quantization_config" not in json.loads(config.read_text())
 
 
 def test_a_model_of_an_unknown_family_can_be_merged_into_its_own_format(tmp_path):
