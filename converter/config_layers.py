@@ -153,16 +153,20 @@ def seen(window: Any) -> int | None:
             raise UserError("`window_size` is not a window over what comes before a token")
 
 
-def window(megatron: str, huggingface: str, *, default: int | None) -> Field:
+def window(megatron: str, huggingface: str, *, default: int | None, switch: str = "") -> Field:
     """Return the field of sliding attention: Hugging Face counts the tokens seen, the current one included; Megatron those before
-    it."""
+    it. `switch` names a field without which no layer slides."""
 
     def read(config: Config) -> dict[str, Any]:
-        tokens = config.get(huggingface, default)
+        tokens = config.get(huggingface, default) if not switch or config.get(switch) else None
         _check_sliding(config, huggingface, tokens)
         return {megatron: None if tokens is None else [count({huggingface: tokens}, huggingface) - 1, 0]}
 
-    return Field(read, lambda config: {huggingface: seen(config.get(megatron))})
+    def write(config: Config) -> dict[str, Any]:
+        tokens = seen(config.get(megatron))
+        return {huggingface: tokens, **({switch: tokens is not None} if switch else {})}
+
+    return Field(read, write)
 
 
 def no_window(megatron: str) -> Field:

@@ -185,11 +185,11 @@ def renamed(fields: Iterable[Field], **names: str) -> Field:
     )
 
 
-def routed(*, experts: str, topk: str, ffn: str, renormalized: str = "") -> tuple[Field, ...]:
+def routed(*, experts: str, topk: str, ffn: str, renormalized: str = "", absent: bool = True) -> tuple[Field, ...]:
     """Return the fields of a mixture of experts, and its sizes `experts` and `moe_ffn`, by their names in `config.json`.
 
-    `renormalized` names the switch that says whether the weights of the chosen experts are made to sum to 1. Without one they are
-    (megatron-core: `moe_router_pre_softmax` is not set).
+    `renormalized` names the switch that says whether the weights of the chosen experts are made to sum to 1, and `absent` is what
+    it is where there is none. Without a name they are (megatron-core: `moe_router_pre_softmax` is not set).
     """
     fields = (
         required("num_moe_experts", experts),
@@ -197,7 +197,7 @@ def routed(*, experts: str, topk: str, ffn: str, renormalized: str = "") -> tupl
         required("moe_ffn_hidden_size", ffn),
         counts(experts="num_moe_experts", moe_ffn="moe_ffn_hidden_size"),
     )
-    return (*fields, inverted("moe_router_pre_softmax", renormalized)) if renormalized else fields
+    return (*fields, inverted("moe_router_pre_softmax", renormalized, absent=absent)) if renormalized else fields
 
 
 def shared_experts(ffn: str) -> tuple[Field, ...]:
@@ -206,10 +206,10 @@ def shared_experts(ffn: str) -> tuple[Field, ...]:
     return required(megatron, ffn), counts(shared_ffn=megatron)
 
 
-def inverted(megatron: str, huggingface: str) -> Field:
-    """Return a switch that is on in Megatron where it is off in Hugging Face; absent means on there."""
+def inverted(megatron: str, huggingface: str, *, absent: bool = True) -> Field:
+    """Return a switch that is on in Megatron where it is off in Hugging Face, where it may be absent."""
     return Field(
-        lambda config: {megatron: not config.get(huggingface, True)},
+        lambda config: {megatron: not config.get(huggingface, absent)},
         lambda config: {huggingface: not config.get(megatron, False)},
     )
 
@@ -263,6 +263,7 @@ NOT_COMPUTED = {
     "clip_qkv": "queries, keys and values are clamped to it, which no layer here does",
     "dropouts": "transformers drops other numbers than megatron-core's layers do",
     "normalized_output_layer": "Baichuan 2 normalizes the rows of its output layer at each step, which no layer here does",
+    "router_jitter_noise": "training multiplies what experts read by random numbers, which no layer here does",
     "rope_ratio": "ChatGLM 2 divides positions by it and ChatGLM 3 multiplies the base by it; `config.json` is the same for both",
     "scale_attn_by_inverse_layer_idx": "scores of attention are divided by the number of their layer, which no layer here does",
 }
@@ -275,7 +276,7 @@ def described(name: str, found: Any, *, verb: str = "") -> str:
     return " and ".join(f"`{one}`{verb} `{format_untrusted(value)}`" for one, value in said.items())
 
 
-def not_computed(name: str, *, off: bool | None = None) -> Field:
+def not_computed(name: str, *, off: float | None = None) -> Field:
     """Return a field of `NOT_COMPUTED`, under its name in `config.json`; null, or `off`, where the model does not have it."""
     assert name in NOT_COMPUTED
     one = optional(name, name, default=off)

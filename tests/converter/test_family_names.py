@@ -12,6 +12,7 @@ from converter import families
 from converter.config import make_model
 from converter.planner import huggingface_tensors
 from converter.rules import extra_names
+from formats.spec import DTYPES, TensorSpec
 from tests.conftest import GOLDEN
 
 ON_DISK = json.loads(gzip.decompress((GOLDEN / "ondisk.json.gz").read_bytes()))
@@ -37,6 +38,7 @@ def test_a_family_has_the_published_names_and_shapes(family):
     published = {name: tuple(shape) for name, shape in ON_DISK[family]["tensors"].items()}
     one = families.find(family).rooted(published)
     model = make_model(one.CONFIG, ON_DISK[family]["config"])
-    weights = dict(huggingface_tensors(one.RULES, model, published))
+    source = {name: TensorSpec(name, shape, DTYPES["fp32"]) for name, shape in published.items()}
+    weights = dict(huggingface_tensors(one.RULES, model, source))
     extras = {name: published[name] for name in extra_names(one.EXTRAS, model) & published.keys()}
     assert {**extras, **weights} == published
