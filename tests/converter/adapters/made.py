@@ -17,8 +17,11 @@ TOGETHER = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj",
 
 @contextmanager
 def older_names() -> Iterator[None]:
-    """PEFT asks transformers 5 for what has another name there."""
+    """PEFT asks transformers 5 for what has another name there, and looks for the names of parameters among modules."""
     with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "The following (rank|alpha)_pattern keys did not match any targeted module", RuntimeWarning
+        )
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
