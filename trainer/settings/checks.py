@@ -231,6 +231,12 @@ def _packed_rules(config: RunConfig, machine: Machine) -> Iterator[Rule]:
         f"`model.window_size` is `{window}`, and megatron-core's attention on the CPU cannot keep packed examples apart too",
         f"set `{setting}=false`",
     )
+    ahead = getattr(config.model, "mtp_num_layers", None)
+    yield (
+        ahead and machine.device == "cpu",
+        f"`model.mtp_num_layers` is `{ahead}`, and on the CPU tokens ahead would be those of other packed examples",
+        f"set `{setting}=false`",
+    )
     yield (
         setting == "dataset.reset_attention_mask" and context > 1,
         f"`{setting}` is `True`, but documents cannot be split over CP `{context}` ranks",

@@ -35,8 +35,8 @@ NEVER: dict[str, dict[str, str]] = {
         "CUDA graphs are not captured": """enable_cuda_graph external_cuda_graph cuda_graph_impl cuda_graph_modules
             cuda_graph_scope inference_cuda_graph_scope cuda_graph_use_single_mempool cuda_graph_retain_backward_graph
             cuda_graph_warmup_steps use_te_rng_tracker""",
-        "layers for multi-token prediction are not built": """mtp_num_layers mtp_loss_scaling_factor mtp_use_repeated_layer
-            mtp_detach_heads mtp_hybrid_override_pattern mtp_standalone""",
+        "layers of multi-token prediction are those of DeepSeek-V3": """mtp_use_repeated_layer mtp_detach_heads
+            mtp_hybrid_override_pattern mtp_standalone""",
         "layers that differ need megatron-core's heterogeneous configuration": """heterogeneous_block_specs
             hetereogenous_dist_checkpoint""",
         "its layers are not among those of this provider": """experimental_attention_variant
