@@ -18,7 +18,7 @@ from formats.errors import UserError
 Experts = Literal["fused", "separate"]
 EXPERTS: tuple[Experts, ...] = get_args(Experts)
 
-_TAKEN = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+TAKEN = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 """Last names of modules that PEFT 0.21, with transformers 5, takes for routers and experts of older files wherever they are
 (`_MOE_TARGET_MODULE_MAPPING` in its `transformers_weight_conversion.py`): such modules are requested by their parameter."""
 
@@ -57,7 +57,7 @@ def _modules(weights: Iterable[str]) -> list[str]:
 
 def _is_parameter(name: str) -> bool:
     """Return whether PEFT is asked for a parameter, not for a module."""
-    return not name.endswith(WEIGHT) or module_of(name).rpartition(".")[2] in _TAKEN
+    return not name.endswith(WEIGHT) or module_of(name).rpartition(".")[2] in TAKEN
 
 
 def _refuse_dora(adapter: AdapterReader, names: Iterable[str]) -> None:

@@ -93,9 +93,12 @@ class AdaptedModule:
         """The Megatron module that it is attached to. A module may have several adapters."""
         return self.prefix.partition(".adapter")[0]
 
-    def is_chosen(self, patterns: Iterable[str], excluded: Iterable[str]) -> bool:
-        """Return whether `target_modules` requests it and `exclude_modules` does not. A module's name means all its adapters."""
-        names = self._in_model()
+    def is_chosen(self, patterns: Iterable[str], excluded: Iterable[str], *, parts: Sequence[str] = ()) -> bool:
+        """Return whether `target_modules` requests it and `exclude_modules` does not. A module's name means all its adapters.
+
+        `parts`: the names of parts that may be requested on their own, such as `q` in `linear_q`.
+        """
+        names = (*self._in_model(), *(part_of(self.target, part, parts) for part in parts))
         wanted, unwanted = (any(fits(pattern, name) for pattern in each for name in names) for each in (patterns, excluded))
         return wanted and not unwanted
 
@@ -129,7 +132,9 @@ def adapted_modules(rules: Iterable[Rule], model: Model, *, canonical: bool) -> 
     for layer in range(model.layers):
         active = [rule for rule in linear if rule.when(model, at(model, layer))]
         for number, indices in counted(active, at(model, layer), model):
-            yield from _separate(active[number], indices, model) if canonical else [_fused(active[number], indices, model)]
+            yield from (
+                _separate(active[number], indices, model) if canonical else [describe_module(active[number], indices, model)]
+            )
 
 
 def fits(pattern: str, name: str) -> bool:
@@ -146,12 +151,18 @@ def fits(pattern: str, name: str) -> bool:
 def is_linear(rule: Rule) -> bool:
     """Return whether a rule is for the weight of a linear layer of the decoder, stored as [out, in] or as [in, out]. A norm over
     each head has two dimensions too."""
-    is_matrix = len(rule.parts[0]) == 2 and not rule.huggingface_shape and "norm" not in module_of(rule.megatron)
-    is_weight = rule.megatron.endswith(WEIGHT) and not rule.offset
-    return "{layer}" in rule.megatron and is_matrix and is_weight and not rule.is_stacked
+    return is_matrix(rule) and "{layer}" in rule.megatron and "{mtp}" not in rule.megatron and not rule.is_stacked
 
 
-def _fused(rule: Rule, indices: Indices, model: Model) -> AdaptedModule:
+def is_matrix(rule: Rule) -> bool:
+    """Return whether a rule is for the weight of a linear layer, of the decoder or of layers after it."""
+    has_matrices = len(rule.parts[0]) == 2 and not rule.huggingface_shape and "norm" not in module_of(rule.megatron)
+    is_inside = "{layer}" in rule.megatron or "{mtp}" in rule.megatron
+    return is_inside and has_matrices and rule.megatron.endswith(WEIGHT) and not rule.offset
+
+
+def describe_module(rule: Rule, indices: Indices, model: Model) -> AdaptedModule:
+    """Return the adapter of the whole Megatron module that a rule describes."""
     megatron, weights = rule.names(indices)
     module, shapes = module_of(megatron), rule.rows_first_shapes(model)
     rows = tuple(shape[0] for shape in shapes)
@@ -162,25 +173,35 @@ def _fused(rule: Rule, indices: Indices, model: Model) -> AdaptedModule:
 
 def _separate(rule: Rule, indices: Indices, model: Model) -> Iterator[AdaptedModule]:
     """Yield one adapter for each part of a rule that has several Hugging Face tensors."""
-    fused, parts = _fused(rule, indices, model), _part_names(rule)
+    fused, parts = describe_module(rule, indices, model), part_names(rule)
     if not parts:
         yield fused
         return
     for word, weight, rows in zip(parts, fused.weights, fused.rows, strict=True):
-        target = f"{fused.target.removesuffix(''.join(parts)).removesuffix('_')}_{word}"
+        target = part_of(fused.target, word, parts)
         row_ranges = partial(concatenated, (rows,), model)
         prefix = f"{fused.prefix}.adapter_{word}"
         yield AdaptedModule(prefix, target, (weight,), (rows,), fused.columns, row_ranges, rule.transposed)
 
 
-def _part_names(rule: Rule) -> Sequence[str]:
+def part_of(target: str, part: str, parts: Sequence[str]) -> str:
+    """Return the name of a part of a fused module.
+
+    >>> part_of("linear_qkv", "q", ["q", "k", "v"]), part_of("linear_fc1", "up", ["gate", "up"])
+    ('linear_q', 'linear_fc1_up')
+    """
+    return f"{target.removesuffix(''.join(parts)).removesuffix('_')}_{part}"
+
+
+def part_names(rule: Rule) -> Sequence[str]:
     """Return the names of the parts in `mbtrain`'s `adapter_…`; by default the words that distinguish the rule's templates."""
     found = words(rule.huggingface)
-    known = _PARTS.get(module_of(rule.megatron).rpartition(".")[2], ())
+    known = PARTS.get(module_of(rule.megatron).rpartition(".")[2], ())
     return known if len(known) == len(found) else found
 
 
-_PARTS = {"linear_qkv": ("q", "k", "v"), "linear_fc1": ("gate", "up")}
+PARTS = {"linear_qkv": ("q", "k", "v"), "linear_fc1": ("gate", "up")}
+"""The parts of fused modules that may have adapters of their own."""
 
 
 def targets(modules: Iterable[AdaptedModule], every: Iterable[AdaptedModule]) -> tuple[str, ...]:
