@@ -243,6 +243,8 @@ def adapter_to_mcore(source: str, target: str, **options: Any) -> None:
 @cli.command("adapter-to-hf", epilog="Example: mbconvert adapter-to-hf megatron-adapter adapter")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
+@click.option("--experts", type=click.Choice(["fused", "separate"]), default="fused", show_default=True, help="Adapters of "
+              "experts: all of a layer together, for PEFT with transformers 5; or a module for each, for vLLM.")  # fmt: skip
 @_execution
 def adapter_to_hf(source: str, target: str, **options: Any) -> None:
     """Convert a Megatron adapter checkpoint to PEFT.

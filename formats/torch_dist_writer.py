@@ -73,7 +73,7 @@ class TorchDistWriter:
 
     def _located(self, name: str) -> tuple[str, tuple[int, ...]]:
         """The key that a weight is stored under, and its rows there where layers or experts are stacked."""
-        return _key_and_rows(name, stacked=self._stacked) if self._whole_model else (name, ())
+        return _key_and_rows(name, stacked=self._whole_model and self._stacked)
 
     @property
     def files(self) -> dict[str, int]:

@@ -6,7 +6,7 @@ The formats themselves are `converter.adapters.peft` and `converter.adapters.meg
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +108,9 @@ class AdapterReader:
 
     scales: Mapping[str, float]
     """The factor of B · A for each of those weights."""
+
+    ranks: Mapping[str, int] = field(default_factory=dict[str, int])
+    """By PEFT's configuration, the rank of each of those weights."""
 
     is_requested: Callable[[str], bool] = lambda _weight: False
     """Whether the adapter's configuration requests a change of a weight, even if its file has no tensors for it."""

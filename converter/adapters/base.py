@@ -15,6 +15,7 @@ from blake3 import blake3
 
 from converter import families, reference, side_files
 from converter.adapters.adapter import AdapterReader, Base, Delta
+from converter.adapters.experts import separate
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.names import PREFIX, WEIGHT, adapted_modules, module_of
 from converter.checks import check_filled
@@ -119,6 +120,7 @@ def under_names_of(base: Source, adapter: AdapterReader) -> AdapterReader:
             )
         return adapter
     family, model = supported
+    adapter, _ = separate(adapter, families.find(base.reference.config["model_type"]).as_modules().RULES, model)
     modules = _module_names(base, family, model)
     names = {module: name for name, module in modules.items()}
 

@@ -11,12 +11,14 @@ from converter.adapters.base import identify_base
 from converter.adapters.exporting import plan_export
 from converter.adapters.files import refuse_adapter, require, require_peft
 from converter.adapters.importing import plan_import
+from converter.adapters.layout import EXPERTS, Experts
 from converter.checks import check_execution, check_locations
 from converter.execute import execute
 from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.sources import open_source
 from formats.detect import Format
 from formats.disk import user_errors
+from formats.errors import UserError
 from formats.home import expanded
 
 
@@ -55,12 +57,18 @@ def adapter_to_mcore(
 
 @user_errors()
 def adapter_to_hf(
-    source: str | Path, target: str | Path, *, reporter: Reporter | None = None, **options: Unpack[ExecutionOptions]
+    source: str | Path,
+    target: str | Path,
+    *,
+    experts: Experts = "fused",
+    reporter: Reporter | None = None,
+    **options: Unpack[ExecutionOptions],
 ) -> Summary:
     """Write a Megatron adapter checkpoint as the folder that PEFT's `save_pretrained` writes, each tensor in its dtype.
 
     `source` is the root of a checkpoint or one iteration. The adapter of a fused module becomes one adapter for each of the
-    weights it changes, all with the same A.
+    weights it changes, all with the same A. `experts`: `fused`, the adapters of a layer's experts together, as PEFT has them with
+    transformers 5; or `separate`, a module for each expert, as vLLM loads them for most models.
 
     Raises UserError before a byte moves if the adapter cannot be converted exactly. After any failure nothing is at `target`.
 
@@ -68,8 +76,10 @@ def adapter_to_hf(
     ['adapter_config.json', 'adapter_model.safetensors', 'conversion.json']
     """
     check_execution(options)
+    if experts not in EXPERTS:
+        raise UserError(f"`experts` is `{experts}`", hint=f"it is one of: {', '.join(EXPERTS)}")
     reporter, target, root = reporter or Reporter(), expanded(target), open_source(source)
     check_locations(target, [root], options)
     with closing(root):
         require(root, Format.TORCH_DIST, adapter=True)
-        return execute(plan_export(root), target, options=options, reporter=reporter, sources=[root])
+        return execute(plan_export(root, experts), target, options=options, reporter=reporter, sources=[root])

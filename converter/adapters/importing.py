@@ -11,6 +11,7 @@ import numpy as np
 from converter import provenance, side_files
 from converter.adapters.adapter import AdapterReader, Description
 from converter.adapters.base import BaseModel
+from converter.adapters.experts import separate
 from converter.adapters.files import DESCRIPTION, PEFT_CONFIG, PEFT_WEIGHTS
 from converter.adapters.megatron import encode_description, open_megatron_adapter
 from converter.adapters.names import AdaptedModule, Factor, adapted_modules, factors, module_of, peft_name, targets
@@ -47,7 +48,7 @@ class _Planned:
 
 def plan_import(folder: Folder, base: BaseModel, reporter: Reporter, *, canonical: bool) -> Conversion:
     """Plan an import. Raises UserError for whatever Megatron's adapters cannot represent exactly."""
-    source = open_peft_adapter(folder)
+    source = _with_each_expert(open_peft_adapter(folder), base, canonical=canonical)
     left_out = [name for name in folder.children() if name not in (PEFT_WEIGHTS, PEFT_CONFIG)]
     if left_out:
         reporter.note(f"left out, not part of the adapter: {', '.join(left_out)}")
@@ -63,7 +64,7 @@ def plan_import(folder: Folder, base: BaseModel, reporter: Reporter, *, canonica
         dim=source.config.rank(first),
         alpha=source.config.alpha(first),
         canonical=canonical and any(".adapter_" in module.prefix for module in every),
-        target_modules=targets(modules, layers=base.model.layers),
+        target_modules=targets(modules, every),
         base=base.identity,
     )
     tensor_plans = [tensor_plan for module in modules for tensor_plan in _fuse(module, source.adapter, description)]
@@ -71,6 +72,12 @@ def plan_import(folder: Folder, base: BaseModel, reporter: Reporter, *, canonica
         peft_name(weight, Factor.A): peft_name(module.weights[0], Factor.A) for module in modules for weight in module.weights[1:]
     }
     return _conversion(folder, base, _Planned(source, description, tensor_plans, aliases))
+
+
+def _with_each_expert(source: PeftAdapter, base: BaseModel, *, canonical: bool) -> PeftAdapter:
+    """Return the adapter with the tensors of each expert on their own."""
+    adapter, parameters = separate(source.adapter, base.rules, base.model, by_part=canonical)
+    return replace(source, adapter=adapter, config=replace(source.config, parameters=parameters))
 
 
 def _check_uniform(source: PeftAdapter) -> None:
@@ -97,6 +104,7 @@ def _find_adapted(every: Sequence[AdaptedModule], source: PeftAdapter, base: Bas
             hint="is `--base` the model it was trained on, and is the file complete?",
         )
     modules = [module for module in every if any(weight in stored for weight in module.weights)]
+    _check_experts(every, modules)
     for module in modules:
         absent = [weight for weight in module.weights if weight not in stored]
         if absent:
@@ -105,6 +113,17 @@ def _find_adapted(every: Sequence[AdaptedModule], source: PeftAdapter, base: Bas
                 hint=_USE_CANONICAL,
             )
     return modules
+
+
+def _check_experts(every: Sequence[AdaptedModule], present: Sequence[AdaptedModule]) -> None:
+    """Raise UserError unless all experts of a layer have adapters or none has: Megatron stores and trains them together."""
+    targets, prefixes = {module.target for module in present}, {module.prefix for module in present}
+    absent = next((module for module in every if module.target in targets and module.prefix not in prefixes), None)
+    if absent is not None:
+        raise UserError(
+            f"`{absent.weights[0]}` has no adapter, and other experts of its layer have one; Megatron has them for all or none",
+            hint="merge it into its base model instead: `mbconvert merge`",
+        )
 
 
 _USE_CANONICAL = "convert with `--canonical`, which keeps separate adapters"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
@@ -11,11 +11,11 @@ from converter import families, reference
 from converter.adapters.adapter import METHODS, AdapterReader, Base, Description
 from converter.adapters.files import DESCRIPTION, FLAG, NUMBER, OBJECT, SIZE, STRING, STRINGS, FieldType
 from converter.adapters.names import AdaptedModule, Factor, adapted_modules, factors, module_of, peft_name
-from converter.adapters.peft_config import choose_targets
 from converter.config import make_model
 from converter.model import Model
 from converter.plan import TensorPlan, list_names, same_tensor
 from converter.rows import RowRange
+from converter.rules import Rule
 from converter.side_files import HFReference
 from formats.detect import open_megatron
 from formats.errors import UserError, format_untrusted
@@ -32,8 +32,12 @@ class MegatronAdapter:
     adapter: AdapterReader
     reader: MegatronReader
     origin: HFReference
-    targets: Mapping[str, Any]
-    """The fields of PEFT's configuration that request the adapters it has."""
+    rules: Sequence[Rule]
+    """With the names of transformers' modules."""
+
+    model: Model
+    others: Sequence[str]
+    """The modules of Hugging Face's model without an adapter; all modules, if towers may have such last names."""
 
 
 def open_megatron_adapter(folder: Folder) -> MegatronAdapter:
@@ -66,14 +70,9 @@ def open_megatron_adapter(folder: Folder) -> MegatronAdapter:
         scales=dict.fromkeys(parts, description.scale),
         fan_in_fan_out=any(module.transposed for module in modules),
     )
-    return MegatronAdapter(adapter, reader, origin, _targets(parts, every, model, has_towers=bool(family.PASSTHROUGH_PREFIXES)))
-
-
-def _targets(weights: Collection[str], every: Iterable[AdaptedModule], model: Model, *, has_towers: bool) -> dict[str, Any]:
-    """Return the fields with which PEFT requests the adapters of these weights and no others. Towers beside the decoder may have
-    modules with the same last names."""
-    others = [module_of(weight) for module in every for weight in module.weights if has_towers or weight not in weights]
-    return choose_targets([module_of(weight) for weight in weights], layers=model.layers, others=others)
+    has_towers = bool(family.PASSTHROUGH_PREFIXES)
+    others = [module_of(weight) for module in every for weight in module.weights if has_towers or weight not in parts]
+    return MegatronAdapter(adapter, reader, origin, family.RULES, model, others)
 
 
 def _find_present(

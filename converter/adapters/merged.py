@@ -46,7 +46,7 @@ class MergedReader:
 
     def __init__(self, reader: Reader, read_delta: Callable[[str], Delta], *, changed: Collection[str], dtype: str) -> None:
         self._reader, self._changed = reader, changed
-        self._deltas = DeltaCache(read_delta)
+        self._deltas = RecentValues(read_delta)
         self._local = threading.local()
         self.specs = {
             name: replace(spec, dtype=target_dtype(spec, dtype)) if name in changed else spec
@@ -137,15 +137,15 @@ def block_rows(shape: tuple[int, ...]) -> int:
     return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (max(prod(shape[1:]), 1) * _FP32.itemsize)))
 
 
-class DeltaCache:
-    """The deltas of the weights in use, at most `RECENT`. Thread-safe: one thread reads a delta for all."""
+class RecentValues[Value]:
+    """The values last in use by name, such as the deltas of weights; at most `RECENT`. Thread-safe: one thread reads for all."""
 
-    def __init__(self, read: Callable[[str], Delta]) -> None:
+    def __init__(self, read: Callable[[str], Value]) -> None:
         self._read = read
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, Delta] = OrderedDict()
+        self._kept: OrderedDict[str, Value] = OrderedDict()
 
-    def get(self, name: str) -> Delta:
+    def get(self, name: str) -> Value:
         with self._lock:
             if name not in self._kept:
                 while len(self._kept) >= RECENT:

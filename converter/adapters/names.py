@@ -6,8 +6,8 @@ the weight's rows. A has no such rows, and all Hugging Face weights of the modul
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -15,7 +15,7 @@ from functools import partial
 
 from converter.model import Model
 from converter.rows import RowRange, concatenated
-from converter.rules import Indices, Rule, at, words
+from converter.rules import Indices, Rule, at, counted, words
 from formats.errors import UserError
 from formats.torch_dist import MOST_LAYERS
 
@@ -49,7 +49,7 @@ WEIGHT = ".weight"
 
 
 def peft_name(weight: str, factor: Factor) -> str:
-    """Return PEFT's name for a tensor of the adapter of a Hugging Face weight.
+    """Return PEFT's name for a tensor of the adapter of a Hugging Face weight, or of a module.
 
     >>> peft_name("lm_head.weight", Factor.A)
     'base_model.model.lm_head.lora_A.weight'
@@ -74,7 +74,8 @@ class AdaptedModule:
     """The beginning of its tensors' names."""
 
     target: str
-    """Its name in `target_modules`, with its layer: `decoder.layers.0.self_attention.linear_q`."""
+    """Its name in `target_modules`, with its layer: `decoder.layers.0.self_attention.linear_q`. All experts of a layer
+    have the same."""
 
     weights: tuple[str, ...]
     rows: tuple[int, ...]
@@ -92,17 +93,31 @@ class AdaptedModule:
         """The Megatron module that it is attached to. A module may have several adapters."""
         return self.prefix.partition(".adapter")[0]
 
-    def is_chosen(self, patterns: Iterable[str], excluded: Iterable[str]) -> bool:
-        """Return whether `target_modules` requests it and `exclude_modules` does not. A module's name means all its adapters."""
-        names = (self.module, self.target)
+    def is_chosen(self, patterns: Iterable[str], excluded: Iterable[str], *, parts: Sequence[str] = ()) -> bool:
+        """Return whether `target_modules` requests it and `exclude_modules` does not. A module's name means all its adapters.
+
+        `parts`: the names of parts that may be requested on their own, such as `q` in `linear_q`.
+        """
+        names = (*self._in_model(), *(part_of(self.target, part, parts) for part in parts))
         wanted, unwanted = (any(fits(pattern, name) for pattern in each for name in names) for each in (patterns, excluded))
         return wanted and not unwanted
+
+    def _in_model(self) -> tuple[str, ...]:
+        """Return the names in a running model of the module and of the adapter. Those of experts depend on whether one layer has
+        several."""
+        names, expert = (EXPERTS.sub(".experts.", self.module), self.target), EXPERTS.search(self.module)
+        alone = (name.replace(".experts.", f".experts.local_experts.{expert[1]}.") for name in names if expert)
+        return (*names, *alone)
 
     def name(self, factor: Factor) -> str:
         return f"{self.prefix}.{factor.value[0]}"
 
     def shape(self, factor: Factor, rank: int) -> tuple[int, ...]:
         return factor.shape(sum(self.rows), self.columns, rank)
+
+
+EXPERTS = re.compile(r"\.experts\.(\d+)\.")
+"""The number of an expert in a name of a checkpoint."""
 
 
 def adapted_modules(rules: Iterable[Rule], model: Model, *, canonical: bool) -> Iterator[AdaptedModule]:
@@ -115,10 +130,11 @@ def adapted_modules(rules: Iterable[Rule], model: Model, *, canonical: bool) -> 
         raise UserError(f"`config.json` says {model.layers} layers, more than any model has", hint="it is damaged")
     linear = [rule for rule in rules if is_linear(rule)]
     for layer in range(model.layers):
-        indices = at(model, layer)
-        for rule in linear:
-            if rule.when(model, indices):
-                yield from _separate(rule, indices, model) if canonical else [_fused(rule, indices, model)]
+        active = [rule for rule in linear if rule.when(model, at(model, layer))]
+        for number, indices in counted(active, at(model, layer), model):
+            yield from (
+                _separate(active[number], indices, model) if canonical else [describe_module(active[number], indices, model)]
+            )
 
 
 def fits(pattern: str, name: str) -> bool:
@@ -135,33 +151,67 @@ def fits(pattern: str, name: str) -> bool:
 def is_linear(rule: Rule) -> bool:
     """Return whether a rule is for the weight of a linear layer of the decoder, stored as [out, in] or as [in, out]. A norm over
     each head has two dimensions too."""
-    is_matrix = len(rule.parts[0]) == 2 and not rule.huggingface_shape and "norm" not in module_of(rule.megatron)
-    return "{layer}" in rule.megatron and is_matrix and not rule.is_expert and not rule.offset
+    return is_matrix(rule) and "{layer}" in rule.megatron and "{mtp}" not in rule.megatron and not rule.is_stacked
 
 
-def _fused(rule: Rule, indices: Indices, model: Model) -> AdaptedModule:
+def is_matrix(rule: Rule) -> bool:
+    """Return whether a rule is for the weight of a linear layer, of the decoder or of layers after it."""
+    has_matrices = len(rule.parts[0]) == 2 and not rule.huggingface_shape and "norm" not in module_of(rule.megatron)
+    is_inside = "{layer}" in rule.megatron or "{mtp}" in rule.megatron
+    return is_inside and has_matrices and rule.megatron.endswith(WEIGHT) and not rule.offset
+
+
+def describe_module(rule: Rule, indices: Indices, model: Model) -> AdaptedModule:
+    """Return the adapter of the whole Megatron module that a rule describes."""
     megatron, weights = rule.names(indices)
     module, shapes = module_of(megatron), rule.rows_first_shapes(model)
     rows = tuple(shape[0] for shape in shapes)
     row_ranges = partial(rule.row_ranges, model)
-    return AdaptedModule(f"{module}.adapter", module, weights, rows, shapes[0][1], row_ranges, rule.transposed)
+    target = EXPERTS.sub(".experts.", module)
+    return AdaptedModule(f"{module}.adapter", target, weights, rows, shapes[0][1], row_ranges, rule.transposed)
 
 
 def _separate(rule: Rule, indices: Indices, model: Model) -> Iterator[AdaptedModule]:
-    """Yield one adapter for each part of a rule. A part's name is the word that distinguishes it in the rule's template."""
-    fused, parts = _fused(rule, indices, model), words(rule.huggingface)
+    """Yield one adapter for each part of a rule that has several Hugging Face tensors."""
+    fused, parts = describe_module(rule, indices, model), part_names(rule)
     if not parts:
         yield fused
         return
     for word, weight, rows in zip(parts, fused.weights, fused.rows, strict=True):
-        target = f"{fused.target.removesuffix(''.join(parts)).removesuffix('_')}_{word}"
+        target = part_of(fused.target, word, parts)
         row_ranges = partial(concatenated, (rows,), model)
         prefix = f"{fused.prefix}.adapter_{word}"
         yield AdaptedModule(prefix, target, (weight,), (rows,), fused.columns, row_ranges, rule.transposed)
 
 
-def targets(modules: Iterable[AdaptedModule], *, layers: int) -> tuple[str, ...]:
-    """Return `target_modules` for exactly these modules: last names if each is in every layer, otherwise whole names."""
-    names = [module.target for module in modules]
-    counts = Counter(name.rpartition(".")[2] for name in names)
-    return tuple(counts) if set(counts.values()) == {layers} else tuple(names)
+def part_of(target: str, part: str, parts: Sequence[str]) -> str:
+    """Return the name of a part of a fused module.
+
+    >>> part_of("linear_qkv", "q", ["q", "k", "v"]), part_of("linear_fc1", "up", ["gate", "up"])
+    ('linear_q', 'linear_fc1_up')
+    """
+    return f"{target.removesuffix(''.join(parts)).removesuffix('_')}_{part}"
+
+
+def part_names(rule: Rule) -> Sequence[str]:
+    """Return the names of the parts in `mbtrain`'s `adapter_…`; by default the words that distinguish the rule's templates."""
+    found = words(rule.huggingface)
+    known = PARTS.get(module_of(rule.megatron).rpartition(".")[2], ())
+    return known if len(known) == len(found) else found
+
+
+PARTS = {"linear_qkv": ("q", "k", "v"), "linear_fc1": ("gate", "up")}
+"""The parts of fused modules that may have adapters of their own."""
+
+
+def targets(modules: Iterable[AdaptedModule], every: Iterable[AdaptedModule]) -> tuple[str, ...]:
+    """Return `target_modules` for exactly these modules of `every`: last names if all of such a name are meant, otherwise whole
+    names, with `*` for the number that experts may have in a running model."""
+    names = dict.fromkeys(module.target for module in modules)
+    others = {_last(module.target) for module in every if module.target not in names}
+    last = dict.fromkeys(_last(name) for name in names)
+    return tuple(last) if not others & last.keys() else tuple(name.replace(".experts.", ".experts.*") for name in names)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

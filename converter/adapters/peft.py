@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from converter.adapters import peft_config
 from converter.adapters.adapter import AdapterReader, Base, Description
+from converter.adapters.experts import IN_ORDER
 from converter.adapters.files import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS
 from converter.adapters.names import PREFIX, WEIGHT, Factor, factors, module_of, peft_name
 from converter.adapters.peft_config import ALL_LINEAR, PeftConfig, as_tuple
 from converter.plan import TensorPlan, as_stored, list_names
-from formats.errors import UserError
+from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader, Shard, make_header, parse_shard
 from formats.spec import DTYPES, TensorSpec, dtype_name
@@ -49,6 +50,7 @@ def open_peft_adapter(folder: Folder) -> PeftAdapter:
         reader,
         parts,
         scales={weight: config.scale(module_of(weight)) for weight in parts},
+        ranks={weight: config.rank(module_of(weight)) for weight in parts},
         is_requested=lambda weight: config.targets(module_of(weight)),
         all_linear=config.target_modules == ALL_LINEAR,
         fan_in_fan_out=config.fan_in_fan_out,
@@ -93,10 +95,11 @@ def _describe(config: PeftConfig) -> Description:
 def _group_by_weight(specs: Mapping[str, TensorSpec], config: PeftConfig) -> dict[str, dict[Factor, TensorPlan]]:
     """Return the tensors of each weight, sorted by name. Raises UserError for a missing, unexpected or misshapen tensor."""
     expected, plans = factors(config.method), as_stored(_refuse_empty(specs))
-    weights = dict.fromkeys(f"{_adapted_module(name)}{WEIGHT}" for name in sorted(specs))
-    if not weights:
+    modules = _modules_of([_adapted_module(name) for name in sorted(specs)], config)
+    if not modules:
         raise UserError(f"`{PEFT_WEIGHTS}` holds no tensors")
-    names = {weight: {factor: peft_name(weight, factor) for factor in expected} for weight in weights}
+    _check_parameters(modules, config)
+    names = {weight: {factor: peft_name(module, factor) for factor in expected} for weight, module in modules.items()}
     used = [name for by_factor in names.values() for name in by_factor.values()]
     missing = [name for name in used if name not in specs]
     if missing:
@@ -109,8 +112,33 @@ def _group_by_weight(specs: Mapping[str, TensorSpec], config: PeftConfig) -> dic
             f"`{PEFT_WEIGHTS}` holds {list_names(unexpected)}, which a {config.method} does not have", hint="see `use_dora`"
         )
     for weight, by_factor in names.items():
-        _check_shapes(module_of(weight), {factor: specs[name] for factor, name in by_factor.items()}, config)
+        _check_shapes(weight, {factor: specs[name] for factor, name in by_factor.items()}, config)
     return {weight: {factor: plans[name] for factor, name in by_factor.items()} for weight, by_factor in names.items()}
+
+
+def _modules_of(modules: Iterable[str], config: PeftConfig) -> dict[str, str]:
+    """Return the weights of modules, each with its module. A parameter of all experts, `mlp.experts.down_proj`, is no module:
+    PEFT wraps `mlp.experts` once for each, and calls the inner ones its `base_layer`."""
+    found: dict[str, str] = {}
+    for module in modules:
+        owner = module.replace(".base_layer", "")
+        targeted = (
+            [name for name in IN_ORDER if config.targets_parameter(f"{owner}.{name}")] if owner.endswith(".experts") else []
+        )
+        depth = module.count(".base_layer")
+        found[f"{owner}.{targeted[-1 - depth]}" if depth < len(targeted) else f"{module}{WEIGHT}"] = module
+    return found
+
+
+def _check_parameters(weights: Iterable[str], config: PeftConfig) -> None:
+    """Raise UserError for an entry of `target_parameters` without a tensor."""
+    for target in config.target_parameters:
+        if not any(f".{weight}".endswith(f".{target}") for weight in weights):
+            raise UserError(
+                f"`target_parameters` in `{PEFT_CONFIG}` has `{format_untrusted(target)}`, for which `{PEFT_WEIGHTS}` holds no "
+                "tensors",
+                hint="either the weights or the configuration are of another adapter",
+            )
 
 
 def _refuse_empty(specs: Mapping[str, TensorSpec]) -> Mapping[str, TensorSpec]:
@@ -165,9 +193,11 @@ def _rename(message: str, new: str) -> UserError:
     return UserError(message, hint=f"rename its tensors as PEFT's `save_pretrained` does: {text} of `safetensors.torch`")
 
 
-def _check_shapes(module: str, specs: Mapping[Factor, TensorSpec], config: PeftConfig) -> None:
+def _check_shapes(weight: str, specs: Mapping[Factor, TensorSpec], config: PeftConfig) -> None:
     """Raise UserError for shapes that do not match each other or the rank, and for a module that PEFT would not load."""
+    module, fused = module_of(weight), not weight.endswith(WEIGHT)
     rows, columns, rank = specs[Factor.B].shape[0], specs[Factor.A].shape[-1], config.rank(module)
+    rank *= max(1, specs[Factor.A].shape[0] // rank) if fused else 1  # of all experts together
     for factor, spec in specs.items():
         expected = factor.shape(rows, columns, rank)
         if spec.shape != expected:
@@ -175,7 +205,7 @@ def _check_shapes(module: str, specs: Mapping[Factor, TensorSpec], config: PeftC
                 f"`{spec.name}` has shape {list(spec.shape)}, with rank {rank} it should be {list(expected)}",
                 hint=f"either the weights or `{PEFT_CONFIG}` are of another adapter",
             )
-    if not config.targets(module):
+    if not (fused or config.targets(module)):
         raise UserError(
             f"`{PEFT_WEIGHTS}` holds an adapter for `{module}`, which `target_modules` in `{PEFT_CONFIG}` leaves out",
             hint="PEFT would not load it: either the weights or the configuration are of another adapter",

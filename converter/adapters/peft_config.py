@@ -25,7 +25,7 @@ ALL_LINEAR = "all-linear"
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "init_lora_weights",
-    "fan_in_fan_out",
+    "fan_in_fan_out", "target_parameters",
 }  # fmt: skip
 _HARMLESS = {
     "auto_mapping", "revision", "task_type", "inference_mode", "peft_version", "eva_config", "megatron_core",
@@ -61,6 +61,12 @@ class PeftConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
     base: str = ""
+    target_parameters: tuple[str, ...] = ()
+    """Names of parameters or endings of names: `mlp.experts.gate_up_proj`, `mlp.gate.weight`."""
+
+    parameters: Mapping[str, str] = field(default_factory=dict[str, str])
+    """For modules whose weights PEFT has in a parameter of all experts, that parameter: see `converter.adapters.experts`."""
+
     fan_in_fan_out: bool = False
     """Whether the weight that PEFT changed last is stored as [in, out]. PEFT goes by the model's modules, not by this."""
 
@@ -71,10 +77,15 @@ class PeftConfig:
         return "dora" if self.use_dora else "lora"
 
     def rank(self, module: str) -> int:
-        return self._by_pattern(self.rank_pattern, module, self.r)
+        return self._by_pattern(self.rank_pattern, self._key(module), self.r)
 
     def alpha(self, module: str) -> float:
-        return self._by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return self._by_pattern(self.alpha_pattern, self._key(module), self.lora_alpha)
+
+    def _key(self, module: str) -> str:
+        """Return the name that PEFT matches with patterns: a parameter's if that is what it targets."""
+        names = (self.parameters.get(module, f"{module}.weight"), module)
+        return next((name for name in names if self.targets_parameter(name)), module)
 
     def scale(self, module: str) -> float:
         """Return the factor of B · A of a module."""
@@ -85,11 +96,20 @@ class PeftConfig:
 
         Source: `check_target_module_exists` in PEFT's `tuners_utils.py`.
         """
+        if self.targets_parameter(self.parameters.get(module, f"{module}.weight")):
+            return True
         if self._matches(self.exclude_modules, module):
             return False
         if isinstance(self.target_modules, str) or module in self.target_modules:
             return self._is_all_linear() or self._matches(self.target_modules, module)
         return self._matches(self.target_modules, module) and self._in_layers(module)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Return whether PEFT builds an adapter for a parameter, by `target_parameters`.
+
+        Source: `_inject_parameters` in PEFT's `tuners_utils.py`.
+        """
+        return self._matches(self.target_parameters, name)
 
     def _is_all_linear(self) -> bool:
         return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
@@ -152,6 +172,7 @@ def read(folder: Folder) -> PeftConfig:
         lora_dropout=_get(document, "lora_dropout", NUMBER, 0.0),
         target_modules=_get_names(document, "target_modules"),
         exclude_modules=_get_names(document, "exclude_modules"),
+        target_parameters=tuple(_get(document, "target_parameters", _NAMES, cast("list[str]", []))),
         layers_to_transform=_get_layers(document),
         layers_pattern=as_tuple(_get_names(document, "layers_pattern")),
         rank_pattern=_get(document, "rank_pattern", _RANKS, cast("dict[str, int]", {})),
@@ -217,7 +238,10 @@ def _get_layers(document: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def encode(description: Description, targets: Mapping[str, Any], *, fan_in_fan_out: bool) -> bytes:
-    """Return `adapter_config.json`. `targets`: see `choose_targets`; `fan_in_fan_out`: weights are stored as [in, out]."""
+    """Return `adapter_config.json`. `targets`: see `converter.adapters.layout`; `fan_in_fan_out`: weights are [in, out].
+
+    PEFT has no dropout for parameters, and trained adapters need none.
+    """
     alpha = description.alpha
     document = {
         "base_model_name_or_path": (description.base.name if description.base else "") or None,
@@ -225,7 +249,7 @@ def encode(description: Description, targets: Mapping[str, Any], *, fan_in_fan_o
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": description.dropout,
+        "lora_dropout": 0.0 if targets.get("target_parameters") else description.dropout,
         "peft_type": "LORA",
         "r": description.dim,
         "task_type": "CAUSAL_LM",
@@ -236,18 +260,21 @@ def encode(description: Description, targets: Mapping[str, Any], *, fan_in_fan_o
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
 
-def choose_targets(modules: Sequence[str], *, layers: int, others: Iterable[str] = ()) -> dict[str, Any]:
+def choose_targets(modules: Sequence[str], *, layers: int, others: Iterable[str] | None = None) -> dict[str, Any]:
     """Return `target_modules` and `layers_to_transform` for exactly these modules of a model of `layers` layers.
 
-    Last names if all of them are in the same layers and none of the `others`, modules without an adapter, has such a name there;
-    otherwise whole names.
+    Last names if all of them are in the same layers and none of the `others`, modules without an adapter, has such a name there,
+    or anywhere; otherwise whole names. None for `others` that are not known.
 
     >>> choose_targets(["model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"], layers=4)
     {'layers_to_transform': [0, 2], 'target_modules': ['up_proj']}
     """
     layers_of = _layers_by_last_name(modules)
     distinct = {frozenset(numbers) for numbers in layers_of.values()}
-    shared = any(numbers & layers_of.get(name, set()) for name, numbers in _layers_by_last_name(others).items())
+    elsewhere = _layers_by_last_name(others or ())
+    shared = any(numbers & layers_of.get(name, set()) for name, numbers in elsewhere.items())
+    if others is not None and len(distinct) > 1 and not elsewhere.keys() & layers_of.keys():
+        return {"layers_to_transform": None, "target_modules": sorted(layers_of)}
     if shared or len(distinct) > 1 or -1 in next(iter(distinct)):
         return {"layers_to_transform": None, "target_modules": sorted(modules)}
     chosen = sorted(next(iter(distinct)))

@@ -240,7 +240,7 @@ def test_the_command_line_surface_is_frozen():
         "hf-to-mcore": sorted([*both, *layout, *weights]),
         "mcore-to-hf": sorted([*both, "--hf-config", "--max-shard-size", "--quantize", *weights]),
         "adapter-to-mcore": sorted([*both, "--base", "--canonical"]),
-        "adapter-to-hf": both,
+        "adapter-to-hf": sorted([*both, "--experts"]),
         "merge": sorted(
             [
                 *(set(both) - {"source"}),

@@ -51,16 +51,17 @@ def test_adapters_that_are_exported_are_in_peft_what_they_are_here(folder, ranks
         small.train, 2, str(folder), {**changes, "checkpoint__save": str(tmp_path / "run"), "train__exit_interval": FEW - 1}
     )
     adapter_to_hf(tmp_path / "run", tmp_path / "adapter")
-    assert _loss_in_peft(folder, tmp_path / "adapter", FEW - 1) == pytest.approx(whole.losses[-1], abs=test_parity.TOLERANCE)
+    assert loss_in_peft(folder, tmp_path / "adapter", FEW - 1) == pytest.approx(whole.losses[-1], abs=test_parity.TOLERANCE)
     assert whole.losses[-1] != whole.losses[0]
 
 
-def _loss_in_peft(folder, adapter, step):
-    """The loss of a step's batch."""
+def loss_in_peft(folder, adapter, step):
+    """The loss of a step's batch; without an adapter that of the base."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), str(adapter)).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = PeftModel.from_pretrained(model, str(adapter)).eval() if adapter else model
     samples = small.FixedTokens(model.config.vocab_size).build(None, 0, (10**6, 0, 0))[0]
     batch = [samples[step * BATCH + number] for number in range(BATCH)]
     tokens, labels = (torch.stack([sample[name] for sample in batch]) for name in ("tokens", "labels"))

@@ -27,6 +27,9 @@ class Adapter(torch.nn.Module):
     group: Any = None
     """The tensor-parallel group; None for the run's."""
 
+    layer_mixin: type[AdaptedLayer] | None = None
+    """What `adapt` adds to the layer's class; None for `AdaptedLayer`."""
+
     def forward(self, output: torch.Tensor, layer_input: torch.Tensor) -> torch.Tensor:
         """Return the layer's new output from its own output and its input: [sequence, micro batch, features] or [tokens,
         features].
@@ -78,7 +81,7 @@ class AdaptedLayer:
 
         Delayed scaling is not skipped, since its scales change in the first steps.
         """
-        weight: Any = self.weight
+        weight: Any = self._frozen_weight()
         delayed = getattr(getattr(self, "config", None), "fp8_recipe", None) == "delayed"
         if not getattr(self, "is_first_microbatch", False) or delayed or weight.requires_grad or is_float8tensor(weight):
             return
@@ -87,6 +90,9 @@ class AdaptedLayer:
             self.is_first_microbatch = False
         else:
             self._quantized = (version, backward)
+
+    def _frozen_weight(self) -> Any:
+        return self.weight
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> State:
         """Return the layer's ShardedTensors, and the adapter's under `adapter.`."""
@@ -131,7 +137,7 @@ def adapt(module: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
     """
     layer_class = type(module)
     module.adapter = adapter
-    module.__class__ = type(f"Adapted{layer_class.__name__}", (AdaptedLayer, layer_class), {})
+    module.__class__ = type(f"Adapted{layer_class.__name__}", (adapter.layer_mixin or AdaptedLayer, layer_class), {})
     if hasattr(module, "return_layernorm_output"):
         module.return_layernorm_output = True
     return module

@@ -46,5 +46,5 @@ class CanonicalAdapter(LoraAdapter):
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the stacked A [sum of ranks, inputs] and the block-diagonal B [outputs, sum of ranks]."""
         pairs = [pair() if pair else None for pair in self.pairs()]
-        a = torch.cat([pair[0] for pair in pairs if pair])
+        a = torch.cat([pair[0] for pair in pairs if pair], dim=-2)
         return a, self.parts.block_diagonal([pair[1] if pair else None for pair in pairs])

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
+from formats.errors import UserError
 from trainer.peft.canonical import CanonicalAdapter
 from trainer.peft.fused_layers import FusedParts
 from trainer.peft.linear import COLUMN, ROW, Linear
@@ -28,13 +29,25 @@ class DoRA(LoRA):
 
     def make_adapter(self, module: torch.nn.Module, linear: Linear) -> LoraAdapter:
         """Return an adapter with a magnitude for the whole layer."""
+        _refuse_without_equivalent(linear)
         return DoraAdapter(linear, self, base=module)
 
     def make_canonical(
         self, module: torch.nn.Module, linear: Linear, parts: FusedParts, chosen: Collection[str]
     ) -> CanonicalAdapter:
         """Return an adapter with matrices and a magnitude for each chosen part of a fused layer."""
+        _refuse_without_equivalent(linear)
         return CanonicalDoraAdapter(linear, self, base=module, parts=parts, chosen=chosen)
+
+
+def _refuse_without_equivalent(linear: Linear) -> None:
+    """Raise UserError for layers on which PEFT has LoRA alone (`ParamWrapper` in its `tuners/lora/layer.py`)."""
+    if linear.grouped or linear.is_router:
+        what = "is a router" if linear.is_router else "computes several experts at once"
+        raise UserError(
+            f"`{linear.name}` {what}, to which no DoRA can be added",
+            hint="use `peft=lora`, or leave it out: `peft.exclude_modules=['*.experts.*','*.router']`",
+        )
 
 
 def _magnitude(linear: Linear, rows: int, *, stride: int = 1) -> torch.nn.Parameter:

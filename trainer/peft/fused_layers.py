@@ -46,18 +46,19 @@ class FusedParts:
     def block_diagonal(self, weights: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """Return a matrix [rows, sum of ranks] with each part's weight in its own columns and zeros elsewhere.
 
-        `weights` are [rows of the part, r] in the order of the parts; None for a part without an adapter, whose rows are zero.
+        `weights` are [rows of the part, r] in the order of the parts, or one such matrix for each of several experts; None for a
+        part without an adapter, whose rows are zero.
         """
         present = [weight for weight in weights if weight is not None]
-        width, before, bands = sum(weight.shape[1] for weight in present), 0, []
+        width, before, bands = sum(weight.shape[-1] for weight in present), 0, []
         for size, weight in zip(self.sizes.values(), weights, strict=True):
             if weight is None:
-                bands.append(present[0].new_zeros(self.groups, size, width))
+                bands.append(present[0].new_zeros(*present[0].shape[:-2], self.groups, size, width))
                 continue
-            after = width - before - weight.shape[1]
-            bands.append(torch.nn.functional.pad(weight.view(self.groups, size, -1), (before, after)))
-            before += weight.shape[1]
-        return torch.cat(bands, dim=1).flatten(0, 1)
+            after = width - before - weight.shape[-1]
+            bands.append(torch.nn.functional.pad(weight.unflatten(-2, (self.groups, size)), (before, after)))
+            before += weight.shape[-1]
+        return torch.cat(bands, dim=-2).flatten(-3, -2)
 
     def interleave(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return a vector [rows] of the fused layer from one vector per part."""

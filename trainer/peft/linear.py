@@ -22,10 +22,25 @@ _AXES = {
     "TELayerNormColumnParallelLinear": COLUMN,
     "RowParallelLinear": ROW,
     "TERowParallelLinear": ROW,
+    "TEColumnParallelGroupedLinear": COLUMN,
+    "TERowParallelGroupedLinear": ROW,
     "TELinear": REPLICATED,
+    "Router": REPLICATED,
     "Linear": REPLICATED,
 }
-_GROUPED = "TEGroupedLinear"
+
+
+@dataclass(frozen=True)
+class GroupedExperts:
+    """The experts whose weights one layer has on this rank (megatron-core's grouped GEMM)."""
+
+    local: int
+    first: int
+    """The number of the first of them, of all experts."""
+
+    total: int
+    replicas: Any
+    """The group of ranks with the same experts."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,13 @@ class Linear:
 
     dtype: torch.dtype
     device: torch.device
+    grouped: GroupedExperts | None = None
+    """Several experts in one layer, each with a weight [rows, columns]; None for a layer with one weight."""
+
+    @property
+    def is_router(self) -> bool:
+        """Return whether its outputs are the logits of a router."""
+        return self.name.endswith(".router")
 
     @property
     def is_sharded(self) -> bool:
@@ -65,7 +87,8 @@ def describe_linear(module: torch.nn.Module, name: str) -> Linear:
     config = getattr(module, "config", None)
     axis = _axis(module, name)
     weight: Any = _weight(module, name)
-    expert = ".local_experts." in name
+    grouped = _grouped_experts(module)
+    expert = ".local_experts." in name or grouped is not None
     group = getattr(module, "_tp_group", None) or getattr(module, "tp_group", None)
     group = group or parallel_state.get_tensor_model_parallel_group()
     sequence = bool(getattr(config, "sequence_parallel", False)) and group.size() > 1 and not expert
@@ -81,16 +104,19 @@ def describe_linear(module: torch.nn.Module, name: str) -> Linear:
         allreduce=getattr(weight, "allreduce", True),
         dtype=weight.dtype,
         device=weight.device,
+        grouped=grouped,
     )
+
+
+def _grouped_experts(module: Any) -> GroupedExperts | None:
+    if not hasattr(module, "num_gemms"):
+        return None
+    groups, local = module._pg_collection, module.num_gemms
+    return GroupedExperts(local, groups.ep.rank() * local, groups.ep.size() * local, groups.expt_dp)
 
 
 def _axis(module: torch.nn.Module, name: str) -> int | None:
     names = [base.__name__ for base in type(module).__mro__]
-    if _GROUPED in names:
-        raise UserError(
-            f"`{name}` computes several experts at once, to which no adapter can be added",
-            hint="set `model.moe_grouped_gemm=false`, or leave the experts out with `peft.exclude_modules='[*.experts.*]'`",
-        )
     known = [name for name in names if name in _AXES]
     if not known:
         raise UserError(
@@ -101,7 +127,7 @@ def _axis(module: torch.nn.Module, name: str) -> int | None:
 
 
 def _weight(module: torch.nn.Module, name: str) -> torch.Tensor:
-    weight = getattr(module, "weight", None)
+    weight = getattr(module, "weight0" if hasattr(module, "num_gemms") else "weight", None)
     if name.endswith("output_layer") or not isinstance(weight, torch.Tensor):
         raise UserError(f"no adapter can be added to `{name}`", hint="leave it out of `peft.target_modules`")
     config = getattr(module, "config", None)

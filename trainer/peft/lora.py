@@ -16,9 +16,11 @@ from formats.errors import UserError
 from trainer.peft import fused_layers
 from trainer.peft.adapter_layer import adapt
 from trainer.peft.canonical import CanonicalAdapter
+from trainer.peft.grouped import CanonicalGroupedAdapter, GroupedAdapter
 from trainer.peft.linear import Linear, describe_linear
 from trainer.peft.lora_layers import LoraAdapter
 from trainer.peft.peft import PEFT
+from trainer.peft.router import RouterAdapter
 from trainer.peft.targets import targeted_names
 
 
@@ -82,13 +84,15 @@ class LoRA(PEFT):
 
     def make_adapter(self, _module: torch.nn.Module, linear: Linear) -> LoraAdapter:
         """Return an adapter for the whole layer."""
-        return LoraAdapter(linear, self)
+        kind = RouterAdapter if linear.is_router else GroupedAdapter if linear.grouped else LoraAdapter
+        return kind(linear, self)
 
     def make_canonical(
         self, _module: torch.nn.Module, linear: Linear, parts: fused_layers.FusedParts, chosen: Collection[str]
     ) -> CanonicalAdapter:
         """Return an adapter with matrices for each chosen part of a fused layer."""
-        return CanonicalAdapter(linear, self, parts=parts, chosen=chosen)
+        kind = CanonicalGroupedAdapter if linear.grouped else CanonicalAdapter
+        return kind(linear, self, parts=parts, chosen=chosen)
 
     def aliases(self, name: str) -> Sequence[str]:
         """Return the names of the parts if each has an adapter, else the module's own."""

@@ -45,13 +45,14 @@ class LoraSettings(Protocol):
 
 
 class LoraWeight(torch.nn.Module):
-    """The weight [rows, columns] of A or B on this rank."""
+    """The weight [rows, columns] of A or B on this rank; [experts, rows, columns] for a layer with several experts."""
 
     def __init__(self, linear: Linear, rows: int, columns: int, *, axis: int | None, stride: int = 1) -> None:
         """`axis` is the sharded one. None means replicated; with sequence parallelism the gradient is then summed over ranks."""
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=linear.dtype, device=linear.device))
-        set_parallel_attributes(self.weight, linear, axis=axis, stride=stride)
+        experts = () if linear.grouped is None else (linear.grouped.local,)
+        self.weight = torch.nn.Parameter(torch.empty(*experts, rows, columns, dtype=linear.dtype, device=linear.device))
+        set_parallel_attributes(self.weight, linear, axis=None if axis is None else axis + len(experts), stride=stride)
 
     def forward(self) -> torch.Tensor:
         """Return the weight. megatron-core gathers distributed parameters before the `forward` of the module that has them."""

@@ -14,6 +14,10 @@ from typing import Any
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import MLATransformerConfig
 
+from converter import families
+from converter.adapters.adapter import METHODS, Description
+from converter.adapters.exportable import refuse_unexportable
+from converter.config import make_model
 from trainer.config import CheckpointConfig, DistributedDataParallelConfig, RunConfig, SchedulerConfig, is_packed
 from trainer.settings.precision import Machine, requires
 from trainer.settings.rules import Rule, enforce
@@ -46,14 +50,26 @@ def check_attention(model: Any) -> None:
     ))  # fmt: skip
 
 
-def check_peft(peft: Any) -> None:
-    """Refuse a fine-tuning method that cannot be attached."""
+def check_peft(peft: Any, model: Any) -> None:
+    """Refuse a fine-tuning method that cannot be attached, and adapters of a Hugging Face model that could not be exported."""
     if peft is None:
         return
     message = f"`peft` is a `{type(peft).__name__}`, which has no `transform`"
     hint = "give it `trainer.peft.LoRA()`, `trainer.peft.DoRA()`, or a method of your own made from `trainer.peft.PEFT`"
     enforce([(not callable(getattr(peft, "transform", None)), message, hint)])
     peft.check()
+    _check_export(peft, model)
+
+
+def _check_export(peft: Any, model: Any) -> None:
+    config, method = getattr(model, "hf_config", None), type(peft).__name__.lower()
+    if not config or method not in METHODS:
+        return
+    family = families.find(config.get("model_type")).as_modules()
+    names = {name: tuple(getattr(peft, name)) for name in ("target_modules", "exclude_modules")}
+    description = Description(method, canonical=peft.canonical, **names)
+    sizes, trains_mtp = make_model(family.CONFIG, config), bool(getattr(model, "mtp_num_layers", None))
+    refuse_unexportable(family.RULES, sizes, description, trains_mtp=trains_mtp)
 
 
 _OPTIMIZERS = ("adam", "sgd")

@@ -104,7 +104,7 @@ def _check_sections(config: RunConfig, machine: Machine) -> None:
     architecture.check(config)
     checks.check_optimizer(config.optimizer, config.ddp)
     unsupported.check(config, machine.device)
-    checks.check_peft(config.peft)
+    checks.check_peft(config.peft, config.model)
     precision.check(config.mixed_precision, machine)
     checks.check_device(config.model, machine)
     contradictions.check_kernels(config.model)

@@ -17,8 +17,11 @@ TOGETHER = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj",
 
 @contextmanager
 def older_names() -> Iterator[None]:
-    """PEFT asks transformers 5 for what has another name there."""
+    """PEFT asks transformers 5 for what has another name there, and looks for the names of parameters among modules."""
     with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "The following (rank|alpha)_pattern keys did not match any targeted module", RuntimeWarning
+        )
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
@@ -30,10 +33,9 @@ def save_adapter(
     """An adapter of every tensor random, saved by PEFT. `equal_a`: what Megatron fuses has one A."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = _model(base)
     config = {"r": 4, "lora_alpha": 8, "target_modules": EVERY, "task_type": "CAUSAL_LM", **config}
     adapted = get_peft_model(model, LoraConfig(**config))
     with torch.no_grad():
@@ -62,12 +64,18 @@ def _share(adapted: Any) -> None:
 @older_names()
 def with_adapter(base: Path, folder: Path) -> Any:
     """The model with an adapter, as PEFT opens it."""
-    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-    return PeftModel.from_pretrained(model, folder).eval()
+    return PeftModel.from_pretrained(_model(base, attn_implementation="eager"), folder).eval()
+
+
+def _model(base: Path, **options: str) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    with_towers = AutoConfig.from_pretrained(base).model_type == "mistral3"
+    kind = AutoModelForImageTextToText if with_towers else AutoModelForCausalLM
+    return kind.from_pretrained(base, dtype=torch.float32, **options)
 
 
 def logits(model: Any) -> Any:

@@ -34,6 +34,7 @@ TARGETS = {
     "gpt_bigcode": ["c_attn", "c_proj", "c_fc"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "gemma3": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+    "mistral3": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
 }
 """By family, what PEFT calls all linear layers of the decoder."""
 

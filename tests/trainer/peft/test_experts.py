@@ -7,24 +7,39 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from formats.errors import UserError
 from tests.trainer.peft.runs import Watched
 
 MOE = Path(__file__).parents[3] / "examples" / "moe.py"
 
 
-def _train(save, start, model, kind, told):
+EXPERT_TENSORS = {
+    False: {"linear_fc1.adapter.linear_in.weight": (4, 4, 64), "linear_fc1.adapter.linear_out.weight": (4, 128, 4)},
+    True: {
+        "linear_fc1.adapter.adapter_up.linear_in.weight": (4, 4, 64),
+        "linear_fc1.adapter.adapter_up.linear_out.weight": (4, 64, 4),
+    },
+}
+"""Tensors of the example's 4 experts by `canonical`."""
+
+
+def train(start, model, kind, told, run=None):
+    """Train the example; `run`: where to `save` or `load`, after how many steps to `stop`, and whether experts are `grouped`."""
+    from tests.trainer.peft import grouped_layers
     from trainer import peft, pretrain
 
+    run = run or {}
     example = runpy.run_path(str(MOE), run_name="moe")
     sys.modules.setdefault("moe", type(sys)("moe"))
-    config = example["settings"](save=save, start=start)
+    config = example["settings"](save=run.get("save"), start=start)
     config.train.train_iters = 6 if kind else 1
+    config.train.exit_interval = run.get("stop")
+    config.checkpoint.load = run.get("load")
     config.optimizer.lr = 2e-2
     for name, value in model.items():
         setattr(config.model, name, value)
+    if run.get("grouped"):
+        grouped_layers.use()
     if kind:
         config.peft = getattr(peft, kind)(dim=4, alpha=16, **told)
     history = Watched()
@@ -32,37 +47,24 @@ def _train(save, start, model, kind, told):
     return history.losses, history.grad_norms, {name: tuple(one.shape) for name, one in history.weights.items()}
 
 
-@pytest.fixture(scope="module")
-def start(ranks, tmp_path_factory):
-    """The same experts for every layout."""
-    folder = str(tmp_path_factory.mktemp("moe"))
-    ranks.run(_train, 1, folder, None, {}, None, {})
-    return folder
+CASES = [
+    ("LoRA", {}, False, {}),
+    ("DoRA", {"canonical": True}, False, {}),
+    ("LoRA", {}, True, {}),
+    ("LoRA", {}, True, {"grouped": True}),
+]
 
 
-@pytest.mark.parametrize(
-    ("kind", "told", "alone"), [("LoRA", {}, False), ("DoRA", {"canonical": True}, False), ("LoRA", {}, True)]
-)
-def test_experts_are_trained_the_same_wherever_they_lie(kind, told, alone, ranks, start):
+@pytest.mark.parametrize("case", CASES)
+def test_experts_are_trained_the_same_wherever_they_lie(case, ranks, start):
     """`alone`: only experts are trained."""
+    kind, told, alone, run = case
     told = told | ({"exclude_modules": ["*.self_attention.*"]} if alone else {})
-    ((losses, norms, names),) = ranks.run(_train, 1, None, start, {}, kind, told)
-    answers = ranks.run(_train, 2, None, start, {"expert_model_parallel_size": 2}, kind, told)
+    ((losses, norms, names),) = ranks.run(train, 1, start, {}, kind, told, run)
+    answers = ranks.run(train, 2, start, {"expert_model_parallel_size": 2}, kind, told, run)
     for found, found_norms, _ in answers:
         assert found == pytest.approx(losses, abs=1e-4)
         assert found_norms == pytest.approx(norms, rel=1e-3)
     assert set().union(*(found for *_, found in answers)) == set(names)
-    for number in range(4):
+    for number in () if run else range(4):
         assert any(f".local_experts.{number}." in name for name in names)
-
-
-def test_grouped_experts_are_refused(ranks, start):
-    class TEColumnParallelGroupedLinear(torch.nn.Module):
-        pass
-
-    from trainer.peft.linear import describe_linear
-
-    grouped = type("TEGroupedLinear", (TEColumnParallelGroupedLinear,), {})()
-    with pytest.raises(UserError, match="computes several experts at once") as caught:
-        describe_linear(grouped, "decoder.layers.0.mlp.experts.linear_fc1")
-    assert "moe_grouped_gemm=false" in caught.value.hint

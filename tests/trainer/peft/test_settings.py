@@ -110,3 +110,16 @@ def test_numbers_out_of_range_are_found_before_the_start(peft, message):
     with pytest.raises(UserError) as caught:
         resolve(config, world_size=1, device="cpu")
     assert caught.value.args[0] == message
+
+
+def test_adapters_that_could_not_be_exported_are_found_before_the_start():
+    """PEFT has one adapter for Phi-3's `qkv_proj`."""
+    from tests.converter.family_suite import small_model
+    from trainer.model import from_hf_config
+
+    config = settings()
+    config.model = from_hf_config(small_model("phi3").config.to_dict())
+    config.peft, config.dataset.sequence_length = LoRA(canonical=True), 64
+    with pytest.raises(UserError, match=r"`peft.canonical` makes several adapters of `.*linear_qkv`") as caught:
+        resolve(config, world_size=1, device="cpu")
+    assert caught.value.hint == "set `peft.canonical=false`"

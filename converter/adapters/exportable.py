@@ -1,0 +1,77 @@
+"""Refuse adapters that could not be exported, by the settings of a run that is to train them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from converter.adapters.adapter import Description
+from converter.adapters.layout import TAKEN
+from converter.adapters.names import PARTS, AdaptedModule, describe_module, is_matrix, module_of
+from converter.model import Model
+from converter.rules import Rule, at
+from formats.errors import UserError
+
+
+def refuse_unexportable(rules: Sequence[Rule], model: Model, description: Description, *, trains_mtp: bool) -> None:
+    """Raise UserError for a targeted module whose adapter PEFT's files cannot hold.
+
+    `rules`: with the names of transformers' modules. `trains_mtp`: whether the run has layers of multi-token prediction.
+    """
+    has_experts = any(rule.is_expert and not rule.is_stacked for rule in rules)
+    for rule, module in _chosen(rules, model, description):
+        if "{mtp}" in rule.megatron:
+            if trains_mtp:
+                raise UserError(
+                    f"`peft` targets `{module.module}`, and PEFT has no layers of multi-token prediction",
+                    hint="leave them out: `peft.exclude_modules=['mtp.*']`",
+                )
+        elif rule.is_stacked:
+            raise UserError(
+                f"`peft` targets `{module.target}`, and adapters of experts whose weights are one tensor, "
+                f"`{module.weights[0]}`, cannot be exported",
+                hint="leave them out: `peft.exclude_modules=['*.experts.*']`",
+            )
+        elif description.canonical and _is_one_tensor(rule):
+            raise UserError(
+                f"`peft.canonical` makes several adapters of `{module.target}`, but this family has one tensor for all, "
+                f"`{module.weights[0]}`, and PEFT one adapter",
+                hint="set `peft.canonical=false`",
+            )
+        elif description.method == "dora" and has_experts and _is_parameter(rule, module):
+            raise UserError(
+                f"`peft` targets `{module.target}`, for which PEFT has LoRA alone, as it adapts a parameter there, not a module",
+                hint="use `peft=lora`, or leave experts, shared experts and routers out with `peft.exclude_modules`",
+            )
+
+
+def _chosen(rules: Iterable[Rule], model: Model, description: Description) -> Iterator[tuple[Rule, AdaptedModule]]:
+    """Yield the targeted modules of all layers, of experts the first, with their rules."""
+    for rule in rules:
+        if not is_matrix(rule):
+            continue
+        is_mtp = "{mtp}" in rule.megatron
+        for layer in (model.layers,) if is_mtp else range(model.layers):
+            indices = at(model, layer)
+            module = describe_module(rule, indices, model)
+            parts = PARTS.get(_last(rule), ()) if description.canonical else ()
+            if (is_mtp or rule.when(model, indices)) and module.is_chosen(
+                description.target_modules, description.exclude_modules, parts=parts
+            ):
+                yield rule, module
+
+
+def _is_one_tensor(rule: Rule) -> bool:
+    """Return whether a fused module's parts are one tensor in Hugging Face's model too."""
+    last = _last(rule)
+    return (last == "linear_qkv" or (last == "linear_fc1" and len(rule.parts) > 1)) and len(rule.names(_ANY)[1]) == 1
+
+
+def _last(rule: Rule) -> str:
+    return module_of(rule.megatron).rpartition(".")[2]
+
+
+_ANY = {"layer": 0, "mixer": 0, "mlp": 0, "mtp": 0, "after": 0, "expert": 0}
+
+
+def _is_parameter(rule: Rule, module: AdaptedModule) -> bool:
+    return rule.is_expert or any(module_of(weight).rpartition(".")[2] in TAKEN for weight in module.weights)

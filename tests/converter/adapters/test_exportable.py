@@ -1,0 +1,69 @@
+"""What PEFT could not hold is refused before it is trained."""
+
+from __future__ import annotations
+
+import pytest
+
+from converter import UserError, families
+from converter.adapters.adapter import Description
+from converter.adapters.exportable import refuse_unexportable
+from converter.config import make_model
+from tests.converter.family_suite import small_model
+
+LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+LATENT = ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
+
+
+def _check(name, *, trains_mtp=False, changes=None, **description):
+    family = families.find(name).as_modules()
+    config = small_model(name).config.to_dict() | (changes or {})
+    described = Description(**{"method": "lora", "target_modules": LINEARS} | description)
+    refuse_unexportable(family.RULES, make_model(family.CONFIG, config), described, trains_mtp=trains_mtp)
+
+
+@pytest.mark.parametrize(
+    ("name", "description"),
+    [
+        ("llama", {"canonical": True}),
+        ("phi3", {}),
+        ("phi3", {"canonical": True, "target_modules": ("linear_proj", "linear_fc2")}),
+        ("gpt_neox", {"canonical": True, "exclude_modules": ("linear_qkv",)}),
+        ("qwen3_moe", {"canonical": True, "target_modules": (*LINEARS, "router")}),
+        ("qwen3_moe", {"method": "dora", "target_modules": ("linear_qkv", "linear_proj")}),
+        ("deepseek_v3", {"method": "dora", "target_modules": LATENT}),
+        ("gpt_oss", {"exclude_modules": ("*.experts.*",)}),
+    ],
+)
+def test_what_peft_can_hold_is_not_refused(name, description):
+    _check(name, **description)
+
+
+@pytest.mark.parametrize(
+    ("name", "description", "message"),
+    [
+        ("phi3", {"canonical": True}, r"several adapters of `decoder.layers.0.self_attention.linear_qkv`.*`.*qkv_proj.weight`"),
+        ("phi3", {"canonical": True, "target_modules": ("linear_fc1_up",)}, r"several adapters of `.*linear_fc1`.*gate_up_proj"),
+        ("gpt_neox", {"canonical": True, "target_modules": ("linear_q",)}, r"one tensor for all, `.*query_key_value.weight`"),
+        ("qwen3_moe", {"method": "dora"}, r"targets `decoder.layers.1.mlp.linear_fc1`, for which PEFT has LoRA alone"),
+        (
+            "qwen3_moe",
+            {"method": "dora", "target_modules": ("*.experts.*",)},
+            r"`decoder.layers.0.mlp.experts.linear_fc1`, for which",
+        ),
+        ("qwen3_moe", {"method": "dora", "target_modules": ("router",)}, r"mlp.router`, for which PEFT has LoRA alone"),
+        ("deepseek_v3", {"method": "dora", "target_modules": ("*.shared_experts.*",)}, r"shared_experts.linear_fc1`, for which"),
+        (
+            "gpt_oss",
+            {},
+            r"targets `decoder.layers.0.mlp.experts.linear_fc1`, and adapters of experts whose weights are one tensor",
+        ),
+        (
+            "deepseek_v3",
+            {"trains_mtp": True, "changes": {"num_nextn_predict_layers": 1}},
+            r"targets `mtp.layers.0.*`, and PEFT has no layers of multi-token prediction",
+        ),
+    ],
+)
+def test_what_peft_cannot_hold_is_named(name, description, message):
+    with pytest.raises(UserError, match=message):
+        _check(name, **description)

@@ -1,0 +1,48 @@
+"""Adapters beside experts, shared experts, routers and latent attention are in PEFT, once exported, what they are here."""
+
+from __future__ import annotations
+
+import pytest
+
+from converter import adapter_to_hf
+from tests import models
+from tests.converter.family_suite import small_model
+from tests.trainer import small, test_parity
+from tests.trainer.peft import grouped_layers
+from tests.trainer.small import STEPS
+from tests.trainer.test_family_training import END, loss_in_peft
+
+LATENT = [f"linear_{name}_proj" for name in ("q_down", "q_up", "kv_down", "kv_up")]
+EVERY = ["linear_proj", "linear_fc1", "linear_fc2", "router"]
+TARGETS = {
+    "mixtral": ["linear_qkv", *EVERY],
+    "qwen2_moe": ["linear_qkv", *EVERY],
+    "deepseek_v3": [*LATENT, *EVERY],
+}
+EP2 = {"model__expert_model_parallel_size": 2}
+FEW = 4
+SHORT = {"train__train_iters": FEW, "scheduler__lr_decay_iters": STEPS}
+
+
+def _train(folder, changes, grouped):
+    if grouped:
+        grouped_layers.use()
+    return small.train(folder, changes)
+
+
+@pytest.mark.parametrize("how", ["single", "grouped"])
+@pytest.mark.parametrize("family", TARGETS)
+def test_what_is_exported_is_in_peft_what_it_is_here(family, how, ranks, tmp_path):
+    from trainer.peft import LoRA
+
+    model = small_model(family, dtype="float32")
+    model.config.eos_token_id = model.generation_config.eos_token_id = END
+    folder = models.save(model, tmp_path / "hf")
+    method = LoRA(dim=4, alpha=8, target_modules=TARGETS[family])
+    changes = {**SHORT, **EP2, "peft": method, "optimizer__lr": 2e-2}
+    whole, *_ = ranks.run(_train, 2, str(folder), changes, how == "grouped")
+    saving = {"checkpoint__save": str(tmp_path / "run"), "train__exit_interval": FEW - 1}
+    ranks.run(_train, 2, str(folder), changes | saving, how == "grouped")
+    adapter_to_hf(tmp_path / "run", tmp_path / "adapter")
+    assert loss_in_peft(folder, tmp_path / "adapter", FEW - 1) == pytest.approx(whole.losses[-1], abs=test_parity.TOLERANCE)
+    assert abs(loss_in_peft(folder, None, FEW - 1) - whole.losses[-1]) > 10 * test_parity.TOLERANCE
