@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from converter.config import (
@@ -193,11 +194,25 @@ def routed(*, experts: str, topk: str, ffn: str, renormalized: str = "", absent:
     """
     fields = (
         required("num_moe_experts", experts),
-        required("moe_router_topk", topk),
+        _chosen(topk, experts),
         required("moe_ffn_hidden_size", ffn),
         counts(experts="num_moe_experts", moe_ffn="moe_ffn_hidden_size"),
     )
     return (*fields, inverted("moe_router_pre_softmax", renormalized, absent=absent)) if renormalized else fields
+
+
+def _chosen(topk: str, experts: str) -> Field:
+    """Return the field of how many experts are chosen for a token."""
+    one = required("moe_router_topk", topk)
+
+    def read(config: Config) -> dict[str, Any]:
+        if count(config, topk) > count(config, experts):
+            raise UserError(
+                f"`{topk}` is {config[topk]}, and `{experts}` only {config[experts]}", hint="the configuration is damaged"
+            )
+        return one.to_megatron(config)
+
+    return replace(one, to_megatron=read)
 
 
 def shared_experts(ffn: str) -> tuple[Field, ...]:

@@ -16,12 +16,23 @@ TOLERANCE = 1e-4
 """Of the largest logit: what the tests of logits allow."""
 
 OFF = {
+    "activation_func_clamp_value": None,
     "add_qkv_bias": False,
     "alibi": None,
+    "attention_output_gate": False,
     "attn_logit_softcapping": None,
     "embedding_layernorm": False,
     "final_logit_softcapping": None,
+    "glu_linear_offset": 0.0,
     "layernorm_zero_centered_gamma": False,
+    "moe_output_multiplier": 1.0,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_group_score": None,
+    "moe_router_num_groups": None,
+    "moe_router_score_function": "softmax",
+    "moe_router_topk_scaling_factor": None,
+    "moe_shared_expert_gate": False,
+    "moe_shared_expert_intermediate_size": None,
     "mup_embedding_mult": 1.0,
     "mup_output_mult": 1.0,
     "no_rope_freq": None,
@@ -42,14 +53,19 @@ OFF = {
     "seq_len_interpolation_factor": None,
     "sliding_rope": None,
     "softmax_scale": None,
+    "softmax_type": "vanilla",
     "window_attn_skip_freq": None,
     "window_size": None,
+    "yarn_correction_range_round_to_int": True,
     "yarn_mscale": None,
 }
 """Fields of the provider, each with the value that switches it off."""
 
 TOGETHER = {
     "alibi": {"position_embedding_type": "none"},
+    "moe_router_num_groups": {"moe_router_group_topk": None, "moe_router_group_score": None},
+    "moe_router_score_function": {"moe_router_enable_expert_bias": False},
+    "moe_shared_expert_intermediate_size": {"moe_shared_expert_gate": False},
     "qk_layernorm": {"qk_layernorm_scope": "head", "qk_layernorm_after_rope": False},
     "rotary_percent": {"rope_parameters": None},
 }
@@ -61,6 +77,7 @@ OTHER_ACTIVATIONS = {
     "fast_gelu": "quick_gelu",
     "relu": "silu",
     "squared_relu": "relu",
+    "quick_gelu": "relu",
     "xielu": "silu",
 }
 """GELU by tanh is nearer to GELU than logits of small models tell."""
@@ -80,6 +97,8 @@ def controls(family, config):
     if not fields.get("qk_layernorm"):
         on = [name for name in on if not name.startswith("qk_layernorm_")]
     changes = {name: {name: OFF[name], **TOGETHER.get(name, {})} for name in on}
+    if fields.get("moe_router_score_function") == "softmax":
+        changes["moe_router_pre_softmax"] = {"moe_router_pre_softmax": not fields["moe_router_pre_softmax"]}
     return {**changes, "activation_func": {"activation_func": OTHER_ACTIVATIONS[fields["activation_func"]]}}
 
 
