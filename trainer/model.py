@@ -121,6 +121,9 @@ class GPTModelProvider(ModelProvider):
     qk_layernorm_after_rope: bool = False
     """Norm query and key after the rotary embedding, as Hunyuan does, and not before."""
 
+    qk_l2_norm_with_rope: bool = False
+    """Apply `qk_l2_norm` in layers with rotary embeddings alone, as Llama 4 does."""
+
     alibi: dict[str, float] | None = None
     """Bias of attention that grows with distance, in place of positions (with `position_embedding_type=alibi`): `bias_max`, 8 by
     default, from which slopes follow, and `scale`, by which they are multiplied. Bloom, MPT, Baichuan 13B and Falcon RW."""

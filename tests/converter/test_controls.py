@@ -42,6 +42,9 @@ OFF = {
     "position_offset": 0,
     "post_layernorms": False,
     "pre_layernorms": True,
+    "moe_apply_probs_on_input": False,
+    "qk_l2_norm": False,
+    "qk_l2_norm_with_rope": False,
     "qk_layernorm": False,
     "qk_layernorm_after_rope": False,
     "qk_layernorm_scope": "head",
@@ -64,7 +67,7 @@ OFF = {
 TOGETHER = {
     "alibi": {"position_embedding_type": "none"},
     "moe_router_num_groups": {"moe_router_group_topk": None, "moe_router_group_score": None},
-    "moe_router_score_function": {"moe_router_enable_expert_bias": False},
+    "moe_router_score_function": {"moe_router_enable_expert_bias": False, "moe_router_pre_softmax": True},
     "moe_shared_expert_intermediate_size": {"moe_shared_expert_gate": False},
     "qk_layernorm": {"qk_layernorm_scope": "head", "qk_layernorm_after_rope": False},
     "rotary_percent": {"rope_parameters": None},
