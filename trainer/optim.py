@@ -25,8 +25,26 @@ from trainer.config import DistributedDataParallelConfig, RunConfig
 def wrap(chunks: list[torch.nn.Module], model: Any, ddp: DistributedDataParallelConfig) -> list[Any]:
     """Return model chunks in the precision of `model`, whose gradients are reduced over data-parallel ranks."""
     if model.bf16 or model.fp16:
-        chunks = [Float16Module(model, chunk) for chunk in chunks]
+        chunks = [_in_16_bits(model, chunk) for chunk in chunks]
     return [DistributedDataParallel(model, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
+
+
+_ROUTER_BIASES = ("expert_bias", "qb_beta")
+"""Buffers of routers that megatron-core computes with in fp32."""
+
+
+def _in_16_bits(model: Any, chunk: torch.nn.Module) -> Float16Module:
+    """Return a chunk in 16 bits, with the biases of its routers still in fp32: rounded ones would choose other experts."""
+    exact = [
+        (router, name, getattr(router, name))
+        for router in chunk.modules()
+        for name in _ROUTER_BIASES
+        if getattr(router, name, None) is not None
+    ]
+    wrapped = Float16Module(model, chunk)
+    for router, name, bias in exact:
+        setattr(router, name, bias)
+    return wrapped
 
 
 def make_optimizer(chunks: list[Any], config: RunConfig) -> MegatronOptimizer:

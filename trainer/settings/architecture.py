@@ -22,7 +22,8 @@ _ABSENT = SimpleNamespace(
     gated_linear_unit=False, activation_func=None, num_moe_experts=None, fp8_dot_product_attention=False,
     attention_backend=AttnBackend.auto, yarn_rotary_scaling_factor=1.0, yarn_original_max_position_embeddings=None,
     bias_activation_fusion=None, apply_rope_fusion=None, fused_single_qkv_rope=False, window_size=None,
-    multi_latent_attention=False, rope_type="yarn",
+    multi_latent_attention=False, rope_type="yarn", moe_grouped_gemm=False, add_bias_linear=False,
+    bias_dropout_fusion=None,
 )  # fmt: skip
 """What a model has that lacks a field."""
 
@@ -153,6 +154,8 @@ def other_kernels(model: Any) -> dict[str, str]:
     model, found = _Fields(model), dict[str, str]()
     if model.activation_func is not None and not (model.activation_func is torch.nn.functional.silu and model.gated_linear_unit):
         found["bias_activation_fusion"] = "the fused kernel computes SwiGLU, or GELU by tanh in place of GELU"
+    if model.num_moe_experts and model.add_bias_linear and model.moe_grouped_gemm is not False:
+        found["bias_dropout_fusion"] = "grouped experts with biases lack it"
     if attention_factor(model) != 1.0:
         found["apply_rope_fusion"] = "the fused kernel leaves out the attention factor of `yarn` and `longrope`"
     if model.multi_latent_attention and model.rope_type != "yarn":
