@@ -85,6 +85,30 @@ def test_a_resumed_run_has_the_routers_of_the_uninterrupted_one_bit_for_bit(name
 _KIND = "model.moe_router_load_balancing_type"
 
 
+SHARDED, BF16 = {"ddp.use_distributed_optimizer": True}, {"mixed_precision": "bf16_mixed"}
+OTHERWISE = {
+    "ep2 to one rank": ((2, EP2), (1, {})),
+    "dp2 to ep2": ((2, {}), (2, EP2)),
+    "ep2 to dp2, distributed optimizer": ((2, {**EP2, **SHARDED}), (2, SHARDED)),
+    "dp2 to ep2, distributed optimizer": ((2, SHARDED), (2, {**EP2, **SHARDED})),
+    "ep2 to one rank, bf16": ((2, {**EP2, **BF16}), (1, BF16)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_a_run_goes_on_at_another_number_of_expert_parallel_ranks(name, ranks, tmp_path):
+    (world, before), (other_world, after) = OTHERWISE[name]
+    there = {**BALANCED, "checkpoint.save": str(tmp_path), "checkpoint.load": str(tmp_path)}
+    whole, *_ = ranks.run(train, world, {**BALANCED, **before})
+    ranks.run(train, world, {**there, **before, "train.exit_interval": STOPPED})
+    tolerance = 1e-2 if "mixed_precision" in before else 1e-5  # sums in another order, in bf16 or in fp32
+    for resumed in ranks.run(train, other_world, {**there, **after}):
+        assert resumed.losses == pytest.approx(whole.losses[STOPPED:], abs=tolerance)
+        assert {float(step) for name, step in resumed.left.items() if name.endswith(".step")} == {STEPS}
+        if "mixed_precision" not in before:
+            assert all(torch.equal(bias, whole.biases[layer]) for layer, bias in resumed.biases.items())
+
+
 def test_biases_of_routers_stay_in_fp32_where_weights_are_rounded(ranks, tmp_path):
     (start,) = ranks.run(train, 1, {**BALANCED, "model.moe_router_bias_update_rate": 0.0123, "checkpoint.save": str(tmp_path)})
     still = {"model.moe_router_bias_update_rate": 0.0, "checkpoint.pretrained_checkpoint": str(tmp_path)}
