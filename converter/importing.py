@@ -8,7 +8,7 @@ from functools import partial
 from itertools import starmap
 from typing import Any
 
-from converter import families, reference, run_config, side_files
+from converter import families, prediction_layers, reference, run_config, side_files
 from converter.checks import check_equal, check_exact
 from converter.comparison import CheckpointView
 from converter.config import language_model, make_model, to_megatron
@@ -212,6 +212,11 @@ def notes(source: Source, plan: Plan) -> Iterator[str]:
     if is_plain({spec.dtype for spec in source.reader.specs.values()}):
         for name in quantization(source.reference.config):
             yield f"`config.json` has `{name}`, but no weight is quantized: an export leaves it out"
+    if further := prediction_layers.further(plan.rules, plan.model, source.reader.specs):
+        yield (
+            f"{len(further)} tensors of layers of multi-token prediction pass through untouched: `num_nextn_predict_layers` is "
+            f"`{plan.model.get('mtp', 0)}`, and the files have more"
+        )
     yield from _notes_on_function(source.reference.config)
 
 

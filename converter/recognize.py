@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from converter import prediction_layers
 from converter.families import Family
 from converter.model import Model
 from converter.plan import list_names
@@ -103,9 +104,21 @@ def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], fam
         names = [name for name in unexpected if re.fullmatch(foreign.pattern, LAYER.sub("0", name))]
         if names and not any(re.fullmatch(foreign.pattern, name) for name in expected):
             raise UserError(f"`{label}` holds {list_names(names)}: {foreign.description}", hint=foreign.hint)
+    _refuse_without_prediction(specs, family, bounded, label=label)
     bias = {rule.huggingface for rule in family.RULES if rule.megatron == "output_layer.bias"}
     if missing <= head | bias and (missing & head or unexpected):
         _refuse_head(missing, unexpected, label=label)
+
+
+def _refuse_without_prediction(specs: Mapping[str, TensorSpec], family: Family, model: Model, *, label: str) -> None:
+    """Raise UserError for a model without the layers of multi-token prediction that `config.json` names."""
+    first = prediction_layers.names(family.RULES, model, 0) if model.get("mtp") else set[str]()
+    if first and not any(name in specs for name in first):
+        raise UserError(
+            f"`{label}` lacks {list_names(sorted(first))}: `num_nextn_predict_layers` is `{model.mtp}`, and it has no layers of "
+            "multi-token prediction",
+            hint="transformers leaves them out where it saves a model: set the field to 0, or add their files",
+        )
 
 
 def _unwrap(name: str) -> tuple[str, list[str]]:

@@ -321,10 +321,11 @@ def counted(rules: Sequence[Rule], indices: Indices, model: Model) -> Iterator[t
     for is_mtp, group in groupby(range(len(rules)), lambda number: "{mtp}" in rules[number].megatron):
         numbers = list(group)
         for mtp in range(model.get("mtp", 0) if is_mtp else 1):
-            yield from _by_expert(rules, numbers, {**at(model, indices["layer"], mtp=mtp)} if is_mtp else indices, model)
+            yield from by_expert(rules, numbers, {**at(model, indices["layer"], mtp=mtp)} if is_mtp else indices, model)
 
 
-def _by_expert(rules: Sequence[Rule], numbers: Sequence[int], indices: Indices, model: Model) -> Iterator[tuple[int, Indices]]:
+def by_expert(rules: Sequence[Rule], numbers: Sequence[int], indices: Indices, model: Model) -> Iterator[tuple[int, Indices]]:
+    """Yield the numbers of these rules of one layer with its indices: those of experts expert by expert."""
     for is_expert, group in groupby(numbers, lambda number: rules[number].is_expert):
         if not is_expert:
             yield from ((number, indices) for number in group)
@@ -337,7 +338,7 @@ def _by_expert(rules: Sequence[Rule], numbers: Sequence[int], indices: Indices, 
 
 def tied_names(rules: Iterable[Rule], model: Model) -> dict[str, str]:
     """Return the Hugging Face tensors that a source may hold though the model has them once, each with the one that it equals."""
-    return {
+    found = {
         name: rule.tied_to
         for rule in rules
         if rule.tied_to
@@ -345,6 +346,7 @@ def tied_names(rules: Iterable[Rule], model: Model) -> dict[str, str]:
         if not rule.when(model, indices := at(model, model.layers, mtp=mtp))
         for name in rule.names(indices)[1]
     }
+    return {name: found.get(other, other) for name, other in found.items()}
 
 
 def layer_names(rules: Iterable[Rule], model: Model) -> Iterator[str]:

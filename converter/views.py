@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from converter import families, reference
+from converter import families, prediction_layers, reference
 from converter.comparison import CheckpointView
 from converter.config import make_model
 from converter.families import Family
@@ -104,7 +104,8 @@ def with_side_files(
 
 def _untouched(reader: HuggingFaceReader, family: Family, model: Model) -> Iterable[TensorPlan]:
     """Return the plans of extras. Raises UserError for other tensors: a tampered file must not replace weights."""
-    known, passing = extra_names(family.EXTRAS, model), family.PASSTHROUGH_PREFIXES
+    known = extra_names(family.EXTRAS, model) | prediction_layers.further(family.RULES, model, reader.specs)
+    passing = family.PASSTHROUGH_PREFIXES
     for spec in reader.specs.values():
         if spec.name not in known and not (passing and spec.name.startswith(passing)):
             raise UserError(f"`{EXTRAS}` holds `{spec.name}` of shape {list(spec.shape)}, for which this family has no place")

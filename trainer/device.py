@@ -6,7 +6,7 @@ Of models, knows only which layers each device has. `cpu_backend` lets megatron-
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
@@ -142,15 +142,27 @@ def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
         vp_stage=vp_stage,
     )
     if config.num_moe_experts and not _on_gpu():
-        _name_norms_as_on_a_gpu(spec)
+        _name_norms_as_on_a_gpu(spec.layer_specs)
     return spec
 
 
-def _name_norms_as_on_a_gpu(spec: Any) -> None:
+def last_layer_spec(config: Any) -> Any:
+    """Return the spec of the decoder's last layer, whichever rank has it: layers of multi-token prediction are like it."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs  # noqa: PLC0415 - seconds to import
+
+    specs = get_gpt_decoder_layer_specs(
+        config, use_transformer_engine=_on_gpu(), normalization=config.normalization, qk_l2_norm=config.qk_l2_norm
+    )
+    if config.num_moe_experts and not _on_gpu():
+        _name_norms_as_on_a_gpu(specs[-1:])
+    return specs[-1]
+
+
+def _name_norms_as_on_a_gpu(layer_specs: Sequence[Any]) -> None:
     """Let checkpoints have Transformer Engine's key for the norm before experts: local layers have a dense layer's for it."""
     from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: PLC0415 - seconds to import
 
-    for submodules in {id(layer.submodules): layer.submodules for layer in spec.layer_specs}.values():
+    for submodules in {id(layer.submodules): layer.submodules for layer in layer_specs}.values():
         mlp = submodules.mlp
         if MoELayer in {getattr(mlp, "module", None), getattr(mlp, "func", None)}:
             submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)

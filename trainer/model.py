@@ -159,6 +159,10 @@ class GPTModelProvider(ModelProvider):
     """What `qk_layernorm` normalizes: `head`, each head with one weight for all; `all_heads`, all heads together (OLMo 2);
     `each_head`, each head with a weight of its own (Command R+)."""
 
+    moe_router_group_score: int | None = None
+    """How many of its best experts a group of experts is rated by (with `moe_router_num_groups`): 1 for DeepSeek-V2, 2 for
+    DeepSeek-V3. None: as many as each chosen group contributes, as megatron-core does."""
+
     bias_activation_fusion: bool | None = None  # type: ignore[assignment]
     bias_dropout_fusion: bool | None = None  # type: ignore[assignment]
     masked_softmax_fusion: bool | None = None  # type: ignore[assignment]
@@ -226,6 +230,7 @@ class GPTModelProvider(ModelProvider):
             rope_scaling=self.rope_scaling,
             rope_scaling_factor=self.rope_scaling_factor,
             seq_len_interpolation_factor=self.seq_len_interpolation_factor,
+            mtp_block_spec=layers.prediction_spec(self, device.last_layer_spec(self), vp_stage) if self.mtp_num_layers else None,
             vp_stage=vp_stage,
         )
         model.max_sequence_length = self.longest_sequence
@@ -237,6 +242,9 @@ class MLAModelProvider(GPTModelProvider, MLATransformerConfig):
     """A GPT-shaped model with multi-head latent attention: queries, keys and values are projected from a few channels."""
 
     multi_latent_attention: bool = True
+    q_lora_rank: int | None = None  # type: ignore[assignment]
+    """Channels that queries are projected from. None: from all."""
+
     rope_type: str = "rope"
     rotary_scaling_factor: float = 1.0
     latent_layernorm_epsilon: float | None = None

@@ -6,9 +6,9 @@ from math import sqrt
 from typing import Any
 
 from converter.config import Config, Field, count, counts, field, number, undone, value
+from converter.config_latent import latent, latent_rope
 from converter.config_parts import dropouts, mlp, multipliers, only, rms_norm, sizes
-from converter.config_rope import rope
-from converter.families import llama, youtu
+from converter.families import deepseek_v3, llama, youtu
 from converter.model import Model
 from converter.rows import RowRange
 
@@ -33,9 +33,13 @@ def _keys(_parts: tuple[int, ...], model: Model) -> Iterator[RowRange]:
     yield from _pairs(model.kv_lora, model.turned, 0)
 
 
-ORDERS = {"self_attention.linear_q_up_proj.weight": _queries, "self_attention.linear_kv_down_proj.weight": _keys}
+ORDERS = {
+    "self_attention.linear_q_proj.weight": _queries,
+    "self_attention.linear_q_up_proj.weight": _queries,
+    "self_attention.linear_kv_down_proj.weight": _keys,
+}
 RULES = llama.decoder(
-    *(replace(rule, row_order=ORDERS.get(rule.megatron, rule.row_order)) for rule in youtu.ATTENTION), *llama.MLP
+    *(replace(rule, row_order=ORDERS.get(rule.megatron, rule.row_order)) for rule in deepseek_v3.ATTENTION), *llama.MLP
 )
 
 
@@ -74,9 +78,9 @@ CONFIG = (
     *mlp("silu", gated=True),
     field("v_head_dim", "v_head_dim", default=_value_size, null=_value_size),
     counts(value="v_head_dim"),
-    *youtu.latent(q_lora=768, kv_lora=256, plain=64, turned=32),
+    *latent(q_lora=768, kv_lora=256, plain=64, turned=32),
     *llama.NO_BIAS,
-    rope("default", "longrope"),
+    latent_rope("default", "longrope"),
     *multipliers(
         embedding=field("mup_embedding_mult", "scale_emb", default=value(12)),
         logits=_scaled("mup_output_mult", "dim_model_base", _width, default=256),

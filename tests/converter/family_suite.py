@@ -51,6 +51,9 @@ def random_model(config, *, dtype="bfloat16"):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.3 if parameter.ndim == 1 else 0.08)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):  # of a router
+                buffer.normal_(0.0, 0.3)
     return model
 
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
+from converter.families import kimi_k2
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -88,10 +90,15 @@ def mimo(tensors: Tensors) -> Tensors:
     return {**tensors, **{f"model.mtp_layers.0.{name}": tensor for name, tensor in mtp.items()}}
 
 
+def unchanged(tensors: Tensors) -> Tensors:
+    return tensors
+
+
 TWINS = {
     "baichuan": Twin("llama", {"num_key_value_heads": 8}, baichuan),
     "chatglm": Twin("glm", {"head_dim": 16, "rms_norm_eps": 1e-5, "pad_token_id": 0}, chatglm),
     "internlm2": Twin("llama", {}, internlm2),
+    "kimi_k2": Twin("deepseek_v3", {**kimi_k2.SMALL}, unchanged),
     "mimo": Twin("qwen2", {}, mimo),
 }
 """By `model_type`."""

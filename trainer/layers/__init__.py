@@ -12,12 +12,14 @@ from typing import Any
 
 from trainer.layers.branch_norms import branch_norms
 from trainer.layers.embedding import embedding_dropout, embedding_layernorm, position_offset
+from trainer.layers.expert_groups import expert_groups
 from trainer.layers.head_norms import head_norms
 from trainer.layers.late_norms import late_norms
-from trainer.layers.latent_attention import latent_epsilon, latent_gradients, local_attention
+from trainer.layers.latent_attention import latent_epsilon, latent_gradients, local_attention, plain_queries
 from trainer.layers.norms import accepted, local_norms
 from trainer.layers.output import output_bias
 from trainer.layers.parallel_residual import parallel_residual
+from trainer.layers.prediction import prediction_block
 from trainer.layers.recomputed_bias import recomputed_bias
 from trainer.layers.residual_multiplier import residual_multiplier
 from trainer.layers.rope import own_frequencies, sliding_rope
@@ -28,6 +30,7 @@ from trainer.layers.xielu import activation_weights
 LAYER_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     local_norms,
     local_attention,
+    plain_queries,
     changed_scores,
     head_norms,
     parallel_residual,
@@ -48,6 +51,7 @@ MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     latent_epsilon,
     recomputed_bias,
     latent_gradients,
+    expert_groups,
 )
 """Functions `(provider, model)` that change this rank's chunk of a GPTModel in place."""
 
@@ -57,12 +61,23 @@ def adapt_spec(provider: Any, spec: Any) -> Any:
 
     Layers that share a spec share its adapted copy; the given spec is not changed.
     """
-    copies = {id(layer): copied(layer) for layer in spec.layer_specs}
-    for layer in copies.values():
-        for piece in LAYER_PIECES:
-            piece(provider, layer)
+    copies = {id(layer): layer for layer in spec.layer_specs}
+    copies = {key: _adapted(provider, layer) for key, layer in copies.items()}
     adapted = [copies[id(layer)] for layer in spec.layer_specs]
     return replace(spec, layer_specs=adapted, layer_norm=accepted(provider, spec.layer_norm))
+
+
+def _adapted(provider: Any, layer: Any) -> Any:
+    layer = copied(layer)
+    for piece in LAYER_PIECES:
+        piece(provider, layer)
+    return layer
+
+
+def prediction_spec(provider: Any, layer: Any, vp_stage: int | None) -> Any:
+    """Return the spec of this rank's layers of multi-token prediction, each around a decoder layer of this spec with every piece
+    that the provider's fields switch on; None where it has none."""
+    return prediction_block(provider, _adapted(provider, layer), vp_stage) if provider.mtp_num_layers else None
 
 
 def adapt_model(provider: Any, model: Any) -> Any:

@@ -13,8 +13,11 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
-from trainer.layers.spec import attention_parts, mlp_parts
+from trainer.layers.spec import attention_parts, backend, mlp_parts, transformer_layers
 
 
 class MLACoreAttention(DotProductAttention):
@@ -44,14 +47,32 @@ _NORMS = {
 """The keys of norms in checkpoints, which are Transformer Engine's."""
 
 
+class PlainQueries(MLASelfAttention):
+    """Latent attention whose queries are projected from all channels, without the norm that megatron-core has before that."""
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        resolver = QKNormConfigResolver(self.config, submodules)
+        resolver.has_q_lora = True  # what it then says of queries is not used
+        return {**resolver.resolve(), "linear_q_proj": submodules.linear_q_proj}
+
+
+def plain_queries(provider: Any, layer: Any) -> None:
+    """Give a layer whose queries are not projected from a few channels (`q_lora_rank` None) a projection without a norm."""
+    if not provider.multi_latent_attention or provider.q_lora_rank is not None:
+        return
+    parts = attention_parts(layer)
+    parts.linear_q_proj, parts.q_layernorm = backend(layer).column_parallel_linear(), IdentityOp
+    layer.submodules.self_attention.module = PlainQueries
+
+
 def latent_epsilon(provider: Any, model: Any) -> None:
     """Give the norms between the two projections of latent attention an epsilon of their own."""
     epsilon = getattr(provider, "latent_layernorm_epsilon", None)
     if epsilon is None:
         return
-    for layer in model.decoder.layers:
-        attention = layer.self_attention
-        for norm in (attention.q_layernorm, attention.kv_layernorm, attention.linear_q_up_proj, attention.linear_kv_up_proj):
+    for layer in transformer_layers(model):
+        for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
+            norm = getattr(layer.self_attention, name, None)
             if hasattr(norm, "eps"):  # Transformer Engine's are in the projections
                 norm.eps = epsilon
 
@@ -63,7 +84,7 @@ def latent_gradients(provider: Any, model: Any) -> None:
     size = provider.tensor_model_parallel_size
     if not provider.multi_latent_attention or size == 1:
         return
-    for layer in model.decoder.layers:
+    for layer in transformer_layers(model):
         layer.self_attention.linear_kv_down_proj.register_forward_hook(_Shared(provider))
         norm = getattr(layer.self_attention, "q_layernorm", None)
         for parameter in norm.parameters() if norm is not None and not provider.sequence_parallel else ():

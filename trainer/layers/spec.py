@@ -36,6 +36,12 @@ def mlp_parts(layer: Any) -> Any:
     return layer.submodules.mlp.keywords["submodules"]
 
 
+def transformer_layers(model: Any) -> list[Any]:
+    """Return this rank's layers of a GPTModel: the decoder's, and those inside its layers of multi-token prediction."""
+    further = model.mtp.layers if getattr(model, "mtp", None) is not None else ()
+    return [*model.decoder.layers, *(layer.mtp_model_layer for layer in further)]
+
+
 def uses_transformer_engine(layer: Any) -> bool:
     """Tell whether a copied layer is of Transformer Engine's modules, and not of megatron-core's own."""
     return layer.metainfo[_TRANSFORMER_ENGINE]
