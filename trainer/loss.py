@@ -35,8 +35,15 @@ def forward_step(batches: Iterator[Batch] | None, model: Any) -> tuple[torch.Ten
         return _packed_step(batch, model)
     batch = on_this_rank(batch)
     mask = batch.get("attention_mask")
-    output = model(batch.get("tokens"), batch.get("position_ids"), mask, labels=batch.get("labels"))
+    further = _for_predictions(model, batch)
+    output = model(batch.get("tokens"), batch.get("position_ids"), mask, labels=batch.get("labels"), **further)
     return output, partial(masked_sum, mask=batch.get("loss_mask"))
+
+
+def _for_predictions(model: Any, batch: Batch) -> Batch:
+    """Return the mask of tokens that count, for a model that predicts further tokens and computes their loss itself."""
+    predicts = getattr(getattr(model, "config", None), "mtp_num_layers", None)
+    return {"loss_mask": batch["loss_mask"]} if predicts and "loss_mask" in batch else {}
 
 
 def _packed_step(batch: Batch, model: Any) -> tuple[torch.Tensor, LossFunction]:
@@ -44,7 +51,8 @@ def _packed_step(batch: Batch, model: Any) -> tuple[torch.Tensor, LossFunction]:
     rows = segments.find_segments(batch["segment_ids"])
     if device.current().type == "cuda":
         batch, packed = end_to_end(batch, rows)
-        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
+        further = {"packed_seq_params": packed, **_for_predictions(model, batch)}
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **further)
     else:
         mask = segments.attention_mask(batch["segment_ids"])
         output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])

@@ -10,7 +10,6 @@ from formats.errors import UserError
 from tests.trainer import observed
 from tests.trainer.settings import HOPPER
 from tests.trainer.trials import MOE
-from trainer import peft
 from trainer.settings import experts
 from trainer.settings.resolve import Resolved, resolve
 
@@ -49,11 +48,6 @@ def test_a_cpu_has_neither() -> None:
 
 def test_tokens_are_sent_from_all_ranks_to_all() -> None:
     assert observed.settings().model.moe_token_dispatcher_type == "alltoall"
-
-
-def test_adapters_need_each_expert_by_itself() -> None:
-    chosen = choices(resolved(**MOE, peft=peft.LoRA()))
-    assert chosen["model.moe_grouped_gemm"] == (False, "each expert has adapters of its own")
 
 
 def test_grouped_experts_with_biases_have_no_fused_dropout() -> None:

@@ -157,6 +157,13 @@ def check_pipeline(model: Any) -> None:
     ))  # fmt: skip
 
 
+def check_prediction(model: Any) -> None:
+    """Refuse layers of multi-token prediction on another stage than the last, once megatron-core has read the layout: only the
+    first and the last stage get tokens."""
+    message = "`model.pipeline_model_parallel_layout` has layers of multi-token prediction (`m`) before the last stage"
+    enforce([(getattr(model, "mtp_standalone", False), message, "put them with the loss, as in `...|mL`")])
+
+
 def check_sequence(model: Any, dataset: Any) -> None:
     """Refuse a sequence that is longer than the model's, or not divisible among its ranks."""
     length = positive(dataset, "sequence_length")
@@ -227,6 +234,12 @@ def _packed_rules(config: RunConfig, machine: Machine) -> Iterator[Rule]:
     yield (
         window and machine.device == "cpu",
         f"`model.window_size` is `{window}`, and megatron-core's attention on the CPU cannot keep packed examples apart too",
+        f"set `{setting}=false`",
+    )
+    further = getattr(config.model, "mtp_num_layers", None)
+    yield (
+        further and machine.device == "cpu",
+        f"`model.mtp_num_layers` is `{further}`, and on the CPU tokens would be predicted from the example before theirs",
         f"set `{setting}=false`",
     )
     yield (

@@ -11,7 +11,6 @@ from unittest import mock
 from megatron.core.transformer import transformer_config
 from megatron.core.transformer.enums import AttnBackend
 
-from trainer.config import RunConfig
 from trainer.settings import architecture, cross_entropy, experts
 from trainer.settings.defaults import Default
 from trainer.settings.precision import Machine
@@ -49,9 +48,8 @@ def fused(transformer_engine: str | None) -> dict[str, Any]:
     return {**KERNELS, "cross_entropy_fusion_impl": cross_entropy.implementation(transformer_engine)}
 
 
-def defaults(config: RunConfig, machine: Machine) -> list[Default]:
-    """Choose the kernels of a run, before megatron-core checks its fields."""
-    model = config.model
+def defaults(model: Any, machine: Machine) -> list[Default]:
+    """Choose the kernels of a model, before megatron-core checks its fields."""
     if machine.device == "cpu":
         why = "the CPU has none of CUDA's kernels"
         without = _of_model(model, WITHOUT_CUDA)
@@ -61,8 +59,6 @@ def defaults(config: RunConfig, machine: Machine) -> list[Default]:
         chosen.append(Default("model.cross_entropy_loss_fusion", False, "the fused kernels round gradients to bf16"))
     elif getattr(model, "deterministic_mode", False):
         chosen.append(Default("model.cross_entropy_loss_fusion", False, "`model.deterministic_mode`"))
-    if config.peft is not None and getattr(model, "moe_grouped_gemm", False) is None:
-        chosen.append(Default("model.moe_grouped_gemm", False, "each expert has adapters of its own"))
     chosen += [
         Default(f"model.{name}", False, why)
         for name, why in architecture.other_kernels(model).items()

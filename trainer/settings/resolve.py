@@ -77,7 +77,7 @@ def resolve(
     context = checks.parallel_size(run.model, checks.CP)
     defaults += apply_defaults(run, overlap.defaults(run, data_parallel=copies * context, device=device))
     contradictions.check_deterministic(run.model)
-    defaults += apply_defaults(run, kernels.defaults(run, machine))
+    defaults += apply_defaults(run, kernels.defaults(run.model, machine))
     cross_entropy.check(run.model, machine)
     defaults += apply_defaults(run, _schedule(run.scheduler, run.optimizer, run.train))
     if run.train.num_epochs is None or steps is not None:
@@ -127,6 +127,7 @@ def _finalize(config: RunConfig, machine: Machine) -> list[Default]:
     kernels_elsewhere = kernels.elsewhere(config.model, machine)
     with kernels.hidden(config.model, machine):
         _validate(config)
+    checks.check_prediction(config.model)
     return apply_defaults(config, kernels_elsewhere) + hf_config.follow(config.model)
 
 
