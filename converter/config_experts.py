@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from converter.config import Config, Field, Sizes, count, number
+from converter.config import Config, Field, Sizes, count, fixed, number
 from converter.config_layers import layers_of
 from formats.errors import UserError, format_untrusted
 
@@ -30,13 +30,13 @@ def sparse_layers(
         return {"moe_layer_freq": 1 if all(found) else [int(one) for one in found]}
 
     def sizes(before: Sizes) -> dict[str, Any]:
-        found = _with_experts(before.megatron)
+        found = with_experts(before.megatron)
         return {"sparse": frozenset(layer for layer, one in enumerate(found) if one), "stacked": all(found)}
 
-    return Field(there, lambda config: write(_with_experts(config)), sizes)
+    return Field(there, lambda config: write(with_experts(config)), sizes)
 
 
-def _with_experts(megatron: Config) -> list[bool]:
+def with_experts(megatron: Config) -> list[bool]:
     """Return of each layer whether it has experts. megatron-core takes a number n for each n-th layer, from the first on."""
     found, layers = megatron.get("moe_layer_freq", 1), layers_of(megatron, "num_layers")
     if isinstance(found, int) and found > 0:
@@ -63,6 +63,23 @@ def each_nth(step: str = "decoder_sparse_step", dense: str = "mlp_only_layers") 
         return {step: 1, dense: [layer for layer, one in enumerate(sparse) if not one]}
 
     return sparse_layers(read, write)
+
+
+SOFTMAX = fixed(
+    moe_router_score_function="softmax",
+    moe_router_enable_expert_bias=False,
+    moe_router_topk_scaling_factor=None,
+    moe_router_num_groups=None,
+    moe_apply_probs_on_input=False,
+)
+"""Experts are chosen by the softmax of their scores, or by the scores, among all; their outputs are weighted."""
+
+
+BIASES = (
+    fixed(add_bias_linear=True),
+    Field(lambda _config: {"expert_tensor_parallel_size": 1}, lambda _config: {}),
+)
+"""All projections have biases, those of experts too, which megatron-core adds only where ranks have whole experts."""
 
 
 def auxiliary_loss(

@@ -72,10 +72,10 @@ def rope_by_type(*kinds: str, theta: float, sliding: str = "rope_theta", sliding
         full = rope_numbers(config, theta=theta, layers="full_attention")
         other = _sliding_numbers(config, sliding, theta if sliding_theta is None else sliding_theta)
         return {
-            **WHOLE_HEADS.to_megatron(config),
+            **_whole_heads(config), **_whole_heads(full), **_whole_heads(other),
             **_read(full, config, kinds),
             "sliding_rope": None if other == full else _read_alone(other),
-        }
+        }  # fmt: skip
 
     def write(config: Config) -> dict[str, Any]:
         scaling = _written(config, kinds) or {"rope_type": "default"}

@@ -14,12 +14,12 @@ from formats.errors import UserError, format_untrusted
 GROUPS, CHOSEN, BEST = "moe_router_num_groups", "moe_router_group_topk", "moe_router_group_score"
 
 
-def sigmoid_scores(*, scale: float) -> tuple[Field, ...]:
-    """Return the fields of scores by a sigmoid and a bias that moves the choice alone. Weights of the chosen experts sum to
-    `routed_scaling_factor`, which is `scale` where it is absent."""
+def sigmoid_scores(*, scale: float, name: str = "routed_scaling_factor") -> tuple[Field, ...]:
+    """Return the fields of scores by a sigmoid and a bias that moves the choice alone. Weights of the chosen experts sum to the
+    number in the field `name`, which is `scale` where it is absent."""
     return (
         fixed(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_pre_softmax=False),
-        field("moe_router_topk_scaling_factor", "routed_scaling_factor", default=value(scale)),
+        field("moe_router_topk_scaling_factor", name, default=value(scale)),
     )
 
 
@@ -68,10 +68,10 @@ def _written_groups(config: Config, best: int) -> dict[str, Any]:
     return {"n_group": number(GROUPS, groups), "topk_group": chosen}
 
 
-def shared_multiple(default: int) -> tuple[Field, ...]:
-    """Return the fields of experts that every token goes through, `n_shared_experts` of the size of the others, and the size
-    `shared_ffn` of all. `default` is how many there are where `config.json` does not say it."""
-    megatron, name, ffn = "moe_shared_expert_intermediate_size", "n_shared_experts", "moe_intermediate_size"
+def shared_multiple(default: int, *, name: str = "n_shared_experts") -> tuple[Field, ...]:
+    """Return the fields of experts that every token goes through, of the size of the others, and the size `shared_ffn` of all.
+    The field `name` says how many there are, `default` where it is absent."""
+    megatron, ffn = "moe_shared_expert_intermediate_size", "moe_intermediate_size"
 
     def read(config: Config) -> dict[str, Any]:
         return {megatron: count({name: config.get(name, default)}, name) * count(config, ffn)}
@@ -85,18 +85,18 @@ def shared_multiple(default: int) -> tuple[Field, ...]:
     return Field(read, write), counts(shared_ffn=megatron)
 
 
-def dense_first(default: int) -> Field:
+def dense_first(default: int, *, name: str = "first_k_dense_replace") -> Field:
     """Return the field of layers of which the first ones are dense; `default` is how many where `config.json` does not say it."""
 
     def read(config: Config) -> list[bool]:
-        first = number(_FIRST, config.get(_FIRST, default))
+        first = number(name, config.get(name, default))
         return [layer >= first for layer in range(layers_of(config))]
 
     def write(sparse: Sequence[bool]) -> dict[str, Any]:
         first = list(sparse).index(True) if any(sparse) else len(sparse)
         if not all(sparse[first:]):
             raise UserError("dense layers follow layers with experts, which no model of this family has")
-        return {_FIRST: first}
+        return {name: first}
 
     return sparse_layers(read, write)
 

@@ -18,7 +18,9 @@ from formats.spec import TensorSpec
 
 Fields = Mapping[str, Any]
 
-_OF_TRAINING = {"seq_length", "init_method_std", "attention_dropout", "hidden_dropout"}
+_OF_TRAINING = {
+    "attention_dropout", "expert_tensor_parallel_size", "hidden_dropout", "init_method_std", "moe_aux_loss_coeff", "seq_length",
+}  # fmt: skip
 """Fields that training may change and that do not change what the weights compute."""
 
 _HUGGINGFACE = {

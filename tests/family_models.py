@@ -32,7 +32,12 @@ def build(config: dict, **settings: Any) -> list[Any]:
         settings["activation_func"] = activation(settings["activation_func"])
     for name, value in {**ON_CPU, "pipeline_dtype": torch.float32, **settings}.items():
         setattr(provider, name, value)
-    parallel_state.initialize_model_parallel(provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size)
+    parallel_state.initialize_model_parallel(
+        provider.tensor_model_parallel_size,
+        provider.pipeline_model_parallel_size,
+        expert_model_parallel_size=provider.expert_model_parallel_size,
+        expert_tensor_parallel_size=provider.expert_tensor_parallel_size,
+    )
     model_parallel_cuda_manual_seed(1)
     provider.finalize()
     return [chunk.eval() for chunk in build(provider)]

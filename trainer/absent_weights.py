@@ -30,10 +30,11 @@ def freeze(chunks: list[Any], config: Mapping[str, Any]) -> None:
 
 
 def keys(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the keys that these weights have in a checkpoint of all layers, without the number of a layer."""
+    """Yield the keys that these weights have in a checkpoint: without the number of a layer, unless layers differ."""
     family = find(config.get("model_type"))
     model = make_model(family.CONFIG, config)
     for rule in family.RULES:
-        indices = at(model, 0 if is_layered(rule) else -1)
-        if rule.megatron and rule.when(model, indices) and rule.absent(model, indices):
-            yield rule.megatron.replace(".{layer}", "")
+        for layer in range(model.layers) if is_layered(rule) else (-1,):
+            indices = at(model, layer)
+            if rule.megatron and rule.when(model, indices) and rule.absent(model, indices):
+                yield rule.megatron.replace(".{layer}", "" if model.get("stacked", True) else f".{layer}")

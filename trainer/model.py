@@ -155,6 +155,9 @@ class GPTModelProvider(ModelProvider):
     residual_multiplier: float = 1.0
     """What the output of attention and of the feed-forward part is multiplied by before the residual is added. Granite."""
 
+    moe_output_multiplier: float = 1.0
+    """What the output of a mixture of experts is multiplied by. Cohere averages chosen and shared experts: 0.5."""
+
     qk_layernorm_scope: str = "head"
     """What `qk_layernorm` normalizes: `head`, each head with one weight for all; `all_heads`, all heads together (OLMo 2);
     `each_head`, each head with a weight of its own (Command R+)."""

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from converter.config import activation, field, fixed, value
-from converter.config_experts import auxiliary_loss
+from converter.config_experts import SOFTMAX, auxiliary_loss
 from converter.config_layers import window
 from converter.config_parts import not_computed, routed
+from converter.config_rope import rope
 from converter.families import llama, mistral
 from converter.model import Model
 from converter.rules import Indices, Rule, gated_mlp, replicated, row_parallel
@@ -33,6 +34,16 @@ def moe(
     )
 
 
+def shared(
+    names: str = "mlp.shared_experts.{gate,up}_proj.weight", down: str = "mlp.shared_experts.down_proj.weight"
+) -> tuple[Rule, ...]:
+    """Return the rules of experts that every token goes through, all in one."""
+    return (
+        gated_mlp("mlp.shared_experts.linear_fc1.weight", names, "shared_ffn", "hidden"),
+        row_parallel("mlp.shared_experts.linear_fc2.weight", down, "hidden", "shared_ffn"),
+    )
+
+
 def is_sparse(model: Model, indices: Indices) -> bool:
     """Has the layer experts?"""
     return indices["layer"] in model.sparse
@@ -56,11 +67,13 @@ GATED = (activation("silu"), fixed(gated_linear_unit=True))
 CONFIG = (
     *mistral.SIZES,
     field("layernorm_epsilon", "rms_norm_eps", default=value(1e-5)),
+    rope("default", "linear", "llama3", "yarn", theta=1e6),
     *GATED,
     llama.PLAIN_ATTENTION,
     window("window_size", "sliding_window", default=None),
     *routed(experts="num_local_experts", topk="num_experts_per_tok", ffn="intermediate_size"),
     fixed(moe_router_pre_softmax=False),
+    SOFTMAX,
     auxiliary_loss(),
     not_computed("router_jitter_noise", off=0.0),
 )

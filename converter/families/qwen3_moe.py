@@ -1,7 +1,7 @@
 """Qwen3 with experts: Qwen3's attention, and a mixture of experts in place of some layers' feed-forward part."""
 
 from converter.config import field, fixed, value
-from converter.config_experts import auxiliary_loss, each_nth
+from converter.config_experts import SOFTMAX, auxiliary_loss, each_nth
 from converter.config_layers import window
 from converter.config_parts import only, renamed, routed
 from converter.config_rope import rope
@@ -30,6 +30,7 @@ CONFIG = (
     rope("default", "yarn"),
     window("window_size", "sliding_window", default=4096, switch="use_sliding_window"),
     EXPERTS,
+    SOFTMAX,
     each_nth(),
     auxiliary_loss(),
     only(attention_bias=False),

@@ -30,7 +30,7 @@ MODELS = {
     "phi3": {**SMALL, "pad_token_id": 0},
     "olmo": {**{key: value for key, value in SMALL.items() if key != "head_dim"}, "pad_token_id": 0},
     "mixtral": {**SMALL, **EXPERTS},
-    "gpt_oss": {**SMALL, **EXPERTS, "layer_types": ["full_attention"] * 3},
+    "gpt_oss": {**SMALL, **EXPERTS},
     "dbrx": {
         "n_layers": 3, "d_model": 32, "n_heads": 4, "max_seq_len": 64, "vocab_size": 96,
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 1e6, "rope_theta": 1e4},

@@ -13,6 +13,7 @@ from typing import Any
 from trainer.layers.branch_norms import branch_norms
 from trainer.layers.embedding import embedding_dropout, embedding_layernorm, position_offset
 from trainer.layers.expert_groups import expert_groups
+from trainer.layers.expert_output import expert_output
 from trainer.layers.head_norms import head_norms
 from trainer.layers.late_norms import late_norms
 from trainer.layers.latent_attention import latent_epsilon, latent_gradients, local_attention, plain_queries
@@ -52,6 +53,7 @@ MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     recomputed_bias,
     latent_gradients,
     expert_groups,
+    expert_output,
 )
 """Functions `(provider, model)` that change this rank's chunk of a GPTModel in place."""
 

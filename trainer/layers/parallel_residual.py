@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from formats.errors import UserError
 from trainer.layers.norms import norm
-from trainer.layers.spec import attention_parts, backend, mlp_parts
+from trainer.layers.spec import attention_parts, backend, has_experts, mlp_parts
 
 ONE_NORM, TWO_NORMS = "one_norm", "two_norms"
 
@@ -67,7 +67,9 @@ def parallel_residual(provider: Any, layer: Any) -> None:
 
 
 def _share_input_norm(provider: Any, layer: Any) -> None:
-    attention_parts(layer).linear_qkv = mlp_parts(layer).linear_fc1 = backend(layer).column_parallel_linear()
+    attention_parts(layer).linear_qkv = backend(layer).column_parallel_linear()
+    if not has_experts(layer):
+        mlp_parts(layer).linear_fc1 = backend(layer).column_parallel_linear()
     layer.submodules.input_layernorm = norm(provider, layer)
     layer.submodules.pre_mlp_layernorm = IdentityOp
     # megatron-core's local layers save it under the name that it has inside Transformer Engine's fused projection.

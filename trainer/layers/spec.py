@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 
 _TRANSFORMER_ENGINE = "transformer_engine"
 
@@ -34,6 +35,11 @@ def attention_parts(layer: Any) -> Any:
 def mlp_parts(layer: Any) -> Any:
     """Return the submodules of a layer's feed-forward part: `linear_fc1` and `linear_fc2`, or those of a mixture of experts."""
     return layer.submodules.mlp.keywords["submodules"]
+
+
+def has_experts(layer: Any) -> bool:
+    """Tell whether the feed-forward part of a layer is a mixture of experts."""
+    return isinstance(mlp_parts(layer), MoESubmodules)
 
 
 def transformer_layers(model: Any) -> list[Any]:

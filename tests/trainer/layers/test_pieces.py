@@ -32,10 +32,6 @@ def _adapted(**fields):
             {"qk_layernorm": True, "qk_layernorm_scope": "all_heads", "layernorm_zero_centered_gamma": True},
             "`model.qk_layernorm_scope` is `all_heads`, which cannot be done with zero-centred norms or MLA",
         ),
-        (
-            {"post_layernorms": True, "num_moe_experts": 4},
-            "`model.post_layernorms` is `True`, which this version cannot do with `model.num_moe_experts` `4`",
-        ),
     ],
 )
 def test_what_cannot_be_built_is_refused(fields, message):
