@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from megatron.core.activations import quick_gelu
 
 from formats.errors import UserError
 from tests.trainer import observed
@@ -54,6 +55,20 @@ def test_grouped_experts_with_biases_have_no_fused_dropout() -> None:
     biases = {**MOE, "model.add_bias_linear": True}
     assert choices(resolved(**biases))["model.bias_dropout_fusion"] == (False, "grouped experts with biases lack it")
     assert resolved(**biases, **{"model.moe_grouped_gemm": False}).config.model.bias_dropout_fusion
+
+
+@pytest.mark.parametrize(
+    ("changes", "fused"),
+    [
+        ({}, True),
+        ({"model.activation_func_clamp_value": 7.0}, False),
+        ({"model.activation_func": quick_gelu, "model.activation_func_clamp_value": 7.0, "model.glu_linear_offset": 1.0}, True),
+        ({"model.activation_func": quick_gelu, "model.moe_layer_freq": [0, 1]}, False),
+        ({"model.activation_func": quick_gelu, "model.moe_grouped_gemm": False}, False),
+    ],
+)
+def test_an_activation_is_fused_where_a_kernel_computes_the_same(changes, fused) -> None:
+    assert bool(resolved(**MOE, **changes).config.model.bias_activation_fusion) == fused
 
 
 def test_experts_with_tensor_parallelism_divide_the_sequence() -> None:
