@@ -22,6 +22,11 @@ OFF = {
     "embedding_layernorm": False,
     "final_logit_softcapping": None,
     "layernorm_zero_centered_gamma": False,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_group_score": None,
+    "moe_router_num_groups": None,
+    "moe_router_topk_scaling_factor": None,
+    "mscale_all_dim": 0.0,
     "mup_embedding_mult": 1.0,
     "mup_output_mult": 1.0,
     "no_rope_freq": None,
@@ -37,6 +42,7 @@ OFF = {
     "residual_multiplier": 1.0,
     "rope_parameters": None,
     "rope_scaling": False,
+    "rope_type": "rope",
     "rotary_interleaved": False,
     "rotary_percent": 1.0,
     "seq_len_interpolation_factor": None,
@@ -50,6 +56,7 @@ OFF = {
 
 TOGETHER = {
     "alibi": {"position_embedding_type": "none"},
+    "moe_router_num_groups": {"moe_router_group_topk": None, "moe_router_group_score": None},
     "qk_layernorm": {"qk_layernorm_scope": "head", "qk_layernorm_after_rope": False},
     "rotary_percent": {"rope_parameters": None},
 }

@@ -34,7 +34,7 @@ def test_they_come_back_to_the_bit_with_the_copies_of_the_model_s_own(saved, tmp
     assert model_tree(tmp_path / "back") == model_tree(saved)
 
 
-RUNS = {"tp1": {}, "tp2": {TP: 2}, "tp2 pp2": {TP: 2, PP: 2}, "uneven": {PP: 2, LAYOUT: "Et|tttmmL"}}
+RUNS = {"tp1": {}, "tp2": {TP: 2, "sequence_parallel": True}, "tp2 pp2": {TP: 2, PP: 2}, "uneven": {PP: 2, LAYOUT: "Et|tttmmL"}}
 
 
 def test_megatron_core_s_compute_what_transformers_computes(saved, ranks, tmp_path):

@@ -77,39 +77,6 @@ def test_losses_of_all_layers_are_those_of_transformers_and_adamw(layout, ranks,
     assert BATCH // MICRO_BATCH > 1  # losses are means over microbatches too
 
 
-def test_tokens_that_do_not_count_are_not_predicted_further(ranks):
-    """Half of each sequence is masked, and its labels make no difference."""
-    (plain,), (other,) = (ranks.run(_masked, 1, label) for label in (3, 4))
-    assert plain.layers == other.layers
-    assert plain.losses == other.losses
-
-
-def _masked(label):
-    from trainer.loop import pretrain
-
-    history = small.History()
-    config = observed.settings(**{"model.mtp_num_layers": 1})
-    config.dataset = _HalfMasked(64, 16, label=label)
-    pretrain(config, callbacks=[history])
-    return history
-
-
-class _HalfMasked(small.FixedTokens):
-    def __init__(self, vocab, sequence_length, *, label):
-        super().__init__(vocab, sequence_length)
-        self.label = label
-
-    def build(self, tokenizer, vocab_size, samples):
-        return tuple([_masked_half(one[number], self.label) for number in range(8)] for one in super().build(None, 0, (8, 8, 8)))
-
-
-def _masked_half(sample, label):
-    half = len(sample["labels"]) // 2
-    sample["loss_mask"][half:] = 0.0
-    sample["labels"][half:] = label
-    return sample
-
-
 def test_layers_of_prediction_before_the_last_stage_are_refused():
     layout = {
         "model.mtp_num_layers": 1,
@@ -129,6 +96,6 @@ def test_packed_examples_on_the_cpu_are_not_predicted_from_others():
     with pytest.raises(UserError) as caught:
         resolve(observed.settings(**changes), world_size=1, device="cpu")
     assert str(caught.value) == (
-        "`model.mtp_num_layers` is `1`, and on the CPU tokens would be predicted from the example before theirs\n\n"
+        "`model.mtp_num_layers` is `1`, and on the CPU tokens ahead would be those of other packed examples\n\n"
         "hint: set `dataset.reset_attention_mask=false`"
     )

@@ -25,7 +25,7 @@ _ABSENT = SimpleNamespace(
     bias_activation_fusion=None, apply_rope_fusion=None, fused_single_qkv_rope=False, window_size=None,
     multi_latent_attention=False, rope_type="yarn", moe_grouped_gemm=False, add_bias_linear=False,
     bias_dropout_fusion=None, activation_func_clamp_value=None, glu_linear_offset=0.0, moe_layer_freq=1,
-    moe_shared_expert_intermediate_size=None,
+    moe_shared_expert_intermediate_size=None, moe_router_group_score=None, moe_router_num_groups=None, moe_router_fusion=False,
 )  # fmt: skip
 """What a model has that lacks a field."""
 
@@ -47,6 +47,7 @@ def check(config: Any) -> None:
     enforce(_position_rules(model))
     enforce(_attention_rules(model, context=parallel_size(config.model, CP)))
     enforce(_kernel_rules(model))
+    enforce(_router_rules(model))
 
 
 def _length_rules(model: Any, length: Any) -> Iterator[Rule]:
@@ -137,6 +138,20 @@ def _attention_rules(model: Any, *, context: int) -> Iterator[Rule]:
         model.qk_layernorm_after_rope and not model.qk_layernorm,
         "`model.qk_layernorm_after_rope` is `True`, and `model.qk_layernorm` is `False`: there are no norms of query and key",
         "set `model.qk_layernorm=true`",
+    )
+
+
+def _router_rules(model: Any) -> Iterator[Rule]:
+    score = model.moe_router_group_score
+    yield (
+        score is not None and not model.moe_router_num_groups,
+        f"`model.moe_router_group_score` is `{score}`, and `model.moe_router_num_groups` is `{model.moe_router_num_groups}`",
+        "set the number of groups, or leave the score out",
+    )
+    yield (
+        score is not None and model.moe_router_fusion,
+        f"`model.moe_router_fusion` is `True`, and the fused kernel does not rate groups by their `{score}` best experts",
+        "leave `model.moe_router_fusion` out",
     )
 
 

@@ -236,10 +236,10 @@ def _packed_rules(config: RunConfig, machine: Machine) -> Iterator[Rule]:
         f"`model.window_size` is `{window}`, and megatron-core's attention on the CPU cannot keep packed examples apart too",
         f"set `{setting}=false`",
     )
-    further = getattr(config.model, "mtp_num_layers", None)
+    ahead = getattr(config.model, "mtp_num_layers", None)
     yield (
-        further and machine.device == "cpu",
-        f"`model.mtp_num_layers` is `{further}`, and on the CPU tokens would be predicted from the example before theirs",
+        ahead and machine.device == "cpu",
+        f"`model.mtp_num_layers` is `{ahead}`, and on the CPU tokens ahead would be those of other packed examples",
         f"set `{setting}=false`",
     )
     yield (

@@ -35,8 +35,8 @@ NEVER: dict[str, dict[str, str]] = {
         "CUDA graphs are not captured": """enable_cuda_graph external_cuda_graph cuda_graph_impl cuda_graph_modules
             cuda_graph_scope inference_cuda_graph_scope cuda_graph_use_single_mempool cuda_graph_retain_backward_graph
             cuda_graph_warmup_steps use_te_rng_tracker""",
-        "each layer of multi-token prediction has weights of its own, which checkpoints name": "mtp_use_repeated_layer",
-        "it follows from `pipeline_model_parallel_layout`": "mtp_standalone",
+        "layers of multi-token prediction are those of DeepSeek-V3": """mtp_use_repeated_layer mtp_detach_heads
+            mtp_hybrid_override_pattern mtp_standalone""",
         "layers that differ need megatron-core's heterogeneous configuration": """heterogeneous_block_specs
             hetereogenous_dist_checkpoint""",
         "its layers are not among those of this provider": """experimental_attention_variant
@@ -46,7 +46,7 @@ NEVER: dict[str, dict[str, str]] = {
             dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32 linear_attention_freq linear_conv_kernel_dim
             linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads is_hybrid_model
             mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads mamba_training_ssm_states_dtype
-            mtp_hybrid_override_pattern use_mamba_mem_eff_path mrope_section use_grouped_gemm_for_dense_mlp""",
+            use_mamba_mem_eff_path mrope_section use_grouped_gemm_for_dense_mlp""",
         "nothing in the step clips or reports attention's logits": """qk_clip qk_clip_alpha qk_clip_threshold
             log_max_attention_logit""",
         "the forward step has no schedule to divide": """overlap_moe_expert_parallel_comm delay_wgrad_compute
