@@ -177,6 +177,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, 
     ("precision", "tolerance"),
     [
         ("bf16_mixed", 0.05),
+        ("fp16_mixed", 0.05),
         ("bf16_with_fp8_delayed_scaling_mixed", 0.1),
         ("bf16_with_fp8_current_scaling_mixed", 0.1),
         ("bf16_with_fp8_subchannel_scaling_mixed", 0.1),
@@ -184,9 +185,11 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, 
 )
 def test_grouped_experts_train_in_8_and_16_bits(precision, tolerance, ranks, folder):
     path = str(folder("mixtral", **WIDE))
-    long = {**GPU, "dataset__sequence_length": 128}
+    # The auxiliary loss shows whether its gradient has the loss scale of fp16.
+    long = {**GPU, "dataset__sequence_length": 128, "model__moe_aux_loss_coeff": 1.0, "optimizer__initial_loss_scale": 2.0**14}
     (exact,) = ranks.run(train, 1, path, long)
     (rounded,) = ranks.run(train, 1, path, {**long, "mixed_precision": precision})
     print(f"\n{precision}: last loss {rounded.losses[-1]:.4f}, in fp32 {exact.losses[-1]:.4f}")
     assert rounded.losses == pytest.approx(exact.losses, abs=tolerance)
+    assert rounded.layers[-1]["load_balancing_loss"] == pytest.approx(exact.layers[-1]["load_balancing_loss"], abs=tolerance)
     assert rounded.experts == {"TEGroupedMLP"}
