@@ -304,6 +304,8 @@ NOT_COMPUTED = {
     "dropouts": "transformers drops other numbers than megatron-core's layers do",
     "moe_normalize_expert_weights": "weights of chosen experts are divided by their norm, which is the sum in routers here",
     "moe_jitter_eps": "training multiplies what experts read by random numbers, which no layer here does",
+    "input_jitter_noise": "training multiplies what experts read by random numbers, which no layer here does",
+    "moe_topk": "tokens have other numbers of experts in other layers, and megatron-core has one number for all",
     "norm_topk_prob": "this family's routers here make the weights of chosen experts sum to 1, or do not, whatever it says",
     "normalized_output_layer": "Baichuan 2 normalizes the rows of its output layer at each step, which no layer here does",
     "router_jitter_noise": "training multiplies what experts read by random numbers, which no layer here does",

@@ -20,7 +20,7 @@ from converter.rows import RowRange
 from converter.rules import Indices, Rule, extra_names, fill, in_order, tied_names
 from converter.tables import Table, Tables
 from converter.transform import Transform
-from converter.values import KEEP, target_dtype
+from converter.values import target_dtype
 from formats.errors import UserError
 from formats.spec import DTYPES, Region, Shape, TensorSpec
 
@@ -219,9 +219,10 @@ class _Made:
         return spec if spec and (spec.shape, spec.dtype) == (shape, target) else TensorSpec(name, shape, target)
 
     def _target(self, name: str, table: Table, stored: TensorSpec) -> np.dtype[Any]:
-        """The dtype it is written in: of one that Megatron keeps in another dtype, that which it had before."""
-        before = self._known.get(name) if table.rule.keep_dtype and self._dtype == KEEP else None
-        return before.dtype if before else target_dtype(stored, self._dtype)
+        """The dtype it is written in: of one that Megatron keeps in a dtype, whatever is asked for, that which it had before."""
+        if not table.rule.keep_dtype:
+            return target_dtype(stored, self._dtype)
+        return self._known[name].dtype if name in self._known else stored.dtype
 
     def all(self) -> Iterator[TensorPlan]:
         for one in self._plans:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 
 from formats.errors import UserError
 from trainer import device, segments
@@ -35,7 +35,8 @@ def forward_step(batches: Iterator[Batch] | None, model: Any) -> tuple[torch.Ten
         return _packed_step(batch, model)
     batch = on_this_rank(batch)
     mask = batch.get("attention_mask")
-    output = model(batch.get("tokens"), batch.get("position_ids"), mask, labels=batch.get("labels"))
+    labels = {"labels": batch.get("labels"), **_ahead(batch, model)}
+    output = model(batch.get("tokens"), batch.get("position_ids"), mask, **labels)
     return output, partial(masked_sum, mask=batch.get("loss_mask"))
 
 
@@ -44,13 +45,19 @@ def _packed_step(batch: Batch, model: Any) -> tuple[torch.Tensor, LossFunction]:
     rows = segments.find_segments(batch["segment_ids"])
     if device.current().type == "cuda":
         batch, packed = end_to_end(batch, rows)
-        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
+        labels = {"labels": batch["labels"], **_ahead(batch, model)}
+        output = model(batch["tokens"], batch["position_ids"], None, **labels, packed_seq_params=packed)
     else:
         mask = segments.attention_mask(batch["segment_ids"])
         output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
     ranks = parallel_state.get_context_parallel_world_size()  # which share the examples, and each report
     work = (rows.num_tokens / ranks, rows.sum_squared_lengths / ranks)
     return output, partial(masked_sum, mask=batch["loss_mask"], work=work)
+
+
+def _ahead(batch: Batch, model: Any) -> dict[str, Any]:
+    """Return what layers of multi-token prediction need beside labels: which tokens count."""
+    return {"loss_mask": batch.get("loss_mask")} if getattr(get_model_config(model), "mtp_num_layers", None) else {}
 
 
 def end_to_end(batch: Batch, rows: segments.Segments) -> tuple[Batch, PackedSeqParams]:

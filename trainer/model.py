@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import ModelParallelConfig, parallel_state
@@ -165,6 +165,16 @@ class GPTModelProvider(ModelProvider):
     """What `qk_layernorm` normalizes: `head`, each head with one weight for all; `all_heads`, all heads together (OLMo 2);
     `each_head`, each head with a weight of its own (Command R+)."""
 
+    attention_output_bias: bool = False
+    """Add a bias to attention's output without `add_bias_linear`, which adds some to routers and experts too. Phi-3.5 MoE."""
+
+    moe_router_scoring: str | None = None
+    """How experts are chosen and weighed where `moe_router_score_function` cannot say it: `softmax_with_bias` (ERNIE 4.5) or
+    `sparsemixer` (Phi-3.5 MoE)."""
+
+    moe_router_sparsemixer_jitter: float = 0.01
+    """How far below the best an expert's logit may be to count in its weight, with `moe_router_scoring=sparsemixer`."""
+
     moe_router_group_score: int | None = None
     """How many of its best experts a group of experts is rated by (with `moe_router_num_groups`): 1 for DeepSeek-V2, 2 for
     DeepSeek-V3. None: as many as each chosen group contributes, as megatron-core does."""
@@ -177,6 +187,15 @@ class GPTModelProvider(ModelProvider):
     cross_entropy_loss_fusion: bool | None = None  # type: ignore[assignment]
     cross_entropy_fusion_impl: str | None = None  # type: ignore[assignment]
     """Fused kernels: None for what the device has."""
+
+    moe_grouped_gemm: bool | None = None  # type: ignore[assignment]
+    """Compute all experts of a rank at once. None for what the device has."""
+
+    moe_permute_fusion: bool | None = None  # type: ignore[assignment]
+    """Sort tokens by expert in one kernel. None for what the device has."""
+
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"  # noqa: S105 - no password
+    """How tokens reach the ranks of their experts."""
 
     gradient_accumulation_fusion: bool = False
     """Needs APEX, which no package index has."""

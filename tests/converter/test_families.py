@@ -70,7 +70,10 @@ def test_a_config_survives_the_way_to_megatron_and_back(family):
     check_config(family)
 
 
-WITHOUT_DEFAULT = {"deepseek_v2": {"num_experts_per_tok": 6}}
+WITHOUT_DEFAULT = {
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+}
 """Fields that are null by default in transformers, and with which its model then fails."""
 
 

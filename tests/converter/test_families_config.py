@@ -193,10 +193,8 @@ def older(config: dict) -> dict:
     return {**kept, **outside, "rope_scaling": None if kind == "default" else {"type": kind, **rope}}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
-@given(data=st.data())
-def test_a_random_config_means_the_same_after_the_way_there_and_back(family, data):
+def check_random(family: str, data: Any) -> None:
+    """A random configuration that the family takes means the same after the way there and back."""
     given = {**data.draw(sizes()), **data.draw(options())}
     if data.draw(st.integers(0, 3)) == 0:
         given[
@@ -214,6 +212,26 @@ def test_a_random_config_means_the_same_after_the_way_there_and_back(family, dat
     check(family, config)
     if family not in SCALED or config["rope_parameters"]["rope_type"] != "default":
         assert to_megatron(families.find(family).CONFIG, older(config)) == expected
+
+
+FEW, MANY = (
+    settings(max_examples=count, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow]) for count in (10, 100)
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@FEW
+@given(data=st.data())
+def test_a_random_config_means_the_same_after_the_way_there_and_back(family, data):
+    check_random(family, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@MANY
+@given(data=st.data())
+def test_many_random_configs_mean_the_same_after_the_way_there_and_back(family, data):
+    check_random(family, data)
 
 
 ONE_SWITCH = {"gpt_neox": {"attention_bias": True}}

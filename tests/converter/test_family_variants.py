@@ -10,6 +10,7 @@ from converter import hf_to_mcore
 from formats.errors import UserError
 from tests.converter.family_suite import check_logits, check_names, check_round_trip, save_small
 
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 50000.0}
 VARIANTS = {
     "neox_serial": ("gpt_neox", {"use_parallel_residual": False}),
     "neox_without_attention_bias": ("gpt_neox", {"attention_bias": False}),
@@ -26,6 +27,10 @@ VARIANTS = {
     ),
     "falcon_rw_1b": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
     "gptj_tied": ("gptj", {"tie_word_embeddings": True}),
+    "moonlight": ("deepseek_v3", {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": PLAIN_ROPE}),
+    "deepseek_v3_all_sparse": ("deepseek_v3", {"first_k_dense_replace": 0, "num_experts_per_tok": 4}),
+    "deepseek_v2_lite": ("deepseek_v2", {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1}),
+    "youtu_without_rank": ("youtu", {"q_lora_rank": None}),
     "codegen_tied": ("codegen", {"tie_word_embeddings": True}),
 }
 

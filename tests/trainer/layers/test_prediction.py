@@ -1,0 +1,78 @@
+"""The loss of layers of multi-token prediction (MTP), and what it does to weights, beside transformers' `MtpModel`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from converter import hf_to_mcore
+from tests import megatron_cpu
+from tests.converter import prediction
+from tests.family_models import build
+from tests.megatron_cpu import load_strictly
+
+SEQUENCE, LAYERS, FACTOR = 24, 2, 0.3
+OWN = {"enorm": "enorm", "eh_proj": "eh_proj", "mtp_model_layer.input_layernorm": "mtp_block.input_layernorm"}
+"""Modules whose gradients are compared: megatron-core's names and transformers'."""
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Two rows, of which some tokens do not count."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 384, (2, SEQUENCE + 1), generator=generator)
+    return {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "loss_mask": (torch.rand(2, SEQUENCE, generator=generator) > 0.3).float(),
+        "position_ids": torch.arange(SEQUENCE)[None].expand(2, -1),
+        "attention_mask": torch.triu(torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool), 1),
+    }
+
+
+def trained(rank: int, config: dict, iteration: str) -> tuple[Any, ...]:
+    """The loss of one microbatch, those of the layers ahead, and gradients by name."""
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    from trainer.loss import forward_step
+
+    (chunk,) = build(config, mtp_loss_scaling_factor=FACTOR)
+    load_strictly([chunk], iteration)
+    output, loss_function = forward_step(iter([batch()]), chunk.train())
+    total, tokens, _ = loss_function(output)
+    (total / tokens).backward()
+    layers = enumerate(chunk.mtp.layers)
+    found = {f"{number}.{name}": layer.get_submodule(name).weight.grad for number, layer in layers for name in OWN}
+    found |= {"embedding": chunk.embedding.word_embeddings.weight.grad, "output": chunk.output_layer.weight.grad}
+    return (total / tokens).item(), MTPLossLoggingHelper.tracker["loss_values"].tolist(), found
+
+
+def expected(folder: Any) -> tuple[Any, ...]:
+    """The same of transformers' layers: a loss for each, of the tokens that count, beside the model's own."""
+    main, further = prediction.opened(folder, LAYERS)
+    given = batch()
+    labels, mask, losses = given["labels"], given["loss_mask"], []
+    for logits in prediction.logits(main, further, given["tokens"]):
+        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        losses.append((each * mask).sum() / mask.sum())
+        labels, mask = (torch.nn.functional.pad(one[:, 1:], (0, 1)) for one in (labels, mask))
+    (losses[0] + FACTOR / LAYERS * sum(losses[1:])).backward()
+    layers = enumerate(further.layers)
+    found = {f"{number}.{name}": layer.get_submodule(own).weight.grad for number, layer in layers for name, own in OWN.items()}
+    found |= {"embedding": main.get_input_embeddings().weight.grad, "output": main.lm_head.weight.grad}
+    return losses[0].item(), [one.item() for one in losses[1:]], found
+
+
+def test_losses_and_gradients_are_those_of_transformers_layers(ranks, tmp_path) -> None:
+    folder = prediction.save(tmp_path / "hf", *prediction.made("deepseek_v3", LAYERS))
+    hf_to_mcore(folder, tmp_path / "m")
+    config, iteration = json.loads((folder / "config.json").read_text()), str(tmp_path / "m" / "iter_0000000")
+    ((loss, ahead, gradients),) = megatron_cpu.Ranks(ranks).run(trained, 1, config, iteration)
+    own, further, theirs = expected(folder)
+    assert loss == pytest.approx(own, rel=1e-5)
+    assert ahead == pytest.approx(further, rel=1e-5)
+    assert gradients.keys() == theirs.keys()
+    for name, one in theirs.items():
+        torch.testing.assert_close(gradients[name], one, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
