@@ -47,7 +47,7 @@ def make_model(options: argparse.Namespace, *, layers: int | None = None) -> tup
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from trainer.recipes import find
-    from trainer.settings import resolve
+    from trainer.settings import kernels
     from trainer.settings.precision import find_machine
 
     parallel_state.initialize_model_parallel()
@@ -57,7 +57,7 @@ def make_model(options: argparse.Namespace, *, layers: int | None = None) -> tup
     config.tensor_model_parallel_size = config.pipeline_model_parallel_size = config.context_parallel_size = 1
     config.sequence_parallel = False
     config.num_layers = layers or config.num_layers
-    for name, value in resolve.kernels(find_machine("gpu").transformer_engine).items():
+    for name, value in kernels.fused(find_machine("gpu").transformer_engine).items():
         setattr(config, name, value)
     if options.fp8:
         config.fp8, config.fp8_recipe = "hybrid", "tensorwise"

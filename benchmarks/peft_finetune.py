@@ -36,7 +36,7 @@ def main() -> None:
     rows = packed.microbatches(
         options.rows, vocab_size=provider.vocab_size, sequence=options.sequence, micro_batch=options.micro_batch, count=count
     )
-    seconds = _median_step(options, model, [_as_transformers(row, kind) for row in rows])
+    seconds = _median_step(options, model, [as_transformers(row, kind) for row in rows])
     rate = options.microbatches * options.micro_batch * options.sequence / seconds
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     work = packed.flops(provider, rows) / (count * options.micro_batch * options.sequence)
@@ -62,7 +62,7 @@ def _model(provider: Any, kind: torch.device, *, as_by_default: bool) -> Any:
     return get_peft_model(model, lora, autocast_adapter_dtype=as_by_default).to(kind).train()
 
 
-def _as_transformers(batch: dict[str, Any], kind: torch.device) -> dict[str, torch.Tensor]:
+def as_transformers(batch: dict[str, Any], kind: torch.device) -> dict[str, torch.Tensor]:
     """Return a batch for transformers, whose labels are at their own token, not at the one before."""
     learned = torch.where(batch["loss_mask"] > 0, batch["labels"], -100)
     labels = torch.cat((torch.full_like(learned[:, :1], -100), learned[:, :-1]), dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from converter.config import (
@@ -185,6 +186,31 @@ def renamed(fields: Iterable[Field], **names: str) -> Field:
     )
 
 
+def flattened(objects: Iterable[str], fields: Iterable[Field]) -> Field:
+    """Return fields of which some are in objects of `config.json`, where their names are `object.name`."""
+    objects, fields = tuple(objects), tuple(fields)
+
+    def flat(config: Config) -> Config:
+        inside = {f"{one}.{name}": found for one in objects for name, found in object_of(config, one).items()}
+        return {**{name: found for name, found in config.items() if name not in objects}, **inside}
+
+    def write(config: Config) -> dict[str, Any]:
+        written: dict[str, Any] = {}
+        for name, found in to_huggingface(fields, config).items():
+            one, dot, inner = name.partition(".")
+            if dot:
+                written.setdefault(one, {})[inner] = found
+            else:
+                written[name] = found
+        return written
+
+    return Field(
+        lambda config: to_megatron(fields, flat(config)),
+        write,
+        lambda sizes: sizes_of(fields, sizes._replace(config=flat(sizes.config))),
+    )
+
+
 def routed(*, experts: str, topk: str, ffn: str, renormalized: str = "", absent: bool = True) -> tuple[Field, ...]:
     """Return the fields of a mixture of experts, and its sizes `experts` and `moe_ffn`, by their names in `config.json`.
 
@@ -193,11 +219,25 @@ def routed(*, experts: str, topk: str, ffn: str, renormalized: str = "", absent:
     """
     fields = (
         required("num_moe_experts", experts),
-        required("moe_router_topk", topk),
+        _chosen(topk, experts),
         required("moe_ffn_hidden_size", ffn),
         counts(experts="num_moe_experts", moe_ffn="moe_ffn_hidden_size"),
     )
     return (*fields, inverted("moe_router_pre_softmax", renormalized, absent=absent)) if renormalized else fields
+
+
+def _chosen(topk: str, experts: str) -> Field:
+    """Return the field of how many experts are chosen for a token."""
+    one = required("moe_router_topk", topk)
+
+    def read(config: Config) -> dict[str, Any]:
+        if count(config, topk) > count(config, experts):
+            raise UserError(
+                f"`{topk}` is {config[topk]}, and `{experts}` only {config[experts]}", hint="the configuration is damaged"
+            )
+        return one.to_megatron(config)
+
+    return replace(one, to_megatron=read)
 
 
 def shared_experts(ffn: str) -> tuple[Field, ...]:
@@ -262,6 +302,8 @@ NOT_COMPUTED = {
     "alibi_bias_max": "transformers takes 8 whatever it says, MPT's own code what it says",
     "clip_qkv": "queries, keys and values are clamped to it, which no layer here does",
     "dropouts": "transformers drops other numbers than megatron-core's layers do",
+    "moe_normalize_expert_weights": "weights of chosen experts are divided by their norm, which is the sum in routers here",
+    "moe_jitter_eps": "training multiplies what experts read by random numbers, which no layer here does",
     "input_jitter_noise": "training multiplies what experts read by random numbers, which no layer here does",
     "moe_topk": "tokens have other numbers of experts in other layers, and megatron-core has one number for all",
     "norm_topk_prob": "this family's routers here make the weights of chosen experts sum to 1, or do not, whatever it says",
@@ -279,13 +321,15 @@ def described(name: str, found: Any, *, verb: str = "") -> str:
     return " and ".join(f"`{one}`{verb} `{format_untrusted(value)}`" for one, value in said.items())
 
 
-def not_computed(name: str, *, off: float | None = None) -> Field:
-    """Return a field of `NOT_COMPUTED`, under its name in `config.json`; null, or `off`, where the model does not have it."""
+def not_computed(name: str, *, huggingface: str = "", off: float | None = None) -> Field:
+    """Return a field of `NOT_COMPUTED`, under its name in `config.json`, or the name `huggingface`; null, or `off`, where the
+    model does not have it."""
     assert name in NOT_COMPUTED
-    one = optional(name, name, default=off)
+    said = huggingface or name
+    one = optional(name, said, default=off)
     return Field(
-        lambda config: {name: None} if config.get(name, off) == off else one.to_megatron(config),
-        lambda config: {name: off} if config.get(name) is None else one.to_huggingface(config),
+        lambda config: {name: None} if config.get(said, off) == off else one.to_megatron(config),
+        lambda config: {said: off} if config.get(name) is None else one.to_huggingface(config),
     )
 
 

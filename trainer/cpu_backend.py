@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
 import torch._dynamo
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _active: list[TorchFunctionMode] = []
@@ -132,7 +133,44 @@ def _patches() -> Iterator[AbstractContextManager[Any]]:
     yield mock.patch.object(random, "_get_cuda_rng_state", get_state)
     yield mock.patch.object(random, "_set_cuda_rng_state", set_state)
     yield mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", _on_cpu)
+    yield from _uneven_messages()
     yield from _kernels()
+
+
+def _uneven_messages() -> Iterator[AbstractContextManager[Any]]:
+    """Yield patches of messages whose ranks have different numbers of tokens, as parts of experts have: gloo takes equal ones."""
+    from megatron.core.tensor_parallel import mappings  # noqa: PLC0415
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_any(tensor: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        return gather(tensor, group, sizes, use_global_buffer) if sizes is None else _gathered(tensor, group, sizes)
+
+    def scatter_any(tensor: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        return scatter(tensor, group, sizes, use_global_buffer) if sizes is None else _scattered(tensor, group, sizes)
+
+    yield mock.patch.object(mappings, "_gather_along_first_dim", gather_any)
+    yield mock.patch.object(mappings, "_reduce_scatter_along_first_dim", scatter_any)
+
+
+def _gathered(tensor: torch.Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> torch.Tensor:
+    """Return the rows of all ranks, of which each has its number in `sizes`."""
+    if group.size() == 1:
+        return tensor
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _scattered(tensor: torch.Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> torch.Tensor:
+    """Return this rank's rows of the sum over ranks, of which each gets its number in `sizes`."""
+    if group.size() == 1:
+        return tensor
+    summed = tensor.clone()
+    dist.all_reduce(summed, group=group)
+    return summed.split(list(sizes))[group.rank()]
 
 
 def _kernels() -> Iterator[AbstractContextManager[Any]]:

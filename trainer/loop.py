@@ -24,6 +24,7 @@ from trainer import clock, collectives, device, main_script, optim, parallel, sc
 from trainer.config import RunConfig
 from trainer.data import iterators
 from trainer.generation.text import generate
+from trainer.logging.layer_metrics import LayerMetrics
 from trainer.logging.metrics import memory_gib
 from trainer.loss import forward_step as default_forward_step
 from trainer.loss import mean, mean_and_work, with_token_counts
@@ -129,6 +130,7 @@ def train_step(run: Run) -> Step:
     losses = _schedule(run, run.batches, microbatches=get_num_microbatches(), forward_only=False)
     synced = collectives.sync_step(_report(run, losses))
     _check(run, synced)
+    layers = run.layer_counter.collect(get_num_microbatches()) if run.layer_counter else LayerMetrics({}, {})
     applied, grad_norm, _ = parts.optimizer.step()
     if applied and not math.isfinite(grad_norm or 0.0):
         raise _not_finite(run, f"the gradient norm of step {progress.iteration + 1}")
@@ -149,6 +151,8 @@ def train_step(run: Run) -> Step:
         waited=synced.waited,
         work=(synced.tokens, synced.squares),
         memory_gib=synced.memory_gib,
+        layer_metrics=layers.means,
+        per_layer=layers.layers,
     )
 
 

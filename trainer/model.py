@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import ModelParallelConfig, parallel_state
@@ -121,6 +121,9 @@ class GPTModelProvider(ModelProvider):
     qk_layernorm_after_rope: bool = False
     """Norm query and key after the rotary embedding, as Hunyuan does, and not before."""
 
+    qk_l2_norm_with_rope: bool = False
+    """Apply `qk_l2_norm` in layers with rotary embeddings alone, as Llama 4 does."""
+
     alibi: dict[str, float] | None = None
     """Bias of attention that grows with distance, in place of positions (with `position_embedding_type=alibi`): `bias_max`, 8 by
     default, from which slopes follow, and `scale`, by which they are multiplied. Bloom, MPT, Baichuan 13B and Falcon RW."""
@@ -184,6 +187,15 @@ class GPTModelProvider(ModelProvider):
     cross_entropy_loss_fusion: bool | None = None  # type: ignore[assignment]
     cross_entropy_fusion_impl: str | None = None  # type: ignore[assignment]
     """Fused kernels: None for what the device has."""
+
+    moe_grouped_gemm: bool | None = None  # type: ignore[assignment]
+    """Compute all experts of a rank at once. None for what the device has."""
+
+    moe_permute_fusion: bool | None = None  # type: ignore[assignment]
+    """Sort tokens by expert in one kernel. None for what the device has."""
+
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"  # noqa: S105 - no password
+    """How tokens reach the ranks of their experts."""
 
     gradient_accumulation_fusion: bool = False
     """Needs APEX, which no package index has."""

@@ -25,14 +25,32 @@ from trainer.config import DistributedDataParallelConfig, RunConfig
 def wrap(chunks: list[torch.nn.Module], model: Any, ddp: DistributedDataParallelConfig) -> list[Any]:
     """Return model chunks in the precision of `model`, whose gradients are reduced over data-parallel ranks."""
     if model.bf16 or model.fp16:
-        chunks = [Float16Module(model, chunk) for chunk in chunks]
+        chunks = [_in_16_bits(model, chunk) for chunk in chunks]
     return [DistributedDataParallel(model, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
+
+
+_ROUTER_BIASES = ("expert_bias", "qb_beta")
+"""Buffers of routers that megatron-core computes with in fp32."""
+
+
+def _in_16_bits(model: Any, chunk: torch.nn.Module) -> Float16Module:
+    """Return a chunk in 16 bits, with the biases of its routers still in fp32: rounded ones would choose other experts."""
+    exact = [
+        (router, name, getattr(router, name))
+        for router in chunk.modules()
+        for name in _ROUTER_BIASES
+        if getattr(router, name, None) is not None
+    ]
+    wrapped = Float16Module(model, chunk)
+    for router, name, bias in exact:
+        setattr(router, name, bias)
+    return wrapped
 
 
 def make_optimizer(chunks: list[Any], config: RunConfig) -> MegatronOptimizer:
     """Return the optimizer, and set the functions that the pipeline schedules call for it on `config.model`."""
     optimizer = get_megatron_optimizer(config.optimizer, chunks, config_overrides=_overrides(config))
-    for part in _each(optimizer):
+    for part in each(optimizer):
         if part.init_state_fn is None:  # SGD has none, and megatron-core calls it to load a state
             part.init_state_fn = _allocate_momentum
     model = config.model
@@ -113,7 +131,7 @@ _GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
 def kind(optimizer: MegatronOptimizer) -> str:
     """Return the name of megatron-core's optimizer class. A state is loaded only into the class that saved it."""
-    return type(_each(optimizer)[0]).__name__
+    return type(each(optimizer)[0]).__name__
 
 
 def keep_settings(optimizer: MegatronOptimizer, saved: Any) -> None:
@@ -124,7 +142,7 @@ def keep_settings(optimizer: MegatronOptimizer, saved: Any) -> None:
 
     ours = {
         key(group): {name: value for name, value in group.items() if name not in {"params", "step"}}
-        for part in _each(optimizer)
+        for part in each(optimizer)
         for group in part.param_groups
     }
     for name, value in saved.items() if isinstance(saved, dict) else ():
@@ -135,20 +153,21 @@ def keep_settings(optimizer: MegatronOptimizer, saved: Any) -> None:
             keep_settings(optimizer, value)
 
 
-def _each(optimizer: MegatronOptimizer) -> list[Any]:
+def each(optimizer: MegatronOptimizer) -> list[Any]:
+    """Return the parts of an optimizer: experts have one of their own where expert parallelism divides them."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def distributed(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
     """Yield the distributed optimizers that have parameters: experts have one of their own."""
-    for part in _each(optimizer):
+    for part in each(optimizer):
         if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer:
             yield part
 
 
 def unsharded(optimizer: MegatronOptimizer) -> Iterator[Float16OptimizerWithFloat16Params]:
     """Yield the optimizers that hold unsharded fp32 masters of weights in 16 bits."""
-    for part in _each(optimizer):
+    for part in each(optimizer):
         if isinstance(part, Float16OptimizerWithFloat16Params) and not part.is_stub_optimizer:
             yield part
 

@@ -20,7 +20,7 @@ from trainer.checkpoints.saver import Saver
 from trainer.checkpoints.state_dict import Parts, Progress
 from trainer.config import CheckpointConfig, FinetuningDatasetConfig, LoggerConfig, RunConfig, ValidationConfig
 from trainer.data import iterators
-from trainer.logging import logger, metrics, summary
+from trainer.logging import layer_metrics, logger, metrics, summary
 from trainer.peft.attach import attach
 from trainer.settings import refused
 from trainer.settings.resolve import Resolved, resolve
@@ -61,6 +61,7 @@ def setup(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
         datasets=datasets,
         stop=stop,
         began=began,
+        layer_counter=layer_metrics.counter(parts.chunks, config.model),
     )
     if not run.is_complete:
         run.batches = iterators.chunk_iterators(

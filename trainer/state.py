@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -15,6 +16,7 @@ from trainer.checkpoints.saver import Saver
 from trainer.checkpoints.state_dict import Parts, Progress
 from trainer.config import RunConfig
 from trainer.data.iterators import DataWait
+from trainer.logging.layer_metrics import LayerCounter
 from trainer.logging.logger import RunLogger
 from trainer.signals import Stop
 
@@ -75,6 +77,11 @@ class Step:
     memory_gib: float = 0.0
     """The most that any rank has held so far: on its GPU, or resident on a CPU."""
 
+    layer_metrics: Mapping[str, float] = MappingProxyType({})
+    """What layers report: see `trainer.logging.records.Step`."""
+
+    per_layer: Mapping[str, list[float]] = MappingProxyType({})
+
 
 @dataclass
 class Run:
@@ -95,6 +102,9 @@ class Run:
 
     batches: Any = None
     waited: DataWait = field(default_factory=DataWait)
+
+    layer_counter: LayerCounter | None = None
+    """None for a model without experts and without multi-token prediction."""
 
     prompts: Any = None
     """A tokenizer, and the prompts of which samples are generated at intervals; None where none are."""

@@ -182,6 +182,6 @@ CONFIG = (
 EXTRAS = llama.EXTRAS
 SMALL = {
     "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "num_shared_experts": 2,
-    "first_k_dense_replace": 1, "prefix_dense_intermediate_size": 80, "logit_scale": 0.25,
+    "first_k_dense_replace": 1, "prefix_dense_intermediate_size": 80, "logit_scale": 0.25, "sliding_window_pattern": 2,
 }  # fmt: skip
 PROVIDER = ("parallel_residual", "moe_output_multiplier")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from converter.config import field, fixed, value
+from converter.config import field, fixed, number, value
 from converter.config_layers import FULL, SLIDING, layers_of, window_pattern
 from converter.config_parts import Config, mlp
 from converter.config_rope import rope
@@ -18,8 +18,9 @@ RULES = llama.decoder(*llama.ATTENTION[:2], BIAS, llama.ATTENTION[2], *llama.MLP
 
 def last_slide(config: Config) -> list[str]:
     """Return the types of layers of which those from `max_window_layers` on slide, if any do."""
-    first = config.get("max_window_layers", 28) if config.get("use_sliding_window") else layers_of(config)
-    return [FULL if layer < first else SLIDING for layer in range(layers_of(config))]
+    slide, layers = config.get("use_sliding_window"), layers_of(config)
+    first = number("max_window_layers", config.get("max_window_layers", 28)) if slide else layers
+    return [FULL if layer < first else SLIDING for layer in range(layers)]
 
 
 def first_sliding(types: Sequence[str]) -> dict[str, int]:

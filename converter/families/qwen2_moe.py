@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from converter.config import Config, field, fixed, switches, value
+from converter.config import Config, field, fixed, number, switches, value
 from converter.config_experts import SOFTMAX, auxiliary_loss, each_nth
 from converter.config_layers import FULL, SLIDING, layers_of, window_pattern
 from converter.config_parts import routed, shared_experts
@@ -22,7 +22,8 @@ RULES = llama.decoder(*glm4.ATTENTION, *mixtral.mixed(llama.MLP, (*mixtral.moe()
 
 def _every_second(config: Config) -> list[str]:
     """Return the types of layers of which each second of the first `max_window_layers` slides, if any do."""
-    first = config.get("max_window_layers", 28) if config.get("use_sliding_window") else 0
+    slide = config.get("use_sliding_window")
+    first = number("max_window_layers", config.get("max_window_layers", 28)) if slide else 0
     return [SLIDING if layer % 2 == 0 and layer < first else FULL for layer in range(layers_of(config))]
 
 

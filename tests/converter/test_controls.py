@@ -16,19 +16,26 @@ TOLERANCE = 1e-4
 """Of the largest logit: what the tests of logits allow."""
 
 OFF = {
+    "activation_func_clamp_value": None,
     "add_qkv_bias": False,
     "alibi": None,
     "attention_output_bias": False,
+    "attention_output_gate": False,
     "attn_logit_softcapping": None,
     "embedding_layernorm": False,
     "final_logit_softcapping": None,
+    "glu_linear_offset": 0.0,
     "layernorm_zero_centered_gamma": False,
+    "moe_output_multiplier": 1.0,
     "moe_router_enable_expert_bias": False,
     "moe_router_group_score": None,
     "moe_router_num_groups": None,
+    "moe_router_score_function": "softmax",
     "moe_router_scoring": None,
     "moe_router_sparsemixer_jitter": 0.0,
     "moe_router_topk_scaling_factor": None,
+    "moe_shared_expert_gate": False,
+    "moe_shared_expert_intermediate_size": None,
     "mscale_all_dim": 0.0,
     "mup_embedding_mult": 1.0,
     "mup_output_mult": 1.0,
@@ -39,6 +46,9 @@ OFF = {
     "position_offset": 0,
     "post_layernorms": False,
     "pre_layernorms": True,
+    "moe_apply_probs_on_input": False,
+    "qk_l2_norm": False,
+    "qk_l2_norm_with_rope": False,
     "qk_layernorm": False,
     "qk_layernorm_after_rope": False,
     "qk_layernorm_scope": "head",
@@ -51,8 +61,10 @@ OFF = {
     "seq_len_interpolation_factor": None,
     "sliding_rope": None,
     "softmax_scale": None,
+    "softmax_type": "vanilla",
     "window_attn_skip_freq": None,
     "window_size": None,
+    "yarn_correction_range_round_to_int": True,
     "yarn_mscale": None,
 }
 """Fields of the provider, each with the value that switches it off."""
@@ -61,6 +73,8 @@ TOGETHER = {
     "alibi": {"position_embedding_type": "none"},
     "moe_router_enable_expert_bias": {"moe_router_scoring": None},
     "moe_router_num_groups": {"moe_router_group_topk": None, "moe_router_group_score": None},
+    "moe_router_score_function": {"moe_router_enable_expert_bias": False, "moe_router_pre_softmax": True},
+    "moe_shared_expert_intermediate_size": {"moe_shared_expert_gate": False},
     "qk_layernorm": {"qk_layernorm_scope": "head", "qk_layernorm_after_rope": False},
     "rotary_percent": {"rope_parameters": None},
 }
@@ -72,6 +86,7 @@ OTHER_ACTIVATIONS = {
     "fast_gelu": "quick_gelu",
     "relu": "silu",
     "squared_relu": "relu",
+    "quick_gelu": "relu",
     "xielu": "silu",
 }
 """GELU by tanh is nearer to GELU than logits of small models tell."""
@@ -91,6 +106,8 @@ def controls(family, config):
     if not fields.get("qk_layernorm"):
         on = [name for name in on if not name.startswith("qk_layernorm_")]
     changes = {name: {name: OFF[name], **TOGETHER.get(name, {})} for name in on}
+    if fields.get("moe_router_score_function") == "softmax":
+        changes["moe_router_pre_softmax"] = {"moe_router_pre_softmax": not fields["moe_router_pre_softmax"]}
     return {**changes, "activation_func": {"activation_func": OTHER_ACTIVATIONS[fields["activation_func"]]}}
 
 

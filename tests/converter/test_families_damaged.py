@@ -102,6 +102,12 @@ def test_a_rope_type_that_is_no_word_is_named():
     assert str(refused.value) == "the rope type in `rope_parameters` is `[yarn]`, which should be a word"
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
+def test_a_number_of_layers_that_slide_that_is_none_is_named(family):
+    with pytest.raises(UserError, match="`max_window_layers` is `None`, which should be a number"):
+        to_megatron(families.find(family).CONFIG, {**plain(family), "use_sliding_window": True, "max_window_layers": None})
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "smollm3", "cohere2"])
 def test_a_billion_layers_are_refused_before_a_list_is_made_for_each(family):
     with pytest.raises(UserError, match="is 1000000000, more layers than any model has"):

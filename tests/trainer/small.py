@@ -54,6 +54,9 @@ class History:
     grad_norms: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     evaluations: list[tuple[str, float]] = field(default_factory=list)
+    layers: list[dict[str, float]] = field(default_factory=list)
+    """What layers reported."""
+
     weights: dict[str, Any] = field(default_factory=dict)
 
     def on_start(self, run: Any) -> None: ...
@@ -62,6 +65,7 @@ class History:
         self.losses.append(step.loss)
         self.grad_norms.append(step.grad_norm)
         self.rates.append(step.lr)
+        self.layers.append(dict(step.layer_metrics))
 
     def on_evaluation(self, run: Any, split: str, loss: float) -> None:
         self.evaluations.append((split, loss))

@@ -120,13 +120,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
             "hint: leave `model.context_parallel_size` out"
         ),
     ),
-    "sequence parallel on the CPU": (
-        {TP: 2, SP: True, "world_size": 2, "device": "cpu"},
-        (
-            "`model.sequence_parallel` is `True`, which needs a GPU with Transformer Engine; this run is on the CPU\n\n"
-            "hint: leave `model.sequence_parallel` out"
-        ),
-    ),
     "fp8 on the CPU": (
         {"mixed_precision": "bf16_with_fp8_delayed_scaling_mixed", "device": "cpu"},
         (

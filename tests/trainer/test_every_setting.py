@@ -52,8 +52,8 @@ DECIDED: dict[str, Any] = {
 _TRANSFORMERS = "test_parity.py::test_the_curve_is_that_of_transformers_and_adamw"
 _GPUS = "test_gpu.py::test_layouts_over_two_gpus_leave_one_gpus_curve_no_further_than_bf16_leaves_that_of_fp32"
 _OVERLAP = "test_overlap.py::test_data_parallel_gpus_overlap_gradients_and_with_the_distributed_optimizer_weights"
+_HERE, _EXPERTS = "test_contradictions.py::", "test_expert_settings.py::"
 _AHEAD = "layers/test_prediction.py::test_losses_and_gradients_are_those_of_transformers_layers"
-_HERE = "test_contradictions.py::"
 NAMED: dict[str, str] = {
     "model.tensor_model_parallel_size": _TRANSFORMERS,
     "model.pipeline_model_parallel_size": _TRANSFORMERS,
@@ -61,6 +61,9 @@ NAMED: dict[str, str] = {
     "model.sequence_parallel": _GPUS,
     "model.context_parallel_size": _GPUS,
     "model.expert_model_parallel_size": "peft/test_experts.py::test_experts_are_trained_the_same_wherever_they_lie",
+    "model.moe_flex_dispatcher_backend": _EXPERTS + "test_a_dispatcher_that_is_not_installed_is_refused_with_what_to_install",
+    "model.moe_flex_dispatcher_num_sms": _EXPERTS + "test_settings_of_another_dispatcher_are_refused",
+    "model.moe_per_layer_logging": "test_expert_metrics.py::test_each_layers_numbers_are_logged_on_request",
     "model.mtp_num_layers": _AHEAD,
     "model.mtp_loss_scaling_factor": _AHEAD,
     "model.disable_bf16_reduced_precision_matmul": _HERE + "test_products_in_bf16_are_summed_as_precisely_as_somebody_asks",

@@ -93,6 +93,23 @@ def test_the_console_line_of_a_step():
     )
 
 
+def test_the_line_says_what_layers_report():
+    losses = {"load_balancing_loss": 1.0234, "seq_load_balancing_loss": 1.5, "z_loss": 4.31, "mtp_1_loss": 5.25}
+    line = console_line(step(layer_metrics={**losses, "max_expert_load": 1.4, "dropped_tokens": 0.0125}), 1000)
+    assert (
+        "  grad norm   1.23  balance 1.023  seq balance 1.500  mtp 1 5.2500  z 4.310  busiest expert 1.40×  dropped 1.2 %  "
+        in line
+    )
+
+
+def test_what_layers_report_is_the_mean_over_the_intervals_steps_and_survives_a_resume():
+    interval = Interval()
+    interval.add(2.0, layer_metrics={"z_loss": 1.0})
+    interval = Interval.from_state_dict(interval.state_dict())
+    interval.add(2.0, layer_metrics={"z_loss": 4.0}, skipped=True)
+    assert interval.layer_metrics == {"z_loss": 2.5}
+
+
 def test_the_line_says_the_epoch_the_share_of_the_card_and_the_wait_for_data():
     measure = replace(MEASURE, samples_per_epoch=81_920, memory_of_gpu=80 * 2**30)
     told = {"lr": 3e-4, "consumed_samples": 122_880, "consumed_tokens": 503_316_480, "memory_gib": 60.0}

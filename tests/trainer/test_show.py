@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from trainer import recipes
 from trainer.arguments import read_run
 from trainer.cli import main
-from trainer.settings.resolve import KERNELS
+from trainer.settings.kernels import KERNELS
 
 
 def mbtrain(*words: str | Path) -> Result:

@@ -11,7 +11,7 @@ from formats.errors import UserError
 from tests.trainer.test_metrics import step
 from trainer.config import LoggerConfig
 from trainer.logging.records import evaluation
-from trainer.logging.writers import Writers, open_writers
+from trainer.logging.writers import Writers, curves, open_writers
 
 
 def test_without_a_folder_or_tools_there_are_no_writers():
@@ -42,6 +42,17 @@ def test_tensorboard_has_megatrons_names(tmp_path):
     } <= set(read.Tags()["scalars"])
     # Step 30 of the killed run is gone.
     assert [(point.step, point.value) for point in read.Scalars("lm loss")] == [(10, 10), (20, 20), (30, 50), (40, 60)]
+
+
+def test_what_layers_report_has_megatrons_names():
+    record = step(
+        layer_metrics={"load_balancing_loss": 1.5, "max_expert_load": 2.0, "dropped_tokens": 0.5, "mtp_1_loss": 5.0},
+        per_layer={"load_balancing_loss": [0.0, 1.5]},
+    )
+    written = curves(record)
+    expected = {"load_balancing_loss": 1.5, "max-expert-load": 2.0, "dropped-tokens": 0.5, "mtp_1 loss": 5.0}
+    expected |= {"moe/load_balancing_loss_layer_0": 0.0, "moe/load_balancing_loss_layer_1": 1.5}
+    assert written == {**curves(step()), **expected}
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):

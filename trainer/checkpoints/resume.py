@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from formats.errors import UserError
 from trainer import optim, schedule
-from trainer.checkpoints import adapters, causes, fp8_states, masters, random_states, state_dict
+from trainer.checkpoints import adapters, causes, fp8_states, masters, optimizer_parts, random_states, state_dict
 from trainer.checkpoints.state_dict import Parts
 from trainer.config import RunConfig
 from trainer.model import unwrap
@@ -40,6 +40,8 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
     wanted = state_dict.state_dict(parts, config, metadata=metadata, loading=True, rng=same_layout)
     loaded = _load(wanted, folder, verify_integrity=config.checkpoint.verify_integrity)
     _take_weights(parts.chunks, loaded, config.peft)
+    if "optimizer" in loaded:
+        loaded["optimizer"] = optimizer_parts.fit(optim.each(parts.optimizer), loaded["optimizer"], common.get("optimizer", {}))
     _take_optimizer(parts, loaded, folder, peft=config.peft, sharding=sharding, say=say)
     for name, value in saved["progress"].items():
         setattr(parts.progress, name, value)
@@ -88,13 +90,19 @@ def _check_optimizer(parts: Parts, saved: dict[str, Any], sharding: str, folder:
             hint="resume with `ddp.use_distributed_optimizer` and `mixed_precision` as they were, or start from the weights "
             f"alone: `checkpoint.pretrained_checkpoint={folder.parent}` with another `checkpoint.save`",
         )
-    before, now = _saved_layout(saved), state_dict.layout()
-    if sharding == "dp_reshardable" and (before["TP"], before["PP"]) != (now["TP"], now["PP"]):
+    before, now = ({**_NO_EXPERTS, **sizes} for sizes in (_saved_layout(saved), state_dict.layout()))
+    differ = [name for name in ("TP", "PP", "EP") if before[name] != now[name]]
+    if sharding == "dp_reshardable" and differ:
+        names = [name for name in ("TP", "PP", "EP") if name != "EP" or name in differ]
+        was, has = (", ".join(f"{name} {sizes[name]}" for name in names) for sizes in (before, now))
         raise UserError(
-            f"`{folder}` was saved `dp_reshardable` at TP {before['TP']}, PP {before['PP']}; this run has TP {now['TP']}, "
-            f"PP {now['PP']}",
-            hint="resume at the same TP and PP, or save with `checkpoint.optim_sharding=fully_reshardable`",
+            f"`{folder}` was saved `dp_reshardable` at {was}; this run has {has}",
+            hint=f"resume at the same {' and '.join(names)}, or save with `checkpoint.optim_sharding=fully_reshardable`",
         )
+
+
+_NO_EXPERTS = {"EP": 1}
+"""What earlier versions did not save."""
 
 
 def _saved_layout(saved: dict[str, Any]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from megatron.core.fp8_utils import is_first_last_bf16_layer
 
 from trainer import model, rehearsal
 from trainer.peft.attach import attach_on_meta, module_names
-from trainer.settings.resolve import WITHOUT_CUDA
+from trainer.settings.kernels import WITHOUT_CUDA
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from trainer.layers.prediction import prediction_block
 from trainer.layers.recomputed_bias import recomputed_bias
 from trainer.layers.residual_multiplier import residual_multiplier
 from trainer.layers.rope import own_frequencies, sliding_rope
+from trainer.layers.rope_norms import rope_norms
 from trainer.layers.routing import own_scoring
 from trainer.layers.scores import changed_scores
 from trainer.layers.spec import copied
@@ -58,6 +59,7 @@ MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     latent_gradients,
     expert_groups,
     expert_output,
+    rope_norms,
 )
 """Functions `(provider, model)` that change this rank's chunk of a GPTModel in place."""
 

@@ -53,7 +53,9 @@ class RunLogger:
         alone = Interval()
         for interval in (alone, self.interval):
             grad_norm = step.grad_norm if step.applied else None
-            interval.add(step.loss, grad_norm=grad_norm, skipped=not step.applied, work=step.work)
+            interval.add(
+                step.loss, grad_norm=grad_norm, skipped=not step.applied, work=step.work, layer_metrics=step.layer_metrics
+            )
         record = self._record(progress, step, alone, seconds=seconds, timed_steps=1, waited=step.waited)
         if self.writers is not None:
             self.writers.log_step(record)
@@ -90,6 +92,7 @@ class RunLogger:
             consumed_tokens=progress.consumed_samples * self.sequence_length,
             memory_gib=step.memory_gib,
             loss_scale=step.loss_scale,
+            per_layer=step.per_layer,
         )
 
     def evaluation(self, progress: Any, split: str, loss: float) -> None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import click
@@ -39,11 +40,21 @@ class Interval:
     work: tuple[float, float] = (0.0, 0.0)
     """Of packed rows: see `trainer.state.Step`."""
 
+    layer_sums: dict[str, float] = field(default_factory=dict)
+    """Of all steps: see `trainer.logging.records.Step.layer_metrics`."""
+
     def add(
-        self, loss: float, *, grad_norm: float | None = None, skipped: bool = False, work: tuple[float, float] = (0.0, 0.0)
+        self,
+        loss: float,
+        *,
+        grad_norm: float | None = None,
+        skipped: bool = False,
+        work: tuple[float, float] = (0.0, 0.0),
+        layer_metrics: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Count a step."""
         self.steps += 1
+        self.layer_sums = {name: self.layer_sums.get(name, 0.0) + value for name, value in layer_metrics.items()}
         self.skipped += skipped
         self.work = self.work[0] + work[0], self.work[1] + work[1]
         if not skipped:
@@ -57,16 +68,28 @@ class Interval:
         counted = self.steps - self.skipped
         return self.loss_sum / counted if counted else None
 
+    @property
+    def layer_metrics(self) -> dict[str, float]:
+        """The means over all steps."""
+        return {name: total / self.steps for name, total in self.layer_sums.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers for a checkpoint, under the names of earlier versions, which also counted losses that are NaN."""
         names = {"steps": self.steps, "skipped": self.skipped, "work": self.work, "not_finite": 0.0}
+        names |= {"layer_sums": self.layer_sums} if self.layer_sums else {}
         return {**names, "loss": self.loss_sum if self.steps > self.skipped else None, "grad_norm": self.grad_norm}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Interval:
-        """Return the interval of which `state_dict` returned `state`; earlier versions had no `work`."""
+        """Return the interval of which `state_dict` returned `state`; earlier versions had no `work`, and models without experts
+        have no `layer_sums`."""
         return cls(
-            state["steps"], state["skipped"], state["loss"] or 0.0, state["grad_norm"], tuple(state.get("work", (0.0, 0.0)))
+            state["steps"],
+            state["skipped"],
+            state["loss"] or 0.0,
+            state["grad_norm"],
+            tuple(state.get("work", (0.0, 0.0))),
+            state.get("layer_sums", {}),
         )
 
 
@@ -153,6 +176,7 @@ class Measure:
         memory_gib: float,
         waited: float = 0.0,
         loss_scale: float | None = None,
+        per_layer: Mapping[str, list[float]] = MappingProxyType({}),
     ) -> Step:
         """Return the record of an interval up to step `iteration`, whose last `timed_steps` took `seconds`, `waited` for data."""
         assert interval.steps >= timed_steps > 0, "an interval without steps"
@@ -179,6 +203,8 @@ class Measure:
             skipped_steps=interval.skipped,
             loss_scale=loss_scale,
             device=self.device,
+            layer_metrics=interval.layer_metrics,
+            per_layer=dict(per_layer),
         )
 
 
@@ -204,6 +230,7 @@ def console_line(record: Record, total_steps: int, *, color: bool = False) -> st
         f"loss {shade(f'{loss:>7}', 'green')}",
         f"lr {record.lr:.2e}",
         *([f"grad norm {record.grad_norm:6.2f}"] if record.grad_norm is not None else []),
+        *_of_layers(record.layer_metrics),
         f"{_significant(record.seconds_per_step):>6} s/step",
         f"{record.tokens_per_second_per_gpu:>7,.0f} tok/s/{each}",
         *([f"{_significant(record.tflops_per_gpu):>6} TFLOP/s/{each}"] if record.tflops_per_gpu is not None else []),
@@ -214,6 +241,21 @@ def console_line(record: Record, total_steps: int, *, color: bool = False) -> st
         f"left {duration(record.time_left_s)}",
     ]
     return "  ".join([*parts, *(shade(text, "red") for text in _warnings(record))])
+
+
+def _of_layers(values: Mapping[str, float]) -> Iterator[str]:
+    """Yield what layers report, as `balance 1.02  z 4.310  busiest 1.41×  dropped 0.3 %  mtp 5.21`."""
+    for name, value in values.items():
+        if name.endswith("load_balancing_loss"):
+            yield f"{name.removesuffix('load_balancing_loss').replace('_', ' ')}balance {value:.3f}"
+        elif name.startswith("mtp_"):
+            yield f"{name.removesuffix('_loss').replace('_', ' ')} {value:.4f}"
+    if "z_loss" in values:
+        yield f"z {values['z_loss']:.3f}"
+    if "max_expert_load" in values:
+        yield f"busiest expert {values['max_expert_load']:.2f}×"
+    if "dropped_tokens" in values:
+        yield f"dropped {100 * values['dropped_tokens']:.1f} %"
 
 
 def _quoted(text: str) -> str:

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +72,18 @@ class Step:
     loss_scale: float | None
     device: Literal["gpu", "cpu"]
     """What `per_gpu` counts: GPUs, or processes on CPUs."""
+
+    layer_metrics: dict[str, float] = field(default_factory=dict)
+    """What layers report: means over layers with experts, and over the interval's steps.
+
+    `load_balancing_loss`, `seq_load_balancing_loss`, `global_load_balancing_loss`: without coefficients; 1 where all experts get
+    the same number of tokens. `z_loss`: without its coefficient. `max_expert_load`: tokens of a layer's busiest expert, over the
+    mean of its experts. `dropped_tokens`: the share, 0 to 1, of the tokens' choices of experts that were dropped for capacity.
+    `mtp_1_loss`, `mtp_2_loss`: of each layer of multi-token prediction, without `mtp_loss_scaling_factor`."""
+
+    per_layer: dict[str, list[float]] = field(default_factory=dict)
+    """Of the last step, the same of each layer, if `model.moe_per_layer_logging` is set; layers of multi-token prediction are the
+    last."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -170,8 +170,27 @@ def curves(record: Record) -> dict[str, float]:
         "data-wait": record.data_wait,
         "epoch": record.epoch,
         **_counts(record),
+        **_of_layers(record),
     }
     return {name: value for name, value in named.items() if value is not None}
+
+
+_LAYER_CURVES = {"max_expert_load": "max-expert-load", "dropped_tokens": "dropped-tokens"}
+
+
+def _of_layers(record: Step) -> dict[str, float]:
+    """Return what layers report: megatron-core has names for losses and for single layers, counted from 0."""
+    means = {_LAYER_CURVES.get(name, _loss_curve(name)): value for name, value in record.layer_metrics.items()}
+    layers = {
+        f"moe/{name}_layer_{number}": value
+        for name, values in record.per_layer.items()
+        for number, value in enumerate(values)
+    }  # fmt: skip
+    return means | layers
+
+
+def _loss_curve(name: str) -> str:
+    return name.replace("_loss", " loss") if name.startswith("mtp_") else name
 
 
 def _counts(record: Step) -> dict[str, float]:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core.activations import quick_gelu
 from megatron.core.transformer.enums import AttnBackend
 
 from trainer.layers.rope import KINDS, attention_factor
@@ -22,8 +23,9 @@ _ABSENT = SimpleNamespace(
     gated_linear_unit=False, activation_func=None, num_moe_experts=None, fp8_dot_product_attention=False,
     attention_backend=AttnBackend.auto, yarn_rotary_scaling_factor=1.0, yarn_original_max_position_embeddings=None,
     bias_activation_fusion=None, apply_rope_fusion=None, fused_single_qkv_rope=False, window_size=None,
-    multi_latent_attention=False, rope_type="yarn", moe_router_group_score=None, moe_router_num_groups=None,
-    moe_router_fusion=False,
+    multi_latent_attention=False, rope_type="yarn", moe_grouped_gemm=False, add_bias_linear=False,
+    bias_dropout_fusion=None, activation_func_clamp_value=None, glu_linear_offset=0.0, moe_layer_freq=1,
+    moe_shared_expert_intermediate_size=None, moe_router_group_score=None, moe_router_num_groups=None, moe_router_fusion=False,
 )  # fmt: skip
 """What a model has that lacks a field."""
 
@@ -167,10 +169,26 @@ def _kernel_rules(model: Any) -> Iterator[Rule]:
 def other_kernels(model: Any) -> dict[str, str]:
     """Return the fused kernels that compute something else than this model does, with the reason."""
     model, found = _Fields(model), dict[str, str]()
-    if model.activation_func is not None and not (model.activation_func is torch.nn.functional.silu and model.gated_linear_unit):
+    if model.activation_func is not None and not _has_fused_activation(model):
         found["bias_activation_fusion"] = "the fused kernel computes SwiGLU, or GELU by tanh in place of GELU"
+    if model.num_moe_experts and model.add_bias_linear and model.moe_grouped_gemm is not False:
+        found["bias_dropout_fusion"] = "grouped experts with biases lack it"
     if attention_factor(model) != 1.0:
         found["apply_rope_fusion"] = "the fused kernel leaves out the attention factor of `yarn` and `longrope`"
     if model.multi_latent_attention and model.rope_type != "yarn":
         found["apply_rope_fusion"] = "with latent attention, the fused kernel computes `rope_type=yarn` alone"
     return found
+
+
+def _has_fused_activation(model: Any) -> bool:
+    """Tell whether megatron-core has a fused kernel that computes a model's activation: SwiGLU, and GPT-OSS's, which
+    is clamped, in grouped experts."""
+    if model.activation_func is torch.nn.functional.silu:
+        return model.gated_linear_unit and model.activation_func_clamp_value is None and not model.glu_linear_offset
+    frequency = model.moe_layer_freq
+    only_experts = all(frequency) if isinstance(frequency, list) else frequency == 1
+    grouped = model.num_moe_experts and only_experts and model.moe_grouped_gemm is not False
+    return (
+        bool(model.activation_func is quick_gelu and model.gated_linear_unit and grouped)
+        and model.moe_shared_expert_intermediate_size is None
+    )

@@ -173,6 +173,13 @@ def check_pipeline(model: Any) -> None:
     ))  # fmt: skip
 
 
+def check_prediction(model: Any) -> None:
+    """Refuse layers of multi-token prediction on another stage than the last, once megatron-core has read the layout: only the
+    first and the last stage get tokens."""
+    message = "`model.pipeline_model_parallel_layout` has layers of multi-token prediction (`m`) before the last stage"
+    enforce([(getattr(model, "mtp_standalone", False), message, "put them with the loss, as in `...|mL`")])
+
+
 def check_sequence(model: Any, dataset: Any) -> None:
     """Refuse a sequence that is longer than the model's, or not divisible among its ranks."""
     length = positive(dataset, "sequence_length")
@@ -222,14 +229,12 @@ def num_microbatches(config: RunConfig, data_parallel: int) -> int:
 
 
 def check_device(model: Any, machine: Machine) -> None:
-    """Refuse context and sequence parallelism where Transformer Engine, which implements them, cannot run."""
+    """Refuse context parallelism where Transformer Engine, which implements it, cannot run."""
     on_cpu = machine.device == "cpu"
     lacking = on_cpu or (machine.capability is not None and machine.transformer_engine is None)
-    why = "this run is on the CPU" if on_cpu else "Transformer Engine is not installed"
-    requested = {CP: parallel_size(model, CP) > 1, "sequence_parallel": getattr(model, "sequence_parallel", False)}
-    for name, on in requested.items():
-        message = f"`model.{name}` is `{getattr(model, name, None)}`, which needs a GPU with Transformer Engine; {why}"
-        enforce([(on and lacking, message, f"leave `model.{name}` out")])
+    why, context = "this run is on the CPU" if on_cpu else "Transformer Engine is not installed", parallel_size(model, CP)
+    message = f"`model.{CP}` is `{context}`, which needs a GPU with Transformer Engine; {why}"
+    enforce([(context > 1 and lacking, message, f"leave `model.{CP}` out")])
 
 
 def check_packed(config: RunConfig, machine: Machine) -> None:
@@ -307,7 +312,9 @@ def _matrix_sizes(config: RunConfig) -> Iterator[tuple[str, int, int]]:
     """Yield each matrix dimension that blocks divide: its name, its size, and the ranks that divide it."""
     model = config.model
     tensor, length = parallel_size(model, TP), positive(config.dataset, "sequence_length")
-    for name, parts in (("hidden_size", 1), ("ffn_hidden_size", tensor)):
+    expert_tensor = getattr(model, ETP, None) or tensor
+    sizes = (("hidden_size", 1), ("ffn_hidden_size", tensor), ("moe_ffn_hidden_size", expert_tensor))
+    for name, parts in (*sizes, ("moe_shared_expert_intermediate_size", tensor)):
         if total := positive(model, name):
             yield f"model.{name}", total, parts
     heads, channels = positive(model, "num_attention_heads"), positive(model, "kv_channels")

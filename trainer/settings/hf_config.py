@@ -25,7 +25,7 @@ _OF_POSITIONS = {
 }  # fmt: skip
 """Fields that may differ from those of the weights that a run starts from, for example for a longer context."""
 
-_OF_TRAINING = {"attention_dropout", "hidden_dropout"}
+_OF_TRAINING = {"attention_dropout", "hidden_dropout", "moe_aux_loss_coeff"}
 """Fields that affect training and not the architecture."""
 
 

@@ -6,16 +6,12 @@ Runs before processes start, and again in each of them with the same result. The
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from formats.errors import UserError
@@ -32,7 +28,9 @@ from trainer.settings import (
     checks,
     contradictions,
     cross_entropy,
+    experts,
     hf_config,
+    kernels,
     overlap,
     paths,
     precision,
@@ -79,7 +77,7 @@ def resolve(
     context = checks.parallel_size(run.model, checks.CP)
     defaults += apply_defaults(run, overlap.defaults(run, data_parallel=copies * context, device=device))
     contradictions.check_deterministic(run.model)
-    defaults += apply_defaults(run, _device_fields(run.model, machine))
+    defaults += apply_defaults(run, kernels.defaults(run.model, machine))
     cross_entropy.check(run.model, machine)
     defaults += apply_defaults(run, _schedule(run.scheduler, run.optimizer, run.train))
     if run.train.num_epochs is None or steps is not None:
@@ -107,6 +105,7 @@ def _check_sections(config: RunConfig, machine: Machine) -> None:
     checks.check_peft(config.peft, config.model)
     precision.check(config.mixed_precision, machine)
     checks.check_device(config.model, machine)
+    experts.check(config.model, machine)
     contradictions.check_kernels(config.model)
     checks.check_packed(config, machine)
 
@@ -117,6 +116,7 @@ def _first_defaults(config: RunConfig, steps: int | None) -> list[Default]:
         *_epochs(config.train, steps),
         *_virtual_stages(config.model),
         *_distributed_optimizer(config.ddp, config.optimizer),
+        *experts.defaults(config.model),
         *_per_token_loss(config.model, config.dataset),
         *padded_examples(config.model, config.dataset),
     ]
@@ -124,9 +124,10 @@ def _first_defaults(config: RunConfig, steps: int | None) -> list[Default]:
 
 def _finalize(config: RunConfig, machine: Machine) -> list[Default]:
     """Have megatron-core check and derive its fields. Returns the defaults that follow from what it derives."""
-    kernels_elsewhere = _kernels_elsewhere(config.model, machine)
-    with _kernels_hidden(config.model, machine):
+    kernels_elsewhere = kernels.elsewhere(config.model, machine)
+    with kernels.hidden(config.model, machine):
         _validate(config)
+    checks.check_prediction(config.model)
     return apply_defaults(config, kernels_elsewhere) + hf_config.follow(config.model)
 
 
@@ -207,82 +208,6 @@ def padded_examples(model: Any, dataset: Any) -> list[Default]:
         return []
     why = f"context parallel ranks take 2 × {context} slices of each example"
     return [Default("dataset.pad_to_multiple_of", 2 * context, why)]
-
-
-WITHOUT_CUDA: dict[str, Any] = {
-    "attention_backend": AttnBackend.local,
-    "masked_softmax_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
-    "persist_layer_norm": False,
-    "cross_entropy_loss_fusion": False,
-    "use_cpu_initialization": True,
-}
-"""megatron-core's CUDA kernels, switched off."""
-
-KERNELS: dict[str, Any] = {
-    "bias_activation_fusion": True,
-    "bias_dropout_fusion": True,
-    "masked_softmax_fusion": True,
-    "apply_rope_fusion": True,
-    "persist_layer_norm": True,
-    "cross_entropy_loss_fusion": True,
-    "cross_entropy_fusion_impl": cross_entropy.TE,
-}
-"""Faster kernels, as a recent Transformer Engine has them."""
-
-
-def kernels(transformer_engine: str | None) -> dict[str, Any]:
-    """Return the faster kernels of a version of Transformer Engine."""
-    return {**KERNELS, "cross_entropy_fusion_impl": cross_entropy.implementation(transformer_engine)}
-
-
-def _device_fields(model: Any, machine: Machine) -> list[Default]:
-    if machine.device == "cpu":
-        why = "the CPU has none of CUDA's kernels"
-        return [Default(f"model.{name}", value, why) for name, value in WITHOUT_CUDA.items() if hasattr(model, name)]
-    defaults: list[Default] = []
-    if not getattr(model, "bf16", False):
-        defaults.append(Default("model.cross_entropy_loss_fusion", False, "the fused kernels round gradients to bf16"))
-    elif getattr(model, "deterministic_mode", False):
-        defaults.append(Default("model.cross_entropy_loss_fusion", False, "`model.deterministic_mode`"))
-    defaults += [
-        Default(f"model.{name}", False, why)
-        for name, why in architecture.other_kernels(model).items()
-        if getattr(model, name, False) is None
-    ]
-    if importlib.util.find_spec("transformer_engine"):  # megatron-core refuses settings for what it cannot import
-        defaults += _kernels(model, {default.setting for default in defaults}, kernels(machine.transformer_engine))
-    return defaults
-
-
-def _kernels(model: Any, decided: set[str], faster: Mapping[str, Any]) -> list[Default]:
-    """Choose the faster kernel for each field that is still None and not among the `decided` settings."""
-    open_fields = {f"model.{name}": value for name, value in faster.items() if getattr(model, name, False) is None}
-    return [Default(setting, value, "a fused kernel") for setting, value in open_fields.items() if setting not in decided]
-
-
-def _kernels_elsewhere(model: Any, machine: Machine) -> list[Default]:
-    """Return the kernels that a run on GPUs will choose, on a machine without them."""
-    return _kernels(model, set(), KERNELS) if _is_dry_run(machine) else []
-
-
-def _is_dry_run(machine: Machine) -> bool:
-    """Tell whether a run for GPUs is only shown: without Transformer Engine it cannot start here."""
-    return machine.device == "gpu" and not importlib.util.find_spec("transformer_engine")
-
-
-@contextmanager
-def _kernels_hidden(model: Any, machine: Machine) -> Iterator[None]:
-    """Set requested kernels to None while this is entered: megatron-core refuses kernels that it cannot import, even if a run is
-    only shown."""
-    requested = [name for name in KERNELS if getattr(model, name, None) is True] if _is_dry_run(machine) else []
-    for name in requested:
-        setattr(model, name, None)
-    yield
-    for name in requested:
-        setattr(model, name, True)
 
 
 def _schedule(scheduler: SchedulerConfig, optimizer: OptimizerConfig, train: TrainingConfig) -> list[Default]:

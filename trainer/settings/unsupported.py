@@ -68,12 +68,12 @@ NEVER: dict[str, dict[str, str]] = {
             moe_pad_experts_for_cuda_graph_inference moe_enable_routing_replay test_mode""",
         "layers follow from the device": "transformer_impl",
         "a run's settings are kept in its own folder": "config_logger_dir",
-        "the log has no figures of layers": "moe_per_layer_logging",
-        "no kernels of DeepEP, HybridEP or NCCL EP were tried": """moe_enable_deepep moe_flex_dispatcher_backend
-            moe_permute_fusion_into_hybridep moe_hybridep_pad_uneven_dispatch_inputs moe_flex_dispatcher_num_sms
-            moe_deepep_num_sms moe_hybridep_num_sms moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute
-            moe_hybridep_num_sms_preprocessing moe_ncclep_static_shape moe_ncclep_zero_copy
-            moe_expert_rank_capacity_factor""",
+        "`moe_flex_dispatcher_backend` and `moe_flex_dispatcher_num_sms` took its place": """moe_enable_deepep moe_deepep_num_sms
+            moe_hybridep_num_sms""",
+        "HybridEP's own permutation and block sizes were not tried": """moe_permute_fusion_into_hybridep
+            moe_hybridep_pad_uneven_dispatch_inputs moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute
+            moe_hybridep_num_sms_preprocessing moe_expert_rank_capacity_factor""",
+        "NCCL EP was not tried": "moe_ncclep_static_shape moe_ncclep_zero_copy",
         "stashed and offloaded activations were not tried": """moe_paged_stash moe_paged_stash_page_size
             moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_buffer_size_factor_cpu
             fine_grained_activation_offloading offload_modules min_offloaded_tensor_size delay_offload_until_cuda_graph

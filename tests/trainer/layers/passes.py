@@ -53,14 +53,11 @@ def on_rank(fields: dict[str, Any], changes: dict[str, Any]) -> tuple[float, lis
     from trainer.model import GPTModelProvider, MLAModelProvider
     from trainer.settings.resolve import resolve
 
-    # The settings refuse sequence parallelism on the CPU, where the layers can do it.
-    sequence_parallel = changes.pop("sequence_parallel", False)
     provider = MLAModelProvider if "kv_lora_rank" in fields else GPTModelProvider
     config = RunConfig(model=provider(**fields, **changes), dataset=FixedTokens(64, SEQUENCE), mixed_precision="fp32")
     config.train.global_batch_size, config.train.micro_batch_size, config.optimizer.lr = 2 * MICRO_BATCHES, 2, 1e-4
     world = config.model.tensor_model_parallel_size * config.model.pipeline_model_parallel_size
     config = resolve(config, world_size=world, device="cpu").config
-    config.model.sequence_parallel = sequence_parallel
     with parallel.session(config, "cpu"):
         chunks = model.build(config.model)
         for shard in local_weights(chunks):

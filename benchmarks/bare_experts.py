@@ -1,0 +1,135 @@
+"""A mixture of experts on megatron-core's GPTModel in a `for` loop: no data files, no logging, no checkpoints.
+
+    python -m benchmarks.bare_experts --shape qwen3-30b --layers 4 --precision bf16 [--steps 12] [--warm-up 5]
+
+Fused kernels and precision are those that `mbtrain` chooses. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.expert_shapes import PRECISIONS, SHAPES, Shape, config_of, settings
+
+
+def main() -> None:
+    """Time the steps and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--layers", type=int, required=True)
+    parser.add_argument("--precision", choices=PRECISIONS, required=True)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warm-up", type=int, default=5)
+    options = parser.parse_args()
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    print(json.dumps(_time(options, SHAPES[options.shape])))
+    dist.destroy_process_group()
+
+
+def _resolved(options: argparse.Namespace, shape: Shape) -> Any:
+    """Return the run that `mbtrain` makes of the same settings."""
+    from trainer.config import RunConfig
+    from trainer.model import from_hf_config
+    from trainer.settings.resolve import resolve
+
+    run = RunConfig(model=from_hf_config(config_of(shape, options.layers)))
+    for name, value in settings(shape, options.precision).items():
+        section, _, setting = name.partition(".")
+        setattr(getattr(run, section) if setting else run, setting or section, value)
+    return resolve(run, world_size=1, device="gpu").config
+
+
+def _model(provider: Any, sequence: int) -> Any:
+    """Return megatron-core's own model of the provider's fields."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    model = GPTModel(
+        provider,
+        get_gpt_decoder_block_spec(provider, use_transformer_engine=True, normalization=provider.normalization),
+        vocab_size=provider.padded_vocab_size,
+        max_sequence_length=sequence,
+        position_embedding_type=provider.position_embedding_type,
+        share_embeddings_and_output_weights=provider.share_embeddings_and_output_weights,
+        rotary_base=provider.rotary_base,
+    )
+    return model.cuda().bfloat16()
+
+
+def _wrapped(run: Any, model: Any) -> tuple[Any, Any]:
+    """Return the model with megatron-core's gradient buffers, and its optimizer."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    ddp = DistributedDataParallel(
+        run.model, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), model
+    )
+    chosen = OptimizerConfig(
+        optimizer="adam", lr=1e-4, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True, clip_grad=1.0
+    )
+    optimizer = get_megatron_optimizer(chosen, [ddp])
+    run.model.finalize_model_grads_func, run.model.grad_scale_func = finalize_model_grads, optimizer.scale_loss
+    return ddp, optimizer
+
+
+def _time(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    run = _resolved(options, shape)
+    ddp, optimizer = _wrapped(run, _model(run.model, shape.sequence))
+    step = partial(
+        get_forward_backward_func(),
+        forward_step_func=_forward,
+        data_iterator=_random_tokens(shape, run.model.vocab_size),
+        model=[ddp],
+        num_microbatches=shape.microbatches,
+        seq_length=shape.sequence,
+        micro_batch_size=shape.micro_batch,
+        forward_only=False,
+    )
+    times = []
+    for _ in range(options.steps):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        step()
+        optimizer.step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return {
+        "seconds_per_step": statistics.median(times[options.warm_up :]),
+        "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+def _random_tokens(shape: Shape, vocab: int) -> Any:
+    made = torch.Generator().manual_seed(0)
+    positions = torch.arange(shape.sequence, device="cuda").expand(shape.micro_batch, -1)
+    while True:
+        tokens = torch.randint(0, vocab, (shape.micro_batch, shape.sequence + 1), generator=made).cuda()
+        yield tokens[:, :-1].contiguous(), positions, tokens[:, 1:].contiguous()
+
+
+def _forward(batches: Any, model: Any) -> Any:
+    tokens, positions, labels = next(batches)
+    losses = model(tokens, positions, None, labels=labels)
+    return losses, lambda output: (output.mean(), {"loss": output.mean().detach()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Mixtures of experts on one GPU of 80 GB: `mbtrain` beside a bare megatron-core loop, and LoRA beside transformers with PEFT.
+
+    python -m benchmarks.gpu_experts [--shapes qwen3-30b gpt-oss-20b] [--precision bf16 fp8] [--lora all] [--rounds 1]
+
+Shapes are those of published models with as many layers as fit (`benchmarks.expert_shapes`). Each program runs in a process of
+its own, in turns. `mbtrain` reads `.bin`/`.idx` files or packed rows, logs to files and prints lines; the loops do nothing of
+that. Prints a table; a program that fails is reported on stderr, the others are still measured, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.expert_shapes import LORA, PRECISIONS, SHAPES, Shape, config_of, settings
+
+STEPS, WARM_UP, RANK = 12, 5, 8
+TARGETS = {"all": [], "attention": ["peft.target_modules=[linear_qkv,linear_proj]"]}
+"""What LoRA adapts: all linear layers, experts included, or those of attention."""
+
+type Figures = dict[str, float]
+type Program = Callable[[int], Figures]
+
+
+class FailedError(Exception):
+    """A program ended with an error; the message is its last output."""
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure all pairs of programs, print the table, and exit with 1 if a program failed."""
+    options = _arguments(words)
+    with tempfile.TemporaryDirectory() as name:
+        print(f"{'':28}{'layers':>7}{'other ms':>10}{'mbtrain ms':>12}{'ratio':>8}{'GiB other':>11}{'mbtrain':>9}", flush=True)
+        complete = [_compare(label, layers, programs, options.rounds) for label, layers, programs in _pairs(options, Path(name))]
+    sys.exit(not all(complete))
+
+
+def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--lora", nargs="*", choices=TARGETS, default=["all"], help="of Qwen3-30B's shape, in bf16")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=150, help="seconds for each program")
+    return parser.parse_args(words)
+
+
+def _pairs(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Sequence[int], tuple[Program, Program]]]:
+    """Yield a label, numbers of layers to try, and the programs to compare, which take a number of layers."""
+    tokens = _write_tokens(folder) if options.shapes else folder
+    for name in options.shapes:
+        for precision in options.precision:
+            bare = partial(_last_line, "benchmarks.bare_experts", ["--shape", name, "--precision", precision], options)
+            ours = partial(_mbtrain, "pretrain", SHAPES[name], _pretraining(SHAPES[name], precision, tokens), options)
+            yield f"{name} {precision}", SHAPES[name].layers, (bare, ours)
+    rows = _write_rows(folder) if options.lora else folder
+    for targets in options.lora:
+        words = ["--targets", targets, "--rows", rows, "--rank", RANK]
+        theirs = partial(_last_line, "benchmarks.peft_experts", words, options)
+        ours = partial(_mbtrain, "finetune", LORA, _adapters(targets, rows), options)
+        yield f"LoRA {targets}, beside PEFT", LORA.layers, (theirs, ours)
+
+
+def _write_tokens(folder: Path) -> Path:
+    """Write a `.bin`/`.idx` pair of 2 M random tokens, in documents of 1000."""
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = folder / "tokens"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    builder.add_document(np.random.default_rng(0).integers(0, 150_000, 2_000_000, dtype=np.int32), [1000] * 2000)
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def _write_rows(folder: Path) -> Path:
+    from benchmarks import packed
+
+    packed.write(folder / "rows", vocab_size=LORA.config["vocab_size"], sequence=LORA.sequence)
+    return folder / "rows"
+
+
+def _compare(label: str, layers: Sequence[int], programs: tuple[Program, Program], rounds: int) -> bool:
+    """Print the medians of two programs at the largest number of layers that both have memory for. False if one failed."""
+    for number in layers:
+        try:
+            measured = [[program(number) for program in programs] for _ in range(rounds)]
+        except FailedError as error:
+            print(f"{label}, {number} layers: {error}", file=sys.stderr, flush=True)
+            if "OutOfMemoryError" not in str(error):
+                return False
+            continue
+        other, ours = (
+            {name: statistics.median(each[side][name] for each in measured) for name in ("seconds_per_step", "memory_gib")}
+            for side in (0, 1)
+        )
+        print(
+            f"{label:28}{number:7}{1000 * other['seconds_per_step']:10.1f}{1000 * ours['seconds_per_step']:12.1f}"
+            f"{other['seconds_per_step'] / ours['seconds_per_step']:8.3f}{other['memory_gib']:11.1f}{ours['memory_gib']:9.1f}",
+            flush=True,
+        )
+        return True
+    return False
+
+
+def _run(module: str, words: Sequence[Any], timeout: float) -> str:
+    """Run a program and return its output."""
+    command, began = [sys.executable, "-m", module, *map(str, words)], time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise FailedError(f"{module} was not done in {timeout:.0f} s") from None
+    print(f"{module} {' '.join(map(str, words[:6]))}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    if done.returncode:
+        raise FailedError(f"{module} failed\n{done.stdout[-1000:]}\n{done.stderr[-5000:]}")
+    return done.stdout
+
+
+def _last_line(module: str, words: Sequence[Any], options: argparse.Namespace, layers: int) -> Figures:
+    """Return the figures that a loop prints."""
+    words = [*words, "--layers", layers, "--steps", STEPS, "--warm-up", WARM_UP]
+    return json.loads(_run(module, words, options.timeout).splitlines()[-1])
+
+
+def _mbtrain(command: str, shape: Shape, chosen: Sequence[str], options: argparse.Namespace, layers: int) -> Figures:
+    """Return the figures in the log of a command of `mbtrain` on a model's `config.json`."""
+    with tempfile.TemporaryDirectory() as run:
+        file = Path(run) / "run.yaml"
+        file.write_text(yaml.safe_dump({"model": {"hf_config": config_of(shape, layers)}}))
+        common = [f"train.train_iters={STEPS}", "validation.eval_iters=0", "logger.log_interval=1", f"logger.run_dir={run}"]
+        _run("trainer", [command, "--config", file, *chosen, *common], options.timeout)
+        lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    return {
+        "seconds_per_step": statistics.median(step["seconds_per_step"] for step in steps[WARM_UP:]),
+        "memory_gib": steps[-1]["memory_gib"],
+    }
+
+
+def _pretraining(shape: Shape, precision: str, tokens: Path) -> list[str]:
+    chosen = {**settings(shape, precision), "dataset.blend": [str(tokens)], "dataset.split": "100,0,0"}
+    return [f"{name}={json.dumps(value)}" for name, value in chosen.items()]
+
+
+def _adapters(targets: str, rows: Path) -> list[str]:
+    return [
+        "peft=lora", f"peft.dim={RANK}", f"peft.alpha={RANK}", *TARGETS[targets], "mixed_precision=bf16_mixed",
+        f"dataset.path={rows}", f"dataset.sequence_length={LORA.sequence}", "tokenizer.tokenizer_model=null",
+        "checkpoint.random_weights=true", f"train.micro_batch_size={LORA.micro_batch}",
+        f"train.global_batch_size={LORA.micro_batch * LORA.microbatches}", "optimizer.lr=1e-4", "optimizer.clip_grad=1.0",
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
