@@ -28,7 +28,9 @@ def _choice() -> Field:
 
     def write(config: Config) -> dict[str, Any]:
         found = groups.to_huggingface(config)
-        return {**found, name: of_all if found["n_group"] == 1 else in_groups}
+        if found["n_group"] == 1:
+            return {name: of_all, "n_group": None, "topk_group": None}
+        return {name: in_groups, **found}
 
     return Field(read, write)
 

@@ -11,7 +11,15 @@ from converter import UserError, families
 from converter.config import make_model, to_huggingface, to_megatron
 from converter.console import show_families
 from converter.planner import huggingface_tensors
-from tests.converter.family_suite import MORE_RUNS, check_config, check_logits, check_names, check_round_trip, save_small
+from tests.converter.family_suite import (
+    MORE_RUNS,
+    WITHOUT_DEFAULT,
+    check_config,
+    check_logits,
+    check_names,
+    check_round_trip,
+    save_small,
+)
 from tests.converter.remote_code import TWINS
 from tests.models import BASE, VARIANTS
 
@@ -68,10 +76,6 @@ def test_a_family_s_logits_are_the_same_at_more_layouts(saved, ranks, tmp_path):
 @pytest.mark.parametrize("family", families.names())
 def test_a_config_survives_the_way_to_megatron_and_back(family):
     check_config(family)
-
-
-WITHOUT_DEFAULT = {"deepseek_v2": {"num_experts_per_tok": 6}}
-"""Fields that are null by default in transformers, and with which its model then fails."""
 
 
 @pytest.mark.parametrize("family", [name for name in families.names() if name not in TWINS])

@@ -19,9 +19,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from converter import UserError, families
 from converter.config import ACTIVATIONS as FUNCTIONS
 from converter.config import TEXT, make_model, to_huggingface, to_megatron
+from tests.converter.family_suite import WITHOUT_DEFAULT
 
 REMOTE_CODE = {
-    "baichuan", "chatglm", "exaone", "hyperclovax", "internlm2", "internlm3", "mimo", "minicpm3", "mpt_remote", "orion", "yi",
+    "baichuan", "chatglm", "exaone", "hyperclovax", "internlm2", "internlm3", "kimi_k2", "mimo", "minicpm3", "mpt_remote",
+    "orion", "yi",
 }  # fmt: skip
 """Families whose configuration class comes with the weights: transformers has none."""
 
@@ -107,7 +109,7 @@ ACTIVATIONS = st.sampled_from(["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", 
 def make(family: str, given: dict) -> PreTrainedConfig:
     """The class's own configuration of those of the fields that it has; what it refuses is no model."""
     try:
-        return AutoConfig.for_model(family, **known(family, given))
+        return AutoConfig.for_model(family, **WITHOUT_DEFAULT.get(family, {}), **known(family, given))
     except Exception:
         assume(False)
         raise
@@ -144,8 +146,10 @@ def meant(config: dict, names: list[str]) -> dict[str, Any]:
 
 
 def filled(config: dict) -> dict:
-    """The configuration with numbers for nulls."""
-    return {**config, **{name: number(config) for name, number in NULLS.items() if name in config and config[name] is None}}
+    """The configuration with numbers for nulls, and no more dense layers than there are layers."""
+    numbers = {name: number(config) for name, number in NULLS.items() if name in config and config[name] is None}
+    dense = {name: min(config[name], config["num_hidden_layers"]) for name in ("first_k_dense_replace",) if name in config}
+    return {**config, **numbers, **dense}
 
 
 NULLS = {
@@ -225,7 +229,7 @@ SCALED = ("apertus", "cwm", "ministral3")
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_defaults_of_a_family_are_those_of_its_class(family):
-    whole = plain(AutoConfig.for_model(family))
+    whole = plain(AutoConfig.for_model(family, **WITHOUT_DEFAULT.get(family, {})))
     check(family, whole)
     sized = sizes_alone(names(family), whole)
     if isinstance(text := whole.get(TEXT), dict):
@@ -235,13 +239,17 @@ def test_the_defaults_of_a_family_are_those_of_its_class(family):
     assert to_megatron(families.find(family).CONFIG, sized) == to_megatron(families.find(family).CONFIG, filled)
 
 
-NO_DEFAULTS = {"mistral3": ("tie_word_embeddings",)}
-"""Fields that a test must say: by Mistral 3's class embeddings are tied, by that of its `text_config` they are not."""
+NO_DEFAULTS = {"mistral3": ("tie_word_embeddings",), "deepseek_v3": ("num_nextn_predict_layers",)}
+"""Fields that a test must say: by Mistral 3's class embeddings are tied, by that of its `text_config` they are not; and files say
+whether there are layers of multi-token prediction where `config.json` does not."""
 
 
 def sizes_alone(names: dict[str, str], whole: dict) -> dict:
     return {name: whole[name] for name in (names.get(one, one) for one in SIZES) if name in whole}
 
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts",
+    "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
+)  # fmt: skip
 """What every `config.json` says; transformers fills in the rest."""
