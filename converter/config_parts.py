@@ -262,6 +262,8 @@ NOT_COMPUTED = {
     "alibi_bias_max": "transformers takes 8 whatever it says, MPT's own code what it says",
     "clip_qkv": "queries, keys and values are clamped to it, which no layer here does",
     "dropouts": "transformers drops other numbers than megatron-core's layers do",
+    "input_jitter_noise": "training multiplies what experts read by random numbers, which no layer here does",
+    "moe_topk": "tokens have other numbers of experts in other layers, and megatron-core has one number for all",
     "norm_topk_prob": "this family's routers here make the weights of chosen experts sum to 1, or do not, whatever it says",
     "normalized_output_layer": "Baichuan 2 normalizes the rows of its output layer at each step, which no layer here does",
     "router_jitter_noise": "training multiplies what experts read by random numbers, which no layer here does",

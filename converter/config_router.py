@@ -6,29 +6,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from converter.config import Config, Field, Sizes, count, counts, field, fixed, number, one_of, value
+from converter.config import Config, Field, Sizes, count, field, fixed, number, one_of, value
 from converter.config_experts import sparse_layers
 from converter.config_layers import layers_of
 from formats.errors import UserError, format_untrusted
 
 GROUPS, CHOSEN, BEST = "moe_router_num_groups", "moe_router_group_topk", "moe_router_group_score"
 
+FP32_SCORES = Field(lambda _config: {"moe_router_dtype": "fp32"}, lambda _config: {})
+"""The field of a router that computes in fp32, whatever dtype the model has."""
 
-def sigmoid_scores(*, scale: float, name: str = "routed_scaling_factor") -> tuple[Field, ...]:
+
+def sigmoid_scores(*, scale: float | None = None, name: str = "routed_scaling_factor") -> tuple[Field, ...]:
     """Return the fields of scores by a sigmoid and a bias that moves the choice alone. Weights of the chosen experts sum to the
-    number in the field `name`, which is `scale` where it is absent."""
+    field `name`, which is `scale` where it is absent; to 1 without a scale."""
     return (
         fixed(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_pre_softmax=False),
-        field("moe_router_topk_scaling_factor", name, default=value(scale)),
+        FP32_SCORES,
+        *(() if scale is None else (field("moe_router_topk_scaling_factor", name, default=value(scale)),)),
     )
 
 
-def best_groups(groups: int | None, chosen: int | None, *, best: int) -> Field:
+def best_groups(groups: int | None, chosen: int | None, *, best: int, experts: str = "n_routed_experts") -> Field:
     """Return the field of experts that are chosen in the best groups of experts alone, by `n_group` and `topk_group`.
 
     The score of a group is the sum of its `best` best experts. megatron-core sums as many as each chosen group contributes;
     `moe_router_group_score` is the number where that is another. `groups` and `chosen` are what `config.json` means where it has
-    none.
+    none, `experts` its name of the number of experts.
     """
 
     def read(config: Config) -> dict[str, Any]:
@@ -37,7 +41,7 @@ def best_groups(groups: int | None, chosen: int | None, *, best: int) -> Field:
             return {GROUPS: None, CHOSEN: None, BEST: None}
         numbers = {**config, "n_group": found, "topk_group": config.get("topk_group", chosen)}
         of, taken, topk = (count(numbers, name) for name in ("n_group", "topk_group", "num_experts_per_tok"))
-        _check_groups(count(config, "n_routed_experts"), of, taken, topk, best)
+        _check_groups(count(config, experts), of, taken, topk, best)
         return {GROUPS: of, CHOSEN: taken, BEST: None if topk // taken == best else best}
 
     return Field(read, lambda config: _written_groups(config, best))
@@ -67,20 +71,23 @@ def _written_groups(config: Config, best: int) -> dict[str, Any]:
 
 
 def shared_multiple(default: int, *, name: str = "n_shared_experts") -> tuple[Field, ...]:
-    """Return the fields of experts that every token goes through, of the size of the others, and the size `shared_ffn` of all.
-    The field `name` says how many there are, `default` where it is absent."""
+    """Return the fields of experts that every token goes through, `name` of the size of the others, and the size `shared_ffn` of
+    all. `default` is how many there are where `config.json` does not say it."""
     megatron, ffn = "moe_shared_expert_intermediate_size", "moe_intermediate_size"
 
     def read(config: Config) -> dict[str, Any]:
-        return {megatron: count({name: config.get(name, default)}, name) * count(config, ffn)}
+        found = config.get(name, default)
+        return {megatron: None if found == 0 else count({name: found}, name) * count(config, ffn)}
 
     def write(config: Config) -> dict[str, Any]:
+        if config.get(megatron) is None:
+            return {name: 0}
         total, one = count(config, megatron), count(config, "moe_ffn_hidden_size")
         if total % one:
             raise UserError(f"shared experts have `{total}` channels, which is no multiple of an expert's `{one}`")
         return {name: total // one}
 
-    return Field(read, write), counts(shared_ffn=megatron)
+    return (Field(read, write, lambda sizes: {"shared_ffn": sizes.megatron[megatron] or 0}),)
 
 
 def dense_first(default: int, *, name: str = "first_k_dense_replace") -> Field:

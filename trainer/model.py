@@ -162,6 +162,16 @@ class GPTModelProvider(ModelProvider):
     """What `qk_layernorm` normalizes: `head`, each head with one weight for all; `all_heads`, all heads together (OLMo 2);
     `each_head`, each head with a weight of its own (Command R+)."""
 
+    attention_output_bias: bool = False
+    """Add a bias to attention's output without `add_bias_linear`, which adds some to routers and experts too. Phi-3.5 MoE."""
+
+    moe_router_scoring: str | None = None
+    """How experts are chosen and weighed where `moe_router_score_function` cannot say it: `softmax_with_bias` (ERNIE 4.5) or
+    `sparsemixer` (Phi-3.5 MoE)."""
+
+    moe_router_sparsemixer_jitter: float = 0.01
+    """How far below the best an expert's logit may be to count in its weight, with `moe_router_scoring=sparsemixer`."""
+
     moe_router_group_score: int | None = None
     """How many of its best experts a group of experts is rated by (with `moe_router_num_groups`): 1 for DeepSeek-V2, 2 for
     DeepSeek-V3. None: as many as each chosen group contributes, as megatron-core does."""

@@ -21,7 +21,8 @@ def types(config: Config) -> Sequence[str]:
     return all_full(config) if without else TYPES(config)
 
 
-def _full_beside_sliding(config: Config) -> list[bool]:
+def full_beside_sliding(config: Config) -> list[bool]:
+    """Return of each layer whether it sees all tokens, in a model of which others slide: it has no positions."""
     found = layer_types(config, types)
     sliding = config.get("sliding_window", 4096) is not None
     return [sliding and one == FULL for one in found]
@@ -36,7 +37,7 @@ CONFIG = (
     *llama.NO_BIAS,
     rope("default", "llama3"),
     window_pattern(types, default=4096),
-    no_rope(_full_beside_sliding),
+    no_rope(full_beside_sliding),
 )
 EXTRAS = llama.EXTRAS
 SMALL = {"head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 4, "layer_types": None}

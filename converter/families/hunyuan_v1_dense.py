@@ -30,17 +30,17 @@ def _read_rope(config: Config) -> dict[str, Any]:
     return _ROPE.to_megatron({"rope_theta": base})
 
 
-CONFIG = (
+BODY = (
     *sizes(),
     *dropouts(),
     *rms_norm(default=1e-5),
-    *mlp("silu", gated=True),
     fixed(add_qkv_bias=False, qk_layernorm=True, qk_layernorm_after_rope=True),
     *llama.NO_BIAS,
     Field(_read_rope, _ROPE.to_huggingface),
     no_window("window_size"),
     only(attention_bias=False),
 )
+CONFIG = (*BODY, *mlp("silu", gated=True))
 EXTRAS = llama.EXTRAS
 SMALL = {"head_dim": 16}
 PROVIDER = ("qk_layernorm_after_rope",)

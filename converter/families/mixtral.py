@@ -59,10 +59,8 @@ def mixed(dense: Iterable[Rule], sparse: Iterable[Rule]) -> tuple[Rule, ...]:
     return (*(replace(rule, when=is_dense) for rule in dense), *(replace(rule, when=is_sparse) for rule in sparse))
 
 
-RULES = llama.decoder(
-    *llama.ATTENTION,
-    *moe(router="block_sparse_moe.gate.weight", experts="block_sparse_moe.experts.{expert}", gate="w1", up="w3", down="w2"),
-)
+SPARSE = moe(router="block_sparse_moe.gate.weight", experts="block_sparse_moe.experts.{expert}", gate="w1", up="w3", down="w2")
+RULES = llama.decoder(*llama.ATTENTION, *SPARSE)
 GATED = (activation("silu"), fixed(gated_linear_unit=True))
 CONFIG = (
     *mistral.SIZES,

@@ -17,9 +17,6 @@ from tests.converter import remote_code
 from tests.family_models import logits_of
 from tests.models import BASE, model_tree
 
-WITHOUT_DEFAULT = {"deepseek_v2": {"num_experts_per_tok": 6}}
-"""Fields that are null by default in transformers, and with which its model then fails."""
-
 LAYOUTS = ({}, {"tp": 2}, {"tp": 2, "pp": 2})
 TOKENS = np.random.default_rng(5).integers(0, 384, (2, 24)).tolist()
 

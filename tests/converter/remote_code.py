@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from converter.families import kimi_k2
+from converter.families import kimi_k2, sarvam_moe
 
 Tensors = dict[str, torch.Tensor]
 
@@ -94,8 +94,12 @@ def unchanged(tensors: Tensors) -> Tensors:
     return tensors
 
 
+LING = {"partial_rotary_factor": 0.5, "rope_theta": 10000.0}
+"""What Ling has otherwise than Sarvam."""
+
 TWINS = {
     "baichuan": Twin("llama", {"num_key_value_heads": 8}, baichuan),
+    "bailing_moe_v2": Twin("sarvam_moe", {**sarvam_moe.SMALL, "rms_norm_eps": 1e-5, **LING}, unchanged),
     "chatglm": Twin("glm", {"head_dim": 16, "rms_norm_eps": 1e-5, "pad_token_id": 0}, chatglm),
     "internlm2": Twin("llama", {}, internlm2),
     "kimi_k2": Twin("deepseek_v3", {**kimi_k2.SMALL}, unchanged),

@@ -12,15 +12,18 @@ from converter.config import make_model, to_huggingface, to_megatron
 from converter.console import show_families
 from converter.planner import huggingface_tensors
 from tests.converter.family_suite import (
-    MORE_RUNS,
-    WITHOUT_DEFAULT,
+    EP,
+    ETP,
+    TP,
     check_config,
     check_logits,
     check_names,
     check_round_trip,
+    more_runs,
     save_small,
 )
 from tests.converter.remote_code import TWINS
+from tests.family_models import AS_A_RUN
 from tests.models import BASE, VARIANTS
 
 
@@ -48,6 +51,11 @@ def test_rules_name_every_weight_of_the_model_with_its_shape_and_no_other(family
     assert dict(huggingface_tensors(one.RULES, model, dict.fromkeys(range(10_000)))) == expected
 
 
+WITH_EXPERTS = [
+    name for name in families.names() if families.find(name).trains and any(r.is_expert for r in families.find(name).RULES)
+]
+
+
 @pytest.fixture(scope="module", params=families.names())
 def saved(request, tmp_path_factory):
     """A family, and a small model of it as transformers saves it, in fp32."""
@@ -70,12 +78,27 @@ def test_a_family_s_logits_are_those_of_transformers_where_megatron_core_compute
 @pytest.mark.slow
 def test_a_family_s_logits_are_the_same_at_more_layouts(saved, ranks, tmp_path):
     if families.find(saved[0]).trains:
-        check_logits(ranks, saved[1], tmp_path, runs=MORE_RUNS)
+        check_logits(ranks, saved[1], tmp_path, runs=more_runs(saved[0]))
+
+
+@pytest.mark.parametrize("family", [
+    family if family in ("deepseek_v3", "qwen3_moe") else pytest.param(family, marks=pytest.mark.slow) for family in WITH_EXPERTS
+])  # fmt: skip
+def test_a_run_starts_from_experts_of_another_layout(family, ranks, tmp_path):
+    folder = save_small(family, tmp_path / "hf", dtype="float32")
+    check_logits(ranks, folder, tmp_path, runs={"ep2": {EP: 2}, "tp2 ep2 etp1": {TP: 2, EP: 2, ETP: 1}}, load=AS_A_RUN)
 
 
 @pytest.mark.parametrize("family", families.names())
 def test_a_config_survives_the_way_to_megatron_and_back(family):
     check_config(family)
+
+
+WITHOUT_DEFAULT = {
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+}
+"""Fields that are null by default in transformers, and with which its model then fails."""
 
 
 @pytest.mark.parametrize("family", [name for name in families.names() if name not in TWINS])

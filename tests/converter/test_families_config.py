@@ -19,11 +19,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from converter import UserError, families
 from converter.config import ACTIVATIONS as FUNCTIONS
 from converter.config import TEXT, make_model, to_huggingface, to_megatron
-from tests.converter.family_suite import WITHOUT_DEFAULT
 
 REMOTE_CODE = {
-    "baichuan", "chatglm", "exaone", "hyperclovax", "internlm2", "internlm3", "kimi_k2", "mimo", "minicpm3", "mpt_remote",
-    "orion", "yi",
+    "baichuan", "bailing_moe_v2", "chatglm", "exaone", "hyperclovax", "internlm2", "internlm3", "kimi_k2", "mimo", "minicpm3",
+    "mpt_remote", "orion", "yi",
 }  # fmt: skip
 """Families whose configuration class comes with the weights: transformers has none."""
 
@@ -109,7 +108,7 @@ ACTIVATIONS = st.sampled_from(["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", 
 def make(family: str, given: dict) -> PreTrainedConfig:
     """The class's own configuration of those of the fields that it has; what it refuses is no model."""
     try:
-        return AutoConfig.for_model(family, **WITHOUT_DEFAULT.get(family, {}), **known(family, given))
+        return AutoConfig.for_model(family, **known(family, given))
     except Exception:
         assume(False)
         raise
@@ -147,15 +146,17 @@ def meant(config: dict, names: list[str]) -> dict[str, Any]:
 
 def filled(config: dict) -> dict:
     """The configuration with numbers for nulls, and no more dense layers than there are layers."""
-    numbers = {name: number(config) for name, number in NULLS.items() if name in config and config[name] is None}
-    dense = {name: min(config[name], config["num_hidden_layers"]) for name in ("first_k_dense_replace",) if name in config}
-    return {**config, **numbers, **dense}
+    found = {**config, **{name: number(config) for name, number in NULLS.items() if name in config and config[name] is None}}
+    dense = "first_k_dense_replace"
+    return {**found, dense: min(found[dense], config["num_hidden_layers"])} if dense in found else found
 
 
 NULLS = {
     "head_dim": lambda config: config["hidden_size"] // config["num_attention_heads"],
     "num_key_value_heads": lambda config: config["num_attention_heads"],
     "n_inner": lambda config: 4 * config["n_embd"],
+    "n_group": lambda _config: 1,
+    "topk_group": lambda _config: 1,
 }
 """What transformers' models take where a field is null."""
 
@@ -197,10 +198,8 @@ def older(config: dict) -> dict:
     return {**kept, **outside, "rope_scaling": None if kind == "default" else {"type": kind, **rope}}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
-@given(data=st.data())
-def test_a_random_config_means_the_same_after_the_way_there_and_back(family, data):
+def check_random(family: str, data: Any) -> None:
+    """A random configuration that the family takes means the same after the way there and back."""
     given = {**data.draw(sizes()), **data.draw(options())}
     if data.draw(st.integers(0, 3)) == 0:
         given[
@@ -208,7 +207,7 @@ def test_a_random_config_means_the_same_after_the_way_there_and_back(family, dat
         ] = data.draw(ACTIVATIONS)
     if "mlp_bias" in names(family):  # Megatron has one switch for both: a bias that only one has is zero in the other
         given |= dict.fromkeys(("attention_bias", "attention_out_bias"), given.setdefault("mlp_bias", False))
-    given |= ONE_SWITCH.get(family, {})
+    given |= {**ONE_SWITCH.get(family, {}), **WITHOUT_DEFAULT.get(family, {})}
     config = plain(make(family, given))
     try:
         expected = to_megatron(families.find(family).CONFIG, config)
@@ -220,6 +219,26 @@ def test_a_random_config_means_the_same_after_the_way_there_and_back(family, dat
         assert to_megatron(families.find(family).CONFIG, older(config)) == expected
 
 
+FEW, MANY = (
+    settings(max_examples=count, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow]) for count in (10, 100)
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@FEW
+@given(data=st.data())
+def test_a_random_config_means_the_same_after_the_way_there_and_back(family, data):
+    check_random(family, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@MANY
+@given(data=st.data())
+def test_many_random_configs_mean_the_same_after_the_way_there_and_back(family, data):
+    check_random(family, data)
+
+
 ONE_SWITCH = {"gpt_neox": {"attention_bias": True}}
 """Switches that Megatron has not: a GPT-NeoX without biases of attention has zeros there."""
 
@@ -229,19 +248,30 @@ SCALED = ("apertus", "cwm", "ministral3")
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_defaults_of_a_family_are_those_of_its_class(family):
-    whole = plain(AutoConfig.for_model(family, **WITHOUT_DEFAULT.get(family, {})))
+    whole = without_prediction(AutoConfig.for_model(family, **WITHOUT_DEFAULT.get(family, {})))
     check(family, whole)
     sized = sizes_alone(names(family), whole)
     if isinstance(text := whole.get(TEXT), dict):
         sized[TEXT] = {"model_type": text["model_type"], **sizes_alone(names(text["model_type"]), text)}
     sized |= {name: whole[name] for name in NO_DEFAULTS.get(family, ())}
-    filled = plain(AutoConfig.for_model(family, **sized))
+    filled = without_prediction(AutoConfig.for_model(family, **sized))
     assert to_megatron(families.find(family).CONFIG, sized) == to_megatron(families.find(family).CONFIG, filled)
 
 
-NO_DEFAULTS = {"mistral3": ("tie_word_embeddings",), "deepseek_v3": ("num_nextn_predict_layers",)}
-"""Fields that a test must say: by Mistral 3's class embeddings are tied, by that of its `text_config` they are not; and files say
-whether there are layers of multi-token prediction where `config.json` does not."""
+def without_prediction(config) -> dict:
+    """By some classes there is one layer of multi-token prediction, and their models have none."""
+    found = plain(config)
+    return {**found, **{name: 0 for name in found if name == "num_nextn_predict_layers"}}
+
+
+WITHOUT_DEFAULT = {
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+}
+"""Fields that are null by default, and with which transformers' model then fails."""
+
+NO_DEFAULTS = {"mistral3": ("tie_word_embeddings",)}
+"""Fields that a test must say: by Mistral 3's class embeddings are tied, by that of its `text_config` they are not."""
 
 
 def sizes_alone(names: dict[str, str], whole: dict) -> dict:
@@ -250,6 +280,7 @@ def sizes_alone(names: dict[str, str], whole: dict) -> dict:
 
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts",
-    "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts",
+    "shared_expert_intermediate_size",
 )  # fmt: skip
 """What every `config.json` says; transformers fills in the rest."""

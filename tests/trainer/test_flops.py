@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from formats.errors import UserError
 from tests import models
+from tests.converter.family_suite import small_config, small_model
 from tests.trainer.settings import LLAMA, settings
+from trainer.config import RunConfig
 from trainer.estimate.flops import flops_of_packed, flops_of_run, flops_per_token
 from trainer.model import GPTModelProvider, from_hf_config
 from trainer.peft import PEFT, DoRA, LoRA
@@ -119,6 +121,44 @@ def test_experts_count_for_the_tokens_they_get() -> None:
     assert flops_per_token(experts_provider(), 32) * 32 == counted(mixtral(), 32)
 
 
+@pytest.mark.parametrize("family", ["youtu", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"])
+def test_latent_attention_multiplies_as_often_as_counted(family: str) -> None:
+    model = small_model(family, dtype="float32", experts_implementation="eager")
+    assert flops_per_token(from_hf_config(model.config.to_dict()), 32) * 32 == counted(model, 32)
+
+
+def _counted_in_megatron(config: dict[str, Any], length: int) -> float:
+    """The same of the model that `mbtrain` builds, on one rank; megatron-core's attention multiplies whole squares too."""
+    from trainer import model as models
+    from trainer import parallel
+    from trainer.settings.resolve import resolve
+
+    run = RunConfig(model=from_hf_config(config), mixed_precision="fp32")
+    run.optimizer.lr, run.dataset.sequence_length = 1e-4, length
+    resolved = resolve(run, world_size=1, device="cpu").config
+    with parallel.session(resolved, "cpu"):
+        (model,) = models.build(resolved.model)
+        return _operations(model, length)
+
+
+def _operations(model: Any, length: int) -> float:
+    tokens = torch.arange(length)[None] % 97
+    mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+    with FlopCounterMode(display=False) as counter:
+        model.train()(tokens, torch.arange(length)[None], mask, labels=tokens).sum().backward()
+    operations = counter.get_flop_counts()["Global"]
+    square = sum(operations.pop(kind, 0) for kind in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
+    return sum(operations.values()) + square / 2
+
+
+@pytest.mark.parametrize("predictions", [0, 1, 2])
+def test_predictions_of_further_tokens_multiply_as_often_as_counted(predictions: int, ranks: Any) -> None:
+    config = small_config("deepseek_v3", num_nextn_predict_layers=predictions).to_dict() | {"vocab_size": 384}
+    (operations,) = ranks.run(_counted_in_megatron, 1, config, 32)
+    provider = from_hf_config(config)
+    assert flops_per_token(provider, 32) * 32 == operations
+
+
 def test_a_window_leaves_out_what_lies_beyond_it() -> None:
     provider, plain = from_hf_config(LLAMA), from_hf_config(LLAMA)
     provider.window_size = (15, 0)
@@ -132,10 +172,10 @@ def test_a_window_leaves_out_what_lies_beyond_it() -> None:
 
 def test_a_model_of_another_kind_is_refused() -> None:
     provider = from_hf_config(LLAMA)
-    provider.multi_latent_attention = True
+    provider.experimental_attention_variant = "dsa"
     with pytest.raises(UserError) as caught:
         flops_per_token(provider, 64)
     assert str(caught.value) == (
-        "no formula for the size of a model with `multi_latent_attention`: `True`\n\n"
-        "hint: only models with plain attention and feed-forward layers or experts are counted"
+        "no formula for the size of a model with `experimental_attention_variant`: `dsa`\n\n"
+        "hint: only models of attention, plain or latent, and of feed-forward layers or experts are counted"
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from converter import families, hf_to_mcore
-from tests.converter.family_suite import TOKENS, small_model
+from tests.converter.family_suite import TOKENS, auto_class, small_model
 from tests.converter.remote_code import TWINS
 
 pytestmark = pytest.mark.gpu
@@ -42,7 +42,7 @@ def _logits(folder: Path, precision: str, settings: dict[str, Any]) -> torch.Ten
     from trainer.settings.resolve import resolve
 
     run = RunConfig(model=from_hf_config(json.loads((folder / "hf" / "config.json").read_text())), mixed_precision=precision)
-    run.dataset.sequence_length = len(TOKENS[0])
+    run.optimizer.lr, run.dataset.sequence_length = 1e-4, len(TOKENS[0])
     for name, value in settings.items():
         setattr(run.model, name, value)
     resolved = resolve(run, world_size=parallel.world_size(), device="gpu").config
@@ -78,9 +78,10 @@ def measured(request, ranks, work):
 
 
 def by_transformers(folder: Path, dtype: str) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager").cuda().eval()
+    kind = auto_class(AutoConfig.from_pretrained(folder))
+    model = kind.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager").cuda().eval()
     with torch.no_grad():
         return model(torch.tensor(TOKENS, device="cuda")).logits.float().cpu()
 

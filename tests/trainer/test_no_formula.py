@@ -3,50 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from formats.errors import UserError
 from tests.trainer import small
 from trainer.checkpoints.contents import describe
-from trainer.model import GPTModelProvider
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "model.py"
 
 
-@dataclass(kw_only=True)
-class Ahead(GPTModelProvider):
-    """A provider of the user's own, whose model predicts one token more (megatron-core's multi-token prediction)."""
-
-    mtp_num_layers: int | None = 1
-
-    def provide(self, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> Any:
-        from megatron.core.models.gpt import GPTModel
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
-
-        from trainer import device
-
-        spec = device.layer_spec(self, vp_stage)
-        return GPTModel(
-            self, spec, vocab_size=self.padded_vocab_size, max_sequence_length=self.seq_length, pre_process=pre_process,
-            post_process=post_process, position_embedding_type="rope",
-            mtp_block_spec=get_gpt_mtp_block_spec(self, spec, use_transformer_engine=False),
-        )  # fmt: skip
-
-
-def _train(folder: str, save: str) -> list[float]:
+def _train(save: str) -> list[float]:
     from trainer.loop import pretrain
 
-    config = small.settings(Path(folder), checkpoint__pretrained_checkpoint=None, train__train_iters=6, checkpoint__save=save)
-    own = {one.name: getattr(config.model, one.name) for one in fields(config.model) if one.init}
-    config.model, history = Ahead(**{**own, "mtp_num_layers": 1, "hf_config": {}, "hf_source": None}), small.History()
+    config, history = runpy.run_path(str(EXAMPLE), run_name="model")["settings"](steps=6), small.History()
+    config.dataset, config.checkpoint.save, config.dist.device = small.FixedTokens(256), save, "cpu"
+    config.validation.eval_iters = 0
     pretrain(config, callbacks=[history])
     return history.losses
 
 
-def test_a_model_without_a_formula_trains_and_its_log_has_no_flops(ranks, model_folder, tmp_path) -> None:
-    (losses,) = ranks.run(_train, 1, str(model_folder("gqa")), str(tmp_path))
+def test_a_model_without_a_formula_trains_and_its_log_has_no_flops(ranks, tmp_path) -> None:
+    (losses,) = ranks.run(_train, 1, str(tmp_path))
     assert losses[-1] < losses[0]
     *_, record = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert (record["tflops_per_gpu"], record["mfu"]) == (None, None)

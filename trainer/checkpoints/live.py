@@ -180,7 +180,7 @@ def _from_megatron(reader: MegatronReader, config: Mapping[str, Any] | None) -> 
 
 
 def _padded(name: str) -> bool:
-    return name in {"embedding.word_embeddings.weight", "output_layer.weight"}
+    return name in {"embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"}
 
 
 def _unpadded(tensor_plan: TensorPlan, vocab: int | None) -> TensorPlan:

@@ -1,16 +1,17 @@
 """Count the bytes that the forward pass keeps for the backward pass.
 
 After Korthikanti et al. 2022 (arXiv:2205.05198, section 4), recounted for what megatron-core runs today: gated feed-forward
-networks, grouped queries, flash attention (no matrix of scores), no dropout mask, fused norms, experts, frozen weights with
-adapters (Transformer Engine 2.20: `module/layernorm_linear.py`, `module/linear.py`). Packed rows on a GPU cost as much as
-other rows of their length. Weights are not counted, nor copies that canonical adapters stack of theirs, about 1 % of the rest.
+networks, grouped queries, flash attention (no matrix of scores), no dropout mask, fused norms, latent attention, experts that all
+get as many tokens, multi-token prediction, frozen weights with adapters (Transformer Engine 2.20: `module/layernorm_linear.py`,
+`module/linear.py`). Packed rows on a GPU cost as much as other rows of their length. Weights are not counted, nor copies that
+canonical adapters stack of theirs, about 1 % of the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import batched
+from itertools import batched, islice
 from typing import Any
 
 from megatron.core.enums import Fp8Recipe
@@ -27,6 +28,9 @@ of logits that are not fp32. Measured on H200s: what was over when all else was 
 
 SCORE_COPIES = 2
 """Matrices of scores that attention without flash keeps: before and after the softmax."""
+
+ROUTER = 8
+"""Bytes per token and expert that a router keeps: scores and weights in fp32."""
 
 STATISTICS = 4
 """Bytes per token and norm or head that fp32 statistics take: a norm's deviation, a softmax's sum."""
@@ -82,8 +86,9 @@ def activations(
         # The output layer's weight has no gradient if it is frozen, for which it would keep its input.
         norm = (2 * edge, "its input and output") if peft is None else (edge, "its input; the output layer, frozen, keeps none")
         yield "final norm", *norm
-        each = _logit(model, layout)
-        yield "logits", tokens * shape.padded_vocab // layout.tp * each, f"one microbatch, {each} bytes per logit"
+        each, times = _logit(model, layout), 1 + shape.mtp
+        why = f"one microbatch{f', {times} predictions' if shape.mtp else ''}, {each} bytes per logit"
+        yield "logits", tokens * shape.padded_vocab // layout.tp * each * times, why
 
 
 def _why(model: Any, layers: str, peft: Any) -> str:
@@ -136,36 +141,64 @@ def _layout(model: Any, number: int, sequence_length: int, peft: Any) -> Layout:
 def _layer(shape: Shape, number: int, layout: Layout) -> dict[str, int]:
     """Return the bytes per token of one layer, by module that can be recomputed on its own."""
     wide, tp = layout.wide, layout.tp
-    qkv, projection, *others = linears(shape, number)
-    into_qkv, of_qkv = _linear(qkv, layout, tp, normed=True)
+    *readers, projection = islice(every := linears(shape, number), len(shape.projections))
+    into_attention, up_projections, of_adapters = (_latent if shape.latent else _plain)(shape, readers, layout)
     into_projection, of_projection = _linear(projection, layout, tp, shared=True)
+    channels = wide * (shape.queries + shape.keys + shape.values) // tp
+    attended = wide * shape.attended // tp
     parts = {
         "residual": 2 * (wide * (shape.hidden // layout.shards) + STATISTICS),  # the inputs of both norms
-        "attention": 2 * wide * (shape.queries + shape.keys) // tp + into_projection + of_qkv + of_projection,
+        "attention": attended + into_projection + of_adapters + of_projection + (0 if shape.latent else channels),
+        "mla_up_proj": up_projections + channels if shape.latent else 0,
         "core_attn": STATISTICS * shape.heads // tp + SCORE_COPIES * wide * shape.heads * layout.scores // tp,
+        "prediction": _prediction(shape, layout) if number >= shape.layers else 0,
     }
     if shape.experts[number]:
-        into_mlp, more = _experts(shape, layout, others)
+        into_mlp, more = _experts(shape, layout, list(every))
     else:
-        into_mlp, own = _mlp(shape, others, layout, tp, normed=True)
+        into_mlp, own = _mlp(shape, list(every), layout, tp, normed=True)
         more = {"mlp": own}
-    return {**parts, "layernorm": into_qkv + into_mlp, **more}
+    return {**parts, "layernorm": into_attention + into_mlp, **more}
+
+
+def _plain(_shape: Shape, readers: Sequence[Linear], layout: Layout) -> tuple[int, int, int]:
+    """Return the bytes per token of what attention reads, of what its up-projections keep, which are none, and of its adapter."""
+    into, of_adapter = _linear(readers[0], layout, layout.tp, normed=True)
+    return into, 0, of_adapter
+
+
+def _latent(shape: Shape, readers: Sequence[Linear], layout: Layout) -> tuple[int, int, int]:
+    """Return the bytes per token of the same for latent attention. Two layers read the same norm of the hidden state; each keeps
+    a quantized copy of its own. Up-projections keep what a norm inside them reads, and what it makes."""
+    assert shape.latent is not None
+    kept = {linear.name.rpartition(".")[2]: _linear(linear, layout, layout.tp, normed="up" in linear.name) for linear in readers}
+    ups = [name for name in kept if "_up_" in name]
+    reading = [kept[name][0] for name in kept if name not in ups]
+    into = sum(reading) if layout.narrow != layout.wide else max(reading)
+    compressed = shape.latent.query_rank + shape.latent.kv_rank + shape.latent.rotary
+    inside = layout.wide * compressed // layout.shards + len(ups) * STATISTICS
+    return into, inside + sum(kept[name][0] for name in ups), sum(added for _, added in kept.values())
+
+
+def _prediction(shape: Shape, layout: Layout) -> int:
+    """Return the bytes per token that a layer of multi-token prediction keeps beside its transformer layer: the inputs of two
+    norms, which its projection reads side by side, and the input and output of a last norm."""
+    inputs = layout.narrow * 2 * shape.hidden if layout.peft is None else 0
+    return (4 * layout.wide * shape.hidden + inputs) // layout.shards + 3 * STATISTICS
 
 
 def _experts(shape: Shape, layout: Layout, inner: Sequence[Linear]) -> tuple[int, dict[str, int]]:
-    """Return the bytes per token of the experts' input before it is dispatched, and of the experts, which all get as many
-    tokens."""
+    """Return the bytes per token of the experts' input before it is dispatched, which router and dispatcher keep as it is, and of
+    the experts, which all get as many tokens. Their outputs are not kept: what they weigh is multiplied inside them."""
     wide, hidden = layout.wide, shape.hidden
     routed, shared = ([linear for linear in inner if (linear.expert is None) == of_all] for of_all in (False, True))
     whole = replace(layout, shards=1)
     pairs = [_mlp(shape, pair, whole, layout.etp, normed=False) for pair in batched(routed, 2)]
     into, own = (sum(pair[which] for pair in pairs) // len(pairs) for which in (0, 1))
-    sent = wide * hidden if layout.peft is None else into
-    inside = shape.active_experts * (sent + own + wide * hidden)  # what comes out is kept to be weighted
-    router = 2 * STATISTICS * shape.num_experts // layout.shards
-    into_shared, of_shared = _mlp(shape, shared, layout, layout.tp, normed=False) if shared else (0, 0)
-    norm_output = layout.narrow * hidden // layout.shards if layout.peft is None else into_shared
-    return norm_output, {"moe": inside // layout.shards + router, "shared_experts": of_shared}
+    inside = shape.active_experts * (into + own)
+    router = ROUTER * shape.num_experts // layout.shards
+    _, of_shared = _mlp(shape, shared, layout, layout.tp, normed=False) if shared else (0, 0)
+    return wide * hidden // layout.shards, {"moe": inside // layout.shards + router, "shared_experts": of_shared}
 
 
 def _mlp(shape: Shape, pair: Sequence[Linear], layout: Layout, ranks: int, *, normed: bool) -> tuple[int, int]:

@@ -56,11 +56,12 @@ def is_known(peft: Any) -> bool:
 
 
 def linears(shape: Shape, number: int) -> Iterator[Linear]:
-    """Yield the linear layers of layer `number`, counted from 0 in the whole model: attention's two, the feed-forward network's
-    or each expert's two, the shared expert's two."""
-    layer = f"decoder.layers.{number}"
-    yield Linear(f"{layer}.self_attention.linear_qkv", shape.hidden, {"q": shape.queries, "k": shape.keys, "v": shape.keys})
-    yield Linear(f"{layer}.self_attention.linear_proj", shape.queries, {"": shape.hidden}, row=True)
+    """Yield the linear layers of layer `number`, counted from 0 in the whole model: attention's, the output projection last; the
+    feed-forward network's or each expert's two; the shared expert's two."""
+    mtp = number - shape.layers
+    layer = f"decoder.layers.{number}" if mtp < 0 else f"mtp.layers.{mtp}.mtp_model_layer"
+    for name, (inputs, parts) in shape.projections.items():
+        yield Linear(f"{layer}.self_attention.{name}", inputs, parts, row=name == "linear_proj")
     if not shape.experts[number]:
         yield from _mlp(f"{layer}.mlp", shape, shape.ffn)
         return
@@ -99,12 +100,12 @@ def first_trained(peft: Any, shape: Shape) -> int:
     layers where no layer has an adapter."""
     if not is_known(peft):
         return 0
-    layers = (number for number in range(shape.layers) if any(adapter_of(peft, linear) for linear in linears(shape, number)))
-    return next(layers, shape.layers)
+    layers = (number for number in range(shape.all_layers) if any(adapter_of(peft, linear) for linear in linears(shape, number)))
+    return next(layers, shape.all_layers)
 
 
 def multiplied_weights(peft: Any, shape: Shape) -> float:
     """Return the weights of A and B that one token is multiplied with; of experts, those that a token is sent to on average."""
     share = shape.active_experts / shape.num_experts if shape.num_experts else 0
-    adapted = ((linear, adapter_of(peft, linear)) for number in range(shape.layers) for linear in linears(shape, number))
+    adapted = ((linear, adapter_of(peft, linear)) for number in range(shape.all_layers) for linear in linears(shape, number))
     return sum(added.matrices * (1 if linear.expert is None else share) for linear, added in adapted if added)

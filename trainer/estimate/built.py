@@ -49,7 +49,7 @@ class RankParameters:
     """Outputs that DoRA scales."""
 
     layers: tuple[int, ...]
-    """Transformer layers, counted from 0 in the whole model."""
+    """Transformer layers, counted from 0 in the whole model, those of multi-token prediction last."""
 
     @property
     def total(self) -> int:
@@ -57,8 +57,8 @@ class RankParameters:
         return self.trained.total + self.frozen.total
 
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
-_MATRIX = re.compile(r"(?:^|\.)layers\.(\d+)\.(?!.*\.adapter\.).*linear_\w+\.weight\d*$")
+_LAYER = re.compile(r"(?:^|\.)(?:(decoder|mtp)\.)?layers\.(\d+)$")
+_MATRIX = re.compile(r"(?:^|\.)(?:(decoder|mtp)\.)?layers\.(\d+)\.(?!.*\.adapter\.).*(linear_\w+|eh_proj)\.weight\d*$")
 
 
 def count_chunks(chunks: Sequence[Any], provider: Any) -> RankParameters:
@@ -68,15 +68,21 @@ def count_chunks(chunks: Sequence[Any], provider: Any) -> RankParameters:
     for name, parameter in _parameters(chunks):
         counts[parameter.requires_grad, not getattr(parameter, "allreduce", True)] += parameter.numel()
         match = _MATRIX.search(name)
-        matrices += parameter.numel() if match and is_quantized(provider, int(match[1])) else 0
+        matrices += parameter.numel() if match and is_quantized(provider, _number(match, provider)) else 0
         magnitudes += parameter.numel() if name.endswith("weight_magnitude") else 0
     trained, frozen = (Weights(counts[which, False], counts[which, True]) for which in (True, False))
-    return RankParameters(trained, frozen, matrices, magnitudes, tuple(_layers(chunks)))
+    return RankParameters(trained, frozen, matrices, magnitudes, tuple(_layers(chunks, provider)))
 
 
 def is_quantized(provider: Any, number: int) -> bool:
-    """Tell whether layer `number` multiplies in FP8 or FP4."""
-    return bool(provider.fp8 or provider.fp4) and not is_first_last_bf16_layer(provider, number)
+    """Tell whether layer `number` multiplies in FP8 or FP4. Layers of multi-token prediction, after the model's, always do."""
+    layers = getattr(provider, "num_layers", 0)
+    return bool(provider.fp8 or provider.fp4) and (number >= layers > 0 or not is_first_last_bf16_layer(provider, number))
+
+
+def _number(match: re.Match[str], provider: Any) -> int:
+    """Return the number of a layer in the whole model, where those of multi-token prediction come last."""
+    return int(match[2]) + (provider.num_layers if match[1] == "mtp" else 0)
 
 
 def _parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -90,11 +96,11 @@ def _parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, torch.nn.Parameter
                     yield f"{name}.{own}", parameter
 
 
-def _layers(chunks: Sequence[Any]) -> Iterator[int]:
+def _layers(chunks: Sequence[Any], provider: Any) -> Iterator[int]:
     for chunk in chunks:
         for name, _, module in module_names(model.unwrap(chunk)):
             if (match := _LAYER.search(name)) and hasattr(module, "layer_number"):
-                yield int(match[1])
+                yield _number(match, provider)
 
 
 _WITHOUT_GPU: dict[str, Any] = WITHOUT_CUDA | {

@@ -20,9 +20,11 @@ def flops_per_token(provider: Any, sequence_length: int, *, lengths: Sequence[fl
     3 × forward, as backward multiplies twice as much (Narayanan et al. 2021, arXiv:2104.04473, appendix). Forward, per token:
 
     - 2 × every weight that is multiplied with: attention, feed-forward network (the experts a token is sent to, the shared
-      one, the router) and output layer with the vocabulary's own size, not padded. The input embedding is looked up.
-    - 4 × heads × head size × the tokens that a token sees on average, in each layer: queries times keys, and scores times values.
-      Causal attention sees half a sequence, s/2; Σ s²/2 ÷ Σ s over packed sequences; a sliding window less.
+      one, the router) and output layer with the vocabulary's own size, not padded. The input embedding is looked up. A layer of
+      multi-token prediction is a layer, a projection of the hidden state and an embedding, and the output layer once more.
+    - 2 × heads × (channels of a key + channels of a value) × the tokens that a token sees on average, in each layer: queries
+      times keys, and scores times values. Causal attention sees half a sequence, s/2; Σ s²/2 ÷ Σ s over packed sequences; a
+      sliding window less.
 
     With `peft` the model's weights are frozen: 2 × forward for them, as gradients pass through but none is theirs; 3 × forward
     for attention's scores, which have no weights; and 3 × 2 × every weight of an adapter's A and B. Layers before the first with
@@ -31,7 +33,9 @@ def flops_per_token(provider: Any, sequence_length: int, *, lengths: Sequence[fl
     Raises UserError for a model that is not GPT-shaped.
     """
     shape = shape_of(provider)
-    attention = [4 * shape.queries * _seen(lengths or (sequence_length,), window) for window in shape.windows]
+    attention = [
+        2 * shape.heads * (shape.head + shape.value) * _seen(lengths or (sequence_length,), window) for window in shape.windows
+    ]
     if peft is None:
         return 3 * (2 * _multiplied(shape) + sum(attention))
     first = adapters.first_trained(peft, shape)
@@ -61,7 +65,7 @@ def _multiplied(shape: Shape, first: int = 0) -> int:
     routed = shape.active_experts * shape.mlp_matrices(shape.expert_ffn) + shape.hidden * shape.num_experts
     routed += shape.mlp_matrices(shape.shared_ffn)
     layers = sum(shape.attention_matrices + (routed if experts else dense) for experts in shape.experts[first:])
-    return layers + shape.hidden * shape.vocab
+    return layers + shape.hidden * shape.vocab + shape.mtp * (2 * shape.hidden**2 + shape.hidden * shape.vocab)
 
 
 def _seen(lengths: Sequence[float], window: int | None) -> float:

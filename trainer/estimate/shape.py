@@ -14,6 +14,20 @@ from formats.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
+class Latent:
+    """Sizes of multi-head latent attention, in channels."""
+
+    query_rank: int
+    """What queries are projected from; 0 where they are projected from the hidden state."""
+
+    kv_rank: int
+    """What keys and values are projected from."""
+
+    rotary: int
+    """Those of a head's query and key that a rotary embedding turns; of the key they are the same in all heads."""
+
+
+@dataclass(frozen=True, slots=True)
 class Shape:
     """Sizes of a model's whole tensors, before ranks divide them."""
 
@@ -22,12 +36,21 @@ class Shape:
     heads: int
     groups: int
     head: int
+    """Channels of a head's query, and of its key."""
+
+    value: int
+    """Channels of a head's value."""
+
+    latent: Latent | None
     ffn: int
     gates: int
     """Matrices of the feed-forward network that read the hidden state: 2 with a gated unit, else 1."""
 
     vocab: int
     padded_vocab: int
+    mtp: int
+    """Layers of multi-token prediction, each with a transformer layer like the model's last. They are counted after `layers`."""
+
     windows: tuple[int | None, ...]
     """Layer by layer: tokens that a token sees, itself included; None for all before it."""
 
@@ -40,19 +63,49 @@ class Shape:
     shared_ffn: int
 
     @property
+    def all_layers(self) -> int:
+        """Transformer layers, with those of multi-token prediction."""
+        return self.layers + self.mtp
+
+    @property
     def queries(self) -> int:
-        """Channels of the queries, and of the attention's output."""
+        """Channels of the queries."""
         return self.heads * self.head
 
     @property
     def keys(self) -> int:
-        """Channels of the keys; the values have as many."""
+        """Channels of the keys."""
         return self.groups * self.head
+
+    @property
+    def values(self) -> int:
+        """Channels of the values."""
+        return self.groups * self.value
+
+    @property
+    def attended(self) -> int:
+        """Channels of the attention's output."""
+        return self.heads * self.value
+
+    @property
+    def projections(self) -> dict[str, tuple[int, dict[str, int]]]:
+        """Inputs of each linear layer of attention, and the outputs of each of its parts, by megatron-core's names."""
+        output = {"linear_proj": (self.attended, {"": self.hidden})}
+        if self.latent is None:
+            return {"linear_qkv": (self.hidden, {"q": self.queries, "k": self.keys, "v": self.values}), **output}
+        rank, of_kv = self.latent.query_rank, self.latent.kv_rank
+        query = {"linear_q_down_proj": (self.hidden, {"": rank}), "linear_q_up_proj": (rank, {"": self.queries})}
+        return {
+            **(query if rank else {"linear_q_proj": (self.hidden, {"": self.queries})}),
+            "linear_kv_down_proj": (self.hidden, {"": of_kv + self.latent.rotary}),
+            "linear_kv_up_proj": (of_kv, {"": self.queries - self.heads * self.latent.rotary + self.values}),
+            **output,
+        }
 
     @property
     def attention_matrices(self) -> int:
         """Weights of one layer's attention that are multiplied with."""
-        return self.hidden * (self.queries + 2 * self.keys) + self.queries * self.hidden
+        return sum(inputs * sum(parts.values()) for inputs, parts in self.projections.values())
 
     def mlp_matrices(self, ffn: int) -> int:
         """Weights of one feed-forward network of inner size `ffn`."""
@@ -60,9 +113,7 @@ class Shape:
 
 
 _UNLIKE = (
-    "multi_latent_attention",
     "experimental_attention_variant",
-    "mtp_num_layers",
     "heterogeneous_block_specs",
     "is_hybrid_model",
 )
@@ -84,7 +135,7 @@ def _shape(provider: Any) -> Shape:
         if getattr(provider, name, None):
             raise UserError(
                 f"no formula for the size of a model with `{name}`: `{getattr(provider, name)}`",
-                hint="only models with plain attention and feed-forward layers or experts are counted",
+                hint="only models of attention, plain or latent, and of feed-forward layers or experts are counted",
             )
     heads, hidden = provider.num_attention_heads, provider.hidden_size
     if not heads or not hidden:  # a provider of the user's own need not say
@@ -92,25 +143,40 @@ def _shape(provider: Any) -> Shape:
             f"no formula for the size of a `{type(provider).__name__}`: its `num_attention_heads` is `{heads}`",
             hint="only models with the fields of `GPTModelProvider` are counted",
         )
-    ffn = provider.ffn_hidden_size or 4 * hidden
-    experts = provider.num_moe_experts or 0
+    ffn, mtp = provider.ffn_hidden_size or 4 * hidden, provider.mtp_num_layers or 0
+    experts, latent = provider.num_moe_experts or 0, _latent(provider)
+    head = provider.kv_channels or hidden // heads
     return Shape(
         layers=provider.num_layers,
         hidden=hidden,
         heads=heads,
-        groups=provider.num_query_groups or heads,
-        head=provider.kv_channels or hidden // heads,
+        groups=heads if latent else provider.num_query_groups or heads,
+        head=provider.qk_head_dim + latent.rotary if latent else head,
+        value=provider.v_head_dim if latent else head,
+        latent=latent,
         ffn=ffn,
         gates=2 if provider.gated_linear_unit else 1,
         vocab=provider.vocab_size,
         padded_vocab=provider.padded_vocab_size,
-        windows=_windows(provider),
-        experts=_layers_with_experts(provider),
+        mtp=mtp,
+        windows=_and_more(_windows(provider), mtp),
+        experts=_and_more(_layers_with_experts(provider), mtp),
         num_experts=experts,
         active_experts=provider.moe_router_topk if experts else 0,
         expert_ffn=(provider.moe_ffn_hidden_size or ffn) if experts else 0,
         shared_ffn=(provider.moe_shared_expert_intermediate_size or 0) if experts else 0,
     )
+
+
+def _latent(provider: Any) -> Latent | None:
+    if not provider.multi_latent_attention:
+        return None
+    return Latent(provider.q_lora_rank or 0, provider.kv_lora_rank, provider.qk_pos_emb_head_dim)
+
+
+def _and_more[T](layers: tuple[T, ...], mtp: int) -> tuple[T, ...]:
+    """Repeat the last layer for those of multi-token prediction."""
+    return layers + layers[-1:] * mtp
 
 
 def _layers_with_experts(provider: Any) -> tuple[bool, ...]:

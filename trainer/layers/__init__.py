@@ -19,11 +19,13 @@ from trainer.layers.late_norms import late_norms
 from trainer.layers.latent_attention import latent_epsilon, latent_gradients, local_attention, plain_queries
 from trainer.layers.norms import accepted, local_norms
 from trainer.layers.output import output_bias
+from trainer.layers.output_projection import attention_output_bias
 from trainer.layers.parallel_residual import parallel_residual
 from trainer.layers.prediction import prediction_block
 from trainer.layers.recomputed_bias import recomputed_bias
 from trainer.layers.residual_multiplier import residual_multiplier
 from trainer.layers.rope import own_frequencies, sliding_rope
+from trainer.layers.routing import own_scoring
 from trainer.layers.scores import changed_scores
 from trainer.layers.spec import copied
 from trainer.layers.xielu import activation_weights
@@ -35,8 +37,10 @@ LAYER_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     changed_scores,
     head_norms,
     parallel_residual,
+    attention_output_bias,
     branch_norms,
     residual_multiplier,
+    own_scoring,
 )
 """Functions `(provider, layer)` that change the spec of a decoder layer in place. Each looks at fields of its own."""
 

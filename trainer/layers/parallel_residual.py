@@ -1,4 +1,6 @@
-"""Attention and feed-forward part side by side: x + attention(norm(x)) + mlp(norm(x)). GPT-NeoX, GPT-J, Phi, Falcon, Cohere.
+"""Attention and feed-forward part side by side: x + (attention(norm(x)) + mlp(norm(x))). GPT-NeoX, GPT-J, Phi, Falcon, Cohere.
+
+The branches are added first, as transformers adds them: in bf16 a sum with the larger x is rounded once, not twice.
 
 With `one_norm` both branches read one norm of the layer's input, `input_layernorm`; with `two_norms` each has its own, where
 megatron-core has it.
@@ -6,6 +8,7 @@ megatron-core has it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +25,8 @@ ONE_NORM, TWO_NORMS = "one_norm", "two_norms"
 class ParallelResidualLayer(TransformerLayer):
     """A layer whose feed-forward part reads the layer's input, not what attention has added to it.
 
-    Dropout, recomputation and the fused sum of bias, dropout and residual are megatron-core's.
+    Dropout, recomputation and the fused sum of bias, dropout and residual are megatron-core's; what it takes for the residual of
+    the feed-forward part is the output of attention.
     """
 
     _layer_input: torch.Tensor | None = None
@@ -31,12 +35,13 @@ class ParallelResidualLayer(TransformerLayer):
         """Return (output [sequence, batch, hidden], context) as TransformerLayer does."""
         self._layer_input = hidden_states
         try:
-            return super().forward(hidden_states, *args, **kwargs)
+            branches, context = super().forward(hidden_states, *args, **kwargs)
+            return hidden_states + branches, context
         finally:
             self._layer_input = None
 
     def _forward_pre_mlp_layernorm(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the input of the feed-forward part, and the residual that its output is added to."""
+        """Return the input of the feed-forward part, and the output of attention, which its output is added to."""
         return super()._forward_pre_mlp_layernorm(self._layer_input), hidden_states
 
 
@@ -60,10 +65,20 @@ def parallel_residual(provider: Any, layer: Any) -> None:
             f"`model.parallel_residual` is `{kind}`, and `model.pre_layernorms` is `False`",
             hint="parallel branches read a norm of the layer's input: leave one of the two out",
         )
-    layer.module = ParallelResidualLayer
+    layer.module, layer.submodules.self_attn_bda = ParallelResidualLayer, _add_bias_and_drop
     if kind == ONE_NORM:
         layer.module = SharedNormLayer
         _share_input_norm(provider, layer)
+
+
+def _add_bias_and_drop(training: bool, _fused: bool) -> Callable[..., torch.Tensor]:
+    """Return what stands for megatron-core's sum of bias, dropout and residual, without the residual."""
+
+    def add(branch: tuple[torch.Tensor, torch.Tensor | None], _residual: torch.Tensor, dropout: float) -> torch.Tensor:
+        output, bias = branch
+        return torch.nn.functional.dropout(output if bias is None else output + bias, dropout, training)
+
+    return add
 
 
 def _share_input_norm(provider: Any, layer: Any) -> None:

@@ -38,6 +38,7 @@ MODELS = {
         "output_layer_bias": True,
         "activation_func": "xielu",
         "num_query_groups": 1,
+        "make_vocab_size_divisible_by": 12,  # to 156 tokens at TP1, 168 at TP2
     },
     "long": {
         "rope_parameters": {
