@@ -1,9 +1,9 @@
 """What planning takes, and whether `--dry-run`'s figure for memory is what a conversion then takes. Prints two tables.
 
-    python benchmarks/plan.py [--tensors 45000 --tensors 200000] [--skip-cases] [--folder DIR]
+    python -m benchmarks.plan [--tensors 45000 --tensors 200000] [--skip-experts] [--skip-cases] [--folder DIR]
 
 Models are files full of holes: they take no disk and no time to make. Every row is a process of its own, with its processor
-time and its VmHWM. Needs no torch; the upload goes to a server here that forgets what it is sent.
+time (of the user alone) and its VmHWM. Needs no torch; the upload goes to a server here that forgets what it is sent.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from benchmarks.convert import make_model
+from benchmarks.headers import DEEPSEEK_V3, FP8, SMALL_EXPERTS, make_headers
 from converter.memory import peak_memory
 
 TARGETS = {45_000: (1.5, 128), 200_000: (5.0, 250)}
@@ -29,7 +30,7 @@ TARGETS = {45_000: (1.5, 128), 200_000: (5.0, 250)}
 SHARD_BYTES = 160 << 10
 """Some 300 tiny tensors in a file, as large models have."""
 
-PROGRAM = "import sys, json, time; from benchmarks.plan import measured; measured(json.loads(sys.argv[1]))"
+PROGRAM = "import sys, json; from benchmarks.plan import measured; measured(json.loads(sys.argv[1]))"
 
 
 def many(tensors: int) -> dict:
@@ -40,8 +41,6 @@ def many(tensors: int) -> dict:
 
 def measured(call: dict) -> None:
     """In a process of its own: one call, then what it took, as JSON."""
-    import time
-
     from converter import hf_to_mcore, mcore_to_hf
 
     told = 0
@@ -55,7 +54,7 @@ def measured(call: dict) -> None:
     else:
         convert = {"import": hf_to_mcore, "export": mcore_to_hf}[call["what"]]
         told = convert(call["source"], call["target"], **call.get("options", {})).peak_memory
-    print(json.dumps({"cpu": time.process_time(), "peak": peak_memory(), "told": told}))
+    print(json.dumps({"cpu": os.times().user, "peak": peak_memory(), "told": told}))
 
 
 def run(**call: object) -> dict:
@@ -82,10 +81,35 @@ def planning(folder: Path, tensors: int) -> None:
     shutil.rmtree(made)
 
 
-def row(tensors: int, what: str, found: dict) -> None:
-    seconds, mib = TARGETS.get(tensors, (float("nan"), float("nan")))
+TP8_PP16_EP64 = {"tp": 8, "pp": 16, "pp_layout": "Et*3|(t*4|)*14t*2mL", "ep": 64}
+"""What DeepSeek-V3 is laid out for, with experts that are whole (`etp` 1) or divided as other layers are."""
+
+
+def experts(folder: Path) -> None:
+    """DeepSeek-V3 of its true sizes, in bf16 and in FP8; then as many tensors of experts as the largest model above has."""
+    source, made = folder / "hf-experts", folder / "mcore-experts"
+    for changes in ({}, FP8):
+        tensors = make_headers(source, DEEPSEEK_V3 | changes)
+        for etp in (1, 8):
+            options = {**TP8_PP16_EP64, "etp": etp, "dry_run": True}
+            found = run(what="import", source=str(source), target=str(folder / "nothing"), options=options)
+            row(tensors, f"DeepSeek-V3{', FP8' if changes else ''}, ETP{etp}", found, TARGETS[200_000])
+        shutil.rmtree(source)
+    tensors = make_headers(source, SMALL_EXPERTS, shard_bytes=SHARD_BYTES)
+    options = {"tp": 2, "pp": 8, "ep": 8, "etp": 1, "make_vocab_size_divisible_by": 1}
+    where = {"source": str(source), "target": str(folder / "nothing")}
+    row(tensors, "import, experts", run(what="import", **where, options={**options, "dry_run": True}), TARGETS[200_000])
+    run(what="import", source=str(source), target=str(made), options={**options, "integrity": False})
+    where["source"] = str(made)
+    row(tensors, "export, experts", run(what="export", **where, options={"dry_run": True}), TARGETS[200_000])
+    shutil.rmtree(source)
+    shutil.rmtree(made)
+
+
+def row(tensors: int, what: str, found: dict, targets: tuple[float, float] | None = None) -> None:
+    seconds, mib = targets or TARGETS.get(tensors, (float("nan"), float("nan")))
     print(
-        f"{tensors:8,} {what:7} {found['cpu']:6.2f} s  {seconds:5.1f} s  {found['peak'] / 2**20:6.0f} MiB  {mib:4.0f} MiB",
+        f"{tensors:8,} {what:22} {found['cpu']:6.2f} s  {seconds:5.1f} s  {found['peak'] / 2**20:6.0f} MiB  {mib:4.0f} MiB",
         flush=True,
     )
 
@@ -173,14 +197,17 @@ def compared(name: str, what: str, source: Path, target: Path | str, options: di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tensors", type=int, action="append", help="default: 45000 and 200000; 0 for none")
+    parser.add_argument("--skip-experts", action="store_true")
     parser.add_argument("--skip-cases", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/mbconvert-plan"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    print(f"{'tensors':>8} {'what':7} {'cpu':>8}  {'target':>7}  {'peak':>10}  {'target':>8}")
+    print(f"{'tensors':>8} {'what':22} {'cpu':>8}  {'target':>7}  {'peak':>10}  {'target':>8}")
     for tensors in options.tensors or TARGETS:
         if tensors:
             planning(options.folder, tensors)
+    if not options.skip_experts:
+        experts(options.folder)
     if not options.skip_cases:
         print(f"{'case':36} {'told':>10} {'taken':>10} {'ratio':>6}  target")
         cases(options.folder)

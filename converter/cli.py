@@ -117,6 +117,10 @@ def _layout(command: _Command) -> _Command:
         click.option("--pp-layout", callback=_stages, metavar="LAYOUT",
                      help="Layers per pipeline stage, all ranks of the first virtual stage first: 9,9,8,6, or Megatron's "
                      "Et*9|t*9|t*8|t*6L."),
+        click.option("--ep", "--expert-model-parallel-size", "ep", type=_COUNT, default=1, show_default=True, metavar="N",
+                     help="Expert-parallel size: experts are divided among N ranks."),
+        click.option("--etp", "--expert-tensor-parallel-size", "etp", type=_COUNT, metavar="N",
+                     help="Tensor-parallel size of each expert. [default: that of other layers, --tp; 1 if experts have biases]"),
         click.option("--make-vocab-size-divisible-by", type=_COUNT, default=128, show_default=True, metavar="N",
                      help="Pad the vocabulary to a multiple of N × TP."),
     ]  # fmt: skip

@@ -213,6 +213,9 @@ def show_plan(summary: Summary) -> None:
     for name, bytes_ in summary.files.items():
         click.echo(f"{bytes_:>16,}  {name}")
     click.echo(f"{summary.total_bytes:>16,}  bytes in {len(summary.files)} files, {count(summary.parameters)} parameters")
+    if summary.layout:
+        ranks = sum(name.endswith(".distcp") for name in summary.files)
+        click.echo(f"weights in {ranks} files, one for each rank that holds some: {_sizes(summary.layout)}")
     click.echo(f"expected peak memory {size(summary.peak_memory)} with {summary.workers} workers")
     if is_remote(summary.target):
         return
@@ -244,10 +247,15 @@ def _report_lines(report: Report) -> Iterator[tuple[str, str]]:
     yield "size", f"{count(report.parameters)} parameters, {report.layers} layers, {report.tensors} tensors"
     yield "files", str(report.files)
     if report.layout:
-        yield "layout", ", ".join(f"{name} {value}" for name, value in report.layout.items())
+        yield "layout", _sizes(report.layout)
         yield "optimizer", "yes" if report.optimizer_state else "no"
     if report.unknown_packages:
         yield "args", f"names classes of {', '.join(f'`{name}`' for name in report.unknown_packages)}"
+
+
+def _sizes(layout: Mapping[str, Any]) -> str:
+    """Format parallel sizes: tp 2, pp 4."""
+    return ", ".join(f"{name} {value}" for name, value in layout.items())
 
 
 def _family(family: Family) -> dict[str, Any]:

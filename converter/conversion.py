@@ -25,5 +25,8 @@ class Conversion:
     copies: Mapping[str, FileRef] = field(default_factory=dict[str, FileRef])
     """The side files to copy, by their names in the output's folder."""
 
+    check: Callable[[], None] = lambda: None
+    """Raise UserError for numbers in the source that cannot be converted. Reads tensors, which planning does not."""
+
     memory: int = 0
     """Bytes that reading the source holds at most, beside what is read."""

@@ -92,6 +92,9 @@ class ConversionPlan:
     identity: Mapping[str, Any]
     """The options that name the partial directory, beside the tensors."""
 
+    layout: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Of a Megatron checkpoint: the parallel sizes it is laid out for."""
+
     @property
     def writer(self) -> Writer:
         """The layout of the files that hold tensors."""

@@ -51,8 +51,9 @@ def hf_to_mcore(
 
     `source` is a directory, a URL or a Hub id; `target` is a directory, s3:// or gs://. `pp_layout` gives the layers of each
     pipeline stage, all ranks of the first virtual stage first: `[9, 9, 8, 6]`, or megatron-core's `"Et*9|t*9|t*8|t*6L"`. `ep` and
-    `etp` divide experts; `etp` is `tp` unless given. The vocabulary is padded to a multiple of `make_vocab_size_divisible_by` ×
-    `tp`. `integrity` writes the sha256 of every file, as megatron-core checks them, and the BLAKE3 of every tensor.
+    `etp` divide experts; `etp` is `tp` unless given, or 1 if experts have biases. The vocabulary is padded to a multiple of
+    `make_vocab_size_divisible_by` × `tp`. `integrity` writes the sha256 of every file, as megatron-core checks them, and the
+    BLAKE3 of every tensor.
 
     Raises UserError before a byte moves if the model cannot be converted exactly. After any failure nothing is at `target`.
 

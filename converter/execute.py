@@ -64,6 +64,7 @@ def execute(
         seconds=time.monotonic() - started,
         peak_memory=_estimate(conversion, target, workers) if dry_run else peak_memory(),
         workers=workers,
+        layout=dict(plan.layout),
         verified=options.get("verify", False) and not dry_run,
         reused_bytes=reused,
     )
@@ -90,6 +91,7 @@ def _write(
     workers: int,
 ) -> int:
     """Write the output, from the lock to the commit; return how many bytes an earlier run had written."""
+    conversion.check()
     if is_remote(target):
         from converter.execute_remote import upload  # noqa: PLC0415 - the clients of object stores
 

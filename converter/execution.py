@@ -6,7 +6,7 @@ How it is carried out is left to converter/execute.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 from converter.ranks import Ranks
@@ -70,5 +70,8 @@ class Summary:
     seconds: float
     peak_memory: int
     workers: int
+    layout: dict[str, int] = field(default_factory=dict[str, int])
+    """Of a Megatron checkpoint: the parallel sizes it is laid out for."""
+
     verified: bool = False
     reused_bytes: int = 0

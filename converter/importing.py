@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +37,8 @@ from formats.detect import open_megatron
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.iterations import iteration_folder
-from formats.spec import is_valid_shape
+from formats.quantized.reader import DequantizedReader
+from formats.spec import dtype_name, is_valid_shape
 from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
 
 
@@ -50,7 +52,7 @@ class ImportOptions:
     pp_layout: Sequence[int] | None
     ep: int = 1
     etp: int | None = None
-    """The shards of each expert; as many as of other layers (`tp`) unless given."""
+    """The shards of each expert; unless given as many as of other layers (`tp`), or what the model can have (1 with biases)."""
 
     dtype: str
     make_vocab_size_divisible_by: int
@@ -74,17 +76,22 @@ def plan_import(source: Source, wanted: ImportOptions, reporter: Reporter) -> Co
     found = _recognize(source, wanted)
     for text in notes(source, found.plan):
         reporter.note(text)
-    for name, other in found.plan.equal:
-        check_equal(source.reader, name, other)
-    for tensor_plan in found.plan.exact:
-        check_exact(source.reader, tensor_plan)
     return Conversion(
         plan=_conversion_plan(found, wanted),
         reader=source.reader,
         views=lambda written: _views(found, written, wanted.dtype),
         copies=found.side_files.copies,
+        check=lambda: _check_numbers(found),
         memory=source.memory,
     )
+
+
+def _check_numbers(found: _Import) -> None:
+    """Raise UserError where tensors differ that should be equal, or where an offset would round."""
+    for name, other in found.plan.equal:
+        check_equal(found.source.reader, name, other)
+    for tensor_plan in found.plan.exact:
+        check_exact(found.source.reader, tensor_plan)
 
 
 def _recognize(source: Source, wanted: ImportOptions) -> _Import:
@@ -93,9 +100,8 @@ def _recognize(source: Source, wanted: ImportOptions) -> _Import:
     model = make_model(family.CONFIG, config, vocab_multiple=wanted.make_vocab_size_divisible_by * wanted.tp)
     refuse_unfit(reader.specs, config, family, model, label=source.label)
     _check_padding(model, wanted)
-    layout = make_layout(
-        model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout, ep=wanted.ep, etp=wanted.etp
-    )
+    etp = wanted.etp or to_megatron(family.CONFIG, config).get("expert_tensor_parallel_size")
+    layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout, ep=wanted.ep, etp=etp)
     passing = family.PASSTHROUGH_PREFIXES
     plan = plan_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype=wanted.dtype, passing=passing)
     return _Import(source, family, model, layout, plan, side_files.collect_model(source.reference, reader, plan.extras))
@@ -103,7 +109,7 @@ def _recognize(source: Source, wanted: ImportOptions) -> _Import:
 
 def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
     source, plan, folder = found.source, found.plan, f"{iteration_folder(0)}/"
-    command, options = source.command("hf-to-mcore"), _options(wanted, found.layout, experts="experts" in found.model)
+    command, options = source.command("hf-to-mcore"), _options(wanted, found)
     identity = {**options, **source.merged()}
     return ConversionPlan(
         source=source.label,
@@ -127,7 +133,15 @@ def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
         ),
         manifest=manifest(command, identity, {**source.files, **found.side_files.copies}),
         identity=identity,
+        layout=_parallel_sizes(found),
     )
+
+
+def _parallel_sizes(found: _Import) -> dict[str, int]:
+    """Return the sizes of the layout: all of tensor and pipeline parallelism, and those of experts where there are some."""
+    layout = found.layout
+    experts = {"ep": layout.ep, "etp": layout.etp} if "experts" in found.model else {}
+    return {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, **experts}
 
 
 def _writer(found: _Import) -> TorchDistWriter:
@@ -149,16 +163,13 @@ def _check_padding(model: Model, wanted: ImportOptions) -> None:
         )
 
 
-def _options(wanted: ImportOptions, layout: Layout, *, experts: bool) -> dict[str, Any]:
+def _options(wanted: ImportOptions, found: _Import) -> dict[str, Any]:
     return {
-        "tp": wanted.tp,
-        "pp": wanted.pp,
-        "vpp": wanted.vpp,
-        "layers": list(layout.stages),
+        **_parallel_sizes(found),
+        "layers": list(found.layout.stages),
         "dtype": wanted.dtype,
         "vocab_divisible_by": wanted.make_vocab_size_divisible_by,
         "integrity": wanted.integrity,
-        **({"ep": layout.ep, "etp": layout.etp} if experts else {}),
     }
 
 
@@ -209,7 +220,9 @@ def notes(source: Source, plan: Plan) -> Iterator[str]:
         yield f"{len(plan.zero)} biases that the source does not have are written as zeros (megatron-core has one switch for all)"
     if others := plan.filled.keys() - set(plan.zero):
         yield f"{len(others)} weights that the source does not have are written as the numbers that change nothing there"
-    if is_plain({spec.dtype for spec in source.reader.specs.values()}):
+    if isinstance(source.reader, DequantizedReader):
+        yield from _notes_on_quantization(source.reader)
+    elif is_plain({spec.dtype for spec in source.reader.specs.values()}):
         for name in quantization(source.reference.config):
             yield f"`config.json` has `{name}`, but no weight is quantized: an export leaves it out"
     if further := prediction_layers.further(plan.rules, plan.model, source.reader.specs):
@@ -218,6 +231,12 @@ def notes(source: Source, plan: Plan) -> Iterator[str]:
             f"`{plan.model.get('mtp', 0)}`, and the files have more"
         )
     yield from _notes_on_function(source.reference.config)
+
+
+def _notes_on_quantization(reader: DequantizedReader) -> Iterator[str]:
+    """Yield how many weights are dequantized, by scheme."""
+    for (scheme, dtype), count in Counter((one.scheme.name, one.spec.dtype) for one in reader.weights.values()).items():
+        yield f"{count} weights are dequantized to {dtype_name(dtype)}: {scheme}"
 
 
 def _notes_on_function(config: Mapping[str, Any]) -> Iterator[str]:

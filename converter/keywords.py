@@ -29,6 +29,8 @@ def other_names[**P, R](**names: str) -> Callable[[Callable[P, R]], Callable[P, 
 
 
 IN_MEGATRON = {
+    "expert_model_parallel_size": "ep",
+    "expert_tensor_parallel_size": "etp",
     "pipeline_model_parallel_layout": "pp_layout",
     "pipeline_model_parallel_size": "pp",
     "tensor_model_parallel_size": "tp",

@@ -69,7 +69,7 @@ def make_layout(
     layers.
     """
     _check_tp(model, tp)
-    etp = _check_experts(model, ep, etp or tp)
+    etp = _check_experts(model, ep, etp, tp)
     if vpp > 1 and pp == 1:
         raise UserError(
             f"{vpp} virtual stages need more than 1 pipeline rank", hint="leave `--vpp` out, or choose a larger `--pp`"
@@ -84,21 +84,26 @@ def make_layout(
     return Layout(tp, pp, vpp, _stages(model.layers, pp, vpp, pp_layout), ep, etp)
 
 
-def _check_experts(model: Model, ep: int, etp: int) -> int:
-    """Return the size of expert tensor parallelism: 1 for a model without experts."""
+def _check_experts(model: Model, ep: int, etp: int | None, tp: int) -> int:
+    """Return the size of expert tensor parallelism: `tp` unless given, 1 for a model without experts."""
     experts = model.get("experts", 0)
     if not experts:
-        if ep > 1:
-            raise UserError(f"expert-parallel size {ep} needs a model with experts, which this is not", hint="leave it out")
+        for name, what, size in (("ep", "expert-parallel", ep), ("etp", "expert-tensor-parallel", etp or 1)):
+            if size > 1:
+                raise UserError(f"{what} size {size} needs a model with experts, which this is not", hint=f"leave `--{name}` out")
         return 1
     if experts % ep:
-        raise UserError(f"expert-parallel size {ep} does not divide the model's {experts} experts", hint="choose a divisor")
-    if "moe_ffn" in model and model.moe_ffn % etp:
         raise UserError(
-            f"expert-tensor-parallel size {etp} does not divide the experts' feed-forward size, {model.moe_ffn}",
-            hint="choose a divisor",
+            f"expert-parallel size {ep} does not divide the model's {experts} experts",
+            hint=f"`--ep` may be {_divisors(experts)}",
         )
-    return etp
+    if "moe_ffn" in model and model.moe_ffn % (size := etp or tp):
+        given = "" if etp else ", which `--tp` is unless `--etp` is given,"
+        raise UserError(
+            f"expert-tensor-parallel size {size}{given} does not divide the experts' feed-forward size, {model.moe_ffn}",
+            hint="choose a divisor with `--etp`; 1 keeps each expert whole",
+        )
+    return etp or tp
 
 
 _DIVIDED = (("heads", "attention heads"), ("ffn", "feed-forward size"), ("shared_ffn", "feed-forward size of shared experts"),
@@ -111,6 +116,8 @@ def _check_tp(model: Model, tp: int) -> None:
     if "groups" in model:
         _check_groups(model.groups, tp)
     for name, what in _DIVIDED:
+        if name == "ffn" and _is_sparse(model):
+            continue
         if (size := model.get(name, 0)) % tp:
             raise UserError(f"tensor-parallel size {tp} does not divide the model's {what}, {size}", hint="choose a divisor")
     if "groups" in model and (rows := model.queries + 2 * model.keys) % tp:  # never where it divides the groups
@@ -118,6 +125,11 @@ def _check_tp(model: Model, tp: int) -> None:
             f"tensor-parallel size {tp} does not divide the {rows} rows of the model's query, key and value projection",
             hint=f"megatron-core takes {_divisors(model.groups)} or a multiple of {model.groups} that divides them",
         )
+
+
+def _is_sparse(model: Model) -> bool:
+    """Has every layer experts, so that no feed-forward part is divided as attention is?"""
+    return bool(model.get("experts")) and len(model.get("sparse", range(model.layers))) == model.layers
 
 
 def _check_groups(groups: int, tp: int) -> None:

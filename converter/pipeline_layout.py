@@ -1,7 +1,8 @@
 """The number of layers of each pipeline stage, as text: `9,9,8,6`, or the same in megatron-core's notation.
 
-megatron-core writes `E` for the embedding, `t` for a transformer layer, `L` for the output layer and the loss, `|` between
-stages, `x*3` for `xxx` and `(t|)*3` for `t|t|t|`; commas mean nothing (`PipelineParallelLayerLayout.parse_str_to_list`).
+megatron-core writes `E` for the embedding, `t` for a transformer layer, `m` for a layer of multi-token prediction, `L` for the
+output layer and the loss, `|` between stages, `x*3` for `xxx` and `(t|)*3` for `t|t|t|`; commas mean nothing
+(`PipelineParallelLayerLayout.parse_str_to_list`).
 Knows no model: converter/layout.py compares the stages with a model's layers.
 """
 
@@ -19,15 +20,15 @@ _GROUP = re.compile(r"\(([^()]*)\)\*([0-9]{1,5})")
 _ITEM = re.compile(r"(.)(?:\*([0-9]{1,6}))?")
 
 
-def format_layout(stages: Sequence[int]) -> str:
-    """Return the layers of each stage in megatron-core's notation.
+def format_layout(stages: Sequence[int], *, mtp: int = 0) -> str:
+    """Return the layers of each stage in megatron-core's notation; `mtp` layers of multi-token prediction are in the last.
 
-    >>> format_layout([9, 9, 8, 6])
-    'Et*9|t*9|t*8|t*6L'
+    >>> format_layout([9, 9, 8, 6]), format_layout([9, 9, 8, 6], mtp=1)
+    ('Et*9|t*9|t*8|t*6L', 'Et*9|t*9|t*8|t*6mL')
     """
     parts = [f"t*{count}" if count else "" for count in stages]
     parts[0] = f"E{parts[0]}"
-    parts[-1] = f"{parts[-1]}L"
+    parts[-1] += "m" * mtp + "L"
     return "|".join(parts)
 
 
@@ -44,7 +45,7 @@ def parse_layout(text: str) -> list[int]:
         raise UserError(
             f"pipeline layout `{text[:40]}` is not a list of layers per stage", hint=f"for example `9,9,8,6` or `{EXAMPLE}`"
         )
-    stages = _stages(_without_groups(re.sub(r"[,\s]", "", text)))
+    stages = _without_prediction(_stages(_without_groups(re.sub(r"[,\s]", "", text))))
     return [_layers(stage, number, len(stages)) for number, stage in enumerate(stages, 1)]
 
 
@@ -75,6 +76,15 @@ def _stages(text: str) -> list[list[tuple[str, int]]]:
     return stages
 
 
+def _without_prediction(stages: list[list[tuple[str, int]]]) -> list[list[tuple[str, int]]]:
+    """Leave out layers of multi-token prediction, which the last stage may have right before `L`."""
+    *others, last = stages
+    layers, end = last[:-1], last[-1:]
+    while layers and layers[-1][0] == "m":
+        layers.pop()
+    return [*others, [*layers, *end]]
+
+
 def _layers(stage: Sequence[tuple[str, int]], number: int, stages: int) -> int:
     """Return the layers of one stage: `E` begins the first stage, `L` ends the last, both once."""
     expected = [("E", 1)] * (number == 1), [("L", 1)] * (number == stages)
@@ -94,7 +104,10 @@ def _layers(stage: Sequence[tuple[str, int]], number: int, stages: int) -> int:
     return sum(times for _, times in layers)
 
 
-_MEANING = f"`E` is the embedding, `t` a layer, `L` the output layer and the loss, `|` ends a stage: `{EXAMPLE}`"
+_MEANING = (
+    f"`E` is the embedding, `t` a layer, `L` the output layer and the loss, `|` ends a stage: `{EXAMPLE}`; `m`, before `L`, "
+    "is a layer that predicts further tokens"
+)
 
 
 def _wrong(stage: Sequence[tuple[str, int]], number: int, what: str, hint: str) -> UserError:

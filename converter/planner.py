@@ -90,9 +90,9 @@ def _check_counts(model: Model, source: Specs) -> None:
             f"`config.json` says {model.layers} layers, but there are only {len(source)} tensors in all",
             hint="either the weights or `config.json` are of another model",
         )
-    largest = max((max(spec.shape, default=0) for spec in source.values()), default=0) if model.get("experts") else 0
     for name, what in (("experts", "experts"), ("mtp", "layers of multi-token prediction")):
-        if model.get(name, 0) > max(len(source), largest if name == "experts" else 0):
+        count = model.get(name, 0)
+        if count > len(source) and (name == "mtp" or count > max(max(spec.shape, default=0) for spec in source.values())):
             raise UserError(
                 f"`config.json` says {model.get(name)} {what}, more than the tensors there are could hold",
                 hint="either the weights or `config.json` are of another model",
@@ -114,11 +114,11 @@ def to_megatron(
     allowed = extra_names(extras, model) | {name for name in source if passing and name.startswith(passing)}
     allowed |= prediction_layers.further(rules, model, source)
     equal = [(name, other) for name, other in tied_names(rules, model).items() if name in source]
-    _account(wanted, source, known=allowed | {name for name, _ in equal}, side="source")
+    owned = iter(_account(wanted, source, known=allowed | {name for name, _ in equal}, side="source"))
     common = next(source[name].dtype for name, _ in wanted())  # which filled tensors take
     filled, tensor_plans = dict[str, float](), list[TensorPlan]()
     for table, indices in tables:
-        tensor_plans.append(_fused(table, indices, source, common, dtype))
+        tensor_plans.append(_fused(table, indices, _parts(table, indices, source, owned), common, dtype))
         if table.filled:
             filled[tensor_plans[-1].spec.name] = table.rule.fill
     present = sorted(allowed & source.keys())
@@ -126,12 +126,17 @@ def to_megatron(
     return Plan(tuple(tensor_plans), tuple(rules), model, tuple(present), tuple(equal), filled, exact)
 
 
-def _fused(table: Table, indices: Indices, source: Specs, common: np.dtype[Any], dtype: str) -> TensorPlan:
+def _parts(table: Table, indices: Indices, source: Specs, owned: Iterator[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Return the Hugging Face tensors of a table. Those that no table before names are the next of `owned`."""
+    own = table.owns(indices)
+    return tuple([next(owned) if mine else source[fill(name, indices)] for name, mine in zip(table.names, own, strict=True)])
+
+
+def _fused(table: Table, indices: Indices, parts: tuple[TensorSpec, ...], common: np.dtype[Any], dtype: str) -> TensorPlan:
     name = fill(table.rule.megatron, indices)
     if table.filled:
         target = _kept(table.rule) or target_dtype(TensorSpec(name, table.shape, common), dtype)
         return TensorPlan(TensorSpec(name, table.shape, target), transform=table.forward)
-    parts = tuple([source[fill(template, indices)] for template in table.names])
     target = _kept(table.rule) or target_dtype(parts[0], dtype)
     for part in parts[1:]:
         if part.dtype != parts[0].dtype and not table.rule.keep_dtype and target_dtype(part, dtype) != target:
@@ -160,15 +165,14 @@ def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype:
             name = _stored_name(table, indices, source)
             yield name, _stored_shape(name, table, model, source)
 
-    _account(stored, source, known=set(), side="checkpoint")
+    found = _account(stored, source, known=set(), side="checkpoint")
     made = _Made(source, dtype, known or {})
     filled = dict[str, float]()
-    for table, indices in tables:
-        name = _stored_name(table, indices, source)
+    for (table, indices), spec in zip(tables, found, strict=True):
         if table.filled:
-            filled[name] = table.rule.fill
+            filled[spec.name] = table.rule.fill
         else:
-            made.add(table, indices, source[name])
+            made.add(table, indices, spec)
     return Plan(tuple(made.all()), tuple(rules), model, filled=filled)
 
 
@@ -256,18 +260,20 @@ def _stored_shape(name: str, table: Table, model: Model, source: Specs) -> Shape
     return table.shape
 
 
-def _account(wanted: Callable[[], Iterable[tuple[str, Shape]]], given: Specs, *, known: set[str], side: str) -> None:
-    """Raise UserError unless nothing is missing, nothing is left over, and every shape is as it should be."""
-    missing, unlike, asked = list[str](), list[tuple[str, Shape]](), len(known & given.keys())
+def _account(wanted: Callable[[], Iterable[tuple[str, Shape]]], given: Specs, *, known: set[str], side: str) -> list[TensorSpec]:
+    """Return the tensors that are wanted, in order. Raises UserError unless nothing is missing, nothing is left over, and every
+    shape is as it should be."""
+    found, missing, unlike = list[TensorSpec](), list[str](), list[tuple[str, Shape]]()
     for name, shape in wanted():
         spec = given.get(name)
         if spec is None:
             missing.append(name)
             continue
-        asked += 1
+        found.append(spec)
         if spec.shape != shape:
             unlike.append((name, shape))
-    over = sorted(given.keys() - known - {name for name, _ in wanted()}) if asked < len(given) else []
+    is_more = len(found) + len(known & given.keys()) < len(given)
+    over = sorted(given.keys() - known - {name for name, _ in wanted()}) if is_more else []
     if missing:
         instead = f"; it holds {list_names(over)}, for which this family has no place" if over else ""
         raise UserError(
@@ -285,6 +291,7 @@ def _account(wanted: Callable[[], Iterable[tuple[str, Shape]]], given: Specs, *,
             f"`{name}` has shape {list(given[name].shape)}, by `config.json` it should be {list(shape)}",
             hint="either the weights or `config.json` are of another model",
         )
+    return found
 
 
 def _unequal_dtypes(one: TensorSpec, other: TensorSpec, name: str) -> UserError:

@@ -83,13 +83,18 @@ class Provenance:
 
         A hash that is not known yet takes as much room. Whatever is not in `files` is never taken for a part of the output.
         """
-        names = {*self.tensors, *self.hashes, *self.aliases} if self.hashed else None
+        names = self._names() if self.hashed else None
         about: dict[str, Any] = {"tool": TOOL, "version": VERSION, "command": self.command, **self.fields}
         about |= {"files": sorted(files), "blake3": None if names is None else {}}
         start = (json.dumps(about, indent=2) + "\n").encode()
         if not names:
             return Document.of(start)
-        return _with_hashes(start, sorted(names), lambda name: self._hash_of(name, hashes))
+        return _with_hashes(start, names, lambda name: self._hash_of(name, hashes))
+
+    def _names(self) -> list[str]:
+        """Return all tensors with a hash, in order."""
+        more = {*self.hashes, *self.aliases} - self.tensors.keys()
+        return sorted([*self.tensors, *more])
 
     def _hash_of(self, name: str, hashes: Mapping[str, str]) -> str | None:
         known = self.aliases.get(name, name)
@@ -99,11 +104,12 @@ class Provenance:
 def _with_hashes(start: bytes, names: Sequence[str], hash_of: Callable[[str], str | None]) -> Document:
     """Return a document that ends with an object of hashes, which is empty in `start`."""
     start, end = start.removesuffix(b"{}\n}\n") + b"{\n", b"\n  }\n}\n"
-    lines = (len(json.dumps(name)) + len(_LINE) for name in names)
-    size = len(start) + sum(lines) - len(",\n") + len(end)
+    lines = sum(map(len, map(_QUOTED, names))) + len(names) * len(_LINE)
+    size = len(start) + lines - len(",\n") + len(end)
     return Document(size, lambda: _blocks(start, names, hash_of, end))
 
 
+_QUOTED = json.JSONEncoder().encode
 _LINE = f'    : "{_UNKNOWN}",\n'  # a line without its name
 _NAMES_AT_ONCE = 1000
 

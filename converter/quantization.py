@@ -1,8 +1,9 @@
-"""Quantized weights, and weights that `config.json` only says are.
+"""Quantized weights that are not read, and weights that `config.json` only says are quantized.
 
-A quantized weight is rounded, and spread over several tensors: it is recognized by the names of those and by its dtype, and
-only the library that made it knows how to put it together. Where plain weights are said to be quantized (dequantized ones, or a
-base that an adapter was merged into), loaders would take the plain numbers for quantized ones.
+What converter/dequantization.py reads does not get here. A quantized weight is rounded, and spread over several tensors: it is
+recognized by the names of those and by its dtype, and only the library that made it knows how to put it together. Where plain
+weights are said to be quantized (dequantized ones, or a base that an adapter was merged into), loaders would take the plain
+numbers for quantized ones.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ _METHODS = (
 _CONFIGS = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config", "compressed-tensors": "CompressedTensorsConfig"}
 _METHODS_OF_LIBRARIES = {"MXFP4": "mxfp4", "compressed-tensors": "compressed-tensors", "FP8 with a scale for each block": "fp8"}
 
+_UNSAID = (
+    "`config.json` does not say so: with the `quantization_config` that the model was published with, it is converted; or "
+    "convert the original weights (bf16), from which it was made"
+)
+"""What to do with a scheme that is read where the configuration describes it."""
 
 _FIELDS = ("quantization_config", "compression_config")
 _PLAIN = frozenset(DTYPES[name] for name in FLOATS)
@@ -92,7 +98,8 @@ def refuse_quantized(specs: Mapping[str, TensorSpec], over: Sequence[str], confi
         if not whole:
             return
         what = f"`{whole[0].name}` is {whole[0].stored_dtype}"
-    raise UserError(f"`{label}` is quantized ({told or by_name or 'method unknown'}): {what}", hint=_hint(told or by_name, label))
+    hint = _UNSAID if not told and by_name in _METHODS_OF_LIBRARIES else _hint(told or by_name, label)
+    raise UserError(f"`{label}` is quantized ({told or by_name or 'method unknown'}): {what}", hint=hint)
 
 
 def _rounded(spec: TensorSpec) -> bool:

@@ -82,7 +82,11 @@ _FOREIGN = (
         "a part for images or sounds beside the language model",
         "leave out what is not the language model's: only that can be converted",
     ),
-    _ForeignNames(r".*\.(experts|block_sparse_moe)\..*", "experts of a mixture", "such models are not supported yet"),
+    _ForeignNames(
+        r".*\.(experts|block_sparse_moe)\..*",
+        "experts of a mixture",
+        "take the `config.json` that belongs to these weights: by this one the model has none, or has them under other names",
+    ),
 )
 
 
@@ -93,7 +97,7 @@ def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], fam
     head = {name for rule in family.RULES if rule.tied_to for name in rule.names(at(model, 0))[1]}
     extras = extra_names(family.EXTRAS, model.replace(layers=1))
     passing = family.PASSTHROUGH_PREFIXES
-    stored = {LAYER.sub("0", name): name for name in specs if not (passing and name.startswith(passing))}
+    stored = {_in_layer_0(name): name for name in specs if not (passing and name.startswith(passing))}
     missing, unexpected = expected - stored.keys(), [stored[name] for name in sorted(stored.keys() - expected - head - extras)]
     refuse_quantized(specs, unexpected, config, label=label)
     if not missing and not unexpected:
@@ -108,6 +112,15 @@ def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], fam
     bias = {rule.huggingface for rule in family.RULES if rule.megatron == "output_layer.bias"}
     if missing <= head | bias and (missing & head or unexpected):
         _refuse_head(missing, unexpected, label=label)
+
+
+def _in_layer_0(name: str) -> str:
+    """Return a name as it is in layer 0: `LAYER.sub`, without its search where `layers` alone is numbered."""
+    before, word, after = name.partition("layers.")
+    number, _, rest = after.partition(".")
+    if word and number.isdecimal() and not ("layers." in rest or "blocks." in rest or "h." in rest):
+        return f"{before}layers.0.{rest}"
+    return LAYER.sub("0", name)
 
 
 def _refuse_without_prediction(specs: Mapping[str, TensorSpec], family: Family, model: Model, *, label: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from formats.pickles import others
 from formats.spec import TensorSpec, extent, is_size
 
 _MOST_PACKAGES = 16
+_EXPERT = re.compile(r"\.experts\.\d+\.linear_fc2\.weight$")
+"""A weight of an expert whose columns expert tensor parallelism divides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,22 +154,29 @@ def _writer(reader: MegatronReader) -> str:
 
 
 def _layout(reader: MegatronReader, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tensor parallelism by the chunks, and pipeline parallelism by the recorded settings, if there are any."""
-    sharded = [name for name in reader.specs if name.endswith("linear_proj.weight")]
-    tp = len({chunk.region[-1:] and chunk.region[-1].start for chunk in reader.chunks(sharded[0])}) if sharded else 1
+    """Return tensor parallelism by the chunks, and the other sizes by the recorded settings, if there are any."""
+    whole = next((name for name in reader.specs if name.endswith("linear_proj.weight")), None)
+    expert = next((name for name in reader.specs if _EXPERT.search(name)), None)
     recorded = {
         "pp": fields.get("pipeline_model_parallel_size"),
         "vpp": fields.get("virtual_pipeline_model_parallel_size"),
         "stages": fields.get("pipeline_model_parallel_layout"),
+        "ep": fields.get("expert_model_parallel_size") if expert else None,
     }
     return {
-        "tp": tp,
+        "tp": _column_blocks(reader, whole) if whole else 1,
         **{
             name: size if isinstance(size, str) or is_size(size) else format_untrusted(size)
             for name, size in recorded.items()
             if size
         },
+        **({"etp": _column_blocks(reader, expert)} if expert else {}),
     }
+
+
+def _column_blocks(reader: MegatronReader, name: str) -> int:
+    """Return into how many blocks of columns a weight is divided."""
+    return len({chunk.region[-1:] and chunk.region[-1].start for chunk in reader.chunks(name)})
 
 
 def _row(spec: TensorSpec) -> dict[str, Any]:

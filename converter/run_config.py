@@ -50,7 +50,11 @@ def make(megatron: Config, layout: Layout, dtype: np.dtype[Any], *, vocab_multip
             "save_optim": False,
             "save_rng": False,
         },
-        "model": {**_model(megatron, dtype), **_parallel(layout), "make_vocab_size_divisible_by": vocab_multiple},
+        "model": {
+            **_model(megatron, dtype),
+            **_parallel(layout, mtp=megatron.get("mtp_num_layers") or 0),
+            "make_vocab_size_divisible_by": vocab_multiple,
+        },
         "tokenizer": {
             "_target_": "megatron.bridge.training.tokenizers.config.TokenizerConfig",
             "tokenizer_model": "tokenizer",
@@ -83,12 +87,12 @@ def _by_name(target: str) -> dict[str, Any]:
     return {"_call_": False, "_target_": target}
 
 
-def _parallel(layout: Layout) -> dict[str, Any]:
+def _parallel(layout: Layout, *, mtp: int) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
-        "pipeline_model_parallel_layout": None if layout.even else format_layout(layout.stages),
+        "pipeline_model_parallel_layout": None if layout.even else format_layout(layout.stages, mtp=mtp),
         "context_parallel_size": 1,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converter import provenance, side_files
+from converter.dequantization import dequantized
 from converter.probe import PROBED
 from converter.side_files import EXTRAS, HEADERS, HFReference
 from converter.workers import count_workers
@@ -65,11 +66,11 @@ class Source:
 
 
 def huggingface_source(reader: HuggingFaceReader) -> Source:
-    """Return a Hugging Face directory as a model to convert."""
+    """Return a Hugging Face directory as a model to convert. Quantized weights are read as plain ones."""
     reference, left_out = side_files.of_model(reader)
     return Source(
         label=reader.folder.label,
-        reader=reader,
+        reader=dequantized(reader, reference.config),
         reference=reference,
         files={name: FileRef(reader.folder, name) for name in reader.shards},
         provenance=provenance.huggingface_source(reader.folder, reader.shards),

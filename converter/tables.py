@@ -52,11 +52,13 @@ class Table:
     is_stacked: bool = False
     """Do its Hugging Face tensors hold all experts?"""
 
+    def owns(self, indices: Indices) -> Sequence[bool]:
+        """Say of each Hugging Face tensor whether no table before names it, with these indices or those before."""
+        return [False] * len(self.names) if self.is_stacked and indices["expert"] else self.owned
+
     def owned_by(self, indices: Indices) -> list[tuple[str, Shape]]:
         """Return the Hugging Face tensors, with their shapes, that no table before names with indices before."""
-        if self.is_stacked and indices["expert"]:
-            return []
-        named = zip(self.names, self.shapes, self.owned, strict=True)
+        named = zip(self.names, self.shapes, self.owns(indices), strict=True)
         return [(fill(name, indices), shape) for name, shape, owned in named if owned]
 
 

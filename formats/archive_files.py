@@ -105,11 +105,31 @@ def append_parts(
         numbers[0, group.numbers] = [files.file(box.file) for box in group.boxes]
         numbers[1, group.numbers] = [files.frame(frame(dtype, tuple(sizes))) for sizes in group.sizes.tolist()]
     places = files.append(numbers[0], numbers[1], alignment=DATA_ALIGNMENT)
-    chunks = {key: array("q") for key in tensors}
+    of_key: dict[str, list[_Group]] = {key: [] for key in tensors}
     for group in groups:
-        chunks[group.key].frombytes(group.table(places).tobytes())
+        of_key[group.key].append(group)
     names = files.names
-    return {key: ChunkedTensor(shape, dtype, chunks[key], names) for key, (shape, dtype) in tensors.items()}
+    return {
+        key: ChunkedTensor(shape, dtype, _table(of_key[key], len(shape), places), names)
+        for key, (shape, dtype) in tensors.items()
+    }
+
+
+def _table(groups: Sequence[_Group], dims: int, places: Array) -> array[int]:
+    """Return the numbers of `ChunkedTensor` for the chunks of one key, in their order among all chunks.
+
+    They are filled in place: a large model has tens of MiB of them.
+    """
+    chunks = [group.numbers.reshape(-1) for group in groups]
+    order = np.argsort(np.concatenate(chunks)) if chunks else np.zeros(0, np.int64)
+    position = np.empty_like(order)
+    position[order] = np.arange(len(order))
+    numbers = array("q", [0]) * (len(order) * stride(dims))
+    table, done = np.frombuffer(numbers, np.int64).reshape(-1, stride(dims)), 0
+    for group, some in zip(groups, chunks, strict=True):
+        table[position[done : done + len(some)]] = group.table(places).reshape(len(some), -1)
+        done += len(some)
+    return numbers
 
 
 @dataclass(slots=True)

@@ -139,11 +139,11 @@ _BY_SPAN = itemgetter(slice(2))
 def _span(name: str, entry: Any, source: str) -> tuple[int, int, str]:
     """Return start and stop of an entry's data, and its name."""
     offsets = cast("dict[str, Any]", entry).get("data_offsets") if isinstance(entry, dict) else None
-    match offsets:
-        case [start, stop] if type(start) is int and is_size(stop) and 0 <= start <= stop:
+    if isinstance(offsets, list) and len(cast("list[Any]", offsets)) == 2:
+        start, stop = cast("list[Any]", offsets)
+        if type(start) is int and is_size(stop) and 0 <= start <= stop:
             return start, stop, name
-        case _:
-            raise UserError(f"`{source}`: `{name}` has data offsets `{format_untrusted(offsets)}`", hint="the header is damaged")
+    raise UserError(f"`{source}`: `{name}` has data offsets `{format_untrusted(offsets)}`", hint="the header is damaged")
 
 
 def _spec(name: str, entry: dict[str, Any], source: str, known: dict[str, TensorSpec], size: int | None) -> TensorSpec:
@@ -180,6 +180,7 @@ def _checked(name: str, shape: Any, dtype: Any, source: str, size: int | None) -
 
 
 _FILES_AT_ONCE = 64
+_NO_FILE = "no file"
 
 
 def _starts(shards: Mapping[str, Shard]) -> Callable[[str], Mapping[str, int]]:
@@ -200,35 +201,43 @@ class HuggingFaceReader:
         self.folder = folder
         listed = weight_map(folder) if files is None else {}
         names = shard_names(folder, listed) if files is None else files
-        self.shards = {name: read_shard(folder, name, any_dtype=any_dtype) for name in names}
-        self.indexed = not self.shards.keys().isdisjoint(listed.values())
+        self.indexed = not set(names).isdisjoint(listed.values())
         """Does the folder's index describe these files? One that an older model left behind describes others."""
 
+        self.shards: dict[str, Shard] = {}
         self._files: dict[str, str] = {}
-        self._starts = _starts(self.shards)
         self.specs: dict[str, TensorSpec] = {}
-        for file, shard in self.shards.items():
-            self._add(file, shard)
+        misplaced: dict[str, str] = {}
+        for file in names:
+            self._add(file, read_shard(folder, file, any_dtype=any_dtype))
+            if self.indexed:
+                misplaced |= self._taken_out(listed, file)
+        self._starts = _starts(self.shards)
         if self.indexed:
-            self._check_index(listed)
+            self._check_index({**listed, **misplaced})
 
     def _add(self, file: str, shard: Shard) -> None:
-        for name in shard.tensors:
-            if name in self._files:
-                raise UserError(f"`{name}` is in two files: `{self._files[name]}` and `{file}`")
-            self._files[name] = file
+        if not self._files.keys().isdisjoint(shard.tensors):
+            name = next(name for name in shard.tensors if name in self._files)
+            raise UserError(f"`{name}` is in two files: `{self._files[name]}` and `{file}`")
+        self.shards[file] = shard
+        self._files.update(dict.fromkeys(shard.tensors, file))
         self.specs.update(shard.tensors)
 
-    def _check_index(self, listed: Mapping[str, str]) -> None:
-        wrong = [name for name, file in self._files.items() if listed.get(name) != file]
-        wrong += [name for name in listed if name not in self._files]
-        for name in sorted(wrong):
-            actual = self._files.get(name, "no file")
-            if listed.get(name, "no file") != actual:
-                raise UserError(
-                    f"`{INDEX}` puts `{name}` in {listed.get(name, 'no file')}, it is in {actual}",
-                    hint="the index belongs to other files; fetch the directory again",
-                )
+    def _taken_out(self, listed: dict[str, str], file: str) -> dict[str, str]:
+        """Take a file's tensors out of the index, which frees their names one file after the other; return those that it puts
+        elsewhere, with where."""
+        places = {name: listed.pop(name, _NO_FILE) for name in self.shards[file].tensors}
+        return {name: place for name, place in places.items() if place != file}
+
+    def _check_index(self, wrong: Mapping[str, str]) -> None:
+        """Raise UserError for the first of the tensors that the index puts where they are not."""
+        if wrong:
+            name = min(wrong)
+            raise UserError(
+                f"`{INDEX}` puts `{name}` in {wrong[name]}, it is in {self._files.get(name, _NO_FILE)}",
+                hint="the index belongs to other files; fetch the directory again",
+            )
 
     def read(self, name: str, region: Region, out: Array) -> None:
         file = self._files[name]

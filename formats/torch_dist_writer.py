@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -23,10 +22,8 @@ from formats.spec import Array, Document, Region, Shape, Span, TensorSpec, dtype
 from formats.torch_dist import COMMON_KEY, in_key
 from formats.torch_zip import object_archive
 
-_NUMBERED_LAYER = re.compile(r"(?!mtp\.)(.*?\blayers)\.(\d+)\.(.+)")
-"""Of the decoder. Keys of multi-token prediction layers keep their number."""
-
-_NUMBERED_EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(.+)")
+_PREDICTION = "mtp."
+"""What names of multi-token prediction layers begin with. Their keys keep the layer's number."""
 
 
 class ShardedTensor(NamedTuple):
@@ -120,7 +117,7 @@ def rank_file(rank: int) -> str:
 def _parts(placed: Iterable[ShardedTensor], locate: Callable[[str], tuple[str, tuple[int, ...]]]) -> list[NewPart]:
     """For each weight, where it is stored. Layers are held alike, so boxes are taken apart once for all that share them."""
     known: dict[int, list[Box]] = {}
-    keys: dict[Any, Any] = {}  # one object for each key and row, of hundreds of thousands
+    keys, last = dict[str, str](), tuple[int, ...]()  # one object for each key, and for rows that follow one another
     parts: list[NewPart] = []
     for spec, chunks in placed:
         boxes = known.get(id(chunks))
@@ -128,7 +125,8 @@ def _parts(placed: Iterable[ShardedTensor], locate: Callable[[str], tuple[str, t
             boxes = [Box(tuple(part.start for part in region), extent(region), rank_file(rank)) for region, rank in chunks]
             known[id(chunks)] = boxes
         key, rows = locate(spec.name)
-        parts.append(NewPart(keys.setdefault(key, key), keys.setdefault(rows, rows), boxes))
+        last = last if rows == last else rows
+        parts.append(NewPart(keys.setdefault(key, key), last, boxes))
     return parts
 
 
@@ -158,11 +156,20 @@ def _keys(specs: Iterable[TensorSpec], parts: Sequence[NewPart]) -> dict[str, tu
 
 def _key_and_rows(name: str, *, stacked: bool) -> tuple[str, tuple[int, ...]]:
     rows: tuple[int, ...] = ()
-    expert = _NUMBERED_EXPERT.fullmatch(name)
-    if expert:
-        name, rows = f"{expert[1]}.experts.{expert[3]}", (int(expert[2]),)
-    numbered = _NUMBERED_LAYER.fullmatch(name) if stacked else None
-    return (f"{numbered[1]}.{numbered[3]}", (int(numbered[2]), *rows)) if numbered else (name, rows)
+    if expert := _numbered(name, ".experts."):
+        before, number, after = expert
+        name, rows = f"{before}.experts.experts.{after}", (number,)
+    if stacked and not name.startswith(_PREDICTION) and (layer := _numbered(name, ".layers.")):
+        before, number, after = layer
+        name, rows = f"{before}.layers.{after}", (number, *rows)
+    return name, rows
+
+
+def _numbered(name: str, word: str) -> tuple[str, int, str] | None:
+    """Return what is before a word, the number after it, and what is after that; None where there is no such number."""
+    before, found, rest = name.partition(word)
+    number, dot, after = rest.partition(".")
+    return (before, int(number), after) if found and dot and number.isdecimal() else None
 
 
 def _extra_states(
@@ -172,15 +179,16 @@ def _extra_states(
 ) -> Iterator[NewObject]:
     """The empty state that megatron-core asks for with every module: an object per layer and expert, in the module's file."""
     archive = object_archive([np.zeros(0, np.uint8)])
-    modules = {key: stateful_module(key) for key in keys}
-    seen = set[str]()
+    modules: dict[str, str] = {}
+    for key in keys:
+        modules.setdefault(stateful_module(key) or "", key)
+    names = {key: f"{module}._extra_state/shard_" for module, key in modules.items() if module}
+    """Of the first weight of each module that has a state, how its objects are called."""
+
     for key, rows, boxes in parts:
-        sizes = keys[key][0][: len(rows)]
-        name = f"{modules[key]}._extra_state/shard_{_dotted(rows) or 0}_{_dotted(sizes) or 1}"
-        if modules[key] is None or name in seen:
-            continue
-        seen.add(name)
-        yield NewObject(name, boxes[0].file, archive)
+        if key in names:
+            sizes = keys[key][0][: len(rows)]
+            yield NewObject(f"{names[key]}{_dotted(rows) or 0}_{_dotted(sizes) or 1}", boxes[0].file, archive)
 
 
 def _dotted(numbers: Iterable[int]) -> str:

@@ -43,19 +43,40 @@ def build(config: dict, **settings: Any) -> list[Any]:
     return [chunk.eval() for chunk in build(provider)]
 
 
-def logits_of(rank: int, model: tuple[dict, dict, str], iteration: str, tokens: list[list[int]]) -> Any:
-    """Load a checkpoint strictly and run it.
+STRICTLY, AS_A_RUN = "strictly", "as a run"
+"""How to load: as megatron-core loads what it saved, or as `mbtrain` loads `checkpoint.pretrained_checkpoint`."""
+
+
+def logits_of(rank: int, model: tuple[dict, dict, str], iteration: str, tokens: list[list[int]], load: str = STRICTLY) -> Any:
+    """Load a checkpoint and run it.
 
     `model` is a `config.json`, settings of `mbtrain`, and a folder of further family files.
 
     Answers (keys nobody asked for, logits [batch, sequence, padded vocabulary] as a numpy array on the last stage, else None).
     """
     from converter import families as registry
+    from trainer import cpu_backend
 
     config, settings, families = model
     registry.__path__ = [*([families] if families else []), *registry.__path__]
-    chunks = build(config, **settings)
-    return load_strictly(chunks, iteration), forward(chunks, tokens, runtime_gather_output=True)
+    with cpu_backend.activate():  # for the streams of token dispatchers
+        chunks = build(config, **settings)
+        left = load_strictly(chunks, iteration) if load == STRICTLY else _start_from(chunks, iteration)
+        return left, forward(chunks, tokens, runtime_gather_output=True)
+
+
+def _start_from(chunks: list[Any], iteration: str) -> list[str]:
+    from trainer.checkpoints import live
+
+    loaded = live.load(chunks, iteration)
+    assert loaded.tensors == loaded.of
+    return []
+
+
+def weights_of(chunk: Any) -> dict[str, Any]:
+    """The parameters of a model, and the biases of its routers, which are buffers."""
+    biases = {name: buffer for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")}
+    return {**dict(chunk.named_parameters()), **biases}
 
 
 def differences(rank: int, config: dict, iteration: str, tokens: list[list[int]], changes: dict[str, dict]) -> dict[str, float]:
@@ -67,12 +88,12 @@ def differences(rank: int, config: dict, iteration: str, tokens: list[list[int]]
 
     chunks = build(config)
     load_strictly(chunks, iteration)
-    found, weights = {"": forward(chunks, tokens, runtime_gather_output=True)}, dict(chunks[0].named_parameters())
+    found, weights = {"": forward(chunks, tokens, runtime_gather_output=True)}, weights_of(chunks[0])
     for name, settings in changes.items():
         parallel_state.destroy_model_parallel()
         changed = build(config, **settings)
         with torch.no_grad():
-            for key, parameter in changed[0].named_parameters():
+            for key, parameter in weights_of(changed[0]).items():
                 if key in weights and weights[key].ndim == parameter.ndim:
                     both = tuple(map(slice, map(min, weights[key].shape, parameter.shape)))
                     parameter[both] = weights[key][both]

@@ -136,10 +136,12 @@ def _patches() -> Iterator[AbstractContextManager[Any]]:
 
 
 def _kernels() -> Iterator[AbstractContextManager[Any]]:
-    """Yield patches that give megatron-core's optimizers torch's kernels, where they imported those of Transformer Engine."""
+    """Yield patches that give megatron-core's optimizers and routers torch's kernels, where they imported those of Transformer
+    Engine."""
     from megatron.core import optimizer, utils  # noqa: PLC0415
     from megatron.core.optimizer import clip_grads, distrib_optimizer  # noqa: PLC0415
     from megatron.core.optimizer import optimizer as mixed  # noqa: PLC0415
+    from megatron.core.transformer.moe import moe_utils  # noqa: PLC0415
 
     for module in (clip_grads, mixed):
         yield mock.patch.object(module, "multi_tensor_applier", utils.local_multi_tensor_applier)
@@ -147,6 +149,7 @@ def _kernels() -> Iterator[AbstractContextManager[Any]]:
     yield mock.patch.object(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
     yield mock.patch.object(clip_grads, "multi_tensor_scale_tensor_impl", None)
     yield mock.patch.object(distrib_optimizer, "HAVE_APEX_OR_TE", False)
+    yield mock.patch.object(moe_utils, "te_general_gemm", None)
     for name, torchs in (("Adam", torch.optim.AdamW), ("SGD", torch.optim.SGD), ("USING_PYTORCH_OPTIMIZER", True)):
         yield mock.patch.object(optimizer, name, torchs)
 

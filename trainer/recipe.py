@@ -78,6 +78,7 @@ _SIZES = {
     "pipeline_model_parallel_size": "PP",
     "virtual_pipeline_model_parallel_size": "VPP",
     "context_parallel_size": "CP",
+    "expert_model_parallel_size": "EP",
 }
 
 
@@ -107,13 +108,15 @@ class Gpus:
         return f"{what}, on {gpus} of 80 GB {more}.\n\nPer GPU{divided}: {self.gigabytes} GB."
 
 
-def on(number: int, gigabytes: int, *, tp: int = 1, pp: int = 1, **layout: Any) -> Gpus:
-    """Return the GPUs of a run that divides layers by `tp` and the model into `pp` stages; `layout` is further fields of the
-    provider."""
+def on(number: int, gigabytes: int, *, tp: int = 1, pp: int = 1, ep: int = 1, **layout: Any) -> Gpus:
+    """Return the GPUs of a run that divides layers by `tp`, the model into `pp` stages and experts by `ep`; `layout` is further
+    fields of the provider."""
     if tp > 1:
         layout |= {"tensor_model_parallel_size": tp, "sequence_parallel": True}
     if pp > 1:
         layout |= {"pipeline_model_parallel_size": pp}
+    if ep > 1:
+        layout |= {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": 1}
     return Gpus(number, gigabytes, layout)
 
 
@@ -154,7 +157,7 @@ def recipe(
     sft_config.__doc__ = sft.said_of(f"All of {title}")
     peft_config.__doc__ = peft.said_of(f"Adapters of {title}")
     return Recipe(
-        name="_".join([family.replace(".", ""), *size]).replace(".", "_").replace("-", ""),
+        name="_".join([family.replace(".", "").replace("-", ""), *size]).replace(".", "_").replace("-", "_"),
         model=model,
         layout=pretrain.layout,
         pretrain_config=pretrain_config,

@@ -92,10 +92,9 @@ def open_base(folder: Folder, given: Folder | None) -> Source:
     if detect(folder) is not Format.TORCH_DIST:
         if given:
             raise UserError("`--hf-config` is for a Megatron checkpoint", hint=f"`{folder.label}` has its own `config.json`")
-        reader = HuggingFaceReader(folder, any_dtype=True)
-        source = huggingface_source(reader)
+        source = huggingface_source(HuggingFaceReader(folder, any_dtype=True))
         _refuse_unfit(source)
-        check_dtypes(reader.specs)
+        check_dtypes(source.reader.specs)
         return source
     checkpoint = open_megatron(folder)
     origin = reference.find(checkpoint, given)

@@ -51,6 +51,8 @@ def merge(
     pp: int = 1,
     vpp: int = 1,
     pp_layout: str | Sequence[int] | None = None,
+    ep: int = 1,
+    etp: int | None = None,
     make_vocab_size_divisible_by: int = 128,
     integrity: bool = True,
     max_shard_size: int | None = None,
@@ -70,9 +72,9 @@ def merge(
     39
     """
     check_execution(options)
-    check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-                  max_shard_size=max_shard_size)  # fmt: skip
-    layout = ImportOptions(tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), dtype=dtype,
+    check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp,
+                  make_vocab_size_divisible_by=make_vocab_size_divisible_by, max_shard_size=max_shard_size)  # fmt: skip
+    layout = ImportOptions(tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp, dtype=dtype,
                            make_vocab_size_divisible_by=make_vocab_size_divisible_by, integrity=integrity)  # fmt: skip
     given = open_source(hf_config) if hf_config else None
     files = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype, integrity=integrity)

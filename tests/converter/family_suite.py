@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import lcm
 
 import numpy as np
 import torch
@@ -14,10 +15,13 @@ from converter.planner import huggingface_tensors
 from converter.rules import extra_names
 from formats.spec import DTYPES, TensorSpec
 from tests.converter import remote_code
-from tests.family_models import logits_of
+from tests.family_models import STRICTLY, logits_of
 from tests.models import BASE, model_tree
 
 LAYOUTS = ({}, {"tp": 2}, {"tp": 2, "pp": 2})
+EXPERT_LAYOUTS = ({"ep": 2}, {"tp": 2, "ep": 2}, {"tp": 2, "pp": 2, "ep": 2, "etp": 1})
+"""Of families with experts."""
+
 TOKENS = np.random.default_rng(5).integers(0, 384, (2, 24)).tolist()
 
 
@@ -108,11 +112,17 @@ def _part(said, written):
 
 def check_round_trip(folder, work):
     """The way there and back gives the same bytes at several layouts."""
-    for number, layout in enumerate(LAYOUTS):
+    for number, layout in enumerate((*LAYOUTS, *(EXPERT_LAYOUTS if has_experts(folder) else ()))):
         out, back = work / f"megatron{number}", work / f"back{number}"
         hf_to_mcore(folder, out, verify=True, **layout)
         mcore_to_hf(out, back)
         assert model_tree(back) == model_tree(folder), layout
+
+
+def has_experts(folder):
+    """Is a saved model a mixture of experts?"""
+    config = json.loads((folder / "config.json").read_text())
+    return bool(to_megatron(families.find(config["model_type"]).CONFIG, config).get("num_moe_experts"))
 
 
 UNEVEN = "Et|tttL"
@@ -126,23 +136,48 @@ MORE_RUNS: dict[str, dict] = {
     "tp2 pp2 sequence parallel": {TP: 2, PP: 2, "sequence_parallel": True},
 }
 
+EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+EXPERT_RUNS: dict[str, dict] = {"tp2 ep2 etp1": {TP: 2, EP: 2, ETP: 1}}
+MORE_EXPERT_RUNS: dict[str, dict] = {
+    "tp2 etp1": {TP: 2, ETP: 1},
+    "ep2 etp2": {EP: 2, ETP: 2},
+    "tp2 ep2 etp1 all-to-all": {TP: 2, EP: 2, ETP: 1, "sequence_parallel": True, "moe_token_dispatcher_type": "alltoall"},
+    "ep2 pp2 all-to-all": {EP: 2, PP: 2, LAYOUT: UNEVEN, "moe_token_dispatcher_type": "alltoall"},
+}
+"""Of families with experts, beside the others. gloo gathers no tensors of unequal sizes: all-to-all needs ETP1."""
 
-def check_logits(ranks, folder, work, *, runs=None, more="", attention="eager"):
+
+def more_runs(family):
+    """The slow runs of a family. megatron-core does not divide experts with biases."""
+    fields = to_megatron(families.find(family).CONFIG, small_config(family).to_dict())
+    if not fields.get("num_moe_experts"):
+        return MORE_RUNS
+    most = fields.get(ETP, 2)
+    return MORE_RUNS | {name: settings for name, settings in MORE_EXPERT_RUNS.items() if settings.get(ETP, 1) <= most}
+
+
+def ranks_of(settings):
+    """How many ranks a layout needs: those of its attention and its experts, in each stage."""
+    tensor = settings.get(TP, 1)
+    return lcm(tensor, settings.get(EP, 1) * settings.get(ETP, tensor)) * settings.get(PP, 1)
+
+
+def check_logits(ranks, folder, work, *, runs=None, more="", attention="eager", load=STRICTLY):
     """The model that `mbtrain` builds loads the checkpoint strictly, whatever layouts both have, and computes what transformers
     computes.
 
-    `more` is a folder of further families.
+    `more` is a folder of further families; `load` is how `family_models.logits_of` loads.
     """
-    hf_to_mcore(folder, work / "megatron", tp=2)
+    experts = has_experts(folder)
+    hf_to_mcore(folder, work / "megatron", tp=2, ep=2 if experts else 1)
     config, iteration = json.loads((folder / "config.json").read_text()), str(work / "megatron" / "iter_0000000")
     expected = transformers_logits(folder, attention)
     largest = np.abs(expected).max()
-    for name, settings in (runs or RUNS).items():
-        world = settings.get(TP, 1) * settings.get(PP, 1)
-        answers = ranks.run(logits_of, world, (config, settings, str(more)), iteration, TOKENS)
+    for name, settings in (runs or {**RUNS, **(EXPERT_RUNS if experts else {})}).items():
+        answers = ranks.run(logits_of, ranks_of(settings), (config, settings, str(more)), iteration, TOKENS, load)
         assert all("_extra_state" in key for left, _ in answers for key in left), name
-        logits = next(found for _, found in answers if found is not None)
-        np.testing.assert_allclose(logits[..., : expected.shape[-1]], expected, atol=1e-4 * largest, rtol=0, err_msg=name)
+        for logits in (found for _, found in answers if found is not None):
+            np.testing.assert_allclose(logits[..., : expected.shape[-1]], expected, atol=1e-4 * largest, rtol=0, err_msg=name)
 
 
 def transformers_logits(folder, attention="eager"):

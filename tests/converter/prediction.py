@@ -13,7 +13,7 @@ from transformers.modeling_layers import MtpModel
 from tests.converter.family_suite import random_model, small_config
 
 FIELD = "num_nextn_predict_layers"
-FAMILIES = ("deepseek_v3", "glm4_moe_lite")
+FAMILIES = ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
 """Those of which transformers builds such layers."""
 
 

@@ -18,6 +18,7 @@ TOLERANCE = 1e-4
 OFF = {
     "add_qkv_bias": False,
     "alibi": None,
+    "attention_output_bias": False,
     "attn_logit_softcapping": None,
     "embedding_layernorm": False,
     "final_logit_softcapping": None,
@@ -25,6 +26,8 @@ OFF = {
     "moe_router_enable_expert_bias": False,
     "moe_router_group_score": None,
     "moe_router_num_groups": None,
+    "moe_router_scoring": None,
+    "moe_router_sparsemixer_jitter": 0.0,
     "moe_router_topk_scaling_factor": None,
     "mscale_all_dim": 0.0,
     "mup_embedding_mult": 1.0,
@@ -56,6 +59,7 @@ OFF = {
 
 TOGETHER = {
     "alibi": {"position_embedding_type": "none"},
+    "moe_router_enable_expert_bias": {"moe_router_scoring": None},
     "moe_router_num_groups": {"moe_router_group_topk": None, "moe_router_group_score": None},
     "qk_layernorm": {"qk_layernorm_scope": "head", "qk_layernorm_after_rope": False},
     "rotary_percent": {"rope_parameters": None},

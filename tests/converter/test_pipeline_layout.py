@@ -22,13 +22,15 @@ def by_megatron(text: str, pp: int = 1) -> list[int]:
 
     layout = PipelineParallelLayerLayout(text, pp)
     virtual = layout.virtual_pipeline_model_parallel_size
-    layout.validate_layer_layout(layout.flatten_layout.count(LayerType.decoder), None)
+    count = layout.flatten_layout.count
+    layout.validate_layer_layout(count(LayerType.decoder), count(LayerType.mtp) or None)
     return [layout.layout[rank][stage].count(LayerType.decoder) for stage in range(virtual) for rank in range(pp)]
 
 
-@given(STAGES)
-def test_what_is_written_is_read_back_by_megatron_core_and_here(stages):
-    text = format_layout(stages)
+@given(stages=STAGES)
+@pytest.mark.parametrize("mtp", [0, 2])
+def test_what_is_written_is_read_back_by_megatron_core_and_here(stages, mtp):
+    text = format_layout(stages, mtp=mtp)
     assert parse_layout(text) == by_megatron(text, len(stages)) == stages
     assert parse_layout(",".join(map(str, stages))) == stages
 
@@ -38,6 +40,7 @@ def test_what_is_written_is_read_back_by_megatron_core_and_here(stages):
     [
         ("Et*9|t*9|t*8|t*6L", 4), ("Ettt|(tt|)*29,t|L", 32), ("Et|(t|)*2ttL", 2), ("Et,t|t*2|,tt|t*2,L", 2), ("E|t*4|L", 3),
         ("Et|*2tL", 3), ("E(tt)*2L", 1), ("EL", 1), ("E(|t)*3L", 4), ("Et*2|t*0|tL", 3),
+        ("Et*3|(t*4|)*14t*2mL", 16), ("EtmmL", 1), ("Et|m*2L", 2),
     ],
 )  # fmt: skip
 def test_a_layout_is_read_as_megatron_core_reads_it(text, pp):
@@ -49,6 +52,8 @@ def test_a_layout_is_read_as_megatron_core_reads_it(text, pp):
     [
         ("Et*2|tx|tL", "stage 2 of the pipeline layout, `tx`, has `x`", "`E` is the embedding"),
         ("Et|m|L", "stage 2 of the pipeline layout, `m`, has `m`", "`E` is the embedding"),
+        ("Et|tm|L", "stage 2 of the pipeline layout, `tm`, has `m`", "`m`, before `L`, is a layer that predicts"),
+        ("Et|mtL", "stage 2 of the pipeline layout, `mtL`, has `m`", "`m`, before `L`"),
         ("Et*|tL", "stage 1 of the pipeline layout, `Et*`, has `*`", "`E` is the embedding"),
         ("Et|(t|t|tL", "stage 2 of the pipeline layout, `(t`, has `(`", "`E` is the embedding"),
         ("t*2|t*2L", "stage 1 of the pipeline layout, `t*2`, does not begin with `E`", "holds the embedding"),

@@ -253,7 +253,7 @@ def test_a_quantization_of_quantized_weights_stays(source, tmp_path):
     path = source / "model.safetensors"
     weights = load_file(path)
     save_file({n: t.to(torch.float8_e4m3fn) if "proj" in n else t for n, t in weights.items()}, path, {"format": "pt"})
-    edit_config(source, quantization_config={"quant_method": "fp8"})
+    edit_config(source, quantization_config={"quant_method": "fbgemm_fp8"})
     assert said(hf_to_mcore, source, tmp_path / "m") == []
     mcore_to_hf(tmp_path / "m", tmp_path / "back")
     assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()

@@ -31,18 +31,34 @@ SIZES = {
     "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "intermediate_size": 160, "vocab_size": 128,
 }  # fmt: skip
+MIXTRAL = {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN_MOE = {"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}
+DEEPSEEK = {
+    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 1,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0,
+}  # fmt: skip
 ON_GPU: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "gpt_bias_layernorm": ("starcoder2", {"tie_word_embeddings": False}),
+    "mixtral": ("mixtral", MIXTRAL),
+    "mixtral_sequential": ("mixtral", MIXTRAL),
+    "qwen3_moe": ("qwen3_moe", QWEN_MOE),
+    "qwen2_moe": ("qwen2_moe", {**QWEN_MOE, "shared_expert_intermediate_size": 96}),
+    "gpt_oss": ("gpt_oss", MIXTRAL),
+    "deepseek_v3": ("deepseek_v3", DEEPSEEK),
+    "deepseek_v3_mtp": ("deepseek_v3", {**DEEPSEEK, "num_nextn_predict_layers": 1}),
 }
 """Models of `golden_keys.json`, whose sizes are `SIZES`: the family, and what `config.json` has otherwise."""
 
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
     "falcon_40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "deepseek_v3_mtp": ("deepseek_v3", {"num_nextn_predict_layers": 2}),
+    "moonlight": ("deepseek_v3", {"q_lora_rank": None}),
     "falcon_rw": ("falcon", {"multi_query": False, "parallel_attn": False, "bias": True, "alibi": True}),
 }
 """Models beside those of `tests/converter/test_family_variants.py`: the family, and what `config.json` has otherwise."""

@@ -125,6 +125,7 @@ def _run_config(model: GPTModelProvider, stages: Sequence[int]) -> bytes:
         pp=model.pipeline_model_parallel_size,
         vpp=model.virtual_pipeline_model_parallel_size or 1,
         pp_layout=stages,
+        **({"ep": model.expert_model_parallel_size, "etp": model.expert_tensor_parallel_size} if model.num_moe_experts else {}),
     )
     dtype = DTYPES[_NAMES[model.params_dtype]]
     settings = {**megatron, **hf_config.not_in_hf_config(model)}
@@ -155,6 +156,7 @@ def _sizes(model: GPTModelProvider) -> Model:
         vocab=model.vocab_size,
         padded_vocab=model.padded_vocab_size,
         tied=model.share_embeddings_and_output_weights,
+        **({"experts": model.num_moe_experts} if model.num_moe_experts else {}),
     )
 
 

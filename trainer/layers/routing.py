@@ -24,13 +24,21 @@ def own_scoring(provider: Any, layer: Any) -> None:
     scoring = provider.moe_router_scoring
     if scoring is None or not hasattr(mlp_parts(layer), "router"):
         return
+    _check(provider, scoring)
+    mlp_parts(layer).router = ROUTERS[scoring]
+
+
+def _check(provider: Any, scoring: str) -> None:
+    """Raise UserError for a router that does not exist, or cannot do what other fields say."""
     if scoring not in ROUTERS:
         supported = ", ".join(f"`{one}`" for one in ROUTERS)
         raise UserError(f"`model.moe_router_scoring` is `{scoring}`", hint=f"set it to one of {supported}")
+    if scoring == _BIASED and not provider.moe_router_enable_expert_bias:
+        switch = "model.moe_router_enable_expert_bias"
+        raise UserError(f"`model.moe_router_scoring` is `{scoring}`, and `{switch}` is `False`", hint=f"set `{switch}=true`")
     for name in ("moe_router_fusion", "moe_enable_routing_replay", "moe_router_group_topk"):
         if getattr(provider, name):
             raise UserError(f"`model.{name}` cannot be used with `model.moe_router_scoring` `{scoring}`", hint=f"unset `{name}`")
-    mlp_parts(layer).router = ROUTERS[scoring]
 
 
 class _Chooser:
@@ -136,5 +144,6 @@ class _Weight(torch.autograd.Function):
         return (-gates * gradient).scatter_add(-1, drawn, gradient), None, None, None
 
 
-ROUTERS: dict[str, type[TopKRouter]] = {"softmax_with_bias": SoftmaxWithBias, "sparsemixer": SparseMixer}
+_BIASED = "softmax_with_bias"
+ROUTERS: dict[str, type[TopKRouter]] = {_BIASED: SoftmaxWithBias, "sparsemixer": SparseMixer}
 """The values of `moe_router_scoring`."""

@@ -13,12 +13,18 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 from megatron.core import activations
+from megatron.core.fusions import fused_bias_geglu
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from trainer.layers import xielu
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-_ACTIVATIONS = (torch.nn.functional, activations, xielu)
+_ACTIVATIONS = (
+    torch.nn.functional,
+    types.SimpleNamespace(quick_gelu=fused_bias_geglu.quick_gelu),  # megatron-core has two, and compares with this one
+    activations,
+    xielu,
+)
 
 
 class MismatchError(Exception):

@@ -18,6 +18,7 @@ PIECES = {
     "norms_around": {"post_layernorms": True, "layernorm_zero_centered_gamma": True},
     "norms_after": {"pre_layernorms": False, "post_layernorms": True, **BIASED},
     "multiplier": {"residual_multiplier": 0.3},
+    "output_projection": {"attention_output_bias": True},
     "multiplier_with_biases": {"residual_multiplier": 0.3, **BIASED},
     "all_heads": {"qk_layernorm": True, "qk_layernorm_scope": "all_heads"},
     "latent": LATENT,
@@ -26,6 +27,7 @@ PIECES = {
 }
 WITHOUT = {
     "parallel_residual": None, "pre_layernorms": True, "post_layernorms": False, "residual_multiplier": 1.0,
+    "attention_output_bias": False,
     "qk_layernorm_scope": "head", "latent_layernorm_epsilon": None, "layernorm_zero_centered_gamma": False,
 }  # fmt: skip
 CASES = [(piece, layout) for piece in PIECES for layout in passes.LAYOUTS]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from formats.errors import UserError
+from tests.trainer.layers import passes
 from trainer import layers
 from trainer.layers.routing import SoftmaxWithBias, SparseMixer, sparse_mixer
 from trainer.model import GPTModelProvider
+
+BIASED = {"moe_router_scoring": "softmax_with_bias", "moe_router_enable_expert_bias": True}
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -43,7 +47,7 @@ def _router(**fields):
 
 
 def test_a_layer_with_experts_has_the_router_that_a_setting_names():
-    assert _router(num_moe_experts=4, moe_router_scoring="softmax_with_bias") is SoftmaxWithBias
+    assert _router(num_moe_experts=4, **BIASED) is SoftmaxWithBias
     assert _router(num_moe_experts=4, moe_router_scoring="sparsemixer") is SparseMixer
     assert _router(num_moe_experts=4) not in (SoftmaxWithBias, SparseMixer)
     assert _router(moe_router_scoring="sparsemixer") is None, "a dense layer has none"
@@ -54,6 +58,10 @@ def test_a_layer_with_experts_has_the_router_that_a_setting_names():
     [
         ({"moe_router_scoring": "hash"}, "`model.moe_router_scoring` is `hash`"),
         (
+            {**BIASED, "moe_router_enable_expert_bias": False},
+            "`model.moe_router_scoring` is `softmax_with_bias`, and `model.moe_router_enable_expert_bias` is `False`",
+        ),
+        (
             {"moe_router_scoring": "sparsemixer", "moe_router_fusion": True},
             "`model.moe_router_fusion` cannot be used with `model.moe_router_scoring` `sparsemixer`",
         ),
@@ -63,3 +71,22 @@ def test_a_router_that_cannot_be_built_is_refused(fields, message):
     with pytest.raises(UserError) as error:
         _router(num_moe_experts=4, **fields)
     assert str(error.value.args[0]) == message
+
+
+EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 16, "moe_router_topk": 2, "moe_router_pre_softmax": True}
+TRAINED = {
+    "softmax_with_bias": {**EXPERTS, **BIASED, "moe_router_score_function": "sigmoid"},
+    "sparsemixer": {**EXPERTS, "moe_router_scoring": "sparsemixer", "moe_router_sparsemixer_jitter": 0.2},
+}
+
+
+@pytest.mark.parametrize(
+    ("scoring", "layout"),
+    [*(("softmax_with_bias", layout) for layout in ("tp2_sp", "pp2", "full_recompute")), ("sparsemixer", "full_recompute")],
+)
+def test_a_step_is_the_same_at_other_layouts_and_where_layers_are_recomputed(scoring, layout, ranks):
+    expected_loss, expected = passes.step(ranks, TRAINED[scoring])
+    loss, gradients = passes.step(ranks, TRAINED[scoring], layout)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, expected[name], atol=2e-5 * np.abs(expected[name]).max(), err_msg=name)
