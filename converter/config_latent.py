@@ -7,7 +7,7 @@ from typing import Any
 
 from converter.config import Config, Field, Sizes, count, fixed, named, number, optional, positive
 from converter.config_parts import dimension
-from converter.config_rope import rope, rope_numbers
+from converter.config_rope import rope, rope_numbers, signed
 from formats.errors import UserError
 
 
@@ -101,7 +101,8 @@ def _read_scales(numbers: Config, factor: float) -> dict[str, Any]:
 
 def _written_scales(config: Config) -> dict[str, Any]:
     factor = positive("rotary_scaling_factor", config.get("rotary_scaling_factor"))
-    one, all_dim = config.get("mscale", 1.0), number("mscale_all_dim", config.get("mscale_all_dim", 0.0))
+    given, all_dim = signed("mscale", config.get("mscale")), number("mscale_all_dim", config.get("mscale_all_dim") or 0.0)
+    one = 1.0 if given is None else given
     if one > 0 and all_dim:
         return {"mscale": one, "mscale_all_dim": all_dim}
     scores = {"mscale_all_dim": all_dim} if all_dim else {}

@@ -137,7 +137,7 @@ def _read_mscale(numbers: Config, factor: float) -> dict[str, Any]:
     return {"yarn_mscale": one if both else None, "yarn_mscale_all_dim": all_dim if both else None}
 
 
-def _signed(name: str, found: Any) -> Any:
+def signed(name: str, found: Any) -> Any:
     """Return a number that may be below 0, or None: `yarn_mscale` is where the attention's factor is below 1."""
     if found is None:
         return None
@@ -148,7 +148,7 @@ def _write_yarn(config: Config) -> dict[str, Any] | None:
     if config.get("position_embedding_type") != "yarn":
         return None
     factor = positive("yarn_rotary_scaling_factor", config.get("yarn_rotary_scaling_factor"))
-    one, all_dim = (_signed(name, config.get(name)) for name in ("yarn_mscale", "yarn_mscale_all_dim"))
+    one, all_dim = (signed(name, config.get(name)) for name in ("yarn_mscale", "yarn_mscale_all_dim"))
     numbers = {
         "rope_type": "yarn",
         "factor": factor,

@@ -5,7 +5,7 @@ from typing import Any
 from converter.config import Config, Field, field, fixed, value
 from converter.config_latent import latent, latent_rope
 from converter.config_parts import not_computed, only, sizes
-from converter.config_router import best_groups, dense_first, shared_multiple
+from converter.config_router import FP32_SCORES, best_groups, dense_first, shared_multiple
 from converter.families import deepseek_v3, llama, mixtral
 from formats.errors import UserError, format_untrusted
 
@@ -28,7 +28,9 @@ def _choice() -> Field:
 
     def write(config: Config) -> dict[str, Any]:
         found = groups.to_huggingface(config)
-        return {**found, name: of_all if found["n_group"] == 1 else in_groups}
+        if found["n_group"] == 1:
+            return {name: of_all, "n_group": None, "topk_group": None}
+        return {name: in_groups, **found}
 
     return Field(read, write)
 
@@ -40,6 +42,7 @@ CONFIG = (
     latent_rope("default", "yarn"),
     dense_first(0),
     fixed(moe_router_score_function="softmax", moe_router_enable_expert_bias=False, moe_router_pre_softmax=True),
+    FP32_SCORES,
     field("moe_router_topk_scaling_factor", "routed_scaling_factor", default=value(1.0)),
     _choice(),
     *shared_multiple(2),

@@ -16,6 +16,7 @@ from formats.huggingface import HuggingFaceReader
 from tests import prediction_models
 from tests.converter import prediction
 from tests.converter.family_suite import LAYOUT, LAYOUTS, PP, TOKENS, TP
+from tests.converter.test_golden import stored_keys
 from tests.models import model_tree
 from trainer.checkpoints.live import plan_of
 
@@ -123,6 +124,24 @@ def test_a_copy_of_a_tied_output_layer_is_one_of_the_embedding(tmp_path):
     hf_to_mcore(folder, tmp_path / "m", verify=True)
     mcore_to_hf(tmp_path / "m", tmp_path / "back", verify=True)
     assert model_tree(tmp_path / "back") == model_tree(folder)
+
+
+def test_keys_are_those_that_megatron_core_asks_for(golden, tmp_path):
+    """`deepseek_v3_mtp` of the golden keys, taken with Transformer Engine on a GPU."""
+    asked = json.loads((golden / "golden_keys.json").read_text())["deepseek_v3_mtp"]
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 128,
+        "pad_token_id": 0,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "v_head_dim": 16,
+    }  # fmt: skip
+    main, further = prediction.made("deepseek_v3", **sizes)
+    folder = prediction.save(tmp_path / "hf", main.bfloat16(), further.bfloat16())
+    hf_to_mcore(folder, tmp_path / "m", dtype="bf16")
+    tensors, objects = stored_keys(tmp_path / "m" / "iter_0000000")
+    assert {key: [list(t.size), str(t.properties.dtype)] for key, t in tensors.items()} == {
+        key: [t["global_shape"], t["dtype"]] for key, t in asked["tensors"].items()
+    }
+    assert objects == {*asked["objects"], "common_state/shard_0_1"}
 
 
 def tensors_of(folder):

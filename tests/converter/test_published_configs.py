@@ -95,3 +95,51 @@ def test_layer_types_need_no_pattern():
     types = ["sliding_attention", "full_attention"] * 2
     found = read("exaone4", **LAYERS, sliding_window=8, sliding_window_pattern=None, layer_types=types)
     assert found["window_attn_skip_freq"] == [1, 0, 1, 0]
+
+
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+DEEPSEEK = {
+    "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "vocab_size": 102400, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "attention_bias": False, "hidden_act": "silu",
+    "max_position_embeddings": 163840, "moe_layer_freq": 1, "rms_norm_eps": 1e-06, "ep_size": 1, "pretraining_tp": 1,
+    "rope_theta": 10000, "tie_word_embeddings": False, "aux_loss_alpha": 0.001, "seq_aux": True,
+}  # fmt: skip
+PUBLISHED = {
+    "V3": ("deepseek_v3", {"num_hidden_layers": 61, "num_attention_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1,
+        "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "norm_topk_prob": True,
+        "q_lora_rank": 1536, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+        "num_nextn_predict_layers": 1, "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+        {"moe_router_num_groups": 8, "moe_router_group_score": None, "mtp_num_layers": 1, "mscale": 1.0, "mscale_all_dim": 1.0}),
+    "Kimi K2": ("kimi_k2", {"num_hidden_layers": 61, "num_attention_heads": 64, "n_routed_experts": 384, "n_shared_experts": 1,
+        "num_experts_per_tok": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": True,
+        "q_lora_rank": 1536, "routed_scaling_factor": 2.827, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+        "num_nextn_predict_layers": 0, "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+        {"moe_router_num_groups": None, "moe_router_topk_scaling_factor": 2.827, "mtp_num_layers": None, "rope_type": "yarn"}),
+    "V2-Lite": ("deepseek_v2", {"num_hidden_layers": 27, "num_attention_heads": 16, "n_routed_experts": 64, "n_shared_experts": 2,
+        "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": False,
+        "q_lora_rank": None, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "topk_method": "greedy",
+        "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
+        {"q_lora_rank": None, "moe_router_num_groups": None, "moe_router_pre_softmax": True, "mscale_all_dim": 0.707}),
+    "V2": ("deepseek_v2", {"num_hidden_layers": 60, "num_attention_heads": 128, "n_routed_experts": 160, "n_shared_experts": 2,
+        "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3, "first_k_dense_replace": 1, "norm_topk_prob": False,
+        "q_lora_rank": 1536, "routed_scaling_factor": 16.0, "scoring_func": "softmax", "topk_method": "group_limited_greedy",
+        "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
+        {"moe_router_num_groups": 8, "moe_router_group_topk": 3, "moe_router_group_score": 1}),
+    "Moonlight": ("deepseek_v3", {"num_hidden_layers": 27, "num_attention_heads": 16, "n_routed_experts": 64,
+        "n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "norm_topk_prob": True, "q_lora_rank": None, "routed_scaling_factor": 2.446, "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc", "rope_theta": 50000.0, "rope_scaling": None},
+        {"q_lora_rank": None, "rope_type": "rope", "moe_shared_expert_intermediate_size": 2816}),
+}  # fmt: skip
+"""Of published `config.json` files, with the sizes of one for all: what matters here; and what is made of it."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_deepseek_s_published_configurations_mean_what_their_models_compute(name):
+    family, fields, expected = PUBLISHED[name]
+    one = families.find(family)
+    found = to_megatron(one.CONFIG, {**DEEPSEEK, **fields})
+    assert {field: found[field] for field in expected} == expected
+    assert to_megatron(one.CONFIG, {**DEEPSEEK, **to_huggingface(one.CONFIG, found)}) == found
+    assert found["norm_topk_prob"] is None, "`mbtrain` computes it"
+    assert make_model(one.CONFIG, {**DEEPSEEK, **fields}).get("mtp", 0) == fields.get("num_nextn_predict_layers", 0)

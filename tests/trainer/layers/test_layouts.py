@@ -8,6 +8,10 @@ import pytest
 from tests.trainer.layers import passes
 
 BIASED = {"add_bias_linear": True}
+LATENT = {
+    "q_lora_rank": 12, "kv_lora_rank": 8, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 6, "qk_layernorm": True,
+    "latent_layernorm_epsilon": 1.0, "num_query_groups": 4,
+}  # fmt: skip
 PIECES = {
     "one_norm": {"parallel_residual": "one_norm", "normalization": "LayerNorm"},
     "two_norms": {"parallel_residual": "two_norms"},
@@ -17,16 +21,8 @@ PIECES = {
     "output_projection": {"attention_output_bias": True},
     "multiplier_with_biases": {"residual_multiplier": 0.3, **BIASED},
     "all_heads": {"qk_layernorm": True, "qk_layernorm_scope": "all_heads"},
-    "latent": {
-        "q_lora_rank": 12,
-        "kv_lora_rank": 8,
-        "qk_head_dim": 8,
-        "qk_pos_emb_head_dim": 4,
-        "v_head_dim": 6,
-        "qk_layernorm": True,
-        "latent_layernorm_epsilon": 1.0,
-        "num_query_groups": 4,
-    },
+    "latent": LATENT,
+    "latent_from_all_channels": {**LATENT, "q_lora_rank": None},
     "each_head": {"qk_layernorm": True, "qk_layernorm_scope": "each_head", "normalization": "LayerNorm"},
 }
 WITHOUT = {
