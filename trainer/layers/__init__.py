@@ -12,6 +12,7 @@ from typing import Any
 
 from trainer.layers.branch_norms import branch_norms
 from trainer.layers.embedding import embedding_dropout, embedding_layernorm, position_offset
+from trainer.layers.expert_biases import expert_biases
 from trainer.layers.expert_groups import expert_groups
 from trainer.layers.expert_output import expert_output
 from trainer.layers.head_norms import head_norms
@@ -59,6 +60,7 @@ MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     latent_gradients,
     expert_groups,
     expert_output,
+    expert_biases,
     rope_norms,
 )
 """Functions `(provider, model)` that change this rank's chunk of a GPTModel in place."""
