@@ -82,6 +82,13 @@ def weights_of(chunk: Any) -> dict[str, Any]:
 def differences(rank: int, config: dict, iteration: str, tokens: list[list[int]], changes: dict[str, dict]) -> dict[str, float]:
     """How far logits go from those of a checkpoint's model, as a share of the largest, with each of the changes to `mbtrain`'s
     provider; by their names. Weights that the changed model has otherwise are cut to its shapes, or stay as they are made."""
+    from trainer import cpu_backend
+
+    with cpu_backend.activate():  # for the streams of token dispatchers
+        return _differences(config, iteration, tokens, changes)
+
+
+def _differences(config: dict, iteration: str, tokens: list[list[int]], changes: dict[str, dict]) -> dict[str, float]:
     import numpy as np
     import torch
     from megatron.core import parallel_state

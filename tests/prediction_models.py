@@ -14,6 +14,13 @@ def logits_of(rank: int, config: dict, settings: dict, iteration: str, tokens: l
     Answers (keys nobody asked for, logits of the model and of each further layer [layer, batch, sequence, padded vocabulary] as a
     numpy array on the last stage, else None).
     """
+    from trainer import cpu_backend
+
+    with cpu_backend.activate():  # for the streams of token dispatchers
+        return _logits_of(config, settings, iteration, tokens)
+
+
+def _logits_of(config: dict, settings: dict, iteration: str, tokens: list[list[int]]) -> Any:
     import torch
 
     chunks = build(config, **settings)

@@ -69,11 +69,15 @@ OFF = {
 }
 """Fields of the provider, each with the value that switches it off."""
 
-TOGETHER = {
+TOGETHER: dict[str, dict] = {
     "alibi": {"position_embedding_type": "none"},
     "moe_router_enable_expert_bias": {"moe_router_scoring": None},
     "moe_router_num_groups": {"moe_router_group_topk": None, "moe_router_group_score": None},
-    "moe_router_score_function": {"moe_router_enable_expert_bias": False, "moe_router_pre_softmax": True},
+    "moe_router_score_function": {
+        "moe_router_enable_expert_bias": False,
+        "moe_router_pre_softmax": True,
+        "moe_router_scoring": None,
+    },
     "moe_shared_expert_intermediate_size": {"moe_shared_expert_gate": False},
     "qk_layernorm": {"qk_layernorm_scope": "head", "qk_layernorm_after_rope": False},
     "rotary_percent": {"rope_parameters": None},

@@ -41,6 +41,13 @@ def batch() -> dict[str, torch.Tensor]:
 
 def trained(rank: int, config: dict, iteration: str) -> tuple[Any, ...]:
     """The loss of one microbatch, those of the layers ahead, and gradients by name."""
+    from trainer import cpu_backend
+
+    with cpu_backend.activate():  # for the streams of token dispatchers
+        return _trained(config, iteration)
+
+
+def _trained(config: dict, iteration: str) -> tuple[Any, ...]:
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from trainer.loss import forward_step
