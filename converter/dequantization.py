@@ -265,8 +265,9 @@ def _check_ignored(weights: Iterable[QuantizedWeight], settings: Settings) -> No
     """Raise UserError for a quantized weight that the configuration lists as not quantized. Patterns are not evaluated."""
     listed: set[str] = set()
     for name in ("modules_to_not_convert", "ignore"):
-        entries = settings.get(name)
-        listed |= {str(entry) for entry in cast("list[Any]", entries)} if isinstance(entries, list) else set()
+        value = settings.get(name)
+        entries = cast("list[Any]", value) if isinstance(value, list) else []
+        listed |= {entry for entry in entries if isinstance(entry, str)}
     for weight in weights if listed else ():
         parts = weight.spec.name.removesuffix(".weight").split(".")
         paths = {".".join(parts[:end]) for end in range(1, len(parts) + 1)} | {
