@@ -4,8 +4,8 @@
 
 Each round runs `cp -r OUT X && sync`, where OUT is the Megatron checkpoint that the conversion writes, then the conversion and
 `sync`; both may use one core. A speed of 1 is that of `cp`: the limit for FP8 in blocks is 0.5. `bare` hashes nothing
-(`--no-integrity`). The source is in the page cache. On a machine that does other work, read the core-seconds per GB of the output:
-they tell what each program takes when it has the core for itself. Needs no torch.
+(`--no-integrity`). The source is in the page cache. On a machine that does other work, read the core-seconds per GB of the
+output: they tell what each program takes when it has the core for itself. Needs no torch.
 
 The first line says how many GB of bf16 a core makes of codes in a second, in memory.
 """
