@@ -32,6 +32,7 @@ from formats.errors import format_untrusted
 from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, Shard, make_index, plan_shards, retyped, specs_of
 from formats.megatron_reader import MegatronReader
+from formats.quantized import encoded, requantized
 from formats.shard_files import INDEX
 from formats.spec import JoinedReader, Reader, TensorSpec, names_of
 
@@ -68,11 +69,13 @@ def plan_export(
     if wanted.quantize:
         tensor_plans, tensors, origin, new = requantize(tensor_plans, tensors, quantized.weights, origin, wanted.quantize)
         conversion = plan_files(megatron_source(reader, root, origin, tensors), tensor_plans, wanted, reporter)
-        return replace(conversion, done=lambda: rounding(new.error))
+        memory = conversion.memory + workers * requantized.WORKER_BYTES
+        return replace(conversion, done=lambda: rounding(new.error), memory=memory)
     if quantized.weights and wanted.dtype == KEEP:
         tensor_plans, tensors, text = encode(tensor_plans, tensors, quantized, reader.folder, workers=workers)
         reporter.note(text)
-    return plan_files(megatron_source(reader, root, origin, tensors), tensor_plans, wanted, reporter)
+    conversion = plan_files(megatron_source(reader, root, origin, tensors), tensor_plans, wanted, reporter)
+    return replace(conversion, memory=conversion.memory + (workers * encoded.WORKER_BYTES if quantized.weights else 0))
 
 
 def plan_files(source: Source, tensor_plans: Sequence[TensorPlan], wanted: ExportOptions, reporter: Reporter) -> Conversion:

@@ -19,6 +19,9 @@ from formats.quantized.reader import BAND
 from formats.quantized.scheme import QuantizedWeight, as_float32
 from formats.spec import Array, Reader, Region, extent
 
+WORKER_BYTES = 4 * BAND
+"""Bytes that each thread holds: numbers, and those that their codes mean."""
+
 _ENDING = ".as_stored"
 _SURE = 4
 """The least step between two codes, in steps of the smallest numbers of the weight's dtype, from which rounding loses no code."""

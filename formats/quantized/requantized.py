@@ -21,6 +21,9 @@ from formats.quantized.reader import BAND
 from formats.quantized.scheme import QuantizedWeight
 from formats.spec import Array, Reader, Region, extent, intersect, relative_to
 
+WORKER_BYTES = 18 * BAND
+"""Bytes that each thread holds, measured: numbers in fp32 and what is made of them."""
+
 FP8_LARGEST = 448.0
 _FP4_LARGEST, _FP4_EXPONENT = 6.0, 2
 _BIAS = 127

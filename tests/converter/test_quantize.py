@@ -167,3 +167,13 @@ def test_what_cannot_be_quantized_is_refused(tmp_path, family, options, message)
     with pytest.raises(UserError, match=message):
         mcore_to_hf(tmp_path / "m", tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("method", "bands"), [("fp8-block", 18), (None, 4)])
+def test_a_dry_run_counts_what_each_thread_holds(tmp_path, method, bands):
+    source = quantized_models.fp8(FP8_BLOCKS["llama"](tmp_path / "plain"), tmp_path / "hf", block=64)
+    hf_to_mcore(source, tmp_path / "m")
+    few, many = (
+        mcore_to_hf(tmp_path / "m", tmp_path / "out", quantize=method, dry_run=True, workers=workers) for workers in (2, 8)
+    )
+    assert many.peak_memory - few.peak_memory >= 6 * bands << 20
