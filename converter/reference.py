@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from converter import consistency, families, megatron_settings, run_config, side_files
@@ -81,12 +82,13 @@ def _rebuilt(reader: MegatronReader, said: Sequence[ModelSettings], vocab: int |
     fields, note = {name: value for name, value in first.complete.items() if value is not None}, ""
     if "vocab_size" not in fields:
         fields["vocab_size"], note = (vocab, "") if vocab else tokens(first.settings, tokenizer, origin=first.origin)
-    config = rebuild_config(fields, first.origin)
+    config = rebuild_config(fields, first.origin, recorded=first.complete)
     return HFReference(config, f"rebuilt from {first.origin}", files, notes=(note,) if note else ())
 
 
-def rebuild_config(fields: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Return a `config.json` for Megatron's fields, in the first family whose model has all of them and no others."""
+def rebuild_config(fields: dict[str, Any], origin: str, *, recorded: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Return a `config.json` for Megatron's fields, in the first family whose model has all of them and no others, none of which
+    is `recorded` as null."""
     refused: list[str] = []
     for name in dict.fromkeys((*_PLAINEST, *families.names())):
         family = families.find(name)
@@ -98,7 +100,7 @@ def rebuild_config(fields: dict[str, Any], origin: str) -> dict[str, Any]:
             continue
         if TEXT in config:
             continue  # nothing describes the models beside it
-        if not (others := _others(described, fields)):
+        if not (others := _others(described, {**recorded, **fields})):
             return {"architectures": [family.ARCHITECTURE], "model_type": name, **config}
         refused.append(f"{name}: `{others[0]}` is `{format_untrusted(described[others[0]])}` there")
     shown = [text for text in refused if text.startswith(_PLAINEST)]

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 examples/moe.py --ep 2    # two experts in each process
 
 From the same weights, both give the same losses (`--save` writes weights, `--start` loads them); each process draws random
-weights for its own experts. On a GPU, `moe_grouped_gemm=True` computes all experts of a rank at once.
+weights for its own experts. On a GPU all experts of a rank are computed at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ def settings(*, ep: int = 1, save: str | None = None, start: str | None = None) 
         moe_router_topk=2,
         moe_ffn_hidden_size=64,
         moe_aux_loss_coeff=1e-2,
-        moe_token_dispatcher_type="alltoall",
         expert_model_parallel_size=ep,
     )
     config = RunConfig(model=model, mixed_precision="fp32")
