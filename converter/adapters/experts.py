@@ -17,7 +17,7 @@ import numpy as np
 
 from converter.adapters.adapter import AdapterReader
 from converter.adapters.merged import RecentValues
-from converter.adapters.names import Factor, is_linear, module_of, peft_name
+from converter.adapters.names import WEIGHT, Factor, is_linear, module_of, peft_name
 from converter.model import Model
 from converter.plan import TensorPlan, same_tensor
 from converter.rules import Rule, at, fill
@@ -140,6 +140,7 @@ def separate(
     """
     fused, renamed = list(fused_experts(rules, model)), _renamed(rules, model)
     weights = {weight: one.name for one in fused for names in one.weights for weight in names}
+    _refuse_others(adapter.parts.keys() - set(weights.values()))
     parted = {one.name for one in fused if by_part and _has_parts(one, adapter)}
     parameters = weights | {weight: name for name, weight in renamed.items()}
     adapter = replace(adapter, is_requested=_requested(adapter.is_requested, parameters))
@@ -148,6 +149,16 @@ def separate(
     if shares or renamed.keys() & adapter.parts.keys():
         adapter = _with_shares(adapter, shares, weights, renamed)
     return adapter, {module_of(weight): name for weight, name in parameters.items() if name not in parted}
+
+
+def _refuse_others(names: Iterable[str]) -> None:
+    """Raise UserError for a parameter of experts that is no tensor for each expert in the family's files."""
+    name = min((name for name in names if not name.endswith(WEIGHT)), default="")
+    if name:
+        raise UserError(
+            f"the adapter changes `{name}`, a parameter of all experts that this family does not store expert by expert",
+            hint="merge it with PEFT (`merge_and_unload`) and convert the merged model",
+        )
 
 
 def _requested(requested: Callable[[str], bool], parameters: Mapping[str, str]) -> Callable[[str], bool]:

@@ -150,6 +150,15 @@ def test_a_dora_of_experts_is_not_exported(qwen, tmp_path):
             adapter_to_hf(tmp_path / "m", tmp_path / "back", experts=experts)
 
 
+def test_experts_that_files_hold_together_are_refused(tmp_path):
+    base = save_small("gpt_oss", tmp_path / "hf", dtype="float32")
+    adapter = save_adapter(base, tmp_path / "peft", **{**EXPERTS, "target_parameters": EXPERTS["target_parameters"][:2]})
+    message = "changes `model.layers.0.mlp.experts.down_proj`, a parameter of all experts that this family does not store"
+    for command in (lambda: merge(base, adapter, tmp_path / "o"), lambda: adapter_to_mcore(adapter, tmp_path / "o", base=base)):
+        with pytest.raises(UserError, match=message):
+            command()
+
+
 def test_an_unknown_layout_is_named(tmp_path):
     with pytest.raises(UserError, match="`experts` is `both`"):
         adapter_to_hf("m", tmp_path / "back", experts="both")

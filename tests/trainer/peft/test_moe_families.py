@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from converter import adapter_to_hf
+from converter import adapter_to_hf, adapter_to_mcore
 from tests import models
+from tests.converter.adapters.made import save_adapter
+from tests.converter.adapters.test_experts import EXPERTS
 from tests.converter.family_suite import small_model
 from tests.trainer import small, test_parity
 from tests.trainer.peft import grouped_layers
+from tests.trainer.peft.runs import ONE_STEP
 from tests.trainer.small import STEPS
 from tests.trainer.test_family_training import END, loss_in_peft
 
@@ -46,3 +49,18 @@ def test_what_is_exported_is_in_peft_what_it_is_here(family, how, ranks, tmp_pat
     adapter_to_hf(tmp_path / "run", tmp_path / "adapter")
     assert loss_in_peft(folder, tmp_path / "adapter", FEW - 1) == pytest.approx(whole.losses[-1], abs=test_parity.TOLERANCE)
     assert abs(loss_in_peft(folder, None, FEW - 1) - whole.losses[-1]) > 10 * test_parity.TOLERANCE
+
+
+@pytest.mark.parametrize("canonical", [False, True], ids=["fused", "canonical"])
+def test_training_starts_from_an_adapter_of_peft(canonical, ranks, tmp_path):
+    """At expert parallelism 2, with experts that are computed at once; the first step is at learning rate 0."""
+    from trainer.peft import LoRA
+
+    folder = models.save(small_model("mixtral", dtype="float32"), tmp_path / "hf")
+    adapter = save_adapter(folder, tmp_path / "adapter", **EXPERTS)
+    adapter_to_mcore(adapter, tmp_path / "m", base=folder, canonical=canonical)
+    method = LoRA(dim=4, alpha=8, canonical=canonical, target_modules=EVERY)
+    changes = {**ONE_STEP, **EP2, "peft": method, "checkpoint__pretrained_adapter": str(tmp_path / "m")}
+    for history in ranks.run(_train, 2, str(folder), changes, True):
+        assert history.losses[0] == pytest.approx(loss_in_peft(folder, adapter, 0), abs=test_parity.TOLERANCE)
+    assert abs(history.losses[0] - loss_in_peft(folder, None, 0)) > 10 * test_parity.TOLERANCE
