@@ -144,7 +144,7 @@ def _layer(shape: Shape, number: int, layout: Layout) -> dict[str, int]:
     *readers, projection = islice(every := linears(shape, number), len(shape.projections))
     into_attention, up_projections, of_adapters = (_latent if shape.latent else _plain)(shape, readers, layout)
     into_projection, of_projection = _linear(projection, layout, tp, shared=True)
-    channels = wide * (shape.queries + shape.keys + shape.values) // tp
+    channels = wide * (shape.queries + shape.keys + shape.values + shape.normed) // tp
     attended = wide * shape.attended // tp
     parts = {
         "residual": 2 * (wide * (shape.hidden // layout.shards) + STATISTICS),  # the inputs of both norms
@@ -195,7 +195,8 @@ def _experts(shape: Shape, layout: Layout, inner: Sequence[Linear]) -> tuple[int
     whole = replace(layout, shards=1)
     pairs = [_mlp(shape, pair, whole, layout.etp, normed=False) for pair in batched(routed, 2)]
     into, own = (sum(pair[which] for pair in pairs) // len(pairs) for which in (0, 1))
-    inside = shape.active_experts * (into + own)
+    added = wide * shape.gates * shape.expert_ffn // layout.etp if shape.biases else 0  # with their biases, and without
+    inside = shape.active_experts * (into + own + added)
     router = ROUTER * shape.num_experts // layout.shards
     _, of_shared = _mlp(shape, shared, layout, layout.tp, normed=False) if shared else (0, 0)
     return wide * hidden // layout.shards, {"moe": inside // layout.shards + router, "shared_experts": of_shared}

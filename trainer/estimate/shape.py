@@ -42,9 +42,15 @@ class Shape:
     """Channels of a head's value."""
 
     latent: Latent | None
+    normed: int
+    """Channels of queries and keys that are normed; of latent attention none, whose norms are inside its projections."""
+
     ffn: int
     gates: int
     """Matrices of the feed-forward network that read the hidden state: 2 with a gated unit, else 1."""
+
+    biases: bool
+    """Do experts, and the other linear layers, have biases?"""
 
     vocab: int
     padded_vocab: int
@@ -154,8 +160,10 @@ def _shape(provider: Any) -> Shape:
         head=provider.qk_head_dim + latent.rotary if latent else head,
         value=provider.v_head_dim if latent else head,
         latent=latent,
+        normed=(heads + (provider.num_query_groups or heads)) * head if provider.qk_layernorm and not latent else 0,
         ffn=ffn,
         gates=2 if provider.gated_linear_unit else 1,
+        biases=provider.add_bias_linear,
         vocab=provider.vocab_size,
         padded_vocab=provider.padded_vocab_size,
         mtp=mtp,

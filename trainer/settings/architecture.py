@@ -23,7 +23,8 @@ _ABSENT = SimpleNamespace(
     gated_linear_unit=False, activation_func=None, num_moe_experts=None, fp8_dot_product_attention=False,
     attention_backend=AttnBackend.auto, yarn_rotary_scaling_factor=1.0, yarn_original_max_position_embeddings=None,
     bias_activation_fusion=None, apply_rope_fusion=None, fused_single_qkv_rope=False, window_size=None,
-    multi_latent_attention=False, rope_type="yarn", moe_grouped_gemm=False, add_bias_linear=False,
+    multi_latent_attention=False, rope_type="yarn", qk_head_dim=1, qk_pos_emb_head_dim=1, v_head_dim=1, moe_grouped_gemm=False,
+    add_bias_linear=False,
     bias_dropout_fusion=None, activation_func_clamp_value=None, glu_linear_offset=0.0, moe_layer_freq=1,
     moe_shared_expert_intermediate_size=None, moe_router_group_score=None, moe_router_num_groups=None, moe_router_fusion=False,
 )  # fmt: skip
@@ -177,7 +178,14 @@ def other_kernels(model: Any) -> dict[str, str]:
         found["apply_rope_fusion"] = "the fused kernel leaves out the attention factor of `yarn` and `longrope`"
     if model.multi_latent_attention and model.rope_type != "yarn":
         found["apply_rope_fusion"] = "with latent attention, the fused kernel computes `rope_type=yarn` alone"
+    if model.multi_latent_attention and any(size & (size - 1) for size in _latent_sizes(model)):
+        found["apply_rope_fusion"] = "with latent attention, the fused kernel computes heads of 2, 4, 8, … channels alone"
     return found
+
+
+def _latent_sizes(model: Any) -> tuple[int, int, int]:
+    """Return the channels of each part of a head, of which megatron-core's kernel makes Triton ranges."""
+    return model.qk_head_dim, model.qk_pos_emb_head_dim, model.v_head_dim
 
 
 def _has_fused_activation(model: Any) -> bool:
