@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +120,11 @@ def on(number: int, gigabytes: int, *, tp: int = 1, pp: int = 1, ep: int = 1, **
     return Gpus(number, gigabytes, layout)
 
 
+def recomputed() -> dict[str, Any]:
+    """Return the settings with which layers keep their input alone, and are computed again in the backward pass."""
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
 def shape(hidden: int, ffn: int, layers: int, heads: int, groups: int, **rest: Any) -> dict[str, Any]:
     """Return the sizes of a model as most `config.json`s name them; `ffn` is the inner size of the feed-forward layers."""
     return {
@@ -133,13 +138,21 @@ def shape(hidden: int, ffn: int, layers: int, heads: int, groups: int, **rest: A
 
 
 def recipe(
-    title: str, model: Mapping[str, Any], *, pretrain: Gpus, sft: Gpus, peft: Gpus, length: int = 4096, lr: float = 3e-4
+    title: str,
+    model: Mapping[str, Any],
+    *,
+    pretrain: Gpus,
+    sft: Gpus,
+    peft: Gpus,
+    targets: Sequence[str] = (),
+    length: int = 4096,
+    lr: float = 3e-4,
 ) -> Recipe:
     """Return the recipe of a model whose runs differ from others' in their numbers alone.
 
     `title` is the model's name, and the recipe's (`Qwen2.5 0.5B`: `qwen25_0_5b`); `model` its `config.json`. Pretraining is on
     sequences of `length` tokens, in batches and for as many steps as Llama 3's, at `lr`, which decays to a tenth; fine-tuning on
-    4096 tokens.
+    4096 tokens. `targets` are the layers that adapters stand beside, where they do not stand beside all.
     """
     family, *size = title.lower().split()
 
@@ -151,7 +164,10 @@ def recipe(
         return tuning_all(model, **sft.layout)
 
     def peft_config() -> RunConfig:
-        return tuning_adapters(model, **peft.layout)
+        config = tuning_adapters(model, **peft.layout)
+        if targets:
+            config.peft.target_modules = list(targets)
+        return config
 
     pretrain_config.__doc__ = pretrain.said_of(f"{title} from random weights")
     sft_config.__doc__ = sft.said_of(f"All of {title}")
@@ -214,6 +230,8 @@ def tuning_adapters(model: Mapping[str, Any], *, sequence_length: int = 4096, **
 
     config = _tuning(model, lr=1e-4, sequence_length=sequence_length, layout=layout)
     config.peft = LoRA(dim=32, alpha=32)
+    if config.model.mtp_num_layers:
+        config.peft.exclude_modules = ["mtp.*"]  # which PEFT's model does not have
     return config
 
 
@@ -236,6 +254,8 @@ def _run(model: Mapping[str, Any], dataset: Any, layout: Mapping[str, Any]) -> R
     config = RunConfig(model=from_hf_config(copy.deepcopy(dict(model))), dataset=dataset)
     for name, value in layout.items():
         field_path(config, f"model.{name}").set(value)
+    if config.model.num_moe_experts:
+        config.model.moe_router_dtype = "fp32"
     optimizer = config.optimizer
     optimizer.weight_decay, optimizer.clip_grad = 0.1, 1.0
     optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_eps = 0.9, 0.95, 1e-8

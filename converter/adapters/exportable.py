@@ -52,11 +52,11 @@ def _chosen(rules: Iterable[Rule], model: Model, description: Description) -> It
         is_mtp = "{mtp}" in rule.megatron
         for layer in (model.layers,) if is_mtp else range(model.layers):
             indices = at(model, layer)
+            if not rule.when(model, indices):  # it may name sizes that the model has not
+                continue
             module = describe_module(rule, indices, model)
             parts = PARTS.get(_last(rule), ()) if description.canonical else ()
-            if (is_mtp or rule.when(model, indices)) and module.is_chosen(
-                description.target_modules, description.exclude_modules, parts=parts
-            ):
+            if module.is_chosen(description.target_modules, description.exclude_modules, parts=parts):
                 yield rule, module
 
 

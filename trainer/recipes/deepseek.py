@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.recipe import on, recipe, shape
+from trainer.recipe import on, recipe, recomputed, shape
 
 COMMON: dict[str, Any] = {
     "attention_bias": False,
@@ -98,8 +98,19 @@ V3 = COMMON | SIGMOID | {
     **shape(7168, 18432, 61, 128, 128),
 }  # fmt: skip
 
+STAGES = "Et*3|(tttt|)*14ttmL"
+"""16 pipeline stages: the last has few layers beside those of multi-token prediction and the loss."""
+
 RECIPES = (
-    recipe("DeepSeek V2-Lite", V2_LITE, pretrain=on(8, 79, ep=8), sft=on(8, 79, ep=8), peft=on(1, 79)),
-    recipe("Moonlight 16B-A3B", MOONLIGHT, pretrain=on(8, 79, ep=8), sft=on(8, 79, ep=8), peft=on(1, 79)),
-    recipe("DeepSeek V3", V3, pretrain=on(256, 79, ep=32, pp=8), sft=on(256, 79, ep=32, pp=8), peft=on(32, 79, ep=32)),
+    recipe("DeepSeek V2-Lite", V2_LITE, pretrain=on(8, 58, ep=8), sft=on(8, 58, ep=8), peft=on(1, 55)),
+    recipe(
+        "DeepSeek V3",
+        V3,
+        pretrain=on(256, 63, ep=16, pp=16, pipeline_model_parallel_layout=STAGES, **recomputed()),
+        sft=on(256, 63, ep=16, pp=16, pipeline_model_parallel_layout=STAGES, **recomputed()),
+        peft=on(64, 51, ep=32, pp=2, pipeline_model_parallel_layout="Et*31|t*30mL", **recomputed()),
+        lr=2.2e-4,
+    ),
+    recipe("Moonlight 16B-A3B", MOONLIGHT, pretrain=on(8, 61, ep=8), sft=on(8, 61, ep=8), peft=on(1, 57)),
 )
+"""V3's rate is its report's (arXiv:2412.19437, section 4.2)."""

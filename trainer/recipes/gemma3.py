@@ -45,24 +45,24 @@ LARGE: dict[str, Any] = {"head_dim": 128, "query_pre_attn_scalar": 168}
 
 RECIPES = (
     recipe("Gemma3 270M", COMMON | shape(640, 2048, 18, 4, 1), pretrain=on(1, 17), sft=on(1, 11), peft=on(1, 7), length=8192),
-    recipe("Gemma3 1B", COMMON | shape(1152, 6912, 26, 4, 1), pretrain=on(1, 39), sft=on(1, 28), peft=on(1, 13), length=8192),
+    recipe("Gemma3 1B", COMMON | shape(1152, 6912, 26, 4, 1), pretrain=on(1, 39), sft=on(1, 29), peft=on(1, 13), length=8192),
     recipe(
-        "Gemma3 4B", COMMON | LONG | shape(2560, 10240, 34, 8, 4), pretrain=on(4, 70), sft=on(2, 64), peft=on(1, 26), length=8192
+        "Gemma3 4B", COMMON | LONG | shape(2560, 10240, 34, 8, 4), pretrain=on(4, 72), sft=on(2, 65), peft=on(1, 27), length=8192
     ),
     recipe(
         "Gemma3 12B",
         COMMON | LONG | shape(3840, 15360, 48, 16, 8),
-        pretrain=on(4, 70, tp=4),
-        sft=on(4, 61, tp=4),
-        peft=on(1, 59),
+        pretrain=on(4, 71, tp=4),
+        sft=on(4, 62, tp=4),
+        peft=on(1, 61),
         length=8192,
     ),
     recipe(
         "Gemma3 27B",
         COMMON | LONG | LARGE | shape(5376, 21504, 62, 32, 16),
-        pretrain=on(16, 54, tp=8),
+        pretrain=on(16, 55, tp=8),
         sft=on(8, 68, tp=8),
-        peft=on(2, 56, tp=2),
+        peft=on(2, 58, tp=2),
         length=8192,
         lr=1.5e-4,
     ),

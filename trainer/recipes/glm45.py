@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.recipe import on, recipe, shape
+from trainer.recipe import on, recipe, recomputed, shape
 
 AIR: dict[str, Any] = {
     "architectures": ["Glm4MoeForCausalLM"],
@@ -39,4 +39,12 @@ AIR: dict[str, Any] = {
     **shape(4096, 10944, 46, 96, 8),
 }
 
-RECIPES = (recipe("GLM-4.5 Air", AIR, pretrain=on(64, 79, ep=8, pp=4), sft=on(64, 79, ep=8, pp=4), peft=on(4, 79, ep=4)),)
+RECIPES = (
+    recipe(
+        "GLM-4.5 Air",
+        AIR,
+        pretrain=on(64, 64, ep=32, pp=2, **recomputed()),
+        sft=on(64, 64, ep=32, pp=2, **recomputed()),
+        peft=on(8, 53, ep=8, **recomputed()),
+    ),
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.recipe import on, recipe, shape
+from trainer.recipe import on, recipe, recomputed, shape
 
 
 def model(layers: int, experts: int) -> dict[str, Any]:
@@ -46,7 +46,24 @@ def model(layers: int, experts: int) -> dict[str, Any]:
 
 
 MODEL_20B = model(24, 32)
+ATTENTION = ("linear_qkv", "linear_proj")
+"""What adapters stand beside: PEFT's could not hold those of experts whose weights are one tensor with transposed rows."""
+
 RECIPES = (
-    recipe("GPT-OSS 20B", MODEL_20B, pretrain=on(8, 79, ep=8), sft=on(8, 79, ep=8), peft=on(1, 79)),
-    recipe("GPT-OSS 120B", model(36, 128), pretrain=on(32, 79, ep=16), sft=on(32, 79, ep=16), peft=on(4, 79, ep=4)),
+    recipe(
+        "GPT-OSS 20B",
+        MODEL_20B,
+        pretrain=on(8, 61, ep=8, **recomputed()),
+        sft=on(8, 61, ep=8, **recomputed()),
+        peft=on(1, 59),
+        targets=ATTENTION,
+    ),
+    recipe(
+        "GPT-OSS 120B",
+        model(36, 128),
+        pretrain=on(64, 65, ep=16, pp=4),
+        sft=on(64, 51, ep=16, pp=4),
+        peft=on(8, 56, ep=8),
+        targets=ATTENTION,
+    ),
 )

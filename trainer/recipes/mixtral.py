@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.recipe import on, recipe, shape
+from trainer.recipe import on, recipe, recomputed, shape
 
 MODEL_8X7B: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
@@ -28,4 +28,12 @@ MODEL_8X7B: dict[str, Any] = {
     "vocab_size": 32000,
 } | shape(4096, 14336, 32, 32, 8)
 
-RECIPES = (recipe("Mixtral 8x7B", MODEL_8X7B, pretrain=on(16, 79, ep=8, pp=2), sft=on(16, 79, ep=8, pp=2), peft=on(2, 79, ep=2)),)
+RECIPES = (
+    recipe(
+        "Mixtral 8x7B",
+        MODEL_8X7B,
+        pretrain=on(16, 59, ep=8, pp=2, **recomputed()),
+        sft=on(16, 59, ep=8, pp=2, **recomputed()),
+        peft=on(2, 55, ep=2, **recomputed()),
+    ),
+)

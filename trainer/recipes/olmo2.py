@@ -27,14 +27,14 @@ COMMON: dict[str, Any] = {
 
 RECIPES = (
     recipe("OLMo2 1B", COMMON | shape(2048, 8192, 16, 16, 16), pretrain=on(1, 34), sft=on(1, 34), peft=on(1, 11)),
-    recipe("OLMo2 7B", COMMON | shape(4096, 11008, 32, 32, 32), pretrain=on(4, 53, tp=2), sft=on(4, 53, tp=2), peft=on(1, 35)),
-    recipe("OLMo2 13B", COMMON | shape(5120, 13824, 40, 40, 40), pretrain=on(4, 69, tp=4), sft=on(4, 69, tp=4), peft=on(1, 58)),
+    recipe("OLMo2 7B", COMMON | shape(4096, 11008, 32, 32, 32), pretrain=on(4, 54, tp=2), sft=on(4, 54, tp=2), peft=on(1, 37)),
+    recipe("OLMo2 13B", COMMON | shape(5120, 13824, 40, 40, 40), pretrain=on(4, 70, tp=4), sft=on(4, 70, tp=4), peft=on(1, 62)),
     recipe(
         "OLMo2 32B",
         COMMON | shape(5120, 27648, 64, 40, 8),
-        pretrain=on(16, 56, tp=8),
-        sft=on(16, 56, tp=8),
-        peft=on(2, 66, tp=2),
+        pretrain=on(16, 57, tp=8),
+        sft=on(16, 57, tp=8),
+        peft=on(2, 68, tp=2),
         lr=1.5e-4,
     ),
 )

@@ -32,4 +32,4 @@ MODEL_7B: dict[str, Any] = {
     **shape(2048, 1024, 16, 16, 16),
 }
 
-RECIPES = (recipe("OLMoE 1B-7B", MODEL_7B, pretrain=on(4, 79, ep=4), sft=on(4, 79, ep=4), peft=on(1, 79)),)
+RECIPES = (recipe("OLMoE 1B-7B", MODEL_7B, pretrain=on(4, 42, ep=4), sft=on(4, 42, ep=4), peft=on(1, 27)),)

@@ -35,11 +35,11 @@ def model(hidden: int, ffn: int, layers: int, heads: int, *, tied: bool = False)
 
 RECIPES = (
     recipe("Qwen3 0.6B", model(1024, 3072, 28, 16, tied=True), pretrain=on(1, 18), sft=on(1, 18), peft=on(1, 9)),
-    recipe("Qwen3 1.7B", model(2048, 6144, 28, 16, tied=True), pretrain=on(1, 41), sft=on(1, 41), peft=on(1, 14)),
-    recipe("Qwen3 4B", model(2560, 9728, 36, 32, tied=True), pretrain=on(2, 66), sft=on(2, 66), peft=on(1, 26)),
-    recipe("Qwen3 8B", model(4096, 12288, 36, 32), pretrain=on(4, 60, tp=2), sft=on(4, 60, tp=2), peft=on(1, 39)),
-    recipe("Qwen3 14B", model(5120, 17408, 40, 40), pretrain=on(8, 52, tp=4), sft=on(8, 52, tp=4), peft=on(1, 62)),
+    recipe("Qwen3 1.7B", model(2048, 6144, 28, 16, tied=True), pretrain=on(1, 42), sft=on(1, 42), peft=on(1, 15)),
+    recipe("Qwen3 4B", model(2560, 9728, 36, 32, tied=True), pretrain=on(2, 67), sft=on(2, 67), peft=on(1, 28)),
+    recipe("Qwen3 8B", model(4096, 12288, 36, 32), pretrain=on(4, 61, tp=2), sft=on(4, 61, tp=2), peft=on(1, 41)),
+    recipe("Qwen3 14B", model(5120, 17408, 40, 40), pretrain=on(8, 52, tp=4), sft=on(8, 52, tp=4), peft=on(1, 64)),
     recipe(
-        "Qwen3 32B", model(5120, 25600, 64, 64), pretrain=on(16, 57, tp=8), sft=on(16, 57, tp=8), peft=on(2, 67, tp=2), lr=1.5e-4
+        "Qwen3 32B", model(5120, 25600, 64, 64), pretrain=on(16, 58, tp=8), sft=on(16, 58, tp=8), peft=on(2, 70, tp=2), lr=1.5e-4
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.recipe import on, recipe, shape
+from trainer.recipe import on, recipe, recomputed, shape
 
 COMMON: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -42,10 +42,23 @@ def model(hidden: int, ffn: int, expert_ffn: int, layers: int, heads: int) -> di
 
 
 MODEL_30B = model(2048, 6144, 768, 48, 32)
+EVEN = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+"""94 layers, the embedding and the loss divide into 8 stages."""
+
 RECIPES = (
-    recipe("Qwen3 30B-A3B", MODEL_30B, pretrain=on(8, 79, ep=8), sft=on(8, 79, ep=8), peft=on(2, 79, ep=2)),
     recipe(
-        "Qwen3 235B-A22B", model(4096, 12288, 1536, 94, 64), pretrain=on(64, 79, tp=4, pp=8, ep=8),
-        sft=on(64, 79, tp=4, pp=8, ep=8), peft=on(16, 79, tp=2, ep=16), lr=1.5e-4,
+        "Qwen3 30B-A3B",
+        MODEL_30B,
+        pretrain=on(16, 68, ep=16),
+        sft=on(16, 68, ep=16),
+        peft=on(2, 48, ep=2, **recomputed()),
     ),
-)  # fmt: skip
+    recipe(
+        "Qwen3 235B-A22B",
+        model(4096, 12288, 1536, 94, 64),
+        pretrain=on(128, 44, ep=16, pp=8, **EVEN, **recomputed()),
+        sft=on(128, 43, ep=16, pp=8, **EVEN, **recomputed()),
+        peft=on(16, 47, ep=8, pp=2, **recomputed()),
+        lr=1.5e-4,
+    ),
+)
