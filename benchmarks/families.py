@@ -81,14 +81,20 @@ def _row(name: str, family: families.Family) -> list[str]:
 
 
 def _reads(family: families.Family, config: dict[str, Any], kind: str) -> bool:
-    """Does a family's CONFIG take this scaling of rotary embeddings?"""
+    """Does a family's CONFIG take this scaling of rotary embeddings, of all layers or of those that do not slide?"""
     base = {key: value for key, value in config.items() if key != "rope_parameters"}
-    scaled = {"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]}
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    scaled = {**plain, "rope_type": kind, **ROPES[kind]}
+    by_type = {"rope_parameters": {"full_attention": scaled, "sliding_attention": plain}}
+    return any(_changes(family, base, said) for said in ({"rope_scaling": scaled}, by_type))
+
+
+def _changes(family: families.Family, config: dict[str, Any], said: dict[str, Any]) -> bool:
+    """Are Megatron's fields others with what is said beside `config`?"""
     try:
-        plain, found = (to_megatron(family.CONFIG, {**base, "rope_scaling": one}) for one in (None, scaled))
+        return to_megatron(family.CONFIG, config) != to_megatron(family.CONFIG, {**config, **said})
     except UserError:
         return False
-    return plain != found
 
 
 def _differences(family: families.Family, fields: dict[str, Any], kinds: list[str]) -> Iterator[str]:

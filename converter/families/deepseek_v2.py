@@ -12,7 +12,7 @@ from formats.errors import UserError, format_untrusted
 MODELS = "DeepSeek-V2, V2.5, V2-Lite, Coder-V2"
 ARCHITECTURE = "DeepseekV2ForCausalLM"
 
-RULES = llama.decoder(*deepseek_v3.ATTENTION, *mixtral.mixed(llama.MLP, (*mixtral.moe(), *deepseek_v3.SHARED)))
+RULES = llama.decoder(*deepseek_v3.ATTENTION, *mixtral.mixed(llama.MLP, (*mixtral.moe(), *mixtral.shared())))
 
 
 def _choice() -> Field:

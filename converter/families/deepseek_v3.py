@@ -9,7 +9,7 @@ from converter.config_parts import dimension, dropouts, not_computed, only, rms_
 from converter.config_router import best_groups, dense_first, prediction_layers, shared_multiple, sigmoid_scores
 from converter.families import llama, mixtral
 from converter.model import Model
-from converter.rules import Indices, Rule, column_parallel, copy_of, gated_mlp, replicated, row_parallel, under
+from converter.rules import Indices, Rule, column_parallel, copy_of, replicated, row_parallel, under
 
 MODELS = "DeepSeek-V3, R1, V3.1, Moonlight"
 ARCHITECTURE = "DeepseekV3ForCausalLM"
@@ -41,12 +41,8 @@ ATTENTION = (
     *_latent("kv", "keys_values", "kv_lora", "kv_a_proj_with_mqa", "kv_down"),
     row_parallel("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "hidden", "values"),
 )
-SHARED = (
-    gated_mlp("mlp.shared_experts.linear_fc1.weight", "mlp.shared_experts.{gate,up}_proj.weight", "shared_ffn", "hidden"),
-    row_parallel("mlp.shared_experts.linear_fc2.weight", "mlp.shared_experts.down_proj.weight", "hidden", "shared_ffn"),
-)
 BIAS = replicated("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", "experts", keep_dtype="fp32")
-SPARSE = (*mixtral.moe(), BIAS, *SHARED)
+SPARSE = (*mixtral.moe(), BIAS, *mixtral.shared())
 
 
 def prediction(*layer: Rule) -> tuple[Rule, ...]:

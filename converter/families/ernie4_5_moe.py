@@ -25,7 +25,7 @@ def _shared(model: Model, indices: Indices) -> bool:
 
 
 BIAS = replace(deepseek_v3.BIAS, huggingface="mlp.moe_statics.e_score_correction_bias", huggingface_shape=(1, "experts"))
-SHARED = tuple(replace(rule, when=_shared) for rule in deepseek_v3.SHARED)
+SHARED = tuple(replace(rule, when=_shared) for rule in mixtral.shared())
 RULES = llama.decoder(*llama.ATTENTION, *mixtral.mixed(llama.MLP, (*mixtral.moe(), BIAS)), *SHARED)
 
 _PLACES = {"moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1}

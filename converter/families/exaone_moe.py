@@ -14,7 +14,7 @@ MODELS = "K-EXAONE"
 ARCHITECTURE = "ExaoneMoeForCausalLM"
 
 BIAS = replace(deepseek_v3.BIAS, huggingface="mlp.e_score_correction_bias")
-RULES = llama.decoder(*llama.ATTENTION, *qwen3.NORMS, *mixtral.mixed(llama.MLP, (*mixtral.moe(), BIAS, *deepseek_v3.SHARED)))
+RULES = llama.decoder(*llama.ATTENTION, *qwen3.NORMS, *mixtral.mixed(llama.MLP, (*mixtral.moe(), BIAS, *mixtral.shared())))
 CONFIG = (
     *sizes(),
     field("num_query_groups", "num_key_value_heads", default=value(32)),

@@ -12,11 +12,7 @@ from converter.families import deepseek_v3, llama, mixtral, qwen3
 MODELS = "Hunyuan 3 (Hy3)"
 ARCHITECTURE = "HYV3ForCausalLM"
 
-_NAMES = {
-    "mlp.shared_experts.{gate,up}_proj.weight": "mlp.shared_mlp.{gate,up}_proj.weight",
-    "mlp.shared_experts.down_proj.weight": "mlp.shared_mlp.down_proj.weight",
-}
-SHARED = tuple(replace(rule, huggingface=_NAMES[rule.huggingface]) for rule in deepseek_v3.SHARED)
+SHARED = mixtral.shared("mlp.shared_mlp.{gate,up}_proj.weight", "mlp.shared_mlp.down_proj.weight")
 BIAS = replace(deepseek_v3.BIAS, huggingface="mlp.expert_bias")
 RULES = llama.decoder(
     *llama.ATTENTION, *qwen3.NORMS, *mixtral.mixed(llama.MLP, (*mixtral.moe(router="mlp.router.gate.weight"), BIAS, *SHARED))

@@ -22,7 +22,7 @@ ATTENTION = (
     row_parallel("self_attention.linear_proj.weight", "attention.dense.weight", "hidden", "queries"),
 )
 BIAS = replace(deepseek_v3.BIAS, huggingface="mlp.gate.expert_bias")
-SPARSE = (*mixtral.moe(), BIAS, *deepseek_v3.SHARED)
+SPARSE = (*mixtral.moe(), BIAS, *mixtral.shared())
 
 
 def published(name: str) -> str:

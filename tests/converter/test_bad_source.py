@@ -36,7 +36,7 @@ def test_no_or_broken_config(source, tmp_path, text, pattern):
 
 
 @pytest.mark.parametrize(("changes", "pattern"), [
-    ({"model_type": "bert"}, r"`bert`, which is not supported\n\nhint: supported are: apertus, .*, llama, .*, mistral,"),
+    ({"model_type": "bert"}, r"`bert`, which is not supported\n\nhint: supported are: .*apertus, .*, llama, .*, mistral,"),
     ({"model_type": ["llama"]}, "which is not supported"),
     ({"model_type": "../llama"}, "which is not supported"),
     ({"hidden_size": ...}, "`hidden_size`: `None`, which should be a whole number"),

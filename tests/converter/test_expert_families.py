@@ -107,3 +107,17 @@ def test_phi_s_short_contexts_have_the_attention_factor_that_its_config_names(ra
     found = to_megatron(families.find("phimoe").CONFIG, saved)
     assert found["rope_parameters"]["attention_factor"] == 1.3
     assert "attention_factor" not in (back("phimoe", found).get("rope_scaling") or {})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+        {"rope_parameters": None, "rope_theta": 10000.0},
+    ],
+)
+def test_a_mellum_s_rotary_embeddings_are_those_of_each_type_of_layers(changes):
+    with pytest.raises(UserError, match="is not said for each type of layers"):
+        fields("mellum", **changes)
+    assert fields("mellum", rope_parameters=None)["sliding_rope"] == {"rope_type": "default", "rope_theta": 10000.0}

@@ -162,9 +162,10 @@ NULLS = {
 
 
 def mattering(config: dict) -> list[str]:
-    """The fields that change what is computed: a window does only where a layer slides."""
+    """The fields that change what is computed: a window does only where a layer slides, and of two norms the one that it is."""
     still = ("sliding_window",) if "sliding_attention" not in config.get("layer_types", ["sliding_attention"]) else ()
-    return [name for name in config if name not in IGNORED and name not in still]
+    unused = ("layer_norm_eps",) if config.get("rms_norm_eps") is not None else ()
+    return [name for name in config if name not in IGNORED and name not in (*still, *unused)]
 
 
 def rotations(family: str, config: dict) -> list[Any]:
@@ -242,7 +243,7 @@ def test_many_random_configs_mean_the_same_after_the_way_there_and_back(family, 
 ONE_SWITCH = {"gpt_neox": {"attention_bias": True}}
 """Switches that Megatron has not: a GPT-NeoX without biases of attention has zeros there."""
 
-SCALED = ("apertus", "cwm", "ministral3")
+SCALED = ("apertus", "cwm", "gpt_oss", "ministral3")
 """Families whose class takes a scaling of its own for the null that transformers 4 wrote where there is none."""
 
 
@@ -254,6 +255,7 @@ def test_the_defaults_of_a_family_are_those_of_its_class(family):
     if isinstance(text := whole.get(TEXT), dict):
         sized[TEXT] = {"model_type": text["model_type"], **sizes_alone(names(text["model_type"]), text)}
     sized |= {name: whole[name] for name in NO_DEFAULTS.get(family, ())}
+    sized |= {part: {name: whole[part][name] for name in inside} for part, inside in SIZES_WITHIN.get(family, {}).items()}
     filled = without_prediction(AutoConfig.for_model(family, **sized))
     assert to_megatron(families.find(family).CONFIG, sized) == to_megatron(families.find(family).CONFIG, filled)
 
@@ -261,14 +263,15 @@ def test_the_defaults_of_a_family_are_those_of_its_class(family):
 def without_prediction(config) -> dict:
     """By some classes there is one layer of multi-token prediction, and their models have none."""
     found = plain(config)
-    return {**found, **{name: 0 for name in found if name == "num_nextn_predict_layers"}}
+    return {**found, **{name: 0 for name, layers in found.items() if name == "num_nextn_predict_layers" and layers}}
 
 
 WITHOUT_DEFAULT = {
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
     "deepseek_v2": {"num_experts_per_tok": 6},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
 }
-"""Fields that are null by default, and with which transformers' model then fails."""
+"""Fields that are null by default, or missing, and with which transformers' model then fails."""
 
 NO_DEFAULTS = {"mistral3": ("tie_word_embeddings",)}
 """Fields that a test must say: by Mistral 3's class embeddings are tied, by that of its `text_config` they are not."""
@@ -279,8 +282,11 @@ def sizes_alone(names: dict[str, str], whole: dict) -> dict:
 
 
 SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts",
-    "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts",
+    "vocab_size", "hidden_size", "intermediate_size", "intermediate_size_mlp", "num_hidden_layers", "num_attention_heads",
+    "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts",
     "shared_expert_intermediate_size",
 )  # fmt: skip
 """What every `config.json` says; transformers fills in the rest."""
+
+SIZES_WITHIN = {"dbrx": {"attn_config": ("rope_theta",), "ffn_config": ("ffn_hidden_size", "moe_num_experts", "moe_top_k")}}
+"""The same in objects of their own."""

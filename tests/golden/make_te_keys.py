@@ -58,6 +58,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
     "falcon_40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "deepseek_v3_mtp": ("deepseek_v3", {"num_nextn_predict_layers": 2}),
+    "dbrx_without_clipping": ("dbrx", {"attn_config": {"kv_n_heads": 4, "rope_theta": 10000.0}}),
     "moonlight": ("deepseek_v3", {"q_lora_rank": None}),
     "falcon_rw": ("falcon", {"multi_query": False, "parallel_attn": False, "bias": True, "alibi": True}),
 }
@@ -75,7 +76,7 @@ def main() -> None:
         differing = [name for name, (family, _) in ON_GPU.items() if family in known and not _agrees_with_gpu(name)]
         if differing:
             sys.exit(f"differ from golden_keys.json: {', '.join(differing)}")
-        cases = {family: (family, {}) for family in known} | {**VARIANTS, **MORE}
+        cases = {family: (family, {}) for family in known if families.find(family).trains} | {**VARIANTS, **MORE}
         built, failed = _build(cases)
     versions = {name: version(name) for name in ("megatron-core", "transformer-engine", "torch", "transformers")}
     content = json.dumps({"versions": versions, "models": built}, separators=(",", ":"))
