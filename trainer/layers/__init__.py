@@ -29,6 +29,7 @@ from trainer.layers.rope import own_frequencies, sliding_rope
 from trainer.layers.rope_norms import rope_norms
 from trainer.layers.routing import own_scoring
 from trainer.layers.scores import changed_scores
+from trainer.layers.sinks import divided_sinks
 from trainer.layers.spec import copied
 from trainer.layers.xielu import activation_weights
 
@@ -61,6 +62,7 @@ MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     expert_groups,
     expert_output,
     expert_biases,
+    divided_sinks,
     rope_norms,
 )
 """Functions `(provider, model)` that change this rank's chunk of a GPTModel in place."""

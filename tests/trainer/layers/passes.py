@@ -36,17 +36,20 @@ def step(ranks: Any, fields: dict[str, Any], layout: str = "") -> tuple[float, G
     world = changes.get("tensor_model_parallel_size", 1) * changes.get("pipeline_model_parallel_size", 1)
     answers = ranks.run(on_rank, world, {**SMALL, **fields}, changes)
     whole: Gradients = {}
-    for name, region, shape, data in (shard for _, shards in answers for shard in shards):
+    for name, region, shape, data in (shard for _, _, shards in answers for shard in shards):
         gradient = whole.setdefault(name, np.full(shape, np.nan, np.float32))
         held = gradient[region]
         assert np.isnan(held).all() or np.allclose(held, data, atol=1e-6), f"replicas of {name} differ"
         gradient[region] = data
     assert not any(np.isnan(gradient).any() for gradient in whole.values())
+    norm = sum(np.square(gradient.astype(np.float64)).sum() for gradient in whole.values()) ** 0.5
+    for _, of_optimizer, _ in answers:
+        assert abs(of_optimizer - norm) <= 1e-6 * norm, f"the optimizer's norm is {of_optimizer}, that of the gradients is {norm}"
     return answers[-1][0], whole
 
 
-def on_rank(fields: dict[str, Any], changes: dict[str, Any]) -> tuple[float, list[Any]]:
-    """The loss on this rank, and (name, region, global shape, gradient) of each of its shards."""
+def on_rank(fields: dict[str, Any], changes: dict[str, Any]) -> tuple[float, float, list[Any]]:
+    """The loss on this rank, the optimizer's gradient norm, and (name, region, global shape, gradient) of each of its shards."""
     from trainer import model, optim, parallel
     from trainer.checkpoints.live import local_weights
     from trainer.config import RunConfig
@@ -63,11 +66,15 @@ def on_rank(fields: dict[str, Any], changes: dict[str, Any]) -> tuple[float, lis
         for shard in local_weights(chunks):
             shard.data.copy_(value(shard.name, shard.global_shape)[shard.region])
         wrapped = optim.wrap(chunks, config.model, config.ddp)
-        optim.make_optimizer(wrapped, config)
+        optimizer = optim.make_optimizer(wrapped, config)
         loss = _one_step(wrapped, config)
+        optimizer.prepare_grads()
+        norm = float(optimizer.get_grad_norm())
         for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
             parameter.data.copy_(parameter.main_grad)
-        return loss, [(one.name, one.region, one.global_shape, one.data.numpy()) for one in local_weights(chunks)]
+        for buffer in (buffer for chunk in chunks for buffer in chunk.buffers()):
+            buffer.zero_()  # has no gradient
+        return loss, norm, [(one.name, one.region, one.global_shape, one.data.numpy()) for one in local_weights(chunks)]
 
 
 def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:

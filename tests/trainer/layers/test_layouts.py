@@ -24,10 +24,11 @@ PIECES = {
     "latent": LATENT,
     "latent_from_all_channels": {**LATENT, "q_lora_rank": None},
     "each_head": {"qk_layernorm": True, "qk_layernorm_scope": "each_head", "normalization": "LayerNorm"},
+    "sinks": {"softmax_type": "learnable"},
 }
 WITHOUT = {
     "parallel_residual": None, "pre_layernorms": True, "post_layernorms": False, "residual_multiplier": 1.0,
-    "attention_output_bias": False,
+    "attention_output_bias": False, "softmax_type": "vanilla",
     "qk_layernorm_scope": "head", "latent_layernorm_epsilon": None, "layernorm_zero_centered_gamma": False,
 }  # fmt: skip
 CASES = [(piece, layout) for piece in PIECES for layout in passes.LAYOUTS]
