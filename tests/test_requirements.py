@@ -40,7 +40,7 @@ FEATURES = {
     "trainer/checkpoints/fp8_states.py": ("train", "gpu"),
     "trainer/device.py": ("train", "gpu"),
     "trainer/layers/scores.py": ("train", "gpu"),
-    "trainer/settings/resolve.py": ("train", "gpu"),
+    "trainer/settings/kernels.py": ("train", "gpu"),
     "trainer/user_buffers.py": ("train", "gpu"),
 }
 """Which extras whoever uses a part has installed; the longest path that a file begins with counts."""

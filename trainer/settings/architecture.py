@@ -176,10 +176,10 @@ def other_kernels(model: Any) -> dict[str, str]:
         found["bias_dropout_fusion"] = "grouped experts with biases lack it"
     if attention_factor(model) != 1.0:
         found["apply_rope_fusion"] = "the fused kernel leaves out the attention factor of `yarn` and `longrope`"
-    if model.multi_latent_attention and model.rope_type != "yarn":
-        found["apply_rope_fusion"] = "with latent attention, the fused kernel computes `rope_type=yarn` alone"
     if model.multi_latent_attention and any(size & (size - 1) for size in _latent_sizes(model)):
         found["apply_rope_fusion"] = "with latent attention, the fused kernel computes heads of 2, 4, 8, … channels alone"
+    if model.multi_latent_attention and model.rope_type != "yarn":
+        found["apply_rope_fusion"] = "with latent attention, the fused kernel computes `rope_type=yarn` alone"
     return found
 
 

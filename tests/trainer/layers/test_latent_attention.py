@@ -64,3 +64,5 @@ def test_an_attention_factor_is_refused_which_latent_attention_leaves_out():
 def test_a_kernel_that_computes_another_rotary_embedding_is_refused():
     with pytest.raises(UserError, match="with latent attention, the fused kernel computes `rope_type=yarn` alone"):
         made("youtu", apply_rope_fusion=True)
+    with pytest.raises(UserError, match="with latent attention, the fused kernel computes heads of 2, 4, 8, … channels alone"):
+        made("deepseek_v3", apply_rope_fusion=True)  # of 12 channels
