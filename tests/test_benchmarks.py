@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import finetune
-from benchmarks.peft_finetune import _as_transformers
+from benchmarks.peft_finetune import as_transformers
 
 WORDS = ["tiny", "--device", "cpu", "--layers", "1", "--sequence", "64", "--steps", "2", "--warm-up", "1"]
 
@@ -50,6 +50,6 @@ def test_transformers_learn_the_same_tokens():
     batch["loss_mask"][:, -1] = 0  # a row's last token has no label
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
     model = LlamaForCausalLM(LlamaConfig(**sizes))
-    found = model(**_as_transformers(batch, torch.device("cpu")))
+    found = model(**as_transformers(batch, torch.device("cpu")))
     each = cross_entropy(found.logits.transpose(1, 2), batch["labels"], reduction="none")
     torch.testing.assert_close(found.loss, (each * batch["loss_mask"]).sum() / batch["loss_mask"].sum())

@@ -60,5 +60,5 @@ CONFIG = (
 )
 SMALL = {
     "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "swiglu_limit": 0.5,
-    "rope_parameters": {**YARN, "rope_theta": 150000.0, "original_max_position_embeddings": 16},
+    "rope_parameters": {**YARN, "rope_theta": 100.0, "original_max_position_embeddings": 16},
 }  # fmt: skip
