@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.bare_loop import step_times
 from benchmarks.expert_shapes import PRECISIONS, SHAPES, Shape, config_of, settings
 
 
@@ -101,16 +101,7 @@ def _time(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
         micro_batch_size=shape.micro_batch,
         forward_only=False,
     )
-    times = []
-    for _ in range(options.steps):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        ddp.zero_grad_buffer()
-        optimizer.zero_grad()
-        step()
-        optimizer.step()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+    times = step_times(options.steps, ddp, optimizer, step)
     return {
         "seconds_per_step": statistics.median(times[options.warm_up :]),
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30,

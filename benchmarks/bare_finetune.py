@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import packed
-from benchmarks.bare_loop import RECIPES, make_model
+from benchmarks.bare_loop import RECIPES, make_model, step_times
 from trainer.peft import LoRA
 from trainer.peft.adapter_layer import Adapter, adapt
 from trainer.peft.attach import attach
@@ -103,17 +102,7 @@ def _median_step(options: argparse.Namespace, config: Any, model: Any, batches: 
         micro_batch_size=1,
         forward_only=False,
     )
-    times = []
-    for _ in range(options.steps):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        ddp.zero_grad_buffer()
-        optimizer.zero_grad()
-        step()
-        optimizer.step()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[options.warm_up :])
+    return statistics.median(step_times(options.steps, ddp, optimizer, step)[options.warm_up :])
 
 
 def _on_gpu(batches: list[dict[str, Any]]) -> list[Any]:

@@ -12,6 +12,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -117,16 +118,7 @@ def _time(options: argparse.Namespace) -> dict[str, Any]:
         micro_batch_size=options.micro_batch,
         forward_only=False,
     )
-    times = []
-    for _ in range(options.steps):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        ddp.zero_grad_buffer()
-        optimizer.zero_grad()
-        step()
-        optimizer.step()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+    times = step_times(options.steps, ddp, optimizer, step)
     seconds = statistics.median(times[WARM_UP:])
     rate = options.micro_batch * options.microbatches * options.sequence / seconds
     return {
@@ -134,6 +126,21 @@ def _time(options: argparse.Namespace) -> dict[str, Any]:
         "tflops_per_gpu": rate * flops_per_token(config, options.sequence) / 1e12,
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
+
+
+def step_times(steps: int, ddp: Any, optimizer: Any, forward_and_backward: Callable[[], Any]) -> list[float]:
+    """Run training steps on a GPU, and return the seconds that each took."""
+    times: list[float] = []
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        forward_and_backward()
+        optimizer.step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return times
 
 
 def _random_tokens(options: argparse.Namespace, vocab: int) -> Any:

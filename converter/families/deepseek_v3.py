@@ -74,6 +74,11 @@ SIZES = (
     only(attention_bias=False, mlp_bias=False, moe_layer_freq=1),
     named(both=lambda model: 2 * model.hidden),
 )
+CHOICE = (
+    prediction_layers(),
+    not_computed("norm_topk_prob", off=True),
+    only(rope_interleave=True, scoring_func="sigmoid", topk_method="noaux_tc"),
+)
 CONFIG = (
     *sizes(head_dim="", positions_default=4096),
     *SIZES,
@@ -83,9 +88,7 @@ CONFIG = (
     *sigmoid_scores(scale=2.5),
     best_groups(8, 4, best=2),
     *shared_multiple(1),
-    prediction_layers(),
-    not_computed("norm_topk_prob", off=True),
-    only(rope_interleave=True, scoring_func="sigmoid", topk_method="noaux_tc"),
+    *CHOICE,
 )
 EXTRAS = llama.EXTRAS
 SMALL = {

@@ -1,8 +1,8 @@
 """GLM-4.7-Flash: DeepSeek-V3's layers in other sizes."""
 
 from converter.config_latent import latent, latent_rope
-from converter.config_parts import dimension, not_computed, only, rms_norm, sizes
-from converter.config_router import best_groups, kinds_of_layers, prediction_layers, shared_multiple, sigmoid_scores
+from converter.config_parts import dimension, rms_norm, sizes
+from converter.config_router import best_groups, kinds_of_layers, shared_multiple, sigmoid_scores
 from converter.families import deepseek_v3
 
 MODELS = "GLM-4.7-Flash"
@@ -20,9 +20,7 @@ CONFIG = (
     *sigmoid_scores(scale=1.8),
     best_groups(1, 1, best=2),
     *shared_multiple(1),
-    prediction_layers(),
-    not_computed("norm_topk_prob", off=True),
-    only(rope_interleave=True, scoring_func="sigmoid", topk_method="noaux_tc"),
+    *deepseek_v3.CHOICE,
 )
 EXTRAS = deepseek_v3.EXTRAS
 SMALL = {
