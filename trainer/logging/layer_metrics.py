@@ -116,10 +116,10 @@ def _mean_over_ranks() -> float:
 
 
 def _summed(own: Numbers) -> Numbers:
-    """Return the sum of each tensor over all ranks, in fp64."""
+    """Return the sum of each tensor over all ranks, in fp64, in the CPU's memory: one copy waits for a GPU once."""
     flat = torch.cat([values.flatten().double() for values in own.values()])
     dist.all_reduce(flat)
-    parts = flat.split([values.numel() for values in own.values()])
+    parts = flat.cpu().split([values.numel() for values in own.values()])
     return {name: part.view_as(values) for (name, values), part in zip(own.items(), parts, strict=True)}
 
 
