@@ -37,6 +37,7 @@ from formats.huggingface import HuggingFaceReader
 from formats.json_objects import read_json
 from formats.megatron_reader import MegatronReader
 from formats.spec import Array, Reader, Region, dtype_name, extent, relative_to
+from trainer import collectives
 from trainer.checkpoints.quantized import in_full
 from trainer.model import GPTModelProvider
 from trainer.settings import hf_config
@@ -172,12 +173,17 @@ def _plan(reader: Reader, config: Mapping[str, Any]) -> Plan:
 
 
 def _from_huggingface(reader: HuggingFaceReader) -> tuple[Reader, dict[str, TensorPlan]]:
-    """Return a reader of a directory's tensors as plain numbers, and the plan for each of Megatron's."""
+    """Return a reader of a directory's tensors as plain numbers, and the plan for each of Megatron's. Rank 0 compares those that
+    must be equal, which all ranks would read whole."""
     config = read_json(reader.folder, CONFIG)
     tensors = dequantized(reader, config)
     plan = _plan(tensors, config)
-    for name, other in plan.equal:
-        check_equal(tensors, name, other)
+
+    def compare() -> None:
+        for name, other in plan.equal:
+            check_equal(tensors, name, other)
+
+    collectives.from_first_rank(compare)
     return tensors, {tensor_plan.spec.name: tensor_plan for tensor_plan in plan.tensors}
 
 
