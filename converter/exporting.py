@@ -21,7 +21,7 @@ from converter.execution import Reporter
 from converter.plan import TensorPlan, as_stored, casts
 from converter.planner import to_huggingface
 from converter.provenance import Provenance
-from converter.quantization import is_plain, quantization
+from converter.quantization import is_plain, quantization, without_quantization
 from converter.requantizing import requantize, rounding
 from converter.side_files import CONFIG, HFReference
 from converter.sources import Source, megatron_source
@@ -198,8 +198,7 @@ def _retyped_config(origin: HFReference, shards: Mapping[str, Shard]) -> dict[st
     """Return `config.json` with the dtype of the weights written, if the source's files have another; without a quantization
     that they do not have."""
     dtypes = {spec.dtype for shard in shards.values() for spec in shard.tensors.values()}
-    left_over = quantization(origin.config) if is_plain(dtypes) else ()
-    config = {name: value for name, value in origin.config.items() if name not in left_over}
+    config = without_quantization(origin.config) if is_plain(dtypes) else dict(origin.config)
     specs = specs_of(shards).values()
     plain = [spec for spec in specs if is_plain({spec.dtype})] if quantization(config) else []  # whose dtype codes stand for
     dtype = dtype_of_most_bytes(plain or specs)
@@ -215,9 +214,10 @@ def _dtype_fields(config: Mapping[str, Any]) -> list[str]:
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
     """Yield the differences between two versions of `config.json`, in words."""
+    dropped = quantization(before).keys() - quantization(after).keys()
+    before = without_quantization(before) if dropped else before
     for name, value in after.items():
         if name not in before or before[name] != value:
             yield f"`{name}` from `{format_untrusted(before.get(name))}` to `{value}`"
-    for name in before:
-        if name not in after:
-            yield f"without `{name}`, for the weights are not quantized"
+    for name in sorted(dropped):
+        yield f"without `{name}`, for the weights are not quantized"

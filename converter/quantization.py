@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from converter.config import TEXT
 from converter.plan import list_names
 from formats.dtypes import FLOATS
 from formats.errors import UserError, format_untrusted
@@ -57,9 +58,24 @@ _FIELDS = ("quantization_config", "compression_config")
 _PLAIN = frozenset(DTYPES[name] for name in FLOATS)
 
 
-def quantization(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the fields that say that weights are quantized."""
-    return tuple(name for name in _FIELDS if config.get(name))
+def quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a `config.json` says of quantization, by the paths of its fields: there, or in its `text_config`.
+
+    >>> quantization({"text_config": {"quantization_config": {"quant_method": "fp8"}}})
+    {'text_config.quantization_config': {'quant_method': 'fp8'}}
+    """
+    inner = config.get(TEXT)
+    fields = {name: config[name] for name in _FIELDS if config.get(name)}
+    if isinstance(inner, dict):
+        fields |= {f"{TEXT}.{name}": value for name, value in quantization(cast("dict[str, Any]", inner)).items()}
+    return fields
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `config.json` without what it says of quantization."""
+    left = {name: value for name, value in config.items() if not (name in _FIELDS and value)}
+    inner = left.get(TEXT)
+    return left | ({TEXT: without_quantization(cast("dict[str, Any]", inner))} if isinstance(inner, dict) else {})
 
 
 def is_plain(dtypes: Collection[np.dtype[Any]]) -> bool:
@@ -69,9 +85,9 @@ def is_plain(dtypes: Collection[np.dtype[Any]]) -> bool:
 
 def method_in(config: Mapping[str, Any]) -> str:
     """Return the method of quantization that a `config.json` names; nothing if it names none."""
-    for name in quantization(config):
-        if isinstance(config[name], dict):
-            told = cast("dict[str, Any]", config[name])
+    for value in quantization(config).values():
+        if isinstance(value, dict):
+            told = cast("dict[str, Any]", value)
             return format_untrusted(told.get("quant_method") or told.get("quant_algo") or "unnamed method")
     return "MLX" if isinstance(config.get("quantization"), dict) else ""
 

@@ -9,6 +9,7 @@ from typing import Any
 from converter.dequantization import settings_of
 from converter.plan import TensorPlan, as_stored
 from converter.planned_reader import PlannedReader
+from converter.quantization import without_quantization
 from converter.side_files import CONFIG, HFReference
 from formats.dtypes import QUANTIZED
 from formats.errors import UserError
@@ -50,9 +51,8 @@ def requantize(
     rest = [tensor_plan for tensor_plan in tensor_plans if tensor_plan.spec.name not in weights]
     settings = _fp8_settings(rest, block) if method == FP8_BLOCK else _MXFP4_SETTINGS
     own = settings_of(origin.config) or {}
-    if own.get("quant_method") == settings["quant_method"] and weights.keys() == before.keys():
-        settings = dict(own)
-    config = {**origin.config, "quantization_config": settings}
+    stays = own.get("quant_method") == settings["quant_method"] and weights.keys() == before.keys()
+    config = origin.config if stays else {**without_quantization(origin.config), "quantization_config": settings}
     reference = replace(origin, config=config, files={name: file for name, file in origin.files.items() if name != CONFIG})
     return [*rest, *as_stored(reader.specs).values()], JoinedReader(tensors, reader), reference, reader
 

@@ -186,15 +186,15 @@ def sharded(chunks: list[Any]) -> dict:
 
 
 def load_strictly(chunks: list[Any], iteration: str) -> list[str]:
-    """Load with RAISE_UNEXPECTED, then ask with RETURN_ALL which keys nobody asked for."""
+    """Load with RETURN_ALL, which tells which keys nobody asked for. Fails if the checkpoint lacks one that the model has."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    loaded = dist_checkpointing.load(sharded(chunks), iteration, strict=StrictHandling.RAISE_UNEXPECTED)
+    loaded, missing, unexpected = dist_checkpointing.load(sharded(chunks), iteration, strict=StrictHandling.RETURN_ALL)
+    assert not unexpected, f"the checkpoint lacks {sorted(map(str, unexpected))}"
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{number}"])
-    _, missing, unexpected = dist_checkpointing.load(sharded(chunks), iteration, strict=StrictHandling.RETURN_ALL)
-    return sorted(str(key) for key in missing | unexpected)
+    return sorted(map(str, missing))
 
 
 def logits_of(rank: int, shape: Shape, iteration: str, tokens: list[list[int]]) -> Any:

@@ -104,7 +104,7 @@ class Fp8:
 
     def _blocks(self, region: Region) -> Iterator[tuple[tuple[int, ...], _Part]]:
         """Yield the blocks that a region touches: the index among their scales, and what the block has of the region."""
-        rows, columns = (list(_cut(part, size)) for part, size in zip(region[-2:], self.block, strict=True))
+        rows, columns = (list(cut(part, size)) for part, size in zip(region[-2:], self.block, strict=True))
         for index in np.ndindex(extent(region[:-2])):
             for row, column in product(range(len(rows)), range(len(columns))):
                 yield (*index, row, column), (*index, rows[row], columns[column])
@@ -113,7 +113,7 @@ class Fp8:
 _CODES = np.arange(256, dtype=np.uint8)
 
 
-def _cut(part: slice, size: int) -> Iterator[slice]:
+def cut(part: slice, size: int) -> Iterator[slice]:
     """Divide a range at multiples of `size`, counted from its start."""
     first = min(part.stop, (part.start // size + 1) * size)
     for band in (slice(part.start, first), *bands(slice(first, part.stop), size)):

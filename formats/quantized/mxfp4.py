@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from formats.arrays import contiguous_regions
-from formats.quantized.scheme import as_float32, bits, rounded
+from formats.quantized.rounding import e2m1_codes
+from formats.quantized.scheme import CHUNK, as_float32, bits, rounded
 from formats.spec import Array, Region
 
 GROUP, BYTES = 32, 16
@@ -22,8 +23,6 @@ _ROWS = 16
 """Rows that are transposed at a time: more leave the processor's cache."""
 
 _VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_CODE_OF_TWICE = np.array([0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7], np.uint8)
-"""The code of a number without its sign, by twice the number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +52,22 @@ class Mxfp4:
             bits(out)[expert, :, rows] = numbers.reshape(*numbers.shape[:2], -1).swapaxes(1, 2)
 
     def encode(self, values: Array, parameters: Sequence[Array], region: Region, out: Array) -> None:  # noqa: ARG002 - of all schemes
-        experts, rows, groups, _ = out.shape
-        numbers = values.swapaxes(1, 2).reshape(experts, rows, groups, GROUP).astype(np.float32)
-        exponents = parameters[0].view(np.uint8).astype(np.int32) - 127
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            twice = np.ldexp(np.abs(numbers), 1 - exponents[..., None])
-            codes = _CODE_OF_TWICE.take(np.nan_to_num(twice, nan=0, posinf=0).clip(0, 12).astype(np.intp))
-        codes |= np.signbit(numbers).astype(np.uint8) << np.uint8(3)
-        out[...] = codes[..., 0::2] | codes[..., 1::2] << np.uint8(4)
+        scales, groups = by_group(parameters[0].view(np.uint8)), groups_of(values)
+        experts, count, _, rows = groups.shape
+        for expert, some in contiguous_regions((experts, count), max(1, CHUNK // (GROUP * rows))):
+            codes = e2m1_codes(groups[expert, some], scales[expert, some])
+            out[expert, :, some] = (codes[:, :, 0::2] | codes[:, :, 1::2] << np.uint8(4)).transpose(0, 3, 1, 2)
+
+
+def groups_of(values: Array) -> Array:
+    """Return weights [experts, in, out] as [experts, in / 32, 32, out], without a copy."""
+    experts, inner, rows = values.shape
+    return values.reshape(experts, inner // GROUP, GROUP, rows)
+
+
+def by_group(scales: Array) -> Array:
+    """Return scales [experts, out, in / 32] as those of `groups_of`, [experts, in / 32, 1, out], without a copy."""
+    return scales.swapaxes(1, 2)[:, :, None]
 
 
 @cache

@@ -9,24 +9,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 
-from formats.arrays import contiguous_regions, copy
+from formats.arrays import Buffer, bands, contiguous_regions, copy
+from formats.errors import UserError
 from formats.quantized.encoded import moved
-from formats.quantized.mxfp4 import BYTES, GROUP
+from formats.quantized.fp8 import cut
+from formats.quantized.mxfp4 import BYTES, GROUP, Mxfp4, by_group, groups_of
 from formats.quantized.reader import BAND
-from formats.quantized.scheme import QuantizedWeight
+from formats.quantized.rounding import MAGNITUDE, e4m3_codes
+from formats.quantized.scheme import CHUNK, QuantizedWeight, as_float32, bits, block_of
 from formats.spec import Array, Reader, Region, extent, intersect, relative_to
 
-WORKER_BYTES = 18 * BAND
-"""Bytes that each thread holds, measured: numbers in fp32 and what is made of them."""
+WORKER_BYTES = 9 * BAND
+"""Bytes that each thread holds: numbers, read and decoded again, their magnitudes or those that a plan moves, and codes."""
 
 FP8_LARGEST = 448.0
-_FP4_LARGEST, _FP4_EXPONENT = 6.0, 2
-_BIAS = 127
+_FP4_EXPONENT = np.uint16(2)
+"""That of its largest code, 6."""
+
+_NOT_FINITE = np.uint16(255)
+"""The exponent of an infinity and of NaN, in bf16 as in a scale."""
 
 
 class Quantizer(Protocol):
@@ -41,8 +46,12 @@ class Quantizer(Protocol):
         """Return the region of codes that a region of scales belongs to; `codes` is the shape of all."""
         ...
 
-    def quantize(self, values: Array, codes: Array, scales: Array) -> None:
-        """Write the codes and the scales of whole groups of numbers."""
+    def scale(self, values: Array, scales: Array) -> None:
+        """Write the scales of whole groups of bf16 numbers. One that has an infinity or NaN among them is not finite."""
+        ...
+
+    def encode(self, values: Array, scales: Array, region: Region, out: Array) -> None:
+        """Write the codes of the finite numbers of a region of the weight under its scales: those that `scale` gives."""
         ...
 
 
@@ -60,16 +69,18 @@ class Fp8Blocks:
         sizes = zip(scales, self.block, codes, strict=True)
         return tuple(slice(part.start * size, min(part.stop * size, most)) for part, size, most in sizes)
 
-    def quantize(self, values: Array, codes: Array, scales: Array) -> None:
+    def scale(self, values: Array, scales: Array) -> None:
         """A block of zeros has the scale 1."""
-        numbers = values.astype(np.float32)
-        height, width = values.shape
-        rows, columns = self.block
-        largest: Array = np.maximum.reduceat(np.abs(numbers), range(0, height, rows), axis=0)
-        largest = np.maximum.reduceat(largest, range(0, width, columns), axis=1)
-        np.copyto(scales, np.where(largest > 0, largest / np.float32(FP8_LARGEST), np.float32(1)))
-        np.divide(numbers, scales.repeat(rows, axis=0)[:height].repeat(columns, axis=1)[:, :width], out=numbers)
-        copy(codes, numbers.clip(-FP8_LARGEST, FP8_LARGEST).astype(codes.dtype))
+        raw, starts = bits(values), range(0, values.shape[1], self.block[1])
+        for number, rows in enumerate(bands(slice(0, len(raw)), self.block[0])):
+            largest = np.maximum.reduceat((raw[rows] & MAGNITUDE).max(axis=0), starts).view(values.dtype).astype(np.float32)
+            scales[number] = np.where(largest == 0, np.float32(1), largest / np.float32(FP8_LARGEST))
+
+    def encode(self, values: Array, scales: Array, region: Region, out: Array) -> None:
+        rows, columns = region
+        wide = scales.take(block_of(columns, self.block[1]), axis=1)
+        for part, scale in zip(cut(rows, self.block[0]), wide, strict=True):
+            e4m3_codes(values[part], scale, out.view(np.uint8)[part])
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +92,13 @@ class Mxfp4Groups:
     def codes_of(self, scales: Region, codes: tuple[int, ...]) -> Region:  # noqa: ARG002 - of all rules
         return *scales, slice(0, BYTES)
 
-    def quantize(self, values: Array, codes: Array, scales: Array) -> None:
-        experts, inner, rows = values.shape
-        numbers = values.swapaxes(1, 2).reshape(experts, rows, inner // GROUP, GROUP).astype(np.float32)
-        largest = np.abs(numbers).max(axis=-1)
-        exponents = np.where(largest > 0, np.frexp(largest)[1] - 1 - _FP4_EXPONENT, -_BIAS).clip(-_BIAS, _BIAS)
-        scales[...] = exponents + _BIAS
-        scaled = np.ldexp(numbers, -exponents[..., None]).clip(-_FP4_LARGEST, _FP4_LARGEST)
-        nibbles = scaled.astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
-        codes[...] = nibbles[..., 0::2] | nibbles[..., 1::2] << np.uint8(4)
+    def scale(self, values: Array, scales: Array) -> None:
+        exponents = (bits(groups_of(values)) & MAGNITUDE).max(axis=2, keepdims=True) >> np.uint16(7)
+        found = np.where(exponents == _NOT_FINITE, _NOT_FINITE, exponents.clip(_FP4_EXPONENT) - _FP4_EXPONENT)
+        by_group(scales)[...] = found
+
+    def encode(self, values: Array, scales: Array, region: Region, out: Array) -> None:
+        Mxfp4().encode(values, [scales], region, out)
 
 
 @dataclass(slots=True)
@@ -100,9 +109,11 @@ class RoundingError:
     _lock: Any = field(default_factory=threading.Lock)
 
     def add(self, name: str, values: Array, again: Array) -> None:
-        numbers = values.astype(np.float32)
-        difference: Any = (numbers - again.astype(np.float32)).reshape(-1)
-        lost, all_of_it = float(np.dot(difference, difference)), float(np.dot(numbers.reshape(-1), numbers.reshape(-1)))
+        lost = all_of_it = 0.0
+        for part in contiguous_regions(values.shape, CHUNK):
+            numbers: Any = values[part].astype(np.float32).reshape(-1)
+            difference: Any = numbers - again[part].astype(np.float32).reshape(-1)
+            lost, all_of_it = lost + float(np.dot(difference, difference)), all_of_it + float(np.dot(numbers, numbers))
         with self._lock:
             before = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = before[0] + lost, before[1] + all_of_it
@@ -122,12 +133,11 @@ def _relative(lost: float, all_of_it: float) -> float:
     return (lost / all_of_it) ** 0.5 if all_of_it else 0.0
 
 
-class _Groups(NamedTuple):
-    """The numbers of whole groups, their codes and their scales."""
+class _Buffers:
+    """A thread's memory: numbers, their codes, and what the codes mean."""
 
-    values: Array
-    codes: Array
-    scales: Array
+    def __init__(self) -> None:
+        self.values, self.codes, self.again = Buffer(), Buffer(), Buffer()
 
 
 class RequantizedReader:
@@ -135,6 +145,7 @@ class RequantizedReader:
 
     def __init__(self, plain: Reader, weights: Iterable[QuantizedWeight], quantizer: Quantizer) -> None:
         self._plain, self._quantizer, self.error = plain, quantizer, RoundingError()
+        self._local = threading.local()
         self._weights = {spec.name: weight for weight in weights for spec in (weight.codes, weight.parameters[0])}
         self.specs = {name: w.codes if name == w.codes.name else w.parameters[0] for name, w in self._weights.items()}
 
@@ -145,28 +156,46 @@ class RequantizedReader:
         for band in contiguous_regions(extent(scales), self._quantizer.at_once):
             held = moved(band, scales)
             stored = self._quantizer.codes_of(held, weight.codes.shape)
-            made = self._quantize(weight, stored, held)
+            values = self._values(weight, weight.scheme.plain(stored))
+            new = self._scales(weight, values, held)
             if not is_codes:
-                copy(out[band], made.scales)
+                copy(out[band], new)
             elif part := intersect(stored, region):
-                copy(out[relative_to(part, region)], made.codes[relative_to(part, stored)])
-                self._measure(weight, part, stored, made)
+                wanted = weight.scheme.plain(part)
+                inside, grid = relative_to(wanted, weight.scheme.plain(stored)), weight.scheme.parameters(wanted)[0]
+                codes = self._encode(weight, values[inside], new[relative_to(grid, held)], wanted)
+                copy(out[relative_to(part, region)], codes)
 
-    def _quantize(self, weight: QuantizedWeight, stored: Region, scales: Region) -> _Groups:
-        held = weight.scheme.plain(stored)
-        values = np.empty(extent(held), weight.spec.dtype)
-        self._plain.read(weight.spec.name, held, values)
-        codes, new = np.empty(extent(stored), weight.codes.dtype), np.empty(extent(scales), weight.parameters[0].dtype)
-        self._quantizer.quantize(values, codes, new)
-        return _Groups(values, codes, new)
+    def _values(self, weight: QuantizedWeight, region: Region) -> Array:
+        values = self._buffers.values.view(extent(region), weight.spec.dtype)
+        self._plain.read(weight.spec.name, region, values)
+        return values
 
-    def _measure(self, weight: QuantizedWeight, part: Region, stored: Region, made: _Groups) -> None:
-        """Add the error of that part of whole groups that was asked for: the rest belongs to another read."""
-        held, wanted = weight.scheme.plain(stored), weight.scheme.plain(part)
-        again = np.empty_like(made.values)
-        weight.scheme.decode(made.codes, [made.scales], held, again)
-        inside = relative_to(wanted, held)
-        self.error.add(weight.spec.name, made.values[inside], again[inside])
+    def _encode(self, weight: QuantizedWeight, values: Array, scales: Array, region: Region) -> Array:
+        """Return the codes of a region's numbers, and add what they change to `error`."""
+        codes = self._buffers.codes.view(extent(weight.scheme.stored(region)), weight.codes.dtype)
+        self._quantizer.encode(values, scales, region, codes)
+        again = self._buffers.again.view(values.shape, values.dtype)
+        weight.scheme.decode(codes, [scales], region, again)
+        self.error.add(weight.spec.name, values, again)
+        return codes
+
+    @property
+    def _buffers(self) -> _Buffers:
+        if not hasattr(self._local, "buffers"):
+            self._local.buffers = _Buffers()
+        return self._local.buffers
+
+    def _scales(self, weight: QuantizedWeight, values: Array, region: Region) -> Array:
+        """Return the scales of a region. Raises UserError for a weight with numbers that are not finite."""
+        scales = np.empty(extent(region), weight.parameters[0].dtype)
+        self._quantizer.scale(values, scales)
+        if not np.isfinite(as_float32(scales)).all():
+            raise UserError(
+                f"`{weight.spec.name}` holds numbers that are not finite: no scale fits them",
+                hint="training had diverged when this checkpoint was saved, or a file is damaged; take an earlier one",
+            )
+        return scales
 
     def close(self) -> None:
         pass

@@ -70,6 +70,11 @@ def test_a_family_s_weights_come_back_to_the_bit(saved, tmp_path):
     check_round_trip(saved[1], tmp_path)
 
 
+@pytest.mark.slow
+def test_a_family_s_weights_come_back_to_the_bit_at_more_layouts(saved, tmp_path):
+    check_round_trip(saved[1], tmp_path, slow=True)
+
+
 def test_a_family_s_logits_are_those_of_transformers_where_megatron_core_computes_it(saved, ranks, tmp_path):
     if families.find(saved[0]).trains:
         check_logits(ranks, saved[1], tmp_path)

@@ -112,6 +112,18 @@ def test_bands_of_rows_give_the_same_codes(tmp_path, monkeypatch):
     assert {name: tensor.tobytes() for name, tensor in whole.items()} == {name: tensor.tobytes() for name, tensor in cut.items()}
 
 
+@pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize(("method", "family", "name"), [
+    ("fp8-block", "llama", "model.layers.1.mlp.up_proj.weight"),
+    ("mxfp4", "gpt_oss", "model.layers.1.mlp.experts.down_proj"),
+])  # fmt: skip
+def test_numbers_that_no_scale_fits_are_refused_by_name(tmp_path, method, family, name, number):
+    source = save_small(family, tmp_path / "hf")
+    quantized_models.edit(source, lambda tensors: tensors[name].__setitem__((-1, -1), number))
+    with pytest.raises(UserError, match=f"`{re.escape(name)}` holds numbers that are not finite"):
+        quantized(source, tmp_path, method)
+
+
 def test_a_block_of_zeros_stays_zero(tmp_path):
     source = FP8_BLOCKS["llama"](tmp_path / "hf")
     name = "model.layers.0.mlp.up_proj.weight"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from converter import UserError, hf_to_mcore, mcore_to_hf
+from converter.dequantization import settings_of
 from converter.execution import Reporter
 from tests import quantized_models
 from tests.converter.family_suite import save_small
@@ -135,6 +136,22 @@ def test_trained_weights_come_back_as_plain_numbers(source, tmp_path, notes, rep
         f"`{GATE}` is not what it was when its scales were stored" in notes
     )
     assert "`config.json` changed: without `quantization_config`, for the weights are not quantized" in notes
+
+
+def test_what_text_config_says_of_quantization_is_left_out_of_plain_numbers(tmp_path, notes, reporter):
+    source = quantized_models.fp8(save_small("gemma3", tmp_path / "plain"), tmp_path / "hf")
+    plain = json.loads((source / "config.json").read_text())
+    settings = plain.pop("quantization_config")
+    inside = {**plain, "text_config": {**plain["text_config"], "quantization_config": settings}}
+    (source / "config.json").write_text(json.dumps(inside, indent=2) + "\n")
+    hf_to_mcore(source, tmp_path / "m")
+    mcore_to_hf(tmp_path / "m", tmp_path / "same")
+    assert model_tree(tmp_path / "same") == model_tree(source)
+    mcore_to_hf(tmp_path / "m", tmp_path / "back", dtype="bf16", reporter=reporter)
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == plain
+    assert "`config.json` changed: without `text_config.quantization_config`, for the weights are not quantized" in notes
+    mcore_to_hf(tmp_path / "m", tmp_path / "anew", quantize="fp8-block")
+    assert settings_of(json.loads((tmp_path / "anew" / "config.json").read_text())) == settings
 
 
 def test_a_record_that_is_wrong_is_an_error_and_never_a_mixture(source, tmp_path):
