@@ -21,11 +21,11 @@ from converter.config import (
     to_huggingface,
     to_megatron,
 )
+from converter.config_hybrid import hybrid_layers
 from converter.config_parts import only
+from converter.hybrid import PATTERN, without_stages
 from formats.errors import UserError, format_untrusted
 from formats.torch_dist import MOST_LAYERS
-
-PATTERN = "hybrid_layer_pattern"
 
 MAMBA, ATTENTION, DENSE, SPARSE = "M", "*", "-", "E"
 """Letters of a pattern (`megatron.core.models.hybrid.hybrid_layer_allocation.Symbols`)."""
@@ -66,41 +66,30 @@ def letters(name: str, found: Any, known: Mapping[str, str] = WORDS) -> str:
 
 
 def pattern(read: Callable[[Config], str], write: Callable[[str], dict[str, Any]]) -> tuple[Field, ...]:
-    """Return the fields of the kinds of layers, `hybrid_layer_pattern`, and `pattern`, by which conditions know them. `write`
-    returns the fields of `config.json` for a pattern."""
+    """Return the fields of the kinds of layers (see `config_hybrid.hybrid_layers`), after those of their number. `write` returns
+    the fields of `config.json` for a pattern."""
 
     def back(config: Config) -> dict[str, Any]:
         found = config.get(PATTERN)
-        if not isinstance(found, str) or len(found) != config.get("num_layers"):
+        if not isinstance(found, str) or len(without_stages(found)) != config.get("num_layers"):
             raise UserError(f"`{PATTERN}` is `{format_untrusted(found)}`, which should have a letter for each layer")
-        return write(found)
+        return write(without_stages(found))
 
     return (
-        Field(lambda config: {PATTERN: read(config)}, back, lambda sizes: {"pattern": sizes.megatron[PATTERN]}),
-        fixed(is_hybrid_model=True, window_size=None),
-        named(
-            hybrid=True,
-            stacked=False,
-            sparse=lambda model: frozenset(layer for layer, letter in enumerate(model.pattern) if letter == SPARSE),
-        ),
+        hybrid_layers(read),
+        Field(lambda _config: {}, back),
+        fixed(window_size=None),
+        named(sparse=lambda model: frozenset(layer for layer, letter in enumerate(model.pattern) if letter == SPARSE)),
     )
 
 
 def doubled(*fields: Field) -> Field:
     """Return fields of a model of which each layer is two of Megatron's: a mixer, and a feed-forward part or experts."""
-
-    def halved(config: Config) -> dict[str, Any]:
-        return {**config, "num_layers": count(config, "num_layers") // 2}
-
     return Field(
-        lambda config: _twice(to_megatron(fields, config)),
-        lambda config: to_huggingface(fields, halved(config)),
-        lambda sizes: sizes_of(fields, sizes._replace(megatron=halved(sizes.megatron))),
+        lambda config: to_megatron(fields, config),
+        lambda config: to_huggingface(fields, {**config, "num_layers": count(config, "num_layers") // 2}),
+        lambda sizes: sizes_of(fields, sizes),
     )
-
-
-def _twice(found: dict[str, Any]) -> dict[str, Any]:
-    return {**found, "num_layers": 2 * found["num_layers"]}
 
 
 def counted(fields: Iterable[Field], read: Callable[[Config], str], layers: str = "num_hidden_layers") -> Field:

@@ -80,8 +80,8 @@ MAMBA_SIZES = mamba(
 )  # fmt: skip
 NO_BIAS = fixed(add_bias_linear=False, add_qkv_bias=False, qk_layernorm=False)
 CONFIG = (
-    *pattern(_kinds, _written_kinds),
     doubled(*sizes(groups_default=8, positions_default=262144)),
+    *pattern(_kinds, _written_kinds),
     *dropouts(),
     *rms_norm(default=1e-5),
     *mlp("silu", gated=True),
@@ -91,8 +91,8 @@ CONFIG = (
     only(attention_bias=False, mlp_bias=False),
     rope("default", partial=partial_rotary(0.5)),
 )
+LAYOUTS = ("hybrid",)
 SMALL = {
     "attn_layer_indices": [1], "num_hidden_layers": 2, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2,
     "mamba_d_state": 16, "mamba_expand": 2, "mamba_chunk_size": 8,
 }  # fmt: skip
-WEIGHTS_ONLY = "`mbtrain` builds no hybrid models"

@@ -11,7 +11,6 @@ from converter.config_mamba import (
     ATTENTION,
     DENSE,
     MAMBA,
-    PATTERN,
     SPARSE,
     WORDS,
     doubled,
@@ -24,6 +23,7 @@ from converter.config_mamba import (
 from converter.config_parts import dropouts, only, rms_norm, routed, sizes
 from converter.config_rope import rope
 from converter.families import bamba, granite, granitemoe, llama, mamba2, mixtral
+from converter.hybrid import PATTERN
 from converter.rules import gated_mlp, row_parallel
 from formats.errors import UserError, format_untrusted
 
@@ -96,8 +96,8 @@ ROUTED = (
     auxiliary_loss(),
 )
 CONFIG = (
-    *pattern(_kinds, _written_kinds),
     doubled(*sizes(ffn=_FFN, ffn_default=value(1024))),
+    *pattern(_kinds, _written_kinds),
     *dropouts(),
     *rms_norm(),
     *mixtral.GATED,
@@ -110,9 +110,9 @@ CONFIG = (
     if_any(ROUTED, _has_experts, lambda megatron: bool(megatron.get("num_moe_experts")), {"num_moe_experts": None},
            {_EXPERTS: 0, "num_experts_per_tok": 0}),
 )  # fmt: skip
+LAYOUTS = ("hybrid",)
 SMALL = {
     **bamba.SMALL, **granite.SMALL, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4,
     "num_experts_per_tok": 2, "shared_intermediate_size": 80, "position_embedding_type": "nope",
 }  # fmt: skip
 PROVIDER = granite.PROVIDER
-WEIGHTS_ONLY = "`mbtrain` builds no hybrid models"

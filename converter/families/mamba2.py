@@ -83,5 +83,5 @@ CONFIG = (
         position_embedding_type="none", attention_dropout=0.0, hidden_dropout=0.0,
     ),
 )  # fmt: skip
+LAYOUTS = ("hybrid",)
 SMALL = {"head_dim": 16, "num_heads": 8, "expand": 2, "n_groups": 2, "state_size": 16, "chunk_size": 8}
-WEIGHTS_ONLY = "`mbtrain` builds no hybrid models"

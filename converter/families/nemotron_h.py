@@ -15,7 +15,6 @@ from converter.config_mamba import (
     ATTENTION,
     DENSE,
     MAMBA,
-    PATTERN,
     SPARSE,
     WORDS,
     counted,
@@ -29,6 +28,7 @@ from converter.config_mamba import (
 from converter.config_parts import dropouts, not_computed, only, rms_norm, routed, sizes
 from converter.config_router import best_groups, sigmoid_scores
 from converter.families import deepseek_v3, llama, mamba2
+from converter.hybrid import PATTERN
 from converter.model import Model
 from converter.rules import Condition, Indices, Rule, column_parallel, replicated, row_parallel, under
 
@@ -117,8 +117,9 @@ ROUTED = (
     only(n_shared_experts=1),
 )
 CONFIG = (
-    *pattern(_kinds, _written_kinds),
-    counted(sizes(groups_default=8, head_dim_default=128, positions_default=4096), _kinds),
+    counted(
+        (*sizes(groups_default=8, head_dim_default=128, positions_default=4096), *pattern(_kinds, _written_kinds)), _kinds
+    ),
     *dropouts(),
     *rms_norm("layer_norm_epsilon", default=1e-5),
     activation("relu2", huggingface="mlp_hidden_act"),
@@ -131,6 +132,7 @@ CONFIG = (
     if_any(ROUTED, lambda config: SPARSE in _kinds(config), lambda config: SPARSE in config[PATTERN], {"num_moe_experts": None}),
 )  # fmt: skip
 PASSTHROUGH_PREFIXES = ("mtp.",)
+LAYOUTS = ("hybrid",)
 SMALL = {
     "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 16,
     "n_groups": 2, "ssm_state_size": 16, "chunk_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 3,
@@ -138,4 +140,3 @@ SMALL = {
     "routed_scaling_factor": 2.5, "head_dim": 24, "intermediate_size": 96,
 }  # fmt: skip
 PROVIDER = ("moe_router_group_score",)
-WEIGHTS_ONLY = "`mbtrain` builds no hybrid models"
