@@ -103,6 +103,9 @@ class GPTModelProvider(ModelProvider):
     """Parameters of the rotary embeddings of layers whose attention slides, as transformers names them. None: as in the other
     layers. Gemma 3 and OLMo 3 have some."""
 
+    mamba_norm_epsilon: float | None = None
+    """Epsilon of the norm after the gate in Mamba layers. None: 1e-5, as megatron-core has it."""
+
     exact_sequence_length: int | None = None
     """The longest sequence that is computed as transformers does; longer ones are refused. None: any."""
 
