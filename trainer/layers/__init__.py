@@ -19,6 +19,7 @@ from trainer.layers.head_norms import head_norms
 from trainer.layers.hybrid import mamba_norms, stack_spec
 from trainer.layers.late_norms import late_norms
 from trainer.layers.latent_attention import latent_epsilon, latent_gradients, local_attention, plain_queries
+from trainer.layers.latent_experts import latent_experts
 from trainer.layers.norms import accepted, local_norms
 from trainer.layers.output import output_bias
 from trainer.layers.output_projection import attention_output_bias
@@ -45,6 +46,7 @@ LAYER_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     branch_norms,
     residual_multiplier,
     own_scoring,
+    latent_experts,
 )
 """Functions `(provider, layer)` that change the spec of a decoder layer in place. Each looks at fields of its own."""
 
