@@ -30,6 +30,7 @@ PIECES = {
     "each_head": {"qk_layernorm": True, "qk_layernorm_scope": "each_head", "normalization": "LayerNorm"},
     "sinks": {"softmax_type": "learnable"},
     "hybrid": {"layout": "hybrid", "residual_multiplier": 0.3, "qk_layernorm": True, "rotary_interleaved": True},
+    "hybrid_latent": {"layout": "hybrid", **LATENT},
     "mamba": MAMBA,
 }
 WITHOUT = {
