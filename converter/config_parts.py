@@ -302,6 +302,7 @@ NOT_COMPUTED = {
     "alibi_bias_max": "transformers takes 8 whatever it says, MPT's own code what it says",
     "clip_qkv": "queries, keys and values are clamped to it, which no layer here does",
     "dropouts": "transformers drops other numbers than megatron-core's layers do",
+    "mamba_norm_epsilon": "the norm after the gate of megatron-core's Mamba layers has 1e-05",
     "moe_normalize_expert_weights": "weights of chosen experts are divided by their norm, which is the sum in routers here",
     "moe_jitter_eps": "training multiplies what experts read by random numbers, which no layer here does",
     "input_jitter_noise": "training multiplies what experts read by random numbers, which no layer here does",
@@ -311,6 +312,7 @@ NOT_COMPUTED = {
     "router_jitter_noise": "training multiplies what experts read by random numbers, which no layer here does",
     "rope_ratio": "ChatGLM 2 divides positions by it and ChatGLM 3 multiplies the base by it; `config.json` is the same for both",
     "scale_attn_by_inverse_layer_idx": "scores of attention are divided by the number of their layer, which no layer here does",
+    "time_step_limit": "time steps are kept within it, and megatron-core's Mamba layers take any",
 }
 """Fields of models whose weights are converted, and which neither megatron-core nor `mbtrain` computes."""
 

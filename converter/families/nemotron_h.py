@@ -42,7 +42,7 @@ def has(letter: str) -> Condition:
 
 
 def _from_few(model: Model, indices: Indices) -> bool:
-    return model.latent > 0 and has(SPARSE)(model, indices)
+    return has(SPARSE)(model, indices) and model.latent > 0
 
 
 def _layers(letter: str, rules: Iterable[Rule]) -> Iterable[Rule]:
