@@ -92,47 +92,50 @@ def transformer_config(fields: dict, sizes: dict) -> Any:
     )
 
 
-def stack_spec(fields: dict) -> Any:
-    """HybridStack's layers: the two halves of a GPT layer, with and without experts."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+def stack_spec(fields: dict, *, on_gpu: bool = False) -> Any:
+    """HybridStack's layers: the two halves of a GPT layer, with and without experts; `on_gpu` of Transformer Engine's modules."""
     from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
     from megatron.core.ssm.mlp_layer import MLPLayer
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer, TransformerLayerSubmodules
 
-    from trainer.layers.latent_attention import MLACoreAttention
-
-    latent = bool(fields.get("multi_latent_attention"))
-
-    def gpt(experts: int | None) -> Any:
-        return get_gpt_layer_local_submodules(
-            experts,
-            normalization=fields["normalization"],
-            qk_layernorm=fields.get("qk_layernorm") or False,
-            multi_latent_attention=latent,
-        )
-
-    def attention(parts: Any) -> Any:
-        kept = {name: getattr(parts, name) for name in ("input_layernorm", "self_attention", "self_attn_bda")}
-        keys = dict(parts.sharded_state_dict_keys_map)
-        if latent:  # of local modules the attention takes no other sizes, and norms have keys of their own
-            parts.self_attention.submodules.core_attention = MLACoreAttention
-            keys = {f"self_attention.{one}_layernorm.": f"self_attention.linear_{one}_up_proj.layer_norm_" for one in ("q", "kv")}
-        return ModuleSpec(TransformerLayer, submodules=TransformerLayerSubmodules(**kept, sharded_state_dict_keys_map=keys))
-
-    def feed_forward(layer: type, parts: Any, keys: dict[str, str]) -> Any:
-        kept = {name: getattr(parts, name) for name in ("pre_mlp_layernorm", "mlp", "mlp_bda")}
+    def half(layer: type, parts: Any, names: tuple[str, ...], keys: dict[str, str]) -> Any:
+        kept = {name: getattr(parts, name) for name in names}
         return ModuleSpec(layer, submodules=TransformerLayerSubmodules(**kept, sharded_state_dict_keys_map=keys))
 
-    dense, experts = gpt(None), fields.get("num_moe_experts")
-    layers = {"mla_layer" if latent else "attention_layer": attention(dense)}
-    layers["mlp_layer"] = feed_forward(MLPLayer, dense, {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"})
+    latent, experts = bool(fields.get("multi_latent_attention")), fields.get("num_moe_experts")
+    dense, keys = _gpt_layer(fields, None, on_gpu=on_gpu)
+    attention, feed_forward = ("input_layernorm", "self_attention", "self_attn_bda"), ("pre_mlp_layernorm", "mlp", "mlp_bda")
+    layers = {
+        "mla_layer" if latent else "attention_layer": half(TransformerLayer, dense, attention, keys),
+        "mlp_layer": half(MLPLayer, dense, feed_forward, {} if on_gpu else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),
+    }
     if experts:
-        layers["moe_layer"] = feed_forward(MoETransformerLayer, gpt(experts), {})
-    return ModuleSpec(HybridStack, submodules=HybridStackSubmodules(**layers, mtp_block_spec=_prediction()))
+        layers["moe_layer"] = half(MoETransformerLayer, _gpt_layer(fields, experts, on_gpu=on_gpu)[0], feed_forward, {})
+    return ModuleSpec(HybridStack, submodules=HybridStackSubmodules(**layers, mtp_block_spec=_prediction(on_gpu=on_gpu)))
 
 
-def _prediction() -> Any:
+def _gpt_layer(fields: dict, experts: int | None, *, on_gpu: bool) -> tuple[Any, dict[str, str]]:
+    """The parts of megatron-core's GPT layer, and the keys of its attention that differ from its names."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    qk_layernorm, latent = fields.get("qk_layernorm") or False, bool(fields.get("multi_latent_attention"))
+    if on_gpu:
+        make = gpt_layer_specs.get_gpt_layer_with_transformer_engine_submodules
+        return make(experts, moe_grouped_gemm=True, qk_layernorm=qk_layernorm, multi_latent_attention=latent), {}
+    parts = gpt_layer_specs.get_gpt_layer_local_submodules(
+        experts, normalization=fields["normalization"], qk_layernorm=qk_layernorm, multi_latent_attention=latent
+    )
+    keys = dict(parts.sharded_state_dict_keys_map)
+    if latent:
+        from trainer.layers.latent_attention import MLACoreAttention
+
+        parts.self_attention.submodules.core_attention = MLACoreAttention  # megatron-core's takes no other sizes
+        keys = {f"self_attention.{one}_layernorm.": f"self_attention.linear_{one}_up_proj.layer_norm_" for one in ("q", "kv")}
+    return parts, keys
+
+
+def _prediction(*, on_gpu: bool) -> Any:
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.transformer.multi_token_prediction import (
         MultiTokenPredictionBlock,
@@ -141,5 +144,9 @@ def _prediction() -> Any:
     )
     from megatron.core.transformer.spec_utils import ModuleSpec
 
+    if on_gpu:
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+
+        return hybrid_stack_spec.submodules.mtp_block_spec
     layer = get_mtp_layer_spec_for_backend(None, LocalSpecProvider())
     return ModuleSpec(MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer]))

@@ -6,10 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from converter import hf_to_mcore
 from converter.hybrid import with_stages
 from tests import hybrid_model
+from tests.converter import prediction
 from tests.converter.family_suite import TOKENS, save_small, transformers_logits
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
@@ -33,11 +35,25 @@ def test_a_hybrid_model_loads_strictly_and_computes_what_transformers_computes(n
     family, pattern, changes = MODELS[name]
     folder = save_small(family, tmp_path / "hf", dtype="float32", **changes)
     hf_to_mcore(folder, tmp_path / "m", layout="hybrid", tp=2, pp=2, pp_layout=[5, 3], ep=2 if "E" in pattern else 1)
-    expected, config = transformers_logits(folder), json.loads((folder / "config.json").read_text())
+    check(ranks, folder, tmp_path / "m" / "iter_0000000", pattern, transformers_logits(folder))
+
+
+def test_layers_of_multi_token_prediction_are_loaded_too(ranks, tmp_path):
+    main, further = prediction.made("deepseek_v3", 2, n_group=1, topk_group=1)
+    folder = prediction.save(tmp_path / "hf", main, further)
+    hf_to_mcore(folder, tmp_path / "m", layout="hybrid", tp=2)
+    with torch.no_grad():
+        expected = main(torch.tensor(TOKENS)).logits.numpy()
+    check(ranks, folder, tmp_path / "m" / "iter_0000000", "+-+E+E+E/+E/+E", expected)
+
+
+def check(ranks, folder, iteration, pattern, expected):
+    """A HybridModel of this pattern asks for just these keys, and computes these logits."""
+    config = json.loads((folder / "config.json").read_text())
     for run, (sizes, stages) in RUNS.items():
         world = sizes.get(TP, 1) * sizes.get(PP, 1)
         model = config, with_stages(pattern, stages), sizes
-        answers = ranks.run(hybrid_model.logits_of, world, model, str(tmp_path / "m" / "iter_0000000"), TOKENS)
+        answers = ranks.run(hybrid_model.logits_of, world, model, str(iteration), TOKENS)
         assert all("_extra_state" in key for left, _ in answers for key in left), run
         for logits in (found for _, found in answers if found is not None):
             limit = 1e-4 * np.abs(expected).max()
