@@ -103,6 +103,9 @@ class GPTModelProvider(ModelProvider):
     """Parameters of the rotary embeddings of layers whose attention slides, as transformers names them. None: as in the other
     layers. Gemma 3 and OLMo 3 have some."""
 
+    mamba_norm_epsilon: float | None = None
+    """Epsilon of the norm after the gate in Mamba layers. None: 1e-5, as megatron-core has it."""
+
     exact_sequence_length: int | None = None
     """The longest sequence that is computed as transformers does; longer ones are refused. None: any."""
 
@@ -208,7 +211,6 @@ class GPTModelProvider(ModelProvider):
         # A hybrid has twice as many layers, each with half the branches: weights of their outputs begin as small.
         self.is_hybrid_model = self.hybrid_layer_pattern is not None
         TransformerConfig.__post_init__(self)
-        self.is_hybrid_model = False
 
     @property
     def padded_vocab_size(self) -> int:
@@ -248,7 +250,8 @@ class MLAModelProvider(GPTModelProvider, MLATransformerConfig):
 
 def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProvider:
     """Return the provider of the model that a `config.json` describes. Raises UserError for an unsupported family."""
-    megatron = to_megatron(find(config.get("model_type")).CONFIG, config)
+    family = find(config.get("model_type"))
+    megatron = {"layout": family.layout, **to_megatron(family.CONFIG, config)}
     provider = MLAModelProvider if megatron.get("multi_latent_attention") else GPTModelProvider
     known = {provider_field.name for provider_field in fields(provider)}
     given = {name: value for name, value in megatron.items() if value is not None}
@@ -260,8 +263,6 @@ def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProv
                 hint="its weights can be converted all the same",
             )
     given["activation_func"] = activation(given["activation_func"])
-    if "hybrid_layer_pattern" in given:
-        given["layout"] = "hybrid"
     if "window_size" in given:
         given["window_size"] = tuple(given["window_size"])
     return provider(**given, hf_config=dict(config), hf_source=source)
@@ -275,7 +276,7 @@ def build(provider: Any) -> list[torch.nn.Module]:
     with refused.user_errors("model", provider, try_again):
         chunks = [chunk.to(device.current()) for chunk in _chunks(provider)]
     if isinstance(provider, GPTModelProvider) and provider.hf_config:
-        absent_weights.freeze(chunks, provider.hf_config)
+        absent_weights.freeze(chunks, provider.hf_config, layout=provider.layout)
     return chunks
 
 

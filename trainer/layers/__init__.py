@@ -16,7 +16,7 @@ from trainer.layers.expert_biases import expert_biases
 from trainer.layers.expert_groups import expert_groups
 from trainer.layers.expert_output import expert_output
 from trainer.layers.head_norms import head_norms
-from trainer.layers.hybrid import stack_spec
+from trainer.layers.hybrid import mamba_norms, stack_spec
 from trainer.layers.late_norms import late_norms
 from trainer.layers.latent_attention import latent_epsilon, latent_gradients, local_attention, plain_queries
 from trainer.layers.latent_experts import latent_experts
@@ -68,6 +68,7 @@ MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     expert_biases,
     divided_sinks,
     rope_norms,
+    mamba_norms,
 )
 """Functions `(provider, model)` that change this rank's chunk of a GPTModel or HybridModel in place."""
 

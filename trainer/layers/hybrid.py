@@ -82,6 +82,15 @@ def _mamba(provider: Any, layer: Any) -> ModuleSpec:
     return ModuleSpec(module=MambaLayer, submodules=parts)
 
 
+def mamba_norms(provider: Any, model: Any) -> None:
+    """Give the norm after the gate in each Mamba layer an epsilon of its own."""
+    if provider.mamba_norm_epsilon is None:
+        return
+    for layer in model.decoder.layers:
+        if isinstance(layer, MambaLayer):
+            layer.mixer.norm.eps = provider.mamba_norm_epsilon
+
+
 def kernels_are_there(layer: Any) -> bool:
     """Tell whether Mamba's CUDA kernels can compute: on a GPU, with mamba_ssm and causal_conv1d."""
     return uses_transformer_engine(layer) and all(find_spec(name) for name in ("mamba_ssm", "causal_conv1d"))

@@ -19,12 +19,19 @@ _PATTERN = "model.hybrid_layer_pattern"
 def check(config: Any) -> None:
     """Refuse, by name, what HybridModel or its Mamba layers cannot do."""
     model, pattern = config.model, getattr(config.model, "hybrid_layer_pattern", None)
+    enforce(_switch_rules(model, pattern))
     if pattern is not None:
         enforce(_pattern_rules(model, pattern))
     if is_hybrid(model):
-        enforce(_layout_rules(model))
+        enforce(_layout_rules(model, config.peft))
     if has_mamba(model):
         enforce(_mamba_rules(config))
+
+
+def _switch_rules(model: Any, pattern: str | None) -> Iterator[Rule]:
+    switched = getattr(model, "is_hybrid_model", False) and hasattr(model, "hybrid_layer_pattern") and pattern is None
+    message = f"`model.is_hybrid_model` is `True`, and `{_PATTERN}` is `None`"
+    yield switched, message, "set `model.layout=hybrid`, which says it"
 
 
 def _pattern_rules(model: Any, pattern: str) -> Iterator[Rule]:
@@ -51,8 +58,9 @@ def _pattern_rules(model: Any, pattern: str) -> Iterator[Rule]:
     )
 
 
-def _layout_rules(model: Any) -> Iterator[Rule]:
+def _layout_rules(model: Any, peft: Any) -> Iterator[Rule]:
     given, leave = "`model.layout` is `hybrid`", "set `model.layout=gpt`"
+    yield peft is not None, f"`peft` is a `{type(peft).__name__}`, and {given}, whose adapters could not be exported", leave
     for name, why in (
         ("parallel_residual", "whose attention and feed-forward parts are layers one after another"),
         ("mtp_num_layers", "in which layers of multi-token prediction are not trained"),

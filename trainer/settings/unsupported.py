@@ -46,7 +46,6 @@ NEVER: dict[str, dict[str, str]] = {
             dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32 linear_attention_freq linear_conv_kernel_dim
             linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads
             mrope_section use_grouped_gemm_for_dense_mlp""",
-        "`model.layout` says it": "is_hybrid_model",
         "Mamba's other kernels were not tried": "mamba_training_ssm_states_dtype use_mamba_mem_eff_path",
         "nothing in the step clips or reports attention's logits": """qk_clip qk_clip_alpha qk_clip_threshold
             log_max_attention_logit""",

@@ -7,7 +7,7 @@ import torch
 
 from tests.trainer.layers import passes
 
-SIZES = {"mamba_state_dim": 8, "mamba_head_dim": 4, "mamba_num_groups": 2, "mamba_num_heads": 8}
+SIZES = {"mamba_state_dim": 8, "mamba_head_dim": 4, "mamba_num_groups": 2, "mamba_num_heads": 8, "mamba_norm_epsilon": 0.1}
 FIELDS = {"layout": "hybrid", "hybrid_layer_pattern": "M*M-", **SIZES}
 
 
@@ -41,11 +41,12 @@ def _mixer(tokens: int):
     config.dataset.sequence_length, config.optimizer.lr = passes.SEQUENCE, 1e-4
     config = resolve(config, world_size=1, device="cpu").config
     torch.manual_seed(1)
-    names = {"state_size": 8, "head_dim": 4, "n_groups": 2, "num_heads": 8}
+    names = {"layer_norm_epsilon": 0.1, "state_size": 8, "head_dim": 4, "n_groups": 2, "num_heads": 8}
     theirs = Mamba2Mixer(Mamba2Config(hidden_size=32, expand=1, chunk_size=16, **names, use_conv_bias=True), 0).float()
     with parallel.session(config, "cpu"):
         ours = model.build(config.model)[0].decoder.layers[0].mixer
         ours.chunk_size = 16
+        assert ours.norm.eps == theirs.norm.variance_epsilon == 0.1
         weights = {name.replace("conv1d_", "conv1d."): one for name, one in ours.named_parameters()}
         for name, one in theirs.named_parameters():
             one.data.normal_(0.1, 0.3)
