@@ -26,6 +26,7 @@ OFF = {
     "final_logit_softcapping": None,
     "glu_linear_offset": 0.0,
     "layernorm_zero_centered_gamma": False,
+    "mamba_norm_epsilon": None,
     "moe_output_multiplier": 1.0,
     "moe_router_enable_expert_bias": False,
     "moe_router_group_score": None,

@@ -129,8 +129,6 @@ def test_what_has_no_place_in_megatron_is_refused_by_name(case):
 NOT_TRAINED = [
     ("mamba2", {"time_step_limit": [0.0, 0.5]}, r"`time_step_limit` is `\[0\.0, 0\.5\]`"),
     ("bamba", {"time_step_limit": [0.01, {"__float__": "Infinity"}]}, r"`time_step_limit` is `\[0\.01, inf\]`"),
-    ("nemotron_h", {"layer_norm_epsilon": 1e-6}, "`mamba_norm_epsilon` is `1e-06`"),
-    ("granitemoehybrid", {"rms_norm_eps": 1e-6}, "`mamba_norm_epsilon` is `1e-06`"),
     ("nemotron_h", {"norm_topk_prob": False}, "`norm_topk_prob` is `False`"),
 ]
 
@@ -149,7 +147,7 @@ def test_what_megatron_core_s_layers_do_not_compute_is_converted_with_a_note_and
         from_hf_config(config)
 
 
-def test_a_model_without_mamba_layers_may_have_any_epsilon():
+def test_a_model_without_mamba_layers_has_no_epsilon_of_their_own():
     config = {**small_config("granitemoehybrid").to_dict(), "rms_norm_eps": 1e-6, "layer_types": ["full_attention"] * 2}
     assert to_megatron(families.find("granitemoehybrid").CONFIG, config)["mamba_norm_epsilon"] is None
 
