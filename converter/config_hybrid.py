@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, cast
 
@@ -81,6 +81,21 @@ def _twice(gpt: Config, name: str) -> list[int]:
     if each and name == "window_attn_skip_freq":  # each such layer sees everything
         found = [1 - one for one in found]
     return list(chain.from_iterable((one, one) for one in found))
+
+
+def not_computed(hybrid: Config) -> Iterator[str]:
+    """Yield what megatron-core's HybridModel does not compute of a model with these fields, though its weights are written."""
+    if hybrid.get("parallel_residual"):
+        yield (
+            "layers of layout `hybrid` come one after another, and this model has attention and the feed-forward part side by "
+            "side: no HybridModel computes it, and `mbtrain` refuses it in this layout"
+        )
+    for name, attribute in (("rope_scaling", "inv_freq"), ("rotary_interleaved", "rotary_interleaved")):
+        if hybrid.get(name):
+            yield (
+                f"megatron-core's HybridModel takes no `{name}`: set `rotary_pos_emb.{attribute}` after building the model, "
+                "as `mbtrain` does"
+            )
 
 
 def gpt_fields(hybrid: Config) -> dict[str, Any]:

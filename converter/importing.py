@@ -14,6 +14,7 @@ from converter.carried import carried_tensors, kept_weights
 from converter.checks import check_equal, check_exact
 from converter.comparison import CheckpointView
 from converter.config import language_model, make_model, to_megatron
+from converter.config_hybrid import not_computed
 from converter.config_parts import NOT_COMPUTED, described
 from converter.config_rope import BUILT_IN_ROPE, rope_numbers
 from converter.conversion import Conversion
@@ -21,6 +22,7 @@ from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, siz
 from converter.execution import Reporter
 from converter.extra_states import stateful_module, weightless_modules
 from converter.families import Family
+from converter.hybrid import HYBRID
 from converter.layout import Layout, make_layout
 from converter.model import Model
 from converter.plan import TensorPlan, as_stored, casts
@@ -92,7 +94,7 @@ class _Beside:
 def plan_import(source: Source, wanted: ImportOptions, reporter: Reporter) -> Conversion:
     """Return the conversion of a Hugging Face model to Megatron. Raises UserError if it cannot be converted exactly."""
     found = _recognize(source, wanted)
-    for text in notes(source, found.plan):
+    for text in notes(source, found.plan, found.family):
         reporter.note(text)
     return _conversion(found, wanted)
 
@@ -268,7 +270,7 @@ def left_out(source: Source) -> Iterator[str]:
         yield f"left out, not part of the model: {', '.join(source.left_out)}"
 
 
-def notes(source: Source, plan: Plan) -> Iterator[str]:
+def notes(source: Source, plan: Plan, family: Family) -> Iterator[str]:
     """Yield what a user should know of an import."""
     yield from left_out(source)
     for old, new in casts(plan.tensors).items():
@@ -287,7 +289,7 @@ def notes(source: Source, plan: Plan) -> Iterator[str]:
             f"{len(further)} tensors of layers of multi-token prediction pass through untouched: `num_nextn_predict_layers` is "
             f"`{plan.model.get('mtp', 0)}`, and the files have more"
         )
-    yield from _notes_on_function(source.reference.config)
+    yield from _notes_on_function(source.reference.config, family)
 
 
 def _notes_on_quantization(reader: DequantizedReader) -> Iterator[str]:
@@ -296,9 +298,8 @@ def _notes_on_quantization(reader: DequantizedReader) -> Iterator[str]:
         yield f"{count} weights are dequantized to {dtype_name(dtype)}: {scheme}"
 
 
-def _notes_on_function(config: Mapping[str, Any]) -> Iterator[str]:
+def _notes_on_function(config: Mapping[str, Any], family: Family) -> Iterator[str]:
     """Yield what megatron-core's layers do not compute of a model whose weights are converted."""
-    family = families.find(config.get("model_type"))
     megatron = to_megatron(family.CONFIG, config)
     if family.WEIGHTS_ONLY:
         yield f"weights alone: `mbtrain` cannot train a `{config['model_type']}`: {family.WEIGHTS_ONLY}"
@@ -307,7 +308,9 @@ def _notes_on_function(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{described(name, megatron[name], verb=' is')}, with which `mbtrain` refuses the model: {why}"
     if length := megatron.get("exact_sequence_length"):
         yield f"`mbtrain` computes sequences of at most {length} tokens as transformers does, and refuses longer ones"
-    if megatron.get("rope_scaling"):
+    if family.layout == HYBRID:
+        yield from not_computed(megatron)
+    elif megatron.get("rope_scaling"):
         yield from _notes_on_rope(config)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from converter import consistency, families, megatron_settings, run_config, side_files
 from converter.config import TEXT, to_huggingface, to_megatron
-from converter.hybrid import GPT, layout_of
+from converter.hybrid import GPT, HYBRID, PATTERN, layout_of
 from converter.padded_vocab import rows_of, tokens
 from converter.run_config import ModelSettings, UnknownModelError
 from converter.side_files import HFReference
@@ -63,7 +63,7 @@ def _check_settings(said: Sequence[ModelSettings], reference: HFReference | None
     """Raise UserError for a setting that no `config.json` can say; return notes on unknown ones if a `reference` says which
     model the checkpoint holds, else they are refused too. Those that its family says are compared with it elsewhere."""
     known = families.find(reference.config.get("model_type"), layout) if reference else None
-    compared = to_megatron(known.CONFIG, reference.config) if reference and known else {}
+    compared = to_megatron(known.CONFIG, reference.config) if reference and known else dict.fromkeys(_OF_LAYOUT[layout])
     foreign = [
         (setting, description.origin)
         for description in said
@@ -78,6 +78,10 @@ def _check_settings(said: Sequence[ModelSettings], reference: HFReference | None
     return tuple(
         f"{origin} has `{setting.name}`, which is not known here: it is taken not to matter" for setting, origin in foreign
     )
+
+
+_OF_LAYOUT = {GPT: (), HYBRID: (PATTERN, "is_hybrid_model")}
+"""Settings that each layout says of its layers, whatever the family."""
 
 
 def _rebuilt(reader: MegatronReader, said: Sequence[ModelSettings], vocab: int | None, layout: str) -> HFReference:

@@ -249,4 +249,5 @@ def _from_args(args: Config) -> dict[str, Any]:
         "gated_linear_unit": bool(args.get("swiglu")),
         "activation_func": "silu" if args.get("swiglu") else "gelu",
         **({"vocab_size": None} if args.get("tokenizer_type") in _ONE_MORE else {}),
+        **({PATTERN: args[PATTERN], "is_hybrid_model": True} if args.get(PATTERN) else {}),
     }

@@ -1,7 +1,6 @@
 """megatron-core's HybridModel on ranks without a GPU: its stack of layers, of megatron-core's own modules.
 
-`hybrid_stack_spec` is of Transformer Engine's. The layers here are the halves of megatron-core's GPT layer, which has norms of
-query and key too: the stock stack has none, nor those inside latent attention.
+`hybrid_stack_spec` is of Transformer Engine's. The layers here are the halves of megatron-core's local GPT layer.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tests.megatron_cpu import forward, load_strictly
+from tests.megatron_cpu import forward, load_strictly, sharded
 
 
 def logits_of(rank: int, model: tuple[dict, str, dict], iteration: str, tokens: list[list[int]]) -> Any:
@@ -24,6 +23,27 @@ def logits_of(rank: int, model: tuple[dict, str, dict], iteration: str, tokens: 
     with cpu_backend.activate():  # for the streams of token dispatchers
         chunks = build(config, pattern, **sizes)
         return load_strictly(chunks, iteration), forward(chunks, tokens)
+
+
+def save(rank: int, model: tuple[dict, str, dict], iteration: str, target: str, args: dict) -> None:
+    """Load a checkpoint and let megatron-core save it, with Megatron-LM's `args`."""
+    import argparse
+    from pathlib import Path
+
+    import torch
+    from megatron.core import dist_checkpointing
+
+    from trainer import cpu_backend
+
+    config, pattern, sizes = model
+    with cpu_backend.activate():
+        chunks = build(config, pattern, **sizes)
+        load_strictly(chunks, iteration)
+        if rank == 0:
+            Path(target).mkdir(parents=True)
+        torch.distributed.barrier()
+        state = {**sharded(chunks), "args": argparse.Namespace(**args), "iteration": 7, "checkpoint_version": 3.0}
+        dist_checkpointing.save(state, target)
 
 
 def build(config: dict, pattern: str, **sizes: Any) -> list[Any]:
@@ -92,8 +112,8 @@ def transformer_config(fields: dict, sizes: dict) -> Any:
     )
 
 
-def stack_spec(fields: dict, *, on_gpu: bool = False) -> Any:
-    """HybridStack's layers: the two halves of a GPT layer, with and without experts; `on_gpu` of Transformer Engine's modules."""
+def stack_spec(fields: dict) -> Any:
+    """HybridStack's layers: the two halves of a GPT layer, with and without experts."""
     from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
     from megatron.core.ssm.mlp_layer import MLPLayer
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -104,38 +124,36 @@ def stack_spec(fields: dict, *, on_gpu: bool = False) -> Any:
         return ModuleSpec(layer, submodules=TransformerLayerSubmodules(**kept, sharded_state_dict_keys_map=keys))
 
     latent, experts = bool(fields.get("multi_latent_attention")), fields.get("num_moe_experts")
-    dense, keys = _gpt_layer(fields, None, on_gpu=on_gpu)
+    dense, keys = _gpt_layer(fields, None)
     attention, feed_forward = ("input_layernorm", "self_attention", "self_attn_bda"), ("pre_mlp_layernorm", "mlp", "mlp_bda")
     layers = {
         "mla_layer" if latent else "attention_layer": half(TransformerLayer, dense, attention, keys),
-        "mlp_layer": half(MLPLayer, dense, feed_forward, {} if on_gpu else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),
+        "mlp_layer": half(MLPLayer, dense, feed_forward, {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),
     }
     if experts:
-        layers["moe_layer"] = half(MoETransformerLayer, _gpt_layer(fields, experts, on_gpu=on_gpu)[0], feed_forward, {})
-    return ModuleSpec(HybridStack, submodules=HybridStackSubmodules(**layers, mtp_block_spec=_prediction(on_gpu=on_gpu)))
+        layers["moe_layer"] = half(MoETransformerLayer, _gpt_layer(fields, experts)[0], feed_forward, {})
+    return ModuleSpec(HybridStack, submodules=HybridStackSubmodules(**layers, mtp_block_spec=_prediction()))
 
 
-def _gpt_layer(fields: dict, experts: int | None, *, on_gpu: bool) -> tuple[Any, dict[str, str]]:
+def _gpt_layer(fields: dict, experts: int | None) -> tuple[Any, dict[str, str]]:
     """The parts of megatron-core's GPT layer, and the keys of its attention that differ from its names."""
-    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+
+    from trainer.layers.latent_attention import MLACoreAttention
 
     qk_layernorm, latent = fields.get("qk_layernorm") or False, bool(fields.get("multi_latent_attention"))
-    if on_gpu:
-        make = gpt_layer_specs.get_gpt_layer_with_transformer_engine_submodules
-        return make(experts, moe_grouped_gemm=True, qk_layernorm=qk_layernorm, multi_latent_attention=latent), {}
-    parts = gpt_layer_specs.get_gpt_layer_local_submodules(
+    parts = get_gpt_layer_local_submodules(
         experts, normalization=fields["normalization"], qk_layernorm=qk_layernorm, multi_latent_attention=latent
     )
-    keys = dict(parts.sharded_state_dict_keys_map)
-    if latent:
-        from trainer.layers.latent_attention import MLACoreAttention
+    if not latent:
+        return parts, dict(parts.sharded_state_dict_keys_map)
+    parts.self_attention.submodules.core_attention = MLACoreAttention  # megatron-core's takes no other sizes
+    return parts, {
+        f"self_attention.{name}_layernorm.": f"self_attention.linear_{name}_up_proj.layer_norm_" for name in ("q", "kv")
+    }
 
-        parts.self_attention.submodules.core_attention = MLACoreAttention  # megatron-core's takes no other sizes
-        keys = {f"self_attention.{one}_layernorm.": f"self_attention.linear_{one}_up_proj.layer_norm_" for one in ("q", "kv")}
-    return parts, keys
 
-
-def _prediction(*, on_gpu: bool) -> Any:
+def _prediction() -> Any:
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.transformer.multi_token_prediction import (
         MultiTokenPredictionBlock,
@@ -144,9 +162,5 @@ def _prediction(*, on_gpu: bool) -> Any:
     )
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    if on_gpu:
-        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-
-        return hybrid_stack_spec.submodules.mtp_block_spec
     layer = get_mtp_layer_spec_for_backend(None, LocalSpecProvider())
     return ModuleSpec(MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer]))

@@ -1,9 +1,9 @@
-"""Write `hybrid_keys.json.gz`: what megatron-core's HybridModel asks of a checkpoint with Transformer Engine's layers.
+"""Write `hybrid_keys.json.gz`: what megatron-core's HybridModel asks of a checkpoint with `hybrid_stack_spec`, its own layers of
+Transformer Engine's modules.
 
     PYTHONPATH=PACKAGES python -m tests.golden.make_hybrid_keys
 
-PACKAGES is that of `make_te_keys.py`. Models are built of the halves of megatron-core's GPT layers. Those whose layers the stock
-`hybrid_stack_spec` has, which lacks norms of query and key, are built of it too, and must have the same keys.
+PACKAGES is that of `make_te_keys.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.golden.make_te_keys import DEEPSEEK, FOLDER, MIXTRAL, QWEN_MOE, SIZES
 
 FILE = FOLDER / "hybrid_keys.json.gz"
 
-STOCK: dict[str, tuple[str, dict[str, Any]]] = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -24,16 +24,13 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "mixtral": ("mixtral", MIXTRAL),
     "gpt_oss": ("gpt_oss", MIXTRAL),
-}
-"""The family, and what `config.json` has beside `SIZES`."""
-
-HALVES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3_moe, tied, some layers dense": ("qwen3_moe", {**QWEN_MOE, "tie_word_embeddings": True, "mlp_only_layers": [1]}),
     "qwen2_moe": ("qwen2_moe", {**QWEN_MOE, "shared_expert_intermediate_size": 96}),
     "deepseek_v3": ("deepseek_v3", DEEPSEEK),
     "deepseek_v3 with two further layers": ("deepseek_v3", {**DEEPSEEK, "num_nextn_predict_layers": 2}),
 }
+"""The family, and what `config.json` has beside `SIZES`."""
 
 
 def main() -> None:
@@ -41,15 +38,12 @@ def main() -> None:
     _prepare()
     built: dict[str, Any] = {}
     with _without_gpu():
-        for name, (family, changes) in {**STOCK, **HALVES}.items():
-            config = {"model_type": family, **SIZES, **changes}
-            built[name] = _keys(config, stock=False)
-            assert name in HALVES or _keys(config, stock=True) == built[name], name
-            print(name, len(built[name]["tensors"]))
+        for name, (family, changes) in CASES.items():
+            built[name] = _keys({"model_type": family, **SIZES, **changes})
     FILE.write_bytes(gzip.compress(json.dumps({"models": built}, separators=(",", ":")).encode(), mtime=0))
 
 
-def _keys(config: dict[str, Any], *, stock: bool) -> dict[str, Any]:
+def _keys(config: dict[str, Any]) -> dict[str, Any]:
     import torch
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -57,7 +51,7 @@ def _keys(config: dict[str, Any], *, stock: bool) -> dict[str, Any]:
 
     from converter import families
     from converter.config import to_megatron
-    from tests.hybrid_model import stack_spec, transformer_config
+    from tests.hybrid_model import transformer_config
     from trainer.settings.values import activation
 
     fields = to_megatron(families.find(config["model_type"], "hybrid").CONFIG, config)
@@ -67,7 +61,7 @@ def _keys(config: dict[str, Any], *, stock: bool) -> dict[str, Any]:
     )
     model = HybridModel(
         settings,
-        hybrid_stack_spec if stock else stack_spec(fields, on_gpu=True),
+        hybrid_stack_spec,
         vocab_size=128,
         max_sequence_length=fields["seq_length"],
         hybrid_layer_pattern=fields["hybrid_layer_pattern"],
