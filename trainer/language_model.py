@@ -54,11 +54,11 @@ def make(provider: Any, *, pre_process: bool, post_process: bool, vp_stage: int 
 
 
 def _gpt(provider: Any, place: dict[str, Any]) -> Any:
-    vp_stage = place["vp_stage"]
-    ahead = layers.prediction_spec(provider, device.last_layer_spec(provider), vp_stage) if provider.mtp_num_layers else None
+    vp_stage, plain = place["vp_stage"], layers.attention_alone(provider)
+    ahead = layers.prediction_spec(provider, device.last_layer_spec(plain), vp_stage) if provider.mtp_num_layers else None
     model = Model(
         provider,
-        layers.adapt_spec(provider, device.layer_spec(provider, vp_stage)),
+        layers.adapt_spec(provider, device.layer_spec(plain, vp_stage), vp_stage),
         rope_scaling=provider.rope_scaling,
         rope_scaling_factor=provider.rope_scaling_factor,
         mtp_block_spec=ahead,
