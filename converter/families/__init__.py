@@ -15,6 +15,7 @@ from typing import Any
 
 from converter.config import Field
 from converter.rules import Rule, templates
+from converter.unsupported_families import REASONS
 from formats.errors import UserError, format_untrusted
 
 
@@ -87,7 +88,12 @@ def names() -> list[str]:
 
 
 def find(model_type: Any) -> Family:
-    """Return the family of a `model_type`; UserError lists those there are."""
+    """Return the family of a `model_type`; UserError says why there is none, or lists those there are."""
+    if isinstance(model_type, str) and model_type in REASONS and model_type not in names():
+        raise UserError(
+            f"`config.json` has the model type `{model_type}`, which is not supported: {REASONS[model_type]}",
+            hint="`mbconvert families --all` lists the model types that are converted, and why others are not",
+        )
     if model_type not in names():
         raise UserError(
             f"`config.json` has the model type `{format_untrusted(model_type)}`, which is not supported",
