@@ -18,6 +18,7 @@ from converter.conversion import Conversion
 from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
 from converter.encoding import encode, quantized_source
 from converter.execution import Reporter
+from converter.originals import moved, original_name, with_originals
 from converter.plan import TensorPlan, as_stored, casts
 from converter.planner import to_huggingface
 from converter.provenance import Provenance
@@ -34,7 +35,7 @@ from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, Shard, mak
 from formats.megatron_reader import MegatronReader
 from formats.quantized import encoded, requantized
 from formats.shard_files import INDEX
-from formats.spec import JoinedReader, Reader, TensorSpec, names_of
+from formats.spec import JoinedReader, TensorSpec, names_of
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """What transformers' `save_pretrained` takes."""
@@ -64,8 +65,9 @@ def plan_export(
     for name, value in plan.filled.items():
         check_filled(reader, name, value)
     quantized = quantized_source(origin)
-    tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, carried=quantized.names)
-    tensors: Reader = JoinedReader(reader, *extras) if extras else reader
+    carried = {*quantized.names, *map(original_name, moved(plan.tensors))}
+    tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, carried=carried)
+    tensor_plans, tensors = with_originals(tensor_plans, JoinedReader(reader, *extras) if extras else reader)
     if wanted.quantize:
         tensor_plans, tensors, origin, new = requantize(tensor_plans, tensors, quantized.weights, origin, wanted.quantize)
         conversion = plan_files(megatron_source(reader, root, origin, tensors), tensor_plans, wanted, reporter)

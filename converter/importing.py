@@ -11,7 +11,7 @@ from typing import Any
 
 from converter import families, prediction_layers, reference, run_config, side_files
 from converter.carried import carried_tensors, kept_weights
-from converter.checks import check_equal, check_exact
+from converter.checks import check_equal
 from converter.comparison import CheckpointView
 from converter.config import language_model, make_model, to_megatron
 from converter.config_parts import NOT_COMPUTED, described
@@ -23,6 +23,7 @@ from converter.extra_states import stateful_module
 from converter.families import Family
 from converter.layout import Layout, make_layout
 from converter.model import Model
+from converter.originals import moved, original_name
 from converter.plan import TensorPlan, as_stored, casts
 from converter.planner import Plan, sharded
 from converter.planner import to_megatron as plan_megatron
@@ -41,7 +42,7 @@ from formats.huggingface import HuggingFaceWriter
 from formats.iterations import iteration_folder
 from formats.outputs import JoinedWriter, Writer
 from formats.quantized.reader import DequantizedReader
-from formats.spec import JoinedReader, Reader, dtype_name, is_valid_shape
+from formats.spec import JoinedReader, Reader, RenamedReader, dtype_name, is_valid_shape
 from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
 
 
@@ -83,7 +84,7 @@ class _Beside:
 
     side_files: SideFiles
     carried: Collection[str]
-    """The scales of quantized weights, and codes that nothing else gives back."""
+    """The scales of quantized weights, codes that nothing else gives back, and values that an offset rounds."""
 
 
 def plan_import(source: Source, wanted: ImportOptions, reporter: Reporter) -> Conversion:
@@ -109,17 +110,15 @@ def _conversion(found: _Import, wanted: ImportOptions, kept: Sequence[str] | Non
         views=lambda written: _views(found, written, wanted.dtype),
         copies=found.beside.side_files.copies,
         check=lambda: _check_numbers(found),
-        settle=settle if found.beside.carried and kept is None else None,
+        settle=settle if isinstance(source.reader, DequantizedReader) and kept is None else None,
         memory=source.memory,
     )
 
 
 def _check_numbers(found: _Import) -> None:
-    """Raise UserError where tensors differ that should be equal, or where an offset would round."""
+    """Raise UserError where tensors differ that should be equal."""
     for name, other in found.plan.equal:
         check_equal(found.source.reader, name, other)
-    for tensor_plan in found.plan.exact:
-        check_exact(found.source.reader, tensor_plan)
 
 
 def _recognize(source: Source, wanted: ImportOptions) -> _Import:
@@ -137,9 +136,11 @@ def _recognize(source: Source, wanted: ImportOptions) -> _Import:
 
 def _beside(source: Source, plan: Plan, kept: Iterable[str] = ()) -> _Beside:
     """Return what travels beside the weights; of the quantized ones in `kept`, the codes too."""
-    carried = carried_tensors(source.reader, kept)
-    reader = JoinedReader(source.reader, carried) if carried else source.reader
-    names = tuple(carried.specs) if carried else ()
+    originals = {original_name(part.name): part.name for one in moved(plan.tensors).values() for part in one.parts}
+    beside = carried_tensors(source.reader, kept), RenamedReader(source.reader, originals)
+    carried = JoinedReader(*(one for one in beside if one))
+    reader = JoinedReader(source.reader, carried) if carried.specs else source.reader
+    names = tuple(carried.specs)
     return _Beside(reader, side_files.collect_model(source.reference, reader, (*plan.extras, *names)), names)
 
 

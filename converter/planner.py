@@ -56,9 +56,6 @@ class Plan:
     filled: Mapping[str, float] = field(default_factory=dict[str, float])
     """Megatron tensors that Hugging Face's model has not, with the number that all their values are."""
 
-    exact: tuple[TensorPlan, ...] = ()
-    """Those whose values are moved by an offset, which rounding must not change."""
-
     @property
     def zero(self) -> list[str]:
         """Those of `filled` that are zero."""
@@ -122,8 +119,7 @@ def to_megatron(
         if table.filled:
             filled[tensor_plans[-1].spec.name] = table.rule.fill
     present = sorted(allowed & source.keys())
-    exact = tuple([one for one in tensor_plans if one.transform and one.transform.offset])
-    return Plan(tuple(tensor_plans), tuple(rules), model, tuple(present), tuple(equal), filled, exact)
+    return Plan(tuple(tensor_plans), tuple(rules), model, tuple(present), tuple(equal), filled)
 
 
 def _parts(table: Table, indices: Indices, source: Specs, owned: Iterator[TensorSpec]) -> tuple[TensorSpec, ...]:

@@ -14,6 +14,7 @@ from converter.dequantization import dequantized, weights_of
 from converter.encoding import quantized_source
 from converter.families import Family
 from converter.model import Model
+from converter.originals import moved, original_name, with_originals
 from converter.plan import TensorPlan, as_stored, check_dtypes
 from converter.planner import to_huggingface
 from converter.reference import UnknownModelError
@@ -98,13 +99,14 @@ def huggingface_view(reader: HuggingFaceReader, *, as_numbers: bool = False) -> 
 
 def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[str, int] | None = None) -> CheckpointView:
     """Return the view of a Megatron checkpoint: what an export would write. `zero` are further rows that must be zero."""
-    known, names = specs_of(origin.shards), quantized_source(origin).names
+    known = specs_of(origin.shards)
     family = families.find(origin.config.get("model_type")).rooted(known)
     model = make_model(family.CONFIG, origin.config)
     plan = to_huggingface(family.RULES, model, reader.specs, dtype="keep", known=known)
     reader.check()
+    names = {*quantized_source(origin).names, *map(original_name, moved(plan.tensors))}
     tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, carried=names)
-    tensors = JoinedReader(reader, *extras)
+    tensor_plans, tensors = with_originals(tensor_plans, JoinedReader(reader, *extras))
     carried = as_stored({name: tensors.specs[name] for name in sorted(names & tensors.specs.keys())})
     return CheckpointView(
         reader.folder.label,

@@ -232,9 +232,10 @@ class GPTModelProvider(ModelProvider):
 
     def provide(self, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> torch.nn.Module:
         """Return this rank's chunk of the model, with the embedding if `pre_process` and the output layer if `post_process`."""
+        plain = layers.attention_alone(self)
         model = Model(
             self,
-            layers.adapt_spec(self, device.layer_spec(self, vp_stage)),
+            layers.adapt_spec(self, device.layer_spec(plain, vp_stage), vp_stage),
             vocab_size=self.padded_vocab_size,
             max_sequence_length=self.seq_length + self.position_offset,
             pre_process=pre_process,
@@ -246,7 +247,7 @@ class GPTModelProvider(ModelProvider):
             rope_scaling=self.rope_scaling,
             rope_scaling_factor=self.rope_scaling_factor,
             seq_len_interpolation_factor=self.seq_len_interpolation_factor,
-            mtp_block_spec=layers.prediction_spec(self, device.last_layer_spec(self), vp_stage) if self.mtp_num_layers else None,
+            mtp_block_spec=layers.prediction_spec(self, device.last_layer_spec(plain), vp_stage) if self.mtp_num_layers else None,
             vp_stage=vp_stage,
         )
         model.max_sequence_length = self.longest_sequence

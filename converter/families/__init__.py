@@ -9,12 +9,12 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
 from converter.config import Field
-from converter.rules import Rule, templates
+from converter.rules import Rule, fill, templates
 from converter.unsupported_families import REASONS
 from formats.errors import UserError, format_untrusted
 
@@ -41,6 +41,9 @@ class Family:
     """What the names of transformers' modules, and PEFT's with them, begin with in place of the first root. Files of models with
     towers have other names than their modules."""
 
+    STACKED: Mapping[str, str] = field(default_factory=dict[str, str])
+    """How names of weights of single experts end, and with what in its place where a source has one tensor of all experts."""
+
     SMALL: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What `config.json` of a small model has otherwise than a Llama's, for the tests that go through all families."""
 
@@ -58,7 +61,8 @@ class Family:
     def rooted(self, names: Container[str]) -> Family:
         """Return the family with the names that a source has: those under the first root under which it has the embedding."""
         under = (self._under(root) for root in self.ROOTS[1:])
-        return self if self._embedding in names else next((found for found in under if found._embedding in names), self)
+        found = self if self._embedding in names else next((one for one in under if one._embedding in names), self)
+        return replace(found, RULES=templates(found.RULES, partial(found._stacked, names))) if self.STACKED else found
 
     def as_modules(self) -> Family:
         """Return the family with the names of transformers' modules."""
@@ -69,6 +73,14 @@ class Family:
             return _moved(name, self.ROOTS[0], root)
 
         return replace(self, RULES=templates(self.RULES, moved), EXTRAS=tuple(map(moved, self.EXTRAS)))
+
+    def _stacked(self, names: Container[str], template: str) -> str:
+        """Return the name of a tensor of all experts in place of a single expert's, if the first such layer has that tensor."""
+        for single, stacked in self.STACKED.items():
+            whole = template.removesuffix(single) + stacked
+            if template.endswith(single) and fill(whole, dict.fromkeys(("layer", "mtp"), 0)) in names:
+                return whole
+        return template
 
     @property
     def _embedding(self) -> str:

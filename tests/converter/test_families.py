@@ -131,7 +131,6 @@ def test_a_family_is_known_to_transformers_or_has_a_twin_there():
 
 IN_PROGRESS = {
     "bamba", "deepseek_v32", "glm_moe_dsa", "granitemoehybrid", "mamba2", "nemotron_h",
-    "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
 }  # fmt: skip
 """Hybrids and sparse attention, whose files follow."""
 

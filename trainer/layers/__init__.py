@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from trainer.layers.branch_norms import branch_norms
+from trainer.layers.delta_net import attention_alone, delta_nets, net_norm_gradients
 from trainer.layers.embedding import embedding_dropout, embedding_layernorm, position_offset
 from trainer.layers.expert_biases import expert_biases
 from trainer.layers.expert_groups import expert_groups
@@ -32,6 +33,8 @@ from trainer.layers.scores import changed_scores
 from trainer.layers.sinks import divided_sinks
 from trainer.layers.spec import copied
 from trainer.layers.xielu import activation_weights
+
+__all__ = ["adapt_model", "adapt_spec", "attention_alone", "prediction_spec"]
 
 LAYER_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     local_norms,
@@ -59,6 +62,7 @@ MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     latent_epsilon,
     recomputed_bias,
     latent_gradients,
+    net_norm_gradients,
     expert_groups,
     expert_output,
     expert_biases,
@@ -68,11 +72,12 @@ MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
 """Functions `(provider, model)` that change this rank's chunk of a GPTModel in place."""
 
 
-def adapt_spec(provider: Any, spec: Any) -> Any:
+def adapt_spec(provider: Any, spec: Any, vp_stage: int | None = None) -> Any:
     """Return the spec of this rank's decoder layers with every piece that the provider's fields switch on.
 
-    Layers that share a spec share its adapted copy; the given spec is not changed.
+    Layers that share a spec share its adapted copy; the given spec is not changed, and is that of `attention_alone`.
     """
+    spec = delta_nets(provider, spec, vp_stage)
     copies = {id(layer): layer for layer in spec.layer_specs}
     copies = {key: _adapted(provider, layer) for key, layer in copies.items()}
     adapted = [copies[id(layer)] for layer in spec.layer_specs]

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 
@@ -19,7 +20,7 @@ def copied(layer: Any) -> Any:
     attention = replace(parts.self_attention, submodules=replace(parts.self_attention.submodules))
     mlp = partial(parts.mlp.func, *parts.mlp.args, **{**parts.mlp.keywords, "submodules": replace(mlp_parts(layer))})
     keys = dict(parts.sharded_state_dict_keys_map)
-    backend = {_TRANSFORMER_ENGINE: attention_parts(layer).linear_proj is not RowParallelLinear}
+    backend = {_TRANSFORMER_ENGINE: not is_local(layer)}
     return replace(
         layer,
         submodules=replace(parts, self_attention=attention, mlp=mlp, sharded_state_dict_keys_map=keys),
@@ -27,8 +28,15 @@ def copied(layer: Any) -> Any:
     )
 
 
+def is_local(layer: Any) -> bool:
+    """Tell whether a layer's spec is of megatron-core's own modules, and not of Transformer Engine's."""
+    parts = attention_parts(layer)
+    return (parts.out_proj if isinstance(parts, GatedDeltaNetSubmodules) else parts.linear_proj) is RowParallelLinear
+
+
 def attention_parts(layer: Any) -> Any:
-    """Return the submodules of a layer's attention: `linear_qkv`, `core_attention`, `linear_proj`, norms of query and key."""
+    """Return the submodules of a layer's attention: `linear_qkv`, `core_attention`, `linear_proj`, norms of query and key; or
+    those of its delta net."""
     return layer.submodules.self_attention.submodules
 
 
@@ -55,7 +63,16 @@ def uses_transformer_engine(layer: Any) -> bool:
 
 def backend(layer: Any) -> Any:
     """Return megatron-core's provider of the modules that a copied layer is built from."""
-    if uses_transformer_engine(layer):
+    return _provider(local=not uses_transformer_engine(layer))
+
+
+def backend_of(layer: Any) -> Any:
+    """Return the same for a layer's spec as megatron-core made it."""
+    return _provider(local=is_local(layer))
+
+
+def _provider(*, local: bool) -> Any:
+    if not local:
         # Only where Transformer Engine is installed.
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # noqa: PLC0415
 
