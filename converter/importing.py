@@ -278,7 +278,7 @@ def notes(source: Source, plan: Plan) -> Iterator[str]:
             yield f"`config.json` has `{name}`, but no weight is quantized: an export leaves it out"
     if further := prediction_layers.further(plan.rules, plan.model, source.reader.specs):
         yield (
-            f"{len(further)} tensors of layers of multi-token prediction pass through untouched: `num_nextn_predict_layers` is "
+            f"{len(further)} tensors of layers of multi-token prediction pass through untouched: `{plan.model.mtp_field}` is "
             f"`{plan.model.get('mtp', 0)}`, and the files have more"
         )
     yield from _notes_on_function(source.reference.config)

@@ -11,7 +11,7 @@ CONFIG = (text_config({"qwen3_5_text": qwen3_5_text.CONFIG}),)
 EXTRAS = qwen3_5_text.EXTRAS
 ROOTS = ("model.", "model.language_model.")
 MODULE_ROOT = ROOTS[1]
-PASSTHROUGH_PREFIXES = (*qwen3_5_text.PASSTHROUGH_PREFIXES, "model.visual.")
+PASSTHROUGH_PREFIXES = ("model.visual.",)
 VISION = {
     "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64,
     "num_position_embeddings": 16,

@@ -11,10 +11,11 @@ from converter.config_experts import SOFTMAX, auxiliary_loss, each_nth
 from converter.config_layers import FULL, layers_of
 from converter.config_parts import by_layer, dimension, dropouts, inverted, only, rms_norm, routed, shared_experts, sizes
 from converter.config_rope import partial_rotary, rope
+from converter.config_router import prediction_layers
 from converter.families import llama, mixtral, qwen2_moe, qwen3
 from converter.model import Model
 from converter.rows import gated_by_group
-from converter.rules import Indices, Rule, column_parallel, replicated, row_parallel, sections
+from converter.rules import Indices, Rule, column_parallel, replicated, row_parallel, sections, under
 
 MODELS = "Qwen3-Next 80B-A3B"
 ARCHITECTURE = "Qwen3NextForCausalLM"
@@ -68,7 +69,26 @@ GROUPED = (
               ("linear_heads", "linear_heads"), "hidden", groups="linear_groups"),
 )  # fmt: skip
 SPARSE = (*mixtral.moe(), *qwen2_moe.SHARED)
-RULES = llama.decoder(*mixed(ATTENTION, delta_net(*GROUPED)), *mixtral.mixed(llama.MLP, SPARSE))
+
+
+def prediction(*layer: Rule) -> tuple[Rule, ...]:
+    """Return the rules of a layer of multi-token prediction: a layer of these, with attention, and what is around it."""
+    around = (
+        replicated("enorm.weight", "pre_fc_norm_embedding.weight", "hidden"),
+        replicated("hnorm.weight", "pre_fc_norm_hidden.weight", "hidden"),
+        column_parallel("eh_proj.weight", "fc.weight", "hidden", "both"),
+        replicated("final_layernorm.weight", "norm.weight", "hidden"),
+    )
+    return (
+        *under("mtp.layers.{mtp}", "mtp", around),
+        *under("mtp.layers.{mtp}.transformer_layer", "mtp.layers.{mtp}", (*ATTENTION, *layer)),
+    )
+
+
+RULES = (
+    *llama.decoder(*mixed(ATTENTION, delta_net(*GROUPED)), *mixtral.mixed(llama.MLP, SPARSE)),
+    *prediction(*SPARSE),
+)
 
 
 def each_full(config: Config) -> Sequence[str]:
@@ -87,6 +107,7 @@ MIXER = (
     *dimension("linear_kernel", "linear_conv_kernel_dim", default=4),
     named(
         stacked=False,
+        both=lambda model: 2 * model.hidden,
         gated_queries=lambda model: 2 * model.queries,
         l_keys=lambda model: model.linear_groups * model.l_key,
         l_values=lambda model: model.linear_heads * model.l_value,
@@ -115,9 +136,9 @@ CONFIG = (
     inverted("moe_router_pre_softmax", "norm_topk_prob"),
     each_nth(),
     *MIXER,
+    prediction_layers(most=1),
 )
 EXTRAS = llama.EXTRAS
-PASSTHROUGH_PREFIXES = ("mtp.",)
 LINEAR_SMALL = {
     "head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 24, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "layer_types": [LINEAR, FULL, LINEAR, LINEAR],

@@ -60,6 +60,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3_mtp": ("deepseek_v3", {"num_nextn_predict_layers": 2}),
     "dbrx_without_clipping": ("dbrx", {"attn_config": {"kv_n_heads": 4, "rope_theta": 10000.0}}),
     "moonlight": ("deepseek_v3", {"q_lora_rank": None}),
+    "qwen3_next_mtp": ("qwen3_next", {"num_nextn_predict_layers": 1}),
     "falcon_rw": ("falcon", {"multi_query": False, "parallel_attn": False, "bias": True, "alibi": True}),
 }
 """Models beside those of `tests/converter/test_family_variants.py`: the family, and what `config.json` has otherwise."""

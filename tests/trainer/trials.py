@@ -21,6 +21,9 @@ SHARDED = {"ddp.use_distributed_optimizer": True}
 BUCKETS = {**SHARDED, "comm_overlap.overlap_grad_reduce": True}
 SGD = {"optimizer.optimizer": "sgd"}
 DECOUPLED = {"optimizer.decoupled_lr": 0.5}
+NET = {"model.experimental_attention_variant": "gated_delta_net", "model.linear_attention_freq": [1, 0],
+       "model.linear_key_head_dim": 4, "model.linear_value_head_dim": 4, "model.linear_num_key_heads": 2,
+       "model.linear_num_value_heads": 4}  # fmt: skip
 
 
 def zeros(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,6 +55,15 @@ OBSERVED: dict[str, Trial] = {
     "model.qk_layernorm": Trial(True),
     "model.qk_l2_norm": Trial(True),
     "model.attention_output_gate": Trial(True),
+    "model.experimental_attention_variant": Trial(
+        "gated_delta_net", {name: one for name, one in NET.items() if "variant" not in name}
+    ),
+    "model.linear_attention_freq": Trial(1, NET),
+    "model.linear_conv_kernel_dim": Trial(2, NET),
+    "model.linear_key_head_dim": Trial(8, NET),
+    "model.linear_value_head_dim": Trial(8, NET),
+    "model.linear_num_key_heads": Trial(1, NET),
+    "model.linear_num_value_heads": Trial(2, NET),
     "model.no_rope_freq": Trial(2),
     "model.init_method": Trial(zeros),
     "model.output_layer_init_method": Trial(zeros),

@@ -17,7 +17,7 @@ from megatron.core.models.gpt.experimental_attention_variant_module_specs import
     get_gated_delta_net_module_spec,
     get_linear_attention_pattern,
 )
-from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules, common
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -31,11 +31,11 @@ from trainer.layers.spec import backend_of, is_local
 
 GATED_DELTA_NET = "gated_delta_net"
 
-_NOT_WITH = {
+NOT_WITH = {
     "multi_latent_attention": False, "parallel_residual": None, "pre_layernorms": True, "post_layernorms": False,
     "attention_output_bias": False, "qk_layernorm_after_rope": False, "qk_l2_norm_with_rope": False,
 }  # fmt: skip
-"""Fields that change attention, with the values that leave it as it is."""
+"""Fields that change attention in ways that a model with delta nets has not, with the values that leave it as it is."""
 
 
 def attention_alone(provider: Any) -> Any:
@@ -51,12 +51,11 @@ def delta_nets(provider: Any, spec: Any, vp_stage: int | None) -> Any:
     """Return the spec of this rank's layers with a gated delta net where `provider.linear_attention_freq` says so."""
     if provider.experimental_attention_variant != GATED_DELTA_NET:
         return spec
-    for name, usual in _NOT_WITH.items():
-        if getattr(provider, name) != usual:
-            raise UserError(
-                f"`model.{name}` is `{getattr(provider, name)}`, which cannot be done in a model with gated delta nets",
-                hint=f"set `model.{name}={usual}`",
-            )
+    if not common.HAVE_FLA:
+        raise UserError(
+            "gated delta nets need flash-linear-attention on a GPU, which is not installed",
+            hint="`pip install flash-linear-attention`",
+        )
     nets = {id(layer): _with_net(provider, layer) for layer in spec.layer_specs}
     is_linear = get_linear_attention_pattern(provider)
     numbered = zip(_numbers(provider, vp_stage), spec.layer_specs, strict=True)
