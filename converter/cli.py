@@ -304,12 +304,13 @@ def verify_command(context: click.Context, one: str, other: str, **options: Any)
 
 
 @cli.command("families", epilog="Example: mbconvert families --json")
+@click.option("--all", "every", is_flag=True, help="List unsupported model types too, and why they are not supported.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-def families_command(*, as_json: bool) -> None:
+def families_command(*, every: bool, as_json: bool) -> None:
     """List the supported model families."""
     from converter.console import show_families  # noqa: PLC0415
 
-    show_families(as_json=as_json)
+    show_families(every=every, as_json=as_json)
 
 
 def _install_signal_handlers() -> None:

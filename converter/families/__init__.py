@@ -17,6 +17,7 @@ from converter.config import Field
 from converter.config_hybrid import in_layers_of_two
 from converter.hybrid import GPT, HYBRID, hybrid_rules
 from converter.rules import Rule, fill, templates
+from converter.unsupported_families import REASONS
 from formats.errors import UserError, format_untrusted
 
 
@@ -121,7 +122,12 @@ def names() -> list[str]:
 
 
 def find(model_type: Any, layout: str | None = None) -> Family:
-    """Return the family of a `model_type` in a layout, or its default one; UserError lists those there are."""
+    """Return the family of a `model_type` in a layout, or its default one; UserError says why there is none, or lists those there are."""
+    if isinstance(model_type, str) and model_type in REASONS and model_type not in names():
+        raise UserError(
+            f"`config.json` has the model type `{model_type}`, which is not supported: {REASONS[model_type]}",
+            hint="`mbconvert families --all` lists the model types that are converted, and why others are not",
+        )
     if model_type not in names():
         raise UserError(
             f"`config.json` has the model type `{format_untrusted(model_type)}`, which is not supported",

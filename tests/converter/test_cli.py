@@ -256,5 +256,5 @@ def test_the_command_line_surface_is_frozen():
         ),
         "inspect": ["--check", "--json", "--tensors", "path"],
         "verify": ["--cast-to", "--json", "--quiet", "--workers", "-q", "one", "other"],
-        "families": ["--json"],
+        "families": ["--all", "--json"],
     }
