@@ -127,6 +127,12 @@ def _layout(command: _Command) -> _Command:
     return command
 
 
+def _model_class(default: str) -> Callable[[_Command], _Command]:
+    """Return the option for the class of megatron-core's that a checkpoint is for."""
+    names = "Layers and names of megatron-core's GPTModel or of its HybridModel."
+    return click.option("--layout", type=click.Choice(["gpt", "hybrid"]), help=f"{names} [default: {default}]")
+
+
 _vocab_multiple = click.option("--make-vocab-size-divisible-by", type=_COUNT, default=128, show_default=True, metavar="N",
                                help="Pad the vocabulary to a multiple of N × TP.")  # fmt: skip
 
@@ -167,6 +173,7 @@ def cli() -> None:
 @cli.command("hf-to-mcore", epilog="Example: mbconvert hf-to-mcore Llama-3.2-1B megatron --tp 8 --pp 4")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
+@_model_class("gpt; hybrid for families that only HybridModel can express")
 @_layout
 @_vocab_multiple
 @_common
@@ -202,6 +209,7 @@ def mcore_to_hf(source: str, target: str, **options: Any) -> None:
 @cli.command("reshard", epilog="Example: mbconvert reshard megatron megatron-tp4 --tp 4 --pp 2")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
+@_model_class("that of SRC")
 @_layout
 @click.option("--make-vocab-size-divisible-by", type=_COUNT, metavar="N",
               help="Pad the vocabulary to a multiple of N × TP. [default: what SRC says, else 128]")  # fmt: skip

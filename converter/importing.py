@@ -57,6 +57,9 @@ class ImportOptions:
     etp: int | None = None
     """The shards of each expert; unless given as many as of other layers (`tp`), or what the model can have (1 with biases)."""
 
+    layout: str | None = None
+    """`gpt` or `hybrid` (see `converter.hybrid`); unless given, what the family has by default."""
+
     dtype: str
     make_vocab_size_divisible_by: int
     integrity: bool
@@ -124,7 +127,7 @@ def _check_numbers(found: _Import) -> None:
 
 def _recognize(source: Source, wanted: ImportOptions) -> _Import:
     reader, config = source.reader, source.reference.config
-    family = families.find(config.get("model_type")).rooted(reader.specs)
+    family = families.find(config.get("model_type"), wanted.layout).rooted(reader.specs)
     model = make_model(family.CONFIG, config, vocab_multiple=wanted.make_vocab_size_divisible_by * wanted.tp)
     refuse_unfit(reader.specs, config, family, model, label=source.label)
     check_padding(model, divisible_by=wanted.make_vocab_size_divisible_by, tp=wanted.tp)
@@ -219,6 +222,7 @@ def check_padding(model: Model, *, divisible_by: int, tp: int) -> None:
 
 def _options(wanted: ImportOptions, found: _Import) -> dict[str, Any]:
     return {
+        "layout": found.family.layout,
         **parallel_sizes(found.model, found.layout),
         "layers": list(found.layout.stages),
         "dtype": wanted.dtype,

@@ -1,8 +1,8 @@
 """Plan a reshard: the weights of a Megatron checkpoint, in the files of another layout.
 
-Tensors of a checkpoint are global: a layout only says which chunk of each is in which rank's file. So each tensor of the output
-is one tensor of the source, whatever both layouts are, and no Hugging Face tensor is made in between. Only the rows that pad a
-vocabulary differ: their number depends on tensor parallelism.
+Tensors of a checkpoint are global: parallel sizes only say which chunk of each is in which rank's file, and layouts `gpt` and
+`hybrid` what it is called. So each tensor of the output is one tensor of the source, and no Hugging Face tensor is made in
+between. Only the rows that pad a vocabulary differ: their number depends on tensor parallelism.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, siz
 from converter.encoding import quantized_source
 from converter.execution import Reporter
 from converter.families import Family
+from converter.hybrid import layout_of
 from converter.importing import check_padding, parallel_sizes, weights_writer, with_extras
 from converter.layout import Layout, make_layout
 from converter.model import Model
@@ -51,6 +52,9 @@ from formats.spec import DTYPES, JoinedReader, Reader, TensorSpec, is_size
 class ReshardOptions:
     """The options that the bytes of a reshard depend on."""
 
+    layout: str | None
+    """`gpt` or `hybrid` (see `converter.hybrid`); None for the source's."""
+
     tp: int
     pp: int
     vpp: int
@@ -72,6 +76,8 @@ class _Reshard:
 
     source: Source
     family: Family
+    """In the layout of the output."""
+
     megatron: Mapping[str, Any]
     """The model's fields in Megatron."""
 
@@ -114,8 +120,10 @@ def _refuse_state(reader: MegatronReader, *, weights_only: bool) -> None:
 
 
 def _recognize(reader: MegatronReader, root: Folder, wanted: ReshardOptions) -> _Reshard:
-    origin, unknown = _reference(reader, wanted.hf_config)
-    family = families.find(origin.config.get("model_type")).rooted(specs_of(origin.shards))
+    origin, unknown = _reference(reader, wanted)
+    kind, before = origin.config.get("model_type"), layout_of(reader.specs)
+    stored = families.find(kind, before).rooted(specs_of(origin.shards))
+    family = families.find(kind, wanted.layout or before).rooted(specs_of(origin.shards))
     megatron, multiple = to_megatron(family.CONFIG, origin.config), _vocab_multiple(reader, wanted)
     model = make_model(family.CONFIG, origin.config, vocab_multiple=multiple * wanted.tp)
     check_padding(model, divisible_by=multiple, tp=wanted.tp)
@@ -128,7 +136,7 @@ def _recognize(reader: MegatronReader, root: Folder, wanted: ReshardOptions) -> 
         megatron={**megatron, **({"vocab_size": None, "padded_vocab_size": model.padded_vocab} if unknown else {})},
         model=model,
         layout=layout,
-        plan=_plan(family, model, reader.specs, dtype=wanted.dtype),
+        plan=_plan(family, model, _stored(stored, origin, reader.specs), dtype=wanted.dtype),
         vocab_multiple=multiple,
         iteration=_iteration(reader),
         side_files=_side_files(reader.folder, origin, given=wanted.hf_config is not None),
@@ -136,19 +144,24 @@ def _recognize(reader: MegatronReader, root: Folder, wanted: ReshardOptions) -> 
     )
 
 
-def _reference(reader: MegatronReader, given: Folder | None) -> tuple[HFReference, bool]:
+def _reference(reader: MegatronReader, wanted: ReshardOptions) -> tuple[HFReference, bool]:
     """Return what says which model the checkpoint holds, and whether its number of tokens is unknown: all rows of the vocabulary
     then count as tokens."""
+    given, any_settings = wanted.hf_config, _keeps_settings(reader, wanted)
     if given and reader.folder.below(side_files.FILES).has(side_files.CONFIG):
         raise UserError(
             f"`{reader.folder.label}` has its own `{side_files.CONFIG}`, beside that of `--hf-config`",
             hint="leave `--hf-config` out: it is for a checkpoint that does not say what model it holds",
         )
-    any_settings = reader.folder.has(run_config.FILE)  # which keeps them
     try:
         return reference.find(reader, given, any_settings=any_settings), False
     except UnknownModelError:
         return reference.find(reader, given, any_settings=any_settings, vocab=embedding_rows(reader.specs)), True
+
+
+def _keeps_settings(reader: MegatronReader, wanted: ReshardOptions) -> bool:
+    """Does the output keep the source's `run_config.yaml`? In another layout it is of another class, with other fields."""
+    return reader.folder.has(run_config.FILE) and wanted.layout in (None, layout_of(reader.specs))
 
 
 def _vocab_multiple(reader: MegatronReader, wanted: ReshardOptions) -> int:
@@ -162,10 +175,15 @@ def _iteration(reader: MegatronReader) -> int:
     return number if is_size(number) else 0
 
 
-def _plan(family: Family, model: Model, source: Specs, *, dtype: str) -> Plan:
+def _stored(family: Family, origin: HFReference, source: Specs) -> list[TensorSpec]:
+    """Return the stored tensors in the order of the family's rules, which is the same in every layout."""
+    model = make_model(family.CONFIG, origin.config)
+    return stored_tensors(Tables(family.RULES, model), model, source)
+
+
+def _plan(family: Family, model: Model, stored: Sequence[TensorSpec], *, dtype: str) -> Plan:
     """Return the plan that makes each Megatron tensor of `model` from the stored one."""
     tables = Tables(family.RULES, model)
-    stored = stored_tensors(tables, model, source)
     made = [
         _tensor_plan(table, fill(table.rule.megatron, one), spec, dtype)
         for (table, one), spec in zip(tables, stored, strict=True)
@@ -216,7 +234,7 @@ def _conversion_plan(found: _Reshard, reader: MegatronReader, wanted: ReshardOpt
         tensor_plans=tensor_plans,
         output=OutputFiles(
             writer=with_extras(writer, found.extras, folder),
-            documents={run_config.FILE: _run_config(found, reader.folder)},
+            documents={run_config.FILE: _run_config(found, reader, wanted)},
             copied=sizes_of(found.side_files),
             folder=folder,
             integrity=wanted.integrity,
@@ -237,6 +255,7 @@ def _conversion_plan(found: _Reshard, reader: MegatronReader, wanted: ReshardOpt
 
 def _options(found: _Reshard, wanted: ReshardOptions) -> dict[str, Any]:
     return {
+        "layout": found.family.layout,
         **parallel_sizes(found.model, found.layout),
         "layers": list(found.layout.stages),
         "dtype": wanted.dtype,
@@ -259,16 +278,16 @@ def _fields(found: _Reshard, reader: MegatronReader, options: Mapping[str, Any])
     }
 
 
-def _run_config(found: _Reshard, iteration: Folder) -> bytes:
-    """Return the source's `run_config.yaml` with the new layout, or one of the model where the source has none."""
+def _run_config(found: _Reshard, reader: MegatronReader, wanted: ReshardOptions) -> bytes:
+    """Return the source's `run_config.yaml` with the new parallel sizes, or one of the model."""
     multiple = found.vocab_multiple
-    if not iteration.has(run_config.FILE):
+    if not _keeps_settings(reader, wanted):
         dtype = dtype_of_most_parameters(tensor_plan.spec for tensor_plan in found.plan.tensors)
         return run_config.make(found.megatron, found.layout, dtype, vocab_multiple=multiple)
     return run_config.relaid(
-        iteration.get(run_config.FILE),
+        reader.folder.get(run_config.FILE),
+        found.megatron,
         found.layout,
-        mtp=found.model.get("mtp", 0),
         vocab_multiple=multiple,
         padded_vocab=found.model.padded_vocab,
     )

@@ -26,9 +26,13 @@ RECORDS = {f"{ITERATION}/conversion.json", f"{ITERATION}/integrity.json"}
 DENSE = {
     "together": ({"tp": 2, "pp": 2}, {}),
     "apart": ({}, {"tp": 4, "pp": 2, "vpp": 2}),
+    "to hybrid": ({"tp": 2, "pp": 2}, {"layout": "hybrid", "tp": 4, "pp": 2, "pp_layout": [5, 3]}),
+    "from hybrid": ({"layout": "hybrid", "pp": 4}, {"layout": "gpt", "tp": 2}),
     "unevenly": ({"tp": 4}, {"tp": 2, "pp": 2, "pp_layout": [3, 1]}),
 }
 EXPERTS = {
+    "to hybrid": ({"tp": 2, "ep": 2}, {"layout": "hybrid", "tp": 2, "pp": 2}),
+    "from hybrid": ({"layout": "hybrid", "pp": 2, "vpp": 2}, {"layout": "gpt", "tp": 2, "ep": 2}),
     "together": ({"tp": 2, "pp": 2, "ep": 2}, {}),
     "apart": ({}, {"tp": 4, "pp": 2, "ep": 2, "etp": 1}),
     "otherwise": ({"ep": 4, "etp": 1}, {"tp": 2, "ep": 2, "etp": 2}),
@@ -301,7 +305,21 @@ def test_a_missing_chunk_is_found_before_a_byte_moves(source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_a_change_of_layout_there_and_back_is_the_same_files(source, tmp_path):
-    reshard(source, tmp_path / "away", tp=4, vpp=2, pp=2)
-    reshard(tmp_path / "away", tmp_path / "back", tp=2, pp=2)
+@pytest.mark.parametrize("layout", ["gpt", "hybrid"])
+def test_there_and_back_is_the_same_files(source, tmp_path, layout):
+    reshard(source, tmp_path / "away", layout=layout, tp=4, vpp=2, pp=2)
+    assert record_of(tmp_path / "away")["options"]["layout"] == layout
+    reshard(tmp_path / "away", tmp_path / "further", pp=4)  # in the layout of its source
+    assert record_of(tmp_path / "further")["options"]["layout"] == layout
+    reshard(tmp_path / "further", tmp_path / "back", layout="gpt", tp=2, pp=2, make_vocab_size_divisible_by=128)
     assert files(tmp_path / "back") == files(source)
+
+
+def test_settings_that_only_the_source_s_own_layout_keeps_are_refused_by_name(source, tmp_path):
+    path = source / ITERATION / "run_config.yaml"
+    document = yaml.safe_load(path.read_text())
+    document["model"]["rotary_interleaved"] = True
+    path.write_text(yaml.safe_dump(document))
+    with pytest.raises(UserError, match="`rotary_interleaved`"):
+        reshard(source, tmp_path / "made", layout="hybrid")
+    reshard(source, tmp_path / "made", layout="gpt", tp=4)

@@ -1,6 +1,7 @@
 """Tensors that Megatron stores in sections, a key each, and numbers that it keeps in fp32; a key for each layer."""
 
-from converter.config import Field, named
+from converter.config import Field
+from converter.config_hybrid import hybrid_layers
 from converter.families import llama
 from converter.rules import column_parallel, replicated, row_parallel, sections, under, vocab_parallel
 
@@ -46,6 +47,7 @@ CONFIG = (
         lambda _: {},
         sizes,
     ),
-    named(stacked=False, hybrid=True),
+    hybrid_layers(lambda config: "M" * config["num_hidden_layers"]),
 )
+LAYOUTS = ("hybrid",)
 WEIGHTS_ONLY = "a HybridModel"
