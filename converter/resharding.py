@@ -25,10 +25,9 @@ from converter.importing import check_padding, parallel_sizes, weights_writer, w
 from converter.layout import Layout, make_layout
 from converter.model import Model
 from converter.padded_vocab import divisible_by
-from converter.plan import Specs, TensorPlan, as_stored, casts
+from converter.plan import Specs, TensorPlan, as_stored, casts, same_tensor
 from converter.planner import Plan, stored_tensors
 from converter.provenance import Provenance
-from converter.rows import RowRange
 from converter.rules import fill
 from converter.run import PIECE_BYTES
 from converter.run_config import UnknownModelError
@@ -194,7 +193,7 @@ def _plan(family: Family, model: Model, stored: Sequence[TensorSpec], *, dtype: 
 def _tensor_plan(table: Table, name: str, stored: TensorSpec, dtype: str) -> TensorPlan:
     kept = DTYPES[table.rule.keep_dtype] if table.rule.keep_dtype and dtype != KEEP else None
     spec = TensorSpec(name, table.shape, kept or target_dtype(stored, dtype))
-    return TensorPlan(spec, (stored,), (RowRange(0, 0, 0, min(spec.shape[0], stored.shape[0])),))
+    return same_tensor(stored if stored == spec else spec, stored)  # a large model has hundreds of thousands
 
 
 def _with_extras(reader: MegatronReader, origin: HFReference, family: Family, model: Model) -> tuple[Reader, Shard | None]:
@@ -284,7 +283,7 @@ def _run_config(found: _Reshard, reader: MegatronReader, wanted: ReshardOptions)
     if not _keeps_settings(reader, wanted):
         dtype = dtype_of_most_parameters(tensor_plan.spec for tensor_plan in found.plan.tensors)
         return run_config.make(found.megatron, found.layout, dtype, vocab_multiple=multiple)
-    return run_config.relaid(
+    return run_config.with_parallel_sizes(
         reader.folder.get(run_config.FILE),
         found.megatron,
         found.layout,

@@ -66,7 +66,7 @@ def make(megatron: Config, layout: Layout, dtype: np.dtype[Any], *, vocab_multip
     return yaml.safe_dump(document, sort_keys=True).encode()
 
 
-def relaid(data: bytes, megatron: Config, layout: Layout, *, vocab_multiple: int, padded_vocab: int) -> bytes:
+def with_parallel_sizes(data: bytes, megatron: Config, layout: Layout, *, vocab_multiple: int, padded_vocab: int) -> bytes:
     """Return a `run_config.yaml` with other parallel sizes, and all else as it was. `megatron` are the model's fields."""
     document = _document(data)
     model = {**_model_section(document), **_parallel(layout, megatron), "make_vocab_size_divisible_by": vocab_multiple}

@@ -305,6 +305,17 @@ def test_a_missing_chunk_is_found_before_a_byte_moves(source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+def test_a_checkpoint_of_megatron_bridge_keeps_its_settings(golden, tmp_path):
+    """Its `run_config.yaml` has sections and fields that nothing here writes."""
+    bridge, name = golden / "bridge_llama_tiny", f"{ITERATION}/run_config.yaml"
+    reshard(bridge / "megatron", tmp_path / "made", tp=2, verify=True)
+    assert verify(tmp_path / "made", bridge / "hf").same
+    before, made = (yaml.safe_load((folder / name).read_text()) for folder in (bridge / "megatron", tmp_path / "made"))
+    assert made["model"].pop("tensor_model_parallel_size") == 2
+    del before["model"]["tensor_model_parallel_size"]
+    assert made == before
+
+
 @pytest.mark.parametrize("layout", ["gpt", "hybrid"])
 def test_there_and_back_is_the_same_files(source, tmp_path, layout):
     reshard(source, tmp_path / "away", layout=layout, tp=4, vpp=2, pp=2)
