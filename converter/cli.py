@@ -108,6 +108,8 @@ def _execution(command: _Command) -> _Command:
 def _layout(command: _Command) -> _Command:
     """Add the options that lay out a Megatron checkpoint."""
     options = [
+        click.option("--layout", type=click.Choice(["gpt", "hybrid"]), help="Layers and names of megatron-core's GPTModel or of "
+                     "its HybridModel. [default: that of a Megatron source; else gpt, where GPTModel can express the family]"),
         click.option("--tp", "--tensor-model-parallel-size", "tp", type=_COUNT, default=1, show_default=True, metavar="N",
                      help="Tensor-parallel size."),
         click.option("--pp", "--pipeline-model-parallel-size", "pp", type=_COUNT, default=1, show_default=True, metavar="N",
@@ -125,12 +127,6 @@ def _layout(command: _Command) -> _Command:
     for option in reversed(options):
         command = option(command)
     return command
-
-
-def _model_class(default: str) -> Callable[[_Command], _Command]:
-    """Return the option for the class of megatron-core's that a checkpoint is for."""
-    names = "Layers and names of megatron-core's GPTModel or of its HybridModel."
-    return click.option("--layout", type=click.Choice(["gpt", "hybrid"]), help=f"{names} [default: {default}]")
 
 
 _vocab_multiple = click.option("--make-vocab-size-divisible-by", type=_COUNT, default=128, show_default=True, metavar="N",
@@ -173,7 +169,6 @@ def cli() -> None:
 @cli.command("hf-to-mcore", epilog="Example: mbconvert hf-to-mcore Llama-3.2-1B megatron --tp 8 --pp 4")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@_model_class("gpt; hybrid for families that only HybridModel can express")
 @_layout
 @_vocab_multiple
 @_common
@@ -209,7 +204,6 @@ def mcore_to_hf(source: str, target: str, **options: Any) -> None:
 @cli.command("reshard", epilog="Example: mbconvert reshard megatron megatron-tp4 --tp 4 --pp 2")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@_model_class("that of SRC")
 @_layout
 @click.option("--make-vocab-size-divisible-by", type=_COUNT, metavar="N",
               help="Pad the vocabulary to a multiple of N × TP. [default: what SRC says, else 128]")  # fmt: skip

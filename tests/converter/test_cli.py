@@ -233,14 +233,14 @@ def test_the_command_line_surface_is_frozen():
 
     surface = {name: sorted(o for p in command.params for o in p.opts) for name, command in cli.commands.items()}
     both = ["--dry-run", "--json", "--overwrite", "--quiet", "--resume", "--verify", "--workers", "-q", "source", "target"]
-    layout = ["--tp", "--tensor-model-parallel-size", "--pp", "--pipeline-model-parallel-size", "--vpp", "--pp-layout", "--ep",
-              "--expert-model-parallel-size", "--etp", "--expert-tensor-parallel-size",
+    layout = ["--layout", "--tp", "--tensor-model-parallel-size", "--pp", "--pipeline-model-parallel-size", "--vpp",
+              "--pp-layout", "--ep", "--expert-model-parallel-size", "--etp", "--expert-tensor-parallel-size",
               "--make-vocab-size-divisible-by"]  # fmt: skip
     weights = ["--dtype", "--integrity"]
     assert surface == {
-        "hf-to-mcore": sorted([*both, "--layout", *layout, *weights]),
+        "hf-to-mcore": sorted([*both, *layout, *weights]),
         "mcore-to-hf": sorted([*both, "--hf-config", "--max-shard-size", "--quantize", *weights]),
-        "reshard": sorted([*both, "--layout", *layout, *weights, "--hf-config", "--weights-only"]),
+        "reshard": sorted([*both, *layout, *weights, "--hf-config", "--weights-only"]),
         "adapter-to-mcore": sorted([*both, "--base", "--canonical"]),
         "adapter-to-hf": sorted([*both, "--experts"]),
         "merge": sorted(
