@@ -13,7 +13,7 @@ from converter import families, prediction_layers, reference, run_config, side_f
 from converter.carried import carried_tensors, kept_weights
 from converter.checks import check_equal
 from converter.comparison import CheckpointView
-from converter.config import language_model, make_model, to_megatron
+from converter.config import Config, language_model, make_model, to_megatron
 from converter.config_hybrid import not_computed
 from converter.config_parts import NOT_COMPUTED, described
 from converter.config_rope import BUILT_IN_ROPE, rope_numbers
@@ -40,7 +40,7 @@ from formats.dcp_index import METADATA
 from formats.detect import open_megatron
 from formats.errors import UserError
 from formats.folder import Folder
-from formats.huggingface import HuggingFaceWriter
+from formats.huggingface import HuggingFaceWriter, Shard
 from formats.iterations import iteration_folder
 from formats.outputs import JoinedWriter, Writer
 from formats.quantized.reader import DequantizedReader
@@ -131,7 +131,7 @@ def _recognize(source: Source, wanted: ImportOptions) -> _Import:
     family = families.find(config.get("model_type"), wanted.layout or source.layout).rooted(reader.specs)
     model = make_model(family.CONFIG, config, vocab_multiple=wanted.make_vocab_size_divisible_by * wanted.tp)
     refuse_unfit(reader.specs, config, family, model, label=source.label)
-    _check_padding(model, wanted)
+    check_padding(model, divisible_by=wanted.make_vocab_size_divisible_by, tp=wanted.tp)
     etp = wanted.etp or to_megatron(family.CONFIG, config).get("expert_tensor_parallel_size")
     layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout, ep=wanted.ep, etp=etp)
     passing = family.PASSTHROUGH_PREFIXES
@@ -157,7 +157,7 @@ def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
         source=source.label,
         tensor_plans=(*plan.tensors, *_extras(found)),
         output=OutputFiles(
-            writer=_with_extras(_writer(found), found, folder),
+            writer=with_extras(_writer(found), beside.side_files.extras, folder),
             documents={
                 **found.beside.side_files.documents,
                 **_documents(found, vocab_multiple=wanted.make_vocab_size_divisible_by),
@@ -177,32 +177,36 @@ def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
         ),
         manifest=manifest(command, identity, {**source.files, **beside.side_files.copies}),
         identity=identity,
-        layout=_parallel_sizes(found),
+        layout=parallel_sizes(found.model, found.layout),
     )
 
 
-def _parallel_sizes(found: _Import) -> dict[str, int]:
-    """Return the sizes of the layout: all of tensor and pipeline parallelism, and those of experts where there are some."""
-    layout = found.layout
-    experts = {"ep": layout.ep, "etp": layout.etp} if "experts" in found.model else {}
+def parallel_sizes(model: Model, layout: Layout) -> dict[str, int]:
+    """Return the sizes of a layout: all of tensor and pipeline parallelism, and those of experts where there are some."""
+    experts = {"ep": layout.ep, "etp": layout.etp} if "experts" in model else {}
     return {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, **experts}
 
 
 def _writer(found: _Import) -> TorchDistWriter:
-    scope = to_megatron(found.family.CONFIG, found.source.reference.config).get("qk_layernorm_scope", "head")
-    hybrid, last = found.model.get("hybrid", False), found.layout.rank(found.layout.stage(found.model.megatron_layers), 0)
-    weights = {tensor_plan.spec.name for tensor_plan in found.plan.tensors}
+    return weights_writer(found.plan, found.layout, to_megatron(found.family.CONFIG, found.source.reference.config))
+
+
+def weights_writer(plan: Plan, layout: Layout, megatron: Config, *, iteration: int = 0) -> TorchDistWriter:
+    """Return the files of a plan's weights in a layout. `megatron`: the model's fields."""
+    model, scope = plan.model, megatron.get("qk_layernorm_scope", "head")
+    hybrid, last = model.get("hybrid", False), layout.rank(layout.stage(model.megatron_layers), 0)
+    weights = {tensor_plan.spec.name for tensor_plan in plan.tensors}
     return TorchDistWriter(
-        starmap(ShardedTensor, sharded(found.plan, found.layout)),
-        stacked=found.model.get("stacked", True),
+        starmap(ShardedTensor, sharded(plan, layout)),
+        iteration=iteration,
+        stacked=model.get("stacked", True),
         stateful_module=partial(stateful_module, hybrid=hybrid, own_head_norms=scope != "head"),
         weightless=dict.fromkeys(weightless_modules(weights, hybrid=hybrid), last),
     )
 
 
-def _with_extras(writer: TorchDistWriter, found: _Import, folder: str) -> Writer:
+def with_extras(writer: TorchDistWriter, extras: Shard | None, folder: str) -> Writer:
     """Return the layout of all files of the output that hold tensors: those of weights, and that of extras."""
-    extras = found.beside.side_files.extras
     return JoinedWriter(writer, HuggingFaceWriter({f"{folder}{side_files.EXTRAS}": extras})) if extras else writer
 
 
@@ -212,11 +216,11 @@ def _extras(found: _Import) -> Iterable[TensorPlan]:
     return as_stored(extras.tensors).values() if extras else ()
 
 
-def _check_padding(model: Model, wanted: ImportOptions) -> None:
+def check_padding(model: Model, *, divisible_by: int, tp: int) -> None:
     """Raise UserError for a padded vocabulary of more rows than a tensor can have."""
     if not is_valid_shape((model.padded_vocab, model.hidden)):
         raise UserError(
-            f"`--make-vocab-size-divisible-by {wanted.make_vocab_size_divisible_by}` and `--tp {wanted.tp}` pad the vocabulary "
+            f"`--make-vocab-size-divisible-by {divisible_by}` and `--tp {tp}` pad the vocabulary "
             f"of {model.vocab} to {model.padded_vocab} rows of {model.hidden}, which is more than a tensor can hold",
             hint="Megatron-LM's default is 128",
         )
@@ -225,7 +229,7 @@ def _check_padding(model: Model, wanted: ImportOptions) -> None:
 def _options(wanted: ImportOptions, found: _Import) -> dict[str, Any]:
     return {
         "layout": found.family.layout,
-        **_parallel_sizes(found),
+        **parallel_sizes(found.model, found.layout),
         "layers": list(found.layout.stages),
         "dtype": wanted.dtype,
         "vocab_divisible_by": wanted.make_vocab_size_divisible_by,

@@ -153,23 +153,29 @@ def _kept(rule: Rule) -> np.dtype[Any] | None:
 def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype: str, known: Specs | None = None) -> Plan:
     """Return the plan that makes every Hugging Face tensor of `model` from Megatron tensors. `known` are specs of such tensors,
     which are taken where they fit: a large model has hundreds of thousands of names."""
-    _check_counts(model, source)
     tables = Tables(rules, model)
+    stored = stored_tensors(tables, model, source)
+    made = _Made(source, dtype, known or {})
+    filled = dict[str, float]()
+    for (table, indices), spec in zip(tables, stored, strict=True):
+        if table.filled:
+            filled[spec.name] = table.rule.fill
+        else:
+            made.add(table, indices, spec)
+    return Plan(tuple(made.all()), tuple(rules), model, filled=filled)
+
+
+def stored_tensors(tables: Tables, model: Model, source: Specs) -> list[TensorSpec]:
+    """Return the tensors of a Megatron checkpoint, one for each table with its indices. Raises UserError unless these are there,
+    no others, and all in their shapes; a vocabulary may be padded otherwise."""
+    _check_counts(model, source)
 
     def stored() -> Iterator[tuple[str, Shape]]:
         for table, indices in tables:
             name = _stored_name(table, indices, source)
             yield name, _stored_shape(name, table, model, source)
 
-    found = _account(stored, source, known=set(), side="checkpoint")
-    made = _Made(source, dtype, known or {})
-    filled = dict[str, float]()
-    for (table, indices), spec in zip(tables, found, strict=True):
-        if table.filled:
-            filled[spec.name] = table.rule.fill
-        else:
-            made.add(table, indices, spec)
-    return Plan(tuple(made.all()), tuple(rules), model, filled=filled)
+    return _account(stored, source, known=set(), side="checkpoint")
 
 
 @dataclass(slots=True)

@@ -66,6 +66,15 @@ def make(megatron: Config, layout: Layout, dtype: np.dtype[Any], *, vocab_multip
     return yaml.safe_dump(document, sort_keys=True).encode()
 
 
+def with_parallel_sizes(data: bytes, megatron: Config, layout: Layout, *, vocab_multiple: int, padded_vocab: int) -> bytes:
+    """Return a `run_config.yaml` with other parallel sizes, and all else as it was. `megatron` are the model's fields."""
+    document = _document(data)
+    model = {**_model_section(document), **_parallel(layout, megatron), "make_vocab_size_divisible_by": vocab_multiple}
+    if model.get("padded_vocab_size") is not None:
+        model["padded_vocab_size"] = padded_vocab
+    return yaml.safe_dump({**document, "model": model}, sort_keys=True).encode()
+
+
 def _model(megatron: Config, dtype: np.dtype[Any]) -> dict[str, Any]:
     names = names_of(dtype)
     return {
@@ -164,16 +173,19 @@ def read_all(iteration: Folder, args: Config) -> list[ModelSettings]:
 
 
 def _from_run_config(data: bytes) -> ModelSettings:
+    section = _model_section(_document(data))
+    return ModelSettings(_model_fields(section), section, f"`{FILE}`")
+
+
+def _document(data: bytes) -> Any:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         _check_events(cast("Any", yaml).parse(data, Loader=loader))
-        document = yaml.load(data, Loader=loader)  # noqa: S506
+        return yaml.load(data, Loader=loader)  # noqa: S506
     except _RefusedError as error:
         raise UserError(f"`{FILE}` is not readable: {error.args[0]}") from error
     except Exception as error:  # a damaged value makes the parser raise anything
         raise UserError(f"`{FILE}` is not readable as YAML: {_why(data, error)}") from error
-    section = _model_section(document)
-    return ModelSettings(_model_fields(section), section, f"`{FILE}`")
 
 
 class _RefusedError(ValueError):

@@ -134,10 +134,10 @@ def with_side_files(
         return [*tensor_plans, *again], []
     reader = HuggingFaceReader(origin.extras.folder, files=[origin.extras.name], any_dtype=True)
     extras = {name: spec for name, spec in reader.specs.items() if name not in carried}
-    return [*tensor_plans, *again, *_untouched(extras, family, model)], [reader]
+    return [*tensor_plans, *again, *untouched(extras, family, model)], [reader]
 
 
-def _untouched(extras: Mapping[str, TensorSpec], family: Family, model: Model) -> Iterable[TensorPlan]:
+def untouched(extras: Mapping[str, TensorSpec], family: Family, model: Model) -> Iterable[TensorPlan]:
     """Return the plans of extras. Raises UserError for other tensors: a tampered file must not replace weights."""
     known = extra_names(family.EXTRAS, model) | prediction_layers.further(family.RULES, model, extras)
     passing = family.PASSTHROUGH_PREFIXES

@@ -122,7 +122,7 @@ def names() -> list[str]:
 
 
 def find(model_type: Any, layout: str | None = None) -> Family:
-    """Return the family of a `model_type` in a layout, or its default one; UserError says why there is none, or lists those there are."""
+    """Return the family of a `model_type` in a layout, or its default one; UserError says why there is none, or lists those."""
     if isinstance(model_type, str) and model_type in REASONS and model_type not in names():
         raise UserError(
             f"`config.json` has the model type `{model_type}`, which is not supported: {REASONS[model_type]}",

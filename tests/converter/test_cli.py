@@ -51,6 +51,7 @@ def test_no_command_imports_torch(folder, tmp_path):
         ["hf-to-mcore", folder, megatron, "--tp", 2, "--pp", 2, "--dtype", "fp32"],
         ["hf-to-mcore", folder, tmp_path / "x", "--dry-run"], ["inspect", folder], ["inspect", megatron, "--tensors"],
         ["mcore-to-hf", megatron, back], ["mcore-to-hf", megatron, tmp_path / "x", "--dry-run", "--max-shard-size", "50KB"],
+        ["reshard", megatron, tmp_path / "r", "--tp", 4, "--verify"],
     ):  # fmt: skip
         done = mbconvert(*command)
         assert done.returncode == 0, (command, done.stderr)
@@ -239,6 +240,7 @@ def test_the_command_line_surface_is_frozen():
     assert surface == {
         "hf-to-mcore": sorted([*both, *layout, *weights]),
         "mcore-to-hf": sorted([*both, "--hf-config", "--max-shard-size", "--quantize", *weights]),
+        "reshard": sorted([*both, *layout, *weights, "--hf-config", "--weights-only"]),
         "adapter-to-mcore": sorted([*both, "--base", "--canonical"]),
         "adapter-to-hf": sorted([*both, "--experts"]),
         "merge": sorted(
