@@ -31,7 +31,7 @@ from converter.side_files import HFReference
 from converter.sources import Source, huggingface_source, megatron_source
 from converter.views import megatron_view
 from formats.arrays import as_bytes
-from formats.detect import Format, detect, open_megatron
+from formats.detect import detect, open_megatron
 from formats.dtypes import MODEL_DTYPES
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
@@ -58,10 +58,8 @@ def identify_base(folder: Folder, *, name: str) -> BaseModel:
 
     `name`: what to call it if the folder has no Hub id.
     """
-    if detect(folder) is Format.TORCH_DIST:
-        origin = reference.find(open_megatron(folder), None)
-    else:
-        origin = side_files.from_folder(folder)
+    is_megatron = detect(folder).is_megatron
+    origin = reference.find(open_megatron(folder), None) if is_megatron else side_files.from_folder(folder)
     family = families.find(origin.config.get("model_type")).as_modules()
     identity = Base(folder.origin.get("id", name), fingerprint(folder))
     return BaseModel(identity, origin, family.RULES, make_model(family.CONFIG, origin.config))
@@ -72,7 +70,7 @@ def open_base(folder: Folder, given: Folder | None) -> Source:
 
     Raises UserError for a folder that holds no model.
     """
-    if detect(folder) is not Format.TORCH_DIST:
+    if not detect(folder).is_megatron:
         if given:
             raise UserError("`--hf-config` is for a Megatron checkpoint", hint=f"`{folder.label}` has its own `config.json`")
         source = huggingface_source(HuggingFaceReader(folder, any_dtype=True))
