@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import product
 from math import prod
 from typing import Any, cast
 
 import numpy as np
 
+from formats import zarr_compressed
 from formats.chunks import ChunkedTensor, stride
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
@@ -36,13 +36,12 @@ _TYPES = {
 """Names of dtypes. Megatron writes `bfloat16`, which is none of zarr's, in the place of `<V2`."""
 
 _EXPECTED = {
-    "zarr_format": 2, "order": "C", "compressor": None, "filters": None, "fill_value": None, "dimension_separator": ".",
+    "zarr_format": 2, "order": "C", "filters": None, "fill_value": None, "dimension_separator": ".",
 }  # fmt: skip
 _OBJECT = re.compile(r"shard_[\d._]+\.pt")
 _LOCKS = ".sync/"
 """Ends the names of folders with the lock files of arrays that several processes wrote."""
 
-_MOST_CHUNKS = 1 << 22
 _REWRITE = "read it with the program that wrote it, and save it without a compressor, or as `torch_dist`"
 
 
@@ -53,6 +52,7 @@ class ZarrArray:
     shape: Shape
     chunk: Shape
     dtype: np.dtype[Any]
+    is_compressed: bool
 
     @property
     def grid(self) -> Shape:
@@ -85,7 +85,7 @@ class ZarrContainer:
 
     @property
     def files(self) -> set[str]:
-        chunks = {f"{name}/{file}" for name, stored in self._arrays.items() for file in _chunk_files(stored)}
+        chunks = {f"{name}/{file}" for name in self._arrays for file in self._present(name)}
         return chunks | set(self._object_files())
 
     def shape(self, name: str) -> Shape:
@@ -98,9 +98,8 @@ class ZarrContainer:
         """See `Container.tensor`: here a chunk that is missing, or of another size, raises UserError."""
         if name not in self._tensors:
             stored = self._arrays[name]
-            files = [f"{name}/{file}" for file in _chunk_files(stored)]
-            self._check_sizes(name, stored, files)
-            self._tensors[name] = _chunked(stored, files)
+            self._check_chunks(name, stored)
+            self._tensors[name] = _chunked(stored, [f"{name}/{file}" for file in _chunk_files(stored)])
         return self._tensors[name]
 
     def object(self, name: str) -> Any:
@@ -108,10 +107,15 @@ class ZarrContainer:
         return OpenArchive(lambda at, size: data[at : at + size], len(data), source=f"{name}.pt").pickle()
 
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
+        if not out.size:
+            return None
+        name = tensor.files[0].rpartition("/")[0]
+        if self._arrays[name].is_compressed:
+            return zarr_compressed.read(self._folder, name, region, out)
         for number, chunk, shared in tensor.overlapping(region):
-            file = tensor.location(number).file
-            stored = StoredArray(file, 0, self._arrays[file.rpartition("/")[0]].chunk)
+            stored = StoredArray(tensor.location(number).file, 0, self._arrays[name].chunk)
             read_region(self._folder, stored, relative_to(shared, chunk), out[(*relative_to(shared, region), ...)])
+        return None
 
     def close(self) -> None:
         self._folder.close()
@@ -120,32 +124,47 @@ class ZarrContainer:
         listed = ((name, file) for name in self._others for file in self._folder.below(name).children())
         return [f"{name}/{file}" for name, file in listed if _OBJECT.fullmatch(file)]
 
-    def _check_sizes(self, name: str, stored: ZarrArray, files: Collection[str]) -> None:
+    def _present(self, name: str) -> set[str]:
+        """Return the files of an array's chunks that are there."""
+        return {file for file in self._folder.below(name).children() if file != ARRAY and not file.endswith("/")}
+
+    def _check_chunks(self, name: str, stored: ZarrArray) -> None:
+        """Raise UserError unless all chunks are there, each in its size. What `.zarray` says may be absurd."""
         expected = prod(stored.chunk) * stored.dtype.itemsize
-        present = {f"{name}/{file}" for file in self._folder.below(name).children()}
-        for file in files:
+        present = self._present(name)
+        for file in _chunk_files(stored):
             if file not in present:
                 raise UserError(
-                    f"chunk `{file}` is missing: `{name}` of shape {list(stored.shape)} has {len(files)} chunks",
+                    f"chunk `{name}/{file}` is missing: `{name}` of shape {list(stored.shape)} has {prod(stored.grid)} chunks",
                     hint="the checkpoint is incomplete: copy it again, or use an earlier iteration",
                 )
-            if (size := self._folder.size(file)) != expected:
+            if not stored.is_compressed and (size := self._folder.size(f"{name}/{file}")) != expected:
                 raise UserError(
-                    f"chunk `{file}` has {size} bytes; {list(stored.chunk)} of `{stored.dtype}` are {expected}",
+                    f"chunk `{name}/{file}` has {size} bytes; {list(stored.chunk)} of `{stored.dtype}` are {expected}",
                     hint="the file is truncated or of another checkpoint: copy it again",
                 )
 
 
 def _chunk_files(stored: ZarrArray) -> Iterable[str]:
     """Yield the names of an array's chunks, in C order: their numbers along each axis."""
-    return (".".join(map(str, numbers)) or "0" for numbers in product(*map(range, stored.grid)))
+    return (".".join(map(str, numbers)) or "0" for numbers in _indices(stored.grid)) if 0 not in stored.grid else ()
+
+
+def _indices(grid: Shape) -> Iterator[Shape]:
+    """Yield the indices of a grid in C order. `itertools.product` would first make a tuple of each axis, which may be absurd."""
+    if not grid:
+        yield ()
+        return
+    for first in range(grid[0]):
+        for rest in _indices(grid[1:]):
+            yield first, *rest
 
 
 def _chunked(stored: ZarrArray, files: list[str]) -> ChunkedTensor:
     """Return an array as chunks of files of their own; those at the end are cut to the array's shape."""
     dims = len(stored.shape)
     numbers = np.zeros((len(files), stride(dims)), np.int64)
-    if dims:
+    if dims and files:
         starts = np.indices(stored.grid, np.int64).reshape(dims, -1).T * np.array(stored.chunk, np.int64)
         numbers[:, :dims] = starts
         numbers[:, dims : 2 * dims] = np.minimum(np.array(stored.chunk, np.int64), np.array(stored.shape, np.int64) - starts)
@@ -170,10 +189,7 @@ def _read(folder: Folder, name: str) -> ZarrArray:
         raise UserError(f"`dtype` in `{source}` is `{format_untrusted(dtype)}`, which Megatron does not write", hint=_REWRITE)
     if len(chunk) != len(shape) or not all(chunk):
         raise UserError(f"`{source}` has shape {list(shape)} in chunks of {list(chunk)}", hint="the file is damaged")
-    stored = ZarrArray(shape, chunk, DTYPES[_TYPES[dtype]])
-    if prod(stored.grid) > _MOST_CHUNKS:
-        raise UserError(f"`{source}` has {prod(stored.grid)} chunks, more than any checkpoint", hint="the file is damaged")
-    return stored
+    return ZarrArray(shape, chunk, DTYPES[_TYPES[dtype]], fields.get("compressor") is not None)
 
 
 def _sizes(fields: dict[str, Any], word: str, source: str) -> Shape:
