@@ -19,11 +19,12 @@ from blake3 import blake3
 from converter.values import KEEP
 from converter.version import VERSION
 from formats import integrity
-from formats.dcp_index import METADATA
+from formats.detect import detect
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
 from formats.huggingface import Shard
 from formats.json_objects import read_json
+from formats.megatron_reader import MegatronReader
 from formats.spec import Document, TensorSpec
 
 FILE = "conversion.json"
@@ -44,12 +45,14 @@ def huggingface_source(folder: Folder, shards: Mapping[str, Shard]) -> dict[str,
     return {**folder.origin, "format": "safetensors", "files": files}
 
 
-def megatron_source(root: Folder, iteration: Folder) -> dict[str, Any]:
+def megatron_source(root: Folder, reader: MegatronReader) -> dict[str, Any]:
     """Describe a Megatron source: its iteration, the sha256 of its index, and those of data files that `integrity.json` lists."""
-    files: dict[str, Any] = {METADATA: {"sha256": integrity.hash_file(FileRef(iteration, METADATA))}}
+    iteration = reader.folder
+    index = (FileRef(iteration, name) for name in sorted(reader.index_files))
+    files: dict[str, Any] = {file.name: {"sha256": integrity.hash_file(file)} for file in index}
     listed = _listed(iteration)
     files |= {name: {"sha256": digest} for name, digest in sorted(listed.items()) if name.endswith(".distcp")}
-    return {**root.origin, "format": "torch_dist", "iteration": iteration.name, "files": files}
+    return {**root.origin, "format": detect(iteration).name.lower(), "iteration": iteration.name, "files": files}
 
 
 def is_untouched_import(iteration: Folder) -> bool:

@@ -80,7 +80,7 @@ def inspect_checkpoint(path: str | Path, *, tensors: bool = False) -> Report:
     """
     with closing(open_source(path)) as folder:
         kind = detect(folder)
-        return _megatron(folder, tensors=tensors) if kind is Format.TORCH_DIST else _huggingface(folder, kind, tensors=tensors)
+        return _megatron(folder, kind, tensors=tensors) if kind.is_megatron else _huggingface(folder, kind, tensors=tensors)
 
 
 def _huggingface(folder: Folder, kind: Format, *, tensors: bool) -> Report:
@@ -99,18 +99,18 @@ def _huggingface(folder: Folder, kind: Format, *, tensors: bool) -> Report:
     )
 
 
-def _megatron(folder: Folder, *, tensors: bool) -> Report:
+def _megatron(folder: Folder, kind: Format, *, tensors: bool) -> Report:
     reader = open_megatron(folder)
     origin = load(reader.folder)
     recorded = run_config.read(reader.folder, reader.args())
     fields = recorded[0] if recorded else {}
     return Report(
         path=folder.label,
-        format=Format.TORCH_DIST.value,
+        format=kind.value,
         writer=_writer(reader),
         **_described(origin.config if origin else {}, reader.specs),
         dtypes=_dtypes(reader.specs.values()),
-        files=sum(name.endswith(".distcp") for name in reader.folder.children()),
+        files=len(reader.files),
         layout=_layout(reader, fields),
         layers_as=_layers_as(reader),
         iteration=reader.folder.name,

@@ -17,7 +17,6 @@ from converter.hybrid import layout_of
 from converter.probe import PROBED
 from converter.side_files import EXTRAS, HEADERS, HFReference
 from converter.workers import DEFAULT, count_workers
-from formats.dcp_index import METADATA
 from formats.detect import refuse_file
 from formats.errors import UserError
 from formats.faults import fault
@@ -88,14 +87,14 @@ def huggingface_source(reader: HuggingFaceReader) -> Source:
 def megatron_source(reader: MegatronReader, root: Folder, reference: HFReference, tensors: Reader) -> Source:
     """Return a Megatron checkpoint as a model to convert. `tensors` reads its tensors, as they are stored or split into those
     of Hugging Face; `root` is the folder that the user named."""
-    read = [*reader.files, METADATA, *(f"{HEADERS}/{name}" for name in reference.shards)]
+    read = [*reader.files, *reader.index_files, *(f"{HEADERS}/{name}" for name in reference.shards)]
     read += [EXTRAS] if reference.extras else []
     return Source(
         label=reader.folder.label,
         reader=tensors,
         reference=reference,
         files={name: FileRef(reader.folder, name) for name in sorted(read) if reader.folder.has(name)},
-        provenance=provenance.megatron_source(root, reader.folder),
+        provenance=provenance.megatron_source(root, reader),
         layout=layout_of(reader.specs),
     )
 

@@ -32,7 +32,7 @@ from converter.side_files import HFReference
 from converter.sources import Source, huggingface_source, megatron_source
 from converter.views import megatron_view
 from formats.arrays import as_bytes
-from formats.detect import Format, detect, open_megatron
+from formats.detect import detect, open_megatron
 from formats.dtypes import MODEL_DTYPES
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
@@ -61,7 +61,7 @@ def identify_base(folder: Folder, *, name: str) -> BaseModel:
 
     `name`: what to call it if the folder has no Hub id.
     """
-    if detect(folder) is Format.TORCH_DIST:
+    if detect(folder).is_megatron:
         reader = open_megatron(folder)
         origin, layout = reference.find(reader, None), layout_of(reader.specs)
     else:
@@ -76,7 +76,7 @@ def open_base(folder: Folder, given: Folder | None) -> Source:
 
     Raises UserError for a folder that holds no model.
     """
-    if detect(folder) is not Format.TORCH_DIST:
+    if not detect(folder).is_megatron:
         if given:
             raise UserError("`--hf-config` is for a Megatron checkpoint", hint=f"`{folder.label}` has its own `config.json`")
         source = huggingface_source(HuggingFaceReader(folder, any_dtype=True))

@@ -128,7 +128,7 @@ def _choose_format(to: str | None, base: Folder) -> Kind:
     if to not in (None, *get_args(Kind)):
         raise UserError(f"the target's format `{to}` is not one of {', '.join(get_args(Kind))}")
     refuse_adapter(base)
-    return cast("Kind", to) if to else ("mcore" if detect(base) is Format.TORCH_DIST else "hf")
+    return cast("Kind", to) if to else ("mcore" if detect(base).is_megatron else "hf")
 
 
 def _check_format_options(kind: Kind, layout: ImportOptions, files: ExportOptions) -> None:

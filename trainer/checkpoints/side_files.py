@@ -26,7 +26,7 @@ from converter.layout import make_layout
 from converter.megatron_settings import Effect, effect_of
 from converter.model import Model
 from converter.sources import open_source
-from formats.detect import Format, detect
+from formats.detect import detect
 from formats.folder import BAND_BYTES, FileRef, Folder
 from formats.huggingface import HuggingFaceReader
 from formats.iterations import find_iteration
@@ -117,7 +117,7 @@ def _changed(files: Mapping[str, bytes | FileRef], config_json: dict[str, Any]) 
 def _from_source(source: str) -> tuple[dict[str, bytes | FileRef], Iterable[bytes | memoryview]]:
     """Return the side files of a Hugging Face directory or of a Megatron checkpoint, and the file of extras in blocks."""
     folder = open_source(source, or_hub=True)
-    if detect(folder) is not Format.TORCH_DIST:
+    if not detect(folder).is_megatron:
         reader = HuggingFaceReader(folder, any_dtype=True)
         collected = side_files.collect(reader, live.plan_of(reader).extras)
         blocks = side_files.blocks_of(collected.extras, reader) if collected.extras else ()
