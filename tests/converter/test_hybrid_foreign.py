@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from converter.planner import to_huggingface
 from formats.folder import LocalFolder
 from formats.torch_dist import TorchDistReader
 from tests import hybrid_model
-from tests.converter.conftest import families_from
 from tests.converter.family_suite import save_small
 from tests.converter.test_foreign import ARGS
 from tests.models import model_tree
@@ -96,14 +94,15 @@ def test_a_layer_that_is_no_half_of_one_has_no_name_in_a_gpt_model(name):
         in_gpt(name)
 
 
-def test_a_family_that_is_hybrid_alone_has_no_layout_gpt(monkeypatch, tmp_path):
-    with families_from(Path(__file__).parent / "vocabulary", monkeypatch):
-        assert families.find("mamba2").layout == "hybrid"
-        (tmp_path / "hf").mkdir()
-        save_file({"backbone.embeddings.weight": torch.zeros(4, 4)}, tmp_path / "hf" / "model.safetensors")
-        (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "mamba2"}))
-        with pytest.raises(UserError, match=r"models of this family \(Mamba 2\) have no layout `gpt` in Megatron, only `hybrid`"):
-            hf_to_mcore(tmp_path / "hf", tmp_path / "m", layout="gpt")
+def test_a_family_that_is_hybrid_alone_has_no_layout_gpt(tmp_path):
+    assert families.find("mamba2").layout == "hybrid"
+    (tmp_path / "hf").mkdir()
+    save_file({"backbone.embeddings.weight": torch.zeros(4, 4)}, tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "mamba2"}))
+    with pytest.raises(
+        UserError, match=r"models of this family \(Mamba 2, Codestral Mamba\) have no layout `gpt` in Megatron, only `hybrid`"
+    ):
+        hf_to_mcore(tmp_path / "hf", tmp_path / "m", layout="gpt")
 
 
 NOTED = {
