@@ -17,6 +17,7 @@ import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 
 from trainer import model, rehearsal
+from trainer.estimate import adapters
 from trainer.layers.pattern import layers_of_each
 from trainer.peft.attach import attach_on_meta, module_names
 from trainer.settings.kernels import WITHOUT_CUDA
@@ -149,15 +150,26 @@ def count_whole(provider: Any, peft: Any = None) -> RankParameters:
 
 def count_each_rank(provider: Any, peft: Any = None) -> Iterator[tuple[int, RankParameters]]:
     """Yield pipeline rank and parameters of each rank of a finalized provider that may hold something else: one of each
-    pipeline stage and, with `peft`, which may choose some experts, one of each expert-parallel rank."""
+    pipeline stage and, where `peft` may choose some experts, one of each expert-parallel rank."""
     local = _with_fields(provider, _WITHOUT_GPU)
     tensor, experts = local.tensor_model_parallel_size, local.expert_model_parallel_size
     each = local.expert_tensor_parallel_size or tensor
     stage = math.lcm(tensor, each * experts)
     for pp_rank in range(local.pipeline_model_parallel_size):
-        for ep_rank in range(experts if peft is not None else 1):
+        for ep_rank in range(experts if _may_choose_experts(peft) else 1):
             rank = pp_rank * stage + ep_rank * each
             yield pp_rank, _count_rank(local, provider, peft, rank=rank, world_size=stage * local.pipeline_model_parallel_size)
+
+
+_NUMBER = re.compile(r"[\d?\[]")
+"""What a pattern has that fits some experts' names and not others: these differ in a number alone."""
+
+
+def _may_choose_experts(peft: Any) -> bool:
+    """Tell whether a method may adapt some experts and not others."""
+    if not adapters.is_known(peft):
+        return peft is not None
+    return any(_NUMBER.search(pattern) for pattern in (*peft.target_modules, *peft.exclude_modules))
 
 
 def _with_fields(provider: Any, fields: dict[str, Any]) -> Any:

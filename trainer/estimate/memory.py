@@ -18,6 +18,7 @@ from trainer.config import RunConfig, is_packed
 from trainer.estimate import built
 from trainer.estimate.activations import activations
 from trainer.estimate.built import RankParameters, Weights
+from trainer.estimate.routing import is_even
 from trainer.estimate.shape import shape_of
 
 FP8_COPIES = 2
@@ -75,16 +76,16 @@ def of_rank(config: RunConfig, held: RankParameters, pp_rank: int, world_size: i
         _gradients(config, held.trained),
         _optimizer(config, held.trained, copies),
     )
-    even, uneven = (
-        tuple(_activations(config, held, pp_rank, copies[0] // config.model.context_parallel_size, uneven=uneven))
-        for uneven in (False, True)
-    )
-    parts = (*constant, *even, *_mask(config), *_workspace(config))
-    more = sum(part.size for part in uneven) - sum(part.size for part in even)
-    return Estimate(pp_rank, parts, sum(part.size for part in parts) + more)
+    data_parallel = copies[0] // config.model.context_parallel_size
+    even = tuple(_activations(config, held, pp_rank, data_parallel))
+    uneven = even if is_even(config.model) else _activations(config, held, pp_rank, data_parallel, uneven=True)
+    beside = (*_mask(config), *_workspace(config))
+    return Estimate(pp_rank, (*constant, *even, *beside), sum(part.size for part in (*constant, *uneven, *beside)))
 
 
-def _activations(config: RunConfig, held: RankParameters, pp_rank: int, data_parallel: int, *, uneven: bool) -> Iterator[Part]:
+def _activations(
+    config: RunConfig, held: RankParameters, pp_rank: int, data_parallel: int, *, uneven: bool = False
+) -> Iterator[Part]:
     micro, length = config.train.micro_batch_size, config.dataset.sequence_length
     try:
         shape_of(config.model)

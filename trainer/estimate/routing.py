@@ -9,6 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 
+def is_even(model: Any) -> bool:
+    """Tell whether ranks always compute as many pairs as where routing is even: without experts, or on one rank."""
+    return not getattr(model, "num_moe_experts", None) or most_pairs(model) == even_pairs(model)
+
+
 def even_pairs(model: Any) -> float:
     """Return the pairs of a rank for each token of a microbatch, before ranks divide it, if all experts get as many."""
     return _routed(model, 1.0)
