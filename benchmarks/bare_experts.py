@@ -2,7 +2,8 @@
 
     python -m benchmarks.bare_experts --shape qwen3-30b --layers 4 --precision bf16 [--steps 12] [--warm-up 5]
 
-Fused kernels and precision are those that `mbtrain` chooses. Prints one JSON object.
+Fused kernels and precision are those that `mbtrain` chooses. Prints one JSON object. With `--trace FILE`, two more steps follow
+under torch's profiler.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import torch.distributed as dist
 from benchmarks.bare_loop import step_times
 from benchmarks.expert_shapes import PRECISIONS, SHAPES, Shape, config_of, settings
 
+TRACED = 2
+"""Steps under the profiler."""
+
 
 def main() -> None:
     """Time the steps and print the figures."""
@@ -28,6 +32,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, required=True)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--trace", help="a file for a trace of two more steps")
     options = parser.parse_args()
     torch.cuda.set_device(0)
     dist.init_process_group("nccl", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
@@ -35,17 +40,17 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def _resolved(options: argparse.Namespace, shape: Shape) -> Any:
-    """Return the run that `mbtrain` makes of the same settings."""
+def resolved(config: dict[str, Any], chosen: dict[str, Any], machine: Any = None) -> Any:
+    """Return the run that `mbtrain` makes of a model's `config.json` and settings, on this machine or another."""
     from trainer.config import RunConfig
     from trainer.model import from_hf_config
     from trainer.settings.resolve import resolve
 
-    run = RunConfig(model=from_hf_config(config_of(shape, options.layers)))
-    for name, value in settings(shape, options.precision).items():
+    run = RunConfig(model=from_hf_config(config))
+    for name, value in chosen.items():
         section, _, setting = name.partition(".")
         setattr(getattr(run, section) if setting else run, setting or section, value)
-    return resolve(run, world_size=1, device="gpu").config
+    return resolve(run, world_size=1, device="gpu", machine=machine).config
 
 
 def _model(provider: Any, sequence: int) -> Any:
@@ -69,18 +74,25 @@ def _model(provider: Any, sequence: int) -> Any:
     return model.cuda().bfloat16()
 
 
+def sections() -> tuple[Any, Any]:
+    """Return the settings of gradient buffers and of the optimizer."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+
+    sharded = {"use_distributed_optimizer": True}
+    return DistributedDataParallelConfig(grad_reduce_in_fp32=True, **sharded), OptimizerConfig(
+        optimizer="adam", lr=1e-4, bf16=True, params_dtype=torch.bfloat16, clip_grad=1.0, **sharded
+    )
+
+
 def _wrapped(run: Any, model: Any) -> tuple[Any, Any]:
     """Return the model with megatron-core's gradient buffers, and its optimizer."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed import DistributedDataParallel
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import get_megatron_optimizer
 
-    ddp = DistributedDataParallel(
-        run.model, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), model
-    )
-    chosen = OptimizerConfig(
-        optimizer="adam", lr=1e-4, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True, clip_grad=1.0
-    )
+    buffers, chosen = sections()
+    ddp = DistributedDataParallel(run.model, buffers, model)
     optimizer = get_megatron_optimizer(chosen, [ddp])
     run.model.finalize_model_grads_func, run.model.grad_scale_func = finalize_model_grads, optimizer.scale_loss
     return ddp, optimizer
@@ -89,7 +101,7 @@ def _wrapped(run: Any, model: Any) -> tuple[Any, Any]:
 def _time(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    run = _resolved(options, shape)
+    run = resolved(config_of(shape, options.layers), settings(shape, options.precision))
     ddp, optimizer = _wrapped(run, _model(run.model, shape.sequence))
     step = partial(
         get_forward_backward_func(),
@@ -102,10 +114,12 @@ def _time(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
         forward_only=False,
     )
     times = step_times(options.steps, ddp, optimizer, step)
-    return {
-        "seconds_per_step": statistics.median(times[options.warm_up :]),
-        "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-    }
+    memory = torch.cuda.max_memory_allocated() / 2**30
+    if options.trace:
+        with torch.profiler.profile() as profiler:
+            step_times(TRACED, ddp, optimizer, step)
+        profiler.export_chrome_trace(options.trace)
+    return {"seconds_per_step": statistics.median(times[options.warm_up :]), "memory_gib": memory}
 
 
 def _random_tokens(shape: Shape, vocab: int) -> Any:

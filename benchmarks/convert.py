@@ -1,10 +1,11 @@
 """How fast and how large is a conversion beside `cp`? Prints a table of ratios measured in turns, in one run.
 
-    python benchmarks/convert.py [--runs 3] [--shape 1b --shape 8b-16] [--folder DIR]
+    python benchmarks/convert.py [--runs 3] [--shape 1b --shape 8b-16] [--only reshard] [--folder DIR]
 
 Each round runs `cp -r SRC X && sync`, then each conversion and `sync`, so that a machine whose speed drifts treats both alike.
 Start-up is counted. Source files are in the page cache, as far as they fit. `bare` and `back-bare` hash nothing
-(`--no-integrity`), `verify` compares the source with what was made of it. Needs no torch.
+(`--no-integrity`), `verify` compares the source with what was made of it, `reshard` makes the other layout of what was made.
+Needs no torch.
 
 Seconds tell little of another machine. So the first lines say what this one can do, and each row has the processor time that a
 command and its children took, in core-seconds per GB of the source, beside those of `cp` in the same rounds. A core that moves
@@ -136,7 +137,10 @@ def timed(command: list[str], output: Path) -> Run:
     return Run(seconds, cores, json.loads(done.stdout)["peak_memory"] / 2**20 if done.stdout.startswith(b"{") else 0.0)
 
 
-def measure(folder: Path, name: str, runs: int) -> list[dict]:
+DIRECTIONS = ("forward", "bare", "back", "back-bare", "verify", "reshard", "reshard-bare")
+
+
+def measure(folder: Path, name: str, runs: int, only: list[str]) -> list[dict]:
     """One shape: `cp` and every conversion in turns, `runs` times."""
     source, out = folder / name, folder / "X"
     if not source.exists():
@@ -151,8 +155,10 @@ def measure(folder: Path, name: str, runs: int) -> list[dict]:
     taken: dict[tuple, list[tuple[Run, Run]]] = {}
     for _ in range(runs):
         for tp, pp in LAYOUTS:
-            there = [*mbconvert, "hf-to-mcore", str(source), str(out), "--tp", str(tp), "--pp", str(pp), "--quiet", "--json"]
-            made = megatron[tp, pp]
+            layout = ["--tp", str(tp), "--pp", str(pp), "--quiet", "--json"]
+            there = [*mbconvert, "hf-to-mcore", str(source), str(out), *layout]
+            made, other = megatron[tp, pp], megatron[LAYOUTS[(tp, pp) == LAYOUTS[0]]]
+            across = [*mbconvert, "reshard", str(other), str(out), *layout]
             back = [*mbconvert, "mcore-to-hf", str(made), str(out), "--quiet", "--json"]
             pairs = {
                 "forward": (source, there),
@@ -160,8 +166,11 @@ def measure(folder: Path, name: str, runs: int) -> list[dict]:
                 "back": (made, back),
                 "back-bare": (made, [*back, "--no-integrity"]),
                 "verify": (source, [*mbconvert, "verify", str(source), str(made), "--json"]),
+                "reshard": (other, across),
+                "reshard-bare": (other, [*across, "--no-integrity"]),
             }
-            for direction, (original, command) in pairs.items():
+            for direction in only or DIRECTIONS:
+                original, command = pairs[direction]
                 copied = timed(["cp", "-r", str(original), str(out)], out)
                 taken.setdefault((tp, pp, direction), []).append((timed(command, out), copied))
     for path in megatron.values():
@@ -244,14 +253,14 @@ def startup() -> str:
 
 
 HEADER = (
-    f"{'shape':6} {'layout':8} {'direction':9} {'mbconvert':>9} {'cp+sync':>8} {'ratio':>6} {'limit':>6} "
+    f"{'shape':6} {'layout':8} {'direction':12} {'mbconvert':>9} {'cp+sync':>8} {'ratio':>6} {'limit':>6} "
     f"{'cores/GB':>9} {'of cp':>6} {'ratio':>6} {'limit':>6} {'peak':>8}  ratios"
 )
 
 
 def line(one: dict) -> str:
     return (
-        f"{one['shape']:6} {one['layout']:8} {one['direction']:9} {one['seconds']:7.2f} s {one['cp']:6.2f} s "
+        f"{one['shape']:6} {one['layout']:8} {one['direction']:12} {one['seconds']:7.2f} s {one['cp']:6.2f} s "
         f"{one['ratio']:6.2f} {one['limit'] or '-':>6} {one['cores']:9.2f} {one['cp_cores']:6.2f} {one['cores_ratio']:6.2f} "
         f"{one['cores_limit'] or '-':>6} {one['peak_mib']:4.0f} MiB  {one['runs']}"
     )
@@ -261,12 +270,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--shape", action="append", choices=SHAPES, help="default: 1b and 8b-16")
+    parser.add_argument("--only", action="append", choices=DIRECTIONS, default=[], help="default: all")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/mbconvert-bench"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     print(f"{machine(options.folder)}\n{startup()}\n{HEADER}", flush=True)
     for name in options.shape or ["1b", "8b-16"]:
-        for one in measure(options.folder, name, options.runs):
+        for one in measure(options.folder, name, options.runs, options.only):
             print(line(one), flush=True)
         shutil.rmtree(options.folder / name)
 

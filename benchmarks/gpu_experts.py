@@ -1,10 +1,13 @@
 """Mixtures of experts on one GPU of 80 GB: `mbtrain` beside a bare megatron-core loop, and LoRA beside transformers with PEFT.
 
-    python -m benchmarks.gpu_experts [--shapes qwen3-30b gpt-oss-20b] [--precision bf16 fp8] [--lora all] [--rounds 1]
+    python -m benchmarks.gpu_experts [--shapes qwen3-30b gpt-oss-20b] [--precision bf16 fp8] [--lora all] [--traces DIR]
 
 Shapes are those of published models with as many layers as fit (`benchmarks.expert_shapes`). Each program runs in a process of
 its own, in turns. `mbtrain` reads `.bin`/`.idx` files or packed rows, logs to files and prints lines; the loops do nothing of
 that. Prints a table; a program that fails is reported on stderr, the others are still measured, and the exit code is 1.
+
+With `--traces`, two more steps of each program but PEFT's are profiled, and `benchmarks.trace` says in DIR/NAME.txt where the GPU
+waited and what took most time.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from typing import Any
 
 import yaml
 
+from benchmarks import trace
+from benchmarks.bare_experts import TRACED
 from benchmarks.expert_shapes import LORA, PRECISIONS, SHAPES, Shape, config_of, settings
 
 STEPS, WARM_UP, RANK = 12, 5, 8
@@ -52,6 +57,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--lora", nargs="*", choices=TARGETS, default=["all"], help="of Qwen3-30B's shape, in bf16")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--traces", type=Path, help="a folder for summaries of profiles")
     parser.add_argument("--timeout", type=float, default=150, help="seconds for each program")
     return parser.parse_args(words)
 
@@ -61,15 +67,17 @@ def _pairs(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Seq
     tokens = _write_tokens(folder) if options.shapes else folder
     for name in options.shapes:
         for precision in options.precision:
-            bare = partial(_last_line, "benchmarks.bare_experts", ["--shape", name, "--precision", precision], options)
-            ours = partial(_mbtrain, "pretrain", SHAPES[name], _pretraining(SHAPES[name], precision, tokens), options)
-            yield f"{name} {precision}", SHAPES[name].layers, (bare, ours)
+            label = f"{name} {precision}"
+            bare = partial(_bare, label, ["--shape", name, "--precision", precision], options)
+            ours = partial(_mbtrain, label, SHAPES[name], _pretraining(SHAPES[name], precision, tokens), options)
+            yield label, SHAPES[name].layers, (bare, ours)
     rows = _write_rows(folder) if options.lora else folder
     for targets in options.lora:
         words = ["--targets", targets, "--rows", rows, "--rank", RANK]
         theirs = partial(_last_line, "benchmarks.peft_experts", words, options)
-        ours = partial(_mbtrain, "finetune", LORA, _adapters(targets, rows), options)
-        yield f"LoRA {targets}, beside PEFT", LORA.layers, (theirs, ours)
+        label = f"LoRA {targets}, beside PEFT"
+        ours = partial(_mbtrain, label, LORA, _adapters(targets, rows), options)
+        yield label, LORA.layers, (theirs, ours)
 
 
 def _write_tokens(folder: Path) -> Path:
@@ -133,19 +141,47 @@ def _last_line(module: str, words: Sequence[Any], options: argparse.Namespace, l
     return json.loads(_run(module, words, options.timeout).splitlines()[-1])
 
 
-def _mbtrain(command: str, shape: Shape, chosen: Sequence[str], options: argparse.Namespace, layers: int) -> Figures:
+def _bare(label: str, words: Sequence[Any], options: argparse.Namespace, layers: int) -> Figures:
+    """Return the figures of a bare loop of megatron-core."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        traced = ["--trace", file] if options.traces else []
+        figures = _last_line("benchmarks.bare_experts", [*words, *traced], options, layers)
+        _summarize(file, options.traces, f"{label} bare")
+    return figures
+
+
+def _summarize(file: Path, folder: Path | None, name: str) -> None:
+    """Write what a trace says, where a folder for that is named."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name.replace(' ', '-')}.txt").write_text(trace.summary(file))
+
+
+def _mbtrain(label: str, shape: Shape, chosen: Sequence[str], options: argparse.Namespace, layers: int) -> Figures:
     """Return the figures in the log of a command of `mbtrain` on a model's `config.json`."""
+    command = "finetune" if shape is LORA else "pretrain"
     with tempfile.TemporaryDirectory() as run:
         file = Path(run) / "run.yaml"
         file.write_text(yaml.safe_dump({"model": {"hf_config": config_of(shape, layers)}}))
-        common = [f"train.train_iters={STEPS}", "validation.eval_iters=0", "logger.log_interval=1", f"logger.run_dir={run}"]
-        _run("trainer", [command, "--config", file, *chosen, *common], options.timeout)
+        common = ["validation.eval_iters=0", "logger.log_interval=1", f"logger.run_dir={run}"]
+        _run("trainer", [command, "--config", file, *chosen, *common, *_steps(options)], options.timeout)
+        _summarize(Path(run) / f"profile/steps-{STEPS + 1}-{STEPS + TRACED}-rank0.json", options.traces, f"{label} mbtrain")
         lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
     return {
-        "seconds_per_step": statistics.median(step["seconds_per_step"] for step in steps[WARM_UP:]),
+        "seconds_per_step": statistics.median(step["seconds_per_step"] for step in steps[WARM_UP:STEPS]),
         "memory_gib": steps[-1]["memory_gib"],
     }
+
+
+def _steps(options: argparse.Namespace) -> list[str]:
+    """Return the settings of how many steps there are, and of those that are profiled after the others."""
+    if not options.traces:
+        return [f"train.train_iters={STEPS}"]
+    last = STEPS + TRACED
+    window = [f"profiling.profile_step_start={STEPS + 1}", f"profiling.profile_step_end={last}"]
+    return [f"train.train_iters={last}", "profiling.use_pytorch_profiler=true", *window]
 
 
 def _pretraining(shape: Shape, precision: str, tokens: Path) -> list[str]:

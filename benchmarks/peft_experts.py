@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import torch
 
 from benchmarks import packed
 from benchmarks.expert_shapes import LORA, config_of
-from benchmarks.peft_finetune import as_transformers
+from benchmarks.peft_finetune import as_transformers, median_step
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -45,7 +42,8 @@ def main() -> None:
         count=options.steps * LORA.microbatches,
     )
     model = _model(config, options)
-    seconds = _median_step(options, model, [as_transformers(row, torch.device("cuda")) for row in rows])
+    batches = [as_transformers(row, torch.device("cuda")) for row in rows]
+    seconds = median_step(model, batches, steps=options.steps, warm_up=options.warm_up, microbatches=LORA.microbatches)
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     print(json.dumps({"seconds_per_step": seconds, "memory_gib": torch.cuda.max_memory_allocated() / 2**30, "trained": trained}))
 
@@ -69,23 +67,6 @@ def _model(config: dict[str, Any], options: argparse.Namespace) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora, autocast_adapter_dtype=False).cuda().train()
-
-
-def _median_step(options: argparse.Namespace, model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
-    trained = [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    endless, times = cycle(batches), []
-    for _ in range(options.steps):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        for _ in range(LORA.microbatches):
-            (model(**next(endless)).loss / LORA.microbatches).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[options.warm_up :])
 
 
 if __name__ == "__main__":

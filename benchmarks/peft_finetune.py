@@ -10,7 +10,6 @@ a row attend to each other, unlike in `mbtrain`. Model FLOPs are counted as if t
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -36,7 +35,8 @@ def main() -> None:
     rows = packed.microbatches(
         options.rows, vocab_size=provider.vocab_size, sequence=options.sequence, micro_batch=options.micro_batch, count=count
     )
-    seconds = _median_step(options, model, [as_transformers(row, kind) for row in rows])
+    batches = [as_transformers(row, kind) for row in rows]
+    seconds = median_step(model, batches, steps=options.steps, warm_up=options.warm_up, microbatches=options.microbatches)
     rate = options.microbatches * options.micro_batch * options.sequence / seconds
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     work = packed.flops(provider, rows) / (count * options.micro_batch * options.sequence)
@@ -69,27 +69,23 @@ def as_transformers(batch: dict[str, Any], kind: torch.device) -> dict[str, torc
     return {"input_ids": batch["tokens"].to(kind), "labels": labels.to(kind)}
 
 
-def _median_step(options: argparse.Namespace, model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
-    """Return the median seconds per step."""
+def median_step(model: Any, batches: list[dict[str, torch.Tensor]], *, steps: int, warm_up: int, microbatches: int) -> float:
+    """Return the median seconds of steps after the first `warm_up`, over batches that are repeated."""
     trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    wait = torch.cuda.synchronize if trained[0].is_cuda else lambda: None
     endless, times = cycle(batches), []
-    for _ in range(options.steps):
-        _wait(options)
+    for _ in range(steps):
+        wait()
         began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        for _ in range(options.microbatches):
-            (model(**next(endless)).loss / options.microbatches).backward()
+        for _ in range(microbatches):
+            (model(**next(endless)).loss / microbatches).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        _wait(options)
+        wait()
         times.append(time.perf_counter() - began)
-    return statistics.median(times[options.warm_up :])
-
-
-def _wait(options: argparse.Namespace) -> None:
-    if options.device == "gpu":
-        torch.cuda.synchronize()
+    return statistics.median(times[warm_up:])
 
 
 if __name__ == "__main__":

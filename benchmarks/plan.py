@@ -41,7 +41,7 @@ def many(tensors: int) -> dict:
 
 def measured(call: dict) -> None:
     """In a process of its own: one call, then what it took, as JSON."""
-    from converter import hf_to_mcore, mcore_to_hf
+    from converter import hf_to_mcore, mcore_to_hf, reshard
 
     told = 0
     if call["what"] == "index":
@@ -52,7 +52,7 @@ def measured(call: dict) -> None:
         for name in index.tensors:
             index.tensor(name)
     else:
-        convert = {"import": hf_to_mcore, "export": mcore_to_hf}[call["what"]]
+        convert = {"import": hf_to_mcore, "export": mcore_to_hf, "reshard": reshard}[call["what"]]
         told = convert(call["source"], call["target"], **call.get("options", {})).peak_memory
     print(json.dumps({"cpu": os.times().user, "peak": peak_memory(), "told": told}))
 
@@ -76,6 +76,8 @@ def planning(folder: Path, tensors: int) -> None:
     row(tensors, "import", run(what="import", **where, options={**layout(shape), "dry_run": True}))
     run(what="import", source=str(source), target=str(made), options={**layout(shape), "integrity": False})
     row(tensors, "export", run(what="export", **{**where, "source": str(made)}, options={"dry_run": True}))
+    options = {**layout(shape), "tp": 1, "dry_run": True}
+    row(tensors, "reshard", run(what="reshard", **{**where, "source": str(made)}, options=options))
     row(tensors, "index", run(what="index", **{**where, "source": str(made / "iter_0000000")}))
     shutil.rmtree(source)
     shutil.rmtree(made)
@@ -102,6 +104,7 @@ def experts(folder: Path) -> None:
     run(what="import", source=str(source), target=str(made), options={**options, "integrity": False})
     where["source"] = str(made)
     row(tensors, "export, experts", run(what="export", **where, options={"dry_run": True}), TARGETS[200_000])
+    row(tensors, "reshard, experts", run(what="reshard", **where, options={**options, "ep": 4}), TARGETS[200_000])
     shutil.rmtree(source)
     shutil.rmtree(made)
 

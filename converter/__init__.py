@@ -1,6 +1,6 @@
 """Convert model weights between Hugging Face directories and Megatron distributed checkpoints.
 
-    from converter import hf_to_mcore, mcore_to_hf, verify_checkpoints, inspect_checkpoint, check_checkpoint
+    from converter import hf_to_mcore, mcore_to_hf, reshard, verify_checkpoints, inspect_checkpoint, check_checkpoint
     from converter import merge_adapter, adapter_to_hf, adapter_to_mcore
 
 Imports neither torch nor megatron-core nor transformers. Each name is imported on first use, so `mbconvert --help` loads no
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from converter.adapters.convert import adapter_to_hf, adapter_to_mcore
     from converter.adapters.merge import merge as merge_adapter
     from converter.comparison import Comparison
-    from converter.convert import hf_to_mcore, mcore_to_hf
+    from converter.convert import hf_to_mcore, mcore_to_hf, reshard
     from converter.execution import Reporter, Summary
     from converter.proof import check_checkpoint, verify_checkpoints
     from converter.ranks import Ranks
@@ -42,6 +42,7 @@ _DEFINED_AS = {
     "inspect_checkpoint": "converter.report.inspect_checkpoint",
     "mcore_to_hf": "converter.convert.mcore_to_hf",
     "merge_adapter": "converter.adapters.merge.merge",
+    "reshard": "converter.convert.reshard",
     "verify_checkpoints": "converter.proof.verify_checkpoints",
 }
 
@@ -69,6 +70,7 @@ __all__ = [
     "inspect_checkpoint",
     "mcore_to_hf",
     "merge_adapter",
+    "reshard",
     "verify_checkpoints",
 ]
 

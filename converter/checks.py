@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from converter.execution import ExecutionOptions
+from converter.hybrid import GPT, HYBRID
 from converter.plan import TensorPlan, pieces
 from converter.run import PIECE_BYTES
 from converter.values import CHOICES, KEEP
@@ -40,6 +41,12 @@ def check_options(*, dtype: str, **counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise UserError(f"`{name}` is {count}, which should be 1 or more")
+
+
+def check_layout(layout: str | None) -> None:
+    """Raise UserError for a layout that is not one of the choices."""
+    if layout not in (None, GPT, HYBRID):
+        raise UserError(f"layout `{layout}` is not one of {GPT}, {HYBRID}")
 
 
 def check_quantize(quantize: str | None, dtype: str) -> None:
@@ -145,20 +152,3 @@ def is_filled(reader: Reader, name: str, value: float, *, start: int = 0) -> boo
             if np.any(data[max(0, start - piece.rows.start) :] != value):
                 return False
     return True
-
-
-def check_exact(reader: Reader, plan: TensorPlan) -> None:
-    """Raise UserError unless adding a tensor's offset, and taking it off again, gives back every value."""
-    assert plan.transform is not None
-    (source,), target, offset = plan.parts, plan.spec.dtype, plan.transform.offset
-    with np.errstate(all="ignore"):
-        for piece in pieces([TensorPlan(source)], limit=PIECE_BYTES // 4):
-            data = np.empty(extent(piece.region), source.dtype)
-            reader.read(source.name, piece.region, data)
-            back = ((data.astype(np.float64) + offset).astype(target).astype(np.float64) - offset).astype(source.dtype)
-            if not same_bits(back, data):
-                raise UserError(
-                    f"`{source.name}` cannot be stored as `{plan.spec.name}` exactly: there {offset:+g} is added to each value, "
-                    f"which rounds in {dtype_name(target)}",
-                    hint="convert with `--dtype fp32`",
-                )

@@ -108,6 +108,8 @@ def _execution(command: _Command) -> _Command:
 def _layout(command: _Command) -> _Command:
     """Add the options that lay out a Megatron checkpoint."""
     options = [
+        click.option("--layout", type=click.Choice(["gpt", "hybrid"]), help="Layers and names of megatron-core's GPTModel or of "
+                     "its HybridModel. [default: that of a Megatron source; else gpt, where GPTModel can express the family]"),
         click.option("--tp", "--tensor-model-parallel-size", "tp", type=_COUNT, default=1, show_default=True, metavar="N",
                      help="Tensor-parallel size."),
         click.option("--pp", "--pipeline-model-parallel-size", "pp", type=_COUNT, default=1, show_default=True, metavar="N",
@@ -121,13 +123,14 @@ def _layout(command: _Command) -> _Command:
                      help="Expert-parallel size: experts are divided among N ranks."),
         click.option("--etp", "--expert-tensor-parallel-size", "etp", type=_COUNT, metavar="N",
                      help="Tensor-parallel size of each expert. [default: that of other layers, --tp; 1 if experts have biases]"),
-        click.option("--make-vocab-size-divisible-by", type=_COUNT, default=128, show_default=True, metavar="N",
-                     help="Pad the vocabulary to a multiple of N × TP."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
     return command
 
+
+_vocab_multiple = click.option("--make-vocab-size-divisible-by", type=_COUNT, default=128, show_default=True, metavar="N",
+                               help="Pad the vocabulary to a multiple of N × TP.")  # fmt: skip
 
 _max_shard_size = click.option(
     "--max-shard-size", callback=_size, metavar="SIZE", help="Largest size of one safetensors file, such as 5GB."
@@ -167,6 +170,7 @@ def cli() -> None:
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
 @_layout
+@_vocab_multiple
 @_common
 def hf_to_mcore(source: str, target: str, **options: Any) -> None:
     """Convert a Hugging Face model to Megatron.
@@ -197,6 +201,26 @@ def mcore_to_hf(source: str, target: str, **options: Any) -> None:
     convert(mcore_to_hf, source, target, **options)
 
 
+@cli.command("reshard", epilog="Example: mbconvert reshard megatron megatron-tp4 --tp 4 --pp 2")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@_layout
+@click.option("--make-vocab-size-divisible-by", type=_COUNT, metavar="N",
+              help="Pad the vocabulary to a multiple of N × TP. [default: what SRC says, else 128]")  # fmt: skip
+@click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR, for an SRC that has none.")
+@click.option("--weights-only", is_flag=True, help="Leave out optimizer state; an SRC that has some is refused otherwise.")
+@_common
+def reshard(source: str, target: str, **options: Any) -> None:
+    """Write a Megatron checkpoint in another layout.
+
+    SRC is the root of a checkpoint or one `iter_*` directory in it; DST becomes a checkpoint of the same weights.
+    """
+    from converter.console import convert  # noqa: PLC0415
+    from converter.convert import reshard  # noqa: PLC0415
+
+    convert(reshard, source, target, **options)
+
+
 @cli.command("merge", epilog="Example: mbconvert merge Llama-3.2-1B adapter Llama-merged")
 @click.argument("base", metavar="BASE")
 @click.argument("adapter", metavar="ADAPTER")
@@ -207,6 +231,7 @@ def mcore_to_hf(source: str, target: str, **options: Any) -> None:
     "--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR instead of those in a Megatron BASE."
 )
 @_layout
+@_vocab_multiple
 @_max_shard_size
 @_common
 def merge(base: str, adapter: str, target: str, **options: Any) -> None:
@@ -302,12 +327,13 @@ def verify_command(context: click.Context, one: str, other: str, **options: Any)
 
 
 @cli.command("families", epilog="Example: mbconvert families --json")
+@click.option("--all", "every", is_flag=True, help="List unsupported model types too, and why they are not supported.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-def families_command(*, as_json: bool) -> None:
+def families_command(*, every: bool, as_json: bool) -> None:
     """List the supported model families."""
     from converter.console import show_families  # noqa: PLC0415
 
-    show_families(as_json=as_json)
+    show_families(every=every, as_json=as_json)
 
 
 def _install_signal_handlers() -> None:

@@ -11,7 +11,7 @@ from converter.config_rope import rope, rope_numbers, signed
 from formats.errors import UserError
 
 
-def latent(*, q_lora: int, kv_lora: int, plain: int, turned: int) -> tuple[Field, ...]:
+def latent(*, q_lora: int | None, kv_lora: int, plain: int, turned: int) -> tuple[Field, ...]:
     """Return the fields of latent attention, and its named sizes; the numbers are what `config.json` means where it has none.
 
     Queries are projected from `q_lora` channels; where `q_lora_rank` is null, from all.
@@ -32,7 +32,7 @@ def latent(*, q_lora: int, kv_lora: int, plain: int, turned: int) -> tuple[Field
     )
 
 
-def _query_rank(default: int) -> Field:
+def _query_rank(default: int | None) -> Field:
     one = optional("q_lora_rank", "q_lora_rank", default=default)
 
     def sizes(before: Sizes) -> dict[str, Any]:

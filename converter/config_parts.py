@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -254,15 +254,18 @@ def inverted(megatron: str, huggingface: str, *, absent: bool = True) -> Field:
     )
 
 
-def by_layer(megatron: str, huggingface: str, marks: dict[str, int], *, size: str) -> Field:
+def by_layer(
+    megatron: str, huggingface: str, marks: dict[str, int], *, size: str, default: Callable[[Config], Sequence[str]] | None = None
+) -> Field:
     """Return a list of numbers in Megatron, one for each layer, that `config.json` says in words (`layer_types`).
 
-    Conditions know the layers marked 1 as the set `size`.
+    Conditions know the layers marked 1 as the set `size`. `default` returns the words where `config.json` has none.
     """
     words = {mark: word for word, mark in marks.items()}
 
     def read(config: Config) -> dict[str, Any]:
-        types = config.get(huggingface)
+        types: Any = config.get(huggingface)
+        types = list(default(config)) if types is None and default else types
         if not isinstance(types, list) or len(cast("list[Any]", types)) != config.get("num_hidden_layers"):
             raise UserError(f"`{huggingface}` is `{format_untrusted(types)}`, which should have a word for each layer")
         unknown = next((word for word in cast("list[Any]", types) if not isinstance(word, str) or word not in marks), None)
@@ -311,6 +314,7 @@ NOT_COMPUTED = {
     "router_jitter_noise": "training multiplies what experts read by random numbers, which no layer here does",
     "rope_ratio": "ChatGLM 2 divides positions by it and ChatGLM 3 multiplies the base by it; `config.json` is the same for both",
     "scale_attn_by_inverse_layer_idx": "scores of attention are divided by the number of their layer, which no layer here does",
+    "time_step_limit": "time steps are kept within it, and megatron-core's Mamba layers take any",
 }
 """Fields of models whose weights are converted, and which neither megatron-core nor `mbtrain` computes."""
 

@@ -320,8 +320,8 @@ def _numbers_of(said: Config, config: Config, field: str, default_theta: float) 
     return numbers
 
 
-_OTHER_NAMES = {"su": "longrope"}
-"""What earlier configurations call a kind."""
+_OTHER_NAMES = {"su": "longrope", "deepseek_yarn": "yarn"}
+"""What earlier configurations, or those of other code, call a kind."""
 
 
 def _original_length(said: Config, config: Config, field: str) -> Any:

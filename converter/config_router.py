@@ -127,20 +127,26 @@ def kinds_of_layers(first: int) -> Field:
 _FIRST, _KINDS = "first_k_dense_replace", "mlp_layer_types"
 
 
-def prediction_layers(name: str = "num_nextn_predict_layers") -> Field:
-    """Return the field of layers of multi-token prediction (MTP), `mtp_num_layers`, and their number `mtp`.
+def prediction_layers(name: str = "num_nextn_predict_layers", *, most: int | None = None) -> Field:
+    """Return the field of layers of multi-token prediction (MTP), `mtp_num_layers`, and their number `mtp`: at most `most`.
+    `mtp_field` is `name`, for messages.
 
     Without the field there are none: a source's files may hold some all the same, and then they pass through.
     """
 
     def read(config: Config) -> dict[str, Any]:
         found = config.get(name)
+        if found and most is not None and count(config, name) > most:
+            raise UserError(
+                f"`{name}` is `{found}`; only {most} is supported: this family's files have one projection for all such layers, "
+                "and megatron-core one for each"
+            )
         return {"mtp_num_layers": count(config, name) if found else None}
 
     def write(config: Config) -> dict[str, Any]:
         return {name: count(config, "mtp_num_layers") if config.get("mtp_num_layers") else 0}
 
     def sizes(before: Sizes) -> dict[str, Any]:
-        return {"mtp": before.megatron.get("mtp_num_layers") or 0}
+        return {"mtp": before.megatron.get("mtp_num_layers") or 0, "mtp_field": name}
 
     return Field(read, write, sizes)

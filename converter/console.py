@@ -249,7 +249,7 @@ def _report_lines(report: Report) -> Iterator[tuple[str, str]]:
     yield "size", f"{count(report.parameters)} parameters, {report.layers} layers, {report.tensors} tensors"
     yield "files", str(report.files)
     if report.layout:
-        yield "layout", _sizes(report.layout)
+        yield "layout", f"{report.layers_as}, {_sizes(report.layout)}"
         yield "optimizer", "yes" if report.optimizer_state else "no"
     if report.unknown_packages:
         yield "args", f"names classes of {', '.join(f'`{name}`' for name in report.unknown_packages)}"
@@ -271,18 +271,24 @@ def _family(family: Family) -> dict[str, Any]:
     }
 
 
-def show_families(*, as_json: bool) -> None:
-    """The support matrix: the directory of families, listed."""
+def show_families(*, every: bool = False, as_json: bool = False) -> None:
+    """The support matrix: the directory of families, listed; with `every`, the reasons for other model types too."""
     from converter import families  # noqa: PLC0415
+    from converter.unsupported_families import REASONS  # noqa: PLC0415
 
     found = [(name, families.find(name)) for name in families.names()]
+    unsupported = sorted(REASONS.items()) if every else []
     if as_json:
-        print_json({name: _family(one) for name, one in found})
+        print_json({name: _family(one) for name, one in found} | {name: {"unsupported": why} for name, why in unsupported})
         return
     rows = [(name, one.ARCHITECTURE, "weights, trains" if one.trains else "weights", one.MODELS) for name, one in found]
     for line in _table(rows):
         click.echo(line)
     click.echo("\nboth ways, every TP/PP/VPP layout; dtypes kept, or cast to bf16, fp16, fp32")
+    if unsupported:
+        click.echo("\nnot supported:")
+    for line in _table(unsupported):
+        click.echo(line)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""Convert both ways: check, open, plan, execute. Start reading here.
+"""Convert both ways, and reshard: check, open, plan, execute. Start reading here.
 
-The next rooms are converter/importing.py and exporting.py (the plan), execute.py (the commit protocol), worker.py (one
-process's share) and run.py (pieces on threads).
+The next rooms are converter/importing.py, exporting.py and resharding.py (the plan), execute.py (the commit protocol),
+worker.py (one process's share) and run.py (pieces on threads).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Unpack
 
 from converter.adapters.files import refuse_adapter, require
-from converter.checks import check_execution, check_locations, check_options, check_quantize
+from converter.checks import check_execution, check_layout, check_locations, check_options, check_quantize
 from converter.execute import execute
 from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.exporting import ExportOptions, plan_export
@@ -20,6 +20,7 @@ from converter.importing import ImportOptions, plan_import
 from converter.keywords import IN_MEGATRON, other_names
 from converter.memory import seldom_collected
 from converter.pipeline_layout import layers_per_stage
+from converter.resharding import ReshardOptions, plan_reshard
 from converter.sources import huggingface_source, open_source, workers_for
 from converter.values import KEEP
 from formats.detect import Format, open_megatron
@@ -35,6 +36,7 @@ def hf_to_mcore(
     source: str | Path,
     target: str | Path,
     *,
+    layout: str | None = None,
     tp: int = 1,
     pp: int = 1,
     vpp: int = 1,
@@ -49,11 +51,12 @@ def hf_to_mcore(
 ) -> Summary:
     """Write a Hugging Face model as a Megatron distributed checkpoint for `tp` × `pp` ranks.
 
-    `source` is a directory, a URL or a Hub id; `target` is a directory, s3:// or gs://. `pp_layout` gives the layers of each
-    pipeline stage, all ranks of the first virtual stage first: `[9, 9, 8, 6]`, or megatron-core's `"Et*9|t*9|t*8|t*6L"`. `ep` and
-    `etp` divide experts; `etp` is `tp` unless given, or 1 if experts have biases. The vocabulary is padded to a multiple of
-    `make_vocab_size_divisible_by` × `tp`. `integrity` writes the sha256 of every file, as megatron-core checks them, and the
-    BLAKE3 of every tensor.
+    `source` is a directory, a URL or a Hub id; `target` is a directory, s3:// or gs://. `layout` is `gpt` or `hybrid`: for
+    megatron-core's GPTModel, or for its HybridModel, the default of families that only it can express. `pp_layout` gives the
+    layers of each pipeline stage, all ranks of the first virtual stage first: `[9, 9, 8, 6]`, or megatron-core's
+    `"Et*9|t*9|t*8|t*6L"`. `ep` and `etp` divide experts; `etp` is `tp` unless given, or 1 if experts have biases. The vocabulary
+    is padded to a multiple of `make_vocab_size_divisible_by` × `tp`. `integrity` writes the sha256 of every file, as
+    megatron-core checks them, and the BLAKE3 of every tensor.
 
     Raises UserError before a byte moves if the model cannot be converted exactly. After any failure nothing is at `target`.
 
@@ -62,10 +65,12 @@ def hf_to_mcore(
     """
     check_execution(options)
     reporter, target, folder = reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
+    check_layout(layout)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     check_locations(target, [folder], options)
-    wanted = ImportOptions(tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp, dtype=dtype,
-                           make_vocab_size_divisible_by=make_vocab_size_divisible_by, integrity=integrity)  # fmt: skip
+    wanted = ImportOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp,
+                           dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+                           integrity=integrity)  # fmt: skip
     require(folder, Format.HUGGINGFACE)
     with closing(HuggingFaceReader(folder, any_dtype=True)) as reader:
         conversion = plan_import(huggingface_source(reader), wanted, reporter)
@@ -112,5 +117,59 @@ def mcore_to_hf(
         refuse_adapter(reader.folder)
         workers = workers_for(options.get("workers"), sources, target)
         conversion = plan_export(reader, root, wanted, reporter, workers=workers)
+        with closing(conversion.reader):
+            return execute(conversion, target, options=options, reporter=reporter, sources=sources)
+
+
+@other_names(vocab_divisible_by="make_vocab_size_divisible_by", **IN_MEGATRON)
+@user_errors()
+@seldom_collected()
+def reshard(
+    source: str | Path,
+    target: str | Path,
+    *,
+    layout: str | None = None,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int = 1,
+    pp_layout: str | Sequence[int] | None = None,
+    ep: int = 1,
+    etp: int | None = None,
+    make_vocab_size_divisible_by: int | None = None,
+    hf_config: str | Path | None = None,
+    weights_only: bool = False,
+    dtype: str = KEEP,
+    integrity: bool = True,
+    reporter: Reporter | None = None,
+    **options: Unpack[ExecutionOptions],
+) -> Summary:
+    """Write the weights of a Megatron distributed checkpoint for `tp` × `pp` ranks.
+
+    `source` is the root of a checkpoint or one iteration. `layout` (`gpt` or `hybrid`) is that of `source` unless given. Parallel
+    sizes are as for `hf_to_mcore`, and 1 unless given; `make_vocab_size_divisible_by` is what the source says, or 128.
+    `hf_config` is a folder with the model's `config.json`, for a checkpoint that does not say what model it holds.
+    `weights_only` leaves out optimizer state, with which a source is refused otherwise. `integrity` writes the sha256 of every
+    file, and the BLAKE3 of every tensor.
+
+    Raises UserError before a byte moves if the layout does not fit the model. After any failure nothing is at `target`.
+
+    >>> reshard("megatron", "megatron-tp4", tp=4).layout
+    {'tp': 4, 'pp': 1, 'vpp': 1}
+    """
+    check_execution(options)
+    reporter, target, root = reporter or Reporter(), expanded(target), open_source(source)
+    check_layout(layout)
+    check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
+    given = open_source(hf_config) if hf_config else None
+    sources = [root, *([given] if given else [])]
+    check_locations(target, sources, options)
+    wanted = ReshardOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp,
+                            make_vocab_size_divisible_by=make_vocab_size_divisible_by, hf_config=given, dtype=dtype,
+                            weights_only=weights_only, integrity=integrity)  # fmt: skip
+    require(root, Format.TORCH_DIST)
+    with closing(open_megatron(root)) as reader:
+        refuse_adapter(reader.folder)
+        workers = workers_for(options.get("workers"), sources, target)
+        conversion = plan_reshard(reader, root, wanted, reporter, workers=workers)
         with closing(conversion.reader):
             return execute(conversion, target, options=options, reporter=reporter, sources=sources)

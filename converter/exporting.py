@@ -18,6 +18,8 @@ from converter.conversion import Conversion
 from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
 from converter.encoding import encode, quantized_source
 from converter.execution import Reporter
+from converter.hybrid import layout_of
+from converter.originals import moved, original_name, with_originals
 from converter.plan import TensorPlan, as_stored, casts
 from converter.planner import to_huggingface
 from converter.provenance import Provenance
@@ -34,7 +36,7 @@ from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, Shard, mak
 from formats.megatron_reader import MegatronReader
 from formats.quantized import encoded, requantized
 from formats.shard_files import INDEX
-from formats.spec import JoinedReader, Reader, TensorSpec, names_of
+from formats.spec import JoinedReader, TensorSpec, names_of
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 """What transformers' `save_pretrained` takes."""
@@ -58,14 +60,15 @@ def plan_export(
     """Return the conversion of a Megatron checkpoint to Hugging Face. Raises UserError if it cannot be converted exactly."""
     reader.check()  # first: it frees the index, whose memory the plan then takes
     origin = reference.find(reader, wanted.hf_config)
-    family = families.find(origin.config.get("model_type")).rooted(specs_of(origin.shards))
+    family = families.find(origin.config.get("model_type"), layout_of(reader.specs)).rooted(specs_of(origin.shards))
     model = make_model(family.CONFIG, origin.config)
     plan = to_huggingface(family.RULES, model, reader.specs, dtype=wanted.dtype, known=specs_of(origin.shards))
     for name, value in plan.filled.items():
         check_filled(reader, name, value)
     quantized = quantized_source(origin)
-    tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, carried=quantized.names)
-    tensors: Reader = JoinedReader(reader, *extras) if extras else reader
+    carried = {*quantized.names, *map(original_name, moved(plan.tensors))}
+    tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, carried=carried)
+    tensor_plans, tensors = with_originals(tensor_plans, JoinedReader(reader, *extras) if extras else reader)
     if wanted.quantize:
         tensor_plans, tensors, origin, new = requantize(tensor_plans, tensors, quantized.weights, origin, wanted.quantize)
         conversion = plan_files(megatron_source(reader, root, origin, tensors), tensor_plans, wanted, reporter)

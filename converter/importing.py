@@ -11,18 +11,21 @@ from typing import Any
 
 from converter import families, prediction_layers, reference, run_config, side_files
 from converter.carried import carried_tensors, kept_weights
-from converter.checks import check_equal, check_exact
+from converter.checks import check_equal
 from converter.comparison import CheckpointView
-from converter.config import language_model, make_model, to_megatron
+from converter.config import Config, language_model, make_model, to_megatron
+from converter.config_hybrid import not_computed
 from converter.config_parts import NOT_COMPUTED, described
 from converter.config_rope import BUILT_IN_ROPE, rope_numbers
 from converter.conversion import Conversion
 from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
 from converter.execution import Reporter
-from converter.extra_states import stateful_module
+from converter.extra_states import stateful_module, weightless_modules
 from converter.families import Family
+from converter.hybrid import HYBRID
 from converter.layout import Layout, make_layout
 from converter.model import Model
+from converter.originals import moved, original_name
 from converter.plan import TensorPlan, as_stored, casts
 from converter.planner import Plan, sharded
 from converter.planner import to_megatron as plan_megatron
@@ -37,11 +40,11 @@ from formats.dcp_index import METADATA
 from formats.detect import open_megatron
 from formats.errors import UserError
 from formats.folder import Folder
-from formats.huggingface import HuggingFaceWriter
+from formats.huggingface import HuggingFaceWriter, Shard
 from formats.iterations import iteration_folder
 from formats.outputs import JoinedWriter, Writer
 from formats.quantized.reader import DequantizedReader
-from formats.spec import JoinedReader, Reader, dtype_name, is_valid_shape
+from formats.spec import JoinedReader, Reader, RenamedReader, dtype_name, is_valid_shape
 from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
 
 
@@ -56,6 +59,9 @@ class ImportOptions:
     ep: int = 1
     etp: int | None = None
     """The shards of each expert; unless given as many as of other layers (`tp`), or what the model can have (1 with biases)."""
+
+    layout: str | None = None
+    """`gpt` or `hybrid` (see `converter.hybrid`); unless given, the source's, or what the family has by default."""
 
     dtype: str
     make_vocab_size_divisible_by: int
@@ -83,13 +89,13 @@ class _Beside:
 
     side_files: SideFiles
     carried: Collection[str]
-    """The scales of quantized weights, and codes that nothing else gives back."""
+    """The scales of quantized weights, codes that nothing else gives back, and values that an offset rounds."""
 
 
 def plan_import(source: Source, wanted: ImportOptions, reporter: Reporter) -> Conversion:
     """Return the conversion of a Hugging Face model to Megatron. Raises UserError if it cannot be converted exactly."""
     found = _recognize(source, wanted)
-    for text in notes(source, found.plan):
+    for text in notes(source, found.plan, found.family):
         reporter.note(text)
     return _conversion(found, wanted)
 
@@ -109,25 +115,23 @@ def _conversion(found: _Import, wanted: ImportOptions, kept: Sequence[str] | Non
         views=lambda written: _views(found, written, wanted.dtype),
         copies=found.beside.side_files.copies,
         check=lambda: _check_numbers(found),
-        settle=settle if found.beside.carried and kept is None else None,
+        settle=settle if isinstance(source.reader, DequantizedReader) and kept is None else None,
         memory=source.memory,
     )
 
 
 def _check_numbers(found: _Import) -> None:
-    """Raise UserError where tensors differ that should be equal, or where an offset would round."""
+    """Raise UserError where tensors differ that should be equal."""
     for name, other in found.plan.equal:
         check_equal(found.source.reader, name, other)
-    for tensor_plan in found.plan.exact:
-        check_exact(found.source.reader, tensor_plan)
 
 
 def _recognize(source: Source, wanted: ImportOptions) -> _Import:
     reader, config = source.reader, source.reference.config
-    family = families.find(config.get("model_type")).rooted(reader.specs)
+    family = families.find(config.get("model_type"), wanted.layout or source.layout).rooted(reader.specs)
     model = make_model(family.CONFIG, config, vocab_multiple=wanted.make_vocab_size_divisible_by * wanted.tp)
     refuse_unfit(reader.specs, config, family, model, label=source.label)
-    _check_padding(model, wanted)
+    check_padding(model, divisible_by=wanted.make_vocab_size_divisible_by, tp=wanted.tp)
     etp = wanted.etp or to_megatron(family.CONFIG, config).get("expert_tensor_parallel_size")
     layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout, ep=wanted.ep, etp=etp)
     passing = family.PASSTHROUGH_PREFIXES
@@ -137,9 +141,11 @@ def _recognize(source: Source, wanted: ImportOptions) -> _Import:
 
 def _beside(source: Source, plan: Plan, kept: Iterable[str] = ()) -> _Beside:
     """Return what travels beside the weights; of the quantized ones in `kept`, the codes too."""
-    carried = carried_tensors(source.reader, kept)
-    reader = JoinedReader(source.reader, carried) if carried else source.reader
-    names = tuple(carried.specs) if carried else ()
+    originals = {original_name(part.name): part.name for one in moved(plan.tensors).values() for part in one.parts}
+    beside = carried_tensors(source.reader, kept), RenamedReader(source.reader, originals)
+    carried = JoinedReader(*(one for one in beside if one))
+    reader = JoinedReader(source.reader, carried) if carried.specs else source.reader
+    names = tuple(carried.specs)
     return _Beside(reader, side_files.collect_model(source.reference, reader, (*plan.extras, *names)), names)
 
 
@@ -151,7 +157,7 @@ def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
         source=source.label,
         tensor_plans=(*plan.tensors, *_extras(found)),
         output=OutputFiles(
-            writer=_with_extras(_writer(found), found, folder),
+            writer=with_extras(_writer(found), beside.side_files.extras, folder),
             documents={
                 **found.beside.side_files.documents,
                 **_documents(found, vocab_multiple=wanted.make_vocab_size_divisible_by),
@@ -171,29 +177,36 @@ def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
         ),
         manifest=manifest(command, identity, {**source.files, **beside.side_files.copies}),
         identity=identity,
-        layout=_parallel_sizes(found),
+        layout=parallel_sizes(found.model, found.layout),
     )
 
 
-def _parallel_sizes(found: _Import) -> dict[str, int]:
-    """Return the sizes of the layout: all of tensor and pipeline parallelism, and those of experts where there are some."""
-    layout = found.layout
-    experts = {"ep": layout.ep, "etp": layout.etp} if "experts" in found.model else {}
+def parallel_sizes(model: Model, layout: Layout) -> dict[str, int]:
+    """Return the sizes of a layout: all of tensor and pipeline parallelism, and those of experts where there are some."""
+    experts = {"ep": layout.ep, "etp": layout.etp} if "experts" in model else {}
     return {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, **experts}
 
 
 def _writer(found: _Import) -> TorchDistWriter:
-    scope = to_megatron(found.family.CONFIG, found.source.reference.config).get("qk_layernorm_scope", "head")
+    return weights_writer(found.plan, found.layout, to_megatron(found.family.CONFIG, found.source.reference.config))
+
+
+def weights_writer(plan: Plan, layout: Layout, megatron: Config, *, iteration: int = 0) -> TorchDistWriter:
+    """Return the files of a plan's weights in a layout. `megatron`: the model's fields."""
+    model, scope = plan.model, megatron.get("qk_layernorm_scope", "head")
+    hybrid, last = model.get("hybrid", False), layout.rank(layout.stage(model.megatron_layers), 0)
+    weights = {tensor_plan.spec.name for tensor_plan in plan.tensors}
     return TorchDistWriter(
-        starmap(ShardedTensor, sharded(found.plan, found.layout)),
-        stacked=found.model.get("stacked", True),
-        stateful_module=partial(stateful_module, hybrid=found.model.get("hybrid", False), own_head_norms=scope != "head"),
+        starmap(ShardedTensor, sharded(plan, layout)),
+        iteration=iteration,
+        stacked=model.get("stacked", True),
+        stateful_module=partial(stateful_module, hybrid=hybrid, own_head_norms=scope != "head"),
+        weightless=dict.fromkeys(weightless_modules(weights, hybrid=hybrid), last),
     )
 
 
-def _with_extras(writer: TorchDistWriter, found: _Import, folder: str) -> Writer:
+def with_extras(writer: TorchDistWriter, extras: Shard | None, folder: str) -> Writer:
     """Return the layout of all files of the output that hold tensors: those of weights, and that of extras."""
-    extras = found.beside.side_files.extras
     return JoinedWriter(writer, HuggingFaceWriter({f"{folder}{side_files.EXTRAS}": extras})) if extras else writer
 
 
@@ -203,11 +216,11 @@ def _extras(found: _Import) -> Iterable[TensorPlan]:
     return as_stored(extras.tensors).values() if extras else ()
 
 
-def _check_padding(model: Model, wanted: ImportOptions) -> None:
+def check_padding(model: Model, *, divisible_by: int, tp: int) -> None:
     """Raise UserError for a padded vocabulary of more rows than a tensor can have."""
     if not is_valid_shape((model.padded_vocab, model.hidden)):
         raise UserError(
-            f"`--make-vocab-size-divisible-by {wanted.make_vocab_size_divisible_by}` and `--tp {wanted.tp}` pad the vocabulary "
+            f"`--make-vocab-size-divisible-by {divisible_by}` and `--tp {tp}` pad the vocabulary "
             f"of {model.vocab} to {model.padded_vocab} rows of {model.hidden}, which is more than a tensor can hold",
             hint="Megatron-LM's default is 128",
         )
@@ -215,7 +228,8 @@ def _check_padding(model: Model, wanted: ImportOptions) -> None:
 
 def _options(wanted: ImportOptions, found: _Import) -> dict[str, Any]:
     return {
-        **_parallel_sizes(found),
+        "layout": found.family.layout,
+        **parallel_sizes(found.model, found.layout),
         "layers": list(found.layout.stages),
         "dtype": wanted.dtype,
         "vocab_divisible_by": wanted.make_vocab_size_divisible_by,
@@ -261,7 +275,7 @@ def left_out(source: Source) -> Iterator[str]:
         yield f"left out, not part of the model: {', '.join(source.left_out)}"
 
 
-def notes(source: Source, plan: Plan) -> Iterator[str]:
+def notes(source: Source, plan: Plan, family: Family) -> Iterator[str]:
     """Yield what a user should know of an import."""
     yield from left_out(source)
     for old, new in casts(plan.tensors).items():
@@ -277,10 +291,10 @@ def notes(source: Source, plan: Plan) -> Iterator[str]:
             yield f"`config.json` has `{name}`, but no weight is quantized: an export leaves it out"
     if further := prediction_layers.further(plan.rules, plan.model, source.reader.specs):
         yield (
-            f"{len(further)} tensors of layers of multi-token prediction pass through untouched: `num_nextn_predict_layers` is "
+            f"{len(further)} tensors of layers of multi-token prediction pass through untouched: `{plan.model.mtp_field}` is "
             f"`{plan.model.get('mtp', 0)}`, and the files have more"
         )
-    yield from _notes_on_function(source.reference.config)
+    yield from _notes_on_function(source.reference.config, family)
 
 
 def _notes_on_quantization(reader: DequantizedReader) -> Iterator[str]:
@@ -289,9 +303,8 @@ def _notes_on_quantization(reader: DequantizedReader) -> Iterator[str]:
         yield f"{count} weights are dequantized to {dtype_name(dtype)}: {scheme}"
 
 
-def _notes_on_function(config: Mapping[str, Any]) -> Iterator[str]:
+def _notes_on_function(config: Mapping[str, Any], family: Family) -> Iterator[str]:
     """Yield what megatron-core's layers do not compute of a model whose weights are converted."""
-    family = families.find(config.get("model_type"))
     megatron = to_megatron(family.CONFIG, config)
     if family.WEIGHTS_ONLY:
         yield f"weights alone: `mbtrain` cannot train a `{config['model_type']}`: {family.WEIGHTS_ONLY}"
@@ -300,7 +313,9 @@ def _notes_on_function(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{described(name, megatron[name], verb=' is')}, with which `mbtrain` refuses the model: {why}"
     if length := megatron.get("exact_sequence_length"):
         yield f"`mbtrain` computes sequences of at most {length} tokens as transformers does, and refuses longer ones"
-    if megatron.get("rope_scaling"):
+    if family.layout == HYBRID:
+        yield from not_computed(megatron)
+    elif megatron.get("rope_scaling"):
         yield from _notes_on_rope(config)
 
 

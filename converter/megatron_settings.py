@@ -162,10 +162,14 @@ _MODEL_WORDS = frozenset({
 
 _OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
 _FACTOR = re.compile(r"(multiplier|mult|scale|scaling|factor)$")
-_LAYER_SPECS = re.compile(r"^megatron\.(core\.models\.gpt\.|bridge\.models\.gpt_provider\.)")
+_LAYER_SPECS = re.compile(
+    r"^megatron\.(core\.models\.(gpt|hybrid|mamba)\.|bridge\.models\.(gpt_provider|hybrid\.hybrid_provider|mamba\.mamba_provider)\.)"
+)
 _BUILT_BY = {
-    "_target_": re.compile(r"(^|\.)(GPTModelProvider|(Llama|CodeLlama|Mistral)\w*Provider\w*)$"),
+    "_target_": re.compile(r"(^|\.)((GPT|Hybrid|Mamba)ModelProvider|(Llama|CodeLlama|Mistral)\w*Provider\w*)$"),
     "transformer_layer_spec": _LAYER_SPECS,
+    "hybrid_stack_spec": _LAYER_SPECS,
+    "mamba_stack_spec": _LAYER_SPECS,
 }
 """Classes and functions with which Megatron-Bridge builds a model of a supported family."""
 
@@ -238,7 +242,7 @@ def is_neutral(name: str, value: Any, settings: Settings) -> bool:
         return not any(cast("list[Any]", value))
     if name == "window_attn_skip_freq":
         return settings.get("window_size") is None
-    return name == "spec" and _is_gpt_spec(value)
+    return name == "spec" and _is_own_spec(value)
 
 
 def _is_default_scale(value: Any, settings: Settings) -> bool:
@@ -250,8 +254,8 @@ def _is_default_scale(value: Any, settings: Settings) -> bool:
     return numbers and isclose(value, 1 / sqrt(cast("int", size)), rel_tol=1e-6)
 
 
-def _is_gpt_spec(value: Any) -> bool:
-    """Return whether Megatron-LM's `--spec MODULE NAME` is of megatron-core's own GPT layers, or `local`: without Transformer
+def _is_own_spec(value: Any) -> bool:
+    """Return whether Megatron-LM's `--spec MODULE NAME` is of megatron-core's own layers, or `local`: without Transformer
     Engine."""
     parts = cast("list[Any]", value) if isinstance(value, (list, tuple)) else [value]
     return bool(parts) and isinstance(parts[0], str) and (parts[0] == "local" or bool(_LAYER_SPECS.match(f"{parts[0]}.")))

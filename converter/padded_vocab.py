@@ -12,7 +12,7 @@ from formats.json_objects import read_json
 from formats.spec import is_size
 
 TOKENIZER = "tokenizer.json"
-_DIVISIBLE_BY = 128
+DIVISIBLE_BY = 128
 """Megatron-LM's default of `make_vocab_size_divisible_by`."""
 
 
@@ -58,9 +58,17 @@ def _unknown(message: str) -> UnknownModelError:
 
 def _multiple(settings: Mapping[str, Any]) -> int:
     """What Megatron-LM pads a vocabulary to a multiple of."""
-    found = [settings.get(name) for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size")]
-    by, ranks = (one if is_size(one) and one else default for one, default in zip(found, (_DIVISIBLE_BY, 1), strict=True))
-    return cast("int", by) * cast("int", ranks)
+    return divisible_by(settings) * _positive(settings, "tensor_model_parallel_size", 1)
+
+
+def divisible_by(settings: Mapping[str, Any]) -> int:
+    """Return what one rank's rows are padded to a multiple of."""
+    return _positive(settings, "make_vocab_size_divisible_by", DIVISIBLE_BY)
+
+
+def _positive(settings: Mapping[str, Any], name: str, default: int) -> int:
+    size = settings.get(name)
+    return size if is_size(size) and size else default
 
 
 def tokenizer_size(folder: Folder) -> int | None:

@@ -91,8 +91,8 @@ class TensorPlan:
 
 
 def same_tensor(spec: TensorSpec, part: TensorSpec) -> TensorPlan:
-    """Return the plan of a tensor that is another, or as many of its first rows as it has."""
-    return TensorPlan(spec, (part,), _all_rows(spec.shape[0] if spec.shape else 1))
+    """Return the plan of a tensor that is another, or as many of its first rows as it has; or has those rows, and then zeros."""
+    return TensorPlan(spec, (part,), _all_rows(min(spec.shape[0], part.shape[0]) if spec.shape else 1))
 
 
 @cache

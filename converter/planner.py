@@ -17,7 +17,7 @@ from converter.layout import Layout, shards
 from converter.model import Model
 from converter.plan import Specs, TensorPlan, check_dtypes, list_names
 from converter.rows import RowRange
-from converter.rules import Indices, Rule, extra_names, fill, in_order, tied_names
+from converter.rules import Indices, Rule, extra_names, fill, in_order, megatron_layer, tied_names
 from converter.tables import Table, Tables
 from converter.transform import Transform
 from converter.values import target_dtype
@@ -55,9 +55,6 @@ class Plan:
 
     filled: Mapping[str, float] = field(default_factory=dict[str, float])
     """Megatron tensors that Hugging Face's model has not, with the number that all their values are."""
-
-    exact: tuple[TensorPlan, ...] = ()
-    """Those whose values are moved by an offset, which rounding must not change."""
 
     @property
     def zero(self) -> list[str]:
@@ -122,8 +119,7 @@ def to_megatron(
         if table.filled:
             filled[tensor_plans[-1].spec.name] = table.rule.fill
     present = sorted(allowed & source.keys())
-    exact = tuple([one for one in tensor_plans if one.transform and one.transform.offset])
-    return Plan(tuple(tensor_plans), tuple(rules), model, tuple(present), tuple(equal), filled, exact)
+    return Plan(tuple(tensor_plans), tuple(rules), model, tuple(present), tuple(equal), filled)
 
 
 def _parts(table: Table, indices: Indices, source: Specs, owned: Iterator[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -157,23 +153,29 @@ def _kept(rule: Rule) -> np.dtype[Any] | None:
 def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype: str, known: Specs | None = None) -> Plan:
     """Return the plan that makes every Hugging Face tensor of `model` from Megatron tensors. `known` are specs of such tensors,
     which are taken where they fit: a large model has hundreds of thousands of names."""
-    _check_counts(model, source)
     tables = Tables(rules, model)
+    stored = stored_tensors(tables, model, source)
+    made = _Made(source, dtype, known or {})
+    filled = dict[str, float]()
+    for (table, indices), spec in zip(tables, stored, strict=True):
+        if table.filled:
+            filled[spec.name] = table.rule.fill
+        else:
+            made.add(table, indices, spec)
+    return Plan(tuple(made.all()), tuple(rules), model, filled=filled)
+
+
+def stored_tensors(tables: Tables, model: Model, source: Specs) -> list[TensorSpec]:
+    """Return the tensors of a Megatron checkpoint, one for each table with its indices. Raises UserError unless these are there,
+    no others, and all in their shapes; a vocabulary may be padded otherwise."""
+    _check_counts(model, source)
 
     def stored() -> Iterator[tuple[str, Shape]]:
         for table, indices in tables:
             name = _stored_name(table, indices, source)
             yield name, _stored_shape(name, table, model, source)
 
-    found = _account(stored, source, known=set(), side="checkpoint")
-    made = _Made(source, dtype, known or {})
-    filled = dict[str, float]()
-    for (table, indices), spec in zip(tables, found, strict=True):
-        if table.filled:
-            filled[spec.name] = table.rule.fill
-        else:
-            made.add(table, indices, spec)
-    return Plan(tuple(made.all()), tuple(rules), model, filled=filled)
+    return _account(stored, source, known=set(), side="checkpoint")
 
 
 @dataclass(slots=True)
@@ -306,7 +308,7 @@ def sharded(plan: Plan, layout: Layout) -> Iterator[tuple[TensorSpec, tuple[tupl
     known: dict[Any, tuple[tuple[Region, int], ...]] = {}
     stage_of = cache(layout.stage)
     for (rule, indices), tensor_plan in zip(plan.bound_rules, plan.tensors, strict=True):
-        stage, shape = stage_of(indices["layer"]), tensor_plan.spec.shape
+        stage, shape = stage_of(megatron_layer(rule, indices, plan.model)), tensor_plan.spec.shape
         owner = layout.expert_owner(indices["expert"], plan.model.experts) if rule.is_expert else None
         like = shape, rule.partition_dim, rule.partition_stride, stage, owner
         if like not in known:

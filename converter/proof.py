@@ -21,7 +21,7 @@ from converter.views import huggingface_view, open_views
 from converter.workers import check_workers
 from formats import integrity
 from formats.arrays import as_bytes
-from formats.detect import Format, detect, open_megatron
+from formats.detect import detect, open_megatron
 from formats.disk import user_errors
 from formats.errors import UserError
 from formats.folder import Folder
@@ -80,7 +80,7 @@ def check_checkpoint(path: str | Path, *, workers: int | None = None, reporter: 
     reporter, folder = reporter or Reporter(), open_source(path)
     workers = workers_for(workers, [folder])
     with closing(folder):
-        if detect(folder) is Format.TORCH_DIST:
+        if detect(folder).is_megatron:
             result = _check_iteration(find_iteration(folder), workers, reporter)
         else:
             result = _check_tensors(folder, workers, reporter)

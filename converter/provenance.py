@@ -1,8 +1,9 @@
 """`conversion.json`: what an output was made from and how, the same whenever and wherever it is made.
 
 It holds no time, path, host, or number of workers. It lists the BLAKE3 of every Hugging Face tensor's bytes, taken as they
-pass: an import and the export of its output list the same hashes, whatever the layout between. With `--no-integrity` nothing
-is hashed, and `blake3` is null.
+pass: an import and the export of its output list the same hashes, whatever the layout between. A reshard lists those of
+Megatron's tensors, layer by layer, and what the source's `conversion.json` said. With `--no-integrity` nothing is hashed, and
+`blake3` is null.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from blake3 import blake3
 from converter.values import KEEP
 from converter.version import VERSION
 from formats import integrity
-from formats.dcp_index import METADATA
+from formats.detect import detect
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
 from formats.huggingface import Shard
 from formats.json_objects import read_json
+from formats.megatron_reader import MegatronReader
 from formats.spec import Document, TensorSpec
 
 FILE = "conversion.json"
@@ -43,20 +45,39 @@ def huggingface_source(folder: Folder, shards: Mapping[str, Shard]) -> dict[str,
     return {**folder.origin, "format": "safetensors", "files": files}
 
 
-def megatron_source(root: Folder, iteration: Folder) -> dict[str, Any]:
+def megatron_source(root: Folder, reader: MegatronReader) -> dict[str, Any]:
     """Describe a Megatron source: its iteration, the sha256 of its index, and those of data files that `integrity.json` lists."""
-    files: dict[str, Any] = {METADATA: {"sha256": integrity.hash_file(FileRef(iteration, METADATA))}}
+    iteration = reader.folder
+    index = (FileRef(iteration, name) for name in sorted(reader.index_files))
+    files: dict[str, Any] = {file.name: {"sha256": integrity.hash_file(file)} for file in index}
     listed = _listed(iteration)
     files |= {name: {"sha256": digest} for name, digest in sorted(listed.items()) if name.endswith(".distcp")}
-    return {**root.origin, "format": "torch_dist", "iteration": iteration.name, "files": files}
+    return {**root.origin, "format": detect(iteration).name.lower(), "iteration": iteration.name, "files": files}
 
 
 def is_untouched_import(iteration: Folder) -> bool:
     """Does an iteration say that it is a plain import, whose values are all as they were? What is trained says nothing here."""
+    record = recorded(iteration)
+    while _is_ours(record, "reshard"):
+        record = _object(_object(record, "source"), "conversion")
+    return _is_ours(record, "hf-to-mcore")
+
+
+def _is_ours(record: Mapping[str, Any], command: str) -> bool:
+    """Is this what a command of this program writes that cast nothing?"""
+    kept = _object(record, "options").get("dtype") == KEEP
+    return kept and (record.get("tool"), record.get("command")) == (TOOL, command)
+
+
+def _object(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = record.get(name)
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def recorded(iteration: Folder) -> dict[str, Any]:
+    """Return what an iteration's `conversion.json` says of its origin: all but its files and hashes. Empty if it has none."""
     document = read_json(iteration, FILE) if iteration.has(FILE) else {}
-    options: Any = document.get("options")
-    kept = isinstance(options, dict) and cast("dict[str, Any]", options).get("dtype") == KEEP
-    return kept and (document.get("tool"), document.get("command")) == (TOOL, "hf-to-mcore")
+    return {name: value for name, value in document.items() if name not in ("files", "blake3")}
 
 
 def _listed(iteration: Folder) -> dict[str, str]:
@@ -76,7 +97,7 @@ class Provenance:
     """What it says beside the command, the files and the hashes of tensors."""
 
     tensors: Mapping[str, TensorSpec]
-    """The Hugging Face tensors that are hashed as their bytes pass. Those in `aliases` may be among them."""
+    """The tensors that are hashed as their bytes pass. Those in `aliases` may be among them."""
 
     passing: Literal["read", "made"]
     """Whether these are the tensors that are read, or those that are made."""

@@ -97,7 +97,9 @@ def refuse_unfit(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], fam
     head = {name for rule in family.RULES if rule.tied_to for name in rule.names(at(model, 0))[1]}
     extras = extra_names(family.EXTRAS, model.replace(layers=1))
     passing = family.PASSTHROUGH_PREFIXES
-    stored = {_in_layer_0(name): name for name in specs if not (passing and name.startswith(passing))}
+    further = prediction_layers.further(family.RULES, bounded, specs)
+    travelling = (name in further or bool(passing and name.startswith(passing)) for name in specs)
+    stored = {_in_layer_0(name): name for name, travels in zip(specs, travelling, strict=True) if not travels}
     missing, unexpected = expected - stored.keys(), [stored[name] for name in sorted(stored.keys() - expected - head - extras)]
     refuse_quantized(specs, unexpected, config, label=label)
     if not missing and not unexpected:
@@ -128,7 +130,7 @@ def _refuse_without_prediction(specs: Mapping[str, TensorSpec], family: Family, 
     first = prediction_layers.names(family.RULES, model, 0) if model.get("mtp") else set[str]()
     if first and not any(name in specs for name in first):
         raise UserError(
-            f"`{label}` lacks {list_names(sorted(first))}: `num_nextn_predict_layers` is `{model.mtp}`, and it has no layers of "
+            f"`{label}` lacks {list_names(sorted(first))}: `{model.mtp_field}` is `{model.mtp}`, and it has no layers of "
             "multi-token prediction",
             hint="transformers leaves them out where it saves a model: set the field to 0, or add their files",
         )
@@ -155,7 +157,7 @@ def _refuse_renamed(wanted: set[str], stored: Mapping[str, str], *, head: Iterab
         if not match or match["core"] not in cores:
             continue
         expected, before = cores[match["core"]]
-        if name != expected:
+        if name != expected and name not in wanted:
             raise UserError(
                 f"`{label}` holds `{stored[name]}`, which `config.json` calls `{_in_layer_of(stored[name], expected)}`: "
                 f"{_cause(wrappers, match['before'], before)}",

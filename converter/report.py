@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from converter import families, provenance, run_config
+from converter.adapters.files import DESCRIPTION
+from converter.hybrid import GPT, PATTERN, layout_of
 from converter.recognize import LAYER
 from converter.side_files import CONFIG, load
 from converter.sources import open_source
@@ -54,6 +56,11 @@ class Report:
     dtypes: list[DtypeRow]
     files: int
     layout: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Of a Megatron checkpoint: its parallel sizes."""
+
+    layers_as: str = ""
+    """Of a Megatron checkpoint: `gpt` or `hybrid`, whose layers are attention or a feed-forward part."""
+
     iteration: str = ""
     optimizer_state: bool = False
     unknown_packages: list[str] = field(default_factory=list[str])
@@ -73,7 +80,7 @@ def inspect_checkpoint(path: str | Path, *, tensors: bool = False) -> Report:
     """
     with closing(open_source(path)) as folder:
         kind = detect(folder)
-        return _megatron(folder, tensors=tensors) if kind is Format.TORCH_DIST else _huggingface(folder, kind, tensors=tensors)
+        return _megatron(folder, kind, tensors=tensors) if kind.is_megatron else _huggingface(folder, kind, tensors=tensors)
 
 
 def _huggingface(folder: Folder, kind: Format, *, tensors: bool) -> Report:
@@ -92,24 +99,32 @@ def _huggingface(folder: Folder, kind: Format, *, tensors: bool) -> Report:
     )
 
 
-def _megatron(folder: Folder, *, tensors: bool) -> Report:
+def _megatron(folder: Folder, kind: Format, *, tensors: bool) -> Report:
     reader = open_megatron(folder)
     origin = load(reader.folder)
     recorded = run_config.read(reader.folder, reader.args())
     fields = recorded[0] if recorded else {}
     return Report(
         path=folder.label,
-        format=Format.TORCH_DIST.value,
+        format=kind.value,
         writer=_writer(reader),
         **_described(origin.config if origin else {}, reader.specs),
         dtypes=_dtypes(reader.specs.values()),
-        files=sum(name.endswith(".distcp") for name in reader.folder.children()),
+        files=len(reader.files),
         layout=_layout(reader, fields),
+        layers_as=_layers_as(reader),
         iteration=reader.folder.name,
         optimizer_state=reader.has_optimizer,
         unknown_packages=_unknown_packages(reader),
         tensor_list=[{**_row(spec), "chunks": _chunks(reader, spec.name)} for spec in reader.specs.values()] if tensors else [],
     )
+
+
+def _layers_as(reader: MegatronReader) -> str:
+    """Return the layout of a model by its tensors, of an adapter by what it says."""
+    if reader.folder.has(DESCRIPTION):
+        return format_untrusted(read_json(reader.folder, DESCRIPTION).get("layout", GPT))
+    return layout_of(reader.specs)
 
 
 def _unknown_packages(reader: MegatronReader) -> list[str]:
@@ -161,6 +176,7 @@ def _layout(reader: MegatronReader, fields: Mapping[str, Any]) -> dict[str, Any]
         "pp": fields.get("pipeline_model_parallel_size"),
         "vpp": fields.get("virtual_pipeline_model_parallel_size"),
         "stages": fields.get("pipeline_model_parallel_layout"),
+        "pattern": fields.get(PATTERN),
         "ep": fields.get("expert_model_parallel_size") if expert else None,
     }
     return {

@@ -50,6 +50,23 @@ def interleaved_by_group(parts: tuple[int, ...], model: Model) -> Iterator[RowRa
             dst_row += rows
 
 
+def gated_by_group(_parts: tuple[int, ...], model: Model) -> Iterator[RowRange]:
+    """Yield, query group by query group, its queries, their gates, key and value, where the first part holds query and gate head
+    by head.
+
+    Source: `SelfAttention.get_query_key_value_tensors` with `output_gate`; `q_proj` of Qwen3-Next in transformers.
+    """
+    size, heads, dst_row = model.head_dim, model.heads // model.groups, 0
+    for group in range(model.groups):
+        for gate in (0, 1):
+            for head in range(group * heads, (group + 1) * heads):
+                yield RowRange(0, (2 * head + gate) * size, dst_row, size)
+                dst_row += size
+        for part in (1, 2):
+            yield RowRange(part, group * size, dst_row, size)
+            dst_row += size
+
+
 def alternating(parts: tuple[int, ...], _model: Model) -> Iterator[RowRange]:
     """Yield the even rows of a part and then its odd ones: gate and up projection of GPT-OSS, whose rows alternate."""
     half = parts[0] // 2

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from converter.config import Config
+from converter.hybrid import PATTERN, with_stages
 from converter.layout import Layout
 from converter.pipeline_layout import format_layout
 from formats.dtypes import FLOATS
@@ -52,7 +53,7 @@ def make(megatron: Config, layout: Layout, dtype: np.dtype[Any], *, vocab_multip
         },
         "model": {
             **_model(megatron, dtype),
-            **_parallel(layout, mtp=megatron.get("mtp_num_layers") or 0),
+            **_parallel(layout, megatron),
             "make_vocab_size_divisible_by": vocab_multiple,
         },
         "tokenizer": {
@@ -65,11 +66,20 @@ def make(megatron: Config, layout: Layout, dtype: np.dtype[Any], *, vocab_multip
     return yaml.safe_dump(document, sort_keys=True).encode()
 
 
+def with_parallel_sizes(data: bytes, megatron: Config, layout: Layout, *, vocab_multiple: int, padded_vocab: int) -> bytes:
+    """Return a `run_config.yaml` with other parallel sizes, and all else as it was. `megatron` are the model's fields."""
+    document = _document(data)
+    model = {**_model_section(document), **_parallel(layout, megatron), "make_vocab_size_divisible_by": vocab_multiple}
+    if model.get("padded_vocab_size") is not None:
+        model["padded_vocab_size"] = padded_vocab
+    return yaml.safe_dump({**document, "model": model}, sort_keys=True).encode()
+
+
 def _model(megatron: Config, dtype: np.dtype[Any]) -> dict[str, Any]:
     names = names_of(dtype)
     return {
         **megatron,
-        "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
+        **(_HYBRID if megatron.get(PATTERN) else _GPT),
         "activation_func": _by_name(_ACTIVATIONS.get(function := megatron["activation_func"], f"torch.nn.functional.{function}")),
         "params_dtype": _by_name(f"torch.{names.torch if names.name in FLOATS else 'float32'}"),
         "bf16": names.name == "bf16",
@@ -78,7 +88,6 @@ def _model(megatron: Config, dtype: np.dtype[Any]) -> dict[str, Any]:
         # Megatron-Bridge's export writes padding rows as if they were tokens. A model without padding can load a padded
         # checkpoint.
         "should_pad_vocab": False,
-        "transformer_layer_spec": _by_name("megatron.bridge.models.gpt_provider.default_layer_spec"),
     }
 
 
@@ -87,17 +96,36 @@ def _by_name(target: str) -> dict[str, Any]:
     return {"_call_": False, "_target_": target}
 
 
-def _parallel(layout: Layout, *, mtp: int) -> dict[str, Any]:
+_GPT = {
+    "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
+    "transformer_layer_spec": _by_name("megatron.bridge.models.gpt_provider.default_layer_spec"),
+}
+_HYBRID = {
+    "_target_": "megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider",
+    "hybrid_stack_spec": _by_name("megatron.bridge.models.hybrid.hybrid_provider.get_default_hybrid_stack_spec"),
+}
+"""What builds a model of each layout in Megatron-Bridge."""
+
+
+def _parallel(layout: Layout, megatron: Config) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
-        "pipeline_model_parallel_layout": None if layout.even else format_layout(layout.stages, mtp=mtp),
+        **_stages(layout, megatron),
         "context_parallel_size": 1,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
         "sequence_parallel": False,
     }
+
+
+def _stages(layout: Layout, megatron: Config) -> dict[str, Any]:
+    """The layers of each pipeline stage: a HybridModel has them in its pattern."""
+    if pattern := megatron.get(PATTERN):
+        return {PATTERN: with_stages(pattern, layout.stages), "pipeline_model_parallel_layout": None}
+    mtp = megatron.get("mtp_num_layers") or 0
+    return {"pipeline_model_parallel_layout": None if layout.even else format_layout(layout.stages, mtp=mtp)}
 
 
 class UnknownModelError(UserError):
@@ -145,16 +173,19 @@ def read_all(iteration: Folder, args: Config) -> list[ModelSettings]:
 
 
 def _from_run_config(data: bytes) -> ModelSettings:
+    section = _model_section(_document(data))
+    return ModelSettings(_model_fields(section), section, f"`{FILE}`")
+
+
+def _document(data: bytes) -> Any:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         _check_events(cast("Any", yaml).parse(data, Loader=loader))
-        document = yaml.load(data, Loader=loader)  # noqa: S506
+        return yaml.load(data, Loader=loader)  # noqa: S506
     except _RefusedError as error:
         raise UserError(f"`{FILE}` is not readable: {error.args[0]}") from error
     except Exception as error:  # a damaged value makes the parser raise anything
         raise UserError(f"`{FILE}` is not readable as YAML: {_why(data, error)}") from error
-    section = _model_section(document)
-    return ModelSettings(_model_fields(section), section, f"`{FILE}`")
 
 
 class _RefusedError(ValueError):
@@ -230,4 +261,5 @@ def _from_args(args: Config) -> dict[str, Any]:
         "gated_linear_unit": bool(args.get("swiglu")),
         "activation_func": "silu" if args.get("swiglu") else "gelu",
         **({"vocab_size": None} if args.get("tokenizer_type") in _ONE_MORE else {}),
+        **({PATTERN: args[PATTERN], "is_hybrid_model": True} if args.get(PATTERN) else {}),
     }

@@ -28,6 +28,10 @@ HEADERS = f"{FOLDER}/headers"
 EXTRAS = f"{FOLDER}/extras.safetensors"
 CONFIG = "config.json"
 
+TOKENIZER = "tokenizer"
+_BESIDE = (FOLDER, TOKENIZER)
+"""The folders of an iteration that hold no weights."""
+
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "tekken.json",
@@ -78,8 +82,15 @@ def collect_again(origin: HFReference) -> SideFiles:
 
 def _copies(files: Mapping[str, FileRef]) -> dict[str, FileRef]:
     """Return side files by their new names; those of the tokenizer twice, as Megatron-Bridge looks in `tokenizer/`."""
-    tokenizer = {f"tokenizer/{name}": file for name, file in files.items() if name in TOKENIZER_FILES}
+    tokenizer = {f"{TOKENIZER}/{name}": file for name, file in files.items() if name in TOKENIZER_FILES}
     return {**{f"{FILES}/{name}": file for name, file in files.items()}, **tokenizer}
+
+
+def stored(iteration: Folder) -> dict[str, FileRef]:
+    """Return the files that travel beside the weights of an iteration, by their names there; the extras are not among them."""
+    folders = {name: iteration.below(name) for name in _BESIDE}
+    found = {f"{name}/{file}": FileRef(folder, file) for name, folder in folders.items() for file in folder.files()}
+    return {name: file for name, file in found.items() if name != EXTRAS and not name.endswith("/")}
 
 
 @dataclass(frozen=True, slots=True)

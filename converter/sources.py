@@ -13,10 +13,10 @@ from typing import Any
 
 from converter import provenance, side_files
 from converter.dequantization import dequantized
+from converter.hybrid import layout_of
 from converter.probe import PROBED
 from converter.side_files import EXTRAS, HEADERS, HFReference
 from converter.workers import DEFAULT, count_workers
-from formats.dcp_index import METADATA
 from formats.detect import refuse_file
 from formats.errors import UserError
 from formats.faults import fault
@@ -54,6 +54,9 @@ class Source:
     adapter: Mapping[str, Any] | None = None
     """The adapter that was merged into its tensors, as `conversion.json` describes it; None if there is none."""
 
+    layout: str | None = None
+    """Of a Megatron checkpoint (see `converter.hybrid`)."""
+
     memory: int = 0
     """Bytes that reading it holds at most, beside what is read."""
 
@@ -84,14 +87,15 @@ def huggingface_source(reader: HuggingFaceReader) -> Source:
 def megatron_source(reader: MegatronReader, root: Folder, reference: HFReference, tensors: Reader) -> Source:
     """Return a Megatron checkpoint as a model to convert. `tensors` reads its tensors, as they are stored or split into those
     of Hugging Face; `root` is the folder that the user named."""
-    read = [*reader.files, METADATA, *(f"{HEADERS}/{name}" for name in reference.shards)]
+    read = [*reader.files, *reader.index_files, *(f"{HEADERS}/{name}" for name in reference.shards)]
     read += [EXTRAS] if reference.extras else []
     return Source(
         label=reader.folder.label,
         reader=tensors,
         reference=reference,
         files={name: FileRef(reader.folder, name) for name in sorted(read) if reader.folder.has(name)},
-        provenance=provenance.megatron_source(root, reader.folder),
+        provenance=provenance.megatron_source(root, reader),
+        layout=layout_of(reader.specs),
     )
 
 

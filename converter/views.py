@@ -13,7 +13,9 @@ from converter.config import make_model
 from converter.dequantization import dequantized, weights_of
 from converter.encoding import quantized_source
 from converter.families import Family
+from converter.hybrid import layout_of
 from converter.model import Model
+from converter.originals import moved, original_name, with_originals
 from converter.plan import TensorPlan, as_stored, check_dtypes
 from converter.planner import to_huggingface
 from converter.reference import UnknownModelError
@@ -98,13 +100,14 @@ def huggingface_view(reader: HuggingFaceReader, *, as_numbers: bool = False) -> 
 
 def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[str, int] | None = None) -> CheckpointView:
     """Return the view of a Megatron checkpoint: what an export would write. `zero` are further rows that must be zero."""
-    known, names = specs_of(origin.shards), quantized_source(origin).names
-    family = families.find(origin.config.get("model_type")).rooted(known)
+    known = specs_of(origin.shards)
+    family = families.find(origin.config.get("model_type"), layout_of(reader.specs)).rooted(known)
     model = make_model(family.CONFIG, origin.config)
     plan = to_huggingface(family.RULES, model, reader.specs, dtype="keep", known=known)
     reader.check()
+    names = {*quantized_source(origin).names, *map(original_name, moved(plan.tensors))}
     tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, carried=names)
-    tensors = JoinedReader(reader, *extras)
+    tensor_plans, tensors = with_originals(tensor_plans, JoinedReader(reader, *extras))
     carried = as_stored({name: tensors.specs[name] for name in sorted(names & tensors.specs.keys())})
     return CheckpointView(
         reader.folder.label,
@@ -131,10 +134,10 @@ def with_side_files(
         return [*tensor_plans, *again], []
     reader = HuggingFaceReader(origin.extras.folder, files=[origin.extras.name], any_dtype=True)
     extras = {name: spec for name, spec in reader.specs.items() if name not in carried}
-    return [*tensor_plans, *again, *_untouched(extras, family, model)], [reader]
+    return [*tensor_plans, *again, *untouched(extras, family, model)], [reader]
 
 
-def _untouched(extras: Mapping[str, TensorSpec], family: Family, model: Model) -> Iterable[TensorPlan]:
+def untouched(extras: Mapping[str, TensorSpec], family: Family, model: Model) -> Iterable[TensorPlan]:
     """Return the plans of extras. Raises UserError for other tensors: a tampered file must not replace weights."""
     known = extra_names(family.EXTRAS, model) | prediction_layers.further(family.RULES, model, extras)
     passing = family.PASSTHROUGH_PREFIXES

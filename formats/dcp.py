@@ -32,8 +32,8 @@ _MOST_AROUND = 4 * DATA_ALIGNMENT
 """An upper bound for the bytes of a frame."""
 
 
-class Container:
-    """An opened container: its tensors and objects by name. Opening reads `.metadata` only."""
+class DcpContainer:
+    """PyTorch's container, opened; see `Container`. Opening reads `.metadata` only."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
@@ -45,6 +45,10 @@ class Container:
     @property
     def tensor_names(self) -> Iterable[str]:
         return self._index.tensors
+
+    @property
+    def index_files(self) -> set[str]:
+        return {METADATA}
 
     @property
     def files(self) -> set[str]:

@@ -16,10 +16,11 @@ from formats.dcp_index import METADATA, read_index
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.huggingface import HuggingFaceReader
-from formats.iterations import COMMON, FORMAT, TRACKER, TRAIN_STATE, other_format, refuse_legacy, unfinished
+from formats.iterations import COMMON, FORMAT, TRACKER, TRAIN_STATE, ZARR, backend, find_iteration, unfinished
 from formats.megatron_reader import MegatronReader
 from formats.shard_files import INDEX, model_files
 from formats.torch_dist import TorchDistReader
+from formats.zarr import ARRAY, ZarrContainer
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = re.compile(r"adapter[\w-]*\.(safetensors|bin|pt|pth)")
@@ -37,6 +38,20 @@ class Format(StrEnum):
     HUGGINGFACE = "Hugging Face safetensors"
     PEFT = "PEFT adapter"
     TORCH_DIST = "Megatron torch_dist"
+    ZARR = "Megatron zarr"
+    FSDP_DTENSOR = "Megatron fsdp_dtensor"
+    TORCH_DCP = "Megatron torch_dcp"
+
+    @property
+    def is_megatron(self) -> bool:
+        return self not in {Format.HUGGINGFACE, Format.PEFT}
+
+
+_UNDER = {
+    "model.module.decoder.": Format.FSDP_DTENSOR, "model.module.embedding.": Format.FSDP_DTENSOR,
+    "model.decoder.": Format.TORCH_DCP, "model.embedding.": Format.TORCH_DCP,
+}  # fmt: skip
+"""The formats without `metadata.json`, by what names of weights begin with."""
 
 
 def detect(folder: Folder) -> Format:
@@ -45,9 +60,11 @@ def detect(folder: Folder) -> Format:
     Raises UserError for every other folder: it says what the folder is, as far as that is recognized, and what to do.
     """
     if folder.has(TRACKER):
-        return Format.TORCH_DIST
+        return _tracked(folder)
     if folder.has(METADATA):
         return _container(folder)
+    if backend(folder) == ZARR:
+        return Format.ZARR
     if folder.has(INDEX):
         return Format.HUGGINGFACE
     names = folder.children()
@@ -64,7 +81,7 @@ def open_checkpoint(folder: Folder, *, any_dtype: bool = False) -> HuggingFaceRe
     `any_dtype`: accept safetensors dtypes that are compared and reported, and not converted. Raises UserError for every other
     format.
     """
-    if detect(folder) is Format.TORCH_DIST:
+    if detect(folder).is_megatron:
         return open_megatron(folder)
     return HuggingFaceReader(folder, any_dtype=any_dtype)
 
@@ -74,18 +91,32 @@ def open_megatron(folder: Folder) -> MegatronReader:
 
     Raises UserError for what is missing, incomplete or in another format.
     """
-    return TorchDistReader(folder)
+    iteration = find_iteration(folder)
+    return TorchDistReader(iteration, container=ZarrContainer(iteration) if backend(iteration) == ZARR else None)
+
+
+def _tracked(root: Folder) -> Format:
+    """Return the format of a root's latest iteration; that of most, where it is not to be found, which its reader says."""
+    try:
+        iteration = find_iteration(root)
+        return Format.ZARR if backend(iteration) == ZARR else _container(iteration)
+    except UserError:
+        return Format.TORCH_DIST
 
 
 def _container(folder: Folder) -> Format:
     """Return the format of a folder with `.metadata`, by the files that only Megatron writes or by the names of the tensors."""
-    if any(folder.has(name) for name in (FORMAT, COMMON, TRAIN_STATE, _RUN_CONFIG)):
+    if folder.has(FORMAT) or folder.has(COMMON):
         return Format.TORCH_DIST
     names = folder.children()
     if model_files(names) and not _containers(names):
         return Format.HUGGINGFACE
     tensors = sorted(read_index(folder).tensors)
-    if not tensors or any(_MEGATRON_NAME.fullmatch(name) for name in tensors):
+    for root, kind in _UNDER.items():
+        if any(name.startswith(root) for name in tensors):
+            return kind
+    megatrons = any(_MEGATRON_NAME.fullmatch(name) for name in tensors)
+    if megatrons or not tensors or folder.has(TRAIN_STATE) or folder.has(_RUN_CONFIG):
         return Format.TORCH_DIST
     raise UserError(
         f"`{folder.label}` is a distributed checkpoint of PyTorch's, but not Megatron's: it holds {len(tensors)} tensors such as "
@@ -106,9 +137,8 @@ def _unknown(folder: Folder, names: Sequence[str]) -> UserError:
         return UserError(
             f"`{folder.label}` is {'empty' if exists else 'not there'}", hint="give the folder that holds the weights"
         )
-    refuse_legacy(folder)
-    if any(folder.below(name).has(".zarray") for name in [name for name in names if name.endswith("/")][:_MOST_FOLDERS]):
-        raise other_format(folder, "zarr")
+    if any(folder.below(name).has(ARRAY) for name in [name for name in names if name.endswith("/")][:_MOST_FOLDERS]):
+        return unfinished(folder, FORMAT)
     _refuse_unfinished(folder, names)
     _refuse_root(folder, names)
     if _containers(names) or folder.name.startswith("iter_"):
@@ -144,9 +174,7 @@ def _refuse_root(folder: Folder, names: Sequence[str]) -> None:
     iterations = [name.rstrip("/") for name in names if _ITERATION.fullmatch(name)]
     if not iterations:
         return
-    complete = [name for name in iterations if folder.below(name).has(METADATA)]
-    for name in () if complete else iterations:
-        refuse_legacy(folder.below(name))
+    complete = [name for name in iterations if backend(folder.below(name))]
     given = ", ".join(f"`{folder.label}/{name}`" for name in reversed(complete[-5:]))
     raise UserError(
         f"`{folder.label}` has no `{TRACKER}`, which names its latest iteration; it has {_listed(iterations)}",

@@ -17,6 +17,8 @@ TRAIN_STATE = "train_state.pt"
 TRAIN_STATE_TRACKER = f"latest_{TRAIN_STATE}"
 FORMAT = "metadata.json"
 COMMON = "common.pt"
+TORCH_DIST, ZARR = "torch_dist", "zarr"
+"""What megatron-core calls the formats of its `dist_checkpointing`."""
 
 _LEGACY_RANK = re.compile(r"mp_rank_\d+(_\d+)*/")
 
@@ -30,8 +32,7 @@ def find_iteration(folder: Folder) -> Folder:
 
     Raises UserError for an iteration that is missing, incomplete or in another format.
     """
-    refuse_legacy(folder)
-    if folder.has(METADATA):
+    if backend(folder):
         return folder
     if not folder.has(TRACKER):
         if any(name.endswith(".distcp") for name in folder.children()):
@@ -47,30 +48,38 @@ def find_iteration(folder: Folder) -> Folder:
     if not folder.below(chosen).children():
         existing = ", ".join(name.rstrip("/") for name in folder.children() if name.startswith("iter_")) or "none"
         raise UserError(f"`{TRACKER}` says iteration {tracked}, but `{chosen}` is not there", hint=f"there are: {existing}")
-    refuse_legacy(folder.below(chosen))
-    if not folder.below(chosen).has(METADATA):
+    if not backend(folder.below(chosen)):
         raise unfinished(folder.below(chosen))
     return folder.below(chosen)
 
 
-def unfinished(folder: Folder) -> UserError:
-    """Return the error for an iteration that has no index."""
+def unfinished(folder: Folder, missing: str = METADATA) -> UserError:
+    """Return the error for an iteration that lacks the file that is written last."""
     return UserError(
-        f"`{folder.label}` is an incomplete checkpoint: `{METADATA}` is missing",
-        hint=f"use an earlier iteration; megatron-core writes `{METADATA}` last",
+        f"`{folder.label}` is an incomplete checkpoint: `{missing}` is missing",
+        hint=f"use an earlier iteration; megatron-core writes `{missing}` last",
     )
 
 
+def backend(folder: Folder) -> str:
+    """Return what megatron-core calls the format of a complete iteration, `torch_dist` or `zarr`; empty if it is none.
+
+    Raises UserError for an iteration in one of Megatron's other formats.
+    """
+    refuse_legacy(folder)
+    name = read_json(folder, FORMAT).get("sharded_backend", TORCH_DIST) if folder.has(FORMAT) else TORCH_DIST
+    if name not in (TORCH_DIST, ZARR):
+        raise other_format(folder, format_untrusted(name))
+    return name if name == ZARR or folder.has(METADATA) else ""
+
+
 def refuse_legacy(folder: Folder) -> None:
-    """Raise UserError for an iteration in one of Megatron's other formats."""
+    """Raise UserError for an iteration in the format that Megatron-LM had before `dist_checkpointing`."""
     if any(_LEGACY_RANK.fullmatch(name) for name in folder.children()):
         raise UserError(
             f"`{folder.label}` is in Megatron's legacy `mp_rank_*` format, which is not supported yet",
             hint="load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
         )
-    backend = read_json(folder, FORMAT).get("sharded_backend", "torch_dist") if folder.has(FORMAT) else "torch_dist"
-    if backend != "torch_dist":
-        raise other_format(folder, format_untrusted(backend))
 
 
 def other_format(folder: Folder, name: str) -> UserError:

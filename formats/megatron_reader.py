@@ -27,6 +27,11 @@ class MegatronReader(Reader, Protocol):
         ...
 
     @property
+    def index_files(self) -> Collection[str]:
+        """The files that say what is stored where, relative to `folder`."""
+        ...
+
+    @property
     def others(self) -> Sequence[str]:
         """Names of the tensors that are no weights: optimizer state, random number generators, …"""
         ...

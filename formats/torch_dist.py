@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from formats.chunks import Chunk, ChunkedTensor
-from formats.dcp import Container
+from formats.container import Container
+from formats.dcp import DcpContainer
 from formats.dcp_index import METADATA
 from formats.errors import UserError
 from formats.folder import Folder
@@ -33,6 +34,12 @@ MOST_WEIGHTS = 1 << 18
 """Upper bounds, so that a corrupt shape cannot make us enumerate billions of names."""
 
 _NOT_WEIGHTS = re.compile(r"^(optimizer|chained_\d+|rng_state|rerun_state_machine_state|dataloader)[._]")
+ROOTS = ("model.module.", "module.", "model.")
+"""What wrappers put before the names of all weights: Megatron-FSDP's, NeMo 2's, and NeMo 1's and `torch_dcp`'s."""
+
+_OF_COMMON = ("args", "iteration", "checkpoint_version")
+"""Objects that checkpoints without a common state have instead of one."""
+
 _GATE, _UP = "_w", "_v"
 """Suffixes of the two tensors that megatron-core stores for a gated projection with `singleton_local_shards`."""
 
@@ -48,7 +55,7 @@ class TorchDistReader:
     def __init__(self, folder: Folder, *, prefix: str = "", container: Container | None = None) -> None:
         """`prefix`: see `optimizer_state`. `container`: the folder's, where it is already open."""
         self.folder = find_iteration(folder)
-        self.container = container or Container(self.folder)
+        self.container = container or DcpContainer(self.folder)
         self._prefix = prefix
         self.others = [name for name in self.container.tensor_names if _NOT_WEIGHTS.match(name)]
         self.specs: dict[str, TensorSpec] = {}
@@ -61,13 +68,15 @@ class TorchDistReader:
         self._halved: dict[str, ChunkedTensor] = {}
         self._lock = threading.Lock()
         weights = dict.fromkeys(key for key in self.container.tensor_names if not _NOT_WEIGHTS.match(key))
+        self._root = root_of(weights)
+        weights = dict.fromkeys(key.removeprefix(self._root) for key in weights)
         if prefix:
             weights = self._state_keys(weights)
         halves = {key: key.removesuffix(_GATE) + _UP for key in weights if key.endswith(_GATE)}
         halves = {gate: up for gate, up in halves.items() if up in weights}
         ups = set(halves.values())
         self._keys = {key: halves.get(key) for key in weights if key not in ups}
-        """Keys without the prefix, each with the key of the second half of a gated projection, if any."""
+        """Keys without root and prefix, each with the key of the second half of a gated projection, if any."""
 
         for key in (key for key in self._keys if key not in halves):
             self._add(key)
@@ -79,6 +88,10 @@ class TorchDistReader:
         return self.container.files
 
     @property
+    def index_files(self) -> Collection[str]:
+        return self.container.index_files
+
+    @property
     def has_optimizer(self) -> bool:
         return any(name.startswith(("optimizer", "chained_")) for name in self.others)
 
@@ -87,14 +100,17 @@ class TorchDistReader:
 
     def _state_keys(self, weights: Iterable[str]) -> dict[str, None]:
         shape, others = self.container.shape, set(self.others)
-        kept = (key for key in weights if f"{self._prefix}{key}" in others)
-        return dict.fromkeys(key for key in kept if shape(f"{self._prefix}{key}") == shape(key))
+        kept = (key for key in weights if self._stored_key(key) in others)
+        return dict.fromkeys(key for key in kept if self._shape(key) == shape(f"{self._root}{key}"))
+
+    def _stored_key(self, key: str) -> str:
+        return f"{self._prefix}{self._root}{key}"
 
     def _shape(self, key: str) -> Shape:
-        return self.container.shape(self._prefix + key)
+        return self.container.shape(self._stored_key(key))
 
     def _dtype(self, key: str) -> np.dtype[Any]:
-        return self.container.dtype(self._prefix + key)
+        return self.container.dtype(self._stored_key(key))
 
     def _add(self, key: str) -> None:
         shape, dtype = self._shape(key), self._dtype(key)
@@ -171,10 +187,10 @@ class TorchDistReader:
     def _tensor(self, key: str) -> ChunkedTensor:
         then = self._keys[key]
         if then is None:
-            return self.container.tensor(self._prefix + key)
+            return self.container.tensor(self._stored_key(key))
         with self._lock:
             if key not in self._halved:
-                halves = (self.container.tensor(self._prefix + half) for half in (key, then))
+                halves = (self.container.tensor(self._stored_key(half)) for half in (key, then))
                 self._halved[key] = _concatenated(*halves)
         return self._halved[key]
 
@@ -191,7 +207,7 @@ class TorchDistReader:
         elif COMMON_KEY in self.container.object_names:
             state = self.container.object(COMMON_KEY)
         else:
-            return {}
+            return {name: self.container.object(name) for name in _OF_COMMON if name in self.container.object_names}
         match state:
             case {**fields} | [{**fields}]:
                 return fields
@@ -208,6 +224,16 @@ class TorchDistReader:
 
     def close(self) -> None:
         self.container.close()
+
+
+def root_of(keys: Iterable[str]) -> str:
+    """Return what all names of weights begin with: the attributes through which a wrapper holds the model; mostly nothing.
+
+    >>> root_of(["model.module.embedding.word_embeddings.weight", "model.module.decoder.final_layernorm.weight"])
+    'model.module.'
+    """
+    names = list(keys)
+    return next((root for root in ROOTS if names and all(name.startswith(root) for name in names)), "")
 
 
 def in_key(rows: tuple[int, ...], region: Region) -> Region:

@@ -68,6 +68,8 @@ WORDS = (
     "hf-to-mcore hf mcore --tp 2 --pp 2 --verify",
     "inspect mcore --check",
     "verify hf mcore",
+    "reshard mcore resharded --tp 4 --verify",
+    "verify mcore resharded",
     "mcore-to-hf mcore back --verify --json",
     "adapter-to-mcore adapter adapter-mcore --base mcore",
     "adapter-to-hf adapter-mcore adapter-back",

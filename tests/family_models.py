@@ -6,17 +6,6 @@ from typing import Any
 
 from tests.megatron_cpu import forward, load_strictly
 
-ON_CPU = {
-    "use_cpu_initialization": True,
-    "masked_softmax_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
-    "persist_layer_norm": False,
-    "cross_entropy_loss_fusion": False,
-}
-"""What `mbtrain` chooses on a CPU."""
-
 
 def build(config: dict, **settings: Any) -> list[Any]:
     """This rank's chunks in fp32, in evaluation mode; parallel state is set up for the settings."""
@@ -25,12 +14,13 @@ def build(config: dict, **settings: Any) -> list[Any]:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from trainer.model import build, from_hf_config
+    from trainer.settings.kernels import WITHOUT_CUDA
     from trainer.settings.values import activation
 
     provider = from_hf_config(config)
     if isinstance(settings.get("activation_func"), str):
         settings["activation_func"] = activation(settings["activation_func"])
-    for name, value in {**ON_CPU, "pipeline_dtype": torch.float32, **settings}.items():
+    for name, value in {**WITHOUT_CUDA, "pipeline_dtype": torch.float32, **settings}.items():
         setattr(provider, name, value)
     parallel_state.initialize_model_parallel(
         provider.tensor_model_parallel_size,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import finetune
+from benchmarks import bare_experts, finetune, trace
+from benchmarks.expert_shapes import PRECISIONS, SHAPES, config_of, settings
 from benchmarks.peft_finetune import as_transformers
+from tests.trainer.settings import HOPPER
 
 WORDS = ["tiny", "--device", "cpu", "--layers", "1", "--sequence", "64", "--steps", "2", "--warm-up", "1"]
 
@@ -53,3 +56,31 @@ def test_transformers_learn_the_same_tokens():
     found = model(**as_transformers(batch, torch.device("cpu")))
     each = cross_entropy(found.logits.transpose(1, 2), batch["labels"], reduction="none")
     torch.testing.assert_close(found.loss, (each * batch["loss_mask"]).sum() / batch["loss_mask"].sum())
+
+
+@pytest.mark.filterwarnings("ignore:Using a large number of experts:UserWarning")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_bare_loop_of_experts_has_the_settings_of_mbtrain(shape, precision):
+    run = bare_experts.resolved(config_of(SHAPES[shape], 1), settings(SHAPES[shape], precision), HOPPER)
+    for ours, theirs in zip((run.ddp, run.optimizer), bare_experts.sections(), strict=True):
+        values = {field.name: (getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(theirs)}
+        differ = {name for name, (one, other) in values.items() if one != other}
+        assert differ <= {"min_lr", "fp8_recipe"}  # `None` and 0.0; which only weights in FP8 are read with
+
+
+def test_a_summary_of_a_trace_has_the_times_of_torchs_own(tmp_path):
+    layers = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(3)))
+    with torch.profiler.profile() as profiler:
+        layers(torch.randn(4, 16)).sum().backward()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    summary = trace.summary(tmp_path / "trace.json").splitlines()
+    known = {event.key: event for event in profiler.key_averages()}
+    rows = {words[4]: (float(words[0]), int(words[2])) for words in (line.split(maxsplit=4) for line in summary[1:])}
+    for name in ("aten::addmm", "aten::mm"):
+        assert rows[name] == (pytest.approx(known[name].self_cpu_time_total / 1e3, abs=0.006), known[name].count)
+
+
+def test_waits_of_a_gpu_are_the_times_in_which_no_stream_runs():
+    kernels = [trace.Event(0, 4, "a"), trace.Event(1, 2, "b"), trace.Event(7, 9, "c"), trace.Event(9, 10, "d")]
+    assert list(trace.gaps(kernels)) == [(3, "a", "c")]

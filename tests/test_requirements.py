@@ -33,6 +33,7 @@ FEATURES = {
     "formats/remote/s3.py": ("remote",),
     "formats/remote/gcs.py": ("remote",),
     "formats/remote/store.py": ("remote",),
+    "formats/zarr_compressed.py": ("zarr",),
     "trainer": ("train",),
     "trainer/data/records.py": ("train", "datasets"),
     "trainer/logging/writers.py": ("train", "wandb"),

@@ -1,6 +1,6 @@
 """Run megatron-core without a GPU: it has no CPU mode, so its hard-wired CUDA calls are redirected to the CPU during a run.
 
-Runs on a GPU never enter this. Depends on megatron-core's internals, and on nothing of this trainer.
+Runs on a GPU never enter this. Depends on megatron-core's internals, and of this trainer on its kernels alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
+
+from trainer import torch_kernels
 
 _active: list[TorchFunctionMode] = []
 
@@ -135,6 +137,17 @@ def _patches() -> Iterator[AbstractContextManager[Any]]:
     yield mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", _on_cpu)
     yield from _uneven_messages()
     yield from _kernels()
+    yield from _delta_net()
+
+
+def _delta_net() -> Iterator[AbstractContextManager[Any]]:
+    """Yield patches that give megatron-core's gated delta net torch's kernels for those of fla."""
+    from megatron.core.ssm.gated_delta_net import common, gdn  # noqa: PLC0415 - seconds to import
+
+    yield mock.patch.object(common, "HAVE_FLA", new=True)
+    yield mock.patch.object(common, "l2norm", torch_kernels.l2norm)
+    yield mock.patch.object(gdn, "causal_conv1d", torch_kernels.causal_conv1d)
+    yield mock.patch.object(gdn, "chunk_gated_delta_rule", gdn.torch_chunk_gated_delta_rule)
 
 
 def _uneven_messages() -> Iterator[AbstractContextManager[Any]]:

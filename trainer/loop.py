@@ -128,10 +128,11 @@ def train_step(run: Run) -> Step:
         chunk.zero_grad_buffer()
     parts.optimizer.zero_grad()
     losses = _schedule(run, run.batches, microbatches=get_num_microbatches(), forward_only=False)
+    # No number is read before this: the optimizer handles its weights one by one, and meanwhile a GPU still computes gradients.
+    applied, grad_norm, _ = parts.optimizer.step()
     synced = collectives.sync_step(_report(run, losses))
     _check(run, synced)
     layers = run.layer_counter.collect(get_num_microbatches()) if run.layer_counter else LayerMetrics({}, {})
-    applied, grad_norm, _ = parts.optimizer.step()
     if applied and not math.isfinite(grad_norm or 0.0):
         raise _not_finite(run, f"the gradient norm of step {progress.iteration + 1}")
     lr = schedule.learning_rate(parts.optimizer)
@@ -196,7 +197,7 @@ def _report(run: Run, losses: list[torch.Tensor]) -> collectives.StepReport:
 
 
 def _check(run: Run, synced: collectives.StepReport) -> None:
-    """Raise UserError on all ranks if the loss of one is NaN or Inf, before it reaches the weights. Note a signal of any rank."""
+    """Raise UserError on all ranks if the loss of one is NaN or Inf, before it is logged or saved. Note a signal of any rank."""
     if synced.bad_rank:
         raise _not_finite(run, f"the loss of step {run.progress.iteration + 1}", f" on rank {int(synced.bad_rank) - 1}")
     if synced.signal:

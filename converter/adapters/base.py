@@ -21,6 +21,7 @@ from converter.adapters.names import PREFIX, WEIGHT, adapted_modules, module_of
 from converter.checks import check_filled
 from converter.config import make_model
 from converter.families import Family
+from converter.hybrid import layout_of
 from converter.model import Model
 from converter.plan import check_dtypes, list_names
 from converter.planned_reader import PlannedReader
@@ -31,7 +32,7 @@ from converter.side_files import HFReference
 from converter.sources import Source, huggingface_source, megatron_source
 from converter.views import megatron_view
 from formats.arrays import as_bytes
-from formats.detect import Format, detect, open_megatron
+from formats.detect import detect, open_megatron
 from formats.dtypes import MODEL_DTYPES
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
@@ -51,6 +52,8 @@ class BaseModel:
     """With the names of transformers' modules."""
 
     model: Model
+    layout: str
+    """Of the rules: a checkpoint's own, else what the family has by default."""
 
 
 def identify_base(folder: Folder, *, name: str) -> BaseModel:
@@ -58,13 +61,14 @@ def identify_base(folder: Folder, *, name: str) -> BaseModel:
 
     `name`: what to call it if the folder has no Hub id.
     """
-    if detect(folder) is Format.TORCH_DIST:
-        origin = reference.find(open_megatron(folder), None)
+    if detect(folder).is_megatron:
+        reader = open_megatron(folder)
+        origin, layout = reference.find(reader, None), layout_of(reader.specs)
     else:
-        origin = side_files.from_folder(folder)
-    family = families.find(origin.config.get("model_type")).as_modules()
+        origin, layout = side_files.from_folder(folder), None
+    family = families.find(origin.config.get("model_type"), layout).as_modules()
     identity = Base(folder.origin.get("id", name), fingerprint(folder))
-    return BaseModel(identity, origin, family.RULES, make_model(family.CONFIG, origin.config))
+    return BaseModel(identity, origin, family.RULES, make_model(family.CONFIG, origin.config), family.layout)
 
 
 def open_base(folder: Folder, given: Folder | None) -> Source:
@@ -72,7 +76,7 @@ def open_base(folder: Folder, given: Folder | None) -> Source:
 
     Raises UserError for a folder that holds no model.
     """
-    if detect(folder) is not Format.TORCH_DIST:
+    if not detect(folder).is_megatron:
         if given:
             raise UserError("`--hf-config` is for a Megatron checkpoint", hint=f"`{folder.label}` has its own `config.json`")
         source = huggingface_source(HuggingFaceReader(folder, any_dtype=True))

@@ -14,7 +14,6 @@ from converter.conversion_plan import ConversionPlan, OutputFiles, manifest
 from converter.plan import as_stored
 from converter.provenance import Provenance
 from converter.side_files import CONFIG, FILES
-from formats.dcp_index import METADATA
 from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader, HuggingFaceWriter
 
@@ -37,7 +36,7 @@ def _conversion_plan(source: MegatronAdapter, layout: Layout, root: Folder, expe
     shards = make_shard(tensor_plan.spec for tensor_plan in plans.values())
     tensor_plans = [plans[name] for shard in shards.values() for name in shard.tensors]
     document = peft_config.encode(adapter.description, layout.targets, fan_in_fan_out=adapter.fan_in_fan_out)
-    read = [*source.reader.files, METADATA, DESCRIPTION, f"{FILES}/{CONFIG}"]
+    read = [*source.reader.files, *source.reader.index_files, DESCRIPTION, f"{FILES}/{CONFIG}"]
     return ConversionPlan(
         source=adapter.label,
         tensor_plans=tensor_plans,
@@ -49,7 +48,7 @@ def _conversion_plan(source: MegatronAdapter, layout: Layout, root: Folder, expe
         provenance=Provenance(
             command="adapter-to-hf",
             fields={
-                "source": provenance.megatron_source(root, folder),
+                "source": provenance.megatron_source(root, source.reader),
                 "options": options,
                 "family": source.origin.config["model_type"],
                 "tensors": {"in": len(source.reader.specs), "out": len(tensor_plans)},

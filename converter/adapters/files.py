@@ -59,7 +59,7 @@ def require(folder: Folder, expected: Format, *, adapter: bool = False) -> None:
     if not adapter:
         refuse_adapter(folder)
     kind = detect(folder)
-    if kind is expected:
+    if kind is expected or (kind.is_megatron and expected.is_megatron):
         return
     description, hint = _DESCRIPTIONS[kind]
     wanted = {
@@ -70,16 +70,14 @@ def require(folder: Folder, expected: Format, *, adapter: bool = False) -> None:
     raise UserError(f"`{folder.label}` is {description}, not {wanted[expected]}", hint=hint)
 
 
+_MEGATRON = "a Megatron checkpoint", "`mbconvert mcore-to-hf` converts it, or `adapter-to-hf` if it holds an adapter"
 _DESCRIPTIONS = {
     Format.HUGGINGFACE: (
         "a Hugging Face model",
         "`mbconvert hf-to-mcore` converts it; `mbconvert merge BASE ADAPTER DST` takes the model first, then its adapter",
     ),
     Format.PEFT: ("a PEFT adapter", "`mbconvert adapter-to-mcore` converts it"),
-    Format.TORCH_DIST: (
-        "a Megatron checkpoint",
-        "`mbconvert mcore-to-hf` converts it, or `adapter-to-hf` if it holds an adapter",
-    ),
+    **{kind: _MEGATRON for kind in Format if kind.is_megatron},
 }
 """What a folder of each format is, and the commands that take it."""
 

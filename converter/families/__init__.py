@@ -9,12 +9,15 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
 from converter.config import Field
-from converter.rules import Rule, templates
+from converter.config_hybrid import in_layers_of_two
+from converter.hybrid import GPT, HYBRID, hybrid_rules
+from converter.rules import Rule, fill, templates
+from converter.unsupported_families import REASONS
 from formats.errors import UserError, format_untrusted
 
 
@@ -40,11 +43,18 @@ class Family:
     """What the names of transformers' modules, and PEFT's with them, begin with in place of the first root. Files of models with
     towers have other names than their modules."""
 
+    STACKED: Mapping[str, str] = field(default_factory=dict[str, str])
+    """How names of weights of single experts end, and with what in its place where a source has one tensor of all experts."""
+
     SMALL: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What `config.json` of a small model has otherwise than a Llama's, for the tests that go through all families."""
 
     PROVIDER: tuple[str, ...] = ()
     """The fields of `mbtrain`'s GPTModelProvider that a model of the family sets and megatron-core does not have."""
+
+    LAYOUTS: tuple[str, ...] = (GPT, HYBRID)
+    """The layouts that its models have in Megatron (see `converter.hybrid`). `RULES` and `CONFIG` are those of the first, which
+    is the default; layout `hybrid` follows from `gpt`."""
 
     WEIGHTS_ONLY: str = ""
     """Why `mbtrain` cannot train a model of the family. Its weights are converted all the same."""
@@ -54,10 +64,27 @@ class Family:
         """Does `mbtrain` compute what the family does?"""
         return not self.WEIGHTS_ONLY
 
+    @property
+    def layout(self) -> str:
+        """The layout that `RULES` and `CONFIG` are of."""
+        return self.LAYOUTS[0]
+
+    def in_layout(self, layout: str) -> Family:
+        """Return the family with the rules and fields of a layout; UserError where its models have none of that name."""
+        if layout == self.layout:
+            return self
+        if layout not in self.LAYOUTS:
+            raise UserError(
+                f"models of this family ({self.MODELS}) have no layout `{layout}` in Megatron, only `{self.layout}`",
+                hint="megatron-core's GPTModel cannot express them; HybridModel can",
+            )
+        return replace(self, RULES=hybrid_rules(self.RULES), CONFIG=(in_layers_of_two(self.CONFIG),), LAYOUTS=(layout,))
+
     def rooted(self, names: Container[str]) -> Family:
         """Return the family with the names that a source has: those under the first root under which it has the embedding."""
         under = (self._under(root) for root in self.ROOTS[1:])
-        return self if self._embedding in names else next((found for found in under if found._embedding in names), self)
+        found = self if self._embedding in names else next((one for one in under if one._embedding in names), self)
+        return replace(found, RULES=templates(found.RULES, partial(found._stacked, names))) if self.STACKED else found
 
     def as_modules(self) -> Family:
         """Return the family with the names of transformers' modules."""
@@ -68,6 +95,14 @@ class Family:
             return _moved(name, self.ROOTS[0], root)
 
         return replace(self, RULES=templates(self.RULES, moved), EXTRAS=tuple(map(moved, self.EXTRAS)))
+
+    def _stacked(self, names: Container[str], template: str) -> str:
+        """Return the name of a tensor of all experts in place of a single expert's, if the first such layer has that tensor."""
+        for single, stacked in self.STACKED.items():
+            whole = template.removesuffix(single) + stacked
+            if template.endswith(single) and fill(whole, dict.fromkeys(("layer", "mtp"), 0)) in names:
+                return whole
+        return template
 
     @property
     def _embedding(self) -> str:
@@ -86,14 +121,20 @@ def names() -> list[str]:
     return sorted({module.name for module in pkgutil.iter_modules(__path__)})
 
 
-def find(model_type: Any) -> Family:
-    """Return the family of a `model_type`; UserError lists those there are."""
+def find(model_type: Any, layout: str | None = None) -> Family:
+    """Return the family of a `model_type` in a layout, or its default one; UserError says why there is none, or lists those."""
+    if isinstance(model_type, str) and model_type in REASONS and model_type not in names():
+        raise UserError(
+            f"`config.json` has the model type `{model_type}`, which is not supported: {REASONS[model_type]}",
+            hint="`mbconvert families --all` lists the model types that are converted, and why others are not",
+        )
     if model_type not in names():
         raise UserError(
             f"`config.json` has the model type `{format_untrusted(model_type)}`, which is not supported",
             hint=f"supported are: {', '.join(names())}",
         )
-    return _load(import_module(f"{__name__}.{model_type}"))
+    family = _load(import_module(f"{__name__}.{model_type}"))
+    return family.in_layout(layout) if layout else family
 
 
 @cache

@@ -36,7 +36,8 @@ def test_no_or_broken_config(source, tmp_path, text, pattern):
 
 
 @pytest.mark.parametrize(("changes", "pattern"), [
-    ({"model_type": "bert"}, r"`bert`, which is not supported\n\nhint: supported are: .*apertus, .*, llama, .*, mistral,"),
+    ({"model_type": "lamma"}, r"`lamma`, which is not supported\n\nhint: supported are: .*apertus, .*, llama, .*, mistral,"),
+    ({"model_type": "jamba"}, r"`jamba`, which is not supported: its layers are Mamba-1, .*\n\nhint: `mbconvert families --all`"),
     ({"model_type": ["llama"]}, "which is not supported"),
     ({"model_type": "../llama"}, "which is not supported"),
     ({"hidden_size": ...}, "`hidden_size`: `None`, which should be a whole number"),

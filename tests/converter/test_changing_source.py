@@ -8,7 +8,18 @@ import threading
 
 import pytest
 
-from converter import Reporter, UserError, adapter_to_hf, adapter_to_mcore, check, hf_to_mcore, mcore_to_hf, merge, verify
+from converter import (
+    Reporter,
+    UserError,
+    adapter_to_hf,
+    adapter_to_mcore,
+    check,
+    hf_to_mcore,
+    mcore_to_hf,
+    merge,
+    reshard,
+    verify,
+)
 from converter.ranks import Ranks
 from tests.converter.adapters.made import save_adapter
 
@@ -36,6 +47,7 @@ COMMANDS = {
     "import": lambda at, **how: hf_to_mcore(at / "hf", at / "out", **how),
     "export": lambda at, **how: mcore_to_hf(at / "mcore", at / "out", **how),
     "export like": lambda at, **how: mcore_to_hf(at / "mcore", at / "out", hf_config=at / "hf", **how),
+    "reshard": lambda at, **how: reshard(at / "mcore", at / "out", pp=2, **how),
     "adapter import": lambda at, **how: adapter_to_mcore(at / "adapter", at / "out", base=at / "hf", **how),
     "adapter export": lambda at, **how: adapter_to_hf(at / "adapter_mcore", at / "out", **how),
     "merge": lambda at, **how: merge(at / "hf", at / "adapter", at / "out", **how),
@@ -53,6 +65,9 @@ CASES = [
     ("export", "mcore/iter_0000000/huggingface/files/tokenizer.json"),
     ("export", "mcore/latest_checkpointed_iteration.txt"),
     ("export like", "hf/config.json"),
+    ("reshard", "mcore/iter_0000000/__1_0.distcp"),
+    ("reshard", "mcore/iter_0000000/run_config.yaml"),
+    ("reshard", "mcore/iter_0000000/huggingface/files/tokenizer.json"),
     ("adapter import", "adapter/adapter_model.safetensors"),
     ("adapter import", "adapter/adapter_config.json"),
     ("adapter import", "hf/config.json"),

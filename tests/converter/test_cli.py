@@ -51,6 +51,7 @@ def test_no_command_imports_torch(folder, tmp_path):
         ["hf-to-mcore", folder, megatron, "--tp", 2, "--pp", 2, "--dtype", "fp32"],
         ["hf-to-mcore", folder, tmp_path / "x", "--dry-run"], ["inspect", folder], ["inspect", megatron, "--tensors"],
         ["mcore-to-hf", megatron, back], ["mcore-to-hf", megatron, tmp_path / "x", "--dry-run", "--max-shard-size", "50KB"],
+        ["reshard", megatron, tmp_path / "r", "--tp", 4, "--verify"],
     ):  # fmt: skip
         done = mbconvert(*command)
         assert done.returncode == 0, (command, done.stderr)
@@ -232,13 +233,14 @@ def test_the_command_line_surface_is_frozen():
 
     surface = {name: sorted(o for p in command.params for o in p.opts) for name, command in cli.commands.items()}
     both = ["--dry-run", "--json", "--overwrite", "--quiet", "--resume", "--verify", "--workers", "-q", "source", "target"]
-    layout = ["--tp", "--tensor-model-parallel-size", "--pp", "--pipeline-model-parallel-size", "--vpp", "--pp-layout", "--ep",
-              "--expert-model-parallel-size", "--etp", "--expert-tensor-parallel-size",
+    layout = ["--layout", "--tp", "--tensor-model-parallel-size", "--pp", "--pipeline-model-parallel-size", "--vpp",
+              "--pp-layout", "--ep", "--expert-model-parallel-size", "--etp", "--expert-tensor-parallel-size",
               "--make-vocab-size-divisible-by"]  # fmt: skip
     weights = ["--dtype", "--integrity"]
     assert surface == {
         "hf-to-mcore": sorted([*both, *layout, *weights]),
         "mcore-to-hf": sorted([*both, "--hf-config", "--max-shard-size", "--quantize", *weights]),
+        "reshard": sorted([*both, *layout, *weights, "--hf-config", "--weights-only"]),
         "adapter-to-mcore": sorted([*both, "--base", "--canonical"]),
         "adapter-to-hf": sorted([*both, "--experts"]),
         "merge": sorted(
@@ -256,5 +258,5 @@ def test_the_command_line_surface_is_frozen():
         ),
         "inspect": ["--check", "--json", "--tensors", "path"],
         "verify": ["--cast-to", "--json", "--quiet", "--workers", "-q", "one", "other"],
-        "families": ["--json"],
+        "families": ["--all", "--json"],
     }

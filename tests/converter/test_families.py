@@ -11,6 +11,7 @@ from converter import UserError, families
 from converter.config import make_model, to_huggingface, to_megatron
 from converter.console import show_families
 from converter.planner import huggingface_tensors
+from converter.unsupported_families import REASONS
 from tests.converter.family_suite import (
     EP,
     ETP,
@@ -131,6 +132,30 @@ def test_a_family_is_known_to_transformers_or_has_a_twin_there():
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     assert {name for name in families.names() if name not in CONFIG_MAPPING_NAMES} == TWINS.keys()
+
+
+IN_PROGRESS = {
+    "bamba", "deepseek_v32", "glm_moe_dsa", "granitemoehybrid", "mamba2", "nemotron_h",
+}  # fmt: skip
+"""Hybrids and sparse attention, whose files follow."""
+
+
+def test_every_model_of_text_in_transformers_is_a_family_or_unsupported_with_a_reason():
+    from transformers.models.auto import modeling_auto as auto
+
+    kinds = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM")
+    known = {name for kind in kinds for name in getattr(auto, f"MODEL_FOR_{kind}_MAPPING_NAMES")}
+    assert known - {*families.names()} - REASONS.keys() - IN_PROGRESS == set()
+    assert REASONS.keys() & {*families.names()} == set()
+
+
+def test_unsupported_model_types_are_listed_with_their_reasons(capsys):
+    show_families(every=True)
+    listed = capsys.readouterr().out.split("not supported:\n")[1].splitlines()
+    assert dict(line.split(maxsplit=1) for line in listed) == REASONS
+    show_families(every=True, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert {name: one["unsupported"] for name, one in found.items() if "unsupported" in one} == REASONS
 
 
 def test_every_family_says_what_it_can(capsys):

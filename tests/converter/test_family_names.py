@@ -24,7 +24,8 @@ NOT_LISTED = {
         "transformers has no class of it: names were read in published listings",
     ),
     **dict.fromkeys(
-        ("gemma3", "mistral3"), "a model of images and text: the text has the names of another family, with a prefix"
+        ("gemma3", "mistral3", "qwen3_5", "qwen3_5_moe"),
+        "a model of images and text: the text has the names of another family, with a prefix",
     ),
 }
 """Families that the oracle has not, and why."""

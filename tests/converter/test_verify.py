@@ -247,11 +247,11 @@ def test_what_should_be_zero_and_is_not_is_named_once_with_its_side(model_folder
     found = verify(tmp_path / "m", tmp_path / "m")
     assert found.same
     weights = tmp_path / "m" / "iter_0000000" / "__0_0.distcp"
-    from formats.dcp import Container
+    from formats.dcp import DcpContainer
     from formats.folder import LocalFolder
     from formats.spec import extent
 
-    container = Container(LocalFolder(weights.parent))
+    container = DcpContainer(LocalFolder(weights.parent))
     bias = container.tensor("decoder.layers.mlp.linear_fc1.bias")
     stored = container._locate(bias, 0, extent(bias.region(0)))
     with weights.open("r+b") as file:

@@ -327,6 +327,7 @@ def test_hashes_of_tensors_that_do_not_pass_in_order_are_those_of_their_bytes(ma
     hf_to_mcore(made(family), tmp_path / "m", workers=3)
     listed = json.loads((tmp_path / "m" / "iter_0000000" / "conversion.json").read_text())["blake3"]
     tensors = source(made(family))
+    tensors |= {name: tensors[name.removesuffix(".as_stored")] for name in listed.keys() - tensors.keys()}
     assert listed == {name: blake3(t.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() for name, t in tensors.items()}
 
 
@@ -343,19 +344,6 @@ def test_the_size_of_pieces_and_the_number_of_threads_do_not_change_a_byte(made,
     assert data[0] == data[1]
     mcore_to_hf(tmp_path / "two", tmp_path / "back", workers=4)
     assert model_tree(tmp_path / "back") == model_tree(made(family))
-
-
-def test_a_number_that_adding_an_offset_would_round_is_refused(made, tmp_path):
-    folder = tmp_path / "hf"
-    folder.mkdir()
-    tensors = source(made("qwen3_next"))
-    name = "model.layers.0.linear_attn.norm.weight"
-    tensors[name] = torch.full_like(tensors[name], 0.001)
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_bytes((made("qwen3_next") / "config.json").read_bytes())
-    with pytest.raises(UserError, match=f"`{name}` cannot be stored as .* exactly: there -1 is added .* rounds in bf16"):
-        hf_to_mcore(folder, tmp_path / "m")
-    assert not (tmp_path / "m").exists()
 
 
 def test_a_dtype_that_a_family_keeps_wins_over_the_one_asked_for_and_the_source_s_comes_back(made, tmp_path):

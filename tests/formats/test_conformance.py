@@ -1,11 +1,13 @@
-"""Both formats pass the conformance suite."""
+"""Every format passes the conformance suite."""
 
 from __future__ import annotations
 
+from formats.detect import open_megatron
 from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, plan_shards
 from formats.torch_dist import TorchDistReader
 from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
-from tests.formats.conformance import FormatSuite
+from tests.formats import zarr_arrays
+from tests.formats.conformance import FormatSuite, ReaderSuite
 
 
 class TestHuggingFace(FormatSuite):
@@ -37,3 +39,26 @@ class TestTorchDistInQuarters(TestTorchDist):
             ((slice(*rows), slice(*columns)), rank)
             for rank, (rows, columns) in enumerate((r, c) for r in ((0, 3), (3, 7)) for c in ((0, 5), (5, 12)))
         ))  # fmt: skip
+
+
+class TestZarr(ReaderSuite):
+    """Arrays that tensorstore wrote, in chunks that do not divide them."""
+
+    dtypes = ("bf16", "fp16", "fp32", "fp64", "int8", "int32", "int64", "uint8", "bool")
+    compressor: str | None = None
+
+    def store(self, folder):
+        values = self.values(self.specs())
+        folder.mkdir(exist_ok=True)
+        for name, value in values.items():
+            zarr_arrays.write(folder / name, value, chunks=(3, 5) if value.ndim == 2 else (1000,), compressor=self.compressor)
+        zarr_arrays.mark(folder)
+        return values
+
+    def reader(self, folder):
+        return open_megatron(folder)
+
+
+class TestCompressedZarr(TestZarr):
+    compressor = "zlib"
+    dtypes = ("bf16", "fp32", "int64")

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from formats.archive_files import Box, NewPart
-from formats.dcp import Container, ContainerWriter
+from formats.dcp import ContainerWriter, DcpContainer
 from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.outputs import LocalOutputs
@@ -38,7 +38,7 @@ def edit(folder, change):
 
 @pytest.mark.parametrize(("name", "expected"), [("number", 3), ("empty", []), (STACK, [[0, 1, 2], [3, 4, 5]])])
 def test_a_tensor_of_any_number_of_dimensions_reads_back(saved, name, expected):
-    container = Container(LocalFolder(saved))
+    container = DcpContainer(LocalFolder(saved))
     tensor = container.tensor(name)
     out = np.full(tensor.shape, 9, tensor.dtype)
     container.read(tensor, tuple(slice(0, size) for size in tensor.shape), out)
@@ -124,7 +124,7 @@ def written(tmp_path):
 
 
 def read_all(folder):
-    container = Container(folder)
+    container = DcpContainer(folder)
     tensor = container.tensor("a")
     out = np.zeros(tensor.shape, tensor.dtype)
     container.read(tensor, tuple(slice(0, size) for size in tensor.shape), out)

@@ -111,12 +111,17 @@ def test_another_format_is_named_with_the_way_out(tmp_path, name):
     assert "{" not in hint
 
 
-def test_zarr_is_named(tmp_path):
-    arrays = folder_with(tmp_path / "arrays", "model.decoder.layers.mlp/.zarray", "model.decoder.layers.mlp/0.0")
-    assert "is in the `zarr` format, which is not supported yet" in message(arrays)
-    folder = folder_with(tmp_path / "m", "metadata.json")
+def test_zarr_is_complete_when_its_last_file_is_there(tmp_path):
+    folder = folder_with(tmp_path / "m", "model.decoder.layers.mlp/.zarray", "model.decoder.layers.mlp/0.0")
+    assert "is an incomplete checkpoint: `metadata.json` is missing" in message(folder)
     (tmp_path / "m" / "metadata.json").write_text('{"sharded_backend": "zarr"}')
-    assert "is in the `zarr` format, which is not supported yet" in message(folder)
+    assert detect(folder) is Format.ZARR
+
+
+def test_another_backend_is_named(tmp_path):
+    folder = folder_with(tmp_path / "m", "metadata.json")
+    (tmp_path / "m" / "metadata.json").write_text('{"sharded_backend": "zarr3"}')
+    assert "is in the `zarr3` format, which is not supported yet" in message(folder)
 
 
 @pytest.mark.parametrize("names", [

@@ -22,6 +22,7 @@ from formats import pickle_writer, pickles
 from formats.huggingface import make_index, parse_shard, plan_shards
 from formats.spec import DTYPES, TensorSpec
 from formats.torch_zip import object_archive, tensor_frame
+from tests.formats import zarr_arrays
 from tests.models import tree
 
 Files = dict[str, bytes]
@@ -109,6 +110,22 @@ def by_torch() -> tuple[Files, ...]:
     with TemporaryDirectory() as name:
         torch.distributed.checkpoint.save(state, checkpoint_id=name, no_dist=True)
         return (tree(Path(name)), *(below(files, ITERATION) for files in megatron()))
+
+
+ZARRAY = "decoder.layers.mlp.linear_fc2.weight/.zarray"
+
+
+@cache
+def zarr() -> tuple[Files, ...]:
+    """Arrays in whole chunks, in chunks that reach past the end, and in bf16."""
+    with TemporaryDirectory() as name:
+        for number, dtype in enumerate((np.dtype(np.float32), DTYPES["bf16"])):
+            folder = Path(name) / str(number)
+            layers = np.arange(2 * 5 * 6).reshape(2, 5, 6).astype(dtype)
+            zarr_arrays.write(folder / Path(ZARRAY).parent, layers, chunks=(1, 2, 4 + 2 * number))
+            zarr_arrays.write(folder / "output_layer.weight", layers[0], chunks=(5, 3))
+            zarr_arrays.mark(folder)
+        return tuple(tree(Path(name) / str(number)) for number in (0, 1))
 
 
 ADAPTER_CONFIG = {

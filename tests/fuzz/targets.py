@@ -10,6 +10,7 @@ configuration the sizes it says. Data bytes themselves carry no checksum: damage
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import pickle
 import struct
@@ -21,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import torch
@@ -32,7 +34,7 @@ from converter.adapters.names import Factor
 from converter.config import make_model
 from converter.console import show_report
 from converter.reference import rebuild_config
-from formats import pickles
+from formats import detect, pickles
 from formats.disk import user_errors
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
@@ -342,6 +344,36 @@ def _same_factors(found: dict[str, np.ndarray], expected: dict[str, np.ndarray])
     assert all(array.tobytes() == expected[name].tobytes() for name, array in found.items())
 
 
+@user_errors()
+def zarr_contents(folder: Path) -> dict[str, np.ndarray]:
+    """Every weight's values."""
+    reader = detect.open_megatron(LocalFolder(folder))
+    try:
+        reader.check()
+        values = {name: np.empty(spec.shape, spec.dtype) for name, spec in reader.specs.items()}
+        for name, out in values.items():
+            reader.read(name, reader.specs[name].full_region, out)
+    finally:
+        reader.close()
+    return values
+
+
+def check_zarr(values: dict[str, np.ndarray], folder: Path, before: Files) -> None:
+    described = json.loads((folder / bases.ZARRAY).read_bytes())
+    shape, chunks = described["shape"], described["chunks"]
+    dtype = np.dtype(ml_dtypes.bfloat16 if described["dtype"] == "bfloat16" else described["dtype"])
+    whole = np.empty([-(-size // step) * step for size, step in zip(shape, chunks, strict=True)], dtype)
+    for corner in itertools.product(*(range(0, size, step) for size, step in zip(whole.shape, chunks, strict=True))):
+        name = ".".join(str(start // step) for start, step in zip(corner, chunks, strict=True)) or "0"
+        data = before[f"{bases.ZARRAY.removesuffix('.zarray')}{name}"]
+        region = tuple(slice(start, start + step) for start, step in zip(corner, chunks, strict=True))
+        whole[region] = np.frombuffer(data, dtype).reshape(chunks)
+    expected = whole[tuple(slice(0, size) for size in shape)]
+    assert len(expected) == sum("linear_fc2" in name for name in values)
+    for layer, weight in enumerate(expected):
+        assert values[f"decoder.layers.{layer}.mlp.linear_fc2.weight"].tobytes() == weight.tobytes()
+
+
 _HEADER = "huggingface/headers/model-00001-of-00002.safetensors"
 _EXTRAS = "huggingface/extras.safetensors"
 
@@ -355,6 +387,7 @@ TARGETS = (
     Target("distcp", "archives", "__0_0.distcp", bases.by_torch, megatron_contents, check_data),
     Target("common", "archive", "common.pt", bases.with_args, rebuild, check_rebuilt),
     Target("run_config", "yaml", "run_config.yaml", bases.bare, rebuild, check_rebuilt),
+    Target("zarr", "json", bases.ZARRAY, bases.zarr, zarr_contents, check_zarr),
     Target("carried_config", "json", "huggingface/files/config.json", bases.carried, describe_and_plan, check_planned),
     Target("carried_header", "header", _HEADER, bases.carried, describe_and_plan, check_planned),
     Target("carried_extras", "header", _EXTRAS, bases.carried, describe_and_plan, check_planned),

@@ -20,7 +20,22 @@ YARN = {
     "model__yarn_original_max_position_embeddings": 64,
     "model__yarn_rotary_scaling_factor": 4.0,
 }
+NET = {"model__experimental_attention_variant": "gated_delta_net", "model__linear_attention_freq": 2}
 REFUSED = [
+    (
+        {"model__experimental_attention_variant": "dsa"},
+        (
+            "`model.experimental_attention_variant` is `dsa`, whose layers are not among those of this provider\n\n"
+            "hint: leave it out; `gated_delta_net` is the one that is"
+        ),
+    ),
+    (
+        {**NET, "model__post_layernorms": True},
+        (
+            "`model.post_layernorms` is `True`, which cannot be done in a model with gated delta nets\n\n"
+            "hint: set `model.post_layernorms=False`"
+        ),
+    ),
     (
         {"model__exact_sequence_length": 64},
         (

@@ -12,8 +12,18 @@ from tests.trainer import small, test_parity
 from tests.trainer.small import STEPS
 from tests.trainer.test_family_training import END, FEW, PP2, TP2
 
-FAMILIES = ("gpt_oss", "flex_olmo", "afmoe", "cohere2_moe", "granitemoeshared", "llama4_text", "mellum", "qwen2_moe")
-QUICK = ("gpt_oss", "flex_olmo")
+FAMILIES = (
+    "qwen3_next",
+    "gpt_oss",
+    "flex_olmo",
+    "afmoe",
+    "cohere2_moe",
+    "granitemoeshared",
+    "llama4_text",
+    "mellum",
+    "qwen2_moe",
+)
+QUICK = ("gpt_oss", "flex_olmo", "qwen3_next")
 NO_TIES = {"gpt_oss": {"rope_parameters": {**gpt_oss.SMALL["rope_parameters"], "rope_theta": 150000.0}}}
 """Changes after which no token has two experts so near each other (6e-6 of a logit) that rounding chooses between them."""
 SHORT = {

@@ -9,13 +9,10 @@ import pytest
 import torch
 
 from converter import families
-from tests import models
-from tests.converter.family_suite import small_model
 from tests.trainer import small, test_parity
 from tests.trainer.small import BATCH, MICRO_BATCH, STEPS
 from tests.trainer.test_parity import TOLERANCE, rate_of
 
-END = 2
 TP2, PP2 = {"model__tensor_model_parallel_size": 2}, {"model__pipeline_model_parallel_size": 2}
 EP2, ETP1 = {"model__expert_model_parallel_size": 2}, {"model__expert_tensor_parallel_size": 1}
 ALLGATHER = {"model__moe_token_dispatcher_type": "allgather"}
@@ -50,40 +47,26 @@ STILL = {"deepseek_v3": {"model__moe_router_bias_update_rate": 0.0, "model__mtp_
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A small model of a family in fp32, once for each family and change."""
-    made = {}
-
-    def make(family, **changes):
-        key = family, repr(changes)
-        if key not in made:
-            model = small_model(family, dtype="float32", **changes)
-            model.config.eos_token_id = model.generation_config.eos_token_id = END
-            made[key] = models.save(model, tmp_path_factory.mktemp(family) / "hf")
-        return made[key]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def reference(folder):
+def reference(family_folder):
     """Losses and gradient norms of transformers and AdamW, once for each family."""
     known = {}
 
     def run(family, steps):
         if (family, steps) not in known:
-            known[family, steps] = test_parity._reference(folder(family), steps)
+            known[family, steps] = test_parity._reference(family_folder(family), steps)
         return known[family, steps]
 
     return run
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_curve_is_that_of_transformers_and_adamw(case, ranks, folder, reference):
+def test_the_curve_is_that_of_transformers_and_adamw(case, ranks, family_folder, reference):
     family, layout, steps = case
     losses, norms = reference(family, steps)
     world, changes = LAYOUTS[layout]
-    for history in ranks.run(small.train, world, str(folder(family)), {**_first(steps), **changes, **STILL.get(family, {})}):
+    for history in ranks.run(
+        small.train, world, str(family_folder(family)), {**_first(steps), **changes, **STILL.get(family, {})}
+    ):
         assert history.losses == pytest.approx(losses, abs=TOLERANCE)
         assert history.grad_norms[:2] == pytest.approx(
             norms[:2], rel=TOLERANCE
@@ -152,9 +135,9 @@ AUXILIARY = {"model__moe_aux_loss_coeff": COEFFICIENT, "model__moe_z_loss_coeff"
 
 
 @pytest.fixture(scope="module")
-def balanced(folder):
+def balanced(family_folder):
     """The same of transformers with auxiliary losses, for a number of steps."""
-    return functools.cache(lambda steps: _with_auxiliary_losses(folder("mixtral"), steps, z=0.01))
+    return functools.cache(lambda steps: _with_auxiliary_losses(family_folder("mixtral"), steps, z=0.01))
 
 
 @pytest.mark.parametrize(
@@ -164,11 +147,11 @@ def balanced(folder):
         *(pytest.param((layout, STEPS), id=f"{layout}, all steps", marks=pytest.mark.slow) for layout in LAYOUTS),
     ],
 )
-def test_auxiliary_losses_are_those_of_their_formulas_and_are_logged(case, ranks, folder, balanced, reference):
+def test_auxiliary_losses_are_those_of_their_formulas_and_are_logged(case, ranks, family_folder, balanced, reference):
     layout, steps = case
     losses, balance, squares, loads = balanced(steps)
     world, changes = LAYOUTS[layout]
-    for history in ranks.run(small.train, world, str(folder("mixtral")), {**_first(steps), **changes, **AUXILIARY}):
+    for history in ranks.run(small.train, world, str(family_folder("mixtral")), {**_first(steps), **changes, **AUXILIARY}):
         assert history.losses == pytest.approx(losses, abs=TOLERANCE)
         logged = {name: [step[name] for step in history.layers] for name in history.layers[0]}
         assert logged["load_balancing_loss"] == pytest.approx(balance, abs=TOLERANCE)
@@ -178,11 +161,11 @@ def test_auxiliary_losses_are_those_of_their_formulas_and_are_logged(case, ranks
     assert max(abs(one - other) for one, other in zip(losses, without, strict=True)) > 10 * TOLERANCE
 
 
-def test_transformers_own_loss_is_of_all_layers_at_once_and_not_divided_by_the_experts_per_token(folder):
+def test_transformers_own_loss_is_of_all_layers_at_once_and_not_divided_by_the_experts_per_token(family_folder):
     from transformers import AutoModelForCausalLM
 
     for layers in (1, 3):
-        path = folder("mixtral", num_hidden_layers=layers, output_router_logits=True, router_aux_loss_coef=COEFFICIENT)
+        path = family_folder("mixtral", num_hidden_layers=layers, output_router_logits=True, router_aux_loss_coef=COEFFICIENT)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         tokens = torch.stack([small.FixedTokens(384).build(None, 0, (9, 0, 0))[0][number]["tokens"] for number in range(4)])
         with torch.no_grad():

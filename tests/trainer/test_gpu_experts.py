@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from converter import families, hf_to_mcore
-from tests import models
 from tests.converter.family_suite import small_model
 from tests.trainer import small
 from tests.trainer.test_gpu_families import PRECISIONS, TRAINED, by_transformers, logits_of_each
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 FAMILIES = [name for name in TRAINED if any("mlp.router.weight" in rule.megatron for rule in families.find(name).RULES)]
 CURVES = [name for name in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss") if name in FAMILIES]
-STEPS, END = 10, 2
+STEPS = 10
 GPU = {"dist__device": "gpu"}
 RUN = {"train__train_iters": STEPS, "scheduler__lr_decay_iters": 20, "optimizer__lr": 1e-3, "optimizer__min_lr": 1e-4}
 """A larger step makes more of what rounding began."""
@@ -78,22 +77,6 @@ def test_logits_are_those_of_transformers(name, measured, work):
     assert ours.median() <= theirs.median() * 1.25
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A small model of a family in fp32, with a tokenizer, once for each family and change."""
-    made = {}
-
-    def make(family, **changes):
-        key = family, repr(changes)
-        if key not in made:
-            model = small_model(family, dtype="float32", **changes)
-            model.config.eos_token_id = model.generation_config.eos_token_id = END
-            made[key] = models.save(model, tmp_path_factory.mktemp(family) / "hf")
-        return made[key]
-
-    return make
-
-
 @dataclass
 class Observer(small.History):
     """Notes which class computes experts, and the dtype of biases of routers."""
@@ -125,17 +108,17 @@ def on_gpu(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def on_the_cpu(ranks, folder):
+def on_the_cpu(ranks, family_folder):
     """The losses of each family with megatron-core's own layers."""
-    return {name: ranks.run(train, 1, str(folder(name)), {})[0] for name in CURVES}
+    return {name: ranks.run(train, 1, str(family_folder(name)), {})[0] for name in CURVES}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CURVES)
-def test_losses_in_fp32_are_those_of_the_cpu(name, layout, ranks, folder, on_the_cpu):
+def test_losses_in_fp32_are_those_of_the_cpu(name, layout, ranks, family_folder, on_the_cpu):
     world, settings = LAYOUTS[layout]
     skip_without(world)
-    cpu, gpu = on_the_cpu[name], ranks.run(train, world, str(folder(name)), on_gpu(settings))[-1]
+    cpu, gpu = on_the_cpu[name], ranks.run(train, world, str(family_folder(name)), on_gpu(settings))[-1]
     print(
         f"\n{name}, {layout}: largest difference of losses", max(abs(a - b) for a, b in zip(cpu.losses, gpu.losses, strict=True))
     )
@@ -155,11 +138,11 @@ SAME: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_what_saves_memory_or_time_changes_no_loss(name, ranks, folder, on_the_cpu):
+def test_what_saves_memory_or_time_changes_no_loss(name, ranks, family_folder, on_the_cpu):
     world, settings = SAME[name]
     skip_without(world)
     family = "deepseek_v3" if "deepseek_v3" in CURVES else CURVES[0]
-    (*_, gpu) = ranks.run(train, world, str(folder(family)), on_gpu(settings))
+    (*_, gpu) = ranks.run(train, world, str(family_folder(family)), on_gpu(settings))
     assert gpu.losses == pytest.approx(on_the_cpu[family].losses, abs=1e-3)
 
 
@@ -183,8 +166,8 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, 
         ("bf16_with_fp8_subchannel_scaling_mixed", 0.1),
     ],
 )
-def test_grouped_experts_train_in_8_and_16_bits(precision, tolerance, ranks, folder):
-    path = str(folder("mixtral", **WIDE))
+def test_grouped_experts_train_in_8_and_16_bits(precision, tolerance, ranks, family_folder):
+    path = str(family_folder("mixtral", **WIDE))
     # The auxiliary loss shows whether its gradient has the loss scale of fp16.
     long = {**GPU, "dataset__sequence_length": 128, "model__moe_aux_loss_coeff": 1.0, "optimizer__initial_loss_scale": 2.0**14}
     (exact,) = ranks.run(train, 1, path, long)

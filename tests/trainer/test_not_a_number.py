@@ -1,4 +1,4 @@
-"""A loss that is no number ends the run on all ranks before it reaches the weights."""
+"""A loss that is no number ends the run on all ranks before it is logged or saved."""
 
 from __future__ import annotations
 

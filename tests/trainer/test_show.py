@@ -80,6 +80,12 @@ def test_show_builds_a_mixture_of_experts() -> None:
     attention, embedding = 256 * (256 + 2 * 128) + 256 * 256, 2 * 257 * 256 + 256
     layer = attention + 2 * 256 + 8 * 256 + 8 * 3 * 256 * 64
     assert f"# parameters: {embedding + 4 * layer:,}" in told.stdout.splitlines(), told.stderr or told.exception
+    sizes = [
+        line for line in told.stdout.splitlines() if line.startswith(("# memory of the fullest", "# the same if all tokens"))
+    ]
+    even, uneven = (float(line.rpartition(": ")[2].split()[0]) for line in sizes)
+    assert uneven > even
+    assert "of one rank" not in mbtrain("show", "llama_tiny").stdout
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import converter
 from formats.errors import UserError
@@ -186,6 +187,21 @@ def test_each_rank_reads_its_own_rows_only(ranks, tmp_path):
     halves = ranks.run(_bytes_read, 2, str(folder), TP2, str(folder))
     assert size <= whole < 1.1 * size
     assert all(0.45 * size < half < 0.6 * size for half in halves)
+
+
+def test_one_rank_compares_what_must_be_equal_and_all_are_told(ranks, tmp_path):
+    folder = models.save(models.build("tied", hidden_size=512, vocab_size=8192), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    first, second = ranks.run(_bytes_read, 2, str(folder), {}, str(folder))
+    both = 2 * head.numel() * head.element_size()
+    assert first - second == pytest.approx(both, rel=0.01)
+    head[0] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    said = ranks.run(_said, 2, str(folder), {})
+    assert said[0] == said[1]
+    assert "`lm_head.weight` differs from `model.embed_tokens.weight`" in said[0]
 
 
 def test_a_trainers_checkpoint_gives_its_weights_and_no_more(ranks, model_folder, tmp_path):

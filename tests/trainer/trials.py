@@ -15,12 +15,17 @@ GROUPS = {**MOE, "model.num_moe_experts": 8, "model.moe_router_num_groups": 2, "
 BIAS = {**MOE, "model.moe_router_enable_expert_bias": True, "model.moe_router_score_function": "sigmoid",
         "model.moe_aux_loss_coeff": 0.0}  # fmt: skip
 CAPACITY = {**MOE, "model.moe_expert_capacity_factor": 1.0}
+MAMBA = {"model.layout": "hybrid", "model.hybrid_layer_pattern": "M*", "model.mamba_state_dim": 4, "model.mamba_head_dim": 4,
+         "model.mamba_num_groups": 1, "model.mamba_num_heads": 4}  # fmt: skip
 MUP = {"model.use_mup": True, "model.mup_base_hidden_size": 8}
 FULL = {"model.recompute_granularity": "full", "model.recompute_method": "uniform", "model.recompute_num_layers": 1}
 SHARDED = {"ddp.use_distributed_optimizer": True}
 BUCKETS = {**SHARDED, "comm_overlap.overlap_grad_reduce": True}
 SGD = {"optimizer.optimizer": "sgd"}
 DECOUPLED = {"optimizer.decoupled_lr": 0.5}
+NET = {"model.experimental_attention_variant": "gated_delta_net", "model.linear_attention_freq": [1, 0],
+       "model.linear_key_head_dim": 4, "model.linear_value_head_dim": 4, "model.linear_num_key_heads": 2,
+       "model.linear_num_value_heads": 4}  # fmt: skip
 
 
 def zeros(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,6 +57,15 @@ OBSERVED: dict[str, Trial] = {
     "model.qk_layernorm": Trial(True),
     "model.qk_l2_norm": Trial(True),
     "model.attention_output_gate": Trial(True),
+    "model.experimental_attention_variant": Trial(
+        "gated_delta_net", {name: one for name, one in NET.items() if "variant" not in name}
+    ),
+    "model.linear_attention_freq": Trial(1, NET),
+    "model.linear_conv_kernel_dim": Trial(2, NET),
+    "model.linear_key_head_dim": Trial(8, NET),
+    "model.linear_value_head_dim": Trial(8, NET),
+    "model.linear_num_key_heads": Trial(1, NET),
+    "model.linear_num_value_heads": Trial(2, NET),
     "model.no_rope_freq": Trial(2),
     "model.init_method": Trial(zeros),
     "model.output_layer_init_method": Trial(zeros),
@@ -102,6 +116,10 @@ OBSERVED: dict[str, Trial] = {
     "model.moe_pad_expert_input_to_capacity": Trial(True, CAPACITY),
     "model.moe_token_drop_policy": Trial("position", CAPACITY),
     "model.moe_layer_recompute": Trial(True, MOE),
+    "model.mamba_state_dim": Trial(8, MAMBA),
+    "model.mamba_head_dim": Trial(8, MAMBA),
+    "model.mamba_num_groups": Trial(2, MAMBA),
+    "model.mamba_num_heads": Trial(8, MAMBA),
     "model.moe_apply_probs_on_input": Trial(True, {**MOE, "model.moe_router_topk": 1, "model.moe_router_pre_softmax": True}),
     "ddp.grad_reduce_in_fp32": Trial(False, BF16),
     "ddp.use_distributed_optimizer": Trial(True, {}, 2),

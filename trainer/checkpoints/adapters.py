@@ -20,7 +20,7 @@ from converter.adapters.megatron import check_method, read_description
 from converter.plan import as_stored
 from converter.reference import UnknownModelError
 from converter.sources import open_source
-from formats.detect import Format, detect, open_megatron
+from formats.detect import detect, open_megatron
 from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.home import expanded
@@ -59,7 +59,7 @@ def method_of(described: Description) -> Any:
 def find(source: str) -> Description | None:
     """Return the description in a checkpoint of adapters; None for a checkpoint of a whole model."""
     folder = open_source(source, or_hub=True)
-    if detect(folder) is not Format.TORCH_DIST:
+    if not detect(folder).is_megatron:
         return None
     iteration = find_iteration(folder)
     return read_description(iteration) if iteration.has(DESCRIPTION) else None

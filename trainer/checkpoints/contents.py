@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from converter import reference, side_files
 from converter.dequantization import dequantized
 from converter.sources import open_source
-from formats.detect import Format, detect, open_megatron
+from formats.detect import detect, open_megatron
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.huggingface import HuggingFaceReader
@@ -45,7 +45,7 @@ def describe(source: str) -> Described:
     Raises UserError if it is none of these, or has no `config.json`.
     """
     folder = open_source(source, or_hub=True)
-    if detect(folder) is not Format.TORCH_DIST:
+    if not detect(folder).is_megatron:
         with closing(HuggingFaceReader(folder, any_dtype=True)) as reader:
             config = read_json(folder, side_files.CONFIG)
             return Described(config, _dtype(dequantized(reader, config)))
@@ -64,7 +64,7 @@ def describe(source: str) -> Described:
 def tokenizer_folders(source: str) -> tuple[Folder, ...]:
     """Return the folders that may hold the tokenizer; the first that has one is used."""
     folder = open_source(source, or_hub=True)
-    if detect(folder) is not Format.TORCH_DIST:
+    if not detect(folder).is_megatron:
         return (folder,)
     inside = find_iteration(folder)
     # The first has `generation_config.json` as well; Megatron-Bridge writes only the second.

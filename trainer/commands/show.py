@@ -13,6 +13,7 @@ from trainer.formatting import number, size
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
+    from trainer.estimate.memory import Estimate
     from trainer.recipe import Recipe
 
 
@@ -118,8 +119,16 @@ def _figures(config: RunConfig, *, world_size: int, device: str) -> list[str]:
         *_trained(config),
         f"memory of the fullest of {world_size} {units}, estimated: {size(taken.total)}{_fits(taken.total, device)}",
         *(f"  {part.name}: {size(part.size)}, {part.why}" for part in taken.parts),
+        *_uneven(taken, device),
         *_flops(config),
     ]
+
+
+def _uneven(taken: Estimate, device: str) -> list[str]:
+    """Say how much more than with even routing, for which memory is estimated, a run may take."""
+    if taken.uneven == taken.total:
+        return []
+    return [f"the same if all tokens go to the experts of one rank: {size(taken.uneven)}{_fits(taken.uneven, device)}"]
 
 
 def _flops(config: RunConfig) -> list[str]:

@@ -1,10 +1,10 @@
 """Count the bytes that the forward pass keeps for the backward pass.
 
 After Korthikanti et al. 2022 (arXiv:2205.05198, section 4), recounted for what megatron-core runs today: gated feed-forward
-networks, grouped queries, flash attention (no matrix of scores), no dropout mask, fused norms, latent attention, experts that all
-get as many tokens, multi-token prediction, frozen weights with adapters (Transformer Engine 2.20: `module/layernorm_linear.py`,
-`module/linear.py`). Packed rows on a GPU cost as much as other rows of their length. Weights are not counted, nor copies that
-canonical adapters stack of theirs, about 1 % of the rest.
+networks, grouped queries, flash attention (no matrix of scores), no dropout mask, fused norms, latent attention, experts that get
+as many tokens each or as many as they can, multi-token prediction, frozen weights with adapters (Transformer Engine 2.20:
+`module/layernorm_linear.py`, `module/linear.py`). Packed rows on a GPU cost as much as other rows of their length. Weights are
+not counted, nor copies that canonical adapters stack of theirs, about 1 % of the rest.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from trainer.estimate.adapters import Linear, adapter_of, first_trained, is_known, linears
 from trainer.estimate.built import is_quantized
+from trainer.estimate.routing import even_pairs, most_pairs
 from trainer.estimate.shape import Shape, shape_of
 from trainer.peft.dora import DoRA
 
@@ -57,21 +58,36 @@ class Layout:
     scores: int
     """Tokens of one row of the matrix of scores; 0 with flash attention."""
 
+    logit: int = 0
+    """Bytes of a router's logit, whose adapter is multiplied in that precision."""
+
+    pairs: float = 0.0
+    """Pairs of a token and an expert that a rank computes, for each token before ranks divide them."""
+
     peft: Any = None
     """None where all weights are trained."""
 
 
 def activations(
-    model: Any, *, layers: Sequence[int], pp_rank: int, tokens: int, num_microbatches: int, sequence_length: int, peft: Any = None
+    model: Any,
+    *,
+    layers: Sequence[int],
+    pp_rank: int,
+    tokens: int,
+    num_microbatches: int,
+    sequence_length: int,
+    peft: Any = None,
+    uneven: bool = False,
 ) -> Iterator[tuple[str, int, str]]:
     """Yield name, bytes and reason of what one GPU of a pipeline rank keeps at its peak.
 
     `layers` are the layers that the rank computes, `tokens` those of one microbatch before ranks divide them. `model` is a
-    finalized provider, frozen if there is `peft`.
+    finalized provider, frozen if there is `peft`. `uneven`: the rank's experts get as many tokens as they can.
     """
     shape = shape_of(model)
     tokens //= model.context_parallel_size
-    parts = [_layer(shape, number, _layout(model, number, sequence_length, peft)) for number in layers]
+    pairs = _pairs(model, uneven=uneven)
+    parts = [_layer(shape, number, replace(_layout(model, number, sequence_length, peft), pairs=pairs)) for number in layers]
     parts = parts[_num_without_gradients(model, shape, layers, peft) :]
     layout = _layout(model, 0, sequence_length, peft)
     kept, working = _kept(model, shape, layout, parts, tokens)
@@ -89,6 +105,10 @@ def activations(
         each, times = _logit(model, layout), 1 + shape.mtp
         why = f"one microbatch{f', {times} predictions' if shape.mtp else ''}, {each} bytes per logit"
         yield "logits", tokens * shape.padded_vocab // layout.tp * each * times, why
+
+
+def _pairs(model: Any, *, uneven: bool) -> float:
+    return (most_pairs if uneven else even_pairs)(model) if model.num_moe_experts else 0.0
 
 
 def _why(model: Any, layers: str, peft: Any) -> str:
@@ -117,6 +137,9 @@ def _logit(model: Any, layout: Layout) -> int:
     return (LOGIT_TE if fused else LOGIT_NATIVE) + capped
 
 
+_ROUTER_DTYPES = {"fp32": 4, "fp64": 8}
+
+
 def _layout(model: Any, number: int, sequence_length: int, peft: Any) -> Layout:
     """Return the layout of layer `number`."""
     tensor = model.tensor_model_parallel_size
@@ -134,6 +157,7 @@ def _layout(model: Any, number: int, sequence_length: int, peft: Any) -> Layout:
         # With other scalings than delayed, megatron-core lets it keep attention's output as it is (`save_original_input`).
         projection=1 if quantized and model.fp8 and model.fp8_recipe == Fp8Recipe.delayed else 0,
         scores=sequence_length if unfused else 0,
+        logit=_ROUTER_DTYPES.get(model.moe_router_dtype, wide),
         peft=peft,
     )
 
@@ -189,17 +213,27 @@ def _prediction(shape: Shape, layout: Layout) -> int:
 
 def _experts(shape: Shape, layout: Layout, inner: Sequence[Linear]) -> tuple[int, dict[str, int]]:
     """Return the bytes per token of the experts' input before it is dispatched, which router and dispatcher keep as it is, and of
-    the experts, which all get as many tokens. Their outputs are not kept: what they weigh is multiplied inside them."""
-    wide, hidden = layout.wide, shape.hidden
-    routed, shared = ([linear for linear in inner if (linear.expert is None) == of_all] for of_all in (False, True))
+    router and experts. Experts' outputs are not kept: what they weigh is multiplied inside them."""
+    wide, hidden, (router, *linear) = layout.wide, shape.hidden, inner
+    routed, shared = ([one for one in linear if (one.expert is None) == of_all] for of_all in (False, True))
     whole = replace(layout, shards=1)
     pairs = [_mlp(shape, pair, whole, layout.etp, normed=False) for pair in batched(routed, 2)]
     into, own = (sum(pair[which] for pair in pairs) // len(pairs) for which in (0, 1))
     added = wide * shape.gates * shape.expert_ffn // layout.etp if shape.biases else 0  # with their biases, and without
-    inside = shape.active_experts * (into + own + added)
-    router = ROUTER * shape.num_experts // layout.shards
+    inside = int(layout.pairs * (into + own + added))
+    of_router = (ROUTER * shape.num_experts + _router_adapter(router, layout)) // layout.shards
     _, of_shared = _mlp(shape, shared, layout, layout.tp, normed=False) if shared else (0, 0)
-    return wide * hidden // layout.shards, {"moe": inside // layout.shards + router, "shared_experts": of_shared}
+    return wide * hidden // layout.shards, {"moe": inside + of_router, "shared_experts": of_shared}
+
+
+def _router_adapter(router: Linear, layout: Layout) -> int:
+    """Return the bytes per token that a router's adapter keeps: its input, where it is not the router's own, and A·x."""
+    added = adapter_of(layout.peft, router)
+    if added is None:
+        return 0
+    dropped = layout.peft.dropout > 0
+    another = layout.logit if dropped or layout.logit != layout.wide else 0
+    return (another + dropped) * router.inputs + layout.logit * added.rank
 
 
 def _mlp(shape: Shape, pair: Sequence[Linear], layout: Layout, ranks: int, *, normed: bool) -> tuple[int, int]:

@@ -33,6 +33,11 @@ class Linear:
     expert: int | None = None
 
     @property
+    def is_router(self) -> bool:
+        """Whether its outputs are the logits of a router, which no ranks divide."""
+        return self.name.endswith(".router")
+
+    @property
     def outputs(self) -> int:
         """Outputs of all parts."""
         return sum(self.parts.values())
@@ -57,7 +62,7 @@ def is_known(peft: Any) -> bool:
 
 def linears(shape: Shape, number: int) -> Iterator[Linear]:
     """Yield the linear layers of layer `number`, counted from 0 in the whole model: attention's, the output projection last; the
-    feed-forward network's or each expert's two; the shared expert's two."""
+    feed-forward network's two; or the router, each expert's two, and the shared expert's two."""
     mtp = number - shape.layers
     layer = f"decoder.layers.{number}" if mtp < 0 else f"mtp.layers.{mtp}.mtp_model_layer"
     for name, (inputs, parts) in shape.projections.items():
@@ -65,6 +70,7 @@ def linears(shape: Shape, number: int) -> Iterator[Linear]:
     if not shape.experts[number]:
         yield from _mlp(f"{layer}.mlp", shape, shape.ffn)
         return
+    yield Linear(f"{layer}.mlp.router", shape.hidden, {"": shape.num_experts})
     for expert in range(shape.num_experts):
         yield from _mlp(f"{layer}.mlp.experts.local_experts.{expert}", shape, shape.expert_ffn, expert)
     if shape.shared_ffn:

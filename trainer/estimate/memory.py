@@ -7,7 +7,7 @@ torch's allocator, and fragmentation.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class Estimate:
 
     pp_rank: int
     parts: tuple[Part, ...]
+    uneven: int
+    """Bytes of the fullest rank where routers send the experts of one rank all the tokens they can."""
 
     @property
     def total(self) -> int:
@@ -60,25 +62,29 @@ def memory(config: RunConfig, world_size: int) -> Estimate:
     """Return the bytes on each GPU of the fullest rank, by purpose, for a resolved run. Builds what each rank holds
     (`estimate.built`); a run, which has built it, calls `of_rank`."""
     ranks = built.count_each_rank(config.model, config.peft)
-    return max((of_rank(config, held, pp_rank, world_size) for pp_rank, held in ranks), key=lambda estimate: estimate.total)
+    estimates = [of_rank(config, held, pp_rank, world_size) for pp_rank, held in ranks]
+    return replace(max(estimates, key=lambda each: each.total), uneven=max(each.uneven for each in estimates))
 
 
 def of_rank(config: RunConfig, held: RankParameters, pp_rank: int, world_size: int) -> Estimate:
     """Return the bytes of one rank of pipeline stage `pp_rank`, which holds the parameters `held`."""
     copies = _copies(config.model, world_size)
-    parts = (
+    constant = (
         _weights(config, held),
         *_adapters(config, held),
         _gradients(config, held.trained),
         _optimizer(config, held.trained, copies),
-        *_activations(config, held, pp_rank, copies[0] // config.model.context_parallel_size),
-        *_mask(config),
-        *_workspace(config),
     )
-    return Estimate(pp_rank, parts)
+    even, uneven = (
+        tuple(_activations(config, held, pp_rank, copies[0] // config.model.context_parallel_size, uneven=uneven))
+        for uneven in (False, True)
+    )
+    parts = (*constant, *even, *_mask(config), *_workspace(config))
+    more = sum(part.size for part in uneven) - sum(part.size for part in even)
+    return Estimate(pp_rank, parts, sum(part.size for part in parts) + more)
 
 
-def _activations(config: RunConfig, held: RankParameters, pp_rank: int, data_parallel: int) -> Iterator[Part]:
+def _activations(config: RunConfig, held: RankParameters, pp_rank: int, data_parallel: int, *, uneven: bool) -> Iterator[Part]:
     micro, length = config.train.micro_batch_size, config.dataset.sequence_length
     try:
         shape_of(config.model)
@@ -93,6 +99,7 @@ def _activations(config: RunConfig, held: RankParameters, pp_rank: int, data_par
         num_microbatches=config.train.global_batch_size // (micro * data_parallel),
         sequence_length=length,
         peft=config.peft,
+        uneven=uneven,
     ):
         yield Part(name, size, why)
 

@@ -85,6 +85,12 @@ def _check(config: Any) -> None:
                 f"`model.{name}` is `{getattr(config, name)}`, with which no text can be generated",
                 hint=f"leave `model.{name}` out, or generate from a checkpoint with `mbtrain generate`",
             )
+    if kind := getattr(config, "experimental_attention_variant", None):
+        raise UserError(
+            f"`model.experimental_attention_variant` is `{kind}`, with which no text can be generated: megatron-core keeps no "
+            "state of it from token to token",
+            hint="export it with `mbconvert mcore-to-hf`, and generate with transformers",
+        )
 
 
 _OFF = {

@@ -7,8 +7,11 @@ from functools import partial
 from typing import Any
 
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 _TRANSFORMER_ENGINE = "transformer_engine"
 
@@ -19,7 +22,7 @@ def copied(layer: Any) -> Any:
     attention = replace(parts.self_attention, submodules=replace(parts.self_attention.submodules))
     mlp = partial(parts.mlp.func, *parts.mlp.args, **{**parts.mlp.keywords, "submodules": replace(mlp_parts(layer))})
     keys = dict(parts.sharded_state_dict_keys_map)
-    backend = {_TRANSFORMER_ENGINE: attention_parts(layer).linear_proj is not RowParallelLinear}
+    backend = {_TRANSFORMER_ENGINE: not is_local(layer)}
     return replace(
         layer,
         submodules=replace(parts, self_attention=attention, mlp=mlp, sharded_state_dict_keys_map=keys),
@@ -27,8 +30,15 @@ def copied(layer: Any) -> Any:
     )
 
 
+def is_local(layer: Any) -> bool:
+    """Tell whether a layer's spec is of megatron-core's own modules, and not of Transformer Engine's."""
+    parts = attention_parts(layer)
+    return (parts.out_proj if isinstance(parts, GatedDeltaNetSubmodules) else parts.linear_proj) is RowParallelLinear
+
+
 def attention_parts(layer: Any) -> Any:
-    """Return the submodules of a layer's attention: `linear_qkv`, `core_attention`, `linear_proj`, norms of query and key."""
+    """Return the submodules of a layer's attention: `linear_qkv`, `core_attention`, `linear_proj`, norms of query and key; or
+    those of its delta net."""
     return layer.submodules.self_attention.submodules
 
 
@@ -43,9 +53,24 @@ def has_experts(layer: Any) -> bool:
 
 
 def transformer_layers(model: Any) -> list[Any]:
-    """Return this rank's layers of a GPTModel: the decoder's, and those inside its layers of multi-token prediction."""
+    """Return this rank's layers of a GPTModel: the decoder's, and those inside its layers of multi-token prediction. Of a
+    HybridModel, those that are attention, feed-forward or experts; what one lacks is megatron-core's identity."""
     further = model.mtp.layers if getattr(model, "mtp", None) is not None else ()
-    return [*model.decoder.layers, *(layer.mtp_model_layer for layer in further)]
+    return [*_of_transformers(model), *(layer.mtp_model_layer for layer in further)]
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """Return those of this rank's layers in the decoder that have attention."""
+    return [layer for layer in _of_transformers(model) if not isinstance(layer.self_attention, IdentityOp)]
+
+
+def mlp_layers(model: Any) -> list[Any]:
+    """Return those of this rank's layers in the decoder that have a feed-forward part or experts."""
+    return [layer for layer in _of_transformers(model) if not isinstance(layer.mlp, IdentityOp)]
+
+
+def _of_transformers(model: Any) -> list[Any]:
+    return [layer for layer in model.decoder.layers if isinstance(layer, TransformerLayer)]
 
 
 def uses_transformer_engine(layer: Any) -> bool:
@@ -55,7 +80,16 @@ def uses_transformer_engine(layer: Any) -> bool:
 
 def backend(layer: Any) -> Any:
     """Return megatron-core's provider of the modules that a copied layer is built from."""
-    if uses_transformer_engine(layer):
+    return _provider(local=not uses_transformer_engine(layer))
+
+
+def backend_of(layer: Any) -> Any:
+    """Return the same for a layer's spec as megatron-core made it."""
+    return _provider(local=is_local(layer))
+
+
+def _provider(*, local: bool) -> Any:
+    if not local:
         # Only where Transformer Engine is installed.
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # noqa: PLC0415
 

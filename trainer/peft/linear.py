@@ -91,6 +91,7 @@ def describe_linear(module: torch.nn.Module, name: str) -> Linear:
     expert = ".local_experts." in name or grouped is not None
     group = getattr(module, "_tp_group", None) or getattr(module, "tp_group", None)
     group = group or parallel_state.get_tensor_model_parallel_group()
+    _check_communication(name, config, ranks=group.size())
     sequence = bool(getattr(config, "sequence_parallel", False)) and group.size() > 1 and not expert
     return Linear(
         name=name,
@@ -106,6 +107,16 @@ def describe_linear(module: torch.nn.Module, name: str) -> Linear:
         device=weight.device,
         grouped=grouped,
     )
+
+
+def _check_communication(name: str, config: Any, *, ranks: int) -> None:
+    """Refuse a layer outside which its own inputs are gathered and its outputs are reduced: the adapter's would not be."""
+    if ".shared_experts." in name and ranks > 1 and getattr(config, "moe_shared_expert_overlap", False):
+        raise UserError(
+            f"no adapter can be added to `{name}`: with `model.moe_shared_expert_overlap` and "
+            f"`model.tensor_model_parallel_size` `{ranks}`, ranks exchange its tokens outside the layer",
+            hint="set `model.moe_shared_expert_overlap=false`, or `peft.exclude_modules=['*.shared_experts.*']`",
+        )
 
 
 def _grouped_experts(module: Any) -> GroupedExperts | None:

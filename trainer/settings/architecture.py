@@ -12,6 +12,7 @@ import torch
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.enums import AttnBackend
 
+from trainer.layers.delta_net import GATED_DELTA_NET, NOT_WITH
 from trainer.layers.rope import KINDS, attention_factor
 from trainer.layers.xielu import xielu
 from trainer.settings.checks import CP, parallel_size
@@ -19,12 +20,13 @@ from trainer.settings.rules import Rule, enforce
 
 _ABSENT = SimpleNamespace(
     position_embedding_type="rope", rope_parameters=None, sliding_rope=None, exact_sequence_length=None, rotary_percent=1.0,
-    qk_layernorm_after_rope=False, qk_layernorm=False, alibi=None, attn_logit_softcapping=None, position_offset=0,
+    qk_layernorm_after_rope=False, qk_l2_norm_with_rope=False, qk_layernorm=False, parallel_residual=None, pre_layernorms=True,
+    post_layernorms=False, attention_output_bias=False, alibi=None, attn_logit_softcapping=None, position_offset=0,
     gated_linear_unit=False, activation_func=None, num_moe_experts=None, fp8_dot_product_attention=False,
     attention_backend=AttnBackend.auto, yarn_rotary_scaling_factor=1.0, yarn_original_max_position_embeddings=None,
     bias_activation_fusion=None, apply_rope_fusion=None, fused_single_qkv_rope=False, window_size=None,
     multi_latent_attention=False, rope_type="yarn", qk_head_dim=1, qk_pos_emb_head_dim=1, v_head_dim=1, moe_grouped_gemm=False,
-    add_bias_linear=False,
+    add_bias_linear=False, experimental_attention_variant=None, linear_attention_freq=None,
     bias_dropout_fusion=None, activation_func_clamp_value=None, glu_linear_offset=0.0, moe_layer_freq=1,
     moe_shared_expert_intermediate_size=None, moe_router_group_score=None, moe_router_num_groups=None, moe_router_fusion=False,
 )  # fmt: skip
@@ -49,6 +51,24 @@ def check(config: Any) -> None:
     enforce(_attention_rules(model, context=parallel_size(config.model, CP)))
     enforce(_kernel_rules(model))
     enforce(_router_rules(model))
+    enforce(_delta_net_rules(model))
+
+
+def _delta_net_rules(model: Any) -> Iterator[Rule]:
+    kind = model.experimental_attention_variant
+    yield (
+        kind not in (None, GATED_DELTA_NET),
+        f"`model.experimental_attention_variant` is `{kind}`, whose layers are not among those of this provider",
+        f"leave it out; `{GATED_DELTA_NET}` is the one that is",
+    )
+    if kind is None:
+        return
+    for name, usual in NOT_WITH.items():
+        yield (
+            getattr(model, name) != usual,
+            f"`model.{name}` is `{getattr(model, name)}`, which cannot be done in a model with gated delta nets",
+            f"set `model.{name}={usual}`",
+        )
 
 
 def _length_rules(model: Any, length: Any) -> Iterator[Rule]:

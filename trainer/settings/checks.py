@@ -252,6 +252,13 @@ def _packed_rules(config: RunConfig, machine: Machine) -> Iterator[Rule]:
         f"`model.window_size` is `{window}`, and megatron-core's attention on the CPU cannot keep packed examples apart too",
         f"set `{setting}=false`",
     )
+    net, on_cpu = getattr(config.model, "experimental_attention_variant", None), machine.device == "cpu"
+    where = "layers on the CPU" if on_cpu else "deterministic layers (`model.deterministic_mode`)"
+    yield (
+        net and (on_cpu or getattr(config.model, "deterministic_mode", False)),
+        f"`model.experimental_attention_variant` is `{net}`, whose {where} take one packed example for the start of the next",
+        f"set `{setting}=false`",
+    )
     ahead = getattr(config.model, "mtp_num_layers", None)
     yield (
         ahead and machine.device == "cpu",

@@ -136,6 +136,27 @@ def test_a_magnitude_keeps_the_output_that_it_scales(ranks: Any) -> None:
     assert dora - lora == estimated[0]["activations"] - estimated[1]["activations"] + 2 * rows
 
 
+@pytest.mark.parametrize(("dropout", "dtype"), [(0.0, None), (0.5, None), (0.0, "fp64")])
+def test_a_routers_adapter_keeps_its_input_where_that_is_another_and_what_it_makes_of_it(ranks, dropout, dtype) -> None:
+    """Of the last layer, which gradients reach both times."""
+    lora = {"dim": 4, "dropout": dropout}
+    whole, less = (
+        settings(
+            mixed_precision="fp32",
+            peft=LoRA(target_modules=["*.layers.3.*.linear_proj", *routers], **lora),
+            model__moe_router_dtype=dtype,
+            **EXPERTS,
+        )
+        for routers in (["*.layers.3.*.router"], [])
+    )
+    resolved = [resolve(one, world_size=1, device="cpu").config for one in (whole, less)]
+    with_it, without = (ranks.run(kept, 1, one)[0] for one in resolved)
+    estimated = parts(whole, device="cpu")["activations"] - parts(less, device="cpu")["activations"]
+    # The CPU's dropout keeps a mask in fp32, a GPU's in bytes. A and B of 64 inputs and 4 experts are copied to fp64.
+    other = 128 * 64 * 3 if dropout else 4 * (64 + 4) * 8 if dtype else 0
+    assert with_it - without == estimated + other > other
+
+
 def test_layers_before_the_first_adapter_keep_nothing(ranks: Any) -> None:
     told = {"mixed_precision": "fp32", "model__vocab_size": 128}
     upper = settings(peft=LoRA(dim=4, target_modules=["*.layers.2.*.linear_*", "*.layers.3.*.linear_*"]), **told)

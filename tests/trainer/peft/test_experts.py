@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from formats.errors import UserError
 from tests.trainer.peft.runs import Watched
+from tests.trainer.trials import SHARED
 
 MOE = Path(__file__).parents[3] / "examples" / "moe.py"
 
@@ -68,3 +70,28 @@ def test_experts_are_trained_the_same_wherever_they_lie(case, ranks, start):
     assert set().union(*(found for *_, found in answers)) == set(names)
     for number in () if run else range(4):
         assert any(f".local_experts.{number}." in name for name in names)
+
+
+def of_shared_experts(changes):
+    """Train an adapter on shared experts; losses, or the error."""
+    from tests.trainer import observed
+    from trainer import peft, pretrain
+
+    config, history = observed.settings(**{**SHARED, "checkpoint.random_weights": True, **changes}), Watched()
+    config.peft = peft.LoRA(dim=4, target_modules=["*.shared_experts.*"])
+    try:
+        pretrain(config, callbacks=[history])
+    except UserError as error:
+        return str(error)
+    return history.losses
+
+
+def test_shared_experts_whose_tokens_are_exchanged_outside_them_get_no_adapter(ranks):
+    beside, two = {"model.moe_shared_expert_overlap": True}, {"model.tensor_model_parallel_size": 2}
+    ((apart,), (together,)) = (ranks.run(of_shared_experts, 1, changes) for changes in ({}, beside))
+    assert together == pytest.approx(apart, abs=1e-6)
+    assert ranks.run(of_shared_experts, 2, two)[0] == pytest.approx(apart, abs=1e-5)
+    refused = ranks.run(of_shared_experts, 2, {**two, **beside})
+    assert refused[0] == refused[1]
+    assert "shared_experts.linear_fc1`: with `model.moe_shared_expert_overlap` and" in refused[0]
+    assert "hint: set `model.moe_shared_expert_overlap=false`, or `peft.exclude_modules=['*.shared_experts.*']`" in refused[0]

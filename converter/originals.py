@@ -1,0 +1,71 @@
+"""Weights that an offset moves, which rounds: their own values travel beside them, and come back where nothing changed them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from converter.plan import TensorPlan, as_stored
+from converter.planned_reader import PlannedReader
+from formats.errors import UserError
+from formats.spec import Array, JoinedReader, Reader, Region, extent
+
+
+def original_name(name: str) -> str:
+    """Return the name under which the values of a weight travel."""
+    return f"{name}.as_stored"
+
+
+def moved(tensor_plans: Iterable[TensorPlan]) -> dict[str, TensorPlan]:
+    """Return the plans of weights that an offset moves, by the names of what they make."""
+    return {one.spec.name: one for one in tensor_plans if one.transform and one.transform.offset}
+
+
+def with_originals(tensor_plans: Sequence[TensorPlan], tensors: Reader) -> tuple[Sequence[TensorPlan], Reader]:
+    """Return the plans of a Hugging Face model's tensors with the values that travelled, where they still hold, and their reader.
+
+    `tensors` reads a checkpoint and what travelled. Raises UserError where that has another shape than the weight.
+    """
+    planned = {name: one for name, one in moved(tensor_plans).items() if original_name(name) in tensors.specs}
+    if not planned:
+        return tensor_plans, tensors
+    reader = OriginalReader(tensors, planned)
+    again = as_stored(reader.specs)
+    return [again.get(one.spec.name, one) for one in tensor_plans], JoinedReader(tensors, reader)
+
+
+class OriginalReader:
+    """Weights that an offset moved: what travelled where that, moved again, is what the checkpoint holds; else computed."""
+
+    def __init__(self, tensors: Reader, tensor_plans: Mapping[str, TensorPlan]) -> None:
+        self._tensors, self._offsets = tensors, dict[str, float]()
+        held = dict[str, TensorPlan]()
+        for name, one in tensor_plans.items():
+            assert one.transform is not None
+            self._offsets[name] = one.transform.offset
+            held[name] = replace(one, spec=one.spec.cast(one.parts[0].dtype), transform=replace(one.transform, offset=0.0))
+        self._computed, self._held = PlannedReader(tensors, tensor_plans), PlannedReader(tensors, held)
+        self.specs = self._computed.specs
+        for name, spec in self.specs.items():
+            if (travelled := tensors.specs[original_name(name)]).shape != spec.shape:
+                raise UserError(f"`{travelled.name}` has the shape {list(travelled.shape)}, and `{name}` {list(spec.shape)}")
+
+    def read(self, name: str, region: Region, out: Array) -> None:
+        travelled = self._tensors.specs[original_name(name)]
+        original = np.empty(extent(region), travelled.dtype)
+        self._tensors.read(travelled.name, region, original)
+        held = np.empty(extent(region), self._held.specs[name].dtype)
+        self._held.read(name, region, held)
+        self._computed.read(name, region, out)
+        with np.errstate(all="ignore"):
+            again = (original.astype(np.float64) - self._offsets[name]).astype(held.dtype)
+            np.copyto(out, original.astype(out.dtype), where=_bits(again) == _bits(held))
+
+    def close(self) -> None:
+        pass
+
+
+def _bits(values: Array) -> Array:
+    return values.view(f"u{values.dtype.itemsize}")

@@ -1,0 +1,302 @@
+"""Plan a reshard: the weights of a Megatron checkpoint, in the files of another layout.
+
+Tensors of a checkpoint are global: parallel sizes only say which chunk of each is in which rank's file, and layouts `gpt` and
+`hybrid` what it is called. So each tensor of the output is one tensor of the source, and no Hugging Face tensor is made in
+between. Only the rows that pad a vocabulary differ: their number depends on tensor parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from converter import families, provenance, reference, run_config, side_files
+from converter.comparison import CheckpointView
+from converter.config import make_model, to_megatron
+from converter.consistency import embedding_rows
+from converter.conversion import Conversion
+from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
+from converter.encoding import quantized_source
+from converter.execution import Reporter
+from converter.families import Family
+from converter.hybrid import layout_of
+from converter.importing import check_padding, parallel_sizes, weights_writer, with_extras
+from converter.layout import Layout, make_layout
+from converter.model import Model
+from converter.padded_vocab import divisible_by
+from converter.plan import Specs, TensorPlan, as_stored, casts, same_tensor
+from converter.planner import Plan, stored_tensors
+from converter.provenance import Provenance
+from converter.rules import fill
+from converter.run import PIECE_BYTES
+from converter.run_config import UnknownModelError
+from converter.side_files import EXTRAS, HFReference
+from converter.sources import Source, megatron_source
+from converter.tables import Table, Tables
+from converter.values import KEEP, dtype_of_most_parameters, target_dtype
+from converter.views import untouched
+from converter.workers import DEFAULT
+from formats.dcp_index import METADATA
+from formats.detect import open_megatron
+from formats.errors import UserError
+from formats.folder import FileRef, Folder
+from formats.huggingface import HuggingFaceReader, Shard, specs_of
+from formats.iterations import iteration_folder
+from formats.megatron_reader import MegatronReader
+from formats.spec import DTYPES, JoinedReader, Reader, TensorSpec, is_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReshardOptions:
+    """The options that the bytes of a reshard depend on."""
+
+    layout: str | None
+    """`gpt` or `hybrid` (see `converter.hybrid`); None for the source's."""
+
+    tp: int
+    pp: int
+    vpp: int
+    pp_layout: Sequence[int] | None
+    ep: int
+    etp: int | None
+    make_vocab_size_divisible_by: int | None
+    """None for what the source says of its own padding."""
+
+    hf_config: Folder | None
+    weights_only: bool
+    dtype: str
+    integrity: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reshard:
+    """A checkpoint that was recognized as a model, and the layout that it gets."""
+
+    source: Source
+    family: Family
+    """In the layout of the output."""
+
+    megatron: Mapping[str, Any]
+    """The model's fields in Megatron."""
+
+    model: Model
+    layout: Layout
+    plan: Plan
+    vocab_multiple: int
+    iteration: int
+    side_files: Mapping[str, FileRef]
+    extras: Shard | None
+
+
+def plan_reshard(
+    reader: MegatronReader, root: Folder, wanted: ReshardOptions, reporter: Reporter, *, workers: int = DEFAULT
+) -> Conversion:
+    """Return the conversion of a Megatron checkpoint to another layout. `root` is the folder that the user named.
+
+    Raises UserError if the checkpoint holds what would be lost, or does not say enough of its model.
+    """
+    _refuse_state(reader, weights_only=wanted.weights_only)
+    reader.check()  # first: it frees the index, whose memory the plan then takes
+    found = _recognize(reader, root, wanted)
+    for text in _notes(found, reader):
+        reporter.note(text)
+    return Conversion(
+        plan=_conversion_plan(found, reader, wanted),
+        reader=found.source.reader,
+        views=lambda written: _views(found, written),
+        copies=found.side_files,
+        memory=workers * PIECE_BYTES,  # columns are gathered
+    )
+
+
+def _refuse_state(reader: MegatronReader, *, weights_only: bool) -> None:
+    if reader.has_optimizer and not weights_only:
+        raise UserError(
+            f"`{reader.folder.label}` holds optimizer state, which cannot be resharded yet",
+            hint="`--weights-only` leaves it out: training can start from such a checkpoint, and not resume",
+        )
+
+
+def _recognize(reader: MegatronReader, root: Folder, wanted: ReshardOptions) -> _Reshard:
+    origin, unknown = _reference(reader, wanted)
+    kind, before = origin.config.get("model_type"), layout_of(reader.specs)
+    stored = families.find(kind, before).rooted(specs_of(origin.shards))
+    family = families.find(kind, wanted.layout or before).rooted(specs_of(origin.shards))
+    megatron, multiple = to_megatron(family.CONFIG, origin.config), _vocab_multiple(reader, wanted)
+    model = make_model(family.CONFIG, origin.config, vocab_multiple=multiple * wanted.tp)
+    check_padding(model, divisible_by=multiple, tp=wanted.tp)
+    etp = wanted.etp or megatron.get("expert_tensor_parallel_size")
+    layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout, ep=wanted.ep, etp=etp)
+    tensors, extras = _with_extras(reader, origin, family, model)
+    return _Reshard(
+        source=megatron_source(reader, root, origin, tensors),
+        family=family,
+        megatron={**megatron, **({"vocab_size": None, "padded_vocab_size": model.padded_vocab} if unknown else {})},
+        model=model,
+        layout=layout,
+        plan=_plan(family, model, _stored(stored, origin, reader.specs), dtype=wanted.dtype),
+        vocab_multiple=multiple,
+        iteration=_iteration(reader),
+        side_files=_side_files(reader.folder, origin, given=wanted.hf_config is not None),
+        extras=extras,
+    )
+
+
+def _reference(reader: MegatronReader, wanted: ReshardOptions) -> tuple[HFReference, bool]:
+    """Return what says which model the checkpoint holds, and whether its number of tokens is unknown: all rows of the vocabulary
+    then count as tokens."""
+    given, any_settings = wanted.hf_config, _keeps_settings(reader, wanted)
+    if given and reader.folder.below(side_files.FILES).has(side_files.CONFIG):
+        raise UserError(
+            f"`{reader.folder.label}` has its own `{side_files.CONFIG}`, beside that of `--hf-config`",
+            hint="leave `--hf-config` out: it is for a checkpoint that does not say what model it holds",
+        )
+    try:
+        return reference.find(reader, given, any_settings=any_settings), False
+    except UnknownModelError:
+        return reference.find(reader, given, any_settings=any_settings, vocab=embedding_rows(reader.specs)), True
+
+
+def _keeps_settings(reader: MegatronReader, wanted: ReshardOptions) -> bool:
+    """Does the output keep the source's `run_config.yaml`? In another layout it is of another class, with other fields."""
+    return reader.folder.has(run_config.FILE) and wanted.layout in (None, layout_of(reader.specs))
+
+
+def _vocab_multiple(reader: MegatronReader, wanted: ReshardOptions) -> int:
+    """Return what each rank's rows of the vocabulary are padded to a multiple of."""
+    recorded = run_config.read_all(reader.folder, reader.args())
+    return wanted.make_vocab_size_divisible_by or divisible_by(recorded[0].settings if recorded else {})
+
+
+def _iteration(reader: MegatronReader) -> int:
+    number: Any = reader.common_state().get("iteration")
+    return number if is_size(number) else 0
+
+
+def _stored(family: Family, origin: HFReference, source: Specs) -> list[TensorSpec]:
+    """Return the stored tensors in the order of the family's rules, which is the same in every layout."""
+    model = make_model(family.CONFIG, origin.config)
+    return stored_tensors(Tables(family.RULES, model), model, source)
+
+
+def _plan(family: Family, model: Model, stored: Sequence[TensorSpec], *, dtype: str) -> Plan:
+    """Return the plan that makes each Megatron tensor of `model` from the stored one."""
+    tables = Tables(family.RULES, model)
+    made = [
+        _tensor_plan(table, fill(table.rule.megatron, one), spec, dtype)
+        for (table, one), spec in zip(tables, stored, strict=True)
+    ]
+    return Plan(tuple(made), family.RULES, model)
+
+
+def _tensor_plan(table: Table, name: str, stored: TensorSpec, dtype: str) -> TensorPlan:
+    kept = DTYPES[table.rule.keep_dtype] if table.rule.keep_dtype and dtype != KEEP else None
+    spec = TensorSpec(name, table.shape, kept or target_dtype(stored, dtype))
+    return same_tensor(stored if stored == spec else spec, stored)  # a large model has hundreds of thousands
+
+
+def _with_extras(reader: MegatronReader, origin: HFReference, family: Family, model: Model) -> tuple[Reader, Shard | None]:
+    """Return a reader of the weights and of what travels beside them, and the file of the latter. Raises UserError for tensors in
+    it that are none of the model's."""
+    if not reader.folder.has(EXTRAS):
+        return reader, None
+    beside, carried = HuggingFaceReader(reader.folder, files=[EXTRAS], any_dtype=True), quantized_source(origin).names
+    untouched({name: spec for name, spec in beside.specs.items() if name not in carried}, family, model)
+    return JoinedReader(reader, beside), beside.shards[EXTRAS]
+
+
+def _side_files(iteration: Folder, origin: HFReference, *, given: bool) -> dict[str, FileRef]:
+    return {**side_files.stored(iteration), **(side_files.collect_again(origin).copies if given else {})}
+
+
+def _notes(found: _Reshard, reader: MegatronReader) -> Iterator[str]:
+    """Yield what a user should know of a reshard."""
+    for old, new in casts(found.plan.tensors).items():
+        yield f"weights are cast from {old} to {new}"
+    stored, rows = embedding_rows(reader.specs), found.model.padded_vocab
+    if stored and stored > rows:
+        tokens, left = found.model.vocab, stored - rows
+        yield f"{tokens} tokens are padded to {rows} rows; the last {left} of the source's {stored} are left out"
+    if reader.others:
+        yield f"{len(reader.others)} tensors that are no weights (such as `{reader.others[0]}`) are left out"
+    if reader.args() and not reader.folder.has(run_config.FILE):
+        yield f"{run_config.ARGS} are left out; `{run_config.FILE}` says what model it is"
+
+
+def _conversion_plan(found: _Reshard, reader: MegatronReader, wanted: ReshardOptions) -> ConversionPlan:
+    source, folder, options = found.source, f"{iteration_folder(found.iteration)}/", _options(found, wanted)
+    writer = weights_writer(found.plan, found.layout, found.megatron, iteration=found.iteration)
+    tensor_plans = (*found.plan.tensors, *(as_stored(found.extras.tensors).values() if found.extras else ()))
+    return ConversionPlan(
+        source=source.label,
+        tensor_plans=tensor_plans,
+        output=OutputFiles(
+            writer=with_extras(writer, found.extras, folder),
+            documents={run_config.FILE: _run_config(found, reader, wanted)},
+            copied=sizes_of(found.side_files),
+            folder=folder,
+            integrity=wanted.integrity,
+            last=(METADATA,),
+        ),
+        provenance=Provenance(
+            command="reshard",
+            fields=_fields(found, reader, options),
+            tensors={tensor_plan.spec.name: tensor_plan.spec for tensor_plan in tensor_plans},
+            passing="made",
+            hashed=wanted.integrity,
+        ),
+        manifest=manifest("reshard", options, {**source.files, **found.side_files}),
+        identity=options,
+        layout=parallel_sizes(found.model, found.layout),
+    )
+
+
+def _options(found: _Reshard, wanted: ReshardOptions) -> dict[str, Any]:
+    return {
+        "layout": found.family.layout,
+        **parallel_sizes(found.model, found.layout),
+        "layers": list(found.layout.stages),
+        "dtype": wanted.dtype,
+        "vocab_divisible_by": found.vocab_multiple,
+        "hf_config": wanted.hf_config.name if wanted.hf_config else None,
+        "weights_only": wanted.weights_only,
+        "integrity": wanted.integrity,
+    }
+
+
+def _fields(found: _Reshard, reader: MegatronReader, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `conversion.json` says: the source with what its own record says, the options, the family, and counts."""
+    recorded = provenance.recorded(reader.folder)
+    return {
+        "source": {**found.source.provenance, **({"conversion": recorded} if recorded else {})},
+        "options": options,
+        "family": found.source.reference.config["model_type"],
+        "casts": casts(found.plan.tensors),
+        "tensors": {"in": len(reader.specs), "out": len(found.plan.tensors)},
+    }
+
+
+def _run_config(found: _Reshard, reader: MegatronReader, wanted: ReshardOptions) -> bytes:
+    """Return the source's `run_config.yaml` with the new parallel sizes, or one of the model."""
+    multiple = found.vocab_multiple
+    if not _keeps_settings(reader, wanted):
+        dtype = dtype_of_most_parameters(tensor_plan.spec for tensor_plan in found.plan.tensors)
+        return run_config.make(found.megatron, found.layout, dtype, vocab_multiple=multiple)
+    return run_config.with_parallel_sizes(
+        reader.folder.get(run_config.FILE),
+        found.megatron,
+        found.layout,
+        vocab_multiple=multiple,
+        padded_vocab=found.model.padded_vocab,
+    )
+
+
+def _views(found: _Reshard, written: Folder) -> tuple[CheckpointView, CheckpointView]:
+    """Return the source as it is resharded, and the written output."""
+    back = open_megatron(written)
+    back.check()
+    output = JoinedReader(back, HuggingFaceReader(written, files=[EXTRAS], any_dtype=True)) if found.extras else back
+    plans = (*found.plan.tensors, *(as_stored(found.extras.tensors).values() if found.extras else ()))
+    source = CheckpointView(found.source.label, found.source.reader, {one.spec.name: one for one in plans})
+    return source, CheckpointView(written.label, output, as_stored(output.specs))

@@ -1,0 +1,90 @@
+"""Other kinds of Megatron checkpoints are exported, verified and inspected as `torch_dist` is."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from converter import hf_to_mcore, inspect, mcore_to_hf, verify
+from formats.errors import UserError
+from formats.folder import LocalFolder
+from formats.torch_dist import TorchDistReader
+from tests.converter import family_suite
+from tests.formats import zarr_arrays
+from tests.golden.kinds import unpacked
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "vocab_size": 89,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path):
+    folder = tmp_path / "config"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return folder
+
+
+def as_zarr(iteration, folder):
+    """Store the keys of a checkpoint as the `zarr` format has them: a chunk for each shard."""
+    reader = TorchDistReader(LocalFolder(iteration))
+    for key in reader.container.tensor_names:
+        tensor = reader.container.tensor(key)
+        value = np.empty(tensor.shape, tensor.dtype)
+        reader.container.read(tensor, tuple(slice(0, size) for size in tensor.shape), value)
+        zarr_arrays.write(folder / key, value, chunks=tuple(part.stop - part.start for part in tensor.chunks[0].region))
+    zarr_arrays.mark(folder)
+    return folder
+
+
+def weights(folder):
+    return {name: value.tobytes() for name, value in load_file(folder / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_an_export_of_zarr_is_that_of_torch_dist(tmp_path, family):
+    source = family_suite.save_small(family, tmp_path / "hf")
+    hf_to_mcore(source, tmp_path / "m", tp=2, pp=2)
+    zarr = as_zarr(tmp_path / "m" / "iter_0000000", tmp_path / "z" / "iter_0000000")
+    (tmp_path / "z" / "latest_checkpointed_iteration.txt").write_text("0")
+    mcore_to_hf(tmp_path / "z", tmp_path / "back", hf_config=source)
+    assert weights(tmp_path / "back") == weights(source)
+    assert verify(tmp_path / "z", source).same
+    report = inspect(tmp_path / "z")
+    assert (report.format, report.layout["tp"]) == ("Megatron zarr", 2)
+    assert json.loads((tmp_path / "back" / "conversion.json").read_text())["source"]["format"] == "zarr"
+    (zarr / "decoder.final_layernorm.weight" / "0").unlink()
+    with pytest.raises(UserError, match=r"chunk `decoder.final_layernorm.weight/0` is missing"):
+        mcore_to_hf(tmp_path / "z", tmp_path / "again", hf_config=source)
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_export_of_torch_dcp_is_that_of_its_twin(tmp_path, config):
+    for name in ("torch_dcp", "torch_dcp_as_torch_dist"):
+        mcore_to_hf(unpacked(name, tmp_path), tmp_path / name / "hf", hf_config=config)
+    one, other = (tmp_path / name / "hf" / "model.safetensors" for name in ("torch_dcp", "torch_dcp_as_torch_dist"))
+    assert one.read_bytes() == other.read_bytes()
+    assert len(load_file(one)) == 21
+    assert inspect(unpacked("torch_dcp", tmp_path / "more")).format == "Megatron torch_dcp"
+
+
+def test_megatron_fsdp_exports_its_masters_in_the_dtype_that_is_asked_for(tmp_path, config):
+    root = unpacked("fsdp_dtensor", tmp_path)
+    mcore_to_hf(root, tmp_path / "fp32", hf_config=config)
+    mcore_to_hf(root, tmp_path / "bf16", hf_config=config, dtype="bf16")
+    full, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("fp32", "bf16"))
+    assert {value.dtype.name for value in full.values()} == {"float32"}
+    assert all(full[name].astype(value.dtype).tobytes() == value.tobytes() for name, value in rounded.items())
+    gate, up = (full[f"model.layers.1.mlp.{part}_proj.weight"] for part in ("gate", "up"))
+    stored = TorchDistReader(LocalFolder(root)).container
+    for half, suffix in ((gate, "_w"), (up, "_v")):
+        tensor = stored.tensor(f"model.module.decoder.layers.1.mlp.linear_fc1.weight{suffix}")
+        value = np.empty(tensor.shape, tensor.dtype)
+        stored.read(tensor, tuple(slice(0, size) for size in tensor.shape), value)
+        assert value.tobytes() == half.tobytes()

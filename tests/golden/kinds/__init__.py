@@ -1,0 +1,15 @@
+"""Small checkpoints of other kinds, made by megatron-core 0.8.0 (zarr) and Megatron-LM 0.19.0 on two GPUs (the others): two
+layers, hidden size 32 or 64, a vocabulary of 89 tokens padded to 96, trained for two or three steps."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+
+def unpacked(name: str, folder: Path) -> Path:
+    """Unpack a checkpoint below `folder` and return its root."""
+    target = folder / name
+    with tarfile.open(Path(__file__).parent / f"{name}.tar.xz") as archive:
+        archive.extractall(target, filter="data")
+    return next(target.iterdir())
