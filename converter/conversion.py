@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from converter.comparison import CheckpointView
 from converter.conversion_plan import ConversionPlan
+from converter.execution import ExecutionOptions, Reporter
 from formats.folder import FileRef, Folder
 from formats.spec import Reader
 
@@ -37,3 +38,20 @@ class Conversion:
 
     memory: int = 0
     """Bytes that reading the source holds at most, beside what is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A conversion that is carried out: to where, and how."""
+
+    conversion: Conversion
+    target: str
+    files: Mapping[str, int]
+    """The output's, with their sizes in bytes."""
+
+    options: ExecutionOptions
+    reporter: Reporter
+    sources: Sequence[Folder]
+    """Which must not change meanwhile."""
+
+    workers: int

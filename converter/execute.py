@@ -15,7 +15,7 @@ from typing import Any
 
 from converter.checks import replacement_rule
 from converter.comparison import compare
-from converter.conversion import Conversion
+from converter.conversion import Conversion, Job
 from converter.conversion_plan import partial_directory
 from converter.documents import write_documents, write_markers
 from converter.execution import ExecutionOptions, Reporter, Summary
@@ -54,7 +54,7 @@ def execute(
     if dry_run:
         _check_target(target, files, options)
     else:
-        reused = _write(conversion, target, files, options=options, reporter=reporter, sources=sources, workers=workers)
+        reused = _write(Job(conversion, target, files, options, reporter, sources, workers))
         if conversion.done:
             reporter.note(conversion.done())
     return Summary(
@@ -85,36 +85,27 @@ def _estimate(conversion: Conversion, target: str, workers: int) -> int:
     return expected_peak(conversion, target, workers, planned=resident_memory(), highest=peak_memory())
 
 
-def _write(
-    conversion: Conversion,
-    target: str,
-    files: Mapping[str, int],
-    *,
-    options: ExecutionOptions,
-    reporter: Reporter,
-    sources: Sequence[Folder],
-    workers: int,
-) -> int:
+def _write(job: Job) -> int:
     """Write the output, from the lock to the commit; return how many bytes an earlier run had written."""
+    conversion, options, note = job.conversion, job.options, job.reporter.note
     conversion.check()
-    if is_remote(target):
+    if is_remote(job.target):
         from converter.execute_remote import upload  # noqa: PLC0415 - the clients of object stores
 
-        upload(conversion, target, files, options=options, reporter=reporter, sources=sources, workers=workers)
+        upload(job)
         return 0
-    plan, ranks, final = conversion.plan, options.get("ranks") or alone(), Path(target)
+    plan, ranks, final = conversion.plan, options.get("ranks") or alone(), Path(job.target)
     partial = partial_directory(final, plan.tensor_plans, plan.identity)
     meeting = partial.with_name(f"{partial.name}.ranks")
-    note, rule, resume = reporter.note, replacement_rule(options, files), options.get("resume", False)
+    rule, resume = replacement_rule(options, job.files), options.get("resume", False)
     with (
         user_errors(final),
         Rendezvous(meeting, ranks.rank, ranks.size, ranks.run_id, target=final, note=note) as together,
         staged(final, partial, resumable(plan), together, rule=rule, resume=resume, note=note) as stage,
     ):
         if together.is_first:
-            check_room(final, sum(files.values()), already=partial)
-        rank = _Rank(conversion, stage, together, files=files, reporter=reporter, sources=sources, workers=workers)
-        return rank.write(_share(plan.tensor_plans, ranks), verify=options.get("verify", False))
+            check_room(final, sum(job.files.values()), already=partial)
+        return _Rank(job, stage, together).write(_share(plan.tensor_plans, ranks), verify=options.get("verify", False))
 
 
 def _share(tensor_plans: Sequence[TensorPlan], ranks: Ranks) -> Sequence[TensorPlan]:
@@ -125,20 +116,10 @@ def _share(tensor_plans: Sequence[TensorPlan], ranks: Ranks) -> Sequence[TensorP
 class _Rank:
     """One process's steps in a staged directory, up to the commit. Made for one run."""
 
-    def __init__(
-        self,
-        conversion: Conversion,
-        stage: Stage,
-        together: Rendezvous,
-        *,
-        files: Mapping[str, int],
-        reporter: Reporter,
-        sources: Sequence[Folder],
-        workers: int,
-    ) -> None:
-        self._conversion, self._plan = conversion, conversion.plan
-        self._stage, self._together, self._files = stage, together, files
-        self._reporter, self._sources, self._workers = reporter, sources, workers
+    def __init__(self, job: Job, stage: Stage, together: Rendezvous) -> None:
+        self._conversion, self._plan = job.conversion, job.conversion.plan
+        self._stage, self._together, self._files = stage, together, job.files
+        self._reporter, self._sources, self._workers = job.reporter, job.sources, job.workers
         self._finished = read_journals(stage.state) if stage.resumed else Finished()
 
     def write(self, tensor_plans: Sequence[TensorPlan], *, verify: bool) -> int:

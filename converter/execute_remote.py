@@ -5,15 +5,14 @@ One process does it all. Nothing of an unfinished upload can be read, so there i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 
 from converter.checks import replacement_rule
-from converter.conversion import Conversion
+from converter.conversion import Job
 from converter.conversion_plan import ConversionPlan
 from converter.documents import write_documents, write_markers
-from converter.execution import ExecutionOptions, Reporter
 from converter.hashing import Hashing
 from converter.journal import Finished
 from converter.plan import TensorPlan
@@ -22,43 +21,34 @@ from converter.run import Task
 from converter.sources import check_unchanged
 from converter.worker import Worker
 from formats.errors import UserError
-from formats.folder import Folder
 from formats.location import without_secrets
 from formats.remote.outputs import RemoteOutputs
 from formats.remote.upload import Upload
 
 
-def upload(
-    conversion: Conversion,
-    target: str,
-    files: Mapping[str, int],
-    *,
-    options: ExecutionOptions,
-    reporter: Reporter,
-    sources: Sequence[Folder],
-    workers: int,
-) -> None:
-    """Write all `files` of the output to a URL. Raises UserError for more than one rank, or if a source changed meanwhile."""
-    ranks = options.get("ranks") or alone()
+def upload(job: Job) -> None:
+    """Write the output to a URL. Raises UserError for more than one rank, or if a source changed meanwhile."""
+    conversion, files, workers = job.conversion, job.files, job.workers
+    ranks = job.options.get("ranks") or alone()
     if ranks.size > 1:
         raise UserError(
-            f"`{without_secrets(target)}` cannot be written by {ranks.size} processes together",
+            f"`{without_secrets(job.target)}` cannot be written by {ranks.size} processes together",
             hint="use one process, or convert to a shared file system and copy",
         )
 
     def done(task: Task) -> None:
-        reporter.progress(task.piece.nbytes)
+        job.reporter.progress(task.piece.nbytes)
 
     plan = replace(conversion.plan, tensor_plans=file_by_file(conversion.plan))
-    with Upload(target, rule=replacement_rule(options, files)) as uploaded:
+    with Upload(job.target, rule=replacement_rule(job.options, files)) as uploaded:
         with closing(RemoteOutputs(uploaded, plan.writer)) as outputs:
             hashing = Hashing(plan, Finished())
             worker = Worker(plan, plan.tensor_plans, hashing, ())
-            reporter.start(worker.remaining_bytes)
+            job.reporter.start(worker.remaining_bytes)
             worker.move(conversion.reader, outputs, workers=workers, done=done)
             hashing.read_again(conversion.reader, hashing.out_of_order(), workers=workers)
             hashing.files |= write_documents(conversion, outputs, files, hashing.tensors)
-            check_unchanged(sources)
+            check_unchanged(job.sources)
             write_markers(plan, outputs, files, hashing.files)
         uploaded.commit(_last(plan, files), record=plan.output.record)
 

@@ -89,11 +89,11 @@ def plan_files(source: Source, tensor_plans: Sequence[TensorPlan], wanted: Expor
         reporter.note(text)
     replaced = {*made, provenance.FILE}
     copies = {name: file for name, file in source.reference.files.items() if name not in replaced}
-    found = _Export(source, in_file_order(tensor_plans, shards), shards, made, copies)
+    export = _Export(source, in_file_order(tensor_plans, shards), shards, made, copies)
     return Conversion(
-        plan=_conversion_plan(found, wanted),
+        plan=_conversion_plan(export, wanted),
         reader=source.reader,
-        views=lambda written: _views(found, written),
+        views=lambda written: _views(export, written),
         copies=copies,
         memory=source.memory,
     )
@@ -110,48 +110,48 @@ class _Export:
     copies: Mapping[str, FileRef]
 
 
-def _conversion_plan(found: _Export, wanted: ExportOptions) -> ConversionPlan:
-    source, given = found.source, wanted.hf_config.name if wanted.hf_config else None
+def _conversion_plan(export: _Export, wanted: ExportOptions) -> ConversionPlan:
+    source, given = export.source, wanted.hf_config.name if wanted.hf_config else None
     command = source.command("mcore-to-hf")
     options = {"max_shard_size": wanted.max_shard_size, "dtype": wanted.dtype, "hf_config": given}
     options |= {"quantize": wanted.quantize} if wanted.quantize else {}
     options |= {} if wanted.integrity else {"integrity": False}  # as earlier versions wrote it, where it says nothing new
-    shard_sizes = {file: shard.size for file, shard in found.shards.items()}
+    shard_sizes = {file: shard.size for file, shard in export.shards.items()}
     return ConversionPlan(
         source=source.label,
-        tensor_plans=found.tensor_plans,
+        tensor_plans=export.tensor_plans,
         output=OutputFiles(
-            writer=HuggingFaceWriter(found.shards),
-            documents=found.documents,
-            copied=sizes_of(found.copies),
+            writer=HuggingFaceWriter(export.shards),
+            documents=export.documents,
+            copied=sizes_of(export.copies),
             last=(INDEX, CONFIG),
         ),
         provenance=Provenance(
             command=command,
-            fields={"source": source.provenance, **source.merged(), "options": options, **_fields(found)},
-            tensors={tensor_plan.spec.name: tensor_plan.spec for tensor_plan in found.tensor_plans},
+            fields={"source": source.provenance, **source.merged(), "options": options, **_fields(export)},
+            tensors={tensor_plan.spec.name: tensor_plan.spec for tensor_plan in export.tensor_plans},
             passing="made",
             hashed=wanted.integrity,
         ),
-        manifest=manifest(command, {**options, **source.merged()}, {**source.files, **found.copies}),
+        manifest=manifest(command, {**options, **source.merged()}, {**source.files, **export.copies}),
         identity={**options, **source.merged(), "shards": shard_sizes},
     )
 
 
-def _fields(found: _Export) -> dict[str, Any]:
+def _fields(export: _Export) -> dict[str, Any]:
     """Return what `conversion.json` says of an export beside its source and its options."""
     return {
-        "family": found.source.reference.config.get("model_type"),
-        "casts": casts(found.tensor_plans),
-        "tensors": {"in": len(found.source.reader.specs), "out": len(found.tensor_plans)},
+        "family": export.source.reference.config.get("model_type"),
+        "casts": casts(export.tensor_plans),
+        "tensors": {"in": len(export.source.reader.specs), "out": len(export.tensor_plans)},
     }
 
 
-def _views(found: _Export, written: Folder) -> tuple[CheckpointView, CheckpointView]:
+def _views(export: _Export, written: Folder) -> tuple[CheckpointView, CheckpointView]:
     """Return the source as it is converted, and the written output."""
-    tensor_plans = {tensor_plan.spec.name: tensor_plan for tensor_plan in found.tensor_plans}
+    tensor_plans = {tensor_plan.spec.name: tensor_plan for tensor_plan in export.tensor_plans}
     reader = HuggingFaceReader(written, any_dtype=True)
-    source = CheckpointView(found.source.label, found.source.reader, tensor_plans)
+    source = CheckpointView(export.source.label, export.source.reader, tensor_plans)
     return source, CheckpointView(written.label, reader, as_stored(reader.specs))
 
 

@@ -87,8 +87,8 @@ def method_in(config: Mapping[str, Any]) -> str:
     """Return the method of quantization that a `config.json` names; nothing if it names none."""
     for value in quantization(config).values():
         if isinstance(value, dict):
-            told = cast("dict[str, Any]", value)
-            return format_untrusted(told.get("quant_method") or told.get("quant_algo") or "unnamed method")
+            settings = cast("dict[str, Any]", value)
+            return format_untrusted(settings.get("quant_method") or settings.get("quant_algo") or "unnamed method")
     return "MLX" if isinstance(config.get("quantization"), dict) else ""
 
 
@@ -96,9 +96,9 @@ def method_of(names: Sequence[str]) -> tuple[str, list[str]]:
     """Return the method that these names tell of, and those of them that do; no names if none does."""
     for method, pattern in _METHODS:
         ending = re.compile(rf"(.*\.)?({pattern})")
-        found = [name for name in names if ending.fullmatch(name)]
-        if found:
-            return method, found
+        matching = [name for name in names if ending.fullmatch(name)]
+        if matching:
+            return method, matching
     return "", []
 
 
@@ -106,7 +106,7 @@ def refuse_quantized(specs: Mapping[str, TensorSpec], over: Sequence[str], confi
     """Raise UserError if weights are quantized: if among `over`, the names that the model does not have, are scales and the
     like, or if weights are whole numbers. FP8 without scales is a plain dtype."""
     by_name, names = method_of(over)
-    told = method_in(config)
+    named = method_in(config)
     if names:
         what = f"it holds {list_names(names)}"
     else:
@@ -114,8 +114,8 @@ def refuse_quantized(specs: Mapping[str, TensorSpec], over: Sequence[str], confi
         if not whole:
             return
         what = f"`{whole[0].name}` is {whole[0].stored_dtype}"
-    hint = _UNSAID if not told and by_name in _METHODS_OF_LIBRARIES else _hint(told or by_name, label)
-    raise UserError(f"`{label}` is quantized ({told or by_name or 'method unknown'}): {what}", hint=hint)
+    hint = _UNSAID if not named and by_name in _METHODS_OF_LIBRARIES else _hint(named or by_name, label)
+    raise UserError(f"`{label}` is quantized ({named or by_name or 'method unknown'}): {what}", hint=hint)
 
 
 def _rounded(spec: TensorSpec) -> bool:

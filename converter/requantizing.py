@@ -42,10 +42,10 @@ def requantize(
             f"`--quantize {method}` finds no weights to quantize in a `{origin.config.get('model_type')}`",
             hint="MXFP4 is how GPT-OSS stores its experts; fp8-block takes linear weights with a tensor for each expert",
         )
-    planned = {one.spec.name: replace(one, spec=one.spec.cast(BF16)) for one in chosen}
+    planned = {plan.spec.name: replace(plan, spec=plan.spec.cast(BF16)) for plan in chosen}
     block = _block_of(origin)
     make = _fp8_weight if method == FP8_BLOCK else _mxfp4_weight
-    weights = {name: make(one.spec, block) for name, one in planned.items()}
+    weights = {name: make(plan.spec, block) for name, plan in planned.items()}
     quantizer = Fp8Blocks(block) if method == FP8_BLOCK else Mxfp4Groups()
     reader = RequantizedReader(PlannedReader(tensors, planned), weights.values(), quantizer)
     rest = [tensor_plan for tensor_plan in tensor_plans if tensor_plan.spec.name not in weights]
@@ -96,7 +96,7 @@ def _mxfp4_weight(spec: TensorSpec, _block: tuple[int, int]) -> QuantizedWeight:
 
 def _fp8_settings(rest: Iterable[TensorPlan], block: tuple[int, int]) -> dict[str, Any]:
     """Return what transformers and vLLM read. Modules with other matrices are listed: they would look for scales."""
-    names = [one.spec.name for one in rest if len(one.spec.shape) > 1 and one.spec.name.endswith(".weight")]
+    names = [plan.spec.name for plan in rest if len(plan.spec.shape) > 1 and plan.spec.name.endswith(".weight")]
     modules = [name.removesuffix(".weight") for name in names]
     return {
         "activation_scheme": "dynamic",

@@ -19,7 +19,8 @@ import numpy as np
 
 from formats.dtypes import BY_NAME, CONVERTED
 from formats.errors import UserError
-from formats.pickles import Global, Record, Storage, dumps, loads
+from formats.pickle_writer import dumps
+from formats.pickles import Global, Record, Storage, loads
 from formats.spec import DTYPES, Array, Shape, dtype_name, is_valid_shape
 
 ALIGNMENT = 64

@@ -94,8 +94,8 @@ class Mxfp4Groups:
 
     def scale(self, values: Array, scales: Array) -> None:
         exponents = (bits(groups_of(values)) & MAGNITUDE).max(axis=2, keepdims=True) >> np.uint16(7)
-        found = np.where(exponents == _NOT_FINITE, _NOT_FINITE, exponents.clip(_FP4_EXPONENT) - _FP4_EXPONENT)
-        by_group(scales)[...] = found
+        chosen = np.where(exponents == _NOT_FINITE, _NOT_FINITE, exponents.clip(_FP4_EXPONENT) - _FP4_EXPONENT)
+        by_group(scales)[...] = chosen
 
     def encode(self, values: Array, scales: Array, region: Region, out: Array) -> None:
         Mxfp4().encode(values, [scales], region, out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -32,10 +33,16 @@ def family(request):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def saved(family, tmp_path_factory):
+    """A small model of a family, not to be changed."""
+    return save_small(family, tmp_path_factory.mktemp("family") / "hf", dtype="float32")
+
+
 @pytest.fixture
-def folder(family, tmp_path):
-    """A small model of a family, with `config.json` and weights to change."""
-    return save_small(family, tmp_path / "hf", dtype="float32")
+def folder(saved, tmp_path):
+    """The same, with `config.json` and weights to change."""
+    return shutil.copytree(saved, tmp_path / "hf")
 
 
 def refusal(folder, work) -> str:
@@ -182,7 +189,7 @@ def test_a_repository_with_code_is_converted_without_running_it(folder, tmp_path
         (folder / file).write_text(TRAP)
     set_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.Own", "AutoConfig": "configuration_own.OwnConfig"})
     hf_to_mcore(folder, tmp_path / "megatron", verify=True)
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "back", verify=True)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert model_tree(tmp_path / "back") == model_tree(folder)
 
 

@@ -17,7 +17,8 @@ from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.index_pickle import IndexUnpickler, load_index
 from formats.index_writer import index_document
-from formats.pickles import Global, Record, dumps
+from formats.pickle_writer import dumps
+from formats.pickles import Global, Record
 from formats.spec import DTYPES, extent
 
 FILES = ["__0_0.distcp", "__1_0.distcp", "offset"]

@@ -34,7 +34,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from formats import pickles
+from formats import pickle_writer, pickles
 from formats.errors import UserError
 from formats.pickles import Global, Record
 
@@ -227,14 +227,14 @@ plain = st.recursive(
 
 @given(plain)
 def test_pythons_unpickler_reads_what_we_write(value):
-    data = pickles.dumps(value)
+    data = pickle_writer.dumps(value)
     assert pickle.loads(data) == value
     assert pickles.loads(data, source="x") == value
 
 
 def test_records_become_the_classes_they_name():
     namespace = Record(Global("argparse", "Namespace"), state={"a": 1}, made_by_call=False)
-    assert pickle.loads(pickles.dumps([namespace, Global("torch", "Size")((1, 2))])) == [
+    assert pickle.loads(pickle_writer.dumps([namespace, Global("torch", "Size")((1, 2))])) == [
         argparse.Namespace(a=1),
         torch.Size([1, 2]),
     ]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint
 
 from converter import adapter_to_mcore, hf_to_mcore
-from formats import pickles
+from formats import pickle_writer, pickles
 from formats.huggingface import make_index, parse_shard, plan_shards
 from formats.spec import DTYPES, TensorSpec
 from formats.torch_zip import object_archive, tensor_frame
@@ -217,7 +217,7 @@ def pickled() -> tuple[Files, ...]:
     """Pickles of every protocol in use, of plain data, of records, and a whole index."""
     plain = {"a": [1, 2.5, None, True, "text", b"bytes", -(1 << 70)], "b": ({1, 2}, frozenset([3])), 5: {"c": ()}}
     made = [pickle.dumps({"args": argparse.Namespace(**ARGS), "plain": plain}, protocol) for protocol in (2, 4, 5)]
-    made += [pickles.dumps([pickles.Global("torch", "Size")((1, 2)), plain["a"][:5]]), by_torch()[0][".metadata"]]
+    made += [pickle_writer.dumps([pickles.Global("torch", "Size")((1, 2)), plain["a"][:5]]), by_torch()[0][".metadata"]]
     return tuple({"pickle": data} for data in made)
 
 
