@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from converter import mcore_to_hf
+from converter import adapter_to_hf, mcore_to_hf
 from formats.errors import UserError
 from tests import models
 from tests.converter.family_suite import small_model
 from tests.trainer import small, test_generation, test_parity, witness
+from tests.trainer.test_family_training import loss_in_peft
 from trainer.peft import LoRA
 
 FEW, STOPPED = 6, 3
@@ -81,6 +82,20 @@ def test_what_is_saved_is_exported_and_trained_on_in_either_layout(folder, ranks
     assert test_generation.tokens(found) == expected
 
 
+def test_adapters_are_in_peft_what_they_are_here(folder, ranks, tmp_path):
+    changes = {**SHORT, **LAYOUTS["tp2"][1], **HYBRID, "peft": LoRA(dim=4, alpha=8)}
+    whole, *_ = ranks.run(small.train, 2, str(folder), changes)
+    there = {**changes, "checkpoint__save": str(tmp_path / "run"), "checkpoint__load": str(tmp_path / "run")}
+    ranks.run(small.train, 2, str(folder), {**there, "train__exit_interval": STOPPED})
+    adapter_to_hf(tmp_path / "run", tmp_path / "adapter")
+    assert loss_in_peft(folder, tmp_path / "adapter", STOPPED) == pytest.approx(whole.losses[STOPPED], abs=1e-5)
+    assert ranks.run(test_generation.answers, 1, str(tmp_path / "run"))[-1]
+    with pytest.raises(UserError, match=r"has adapters of the layout `hybrid`, and `model.layout` is `gpt`"):
+        ranks.run(small.train, 2, str(folder), {**there, "model__layout": "gpt"})
+    resumed, *_ = ranks.run(small.train, 2, str(folder), there)
+    assert resumed.losses == whole.losses[STOPPED:]
+
+
 def test_what_is_not_stored_by_weights_is_not_resumed_in_the_other_layout(ranks, model_folder, tmp_path):
     stored = {"ddp__use_distributed_optimizer": True, "checkpoint__optim_sharding": "dp_reshardable"}
     there = {**SHORT, **stored, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
@@ -135,11 +150,7 @@ def test_what_a_hybrid_cannot_be_is_refused_by_name(message):
     assert error.value.args[0].startswith(message)
 
 
-def test_adapters_and_packed_examples_are_refused_by_name():
-    resolve, config = _run({"layout": "hybrid"})
-    config.peft = LoRA()
-    with pytest.raises(UserError, match=r"`peft` is a `LoRA`, and `model.layout` is `hybrid`"):
-        resolve()
+def test_packed_examples_are_refused_by_name():
     resolve, config = _run(MAMBA)
     config.dataset.reset_attention_mask, config.dataset.blend = True, ["text"]
     with pytest.raises(UserError, match="has Mamba layers, whose states go on from one packed example to the next"):
@@ -154,4 +165,6 @@ def test_a_hybrid_has_the_parameters_memory_and_operations_of_the_same_gpt(exper
     stages = {"pipeline_model_parallel_size": 2}
     gpt, hybrid = (_run({"layout": layout, **stages, **experts})[0]() for layout in ("gpt", "hybrid"))
     assert memory(hybrid.config, 2) == memory(gpt.config, 2)
-    assert flops_of_run(hybrid.config) == flops_of_run(gpt.config)
+    for peft in (None, LoRA(target_modules=["*.layers.*.self_attention.*"])):
+        gpt.config.peft = hybrid.config.peft = peft
+        assert flops_of_run(hybrid.config) == flops_of_run(gpt.config)

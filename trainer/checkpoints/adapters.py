@@ -17,6 +17,7 @@ from converter.adapters.adapter import METHODS, Base, Description, base_name
 from converter.adapters.files import DESCRIPTION, is_peft
 from converter.adapters.fingerprint import fingerprint
 from converter.adapters.megatron import check_method, read_description
+from converter.hybrid import GPT
 from converter.plan import as_stored
 from converter.reference import UnknownModelError
 from converter.sources import open_source
@@ -37,12 +38,12 @@ _CHANGES = ("method", "dim", "alpha", "use_rslora", "canonical")
 """Settings that, changed on resume, would make another model of the same tensors."""
 
 
-def describe(peft: Any, base: Base | None) -> Description:
+def describe(peft: Any, base: Base | None, *, layout: str = GPT) -> Description:
     """Return the content of `adapter.json` for a method of `trainer.peft`, or for one's own."""
     known = {name: getattr(peft, name) for name in ("dim", "alpha", "use_rslora", "canonical", "dropout") if hasattr(peft, name)}
     names = {name: tuple(getattr(peft, name, ())) for name in ("target_modules", "exclude_modules")}
     name = type(peft).__name__
-    return Description(method=name.lower() if name.lower() in METHODS else name, base=base, **known, **names)
+    return Description(method=name.lower() if name.lower() in METHODS else name, base=base, layout=layout, **known, **names)
 
 
 def method_of(described: Description) -> Any:
@@ -161,8 +162,19 @@ def put(chunk: Any, loaded: Mapping[str, Any]) -> None:
 
 def check_same(chunks: Sequence[Any], resumed: Path) -> None:
     """Raise UserError if a checkpoint holds other adapters than were attached: megatron-core would ignore the others silently."""
+    _check_layout(_read(resumed), chunks, resumed)
     with closing(open_megatron(LocalFolder(resumed))) as reader:
         live.check_names_and_shapes(live.local_weights(chunks, only_trained), as_stored(reader.specs), str(resumed), hint=_SAME)
+
+
+def _check_layout(saved: Description | None, chunks: Sequence[Any], source: Path | str) -> None:
+    """Raise UserError if adapters are of layers in another layout than the model's."""
+    ours = getattr(chunks[0].config, "layout", GPT)
+    if saved is not None and saved.layout != ours:
+        raise UserError(
+            f"`{source}` has adapters of the layout `{saved.layout}`, and `model.layout` is `{ours}`",
+            hint=f"set `model.layout={saved.layout}`",
+        )
 
 
 _SAME = "`peft` should have the rank and the modules that it was trained with"
@@ -182,6 +194,7 @@ def load(chunks: Sequence[Any], source: str, *, peft: Any, base: Base | None) ->
     with closing(open_megatron(LocalFolder(Path(source)))) as reader:
         saved = read_description(reader.folder)
         _check_method(saved, peft, source)
+        _check_layout(saved, chunks, source)
         if base and base.fingerprint and saved.base and saved.base.fingerprint not in {"", base.fingerprint}:
             raise _another_base(source, saved.base, base)
         reader.check(reader.specs)

@@ -105,22 +105,22 @@ def names_of(folder: Path, model: Any, *, peft: Any, sharding: str) -> Names | N
     Raises UserError where that layout cannot be read: the model has layers of other kinds, or what is stored is not named by
     layers.
     """
+    if peft is not None:
+        return None  # whose description says its layout
     saved: Mapping[str, Any] = dist_checkpointing.load_tensors_metadata(str(folder))
     hybrid = any(_FINAL[True].strip(".") in name for name in saved)
     ours = is_hybrid(model)
     if hybrid == ours or not any(name.startswith("decoder.") for name in saved):
         return None
-    return _other(folder, model, saved, peft=peft, sharding=sharding)
+    return _other(folder, model, saved, sharding=sharding)
 
 
-def _other(folder: Path, model: Any, saved: Mapping[str, Any], *, peft: Any, sharding: str) -> Names:
+def _other(folder: Path, model: Any, saved: Mapping[str, Any], *, sharding: str) -> Names:
     ours = is_hybrid(model)
     before, now = ("gpt", "hybrid") if ours else ("hybrid", "gpt")
     reason = ""
     if ours and layers_of_each(model) != 2:
         reason = f"the model's layers, `{model.hybrid_layer_pattern}`, are not those of a GPT model"
-    elif peft is not None:
-        reason = "adapters are resumed in the layout that they were saved in"
     elif sharding == "dp_reshardable":
         reason = "the optimizer's state is stored `dp_reshardable`, not by weights"
     if reason:

@@ -22,6 +22,7 @@ from converter.adapters.files import DESCRIPTION
 from converter.adapters.megatron import encode_description
 from converter.config import to_megatron
 from converter.config_hybrid import hybrid_fields
+from converter.hybrid import GPT, HYBRID
 from converter.layout import make_layout
 from converter.megatron_settings import Effect, effect_of
 from converter.model import Model
@@ -56,7 +57,8 @@ def collect(
     run = iterations.run_of(resumed) if resumed else iterations.new_run()
     files |= {iterations.OURS: iterations.signature(run) + yaml_io.dump(config).encode()}
     if config.peft is not None:
-        files |= {DESCRIPTION: encode_description(adapters.describe(config.peft, base))}
+        layout = HYBRID if is_hybrid(config.model) else GPT
+        files |= {DESCRIPTION: encode_description(adapters.describe(config.peft, base, layout=layout))}
     if isinstance(config.model, GPTModelProvider) and sum(stages) == config.model.num_layers * layers_of_each(config.model):
         files |= {run_config.FILE: _run_config(config.model, stages)}
     if hf_config.not_in_hf_config(config.model):

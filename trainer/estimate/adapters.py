@@ -64,9 +64,11 @@ def linears(shape: Shape, number: int) -> Iterator[Linear]:
     """Yield the linear layers of layer `number`, counted from 0 in the whole model: attention's, the output projection last; the
     feed-forward network's two; or the router, each expert's two, and the shared expert's two."""
     mtp = number - shape.layers
-    layer = f"decoder.layers.{number}" if mtp < 0 else f"mtp.layers.{mtp}.mtp_model_layer"
+    layer = f"decoder.layers.{(1 + shape.split) * number}" if mtp < 0 else f"mtp.layers.{mtp}.mtp_model_layer"
     for name, (inputs, parts) in shape.projections.items():
         yield Linear(f"{layer}.self_attention.{name}", inputs, parts, row=name == "linear_proj")
+    if shape.split:
+        layer = f"decoder.layers.{2 * number + 1}"
     if not shape.experts[number]:
         yield from _mlp(f"{layer}.mlp", shape, shape.ffn)
         return

@@ -11,7 +11,7 @@ from typing import Any
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from formats.errors import UserError
-from trainer.layers.pattern import layers_with_experts
+from trainer.layers.pattern import is_hybrid, layers_with_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,10 @@ class Shape:
 
     vocab: int
     padded_vocab: int
+    split: bool
+    """Are attention and the feed-forward network layers of their own, one after another (HybridModel)? `layers` counts both as
+    one."""
+
     mtp: int
     """Layers of multi-token prediction, each with a transformer layer like the model's last. They are counted after `layers`."""
 
@@ -167,6 +171,7 @@ def _shape(provider: Any) -> Shape:
         biases=provider.add_bias_linear,
         vocab=provider.vocab_size,
         padded_vocab=provider.padded_vocab_size,
+        split=is_hybrid(provider),
         mtp=mtp,
         windows=_and_more(_windows(provider), mtp),
         experts=_and_more(layers_with_experts(provider), mtp),

@@ -30,6 +30,8 @@ def make_run(source: str, settings: Sequence[str] = (), *, world_size: int, dtyp
     """
     description = describe(source)
     config = RunConfig(model=model.from_hf_config(description.config), mixed_precision="")
+    if adapter := adapters.find(source):
+        config.model.layout = adapter.layout
     overrides.apply(config, settings)
     run_device = device.choose(config.dist.device)
     config.mixed_precision = config.mixed_precision or _precision(

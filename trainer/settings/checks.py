@@ -65,7 +65,7 @@ def _check_export(peft: Any, model: Any) -> None:
     config, method = getattr(model, "hf_config", None), type(peft).__name__.lower()
     if not config or method not in METHODS:
         return
-    family = families.find(config.get("model_type")).as_modules()
+    family = families.find(config.get("model_type"), getattr(model, "layout", None)).as_modules()
     names = {name: tuple(getattr(peft, name)) for name in ("target_modules", "exclude_modules")}
     description = Description(method, canonical=peft.canonical, **names)
     sizes, trains_mtp = make_model(family.CONFIG, config), bool(getattr(model, "mtp_num_layers", None))

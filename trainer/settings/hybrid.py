@@ -23,7 +23,7 @@ def check(config: Any) -> None:
     if pattern is not None:
         enforce(_pattern_rules(model, pattern))
     if is_hybrid(model):
-        enforce(_layout_rules(model, config.peft))
+        enforce(_layout_rules(model))
     if has_mamba(model):
         enforce(_mamba_rules(config))
 
@@ -58,9 +58,8 @@ def _pattern_rules(model: Any, pattern: str) -> Iterator[Rule]:
     )
 
 
-def _layout_rules(model: Any, peft: Any) -> Iterator[Rule]:
+def _layout_rules(model: Any) -> Iterator[Rule]:
     given, leave = "`model.layout` is `hybrid`", "set `model.layout=gpt`"
-    yield peft is not None, f"`peft` is a `{type(peft).__name__}`, and {given}, whose adapters could not be exported", leave
     for name, why in (
         ("parallel_residual", "whose attention and feed-forward parts are layers one after another"),
         ("mtp_num_layers", "in which layers of multi-token prediction are not trained"),
