@@ -59,6 +59,9 @@ class Plan:
     exact: tuple[TensorPlan, ...] = ()
     """Those whose values are moved by an offset, which rounding must not change."""
 
+    kept: tuple[TensorPlan, ...] = ()
+    """Those that Megatron keeps in a dtype of their own."""
+
     @property
     def zero(self) -> list[str]:
         """Those of `filled` that are zero."""
@@ -116,14 +119,16 @@ def to_megatron(
     equal = [(name, other) for name, other in tied_names(rules, model).items() if name in source]
     owned = iter(_account(wanted, source, known=allowed | {name for name, _ in equal}, side="source"))
     common = next(source[name].dtype for name, _ in wanted())  # which filled tensors take
-    filled, tensor_plans = dict[str, float](), list[TensorPlan]()
+    filled, tensor_plans, kept = dict[str, float](), list[TensorPlan](), list[TensorPlan]()
     for table, indices in tables:
         tensor_plans.append(_fused(table, indices, _parts(table, indices, source, owned), common, dtype))
+        if table.rule.keep_dtype:
+            kept.append(tensor_plans[-1])
         if table.filled:
             filled[tensor_plans[-1].spec.name] = table.rule.fill
     present = sorted(allowed & source.keys())
     exact = tuple([one for one in tensor_plans if one.transform and one.transform.offset])
-    return Plan(tuple(tensor_plans), tuple(rules), model, tuple(present), tuple(equal), filled, exact)
+    return Plan(tuple(tensor_plans), tuple(rules), model, tuple(present), tuple(equal), filled, exact, tuple(kept))
 
 
 def _parts(table: Table, indices: Indices, source: Specs, owned: Iterator[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -167,13 +172,17 @@ def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype:
 
     found = _account(stored, source, known=set(), side="checkpoint")
     made = _Made(source, dtype, known or {})
-    filled = dict[str, float]()
+    filled, kept = dict[str, float](), set[str]()
     for (table, indices), spec in zip(tables, found, strict=True):
+        kept |= {fill(name, indices) for name in table.names} if table.rule.keep_dtype else set()
         if table.filled:
             filled[spec.name] = table.rule.fill
         else:
             made.add(table, indices, spec)
-    return Plan(tuple(made.all()), tuple(rules), model, filled=filled)
+    tensor_plans = tuple(made.all())
+    return Plan(
+        tensor_plans, tuple(rules), model, filled=filled, kept=tuple([one for one in tensor_plans if one.spec.name in kept])
+    )
 
 
 @dataclass(slots=True)
