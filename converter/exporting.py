@@ -20,7 +20,7 @@ from converter.encoding import encode, quantized_source
 from converter.execution import Reporter
 from converter.hybrid import layout_of
 from converter.originals import moved, original_name, with_originals
-from converter.plan import TensorPlan, as_stored, casts
+from converter.plan import TensorPlan, as_stored, casts, casts_of_kept
 from converter.planner import to_huggingface
 from converter.provenance import Provenance
 from converter.quantization import is_plain, quantization, without_quantization
@@ -65,6 +65,8 @@ def plan_export(
     plan = to_huggingface(family.RULES, model, reader.specs, dtype=wanted.dtype, known=specs_of(origin.shards))
     for name, value in plan.filled.items():
         check_filled(reader, name, value)
+    for text in casts_of_kept(plan.kept):
+        reporter.note(text)
     quantized = quantized_source(origin)
     carried = {*quantized.names, *map(original_name, moved(plan.tensors))}
     tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, carried=carried)

@@ -26,7 +26,7 @@ from converter.hybrid import HYBRID
 from converter.layout import Layout, make_layout
 from converter.model import Model
 from converter.originals import moved, original_name
-from converter.plan import TensorPlan, as_stored, casts
+from converter.plan import TensorPlan, as_stored, casts, casts_of_kept
 from converter.planner import Plan, sharded
 from converter.planner import to_megatron as plan_megatron
 from converter.provenance import Provenance
@@ -278,8 +278,10 @@ def left_out(source: Source) -> Iterator[str]:
 def notes(source: Source, plan: Plan, family: Family) -> Iterator[str]:
     """Yield what a user should know of an import."""
     yield from left_out(source)
-    for old, new in casts(plan.tensors).items():
+    kept = {one.spec.name for one in plan.kept}
+    for old, new in casts(one for one in plan.tensors if one.spec.name not in kept).items():
         yield f"weights are cast from {old} to {new}"
+    yield from casts_of_kept(plan.kept)
     if plan.zero:
         yield f"{len(plan.zero)} biases that the source does not have are written as zeros (megatron-core has one switch for all)"
     if others := plan.filled.keys() - set(plan.zero):

@@ -215,6 +215,13 @@ def casts(tensor_plans: Iterable[TensorPlan]) -> dict[str, str]:
     return {dtype_name(old): dtype_name(new) for old, new in sorted(changed, key=str)}
 
 
+def casts_of_kept(kept: Sequence[TensorPlan]) -> Iterator[str]:
+    """Yield a note for each cast of tensors that Megatron keeps in a dtype of their own."""
+    for old, new in casts(kept).items():
+        cast = [one.spec.name for one in kept if casts([one]) == {old: new}]
+        yield f"{list_names(cast)} are cast from {old} to {new}: Megatron keeps them in another dtype than the rest"
+
+
 def check_dtypes(specs: Specs) -> None:
     """Raise UserError for tensors of a dtype that can only be reported and compared."""
     for spec in specs.values():

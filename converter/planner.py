@@ -56,6 +56,9 @@ class Plan:
     filled: Mapping[str, float] = field(default_factory=dict[str, float])
     """Megatron tensors that Hugging Face's model has not, with the number that all their values are."""
 
+    kept: tuple[TensorPlan, ...] = ()
+    """Those that Megatron keeps in a dtype of their own."""
+
     @property
     def zero(self) -> list[str]:
         """Those of `filled` that are zero."""
@@ -113,13 +116,15 @@ def to_megatron(
     equal = [(name, other) for name, other in tied_names(rules, model).items() if name in source]
     owned = iter(_account(wanted, source, known=allowed | {name for name, _ in equal}, side="source"))
     common = next(source[name].dtype for name, _ in wanted())  # which filled tensors take
-    filled, tensor_plans = dict[str, float](), list[TensorPlan]()
+    filled, tensor_plans, kept = dict[str, float](), list[TensorPlan](), list[TensorPlan]()
     for table, indices in tables:
         tensor_plans.append(_fused(table, indices, _parts(table, indices, source, owned), common, dtype))
+        if table.rule.keep_dtype:
+            kept.append(tensor_plans[-1])
         if table.filled:
             filled[tensor_plans[-1].spec.name] = table.rule.fill
     present = sorted(allowed & source.keys())
-    return Plan(tuple(tensor_plans), tuple(rules), model, tuple(present), tuple(equal), filled)
+    return Plan(tuple(tensor_plans), tuple(rules), model, tuple(present), tuple(equal), filled, tuple(kept))
 
 
 def _parts(table: Table, indices: Indices, source: Specs, owned: Iterator[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -156,13 +161,15 @@ def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype:
     tables = Tables(rules, model)
     stored = stored_tensors(tables, model, source)
     made = _Made(source, dtype, known or {})
-    filled = dict[str, float]()
+    filled, kept = dict[str, float](), set[str]()
     for (table, indices), spec in zip(tables, stored, strict=True):
+        kept |= {fill(name, indices) for name in table.names} if table.rule.keep_dtype else set()
         if table.filled:
             filled[spec.name] = table.rule.fill
         else:
             made.add(table, indices, spec)
-    return Plan(tuple(made.all()), tuple(rules), model, filled=filled)
+    plans = tuple(made.all())
+    return Plan(plans, tuple(rules), model, filled=filled, kept=tuple([one for one in plans if one.spec.name in kept]))
 
 
 def stored_tensors(tables: Tables, model: Model, source: Specs) -> list[TensorSpec]:

@@ -27,7 +27,7 @@ from trainer.layers.pattern import has_mamba
 def wrap(chunks: list[torch.nn.Module], model: Any, ddp: DistributedDataParallelConfig) -> list[Any]:
     """Return model chunks in the precision of `model`, whose gradients are reduced over data-parallel ranks."""
     if model.bf16 or model.fp16:
-        chunks = [_in_16_bits(model, chunk) for chunk in chunks]
+        chunks = [in_16_bits(model, chunk) for chunk in chunks]
     return [DistributedDataParallel(model, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
 
 
@@ -38,7 +38,7 @@ _IN_FP32 = ("A_log", "D")
 """Parameters of Mamba layers that megatron-core makes in fp32, and checkpoints hold in fp32."""
 
 
-def _in_16_bits(model: Any, chunk: torch.nn.Module) -> Float16Module:
+def in_16_bits(model: Any, chunk: torch.nn.Module) -> Float16Module:
     """Return a chunk in 16 bits, with the biases of its routers still in fp32: rounded ones would choose other experts; and with
     those parameters of Mamba layers that are in fp32."""
     parameters = [

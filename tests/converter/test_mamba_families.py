@@ -6,10 +6,15 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from converter import Reporter, UserError, families, hf_to_mcore, mcore_to_hf
 from converter.config import make_model, to_huggingface, to_megatron
+from formats.folder import LocalFolder
+from formats.torch_dist import TorchDistReader
 from tests.converter.family_suite import save_small, small_config
 from tests.models import model_tree
 
@@ -153,9 +158,6 @@ def test_a_model_without_mamba_layers_has_no_epsilon_of_their_own():
 
 
 def test_a_nemotron_h_of_remote_code_comes_back_with_its_letters_and_its_prediction_layers(tmp_path):
-    import torch
-    from safetensors.torch import load_file, save_file
-
     folder = save_small("nemotron_h", tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
     del config["layers_block_type"]
@@ -167,3 +169,27 @@ def test_a_nemotron_h_of_remote_code_comes_back_with_its_letters_and_its_predict
     hf_to_mcore(folder, tmp_path / "m", tp=2, verify=True)
     mcore_to_hf(tmp_path / "m", tmp_path / "back", verify=True)
     assert model_tree(tmp_path / "back") == model_tree(folder)
+
+
+def test_what_training_changed_in_fp32_comes_back_rounded_and_that_is_said(tmp_path):
+    name, notes = "backbone.layers.0.mixer.A_log", []
+    folder = save_small("mamba2", tmp_path / "hf")
+    hf_to_mcore(folder, tmp_path / "m", integrity=False, reporter=Reporter(notes.append))
+    assert [note for note in notes if "cast" in note] == [
+        f"{kept('decoder', 6)} are cast from bf16 to fp32: Megatron keeps them in another dtype than the rest"
+    ]
+    before = load_file(folder / "model.safetensors")[name].float().numpy()
+    location = TorchDistReader(LocalFolder(tmp_path / "m")).chunks("decoder.layers.0.mixer.A_log")[0].location
+    path = tmp_path / "m" / "iter_0000000" / location.file
+    data = path.read_bytes()
+    at = data.index(before.tobytes(), location.offset)
+    path.write_bytes(data[:at] + (before * np.float32(1.001)).tobytes() + data[at + before.nbytes :])
+    mcore_to_hf(tmp_path / "m", tmp_path / "back", reporter=Reporter(notes.append))
+    assert [note for note in notes if note.startswith(f"{kept('backbone', 6)} are cast from fp32 to bf16")]
+    after = load_file(tmp_path / "back" / "model.safetensors")[name]
+    assert torch.equal(after, torch.from_numpy(before * np.float32(1.001)).bfloat16())
+
+
+def kept(root, more):
+    names = ", ".join(f"`{root}.layers.{layer}.mixer.{name}`" for layer, name in ((0, "A_log"), (0, "D"), (1, "A_log")))
+    return f"{names} and {more - 1} more"

@@ -176,15 +176,15 @@ def keys_of(config: dict[str, Any], model: Any) -> dict[str, Any]:
 
 def _model(config: dict[str, Any]) -> Any:
     import torch
-    from megatron.core.transformer.module import Float16Module
 
+    from trainer import optim
     from trainer.model import from_hf_config
 
     provider = from_hf_config(config)
     provider.bf16, provider.params_dtype = True, torch.bfloat16
     provider.use_cpu_initialization, provider.perform_initialization = True, False
     provider.finalize()
-    return Float16Module(provider, provider.provide(pre_process=True, post_process=True))
+    return optim.in_16_bits(provider, provider.provide(pre_process=True, post_process=True))
 
 
 def _leaves(model: Any) -> Iterator[Any]:
