@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from converter.execution import ExecutionOptions
+from converter.hybrid import GPT, HYBRID
 from converter.plan import TensorPlan, pieces
 from converter.run import PIECE_BYTES
 from converter.values import CHOICES, KEEP
@@ -40,6 +41,12 @@ def check_options(*, dtype: str, **counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise UserError(f"`{name}` is {count}, which should be 1 or more")
+
+
+def check_layout(layout: str | None) -> None:
+    """Raise UserError for a layout that is not one of the choices."""
+    if layout not in (None, GPT, HYBRID):
+        raise UserError(f"layout `{layout}` is not one of {GPT}, {HYBRID}")
 
 
 def check_quantize(quantize: str | None, dtype: str) -> None:

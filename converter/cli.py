@@ -166,6 +166,8 @@ def cli() -> None:
 @cli.command("hf-to-mcore", epilog="Example: mbconvert hf-to-mcore Llama-3.2-1B megatron --tp 8 --pp 4")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
+@click.option("--layout", type=click.Choice(["gpt", "hybrid"]), help="Layers and names of megatron-core's GPTModel or of its "
+              "HybridModel. [default: gpt; hybrid for families that only HybridModel can express]")  # fmt: skip
 @_layout
 @_common
 def hf_to_mcore(source: str, target: str, **options: Any) -> None:

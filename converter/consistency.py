@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from converter import families
 from converter.config import to_megatron
+from converter.hybrid import PATTERN, without_stages
 from converter.run_config import ModelSettings
 from converter.side_files import CONFIG, HFReference
 from formats.errors import UserError, format_untrusted
@@ -33,13 +34,15 @@ _HUGGINGFACE = {
 """The names in `config.json` of Megatron's fields, for messages."""
 
 
-def check(origin: HFReference, others: Sequence[HFReference], recorded: Sequence[ModelSettings], *, rows: int | None) -> None:
+def check(
+    origin: HFReference, others: Sequence[HFReference], recorded: Sequence[ModelSettings], *, rows: int | None, layout: str
+) -> None:
     """Raise UserError if another place contradicts the reference, and name both.
 
-    `rows`: the rows of the stored embedding, padding included; None if there is none.
+    `rows`: the rows of the stored embedding, padding included; None if there is none. `layout`: the checkpoint's.
     """
-    expected = _megatron_fields(origin.config)
-    places = [(_megatron_fields(other.config), f"{other.origin} `{CONFIG}`") for other in others]
+    expected = _megatron_fields(origin.config, layout)
+    places = [(_megatron_fields(other.config, layout), f"{other.origin} `{CONFIG}`") for other in others]
     places += [(settings.complete, settings.origin) for settings in recorded]
     for fields, place in places:
         for name in differing(expected, fields, rows=rows):
@@ -60,10 +63,10 @@ def _both_names(name: str) -> str:
     return f"`{name}` (`{other}`)" if other else f"`{name}`"
 
 
-def _megatron_fields(config: Fields) -> dict[str, Any]:
+def _megatron_fields(config: Fields, layout: str) -> dict[str, Any]:
     """Return Megatron's fields of a `config.json`, with None for those that it can lack."""
     absent = {"rope_scaling_factor": None, "seq_len_interpolation_factor": None, "window_size": None}
-    return absent | to_megatron(families.find(config.get("model_type")).CONFIG, config)
+    return absent | to_megatron(families.find(config.get("model_type"), layout).CONFIG, config)
 
 
 def differing(expected: Fields, fields: Fields, *, rows: int | None) -> Iterator[str]:
@@ -78,6 +81,9 @@ def differing(expected: Fields, fields: Fields, *, rows: int | None) -> Iterator
             continue
         if name == "vocab_size":
             if not _same_vocabulary(value, fields[name], rows):
+                yield name
+        elif name == PATTERN:
+            if without_stages(value) != without_stages(fields[name]):
                 yield name
         elif _comparable(value) != _comparable(fields[name]):
             yield name

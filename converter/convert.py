@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Unpack
 
 from converter.adapters.files import refuse_adapter, require
-from converter.checks import check_execution, check_locations, check_options, check_quantize
+from converter.checks import check_execution, check_layout, check_locations, check_options, check_quantize
 from converter.execute import execute
 from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.exporting import ExportOptions, plan_export
@@ -35,6 +35,7 @@ def hf_to_mcore(
     source: str | Path,
     target: str | Path,
     *,
+    layout: str | None = None,
     tp: int = 1,
     pp: int = 1,
     vpp: int = 1,
@@ -49,11 +50,12 @@ def hf_to_mcore(
 ) -> Summary:
     """Write a Hugging Face model as a Megatron distributed checkpoint for `tp` × `pp` ranks.
 
-    `source` is a directory, a URL or a Hub id; `target` is a directory, s3:// or gs://. `pp_layout` gives the layers of each
-    pipeline stage, all ranks of the first virtual stage first: `[9, 9, 8, 6]`, or megatron-core's `"Et*9|t*9|t*8|t*6L"`. `ep` and
-    `etp` divide experts; `etp` is `tp` unless given, or 1 if experts have biases. The vocabulary is padded to a multiple of
-    `make_vocab_size_divisible_by` × `tp`. `integrity` writes the sha256 of every file, as megatron-core checks them, and the
-    BLAKE3 of every tensor.
+    `source` is a directory, a URL or a Hub id; `target` is a directory, s3:// or gs://. `layout` is `gpt` or `hybrid`: for
+    megatron-core's GPTModel, or for its HybridModel, the default of families that only it can express. `pp_layout` gives the
+    layers of each pipeline stage, all ranks of the first virtual stage first: `[9, 9, 8, 6]`, or megatron-core's
+    `"Et*9|t*9|t*8|t*6L"`. `ep` and `etp` divide experts; `etp` is `tp` unless given, or 1 if experts have biases. The vocabulary
+    is padded to a multiple of `make_vocab_size_divisible_by` × `tp`. `integrity` writes the sha256 of every file, as
+    megatron-core checks them, and the BLAKE3 of every tensor.
 
     Raises UserError before a byte moves if the model cannot be converted exactly. After any failure nothing is at `target`.
 
@@ -62,10 +64,12 @@ def hf_to_mcore(
     """
     check_execution(options)
     reporter, target, folder = reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
+    check_layout(layout)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     check_locations(target, [folder], options)
-    wanted = ImportOptions(tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp, dtype=dtype,
-                           make_vocab_size_divisible_by=make_vocab_size_divisible_by, integrity=integrity)  # fmt: skip
+    wanted = ImportOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp,
+                           dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+                           integrity=integrity)  # fmt: skip
     require(folder, Format.HUGGINGFACE)
     with closing(HuggingFaceReader(folder, any_dtype=True)) as reader:
         conversion = plan_import(huggingface_source(reader), wanted, reporter)

@@ -18,6 +18,7 @@ from converter.conversion import Conversion
 from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
 from converter.encoding import encode, quantized_source
 from converter.execution import Reporter
+from converter.hybrid import layout_of
 from converter.originals import moved, original_name, with_originals
 from converter.plan import TensorPlan, as_stored, casts
 from converter.planner import to_huggingface
@@ -59,7 +60,7 @@ def plan_export(
     """Return the conversion of a Megatron checkpoint to Hugging Face. Raises UserError if it cannot be converted exactly."""
     reader.check()  # first: it frees the index, whose memory the plan then takes
     origin = reference.find(reader, wanted.hf_config)
-    family = families.find(origin.config.get("model_type")).rooted(specs_of(origin.shards))
+    family = families.find(origin.config.get("model_type"), layout_of(reader.specs)).rooted(specs_of(origin.shards))
     model = make_model(family.CONFIG, origin.config)
     plan = to_huggingface(family.RULES, model, reader.specs, dtype=wanted.dtype, known=specs_of(origin.shards))
     for name, value in plan.filled.items():

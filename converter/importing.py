@@ -58,6 +58,9 @@ class ImportOptions:
     etp: int | None = None
     """The shards of each expert; unless given as many as of other layers (`tp`), or what the model can have (1 with biases)."""
 
+    layout: str | None = None
+    """`gpt` or `hybrid` (see `converter.hybrid`); unless given, what the family has by default."""
+
     dtype: str
     make_vocab_size_divisible_by: int
     integrity: bool
@@ -123,7 +126,7 @@ def _check_numbers(found: _Import) -> None:
 
 def _recognize(source: Source, wanted: ImportOptions) -> _Import:
     reader, config = source.reader, source.reference.config
-    family = families.find(config.get("model_type")).rooted(reader.specs)
+    family = families.find(config.get("model_type"), wanted.layout).rooted(reader.specs)
     model = make_model(family.CONFIG, config, vocab_multiple=wanted.make_vocab_size_divisible_by * wanted.tp)
     refuse_unfit(reader.specs, config, family, model, label=source.label)
     _check_padding(model, wanted)
@@ -216,6 +219,7 @@ def _check_padding(model: Model, wanted: ImportOptions) -> None:
 
 def _options(wanted: ImportOptions, found: _Import) -> dict[str, Any]:
     return {
+        "layout": found.family.layout,
         **_parallel_sizes(found),
         "layers": list(found.layout.stages),
         "dtype": wanted.dtype,

@@ -76,12 +76,13 @@ def make_layout(
         )
     if pp_layout is not None and min(pp_layout, default=0) < 0:
         raise UserError(f"`--pp-layout {','.join(map(str, pp_layout))}` has a negative number of layers")
-    if pp * vpp > model.layers and not pp_layout:
+    layers = model.megatron_layers
+    if pp * vpp > layers and not pp_layout:
         raise UserError(
-            f"{pp} pipeline ranks × {vpp} virtual stages are more than the model's {model.layers} layers",
+            f"{pp} pipeline ranks × {vpp} virtual stages are more than the model's {layers} layers",
             hint="choose a smaller `--pp` or `--vpp`",
         )
-    return Layout(tp, pp, vpp, _stages(model.layers, pp, vpp, pp_layout), ep, etp)
+    return Layout(tp, pp, vpp, _stages(layers, pp, vpp, pp_layout), ep, etp)
 
 
 def _check_experts(model: Model, ep: int, etp: int | None, tp: int) -> int:

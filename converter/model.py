@@ -44,6 +44,11 @@ class Model:
         """Return a size or switch, or `default` where the family has none of that name."""
         return self._sizes.get(name, default)
 
+    @property
+    def megatron_layers(self) -> int:
+        """The layers that Megatron counts: a HybridModel has one for each letter of its `pattern`."""
+        return len(self.get("pattern", "")) or self.layers
+
     def size(self, dim: str | int) -> int:
         """Return a dimension by its name in a rule; a number is that number."""
         return dim if isinstance(dim, int) else int(getattr(self, dim))

@@ -17,7 +17,7 @@ from converter.layout import Layout, shards
 from converter.model import Model
 from converter.plan import Specs, TensorPlan, check_dtypes, list_names
 from converter.rows import RowRange
-from converter.rules import Indices, Rule, extra_names, fill, in_order, tied_names
+from converter.rules import Indices, Rule, extra_names, fill, in_order, megatron_layer, tied_names
 from converter.tables import Table, Tables
 from converter.transform import Transform
 from converter.values import target_dtype
@@ -302,7 +302,7 @@ def sharded(plan: Plan, layout: Layout) -> Iterator[tuple[TensorSpec, tuple[tupl
     known: dict[Any, tuple[tuple[Region, int], ...]] = {}
     stage_of = cache(layout.stage)
     for (rule, indices), tensor_plan in zip(plan.bound_rules, plan.tensors, strict=True):
-        stage, shape = stage_of(indices["layer"]), tensor_plan.spec.shape
+        stage, shape = stage_of(megatron_layer(rule, indices, plan.model)), tensor_plan.spec.shape
         owner = layout.expert_owner(indices["expert"], plan.model.experts) if rule.is_expert else None
         like = shape, rule.partition_dim, rule.partition_stride, stage, owner
         if like not in known:

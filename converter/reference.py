@@ -12,6 +12,7 @@ from typing import Any
 
 from converter import consistency, families, megatron_settings, run_config, side_files
 from converter.config import TEXT, to_huggingface, to_megatron
+from converter.hybrid import GPT, layout_of
 from converter.padded_vocab import rows_of, tokens
 from converter.run_config import ModelSettings, UnknownModelError
 from converter.side_files import HFReference
@@ -27,14 +28,14 @@ def find(reader: MegatronReader, given: Folder | None, *, any_settings: bool = F
     a checkpoint that knows its padded vocabulary alone. Raises UserError if there is no reference and none can be rebuilt, if
     two descriptions of the model disagree, and for settings that no `config.json` can say.
     """
-    said = run_config.read_all(reader.folder, reader.args())
+    said, layout = run_config.read_all(reader.folder, reader.args()), layout_of(reader.specs)
     own = side_files.load(reader.folder)
     known = side_files.from_folder(given) if given else own
-    notes = () if any_settings else _check_settings(said, known)
+    notes = () if any_settings else _check_settings(said, known, layout)
     origin = known or _rebuilt(reader, said, vocab)
     others = [own] if given and own else []
     rows = consistency.embedding_rows(reader.specs)
-    consistency.check(origin, others, said, rows=rows)
+    consistency.check(origin, others, said, rows=rows, layout=layout)
     return replace(origin, notes=(*origin.notes, *notes, *_rows_left_out(origin, said, rows or 0)))
 
 
@@ -50,10 +51,11 @@ def _rows_left_out(origin: HFReference, said: Sequence[ModelSettings], rows: int
             )
 
 
-def _check_settings(said: Sequence[ModelSettings], reference: HFReference | None) -> tuple[str, ...]:
+def _check_settings(said: Sequence[ModelSettings], reference: HFReference | None, layout: str) -> tuple[str, ...]:
     """Raise UserError for a setting that no `config.json` can say; return notes on unknown ones if a `reference` says which
     model the checkpoint holds, else they are refused too. Those that its family says are compared with it elsewhere."""
-    compared = to_megatron(families.find(reference.config.get("model_type")).CONFIG, reference.config) if reference else {}
+    known = families.find(reference.config.get("model_type"), layout) if reference else None
+    compared = to_megatron(known.CONFIG, reference.config) if reference and known else {}
     foreign = [
         (setting, description.origin)
         for description in said
@@ -82,16 +84,20 @@ def _rebuilt(reader: MegatronReader, said: Sequence[ModelSettings], vocab: int |
     fields, note = {name: value for name, value in first.complete.items() if value is not None}, ""
     if "vocab_size" not in fields:
         fields["vocab_size"], note = (vocab, "") if vocab else tokens(first.settings, tokenizer, origin=first.origin)
-    config = rebuild_config(fields, first.origin, recorded=first.complete)
+    config = rebuild_config(fields, first.origin, layout_of(reader.specs), recorded=first.complete)
     return HFReference(config, f"rebuilt from {first.origin}", files, notes=(note,) if note else ())
 
 
-def rebuild_config(fields: dict[str, Any], origin: str, *, recorded: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """Return a `config.json` for Megatron's fields, in the first family whose model has all of them and no others, none of which
-    is `recorded` as null."""
+def rebuild_config(
+    fields: dict[str, Any], origin: str, layout: str = GPT, *, recorded: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return a `config.json` for Megatron's fields of a layout, in the first family whose model has all of them and no others,
+    none of which is `recorded` as null."""
     refused: list[str] = []
     for name in dict.fromkeys((*_PLAINEST, *families.names())):
-        family = families.find(name)
+        if layout not in families.find(name).LAYOUTS:
+            continue
+        family = families.find(name, layout)
         try:
             config = to_huggingface(family.CONFIG, fields)
             described = to_megatron(family.CONFIG, config)

@@ -290,6 +290,20 @@ def is_layered(rule: Rule) -> bool:
     return "{mtp}" not in rule.megatron and any(f"{{{word}}}" in both for word in ("layer", "mixer", "mlp"))
 
 
+def megatron_layer(rule: Rule, indices: Indices, model: Model) -> int:
+    """Return the number of the layer, as Megatron counts them, that holds a rule's tensor; below 0 before all layers, and their
+    number after them."""
+    if indices["layer"] == model.layers:
+        return model.megatron_layers
+    return indices[_counter(rule.megatron)]
+
+
+@cache
+def _counter(template: str) -> str:
+    """The word that stands for the number of the layer in a Megatron name."""
+    return next((word for word in ("mixer", "mlp") if f"{{{word}}}" in template), "layer")
+
+
 def in_order(rules: Iterable[Rule], model: Model) -> Iterator[tuple[Rule, Indices]]:
     """Yield each rule that applies with each of its indices: the order in which a model computes, and files are written."""
     for active, indices in by_layer(rules, model):

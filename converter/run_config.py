@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from converter.config import Config
+from converter.hybrid import PATTERN, with_stages
 from converter.layout import Layout
 from converter.pipeline_layout import format_layout
 from formats.dtypes import FLOATS
@@ -52,7 +53,7 @@ def make(megatron: Config, layout: Layout, dtype: np.dtype[Any], *, vocab_multip
         },
         "model": {
             **_model(megatron, dtype),
-            **_parallel(layout, mtp=megatron.get("mtp_num_layers") or 0),
+            **_parallel(layout, megatron),
             "make_vocab_size_divisible_by": vocab_multiple,
         },
         "tokenizer": {
@@ -69,7 +70,7 @@ def _model(megatron: Config, dtype: np.dtype[Any]) -> dict[str, Any]:
     names = names_of(dtype)
     return {
         **megatron,
-        "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
+        **(_HYBRID if megatron.get(PATTERN) else _GPT),
         "activation_func": _by_name(_ACTIVATIONS.get(function := megatron["activation_func"], f"torch.nn.functional.{function}")),
         "params_dtype": _by_name(f"torch.{names.torch if names.name in FLOATS else 'float32'}"),
         "bf16": names.name == "bf16",
@@ -78,7 +79,6 @@ def _model(megatron: Config, dtype: np.dtype[Any]) -> dict[str, Any]:
         # Megatron-Bridge's export writes padding rows as if they were tokens. A model without padding can load a padded
         # checkpoint.
         "should_pad_vocab": False,
-        "transformer_layer_spec": _by_name("megatron.bridge.models.gpt_provider.default_layer_spec"),
     }
 
 
@@ -87,17 +87,36 @@ def _by_name(target: str) -> dict[str, Any]:
     return {"_call_": False, "_target_": target}
 
 
-def _parallel(layout: Layout, *, mtp: int) -> dict[str, Any]:
+_GPT = {
+    "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
+    "transformer_layer_spec": _by_name("megatron.bridge.models.gpt_provider.default_layer_spec"),
+}
+_HYBRID = {
+    "_target_": "megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider",
+    "hybrid_stack_spec": _by_name("megatron.bridge.models.hybrid.hybrid_provider.get_default_hybrid_stack_spec"),
+}
+"""What builds a model of each layout in Megatron-Bridge."""
+
+
+def _parallel(layout: Layout, megatron: Config) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
-        "pipeline_model_parallel_layout": None if layout.even else format_layout(layout.stages, mtp=mtp),
+        **_stages(layout, megatron),
         "context_parallel_size": 1,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
         "sequence_parallel": False,
     }
+
+
+def _stages(layout: Layout, megatron: Config) -> dict[str, Any]:
+    """The layers of each pipeline stage: a HybridModel has them in its pattern."""
+    if pattern := megatron.get(PATTERN):
+        return {PATTERN: with_stages(pattern, layout.stages), "pipeline_model_parallel_layout": None}
+    mtp = megatron.get("mtp_num_layers") or 0
+    return {"pipeline_model_parallel_layout": None if layout.even else format_layout(layout.stages, mtp=mtp)}
 
 
 class UnknownModelError(UserError):

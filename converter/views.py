@@ -13,6 +13,7 @@ from converter.config import make_model
 from converter.dequantization import dequantized, weights_of
 from converter.encoding import quantized_source
 from converter.families import Family
+from converter.hybrid import layout_of
 from converter.model import Model
 from converter.originals import moved, original_name, with_originals
 from converter.plan import TensorPlan, as_stored, check_dtypes
@@ -100,7 +101,7 @@ def huggingface_view(reader: HuggingFaceReader, *, as_numbers: bool = False) -> 
 def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[str, int] | None = None) -> CheckpointView:
     """Return the view of a Megatron checkpoint: what an export would write. `zero` are further rows that must be zero."""
     known = specs_of(origin.shards)
-    family = families.find(origin.config.get("model_type")).rooted(known)
+    family = families.find(origin.config.get("model_type"), layout_of(reader.specs)).rooted(known)
     model = make_model(family.CONFIG, origin.config)
     plan = to_huggingface(family.RULES, model, reader.specs, dtype="keep", known=known)
     reader.check()

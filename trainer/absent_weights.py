@@ -12,12 +12,12 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 
 from converter.config import make_model
 from converter.families import find
-from converter.rules import at, is_layered
+from converter.rules import at, fill, is_layered
 
 
-def freeze(chunks: list[Any], config: Mapping[str, Any]) -> None:
+def freeze(chunks: list[Any], config: Mapping[str, Any], *, layout: str | None = None) -> None:
     """Let no optimizer see the weights of these chunks that the family of a `config.json` has not."""
-    absent = set(keys(config))
+    absent = set(keys(config, layout))
     if not absent:
         return
     for chunk in chunks:
@@ -29,12 +29,12 @@ def freeze(chunks: list[Any], config: Mapping[str, Any]) -> None:
                 parameter.requires_grad = False
 
 
-def keys(config: Mapping[str, Any]) -> Iterator[str]:
+def keys(config: Mapping[str, Any], layout: str | None = None) -> Iterator[str]:
     """Yield the keys that these weights have in a checkpoint: without the number of a layer, unless layers differ."""
-    family = find(config.get("model_type"))
+    family = find(config.get("model_type"), layout)
     model = make_model(family.CONFIG, config)
     for rule in family.RULES:
         for layer in range(model.layers) if is_layered(rule) else (-1,):
             indices = at(model, layer)
             if rule.megatron and rule.when(model, indices) and rule.absent(model, indices):
-                yield rule.megatron.replace(".{layer}", "" if model.get("stacked", True) else f".{layer}")
+                yield rule.megatron.replace(".{layer}", "") if model.get("stacked", True) else fill(rule.megatron, indices)

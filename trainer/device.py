@@ -5,6 +5,7 @@ Of models, knows only which layers each device has. `cpu_backend` lets megatron-
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -146,16 +147,29 @@ def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
     return spec
 
 
+def each_layer_spec(config: Any) -> list[Any]:
+    """Return the specs of a layer with a feed-forward part and, where the model has experts, of one with experts."""
+    experts = [0, 1] if config.num_moe_experts else [0]
+    kinds = copy.copy(config)
+    kinds.num_layers, kinds.moe_layer_freq = len(experts), experts
+    return _specs(kinds)
+
+
 def last_layer_spec(config: Any) -> Any:
     """Return the spec of the decoder's last layer, whichever rank has it: layers of multi-token prediction are like it."""
+    return _specs(config)[-1]
+
+
+def _specs(config: Any) -> list[Any]:
+    """Return the specs of all of the decoder's layers, whichever rank has them."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs  # noqa: PLC0415 - seconds to import
 
     specs = get_gpt_decoder_layer_specs(
         config, use_transformer_engine=_on_gpu(), normalization=config.normalization, qk_l2_norm=config.qk_l2_norm
     )
     if config.num_moe_experts and not _on_gpu():
-        _name_norms_as_on_a_gpu(specs[-1:])
-    return specs[-1]
+        _name_norms_as_on_a_gpu(specs)
+    return list(specs)
 
 
 def _name_norms_as_on_a_gpu(layer_specs: Sequence[Any]) -> None:

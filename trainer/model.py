@@ -23,7 +23,6 @@ from typing import Any, Literal
 import torch
 from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.enums import ModelType
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import MegatronModule, MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 
@@ -31,32 +30,12 @@ from converter.config import to_megatron
 from converter.config_parts import described
 from converter.families import find
 from formats.errors import UserError
-from trainer import absent_weights, device, layers
+from trainer import absent_weights, device, language_model
 from trainer.config import FilePath
-from trainer.layers.output import capped
-from trainer.loss import WithoutPadding
 from trainer.settings import refused
 from trainer.settings.values import activation
 
 Config = Mapping[str, Any]
-
-
-class Model(GPTModel):
-    """GPTModel whose padded vocabulary rows never enter the softmax, and whose logits may be capped."""
-
-    def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        return capped(super()._scale_logits(logits), self.config.final_logit_softcapping)
-
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each token, [batch, sequence], from this rank's logits [sequence, batch, vocabulary rows]."""
-        return super().compute_language_model_loss(labels, self.without_padding(logits))
-
-    def without_padding(self, logits: torch.Tensor) -> torch.Tensor:
-        """Mask the padding in the logits of this rank, or of all ranks gathered, in place."""
-        rows = logits.shape[-1]
-        first = 0 if rows == self.vocab_size else parallel_state.get_tensor_model_parallel_rank() * rows
-        valid = min(max(self.config.vocab_size - first, 0), rows)
-        return logits if valid == rows else WithoutPadding.apply(logits, valid)
 
 
 @dataclass(kw_only=True)
@@ -83,7 +62,16 @@ class ModelProvider(TransformerConfig):
 
 @dataclass(kw_only=True)
 class GPTModelProvider(ModelProvider):
-    """A GPT-shaped model."""
+    """A GPT-shaped model, or a hybrid of such layers and others."""
+
+    layout: Literal["gpt", "hybrid"] = "gpt"
+    """megatron-core's model that it is built as: `gpt`, GPTModel, or `hybrid`, HybridModel, whose layers are either attention or
+    feed-forward, and which computes the same. A run may change from one to the other."""
+
+    hybrid_layer_pattern: str | None = None
+    """The kinds of a hybrid's layers, a symbol each, as HybridModel names them: `M` Mamba-2, `*` attention, `-` feed-forward, `E`
+    experts; after `/` those of a layer of multi-token prediction. Then `num_layers` counts symbols. None: attention and
+    feed-forward in turn, and `num_layers` counts both as one."""
 
     seq_length: int = 2048
     """The longest sequence the model was made for."""
@@ -114,6 +102,9 @@ class GPTModelProvider(ModelProvider):
     sliding_rope: dict[str, Any] | None = None
     """Parameters of the rotary embeddings of layers whose attention slides, as transformers names them. None: as in the other
     layers. Gemma 3 and OLMo 3 have some."""
+
+    mamba_norm_epsilon: float | None = None
+    """Epsilon of the norm after the gate in Mamba layers. None: 1e-5, as megatron-core has it."""
 
     exact_sequence_length: int | None = None
     """The longest sequence that is computed as transformers does; longer ones are refused. None: any."""
@@ -217,6 +208,8 @@ class GPTModelProvider(ModelProvider):
         for base_field in fields(TransformerConfig):
             if base_field.default is not None and getattr(self, base_field.name) is None and base_field.default is not MISSING:
                 setattr(self, base_field.name, base_field.default)
+        # A hybrid has twice as many layers, each with half the branches: weights of their outputs begin as small.
+        self.is_hybrid_model = self.hybrid_layer_pattern is not None
         TransformerConfig.__post_init__(self)
 
     @property
@@ -232,26 +225,7 @@ class GPTModelProvider(ModelProvider):
 
     def provide(self, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> torch.nn.Module:
         """Return this rank's chunk of the model, with the embedding if `pre_process` and the output layer if `post_process`."""
-        plain = layers.attention_alone(self)
-        model = Model(
-            self,
-            layers.adapt_spec(self, device.layer_spec(plain, vp_stage), vp_stage),
-            vocab_size=self.padded_vocab_size,
-            max_sequence_length=self.seq_length + self.position_offset,
-            pre_process=pre_process,
-            post_process=post_process,
-            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-            position_embedding_type="none" if self.alibi is not None else self.position_embedding_type,
-            rotary_percent=self.rotary_percent,
-            rotary_base=self.rotary_base,
-            rope_scaling=self.rope_scaling,
-            rope_scaling_factor=self.rope_scaling_factor,
-            seq_len_interpolation_factor=self.seq_len_interpolation_factor,
-            mtp_block_spec=layers.prediction_spec(self, device.last_layer_spec(plain), vp_stage) if self.mtp_num_layers else None,
-            vp_stage=vp_stage,
-        )
-        model.max_sequence_length = self.longest_sequence
-        return layers.adapt_model(self, model)
+        return language_model.make(self, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
 
 
 @dataclass(kw_only=True)
@@ -276,7 +250,8 @@ class MLAModelProvider(GPTModelProvider, MLATransformerConfig):
 
 def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProvider:
     """Return the provider of the model that a `config.json` describes. Raises UserError for an unsupported family."""
-    megatron = to_megatron(find(config.get("model_type")).CONFIG, config)
+    family = find(config.get("model_type"))
+    megatron = {"layout": family.layout, **to_megatron(family.CONFIG, config)}
     provider = MLAModelProvider if megatron.get("multi_latent_attention") else GPTModelProvider
     known = {provider_field.name for provider_field in fields(provider)}
     given = {name: value for name, value in megatron.items() if value is not None}
@@ -301,7 +276,7 @@ def build(provider: Any) -> list[torch.nn.Module]:
     with refused.user_errors("model", provider, try_again):
         chunks = [chunk.to(device.current()) for chunk in _chunks(provider)]
     if isinstance(provider, GPTModelProvider) and provider.hf_config:
-        absent_weights.freeze(chunks, provider.hf_config)
+        absent_weights.freeze(chunks, provider.hf_config, layout=provider.layout)
     return chunks
 
 

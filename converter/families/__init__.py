@@ -14,6 +14,8 @@ from importlib import import_module
 from typing import Any
 
 from converter.config import Field
+from converter.config_hybrid import in_layers_of_two
+from converter.hybrid import GPT, HYBRID, hybrid_rules
 from converter.rules import Rule, fill, templates
 from formats.errors import UserError, format_untrusted
 
@@ -49,6 +51,10 @@ class Family:
     PROVIDER: tuple[str, ...] = ()
     """The fields of `mbtrain`'s GPTModelProvider that a model of the family sets and megatron-core does not have."""
 
+    LAYOUTS: tuple[str, ...] = (GPT, HYBRID)
+    """The layouts that its models have in Megatron (see `converter.hybrid`). `RULES` and `CONFIG` are those of the first, which
+    is the default; layout `hybrid` follows from `gpt`."""
+
     WEIGHTS_ONLY: str = ""
     """Why `mbtrain` cannot train a model of the family. Its weights are converted all the same."""
 
@@ -56,6 +62,22 @@ class Family:
     def trains(self) -> bool:
         """Does `mbtrain` compute what the family does?"""
         return not self.WEIGHTS_ONLY
+
+    @property
+    def layout(self) -> str:
+        """The layout that `RULES` and `CONFIG` are of."""
+        return self.LAYOUTS[0]
+
+    def in_layout(self, layout: str) -> Family:
+        """Return the family with the rules and fields of a layout; UserError where its models have none of that name."""
+        if layout == self.layout:
+            return self
+        if layout not in self.LAYOUTS:
+            raise UserError(
+                f"models of this family ({self.MODELS}) have no layout `{layout}` in Megatron, only `{self.layout}`",
+                hint="megatron-core's GPTModel cannot express them; HybridModel can",
+            )
+        return replace(self, RULES=hybrid_rules(self.RULES), CONFIG=(in_layers_of_two(self.CONFIG),), LAYOUTS=(layout,))
 
     def rooted(self, names: Container[str]) -> Family:
         """Return the family with the names that a source has: those under the first root under which it has the embedding."""
@@ -98,14 +120,15 @@ def names() -> list[str]:
     return sorted({module.name for module in pkgutil.iter_modules(__path__)})
 
 
-def find(model_type: Any) -> Family:
-    """Return the family of a `model_type`; UserError lists those there are."""
+def find(model_type: Any, layout: str | None = None) -> Family:
+    """Return the family of a `model_type` in a layout, or its default one; UserError lists those there are."""
     if model_type not in names():
         raise UserError(
             f"`config.json` has the model type `{format_untrusted(model_type)}`, which is not supported",
             hint=f"supported are: {', '.join(names())}",
         )
-    return _load(import_module(f"{__name__}.{model_type}"))
+    family = _load(import_module(f"{__name__}.{model_type}"))
+    return family.in_layout(layout) if layout else family
 
 
 @cache

@@ -237,7 +237,7 @@ def test_the_command_line_surface_is_frozen():
               "--make-vocab-size-divisible-by"]  # fmt: skip
     weights = ["--dtype", "--integrity"]
     assert surface == {
-        "hf-to-mcore": sorted([*both, *layout, *weights]),
+        "hf-to-mcore": sorted([*both, "--layout", *layout, *weights]),
         "mcore-to-hf": sorted([*both, "--hf-config", "--max-shard-size", "--quantize", *weights]),
         "adapter-to-mcore": sorted([*both, "--base", "--canonical"]),
         "adapter-to-hf": sorted([*both, "--experts"]),

@@ -66,6 +66,7 @@ def sizes(draw) -> dict:
         "num_attention_heads": groups * ratio,
         "num_key_value_heads": groups,
         "max_position_embeddings": draw(st.integers(16, 4096)),
+        "mamba_n_heads": 2 * groups * ratio,
     }
 
 
@@ -117,6 +118,8 @@ def make(family: str, given: dict) -> PreTrainedConfig:
 def known(family: str, given: dict) -> dict:
     """Those of the fields that the class has, as it calls them; of a model beside others, in `text_config`."""
     found = {names(family)[name]: value for name, value in given.items() if name in names(family)}
+    if family == "mamba2":  # whose heads are as wide as the layer
+        found |= {"num_heads": 2 * given["hidden_size"] // 8, "head_dim": 8, "n_groups": 1}
     if TEXT not in names(family):
         return found
     text = AutoConfig.for_model(family).get_text_config().model_type
@@ -157,6 +160,7 @@ NULLS = {
     "n_inner": lambda config: 4 * config["n_embd"],
     "n_group": lambda _config: 1,
     "topk_group": lambda _config: 1,
+    "position_embedding_type": lambda _config: "nope",
 }
 """What transformers' models take where a field is null."""
 
@@ -240,8 +244,9 @@ def test_many_random_configs_mean_the_same_after_the_way_there_and_back(family, 
     check_random(family, data)
 
 
-ONE_SWITCH = {"gpt_neox": {"attention_bias": True}}
-"""Switches that Megatron has not: a GPT-NeoX without biases of attention has zeros there."""
+ONE_SWITCH = {"gpt_neox": {"attention_bias": True}, "granitemoehybrid": {"position_embedding_type": "rope"}}
+"""Switches that Megatron has not: a GPT-NeoX without biases of attention has zeros there. And the one without which a Granite 4
+has no rotary embeddings, whatever is said of them."""
 
 SCALED = ("apertus", "cwm", "gpt_oss", "ministral3")
 """Families whose class takes a scaling of its own for the null that transformers 4 wrote where there is none."""

@@ -15,6 +15,8 @@ GROUPS = {**MOE, "model.num_moe_experts": 8, "model.moe_router_num_groups": 2, "
 BIAS = {**MOE, "model.moe_router_enable_expert_bias": True, "model.moe_router_score_function": "sigmoid",
         "model.moe_aux_loss_coeff": 0.0}  # fmt: skip
 CAPACITY = {**MOE, "model.moe_expert_capacity_factor": 1.0}
+MAMBA = {"model.layout": "hybrid", "model.hybrid_layer_pattern": "M*", "model.mamba_state_dim": 4, "model.mamba_head_dim": 4,
+         "model.mamba_num_groups": 1, "model.mamba_num_heads": 4}  # fmt: skip
 MUP = {"model.use_mup": True, "model.mup_base_hidden_size": 8}
 FULL = {"model.recompute_granularity": "full", "model.recompute_method": "uniform", "model.recompute_num_layers": 1}
 SHARDED = {"ddp.use_distributed_optimizer": True}
@@ -114,6 +116,10 @@ OBSERVED: dict[str, Trial] = {
     "model.moe_pad_expert_input_to_capacity": Trial(True, CAPACITY),
     "model.moe_token_drop_policy": Trial("position", CAPACITY),
     "model.moe_layer_recompute": Trial(True, MOE),
+    "model.mamba_state_dim": Trial(8, MAMBA),
+    "model.mamba_head_dim": Trial(8, MAMBA),
+    "model.mamba_num_groups": Trial(2, MAMBA),
+    "model.mamba_num_heads": Trial(8, MAMBA),
     "model.moe_apply_probs_on_input": Trial(True, {**MOE, "model.moe_router_topk": 1, "model.moe_router_pre_softmax": True}),
     "ddp.grad_reduce_in_fp32": Trial(False, BF16),
     "ddp.use_distributed_optimizer": Trial(True, {}, 2),

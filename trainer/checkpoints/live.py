@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from converter import families, reference, run_config
+from converter import families, hybrid, reference, run_config
 from converter.adapters.files import refuse_adapter
 from converter.checks import check_equal
 from converter.config import make_model
@@ -118,8 +118,11 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
         refuse_adapter(reader.folder)
         locals_ = local_weights(chunks)
         config = _hf_config(reader, getattr(chunks[0].config, "vocab_size", None))
+        layout = getattr(chunks[0].config, "layout", None)
         tensors, tensor_plans = (
-            _from_huggingface(reader) if isinstance(reader, HuggingFaceReader) else (reader, _from_megatron(reader, config))
+            _from_huggingface(reader, layout)
+            if isinstance(reader, HuggingFaceReader)
+            else (reader, _in_layout(layout, _from_megatron(reader, config)))
         )
         check_names_and_shapes(locals_, tensor_plans, source)
         if config and getattr(chunks[0].config, "hf_config", None):
@@ -165,17 +168,17 @@ def plan_of(reader: HuggingFaceReader) -> Plan:
     return _plan(dequantized(reader, config), config)
 
 
-def _plan(reader: Reader, config: Mapping[str, Any]) -> Plan:
-    family = families.find(config.get("model_type")).rooted(reader.specs)
+def _plan(reader: Reader, config: Mapping[str, Any], layout: str | None = None) -> Plan:
+    family = families.find(config.get("model_type"), layout).rooted(reader.specs)
     model, passing = make_model(family.CONFIG, config), family.PASSTHROUGH_PREFIXES
     return to_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype="keep", passing=passing)
 
 
-def _from_huggingface(reader: HuggingFaceReader) -> tuple[Reader, dict[str, TensorPlan]]:
-    """Return a reader of a directory's tensors as plain numbers, and the plan for each of Megatron's."""
+def _from_huggingface(reader: HuggingFaceReader, layout: str | None) -> tuple[Reader, dict[str, TensorPlan]]:
+    """Return a reader of a directory's tensors as plain numbers, and the plan for each of Megatron's in a layout."""
     config = read_json(reader.folder, CONFIG)
     tensors = dequantized(reader, config)
-    plan = _plan(tensors, config)
+    plan = _plan(tensors, config, layout)
     for name, other in plan.equal:
         check_equal(tensors, name, other)
     return tensors, {tensor_plan.spec.name: tensor_plan for tensor_plan in plan.tensors}
@@ -187,6 +190,14 @@ def _from_megatron(reader: MegatronReader, config: Mapping[str, Any] | None) -> 
     vocab = make_model(families.find(config.get("model_type")).CONFIG, config).vocab if config else None
     tensor_plans = as_stored(reader.specs)
     return {name: _unpadded(tensor_plan, vocab) if _padded(name) else tensor_plan for name, tensor_plan in tensor_plans.items()}
+
+
+def _in_layout(layout: str | None, tensor_plans: dict[str, TensorPlan]) -> dict[str, TensorPlan]:
+    """Return the plans for a checkpoint's tensors under their names in a layout, where the checkpoint has the other."""
+    if layout is None or layout == hybrid.layout_of(tensor_plans):
+        return tensor_plans
+    renamed = hybrid.in_hybrid if layout == hybrid.HYBRID else hybrid.in_gpt
+    return {renamed(name): tensor_plan for name, tensor_plan in tensor_plans.items()}
 
 
 def _padded(name: str) -> bool:

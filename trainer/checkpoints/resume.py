@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from formats.errors import UserError
 from trainer import optim, schedule
-from trainer.checkpoints import adapters, causes, fp8_states, masters, optimizer_parts, random_states, state_dict
+from trainer.checkpoints import adapters, causes, fp8_states, masters, optimizer_parts, other_layout, random_states, state_dict
 from trainer.checkpoints.state_dict import Parts
 from trainer.config import RunConfig
 from trainer.model import unwrap
@@ -37,7 +37,8 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
     if config.checkpoint.save_optim:
         _check_optimizer(parts, saved, sharding, folder)
     optim.allocate_state(parts.optimizer)
-    wanted = state_dict.state_dict(parts, config, metadata=metadata, loading=True, rng=same_layout)
+    names = other_layout.names_of(folder, config.model, peft=config.peft, sharding=sharding)
+    wanted = state_dict.state_dict(parts, config, metadata=metadata, loading=True, rng=same_layout, names=names)
     loaded = _load(wanted, folder, verify_integrity=config.checkpoint.verify_integrity)
     _take_weights(parts.chunks, loaded, config.peft)
     if "optimizer" in loaded:
@@ -48,6 +49,8 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
     schedule.resume(parts.scheduler, iteration=parts.progress.iteration, skipped_steps=parts.progress.skipped_steps)
     if "rng_state" in loaded:
         random_states.restore(loaded["rng_state"][0])
+    if names is not None:
+        say(f"note: `{folder}` was saved in the layout `{'hybrid' if names.hybrid else 'gpt'}`")
     _report(saved, config.dataset, folder, same_layout=same_layout, say=say)
 
 

@@ -21,6 +21,7 @@ from converter.adapters.adapter import Base
 from converter.adapters.files import DESCRIPTION
 from converter.adapters.megatron import encode_description
 from converter.config import to_megatron
+from converter.config_hybrid import hybrid_fields
 from converter.layout import make_layout
 from converter.megatron_settings import Effect, effect_of
 from converter.model import Model
@@ -33,6 +34,7 @@ from formats.spec import DTYPES
 from trainer import tokenizers
 from trainer.checkpoints import adapters, iterations, live
 from trainer.config import RunConfig, TokenizerConfig
+from trainer.layers.pattern import is_hybrid, layers_of_each, symbols
 from trainer.model import GPTModelProvider
 from trainer.settings import hf_config, yaml_io
 
@@ -55,7 +57,7 @@ def collect(
     files |= {iterations.OURS: iterations.signature(run) + yaml_io.dump(config).encode()}
     if config.peft is not None:
         files |= {DESCRIPTION: encode_description(adapters.describe(config.peft, base))}
-    if isinstance(config.model, GPTModelProvider) and sum(stages) == config.model.num_layers:
+    if isinstance(config.model, GPTModelProvider) and sum(stages) == config.model.num_layers * layers_of_each(config.model):
         files |= {run_config.FILE: _run_config(config.model, stages)}
     if hf_config.not_in_hf_config(config.model):
         files.pop(_CONFIG, None)
@@ -156,6 +158,7 @@ def _run_config(model: GPTModelProvider, stages: Sequence[int]) -> bytes:
     )
     dtype = DTYPES[_NAMES[model.params_dtype]]
     settings = {**megatron, **hf_config.not_in_hf_config(model)}
+    settings = hybrid_fields(settings) if layers_of_each(model) == 2 else settings
     return run_config.make(settings, layout, dtype, vocab_multiple=model.make_vocab_size_divisible_by)
 
 
@@ -184,6 +187,7 @@ def _sizes(model: GPTModelProvider) -> Model:
         padded_vocab=model.padded_vocab_size,
         tied=model.share_embeddings_and_output_weights,
         **({"experts": model.num_moe_experts} if model.num_moe_experts else {}),
+        **({"pattern": "".join(symbols(model))} if is_hybrid(model) else {}),
     )
 
 

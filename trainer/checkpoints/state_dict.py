@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from trainer import optim
 from trainer.checkpoints import adapters, bucket_padding, random_states
+from trainer.checkpoints.other_layout import Names
 from trainer.config import CheckpointConfig, RunConfig
 from trainer.model import unwrap
 
@@ -60,12 +61,19 @@ def content_metadata(checkpoint: CheckpointConfig, *, peft: Any) -> dict[str, An
     }
 
 
-def state_dict(parts: Parts, config: RunConfig, *, metadata: dict[str, Any], loading: bool, rng: bool = True) -> dict[str, Any]:
-    """Return the sharded state dict of this rank; `loading` leaves out what is read without a template. All ranks call this."""
+def state_dict(
+    parts: Parts, config: RunConfig, *, metadata: dict[str, Any], loading: bool, rng: bool = True, names: Names | None = None
+) -> dict[str, Any]:
+    """Return the sharded state dict of this rank; `loading` leaves out what is read without a template. All ranks call this.
+
+    `names` are those of a checkpoint in another layout than the model's.
+    """
     weights = {
         name: _weights(unwrap(chunk), config.peft, metadata)
         for name, chunk in zip(chunk_names(parts.chunks), parts.chunks, strict=True)
     }
+    if names is not None:
+        weights = {name: names.apply(state) for name, state in weights.items()}
     state: dict[str, Any] = {**weights, "checkpoint_version": 3.0, "iteration": parts.progress.iteration}
     if config.checkpoint.save_optim:
         with bucket_padding.padding_excluded(parts.optimizer, dict(weights), metadata):

@@ -17,6 +17,7 @@ import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 
 from trainer import model, rehearsal
+from trainer.layers.pattern import layers_of_each
 from trainer.peft.attach import attach_on_meta, module_names
 from trainer.settings.kernels import WITHOUT_CUDA
 
@@ -71,7 +72,8 @@ def count_chunks(chunks: Sequence[Any], provider: Any) -> RankParameters:
         matrices += parameter.numel() if match and is_quantized(provider, _number(match, provider)) else 0
         magnitudes += parameter.numel() if name.endswith("weight_magnitude") else 0
     trained, frozen = (Weights(counts[which, False], counts[which, True]) for which in (True, False))
-    return RankParameters(trained, frozen, matrices, magnitudes, tuple(_layers(chunks, provider)))
+    layers = tuple(dict.fromkeys(_layers(chunks, provider)))
+    return RankParameters(trained, frozen, matrices, magnitudes, layers)
 
 
 def is_quantized(provider: Any, number: int) -> bool:
@@ -81,8 +83,10 @@ def is_quantized(provider: Any, number: int) -> bool:
 
 
 def _number(match: re.Match[str], provider: Any) -> int:
-    """Return the number of a layer in the whole model, where those of multi-token prediction come last."""
-    return int(match[2]) + (provider.num_layers if match[1] == "mtp" else 0)
+    """Return the number of a layer in the whole model, as the provider counts; those of multi-token prediction come last."""
+    if match[1] == "mtp":
+        return int(match[2]) + provider.num_layers
+    return int(match[2]) // layers_of_each(provider)
 
 
 def _parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, torch.nn.Parameter]]:

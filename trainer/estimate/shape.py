@@ -11,6 +11,7 @@ from typing import Any
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from formats.errors import UserError
+from trainer.layers.pattern import layers_with_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class Shape:
 _UNLIKE = (
     "experimental_attention_variant",
     "heterogeneous_block_specs",
-    "is_hybrid_model",
+    "hybrid_layer_pattern",
 )
 
 
@@ -168,7 +169,7 @@ def _shape(provider: Any) -> Shape:
         padded_vocab=provider.padded_vocab_size,
         mtp=mtp,
         windows=_and_more(_windows(provider), mtp),
-        experts=_and_more(_layers_with_experts(provider), mtp),
+        experts=_and_more(layers_with_experts(provider), mtp),
         num_experts=experts,
         active_experts=provider.moe_router_topk if experts else 0,
         expert_ffn=(provider.moe_ffn_hidden_size or ffn) if experts else 0,
@@ -185,16 +186,6 @@ def _latent(provider: Any) -> Latent | None:
 def _and_more[T](layers: tuple[T, ...], mtp: int) -> tuple[T, ...]:
     """Repeat the last layer for those of multi-token prediction."""
     return layers + layers[-1:] * mtp
-
-
-def _layers_with_experts(provider: Any) -> tuple[bool, ...]:
-    """Expand megatron-core's `moe_layer_freq`, every nth layer from the first on or a list, to one bool per layer."""
-    if not provider.num_moe_experts:
-        return (False,) * provider.num_layers
-    frequency = provider.moe_layer_freq
-    if isinstance(frequency, int):
-        return tuple(layer % frequency == 0 for layer in range(provider.num_layers))
-    return tuple(bool(has_experts) for has_experts in frequency)
 
 
 def _windows(provider: Any) -> tuple[int | None, ...]:

@@ -6,7 +6,7 @@ layers and with Transformer Engine's, on every rank of a layout. Knows nothing o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,10 @@ from trainer.layers.expert_biases import expert_biases
 from trainer.layers.expert_groups import expert_groups
 from trainer.layers.expert_output import expert_output
 from trainer.layers.head_norms import head_norms
+from trainer.layers.hybrid import mamba_norms, stack_spec
 from trainer.layers.late_norms import late_norms
 from trainer.layers.latent_attention import latent_epsilon, latent_gradients, local_attention, plain_queries
+from trainer.layers.latent_experts import latent_experts
 from trainer.layers.norms import accepted, local_norms
 from trainer.layers.output import output_bias
 from trainer.layers.output_projection import attention_output_bias
@@ -26,7 +28,7 @@ from trainer.layers.parallel_residual import parallel_residual
 from trainer.layers.prediction import prediction_block
 from trainer.layers.recomputed_bias import recomputed_bias
 from trainer.layers.residual_multiplier import residual_multiplier
-from trainer.layers.rope import own_frequencies, sliding_rope
+from trainer.layers.rope import hybrid_rope, own_frequencies, sliding_rope
 from trainer.layers.rope_norms import rope_norms
 from trainer.layers.routing import own_scoring
 from trainer.layers.scores import changed_scores
@@ -47,10 +49,12 @@ LAYER_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     branch_norms,
     residual_multiplier,
     own_scoring,
+    latent_experts,
 )
 """Functions `(provider, layer)` that change the spec of a decoder layer in place. Each looks at fields of its own."""
 
 MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
+    hybrid_rope,
     own_frequencies,
     sliding_rope,
     late_norms,
@@ -68,8 +72,9 @@ MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     expert_biases,
     divided_sinks,
     rope_norms,
+    mamba_norms,
 )
-"""Functions `(provider, model)` that change this rank's chunk of a GPTModel in place."""
+"""Functions `(provider, model)` that change this rank's chunk of a GPTModel or HybridModel in place."""
 
 
 def adapt_spec(provider: Any, spec: Any, vp_stage: int | None = None) -> Any:
@@ -91,6 +96,12 @@ def _adapted(provider: Any, layer: Any) -> Any:
     return layer
 
 
+def hybrid_spec(provider: Any, layers: Sequence[Any]) -> Any:
+    """Return the spec of a hybrid's decoder, from those of a GPT layer of each kind that it has, with every piece that the
+    provider's fields switch on."""
+    return stack_spec(provider, [_adapted(provider, layer) for layer in layers])
+
+
 def prediction_spec(provider: Any, layer: Any, vp_stage: int | None) -> Any:
     """Return the spec of this rank's layers of multi-token prediction, each around a decoder layer of this spec with every piece
     that the provider's fields switch on; None where it has none."""
@@ -98,7 +109,7 @@ def prediction_spec(provider: Any, layer: Any, vp_stage: int | None) -> Any:
 
 
 def adapt_model(provider: Any, model: Any) -> Any:
-    """Return this rank's chunk of a GPTModel with every piece that the provider's fields switch on."""
+    """Return this rank's chunk of a GPTModel or HybridModel with every piece that the provider's fields switch on."""
     for piece in MODEL_PIECES:
         piece(provider, model)
     return model

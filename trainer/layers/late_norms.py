@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer.layers.spec import attention_layers
+
 
 def late_norms(provider: Any, model: Any) -> None:
     """Move the norms of query and key of each layer to where its core attention begins. Their weights keep their names.
@@ -12,7 +14,7 @@ def late_norms(provider: Any, model: Any) -> None:
     """
     if not provider.qk_layernorm_after_rope:
         return
-    for layer in model.decoder.layers:
+    for layer in attention_layers(model):
         attention = layer.self_attention
         hook = _Normed(attention.q_layernorm, attention.k_layernorm)
         attention.core_attention.register_forward_pre_hook(hook)

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from trainer.layers.spec import mlp_layers
+
 
 def recomputed_bias(provider: Any, model: Any) -> None:
     """Let feed-forward parts return a copy of their bias where the provider has it computed again."""
     if provider.recompute_granularity != "selective" or "mlp" not in (provider.recompute_modules or ()):
         return
-    for layer in model.decoder.layers:
+    for layer in mlp_layers(model):
         layer.mlp.register_forward_hook(_copied)
 
 

@@ -18,6 +18,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from converter.config import language_model
 from converter.config_rope import rope_numbers
+from trainer.layers.spec import attention_layers
 
 Numbers = Mapping[str, Any]
 
@@ -72,13 +73,23 @@ def attention_factor(provider: Any) -> float:
     return _yarn_get_concentration_factor_from_config(provider) if provider.position_embedding_type == "yarn" else 1.0
 
 
+def hybrid_rope(provider: Any, model: Any) -> None:
+    """Give HybridModel the rotary embeddings that GPTModel has arguments for and HybridModel has none: interleaved ones, and
+    Llama 3.1's scaling."""
+    embedding = getattr(model, "rotary_pos_emb", None)
+    if provider.is_hybrid_model and embedding is not None:
+        embedding.rotary_interleaved = provider.rotary_interleaved
+        if provider.rope_scaling:
+            embedding.inv_freq = embedding._apply_scaling(embedding.inv_freq, factor=provider.rope_scaling_factor)
+
+
 def own_frequencies(provider: Any, model: Any) -> None:
     """Replace the frequencies that GPTModel has no arguments for: `rope_parameters`, and all four numbers of Llama 3.1's scaling,
     of which GPTModel takes the factor and fixes the others."""
     numbers = _own_numbers(provider)
     if numbers is None:
         return
-    attentions = [layer.self_attention for layer in model.decoder.layers]
+    attentions = [layer.self_attention for layer in attention_layers(model)]
     for embedding in [one.rotary_pos_emb for one in attentions] if provider.multi_latent_attention else [model.rotary_pos_emb]:
         embedding.inv_freq = frequencies(numbers, 2 * embedding.inv_freq.numel()).to(embedding.inv_freq.device)
     for attention in attentions:
@@ -108,7 +119,7 @@ def sliding_rope(provider: Any, model: Any) -> None:
     )
     found = frequencies(provider.sliding_rope, 2 * embedding.inv_freq.numel())
     embedding.inv_freq = found.to(embedding.inv_freq.device)
-    for layer in model.decoder.layers:
+    for layer in attention_layers(model):
         if is_layer_window_attention(provider.window_size, provider.window_attn_skip_freq, layer.layer_number):
             layer.self_attention._yarn_concentration_factor = 1.0
             layer.self_attention.register_forward_pre_hook(_Instead(embedding), with_kwargs=True)

@@ -9,7 +9,9 @@ from typing import Any
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 _TRANSFORMER_ENGINE = "transformer_engine"
 
@@ -51,9 +53,24 @@ def has_experts(layer: Any) -> bool:
 
 
 def transformer_layers(model: Any) -> list[Any]:
-    """Return this rank's layers of a GPTModel: the decoder's, and those inside its layers of multi-token prediction."""
+    """Return this rank's layers of a GPTModel: the decoder's, and those inside its layers of multi-token prediction. Of a
+    HybridModel, those that are attention, feed-forward or experts; what one lacks is megatron-core's identity."""
     further = model.mtp.layers if getattr(model, "mtp", None) is not None else ()
-    return [*model.decoder.layers, *(layer.mtp_model_layer for layer in further)]
+    return [*_of_transformers(model), *(layer.mtp_model_layer for layer in further)]
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """Return those of this rank's layers in the decoder that have attention."""
+    return [layer for layer in _of_transformers(model) if not isinstance(layer.self_attention, IdentityOp)]
+
+
+def mlp_layers(model: Any) -> list[Any]:
+    """Return those of this rank's layers in the decoder that have a feed-forward part or experts."""
+    return [layer for layer in _of_transformers(model) if not isinstance(layer.mlp, IdentityOp)]
+
+
+def _of_transformers(model: Any) -> list[Any]:
+    return [layer for layer in model.decoder.layers if isinstance(layer, TransformerLayer)]
 
 
 def uses_transformer_engine(layer: Any) -> bool:

@@ -9,6 +9,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch.nn import functional
 
+from trainer.layers.spec import mlp_layers
+
 BETA = 0.5
 """The slope at 0, and the least curvature below it."""
 
@@ -56,5 +58,5 @@ def activation_weights(provider: Any, model: Any) -> None:
     """Give each layer whose activation is `xielu` its weights, `mlp.activation_func.alpha_p` and `alpha_n`."""
     if provider.activation_func is not xielu:
         return
-    for layer in model.decoder.layers:
+    for layer in mlp_layers(model):
         layer.mlp.activation_func = XIELU(provider)

@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from trainer import device
+from trainer.layers.pattern import layers_of_each
 
 Numbers = dict[str, torch.Tensor]
 
@@ -44,7 +45,8 @@ class LayerCounter:
 
     def __init__(self, chunks: Sequence[Any], config: TransformerConfig) -> None:
         self._config = config
-        rows = config.num_layers + (config.mtp_num_layers or 0)
+        self._layers = config.num_layers * layers_of_each(config)
+        rows = self._layers + (config.mtp_num_layers or 0)
         self._tokens = torch.zeros(rows, config.num_moe_experts or 0, device=device.current())
         self._assigned = 0
         destroy_moe_metrics_tracker()  # that of another run in this process
@@ -58,7 +60,7 @@ class LayerCounter:
         probabilities, routing_map = output
         # A map that is padded to the experts' capacity has tokens in it that were not sent there.
         sent = probabilities != 0 if self._config.moe_pad_expert_input_to_capacity else routing_map
-        row = router.layer_number - 1 + (self._config.num_layers if router.is_mtp_layer else 0)
+        row = router.layer_number - 1 + (self._layers if router.is_mtp_layer else 0)
         self._tokens[row] += sent.sum(dim=0)
         self._assigned += routing_map.shape[0] * router.topk
 

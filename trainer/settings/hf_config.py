@@ -11,8 +11,10 @@ from typing import Any
 
 from converter import megatron_settings
 from converter.config import TEXT, to_huggingface, to_megatron
+from converter.config_hybrid import gpt_fields
 from converter.config_rope import rope_numbers
 from converter.families import find
+from converter.hybrid import PATTERN, without_stages
 from formats.errors import UserError, format_untrusted
 from trainer.settings.defaults import Default
 from trainer.settings.values import NotPlainError, plain
@@ -137,6 +139,7 @@ def compare_settings(provider: Any, settings: Mapping[str, Any], *, source: str)
 
     Raises UserError for a setting of the weights that the provider does not have.
     """
+    settings = _as_counted_here(provider, settings)
     theirs = {
         _OTHER_NAMES.get(setting.name, setting.name): setting.value
         for setting in megatron_settings.find_unsupported(settings, only_model_words=True)
@@ -156,6 +159,14 @@ def compare_settings(provider: Any, settings: Mapping[str, Any], *, source: str)
         for name, value in unexpressed.items()
         if name not in theirs
     ]
+
+
+def _as_counted_here(provider: Any, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a hybrid's settings without pipeline stages, with its layers counted as the provider counts them."""
+    pattern = settings.get(PATTERN)
+    if not pattern:
+        return settings
+    return gpt_fields(settings) if provider.hybrid_layer_pattern is None else {**settings, PATTERN: without_stages(pattern)}
 
 
 _OTHER_NAMES = {"apply_layernorm_1p": "layernorm_zero_centered_gamma", "num_experts": "num_moe_experts"}

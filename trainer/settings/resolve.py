@@ -30,6 +30,7 @@ from trainer.settings import (
     cross_entropy,
     experts,
     hf_config,
+    hybrid,
     kernels,
     overlap,
     paths,
@@ -100,6 +101,7 @@ def _check_sections(config: RunConfig, machine: Machine) -> None:
     ranges.check(config)
     checks.check_attention(config.model)
     architecture.check(config)
+    hybrid.check(config)
     checks.check_optimizer(config.optimizer, config.ddp)
     unsupported.check(config, machine.device)
     checks.check_peft(config.peft, config.model)

@@ -43,9 +43,9 @@ NEVER: dict[str, dict[str, str]] = {
             dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk
             dsa_indexer_topk_freq dsa_indexer_skip_topk_offset dsa_indexer_loss_coeff dsa_indexer_use_sparse_loss
             dsa_kernel_backend dsa_indexer_rope_interleaved dsa_indexer_rotate_activation dsa_indexer_scoring_relu
-            dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32 is_hybrid_model
-            mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads mamba_training_ssm_states_dtype
-            use_mamba_mem_eff_path mrope_section use_grouped_gemm_for_dense_mlp""",
+            dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32
+            mrope_section use_grouped_gemm_for_dense_mlp""",
+        "Mamba's other kernels were not tried": "mamba_training_ssm_states_dtype use_mamba_mem_eff_path",
         "nothing in the step clips or reports attention's logits": """qk_clip qk_clip_alpha qk_clip_threshold
             log_max_attention_logit""",
         "the forward step has no schedule to divide": """overlap_moe_expert_parallel_comm delay_wgrad_compute

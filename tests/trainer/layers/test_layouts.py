@@ -12,6 +12,10 @@ LATENT = {
     "q_lora_rank": 12, "kv_lora_rank": 8, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 6, "qk_layernorm": True,
     "latent_layernorm_epsilon": 1.0, "num_query_groups": 4,
 }  # fmt: skip
+MAMBA = {
+    "layout": "hybrid", "hybrid_layer_pattern": "M*M-", "mamba_state_dim": 8, "mamba_head_dim": 4, "mamba_num_groups": 4,
+    "mamba_num_heads": 8, "residual_multiplier": 0.3,
+}  # fmt: skip
 PIECES = {
     "one_norm": {"parallel_residual": "one_norm", "normalization": "LayerNorm"},
     "two_norms": {"parallel_residual": "two_norms"},
@@ -25,10 +29,12 @@ PIECES = {
     "latent_from_all_channels": {**LATENT, "q_lora_rank": None},
     "each_head": {"qk_layernorm": True, "qk_layernorm_scope": "each_head", "normalization": "LayerNorm"},
     "sinks": {"softmax_type": "learnable"},
+    "hybrid": {"layout": "hybrid", "residual_multiplier": 0.3, "qk_layernorm": True, "rotary_interleaved": True},
+    "mamba": MAMBA,
 }
 WITHOUT = {
     "parallel_residual": None, "pre_layernorms": True, "post_layernorms": False, "residual_multiplier": 1.0,
-    "attention_output_bias": False, "softmax_type": "vanilla",
+    "attention_output_bias": False, "softmax_type": "vanilla", "rotary_interleaved": False,
     "qk_layernorm_scope": "head", "latent_layernorm_epsilon": None, "layernorm_zero_centered_gamma": False,
 }  # fmt: skip
 CASES = [(piece, layout) for piece in PIECES for layout in passes.LAYOUTS]

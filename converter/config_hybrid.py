@@ -1,0 +1,113 @@
+"""CONFIG fields of layout `hybrid`: what megatron-core's HybridModel is told of its layers, and the same for a GPTModel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, cast
+
+from converter.config import Config, Field, Sizes, count, sizes_of, to_huggingface, to_megatron
+from converter.config_experts import with_experts
+from converter.config_layers import layers_of, marks
+from converter.hybrid import FEED_FORWARD, MIXERS, PATTERN, PREDICTION, STAGE
+from formats.errors import UserError, format_untrusted
+
+_OF_EACH_LAYER = ("no_rope_freq", "window_attn_skip_freq")
+"""Fields with a mark for each layer, which a HybridModel counts as its own."""
+
+
+def hybrid_layers(pattern: Callable[[Config], str], *, layers: str = "num_hidden_layers") -> Field:
+    """Return the field of a family that exists only as HybridModel: `pattern` returns `hybrid_layer_pattern` of a `config.json`,
+    a letter for each of Megatron's layers, without `|`; `/` comes before each layer of multi-token prediction.
+
+    It comes after all other fields of layers: `num_layers` is then the number of Megatron's, and the size `layers` the number of
+    Hugging Face's, which its field `layers` says. The way back says nothing of either.
+    """
+
+    def read(config: Config) -> dict[str, Any]:
+        letters = pattern(config)
+        return {PATTERN: letters, "num_layers": len(_decoder(letters)), "is_hybrid_model": True}
+
+    return Field(read, lambda _config: {}, lambda sizes: {"layers": count(sizes.config, layers), **_sizes(sizes.megatron)})
+
+
+def in_layers_of_two(fields: Sequence[Field]) -> Field:
+    """Return the field that says of a model in layout `hybrid` what these say of it as a GPTModel."""
+    fields = tuple(fields)
+
+    def sizes(before: Sizes) -> dict[str, Any]:
+        plain = to_megatron(fields, before.config)
+        return {**sizes_of(fields, Sizes(before.config, plain, {})), **_sizes(before.megatron)}
+
+    return Field(
+        lambda config: hybrid_fields(to_megatron(fields, config)),
+        lambda config: to_huggingface(fields, gpt_fields(config)),
+        sizes,
+    )
+
+
+def _sizes(megatron: Config) -> dict[str, Any]:
+    return {"pattern": _decoder(megatron[PATTERN]), "hybrid": True, "stacked": False}
+
+
+def _decoder(pattern: str) -> str:
+    """A pattern without stages, and without layers of multi-token prediction."""
+    return pattern.partition(PREDICTION)[0].replace(STAGE, "")
+
+
+def hybrid_fields(gpt: Config) -> dict[str, Any]:
+    """Return the fields of a HybridModel that is the same model as a GPTModel of these fields."""
+    layers, experts = layers_of(gpt, "num_layers"), gpt.get("num_moe_experts")
+    _, linear = marks(gpt, "linear_attention_freq", absent=0)
+    sparse = with_experts(gpt) if experts else [False] * layers
+    mixer = "+" if gpt.get("multi_latent_attention") else "*"
+    pairs = ["".join(pair) for pair in zip(["G" if one else mixer for one in linear], ["E" if one else "-" for one in sparse],
+                                           strict=True)]  # fmt: skip
+    predicted = [mixer + pairs[-1][1:]] * (gpt.get("mtp_num_layers") or 0)  # which have attention
+    return {
+        **gpt,
+        "num_layers": 2 * layers,
+        PATTERN: PREDICTION.join(["".join(pairs), *predicted]),
+        "is_hybrid_model": True,
+        **{name: _twice(gpt, name) for name in _OF_EACH_LAYER if gpt.get(name)},
+        **({"moe_layer_freq": 1} if "moe_layer_freq" in gpt else {}),
+        **({name: None for name in ("linear_attention_freq", "experimental_attention_variant") if name in gpt}),
+    }
+
+
+def _twice(gpt: Config, name: str) -> list[int]:
+    """The marks of layers, of which each is two."""
+    each, found = marks(gpt, name, absent=0)
+    if each and name == "window_attn_skip_freq":  # each such layer sees everything
+        found = [1 - one for one in found]
+    return list(chain.from_iterable((one, one) for one in found))
+
+
+def gpt_fields(hybrid: Config) -> dict[str, Any]:
+    """Return the fields of the GPTModel that is the same model as a HybridModel of these; UserError where there is none."""
+    layers, *predicted = _checked(hybrid.get(PATTERN)).split(PREDICTION)
+    mixers, parts = layers[::2], layers[1::2]
+    if len(mixers) != len(parts) or not set(mixers) <= {*MIXERS} - {"M"} or not set(parts) <= {*FEED_FORWARD}:
+        raise UserError(f"`{PATTERN}` is `{format_untrusted(layers)}`: not attention and a feed-forward part in turn")
+    sparse = [int(one == "E") for one in parts]
+    return {
+        **{name: value for name, value in hybrid.items() if name not in (PATTERN, "is_hybrid_model")},
+        "num_layers": len(mixers),
+        "mtp_num_layers": len(predicted) or None,
+        **{name: hybrid[name][::2] for name in _OF_EACH_LAYER if isinstance(hybrid.get(name), list)},
+        **({"moe_layer_freq": 1 if all(sparse) else sparse} if any(sparse) else {}),
+        **(_delta_net(mixers) if "G" in mixers else {}),
+    }
+
+
+def _checked(pattern: Any) -> str:
+    if not isinstance(pattern, str) or not pattern or not set(pattern) <= {*MIXERS, *FEED_FORWARD, STAGE, PREDICTION}:
+        raise UserError(f"`{PATTERN}` is `{format_untrusted(cast('Any', pattern))}`, which should have a letter for each layer")
+    return pattern.replace(STAGE, "")
+
+
+def _delta_net(mixers: str) -> dict[str, Any]:
+    return {
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": [int(one == "G") for one in mixers],
+    }

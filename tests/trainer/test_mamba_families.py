@@ -1,0 +1,48 @@
+"""Models with Mamba layers are trained on the CPU as transformers and torch's AdamW train them, and go on where they stopped."""
+
+from __future__ import annotations
+
+import pytest
+
+from converter import mcore_to_hf
+from tests import models
+from tests.converter.family_suite import small_model
+from tests.trainer import small, test_parity, witness
+from tests.trainer.small import STEPS
+from tests.trainer.test_family_training import END, FEW, PP2, TP2
+
+QUICK = ("mamba2", "nemotron_h")
+FAMILIES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*QUICK, "bamba", "granitemoehybrid")]
+SHORT = {"train__train_iters": FEW, "scheduler__lr_decay_iters": STEPS, "model__moe_router_bias_update_rate": 0.0}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory):
+    model = small_model(request.param, dtype="float32")
+    model.config.eos_token_id = model.generation_config.eos_token_id = END
+    return models.save(model, tmp_path_factory.mktemp(request.param) / "hf")
+
+
+def test_a_few_steps_are_those_of_transformers_and_adamw(folder, ranks):
+    losses, norms = test_parity._reference(folder, FEW)
+    for layout in (TP2, PP2):
+        for history in ranks.run(small.train, 2, str(folder), {**SHORT, **layout}):
+            assert history.losses == pytest.approx(losses, abs=test_parity.TOLERANCE)
+            assert history.grad_norms[:2] == pytest.approx(norms[:2], rel=1e-4)  # those after are of weights that rounding parted
+    assert len(set(losses)) == FEW
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder, ranks, tmp_path):
+    whole = ranks.run(witness.train, 2, str(folder), {**SHORT, **TP2})
+    there = {**SHORT, **TP2, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    ranks.run(witness.train, 2, str(folder), {**there, "train__exit_interval": 2})
+    for one, other in zip(whole, ranks.run(witness.train, 2, str(folder), there), strict=True):
+        assert other.losses == one.losses[2:]
+        assert witness.differences(one.left, other.left) == []
+
+
+def test_what_a_run_saves_is_exported_as_the_model_that_it_began_with(folder, ranks, tmp_path):
+    still = {"train__train_iters": 1, "optimizer__lr": 0.0, "optimizer__min_lr": 0.0, "scheduler__lr_warmup_iters": 0}
+    ranks.run(small.train, 2, str(folder), {**SHORT, **still, **TP2, "checkpoint__save": str(tmp_path / "run")})
+    mcore_to_hf(tmp_path / "run", tmp_path / "back")
+    assert models.model_tree(tmp_path / "back") == models.model_tree(folder)
