@@ -108,6 +108,8 @@ def _execution(command: _Command) -> _Command:
 def _layout(command: _Command) -> _Command:
     """Add the options that lay out a Megatron checkpoint."""
     options = [
+        click.option("--layout", type=click.Choice(["gpt", "hybrid"]), help="Layers and names of megatron-core's GPTModel or of "
+                     "its HybridModel. [default: that of a Megatron source; else gpt, where GPTModel can express the family]"),
         click.option("--tp", "--tensor-model-parallel-size", "tp", type=_COUNT, default=1, show_default=True, metavar="N",
                      help="Tensor-parallel size."),
         click.option("--pp", "--pipeline-model-parallel-size", "pp", type=_COUNT, default=1, show_default=True, metavar="N",
@@ -166,8 +168,6 @@ def cli() -> None:
 @cli.command("hf-to-mcore", epilog="Example: mbconvert hf-to-mcore Llama-3.2-1B megatron --tp 8 --pp 4")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@click.option("--layout", type=click.Choice(["gpt", "hybrid"]), help="Layers and names of megatron-core's GPTModel or of its "
-              "HybridModel. [default: gpt; hybrid for families that only HybridModel can express]")  # fmt: skip
 @_layout
 @_common
 def hf_to_mcore(source: str, target: str, **options: Any) -> None:

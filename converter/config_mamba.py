@@ -200,8 +200,9 @@ def mixer(
     function: str = "",
 ) -> tuple[Field, ...]:
     """Return the fields of what megatron-core's Mamba layers have in every model: a bias of the convolution and none of
-    projections, SiLU, one epsilon, and any time step. A model with other projections has no place in Megatron; with another
-    epsilon (the field `norm`, with its default) or limits of time steps, its weights are converted and it is not trained."""
+    projections, SiLU, and any time step. A model with other projections has no place in Megatron; with limits of time steps, its
+    weights are converted and it is not trained. `mamba_norm_epsilon`, of `mbtrain`, is the epsilon (the field `norm`, with its
+    default) where megatron-core's layers have another."""
 
     def fixed_in_megatron(config: Config) -> dict[str, Any]:
         if MAMBA not in kinds(config):

@@ -314,6 +314,7 @@ NOT_COMPUTED = {
     "router_jitter_noise": "training multiplies what experts read by random numbers, which no layer here does",
     "rope_ratio": "ChatGLM 2 divides positions by it and ChatGLM 3 multiplies the base by it; `config.json` is the same for both",
     "scale_attn_by_inverse_layer_idx": "scores of attention are divided by the number of their layer, which no layer here does",
+    "time_step_limit": "time steps are kept within it, and megatron-core's Mamba layers take any",
 }
 """Fields of models whose weights are converted, and which neither megatron-core nor `mbtrain` computes."""
 

@@ -249,7 +249,7 @@ def _report_lines(report: Report) -> Iterator[tuple[str, str]]:
     yield "size", f"{count(report.parameters)} parameters, {report.layers} layers, {report.tensors} tensors"
     yield "files", str(report.files)
     if report.layout:
-        yield "layout", _sizes(report.layout)
+        yield "layout", f"{report.layers_as}, {_sizes(report.layout)}"
         yield "optimizer", "yes" if report.optimizer_state else "no"
     if report.unknown_packages:
         yield "args", f"names classes of {', '.join(f'`{name}`' for name in report.unknown_packages)}"

@@ -6,6 +6,7 @@ Modules of Transformer Engine have one; those that megatron-core or `mbtrain` wr
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 _STATELESS = re.compile(
     r"(.*\.)?(word_embeddings|position_embeddings|router|shared_experts"
@@ -32,3 +33,12 @@ def stateful_module(weight: str, *, hybrid: bool = False, own_head_norms: bool =
     if _STATELESS.fullmatch(module) or (module == "output_layer" and not hybrid):
         return None
     return None if own_head_norms and _HEAD_NORMS.fullmatch(module) else module
+
+
+def weightless_modules(weights: Collection[str], *, hybrid: bool) -> tuple[str, ...]:
+    """Return the modules with an `_extra_state` and no weight: the output layer of a HybridModel that is tied to the embedding.
+
+    >>> weightless_modules(["embedding.word_embeddings.weight"], hybrid=True)
+    ('output_layer',)
+    """
+    return ("output_layer",) if hybrid and "output_layer.weight" not in weights else ()

@@ -19,7 +19,7 @@ from converter.config_rope import BUILT_IN_ROPE, rope_numbers
 from converter.conversion import Conversion
 from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
 from converter.execution import Reporter
-from converter.extra_states import stateful_module
+from converter.extra_states import stateful_module, weightless_modules
 from converter.families import Family
 from converter.layout import Layout, make_layout
 from converter.model import Model
@@ -59,7 +59,7 @@ class ImportOptions:
     """The shards of each expert; unless given as many as of other layers (`tp`), or what the model can have (1 with biases)."""
 
     layout: str | None = None
-    """`gpt` or `hybrid` (see `converter.hybrid`); unless given, what the family has by default."""
+    """`gpt` or `hybrid` (see `converter.hybrid`); unless given, the source's, or what the family has by default."""
 
     dtype: str
     make_vocab_size_divisible_by: int
@@ -126,7 +126,7 @@ def _check_numbers(found: _Import) -> None:
 
 def _recognize(source: Source, wanted: ImportOptions) -> _Import:
     reader, config = source.reader, source.reference.config
-    family = families.find(config.get("model_type"), wanted.layout).rooted(reader.specs)
+    family = families.find(config.get("model_type"), wanted.layout or source.layout).rooted(reader.specs)
     model = make_model(family.CONFIG, config, vocab_multiple=wanted.make_vocab_size_divisible_by * wanted.tp)
     refuse_unfit(reader.specs, config, family, model, label=source.label)
     _check_padding(model, wanted)
@@ -188,10 +188,13 @@ def _parallel_sizes(found: _Import) -> dict[str, int]:
 
 def _writer(found: _Import) -> TorchDistWriter:
     scope = to_megatron(found.family.CONFIG, found.source.reference.config).get("qk_layernorm_scope", "head")
+    hybrid, last = found.model.get("hybrid", False), found.layout.rank(found.layout.stage(found.model.megatron_layers), 0)
+    weights = {tensor_plan.spec.name for tensor_plan in found.plan.tensors}
     return TorchDistWriter(
         starmap(ShardedTensor, sharded(found.plan, found.layout)),
         stacked=found.model.get("stacked", True),
-        stateful_module=partial(stateful_module, hybrid=found.model.get("hybrid", False), own_head_norms=scope != "head"),
+        stateful_module=partial(stateful_module, hybrid=hybrid, own_head_norms=scope != "head"),
+        weightless=dict.fromkeys(weightless_modules(weights, hybrid=hybrid), last),
     )
 
 

@@ -21,18 +21,26 @@ from formats.folder import FileRef, Folder
 from formats.megatron_reader import MegatronReader
 
 
-def find(reader: MegatronReader, given: Folder | None, *, any_settings: bool = False, vocab: int | None = None) -> HFReference:
+def find(
+    reader: MegatronReader,
+    given: Folder | None,
+    *,
+    any_settings: bool = False,
+    vocab: int | None = None,
+    layout: str | None = None,
+) -> HFReference:
     """Return the reference for an export, which follows `given` if it is not None.
 
     `any_settings`: accept settings that no `config.json` can say; the caller compares them. `vocab`: the number of tokens, for
-    a checkpoint that knows its padded vocabulary alone. Raises UserError if there is no reference and none can be rebuilt, if
-    two descriptions of the model disagree, and for settings that no `config.json` can say.
+    a checkpoint that knows its padded vocabulary alone. `layout`: that of the model, for one that does not hold all of it. Raises
+    UserError if there is no reference and none can be rebuilt, if two descriptions of the model disagree, and for settings that
+    no `config.json` can say.
     """
-    said, layout = run_config.read_all(reader.folder, reader.args()), layout_of(reader.specs)
+    said, layout = run_config.read_all(reader.folder, reader.args()), layout or layout_of(reader.specs)
     own = side_files.load(reader.folder)
     known = side_files.from_folder(given) if given else own
     notes = () if any_settings else _check_settings(said, known, layout)
-    origin = known or _rebuilt(reader, said, vocab)
+    origin = known or _rebuilt(reader, said, vocab, layout)
     others = [own] if given and own else []
     rows = consistency.embedding_rows(reader.specs)
     consistency.check(origin, others, said, rows=rows, layout=layout)
@@ -72,7 +80,7 @@ def _check_settings(said: Sequence[ModelSettings], reference: HFReference | None
     )
 
 
-def _rebuilt(reader: MegatronReader, said: Sequence[ModelSettings], vocab: int | None) -> HFReference:
+def _rebuilt(reader: MegatronReader, said: Sequence[ModelSettings], vocab: int | None, layout: str) -> HFReference:
     if not said:
         raise UnknownModelError(
             f"`{reader.folder.label}` says nothing about its model: no `config.json`, no `{run_config.FILE}`, no `args`",
@@ -84,7 +92,7 @@ def _rebuilt(reader: MegatronReader, said: Sequence[ModelSettings], vocab: int |
     fields, note = {name: value for name, value in first.complete.items() if value is not None}, ""
     if "vocab_size" not in fields:
         fields["vocab_size"], note = (vocab, "") if vocab else tokens(first.settings, tokenizer, origin=first.origin)
-    config = rebuild_config(fields, first.origin, layout_of(reader.specs), recorded=first.complete)
+    config = rebuild_config(fields, first.origin, layout, recorded=first.complete)
     return HFReference(config, f"rebuilt from {first.origin}", files, notes=(note,) if note else ())
 
 

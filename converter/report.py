@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from converter import families, provenance, run_config
+from converter.adapters.files import DESCRIPTION
+from converter.hybrid import GPT, PATTERN, layout_of
 from converter.recognize import LAYER
 from converter.side_files import CONFIG, load
 from converter.sources import open_source
@@ -54,6 +56,11 @@ class Report:
     dtypes: list[DtypeRow]
     files: int
     layout: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Of a Megatron checkpoint: its parallel sizes."""
+
+    layers_as: str = ""
+    """Of a Megatron checkpoint: `gpt` or `hybrid`, whose layers are attention or a feed-forward part."""
+
     iteration: str = ""
     optimizer_state: bool = False
     unknown_packages: list[str] = field(default_factory=list[str])
@@ -105,11 +112,19 @@ def _megatron(folder: Folder, *, tensors: bool) -> Report:
         dtypes=_dtypes(reader.specs.values()),
         files=sum(name.endswith(".distcp") for name in reader.folder.children()),
         layout=_layout(reader, fields),
+        layers_as=_layers_as(reader),
         iteration=reader.folder.name,
         optimizer_state=reader.has_optimizer,
         unknown_packages=_unknown_packages(reader),
         tensor_list=[{**_row(spec), "chunks": _chunks(reader, spec.name)} for spec in reader.specs.values()] if tensors else [],
     )
+
+
+def _layers_as(reader: MegatronReader) -> str:
+    """Return the layout of a model by its tensors, of an adapter by what it says."""
+    if reader.folder.has(DESCRIPTION):
+        return format_untrusted(read_json(reader.folder, DESCRIPTION).get("layout", GPT))
+    return layout_of(reader.specs)
 
 
 def _unknown_packages(reader: MegatronReader) -> list[str]:
@@ -161,6 +176,7 @@ def _layout(reader: MegatronReader, fields: Mapping[str, Any]) -> dict[str, Any]
         "pp": fields.get("pipeline_model_parallel_size"),
         "vpp": fields.get("virtual_pipeline_model_parallel_size"),
         "stages": fields.get("pipeline_model_parallel_layout"),
+        "pattern": fields.get(PATTERN),
         "ep": fields.get("expert_model_parallel_size") if expert else None,
     }
     return {

@@ -13,6 +13,7 @@ from typing import Any
 
 from converter import provenance, side_files
 from converter.dequantization import dequantized
+from converter.hybrid import layout_of
 from converter.probe import PROBED
 from converter.side_files import EXTRAS, HEADERS, HFReference
 from converter.workers import DEFAULT, count_workers
@@ -54,6 +55,9 @@ class Source:
     adapter: Mapping[str, Any] | None = None
     """The adapter that was merged into its tensors, as `conversion.json` describes it; None if there is none."""
 
+    layout: str | None = None
+    """Of a Megatron checkpoint (see `converter.hybrid`)."""
+
     memory: int = 0
     """Bytes that reading it holds at most, beside what is read."""
 
@@ -92,6 +96,7 @@ def megatron_source(reader: MegatronReader, root: Folder, reference: HFReference
         reference=reference,
         files={name: FileRef(reader.folder, name) for name in sorted(read) if reader.folder.has(name)},
         provenance=provenance.megatron_source(root, reader.folder),
+        layout=layout_of(reader.specs),
     )
 
 

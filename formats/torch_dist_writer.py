@@ -6,8 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import chain
+from itertools import chain, starmap
 from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,11 +51,13 @@ class TorchDistWriter:
         whole_model: bool = True,
         stacked: bool = True,
         stateful_module: Callable[[str], str | None] = module_of,
+        weightless: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         """Of a `whole_model`, layers are stacked unless `stacked` is false, experts are, and every module gets its empty
         `_extra_state`. What has only some of a model's tensors keeps the layer's number in each key, and holds nothing else.
 
-        `stateful_module`: the module of a weight that has an `_extra_state`, None where it has none.
+        `stateful_module`: the module of a weight that has an `_extra_state`, None where it has none. `weightless`: modules that
+        have one and no weight, with the rank in whose file it goes.
         """
         self._folder = iteration_folder(iteration)
         self._whole_model, self._stacked = whole_model, stacked
@@ -62,7 +65,8 @@ class TorchDistWriter:
         parts = _parts(self._noted(placed), self._located)
         keys = _keys(self.specs.values(), parts)
         common = NewObject(COMMON_KEY, rank_file(0), _common(iteration, stacked=whole_model and stacked))
-        objects = chain(_extra_states(parts, keys, stateful_module), [common]) if whole_model else [common]
+        states = chain(_extra_states(parts, keys, stateful_module), starmap(_extra_state, weightless.items()))
+        objects = chain(states, [common]) if whole_model else [common]
         self._container = ContainerWriter(self._folder, keys, parts, objects)
         self._iteration = iteration
 
@@ -178,7 +182,7 @@ def _extra_states(
     stateful_module: Callable[[str], str | None],
 ) -> Iterator[NewObject]:
     """The empty state that megatron-core asks for with every module: an object per layer and expert, in the module's file."""
-    archive = object_archive([np.zeros(0, np.uint8)])
+    archive = _no_state()
     modules: dict[str, str] = {}
     for key in keys:
         modules.setdefault(stateful_module(key) or "", key)
@@ -189,6 +193,15 @@ def _extra_states(
         if key in names:
             sizes = keys[key][0][: len(rows)]
             yield NewObject(f"{names[key]}{_dotted(rows) or 0}_{_dotted(sizes) or 1}", boxes[0].file, archive)
+
+
+def _extra_state(module: str, rank: int) -> NewObject:
+    """The empty state of a module that is there once."""
+    return NewObject(f"{module}._extra_state/shard_0_1", rank_file(rank), _no_state())
+
+
+def _no_state() -> bytes:
+    return object_archive([np.zeros(0, np.uint8)])
 
 
 def _dotted(numbers: Iterable[int]) -> str:

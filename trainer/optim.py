@@ -17,9 +17,11 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer.module import Float16Module
 
 from trainer.config import DistributedDataParallelConfig, RunConfig
+from trainer.layers.pattern import has_mamba
 
 
 def wrap(chunks: list[torch.nn.Module], model: Any, ddp: DistributedDataParallelConfig) -> list[Any]:
@@ -32,9 +34,19 @@ def wrap(chunks: list[torch.nn.Module], model: Any, ddp: DistributedDataParallel
 _ROUTER_BIASES = ("expert_bias", "qb_beta")
 """Buffers of routers that megatron-core computes with in fp32."""
 
+_IN_FP32 = ("A_log", "D")
+"""Parameters of Mamba layers that megatron-core makes in fp32, and checkpoints hold in fp32."""
+
 
 def _in_16_bits(model: Any, chunk: torch.nn.Module) -> Float16Module:
-    """Return a chunk in 16 bits, with the biases of its routers still in fp32: rounded ones would choose other experts."""
+    """Return a chunk in 16 bits, with the biases of its routers still in fp32: rounded ones would choose other experts; and with
+    those parameters of Mamba layers that are in fp32."""
+    parameters = [
+        (parameter, parameter.data)
+        for mixer in chunk.modules()
+        if isinstance(mixer, MambaMixer)
+        for parameter in map(mixer.get_parameter, _IN_FP32)
+    ]
     exact = [
         (router, name, getattr(router, name))
         for router in chunk.modules()
@@ -44,6 +56,8 @@ def _in_16_bits(model: Any, chunk: torch.nn.Module) -> Float16Module:
     wrapped = Float16Module(model, chunk)
     for router, name, bias in exact:
         setattr(router, name, bias)
+    for parameter, data in parameters:
+        parameter.data = data
     return wrapped
 
 
@@ -73,7 +87,15 @@ def _overrides(config: RunConfig) -> dict[ParamKey, Any]:
         ParamKey(name=pattern): {"max_lr": settings.lr * times, "min_lr": settings.min_lr * times, "lr_mult": times}
         for pattern, times in multiples.items()
     }
-    return get_standard_config_overrides(settings) | _by_width(config.model, settings) | rates
+    return get_standard_config_overrides(settings) | _by_width(config.model, settings) | _apart(config.model, settings) | rates
+
+
+def _apart(model: Any, settings: OptimizerConfig) -> dict[ParamKey, Any]:
+    """Return the same learning rates for parameters in fp32, which makes them a group of their own: in one with others in 16
+    bits, megatron-core's distributed optimizer saves the state of some as that of others."""
+    if not has_mamba(model):
+        return {}
+    return {ParamKey(name=f"*.mixer.{name}"): {"max_lr": settings.lr, "min_lr": settings.min_lr} for name in _IN_FP32}
 
 
 def _by_width(model: Any, settings: OptimizerConfig) -> dict[ParamKey, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from converter.adapters.names import Factor
+from converter.hybrid import GPT
 from converter.plan import Piece, TensorPlan
 from converter.run import PieceBuffers
 from formats.home import expanded
@@ -62,6 +63,8 @@ class Description:
     target_modules: tuple[str, ...] = ()
     exclude_modules: tuple[str, ...] = ()
     base: Base | None = None
+    layout: str = GPT
+    """The layout of the model in Megatron (see `converter.hybrid`), which its modules' names are of."""
 
     @property
     def scale(self) -> float:

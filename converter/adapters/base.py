@@ -21,6 +21,7 @@ from converter.adapters.names import PREFIX, WEIGHT, adapted_modules, module_of
 from converter.checks import check_filled
 from converter.config import make_model
 from converter.families import Family
+from converter.hybrid import layout_of
 from converter.model import Model
 from converter.plan import check_dtypes, list_names
 from converter.planned_reader import PlannedReader
@@ -51,6 +52,8 @@ class BaseModel:
     """With the names of transformers' modules."""
 
     model: Model
+    layout: str
+    """Of the rules: a checkpoint's own, else what the family has by default."""
 
 
 def identify_base(folder: Folder, *, name: str) -> BaseModel:
@@ -59,12 +62,13 @@ def identify_base(folder: Folder, *, name: str) -> BaseModel:
     `name`: what to call it if the folder has no Hub id.
     """
     if detect(folder) is Format.TORCH_DIST:
-        origin = reference.find(open_megatron(folder), None)
+        reader = open_megatron(folder)
+        origin, layout = reference.find(reader, None), layout_of(reader.specs)
     else:
-        origin = side_files.from_folder(folder)
-    family = families.find(origin.config.get("model_type")).as_modules()
+        origin, layout = side_files.from_folder(folder), None
+    family = families.find(origin.config.get("model_type"), layout).as_modules()
     identity = Base(folder.origin.get("id", name), fingerprint(folder))
-    return BaseModel(identity, origin, family.RULES, make_model(family.CONFIG, origin.config))
+    return BaseModel(identity, origin, family.RULES, make_model(family.CONFIG, origin.config), family.layout)
 
 
 def open_base(folder: Folder, given: Folder | None) -> Source:

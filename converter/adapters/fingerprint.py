@@ -21,6 +21,7 @@ from blake3 import blake3
 from converter import families, reference
 from converter.config import make_model
 from converter.dequantization import dequantized
+from converter.hybrid import layout_of
 from converter.plan import Piece, TensorPlan, check_dtypes, list_names, same_tensor
 from converter.planner import huggingface_tensors, to_huggingface
 from converter.recognize import refuse_unfit
@@ -84,7 +85,7 @@ def _plan_stored(reader: Reader, config: Mapping[str, Any], *, label: str) -> li
 def _plan_exported(reader: MegatronReader) -> list[TensorPlan]:
     """Plan the same weights from a Megatron checkpoint."""
     config = reference.find(reader, None, any_settings=True).config
-    family = families.find(config.get("model_type"))
+    family = families.find(config.get("model_type"), layout_of(reader.specs))
     plan = to_huggingface(family.RULES, make_model(family.CONFIG, config), reader.specs, dtype="keep")
     reader.check()
     return list(plan.tensors)

@@ -23,7 +23,7 @@ from converter.execution import Reporter
 from converter.plan import TensorPlan, list_names, same_tensor
 from converter.provenance import Provenance
 from converter.rows import RowRange, follow_one_another
-from converter.rules import alternatives
+from converter.rules import alternatives, is_layered
 from converter.side_files import SideFiles
 from converter.transform import Transform
 from formats.arrays import same_bits
@@ -65,6 +65,7 @@ def plan_import(folder: Folder, base: BaseModel, reporter: Reporter, *, canonica
         alpha=source.config.alpha(first),
         canonical=canonical and any(".adapter_" in module.prefix for module in every),
         target_modules=targets(modules, every),
+        layout=base.layout,
         base=base.identity,
     )
     tensor_plans = [tensor_plan for module in modules for tensor_plan in _fuse(module, source.adapter, description)]
@@ -131,7 +132,7 @@ _USE_CANONICAL = "convert with `--canonical`, which keeps separate adapters"
 
 def _refuse_unexpected(weights: Sequence[str], base: BaseModel) -> None:
     """Raise UserError for adapted weights that no module has."""
-    outside_layers = {name for rule in base.rules if "{layer}" not in rule.megatron for name in alternatives(rule.huggingface)}
+    outside_layers = {name for rule in base.rules if not is_layered(rule) for name in alternatives(rule.huggingface)}
     outside = [weight for weight in weights if weight in outside_layers]
     if outside:
         raise UserError(

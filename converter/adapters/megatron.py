@@ -12,6 +12,7 @@ from converter.adapters.adapter import METHODS, AdapterReader, Base, Description
 from converter.adapters.files import DESCRIPTION, FLAG, NUMBER, OBJECT, SIZE, STRING, STRINGS, FieldType
 from converter.adapters.names import AdaptedModule, Factor, adapted_modules, factors, module_of, peft_name
 from converter.config import make_model
+from converter.hybrid import GPT, HYBRID
 from converter.model import Model
 from converter.plan import TensorPlan, list_names, same_tensor
 from converter.rows import RowRange
@@ -49,8 +50,8 @@ def open_megatron_adapter(folder: Folder) -> MegatronAdapter:
     try:
         description = read_description(reader.folder)
         check_method(description, label=reader.folder.label)
-        origin = reference.find(reader, None)
-        family = families.find(origin.config.get("model_type")).as_modules()
+        origin = reference.find(reader, None, layout=description.layout)
+        family = families.find(origin.config.get("model_type"), description.layout).as_modules()
         model = make_model(family.CONFIG, origin.config)
         every = list(adapted_modules(family.RULES, model, canonical=description.canonical))
         modules = _find_present(every, description, reader.specs)
@@ -161,8 +162,11 @@ def _plan_part(
 
 
 def encode_description(description: Description) -> bytes:
-    """Return the contents of `adapter.json`."""
-    return (json.dumps(asdict(description), indent=2) + "\n").encode()
+    """Return the contents of `adapter.json`. Layout `gpt` is left out: earlier versions know no other, and refuse new fields."""
+    document = asdict(description)
+    if description.layout == GPT:
+        del document["layout"]
+    return (json.dumps(document, indent=2) + "\n").encode()
 
 
 def read_description(folder: Folder) -> Description:
@@ -197,6 +201,11 @@ def check_method(description: Description, *, label: str) -> None:
             f"`{label}` is an adapter of the method `{format_untrusted(description.method)}`, which only its author can convert",
             hint=f"supported are: {', '.join(METHODS)}",
         )
+    if description.layout not in (GPT, HYBRID):
+        raise UserError(
+            f"`layout` in `{DESCRIPTION}` is `{format_untrusted(description.layout)}`, which should be `{GPT}` or `{HYBRID}`",
+            hint="the file is damaged, or a newer version wrote it",
+        )
     if description.dim < 1:
         raise UserError(f"`dim` in `{DESCRIPTION}` is {description.dim}, which should be the rank, 1 or more")
 
@@ -215,6 +224,7 @@ def _check_fields(document: Mapping[str, Any], types: Mapping[str, FieldType], *
 _FIELDS = {
     "method": STRING, "dim": SIZE, "alpha": NUMBER, "use_rslora": FLAG, "canonical": FLAG, "dropout": NUMBER,
     "target_modules": STRINGS, "exclude_modules": STRINGS, "base": FieldType("an object or null", lambda _value: True),
+    "layout": STRING,
 }  # fmt: skip
 """`base` has fields of its own, see `_read_base`."""
 assert set(_FIELDS) == {field.name for field in fields(Description)}

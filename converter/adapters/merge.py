@@ -16,7 +16,7 @@ from converter.adapters.fingerprint import fingerprint
 from converter.adapters.megatron import open_megatron_adapter
 from converter.adapters.merged import BLOCK_BYTES, RECENT, MergedReader
 from converter.adapters.peft import open_peft_adapter
-from converter.checks import check_execution, check_locations, check_options
+from converter.checks import check_execution, check_layout, check_locations, check_options
 from converter.conversion import Conversion
 from converter.execute import execute
 from converter.execution import ExecutionOptions, Reporter, Summary
@@ -47,6 +47,7 @@ def merge(
     to: Kind | None = None,
     hf_config: str | Path | None = None,
     allow_other_base: bool = False,
+    layout: str | None = None,
     tp: int = 1,
     pp: int = 1,
     vpp: int = 1,
@@ -64,22 +65,24 @@ def merge(
 
     `base` is a Hugging Face directory, a URL, a Hub id or a Megatron checkpoint; `adapter` is PEFT's folder or a Megatron
     checkpoint of an adapter; `to` is the target's format, by default the base's. A Megatron target is laid out anew, by `tp`,
-    `pp` and so on; a Hugging Face one keeps the base's files. An adapter that names its base is refused with another base,
-    unless `allow_other_base`. Raises UserError before a byte moves if the adapter does not fit. After any failure nothing is at
-    `target`.
+    `pp` and so on, and by `layout`, which is the base's by default; a Hugging Face one keeps the base's files. An adapter that
+    names its base is refused with another base, unless `allow_other_base`. Raises UserError before a byte moves if the adapter
+    does not fit. After any failure nothing is at `target`.
 
     >>> merge("Llama-3.2-1B", "adapter", "merged").tensors
     39
     """
     check_execution(options)
+    check_layout(layout)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp,
                   make_vocab_size_divisible_by=make_vocab_size_divisible_by, max_shard_size=max_shard_size)  # fmt: skip
-    layout = ImportOptions(tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp, dtype=dtype,
-                           make_vocab_size_divisible_by=make_vocab_size_divisible_by, integrity=integrity)  # fmt: skip
+    wanted = ImportOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp,
+                           dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+                           integrity=integrity)  # fmt: skip
     given = open_source(hf_config) if hf_config else None
     files = ExportOptions(hf_config=given, max_shard_size=max_shard_size, dtype=dtype, integrity=integrity)
     folder, reporter = open_source(base, or_hub=True), reporter or Reporter()
-    outputs = _Target(expanded(target), _choose_format(to, folder), layout, files, allow_other_base)
+    outputs = _Target(expanded(target), _choose_format(to, folder), wanted, files, allow_other_base)
     return _execute(folder, open_source(adapter, or_hub=True), outputs, options, reporter)
 
 

@@ -15,7 +15,7 @@ from functools import partial
 
 from converter.model import Model
 from converter.rows import RowRange, concatenated
-from converter.rules import Indices, Rule, at, counted, words
+from converter.rules import Indices, Rule, at, counted, is_layered, words
 from formats.errors import UserError
 from formats.torch_dist import MOST_LAYERS
 
@@ -151,13 +151,13 @@ def fits(pattern: str, name: str) -> bool:
 def is_linear(rule: Rule) -> bool:
     """Return whether a rule is for the weight of a linear layer of the decoder, stored as [out, in] or as [in, out]. A norm over
     each head has two dimensions too."""
-    return is_matrix(rule) and "{layer}" in rule.megatron and "{mtp}" not in rule.megatron and not rule.is_stacked
+    return is_matrix(rule) and is_layered(rule) and not rule.is_stacked
 
 
 def is_matrix(rule: Rule) -> bool:
     """Return whether a rule is for the weight of a linear layer, of the decoder or of layers after it."""
     has_matrices = len(rule.parts[0]) == 2 and not rule.huggingface_shape and "norm" not in module_of(rule.megatron)
-    is_inside = "{layer}" in rule.megatron or "{mtp}" in rule.megatron
+    is_inside = is_layered(rule) or "{mtp}" in rule.megatron
     return is_inside and has_matrices and rule.megatron.endswith(WEIGHT) and not rule.offset
 
 

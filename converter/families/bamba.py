@@ -94,5 +94,6 @@ CONFIG = (
 LAYOUTS = ("hybrid",)
 SMALL = {
     "attn_layer_indices": [1], "num_hidden_layers": 2, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2,
-    "mamba_d_state": 16, "mamba_expand": 2, "mamba_chunk_size": 8,
+    "mamba_d_state": 16, "mamba_expand": 2, "mamba_chunk_size": 8, "rms_norm_eps": 0.01,
 }  # fmt: skip
+PROVIDER = mamba2.PROVIDER

@@ -84,4 +84,7 @@ CONFIG = (
     ),
 )  # fmt: skip
 LAYOUTS = ("hybrid",)
-SMALL = {"head_dim": 16, "num_heads": 8, "expand": 2, "n_groups": 2, "state_size": 16, "chunk_size": 8}
+SMALL = {
+    "head_dim": 16, "num_heads": 8, "expand": 2, "n_groups": 2, "state_size": 16, "chunk_size": 8, "layer_norm_epsilon": 0.01,
+}  # fmt: skip
+PROVIDER = ("mamba_norm_epsilon",)

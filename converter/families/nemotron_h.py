@@ -42,7 +42,7 @@ def has(letter: str) -> Condition:
 
 
 def _from_few(model: Model, indices: Indices) -> bool:
-    return model.latent > 0 and has(SPARSE)(model, indices)
+    return has(SPARSE)(model, indices) and model.latent > 0
 
 
 def _layers(letter: str, rules: Iterable[Rule]) -> Iterable[Rule]:
@@ -137,6 +137,6 @@ SMALL = {
     "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 16,
     "n_groups": 2, "ssm_state_size": 16, "chunk_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 3,
     "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 80, "moe_latent_size": 32, "n_group": 4, "topk_group": 2,
-    "routed_scaling_factor": 2.5, "head_dim": 24, "intermediate_size": 96,
+    "routed_scaling_factor": 2.5, "head_dim": 24, "intermediate_size": 96, "layer_norm_epsilon": 0.01,
 }  # fmt: skip
-PROVIDER = ("moe_router_group_score",)
+PROVIDER = ("moe_router_group_score", "mamba_norm_epsilon")

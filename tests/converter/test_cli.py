@@ -232,12 +232,12 @@ def test_the_command_line_surface_is_frozen():
 
     surface = {name: sorted(o for p in command.params for o in p.opts) for name, command in cli.commands.items()}
     both = ["--dry-run", "--json", "--overwrite", "--quiet", "--resume", "--verify", "--workers", "-q", "source", "target"]
-    layout = ["--tp", "--tensor-model-parallel-size", "--pp", "--pipeline-model-parallel-size", "--vpp", "--pp-layout", "--ep",
-              "--expert-model-parallel-size", "--etp", "--expert-tensor-parallel-size",
+    layout = ["--layout", "--tp", "--tensor-model-parallel-size", "--pp", "--pipeline-model-parallel-size", "--vpp",
+              "--pp-layout", "--ep", "--expert-model-parallel-size", "--etp", "--expert-tensor-parallel-size",
               "--make-vocab-size-divisible-by"]  # fmt: skip
     weights = ["--dtype", "--integrity"]
     assert surface == {
-        "hf-to-mcore": sorted([*both, "--layout", *layout, *weights]),
+        "hf-to-mcore": sorted([*both, *layout, *weights]),
         "mcore-to-hf": sorted([*both, "--hf-config", "--max-shard-size", "--quantize", *weights]),
         "adapter-to-mcore": sorted([*both, "--base", "--canonical"]),
         "adapter-to-hf": sorted([*both, "--experts"]),

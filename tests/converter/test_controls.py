@@ -26,6 +26,7 @@ OFF = {
     "final_logit_softcapping": None,
     "glu_linear_offset": 0.0,
     "layernorm_zero_centered_gamma": False,
+    "mamba_norm_epsilon": None,
     "moe_output_multiplier": 1.0,
     "moe_router_enable_expert_bias": False,
     "moe_router_group_score": None,
@@ -109,10 +110,14 @@ def controls(family, config):
         on.remove("position_embedding_type")  # switched off with `alibi`; a model's learned positions are its own weights
     if not fields.get("qk_layernorm"):
         on = [name for name in on if not name.startswith("qk_layernorm_")]
+    kinds = set(fields.get("hybrid_layer_pattern", "*-"))
+    if "*" not in kinds:
+        on.remove("position_embedding_type")
     changes = {name: {name: OFF[name], **TOGETHER.get(name, {})} for name in on}
     if fields.get("moe_router_score_function") == "softmax":
         changes["moe_router_pre_softmax"] = {"moe_router_pre_softmax": not fields["moe_router_pre_softmax"]}
-    return {**changes, "activation_func": {"activation_func": OTHER_ACTIVATIONS[fields["activation_func"]]}}
+    activation = {"activation_func": {"activation_func": OTHER_ACTIVATIONS[fields["activation_func"]]}}
+    return changes | (activation if kinds & {"-", "E"} else {})
 
 
 def cases():

@@ -50,7 +50,7 @@ def test_what_is_written_says_its_layout(checkpoint):
     model = yaml.safe_load((iteration / "run_config.yaml").read_text())["model"]
     assert (model["expert_model_parallel_size"], model["expert_tensor_parallel_size"]) == (4, 1)
     assert inspect(checkpoint).layout == LAYOUT
-    assert "layout       tp 2, pp 2, ep 4, etp 1\n" in mbconvert("inspect", checkpoint).stdout
+    assert "layout       gpt, tp 2, pp 2, ep 4, etp 1\n" in mbconvert("inspect", checkpoint).stdout
 
 
 def test_an_expert_is_divided_as_other_layers_are_unless_said_otherwise(folder, tmp_path):

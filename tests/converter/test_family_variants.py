@@ -32,6 +32,18 @@ VARIANTS = {
     "deepseek_v2_lite": ("deepseek_v2", {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1}),
     "youtu_without_rank": ("youtu", {"q_lora_rank": None}),
     "codegen_tied": ("codegen", {"tie_word_embeddings": True}),
+    "nemotron_3_nano": ("nemotron_h", {"moe_latent_size": None, "n_group": 1, "topk_group": 1}),
+    "nemotron_h_8b": ("nemotron_h", {"layers_block_type": ["mamba", "mlp", "attention", "mlp"]}),
+    "granite_4_h_micro": ("granitemoehybrid", {"num_local_experts": 0, "num_experts_per_tok": 0, "tie_word_embeddings": True}),
+    "granite_4_micro": (
+        "granitemoehybrid",
+        {
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "layer_types": ["full_attention"] * 2,
+            "position_embedding_type": "rope",
+        },
+    ),
 }
 
 OTHER_ATTENTION = {"falcon_rw_1b": "sdpa"}

@@ -94,7 +94,8 @@ def test_options_and_counts_are_told_and_no_time_path_host_or_workers(model_fold
     hf_to_mcore(folder, tmp_path / "m", tp=2, pp=2, pp_layout=[3, 1], workers=3, verify=True)
     told = record(tmp_path / "m")
     assert told["options"] == {
-        "tp": 2, "pp": 2, "vpp": 1, "layers": [3, 1], "dtype": "keep", "vocab_divisible_by": 128, "integrity": True,
+        "layout": "gpt", "tp": 2, "pp": 2, "vpp": 1, "layers": [3, 1], "dtype": "keep", "vocab_divisible_by": 128,
+        "integrity": True,
     }  # fmt: skip
     assert told["tensors"] == {"in": 55, "out": 43}
     assert len(told["zero_filled"]) == 8

@@ -238,6 +238,7 @@ def test_a_source_that_changed_is_refused_by_name(start, straight, tmp_path, hal
     ("options", "said"),
     [
         ({"tp": 1}, "`tp` 2, now it is 1"),
+        ({"layout": "hybrid"}, '`layout` "gpt", now it is "hybrid"'),
         ({"pp": 1}, "`pp` 2, now it is 1"),
         ({"dtype": "fp32"}, '`dtype` "keep", now it is "fp32"'),
         ({"integrity": False}, "`integrity` true, now it is false"),

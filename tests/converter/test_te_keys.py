@@ -43,8 +43,21 @@ def test_every_family_was_asked_for_or_there_is_a_reason():
 
 @pytest.mark.parametrize("name", [name for name, one in ASKED.items() if one["config"]["model_type"] in families.names()])
 def test_keys_shapes_dtypes_and_objects_are_those_that_transformer_engine_s_layers_ask_for(name, tmp_path):
-    asked = ASKED[name]
-    hf_to_mcore(save_zeros(asked["config"], tmp_path / "hf"), tmp_path / "m", integrity=False)
+    check_keys(ASKED[name], tmp_path)
+
+
+HYBRID = json.loads(gzip.decompress((GOLDEN / "hybrid_keys.json.gz").read_bytes()))["models"]
+"""Of megatron-core's HybridModel, by `tests/golden/make_hybrid_keys.py`."""
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_keys_of_layout_hybrid_are_those_that_a_hybrid_model_asks_for(name, tmp_path):
+    check_keys(HYBRID[name], tmp_path, layout="hybrid")
+
+
+def check_keys(asked, tmp_path, **options):
+    """What is written of a model of zeros is what was asked for."""
+    hf_to_mcore(save_zeros(asked["config"], tmp_path / "hf"), tmp_path / "m", integrity=False, **options)
     tensors, objects = stored_keys(tmp_path / "m" / "iter_0000000")
     found = {
         key: [[*t.size], str(t.properties.dtype), boxes([c.offsets, c.sizes] for c in t.chunks)] for key, t in tensors.items()

@@ -153,13 +153,18 @@ def _agrees_with_gpu(name: str) -> bool:
 
 
 def _keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what the trainer's model of a `config.json` asks for."""
+    return keys_of(config, _model(config))
+
+
+def keys_of(config: dict[str, Any], model: Any) -> dict[str, Any]:
     """Return a model's `config.json`, its tensors, `{key: [global shape, dtype, prepended axes, [[offset, local shape], …]]}`,
     and the keys of its objects."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
     tensors: dict[str, Any] = {}
     objects: list[str] = []
-    for leaf in _leaves(config):
+    for leaf in _leaves(model):
         if isinstance(leaf, ShardedTensor):
             first = [[*leaf.global_shape], str(leaf.dtype), leaf.prepend_axis_num, []]
             chunks = tensors.setdefault(leaf.key, first)[-1]
@@ -169,10 +174,8 @@ def _keys(config: dict[str, Any]) -> dict[str, Any]:
     return {"config": config, "tensors": tensors, "objects": objects}
 
 
-def _leaves(config: dict[str, Any]) -> Iterator[Any]:
+def _model(config: dict[str, Any]) -> Any:
     import torch
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import apply_factories
     from megatron.core.transformer.module import Float16Module
 
     from trainer.model import from_hf_config
@@ -181,7 +184,13 @@ def _leaves(config: dict[str, Any]) -> Iterator[Any]:
     provider.bf16, provider.params_dtype = True, torch.bfloat16
     provider.use_cpu_initialization, provider.perform_initialization = True, False
     provider.finalize()
-    model = Float16Module(provider, provider.provide(pre_process=True, post_process=True))
+    return Float16Module(provider, provider.provide(pre_process=True, post_process=True))
+
+
+def _leaves(model: Any) -> Iterator[Any]:
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import apply_factories
+
     state = model.sharded_state_dict(metadata={"singleton_local_shards": False, "chained_optim_avoid_prefix": True})
     apply_factories(state)
     return nested_values(state)

@@ -17,6 +17,10 @@ LAYOUTS = {
     "tp2": (2, {"model__tensor_model_parallel_size": 2}),
     "pp2": (2, {"model__pipeline_model_parallel_size": 2}),
 }
+OTHERS = {
+    "vpp2": (2, {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}),
+    "uneven": (2, {"model__pipeline_model_parallel_size": 2, "model__num_layers_in_first_pipeline_stage": 1}),
+}
 DISTRIBUTED = {"dp2_distributed": (2, {"ddp__use_distributed_optimizer": True})}
 SHORT = {"train__train_iters": FEW, "scheduler__lr_decay_iters": small.STEPS}
 HYBRID, END = {"model__layout": "hybrid"}, 2
@@ -35,9 +39,9 @@ def alone(folder, ranks):
     return ranks.run(witness.train, 1, str(folder), SHORT)[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_losses_are_those_of_the_layout_gpt(layout, folder, alone, ranks):
-    world, changes = LAYOUTS[layout]
+    world, changes = {**LAYOUTS, **OTHERS}[layout]
     for history in ranks.run(small.train, world, str(folder), {**SHORT, **HYBRID, **changes}):
         assert history.losses == pytest.approx(alone.losses, abs=1e-5)
         assert history.grad_norms == pytest.approx(alone.grad_norms, rel=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from converter import mcore_to_hf
 from tests import models
@@ -10,6 +11,7 @@ from tests.converter.family_suite import small_model
 from tests.trainer import small, test_parity, witness
 from tests.trainer.small import STEPS
 from tests.trainer.test_family_training import END, FEW, PP2, TP2
+from tests.trainer.test_generation import answers, tokens, transformers_tokens
 
 QUICK = ("mamba2", "nemotron_h")
 FAMILIES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*QUICK, "bamba", "granitemoehybrid")]
@@ -39,6 +41,24 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder, ranks, tmp_p
     for one, other in zip(whole, ranks.run(witness.train, 2, str(folder), there), strict=True):
         assert other.losses == one.losses[2:]
         assert witness.differences(one.left, other.left) == []
+
+
+def test_decay_stays_in_fp32_where_all_else_is_in_bf16(ranks, tmp_path):
+    folder = models.save(small_model("mamba2", dtype="float32", eos_token_id=END), tmp_path / "hf")
+    there = {**SHORT, "mixed_precision": "bf16_mixed", "ddp__use_distributed_optimizer": True}
+    whole = ranks.run(witness.train, 2, str(folder), there)
+    there |= {"checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    ranks.run(witness.train, 2, str(folder), {**there, "train__exit_interval": 2})
+    for one, other in zip(whole, ranks.run(witness.train, 2, str(folder), there), strict=True):
+        assert witness.differences(one.left, other.left) == []
+        in_fp32 = {name.rpartition(".")[2] for name, weight in other.weights.items() if weight.dtype == torch.float32}
+        assert in_fp32 == {"A_log", "D"}
+
+
+def test_generated_tokens_are_those_of_transformers(folder, ranks):
+    expected = [[token for token in one if token != END] for one in transformers_tokens(folder)]
+    for world, layout in ((1, ()), (2, ("model.tensor_model_parallel_size=2",))):
+        assert tokens(ranks.run(answers, world, str(folder), layout)[-1]) == expected
 
 
 def test_what_a_run_saves_is_exported_as_the_model_that_it_began_with(folder, ranks, tmp_path):

@@ -85,6 +85,8 @@ def latent_gradients(provider: Any, model: Any) -> None:
     if not provider.multi_latent_attention or size == 1:
         return
     for layer in transformer_layers(model):
+        if isinstance(layer.self_attention, IdentityOp):
+            continue
         layer.self_attention.linear_kv_down_proj.register_forward_hook(_Shared(provider))
         norm = getattr(layer.self_attention, "q_layernorm", None)
         for parameter in norm.parameters() if norm is not None and not provider.sequence_parallel else ():

@@ -102,6 +102,22 @@ class TorchMixer(MambaMixer):
         with mock.patch.multiple(mamba_mixer, HAVE_MAMBA_SSM=True, ExtendedRMSNorm=GroupedNorm):
             super().__init__(*args, **kwargs)
 
+    def forward(self, hidden_states: torch.Tensor, inference_context: Any = None, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        """Return the output of states, [tokens, batch, hidden]. While text is generated, all tokens are computed again for each
+        new one: the cache holds their states before this layer."""
+        if inference_context is None:
+            return super().forward(hidden_states, **kwargs)
+        new, cache = len(hidden_states), inference_context.key_value_memory_dict
+        if inference_context.sequence_len_offset > 0:
+            hidden_states = torch.cat([cache[self.layer_number], hidden_states])
+        cache[self.layer_number] = hidden_states
+        output, bias = super().forward(hidden_states, **kwargs)
+        return output[-new:], bias
+
+    def _ssm_prefill(self, zxBCdt: torch.Tensor, **_states: Any) -> torch.Tensor:  # noqa: N803 - megatron-core's
+        """Return what training does: no state is kept for tokens to come."""
+        return self._ssm_training(zxBCdt)
+
     def _ssm_training(self, zxBCdt: torch.Tensor, packed_seq_params: Any = None) -> torch.Tensor:  # noqa: N803 - megatron-core's
         """Return the gated and normed output, [tokens, batch, channels], of projected states, [tokens, batch, sections]."""
         assert packed_seq_params is None

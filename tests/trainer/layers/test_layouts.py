@@ -16,6 +16,10 @@ MAMBA = {
     "layout": "hybrid", "hybrid_layer_pattern": "M*M-", "mamba_state_dim": 8, "mamba_head_dim": 4, "mamba_num_groups": 4,
     "mamba_num_heads": 8, "residual_multiplier": 0.3,
 }  # fmt: skip
+EXPERTS = {
+    "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "moe_shared_expert_intermediate_size": 16,
+    "moe_router_load_balancing_type": "none",
+}  # fmt: skip
 PIECES = {
     "one_norm": {"parallel_residual": "one_norm", "normalization": "LayerNorm"},
     "two_norms": {"parallel_residual": "two_norms"},
@@ -30,12 +34,15 @@ PIECES = {
     "each_head": {"qk_layernorm": True, "qk_layernorm_scope": "each_head", "normalization": "LayerNorm"},
     "sinks": {"softmax_type": "learnable"},
     "hybrid": {"layout": "hybrid", "residual_multiplier": 0.3, "qk_layernorm": True, "rotary_interleaved": True},
+    "hybrid_latent": {"layout": "hybrid", **LATENT},
     "mamba": MAMBA,
+    "latent_experts": {**EXPERTS, "moe_latent_size": 12},
 }
 WITHOUT = {
     "parallel_residual": None, "pre_layernorms": True, "post_layernorms": False, "residual_multiplier": 1.0,
     "attention_output_bias": False, "softmax_type": "vanilla", "rotary_interleaved": False,
     "qk_layernorm_scope": "head", "latent_layernorm_epsilon": None, "layernorm_zero_centered_gamma": False,
+    "moe_latent_size": None,
 }  # fmt: skip
 CASES = [(piece, layout) for piece in PIECES for layout in passes.LAYOUTS]
 TOLERANCE = 2e-5
