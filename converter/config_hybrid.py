@@ -63,7 +63,7 @@ def hybrid_fields(gpt: Config) -> dict[str, Any]:
     mixer = "+" if gpt.get("multi_latent_attention") else "*"
     pairs = ["".join(pair) for pair in zip(["G" if one else mixer for one in linear], ["E" if one else "-" for one in sparse],
                                            strict=True)]  # fmt: skip
-    predicted = [pairs[-1]] * (gpt.get("mtp_num_layers") or 0)
+    predicted = [mixer + pairs[-1][1:]] * (gpt.get("mtp_num_layers") or 0)  # which have attention
     return {
         **gpt,
         "num_layers": 2 * layers,

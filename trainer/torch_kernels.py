@@ -1,4 +1,4 @@
-"""What fla's kernels compute for a gated delta net, in plain torch: differentiable, on any device."""
+"""What kernels of other packages compute for gated delta nets and Mamba, in plain torch: differentiable, on any device."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ def causal_conv1d(
     """Return the convolution of each channel of [batch, sequence, channels] with its own `weight` [channels, width], of which the
     last multiplies the present token, and no state (`fla.modules.convolution.causal_conv1d`).
 
-    `activation` is `silu`, `swish` or None. States and packed rows are not implemented.
+    Computed in fp32. `activation` is `silu`, `swish` or None. States and packed rows are not implemented.
     """
     if initial_state is not None or output_final_state or cu_seqlens is not None:
         raise NotImplementedError("states and packed rows")
     channels, width = weight.shape
-    rows = torch.nn.functional.pad(x.transpose(1, 2), (width - 1, 0))
-    found = torch.nn.functional.conv1d(rows, weight.unsqueeze(1), bias, groups=channels).transpose(1, 2)
-    return (torch.nn.functional.silu(found) if activation in ("silu", "swish") else found), None
+    rows = torch.nn.functional.pad(x.float().transpose(1, 2), (width - 1, 0))
+    bias = None if bias is None else bias.float()
+    found = torch.nn.functional.conv1d(rows, weight.float().unsqueeze(1), bias, groups=channels).transpose(1, 2)
+    return (torch.nn.functional.silu(found) if activation in ("silu", "swish") else found).type_as(x), None
 
 
 def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:

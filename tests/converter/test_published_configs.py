@@ -143,3 +143,56 @@ def test_deepseek_s_published_configurations_mean_what_their_models_compute(name
     assert to_megatron(one.CONFIG, {**DEEPSEEK, **to_huggingface(one.CONFIG, found)}) == found
     assert found["norm_topk_prob"] is None, "`mbtrain` computes it"
     assert make_model(one.CONFIG, {**DEEPSEEK, **fields}).get("mtp", 0) == fields.get("num_nextn_predict_layers", 0)
+
+
+NEXT = {
+    "attention_bias": False, "decoder_sparse_step": 1, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu",
+    "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 5120, "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144, "mlp_only_layers": [], "moe_intermediate_size": 512, "norm_topk_prob": True,
+    "num_attention_heads": 16, "num_experts": 512, "num_experts_per_tok": 10, "num_hidden_layers": 48, "num_key_value_heads": 2,
+    "output_router_logits": False, "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 10000000, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False, "vocab_size": 151936,
+}  # fmt: skip
+"""Qwen3-Next-80B-A3B, as transformers 4 wrote it: without `layer_types`."""
+
+ROPE = {
+    "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25, "rope_theta": 10000000,
+    "rope_type": "default",
+}  # fmt: skip
+DENSE = {
+    "attn_output_gate": True, "full_attention_interval": 4, "head_dim": 256, "hidden_size": 5120, "intermediate_size": 17408,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"] * 16, "linear_num_value_heads": 48, "mamba_ssm_dtype": "float32",
+    "max_position_embeddings": 262144, "model_type": "qwen3_5_text", "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False, "num_attention_heads": 24, "num_hidden_layers": 64, "num_key_value_heads": 4,
+    "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-06, "rope_parameters": ROPE, "vocab_size": 248320,
+}  # fmt: skip
+"""`text_config` of Qwen3.5-27B."""
+
+SPARSE = {
+    "full_attention_interval": 4, "head_dim": 256, "hidden_size": 2048, "linear_num_value_heads": 32,
+    "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 512, "num_attention_heads": 16, "num_experts": 256,
+    "num_experts_per_tok": 8, "num_hidden_layers": 40, "num_key_value_heads": 2, "rope_parameters": ROPE,
+    "shared_expert_intermediate_size": 512, "vocab_size": 248320,
+}  # fmt: skip
+"""Of `text_config` of Qwen3.5-35B-A3B."""
+
+EACH_FOURTH = {"linear_attention_freq": [1, 1, 1, 0], "rotary_percent": 0.25, "rotary_base": 10000000, "kv_channels": 256}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "repeated", "expected"),
+    [
+        ("qwen3_next", NEXT, 12, {"moe_router_pre_softmax": False, "moe_layer_freq": 1, "mtp_num_layers": None}),
+        ("qwen3_5", {"text_config": DENSE}, 16, {"num_moe_experts": None, "ffn_hidden_size": 17408, "mtp_num_layers": 1}),
+        ("qwen3_5_moe", {"text_config": SPARSE}, 10, {"moe_router_topk": 8, "moe_shared_expert_intermediate_size": 512}),
+    ],
+)
+def test_every_fourth_layer_of_published_delta_nets_has_attention(family, config, repeated, expected):
+    found = to_megatron(families.find(family).CONFIG, config)
+    expected = {**EACH_FOURTH, **expected, "linear_attention_freq": EACH_FOURTH["linear_attention_freq"] * repeated}
+    assert {name: found[name] for name in expected} == expected
+    model = make_model(families.find(family).CONFIG, config)
+    assert (model.l_keys, model.l_values, model.gated_queries) == (2048, 128 * model.linear_heads, 2 * model.heads * 256)
+    assert to_megatron(families.find(family).CONFIG, to_huggingface(families.find(family).CONFIG, found)) == found

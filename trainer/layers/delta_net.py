@@ -89,8 +89,9 @@ def net_norm_gradients(provider: Any, model: Any) -> None:
     if provider.tensor_model_parallel_size == 1 or provider.sequence_parallel:
         return
     for layer in model.decoder.layers:
-        if isinstance(layer.self_attention, GatedDeltaNet):
-            for parameter in layer.self_attention.out_norm.parameters():
+        net = getattr(layer, "self_attention", None)
+        if isinstance(net, GatedDeltaNet):
+            for parameter in net.out_norm.parameters():
                 parameter.register_hook(_summed)
 
 

@@ -15,14 +15,7 @@ from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.nn import functional
 
-
-def convolve(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Return SiLU of the causal convolution of each channel of `inputs`, [batch, tokens, channels], with its own `weight`,
-    [channels, 1, width]."""
-    width, tokens = weight.shape[-1], inputs.shape[1]
-    padded = functional.pad(inputs.float().transpose(1, 2), (width - 1, 0))
-    convolved = functional.conv1d(padded, weight.float(), bias.float(), groups=len(weight))
-    return functional.silu(convolved)[..., :tokens].transpose(1, 2).type_as(inputs)
+from trainer.torch_kernels import causal_conv1d
 
 
 def scan(
@@ -131,7 +124,8 @@ class TorchMixer(MambaMixer):
         heads, groups = self.cp.nheads_local_tpcp, self.cp.ngroups_local_tpcp
         width, states = heads * self.headdim, groups * self.d_state
         gate, mixed, steps = zxBCdt.transpose(0, 1).split([width, width + 2 * states, heads], dim=-1)
-        mixed = convolve(mixed, self.cp.get_conv1d_weight(), self.cp.get_conv1d_bias())
+        weight, bias = self.cp.get_conv1d_weight().squeeze(1), self.cp.get_conv1d_bias()
+        mixed, _ = causal_conv1d(mixed, weight, bias=bias, activation="silu")
         inputs, enters, leaves = mixed.split([width, states, states], dim=-1)
         inputs = inputs.unflatten(-1, (heads, self.headdim))
         enters, leaves = (each.unflatten(-1, (groups, self.d_state)) for each in (enters, leaves))

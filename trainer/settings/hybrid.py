@@ -63,6 +63,7 @@ def _layout_rules(model: Any) -> Iterator[Rule]:
     for name, why in (
         ("parallel_residual", "whose attention and feed-forward parts are layers one after another"),
         ("mtp_num_layers", "in which layers of multi-token prediction are not trained"),
+        ("experimental_attention_variant", "in which gated delta nets are not built"),
     ):
         value = getattr(model, name, None)
         yield value, f"`model.{name}` is `{value}`, and {given}, {why}", leave
