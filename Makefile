@@ -11,7 +11,9 @@ FULL := $(VENV)/.full-$(REQUIREMENTS)
 # Two processes share the tests, a file at a time: fixtures of a file are made once.
 WORKERS := -n 2 --dist loadfile
 
-.PHONY: demo demo-training test test-slow check format clean
+NEWEST := $(VENV)-newest
+
+.PHONY: demo demo-training test test-slow test-newest check format clean
 
 demo: $(BASE)
 	$(BIN)/python -m tests.demo
@@ -25,6 +27,16 @@ test: check
 
 test-slow: $(FULL)
 	$(BIN)/python -m pytest $(WORKERS) -m "slow and not gpu"
+
+# Strict loads, keys and logits with the newest torch and megatron-core that package indexes have, whatever pyproject.toml allows,
+# in an environment of its own. Continuous integration does not run it.
+test-newest: $(FULL)
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(NEWEST)
+	printf 'torch\nmegatron-core\n' > $(NEWEST)/overrides.txt
+	$(BIN)/uv pip install --quiet --python $(NEWEST)/bin/python --override $(NEWEST)/overrides.txt --editable '.[test]'
+	$(BIN)/uv pip list --python $(NEWEST)/bin/python | grep -E '^(torch|megatron-core|transformers) '
+	$(NEWEST)/bin/python -m pytest -m "not gpu and not slow" tests/converter/test_te_keys.py tests/converter/test_golden.py \
+		tests/converter/test_megatron.py tests/converter/test_families.py
 
 check: $(FULL)
 	$(BIN)/ruff format --check .
@@ -52,4 +64,4 @@ $(FULL): $(BASE)
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) $(NEWEST) demo build *.egg-info

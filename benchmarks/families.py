@@ -109,6 +109,8 @@ def _differences(family: families.Family, fields: dict[str, Any], kinds: list[st
         yield f"exact up to the original length{f' with {" or ".join(longest)} rope' if longest else ''}"
     if fields.get("multi_latent_attention"):
         yield "the norms of MLA have `layernorm_epsilon`, where transformers has 1e-6 in all models"
+    if fields.get("experimental_attention_variant") == "dsa":
+        yield "the indexer of sparse attention is not trained, as in transformers; TP needs `sequence_parallel`"
     if fields.get("use_mup"):
         yield "in bf16 transformers rounds the multipliers of embeddings and logits"
 

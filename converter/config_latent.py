@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from math import log
-from typing import Any
+from typing import Any, cast
 
-from converter.config import Config, Field, Sizes, count, fixed, named, number, optional, positive
+from converter.config import Config, Field, Sizes, count, field, fixed, named, number, optional, positive, value
+from converter.config_layers import layers_of
 from converter.config_parts import dimension
 from converter.config_rope import rope, rope_numbers, signed
-from formats.errors import UserError
+from formats.errors import UserError, format_untrusted
 
 
 def latent(*, q_lora: int | None, kv_lora: int, plain: int, turned: int) -> tuple[Field, ...]:
@@ -40,6 +41,83 @@ def _query_rank(default: int | None) -> Field:
         return {"q_lora": None if found is None else count(before.megatron, "q_lora_rank")}
 
     return Field(one.to_megatron, one.to_huggingface, sizes)
+
+
+def indexer(*, heads: int, interleaved: bool) -> tuple[Field, ...]:
+    """Return the fields of DeepSeek's sparse attention (DSA), whose indexer chooses the tokens that each token attends to, and
+    its named sizes. `heads` is what `config.json` means where it has no `index_n_heads`; `interleaved` says which channels of the
+    indexer the rotary embedding turns together.
+
+    megatron-core may turn queries and keys of the indexer by a Hadamard matrix first, which changes no product of the two.
+    """
+    return (
+        field("dsa_indexer_topk", "index_topk", default=value(2048)),
+        *dimension("index_dim", "index_head_dim", megatron="dsa_indexer_head_dim", default=128),
+        *dimension("index_heads", "index_n_heads", megatron="dsa_indexer_n_heads", default=heads),
+        named(index_queries=lambda model: model.index_heads * model.index_dim),
+        fixed(
+            experimental_attention_variant="dsa",
+            dsa_indexer_rope_interleaved=interleaved,
+            dsa_indexer_rotate_activation=False,
+            dsa_indexer_k_norm_epsilon=1e-6,
+        ),
+    )
+
+
+def index_sharing() -> Field:
+    """Return the field of layers whose indexer chooses tokens, which the layers after them without one take over.
+
+    megatron-core has the first `dsa_indexer_skip_topk_offset` layers with one and then each n-th, `dsa_indexer_topk_freq`, as
+    `index_topk_freq` says it of GLM-5. Models with another list of `indexer_types` are converted and not trained. Conditions know
+    the layers with an indexer as the set `indexed`.
+    """
+
+    def read(config: Config) -> dict[str, Any]:
+        types = _indexer_types(config)
+        first = types.index(_SHARED) if _SHARED in types else 0
+        each = (types.index(_OWN, first) if _OWN in types[first:] else len(types)) - first + 1 if first else 1
+        known = types == _types_by_step(len(types), first, each)
+        return {_STEP: each if known else 1, _FIRST: first if known else 0, _TYPES: None if known else types}
+
+    def write(config: Config) -> dict[str, Any]:
+        return {_TYPES: _types_in_megatron(config)}
+
+    return Field(read, write, lambda before: {
+        "indexed": frozenset(layer for layer, one in enumerate(_types_in_megatron(before.megatron)) if one == _OWN)
+    })  # fmt: skip
+
+
+_STEP, _FIRST, _TYPES, _OWN, _SHARED = "dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset", "indexer_types", "full", "shared"
+
+
+def _types_by_step(layers: int, first: int, each: int) -> list[str]:
+    return [_SHARED if max(layer - first + 1, 0) % each else _OWN for layer in range(layers)]
+
+
+def _types_in_megatron(config: Config) -> list[str]:
+    step, first = config.get(_STEP, 1), config.get(_FIRST, 0)
+    return config.get(_TYPES) or _types_by_step(
+        layers_of(config, "num_layers"), number(_FIRST, first), count({_STEP: step}, _STEP)
+    )
+
+
+def _indexer_types(config: Config) -> list[str]:
+    """Return of each layer whether its indexer chooses tokens, as transformers reads it of a list, letters or two numbers."""
+    layers, letters = layers_of(config), config.get("index_topk_pattern")
+    step, first = config.get("index_topk_freq", 1), config.get("index_skip_topk_offset", 2)
+    found: Any = config.get(_TYPES)
+    if found is None and letters is not None:
+        found = [{"F": _OWN, "S": _SHARED}.get(one) for one in letters] if isinstance(letters, str) else letters
+    if found is None:
+        found = _types_by_step(
+            layers, number("index_skip_topk_offset", first), count({"index_topk_freq": step}, "index_topk_freq")
+        )
+    types = cast("list[Any]", found) if isinstance(found, list) else []
+    if len(types) != layers or any(one not in (_OWN, _SHARED) for one in types) or types[0] != _OWN:
+        raise UserError(
+            f"`{_TYPES}` is `{format_untrusted(found)}`, which should have `{_OWN}` or `{_SHARED}` for each layer, first `{_OWN}`"
+        )
+    return types
 
 
 def latent_rope(*kinds: str) -> Field:

@@ -1,12 +1,10 @@
 """Gemma 2: Gemma, norms after each branch too, caps of scores and of logits, and every second layer slides."""
 
-from typing import Any
-
-from converter.config import Config, Field, count, derived, field, optional, value
+from converter.config import derived, field, optional, value
 from converter.config_layers import one_full_in, window_pattern
-from converter.config_parts import dropouts, fixed, mlp, multipliers, only, rms_norm, sizes
+from converter.config_parts import dropouts, fixed, mlp, only, rms_norm, sizes
 from converter.config_rope import rope
-from converter.families import llama
+from converter.families import gemma, llama
 from converter.rules import replicated
 
 MODELS = "Gemma 2"
@@ -20,14 +18,6 @@ MLP_NORM = replicated("mlp.linear_fc1.layer_norm_weight", "pre_feedforward_layer
 RULES = llama.decoder(*llama.ATTENTION, POST_NORMS[0], MLP_NORM, *llama.MLP[1:], POST_NORMS[1])
 
 
-def _nothing(_config: Config) -> dict[str, Any]:
-    return {}
-
-
-def _root_of_width(config: Config) -> dict[str, Any]:
-    return {"mup_embedding_mult": count(config, "hidden_size") ** 0.5}
-
-
 SIZES = (
     *sizes(positions_default=8192, tied=True),
     field("kv_channels", "head_dim", default=value(256)),
@@ -35,7 +25,7 @@ SIZES = (
     *dropouts(),
     *rms_norm(zero_centered=True),
     *mlp("gelu_pytorch_tanh", gated=True, huggingface="hidden_activation"),
-    *multipliers(embedding=Field(_root_of_width, _nothing)),
+    *gemma.WIDTH,
     derived("softmax_scale", "query_pre_attn_scalar", lambda scalar: scalar**-0.5, lambda scale: scale**-2, default=256),
     *llama.NO_BIAS,
     only(attention_bias=False),

@@ -58,6 +58,8 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
     "falcon_40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "deepseek_v3_mtp": ("deepseek_v3", {"num_nextn_predict_layers": 2}),
+    "deepseek_v32_mtp": ("deepseek_v32", {"num_nextn_predict_layers": 1}),
+    "glm_moe_dsa_mtp": ("glm_moe_dsa", {"num_nextn_predict_layers": 1}),
     "dbrx_without_clipping": ("dbrx", {"attn_config": {"kv_n_heads": 4, "rope_theta": 10000.0}}),
     "moonlight": ("deepseek_v3", {"q_lora_rank": None}),
     "qwen3_next_mtp": ("qwen3_next", {"num_nextn_predict_layers": 1}),

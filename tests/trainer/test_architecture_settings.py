@@ -25,8 +25,8 @@ REFUSED = [
     (
         {"model__experimental_attention_variant": "dsa"},
         (
-            "`model.experimental_attention_variant` is `dsa`, whose layers are not among those of this provider\n\n"
-            "hint: leave it out; `gated_delta_net` is the one that is"
+            "`model.experimental_attention_variant` is `dsa`, and `model.multi_latent_attention` is `False`\n\n"
+            "hint: leave it out: sparse attention is one of latent attention"
         ),
     ),
     (

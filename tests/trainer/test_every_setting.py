@@ -53,6 +53,7 @@ _TRANSFORMERS = "test_parity.py::test_the_curve_is_that_of_transformers_and_adam
 _GPUS = "test_gpu.py::test_layouts_over_two_gpus_leave_one_gpus_curve_no_further_than_bf16_leaves_that_of_fp32"
 _OVERLAP = "test_overlap.py::test_data_parallel_gpus_overlap_gradients_and_with_the_distributed_optimizer_weights"
 _HERE, _EXPERTS = "test_contradictions.py::", "test_expert_settings.py::"
+_INDEXER = "test_sparse_attention.py::test_a_field_of_the_indexer_changes_what_is_built_or_computed"
 _AHEAD = "layers/test_prediction.py::test_losses_and_gradients_are_those_of_transformers_layers"
 NAMED: dict[str, str] = {
     "model.tensor_model_parallel_size": _TRANSFORMERS,
@@ -65,6 +66,14 @@ NAMED: dict[str, str] = {
     "model.moe_flex_dispatcher_num_sms": _EXPERTS + "test_settings_of_another_dispatcher_are_refused",
     "model.moe_per_layer_logging": "test_expert_metrics.py::test_each_layers_numbers_are_logged_on_request",
     "model.mtp_num_layers": _AHEAD,
+    "model.dsa_indexer_n_heads": _INDEXER,
+    "model.dsa_indexer_head_dim": _INDEXER,
+    "model.dsa_indexer_topk": _INDEXER,
+    "model.dsa_indexer_topk_freq": _INDEXER,
+    "model.dsa_indexer_skip_topk_offset": _INDEXER,
+    "model.dsa_indexer_rope_interleaved": _INDEXER,
+    "model.dsa_indexer_rotate_activation": _INDEXER,
+    "model.dsa_indexer_k_norm_epsilon": _INDEXER,
     "model.mtp_loss_scaling_factor": _AHEAD,
     "model.disable_bf16_reduced_precision_matmul": _HERE + "test_products_in_bf16_are_summed_as_precisely_as_somebody_asks",
     "model.tp_comm_overlap": "test_gpu.py::test_fp8_overlaps_tensor_parallel_messages",

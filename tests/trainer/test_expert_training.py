@@ -31,6 +31,9 @@ LAYOUTS = {
     "pp2 ep2": (4, {**PP2, **EP2}),
     "recomputed": (1, RECOMPUTED),
 }
+SEQUENCE_PARALLEL = {"tp2 sequence parallel": (2, {**TP2, "model__sequence_parallel": True, **ETP1})}
+"""Sparse attention has no TP without it."""
+
 FAMILIES = [name for name in ("mixtral", "qwen3_moe", "deepseek_v3") if name in families.names()]
 FAST = {"mixtral": "ep2", "qwen3_moe": "tp2 ep2 etp1", "deepseek_v3": "pp2"}
 FEW = 5
@@ -41,8 +44,13 @@ CASES = [
         for family in FAMILIES
         for layout in LAYOUTS
     ),
+    *(
+        pytest.param(("deepseek_v32", layout, FEW), id=f"deepseek_v32, {layout}", marks=pytest.mark.slow)
+        for layout in ("one", "pp2 ep2", "recomputed", *SEQUENCE_PARALLEL)
+    ),
 ]
-STILL = {"deepseek_v3": {"model__moe_router_bias_update_rate": 0.0, "model__mtp_num_layers": None}}
+_STILL = {"model__moe_router_bias_update_rate": 0.0, "model__mtp_num_layers": None}
+STILL = {"deepseek_v3": _STILL, "deepseek_v32": _STILL}
 """What transformers does not do: it leaves biases of routers alone, and layers that predict further tokens out."""
 
 
@@ -63,7 +71,7 @@ def reference(family_folder):
 def test_the_curve_is_that_of_transformers_and_adamw(case, ranks, family_folder, reference):
     family, layout, steps = case
     losses, norms = reference(family, steps)
-    world, changes = LAYOUTS[layout]
+    world, changes = {**LAYOUTS, **SEQUENCE_PARALLEL}[layout]
     for history in ranks.run(
         small.train, world, str(family_folder(family)), {**_first(steps), **changes, **STILL.get(family, {})}
     ):

@@ -33,12 +33,14 @@ from trainer.layers.rope_norms import rope_norms
 from trainer.layers.routing import own_scoring
 from trainer.layers.scores import changed_scores
 from trainer.layers.sinks import divided_sinks
+from trainer.layers.sparse_attention import shared_choices, sparse_attention
 from trainer.layers.spec import copied
 from trainer.layers.xielu import activation_weights
 
 __all__ = ["adapt_model", "adapt_spec", "attention_alone", "prediction_spec"]
 
 LAYER_PIECES: tuple[Callable[[Any, Any], None], ...] = (
+    sparse_attention,
     local_norms,
     local_attention,
     plain_queries,
@@ -73,6 +75,7 @@ MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     divided_sinks,
     rope_norms,
     mamba_norms,
+    shared_choices,
 )
 """Functions `(provider, model)` that change this rank's chunk of a GPTModel or HybridModel in place."""
 

@@ -39,8 +39,8 @@ NOT_WITH = {
 
 
 def attention_alone(provider: Any) -> Any:
-    """Return the provider of the same model with attention in all layers, for megatron-core's specs of layers."""
-    if provider.experimental_attention_variant != GATED_DELTA_NET:
+    """Return the provider of the same model with usual attention in all layers, for megatron-core's specs of layers."""
+    if provider.experimental_attention_variant is None:
         return provider
     plain = copy(provider)
     plain.experimental_attention_variant = None

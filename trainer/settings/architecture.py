@@ -14,6 +14,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from trainer.layers.delta_net import GATED_DELTA_NET, NOT_WITH
 from trainer.layers.rope import KINDS, attention_factor
+from trainer.layers.sparse_attention import SPARSE
 from trainer.layers.xielu import xielu
 from trainer.settings.checks import CP, parallel_size
 from trainer.settings.rules import Rule, enforce
@@ -28,6 +29,7 @@ _ABSENT = SimpleNamespace(
     multi_latent_attention=False, rope_type="yarn", qk_head_dim=1, qk_pos_emb_head_dim=1, v_head_dim=1, moe_grouped_gemm=False,
     add_bias_linear=False, experimental_attention_variant=None, linear_attention_freq=None,
     bias_dropout_fusion=None, activation_func_clamp_value=None, glu_linear_offset=0.0, moe_layer_freq=1,
+    dsa_indexer_topk_freq=1, recompute_granularity=None,
     moe_shared_expert_intermediate_size=None, moe_router_group_score=None, moe_router_num_groups=None, moe_router_fusion=False,
 )  # fmt: skip
 """What a model has that lacks a field."""
@@ -52,16 +54,11 @@ def check(config: Any) -> None:
     enforce(_kernel_rules(model))
     enforce(_router_rules(model))
     enforce(_delta_net_rules(model))
+    enforce(_sparse_rules(model))
 
 
 def _delta_net_rules(model: Any) -> Iterator[Rule]:
-    kind = model.experimental_attention_variant
-    yield (
-        kind not in (None, GATED_DELTA_NET),
-        f"`model.experimental_attention_variant` is `{kind}`, whose layers are not among those of this provider",
-        f"leave it out; `{GATED_DELTA_NET}` is the one that is",
-    )
-    if kind is None:
+    if model.experimental_attention_variant != GATED_DELTA_NET:
         return
     for name, usual in NOT_WITH.items():
         yield (
@@ -159,6 +156,23 @@ def _attention_rules(model: Any, *, context: int) -> Iterator[Rule]:
         model.qk_layernorm_after_rope and not model.qk_layernorm,
         "`model.qk_layernorm_after_rope` is `True`, and `model.qk_layernorm` is `False`: there are no norms of query and key",
         "set `model.qk_layernorm=true`",
+    )
+
+
+def _sparse_rules(model: Any) -> Iterator[Rule]:
+    """megatron-core keeps the tokens that one layer chose for the next ones, and computes layers again in another order."""
+    variant, latent = model.experimental_attention_variant, model.multi_latent_attention
+    yield (
+        variant == SPARSE and not latent,
+        f"`model.experimental_attention_variant` is `{variant}`, and `model.multi_latent_attention` is `{latent}`",
+        "leave it out: sparse attention is one of latent attention",
+    )
+    step, kind = model.dsa_indexer_topk_freq, model.recompute_granularity
+    why = "layers that are computed again may find the tokens that were chosen for another microbatch"
+    yield (
+        step > 1 and kind is not None,
+        f"`model.dsa_indexer_topk_freq` is `{step}`, and `model.recompute_granularity` is `{kind}`: {why}",
+        "set `model.recompute_granularity=null`",
     )
 
 

@@ -19,6 +19,7 @@ from converter.adapters.adapter import METHODS, Description
 from converter.adapters.exportable import refuse_unexportable
 from converter.config import make_model
 from trainer.config import CheckpointConfig, DistributedDataParallelConfig, RunConfig, SchedulerConfig, is_packed
+from trainer.layers.delta_net import GATED_DELTA_NET
 from trainer.settings.precision import Machine, requires
 from trainer.settings.rules import Rule, enforce
 
@@ -255,7 +256,7 @@ def _packed_rules(config: RunConfig, machine: Machine) -> Iterator[Rule]:
     net, on_cpu = getattr(config.model, "experimental_attention_variant", None), machine.device == "cpu"
     where = "layers on the CPU" if on_cpu else "deterministic layers (`model.deterministic_mode`)"
     yield (
-        net and (on_cpu or getattr(config.model, "deterministic_mode", False)),
+        net == GATED_DELTA_NET and (on_cpu or getattr(config.model, "deterministic_mode", False)),
         f"`model.experimental_attention_variant` is `{net}`, whose {where} take one packed example for the start of the next",
         f"set `{setting}=false`",
     )

@@ -39,11 +39,11 @@ NEVER: dict[str, dict[str, str]] = {
             mtp_hybrid_override_pattern mtp_standalone""",
         "layers that differ need megatron-core's heterogeneous configuration": """heterogeneous_block_specs
             hetereogenous_dist_checkpoint""",
-        "its layers are not among those of this provider": """experimental_attention_variant_loss_scale_func
-            dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk
-            dsa_indexer_topk_freq dsa_indexer_skip_topk_offset dsa_indexer_loss_coeff dsa_indexer_use_sparse_loss
-            dsa_kernel_backend dsa_indexer_rope_interleaved dsa_indexer_rotate_activation dsa_indexer_scoring_relu
-            dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32 mrope_section use_grouped_gemm_for_dense_mlp""",
+        "the indexer of sparse attention is not trained here": """dsa_indexer_loss_coeff dsa_indexer_use_sparse_loss
+            experimental_attention_variant_loss_scale_func""",
+        "sparse attention has only been compared with the kernels of torch": "dsa_kernel_backend",
+        "its layers are not among those of this provider": """dsa_indexer_scoring_relu dsa_indexer_k_norm_fp32
+            mrope_section use_grouped_gemm_for_dense_mlp""",
         "Mamba's other kernels were not tried": "mamba_training_ssm_states_dtype use_mamba_mem_eff_path",
         "nothing in the step clips or reports attention's logits": """qk_clip qk_clip_alpha qk_clip_threshold
             log_max_attention_logit""",
