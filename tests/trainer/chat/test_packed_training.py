@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 
@@ -28,13 +29,21 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_losses_and_gradients_are_those_of_examples_alone(layout, ranks, model_folder):
-    world, changes = LAYOUTS[layout]
-    folder = str(model_folder("gqa"))
-    alone = ranks.run(packed.train, world, folder, False, changes)
-    together = ranks.run(packed.train, world, folder, True, changes)
-    for one, other in zip(alone, together, strict=True):
+@pytest.fixture(scope="module")
+def trained(ranks, model_folder):
+    """What each rank of a layout saw, with examples in rows or each alone; once for each."""
+
+    @functools.cache
+    def run(layout, in_rows):
+        world, changes = LAYOUTS[layout]
+        return ranks.run(packed.train, world, str(model_folder("gqa")), in_rows, changes)
+
+    return run
+
+
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] * (name == "pp4")) for name in LAYOUTS])
+def test_packed_losses_and_gradients_are_those_of_examples_alone(layout, trained):
+    for one, other in zip(trained(layout, False), trained(layout, True), strict=True):
         assert other.losses == pytest.approx(one.losses, rel=1e-5)
         assert other.grad_norms == pytest.approx(one.grad_norms, rel=1e-5)
         assert other.evaluations == [(split, pytest.approx(loss, rel=1e-5)) for split, loss in one.evaluations]
@@ -73,14 +82,14 @@ def test_an_example_does_not_depend_on_its_neighbours(ranks, model_folder):
     assert not torch.allclose(seen[0, 3:], alone[0], atol=1e-2)  # as it were if they saw each other
 
 
-def test_work_is_what_examples_multiply(ranks, model_folder):
+def test_work_is_what_examples_multiply(trained):
     from tests import models
     from tests.trainer.settings import LLAMA
     from tests.trainer.test_flops import counted
     from trainer.estimate.flops import flops_of_packed
     from trainer.model import from_hf_config
 
-    for one, other in zip(*(ranks.run(packed.train, 2, str(model_folder("gqa")), True, told) for told in ({}, PP2)), strict=True):
+    for one, other in zip(*(trained(layout, True) for layout in ("dp2", "pp2")), strict=True):
         assert one.work == other.work  # every rank knows, whatever the layout
     lengths = packed.Drawn(96).lengths[:16].tolist()
     tokens, squares = one.work[0]
