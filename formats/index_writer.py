@@ -92,7 +92,7 @@ def _digits(numbers: Array) -> int:
 
 
 class _Writer:
-    """Opcodes as `pickles.dumps` writes them for the same records: names and globals are spelled once and referred to."""
+    """Opcodes as `pickle_writer.dumps` writes them for the same records: names and globals are spelled once and referred to."""
 
     def __init__(self) -> None:
         self.known: dict[str | Global, bytes] = {}
