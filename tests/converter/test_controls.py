@@ -119,7 +119,8 @@ def controls(family, config):
     if fields.get("moe_router_score_function") == "softmax":
         changes["moe_router_pre_softmax"] = {"moe_router_pre_softmax": not fields["moe_router_pre_softmax"]}
     activation = {"activation_func": {"activation_func": OTHER_ACTIVATIONS[fields["activation_func"]]}}
-    return changes | (activation if kinds & {"-", "E"} else {})
+    takes_others = not fields.get("experimental_attention_variant")  # megatron-core's gated delta nets take SiLU alone
+    return changes | (activation if takes_others and kinds & {"-", "E"} else {})
 
 
 def cases():
