@@ -134,18 +134,12 @@ def test_a_family_is_known_to_transformers_or_has_a_twin_there():
     assert {name for name in families.names() if name not in CONFIG_MAPPING_NAMES} == TWINS.keys()
 
 
-IN_PROGRESS = {
-    "bamba", "granitemoehybrid", "mamba2", "nemotron_h",
-}  # fmt: skip
-"""Hybrids, whose files follow."""
-
-
 def test_every_model_of_text_in_transformers_is_a_family_or_unsupported_with_a_reason():
     from transformers.models.auto import modeling_auto as auto
 
     kinds = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM")
     known = {name for kind in kinds for name in getattr(auto, f"MODEL_FOR_{kind}_MAPPING_NAMES")}
-    assert known - {*families.names()} - REASONS.keys() - IN_PROGRESS == set()
+    assert known - {*families.names()} - REASONS.keys() == set()
     assert REASONS.keys() & {*families.names()} == set()
 
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.experimental_attention_variant.dsa import DSAtten
 
 from formats.errors import UserError
 from trainer.layers.norms import accepted
-from trainer.layers.spec import backend, mlp_parts, uses_transformer_engine
+from trainer.layers.spec import attention_layers, backend, mlp_parts, uses_transformer_engine
 
 SPARSE = "dsa"
 
@@ -79,7 +79,7 @@ def sparse_attention(provider: Any, layer: Any) -> None:
 
 def shared_choices(_provider: Any, model: Any) -> None:
     """Raise UserError where a layer takes over tokens that a layer of another stage chose."""
-    here = {layer.layer_number: getattr(layer.self_attention, "core_attention", None) for layer in model.decoder.layers}
+    here = {layer.layer_number: getattr(layer.self_attention, "core_attention", None) for layer in attention_layers(model)}
     for number, attention in here.items():
         source = getattr(attention, "source_layer", number)
         if source not in here:
