@@ -9,9 +9,9 @@ ARCHITECTURE = "Qwen3_5ForConditionalGeneration"
 RULES = qwen3_5_text.RULES
 CONFIG = (text_config({"qwen3_5_text": qwen3_5_text.CONFIG}),)
 EXTRAS = qwen3_5_text.EXTRAS
-ROOTS = ("model.", "model.language_model.")
+ROOTS = ("model.", "model.language_model.", "language_model.")
 MODULE_ROOT = ROOTS[1]
-PASSTHROUGH_PREFIXES = ("model.visual.",)
+PASSTHROUGH_PREFIXES = ("model.visual.", "visual.")
 VISION = {
     "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64,
     "num_position_embeddings": 16,
