@@ -58,7 +58,7 @@ _TYPES_BY_REASON = {
         roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod
     """,
     f"{WITHOUT_RULES}: it comes with code of its own": "bailing_moe deepseek hunyuan internlm minicpm phi-msft phi3small qwen",
-    "it reads images, video or sound beside text, or writes them: of such models `gemma3`, `mistral3` and `qwen3_5` are converted": """
+    "it reads images, video or sound beside text, or writes them: of these `gemma3`, `mistral3` and `qwen3_5` are converted": """
         apertus1p5 apertus1p5_text aria aria_text audioflamingo3 aya_vision blip blip-2 chameleon cohere2_vision
         cohere_compass cohere_compass_text cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl deepseek_vl_hybrid
         diffusion_gemma dots3_note emu3 ernie4_5_vl_moe evolla exaone4_5 fast_vlm florence2 fuyu gemma3n gemma4
