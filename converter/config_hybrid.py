@@ -14,6 +14,8 @@ from formats.errors import UserError, format_untrusted
 
 _OF_EACH_LAYER = ("no_rope_freq", "window_attn_skip_freq")
 """Fields with a mark for each layer, which a HybridModel counts as its own."""
+_GATED_DELTA_NET, _SPARSE = "gated_delta_net", "dsa"
+"""Values of `experimental_attention_variant`."""
 
 
 def hybrid_layers(pattern: Callable[[Config], str], *, layers: str = "num_hidden_layers") -> Field:
@@ -60,7 +62,7 @@ def hybrid_fields(gpt: Config) -> dict[str, Any]:
     layers, experts = layers_of(gpt, "num_layers"), gpt.get("num_moe_experts")
     _, linear = marks(gpt, "linear_attention_freq", absent=0)
     sparse = with_experts(gpt) if experts else [False] * layers
-    mixer = "+" if gpt.get("multi_latent_attention") else "*"
+    mixer = _mixer(gpt)
     pairs = ["".join(pair) for pair in zip(["G" if one else mixer for one in linear], ["E" if one else "-" for one in sparse],
                                            strict=True)]  # fmt: skip
     predicted = [mixer + pairs[-1][1:]] * (gpt.get("mtp_num_layers") or 0)  # which have attention
@@ -71,8 +73,16 @@ def hybrid_fields(gpt: Config) -> dict[str, Any]:
         "is_hybrid_model": True,
         **{name: _twice(gpt, name) for name in _OF_EACH_LAYER if gpt.get(name)},
         **({"moe_layer_freq": 1} if "moe_layer_freq" in gpt else {}),
-        **({name: None for name in ("linear_attention_freq", "experimental_attention_variant") if name in gpt}),
+        **({"linear_attention_freq": None} if "linear_attention_freq" in gpt else {}),
+        **({"experimental_attention_variant": None} if gpt.get("experimental_attention_variant") == _GATED_DELTA_NET else {}),
     }
+
+
+def _mixer(gpt: Config) -> str:
+    """The letter of the layers with attention."""
+    if gpt.get("experimental_attention_variant") == _SPARSE:
+        return "D"
+    return "+" if gpt.get("multi_latent_attention") else "*"
 
 
 def _twice(gpt: Config, name: str) -> list[int]:
@@ -123,6 +133,6 @@ def _checked(pattern: Any) -> str:
 
 def _delta_net(mixers: str) -> dict[str, Any]:
     return {
-        "experimental_attention_variant": "gated_delta_net",
+        "experimental_attention_variant": _GATED_DELTA_NET,
         "linear_attention_freq": [int(one == "G") for one in mixers],
     }

@@ -275,11 +275,24 @@ def by_layer(
             )
         return {megatron: [marks[word] for word in cast("list[str]", types)]}
 
+    def write(config: Config) -> dict[str, Any]:
+        if megatron not in config:
+            return {}
+        return {huggingface: [words[mark] for mark in _known_marks(config, megatron, words)]}
+
     return Field(
         read,
-        lambda config: {huggingface: [words[mark] for mark in config[megatron]]} if megatron in config else {},
+        write,
         lambda sizes: {size: frozenset(layer for layer, mark in enumerate(sizes.megatron[megatron]) if mark)},
     )
+
+
+def _known_marks(config: Config, name: str, words: Mapping[int, str]) -> list[int]:
+    """Return the marks of layers; UserError for what is no list of those that have a word."""
+    found = config[name]
+    if not isinstance(found, list) or not all(isinstance(mark, int) and mark in words for mark in cast("list[Any]", found)):
+        raise UserError(f"`{name}` is `{format_untrusted(found)}`", hint=f"each layer has one of {', '.join(map(str, words))}")
+    return cast("list[int]", found)
 
 
 def dimension(size: str, huggingface: str, *, megatron: str = "", default: int | None = None) -> tuple[Field, ...]:

@@ -35,8 +35,8 @@ def test_an_iteration_that_is_not_complete(checkpoint, tmp_path):
 
 
 def test_legacy_formats_are_refused_by_name(checkpoint, tmp_path):
-    (checkpoint / "iter_0000000" / "metadata.json").write_text('{"sharded_backend": "zarr"}')
-    refused(mcore_to_hf, checkpoint, tmp_path, "is in the `zarr` format, which is not supported yet")
+    (checkpoint / "iter_0000000" / "metadata.json").write_text('{"sharded_backend": "zarr3"}')
+    refused(mcore_to_hf, checkpoint, tmp_path, "is in the `zarr3` format, which is not supported yet")
     (checkpoint / "iter_0000000" / "mp_rank_00").mkdir()
     refused(mcore_to_hf, checkpoint, tmp_path, "legacy `mp_rank_\\*` format, which is not supported yet")
 

@@ -132,19 +132,21 @@ def check(family: str, config: dict) -> None:
     one = families.find(family)
     back = to_huggingface(one.CONFIG, to_megatron(one.CONFIG, config))
     again = plain(AutoConfig.for_model(family, **back))
-    assert meant(again, mattering(config)) == meant(config, mattering(config))
+    assert meant(again, config) == meant(config, config)
     assert rotations(family, again) == rotations(family, config)
     assert to_megatron(one.CONFIG, again) == to_megatron(one.CONFIG, config) == to_megatron(one.CONFIG, back)
     assert make_model(one.CONFIG, back) == make_model(one.CONFIG, config)
 
 
-def meant(config: dict, names: list[str]) -> dict[str, Any]:
-    """The fields of these names; of activations that have several names, the function; of null, the number that it stands for;
-    of a language model beside others, those that matter, but for the switch that is said beside it too and counts there."""
-    found = {name: filled(config).get(name) for name in names}
-    if isinstance(text := found.get(TEXT), dict):
-        found[TEXT] = meant(text, [name for name in mattering(text) if name != "tie_word_embeddings"])
-    return {name: FUNCTIONS.get(one, one) if isinstance(one, str) else one for name, one in found.items()}
+def meant(config: dict, like: dict) -> dict[str, Any]:
+    """The fields that matter in the configuration `like`; of activations that have several names, the function; of null, the
+    number that it stands for; of a language model beside others, the same, but for the switch that is said beside it too."""
+    found = {name: filled(config).get(name) for name in mattering(like) if name != TEXT}
+    found = {name: FUNCTIONS.get(one, one) if isinstance(one, str) else one for name, one in found.items()}
+    if TEXT not in like:
+        return found
+    text = meant(config[TEXT], like[TEXT])
+    return {**found, TEXT: {name: one for name, one in text.items() if name != "tie_word_embeddings"}}
 
 
 def filled(config: dict) -> dict:

@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 
 import pytest
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer import MLATransformerConfig
 
 from benchmarks.families import PAGE, page
@@ -20,9 +21,12 @@ def test_the_page_of_families_is_current():
 
 
 MEGATRON = (
-    {one.name for one in fields(MLATransformerConfig)} | {*inspect.signature(GPTModel.__init__).parameters} | {"seq_length"}
+    {one.name for one in fields(MLATransformerConfig)}
+    | {name for model in (GPTModel, HybridModel) for name in inspect.signature(model.__init__).parameters}
+    | {"seq_length", "layout"}
 )
-"""What megatron-core has a name for: `seq_length` is GPTModel's `max_sequence_length`. It reads `yarn_` from its config too."""
+"""What megatron-core has a name for: `seq_length` is its models' `max_sequence_length`, `layout` says which of them. It reads
+`yarn_` from its config too."""
 
 OWN = {
     one.name: one.default_factory() if one.default_factory is not MISSING else one.default
