@@ -363,7 +363,8 @@ def check_zarr(values: dict[str, np.ndarray], folder: Path, before: Files) -> No
     shape, chunks = described["shape"], described["chunks"]
     dtype = np.dtype(ml_dtypes.bfloat16 if described["dtype"] == "bfloat16" else described["dtype"])
     whole = np.empty([-(-size // step) * step for size, step in zip(shape, chunks, strict=True)], dtype)
-    for corner in itertools.product(*(range(0, size, step) for size, step in zip(whole.shape, chunks, strict=True))):
+    corners = [range(0, size, step) for size, step in zip(whole.shape, chunks, strict=True)]
+    for corner in itertools.product(*corners) if whole.size else ():
         name = ".".join(str(start // step) for start, step in zip(corner, chunks, strict=True)) or "0"
         data = before[f"{bases.ZARRAY.removesuffix('.zarray')}{name}"]
         region = tuple(slice(start, start + step) for start, step in zip(corner, chunks, strict=True))
