@@ -157,6 +157,13 @@ def test_packed_examples_are_refused_by_name():
         resolve()
 
 
+def test_decay_in_fp32_is_saved_with_the_distributed_optimizer_alone(tmp_path):
+    resolve, config = _run(MAMBA)
+    config.mixed_precision, config.checkpoint.save, config.dataset.blend = "bf16_mixed", str(tmp_path), ["text"]
+    with pytest.raises(UserError, match="whose `A_log` and `D` are fp32 beside weights in 16 bits"):
+        resolve()
+
+
 @pytest.mark.parametrize("experts", [{}, {"num_moe_experts": 4, "moe_ffn_hidden_size": 16, "moe_layer_freq": [0, 1, 1, 1]}])
 def test_a_hybrid_has_the_parameters_memory_and_operations_of_the_same_gpt(experts):
     from trainer.estimate.flops import flops_of_run

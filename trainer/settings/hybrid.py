@@ -80,5 +80,11 @@ def _mamba_rules(config: Any) -> Iterator[Rule]:
             f"set `model.{TP}` to a divisor",
         )
     yield context > 1, f"{given}, which were not tried with context parallelism (`model.{CP}={context}`)", f"set `model.{CP}=1`"
+    in_16_bits = config.mixed_precision != "fp32" and config.checkpoint.save and config.checkpoint.save_optim
+    yield (
+        in_16_bits and not config.ddp.use_distributed_optimizer,
+        f"{given}, whose `A_log` and `D` are fp32 beside weights in 16 bits: only the distributed optimizer saves their states",
+        "set `ddp.use_distributed_optimizer=true`",
+    )
     packed = "dataset.packed" if getattr(config.dataset, "packed", False) else "dataset.reset_attention_mask"
     yield is_packed(config.dataset), f"{given}, whose states go on from one packed example to the next", f"set `{packed}=false`"
