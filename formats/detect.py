@@ -16,8 +16,9 @@ from formats.dcp_index import METADATA, read_index
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
 from formats.huggingface import HuggingFaceReader
-from formats.iterations import COMMON, FORMAT, TRACKER, TRAIN_STATE, ZARR, backend, find_iteration, unfinished
+from formats.iterations import COMMON, FORMAT, TORCH, TRACKER, TRAIN_STATE, ZARR, backend, find_iteration, unfinished
 from formats.megatron_reader import MegatronReader
+from formats.rank_files import RankFilesReader
 from formats.shard_files import INDEX, model_files
 from formats.torch_dist import TorchDistReader
 from formats.zarr import ARRAY, ZarrContainer
@@ -41,12 +42,14 @@ class Format(StrEnum):
     ZARR = "Megatron zarr"
     FSDP_DTENSOR = "Megatron fsdp_dtensor"
     TORCH_DCP = "Megatron torch_dcp"
+    RANK_FILES = "Megatron mp_rank files"
 
     @property
     def is_megatron(self) -> bool:
         return self not in {Format.HUGGINGFACE, Format.PEFT}
 
 
+_BY_BACKEND = {ZARR: Format.ZARR, TORCH: Format.RANK_FILES}
 _UNDER = {
     "model.module.decoder.": Format.FSDP_DTENSOR, "model.module.embedding.": Format.FSDP_DTENSOR,
     "model.decoder.": Format.TORCH_DCP, "model.embedding.": Format.TORCH_DCP,
@@ -63,8 +66,8 @@ def detect(folder: Folder) -> Format:
         return _tracked(folder)
     if folder.has(METADATA):
         return _container(folder)
-    if backend(folder) == ZARR:
-        return Format.ZARR
+    if kind := _BY_BACKEND.get(backend(folder)):
+        return kind
     if folder.has(INDEX):
         return Format.HUGGINGFACE
     names = folder.children()
@@ -92,6 +95,8 @@ def open_megatron(folder: Folder) -> MegatronReader:
     Raises UserError for what is missing, incomplete or in another format.
     """
     iteration = find_iteration(folder)
+    if backend(iteration) == TORCH:
+        return RankFilesReader(iteration)
     return TorchDistReader(iteration, container=ZarrContainer(iteration) if backend(iteration) == ZARR else None)
 
 
@@ -99,7 +104,7 @@ def _tracked(root: Folder) -> Format:
     """Return the format of a root's latest iteration; that of most, where it is not to be found, which its reader says."""
     try:
         iteration = find_iteration(root)
-        return Format.ZARR if backend(iteration) == ZARR else _container(iteration)
+        return _BY_BACKEND.get(backend(iteration)) or _container(iteration)
     except UserError:
         return Format.TORCH_DIST
 

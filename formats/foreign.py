@@ -69,11 +69,6 @@ class Foreign:
 _FORMATS = (
     Foreign(r"model_world_size_\d+_rank_\d+\.pt", "FSDP shards as verl saves them", _VERL),
     Foreign(_DEEPSPEED_FILES, "a DeepSpeed checkpoint", _DEEPSPEED),
-    Foreign(
-        r"mp_rank_\d+(_\d+)*/",
-        "Megatron's legacy `mp_rank_*` format, which is not supported yet",
-        "load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
-    ),
     Foreign(r"pytorch_model_fsdp_\d+/", "FSDP shards as accelerate saves them", _ACCELERATE),
     Foreign(
         r"(diffusion_)?(pytorch_)?model(\.[\w-]+)?(-\d+-of-\d+)?\.bin(\.index(\.[\w-]+)?\.json)?",

@@ -11,16 +11,15 @@ from formats.dcp_index import METADATA
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.json_objects import read_json
+from formats.rank_folders import is_rank_folder
 
 TRACKER = "latest_checkpointed_iteration.txt"
 TRAIN_STATE = "train_state.pt"
 TRAIN_STATE_TRACKER = f"latest_{TRAIN_STATE}"
 FORMAT = "metadata.json"
 COMMON = "common.pt"
-TORCH_DIST, ZARR = "torch_dist", "zarr"
-"""What megatron-core calls the formats of its `dist_checkpointing`."""
-
-_LEGACY_RANK = re.compile(r"mp_rank_\d+(_\d+)*/")
+TORCH_DIST, ZARR, TORCH = "torch_dist", "zarr", "torch"
+"""What Megatron-LM's `--ckpt-format` calls the formats: two of `dist_checkpointing`, and files of ranks."""
 
 
 def iteration_folder(number: int) -> str:
@@ -62,24 +61,16 @@ def unfinished(folder: Folder, missing: str = METADATA) -> UserError:
 
 
 def backend(folder: Folder) -> str:
-    """Return what megatron-core calls the format of a complete iteration, `torch_dist` or `zarr`; empty if it is none.
+    """Return what Megatron calls the format of a complete iteration, `torch_dist`, `zarr` or `torch`; empty if it is none.
 
-    Raises UserError for an iteration in one of Megatron's other formats.
+    Raises UserError for an iteration in another format.
     """
-    refuse_legacy(folder)
+    if any(is_rank_folder(name) for name in folder.children()):
+        return TORCH
     name = read_json(folder, FORMAT).get("sharded_backend", TORCH_DIST) if folder.has(FORMAT) else TORCH_DIST
     if name not in (TORCH_DIST, ZARR):
         raise other_format(folder, format_untrusted(name))
     return name if name == ZARR or folder.has(METADATA) else ""
-
-
-def refuse_legacy(folder: Folder) -> None:
-    """Raise UserError for an iteration in the format that Megatron-LM had before `dist_checkpointing`."""
-    if any(_LEGACY_RANK.fullmatch(name) for name in folder.children()):
-        raise UserError(
-            f"`{folder.label}` is in Megatron's legacy `mp_rank_*` format, which is not supported yet",
-            hint="load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
-        )
 
 
 def other_format(folder: Folder, name: str) -> UserError:

@@ -34,11 +34,11 @@ def test_an_iteration_that_is_not_complete(checkpoint, tmp_path):
     refused(mcore_to_hf, checkpoint / "iter_0000000", tmp_path, "incomplete checkpoint: `.metadata` is missing")
 
 
-def test_legacy_formats_are_refused_by_name(checkpoint, tmp_path):
+def test_other_formats_are_named(checkpoint, tmp_path):
     (checkpoint / "iter_0000000" / "metadata.json").write_text('{"sharded_backend": "zarr3"}')
     refused(mcore_to_hf, checkpoint, tmp_path, "is in the `zarr3` format, which is not supported yet")
     (checkpoint / "iter_0000000" / "mp_rank_00").mkdir()
-    refused(mcore_to_hf, checkpoint, tmp_path, "legacy `mp_rank_\\*` format, which is not supported yet")
+    refused(mcore_to_hf, checkpoint, tmp_path, "has no `mp_rank_00/model_optim_rng.pt`")
 
 
 def edit_metadata(checkpoint, change):

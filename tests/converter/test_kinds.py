@@ -74,6 +74,17 @@ def test_an_export_of_torch_dcp_is_that_of_its_twin(tmp_path, config):
     assert inspect(unpacked("torch_dcp", tmp_path / "more")).format == "Megatron torch_dcp"
 
 
+def test_an_export_of_files_of_ranks_is_that_of_its_twin(tmp_path, config):
+    small = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    (config / "config.json").write_text(json.dumps({**LLAMA, **small}))
+    for name in ("ranks_tp2_pp2", "ranks_tp2_pp2_as_torch_dist"):
+        mcore_to_hf(unpacked(name, tmp_path), tmp_path / name / "hf", hf_config=config)
+    assert weights(tmp_path / "ranks_tp2_pp2" / "hf") == weights(tmp_path / "ranks_tp2_pp2_as_torch_dist" / "hf")
+    assert verify(tmp_path / "ranks_tp2_pp2" / "A_torch", tmp_path / "ranks_tp2_pp2" / "hf").same
+    report = inspect(tmp_path / "ranks_tp2_pp2" / "A_torch")
+    assert (report.format, report.layout["tp"], report.optimizer_state) == ("Megatron mp_rank files", 2, True)
+
+
 def test_megatron_fsdp_exports_its_masters_in_the_dtype_that_is_asked_for(tmp_path, config):
     root = unpacked("fsdp_dtensor", tmp_path)
     mcore_to_hf(root, tmp_path / "fp32", hf_config=config)

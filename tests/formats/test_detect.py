@@ -53,6 +53,7 @@ def test_a_folder_is_a_model_by_its_content_and_not_by_its_name(tmp_path, name):
     (["latest_checkpointed_iteration.txt"], Format.TORCH_DIST),
     ([".metadata", "metadata.json"], Format.TORCH_DIST),
     ([".metadata", "common.pt"], Format.TORCH_DIST),
+    (["mp_rank_00_001/model_optim_rng.pt"], Format.RANK_FILES),
 ])  # fmt: skip
 def test_formats_that_are_read(tmp_path, names, found):
     assert detect(folder_with(tmp_path / "m", *names)) is found
@@ -86,8 +87,6 @@ OTHERS = {
     "ZeRO in bf16": (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "a DeepSpeed checkpoint", "zero_to_fp32"),
     "accelerate": (["pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp"], "accelerate", "merge-weights"),
     "ranks": (["rank_0.pt", "rank_1.pt"], "one file for each rank", "save_pretrained"),
-    "legacy": (["mp_rank_00/model_optim_rng.pt"], "legacy `mp_rank_*` format", "--ckpt-format torch_dist"),
-    "legacy root": (["release/mp_rank_00/model_optim_rng.pt"], "legacy `mp_rank_*` format", "--ckpt-format torch_dist"),
     "NeMo": (["llama.nemo"], "a NeMo archive", "convert_llama_nemo_to_hf.py"),
     "TensorFlow": (["tf_model.h5"], "TensorFlow weights", "from_tf=True"),
     "Flax": (["flax_model.msgpack"], "Flax or JAX weights", "from_flax=True"),

@@ -1,4 +1,4 @@
-"""Small checkpoints of other kinds, made by megatron-core 0.8.0 (zarr) and Megatron-LM 0.19.0 on two GPUs (the others): two
+"""Small checkpoints of other kinds, made by megatron-core 0.8.0 (zarr) and Megatron-LM 0.19.0 (the others): two or four
 layers, hidden size 32 or 64, a vocabulary of 89 tokens padded to 96, trained for two or three steps."""
 
 from __future__ import annotations

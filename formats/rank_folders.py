@@ -1,0 +1,142 @@
+"""The files of model-parallel ranks in a checkpoint of Megatron-LM: which there should be, and what each holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, cast
+
+from formats.errors import UserError, format_untrusted
+from formats.folder import Folder
+from formats.pickles import Record
+from formats.spec import is_size
+from formats.torch_zip import OpenArchive
+
+FILE = "model_optim_rng.pt"
+_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?/")
+_MODEL = re.compile(r"model\d*")
+_SIZES = {
+    "tensor_model_parallel_size": "TP", "pipeline_model_parallel_size": "PP", "expert_model_parallel_size": "EP",
+}  # fmt: skip
+_SAME = (*_SIZES, "num_layers", "hidden_size", "num_experts", "expert_tensor_parallel_size")
+"""Settings in which the files of one run agree."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Rank:
+    """A place in tensor, pipeline and expert parallelism."""
+
+    tp: int
+    pp: int
+    ep: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankFile:
+    """An opened file. `models` are the state dicts of its model chunks."""
+
+    name: str
+    archive: OpenArchive
+    state: Mapping[str, Any]
+    models: tuple[Mapping[str, Any], ...]
+
+
+def is_rank_folder(name: str) -> bool:
+    """Is this the name of a folder of one rank, with its slash?"""
+    return bool(_FOLDER.fullmatch(name))
+
+
+def open_ranks(folder: Folder) -> dict[Rank, RankFile]:
+    """Open the file of every rank. Raises UserError for one that is missing, of another run, or not of megatron-core's models."""
+    names = [name for name in folder.children() if is_rank_folder(name)]
+    first = _open(folder, names[0])
+    ranks = _ranks(names, first)
+    missing = [name for name in ranks if name not in names]
+    if missing or len(names) != len(ranks):
+        other = next((name for name in names if name not in ranks), "")
+        raise UserError(
+            f"`{folder.label}` should have folders of {len(ranks)} ranks: "
+            + (f"`{missing[0]}` is missing" if missing else f"`{other}` is none of them"),
+            hint="copy the checkpoint again; `args` in the first file say how many there are",
+        )
+    files = {rank: first if name == names[0] else _open(folder, name) for name, rank in ranks.items()}
+    for file in files.values():
+        _check_run(first, file)
+    return files
+
+
+def _ranks(names: list[str], first: RankFile) -> dict[str, Rank]:
+    """Return the folder of each rank, by the sizes in `args`; without these by the numbers in the names."""
+    tp, pp, ep = _sizes(names, first)
+    return {
+        f"mp_rank_{rank.tp:02d}" + (f"_{rank.pp:03d}" if pp > 1 else "") + (f"_{rank.ep:03d}" if ep > 1 else "") + "/": rank
+        for rank in (Rank(*numbers) for numbers in product(range(tp), range(pp), range(ep)))
+    }
+
+
+def _sizes(names: list[str], first: RankFile) -> tuple[int, int, int]:
+    settings = args_of(first)
+    sizes: list[Any] = [settings.get(name) for name in _SIZES]
+    if all(is_size(size) and 0 < size <= len(names) for size in sizes):
+        return sizes[0], sizes[1], sizes[2]
+    if settings and sizes[:2] != [None, None]:
+        given = ", ".join(f"{word} {format_untrusted(size)}" for word, size in zip(_SIZES.values(), sizes, strict=True))
+        raise UserError(f"`args` in `{first.name}` say {given}, and there are {len(names)} folders of ranks")
+    numbers = [match.groups(default="0") for name in names if (match := _FOLDER.fullmatch(name))]
+    tp, pp, ep = (1 + max(int(each[place]) for each in numbers) for place in range(3))
+    return tp, pp, ep
+
+
+def _open(folder: Folder, name: str) -> RankFile:
+    file = f"{name}{FILE}"
+    if not folder.has(file):
+        raise UserError(f"`{folder.label}` has no `{file}`", hint="copy the checkpoint again")
+
+    def fetch(offset: int, length: int) -> bytes:
+        data = bytearray(length)
+        folder.read_into(file, offset, memoryview(data))
+        return bytes(data)
+
+    archive = OpenArchive(fetch, folder.size(file), source=file)
+    state: Any = archive.pickle()
+    if not isinstance(state, dict):
+        raise UserError(f"`{file}` is not a dictionary", hint="the file is of another program")
+    known = {key: value for key, value in cast("dict[Any, Any]", state).items() if isinstance(key, str)}
+    return RankFile(file, archive, known, tuple(_models(known, file)))
+
+
+def _models(state: Mapping[str, Any], file: str) -> list[Mapping[str, Any]]:
+    keys = sorted((key for key in state if _MODEL.fullmatch(key)), key=lambda key: int(key[5:] or 0))
+    models: list[Any] = [state[key] for key in keys]
+    if not models or not all(isinstance(model, dict) for model in models):
+        raise UserError(f"`{file}` has no `model`", hint="it is no checkpoint of Megatron-LM")
+    if any("language_model" in model for model in models):
+        raise UserError(
+            f"`{file}` is of a model from before megatron-core (`language_model`), which is not supported",
+            hint="convert it with Megatron-LM's `tools/checkpoint/convert.py --loader legacy --saver core` first",
+        )
+    return models
+
+
+def args_of(file: RankFile) -> Mapping[str, Any]:
+    args = file.state.get("args")
+    return args.fields if isinstance(args, Record) else {}
+
+
+def _settings(file: RankFile) -> dict[str, Any]:
+    return {"iteration": file.state.get("iteration"), **{name: args_of(file).get(name) for name in _SAME}}
+
+
+def _check_run(first: RankFile, other: RankFile) -> None:
+    """Raise UserError where two files do not agree on what run they are of."""
+    ours, theirs = _settings(first), _settings(other)
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise UserError(
+                f"`{name}` is {format_untrusted(value)} in `{first.name}` and {format_untrusted(theirs[name])} in `{other.name}`",
+                hint="the files are of two runs",
+            )
+    if len(first.models) != len(other.models):
+        raise UserError(f"`{first.name}` has {len(first.models)} model chunks, `{other.name}` {len(other.models)}")

@@ -1,0 +1,132 @@
+"""Names in the state dict of a rank, which count its own layers and experts, and how tensor-parallel ranks divide a weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from formats.errors import UserError
+from formats.rank_folders import RankFile, args_of
+from formats.spec import Shape
+from formats.stored_arrays import StoredArray
+from formats.torch_zip import contiguous_strides
+
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+COLUMNS, ROWS = 0, 1
+"""The axes that megatron-core's ColumnParallelLinear and RowParallelLinear divide."""
+
+GATED = "linear_fc1."
+
+_LAYER = re.compile(r"((?:decoder|encoder)\.layers\.)(\d+)\.(.+)")
+_SEQUENTIAL = re.compile(r"(.*\bmlp\.experts\.)local_experts\.(\d+)\.(.+)")
+_GROUPED = re.compile(r"(.*\bmlp\.experts\.)(linear_fc[12])\.(weight|bias)(\d+)")
+_TRANSPOSED = re.compile(r"(.*\bmlp\.experts\.)weight([12])")
+
+_DIVIDED = {
+    COLUMNS: r"(linear_qkv|linear_q_proj|linear_q_up_proj|linear_kv_up_proj|linear_fc1|word_embeddings|output_layer|eh_proj)"
+    r"\.(weight|bias)|core_attention\.softmax_offset",
+    ROWS: r"(linear_proj|linear_fc2)\.weight",
+}
+_WHOLE = (
+    r"\w*norm\w*\.(weight|bias)|layer_norm_(weight|bias)|router\.\w+|(linear_proj|linear_fc2)\.bias|gate_weight|"
+    r"position_embeddings\.weight|linear_(q|kv)_down_proj\.weight|alpha_[pn]|beta|eps"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one rank holds of a weight: [rows, columns], stored [columns, rows] if `transposed`."""
+
+    shape: Shape
+    dtype: np.dtype[Any]
+    stored: StoredArray
+    transposed: bool = False
+
+
+def count_layers(state: Mapping[str, Any], file: str) -> int:
+    """Return how many layers a model chunk has. Raises UserError where one is missing."""
+    numbers = {int(match[2]) for name in state if (match := _LAYER.fullmatch(name))}
+    if numbers != set(range(len(numbers))):
+        raise UserError(f"`{file}` has layers {sorted(numbers)[:8]}, which should count from 0", hint="the file is damaged")
+    return len(numbers)
+
+
+def partition_dim(name: str, ranks: int) -> int | None:
+    """Return the axis along which tensor-parallel ranks divide a weight; None where each has it whole."""
+    if ranks == 1:
+        return None
+    for axis, pattern in _DIVIDED.items():
+        if re.search(rf"(^|\.)({pattern})$", name):
+            return axis
+    if re.search(rf"(^|\.|_)({_WHOLE})$", name):
+        return None
+    raise UserError(
+        f"`{name}` is of a layer whose division over tensor-parallel ranks is not known here",
+        hint="load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
+    )
+
+
+def second(name: str) -> str:
+    """Return the weight that multiplies what `linear_fc1` of a name returns."""
+    return re.sub(r"linear_fc1\.(weight|bias)$", "linear_fc2.weight", name)
+
+
+def pieces(state: Mapping[str, Any], file: RankFile, *, first: int, ep: int) -> Iterator[tuple[str, Piece]]:
+    """Yield the weights of a model chunk under their names in the whole model, and where they are stored.
+
+    `first` is the number of the chunk's first layer, `ep` the expert-parallel rank.
+    """
+    experts = 1 + max((int(match[group]) for name in state for match, group in _numbered(name)), default=-1)
+    for name, record in state.items():
+        if name.endswith("_extra_state"):
+            continue
+        layer = _LAYER.fullmatch(name)
+        numbered = f"{layer[1]}{first + int(layer[2])}.{layer[3]}" if layer else name
+        piece = _piece(file, record, numbered)
+        if match := _TRANSPOSED.fullmatch(numbered):
+            yield from _transposed(match, piece, file, ep)
+            continue
+        yield _with_expert(numbered, ep * experts), piece
+
+
+def _numbered(name: str) -> Iterator[tuple[re.Match[str], int]]:
+    if match := _SEQUENTIAL.fullmatch(name):
+        yield match, 2
+    if match := _GROUPED.fullmatch(name):
+        yield match, 4
+
+
+def _with_expert(name: str, first: int) -> str:
+    """Return the name with the expert's number in the whole model."""
+    if match := _SEQUENTIAL.fullmatch(name):
+        return f"{match[1]}{first + int(match[2])}.{match[3]}"
+    if match := _GROUPED.fullmatch(name):
+        return f"{match[1]}{first + int(match[4])}.{match[2]}.{match[3]}"
+    return name
+
+
+def _transposed(match: re.Match[str], piece: Piece, file: RankFile, ep: int) -> Iterator[tuple[str, Piece]]:
+    """Yield the experts of megatron-core's GroupedMLP (up to 0.15): `weight1` is [hidden, experts · rows] in name, and in memory
+    [experts, hidden, rows]; `weight2` [experts · columns, hidden], which is [experts, columns, hidden]."""
+    args = args_of(file)
+    experts, parallel = args.get("num_experts"), args.get("expert_model_parallel_size") or 1
+    size = piece.shape[1] if match[2] == "1" else piece.shape[0]
+    if not isinstance(experts, int) or experts % parallel or size % (here := experts // parallel):
+        raise UserError(f"`{match[0]}` has shape {list(piece.shape)}, and `args` in `{file.name}` do not say of how many experts")
+    inner = (piece.shape[0], size // here) if match[2] == "1" else (size // here, piece.shape[1])
+    for expert in range(here):
+        offset = piece.stored.offset + expert * prod(inner) * piece.dtype.itemsize
+        stored = replace(piece.stored, offset=offset, shape=inner)
+        yield f"{match[1]}{ep * here + expert}.linear_fc{match[2]}.weight", Piece(inner[::-1], piece.dtype, stored, True)
+
+
+def _piece(file: RankFile, record: Any, name: str) -> Piece:
+    tensor, offset = file.archive.tensor(record)
+    if tensor.strides != contiguous_strides(tensor.shape) and prod(tensor.shape) > 1:
+        raise UserError(f"`{name}` in `{file.name}` has strides {list(tensor.strides)}, which is not supported")
+    return Piece(tensor.shape, tensor.dtype, StoredArray(file.name, offset, tensor.shape))

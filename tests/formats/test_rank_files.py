@@ -1,0 +1,151 @@
+"""Files of ranks, as Megatron-LM wrote them, hold the weights of the `torch_dist` checkpoint of the same state."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from formats.detect import Format, detect, open_megatron
+from formats.errors import UserError
+from formats.folder import LocalFolder
+from tests.golden.kinds import unpacked
+
+FILE = "model_optim_rng.pt"
+NORMS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+SIZES = {
+    "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1, "hidden_size": 4,
+}  # fmt: skip
+
+
+def values(folder):
+    """All weights; norms of layers without Transformer Engine under that library's names, as `torch_dist` has them."""
+    reader, contents = open_megatron(LocalFolder(folder)), {}
+    for name, spec in reader.specs.items():
+        out = np.empty(spec.shape, spec.dtype)
+        reader.read(name, spec.full_region, out)
+        fused = next((name.replace(norm, other) for norm, other in NORMS.items() if norm in name), name)
+        contents[fused] = (spec.shape, spec.dtype, out.tobytes())
+    return contents
+
+
+@pytest.mark.parametrize(("name", "weights"), [("ranks_tp2_pp2", 15), ("ranks_pp2_vpp2", 27), ("ranks_ep2", 29)])
+def test_weights_are_those_of_the_twin(tmp_path, name, weights):
+    folder = unpacked(name, tmp_path)
+    held = values(folder)
+    assert held == values(unpacked(f"{name}_as_torch_dist", tmp_path))
+    assert len(held) == weights
+    assert detect(LocalFolder(folder)) is Format.RANK_FILES
+    reader = open_megatron(LocalFolder(folder))
+    assert (reader.has_optimizer, reader.args()["num_layers"]) == (True, weights // 6 if weights == 27 else 2)
+
+
+def test_any_region_is_that_of_the_whole(tmp_path):
+    reader = open_megatron(LocalFolder(unpacked("ranks_tp2_pp2", tmp_path)))
+    for name in ("decoder.layers.1.mlp.linear_fc1.weight", "decoder.layers.0.mlp.linear_fc2.weight", "output_layer.weight"):
+        spec = reader.specs[name]
+        whole = np.empty(spec.shape, spec.dtype)
+        reader.read(name, spec.full_region, whole)
+        for rows, columns in ((slice(20, 61), slice(3, 31)), (slice(0, 1), slice(0, 32)), (slice(5, 32), slice(15, 17))):
+            region = (slice(min(rows.start, spec.shape[0]), min(rows.stop, spec.shape[0])), columns)
+            out = np.empty(whole[region].shape, spec.dtype)
+            reader.read(name, region, out)
+            assert out.tobytes() == whole[region].tobytes()
+        assert sum(np.prod([part.stop - part.start for part in chunk.region]) for chunk in reader.chunks(name)) == whole.size
+
+
+def saved(folder, ranks, **args):
+    """A checkpoint of files with these state dicts, by the names of their folders."""
+    for name, state in ranks.items():
+        (folder / name).mkdir(parents=True)
+        torch.save({"args": argparse.Namespace(**{**SIZES, **args}), "iteration": 1, "model": state}, folder / name / FILE)
+    return folder
+
+
+def layer(number, value):
+    return {f"decoder.layers.{number}.self_attention.linear_proj.weight": torch.full((4, 4), float(value))}
+
+
+def test_stages_may_be_uneven_and_a_tied_embedding_is_one_weight(tmp_path):
+    embedding = torch.arange(32.0).reshape(8, 4)
+    first = {"embedding.word_embeddings.weight": embedding, **layer(0, 0)}
+    last = {**layer(0, 1), **layer(1, 2), "output_layer.weight": embedding.clone()}
+    sizes = {"pipeline_model_parallel_size": 2, "num_layers": 3, "untie_embeddings_and_output_weights": False}
+    folder = saved(tmp_path, {"mp_rank_00_000": first, "mp_rank_00_001": last}, **sizes)
+    held = values(folder)
+    assert [held[f"decoder.layers.{n}.self_attention.linear_proj.weight"][2] for n in range(3)] == [
+        np.full((4, 4), n, np.float32).tobytes() for n in range(3)
+    ]
+    assert held["embedding.word_embeddings.weight"][2] == embedding.numpy().tobytes()
+    assert "output_layer.weight" not in held
+    last["output_layer.weight"][5, 1] += 1
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=r"`embedding.word_embeddings.weight` should be the same in `mp_rank_00_000/"):
+        values(saved(tmp_path, {"mp_rank_00_000": first, "mp_rank_00_001": last}, **sizes))
+
+
+@pytest.mark.parametrize("kind", ["grouped", "transposed"])
+def test_experts_of_either_kind_are_numbered_as_in_the_whole_model(tmp_path, kind):
+    """`transposed` are megatron-core's GroupedMLP, whose forward views `weight1` as [experts, hidden, rows]."""
+    rng = np.random.default_rng(0)
+    fc1, fc2 = (torch.from_numpy(rng.standard_normal(shape).astype(np.float32)) for shape in ((4, 6, 4), (4, 4, 3)))
+    at, ranks = "decoder.layers.0.mlp.experts.", {}
+    for ep in range(2):
+        mine = range(2 * ep, 2 * ep + 2)
+        grouped = {f"{at}linear_fc{n}.weight{e % 2}": w[e] for e in mine for n, w in ((1, fc1), (2, fc2))}
+        one, two = (torch.stack([w[e].T for e in mine]) for w in (fc1, fc2))
+        turned = {f"{at}weight1": one.reshape(4, -1), f"{at}weight2": two.reshape(-1, 4)}
+        ranks[f"mp_rank_00_{ep:03d}"] = {**layer(0, 0), **(grouped if kind == "grouped" else turned)}
+    held = values(saved(tmp_path, ranks, expert_model_parallel_size=2, num_experts=4))
+    for e in range(4):
+        assert held[f"{at}{e}.linear_fc1.weight"] == ((6, 4), np.float32, fc1[e].numpy().tobytes())
+        assert held[f"{at}{e}.linear_fc2.weight"] == ((4, 3), np.float32, fc2[e].numpy().tobytes())
+
+
+def damaged(tmp_path, change):
+    folder = unpacked("ranks_tp2_pp2", tmp_path)
+    change(folder / "iter_0000003")
+    with pytest.raises(UserError) as error:
+        values(folder)
+    return str(error.value)
+
+
+def test_a_rank_that_is_missing_or_too_many_is_named(tmp_path):
+    gone = damaged(tmp_path / "1", lambda folder: shutil.rmtree(folder / "mp_rank_01_000"))
+    assert "should have folders of 4 ranks: `mp_rank_01_000/` is missing" in gone
+    more = damaged(tmp_path / "2", lambda folder: (folder / "mp_rank_02_000").mkdir())
+    assert "should have folders of 4 ranks: `mp_rank_02_000/` is none of them" in more
+    empty = damaged(tmp_path / "3", lambda folder: (folder / "mp_rank_01_001" / FILE).unlink())
+    assert "has no `mp_rank_01_001/model_optim_rng.pt`" in empty
+
+
+def test_a_rank_of_another_run_is_named_with_both_values(tmp_path):
+    other = unpacked("ranks_ep2", tmp_path / "other") / "iter_0000003" / "mp_rank_00_000" / FILE
+    said = damaged(tmp_path, lambda folder: shutil.copy(other, folder / "mp_rank_01_001" / FILE))
+    assert "`tensor_model_parallel_size` is 2 in `mp_rank_00_000/model_optim_rng.pt` and 1 in `mp_rank_01_001" in said
+
+
+def test_a_copy_that_differs_is_named(tmp_path):
+    def flip(folder):
+        path = folder / "mp_rank_01_000" / FILE
+        state = torch.load(path, weights_only=False)
+        state["model"]["decoder.layers.0.input_layernorm.weight"][3] += 1
+        torch.save(state, path)
+
+    said = damaged(tmp_path, flip)
+    assert "`decoder.layers.0.input_layernorm.weight` should be the same in `mp_rank_00_000/" in said
+
+
+def test_what_is_not_known_is_refused_by_name(tmp_path):
+    old = saved(tmp_path / "old", {"mp_rank_00": {"language_model": {}}})
+    with pytest.raises(UserError, match="is of a model from before megatron-core"):
+        values(old)
+    mixer = {**layer(0, 0), "decoder.layers.0.mixer.in_proj.weight": torch.zeros(4, 4)}
+    mamba = saved(tmp_path / "mamba", {"mp_rank_00": mixer, "mp_rank_01": mixer}, tensor_model_parallel_size=2)
+    with pytest.raises(UserError, match=r"`decoder.layers.0.mixer.in_proj.weight` is of a layer whose division"):
+        values(mamba)
+    with pytest.raises(UserError, match="hold 1 layers, and their `args` say 3"):
+        values(saved(tmp_path / "layers", {"mp_rank_00": layer(0, 0)}, num_layers=3))
