@@ -64,7 +64,20 @@ def open_ranks(folder: Folder) -> dict[Rank, RankFile]:
     files = {rank: first if name == names[0] else _open(folder, name) for name, rank in ranks.items()}
     for file in files.values():
         _check_run(first, file)
+    _check_experts(first)
     return files
+
+
+def _check_experts(file: RankFile) -> None:
+    """Raise UserError where experts are divided otherwise than all else: their ranks are then not those of the folders."""
+    settings = args_of(file)
+    tp, etp = (settings.get(name) for name in ("tensor_model_parallel_size", "expert_tensor_parallel_size"))
+    if settings.get("num_experts") and etp not in (None, tp):
+        raise UserError(
+            f"`args` in `{file.name}` say tensor parallelism {format_untrusted(tp)} and {format_untrusted(etp)} of experts, "
+            "which is not supported",
+            hint="load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
+        )
 
 
 def _ranks(names: list[str], first: RankFile) -> dict[str, Rank]:

@@ -149,3 +149,6 @@ def test_what_is_not_known_is_refused_by_name(tmp_path):
         values(mamba)
     with pytest.raises(UserError, match="hold 1 layers, and their `args` say 3"):
         values(saved(tmp_path / "layers", {"mp_rank_00": layer(0, 0)}, num_layers=3))
+    sizes = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "num_experts": 4}
+    with pytest.raises(UserError, match="say tensor parallelism 2 and 1 of experts, which is not supported"):
+        values(saved(tmp_path / "etp", {"mp_rank_00": layer(0, 0), "mp_rank_01": layer(0, 0)}, **sizes))
