@@ -95,9 +95,10 @@ def open_megatron(folder: Folder) -> MegatronReader:
     Raises UserError for what is missing, incomplete or in another format.
     """
     iteration = find_iteration(folder)
-    if backend(iteration) == TORCH:
+    kind = backend(iteration)
+    if kind == TORCH:
         return RankFilesReader(iteration)
-    return TorchDistReader(iteration, container=ZarrContainer(iteration) if backend(iteration) == ZARR else None)
+    return TorchDistReader(iteration, container=ZarrContainer(iteration) if kind == ZARR else None)
 
 
 def _tracked(root: Folder) -> Format:

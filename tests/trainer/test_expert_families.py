@@ -6,11 +6,9 @@ from __future__ import annotations
 import pytest
 
 from converter.families import gpt_oss
-from tests import models
 from tests.converter.family_suite import small_model
-from tests.trainer import small, test_parity
 from tests.trainer.small import STEPS
-from tests.trainer.test_family_training import END, FEW, PP2, TP2
+from tests.trainer.test_family_training import FEW, saved, steps_are_those_of_transformers
 
 FAMILIES = (
     "qwen3_next",
@@ -34,12 +32,5 @@ SHORT = {
 
 @pytest.mark.parametrize("family", [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in FAMILIES])
 def test_a_few_steps_are_those_of_transformers_and_adamw(family, ranks, tmp_path):
-    model = small_model(family, dtype="float32", **NO_TIES.get(family, {}))
-    model.config.eos_token_id = model.generation_config.eos_token_id = END
-    folder = models.save(model, tmp_path / "hf")
-    losses, norms = test_parity._reference(folder, FEW)
-    for layout in (TP2, PP2):
-        for history in ranks.run(small.train, 2, str(folder), {**SHORT, **layout}):
-            assert history.losses == pytest.approx(losses, abs=test_parity.TOLERANCE)
-            assert history.grad_norms[:2] == pytest.approx(norms[:2], rel=1e-4)  # those after are of weights that rounding parted
-    assert len(set(losses)) == FEW
+    folder = saved(small_model(family, dtype="float32", **NO_TIES.get(family, {})), tmp_path / "hf")
+    steps_are_those_of_transformers(folder, ranks, SHORT)

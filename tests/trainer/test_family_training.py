@@ -26,18 +26,27 @@ SHORT = {"train__train_iters": FEW, "scheduler__lr_decay_iters": STEPS}
 @pytest.fixture(scope="module", params=[family for family in TRAINED if family in families.names()])
 def folder(request, tmp_path_factory):
     """A small model of a family in fp32, with a tokenizer."""
-    model = small_model(request.param, dtype="float32")
-    model.config.eos_token_id = model.generation_config.eos_token_id = END
-    return models.save(model, tmp_path_factory.mktemp(request.param) / "hf")
+    return saved(small_model(request.param, dtype="float32"), tmp_path_factory.mktemp(request.param) / "hf")
 
 
-def test_a_few_steps_are_those_of_transformers_and_adamw(folder, ranks):
+def steps_are_those_of_transformers(folder, ranks, changes):
+    """Train a few steps over two tensor-parallel ranks and over two stages, and compare losses and gradient norms."""
     losses, norms = test_parity._reference(folder, FEW)
     for layout in (TP2, PP2):
-        for history in ranks.run(small.train, 2, str(folder), {**SHORT, **layout}):
+        for history in ranks.run(small.train, 2, str(folder), {**changes, **layout}):
             assert history.losses == pytest.approx(losses, abs=test_parity.TOLERANCE)
             assert history.grad_norms[:2] == pytest.approx(norms[:2], rel=1e-4)  # those after are of weights that rounding parted
     assert len(set(losses)) == FEW
+
+
+def saved(model, folder):
+    """Save a small model with a tokenizer, whose last token ends what is generated."""
+    model.config.eos_token_id = model.generation_config.eos_token_id = END
+    return models.save(model, folder)
+
+
+def test_a_few_steps_are_those_of_transformers_and_adamw(folder, ranks):
+    steps_are_those_of_transformers(folder, ranks, SHORT)
 
 
 def test_adapters_that_are_exported_are_in_peft_what_they_are_here(folder, ranks, tmp_path):

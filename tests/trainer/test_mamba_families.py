@@ -8,9 +8,9 @@ import torch
 from converter import mcore_to_hf
 from tests import models
 from tests.converter.family_suite import small_model
-from tests.trainer import small, test_parity, witness
+from tests.trainer import small, witness
 from tests.trainer.small import STEPS
-from tests.trainer.test_family_training import END, FEW, PP2, TP2
+from tests.trainer.test_family_training import END, FEW, TP2, saved, steps_are_those_of_transformers
 from tests.trainer.test_generation import answers, tokens, transformers_tokens
 
 QUICK = ("mamba2", "nemotron_h")
@@ -20,18 +20,11 @@ SHORT = {"train__train_iters": FEW, "scheduler__lr_decay_iters": STEPS, "model__
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, tmp_path_factory):
-    model = small_model(request.param, dtype="float32")
-    model.config.eos_token_id = model.generation_config.eos_token_id = END
-    return models.save(model, tmp_path_factory.mktemp(request.param) / "hf")
+    return saved(small_model(request.param, dtype="float32"), tmp_path_factory.mktemp(request.param) / "hf")
 
 
 def test_a_few_steps_are_those_of_transformers_and_adamw(folder, ranks):
-    losses, norms = test_parity._reference(folder, FEW)
-    for layout in (TP2, PP2):
-        for history in ranks.run(small.train, 2, str(folder), {**SHORT, **layout}):
-            assert history.losses == pytest.approx(losses, abs=test_parity.TOLERANCE)
-            assert history.grad_norms[:2] == pytest.approx(norms[:2], rel=1e-4)  # those after are of weights that rounding parted
-    assert len(set(losses)) == FEW
+    steps_are_those_of_transformers(folder, ranks, SHORT)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder, ranks, tmp_path):

@@ -12,9 +12,9 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from converter.hybrid import PREDICTION, with_stages
+
 MAMBA, ATTENTION, LATENT_ATTENTION, MLP, EXPERTS = "M", "*", "+", "-", "E"
-STAGE, PREDICTION = "|", "/"
-"""What separates pipeline stages, and layers of multi-token prediction, in megatron-core's patterns."""
 
 
 def is_hybrid(provider: Any) -> bool:
@@ -52,11 +52,8 @@ def layers_with_experts(provider: Any) -> tuple[bool, ...]:
 
 def pattern(provider: Any) -> str:
     """Return HybridModel's pattern for a finalized provider, with its pipeline stages as GPTModel would have them."""
-    left, stages = symbols(provider), list[str]()
-    for count in _layers_of_stages(provider):
-        stages.append("".join(left[:count]))
-        left = left[count:]
-    return STAGE.join(stages)
+    each = layers_of_each(provider)
+    return with_stages("".join(symbols(provider)), [each * count for count in _layers_of_stages(provider)])
 
 
 def _layers_of_stages(provider: Any) -> list[int]:

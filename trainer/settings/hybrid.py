@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from converter.hybrid import PREDICTION, STAGE
 from trainer.config import is_packed
-from trainer.layers.pattern import ATTENTION, EXPERTS, MAMBA, MLP, PREDICTION, STAGE, has_mamba, is_hybrid
+from trainer.layers.pattern import ATTENTION, EXPERTS, MAMBA, MLP, has_mamba, is_hybrid
 from trainer.settings.checks import CP, TP, parallel_size
 from trainer.settings.rules import Rule, enforce
 
