@@ -5,6 +5,7 @@ Tests of what a start itself does (imports, signals, torchrun) start a Python in
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
@@ -34,6 +35,13 @@ def run_module(
             process.kill()
             process.join()
         return subprocess.CompletedProcess([module, *words], code, *(file.read_text() for file in files[1:]))  # type: ignore[arg-type]
+
+
+def expected_memory(*words: object) -> int:
+    """The bytes that a dry run of `mbconvert WORDS…` expects to take at most, in a process that has taken no more before."""
+    command = [sys.executable, "-m", "converter", *map(str, words), "--dry-run", "--json"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(answer.stdout)["peak_memory"]
 
 
 def _run(module: str, words: tuple[str, ...], cwd: str | None, env: dict[str, str], files: list[str]) -> None:

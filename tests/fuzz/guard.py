@@ -77,6 +77,8 @@ _installed: list[bool] = []
 def watched(folder: Path) -> Generator[None]:
     """Escaped is raised, here at the latest, if code in the block leaves the folder or would run something."""
     if not _installed:
+        for name in converter.families.names():  # a reading that is the first to need one imports it
+            converter.families.find(name)
         sys.addaudithook(_WATCH)
         _installed.append(True)
     _WATCH.seen.clear()

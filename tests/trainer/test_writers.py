@@ -6,6 +6,7 @@ import sys
 import warnings
 
 import pytest
+import wandb
 
 from formats.errors import UserError
 from tests.trainer.test_metrics import step
@@ -65,6 +66,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
         writers.log(step(iteration=done + 10))
         writers.close()
         ids.append((tmp_path / "run" / "wandb_run_id").read_text())
+    wandb.teardown()  # what `finish` leaves to a process of its own is written
     assert ids[0] == ids[1]
     stored = list((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{ids[0].strip()}.wandb"))
     assert len(stored) == 2
