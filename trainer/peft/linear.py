@@ -92,6 +92,7 @@ def describe_linear(module: torch.nn.Module, name: str) -> Linear:
     group = getattr(module, "_tp_group", None) or getattr(module, "tp_group", None)
     group = group or parallel_state.get_tensor_model_parallel_group()
     _check_communication(name, config, ranks=group.size())
+    _check_rows(name)
     sequence = bool(getattr(config, "sequence_parallel", False)) and group.size() > 1 and not expert
     return Linear(
         name=name,
@@ -116,6 +117,16 @@ def _check_communication(name: str, config: Any, *, ranks: int) -> None:
             f"no adapter can be added to `{name}`: with `model.moe_shared_expert_overlap` and "
             f"`model.tensor_model_parallel_size` `{ranks}`, ranks exchange its tokens outside the layer",
             hint="set `model.moe_shared_expert_overlap=false`, or `peft.exclude_modules=['*.shared_experts.*']`",
+        )
+
+
+def _check_rows(name: str) -> None:
+    """Refuse the layer before a state, whose outputs are sections that ranks divide one by one: an adapter's rows would be saved
+    in the order of the ranks."""
+    if name.rpartition(".")[2] == "in_proj":
+        raise UserError(
+            f"no adapter can be added to `{name}`: ranks divide its outputs section by section",
+            hint="leave it out: `peft.exclude_modules=['in_proj']`",
         )
 
 
