@@ -97,7 +97,7 @@ class GPTModelProvider(ModelProvider):
 
     rope_parameters: dict[str, Any] | None = None
     """Parameters of rotary embeddings that GPTModel has no arguments for, as transformers names them, without `rope_theta`:
-    `longrope` (Phi-3) and `dynamic`."""
+    `longrope` (Phi-3), `dynamic`, and `yarn` over a part of each head (GLM-4.5)."""
 
     sliding_rope: dict[str, Any] | None = None
     """Parameters of the rotary embeddings of layers whose attention slides, as transformers names them. None: as in the other

@@ -23,7 +23,7 @@ CONFIG = (
     field("add_qkv_bias", "use_qkv_bias", default=value(False)),
     field("qk_layernorm", "use_qk_norm", default=value(False)),
     switches(qkv_bias="add_qkv_bias", qk_norms="qk_layernorm"),
-    rope("default", partial=partial_rotary(1.0)),
+    rope("default", "yarn", partial=partial_rotary(1.0)),
     no_window("window_size"),
     *routed(experts="num_experts", topk="num_experts_per_tok", ffn="moe_intermediate_size"),
     *sigmoid_scores(scale=2.5),
@@ -37,4 +37,4 @@ SMALL = {
     "head_dim": 16, "partial_rotary_factor": 0.5, "use_qk_norm": True, "num_experts": 8, "num_experts_per_tok": 3,
     "moe_intermediate_size": 48, "num_shared_experts": 2, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
 }  # fmt: skip
-PROVIDER = ("moe_router_group_score",)
+PROVIDER = ("moe_router_group_score", "rope_parameters")

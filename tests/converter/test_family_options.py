@@ -23,6 +23,7 @@ from trainer.model import from_hf_config
 
 TP2 = {"tp2": {"tensor_model_parallel_size": 2}}
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 4.0}
 OPTIONS = {
     "gpt2, scores not scaled": ("gpt2", {"scale_attn_weights": False, "activation_function": "relu", "n_inner": None}),
     "gpt2, untied": ("gpt2", {"tie_word_embeddings": False}),
@@ -33,6 +34,9 @@ OPTIONS = {
     "persimmon, without norms of query and key": ("persimmon", {"qk_layernorm": False}),
     "glm, without biases": ("glm", {"attention_bias": False}),
     "olmo, biases of attention": ("olmo", {"attention_bias": True}),
+    "llama, yarn": ("llama", {"rope_parameters": YARN}),
+    "granite, dynamic": ("granite", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+    "minimax_m2, yarn in a part of each head": ("minimax_m2", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}),
 }  # fmt: skip
 
 
