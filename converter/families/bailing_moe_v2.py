@@ -5,7 +5,7 @@ Names and settings are those of `modeling_bailing_moe_v2.py` in the published re
 
 from converter.config import field, switches, value
 from converter.config_layers import no_window
-from converter.config_parts import dropouts, only, rms_norm, routed, sizes
+from converter.config_parts import dropouts, only, rms_norm, routed, sizes, trained_with
 from converter.config_rope import partial_rotary, rope
 from converter.config_router import best_groups, dense_first, shared_multiple, sigmoid_scores
 from converter.families import llama, mixtral, sarvam_moe
@@ -30,7 +30,8 @@ CONFIG = (
     best_groups(8, 4, best=2, experts="num_experts"),
     *shared_multiple(1, name="num_shared_experts"),
     dense_first(0),
-    only(use_bias=False, norm_head=False, score_function="sigmoid", num_nextn_predict_layers=0),
+    only(use_bias=False, num_nextn_predict_layers=0),
+    trained_with(norm_head=False, score_function="sigmoid"),
 )
 EXTRAS = llama.EXTRAS
 SMALL = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from converter.config import Config, Field, fixed, number, object_of, value
 from converter.config_layers import no_window
-from converter.config_parts import dropouts, layer_norm, only, sizes
+from converter.config_parts import dropouts, layer_norm, only, sizes, trained_with
 from converter.families.bloom import four_times
 from converter.rules import Rule, always, column_parallel, qkv, replicated, row_parallel, under, vocab_parallel
 
@@ -77,7 +77,8 @@ CONFIG = (
           qk_layernorm=False),
     Field(_read_attention, _write_attention),
     no_window("window_size"),
-    only(expansion_ratio=4, logit_scale=None, no_bias=True),
+    only(expansion_ratio=4, no_bias=True),
+    trained_with(logit_scale=None),
 )  # fmt: skip
 SMALL = {"num_attention_heads": 6, "hidden_size": 48}
 PROVIDER = ("alibi",)

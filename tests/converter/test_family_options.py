@@ -119,8 +119,16 @@ def test_what_a_gpt2_has_more_is_not_said_to_be_gpt2_s(tmp_path):
 
 REFUSED = {
     "olmo": ({"clip_qkv": 8.0}, "`clip_qkv` is `8.0`", "queries, keys and values are clamped to it"),
+    "gemma3_text": ({"use_bidirectional_attention": True}, "`use_bidirectional_attention` is `True`", "published models"),
+    "gpt_oss": ({"hidden_act": "gelu", "swiglu_alpha": 1.5}, "`hidden_act` is `gelu` and `swiglu_alpha` is `1.5`", "published"),
+    "ministral3": (
+        {"rope_parameters": {**families.find("ministral3").SMALL["rope_parameters"], "llama_4_scaling_beta": 0.5}},
+        "`llama_4_scaling_beta` is `0.5`",
+        "published models",
+    ),
     "gpt2": ({"scale_attn_by_inverse_layer_idx": True}, "`scale_attn_by_inverse_layer_idx` is `True`", "scores of attention"),
     "deepseek_v3": ({"norm_topk_prob": False}, "`norm_topk_prob` is `False`", "this family's routers"),
+    "youtu": ({"rope_interleave": False}, "`rope_interleave` is `False`", "published models"),
     "deepseek_v2": ({"norm_topk_prob": True}, "`norm_topk_prob` is `True`", "this family's routers"),
     "baichuan": ({"z_loss_weight": 0}, "`normalized_output_layer` is `True`", "Baichuan 2 normalizes the rows"),
     "chatglm": ({"rope_ratio": 50}, "`rope_ratio` is `50`", "ChatGLM 2 divides positions by it"),
