@@ -318,7 +318,6 @@ OTHERS = "other_values"
 
 NOT_COMPUTED = {
     "alibi_bias_max": "transformers takes 8 whatever it says, MPT's own code what it says",
-    "clip_qkv": "queries, keys and values are clamped to it, which no layer here does",
     "dropouts": "transformers drops other numbers than megatron-core's layers do",
     "indexer_types": "layers take over tokens that others chose, in an order for which megatron-core has no numbers",
     "moe_normalize_expert_weights": "weights of chosen experts are divided by their norm, which is the sum in routers here",

@@ -119,6 +119,9 @@ class GPTModelProvider(ModelProvider):
     """Bias of attention that grows with distance, in place of positions (with `position_embedding_type=alibi`): `bias_max`, 8 by
     default, from which slopes follow, and `scale`, by which they are multiplied. Bloom, MPT, Baichuan 13B and Falcon RW."""
 
+    clip_qkv: float | None = None
+    """Clamp queries, keys and values to the range from its negative to it, as DBRX does. None: do not."""
+
     attn_logit_softcapping: float | None = None
     """Cap scores of attention at this value by tanh, as Gemma 2 does. On a GPU without flash-attn, all scores are in memory."""
 

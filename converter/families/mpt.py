@@ -50,7 +50,7 @@ def _read_attention(config: Config) -> dict[str, Any]:
         "alibi_bias_max": None if bias_max == _BIAS_MAX else bias_max,
         "dropouts": {name: found for name, found in drops.items() if found} or None,
         "softmax_scale": attention.get("softmax_scale"),
-        "clip_qkv": attention.get("clip_qkv"),
+        "clip_qkv": attention.get("clip_qkv") or None,
     }
 
 
@@ -81,4 +81,4 @@ CONFIG = (
     trained_with(logit_scale=None),
 )  # fmt: skip
 SMALL = {"num_attention_heads": 6, "hidden_size": 48}
-PROVIDER = ("alibi",)
+PROVIDER = ("alibi", "clip_qkv")

@@ -34,6 +34,8 @@ OPTIONS = {
     "persimmon, without norms of query and key": ("persimmon", {"qk_layernorm": False}),
     "glm, without biases": ("glm", {"attention_bias": False}),
     "olmo, biases of attention": ("olmo", {"attention_bias": True}),
+    "olmoe, clamped after norms": ("olmoe", {"clip_qkv": 0.5}),
+    "mpt, clamped": ("mpt", {"attn_config": {"clip_qkv": 0.5}}),
     "llama, yarn": ("llama", {"rope_parameters": YARN}),
     "granite, dynamic": ("granite", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
     "minimax_m2, yarn in a part of each head": ("minimax_m2", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}),
@@ -118,7 +120,6 @@ def test_what_a_gpt2_has_more_is_not_said_to_be_gpt2_s(tmp_path):
 
 
 REFUSED = {
-    "olmo": ({"clip_qkv": 8.0}, "`clip_qkv` is `8.0`", "queries, keys and values are clamped to it"),
     "gemma3_text": ({"use_bidirectional_attention": True}, "`use_bidirectional_attention` is `True`", "published models"),
     "gpt_oss": ({"hidden_act": "gelu", "swiglu_alpha": 1.5}, "`hidden_act` is `gelu` and `swiglu_alpha` is `1.5`", "published"),
     "ministral3": (
