@@ -35,7 +35,7 @@ test-newest: $(FULL)
 	printf 'torch\nmegatron-core\n' > $(NEWEST)/overrides.txt
 	$(BIN)/uv pip install --quiet --python $(NEWEST)/bin/python --override $(NEWEST)/overrides.txt --editable '.[test]'
 	$(BIN)/uv pip list --python $(NEWEST)/bin/python | grep -E '^(torch|megatron-core|transformers) '
-	$(NEWEST)/bin/python -m pytest -m "not gpu and not slow" tests/converter/test_te_keys.py tests/converter/test_golden.py \
+	$(NEWEST)/bin/python -m pytest -W ignore::SyntaxWarning -m "not gpu and not slow" tests/converter/test_te_keys.py tests/converter/test_golden.py \
 		tests/converter/test_megatron.py tests/converter/test_families.py
 
 check: $(FULL)

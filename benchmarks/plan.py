@@ -104,7 +104,9 @@ def experts(folder: Path) -> None:
     run(what="import", source=str(source), target=str(made), options={**options, "integrity": False})
     where["source"] = str(made)
     row(tensors, "export, experts", run(what="export", **where, options={"dry_run": True}), TARGETS[200_000])
-    row(tensors, "reshard, experts", run(what="reshard", **where, options={**options, "ep": 4}), TARGETS[200_000])
+    row(
+        tensors, "reshard, experts", run(what="reshard", **where, options={**options, "ep": 4, "dry_run": True}), TARGETS[200_000]
+    )
     shutil.rmtree(source)
     shutil.rmtree(made)
 

@@ -50,7 +50,7 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
 
 
 def _stages(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
-    """Return `9,9,8,6` or `Et*9|t*9|t*8|t*6L` as layers per pipeline stage."""
+    """Return `9,9,8,6`, `Et*9|t*9|t*8|t*6L` or `*-*|-*-` as layers per pipeline stage."""
     if value is None:
         return None
     from converter.pipeline_layout import parse_layout  # noqa: PLC0415
@@ -118,7 +118,7 @@ def _layout(command: _Command) -> _Command:
                      help="Virtual pipeline stages per pipeline rank."),
         click.option("--pp-layout", callback=_stages, metavar="LAYOUT",
                      help="Layers per pipeline stage, all ranks of the first virtual stage first: 9,9,8,6, or Megatron's "
-                     "Et*9|t*9|t*8|t*6L."),
+                     "Et*9|t*9|t*8|t*6L; of layout hybrid also its pattern, *-*|-*-."),
         click.option("--ep", "--expert-model-parallel-size", "ep", type=_COUNT, default=1, show_default=True, metavar="N",
                      help="Expert-parallel size: experts are divided among N ranks."),
         click.option("--etp", "--expert-tensor-parallel-size", "etp", type=_COUNT, metavar="N",
@@ -253,6 +253,8 @@ def merge(base: str, adapter: str, target: str, **options: Any) -> None:
               "either format, a URL or a Hub id.")  # fmt: skip
 @click.option("--canonical/--fused", default=True, show_default=True,
               help="Separate adapters for query, key, value, gate and up, as in PEFT; or one per fused layer.")  # fmt: skip
+@click.option("--layout", type=click.Choice(["gpt", "hybrid"]), help="The layout of the model to be trained. [default: that of a "
+              "Megatron base; else gpt, where GPTModel can express the family]")  # fmt: skip
 @_execution
 def adapter_to_mcore(source: str, target: str, **options: Any) -> None:
     """Convert a PEFT adapter to Megatron.

@@ -163,11 +163,6 @@ def fixed(**fields: Any) -> Field:
     return Field(lambda _config: dict(fields), lambda config: agreeing(config, fields))
 
 
-def only(**fields: Any) -> Field:
-    """Return the field of what every model of the family says in `config.json`, or leaves out; other values are refused."""
-    return Field(lambda config: agreeing(config, fields), lambda _config: dict(fields))
-
-
 def agreeing(config: Config, fields: Config) -> dict[str, Any]:
     """Return nothing, for a configuration that has these values or none; else raise UserError."""
     for name, expected in fields.items():

@@ -303,7 +303,8 @@ def dimension(size: str, huggingface: str, *, megatron: str = "", default: int |
 
 
 def only(**huggingface: Any) -> Field:
-    """Return fields of `config.json` that models of the family have with these values alone, or not at all."""
+    """Return fields of `config.json` that models of the family have with these values alone, or not at all: weights with others
+    have other names or shapes. Where they have not, it is `trained_with`."""
 
     def read(config: Config) -> dict[str, Any]:
         for name, expected in huggingface.items():
@@ -314,9 +315,22 @@ def only(**huggingface: Any) -> Field:
     return Field(read, lambda _config: dict(huggingface))
 
 
+def trained_with(**huggingface: Any) -> Field:
+    """Return fields of `config.json` with whose values alone, or without them, models of the family are trained; others'
+    weights are converted. A family has one such field."""
+
+    def read(config: Config) -> dict[str, Any]:
+        others = {name: config[name] for name, usual in huggingface.items() if config.get(name, usual) != usual}
+        return {OTHERS: others} if others else {}
+
+    return Field(read, lambda config: {**huggingface, **object_of(config, OTHERS)})
+
+
+OTHERS = "other_values"
+"""The field of what `config.json` says otherwise than all published models of a family."""
+
 NOT_COMPUTED = {
     "alibi_bias_max": "transformers takes 8 whatever it says, MPT's own code what it says",
-    "clip_qkv": "queries, keys and values are clamped to it, which no layer here does",
     "dropouts": "transformers drops other numbers than megatron-core's layers do",
     "indexer_types": "layers take over tokens that others chose, in an order for which megatron-core has no numbers",
     "moe_normalize_expert_weights": "weights of chosen experts are divided by their norm, which is the sum in routers here",
@@ -325,6 +339,7 @@ NOT_COMPUTED = {
     "moe_topk": "tokens have other numbers of experts in other layers, and megatron-core has one number for all",
     "norm_topk_prob": "this family's routers here make the weights of chosen experts sum to 1, or do not, whatever it says",
     "normalized_output_layer": "Baichuan 2 normalizes the rows of its output layer at each step, which no layer here does",
+    OTHERS: "published models of this family have another value, and layers here compute that alone",
     "router_jitter_noise": "training multiplies what experts read by random numbers, which no layer here does",
     "rope_ratio": "ChatGLM 2 divides positions by it and ChatGLM 3 multiplies the base by it; `config.json` is the same for both",
     "scale_attn_by_inverse_layer_idx": "scores of attention are divided by the number of their layer, which no layer here does",

@@ -49,7 +49,9 @@ def rope(*kinds: str, theta: float = 10000.0, partial: Field = WHOLE_HEADS, defa
     """
 
     def read(config: Config) -> dict[str, Any]:
-        return {**partial.to_megatron(config), **_read(rope_numbers(config, theta=theta, default=default), config, kinds)}
+        share = partial.to_megatron(config)
+        numbers = rope_numbers(config, theta=theta, default=default)
+        return {**share, **_read(numbers, config, kinds, own_yarn=share["rotary_percent"] < 1)}
 
     def write(config: Config) -> dict[str, Any]:
         base, scaling = number("rotary_base", config.get("rotary_base", theta)), _written(config, kinds)
@@ -146,7 +148,7 @@ def signed(name: str, found: Any) -> Any:
 
 def _write_yarn(config: Config) -> dict[str, Any] | None:
     if config.get("position_embedding_type") != "yarn":
-        return None
+        return _write_own("yarn")(config)
     factor = positive("yarn_rotary_scaling_factor", config.get("yarn_rotary_scaling_factor"))
     one, all_dim = (signed(name, config.get(name)) for name in ("yarn_mscale", "yarn_mscale_all_dim"))
     numbers = {
@@ -166,13 +168,13 @@ def _write_yarn(config: Config) -> dict[str, Any] | None:
 
 
 def _read_own(numbers: Config, config: Config) -> dict[str, Any]:
-    """Return the parameters as they are: GPTModel has no arguments for them. Below the original length they change nothing, or
-    are the same for all lengths."""
+    """Return the parameters as they are: GPTModel has no arguments for them. `dynamic` and `longrope` are other ones beyond the
+    original length."""
     original = numbers.get(_ORIGINAL, config.get("max_position_embeddings"))
     kept = {name: value for name, value in numbers.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    if numbers["rope_type"] == "longrope" and numbers.get("factor") is None:
+    if numbers["rope_type"] in ("longrope", "yarn") and numbers.get("factor") is None:
         kept["factor"] = number("factor", config["max_position_embeddings"] / original)
-    return {"rope_parameters": kept, "exact_sequence_length": original}
+    return {"rope_parameters": kept, "exact_sequence_length": None if numbers["rope_type"] == "yarn" else original}
 
 
 def _write_own(kind: str) -> Callable[[Config], dict[str, Any] | None]:
@@ -222,7 +224,8 @@ _KINDS: dict[str, _Kind] = {
 }
 
 
-def _read(numbers: Config, config: Config, kinds: Iterable[str]) -> dict[str, Any]:
+def _read(numbers: Config, config: Config, kinds: Iterable[str], *, own_yarn: bool = False) -> dict[str, Any]:
+    """Return Megatron's fields; with `own_yarn`, `yarn` as the trainer's, for megatron-core turns whole heads by its own."""
     name = numbers["rope_type"]
     if name not in kinds:
         raise _unknown_kind(name, kinds)
@@ -230,7 +233,7 @@ def _read(numbers: Config, config: Config, kinds: Iterable[str]) -> dict[str, An
     for one in kind.needs:
         _factor(numbers, one)
     start = {"rotary_base": numbers["rope_theta"], "position_embedding_type": "rope", "rope_scaling": False}
-    return {**start, **kind.read(numbers, config)}
+    return {**start, **(_read_own if own_yarn and name == "yarn" else kind.read)(numbers, config)}
 
 
 def _unknown_kind(name: Any, kinds: Iterable[str], which: str = "") -> UserError:

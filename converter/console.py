@@ -261,10 +261,12 @@ def _sizes(layout: Mapping[str, Any]) -> str:
 
 
 def _family(family: Family) -> dict[str, Any]:
-    """What a family is, whether `mbtrain` computes it, which fields of its own that takes, and why not if it does not."""
+    """What a family is, its layouts in Megatron, the default first, whether `mbtrain` computes it, which fields of its own that
+    takes, and why not if it does not."""
     return {
         "models": family.MODELS,
         "architecture": family.ARCHITECTURE,
+        "layouts": list(family.LAYOUTS),
         "trains": family.trains,
         "needs": list(family.PROVIDER),
         "weights_only": family.WEIGHTS_ONLY or None,

@@ -65,7 +65,7 @@ def plan_export(
     plan = to_huggingface(family.RULES, model, reader.specs, dtype=wanted.dtype, known=specs_of(origin.shards))
     for name, value in plan.filled.items():
         check_filled(reader, name, value)
-    for text in casts_of_kept(plan.kept):
+    for text in (*casts_of_kept(plan.kept), *_left_behind(reader)):
         reporter.note(text)
     quantized = quantized_source(origin)
     carried = {*quantized.names, *map(original_name, moved(plan.tensors))}
@@ -81,6 +81,12 @@ def plan_export(
         reporter.note(text)
     conversion = plan_files(megatron_source(reader, root, origin, tensors), tensor_plans, wanted, reporter)
     return replace(conversion, memory=conversion.memory + (workers * encoded.WORKER_BYTES if quantized.weights else 0))
+
+
+def _left_behind(reader: MegatronReader) -> Iterator[str]:
+    """Yield a note if the checkpoint holds more of a training run than its weights."""
+    if reader.has_optimizer:
+        yield f"optimizer state is not exported: to continue training, keep `{reader.folder.label}`"
 
 
 def plan_files(source: Source, tensor_plans: Sequence[TensorPlan], wanted: ExportOptions, reporter: Reporter) -> Conversion:

@@ -195,13 +195,13 @@ def weights_writer(plan: Plan, layout: Layout, megatron: Config, *, iteration: i
     """Return the files of a plan's weights in a layout. `megatron`: the model's fields."""
     model, scope = plan.model, megatron.get("qk_layernorm_scope", "head")
     hybrid, last = model.get("hybrid", False), layout.rank(layout.stage(model.megatron_layers), 0)
-    weights = {tensor_plan.spec.name for tensor_plan in plan.tensors}
+    weightless = list(weightless_modules({tensor_plan.spec.name for tensor_plan in plan.tensors}, hybrid=hybrid))
     return TorchDistWriter(
         starmap(ShardedTensor, sharded(plan, layout)),
         iteration=iteration,
         stacked=model.get("stacked", True),
         stateful_module=partial(stateful_module, hybrid=hybrid, own_head_norms=scope != "head"),
-        weightless=dict.fromkeys(weightless_modules(weights, hybrid=hybrid), last),
+        weightless=dict.fromkeys(weightless, last),
     )
 
 

@@ -3,7 +3,8 @@
 megatron-core writes `E` for the embedding, `t` for a transformer layer, `m` for a layer of multi-token prediction, `L` for the
 output layer and the loss, `|` between stages, `x*3` for `xxx` and `(t|)*3` for `t|t|t|`; commas mean nothing
 (`PipelineParallelLayerLayout.parse_str_to_list`).
-Knows no model: converter/layout.py compares the stages with a model's layers.
+A HybridModel has its stages in `hybrid_layer_pattern`, a letter for each layer:
+`*-*|-*-`. Knows no model, and only counts such letters: converter/layout.py compares the stages with a model's layers.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from converter.hybrid import FEED_FORWARD, MIXERS, PREDICTION, STAGE
 from formats.errors import UserError
 
 EXAMPLE = "Et*9|t*9|t*8|t*6L"
 
 _LONGEST, _MOST_STAGES = 1 << 14, 1 << 16
 _GROUP = re.compile(r"\(([^()]*)\)\*([0-9]{1,5})")
+_PATTERN = re.compile(rf"(?=.*[{re.escape(MIXERS)}])[{re.escape(MIXERS + FEED_FORWARD + STAGE + PREDICTION)}]+")
 _ITEM = re.compile(r"(.)(?:\*([0-9]{1,6}))?")
 
 
@@ -33,14 +36,18 @@ def format_layout(stages: Sequence[int], *, mtp: int = 0) -> str:
 
 
 def parse_layout(text: str) -> list[int]:
-    """Return the layers of each stage from either notation. Raises UserError, which names the stage that is wrong.
+    """Return the layers of each stage from any notation. Raises UserError, which names the stage that is wrong.
 
     >>> parse_layout("9,9,8,6") == parse_layout("Et*9|t*9|t*8|t*6L") == [9, 9, 8, 6]
     True
+    >>> parse_layout("*-*|-*-/*-")
+    [3, 3]
     """
     parts = [part.strip() for part in text.split(",")]
     if all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts):
         return [int(part) for part in parts]
+    if _PATTERN.fullmatch(text):
+        return [len(stage) for stage in text.partition(PREDICTION)[0].split(STAGE)]
     if not re.search(r"[ELtm|]", text):
         raise UserError(
             f"pipeline layout `{text[:40]}` is not a list of layers per stage", hint=f"for example `9,9,8,6` or `{EXAMPLE}`"

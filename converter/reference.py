@@ -12,6 +12,7 @@ from typing import Any
 
 from converter import consistency, families, megatron_settings, run_config, side_files
 from converter.config import TEXT, to_huggingface, to_megatron
+from converter.config_mamba import MAMBA
 from converter.hybrid import GPT, HYBRID, PATTERN, layout_of
 from converter.padded_vocab import rows_of, tokens
 from converter.run_config import ModelSettings, UnknownModelError
@@ -39,8 +40,11 @@ def find(
     said, layout = run_config.read_all(reader.folder, reader.args()), layout or layout_of(reader.specs)
     own = side_files.load(reader.folder)
     known = side_files.from_folder(given) if given else own
-    notes = () if any_settings else _check_settings(said, known, layout)
-    origin = known or _rebuilt(reader, said, vocab, layout)
+    origin = known
+    if not known and not any_settings and any(MAMBA in str(description.fields.get(PATTERN)) for description in said):
+        origin = _with_mamba(reader, said, vocab, layout)
+    notes = () if any_settings else _check_settings(said, origin, layout, rebuilt=not known)
+    origin = origin or _rebuilt(reader, said, vocab, layout)
     others = [own] if given and own else []
     rows = consistency.embedding_rows(reader.specs)
     consistency.check(origin, others, said, rows=rows, layout=layout)
@@ -59,9 +63,12 @@ def _rows_left_out(origin: HFReference, said: Sequence[ModelSettings], rows: int
             )
 
 
-def _check_settings(said: Sequence[ModelSettings], reference: HFReference | None, layout: str) -> tuple[str, ...]:
-    """Raise UserError for a setting that no `config.json` can say; return notes on unknown ones if a `reference` says which
-    model the checkpoint holds, else they are refused too. Those that its family says are compared with it elsewhere."""
+def _check_settings(
+    said: Sequence[ModelSettings], reference: HFReference | None, layout: str, *, rebuilt: bool
+) -> tuple[str, ...]:
+    """Raise UserError for a setting that no `config.json` can say; return notes on unknown ones if a `reference` that is not
+    `rebuilt` says which model the checkpoint holds, else they are refused too. Those that its family says are compared with it
+    elsewhere."""
     known = families.find(reference.config.get("model_type"), layout) if reference else None
     compared = to_megatron(known.CONFIG, reference.config) if reference and known else dict.fromkeys(_OF_LAYOUT[layout])
     foreign = [
@@ -73,7 +80,7 @@ def _check_settings(said: Sequence[ModelSettings], reference: HFReference | None
         if setting.name not in compared
     ]
     for setting, origin in sorted(foreign, key=lambda item: not item[0].known):
-        if setting.known or reference is None:
+        if setting.known or rebuilt:
             raise megatron_settings.unsupported_error(setting, origin)
     return tuple(
         f"{origin} has `{setting.name}`, which is not known here: it is taken not to matter" for setting, origin in foreign
@@ -84,7 +91,19 @@ _OF_LAYOUT = {GPT: (), HYBRID: (PATTERN, "is_hybrid_model")}
 """Settings that each layout says of its layers, whatever the family."""
 
 
-def _rebuilt(reader: MegatronReader, said: Sequence[ModelSettings], vocab: int | None, layout: str) -> HFReference:
+def _with_mamba(reader: MegatronReader, said: Sequence[ModelSettings], vocab: int | None, layout: str) -> HFReference | None:
+    """Return the reference that is rebuilt for a model with Mamba layers, of which no family is a plain one: the family has to
+    say all settings that change what a model computes. None where none does, so that the settings are refused by name."""
+    found = megatron_settings.find_unsupported(said[0].settings, only_model_words=True)
+    try:
+        return _rebuilt(reader, said, vocab, layout, settings=[setting.name for setting in found if setting.known])
+    except UnknownModelError:
+        return None
+
+
+def _rebuilt(
+    reader: MegatronReader, said: Sequence[ModelSettings], vocab: int | None, layout: str, *, settings: Sequence[str] = ()
+) -> HFReference:
     if not said:
         raise UnknownModelError(
             f"`{reader.folder.label}` says nothing about its model: no `config.json`, no `{run_config.FILE}`, no `args`",
@@ -96,15 +115,20 @@ def _rebuilt(reader: MegatronReader, said: Sequence[ModelSettings], vocab: int |
     fields, note = {name: value for name, value in first.complete.items() if value is not None}, ""
     if "vocab_size" not in fields:
         fields["vocab_size"], note = (vocab, "") if vocab else tokens(first.settings, tokenizer, origin=first.origin)
-    config = rebuild_config(fields, first.origin, layout, recorded=first.complete)
+    config = rebuild_config(fields, first.origin, layout, recorded=first.complete, settings=settings)
     return HFReference(config, f"rebuilt from {first.origin}", files, notes=(note,) if note else ())
 
 
 def rebuild_config(
-    fields: dict[str, Any], origin: str, layout: str = GPT, *, recorded: Mapping[str, Any] = MappingProxyType({})
+    fields: dict[str, Any],
+    origin: str,
+    layout: str = GPT,
+    *,
+    recorded: Mapping[str, Any] = MappingProxyType({}),
+    settings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return a `config.json` for Megatron's fields of a layout, in the first family whose model has all of them and no others,
-    none of which is `recorded` as null."""
+    none of which is `recorded` as null. `settings`: fields that the family has to say, as they change what a model computes."""
     refused: list[str] = []
     for name in dict.fromkeys((*_PLAINEST, *families.names())):
         if layout not in families.find(name).LAYOUTS:
@@ -118,9 +142,11 @@ def rebuild_config(
             continue
         if TEXT in config:
             continue  # nothing describes the models beside it
-        if not (others := _others(described, {**recorded, **fields})):
+        others = _others(described, {**recorded, **fields})
+        others += [name for name in settings if name not in described]
+        if not others:
             return {"architectures": [family.ARCHITECTURE], "model_type": name, **config}
-        refused.append(f"{name}: `{others[0]}` is `{format_untrusted(described[others[0]])}` there")
+        refused.append(f"{name}: `{others[0]}` is `{format_untrusted(described.get(others[0]))}` there")
     shown = [text for text in refused if text.startswith(_PLAINEST)]
     raise UnknownModelError(
         f"{origin} describes a model of no supported family ({'; '.join(shown)}; …)",

@@ -242,7 +242,7 @@ def _conversion_plan(found: _Reshard, reader: MegatronReader, wanted: ReshardOpt
         provenance=Provenance(
             command="reshard",
             fields=_fields(found, reader, options),
-            tensors={tensor_plan.spec.name: tensor_plan.spec for tensor_plan in tensor_plans},
+            tensors=writer.specs if not found.extras else {**writer.specs, **found.extras.tensors},
             passing="made",
             hashed=wanted.integrity,
         ),

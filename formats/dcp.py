@@ -22,6 +22,7 @@ from formats.dcp_index import METADATA, read_index
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.index_writer import index_document
+from formats.object_names import ObjectName, ObjectNames
 from formats.outputs import Outputs
 from formats.relative_names import check_below
 from formats.spec import Array, Document, Region, Shape, Span, dtype_name, extent, relative_to
@@ -183,7 +184,7 @@ def _without_ones(shape: Shape) -> Shape:
 class NewObject(NamedTuple):
     """An object to write, with its complete archive."""
 
-    key: str
+    name: ObjectName
     file: str
     archive: bytes
 
@@ -203,10 +204,10 @@ class ContainerWriter:
         objects: Iterable[NewObject],
     ) -> None:
         self._folder = folder
-        self._files, self._objects = ArchiveFiles(), list[str]()
+        self._files, self._objects = ArchiveFiles(), ObjectNames()
         files, frames, known = array("q"), array("q"), dict[bytes, int]()
         for new in objects:
-            self._objects.append(new.key)
+            self._objects.append(new.name)
             files.append(self._files.file(new.file))
             if new.archive not in known:
                 known[new.archive] = self._files.frame(Frame(new.archive, 0, b""))

@@ -10,6 +10,7 @@ import pickle
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 
@@ -34,7 +35,7 @@ _SIZE_START, _SIZE_END = pickle.MARK * 2, pickle.TUPLE * 2 + pickle.REDUCE
 _BLOCK = 1 << 18
 _AT_ONCE = 1 << 12
 
-Archives = tuple[list[str], Array, list[str]]
+Archives = tuple[Sequence[str], Array, list[str]]
 """Objects: their names, [count, 3] the number of the file, offset and length of each, and the files' names."""
 
 
@@ -71,7 +72,7 @@ def _size(tensors: Mapping[str, ChunkedTensor], objects: Archives) -> int:
         each = len(writer.chunk(zeros, zeros)) + len(writer.location(key, zeros, file, 0, 0)) - len(_number(0)) * (3 * dims + 2)
         total += each * len(table) + _digits(table[:, : 2 * dims]) + _digits(table[:, :dims]) + _digits(table[:, -3:-1])
         spelled |= {tensor.files[number] for number in np.unique(table[:, -4])}
-    total += sum(len(_spelled(name)) for name in names[1:] if name not in spelled)
+    total += sum(len(_spelled(name)) for name in islice(names, 1, None) if name not in spelled)
     if names:
         each = (
             len(writer.object(names[0]))

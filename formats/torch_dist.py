@@ -23,11 +23,13 @@ from formats.dcp_index import METADATA
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.iterations import COMMON, find_iteration
+from formats.object_names import ObjectName
 from formats.pickles import Record
 from formats.spec import Array, Region, Shape, TensorSpec
 from formats.torch_zip import OpenArchive
 
-COMMON_KEY = "common_state/shard_0_1"
+COMMON_STATE = ObjectName("common_state")
+COMMON_KEY = str(COMMON_STATE)
 
 MOST_LAYERS = 1 << 15
 MOST_WEIGHTS = 1 << 18

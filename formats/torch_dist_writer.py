@@ -18,9 +18,10 @@ from formats.dcp import ContainerWriter, NewObject
 from formats.dcp_index import METADATA
 from formats.errors import UserError
 from formats.iterations import FORMAT, TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER, iteration_folder
+from formats.object_names import ObjectName
 from formats.outputs import Outputs
 from formats.spec import Array, Document, Region, Shape, Span, TensorSpec, dtype_name, extent
-from formats.torch_dist import COMMON_KEY, in_key
+from formats.torch_dist import COMMON_STATE, in_key
 from formats.torch_zip import object_archive
 
 _PREDICTION = "mtp."
@@ -64,7 +65,7 @@ class TorchDistWriter:
         self.specs: dict[str, TensorSpec] = {}
         parts = _parts(self._noted(placed), self._located)
         keys = _keys(self.specs.values(), parts)
-        common = NewObject(COMMON_KEY, rank_file(0), _common(iteration, stacked=whole_model and stacked))
+        common = NewObject(COMMON_STATE, rank_file(0), _common(iteration, stacked=whole_model and stacked))
         states = chain(_extra_states(parts, keys, stateful_module), starmap(_extra_state, weightless.items()))
         objects = chain(states, [common]) if whole_model else [common]
         self._container = ContainerWriter(self._folder, keys, parts, objects)
@@ -186,26 +187,21 @@ def _extra_states(
     modules: dict[str, str] = {}
     for key in keys:
         modules.setdefault(stateful_module(key) or "", key)
-    names = {key: f"{module}._extra_state/shard_" for module, key in modules.items() if module}
-    """Of the first weight of each module that has a state, how its objects are called."""
+    names = {key: f"{module}._extra_state" for module, key in modules.items() if module}
+    """Of the first weight of each module that has a state, the key of its objects."""
 
     for key, rows, boxes in parts:
         if key in names:
-            sizes = keys[key][0][: len(rows)]
-            yield NewObject(f"{names[key]}{_dotted(rows) or 0}_{_dotted(sizes) or 1}", boxes[0].file, archive)
+            yield NewObject(ObjectName(names[key], rows, keys[key][0][: len(rows)]), boxes[0].file, archive)
 
 
 def _extra_state(module: str, rank: int) -> NewObject:
     """The empty state of a module that is there once."""
-    return NewObject(f"{module}._extra_state/shard_0_1", rank_file(rank), _no_state())
+    return NewObject(ObjectName(f"{module}._extra_state"), rank_file(rank), _no_state())
 
 
 def _no_state() -> bytes:
     return object_archive([np.zeros(0, np.uint8)])
-
-
-def _dotted(numbers: Iterable[int]) -> str:
-    return ".".join(map(str, numbers))
 
 
 def _common(iteration: int, *, stacked: bool) -> bytes:

@@ -44,9 +44,11 @@ def _in_group(function: Any, *args: Any) -> Any:
     warnings.simplefilter("ignore")
     import torch.distributed as dist
 
+    from trainer import tensor_properties
+
     _pretend_cuda()
     dist.init_process_group("gloo")
-    with _Cpu():
+    with _Cpu(), tensor_properties.without_strides():
         return function(dist.get_rank(), *args)
 
 

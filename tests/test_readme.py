@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 def test_the_commands_run_in_order(folder):
     commands = re.findall(r"^(mbconvert .+?)(?:\s+#.*)?$", README.split("```bash")[2].split("```")[0], re.MULTILINE)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         words = command.split()[1:]
         done = run_module("converter", *words, cwd=folder)

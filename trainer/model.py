@@ -97,7 +97,7 @@ class GPTModelProvider(ModelProvider):
 
     rope_parameters: dict[str, Any] | None = None
     """Parameters of rotary embeddings that GPTModel has no arguments for, as transformers names them, without `rope_theta`:
-    `longrope` (Phi-3) and `dynamic`."""
+    `longrope` (Phi-3), `dynamic`, and `yarn` over a part of each head (GLM-4.5)."""
 
     sliding_rope: dict[str, Any] | None = None
     """Parameters of the rotary embeddings of layers whose attention slides, as transformers names them. None: as in the other
@@ -118,6 +118,9 @@ class GPTModelProvider(ModelProvider):
     alibi: dict[str, float] | None = None
     """Bias of attention that grows with distance, in place of positions (with `position_embedding_type=alibi`): `bias_max`, 8 by
     default, from which slopes follow, and `scale`, by which they are multiplied. Bloom, MPT, Baichuan 13B and Falcon RW."""
+
+    clip_qkv: float | None = None
+    """Clamp queries, keys and values to the range from its negative to it, as DBRX does. None: do not."""
 
     attn_logit_softcapping: float | None = None
     """Cap scores of attention at this value by tanh, as Gemma 2 does. On a GPU without flash-attn, all scores are in memory."""

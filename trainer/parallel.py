@@ -22,7 +22,7 @@ from megatron.core.num_microbatches_calculator import destroy_num_microbatches_c
 
 from converter.ranks import from_environment
 from formats.errors import UserError
-from trainer import device, process_group, user_buffers
+from trainer import device, process_group, tensor_properties, user_buffers
 from trainer.config import RunConfig
 
 
@@ -126,7 +126,7 @@ def session(config: RunConfig, kind: str) -> Iterator[None]:
     with device.backend(kind), device.environment_restored(), device.determinism(config), joined as store:
         try:
             _start(config)
-            with user_buffers.initialized(config):
+            with user_buffers.initialized(config), tensor_properties.without_strides():
                 yield
         except UserError as error:
             error.told = not _is_first_to_print(store, error)  # type: ignore[attr-defined]

@@ -53,19 +53,19 @@ class BaseModel:
 
     model: Model
     layout: str
-    """Of the rules: a checkpoint's own, else what the family has by default."""
+    """Of the rules: what is asked for, else a checkpoint's own, else what the family has by default."""
 
 
-def identify_base(folder: Folder, *, name: str) -> BaseModel:
+def identify_base(folder: Folder, *, name: str, layout: str | None = None) -> BaseModel:
     """Read the configuration and the fingerprint of a model in either format.
 
-    `name`: what to call it if the folder has no Hub id.
+    `name`: what to call it if the folder has no Hub id. `layout`: that of the adapter's modules; unless given, the model's.
     """
     if detect(folder).is_megatron:
         reader = open_megatron(folder)
-        origin, layout = reference.find(reader, None), layout_of(reader.specs)
+        origin, layout = reference.find(reader, None), layout or layout_of(reader.specs)
     else:
-        origin, layout = side_files.from_folder(folder), None
+        origin = side_files.from_folder(folder)
     family = families.find(origin.config.get("model_type"), layout).as_modules()
     identity = Base(folder.origin.get("id", name), fingerprint(folder))
     return BaseModel(identity, origin, family.RULES, make_model(family.CONFIG, origin.config), family.layout)

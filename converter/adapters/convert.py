@@ -12,7 +12,7 @@ from converter.adapters.exporting import plan_export
 from converter.adapters.files import refuse_adapter, require, require_peft
 from converter.adapters.importing import plan_import
 from converter.adapters.layout import EXPERTS, Experts
-from converter.checks import check_execution, check_locations
+from converter.checks import check_execution, check_layout, check_locations
 from converter.execute import execute
 from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.sources import open_source
@@ -29,6 +29,7 @@ def adapter_to_mcore(
     *,
     base: str | Path,
     canonical: bool = True,
+    layout: str | None = None,
     reporter: Reporter | None = None,
     **options: Unpack[ExecutionOptions],
 ) -> Summary:
@@ -36,7 +37,8 @@ def adapter_to_mcore(
 
     `source` is PEFT's folder, its URL or Hub id; `base` is the model that it was trained on, in either format. `canonical` keeps
     separate adapters for query, key and value, and for gate and up, as PEFT has them. Without it each Megatron module gets one
-    adapter, which requires that their A are equal.
+    adapter, which requires that their A are equal. `layout` is that of the model to be trained: `gpt` or `hybrid`, by default the
+    base's.
 
     Raises UserError before a byte moves if the adapter cannot be converted exactly. After any failure nothing is at `target`.
 
@@ -44,13 +46,14 @@ def adapter_to_mcore(
     8
     """
     check_execution(options)
+    check_layout(layout)
     reporter, target, folder = reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
     base_folder = open_source(base, or_hub=True)
     check_locations(target, [folder, base_folder], options)
     with closing(folder), closing(base_folder):
         require_peft(folder)
         refuse_adapter(base_folder)
-        model = identify_base(base_folder, name=base_name(base))
+        model = identify_base(base_folder, name=base_name(base), layout=layout)
         conversion = plan_import(folder, model, reporter, canonical=canonical)
         return execute(conversion, target, options=options, reporter=reporter, sources=[folder, base_folder])
 

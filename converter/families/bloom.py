@@ -5,7 +5,7 @@ from typing import Any
 
 from converter.config import Config, Field, agreeing, count, fixed, named, value
 from converter.config_layers import no_window
-from converter.config_parts import dropouts, layer_norm, only, renamed, sizes
+from converter.config_parts import dropouts, layer_norm, renamed, sizes, trained_with
 from converter.model import Model
 from converter.rules import Rule, column_parallel, replicated, row_parallel, under, vocab_parallel
 
@@ -70,7 +70,7 @@ FIELDS = (
     fixed(activation_func="fast_gelu", gated_linear_unit=False, num_moe_experts=None, add_bias_linear=True, add_qkv_bias=False,
           qk_layernorm=False, position_embedding_type="alibi", alibi={"bias_max": 8.0}, embedding_layernorm=True),
     no_window("window_size"),
-    only(apply_residual_connection_post_layernorm=False),
+    trained_with(apply_residual_connection_post_layernorm=False),
 )  # fmt: skip
 CONFIG = (renamed(FIELDS, n_embed="hidden_size", num_attention_heads="n_head", num_hidden_layers="n_layer"),)
 """Published models have the other names."""

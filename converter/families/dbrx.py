@@ -3,7 +3,7 @@ the last stored transposed."""
 
 from typing import Any
 
-from converter.config import Config, Field, fixed, object_of
+from converter.config import Config, Field, fixed, object_of, optional
 from converter.config_experts import SOFTMAX, auxiliary_loss
 from converter.config_layers import no_window
 from converter.config_parts import dropouts, flattened, not_computed, only, renamed, routed, sizes
@@ -62,7 +62,7 @@ FIELDS = (
     *llama.NO_BIAS,
     renamed((rope("default"),), **{"attn_config.rope_theta": "rope_theta"}),
     no_window("window_size"),
-    not_computed("clip_qkv", huggingface="attn_config.clip_qkv"),
+    optional("clip_qkv", "attn_config.clip_qkv"),
     *routed(experts="ffn_config.moe_num_experts", topk="ffn_config.moe_top_k", ffn="ffn_config.ffn_hidden_size"),
     Field(_read_weights, _write_weights),
     SOFTMAX,
@@ -73,7 +73,7 @@ FIELDS = (
 CONFIG = (flattened(("attn_config", "ffn_config"), FIELDS),)
 SMALL = {
     "n_layers": 4, "d_model": 64, "n_heads": 8, "max_seq_len": 256,
-    "attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 10000.0},
+    "attn_config": {"kv_n_heads": 4, "clip_qkv": 0.5, "rope_theta": 10000.0},
     "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
 }  # fmt: skip
-WEIGHTS_ONLY = "queries, keys and values are clipped"
+PROVIDER = ("clip_qkv",)

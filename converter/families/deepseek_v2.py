@@ -4,7 +4,7 @@ from typing import Any
 
 from converter.config import Config, Field, field, fixed, value
 from converter.config_latent import latent, latent_rope
-from converter.config_parts import not_computed, only, sizes
+from converter.config_parts import not_computed, sizes, trained_with
 from converter.config_router import FP32_SCORES, best_groups, dense_first, shared_multiple
 from converter.families import deepseek_v3, llama, mixtral
 from formats.errors import UserError, format_untrusted
@@ -47,7 +47,7 @@ CONFIG = (
     _choice(),
     *shared_multiple(2),
     not_computed("norm_topk_prob", off=False),
-    only(scoring_func="softmax"),
+    trained_with(scoring_func="softmax"),
 )
 EXTRAS = llama.EXTRAS
 SMALL = {

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from converter.config import named
 from converter.config_latent import latent, latent_rope
-from converter.config_parts import dimension, dropouts, not_computed, only, rms_norm, routed, sizes
+from converter.config_parts import dimension, dropouts, not_computed, only, rms_norm, routed, sizes, trained_with
 from converter.config_router import best_groups, dense_first, prediction_layers, shared_multiple, sigmoid_scores
 from converter.families import llama, mixtral
 from converter.model import Model
@@ -77,7 +77,8 @@ SIZES = (
 CHOICE = (
     prediction_layers(),
     not_computed("norm_topk_prob", off=True),
-    only(rope_interleave=True, scoring_func="sigmoid", topk_method="noaux_tc"),
+    only(topk_method="noaux_tc"),
+    trained_with(rope_interleave=True, scoring_func="sigmoid"),
 )
 CONFIG = (
     *sizes(head_dim="", positions_default=4096),

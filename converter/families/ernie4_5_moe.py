@@ -8,7 +8,7 @@ from typing import Any
 from converter.config import Config, count, fixed
 from converter.config_experts import auxiliary_loss, sparse_layers
 from converter.config_layers import layers_of, no_window
-from converter.config_parts import dropouts, only, rms_norm, routed, sizes
+from converter.config_parts import dropouts, only, rms_norm, routed, sizes, trained_with
 from converter.config_rope import rope
 from converter.config_router import FP32_SCORES, shared_multiple
 from converter.families import deepseek_v3, llama, mixtral
@@ -70,7 +70,8 @@ CONFIG = (
         moe_router_pre_softmax=True,
     ),
     FP32_SCORES,
-    only(use_bias=False, moe_norm_min=1e-12),
+    only(use_bias=False),
+    trained_with(moe_norm_min=1e-12),
     auxiliary_loss(),
 )  # fmt: skip
 EXTRAS = llama.EXTRAS

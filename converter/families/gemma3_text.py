@@ -2,7 +2,7 @@
 
 from converter.config import field, fixed, optional, value
 from converter.config_layers import one_full_in, window_pattern
-from converter.config_parts import only
+from converter.config_parts import trained_with
 from converter.config_rope import rope_by_type
 from converter.families import gemma2, llama, qwen3
 
@@ -18,7 +18,7 @@ CONFIG = (
     fixed(add_qkv_bias=False, qk_layernorm=True, post_layernorms=True),
     rope_by_type("default", "linear", theta=1e6, sliding="rope_local_base_freq", sliding_theta=1e4),
     window_pattern(one_full_in(6), default=4096),
-    only(use_bidirectional_attention=False),
+    trained_with(use_bidirectional_attention=False),
 )
 EXTRAS = llama.EXTRAS
 SMALL = {

@@ -44,7 +44,7 @@ CONFIG = (
     *ATTENTION_BIAS,
     field("qk_layernorm", "use_qk_norm", default=value(False)),
     switches(qk_norms="qk_layernorm"),
-    rope("default", partial=partial_rotary(0.5)),
+    rope("default", "yarn", partial=partial_rotary(0.5)),
     no_window("window_size"),
     *EXPERTS,
     dense_first(1),
@@ -56,5 +56,9 @@ SMALL = {
     "attention_bias": True, "use_qk_norm": True, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48,
     "n_shared_experts": 2, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 0,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "factor": 8.0, "attention_factor": 1.5,
+        "original_max_position_embeddings": 32, "beta_fast": 4.0,
+    },
 }  # fmt: skip
-PROVIDER = ("moe_router_group_score",)
+PROVIDER = ("moe_router_group_score", "rope_parameters")

@@ -1,10 +1,10 @@
 """GPT-OSS: a sink for each head, every second layer slides, biases everywhere; experts in one tensor each, stored transposed,
 with gate and up projection in alternating rows, and clamped before they are multiplied."""
 
-from converter.config import field, fixed, named, only, value
+from converter.config import field, fixed, named, value
 from converter.config_experts import BIASES, SOFTMAX, auxiliary_loss
 from converter.config_layers import one_full_in, window_pattern
-from converter.config_parts import dropouts, rms_norm, routed, sizes
+from converter.config_parts import dropouts, only, rms_norm, routed, sizes, trained_with
 from converter.config_rope import rope
 from converter.families import llama, mixtral
 from converter.rows import alternating
@@ -56,7 +56,8 @@ CONFIG = (
         moe_router_pre_softmax=False,
     ),
     field("activation_func_clamp_value", "swiglu_limit", default=value(7.0)),
-    only(hidden_act="silu", swiglu_alpha=1.702, attention_bias=True),
+    only(attention_bias=True),
+    trained_with(hidden_act="silu", swiglu_alpha=1.702),
 )
 SMALL = {
     "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "swiglu_limit": 0.5,

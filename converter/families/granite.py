@@ -19,4 +19,4 @@ MULTIPLIERS = (
 CONFIG = (*llama.CONFIG, *MULTIPLIERS)
 EXTRAS = llama.EXTRAS
 SMALL = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0625, "logits_scaling": 0.25}
-PROVIDER = ("residual_multiplier",)
+PROVIDER = ("residual_multiplier", *llama.PROVIDER)

@@ -24,7 +24,7 @@ CONFIG = (
     llama.PLAIN_ATTENTION,
     *llama.NO_BIAS,
     only(attention_bias=False),
-    rope("default", "linear", "llama3"),
+    rope("default", "linear", "llama3", "yarn", "dynamic"),
     no_window("window_size"),
     *granite.MULTIPLIERS,
     *routed(experts="num_local_experts", topk="num_experts_per_tok", ffn="intermediate_size"),

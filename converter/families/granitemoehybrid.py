@@ -115,4 +115,4 @@ SMALL = {
     **bamba.SMALL, **granite.SMALL, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4,
     "num_experts_per_tok": 2, "shared_intermediate_size": 80, "position_embedding_type": "nope",
 }  # fmt: skip
-PROVIDER = (*granite.PROVIDER, *mamba2.PROVIDER)
+PROVIDER = ("residual_multiplier", *mamba2.PROVIDER)

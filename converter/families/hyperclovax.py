@@ -36,4 +36,4 @@ CONFIG = (
 )
 EXTRAS = llama.EXTRAS
 SMALL = {**granite.SMALL, "logits_scaling": 4.0}
-PROVIDER = ("residual_multiplier", "post_layernorms")
+PROVIDER = (*granite.PROVIDER, "post_layernorms")

@@ -16,3 +16,4 @@ CONFIG = (
     *rms_norm(default=1e-5),
 )
 EXTRAS = llama.EXTRAS
+PROVIDER = llama.PROVIDER

@@ -77,8 +77,9 @@ CONFIG = (
     *mlp("silu", gated=True),
     PLAIN_ATTENTION,
     flag("add_bias_linear", "attention_bias", "mlp_bias"),
-    rope("default", "linear", "llama3"),
+    rope("default", "linear", "llama3", "yarn", "dynamic"),
     no_window("window_size"),
 )
 
 EXTRAS = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
+PROVIDER = ("rope_parameters", "exact_sequence_length")

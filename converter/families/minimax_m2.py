@@ -44,7 +44,7 @@ CONFIG = (
     *mixtral.GATED,
     *llama.NO_BIAS,
     fixed(add_qkv_bias=False, qk_layernorm=True, qk_layernorm_scope="all_heads"),
-    rope("default", theta=5e6, partial=Field(_read_part, _write_part)),
+    rope("default", "yarn", theta=5e6, partial=Field(_read_part, _write_part)),
     no_window("window_size"),
     *routed(experts="num_local_experts", topk="num_experts_per_tok", ffn="intermediate_size"),
     *sigmoid_scores(),
@@ -53,4 +53,4 @@ CONFIG = (
 )
 EXTRAS = llama.EXTRAS
 SMALL = {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 3, "rotary_dim": 8}
-PROVIDER = ("qk_layernorm_scope",)
+PROVIDER = ("qk_layernorm_scope", "rope_parameters")

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from converter.config import Field
+from converter.config import Field, object_of
 from converter.config_layers import window
-from converter.config_parts import Config, dropouts, mlp, rms_norm, sizes
-from converter.config_rope import rope, rope_numbers
+from converter.config_parts import OTHERS, Config, dropouts, mlp, rms_norm, sizes, trained_with
+from converter.config_rope import rope, rope_numbers, signed
 from converter.families import llama
-from formats.errors import UserError, format_untrusted
 
 MODELS = "Ministral 3, the language model alone"
 ARCHITECTURE = "Ministral3ForCausalLM"
@@ -24,15 +23,16 @@ _YARN = rope("default", "yarn", theta=1e6, default=ROPE)
 
 def _read(config: Config) -> dict[str, Any]:
     numbers = rope_numbers(config, theta=1e6, default=ROPE)
-    if (beta := numbers.get(BETA)) not in (None, 0, ROPE[BETA]):
-        raise UserError(f"`{BETA}` is `{format_untrusted(beta)}`; models of this family have {ROPE[BETA]}")
+    beta = signed(BETA, numbers.get(BETA))
     exact = numbers.get("original_max_position_embeddings") if beta else None
-    return {**_YARN.to_megatron(config), "exact_sequence_length": exact}
+    other = {} if beta in (None, 0) else trained_with(**{BETA: ROPE[BETA]}).to_megatron(numbers)
+    return {**_YARN.to_megatron(config), "exact_sequence_length": exact, **other}
 
 
 def _write(config: Config) -> dict[str, Any]:
     (name, numbers), *_ = _YARN.to_huggingface(config).items()
-    beta = ROPE[BETA] if config.get("exact_sequence_length") else 0.0
+    usual = ROPE[BETA] if config.get("exact_sequence_length") else 0.0
+    beta = object_of(config, OTHERS).get(BETA, usual)
     return {name: {**numbers, BETA: beta} if numbers["rope_type"] == "yarn" else numbers}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from converter.config import Config, Field, fixed, number, object_of, value
 from converter.config_layers import no_window
-from converter.config_parts import dropouts, layer_norm, only, sizes
+from converter.config_parts import dropouts, layer_norm, only, sizes, trained_with
 from converter.families.bloom import four_times
 from converter.rules import Rule, always, column_parallel, qkv, replicated, row_parallel, under, vocab_parallel
 
@@ -50,7 +50,7 @@ def _read_attention(config: Config) -> dict[str, Any]:
         "alibi_bias_max": None if bias_max == _BIAS_MAX else bias_max,
         "dropouts": {name: found for name, found in drops.items() if found} or None,
         "softmax_scale": attention.get("softmax_scale"),
-        "clip_qkv": attention.get("clip_qkv"),
+        "clip_qkv": attention.get("clip_qkv") or None,
     }
 
 
@@ -77,7 +77,8 @@ CONFIG = (
           qk_layernorm=False),
     Field(_read_attention, _write_attention),
     no_window("window_size"),
-    only(expansion_ratio=4, logit_scale=None, no_bias=True),
+    only(expansion_ratio=4, no_bias=True),
+    trained_with(logit_scale=None),
 )  # fmt: skip
 SMALL = {"num_attention_heads": 6, "hidden_size": 48}
-PROVIDER = ("alibi",)
+PROVIDER = ("alibi", "clip_qkv")

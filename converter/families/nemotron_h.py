@@ -25,7 +25,7 @@ from converter.config_mamba import (
     pattern,
     spelled,
 )
-from converter.config_parts import dropouts, not_computed, only, rms_norm, routed, sizes
+from converter.config_parts import dropouts, not_computed, only, rms_norm, routed, sizes, trained_with
 from converter.config_router import best_groups, sigmoid_scores
 from converter.families import deepseek_v3, llama, mamba2
 from converter.hybrid import PATTERN
@@ -128,7 +128,8 @@ CONFIG = (
     *mixer(_kinds, norm="layer_norm_epsilon", default=1e-5, projection=("use_bias", "mamba_proj_bias"),
            convolution="use_conv_bias", function="mamba_hidden_act"),
     fixed(gated_linear_unit=False, add_bias_linear=False, add_qkv_bias=False, qk_layernorm=False, position_embedding_type="none"),
-    only(attention_bias=False, mlp_bias=False, sliding_window=None),
+    only(attention_bias=False, mlp_bias=False),
+    trained_with(sliding_window=None),
     if_any(ROUTED, lambda config: SPARSE in _kinds(config), lambda config: SPARSE in config[PATTERN], {"num_moe_experts": None}),
 )  # fmt: skip
 PASSTHROUGH_PREFIXES = ("mtp.",)

@@ -1,8 +1,8 @@
 """OLMo 1: a LayerNorm without weights; Megatron's are 1, and its biases 0."""
 
-from converter.config import fixed, flag, named
+from converter.config import fixed, flag, named, optional
 from converter.config_layers import no_window
-from converter.config_parts import dropouts, mlp, not_computed, sizes
+from converter.config_parts import dropouts, mlp, sizes
 from converter.config_rope import rope
 from converter.families import llama
 from converter.rules import Rule, always, replicated, under, with_bias
@@ -40,6 +40,8 @@ CONFIG = (
     named(mlp_bias=False),
     rope("default", "linear"),
     no_window("window_size"),
-    not_computed("clip_qkv"),
+    optional("clip_qkv", "clip_qkv"),
 )
 EXTRAS = llama.EXTRAS
+SMALL = {"clip_qkv": 0.5}
+PROVIDER = ("clip_qkv",)

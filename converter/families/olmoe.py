@@ -1,9 +1,9 @@
 """OLMoE: norms over all heads of queries and of keys together, and a mixture of experts in each layer."""
 
-from converter.config import fixed
+from converter.config import fixed, optional
 from converter.config_experts import SOFTMAX, auxiliary_loss
 from converter.config_layers import no_window
-from converter.config_parts import dropouts, not_computed, only, rms_norm, routed, sizes
+from converter.config_parts import dropouts, only, rms_norm, routed, sizes
 from converter.config_rope import rope
 from converter.families import llama, mixtral, olmo2
 
@@ -25,7 +25,7 @@ SIZES = (
     auxiliary_loss(0.01),
     no_window("window_size"),
 )
-CONFIG = (*SIZES, *rms_norm(default=1e-5), rope("default"), not_computed("clip_qkv"))
+CONFIG = (*SIZES, *rms_norm(default=1e-5), rope("default"), optional("clip_qkv", "clip_qkv"))
 EXTRAS = llama.EXTRAS
 SMALL = {"num_experts": 4, "num_experts_per_tok": 2}
-PROVIDER = ("qk_layernorm_scope",)
+PROVIDER = ("qk_layernorm_scope", "clip_qkv")

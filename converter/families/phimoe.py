@@ -5,7 +5,7 @@ from typing import Any
 from converter.config import Config, Field, agreeing, field, fixed, flag, number, object_of, switches, value
 from converter.config_experts import auxiliary_loss
 from converter.config_layers import window
-from converter.config_parts import dropouts, layer_norm, not_computed, only, routed, sizes
+from converter.config_parts import dropouts, layer_norm, not_computed, routed, sizes, trained_with
 from converter.config_rope import rope
 from converter.families import llama, mixtral
 from converter.families.gpt_neox import normed
@@ -75,7 +75,7 @@ CONFIG = (
     Field(_read_rope, _write_rope),
     window("window_size", "sliding_window", default=None),
     *routed(experts="num_local_experts", topk="num_experts_per_tok", ffn="intermediate_size"),
-    only(num_experts_per_tok=2),
+    trained_with(num_experts_per_tok=2),
     fixed(moe_router_scoring="sparsemixer", moe_router_pre_softmax=True),
     field("moe_router_sparsemixer_jitter", "router_jitter_noise", default=value(0.01)),
     not_computed("input_jitter_noise", off=0.0),

@@ -1,6 +1,7 @@
 """Qwen3: Qwen2 without biases, and a norm over each head of queries and keys."""
 
-from converter.config import field, fixed, only, value
+from converter.config import field, fixed, value
+from converter.config_parts import only
 from converter.families import llama, qwen2
 from converter.rules import replicated
 

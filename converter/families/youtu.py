@@ -2,7 +2,7 @@
 
 from converter.config import Config, field
 from converter.config_latent import latent, latent_rope
-from converter.config_parts import dimension, dropouts, mlp, only, rms_norm, sizes
+from converter.config_parts import dimension, dropouts, mlp, only, rms_norm, sizes, trained_with
 from converter.families import deepseek_v3, llama
 
 MODELS = "Youtu-LLM 2B"
@@ -26,7 +26,8 @@ CONFIG = (
     *latent(q_lora=1536, kv_lora=512, plain=128, turned=64),
     *llama.NO_BIAS,
     latent_rope("default", "yarn"),
-    only(attention_bias=False, rope_interleave=True),
+    only(attention_bias=False),
+    trained_with(rope_interleave=True),
 )
 SMALL = {
     "num_key_value_heads": 8, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,

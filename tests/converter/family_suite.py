@@ -58,7 +58,8 @@ def random_model(config, *, dtype="bfloat16"):
     model = auto_class(config).from_config(config, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3 if parameter.ndim == 1 else 0.08)
+            module = name.rpartition(".")[0].rpartition(".")[2]  # DBRX's attention is inside `norm_attn_norm`
+            parameter.normal_(1.0 if "norm" in module else 0.0, 0.3 if parameter.ndim == 1 else 0.08)
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):  # of a router
                 buffer.normal_(0.0, 0.3)

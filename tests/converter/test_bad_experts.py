@@ -97,9 +97,7 @@ def test_groups_that_are_rated_otherwise_are_refused_on_the_way_back():
 @pytest.mark.parametrize(("family", "fields", "message"), [
     ("deepseek_v2", {"topk_method": "noaux_tc"}, "`topk_method` is `noaux_tc`"),
     ("deepseek_v3", {"topk_method": "greedy"}, "`topk_method` is `greedy`; only `noaux_tc`"),
-    ("deepseek_v3", {"scoring_func": "softmax"}, "`scoring_func` is `softmax`; only `sigmoid`"),
     ("deepseek_v3", {"moe_layer_freq": 2}, "`moe_layer_freq` is `2`; only `1`"),
-    ("deepseek_v3", {"rope_interleave": False}, "`rope_interleave` is `False`"),
     ("glm4_moe_lite", {"mlp_layer_types": ["dense", "sparse"]}, "should have `dense` or `sparse` for each layer"),
     ("glm4_moe_lite", {"first_k_dense_replace": 3}, "`config.json` says two things"),
 ])  # fmt: skip

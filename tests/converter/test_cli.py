@@ -241,7 +241,7 @@ def test_the_command_line_surface_is_frozen():
         "hf-to-mcore": sorted([*both, *layout, *weights]),
         "mcore-to-hf": sorted([*both, "--hf-config", "--max-shard-size", "--quantize", *weights]),
         "reshard": sorted([*both, *layout, *weights, "--hf-config", "--weights-only"]),
-        "adapter-to-mcore": sorted([*both, "--base", "--canonical"]),
+        "adapter-to-mcore": sorted([*both, "--base", "--canonical", "--layout"]),
         "adapter-to-hf": sorted([*both, "--experts"]),
         "merge": sorted(
             [

@@ -22,6 +22,7 @@ OFF = {
     "attention_output_bias": False,
     "attention_output_gate": False,
     "attn_logit_softcapping": None,
+    "clip_qkv": None,
     "dsa_indexer_rope_interleaved": False,
     "dsa_indexer_topk": 2048,
     "embedding_layernorm": False,

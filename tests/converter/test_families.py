@@ -158,9 +158,10 @@ def test_every_family_says_what_it_can(capsys):
     assert [line.split()[0] for line in lines[: len(families.names())]] == families.names()
     show_families(as_json=True)
     found = json.loads(capsys.readouterr().out)
-    assert {name: (one["trains"], one["needs"]) for name, one in found.items()} == {
-        name: (families.find(name).trains, [*families.find(name).PROVIDER]) for name in families.names()
+    assert {name: (one["trains"], one["needs"], one["layouts"]) for name, one in found.items()} == {
+        name: (one.trains, [*one.PROVIDER], [*one.LAYOUTS]) for name in families.names() if (one := families.find(name))
     }
+    assert (found["llama"]["layouts"], found["mamba2"]["layouts"]) == (["gpt", "hybrid"], ["hybrid"])
 
 
 def test_llama31_scaling_is_kept_when_a_config_is_rebuilt():

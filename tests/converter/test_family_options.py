@@ -23,6 +23,7 @@ from trainer.model import from_hf_config
 
 TP2 = {"tp2": {"tensor_model_parallel_size": 2}}
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 4.0}
 OPTIONS = {
     "gpt2, scores not scaled": ("gpt2", {"scale_attn_weights": False, "activation_function": "relu", "n_inner": None}),
     "gpt2, untied": ("gpt2", {"tie_word_embeddings": False}),
@@ -33,6 +34,11 @@ OPTIONS = {
     "persimmon, without norms of query and key": ("persimmon", {"qk_layernorm": False}),
     "glm, without biases": ("glm", {"attention_bias": False}),
     "olmo, biases of attention": ("olmo", {"attention_bias": True}),
+    "olmoe, clamped after norms": ("olmoe", {"clip_qkv": 0.5}),
+    "mpt, clamped": ("mpt", {"attn_config": {"clip_qkv": 0.5}}),
+    "llama, yarn": ("llama", {"rope_parameters": YARN}),
+    "granite, dynamic": ("granite", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+    "minimax_m2, yarn in a part of each head": ("minimax_m2", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}),
 }  # fmt: skip
 
 
@@ -114,9 +120,16 @@ def test_what_a_gpt2_has_more_is_not_said_to_be_gpt2_s(tmp_path):
 
 
 REFUSED = {
-    "olmo": ({"clip_qkv": 8.0}, "`clip_qkv` is `8.0`", "queries, keys and values are clamped to it"),
+    "gemma3_text": ({"use_bidirectional_attention": True}, "`use_bidirectional_attention` is `True`", "published models"),
+    "gpt_oss": ({"hidden_act": "gelu", "swiglu_alpha": 1.5}, "`hidden_act` is `gelu` and `swiglu_alpha` is `1.5`", "published"),
+    "ministral3": (
+        {"rope_parameters": {**families.find("ministral3").SMALL["rope_parameters"], "llama_4_scaling_beta": 0.5}},
+        "`llama_4_scaling_beta` is `0.5`",
+        "published models",
+    ),
     "gpt2": ({"scale_attn_by_inverse_layer_idx": True}, "`scale_attn_by_inverse_layer_idx` is `True`", "scores of attention"),
     "deepseek_v3": ({"norm_topk_prob": False}, "`norm_topk_prob` is `False`", "this family's routers"),
+    "youtu": ({"rope_interleave": False}, "`rope_interleave` is `False`", "published models"),
     "deepseek_v2": ({"norm_topk_prob": True}, "`norm_topk_prob` is `True`", "this family's routers"),
     "baichuan": ({"z_loss_weight": 0}, "`normalized_output_layer` is `True`", "Baichuan 2 normalizes the rows"),
     "chatglm": ({"rope_ratio": 50}, "`rope_ratio` is `50`", "ChatGLM 2 divides positions by it"),

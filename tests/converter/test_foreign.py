@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from converter import UserError, hf_to_mcore, inspect, mcore_to_hf
 from converter.console import show_report
+from converter.execution import Reporter
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
 from tests.megatron_cpu import Shape, save
@@ -84,9 +85,11 @@ def test_weights_alone_are_read_where_optimizer_state_is_present(ranks, model_fo
         read.append(preadv(*arguments))
         return read[-1]
 
+    notes = []
     monkeypatch.setattr(os, "preadv", counted)
-    mcore_to_hf(saved, tmp_path / "back", hf_config=folder)
+    mcore_to_hf(saved, tmp_path / "back", hf_config=folder, reporter=Reporter(note=notes.append))
     monkeypatch.undo()
+    assert f"optimizer state is not exported: to continue training, keep `{saved}`" in notes
     assert same_weights(folder, tmp_path / "back")
     weights = sum(spec.nbytes for spec in HuggingFaceReader(LocalFolder(folder)).specs.values())
     stored = sum(path.stat().st_size for path in saved.glob("*.distcp"))

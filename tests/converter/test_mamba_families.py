@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converter import Reporter, UserError, families, hf_to_mcore, mcore_to_hf
+from converter import Reporter, UserError, families, hf_to_mcore, mcore_to_hf, reshard
 from converter.config import make_model, to_huggingface, to_megatron
 from formats.folder import LocalFolder
 from formats.torch_dist import TorchDistReader
@@ -193,3 +194,29 @@ def test_what_training_changed_in_fp32_comes_back_rounded_and_that_is_said(tmp_p
 def kept(root, more):
     names = ", ".join(f"`{root}.layers.{layer}.mixer.{name}`" for layer, name in ((0, "A_log"), (0, "D"), (1, "A_log")))
     return f"{names} and {more - 1} more"
+
+
+@pytest.mark.parametrize("family", ["mamba2", "bamba", "nemotron_h", "granitemoehybrid"])
+def test_a_checkpoint_without_config_json_comes_back_by_its_settings(family, tmp_path):
+    folder, notes = save_small(family, tmp_path / "hf"), []
+    hf_to_mcore(folder, tmp_path / "imported", tp=2)
+    shutil.rmtree(tmp_path / "imported/iter_0000000/huggingface")
+    reshard(tmp_path / "imported", tmp_path / "m")
+    mcore_to_hf(tmp_path / "m", tmp_path / "back", reporter=Reporter(note=notes.append))
+    assert notes[0] == "`config.json` is rebuilt from `run_config.yaml`"
+    assert not [text for text in notes if "not known" in text]
+    fields = families.find(family).CONFIG
+    before, after = (to_megatron(fields, json.loads((one / "config.json").read_text())) for one in (folder, tmp_path / "back"))
+    assert after == before
+    weights = [load_file(one / "model.safetensors") for one in (folder, tmp_path / "back")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_setting_that_no_family_with_mamba_layers_says_is_refused_by_name(tmp_path):
+    hf_to_mcore(save_small("mamba2", tmp_path / "hf"), tmp_path / "m")
+    shutil.rmtree(tmp_path / "m/iter_0000000/huggingface")
+    settings = tmp_path / "m/iter_0000000/run_config.yaml"
+    settings.write_text(settings.read_text().replace("model:\n", "model:\n  residual_multiplier: 0.5\n", 1))
+    with pytest.raises(UserError, match=r"residual_multiplier"):
+        mcore_to_hf(tmp_path / "m", tmp_path / "back")

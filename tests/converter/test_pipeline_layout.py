@@ -47,6 +47,14 @@ def test_a_layout_is_read_as_megatron_core_reads_it(text, pp):
     assert parse_layout(text) == by_megatron(text, pp)
 
 
+@pytest.mark.parametrize("text", ["*-*|-*-", "MM*-|*E/*-/*-", "G", "M||*", "+E|+-+E"])
+def test_a_pattern_of_a_hybrid_model_has_a_letter_for_each_layer(text):
+    from megatron.core.models.hybrid import hybrid_layer_allocation as of_megatron
+
+    stages = of_megatron.parse_hybrid_pattern(text).main_pattern.split("|")
+    assert parse_layout(text) == [len(of_megatron.validate_segment_layers(stage)) for stage in stages]
+
+
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [

@@ -42,8 +42,6 @@ def test_absent_fields_mean_what_transformers_fills_in(family):
 def test_ministral_3_s_queries_grow_as_in_every_model_of_it():
     rope = families.find("ministral3").SMALL["rope_parameters"]
     assert read("ministral3", **LAYERS, rope_parameters=rope)["exact_sequence_length"] == 32
-    with pytest.raises(UserError, match=r"`llama_4_scaling_beta` is `0\.5`"):
-        read("ministral3", **LAYERS, rope_parameters={**rope, "llama_4_scaling_beta": 0.5})
 
 
 def test_bloom_is_published_under_other_names():

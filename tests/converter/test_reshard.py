@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import blake3
 import pytest
@@ -85,6 +86,20 @@ def test_a_reshard_makes_the_files_that_an_import_makes(model, tmp_path, family,
     assert check(tmp_path / "made").whole
     mcore_to_hf(tmp_path / "made", tmp_path / "back")
     assert model_tree(tmp_path / "back") == model_tree(folder)
+
+
+@pytest.mark.parametrize(("before", "after"), [("hybrid", "gpt"), ("gpt", "hybrid")])
+def test_a_checkpoint_that_only_its_settings_describe_changes_its_layout(model, tmp_path, before, after):
+    hf_to_mcore(model("mixtral"), tmp_path / "source", layout=before, pp=2)
+    hf_to_mcore(model("mixtral"), tmp_path / "expected", layout=after, ep=2)
+    shutil.rmtree(tmp_path / "source" / ITERATION / "huggingface")
+    reshard(tmp_path / "source", tmp_path / "made", layout=after, ep=2, verify=True)
+    weights = [
+        {name: data for name, data in files(tmp_path / folder).items() if name.endswith((".distcp", ".metadata"))}
+        for folder in ("made", "expected")
+    ]
+    assert weights[0] == weights[1]
+    assert verify(tmp_path / "made", model("mixtral")).same
 
 
 @pytest.fixture

@@ -127,8 +127,8 @@ def test_latent_attention_multiplies_as_often_as_counted(family: str) -> None:
     assert flops_per_token(from_hf_config(model.config.to_dict()), 32) * 32 == counted(model, 32)
 
 
-def _counted_in_megatron(config: dict[str, Any], length: int) -> float:
-    """The same of the model that `mbtrain` builds, on one rank; megatron-core's attention multiplies whole squares too."""
+def _counted_in_megatron(config: dict[str, Any], length: int) -> dict[str, int]:
+    """Operations of the model that `mbtrain` builds, on one rank, by torch's kernels: forward and backward."""
     from trainer import model as models
     from trainer import parallel
     from trainer.settings.resolve import resolve
@@ -138,25 +138,50 @@ def _counted_in_megatron(config: dict[str, Any], length: int) -> float:
     resolved = resolve(run, world_size=1, device="cpu").config
     with parallel.session(resolved, "cpu"):
         (model,) = models.build(resolved.model)
-        return _operations(model, length)
+        return _operations(model.train(), length)
 
 
-def _operations(model: Any, length: int) -> float:
+def _operations(model: Any, length: int) -> dict[str, int]:
     tokens = torch.arange(length)[None] % 97
     mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     with FlopCounterMode(display=False) as counter:
-        model.train()(tokens, torch.arange(length)[None], mask, labels=tokens).sum().backward()
-    operations = counter.get_flop_counts()["Global"]
-    square = sum(operations.pop(kind, 0) for kind in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
-    return sum(operations.values()) + square / 2
+        model(tokens, torch.arange(length)[None], mask, labels=tokens).sum().backward()
+    return {str(kind): count for kind, count in counter.get_flop_counts()["Global"].items()}
+
+
+BATCHED = ("aten.bmm", "aten.baddbmm")
+"""Kernels of attention and of states; megatron-core's attention multiplies whole squares, of which the causal half is counted."""
 
 
 @pytest.mark.parametrize("predictions", [0, 1, 2])
 def test_predictions_of_further_tokens_multiply_as_often_as_counted(predictions: int, ranks: Any) -> None:
     config = small_config("deepseek_v3", num_nextn_predict_layers=predictions).to_dict() | {"vocab_size": 384}
     (operations,) = ranks.run(_counted_in_megatron, 1, config, 32)
-    provider = from_hf_config(config)
-    assert flops_per_token(provider, 32) * 32 == operations
+    square = sum(operations.pop(kind, 0) for kind in BATCHED)
+    assert flops_per_token(from_hf_config(config), 32) * 32 == sum(operations.values()) + square / 2
+
+
+MAMBA_SMALL = 7 * 8 * 16 * 16
+"""Operations per token of the states of a small Mamba layer: 8 heads of 16 channels, with 16 states."""
+
+WITH_STATES = {
+    "mamba2": 4 * MAMBA_SMALL,
+    "nemotron_h": MAMBA_SMALL + 8 * 2 * 24 * 32,  # and one layer of 8 heads that see 16 of 32 tokens: 2 products of 24 channels
+    "qwen3_5_text": 3 * 8 * 4 * 24 * 16 + 8 * 2 * 16 * 32,
+    "qwen3_next": 3 * 8 * 4 * 24 * 16 + 8 * 2 * 16 * 32,
+}
+"""Forward operations per token, among 32, that have no weights."""
+
+
+@pytest.mark.parametrize("family", WITH_STATES)
+def test_layers_with_states_multiply_their_weights_as_often_as_counted(family: str, ranks: Any) -> None:
+    """Torch counts what a backward pass does with a convolution of each channel apart as if channels were mixed."""
+    config = small_config(family).to_dict() | {"vocab_size": 384}
+    (operations,) = ranks.run(_counted_in_megatron, 1, config, 32)
+    convolution = operations.pop("aten.convolution")
+    operations.pop("aten.convolution_backward")
+    of_weights = sum(count for kind, count in operations.items() if kind not in BATCHED) + 3 * convolution
+    assert flops_per_token(from_hf_config(config), 32) * 32 == of_weights + 3 * 32 * WITH_STATES[family]
 
 
 def test_a_window_leaves_out_what_lies_beyond_it() -> None:
@@ -172,10 +197,27 @@ def test_a_window_leaves_out_what_lies_beyond_it() -> None:
 
 def test_a_model_of_another_kind_is_refused() -> None:
     provider = from_hf_config(LLAMA)
-    provider.experimental_attention_variant = "dsa"
+    provider.experimental_attention_variant = "mine"
     with pytest.raises(UserError) as caught:
         flops_per_token(provider, 64)
     assert str(caught.value) == (
-        "no formula for the size of a model with `experimental_attention_variant`: `dsa`\n\n"
-        "hint: only models of attention, plain or latent, and of feed-forward layers or experts are counted"
+        "no formula for the size of a model with `experimental_attention_variant`: `mine`\n\n"
+        "hint: only models of attention, Mamba-2, gated delta nets, feed-forward layers and experts are counted"
     )
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_sparse_attention_multiplies_its_weights_as_often_as_counted(family: str, ranks: Any) -> None:
+    """Its indexer has no loss here and goes forward alone. Scores are counted of the tokens that are chosen, and of all tokens by
+    the indexer: kernels on a CPU compute more of them. `linear_kv_up_proj` is multiplied with queries and outputs, in batches."""
+    config = small_config(family).to_dict() | {"vocab_size": 384}
+    provider = from_hf_config(config)
+    (operations,) = ranks.run(_counted_in_megatron, 1, config, 32)
+    of_weights = sum(count for kind, count in operations.items() if kind not in BATCHED)
+    heads, channels = provider.num_attention_heads, provider.qk_head_dim + provider.qk_pos_emb_head_dim + provider.v_head_dim
+    chosen = (32**2 - (32 - provider.dsa_indexer_topk) ** 2) / 2
+    scores = 3 * provider.num_layers * 2 * heads * channels * chosen
+    indexers = provider.num_layers if family == "deepseek_v32" else 3
+    up = heads * (provider.qk_head_dim + provider.v_head_dim) * provider.kv_lora_rank
+    scores += indexers * 2 * provider.dsa_indexer_n_heads * provider.dsa_indexer_head_dim * 32**2 / 2
+    assert flops_per_token(provider, 32) * 32 == of_weights + 6 * 32 * provider.num_layers * up + scores

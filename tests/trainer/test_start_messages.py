@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests import models
+from tests.converter.family_suite import small_model
 from tests.trainer import small
 
 
@@ -76,6 +78,15 @@ def test_a_run_says_what_it_is_before_its_first_step(ranks: Any, model_folder: A
     assert found["checkpoints"] == f"{tmp_path / 'run'}, every 2 steps and at the end"
     assert found["memory"].endswith(" MB in the fullest of 2 processes, estimated")
     assert [line.split()[1] for line in lines[first + 8 :] if line.startswith("step ")] == ["1/3", "3/3"]
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("nemotron_h", "ME*-"), ("llama", "*-*-*-*-")])
+def test_a_hybrid_says_its_layout_and_the_kinds_of_its_layers(family, kinds, ranks, tmp_path, told) -> None:
+    folder = models.save(small_model(family, dtype="float32"), tmp_path / "hf")
+    changes = {**told, "model__layout": "hybrid"}
+    ((said, *_),) = ranks.run(_run, 1, str(folder), str(tmp_path / "log"), changes)
+    (model,) = (line for line in said.splitlines() if line.startswith("model "))
+    assert model.endswith(f"4 layers of 64, layout hybrid: {kinds}")
 
 
 def test_every_step_is_in_the_metrics_whatever_the_interval_of_lines(

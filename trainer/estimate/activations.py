@@ -1,17 +1,18 @@
 """Count the bytes that the forward pass keeps for the backward pass.
 
 After Korthikanti et al. 2022 (arXiv:2205.05198, section 4), recounted for what megatron-core runs today: gated feed-forward
-networks, grouped queries, flash attention (no matrix of scores), no dropout mask, fused norms, latent attention, experts that get
-as many tokens each or as many as they can, multi-token prediction, frozen weights with adapters (Transformer Engine 2.20:
-`module/layernorm_linear.py`, `module/linear.py`). Packed rows on a GPU cost as much as other rows of their length. Weights are
-not counted, nor copies that canonical adapters stack of theirs, about 1 % of the rest.
+networks, grouped queries, flash attention (no matrix of scores), no dropout mask, fused norms, latent attention, Mamba-2 and
+delta nets (`trainer.estimate.mixing`), experts that get as many tokens each or as many as they can, multi-token prediction,
+frozen weights with adapters (Transformer Engine 2.20: `module/layernorm_linear.py`, `module/linear.py`). Packed rows on a GPU
+cost as much as other rows of their length. Weights are not counted, nor copies that canonical adapters stack of theirs, about
+1 % of the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import batched, islice
+from dataclasses import replace
+from itertools import batched
 from typing import Any
 
 from megatron.core.enums import Fp8Recipe
@@ -19,6 +20,8 @@ from megatron.core.transformer.enums import AttnBackend
 
 from trainer.estimate.adapters import Linear, adapter_of, first_trained, is_known, linears
 from trainer.estimate.built import is_quantized
+from trainer.estimate.linear_layers import STATISTICS, Layout, by_linear
+from trainer.estimate.mixing import by_mixing, check
 from trainer.estimate.routing import even_pairs, most_pairs
 from trainer.estimate.shape import Shape, shape_of
 from trainer.peft.dora import DoRA
@@ -27,45 +30,8 @@ LOGIT_TE, LOGIT_NATIVE, LOGIT_FP32 = 4, 10, 4
 """Bytes per logit. Transformer Engine's cross entropy writes gradients over bf16 logits; megatron-core's makes fp32 copies
 of logits that are not fp32. Measured on H200s: what was over when all else was counted (docs/performance.md)."""
 
-SCORE_COPIES = 2
-"""Matrices of scores that attention without flash keeps: before and after the softmax."""
-
 ROUTER = 8
 """Bytes per token and expert that a router keeps: scores and weights in fp32."""
-
-STATISTICS = 4
-"""Bytes per token and norm or head that fp32 statistics take: a norm's deviation, a softmax's sum."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How ranks divide a token's channels, the width of a channel, and what is trained."""
-
-    tp: int
-    etp: int
-    shards: int
-    """Ranks that divide the tokens of norms and residuals: sequence parallelism."""
-
-    wide: int
-    """Bytes of one channel."""
-
-    narrow: int
-    """Bytes of one channel of a matrix product's input: FP8 keeps it quantized."""
-
-    projection: int
-    """Bytes of one channel of attention's output that the projection keeps, beside those that attention keeps."""
-
-    scores: int
-    """Tokens of one row of the matrix of scores; 0 with flash attention."""
-
-    logit: int = 0
-    """Bytes of a router's logit, whose adapter is multiplied in that precision."""
-
-    pairs: float = 0.0
-    """Pairs of a token and an expert that a rank computes, for each token before ranks divide them."""
-
-    peft: Any = None
-    """None where all weights are trained."""
 
 
 def activations(
@@ -85,6 +51,7 @@ def activations(
     finalized provider, frozen if there is `peft`. `uneven`: the rank's experts get as many tokens as they can.
     """
     shape = shape_of(model)
+    check(shape)
     tokens //= model.context_parallel_size
     pairs = _pairs(model, uneven=uneven)
     parts = [_layer(shape, number, replace(_layout(model, number, sequence_length, peft), pairs=pairs)) for number in layers]
@@ -92,7 +59,9 @@ def activations(
     layout = _layout(model, 0, sequence_length, peft)
     kept, working = _kept(model, shape, layout, parts, tokens)
     flying = _in_flight(model, pp_rank, num_microbatches)
-    yield "activations", int(sum(kept) * flying), _why(model, f"{len(parts)} layers, {flying:g} microbatches at a time", peft)
+    states = ", of states what a GPU's kernels keep" if any(kind.recurrence for kind in shape.kinds) else ""
+    what = f"{len(parts)} layers{states}, {flying:g} microbatches at a time"
+    yield "activations", int(sum(kept) * flying), _why(model, what, peft)
     if working:
         yield "recomputation", working, "what is computed again, at its largest"
     edge = tokens * shape.hidden * layout.wide // layout.shards
@@ -164,44 +133,22 @@ def _layout(model: Any, number: int, sequence_length: int, peft: Any) -> Layout:
 
 def _layer(shape: Shape, number: int, layout: Layout) -> dict[str, int]:
     """Return the bytes per token of one layer, by module that can be recomputed on its own."""
-    wide, tp = layout.wide, layout.tp
-    *readers, projection = islice(every := linears(shape, number), len(shape.projections))
-    into_attention, up_projections, of_adapters = (_latent if shape.latent else _plain)(shape, readers, layout)
-    into_projection, of_projection = _linear(projection, layout, tp, shared=True)
-    channels = wide * (shape.queries + shape.keys + shape.values + shape.normed) // tp
-    attended = wide * shape.attended // tp
-    parts = {
-        "residual": 2 * (wide * (shape.hidden // layout.shards) + STATISTICS),  # the inputs of both norms
-        "attention": attended + into_projection + of_adapters + of_projection + (0 if shape.latent else channels),
-        "mla_up_proj": up_projections + channels if shape.latent else 0,
-        "core_attn": STATISTICS * shape.heads // tp + SCORE_COPIES * wide * shape.heads * layout.scores // tp,
-        "prediction": _prediction(shape, layout) if number >= shape.layers else 0,
-    }
-    if shape.experts[number]:
-        into_mlp, more = _experts(shape, layout, list(every))
-    else:
-        into_mlp, own = _mlp(shape, list(every), layout, tp, normed=True)
+    kind, every = shape.kinds[number], list(linears(shape, number))
+    mixing, feeding = ([linear for linear in every if linear.mixes == mixes] for mixes in (True, False))
+    into_mixing, mixed = by_mixing(shape, kind, mixing, layout)
+    into_mlp, more = 0, dict[str, int]()
+    if kind.experts:
+        into_mlp, more = _experts(shape, layout, feeding)
+    elif kind.dense:
+        into_mlp, own = _mlp(shape, feeding, layout, layout.tp, normed=True)
         more = {"mlp": own}
-    return {**parts, "layernorm": into_attention + into_mlp, **more}
-
-
-def _plain(_shape: Shape, readers: Sequence[Linear], layout: Layout) -> tuple[int, int, int]:
-    """Return the bytes per token of what attention reads, of what its up-projections keep, which are none, and of its adapter."""
-    into, of_adapter = _linear(readers[0], layout, layout.tp, normed=True)
-    return into, 0, of_adapter
-
-
-def _latent(shape: Shape, readers: Sequence[Linear], layout: Layout) -> tuple[int, int, int]:
-    """Return the bytes per token of the same for latent attention. Two layers read the same norm of the hidden state; each keeps
-    a quantized copy of its own. Up-projections keep what a norm inside them reads, and what it makes."""
-    assert shape.latent is not None
-    kept = {linear.name.rpartition(".")[2]: _linear(linear, layout, layout.tp, normed="up" in linear.name) for linear in readers}
-    ups = [name for name in kept if "_up_" in name]
-    reading = [kept[name][0] for name in kept if name not in ups]
-    into = sum(reading) if layout.narrow != layout.wide else max(reading)
-    compressed = shape.latent.query_rank + shape.latent.kv_rank + shape.latent.rotary
-    inside = layout.wide * compressed // layout.shards + len(ups) * STATISTICS
-    return into, inside + sum(kept[name][0] for name in ups), sum(added for _, added in kept.values())
+    return {
+        "residual": kind.norms * (layout.wide * (shape.hidden // layout.shards) + STATISTICS),  # the inputs of norms
+        "prediction": _prediction(shape, layout) if number >= shape.layers else 0,
+        "layernorm": into_mixing + into_mlp,
+        **mixed,
+        **more,
+    }
 
 
 def _prediction(shape: Shape, layout: Layout) -> int:
@@ -223,7 +170,9 @@ def _experts(shape: Shape, layout: Layout, inner: Sequence[Linear]) -> tuple[int
     inside = int(layout.pairs * (into + own + added))
     of_router = (ROUTER * shape.num_experts + _router_adapter(router, layout)) // layout.shards
     _, of_shared = _mlp(shape, shared, layout, layout.tp, normed=False) if shared else (0, 0)
-    return wide * hidden // layout.shards, {"moe": inside + of_router, "shared_experts": of_shared}
+    of_shared += wide * hidden // layout.shards if shape.shared_gate else 0  # what the gate multiplies
+    latent = 2 * wide * shape.expert_hidden // layout.shards if shape.expert_hidden != hidden else 0  # into experts and from them
+    return wide * hidden // layout.shards, {"moe": inside + of_router + latent, "shared_experts": of_shared}
 
 
 def _router_adapter(router: Linear, layout: Layout) -> int:
@@ -239,31 +188,9 @@ def _router_adapter(router: Linear, layout: Layout) -> int:
 def _mlp(shape: Shape, pair: Sequence[Linear], layout: Layout, ranks: int, *, normed: bool) -> tuple[int, int]:
     """Return the bytes per token of a feed-forward network's input, and of the first product's output and the second's input."""
     first, second = pair
-    into, of_first = _linear(first, layout, ranks, normed=normed)
-    activated, of_second = _linear(second, layout, ranks)
+    into, of_first = by_linear(first, layout, ranks, normed=normed)
+    activated, of_second = by_linear(second, layout, ranks)
     return into, shape.gates * layout.wide * second.inputs // ranks + activated + of_first + of_second
-
-
-def _linear(linear: Linear, layout: Layout, ranks: int, *, normed: bool = False, shared: bool = False) -> tuple[int, int]:
-    """Return the bytes per token that a linear layer keeps of its input, and those that its adapter keeps.
-
-    A layer keeps its input for its weight's gradient: in FP8 quantized, frozen not at all. An adapter's A keeps it as it is, or
-    what dropout makes of it, with a mask. Transformer Engine's layer with a norm in it (`normed`) that hands out what the norm
-    made keeps that too, though a frozen one has no use for it: quantized, or the same tensor. `shared` is kept by attention
-    anyway. Then there are A·x, r wide, and the output that a magnitude scales.
-    """
-    wide, narrow = layout.wide, layout.narrow
-    inputs = linear.inputs // (ranks if linear.row else layout.shards)
-    if layout.peft is None:
-        return (layout.projection if shared else narrow) * inputs, 0
-    added = adapter_of(layout.peft, linear, ranks=ranks)
-    if added is None:
-        return 0, 0
-    dropped = layout.peft.dropout > 0
-    each = (0 if shared and not dropped else wide) + dropped
-    each += narrow if normed and (dropped or narrow != wide) else 0
-    scaled = linear.outputs // (layout.shards if linear.row else ranks) if added.magnitudes else 0
-    return each * inputs, wide * (added.rank + scaled)
 
 
 def _kept(model: Any, shape: Shape, layout: Layout, parts: Sequence[dict[str, int]], tokens: int) -> tuple[list[int], int]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.estimate.shape import Shape
+from trainer.estimate.shape import Kind, Shape
 from trainer.peft.dora import DoRA
 from trainer.peft.fused_layers import part_names
 from trainer.peft.lora import LoRA
@@ -31,6 +31,8 @@ class Linear:
     """Row parallel: ranks divide its inputs; else its outputs."""
 
     expert: int | None = None
+    mixes: bool = False
+    """Does it read or write what mixes tokens?"""
 
     @property
     def is_router(self) -> bool:
@@ -61,28 +63,42 @@ def is_known(peft: Any) -> bool:
 
 
 def linears(shape: Shape, number: int) -> Iterator[Linear]:
-    """Yield the linear layers of layer `number`, counted from 0 in the whole model: attention's, the output projection last; the
-    feed-forward network's two; or the router, each expert's two, and the shared expert's two."""
+    """Yield the linear layers of layer `number`, counted from 0 in the whole model: those that mix tokens, the output projection
+    last; the feed-forward network's two; or the router, each expert's two, and the shared expert's two."""
     mtp = number - shape.layers
     layer = f"decoder.layers.{(1 + shape.split) * number}" if mtp < 0 else f"mtp.layers.{mtp}.mtp_model_layer"
-    for name, (inputs, parts) in shape.projections.items():
-        yield Linear(f"{layer}.self_attention.{name}", inputs, parts, row=name == "linear_proj")
+    yield from _mixing(layer, shape, shape.kinds[number])
     if shape.split:
         layer = f"decoder.layers.{2 * number + 1}"
-    if not shape.experts[number]:
+    if shape.kinds[number].dense:
         yield from _mlp(f"{layer}.mlp", shape, shape.ffn)
-        return
-    yield Linear(f"{layer}.mlp.router", shape.hidden, {"": shape.num_experts})
+    if shape.kinds[number].experts:
+        yield from _experts(f"{layer}.mlp", shape)
+
+
+def _mixing(layer: str, shape: Shape, kind: Kind) -> Iterator[Linear]:
+    if kind.attends:
+        for name, (inputs, parts) in shape.projections.items():
+            yield Linear(f"{layer}.self_attention.{name}", inputs, parts, row=name == "linear_proj", mixes=True)
+    if kind.recurrence:
+        at, inner = f"{layer}.{kind.recurrence.name}", kind.recurrence.inner
+        yield Linear(f"{at}.in_proj", shape.hidden, {"": kind.recurrence.projected}, mixes=True)
+        yield Linear(f"{at}.out_proj", inner, {"": shape.hidden}, row=True, mixes=True)
+
+
+def _experts(name: str, shape: Shape) -> Iterator[Linear]:
+    yield Linear(f"{name}.router", shape.hidden, {"": shape.num_experts})
     for expert in range(shape.num_experts):
-        yield from _mlp(f"{layer}.mlp.experts.local_experts.{expert}", shape, shape.expert_ffn, expert)
+        yield from _mlp(f"{name}.experts.local_experts.{expert}", shape, shape.expert_ffn, expert)
     if shape.shared_ffn:
-        yield from _mlp(f"{layer}.mlp.shared_experts", shape, shape.shared_ffn)
+        yield from _mlp(f"{name}.shared_experts", shape, shape.shared_ffn)
 
 
 def _mlp(name: str, shape: Shape, ffn: int, expert: int | None = None) -> Iterator[Linear]:
     first = {"gate": ffn, "up": ffn} if shape.gates == 2 else {"": ffn}
-    yield Linear(f"{name}.linear_fc1", shape.hidden, first, expert=expert)
-    yield Linear(f"{name}.linear_fc2", ffn, {"": shape.hidden}, row=True, expert=expert)
+    hidden = shape.hidden if expert is None else shape.expert_hidden
+    yield Linear(f"{name}.linear_fc1", hidden, first, expert=expert)
+    yield Linear(f"{name}.linear_fc2", ffn, {"": hidden}, row=True, expert=expert)
 
 
 def adapter_of(peft: Any, linear: Linear, *, ranks: int = 1) -> AdapterSize | None:

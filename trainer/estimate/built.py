@@ -60,7 +60,9 @@ class RankParameters:
 
 
 _LAYER = re.compile(r"(?:^|\.)(?:(decoder|mtp)\.)?layers\.(\d+)$")
-_MATRIX = re.compile(r"(?:^|\.)(?:(decoder|mtp)\.)?layers\.(\d+)\.(?!.*\.adapter\.).*(linear_\w+|eh_proj)\.weight\d*$")
+_MATRIX = re.compile(
+    r"(?:^|\.)(?:(decoder|mtp)\.)?layers\.(\d+)\.(?!.*\.adapter\.).*(linear_\w+|eh_proj|in_proj|out_proj)\.weight\d*$"
+)
 
 
 def count_chunks(chunks: Sequence[Any], provider: Any) -> RankParameters:

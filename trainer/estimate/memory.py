@@ -19,7 +19,6 @@ from trainer.estimate import built
 from trainer.estimate.activations import activations
 from trainer.estimate.built import RankParameters, Weights
 from trainer.estimate.routing import is_even
-from trainer.estimate.shape import shape_of
 
 FP8_COPIES = 2
 """Bytes per quantized weight: FP8 once as it is and once transposed, for the backward pass (Transformer Engine)."""
@@ -87,12 +86,7 @@ def _activations(
     config: RunConfig, held: RankParameters, pp_rank: int, data_parallel: int, *, uneven: bool = False
 ) -> Iterator[Part]:
     micro, length = config.train.micro_batch_size, config.dataset.sequence_length
-    try:
-        shape_of(config.model)
-    except UserError:
-        yield Part("activations", 0, "not counted: there is no formula for this model")
-        return
-    for name, size, why in activations(
+    counted = activations(
         config.model,
         layers=held.layers,
         pp_rank=pp_rank,
@@ -101,8 +95,11 @@ def _activations(
         sequence_length=length,
         peft=config.peft,
         uneven=uneven,
-    ):
-        yield Part(name, size, why)
+    )
+    try:
+        yield from [Part(name, size, why) for name, size, why in counted]
+    except UserError:
+        yield Part("activations", 0, "not counted: there is no formula for this model")
 
 
 def _workspace(config: RunConfig) -> Iterator[Part]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from trainer.layers.branch_norms import branch_norms
+from trainer.layers.clipped import clipped
 from trainer.layers.delta_net import attention_alone, delta_nets, net_norm_gradients
 from trainer.layers.embedding import embedding_dropout, embedding_layernorm, position_offset
 from trainer.layers.expert_biases import expert_biases
@@ -60,6 +61,7 @@ MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     own_frequencies,
     sliding_rope,
     late_norms,
+    clipped,
     position_offset,
     embedding_dropout,
     embedding_layernorm,

@@ -1,8 +1,8 @@
 """Rotary embeddings that GPTModel's arguments cannot express: scalings with numbers of their own, and other ones on layers that
 slide.
 
-GPTModel computes `yarn` itself (`yarn_*`), with one attention factor in all layers. The attention factor multiplies cosines and
-sines; megatron-core's attention has it as `_yarn_concentration_factor`.
+GPTModel computes `yarn` itself (`yarn_*`) over whole heads, with one attention factor in all layers. The attention factor
+multiplies cosines and sines; megatron-core's attention has it as `_yarn_concentration_factor`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_find_correction_range,
+    _yarn_get_concentration_factor_from_config,
+    _yarn_get_mscale,
+    _yarn_linear_ramp_mask,
+)
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from converter.config import language_model
 from converter.config_rope import rope_numbers
-from trainer.layers.spec import attention_layers
+from trainer.layers.spec import attention_layers, transformer_layers
 
 Numbers = Mapping[str, Any]
 
@@ -46,30 +52,47 @@ def _longrope(plain: torch.Tensor, numbers: Numbers) -> torch.Tensor:
     return plain / torch.tensor(numbers["short_factor"], dtype=torch.float32, device="cpu")
 
 
+def _yarn(plain: torch.Tensor, numbers: Numbers) -> torch.Tensor:
+    low, high = _yarn_find_correction_range(
+        numbers.get("beta_fast") or 32, numbers.get("beta_slow") or 1, 2 * plain.numel(), numbers["rope_theta"],
+        numbers["original_max_position_embeddings"], numbers.get("truncate", True),
+    )  # fmt: skip
+    scaled = _yarn_linear_ramp_mask(low, high, plain.numel(), torch.device("cpu"))
+    return plain / numbers["factor"] * scaled + plain * (1 - scaled)
+
+
 _SCALED: dict[str, Callable[[torch.Tensor, Numbers], torch.Tensor]] = {
     "default": lambda plain, _: plain,
     "dynamic": lambda plain, _: plain,
     "linear": _linear,
     "llama3": _llama3,
     "longrope": _longrope,
+    "yarn": _yarn,
 }
 KINDS = tuple(_SCALED)
 """Values of `rope_type` in `rope_parameters` and `sliding_rope`."""
 
 
-def longrope_factor(numbers: Numbers) -> float:
-    """Return the attention factor of `longrope`: the given one, or what follows from how far the length was extended."""
-    given, factor = numbers.get("attention_factor"), numbers["factor"]
+def own_factor(numbers: Numbers) -> float:
+    """Return the attention factor of `rope_parameters`: of `longrope` and `yarn` the given one, or what follows from how far the
+    length was extended; of other kinds 1."""
+    kind, given = numbers["rope_type"], numbers.get("attention_factor")
+    if kind not in ("longrope", "yarn"):
+        return 1.0
     if given is not None:
         return float(given)
-    return math.sqrt(1 + math.log(factor) / math.log(numbers["original_max_position_embeddings"])) if factor > 1 else 1.0
+    factor = numbers["factor"]
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(numbers["original_max_position_embeddings"])) if factor > 1 else 1.0
+    both = numbers.get("mscale"), numbers.get("mscale_all_dim")
+    return _yarn_get_mscale(factor, both[0]) / _yarn_get_mscale(factor, both[1]) if all(both) else _yarn_get_mscale(factor)
 
 
 def attention_factor(provider: Any) -> float:
     """Return what cosines and sines are multiplied by in layers that do not slide: 1 without `yarn` and `longrope`."""
     numbers = getattr(provider, "rope_parameters", None)
-    if numbers and numbers["rope_type"] == "longrope":
-        return longrope_factor(numbers)
+    if numbers:
+        return own_factor(numbers)
     return _yarn_get_concentration_factor_from_config(provider) if provider.position_embedding_type == "yarn" else 1.0
 
 
@@ -89,7 +112,8 @@ def own_frequencies(provider: Any, model: Any) -> None:
     numbers = _own_numbers(provider)
     if numbers is None:
         return
-    attentions = [layer.self_attention for layer in attention_layers(model)]
+    layers = [layer for layer in transformer_layers(model) if not isinstance(layer.self_attention, IdentityOp)]
+    attentions = [layer.self_attention for layer in layers]
     for embedding in [one.rotary_pos_emb for one in attentions] if provider.multi_latent_attention else [model.rotary_pos_emb]:
         embedding.inv_freq = frequencies(numbers, 2 * embedding.inv_freq.numel()).to(embedding.inv_freq.device)
     for attention in attentions:
@@ -107,7 +131,7 @@ def _own_numbers(provider: Any) -> Numbers | None:
 
 
 def sliding_rope(provider: Any, model: Any) -> None:
-    """Give layers whose attention slides the rotary embedding `sliding_rope`; its attention factor is 1."""
+    """Give layers whose attention slides the rotary embedding `sliding_rope`, with its attention factor."""
     if provider.sliding_rope is None:
         return
     embedding = RotaryEmbedding(
@@ -121,7 +145,7 @@ def sliding_rope(provider: Any, model: Any) -> None:
     embedding.inv_freq = found.to(embedding.inv_freq.device)
     for layer in attention_layers(model):
         if is_layer_window_attention(provider.window_size, provider.window_attn_skip_freq, layer.layer_number):
-            layer.self_attention._yarn_concentration_factor = 1.0
+            layer.self_attention._yarn_concentration_factor = own_factor(provider.sliding_rope)
             layer.self_attention.register_forward_pre_hook(_Instead(embedding), with_kwargs=True)
 
 

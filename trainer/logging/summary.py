@@ -23,6 +23,7 @@ from trainer.config import (
 from trainer.estimate import memory
 from trainer.estimate.built import count_chunks
 from trainer.formatting import duration, number, size, steps
+from trainer.layers.pattern import is_hybrid, symbols
 from trainer.peft.attach import count
 from trainer.settings.resolve import Resolved
 
@@ -50,7 +51,14 @@ def _model(model: Any, peft: Any, trained: int, parameters: int) -> str:
     name = described or type(model).__name__
     sizes = f"{model.num_layers} layers of {model.hidden_size}" if model.num_layers else ""
     learned = f"{number(trained)} of them trained ({type(peft).__name__})" if peft is not None else ""
-    return ", ".join(filter(None, (name, f"{parameters:,} parameters", learned, sizes)))
+    return ", ".join(filter(None, (name, f"{parameters:,} parameters", learned, sizes, _kinds(model))))
+
+
+def _kinds(model: Any) -> str:
+    """Return the layout of a hybrid, and the kinds of its layers."""
+    if not is_hybrid(model):
+        return ""
+    return f"layout hybrid: {''.join(symbols(model))}"
 
 
 def _layout(model: Any, resolved: Resolved, *, divided: bool) -> str:

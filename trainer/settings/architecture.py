@@ -22,7 +22,7 @@ from trainer.settings.rules import Rule, enforce
 _ABSENT = SimpleNamespace(
     position_embedding_type="rope", rope_parameters=None, sliding_rope=None, exact_sequence_length=None, rotary_percent=1.0,
     qk_layernorm_after_rope=False, qk_l2_norm_with_rope=False, qk_layernorm=False, parallel_residual=None, pre_layernorms=True,
-    post_layernorms=False, attention_output_bias=False, alibi=None, attn_logit_softcapping=None, position_offset=0,
+    post_layernorms=False, attention_output_bias=False, alibi=None, attn_logit_softcapping=None, clip_qkv=None, position_offset=0,
     gated_linear_unit=False, activation_func=None, num_moe_experts=None, fp8_dot_product_attention=False,
     attention_backend=AttnBackend.auto, yarn_rotary_scaling_factor=1.0, yarn_original_max_position_embeddings=None,
     bias_activation_fusion=None, apply_rope_fusion=None, fused_single_qkv_rope=False, window_size=None,
@@ -145,6 +145,13 @@ def _attention_rules(model: Any, *, context: int) -> Iterator[Rule]:
             value is not None and model.fp8_dot_product_attention,
             f"`model.{name}` is `{value}`, which attention in FP8 (`model.fp8_dot_product_attention`) does not do",
             "leave `model.fp8_dot_product_attention` out",
+        )
+    for name in ("multi_latent_attention", "experimental_attention_variant", "fused_single_qkv_rope"):
+        value = getattr(model, name)
+        yield (
+            model.clip_qkv is not None and value,
+            f"`model.clip_qkv` is `{model.clip_qkv}`, which is not done with `model.{name}={value}`",
+            "leave one of them out",
         )
     cap = model.attn_logit_softcapping
     yield (

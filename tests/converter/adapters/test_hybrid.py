@@ -32,6 +32,18 @@ def test_an_adapter_for_a_hybrid_base_comes_back_with_the_same_bytes(peft_folder
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize("layout", ["gpt", "hybrid"])
+def test_an_adapter_gets_the_layout_that_is_asked_for(peft_folder, base, hybrid, tmp_path, layout):
+    folder, like = peft_folder(), {"gpt": base, "hybrid": hybrid}
+    adapter_to_mcore(folder, tmp_path / "expected", base=like[layout])
+    other = like["hybrid" if layout == "gpt" else "gpt"]
+    adapter_to_mcore(folder, tmp_path / "m", base=other, layout=layout, verify=True)
+    expected, made = (inspect_checkpoint(tmp_path / name, tensors=True) for name in ("expected", "m"))
+    assert (made.layers_as, made.tensor_list) == (expected.layers_as, expected.tensor_list)
+    adapter_to_hf(tmp_path / "m", tmp_path / "back", verify=True)
+    assert (tmp_path / "back" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
 def test_a_merged_model_keeps_the_layout_of_its_base(peft_folder, base, hybrid, tmp_path):
     folder = peft_folder()
     adapter_to_mcore(folder, tmp_path / "m", base=hybrid)

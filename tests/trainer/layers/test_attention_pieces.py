@@ -22,6 +22,7 @@ MODELS = {
         "softmax_scale": 1.0,
     },
     "normed": {"qk_layernorm": True, "qk_layernorm_after_rope": True},
+    "clipped": {"qk_layernorm": True, "clip_qkv": 0.5},
     "biased": {
         "position_embedding_type": "alibi",
         "alibi": {"bias_max": 4.0, "scale": 0.5},
@@ -54,6 +55,7 @@ MODELS = {
 OTHERWISE = {
     "turned": [{"sliding_rope": None}, {"yarn_mscale": None}],
     "normed": [{"qk_layernorm_after_rope": False}],
+    "clipped": [{"clip_qkv": None}],
     "biased": [{"alibi": {"bias_max": 8.0, "scale": 0.5}}, {"alibi": {"bias_max": 4.0}}],
     "placed": [{"position_offset": 1, "seq_length": 65}],
     "long": [{"rope_parameters": {**MODELS["long"]["rope_parameters"], "attention_factor": 1.0}}, {"rope_parameters": None}],

@@ -82,11 +82,3 @@ def test_packed_examples_are_refused_where_the_state_would_go_on(device, more):
 def test_no_text_is_generated(folder, ranks):
     (said,) = ranks.run(answers, 1, str(folder), ())
     assert "is `gated_delta_net`, with which no text can be generated" in said
-
-
-def test_estimates_say_that_there_is_no_formula(folder):
-    from trainer.estimate.shape import shape_of
-    from trainer.model import from_hf_config
-
-    with pytest.raises(UserError, match="no formula for the size of a model with `experimental_attention_variant`"):
-        shape_of(from_hf_config(small_model("qwen3_5_text").config.to_dict()))

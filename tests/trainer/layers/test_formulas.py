@@ -16,6 +16,7 @@ LONG = {
     "original_max_position_embeddings": 64,
     "factor": 4.0,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 KINDS = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
@@ -29,6 +30,11 @@ KINDS = {
     "longrope": LONG,
     "longrope with its factor": {**LONG, "attention_factor": 1.25},
     "longrope without a scaling": {**LONG, "factor": 1.0},
+    "yarn": YARN,
+    "yarn with its factor": {**YARN, "attention_factor": 1.25},
+    "yarn without a scaling": {**YARN, "factor": 1.0},
+    "yarn with two scales": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
+    "yarn without rounding": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
 }
 
 
@@ -43,7 +49,7 @@ def test_frequencies_are_those_of_transformers(kind):
     )
     expected, factor = ROPE_INIT_FUNCTIONS[numbers["rope_type"]](config, "cpu", seq_len=64)
     torch.testing.assert_close(rope.frequencies(numbers, 12), expected, rtol=1e-6, atol=0)
-    assert numbers["rope_type"] != "longrope" or rope.longrope_factor(numbers) == pytest.approx(factor, rel=1e-12)
+    assert rope.own_factor(numbers) == pytest.approx(factor, rel=1e-12)
 
 
 @pytest.mark.parametrize("heads", [1, 4, 6, 12, 71, 112])
