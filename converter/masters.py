@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,12 +21,12 @@ from converter.execution import Reporter
 from converter.run import PIECE_BYTES, in_threads
 from formats.arrays import Buffer, contiguous_regions
 from formats.dtypes import MODEL_DTYPES
+from formats.errors import UserError
 from formats.integrity import Check
 from formats.megatron_reader import MegatronReader
-from formats.spec import DTYPES, Array, Region, TensorSpec, extent
-
-PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
-"""Prefixes of a weight's key: of megatron-core's distributed optimizer (`fully_reshardable`), and of its non-distributed one."""
+from formats.optimizer.open import open_optimizer
+from formats.optimizer.state import MASTER
+from formats.spec import DTYPES, Array, Reader, Region, TensorSpec, extent
 
 _ROUNDED_TO = frozenset(DTYPES[name] for name in MODEL_DTYPES)
 
@@ -38,8 +38,12 @@ def check(reader: MegatronReader, result: Check, *, workers: int, reporter: Repo
     """
     if not reader.has_optimizer:
         return result
-    states = [reader.optimizer_state(prefix) for prefix in PREFIXES]
-    pairs = _Pairs(reader, {name: state for state in states for name in state.specs}, reporter.progress)
+    try:
+        optimizer = open_optimizer(reader)
+    except UserError as error:
+        count = len(reader.specs)
+        return replace(result, without_masters=[f"{count} {'weight' if count == 1 else 'weights'}: {error}"])
+    pairs = _Pairs(reader, optimizer.states.get(MASTER) if optimizer else None, reporter.progress)
     reasons = Counter(reason for name in reader.specs if (reason := pairs.obstacle(name)))
     compared = [name for name in reader.specs if not pairs.obstacle(name)]
     reporter.start(sum(prod(reader.specs[name].shape) for name in compared) * 4)
@@ -55,18 +59,16 @@ def check(reader: MegatronReader, result: Check, *, workers: int, reporter: Repo
 class _Pairs:
     """Weights and their masters, by the names of the weights; `wrong` are the weights that differ from their rounded masters."""
 
-    def __init__(self, weights: MegatronReader, masters: dict[str, MegatronReader], progress: Callable[[int], None]) -> None:
+    def __init__(self, weights: MegatronReader, masters: Reader | None, progress: Callable[[int], None]) -> None:
         self.wrong: set[str] = set()
         self._weights, self._masters, self._progress = weights, masters, progress
-        self._by_buckets = any(name.startswith("optimizer.distributed.") for name in weights.others)
         self._lock = threading.Lock()
 
     def obstacle(self, name: str) -> str:
         """Return why a weight cannot be compared, or an empty string."""
-        if name not in self._masters:
-            state = "state is kept by buckets (`dp_reshardable`)" if self._by_buckets else "state has none in their shape"
-            return f"whose optimizer {state}"
-        weight, master = self._weights.specs[name], self._masters[name].specs[name]
+        if not self._masters or name not in self._masters.specs:
+            return "of which the optimizer state has none"
+        weight, master = self._weights.specs[name], self._masters.specs[name]
         if weight.dtype not in _ROUNDED_TO or master.dtype != DTYPES["fp32"]:
             return f"which are {weight.stored_dtype}, with masters in {master.stored_dtype}"
         return ""
@@ -80,7 +82,7 @@ class _Pairs:
 
     def worker(self) -> Callable[[tuple[TensorSpec, Region]], None]:
         """Return a thread's function for one piece, with buffers of its own."""
-        buffers = Buffer(), Buffer(), Buffer()
+        masters, buffers = cast("Reader", self._masters), (Buffer(), Buffer(), Buffer())
 
         def compare(piece: tuple[TensorSpec, Region]) -> None:
             spec, region = piece
@@ -88,7 +90,7 @@ class _Pairs:
             weight, rounded = (buffer.view(shape, spec.dtype) for buffer in buffers[:2])
             master = buffers[2].view(shape, DTYPES["fp32"])
             self._weights.read(spec.name, region, weight)
-            self._masters[spec.name].read(spec.name, region, master)
+            masters.read(spec.name, region, master)
             if not rounds_to(master, weight, rounded):
                 with self._lock:
                     self.wrong.add(spec.name)

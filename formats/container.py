@@ -12,6 +12,7 @@ import numpy as np
 
 from formats.chunks import ChunkedTensor
 from formats.spec import Array, Region, Shape
+from formats.torch_zip import OpenArchive
 
 
 class Container(Protocol):
@@ -44,8 +45,8 @@ class Container(Protocol):
         """
         ...
 
-    def object(self, name: str) -> Any:
-        """Read an object's pickle, classes as inert records."""
+    def archive(self, name: str) -> OpenArchive:
+        """Open an object: its pickle, and the tensors that it refers to."""
         ...
 
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:

@@ -80,11 +80,10 @@ class DcpContainer:
     def dtype(self, name: str) -> np.dtype[Any]:
         return self._index.dtype(name)
 
-    def object(self, name: str) -> Any:
-        """Read an object's pickle, classes as inert records."""
+    def archive(self, name: str) -> OpenArchive:
         location = self._index.object(name)
         self._check_location(name, location)
-        return self._archive(location).pickle()
+        return self._archive(location)
 
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
         """Read a region of the tensor into `out`, from all chunks that overlap it."""

@@ -57,10 +57,3 @@ class MegatronReader(Reader, Protocol):
     def chunks(self, name: str) -> Sequence[Chunk]:
         """Return the chunks that hold a weight. Where layers are stacked, those that hold its layer."""
         ...
-
-    def optimizer_state(self, prefix: str) -> MegatronReader:
-        """Return a reader of the optimizer state that has the names and shapes of weights.
-
-        `prefix` precedes the weight's key: `optimizer.state.exp_avg.` selects the first moment.
-        """
-        ...

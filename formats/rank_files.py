@@ -91,12 +91,6 @@ class RankFilesReader:
             for stored in box.copies[:1]
         ]
 
-    def optimizer_state(self, prefix: str) -> RankFilesReader:  # noqa: ARG002 - of the protocol
-        """Return a reader of no tensors: optimizer state in these files has no names."""
-        empty = RankFilesReader.__new__(RankFilesReader)
-        empty.__dict__ = {**self.__dict__, "specs": {}, "_boxes": {}}
-        return empty
-
     def read(self, name: str, region: Region, out: Array) -> None:
         """See `Reader.read`. Raises UserError where ranks that should hold the same do not."""
         for box in self._boxes[name]:

@@ -55,7 +55,7 @@ class TorchDistReader:
     """An opened iteration; see `MegatronReader`."""
 
     def __init__(self, folder: Folder, *, prefix: str = "", container: Container | None = None) -> None:
-        """`prefix`: see `optimizer_state`. `container`: the folder's, where it is already open."""
+        """`prefix`: see `state`. `container`: the folder's, where it is already open."""
         self.folder = find_iteration(folder)
         self.container = container or DcpContainer(self.folder)
         self._prefix = prefix
@@ -97,7 +97,11 @@ class TorchDistReader:
     def has_optimizer(self) -> bool:
         return any(name.startswith(("optimizer", "chained_")) for name in self.others)
 
-    def optimizer_state(self, prefix: str) -> TorchDistReader:
+    def state(self, prefix: str) -> TorchDistReader:
+        """Return a reader of the optimizer state that has the names and shapes of weights.
+
+        `prefix` precedes the weight's key: `optimizer.state.exp_avg.` selects the first moment.
+        """
         return TorchDistReader(self.folder, prefix=prefix, container=self.container)
 
     def _state_keys(self, weights: Iterable[str]) -> dict[str, None]:
@@ -203,18 +207,21 @@ class TorchDistReader:
 
     def common_state(self) -> dict[str, Any]:
         """See `MegatronReader.common_state`."""
-        if self.folder.has(COMMON):
-            data = self.folder.get(COMMON)
-            state = OpenArchive(lambda at, size: data[at : at + size], len(data), source=COMMON).pickle()
-        elif COMMON_KEY in self.container.object_names:
-            state = self.container.object(COMMON_KEY)
-        else:
-            return {name: self.container.object(name) for name in _OF_COMMON if name in self.container.object_names}
-        match state:
+        archive = self.common_archive()
+        if not archive:
+            objects = self.container.object_names
+            return {name: self.container.archive(name).pickle() for name in _OF_COMMON if name in objects}
+        match archive.pickle():
             case {**fields} | [{**fields}]:
                 return fields
             case _:
                 raise UserError("the checkpoint's common state is not a dictionary")
+
+    def common_archive(self) -> OpenArchive | None:
+        """Open what holds the common state and its tensors, None where there is no such state."""
+        if self.folder.has(COMMON):
+            return OpenArchive.of(self.folder, COMMON)
+        return self.container.archive(COMMON_KEY) if COMMON_KEY in self.container.object_names else None
 
     def args(self) -> Mapping[str, Any]:
         """See `MegatronReader.args`."""

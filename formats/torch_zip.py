@@ -19,6 +19,7 @@ import numpy as np
 
 from formats.dtypes import BY_NAME, CONVERTED
 from formats.errors import UserError
+from formats.folder import Folder
 from formats.pickle_writer import dumps
 from formats.pickles import Global, Record, Storage, loads
 from formats.spec import DTYPES, Array, Shape, dtype_name, is_valid_shape
@@ -205,6 +206,12 @@ class OpenArchive:
     def __init__(self, fetch: Callable[[int, int], bytes], length: int, *, source: str) -> None:
         self._fetch, self._length, self._source = fetch, length, source
         self._entries = self._directory()
+
+    @classmethod
+    def of(cls, folder: Folder, file: str) -> OpenArchive:
+        """Open a small archive that is a file of its own. The file is read whole."""
+        data = folder.get(file)
+        return cls(lambda at, size: data[at : at + size], len(data), source=file)
 
     def pickle(self) -> Any:
         return loads(self.record("data.pkl", limit=1 << 26), source=self._source)

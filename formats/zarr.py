@@ -102,9 +102,8 @@ class ZarrContainer:
             self._tensors[name] = _chunked(stored, [f"{name}/{file}" for file in _chunk_files(stored)])
         return self._tensors[name]
 
-    def object(self, name: str) -> Any:
-        data = self._folder.get(f"{name}.pt")
-        return OpenArchive(lambda at, size: data[at : at + size], len(data), source=f"{name}.pt").pickle()
+    def archive(self, name: str) -> OpenArchive:
+        return OpenArchive.of(self._folder, f"{name}.pt")
 
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
         if not out.size:

@@ -12,6 +12,8 @@ import pytest
 from formats.detect import Format, detect, open_megatron
 from formats.errors import UserError
 from formats.folder import LocalFolder
+from formats.optimizer.open import open_optimizer
+from formats.optimizer.state import MASTER, STATES
 from tests.formats import zarr_arrays
 from tests.golden.kinds import unpacked
 
@@ -49,17 +51,16 @@ def test_weights_are_those_of_the_twin(opened, name, twin, kind):
     assert reader.args()["num_layers"] == 2
 
 
-@pytest.mark.parametrize("state", ["exp_avg", "exp_avg_sq", "fp32_param"])
+@pytest.mark.parametrize("state", STATES)
 def test_optimizer_state_of_zarr_is_that_of_the_twin(opened, state):
-    prefix = f"optimizer.state.{state}."
-    reader, twin = (opened(name)[1].optimizer_state(prefix) for name in ("zarr", "zarr_as_torch_dist"))
+    reader, twin = (open_optimizer(opened(name)[1]).states[state] for name in ("zarr", "zarr_as_torch_dist"))
     assert len(reader.specs) == 15
     assert values(reader) == values(twin)
 
 
 def test_masters_of_zarr_with_a_distributed_optimizer_round_to_its_weights(opened):
     _, reader = opened("zarr_distributed_optimizer")
-    masters, weights = values(reader.optimizer_state("optimizer.state.fp32_param.")), values(reader)
+    masters, weights = values(open_optimizer(reader).states[MASTER]), values(reader)
     for name, (shape, dtype, data) in weights.items():
         assert np.frombuffer(masters[name][2], np.float32).astype(dtype).tobytes() == data
         assert masters[name][0] == shape

@@ -31,7 +31,7 @@ def _good(root):
     reader = TorchDistReader(LocalFolder(found))
     reader.check(reader.specs)
     for name in reader.container.object_names:
-        reader.container.object(name)
+        reader.container.archive(name).pickle()
     reader.close()
     return found
 

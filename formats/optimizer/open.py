@@ -1,0 +1,24 @@
+"""Open the optimizer state of a Megatron checkpoint by the way it is stored."""
+
+from __future__ import annotations
+
+from formats.errors import UserError
+from formats.megatron_reader import MegatronReader
+from formats.optimizer import model_space
+from formats.optimizer.state import OptimizerState
+from formats.torch_dist import TorchDistReader
+
+
+def open_optimizer(reader: MegatronReader) -> OptimizerState | None:
+    """Return the optimizer state beside the weights that `reader` reads, None where there is none.
+
+    It is read through `reader`, which the caller closes. Raises UserError for state that has no place in the shapes of weights.
+    """
+    if not reader.has_optimizer:
+        return None
+    if isinstance(reader, TorchDistReader) and (state := model_space.read(reader)):
+        return state
+    raise UserError(
+        f"the optimizer state of `{reader.folder.label}` is stored in a way that is not read",
+        hint="`--weights-only` leaves it out, where a command has that option",
+    )
