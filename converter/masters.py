@@ -99,6 +99,28 @@ class _Pairs:
         return compare
 
 
+class ProvenMasters:
+    """Read masters that prove themselves: each piece is rounded and held against its weight. Closing it closes nothing."""
+
+    def __init__(self, masters: Reader, weights: Reader) -> None:
+        self.specs = masters.specs
+        self._masters, self._weights = masters, weights
+
+    def read(self, name: str, region: Region, out: Array) -> None:
+        """See `Reader.read`. Raises UserError for masters that do not round to their weight."""
+        self._masters.read(name, region, out)
+        weight = np.empty(out.shape, self._weights.specs[name].dtype)
+        self._weights.read(name, region, weight)
+        if not rounds_to(out, weight, np.empty_like(weight)):
+            raise UserError(
+                f"the fp32 master of `{name}` does not round to the weight: the optimizer state was written wrong",
+                hint="megatron-core 0.15 to 0.19.2 could shift it; the weights are intact: `--weights-only` leaves the state out",
+            )
+
+    def close(self) -> None:
+        pass
+
+
 def rounds_to(master: Array, weight: Array, rounded: Array) -> bool:
     """Return whether every weight is its rounded master, bit for bit. All NaNs are equal. `rounded` is overwritten.
 
