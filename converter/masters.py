@@ -28,7 +28,8 @@ from formats.optimizer.open import open_optimizer
 from formats.optimizer.state import MASTER
 from formats.spec import DTYPES, Array, Reader, Region, TensorSpec, extent
 
-_ROUNDED_TO = frozenset(DTYPES[name] for name in MODEL_DTYPES)
+ROUNDED_TO = frozenset(DTYPES[name] for name in MODEL_DTYPES)
+"""The dtypes of weights that have masters."""
 
 
 def check(reader: MegatronReader, result: Check, *, workers: int, reporter: Reporter) -> Check:
@@ -69,7 +70,7 @@ class _Pairs:
         if not self._masters or name not in self._masters.specs:
             return "of which the optimizer state has none"
         weight, master = self._weights.specs[name], self._masters.specs[name]
-        if weight.dtype not in _ROUNDED_TO or master.dtype != DTYPES["fp32"]:
+        if weight.dtype not in ROUNDED_TO or master.dtype != DTYPES["fp32"]:
             return f"which are {weight.stored_dtype}, with masters in {master.stored_dtype}"
         return ""
 
