@@ -14,14 +14,11 @@ from formats.chunks import ChunkedTensor
 from formats.spec import Array, Region, Shape
 
 
-class Container(Protocol):
-    """An opened container. Opening reads its index alone; methods may be called from several threads."""
+class TensorContainer(Protocol):
+    """The tensors of an opened container. Opening reads its index alone; methods may be called from several threads."""
 
     @property
     def tensor_names(self) -> Iterable[str]: ...
-
-    @property
-    def object_names(self) -> Iterable[str]: ...
 
     @property
     def index_files(self) -> Collection[str]:
@@ -33,10 +30,6 @@ class Container(Protocol):
         """The files that hold tensors and objects."""
         ...
 
-    def shape(self, name: str) -> Shape: ...
-
-    def dtype(self, name: str) -> np.dtype[Any]: ...
-
     def tensor(self, name: str) -> ChunkedTensor:
         """Return a tensor's shape, dtype and chunks.
 
@@ -44,12 +37,23 @@ class Container(Protocol):
         """
         ...
 
-    def object(self, name: str) -> Any:
-        """Read an object's pickle, classes as inert records."""
-        ...
-
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
         """Read a region of the tensor into `out`, from all chunks that overlap it."""
         ...
 
     def close(self) -> None: ...
+
+
+class Container(TensorContainer, Protocol):
+    """A container with objects beside its tensors."""
+
+    @property
+    def object_names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> Shape: ...
+
+    def dtype(self, name: str) -> np.dtype[Any]: ...
+
+    def object(self, name: str) -> Any:
+        """Read an object's pickle, classes as inert records."""
+        ...
