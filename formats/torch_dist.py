@@ -12,6 +12,7 @@ import re
 import threading
 from array import array
 from collections.abc import Collection, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,8 @@ class TorchDistReader:
 
     @property
     def has_optimizer(self) -> bool:
-        return any(name.startswith(("optimizer", "chained_")) for name in self.others)
+        names = chain(self.others, self.container.object_names)
+        return any(name.startswith(("optimizer", "chained_")) for name in names)
 
     def state(self, prefix: str) -> TorchDistReader:
         """Return a reader of the optimizer state that has the names and shapes of weights.

@@ -16,10 +16,9 @@ from formats.container import Container
 from formats.dcp import DcpContainer
 from formats.errors import UserError, format_untrusted
 from formats.object_names import ObjectName
-from formats.optimizer import groups, in_buffers
+from formats.optimizer import in_buffers
 from formats.optimizer.flat_boxes import Flat, FlatTensor
 from formats.optimizer.layout import Parameter, Slot
-from formats.optimizer.model_space import chained, kind
 from formats.optimizer.rank_buffers import Buffer
 from formats.optimizer.state import OptimizerState
 from formats.spec import is_size
@@ -45,10 +44,10 @@ class _Buffer:
     def size(self) -> int:
         return sum(self.sizes)
 
-    def bucketings(self, _parameters: Sequence[Parameter]) -> Iterator[Sequence[int]]:
+    def bucketings(self, _parameters: Sequence[Parameter], /) -> Iterator[Sequence[int]]:
         yield self.sizes
 
-    def check(self, slots: Mapping[str, Slot], parameters: Sequence[Parameter]) -> None:
+    def check(self, slots: Mapping[str, Slot], parameters: Sequence[Parameter], /) -> None:
         for name, size in parameters:
             bucket, start, _ = slots[name]
             if self.seams and not {start, start + size} <= self.seams[bucket]:
@@ -66,19 +65,14 @@ def read(reader: TorchDistReader) -> OptimizerState | None:
     stored = _tensors(reader.container)
     if not stored:
         return None
-    optimizers = {number: _buffers(reader.container, of_groups) for number, of_groups in sorted(stored.items())}
-    hyper = {number: groups.of_ranks(reader, number, sorted(of_groups)) for number, of_groups in optimizers.items()}
-    of_experts = [number for number, known in hyper.items() if groups.are_of_experts(known) and len(hyper) > 1]
-    dense = in_buffers.merged(each for number, each in optimizers.items() if number not in of_experts)
-    experts = in_buffers.merged(optimizers[number] for number in of_experts)
+    names = set(reader.container.tensor_names)
 
     def source(label: str, state: str) -> Flat | None:
         name = f"{label}.{state}"
         return FlatTensor(reader.container, reader.container.tensor(name)) if name in names else None
 
-    names = set(reader.container.tensor_names)
-    states = in_buffers.states(reader, dense, experts, source)
-    return OptimizerState(kind(chained(reader.common_state().get("optimizer"))), states, list(hyper.values()))
+    optimizers = {number: _buffers(reader.container, of_groups) for number, of_groups in stored.items()}
+    return in_buffers.read(reader, optimizers, source)
 
 
 class _Stored(NamedTuple):

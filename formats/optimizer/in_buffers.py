@@ -14,6 +14,7 @@ import numpy as np
 
 from formats.chunks import ChunkedTensor
 from formats.errors import UserError
+from formats.optimizer import groups, model_space
 from formats.optimizer.flat_boxes import Flat, FlatBoxes, boxed
 from formats.optimizer.parameters import (
     Parameter,
@@ -24,12 +25,16 @@ from formats.optimizer.parameters import (
 )
 from formats.optimizer.rank_buffers import Buffer, Optimizer, Placed, divide, locate, locate_experts
 from formats.optimizer.registration import Order, blocks, orders
-from formats.optimizer.state import STATES
+from formats.optimizer.state import STATES, OptimizerState
 from formats.spec import DTYPES, Array, Reader, TensorSpec
 from formats.torch_dist import TorchDistReader
 
 Groups = Mapping[int, Sequence[Buffer]]
 """For each group of data-parallel ranks the buffer of each of its model chunks."""
+
+
+Source = Callable[[str, str], Flat | None]
+"""Gives what holds a state of a run's label, None where that state is not kept."""
 
 
 class Model(NamedTuple):
@@ -51,13 +56,21 @@ def read_model(reader: TorchDistReader, *, apart: bool) -> Model:
     return Model(ranks, expert_ranks, [one for one in read if not apart or one.expert < 0], of_experts)
 
 
-def states(
-    reader: TorchDistReader, dense: Groups, experts: Groups, source: Callable[[str, str], Flat | None]
-) -> dict[str, Reader]:
-    """Return a reader of each state. `source` gives what holds a state of a run's label, None where that state is not kept.
+def read(reader: TorchDistReader, optimizers: Mapping[str, Groups], source: Source) -> OptimizerState:
+    """Return the state in the buffers of a model's optimizers, by their numbers in names, an empty one where there is one.
 
     Raises UserError where the buffers do not come out in any order that a model may have.
     """
+    numbers = sorted(optimizers)
+    hyper = {number: groups.of_ranks(reader, number, sorted(optimizers[number])) for number in numbers}
+    of_experts = [number for number in numbers if len(numbers) > 1 and groups.are_of_experts(hyper[number])]
+    dense = _merged(optimizers[number] for number in numbers if number not in of_experts)
+    experts = _merged(optimizers[number] for number in of_experts)
+    kind = model_space.kind(model_space.chained(reader.common_state().get("optimizer")))
+    return OptimizerState(kind, _states(reader, dense, experts, source), list(hyper.values()))
+
+
+def _states(reader: TorchDistReader, dense: Groups, experts: Groups, source: Source) -> dict[str, Reader]:
     model = read_model(reader, apart=bool(experts))
     placed = _placed(model, dense, experts, grouped=reader.args().get("moe_grouped_gemm"))
     labels, runs = _runs(reader, placed)
@@ -110,7 +123,7 @@ def _runs(reader: TorchDistReader, placed: Iterable[Placed]) -> tuple[list[str],
     return list(numbers), runs
 
 
-def _sources(state: str, labels: Iterable[str], source: Callable[[str, str], Flat | None]) -> dict[str, Flat]:
+def _sources(state: str, labels: Iterable[str], source: Source) -> dict[str, Flat]:
     """Return what holds a state of each label; empty where the optimizer does not keep it."""
     sources = {label: source(label, state) for label in labels}
     kept = {label: flat for label, flat in sources.items() if flat is not None}
@@ -132,9 +145,9 @@ def _reader(
     return TorchDistReader(reader.folder, prefix=prefix, container=FlatBoxes(container, tensors, sources, labels))
 
 
-def merged(optimizers: Iterable[Groups]) -> Groups:
+def _merged(optimizers: Iterable[Groups]) -> Groups:
     """Return the groups of optimizers that divide a model's chunks: the buffers of one after those of the other."""
     together: dict[int, list[Buffer]] = {}
-    for group, buffers in chain.from_iterable(groups.items() for groups in optimizers):
+    for group, buffers in chain.from_iterable(of_one.items() for of_one in optimizers):
         together.setdefault(group, []).extend(buffers)
     return together

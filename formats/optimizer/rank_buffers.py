@@ -33,7 +33,7 @@ class Buffer(Protocol):
         """Yield the sizes that its buckets may have."""
         ...
 
-    def check(self, slots: Mapping[str, Slot], parameters: Sequence[Sized]) -> None:
+    def check(self, slots: Mapping[str, Slot], parameters: Sequence[Sized], /) -> None:
         """Raise UserError where the file contradicts that the parameters are there."""
         ...
 
