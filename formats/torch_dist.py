@@ -12,6 +12,7 @@ import re
 import threading
 from array import array
 from collections.abc import Collection, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ ROOTS = ("model.module.", "module.", "model.")
 _OF_COMMON = ("args", "iteration", "checkpoint_version")
 """Objects that checkpoints without a common state have instead of one."""
 
-_GATE, _UP = "_w", "_v"
+GATE, UP = "_w", "_v"
 """Suffixes of the two tensors that megatron-core stores for a gated projection with `singleton_local_shards`."""
 
 _LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
@@ -70,11 +71,11 @@ class TorchDistReader:
         self._halved: dict[str, ChunkedTensor] = {}
         self._lock = threading.Lock()
         weights = dict.fromkeys(key for key in self.container.tensor_names if not _NOT_WEIGHTS.match(key))
-        self._root = root_of(weights)
-        weights = dict.fromkeys(key.removeprefix(self._root) for key in weights)
+        self.root = root_of(weights)
+        weights = dict.fromkeys(key.removeprefix(self.root) for key in weights)
         if prefix:
             weights = self._state_keys(weights)
-        halves = {key: key.removesuffix(_GATE) + _UP for key in weights if key.endswith(_GATE)}
+        halves = {key: key.removesuffix(GATE) + UP for key in weights if key.endswith(GATE)}
         halves = {gate: up for gate, up in halves.items() if up in weights}
         ups = set(halves.values())
         self._keys = {key: halves.get(key) for key in weights if key not in ups}
@@ -95,7 +96,8 @@ class TorchDistReader:
 
     @property
     def has_optimizer(self) -> bool:
-        return any(name.startswith(("optimizer", "chained_")) for name in self.others)
+        names = chain(self.others, self.container.object_names)
+        return any(name.startswith(("optimizer", "chained_")) for name in names)
 
     def state(self, prefix: str) -> TorchDistReader:
         """Return a reader of the optimizer state that has the names and shapes of weights.
@@ -107,10 +109,15 @@ class TorchDistReader:
     def _state_keys(self, weights: Iterable[str]) -> dict[str, None]:
         shape, others = self.container.shape, set(self.others)
         kept = (key for key in weights if self._stored_key(key) in others)
-        return dict.fromkeys(key for key in kept if self._shape(key) == shape(f"{self._root}{key}"))
+        return dict.fromkeys(key for key in kept if self._shape(key) == shape(f"{self.root}{key}"))
 
     def _stored_key(self, key: str) -> str:
-        return f"{self._prefix}{self._root}{key}"
+        return f"{self._prefix}{self.root}{key}"
+
+    @property
+    def keys(self) -> Collection[str]:
+        """The keys of the weights as they are stored, in their order in the index, without `root`; halves separately."""
+        return [part for gate, up in self._keys.items() for part in (gate, up) if part]
 
     def _shape(self, key: str) -> Shape:
         return self.container.shape(self._stored_key(key))
@@ -146,7 +153,7 @@ class TorchDistReader:
         shape, other = self._shape(gate), self._shape(up)
         if other != shape or not shape:
             raise UserError(f"`{gate}` has shape {list(shape)}, `{up}` has {list(other)}")
-        self._add_spec(gate.removesuffix(_GATE), (2 * shape[0], *shape[1:]), self._dtype(gate))
+        self._add_spec(gate.removesuffix(GATE), (2 * shape[0], *shape[1:]), self._dtype(gate))
 
     def _add_spec(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> None:
         if name in self.specs:
@@ -165,7 +172,7 @@ class TorchDistReader:
             folded = f"{name[: expert.start()]}experts.experts.{name[expert.end() :]}"
             if found := self._layer(folded, (int(expert[1]),)):
                 return found
-        return self._layer(name, ()) or (name + _GATE, ())
+        return self._layer(name, ()) or (name + GATE, ())
 
     def _layer(self, name: str, experts: tuple[int, ...]) -> tuple[str, tuple[int, ...]] | None:
         """The key and the rows of a weight whose expert is one of `experts`, if it is stored like that."""
