@@ -17,8 +17,8 @@ from formats.torch_zip import OpenArchive
 FILE, OPTIMIZER_FILE = "model_optim_rng.pt", "distrib_optim.pt"
 """What the folder of a rank holds: the second only with a distributed optimizer."""
 
-_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?/")
-_MODEL = re.compile(r"model\d*")
+_FOLDER = re.compile(r"mp_rank_([0-9]{2,9})(?:_([0-9]{3,9}))?(?:_([0-9]{3,9}))?/")
+_MODEL = re.compile(r"model[0-9]{0,4}")
 _SIZES = {
     "tensor_model_parallel_size": "TP", "pipeline_model_parallel_size": "PP", "expert_model_parallel_size": "EP",
 }  # fmt: skip
