@@ -116,7 +116,7 @@ def pieces(state: Mapping[str, Any], file: RankFile, *, first: int, ep: int) -> 
 
     `first` is the number of the chunk's first layer, `ep` the expert-parallel rank.
     """
-    experts = 1 + max((int(match[group]) for name in state for match, group in _numbered(name)), default=-1)
+    experts = _count_experts(state, file)
     for tensor in tensors(state, file):
         layer = _LAYER.fullmatch(tensor.name)
         numbered = f"{layer[1]}{first + int(layer[2])}.{layer[3]}" if layer else tensor.name
@@ -125,6 +125,20 @@ def pieces(state: Mapping[str, Any], file: RankFile, *, first: int, ep: int) -> 
             yield from _transposed(match, piece, file, ep)
             continue
         yield _with_expert(numbered, ep * experts), piece
+
+
+def _count_experts(state: Mapping[str, Any], file: RankFile) -> int:
+    """Return how many experts a model chunk has. Raises UserError where one is missing, or their number is not that in `args`."""
+    numbers = {int(match[group]) for name in state for match, group in _numbered(name)}
+    if numbers != set(range(len(numbers))):
+        raise UserError(f"`{file.name}` has experts {sorted(numbers)[:8]}, which should count from 0", hint="the file is damaged")
+    expected = _local_experts(file)
+    if numbers and expected not in (0, len(numbers)):
+        raise UserError(
+            f"`{file.name}` has {len(numbers)} experts in a layer, and its `args` say {expected} for each rank",
+            hint="the file is of another run",
+        )
+    return len(numbers)
 
 
 def _numbered(name: str) -> Iterator[tuple[re.Match[str], int]]:
