@@ -37,7 +37,8 @@ class RankFilesReader:
 
     @property
     def files(self) -> list[str]:
-        return [rank_file.name for rank_file in self.ranks.values()]
+        beside = [f"{rank_file.folder}{OPTIMIZER_FILE}" for rank_file in self.ranks.values()]
+        return [*(rank_file.name for rank_file in self.ranks.values()), *(name for name in beside if self.folder.has(name))]
 
     @property
     def index_files(self) -> list[str]:

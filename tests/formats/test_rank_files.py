@@ -42,6 +42,8 @@ def test_weights_are_those_of_the_twin(tmp_path, name, weights):
     assert detect(LocalFolder(folder)) is Format.RANK_FILES
     reader = open_megatron(LocalFolder(folder))
     assert (reader.has_optimizer, reader.args()["num_layers"]) == (True, weights // 6 if weights == 27 else 2)
+    files = {path.relative_to(folder / "iter_0000003").as_posix() for path in folder.rglob("*.pt")}
+    assert {*reader.files} == files
 
 
 def test_any_region_is_that_of_the_whole(tmp_path):
