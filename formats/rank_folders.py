@@ -17,13 +17,22 @@ from formats.torch_zip import OpenArchive
 FILE, OPTIMIZER_FILE = "model_optim_rng.pt", "distrib_optim.pt"
 """What the folder of a rank holds: the second only with a distributed optimizer."""
 
-_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?/")
-_MODEL = re.compile(r"model\d*")
+_FOLDER = re.compile(r"mp_rank_([0-9]{2,9})(?:_([0-9]{3,9}))?(?:_([0-9]{3,9}))?/")
+_MODEL = re.compile(r"model[0-9]{0,4}")
 _SIZES = {
     "tensor_model_parallel_size": "TP", "pipeline_model_parallel_size": "PP", "expert_model_parallel_size": "EP",
 }  # fmt: skip
 _SAME = (*_SIZES, "num_layers", "hidden_size", "num_experts", "expert_tensor_parallel_size")
 """Settings in which the files of one run agree."""
+
+
+_SHARDS = {
+    "tensor_model_parallel_size": "tensor_parallel_num_weight_shards",
+    "expert_tensor_parallel_size": "expert_tensor_parallel_num_weight_shards",
+}
+_MOST_RANKS = 1 << 16
+
+_LAST = re.compile(r"decoder\.final_(layer)?norm\..*")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -66,12 +75,15 @@ def open_ranks(folder: Folder) -> dict[Rank, RankFile]:
         raise UserError(
             f"`{folder.label}` should have folders of {len(ranks)} ranks: "
             + (f"`{missing[0]}` is missing" if missing else f"`{other}` is none of them"),
-            hint="copy the checkpoint again; `args` in the first file say how many there are",
+            hint=f"copy the checkpoint again; `args` in `{first.name}` say how many there are"
+            if args_of(first)
+            else f"`{first.name}` has no `args`: how many there are is told by the folders' names",
         )
     files = {rank: first if name == names[0] else _open(folder, name) for name, rank in ranks.items()}
     for file in files.values():
         _check_run(first, file)
     _check_experts(first)
+    _check_shards(first)
     return files
 
 
@@ -87,9 +99,24 @@ def _check_experts(file: RankFile) -> None:
         )
 
 
+def _check_shards(file: RankFile) -> None:
+    """Raise UserError for weights that are divided further than by tensor parallelism (megatron-core's GTP)."""
+    settings = args_of(file)
+    for ranks, shards in _SHARDS.items():
+        size, number = settings.get(ranks), settings.get(shards)
+        if number is not None and size is not None and number != size:
+            raise UserError(
+                f"`args` in `{file.name}` say `{ranks}` {format_untrusted(size)} and `{shards}` {format_untrusted(number)}, "
+                "which is not supported (GTP)",
+                hint="load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
+            )
+
+
 def _ranks(names: list[str], first: RankFile) -> dict[str, Rank]:
     """Return the folder of each rank, by the sizes in `args`; without these by the numbers in the names."""
     tp, pp, ep = _sizes(names, first)
+    if tp * pp * ep > _MOST_RANKS:
+        raise UserError(f"the folders of ranks should be {tp} · {pp} · {ep}, and there are {len(names)}")
     return {
         f"mp_rank_{rank.tp:02d}" + (f"_{rank.pp:03d}" if pp > 1 else "") + (f"_{rank.ep:03d}" if ep > 1 else "") + "/": rank
         for rank in (Rank(*numbers) for numbers in product(range(tp), range(pp), range(ep)))
@@ -98,15 +125,24 @@ def _ranks(names: list[str], first: RankFile) -> dict[str, Rank]:
 
 def _sizes(names: list[str], first: RankFile) -> tuple[int, int, int]:
     settings = args_of(first)
-    sizes: list[Any] = [settings.get(name) for name in _SIZES]
+    tp, pp, ep = (settings.get(name) for name in _SIZES)
+    sizes: list[Any] = [tp, pp, 1 if ep is None and tp is not None else ep]  # older ones know no expert parallelism
     if all(is_size(size) and 0 < size <= len(names) for size in sizes):
         return sizes[0], sizes[1], sizes[2]
     if settings and sizes[:2] != [None, None]:
         given = ", ".join(f"{word} {format_untrusted(size)}" for word, size in zip(_SIZES.values(), sizes, strict=True))
         raise UserError(f"`args` in `{first.name}` say {given}, and there are {len(names)} folders of ranks")
+    return _sizes_of_names(names, first)
+
+
+def _sizes_of_names(names: list[str], first: RankFile) -> tuple[int, int, int]:
+    """Return the sizes that the names of folders count. A lone second number is of expert parallelism if the first file has the
+    norm after all layers, which is in the last stage of a pipeline."""
     numbers = [match.groups(default="0") for name in names if (match := _FOLDER.fullmatch(name))]
-    tp, pp, ep = (1 + max(int(each[place]) for each in numbers) for place in range(3))
-    return tp, pp, ep
+    tp, second, third = (1 + max(int(each[place]) for each in numbers) for place in range(3))
+    if third == 1 and any(_LAST.fullmatch(str(name)) for model in first.models for name in model):
+        return tp, 1, second
+    return tp, second, third
 
 
 def _open(folder: Folder, name: str) -> RankFile:
@@ -138,7 +174,7 @@ def _models(state: Mapping[str, Any], file: str) -> list[Mapping[str, Any]]:
     models: list[Any] = [state[key] for key in keys]
     if not models or not all(isinstance(model, dict) for model in models):
         raise UserError(f"`{file}` has no `model`", hint="it is no checkpoint of Megatron-LM")
-    if any("language_model" in model for model in models):
+    if any(str(name).startswith("language_model") for model in models for name in model):
         raise UserError(
             f"`{file}` is of a model from before megatron-core (`language_model`), which is not supported",
             hint="convert it with Megatron-LM's `tools/checkpoint/convert.py --loader legacy --saver core` first",
