@@ -7,7 +7,7 @@ named and put together as in the whole model. What several ranks hold is compare
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,11 @@ class RankFilesReader:
     def has_optimizer(self) -> bool:
         beside = self._first.name.replace(FILE, "distrib_optim.pt")
         return "optimizer" in self._first.state or self.folder.has(beside)
+
+    @property
+    def contents(self) -> Collection[str]:
+        """See `MegatronReader.contents`."""
+        return self._first.state.keys()
 
     def args(self) -> Mapping[str, Any]:
         """See `MegatronReader.args`."""
