@@ -18,7 +18,9 @@ import click
 
 from converter.cli import cli
 from converter.report import Report, inspect_checkpoint
-from formats.detect import Format
+from converter.sources import open_source
+from formats.detect import Format, detect
+from formats.errors import UserError
 from formats.foreign import FORMATS
 
 ROOT = Path(__file__).parents[1]
@@ -34,10 +36,9 @@ files that `mbconvert` writes, and by what each kind is recognized.
 The files decide, not the folder's name. `mbconvert inspect` says which kind a checkpoint is, with its layout, its writer and what
 it holds of a training run. `checkpoint.pretrained_checkpoint` of `mbtrain` takes what `mcore-to-hf` or `hf-to-mcore` reads.
 
-*Optimizer* lists how optimizer state that is read may be stored, in megatron-core's words: Adam's moments and the fp32 masters, in
-the names and shapes of the weights. `inspect --check` compares masters with weights, `mcore-to-hf --from master` exports them, and
-`reshard` writes all of it for another layout. Each was tried on a small checkpoint in `tests/golden`. Weights are read whatever
-the optimizer state is.
+*Optimizer* lists how optimizer state that is read may be stored, in megatron-core's words: Adam's moments and the fp32 masters.
+`inspect --check` compares masters with weights, `mcore-to-hf --from master` exports them, and `reshard` writes all of it for another
+layout. Each was tried on a small checkpoint in `tests/golden`. Weights are read whatever the optimizer state is.
 
 """
 COLUMNS = ("kind, as `inspect` calls it", "read by", "written by", "optimizer")
@@ -73,11 +74,20 @@ def page() -> str:
 
 
 def _reports() -> Iterator[Report]:
-    """Yield what `inspect` says of each small checkpoint."""
+    """Yield what `inspect` says of each small checkpoint of Megatron's."""
     for archive in sorted(GOLDEN.glob("*/*.tar.xz")):
         with TemporaryDirectory() as folder, tarfile.open(archive) as packed:
             packed.extractall(folder, filter="data")
-            yield inspect_checkpoint(next(Path(folder).iterdir()))
+            root = next(Path(folder).iterdir())
+            if _is_megatron(root):
+                yield inspect_checkpoint(root)
+
+
+def _is_megatron(root: Path) -> bool:
+    try:
+        return detect(open_source(root)).is_megatron
+    except UserError:
+        return False  # an archive of several checkpoints
 
 
 def _row(kind: Format, reports: Iterable[Report]) -> list[str]:

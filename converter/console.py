@@ -254,6 +254,8 @@ def _report_lines(report: Report) -> Iterator[tuple[str, str]]:
     if report.state:
         yield "optimizer", _optimizer(report, report.state)
         yield "state", _state(report.state)
+    elif report.optimizer_state:
+        yield "optimizer", "yes"
     if report.unknown_packages:
         yield "args", f"names classes of {', '.join(f'`{name}`' for name in report.unknown_packages)}"
 

@@ -24,10 +24,9 @@ from converter.pipeline_layout import layers_per_stage
 from converter.resharding import ReshardOptions, plan_reshard
 from converter.sources import huggingface_source, open_source, workers_for
 from converter.values import KEEP
-from formats.detect import Format, open_megatron
+from formats.detect import Format, open_huggingface, open_megatron
 from formats.disk import user_errors
 from formats.home import expanded
-from formats.huggingface import HuggingFaceReader
 
 
 @other_names(vocab_divisible_by="make_vocab_size_divisible_by", **IN_MEGATRON)
@@ -46,6 +45,7 @@ def hf_to_mcore(
     etp: int | None = None,
     dtype: str = KEEP,
     make_vocab_size_divisible_by: int = 128,
+    hf_config: str | Path | None = None,
     integrity: bool = True,
     reporter: Reporter | None = None,
     **options: Unpack[ExecutionOptions],
@@ -56,8 +56,8 @@ def hf_to_mcore(
     megatron-core's GPTModel, or for its HybridModel, the default of families that only it can express. `pp_layout` gives the
     layers of each pipeline stage, all ranks of the first virtual stage first: `[9, 9, 8, 6]`, or megatron-core's
     `"Et*9|t*9|t*8|t*6L"`. `ep` and `etp` divide experts; `etp` is `tp` unless given, or 1 if experts have biases. The vocabulary
-    is padded to a multiple of `make_vocab_size_divisible_by` × `tp`. `integrity` writes the sha256 of every file, as
-    megatron-core checks them, and the BLAKE3 of every tensor.
+    is padded to a multiple of `make_vocab_size_divisible_by` × `tp`. `hf_config` is a folder with the `config.json` of a source
+    that has none. `integrity` writes the sha256 of every file, as megatron-core checks them, and the BLAKE3 of every tensor.
 
     Raises UserError before a byte moves if the model cannot be converted exactly. After any failure nothing is at `target`.
 
@@ -68,14 +68,16 @@ def hf_to_mcore(
     reporter, target, folder = reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
     check_layout(layout)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
-    check_locations(target, [folder], options)
+    given = open_source(hf_config) if hf_config else None
+    sources = [folder, *([given] if given else [])]
+    check_locations(target, sources, options)
     wanted = ImportOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp,
                            dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by,
                            integrity=integrity)  # fmt: skip
     require(folder, Format.HUGGINGFACE)
-    with closing(HuggingFaceReader(folder, any_dtype=True)) as reader:
-        conversion = plan_import(huggingface_source(reader), wanted, reporter)
-        return execute(conversion, target, options=options, reporter=reporter, sources=[folder])
+    with closing(open_huggingface(folder, any_dtype=True)) as reader:
+        conversion = plan_import(huggingface_source(reader, given), wanted, reporter)
+        return execute(conversion, target, options=options, reporter=reporter, sources=sources)
 
 
 @user_errors()
