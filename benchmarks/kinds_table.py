@@ -37,8 +37,8 @@ The files decide, not the folder's name. `mbconvert inspect` says which kind a c
 it holds of a training run. `checkpoint.pretrained_checkpoint` of `mbtrain` takes what `mcore-to-hf` or `hf-to-mcore` reads.
 
 *Optimizer* lists how optimizer state that is read may be stored, in megatron-core's words: Adam's moments and the fp32 masters.
-`inspect --check` compares masters with weights, `mcore-to-hf --from master` exports them, and `reshard` writes all of it for another
-layout. Each was tried on a small checkpoint in `tests/golden`. Weights are read whatever the optimizer state is.
+`inspect --check` compares masters with weights, `mcore-to-hf --from master` exports them, and `reshard` writes all of it for
+another layout. Each was tried on a small checkpoint in `tests/golden`. Weights are read whatever the optimizer state is.
 
 """
 COLUMNS = ("kind, as `inspect` calls it", "read by", "written by", "optimizer")
