@@ -261,5 +261,13 @@ def _from_args(args: Config) -> dict[str, Any]:
         "gated_linear_unit": bool(args.get("swiglu")),
         "activation_func": "silu" if args.get("swiglu") else "gelu",
         **({"vocab_size": None} if args.get("tokenizer_type") in _ONE_MORE else {}),
+        **_experts_from_args(args),
         **({PATTERN: args[PATTERN], "is_hybrid_model": True} if args.get(PATTERN) else {}),
     }
+
+
+def _experts_from_args(args: Config) -> dict[str, Any]:
+    """Return the fields of experts, which have one name in both but for their number; none of a model without experts."""
+    if not args.get("num_experts"):
+        return {}
+    return {"num_moe_experts": args["num_experts"], **{name: value for name, value in args.items() if name.startswith("moe_")}}
