@@ -68,6 +68,10 @@ class MasterReader:
     def has_optimizer(self) -> bool:
         return self._weights.has_optimizer
 
+    @property
+    def contents(self) -> Collection[str]:
+        return self._weights.contents
+
     def args(self) -> Mapping[str, Any]:
         return self._weights.args()
 

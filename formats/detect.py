@@ -31,6 +31,9 @@ _RUN_CONFIG = "run_config.yaml"
 
 _ITERATION = re.compile(r"(iter_\d+|release)/")
 _MEGATRON_NAME = re.compile(r"(.*\.)?(decoder|encoder)\.layers\..*|(decoder|encoder|embedding|output_layer)\..*")
+_LATEST = "latest"
+"""DeepSpeed's tracker."""
+
 _MOST_FOLDERS = 200
 """Further sub-folders are not searched: a folder with so many is no collection of models."""
 
@@ -199,7 +202,7 @@ def _unknown(folder: Folder, names: Sequence[str]) -> UserError:
     _refuse_root(folder, names)
     if _containers(names) or folder.name.startswith("iter_"):
         return unfinished(folder)
-    foreign.refuse(folder.label, names)
+    foreign.refuse(folder.label, [*_of_latest_step(folder, names), *names])
     _refuse_parent(folder, names)
     listed = ", ".join(f"`{name}`" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return UserError(
@@ -207,6 +210,12 @@ def _unknown(folder: Folder, names: Sequence[str]) -> UserError:
         hint=f"the first has `*.safetensors` files, the second `{TRACKER}` or `{METADATA}`; there are: {listed}"
         f"{_not_fetched(folder)}",
     )
+
+
+def _of_latest_step(folder: Folder, names: Sequence[str]) -> list[str]:
+    """Return the names in DeepSpeed's latest step, which tell its stage. The root holds `latest`, which names that folder."""
+    step = f"{folder.get(_LATEST).decode(errors='replace').strip()}/" if _LATEST in names else ""
+    return [f"{step}{name}" for name in folder.below(step.rstrip("/")).children()] if step in names else []
 
 
 def _not_fetched(folder: Folder) -> str:

@@ -7,7 +7,7 @@ named and put together as in the whole model. What several ranks hold is compare
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from formats import rank_names
@@ -48,6 +48,11 @@ class RankFilesReader:
     @property
     def has_optimizer(self) -> bool:
         return "optimizer" in self._first.state or self.folder.has(f"{self._first.folder}{OPTIMIZER_FILE}")
+
+    @property
+    def contents(self) -> Collection[str]:
+        """See `MegatronReader.contents`."""
+        return self._first.state.keys()
 
     def args(self) -> Mapping[str, Any]:
         """See `MegatronReader.args`."""

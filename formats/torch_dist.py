@@ -99,6 +99,14 @@ class TorchDistReader:
         names = chain(self.others, self.container.object_names)
         return any(name.startswith(("optimizer", "chained_")) for name in names)
 
+    @property
+    def contents(self) -> Collection[str]:
+        """See `MegatronReader.contents`."""
+        stored = {
+            name.partition("/")[0].partition(".")[0] for names in (self.others, self.container.object_names) for name in names
+        }
+        return stored | self.common_state().keys()
+
     def state(self, prefix: str) -> TorchDistReader:
         """Return a reader of the optimizer state that has the names and shapes of weights.
 

@@ -86,7 +86,10 @@ OTHERS = {
     "verl": (["model_world_size_2_rank_0.pt", "fsdp_config.json"], "verl", "verl.model_merger merge"),
     "DeepSpeed": (["latest", "zero_to_fp32.py", "global_step1/mp_rank_00_model_states.pt"], "DeepSpeed", "zero_to_fp32.py"),
     "DeepSpeed's step": (["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"], "DeepSpeed", "zero_to"),
-    "ZeRO in bf16": (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "a DeepSpeed checkpoint", "zero_to_fp32"),
+    "ZeRO in bf16": (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "ZeRO stage 1 or 2", "zero_to_fp32"),
+    "ZeRO 3": (["zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"], "ZeRO stage 3", ""),
+    "universal": (["zero/lm_head.weight/fp32.pt", "mp_rank_00_model_states.pt"], "a universal checkpoint", "load_universal"),
+    "universal's root": (["latest_universal", "global_step1_universal/zero/w/fp32.pt"], "a universal checkpoint", "zero_to_fp32"),
     "ranks": (["rank_0.pt", "rank_1.pt"], "one file for each rank", "save_pretrained"),
     "NeMo": (["llama.nemo"], "a NeMo archive", "convert_llama_nemo_to_hf.py"),
     "TensorFlow": (["tf_model.h5"], "TensorFlow weights", "from_tf=True"),
@@ -109,6 +112,15 @@ def test_another_format_is_named_with_the_way_out(tmp_path, name):
     assert what in problem
     assert way in hint
     assert "{" not in hint
+
+
+def test_the_stage_of_deepspeed_is_told_by_the_latest_step(tmp_path):
+    file = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    folder = folder_with(tmp_path / "m", "latest", "zero_to_fp32.py", f"global_step5/{file}")
+    (tmp_path / "m" / "latest").write_text("global_step5")
+    assert f"has its weights in `global_step5/{file}`: a DeepSpeed checkpoint of ZeRO stage 3" in message(folder)
+    (tmp_path / "m" / "latest").write_text("../m/global_step5")
+    assert "`global_step5/`: a DeepSpeed checkpoint\n" in message(folder)
 
 
 def test_zarr_is_complete_when_its_last_file_is_there(tmp_path):
