@@ -13,6 +13,7 @@ from typing import Any, cast
 from converter import families, provenance, run_config
 from converter.adapters.files import DESCRIPTION
 from converter.hybrid import GPT, PATTERN, layout_of
+from converter.nemo_config import settings_of
 from converter.recognize import LAYER
 from converter.side_files import CONFIG, config_of, load
 from converter.sources import open_source
@@ -104,11 +105,11 @@ def _huggingface(folder: Folder, kind: Format, *, tensors: bool) -> Report:
 def _megatron(folder: Folder, kind: Format, *, tensors: bool) -> Report:
     reader = open_megatron(folder)
     origin = load(reader.folder)
-    recorded = run_config.read(reader.folder, reader.args())
-    fields = recorded[0] if recorded else {}
+    said = settings_of(reader)
+    fields = said[0].known if said else {}
     return Report(
         path=folder.label,
-        format=kind.value,
+        format=f"{kind.value}, {_inner_kind(reader).value}" if kind is Format.NEMO else kind.value,
         writer=_writer(reader),
         **_described(origin.config if origin else {}, reader.specs),
         dtypes=_dtypes(reader.specs.values()),
@@ -120,6 +121,12 @@ def _megatron(folder: Folder, kind: Format, *, tensors: bool) -> Report:
         unknown_packages=_unknown_packages(reader),
         tensor_list=[{**_row(spec), "chunks": _chunks(reader, spec.name)} for spec in reader.specs.values()] if tensors else [],
     )
+
+
+def _inner_kind(reader: MegatronReader) -> Format:
+    """Return the format of the weights in a checkpoint of NeMo: files of ranks have no folder of their own there."""
+    inner = detect(reader.folder)
+    return Format.RANK_FILES if inner is Format.NEMO else inner
 
 
 def _layers_as(reader: MegatronReader) -> str:
@@ -163,6 +170,8 @@ def _dtypes(specs: Iterable[TensorSpec]) -> list[DtypeRow]:
 
 def _writer(reader: MegatronReader) -> str:
     """Return the program that wrote it, by the files that only it writes."""
+    if reader.settings:
+        return "NeMo"
     if reader.folder.has(provenance.FILE):
         return "mbconvert"
     if reader.folder.has(run_config.FILE):

@@ -16,9 +16,9 @@ import numpy as np
 from formats import rank_names
 from formats.chunks import ArchiveLocation, Chunk
 from formats.errors import UserError
-from formats.folder import Folder
+from formats.folder import FileRef, Folder
 from formats.iterations import find_iteration
-from formats.rank_folders import FILE, Rank, RankFile, args_of, open_ranks
+from formats.rank_folders import Rank, RankFile, args_of, open_ranks
 from formats.rank_names import COLUMNS, GATED, Piece
 from formats.spec import Array, Region, Shape, TensorSpec, dtype_name, intersect, relative_to
 from formats.stored_arrays import StoredArray, read_region
@@ -46,6 +46,8 @@ class Box:
 class RankFilesReader:
     """An opened iteration; see `MegatronReader`. Opening reads the pickle of every rank."""
 
+    settings: FileRef | None = None
+
     def __init__(self, folder: Folder) -> None:
         self.folder = find_iteration(folder)
         self._files = open_ranks(self.folder)
@@ -68,7 +70,7 @@ class RankFilesReader:
 
     @property
     def has_optimizer(self) -> bool:
-        beside = self._first.name.replace(FILE, "distrib_optim.pt")
+        beside = "".join(self._first.name.rpartition("/")[:2]) + "distrib_optim.pt"
         return "optimizer" in self._first.state or self.folder.has(beside)
 
     def args(self) -> Mapping[str, Any]:
