@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Unpack
 
 from converter.adapters.files import refuse_adapter, require
-from converter.checks import check_execution, check_layout, check_locations, check_options, check_quantize
+from converter.checkpoint_files import CheckpointFormat
+from converter.checks import check_execution, check_format, check_layout, check_locations, check_options, check_quantize
 from converter.execute import execute
 from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.exporting import ExportOptions, plan_export
@@ -22,11 +23,13 @@ from converter.memory import seldom_collected
 from converter.pipeline_layout import layers_per_stage
 from converter.resharding import ReshardOptions, plan_reshard
 from converter.sources import huggingface_source, open_source, workers_for
+from converter.state_dicts import TRANSFORMER_ENGINE
 from converter.values import KEEP
 from formats.detect import Format, open_megatron
 from formats.disk import user_errors
 from formats.home import expanded
 from formats.huggingface import HuggingFaceReader
+from formats.iterations import TORCH_DIST
 
 
 @other_names(vocab_divisible_by="make_vocab_size_divisible_by", **IN_MEGATRON)
@@ -45,6 +48,8 @@ def hf_to_mcore(
     etp: int | None = None,
     dtype: str = KEEP,
     make_vocab_size_divisible_by: int = 128,
+    ckpt_format: str = TORCH_DIST,
+    transformer_impl: str = TRANSFORMER_ENGINE,
     integrity: bool = True,
     reporter: Reporter | None = None,
     **options: Unpack[ExecutionOptions],
@@ -55,8 +60,10 @@ def hf_to_mcore(
     megatron-core's GPTModel, or for its HybridModel, the default of families that only it can express. `pp_layout` gives the
     layers of each pipeline stage, all ranks of the first virtual stage first: `[9, 9, 8, 6]`, or megatron-core's
     `"Et*9|t*9|t*8|t*6L"`. `ep` and `etp` divide experts; `etp` is `tp` unless given, or 1 if experts have biases. The vocabulary
-    is padded to a multiple of `make_vocab_size_divisible_by` × `tp`. `integrity` writes the sha256 of every file, as
-    megatron-core checks them, and the BLAKE3 of every tensor.
+    is padded to a multiple of `make_vocab_size_divisible_by` × `tp`. `ckpt_format` is `torch_dist`, `torch` (a file for each
+    rank) or `fsdp_dtensor` (Megatron-FSDP); the latter two name weights as layers of `transformer_impl` do
+    (`transformer_engine` or `local`). `integrity` writes the sha256 of every file, as megatron-core checks them, and the BLAKE3
+    of every tensor.
 
     Raises UserError before a byte moves if the model cannot be converted exactly. After any failure nothing is at `target`.
 
@@ -67,10 +74,12 @@ def hf_to_mcore(
     reporter, target, folder = reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
     check_layout(layout)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
+    check_format(ckpt_format, transformer_impl)
     check_locations(target, [folder], options)
+    kind = CheckpointFormat(ckpt_format, transformer_impl)
     wanted = ImportOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp,
-                           dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-                           integrity=integrity)  # fmt: skip
+                           dtype=kind.dtype(dtype), make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+                           integrity=integrity, kind=kind)  # fmt: skip
     require(folder, Format.HUGGINGFACE)
     with closing(HuggingFaceReader(folder, any_dtype=True)) as reader:
         conversion = plan_import(huggingface_source(reader), wanted, reporter)

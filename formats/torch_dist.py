@@ -25,6 +25,7 @@ from formats.folder import Folder
 from formats.iterations import COMMON, find_iteration
 from formats.object_names import ObjectName
 from formats.pickles import Record
+from formats.rank_names import with_expert
 from formats.spec import Array, Region, Shape, TensorSpec
 from formats.torch_zip import OpenArchive
 
@@ -42,7 +43,7 @@ ROOTS = ("model.module.", "module.", "model.")
 _OF_COMMON = ("args", "iteration", "checkpoint_version")
 """Objects that checkpoints without a common state have instead of one."""
 
-_GATE, _UP = "_w", "_v"
+GATE, UP = "_w", "_v"
 """Suffixes of the two tensors that megatron-core stores for a gated projection with `singleton_local_shards`."""
 
 _LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
@@ -71,10 +72,15 @@ class TorchDistReader:
         self._lock = threading.Lock()
         weights = dict.fromkeys(key for key in self.container.tensor_names if not _NOT_WEIGHTS.match(key))
         self._root = root_of(weights)
-        weights = dict.fromkeys(key.removeprefix(self._root) for key in weights)
+        self._spelled = {with_expert(name): name for key in weights if (name := key.removeprefix(self._root))}
+        """The weights, and how their keys spell them: state dicts have names of their own for experts."""
+
+        if len(self._spelled) != len(weights):
+            raise UserError(f"`{METADATA}` names experts in two ways", hint="the checkpoint was mixed from two")
+        weights = dict.fromkeys(self._spelled)
         if prefix:
             weights = self._state_keys(weights)
-        halves = {key: key.removesuffix(_GATE) + _UP for key in weights if key.endswith(_GATE)}
+        halves = {key: key.removesuffix(GATE) + UP for key in weights if key.endswith(GATE)}
         halves = {gate: up for gate, up in halves.items() if up in weights}
         ups = set(halves.values())
         self._keys = {key: halves.get(key) for key in weights if key not in ups}
@@ -107,10 +113,10 @@ class TorchDistReader:
     def _state_keys(self, weights: Iterable[str]) -> dict[str, None]:
         shape, others = self.container.shape, set(self.others)
         kept = (key for key in weights if self._stored_key(key) in others)
-        return dict.fromkeys(key for key in kept if self._shape(key) == shape(f"{self._root}{key}"))
+        return dict.fromkeys(key for key in kept if self._shape(key) == shape(f"{self._root}{self._spelled[key]}"))
 
     def _stored_key(self, key: str) -> str:
-        return f"{self._prefix}{self._root}{key}"
+        return f"{self._prefix}{self._root}{self._spelled[key]}"
 
     def _shape(self, key: str) -> Shape:
         return self.container.shape(self._stored_key(key))
@@ -146,7 +152,7 @@ class TorchDistReader:
         shape, other = self._shape(gate), self._shape(up)
         if other != shape or not shape:
             raise UserError(f"`{gate}` has shape {list(shape)}, `{up}` has {list(other)}")
-        self._add_spec(gate.removesuffix(_GATE), (2 * shape[0], *shape[1:]), self._dtype(gate))
+        self._add_spec(gate.removesuffix(GATE), (2 * shape[0], *shape[1:]), self._dtype(gate))
 
     def _add_spec(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> None:
         if name in self.specs:
@@ -165,7 +171,7 @@ class TorchDistReader:
             folded = f"{name[: expert.start()]}experts.experts.{name[expert.end() :]}"
             if found := self._layer(folded, (int(expert[1]),)):
                 return found
-        return self._layer(name, ()) or (name + _GATE, ())
+        return self._layer(name, ()) or (name + GATE, ())
 
     def _layer(self, name: str, experts: tuple[int, ...]) -> tuple[str, tuple[int, ...]] | None:
         """The key and the rows of a weight whose expert is one of `experts`, if it is stored like that."""

@@ -86,14 +86,14 @@ class TorchDistWriter:
 
     @property
     def documents(self) -> dict[str, Document]:
-        small = {FORMAT: Document.of(_FORMAT_DOCUMENT), TRAIN_STATE: Document.of(_train_state(self._iteration))}
+        small = {FORMAT: Document.of(_FORMAT_DOCUMENT), TRAIN_STATE: Document.of(train_state(self._iteration))}
         inside = {**small, METADATA: self._container.metadata}
         return {f"{self._folder}/{name}": data for name, data in inside.items()}
 
     @property
     def markers(self) -> dict[str, bytes]:
         """Both trackers: Megatron-LM reads the text, Megatron-Bridge the other."""
-        return {TRAIN_STATE_TRACKER: _train_state(self._iteration), TRACKER: str(self._iteration).encode()}
+        return {TRAIN_STATE_TRACKER: train_state(self._iteration), TRACKER: str(self._iteration).encode()}
 
     def spans(self, file: str) -> Iterator[Span]:
         return self._container.spans(file)
@@ -210,8 +210,8 @@ def _common(iteration: int, *, stacked: bool) -> bytes:
     return object_archive([{"checkpoint_version": 3.0, "iteration": iteration, "content_metadata": content}])
 
 
-def _train_state(step: int) -> bytes:
-    """Megatron-Bridge's record of progress: 0-d tensors."""
+def train_state(step: int) -> bytes:
+    """Return Megatron-Bridge's record of progress: 0-d tensors."""
     counts = dict.fromkeys(("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"), 0)
     state: dict[str, Any] = {"step": step, **counts}
     arrays: dict[str, Array] = {name: np.array(value, np.int64) for name, value in state.items()}
