@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import starmap
@@ -22,7 +22,8 @@ from formats.fsdp_writer import FsdpTensor, FsdpWriter
 from formats.iterations import FSDP_DTENSOR, RELEASE, TORCH, TORCH_DIST, iteration_folder
 from formats.outputs import Writer
 from formats.rank_names import GATED
-from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
+from formats.spec import TensorSpec
+from formats.torch_dist_writer import RunState, ShardedTensor, TorchDistWriter
 
 MASTERS = "fp32"
 """What Megatron-FSDP holds weights in: they are the optimizer's."""
@@ -79,17 +80,28 @@ def writer_of(kind: CheckpointFormat, plan: Plan, layout: Layout, megatron: Conf
     return _fsdp_writer(plan, layout, megatron, common, kind.implementation)
 
 
-def weights_writer(plan: Plan, layout: Layout, megatron: Config, *, iteration: int = 0) -> TorchDistWriter:
-    """Return the files of a plan's weights in format `torch_dist`. `megatron`: the model's fields."""
+def weights_writer(
+    plan: Plan,
+    layout: Layout,
+    megatron: Config,
+    *,
+    iteration: int = 0,
+    states: Sequence[Mapping[str, TensorSpec]] = (),
+    run: RunState | None = None,
+) -> TorchDistWriter:
+    """Return the files of a plan's weights in a layout. `megatron`: the model's fields. `states`: optimizer state by the names of
+    the weights, which it is divided like; `run`: what else there is of a training run."""
     model, scope = plan.model, megatron.get("qk_layernorm_scope", "head")
     hybrid, last = model.get("hybrid", False), layout.rank(layout.stage(model.megatron_layers), 0)
+    placed = list(starmap(ShardedTensor, sharded(plan, layout)))
     weightless = list(weightless_modules({tensor_plan.spec.name for tensor_plan in plan.tensors}, hybrid=hybrid))
     return TorchDistWriter(
-        starmap(ShardedTensor, sharded(plan, layout)),
+        [*placed, *(ShardedTensor(of[spec.name], chunks) for of in states for spec, chunks in placed if spec.name in of)],
         iteration=iteration,
         stacked=model.get("stacked", True),
         stateful_module=partial(stateful_module, hybrid=hybrid, own_head_norms=scope != "head"),
         weightless=dict.fromkeys(weightless, last),
+        run=run,
     )
 
 

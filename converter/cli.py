@@ -129,6 +129,10 @@ def _layout(command: _Command) -> _Command:
     return command
 
 
+_values_from = click.option("--from", "values_from", type=click.Choice(["weights", "master"]), default="weights",
+                            show_default=True, help="Take the weights, or the fp32 masters in the optimizer state, which must "
+                            "round to them.")  # fmt: skip
+
 _vocab_multiple = click.option("--make-vocab-size-divisible-by", type=_COUNT, default=128, show_default=True, metavar="N",
                                help="Pad the vocabulary to a multiple of N × TP.")  # fmt: skip
 
@@ -195,6 +199,7 @@ def hf_to_mcore(source: str, target: str, **options: Any) -> None:
 @click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR instead of those in SRC.")
 @_max_shard_size
 @click.option("--quantize", type=click.Choice(QUANTIZED), help="Quantize linear weights anew, with new scales.")
+@_values_from
 @_common
 def mcore_to_hf(source: str, target: str, **options: Any) -> None:
     """Convert a Megatron checkpoint to Hugging Face.

@@ -13,12 +13,21 @@ from typing import Unpack
 
 from converter.adapters.files import refuse_adapter, require
 from converter.checkpoint_files import CheckpointFormat
-from converter.checks import check_execution, check_format, check_layout, check_locations, check_options, check_quantize
+from converter.checks import (
+    check_execution,
+    check_format,
+    check_layout,
+    check_locations,
+    check_options,
+    check_quantize,
+    check_values_from,
+)
 from converter.execute import execute
 from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.exporting import ExportOptions, plan_export
 from converter.importing import ImportOptions, plan_import
 from converter.keywords import IN_MEGATRON, other_names
+from converter.master_reader import WEIGHTS
 from converter.memory import seldom_collected
 from converter.pipeline_layout import layers_per_stage
 from converter.resharding import ReshardOptions, plan_reshard
@@ -96,6 +105,7 @@ def mcore_to_hf(
     max_shard_size: int | None = None,
     dtype: str = KEEP,
     quantize: str | None = None,
+    values_from: str = WEIGHTS,
     integrity: bool = True,
     reporter: Reporter | None = None,
     **options: Unpack[ExecutionOptions],
@@ -104,7 +114,8 @@ def mcore_to_hf(
 
     `source` is the root of a checkpoint or one iteration. `hf_config` is a folder whose `config.json` and side files are used
     instead of those in the checkpoint. `max_shard_size` is in bytes. `quantize` (fp8-block or mxfp4) quantizes linear weights
-    anew. `integrity` writes the BLAKE3 of every tensor.
+    anew. `values_from` is `weights`, or `master` for the fp32 masters in the optimizer state, each of which must round to its
+    weight. `integrity` writes the BLAKE3 of every tensor.
 
     Raises UserError before a byte moves if the model cannot be converted exactly. After any failure nothing is at `target`.
 
@@ -115,11 +126,17 @@ def mcore_to_hf(
     reporter, target, root = reporter or Reporter(), expanded(target), open_source(source)
     check_options(dtype=dtype, max_shard_size=max_shard_size)
     check_quantize(quantize, dtype)
+    check_values_from(values_from, quantize)
     given = open_source(hf_config) if hf_config else None
     sources = [root, *([given] if given else [])]
     check_locations(target, sources, options)
     wanted = ExportOptions(
-        hf_config=given, max_shard_size=max_shard_size, dtype=dtype, integrity=integrity, quantize=quantize or ""
+        hf_config=given,
+        max_shard_size=max_shard_size,
+        dtype=dtype,
+        integrity=integrity,
+        quantize=quantize or "",
+        values_from=values_from,
     )
     require(root, Format.TORCH_DIST)
     with closing(open_megatron(root)) as reader:

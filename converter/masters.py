@@ -28,7 +28,8 @@ from formats.optimizer.open import open_optimizer
 from formats.optimizer.state import MASTER
 from formats.spec import DTYPES, Array, Reader, Region, TensorSpec, extent
 
-_ROUNDED_TO = frozenset(DTYPES[name] for name in MODEL_DTYPES)
+ROUNDED_TO = frozenset(DTYPES[name] for name in MODEL_DTYPES)
+"""The dtypes of weights that have masters."""
 
 
 def check(reader: MegatronReader, result: Check, *, workers: int, reporter: Reporter) -> Check:
@@ -69,7 +70,7 @@ class _Pairs:
         if not self._masters or name not in self._masters.specs:
             return "of which the optimizer state has none"
         weight, master = self._weights.specs[name], self._masters.specs[name]
-        if weight.dtype not in _ROUNDED_TO or master.dtype != DTYPES["fp32"]:
+        if weight.dtype not in ROUNDED_TO or master.dtype != DTYPES["fp32"]:
             return f"which are {weight.stored_dtype}, with masters in {master.stored_dtype}"
         return ""
 
@@ -97,6 +98,28 @@ class _Pairs:
             self._progress(master.nbytes)
 
         return compare
+
+
+class ProvenMasters:
+    """Read masters that prove themselves: each piece is rounded and held against its weight. Closing it closes nothing."""
+
+    def __init__(self, masters: Reader, weights: Reader) -> None:
+        self.specs = masters.specs
+        self._masters, self._weights = masters, weights
+
+    def read(self, name: str, region: Region, out: Array) -> None:
+        """See `Reader.read`. Raises UserError for masters that do not round to their weight."""
+        self._masters.read(name, region, out)
+        weight = np.empty(out.shape, self._weights.specs[name].dtype)
+        self._weights.read(name, region, weight)
+        if not rounds_to(out, weight, np.empty_like(weight)):
+            raise UserError(
+                f"the fp32 master of `{name}` does not round to the weight: the optimizer state was written wrong",
+                hint="megatron-core 0.15 to 0.19.2 could shift it; the weights are intact: `--weights-only` leaves the state out",
+            )
+
+    def close(self) -> None:
+        pass
 
 
 def rounds_to(master: Array, weight: Array, rounded: Array) -> bool:

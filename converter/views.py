@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from converter import families, prediction_layers, reference
+from converter import families, prediction_layers, provenance, reference
 from converter.carried import carried_tensors, schemes
 from converter.comparison import CheckpointView
 from converter.config import make_model
@@ -14,6 +14,7 @@ from converter.dequantization import dequantized, weights_of
 from converter.encoding import quantized_source
 from converter.families import Family
 from converter.hybrid import layout_of
+from converter.master_reader import MASTERS, WEIGHTS, reader_of
 from converter.model import Model
 from converter.originals import moved, original_name, with_originals
 from converter.plan import TensorPlan, as_stored, check_dtypes
@@ -21,6 +22,7 @@ from converter.planner import to_huggingface
 from converter.reference import UnknownModelError
 from converter.rules import extra_names, tied_names
 from converter.side_files import CONFIG, EXTRAS, HFReference
+from converter.values import CHOICES, KEEP
 from formats.detect import open_checkpoint
 from formats.errors import UserError
 from formats.folder import Folder
@@ -34,7 +36,8 @@ from formats.spec import JoinedReader, TensorSpec
 def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointView]:
     """Open both directories. One that does not say what model it holds is taken to hold the other's.
 
-    Two Megatron checkpoints that both do not say are viewed under Megatron's names. Raises UserError for other formats.
+    Two Megatron checkpoints that both do not say are viewed under Megatron's names. A checkpoint beside an export from fp32
+    masters is viewed by its own. Raises UserError for other formats.
     """
     readers = open_checkpoint(one, any_dtype=True), open_checkpoint(other, any_dtype=True)
     told = [None if isinstance(reader, HuggingFaceReader) else _told(reader) for reader in readers]
@@ -44,10 +47,21 @@ def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointVi
         if isinstance(reader, HuggingFaceReader):
             sides.append(huggingface_view(reader, as_numbers=as_numbers))
         elif origin := own or _borrowed(neighbour, borrowed):
-            sides.append(megatron_view(reader, origin))
+            values, dtype = _exported_from(neighbour) if reader.has_optimizer else (WEIGHTS, KEEP)
+            sides.append(megatron_view(reader_of(reader, values), origin, dtype=dtype))
         else:
             sides.append(_native(reader))
     return sides[0], sides[1]
+
+
+def _exported_from(neighbour: HuggingFaceReader | MegatronReader) -> tuple[str, str]:
+    """Return what an export took its values from and in which dtype it wrote them, if those are masters: other casts are for the
+    user to name."""
+    match provenance.recorded(neighbour.folder):
+        case {"command": "mcore-to-hf", "options": {"from": str(values), "dtype": str(dtype)}} if values == MASTERS:
+            return values, dtype if dtype in CHOICES else KEEP
+        case _:
+            return WEIGHTS, KEEP
 
 
 def _told(reader: MegatronReader) -> HFReference | None:
@@ -98,12 +112,14 @@ def huggingface_view(reader: HuggingFaceReader, *, as_numbers: bool = False) -> 
     return replace(view, tied=tied(view.tensor_plans.values(), family, make_model(family.CONFIG, config)))
 
 
-def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[str, int] | None = None) -> CheckpointView:
+def megatron_view(
+    reader: MegatronReader, origin: HFReference, *, zero: Mapping[str, int] | None = None, dtype: str = KEEP
+) -> CheckpointView:
     """Return the view of a Megatron checkpoint: what an export would write. `zero` are further rows that must be zero."""
     known = specs_of(origin.shards)
     family = families.find(origin.config.get("model_type"), layout_of(reader.specs)).rooted(known)
     model = make_model(family.CONFIG, origin.config)
-    plan = to_huggingface(family.RULES, model, reader.specs, dtype="keep", known=known)
+    plan = to_huggingface(family.RULES, model, reader.specs, dtype=dtype, known=known)
     reader.check()
     names = {*quantized_source(origin).names, *map(original_name, moved(plan.tensors))}
     tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, carried=names)

@@ -60,6 +60,11 @@ class DcpContainer:
     def object_names(self) -> Iterable[str]:
         return self._index.objects
 
+    @property
+    def flattened(self) -> Mapping[str, Shape]:
+        """The shapes of the tensors that are stored flattened: see `optimizer/flattened.py`."""
+        return self._index.flattened
+
     def tensor(self, name: str) -> ChunkedTensor:
         """Return a tensor's shape, dtype and chunks.
 

@@ -27,14 +27,17 @@ from formats.torch_zip import DTYPE_OF, read_sizes
 
 METADATA = ".metadata"
 _LONGEST_NAME = 1024
+_UNFLATTENED = "nd_reformulated_orig_global_shape"
 _OF_OBJECT = -1  # instead of the number of a chunk's dimensions
 
 
 class Index:
     """An index that was read. Tensors are checked when they are requested."""
 
-    def __init__(self, tensors: Mapping[str, Record], objects: set[str], places: _Locations) -> None:
-        self.tensors, self.objects = tensors, objects
+    def __init__(
+        self, tensors: Mapping[str, Record], objects: set[str], places: _Locations, flattened: Mapping[str, Shape]
+    ) -> None:
+        self.tensors, self.objects, self.flattened = tensors, objects, flattened
         self._locations = places
 
     @property
@@ -84,8 +87,11 @@ def read_index(folder: Folder) -> Index:
 def _index(loaded: Any) -> Index:
     with _malformed_is_user_error():
         match loaded:
-            case Record(kind=Global(name="Metadata"), state={"state_dict_metadata": {**described}, "storage_data": {**stored}}):
-                places = _Locations(stored)
+            case Record(
+                kind=Global(name="Metadata" | "MCoreMetadata"),
+                state={"state_dict_metadata": {**described}, "storage_data": {**stored}} as state,
+            ):
+                places, flattened = _Locations(stored), _flattened(state)
                 objects = {name for name, one in described.items() if one is OBJECT or one.kind.name == "BytesStorageMetadata"}
                 tensors = {
                     name: one
@@ -99,7 +105,13 @@ def _index(loaded: Any) -> Index:
                 raise _malformed("duplicate chunk")
     if not all(_is_name(name) for name in described):
         raise _malformed("a tensor's name is not text")
-    return Index(tensors, objects, places)
+    return Index(tensors, objects, places, flattened)
+
+
+def _flattened(state: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return the shapes of the tensors that megatron-core up to 0.14 stored flattened: `[grid…, elements of a box]`."""
+    noted: dict[Any, Any] = state.get("mcore_data") or {}
+    return {name: read_sizes(fields[_UNFLATTENED]) for name, fields in noted.items() if _UNFLATTENED in fields}
 
 
 def _bounds(name: str, shape: Shape, chunks: Iterable[Any]) -> Array:
