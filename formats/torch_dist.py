@@ -40,8 +40,9 @@ _NOT_WEIGHTS = re.compile(r"^(optimizer|chained_\d+|rng_state|rerun_state_machin
 ROOTS = ("model.module.", "module.", "model.")
 """What wrappers put before the names of all weights: Megatron-FSDP's, NeMo 2's, and NeMo 1's and `torch_dcp`'s."""
 
-_OF_COMMON = ("args", "iteration", "checkpoint_version")
-"""Objects that checkpoints without a common state have instead of one."""
+_OF_COMMON = ("args", "iteration", "checkpoint_version", "num_floating_point_operations_so_far")
+_SCHEDULER = "opt_param_scheduler"
+"""Objects that checkpoints without a common state have instead of one; of the scheduler one for each of its fields."""
 
 GATE, UP = "_w", "_v"
 """Suffixes of the two tensors that megatron-core stores for a gated projection with `singleton_local_shards`."""
@@ -215,13 +216,19 @@ class TorchDistReader:
         """See `MegatronReader.common_state`."""
         archive = self.common_archive()
         if not archive:
-            objects = self.container.object_names
-            return {name: self.container.archive(name).pickle() for name in _OF_COMMON if name in objects}
+            return self._objects_of_common()
         match archive.pickle():
             case {**fields} | [{**fields}]:
                 return fields
             case _:
                 raise UserError("the checkpoint's common state is not a dictionary")
+
+    def _objects_of_common(self) -> dict[str, Any]:
+        names, start = set(self.container.object_names), f"{_SCHEDULER}."
+        fields = sorted(name for name in names if name.startswith(start))
+        scheduler = {name.removeprefix(start): self.container.archive(name).pickle() for name in fields}
+        state = {name: self.container.archive(name).pickle() for name in _OF_COMMON if name in names}
+        return {**state, **({_SCHEDULER: scheduler} if scheduler else {})}
 
     def common_archive(self) -> OpenArchive | None:
         """Open what holds the common state and its tensors, None where there is no such state."""

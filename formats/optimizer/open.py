@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from formats.errors import UserError
 from formats.megatron_reader import MegatronReader
-from formats.optimizer import model_space
+from formats.optimizer import fsdp, model_space
 from formats.optimizer.state import OptimizerState
 from formats.torch_dist import TorchDistReader
 
@@ -16,7 +16,7 @@ def open_optimizer(reader: MegatronReader) -> OptimizerState | None:
     """
     if not reader.has_optimizer:
         return None
-    if isinstance(reader, TorchDistReader) and (state := model_space.read(reader)):
+    if isinstance(reader, TorchDistReader) and (state := model_space.read(reader) or fsdp.read(reader)):
         return state
     raise UserError(
         f"the optimizer state of `{reader.folder.label}` is stored in a way that is not read",
