@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from formats.errors import UserError
 from formats.folder import LocalFolder
 from tests import megatron_cpu
 from tests.converter import family_suite
+from tests.converter.test_te_keys import MADE, save_zeros
 from tests.megatron_cpu import Shape
 
 RUNS = [
@@ -123,3 +125,32 @@ def test_what_they_cannot_hold_is_refused_by_name_and_nothing_is_written(tmp_pat
         hf_to_mcore(source, tmp_path / "m", ckpt_format="torch", **layout)
     assert message in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+ONLY_IN_STATE_DICTS = ("core_attention._extra_state", "output_layer._extra_state")
+"""What megatron-core leaves out of `torch_dist`, so that the golden keys do not have it."""
+
+
+def of_layers(key, rows):
+    """The name in a state dict of one part of a key; `rows` are its layer, unless the key has its number, and its expert."""
+    rows, (_, layers, rest) = list(rows), key.partition(".layers.")
+    name = key.replace(layers, f"{layers}{rows.pop(0)}.") if layers and not rest[0].isdecimal() else key
+    one = name.replace(".experts.experts.", ".experts.")
+    return f"{one}{rows.pop(0)}" if one != name and one.endswith(("weight", "bias")) else one
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "deepseek_v3", "gemma3_text"])
+def test_names_are_those_of_transformer_engine_s_layers(tmp_path, family):
+    asked = MADE[family]
+    hf_to_mcore(save_zeros(asked["config"], tmp_path / "hf"), tmp_path / "m", ckpt_format="torch", integrity=False)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        model = torch.load(tmp_path / "m" / "release" / "mp_rank_00" / "model_optim_rng.pt")["model"]
+    expected = set()
+    for key, (shape, *_) in asked["tensors"].items():
+        expected |= {of_layers(key, rows) for rows in np.ndindex(*shape[:2])}
+    for name in asked["objects"]:
+        key, _, shard = name.rpartition("/shard_")
+        expected.add(of_layers(key, tuple(map(int, shard.split("_")[0].split(".")))))
+    assert {name for name in model if not name.endswith(ONLY_IN_STATE_DICTS)} == expected
+    assert {name for name, value in model.items() if value is None} == {name for name in model if name.endswith("_extra_state")}
+    assert sum(name.endswith(ONLY_IN_STATE_DICTS) for name in model) == asked["config"]["num_hidden_layers"] + 1
