@@ -13,9 +13,12 @@ from converter import hf_to_mcore, mcore_to_hf, verify_checkpoints
 from formats.detect import Format, detect, open_megatron
 from formats.errors import UserError
 from formats.folder import LocalFolder
+from formats.rank_names import with_expert
 from tests.converter import family_suite
 from tests.converter.test_kinds import LLAMA
 from tests.golden.kinds import unpacked
+from tests.megatron_cpu import Shape
+from tests.megatron_fsdp import loaded_without_a_gpu
 
 
 def stored(root, *, tokens=None):
@@ -88,3 +91,22 @@ def test_what_it_cannot_hold_is_refused_by_name_and_nothing_is_written(tmp_path,
         hf_to_mcore(source, tmp_path / "m", **{"ckpt_format": "fsdp_dtensor", **options})
     assert message in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_megatron_fsdp_loads_it_strictly_and_holds_the_weights(ranks, tmp_path, family):
+    """Divided over two ranks, whose shares end inside of weights."""
+    source = family_suite.save_small(family, tmp_path / "hf")
+    hf_to_mcore(source, tmp_path / "m", ckpt_format="fsdp_dtensor", transformer_impl="local")
+    shape = Shape(json.loads((source / "config.json").read_text()))
+    reader = open_megatron(LocalFolder(tmp_path / "m"))
+    found = {name: np.full(spec.shape, np.nan, spec.dtype) for name, spec in reader.specs.items()}
+    for held in ranks.run(loaded_without_a_gpu, 2, shape, str(tmp_path / "m")):
+        assert {with_expert(name) for name in held} == found.keys()
+        for name, (start, value) in held.items():
+            box = tuple(slice(first, first + size) for first, size in zip(start, value.shape, strict=True))
+            found[with_expert(name)][box] = value
+    for name, spec in reader.specs.items():
+        written = np.empty(spec.shape, spec.dtype)
+        reader.read(name, spec.full_region, written)
+        np.testing.assert_array_equal(found[name], written)
