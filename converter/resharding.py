@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 from converter import families, provenance, reference, run_config, side_files
+from converter.checkpoint_files import weights_writer
 from converter.comparison import CheckpointView
 from converter.config import make_model, to_megatron
 from converter.consistency import embedding_rows
@@ -22,7 +23,7 @@ from converter.encoding import quantized_source
 from converter.execution import Reporter
 from converter.families import Family
 from converter.hybrid import layout_of
-from converter.importing import check_padding, parallel_sizes, weights_writer, with_extras
+from converter.importing import check_padding, parallel_sizes, with_extras
 from converter.layout import Layout, make_layout
 from converter.model import Model
 from converter.nemo_config import settings_of

@@ -22,6 +22,15 @@ COMMON = "common.pt"
 TORCH_DIST, ZARR, TORCH = "torch_dist", "zarr", "torch"
 """What Megatron-LM's `--ckpt-format` calls the formats: two of `dist_checkpointing`, and files of ranks."""
 
+FSDP_DTENSOR = "fsdp_dtensor"
+"""The same, of Megatron-FSDP."""
+
+WRITTEN = (TORCH_DIST, TORCH, FSDP_DTENSOR)
+"""Those that are written here."""
+
+RELEASE = "release"
+"""The folder, and what the tracker says, of weights that are no step of a run."""
+
 
 NEMO_SETTINGS = ("context/model.yaml", "model_config.yaml")
 """The files in which NeMo 2 and NeMo 1 describe the model."""
@@ -51,9 +60,9 @@ def find_iteration(folder: Folder) -> Folder:
             hint="point at the checkpoint's root, or at one iteration in it (`iter_0000100`)",
         )
     tracked = folder.get(TRACKER).decode(errors="replace").strip()
-    if not re.fullmatch(r"\d{1,18}|release", tracked):
+    if not re.fullmatch(rf"\d{{1,18}}|{RELEASE}", tracked):
         raise UserError(f"`{TRACKER}` says `{tracked[:40]}`, which is not an iteration")
-    chosen = tracked if tracked == "release" else iteration_folder(int(tracked))
+    chosen = tracked if tracked == RELEASE else iteration_folder(int(tracked))
     if not folder.below(chosen).children():
         existing = ", ".join(name.rstrip("/") for name in folder.children() if name.startswith("iter_")) or "none"
         raise UserError(f"`{TRACKER}` says iteration {tracked}, but `{chosen}` is not there", hint=f"there are: {existing}")

@@ -122,10 +122,17 @@ def _ranks(names: list[str], first: RankFile) -> dict[str, Rank]:
     tp, pp, ep = _sizes(names, first)
     if tp * pp * ep > _MOST_RANKS:
         raise UserError(f"the folders of ranks should be {tp} · {pp} · {ep}, and there are {len(names)}")
-    return {
-        f"mp_rank_{rank.tp:02d}" + (f"_{rank.pp:03d}" if pp > 1 else "") + (f"_{rank.ep:03d}" if ep > 1 else "") + "/": rank
-        for rank in (Rank(*numbers) for numbers in product(range(tp), range(pp), range(ep)))
-    }
+    ranks = (Rank(*numbers) for numbers in product(range(tp), range(pp), range(ep)))
+    return {folder_of(rank, pp=pp, ep=ep): rank for rank in ranks}
+
+
+def folder_of(rank: Rank, *, pp: int, ep: int) -> str:
+    """Return the folder of a rank, with a slash at its end. `pp` and `ep` are the sizes of pipeline and expert parallelism.
+
+    >>> folder_of(Rank(1, 2, 0), pp=4, ep=1)
+    'mp_rank_01_002/'
+    """
+    return f"mp_rank_{rank.tp:02d}" + (f"_{rank.pp:03d}" if pp > 1 else "") + (f"_{rank.ep:03d}" if ep > 1 else "") + "/"
 
 
 def _sizes(names: list[str], first: RankFile) -> tuple[int, int, int]:

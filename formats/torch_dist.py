@@ -26,6 +26,7 @@ from formats.folder import FileRef, Folder
 from formats.iterations import COMMON, find_iteration
 from formats.object_names import ObjectName
 from formats.pickles import Record
+from formats.rank_names import with_expert
 from formats.spec import Array, Region, Shape, TensorSpec
 from formats.torch_zip import OpenArchive
 
@@ -40,8 +41,9 @@ _NOT_WEIGHTS = re.compile(r"^(optimizer|chained_\d+|rng_state|rerun_state_machin
 ROOTS = ("model.module.", "module.", "model.")
 """What wrappers put before the names of all weights: Megatron-FSDP's, NeMo 2's, and NeMo 1's and `torch_dcp`'s."""
 
-_OF_COMMON = ("args", "iteration", "checkpoint_version")
-"""Objects that checkpoints without a common state have instead of one."""
+_OF_COMMON = ("args", "iteration", "checkpoint_version", "num_floating_point_operations_so_far")
+_SCHEDULER = "opt_param_scheduler"
+"""Objects that checkpoints without a common state have instead of one; of the scheduler one for each of its fields."""
 
 GATE, UP = "_w", "_v"
 """Suffixes of the two tensors that megatron-core stores for a gated projection with `singleton_local_shards`."""
@@ -74,7 +76,12 @@ class TorchDistReader:
         self._lock = threading.Lock()
         weights = dict.fromkeys(key for key in self.container.tensor_names if not _NOT_WEIGHTS.match(key))
         self.root = root_of(weights)
-        weights = dict.fromkeys(key.removeprefix(self.root) for key in weights)
+        self._spelled = {with_expert(name): name for key in weights if (name := key.removeprefix(self.root))}
+        """The weights, and how their keys spell them: state dicts have names of their own for experts."""
+
+        if len(self._spelled) != len(weights):
+            raise UserError(f"`{METADATA}` names experts in two ways", hint="the checkpoint was mixed from two")
+        weights = dict.fromkeys(self._spelled)
         if prefix:
             weights = self._state_keys(weights)
         halves = {key: key.removesuffix(GATE) + UP for key in weights if key.endswith(GATE)}
@@ -119,10 +126,10 @@ class TorchDistReader:
     def _state_keys(self, weights: Iterable[str]) -> dict[str, None]:
         shape, others = self.container.shape, set(self.others)
         kept = (key for key in weights if self._stored_key(key) in others)
-        return dict.fromkeys(key for key in kept if self._shape(key) == shape(f"{self.root}{key}"))
+        return dict.fromkeys(key for key in kept if self._shape(key) == shape(f"{self.root}{self._spelled[key]}"))
 
     def _stored_key(self, key: str) -> str:
-        return f"{self._prefix}{self.root}{key}"
+        return f"{self._prefix}{self.root}{self._spelled[key]}"
 
     @property
     def keys(self) -> Collection[str]:
@@ -228,13 +235,19 @@ class TorchDistReader:
         if archive and self.root:
             return {}
         if not archive:
-            objects = self.container.object_names
-            return {name: self.container.archive(name).pickle() for name in _OF_COMMON if name in objects}
+            return self._objects_of_common()
         match archive.pickle():
             case {**fields} | [{**fields}]:
                 return fields
             case _:
                 raise UserError("the checkpoint's common state is not a dictionary")
+
+    def _objects_of_common(self) -> dict[str, Any]:
+        names, start = set(self.container.object_names), f"{_SCHEDULER}."
+        fields = sorted(name for name in names if name.startswith(start))
+        scheduler = {name.removeprefix(start): self.container.archive(name).pickle() for name in fields}
+        state = {name: self.container.archive(name).pickle() for name in _OF_COMMON if name in names}
+        return {**state, **({_SCHEDULER: scheduler} if scheduler else {})}
 
     def common_archive(self) -> OpenArchive | None:
         """Open what holds the common state and its tensors, None where there is no such state."""

@@ -12,7 +12,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from formats.detect import open_checkpoint, open_megatron
+from formats.fsdp_writer import FsdpTensor, FsdpWriter
 from formats.huggingface import HuggingFaceReader, HuggingFaceWriter, plan_shards
+from formats.rank_files_writer import Holder, RankArray, RankFilesWriter, RankState
 from formats.spec import DTYPES, names_of
 from formats.torch_dist import TorchDistReader
 from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
@@ -49,6 +51,39 @@ class TestTorchDistInQuarters(TestTorchDist):
             ((slice(*rows), slice(*columns)), rank)
             for rank, (rows, columns) in enumerate((r, c) for r in ((0, 3), (3, 7)) for c in ((0, 5), (5, 12)))
         ))  # fmt: skip
+
+
+class TestFsdp(TestTorchDistInQuarters):
+    def writer(self, specs):
+        placed = map(self.placed, specs)
+        return FsdpWriter([FsdpTensor(spec, spec.name, False, chunks) for spec, chunks in placed], {"iteration": 0})
+
+
+class TestGatedFsdp(TestFsdp):
+    """A gated weight is two keys."""
+
+    def specs(self):
+        return [replace(spec, shape=(8, 12) if len(spec.shape) > 1 else spec.shape) for spec in super().specs()]
+
+    def writer(self, specs):
+        return FsdpWriter(map(self.halved, specs), {"iteration": 0})
+
+    def halved(self, spec):
+        if len(spec.shape) == 1:
+            return FsdpTensor(spec, spec.name, False, ((spec.full_region, 0),))
+        boxes = [(slice(*rows), slice(*columns)) for rows in ((0, 3), (3, 4), (4, 8)) for columns in ((0, 5), (5, 12))]
+        return FsdpTensor(spec, spec.name, True, tuple((box, number % 2) for number, box in enumerate(boxes)))
+
+
+class TestWrittenRankFiles(FormatSuite):
+    def writer(self, specs):
+        file = "mp_rank_00/model_optim_rng.pt"
+        arrays = [RankArray(s.shape, ((s.full_region, (0,) * len(s.shape)),), (Holder(file, 0, s.name),)) for s in specs]
+        placed = [(spec, (each,)) for spec, each in zip(specs, arrays, strict=True)]
+        return RankFilesWriter(placed, [RankState(file, [["decoder.layers.0.w._extra_state"]])], {"iteration": 0})
+
+    def reader(self, folder):
+        return open_megatron(folder)
 
 
 class TestHuggingFaceDcp(ReaderSuite):
