@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from converter.masters import rounds_to
 from converter.values import cast_into
 from formats.arrays import Buffer, bands, copy
 from formats.dtypes import FLOATS
-from formats.errors import UserError
 from formats.spec import DTYPES, Array, Reader, Region, TensorSpec, extent
 
 BLOCK = 1 << 16
@@ -34,7 +32,7 @@ class Input:
     weights: Reader
     share: float
     masters: Reader | None = None
-    """The weights in fp32, from the optimizer state, by the names of the weights."""
+    """The weights in fp32, by the names of the weights."""
 
 
 def is_averaged(spec: TensorSpec) -> bool:
@@ -43,10 +41,7 @@ def is_averaged(spec: TensorSpec) -> bool:
 
 
 class AveragedReader:
-    """Read the tensors of the first input, summed over all; those named in `of_masters` from the masters.
-
-    A master that does not round to its weight raises UserError.
-    """
+    """Read the tensors of the first input, summed over all; those named in `of_masters` from the masters."""
 
     def __init__(self, inputs: Sequence[Input], of_masters: Collection[str] = ()) -> None:
         self._inputs, self._of_masters = inputs, of_masters
@@ -61,26 +56,13 @@ class AveragedReader:
         buffers, shape = self._buffers(), extent(region)
         parts: list[Array] = []
         for one, buffer in zip(self._inputs, buffers.parts, strict=True):
-            weight = (buffers.weight if name in self._of_masters else buffer).view(shape, spec.dtype)
-            one.weights.read(name, region, weight)
-            parts.append(self._master(one, name, region, weight, buffer) if name in self._of_masters else weight)
+            reader = one.masters if one.masters and name in self._of_masters else one.weights
+            parts.append(buffer.view(shape, reader.specs[name].dtype))
+            reader.read(name, region, parts[-1])
         total = out if out.flags.c_contiguous else buffers.total.view(shape, spec.dtype)
         self._sum(parts, total, name)
         if total is not out:
             copy(out, total)
-
-    def _master(self, one: Input, name: str, region: Region, weight: Array, buffer: Buffer) -> Array:
-        """Return a region of a weight's master. Raises UserError unless it rounds to the weight."""
-        assert one.masters
-        master = buffer.view(weight.shape, DTYPES["fp32"])
-        one.masters.read(name, region, master)
-        if not rounds_to(master, weight, self._buffers().total.view(weight.shape, weight.dtype)):
-            raise UserError(
-                f"the fp32 master of `{name}` in `{one.label}` does not round to the weight",
-                hint="the optimizer state was written wrong (megatron-core 0.15 to 0.19.2 could shift it); `--from weights` "
-                "averages the weights",
-            )
-        return master
 
     def _sum(self, parts: Sequence[Array], out: Array, name: str) -> None:
         """Write the sum of contiguous arrays, each times its input's share, to `out`, a block at a time."""
@@ -118,7 +100,6 @@ class _Buffers:
     """What one thread reads and sums in."""
 
     parts: Sequence[Buffer]
-    weight: Buffer = field(default_factory=Buffer)
     total: Buffer = field(default_factory=Buffer)
     sums: Buffer = field(default_factory=Buffer)
     product: Buffer = field(default_factory=Buffer)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product, zip_longest
 from math import isfinite
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from converter.execution import Reporter
 from converter.exporting import ExportOptions, plan_files
 from converter.hybrid import layout_of
 from converter.importing import left_out
+from converter.master_reader import MASTERS, WEIGHTS
+from converter.masters import ROUNDED_TO, ProvenMasters
 from converter.plan import TensorPlan, as_stored, check_dtypes, list_names, pieces
 from converter.resharding import ReshardOptions, plan_reshard
 from converter.run import PIECE_BYTES
@@ -27,7 +29,6 @@ from converter.side_files import EXTRAS
 from converter.sources import Source, huggingface_source
 from converter.values import KEEP
 from formats.arrays import same_bits
-from formats.dtypes import MODEL_DTYPES
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader
@@ -36,11 +37,9 @@ from formats.optimizer.open import open_optimizer
 from formats.optimizer.state import MASTER
 from formats.quantized.reader import DequantizedReader
 from formats.shard_files import INDEX
-from formats.spec import DTYPES, JoinedReader, Reader, extent
+from formats.spec import JoinedReader, Reader, extent
 
-Origin = Literal["weights", "master"]
-
-_HAVE_MASTERS = frozenset(DTYPES[name] for name in MODEL_DTYPES)
+_INSTEAD = "`--from weights` averages the weights"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +49,7 @@ class AverageOptions:
     weights: Sequence[float] | None
     """One for each checkpoint; equal if None."""
 
-    origin: Origin | None
+    values_from: str | None
     """What is averaged: the weights, or their fp32 masters; if None masters where all checkpoints have them."""
 
     hf_config: Folder | None
@@ -81,9 +80,9 @@ def average_models(
     readers: Sequence[HuggingFaceReader], wanted: AverageOptions, reporter: Reporter, *, workers: int
 ) -> Conversion:
     """Return the conversion of Hugging Face directories to their average. Raises UserError if they are of different models."""
-    if wanted.origin == "master":
+    if wanted.values_from == MASTERS:
         raise UserError(f"`{readers[0].folder.label}` has no fp32 masters", hint="`--from master` is for Megatron checkpoints")
-    sources = [huggingface_source(reader) for reader in readers]
+    sources = [huggingface_source(reader, wanted.hf_config) for reader in readers]
     inputs = _inputs([(source.label, source.reader) for source in sources], wanted)
     first = sources[0]
     for other in sources[1:]:
@@ -106,7 +105,7 @@ def average_megatron(
     for reader in readers:
         reader.check()
     _check_settings(readers, wanted.hf_config)
-    inputs, of_masters = _with_masters(inputs, readers, wanted.origin, reporter)
+    inputs, of_masters = _with_masters(inputs, readers, wanted.values_from, reporter)
     for text in _notes_on_checkpoints(readers):
         reporter.note(text)
     first = DerivedCheckpoint(readers[0], AveragedReader(inputs, of_masters))
@@ -190,23 +189,19 @@ def _check_settings(readers: Sequence[MegatronReader], given: Folder | None) -> 
 
 
 def _with_masters(
-    inputs: Sequence[Input], readers: Sequence[MegatronReader], origin: Origin | None, reporter: Reporter
+    inputs: Sequence[Input], readers: Sequence[MegatronReader], values_from: str | None, reporter: Reporter
 ) -> tuple[Sequence[Input], set[str]]:
     """Return the inputs with the masters that are averaged, and the names of their weights; none where weights are."""
-    if origin == "weights":
+    if values_from == WEIGHTS:
         return inputs, set()
-    masters = [_masters(reader, demanded=origin == "master") for reader in readers]
+    masters = [_masters(reader, demanded=values_from == MASTERS) for reader in readers]
     found = [each for each in masters if each]
     if len(found) < len(masters):
         if found:
             reporter.note("weights are averaged: not all checkpoints have fp32 masters")
         return inputs, set()
     specs = inputs[0].weights.specs
-    names = {
-        name
-        for name, spec in specs.items()
-        if spec.dtype in _HAVE_MASTERS and all(name in each.specs and each.specs[name].shape == spec.shape for each in found)
-    }
+    names = {name for name, spec in specs.items() if spec.dtype in ROUNDED_TO and all(name in each.specs for each in found)}
     rest = f"; {len(specs) - len(names)} others have none" if len(names) < len(specs) else ""
     reporter.note(f"{len(names)} weights are averaged from their fp32 masters, and rounded once{rest}")
     return [replace(one, masters=each) for one, each in zip(inputs, found, strict=True)], names
@@ -222,8 +217,8 @@ def _masters(reader: MegatronReader, *, demanded: bool) -> Reader | None:
         return None
     found = state.states.get(MASTER) if state else None
     if demanded and not found:
-        raise UserError(f"`{reader.folder.label}` has no fp32 masters", hint="`--from weights` averages the weights")
-    return found
+        raise UserError(f"`{reader.folder.label}` has no fp32 masters", hint=_INSTEAD)
+    return ProvenMasters(found, reader, instead=_INSTEAD) if found else None
 
 
 def _notes_on_models(sources: Sequence[Source]) -> Iterator[str]:
@@ -279,7 +274,7 @@ class _Sources:
 
 def _averaged(conversion: Conversion, inputs: Sequence[Input], sources: _Sources) -> Conversion:
     """Return the conversion of the first checkpoint as that of an average."""
-    options = {"weights": [one.share for one in inputs], "from": "master" if sources.of_masters else "weights"}
+    options = {"weights": [one.share for one in inputs], "from": MASTERS if sources.of_masters else WEIGHTS}
     numbered = {f"{number}/{name}": file for number, each in enumerate(sources.files) for name, file in each.items()}
 
     def check() -> None:

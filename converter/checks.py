@@ -12,6 +12,7 @@ import numpy as np
 
 from converter.execution import ExecutionOptions
 from converter.hybrid import GPT, HYBRID
+from converter.master_reader import MASTERS, SOURCES
 from converter.plan import TensorPlan, pieces
 from converter.run import PIECE_BYTES
 from converter.values import CHOICES, KEEP
@@ -55,6 +56,17 @@ def check_quantize(quantize: str | None, dtype: str) -> None:
         raise UserError(f"quantize `{quantize}` is not one of {', '.join(QUANTIZED)}")
     if quantize is not None and dtype not in (KEEP, "bf16"):
         raise UserError(f"`--quantize {quantize}` is for weights in bf16, `--dtype` is {dtype}", hint="leave out one of both")
+
+
+def check_values_from(values_from: str, quantize: str | None = None) -> None:
+    """Raise UserError for values from anything but the choices, or from masters that are then quantized."""
+    if values_from not in SOURCES:
+        raise UserError(f"values_from `{values_from}` is not one of {', '.join(SOURCES)}")
+    if values_from == MASTERS and quantize:
+        raise UserError(
+            f"`--quantize {quantize}` is for weights in bf16, which are what masters round to",
+            hint="leave out `--from master`",
+        )
 
 
 def check_locations(target: str, sources: Sequence[Folder], options: ExecutionOptions) -> None:

@@ -88,6 +88,10 @@ def _layout(command: Command) -> Command:
     return command
 
 
+_values_from = click.option("--from", "values_from", type=click.Choice(["weights", "master"]), default="weights",
+                            show_default=True, help="Take the weights, or the fp32 masters in the optimizer state, which must "
+                            "round to them.")  # fmt: skip
+
 _vocab_multiple = click.option("--make-vocab-size-divisible-by", type=_COUNT, default=128, show_default=True, metavar="N",
                                help="Pad the vocabulary to a multiple of N × TP.")  # fmt: skip
 
@@ -128,6 +132,7 @@ def cli() -> None:
 @cli.command("hf-to-mcore", epilog="Example: mbconvert hf-to-mcore Llama-3.2-1B megatron --tp 8 --pp 4")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
+@click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR, for an SRC that has none.")
 @_layout
 @_vocab_multiple
 @conversion
@@ -148,6 +153,7 @@ def hf_to_mcore(source: str, target: str, **options: Any) -> None:
 @click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR instead of those in SRC.")
 @_max_shard_size
 @click.option("--quantize", type=click.Choice(QUANTIZED), help="Quantize linear weights anew, with new scales.")
+@_values_from
 @conversion
 def mcore_to_hf(source: str, target: str, **options: Any) -> None:
     """Convert a Megatron checkpoint to Hugging Face.
@@ -187,7 +193,9 @@ def reshard(source: str, target: str, **options: Any) -> None:
 @click.option("--to", type=click.Choice(["hf", "mcore"]), help="Format of DST. [default: that of BASE]")
 @click.option("--allow-other-base", is_flag=True, help="Merge even if ADAPTER was trained on another model.")
 @click.option(
-    "--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR instead of those in a Megatron BASE."
+    "--hf-config",
+    metavar="DIR",
+    help="Use the `config.json` and side files of DIR: instead of those in a Megatron BASE, or for a BASE that has none.",
 )
 @_layout
 @_vocab_multiple

@@ -23,8 +23,8 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 @click.argument("target", metavar="DST")
 @click.option("--weights", callback=_numbers, metavar="W,W...", help="A number for each checkpoint, of which each is divided by "
               "their sum: 1,3 is a quarter and three quarters. [default: equal]")  # fmt: skip
-@click.option("--from", "origin", type=click.Choice(["weights", "master"]), help="Average the weights, or the fp32 masters in "
-              "the optimizer state of Megatron checkpoints. [default: master, where all have them]")  # fmt: skip
+@click.option("--from", "values_from", type=click.Choice(["weights", "master"]), help="Average the weights, or the fp32 masters "
+              "in the optimizer state of Megatron checkpoints. [default: master, where all have them]")  # fmt: skip
 @click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR, for Megatron checkpoints without.")
 @INTEGRITY
 @execution

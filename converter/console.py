@@ -250,6 +250,7 @@ def _report_lines(report: Report) -> Iterator[tuple[str, str]]:
     yield "files", str(report.files)
     if report.layout:
         yield "layout", f"{report.layers_as}, {_sizes(report.layout)}"
+    if report.layout or report.optimizer_state:
         yield "optimizer", "yes" if report.optimizer_state else "no"
     if report.unknown_packages:
         yield "args", f"names classes of {', '.join(f'`{name}`' for name in report.unknown_packages)}"

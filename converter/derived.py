@@ -1,4 +1,4 @@
-"""A Megatron checkpoint with some of what it says replaced: its weights, its folder's documents, Megatron-LM's `args`.
+"""A Megatron checkpoint with some of what it holds replaced: its weights, its folder's documents, Megatron-LM's `args`.
 
 A command that changes weights reads this in place of the checkpoint, and plans its output as that of a reshard to the same
 layout.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from converter import run_config
@@ -18,6 +19,7 @@ from converter.pipeline_layout import parse_layout
 from formats.chunks import Chunk
 from formats.folder import FileRef, Folder
 from formats.megatron_reader import MegatronReader
+from formats.pickles import Record
 from formats.spec import Array, Reader, Region, is_size
 
 
@@ -30,12 +32,12 @@ class DerivedCheckpoint:
         weights: Reader,
         *,
         folder: Folder | None = None,
-        args: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """`folder` and `args`: default the checkpoint's own."""
+        """`folder`: default the checkpoint's own. `settings`: what Megatron-LM's `args` say instead."""
         self.folder = folder or checkpoint.folder
         self.specs = weights.specs
-        self._checkpoint, self._weights, self._args = checkpoint, weights, args
+        self._checkpoint, self._weights, self._settings = checkpoint, weights, settings
 
     @property
     def files(self) -> Collection[str]:
@@ -55,11 +57,16 @@ class DerivedCheckpoint:
 
     def args(self) -> Mapping[str, Any]:
         """See `MegatronReader.args`."""
-        return self._checkpoint.args() if self._args is None else self._args
+        return {**self._checkpoint.args(), **self._settings}
 
     def common_state(self) -> Mapping[str, Any]:
         """See `MegatronReader.common_state`."""
-        return self._checkpoint.common_state()
+        state = self._checkpoint.common_state()
+        match state.get("args"):
+            case Record(state={**fields}) as args if self._settings:
+                return {**state, "args": Record(args.kind, args.args, {**fields, **self._settings}, args.made_by_call)}
+            case _:
+                return state
 
     def check(self, names: Iterable[str] | None = None) -> None:
         """See `MegatronReader.check`."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Unpack
 
 from converter.adapters.files import refuse_adapter
-from converter.averaging import AverageOptions, Origin, average_megatron, average_models
-from converter.checks import check_execution, check_locations, check_options
+from converter.averaging import AverageOptions, average_megatron, average_models
+from converter.checks import check_execution, check_locations, check_options, check_values_from
 from converter.conversion import Conversion
 from converter.execute import execute
 from converter.execution import ExecutionOptions, Reporter, Summary
@@ -33,7 +33,7 @@ def average_checkpoints(
     target: str | Path,
     *,
     weights: Sequence[float] | None = None,
-    origin: Origin | None = None,
+    values_from: str | None = None,
     hf_config: str | Path | None = None,
     integrity: bool = True,
     reporter: Reporter | None = None,
@@ -42,10 +42,10 @@ def average_checkpoints(
     """Write the average of checkpoints of one model, which are all Hugging Face directories or all Megatron checkpoints.
 
     `weights` has one number for each, and each is divided by their sum; equal unless given. Sums are fp32, in the order of
-    `sources`, and rounded once. `origin` is what is averaged: `weights`, or `master`, the fp32 masters in the optimizer state of
-    Megatron checkpoints; masters unless given, where all have them. Layout, side files and settings are those of the first;
-    optimizer state is left out. `hf_config` is a folder with the model's `config.json`, for Megatron checkpoints that do not say
-    what model they hold.
+    `sources`, and rounded once. `values_from` says what is averaged: `weights`, or `master`, the fp32 masters in the optimizer
+    state of Megatron checkpoints; masters unless given, where all have them. Layout, side files and settings are those of the
+    first; optimizer state is left out. `hf_config` is a folder with the model's `config.json`, for Megatron checkpoints that do
+    not say what model they hold.
 
     Raises UserError before a byte moves if they are of different models. After any failure nothing is at `target`.
 
@@ -53,8 +53,8 @@ def average_checkpoints(
     'average'
     """
     check_execution(options)
-    if origin not in (None, "weights", "master"):
-        raise UserError(f"origin `{origin}` is not one of weights, master")
+    if values_from is not None:
+        check_values_from(values_from)
     if len(sources) < 2:
         raise UserError(f"{len(sources)} checkpoint cannot be averaged", hint="give two or more, then the target")
     reporter, target = reporter or Reporter(), expanded(target)
@@ -62,7 +62,7 @@ def average_checkpoints(
     given = open_source(hf_config) if hf_config else None
     folders = [*roots, *([given] if given else [])]
     check_locations(target, folders, options)
-    wanted = AverageOptions(weights=weights, origin=origin, hf_config=given, integrity=integrity)
+    wanted = AverageOptions(weights=weights, values_from=values_from, hf_config=given, integrity=integrity)
     with ExitStack() as opened:
         readers = [opened.enter_context(closing(_open(root))) for root in roots]
         workers = workers_for(options.get("workers"), folders, target)
@@ -108,7 +108,6 @@ def extend_vocab(
     with closing(_open(root)) as reader:
         workers = workers_for(options.get("workers"), folders, target)
         if isinstance(reader, HuggingFaceReader):
-            _refuse_config(given)
             conversion = extend_model(reader, wanted, reporter)
         else:
             conversion = extend_megatron(reader, root, wanted, reporter, workers=workers)
@@ -121,11 +120,6 @@ def _file(path: str | Path) -> FileRef:
     if not file.is_file():
         raise UserError(f"`{path}` is not `{ZERO}`, not `{MEAN}`, and no file", hint="`--init` takes one of these")
     return FileRef(LocalFolder(file.parent), file.name)
-
-
-def _refuse_config(given: Folder | None) -> None:
-    if given:
-        raise UserError("`--hf-config` has no effect on Hugging Face directories, which have their own `config.json`")
 
 
 def _open(root: Folder) -> HuggingFaceReader | MegatronReader:
@@ -151,6 +145,5 @@ def _plan_average(
             hint="convert one of them first: checkpoints of one kind can be averaged",
         )
     if models:
-        _refuse_config(wanted.hf_config)
         return average_models(models, wanted, reporter, workers=workers)
     return average_megatron(checkpoints, roots, wanted, reporter, workers=workers)

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from converter import families, provenance, reference, run_config, side_files
+import numpy as np
+
+from converter import families, reference, run_config
 from converter.config import make_model
 from converter.conversion import Conversion
 from converter.dequantization import weights_of
@@ -23,9 +25,10 @@ from converter.plan import as_stored, list_names
 from converter.planner import to_megatron as plan_megatron
 from converter.recognize import refuse_unfit
 from converter.resharding import ReshardOptions, plan_reshard
-from converter.resized import GivenRows, MeanRow, NewRows, ResizedReader, ZeroRows
+from converter.resized import GivenRows, MeanRow, NewRows, ResizedReader, RoundedRows, ZeroRows
+from converter.run_state import TrainingRun, open_run
 from converter.side_files import CONFIG, EXTRAS, FILES, HEADERS, HFReference
-from converter.sources import Source
+from converter.sources import huggingface_source
 from converter.values import KEEP
 from converter.vocabulary import huggingface_names, megatron_names, refuse_lost_tokens, refuse_unknown, resized_config
 from formats.dtypes import FLOATS
@@ -34,7 +37,9 @@ from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader, Shard, make_index, retyped, specs_of
 from formats.json_objects import read_json
 from formats.megatron_reader import MegatronReader
+from formats.optimizer.state import MASTER
 from formats.overlaid_folder import OverlaidFolder
+from formats.quantized.reader import DequantizedReader
 from formats.shard_files import INDEX
 from formats.spec import DTYPES, Reader, TensorSpec
 
@@ -70,35 +75,34 @@ class _Resize:
     """The `config.json` of the output."""
 
     tensors: ResizedReader
+    new_rows: NewRows
     names: Mapping[str, str]
     """The reader's tensors with a row for each token, each with its Hugging Face name."""
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype[Any]]:
+        """Those of these tensors, by their Hugging Face names."""
+        return {other: self.tensors.specs[name].dtype for name, other in self.names.items()}
 
 
 def extend_model(reader: HuggingFaceReader, wanted: ExtendOptions, reporter: Reporter) -> Conversion:
     """Return the conversion of a Hugging Face directory to one with another number of tokens."""
-    origin, others = side_files.of_model(reader)
-    if weights_of(reader.specs, origin.config):
+    source = huggingface_source(reader, wanted.hf_config)
+    origin, tensors = source.reference, source.reader
+    if isinstance(tensors, DequantizedReader):
         raise _quantized(reader.folder)
-    family = families.find(origin.config.get("model_type")).rooted(reader.specs)
+    family = families.find(origin.config.get("model_type")).rooted(tensors.specs)
     model = make_model(family.CONFIG, origin.config)
-    refuse_unfit(reader.specs, origin.config, family, model, label=reader.folder.label)
+    refuse_unfit(tensors.specs, origin.config, family, model, label=reader.folder.label)
     passing = family.PASSTHROUGH_PREFIXES
-    plan = plan_megatron(family.RULES, family.EXTRAS, model, reader.specs, dtype=KEEP, passing=passing)
-    refuse_unknown((reader.specs[name] for name in plan.extras), model)
-    resize = _resize(reader, huggingface_names(family, model, reader.specs), family, origin, wanted)
-    shards = _resized(reader.shards, resize.tensors.specs)
-    documents = {CONFIG: _json(resize.config), **({INDEX: make_index(shards)} if reader.folder.has(INDEX) else {})}
-    folder = OverlaidFolder(reader.folder, documents)
-    files = {**origin.files, **{name: FileRef(folder, name) for name in documents if name in origin.files}}
-    source = Source(
-        label=reader.folder.label,
-        reader=resize.tensors,
-        reference=replace(origin, config=resize.config, shards=shards, files=files),
-        files={name: FileRef(reader.folder, name) for name in reader.shards},
-        provenance=provenance.huggingface_source(reader.folder, reader.shards),
-        left_out=others,
-    )
-    for text in (*left_out(source), *_notes(resize, wanted, reader.folder)):
+    plan = plan_megatron(family.RULES, family.EXTRAS, model, tensors.specs, dtype=KEEP, passing=passing)
+    refuse_unknown((tensors.specs[name] for name in plan.extras), model)
+    resize = _resize(tensors, huggingface_names(family, model, tensors.specs), family, origin, wanted)
+    shards = _resized(origin.shards, resize.tensors.specs)
+    folder = OverlaidFolder(reader.beside, {CONFIG: _json(resize.config), INDEX: make_index(shards)})
+    files = {name: FileRef(folder, name) if file.folder is reader.beside else file for name, file in origin.files.items()}
+    source = replace(source, reader=resize.tensors, reference=replace(origin, config=resize.config, shards=shards, files=files))
+    for text in (*left_out(source), *_notes(resize, wanted, reader.beside)):
         reporter.note(text)
     options = ExportOptions(hf_config=None, max_shard_size=None, dtype=KEEP, integrity=wanted.integrity)
     conversion = plan_files(source, list(as_stored(resize.tensors.specs).values()), options, reporter)
@@ -121,18 +125,35 @@ def extend_megatron(
     resize = _resize(reader, megatron_names(family, model, reader.specs), family, origin, wanted)
     folder = OverlaidFolder(reader.folder, _documents(reader.folder, origin, resize, huggingface_names(family, model, stored)))
     counts = [name for name in ("vocab_size", "padded_vocab_size") if reader.args().get(name)]
-    args = {**reader.args(), **dict.fromkeys(counts, wanted.size)}
-    derived = DerivedCheckpoint(reader, resize.tensors, folder=folder, args=args)
+    derived = DerivedCheckpoint(reader, resize.tensors, folder=folder, settings=dict.fromkeys(counts, wanted.size))
     given = OverlaidFolder(wanted.hf_config, {CONFIG: _json(resize.config)}) if wanted.hf_config else None
     for text in _notes(resize, wanted, reader.folder.below(FILES)):
         reporter.note(text)
     options = ReshardOptions(layout=None, **parallel_sizes_of(reader), make_vocab_size_divisible_by=None, hf_config=given,
                              weights_only=wanted.weights_only, dtype=KEEP, integrity=wanted.integrity)  # fmt: skip
-    return _extended(plan_reshard(derived, root, options, reporter, workers=workers), resize, wanted)
+    run = None if wanted.weights_only else _resized_run(open_run(reader), resize)
+    return _extended(plan_reshard(derived, root, options, reporter, run=run, workers=workers), resize, wanted)
+
+
+def _resized_run(run: TrainingRun | None, resize: _Resize) -> TrainingRun | None:
+    """Return the training run with another number of tokens: new rows have no moments, and their weights as masters."""
+    if not run:
+        return None
+    states = {
+        state: ResizedReader(
+            reader,
+            {name: other for name, other in resize.names.items() if name in reader.specs},
+            tokens=resize.model.vocab,
+            size=resize.size,
+            new_rows=RoundedRows(resize.new_rows, resize.dtypes) if state == MASTER else ZeroRows(),
+        )
+        for state, reader in run.optimizer.states.items()
+    }
+    return TrainingRun.of(run.checkpoint, run.optimizer._replace(states=states))
 
 
 def _resize(
-    reader: HuggingFaceReader | MegatronReader,
+    reader: Reader,
     names: Mapping[str, str],
     family: Family,
     origin: HFReference,
@@ -140,14 +161,14 @@ def _resize(
 ) -> _Resize:
     model, size = make_model(family.CONFIG, origin.config), wanted.size
     if size == model.vocab:
-        raise UserError(f"`{reader.folder.label}` has {size} tokens already")
+        raise UserError(f"the model has {size} tokens already")
     if size < model.vocab:
         _check_shrink(origin, wanted)
     own = {other: name for name, other in reversed(list(names.items()))}
     rows = _new_rows(reader, own, model, wanted)
     tensors = ResizedReader(reader, names, tokens=model.vocab, size=size, new_rows=rows)
     config = resized_config(family, origin.config, size)
-    return _Resize(model=model, size=size, config=config, tensors=tensors, names=names)
+    return _Resize(model=model, size=size, config=config, tensors=tensors, new_rows=rows, names=names)
 
 
 def _check_shrink(origin: HFReference, wanted: ExtendOptions) -> None:

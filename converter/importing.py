@@ -44,8 +44,8 @@ from formats.huggingface import HuggingFaceWriter, Shard
 from formats.iterations import iteration_folder
 from formats.outputs import JoinedWriter, Writer
 from formats.quantized.reader import DequantizedReader
-from formats.spec import JoinedReader, Reader, RenamedReader, dtype_name, is_valid_shape
-from formats.torch_dist_writer import ShardedTensor, TorchDistWriter
+from formats.spec import JoinedReader, Reader, RenamedReader, TensorSpec, dtype_name, is_valid_shape
+from formats.torch_dist_writer import RunState, ShardedTensor, TorchDistWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,17 +191,28 @@ def _writer(found: _Import) -> TorchDistWriter:
     return weights_writer(found.plan, found.layout, to_megatron(found.family.CONFIG, found.source.reference.config))
 
 
-def weights_writer(plan: Plan, layout: Layout, megatron: Config, *, iteration: int = 0) -> TorchDistWriter:
-    """Return the files of a plan's weights in a layout. `megatron`: the model's fields."""
+def weights_writer(
+    plan: Plan,
+    layout: Layout,
+    megatron: Config,
+    *,
+    iteration: int = 0,
+    states: Sequence[Mapping[str, TensorSpec]] = (),
+    run: RunState | None = None,
+) -> TorchDistWriter:
+    """Return the files of a plan's weights in a layout. `megatron`: the model's fields. `states`: optimizer state by the names of
+    the weights, which it is divided like; `run`: what else there is of a training run."""
     model, scope = plan.model, megatron.get("qk_layernorm_scope", "head")
     hybrid, last = model.get("hybrid", False), layout.rank(layout.stage(model.megatron_layers), 0)
+    placed = list(starmap(ShardedTensor, sharded(plan, layout)))
     weightless = list(weightless_modules({tensor_plan.spec.name for tensor_plan in plan.tensors}, hybrid=hybrid))
     return TorchDistWriter(
-        starmap(ShardedTensor, sharded(plan, layout)),
+        [*placed, *(ShardedTensor(of[spec.name], chunks) for of in states for spec, chunks in placed if spec.name in of)],
         iteration=iteration,
         stacked=model.get("stacked", True),
         stateful_module=partial(stateful_module, hybrid=hybrid, own_head_norms=scope != "head"),
         weightless=dict.fromkeys(weightless, last),
+        run=run,
     )
 
 
@@ -273,6 +284,8 @@ def left_out(source: Source) -> Iterator[str]:
     """Yield a note on the files of a source that are not part of the output, if there are any."""
     if source.left_out:
         yield f"left out, not part of the model: {', '.join(source.left_out)}"
+    if others := source.other_state:
+        yield f"left out, no weights of the model: {len(others)} tensors such as `{others[0]}`"
 
 
 def notes(source: Source, plan: Plan, family: Family) -> Iterator[str]:

@@ -14,13 +14,14 @@ from converter import families, provenance, run_config
 from converter.adapters.files import DESCRIPTION
 from converter.hybrid import GPT, PATTERN, layout_of
 from converter.recognize import LAYER
-from converter.side_files import CONFIG, load
+from converter.side_files import CONFIG, config_of, load
 from converter.sources import open_source
-from formats.detect import Format, detect, open_megatron
+from formats.detect import Format, detect, open_huggingface, open_megatron
 from formats.disk import user_errors
 from formats.errors import format_untrusted, printable
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
+from formats.huggingface_chunks import ChunkedReader
 from formats.json_objects import read_json
 from formats.megatron_reader import MegatronReader
 from formats.pickles import others
@@ -84,8 +85,8 @@ def inspect_checkpoint(path: str | Path, *, tensors: bool = False) -> Report:
 
 
 def _huggingface(folder: Folder, kind: Format, *, tensors: bool) -> Report:
-    reader = HuggingFaceReader(folder, any_dtype=True)
-    config = read_json(folder, CONFIG) if folder.has(CONFIG) else {}
+    reader = open_huggingface(folder, any_dtype=True)
+    config = config_of(reader) if reader.beside.has(CONFIG) else {}
     version = config.get("transformers_version")
     files = {name: file for file, shard in reader.shards.items() for name in shard.tensors}
     return Report(
@@ -94,8 +95,9 @@ def _huggingface(folder: Folder, kind: Format, *, tensors: bool) -> Report:
         writer=f"transformers {format_untrusted(version)}" if version else "unknown",
         **_described(config, reader.specs),
         dtypes=_dtypes(reader.specs.values()),
-        files=len(reader.shards),
-        tensor_list=[{**_row(spec), "file": files[spec.name]} for spec in reader.specs.values()] if tensors else [],
+        files=len(reader.files),
+        optimizer_state=bool(reader.others),
+        tensor_list=[{**_row(spec), **_where(reader, files, spec.name)} for spec in reader.specs.values()] if tensors else [],
     )
 
 
@@ -199,7 +201,11 @@ def _row(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "shape": list(spec.stored_shape), "dtype": spec.stored_dtype}
 
 
-def _chunks(reader: MegatronReader, name: str) -> list[dict[str, Any]]:
+def _where(reader: HuggingFaceReader, files: Mapping[str, str], name: str) -> dict[str, Any]:
+    return {"chunks": _chunks(reader, name)} if isinstance(reader, ChunkedReader) else {"file": files[name]}
+
+
+def _chunks(reader: MegatronReader | ChunkedReader, name: str) -> list[dict[str, Any]]:
     return [
         {"file": chunk.location.file, "at": [part.start for part in chunk.region], "shape": list(extent(chunk.region))}
         for chunk in reader.chunks(name)

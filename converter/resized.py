@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -105,3 +105,16 @@ class GivenRows:
         rows = np.empty(extent(region), spec.dtype)
         self._reader.read(spec.name, region, rows)
         cast_into(out, rows, name=spec.name)
+
+
+class RoundedRows:
+    """Other new rows, in fp32, as the weights hold them: rounded to the weight's dtype."""
+
+    def __init__(self, rows: NewRows, dtypes: Mapping[str, np.dtype[Any]]) -> None:
+        """`dtypes`: that of the weight of each name."""
+        self._rows, self._dtypes = rows, dtypes
+
+    def fill(self, name: str, region: Region, out: Array) -> None:
+        weights = np.empty(extent(region), self._dtypes[name])
+        self._rows.fill(name, region, weights)
+        np.copyto(out, weights)

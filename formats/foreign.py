@@ -33,9 +33,6 @@ _DEEPSPEED_FILES = (
     r"(\w+_)?zero_pp_rank_\d+_mp_rank_\d+_.*\.pt|mp_rank_\d+_model_states\.pt|zero_to_fp32\.py|global_step\d+/|"
     r"layer_\d+-model_\d+-model_states\.pt"
 )
-_ACCELERATE = (
-    "`accelerate merge-weights {folder}/{file} OUT` writes safetensors; add the model's `config.json` and convert `OUT`"
-)  # fmt: skip
 _META = (
     "use the repository that has the model for transformers (with `-hf` in its name, or `*.safetensors` beside `original/`), "
     "or convert it with `convert_llama_weights_to_hf.py` of transformers 4"
@@ -69,7 +66,6 @@ class Foreign:
 _FORMATS = (
     Foreign(r"model_world_size_\d+_rank_\d+\.pt", "FSDP shards as verl saves them", _VERL),
     Foreign(_DEEPSPEED_FILES, "a DeepSpeed checkpoint", _DEEPSPEED),
-    Foreign(r"pytorch_model_fsdp_\d+/", "FSDP shards as accelerate saves them", _ACCELERATE),
     Foreign(
         r"(diffusion_)?(pytorch_)?model(\.[\w-]+)?(-\d+-of-\d+)?\.bin(\.index(\.[\w-]+)?\.json)?",
         "pickled PyTorch tensors, not safetensors",

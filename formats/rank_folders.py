@@ -14,7 +14,9 @@ from formats.pickles import Record
 from formats.spec import is_size
 from formats.torch_zip import OpenArchive
 
-FILE = "model_optim_rng.pt"
+FILE, OPTIMIZER_FILE = "model_optim_rng.pt", "distrib_optim.pt"
+"""What the folder of a rank holds: the second only with a distributed optimizer."""
+
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?/")
 _MODEL = re.compile(r"model\d*")
 _SIZES = {
@@ -41,6 +43,11 @@ class RankFile:
     archive: OpenArchive
     state: Mapping[str, Any]
     models: tuple[Mapping[str, Any], ...]
+
+    @property
+    def folder(self) -> str:
+        """The folder of the rank, with its slash."""
+        return self.name.removesuffix(FILE)
 
 
 def is_rank_folder(name: str) -> bool:
@@ -107,17 +114,23 @@ def _open(folder: Folder, name: str) -> RankFile:
     if not folder.has(file):
         raise UserError(f"`{folder.label}` has no `{file}`", hint="copy the checkpoint again")
 
-    def fetch(offset: int, length: int) -> bytes:
-        data = bytearray(length)
-        folder.read_into(file, offset, memoryview(data))
-        return bytes(data)
-
-    archive = OpenArchive(fetch, folder.size(file), source=file)
+    archive = open_archive(folder, file)
     state: Any = archive.pickle()
     if not isinstance(state, dict):
         raise UserError(f"`{file}` is not a dictionary", hint="the file is of another program")
     known = {key: value for key, value in cast("dict[Any, Any]", state).items() if isinstance(key, str)}
     return RankFile(file, archive, known, tuple(_models(known, file)))
+
+
+def open_archive(folder: Folder, file: str) -> OpenArchive:
+    """Open a large archive that is a file of its own, of which parts are read in place."""
+
+    def fetch(offset: int, length: int) -> bytes:
+        data = bytearray(length)
+        folder.read_into(file, offset, memoryview(data))
+        return bytes(data)
+
+    return OpenArchive(fetch, folder.size(file), source=file)
 
 
 def _models(state: Mapping[str, Any], file: str) -> list[Mapping[str, Any]]:

@@ -14,7 +14,7 @@ from formats.errors import UserError
 from formats.rank_folders import RankFile, args_of
 from formats.spec import Shape
 from formats.stored_arrays import StoredArray
-from formats.torch_zip import contiguous_strides
+from formats.torch_zip import OpenArchive, contiguous_strides
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 COLUMNS, ROWS = 0, 1
@@ -46,6 +46,41 @@ class Piece:
     dtype: np.dtype[Any]
     stored: StoredArray
     transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RankTensor:
+    """A contiguous tensor in a file of a rank: its name there, the key and byte offset of its storage, and its own offset."""
+
+    name: str
+    shape: Shape
+    dtype: np.dtype[Any]
+    key: str
+    base: int
+    offset: int
+
+    @classmethod
+    def of(cls, archive: OpenArchive, record: Any, name: str, file: str) -> RankTensor:
+        """Return the tensor that a record describes. Raises UserError for one that is not contiguous, and for other objects."""
+        tensor, offset = archive.tensor(record)
+        if tensor.strides != contiguous_strides(tensor.shape) and prod(tensor.shape) > 1:
+            raise UserError(f"`{name}` in `{file}` has strides {list(tensor.strides)}, which is not supported")
+        return cls(name, tensor.shape, tensor.dtype, tensor.key, offset - tensor.start * tensor.dtype.itemsize, offset)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_expert(self) -> bool:
+        return bool(re.search(r"\bexperts\.", self.name))
+
+
+def tensors(state: Mapping[str, Any], file: RankFile) -> Iterator[RankTensor]:
+    """Yield the tensors of a model chunk, without objects."""
+    for name, record in state.items():
+        if not name.endswith("_extra_state"):
+            yield RankTensor.of(file.archive, record, name, file.name)
 
 
 def count_layers(state: Mapping[str, Any], file: str) -> int:
@@ -82,12 +117,10 @@ def pieces(state: Mapping[str, Any], file: RankFile, *, first: int, ep: int) -> 
     `first` is the number of the chunk's first layer, `ep` the expert-parallel rank.
     """
     experts = 1 + max((int(match[group]) for name in state for match, group in _numbered(name)), default=-1)
-    for name, record in state.items():
-        if name.endswith("_extra_state"):
-            continue
-        layer = _LAYER.fullmatch(name)
-        numbered = f"{layer[1]}{first + int(layer[2])}.{layer[3]}" if layer else name
-        piece = _piece(file, record, numbered)
+    for tensor in tensors(state, file):
+        layer = _LAYER.fullmatch(tensor.name)
+        numbered = f"{layer[1]}{first + int(layer[2])}.{layer[3]}" if layer else tensor.name
+        piece = Piece(tensor.shape, tensor.dtype, StoredArray(file.name, tensor.offset, tensor.shape))
         if match := _TRANSPOSED.fullmatch(numbered):
             yield from _transposed(match, piece, file, ep)
             continue
@@ -123,10 +156,3 @@ def _transposed(match: re.Match[str], piece: Piece, file: RankFile, ep: int) -> 
         offset = piece.stored.offset + expert * prod(inner) * piece.dtype.itemsize
         stored = replace(piece.stored, offset=offset, shape=inner)
         yield f"{match[1]}{ep * here + expert}.linear_fc{match[2]}.weight", Piece(inner[::-1], piece.dtype, stored, True)
-
-
-def _piece(file: RankFile, record: Any, name: str) -> Piece:
-    tensor, offset = file.archive.tensor(record)
-    if tensor.strides != contiguous_strides(tensor.shape) and prod(tensor.shape) > 1:
-        raise UserError(f"`{name}` in `{file.name}` has strides {list(tensor.strides)}, which is not supported")
-    return Piece(tensor.shape, tensor.dtype, StoredArray(file.name, offset, tensor.shape))

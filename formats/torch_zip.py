@@ -213,6 +213,10 @@ class OpenArchive:
         data = folder.get(file)
         return cls(lambda at, size: data[at : at + size], len(data), source=file)
 
+    def data(self) -> bytes:
+        """Return the archive's bytes."""
+        return self._fetch(0, self._length)
+
     def pickle(self) -> Any:
         return loads(self.record("data.pkl", limit=1 << 26), source=self._source)
 
@@ -249,6 +253,18 @@ class OpenArchive:
         stored, offset = self.tensor(record)
         data = self._fetch(offset, prod(stored.shape) * stored.dtype.itemsize)
         return np.frombuffer(data, stored.dtype).reshape(stored.shape)
+
+    def resolved(self, value: Any) -> Any:
+        """Return a part of the pickle with its tensors, which must be small, as arrays: what `object_archive` writes again."""
+        match value:
+            case Record(kind=kind) if kind in _REBUILDS:
+                return self.array(value)
+            case {**fields}:
+                return {name: self.resolved(part) for name, part in fields.items()}
+            case [*parts] if isinstance(value, list):
+                return [self.resolved(part) for part in parts]
+            case _:
+                return value
 
     def _described(self, record: Any) -> StoredTensor:
         match _unwrapped(record):

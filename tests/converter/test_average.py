@@ -140,7 +140,7 @@ def stored(root, work):
 
 @pytest.mark.parametrize("origin", [None, "master", "weights"])
 def test_masters_are_averaged_where_all_have_them(trained, tmp_path, notes, reporter, origin):
-    average_checkpoints(trained, tmp_path / "made", weights=[1, 3], origin=origin, verify=True, reporter=reporter)
+    average_checkpoints(trained, tmp_path / "made", weights=[1, 3], values_from=origin, verify=True, reporter=reporter)
     parts, made = [stored(root, tmp_path / "all.pt") for root in trained], stored(tmp_path / "made", tmp_path / "all.pt")
     prefix = "" if origin == "weights" else "optimizer.state.param."
     for name, value in made.items():
@@ -153,17 +153,17 @@ def test_masters_are_averaged_where_all_have_them(trained, tmp_path, notes, repo
 def test_masters_and_weights_average_to_different_numbers(trained, tmp_path):
     """Else the test above would see nothing."""
     average_checkpoints(trained, tmp_path / "master", weights=[1, 3])
-    average_checkpoints(trained, tmp_path / "weights", weights=[1, 3], origin="weights")
+    average_checkpoints(trained, tmp_path / "weights", weights=[1, 3], values_from="weights")
     assert not verify(tmp_path / "master", tmp_path / "weights").same
 
 
 def test_shifted_masters_are_refused(golden, tmp_path):
     with tarfile.open(golden / "optimizer_state" / "shifted.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
-    with pytest.raises(UserError, match=r"the fp32 master of `.+` in `.+` does not round to the weight"):
+    with pytest.raises(UserError, match=r"the fp32 master of `.+` does not round to the weight"):
         average_checkpoints([tmp_path / "shifted"] * 2, tmp_path / "made")
     assert not (tmp_path / "made").exists()
-    average_checkpoints([tmp_path / "shifted"] * 2, tmp_path / "made", origin="weights")
+    average_checkpoints([tmp_path / "shifted"] * 2, tmp_path / "made", values_from="weights")
     assert verify(tmp_path / "shifted", tmp_path / "made").same
 
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_ranks_is_averaged_into_its_layout(tmp_path):
     config.mkdir()
     small = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_hidden_layers": 4}
     (config / "config.json").write_text(json.dumps({**LLAMA, **small}))
-    summary = average_checkpoints([root, root], tmp_path / "made", origin="weights", hf_config=config, verify=True)
+    summary = average_checkpoints([root, root], tmp_path / "made", values_from="weights", hf_config=config, verify=True)
     assert summary.layout == {"tp": 1, "pp": 2, "vpp": 2}
     assert verify(root, tmp_path / "made").same
 
@@ -292,8 +292,8 @@ def test_a_model_and_a_checkpoint_are_not_averaged(models, tmp_path):
         ({"weights": [1, 2, 3]}, "`--weights` has 3 numbers, and there are 2 checkpoints"),
         ({"weights": [1, -1]}, "`--weights 1,-1` add up to 0"),
         ({"weights": [1, float("nan")]}, "`--weights 1,nan` add up to nan"),
-        ({"origin": "master"}, r"`.*model0` has no fp32 masters"),
-        ({"origin": "else"}, "origin `else` is not one of weights, master"),
+        ({"values_from": "master"}, r"`.*model0` has no fp32 masters"),
+        ({"values_from": "else"}, "`else`"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused(models, tmp_path, options, message):
@@ -310,7 +310,7 @@ def test_masters_that_are_asked_for_have_to_be_there(models, tmp_path):
     for number in range(2):
         hf_to_mcore(models[number], tmp_path / str(number))
     with pytest.raises(UserError, match="has no fp32 masters"):
-        average_checkpoints([tmp_path / "0", tmp_path / "1"], tmp_path / "made", origin="master")
+        average_checkpoints([tmp_path / "0", tmp_path / "1"], tmp_path / "made", values_from="master")
 
 
 def test_the_command_takes_any_number_of_checkpoints(models, tmp_path):

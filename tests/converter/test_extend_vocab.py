@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import tarfile
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
-from converter import extend_vocab, families, hf_to_mcore, mcore_to_hf, verify
+from converter import check_checkpoint, extend_vocab, families, hf_to_mcore, mcore_to_hf, verify
 from converter.cli import cli
 from converter.execution import Reporter
 from converter.vocabulary import resized_config
+from formats.detect import open_megatron
 from formats.errors import UserError
+from formats.folder import LocalFolder
 from tests.converter import family_suite
+from tests.converter.test_kinds import LLAMA
 from tests.models import build as build_llama
 from tests.models import save, tree
 
@@ -206,11 +211,11 @@ def test_the_tokenizers_size_is_said_where_it_has_more_tokens(models, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": 389}, "`.*` has 389 tokens already"),
+        ({"to": 389}, "the model has 389 tokens already"),
         ({"to": 0}, "`to` is 0, which should be 1 or more"),
         ({"to": 300, "init": "zero"}, "`--to 300` adds no token, so that `--init` has no effect"),
         ({"to": 400, "init": "nothing"}, "`nothing` is not `zero`, not `mean`, and no file"),
-        ({"to": 400, "hf_config": "."}, "`--hf-config` has no effect on Hugging Face directories"),
+        ({"to": 400, "hf_config": "."}, "`--hf-config` is for a source without a `config.json`"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused(models, tmp_path, options, message):
@@ -257,3 +262,71 @@ def test_the_command_says_what_it_did(models, tmp_path):
     record = json.loads((tmp_path / "made" / "conversion.json").read_text())
     assert record["vocabulary"] == {"before": 389, "after": 400, "tensors": ["model.embed_tokens.weight"]}
     assert (record["options"]["to"], record["options"]["init"]) == (400, "mean")
+
+
+@pytest.fixture
+def trained(golden, tmp_path):
+    """A checkpoint of Megatron-LM with 89 tokens at TP2·PP2, with optimizer state, and the folder with its `config.json`."""
+    with tarfile.open(golden / "optimizer_state" / "right.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    config, small = tmp_path / "config", {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    config.mkdir()
+    (config / "config.json").write_text(json.dumps({**LLAMA, **small}))
+    return tmp_path / "right", config
+
+
+def stored(root, work):
+    """All that torch reads of a checkpoint, by key."""
+    dcp_to_torch_save(next(root.glob("iter_*")), work)
+    return {name: value for name, value in torch.load(work, weights_only=False).items() if torch.is_tensor(value)}
+
+
+@pytest.mark.parametrize(("size", "init"), [(130, "mean"), (130, "zero"), (80, "mean")])
+def test_optimizer_state_goes_along(trained, tmp_path, size, init):
+    root, config = trained
+    extend_vocab(root, tmp_path / "made", to=size, init=init, hf_config=config, verify=True)
+    before, made = (stored(each, tmp_path / "all.pt") for each in (root, tmp_path / "made"))
+    kept, rows = min(size, 89), -(-size // 32) * 32
+    names = ["embedding.word_embeddings.weight", "output_layer.weight"]
+    weights = {name: made[name] for name in names}
+    assert made.keys() >= {f"optimizer.state.{state}.{name}" for name in names for state in ("exp_avg", "exp_avg_sq", "param")}
+    for name in [name for name in made if name.startswith(("optimizer.state.", "decoder.", *names))]:
+        value, of = made[name], name.removeprefix("optimizer.state.").partition(".")[2]
+        if of not in names and name not in names:
+            assert torch.equal(value, before[name]), name
+            continue
+        assert value.shape == (rows, 32)
+        assert torch.equal(value[:kept], before[name][:kept]), name
+        assert not value[size:].any()
+        new = weights[of][kept:size].float() if ".param." in name else torch.zeros(size - kept, 32)
+        assert name in names or torch.equal(value[kept:size], new), name
+    for name in names:
+        row = before[name][:89].double().mean(0).float().to(torch.bfloat16) * (init == "mean")
+        assert torch.equal(made[name][kept:size], row.expand(size - kept, -1))
+    assert check_checkpoint(tmp_path / "made").wrong_masters == []
+
+
+def test_args_count_the_new_tokens(trained, tmp_path):
+    root, config = trained
+    extend_vocab(root, tmp_path / "made", to=130, hf_config=config)
+    args = [open_megatron(LocalFolder(each)).args() for each in (root, tmp_path / "made")]
+    assert [one["vocab_size"] for one in args] == [89, 130]
+    assert args[1]["padded_vocab_size"] == 160
+    plain = {name: value for name, value in args[0].items() if isinstance(value, str | int | float)}
+    assert {name for name in plain if plain[name] != args[1].get(name)} == {"vocab_size", "padded_vocab_size"}
+
+
+def test_random_numbers_stay_where_the_layout_does(trained, tmp_path, notes, reporter):
+    root, config = trained
+    extend_vocab(root, tmp_path / "made", to=130, hf_config=config, reporter=reporter)
+    assert not [note for note in notes if "random numbers" in note]
+    made, before = (open_megatron(LocalFolder(each)).container for each in (tmp_path / "made", root))
+    names = [name for name in before.object_names if name.startswith("rng_state")]
+    assert len(names) == 4
+    assert all(made.archive(name).data() == before.archive(name).data() for name in names)
+
+
+def test_optimizer_state_may_be_left_out(trained, tmp_path):
+    root, config = trained
+    extend_vocab(root, tmp_path / "made", to=130, hf_config=config, weights_only=True)
+    assert not [name for name in stored(tmp_path / "made", tmp_path / "all.pt") if name.startswith("optimizer")]
