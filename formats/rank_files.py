@@ -47,7 +47,7 @@ class RankFilesReader:
 
     @property
     def has_optimizer(self) -> bool:
-        return "optimizer" in self._first.state or self.folder.has(f"{self._first.folder}{OPTIMIZER_FILE}")
+        return bool(self._first.state.get("optimizer")) or self.folder.has(f"{self._first.folder}{OPTIMIZER_FILE}")
 
     def args(self) -> Mapping[str, Any]:
         """See `MegatronReader.args`."""
