@@ -23,6 +23,7 @@ from converter.ranks import from_environment, waiting
 from formats.disk import free_bytes
 from formats.json_objects import finite
 from formats.location import is_remote
+from formats.rank_folders import FILE as RANK_FILE
 
 if TYPE_CHECKING:
     from converter.comparison import Comparison
@@ -217,7 +218,7 @@ def show_plan(summary: Summary) -> None:
         click.echo(f"{bytes_:>16,}  {name}")
     click.echo(f"{summary.total_bytes:>16,}  bytes in {len(summary.files)} files, {count(summary.parameters)} parameters")
     if summary.layout:
-        ranks = sum(name.endswith(".distcp") for name in summary.files)
+        ranks = sum(name.endswith((".distcp", RANK_FILE)) for name in summary.files)
         click.echo(f"weights in {ranks} files, one for each rank that holds some: {_sizes(summary.layout)}")
     click.echo(f"expected peak memory {size(summary.peak_memory)} with {summary.workers} workers")
     if is_remote(summary.target):

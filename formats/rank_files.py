@@ -13,11 +13,11 @@ from typing import Any
 from formats import rank_names
 from formats.chunks import Chunk
 from formats.errors import UserError
-from formats.folder import Folder
+from formats.folder import FileRef, Folder
 from formats.iterations import find_iteration
 from formats.rank_boxes import BoxesReader, merge
 from formats.rank_folders import OPTIMIZER_FILE, Rank, RankFile, args_of, open_ranks
-from formats.rank_names import Piece
+from formats.rank_names import EMBEDDING, OUTPUT, Piece
 from formats.spec import Array, Region
 
 _LARGE = ("model", "optimizer", "rng_state")
@@ -26,6 +26,8 @@ _LARGE = ("model", "optimizer", "rng_state")
 
 class RankFilesReader:
     """An opened iteration; see `MegatronReader`. Opening reads the pickle of every rank."""
+
+    settings: FileRef | None = None
 
     def __init__(self, folder: Folder) -> None:
         self.folder = find_iteration(folder)
@@ -37,7 +39,8 @@ class RankFilesReader:
 
     @property
     def files(self) -> list[str]:
-        return [rank_file.name for rank_file in self.ranks.values()]
+        beside = [f"{rank_file.folder}{OPTIMIZER_FILE}" for rank_file in self.ranks.values()]
+        return [*(rank_file.name for rank_file in self.ranks.values()), *(name for name in beside if self.folder.has(name))]
 
     @property
     def index_files(self) -> list[str]:
@@ -88,9 +91,9 @@ class RankFilesReader:
     def _untied(self, held: dict[str, dict[int, list[Piece]]]) -> dict[str, dict[int, list[Piece]]]:
         """Count the last stage's copy of a tied embedding as one more copy of it."""
         tied = self.args().get("untie_embeddings_and_output_weights") is False
-        if tied and rank_names.OUTPUT in held and rank_names.EMBEDDING in held:
-            for tp, copies in held.pop(rank_names.OUTPUT).items():
-                held[rank_names.EMBEDDING].setdefault(tp, []).extend(copies)
+        if tied and OUTPUT in held and EMBEDDING in held:
+            for tp, copies in held.pop(OUTPUT).items():
+                held[EMBEDDING].setdefault(tp, []).extend(copies)
         return held
 
 
