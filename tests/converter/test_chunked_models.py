@@ -117,7 +117,7 @@ def test_a_model_of_fsdp_is_a_base_for_merging(tmp_path):
     assert fingerprint(tmp_path / "dcp") == fingerprint(tmp_path / "hf")
 
 
-def as_titan(state, *, before_2026):
+def as_titan(state, *, before_2026, heads=(4, 2)):
     """Return the weights as torchtitan's adapter makes them of transformers'."""
     names = {
         "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
@@ -127,10 +127,10 @@ def as_titan(state, *, before_2026):
     }  # fmt: skip
     made = {}
     for name, value in state.items():
-        for heads, projection in ((4, "q_proj"), (2, "k_proj")):
+        for count, projection in zip(heads, ("q_proj", "k_proj"), strict=True):
             if projection in name:
                 rows, columns = value.shape
-                value = value.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)  # noqa: PLW2901
+                value = value.view(count, 2, rows // count // 2, columns).transpose(1, 2).reshape(rows, columns)  # noqa: PLW2901
         theirs = name
         for ours, other in names.items():
             theirs = theirs.replace(ours, other)
