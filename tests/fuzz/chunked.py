@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import ml_dtypes
 import numpy as np
+import numpy.ma  # `np.unique` imports it, and no file that is read may import anything
 import safetensors
 import safetensors.numpy
 import torch
