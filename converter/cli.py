@@ -173,6 +173,7 @@ def cli() -> None:
 @cli.command("hf-to-mcore", epilog="Example: mbconvert hf-to-mcore Llama-3.2-1B megatron --tp 8 --pp 4")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
+@click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR, for an SRC that has none.")
 @_layout
 @_vocab_multiple
 @click.option("--ckpt-format", type=click.Choice(["torch_dist", "torch", "fsdp_dtensor"]), default="torch_dist",
@@ -239,7 +240,9 @@ def reshard(source: str, target: str, **options: Any) -> None:
 @click.option("--to", type=click.Choice(["hf", "mcore"]), help="Format of DST. [default: that of BASE]")
 @click.option("--allow-other-base", is_flag=True, help="Merge even if ADAPTER was trained on another model.")
 @click.option(
-    "--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR instead of those in a Megatron BASE."
+    "--hf-config",
+    metavar="DIR",
+    help="Use the `config.json` and side files of DIR: instead of those in a Megatron BASE, or for a BASE that has none.",
 )
 @_layout
 @_vocab_multiple

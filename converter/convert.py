@@ -34,10 +34,9 @@ from converter.resharding import ReshardOptions, plan_reshard
 from converter.sources import huggingface_source, open_source, workers_for
 from converter.state_dicts import TRANSFORMER_ENGINE
 from converter.values import KEEP
-from formats.detect import Format, open_megatron
+from formats.detect import Format, open_huggingface, open_megatron
 from formats.disk import user_errors
 from formats.home import expanded
-from formats.huggingface import HuggingFaceReader
 from formats.iterations import TORCH_DIST
 
 
@@ -59,6 +58,7 @@ def hf_to_mcore(
     make_vocab_size_divisible_by: int = 128,
     ckpt_format: str = TORCH_DIST,
     transformer_impl: str = TRANSFORMER_ENGINE,
+    hf_config: str | Path | None = None,
     integrity: bool = True,
     reporter: Reporter | None = None,
     **options: Unpack[ExecutionOptions],
@@ -71,8 +71,8 @@ def hf_to_mcore(
     `"Et*9|t*9|t*8|t*6L"`. `ep` and `etp` divide experts; `etp` is `tp` unless given, or 1 if experts have biases. The vocabulary
     is padded to a multiple of `make_vocab_size_divisible_by` × `tp`. `ckpt_format` is `torch_dist`, `torch` (a file for each
     rank) or `fsdp_dtensor` (Megatron-FSDP); the latter two name weights as layers of `transformer_impl` do
-    (`transformer_engine` or `local`). `integrity` writes the sha256 of every file, as megatron-core checks them, and the BLAKE3
-    of every tensor.
+    (`transformer_engine` or `local`). `hf_config` is a folder with the `config.json` of a source that has none. `integrity`
+    writes the sha256 of every file, as megatron-core checks them, and the BLAKE3 of every tensor.
 
     Raises UserError before a byte moves if the model cannot be converted exactly. After any failure nothing is at `target`.
 
@@ -84,15 +84,16 @@ def hf_to_mcore(
     check_layout(layout)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     check_format(ckpt_format, transformer_impl)
-    check_locations(target, [folder], options)
-    kind = CheckpointFormat(ckpt_format, transformer_impl)
+    kind, given = CheckpointFormat(ckpt_format, transformer_impl), open_source(hf_config) if hf_config else None
+    sources = [folder, *([given] if given else [])]
+    check_locations(target, sources, options)
     wanted = ImportOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp,
                            dtype=kind.dtype(dtype), make_vocab_size_divisible_by=make_vocab_size_divisible_by,
                            integrity=integrity, kind=kind)  # fmt: skip
     require(folder, Format.HUGGINGFACE)
-    with closing(HuggingFaceReader(folder, any_dtype=True)) as reader:
-        conversion = plan_import(huggingface_source(reader), wanted, reporter)
-        return execute(conversion, target, options=options, reporter=reporter, sources=[folder])
+    with closing(open_huggingface(folder, any_dtype=True)) as reader:
+        conversion = plan_import(huggingface_source(reader, given), wanted, reporter)
+        return execute(conversion, target, options=options, reporter=reporter, sources=sources)
 
 
 @user_errors()

@@ -260,6 +260,8 @@ def left_out(source: Source) -> Iterator[str]:
     """Yield a note on the files of a source that are not part of the output, if there are any."""
     if source.left_out:
         yield f"left out, not part of the model: {', '.join(source.left_out)}"
+    if others := source.other_state:
+        yield f"left out, no weights of the model: {len(others)} tensors such as `{others[0]}`"
 
 
 def notes(source: Source, plan: Plan, family: Family) -> Iterator[str]:

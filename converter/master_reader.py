@@ -6,21 +6,19 @@ Each master proves itself while it is read: rounded to the weight's dtype it mus
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from converter.masters import ROUNDED_TO, rounds_to
+from converter.masters import ROUNDED_TO, ProvenMasters
 from converter.plan import list_names
 from converter.run import PIECE_BYTES
-from formats.arrays import Buffer
 from formats.chunks import Chunk
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.megatron_reader import MegatronReader
 from formats.optimizer.open import open_optimizer
 from formats.optimizer.state import MASTER
-from formats.spec import DTYPES, Array, Reader, Region, extent
+from formats.spec import DTYPES, Array, Reader, Region
 
 WEIGHTS, MASTERS = SOURCES = ("weights", "master")
 """What values may be taken from."""
@@ -45,7 +43,7 @@ class MasterReader:
 
     def __init__(self, weights: MegatronReader) -> None:
         """Raise UserError unless every weight has a master, or is in fp32 itself."""
-        self._weights, self._scratch = weights, _Scratch()
+        self._weights = weights
         is_own = all(spec.dtype == _FP32 for spec in weights.specs.values())
         self._masters = None if is_own else _masters(weights)
         self.specs = {name: spec.cast(_FP32) for name, spec in weights.specs.items()}
@@ -70,6 +68,10 @@ class MasterReader:
     def has_optimizer(self) -> bool:
         return self._weights.has_optimizer
 
+    @property
+    def contents(self) -> Collection[str]:
+        return self._weights.contents
+
     def args(self) -> Mapping[str, Any]:
         return self._weights.args()
 
@@ -86,30 +88,10 @@ class MasterReader:
         """Read a region of a master. Raises UserError if a number in it does not round to the weight."""
         if not self._masters or name not in self._masters.specs:
             return self._weights.read(name, region, out)
-        self._masters.read(name, region, out)
-        weight, rounded = self._scratch.views(region, self._weights.specs[name].dtype)
-        self._weights.read(name, region, weight)
-        if not rounds_to(out, weight, rounded):
-            raise UserError(
-                f"the fp32 master of `{name}` does not round to the weight",
-                hint="the weights are intact, the optimizer state is not (megatron-core 0.15 to 0.19.2 could shift it): "
-                f"`mbconvert inspect --check` counts such weights; {_INSTEAD}",
-            )
-        return None
+        return self._masters.read(name, region, out)
 
     def close(self) -> None:
         self._weights.close()
-
-
-class _Scratch(threading.local):
-    """Each thread's buffers."""
-
-    def __init__(self) -> None:
-        self._buffers = Buffer(), Buffer()
-
-    def views(self, region: Region, dtype: Any) -> tuple[Array, Array]:
-        weight, rounded = (buffer.view(extent(region), dtype) for buffer in self._buffers)
-        return weight, rounded
 
 
 def _masters(weights: MegatronReader) -> Reader:
@@ -125,4 +107,4 @@ def _masters(weights: MegatronReader) -> Reader:
             f"weights: {list_names(missing)}",
             hint=f"frozen weights have none, and a checkpoint without optimizer state has none at all; {_INSTEAD}",
         )
-    return masters
+    return ProvenMasters(masters, weights, instead=_INSTEAD)

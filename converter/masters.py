@@ -101,25 +101,41 @@ class _Pairs:
 
 
 class ProvenMasters:
-    """Read masters that prove themselves: each piece is rounded and held against its weight. Closing it closes nothing."""
+    """Read masters that prove themselves: each piece, rounded, must be that of its weight. Closing it closes nothing.
 
-    def __init__(self, masters: Reader, weights: Reader) -> None:
+    Memory for each thread: of a piece the weight, and the rounded master.
+    """
+
+    def __init__(self, masters: Reader, weights: Reader, *, instead: str) -> None:
+        """`instead`: what can be done where masters are wrong, for the hint."""
         self.specs = masters.specs
-        self._masters, self._weights = masters, weights
+        self._masters, self._weights, self._instead, self._scratch = masters, weights, instead, _Scratch()
 
     def read(self, name: str, region: Region, out: Array) -> None:
-        """See `Reader.read`. Raises UserError for masters that do not round to their weight."""
+        """Read a region of a master. Raises UserError if a number in it does not round to the weight."""
         self._masters.read(name, region, out)
-        weight = np.empty(out.shape, self._weights.specs[name].dtype)
+        weight, rounded = self._scratch.views(region, self._weights.specs[name].dtype)
         self._weights.read(name, region, weight)
-        if not rounds_to(out, weight, np.empty_like(weight)):
+        if not rounds_to(out, weight, rounded):
             raise UserError(
-                f"the fp32 master of `{name}` does not round to the weight: the optimizer state was written wrong",
-                hint="megatron-core 0.15 to 0.19.2 could shift it; the weights are intact: `--weights-only` leaves the state out",
+                f"the fp32 master of `{name}` does not round to the weight",
+                hint="the weights are intact, the optimizer state is not (megatron-core 0.15 to 0.19.2 could shift it): "
+                f"`mbconvert inspect --check` counts such weights; {self._instead}",
             )
 
     def close(self) -> None:
         pass
+
+
+class _Scratch(threading.local):
+    """Each thread's buffers."""
+
+    def __init__(self) -> None:
+        self._buffers = Buffer(), Buffer()
+
+    def views(self, region: Region, dtype: Any) -> tuple[Array, Array]:
+        weight, rounded = (buffer.view(extent(region), dtype) for buffer in self._buffers)
+        return weight, rounded
 
 
 def rounds_to(master: Array, weight: Array, rounded: Array) -> bool:

@@ -21,11 +21,10 @@ from converter.views import huggingface_view, open_views
 from converter.workers import check_workers
 from formats import integrity
 from formats.arrays import as_bytes
-from formats.detect import detect, open_megatron
+from formats.detect import detect, open_huggingface, open_megatron
 from formats.disk import user_errors
 from formats.errors import UserError
 from formats.folder import Folder
-from formats.huggingface import HuggingFaceReader
 from formats.integrity import Check
 from formats.iterations import find_iteration
 from formats.json_objects import read_json
@@ -108,7 +107,7 @@ def _check_files(iteration: Folder, workers: int, reporter: Reporter) -> Check:
 
 def _check_tensors(folder: Folder, workers: int, reporter: Reporter) -> Check:
     listed = _recorded(folder)
-    view = huggingface_view(HuggingFaceReader(folder, any_dtype=True))
+    view = huggingface_view(open_huggingface(folder, any_dtype=True))
     tensor_plans, reader = view.tensor_plans, view.reader
     reporter.start(sum(tensor_plan.spec.nbytes for tensor_plan in tensor_plans.values()))
     hashes: dict[str, str] = {}

@@ -248,7 +248,6 @@ _ONE_MORE = ("NullTokenizer", "NullMultimodalTokenizer")
 
 RENAMED = {
     "rope_scaling": "use_rope_scaling", "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
-    "num_moe_experts": "num_experts",
 }  # fmt: skip
 """Megatron-LM's names of fields that mean the same."""
 
@@ -266,5 +265,13 @@ def _from_args(args: Config) -> dict[str, Any]:
         "gated_linear_unit": bool(args.get("swiglu") or args.get("gated_linear_unit")),
         "activation_func": "silu" if args.get("swiglu") else args.get("activation_func") or "gelu",
         **({"vocab_size": None} if args.get("tokenizer_type") in _ONE_MORE else {}),
+        **_experts_from_args(args),
         **({PATTERN: args[PATTERN], "is_hybrid_model": True} if args.get(PATTERN) else {}),
     }
+
+
+def _experts_from_args(args: Config) -> dict[str, Any]:
+    """Return the fields of experts, which have one name in both but for their number; none of a model without experts."""
+    if not args.get("num_experts"):
+        return {}
+    return {"num_moe_experts": args["num_experts"], **{name: value for name, value in args.items() if name.startswith("moe_")}}

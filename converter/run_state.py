@@ -29,6 +29,8 @@ _KEPT = (
 )  # fmt: skip
 """Fields of a common state that travel. Others are of single ranks, or of the program that wrote them."""
 
+_INSTEAD = "`--weights-only` leaves the state out: training can start from such a checkpoint, and not resume"
+
 _RANDOM_STATE = re.compile(r"rng_state/shard_([\d.]+)_([\d.]+)")
 
 
@@ -53,7 +55,7 @@ def open_run(reader: MegatronReader) -> TrainingRun | None:
     if not optimizer.groups:
         raise UserError(
             f"`{reader.folder.label}` has optimizer state without the hyper-parameters of its groups",
-            hint="the checkpoint is damaged; `--weights-only` leaves the state out: training can start from it, and not resume",
+            hint=_INSTEAD,
         )
     optimizer = optimizer._replace(states={**optimizer.states, MASTER: _masters(reader, optimizer)})
     return TrainingRun(optimizer, state_reader(optimizer))
@@ -78,10 +80,10 @@ def _masters(reader: MegatronReader, optimizer: OptimizerState) -> Reader:
         raise UserError(
             f"{len(other)} of {len(trained)} trained weights have no fp32 master in the optimizer state, such as `{other[0]}`, "
             f"which is {reader.specs[other[0]].stored_dtype}",
-            hint="`--weights-only` leaves optimizer state out: training can start from such a checkpoint, and not resume",
+            hint=_INSTEAD,
         )
     own = RenamedReader(reader, {name: name for name in lacking})
-    return JoinedReader(ProvenMasters(stored, reader), own) if stored else own
+    return JoinedReader(ProvenMasters(stored, reader, instead=_INSTEAD), own) if stored else own
 
 
 def refuse_casts(weights: Iterable[TensorPlan]) -> None:

@@ -21,13 +21,13 @@ from converter.plan import TensorPlan, as_stored, check_dtypes
 from converter.planner import to_huggingface
 from converter.reference import UnknownModelError
 from converter.rules import extra_names, tied_names
-from converter.side_files import CONFIG, EXTRAS, HFReference
+from converter.side_files import CONFIG, EXTRAS, HFReference, config_of
+from converter.torchtitan import translated
 from converter.values import CHOICES, KEEP
 from formats.detect import open_checkpoint
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader, specs_of
-from formats.json_objects import read_json
 from formats.megatron_reader import MegatronReader
 from formats.quantized.reader import DequantizedReader
 from formats.spec import JoinedReader, TensorSpec
@@ -45,7 +45,8 @@ def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointVi
     as_numbers = not _coded_alike(readers)
     for reader, own, neighbour, borrowed in zip(readers, told, readers[::-1], told[::-1], strict=True):
         if isinstance(reader, HuggingFaceReader):
-            sides.append(huggingface_view(reader, as_numbers=as_numbers))
+            config = _config(reader) or _config_of_other(reader, neighbour, borrowed)
+            sides.append(huggingface_view(reader, config, as_numbers=as_numbers))
         elif origin := own or _borrowed(neighbour, borrowed):
             values, dtype = _exported_from(neighbour) if reader.has_optimizer else (WEIGHTS, KEEP)
             sides.append(megatron_view(reader_of(reader, values), origin, dtype=dtype))
@@ -75,8 +76,19 @@ def _told(reader: MegatronReader) -> HFReference | None:
 def _borrowed(neighbour: HuggingFaceReader | MegatronReader, told: HFReference | None) -> HFReference | None:
     """Return the model of the other checkpoint, without its side files."""
     if isinstance(neighbour, HuggingFaceReader):
-        return HFReference(read_json(neighbour.folder, CONFIG), f"`{neighbour.folder.label}`'s")
+        return HFReference(config_of(neighbour), f"`{neighbour.folder.label}`'s")
     return HFReference(told.config, f"`{neighbour.folder.label}`'s") if told else None
+
+
+def _config_of_other(
+    reader: HuggingFaceReader, neighbour: HuggingFaceReader | MegatronReader, told: HFReference | None
+) -> Mapping[str, Any]:
+    """Return the other checkpoint's `config.json` for a model in chunks, which has seldom one itself; empty for others."""
+    if reader.shards:
+        return {}
+    if isinstance(neighbour, HuggingFaceReader):
+        return _config(neighbour)
+    return told.config if told else {}
 
 
 def _coded_alike(readers: Sequence[HuggingFaceReader | MegatronReader]) -> bool:
@@ -90,14 +102,16 @@ def _coded_alike(readers: Sequence[HuggingFaceReader | MegatronReader]) -> bool:
 
 
 def _config(reader: HuggingFaceReader) -> dict[str, Any]:
-    return read_json(reader.folder, CONFIG) if reader.folder.has(CONFIG) else {}
+    return config_of(reader) if reader.beside.has(CONFIG) else {}
 
 
-def huggingface_view(reader: HuggingFaceReader, *, as_numbers: bool = False) -> CheckpointView:
+def huggingface_view(
+    reader: HuggingFaceReader, config: Mapping[str, Any] | None = None, *, as_numbers: bool = False
+) -> CheckpointView:
     """Return the view of a Hugging Face directory, with tied tensors if its family is supported: `as_numbers`, of quantized
-    weights as the numbers that they mean."""
-    config = _config(reader)
-    tensors = dequantized(reader, config) if as_numbers else reader
+    weights as the numbers that they mean. `config`: the model's, unless given its own."""
+    config = _config(reader) if config is None else config
+    tensors = dequantized(reader, config) if as_numbers else translated(reader, config)
     beside = carried_tensors(tensors)
     view = CheckpointView(
         reader.folder.label,

@@ -39,6 +39,11 @@ class MegatronReader(Reader, Protocol):
     @property
     def has_optimizer(self) -> bool: ...
 
+    @property
+    def contents(self) -> Collection[str]:
+        """The first words of the names of everything that is no weight: `rng_state`, `opt_param_scheduler`, `args`, …"""
+        ...
+
     def args(self) -> Mapping[str, Any]:
         """Return Megatron-LM's command line, empty where the checkpoint has none. Classes are inert records."""
         ...

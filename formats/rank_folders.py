@@ -14,14 +14,25 @@ from formats.pickles import Record
 from formats.spec import is_size
 from formats.torch_zip import OpenArchive
 
-FILE = "model_optim_rng.pt"
-_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?/")
-_MODEL = re.compile(r"model\d*")
+FILE, OPTIMIZER_FILE = "model_optim_rng.pt", "distrib_optim.pt"
+"""What the folder of a rank holds: the second only with a distributed optimizer."""
+
+_FOLDER = re.compile(r"mp_rank_([0-9]{2,9})(?:_([0-9]{3,9}))?(?:_([0-9]{3,9}))?/")
+_MODEL = re.compile(r"model[0-9]{0,4}")
 _SIZES = {
     "tensor_model_parallel_size": "TP", "pipeline_model_parallel_size": "PP", "expert_model_parallel_size": "EP",
 }  # fmt: skip
 _SAME = (*_SIZES, "num_layers", "hidden_size", "num_experts", "expert_tensor_parallel_size")
 """Settings in which the files of one run agree."""
+
+
+_SHARDS = {
+    "tensor_model_parallel_size": "tensor_parallel_num_weight_shards",
+    "expert_tensor_parallel_size": "expert_tensor_parallel_num_weight_shards",
+}
+_MOST_RANKS = 1 << 16
+
+_LAST = re.compile(r"decoder\.final_(layer)?norm\..*")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -42,6 +53,11 @@ class RankFile:
     state: Mapping[str, Any]
     models: tuple[Mapping[str, Any], ...]
 
+    @property
+    def folder(self) -> str:
+        """The folder of the rank, with its slash."""
+        return self.name.removesuffix(FILE)
+
 
 def is_rank_folder(name: str) -> bool:
     """Is this the name of a folder of one rank, with its slash?"""
@@ -59,12 +75,15 @@ def open_ranks(folder: Folder) -> dict[Rank, RankFile]:
         raise UserError(
             f"`{folder.label}` should have folders of {len(ranks)} ranks: "
             + (f"`{missing[0]}` is missing" if missing else f"`{other}` is none of them"),
-            hint="copy the checkpoint again; `args` in the first file say how many there are",
+            hint=f"copy the checkpoint again; `args` in `{first.name}` say how many there are"
+            if args_of(first)
+            else f"`{first.name}` has no `args`: how many there are is told by the folders' names",
         )
     files = {rank: first if name == names[0] else _open(folder, name) for name, rank in ranks.items()}
     for file in files.values():
         _check_run(first, file)
     _check_experts(first)
+    _check_shards(first)
     return files
 
 
@@ -80,9 +99,24 @@ def _check_experts(file: RankFile) -> None:
         )
 
 
+def _check_shards(file: RankFile) -> None:
+    """Raise UserError for weights that are divided further than by tensor parallelism (megatron-core's GTP)."""
+    settings = args_of(file)
+    for ranks, shards in _SHARDS.items():
+        size, number = settings.get(ranks), settings.get(shards)
+        if number is not None and size is not None and number != size:
+            raise UserError(
+                f"`args` in `{file.name}` say `{ranks}` {format_untrusted(size)} and `{shards}` {format_untrusted(number)}, "
+                "which is not supported (GTP)",
+                hint="load it in Megatron-LM and save it with `--ckpt-format torch_dist`",
+            )
+
+
 def _ranks(names: list[str], first: RankFile) -> dict[str, Rank]:
     """Return the folder of each rank, by the sizes in `args`; without these by the numbers in the names."""
     tp, pp, ep = _sizes(names, first)
+    if tp * pp * ep > _MOST_RANKS:
+        raise UserError(f"the folders of ranks should be {tp} · {pp} · {ep}, and there are {len(names)}")
     ranks = (Rank(*numbers) for numbers in product(range(tp), range(pp), range(ep)))
     return {folder_of(rank, pp=pp, ep=ep): rank for rank in ranks}
 
@@ -98,15 +132,24 @@ def folder_of(rank: Rank, *, pp: int, ep: int) -> str:
 
 def _sizes(names: list[str], first: RankFile) -> tuple[int, int, int]:
     settings = args_of(first)
-    sizes: list[Any] = [settings.get(name) for name in _SIZES]
+    tp, pp, ep = (settings.get(name) for name in _SIZES)
+    sizes: list[Any] = [tp, pp, 1 if ep is None and tp is not None else ep]  # older ones know no expert parallelism
     if all(is_size(size) and 0 < size <= len(names) for size in sizes):
         return sizes[0], sizes[1], sizes[2]
     if settings and sizes[:2] != [None, None]:
         given = ", ".join(f"{word} {format_untrusted(size)}" for word, size in zip(_SIZES.values(), sizes, strict=True))
         raise UserError(f"`args` in `{first.name}` say {given}, and there are {len(names)} folders of ranks")
+    return _sizes_of_names(names, first)
+
+
+def _sizes_of_names(names: list[str], first: RankFile) -> tuple[int, int, int]:
+    """Return the sizes that the names of folders count. A lone second number is of expert parallelism if the first file has the
+    norm after all layers, which is in the last stage of a pipeline."""
     numbers = [match.groups(default="0") for name in names if (match := _FOLDER.fullmatch(name))]
-    tp, pp, ep = (1 + max(int(each[place]) for each in numbers) for place in range(3))
-    return tp, pp, ep
+    tp, second, third = (1 + max(int(each[place]) for each in numbers) for place in range(3))
+    if third == 1 and any(_LAST.fullmatch(str(name)) for model in first.models for name in model):
+        return tp, 1, second
+    return tp, second, third
 
 
 def _open(folder: Folder, name: str) -> RankFile:
@@ -114,12 +157,7 @@ def _open(folder: Folder, name: str) -> RankFile:
     if not folder.has(file):
         raise UserError(f"`{folder.label}` has no `{file}`", hint="copy the checkpoint again")
 
-    def fetch(offset: int, length: int) -> bytes:
-        data = bytearray(length)
-        folder.read_into(file, offset, memoryview(data))
-        return bytes(data)
-
-    archive = OpenArchive(fetch, folder.size(file), source=file)
+    archive = open_archive(folder, file)
     state: Any = archive.pickle()
     if not isinstance(state, dict):
         raise UserError(f"`{file}` is not a dictionary", hint="the file is of another program")
@@ -127,12 +165,23 @@ def _open(folder: Folder, name: str) -> RankFile:
     return RankFile(file, archive, known, tuple(_models(known, file)))
 
 
+def open_archive(folder: Folder, file: str) -> OpenArchive:
+    """Open a large archive that is a file of its own, of which parts are read in place."""
+
+    def fetch(offset: int, length: int) -> bytes:
+        data = bytearray(length)
+        folder.read_into(file, offset, memoryview(data))
+        return bytes(data)
+
+    return OpenArchive(fetch, folder.size(file), source=file)
+
+
 def _models(state: Mapping[str, Any], file: str) -> list[Mapping[str, Any]]:
     keys = sorted((key for key in state if _MODEL.fullmatch(key)), key=lambda key: int(key[5:] or 0))
     models: list[Any] = [state[key] for key in keys]
     if not models or not all(isinstance(model, dict) for model in models):
         raise UserError(f"`{file}` has no `model`", hint="it is no checkpoint of Megatron-LM")
-    if any("language_model" in model for model in models):
+    if any(str(name).startswith("language_model") for model in models for name in model):
         raise UserError(
             f"`{file}` is of a model from before megatron-core (`language_model`), which is not supported",
             hint="convert it with Megatron-LM's `tools/checkpoint/convert.py --loader legacy --saver core` first",

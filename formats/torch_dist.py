@@ -12,6 +12,7 @@ import re
 import threading
 from array import array
 from collections.abc import Collection, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -72,8 +73,8 @@ class TorchDistReader:
         self._halved: dict[str, ChunkedTensor] = {}
         self._lock = threading.Lock()
         weights = dict.fromkeys(key for key in self.container.tensor_names if not _NOT_WEIGHTS.match(key))
-        self._root = root_of(weights)
-        self._spelled = {with_expert(name): name for key in weights if (name := key.removeprefix(self._root))}
+        self.root = root_of(weights)
+        self._spelled = {with_expert(name): name for key in weights if (name := key.removeprefix(self.root))}
         """The weights, and how their keys spell them: state dicts have names of their own for experts."""
 
         if len(self._spelled) != len(weights):
@@ -102,7 +103,16 @@ class TorchDistReader:
 
     @property
     def has_optimizer(self) -> bool:
-        return any(name.startswith(("optimizer", "chained_")) for name in self.others)
+        names = chain(self.others, self.container.object_names)
+        return any(name.startswith(("optimizer", "chained_")) for name in names)
+
+    @property
+    def contents(self) -> Collection[str]:
+        """See `MegatronReader.contents`."""
+        stored = {
+            name.partition("/")[0].partition(".")[0] for names in (self.others, self.container.object_names) for name in names
+        }
+        return stored | self.common_state().keys()
 
     def state(self, prefix: str) -> TorchDistReader:
         """Return a reader of the optimizer state that has the names and shapes of weights.
@@ -114,10 +124,15 @@ class TorchDistReader:
     def _state_keys(self, weights: Iterable[str]) -> dict[str, None]:
         shape, others = self.container.shape, set(self.others)
         kept = (key for key in weights if self._stored_key(key) in others)
-        return dict.fromkeys(key for key in kept if self._shape(key) == shape(f"{self._root}{self._spelled[key]}"))
+        return dict.fromkeys(key for key in kept if self._shape(key) == shape(f"{self.root}{self._spelled[key]}"))
 
     def _stored_key(self, key: str) -> str:
-        return f"{self._prefix}{self._root}{self._spelled[key]}"
+        return f"{self._prefix}{self.root}{self._spelled[key]}"
+
+    @property
+    def keys(self) -> Collection[str]:
+        """The keys of the weights as they are stored, in their order in the index, without `root`; halves separately."""
+        return [self._spelled[part] for gate, up in self._keys.items() for part in (gate, up) if part]
 
     def _shape(self, key: str) -> Shape:
         return self.container.shape(self._stored_key(key))

@@ -234,6 +234,21 @@ class OpenArchive:
         data = folder.get(file)
         return cls(lambda at, size: data[at : at + size], len(data), source=file)
 
+    @classmethod
+    def in_place(cls, folder: Folder, file: str) -> OpenArchive:
+        """Open an archive that is a file of its own, of which only what is asked for is read."""
+
+        def fetch(offset: int, length: int) -> bytes:
+            data = bytearray(length)
+            folder.read_into(file, offset, memoryview(data))
+            return bytes(data)
+
+        return cls(fetch, folder.size(file), source=file)
+
+    def fetch(self, offset: int, length: int) -> bytes:
+        """Return some of the archive's bytes, of a tensor's for example."""
+        return self._span(offset, length)
+
     def data(self) -> bytes:
         """Return the archive's bytes."""
         return self._fetch(0, self._length)

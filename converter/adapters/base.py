@@ -32,11 +32,10 @@ from converter.side_files import HFReference
 from converter.sources import Source, huggingface_source, megatron_source
 from converter.views import megatron_view
 from formats.arrays import as_bytes
-from formats.detect import detect, open_megatron
+from formats.detect import detect, open_huggingface, open_megatron
 from formats.dtypes import MODEL_DTYPES
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
-from formats.huggingface import HuggingFaceReader
 from formats.spec import DTYPES, Array, TensorSpec, dtype_name
 
 _CHANGEABLE = {DTYPES[name]: name for name in MODEL_DTYPES}
@@ -77,9 +76,7 @@ def open_base(folder: Folder, given: Folder | None) -> Source:
     Raises UserError for a folder that holds no model.
     """
     if not detect(folder).is_megatron:
-        if given:
-            raise UserError("`--hf-config` is for a Megatron checkpoint", hint=f"`{folder.label}` has its own `config.json`")
-        source = huggingface_source(HuggingFaceReader(folder, any_dtype=True))
+        source = huggingface_source(open_huggingface(folder, any_dtype=True), given)
         _refuse_unfit(source)
         check_dtypes(source.reader.specs)
         return source

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from formats.errors import UserError
 from formats.megatron_reader import MegatronReader
-from formats.optimizer import fsdp, model_space
+from formats.optimizer import buckets, fsdp, gathered, model_space, rank_files
 from formats.optimizer.state import OptimizerState
+from formats.rank_files import RankFilesReader
 from formats.torch_dist import TorchDistReader
 
 
@@ -16,8 +17,12 @@ def open_optimizer(reader: MegatronReader) -> OptimizerState | None:
     """
     if not reader.has_optimizer:
         return None
-    if isinstance(reader, TorchDistReader) and (state := model_space.read(reader) or fsdp.read(reader)):
-        return state
+    if isinstance(reader, TorchDistReader):
+        for read in (model_space.read, buckets.read, gathered.read, fsdp.read):
+            if state := read(reader):
+                return state
+    if isinstance(reader, RankFilesReader):
+        return rank_files.read(reader)
     raise UserError(
         f"the optimizer state of `{reader.folder.label}` is stored in a way that is not read",
         hint="`--weights-only` leaves it out, where a command has that option",

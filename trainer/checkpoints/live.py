@@ -27,14 +27,13 @@ from converter.dequantization import dequantized
 from converter.plan import Piece, TensorPlan, as_stored, list_names
 from converter.planner import Plan, to_megatron
 from converter.run import PieceBuffers
-from converter.side_files import CONFIG
+from converter.side_files import config_of
 from converter.sources import open_source
 from formats.arrays import bands
 from formats.detect import open_checkpoint
 from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
-from formats.json_objects import read_json
 from formats.megatron_reader import MegatronReader
 from formats.spec import Array, Reader, Region, dtype_name, extent, relative_to
 from trainer import collectives
@@ -140,7 +139,7 @@ def _hf_config(reader: HuggingFaceReader | MegatronReader, vocab: int | None) ->
     """Return the `config.json` of a source; None for a checkpoint that does not describe its model. `vocab` is the model's own
     vocabulary size, for a checkpoint that has only the padded size."""
     if isinstance(reader, HuggingFaceReader):
-        return read_json(reader.folder, CONFIG)
+        return config_of(reader)
     try:
         return reference.find(reader, None, any_settings=True, vocab=vocab).config
     except reference.UnknownModelError:
@@ -165,7 +164,7 @@ def settings_changed(chunks: Sequence[Any], resumed: Path) -> list[str]:
 
 def plan_of(reader: HuggingFaceReader) -> Plan:
     """Return the plan that makes a Megatron model without padding from a directory's tensors, as plain numbers."""
-    config = read_json(reader.folder, CONFIG)
+    config = config_of(reader)
     return _plan(dequantized(reader, config), config)
 
 
@@ -178,7 +177,7 @@ def _plan(reader: Reader, config: Mapping[str, Any], layout: str | None = None) 
 def _from_huggingface(reader: HuggingFaceReader, layout: str | None) -> tuple[Reader, dict[str, TensorPlan]]:
     """Return a reader of a directory's tensors as plain numbers, and the plan for each of Megatron's in a layout. Rank 0 compares
     those that must be equal, which all ranks would read whole."""
-    config = read_json(reader.folder, CONFIG)
+    config = config_of(reader)
     tensors = dequantized(reader, config)
     plan = _plan(tensors, config, layout)
 
