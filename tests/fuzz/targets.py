@@ -48,8 +48,6 @@ from tests.fuzz.stubs import plain, stubbed
 from tests.fuzz.target import Target
 from tests.fuzz.zips import zipped
 
-for _name in families.names():
-    families.find(_name)  # imported now: no file that is read may import anything
 for _name in ("raw_unicode_escape", "latin-1", "ascii", "utf-16-le", "utf-16-be"):
     "".encode(_name)
 
