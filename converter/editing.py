@@ -108,7 +108,7 @@ def extend_vocab(
     with closing(_open(root)) as reader:
         workers = workers_for(options.get("workers"), folders, target)
         if isinstance(reader, HuggingFaceReader):
-            conversion = extend_model(reader, wanted, reporter)
+            conversion = extend_model(reader, wanted, reporter, workers=workers)
         else:
             conversion = extend_megatron(reader, root, wanted, reporter, workers=workers)
         return execute(conversion, target, options=options, reporter=reporter, sources=folders)

@@ -25,7 +25,8 @@ from converter.plan import as_stored, list_names
 from converter.planner import to_megatron as plan_megatron
 from converter.recognize import refuse_unfit
 from converter.resharding import ReshardOptions, plan_reshard
-from converter.resized import GivenRows, MeanRow, NewRows, ResizedReader, RoundedRows, ZeroRows
+from converter.resized import MEMORY, GivenRows, MeanRow, NewRows, ResizedReader, RoundedRows, ZeroRows
+from converter.run import PIECE_BYTES
 from converter.run_state import TrainingRun, open_run
 from converter.side_files import CONFIG, EXTRAS, FILES, HEADERS, HFReference
 from converter.sources import huggingface_source
@@ -85,7 +86,7 @@ class _Resize:
         return {other: self.tensors.specs[name].dtype for name, other in self.names.items()}
 
 
-def extend_model(reader: HuggingFaceReader, wanted: ExtendOptions, reporter: Reporter) -> Conversion:
+def extend_model(reader: HuggingFaceReader, wanted: ExtendOptions, reporter: Reporter, *, workers: int) -> Conversion:
     """Return the conversion of a Hugging Face directory to one with another number of tokens."""
     source = huggingface_source(reader, wanted.hf_config)
     origin, tensors = source.reference, source.reader
@@ -106,7 +107,7 @@ def extend_model(reader: HuggingFaceReader, wanted: ExtendOptions, reporter: Rep
         reporter.note(text)
     options = ExportOptions(hf_config=None, max_shard_size=None, dtype=KEEP, integrity=wanted.integrity)
     conversion = plan_files(source, list(as_stored(resize.tensors.specs).values()), options, reporter)
-    return _extended(conversion, resize, wanted)
+    return _extended(conversion, resize, wanted, workers=workers)
 
 
 def extend_megatron(
@@ -132,7 +133,7 @@ def extend_megatron(
     options = ReshardOptions(layout=None, **parallel_sizes_of(reader), make_vocab_size_divisible_by=None, hf_config=given,
                              weights_only=wanted.weights_only, dtype=KEEP, integrity=wanted.integrity)  # fmt: skip
     run = None if wanted.weights_only else _resized_run(open_run(reader), resize)
-    return _extended(plan_reshard(derived, root, options, reporter, run=run, workers=workers), resize, wanted)
+    return _extended(plan_reshard(derived, root, options, reporter, run=run, workers=workers), resize, wanted, workers=workers)
 
 
 def _resized_run(run: TrainingRun | None, resize: _Resize) -> TrainingRun | None:
@@ -260,7 +261,7 @@ def _notes(resize: _Resize, wanted: ExtendOptions, beside: Folder) -> list[str]:
     return notes
 
 
-def _extended(conversion: Conversion, resize: _Resize, wanted: ExtendOptions) -> Conversion:
+def _extended(conversion: Conversion, resize: _Resize, wanted: ExtendOptions, *, workers: int) -> Conversion:
     """Return the conversion as that of another vocabulary."""
     init, files = wanted.init, dict[str, FileRef]()
     options: dict[str, Any] = {"to": wanted.size}
@@ -268,4 +269,5 @@ def _extended(conversion: Conversion, resize: _Resize, wanted: ExtendOptions) ->
         options["init"] = init if isinstance(init, str) else "file"
         files = {} if isinstance(init, str) else {f"init/{init.name}": init}
     fields = {"vocabulary": {"before": resize.model.vocab, "after": wanted.size, "tensors": sorted(resize.names)}}
+    conversion = replace(conversion, memory=conversion.memory + MEMORY + workers * PIECE_BYTES)  # new rows, before a cast
     return of_command(conversion, "extend-vocab", options=options, fields=fields, files=files)

@@ -13,8 +13,11 @@ from converter.values import cast_into
 from formats.arrays import bands
 from formats.spec import DTYPES, Array, Reader, Region, extent
 
-BAND_BYTES = 4 << 20
-"""The most bytes that are read at a time for a mean, and of new rows."""
+BAND_BYTES = 1 << 20
+"""The most bytes that are read at a time for a mean."""
+
+MEMORY = 6 * BAND_BYTES
+"""Bytes that a mean takes: two bands, as they are stored and in fp32."""
 
 
 class NewRows(Protocol):
