@@ -180,7 +180,10 @@ def read(iteration: Folder, args: Config) -> tuple[dict[str, Any], str] | None:
 def read_all(iteration: Folder, args: Config) -> list[ModelSettings]:
     """Return the recorded settings of a checkpoint's model, by precedence: `run_config.yaml`, Megatron-LM's `args`."""
     recorded = [_from_run_config(iteration.get(FILE))] if iteration.has(FILE) else []
-    return [*recorded, ModelSettings(_from_args(args), args, ARGS)] if args.get("num_layers") else recorded
+    if not args.get("num_layers"):
+        return recorded
+    settings = {"num_moe_experts" if name == "num_experts" else name: value for name, value in args.items()}
+    return [*recorded, ModelSettings(_from_args(args), settings, ARGS)]
 
 
 def _from_run_config(data: bytes) -> ModelSettings:

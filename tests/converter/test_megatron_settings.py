@@ -115,12 +115,26 @@ OTHER = {
     "softmax_type": "learnable", "spec": ["my.layers", "spec"], "squared_relu": True, "use_mup": True,
 }  # fmt: skip
 
+EXPERTS_IN_ARGS = (say_in_args, "num_experts")
+"""Where it is the name of a field that families have."""
 
-@pytest.mark.parametrize("say", [say_in_run_config, say_in_args])
-@pytest.mark.parametrize("name", OTHER)
+
+@pytest.mark.parametrize(
+    ("say", "name"), [(say, name) for say in (say_in_run_config, say_in_args) for name in OTHER if (say, name) != EXPERTS_IN_ARGS]
+)
 def test_a_setting_that_makes_another_model_is_refused_by_name(bare, tmp_path, say, name):
     say(bare, **{name: OTHER[name]})
     refused(mcore_to_hf, bare, tmp_path, f"(`run_config.yaml`|Megatron-LM's `args`) has `{name}: ")
+
+
+def test_experts_in_args_are_no_dense_model(bare, tmp_path, model_folder):
+    say_in_args(bare, num_experts=8)
+    refused(
+        mcore_to_hf, bare, tmp_path, "Megatron-LM's `args` describes a model of no supported family .*`num_moe_experts` is `8`"
+    )
+    dense = model_folder("padded_vocab")
+    with pytest.raises(UserError, match=r"`num_moe_experts`.*`None`.*Megatron-LM's `args` that it is `8`"):
+        mcore_to_hf(bare, tmp_path / "out", hf_config=dense)
 
 
 def test_the_refusal_says_the_value_and_what_can_be_exported(bare, tmp_path, model_folder):
