@@ -20,7 +20,7 @@ from formats.optimizer.layout import Parameter, Slot, bucket_sizes
 from formats.optimizer.parameters import EMBEDDING, OUTPUT
 from formats.optimizer.rank_buffers import Buffer
 from formats.optimizer.state import STATES, OptimizerState
-from formats.spec import DTYPES, Array, is_size
+from formats.spec import DTYPES, Array, dtype_name, is_size
 from formats.torch_dist import TorchDistReader
 from formats.torch_zip import OpenArchive
 
@@ -88,7 +88,7 @@ def read(reader: TorchDistReader) -> OptimizerState | None:
             size = content[_UNPADDED]
             for state in STATES:
                 if state in content:
-                    sources[label, state] = _flat(archive, content[state], size, f"{state} of {label}")
+                    sources[label, state] = _flat(archive, content[state], size, f"`{state}` of `{label}`")
             buffers.append(GatheredBuffer(label, size, limits))
         optimizers.setdefault(match[1] or "", {})[int(match[2])] = buffers
     return in_buffers.read(reader, optimizers, lambda label, state: sources.get((label, state)))
@@ -119,7 +119,7 @@ def _flat(archive: OpenArchive, record: Any, size: int, what: str) -> FlatArchiv
     tensor, offset = archive.tensor(record)
     if tensor.shape != (size,) or tensor.strides != (1,) or tensor.dtype != DTYPES["fp32"]:
         raise UserError(
-            f"`{what}` is {list(tensor.shape)} of {tensor.dtype}, which should be {size} elements of fp32",
+            f"{what} is {list(tensor.shape)} of {dtype_name(tensor.dtype)}, which should be {size} elements of fp32",
             hint="the checkpoint is damaged",
         )
     return FlatArchive(archive, offset)

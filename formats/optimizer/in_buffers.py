@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, combinations
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from formats.chunks import ChunkedTensor
-from formats.errors import UserError
+from formats.errors import UserError, format_untrusted
 from formats.optimizer import groups, model_space
 from formats.optimizer.flat_boxes import Flat, FlatBoxes, boxed
 from formats.optimizer.parameters import (
@@ -26,7 +27,7 @@ from formats.optimizer.parameters import (
 from formats.optimizer.rank_buffers import Buffer, Optimizer, Placed, divide, locate, locate_experts
 from formats.optimizer.registration import Order, blocks, orders
 from formats.optimizer.state import STATES, OptimizerState
-from formats.spec import DTYPES, Array, Reader, TensorSpec
+from formats.spec import DTYPES, Array, Reader, TensorSpec, is_size
 from formats.torch_dist import TorchDistReader
 
 Groups = Mapping[int, Sequence[Buffer]]
@@ -37,6 +38,8 @@ Source = Callable[[str, str], Flat | None]
 """Gives what holds a state of a run's label, None where that state is not kept."""
 
 
+_SHARDS = "tensor_parallel_num_weight_shards"
+_MOST_RANKS = 1 << 20
 _MOST_FROZEN = 6
 """The most names of biases of which any may be frozen: all combinations of them are tried."""
 
@@ -76,10 +79,27 @@ def read(reader: TorchDistReader, optimizers: Mapping[str, Groups], source: Sour
 
 def _states(reader: TorchDistReader, dense: Groups, experts: Groups, source: Source) -> dict[str, Reader]:
     model = read_model(reader, apart=bool(experts))
+    _check_settings(reader.args(), model.ranks, dense)
     placed = _placed(model, dense, experts, grouped=reader.args().get("moe_grouped_gemm"))
     labels, runs = _runs(reader, placed)
     kept = {state: sources for state in STATES if (sources := _sources(state, labels, source))}
     return {state: _reader(reader, state, runs, labels, sources) for state, sources in kept.items()}
+
+
+def _check_settings(args: Mapping[str, Any], ranks: int, dense: Groups) -> None:
+    """Raise UserError where Megatron-LM's command line contradicts that the state is of all ranks, each with its parameters."""
+    shards = args.get(_SHARDS)
+    if shards not in (None, ranks):
+        raise UserError(
+            f"`{_SHARDS}` is {format_untrusted(shards)}, and the weights are divided over {ranks} ranks: such state is not read",
+            hint="load it in Megatron and save it with `--dist-ckpt-optim-fully-reshardable`",
+        )
+    sizes: list[Any] = [args.get(f"{axis}_model_parallel_size") for axis in ("tensor", "pipeline")]
+    if all(is_size(size) and size < _MOST_RANKS for size in sizes) and prod(cast("list[int]", sizes)) != len(dense):
+        raise UserError(
+            f"`args` say TP {sizes[0]} and PP {sizes[1]}, and {len(dense)} groups of ranks have optimizer state",
+            hint="the checkpoint is incomplete or was mixed from two: copy it again",
+        )
 
 
 def _placed(model: Model, dense: Groups, experts: Groups, *, grouped: object) -> list[Placed]:

@@ -18,6 +18,7 @@ def open_optimizer(reader: MegatronReader) -> OptimizerState | None:
     if not reader.has_optimizer:
         return None
     if isinstance(reader, TorchDistReader):
+        _refuse_by_layers(reader)
         for read in (model_space.read, buckets.read, gathered.read, fsdp.read):
             if state := read(reader):
                 return state
@@ -27,3 +28,11 @@ def open_optimizer(reader: MegatronReader) -> OptimizerState | None:
         f"the optimizer state of `{reader.folder.label}` is stored in a way that is not read",
         hint="`--weights-only` leaves it out, where a command has that option",
     )
+
+
+def _refuse_by_layers(reader: TorchDistReader) -> None:
+    if reader.args().get("use_layer_wise_distributed_optimizer"):
+        raise UserError(
+            f"the optimizer of `{reader.folder.label}` is layer-wise (Muon): its state is not read",
+            hint="`--weights-only` leaves it out, where a command has that option",
+        )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from formats.errors import UserError
+from formats.optimizer.gathered import GatheredBuffer, bucket_limits
 from formats.optimizer.layout import Parameter, bucket_sizes, place
 
 
@@ -49,3 +50,15 @@ def test_sizes_that_do_not_come_out_are_refused(buckets, reason):
     with pytest.raises(UserError) as refusal:
         place([Parameter("embedding", 100), Parameter("norm", 30)], buckets)
     assert str(refusal.value.args[0]) == reason
+
+
+def test_gathered_buckets_are_those_that_a_run_may_have_had():
+    """Sizes that are no multiples of 64 tell where buckets ended."""
+    parameters = [Parameter(f"p{number}", 1_000_001) for number in range(90)]
+    args = {"data_parallel_size": 25, "context_parallel_size": 2}
+    limits = bucket_limits(args)
+    assert limits == [None, 50_000_000, 40_000_000]
+    for limit in limits:
+        sizes = bucket_sizes(parameters, limit=limit)
+        assert next(GatheredBuffer("", sum(sizes), limits).bucketings(parameters)) == sizes
+    assert bucket_limits({"ddp_bucket_size": 7, "data_parallel_size": "2"}) == [None, 7, 40_000_000]

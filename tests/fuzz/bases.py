@@ -23,6 +23,7 @@ from formats.huggingface import make_index, parse_shard, plan_shards
 from formats.spec import DTYPES, TensorSpec
 from formats.torch_zip import object_archive, tensor_frame
 from tests.formats import zarr_arrays
+from tests.golden.kinds import unpacked
 from tests.models import tree
 
 Files = dict[str, bytes]
@@ -192,6 +193,14 @@ def with_args() -> tuple[Files, ...]:
     kept = {name: data for name, data in bare()[0].items() if name != "run_config.yaml"}
     made = [{"args": argparse.Namespace(**ARGS), "iteration": 5}, {"args": SimpleNamespace(**ARGS), "rng_state": [{"a": {1, 2}}]}]
     return tuple({**kept, "common.pt": saved(common)} for common in made)
+
+
+@cache
+def optimizers() -> tuple[Files, ...]:
+    """Iterations of megatron-core with optimizer state in buckets, with experts too, gathered, and flattened."""
+    kinds = ("ranks_ep2_buckets", "ranks_pp2_vpp2_buckets", "ranks_tp2_pp2_gathered", "zarr_distributed_optimizer_flattened")
+    with TemporaryDirectory() as name:
+        return tuple(tree(next(unpacked(kind, Path(name)).glob("iter_*"))) for kind in kinds)
 
 
 def saved(value: object) -> bytes:

@@ -36,6 +36,7 @@ from formats.disk import user_errors
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
 from formats.json_objects import parse_json, read_json
+from formats.optimizer.open import open_optimizer
 from formats.pickles import Record
 from formats.spec import extent
 from formats.torch_dist import TorchDistReader
@@ -326,6 +327,28 @@ def check_zarr(values: dict[str, np.ndarray], folder: Path, before: Files) -> No
         assert values[f"decoder.layers.{layer}.mlp.linear_fc2.weight"].tobytes() == weight.tobytes()
 
 
+@user_errors()
+def optimizer_contents(folder: Path) -> tuple[Any, list[Any]]:
+    """The shapes of the weights, and of every state that is read, all of it."""
+    reader = open_megatron(folder)
+    try:
+        optimizer = open_optimizer(reader)
+        states = list(optimizer.states.values()) if optimizer else []
+        for state in states:
+            for name, spec in state.specs.items():
+                state.read(name, spec.full_region, np.empty(spec.shape, spec.dtype))
+        return {name: spec.shape for name, spec in reader.specs.items()}, [state.specs for state in states]
+    finally:
+        reader.close()
+
+
+def check_optimizer(found: tuple[Any, list[Any]], _folder: Path, _before: Files) -> None:
+    weights, states = found
+    for specs in states:
+        assert specs.items()
+        assert all(spec.shape == weights[name] for name, spec in specs.items())
+
+
 _HEADER = "huggingface/headers/model-00001-of-00002.safetensors"
 _EXTRAS = "huggingface/extras.safetensors"
 
@@ -339,6 +362,7 @@ TARGETS = (
     Target("distcp", "archives", "__0_0.distcp", bases.by_torch, megatron_contents, check_data),
     Target("common", "archive", "common.pt", bases.with_args, rebuild, check_rebuilt),
     Target("run_config", "yaml", "run_config.yaml", bases.bare, rebuild, check_rebuilt),
+    Target("optimizer", "pickle", ".metadata", bases.optimizers, optimizer_contents, check_optimizer),
     Target("zarr", "json", bases.ZARRAY, bases.zarr, zarr_contents, check_zarr),
     Target("ranks", "archive", ranks.FILE, ranks.plain, ranks.read, ranks.check),
     Target("ranks_distributed", "archive", ranks.FILE, ranks.distributed, ranks.read, ranks.check),
