@@ -12,14 +12,17 @@ import numpy as np
 
 from converter.execution import ExecutionOptions
 from converter.hybrid import GPT, HYBRID
+from converter.master_reader import MASTERS, SOURCES
 from converter.plan import TensorPlan, pieces
 from converter.run import PIECE_BYTES
+from converter.state_dicts import IMPLEMENTATIONS
 from converter.values import CHOICES, KEEP
 from converter.workers import check_workers
 from formats.arrays import same_bits
 from formats.dtypes import QUANTIZED
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
+from formats.iterations import WRITTEN
 from formats.location import is_remote, without_secrets
 from formats.replacement import Rule
 from formats.spec import Reader, dtype_name, extent
@@ -49,12 +52,31 @@ def check_layout(layout: str | None) -> None:
         raise UserError(f"layout `{layout}` is not one of {GPT}, {HYBRID}")
 
 
+def check_format(ckpt_format: str, transformer_impl: str) -> None:
+    """Raise UserError for a format of Megatron checkpoints, or layers, that are not one of the choices."""
+    if ckpt_format not in WRITTEN:
+        raise UserError(f"ckpt_format `{ckpt_format}` is not one of {', '.join(WRITTEN)}")
+    if transformer_impl not in IMPLEMENTATIONS:
+        raise UserError(f"transformer_impl `{transformer_impl}` is not one of {', '.join(IMPLEMENTATIONS)}")
+
+
 def check_quantize(quantize: str | None, dtype: str) -> None:
     """Raise UserError for a method that is not one of the choices, or one beside a dtype for the same weights."""
     if quantize is not None and quantize not in QUANTIZED:
         raise UserError(f"quantize `{quantize}` is not one of {', '.join(QUANTIZED)}")
     if quantize is not None and dtype not in (KEEP, "bf16"):
         raise UserError(f"`--quantize {quantize}` is for weights in bf16, `--dtype` is {dtype}", hint="leave out one of both")
+
+
+def check_values_from(values_from: str, quantize: str | None = None) -> None:
+    """Raise UserError for values from anything but the choices, or from masters that are then quantized."""
+    if values_from not in SOURCES:
+        raise UserError(f"values_from `{values_from}` is not one of {', '.join(SOURCES)}")
+    if values_from == MASTERS and quantize:
+        raise UserError(
+            f"`--quantize {quantize}` is for weights in bf16, which are what masters round to",
+            hint="leave out `--from master`",
+        )
 
 
 def check_locations(target: str, sources: Sequence[Folder], options: ExecutionOptions) -> None:

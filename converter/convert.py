@@ -12,21 +12,32 @@ from pathlib import Path
 from typing import Unpack
 
 from converter.adapters.files import refuse_adapter, require
-from converter.checks import check_execution, check_layout, check_locations, check_options, check_quantize
+from converter.checkpoint_files import CheckpointFormat
+from converter.checks import (
+    check_execution,
+    check_format,
+    check_layout,
+    check_locations,
+    check_options,
+    check_quantize,
+    check_values_from,
+)
 from converter.execute import execute
 from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.exporting import ExportOptions, plan_export
 from converter.importing import ImportOptions, plan_import
 from converter.keywords import IN_MEGATRON, other_names
+from converter.master_reader import WEIGHTS
 from converter.memory import seldom_collected
 from converter.pipeline_layout import layers_per_stage
 from converter.resharding import ReshardOptions, plan_reshard
 from converter.sources import huggingface_source, open_source, workers_for
+from converter.state_dicts import TRANSFORMER_ENGINE
 from converter.values import KEEP
-from formats.detect import Format, open_megatron
+from formats.detect import Format, open_huggingface, open_megatron
 from formats.disk import user_errors
 from formats.home import expanded
-from formats.huggingface import HuggingFaceReader
+from formats.iterations import TORCH_DIST
 
 
 @other_names(vocab_divisible_by="make_vocab_size_divisible_by", **IN_MEGATRON)
@@ -45,6 +56,9 @@ def hf_to_mcore(
     etp: int | None = None,
     dtype: str = KEEP,
     make_vocab_size_divisible_by: int = 128,
+    ckpt_format: str = TORCH_DIST,
+    transformer_impl: str = TRANSFORMER_ENGINE,
+    hf_config: str | Path | None = None,
     integrity: bool = True,
     reporter: Reporter | None = None,
     **options: Unpack[ExecutionOptions],
@@ -55,8 +69,10 @@ def hf_to_mcore(
     megatron-core's GPTModel, or for its HybridModel, the default of families that only it can express. `pp_layout` gives the
     layers of each pipeline stage, all ranks of the first virtual stage first: `[9, 9, 8, 6]`, or megatron-core's
     `"Et*9|t*9|t*8|t*6L"`. `ep` and `etp` divide experts; `etp` is `tp` unless given, or 1 if experts have biases. The vocabulary
-    is padded to a multiple of `make_vocab_size_divisible_by` × `tp`. `integrity` writes the sha256 of every file, as
-    megatron-core checks them, and the BLAKE3 of every tensor.
+    is padded to a multiple of `make_vocab_size_divisible_by` × `tp`. `ckpt_format` is `torch_dist`, `torch` (a file for each
+    rank) or `fsdp_dtensor` (Megatron-FSDP); the latter two name weights as layers of `transformer_impl` do
+    (`transformer_engine` or `local`). `hf_config` is a folder with the `config.json` of a source that has none. `integrity`
+    writes the sha256 of every file, as megatron-core checks them, and the BLAKE3 of every tensor.
 
     Raises UserError before a byte moves if the model cannot be converted exactly. After any failure nothing is at `target`.
 
@@ -67,14 +83,17 @@ def hf_to_mcore(
     reporter, target, folder = reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
     check_layout(layout)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
-    check_locations(target, [folder], options)
+    check_format(ckpt_format, transformer_impl)
+    kind, given = CheckpointFormat(ckpt_format, transformer_impl), open_source(hf_config) if hf_config else None
+    sources = [folder, *([given] if given else [])]
+    check_locations(target, sources, options)
     wanted = ImportOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp,
-                           dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-                           integrity=integrity)  # fmt: skip
+                           dtype=kind.dtype(dtype), make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+                           integrity=integrity, kind=kind)  # fmt: skip
     require(folder, Format.HUGGINGFACE)
-    with closing(HuggingFaceReader(folder, any_dtype=True)) as reader:
-        conversion = plan_import(huggingface_source(reader), wanted, reporter)
-        return execute(conversion, target, options=options, reporter=reporter, sources=[folder])
+    with closing(open_huggingface(folder, any_dtype=True)) as reader:
+        conversion = plan_import(huggingface_source(reader, given), wanted, reporter)
+        return execute(conversion, target, options=options, reporter=reporter, sources=sources)
 
 
 @user_errors()
@@ -87,6 +106,7 @@ def mcore_to_hf(
     max_shard_size: int | None = None,
     dtype: str = KEEP,
     quantize: str | None = None,
+    values_from: str = WEIGHTS,
     integrity: bool = True,
     reporter: Reporter | None = None,
     **options: Unpack[ExecutionOptions],
@@ -95,7 +115,8 @@ def mcore_to_hf(
 
     `source` is the root of a checkpoint or one iteration. `hf_config` is a folder whose `config.json` and side files are used
     instead of those in the checkpoint. `max_shard_size` is in bytes. `quantize` (fp8-block or mxfp4) quantizes linear weights
-    anew. `integrity` writes the BLAKE3 of every tensor.
+    anew. `values_from` is `weights`, or `master` for the fp32 masters in the optimizer state, each of which must round to its
+    weight. `integrity` writes the BLAKE3 of every tensor.
 
     Raises UserError before a byte moves if the model cannot be converted exactly. After any failure nothing is at `target`.
 
@@ -106,11 +127,17 @@ def mcore_to_hf(
     reporter, target, root = reporter or Reporter(), expanded(target), open_source(source)
     check_options(dtype=dtype, max_shard_size=max_shard_size)
     check_quantize(quantize, dtype)
+    check_values_from(values_from, quantize)
     given = open_source(hf_config) if hf_config else None
     sources = [root, *([given] if given else [])]
     check_locations(target, sources, options)
     wanted = ExportOptions(
-        hf_config=given, max_shard_size=max_shard_size, dtype=dtype, integrity=integrity, quantize=quantize or ""
+        hf_config=given,
+        max_shard_size=max_shard_size,
+        dtype=dtype,
+        integrity=integrity,
+        quantize=quantize or "",
+        values_from=values_from,
     )
     require(root, Format.TORCH_DIST)
     with closing(open_megatron(root)) as reader:

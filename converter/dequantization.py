@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from converter.plan import list_names
+from converter.torchtitan import translated
 from formats.errors import UserError, format_untrusted
 from formats.quantized.fp8 import Fp8
 from formats.quantized.int4 import PACKED, PackedInt4
@@ -31,10 +32,12 @@ _DAMAGED = "either the weights or `config.json` are of another model, or a file 
 
 
 def dequantized(reader: Reader, config: Mapping[str, Any]) -> Reader:
-    """Return a reader of the weights as plain numbers; `reader` itself if they are not quantized, or by an unknown method.
+    """Return a reader of the weights as plain numbers under transformers' names; `reader` itself if they are that, or quantized
+    by an unknown method.
 
     Raises UserError for a weight without scales, for scales without a weight, and for scales of another shape.
     """
+    reader = translated(reader, config)
     weights = weights_of(reader.specs, config)
     return DequantizedReader(reader, weights) if weights else reader
 

@@ -19,6 +19,7 @@ from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, siz
 from converter.encoding import encode, quantized_source
 from converter.execution import Reporter
 from converter.hybrid import layout_of
+from converter.master_reader import MASTERS, WEIGHTS, WORKER_BYTES, reader_of
 from converter.originals import moved, original_name, with_originals
 from converter.plan import TensorPlan, as_stored, casts, casts_of_kept
 from converter.planner import to_huggingface
@@ -53,12 +54,16 @@ class ExportOptions:
     quantize: str = ""
     """The method by which weights are quantized anew; none if empty."""
 
+    values_from: str = WEIGHTS
+    """Whether the values are those of the weights, or of their fp32 masters (see `converter.master_reader`)."""
+
 
 def plan_export(
     reader: MegatronReader, root: Folder, wanted: ExportOptions, reporter: Reporter, *, workers: int = DEFAULT
 ) -> Conversion:
     """Return the conversion of a Megatron checkpoint to Hugging Face. Raises UserError if it cannot be converted exactly."""
     reader.check()  # first: it frees the index, whose memory the plan then takes
+    reader = reader_of(reader, wanted.values_from)
     origin = reference.find(reader, wanted.hf_config)
     family = families.find(origin.config.get("model_type"), layout_of(reader.specs)).rooted(specs_of(origin.shards))
     model = make_model(family.CONFIG, origin.config)
@@ -80,7 +85,8 @@ def plan_export(
         tensor_plans, tensors, text = encode(tensor_plans, tensors, quantized, reader.folder, workers=workers)
         reporter.note(text)
     conversion = plan_files(megatron_source(reader, root, origin, tensors), tensor_plans, wanted, reporter)
-    return replace(conversion, memory=conversion.memory + (workers * encoded.WORKER_BYTES if quantized.weights else 0))
+    each = (encoded.WORKER_BYTES if quantized.weights else 0) + (WORKER_BYTES if wanted.values_from == MASTERS else 0)
+    return replace(conversion, memory=conversion.memory + workers * each)
 
 
 def _left_behind(reader: MegatronReader) -> Iterator[str]:
@@ -123,6 +129,7 @@ def _conversion_plan(export: _Export, wanted: ExportOptions) -> ConversionPlan:
     command = source.command("mcore-to-hf")
     options = {"max_shard_size": wanted.max_shard_size, "dtype": wanted.dtype, "hf_config": given}
     options |= {"quantize": wanted.quantize} if wanted.quantize else {}
+    options |= {"from": wanted.values_from} if wanted.values_from != WEIGHTS else {}
     options |= {} if wanted.integrity else {"integrity": False}  # as earlier versions wrote it, where it says nothing new
     shard_sizes = {file: shard.size for file, shard in export.shards.items()}
     return ConversionPlan(

@@ -28,7 +28,8 @@ from formats.optimizer.open import open_optimizer
 from formats.optimizer.state import MASTER
 from formats.spec import DTYPES, Array, Reader, Region, TensorSpec, extent
 
-_ROUNDED_TO = frozenset(DTYPES[name] for name in MODEL_DTYPES)
+ROUNDED_TO = frozenset(DTYPES[name] for name in MODEL_DTYPES)
+"""The dtypes of weights that have masters."""
 
 
 def check(reader: MegatronReader, result: Check, *, workers: int, reporter: Reporter) -> Check:
@@ -69,7 +70,7 @@ class _Pairs:
         if not self._masters or name not in self._masters.specs:
             return "of which the optimizer state has none"
         weight, master = self._weights.specs[name], self._masters.specs[name]
-        if weight.dtype not in _ROUNDED_TO or master.dtype != DTYPES["fp32"]:
+        if weight.dtype not in ROUNDED_TO or master.dtype != DTYPES["fp32"]:
             return f"which are {weight.stored_dtype}, with masters in {master.stored_dtype}"
         return ""
 
@@ -97,6 +98,44 @@ class _Pairs:
             self._progress(master.nbytes)
 
         return compare
+
+
+class ProvenMasters:
+    """Read masters that prove themselves: each piece, rounded, must be that of its weight. Closing it closes nothing.
+
+    Memory for each thread: of a piece the weight, and the rounded master.
+    """
+
+    def __init__(self, masters: Reader, weights: Reader, *, instead: str) -> None:
+        """`instead`: what can be done where masters are wrong, for the hint."""
+        self.specs = masters.specs
+        self._masters, self._weights, self._instead, self._scratch = masters, weights, instead, _Scratch()
+
+    def read(self, name: str, region: Region, out: Array) -> None:
+        """Read a region of a master. Raises UserError if a number in it does not round to the weight."""
+        self._masters.read(name, region, out)
+        weight, rounded = self._scratch.views(region, self._weights.specs[name].dtype)
+        self._weights.read(name, region, weight)
+        if not rounds_to(out, weight, rounded):
+            raise UserError(
+                f"the fp32 master of `{name}` does not round to the weight",
+                hint="the weights are intact, the optimizer state is not (megatron-core 0.15 to 0.19.2 could shift it): "
+                f"`mbconvert inspect --check` counts such weights; {self._instead}",
+            )
+
+    def close(self) -> None:
+        pass
+
+
+class _Scratch(threading.local):
+    """Each thread's buffers."""
+
+    def __init__(self) -> None:
+        self._buffers = Buffer(), Buffer()
+
+    def views(self, region: Region, dtype: Any) -> tuple[Array, Array]:
+        weight, rounded = (buffer.view(extent(region), dtype) for buffer in self._buffers)
+        return weight, rounded
 
 
 def rounds_to(master: Array, weight: Array, rounded: Array) -> bool:

@@ -21,11 +21,10 @@ from converter.views import huggingface_view, open_views
 from converter.workers import check_workers
 from formats import integrity
 from formats.arrays import as_bytes
-from formats.detect import detect, open_megatron
+from formats.detect import detect, open_huggingface, open_megatron
 from formats.disk import user_errors
 from formats.errors import UserError
 from formats.folder import Folder
-from formats.huggingface import HuggingFaceReader
 from formats.integrity import Check
 from formats.iterations import find_iteration
 from formats.json_objects import read_json
@@ -96,7 +95,11 @@ def _check_iteration(iteration: Folder, workers: int, reporter: Reporter) -> Che
     if result.whole:
         result = masters.check(open_megatron(iteration), result, workers=workers, reporter=reporter)
     if not (hashed or result.masters):
-        integrity.read(iteration)  # raises UserError: the document is missing
+        reason = f"; not compared with fp32 masters: {result.without_masters[0]}" if result.without_masters else ""
+        raise UserError(
+            f"`{iteration.label}` has no `{integrity.FILE}`: there are no hashes to check it against{reason}",
+            hint="`mbconvert verify A B` compares it with another checkpoint of the same weights",
+        )
     return result
 
 
@@ -108,7 +111,7 @@ def _check_files(iteration: Folder, workers: int, reporter: Reporter) -> Check:
 
 def _check_tensors(folder: Folder, workers: int, reporter: Reporter) -> Check:
     listed = _recorded(folder)
-    view = huggingface_view(HuggingFaceReader(folder, any_dtype=True))
+    view = huggingface_view(open_huggingface(folder, any_dtype=True))
     tensor_plans, reader = view.tensor_plans, view.reader
     reporter.start(sum(tensor_plan.spec.nbytes for tensor_plan in tensor_plans.values()))
     hashes: dict[str, str] = {}

@@ -19,10 +19,11 @@ from blake3 import blake3
 from converter.values import KEEP
 from converter.version import VERSION
 from formats import integrity
+from formats.dcp_index import METADATA
 from formats.detect import detect
 from formats.errors import UserError
 from formats.folder import FileRef, Folder
-from formats.huggingface import Shard
+from formats.huggingface import HuggingFaceReader, Shard
 from formats.json_objects import read_json
 from formats.megatron_reader import MegatronReader
 from formats.spec import Document, TensorSpec
@@ -43,6 +44,14 @@ def huggingface_source(folder: Folder, shards: Mapping[str, Shard]) -> dict[str,
         if digest := folder.sha256(name):
             files[name]["sha256"] = digest
     return {**folder.origin, "format": "safetensors", "files": files}
+
+
+def chunks(reader: HuggingFaceReader) -> dict[str, Any]:
+    """Describe a model that is stored in chunks: the size of each file, and the sha256 of the index."""
+    files: dict[str, Any] = {name: {"bytes": reader.folder.size(name)} for name in sorted(reader.files)}
+    if METADATA in files:
+        files[METADATA]["sha256"] = integrity.hash_file(FileRef(reader.folder, METADATA))
+    return {**reader.folder.origin, "format": detect(reader.folder).name.lower(), "files": files}
 
 
 def megatron_source(root: Folder, reader: MegatronReader) -> dict[str, Any]:

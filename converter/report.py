@@ -10,17 +10,25 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from converter import families, provenance, run_config
+from converter import families, reference
 from converter.adapters.files import DESCRIPTION
+from converter.config import make_model
+from converter.consistency import embedding_rows
 from converter.hybrid import GPT, PATTERN, layout_of
+from converter.nemo_config import settings_of
+from converter.planner import stored_tensors
 from converter.recognize import LAYER
-from converter.side_files import CONFIG, load
+from converter.side_files import CONFIG, config_of, load
 from converter.sources import open_source
-from formats.detect import Format, detect, open_megatron
+from converter.tables import Tables
+from converter.training_state import TrainingState, training_state
+from converter.writers import versions_of, writer_of
+from formats.detect import Format, detect, open_huggingface, open_megatron
 from formats.disk import user_errors
-from formats.errors import format_untrusted, printable
+from formats.errors import UserError, format_untrusted, printable
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
+from formats.huggingface_chunks import ChunkedReader
 from formats.json_objects import read_json
 from formats.megatron_reader import MegatronReader
 from formats.pickles import others
@@ -63,6 +71,12 @@ class Report:
 
     iteration: str = ""
     optimizer_state: bool = False
+    state: TrainingState | None = None
+    """Of a Megatron checkpoint: what it holds beside its weights."""
+
+    versions: str = ""
+    """Of megatron-core, that write such a checkpoint; empty where the files do not tell."""
+
     unknown_packages: list[str] = field(default_factory=list[str])
     """Packages whose classes the common state names, besides Python's, torch's and megatron-core's: mostly a fork's."""
 
@@ -84,8 +98,8 @@ def inspect_checkpoint(path: str | Path, *, tensors: bool = False) -> Report:
 
 
 def _huggingface(folder: Folder, kind: Format, *, tensors: bool) -> Report:
-    reader = HuggingFaceReader(folder, any_dtype=True)
-    config = read_json(folder, CONFIG) if folder.has(CONFIG) else {}
+    reader = open_huggingface(folder, any_dtype=True)
+    config = config_of(reader) if reader.beside.has(CONFIG) else {}
     version = config.get("transformers_version")
     files = {name: file for file, shard in reader.shards.items() for name in shard.tensors}
     return Report(
@@ -94,30 +108,52 @@ def _huggingface(folder: Folder, kind: Format, *, tensors: bool) -> Report:
         writer=f"transformers {format_untrusted(version)}" if version else "unknown",
         **_described(config, reader.specs),
         dtypes=_dtypes(reader.specs.values()),
-        files=len(reader.shards),
-        tensor_list=[{**_row(spec), "file": files[spec.name]} for spec in reader.specs.values()] if tensors else [],
+        files=len(reader.files),
+        optimizer_state=bool(reader.others),
+        tensor_list=[{**_row(spec), **_where(reader, files, spec.name)} for spec in reader.specs.values()] if tensors else [],
     )
 
 
 def _megatron(folder: Folder, kind: Format, *, tensors: bool) -> Report:
     reader = open_megatron(folder)
-    origin = load(reader.folder)
-    recorded = run_config.read(reader.folder, reader.args())
-    fields = recorded[0] if recorded else {}
+    recorded = settings_of(reader)
+    fields, state = recorded[0].known if recorded else {}, training_state(reader)
     return Report(
         path=folder.label,
-        format=kind.value,
-        writer=_writer(reader),
-        **_described(origin.config if origin else {}, reader.specs),
+        format=f"{kind.value}, {_inner_kind(reader).value}" if kind is Format.NEMO else kind.value,
+        writer=writer_of(reader),
+        **_described(_config(reader), reader.specs),
         dtypes=_dtypes(reader.specs.values()),
         files=len(reader.files),
-        layout=_layout(reader, fields),
+        layout=_layout(reader, {**reader.args(), **fields}),
         layers_as=_layers_as(reader),
         iteration=reader.folder.name,
         optimizer_state=reader.has_optimizer,
+        state=state,
+        versions=versions_of(reader, kind, state.optimizer),
         unknown_packages=_unknown_packages(reader),
         tensor_list=[{**_row(spec), "chunks": _chunks(reader, spec.name)} for spec in reader.specs.values()] if tensors else [],
     )
+
+
+def _config(reader: MegatronReader) -> Mapping[str, Any]:
+    """Return the checkpoint's `config.json`, or one of its settings in whose family all tensors have their place; else empty."""
+    if own := load(reader.folder):
+        return own.config
+    try:
+        config = reference.find(reader, None, vocab=embedding_rows(reader.specs)).config
+        family = families.find(config["model_type"], layout_of(reader.specs))
+        model = make_model(family.CONFIG, config)
+        stored_tensors(Tables(family.RULES, model), model, reader.specs)
+    except UserError:
+        return {}
+    return config
+
+
+def _inner_kind(reader: MegatronReader) -> Format:
+    """Return the format of the weights in a checkpoint of NeMo: files of ranks have no folder of their own there."""
+    inner = detect(reader.folder)
+    return Format.RANK_FILES if inner is Format.NEMO else inner
 
 
 def _layers_as(reader: MegatronReader) -> str:
@@ -159,15 +195,6 @@ def _dtypes(specs: Iterable[TensorSpec]) -> list[DtypeRow]:
     ]
 
 
-def _writer(reader: MegatronReader) -> str:
-    """Return the program that wrote it, by the files that only it writes."""
-    if reader.folder.has(provenance.FILE):
-        return "mbconvert"
-    if reader.folder.has(run_config.FILE):
-        return "Megatron-Bridge"
-    return "Megatron-LM" if reader.args() else "megatron-core"
-
-
 def _layout(reader: MegatronReader, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return tensor parallelism by the chunks, and the other sizes by the recorded settings, if there are any."""
     whole = next((name for name in reader.specs if name.endswith("linear_proj.weight")), None)
@@ -199,7 +226,11 @@ def _row(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "shape": list(spec.stored_shape), "dtype": spec.stored_dtype}
 
 
-def _chunks(reader: MegatronReader, name: str) -> list[dict[str, Any]]:
+def _where(reader: HuggingFaceReader, files: Mapping[str, str], name: str) -> dict[str, Any]:
+    return {"chunks": _chunks(reader, name)} if isinstance(reader, ChunkedReader) else {"file": files[name]}
+
+
+def _chunks(reader: MegatronReader | ChunkedReader, name: str) -> list[dict[str, Any]]:
     return [
         {"file": chunk.location.file, "at": [part.start for part in chunk.region], "shape": list(extent(chunk.region))}
         for chunk in reader.chunks(name)

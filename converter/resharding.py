@@ -1,4 +1,4 @@
-"""Plan a reshard: the weights of a Megatron checkpoint, in the files of another layout.
+"""Plan a reshard: the weights and the optimizer state of a Megatron checkpoint, in the files of another layout.
 
 Tensors of a checkpoint are global: parallel sizes only say which chunk of each is in which rank's file, and layouts `gpt` and
 `hybrid` what it is called. So each tensor of the output is one tensor of the source, and no Hugging Face tensor is made in
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from converter import families, provenance, reference, run_config, side_files
+from converter.checkpoint_files import weights_writer
 from converter.comparison import CheckpointView
 from converter.config import make_model, to_megatron
 from converter.consistency import embedding_rows
@@ -21,9 +23,10 @@ from converter.encoding import quantized_source
 from converter.execution import Reporter
 from converter.families import Family
 from converter.hybrid import layout_of
-from converter.importing import check_padding, parallel_sizes, weights_writer, with_extras
+from converter.importing import check_padding, parallel_sizes, with_extras
 from converter.layout import Layout, make_layout
 from converter.model import Model
+from converter.nemo_config import settings_of
 from converter.padded_vocab import divisible_by
 from converter.plan import Specs, TensorPlan, as_stored, casts, same_tensor
 from converter.planner import Plan, stored_tensors
@@ -31,6 +34,7 @@ from converter.provenance import Provenance
 from converter.rules import fill
 from converter.run import PIECE_BYTES
 from converter.run_config import UnknownModelError
+from converter.run_state import TrainingRun, notes_on_run, open_run, refuse_casts, run_state, state_plans, state_reader
 from converter.side_files import EXTRAS, HFReference
 from converter.sources import Source, megatron_source
 from converter.tables import Table, Tables
@@ -44,6 +48,7 @@ from formats.folder import FileRef, Folder
 from formats.huggingface import HuggingFaceReader, Shard, specs_of
 from formats.iterations import iteration_folder
 from formats.megatron_reader import MegatronReader
+from formats.optimizer.open import open_optimizer
 from formats.spec import DTYPES, JoinedReader, Reader, TensorSpec, is_size
 
 
@@ -87,18 +92,35 @@ class _Reshard:
     iteration: int
     side_files: Mapping[str, FileRef]
     extras: Shard | None
+    run: TrainingRun | None
+    states: Sequence[Mapping[str, TensorPlan]]
+    """Plans of the optimizer state, by the names of the weights."""
+
+    @property
+    def tensor_plans(self) -> tuple[TensorPlan, ...]:
+        """Those of all tensors, in the order of the files."""
+        extras = as_stored(self.extras.tensors).values() if self.extras else ()
+        return (*self.plan.tensors, *chain.from_iterable(state.values() for state in self.states), *extras)
 
 
 def plan_reshard(
-    reader: MegatronReader, root: Folder, wanted: ReshardOptions, reporter: Reporter, *, workers: int = DEFAULT
+    reader: MegatronReader,
+    root: Folder,
+    wanted: ReshardOptions,
+    reporter: Reporter,
+    *,
+    run: TrainingRun | None = None,
+    workers: int = DEFAULT,
 ) -> Conversion:
-    """Return the conversion of a Megatron checkpoint to another layout. `root` is the folder that the user named.
+    """Return the conversion of a Megatron checkpoint to another layout. `root` is the folder that the user named, `run` what the
+    output keeps of a training run: by default that of the checkpoint.
 
     Raises UserError if the checkpoint holds what would be lost, or does not say enough of its model.
     """
-    _refuse_state(reader, weights_only=wanted.weights_only)
+    if run is None and not wanted.weights_only:
+        run = open_run(reader)
     reader.check()  # first: it frees the index, whose memory the plan then takes
-    found = _recognize(reader, root, wanted)
+    found = _recognize(reader, root, wanted, run)
     for text in _notes(found, reader):
         reporter.note(text)
     return Conversion(
@@ -106,19 +128,11 @@ def plan_reshard(
         reader=found.source.reader,
         views=lambda written: _views(found, written),
         copies=found.side_files,
-        memory=workers * PIECE_BYTES,  # columns are gathered
+        memory=workers * PIECE_BYTES * (2 if run else 1),  # columns are gathered, and masters held against weights
     )
 
 
-def _refuse_state(reader: MegatronReader, *, weights_only: bool) -> None:
-    if reader.has_optimizer and not weights_only:
-        raise UserError(
-            f"`{reader.folder.label}` holds optimizer state, which cannot be resharded yet",
-            hint="`--weights-only` leaves it out: training can start from such a checkpoint, and not resume",
-        )
-
-
-def _recognize(reader: MegatronReader, root: Folder, wanted: ReshardOptions) -> _Reshard:
+def _recognize(reader: MegatronReader, root: Folder, wanted: ReshardOptions, run: TrainingRun | None) -> _Reshard:
     origin, unknown = _reference(reader, wanted)
     kind, before = origin.config.get("model_type"), layout_of(reader.specs)
     stored = families.find(kind, before).rooted(specs_of(origin.shards))
@@ -129,17 +143,22 @@ def _recognize(reader: MegatronReader, root: Folder, wanted: ReshardOptions) -> 
     etp = wanted.etp or megatron.get("expert_tensor_parallel_size")
     layout = make_layout(model, tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, pp_layout=wanted.pp_layout, ep=wanted.ep, etp=etp)
     tensors, extras = _with_extras(reader, origin, family, model)
+    plan = _plan(family, model, _stored(stored, origin, reader.specs), dtype=wanted.dtype)
+    if run:
+        refuse_casts(plan.tensors)
     return _Reshard(
-        source=megatron_source(reader, root, origin, tensors),
+        source=megatron_source(reader, root, origin, JoinedReader(tensors, run.reader) if run else tensors),
         family=family,
         megatron={**megatron, **({"vocab_size": None, "padded_vocab_size": model.padded_vocab} if unknown else {})},
         model=model,
         layout=layout,
-        plan=_plan(family, model, _stored(stored, origin, reader.specs), dtype=wanted.dtype),
+        plan=plan,
         vocab_multiple=multiple,
         iteration=_iteration(reader),
         side_files=_side_files(reader.folder, origin, given=wanted.hf_config is not None),
         extras=extras,
+        run=run,
+        states=state_plans(plan.tensors, run) if run else (),
     )
 
 
@@ -165,7 +184,7 @@ def _keeps_settings(reader: MegatronReader, wanted: ReshardOptions) -> bool:
 
 def _vocab_multiple(reader: MegatronReader, wanted: ReshardOptions) -> int:
     """Return what each rank's rows of the vocabulary are padded to a multiple of."""
-    recorded = run_config.read_all(reader.folder, reader.args())
+    recorded = settings_of(reader)
     return wanted.make_vocab_size_divisible_by or divisible_by(recorded[0].settings if recorded else {})
 
 
@@ -218,19 +237,28 @@ def _notes(found: _Reshard, reader: MegatronReader) -> Iterator[str]:
     if stored and stored > rows:
         tokens, left = found.model.vocab, stored - rows
         yield f"{tokens} tokens are padded to {rows} rows; the last {left} of the source's {stored} are left out"
-    if reader.others:
+    if reader.others and not found.run:
         yield f"{len(reader.others)} tensors that are no weights (such as `{reader.others[0]}`) are left out"
-    if reader.args() and not reader.folder.has(run_config.FILE):
+    if found.run:
+        yield from notes_on_run(found.run, parallel_sizes(found.model, found.layout))
+    elif reader.args() and not reader.folder.has(run_config.FILE):
         yield f"{run_config.ARGS} are left out; `{run_config.FILE}` says what model it is"
 
 
 def _conversion_plan(found: _Reshard, reader: MegatronReader, wanted: ReshardOptions) -> ConversionPlan:
     source, folder, options = found.source, f"{iteration_folder(found.iteration)}/", _options(found, wanted)
-    writer = weights_writer(found.plan, found.layout, found.megatron, iteration=found.iteration)
-    tensor_plans = (*found.plan.tensors, *(as_stored(found.extras.tensors).values() if found.extras else ()))
+    sizes = parallel_sizes(found.model, found.layout)
+    writer = weights_writer(
+        found.plan,
+        found.layout,
+        found.megatron,
+        iteration=found.iteration,
+        states=[{name: plan.spec for name, plan in state.items()} for state in found.states],
+        run=run_state(reader, found.run, sizes, padded_vocab=found.model.padded_vocab) if found.run else None,
+    )
     return ConversionPlan(
         source=source.label,
-        tensor_plans=tensor_plans,
+        tensor_plans=found.tensor_plans,
         output=OutputFiles(
             writer=with_extras(writer, found.extras, folder),
             documents={run_config.FILE: _run_config(found, reader, wanted)},
@@ -248,7 +276,7 @@ def _conversion_plan(found: _Reshard, reader: MegatronReader, wanted: ReshardOpt
         ),
         manifest=manifest("reshard", options, {**source.files, **found.side_files}),
         identity=options,
-        layout=parallel_sizes(found.model, found.layout),
+        layout=sizes,
     )
 
 
@@ -296,7 +324,8 @@ def _views(found: _Reshard, written: Folder) -> tuple[CheckpointView, Checkpoint
     """Return the source as it is resharded, and the written output."""
     back = open_megatron(written)
     back.check()
-    output = JoinedReader(back, HuggingFaceReader(written, files=[EXTRAS], any_dtype=True)) if found.extras else back
-    plans = (*found.plan.tensors, *(as_stored(found.extras.tensors).values() if found.extras else ()))
-    source = CheckpointView(found.source.label, found.source.reader, {one.spec.name: one for one in plans})
+    beside = [HuggingFaceReader(written, files=[EXTRAS], any_dtype=True)] if found.extras else []
+    optimizer = open_optimizer(back) if found.run else None
+    output = JoinedReader(back, *beside, *([state_reader(optimizer)] if optimizer else []))
+    source = CheckpointView(found.source.label, found.source.reader, {one.spec.name: one for one in found.tensor_plans})
     return source, CheckpointView(written.label, output, as_stored(output.specs))

@@ -136,20 +136,32 @@ def _check_once(shards: Mapping[str, Shard]) -> None:
 
 def of_model(reader: HuggingFaceReader) -> tuple[HFReference, list[str]]:
     """Return what a Hugging Face directory says of its own weights, and the files in it that are not part of the model."""
-    names, left_out = side_files(reader.folder, reader.shards, indexed=reader.indexed)
-    files = {name: FileRef(reader.folder, name) for name in names}
+    folder, elsewhere = reader.beside, reader.beside is not reader.folder
+    names, left_out = side_files(folder, () if elsewhere else reader.files, indexed=reader.indexed)
+    files = {name: FileRef(folder, name) for name in names}
     for name in names:
-        if name in TOKENIZER_FILES and reader.folder.size(name) <= LARGEST_POINTER:
-            refuse_pointer(reader.folder, name)
-    config = read_json(reader.folder, CONFIG)
+        if name in TOKENIZER_FILES and folder.size(name) <= LARGEST_POINTER:
+            refuse_pointer(folder, name)
+    config = config_of(reader)
     _check_weights_file(config, reader)
-    return HFReference(config, f"`{reader.folder.label}`'s", files, reader.shards), left_out
+    return HFReference(config, f"`{folder.label}`'s", files, reader.shards), [] if elsewhere else left_out
+
+
+def config_of(reader: HuggingFaceReader) -> dict[str, Any]:
+    """Return the `config.json` of a model. Raises UserError if it has none."""
+    if not reader.shards and not reader.beside.has(CONFIG):
+        raise UserError(
+            f"`{reader.folder.label}` has no `{CONFIG}`, which says what model its tensors are of",
+            hint=f"put the model's `{CONFIG}` beside them; `hf-to-mcore` and `merge` also take the folder that has it: "
+            "`--hf-config DIR`",
+        )
+    return read_json(reader.beside, CONFIG)
 
 
 def _check_weights_file(config: Mapping[str, Any], reader: HuggingFaceReader) -> None:
     """Raise UserError if `config.json` makes transformers read other files than were opened here."""
     wanted = config.get("transformers_weights")
-    if wanted is not None and wanted not in (INDEX, *reader.shards):
+    if wanted is not None and reader.shards and wanted not in (INDEX, *reader.shards):
         raise UserError(
             f"`transformers_weights` in `{CONFIG}` is `{format_untrusted(wanted)}`, but the weights here are in "
             f"`{min(reader.shards)}`",

@@ -15,7 +15,7 @@ from converter import provenance, side_files
 from converter.dequantization import dequantized
 from converter.hybrid import layout_of
 from converter.probe import PROBED
-from converter.side_files import EXTRAS, HEADERS, HFReference
+from converter.side_files import CONFIG, EXTRAS, HEADERS, HFReference
 from converter.workers import DEFAULT, count_workers
 from formats.detect import refuse_file
 from formats.errors import UserError
@@ -28,6 +28,7 @@ from formats.machine import check_machine
 from formats.megatron_reader import MegatronReader
 from formats.quantized.reader import THREAD_BYTES
 from formats.spec import Reader
+from formats.tar import TarFolder, is_tar
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _IGNORED = ["original/*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
@@ -51,6 +52,9 @@ class Source:
     left_out: Sequence[str] = ()
     """Files in its folder that are not part of the model."""
 
+    other_state: Sequence[str] = ()
+    """Tensors beside the model's that are not converted: an optimizer's."""
+
     adapter: Mapping[str, Any] | None = None
     """The adapter that was merged into its tensors, as `conversion.json` describes it; None if there is none."""
 
@@ -69,17 +73,27 @@ class Source:
         return {"adapter": dict(self.adapter)} if self.adapter else {}
 
 
-def huggingface_source(reader: HuggingFaceReader) -> Source:
-    """Return a Hugging Face directory as a model to convert. Quantized weights are read as plain ones."""
+def huggingface_source(reader: HuggingFaceReader, given: Folder | None = None) -> Source:
+    """Return a Hugging Face directory as a model to convert. Quantized weights are read as plain ones.
+
+    `given`: the folder with the `config.json` of a directory that has none.
+    """
+    if given:
+        if reader.beside.has(CONFIG):
+            raise UserError(
+                "`--hf-config` is for a source without a `config.json`", hint=f"`{reader.beside.label}` has its own `config.json`"
+            )
+        reader.beside = given
     reference, left_out = side_files.of_model(reader)
     plain = dequantized(reader, reference.config)
     return Source(
         label=reader.folder.label,
         reader=plain,
         reference=reference,
-        files={name: FileRef(reader.folder, name) for name in reader.shards},
-        provenance=provenance.huggingface_source(reader.folder, reader.shards),
+        files={name: FileRef(reader.folder, name) for name in sorted(reader.files)},
+        provenance=provenance.huggingface_source(reader.folder, reader.shards) if reader.shards else provenance.chunks(reader),
         left_out=left_out,
+        other_state=reader.others,
         memory=0 if plain is reader else DEFAULT * THREAD_BYTES,
     )
 
@@ -110,6 +124,8 @@ def open_source(source: str | Path, *, or_hub: bool = False) -> Folder:
     if is_remote(source) or path.is_dir():
         return open_folder(source, probe=PROBED)
     if path.exists():
+        if is_tar(LocalFolder(path.parent), path.name):
+            return TarFolder(LocalFolder(path.parent), path.name)
         refuse_file(str(source))
     if or_hub and isinstance(source, str) and "/" in source and _HUB_ID.fullmatch(source):
         return _fetch(source)
@@ -139,7 +155,7 @@ def sources_changed(what: str) -> UserError:
 
 def workers_for(workers: int | None, sources: Iterable[Folder], target: str | Path = "") -> int:
     """Return the number of threads for work from `sources` to `target`, by `count_workers`."""
-    remote = is_remote(target) or not all(isinstance(source, LocalFolder) for source in sources)
+    remote = is_remote(target) or not all(isinstance(source, LocalFolder | TarFolder) for source in sources)
     return count_workers(workers, remote=remote)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from converter import families, prediction_layers, reference
+from converter import families, prediction_layers, provenance, reference
 from converter.carried import carried_tensors, schemes
 from converter.comparison import CheckpointView
 from converter.config import make_model
@@ -14,27 +14,31 @@ from converter.dequantization import dequantized, weights_of
 from converter.encoding import quantized_source
 from converter.families import Family
 from converter.hybrid import layout_of
+from converter.master_reader import MASTERS, WEIGHTS, reader_of
 from converter.model import Model
 from converter.originals import moved, original_name, with_originals
 from converter.plan import TensorPlan, as_stored, check_dtypes
 from converter.planner import to_huggingface
 from converter.reference import UnknownModelError
 from converter.rules import extra_names, tied_names
-from converter.side_files import CONFIG, EXTRAS, HFReference
+from converter.side_files import CONFIG, EXTRAS, HFReference, config_of
+from converter.spellings import spelled_as
+from converter.torchtitan import translated
+from converter.values import CHOICES, KEEP
 from formats.detect import open_checkpoint
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader, specs_of
-from formats.json_objects import read_json
 from formats.megatron_reader import MegatronReader
 from formats.quantized.reader import DequantizedReader
-from formats.spec import JoinedReader, TensorSpec
+from formats.spec import JoinedReader, Reader, TensorSpec
 
 
 def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointView]:
     """Open both directories. One that does not say what model it holds is taken to hold the other's.
 
-    Two Megatron checkpoints that both do not say are viewed under Megatron's names. Raises UserError for other formats.
+    Two Megatron checkpoints that both do not say are viewed under Megatron's names. A checkpoint beside an export from fp32
+    masters is viewed by its own. Raises UserError for other formats.
     """
     readers = open_checkpoint(one, any_dtype=True), open_checkpoint(other, any_dtype=True)
     told = [None if isinstance(reader, HuggingFaceReader) else _told(reader) for reader in readers]
@@ -42,12 +46,24 @@ def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointVi
     as_numbers = not _coded_alike(readers)
     for reader, own, neighbour, borrowed in zip(readers, told, readers[::-1], told[::-1], strict=True):
         if isinstance(reader, HuggingFaceReader):
-            sides.append(huggingface_view(reader, as_numbers=as_numbers))
+            config = _config(reader) or _config_of_other(reader, neighbour, borrowed)
+            sides.append(huggingface_view(reader, config, as_numbers=as_numbers))
         elif origin := own or _borrowed(neighbour, borrowed):
-            sides.append(megatron_view(reader, origin))
+            values, dtype = _exported_from(neighbour) if reader.has_optimizer else (WEIGHTS, KEEP)
+            sides.append(megatron_view(reader_of(reader, values), origin, dtype=dtype))
         else:
-            sides.append(_native(reader))
+            sides.append(_native(reader, neighbour))
     return sides[0], sides[1]
+
+
+def _exported_from(neighbour: HuggingFaceReader | MegatronReader) -> tuple[str, str]:
+    """Return what an export took its values from and in which dtype it wrote them, if those are masters: other casts are for the
+    user to name."""
+    match provenance.recorded(neighbour.folder):
+        case {"command": "mcore-to-hf", "options": {"from": str(values), "dtype": str(dtype)}} if values == MASTERS:
+            return values, dtype if dtype in CHOICES else KEEP
+        case _:
+            return WEIGHTS, KEEP
 
 
 def _told(reader: MegatronReader) -> HFReference | None:
@@ -61,8 +77,19 @@ def _told(reader: MegatronReader) -> HFReference | None:
 def _borrowed(neighbour: HuggingFaceReader | MegatronReader, told: HFReference | None) -> HFReference | None:
     """Return the model of the other checkpoint, without its side files."""
     if isinstance(neighbour, HuggingFaceReader):
-        return HFReference(read_json(neighbour.folder, CONFIG), f"`{neighbour.folder.label}`'s")
+        return HFReference(config_of(neighbour), f"`{neighbour.folder.label}`'s")
     return HFReference(told.config, f"`{neighbour.folder.label}`'s") if told else None
+
+
+def _config_of_other(
+    reader: HuggingFaceReader, neighbour: HuggingFaceReader | MegatronReader, told: HFReference | None
+) -> Mapping[str, Any]:
+    """Return the other checkpoint's `config.json` for a model in chunks, which has seldom one itself; empty for others."""
+    if reader.shards:
+        return {}
+    if isinstance(neighbour, HuggingFaceReader):
+        return _config(neighbour)
+    return told.config if told else {}
 
 
 def _coded_alike(readers: Sequence[HuggingFaceReader | MegatronReader]) -> bool:
@@ -76,14 +103,16 @@ def _coded_alike(readers: Sequence[HuggingFaceReader | MegatronReader]) -> bool:
 
 
 def _config(reader: HuggingFaceReader) -> dict[str, Any]:
-    return read_json(reader.folder, CONFIG) if reader.folder.has(CONFIG) else {}
+    return config_of(reader) if reader.beside.has(CONFIG) else {}
 
 
-def huggingface_view(reader: HuggingFaceReader, *, as_numbers: bool = False) -> CheckpointView:
+def huggingface_view(
+    reader: HuggingFaceReader, config: Mapping[str, Any] | None = None, *, as_numbers: bool = False
+) -> CheckpointView:
     """Return the view of a Hugging Face directory, with tied tensors if its family is supported: `as_numbers`, of quantized
-    weights as the numbers that they mean."""
-    config = _config(reader)
-    tensors = dequantized(reader, config) if as_numbers else reader
+    weights as the numbers that they mean. `config`: the model's, unless given its own."""
+    config = _config(reader) if config is None else config
+    tensors = dequantized(reader, config) if as_numbers else translated(reader, config)
     beside = carried_tensors(tensors)
     view = CheckpointView(
         reader.folder.label,
@@ -98,12 +127,14 @@ def huggingface_view(reader: HuggingFaceReader, *, as_numbers: bool = False) -> 
     return replace(view, tied=tied(view.tensor_plans.values(), family, make_model(family.CONFIG, config)))
 
 
-def megatron_view(reader: MegatronReader, origin: HFReference, *, zero: Mapping[str, int] | None = None) -> CheckpointView:
+def megatron_view(
+    reader: MegatronReader, origin: HFReference, *, zero: Mapping[str, int] | None = None, dtype: str = KEEP
+) -> CheckpointView:
     """Return the view of a Megatron checkpoint: what an export would write. `zero` are further rows that must be zero."""
     known = specs_of(origin.shards)
     family = families.find(origin.config.get("model_type"), layout_of(reader.specs)).rooted(known)
     model = make_model(family.CONFIG, origin.config)
-    plan = to_huggingface(family.RULES, model, reader.specs, dtype="keep", known=known)
+    plan = to_huggingface(family.RULES, model, reader.specs, dtype=dtype, known=known)
     reader.check()
     names = {*quantized_source(origin).names, *map(original_name, moved(plan.tensors))}
     tensor_plans, extras = with_side_files(plan.tensors, family, model, origin, carried=names)
@@ -158,6 +189,9 @@ def tied(tensor_plans: Iterable[TensorPlan], family: Family, model: Model) -> di
     }
 
 
-def _native(reader: MegatronReader) -> CheckpointView:
+def _native(reader: MegatronReader, neighbour: Reader) -> CheckpointView:
+    """Return the view of a checkpoint under Megatron's names, as the other one spells them."""
     reader.check()
-    return CheckpointView(reader.folder.label, reader, as_stored(reader.specs))
+    spelled = {spelled_as(neighbour.specs, name): one for name, one in as_stored(reader.specs).items()}
+    tensor_plans = {name: replace(one, spec=replace(one.spec, name=name)) for name, one in spelled.items()}
+    return CheckpointView(reader.folder.label, reader, tensor_plans)

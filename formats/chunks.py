@@ -23,12 +23,12 @@ _LOCATION_NUMBERS = 4  # numbers of a chunk after its region: file, offset, leng
 
 @dataclass(frozen=True, slots=True)
 class ArchiveLocation:
-    """The location of an archive: bytes `offset` to `offset + length` of a file."""
+    """The location of an archive: bytes `offset` to `offset + length` of a file. `compressed` names the kind, if it is."""
 
     file: str
     offset: int
     length: int
-    compressed: bool = False
+    compressed: str = ""
 
 
 @dataclass(frozen=True, slots=True)

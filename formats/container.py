@@ -15,14 +15,11 @@ from formats.spec import Array, Region, Shape
 from formats.torch_zip import OpenArchive
 
 
-class Container(Protocol):
-    """An opened container. Opening reads its index alone; methods may be called from several threads."""
+class TensorContainer(Protocol):
+    """The tensors of an opened container. Opening reads its index alone; methods may be called from several threads."""
 
     @property
     def tensor_names(self) -> Iterable[str]: ...
-
-    @property
-    def object_names(self) -> Iterable[str]: ...
 
     @property
     def index_files(self) -> Collection[str]:
@@ -34,10 +31,6 @@ class Container(Protocol):
         """The files that hold tensors and objects."""
         ...
 
-    def shape(self, name: str) -> Shape: ...
-
-    def dtype(self, name: str) -> np.dtype[Any]: ...
-
     def tensor(self, name: str) -> ChunkedTensor:
         """Return a tensor's shape, dtype and chunks.
 
@@ -45,12 +38,23 @@ class Container(Protocol):
         """
         ...
 
-    def archive(self, name: str) -> OpenArchive:
-        """Open an object: its pickle, and the tensors that it refers to."""
-        ...
-
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
         """Read a region of the tensor into `out`, from all chunks that overlap it."""
         ...
 
     def close(self) -> None: ...
+
+
+class Container(TensorContainer, Protocol):
+    """A container with objects beside its tensors."""
+
+    @property
+    def object_names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> Shape: ...
+
+    def dtype(self, name: str) -> np.dtype[Any]: ...
+
+    def archive(self, name: str) -> OpenArchive:
+        """Open an object: its pickle, and the tensors that it refers to."""
+        ...

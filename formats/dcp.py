@@ -18,7 +18,7 @@ import numpy as np
 from formats.archive_files import ArchiveFiles, NewPart, append_parts
 from formats.chunks import ArchiveLocation, ChunkedTensor, tiles
 from formats.content import START_BYTES, refuse_start
-from formats.dcp_index import METADATA, read_index
+from formats.dcp_index import METADATA, compressed_error, read_index
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.index_writer import index_document
@@ -59,6 +59,11 @@ class DcpContainer:
     @property
     def object_names(self) -> Iterable[str]:
         return self._index.objects
+
+    @property
+    def flattened(self) -> Mapping[str, Shape]:
+        """The shapes of the tensors that are stored flattened: see `optimizer/flattened.py`."""
+        return self._index.flattened
 
     def tensor(self, name: str) -> ChunkedTensor:
         """Return a tensor's shape, dtype and chunks.
@@ -104,7 +109,7 @@ class DcpContainer:
 
     def _check_location(self, name: str, location: ArchiveLocation) -> None:
         if location.compressed:
-            raise UserError(f"`{name}` is stored compressed, which is not supported")
+            raise compressed_error(name, location.compressed)
         check_below(location.file, source=METADATA)
         if location.offset + location.length > self._size(location.file):
             self._refuse_pointer(location.file)

@@ -27,14 +27,17 @@ from formats.torch_zip import DTYPE_OF, read_sizes
 
 METADATA = ".metadata"
 _LONGEST_NAME = 1024
+_UNFLATTENED = "nd_reformulated_orig_global_shape"
 _OF_OBJECT = -1  # instead of the number of a chunk's dimensions
 
 
 class Index:
     """An index that was read. Tensors are checked when they are requested."""
 
-    def __init__(self, tensors: Mapping[str, Record], objects: set[str], places: _Locations) -> None:
-        self.tensors, self.objects = tensors, objects
+    def __init__(
+        self, tensors: Mapping[str, Record], objects: set[str], places: _Locations, flattened: Mapping[str, Shape]
+    ) -> None:
+        self.tensors, self.objects, self.flattened = tensors, objects, flattened
         self._locations = places
 
     @property
@@ -84,8 +87,11 @@ def read_index(folder: Folder) -> Index:
 def _index(loaded: Any) -> Index:
     with _malformed_is_user_error():
         match loaded:
-            case Record(kind=Global(name="Metadata"), state={"state_dict_metadata": {**described}, "storage_data": {**stored}}):
-                places = _Locations(stored)
+            case Record(
+                kind=Global(name="Metadata" | "MCoreMetadata"),
+                state={"state_dict_metadata": {**described}, "storage_data": {**stored}} as state,
+            ):
+                places, flattened = _Locations(stored), _flattened(state)
                 objects = {name for name, one in described.items() if one is OBJECT or one.kind.name == "BytesStorageMetadata"}
                 tensors = {
                     name: one
@@ -99,7 +105,13 @@ def _index(loaded: Any) -> Index:
                 raise _malformed("duplicate chunk")
     if not all(_is_name(name) for name in described):
         raise _malformed("a tensor's name is not text")
-    return Index(tensors, objects, places)
+    return Index(tensors, objects, places, flattened)
+
+
+def _flattened(state: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return the shapes of the tensors that megatron-core up to 0.14 stored flattened: `[grid…, elements of a box]`."""
+    noted: dict[Any, Any] = state.get("mcore_data") or {}
+    return {name: read_sizes(fields[_UNFLATTENED]) for name, fields in noted.items() if _UNFLATTENED in fields}
 
 
 def _bounds(name: str, shape: Shape, chunks: Iterable[Any]) -> Array:
@@ -132,7 +144,7 @@ class _Locations:
     def __init__(self, stored: Mapping[Any, Any]) -> None:
         self._numbers: dict[str, int] = {}
         self._file_numbers: dict[str, int] = {}
-        self._compressed: set[int] = set()
+        self._compressed: dict[int, str] = {}
         rows = _Rows()
         for index, info in stored.items():
             if isinstance(index, LocationRun):
@@ -156,7 +168,8 @@ class _Locations:
     def forget_chunks(self) -> None:
         """Keep only the rows of objects."""
         kept = np.flatnonzero(self._dims == _OF_OBJECT)
-        self._compressed = {row for row, before in enumerate(kept.tolist()) if before in self._compressed}
+        known = self._compressed
+        self._compressed = {row: known[before] for row, before in enumerate(kept.tolist()) if before in known}
         self._names, self._file, self._dims, self._spans = (
             column[kept] for column in (self._names, self._file, self._dims, self._spans)
         )
@@ -181,8 +194,8 @@ class _Locations:
         if len(missing):
             raise _no_location(name, corners[missing[0]].tolist())
         rows = rows[order[found]] if len(corners) else rows[:0]
-        if self._compressed & set(rows.tolist()):
-            raise UserError(f"`{name}` is stored compressed, which is not supported")
+        if compressed := self._compressed.keys() & set(rows.tolist()):
+            raise compressed_error(name, self._compressed[min(compressed)])
         return np.concatenate([self._file[rows, np.newaxis], self._spans[rows]], axis=1)
 
     def of_object(self, name: str) -> ArchiveLocation:
@@ -192,7 +205,7 @@ class _Locations:
             raise _no_location(name, [])
         row = int(rows[-1])
         offset, length = self._spans[row].tolist()
-        return ArchiveLocation(self.files[int(self._file[row])], offset, length, row in self._compressed)
+        return ArchiveLocation(self.files[int(self._file[row])], offset, length, self._compressed.get(row, ""))
 
     def _rows(self, name: str) -> Array:
         number = self._numbers.get(name)
@@ -213,8 +226,8 @@ class _Locations:
         file, offset, length = info["relative_path"], info["offset"], info["length"]
         if not isinstance(file, str) or not is_size(offset) or not is_size(length):
             raise _malformed("it does not give the location of an archive")
-        if info.get("transform_descriptors"):
-            self._compressed.add(len(rows.names))
+        if streams := info.get("transform_descriptors"):
+            self._compressed[len(rows.names)] = format_untrusted(streams)
         rows.names.append(self._name(index["fqn"]))
         rows.files.append(self._file_number(file))
         rows.dims.append(_OF_OBJECT if shape is None else len(shape))
@@ -241,6 +254,15 @@ class _Locations:
                 f"`{METADATA}` puts `{one}` and `{other}` in the same bytes of `{self.files[files[shared[0]]]}`",
                 hint="the checkpoint is damaged or was mixed from two",
             )
+
+
+def compressed_error(name: str, streams: str) -> UserError:
+    """Return the error for an archive that is stored as `streams` of torch's extensions."""
+    zstd = " with zstd" if "zstd" in streams else ""
+    return UserError(
+        f"`{name}` is stored compressed{zstd} (`{streams}`), which is not supported",
+        hint="load it with `torch.distributed.checkpoint` and save it without `_extensions`",
+    )
 
 
 def _translated(numbers: Array, meaning: Mapping[int, int]) -> Array:

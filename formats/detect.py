@@ -14,12 +14,26 @@ from enum import StrEnum
 from formats import foreign
 from formats.dcp_index import METADATA, read_index
 from formats.errors import UserError
-from formats.folder import Folder, LocalFolder
+from formats.folder import FileRef, Folder, LocalFolder
 from formats.huggingface import HuggingFaceReader
-from formats.iterations import COMMON, FORMAT, TORCH, TRACKER, TRAIN_STATE, ZARR, backend, find_iteration, unfinished
+from formats.huggingface_chunks import TITAN, ChunkedReader, accelerates, are_of_model, open_dcp
+from formats.iterations import (
+    COMMON,
+    FORMAT,
+    NEMO_SETTINGS,
+    TORCH,
+    TRACKER,
+    TRAIN_STATE,
+    ZARR,
+    backend,
+    find_iteration,
+    nemo_weights,
+    unfinished,
+)
 from formats.megatron_reader import MegatronReader
 from formats.rank_files import RankFilesReader
-from formats.shard_files import INDEX, model_files
+from formats.safetensors_slices import SlicedSafetensors, are_safetensors, has_slices, sliced_files
+from formats.shard_files import INDEX, SINGLE, model_files
 from formats.torch_dist import TorchDistReader
 from formats.zarr import ARRAY, ZarrContainer
 
@@ -29,6 +43,9 @@ _RUN_CONFIG = "run_config.yaml"
 
 _ITERATION = re.compile(r"(iter_\d+|release)/")
 _MEGATRON_NAME = re.compile(r"(.*\.)?(decoder|encoder)\.layers\..*|(decoder|encoder|embedding|output_layer)\..*")
+_LATEST = "latest"
+"""DeepSpeed's tracker."""
+
 _MOST_FOLDERS = 200
 """Further sub-folders are not searched: a folder with so many is no collection of models."""
 
@@ -37,16 +54,26 @@ class Format(StrEnum):
     """The formats that can be read. The values are their names in reports."""
 
     HUGGINGFACE = "Hugging Face safetensors"
+    SLICES = "Hugging Face safetensors in slices"
+    DCP = "Hugging Face DCP"
+    TITAN = "torchtitan DCP"
     PEFT = "PEFT adapter"
     TORCH_DIST = "Megatron torch_dist"
     ZARR = "Megatron zarr"
     FSDP_DTENSOR = "Megatron fsdp_dtensor"
     TORCH_DCP = "Megatron torch_dcp"
     RANK_FILES = "Megatron mp_rank files"
+    NEMO = "NeMo"
 
     @property
     def is_megatron(self) -> bool:
-        return self not in {Format.HUGGINGFACE, Format.PEFT}
+        return self in MEGATRON
+
+
+HUGGINGFACE = frozenset({Format.HUGGINGFACE, Format.SLICES, Format.DCP, Format.TITAN})
+"""Models by the names of their own modules."""
+
+MEGATRON = frozenset(Format) - HUGGINGFACE - {Format.PEFT}
 
 
 _BY_BACKEND = {ZARR: Format.ZARR, TORCH: Format.RANK_FILES}
@@ -55,6 +82,9 @@ _UNDER = {
     "model.decoder.": Format.TORCH_DCP, "model.embedding.": Format.TORCH_DCP,
 }  # fmt: skip
 """The formats without `metadata.json`, by what names of weights begin with."""
+
+_EMBEDDING = "decoder.embed_tokens.weight"
+"""A name of transformers' own in models whose layers are named as Megatron's are."""
 
 
 def detect(folder: Folder) -> Format:
@@ -67,14 +97,14 @@ def detect(folder: Folder) -> Format:
     if folder.has(METADATA):
         return _container(folder)
     if kind := _BY_BACKEND.get(backend(folder)):
-        return kind
+        return Format.NEMO if kind is Format.RANK_FILES and folder.has(NEMO_SETTINGS[1]) else kind
     if folder.has(INDEX):
         return Format.HUGGINGFACE
     names = folder.children()
-    if model_files(names):
-        return Format.HUGGINGFACE
-    if ADAPTER_CONFIG in names or any(ADAPTER_WEIGHTS.fullmatch(name) for name in names):
-        return Format.PEFT
+    if kind := _by_files(names) or (Format.NEMO if nemo_weights(names) else None):
+        return kind
+    if inner := accelerates(folder):
+        return _container(inner)
     raise _unknown(folder, names)
 
 
@@ -86,6 +116,20 @@ def open_checkpoint(folder: Folder, *, any_dtype: bool = False) -> HuggingFaceRe
     """
     if detect(folder).is_megatron:
         return open_megatron(folder)
+    return open_huggingface(folder, any_dtype=any_dtype)
+
+
+def open_huggingface(folder: Folder, *, any_dtype: bool = False) -> HuggingFaceReader:
+    """Open a model under the names of its own modules, whatever its files; the caller closes the reader.
+
+    `any_dtype`: see `open_checkpoint`.
+    """
+    kind = detect(folder)
+    if kind is Format.SLICES:
+        names = folder.children()
+        return ChunkedReader(folder, SlicedSafetensors(folder, sliced_files(folder, names) or _containers(names)))
+    if kind in {Format.DCP, Format.TITAN}:
+        return open_dcp(folder)
     return HuggingFaceReader(folder, any_dtype=any_dtype)
 
 
@@ -95,7 +139,12 @@ def open_megatron(folder: Folder) -> MegatronReader:
     Raises UserError for what is missing, incomplete or in another format.
     """
     iteration = find_iteration(folder)
-    kind = backend(iteration)
+    reader = _open_iteration(iteration, backend(iteration))
+    reader.settings = next((FileRef(folder, name) for name in NEMO_SETTINGS if folder.has(name)), None)
+    return reader
+
+
+def _open_iteration(iteration: Folder, kind: str) -> MegatronReader:
     if kind == TORCH:
         return RankFilesReader(iteration)
     return TorchDistReader(iteration, container=ZarrContainer(iteration) if kind == ZARR else None)
@@ -115,21 +164,44 @@ def _container(folder: Folder) -> Format:
     if folder.has(FORMAT) or folder.has(COMMON):
         return Format.TORCH_DIST
     names = folder.children()
-    if model_files(names) and not _containers(names):
-        return Format.HUGGINGFACE
+    containers = _containers(names)
+    if not containers and (kind := _by_files(names)):
+        return kind
+    if are_safetensors(folder, containers):
+        return Format.SLICES
     tensors = sorted(read_index(folder).tensors)
-    for root, kind in _UNDER.items():
-        if any(name.startswith(root) for name in tensors):
-            return kind
-    megatrons = any(_MEGATRON_NAME.fullmatch(name) for name in tensors)
-    if megatrons or not tensors or folder.has(TRAIN_STATE) or folder.has(_RUN_CONFIG):
+    if kind := _by_tensors(tensors):
+        return kind
+    if not tensors or folder.has(TRAIN_STATE) or folder.has(_RUN_CONFIG):
         return Format.TORCH_DIST
     raise UserError(
         f"`{folder.label}` is a distributed checkpoint of PyTorch's, but not Megatron's: it holds {len(tensors)} tensors such as "
-        f"`{tensors[0]}`",
-        hint=f"if FSDP wrote it, `accelerate merge-weights {folder.label} OUT` writes safetensors; otherwise load it with "
-        "`torch.distributed.checkpoint` in the program that saved it, and save the model with `save_pretrained`",
+        f"`{tensors[0]}`, and no layers of a model",
+        hint="load it with `torch.distributed.checkpoint` in the program that saved it, and save the model with "
+        "`save_pretrained`",
     )
+
+
+def _by_files(names: Sequence[str]) -> Format | None:
+    """Return the format of a folder without `.metadata`, by the names of its files."""
+    if has_slices(names) and SINGLE not in names:
+        return Format.SLICES
+    if model_files(names):
+        return Format.HUGGINGFACE
+    is_adapter = ADAPTER_CONFIG in names or any(ADAPTER_WEIGHTS.fullmatch(name) for name in names)
+    return Format.PEFT if is_adapter else None
+
+
+def _by_tensors(names: Sequence[str]) -> Format | None:
+    """Return the format of a distributed checkpoint that says nothing else, by the names of its tensors."""
+    for root, kind in _UNDER.items():
+        if any(name.startswith(root) for name in names):
+            return Format.DCP if any(name.endswith(_EMBEDDING) for name in names) else kind
+    if any(_MEGATRON_NAME.fullmatch(name) for name in names):
+        return Format.TORCH_DIST
+    if any(TITAN.fullmatch(name) for name in names):
+        return Format.TITAN
+    return Format.DCP if are_of_model(names) else None
 
 
 def _containers(names: Iterable[str]) -> list[str]:
@@ -149,7 +221,7 @@ def _unknown(folder: Folder, names: Sequence[str]) -> UserError:
     _refuse_root(folder, names)
     if _containers(names) or folder.name.startswith("iter_"):
         return unfinished(folder)
-    foreign.refuse(folder.label, names)
+    foreign.refuse(folder.label, [*_of_latest_step(folder, names), *names])
     _refuse_parent(folder, names)
     listed = ", ".join(f"`{name}`" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return UserError(
@@ -157,6 +229,12 @@ def _unknown(folder: Folder, names: Sequence[str]) -> UserError:
         hint=f"the first has `*.safetensors` files, the second `{TRACKER}` or `{METADATA}`; there are: {listed}"
         f"{_not_fetched(folder)}",
     )
+
+
+def _of_latest_step(folder: Folder, names: Sequence[str]) -> list[str]:
+    """Return the names in DeepSpeed's latest step, which tell its stage. The root holds `latest`, which names that folder."""
+    step = f"{folder.get(_LATEST).decode(errors='replace').strip()}/" if _LATEST in names else ""
+    return [f"{step}{name}" for name in folder.below(step.rstrip("/")).children()] if step in names else []
 
 
 def _not_fetched(folder: Folder) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -196,9 +196,15 @@ def _starts(shards: Mapping[str, Shard]) -> Callable[[str], Mapping[str, int]]:
 class HuggingFaceReader:
     """An opened folder: headers are read and checked against the index, data is read on demand."""
 
+    others: Sequence[str] = ()
+    """Tensors that are no weights, and are not read: an optimizer's."""
+
     def __init__(self, folder: Folder, *, files: Sequence[str] | None = None, any_dtype: bool = False) -> None:
         """`files`: default those of the model. `any_dtype`: accept dtypes that cannot be converted, to report or compare them."""
         self.folder = folder
+        self.beside = folder
+        """The folder with `config.json` and side files."""
+
         listed = weight_map(folder) if files is None else {}
         names = shard_names(folder, listed) if files is None else files
         self.indexed = not set(names).isdisjoint(listed.values())
@@ -238,6 +244,11 @@ class HuggingFaceReader:
                 f"`{INDEX}` puts `{name}` in {wrong[name]}, it is in {self._files.get(name, _NO_FILE)}",
                 hint="the index belongs to other files; fetch the directory again",
             )
+
+    @property
+    def files(self) -> Collection[str]:
+        """The files that its tensors are read from, relative to `folder`."""
+        return self.shards.keys()
 
     def read(self, name: str, region: Region, out: Array) -> None:
         file = self._files[name]
@@ -323,14 +334,14 @@ def make_index(shards: Mapping[str, Shard]) -> bytes:
 
 
 def retyped(shard: Shard, specs: Mapping[str, TensorSpec], *, source: str) -> Shard:
-    """Return the shard with the dtypes of `specs`, and tensors in the same order; the same shard if no dtype differs."""
-    if all(specs[name].dtype == spec.dtype for name, spec in shard.tensors.items()):
+    """Return the shard with the dtypes and shapes of `specs`, and tensors in the same order; the same shard if none differs."""
+    if all((specs[name].dtype, specs[name].shape) == (spec.dtype, spec.shape) for name, spec in shard.tensors.items()):
         return shard
     return parse_shard(make_header(specs[name] for name in shard.tensors), source=source)
 
 
 _OTHER_WEIGHTS = re.compile(
-    r"(^original/)|\.(bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data(_\d+)?|safetensors|tflite|npz|ot|nemo)$"
+    r"(^original/)|\.(bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data(_\d+)?|safetensors|tflite|npz|ot|nemo|distcp)$|(^|/)\.metadata$"
     r"|\.index(\.[\w-]+)?\.json$"
 )
 _ADAPTER = "adapter_"

@@ -7,13 +7,13 @@ named and put together as in the whole model. What several ranks hold is compare
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from formats import rank_names
 from formats.chunks import Chunk
 from formats.errors import UserError, format_untrusted
-from formats.folder import Folder
+from formats.folder import FileRef, Folder
 from formats.iterations import find_iteration
 from formats.rank_boxes import BoxesReader, merge
 from formats.rank_folders import OPTIMIZER_FILE, Rank, RankFile, args_of, open_ranks
@@ -26,6 +26,8 @@ _LARGE = ("model", "optimizer", "rng_state")
 
 class RankFilesReader:
     """An opened iteration; see `MegatronReader`. Opening reads the pickle of every rank."""
+
+    settings: FileRef | None = None
 
     def __init__(self, folder: Folder) -> None:
         self.folder = find_iteration(folder)
@@ -48,6 +50,11 @@ class RankFilesReader:
     @property
     def has_optimizer(self) -> bool:
         return bool(self._first.state.get("optimizer")) or self.folder.has(f"{self._first.folder}{OPTIMIZER_FILE}")
+
+    @property
+    def contents(self) -> Collection[str]:
+        """See `MegatronReader.contents`."""
+        return self._first.state.keys()
 
     def args(self) -> Mapping[str, Any]:
         """See `MegatronReader.args`."""

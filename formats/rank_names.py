@@ -24,7 +24,7 @@ GATED = "linear_fc1."
 
 _LAYER = re.compile(r"((?:decoder|encoder)\.layers\.)([0-9]{1,9})\.(.+)")
 _SEQUENTIAL = re.compile(r"(.*\bmlp\.experts\.)local_experts\.([0-9]{1,9})\.(.+)")
-_GROUPED = re.compile(r"(.*\bmlp\.experts\.)(linear_fc[12])\.(weight|bias)([0-9]{1,9})")
+_GROUPED = re.compile(r"(.*\bmlp\.experts\.)(linear_fc[12])\.(weight|bias)([0-9]{1,9})(_\w)?")
 _TRANSPOSED = re.compile(r"(.*\bmlp\.experts\.)weight([12])")
 
 _DIVIDED = {
@@ -124,7 +124,7 @@ def pieces(state: Mapping[str, Any], file: RankFile, *, first: int, ep: int) -> 
         if match := _TRANSPOSED.fullmatch(numbered):
             yield from _transposed(match, piece, file, ep)
             continue
-        yield _with_expert(numbered, ep * experts), piece
+        yield with_expert(numbered, ep * experts), piece
 
 
 def _count_experts(state: Mapping[str, Any], file: RankFile) -> int:
@@ -148,12 +148,16 @@ def _numbered(name: str) -> Iterator[tuple[re.Match[str], int]]:
         yield match, 4
 
 
-def _with_expert(name: str, first: int) -> str:
-    """Return the name with the expert's number in the whole model."""
+def with_expert(name: str, first: int = 0) -> str:
+    """Return the name with the expert's number in the whole model, where `first` is that of expert 0 here.
+
+    >>> with_expert("mlp.experts.linear_fc1.weight3"), with_expert("mlp.experts.local_experts.3.linear_fc1.weight", 4)
+    ('mlp.experts.3.linear_fc1.weight', 'mlp.experts.7.linear_fc1.weight')
+    """
     if match := _SEQUENTIAL.fullmatch(name):
         return f"{match[1]}{first + int(match[2])}.{match[3]}"
     if match := _GROUPED.fullmatch(name):
-        return f"{match[1]}{first + int(match[4])}.{match[2]}.{match[3]}"
+        return f"{match[1]}{first + int(match[4])}.{match[2]}.{match[3]}{match[5] or ''}"
     return name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -26,23 +27,34 @@ class StoredArray:
 
 
 def read_region(folder: Folder, stored: StoredArray, region: Region, out: Array) -> None:
-    """Read a region of a stored array into `out`, which has the region's shape.
+    """Read a region of a stored array into `out`, which has the region's shape."""
 
-    A region that is not contiguous in the file is read row by row where its rows are long, and otherwise as the whole rows
-    around it, some at a time, so that system calls stay few and memory small.
+    def read(start: int, target: Array) -> None:
+        folder.read_into(stored.file, stored.offset + start * out.dtype.itemsize, as_bytes(target))
+
+    read_flat(read, stored.shape, region, out)
+
+
+def read_flat(read: Callable[[int, Array], None], shape: Shape, region: Region, out: Array, *, at: int = 0) -> None:
+    """Read a region of an array in C order into `out`, which has the region's shape.
+
+    `read` fills a contiguous array from an element on; the array's first is `at`. A region that is not contiguous is read row by
+    row where its rows are long, and otherwise as the whole rows around it, some at a time, so that calls stay few and memory
+    small.
     """
-    if _contiguous(stored.shape, extent(region)):
-        return _read_contiguous(folder, stored, region, out)
+    if _contiguous(shape, extent(region)):
+        return _read_contiguous(read, at + offset_of(region, shape), out)
+    row = prod(shape[1:])
     if region[0].stop - region[0].start == 1:
-        return read_region(folder, _row(stored, region[0].start, out.dtype.itemsize), region[1:], out[0])
-    step = 1 if out[0].nbytes >= GATHER_BELOW else max(1, GATHER_BELOW // (prod(stored.shape[1:]) * out.dtype.itemsize))
+        return read_flat(read, shape[1:], region[1:], out[0], at=at + region[0].start * row)
+    step = 1 if out[0].nbytes >= GATHER_BELOW else max(1, GATHER_BELOW // (row * out.dtype.itemsize))
     for rows in bands(region[0], step):
-        part = out[rows.start - region[0].start : rows.stop - region[0].start]
+        part, start = out[rows.start - region[0].start : rows.stop - region[0].start], at + rows.start * row
         if step == 1:
-            read_region(folder, stored, (rows, *region[1:]), part)
+            read_flat(read, shape[1:], region[1:], part[0], at=start)
         else:
-            scratch = np.empty((rows.stop - rows.start, *stored.shape[1:]), out.dtype)
-            _read_contiguous(folder, stored, (rows, *(slice(0, size) for size in stored.shape[1:])), scratch)
+            scratch = np.empty((rows.stop - rows.start, *shape[1:]), out.dtype)
+            read(start, scratch)
             copy(part, scratch[(slice(None), *region[1:])])
     return None
 
@@ -61,10 +73,9 @@ def file_offset(stored: StoredArray, region: Region, itemsize: int) -> int:
     return stored.offset + offset_of(region, stored.shape) * itemsize
 
 
-def _read_contiguous(folder: Folder, stored: StoredArray, region: Region, out: Array) -> None:
-    start = file_offset(stored, region, out.dtype.itemsize)
+def _read_contiguous(read: Callable[[int, Array], None], start: int, out: Array) -> None:
     target = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
-    folder.read_into(stored.file, start, as_bytes(target))
+    read(start, target)
     if target is not out:
         copy(out, target)
 

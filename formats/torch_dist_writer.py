@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import chain, starmap
 from math import prod
@@ -19,13 +21,17 @@ from formats.dcp_index import METADATA
 from formats.errors import UserError
 from formats.iterations import FORMAT, TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER, iteration_folder
 from formats.object_names import ObjectName
+from formats.optimizer.state import FULLY_RESHARDABLE
 from formats.outputs import Outputs
 from formats.spec import Array, Document, Region, Shape, Span, TensorSpec, dtype_name, extent
 from formats.torch_dist import COMMON_STATE, in_key
 from formats.torch_zip import object_archive
 
-_PREDICTION = "mtp."
+_PREDICTION = re.compile(r"(optimizer\.state\.\w+\.)?mtp\.")
 """What names of multi-token prediction layers begin with. Their keys keep the layer's number."""
+
+STATE = "optimizer.state."
+"""What keys of optimizer state begin with, before the kind of state and the weight's key: `optimizer.state.exp_avg.KEY`."""
 
 
 class ShardedTensor(NamedTuple):
@@ -33,6 +39,25 @@ class ShardedTensor(NamedTuple):
 
     spec: TensorSpec
     chunks: tuple[tuple[Region, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """What a checkpoint holds of a training run beside its tensors."""
+
+    common: Mapping[str, Any] = MappingProxyType({})
+    """Fields of the common state: `optimizer` with its parameter groups, `opt_param_scheduler`, `args`, …"""
+
+    random_states: Mapping[ObjectName, bytes] = MappingProxyType({})
+    """The archives of the states of random number generators."""
+
+    train_state: bytes = b""
+    """Megatron-Bridge's `train_state.pt`, where there is one."""
+
+    def objects(self) -> Iterator[NewObject]:
+        """Yield the objects that are not the common state; all are in the first rank's file."""
+        for name, archive in self.random_states.items():
+            yield NewObject(name, rank_file(0), archive)
 
 
 def module_of(weight: str) -> str | None:
@@ -53,22 +78,25 @@ class TorchDistWriter:
         stacked: bool = True,
         stateful_module: Callable[[str], str | None] = module_of,
         weightless: Mapping[str, int] = MappingProxyType({}),
+        run: RunState | None = None,
     ) -> None:
         """Of a `whole_model`, layers are stacked unless `stacked` is false, experts are, and every module gets its empty
         `_extra_state`. What has only some of a model's tensors keeps the layer's number in each key, and holds nothing else.
 
         `stateful_module`: the module of a weight that has an `_extra_state`, None where it has none. `weightless`: modules that
-        have one and no weight, with the rank in whose file it goes.
+        have one and no weight, with the rank in whose file it goes. `run`: what there is of a training run to go on with.
         """
+        run = run or RunState()
         self._folder = iteration_folder(iteration)
         self._whole_model, self._stacked = whole_model, stacked
         self.specs: dict[str, TensorSpec] = {}
         parts = _parts(self._noted(placed), self._located)
         keys = _keys(self.specs.values(), parts)
-        common = NewObject(COMMON_STATE, rank_file(0), _common(iteration, stacked=whole_model and stacked))
+        common = NewObject(COMMON_STATE, rank_file(0), _common(iteration, run.common, stacked=whole_model and stacked))
         states = chain(_extra_states(parts, keys, stateful_module), starmap(_extra_state, weightless.items()))
-        objects = chain(states, [common]) if whole_model else [common]
+        objects = chain(states, run.objects(), [common]) if whole_model else [common]
         self._container = ContainerWriter(self._folder, keys, parts, objects)
+        self._train_state = run.train_state or train_state(iteration)
         self._iteration = iteration
 
     def _noted(self, placed: Iterable[ShardedTensor]) -> Iterator[ShardedTensor]:
@@ -86,14 +114,14 @@ class TorchDistWriter:
 
     @property
     def documents(self) -> dict[str, Document]:
-        small = {FORMAT: Document.of(_FORMAT_DOCUMENT), TRAIN_STATE: Document.of(_train_state(self._iteration))}
+        small = {FORMAT: Document.of(_FORMAT_DOCUMENT), TRAIN_STATE: Document.of(self._train_state)}
         inside = {**small, METADATA: self._container.metadata}
         return {f"{self._folder}/{name}": data for name, data in inside.items()}
 
     @property
     def markers(self) -> dict[str, bytes]:
         """Both trackers: Megatron-LM reads the text, Megatron-Bridge the other."""
-        return {TRAIN_STATE_TRACKER: _train_state(self._iteration), TRACKER: str(self._iteration).encode()}
+        return {TRAIN_STATE_TRACKER: self._train_state, TRACKER: str(self._iteration).encode()}
 
     def spans(self, file: str) -> Iterator[Span]:
         return self._container.spans(file)
@@ -164,7 +192,7 @@ def _key_and_rows(name: str, *, stacked: bool) -> tuple[str, tuple[int, ...]]:
     if expert := _numbered(name, ".experts."):
         before, number, after = expert
         name, rows = f"{before}.experts.experts.{after}", (number,)
-    if stacked and not name.startswith(_PREDICTION) and (layer := _numbered(name, ".layers.")):
+    if stacked and not _PREDICTION.match(name) and (layer := _numbered(name, ".layers.")):
         before, number, after = layer
         name, rows = f"{before}.layers.{after}", (number, *rows)
     return name, rows
@@ -186,7 +214,8 @@ def _extra_states(
     archive = _no_state()
     modules: dict[str, str] = {}
     for key in keys:
-        modules.setdefault(stateful_module(key) or "", key)
+        if not key.startswith(STATE):
+            modules.setdefault(stateful_module(key) or "", key)
     names = {key: f"{module}._extra_state" for module, key in modules.items() if module}
     """Of the first weight of each module that has a state, the key of its objects."""
 
@@ -204,14 +233,20 @@ def _no_state() -> bytes:
     return object_archive([np.zeros(0, np.uint8)])
 
 
-def _common(iteration: int, *, stacked: bool) -> bytes:
-    content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+def _common(iteration: int, common: Mapping[str, Any], *, stacked: bool) -> bytes:
+    content: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     content |= {} if stacked else {"non_homogeneous_layers": True}
-    return object_archive([{"checkpoint_version": 3.0, "iteration": iteration, "content_metadata": content}])
+    content |= _FULLY_RESHARDABLE if "optimizer" in common else {}
+    return object_archive([{"checkpoint_version": 3.0, "iteration": iteration, **common, "content_metadata": content}])
 
 
-def _train_state(step: int) -> bytes:
-    """Megatron-Bridge's record of progress: 0-d tensors."""
+_FULLY_RESHARDABLE = {
+    "distrib_optim_sharding_type": FULLY_RESHARDABLE, "distrib_optim_fully_reshardable_mem_efficient": False,
+}  # fmt: skip
+
+
+def train_state(step: int) -> bytes:
+    """Return Megatron-Bridge's record of progress: 0-d tensors."""
     counts = dict.fromkeys(("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"), 0)
     state: dict[str, Any] = {"step": step, **counts}
     arrays: dict[str, Array] = {name: np.array(value, np.int64) for name, value in state.items()}

@@ -32,11 +32,10 @@ from converter.side_files import HFReference
 from converter.sources import Source, huggingface_source, megatron_source
 from converter.views import megatron_view
 from formats.arrays import as_bytes
-from formats.detect import detect, open_megatron
+from formats.detect import detect, open_huggingface, open_megatron
 from formats.dtypes import MODEL_DTYPES
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
-from formats.huggingface import HuggingFaceReader
 from formats.spec import DTYPES, Array, TensorSpec, dtype_name
 
 _CHANGEABLE = {DTYPES[name]: name for name in MODEL_DTYPES}
@@ -65,7 +64,7 @@ def identify_base(folder: Folder, *, name: str, layout: str | None = None) -> Ba
         reader = open_megatron(folder)
         origin, layout = reference.find(reader, None), layout or layout_of(reader.specs)
     else:
-        origin = side_files.from_folder(folder)
+        origin = side_files.from_folder(open_huggingface(folder, any_dtype=True).beside)
     family = families.find(origin.config.get("model_type"), layout).as_modules()
     identity = Base(folder.origin.get("id", name), fingerprint(folder))
     return BaseModel(identity, origin, family.RULES, make_model(family.CONFIG, origin.config), family.layout)
@@ -77,9 +76,7 @@ def open_base(folder: Folder, given: Folder | None) -> Source:
     Raises UserError for a folder that holds no model.
     """
     if not detect(folder).is_megatron:
-        if given:
-            raise UserError("`--hf-config` is for a Megatron checkpoint", hint=f"`{folder.label}` has its own `config.json`")
-        source = huggingface_source(HuggingFaceReader(folder, any_dtype=True))
+        source = huggingface_source(open_huggingface(folder, any_dtype=True), given)
         _refuse_unfit(source)
         check_dtypes(source.reader.specs)
         return source

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, cast
 
-from formats.detect import Format, detect
+from formats.detect import HUGGINGFACE, MEGATRON, Format, detect
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.spec import is_size
@@ -59,7 +59,7 @@ def require(folder: Folder, expected: Format, *, adapter: bool = False) -> None:
     if not adapter:
         refuse_adapter(folder)
     kind = detect(folder)
-    if kind is expected or (kind.is_megatron and expected.is_megatron):
+    if kind is expected or any({kind, expected} <= kinds for kinds in (HUGGINGFACE, MEGATRON)):
         return
     description, hint = _DESCRIPTIONS[kind]
     wanted = {
@@ -70,14 +70,15 @@ def require(folder: Folder, expected: Format, *, adapter: bool = False) -> None:
     raise UserError(f"`{folder.label}` is {description}, not {wanted[expected]}", hint=hint)
 
 
+_HUGGINGFACE = (
+    "a Hugging Face model",
+    "`mbconvert hf-to-mcore` converts it; `mbconvert merge BASE ADAPTER DST` takes the model first, then its adapter",
+)
 _MEGATRON = "a Megatron checkpoint", "`mbconvert mcore-to-hf` converts it, or `adapter-to-hf` if it holds an adapter"
 _DESCRIPTIONS = {
-    Format.HUGGINGFACE: (
-        "a Hugging Face model",
-        "`mbconvert hf-to-mcore` converts it; `mbconvert merge BASE ADAPTER DST` takes the model first, then its adapter",
-    ),
     Format.PEFT: ("a PEFT adapter", "`mbconvert adapter-to-mcore` converts it"),
-    **{kind: _MEGATRON for kind in Format if kind.is_megatron},
+    **dict.fromkeys(HUGGINGFACE, _HUGGINGFACE),
+    **dict.fromkeys(MEGATRON, _MEGATRON),
 }
 """What a folder of each format is, and the commands that take it."""
 

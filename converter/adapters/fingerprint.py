@@ -26,14 +26,13 @@ from converter.plan import Piece, TensorPlan, check_dtypes, list_names, same_ten
 from converter.planner import huggingface_tensors, to_huggingface
 from converter.recognize import refuse_unfit
 from converter.run import PieceBuffers, in_threads
-from converter.side_files import CONFIG
+from converter.side_files import config_of
 from converter.sources import open_source
 from formats.detect import open_checkpoint
 from formats.disk import user_errors
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
-from formats.json_objects import read_json
 from formats.megatron_reader import MegatronReader
 from formats.spec import Reader, Region
 
@@ -55,7 +54,7 @@ def fingerprint(source: str | Path | Folder) -> str:
             return fingerprint(folder)
     reader = open_checkpoint(source, any_dtype=True)
     if isinstance(reader, HuggingFaceReader):
-        config = read_json(source, CONFIG)
+        config = config_of(reader)
         plain = dequantized(reader, config)
         return _digest(plain, _plan_stored(plain, config, label=source.label))
     return _digest(reader, _plan_exported(reader))

@@ -10,6 +10,9 @@ from formats.spec import Reader
 EXP_AVG, EXP_AVG_SQ, MASTER = STATES = ("exp_avg", "exp_avg_sq", "param")
 """Adam's two moments, and the weights in fp32, in the words of `fully_reshardable`: `optimizer.state.param.KEY`."""
 
+FULLY_RESHARDABLE = "fully_reshardable"
+"""megatron-core's word for the way that this project writes: loaded by 0.15 and later at any layout."""
+
 
 class OptimizerState(NamedTuple):
     """The state of an optimizer of Adam's kind."""

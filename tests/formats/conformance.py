@@ -54,7 +54,7 @@ class ReaderSuite:
     def test_any_region_reads_back_also_into_strided_memory(self, tmp_path):
         values = self.store(tmp_path)
         reader = self.reader(LocalFolder(tmp_path))
-        name = self.matrix.format(1, "bf16")
+        name = next(name for name in values if name.endswith(self.matrix.format(1, "bf16").removeprefix("decoder.")))
         for a, b, c, d in product((0, 3), (4, 7), (0, 5), (6, 12)):
             region = slice(a, b), slice(c, d)
             for out in (np.empty(extent(region), DTYPES["bf16"]), np.empty((b - a, 50), DTYPES["bf16"])[:, 1 : 1 + d - c]):

@@ -54,6 +54,12 @@ def test_a_folder_is_a_model_by_its_content_and_not_by_its_name(tmp_path, name):
     ([".metadata", "metadata.json"], Format.TORCH_DIST),
     ([".metadata", "common.pt"], Format.TORCH_DIST),
     (["mp_rank_00_001/model_optim_rng.pt"], Format.RANK_FILES),
+    (["weights/.metadata", "context/model.yaml"], Format.NEMO),
+    (["model_weights/.metadata", "model_config.yaml"], Format.NEMO),
+    (["model_weights.ckpt", "model_config.yaml"], Format.NEMO),
+    (["tp_rank_00_pp_rank_000/model_weights.ckpt", "model_config.yaml"], Format.NEMO),
+    (["shard-00001-model-00001-of-00002.safetensors"], Format.SLICES),
+    (["shard-00001-model-00001-of-00001.safetensors", "model.safetensors"], Format.HUGGINGFACE),
 ])  # fmt: skip
 def test_formats_that_are_read(tmp_path, names, found):
     assert detect(folder_with(tmp_path / "m", *names)) is found
@@ -84,10 +90,12 @@ OTHERS = {
     "verl": (["model_world_size_2_rank_0.pt", "fsdp_config.json"], "verl", "verl.model_merger merge"),
     "DeepSpeed": (["latest", "zero_to_fp32.py", "global_step1/mp_rank_00_model_states.pt"], "DeepSpeed", "zero_to_fp32.py"),
     "DeepSpeed's step": (["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"], "DeepSpeed", "zero_to"),
-    "ZeRO in bf16": (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "a DeepSpeed checkpoint", "zero_to_fp32"),
-    "accelerate": (["pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp"], "accelerate", "merge-weights"),
+    "ZeRO in bf16": (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "ZeRO stage 1 or 2", "zero_to_fp32"),
+    "ZeRO 3": (["zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"], "ZeRO stage 3", ""),
+    "universal": (["zero/lm_head.weight/fp32.pt", "mp_rank_00_model_states.pt"], "a universal checkpoint", "load_universal"),
+    "universal's root": (["latest_universal", "global_step1_universal/zero/w/fp32.pt"], "a universal checkpoint", "zero_to_fp32"),
     "ranks": (["rank_0.pt", "rank_1.pt"], "one file for each rank", "save_pretrained"),
-    "NeMo": (["llama.nemo"], "a NeMo archive", "convert_llama_nemo_to_hf.py"),
+    "NeMo": (["llama.nemo"], "a NeMo archive", "give the archive itself: `"),
     "TensorFlow": (["tf_model.h5"], "TensorFlow weights", "from_tf=True"),
     "Flax": (["flax_model.msgpack"], "Flax or JAX weights", "from_flax=True"),
     "ONNX": (["model.onnx", "model.onnx_data"], "an ONNX graph", "original weights"),
@@ -108,6 +116,15 @@ def test_another_format_is_named_with_the_way_out(tmp_path, name):
     assert what in problem
     assert way in hint
     assert "{" not in hint
+
+
+def test_the_stage_of_deepspeed_is_told_by_the_latest_step(tmp_path):
+    file = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    folder = folder_with(tmp_path / "m", "latest", "zero_to_fp32.py", f"global_step5/{file}")
+    (tmp_path / "m" / "latest").write_text("global_step5")
+    assert f"has its weights in `global_step5/{file}`: a DeepSpeed checkpoint of ZeRO stage 3" in message(folder)
+    (tmp_path / "m" / "latest").write_text("../m/global_step5")
+    assert "`global_step5/`: a DeepSpeed checkpoint\n" in message(folder)
 
 
 def test_zarr_is_complete_when_its_last_file_is_there(tmp_path):
@@ -164,22 +181,30 @@ def test_an_iteration_without_its_index_was_never_finished(tmp_path):
 
 
 def test_a_distributed_checkpoint_of_another_program_is_not_called_megatrons(tmp_path):
-    dcp.save({"model.model.layers.0.mlp.up_proj.weight": torch.ones(4, 2)}, checkpoint_id=tmp_path / "fsdp", no_dist=True)
-    said = message(LocalFolder(tmp_path / "fsdp"))
-    assert "is a distributed checkpoint of PyTorch's, but not Megatron's" in said
-    assert "`model.model.layers.0.mlp.up_proj.weight`" in said
-    assert "accelerate merge-weights" in said
-    state = {"model": {"layers.0.attention.wq.weight": torch.ones(3)}, "optimizer": {"step": torch.ones(2)}}
-    dcp.save(state, checkpoint_id=tmp_path / "titan", no_dist=True)
-    assert "but not Megatron's: it holds 2 tensors such as `model.layers.0.attention.wq.weight`" in message(
-        LocalFolder(tmp_path / "titan")
-    )
+    dcp.save({"head.weight": torch.ones(4, 2), "optimizer": {"step": torch.ones(2)}}, checkpoint_id=tmp_path / "x", no_dist=True)
+    said = message(LocalFolder(tmp_path / "x"))
+    assert "is a distributed checkpoint of PyTorch's, but not Megatron's: it holds 2 tensors such as `head.weight`" in said
+    assert "save_pretrained" in said
     dcp.save({"decoder.layers.mlp.linear_fc2.weight": torch.ones(4, 2)}, checkpoint_id=tmp_path / "mcore", no_dist=True)
     assert detect(LocalFolder(tmp_path / "mcore")) is Format.TORCH_DIST
 
 
+@pytest.mark.parametrize(("names", "found"), [
+    (["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"], Format.DCP),
+    (["model.model.layers.0.mlp.up_proj.weight", "optimizer.step"], Format.DCP),
+    (["transformer.h.0.attn.c_attn.weight"], Format.DCP),
+    (["model.decoder.layers.0.fc1.weight", "model.decoder.embed_tokens.weight"], Format.DCP),
+    (["layers.0.attention.wq.weight"], Format.TITAN),
+    (["layers.0.attention.qkv_linear.wq.weight", "state.norm.weight.exp_avg"], Format.TITAN),
+    (["model.decoder.layers.0.mlp.linear_fc1.weight"], Format.TORCH_DCP),
+])  # fmt: skip
+def test_the_names_in_a_distributed_checkpoint_say_whose_it_is(tmp_path, names, found):
+    dcp.save({name: torch.ones(2) for name in names}, checkpoint_id=tmp_path, no_dist=True)
+    assert detect(LocalFolder(tmp_path)) is found
+
+
 @pytest.mark.parametrize("names", [
-    ["checkpoint-500/model.safetensors", "trainer_state.json"], ["weights/.metadata", "context/model.yaml"],
+    ["checkpoint-500/model.safetensors", "trainer_state.json"], ["weights/.metadata", "other/model.yaml"],
     ["style/adapter_config.json"], ["snapshots/abc/model.safetensors", "blobs/", "refs/main"],
 ])  # fmt: skip
 def test_weights_in_a_folder_below_are_pointed_at(tmp_path, names):

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import numpy as np
 import pytest
 
 from formats.detect import open_megatron
 from formats.folder import LocalFolder
 from formats.optimizer.open import open_optimizer
 from formats.optimizer.state import MASTER, STATES
+from formats.spec import extent
 from tests.golden.kinds import unpacked
 
 
 @pytest.fixture(scope="module")
 def state_of(tmp_path_factory):
-    readers = []
-
+    @cache
     def opened(name):
-        readers.append(open_megatron(LocalFolder(unpacked(name, tmp_path_factory.mktemp("kinds")))))
-        return readers[-1], open_optimizer(readers[-1])
+        reader = open_megatron(LocalFolder(unpacked(name, tmp_path_factory.mktemp("kinds"))))
+        readers.append(reader)
+        return reader, open_optimizer(reader)
 
+    readers = []
     yield opened
     for reader in readers:
         reader.close()
@@ -39,3 +44,50 @@ def test_state_in_the_shapes_of_weights(state_of, name, kind, step):
 def test_experts_have_an_optimizer_of_their_own(state_of):
     _, optimizer = state_of("ranks_ep2_as_torch_dist")
     assert [{group["is_expert_parallel"] for group in groups} for groups in optimizer.groups] == [{False}, {True}]
+
+
+def values(optimizer):
+    """Every tensor of the state: shape, dtype and bytes."""
+    contents = {}
+    for state, reader in optimizer.states.items():
+        for name, spec in reader.specs.items():
+            out = np.empty(spec.shape, spec.dtype)
+            reader.read(name, spec.full_region, out)
+            contents[state, name] = spec.shape, spec.dtype, out.tobytes()
+    return contents
+
+
+TWINS = [
+    ("zarr_distributed_optimizer_flattened", "zarr_distributed_optimizer"),
+    ("zarr_distributed_optimizer_buckets", "zarr_distributed_optimizer"),
+    ("ranks_tp2_pp2_buckets", "ranks_tp2_pp2_as_torch_dist"),
+    ("ranks_pp2_vpp2_buckets", "ranks_pp2_vpp2_as_torch_dist"),
+    ("ranks_ep2_buckets", "ranks_ep2_as_torch_dist"),
+    ("zarr_distributed_optimizer_gathered", "zarr_distributed_optimizer"),
+    ("ranks_tp2_pp2_gathered", "ranks_tp2_pp2_as_torch_dist"),
+]
+
+
+@pytest.mark.parametrize(("name", "twin"), TWINS)
+def test_state_stored_flat_is_that_of_the_twin(state_of, name, twin):
+    reader, optimizer = state_of(name)
+    expected = state_of(twin)[1]
+    assert values(optimizer) == values(expected)
+    assert {name for _, name in values(optimizer)} == reader.specs.keys()
+    assert optimizer.groups == expected.groups
+
+
+@pytest.mark.parametrize(("name", "twin"), TWINS)
+def test_any_region_of_state_stored_flat(state_of, name, twin):
+    """Rows, columns and both, also over the seams of ranks."""
+    masters = state_of(name)[1].states[MASTER]
+    rng = np.random.default_rng(3)
+    for weight, spec in masters.specs.items():
+        whole = np.empty(spec.shape, spec.dtype)
+        state_of(twin)[1].states[MASTER].read(weight, spec.full_region, whole)
+        for _ in range(8):
+            cuts = [sorted(rng.integers(0, size, 2)) for size in spec.shape]
+            region = tuple(slice(int(start), int(stop) + 1) for start, stop in cuts)
+            out = np.empty(extent(region), spec.dtype)
+            masters.read(weight, region, out)
+            assert out.tobytes() == whole[region].tobytes()

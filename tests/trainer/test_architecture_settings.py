@@ -84,7 +84,10 @@ REFUSED = [
     ),
     (
         {"model__rope_parameters": {"rope_type": "spiral"}},
-        "`model.rope_parameters` has the `rope_type` `spiral`\n\nhint: choose one of: default, dynamic, linear, llama3, longrope",
+        (
+            "`model.rope_parameters` has the `rope_type` `spiral`\n\n"
+            "hint: choose one of: default, dynamic, linear, llama3, longrope, yarn"
+        ),
     ),
     (
         {**SLIDING, "model__window_size": None},

@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 from converter import reference, side_files
 from converter.dequantization import dequantized
 from converter.sources import open_source
-from formats.detect import detect, open_megatron
+from formats.detect import detect, open_huggingface, open_megatron
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
-from formats.huggingface import HuggingFaceReader
 from formats.iterations import find_iteration
-from formats.json_objects import read_json
 from formats.spec import Reader, dtype_name
 from trainer import tokenizers
 from trainer.checkpoints import iterations
@@ -46,8 +44,8 @@ def describe(source: str) -> Described:
     """
     folder = open_source(source, or_hub=True)
     if not detect(folder).is_megatron:
-        with closing(HuggingFaceReader(folder, any_dtype=True)) as reader:
-            config = read_json(folder, side_files.CONFIG)
+        with closing(open_huggingface(folder, any_dtype=True)) as reader:
+            config = side_files.config_of(reader)
             return Described(config, _dtype(dequantized(reader, config)))
     with closing(open_megatron(folder)) as reader:
         try:

@@ -24,17 +24,18 @@ from converter.adapters.files import refuse_adapter
 from converter.checks import check_equal
 from converter.config import make_model
 from converter.dequantization import dequantized
+from converter.nemo_config import settings_of
 from converter.plan import Piece, TensorPlan, as_stored, list_names
 from converter.planner import Plan, to_megatron
 from converter.run import PieceBuffers
-from converter.side_files import CONFIG
+from converter.side_files import config_of
 from converter.sources import open_source
+from converter.spellings import spelled_as
 from formats.arrays import bands
 from formats.detect import open_checkpoint
 from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.huggingface import HuggingFaceReader
-from formats.json_objects import read_json
 from formats.megatron_reader import MegatronReader
 from formats.spec import Array, Reader, Region, dtype_name, extent, relative_to
 from trainer import collectives
@@ -125,6 +126,8 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
             if isinstance(reader, HuggingFaceReader)
             else (reader, _in_layout(layout, _from_megatron(reader, config)))
         )
+        names = _names(locals_)
+        tensor_plans = {spelled_as(names, name): one for name, one in tensor_plans.items()}
         check_names_and_shapes(locals_, tensor_plans, source)
         if config and getattr(chunks[0].config, "hf_config", None):
             for text in hf_config.compare(chunks[0].config, config, source=source):
@@ -140,7 +143,7 @@ def _hf_config(reader: HuggingFaceReader | MegatronReader, vocab: int | None) ->
     """Return the `config.json` of a source; None for a checkpoint that does not describe its model. `vocab` is the model's own
     vocabulary size, for a checkpoint that has only the padded size."""
     if isinstance(reader, HuggingFaceReader):
-        return read_json(reader.folder, CONFIG)
+        return config_of(reader)
     try:
         return reference.find(reader, None, any_settings=True, vocab=vocab).config
     except reference.UnknownModelError:
@@ -151,7 +154,7 @@ def _by_settings(reader: HuggingFaceReader | MegatronReader, provider: Any, sour
     """Return the differences between a GPT's settings and those of a checkpoint that no `config.json` can hold."""
     if not isinstance(provider, GPTModelProvider):
         return []
-    saved = [] if isinstance(reader, HuggingFaceReader) else run_config.read_all(reader.folder, reader.args())
+    saved = [] if isinstance(reader, HuggingFaceReader) else settings_of(reader)
     return hf_config.compare_settings(provider, saved[0].settings if saved else {}, source=source)
 
 
@@ -165,7 +168,7 @@ def settings_changed(chunks: Sequence[Any], resumed: Path) -> list[str]:
 
 def plan_of(reader: HuggingFaceReader) -> Plan:
     """Return the plan that makes a Megatron model without padding from a directory's tensors, as plain numbers."""
-    config = read_json(reader.folder, CONFIG)
+    config = config_of(reader)
     return _plan(dequantized(reader, config), config)
 
 
@@ -178,7 +181,7 @@ def _plan(reader: Reader, config: Mapping[str, Any], layout: str | None = None) 
 def _from_huggingface(reader: HuggingFaceReader, layout: str | None) -> tuple[Reader, dict[str, TensorPlan]]:
     """Return a reader of a directory's tensors as plain numbers, and the plan for each of Megatron's in a layout. Rank 0 compares
     those that must be equal, which all ranks would read whole."""
-    config = read_json(reader.folder, CONFIG)
+    config = config_of(reader)
     tensors = dequantized(reader, config)
     plan = _plan(tensors, config, layout)
 
@@ -213,6 +216,13 @@ def _padded(name: str) -> bool:
 def _unpadded(tensor_plan: TensorPlan, vocab: int | None) -> TensorPlan:
     rows = tensor_plan.spec.shape[0] if vocab is None else min(vocab, tensor_plan.spec.shape[0])
     return replace(tensor_plan, ranges=tuple(replace(part, rows=rows) for part in tensor_plan.ranges))
+
+
+def _names(locals_: Sequence[LocalShard]) -> set[str]:
+    """Return the names of the whole model's weights, of which each rank holds some."""
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, {local.name for local in locals_})
+    return set[str]().union(*everywhere)
 
 
 _OTHER = "the weights are of another model than `model` describes; no weight is left random"

@@ -31,7 +31,7 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
             f"`{folder}` holds weights, but no run of this trainer to resume",
             hint=f"start from its weights with `checkpoint.pretrained_checkpoint={folder.parent}`",
         )
-    same_layout = _is_same_layout(_saved_layout(saved))
+    same_layout = _is_same_layout(_saved_layout(saved)) and saved.get("random_states", True)
     metadata = {**state_dict.content_metadata(config.checkpoint, peft=config.peft), **common.get("content_metadata", {})}
     sharding = metadata["distrib_optim_sharding_type"]
     if config.checkpoint.save_optim:

@@ -27,9 +27,8 @@ from converter.layout import make_layout
 from converter.megatron_settings import Effect, effect_of
 from converter.model import Model
 from converter.sources import open_source
-from formats.detect import detect
+from formats.detect import detect, open_huggingface
 from formats.folder import BAND_BYTES, FileRef, Folder
-from formats.huggingface import HuggingFaceReader
 from formats.iterations import find_iteration
 from formats.spec import DTYPES
 from trainer import tokenizers
@@ -120,7 +119,7 @@ def _from_source(source: str) -> tuple[dict[str, bytes | FileRef], Iterable[byte
     """Return the side files of a Hugging Face directory or of a Megatron checkpoint, and the file of extras in blocks."""
     folder = open_source(source, or_hub=True)
     if not detect(folder).is_megatron:
-        reader = HuggingFaceReader(folder, any_dtype=True)
+        reader = open_huggingface(folder, any_dtype=True)
         collected = side_files.collect(reader, live.plan_of(reader).extras)
         blocks = side_files.blocks_of(collected.extras, reader) if collected.extras else ()
         return {**collected.documents, **collected.copies}, blocks

@@ -133,7 +133,7 @@ def test_a_target_that_is_the_base_or_the_adapter(base, adapter, tmp_path):
 
 
 def test_a_config_for_a_base_that_has_one(base, adapter, tmp_path):
-    assert "`--hf-config` is for a Megatron checkpoint" in refused(base, adapter, tmp_path, hf_config=base)
+    assert "`--hf-config` is for a source without a `config.json`" in refused(base, adapter, tmp_path, hf_config=base)
 
 
 def test_a_bias_that_megatron_was_to_keep_zero_and_did_not(model_folder, tmp_path, monkeypatch):
