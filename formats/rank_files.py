@@ -12,7 +12,7 @@ from typing import Any
 
 from formats import rank_names
 from formats.chunks import Chunk
-from formats.errors import UserError
+from formats.errors import UserError, format_untrusted
 from formats.folder import FileRef, Folder
 from formats.iterations import find_iteration
 from formats.rank_boxes import BoxesReader, merge
@@ -110,5 +110,7 @@ def _first_layers(files: Mapping[Rank, RankFile], args: Mapping[str, Any]) -> di
         layers += counts[place]
     expected = args.get("num_layers")
     if expected is not None and expected != layers:
-        raise UserError(f"the files hold {layers} layers, and their `args` say {expected}", hint="the files are of two runs")
+        raise UserError(
+            f"the files hold {layers} layers, and their `args` say {format_untrusted(expected)}", hint="the files are of two runs"
+        )
     return firsts

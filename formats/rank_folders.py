@@ -152,7 +152,7 @@ def _sizes_of_names(names: list[str], first: RankFile) -> tuple[int, int, int]:
     norm after all layers, which is in the last stage of a pipeline."""
     numbers = [match.groups(default="0") for name in names if (match := _FOLDER.fullmatch(name))]
     tp, second, third = (1 + max(int(each[place]) for each in numbers) for place in range(3))
-    if third == 1 and any(_LAST.fullmatch(str(name)) for model in first.models for name in model):
+    if third == 1 and any(_LAST.fullmatch(name) for model in first.models for name in model):
         return tp, 1, second
     return tp, second, third
 
@@ -193,7 +193,7 @@ def _archive(folder: Folder, file: str) -> tuple[OpenArchive, dict[str, Any]]:
     state: Any = archive.pickle()
     if not isinstance(state, dict):
         raise UserError(f"`{file}` is not a dictionary", hint="the file is of another program")
-    return archive, {key: value for key, value in cast("dict[Any, Any]", state).items() if isinstance(key, str)}
+    return archive, _named(cast("dict[Any, Any]", state))
 
 
 def _models(state: Mapping[str, Any], file: str) -> list[Mapping[str, Any]]:
@@ -201,12 +201,18 @@ def _models(state: Mapping[str, Any], file: str) -> list[Mapping[str, Any]]:
     models: list[Any] = [state[key] for key in keys]
     if not models or not all(isinstance(model, dict) for model in models):
         raise UserError(f"`{file}` has no `model`", hint="it is no checkpoint of Megatron-LM")
-    if any("language_model" in name for model in models for name in model if isinstance(name, str)):
+    models = [_named(model) for model in models]
+    if any("language_model" in name for model in models for name in model):
         raise UserError(
             f"`{file}` is of a model from before megatron-core (`language_model`), which is not supported",
             hint="convert it with Megatron-LM's `tools/checkpoint/convert.py --loader legacy --saver core` first",
         )
     return models
+
+
+def _named(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the items whose keys are names: those of a damaged pickle may be anything."""
+    return {key: value for key, value in values.items() if isinstance(key, str)}
 
 
 def args_of(file: RankFile) -> Mapping[str, Any]:

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from formats.errors import UserError
+from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
 from formats.optimizer.rank_places import FP32, Places, as_dict, as_sequence, parameters, state_tensor
 from formats.optimizer.state import STATES
 from formats.pickles import Global
 from formats.rank_folders import OPTIMIZER_FILE, RankFile, args_of
 from formats.rank_names import EMBEDDING, OUTPUT, RankTensor
+from formats.spec import is_size
 from formats.torch_zip import DTYPE_OF, OpenArchive
 
 _ALIGNMENT = 64  # elements to a multiple of which megatron-core moves the start of every weight
@@ -110,7 +111,7 @@ def _buffers(archive: OpenArchive, state: Any, name: str) -> Iterator[_Buffer]:
             f"`{name}` has a tensor for each bucket, as Megatron-LM wrote before February 2024, which is not supported",
             hint="load it in Megatron-LM with `--ckpt-convert-update-legacy-dist-opt-format`, which saves it in today's layout",
         )
-    for number in sorted(key for key in buffers if isinstance(key, int)):
+    for number in sorted(key for key in buffers if is_size(key)):
         for dtypes, flat in as_dict(buffers[number]).items():
             yield _buffer(archive, (number, dtypes), as_dict(flat), name)
 
@@ -127,7 +128,9 @@ def _buffer(archive: OpenArchive, key: tuple[int, Any], flat: Mapping[Any, Any],
     sizes = {prod(tensor.shape) for tensor in tensors.values()}
     size = flat.get("numel_unpadded", max(sizes))
     if sizes != {size}:
-        raise UserError(f"buffer `{shown}` in `{name}` has tensors of {sorted(sizes)} elements, and should have {size}")
+        raise UserError(
+            f"buffer `{shown}` in `{name}` has tensors of {sorted(sizes)} elements, and should have {format_untrusted(size)}"
+        )
     return _Buffer(shown, DTYPE_OF[written], size, tensors)
 
 

@@ -18,6 +18,7 @@ from formats.pickles import Record
 from formats.rank_boxes import Boxes, BoxesReader
 from formats.rank_files import RankFilesReader
 from formats.rank_folders import OPTIMIZER_FILE, RankFile
+from formats.spec import is_size
 
 _LAYER_WISE = "layer_wise_optimizer_"
 
@@ -77,7 +78,7 @@ def _groups(files: Sequence[RankFile], optimizers: Mapping[str, Sequence[Mapping
 def _settings(file: RankFile, optimizer: Mapping[Any, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hyper-parameters of a group, with `step`, which torch's Adam counts for each weight."""
     settings = {name: value for name, value in group.items() if name != "params"}
-    first = next((index for index in as_sequence(group.get("params")) if isinstance(index, int)), None)
+    first = next((index for index in as_sequence(group.get("params")) if is_size(index)), None)
     match as_dict(as_dict(optimizer.get("state")).get(first)).get("step"):
         case Record() as step if "step" not in settings:
             return {**settings, "step": file.archive.array(step).item()}

@@ -15,7 +15,7 @@ from formats.optimizer.rank_places import FP32, Places, as_dict, as_sequence, pa
 from formats.optimizer.state import EXP_AVG, EXP_AVG_SQ, MASTER
 from formats.rank_folders import RankFile
 from formats.rank_names import EMBEDDING, OUTPUT, RankTensor
-from formats.spec import Shape
+from formats.spec import Shape, is_size
 
 _MASTERS = "fp32_from_fp16_params"
 
@@ -26,7 +26,7 @@ class _Group:
     def __init__(self, file: RankFile, optimizer: Mapping[Any, Any], number: int) -> None:
         self._file = file
         self.settings = as_dict(optimizer["param_groups"][number])
-        self._indices = deque(index for index in as_sequence(self.settings.get("params")) if isinstance(index, int))
+        self._indices = deque(index for index in as_sequence(self.settings.get("params")) if is_size(index))
         self._state = as_dict(optimizer.get("state"))
         self._has_masters = _MASTERS in optimizer
         masters = as_sequence(optimizer.get(_MASTERS))
