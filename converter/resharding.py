@@ -104,13 +104,21 @@ class _Reshard:
 
 
 def plan_reshard(
-    reader: MegatronReader, root: Folder, wanted: ReshardOptions, reporter: Reporter, *, workers: int = DEFAULT
+    reader: MegatronReader,
+    root: Folder,
+    wanted: ReshardOptions,
+    reporter: Reporter,
+    *,
+    run: TrainingRun | None = None,
+    workers: int = DEFAULT,
 ) -> Conversion:
-    """Return the conversion of a Megatron checkpoint to another layout. `root` is the folder that the user named.
+    """Return the conversion of a Megatron checkpoint to another layout. `root` is the folder that the user named, `run` what the
+    output keeps of a training run: by default that of the checkpoint.
 
     Raises UserError if the checkpoint holds what would be lost, or does not say enough of its model.
     """
-    run = None if wanted.weights_only else open_run(reader)
+    if run is None and not wanted.weights_only:
+        run = open_run(reader)
     reader.check()  # first: it frees the index, whose memory the plan then takes
     found = _recognize(reader, root, wanted, run)
     for text in _notes(found, reader):
@@ -232,7 +240,7 @@ def _notes(found: _Reshard, reader: MegatronReader) -> Iterator[str]:
     if reader.others and not found.run:
         yield f"{len(reader.others)} tensors that are no weights (such as `{reader.others[0]}`) are left out"
     if found.run:
-        yield from notes_on_run(reader, found.run, parallel_sizes(found.model, found.layout))
+        yield from notes_on_run(found.run, parallel_sizes(found.model, found.layout))
     elif reader.args() and not reader.folder.has(run_config.FILE):
         yield f"{run_config.ARGS} are left out; `{run_config.FILE}` says what model it is"
 

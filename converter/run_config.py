@@ -76,6 +76,16 @@ def with_parallel_sizes(data: bytes, megatron: Config, layout: Layout, *, vocab_
     return yaml.safe_dump({**known, "model": model}, sort_keys=True).encode()
 
 
+def with_tokens(data: bytes, size: int) -> bytes:
+    """Return a `run_config.yaml` with another number of tokens, without padding, and all else as it was."""
+    known = document(data)
+    model = _model_section(known)
+    model["vocab_size"] = size
+    if model.get("padded_vocab_size") is not None:
+        model["padded_vocab_size"] = size
+    return yaml.safe_dump({**known, "model": model}, sort_keys=True).encode()
+
+
 def _model(megatron: Config, dtype: np.dtype[Any]) -> dict[str, Any]:
     names = names_of(dtype)
     return {
@@ -250,7 +260,6 @@ _ONE_MORE = ("NullTokenizer", "NullMultimodalTokenizer")
 
 RENAMED = {
     "rope_scaling": "use_rope_scaling", "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
-    "num_moe_experts": "num_experts",
 }  # fmt: skip
 """Megatron-LM's names of fields that mean the same."""
 
