@@ -91,12 +91,12 @@ def _is_megatron(root: Path) -> bool:
 
 
 def _row(kind: Format, reports: Iterable[Report]) -> list[str]:
-    states = {one.state.optimizer for one in reports if one.format == kind.value and one.state and one.state.optimizer}
+    held = {one.state.optimizer for one in reports if one.format == kind.value and one.optimizer_state and one.state}
     return [
         f"`{kind.value}`",
         ", ".join(f"`{command}`" for command in _readers(kind)),
         ", ".join(f"`{command}`" for command in _writers(kind)),
-        ", ".join(f"`{state}`" for state in sorted(states)) or ("not read" if kind.is_megatron else ""),
+        ", ".join(f"`{state}`" if state else "not read" for state in sorted(held)) or ("not tried" if kind.is_megatron else ""),
     ]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from formats.container import Container
 from formats.errors import UserError
 from formats.iterations import FSDP_DTENSOR
-from formats.optimizer.state import EXP_AVG, EXP_AVG_SQ, MASTER, OptimizerState
+from formats.optimizer.state import EXP_AVG, EXP_AVG_SQ, MASTER, WEIGHTS_ALONE, OptimizerState
 from formats.rank_names import with_expert
 from formats.renamed_container import RenamedContainer
 from formats.spec import DTYPES, RenamedReader
@@ -50,7 +50,7 @@ def _names(container: Container) -> dict[str, dict[str, str]]:
     for state in names.keys() - {*_KNOWN}:
         raise UserError(
             f"the optimizer keeps `{state}` of `{next(iter(names[state]))}`: it is not Adam, whose state alone is read",
-            hint="`--weights-only` leaves it out, where a command has that option",
+            hint=WEIGHTS_ALONE,
         )
     return names
 

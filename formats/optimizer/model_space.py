@@ -14,7 +14,7 @@ from typing import Any
 from formats.container import Container
 from formats.errors import UserError
 from formats.optimizer.flattened import unflattened
-from formats.optimizer.state import EXP_AVG, EXP_AVG_SQ, MASTER, OptimizerState
+from formats.optimizer.state import EXP_AVG, EXP_AVG_SQ, MASTER, WEIGHTS_ALONE, OptimizerState
 from formats.spec import Reader
 from formats.torch_dist import TorchDistReader
 
@@ -55,7 +55,7 @@ def _check(container: Container) -> None:
         if not name.startswith(known):
             raise UserError(
                 f"the optimizer keeps `{match[1]}` of `{match[2]}`: it is not Adam, whose state alone is read",
-                hint="`--weights-only` leaves it out, where a command has that option",
+                hint=WEIGHTS_ALONE,
             )
         if container.shape(name) != container.shape(match[2]):
             raise UserError(

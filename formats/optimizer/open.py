@@ -5,7 +5,7 @@ from __future__ import annotations
 from formats.errors import UserError
 from formats.megatron_reader import MegatronReader
 from formats.optimizer import buckets, fsdp, gathered, model_space, rank_files
-from formats.optimizer.state import OptimizerState
+from formats.optimizer.state import WEIGHTS_ALONE, OptimizerState
 from formats.rank_files import RankFilesReader
 from formats.torch_dist import TorchDistReader
 
@@ -26,7 +26,7 @@ def open_optimizer(reader: MegatronReader) -> OptimizerState | None:
         return rank_files.read(reader)
     raise UserError(
         f"the optimizer state of `{reader.folder.label}` is stored in a way that is not read",
-        hint="`--weights-only` leaves it out, where a command has that option",
+        hint=WEIGHTS_ALONE,
     )
 
 

@@ -13,7 +13,7 @@ from formats.errors import UserError, format_untrusted
 from formats.optimizer import rank_distributed, rank_plain
 from formats.optimizer.model_space import PLAIN
 from formats.optimizer.rank_places import Places, as_dict, as_sequence, optimizers_of
-from formats.optimizer.state import STATES, OptimizerState
+from formats.optimizer.state import STATES, WEIGHTS_ALONE, OptimizerState
 from formats.pickles import Record
 from formats.rank_boxes import Boxes, BoxesReader
 from formats.rank_files import RankFilesReader
@@ -55,7 +55,7 @@ def _refuse_layer_wise(reader: RankFilesReader) -> None:
         if name.startswith(_LAYER_WISE):
             raise UserError(
                 f"`{folder}{name}` is of a layer-wise optimizer (Muon), whose state is not read",
-                hint="`--weights-only` leaves it out, where a command has that option",
+                hint=WEIGHTS_ALONE,
             )
 
 

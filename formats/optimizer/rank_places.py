@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from formats.errors import UserError
+from formats.optimizer.state import WEIGHTS_ALONE
 from formats.rank_boxes import Box, Boxes
 from formats.rank_folders import RankFile
 from formats.rank_names import RankTensor, tensors
@@ -78,7 +79,7 @@ def parameters(file: RankFile, number: int, optimizers: int) -> list[list[RankTe
     if optimizers > 2:
         raise UserError(
             f"`{file.name}` has {optimizers} optimizers, of which only the state of two is read: the experts' and the others'",
-            hint="`--weights-only` leaves it out, where a command has that option",
+            hint=WEIGHTS_ALONE,
         )
     chunks = [list(tensors(model, file)) for model in file.models]
     return [[weight for weight in chunk if optimizers == 1 or weight.is_expert == (number == 1)] for chunk in chunks]
@@ -90,7 +91,7 @@ def state_tensor(archive: OpenArchive, record: Any, name: str, file: str) -> Ran
     if tensor.dtype != FP32:
         raise UserError(
             f"`{name}` in `{file}` is {dtype_name(tensor.dtype)}, and only optimizer state in fp32 is read",
-            hint="`--weights-only` leaves it out, where a command has that option",
+            hint=WEIGHTS_ALONE,
         )
     return tensor
 

@@ -13,6 +13,12 @@ EXP_AVG, EXP_AVG_SQ, MASTER = STATES = ("exp_avg", "exp_avg_sq", "param")
 FULLY_RESHARDABLE = "fully_reshardable"
 """megatron-core's word for the way that this project writes: loaded by 0.15 and later at any layout."""
 
+WEIGHTS_ALONE = (
+    "the weights are read all the same: `mcore-to-hf` exports them, `reshard --weights-only` leaves the optimizer out, and "
+    "`checkpoint.pretrained_checkpoint` of mbtrain starts from them"
+)
+"""The hint for optimizer state that is not read."""
+
 
 class OptimizerState(NamedTuple):
     """The state of an optimizer of Adam's kind."""

@@ -110,10 +110,13 @@ def test_verify_knows_both_spellings_of_norms(tmp_path, name):
 
 
 def test_a_check_that_has_nothing_to_compare_with_says_so(tmp_path):
-    root = unpacked("fsdp_dtensor", tmp_path)
+    root = unpacked("torch_dcp", tmp_path)
     with pytest.raises(UserError) as refused:
         check_checkpoint(root)
-    assert re.match(r"`.*` has no `integrity.json`: there are no hashes to check it against", str(refused.value))
+    text = (
+        r"`.*` has no `integrity.json`: there are no hashes to check it against; not compared with fp32 masters: 15 weights: the"
+    )
+    assert re.match(text, str(refused.value))
     assert "hint: `mbconvert verify A B` compares it with another checkpoint of the same weights" in str(refused.value)
 
 
