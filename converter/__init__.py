@@ -1,7 +1,7 @@
 """Convert model weights between Hugging Face directories and Megatron distributed checkpoints.
 
     from converter import hf_to_mcore, mcore_to_hf, reshard, verify_checkpoints, inspect_checkpoint, check_checkpoint
-    from converter import merge_adapter, adapter_to_hf, adapter_to_mcore
+    from converter import merge_adapter, adapter_to_hf, adapter_to_mcore, average_checkpoints, extend_vocab
 
 Imports neither torch nor megatron-core nor transformers. Each name is imported on first use, so `mbconvert --help` loads no
 conversion code and a conversion loads no adapter code.
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from converter.adapters.merge import merge as merge_adapter
     from converter.comparison import Comparison
     from converter.convert import hf_to_mcore, mcore_to_hf, reshard
+    from converter.editing import average_checkpoints, extend_vocab
     from converter.execution import Reporter, Summary
     from converter.proof import check_checkpoint, verify_checkpoints
     from converter.ranks import Ranks
@@ -37,7 +38,9 @@ _DEFINED_AS = {
     "UserError": "formats.errors.UserError",
     "adapter_to_hf": "converter.adapters.convert.adapter_to_hf",
     "adapter_to_mcore": "converter.adapters.convert.adapter_to_mcore",
+    "average_checkpoints": "converter.editing.average_checkpoints",
     "check_checkpoint": "converter.proof.check_checkpoint",
+    "extend_vocab": "converter.editing.extend_vocab",
     "hf_to_mcore": "converter.convert.hf_to_mcore",
     "inspect_checkpoint": "converter.report.inspect_checkpoint",
     "mcore_to_hf": "converter.convert.mcore_to_hf",
@@ -65,7 +68,9 @@ __all__ = [
     "UserError",
     "adapter_to_hf",
     "adapter_to_mcore",
+    "average_checkpoints",
     "check_checkpoint",
+    "extend_vocab",
     "hf_to_mcore",
     "inspect_checkpoint",
     "mcore_to_hf",

@@ -11,13 +11,13 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
 
+from converter.cli_editing import average, extend_vocab
+from converter.cli_options import WORKERS, Command, conversion, execution
 from converter.memory import seldom_collected
-from converter.workers import MOST_WORKERS
 from formats.dtypes import MODEL_DTYPES, QUANTIZED
 
 _UNITS = {
@@ -32,7 +32,6 @@ _UNITS = {
     "tib": 2**40,
 }
 _INTERRUPTED, _TERMINATED = 130, 143
-_DTYPES = click.Choice(["keep", *MODEL_DTYPES])
 
 _LARGEST = 1 << 62
 """Bytes; file offsets cannot count more."""
@@ -63,49 +62,9 @@ def _stages(context: click.Context, parameter: click.Parameter, value: str | Non
 
 
 _COUNT = click.IntRange(min=1)
-_WORKERS = click.IntRange(1, MOST_WORKERS)
-
-_Command = Callable[..., None]
 
 
-def _common(command: _Command) -> _Command:
-    """Add the options that every conversion of weights has."""
-    options = [
-        click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Cast weights."),
-        click.option("--integrity/--no-integrity", default=True, show_default=True,
-                     help="Write hashes: the BLAKE3 of every tensor and, for a Megatron checkpoint, the sha256 of every file "
-                     "in the form that megatron-core checks."),
-    ]  # fmt: skip
-    command = _execution(command)
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _execution(command: _Command) -> _Command:
-    """Add the options of every command that writes an output."""
-    options = [
-        click.option(
-            "--workers",
-            type=_WORKERS,
-            metavar="N",
-            help="Number of threads; it does not change the output. [default: the number of cores, 2 to 4]",
-        ),
-        click.option("--dry-run", is_flag=True, help="Print the files to be written, peak memory and free disk; write nothing."),
-        click.option("--overwrite", is_flag=True, help="Replace DST after the new output is complete."),
-        click.option(
-            "--verify", is_flag=True, help="Read the output back from disk and compare it with the source before DST appears."
-        ),
-        click.option("--resume", is_flag=True, help="Continue an interrupted run, if there is one."),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object."),
-        click.option("-q", "--quiet", is_flag=True, help="Print no progress and no notes."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _layout(command: _Command) -> _Command:
+def _layout(command: Command) -> Command:
     """Add the options that lay out a Megatron checkpoint."""
     options = [
         click.option("--layout", type=click.Choice(["gpt", "hybrid"]), help="Layers and names of megatron-core's GPTModel or of "
@@ -182,7 +141,7 @@ def cli() -> None:
 @click.option("--transformer-impl", type=click.Choice(["transformer_engine", "local"]), default="transformer_engine",
               show_default=True, help="Layers whose names DST has in torch and fsdp_dtensor: Transformer Engine's, with all "
               "experts of a rank grouped; or megatron-core's own.")  # fmt: skip
-@_common
+@conversion
 def hf_to_mcore(source: str, target: str, **options: Any) -> None:
     """Convert a Hugging Face model to Megatron.
 
@@ -201,7 +160,7 @@ def hf_to_mcore(source: str, target: str, **options: Any) -> None:
 @_max_shard_size
 @click.option("--quantize", type=click.Choice(QUANTIZED), help="Quantize linear weights anew, with new scales.")
 @_values_from
-@_common
+@conversion
 def mcore_to_hf(source: str, target: str, **options: Any) -> None:
     """Convert a Megatron checkpoint to Hugging Face.
 
@@ -221,7 +180,7 @@ def mcore_to_hf(source: str, target: str, **options: Any) -> None:
               help="Pad the vocabulary to a multiple of N × TP. [default: what SRC says, else 128]")  # fmt: skip
 @click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR, for an SRC that has none.")
 @click.option("--weights-only", is_flag=True, help="Leave out optimizer state; an SRC that has some is refused otherwise.")
-@_common
+@conversion
 def reshard(source: str, target: str, **options: Any) -> None:
     """Write a Megatron checkpoint in another layout.
 
@@ -247,7 +206,7 @@ def reshard(source: str, target: str, **options: Any) -> None:
 @_layout
 @_vocab_multiple
 @_max_shard_size
-@_common
+@conversion
 def merge(base: str, adapter: str, target: str, **options: Any) -> None:
     """Merge an adapter into the weights of its base.
 
@@ -269,7 +228,7 @@ def merge(base: str, adapter: str, target: str, **options: Any) -> None:
               help="Separate adapters for query, key, value, gate and up, as in PEFT; or one per fused layer.")  # fmt: skip
 @click.option("--layout", type=click.Choice(["gpt", "hybrid"]), help="The layout of the model to be trained. [default: that of a "
               "Megatron base; else gpt, where GPTModel can express the family]")  # fmt: skip
-@_execution
+@execution
 def adapter_to_mcore(source: str, target: str, **options: Any) -> None:
     """Convert a PEFT adapter to Megatron.
 
@@ -286,7 +245,7 @@ def adapter_to_mcore(source: str, target: str, **options: Any) -> None:
 @click.argument("target", metavar="DST")
 @click.option("--experts", type=click.Choice(["fused", "separate"]), default="fused", show_default=True, help="Adapters of "
               "experts: all of a layer together, for PEFT with transformers 5; or a module for each, for vLLM.")  # fmt: skip
-@_execution
+@execution
 def adapter_to_hf(source: str, target: str, **options: Any) -> None:
     """Convert a Megatron adapter checkpoint to PEFT.
 
@@ -328,7 +287,7 @@ def inspect_command(context: click.Context, path: str, *, tensors: bool, check: 
 @click.argument("one", metavar="A")
 @click.argument("other", metavar="B")
 @click.option("--cast-to", type=click.Choice(MODEL_DTYPES), help="Cast both before comparing.")
-@click.option("--workers", type=_WORKERS, metavar="N", help="Number of threads. [default: the number of cores, 2 to 4]")
+@click.option("--workers", type=WORKERS, metavar="N", help="Number of threads. [default: the number of cores, 2 to 4]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit code is the answer.")
 @click.pass_context
@@ -350,6 +309,10 @@ def families_command(*, every: bool, as_json: bool) -> None:
     from converter.console import show_families  # noqa: PLC0415
 
     show_families(every=every, as_json=as_json)
+
+
+cli.add_command(average)
+cli.add_command(extend_vocab)
 
 
 def _install_signal_handlers() -> None:

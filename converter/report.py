@@ -10,11 +10,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from converter import families, reference, run_config
+from converter import families, reference
 from converter.adapters.files import DESCRIPTION
 from converter.config import make_model
 from converter.consistency import embedding_rows
 from converter.hybrid import GPT, PATTERN, layout_of
+from converter.nemo_config import settings_of
 from converter.planner import stored_tensors
 from converter.recognize import LAYER
 from converter.side_files import CONFIG, config_of, load
@@ -115,11 +116,11 @@ def _huggingface(folder: Folder, kind: Format, *, tensors: bool) -> Report:
 
 def _megatron(folder: Folder, kind: Format, *, tensors: bool) -> Report:
     reader = open_megatron(folder)
-    recorded = run_config.read(reader.folder, reader.args())
-    fields, state = recorded[0] if recorded else {}, training_state(reader)
+    recorded = settings_of(reader)
+    fields, state = recorded[0].known if recorded else {}, training_state(reader)
     return Report(
         path=folder.label,
-        format=kind.value,
+        format=f"{kind.value}, {_inner_kind(reader).value}" if kind is Format.NEMO else kind.value,
         writer=writer_of(reader),
         **_described(_config(reader), reader.specs),
         dtypes=_dtypes(reader.specs.values()),
@@ -147,6 +148,12 @@ def _config(reader: MegatronReader) -> Mapping[str, Any]:
     except UserError:
         return {}
     return config
+
+
+def _inner_kind(reader: MegatronReader) -> Format:
+    """Return the format of the weights in a checkpoint of NeMo: files of ranks have no folder of their own there."""
+    inner = detect(reader.folder)
+    return Format.RANK_FILES if inner is Format.NEMO else inner
 
 
 def _layers_as(reader: MegatronReader) -> str:

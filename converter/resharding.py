@@ -26,6 +26,7 @@ from converter.hybrid import layout_of
 from converter.importing import check_padding, parallel_sizes, with_extras
 from converter.layout import Layout, make_layout
 from converter.model import Model
+from converter.nemo_config import settings_of
 from converter.padded_vocab import divisible_by
 from converter.plan import Specs, TensorPlan, as_stored, casts, same_tensor
 from converter.planner import Plan, stored_tensors
@@ -103,13 +104,21 @@ class _Reshard:
 
 
 def plan_reshard(
-    reader: MegatronReader, root: Folder, wanted: ReshardOptions, reporter: Reporter, *, workers: int = DEFAULT
+    reader: MegatronReader,
+    root: Folder,
+    wanted: ReshardOptions,
+    reporter: Reporter,
+    *,
+    run: TrainingRun | None = None,
+    workers: int = DEFAULT,
 ) -> Conversion:
-    """Return the conversion of a Megatron checkpoint to another layout. `root` is the folder that the user named.
+    """Return the conversion of a Megatron checkpoint to another layout. `root` is the folder that the user named, `run` what the
+    output keeps of a training run: by default that of the checkpoint.
 
     Raises UserError if the checkpoint holds what would be lost, or does not say enough of its model.
     """
-    run = None if wanted.weights_only else open_run(reader)
+    if run is None and not wanted.weights_only:
+        run = open_run(reader)
     reader.check()  # first: it frees the index, whose memory the plan then takes
     found = _recognize(reader, root, wanted, run)
     for text in _notes(found, reader):
@@ -175,7 +184,7 @@ def _keeps_settings(reader: MegatronReader, wanted: ReshardOptions) -> bool:
 
 def _vocab_multiple(reader: MegatronReader, wanted: ReshardOptions) -> int:
     """Return what each rank's rows of the vocabulary are padded to a multiple of."""
-    recorded = run_config.read_all(reader.folder, reader.args())
+    recorded = settings_of(reader)
     return wanted.make_vocab_size_divisible_by or divisible_by(recorded[0].settings if recorded else {})
 
 
@@ -231,7 +240,7 @@ def _notes(found: _Reshard, reader: MegatronReader) -> Iterator[str]:
     if reader.others and not found.run:
         yield f"{len(reader.others)} tensors that are no weights (such as `{reader.others[0]}`) are left out"
     if found.run:
-        yield from notes_on_run(reader, found.run, parallel_sizes(found.model, found.layout))
+        yield from notes_on_run(found.run, parallel_sizes(found.model, found.layout))
     elif reader.args() and not reader.folder.has(run_config.FILE):
         yield f"{run_config.ARGS} are left out; `{run_config.FILE}` says what model it is"
 

@@ -69,11 +69,21 @@ def make(megatron: Config, layout: Layout, dtype: np.dtype[Any], *, vocab_multip
 
 def with_parallel_sizes(data: bytes, megatron: Config, layout: Layout, *, vocab_multiple: int, padded_vocab: int) -> bytes:
     """Return a `run_config.yaml` with other parallel sizes, and all else as it was. `megatron` are the model's fields."""
-    document = _document(data)
-    model = {**_model_section(document), **_parallel(layout, megatron), "make_vocab_size_divisible_by": vocab_multiple}
+    known = document(data)
+    model = {**_model_section(known), **_parallel(layout, megatron), "make_vocab_size_divisible_by": vocab_multiple}
     if model.get("padded_vocab_size") is not None:
         model["padded_vocab_size"] = padded_vocab
-    return yaml.safe_dump({**document, "model": model}, sort_keys=True).encode()
+    return yaml.safe_dump({**known, "model": model}, sort_keys=True).encode()
+
+
+def with_tokens(data: bytes, size: int) -> bytes:
+    """Return a `run_config.yaml` with another number of tokens, without padding, and all else as it was."""
+    known = document(data)
+    model = _model_section(known)
+    model["vocab_size"] = size
+    if model.get("padded_vocab_size") is not None:
+        model["padded_vocab_size"] = size
+    return yaml.safe_dump({**known, "model": model}, sort_keys=True).encode()
 
 
 def _model(megatron: Config, dtype: np.dtype[Any]) -> dict[str, Any]:
@@ -174,19 +184,20 @@ def read_all(iteration: Folder, args: Config) -> list[ModelSettings]:
 
 
 def _from_run_config(data: bytes) -> ModelSettings:
-    section = _model_section(_document(data))
-    return ModelSettings(_model_fields(section), section, f"`{FILE}`")
+    section = _model_section(document(data))
+    return ModelSettings(model_fields(section), section, f"`{FILE}`")
 
 
-def _document(data: bytes) -> Any:
+def document(data: bytes, *, source: str = FILE) -> Any:
+    """Return the content of a YAML file of settings. Raises UserError if it is not readable or beyond limits."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         _check_events(cast("Any", yaml).parse(data, Loader=loader))
         return yaml.load(data, Loader=loader)  # noqa: S506
     except _RefusedError as error:
-        raise UserError(f"`{FILE}` is not readable: {error.args[0]}") from error
+        raise UserError(f"`{source}` is not readable: {error.args[0]}") from error
     except Exception as error:  # a damaged value makes the parser raise anything
-        raise UserError(f"`{FILE}` is not readable as YAML: {_why(data, error)}") from error
+        raise UserError(f"`{source}` is not readable as YAML: {_why(data, error)}") from error
 
 
 class _RefusedError(ValueError):
@@ -223,7 +234,8 @@ def _model_section(document: Any) -> dict[str, Any]:
     return {name: value for name, value in cast("dict[Any, Any]", section).items() if isinstance(name, str)}
 
 
-def _model_fields(section: Config) -> dict[str, Any]:
+def model_fields(section: Config) -> dict[str, Any]:
+    """Return the fields of a model's section, the activation function by its name."""
     activation = section.get("activation_func")
     plain = {name: value for name, value in section.items() if not isinstance(value, Mapping)}
     if isinstance(activation, Mapping):

@@ -38,9 +38,17 @@ _RANDOM_STATE = re.compile(r"rng_state/shard_([\d.]+)_([\d.]+)")
 class TrainingRun:
     """The optimizer's state of a checkpoint that is resharded."""
 
+    checkpoint: MegatronReader
+    """What it is read from."""
+
     optimizer: OptimizerState
     reader: Reader
     """Reads it, under the names that `fully_reshardable` gives it."""
+
+    @staticmethod
+    def of(checkpoint: MegatronReader, optimizer: OptimizerState) -> TrainingRun:
+        """Return the run of a checkpoint with this state."""
+        return TrainingRun(checkpoint, optimizer, state_reader(optimizer))
 
 
 def open_run(reader: MegatronReader) -> TrainingRun | None:
@@ -58,7 +66,7 @@ def open_run(reader: MegatronReader) -> TrainingRun | None:
             hint=_INSTEAD,
         )
     optimizer = optimizer._replace(states={**optimizer.states, MASTER: _masters(reader, optimizer)})
-    return TrainingRun(optimizer, state_reader(optimizer))
+    return TrainingRun.of(reader, optimizer)
 
 
 def state_reader(optimizer: OptimizerState) -> Reader:
@@ -119,7 +127,7 @@ def run_state(reader: MegatronReader, run: TrainingRun, sizes: Mapping[str, int]
     """Return what of a run is beside its tensors, with these parallel sizes (`tp`, …) and rows of the vocabulary."""
     common = reader.common_state()
     kept = {name: common[name] for name in _KEPT if name in common}
-    random_states = dict(_random_states(reader, sizes))
+    random_states = dict(_random_states(run.checkpoint, sizes))
     settings = {**_megatron_lm(sizes), "padded_vocab_size": padded_vocab}
     return RunState(
         common={
@@ -131,11 +139,11 @@ def run_state(reader: MegatronReader, run: TrainingRun, sizes: Mapping[str, int]
     )
 
 
-def notes_on_run(reader: MegatronReader, run: TrainingRun, sizes: Mapping[str, int]) -> Iterator[str]:
+def notes_on_run(run: TrainingRun, sizes: Mapping[str, int]) -> Iterator[str]:
     """Yield what a user should know before resuming from a reshard."""
     if run.optimizer.kind != FULLY_RESHARDABLE:
         yield f"optimizer state becomes `{FULLY_RESHARDABLE}`, which a distributed optimizer of megatron-core 0.15 or later loads"
-    if not dict(_random_states(reader, sizes)):
+    if not dict(_random_states(run.checkpoint, sizes)):
         yield "random numbers start anew: their states are of the ranks of another layout (Megatron-LM: `--no-load-rng`)"
 
 

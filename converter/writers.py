@@ -14,6 +14,8 @@ MBCONVERT = "mbconvert"
 
 def writer_of(reader: MegatronReader) -> str:
     """Return the program that wrote a checkpoint."""
+    if reader.settings:
+        return "NeMo"
     if reader.folder.has(provenance.FILE):
         return MBCONVERT
     if reader.folder.has(run_config.FILE):

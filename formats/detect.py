@@ -14,10 +14,22 @@ from enum import StrEnum
 from formats import foreign
 from formats.dcp_index import METADATA, read_index
 from formats.errors import UserError
-from formats.folder import Folder, LocalFolder
+from formats.folder import FileRef, Folder, LocalFolder
 from formats.huggingface import HuggingFaceReader
 from formats.huggingface_chunks import TITAN, ChunkedReader, accelerates, are_of_model, open_dcp
-from formats.iterations import COMMON, FORMAT, TORCH, TRACKER, TRAIN_STATE, ZARR, backend, find_iteration, unfinished
+from formats.iterations import (
+    COMMON,
+    FORMAT,
+    NEMO_SETTINGS,
+    TORCH,
+    TRACKER,
+    TRAIN_STATE,
+    ZARR,
+    backend,
+    find_iteration,
+    nemo_weights,
+    unfinished,
+)
 from formats.megatron_reader import MegatronReader
 from formats.rank_files import RankFilesReader
 from formats.safetensors_slices import SlicedSafetensors, are_safetensors, has_slices, sliced_files
@@ -51,6 +63,7 @@ class Format(StrEnum):
     FSDP_DTENSOR = "Megatron fsdp_dtensor"
     TORCH_DCP = "Megatron torch_dcp"
     RANK_FILES = "Megatron mp_rank files"
+    NEMO = "NeMo"
 
     @property
     def is_megatron(self) -> bool:
@@ -84,13 +97,14 @@ def detect(folder: Folder) -> Format:
     if folder.has(METADATA):
         return _container(folder)
     if kind := _BY_BACKEND.get(backend(folder)):
-        return kind
+        return Format.NEMO if kind is Format.RANK_FILES and folder.has(NEMO_SETTINGS[1]) else kind
     if folder.has(INDEX):
         return Format.HUGGINGFACE
     names = folder.children()
-    inner = accelerates(folder)
-    if kind := _by_files(names) or (_container(inner) if inner else None):
+    if kind := _by_files(names) or (Format.NEMO if nemo_weights(names) else None):
         return kind
+    if inner := accelerates(folder):
+        return _container(inner)
     raise _unknown(folder, names)
 
 
@@ -125,7 +139,12 @@ def open_megatron(folder: Folder) -> MegatronReader:
     Raises UserError for what is missing, incomplete or in another format.
     """
     iteration = find_iteration(folder)
-    kind = backend(iteration)
+    reader = _open_iteration(iteration, backend(iteration))
+    reader.settings = next((FileRef(folder, name) for name in NEMO_SETTINGS if folder.has(name)), None)
+    return reader
+
+
+def _open_iteration(iteration: Folder, kind: str) -> MegatronReader:
     if kind == TORCH:
         return RankFilesReader(iteration)
     return TorchDistReader(iteration, container=ZarrContainer(iteration) if kind == ZARR else None)

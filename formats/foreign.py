@@ -38,9 +38,6 @@ _META = (
     "use the repository that has the model for transformers (with `-hf` in its name, or `*.safetensors` beside `original/`), "
     "or convert it with `convert_llama_weights_to_hf.py` of transformers 4"
 )
-_NEMO = (
-    "convert it with NeMo's `scripts/checkpoint_converters/convert_llama_nemo_to_hf.py`; then convert what that writes"
-)  # fmt: skip
 _FRAMEWORKS = (
     "load it with transformers 4 (`from_tf=True` or `from_flax=True`) and save it with `save_pretrained`; or fetch the "
     "repository's safetensors files"
@@ -79,7 +76,7 @@ FORMATS = (
     ),
     Foreign(r"consolidated[\w.-]*\.pth", "Meta's own format (`.pth`)", _META),
     Foreign(r".*\.(gguf|ggml|llamafile)", "GGUF, the format of llama.cpp", _GGUF),
-    Foreign(r".*\.nemo", "a NeMo archive", _NEMO),
+    Foreign(r".*\.nemo", "a NeMo archive", "give the archive itself: `{folder}/{file}`"),
     Foreign(r".*\.(h5|keras|pb)|.*\.h5\.index\.json|.*\.ckpt\.(index|meta|data-.*)", "TensorFlow weights", _FRAMEWORKS),
     Foreign(r".*\.msgpack(\.index\.json)?|_CHECKPOINT_METADATA|manifest\.ocdbt", "Flax or JAX weights", _FRAMEWORKS),
     Foreign(r".*\.(onnx|onnx_data(_\d+)?|onnx\.data)", "an ONNX graph", _ORIGINAL),

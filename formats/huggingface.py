@@ -334,8 +334,8 @@ def make_index(shards: Mapping[str, Shard]) -> bytes:
 
 
 def retyped(shard: Shard, specs: Mapping[str, TensorSpec], *, source: str) -> Shard:
-    """Return the shard with the dtypes of `specs`, and tensors in the same order; the same shard if no dtype differs."""
-    if all(specs[name].dtype == spec.dtype for name, spec in shard.tensors.items()):
+    """Return the shard with the dtypes and shapes of `specs`, and tensors in the same order; the same shard if none differs."""
+    if all((specs[name].dtype, specs[name].shape) == (spec.dtype, spec.shape) for name, spec in shard.tensors.items()):
         return shard
     return parse_shard(make_header(specs[name] for name in shard.tensors), source=source)
 

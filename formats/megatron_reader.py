@@ -9,12 +9,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from formats.chunks import Chunk
-from formats.folder import Folder
+from formats.folder import FileRef, Folder
 from formats.spec import Reader
 
 
 class MegatronReader(Reader, Protocol):
     """An opened iteration. `specs` are its weights, one name per layer. Methods may be called from several threads."""
+
+    settings: FileRef | None
+    """NeMo's description of the model; None in checkpoints of other programs."""
 
     @property
     def folder(self) -> Folder:

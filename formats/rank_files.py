@@ -13,7 +13,7 @@ from typing import Any
 from formats import rank_names
 from formats.chunks import Chunk
 from formats.errors import UserError
-from formats.folder import Folder
+from formats.folder import FileRef, Folder
 from formats.iterations import find_iteration
 from formats.rank_boxes import BoxesReader, merge
 from formats.rank_folders import OPTIMIZER_FILE, Rank, RankFile, args_of, open_ranks
@@ -26,6 +26,8 @@ _LARGE = ("model", "optimizer", "rng_state")
 
 class RankFilesReader:
     """An opened iteration; see `MegatronReader`. Opening reads the pickle of every rank."""
+
+    settings: FileRef | None = None
 
     def __init__(self, folder: Folder) -> None:
         self.folder = find_iteration(folder)
@@ -47,7 +49,7 @@ class RankFilesReader:
 
     @property
     def has_optimizer(self) -> bool:
-        return "optimizer" in self._first.state or self.folder.has(f"{self._first.folder}{OPTIMIZER_FILE}")
+        return bool(self._first.state.get("optimizer")) or self.folder.has(f"{self._first.folder}{OPTIMIZER_FILE}")
 
     @property
     def contents(self) -> Collection[str]:

@@ -17,7 +17,10 @@ from formats.torch_zip import OpenArchive
 FILE, OPTIMIZER_FILE = "model_optim_rng.pt", "distrib_optim.pt"
 """What the folder of a rank holds: the second only with a distributed optimizer."""
 
+NEMO_FILE = "model_weights.ckpt"
 _FOLDER = re.compile(r"mp_rank_([0-9]{2,9})(?:_([0-9]{3,9}))?(?:_([0-9]{3,9}))?/")
+_NEMO_FOLDER = re.compile(r"tp_rank_([0-9]{2,9})_pp_rank_([0-9]{3,9})/")
+_NEMO_ROOTS = ("model.module.", "model.")
 _MODEL = re.compile(r"model[0-9]{0,4}")
 _SIZES = {
     "tensor_model_parallel_size": "TP", "pipeline_model_parallel_size": "PP", "expert_model_parallel_size": "EP",
@@ -56,17 +59,19 @@ class RankFile:
     @property
     def folder(self) -> str:
         """The folder of the rank, with its slash."""
-        return self.name.removesuffix(FILE)
+        return self.name[: self.name.rfind("/") + 1]
 
 
 def is_rank_folder(name: str) -> bool:
-    """Is this the name of a folder of one rank, with its slash?"""
-    return bool(_FOLDER.fullmatch(name))
+    """Is this the name of a folder of one rank, with its slash, or of NeMo's file of the only rank?"""
+    return bool(_FOLDER.fullmatch(name) or _NEMO_FOLDER.fullmatch(name)) or name == NEMO_FILE
 
 
 def open_ranks(folder: Folder) -> dict[Rank, RankFile]:
     """Open the file of every rank. Raises UserError for one that is missing, of another run, or not of megatron-core's models."""
     names = [name for name in folder.children() if is_rank_folder(name)]
+    if names[0] == NEMO_FILE or folder.has(f"{names[0]}{NEMO_FILE}"):
+        return _open_nemo(folder, names)
     first = _open(folder, names[0])
     ranks = _ranks(names, first)
     missing = [name for name in ranks if name not in names]
@@ -154,26 +159,41 @@ def _sizes_of_names(names: list[str], first: RankFile) -> tuple[int, int, int]:
 
 def _open(folder: Folder, name: str) -> RankFile:
     file = f"{name}{FILE}"
-    if not folder.has(file):
-        raise UserError(f"`{folder.label}` has no `{file}`", hint="copy the checkpoint again")
-
-    archive = open_archive(folder, file)
-    state: Any = archive.pickle()
-    if not isinstance(state, dict):
-        raise UserError(f"`{file}` is not a dictionary", hint="the file is of another program")
-    known = {key: value for key, value in cast("dict[Any, Any]", state).items() if isinstance(key, str)}
+    archive, known = _archive(folder, file)
     return RankFile(file, archive, known, tuple(_models(known, file)))
 
 
-def open_archive(folder: Folder, file: str) -> OpenArchive:
-    """Open a large archive that is a file of its own, of which parts are read in place."""
+def _open_nemo(folder: Folder, names: list[str]) -> dict[Rank, RankFile]:
+    """Open NeMo's files of ranks, each the state dict of a model under `model.` or `model.module.`, and nothing else."""
+    files: dict[Rank, RankFile] = {}
+    for name in names:
+        match = _NEMO_FOLDER.fullmatch(name) or _FOLDER.fullmatch(name)
+        numbers = [int(number) for number in (match.groups() if match else ()) if number]
+        tp, pp = (*numbers, 0, 0)[:2]
+        file = name if name == NEMO_FILE else f"{name}{NEMO_FILE}"
+        archive, state = _archive(folder, file)
+        root = next((root for root in _NEMO_ROOTS if any(key.startswith(root) for key in state)), "")
+        models = _models({"model": {key.removeprefix(root): value for key, value in state.items()}}, file)
+        files[Rank(tp, pp, 0)] = RankFile(file, archive, {}, tuple(models))
+    tps, pps = (1 + max(getattr(rank, word) for rank in files) for word in ("tp", "pp"))
+    for rank in (Rank(tp, pp, 0) for tp in range(tps) for pp in range(pps)):
+        if rank not in files:
+            raise UserError(
+                f"`{folder.label}` lacks the file of tensor-parallel rank {rank.tp} of {tps}, pipeline rank {rank.pp} of {pps}",
+                hint="copy the checkpoint again",
+            )
+    return dict(sorted(files.items()))
 
-    def fetch(offset: int, length: int) -> bytes:
-        data = bytearray(length)
-        folder.read_into(file, offset, memoryview(data))
-        return bytes(data)
 
-    return OpenArchive(fetch, folder.size(file), source=file)
+def _archive(folder: Folder, file: str) -> tuple[OpenArchive, dict[str, Any]]:
+    """Open a file and return it with its dictionary."""
+    if not folder.has(file):
+        raise UserError(f"`{folder.label}` has no `{file}`", hint="copy the checkpoint again")
+    archive = OpenArchive.in_place(folder, file)
+    state: Any = archive.pickle()
+    if not isinstance(state, dict):
+        raise UserError(f"`{file}` is not a dictionary", hint="the file is of another program")
+    return archive, {key: value for key, value in cast("dict[Any, Any]", state).items() if isinstance(key, str)}
 
 
 def _models(state: Mapping[str, Any], file: str) -> list[Mapping[str, Any]]:
@@ -181,7 +201,7 @@ def _models(state: Mapping[str, Any], file: str) -> list[Mapping[str, Any]]:
     models: list[Any] = [state[key] for key in keys]
     if not models or not all(isinstance(model, dict) for model in models):
         raise UserError(f"`{file}` has no `model`", hint="it is no checkpoint of Megatron-LM")
-    if any(str(name).startswith("language_model") for model in models for name in model):
+    if any("language_model" in name for model in models for name in model if isinstance(name, str)):
         raise UserError(
             f"`{file}` is of a model from before megatron-core (`language_model`), which is not supported",
             hint="convert it with Megatron-LM's `tools/checkpoint/convert.py --loader legacy --saver core` first",

@@ -22,7 +22,7 @@ from formats.container import Container
 from formats.dcp import DcpContainer
 from formats.dcp_index import METADATA
 from formats.errors import UserError
-from formats.folder import Folder
+from formats.folder import FileRef, Folder
 from formats.iterations import COMMON, find_iteration
 from formats.object_names import ObjectName
 from formats.pickles import Record
@@ -56,6 +56,8 @@ _STACKED_EXPERT = re.compile(r"(.*\bexperts)\.experts\.(.+)")
 
 class TorchDistReader:
     """An opened iteration; see `MegatronReader`."""
+
+    settings: FileRef | None = None
 
     def __init__(self, folder: Folder, *, prefix: str = "", container: Container | None = None) -> None:
         """`prefix`: see `state`. `container`: the folder's, where it is already open."""
@@ -228,8 +230,10 @@ class TorchDistReader:
             self._tensor(key)
 
     def common_state(self) -> dict[str, Any]:
-        """See `MegatronReader.common_state`."""
+        """See `MegatronReader.common_state`. That of NeMo is its trainer's, which may name any class: it is not read."""
         archive = self.common_archive()
+        if archive and self.root:
+            return {}
         if not archive:
             return self._objects_of_common()
         match archive.pickle():

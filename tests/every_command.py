@@ -75,6 +75,11 @@ WORDS = (
     "adapter-to-hf adapter-mcore adapter-back",
     "merge mcore adapter merged --to hf",
     "inspect merged",
+    "average hf back averaged --weights 1,3 --verify",
+    "average mcore resharded averaged-mcore",
+    "extend-vocab hf extended --to 8200 --verify",
+    "extend-vocab mcore extended-mcore --to 8200 --verify",
+    "verify extended extended-mcore",
 )
 
 

@@ -54,6 +54,10 @@ def test_a_folder_is_a_model_by_its_content_and_not_by_its_name(tmp_path, name):
     ([".metadata", "metadata.json"], Format.TORCH_DIST),
     ([".metadata", "common.pt"], Format.TORCH_DIST),
     (["mp_rank_00_001/model_optim_rng.pt"], Format.RANK_FILES),
+    (["weights/.metadata", "context/model.yaml"], Format.NEMO),
+    (["model_weights/.metadata", "model_config.yaml"], Format.NEMO),
+    (["model_weights.ckpt", "model_config.yaml"], Format.NEMO),
+    (["tp_rank_00_pp_rank_000/model_weights.ckpt", "model_config.yaml"], Format.NEMO),
     (["shard-00001-model-00001-of-00002.safetensors"], Format.SLICES),
     (["shard-00001-model-00001-of-00001.safetensors", "model.safetensors"], Format.HUGGINGFACE),
 ])  # fmt: skip
@@ -91,7 +95,7 @@ OTHERS = {
     "universal": (["zero/lm_head.weight/fp32.pt", "mp_rank_00_model_states.pt"], "a universal checkpoint", "load_universal"),
     "universal's root": (["latest_universal", "global_step1_universal/zero/w/fp32.pt"], "a universal checkpoint", "zero_to_fp32"),
     "ranks": (["rank_0.pt", "rank_1.pt"], "one file for each rank", "save_pretrained"),
-    "NeMo": (["llama.nemo"], "a NeMo archive", "convert_llama_nemo_to_hf.py"),
+    "NeMo": (["llama.nemo"], "a NeMo archive", "give the archive itself: `"),
     "TensorFlow": (["tf_model.h5"], "TensorFlow weights", "from_tf=True"),
     "Flax": (["flax_model.msgpack"], "Flax or JAX weights", "from_flax=True"),
     "ONNX": (["model.onnx", "model.onnx_data"], "an ONNX graph", "original weights"),
@@ -200,7 +204,7 @@ def test_the_names_in_a_distributed_checkpoint_say_whose_it_is(tmp_path, names, 
 
 
 @pytest.mark.parametrize("names", [
-    ["checkpoint-500/model.safetensors", "trainer_state.json"], ["weights/.metadata", "context/model.yaml"],
+    ["checkpoint-500/model.safetensors", "trainer_state.json"], ["weights/.metadata", "other/model.yaml"],
     ["style/adapter_config.json"], ["snapshots/abc/model.safetensors", "blobs/", "refs/main"],
 ])  # fmt: skip
 def test_weights_in_a_folder_below_are_pointed_at(tmp_path, names):
