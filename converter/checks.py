@@ -15,12 +15,14 @@ from converter.hybrid import GPT, HYBRID
 from converter.master_reader import MASTERS, SOURCES
 from converter.plan import TensorPlan, pieces
 from converter.run import PIECE_BYTES
+from converter.state_dicts import IMPLEMENTATIONS
 from converter.values import CHOICES, KEEP
 from converter.workers import check_workers
 from formats.arrays import same_bits
 from formats.dtypes import QUANTIZED
 from formats.errors import UserError
 from formats.folder import Folder, LocalFolder
+from formats.iterations import WRITTEN
 from formats.location import is_remote, without_secrets
 from formats.replacement import Rule
 from formats.spec import Reader, dtype_name, extent
@@ -48,6 +50,14 @@ def check_layout(layout: str | None) -> None:
     """Raise UserError for a layout that is not one of the choices."""
     if layout not in (None, GPT, HYBRID):
         raise UserError(f"layout `{layout}` is not one of {GPT}, {HYBRID}")
+
+
+def check_format(ckpt_format: str, transformer_impl: str) -> None:
+    """Raise UserError for a format of Megatron checkpoints, or layers, that are not one of the choices."""
+    if ckpt_format not in WRITTEN:
+        raise UserError(f"ckpt_format `{ckpt_format}` is not one of {', '.join(WRITTEN)}")
+    if transformer_impl not in IMPLEMENTATIONS:
+        raise UserError(f"transformer_impl `{transformer_impl}` is not one of {', '.join(IMPLEMENTATIONS)}")
 
 
 def check_quantize(quantize: str | None, dtype: str) -> None:

@@ -135,6 +135,12 @@ def cli() -> None:
 @click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR, for an SRC that has none.")
 @_layout
 @_vocab_multiple
+@click.option("--ckpt-format", type=click.Choice(["torch_dist", "torch", "fsdp_dtensor"]), default="torch_dist",
+              show_default=True, help="Format of DST: torch_dist, which loads in any layout; torch, a file for each rank "
+              "(mp_rank_*), as older scripts of Megatron-LM read; fsdp_dtensor, for Megatron-FSDP.")  # fmt: skip
+@click.option("--transformer-impl", type=click.Choice(["transformer_engine", "local"]), default="transformer_engine",
+              show_default=True, help="Layers whose names DST has in torch and fsdp_dtensor: Transformer Engine's, with all "
+              "experts of a rank grouped; or megatron-core's own.")  # fmt: skip
 @conversion
 def hf_to_mcore(source: str, target: str, **options: Any) -> None:
     """Convert a Hugging Face model to Megatron.

@@ -23,12 +23,14 @@ from converter.ranks import from_environment, waiting
 from formats.disk import free_bytes
 from formats.json_objects import finite
 from formats.location import is_remote
+from formats.rank_folders import FILE as RANK_FILE
 
 if TYPE_CHECKING:
     from converter.comparison import Comparison
     from converter.execution import Reporter, Summary
     from converter.families import Family
     from converter.report import Report
+    from converter.training_state import TrainingState
     from formats.integrity import Check
 
 LINE_EVERY = 5.0
@@ -216,7 +218,7 @@ def show_plan(summary: Summary) -> None:
         click.echo(f"{bytes_:>16,}  {name}")
     click.echo(f"{summary.total_bytes:>16,}  bytes in {len(summary.files)} files, {count(summary.parameters)} parameters")
     if summary.layout:
-        ranks = sum(name.endswith(".distcp") for name in summary.files)
+        ranks = sum(name.endswith((".distcp", RANK_FILE)) for name in summary.files)
         click.echo(f"weights in {ranks} files, one for each rank that holds some: {_sizes(summary.layout)}")
     click.echo(f"expected peak memory {size(summary.peak_memory)} with {summary.workers} workers")
     if is_remote(summary.target):
@@ -244,16 +246,38 @@ def show_report(report: Report, *, as_json: bool) -> None:
 def _report_lines(report: Report) -> Iterator[tuple[str, str]]:
     yield "path", report.path
     yield "format", report.format + (f", {report.iteration}" if report.iteration else "")
-    yield "written by", report.writer
+    yield "written by", report.writer + (f", megatron-core {report.versions}" if report.versions else "")
     yield "family", f"{report.family} ({report.architecture})"
     yield "size", f"{count(report.parameters)} parameters, {report.layers} layers, {report.tensors} tensors"
     yield "files", str(report.files)
     if report.layout:
         yield "layout", f"{report.layers_as}, {_sizes(report.layout)}"
-    if report.layout or report.optimizer_state:
-        yield "optimizer", "yes" if report.optimizer_state else "no"
+    if report.state:
+        yield "optimizer", _optimizer(report, report.state)
+        yield "state", _state(report.state)
+    elif report.optimizer_state:
+        yield "optimizer", "yes"
     if report.unknown_packages:
         yield "args", f"names classes of {', '.join(f'`{name}`' for name in report.unknown_packages)}"
+
+
+def _optimizer(report: Report, state: TrainingState) -> str:
+    """Describe the optimizer's state: how it is stored, and of how many weights there is some."""
+    if not report.optimizer_state:
+        return "no"
+    if state.not_read:
+        return f"yes, not read: {state.not_read}"
+    numbers = f"moments of {state.moments}, fp32 masters of {state.masters}"
+    if state.moments == state.masters:
+        numbers = f"moments and fp32 masters of {state.masters}"
+    return f"{state.optimizer}: {numbers} of {report.tensors} weights"
+
+
+def _state(state: TrainingState) -> str:
+    """List what a checkpoint holds beside weights and optimizer."""
+    step = "" if state.iteration is None else f"step {state.iteration}"
+    held = step, "scheduler" if state.scheduler else "", "random numbers" if state.random_numbers else ""
+    return ", ".join(filter(None, held)) or "none"
 
 
 def _sizes(layout: Mapping[str, Any]) -> str:

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Unpack
 
 from converter.adapters.files import refuse_adapter, require
-from converter.checks import check_execution, check_layout, check_locations, check_options, check_quantize, check_values_from
+from converter.checkpoint_files import CheckpointFormat
+from converter.checks import (
+    check_execution,
+    check_format,
+    check_layout,
+    check_locations,
+    check_options,
+    check_quantize,
+    check_values_from,
+)
 from converter.execute import execute
 from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.exporting import ExportOptions, plan_export
@@ -23,10 +32,12 @@ from converter.memory import seldom_collected
 from converter.pipeline_layout import layers_per_stage
 from converter.resharding import ReshardOptions, plan_reshard
 from converter.sources import huggingface_source, open_source, workers_for
+from converter.state_dicts import TRANSFORMER_ENGINE
 from converter.values import KEEP
 from formats.detect import Format, open_huggingface, open_megatron
 from formats.disk import user_errors
 from formats.home import expanded
+from formats.iterations import TORCH_DIST
 
 
 @other_names(vocab_divisible_by="make_vocab_size_divisible_by", **IN_MEGATRON)
@@ -46,6 +57,8 @@ def hf_to_mcore(
     dtype: str = KEEP,
     make_vocab_size_divisible_by: int = 128,
     hf_config: str | Path | None = None,
+    ckpt_format: str = TORCH_DIST,
+    transformer_impl: str = TRANSFORMER_ENGINE,
     integrity: bool = True,
     reporter: Reporter | None = None,
     **options: Unpack[ExecutionOptions],
@@ -57,7 +70,9 @@ def hf_to_mcore(
     layers of each pipeline stage, all ranks of the first virtual stage first: `[9, 9, 8, 6]`, or megatron-core's
     `"Et*9|t*9|t*8|t*6L"`. `ep` and `etp` divide experts; `etp` is `tp` unless given, or 1 if experts have biases. The vocabulary
     is padded to a multiple of `make_vocab_size_divisible_by` × `tp`. `hf_config` is a folder with the `config.json` of a source
-    that has none. `integrity` writes the sha256 of every file, as megatron-core checks them, and the BLAKE3 of every tensor.
+    that has none. `ckpt_format` is `torch_dist`, `torch` (a file for each rank) or `fsdp_dtensor` (Megatron-FSDP); the latter two
+    name weights as layers of `transformer_impl` do (`transformer_engine` or `local`). `integrity` writes the sha256 of every
+    file, as megatron-core checks them, and the BLAKE3 of every tensor.
 
     Raises UserError before a byte moves if the model cannot be converted exactly. After any failure nothing is at `target`.
 
@@ -68,12 +83,13 @@ def hf_to_mcore(
     reporter, target, folder = reporter or Reporter(), expanded(target), open_source(source, or_hub=True)
     check_layout(layout)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
-    given = open_source(hf_config) if hf_config else None
+    check_format(ckpt_format, transformer_impl)
+    given, kind = open_source(hf_config) if hf_config else None, CheckpointFormat(ckpt_format, transformer_impl)
     sources = [folder, *([given] if given else [])]
     check_locations(target, sources, options)
     wanted = ImportOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp,
-                           dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-                           integrity=integrity)  # fmt: skip
+                           dtype=kind.dtype(dtype), make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+                           integrity=integrity, kind=kind)  # fmt: skip
     require(folder, Format.HUGGINGFACE)
     with closing(open_huggingface(folder, any_dtype=True)) as reader:
         conversion = plan_import(huggingface_source(reader, given), wanted, reporter)

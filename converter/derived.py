@@ -11,10 +11,10 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from converter import run_config
 from converter.conversion import Conversion
 from converter.conversion_plan import manifest
 from converter.hybrid import PATTERN, STAGE
+from converter.nemo_config import settings_of
 from converter.pipeline_layout import parse_layout
 from formats.chunks import Chunk
 from formats.folder import FileRef, Folder
@@ -32,12 +32,13 @@ class DerivedCheckpoint:
         weights: Reader,
         *,
         folder: Folder | None = None,
-        settings: Mapping[str, Any] = MappingProxyType({}),
+        args: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """`folder`: default the checkpoint's own. `settings`: what Megatron-LM's `args` say instead."""
+        """`folder`: default the checkpoint's own. `args`: what Megatron-LM's `args` say instead."""
         self.folder = folder or checkpoint.folder
         self.specs = weights.specs
-        self._checkpoint, self._weights, self._settings = checkpoint, weights, settings
+        self.settings = checkpoint.settings
+        self._checkpoint, self._weights, self._args = checkpoint, weights, args
 
     @property
     def files(self) -> Collection[str]:
@@ -55,16 +56,20 @@ class DerivedCheckpoint:
     def has_optimizer(self) -> bool:
         return self._checkpoint.has_optimizer
 
+    @property
+    def contents(self) -> Collection[str]:
+        return self._checkpoint.contents
+
     def args(self) -> Mapping[str, Any]:
         """See `MegatronReader.args`."""
-        return {**self._checkpoint.args(), **self._settings}
+        return {**self._checkpoint.args(), **self._args}
 
     def common_state(self) -> Mapping[str, Any]:
         """See `MegatronReader.common_state`."""
         state = self._checkpoint.common_state()
         match state.get("args"):
-            case Record(state={**fields}) as args if self._settings:
-                return {**state, "args": Record(args.kind, args.args, {**fields, **self._settings}, args.made_by_call)}
+            case Record(state={**fields}) as args if self._args:
+                return {**state, "args": Record(args.kind, args.args, {**fields, **self._args}, args.made_by_call)}
             case _:
                 return state
 
@@ -86,7 +91,7 @@ class DerivedCheckpoint:
 def parallel_sizes_of(reader: MegatronReader) -> dict[str, Any]:
     """Return the layout that a checkpoint's settings say it was saved in, as keyword arguments of `ReshardOptions`; where they
     say nothing, one rank."""
-    recorded = run_config.read_all(reader.folder, reader.args())
+    recorded = settings_of(reader)
     settings: Mapping[str, Any] = recorded[0].settings if recorded else {}
 
     def size(name: str) -> int | None:

@@ -115,6 +115,11 @@ def extend_megatron(
 ) -> Conversion:
     """Return the conversion of a Megatron checkpoint to one with another number of tokens, in the same layout. `root` is the
     folder that the user named."""
+    if reader.settings:
+        raise UserError(
+            f"`{reader.folder.label}` is NeMo's, whose `{reader.settings.name}` counts tokens in its own way",
+            hint="make it a checkpoint of Megatron's first: `mbconvert reshard`",
+        )
     origin = reference.find(reader, wanted.hf_config, any_settings=True)
     stored = specs_of(origin.shards)
     if weights_of(stored, origin.config):
@@ -126,7 +131,7 @@ def extend_megatron(
     resize = _resize(reader, megatron_names(family, model, reader.specs), family, origin, wanted)
     folder = OverlaidFolder(reader.folder, _documents(reader.folder, origin, resize, huggingface_names(family, model, stored)))
     counts = [name for name in ("vocab_size", "padded_vocab_size") if reader.args().get(name)]
-    derived = DerivedCheckpoint(reader, resize.tensors, folder=folder, settings=dict.fromkeys(counts, wanted.size))
+    derived = DerivedCheckpoint(reader, resize.tensors, folder=folder, args=dict.fromkeys(counts, wanted.size))
     given = OverlaidFolder(wanted.hf_config, {CONFIG: _json(resize.config)}) if wanted.hf_config else None
     for text in _notes(resize, wanted, reader.folder.below(FILES)):
         reporter.note(text)

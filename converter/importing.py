@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import starmap
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from converter import families, prediction_layers, reference, run_config, side_files
 from converter.carried import carried_tensors, kept_weights
+from converter.checkpoint_files import CheckpointFormat, writer_of
 from converter.checks import check_equal
 from converter.comparison import CheckpointView
-from converter.config import Config, language_model, make_model, to_megatron
+from converter.config import language_model, make_model, to_megatron
 from converter.config_hybrid import not_computed
 from converter.config_parts import NOT_COMPUTED, described
 from converter.config_rope import BUILT_IN_ROPE, rope_numbers
 from converter.conversion import Conversion
 from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
 from converter.execution import Reporter
-from converter.extra_states import stateful_module, weightless_modules
 from converter.families import Family
 from converter.hybrid import HYBRID
 from converter.layout import Layout, make_layout
 from converter.model import Model
 from converter.originals import moved, original_name
 from converter.plan import TensorPlan, as_stored, casts, casts_of_kept
-from converter.planner import Plan, sharded
+from converter.planner import Plan
 from converter.planner import to_megatron as plan_megatron
 from converter.provenance import Provenance
 from converter.quantization import is_plain, quantization
@@ -36,16 +34,14 @@ from converter.side_files import SideFiles
 from converter.sources import Source
 from converter.values import KEEP, dtype_of_most_parameters
 from converter.views import megatron_view, tied
-from formats.dcp_index import METADATA
 from formats.detect import open_megatron
 from formats.errors import UserError
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceWriter, Shard
-from formats.iterations import iteration_folder
+from formats.iterations import TORCH
 from formats.outputs import JoinedWriter, Writer
 from formats.quantized.reader import DequantizedReader
-from formats.spec import JoinedReader, Reader, RenamedReader, TensorSpec, dtype_name, is_valid_shape
-from formats.torch_dist_writer import RunState, ShardedTensor, TorchDistWriter
+from formats.spec import JoinedReader, Reader, RenamedReader, dtype_name, is_valid_shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +62,7 @@ class ImportOptions:
     dtype: str
     make_vocab_size_divisible_by: int
     integrity: bool
+    kind: CheckpointFormat = field(default_factory=CheckpointFormat)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,22 +147,19 @@ def _beside(source: Source, plan: Plan, kept: Iterable[str] = ()) -> _Beside:
 
 
 def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
-    source, plan, beside, folder = found.source, found.plan, found.beside, f"{iteration_folder(0)}/"
+    source, plan, beside, folder = found.source, found.plan, found.beside, wanted.kind.folder
     command, options = source.command("hf-to-mcore"), _options(wanted, found)
     identity = {**options, **source.merged()}
     return ConversionPlan(
         source=source.label,
         tensor_plans=(*plan.tensors, *_extras(found)),
         output=OutputFiles(
-            writer=with_extras(_writer(found), beside.side_files.extras, folder),
-            documents={
-                **found.beside.side_files.documents,
-                **_documents(found, vocab_multiple=wanted.make_vocab_size_divisible_by),
-            },
+            writer=with_extras(_writer(found, wanted), beside.side_files.extras, folder),
+            documents={**found.beside.side_files.documents, **_documents(found, wanted)},
             copied=sizes_of(beside.side_files.copies),
             folder=folder,
             integrity=wanted.integrity,
-            last=(METADATA,),
+            last=wanted.kind.last,
         ),
         provenance=Provenance(
             command=command,
@@ -187,36 +181,12 @@ def parallel_sizes(model: Model, layout: Layout) -> dict[str, int]:
     return {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, **experts}
 
 
-def _writer(found: _Import) -> TorchDistWriter:
-    return weights_writer(found.plan, found.layout, to_megatron(found.family.CONFIG, found.source.reference.config))
+def _writer(found: _Import, wanted: ImportOptions) -> Writer:
+    megatron, multiple = to_megatron(found.family.CONFIG, found.source.reference.config), wanted.make_vocab_size_divisible_by
+    return writer_of(wanted.kind, found.plan, found.layout, megatron, vocab_multiple=multiple)
 
 
-def weights_writer(
-    plan: Plan,
-    layout: Layout,
-    megatron: Config,
-    *,
-    iteration: int = 0,
-    states: Sequence[Mapping[str, TensorSpec]] = (),
-    run: RunState | None = None,
-) -> TorchDistWriter:
-    """Return the files of a plan's weights in a layout. `megatron`: the model's fields. `states`: optimizer state by the names of
-    the weights, which it is divided like; `run`: what else there is of a training run."""
-    model, scope = plan.model, megatron.get("qk_layernorm_scope", "head")
-    hybrid, last = model.get("hybrid", False), layout.rank(layout.stage(model.megatron_layers), 0)
-    placed = list(starmap(ShardedTensor, sharded(plan, layout)))
-    weightless = list(weightless_modules({tensor_plan.spec.name for tensor_plan in plan.tensors}, hybrid=hybrid))
-    return TorchDistWriter(
-        [*placed, *(ShardedTensor(of[spec.name], chunks) for of in states for spec, chunks in placed if spec.name in of)],
-        iteration=iteration,
-        stacked=model.get("stacked", True),
-        stateful_module=partial(stateful_module, hybrid=hybrid, own_head_norms=scope != "head"),
-        weightless=dict.fromkeys(weightless, last),
-        run=run,
-    )
-
-
-def with_extras(writer: TorchDistWriter, extras: Shard | None, folder: str) -> Writer:
+def with_extras(writer: Writer, extras: Shard | None, folder: str) -> Writer:
     """Return the layout of all files of the output that hold tensors: those of weights, and that of extras."""
     return JoinedWriter(writer, HuggingFaceWriter({f"{folder}{side_files.EXTRAS}": extras})) if extras else writer
 
@@ -245,6 +215,7 @@ def _options(wanted: ImportOptions, found: _Import) -> dict[str, Any]:
         "dtype": wanted.dtype,
         "vocab_divisible_by": wanted.make_vocab_size_divisible_by,
         "integrity": wanted.integrity,
+        **wanted.kind.options,
     }
 
 
@@ -264,10 +235,15 @@ def _padding(plan: Plan, model: Model) -> dict[str, int]:
     return {tensor_plan.spec.name: model.vocab for (rule, _), tensor_plan in made if rule.padded and tensor_plan.parts}
 
 
-def _documents(found: _Import, *, vocab_multiple: int) -> dict[str, bytes]:
-    megatron = to_megatron(found.family.CONFIG, found.source.reference.config)
+def _documents(found: _Import, wanted: ImportOptions) -> dict[str, bytes]:
+    """Return the settings of Megatron-Bridge, which reads no files of ranks."""
+    if wanted.kind.name == TORCH:
+        return {}
+    megatron, multiple = to_megatron(found.family.CONFIG, found.source.reference.config), wanted.make_vocab_size_divisible_by
     dtype = dtype_of_most_parameters(tensor_plan.spec for tensor_plan in found.plan.tensors)
-    return {run_config.FILE: run_config.make(megatron, found.layout, dtype, vocab_multiple=vocab_multiple)}
+    return {
+        run_config.FILE: run_config.make(megatron, found.layout, dtype, vocab_multiple=multiple, ckpt_format=wanted.kind.name)
+    }
 
 
 def _fields(found: _Import) -> dict[str, Any]:

@@ -33,8 +33,16 @@ class Layout:
 
     def stage(self, layer: int) -> int:
         """Return the pipeline rank that computes a layer; the first has what comes before (-1), the last what comes after."""
+        return self.model_chunk(layer) % self.pp
+
+    def model_chunk(self, layer: int) -> int:
+        """Return the number in `stages` of the model chunk that computes a layer."""
         number = bisect_right(_ends(self.stages), layer) if layer >= 0 else 0
-        return min(number, len(self.stages) - 1) % self.pp
+        return min(number, len(self.stages) - 1)
+
+    def first_layer(self, chunk: int) -> int:
+        """Return the first layer of a model chunk."""
+        return sum(self.stages[:chunk])
 
     def rank(self, stage: int, tp_rank: int, ep_rank: int | None = None) -> int:
         """Return Megatron's global rank (order tp-cp-ep-dp-pp, one replica); with an `ep_rank`, `tp_rank` counts shards of an

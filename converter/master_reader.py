@@ -43,7 +43,7 @@ class MasterReader:
 
     def __init__(self, weights: MegatronReader) -> None:
         """Raise UserError unless every weight has a master, or is in fp32 itself."""
-        self._weights = weights
+        self._weights, self.settings = weights, weights.settings
         is_own = all(spec.dtype == _FP32 for spec in weights.specs.values())
         self._masters = None if is_own else _masters(weights)
         self.specs = {name: spec.cast(_FP32) for name, spec in weights.specs.items()}
@@ -67,6 +67,10 @@ class MasterReader:
     @property
     def has_optimizer(self) -> bool:
         return self._weights.has_optimizer
+
+    @property
+    def contents(self) -> Collection[str]:
+        return self._weights.contents
 
     def args(self) -> Mapping[str, Any]:
         return self._weights.args()

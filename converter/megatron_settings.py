@@ -64,7 +64,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "mtp_num_layers": (0,),
     "multi_latent_attention": (False,),
     "no_rope_freq": (0, []),
-    "num_experts": (0,),
     "old_context_len": (8192,),
     "openai_gelu": (False,),
     "output_layer_bias": (False,),
@@ -103,7 +102,7 @@ _CONFIG = frozenset({
     "share_embeddings_and_output_weights", "vocab_size", "window_size",
     # Megatron-LM's own names
     "add_position_embedding", "group_query_attention", "make_vocab_size_divisible_by", "max_position_embeddings", "norm_epsilon",
-    "padded_vocab_size", "rotary_seq_len_interpolation_factor", "swiglu", "untie_embeddings_and_output_weights",
+    "num_experts", "padded_vocab_size", "rotary_seq_len_interpolation_factor", "swiglu", "untie_embeddings_and_output_weights",
     "use_rope_scaling", "use_rotary_position_embeddings",
 })  # fmt: skip
 

@@ -16,12 +16,12 @@ from converter.side_files import CONFIG, EXTRAS, FILES, HEADERS, TOKENIZER_FILES
 from formats import integrity
 from formats.dcp_index import METADATA
 from formats.errors import UserError
-from formats.iterations import COMMON, FORMAT, TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER
+from formats.iterations import COMMON, FORMAT, RELEASE, TRACKER, TRAIN_STATE, TRAIN_STATE_TRACKER
 from formats.json_objects import parse_json
 from formats.replacement import Present, Rule, first
 from formats.shard_files import INDEX, SINGLE
 
-_RECORD = re.compile(rf"(iter_\d+/)?{re.escape(provenance.FILE)}")
+_RECORD = re.compile(rf"((iter_\d+|{RELEASE})/)?{re.escape(provenance.FILE)}")
 _IN_AN_ITERATION = re.compile(
     "|".join((
         *map(re.escape, (METADATA, FORMAT, COMMON, TRAIN_STATE, run_config.FILE, provenance.FILE, integrity.FILE, EXTRAS)),

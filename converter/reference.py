@@ -14,6 +14,7 @@ from converter import consistency, families, megatron_settings, run_config, side
 from converter.config import TEXT, to_huggingface, to_megatron
 from converter.config_mamba import MAMBA
 from converter.hybrid import GPT, HYBRID, PATTERN, layout_of
+from converter.nemo_config import settings_of
 from converter.padded_vocab import rows_of, tokens
 from converter.run_config import ModelSettings, UnknownModelError
 from converter.side_files import HFReference
@@ -37,7 +38,7 @@ def find(
     UserError if there is no reference and none can be rebuilt, if two descriptions of the model disagree, and for settings that
     no `config.json` can say.
     """
-    said, layout = run_config.read_all(reader.folder, reader.args()), layout or layout_of(reader.specs)
+    said, layout = settings_of(reader), layout or layout_of(reader.specs)
     own = side_files.load(reader.folder)
     known = side_files.from_folder(given) if given else own
     origin = known
@@ -71,13 +72,14 @@ def _check_settings(
     elsewhere."""
     known = families.find(reference.config.get("model_type"), layout) if reference else None
     compared = to_megatron(known.CONFIG, reference.config) if reference and known else dict.fromkeys(_OF_LAYOUT[layout])
+    names = {*compared, *(theirs for name, theirs in run_config.RENAMED.items() if name in compared)}
     foreign = [
         (setting, description.origin)
         for description in said
         for setting in megatron_settings.find_unsupported(
             description.settings, only_model_words=description.origin == run_config.ARGS
         )
-        if setting.name not in compared
+        if setting.name not in names
     ]
     for setting, origin in sorted(foreign, key=lambda item: not item[0].known):
         if setting.known or rebuilt:

@@ -10,15 +10,22 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from converter import families, provenance, run_config
+from converter import families, reference
 from converter.adapters.files import DESCRIPTION
+from converter.config import make_model
+from converter.consistency import embedding_rows
 from converter.hybrid import GPT, PATTERN, layout_of
+from converter.nemo_config import settings_of
+from converter.planner import stored_tensors
 from converter.recognize import LAYER
 from converter.side_files import CONFIG, config_of, load
 from converter.sources import open_source
+from converter.tables import Tables
+from converter.training_state import TrainingState, training_state
+from converter.writers import versions_of, writer_of
 from formats.detect import Format, detect, open_huggingface, open_megatron
 from formats.disk import user_errors
-from formats.errors import format_untrusted, printable
+from formats.errors import UserError, format_untrusted, printable
 from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader
 from formats.huggingface_chunks import ChunkedReader
@@ -64,6 +71,12 @@ class Report:
 
     iteration: str = ""
     optimizer_state: bool = False
+    state: TrainingState | None = None
+    """Of a Megatron checkpoint: what it holds beside its weights."""
+
+    versions: str = ""
+    """Of megatron-core, that write such a checkpoint; empty where the files do not tell."""
+
     unknown_packages: list[str] = field(default_factory=list[str])
     """Packages whose classes the common state names, besides Python's, torch's and megatron-core's: mostly a fork's."""
 
@@ -103,23 +116,44 @@ def _huggingface(folder: Folder, kind: Format, *, tensors: bool) -> Report:
 
 def _megatron(folder: Folder, kind: Format, *, tensors: bool) -> Report:
     reader = open_megatron(folder)
-    origin = load(reader.folder)
-    recorded = run_config.read(reader.folder, reader.args())
-    fields = recorded[0] if recorded else {}
+    recorded = settings_of(reader)
+    fields, state = recorded[0].known if recorded else {}, training_state(reader)
     return Report(
         path=folder.label,
-        format=kind.value,
-        writer=_writer(reader),
-        **_described(origin.config if origin else {}, reader.specs),
+        format=f"{kind.value}, {_inner_kind(reader).value}" if kind is Format.NEMO else kind.value,
+        writer=writer_of(reader),
+        **_described(_config(reader), reader.specs),
         dtypes=_dtypes(reader.specs.values()),
         files=len(reader.files),
-        layout=_layout(reader, fields),
+        layout=_layout(reader, {**reader.args(), **fields}),
         layers_as=_layers_as(reader),
         iteration=reader.folder.name,
         optimizer_state=reader.has_optimizer,
+        state=state,
+        versions=versions_of(reader, kind, state.optimizer),
         unknown_packages=_unknown_packages(reader),
         tensor_list=[{**_row(spec), "chunks": _chunks(reader, spec.name)} for spec in reader.specs.values()] if tensors else [],
     )
+
+
+def _config(reader: MegatronReader) -> Mapping[str, Any]:
+    """Return the checkpoint's `config.json`, or one of its settings in whose family all tensors have their place; else empty."""
+    if own := load(reader.folder):
+        return own.config
+    try:
+        config = reference.find(reader, None, vocab=embedding_rows(reader.specs)).config
+        family = families.find(config["model_type"], layout_of(reader.specs))
+        model = make_model(family.CONFIG, config)
+        stored_tensors(Tables(family.RULES, model), model, reader.specs)
+    except UserError:
+        return {}
+    return config
+
+
+def _inner_kind(reader: MegatronReader) -> Format:
+    """Return the format of the weights in a checkpoint of NeMo: files of ranks have no folder of their own there."""
+    inner = detect(reader.folder)
+    return Format.RANK_FILES if inner is Format.NEMO else inner
 
 
 def _layers_as(reader: MegatronReader) -> str:
@@ -159,15 +193,6 @@ def _dtypes(specs: Iterable[TensorSpec]) -> list[DtypeRow]:
         DtypeRow(name, len(group), sum(prod(spec.stored_shape) for spec in group), sum(spec.nbytes for spec in group))
         for name, group in sorted(grouped.items())
     ]
-
-
-def _writer(reader: MegatronReader) -> str:
-    """Return the program that wrote it, by the files that only it writes."""
-    if reader.folder.has(provenance.FILE):
-        return "mbconvert"
-    if reader.folder.has(run_config.FILE):
-        return "Megatron-Bridge"
-    return "Megatron-LM" if reader.args() else "megatron-core"
 
 
 def _layout(reader: MegatronReader, fields: Mapping[str, Any]) -> dict[str, Any]:

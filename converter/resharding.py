@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 from converter import families, provenance, reference, run_config, side_files
+from converter.checkpoint_files import weights_writer
 from converter.comparison import CheckpointView
 from converter.config import make_model, to_megatron
 from converter.consistency import embedding_rows
@@ -22,9 +23,10 @@ from converter.encoding import quantized_source
 from converter.execution import Reporter
 from converter.families import Family
 from converter.hybrid import layout_of
-from converter.importing import check_padding, parallel_sizes, weights_writer, with_extras
+from converter.importing import check_padding, parallel_sizes, with_extras
 from converter.layout import Layout, make_layout
 from converter.model import Model
+from converter.nemo_config import settings_of
 from converter.padded_vocab import divisible_by
 from converter.plan import Specs, TensorPlan, as_stored, casts, same_tensor
 from converter.planner import Plan, stored_tensors
@@ -182,7 +184,7 @@ def _keeps_settings(reader: MegatronReader, wanted: ReshardOptions) -> bool:
 
 def _vocab_multiple(reader: MegatronReader, wanted: ReshardOptions) -> int:
     """Return what each rank's rows of the vocabulary are padded to a multiple of."""
-    recorded = run_config.read_all(reader.folder, reader.args())
+    recorded = settings_of(reader)
     return wanted.make_vocab_size_divisible_by or divisible_by(recorded[0].settings if recorded else {})
 
 

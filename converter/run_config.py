@@ -21,6 +21,7 @@ from formats.dtypes import FLOATS
 from formats.errors import UserError, format_untrusted
 from formats.faults import fault
 from formats.folder import Folder
+from formats.iterations import TORCH_DIST
 from formats.spec import names_of
 
 FILE = "run_config.yaml"
@@ -37,7 +38,7 @@ _ABSENT = (
 )  # fmt: skip
 
 
-def make(megatron: Config, layout: Layout, dtype: np.dtype[Any], *, vocab_multiple: int) -> bytes:
+def make(megatron: Config, layout: Layout, dtype: np.dtype[Any], *, vocab_multiple: int, ckpt_format: str = TORCH_DIST) -> bytes:
     """Return `run_config.yaml` for a converted model.
 
     `megatron` are the model's fields; one rank's vocabulary is padded to a multiple of `vocab_multiple` rows.
@@ -46,7 +47,7 @@ def make(megatron: Config, layout: Layout, dtype: np.dtype[Any], *, vocab_multip
         "_target_": "megatron.bridge.training.config.ConfigContainer",
         "checkpoint": {
             "_target_": "megatron.bridge.training.config.CheckpointConfig",
-            "ckpt_format": "torch_dist",
+            "ckpt_format": ckpt_format,
             "fully_parallel_save": False,
             "save_optim": False,
             "save_rng": False,
@@ -68,21 +69,21 @@ def make(megatron: Config, layout: Layout, dtype: np.dtype[Any], *, vocab_multip
 
 def with_parallel_sizes(data: bytes, megatron: Config, layout: Layout, *, vocab_multiple: int, padded_vocab: int) -> bytes:
     """Return a `run_config.yaml` with other parallel sizes, and all else as it was. `megatron` are the model's fields."""
-    document = _document(data)
-    model = {**_model_section(document), **_parallel(layout, megatron), "make_vocab_size_divisible_by": vocab_multiple}
+    known = document(data)
+    model = {**_model_section(known), **_parallel(layout, megatron), "make_vocab_size_divisible_by": vocab_multiple}
     if model.get("padded_vocab_size") is not None:
         model["padded_vocab_size"] = padded_vocab
-    return yaml.safe_dump({**document, "model": model}, sort_keys=True).encode()
+    return yaml.safe_dump({**known, "model": model}, sort_keys=True).encode()
 
 
 def with_tokens(data: bytes, size: int) -> bytes:
     """Return a `run_config.yaml` with another number of tokens, without padding, and all else as it was."""
-    document = _document(data)
-    model = _model_section(document)
+    known = document(data)
+    model = _model_section(known)
     model["vocab_size"] = size
     if model.get("padded_vocab_size") is not None:
         model["padded_vocab_size"] = size
-    return yaml.safe_dump({**document, "model": model}, sort_keys=True).encode()
+    return yaml.safe_dump({**known, "model": model}, sort_keys=True).encode()
 
 
 def _model(megatron: Config, dtype: np.dtype[Any]) -> dict[str, Any]:
@@ -183,19 +184,20 @@ def read_all(iteration: Folder, args: Config) -> list[ModelSettings]:
 
 
 def _from_run_config(data: bytes) -> ModelSettings:
-    section = _model_section(_document(data))
-    return ModelSettings(_model_fields(section), section, f"`{FILE}`")
+    section = _model_section(document(data))
+    return ModelSettings(model_fields(section), section, f"`{FILE}`")
 
 
-def _document(data: bytes) -> Any:
+def document(data: bytes, *, source: str = FILE) -> Any:
+    """Return the content of a YAML file of settings. Raises UserError if it is not readable or beyond limits."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         _check_events(cast("Any", yaml).parse(data, Loader=loader))
         return yaml.load(data, Loader=loader)  # noqa: S506
     except _RefusedError as error:
-        raise UserError(f"`{FILE}` is not readable: {error.args[0]}") from error
+        raise UserError(f"`{source}` is not readable: {error.args[0]}") from error
     except Exception as error:  # a damaged value makes the parser raise anything
-        raise UserError(f"`{FILE}` is not readable as YAML: {_why(data, error)}") from error
+        raise UserError(f"`{source}` is not readable as YAML: {_why(data, error)}") from error
 
 
 class _RefusedError(ValueError):
@@ -232,7 +234,8 @@ def _model_section(document: Any) -> dict[str, Any]:
     return {name: value for name, value in cast("dict[Any, Any]", section).items() if isinstance(name, str)}
 
 
-def _model_fields(section: Config) -> dict[str, Any]:
+def model_fields(section: Config) -> dict[str, Any]:
+    """Return the fields of a model's section, the activation function by its name."""
     activation = section.get("activation_func")
     plain = {name: value for name, value in section.items() if not isinstance(value, Mapping)}
     if isinstance(activation, Mapping):
@@ -255,7 +258,11 @@ _SAME_NAMES = (
 _ONE_MORE = ("NullTokenizer", "NullMultimodalTokenizer")
 """Tokenizers with one token more than `vocab_size` in most versions of Megatron-LM: the end of a document."""
 
-_RENAMED = {"rope_scaling": "use_rope_scaling", "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor"}
+RENAMED = {
+    "rope_scaling": "use_rope_scaling", "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "num_moe_experts": "num_experts",
+}  # fmt: skip
+"""Megatron-LM's names of fields that mean the same."""
 
 
 def _from_args(args: Config) -> dict[str, Any]:
@@ -263,13 +270,21 @@ def _from_args(args: Config) -> dict[str, Any]:
     heads = args.get("num_attention_heads")
     return {
         **{name: args[name] for name in _SAME_NAMES if name in args},
-        **{name: args[theirs] for name, theirs in _RENAMED.items() if theirs in args},
+        **{name: args[theirs] for name, theirs in RENAMED.items() if theirs in args},
         "num_query_groups": args.get("num_query_groups") if args.get("group_query_attention") else heads,
         "seq_length": args.get("max_position_embeddings") or args.get("seq_length"),
         "layernorm_epsilon": args.get("norm_epsilon") or args.get("layernorm_epsilon"),
         "share_embeddings_and_output_weights": not args.get("untie_embeddings_and_output_weights"),
-        "gated_linear_unit": bool(args.get("swiglu")),
-        "activation_func": "silu" if args.get("swiglu") else "gelu",
+        "gated_linear_unit": bool(args.get("swiglu") or args.get("gated_linear_unit")),
+        "activation_func": "silu" if args.get("swiglu") else args.get("activation_func") or "gelu",
         **({"vocab_size": None} if args.get("tokenizer_type") in _ONE_MORE else {}),
+        **_experts_from_args(args),
         **({PATTERN: args[PATTERN], "is_hybrid_model": True} if args.get(PATTERN) else {}),
     }
+
+
+def _experts_from_args(args: Config) -> dict[str, Any]:
+    """Return the fields of experts, which have one name in both but for their number; none of a model without experts."""
+    if not args.get("num_experts"):
+        return {}
+    return {"num_moe_experts": args["num_experts"], **{name: value for name, value in args.items() if name.startswith("moe_")}}

@@ -28,6 +28,7 @@ from formats.machine import check_machine
 from formats.megatron_reader import MegatronReader
 from formats.quantized.reader import THREAD_BYTES
 from formats.spec import Reader
+from formats.tar import TarFolder, is_tar
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _IGNORED = ["original/*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
@@ -123,6 +124,8 @@ def open_source(source: str | Path, *, or_hub: bool = False) -> Folder:
     if is_remote(source) or path.is_dir():
         return open_folder(source, probe=PROBED)
     if path.exists():
+        if is_tar(LocalFolder(path.parent), path.name):
+            return TarFolder(LocalFolder(path.parent), path.name)
         refuse_file(str(source))
     if or_hub and isinstance(source, str) and "/" in source and _HUB_ID.fullmatch(source):
         return _fetch(source)
@@ -152,7 +155,7 @@ def sources_changed(what: str) -> UserError:
 
 def workers_for(workers: int | None, sources: Iterable[Folder], target: str | Path = "") -> int:
     """Return the number of threads for work from `sources` to `target`, by `count_workers`."""
-    remote = is_remote(target) or not all(isinstance(source, LocalFolder) for source in sources)
+    remote = is_remote(target) or not all(isinstance(source, LocalFolder | TarFolder) for source in sources)
     return count_workers(workers, remote=remote)
 
 

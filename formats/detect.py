@@ -14,10 +14,22 @@ from enum import StrEnum
 from formats import foreign
 from formats.dcp_index import METADATA, read_index
 from formats.errors import UserError
-from formats.folder import Folder, LocalFolder
+from formats.folder import FileRef, Folder, LocalFolder
 from formats.huggingface import HuggingFaceReader
 from formats.huggingface_chunks import TITAN, ChunkedReader, accelerates, are_of_model, open_dcp
-from formats.iterations import COMMON, FORMAT, TORCH, TRACKER, TRAIN_STATE, ZARR, backend, find_iteration, unfinished
+from formats.iterations import (
+    COMMON,
+    FORMAT,
+    NEMO_SETTINGS,
+    TORCH,
+    TRACKER,
+    TRAIN_STATE,
+    ZARR,
+    backend,
+    find_iteration,
+    nemo_weights,
+    unfinished,
+)
 from formats.megatron_reader import MegatronReader
 from formats.rank_files import RankFilesReader
 from formats.safetensors_slices import SlicedSafetensors, are_safetensors, has_slices, sliced_files
@@ -31,6 +43,9 @@ _RUN_CONFIG = "run_config.yaml"
 
 _ITERATION = re.compile(r"(iter_\d+|release)/")
 _MEGATRON_NAME = re.compile(r"(.*\.)?(decoder|encoder)\.layers\..*|(decoder|encoder|embedding|output_layer)\..*")
+_LATEST = "latest"
+"""DeepSpeed's tracker."""
+
 _MOST_FOLDERS = 200
 """Further sub-folders are not searched: a folder with so many is no collection of models."""
 
@@ -48,6 +63,7 @@ class Format(StrEnum):
     FSDP_DTENSOR = "Megatron fsdp_dtensor"
     TORCH_DCP = "Megatron torch_dcp"
     RANK_FILES = "Megatron mp_rank files"
+    NEMO = "NeMo"
 
     @property
     def is_megatron(self) -> bool:
@@ -81,10 +97,12 @@ def detect(folder: Folder) -> Format:
     if folder.has(METADATA):
         return _container(folder)
     if kind := _BY_BACKEND.get(backend(folder)):
-        return kind
+        return Format.NEMO if kind is Format.RANK_FILES and folder.has(NEMO_SETTINGS[1]) else kind
     if folder.has(INDEX):
         return Format.HUGGINGFACE
     names = folder.children()
+    if nemo_weights(names):
+        return Format.NEMO
     inner = accelerates(folder)
     if kind := _by_files(names) or (_container(inner) if inner else None):
         return kind
@@ -122,7 +140,12 @@ def open_megatron(folder: Folder) -> MegatronReader:
     Raises UserError for what is missing, incomplete or in another format.
     """
     iteration = find_iteration(folder)
-    kind = backend(iteration)
+    reader = _open_iteration(iteration, backend(iteration))
+    reader.settings = next((FileRef(folder, name) for name in NEMO_SETTINGS if folder.has(name)), None)
+    return reader
+
+
+def _open_iteration(iteration: Folder, kind: str) -> MegatronReader:
     if kind == TORCH:
         return RankFilesReader(iteration)
     return TorchDistReader(iteration, container=ZarrContainer(iteration) if kind == ZARR else None)
@@ -199,7 +222,7 @@ def _unknown(folder: Folder, names: Sequence[str]) -> UserError:
     _refuse_root(folder, names)
     if _containers(names) or folder.name.startswith("iter_"):
         return unfinished(folder)
-    foreign.refuse(folder.label, names)
+    foreign.refuse(folder.label, [*_of_latest_step(folder, names), *names])
     _refuse_parent(folder, names)
     listed = ", ".join(f"`{name}`" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return UserError(
@@ -207,6 +230,12 @@ def _unknown(folder: Folder, names: Sequence[str]) -> UserError:
         hint=f"the first has `*.safetensors` files, the second `{TRACKER}` or `{METADATA}`; there are: {listed}"
         f"{_not_fetched(folder)}",
     )
+
+
+def _of_latest_step(folder: Folder, names: Sequence[str]) -> list[str]:
+    """Return the names in DeepSpeed's latest step, which tell its stage. The root holds `latest`, which names that folder."""
+    step = f"{folder.get(_LATEST).decode(errors='replace').strip()}/" if _LATEST in names else ""
+    return [f"{step}{name}" for name in folder.below(step.rstrip("/")).children()] if step in names else []
 
 
 def _not_fetched(folder: Folder) -> str:

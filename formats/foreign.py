@@ -29,17 +29,15 @@ _DEEPSPEED = (
     "beside its `global_step*` folders DeepSpeed puts `zero_to_fp32.py`; there, `python zero_to_fp32.py . OUT "
     "--safe_serialization` writes safetensors; add the model's `config.json` and convert `OUT`"
 )
-_DEEPSPEED_FILES = (
-    r"(\w+_)?zero_pp_rank_\d+_mp_rank_\d+_.*\.pt|mp_rank_\d+_model_states\.pt|zero_to_fp32\.py|global_step\d+/|"
-    r"layer_\d+-model_\d+-model_states\.pt"
+_UNIVERSAL = (
+    f"convert the checkpoint that it was made from: {_DEEPSPEED}; where that is gone, load this one in DeepSpeed "
+    "(`load_universal` in the `checkpoint` of its config) and save it there"
 )
+_DEEPSPEED_FILES = r"mp_rank_\d+_model_states\.pt|zero_to_fp32\.py|global_step\d+/|layer_\d+-model_\d+-model_states\.pt"
 _META = (
     "use the repository that has the model for transformers (with `-hf` in its name, or `*.safetensors` beside `original/`), "
     "or convert it with `convert_llama_weights_to_hf.py` of transformers 4"
 )
-_NEMO = (
-    "convert it with NeMo's `scripts/checkpoint_converters/convert_llama_nemo_to_hf.py`; then convert what that writes"
-)  # fmt: skip
 _FRAMEWORKS = (
     "load it with transformers 4 (`from_tf=True` or `from_flax=True`) and save it with `save_pretrained`; or fetch the "
     "repository's safetensors files"
@@ -63,8 +61,13 @@ class Foreign:
         return re.fullmatch(self.pattern, name, re.IGNORECASE) is not None
 
 
-_FORMATS = (
+FORMATS = (
     Foreign(r"model_world_size_\d+_rank_\d+\.pt", "FSDP shards as verl saves them", _VERL),
+    Foreign(r"latest_universal|global_step\d+_universal/|zero/", "a universal checkpoint of DeepSpeed", _UNIVERSAL),
+    Foreign(r"(.+/)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt", "a DeepSpeed checkpoint of ZeRO stage 3", _DEEPSPEED),
+    Foreign(
+        r"(.+/)?(\w+_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt", "a DeepSpeed checkpoint of ZeRO stage 1 or 2", _DEEPSPEED
+    ),
     Foreign(_DEEPSPEED_FILES, "a DeepSpeed checkpoint", _DEEPSPEED),
     Foreign(
         r"(diffusion_)?(pytorch_)?model(\.[\w-]+)?(-\d+-of-\d+)?\.bin(\.index(\.[\w-]+)?\.json)?",
@@ -73,7 +76,7 @@ _FORMATS = (
     ),
     Foreign(r"consolidated[\w.-]*\.pth", "Meta's own format (`.pth`)", _META),
     Foreign(r".*\.(gguf|ggml|llamafile)", "GGUF, the format of llama.cpp", _GGUF),
-    Foreign(r".*\.nemo", "a NeMo archive", _NEMO),
+    Foreign(r".*\.nemo", "a NeMo archive", "give the archive itself: `{folder}/{file}`"),
     Foreign(r".*\.(h5|keras|pb)|.*\.h5\.index\.json|.*\.ckpt\.(index|meta|data-.*)", "TensorFlow weights", _FRAMEWORKS),
     Foreign(r".*\.msgpack(\.index\.json)?|_CHECKPOINT_METADATA|manifest\.ocdbt", "Flax or JAX weights", _FRAMEWORKS),
     Foreign(r".*\.(onnx|onnx_data(_\d+)?|onnx\.data)", "an ONNX graph", _ORIGINAL),
@@ -94,6 +97,7 @@ _FORMATS = (
     ),
     Foreign(r".*\.(pt|pth|ckpt|bin|pkl|pickle)", "pickled PyTorch tensors, not safetensors", _SAVE_IN_ITS_PROGRAM),
 )
+"""Formats that are named and refused. The first that a name identifies counts."""
 
 _NOT_WEIGHTS = re.compile(
     r"(optimizer|scheduler|rng_state.*|training_args|scaler|random_states.*|trainer_state)\.(pt|pth|bin|pkl|json)|tokenizer.*|vocab.*"
@@ -104,7 +108,7 @@ _NOT_WEIGHTS = re.compile(
 def find(names: Iterable[str]) -> tuple[Foreign, str] | None:
     """Return the first format that one of these names identifies, and that name."""
     named = sorted(name for name in names if not _NOT_WEIGHTS.fullmatch(name))
-    return next(((known, name) for known in _FORMATS for name in named if known.matches(name)), None)
+    return next(((known, name) for known in FORMATS for name in named if known.matches(name)), None)
 
 
 def refuse(label: str, names: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ Reading the formats is left to their readers, detection to `formats/detect.py`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from formats.dcp_index import METADATA
 from formats.errors import UserError, format_untrusted
@@ -21,6 +22,22 @@ COMMON = "common.pt"
 TORCH_DIST, ZARR, TORCH = "torch_dist", "zarr", "torch"
 """What Megatron-LM's `--ckpt-format` calls the formats: two of `dist_checkpointing`, and files of ranks."""
 
+FSDP_DTENSOR = "fsdp_dtensor"
+"""The same, of Megatron-FSDP."""
+
+WRITTEN = (TORCH_DIST, TORCH, FSDP_DTENSOR)
+"""Those that are written here."""
+
+RELEASE = "release"
+"""The folder, and what the tracker says, of weights that are no step of a run."""
+
+
+NEMO_SETTINGS = ("context/model.yaml", "model_config.yaml")
+"""The files in which NeMo 2 and NeMo 1 describe the model."""
+
+_NEMO = {"weights": "context/", "model_weights": NEMO_SETTINGS[1]}
+"""The folders that they put weights in, and what is beside them."""
+
 
 def iteration_folder(number: int) -> str:
     return f"iter_{number:07d}"
@@ -34,6 +51,8 @@ def find_iteration(folder: Folder) -> Folder:
     if backend(folder):
         return folder
     if not folder.has(TRACKER):
+        if inner := nemo_weights(folder.children()):
+            return _finished(folder.below(inner))
         if any(name.endswith(".distcp") for name in folder.children()):
             raise unfinished(folder)
         raise UserError(
@@ -41,15 +60,28 @@ def find_iteration(folder: Folder) -> Folder:
             hint="point at the checkpoint's root, or at one iteration in it (`iter_0000100`)",
         )
     tracked = folder.get(TRACKER).decode(errors="replace").strip()
-    if not re.fullmatch(r"\d{1,18}|release", tracked):
+    if not re.fullmatch(rf"\d{{1,18}}|{RELEASE}", tracked):
         raise UserError(f"`{TRACKER}` says `{tracked[:40]}`, which is not an iteration")
-    chosen = tracked if tracked == "release" else iteration_folder(int(tracked))
+    chosen = tracked if tracked == RELEASE else iteration_folder(int(tracked))
     if not folder.below(chosen).children():
         existing = ", ".join(name.rstrip("/") for name in folder.children() if name.startswith("iter_")) or "none"
         raise UserError(f"`{TRACKER}` says iteration {tracked}, but `{chosen}` is not there", hint=f"there are: {existing}")
-    if not backend(folder.below(chosen)):
-        raise unfinished(folder.below(chosen))
-    return folder.below(chosen)
+    return _finished(folder.below(chosen))
+
+
+def _finished(folder: Folder) -> Folder:
+    if not backend(folder):
+        raise unfinished(folder)
+    return folder
+
+
+def nemo_weights(names: Sequence[str]) -> str:
+    """Return the folder of the weights in a checkpoint of NeMo 2 or NeMo 1, by the names in it; empty for other folders.
+
+    >>> nemo_weights(["context/", "weights/"])
+    'weights'
+    """
+    return next((weights for weights, beside in _NEMO.items() if f"{weights}/" in names and beside in names), "")
 
 
 def unfinished(folder: Folder, missing: str = METADATA) -> UserError:

@@ -9,12 +9,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from formats.chunks import Chunk
-from formats.folder import Folder
+from formats.folder import FileRef, Folder
 from formats.spec import Reader
 
 
 class MegatronReader(Reader, Protocol):
     """An opened iteration. `specs` are its weights, one name per layer. Methods may be called from several threads."""
+
+    settings: FileRef | None
+    """NeMo's description of the model; None in checkpoints of other programs."""
 
     @property
     def folder(self) -> Folder:
@@ -38,6 +41,11 @@ class MegatronReader(Reader, Protocol):
 
     @property
     def has_optimizer(self) -> bool: ...
+
+    @property
+    def contents(self) -> Collection[str]:
+        """The first words of the names of everything that is no weight: `rng_state`, `opt_param_scheduler`, `args`, …"""
+        ...
 
     def args(self) -> Mapping[str, Any]:
         """Return Megatron-LM's command line, empty where the checkpoint has none. Classes are inert records."""

@@ -13,7 +13,8 @@ from formats.spec import Shape
 
 
 class ObjectName(NamedTuple):
-    """An object of a `key`, or of one of its rows where layers or experts are stacked; `sizes` are how many rows there are.
+    """An object of a `key`, or of one of its rows where layers or experts are stacked; `sizes` are how many rows there are, None
+    where the key alone is the name, as torch's own containers have it.
 
     >>> str(ObjectName("decoder.layers.mlp.linear_fc1._extra_state", (3,), (16,))), str(ObjectName("common_state"))
     ('decoder.layers.mlp.linear_fc1._extra_state/shard_3_16', 'common_state/shard_0_1')
@@ -21,10 +22,12 @@ class ObjectName(NamedTuple):
 
     key: str
     rows: Shape = ()
-    sizes: Shape = ()
+    sizes: Shape | None = ()
 
     def __str__(self) -> str:
         """Return the name in the index, as megatron-core's `ShardedObject.unique_key`."""
+        if self.sizes is None:
+            return self.key
         return f"{self.key}/shard_{_dotted(self.rows) or 0}_{_dotted(self.sizes) or 1}"
 
 
@@ -36,8 +39,8 @@ class ObjectNames(Sequence[str]):
     """Names of objects in order. Those of one key differ in a number, that of the row in C order."""
 
     def __init__(self) -> None:
-        self._keys: dict[tuple[str, Shape], int] = {}
-        self._of_key: list[tuple[str, Shape]] = []
+        self._keys: dict[tuple[str, Shape | None], int] = {}
+        self._of_key: list[tuple[str, Shape | None]] = []
         self._key_numbers, self._row_numbers = array("i"), array("q")
 
     def append(self, name: ObjectName) -> None:
@@ -45,7 +48,7 @@ class ObjectNames(Sequence[str]):
         if key not in self._keys:
             self._keys[key] = len(self._of_key)
             self._of_key.append(key)
-        for row, size in zip(name.rows, name.sizes, strict=True):
+        for row, size in zip(name.rows, name.sizes or (), strict=True):
             number = number * size + row
         self._key_numbers.append(self._keys[key])
         self._row_numbers.append(number)
@@ -64,7 +67,7 @@ class ObjectNames(Sequence[str]):
             return [self[at] for at in range(*index.indices(len(self)))]
         (key, sizes), number = self._of_key[self._key_numbers[index]], self._row_numbers[index]
         rows: list[int] = []
-        for size in reversed(sizes):
+        for size in reversed(sizes or ()):
             number, row = divmod(number, size)
             rows.append(row)
         return str(ObjectName(key, tuple(reversed(rows)), sizes))

@@ -7,17 +7,17 @@ named and put together as in the whole model. What several ranks hold is compare
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from formats import rank_names
 from formats.chunks import Chunk
 from formats.errors import UserError
-from formats.folder import Folder
+from formats.folder import FileRef, Folder
 from formats.iterations import find_iteration
 from formats.rank_boxes import BoxesReader, merge
 from formats.rank_folders import OPTIMIZER_FILE, Rank, RankFile, args_of, open_ranks
-from formats.rank_names import Piece
+from formats.rank_names import EMBEDDING, OUTPUT, Piece
 from formats.spec import Array, Region
 
 _LARGE = ("model", "optimizer", "rng_state")
@@ -26,6 +26,8 @@ _LARGE = ("model", "optimizer", "rng_state")
 
 class RankFilesReader:
     """An opened iteration; see `MegatronReader`. Opening reads the pickle of every rank."""
+
+    settings: FileRef | None = None
 
     def __init__(self, folder: Folder) -> None:
         self.folder = find_iteration(folder)
@@ -37,7 +39,8 @@ class RankFilesReader:
 
     @property
     def files(self) -> list[str]:
-        return [rank_file.name for rank_file in self.ranks.values()]
+        beside = [f"{rank_file.folder}{OPTIMIZER_FILE}" for rank_file in self.ranks.values()]
+        return [*(rank_file.name for rank_file in self.ranks.values()), *(name for name in beside if self.folder.has(name))]
 
     @property
     def index_files(self) -> list[str]:
@@ -47,6 +50,11 @@ class RankFilesReader:
     @property
     def has_optimizer(self) -> bool:
         return "optimizer" in self._first.state or self.folder.has(f"{self._first.folder}{OPTIMIZER_FILE}")
+
+    @property
+    def contents(self) -> Collection[str]:
+        """See `MegatronReader.contents`."""
+        return self._first.state.keys()
 
     def args(self) -> Mapping[str, Any]:
         """See `MegatronReader.args`."""
@@ -83,9 +91,9 @@ class RankFilesReader:
     def _untied(self, held: dict[str, dict[int, list[Piece]]]) -> dict[str, dict[int, list[Piece]]]:
         """Count the last stage's copy of a tied embedding as one more copy of it."""
         tied = self.args().get("untie_embeddings_and_output_weights") is False
-        if tied and rank_names.OUTPUT in held and rank_names.EMBEDDING in held:
-            for tp, copies in held.pop(rank_names.OUTPUT).items():
-                held[rank_names.EMBEDDING].setdefault(tp, []).extend(copies)
+        if tied and OUTPUT in held and EMBEDDING in held:
+            for tp, copies in held.pop(OUTPUT).items():
+                held[EMBEDDING].setdefault(tp, []).extend(copies)
         return held
 
 

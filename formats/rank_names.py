@@ -12,7 +12,7 @@ import numpy as np
 
 from formats.errors import UserError
 from formats.rank_folders import RankFile, args_of
-from formats.spec import Shape
+from formats.spec import Shape, is_size
 from formats.stored_arrays import StoredArray
 from formats.torch_zip import OpenArchive, contiguous_strides
 
@@ -22,9 +22,9 @@ COLUMNS, ROWS = 0, 1
 
 GATED = "linear_fc1."
 
-_LAYER = re.compile(r"((?:decoder|encoder)\.layers\.)(\d+)\.(.+)")
-_SEQUENTIAL = re.compile(r"(.*\bmlp\.experts\.)local_experts\.(\d+)\.(.+)")
-_GROUPED = re.compile(r"(.*\bmlp\.experts\.)(linear_fc[12])\.(weight|bias)(\d+)")
+_LAYER = re.compile(r"((?:decoder|encoder)\.layers\.)([0-9]{1,9})\.(.+)")
+_SEQUENTIAL = re.compile(r"(.*\bmlp\.experts\.)local_experts\.([0-9]{1,9})\.(.+)")
+_GROUPED = re.compile(r"(.*\bmlp\.experts\.)(linear_fc[12])\.(weight|bias)([0-9]{1,9})(_\w)?")
 _TRANSPOSED = re.compile(r"(.*\bmlp\.experts\.)weight([12])")
 
 _DIVIDED = {
@@ -116,7 +116,7 @@ def pieces(state: Mapping[str, Any], file: RankFile, *, first: int, ep: int) -> 
 
     `first` is the number of the chunk's first layer, `ep` the expert-parallel rank.
     """
-    experts = 1 + max((int(match[group]) for name in state for match, group in _numbered(name)), default=-1)
+    experts = _count_experts(state, file)
     for tensor in tensors(state, file):
         layer = _LAYER.fullmatch(tensor.name)
         numbered = f"{layer[1]}{first + int(layer[2])}.{layer[3]}" if layer else tensor.name
@@ -124,7 +124,21 @@ def pieces(state: Mapping[str, Any], file: RankFile, *, first: int, ep: int) -> 
         if match := _TRANSPOSED.fullmatch(numbered):
             yield from _transposed(match, piece, file, ep)
             continue
-        yield _with_expert(numbered, ep * experts), piece
+        yield with_expert(numbered, ep * experts), piece
+
+
+def _count_experts(state: Mapping[str, Any], file: RankFile) -> int:
+    """Return how many experts a model chunk has. Raises UserError where one is missing, or their number is not that in `args`."""
+    numbers = {int(match[group]) for name in state for match, group in _numbered(name)}
+    if numbers != set(range(len(numbers))):
+        raise UserError(f"`{file.name}` has experts {sorted(numbers)[:8]}, which should count from 0", hint="the file is damaged")
+    expected = _local_experts(file)
+    if numbers and expected not in (0, len(numbers)):
+        raise UserError(
+            f"`{file.name}` has {len(numbers)} experts in a layer, and its `args` say {expected} for each rank",
+            hint="the file is of another run",
+        )
+    return len(numbers)
 
 
 def _numbered(name: str) -> Iterator[tuple[re.Match[str], int]]:
@@ -134,25 +148,38 @@ def _numbered(name: str) -> Iterator[tuple[re.Match[str], int]]:
         yield match, 4
 
 
-def _with_expert(name: str, first: int) -> str:
-    """Return the name with the expert's number in the whole model."""
+def with_expert(name: str, first: int = 0) -> str:
+    """Return the name with the expert's number in the whole model, where `first` is that of expert 0 here.
+
+    >>> with_expert("mlp.experts.linear_fc1.weight3"), with_expert("mlp.experts.local_experts.3.linear_fc1.weight", 4)
+    ('mlp.experts.3.linear_fc1.weight', 'mlp.experts.7.linear_fc1.weight')
+    """
     if match := _SEQUENTIAL.fullmatch(name):
         return f"{match[1]}{first + int(match[2])}.{match[3]}"
     if match := _GROUPED.fullmatch(name):
-        return f"{match[1]}{first + int(match[4])}.{match[2]}.{match[3]}"
+        return f"{match[1]}{first + int(match[4])}.{match[2]}.{match[3]}{match[5] or ''}"
     return name
 
 
 def _transposed(match: re.Match[str], piece: Piece, file: RankFile, ep: int) -> Iterator[tuple[str, Piece]]:
     """Yield the experts of megatron-core's GroupedMLP (up to 0.15): `weight1` is [hidden, experts · rows] in name, and in memory
     [experts, hidden, rows]; `weight2` [experts · columns, hidden], which is [experts, columns, hidden]."""
-    args = args_of(file)
-    experts, parallel = args.get("num_experts"), args.get("expert_model_parallel_size") or 1
-    size = piece.shape[1] if match[2] == "1" else piece.shape[0]
-    if not isinstance(experts, int) or experts % parallel or size % (here := experts // parallel):
+    here = _local_experts(file)
+    axis = 1 if match[2] == "1" else 0
+    if not here or len(piece.shape) != 2 or piece.shape[axis] % here:
         raise UserError(f"`{match[0]}` has shape {list(piece.shape)}, and `args` in `{file.name}` do not say of how many experts")
-    inner = (piece.shape[0], size // here) if match[2] == "1" else (size // here, piece.shape[1])
+    size = piece.shape[axis] // here
+    inner = (piece.shape[0], size) if axis else (size, piece.shape[1])
     for expert in range(here):
         offset = piece.stored.offset + expert * prod(inner) * piece.dtype.itemsize
         stored = replace(piece.stored, offset=offset, shape=inner)
         yield f"{match[1]}{ep * here + expert}.linear_fc{match[2]}.weight", Piece(inner[::-1], piece.dtype, stored, True)
+
+
+def _local_experts(file: RankFile) -> int:
+    """Return how many experts a rank has, 0 where `args` do not say."""
+    args = args_of(file)
+    experts: Any = args.get("num_experts")
+    parallel: Any = args.get("expert_model_parallel_size") or 1
+    known = is_size(experts) and is_size(parallel) and experts % parallel == 0
+    return int(experts // parallel) if known else 0

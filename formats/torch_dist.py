@@ -12,6 +12,7 @@ import re
 import threading
 from array import array
 from collections.abc import Collection, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from formats.container import Container
 from formats.dcp import DcpContainer
 from formats.dcp_index import METADATA
 from formats.errors import UserError
-from formats.folder import Folder
+from formats.folder import FileRef, Folder
 from formats.iterations import COMMON, find_iteration
 from formats.object_names import ObjectName
 from formats.pickles import Record
+from formats.rank_names import with_expert
 from formats.spec import Array, Region, Shape, TensorSpec
 from formats.torch_zip import OpenArchive
 
@@ -39,10 +41,11 @@ _NOT_WEIGHTS = re.compile(r"^(optimizer|chained_\d+|rng_state|rerun_state_machin
 ROOTS = ("model.module.", "module.", "model.")
 """What wrappers put before the names of all weights: Megatron-FSDP's, NeMo 2's, and NeMo 1's and `torch_dcp`'s."""
 
-_OF_COMMON = ("args", "iteration", "checkpoint_version")
-"""Objects that checkpoints without a common state have instead of one."""
+_OF_COMMON = ("args", "iteration", "checkpoint_version", "num_floating_point_operations_so_far")
+_SCHEDULER = "opt_param_scheduler"
+"""Objects that checkpoints without a common state have instead of one; of the scheduler one for each of its fields."""
 
-_GATE, _UP = "_w", "_v"
+GATE, UP = "_w", "_v"
 """Suffixes of the two tensors that megatron-core stores for a gated projection with `singleton_local_shards`."""
 
 _LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
@@ -53,6 +56,8 @@ _STACKED_EXPERT = re.compile(r"(.*\bexperts)\.experts\.(.+)")
 
 class TorchDistReader:
     """An opened iteration; see `MegatronReader`."""
+
+    settings: FileRef | None = None
 
     def __init__(self, folder: Folder, *, prefix: str = "", container: Container | None = None) -> None:
         """`prefix`: see `state`. `container`: the folder's, where it is already open."""
@@ -70,11 +75,16 @@ class TorchDistReader:
         self._halved: dict[str, ChunkedTensor] = {}
         self._lock = threading.Lock()
         weights = dict.fromkeys(key for key in self.container.tensor_names if not _NOT_WEIGHTS.match(key))
-        self._root = root_of(weights)
-        weights = dict.fromkeys(key.removeprefix(self._root) for key in weights)
+        self.root = root_of(weights)
+        self._spelled = {with_expert(name): name for key in weights if (name := key.removeprefix(self.root))}
+        """The weights, and how their keys spell them: state dicts have names of their own for experts."""
+
+        if len(self._spelled) != len(weights):
+            raise UserError(f"`{METADATA}` names experts in two ways", hint="the checkpoint was mixed from two")
+        weights = dict.fromkeys(self._spelled)
         if prefix:
             weights = self._state_keys(weights)
-        halves = {key: key.removesuffix(_GATE) + _UP for key in weights if key.endswith(_GATE)}
+        halves = {key: key.removesuffix(GATE) + UP for key in weights if key.endswith(GATE)}
         halves = {gate: up for gate, up in halves.items() if up in weights}
         ups = set(halves.values())
         self._keys = {key: halves.get(key) for key in weights if key not in ups}
@@ -95,7 +105,16 @@ class TorchDistReader:
 
     @property
     def has_optimizer(self) -> bool:
-        return any(name.startswith(("optimizer", "chained_")) for name in self.others)
+        names = chain(self.others, self.container.object_names)
+        return any(name.startswith(("optimizer", "chained_")) for name in names)
+
+    @property
+    def contents(self) -> Collection[str]:
+        """See `MegatronReader.contents`."""
+        stored = {
+            name.partition("/")[0].partition(".")[0] for names in (self.others, self.container.object_names) for name in names
+        }
+        return stored | self.common_state().keys()
 
     def state(self, prefix: str) -> TorchDistReader:
         """Return a reader of the optimizer state that has the names and shapes of weights.
@@ -107,10 +126,15 @@ class TorchDistReader:
     def _state_keys(self, weights: Iterable[str]) -> dict[str, None]:
         shape, others = self.container.shape, set(self.others)
         kept = (key for key in weights if self._stored_key(key) in others)
-        return dict.fromkeys(key for key in kept if self._shape(key) == shape(f"{self._root}{key}"))
+        return dict.fromkeys(key for key in kept if self._shape(key) == shape(f"{self.root}{self._spelled[key]}"))
 
     def _stored_key(self, key: str) -> str:
-        return f"{self._prefix}{self._root}{key}"
+        return f"{self._prefix}{self.root}{self._spelled[key]}"
+
+    @property
+    def keys(self) -> Collection[str]:
+        """The keys of the weights as they are stored, in their order in the index, without `root`; halves separately."""
+        return [part for gate, up in self._keys.items() for part in (gate, up) if part]
 
     def _shape(self, key: str) -> Shape:
         return self.container.shape(self._stored_key(key))
@@ -146,7 +170,7 @@ class TorchDistReader:
         shape, other = self._shape(gate), self._shape(up)
         if other != shape or not shape:
             raise UserError(f"`{gate}` has shape {list(shape)}, `{up}` has {list(other)}")
-        self._add_spec(gate.removesuffix(_GATE), (2 * shape[0], *shape[1:]), self._dtype(gate))
+        self._add_spec(gate.removesuffix(GATE), (2 * shape[0], *shape[1:]), self._dtype(gate))
 
     def _add_spec(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> None:
         if name in self.specs:
@@ -165,7 +189,7 @@ class TorchDistReader:
             folded = f"{name[: expert.start()]}experts.experts.{name[expert.end() :]}"
             if found := self._layer(folded, (int(expert[1]),)):
                 return found
-        return self._layer(name, ()) or (name + _GATE, ())
+        return self._layer(name, ()) or (name + GATE, ())
 
     def _layer(self, name: str, experts: tuple[int, ...]) -> tuple[str, tuple[int, ...]] | None:
         """The key and the rows of a weight whose expert is one of `experts`, if it is stored like that."""
@@ -206,16 +230,24 @@ class TorchDistReader:
             self._tensor(key)
 
     def common_state(self) -> dict[str, Any]:
-        """See `MegatronReader.common_state`."""
+        """See `MegatronReader.common_state`. That of NeMo is its trainer's, which may name any class: it is not read."""
         archive = self.common_archive()
+        if archive and self.root:
+            return {}
         if not archive:
-            objects = self.container.object_names
-            return {name: self.container.archive(name).pickle() for name in _OF_COMMON if name in objects}
+            return self._objects_of_common()
         match archive.pickle():
             case {**fields} | [{**fields}]:
                 return fields
             case _:
                 raise UserError("the checkpoint's common state is not a dictionary")
+
+    def _objects_of_common(self) -> dict[str, Any]:
+        names, start = set(self.container.object_names), f"{_SCHEDULER}."
+        fields = sorted(name for name in names if name.startswith(start))
+        scheduler = {name.removeprefix(start): self.container.archive(name).pickle() for name in fields}
+        state = {name: self.container.archive(name).pickle() for name in _OF_COMMON if name in names}
+        return {**state, **({_SCHEDULER: scheduler} if scheduler else {})}
 
     def common_archive(self) -> OpenArchive | None:
         """Open what holds the common state and its tensors, None where there is no such state."""

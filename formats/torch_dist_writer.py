@@ -96,7 +96,7 @@ class TorchDistWriter:
         states = chain(_extra_states(parts, keys, stateful_module), starmap(_extra_state, weightless.items()))
         objects = chain(states, run.objects(), [common]) if whole_model else [common]
         self._container = ContainerWriter(self._folder, keys, parts, objects)
-        self._train_state = run.train_state or _train_state(iteration)
+        self._train_state = run.train_state or train_state(iteration)
         self._iteration = iteration
 
     def _noted(self, placed: Iterable[ShardedTensor]) -> Iterator[ShardedTensor]:
@@ -245,8 +245,8 @@ _FULLY_RESHARDABLE = {
 }  # fmt: skip
 
 
-def _train_state(step: int) -> bytes:
-    """Megatron-Bridge's record of progress: 0-d tensors."""
+def train_state(step: int) -> bytes:
+    """Return Megatron-Bridge's record of progress: 0-d tensors."""
     counts = dict.fromkeys(("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"), 0)
     state: dict[str, Any] = {"step": step, **counts}
     arrays: dict[str, Array] = {name: np.array(value, np.int64) for name, value in state.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
@@ -22,7 +22,7 @@ from formats.errors import UserError
 from formats.folder import Folder
 from formats.pickle_writer import dumps
 from formats.pickles import Global, Record, Storage, loads
-from formats.spec import DTYPES, Array, Shape, dtype_name, is_valid_shape
+from formats.spec import DTYPES, Array, Shape, Span, dtype_name, is_valid_shape
 
 ALIGNMENT = 64
 """torch's alignment of a record's data, in bytes."""
@@ -31,6 +31,9 @@ DATA_ALIGNMENT = 4096
 """Our alignment of a tensor's data, in bytes. It determines the files' bytes, hence it is the same on every machine."""
 
 _ZIP64_FROM = 0xFFFFFFFF
+_MANY = 0xFFFF
+"""From so many records on their number is in the zip64 directory."""
+
 _LOCAL = struct.Struct("<IHHHHHIIIHH")
 _CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
 _END = struct.Struct("<IHHHHIIH")
@@ -108,6 +111,23 @@ def object_archive(value: Any, *, name: str = "archive") -> bytes:
     return archive.finish()
 
 
+def archive_spans(value: Any, sizes: Sequence[int]) -> Iterator[Span]:
+    """Yield the bytes of an archive of plain data from its first to its last: those known now, and gaps of `sizes` bytes for the
+    data of the tensors that `tensor_record` describes with the keys 0, 1, … Gaps start at multiples of `DATA_ALIGNMENT`."""
+    archive = _Archive("archive")
+    archive.add("data.pkl", dumps(value))
+    archive.add("byteorder", b"little")
+    ends = [archive.skip(f"data/{number}", size, alignment=DATA_ALIGNMENT) for number, size in enumerate(sizes)]
+    archive.add("version", b"3\n")
+    known, start, at = archive.finish(), 0, 0
+    for end, size in zip(ends, sizes, strict=True):
+        yield Span(at, known[start:end])
+        at += end - start
+        yield Span(at, None, size)
+        at, start = at + size, end
+    yield Span(at, known[start:])
+
+
 def tensor_record(dtype: str, shape: Shape, *, key: str) -> Record:
     """Return the record of a contiguous tensor in `data.pkl`."""
     count, strides = prod(shape), contiguous_strides(shape)
@@ -173,10 +193,11 @@ class _Archive:
         directory = b"".join(_central(*entry) for entry in self._entries)
         count, size = len(self._entries), len(directory)
         self._out += directory
-        if start + size >= _ZIP64_FROM:
+        if start + size >= _ZIP64_FROM or count >= _MANY:
             self._out += _END64.pack(0x06064B50, 44, 45, 45, 0, 0, count, count, size, start)
             self._out += _LOCATOR64.pack(0x07064B50, 0, start + size, 1)
-        self._out += _END.pack(0x06054B50, 0, 0, count, count, size, min(start, _ZIP64_FROM), 0)
+        short = min(count, _MANY)
+        self._out += _END.pack(0x06054B50, 0, 0, short, short, size, min(start, _ZIP64_FROM), 0)
         return bytes(self._out)
 
 
@@ -212,6 +233,21 @@ class OpenArchive:
         """Open a small archive that is a file of its own. The file is read whole."""
         data = folder.get(file)
         return cls(lambda at, size: data[at : at + size], len(data), source=file)
+
+    @classmethod
+    def in_place(cls, folder: Folder, file: str) -> OpenArchive:
+        """Open an archive that is a file of its own, of which only what is asked for is read."""
+
+        def fetch(offset: int, length: int) -> bytes:
+            data = bytearray(length)
+            folder.read_into(file, offset, memoryview(data))
+            return bytes(data)
+
+        return cls(fetch, folder.size(file), source=file)
+
+    def fetch(self, offset: int, length: int) -> bytes:
+        """Return some of the archive's bytes, of a tensor's for example."""
+        return self._span(offset, length)
 
     def data(self) -> bytes:
         """Return the archive's bytes."""
@@ -311,7 +347,7 @@ class OpenArchive:
         if end[0] != 0x06054B50:
             raise self._damaged("it does not end as a zip archive does")
         count, size, start = end[4], end[5], end[6]
-        if _ZIP64_FROM in (size, start) or count == 0xFFFF:
+        if _ZIP64_FROM in (size, start) or count == _MANY:
             locator = _LOCATOR64.unpack(self._span(at - _LOCATOR64.size, _LOCATOR64.size))
             wide = _END64.unpack(self._span(locator[2], _END64.size))
             if locator[0] != 0x07064B50 or wide[0] != 0x06064B50:

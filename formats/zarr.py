@@ -103,7 +103,7 @@ class ZarrContainer:
         return self._tensors[name]
 
     def archive(self, name: str) -> OpenArchive:
-        return OpenArchive.of(self._folder, f"{name}.pt")
+        return OpenArchive.in_place(self._folder, f"{name}.pt")
 
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
         if not out.size:

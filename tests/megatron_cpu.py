@@ -27,6 +27,7 @@ class Shape:
     layout: str | None = None  # megatron-core's pipeline_model_parallel_layout
     vocab_multiple: int = 128
     families: str = ""  # a folder of further family files
+    ep: int = 1
 
 
 class Ranks:
@@ -104,7 +105,7 @@ def build(shape: Shape) -> list[Any]:
     from converter.config_rope import rope_numbers
 
     families.__path__ = [*([shape.families] if shape.families else []), *families.__path__]
-    parallel_state.initialize_model_parallel(shape.tp, shape.pp, shape.vpp)
+    parallel_state.initialize_model_parallel(shape.tp, shape.pp, shape.vpp, expert_model_parallel_size=shape.ep)
     model_parallel_cuda_manual_seed(1)
     fields = to_megatron(families.find(shape.config["model_type"]).CONFIG, shape.config)
     own = {f.name for f in dataclasses.fields(TransformerConfig)} - {"rope_scaling", "window_size", "activation_func"}
@@ -115,6 +116,7 @@ def build(shape: Shape) -> list[Any]:
         tensor_model_parallel_size=shape.tp,
         pipeline_model_parallel_size=shape.pp,
         virtual_pipeline_model_parallel_size=None if shape.layout else shape.vpp,
+        expert_model_parallel_size=shape.ep,
         pipeline_model_parallel_layout=shape.layout,
         pipeline_dtype=torch.float32,
         use_cpu_initialization=True,

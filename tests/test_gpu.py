@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 
+import numpy as np
 import pytest
 
 from converter import hf_to_mcore
+from formats.detect import open_megatron
+from formats.folder import LocalFolder
 from tests import models
+from tests.megatron_fsdp import load_strictly
 
 pytestmark = pytest.mark.gpu
 
@@ -89,3 +94,42 @@ def test_transformer_engine_loads_strictly_and_computes_transformers_logits(tmp_
     assert spread > 4
     # fp32 sums in another order; bf16 rounds activations to 8 bits at every layer.
     assert worst < {"float32": 2e-4, "bfloat16": 0.05 * spread}[dtype]
+
+
+def weights_of(root):
+    """The weights of a checkpoint, by name."""
+    reader, found = open_megatron(LocalFolder(root)), {}
+    for name, spec in reader.specs.items():
+        found[name] = np.empty(spec.shape, spec.dtype)
+        reader.read(name, spec.full_region, found[name])
+    return found
+
+
+@pytest.mark.parametrize("variant", ["gqa", "tied", "attention_bias"])
+def test_transformer_engine_loads_files_of_ranks_strictly(tmp_path, variant):
+    import torch
+
+    folder = models.save(models.build(variant, dtype="bfloat16", **SHAPE), tmp_path / "hf", side_files=False)
+    hf_to_mcore(folder, tmp_path / "m", ckpt_format="torch", make_vocab_size_divisible_by=32)
+    config = json.loads((folder / "config.json").read_text())
+    model = te_model(config, torch.bfloat16, biased=variant == "attention_bias")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = torch.load(tmp_path / "m" / "release" / "mp_rank_00" / "model_optim_rng.pt", map_location="cpu")["model"]
+    model.load_state_dict(state, strict=True)
+    written = weights_of(tmp_path / "m")
+    held = {name: value.detach().float().cpu().numpy() for name, value in model.named_parameters()}
+    assert held.keys() == written.keys()
+    for name, value in held.items():
+        np.testing.assert_array_equal(value, written[name].astype(np.float32))
+
+
+def test_megatron_fsdp_loads_its_format_strictly(tmp_path):
+    import torch
+
+    folder = models.save(models.build("gqa", dtype="bfloat16", **SHAPE), tmp_path / "hf", side_files=False)
+    hf_to_mcore(folder, tmp_path / "m", ckpt_format="fsdp_dtensor", make_vocab_size_divisible_by=32)
+    model = te_model(json.loads((folder / "config.json").read_text()), torch.bfloat16)
+    held, written = load_strictly(model, str(tmp_path / "m")), weights_of(tmp_path / "m")
+    assert held.keys() == written.keys()
+    for name, (_, value) in held.items():
+        np.testing.assert_array_equal(value, written[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from formats.errors import UserError
 from formats.megatron_reader import MegatronReader
-from formats.optimizer import model_space, rank_files
+from formats.optimizer import buckets, fsdp, gathered, model_space, rank_files
 from formats.optimizer.state import OptimizerState
 from formats.rank_files import RankFilesReader
 from formats.torch_dist import TorchDistReader
@@ -17,8 +17,10 @@ def open_optimizer(reader: MegatronReader) -> OptimizerState | None:
     """
     if not reader.has_optimizer:
         return None
-    if isinstance(reader, TorchDistReader) and (state := model_space.read(reader)):
-        return state
+    if isinstance(reader, TorchDistReader):
+        for read in (model_space.read, fsdp.read, buckets.read, gathered.read):
+            if state := read(reader):
+                return state
     if isinstance(reader, RankFilesReader):
         return rank_files.read(reader)
     raise UserError(

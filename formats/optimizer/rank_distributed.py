@@ -19,7 +19,7 @@ from formats.folder import Folder
 from formats.optimizer.rank_places import FP32, Places, as_dict, as_sequence, parameters, state_tensor
 from formats.optimizer.state import STATES
 from formats.pickles import Global
-from formats.rank_folders import OPTIMIZER_FILE, RankFile, args_of, open_archive
+from formats.rank_folders import OPTIMIZER_FILE, RankFile, args_of
 from formats.rank_names import EMBEDDING, OUTPUT, RankTensor
 from formats.torch_zip import DTYPE_OF, OpenArchive
 
@@ -55,7 +55,7 @@ def add(places: Mapping[str, Places], folder: Folder, file: RankFile, ep: int) -
     name = f"{file.folder}{OPTIMIZER_FILE}"
     if not folder.has(name):
         raise UserError(f"`{folder.label}` has no `{name}`", hint="copy the checkpoint again: every rank has such a file")
-    archive = open_archive(folder, name)
+    archive = OpenArchive.in_place(folder, name)
     optimizers = as_sequence(archive.pickle())
     for number, state in enumerate(optimizers):
         if state is None and number == 0 and ep > 0:  # the file of expert-parallel rank 0 has it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import tarfile
 
 import numpy as np
@@ -70,15 +71,27 @@ def test_the_command_answers_in_json_too(written):
     assert json.loads(answer.stdout)["masters"] == 15
 
 
-def test_state_by_buckets_is_not_compared_and_that_is_said(written):
+def test_state_by_buckets_is_compared(written):
+    found = check(written("by_buckets"))
+    assert (found.masters, found.wrong_masters, found.without_masters) == (15, [], [])
+
+
+def test_state_that_cannot_be_read_is_not_compared_and_that_is_said(written):
     root = written("by_buckets")
+    metadata = root / "iter_0000003" / ".metadata"
+    index = pickle.loads(metadata.read_bytes())
+    index.state_dict_metadata = {name: one for name, one in index.state_dict_metadata.items() if ".bucket_idx_0." not in name}
+    metadata.write_bytes(pickle.dumps(index))
     with pytest.raises(UserError, match=r"has no `integrity\.json`"):
         check(root)
     save_integrity_manifest(str(root / "iter_0000003"))
     found = check(root)
     assert (found.whole, found.masters) == (True, 0)
     assert len(found.without_masters) == 1
-    assert found.without_masters[0].startswith("15 weights: the optimizer state of ")
+    assert found.without_masters[0].startswith(
+        "15 weights: `optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, "
+    )
+    assert "has no bucket 0 of the optimizer state" in found.without_masters[0]
 
 
 def test_a_damaged_file_is_named_before_anything_is_compared(written):

@@ -21,9 +21,13 @@ class ReaderSuite:
 
     dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32", "fp64", "fp8_e4m3", "int8", "int64", "uint8", "bool")
 
+    matrix, vector = "decoder.layers.{}.w.{}", "{}"
+    """Names of tensors: of a layer's matrix by its number and dtype, and of vectors outside layers."""
+
     def specs(self) -> list[TensorSpec]:
-        named = [TensorSpec(f"decoder.layers.{n}.w.{d}", (7, 12), DTYPES[d]) for n in range(3) for d in self.dtypes]
-        return [*named, TensorSpec("one", (1,), DTYPES["fp32"]), TensorSpec("flat", (4099,), DTYPES["bf16"])]
+        named = [TensorSpec(self.matrix.format(n, d), (7, 12), DTYPES[d]) for n in range(3) for d in self.dtypes]
+        one, flat = self.vector.format("one"), self.vector.format("flat")
+        return [*named, TensorSpec(one, (1,), DTYPES["fp32"]), TensorSpec(flat, (4099,), DTYPES["bf16"])]
 
     def reader(self, folder) -> Any:
         raise NotImplementedError
@@ -50,7 +54,7 @@ class ReaderSuite:
     def test_any_region_reads_back_also_into_strided_memory(self, tmp_path):
         values = self.store(tmp_path)
         reader = self.reader(LocalFolder(tmp_path))
-        name = next(name for name in values if name.endswith("layers.1.w.bf16"))
+        name = next(name for name in values if name.endswith(self.matrix.format(1, "bf16").removeprefix("decoder.")))
         for a, b, c, d in product((0, 3), (4, 7), (0, 5), (6, 12)):
             region = slice(a, b), slice(c, d)
             for out in (np.empty(extent(region), DTYPES["bf16"]), np.empty((b - a, 50), DTYPES["bf16"])[:, 1 : 1 + d - c]):

@@ -54,6 +54,10 @@ def test_a_folder_is_a_model_by_its_content_and_not_by_its_name(tmp_path, name):
     ([".metadata", "metadata.json"], Format.TORCH_DIST),
     ([".metadata", "common.pt"], Format.TORCH_DIST),
     (["mp_rank_00_001/model_optim_rng.pt"], Format.RANK_FILES),
+    (["weights/.metadata", "context/model.yaml"], Format.NEMO),
+    (["model_weights/.metadata", "model_config.yaml"], Format.NEMO),
+    (["model_weights.ckpt", "model_config.yaml"], Format.NEMO),
+    (["tp_rank_00_pp_rank_000/model_weights.ckpt", "model_config.yaml"], Format.NEMO),
     (["shard-00001-model-00001-of-00002.safetensors"], Format.SLICES),
     (["shard-00001-model-00001-of-00001.safetensors", "model.safetensors"], Format.HUGGINGFACE),
 ])  # fmt: skip
@@ -86,9 +90,12 @@ OTHERS = {
     "verl": (["model_world_size_2_rank_0.pt", "fsdp_config.json"], "verl", "verl.model_merger merge"),
     "DeepSpeed": (["latest", "zero_to_fp32.py", "global_step1/mp_rank_00_model_states.pt"], "DeepSpeed", "zero_to_fp32.py"),
     "DeepSpeed's step": (["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"], "DeepSpeed", "zero_to"),
-    "ZeRO in bf16": (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "a DeepSpeed checkpoint", "zero_to_fp32"),
+    "ZeRO in bf16": (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "ZeRO stage 1 or 2", "zero_to_fp32"),
+    "ZeRO 3": (["zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"], "ZeRO stage 3", ""),
+    "universal": (["zero/lm_head.weight/fp32.pt", "mp_rank_00_model_states.pt"], "a universal checkpoint", "load_universal"),
+    "universal's root": (["latest_universal", "global_step1_universal/zero/w/fp32.pt"], "a universal checkpoint", "zero_to_fp32"),
     "ranks": (["rank_0.pt", "rank_1.pt"], "one file for each rank", "save_pretrained"),
-    "NeMo": (["llama.nemo"], "a NeMo archive", "convert_llama_nemo_to_hf.py"),
+    "NeMo": (["llama.nemo"], "a NeMo archive", "give the archive itself: `"),
     "TensorFlow": (["tf_model.h5"], "TensorFlow weights", "from_tf=True"),
     "Flax": (["flax_model.msgpack"], "Flax or JAX weights", "from_flax=True"),
     "ONNX": (["model.onnx", "model.onnx_data"], "an ONNX graph", "original weights"),
@@ -109,6 +116,15 @@ def test_another_format_is_named_with_the_way_out(tmp_path, name):
     assert what in problem
     assert way in hint
     assert "{" not in hint
+
+
+def test_the_stage_of_deepspeed_is_told_by_the_latest_step(tmp_path):
+    file = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    folder = folder_with(tmp_path / "m", "latest", "zero_to_fp32.py", f"global_step5/{file}")
+    (tmp_path / "m" / "latest").write_text("global_step5")
+    assert f"has its weights in `global_step5/{file}`: a DeepSpeed checkpoint of ZeRO stage 3" in message(folder)
+    (tmp_path / "m" / "latest").write_text("../m/global_step5")
+    assert "`global_step5/`: a DeepSpeed checkpoint\n" in message(folder)
 
 
 def test_zarr_is_complete_when_its_last_file_is_there(tmp_path):
@@ -188,7 +204,7 @@ def test_the_names_in_a_distributed_checkpoint_say_whose_it_is(tmp_path, names, 
 
 
 @pytest.mark.parametrize("names", [
-    ["checkpoint-500/model.safetensors", "trainer_state.json"], ["weights/.metadata", "context/model.yaml"],
+    ["checkpoint-500/model.safetensors", "trainer_state.json"], ["weights/.metadata", "other/model.yaml"],
     ["style/adapter_config.json"], ["snapshots/abc/model.safetensors", "blobs/", "refs/main"],
 ])  # fmt: skip
 def test_weights_in_a_folder_below_are_pointed_at(tmp_path, names):

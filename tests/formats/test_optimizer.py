@@ -57,7 +57,15 @@ def values(optimizer):
     return contents
 
 
-TWINS = [("zarr_distributed_optimizer_flattened", "zarr_distributed_optimizer")]
+TWINS = [
+    ("zarr_distributed_optimizer_flattened", "zarr_distributed_optimizer"),
+    ("zarr_distributed_optimizer_buckets", "zarr_distributed_optimizer"),
+    ("ranks_tp2_pp2_buckets", "ranks_tp2_pp2_as_torch_dist"),
+    ("ranks_pp2_vpp2_buckets", "ranks_pp2_vpp2_as_torch_dist"),
+    ("ranks_ep2_buckets", "ranks_ep2_as_torch_dist"),
+    ("zarr_distributed_optimizer_gathered", "zarr_distributed_optimizer"),
+    ("ranks_tp2_pp2_gathered", "ranks_tp2_pp2_as_torch_dist"),
+]
 
 
 @pytest.mark.parametrize(("name", "twin"), TWINS)

@@ -114,6 +114,17 @@ def test_frozen_weights_have_no_state(tmp_path):
     check(buffer.save(tmp_path), buffer)
 
 
+def test_state_of_transposed_experts_is_turned_as_they_are(tmp_path):
+    name = "decoder.layers.0.mlp.experts.weight2"
+    buffer = Buffer({"decoder.layers.0.input_layernorm.weight": 40, name: 24}, ranks=2, bucket=None)
+    buffer.model[name] = buffer.model[name].view(4, 6)
+    _, optimizer = opened(buffer.save(tmp_path, num_experts=2, num_layers=1))
+    for number, state in enumerate(STATES):
+        held, whole = values(optimizer.states[state]), buffer.state[name][number].view(2, 2, 6).transpose(1, 2).numpy()
+        for expert in range(2):
+            assert held[f"decoder.layers.0.mlp.experts.{expert}.linear_fc2.weight"][2] == whole[expert].tobytes()
+
+
 def refused(folder, *changes):
     """What is said of a checkpoint of which files were changed: (file, function of its content), or a function of its folder."""
     iteration = folder / "iter_0000003"

@@ -14,7 +14,6 @@ import itertools
 import json
 import pickle
 import struct
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -43,9 +42,10 @@ from formats.pickles import Record
 from formats.spec import extent
 from formats.torch_dist import TorchDistReader
 from formats.torch_zip import OpenArchive
-from tests.fuzz import bases
+from tests.fuzz import bases, ranks
 from tests.fuzz.bases import Files
 from tests.fuzz.stubs import plain, stubbed
+from tests.fuzz.zips import zipped
 
 for _name in families.names():
     families.find(_name)  # imported now: no file that is read may import anything
@@ -207,29 +207,6 @@ def check_data(found: Chunks, folder: Path, _before: Files) -> None:
         assert records is None or any(raw in record for record in records), f"not the record's bytes: {place}"
 
 
-def zipped(data: bytes) -> list[bytes] | None:
-    """The data records of an archive, where Python's zipfile finds them; None where it cannot say."""
-    found: list[bytes] = []
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if len(set(archive.namelist())) != len(archive.namelist()) or archive.start_dir + 46 * len(archive.namelist()) > len(
-                data
-            ):
-                return None
-            end = struct.unpack_from("<I", data, data.rindex(b"PK\5\6") + 16)[0]
-            if archive.start_dir != end:
-                return None  # zipfile forgives what stands before an archive
-            for info in archive.infolist():
-                if data[info.header_offset : info.header_offset + 4] != b"PK\3\4":
-                    return None
-                name, extra = struct.unpack_from("<HH", data, info.header_offset + 26)
-                start = info.header_offset + 30 + name + extra
-                found.append(data[start : start + info.file_size])
-    except Exception:
-        return None
-    return found
-
-
 def read_archive(folder: Path) -> list[bytes]:
     data = (folder / "archive").read_bytes()
 
@@ -389,6 +366,9 @@ TARGETS = (
     Target("common", "archive", "common.pt", bases.with_args, rebuild, check_rebuilt),
     Target("run_config", "yaml", "run_config.yaml", bases.bare, rebuild, check_rebuilt),
     Target("zarr", "json", bases.ZARRAY, bases.zarr, zarr_contents, check_zarr),
+    Target("ranks", "archive", ranks.FILE, ranks.plain, ranks.read, ranks.check),
+    Target("ranks_distributed", "archive", ranks.FILE, ranks.distributed, ranks.read, ranks.check),
+    Target("ranks_optimizer", "archive", ranks.OPTIMIZER, ranks.distributed, ranks.read, ranks.check),
     Target("carried_config", "json", "huggingface/files/config.json", bases.carried, describe_and_plan, check_planned),
     Target("carried_header", "header", _HEADER, bases.carried, describe_and_plan, check_planned),
     Target("carried_extras", "header", _EXTRAS, bases.carried, describe_and_plan, check_planned),

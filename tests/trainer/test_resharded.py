@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from converter import inspect, reshard
+from tests.converter.family_suite import save_small
 from tests.trainer import witness
 
 STEPS, STOPPED = 8, 3
@@ -60,3 +61,17 @@ def test_at_another_layout_it_goes_on_as_from_the_checkpoint_itself(pair, run, t
     reshard(saved, tmp_path / "made", verify=True, **sizes)
     assert inspect(tmp_path / "made").optimizer_state
     same(expected, run(2, {**DISTRIBUTED, **after}, load=tmp_path / "made", save=tmp_path / "on"))
+
+
+def test_experts_go_on_at_another_expert_parallelism(ranks, tmp_path):
+    model = str(save_small("mixtral", tmp_path / "model"))
+    ep2 = {"model__expert_model_parallel_size": 2}
+
+    def train(changes, load, save):
+        there = {"checkpoint__load": str(load), "checkpoint__save": str(save)}
+        return ranks.run(witness.train, 2, model, {**PLAN, **DISTRIBUTED, **changes, **there})
+
+    train({**ep2, "train__exit_interval": STOPPED}, tmp_path / "saved", tmp_path / "saved")
+    expected = train({}, tmp_path / "saved", tmp_path / "expected")
+    reshard(tmp_path / "saved", tmp_path / "made", verify=True)
+    same(expected, train({}, tmp_path / "made", tmp_path / "on"))

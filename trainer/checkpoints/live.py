@@ -24,6 +24,7 @@ from converter.adapters.files import refuse_adapter
 from converter.checks import check_equal
 from converter.config import make_model
 from converter.dequantization import dequantized
+from converter.nemo_config import settings_of
 from converter.plan import Piece, TensorPlan, as_stored, list_names
 from converter.planner import Plan, to_megatron
 from converter.run import PieceBuffers
@@ -150,7 +151,7 @@ def _by_settings(reader: HuggingFaceReader | MegatronReader, provider: Any, sour
     """Return the differences between a GPT's settings and those of a checkpoint that no `config.json` can hold."""
     if not isinstance(provider, GPTModelProvider):
         return []
-    saved = [] if isinstance(reader, HuggingFaceReader) else run_config.read_all(reader.folder, reader.args())
+    saved = [] if isinstance(reader, HuggingFaceReader) else settings_of(reader)
     return hf_config.compare_settings(provider, saved[0].settings if saved else {}, source=source)
 
 

@@ -2,7 +2,8 @@
 layers, hidden size 32 or 64, a vocabulary of 89 tokens padded to 96, trained for two or three steps.
 
 `NAME_as_torch_dist` is the state of `NAME` in another kind of checkpoint. So is, for the optimizer, `NAME_flattened`
-(`fully_sharded_model_space` of megatron-core 0.8.0).
+(`fully_sharded_model_space`), `NAME_buckets` (`dp_reshardable`, or `fully_sharded_bucket_space` of megatron-core 0.8.0)
+and `NAME_gathered` (`dp_zero_gather_scatter`).
 
 Of `ranks_dp3_six_buckets` megatron-core 0.19.2 writes wrong `torch_dist`: it has no twin.
 
