@@ -56,9 +56,9 @@ def hf_to_mcore(
     etp: int | None = None,
     dtype: str = KEEP,
     make_vocab_size_divisible_by: int = 128,
-    hf_config: str | Path | None = None,
     ckpt_format: str = TORCH_DIST,
     transformer_impl: str = TRANSFORMER_ENGINE,
+    hf_config: str | Path | None = None,
     integrity: bool = True,
     reporter: Reporter | None = None,
     **options: Unpack[ExecutionOptions],
@@ -69,10 +69,10 @@ def hf_to_mcore(
     megatron-core's GPTModel, or for its HybridModel, the default of families that only it can express. `pp_layout` gives the
     layers of each pipeline stage, all ranks of the first virtual stage first: `[9, 9, 8, 6]`, or megatron-core's
     `"Et*9|t*9|t*8|t*6L"`. `ep` and `etp` divide experts; `etp` is `tp` unless given, or 1 if experts have biases. The vocabulary
-    is padded to a multiple of `make_vocab_size_divisible_by` × `tp`. `hf_config` is a folder with the `config.json` of a source
-    that has none. `ckpt_format` is `torch_dist`, `torch` (a file for each rank) or `fsdp_dtensor` (Megatron-FSDP); the latter two
-    name weights as layers of `transformer_impl` do (`transformer_engine` or `local`). `integrity` writes the sha256 of every
-    file, as megatron-core checks them, and the BLAKE3 of every tensor.
+    is padded to a multiple of `make_vocab_size_divisible_by` × `tp`. `ckpt_format` is `torch_dist`, `torch` (a file for each
+    rank) or `fsdp_dtensor` (Megatron-FSDP); the latter two name weights as layers of `transformer_impl` do
+    (`transformer_engine` or `local`). `hf_config` is a folder with the `config.json` of a source that has none. `integrity`
+    writes the sha256 of every file, as megatron-core checks them, and the BLAKE3 of every tensor.
 
     Raises UserError before a byte moves if the model cannot be converted exactly. After any failure nothing is at `target`.
 
@@ -84,7 +84,7 @@ def hf_to_mcore(
     check_layout(layout)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     check_format(ckpt_format, transformer_impl)
-    given, kind = open_source(hf_config) if hf_config else None, CheckpointFormat(ckpt_format, transformer_impl)
+    kind, given = CheckpointFormat(ckpt_format, transformer_impl), open_source(hf_config) if hf_config else None
     sources = [folder, *([given] if given else [])]
     check_locations(target, sources, options)
     wanted = ImportOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp,

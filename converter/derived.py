@@ -34,11 +34,11 @@ class DerivedCheckpoint:
         folder: Folder | None = None,
         args: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """`folder`: default the checkpoint's own. `args`: what Megatron-LM's `args` say instead."""
+        """`folder`: default the checkpoint's own. `args`: what Megatron-LM's say instead."""
         self.folder = folder or checkpoint.folder
         self.specs = weights.specs
-        self.settings = checkpoint.settings
         self._checkpoint, self._weights, self._args = checkpoint, weights, args
+        self.settings = checkpoint.settings
 
     @property
     def files(self) -> Collection[str]:

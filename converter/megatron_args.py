@@ -19,7 +19,7 @@ from formats.spec import names_of
 CHECKPOINT_VERSION = 3.0
 """Megatron-LM's, since it stores query, key and value by group."""
 
-_TWICE = {"norm_epsilon": "layernorm_epsilon", "max_position_embeddings": "seq_length"}
+_TWICE = {"norm_epsilon": "layernorm_epsilon", "max_position_embeddings": "seq_length", "num_experts": "num_moe_experts"}
 """Further names that Megatron-LM has for fields."""
 
 

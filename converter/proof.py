@@ -95,7 +95,11 @@ def _check_iteration(iteration: Folder, workers: int, reporter: Reporter) -> Che
     if result.whole:
         result = masters.check(open_megatron(iteration), result, workers=workers, reporter=reporter)
     if not (hashed or result.masters):
-        integrity.read(iteration)  # raises UserError: the document is missing
+        reason = f"; not compared with fp32 masters: {result.without_masters[0]}" if result.without_masters else ""
+        raise UserError(
+            f"`{iteration.label}` has no `{integrity.FILE}`: there are no hashes to check it against{reason}",
+            hint="`mbconvert verify A B` compares it with another checkpoint of the same weights",
+        )
     return result
 
 

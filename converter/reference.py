@@ -72,14 +72,13 @@ def _check_settings(
     elsewhere."""
     known = families.find(reference.config.get("model_type"), layout) if reference else None
     compared = to_megatron(known.CONFIG, reference.config) if reference and known else dict.fromkeys(_OF_LAYOUT[layout])
-    names = {*compared, *(theirs for name, theirs in run_config.RENAMED.items() if name in compared)}
     foreign = [
         (setting, description.origin)
         for description in said
         for setting in megatron_settings.find_unsupported(
             description.settings, only_model_words=description.origin == run_config.ARGS
         )
-        if setting.name not in names
+        if setting.name not in compared
     ]
     for setting, origin in sorted(foreign, key=lambda item: not item[0].known):
         if setting.known or rebuilt:

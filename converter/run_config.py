@@ -260,7 +260,6 @@ _ONE_MORE = ("NullTokenizer", "NullMultimodalTokenizer")
 
 RENAMED = {
     "rope_scaling": "use_rope_scaling", "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
-    "num_moe_experts": "num_experts",
 }  # fmt: skip
 """Megatron-LM's names of fields that mean the same."""
 

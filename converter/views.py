@@ -22,6 +22,7 @@ from converter.planner import to_huggingface
 from converter.reference import UnknownModelError
 from converter.rules import extra_names, tied_names
 from converter.side_files import CONFIG, EXTRAS, HFReference, config_of
+from converter.spellings import spelled_as
 from converter.torchtitan import translated
 from converter.values import CHOICES, KEEP
 from formats.detect import open_checkpoint
@@ -30,7 +31,7 @@ from formats.folder import Folder
 from formats.huggingface import HuggingFaceReader, specs_of
 from formats.megatron_reader import MegatronReader
 from formats.quantized.reader import DequantizedReader
-from formats.spec import JoinedReader, TensorSpec
+from formats.spec import JoinedReader, Reader, TensorSpec
 
 
 def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointView]:
@@ -51,7 +52,7 @@ def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointVi
             values, dtype = _exported_from(neighbour) if reader.has_optimizer else (WEIGHTS, KEEP)
             sides.append(megatron_view(reader_of(reader, values), origin, dtype=dtype))
         else:
-            sides.append(_native(reader))
+            sides.append(_native(reader, neighbour))
     return sides[0], sides[1]
 
 
@@ -188,6 +189,9 @@ def tied(tensor_plans: Iterable[TensorPlan], family: Family, model: Model) -> di
     }
 
 
-def _native(reader: MegatronReader) -> CheckpointView:
+def _native(reader: MegatronReader, neighbour: Reader) -> CheckpointView:
+    """Return the view of a checkpoint under Megatron's names, as the other one spells them."""
     reader.check()
-    return CheckpointView(reader.folder.label, reader, as_stored(reader.specs))
+    spelled = {spelled_as(neighbour.specs, name): one for name, one in as_stored(reader.specs).items()}
+    tensor_plans = {name: replace(one, spec=replace(one.spec, name=name)) for name, one in spelled.items()}
+    return CheckpointView(reader.folder.label, reader, tensor_plans)

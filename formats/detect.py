@@ -101,11 +101,10 @@ def detect(folder: Folder) -> Format:
     if folder.has(INDEX):
         return Format.HUGGINGFACE
     names = folder.children()
-    if nemo_weights(names):
-        return Format.NEMO
-    inner = accelerates(folder)
-    if kind := _by_files(names) or (_container(inner) if inner else None):
+    if kind := _by_files(names) or (Format.NEMO if nemo_weights(names) else None):
         return kind
+    if inner := accelerates(folder):
+        return _container(inner)
     raise _unknown(folder, names)
 
 

@@ -49,7 +49,7 @@ class RankFilesReader:
 
     @property
     def has_optimizer(self) -> bool:
-        return "optimizer" in self._first.state or self.folder.has(f"{self._first.folder}{OPTIMIZER_FILE}")
+        return bool(self._first.state.get("optimizer")) or self.folder.has(f"{self._first.folder}{OPTIMIZER_FILE}")
 
     @property
     def contents(self) -> Collection[str]:

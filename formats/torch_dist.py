@@ -134,7 +134,7 @@ class TorchDistReader:
     @property
     def keys(self) -> Collection[str]:
         """The keys of the weights as they are stored, in their order in the index, without `root`; halves separately."""
-        return [part for gate, up in self._keys.items() for part in (gate, up) if part]
+        return [self._spelled[part] for gate, up in self._keys.items() for part in (gate, up) if part]
 
     def _shape(self, key: str) -> Shape:
         return self.container.shape(self._stored_key(key))

@@ -33,7 +33,9 @@ CHILD = """
 import itertools, json, os, pathlib, runpy, shutil, sys, time
 import converter.execute, converter.run, converter.worker, formats.staging
 from formats.huggingface import HuggingFaceWriter
+from formats.fsdp_writer import FsdpWriter
 from formats.outputs import LocalOutputs
+from formats.rank_files_writer import RankFilesWriter
 from formats.rendezvous import Rendezvous
 from formats.torch_dist_writer import TorchDistWriter
 
@@ -58,7 +60,7 @@ def slowly(owner, name, nbytes=lambda *_: 0):
 converter.worker.PIECE_BYTES = piece_bytes
 Rendezvous.__init__.__kwdefaults__["patience"] = patience
 slowly(converter.run.PieceBuffers, "make")
-for writer in (HuggingFaceWriter, TorchDistWriter):
+for writer in (FsdpWriter, HuggingFaceWriter, RankFilesWriter, TorchDistWriter):
     slowly(writer, "write", lambda _writer, _outputs, _name, _region, data: data.nbytes)
 slowly(converter.execute, "compare")
 slowly(converter.execute, "check_room")

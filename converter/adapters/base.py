@@ -64,7 +64,7 @@ def identify_base(folder: Folder, *, name: str, layout: str | None = None) -> Ba
         reader = open_megatron(folder)
         origin, layout = reference.find(reader, None), layout or layout_of(reader.specs)
     else:
-        origin = side_files.from_folder(folder)
+        origin = side_files.from_folder(open_huggingface(folder, any_dtype=True).beside)
     family = families.find(origin.config.get("model_type"), layout).as_modules()
     identity = Base(folder.origin.get("id", name), fingerprint(folder))
     return BaseModel(identity, origin, family.RULES, make_model(family.CONFIG, origin.config), family.layout)

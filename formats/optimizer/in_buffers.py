@@ -7,7 +7,7 @@ right is known where sizes and seams come out; the proof is that fp32 weights ro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +35,10 @@ Groups = Mapping[int, Sequence[Buffer]]
 
 Source = Callable[[str, str], Flat | None]
 """Gives what holds a state of a run's label, None where that state is not kept."""
+
+
+_MOST_FROZEN = 6
+"""The most names of biases of which any may be frozen: all combinations of them are tried."""
 
 
 class Model(NamedTuple):
@@ -81,13 +85,26 @@ def _states(reader: TorchDistReader, dense: Groups, experts: Groups, source: Sou
 def _placed(model: Model, dense: Groups, experts: Groups, *, grouped: object) -> list[Placed]:
     """Return where every weight is on every rank, in the first order of registration in which all sizes come out."""
     refusal: UserError | None = None
-    for order in orders([*model.dense, *model.experts], grouped=grouped if isinstance(grouped, bool) else None):
-        try:
-            return list(_in_order(model, dense, experts, order))
-        except UserError as error:
-            refusal = refusal or error
+    for trained in _trained(model):
+        for order in orders([*trained.dense, *trained.experts], grouped=grouped if isinstance(grouped, bool) else None):
+            try:
+                return list(_in_order(trained, dense, experts, order))
+            except UserError as error:
+                refusal = refusal or error
     assert refusal
     raise refusal
+
+
+def _trained(model: Model) -> Iterator[Model]:
+    """Yield the model with all that may have been trained: all parameters first, then those without some of the biases.
+
+    Biases are frozen where the model's family has none in their place, but the layer has.
+    """
+    biases = sorted({parameter.name for parameter in (*model.dense, *model.experts) if parameter.name.endswith(".bias")})
+    for count in range(len(biases) + 1 if len(biases) <= _MOST_FROZEN else 1):
+        for frozen in combinations(biases, count):
+            dense, experts = ([one for one in part if one.name not in frozen] for part in (model.dense, model.experts))
+            yield model._replace(dense=dense, experts=experts)
 
 
 def _in_order(model: Model, dense: Groups, experts: Groups, order: Order) -> Iterator[Placed]:

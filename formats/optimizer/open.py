@@ -18,7 +18,7 @@ def open_optimizer(reader: MegatronReader) -> OptimizerState | None:
     if not reader.has_optimizer:
         return None
     if isinstance(reader, TorchDistReader):
-        for read in (model_space.read, fsdp.read, buckets.read, gathered.read):
+        for read in (model_space.read, buckets.read, gathered.read, fsdp.read):
             if state := read(reader):
                 return state
     if isinstance(reader, RankFilesReader):

@@ -145,7 +145,7 @@ def _paddings(storage: Sequence[_Weight], size: int, args: Mapping[str, Any]) ->
 
 def _padding(storage: Sequence[_Weight], bucket: int | None, tied: bool) -> Iterator[int]:
     """Yield the padding before each weight. A tied embedding has a bucket of its own, which ends the one before it."""
-    total, opened = 0, storage[0].start
+    total = opened = storage[0].start
     yield total
     for before, weight in pairwise(storage):
         aligned = -(-before.stop // _ALIGNMENT) * _ALIGNMENT

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from benchmarks.convert import make_model
-from converter import UserError, hf_to_mcore, inspect, mcore_to_hf, merge, verify
+from converter import UserError, adapter_to_mcore, hf_to_mcore, inspect, mcore_to_hf, merge, verify
 from converter.adapters.fingerprint import fingerprint
 from converter.execution import Reporter
 from tests.every_command import SHAPE, make_adapter
@@ -115,9 +115,13 @@ def test_a_model_of_fsdp_is_a_base_for_merging(tmp_path):
     assert same(weights(tmp_path / "merged_dcp"), weights(tmp_path / "merged_hf"))
     shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "dcp")
     assert fingerprint(tmp_path / "dcp") == fingerprint(tmp_path / "hf")
+    for name in ("hf", "dcp"):
+        adapter_to_mcore(tmp_path / "adapter", tmp_path / f"adapter_of_{name}", base=tmp_path / name)
+    one, other = (sorted((tmp_path / f"adapter_of_{name}").rglob("*.distcp")) for name in ("hf", "dcp"))
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other] != []
 
 
-def as_titan(state, *, before_2026):
+def as_titan(state, *, before_2026, heads=(4, 2)):
     """Return the weights as torchtitan's adapter makes them of transformers'."""
     names = {
         "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
@@ -127,10 +131,10 @@ def as_titan(state, *, before_2026):
     }  # fmt: skip
     made = {}
     for name, value in state.items():
-        for heads, projection in ((4, "q_proj"), (2, "k_proj")):
+        for count, projection in zip(heads, ("q_proj", "k_proj"), strict=True):
             if projection in name:
                 rows, columns = value.shape
-                value = value.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)  # noqa: PLW2901
+                value = value.view(count, 2, rows // count // 2, columns).transpose(1, 2).reshape(rows, columns)  # noqa: PLW2901
         theirs = name
         for ours, other in names.items():
             theirs = theirs.replace(ours, other)

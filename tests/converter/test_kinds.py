@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from converter import hf_to_mcore, inspect, mcore_to_hf, verify
+from converter import check_checkpoint, hf_to_mcore, inspect, mcore_to_hf, verify
 from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.torch_dist import TorchDistReader
@@ -99,3 +100,30 @@ def test_megatron_fsdp_exports_its_masters_in_the_dtype_that_is_asked_for(tmp_pa
         value = np.empty(tensor.shape, tensor.dtype)
         stored.read(tensor, tuple(slice(0, size) for size in tensor.shape), value)
         assert value.tobytes() == half.tobytes()
+
+
+@pytest.mark.parametrize("name", ["ranks_tp2_pp2", "ranks_ep2", "torch_dcp"])
+def test_verify_knows_both_spellings_of_norms(tmp_path, name):
+    kind, twin = (unpacked(each, tmp_path) for each in (name, f"{name}_as_torch_dist"))
+    assert verify(kind, twin).same
+    assert verify(twin, kind).same
+
+
+def test_a_check_that_has_nothing_to_compare_with_says_so(tmp_path):
+    root = unpacked("fsdp_dtensor", tmp_path)
+    with pytest.raises(UserError) as refused:
+        check_checkpoint(root)
+    assert re.match(r"`.*` has no `integrity.json`: there are no hashes to check it against", str(refused.value))
+    assert "hint: `mbconvert verify A B` compares it with another checkpoint of the same weights" in str(refused.value)
+
+
+def test_a_release_is_read_as_an_iteration_is(tmp_path, config):
+    small = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    (config / "config.json").write_text(json.dumps({**LLAMA, **small}))
+    root = unpacked("ranks_tp2_pp2", tmp_path)
+    mcore_to_hf(root, tmp_path / "iteration", hf_config=config)
+    next(root.glob("iter_*")).rename(root / "release")
+    (root / "latest_checkpointed_iteration.txt").write_text("release\n")
+    assert inspect(root).iteration == "release"
+    mcore_to_hf(root, tmp_path / "out", hf_config=config)
+    assert weights(tmp_path / "out") == weights(tmp_path / "iteration")

@@ -375,3 +375,17 @@ def test_an_export_whose_untouched_tensors_changed_is_refused(model_folder, tmp_
         file.write(b"x")
     with pytest.raises(UserError, match=r"begun with the source's `huggingface/extras\.safetensors`"):
         mcore_to_hf(tmp_path / "m", tmp_path / "back", resume=True)
+
+
+@pytest.mark.parametrize("name", ["torch", "fsdp_dtensor"])
+def test_other_formats_are_continued_too(tmp_path, name):
+    """Every copy of a weight in files of ranks is written with it."""
+    source, options = make_source(tmp_path / "hf"), ("--ckpt-format", name, "--tp", 2)
+    hf_to_mcore(source, tmp_path / "straight", ckpt_format=name, tp=2)
+    process = Conversion("hf-to-mcore", source, tmp_path / "m", *options, log=tmp_path / "log", hold={"write": 40})
+    process.until("write", 40)
+    process.stop()
+    again = Conversion("hf-to-mcore", source, tmp_path / "m", *options, "--resume", log=tmp_path / "again", pause=0)
+    assert again.end()[0] == 0
+    assert again.summary["reused_bytes"] > 0
+    assert tree(tmp_path / "m") == tree(tmp_path / "straight")

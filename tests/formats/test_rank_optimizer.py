@@ -54,13 +54,13 @@ def test_masters_of_many_buckets_round_to_the_weights(tmp_path):
 class Buffer:
     """Weights of one rank where megatron-core's distributed optimizer puts them, and their state as it is saved."""
 
-    def __init__(self, sizes, *, ranks, bucket, shared=()):
+    def __init__(self, sizes, *, ranks, bucket, shared=(), before=0):
         self.weights = {name: torch.nn.Parameter(torch.randn(size, dtype=torch.bfloat16)) for name, size in sizes.items()}
         for name in shared:
             self.weights[name].shared_embedding = True
         config = DistributedDataParallelConfig(use_distributed_optimizer=True)
         layout = DistributedOptimizer._compute_per_buffer_param_layout([*self.weights.values()], bucket, ranks, config)
-        self.storage = torch.zeros(layout.bucket_indices[-1][1], dtype=torch.bfloat16)
+        self.storage = torch.zeros(layout.bucket_indices[-1][1] + before, dtype=torch.bfloat16)[before:]
         whole = torch.randn(3, len(self.storage))
         spans = zip(layout.bucket_indices, layout.per_bucket_numel_unpadded, strict=True)
         kept = torch.cat([torch.arange(start, start + size) for (start, _), size in spans])
@@ -109,7 +109,8 @@ def test_a_tied_embedding_has_a_bucket_of_its_own_after_alignment(tmp_path, buck
 
 
 def test_frozen_weights_have_no_state(tmp_path):
-    buffer = Buffer(SIZES, ranks=2, bucket=None)
+    """The buffer is part of a larger storage, too."""
+    buffer = Buffer(SIZES, ranks=2, bucket=None, before=512)
     buffer.model["frozen"] = torch.zeros(7, dtype=torch.bfloat16)
     check(buffer.save(tmp_path), buffer)
 
@@ -235,10 +236,11 @@ def test_state_that_cannot_be_read_is_named(tmp_path, name):
     assert message in refused(unpacked(base, tmp_path), change)
 
 
-def test_groups_of_one_shape_are_told_by_weight_decay_and_learning_rate(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_groups_of_one_shape_are_told_by_weight_decay_and_learning_rate(tmp_path, dtype):
     """An embedding as large as a projection, with a learning rate of its own: the order of groups says nothing."""
     shapes = {"embedding.word_embeddings.weight": (4, 4), PROJ: (4, 4), "output_layer.weight": (4, 4), "norm.weight": (4,)}
-    model = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    model = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
     groups = [[PROJ], ["norm.weight"], ["embedding.word_embeddings.weight", "output_layer.weight"]]
     settings = [{"wd_mult": 1.0}, {"wd_mult": 0.0}, {"wd_mult": 1.0, "is_decoupled_lr": True}]
     order = [name for group in groups for name in group]
@@ -250,9 +252,18 @@ def test_groups_of_one_shape_are_told_by_weight_decay_and_learning_rate(tmp_path
     masters = [[model[name].float() for name in group] for group in groups]
     content = {"optimizer": {"state": state, "param_groups": numbered}, "fp32_from_fp16_params": masters}
     (tmp_path / "mp_rank_00").mkdir()
+    content = content if dtype == torch.bfloat16 else content["optimizer"]  # fp32 weights have no masters
     torch.save({"model": model, "optimizer": content, "iteration": 1}, tmp_path / "mp_rank_00" / FILE)
     _, optimizer = opened(tmp_path)
     held = values(optimizer.states[EXP_AVG])
     assert {name: held[name][2] for name in order} == {n: state[i][EXP_AVG].numpy().tobytes() for i, n in enumerate(order)}
-    masters_read = values(optimizer.states[MASTER])
+    masters_read = values(optimizer.states[MASTER]) if dtype == torch.bfloat16 else values(opened(tmp_path)[0])
     assert all(masters_read[name][2] == model[name].float().numpy().tobytes() for name in order)
+    assert (MASTER in optimizer.states) == (dtype == torch.bfloat16)
+
+
+def test_a_file_that_says_it_has_no_optimizer_has_none(tmp_path):
+    (tmp_path / "mp_rank_00").mkdir()
+    torch.save({"model": {"norm.weight": torch.ones(4)}, "optimizer": None}, tmp_path / "mp_rank_00" / FILE)
+    reader, optimizer = opened(tmp_path)
+    assert (reader.has_optimizer, optimizer) == (False, None)

@@ -12,9 +12,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import pickle
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +23,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import safetensors
-import torch
 
 from converter import families, hf_to_mcore, inspect, mcore_to_hf, run_config
 from converter.adapters import peft_config
@@ -44,29 +42,14 @@ from formats.torch_dist import TorchDistReader
 from formats.torch_zip import OpenArchive
 from tests.fuzz import bases, ranks
 from tests.fuzz.bases import Files
+from tests.fuzz.by_torch import bytes_by_torch
+from tests.fuzz.chunked import CHUNKED
 from tests.fuzz.stubs import plain, stubbed
+from tests.fuzz.target import Target
 from tests.fuzz.zips import zipped
 
-for _name in families.names():
-    families.find(_name)  # imported now: no file that is read may import anything
 for _name in ("raw_unicode_escape", "latin-1", "ascii", "utf-16-le", "utf-16-be"):
     "".encode(_name)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A reader of `file` in one of the folders `bases` gives; `kind` of damage suits it."""
-
-    name: str
-    kind: str
-    file: str
-    bases: Callable[[], tuple[Files, ...]]
-    read: Callable[[Path], Any]
-    check: Callable[[Any, Path, Files], None]
-    """Raises AssertionError if what was read (its folder and what that held before) is wrong."""
-
-    share: int = 1
-    """How many inputs it gets for one of another's: quick readers get more."""
 
 
 def open_huggingface(folder: Path) -> HuggingFaceReader:
@@ -168,7 +151,10 @@ def _region(tensor: Any, chunk: Any, container: Any) -> bytes:
 
 
 def check_index(found: Chunks, _folder: Path, before: Files) -> None:
-    data, known = _by_torch(before[".metadata"], tuple(sorted(_files(before)))), _undamaged(tuple(sorted(_files(before, ""))))
+    data, known = (
+        bytes_by_torch(before[".metadata"], tuple(sorted(_files(before)))),
+        _undamaged(tuple(sorted(_files(before, "")))),
+    )
     assert all(raw in data for _, raw in found.chunks.values() if raw), "bytes that are no chunk's"
     for name, (chunks, spec, raw) in found.weights.items():
         if name in known.weights and known.weights[name][:2] == (chunks, spec):
@@ -177,18 +163,6 @@ def check_index(found: Chunks, _folder: Path, before: Files) -> None:
 
 def _files(before: Files, ending: str = ".distcp") -> Iterator[tuple[str, bytes]]:
     return ((name, data) for name, data in before.items() if name.endswith(ending))
-
-
-@cache
-def _by_torch(metadata: bytes, files: tuple[tuple[str, bytes], ...]) -> frozenset[bytes]:
-    """The bytes of every chunk, as torch reads them."""
-    found: set[bytes] = set()
-    for index, info in pickle.loads(metadata).storage_data.items():
-        raw = dict(files)[info.relative_path][info.offset : info.offset + info.length]
-        if index.offset is not None:
-            tensor = torch.load(io.BytesIO(raw), weights_only=True)
-            found.add(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return frozenset(found)
 
 
 @cache
@@ -377,6 +351,7 @@ TARGETS = (
     Target("adapter_config", "json", "adapter_config.json", bases.adapters, adapter_contents, check_adapter_config, share=3),
     Target("adapter_file", "header", "adapter_model.safetensors", bases.adapters, adapter_contents, check_adapter_file),
     Target("adapter", "json", "adapter.json", bases.megatron_adapters, adapter_contents, check_same_factors),
+    *CHUNKED,
     Target("json", "json", "integrity.json", bases.checksums, read_document, check_document, share=3),
 )
 """Every reader there is, by what it reads."""

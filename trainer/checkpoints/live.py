@@ -30,6 +30,7 @@ from converter.planner import Plan, to_megatron
 from converter.run import PieceBuffers
 from converter.side_files import config_of
 from converter.sources import open_source
+from converter.spellings import spelled_as
 from formats.arrays import bands
 from formats.detect import open_checkpoint
 from formats.errors import UserError
@@ -125,6 +126,8 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
             if isinstance(reader, HuggingFaceReader)
             else (reader, _in_layout(layout, _from_megatron(reader, config)))
         )
+        names = _names(locals_)
+        tensor_plans = {spelled_as(names, name): one for name, one in tensor_plans.items()}
         check_names_and_shapes(locals_, tensor_plans, source)
         if config and getattr(chunks[0].config, "hf_config", None):
             for text in hf_config.compare(chunks[0].config, config, source=source):
@@ -213,6 +216,13 @@ def _padded(name: str) -> bool:
 def _unpadded(tensor_plan: TensorPlan, vocab: int | None) -> TensorPlan:
     rows = tensor_plan.spec.shape[0] if vocab is None else min(vocab, tensor_plan.spec.shape[0])
     return replace(tensor_plan, ranges=tuple(replace(part, rows=rows) for part in tensor_plan.ranges))
+
+
+def _names(locals_: Sequence[LocalShard]) -> set[str]:
+    """Return the names of the whole model's weights, of which each rank holds some."""
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, {local.name for local in locals_})
+    return set[str]().union(*everywhere)
 
 
 _OTHER = "the weights are of another model than `model` describes; no weight is left random"
