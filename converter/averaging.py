@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from converter import consistency, families, provenance, reference, run_config, side_files
+from converter import consistency, families, provenance, reference, side_files
 from converter.averaged import BLOCK, AveragedReader, Input, is_averaged
 from converter.consistency import embedding_rows
 from converter.conversion import Conversion
@@ -21,6 +21,7 @@ from converter.hybrid import layout_of
 from converter.importing import left_out
 from converter.master_reader import MASTERS, WEIGHTS
 from converter.masters import ROUNDED_TO, ProvenMasters
+from converter.nemo_config import settings_of
 from converter.plan import TensorPlan, as_stored, check_dtypes, list_names, pieces
 from converter.resharding import ReshardOptions, plan_reshard
 from converter.run import PIECE_BYTES
@@ -181,9 +182,7 @@ def _check_settings(readers: Sequence[MegatronReader], given: Folder | None) -> 
         origin = reference.find(first, given, any_settings=True, vocab=rows)
     for other in others:
         own, label = side_files.load(other.folder), other.folder.label
-        recorded = [
-            replace(each, origin=f"{each.origin} of `{label}`") for each in run_config.read_all(other.folder, other.args())
-        ]
+        recorded = [replace(each, origin=f"{each.origin} of `{label}`") for each in settings_of(other)]
         configs = [replace(own, origin=f"`{label}`'s")] if own else []
         consistency.check(origin, configs, recorded, rows=rows, layout=layout)
 

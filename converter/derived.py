@@ -11,10 +11,10 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from converter import run_config
 from converter.conversion import Conversion
 from converter.conversion_plan import manifest
 from converter.hybrid import PATTERN, STAGE
+from converter.nemo_config import settings_of
 from converter.pipeline_layout import parse_layout
 from formats.chunks import Chunk
 from formats.folder import FileRef, Folder
@@ -91,7 +91,7 @@ class DerivedCheckpoint:
 def parallel_sizes_of(reader: MegatronReader) -> dict[str, Any]:
     """Return the layout that a checkpoint's settings say it was saved in, as keyword arguments of `ReshardOptions`; where they
     say nothing, one rank."""
-    recorded = run_config.read_all(reader.folder, reader.args())
+    recorded = settings_of(reader)
     settings: Mapping[str, Any] = recorded[0].settings if recorded else {}
 
     def size(name: str) -> int | None:

@@ -115,6 +115,11 @@ def extend_megatron(
 ) -> Conversion:
     """Return the conversion of a Megatron checkpoint to one with another number of tokens, in the same layout. `root` is the
     folder that the user named."""
+    if reader.settings:
+        raise UserError(
+            f"`{reader.folder.label}` is NeMo's, whose `{reader.settings.name}` counts tokens in its own way",
+            hint="make it a checkpoint of Megatron's first: `mbconvert reshard`",
+        )
     origin = reference.find(reader, wanted.hf_config, any_settings=True)
     stored = specs_of(origin.shards)
     if weights_of(stored, origin.config):

@@ -238,7 +238,7 @@ def test_the_command_line_surface_is_frozen():
               "--make-vocab-size-divisible-by"]  # fmt: skip
     weights = ["--dtype", "--integrity"]
     assert surface == {
-        "hf-to-mcore": sorted([*both, "--hf-config", *layout, *weights]),
+        "hf-to-mcore": sorted([*both, "--ckpt-format", "--hf-config", "--transformer-impl", *layout, *weights]),
         "mcore-to-hf": sorted([*both, "--from", "--hf-config", "--max-shard-size", "--quantize", *weights]),
         "reshard": sorted([*both, *layout, *weights, "--hf-config", "--weights-only"]),
         "average": sorted([*both[:-2], "sources", "target", "--weights", "--from", "--hf-config", "--integrity"]),

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import load_file
 
-from converter import UserError, hf_to_mcore, inspect, mcore_to_hf, reshard, verify
+from converter import UserError, extend_vocab, hf_to_mcore, inspect, mcore_to_hf, reshard, verify
 from formats.folder import LocalFolder
 from formats.spec import names_of
 from formats.torch_dist import TorchDistReader
@@ -132,6 +132,11 @@ def test_nemo_2_says_which_model_it_holds(source, keys, tmp_path):
     fields = {**provider(source, keys, tmp_path / "again"), "rotary_base": 500}
     other = nemo_2(tmp_path / "o", keys, fields=fields)
     refused(mcore_to_hf, other, tmp_path / "r", "`context/model.yaml` that it is `500`", hf_config=source)
+
+
+def test_nemo_2_gets_another_vocabulary_after_a_reshard(source, keys, tmp_path):
+    nemo = nemo_2(tmp_path / "n", keys, fields=provider(source, keys, tmp_path))
+    refused(extend_vocab, nemo, tmp_path / "r", "is NeMo's, whose `context/model.yaml` counts tokens in its own way", to=500)
 
 
 def test_weights_of_nemo_2_depend_on_nothing_beside_them(source, keys, tmp_path):
