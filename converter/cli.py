@@ -179,7 +179,7 @@ def mcore_to_hf(source: str, target: str, **options: Any) -> None:
 @click.option("--make-vocab-size-divisible-by", type=_COUNT, metavar="N",
               help="Pad the vocabulary to a multiple of N × TP. [default: what SRC says, else 128]")  # fmt: skip
 @click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR, for an SRC that has none.")
-@click.option("--weights-only", is_flag=True, help="Leave out optimizer state; an SRC that has some is refused otherwise.")
+@click.option("--weights-only", is_flag=True, help="Leave out optimizer state and what else resumes a run.")
 @conversion
 def reshard(source: str, target: str, **options: Any) -> None:
     """Write a Megatron checkpoint in another layout.

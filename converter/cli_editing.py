@@ -48,7 +48,7 @@ def average(sources: tuple[str, ...], target: str, **options: Any) -> None:
               "tokens' rows; or those of a safetensors FILE, one tensor [new tokens, hidden] for embedding and output layer, or "
               "one for each under its Hugging Face name.")  # fmt: skip
 @click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR, for a Megatron SRC without.")
-@click.option("--weights-only", is_flag=True, help="Leave out optimizer state; an SRC that has some is refused otherwise.")
+@click.option("--weights-only", is_flag=True, help="Leave out optimizer state and what else resumes a run.")
 @INTEGRITY
 @execution
 def extend_vocab(source: str, target: str, **options: Any) -> None:

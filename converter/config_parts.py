@@ -388,7 +388,7 @@ def text_config(families: Mapping[str, Iterable[Field]], defaults: Config | None
 
     def write(config: Config) -> dict[str, Any]:
         name, found = _first_that_fits(kinds, config)
-        return {TEXT: {"model_type": name, **found}, _TIED: found[_TIED]}
+        return {TEXT: {"model_type": name, **found}, _TIED: found.get(_TIED)}
 
     def sizes(before: Sizes) -> dict[str, Any]:
         fields, text = inside(before.config)

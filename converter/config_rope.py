@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from math import log
 from typing import Any, NamedTuple, cast
 
-from converter.config import Config, Field, agreeing, number, object_of, one_of, positive
+from converter.config import Config, Field, agreeing, count, number, object_of, one_of, positive
 from formats.errors import UserError, format_untrusted
 
 BUILT_IN_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -115,7 +115,9 @@ class _Kind(NamedTuple):
 
 def _read_yarn(numbers: Config, config: Config) -> dict[str, Any]:
     original = _factor(numbers, _ORIGINAL)
-    factor = number("factor", config["max_position_embeddings"] / original) if numbers["factor"] is None else numbers["factor"]
+    factor = (
+        number("factor", count(config, "max_position_embeddings") / original) if numbers["factor"] is None else numbers["factor"]
+    )
     return {
         "position_embedding_type": "yarn",
         "yarn_rotary_scaling_factor": float(factor),
@@ -173,7 +175,7 @@ def _read_own(numbers: Config, config: Config) -> dict[str, Any]:
     original = numbers.get(_ORIGINAL, config.get("max_position_embeddings"))
     kept = {name: value for name, value in numbers.items() if name not in ("rope_theta", "partial_rotary_factor")}
     if numbers["rope_type"] in ("longrope", "yarn") and numbers.get("factor") is None:
-        kept["factor"] = number("factor", config["max_position_embeddings"] / original)
+        kept["factor"] = number("factor", count(config, "max_position_embeddings") / positive(_ORIGINAL, original))
     return {"rope_parameters": kept, "exact_sequence_length": None if numbers["rope_type"] == "yarn" else original}
 
 

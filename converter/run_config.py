@@ -182,8 +182,9 @@ def read_all(iteration: Folder, args: Config) -> list[ModelSettings]:
     recorded = [_from_run_config(iteration.get(FILE))] if iteration.has(FILE) else []
     if not args.get("num_layers"):
         return recorded
-    settings = {"num_moe_experts" if name == "num_experts" else name: value for name, value in args.items()}
-    return [*recorded, ModelSettings(_from_args(args), settings, ARGS)]
+    named = {name: value for name, value in cast("Mapping[Any, Any]", args).items() if isinstance(name, str)}
+    settings = {"num_moe_experts" if name == "num_experts" else name: value for name, value in named.items()}
+    return [*recorded, ModelSettings(_from_args(named), settings, ARGS)]
 
 
 def _from_run_config(data: bytes) -> ModelSettings:

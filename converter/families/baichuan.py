@@ -46,7 +46,8 @@ def _length(config: Config) -> dict[str, Any]:
 
 
 def _written_length(config: Config) -> dict[str, Any]:
-    return {"max_position_embeddings": config["seq_length"], "model_max_length": config["seq_length"]}
+    length = count(config, "seq_length")
+    return {"max_position_embeddings": length, "model_max_length": length}
 
 
 def _normalized(config: Config) -> dict[str, Any]:

@@ -79,7 +79,8 @@ def _read(config: Config) -> dict[str, Any]:
 
 
 def _write(config: Config) -> dict[str, Any]:
-    branches, groups, heads = config.get("parallel_residual"), config["num_query_groups"], config["num_attention_heads"]
+    branches = config.get("parallel_residual")
+    groups, heads = (count(config, name) for name in ("num_query_groups", "num_attention_heads"))
     new = branches == "two_norms" or (branches == "one_norm" and groups not in (1, heads))
     return {
         "new_decoder_architecture": new,

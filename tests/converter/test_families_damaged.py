@@ -100,6 +100,29 @@ def test_damaged_fields_of_megatron_are_refused_or_written(family, chosen):
                 to_huggingface(fields, {**megatron, name: value})
 
 
+def without(config: dict, name: str) -> dict:
+    return {key: value for key, value in config.items() if key != name}
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_a_field_that_is_absent_is_refused_or_has_a_default(family):
+    config, fields = plain(family), families.find(family).CONFIG
+    for name in config:
+        read(family, without(config, name))
+        sized(family, without(config, name))
+    megatron = to_megatron(fields, config)
+    for name in megatron:
+        with suppress(UserError):
+            to_huggingface(fields, without(megatron, name))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scaling_of_rotary_embeddings_without_a_length_is_refused_or_read(kind):
+    config = without(plain("llama"), "max_position_embeddings")
+    for name in ROPE:
+        read("llama", {**config, "rope_parameters": without({**ROPE, "rope_type": kind, "type": kind}, name)})
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
