@@ -180,11 +180,13 @@ def mcore_to_hf(source: str, target: str, **options: Any) -> None:
               help="Pad the vocabulary to a multiple of N × TP. [default: what SRC says, else 128]")  # fmt: skip
 @click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR, for an SRC that has none.")
 @click.option("--weights-only", is_flag=True, help="Leave out optimizer state and what else resumes a run.")
+@_values_from
 @conversion
 def reshard(source: str, target: str, **options: Any) -> None:
     """Write a Megatron checkpoint in another layout.
 
-    SRC is the root of a checkpoint or one `iter_*` directory in it; DST becomes a checkpoint of the same weights.
+    SRC is the root of a checkpoint of any kind or one `iter_*` directory in it; DST becomes a `torch_dist` checkpoint of the same
+    weights and optimizer state, from which a run goes on.
     """
     from converter.console import convert  # noqa: PLC0415
     from converter.convert import reshard  # noqa: PLC0415

@@ -165,18 +165,19 @@ def reshard(
     make_vocab_size_divisible_by: int | None = None,
     hf_config: str | Path | None = None,
     weights_only: bool = False,
+    values_from: str = WEIGHTS,
     dtype: str = KEEP,
     integrity: bool = True,
     reporter: Reporter | None = None,
     **options: Unpack[ExecutionOptions],
 ) -> Summary:
-    """Write the weights of a Megatron distributed checkpoint for `tp` × `pp` ranks.
+    """Write a Megatron checkpoint, its optimizer state too, as `torch_dist` for `tp` × `pp` ranks.
 
     `source` is the root of a checkpoint or one iteration. `layout` (`gpt` or `hybrid`) is that of `source` unless given. Parallel
     sizes are as for `hf_to_mcore`, and 1 unless given; `make_vocab_size_divisible_by` is what the source says, or 128.
     `hf_config` is a folder with the model's `config.json`, for a checkpoint that does not say what model it holds.
-    `weights_only` leaves out optimizer state, with which a source is refused otherwise. `integrity` writes the sha256 of every
-    file, and the BLAKE3 of every tensor.
+    `weights_only` leaves out optimizer state and what else resumes a run. `values_from` is as for `mcore_to_hf`: `master` writes
+    weights in fp32. `integrity` writes the sha256 of every file, and the BLAKE3 of every tensor.
 
     Raises UserError before a byte moves if the layout does not fit the model. After any failure nothing is at `target`.
 
@@ -187,12 +188,13 @@ def reshard(
     reporter, target, root = reporter or Reporter(), expanded(target), open_source(source)
     check_layout(layout)
     check_options(dtype=dtype, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
+    check_values_from(values_from)
     given = open_source(hf_config) if hf_config else None
     sources = [root, *([given] if given else [])]
     check_locations(target, sources, options)
     wanted = ReshardOptions(layout=layout, tp=tp, pp=pp, vpp=vpp, pp_layout=layers_per_stage(pp_layout), ep=ep, etp=etp,
                             make_vocab_size_divisible_by=make_vocab_size_divisible_by, hf_config=given, dtype=dtype,
-                            weights_only=weights_only, integrity=integrity)  # fmt: skip
+                            weights_only=weights_only, values_from=values_from, integrity=integrity)  # fmt: skip
     require(root, Format.TORCH_DIST)
     with closing(open_megatron(root)) as reader:
         refuse_adapter(reader.folder)

@@ -25,6 +25,7 @@ from converter.families import Family
 from converter.hybrid import layout_of
 from converter.importing import check_padding, parallel_sizes, with_extras
 from converter.layout import Layout, make_layout
+from converter.master_reader import MASTERS, WEIGHTS, WORKER_BYTES, reader_of
 from converter.model import Model
 from converter.nemo_config import settings_of
 from converter.padded_vocab import divisible_by
@@ -70,6 +71,9 @@ class ReshardOptions:
 
     hf_config: Folder | None
     weights_only: bool
+    values_from: str = WEIGHTS
+    """`weights`, or `master`: the fp32 masters of the optimizer state in place of the weights."""
+
     dtype: str
     integrity: bool
 
@@ -120,6 +124,7 @@ def plan_reshard(
     if run is None and not wanted.weights_only:
         run = open_run(reader)
     reader.check()  # first: it frees the index, whose memory the plan then takes
+    reader = reader_of(reader, wanted.values_from)
     found = _recognize(reader, root, wanted, run)
     for text in _notes(found, reader):
         reporter.note(text)
@@ -128,7 +133,7 @@ def plan_reshard(
         reader=found.source.reader,
         views=lambda written: _views(found, written),
         copies=found.side_files,
-        memory=workers * PIECE_BYTES * (2 if run else 1),  # columns are gathered, and masters held against weights
+        memory=workers * (PIECE_BYTES + (WORKER_BYTES if run or wanted.values_from == MASTERS else 0)),  # columns are gathered
     )
 
 
@@ -289,6 +294,7 @@ def _options(found: _Reshard, wanted: ReshardOptions) -> dict[str, Any]:
         "vocab_divisible_by": found.vocab_multiple,
         "hf_config": wanted.hf_config.name if wanted.hf_config else None,
         "weights_only": wanted.weights_only,
+        **({"from": wanted.values_from} if wanted.values_from != WEIGHTS else {}),
         "integrity": wanted.integrity,
     }
 

@@ -17,6 +17,7 @@ from formats.errors import UserError
 from formats.iterations import TRAIN_STATE
 from formats.megatron_reader import MegatronReader
 from formats.object_names import ObjectName
+from formats.optimizer.model_space import chained
 from formats.optimizer.open import open_optimizer
 from formats.optimizer.state import EXP_AVG, FULLY_RESHARDABLE, MASTER, OptimizerState
 from formats.pickles import Record
@@ -132,7 +133,7 @@ def run_state(reader: MegatronReader, run: TrainingRun, sizes: Mapping[str, int]
     return RunState(
         common={
             **{name: _with_sizes(value, sizes, settings, rng=bool(random_states)) for name, value in kept.items()},
-            "optimizer": _common_optimizer(run.optimizer),
+            "optimizer": _common_optimizer(run.optimizer, _loss_scale(run.checkpoint)),
         },
         random_states=random_states,
         train_state=reader.folder.get(TRAIN_STATE) if reader.folder.has(TRAIN_STATE) else b"",
@@ -147,10 +148,19 @@ def notes_on_run(run: TrainingRun, sizes: Mapping[str, int]) -> Iterator[str]:
         yield "random numbers start anew: their states are of the ranks of another layout (Megatron-LM: `--no-load-rng`)"
 
 
-def _common_optimizer(optimizer: OptimizerState) -> dict[Any, Any]:
+def _loss_scale(reader: MegatronReader) -> dict[str, Any]:
+    """Return the state of the loss scale of training in fp16, empty where there is none."""
+    archive = reader.common_archive() if isinstance(reader, TorchDistReader) else None
+    for optimizer in chained(reader.common_state().get("optimizer")) if archive else ():
+        if archive and "grad_scaler" in optimizer:
+            return {"grad_scaler": archive.resolved(optimizer["grad_scaler"])}
+    return {}
+
+
+def _common_optimizer(optimizer: OptimizerState, loss_scale: Mapping[str, Any]) -> dict[Any, Any]:
     """Return the part of the common state that `fully_reshardable` keeps hyper-parameters in."""
     each = [
-        {"optimizer": {"param_groups": list(groups)}, "param_state_sharding_type": FULLY_RESHARDABLE}
+        {"optimizer": {"param_groups": list(groups)}, "param_state_sharding_type": FULLY_RESHARDABLE, **loss_scale}
         for groups in optimizer.groups
     ]
     return dict(enumerate(each)) if len(each) > 1 else each[0]

@@ -240,7 +240,7 @@ def test_the_command_line_surface_is_frozen():
     assert surface == {
         "hf-to-mcore": sorted([*both, "--ckpt-format", "--hf-config", "--transformer-impl", *layout, *weights]),
         "mcore-to-hf": sorted([*both, "--from", "--hf-config", "--max-shard-size", "--quantize", *weights]),
-        "reshard": sorted([*both, *layout, *weights, "--hf-config", "--weights-only"]),
+        "reshard": sorted([*both, *layout, *weights, "--from", "--hf-config", "--weights-only"]),
         "average": sorted([*both[:-2], "sources", "target", "--weights", "--from", "--hf-config", "--integrity"]),
         "extend-vocab": sorted([*both, "--to", "--init", "--hf-config", "--weights-only", "--integrity"]),
         "adapter-to-mcore": sorted([*both, "--base", "--canonical", "--layout"]),

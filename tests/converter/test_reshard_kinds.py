@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,11 +43,11 @@ def _say(file, **settings):
     torch.save(state, file)
 
 
-def resharded(name, folder, config, **sizes):
+def resharded(name, folder, config, source=None, **sizes):
     """What a reshard of a golden holds: weights, optimizer state, groups and common state, and the notes there were."""
     (folder / "config").mkdir(parents=True)
     (folder / "config" / "config.json").write_text(json.dumps(config))
-    source, notes = unpacked(name, folder), []
+    source, notes = source or unpacked(name, folder), []
     for common in source.glob("*/common.pt"):
         _say(common, normalization="RMSNorm")  # megatron-core 0.8.0's norms have no biases, and its `args` say LayerNorm
     for rank in source.glob("*/mp_rank_*/model_optim_rng.pt") if name == "ranks_ep2" else ():
@@ -55,6 +57,8 @@ def resharded(name, folder, config, **sizes):
     reader = open_megatron(LocalFolder(folder / "made"))
     reader.check()
     optimizer = open_optimizer(reader)
+    if sizes.get("weights_only"):
+        return reader, optimizer, notes
     assert optimizer.kind == "fully_reshardable"
     assert set(optimizer.states) == set(STATES)
     return reader, optimizer, notes
@@ -87,3 +91,37 @@ def test_experts_and_their_optimizer_change_their_ranks(tmp_path):
     assert sorted(map(str, values(optimizer).values())) == sorted(map(str, values(twin).values()))  # norms have other names
     assert optimizer.groups == twin.groups
     assert len(optimizer.groups) == 2
+
+
+@pytest.mark.parametrize("dtype", ["keep", "fp16"])
+def test_weights_may_be_taken_from_masters(tmp_path, dtype):
+    """With the optimizer's state beside them, and in any dtype without it."""
+    masters = values(open_optimizer(open_megatron(LocalFolder(unpacked("ranks_tp2_pp2_as_torch_dist", tmp_path / "source")))))
+    made, optimizer, _ = resharded(
+        "ranks_tp2_pp2_as_torch_dist",
+        tmp_path,
+        SMALL,
+        tp=2,
+        pp=2,
+        values_from="master",
+        dtype=dtype,
+        weights_only=dtype != "keep",
+    )
+    for name, spec in made.specs.items():
+        out = np.empty(spec.shape, spec.dtype)
+        made.read(name, spec.full_region, out)
+        _, _, master = masters["param", name]
+        assert out.tobytes() == np.frombuffer(master, np.float32).reshape(spec.shape).astype(spec.dtype).tobytes()
+    assert {spec.stored_dtype for spec in made.specs.values()} == {"fp32" if dtype == "keep" else dtype}
+    assert optimizer is None if dtype != "keep" else values(optimizer) == masters
+
+
+def test_the_loss_scale_of_fp16_travels(tmp_path):
+    source = unpacked("zarr", tmp_path)
+    scale = {"scale": torch.tensor([1024.0]), "growth_tracker": 7, "hysteresis_tracker": 2}
+    common = source / "iter_0000002" / "common.pt"
+    state = torch.load(common, weights_only=False)
+    torch.save({**state, "optimizer": {**state["optimizer"], "grad_scaler": scale}}, common)
+    reader, _, _ = resharded("zarr", tmp_path / "work", SMALL, source=source, tp=2)
+    (made,) = torch.load(io.BytesIO(reader.common_archive().data()), weights_only=False)
+    assert made["optimizer"]["grad_scaler"] == scale
