@@ -139,12 +139,12 @@ HEADER = (
 )
 
 
-def row(kind: str, name: str, pairs: list[tuple[Run, Run]], size: int) -> str:
+def row(kind: str, name: str, pairs: list[tuple[Run, Run]], size: int, *, limit: float = LIMIT) -> str:
     ours, copied = (statistics.median(pair[place].seconds for pair in pairs) for place in (0, 1))
     cores, cp_cores = (statistics.median(pair[place].cores for pair in pairs) / size * 1e9 for place in (0, 1))
     ratios = [run.seconds / cp.seconds for run, cp in pairs]
     return (
-        f"{kind:10} {name:7} {size / 1e9:5.2f} GB {ours:7.2f} s {copied:6.2f} s {statistics.median(ratios):6.2f} {LIMIT:6.2f} "
+        f"{kind:10} {name:7} {size / 1e9:5.2f} GB {ours:7.2f} s {copied:6.2f} s {statistics.median(ratios):6.2f} {limit:6.2f} "
         f"{cores:9.2f} {cp_cores:6.2f} {max(run.peak for run, _ in pairs):4.0f} MiB {os.getloadavg()[0]:5.1f}  "
         f"{[round(ratio, 2) for ratio in ratios]}"
     )
