@@ -19,7 +19,6 @@ from converter.execution import Reporter
 from converter.exporting import ExportOptions, plan_files
 from converter.hybrid import layout_of
 from converter.importing import left_out
-from converter.master_reader import MASTERS, WEIGHTS
 from converter.masters import ROUNDED_TO, ProvenMasters
 from converter.nemo_config import settings_of
 from converter.plan import TensorPlan, as_stored, check_dtypes, list_names, pieces
@@ -28,7 +27,7 @@ from converter.run import PIECE_BYTES
 from converter.run_config import UnknownModelError
 from converter.side_files import EXTRAS
 from converter.sources import Source, huggingface_source
-from converter.values import KEEP
+from converter.values import KEEP, MASTERS, WEIGHTS
 from formats.arrays import same_bits
 from formats.errors import UserError
 from formats.folder import FileRef, Folder

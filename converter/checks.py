@@ -12,11 +12,10 @@ import numpy as np
 
 from converter.execution import ExecutionOptions
 from converter.hybrid import GPT, HYBRID
-from converter.master_reader import MASTERS, SOURCES
 from converter.plan import TensorPlan, pieces
 from converter.run import PIECE_BYTES
 from converter.state_dicts import IMPLEMENTATIONS
-from converter.values import CHOICES, KEEP
+from converter.values import CHOICES, KEEP, MASTERS, SOURCES
 from converter.workers import check_workers
 from formats.arrays import same_bits
 from formats.dtypes import QUANTIZED

@@ -27,13 +27,12 @@ from converter.execution import ExecutionOptions, Reporter, Summary
 from converter.exporting import ExportOptions, plan_export
 from converter.importing import ImportOptions, plan_import
 from converter.keywords import IN_MEGATRON, other_names
-from converter.master_reader import WEIGHTS
 from converter.memory import seldom_collected
 from converter.pipeline_layout import layers_per_stage
 from converter.resharding import ReshardOptions, plan_reshard
 from converter.sources import huggingface_source, open_source, workers_for
 from converter.state_dicts import TRANSFORMER_ENGINE
-from converter.values import KEEP
+from converter.values import KEEP, WEIGHTS
 from formats.detect import Format, open_huggingface, open_megatron
 from formats.disk import user_errors
 from formats.home import expanded

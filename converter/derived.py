@@ -86,6 +86,7 @@ class DerivedCheckpoint:
 
     def close(self) -> None:
         self._weights.close()
+        self._checkpoint.close()
 
 
 def parallel_sizes_of(reader: MegatronReader) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, siz
 from converter.encoding import encode, quantized_source
 from converter.execution import Reporter
 from converter.hybrid import layout_of
-from converter.master_reader import MASTERS, WEIGHTS, WORKER_BYTES, reader_of
+from converter.master_reader import WORKER_BYTES, reader_of
 from converter.originals import moved, original_name, with_originals
 from converter.plan import TensorPlan, as_stored, casts, casts_of_kept
 from converter.planner import to_huggingface
@@ -28,7 +28,7 @@ from converter.quantization import is_plain, quantization, without_quantization
 from converter.requantizing import requantize, rounding
 from converter.side_files import CONFIG, HFReference
 from converter.sources import Source, megatron_source
-from converter.values import KEEP, dtype_of_most_bytes
+from converter.values import KEEP, MASTERS, WEIGHTS, dtype_of_most_bytes
 from converter.views import with_side_files
 from converter.workers import DEFAULT
 from formats.errors import format_untrusted

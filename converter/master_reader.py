@@ -6,22 +6,16 @@ Each master proves itself while it is read: rounded to the weight's dtype it mus
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
-
+from converter.derived import DerivedCheckpoint
 from converter.masters import ROUNDED_TO, ProvenMasters
 from converter.plan import list_names
 from converter.run import PIECE_BYTES
-from formats.chunks import Chunk
+from converter.values import MASTERS
 from formats.errors import UserError
-from formats.folder import Folder
 from formats.megatron_reader import MegatronReader
 from formats.optimizer.open import open_optimizer
 from formats.optimizer.state import MASTER
-from formats.spec import DTYPES, Array, Reader, Region
-
-WEIGHTS, MASTERS = SOURCES = ("weights", "master")
-"""What values may be taken from."""
+from formats.spec import DTYPES, JoinedReader, Reader, RenamedReader
 
 WORKER_BYTES = PIECE_BYTES
 """Memory of one thread: of a piece of a master the weight, and the rounded master."""
@@ -35,67 +29,24 @@ def reader_of(weights: MegatronReader, values_from: str) -> MegatronReader:
 
     Raises UserError for masters that are not there.
     """
-    return MasterReader(weights) if values_from == MASTERS else weights
+    return DerivedCheckpoint(weights, _values(weights)) if values_from == MASTERS else weights
 
 
-class MasterReader:
-    """A `MegatronReader` of masters under the names of the weights. Closing it closes that of the weights."""
-
-    def __init__(self, weights: MegatronReader) -> None:
-        """Raise UserError unless every weight has a master, or is in fp32 itself."""
-        self._weights, self.settings = weights, weights.settings
-        is_own = all(spec.dtype == _FP32 for spec in weights.specs.values())
-        self._masters = None if is_own else _masters(weights)
-        self.specs = {name: spec.cast(_FP32) for name, spec in weights.specs.items()}
-
-    @property
-    def folder(self) -> Folder:
-        return self._weights.folder
-
-    @property
-    def files(self) -> Collection[str]:
-        return self._weights.files
-
-    @property
-    def index_files(self) -> Collection[str]:
-        return self._weights.index_files
-
-    @property
-    def others(self) -> Sequence[str]:
-        return self._weights.others
-
-    @property
-    def has_optimizer(self) -> bool:
-        return self._weights.has_optimizer
-
-    @property
-    def contents(self) -> Collection[str]:
-        return self._weights.contents
-
-    def args(self) -> Mapping[str, Any]:
-        return self._weights.args()
-
-    def common_state(self) -> Mapping[str, Any]:
-        return self._weights.common_state()
-
-    def check(self, names: Iterable[str] | None = None) -> None:
-        self._weights.check(names)
-
-    def chunks(self, name: str) -> Sequence[Chunk]:
-        return self._weights.chunks(name)
-
-    def read(self, name: str, region: Region, out: Array) -> None:
-        """Read a region of a master. Raises UserError if a number in it does not round to the weight."""
-        if not self._masters or name not in self._masters.specs:
-            return self._weights.read(name, region, out)
-        return self._masters.read(name, region, out)
-
-    def close(self) -> None:
-        self._weights.close()
+def _values(weights: MegatronReader) -> Reader:
+    """Return the reader of every weight's master, or of the weight itself where it is in fp32 and has none."""
+    masters = _masters(weights)
+    held = masters.specs.keys() & weights.specs.keys() if masters else set[str]()
+    own = RenamedReader(weights, {name: name for name in weights.specs if name not in held})
+    values = JoinedReader(RenamedReader(masters, {name: name for name in held}), own) if masters else JoinedReader(own)
+    values.specs = {name: values.specs[name] for name in weights.specs}
+    return values
 
 
-def _masters(weights: MegatronReader) -> Reader:
-    """Return the reader of the masters. Raises UserError for weights that have none, or none that can prove itself."""
+def _masters(weights: MegatronReader) -> Reader | None:
+    """Return the reader of the masters, None where all weights are in fp32. Raises UserError for weights that have none, or none
+    that can prove itself."""
+    if all(spec.dtype == _FP32 for spec in weights.specs.values()):
+        return None
     optimizer = open_optimizer(weights)
     masters = optimizer.states.get(MASTER) if optimizer else None
     proven = {name for name, spec in weights.specs.items() if spec.dtype in ROUNDED_TO}

@@ -25,7 +25,7 @@ from converter.families import Family
 from converter.hybrid import layout_of
 from converter.importing import check_padding, parallel_sizes, with_extras
 from converter.layout import Layout, make_layout
-from converter.master_reader import MASTERS, WEIGHTS, WORKER_BYTES, reader_of
+from converter.master_reader import WORKER_BYTES, reader_of
 from converter.model import Model
 from converter.nemo_config import settings_of
 from converter.padded_vocab import divisible_by
@@ -39,7 +39,7 @@ from converter.run_state import TrainingRun, notes_on_run, open_run, refuse_cast
 from converter.side_files import EXTRAS, HFReference
 from converter.sources import Source, megatron_source
 from converter.tables import Table, Tables
-from converter.values import KEEP, dtype_of_most_parameters, target_dtype
+from converter.values import KEEP, MASTERS, WEIGHTS, dtype_of_most_parameters, target_dtype
 from converter.views import untouched
 from converter.workers import DEFAULT
 from formats.dcp_index import METADATA

@@ -17,6 +17,9 @@ from formats.dtypes import FLOATS, MODEL_DTYPES
 from formats.errors import UserError
 from formats.spec import DTYPES, Array, TensorSpec, dtype_name
 
+WEIGHTS, MASTERS = SOURCES = ("weights", "master")
+"""What the values of weights may be taken from."""
+
 KEEP = "keep"
 CHOICES = (KEEP, *MODEL_DTYPES)
 _CASTABLE = frozenset(DTYPES[name] for name in FLOATS)

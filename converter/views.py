@@ -14,7 +14,7 @@ from converter.dequantization import dequantized, weights_of
 from converter.encoding import quantized_source
 from converter.families import Family
 from converter.hybrid import layout_of
-from converter.master_reader import MASTERS, WEIGHTS, reader_of
+from converter.master_reader import reader_of
 from converter.model import Model
 from converter.originals import moved, original_name, with_originals
 from converter.plan import TensorPlan, as_stored, check_dtypes
@@ -24,7 +24,7 @@ from converter.rules import extra_names, tied_names
 from converter.side_files import CONFIG, EXTRAS, HFReference, config_of
 from converter.spellings import spelled_as
 from converter.torchtitan import translated
-from converter.values import CHOICES, KEEP
+from converter.values import CHOICES, KEEP, MASTERS, WEIGHTS
 from formats.detect import open_checkpoint
 from formats.errors import UserError
 from formats.folder import Folder

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 
 from converter import UserError, hf_to_mcore, mcore_to_hf, verify_checkpoints
 from converter.cli import cli
-from converter.master_reader import MasterReader
+from converter.master_reader import reader_of
 from formats.detect import open_megatron
 from formats.folder import LocalFolder
 from tests.converter import family_suite
@@ -120,7 +120,7 @@ def test_weights_in_fp32_are_their_own_masters(tmp_path):
 
 def test_any_region_of_a_master_proves_itself(root):
     reader = open_megatron(LocalFolder(root))
-    masters, name = MasterReader(reader), "decoder.layers.1.mlp.linear_fc2.weight"
+    masters, name = reader_of(reader, "master"), "decoder.layers.1.mlp.linear_fc2.weight"
     spec = masters.specs[name]
     whole, weight = np.empty(spec.shape, spec.dtype), np.empty(spec.shape, reader.specs[name].dtype)
     masters.read(name, spec.full_region, whole)
