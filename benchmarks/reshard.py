@@ -41,14 +41,18 @@ def make(folder: Path, gigabytes: float) -> Path:
     make_model(folder / "hf", model)
     command = [sys.executable, "-m", "converter", "hf-to-mcore", str(folder / "hf"), str(folder / "m"), "--quiet", "--json"]
     timed(command, folder / "m")
-    weights = stored(folder / "m")
-    root = folder / "source"
-    shutil.copytree(folder / "m", root, ignore=shutil.ignore_patterns("*.distcp", ".metadata", "integrity.json"))
-    planner = DefaultSavePlanner(flatten_state_dict=False)  # the common state is one object
-    dcp.save({**weights, **with_state(weights)}, checkpoint_id=root / "iter_0000000", planner=planner, no_dist=True)
+    add_state(folder / "m", folder / "source")
     for made in ("hf", "m"):
         shutil.rmtree(folder / made)
-    return root
+    return folder / "source"
+
+
+def add_state(source: Path, target: Path) -> None:
+    """Write a checkpoint of bf16 weights again, with optimizer state."""
+    weights = stored(source)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.distcp", ".metadata", "integrity.json"))
+    planner = DefaultSavePlanner(flatten_state_dict=False)  # the common state is one object
+    dcp.save({**weights, **with_state(weights)}, checkpoint_id=target / "iter_0000000", planner=planner, no_dist=True)
 
 
 def stored(root: Path) -> dict[str, torch.Tensor]:

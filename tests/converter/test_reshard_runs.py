@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from benchmarks.convert import SHAPES, make_model
+from benchmarks.reshard import add_state
 from converter import hf_to_mcore, reshard, verify
 from formats.remote import folder as remote
 from tests.converter.test_cli import mbconvert
@@ -26,9 +27,10 @@ SILENCE = 4.0
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A checkpoint at TP2·PP2, large enough to be stopped in the middle."""
+    """A checkpoint with optimizer state, large enough to be stopped in the middle."""
     folder = tmp_path_factory.mktemp("source")
-    hf_to_mcore(make_source(folder / "hf"), folder / "m", tp=2, pp=2)
+    hf_to_mcore(make_source(folder / "hf"), folder / "weights", tp=2, pp=2)
+    add_state(folder / "weights", folder / "m")
     return folder / "m"
 
 
