@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from functools import cache
 
 import numpy as np
@@ -12,6 +13,7 @@ from formats.folder import LocalFolder
 from formats.optimizer.open import open_optimizer
 from formats.optimizer.state import MASTER, STATES
 from formats.spec import extent
+from tests.formats.test_kinds import FUSED
 from tests.golden.kinds import unpacked
 
 
@@ -91,3 +93,16 @@ def test_any_region_of_state_stored_flat(state_of, name, twin):
             out = np.empty(extent(region), spec.dtype)
             masters.read(weight, region, out)
             assert out.tobytes() == whole[region].tobytes()
+
+
+def test_six_buckets_of_three_ranks_are_the_same_in_files_of_ranks_and_in_torch_dist(state_of, golden, tmp_path):
+    with tarfile.open(golden / "optimizer_state" / "by_buckets.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    reader = open_megatron(LocalFolder(tmp_path / "by_buckets"))
+    expected = values(open_optimizer(reader))
+    reader.close()
+    assert len(expected) == 45
+    own = values(state_of("ranks_dp3_six_buckets")[1])
+    for norm, fused in FUSED.items():
+        own = {(state, name.replace(norm, fused)): value for (state, name), value in own.items()}
+    assert own == expected

@@ -5,7 +5,8 @@ layers, hidden size 32 or 64, a vocabulary of 89 tokens padded to 96, trained fo
 (`fully_sharded_model_space`), `NAME_buckets` (`dp_reshardable`, or `fully_sharded_bucket_space` of megatron-core 0.8.0)
 and `NAME_gathered` (`dp_zero_gather_scatter`).
 
-Of `ranks_dp3_six_buckets` megatron-core 0.19.2 writes wrong `torch_dist`: it has no twin.
+Of `ranks_dp3_six_buckets` megatron-core 0.19.2 writes a wrong `fully_reshardable` twin, as `optimizer_state/shifted` is one;
+`optimizer_state/by_buckets` is its `dp_reshardable` twin.
 
 `dcp_hf` is a Llama of transformers under FSDP2, two layers, hidden size 32, 91 tokens, saved by torch 2.11 as two processes in
 five ways, all of the same weights: a distributed checkpoint, the same with safetensors inside or as zstd streams, safetensors
