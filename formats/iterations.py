@@ -22,8 +22,8 @@ COMMON = "common.pt"
 TORCH_DIST, ZARR, TORCH = "torch_dist", "zarr", "torch"
 """What Megatron-LM's `--ckpt-format` calls the formats: two of `dist_checkpointing`, and files of ranks."""
 
-FSDP_DTENSOR = "fsdp_dtensor"
-"""The same, of Megatron-FSDP."""
+FSDP_DTENSOR, TORCH_DCP = "fsdp_dtensor", "torch_dcp"
+"""The same, of Megatron-FSDP and of PyTorch's FSDP2."""
 
 WRITTEN = (TORCH_DIST, TORCH, FSDP_DTENSOR)
 """Those that are written here."""

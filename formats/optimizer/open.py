@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from formats.errors import UserError
 from formats.megatron_reader import MegatronReader
-from formats.optimizer import buckets, fsdp, gathered, model_space, rank_files
+from formats.optimizer import buckets, fsdp, gathered, model_space, numbered, rank_files
 from formats.optimizer.state import WEIGHTS_ALONE, OptimizerState
 from formats.rank_files import RankFilesReader
 from formats.torch_dist import TorchDistReader
@@ -19,7 +19,7 @@ def open_optimizer(reader: MegatronReader) -> OptimizerState | None:
         return None
     if isinstance(reader, TorchDistReader):
         _refuse_by_layers(reader)
-        for read in (model_space.read, buckets.read, gathered.read, fsdp.read):
+        for read in (model_space.read, buckets.read, gathered.read, fsdp.read, numbered.read):
             if state := read(reader):
                 return state
     if isinstance(reader, RankFilesReader):

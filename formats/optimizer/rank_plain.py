@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from formats.errors import UserError
 from formats.optimizer.rank_places import FP32, Places, as_dict, as_sequence, parameters, state_tensor
@@ -71,7 +71,7 @@ def add(places: Mapping[str, Places], file: RankFile, optimizers: Sequence[Mappi
     for number, optimizer in enumerate(optimizers):
         groups = [_Group(file, optimizer, group) for group in range(len(optimizer["param_groups"]))]
         for weight in (weight for chunk in parameters(file, number, len(optimizers)) for weight in chunk):
-            if group := _group_of(weight, groups, file):
+            if group := group_of(weight, groups, file.name):
                 for name, tensor in group.take(weight).items():
                     places[name].add(file.name, weight, (file.name, tensor.offset))
         if left := sum(len(group) for group in groups):
@@ -81,8 +81,27 @@ def add(places: Mapping[str, Places], file: RankFile, optimizers: Sequence[Mappi
             )
 
 
-def _group_of(weight: RankTensor, groups: Sequence[_Group], file: RankFile) -> _Group | None:
-    """Return the group that a weight is of, None for a frozen weight: its next weight has the same shape.
+class Group(Protocol):
+    """A parameter group of which the next weight's shape is known."""
+
+    settings: Mapping[str, Any]
+
+    def shape(self) -> Shape | None: ...
+
+
+class Weight(Protocol):
+    """A weight whose group is asked for."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> Shape: ...
+
+
+def group_of[AnyGroup: Group](weight: Weight, groups: Sequence[AnyGroup], label: str) -> AnyGroup | None:
+    """Return the group that a weight is of, None for a frozen weight: its next weight has the same shape. `label` names the
+    checkpoint.
 
     Of several groups, biases and norms are in that without weight decay, embeddings in that with a learning rate of their own.
     """
@@ -93,5 +112,5 @@ def _group_of(weight: RankTensor, groups: Sequence[_Group], file: RankFile) -> _
         if len(fitting) > 1:
             fitting = [group for group in fitting if group.settings.get(name, expected) == expected]
     if len(fitting) > 1:
-        raise UserError(f"`{weight.name}` in `{file.name}` may be in {len(fitting)} of the optimizer's groups")
+        raise UserError(f"`{weight.name}` in `{label}` may be in {len(fitting)} of the optimizer's groups")
     return fitting[0] if fitting else None

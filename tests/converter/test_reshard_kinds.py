@@ -28,11 +28,13 @@ EXPERTS = {
 }
 MODELS = {
     "ranks_pp2_vpp2": {**SMALL, "num_hidden_layers": 4},
+    "torch_dcp": LLAMA,
     "ranks_ep2": {**SMALL, **EXPERTS, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"]},
 }
 TWINS = [
     ("zarr", "zarr_as_torch_dist"), ("zarr_distributed_optimizer", "zarr_distributed_optimizer_flattened"),
     ("ranks_tp2_pp2", "ranks_tp2_pp2_as_torch_dist"), ("ranks_pp2_vpp2", "ranks_pp2_vpp2_as_torch_dist"),
+    ("torch_dcp", "torch_dcp_as_torch_dist"),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tarfile
 from functools import cache
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from formats.detect import open_megatron
+from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.optimizer.open import open_optimizer
 from formats.optimizer.state import MASTER, STATES
@@ -59,6 +61,13 @@ def values(optimizer):
     return contents
 
 
+def fused(contents):
+    """The same under the names of Transformer Engine's norms."""
+    for norm, name_there in FUSED.items():
+        contents = {(state, name.replace(norm, name_there)): value for (state, name), value in contents.items()}
+    return contents
+
+
 TWINS = [
     ("zarr_distributed_optimizer_flattened", "zarr_distributed_optimizer"),
     ("zarr_distributed_optimizer_buckets", "zarr_distributed_optimizer"),
@@ -102,7 +111,31 @@ def test_six_buckets_of_three_ranks_are_the_same_in_files_of_ranks_and_in_torch_
     expected = values(open_optimizer(reader))
     reader.close()
     assert len(expected) == 45
-    own = values(state_of("ranks_dp3_six_buckets")[1])
-    for norm, fused in FUSED.items():
-        own = {(state, name.replace(norm, fused)): value for (state, name), value in own.items()}
-    assert own == expected
+    assert fused(values(state_of("ranks_dp3_six_buckets")[1])) == expected
+
+
+def test_numbered_state_of_torch_dcp_is_that_of_the_twin(state_of):
+    own, twin = (state_of(name)[1] for name in ("torch_dcp", "torch_dcp_as_torch_dist"))
+    assert own.kind == "torch_dcp"
+    assert fused(values(own)) == values(twin)
+    assert len(values(own)) == 45
+    assert own.groups == twin.groups
+
+
+@pytest.mark.parametrize(("key", "message"), [
+    ("optimizer.optimizer.state.3.exp_avg", "has no `exp_avg` of its weight 3"),
+    ("optimizer.optimizer.state.10.step", "has no `step` of its weight 10"),
+    ("optimizer.fp32_from_fp16_params.1.4", "has no master of `decoder.final_layernorm.weight`"),
+    ("model.decoder.layers.1.mlp.linear_fc2.weight", "state of 2 weights that are not there, or in another order"),
+])  # fmt: skip
+def test_numbered_state_that_is_incomplete_is_named(tmp_path, key, message):
+    root = unpacked("torch_dcp", tmp_path)
+    (path,) = root.glob("*/.metadata")
+    index = pickle.loads(path.read_bytes())
+    del index.state_dict_metadata[key]
+    index.storage_data = {place: stored for place, stored in index.storage_data.items() if place.fqn != key}
+    path.write_bytes(pickle.dumps(index))
+    reader = open_megatron(LocalFolder(root))
+    with pytest.raises(UserError, match=message):
+        open_optimizer(reader)
+    reader.close()
