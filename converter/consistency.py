@@ -75,9 +75,14 @@ def differing(expected: Fields, fields: Fields, *, rows: int | None) -> Iterator
     >>> list(differing({"hidden_size": 64, "num_layers": 4}, {"hidden_size": 32, "seq_length": 8}, rows=None))
     ['hidden_size']
     """
-    scaled = bool(expected.get("rope_scaling")) and bool(fields.get("rope_scaling"))
+    scaled = expected.get("rope_scaling") and fields.get("rope_scaling")
+    unseen = {
+        *_OF_TRAINING,
+        "" if scaled else "rope_scaling_factor",
+        "ffn_hidden_size" if _only_experts(expected) else "",
+    }
     for name, value in expected.items():
-        if name not in fields or name in _OF_TRAINING or (name == "rope_scaling_factor" and not scaled):
+        if name not in fields or name in unseen:
             continue
         if name == "vocab_size":
             if not _same_vocabulary(value, fields[name], rows):
@@ -87,6 +92,14 @@ def differing(expected: Fields, fields: Fields, *, rows: int | None) -> Iterator
                 yield name
         elif _comparable(value) != _comparable(fields[name]):
             yield name
+
+
+def _only_experts(fields: Fields) -> bool:
+    """Return whether every layer has experts: then no tensor has the size of a dense layer's MLP."""
+    every = fields.get("moe_layer_freq") or 1
+    return bool(fields.get("num_moe_experts")) and (
+        every == 1 or (isinstance(every, (list, tuple)) and all(cast("list[Any]", every)))
+    )
 
 
 def _same_vocabulary(expected: Any, size: Any, rows: int | None) -> bool:

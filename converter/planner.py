@@ -18,6 +18,7 @@ from converter.model import Model
 from converter.plan import Specs, TensorPlan, check_dtypes, list_names
 from converter.rows import RowRange
 from converter.rules import Indices, Rule, extra_names, fill, in_order, megatron_layer, tied_names
+from converter.spellings import spelled_as
 from converter.tables import Table, Tables
 from converter.transform import Transform
 from converter.values import target_dtype
@@ -256,9 +257,8 @@ class _Made:
 def _stored_name(table: Table, indices: Indices, source: Specs) -> str:
     """The name that this checkpoint's writer gave a Megatron tensor."""
     name = fill(table.rule.megatron, indices)
-    if table.rule.alias and name not in source and (other := fill(table.rule.alias, indices)) in source:
-        return other
-    return name
+    other = fill(table.rule.alias or table.rule.megatron, indices)
+    return other if name not in source and other in source else spelled_as(source, name)
 
 
 def _stored_shape(name: str, table: Table, model: Model, source: Specs) -> Shape:

@@ -34,7 +34,7 @@ MODELS = {
 TWINS = [
     ("zarr", "zarr_as_torch_dist"), ("zarr_distributed_optimizer", "zarr_distributed_optimizer_flattened"),
     ("ranks_tp2_pp2", "ranks_tp2_pp2_as_torch_dist"), ("ranks_pp2_vpp2", "ranks_pp2_vpp2_as_torch_dist"),
-    ("torch_dcp", "torch_dcp_as_torch_dist"),
+    ("torch_dcp", "torch_dcp_as_torch_dist"), ("ranks_ep2", "ranks_ep2_as_torch_dist"),
 ]  # fmt: skip
 
 
@@ -52,8 +52,6 @@ def resharded(name, folder, config, source=None, **sizes):
     source, notes = source or unpacked(name, folder), []
     for common in source.glob("*/common.pt"):
         _say(common, normalization="RMSNorm")  # megatron-core 0.8.0's norms have no biases, and its `args` say LayerNorm
-    for rank in source.glob("*/mp_rank_*/model_optim_rng.pt") if name == "ranks_ep2" else ():
-        _say(rank, ffn_hidden_size=24)  # which is that of experts; no layer has the other
     reporter = Reporter(note=notes.append)
     reshard(source, folder / "made", hf_config=folder / "config", verify=True, reporter=reporter, **sizes)
     reader = open_megatron(LocalFolder(folder / "made"))
