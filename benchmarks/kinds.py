@@ -1,8 +1,8 @@
 """How fast are other kinds of checkpoints read? Prints `mcore-to-hf` of each beside `cp` of the checkpoint, in turns, in one run.
 
-    python -m benchmarks.kinds [--runs 5] [--kind ranks ...] [--folder DIR]
+    python -m benchmarks.kinds [--runs 3] [--kind ranks ...] [--folder DIR]
 
-A Llama of 1 GB is made, converted, and written again as files of eight ranks (TP 4, PP 2, `torch.save`) and as zarr, a chunk for
+A Llama of 3.9 GB is made, converted, and written again as files of eight ranks (TP 4, PP 2, `torch.save`) and as zarr, a chunk for
 each rank's part. Each round runs `cp -r SRC X && sync`, then the export and `sync`; start-up is counted, the source is in the
 page cache. `bare` hashes nothing (`--no-integrity`), `torch_dist` is the format of today, for comparison. The limit is 1.25 times
 the time of `cp`. The load of the machine is printed with each row: on one that does other work, read the core-seconds.
@@ -29,7 +29,7 @@ from formats.spec import Array
 from formats.torch_dist import TorchDistReader
 
 SHAPE = {
-    "hidden": 2048, "layers": 8, "heads": 32, "groups": 8, "head_dim": 64, "ffn": 5632, "vocab": 32000, "tied": False,
+    "hidden": 2048, "layers": 40, "heads": 32, "groups": 8, "head_dim": 64, "ffn": 5632, "vocab": 32000, "tied": False,
 }  # fmt: skip
 TP, PP = 4, 2
 LIMIT = 1.25
@@ -152,7 +152,7 @@ def row(kind: str, name: str, pairs: list[tuple[Run, Run]], size: int, *, limit:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--kind", action="append", choices=KINDS, help="default: all")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/mbconvert-bench-kinds"))
     options = parser.parse_args()
