@@ -2,8 +2,8 @@
 
     python -m benchmarks.kinds [--runs 3] [--kind ranks ...] [--folder DIR]
 
-A Llama of 3.9 GB is made, converted, and written again as files of eight ranks (TP 4, PP 2, `torch.save`) and as zarr, a chunk for
-each rank's part. Each round runs `cp -r SRC X && sync`, then the export and `sync`; start-up is counted, the source is in the
+A Llama of 3.9 GB is made, converted, and written again as files of eight ranks (TP 4, PP 2, `torch.save`) and as zarr, a chunk
+for each rank's part. Each round runs `cp -r SRC X && sync`, then the export and `sync`; start-up is counted, the source is in the
 page cache. `bare` hashes nothing (`--no-integrity`), `torch_dist` is the format of today, for comparison. The limit is 1.25 times
 the time of `cp`. The load of the machine is printed with each row: on one that does other work, read the core-seconds.
 """
