@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 from converter.execution import Reporter
+from converter.nemo_config import settings_of
 from converter.run import PIECE_BYTES, in_threads
 from formats.arrays import Buffer, contiguous_regions
 from formats.dtypes import MODEL_DTYPES
@@ -32,6 +33,15 @@ ROUNDED_TO = frozenset(DTYPES[name] for name in MODEL_DTYPES)
 """The dtypes of weights that have masters."""
 
 
+_QUANTIZED = ("fp8_param", "fp4_param", "fp8_param_gather", "fp4_param_gather")
+"""Settings of training with weights in FP8 or FP4, of `run_config.yaml` and of Megatron-LM's `args`."""
+
+
+def are_quantized(reader: MegatronReader) -> bool:
+    """Return whether training held the weights in FP8 or FP4: what is stored of them is then not what their masters round to."""
+    return any(recorded.settings.get(name) for recorded in settings_of(reader) for name in _QUANTIZED)
+
+
 def check(reader: MegatronReader, result: Check, *, workers: int, reporter: Reporter) -> Check:
     """Return `result` with the comparison of weights and masters added; unchanged for a checkpoint without optimizer state.
 
@@ -39,11 +49,13 @@ def check(reader: MegatronReader, result: Check, *, workers: int, reporter: Repo
     """
     if not reader.has_optimizer:
         return result
+    count = f"{len(reader.specs)} {'weight' if len(reader.specs) == 1 else 'weights'}"
+    if are_quantized(reader):
+        return replace(result, without_masters=[f"{count}, which were in FP8 or FP4 while they were trained"])
     try:
         optimizer = open_optimizer(reader)
     except UserError as error:
-        count = len(reader.specs)
-        return replace(result, without_masters=[f"{count} {'weight' if count == 1 else 'weights'}: {error}"])
+        return replace(result, without_masters=[f"{count}: {error}"])
     pairs = _Pairs(reader, optimizer.states.get(MASTER) if optimizer else None, reporter.progress)
     reasons = Counter(reason for name in reader.specs if (reason := pairs.obstacle(name)))
     compared = [name for name in reader.specs if not pairs.obstacle(name)]

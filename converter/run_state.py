@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from converter.masters import ProvenMasters
+from converter.masters import ProvenMasters, are_quantized
 from converter.plan import TensorPlan
 from formats.errors import UserError
 from formats.iterations import TRAIN_STATE
@@ -92,7 +92,9 @@ def _masters(reader: MegatronReader, optimizer: OptimizerState) -> Reader:
             hint=_INSTEAD,
         )
     own = RenamedReader(reader, {name: name for name in lacking})
-    return JoinedReader(ProvenMasters(stored, reader, instead=_INSTEAD), own) if stored else own
+    if not stored:
+        return own
+    return JoinedReader(stored if are_quantized(reader) else ProvenMasters(stored, reader, instead=_INSTEAD), own)
 
 
 def refuse_casts(weights: Iterable[TensorPlan]) -> None:
@@ -144,6 +146,8 @@ def notes_on_run(run: TrainingRun, sizes: Mapping[str, int]) -> Iterator[str]:
     """Yield what a user should know before resuming from a reshard."""
     if run.optimizer.kind != FULLY_RESHARDABLE:
         yield f"optimizer state becomes `{FULLY_RESHARDABLE}`, which a distributed optimizer of megatron-core 0.15 or later loads"
+    if are_quantized(run.checkpoint):
+        yield "fp32 masters were not compared with the weights, which were in FP8 or FP4 while they were trained"
     if not dict(_random_states(run.checkpoint, sizes)):
         yield "random numbers start anew: their states are of the ranks of another layout (Megatron-LM: `--no-load-rng`)"
 

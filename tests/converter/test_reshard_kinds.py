@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from converter import Reporter, reshard
+from converter import Reporter, check, reshard
 from formats.detect import open_megatron
+from formats.errors import UserError
 from formats.folder import LocalFolder
 from formats.optimizer.open import open_optimizer
 from formats.optimizer.state import STATES
@@ -125,3 +126,20 @@ def test_the_loss_scale_of_fp16_travels(tmp_path):
     reader, _, _ = resharded("zarr", tmp_path / "work", SMALL, source=source, tp=2)
     (made,) = torch.load(io.BytesIO(reader.common_archive().data()), weights_only=False)
     assert made["optimizer"]["grad_scaler"] == scale
+
+
+def test_masters_of_weights_that_were_quantized_are_not_compared_and_that_is_said(tmp_path):
+    """What is stored of weights in FP8 is not what their masters round to."""
+    source = unpacked("zarr", tmp_path)
+    iteration = source / "iter_0000002"
+    chunk = iteration / "decoder.final_layernorm.weight" / "0"
+    chunk.write_bytes(bytes(len(chunk.read_bytes())))
+    with pytest.raises(UserError, match=r"the fp32 master of `decoder.final_layernorm.weight` does not round to the weight"):
+        resharded("zarr", tmp_path / "refused", SMALL, source=source)
+    assert check(source).wrong_masters == ["decoder.final_layernorm.weight"]
+    _say(iteration / "common.pt", fp8_param_gather=True)
+    _, optimizer, notes = resharded("zarr", tmp_path / "work", SMALL, source=source)
+    assert any("masters were not compared with the weights, which were in FP8" in note for note in notes)
+    assert values(optimizer)
+    with pytest.raises(UserError, match="which were in FP8 or FP4 while they were trained"):
+        check(source)
