@@ -24,11 +24,10 @@ KINDS = {
     "fsdp_dtensor": ("Megatron fsdp_dtensor", LM, "", "llama", {"tp": 2, "pp": 1}),
     "ranks_tp2_pp2": ("Megatron mp_rank files", LM, "", "llama", {"tp": 2, "pp": 2}),
     "ranks_pp2_vpp2": ("Megatron mp_rank files", LM, "", "llama", {"tp": 1, "pp": 2, "vpp": 2}),
-    "ranks_ep2": ("Megatron mp_rank files", LM, "", "unknown", {"tp": 1, "pp": 1, "ep": 2, "etp": 1}),
-    "ranks_ep2_as_torch_dist": ("Megatron torch_dist", LM, "0.19 or later", "unknown", {"tp": 1, "pp": 1, "ep": 2, "etp": 1}),
+    "ranks_ep2": ("Megatron mp_rank files", LM, "", "mixtral", {"tp": 1, "pp": 1, "ep": 2, "etp": 1}),
+    "ranks_ep2_as_torch_dist": ("Megatron torch_dist", LM, "0.19 or later", "mixtral", {"tp": 1, "pp": 1, "ep": 2, "etp": 1}),
 }  # fmt: skip
-"""Format, writer, versions of megatron-core, family, layout. The `args` of zarr's do not say which norms the model has, and those
-of `ranks_ep2` are of no published family."""
+"""Format, writer, versions of megatron-core, family, layout. The `args` of zarr's do not say which norms the model has."""
 
 
 @pytest.mark.parametrize("name", KINDS)
