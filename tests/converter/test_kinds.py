@@ -110,11 +110,13 @@ def test_verify_knows_both_spellings_of_norms(tmp_path, name):
 
 
 def test_a_check_that_has_nothing_to_compare_with_says_so(tmp_path):
-    root = unpacked("torch_dcp", tmp_path)
+    root = unpacked("ranks_tp2_pp2", tmp_path)
+    (next(root.glob("*/mp_rank_00_000")) / "layer_wise_optimizer_0.pt").touch()
     with pytest.raises(UserError) as refused:
         check_checkpoint(root)
     text = (
-        r"`.*` has no `integrity.json`: there are no hashes to check it against; not compared with fp32 masters: 15 weights: the"
+        r"`.*` has no `integrity.json`: there are no hashes to check it against; not compared with fp32 masters: 15 weights: "
+        r"`mp_rank_00_000/layer_wise_optimizer_0.pt` is of a layer-wise optimizer"
     )
     assert re.match(text, str(refused.value))
     assert "hint: `mbconvert verify A B` compares it with another checkpoint of the same weights" in str(refused.value)
