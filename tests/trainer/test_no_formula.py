@@ -34,7 +34,8 @@ def test_a_model_without_a_formula_trains_and_its_log_has_no_flops(ranks, tmp_pa
 
 
 def test_no_text_is_generated_from_experts_and_the_hint_says_why(ranks, model_folder, tmp_path) -> None:
-    experts = {"model__num_moe_experts": 2, "model__moe_ffn_hidden_size": 32, "model__moe_token_dispatcher_type": "alltoall"}
+    experts = {"model__num_moe_experts": 2, "model__moe_ffn_hidden_size": 32, "model__moe_token_dispatcher_type": "alltoall",
+               "model__moe_router_pre_softmax": True}  # fmt: skip
     changes = {**experts, "model__hf_config": {}, "model__hf_source": None, "checkpoint__pretrained_checkpoint": None,
                "train__train_iters": 1, "scheduler__lr_warmup_iters": 0, "checkpoint__save": str(tmp_path)}  # fmt: skip
     ranks.run(small.train, 1, str(model_folder("gqa")), changes)
