@@ -24,6 +24,7 @@ from formats.pickles import Record
 from formats.spec import DTYPES, JoinedReader, Reader, RenamedReader, TensorSpec
 from formats.torch_dist import TorchDistReader
 from formats.torch_dist_writer import STATE, RunState
+from formats.torch_zip import OpenArchive
 
 _KEPT = (
     "args", "checkpoint_version", "iteration", "opt_param_scheduler", "num_floating_point_operations_so_far", "tokens", "mbtrain",
@@ -130,7 +131,7 @@ def run_state(reader: MegatronReader, run: TrainingRun, sizes: Mapping[str, int]
     """Return what of a run is beside its tensors, with these parallel sizes (`tp`, …) and rows of the vocabulary."""
     common = reader.common_state()
     kept = {name: common[name] for name in _KEPT if name in common}
-    random_states = dict(_random_states(run.checkpoint, sizes))
+    random_states = {name: archive.data() for name, archive in _random_states(run.checkpoint, sizes)}
     settings = {**_megatron_lm(sizes), "padded_vocab_size": padded_vocab}
     return RunState(
         common={
@@ -148,7 +149,7 @@ def notes_on_run(run: TrainingRun, sizes: Mapping[str, int]) -> Iterator[str]:
         yield f"optimizer state becomes `{FULLY_RESHARDABLE}`, which a distributed optimizer of megatron-core 0.15 or later loads"
     if are_quantized(run.checkpoint):
         yield "fp32 masters were not compared with the weights, which were in FP8 or FP4 while they were trained"
-    if not dict(_random_states(run.checkpoint, sizes)):
+    if not any(_random_states(run.checkpoint, sizes)):
         yield "random numbers start anew: their states are of the ranks of another layout (Megatron-LM: `--no-load-rng`)"
 
 
@@ -200,13 +201,13 @@ def _with_sizes(value: Any, sizes: Mapping[str, int], settings: Mapping[str, Any
             return value
 
 
-def _random_states(reader: MegatronReader, sizes: Mapping[str, int]) -> Iterator[tuple[ObjectName, bytes]]:
+def _random_states(reader: MegatronReader, sizes: Mapping[str, int]) -> Iterator[tuple[ObjectName, OpenArchive]]:
     """Yield the states of random number generators if they are of this layout: one for each pipeline and tensor rank."""
     if not isinstance(reader, TorchDistReader) or sizes.get("ep", 1) > 1:
         return
     for name in reader.container.object_names:
         if (numbers := _RANDOM_STATE.fullmatch(name)) and _numbers(numbers[2]) == (sizes["pp"], sizes["tp"]):
-            yield ObjectName("rng_state", _numbers(numbers[1]), _numbers(numbers[2])), reader.container.archive(name).data()
+            yield ObjectName("rng_state", _numbers(numbers[1]), _numbers(numbers[2])), reader.container.archive(name)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

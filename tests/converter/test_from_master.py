@@ -17,14 +17,10 @@ from converter.cli import cli
 from converter.master_reader import reader_of
 from formats.detect import open_megatron
 from formats.folder import LocalFolder
-from tests.converter import family_suite
+from tests.converter import family_suite, test_kinds
 from tests.golden.kinds import unpacked
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "vocab_size": 89,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32,
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
-}  # fmt: skip
+LLAMA = {**test_kinds.LLAMA, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
 
 
 @pytest.fixture
