@@ -61,6 +61,14 @@ class _Pickler:
             self._put(pickle.BINUNICODE, struct.pack("<I", len(encoded)), encoded)
             self._remember(value)
 
+    def put_bytes(self, value: bytes) -> None:
+        """Write bytes as Python does in protocol 2, which has no opcode for them."""
+        self.put_record(_ENCODE(value.decode("latin1"), "latin1"))
+
+    def put_set(self, value: set[Any]) -> None:
+        """Write a set in an order that does not depend on the process."""
+        self.put_record(_SET([*sorted(value, key=repr)]))
+
     def put_global(self, value: Global) -> None:
         if not self._recall(value):
             self._put(pickle.GLOBAL, f"{value.module}\n{value.name}\n".encode())
@@ -107,12 +115,16 @@ class _Pickler:
         self._put(pickle.BINPERSID)
 
 
+_ENCODE, _SET = Global("_codecs", "encode"), Global("builtins", "set")
+
 _WRITERS: dict[type, Callable[..., None]] = {
     type(None): _Pickler.put_constant,
     bool: _Pickler.put_constant,
     int: _Pickler.put_integer,
     float: _Pickler.put_float,
     str: _Pickler.put_string,
+    bytes: _Pickler.put_bytes,
+    set: _Pickler.put_set,
     tuple: _Pickler.put_tuple,
     list: _Pickler.put_list,
     dict: _Pickler.put_dict,

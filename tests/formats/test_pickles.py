@@ -37,6 +37,7 @@ from hypothesis import strategies as st
 from formats import pickle_writer, pickles
 from formats.errors import UserError
 from formats.pickles import Global, Record
+from formats.torch_zip import object_archive
 
 _RAN = []
 
@@ -230,6 +231,13 @@ def test_pythons_unpickler_reads_what_we_write(value):
     data = pickle_writer.dumps(value)
     assert pickle.loads(data) == value
     assert pickles.loads(data, source="x") == value
+
+
+@pytest.mark.parametrize("value", [b"", b"a\x00\xff", {1, "a"}, set(), {"states": (b"\x80", [{2.5}])}], ids=repr)
+def test_bytes_and_sets_are_written_as_torchs_safe_loader_reads_them(value, tmp_path):
+    assert pickle.loads(pickle_writer.dumps(value)) == value
+    (tmp_path / "a.pt").write_bytes(object_archive(value))
+    assert torch.load(tmp_path / "a.pt", weights_only=True) == value
 
 
 def test_records_become_the_classes_they_name():
