@@ -8,13 +8,21 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+from formats.errors import UserError
+from formats.faults import fault
 from formats.pickles import Global, Record, Storage
 
 
 def dumps(value: Any) -> bytes:
-    """Pickle plain values, `Record`s, `Global`s and `Storage`s (protocol 2, which torch's safe loader reads)."""
+    """Pickle plain values, `Record`s, `Global`s and `Storage`s (protocol 2, which torch's safe loader reads).
+
+    Raises UserError for anything else, and for what refers to itself: a damaged pickle may hold both.
+    """
     writer = _Pickler()
-    writer.write(value)
+    try:
+        writer.write(value)
+    except RecursionError as error:
+        raise UserError(f"an object cannot be written again: {fault(error)}", hint="what it was read from is damaged") from None
     return writer.finish()
 
 
@@ -37,7 +45,7 @@ class _Pickler:
     def write(self, value: Any) -> None:
         writer = _WRITERS.get(type(value))  # pyright: ignore[reportUnknownArgumentType]
         if writer is None:
-            raise TypeError(f"cannot pickle {type(value)}")
+            raise UserError(f"a checkpoint holds no `{type(value).__name__}`", hint="what it was read from is damaged")
         writer(self, value)
 
     def put_constant(self, value: bool | None) -> None:

@@ -240,6 +240,16 @@ def test_bytes_and_sets_are_written_as_torchs_safe_loader_reads_them(value, tmp_
     assert torch.load(tmp_path / "a.pt", weights_only=True) == value
 
 
+def test_what_a_damaged_pickle_may_hold_is_not_written():
+    itself, record = [], Record(Global("argparse", "Namespace"), made_by_call=False)
+    itself.append(itself)
+    record.state = {"a": record}
+    for value in (itself, record, {"a": len}):
+        for write in (pickle_writer.dumps, object_archive):
+            with pytest.raises(UserError, match="what it was read from is damaged"):
+                write(value)
+
+
 def test_records_become_the_classes_they_name():
     namespace = Record(Global("argparse", "Namespace"), state={"a": 1}, made_by_call=False)
     assert pickle.loads(pickle_writer.dumps([namespace, Global("torch", "Size")((1, 2))])) == [
