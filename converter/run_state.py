@@ -138,7 +138,7 @@ def run_state(reader: MegatronReader, run: TrainingRun, sizes: Mapping[str, int]
     return RunState(
         common={
             **{name: _with_sizes(value, sizes, settings, rng=bool(states)) for name, value in kept.items()},
-            "optimizer": _common_optimizer(run.optimizer, divided=sizes.get("ep", 1) > 1),
+            "optimizer": _common_optimizer(run.optimizer, apart=_experts_apart(sizes)),
         },
         random_states=states,
         train_state=reader.folder.get(TRAIN_STATE) if reader.folder.has(TRAIN_STATE) else b"",
@@ -172,24 +172,29 @@ def _fits(stored: RandomStates, sizes: Mapping[str, int]) -> bool:
     return (stored.pp, stored.tp, stored.ep) == (sizes["pp"], sizes["tp"], 1) and sizes.get("ep", 1) == 1
 
 
-def _common_optimizer(optimizer: OptimizerState, *, divided: bool) -> dict[Any, Any]:
-    """Return the part of the common state that `fully_reshardable` keeps hyper-parameters in. `divided`: ranks divide experts."""
+def _experts_apart(sizes: Mapping[str, int]) -> bool:
+    """Do experts have an optimizer of their own? In megatron-core they do where ranks divide them otherwise than all else."""
+    return sizes.get("ep", 1) > 1 or sizes.get("etp", sizes["tp"]) != sizes["tp"]
+
+
+def _common_optimizer(optimizer: OptimizerState, *, apart: bool) -> dict[Any, Any]:
+    """Return the part of the common state that `fully_reshardable` keeps hyper-parameters in. `apart`: see `_experts_apart`."""
     loss_scale = {LOSS_SCALE: dict(optimizer.loss_scale)} if optimizer.loss_scale else {}
     each = [
         {"optimizer": {"param_groups": list(groups)}, "param_state_sharding_type": FULLY_RESHARDABLE, **loss_scale}
-        for groups in _optimizers(optimizer.groups, divided=divided)
+        for groups in _optimizers(optimizer.groups, apart=apart)
     ]
     return dict(enumerate(each)) if len(each) > 1 else each[0]
 
 
-def _optimizers(groups: Sequence[Sequence[Group]], *, divided: bool) -> Sequence[Sequence[Group]]:
-    """Return the groups of as many optimizers as megatron-core has: experts have one of their own where ranks divide them.
+def _optimizers(groups: Sequence[Sequence[Group]], *, apart: bool) -> Sequence[Sequence[Group]]:
+    """Return the groups of one optimizer, or of one and that of experts which are `apart`.
 
-    It tells groups apart by their hyper-parameters, and passes over those that no weight of a run is in.
+    megatron-core tells groups apart by their hyper-parameters, and passes over those that no weight of a run is in.
     """
-    if divided == (len(groups) > 1):
+    if apart == (len(groups) > 1):
         return groups
-    if divided:
+    if apart:
         return [[{**group, _OF_EXPERTS: experts} for group in groups[0]] for experts in (False, True)]
     together = [{**group, _OF_EXPERTS: False} for each in groups for group in each]
     return [[group for number, group in enumerate(together) if group not in together[:number]]]

@@ -53,16 +53,16 @@ def test_megatron_lm_goes_on_from_a_reshard_as_from_its_twin(ranks, tmp_path, ca
     same(ranks, shape, tmp_path / "made", unpacked(f"{twin}_as_torch_dist", tmp_path))
 
 
-@pytest.mark.parametrize("ep", [1, 2])
-def test_experts_have_an_optimizer_of_their_own_where_ranks_divide_them(ranks, tmp_path, ep):
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"tp": 2, "etp": 1}], ids=str)
+def test_experts_have_an_optimizer_of_their_own_where_they_are_divided_otherwise(ranks, tmp_path, layout):
     """Megatron-LM itself takes its own checkpoint at no other number of optimizers."""
     config, made = MODELS["ranks_ep2"], []
     folder = described(config, tmp_path / "config")
     for name in ("ranks_ep2", "ranks_ep2_as_torch_dist"):
         reshard(unpacked(name, tmp_path), tmp_path / "together" / name, hf_config=folder)
         made.append(tmp_path / "made" / name)
-        reshard(tmp_path / "together" / name, made[-1], ep=ep)
-    same(ranks, Shape(config, vocab_multiple=16, ep=ep), *made)
+        reshard(tmp_path / "together" / name, made[-1], **layout)
+    same(ranks, Shape(config, vocab_multiple=16, **layout), *made)
 
 
 def generators(seed):
