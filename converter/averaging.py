@@ -14,7 +14,7 @@ from converter import consistency, families, provenance, reference, side_files
 from converter.averaged import BLOCK, AveragedReader, Input, is_averaged
 from converter.consistency import embedding_rows
 from converter.conversion import Conversion
-from converter.derived import DerivedCheckpoint, of_command, parallel_sizes_of
+from converter.derived import DerivedCheckpoint, of_command
 from converter.execution import Reporter
 from converter.exporting import ExportOptions, plan_files
 from converter.hybrid import layout_of
@@ -109,9 +109,7 @@ def average_megatron(
     for text in _notes_on_checkpoints(readers):
         reporter.note(text)
     first = DerivedCheckpoint(readers[0], AveragedReader(inputs, of_masters))
-    options = ReshardOptions(layout=None, **parallel_sizes_of(readers[0]), make_vocab_size_divisible_by=None,
-                             hf_config=wanted.hf_config, weights_only=True, dtype=KEEP,
-                             integrity=wanted.integrity)  # fmt: skip
+    options = ReshardOptions.of_same_layout(readers[0], hf_config=wanted.hf_config, weights_only=True, integrity=wanted.integrity)
     conversion = plan_reshard(first, roots[0], options, reporter, workers=workers)
     conversion = replace(conversion, memory=conversion.memory + _memory(inputs, workers))
     sources = [provenance.megatron_source(root, reader) for root, reader in zip(roots, readers, strict=True)]

@@ -13,7 +13,7 @@ from converter import families, reference, run_config
 from converter.config import make_model
 from converter.conversion import Conversion
 from converter.dequantization import weights_of
-from converter.derived import DerivedCheckpoint, of_command, parallel_sizes_of
+from converter.derived import DerivedCheckpoint, of_command
 from converter.execution import Reporter
 from converter.exporting import ExportOptions, plan_files
 from converter.families import Family
@@ -135,8 +135,7 @@ def extend_megatron(
     given = OverlaidFolder(wanted.hf_config, {CONFIG: _json(resize.config)}) if wanted.hf_config else None
     for text in _notes(resize, wanted, reader.folder.below(FILES)):
         reporter.note(text)
-    options = ReshardOptions(layout=None, **parallel_sizes_of(reader), make_vocab_size_divisible_by=None, hf_config=given,
-                             weights_only=wanted.weights_only, dtype=KEEP, integrity=wanted.integrity)  # fmt: skip
+    options = ReshardOptions.of_same_layout(reader, hf_config=given, weights_only=wanted.weights_only, integrity=wanted.integrity)
     run = None if wanted.weights_only else _resized_run(open_run(reader), resize)
     return _extended(plan_reshard(derived, root, options, reporter, run=run, workers=workers), resize, wanted, workers=workers)
 

@@ -19,6 +19,7 @@ from converter.config import make_model, to_megatron
 from converter.consistency import embedding_rows
 from converter.conversion import Conversion
 from converter.conversion_plan import ConversionPlan, OutputFiles, manifest, sizes_of
+from converter.derived import parallel_sizes_of
 from converter.encoding import quantized_source
 from converter.execution import Reporter
 from converter.families import Family
@@ -76,6 +77,14 @@ class ReshardOptions:
 
     dtype: str
     integrity: bool
+
+    @staticmethod
+    def of_same_layout(
+        reader: MegatronReader, *, hf_config: Folder | None, weights_only: bool, integrity: bool
+    ) -> ReshardOptions:
+        """Return the options of a command that changes weights and keeps a checkpoint's layout."""
+        return ReshardOptions(layout=None, **parallel_sizes_of(reader), make_vocab_size_divisible_by=None, hf_config=hf_config,
+                              weights_only=weights_only, dtype=KEEP, integrity=integrity)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,34 +6,35 @@ Optimizer state follows the weights: each of its tensors is cut and named as the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from converter.masters import ProvenMasters, are_quantized
 from converter.plan import TensorPlan
+from formats import random_states
 from formats.errors import UserError
 from formats.iterations import TRAIN_STATE
 from formats.megatron_reader import MegatronReader
-from formats.object_names import ObjectName
-from formats.optimizer.model_space import chained
 from formats.optimizer.open import open_optimizer
-from formats.optimizer.state import EXP_AVG, FULLY_RESHARDABLE, MASTER, OptimizerState
+from formats.optimizer.state import EXP_AVG, FULLY_RESHARDABLE, LOSS_SCALE, MASTER, OptimizerState
 from formats.pickles import Record
+from formats.random_states import RandomStates
 from formats.spec import DTYPES, JoinedReader, Reader, RenamedReader, TensorSpec
-from formats.torch_dist import TorchDistReader
 from formats.torch_dist_writer import STATE, RunState
-from formats.torch_zip import OpenArchive
 
 _KEPT = (
     "args", "checkpoint_version", "iteration", "opt_param_scheduler", "num_floating_point_operations_so_far", "tokens", "mbtrain",
 )  # fmt: skip
 """Fields of a common state that travel. Others are of single ranks, or of the program that wrote them."""
 
-_INSTEAD = "`--weights-only` leaves the state out: training can start from such a checkpoint, and not resume"
+_OF_EXPERTS = "is_expert_parallel"
+"""A hyper-parameter: is it of experts that have an optimizer of their own?"""
 
-_RANDOM_STATE = re.compile(r"rng_state/shard_([\d.]+)_([\d.]+)")
+Group = Mapping[str, Any]
+"""The hyper-parameters of a parameter group."""
+
+_INSTEAD = "`--weights-only` leaves the state out: training can start from such a checkpoint, and not resume"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +132,15 @@ def run_state(reader: MegatronReader, run: TrainingRun, sizes: Mapping[str, int]
     """Return what of a run is beside its tensors, with these parallel sizes (`tp`, …) and rows of the vocabulary."""
     common = reader.common_state()
     kept = {name: common[name] for name in _KEPT if name in common}
-    random_states = {name: archive.data() for name, archive in _random_states(run.checkpoint, sizes)}
-    settings = {**_megatron_lm(sizes), "padded_vocab_size": padded_vocab}
+    stored = random_states.open_random_states(run.checkpoint)
+    states = {name: read() for name, read in stored.archives.items()} if stored and _fits(stored, sizes) else {}
+    settings = {**_megatron_lm(sizes), "padded_vocab_size": padded_vocab, "no_save_rng": not states}
     return RunState(
         common={
-            **{name: _with_sizes(value, sizes, settings, rng=bool(random_states)) for name, value in kept.items()},
-            "optimizer": _common_optimizer(run.optimizer, _loss_scale(run.checkpoint)),
+            **{name: _with_sizes(value, sizes, settings, rng=bool(states)) for name, value in kept.items()},
+            "optimizer": _common_optimizer(run.optimizer, apart=_experts_apart(sizes)),
         },
-        random_states=random_states,
+        random_states=states,
         train_state=reader.folder.get(TRAIN_STATE) if reader.folder.has(TRAIN_STATE) else b"",
     )
 
@@ -149,26 +151,53 @@ def notes_on_run(run: TrainingRun, sizes: Mapping[str, int]) -> Iterator[str]:
         yield f"optimizer state becomes `{FULLY_RESHARDABLE}`, which a distributed optimizer of megatron-core 0.15 or later loads"
     if are_quantized(run.checkpoint):
         yield "fp32 masters were not compared with the weights, which were in FP8 or FP4 while they were trained"
-    if not any(_random_states(run.checkpoint, sizes)):
-        yield "random numbers start anew: their states are of the ranks of another layout (Megatron-LM: `--no-load-rng`)"
+    if reason := _anew(run.checkpoint, sizes):
+        yield f"random numbers start anew: {reason} (Megatron-LM: `--no-load-rng`)"
 
 
-def _loss_scale(reader: MegatronReader) -> dict[str, Any]:
-    """Return the state of the loss scale of training in fp16, empty where there is none."""
-    archive = reader.common_archive() if isinstance(reader, TorchDistReader) else None
-    for optimizer in chained(reader.common_state().get("optimizer")) if archive else ():
-        if archive and "grad_scaler" in optimizer:
-            return {"grad_scaler": archive.resolved(optimizer["grad_scaler"])}
-    return {}
+def _anew(reader: MegatronReader, sizes: Mapping[str, int]) -> str:
+    """Return why the states of random number generators are left out; nothing where they are not."""
+    if random_states.KEY not in reader.contents:
+        return "the checkpoint does not hold their states"
+    if sizes.get("ep", 1) > 1:
+        return "`torch_dist` has no states for each of the ranks that divide experts"
+    stored = random_states.open_random_states(reader)
+    if not stored:
+        return "their states are not read from this kind of checkpoint"
+    return "" if _fits(stored, sizes) else "their states are of the ranks of another layout"
 
 
-def _common_optimizer(optimizer: OptimizerState, loss_scale: Mapping[str, Any]) -> dict[Any, Any]:
-    """Return the part of the common state that `fully_reshardable` keeps hyper-parameters in."""
+def _fits(stored: RandomStates, sizes: Mapping[str, int]) -> bool:
+    """Are these states of the ranks of a layout? Ranks that divide experts draw numbers of their own."""
+    return (stored.pp, stored.tp, stored.ep) == (sizes["pp"], sizes["tp"], 1) and sizes.get("ep", 1) == 1
+
+
+def _experts_apart(sizes: Mapping[str, int]) -> bool:
+    """Do experts have an optimizer of their own? In megatron-core they do where ranks divide them otherwise than all else."""
+    return sizes.get("ep", 1) > 1 or sizes.get("etp", sizes["tp"]) != sizes["tp"]
+
+
+def _common_optimizer(optimizer: OptimizerState, *, apart: bool) -> dict[Any, Any]:
+    """Return the part of the common state that `fully_reshardable` keeps hyper-parameters in. `apart`: see `_experts_apart`."""
+    loss_scale = {LOSS_SCALE: dict(optimizer.loss_scale)} if optimizer.loss_scale else {}
     each = [
         {"optimizer": {"param_groups": list(groups)}, "param_state_sharding_type": FULLY_RESHARDABLE, **loss_scale}
-        for groups in optimizer.groups
+        for groups in _optimizers(optimizer.groups, apart=apart)
     ]
     return dict(enumerate(each)) if len(each) > 1 else each[0]
+
+
+def _optimizers(groups: Sequence[Sequence[Group]], *, apart: bool) -> Sequence[Sequence[Group]]:
+    """Return the groups of one optimizer, or of one and that of experts which are `apart`.
+
+    megatron-core tells groups apart by their hyper-parameters, and passes over those that no weight of a run is in.
+    """
+    if apart == (len(groups) > 1):
+        return groups
+    if apart:
+        return [[{**group, _OF_EXPERTS: experts} for group in groups[0]] for experts in (False, True)]
+    together = [{**group, _OF_EXPERTS: False} for each in groups for group in each]
+    return [[group for number, group in enumerate(together) if group not in together[:number]]]
 
 
 def _megatron_lm(sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -199,16 +228,3 @@ def _with_sizes(value: Any, sizes: Mapping[str, int], settings: Mapping[str, Any
             return {**fields, "layout": {**before, **now}, "optimizer": "DistributedOptimizer", "random_states": rng}
         case _:
             return value
-
-
-def _random_states(reader: MegatronReader, sizes: Mapping[str, int]) -> Iterator[tuple[ObjectName, OpenArchive]]:
-    """Yield the states of random number generators if they are of this layout: one for each pipeline and tensor rank."""
-    if not isinstance(reader, TorchDistReader) or sizes.get("ep", 1) > 1:
-        return
-    for name in reader.container.object_names:
-        if (numbers := _RANDOM_STATE.fullmatch(name)) and _numbers(numbers[2]) == (sizes["pp"], sizes["tp"]):
-            yield ObjectName("rng_state", _numbers(numbers[1]), _numbers(numbers[2])), reader.container.archive(name)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(".")))

@@ -8,13 +8,21 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+from formats.errors import UserError
+from formats.faults import fault
 from formats.pickles import Global, Record, Storage
 
 
 def dumps(value: Any) -> bytes:
-    """Pickle plain values, `Record`s, `Global`s and `Storage`s (protocol 2, which torch's safe loader reads)."""
+    """Pickle plain values, `Record`s, `Global`s and `Storage`s (protocol 2, which torch's safe loader reads).
+
+    Raises UserError for anything else, and for what refers to itself: a damaged pickle may hold both.
+    """
     writer = _Pickler()
-    writer.write(value)
+    try:
+        writer.write(value)
+    except RecursionError as error:
+        raise UserError(f"an object cannot be written again: {fault(error)}", hint="what it was read from is damaged") from None
     return writer.finish()
 
 
@@ -37,7 +45,7 @@ class _Pickler:
     def write(self, value: Any) -> None:
         writer = _WRITERS.get(type(value))  # pyright: ignore[reportUnknownArgumentType]
         if writer is None:
-            raise TypeError(f"cannot pickle {type(value)}")
+            raise UserError(f"a checkpoint holds no `{type(value).__name__}`", hint="what it was read from is damaged")
         writer(self, value)
 
     def put_constant(self, value: bool | None) -> None:
@@ -60,6 +68,14 @@ class _Pickler:
             encoded = value.encode()
             self._put(pickle.BINUNICODE, struct.pack("<I", len(encoded)), encoded)
             self._remember(value)
+
+    def put_bytes(self, value: bytes) -> None:
+        """Write bytes as Python does in protocol 2, which has no opcode for them."""
+        self.put_record(_ENCODE(value.decode("latin1"), "latin1"))
+
+    def put_set(self, value: set[Any]) -> None:
+        """Write a set in an order that does not depend on the process."""
+        self.put_record(_SET([*sorted(value, key=repr)]))
 
     def put_global(self, value: Global) -> None:
         if not self._recall(value):
@@ -107,12 +123,16 @@ class _Pickler:
         self._put(pickle.BINPERSID)
 
 
+_ENCODE, _SET = Global("_codecs", "encode"), Global("builtins", "set")
+
 _WRITERS: dict[type, Callable[..., None]] = {
     type(None): _Pickler.put_constant,
     bool: _Pickler.put_constant,
     int: _Pickler.put_integer,
     float: _Pickler.put_float,
     str: _Pickler.put_string,
+    bytes: _Pickler.put_bytes,
+    set: _Pickler.put_set,
     tuple: _Pickler.put_tuple,
     list: _Pickler.put_list,
     dict: _Pickler.put_dict,

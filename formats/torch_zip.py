@@ -40,7 +40,7 @@ _END = struct.Struct("<IHHHHIIH")
 _END64 = struct.Struct("<IQHHIIQQQQ")
 _LOCATOR64 = struct.Struct("<IIQI")
 _MAX_DIRECTORY = 1 << 24  # a tensor's archive has a handful of records; an object's some thousands
-_MAX_WRAPPINGS = 8
+_MAX_WRAPPINGS, _MOST_NESTED = 8, 64
 _EPOCH_DATE = 0x21  # 1980-01-01, the earliest date in a zip: outputs must not depend on the time
 
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
@@ -95,20 +95,28 @@ def object_archive(value: Any, *, name: str = "archive") -> bytes:
 
     def convert(item: Any) -> Any:
         if isinstance(item, np.ndarray):
-            array = cast("Array", item)
-            payloads.append(array)
+            payloads.append(array := cast("Array", item))
             return tensor_record(dtype_name(array.dtype), array.shape, key=str(len(payloads) - 1))
-        if isinstance(item, dict):
-            return {key: convert(part) for key, part in cast("dict[Any, Any]", item).items()}
-        return [convert(part) for part in cast("list[Any]", item)] if isinstance(item, list) else item
+        return item
 
     archive = _Archive(name)
-    archive.add("data.pkl", dumps(convert(value)))
+    archive.add("data.pkl", dumps(_mapped(value, convert)))
     archive.add("byteorder", b"little")
     for number, payload in enumerate(payloads):
         archive.add(f"data/{number}", payload.tobytes())
     archive.add("version", b"3\n")
     return archive.finish()
+
+
+def _mapped(value: Any, change: Callable[[Any], Any], *, depth: int = 0) -> Any:
+    """Return dictionaries and lists with what is in them changed. Raises UserError where they are in one another without end."""
+    if depth > _MOST_NESTED:
+        raise UserError("an object is nested too deeply", hint="what it was read from is damaged")
+    if isinstance(value, dict):
+        return {key: _mapped(part, change, depth=depth + 1) for key, part in cast("dict[Any, Any]", value).items()}
+    if isinstance(value, list):
+        return [_mapped(part, change, depth=depth + 1) for part in cast("list[Any]", value)]
+    return change(value)
 
 
 def archive_spans(value: Any, sizes: Sequence[int]) -> Iterator[Span]:
@@ -292,15 +300,7 @@ class OpenArchive:
 
     def resolved(self, value: Any) -> Any:
         """Return a part of the pickle with its tensors, which must be small, as arrays: what `object_archive` writes again."""
-        match value:
-            case Record(kind=kind) if kind in _REBUILDS:
-                return self.array(value)
-            case {**fields}:
-                return {name: self.resolved(part) for name, part in fields.items()}
-            case [*parts] if isinstance(value, list):
-                return [self.resolved(part) for part in parts]
-            case _:
-                return value
+        return _mapped(value, lambda part: self.array(part) if isinstance(part, Record) and part.kind in _REBUILDS else part)
 
     def _described(self, record: Any) -> StoredTensor:
         match _unwrapped(record):

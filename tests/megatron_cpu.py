@@ -28,6 +28,7 @@ class Shape:
     vocab_multiple: int = 128
     families: str = ""  # a folder of further family files
     ep: int = 1
+    etp: int | None = None
 
 
 class Ranks:
@@ -105,7 +106,8 @@ def build(shape: Shape) -> list[Any]:
     from converter.config_rope import rope_numbers
 
     families.__path__ = [*([shape.families] if shape.families else []), *families.__path__]
-    parallel_state.initialize_model_parallel(shape.tp, shape.pp, shape.vpp, expert_model_parallel_size=shape.ep)
+    experts = {"expert_model_parallel_size": shape.ep, "expert_tensor_parallel_size": shape.etp}
+    parallel_state.initialize_model_parallel(shape.tp, shape.pp, shape.vpp, **experts)
     model_parallel_cuda_manual_seed(1)
     fields = to_megatron(families.find(shape.config["model_type"]).CONFIG, shape.config)
     own = {f.name for f in dataclasses.fields(TransformerConfig)} - {"rope_scaling", "window_size", "activation_func"}
@@ -116,7 +118,7 @@ def build(shape: Shape) -> list[Any]:
         tensor_model_parallel_size=shape.tp,
         pipeline_model_parallel_size=shape.pp,
         virtual_pipeline_model_parallel_size=None if shape.layout else shape.vpp,
-        expert_model_parallel_size=shape.ep,
+        **experts,
         pipeline_model_parallel_layout=shape.layout,
         pipeline_dtype=torch.float32,
         use_cpu_initialization=True,

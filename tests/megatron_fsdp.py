@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 from unittest import mock
 
-
-class Arguments(argparse.Namespace):
-    """Megatron-LM's arguments; those that are not given are None."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
+from tests.megatron_lm import Arguments
 
 
 def load_strictly(model: Any, root: str, *, experts: int | None = None) -> dict[str, Any]:

@@ -98,3 +98,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 def model_tree(folder: Path) -> dict[str, bytes]:
     """The same without the record that an export adds."""
     return {name: data for name, data in tree(folder).items() if name != "conversion.json"}
+
+
+def files_made(folder: Path) -> dict[str, bytes]:
+    """The same without the records of how a checkpoint was made, and their hashes."""
+    return {name: data for name, data in tree(folder).items() if not name.endswith(("conversion.json", "integrity.json"))}

@@ -26,7 +26,7 @@ from converter.plan import Piece, TensorPlan, check_dtypes, list_names, same_ten
 from converter.planner import huggingface_tensors, to_huggingface
 from converter.recognize import refuse_unfit
 from converter.run import PieceBuffers, in_threads
-from converter.side_files import config_of
+from converter.side_files import CONFIG, config_of
 from converter.sources import open_source
 from formats.detect import open_checkpoint
 from formats.disk import user_errors
@@ -44,20 +44,22 @@ WORKERS = 8
 
 
 @user_errors()
-def fingerprint(source: str | Path | Folder) -> str:
+def fingerprint(source: str | Path | Folder, *, given: Folder | None = None) -> str:
     """Return 64 hexadecimal digits for the model in `source`: a directory of either format, a URL, a Hub id, or a folder.
 
-    Reads headers and at most 16 kB of each weight. Raises UserError if `source` is not a model of a supported family.
+    `given`: a folder with the `config.json` of a model that has none. Reads headers and at most 16 kB of each weight. Raises
+    UserError if `source` is not a model of a supported family.
     """
     if isinstance(source, (str, Path)):
         with closing(open_source(source, or_hub=True)) as folder:
-            return fingerprint(folder)
+            return fingerprint(folder, given=given)
     reader = open_checkpoint(source, any_dtype=True)
     if isinstance(reader, HuggingFaceReader):
+        reader.beside = reader.beside if given is None or reader.beside.has(CONFIG) else given
         config = config_of(reader)
         plain = dequantized(reader, config)
         return _digest(plain, _plan_stored(plain, config, label=source.label))
-    return _digest(reader, _plan_exported(reader))
+    return _digest(reader, _plan_exported(reader, given))
 
 
 def _plan_stored(reader: Reader, config: Mapping[str, Any], *, label: str) -> list[TensorPlan]:
@@ -81,9 +83,9 @@ def _plan_stored(reader: Reader, config: Mapping[str, Any], *, label: str) -> li
     return [same_tensor(replace(spec, name=name), spec) for name, spec in zip(names, stored, strict=True)]
 
 
-def _plan_exported(reader: MegatronReader) -> list[TensorPlan]:
+def _plan_exported(reader: MegatronReader, given: Folder | None) -> list[TensorPlan]:
     """Plan the same weights from a Megatron checkpoint."""
-    config = reference.find(reader, None, any_settings=True).config
+    config = reference.find(reader, given, any_settings=True).config
     family = families.find(config.get("model_type"), layout_of(reader.specs))
     plan = to_huggingface(family.RULES, make_model(family.CONFIG, config), reader.specs, dtype="keep")
     reader.check()

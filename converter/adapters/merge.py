@@ -104,7 +104,7 @@ def _execute(base: Folder, adapter: Folder, target: _Target, options: ExecutionO
     check_locations(target.path, sources, options)
     with closing(open_adapter(adapter)) as opened:
         if not target.allow_other_base:
-            _check_base(base, opened.description.base, reporter)
+            _check_base(base, opened.description.base, reporter, given=files.hf_config)
         workers = workers_for(options.get("workers"), sources, target.path)
         with _merged(open_base(base, files.hf_config), opened, adapter, dtype=files.dtype, workers=workers) as source:
             conversion = _plan_files(source, files, reporter) if target.kind == "hf" else plan_import(source, layout, reporter)
@@ -143,13 +143,13 @@ def _check_format_options(kind: Kind, layout: ImportOptions, files: ExportOption
             )
 
 
-def _check_base(folder: Folder, expected: Base | None, reporter: Reporter) -> None:
+def _check_base(folder: Folder, expected: Base | None, reporter: Reporter, *, given: Folder | None) -> None:
     """Raise UserError if the adapter was trained on another model; report if it has no fingerprint to compare."""
     if expected is None or not expected.fingerprint:
         named = f" (it names `{expected.name}`)" if expected and expected.name else ""
         reporter.note(f"the adapter has no fingerprint of its base{named}: whether it was trained on this one is not checked")
         return
-    actual = fingerprint(folder)
+    actual = fingerprint(folder, given=given)
     if actual != expected.fingerprint:
         raise UserError(
             f"the adapter was trained on `{expected.name}`, whose fingerprint is {expected.fingerprint}; "

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from formats.errors import UserError, format_untrusted
 from formats.object_names import ObjectName
+from formats.optimizer.state import LOSS_SCALE
 from formats.torch_dist import TorchDistReader
 
 _IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "max_lr", "min_lr")
@@ -29,6 +30,19 @@ def of_ranks(reader: TorchDistReader, chained: str, numbers: Iterable[int]) -> l
             source, known = together.setdefault(identity, (name, hyper))
             _check_same(source, known, name, hyper)
     return [hyper for _, hyper in together.values()]
+
+
+def loss_scale(reader: TorchDistReader, chained: str, number: int) -> Mapping[str, Any]:
+    """Return the loss scale in a group of ranks, which all of them share."""
+    name = str(ObjectName(f"{base(chained, number)}.{LOSS_SCALE}"))
+    if name not in reader.container.object_names:
+        return {}
+    archive = reader.container.archive(name)
+    match archive.pickle():
+        case {**stored} | [{**stored}]:
+            return archive.resolved(stored)
+        case _:
+            return {}
 
 
 def are_of_experts(hyper: Sequence[Mapping[str, Any]]) -> bool:

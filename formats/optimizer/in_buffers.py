@@ -74,7 +74,8 @@ def read(reader: TorchDistReader, optimizers: Mapping[str, Groups], source: Sour
     dense = _merged(optimizers[number] for number in numbers if number not in of_experts)
     experts = _merged(optimizers[number] for number in of_experts)
     kind = model_space.kind(model_space.chained(reader.common_state().get("optimizer")))
-    return OptimizerState(kind, _states(reader, dense, experts, source), list(hyper.values()))
+    loss_scale = groups.loss_scale(reader, numbers[0], min(optimizers[numbers[0]]))
+    return OptimizerState(kind, _states(reader, dense, experts, source), list(hyper.values()), loss_scale)
 
 
 def _states(reader: TorchDistReader, dense: Groups, experts: Groups, source: Source) -> dict[str, Reader]:

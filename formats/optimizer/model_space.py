@@ -14,7 +14,7 @@ from typing import Any
 from formats.container import Container
 from formats.errors import UserError
 from formats.optimizer.flattened import unflattened
-from formats.optimizer.state import EXP_AVG, EXP_AVG_SQ, MASTER, WEIGHTS_ALONE, OptimizerState
+from formats.optimizer.state import EXP_AVG, EXP_AVG_SQ, LOSS_SCALE, MASTER, WEIGHTS_ALONE, OptimizerState
 from formats.spec import Reader
 from formats.torch_dist import TorchDistReader
 
@@ -36,7 +36,8 @@ def read(reader: TorchDistReader) -> OptimizerState | None:
     if not states:
         return None
     optimizers = chained(reader.common_state().get("optimizer"))
-    return OptimizerState(kind(optimizers), states, [_param_groups(reader, each) for each in optimizers])
+    groups = [_param_groups(reader, each) for each in optimizers]
+    return OptimizerState(kind(optimizers), states, groups, _loss_scale(reader, optimizers))
 
 
 def _first(reader: TorchDistReader, container: Container, prefixes: Sequence[str]) -> Reader | None:
@@ -82,6 +83,12 @@ def chained(optimizer: Any) -> list[dict[Any, Any]]:
             return [only]
         case _:
             return []
+
+
+def _loss_scale(reader: TorchDistReader, optimizers: Sequence[Mapping[Any, Any]]) -> Mapping[str, Any]:
+    """Return the loss scale, which all optimizers share."""
+    first, archive = next((each[LOSS_SCALE] for each in optimizers if each.get(LOSS_SCALE)), None), reader.common_archive()
+    return archive.resolved(first) if archive and isinstance(first, dict) else {}
 
 
 def _param_groups(reader: TorchDistReader, optimizer: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -19,13 +19,14 @@ from formats.errors import UserError
 from formats.iterations import TORCH_DCP
 from formats.optimizer.rank_places import as_dict, as_sequence
 from formats.optimizer.rank_plain import group_of
-from formats.optimizer.state import EXP_AVG, EXP_AVG_SQ, MASTER, STATES, OptimizerState
+from formats.optimizer.state import EXP_AVG, EXP_AVG_SQ, LOSS_SCALE, MASTER, STATES, OptimizerState
 from formats.renamed_container import RenamedContainer
-from formats.spec import DTYPES, Shape, TensorSpec, is_size
+from formats.spec import DTYPES, Array, Shape, TensorSpec, is_size
 from formats.torch_dist import TorchDistReader
 
 _SETTING = re.compile(r"optimizer\.optimizer\.param_groups\.([0-9]{1,4})\.(\w+)")
 _STATE, _MASTERS = "optimizer.optimizer.state", "optimizer.fp32_from_fp16_params"
+_LOSS_SCALE = f"optimizer.{LOSS_SCALE}."
 
 
 def read(reader: TorchDistReader) -> OptimizerState | None:
@@ -45,7 +46,7 @@ def read(reader: TorchDistReader) -> OptimizerState | None:
         for state, held in keys.items()
         if held
     }
-    return OptimizerState(TORCH_DCP, states, [[group.hyper_parameters for group in groups]])
+    return OptimizerState(TORCH_DCP, states, [[group.hyper_parameters for group in groups]], _loss_scale(reader.container))
 
 
 def _settings(container: Container) -> dict[int, dict[str, Any]]:
@@ -55,6 +56,25 @@ def _settings(container: Container) -> dict[int, dict[str, Any]]:
         if match := _SETTING.fullmatch(name):
             groups.setdefault(int(match[1]), {})[match[2]] = container.archive(name).pickle()
     return groups
+
+
+def _loss_scale(container: Container) -> dict[str, Any]:
+    """Return the loss scale, of which each field is a tensor or an object of its own."""
+    fields: dict[str, Any] = {}
+    for name in container.object_names:
+        if name.startswith(_LOSS_SCALE):
+            fields[name.removeprefix(_LOSS_SCALE)] = container.archive(name).pickle()
+    for name in container.tensor_names:
+        if name.startswith(_LOSS_SCALE):
+            fields[name.removeprefix(_LOSS_SCALE)] = _small(container, name)
+    return fields
+
+
+def _small(container: Container, name: str) -> Array:
+    tensor = container.tensor(name)
+    value = np.empty(tensor.shape, tensor.dtype)
+    container.read(tensor, tuple(slice(0, size) for size in tensor.shape), value)
+    return value
 
 
 class _Group:
@@ -100,7 +120,4 @@ class _Group:
         return key
 
     def _step(self) -> float:
-        tensor = self._container.tensor(self._key("step"))
-        value = np.empty(tensor.shape, tensor.dtype)
-        self._container.read(tensor, tuple(slice(0, size) for size in tensor.shape), value)
-        return float(value.reshape(-1)[0])
+        return float(_small(self._container, self._key("step")).reshape(-1)[0])

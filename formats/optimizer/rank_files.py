@@ -13,7 +13,7 @@ from formats.errors import UserError, format_untrusted
 from formats.optimizer import rank_distributed, rank_plain
 from formats.optimizer.model_space import PLAIN
 from formats.optimizer.rank_places import Places, as_dict, as_sequence, optimizers_of
-from formats.optimizer.state import STATES, WEIGHTS_ALONE, OptimizerState
+from formats.optimizer.state import LOSS_SCALE, STATES, WEIGHTS_ALONE, OptimizerState
 from formats.pickles import Record
 from formats.rank_boxes import Boxes, BoxesReader
 from formats.rank_files import RankFilesReader
@@ -38,7 +38,14 @@ def read(reader: RankFilesReader) -> OptimizerState:
     tensors = {state: held for state, place in places.items() if (held := place.tensors(reader.weights.tensors))}
     _check_states(tensors)
     states = {state: BoxesReader(reader.folder, held) for state, held in tensors.items()}
-    return OptimizerState(PLAIN if plain else OPTIMIZER_FILE, states, _groups(files, optimizers))
+    groups, loss_scale = _groups(files, optimizers), _loss_scale(files[0], optimizers[files[0].name])
+    return OptimizerState(PLAIN if plain else OPTIMIZER_FILE, states, groups, loss_scale)
+
+
+def _loss_scale(file: RankFile, optimizers: Sequence[Mapping[Any, Any]]) -> Mapping[str, Any]:
+    """Return the loss scale, which all optimizers and ranks share."""
+    scales = [scale for each in optimizers if (scale := as_dict(each.get(LOSS_SCALE)))]
+    return file.archive.resolved(scales[0]) if scales else {}
 
 
 def _check_states(tensors: Mapping[str, Mapping[str, Boxes]]) -> None:

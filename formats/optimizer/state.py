@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from formats.spec import Reader
@@ -12,6 +13,9 @@ EXP_AVG, EXP_AVG_SQ, MASTER = STATES = ("exp_avg", "exp_avg_sq", "param")
 
 FULLY_RESHARDABLE = "fully_reshardable"
 """megatron-core's word for the way that this project writes: loaded by 0.15 and later at any layout."""
+
+LOSS_SCALE = "grad_scaler"
+"""What optimizers call the state of their loss scale."""
 
 WEIGHTS_ALONE = (
     "the weights are read all the same: `mcore-to-hf` exports them, `reshard --weights-only` leaves the optimizer out, and "
@@ -33,3 +37,6 @@ class OptimizerState(NamedTuple):
     groups: Sequence[Sequence[Mapping[str, Any]]]
     """The hyper-parameters of every parameter group (`lr`, `weight_decay`, `step`, …), without the parameters: of one optimizer,
     or of a model with experts that of the other weights and that of the experts."""
+
+    loss_scale: Mapping[str, Any] = MappingProxyType({})
+    """The dynamic loss scale of training in fp16 (`scale`, `growth_tracker`, …), tensors as arrays; empty where there is none."""

@@ -23,10 +23,9 @@ from formats.folder import LocalFolder
 from tests.converter import family_suite
 from tests.converter.test_kinds import LLAMA
 from tests.models import build as build_llama
-from tests.models import save, tree
+from tests.models import files_made, save, tree
 
 TOKENS = torch.tensor([[1, 5, 300, 17, 42, 7, 383, 2]])
-RECORDS = ("conversion.json", "integrity.json")
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +51,6 @@ def reporter(notes):
 
 def tensors(folder):
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
-
-
-def files(folder):
-    return {name: data for name, data in tree(folder).items() if not name.endswith(RECORDS)}
 
 
 def logits(folder):
@@ -84,9 +79,11 @@ def test_rows_and_sizes_are_those_of_transformers(models, tmp_path, kind, size, 
     assert f"`config.json` changed: `vocab_size` from `389` to `{size}`" in notes
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "made").config.vocab_size == config.vocab_size == size
     assert torch.equal(logits(tmp_path / "made")[..., :kept], logits(models[kind])[..., :kept])
-    unchanged = [name for name in files(models[kind]) if not name.endswith((".safetensors", "config.json", "index.json"))]
-    assert {name: files(tmp_path / "made")[name] for name in unchanged} == {name: files(models[kind])[name] for name in unchanged}
-    assert files(tmp_path / "made").keys() == files(models[kind]).keys()
+    unchanged = [name for name in files_made(models[kind]) if not name.endswith((".safetensors", "config.json", "index.json"))]
+    assert {name: files_made(tmp_path / "made")[name] for name in unchanged} == {
+        name: files_made(models[kind])[name] for name in unchanged
+    }
+    assert files_made(tmp_path / "made").keys() == files_made(models[kind]).keys()
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])
@@ -135,9 +132,9 @@ def test_a_checkpoint_gets_the_files_of_an_import_of_the_extended_model(models, 
     extend_vocab(tmp_path / "m", tmp_path / "made", to=size, init=init, verify=True)
     extend_vocab(models[kind], tmp_path / "model", to=size, init=init)
     hf_to_mcore(tmp_path / "model", tmp_path / "expected", **LAYOUT)
-    assert files(tmp_path / "made") == files(tmp_path / "expected")
+    assert files_made(tmp_path / "made") == files_made(tmp_path / "expected")
     mcore_to_hf(tmp_path / "made", tmp_path / "back")
-    assert files(tmp_path / "back") == files(tmp_path / "model")
+    assert files_made(tmp_path / "back") == files_made(tmp_path / "model")
 
 
 def test_padding_rows_of_the_source_are_not_taken_for_tokens(models, tmp_path):

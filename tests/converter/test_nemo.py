@@ -68,8 +68,12 @@ def keys(source, tmp_path_factory):
     """The keys of the model as megatron-core stores them, with their values."""
     root = tmp_path_factory.mktemp("m") / "m"
     hf_to_mcore(source, root, tp=2)
-    container = TorchDistReader(LocalFolder(root)).container
-    values = {}
+    return keys_of(root)
+
+
+def keys_of(root):
+    """Return the values of a checkpoint by their keys."""
+    container, values = TorchDistReader(LocalFolder(root)).container, {}
     for key in container.tensor_names:
         tensor = container.tensor(key)
         values[key] = np.empty(tensor.shape, tensor.dtype)

@@ -19,19 +19,13 @@ from tests import megatron_cpu
 from tests.converter import family_suite
 from tests.converter.test_te_keys import MADE, save_zeros
 from tests.megatron_cpu import Shape
+from tests.megatron_lm import Arguments
 
 RUNS = [
     pytest.param("llama", {"tie_word_embeddings": True}, {"tp": 2, "pp": 2}, id="tied_tp2_pp2"),
     pytest.param("llama", {}, {"pp": 2, "vpp": 2}, id="vpp2"),
     pytest.param("mixtral", {}, {"ep": 2}, id="ep2", marks=pytest.mark.slow),
 ]
-
-
-class Arguments(argparse.Namespace):
-    """Megatron-LM's arguments; those that are not given are None."""
-
-    def __getattr__(self, name):
-        return None
 
 
 def loaded_by_megatron_lm(rank, shape, root, arguments, twin):

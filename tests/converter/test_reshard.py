@@ -18,7 +18,7 @@ from tests.converter.test_foreign import ARGS
 from tests.converter.test_megatron import check as check_logits
 from tests.interrupted import with_extras
 from tests.megatron_cpu import Shape, save
-from tests.models import model_tree, tree
+from tests.models import files_made, model_tree, tree
 
 ITERATION = "iter_0000000"
 RECORDS = {f"{ITERATION}/conversion.json", f"{ITERATION}/integrity.json"}
@@ -72,17 +72,13 @@ def reporter(notes):
     return Reporter(note=notes.append)
 
 
-def files(folder):
-    return {name: data for name, data in tree(folder).items() if name not in RECORDS}
-
-
 @pytest.mark.parametrize(("family", "name"), [(family, name) for family, (_, layouts) in MODELS.items() for name in layouts])
 def test_a_reshard_makes_the_files_that_an_import_makes(model, tmp_path, family, name):
     folder, (before, after) = model(family), MODELS[family][1][name]
     hf_to_mcore(folder, tmp_path / "source", **before)
     hf_to_mcore(folder, tmp_path / "expected", **after)
     reshard(tmp_path / "source", tmp_path / "made", verify=True, **after)
-    assert files(tmp_path / "made") == files(tmp_path / "expected")
+    assert files_made(tmp_path / "made") == files_made(tmp_path / "expected")
     assert check(tmp_path / "made").whole
     mcore_to_hf(tmp_path / "made", tmp_path / "back")
     assert model_tree(tmp_path / "back") == model_tree(folder)
@@ -95,7 +91,7 @@ def test_a_checkpoint_that_only_its_settings_describe_changes_its_layout(model, 
     shutil.rmtree(tmp_path / "source" / ITERATION / "huggingface")
     reshard(tmp_path / "source", tmp_path / "made", layout=after, ep=2, verify=True)
     weights = [
-        {name: data for name, data in files(tmp_path / folder).items() if name.endswith((".distcp", ".metadata"))}
+        {name: data for name, data in files_made(tmp_path / folder).items() if name.endswith((".distcp", ".metadata"))}
         for folder in ("made", "expected")
     ]
     assert weights[0] == weights[1]
@@ -310,7 +306,7 @@ def test_the_source_and_what_is_at_the_target_are_safe(source, tmp_path):
     (tmp_path / "made").rmdir()
     reshard(source, tmp_path / "made", tp=4)
     reshard(source, tmp_path / "made", tp=2, pp=2, overwrite=True)
-    assert files(tmp_path / "made") == files(source)
+    assert files_made(tmp_path / "made") == files_made(source)
 
 
 def test_a_missing_chunk_is_found_before_a_byte_moves(source, tmp_path):
@@ -338,7 +334,7 @@ def test_there_and_back_is_the_same_files(source, tmp_path, layout):
     reshard(tmp_path / "away", tmp_path / "further", pp=4)  # in the layout of its source
     assert record_of(tmp_path / "further")["options"]["layout"] == layout
     reshard(tmp_path / "further", tmp_path / "back", layout="gpt", tp=2, pp=2, make_vocab_size_divisible_by=128)
-    assert files(tmp_path / "back") == files(source)
+    assert files_made(tmp_path / "back") == files_made(source)
 
 
 def test_settings_that_only_the_source_s_own_layout_keeps_are_refused_by_name(source, tmp_path):

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from converter import Reporter, check, reshard
 from formats.detect import open_megatron
@@ -74,16 +80,40 @@ def test_twins_become_the_same(tmp_path, name, twin):
     assert one[0].common_state()["opt_param_scheduler"] == other[0].common_state()["opt_param_scheduler"]
     assert one[0].args()["pipeline_model_parallel_size"] == 2
     assert one[0].args()["tensor_model_parallel_size"] == 1
-    assert any("random numbers start anew" in note for note in one[2])
+    assert any("random numbers start anew" in note for note in one[2]) == (name != "ranks_pp2_vpp2")
 
 
 def test_random_numbers_travel_where_the_layout_is_the_same(tmp_path):
     reader, _, notes = resharded("zarr", tmp_path, SMALL, tp=2, pp=2)
     assert not any("random numbers" in note for note in notes)
+    assert not reader.args().get("no_save_rng")
     stored = {name for name in reader.container.object_names if name.startswith("rng_state/")}
     assert stored == {f"rng_state/shard_{pp}.{tp}_2.2" for pp in range(2) for tp in range(2)}
     source = open_megatron(LocalFolder(unpacked("zarr", tmp_path / "again")))
     assert all(reader.container.archive(name).data() == source.container.archive(name).data() for name in stored)
+
+
+LEFT_OUT = {
+    "another layout": ("ranks_tp2_pp2", {}, "their states are of the ranks of another layout"),
+    "experts together": ("ranks_ep2", {}, "their states are of the ranks of another layout"),
+    "experts apart": ("ranks_ep2", {"ep": 2}, "`torch_dist` has no states for each of the ranks that divide experts"),
+    "another kind": ("torch_dcp", {}, "their states are not read from this kind of checkpoint"),
+    "none": ("ranks_tp2_pp2", {"tp": 2, "pp": 2}, "the checkpoint does not hold their states"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_why_random_numbers_start_anew_is_said(tmp_path, case):
+    name, layout, reason = LEFT_OUT[case]
+    source = unpacked(name, tmp_path)
+    for file in source.glob("*/mp_rank_*/model_optim_rng.pt") if case == "none" else ():
+        state = torch.load(file, weights_only=False)
+        del state["rng_state"]
+        torch.save(state, file)
+    reader, _, notes = resharded(name, tmp_path / "work", MODELS.get(name, SMALL), source=source, **layout)
+    assert f"random numbers start anew: {reason} (Megatron-LM: `--no-load-rng`)" in notes
+    assert not any(stored.startswith("rng_state") for stored in reader.container.object_names)
+    assert reader.args()["no_save_rng"]
 
 
 def test_experts_and_their_optimizer_change_their_ranks(tmp_path):
@@ -117,15 +147,57 @@ def test_weights_may_be_taken_from_masters(tmp_path, dtype):
     assert optimizer is None if dtype != "keep" else values(optimizer) == masters
 
 
-def test_the_loss_scale_of_fp16_travels(tmp_path):
-    source = unpacked("zarr", tmp_path)
-    scale = {"scale": torch.tensor([1024.0]), "growth_tracker": 7, "hysteresis_tracker": 2}
+SCALE = {"scale": torch.tensor([1024.0]), "growth_tracker": 7, "hysteresis_tracker": 2}
+
+
+def _in_common_state(source):
     common = source / "iter_0000002" / "common.pt"
     state = torch.load(common, weights_only=False)
-    torch.save({**state, "optimizer": {**state["optimizer"], "grad_scaler": scale}}, common)
-    reader, _, _ = resharded("zarr", tmp_path / "work", SMALL, source=source, tp=2)
+    torch.save({**state, "optimizer": {**state["optimizer"], "grad_scaler": SCALE}}, common)
+
+
+def _in_files_of_ranks(source):
+    for file in source.glob("*/mp_rank_*/model_optim_rng.pt"):
+        state = torch.load(file, weights_only=False)
+        torch.save({**state, "optimizer": {**state["optimizer"], "grad_scaler": SCALE}}, file)
+
+
+def _as_objects(source):
+    """As a distributed optimizer saves it that is `dp_reshardable`: once for each group of ranks."""
+    (iteration,) = source.glob("iter_*")
+    metadata = pickle.loads((iteration / ".metadata").read_bytes())
+    for group in range(4):
+        file = iteration / f"__{90 + group}_0.distcp"
+        torch.save([SCALE], file)
+        key = f"optimizer.distributed.dp_group_idx_{group}.grad_scaler/shard_0_1"
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        metadata.storage_data[MetadataIndex(key)] = _StorageInfo(file.name, 0, file.stat().st_size)
+    (iteration / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def _field_by_field(source):
+    """As `torch_dcp` does."""
+    (iteration,) = source.glob("iter_*")
+    dcp_to_torch_save(iteration, source / "all.pt")
+    state = torch.load(source / "all.pt", weights_only=False)
+    shutil.rmtree(iteration)
+    dcp.save({**state, "optimizer": {**state["optimizer"], "grad_scaler": SCALE}}, checkpoint_id=iteration, no_dist=True)
+
+
+SCALED = {
+    "zarr": _in_common_state, "ranks_tp2_pp2": _in_files_of_ranks, "ranks_plain_tp2_pp2_tied": _in_files_of_ranks,
+    "ranks_tp2_pp2_buckets": _as_objects, "torch_dcp": _field_by_field,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_the_loss_scale_of_fp16_travels(tmp_path, name):
+    source = unpacked(name, tmp_path)
+    SCALED[name](source)
+    config = {**SMALL, "tie_word_embeddings": True} if "tied" in name else MODELS.get(name, SMALL)
+    reader, _, _ = resharded(name, tmp_path / "work", config, source=source)
     (made,) = torch.load(io.BytesIO(reader.common_archive().data()), weights_only=False)
-    assert made["optimizer"]["grad_scaler"] == scale
+    assert made["optimizer"]["grad_scaler"] == SCALE
 
 
 def test_masters_of_weights_that_were_quantized_are_not_compared_and_that_is_said(tmp_path):

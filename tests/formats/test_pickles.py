@@ -37,6 +37,7 @@ from hypothesis import strategies as st
 from formats import pickle_writer, pickles
 from formats.errors import UserError
 from formats.pickles import Global, Record
+from formats.torch_zip import object_archive
 
 _RAN = []
 
@@ -230,6 +231,23 @@ def test_pythons_unpickler_reads_what_we_write(value):
     data = pickle_writer.dumps(value)
     assert pickle.loads(data) == value
     assert pickles.loads(data, source="x") == value
+
+
+@pytest.mark.parametrize("value", [b"", b"a\x00\xff", {1, "a"}, set(), {"states": (b"\x80", [{2.5}])}], ids=repr)
+def test_bytes_and_sets_are_written_as_torchs_safe_loader_reads_them(value, tmp_path):
+    assert pickle.loads(pickle_writer.dumps(value)) == value
+    (tmp_path / "a.pt").write_bytes(object_archive(value))
+    assert torch.load(tmp_path / "a.pt", weights_only=True) == value
+
+
+def test_what_a_damaged_pickle_may_hold_is_not_written():
+    itself, record = [], Record(Global("argparse", "Namespace"), made_by_call=False)
+    itself.append(itself)
+    record.state = {"a": record}
+    for value in (itself, record, {"a": len}):
+        for write in (pickle_writer.dumps, object_archive):
+            with pytest.raises(UserError, match="what it was read from is damaged"):
+                write(value)
 
 
 def test_records_become_the_classes_they_name():

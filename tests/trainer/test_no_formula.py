@@ -33,7 +33,7 @@ def test_a_model_without_a_formula_trains_and_its_log_has_no_flops(ranks, tmp_pa
     assert record["tokens_per_second_per_gpu"] > 0
 
 
-def test_no_text_is_generated_from_experts_and_the_hint_says_why(ranks, model_folder, tmp_path) -> None:
+def test_no_text_is_generated_from_experts_that_are_of_no_family_and_the_hint_says_why(ranks, model_folder, tmp_path) -> None:
     experts = {"model__num_moe_experts": 2, "model__moe_ffn_hidden_size": 32, "model__moe_token_dispatcher_type": "alltoall",
                "model__moe_router_pre_softmax": True}  # fmt: skip
     changes = {**experts, "model__hf_config": {}, "model__hf_source": None, "checkpoint__pretrained_checkpoint": None,
@@ -43,5 +43,5 @@ def test_no_text_is_generated_from_experts_and_the_hint_says_why(ranks, model_fo
         describe(str(tmp_path))
     assert refused.value.hint == (
         "text is generated from checkpoints with a `config.json`: those of `mbconvert`, and those of `mbtrain` for a model that "
-        "a `config.json` describes (not for a mixture of experts, or a model of your own)"
+        "a `config.json` describes (not for every mixture of experts, nor for a model of your own)"
     )

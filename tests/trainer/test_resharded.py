@@ -63,15 +63,16 @@ def test_at_another_layout_it_goes_on_as_from_the_checkpoint_itself(pair, run, t
     same(expected, run(2, {**DISTRIBUTED, **after}, load=tmp_path / "made", save=tmp_path / "on"))
 
 
-def test_experts_go_on_at_another_expert_parallelism(ranks, tmp_path):
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_experts_go_on_at_another_expert_parallelism(ranks, tmp_path, before, after):
     model = str(save_small("mixtral", tmp_path / "model"))
-    ep2 = {"model__expert_model_parallel_size": 2}
+    saving, resuming = ({"model__expert_model_parallel_size": size} for size in (before, after))
 
     def train(changes, load, save):
         there = {"checkpoint__load": str(load), "checkpoint__save": str(save)}
         return ranks.run(witness.train, 2, model, {**PLAN, **DISTRIBUTED, **changes, **there})
 
-    train({**ep2, "train__exit_interval": STOPPED}, tmp_path / "saved", tmp_path / "saved")
-    expected = train({}, tmp_path / "saved", tmp_path / "expected")
-    reshard(tmp_path / "saved", tmp_path / "made", verify=True)
-    same(expected, train({}, tmp_path / "made", tmp_path / "on"))
+    train({**saving, "train__exit_interval": STOPPED}, tmp_path / "saved", tmp_path / "saved")
+    expected = train(resuming, tmp_path / "saved", tmp_path / "expected")
+    reshard(tmp_path / "saved", tmp_path / "made", ep=after, verify=True)
+    same(expected, train(resuming, tmp_path / "made", tmp_path / "on"))

@@ -54,7 +54,7 @@ def describe(source: str) -> Described:
             raise UserError(
                 str(error.args[0]),
                 hint="text is generated from checkpoints with a `config.json`: those of `mbconvert`, and those of `mbtrain` for "
-                "a model that a `config.json` describes (not for a mixture of experts, or a model of your own)",
+                "a model that a `config.json` describes (not for every mixture of experts, nor for a model of your own)",
             ) from error
         return Described(dict(config), _dtype(reader))
 

@@ -23,6 +23,7 @@ from converter import families, hybrid, reference, run_config
 from converter.adapters.files import refuse_adapter
 from converter.checks import check_equal
 from converter.config import make_model
+from converter.consistency import embedding_rows
 from converter.dequantization import dequantized
 from converter.nemo_config import settings_of
 from converter.plan import Piece, TensorPlan, as_stored, list_names
@@ -119,12 +120,13 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
     with in_full(chunks), closing(open_checkpoint(folder, any_dtype=True)) as reader:
         refuse_adapter(reader.folder)
         locals_ = local_weights(chunks)
-        config = _hf_config(reader, getattr(chunks[0].config, "vocab_size", None))
+        vocab = getattr(chunks[0].config, "vocab_size", None)
+        config = _hf_config(reader, vocab)
         layout = getattr(chunks[0].config, "layout", None)
         tensors, tensor_plans = (
             _from_huggingface(reader, layout)
             if isinstance(reader, HuggingFaceReader)
-            else (reader, _in_layout(layout, _from_megatron(reader, config)))
+            else (reader, _in_layout(layout, _from_megatron(reader, _tokens(config, vocab))))
         )
         names = _names(locals_)
         tensor_plans = {spelled_as(names, name): one for name, one in tensor_plans.items()}
@@ -132,7 +134,7 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
         if config and getattr(chunks[0].config, "hf_config", None):
             for text in hf_config.compare(chunks[0].config, config, source=source):
                 note(text)
-        for text in _by_settings(reader, chunks[0].config, source):
+        for text in (*_by_settings(reader, chunks[0].config, source), *_rows_left_out(reader, config, vocab, source)):
             note(text)
         for local in locals_:
             fill(local, tensor_plans[local.name], tensors)
@@ -193,10 +195,23 @@ def _from_huggingface(reader: HuggingFaceReader, layout: str | None) -> tuple[Re
     return tensors, {tensor_plan.spec.name: tensor_plan for tensor_plan in plan.tensors}
 
 
-def _from_megatron(reader: MegatronReader, config: Mapping[str, Any] | None) -> dict[str, TensorPlan]:
-    """Return the plan for a checkpoint's tensors, without padded vocabulary rows if `config` has the vocabulary size."""
+def _tokens(config: Mapping[str, Any] | None, vocab: int | None) -> int | None:
+    """Return the number of tokens of a checkpoint: by its `config.json`, else that of the model that is filled."""
+    return make_model(families.find(config.get("model_type")).CONFIG, config).vocab if config else vocab
+
+
+def _rows_left_out(
+    reader: HuggingFaceReader | MegatronReader, config: Mapping[str, Any] | None, vocab: int | None, source: str
+) -> Iterator[str]:
+    """Yield a note if only the model that is filled says which rows of a checkpoint's vocabulary are tokens."""
+    rows = embedding_rows(reader.specs)
+    if config is None and vocab and rows and rows > vocab:
+        yield f"`{source}` does not say how many of its {rows} rows are tokens: those after the model's {vocab} are left out"
+
+
+def _from_megatron(reader: MegatronReader, vocab: int | None) -> dict[str, TensorPlan]:
+    """Return the plan for a checkpoint's tensors, without the rows that pad the vocabulary where its size is known."""
     reader.check(reader.specs)
-    vocab = make_model(families.find(config.get("model_type")).CONFIG, config).vocab if config else None
     tensor_plans = as_stored(reader.specs)
     return {name: _unpadded(tensor_plan, vocab) if _padded(name) else tensor_plan for name, tensor_plan in tensor_plans.items()}
 
