@@ -17,8 +17,8 @@ from formats.optimizer.open import open_optimizer
 from formats.optimizer.state import MASTER
 from formats.spec import DTYPES, JoinedReader, Reader, RenamedReader
 
-WORKER_BYTES = PIECE_BYTES
-"""Memory of one thread: of a piece of a master the weight, and the rounded master."""
+WORKER_BYTES = PIECE_BYTES * 3 // 4
+"""Memory of one thread: of a piece of a master the weight, and what is rounded at a time."""
 
 _FP32 = DTYPES["fp32"]
 _INSTEAD = "`--from weights`, the default, takes the weights as they are stored"

@@ -20,7 +20,7 @@ import numpy as np
 from converter.execution import Reporter
 from converter.nemo_config import settings_of
 from converter.run import PIECE_BYTES, in_threads
-from formats.arrays import Buffer, contiguous_regions
+from formats.arrays import Buffer, bands, contiguous_regions
 from formats.dtypes import MODEL_DTYPES
 from formats.errors import UserError
 from formats.integrity import Check
@@ -31,6 +31,9 @@ from formats.spec import DTYPES, Array, Reader, Region, TensorSpec, extent
 
 ROUNDED_TO = frozenset(DTYPES[name] for name in MODEL_DTYPES)
 """The dtypes of weights that have masters."""
+
+ROUNDED_AT_ONCE = 256 << 10
+"""Numbers that are rounded at a time, to be compared: more took no less time."""
 
 
 _QUANTIZED = ("fp8_param", "fp4_param", "fp8_param_gather", "fp4_param_gather")
@@ -45,7 +48,7 @@ def are_quantized(reader: MegatronReader) -> bool:
 def check(reader: MegatronReader, result: Check, *, workers: int, reporter: Reporter) -> Check:
     """Return `result` with the comparison of weights and masters added; unchanged for a checkpoint without optimizer state.
 
-    Memory for each worker: a piece of at most 4 MiB of a master, its weight, and the rounded master.
+    Memory for each worker: a piece of at most 4 MiB of a master, and its weight.
     """
     if not reader.has_optimizer:
         return result
@@ -95,16 +98,15 @@ class _Pairs:
 
     def worker(self) -> Callable[[tuple[TensorSpec, Region]], None]:
         """Return a thread's function for one piece, with buffers of its own."""
-        masters, buffers = cast("Reader", self._masters), (Buffer(), Buffer(), Buffer())
+        masters, buffers = cast("Reader", self._masters), (Buffer(), Buffer())
 
         def compare(piece: tuple[TensorSpec, Region]) -> None:
             spec, region = piece
             shape = extent(region)
-            weight, rounded = (buffer.view(shape, spec.dtype) for buffer in buffers[:2])
-            master = buffers[2].view(shape, DTYPES["fp32"])
+            weight, master = buffers[0].view(shape, spec.dtype), buffers[1].view(shape, DTYPES["fp32"])
             self._weights.read(spec.name, region, weight)
             masters.read(spec.name, region, master)
-            if not rounds_to(master, weight, rounded):
+            if not rounds_to(master, weight):
                 with self._lock:
                     self.wrong.add(spec.name)
             self._progress(master.nbytes)
@@ -115,7 +117,7 @@ class _Pairs:
 class ProvenMasters:
     """Read masters that prove themselves: each piece, rounded, must be that of its weight. Closing it closes nothing.
 
-    Memory for each thread: of a piece the weight, and the rounded master.
+    Memory for each thread: the weight of a piece.
     """
 
     def __init__(self, masters: Reader, weights: Reader, *, instead: str) -> None:
@@ -126,9 +128,9 @@ class ProvenMasters:
     def read(self, name: str, region: Region, out: Array) -> None:
         """Read a region of a master. Raises UserError if a number in it does not round to the weight."""
         self._masters.read(name, region, out)
-        weight, rounded = self._scratch.views(region, self._weights.specs[name].dtype)
+        weight = self._scratch.buffer.view(extent(region), self._weights.specs[name].dtype)
         self._weights.read(name, region, weight)
-        if not rounds_to(out, weight, rounded):
+        if not rounds_to(out, weight):
             raise UserError(
                 f"the fp32 master of `{name}` does not round to the weight",
                 hint="the weights are intact, the optimizer state is not (megatron-core 0.15 to 0.19.2 could shift it): "
@@ -140,24 +142,24 @@ class ProvenMasters:
 
 
 class _Scratch(threading.local):
-    """Each thread's buffers."""
+    """Each thread's buffer."""
 
     def __init__(self) -> None:
-        self._buffers = Buffer(), Buffer()
-
-    def views(self, region: Region, dtype: Any) -> tuple[Array, Array]:
-        weight, rounded = (buffer.view(extent(region), dtype) for buffer in self._buffers)
-        return weight, rounded
+        self.buffer = Buffer()
 
 
-def rounds_to(master: Array, weight: Array, rounded: Array) -> bool:
-    """Return whether every weight is its rounded master, bit for bit. All NaNs are equal. `rounded` is overwritten.
+def rounds_to(master: Array, weight: Array) -> bool:
+    """Return whether every weight is its rounded master, bit for bit. All NaNs are equal.
 
-    >>> rounds_to(np.array([0.1], np.float32), np.array([0.1], np.float16), np.empty(1, np.float16))
+    >>> rounds_to(np.array([0.1], np.float32), np.array([0.1], np.float16))
     True
     """
+    master, weight = master.reshape(-1), weight.reshape(-1)
     with np.errstate(all="ignore"):
-        np.copyto(rounded, master, casting="unsafe")
+        return all(_round_to(master[band], weight[band]) for band in bands(slice(0, weight.size), ROUNDED_AT_ONCE))
+
+
+def _round_to(master: Array, weight: Array) -> bool:
     bits = np.dtype(f"u{weight.dtype.itemsize}")
-    differ: Any = weight.view(bits) != rounded.view(bits)
+    differ: Any = weight.view(bits) != master.astype(weight.dtype).view(bits)
     return not differ.any() or bool((np.isnan(weight[differ]) & np.isnan(master[differ])).all())

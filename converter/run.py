@@ -19,7 +19,7 @@ from converter.values import cast_into
 from formats.arrays import Buffer, as_bytes, offset_of
 from formats.arrays import copy as copy_bits
 from formats.in_order import AbandonedError
-from formats.outputs import Outputs, Writer
+from formats.outputs import Outputs, Writer, alongside
 from formats.spec import Array, Reader, Region, extent
 
 PIECE_BYTES = 4 << 20
@@ -44,13 +44,13 @@ def _nothing(*_: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Observer:
-    """Callbacks of a run. All but `stop` run on its worker threads."""
+    """Callbacks of a run. All but `stop` and `made` run on its worker threads."""
 
     read: Callable[[str, int, memoryview], None] = _nothing
     """Rows were read: the source's tensor, the offset in it in bytes, the bytes."""
 
-    made: Callable[[Piece, Array], None] = _nothing
-    """A piece was put together, in the output's dtype."""
+    made: Callable[[Piece, Array], None] | None = None
+    """A piece was put together, in the output's dtype. Runs on a thread of its own, while the piece is written."""
 
     done: Callable[[Task], None] = _nothing
     """A task is complete: its piece is written."""
@@ -68,14 +68,15 @@ def run(tasks: Iterable[Task], reader: Reader, writer: Writer, *, outputs: Outpu
         def carry_out(task: Task) -> None:
             name, region = task.piece.tensor.spec.name, task.piece.region
             data = buffers.make(task.piece, reader, writer.file_offset(name, region))
-            observer.made(task.piece, data)
-            if not task.written:
-                writer.write(outputs, name, region, data)
+            with alongside(pool, observer.made, task.piece, data):
+                if not task.written:
+                    writer.write(outputs, name, region, data)
             observer.done(task)
 
         return carry_out
 
-    in_threads(tasks, start, workers=workers, stop=observer.stop)
+    with ThreadPoolExecutor(workers, thread_name_prefix="made") as pool:
+        in_threads(tasks, start, workers=workers, stop=observer.stop)
 
 
 def in_threads[T](

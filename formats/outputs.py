@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -24,8 +26,23 @@ BYPASS_FROM = 64 << 10
 """Shorter writes go through the page cache."""
 
 
+_MOST_TAPS = 256
+"""As many as there may be threads that write: each waits for its own."""
+
 Tap = Callable[[str, int, memoryview], None]
-"""Called for every array written, on the writing thread: file, byte offset, bytes."""
+"""Called for every array written, perhaps while it is: file, byte offset, bytes."""
+
+
+@contextmanager
+def alongside[**P](pool: Executor, act: Callable[P, object] | None, *args: P.args, **kwargs: P.kwargs) -> Generator[None]:
+    """Call `act`, if it is something, on a thread of the pool while the block runs, and wait for both.
+
+    So a hash is taken while the disk writes the same bytes. After an error in the block, `act` is not waited for.
+    """
+    future = pool.submit(act, *args, **kwargs) if act else None
+    yield
+    if future:
+        future.result()
 
 
 class Outputs(Protocol):
@@ -151,19 +168,21 @@ class LocalOutputs:
         self._may_bypass = bool(direct_flag())
         self._local = threading.local()
         self._paths: dict[str, Path] = {}
+        self._taps = ThreadPoolExecutor(_MOST_TAPS, thread_name_prefix="tap")
 
     def write(self, file: str, offset: int, data: Array) -> None:
         path, block = self._path(file), io_alignment()
         head, middle = -offset % block, (data.nbytes - -offset % block) // block * block
         if not self._may_bypass or middle < BYPASS_FROM:
             content = as_bytes(np.ascontiguousarray(data))
-            self._write_buffered(path, (offset, content))
+            with alongside(self._taps, self.tap, file, offset, content):
+                self._write_buffered(path, (offset, content))
         else:
             content, end = self._aligned(data, offset), head + middle
-            self._write_direct(path, offset + head, content[head:end])
-            self._write_buffered(path, (offset, content[:head]), (offset + end, content[end:]))
-        if self.tap:
-            self.tap(file, offset, content)
+            with alongside(self._taps, self.tap, file, offset, content):
+                self._write_direct(path, offset + head, content[head:end])
+                if head or end < len(content):
+                    self._write_buffered(path, (offset, content[:head]), (offset + end, content[end:]))
 
     def begin(self, file: str, size: int) -> None:  # noqa: ARG002 - a file grows as it is written
         with self._files.using(self._path(file)):
@@ -184,6 +203,7 @@ class LocalOutputs:
         self._files.check()
 
     def close(self) -> None:
+        self._taps.shutdown()
         self._files.close()
 
     def _aligned(self, data: Array, offset: int) -> memoryview:

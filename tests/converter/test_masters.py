@@ -113,6 +113,16 @@ def test_rounding_is_torchs(dtype):
     ties = torch.arange(2**15, dtype=torch.int32) * 2**16 + 2**15
     master = torch.cat([bits, ties]).view(torch.float32)
     weight = master.to(kind).view(torch.uint16).numpy().view(DTYPES[dtype])
-    assert masters.rounds_to(master.numpy(), weight, np.empty_like(weight))
+    assert masters.rounds_to(master.numpy(), weight)
     weight.view(np.uint16)[np.flatnonzero(np.isfinite(weight))[0]] ^= 1
-    assert not masters.rounds_to(master.numpy(), weight, np.empty_like(weight))
+    assert not masters.rounds_to(master.numpy(), weight)
+
+
+def test_a_wrong_number_is_seen_wherever_it_is(monkeypatch):
+    monkeypatch.setattr(masters, "ROUNDED_AT_ONCE", 3)
+    master, right = np.arange(8, dtype=np.float32).reshape(2, 4), np.arange(8).astype(DTYPES["bf16"]).reshape(2, 4)
+    assert masters.rounds_to(master, right)
+    for number in range(8):
+        wrong = right.copy()
+        wrong.reshape(-1)[number] += 1
+        assert not masters.rounds_to(master, wrong)
