@@ -2,8 +2,8 @@
 
     python -m benchmarks.bare_experts --shape qwen3-30b --layers 4 --precision bf16 [--steps 12] [--warm-up 5]
 
-Fused kernels and precision are those that `mbtrain` chooses. Prints one JSON object. With `--trace FILE`, two more steps follow
-under torch's profiler.
+Fused kernels and precision are those that `mbtrain` chooses, but for `gradient_accumulation_fusion`, for which megatron-core
+needs APEX. Prints one JSON object. With `--trace FILE`, two more steps follow under torch's profiler.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def _wrapped(run: Any, model: Any) -> tuple[Any, Any]:
 def _time(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    run = resolved(config_of(shape, options.layers), settings(shape, options.precision))
+    chosen = {**settings(shape, options.precision), "model.gradient_accumulation_fusion": False}
+    run = resolved(config_of(shape, options.layers), chosen)
     ddp, optimizer = _wrapped(run, _model(run.model, shape.sequence))
     step = partial(
         get_forward_backward_func(),

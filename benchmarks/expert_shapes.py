@@ -44,7 +44,9 @@ class Shape:
 
 
 SHAPES = {"qwen3-30b": Shape(QWEN3, (5, 4)), "gpt-oss-20b": Shape(GPT_OSS, (3, 2))}
-LORA = Shape(QWEN3, (16, 8), microbatches=2)
+LORA = Shape(QWEN3, (16, 8))
+ROWS = 2
+"""Rows of a step of LoRA."""
 PRECISIONS = {
     "bf16": {"mixed_precision": "bf16_mixed"},
     "fp8": {"mixed_precision": "bf16_with_fp8_current_scaling_mixed", "model.first_last_layers_bf16": False},

@@ -13,6 +13,7 @@ waited and what took most time.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -28,7 +29,7 @@ import yaml
 
 from benchmarks import trace
 from benchmarks.bare_experts import TRACED
-from benchmarks.expert_shapes import LORA, PRECISIONS, SHAPES, Shape, config_of, settings
+from benchmarks.expert_shapes import LORA, PRECISIONS, ROWS, SHAPES, Shape, config_of, settings
 
 STEPS, WARM_UP, RANK = 12, 5, 8
 TARGETS = {"all": [], "attention": ["peft.target_modules=[linear_qkv,linear_proj]"]}
@@ -56,6 +57,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--lora", nargs="*", choices=TARGETS, default=["all"], help="of Qwen3-30B's shape, in bf16")
+    parser.add_argument("--micro-batch", nargs="+", type=int, choices=(1, 2), default=[1, 2], help="rows of a microbatch of LoRA")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--traces", type=Path, help="a folder for summaries of profiles")
     parser.add_argument("--timeout", type=float, default=150, help="seconds for each program")
@@ -72,11 +74,11 @@ def _pairs(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Seq
             ours = partial(_mbtrain, label, SHAPES[name], _pretraining(SHAPES[name], precision, tokens), options)
             yield label, SHAPES[name].layers, (bare, ours)
     rows = _write_rows(folder) if options.lora else folder
-    for targets in options.lora:
-        words = ["--targets", targets, "--rows", rows, "--rank", RANK]
+    for targets, micro_batch in itertools.product(options.lora, options.micro_batch):
+        words = ["--targets", targets, "--rows", rows, "--rank", RANK, "--micro-batch", micro_batch]
         theirs = partial(_last_line, "benchmarks.peft_experts", words, options)
-        label = f"LoRA {targets}, beside PEFT"
-        ours = partial(_mbtrain, label, LORA, _adapters(targets, rows), options)
+        label = f"LoRA {targets}, {micro_batch} of {ROWS} rows"
+        ours = partial(_mbtrain, label, LORA, _adapters(targets, rows, micro_batch), options)
         yield label, LORA.layers, (theirs, ours)
 
 
@@ -189,12 +191,12 @@ def _pretraining(shape: Shape, precision: str, tokens: Path) -> list[str]:
     return [f"{name}={json.dumps(value)}" for name, value in chosen.items()]
 
 
-def _adapters(targets: str, rows: Path) -> list[str]:
+def _adapters(targets: str, rows: Path, micro_batch: int) -> list[str]:
     return [
         "peft=lora", f"peft.dim={RANK}", f"peft.alpha={RANK}", *TARGETS[targets], "mixed_precision=bf16_mixed",
         f"dataset.path={rows}", f"dataset.sequence_length={LORA.sequence}", "tokenizer.tokenizer_model=null",
-        "checkpoint.random_weights=true", f"train.micro_batch_size={LORA.micro_batch}",
-        f"train.global_batch_size={LORA.micro_batch * LORA.microbatches}", "optimizer.lr=1e-4", "optimizer.clip_grad=1.0",
+        "checkpoint.random_weights=true", f"train.micro_batch_size={micro_batch}", f"train.global_batch_size={ROWS}",
+        "optimizer.lr=1e-4", "optimizer.clip_grad=1.0",
     ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import packed
-from benchmarks.expert_shapes import LORA, config_of
+from benchmarks.expert_shapes import LORA, ROWS, config_of
 from benchmarks.peft_finetune import as_transformers, median_step
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -30,20 +30,21 @@ def main() -> None:
     parser.add_argument("--targets", choices=("all", "attention"), required=True)
     parser.add_argument("--rows", type=Path, required=True, help="a folder of packed examples")
     parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=4)
     options = parser.parse_args()
-    config = config_of(LORA, options.layers)
+    config, microbatches = config_of(LORA, options.layers), ROWS // options.micro_batch
     rows = packed.microbatches(
         options.rows,
         vocab_size=config["vocab_size"],
         sequence=LORA.sequence,
-        micro_batch=LORA.micro_batch,
-        count=options.steps * LORA.microbatches,
+        micro_batch=options.micro_batch,
+        count=options.steps * microbatches,
     )
     model = _model(config, options)
     batches = [as_transformers(row, torch.device("cuda")) for row in rows]
-    seconds = median_step(model, batches, steps=options.steps, warm_up=options.warm_up, microbatches=LORA.microbatches)
+    seconds = median_step(model, batches, steps=options.steps, warm_up=options.warm_up, microbatches=microbatches)
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     print(json.dumps({"seconds_per_step": seconds, "memory_gib": torch.cuda.max_memory_allocated() / 2**30, "trained": trained}))
 

@@ -20,7 +20,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from formats.errors import UserError
-from trainer import clock, collectives, device, main_script, optim, parallel, schedule
+from trainer import clock, collectives, device, gradient_fusion, main_script, optim, parallel, schedule
 from trainer.config import RunConfig
 from trainer.data import iterators
 from trainer.generation.text import generate
@@ -51,6 +51,8 @@ def pretrain(
     resolved = resolve(config, world_size=parallel.world_size(), device=kind)
     with parallel.session(resolved.config, kind), Stop(answer_signal) as stop:
         resolved = resolve_epochs(config, resolved, kind)
+        if forward_step is not default_forward_step:
+            gradient_fusion.leave_out(resolved.config.model)
         run = setup(resolved, forward_step, callbacks=callbacks, stop=stop, began=began)
         try:
             if run.is_complete:

@@ -30,7 +30,7 @@ from converter.config import to_megatron
 from converter.config_parts import described
 from converter.families import find
 from formats.errors import UserError
-from trainer import absent_weights, device, language_model
+from trainer import absent_weights, device, gradient_fusion, language_model
 from trainer.config import FilePath
 from trainer.settings import refused
 from trainer.settings.values import activation
@@ -191,8 +191,8 @@ class GPTModelProvider(ModelProvider):
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"  # noqa: S105 - no password
     """How tokens reach the ranks of their experts."""
 
-    gradient_accumulation_fusion: bool = False
-    """Needs APEX, which no package index has."""
+    gradient_accumulation_fusion: bool | None = None  # type: ignore[assignment]
+    """Add gradients of weights to the accumulated ones in the matrix products that compute them. None for what the device has."""
 
     first_last_layers_bf16: bool | None = None  # type: ignore[assignment]
     """None for what `mixed_precision` says."""
@@ -300,6 +300,8 @@ def shapes(provider: Any) -> list[torch.nn.Module]:
 
 def _chunks(provider: Any) -> list[torch.nn.Module]:
     stages = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+    if getattr(provider, "gradient_accumulation_fusion", False):
+        gradient_fusion.provide_kernel()
     return [_chunk(provider, stage if stages > 1 else None) for stage in range(stages)]
 
 

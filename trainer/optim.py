@@ -20,6 +20,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer.module import Float16Module
 
+from trainer import gradient_fusion
 from trainer.config import DistributedDataParallelConfig, RunConfig
 from trainer.layers.pattern import has_mamba
 
@@ -28,6 +29,7 @@ def wrap(chunks: list[torch.nn.Module], model: Any, ddp: DistributedDataParallel
     """Return model chunks in the precision of `model`, whose gradients are reduced over data-parallel ranks."""
     if model.bf16 or model.fp16:
         chunks = [in_16_bits(model, chunk) for chunk in chunks]
+    gradient_fusion.prepare(chunks, model)
     return [DistributedDataParallel(model, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
 
 

@@ -129,13 +129,6 @@ CONTRADICTIONS = {
             "hint: leave `model.mup_width_mult` out"
         ),
     ),
-    "kernel": (
-        {"model.gradient_accumulation_fusion": True},
-        (
-            "`model.gradient_accumulation_fusion` is `True`, and APEX, which has its kernel, is not installed\n\n"
-            "hint: leave `model.gradient_accumulation_fusion` out"
-        ),
-    ),
     "output layer": (
         {"model.fp8_output_proj": True, "mixed_precision": "bf16_with_fp8_delayed_scaling_mixed", **LARGE},
         (

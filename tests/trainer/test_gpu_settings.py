@@ -39,6 +39,7 @@ ON_ONE_GPU: dict[str, Trial] = {
     "model.apply_rope_fusion": Trial(False, SHAPE),
     "model.cross_entropy_loss_fusion": Trial(False, SHAPE),
     "model.cross_entropy_fusion_impl": Trial("native", {**SHAPE, "model.cross_entropy_loss_fusion": True}),
+    "model.gradient_accumulation_fusion": Trial(False, SHAPE),
     "model.fused_single_qkv_rope": Trial(True, SHAPE),
     "model.fused_residual_rmsnorm": Trial(True, SHAPE),
     "model.use_te_activation_func": Trial(True, {**SHAPE, "model.bias_activation_fusion": False}),

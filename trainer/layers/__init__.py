@@ -36,6 +36,7 @@ from trainer.layers.scores import changed_scores
 from trainer.layers.sinks import divided_sinks
 from trainer.layers.sparse_attention import shared_choices, sparse_attention
 from trainer.layers.spec import copied
+from trainer.layers.token_order import sorted_once
 from trainer.layers.xielu import activation_weights
 
 __all__ = ["adapt_model", "adapt_spec", "attention_alone", "prediction_spec"]
@@ -73,6 +74,7 @@ MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     net_norm_gradients,
     expert_groups,
     expert_output,
+    sorted_once,
     expert_biases,
     divided_sinks,
     rope_norms,

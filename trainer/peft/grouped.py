@@ -7,7 +7,7 @@ its own, under the keys of megatron-core's SequentialMLP: both kinds of layer, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -26,11 +26,34 @@ _ALIGNMENT = 16
 class GroupedLayer(AdaptedLayer):
     """The mixin for a layer that is called with the number of tokens of each expert."""
 
+    _stack: torch.Tensor | None = None
+
     def forward(self, layer_input: torch.Tensor, tokens_per_expert: Sequence[int]) -> Any:  # type: ignore[override]
         """Run the layer, then the adapter. Return output and bias, as the layer does."""
-        self._quantize_once()
-        output, bias = super(AdaptedLayer, self).forward(layer_input, tokens_per_expert)  # type: ignore[misc]
+        if self._is_one_product(layer_input):
+            output, bias = grouped_linear(layer_input, self._stacked(), tokens_per_expert), None
+        else:
+            self._quantize_once()
+            output, bias = super(AdaptedLayer, self).forward(layer_input, tokens_per_expert)  # type: ignore[misc]
         return self.adapter(output, layer_input, tokens_per_expert), bias
+
+    def _is_one_product(self, layer_input: torch.Tensor) -> bool:
+        """Tell whether torch multiplies all experts in one kernel, where Transformer Engine starts one for each: on a GPU, with
+        frozen weights in bf16, without biases."""
+        weight = self._frozen_weight()
+        in_bf16 = type(weight.data) is torch.Tensor and weight.dtype == layer_input.dtype == torch.bfloat16
+        quantized = self.config.fp8 or self.config.fp4
+        return bool(in_bf16 and weight.is_cuda and not (weight.requires_grad or quantized or self.use_bias))
+
+    def _stacked(self) -> torch.Tensor:
+        """Return the weights of this rank's experts [experts, outputs, inputs]. From now on they are views of it."""
+        last = self.num_gemms - 1
+        if self._stack is None or self._stack[last].data_ptr() != getattr(self, f"weight{last}").data_ptr():
+            weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
+            self._stack = torch.stack([weight.data for weight in weights])
+            for weight, view in zip(weights, self._stack, strict=True):
+                weight.data = view
+        return self._stack
 
     def _frozen_weight(self) -> Any:
         return self.weight0
@@ -122,7 +145,17 @@ def grouped_linear(tokens: torch.Tensor, weights: torch.Tensor, tokens_per_exper
     [[2.0], [4.0], [4.0]]
     """
     if all(size * tokens.element_size() % _ALIGNMENT == 0 for size in weights.shape[1:]):
-        ends = torch.tensor(list(accumulate(tokens_per_expert)), dtype=torch.int32, device=tokens.device)
+        ends = _ends(tuple(tokens_per_expert), tokens.device, _stream(tokens))
         return torch.nn.functional.grouped_mm(tokens, weights.transpose(1, 2), offs=ends)
     parts = zip(tokens.split(list(tokens_per_expert)), weights, strict=True)
     return torch.cat([torch.nn.functional.linear(part, weight) for part, weight in parts])
+
+
+@lru_cache(maxsize=4)
+def _ends(tokens_per_expert: tuple[int, ...], device: torch.device, _stream: Any) -> torch.Tensor:
+    """Return where the tokens of each expert end, for all products of a layer of experts. The CPU does not wait for the copy."""
+    return torch.tensor(list(accumulate(tokens_per_expert)), dtype=torch.int32).to(device, non_blocking=True)
+
+
+def _stream(tokens: torch.Tensor) -> Any:
+    return torch.cuda.current_stream(tokens.device).stream_id if tokens.is_cuda else None

@@ -5,7 +5,6 @@ Knows which fields megatron-core derives from which. Shapes and layouts are left
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 from trainer.config import DistributedDataParallelConfig
@@ -49,10 +48,3 @@ def check_deterministic(model: Any) -> None:
         "`model.deterministic_mode` is `True`, and so is `model.cross_entropy_loss_fusion`, which gives other bits each time"
     )
     enforce([(both, message, "leave one of them out")])
-
-
-def check_kernels(model: Any) -> None:
-    """Refuse a kernel whose library is not installed."""
-    missing = getattr(model, "gradient_accumulation_fusion", False) and not find_spec("fused_weight_gradient_mlp_cuda")
-    message = "`model.gradient_accumulation_fusion` is `True`, and APEX, which has its kernel, is not installed"
-    enforce([(missing, message, "leave `model.gradient_accumulation_fusion` out")])

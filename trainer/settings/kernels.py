@@ -25,6 +25,7 @@ WITHOUT_CUDA: dict[str, Any] = {
     "cross_entropy_loss_fusion": False,
     "moe_grouped_gemm": False,
     "moe_permute_fusion": False,
+    "gradient_accumulation_fusion": False,
     "use_cpu_initialization": True,
 }
 """megatron-core's CUDA kernels, switched off."""
@@ -39,6 +40,7 @@ KERNELS: dict[str, Any] = {
     "cross_entropy_fusion_impl": cross_entropy.TE,
     "moe_grouped_gemm": True,
     "moe_permute_fusion": True,
+    "gradient_accumulation_fusion": True,
 }
 """Faster kernels, as a recent Transformer Engine has them."""
 

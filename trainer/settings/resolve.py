@@ -108,7 +108,6 @@ def _check_sections(config: RunConfig, machine: Machine) -> None:
     precision.check(config.mixed_precision, machine)
     checks.check_device(config.model, machine)
     experts.check(config.model, machine)
-    contradictions.check_kernels(config.model)
     checks.check_packed(config, machine)
 
 

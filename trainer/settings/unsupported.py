@@ -112,7 +112,7 @@ GPU_ONLY = {
     "model.use_te_activation_func": "Transformer Engine's activations need a GPU",
     "model.fused_single_qkv_rope": "its kernel is Transformer Engine's",
     "model.fused_residual_rmsnorm": "its kernel is Transformer Engine's",
-    "model.gradient_accumulation_fusion": "its kernel is APEX's",
+    "model.gradient_accumulation_fusion": "its kernels are Transformer Engine's",
     "model.cpu_offloading": "Transformer Engine moves activations, and needs a GPU",
     "optimizer.optimizer_cpu_offload": "there is no other device to move states from",
     "profiling.use_nsys_profiler": "it records GPUs",

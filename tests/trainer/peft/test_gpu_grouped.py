@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.trainer.peft.test_experts import train
+from tests.trainer.peft.test_grouped import one_product_is_that_of_each
 
 pytestmark = pytest.mark.gpu
 
@@ -22,3 +23,7 @@ def test_grouped_experts_go_on_where_single_ones_stopped(canonical, ranks, tmp_p
     assert found == pytest.approx(losses[3:], abs=2e-3)  # Transformer Engine's kernels, in fp32 without TF32
     assert found_norms == pytest.approx(norms[3:], rel=2e-2)
     assert any(".experts.linear_fc1.adapter." in name for name in names)
+
+
+def test_one_product_for_all_experts_is_that_of_each(ranks, model_folder):
+    one_product_is_that_of_each(ranks, model_folder, "gpu")

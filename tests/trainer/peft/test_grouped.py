@@ -156,3 +156,55 @@ def test_dora_of_what_peft_has_lora_alone_for_is_refused(target, what, ranks, st
     told = {"target_modules": [f"*.mlp.*{target}"]}
     with pytest.raises(UserError, match=f"layers.0.mlp.*{target}` {what}, to which no DoRA can be added"):
         ranks.run(train, 1, start, {}, "DoRA", told, {"grouped": True})
+
+
+def _both_products(folder, device):
+    """Outputs and gradients of a frozen layer of experts in bf16 with adapters: by one product, and by the layer itself."""
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
+
+    from tests.trainer.peft import grouped_layers
+    from trainer import parallel, peft
+    from trainer.device import current
+    from trainer.peft.grouped import GroupedLayer
+
+    with parallel.session(small.settings(Path(folder), dist__device=device), device):
+        config = TransformerConfig(num_layers=1, hidden_size=INPUTS, num_attention_heads=2, num_moe_experts=3, bf16=True,
+                                   params_dtype=torch.bfloat16, add_bias_linear=False)  # fmt: skip
+        given = {"config": config, "init_method": torch.nn.init.zeros_,
+                 "pg_collection": ProcessGroupCollection.use_mpu_process_groups()}  # fmt: skip
+        of_engine = {"bias": False, "skip_bias_add": False, "is_expert": True}
+        layer = (
+            transformer_engine.TEColumnParallelGroupedLinear(3, INPUTS, OUTPUTS, **given, **of_engine)
+            if device == "gpu"
+            else grouped_layers.TEColumnParallelGroupedLinear(3, INPUTS, OUTPUTS, **given)
+        ).to(current(), torch.bfloat16)
+        weights = _values(3, OUTPUTS, INPUTS, seed=20).to(current(), torch.bfloat16)
+        for number, weight in enumerate(weights):
+            getattr(layer, f"weight{number}").data.copy_(weight)
+        layer.requires_grad_(requires_grad=False)
+        peft.LoRA(dim=8, alpha=8).transform(layer, "layers.0.mlp.experts.linear_fc1")
+        for seed, parameter in enumerate(layer.adapter.parameters()):
+            parameter.data.copy_(_values(*parameter.shape, seed=seed))
+        answers = []
+        for one_product in (True, False):
+            GroupedLayer._is_one_product = lambda *_, chosen=one_product: chosen
+            layer.zero_grad()
+            tokens = _values(sum(TOKENS), INPUTS, seed=30).to(current(), torch.bfloat16).requires_grad_()
+            output, _ = layer(tokens, TOKENS)
+            output.float().square().sum().backward()
+            answers.append([output.detach(), tokens.grad, *(parameter.grad for parameter in layer.adapter.parameters())])
+        assert all(weight.equal(getattr(layer, f"weight{number}").data) for number, weight in enumerate(weights))
+        assert layer.weight1.data_ptr() - layer.weight0.data_ptr() == 2 * INPUTS * OUTPUTS
+        return [[tensor.float().cpu() for tensor in tensors] for tensors in answers]
+
+
+def one_product_is_that_of_each(ranks, model_folder, device):
+    ((torchs, layers),) = ranks.run(_both_products, 1, str(model_folder("gqa")), device)
+    for ours, theirs in zip(torchs, layers, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item())
+
+
+def test_one_product_for_all_experts_is_that_of_each(ranks, model_folder):
+    one_product_is_that_of_each(ranks, model_folder, "cpu")
