@@ -233,7 +233,7 @@ def test_pythons_unpickler_reads_what_we_write(value):
     assert pickles.loads(data, source="x") == value
 
 
-@pytest.mark.parametrize("value", [b"", b"a\x00\xff", {1, "a"}, set(), {"states": (b"\x80", [{2.5}])}], ids=repr)
+@pytest.mark.parametrize("value", [b"", b"a\x00\xff", {1, "a"}, set(), {"states": (b"\x80", [{2.5}])}], ids="abcde")
 def test_bytes_and_sets_are_written_as_torchs_safe_loader_reads_them(value, tmp_path):
     assert pickle.loads(pickle_writer.dumps(value)) == value
     (tmp_path / "a.pt").write_bytes(object_archive(value))
