@@ -77,6 +77,12 @@ def measured(request, ranks, work):
     return request.param, ranks.run(logits_of_each, world, str(work), TRAINED, settings)[0]
 
 
+def skip_without_kernels(errors: list[str]) -> None:
+    """Skip a family whose layers need a package that is not installed."""
+    if any("flash-linear-attention" in text for text in errors):
+        pytest.skip("needs flash-linear-attention")
+
+
 def by_transformers(folder: Path, dtype: str) -> torch.Tensor:
     from transformers import AutoConfig
 
@@ -89,9 +95,9 @@ def by_transformers(folder: Path, dtype: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", TRAINED)
 def test_logits_are_those_of_transformers(name, measured, work):
     layout, found = measured
-    assert all(isinstance(logits, torch.Tensor) for key, logits in found.items() if key[0] == name), [
-        text for key, text in found.items() if key[0] == name
-    ]
+    wrong = [text for key, text in found.items() if key[0] == name and not isinstance(text, torch.Tensor)]
+    skip_without_kernels(wrong)
+    assert not wrong, wrong
     exact = by_transformers(work / name / "hf", "float32")
     fp32, bf16 = (found[name, precision][..., : exact.shape[-1]] for precision in PRECISIONS)
     theirs = (by_transformers(work / name / "hf", "bfloat16") - exact).abs()

@@ -33,8 +33,12 @@ def test_logits_of_hybrids_are_those_of_transformers(tp, ranks, tmp_path):
     for (name, precision), logits in found.items():
         assert isinstance(logits, torch.Tensor), logits
         exact = by_transformers(tmp_path / name / "hf", "float32")
-        most = 1e-3 if precision == "fp32" else 5e-2
-        assert (logits[..., : exact.shape[-1]] - exact).abs().max() < most * exact.abs().max(), (name, precision)
+        error = (logits[..., : exact.shape[-1]] - exact).abs()
+        if precision == "fp32":
+            assert error.max() < 1e-3 * exact.abs().max(), name
+        else:  # a token near the border between two experts may go to another one: medians leave those out
+            theirs = (by_transformers(tmp_path / name / "hf", "bfloat16") - exact).abs()
+            assert error.median() <= theirs.median() * 1.25, name
 
 
 @pytest.mark.parametrize("name", ["mamba2", "nemotron_h", "granitemoehybrid"])
