@@ -25,9 +25,10 @@ def provide_kernel() -> None:
 
 def add_weight_gradient(inputs: torch.Tensor, gradient: torch.Tensor, total: torch.Tensor) -> None:
     """Add gradientᵀ · inputs to `total`, in its dtype: [tokens, in], [tokens, out] and [out, in]."""
-    from transformer_engine.pytorch.cpp_extensions import general_gemm  # noqa: PLC0415 - starts CUDA
+    from megatron.core.extensions import transformer_engine as engine  # noqa: PLC0415 - starts CUDA
 
-    general_gemm(inputs, gradient, out_dtype=total.dtype, layout="NT", out=total, accumulate=True, grad=True)
+    options = {"workspace": engine._get_workspace()} if engine._get_workspace else {}  # which older versions ask for
+    engine.general_gemm(inputs, gradient, out_dtype=total.dtype, layout="NT", out=total, accumulate=True, grad=True, **options)
 
 
 def prepare(chunks: Iterable[torch.nn.Module], model: Any) -> None:
