@@ -23,7 +23,7 @@ PACKAGES = {
 
 COMES_WITH = {
     "omegaconf": "hydra-core", "jinja2": "transformers", "sentencepiece": None, "tiktoken": None,
-    "emerging_optimizers": None, "fused_weight_gradient_mlp_cuda": None,
+    "emerging_optimizers": None,
 }  # fmt: skip
 """What another package brings, or what no extra of ours promises and an error names."""
 
