@@ -2,14 +2,16 @@
 
     python -m benchmarks.bare_experts --shape qwen3-30b --layers 4 --precision bf16 [--steps 12] [--warm-up 5]
 
-Fused kernels and precision are those that `mbtrain` chooses, but for `gradient_accumulation_fusion`, for which megatron-core
-needs APEX. Prints one JSON object. With `--trace FILE`, two more steps follow under torch's profiler.
+`torchrun --nproc-per-node N` spreads the experts over N GPUs, each with batches of its own. Fused kernels and precision are those
+that `mbtrain` chooses, but for `gradient_accumulation_fusion`, for which megatron-core needs APEX. Prints one JSON object. With
+`--trace FILE`, two more steps follow under torch's profiler.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from functools import partial
 from typing import Any
@@ -34,13 +36,16 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--trace", help="a file for a trace of two more steps")
     options = parser.parse_args()
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
-    print(json.dumps(_time(options, SHAPES[options.shape])))
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    alone = {} if "RANK" in os.environ else {"init_method": "tcp://127.0.0.1:0", "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl", **alone)
+    figures = _time(options, SHAPES[options.shape])
+    if dist.get_rank() == 0:
+        print(json.dumps(figures))
     dist.destroy_process_group()
 
 
-def resolved(config: dict[str, Any], chosen: dict[str, Any], machine: Any = None) -> Any:
+def resolved(config: dict[str, Any], chosen: dict[str, Any], machine: Any = None, *, world_size: int = 1) -> Any:
     """Return the run that `mbtrain` makes of a model's `config.json` and settings, on this machine or another."""
     from trainer.config import RunConfig
     from trainer.model import from_hf_config
@@ -50,7 +55,7 @@ def resolved(config: dict[str, Any], chosen: dict[str, Any], machine: Any = None
     for name, value in chosen.items():
         section, _, setting = name.partition(".")
         setattr(getattr(run, section) if setting else run, setting or section, value)
-    return resolve(run, world_size=1, device="gpu", machine=machine).config
+    return resolve(run, world_size=world_size, device="gpu", machine=machine).config
 
 
 def _model(provider: Any, sequence: int) -> Any:
@@ -60,7 +65,7 @@ def _model(provider: Any, sequence: int) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    parallel_state.initialize_model_parallel()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=provider.expert_model_parallel_size)
     model_parallel_cuda_manual_seed(1)
     model = GPTModel(
         provider,
@@ -101,8 +106,9 @@ def _wrapped(run: Any, model: Any) -> tuple[Any, Any]:
 def _time(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    chosen = {**settings(shape, options.precision), "model.gradient_accumulation_fusion": False}
-    run = resolved(config_of(shape, options.layers), chosen)
+    gpus = dist.get_world_size()
+    chosen = {**settings(shape, options.precision, gpus), "model.gradient_accumulation_fusion": False}
+    run = resolved(config_of(shape, options.layers), chosen, world_size=gpus)
     ddp, optimizer = _wrapped(run, _model(run.model, shape.sequence))
     step = partial(
         get_forward_backward_func(),
@@ -119,7 +125,8 @@ def _time(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     if options.trace:
         with torch.profiler.profile() as profiler:
             step_times(TRACED, ddp, optimizer, step)
-        profiler.export_chrome_trace(options.trace)
+        if dist.get_rank() == 0:
+            profiler.export_chrome_trace(options.trace)
     return {"seconds_per_step": statistics.median(times[options.warm_up :]), "memory_gib": memory}
 
 

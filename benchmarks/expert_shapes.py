@@ -58,14 +58,15 @@ def config_of(shape: Shape, layers: int) -> dict[str, Any]:
     return {**shape.config, "num_hidden_layers": layers}
 
 
-def settings(shape: Shape, precision: str) -> dict[str, Any]:
-    """Return the settings of a run, by their names with dots, that both programs have."""
+def settings(shape: Shape, precision: str, gpus: int = 1) -> dict[str, Any]:
+    """Return the settings of a run, by their names with dots, that both programs have. GPUs share the experts, not the batch."""
     return {
         **PRECISIONS[precision],
         "model.moe_router_force_load_balancing": True,
+        "model.expert_model_parallel_size": gpus,
         "dataset.sequence_length": shape.sequence,
         "train.micro_batch_size": shape.micro_batch,
-        "train.global_batch_size": shape.micro_batch * shape.microbatches,
+        "train.global_batch_size": shape.micro_batch * shape.microbatches * gpus,
         "ddp.use_distributed_optimizer": True,
         "optimizer.lr": 1e-4,
         "optimizer.clip_grad": 1.0,

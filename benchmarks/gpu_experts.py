@@ -1,10 +1,12 @@
 """Mixtures of experts on one GPU of 80 GB: `mbtrain` beside a bare megatron-core loop, and LoRA beside transformers with PEFT.
 
-    python -m benchmarks.gpu_experts [--shapes qwen3-30b gpt-oss-20b] [--precision bf16 fp8] [--lora all] [--traces DIR]
+    python -m benchmarks.gpu_experts [--shapes qwen3-30b gpt-oss-20b] [--precision bf16 fp8] [--lora all] [--gpus 2]
+        [--traces DIR]
 
-Shapes are those of published models with as many layers as fit (`benchmarks.expert_shapes`). Each program runs in a process of
-its own, in turns. `mbtrain` reads `.bin`/`.idx` files or packed rows, logs to files and prints lines; the loops do nothing of
-that. Prints a table; a program that fails is reported on stderr, the others are still measured, and the exit code is 1.
+Shapes are those of published models with as many layers as fit (`benchmarks.expert_shapes`). With `--gpus N`, all but LoRA runs
+on N GPUs that share the experts (EP N), each with a batch of its own. Each program runs in a process of its own, in turns.
+`mbtrain` reads `.bin`/`.idx` files or packed rows, logs to files and prints lines; the loops do nothing of that. Prints a table;
+a program that fails is reported on stderr, the others are still measured, and the exit code is 1.
 
 With `--traces`, two more steps of each program but PEFT's are profiled, and `benchmarks.trace` says in DIR/NAME.txt where the GPU
 waited and what took most time.
@@ -58,6 +60,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--lora", nargs="*", choices=TARGETS, default=["all"], help="of Qwen3-30B's shape, in bf16")
     parser.add_argument("--micro-batch", nargs="+", type=int, choices=(1, 2), default=[1, 2], help="rows of a microbatch of LoRA")
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--traces", type=Path, help="a folder for summaries of profiles")
     parser.add_argument("--timeout", type=float, default=150, help="seconds for each program")
@@ -69,9 +72,9 @@ def _pairs(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Seq
     tokens = _write_tokens(folder) if options.shapes else folder
     for name in options.shapes:
         for precision in options.precision:
-            label = f"{name} {precision}"
+            label = f"{name} {precision}" + (f" EP{options.gpus}" if options.gpus > 1 else "")
             bare = partial(_bare, label, ["--shape", name, "--precision", precision], options)
-            ours = partial(_mbtrain, label, SHAPES[name], _pretraining(SHAPES[name], precision, tokens), options)
+            ours = partial(_mbtrain, label, SHAPES[name], _pretraining(SHAPES[name], precision, tokens, options.gpus), options)
             yield label, SHAPES[name].layers, (bare, ours)
     rows = _write_rows(folder) if options.lora else folder
     for targets, micro_batch in itertools.product(options.lora, options.micro_batch):
@@ -124,9 +127,10 @@ def _compare(label: str, layers: Sequence[int], programs: tuple[Program, Program
     return False
 
 
-def _run(module: str, words: Sequence[Any], timeout: float) -> str:
-    """Run a program and return its output."""
-    command, began = [sys.executable, "-m", module, *map(str, words)], time.monotonic()
+def _run(module: str, words: Sequence[Any], timeout: float, gpus: int = 1) -> str:
+    """Run a program on so many GPUs, and return its output."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
+    command, began = [sys.executable, *launcher, "-m", module, *map(str, words)], time.monotonic()
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -137,10 +141,10 @@ def _run(module: str, words: Sequence[Any], timeout: float) -> str:
     return done.stdout
 
 
-def _last_line(module: str, words: Sequence[Any], options: argparse.Namespace, layers: int) -> Figures:
+def _last_line(module: str, words: Sequence[Any], options: argparse.Namespace, layers: int, gpus: int = 1) -> Figures:
     """Return the figures that a loop prints."""
     words = [*words, "--layers", layers, "--steps", STEPS, "--warm-up", WARM_UP]
-    return json.loads(_run(module, words, options.timeout).splitlines()[-1])
+    return json.loads(_run(module, words, options.timeout, gpus).splitlines()[-1])
 
 
 def _bare(label: str, words: Sequence[Any], options: argparse.Namespace, layers: int) -> Figures:
@@ -148,7 +152,7 @@ def _bare(label: str, words: Sequence[Any], options: argparse.Namespace, layers:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         traced = ["--trace", file] if options.traces else []
-        figures = _last_line("benchmarks.bare_experts", [*words, *traced], options, layers)
+        figures = _last_line("benchmarks.bare_experts", [*words, *traced], options, layers, options.gpus)
         _summarize(file, options.traces, f"{label} bare")
     return figures
 
@@ -162,12 +166,12 @@ def _summarize(file: Path, folder: Path | None, name: str) -> None:
 
 def _mbtrain(label: str, shape: Shape, chosen: Sequence[str], options: argparse.Namespace, layers: int) -> Figures:
     """Return the figures in the log of a command of `mbtrain` on a model's `config.json`."""
-    command = "finetune" if shape is LORA else "pretrain"
+    command, gpus = ("finetune", 1) if shape is LORA else ("pretrain", options.gpus)
     with tempfile.TemporaryDirectory() as run:
         file = Path(run) / "run.yaml"
         file.write_text(yaml.safe_dump({"model": {"hf_config": config_of(shape, layers)}}))
         common = ["validation.eval_iters=0", "logger.log_interval=1", f"logger.run_dir={run}"]
-        _run("trainer", [command, "--config", file, *chosen, *common, *_steps(options)], options.timeout)
+        _run("trainer", [command, "--config", file, *chosen, *common, *_steps(options)], options.timeout, gpus)
         _summarize(Path(run) / f"profile/steps-{STEPS + 1}-{STEPS + TRACED}-rank0.json", options.traces, f"{label} mbtrain")
         lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
@@ -186,8 +190,8 @@ def _steps(options: argparse.Namespace) -> list[str]:
     return [f"train.train_iters={last}", "profiling.use_pytorch_profiler=true", *window]
 
 
-def _pretraining(shape: Shape, precision: str, tokens: Path) -> list[str]:
-    chosen = {**settings(shape, precision), "dataset.blend": [str(tokens)], "dataset.split": "100,0,0"}
+def _pretraining(shape: Shape, precision: str, tokens: Path, gpus: int) -> list[str]:
+    chosen = {**settings(shape, precision, gpus), "dataset.blend": [str(tokens)], "dataset.split": "100,0,0"}
     return [f"{name}={json.dumps(value)}" for name, value in chosen.items()]
 
 
