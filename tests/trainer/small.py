@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 STEPS, BATCH, MICRO_BATCH, SEQUENCE = 20, 4, 2, 32
+LR, MIN_LR = 3e-3, 3e-4
 
 
 @dataclass
@@ -89,7 +90,7 @@ def settings(folder: Path, **changes: Any) -> Any:
     config = RunConfig(model=model, dataset=FixedTokens(model.vocab_size), mixed_precision="fp32")
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = STEPS, BATCH, MICRO_BATCH
     config.validation.eval_iters = 0
-    config.optimizer.lr, config.optimizer.min_lr, config.optimizer.weight_decay = 3e-3, 3e-4, 0.1
+    config.optimizer.lr, config.optimizer.min_lr, config.optimizer.weight_decay = LR, MIN_LR, 0.1
     config.optimizer.adam_beta2, config.optimizer.clip_grad = 0.95, 1.0
     config.scheduler.lr_warmup_iters = 4
     config.dist.device = "cpu"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -21,6 +23,9 @@ FEW, END = 5, 2
 TP2 = {"model__tensor_model_parallel_size": 2}
 PP2 = {"model__pipeline_model_parallel_size": 2}
 SHORT = {"train__train_iters": FEW, "scheduler__lr_decay_iters": STEPS}
+STEEP = {"gemma3_text": 0.1}
+"""A share of the learning rate for models whose gradients are 40 long: at the whole rate, transformers' own fifth loss in fp32 is
+2.5e-4 from that in fp64, so that rounding would be compared."""
 
 
 @pytest.fixture(scope="module", params=[family for family in TRAINED if family in families.names()])
@@ -31,9 +36,11 @@ def folder(request, tmp_path_factory):
 
 def steps_are_those_of_transformers(folder, ranks, changes):
     """Train a few steps over two tensor-parallel ranks and over two stages, and compare losses and gradient norms."""
-    losses, norms = test_parity._reference(folder, FEW)
+    share = STEEP.get(json.loads((folder / "config.json").read_text())["model_type"], 1.0)
+    losses, norms = test_parity._reference(folder, FEW, share=share)
+    rates = {"optimizer__lr": share * small.LR, "optimizer__min_lr": share * small.MIN_LR}
     for layout in (TP2, PP2):
-        for history in ranks.run(small.train, 2, str(folder), {**changes, **layout}):
+        for history in ranks.run(small.train, 2, str(folder), {**changes, **rates, **layout}):
             assert history.losses == pytest.approx(losses, abs=test_parity.TOLERANCE)
             assert history.grad_norms[:2] == pytest.approx(norms[:2], rel=1e-4)  # those after are of weights that rounding parted
     assert len(set(losses)) == FEW

@@ -49,7 +49,8 @@ def reference(model_folder):
     return run
 
 
-def _reference(folder, steps=STEPS):
+def _reference(folder, steps=STEPS, *, share=1.0):
+    """Losses and gradient norms of transformers and AdamW, at a share of the learning rate."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -67,7 +68,7 @@ def _reference(folder, steps=STEPS):
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         for group in optimizer.param_groups:
-            group["lr"] = rate_of(step, steps=STEPS)
+            group["lr"] = share * rate_of(step, steps=STEPS)
         optimizer.step()
         losses.append(loss.item())
     return losses, norms
