@@ -33,6 +33,16 @@ class Place:
 
 
 @contextmanager
+def opened(url: str, policy: RetryPolicy = HURRIED) -> Iterator[Folder]:
+    """Open a folder for a while."""
+    folder = open_folder(url, policy=policy)
+    try:
+        yield folder
+    finally:
+        folder.close()
+
+
+@contextmanager
 def served(kind: str, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, port: int) -> Iterator[Place]:
     with ExitStack() as stack:
         if kind == "s3":

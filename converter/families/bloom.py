@@ -5,7 +5,8 @@ from typing import Any
 
 from converter.config import Config, Field, agreeing, count, fixed, named, value
 from converter.config_layers import no_window
-from converter.config_parts import dropouts, layer_norm, renamed, sizes, trained_with
+from converter.config_nested import renamed
+from converter.config_parts import dropouts, layer_norm, sizes, trained_with
 from converter.model import Model
 from converter.rules import Rule, column_parallel, replicated, row_parallel, under, vocab_parallel
 

@@ -6,7 +6,8 @@ from typing import Any
 from converter.config import Config, Field, fixed, object_of, optional
 from converter.config_experts import SOFTMAX, auxiliary_loss
 from converter.config_layers import no_window
-from converter.config_parts import dropouts, flattened, not_computed, only, renamed, routed, sizes
+from converter.config_nested import flattened, renamed
+from converter.config_parts import dropouts, not_computed, only, routed, sizes
 from converter.config_rope import rope
 from converter.families import llama, mpt
 from converter.rules import gated_mlp, qkv, replicated, row_parallel, under, vocab_parallel

@@ -2,7 +2,8 @@
 
 from converter.config import flag
 from converter.config_layers import no_window
-from converter.config_parts import dropouts, mlp, renamed, rms_norm, sizes
+from converter.config_nested import renamed
+from converter.config_parts import dropouts, mlp, rms_norm, sizes
 from converter.config_rope import rope
 from converter.families import llama
 from converter.rules import templates

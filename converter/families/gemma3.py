@@ -1,6 +1,6 @@
 """Gemma 3 from 4B: the language model of `gemma3_text`, beside a vision tower that passes through."""
 
-from converter.config_parts import text_config
+from converter.config_nested import text_config
 from converter.families import gemma3_text, mistral3
 
 MODELS = "Gemma 3 4B, 12B and 27B"

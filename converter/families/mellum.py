@@ -5,7 +5,8 @@ from typing import Any
 from converter.config import Config, Field, fixed, object_of, value
 from converter.config_experts import SOFTMAX, auxiliary_loss
 from converter.config_layers import all_full, window_pattern
-from converter.config_parts import dropouts, field, only, renamed, rms_norm, routed, sizes
+from converter.config_nested import renamed
+from converter.config_parts import dropouts, field, only, rms_norm, routed, sizes
 from converter.config_rope import rope_by_type
 from converter.config_router import kinds_of_layers
 from converter.families import llama, mixtral, qwen3_moe

@@ -1,6 +1,6 @@
 """Mistral 3: the language model of Mistral or Ministral 3, beside a vision tower that passes through."""
 
-from converter.config_parts import text_config
+from converter.config_nested import text_config
 from converter.families import llama, ministral3, mistral
 
 MODELS = "Mistral Small 3.1 and 3.2, Ministral 3"

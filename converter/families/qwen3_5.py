@@ -1,6 +1,6 @@
 """Qwen3.5: the language model of `qwen3_5_text`, beside a vision tower that passes through."""
 
-from converter.config_parts import text_config
+from converter.config_nested import text_config
 from converter.families import qwen3_5_text
 
 MODELS = "Qwen3.5 0.8B to 27B"

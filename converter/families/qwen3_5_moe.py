@@ -1,6 +1,6 @@
 """Qwen3.5 with experts: the language model of `qwen3_5_moe_text`, beside a vision tower that passes through."""
 
-from converter.config_parts import text_config
+from converter.config_nested import text_config
 from converter.families import qwen3_5, qwen3_5_moe_text
 
 MODELS = "Qwen3.5 35B-A3B, 122B-A10B, 397B-A17B"

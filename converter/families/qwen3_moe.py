@@ -3,7 +3,8 @@
 from converter.config import field, fixed, value
 from converter.config_experts import SOFTMAX, auxiliary_loss, each_nth
 from converter.config_layers import window
-from converter.config_parts import only, renamed, routed
+from converter.config_nested import renamed
+from converter.config_parts import only, routed
 from converter.config_rope import rope
 from converter.families import llama, mixtral, qwen3
 

@@ -2,7 +2,8 @@
 
 from converter.config import field, value
 from converter.config_latent import latent, latent_rope
-from converter.config_parts import renamed, sizes
+from converter.config_nested import renamed
+from converter.config_parts import sizes
 from converter.config_router import best_groups, dense_first, shared_multiple, sigmoid_scores
 from converter.families import deepseek_v3
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from converter.config import field, switches, value
 from converter.config_layers import no_window
-from converter.config_parts import dropouts, renamed, rms_norm, sizes
+from converter.config_nested import renamed
+from converter.config_parts import dropouts, rms_norm, sizes
 from converter.config_rope import rope
 from converter.config_router import dense_first, sigmoid_scores
 from converter.families import deepseek_v3, glm4, glm4_moe, llama, mixtral

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,13 @@ def families_from(folder, monkeypatch):
         yield
     finally:
         _forget(names)
+
+
+@pytest.fixture
+def families_of_tests(monkeypatch):
+    """The families of `vocabulary/`, which only tests have."""
+    with families_from(Path(__file__).parent / "vocabulary", monkeypatch):
+        yield
 
 
 def _forget(names):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from converter import config_experts, config_latent, config_layers, config_parts, config_rope, config_router
+from converter import config_experts, config_latent, config_layers, config_nested, config_parts, config_rope, config_router
 from converter.cli import cli
 from tests.converter.family_suite import save_small
 from tests.models import model_tree
@@ -53,7 +53,7 @@ def test_the_page_names_every_verb_and_every_field_of_a_family():
 def test_the_page_names_every_field_of_config():
     makers = [
         name
-        for module in (config_experts, config_latent, config_layers, config_parts, config_rope, config_router)
+        for module in (config_experts, config_latent, config_layers, config_nested, config_parts, config_rope, config_router)
         for name, one in vars(module).items()
         if getattr(one, "__module__", "") == module.__name__
         and getattr(one, "__annotations__", {}).get("return") in ("Field", "tuple[Field, ...]", "Types")
