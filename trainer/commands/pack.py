@@ -13,7 +13,7 @@ from formats.home import expanded
 from trainer.arguments import is_override, read_run
 
 if TYPE_CHECKING:
-    from trainer.data.chat.build import PackedSplit
+    from trainer.data.chat.packed import PackedSplit
 
 
 @click.command(
@@ -28,26 +28,27 @@ if TYPE_CHECKING:
 def command(words: tuple[str, ...], *, config_file: str | None, as_json: bool, quiet: bool) -> None:
     """Tokenize and pack examples, once for many runs.
 
-    The examples of dataset.path become rows of dataset.sequence_length in the new folder OUT.
+    The examples of dataset.path, or of the sources of dataset.blend with their weights, become rows of dataset.sequence_length
+    in the new folder OUT.
 
     A run with dataset.path=OUT then starts at once, on rows as full as can be. The folder is for the tokenizer and the sequence
     length that it was made with.
     """
     from trainer.checkpoints.contents import tokenizer_of_run  # noqa: PLC0415 - seconds to import
-    from trainer.data.chat import build  # noqa: PLC0415
+    from trainer.data.chat import build, packed  # noqa: PLC0415
     from trainer.settings.defaults import apply_defaults  # noqa: PLC0415
     from trainer.settings.resolve import padded_examples  # noqa: PLC0415
 
     recipe, out, overrides = _split_words(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
     apply_defaults(config, padded_examples(config.model, config.dataset))
-    packed = build.pack(
+    done = packed.pack(
         config.dataset, out, tokenizer=build.require_tokenizer(tokenizer_of_run(config)), vocab_size=config.model.vocab_size
     )
     if as_json:
-        click.echo(json.dumps([asdict(split) for split in packed]))
+        click.echo(json.dumps([asdict(split) for split in done]))
     elif not quiet:
-        for line in _lines(packed):
+        for line in _lines(done):
             click.echo(line, err=True)
         click.echo(f"done: {out}", err=True)
 
@@ -60,10 +61,15 @@ def _split_words(words: tuple[str, ...]) -> tuple[str | None, Path, list[str]]:
     return names[0] if len(names) == 2 else None, Path(expanded(names[-1])), [word for word in words if word not in names]
 
 
-def _lines(packed: list[PackedSplit]) -> list[str]:
-    sources = dict.fromkeys(line for split in packed for line in (split.said, *split.reasons))
+def _lines(done: list[PackedSplit]) -> list[str]:
+    """Return lines that describe each source once, then each split; sources are named where a split has several."""
+    several = len({part.source for part in done}) > 1
+    sources = dict.fromkeys(
+        line for part in done for line in (f"`{part.source}`: {part.said}" if several else part.said, *part.reasons)
+    )
     rows = (
-        f"{split.split}: {split.examples:,} examples in {split.rows:,} rows, {100 * split.filled:.1f} % filled"
-        for split in packed
+        f"{part.split}{f', `{part.source}`' if several else ''}: {part.examples:,} examples in {part.rows:,} rows, "
+        f"{100 * part.filled:.1f} % filled{f', weight {part.weight:g}' if part.weight else ''}"
+        for part in done
     )
     return [*sources, *rows]

@@ -182,7 +182,8 @@ class ExampleDataset(Dataset):
         return {name: torch.from_numpy(array) for name, array in made.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}}
+        """Leave out the opened epochs; the receiving process makes or maps those that it reads."""
+        return {**self.__dict__, "_open_epochs": {}}
 
 
 _PACKING_COST = 16

@@ -8,40 +8,29 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from trainer.config import FinetuningDatasetConfig
 from trainer.data.blend import Blend
 from trainer.data.chat.dataset import ExampleDataset
 from trainer.data.chat.sources import Source
 
 
 def blend_sources(
-    config: FinetuningDatasetConfig,
-    sources: Mapping[Source, ExampleDataset],
-    weights: Sequence[float] | None,
-    samples: int,
-    *,
-    summary: Sequence[str],
-) -> Dataset:
-    """Return `samples` rows of the sources in proportion to `weights`, or to the rows of each. A row has examples of one source,
-    which depends only on the row's number and the weights. `summary` becomes that of the dataset."""
-    datasets = list(sources.values())
+    datasets: Sequence[ExampleDataset], weights: Sequence[float] | None, samples: int, *, folder: Path
+) -> ExampleDataset | Blend:
+    """Return `samples` rows of the datasets in proportion to `weights`, or to the rows of each. A row has examples of one
+    source, which depends only on the row's number and the weights. A long blend keeps its order in `folder`."""
     if len(datasets) == 1:
-        datasets[0].summary = tuple(summary)
         return datasets[0].take(samples)
-    folder = Path(config.path_to_cache or f"{next(iter(sources)).path}.cache")
     weights = list(weights or (float(dataset.per_epoch) for dataset in datasets))
-    blended = Blend(datasets, weights, samples=samples, folder=folder)
-    blended.summary = tuple(summary)
-    return blended
+    return Blend(datasets, weights, samples=samples, folder=folder)
 
 
-def evaluation_sets(sources: Mapping[Source, ExampleDataset], samples: int) -> ExampleDataset | dict[str, Dataset] | None:
-    """Return `samples` rows of each source by name; the dataset itself for one source, and None for none."""
-    named = {name: dataset.take(samples) for name, dataset in zip(_names(list(sources)), sources.values(), strict=True)}
-    return next(iter(named.values()), None) if len(named) < 2 else {**named}
+def evaluation_sets(named: Mapping[str, ExampleDataset], samples: int) -> ExampleDataset | dict[str, Dataset] | None:
+    """Return `samples` rows of each dataset by name; the dataset itself for one, and None for none."""
+    taken = {name: dataset.take(samples) for name, dataset in named.items()}
+    return next(iter(taken.values()), None) if len(taken) < 2 else {**taken}
 
 
-def _names(sources: Sequence[Source]) -> list[str]:
+def unique_names(sources: Sequence[Source]) -> list[str]:
     """Return the last part of each path, or the whole path if several end alike."""
     short = [source.path.stem if source.path.is_file() else source.path.name for source in sources]
     counts = Counter(short)
