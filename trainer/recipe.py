@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,8 @@ class Recipe:
         """Parameters of the model, tied weights counted once."""
         family = find(self.model["model_type"])
         sizes = make_model(family.CONFIG, self.model)
-        return sum(math.prod(rule.shape(sizes)) for rule, _ in in_order(family.RULES, sizes))
+        tensors = Counter(id(rule) for rule, _ in in_order(family.RULES, sizes))  # of experts, tens of thousands
+        return sum(math.prod(rule.shape(sizes)) * tensors[id(rule)] for rule in family.RULES if id(rule) in tensors)
 
     @property
     def summary(self) -> str:

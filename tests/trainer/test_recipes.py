@@ -14,6 +14,8 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from converter import families
+from converter.rules import Rule
 from formats.errors import UserError
 from trainer import recipes
 from trainer.config import RunConfig
@@ -196,3 +198,11 @@ def test_an_unknown_recipe_suggests_the_nearest() -> None:
         recipes.find("gpt")
     with pytest.raises(ImportError):
         from trainer.recipes import gpt  # noqa: F401 # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_parameters_are_counted_without_going_through_every_expert(monkeypatch):
+    """`mbtrain recipes` counts those of all recipes, each time: DeepSeek V3 alone has 45,000 tensors of experts."""
+    asked, shape = [], Rule.shape
+    monkeypatch.setattr(Rule, "shape", lambda rule, model: asked.append(rule) or shape(rule, model))
+    assert recipes.find("deepseek_v3").parameters > PUBLISHED["deepseek_v3"]  # by the layer of multi-token prediction
+    assert 0 < len(asked) <= len(families.find("deepseek_v3").RULES)
