@@ -73,7 +73,7 @@ def _hybrid(provider: Any, place: dict[str, Any]) -> Any:
     counted = pattern.in_hybrid_layers(provider)
     model = Hybrid(
         counted,
-        layers.hybrid_spec(counted, device.each_layer_spec(counted)),
+        layers.hybrid_spec(counted, device.each_layer_spec(layers.attention_alone(counted))),
         hybrid_layer_pattern=pattern.pattern(provider),
         **_arguments(provider),
         **place,

@@ -143,6 +143,32 @@ def test_every_model_of_text_in_transformers_is_a_family_or_unsupported_with_a_r
     assert REASONS.keys() & {*families.names()} == set()
 
 
+REMOTE = """
+    baichuan bailing_moe bailing_moe_linear bailing_moe_v2 chatglm deci deepseek grok grok-1 hunyuan internlm internlm2
+    internvl_chat kimi_k2 kimi_vl mimo minicpm minicpmo minicpmv minimax_m1 minimax_text_01 nemotron-nas openelm phi-msft
+    phi3small qwen rwkv6 rwkv7
+"""
+"""Model types of published models that come with code of their own, and that transformers has no class for."""
+
+
+@pytest.mark.parametrize("model_type", REMOTE.split())
+def test_a_model_type_of_remote_code_is_a_family_or_unsupported_with_a_reason(model_type):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    assert model_type not in CONFIG_MAPPING_NAMES
+    assert (model_type in families.names()) != (model_type in REASONS)
+
+
+@pytest.mark.parametrize("model_type", sorted(REASONS))
+def test_an_unsupported_model_type_is_refused_with_its_reason_whatever_else_it_says(model_type):
+    for layout in (None, "gpt", "hybrid"):
+        with pytest.raises(UserError) as error:
+            families.find(model_type, layout)
+        assert error.value.args[0] == (
+            f"`config.json` has the model type `{model_type}`, which is not supported: {REASONS[model_type]}"
+        )
+
+
 def test_unsupported_model_types_are_listed_with_their_reasons(capsys):
     show_families(every=True)
     listed = capsys.readouterr().out.split("not supported:\n")[1].splitlines()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from converter import adapter_to_hf, mcore_to_hf
 from formats.errors import UserError
 from tests import models
-from tests.converter.family_suite import small_model
+from tests.converter.family_suite import small_config, small_model
 from tests.trainer import small, test_generation, test_parity, witness
-from tests.trainer.test_family_training import loss_in_peft
+from tests.trainer.test_family_training import END, loss_in_peft, saved
 from trainer.peft import LoRA
 
 FEW, STOPPED = 6, 3
@@ -24,14 +26,12 @@ OTHERS = {
 }
 DISTRIBUTED = {"dp2_distributed": (2, {"ddp__use_distributed_optimizer": True})}
 SHORT = {"train__train_iters": FEW, "scheduler__lr_decay_iters": small.STEPS}
-HYBRID, END = {"model__layout": "hybrid"}, 2
+HYBRID = {"model__layout": "hybrid"}
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
 def folder(request, tmp_path_factory):
-    model = small_model(request.param, dtype="float32")
-    model.config.eos_token_id = model.generation_config.eos_token_id = END
-    return models.save(model, tmp_path_factory.mktemp(request.param) / "hf")
+    return saved(small_model(request.param, dtype="float32"), tmp_path_factory.mktemp(request.param) / "hf")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,29 @@ def test_a_run_goes_on_in_the_other_layout(layout, layouts, folder, alone, ranks
     for history in ranks.run(small.train, world, str(folder), {**there, "model__layout": after}):
         assert history.losses == pytest.approx(alone.losses[STOPPED:], abs=1e-5)
         assert history.grad_norms == pytest.approx(alone.grad_norms[STOPPED:], rel=1e-4)
+
+
+NETS = ["qwen3_next", "qwen3_5_text"]
+
+
+@pytest.fixture(scope="module", params=NETS)
+def nets(request, tmp_path_factory):
+    """A model with gated delta nets."""
+    return saved(small_model(request.param, dtype="float32"), tmp_path_factory.mktemp(request.param) / "hf")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gated_delta_nets_are_trained_in_either_layout_and_go_on_in_the_other(layout, nets, ranks, tmp_path):
+    world, changes = LAYOUTS[layout]
+    whole, *_ = ranks.run(witness.train, world, str(nets), {**SHORT, **changes})
+    there = {**SHORT, **changes, "checkpoint__save": str(tmp_path), "checkpoint__load": str(tmp_path)}
+    stopped = ranks.run(small.train, world, str(nets), {**there, **HYBRID, "train__exit_interval": STOPPED})
+    for first, last in zip(stopped, ranks.run(small.train, world, str(nets), there), strict=True):
+        assert [*first.losses, *last.losses] == pytest.approx(whole.losses, abs=1e-5)
+        assert [*first.grad_norms, *last.grad_norms] == pytest.approx(whole.grad_norms, rel=1e-4)
+    for history in ranks.run(small.train, world, str(nets), {**SHORT, **changes, **HYBRID}):
+        assert history.losses == pytest.approx(whole.losses, abs=1e-5)
+    assert whole.losses[-1] != whole.losses[0]
 
 
 def test_what_is_saved_is_exported_and_trained_on_in_either_layout(folder, ranks, tmp_path):
@@ -150,6 +173,19 @@ def test_what_a_hybrid_cannot_be_is_refused_by_name(message):
     assert error.value.args[0].startswith(message)
 
 
+def test_sparse_attention_is_refused_by_name():
+    from trainer.model import from_hf_config
+    from trainer.settings import hybrid
+
+    model = from_hf_config(small_config("glm_moe_dsa").to_dict())
+    model.layout = "hybrid"
+    with pytest.raises(UserError) as error:
+        hybrid.check(SimpleNamespace(model=model))
+    assert error.value.args[0] == (
+        "`model.experimental_attention_variant` is `dsa`, and `model.layout` is `hybrid`, in which sparse attention is not built"
+    )
+
+
 def test_packed_examples_are_refused_by_name():
     resolve, config = _run(MAMBA)
     config.dataset.reset_attention_mask, config.dataset.blend = True, ["text"]
@@ -164,13 +200,23 @@ def test_decay_in_fp32_is_saved_with_the_distributed_optimizer_alone(tmp_path):
         resolve()
 
 
-@pytest.mark.parametrize("experts", [{}, {"num_moe_experts": 4, "moe_ffn_hidden_size": 16, "moe_layer_freq": [0, 1, 1, 1]}])
-def test_a_hybrid_has_the_parameters_memory_and_operations_of_the_same_gpt(experts):
+SAME = {
+    "dense": {},
+    "experts": {"num_moe_experts": 4, "moe_ffn_hidden_size": 16, "moe_layer_freq": [0, 1, 1, 1]},
+    "delta nets": {
+        "experimental_attention_variant": "gated_delta_net", "linear_attention_freq": [1, 0, 1, 1], "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", SAME)
+def test_a_hybrid_has_the_parameters_memory_and_operations_of_the_same_gpt(model):
     from trainer.estimate.flops import flops_of_run
     from trainer.estimate.memory import memory
 
     stages = {"pipeline_model_parallel_size": 2}
-    gpt, hybrid = (_run({"layout": layout, **stages, **experts})[0]() for layout in ("gpt", "hybrid"))
+    gpt, hybrid = (_run({"layout": layout, **stages, **SAME[model]})[0]() for layout in ("gpt", "hybrid"))
     assert memory(hybrid.config, 2) == memory(gpt.config, 2)
     for peft in (None, LoRA(target_modules=["*.layers.*.self_attention.*"])):
         gpt.config.peft = hybrid.config.peft = peft

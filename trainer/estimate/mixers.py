@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.models.gpt.experimental_attention_variant_module_specs import get_linear_attention_pattern
 from megatron.core.transformer.experimental_attention_variant.dsa import is_dsa_skip_topk_layer
 
-from trainer.layers.delta_net import GATED_DELTA_NET
+from trainer.layers.pattern import GATED_DELTA_NET, layers_with_delta_nets
 from trainer.layers.sparse_attention import SPARSE
 
 CONVOLUTION = 4
@@ -112,9 +111,7 @@ def delta_net(provider: Any) -> Recurrence:
 
 def delta_nets(provider: Any) -> tuple[Recurrence | None, ...]:
     """Return the delta net of each layer; None for attention."""
-    if provider.experimental_attention_variant != GATED_DELTA_NET:
-        return (None,) * provider.num_layers
-    return tuple(delta_net(provider) if linear else None for linear in get_linear_attention_pattern(provider))
+    return tuple(delta_net(provider) if linear else None for linear in layers_with_delta_nets(provider))
 
 
 def indexers(provider: Any) -> tuple[Indexer | None, ...]:

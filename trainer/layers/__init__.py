@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.layers.branch_norms import branch_norms
 from trainer.layers.clipped import clipped
-from trainer.layers.delta_net import attention_alone, delta_nets, net_norm_gradients
+from trainer.layers.delta_net import attention_alone, delta_nets, net_norm_gradients, with_net
 from trainer.layers.embedding import embedding_dropout, embedding_layernorm, position_offset
 from trainer.layers.expert_biases import expert_biases
 from trainer.layers.expert_groups import expert_groups
@@ -26,6 +26,7 @@ from trainer.layers.norms import accepted, local_norms
 from trainer.layers.output import output_bias
 from trainer.layers.output_projection import attention_output_bias
 from trainer.layers.parallel_residual import parallel_residual
+from trainer.layers.pattern import GATED_DELTA_NET
 from trainer.layers.prediction import prediction_block
 from trainer.layers.recomputed_bias import recomputed_bias
 from trainer.layers.residual_multiplier import residual_multiplier
@@ -104,9 +105,11 @@ def _adapted(provider: Any, layer: Any) -> Any:
 
 
 def hybrid_spec(provider: Any, layers: Sequence[Any]) -> Any:
-    """Return the spec of a hybrid's decoder, from those of a GPT layer of each kind that it has, with every piece that the
-    provider's fields switch on."""
-    return stack_spec(provider, [_adapted(provider, layer) for layer in layers])
+    """Return the spec of a hybrid's decoder, from those of a GPT layer of each kind that it has, as `attention_alone` has them,
+    with every piece that the provider's fields switch on."""
+    has_nets = provider.experimental_attention_variant == GATED_DELTA_NET
+    net = _adapted(provider, with_net(provider, layers[0])) if has_nets else None
+    return stack_spec(provider, [_adapted(provider, layer) for layer in layers], net)
 
 
 def prediction_spec(provider: Any, layer: Any, vp_stage: int | None) -> Any:

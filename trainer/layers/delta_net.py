@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
-    get_gated_delta_net_module_spec,
-    get_linear_attention_pattern,
-)
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import get_gated_delta_net_module_spec
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules, common
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import LayerType
@@ -27,9 +24,8 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from formats.errors import UserError
+from trainer.layers.pattern import GATED_DELTA_NET, layers_with_delta_nets
 from trainer.layers.spec import backend_of, is_local
-
-GATED_DELTA_NET = "gated_delta_net"
 
 NOT_WITH = {
     "multi_latent_attention": False, "parallel_residual": None, "pre_layernorms": True, "post_layernorms": False,
@@ -51,13 +47,8 @@ def delta_nets(provider: Any, spec: Any, vp_stage: int | None) -> Any:
     """Return the spec of this rank's layers with a gated delta net where `provider.linear_attention_freq` says so."""
     if provider.experimental_attention_variant != GATED_DELTA_NET:
         return spec
-    if not common.HAVE_FLA:
-        raise UserError(
-            "gated delta nets need flash-linear-attention on a GPU, which is not installed",
-            hint="`pip install flash-linear-attention`",
-        )
-    nets = {id(layer): _with_net(provider, layer) for layer in spec.layer_specs}
-    is_linear = get_linear_attention_pattern(provider)
+    nets = {id(layer): with_net(provider, layer) for layer in spec.layer_specs}
+    is_linear = layers_with_delta_nets(provider)
     numbered = zip(_numbers(provider, vp_stage), spec.layer_specs, strict=True)
     return replace(spec, layer_specs=[nets[id(layer)] if is_linear[number] else layer for number, layer in numbered])
 
@@ -71,8 +62,13 @@ def _numbers(provider: Any, vp_stage: int | None) -> list[int]:
     return list(range(first, first + get_num_layers_to_build(provider, vp_stage=vp_stage)))
 
 
-def _with_net(provider: Any, layer: Any) -> Any:
-    """Return the spec of a layer with a gated delta net in the place of its attention."""
+def with_net(provider: Any, layer: Any) -> Any:
+    """Return the spec of a layer with a gated delta net in the place of its attention; UserError without its kernels on a GPU."""
+    if not common.HAVE_FLA:
+        raise UserError(
+            "gated delta nets need flash-linear-attention on a GPU, which is not installed",
+            hint="`pip install flash-linear-attention`",
+        )
     parts = layer.submodules
     if not is_local(layer):
         net = get_gated_delta_net_module_spec(provider, backend_of(layer))

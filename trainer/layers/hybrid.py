@@ -30,14 +30,15 @@ class Stack(HybridStack):
             self.final_norm = final_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
 
-def stack_spec(provider: Any, gpt_layers: Sequence[Any]) -> ModuleSpec:
+def stack_spec(provider: Any, gpt_layers: Sequence[Any], net_layer: Any | None) -> ModuleSpec:
     """Return the spec of HybridModel's decoder from those of GPT layers, adapted copies: one with a feed-forward part, one with
-    experts, or both."""
+    experts, or both; and one with a gated delta net, where the model has some."""
     first = gpt_layers[0]
     feed_forward = {"moe_layer" if has_experts(layer) else "mlp_layer": _feed_forward(layer) for layer in gpt_layers}
     attention = {"mla_layer" if provider.multi_latent_attention else "attention_layer": _attention(first)}
     mamba = {"mamba_layer": _mamba(provider, first)} if has_mamba(provider) else {}
-    layers = HybridStackSubmodules(**attention, **feed_forward, **mamba)
+    net = {"gdn_layer": _attention(net_layer)} if net_layer is not None else {}
+    layers = HybridStackSubmodules(**attention, **feed_forward, **mamba, **net)
     return ModuleSpec(module=Stack, submodules=layers, params={"final_norm": norm(provider, first)})
 
 

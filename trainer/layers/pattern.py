@@ -8,13 +8,17 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import get_linear_attention_pattern
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from converter.hybrid import PREDICTION, with_stages
 
-MAMBA, ATTENTION, LATENT_ATTENTION, MLP, EXPERTS = "M", "*", "+", "-", "E"
+MAMBA, ATTENTION, LATENT_ATTENTION, DELTA_NET, MLP, EXPERTS = "M", "*", "+", "G", "-", "E"
+
+GATED_DELTA_NET = "gated_delta_net"
+"""The value of `experimental_attention_variant` of a model with gated delta nets."""
 
 
 def is_hybrid(provider: Any) -> bool:
@@ -32,12 +36,21 @@ def symbols(provider: Any) -> list[str]:
     if provider.hybrid_layer_pattern is not None:
         return list(provider.hybrid_layer_pattern.partition(PREDICTION)[0])
     attention = LATENT_ATTENTION if provider.multi_latent_attention else ATTENTION
-    return [attention + (EXPERTS if has_experts else MLP) for has_experts in layers_with_experts(provider)]
+    mixers = [DELTA_NET if linear else attention for linear in layers_with_delta_nets(provider)]
+    parts = [EXPERTS if has_experts else MLP for has_experts in layers_with_experts(provider)]
+    return [mixer + part for mixer, part in zip(mixers, parts, strict=True)]
 
 
 def has_mamba(provider: Any) -> bool:
     """Tell whether a model has Mamba layers."""
     return MAMBA in (getattr(provider, "hybrid_layer_pattern", None) or "")
+
+
+def layers_with_delta_nets(provider: Any) -> tuple[bool, ...]:
+    """Expand megatron-core's `linear_attention_freq` to one bool per layer."""
+    if provider.experimental_attention_variant != GATED_DELTA_NET:
+        return (False,) * provider.num_layers
+    return tuple(bool(linear) for linear in get_linear_attention_pattern(provider))
 
 
 def layers_with_experts(provider: Any) -> tuple[bool, ...]:
@@ -96,6 +109,6 @@ def _double(counted: Any, provider: Any) -> None:
     for name in ("num_layers", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "recompute_num_layers"):
         if (value := getattr(provider, name)) is not None:
             setattr(counted, name, 2 * value)
-    for name in ("no_rope_freq", "window_attn_skip_freq", "moe_layer_freq", "cp_comm_type"):
+    for name in ("no_rope_freq", "window_attn_skip_freq", "moe_layer_freq", "linear_attention_freq", "cp_comm_type"):
         if isinstance(value := getattr(counted, name), list):
             setattr(counted, name, [each for each in value for _ in range(2)])

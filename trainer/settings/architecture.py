@@ -12,7 +12,8 @@ import torch
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.enums import AttnBackend
 
-from trainer.layers.delta_net import GATED_DELTA_NET, NOT_WITH
+from trainer.layers.delta_net import NOT_WITH
+from trainer.layers.pattern import GATED_DELTA_NET
 from trainer.layers.rope import KINDS, attention_factor
 from trainer.layers.sparse_attention import SPARSE
 from trainer.layers.xielu import xielu

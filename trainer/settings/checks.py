@@ -19,7 +19,7 @@ from converter.adapters.adapter import METHODS, Description
 from converter.adapters.exportable import refuse_unexportable
 from converter.config import make_model
 from trainer.config import CheckpointConfig, DistributedDataParallelConfig, RunConfig, SchedulerConfig, is_packed
-from trainer.layers.delta_net import GATED_DELTA_NET
+from trainer.layers.pattern import GATED_DELTA_NET
 from trainer.settings.precision import Machine, requires
 from trainer.settings.rules import Rule, enforce
 

@@ -10,6 +10,7 @@ from typing import Any
 from converter.hybrid import PREDICTION, STAGE
 from trainer.config import is_packed
 from trainer.layers.pattern import ATTENTION, EXPERTS, MAMBA, MLP, has_mamba, is_hybrid
+from trainer.layers.sparse_attention import SPARSE
 from trainer.settings.checks import CP, TP, parallel_size
 from trainer.settings.rules import Rule, enforce
 
@@ -64,10 +65,12 @@ def _layout_rules(model: Any) -> Iterator[Rule]:
     for name, why in (
         ("parallel_residual", "whose attention and feed-forward parts are layers one after another"),
         ("mtp_num_layers", "in which layers of multi-token prediction are not trained"),
-        ("experimental_attention_variant", "in which gated delta nets are not built"),
     ):
         value = getattr(model, name, None)
         yield value, f"`model.{name}` is `{value}`, and {given}, {why}", leave
+    name = "experimental_attention_variant"
+    sparse = getattr(model, name, None) == SPARSE
+    yield sparse, f"`model.{name}` is `{SPARSE}`, and {given}, in which sparse attention is not built", leave
 
 
 def _mamba_rules(config: Any) -> Iterator[Rule]:
