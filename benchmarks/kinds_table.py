@@ -50,8 +50,8 @@ REFUSED = """
 
 """
 
-_MEGATRON = ("mcore-to-hf", "verify", "inspect", "reshard", "merge")
-_MODEL = ("hf-to-mcore", "verify", "inspect", "merge")
+_MEGATRON = ("mcore-to-hf", "verify", "inspect", "reshard", "merge", "average", "extend-vocab")
+_MODEL = ("hf-to-mcore", "verify", "inspect", "merge", "average", "extend-vocab")
 _ADAPTER = ("adapter-to-mcore", "inspect", "merge")
 _OWN_NAMES = {"torch": Format.RANK_FILES}
 """The formats that `inspect` calls otherwise than Megatron-LM's `--ckpt-format`."""
@@ -110,11 +110,11 @@ def _writers(kind: Format) -> Iterator[str]:
     """Yield the commands that write a kind."""
     match kind:
         case Format.HUGGINGFACE:
-            yield from ("mcore-to-hf", "merge")
+            yield from ("mcore-to-hf", "merge", "average", "extend-vocab")
         case Format.PEFT:
             yield "adapter-to-hf"
         case Format.TORCH_DIST:
-            yield from ("hf-to-mcore", "reshard", "merge", "adapter-to-mcore", "mbtrain")
+            yield from ("hf-to-mcore", "reshard", "merge", "average", "extend-vocab", "adapter-to-mcore", "mbtrain")
         case _:
             yield from (f"hf-to-mcore --ckpt-format {name}" for name in _ckpt_formats() if _named(name) is kind)
 

@@ -25,7 +25,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
               "their sum: 1,3 is a quarter and three quarters. [default: equal]")  # fmt: skip
 @click.option("--from", "values_from", type=click.Choice(["weights", "master"]), help="Average the weights, or the fp32 masters "
               "in the optimizer state of Megatron checkpoints. [default: master, where all have them]")  # fmt: skip
-@click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR, for Megatron checkpoints without.")
+@click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR, for checkpoints without.")
 @INTEGRITY
 @execution
 def average(sources: tuple[str, ...], target: str, **options: Any) -> None:
@@ -47,7 +47,7 @@ def average(sources: tuple[str, ...], target: str, **options: Any) -> None:
 @click.option("--init", default="mean", show_default=True, metavar="zero|mean|FILE", help="New rows: zeros; the mean of all "
               "tokens' rows; or those of a safetensors FILE, one tensor [new tokens, hidden] for embedding and output layer, or "
               "one for each under its Hugging Face name.")  # fmt: skip
-@click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR, for a Megatron SRC without.")
+@click.option("--hf-config", metavar="DIR", help="Use the `config.json` and side files of DIR, for an SRC that has none.")
 @click.option("--weights-only", is_flag=True, help="Leave out optimizer state and what else resumes a run.")
 @INTEGRITY
 @execution

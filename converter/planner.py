@@ -287,7 +287,8 @@ def _account(wanted: Callable[[], Iterable[tuple[str, Shape]]], given: Specs, *,
         instead = f"; it holds {list_names(over)}, for which this family has no place" if over else ""
         raise UserError(
             f"the {side} lacks {list_names(missing)}{instead}",
-            hint="`config.json` describes a model with these tensors: either it or the weights are of another model",
+            hint="`config.json`, or the settings that stand in for it (`run_config.yaml`, `args`), describes a model with these "
+            "tensors: either they or the weights are of another model",
         )
     if over:
         raise UserError(

@@ -141,7 +141,10 @@ def _hash(tensor_plan: TensorPlan, buffers: PieceBuffers, reader: Reader, report
 def _recorded(folder: Folder) -> dict[str, str]:
     """Return the hashes of tensors that `conversion.json` lists. Raises UserError if it lists none."""
     if not folder.has(provenance.FILE):
-        raise UserError(f"`{folder.label}` has no `{provenance.FILE}`: there are no hashes to check it against")
+        raise UserError(
+            f"`{folder.label}` has no `{provenance.FILE}`: there are no hashes to check it against",
+            hint="`mbconvert verify A B` compares it with another copy of the same weights",
+        )
     document = read_json(folder, provenance.FILE)
     hashes: Any = document.get("blake3")
     if hashes is None and "blake3" in document:

@@ -151,6 +151,8 @@ def notes_on_run(run: TrainingRun, sizes: Mapping[str, int]) -> Iterator[str]:
         yield f"optimizer state becomes `{FULLY_RESHARDABLE}`, which a distributed optimizer of megatron-core 0.15 or later loads"
     if are_quantized(run.checkpoint):
         yield "fp32 masters were not compared with the weights, which were in FP8 or FP4 while they were trained"
+    if "iteration" not in run.checkpoint.common_state() and not run.checkpoint.folder.has(TRAIN_STATE):
+        yield "the step and the schedule are not read from this kind of checkpoint: training counts from step 0"
     if reason := _anew(run.checkpoint, sizes):
         yield f"random numbers start anew: {reason} (Megatron-LM: `--no-load-rng`)"
 

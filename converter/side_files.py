@@ -149,11 +149,11 @@ def of_model(reader: HuggingFaceReader) -> tuple[HFReference, list[str]]:
 
 def config_of(reader: HuggingFaceReader) -> dict[str, Any]:
     """Return the `config.json` of a model. Raises UserError if it has none."""
-    if not reader.shards and not reader.beside.has(CONFIG):
+    if not reader.beside.has(CONFIG):
         raise UserError(
             f"`{reader.folder.label}` has no `{CONFIG}`, which says what model its tensors are of",
-            hint=f"put the model's `{CONFIG}` beside them; `hf-to-mcore` and `merge` also take the folder that has it: "
-            "`--hf-config DIR`",
+            hint=f"put the model's `{CONFIG}` beside them; `hf-to-mcore`, `merge`, `average` and `extend-vocab` also take "
+            "the folder that has it: `--hf-config DIR`",
         )
     return read_json(reader.beside, CONFIG)
 

@@ -37,10 +37,20 @@ from formats.spec import JoinedReader, Reader, TensorSpec
 def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointView]:
     """Open both directories. One that does not say what model it holds is taken to hold the other's.
 
-    Two Megatron checkpoints that both do not say are viewed under Megatron's names. A checkpoint beside an export from fp32
-    masters is viewed by its own. Raises UserError for other formats.
+    Two Megatron checkpoints that both do not say, or whose settings describe other tensors, are viewed under Megatron's names. A
+    checkpoint beside an export from fp32 masters is viewed by its own. Raises UserError for other formats.
     """
-    readers = open_checkpoint(one, any_dtype=True), open_checkpoint(other, any_dtype=True)
+    first, second = readers = open_checkpoint(one, any_dtype=True), open_checkpoint(other, any_dtype=True)
+    try:
+        return _exported_views(readers)
+    except UserError:
+        if isinstance(first, HuggingFaceReader) or isinstance(second, HuggingFaceReader) or not _same_tensors(first, second):
+            raise
+        return _native(first, second), _native(second, first)
+
+
+def _exported_views(readers: Sequence[HuggingFaceReader | MegatronReader]) -> tuple[CheckpointView, CheckpointView]:
+    """Return the views of two checkpoints, of Megatron ones as what an export of them would write."""
     told = [None if isinstance(reader, HuggingFaceReader) else _told(reader) for reader in readers]
     sides: list[CheckpointView] = []
     as_numbers = not _coded_alike(readers)
@@ -187,6 +197,15 @@ def tied(tensor_plans: Iterable[TensorPlan], family: Family, model: Model) -> di
     return {
         name: replace(made[other], spec=replace(made[other].spec, name=name)) for name, other in names.items() if other in made
     }
+
+
+def _same_tensors(one: Reader, other: Reader) -> bool:
+    """Do both hold tensors of the same names, however norms are spelled, and of the same shapes?"""
+    shapes = [
+        {spelled_as(neighbour.specs, name): spec.shape for name, spec in reader.specs.items()}
+        for reader, neighbour in ((one, other), (other, one))
+    ]
+    return shapes[0] == shapes[1]
 
 
 def _native(reader: MegatronReader, neighbour: Reader) -> CheckpointView:

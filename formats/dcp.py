@@ -129,7 +129,10 @@ class DcpContainer:
     def _size(self, file: str) -> int:
         if file not in self._sizes:
             if not self._folder.has(file):
-                raise UserError(f"`{METADATA}` names `{file}`, which is not in `{self._folder.label}`")
+                raise UserError(
+                    f"`{METADATA}` names `{file}`, which is not in `{self._folder.label}`",
+                    hint="the checkpoint is incomplete: copy it again, or use an earlier iteration",
+                )
             self._sizes[file] = self._folder.size(file)
         return self._sizes[file]
 

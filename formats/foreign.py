@@ -38,6 +38,7 @@ _META = (
     "use the repository that has the model for transformers (with `-hf` in its name, or `*.safetensors` beside `original/`), "
     "or convert it with `convert_llama_weights_to_hf.py` of transformers 4"
 )
+_ALL_RANKS = "give the checkpoint's root, or its iteration (`iter_*` or `release`), which has a folder for each rank"
 _FRAMEWORKS = (
     "load it with transformers 4 (`from_tf=True` or `from_flax=True`) and save it with `save_pretrained`; or fetch the "
     "repository's safetensors files"
@@ -62,6 +63,7 @@ class Foreign:
 
 
 FORMATS = (
+    Foreign(r"model_optim_rng\.pt|distrib_optim\.pt", "the state of one rank of a Megatron-LM checkpoint", _ALL_RANKS),
     Foreign(r"model_world_size_\d+_rank_\d+\.pt", "FSDP shards as verl saves them", _VERL),
     Foreign(r"latest_universal|global_step\d+_universal/|zero/", "a universal checkpoint of DeepSpeed", _UNIVERSAL),
     Foreign(r"(.+/)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt", "a DeepSpeed checkpoint of ZeRO stage 3", _DEEPSPEED),

@@ -184,7 +184,11 @@ def test_a_source_with_its_own_config_takes_no_other(state, config, tmp_path):
 
 def test_a_source_without_weights_or_config_is_named(state, tmp_path):
     dcp.save(state, checkpoint_id=tmp_path / "d", no_dist=True)
-    refused(hf_to_mcore, tmp_path / "d", tmp_path, "has no `config.json`, which says what model its tensors are of")
+    hint = "which says what model its tensors are of\n\nhint: .* `average` and `extend-vocab` also take .* `--hf-config DIR`"
+    refused(hf_to_mcore, tmp_path / "d", tmp_path, f"has no `config.json`, {hint}")
+    (tmp_path / "s").mkdir()
+    save_file(state, tmp_path / "s" / "model.safetensors")
+    refused(hf_to_mcore, tmp_path / "s", tmp_path, f"has no `config.json`, {hint}")
     dcp.save({"optimizer": optimizer(state)}, checkpoint_id=tmp_path / "c", no_dist=True)
     refused(hf_to_mcore, tmp_path / "c", tmp_path, "and no layers of a model")
 

@@ -89,7 +89,7 @@ def test_an_export_is_held_against_the_hashes_of_its_tensors(checkpoint, tmp_pat
     assert len(check(tmp_path / "hf").changed) == 1
     shutil.copy(tmp_path / "hf" / "model.safetensors", tmp_path / "hf" / "more.safetensors")
     (tmp_path / "hf" / "conversion.json").unlink()
-    with pytest.raises(UserError, match="there are no hashes to check it against"):
+    with pytest.raises(UserError, match=r"there are no hashes to check it against\n\nhint: `mbconvert verify A B` compares it"):
         check(tmp_path / "hf")
 
 

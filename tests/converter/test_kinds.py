@@ -109,6 +109,26 @@ def test_verify_knows_both_spellings_of_norms(tmp_path, name):
     assert verify(twin, kind).same
 
 
+def test_weights_that_their_settings_do_not_describe_are_compared_under_megatrons_names(tmp_path):
+    """`args` of megatron-core 0.8.0 say LayerNorm, whose biases the weights lack."""
+    zarr, twin, other = (unpacked(name, tmp_path) for name in ("zarr", "zarr_as_torch_dist", "ranks_tp2_pp2"))
+    same = verify(zarr, twin)
+    assert same.same
+    assert same.tensors == 15
+    for one, two in ((zarr, other), (other, zarr)):
+        compared = verify(one, two)
+        assert len(compared.different) > 0
+        assert not compared.only_in_one + compared.only_in_other
+    with pytest.raises(UserError) as refused:
+        verify(zarr, unpacked("ranks_ep2", tmp_path))
+    assert "hint: `config.json`, or the settings that stand in for it (`run_config.yaml`, `args`), describes" in str(
+        refused.value
+    )
+    next(zarr.glob("*/decoder.final_layernorm.weight/0")).unlink()
+    with pytest.raises(UserError, match=r"chunk `decoder.final_layernorm.weight/0` is missing"):
+        verify(zarr, twin)
+
+
 def test_a_check_that_has_nothing_to_compare_with_says_so(tmp_path):
     root = unpacked("ranks_tp2_pp2", tmp_path)
     (next(root.glob("*/mp_rank_00_000")) / "layer_wise_optimizer_0.pt").touch()

@@ -116,6 +116,16 @@ def test_why_random_numbers_start_anew_is_said(tmp_path, case):
     assert reader.args()["no_save_rng"]
 
 
+def test_a_step_that_is_not_known_is_said(tmp_path):
+    source, said = unpacked("zarr", tmp_path), "the step and the schedule are not read from this kind of checkpoint"
+    assert not any(said in note for note in resharded("zarr", tmp_path / "known", SMALL)[2])
+    common = source / "iter_0000002" / "common.pt"
+    state = torch.load(common, weights_only=False)
+    torch.save({name: value for name, value in state.items() if name != "iteration"}, common)
+    _, _, notes = resharded("zarr", tmp_path / "work", SMALL, source=source)
+    assert f"{said}: training counts from step 0" in notes
+
+
 def test_experts_and_their_optimizer_change_their_ranks(tmp_path):
     twin = open_optimizer(open_megatron(LocalFolder(unpacked("ranks_ep2_as_torch_dist", tmp_path / "twin"))))
     _, optimizer, _ = resharded("ranks_ep2", tmp_path, MODELS["ranks_ep2"], tp=2, ep=4, etp=1)

@@ -94,6 +94,7 @@ OTHERS = {
     "ZeRO 3": (["zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"], "ZeRO stage 3", ""),
     "universal": (["zero/lm_head.weight/fp32.pt", "mp_rank_00_model_states.pt"], "a universal checkpoint", "load_universal"),
     "universal's root": (["latest_universal", "global_step1_universal/zero/w/fp32.pt"], "a universal checkpoint", "zero_to_fp32"),
+    "one rank": (["model_optim_rng.pt", "distrib_optim.pt"], "the state of one rank", "checkpoint's root"),
     "ranks": (["rank_0.pt", "rank_1.pt"], "one file for each rank", "save_pretrained"),
     "NeMo": (["llama.nemo"], "a NeMo archive", "give the archive itself: `"),
     "TensorFlow": (["tf_model.h5"], "TensorFlow weights", "from_tf=True"),
@@ -316,6 +317,7 @@ def test_a_missing_file_of_an_index_is_told_apart_from_a_broken_link(tmp_path):
 
 @pytest.mark.parametrize(("path", "text"), [
     ("llama.gguf", "`llama.gguf` is a file: GGUF"), ("a/pytorch_model.bin", "`a/pytorch_model.bin` is a file: pickled PyTorch"),
+    ("mp_rank_00/model_optim_rng.pt", "`mp_rank_00/model_optim_rng.pt` is a file: the state of one rank of a Megatron-LM"),
     ("m/model.safetensors", "`m/model.safetensors` is a file\n\nhint: give the directory that it is in: `m`"),
     ("model.safetensors", "`model.safetensors` is a file\n\nhint: give the directory that it is in: `.`"),
 ])  # fmt: skip
