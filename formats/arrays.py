@@ -35,10 +35,10 @@ def copy(out: Array, data: Array) -> None:
     np.copyto(out.view(plain), data.view(plain))
 
 
-def same_bits(one: Array, other: Array) -> bool:
+def same_bits(array: Array, other: Array) -> bool:
     """Do two arrays of one dtype and shape have the same bits?"""
-    plain = np.dtype(f"u{one.dtype.itemsize}")
-    return np.array_equal(one.view(plain), other.view(plain))
+    plain = np.dtype(f"u{array.dtype.itemsize}")
+    return np.array_equal(array.view(plain), other.view(plain))
 
 
 def as_bytes(array: Array) -> memoryview:

@@ -59,8 +59,8 @@ class Index:
 
     def forget_chunks(self) -> None:
         """Free the records that tensors are built from (tens of MiB), once all tensors are built."""
-        for one in self.tensors.values():
-            cast("dict[str, Any]", one.fields).pop("chunks")
+        for record in self.tensors.values():
+            cast("dict[str, Any]", record.fields).pop("chunks")
         self._locations.forget_chunks()
 
     def shape(self, name: str) -> Shape:
@@ -92,16 +92,18 @@ def _index(loaded: Any) -> Index:
                 state={"state_dict_metadata": {**described}, "storage_data": {**stored}} as state,
             ):
                 places, flattened = _Locations(stored), _flattened(state)
-                objects = {name for name, one in described.items() if one is OBJECT or one.kind.name == "BytesStorageMetadata"}
+                objects = {
+                    name for name, record in described.items() if record is OBJECT or record.kind.name == "BytesStorageMetadata"
+                }
                 tensors = {
-                    name: one
-                    for name, one in described.items()
-                    if name not in objects and one.kind.name == "TensorStorageMetadata"
+                    name: record
+                    for name, record in described.items()
+                    if name not in objects and record.kind.name == "TensorStorageMetadata"
                 }
             case _:
                 raise UserError(f"`{METADATA}` is not the index of a distributed checkpoint")
-        for one in tensors.values():
-            if any(part is ELSEWHERE for part in (one["size"], one["properties"], one["chunks"], *one["chunks"])):
+        for record in tensors.values():
+            if any(part is ELSEWHERE for part in (record["size"], record["properties"], record["chunks"], *record["chunks"])):
                 raise _malformed("duplicate chunk")
     if not all(_is_name(name) for name in described):
         raise _malformed("a tensor's name is not text")
@@ -187,13 +189,15 @@ class _Locations:
         rows, both = rows[inside], _flat(np.concatenate([at[inside], corners]), shape)
         keys, wanted = both[: len(rows)], both[len(rows) :]
         order = np.argsort(keys, kind="stable")
-        found = np.searchsorted(keys[order], wanted, side="right") - 1
+        positions = np.searchsorted(keys[order], wanted, side="right") - 1
         missing = (
-            np.flatnonzero((found < 0) | (keys[order][np.maximum(found, 0)] != wanted)) if len(keys) else np.arange(len(corners))
+            np.flatnonzero((positions < 0) | (keys[order][np.maximum(positions, 0)] != wanted))
+            if len(keys)
+            else np.arange(len(corners))
         )
         if len(missing):
             raise _no_location(name, corners[missing[0]].tolist())
-        rows = rows[order[found]] if len(corners) else rows[:0]
+        rows = rows[order[positions]] if len(corners) else rows[:0]
         if compressed := self._compressed.keys() & set(rows.tolist()):
             raise compressed_error(name, self._compressed[min(compressed)])
         return np.concatenate([self._file[rows, np.newaxis], self._spans[rows]], axis=1)
@@ -249,9 +253,9 @@ class _Locations:
         shared = np.flatnonzero((files[1:] == files[:-1]) & (starts[1:] < stops[:-1]))
         if len(shared):
             texts = list(self._numbers)
-            one, other = (texts[names[order[shared[0] + step]]] for step in (0, 1))
+            name, other = (texts[names[order[shared[0] + step]]] for step in (0, 1))
             raise UserError(
-                f"`{METADATA}` puts `{one}` and `{other}` in the same bytes of `{self.files[files[shared[0]]]}`",
+                f"`{METADATA}` puts `{name}` and `{other}` in the same bytes of `{self.files[files[shared[0]]]}`",
                 hint="the checkpoint is damaged or was mixed from two",
             )
 

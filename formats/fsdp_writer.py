@@ -98,8 +98,8 @@ class FsdpWriter:
     def _parts(self, name: str, region: Region) -> Iterator[tuple[str, Region, slice]]:
         """Yield the keys that hold part of a region, that part of the key, and its rows in the region."""
         for stored in self._stored[name]:
-            if found := stored.part(region):
-                yield stored.key, *found
+            if overlap := stored.part(region):
+                yield stored.key, *overlap
 
 
 def _stored(tensor: FsdpTensor) -> tuple[_Stored, ...]:
@@ -112,6 +112,6 @@ def _stored(tensor: FsdpTensor) -> tuple[_Stored, ...]:
 
 def _boxes(tensor: FsdpTensor, stored: _Stored) -> Iterator[Box]:
     for region, rank in tensor.chunks:
-        if found := stored.part(region):
-            part, _ = found
+        if overlap := stored.part(region):
+            part, _ = overlap
             yield Box(tuple(each.start for each in part), extent(part), rank_file(rank))

@@ -41,11 +41,11 @@ class Pattern:
     memoized: int
     fields: dict[str, slice]
     refers: tuple[bool, ...]
-    one: re.Pattern[bytes] = field(init=False)
+    single: re.Pattern[bytes] = field(init=False)
     many: re.Pattern[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.one = re.compile(self.source, re.DOTALL)
+        self.single = re.compile(self.source, re.DOTALL)
         groupless = self.source.replace(_INTEGER, b"(?:" + _INTEGER[1:]).replace(_REFERENCE, b"(?:" + _REFERENCE[1:])
         self.many = re.compile(b"(?:%b){1,%d}" % (groupless, _BLOCK), re.DOTALL)
 
@@ -75,12 +75,12 @@ class Pattern:
             return table, end, False
         count = int(np.flatnonzero(~good)[0])
         for _ in range(count):
-            at = self.one.match(data, at).end()  # pyright: ignore[reportOptionalMemberAccess] - it did
+            at = self.single.match(data, at).end()  # pyright: ignore[reportOptionalMemberAccess] - it did
         return table[:count], at, True
 
     def _alike(self, data: bytes, at: int) -> tuple[Array, int]:
         """Match records with the same opcodes as the first: each value has a fixed column of bytes. Return values and end."""
-        first = self.one.match(data, at)
+        first = self.single.match(data, at)
         if first is None:
             return np.empty((0, len(self.refers)), np.int64), at
         length = first.end() - at
@@ -98,8 +98,8 @@ class Pattern:
         block = self.many.match(data, at)
         if block is None:
             return np.empty((0, len(self.refers)), np.int64), at
-        rows = self.one.findall(data, at, block.end())
-        rows = [(one,) for one in rows] if len(self.refers) == 1 else rows
+        rows = self.single.findall(data, at, block.end())
+        rows = [(value,) for value in rows] if len(self.refers) == 1 else rows
         return np.stack([_decoded(column) for column in zip(*rows, strict=True)], axis=1), block.end()
 
 

@@ -129,13 +129,13 @@ class IndexUnpickler(Unpickler):
             if number < self._memoized:
                 return self.append(ELSEWHERE)
             raise UserError(f"it refers to memo {number}, which does not exist")
-        found = self.memo[number]
-        if self._use_patterns and type(found) is Global and found.name in _KINDS:
+        value = self.memo[number]
+        if self._use_patterns and type(value) is Global and value.name in _KINDS:
             start = self._stream.tell() - length
             if self._matched(start):
                 return None
-            self._open.append((found.name, number, start))
-        return self.append(found)
+            self._open.append((value.name, number, start))
+        return self.append(value)
 
     def load_build(self) -> None:
         if isinstance(self.stack[-2], Run):
@@ -159,12 +159,12 @@ class IndexUnpickler(Unpickler):
         if made is None or not made.refers or not (kind == _SKIPPED or self._holds(made, data, record)):
             self._before = None
             return
-        if all(made.source != one.source for one in known):
+        if all(made.source != pattern.source for pattern in known):
             known.append(made)
         if kind == _INFO and self._before:
             pairs = self._pairs.setdefault(self._before[0], [])
             both = self._before[1].then(made)
-            if len(pairs) < _MOST_PATTERNS and all(both.source != one.source for one in pairs):
+            if len(pairs) < _MOST_PATTERNS and all(both.source != pattern.source for pattern in pairs):
                 pairs.append(both)
         self._before = (number, made) if kind == _INDEX else None
 
@@ -210,9 +210,9 @@ class IndexUnpickler(Unpickler):
 
     def _skipped(self, at: int) -> int:
         before, patterns = at, self._patterns.get(self._number_at(at), ())
-        while found := next(((p, match) for p in patterns if (match := p.one.match(self._data, at))), None):
-            self._memoized += found[0].memoized
-            at = found[1].end()
+        while applied := next(((p, match) for p in patterns if (match := p.single.match(self._data, at))), None):
+            self._memoized += applied[0].memoized
+            at = applied[1].end()
         if at > before:
             self.append(ELSEWHERE)
         return at

@@ -135,12 +135,12 @@ class _Writer:
 
     def name(self, value: str | Global) -> bytes:
         """A text or a global: written out the first time, later referred to."""
-        found = self.known.get(value)
-        if found is None:
+        reference = self.known.get(value)
+        if reference is None:
             number = struct.pack("<I", len(self.known))
             self.known[value] = pickle.LONG_BINGET + number
             return _spelled(value) + pickle.LONG_BINPUT + number
-        return found
+        return reference
 
     def _tensor(self, key: str, tensor: ChunkedTensor, most: int | None) -> Iterator[bytes]:
         at, dims = self.name, len(tensor.shape)

@@ -57,17 +57,17 @@ class Holder:
             "started": self.process.started,
             "place": self.process.pid_scope,
         }
-        said = {**process, "since": self.since, "run": self.run, "key": self.key, "heartbeat": heartbeat}
-        return json.dumps(said).encode().ljust(_SIZE - 1) + b"\n"
+        fields = {**process, "since": self.since, "run": self.run, "key": self.key, "heartbeat": heartbeat}
+        return json.dumps(fields).encode().ljust(_SIZE - 1) + b"\n"
 
     @classmethod
     def parse(cls, text: bytes) -> Self | None:
         """Return the holder from a lock file's content, or None where the content is damaged."""
         try:
-            said = parse_json(text, source="lock")
-            started = None if said["started"] is None else int(said["started"])
-            process = Process(str(said["host"]), int(said["pid"]), started, str(said["place"]))
-            return cls(process, str(said["since"]), str(said["run"]), str(said["key"]))
+            fields = parse_json(text, source="lock")
+            started = None if fields["started"] is None else int(fields["started"])
+            process = Process(str(fields["host"]), int(fields["pid"]), started, str(fields["place"]))
+            return cls(process, str(fields["since"]), str(fields["run"]), str(fields["key"]))
         except (UserError, KeyError, ValueError, TypeError):
             return None
 
@@ -101,8 +101,8 @@ class Lock:
     def check(self) -> None:
         """Raise UserError if a heartbeat has seen that another run took the lock. Reads no file."""
         if self._lost:
-            found = _read_lock(self._path)
-            by = f" by {found.holder}" if found and found.holder else ""
+            current = _read_lock(self._path)
+            by = f" by {current.holder}" if current and current.holder else ""
             raise TransientError(
                 f"the lock `{self._path}` was taken from this run{by}",
                 hint=f"this run showed no heartbeat for too long; make sure that only one run writes `{self._target}`",
@@ -130,7 +130,7 @@ class Lock:
             return
         try:
             # The open file stays the one that this process created, whatever its name refers to by now.
-            if (found := Holder.parse(os.read(file, _SIZE))) and found.key == self.holder.key:
+            if (current := Holder.parse(os.read(file, _SIZE))) and current.key == self.holder.key:
                 self._beats += 1
                 os.pwrite(file, self.holder.text(self._beats), 0)
             else:
@@ -148,7 +148,7 @@ class Lock:
             os.link(self._path, claim)
             claimant = self.holder
         try:
-            if (found := _read_lock(self._path)) and found.key == self.holder.key:
+            if (current := _read_lock(self._path)) and current.key == self.holder.key:
                 self._path.unlink(missing_ok=True)
         finally:
             _remove_if_held(claim, claimant)
@@ -183,19 +183,19 @@ def _take(path: Path, me: Holder, target: Path, patience: float, note: Callable[
     for _ in pauses(patience):
         if _create(path, me):
             return
-        if not (found := _read_lock(path)):
+        if not (current := _read_lock(path)):
             continue
-        if not found.is_a_lock:
+        if not current.is_a_lock:
             raise _not_a_lock(path, target)
-        alive = found.holder.process.is_alive() if found.holder else None
-        quiet = watch.look(found)
-        if alive or (before and before.key == found.key and before != found):
-            raise _held_by_another(target, found.holder)
-        if (quiet or alive is False) and _take_over(path, found, me, target, patience):
+        alive = current.holder.process.is_alive() if current.holder else None
+        quiet = watch.look(current)
+        if alive or (before and before.key == current.key and before != current):
+            raise _held_by_another(target, current.holder)
+        if (quiet or alive is False) and _take_over(path, current, me, target, patience):
             return
         if note and not before and alive is None:
-            note(f"`{path}` names {found.holder or 'nobody'}; watching up to {patience:.0f} s whether that run is alive")
-        before = found
+            note(f"`{path}` names {current.holder or 'nobody'}; watching up to {patience:.0f} s whether that run is alive")
+        before = current
 
 
 def _take_over(path: Path, stale: _LockFile, me: Holder, target: Path, patience: float) -> bool:
@@ -260,7 +260,7 @@ def _read_lock(path: Path) -> _LockFile | None:
 
 
 def _remove_if_held(path: Path, holder: Holder) -> None:
-    if (found := _read_lock(path)) and found.key == holder.key:
+    if (current := _read_lock(path)) and current.key == holder.key:
         path.unlink(missing_ok=True)
 
 

@@ -136,24 +136,24 @@ class _OpenFiles:
                     break
                 self._make_room()
                 owner.raise_failure()
-            found = self._open[key]
+            file = self._open[key]
             self._open.move_to_end(key)
-            found.users += 1
-            found.dirty = found.dirty or owner.writes
-            return found
+            file.users += 1
+            file.dirty = file.dirty or owner.writes
+            return file
 
-    def give_back(self, found: _Open) -> None:
+    def give_back(self, file: _Open) -> None:
         """Return a lent descriptor. A sync during the loan may have missed later writes, so another one is needed."""
-        owner, *_ = found.key
+        owner, *_ = file.key
         with self._lock:
-            found.dirty = owner.writes
-            self._release(found)
+            file.dirty = owner.writes
+            self._release(file)
 
     def sync(self, owner: _Owner) -> None:
         with self._lock:
-            dirty = [found for key, found in self._open.items() if key[0] is owner and found.dirty]
-        for found in dirty:
-            self._sync_open(found)
+            dirty = [file for key, file in self._open.items() if key[0] is owner and file.dirty]
+        for file in dirty:
+            self._sync_open(file)
         with self._changed:
             self._changed.wait_for(lambda: not owner.closing)
             owner.raise_failure()
@@ -179,22 +179,22 @@ class _OpenFiles:
     def after_fork(self) -> None:
         self._lock.release()
 
-    def _sync_open(self, found: _Open) -> None:
+    def _sync_open(self, file: _Open) -> None:
         with self._lock:
-            if self._open.get(found.key) is not found:
+            if self._open.get(file.key) is not file:
                 return  # closed meanwhile, hence synced
-            found.users += 1
-            found.dirty = False
+            file.users += 1
+            file.dirty = False
         try:
-            _sync(found)
+            _sync(file)
         finally:
             with self._lock:
-                self._release(found)
+                self._release(file)
 
-    def _release(self, found: _Open) -> None:
-        found.users -= 1
-        if found.unwanted and not found.users:
-            self._close(found)
+    def _release(self, file: _Open) -> None:
+        file.users -= 1
+        if file.unwanted and not file.users:
+            self._close(file)
         self._changed.notify_all()
 
     def _close_abandoned(self) -> None:
@@ -204,10 +204,10 @@ class _OpenFiles:
     def _drop(self, owner: _Owner) -> None:
         owner.known.clear()
         for key in [key for key in self._open if key[0] is owner]:
-            found = self._open.pop(key)
-            found.unwanted = True
-            if not found.users:
-                self._close(found)
+            file = self._open.pop(key)
+            file.unwanted = True
+            if not file.users:
+                self._close(file)
 
     def _try_to_open(self, key: _Key) -> bool:
         """Open a file; False if the process is out of descriptors and could close others."""
@@ -222,19 +222,19 @@ class _OpenFiles:
 
     def _make_room(self) -> None:
         """Close the least recently used descriptor, preferably one that needs no sync; block if all are in use."""
-        idle = [found for found in self._open.values() if not found.users]
+        idle = [oldest for oldest in self._open.values() if not oldest.users]
         if not idle:
             self._changed.wait()
             return
-        found = next((file for file in idle if not file.dirty), idle[0])
-        del self._open[found.key]
-        if found.dirty:
-            self._without_lock(found, lambda: _sync(found))
-        self._close(found)
+        oldest = next((file for file in idle if not file.dirty), idle[0])
+        del self._open[oldest.key]
+        if oldest.dirty:
+            self._without_lock(oldest, lambda: _sync(oldest))
+        self._close(oldest)
         self._changed.notify_all()
 
-    def _without_lock(self, found: _Open, act: Callable[[], None]) -> None:
-        owner, *_ = found.key
+    def _without_lock(self, file: _Open, act: Callable[[], None]) -> None:
+        owner, *_ = file.key
         owner.closing += 1
         self._lock.release()
         try:
@@ -243,20 +243,20 @@ class _OpenFiles:
             self._lock.acquire()
             owner.closing -= 1
 
-    def _close(self, found: _Open) -> None:
+    def _close(self, file: _Open) -> None:
         self._count -= 1
         with suppress(OSError):  # written data was synced before, so a failed close loses nothing
-            os.close(found.descriptor)
+            os.close(file.descriptor)
 
 
-def _sync(found: _Open) -> None:
+def _sync(file: _Open) -> None:
     """Sync a file, and record a failure for every later call of its owner.
 
     This may run on a thread of another owner, and the system reports a lost write only once.
     """
-    owner, path, _ = found.key
+    owner, path, _ = file.key
     try:
-        os.fsync(found.descriptor)
+        os.fsync(file.descriptor)
     except OSError as error:
         error.filename = str(path)
         owner.failure = owner.failure or error

@@ -67,7 +67,9 @@ class BoxesReader:
         """Return where each box is stored: the first of its arrays, whole."""
         size = self.specs[name].dtype.itemsize
         firsts = [(box.region, box.copies[0]) for box in self.tensors[name].boxes]
-        return [Chunk(region, ArchiveLocation(one.file, one.offset, prod(one.shape) * size)) for region, one in firsts]
+        return [
+            Chunk(region, ArchiveLocation(stored.file, stored.offset, prod(stored.shape) * size)) for region, stored in firsts
+        ]
 
     def read(self, name: str, region: Region, out: Array) -> None:
         """See `Reader.read`. Raises UserError where ranks that should hold the same do not."""

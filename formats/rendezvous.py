@@ -197,14 +197,14 @@ class Rendezvous:
             hint="look at its output; all ranks must run the same command on the same file system",
         )
 
-    def _is_ours(self, said: Mapping[str, Any]) -> bool:
-        return said.get("run") == self._run_id and said.get("size") == self._size
+    def _is_ours(self, record: Mapping[str, Any]) -> bool:
+        return record.get("run") == self._run_id and record.get("size") == self._size
 
     def _hellos(self, of: str = "*") -> Iterator[dict[str, Any]]:
         """Yield the files of this run's processes, including those of a dead run with the same id."""
         for path in self._files():
-            if path.match(f"rank-{of}.*.json") and (said := _read(path)) and self._is_ours(said):
-                yield said
+            if path.match(f"rank-{of}.*.json") and (hello := _read(path)) and self._is_ours(hello):
+                yield hello
 
     def _files(self) -> list[Path]:
         try:
@@ -234,17 +234,17 @@ class Rendezvous:
 
     def _look_for_dead(self) -> None:
         for rank, key in self._members.items():
-            said = _read(self._rank_file(rank, key))
-            self._heard[rank] = said or self._heard[rank]
-            if self._watches[rank].look(said):
+            beat = _read(self._rank_file(rank, key))
+            self._heard[rank] = beat or self._heard[rank]
+            if self._watches[rank].look(beat):
                 text = f"{_rank_label(rank, self._heard[rank])} is dead: no heartbeat for {self._patience:.0f} s"
                 self._trouble = self._trouble or text
                 if self._rank == 0:  # every rank detects a dead rank 0 by itself
                     self._report(text)
 
     def _look_for_failure(self) -> None:
-        if self._trusted and not self._trouble and (said := _read(self._failure)):
-            self._trouble = str(said.get("text"))
+        if self._trusted and not self._trouble and (failure := _read(self._failure)):
+            self._trouble = str(failure.get("text"))
 
     def _report(self, text: str) -> None:
         self._trouble = self._trouble or text
@@ -280,8 +280,8 @@ class Rendezvous:
                         path.unlink()
 
     def _is_gone(self, rank: int, key: str) -> bool:
-        said = _read(self._rank_file(rank, key))
-        return said is None or self._watches[rank].look(said)
+        beat = _read(self._rank_file(rank, key))
+        return beat is None or self._watches[rank].look(beat)
 
     def _remove_own_files(self) -> None:
         """Final cleanup, after the heartbeat has stopped; the last rank removes the empty directory.
@@ -308,9 +308,9 @@ class Rendezvous:
     def _rank_file(self, rank: int, key: str) -> Path:
         return self._directory / f"rank-{rank}.{key}.json"
 
-    def _write(self, path: Path, said: Mapping[str, Any], *, sync: bool = False) -> None:
+    def _write(self, path: Path, record: Mapping[str, Any], *, sync: bool = False) -> None:
         """Write a file atomically; try again if a leaving rank removed the directory meanwhile."""
-        data = json.dumps(dict(said)).encode()
+        data = json.dumps(dict(record)).encode()
         while True:
             self._directory.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):
@@ -335,5 +335,5 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _rank_label(rank: int, said: Mapping[str, Any]) -> str:
-    return f"rank `{rank}` (pid `{said.get('pid', '?')}` on `{said.get('host', '?')}`)"
+def _rank_label(rank: int, record: Mapping[str, Any]) -> str:
+    return f"rank `{rank}` (pid `{record.get('pid', '?')}` on `{record.get('host', '?')}`)"

@@ -47,8 +47,8 @@ class SlicedSafetensors:
             shard = read_shard(folder, file)
             offsets, starts = _offsets(shard.raw, file), shard.starts()
             for name, spec in shard.tensors.items():
-                one = _Slice(_offset(name, spec, offsets, file), spec, number, starts[name])
-                slices.setdefault(name, []).append(one)
+                part = _Slice(_offset(name, spec, offsets, file), spec, number, starts[name])
+                slices.setdefault(name, []).append(part)
         self._tensors = {name: self._joined(name, parts) for name, parts in slices.items()}
 
     @property
@@ -79,8 +79,8 @@ class SlicedSafetensors:
         for part in parts:
             if (part.spec.dtype, len(part.spec.shape)) != (first.dtype, len(first.shape)):
                 kinds = " and ".join(
-                    f"{dtype_name(one.spec.dtype)} with {len(one.spec.shape)} dimensions in `{self._names[one.file]}`"
-                    for one in (parts[0], part)
+                    f"{dtype_name(each.spec.dtype)} with {len(each.spec.shape)} dimensions in `{self._names[each.file]}`"
+                    for each in (parts[0], part)
                 )
                 raise UserError(f"slices of `{name}` are {kinds}", hint="the files are of two models, or damaged")
         dims = len(first.shape)
@@ -134,11 +134,11 @@ def _offsets(raw: bytes, file: str) -> dict[str, Any]:
 
 def _offset(name: str, spec: TensorSpec, offsets: dict[str, Any], file: str) -> Shape:
     entry: Any = offsets.get(name)
-    found: Any = cast("dict[str, Any]", entry).get("saved_offsets") if isinstance(entry, dict) else None
-    sizes = cast("list[Any]", found) if isinstance(found, list) else []
-    if not isinstance(found, list) or len(sizes) != len(spec.shape) or not all(map(is_size, sizes)):
+    saved: Any = cast("dict[str, Any]", entry).get("saved_offsets") if isinstance(entry, dict) else None
+    sizes = cast("list[Any]", saved) if isinstance(saved, list) else []
+    if not isinstance(saved, list) or len(sizes) != len(spec.shape) or not all(map(is_size, sizes)):
         raise UserError(
-            f"`{file}` says that its slice of `{name}`, {list(spec.shape)}, begins at `{format_untrusted(found)}`",
+            f"`{file}` says that its slice of `{name}`, {list(spec.shape)}, begins at `{format_untrusted(saved)}`",
             hint="the header is damaged",
         )
     return tuple(sizes)

@@ -187,8 +187,8 @@ class TorchDistReader:
         expert = _EXPERT_NUMBER.search(name) if self._of_experts else None
         if expert:
             folded = f"{name[: expert.start()]}experts.experts.{name[expert.end() :]}"
-            if found := self._layer(folded, (int(expert[1]),)):
-                return found
+            if folded_key := self._layer(folded, (int(expert[1]),)):
+                return folded_key
         return self._layer(name, ()) or (name + GATE, ())
 
     def _layer(self, name: str, experts: tuple[int, ...]) -> tuple[str, tuple[int, ...]] | None:

@@ -200,9 +200,9 @@ def _key_and_rows(name: str, *, stacked: bool) -> tuple[str, tuple[int, ...]]:
 
 def _numbered(name: str, word: str) -> tuple[str, int, str] | None:
     """Return what is before a word, the number after it, and what is after that; None where there is no such number."""
-    before, found, rest = name.partition(word)
+    before, separator, rest = name.partition(word)
     number, dot, after = rest.partition(".")
-    return (before, int(number), after) if found and dot and number.isdecimal() else None
+    return (before, int(number), after) if separator and dot and number.isdecimal() else None
 
 
 def _extra_states(

@@ -60,7 +60,7 @@ def read_model(reader: TorchDistReader, *, apart: bool) -> Model:
     expert_ranks = expert_tensor_parallel_size(container, reader.root, keys) if apart else ranks
     read = read_parameters(container, reader.root, keys, ranks=ranks, expert_ranks=expert_ranks)
     of_experts = [parameter for parameter in read if apart and parameter.expert >= 0]
-    return Model(ranks, expert_ranks, [one for one in read if not apart or one.expert < 0], of_experts)
+    return Model(ranks, expert_ranks, [weight for weight in read if not apart or weight.expert < 0], of_experts)
 
 
 def read(reader: TorchDistReader, optimizers: Mapping[str, Groups], source: Source) -> OptimizerState:
@@ -124,7 +124,7 @@ def _trained(model: Model) -> Iterator[Model]:
     biases = sorted({parameter.name for parameter in (*model.dense, *model.experts) if parameter.name.endswith(".bias")})
     for count in range(len(biases) + 1 if len(biases) <= _MOST_FROZEN else 1):
         for frozen in combinations(biases, count):
-            dense, experts = ([one for one in part if one.name not in frozen] for part in (model.dense, model.experts))
+            dense, experts = ([weight for weight in part if weight.name not in frozen] for part in (model.dense, model.experts))
             yield model._replace(dense=dense, experts=experts)
 
 

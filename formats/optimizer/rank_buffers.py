@@ -182,7 +182,7 @@ def locate_experts(
 
 def _experts(chunk: Chunk, of_layer: Mapping[tuple[str, int], list[Parameter]], local: range) -> Chunk:
     layers = dict.fromkeys((parameter.stack, parameter.layer) for block in chunk.blocks for parameter in block)
-    return Chunk([[one for one in of_layer.get(layer, ()) if one.expert in local] for layer in layers])
+    return Chunk([[weight for weight in of_layer.get(layer, ()) if weight.expert in local] for layer in layers])
 
 
 def _located(buffer: Buffer, chunk: Chunk, rank: int) -> Iterator[Placed]:

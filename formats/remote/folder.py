@@ -63,9 +63,9 @@ class _CachedStore:
 
     def files(self, prefix: str) -> list[str]:
         if prefix not in self._listed:
-            found = self._retry(lambda: self.store.files(prefix), f"listing `{self.store.label}`")
-            self._remember({path: status for path, status in found.items() if status})
-            self._listed[prefix] = sorted(found)
+            statuses = self._retry(lambda: self.store.files(prefix), f"listing `{self.store.label}`")
+            self._remember({path: status for path, status in statuses.items() if status})
+            self._listed[prefix] = sorted(statuses)
         return self._listed[prefix]
 
     def children(self, prefix: str) -> list[str]:
@@ -119,10 +119,10 @@ class _CachedStore:
 
         self._retry(attempt, f"reading `{file_name(path)}` from byte {offset} to {offset + len(out)}")
 
-    def _remember(self, found: Mapping[str, Status | None]) -> None:
+    def _remember(self, statuses: Mapping[str, Status | None]) -> None:
         """Record statuses; the first one of a file is kept."""
         with self._lock:
-            for path, status in found.items():
+            for path, status in statuses.items():
                 self._statuses.setdefault(path, status)
 
     def _retry[Result](self, attempt: Callable[[], Result], doing: str) -> Result:

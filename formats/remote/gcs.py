@@ -40,8 +40,8 @@ class GoogleStorage(StoreBase):
         self._access = Access()
 
     def status(self, path: str) -> Status | None:
-        found = self._json(f"o/{quote(self._start + path, safe='')}", fields="size,generation")
-        return _status(found) if found else None
+        resource = self._json(f"o/{quote(self._start + path, safe='')}", fields="size,generation")
+        return _status(resource) if resource else None
 
     def fetch(self, path: str, status: Status, offset: int, out: memoryview) -> None:
         url = self._url(f"o/{quote(self._start + path, safe='')}", alt="media", ifGenerationMatch=status.tag)
@@ -54,10 +54,10 @@ class GoogleStorage(StoreBase):
         raise changed(path, status, now.tag if now else "gone")
 
     def children(self, prefix: str) -> list[str]:
-        found: set[str] = set()
+        names: set[str] = set()
         for page in self._pages(prefix, delimiter="/"):
-            found |= {str(item["name"]) for item in page.get("items", ())} | set(page.get("prefixes", ()))
-        return sorted(name.removeprefix(self._start + prefix) for name in found if name != self._start + prefix)
+            names |= {str(item["name"]) for item in page.get("items", ())} | set(page.get("prefixes", ()))
+        return sorted(name.removeprefix(self._start + prefix) for name in names if name != self._start + prefix)
 
     def files(self, prefix: str) -> Mapping[str, Status | None]:
         return {
@@ -69,10 +69,10 @@ class GoogleStorage(StoreBase):
 
     def begin(self, path: str) -> str:
         """An upload in parts; its number."""
-        found = re.search(rb"<UploadId>([^<]+)</UploadId>", self._write("POST", path, "?uploads"))
-        if not found:
+        match = re.search(rb"<UploadId>([^<]+)</UploadId>", self._write("POST", path, "?uploads"))
+        if not match:
             raise UserError(f"`{self.label}` began no upload of `{path}`")
-        return found[1].decode()
+        return match[1].decode()
 
     def part(self, path: str, upload: str, number: int, data: mmap) -> str:
         """One part, counted from 1; its tag. The server checks it against its MD5."""
@@ -157,15 +157,15 @@ class Access:
         """The headers for a request, with a token that is renewed when it must be."""
         if self._credentials is None:
             return {}
-        found: dict[str, str] = {}
+        added: dict[str, str] = {}
         try:
             with self._lock:
-                self._credentials.before_request(self._request, "GET", url, found)
+                self._credentials.before_request(self._request, "GET", url, added)
         except optional_import("google.auth.exceptions").TransportError:
             raise RetryableError("Google's token service did not answer") from None
         except optional_import("google.auth.exceptions").GoogleAuthError:
             raise UserError("Google does not accept the credentials", hint=_LOGIN) from None
-        return found
+        return added
 
     def close(self) -> None:
         if self._session:
@@ -180,5 +180,5 @@ def _credentials() -> Any:
         return None
 
 
-def _status(found: Mapping[str, Any]) -> Status:
-    return Status(int(found["size"]), str(found["generation"]), "generation")
+def _status(resource: Mapping[str, Any]) -> Status:
+    return Status(int(resource["size"]), str(resource["generation"]), "generation")

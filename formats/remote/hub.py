@@ -35,11 +35,11 @@ class Hub:
     """
 
     def __init__(self, url: str, policy: RetryPolicy) -> None:
-        found = _URL.fullmatch(url)
-        if not found:
+        match = _URL.fullmatch(url)
+        if not match:
             raise UserError("that is not a model on the Hub", hint="it should look like `hf://org/name@revision`")
         self.label = url.rstrip("/")
-        self._name, self._folder = found["name"], found["folder"].strip("/")
+        self._name, self._folder = match["name"], match["folder"].strip("/")
         self.name = file_name(self._folder or self._name)
         self._endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         self._client = Client(silence=policy.silence)
@@ -47,7 +47,7 @@ class Hub:
         self._resolved_urls: dict[str, str] = {}
         self._lock = threading.Lock()
         try:
-            self.commit = self._resolve_commit(found["revision"], policy)
+            self.commit = self._resolve_commit(match["revision"], policy)
             self._files = self._tree(policy)
         except BaseException:
             self.close()
@@ -56,8 +56,8 @@ class Hub:
     @property
     def origin(self) -> dict[str, str]:
         """The id, and the commit that was fixed on opening."""
-        found = {"id": self._name, "revision": self.commit}
-        return {**found, "folder": self._folder} if self._folder else found
+        source = {"id": self._name, "revision": self.commit}
+        return {**source, "folder": self._folder} if self._folder else source
 
     def status(self, path: str) -> Status | None:
         return self._files.get(path)
@@ -85,8 +85,8 @@ class Hub:
 
     def _resolve_commit(self, revision: str | None, policy: RetryPolicy) -> str:
         wanted = f"/revision/{quote(revision, safe='')}" if revision else ""
-        found, _ = self._json(f"{self._endpoint}/api/models/{self._name}{wanted}", policy)
-        match found:
+        reply, _ = self._json(f"{self._endpoint}/api/models/{self._name}{wanted}", policy)
+        match reply:
             case {"sha": str(sha)} if re.fullmatch(r"[0-9a-f]{40,64}", sha):
                 return sha
             case _:
@@ -97,8 +97,8 @@ class Hub:
         url = f"{self._endpoint}/api/models/{self._name}/tree/{self.commit}{folder}?recursive=true&expand=false"
         files: dict[str, Status] = {}
         while url:
-            found, url = self._json(url, policy)
-            files |= dict(_statuses(found))
+            entries, url = self._json(url, policy)
+            files |= dict(_statuses(entries))
         start = f"{self._folder}/" if self._folder else ""
         return {path.removeprefix(start): status for path, status in files.items()}
 

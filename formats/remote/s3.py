@@ -52,32 +52,32 @@ class S3(StoreBase):
 
     def status(self, path: str) -> Status | None:
         try:
-            found = self.client.head_object(Bucket=self.bucket, Key=self.start + path, ChecksumMode="ENABLED")
+            reply = self.client.head_object(Bucket=self.bucket, Key=self.start + path, ChecksumMode="ENABLED")
         except Exception as error:
             if status_of(error) == 404:
                 return None
             raise user_error(error, f"{self.label}/{path}") from None
-        return Status(int(found["ContentLength"]), str(found["ETag"]), sha256=_whole_sha256(found))
+        return Status(int(reply["ContentLength"]), str(reply["ETag"]), sha256=_whole_sha256(reply))
 
     def fetch(self, path: str, status: Status, offset: int, out: memoryview) -> None:
         part = f"bytes={offset}-{offset + len(out) - 1}"
         try:
-            found = self.client.get_object(Bucket=self.bucket, Key=self.start + path, Range=part, IfMatch=status.tag)
+            reply = self.client.get_object(Bucket=self.bucket, Key=self.start + path, Range=part, IfMatch=status.tag)
         except Exception as error:
             raise self._other(error, path, status) from None
-        with closing(found["Body"]) as body:
-            if found["ETag"] != status.tag:
-                raise changed(path, status, str(found["ETag"]))
-            if not str(found.get("ContentRange", "")).startswith(f"bytes {offset}-{offset + len(out) - 1}/"):
+        with closing(reply["Body"]) as body:
+            if reply["ETag"] != status.tag:
+                raise changed(path, status, str(reply["ETag"]))
+            if not str(reply.get("ContentRange", "")).startswith(f"bytes {offset}-{offset + len(out) - 1}/"):
                 raise RetryableError("the server answered with another range than it was asked for")
             fill(out, body.readinto, (Exception,))  # urllib3's and botocore's, which have no base in common
 
     def children(self, prefix: str) -> list[str]:
-        found: set[str] = set()
+        keys: set[str] = set()
         for page in self._pages(Prefix=self.start + prefix, Delimiter="/"):
-            found |= {str(item["Key"]) for item in page.get("Contents", ())}
-            found |= {str(item["Prefix"]) for item in page.get("CommonPrefixes", ())}
-        return sorted(key.removeprefix(self.start + prefix) for key in found if key != self.start + prefix)
+            keys |= {str(item["Key"]) for item in page.get("Contents", ())}
+            keys |= {str(item["Prefix"]) for item in page.get("CommonPrefixes", ())}
+        return sorted(key.removeprefix(self.start + prefix) for key in keys if key != self.start + prefix)
 
     def files(self, prefix: str) -> Mapping[str, Status | None]:
         """Objects that have a SHA-256 are looked at on their own: the listing does not tell it."""
@@ -217,9 +217,9 @@ def user_error(error: Exception, label: str, *, doing: str = "read") -> Exceptio
     return error
 
 
-def _whole_sha256(found: Reply) -> str | None:
+def _whole_sha256(reply: Reply) -> str | None:
     """The hash of the whole object, where one is stored; uploads in parts have one of their parts' hashes instead."""
-    stored = str(found.get("ChecksumSHA256", ""))
-    if not stored or "-" in stored or found.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
+    stored = str(reply.get("ChecksumSHA256", ""))
+    if not stored or "-" in stored or reply.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
         return None
     return base64.b64decode(stored).hex()

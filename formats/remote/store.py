@@ -83,18 +83,18 @@ def file_name(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def changed(path: str, status: Status, found: str, *, what: str = "") -> UserError:
+def changed(path: str, status: Status, actual: str, *, what: str = "") -> UserError:
     """Return the error for a file whose version has changed since it was opened."""
     return UserError(
-        f"`{file_name(path)}` changed while it was being read: {what or status.tag_name} was `{status.tag}`, is `{found}`",
+        f"`{file_name(path)}` changed while it was being read: {what or status.tag_name} was `{status.tag}`, is `{actual}`",
         hint="run it again once nothing is writing to it",
     )
 
 
-def resized(path: str, status: Status, found: str) -> UserError:
+def resized(path: str, status: Status, actual: str) -> UserError:
     """Return the error for a file whose size has changed since it was opened."""
     return UserError(
-        f"`{file_name(path)}` changed while it was being read: it had {status.size} bytes, now it has {found}",
+        f"`{file_name(path)}` changed while it was being read: it had {status.size} bytes, now it has {actual}",
         hint="run it again once nothing is writing to it",
     )
 

@@ -173,11 +173,11 @@ class Upload:
                 f"`{self.label}` is a whole bucket, which `--overwrite` never replaces",
                 hint=f"give a folder in it, such as `{self.label}/model`",
             )
-        found = self._present(self._target.listed())
-        if not found.entries:
+        present = self._present(self._target.listed())
+        if not present.entries:
             return None
-        self._rule(found)
-        return found
+        self._rule(present)
+        return present
 
     def _present(self, listed: Mapping[str, Status]) -> Present:
         return Present(self.label, listed, read=lambda name: self._target.get(name, listed[name]))
@@ -301,8 +301,8 @@ class _RetryingTarget:
         return self._retry(lambda: self.target.children(""), "listing", "")
 
     def listed(self) -> dict[str, Status]:
-        found = self._retry(lambda: self.target.files(""), "listing", "")
-        whole = {path: status or self._status(path) for path, status in found.items()}
+        statuses = self._retry(lambda: self.target.files(""), "listing", "")
+        whole = {path: status or self._status(path) for path, status in statuses.items()}
         return {path: status for path, status in whole.items() if status}
 
     def get(self, name: str, status: Status) -> bytes:

@@ -90,8 +90,8 @@ class Web(StoreBase):
     def _probe(self, paths: Iterable[str]) -> dict[str, Status]:
         asked = sorted(set(paths))
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="probe") as pool:
-            found = zip(asked, pool.map(self._status_retried, asked), strict=True)
-            return {path: status for path, status in found if status}
+            statuses = zip(asked, pool.map(self._status_retried, asked), strict=True)
+            return {path: status for path, status in statuses if status}
 
     def _candidates(self, prefix: str) -> Iterator[str]:
         """Yield paths of files that may exist: of an iteration, of a root with its latest iteration, or of a model."""
@@ -114,10 +114,10 @@ class Web(StoreBase):
     def _document(self, path: str) -> dict[str, Any]:
         """Read a JSON object, empty if it is missing or invalid: readers report an invalid one."""
         try:
-            found = json.loads(self._read_small(path) or b"{}")
+            document = json.loads(self._read_small(path) or b"{}")
         except (ValueError, RecursionError):
             return {}
-        return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+        return cast("dict[str, Any]", document) if isinstance(document, dict) else {}
 
     def _read_small(self, path: str) -> bytes | None:
         status = self._status_retried(path)
@@ -157,9 +157,9 @@ def tag_of(response: Response) -> tuple[str, str]:
 
 def read_range(response: Response, path: str, status: Status, offset: int, out: memoryview) -> None:
     """Read the body of a response to `range_header` into `out`. Raises UserError unless it is that range of that version."""
-    found, tag_name = tag_of(response)
-    if response.status in (206, 412) and status.tag_name == tag_name and found and found != status.tag:
-        raise changed(path, status, found)
+    tag, tag_name = tag_of(response)
+    if response.status in (206, 412) and status.tag_name == tag_name and tag and tag != status.tag:
+        raise changed(path, status, tag)
     if response.status == 412:
         raise changed(path, status, "another")
     part = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", response.header("Content-Range"))
@@ -196,7 +196,7 @@ def _credentials(url: str) -> dict[str, str]:
     if parts.username:
         return {"Authorization": basic(parts.username, parts.password or "")}
     try:
-        found = netrc.netrc(os.environ.get("NETRC")).authenticators(parts.hostname or "")
+        login = netrc.netrc(os.environ.get("NETRC")).authenticators(parts.hostname or "")
     except (OSError, netrc.NetrcParseError):
         return {}
-    return {"Authorization": basic(quote(found[0]), quote(found[2]))} if found else {}
+    return {"Authorization": basic(quote(login[0]), quote(login[2]))} if login else {}
