@@ -11,7 +11,7 @@ from unittest import mock
 
 from tests.megatron_cpu import Shape
 
-STEPS, TOKENS = 2, 16
+STEPS, TOKENS = 5, 16
 """Further training steps, and the length of a sequence."""
 
 
