@@ -105,9 +105,9 @@ def test_prediction_layers_halves_axes_of_one_and_other_roots(tmp_path, root, la
     tensors = made_up_tensors(*names, copy=True, vision=True)
     folder = save_made_up(tmp_path / "hf", tensors)
     hf_to_mcore(folder, tmp_path / "m", verify=True, make_vocab_size_divisible_by=128 // layout.get("tp", 1), **layout)
-    expected, found = made_up_oracle(tensors, *names), stored(tmp_path / "m")
-    assert found.keys() == expected.keys()
-    for name, array in found.items():
+    expected, actual = made_up_oracle(tensors, *names), stored(tmp_path / "m")
+    assert actual.keys() == expected.keys()
+    for name, array in actual.items():
         assert np.array_equal(array.astype(np.float32), expected[name].float().numpy()), name
         assert array.dtype.name == str(expected[name].dtype).removeprefix("torch."), name
     mcore_to_hf(tmp_path / "m", tmp_path / "back", verify=True)

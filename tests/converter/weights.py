@@ -14,12 +14,12 @@ def stored(out):
     """Every weight of a checkpoint, under Megatron's names with a number for each layer and expert."""
     reader = TorchDistReader(LocalFolder(out))
     reader.check()
-    found = {}
+    tensors = {}
     for name, spec in reader.specs.items():
-        found[name] = np.empty(spec.shape, spec.dtype)
-        reader.read(name, spec.full_region, found[name])
+        tensors[name] = np.empty(spec.shape, spec.dtype)
+        reader.read(name, spec.full_region, tensors[name])
     reader.close()
-    return found
+    return tensors
 
 
 def as_torch(array):

@@ -77,8 +77,8 @@ def _reference(folder, steps=STEPS, *, share=1.0):
 def rate_of(step: int, *, steps: int) -> float:
     """Linear warm-up over 4 steps from 0, then a cosine to a tenth: Megatron's schedule, by its definition."""
     if step <= 4:
-        return 3e-3 * step / 4
-    return 3e-4 + 0.5 * (3e-3 - 3e-4) * (1 + math.cos(math.pi * (step - 4) / (steps - 4)))
+        return small.LR * step / 4
+    return small.MIN_LR + 0.5 * (small.LR - small.MIN_LR) * (1 + math.cos(math.pi * (step - 4) / (steps - 4)))
 
 
 @pytest.mark.parametrize(("layout", "variant"), CASES)

@@ -33,8 +33,8 @@ def sources(tmp_path):
     return made
 
 
-def made(samples, **told):
-    config = FinetuningDatasetConfig(sequence_length=LENGTH, **told)
+def made(samples, **settings):
+    config = FinetuningDatasetConfig(sequence_length=LENGTH, **settings)
     return build(config, tokenizer=BYTE, vocab_size=384, samples=samples)
 
 
@@ -99,14 +99,14 @@ def test_what_is_held_out_of_several_is_a_set_each(sources, tmp_path):
 def packed(sources, tmp_path):
     """The three files packed with weights, two of them held out, by the command: the folder and what it said of each part."""
     out = tmp_path / "packed"
-    told = [
+    overrides = [
         f"dataset.blend=[0.2,{sources['a']},0.3,{sources['b']},0.5,{sources['c']}]",
         f"dataset.validation_path=[{sources['b']},{sources['c']}]",
         f"dataset.test_path={sources['a']}",
         f"dataset.sequence_length={LENGTH}",
         "tokenizer.tokenizer_model=byte",
     ]
-    result = CliRunner().invoke(main, ["pack", "llama_tiny", str(out), *told, "--json"])
+    result = CliRunner().invoke(main, ["pack", "llama_tiny", str(out), *overrides, "--json"])
     assert result.exit_code == 0, result.output
     return out, json.loads(result.stdout)
 
@@ -180,13 +180,13 @@ def test_a_packed_folder_without_one_of_its_sources_is_refused(packed):
 
 
 def test_pack_says_what_it_made_of_each_source(sources, tmp_path):
-    told = [
+    overrides = [
         f"dataset.blend=[1,{sources['a']},3,{sources['b']}]",
         f"dataset.sequence_length={LENGTH}",
         "dataset.split='100,0,0'",
         "tokenizer.tokenizer_model=byte",
     ]
-    result = CliRunner().invoke(main, ["pack", "llama_tiny", str(tmp_path / "out"), *told])
+    result = CliRunner().invoke(main, ["pack", "llama_tiny", str(tmp_path / "out"), *overrides])
     lines = result.stderr.splitlines()
     assert [re.sub(r"[\d.]+ %", "… %", re.sub(r"in \d+ rows", "in … rows", line)) for line in lines[-3:]] == [
         "train, `a`: 60 examples in … rows, … % filled, weight 1",

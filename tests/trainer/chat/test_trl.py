@@ -42,7 +42,7 @@ def sft_trainer(folder: Path, examples, model, out: Path, **settings):
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    told = {
+    arguments = {
         "report_to": "none",
         "use_cpu": True,
         "save_strategy": "no",
@@ -50,7 +50,7 @@ def sft_trainer(folder: Path, examples, model, out: Path, **settings):
         "bf16": False,
         "max_length": LENGTH,
     }
-    config = SFTConfig(str(out), **told | {"gradient_checkpointing": False, "logging_steps": 1, "seed": 1} | settings)
+    config = SFTConfig(str(out), **arguments | {"gradient_checkpointing": False, "logging_steps": 1, "seed": 1} | settings)
     renderer = AutoTokenizer.from_pretrained(folder)
     renderer.pad_token = renderer.pad_token or renderer.eos_token
     return SFTTrainer(model, args=config, train_dataset=Dataset.from_list(examples), processing_class=renderer)
@@ -143,12 +143,12 @@ def reference(sums, folder, model_folder, tmp_path_factory):
 
 @pytest.mark.parametrize(("tp", "packed"), [(1, False), (1, True), (2, False), (2, True)])
 def test_losses_and_gradient_norms_are_those_of_trl(tp, *, packed, ranks, sums, reference, folder, model_folder, tmp_path):
-    told = {"sequence_length": LENGTH, "split": "100,0,0", "num_workers": 0, "packed": packed}
-    config, rows = FinetuningDatasetConfig(path=str(sums[0]), **told), EXAMPLES
+    options = {"sequence_length": LENGTH, "split": "100,0,0", "num_workers": 0, "packed": packed}
+    config, rows = FinetuningDatasetConfig(path=str(sums[0]), **options), EXAMPLES
     if packed:
         tokenizer = tokenizers.load(str(folder))
         (done,) = pack(config, tmp_path / "packed", tokenizer=tokenizer, vocab_size=384)
-        config, rows = FinetuningDatasetConfig(path=str(tmp_path / "packed"), **told), done.rows
+        config, rows = FinetuningDatasetConfig(path=str(tmp_path / "packed"), **options), done.rows
         assert rows < EXAMPLES
     changes = {"train__train_iters": EPOCHS, "train__global_batch_size": rows, "train__micro_batch_size": 1, "dataset": config}
     changes["tokenizer__tokenizer_model"] = str(folder)

@@ -82,8 +82,8 @@ def _build_from_files(
         blended = blend_sources(list(train.values()), subsets.weights, samples[0], folder=folder)
         blended.summary = (*summary_lines({source.name: dataset for source, dataset in train.items()}), *notes)
     validation, test = (
-        evaluation_sets(dict(zip(unique_names(list(found)), found.values(), strict=True)), count)
-        for found, count in zip(held_out, samples[1:], strict=True)
+        evaluation_sets(dict(zip(unique_names(list(datasets)), datasets.values(), strict=True)), count)
+        for datasets, count in zip(held_out, samples[1:], strict=True)
     )
     return blended, validation, test
 

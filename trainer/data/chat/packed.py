@@ -88,7 +88,8 @@ def pack(config: FinetuningDatasetConfig, out: Path, *, tokenizer: Tokenizer, vo
         subsets = find_subsets(config)
         for split in SPLITS:
             tokenized = (
-                (one, tokenized_store(one.source, folder / "all", tokenizer, config, vocab_size)) for one in subsets.of(split)
+                (subset, tokenized_store(subset.source, folder / "all", tokenizer, config, vocab_size))
+                for subset in subsets.of(split)
             )
             done.extend(_pack_split(config, subsets, split, list(tokenized), folder / split))
         rmtree(folder / "all")
