@@ -39,7 +39,7 @@ CONFIG = (
     field("kv_channels", "head_dim", default=value(128)),
     field("seq_length", "max_position_embeddings", default=value(262144)),
     rope("default", "yarn"),
-    window_pattern(types, default=513),
+    window_pattern(types, default=513, unused=0),
     no_rope(full),
     renamed(
         routed(experts="num_experts", topk="num_experts_per_tok", ffn="moe_intermediate_size"), num_local_experts="num_experts"
