@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from converter.config import Config, field, fixed, value
 from converter.config_experts import auxiliary_loss, each_nth
 from converter.config_layers import FULL, SLIDING, layer_types, layers_of, no_rope, window_pattern
-from converter.config_parts import not_computed, only, renamed, routed, shared_experts
+from converter.config_parts import not_computed, only, routed, shared_experts
 from converter.config_rope import rope
 from converter.config_router import FP32_SCORES
 from converter.families import gpt_oss, llama, mixtral, qwen2_moe, qwen3
@@ -41,9 +41,7 @@ CONFIG = (
     rope("default", "yarn"),
     window_pattern(types, default=513, unused=0),
     no_rope(full),
-    renamed(
-        routed(experts="num_experts", topk="num_experts_per_tok", ffn="moe_intermediate_size"), num_local_experts="num_experts"
-    ),
+    *routed(experts="num_experts", topk="num_experts_per_tok", ffn="moe_intermediate_size"),
     *shared_experts("shared_expert_intermediate_size"),
     each_nth(dense_by_default=(0, 1)),
     fixed(

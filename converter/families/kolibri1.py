@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from converter.config import Config, field, fixed, value
 from converter.config_layers import FULL, layer_types, no_rope, one_full_in, window_pattern
-from converter.config_parts import dropouts, only, renamed, rms_norm, routed, shared_experts, sizes
+from converter.config_nested import renamed
+from converter.config_parts import dropouts, only, rms_norm, routed, shared_experts, sizes
 from converter.config_rope import rope
 from converter.config_router import FP32_SCORES
 from converter.families import deepseek_v3, llama, mixtral, qwen3
