@@ -47,13 +47,13 @@ def with_experts(megatron: Config) -> list[bool]:
     return [bool(one) for one in listed]
 
 
-def each_nth(step: str = "decoder_sparse_step", dense: str = "mlp_only_layers") -> Field:
+def each_nth(step: str = "decoder_sparse_step", dense: str = "mlp_only_layers", *, dense_by_default: Sequence[int] = ()) -> Field:
     """Return the field of layers with experts where each n-th has some, counted from the last of the first n, unless it is in a
-    list of dense ones."""
+    list of dense ones: `dense_by_default` where there is no list."""
 
     def read(config: Config) -> list[bool]:
         every = count({step: config.get(step, 1)}, step)
-        found: Any = config.get(dense) or []
+        found: Any = list(dense_by_default) if config.get(dense) is None else config[dense]
         if not isinstance(found, list):
             raise UserError(f"`{dense}` is `{format_untrusted(found)}`, which should be a list of layers")
         without = cast("list[Any]", found)

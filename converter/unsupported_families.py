@@ -41,8 +41,6 @@ _TYPES_BY_REASON = {
     f"{WITHOUT_RULES}: Llama's names, and sinks and a rotary embedding for each layer": "granite_swa granitemoe_swa",
     f"{WITHOUT_RULES}: DeepSeek-V3's names, and a norm after experts": "axk1",
     f"{WITHOUT_RULES}: latent attention as DeepSeek-V3's, and queries that grow with their position": "mistral4_text",
-    f"{WITHOUT_RULES}: norms after branches, and experts as DeepSeek-V3's": "kolibri1",
-    f"{WITHOUT_RULES}: experts as Qwen's, sinks, and layers that slide": "flint",
     f"{WITHOUT_RULES}: gated delta nets and experts as Qwen3-Next's": "lara_mini",
     f"{WITHOUT_RULES}: scores are not scaled, and every other layer slides": "gpt_neo",
     f"{WITHOUT_RULES}: embeddings of positions are computed or shifted as OPT's": "biogpt xglm",

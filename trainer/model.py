@@ -251,9 +251,15 @@ class MLAModelProvider(GPTModelProvider, MLATransformerConfig):
             raise ValueError("`apply_rope_fusion` for latent attention works only with `rope_type=yarn`")
 
 
+_CONVERTED = "its weights can be converted all the same"
+
+
 def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProvider:
-    """Return the provider of the model that a `config.json` describes. Raises UserError for an unsupported family."""
+    """Return the provider of the model that a `config.json` describes. Raises UserError for a family that is not supported, or
+    whose weights alone are."""
     family = find(config.get("model_type"))
+    if not family.trains:
+        raise UserError(f"a `{config['model_type']}` cannot be trained: {family.WEIGHTS_ONLY}", hint=_CONVERTED)
     megatron = {"layout": family.layout, **to_megatron(family.CONFIG, config)}
     provider = MLAModelProvider if megatron.get("multi_latent_attention") else GPTModelProvider
     known = {provider_field.name for provider_field in fields(provider)}
@@ -263,7 +269,7 @@ def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProv
             raise UserError(
                 f"`{config['model_type']}` with {described(name, value)} cannot be trained: neither "
                 "megatron-core nor this trainer computes it",
-                hint="its weights can be converted all the same",
+                hint=_CONVERTED,
             )
     given["activation_func"] = activation(given["activation_func"])
     if "window_size" in given:

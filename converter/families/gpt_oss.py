@@ -20,11 +20,16 @@ def _gate_up(megatron: str, huggingface: str, *shape: str, transposed: bool = Fa
     return Rule(megatron, huggingface, (shape,), alternating, partition_dim=0, partition_stride=2, transposed=transposed)
 
 
+def sinks(name: str) -> Rule:
+    """Return the rule of a sink for each head, by its name in Hugging Face."""
+    return column_parallel("self_attention.core_attention.softmax_offset", name, "heads")
+
+
 RULES = llama.decoder(
     llama.ATTENTION[0],
     *with_bias(llama.ATTENTION[1]),
     *with_bias(llama.ATTENTION[2]),
-    column_parallel("self_attention.core_attention.softmax_offset", "self_attn.sinks", "heads"),
+    sinks("self_attn.sinks"),
     mixtral.moe()[0],
     *with_bias(replicated("mlp.router.weight", "mlp.router.weight", "experts", "hidden")),
     _gate_up(f"{FC1}weight", "mlp.experts.gate_up_proj", "fc1", "hidden", transposed=True),

@@ -7,7 +7,7 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
-from converter import families, hf_to_mcore
+from converter import Reporter, families, hf_to_mcore
 from converter.config import make_model, to_huggingface, to_megatron
 from formats.errors import UserError
 from tests.converter.family_suite import check_logits, random_model, save_small, small_config
@@ -37,6 +37,7 @@ def test_a_router_s_bias_of_another_shape_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("family", "changes", "name"),
     [
+        ("flint", {"norm_topk_prob": False}, "norm_topk_prob"),
         ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
         ("dots1", {"norm_topk_prob": False}, "norm_topk_prob"),
         ("hunyuan_v1_moe", {"moe_topk": [1, 2, 2, 2]}, "moe_topk"),
@@ -51,6 +52,25 @@ def test_what_no_router_here_computes_is_refused_by_name_and_converted(family, c
     with pytest.raises(UserError, match=f"`{name}`.*cannot be trained"):
         from_hf_config({**small_config(family).to_dict(), **changes})
     assert changes.items() <= back(family, found).items()
+
+
+def test_a_family_of_weights_alone_is_converted_with_a_note_and_not_trained(tmp_path):
+    from trainer.model import from_hf_config
+
+    why, notes = families.find("kolibri1").WEIGHTS_ONLY, list[str]()
+    hf_to_mcore(save_small("kolibri1", tmp_path / "hf"), tmp_path / "m", reporter=Reporter(note=notes.append))
+    assert f"weights alone: `mbtrain` cannot train a `kolibri1`: {why}" in notes
+    with pytest.raises(UserError) as error:
+        from_hf_config(small_config("kolibri1").to_dict())
+    assert error.value.args[0] == f"a `kolibri1` cannot be trained: {why}"
+
+
+def test_flint_has_dense_layers_and_full_ones_where_config_json_says_neither():
+    found = to_megatron(families.find("flint").CONFIG, without("flint", "mlp_only_layers", "layer_types"))
+    assert found["moe_layer_freq"] == [0, 0, 1, 1]
+    assert found["window_attn_skip_freq"] == [0, 0, 1, 0]
+    assert found["no_rope_freq"] == [1, 1, 0, 1]
+    assert fields("flint", mlp_only_layers=[])["moe_layer_freq"] == 1
 
 
 def test_the_same_number_of_experts_in_each_layer_is_one_number():

@@ -152,7 +152,9 @@ def meant(config: dict, like: dict) -> dict[str, Any]:
 def filled(config: dict) -> dict:
     """The configuration with numbers for nulls, and no more dense layers than there are layers."""
     found = {**config, **{name: number(config) for name, number in NULLS.items() if name in config and config[name] is None}}
-    dense = "first_k_dense_replace"
+    dense, listed = "first_k_dense_replace", "mlp_only_layers"
+    if isinstance(found.get(listed), list):
+        found[listed] = [layer for layer in found[listed] if layer < config["num_hidden_layers"]]
     return {**found, dense: min(found[dense], config["num_hidden_layers"])} if dense in found else found
 
 

@@ -21,7 +21,7 @@ MADE = json.loads(gzip.decompress((GOLDEN / "te_keys.json.gz").read_bytes()))["m
 
 ASKED = MADE | {f"{name}, on a GPU": taken_on_gpu(name) for name in ON_GPU}
 
-NOT_BUILT: dict[str, str] = {}
+NOT_BUILT = {name: one.WEIGHTS_ONLY for name in families.names() if not (one := families.find(name)).trains}
 """Families whose layers the trainer has not, and why."""
 
 

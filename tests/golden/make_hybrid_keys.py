@@ -16,6 +16,11 @@ from tests.golden.make_te_keys import DEEPSEEK, FOLDER, MIXTRAL, QWEN_MOE, SIZES
 
 FILE = FOLDER / "hybrid_keys.json.gz"
 
+NETS = {
+    "linear_key_head_dim": 16, "linear_value_head_dim": 24, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}  # fmt: skip
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
@@ -27,6 +32,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3_moe, tied, some layers dense": ("qwen3_moe", {**QWEN_MOE, "tie_word_embeddings": True, "mlp_only_layers": [1]}),
     "qwen2_moe": ("qwen2_moe", {**QWEN_MOE, "shared_expert_intermediate_size": 96}),
+    "qwen3_next": ("qwen3_next", {**NETS, **QWEN_MOE, "shared_expert_intermediate_size": 96, "mlp_only_layers": [1]}),
+    "qwen3_5_text": ("qwen3_5_text", NETS),
     "deepseek_v3": ("deepseek_v3", DEEPSEEK),
     "deepseek_v3 with two further layers": ("deepseek_v3", {**DEEPSEEK, "num_nextn_predict_layers": 2}),
 }

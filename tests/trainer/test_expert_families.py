@@ -16,6 +16,7 @@ FAMILIES = (
     "flex_olmo",
     "afmoe",
     "cohere2_moe",
+    "flint",
     "granitemoeshared",
     "llama4_text",
     "mellum",
