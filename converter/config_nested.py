@@ -28,12 +28,12 @@ def renamed(fields: Iterable[Field], **names: str) -> Field:
     fields = tuple(fields)
 
     def plain(config: Config) -> Config:
-        found = {other: one_of({f"`{one}`": config.get(one) for one in (name, other)}) for name, other in names.items()}
-        return {**config, **{name: value for name, value in found.items() if value is not None}}
+        values = {other: one_of({f"`{key}`": config.get(key) for key in (name, other)}) for name, other in names.items()}
+        return {**config, **{name: value for name, value in values.items() if value is not None}}
 
     def write(config: Config) -> dict[str, Any]:
-        found = to_huggingface(fields, config)
-        return {**found, **{name: found[other] for name, other in names.items() if other in found}}
+        written = to_huggingface(fields, config)
+        return {**written, **{name: written[other] for name, other in names.items() if other in written}}
 
     return Field(
         lambda config: to_megatron(fields, plain(config)),
@@ -47,17 +47,17 @@ def flattened(objects: Iterable[str], fields: Iterable[Field]) -> Field:
     objects, fields = tuple(objects), tuple(fields)
 
     def flat(config: Config) -> Config:
-        inside = {f"{one}.{name}": found for one in objects for name, found in object_of(config, one).items()}
-        return {**{name: found for name, found in config.items() if name not in objects}, **inside}
+        inside = {f"{outer}.{name}": value for outer in objects for name, value in object_of(config, outer).items()}
+        return {**{name: value for name, value in config.items() if name not in objects}, **inside}
 
     def write(config: Config) -> dict[str, Any]:
         written: dict[str, Any] = {}
-        for name, found in to_huggingface(fields, config).items():
-            one, dot, inner = name.partition(".")
+        for name, value in to_huggingface(fields, config).items():
+            outer, dot, inner = name.partition(".")
             if dot:
-                written.setdefault(one, {})[inner] = found
+                written.setdefault(outer, {})[inner] = value
             else:
-                written[name] = found
+                written[name] = value
         return written
 
     return Field(
@@ -88,8 +88,8 @@ def text_config(families: Mapping[str, Iterable[Field]], defaults: Config | None
         return kinds[kind], {**(defaults or {}), **text}
 
     def write(config: Config) -> dict[str, Any]:
-        name, found = _first_that_fits(kinds, config)
-        return {TEXT: {"model_type": name, **found}, _TIED: found.get(_TIED)}
+        name, described = _first_that_fits(kinds, config)
+        return {TEXT: {"model_type": name, **described}, _TIED: described.get(_TIED)}
 
     def sizes(before: Sizes) -> dict[str, Any]:
         fields, text = inside(before.config)
