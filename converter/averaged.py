@@ -55,8 +55,8 @@ class AveragedReader:
             return
         buffers, shape = self._buffers(), extent(region)
         parts: list[Array] = []
-        for one, buffer in zip(self._inputs, buffers.parts, strict=True):
-            reader = one.masters if one.masters and name in self._of_masters else one.weights
+        for model, buffer in zip(self._inputs, buffers.parts, strict=True):
+            reader = model.masters if model.masters and name in self._of_masters else model.weights
             parts.append(buffer.view(shape, reader.specs[name].dtype))
             reader.read(name, region, parts[-1])
         total = out if out.flags.c_contiguous else buffers.total.view(shape, spec.dtype)
@@ -71,10 +71,10 @@ class AveragedReader:
         for block in bands(slice(0, target.size), BLOCK):
             size = (block.stop - block.start,)
             sums, product = buffers.sums.view(size, arithmetic), buffers.product.view(size, arithmetic)
-            for number, (one, part) in enumerate(zip(self._inputs, flat, strict=True)):
+            for number, (model, part) in enumerate(zip(self._inputs, flat, strict=True)):
                 into = product if number else sums
                 np.copyto(into, part[block])
-                np.multiply(into, arithmetic.type(one.share), out=into)
+                np.multiply(into, arithmetic.type(model.share), out=into)
                 if number:
                     np.add(sums, product, out=sums)
             cast_into(target[block], sums, name=name)
@@ -86,8 +86,8 @@ class AveragedReader:
         return self._local.buffers
 
     def close(self) -> None:
-        for one in self._inputs:
-            one.weights.close()
+        for model in self._inputs:
+            model.weights.close()
 
 
 def _numpy_dtype(part: Array) -> np.dtype[Any]:

@@ -191,16 +191,16 @@ def _with_masters(
     if values_from == WEIGHTS:
         return inputs, set()
     masters = [_masters(reader, demanded=values_from == MASTERS) for reader in readers]
-    found = [each for each in masters if each]
-    if len(found) < len(masters):
-        if found:
+    present = [each for each in masters if each]
+    if len(present) < len(masters):
+        if present:
             reporter.note("weights are averaged: not all checkpoints have fp32 masters")
         return inputs, set()
     specs = inputs[0].weights.specs
-    names = {name for name, spec in specs.items() if spec.dtype in ROUNDED_TO and all(name in each.specs for each in found)}
+    names = {name for name, spec in specs.items() if spec.dtype in ROUNDED_TO and all(name in each.specs for each in present)}
     rest = f"; {len(specs) - len(names)} others have none" if len(names) < len(specs) else ""
     reporter.note(f"{len(names)} weights are averaged from their fp32 masters, and rounded once{rest}")
-    return [replace(one, masters=each) for one, each in zip(inputs, found, strict=True)], names
+    return [replace(model, masters=each) for model, each in zip(inputs, present, strict=True)], names
 
 
 def _masters(reader: MegatronReader, *, demanded: bool) -> Reader | None:
@@ -211,10 +211,10 @@ def _masters(reader: MegatronReader, *, demanded: bool) -> Reader | None:
         if demanded:
             raise
         return None
-    found = state.states.get(MASTER) if state else None
-    if demanded and not found:
+    masters = state.states.get(MASTER) if state else None
+    if demanded and not masters:
         raise UserError(f"`{reader.folder.label}` has no fp32 masters", hint=_INSTEAD)
-    return ProvenMasters(found, reader, instead=_INSTEAD) if found else None
+    return ProvenMasters(masters, reader, instead=_INSTEAD) if masters else None
 
 
 def _notes_on_models(sources: Sequence[Source]) -> Iterator[str]:
@@ -248,7 +248,7 @@ def _same_file(one: FileRef, other: FileRef) -> bool:
 
 def _memory(inputs: Sequence[Input], workers: int) -> int:
     """Return the bytes that averaging holds: a piece of each input, of masters in fp32, beside what one reader alone needs."""
-    pieces_of_masters = 2 + 2 * len(inputs) if any(one.masters for one in inputs) else len(inputs)
+    pieces_of_masters = 2 + 2 * len(inputs) if any(model.masters for model in inputs) else len(inputs)
     return workers * (pieces_of_masters * PIECE_BYTES + 2 * BLOCK * 8)
 
 
@@ -270,12 +270,12 @@ class _Sources:
 
 def _averaged(conversion: Conversion, inputs: Sequence[Input], sources: _Sources) -> Conversion:
     """Return the conversion of the first checkpoint as that of an average."""
-    options = {"weights": [one.share for one in inputs], "from": MASTERS if sources.of_masters else WEIGHTS}
+    options = {"weights": [model.share for model in inputs], "from": MASTERS if sources.of_masters else WEIGHTS}
     numbered = {f"{number}/{name}": file for number, each in enumerate(sources.files) for name, file in each.items()}
 
     def check() -> None:
         conversion.check()
-        _check_equal([(one.label, one.weights) for one in inputs])
+        _check_equal([(model.label, model.weights) for model in inputs])
         _check_equal(sources.beside, every=True)
 
     fields = {"averaged_with": list(sources.described[1:])}

@@ -42,12 +42,16 @@ class Sizes(NamedTuple):
 
 def counts(**megatron: str) -> Field:
     """Return named sizes that are positive whole numbers of Megatron's fields: `counts(hidden="hidden_size")`."""
-    return Field(_nothing, _nothing, lambda sizes: {name: count(sizes.megatron, one) for name, one in megatron.items()})
+    return Field(
+        _nothing, _nothing, lambda sizes: {name: count(sizes.megatron, field_name) for name, field_name in megatron.items()}
+    )
 
 
 def switches(**megatron: str) -> Field:
     """Return named switches that are fields of Megatron's: `switches(tied="share_embeddings_and_output_weights")`."""
-    return Field(_nothing, _nothing, lambda sizes: {name: bool(sizes.megatron[one]) for name, one in megatron.items()})
+    return Field(
+        _nothing, _nothing, lambda sizes: {name: bool(sizes.megatron[field_name]) for name, field_name in megatron.items()}
+    )
 
 
 def named(**values: Any | Callable[[Model], Any]) -> Field:
@@ -58,7 +62,7 @@ def named(**values: Any | Callable[[Model], Any]) -> Field:
 
     def sizes(sizes: Sizes) -> dict[str, Any]:
         model = Model(**sizes.known)
-        return {name: one(model) if callable(one) else one for name, one in values.items()}
+        return {name: size(model) if callable(size) else size for name, size in values.items()}
 
     return Field(_nothing, _nothing, sizes)
 
@@ -77,8 +81,8 @@ def field(
     def read(config: Config) -> dict[str, Any]:
         if huggingface not in config:
             return {megatron: default(config)}
-        found = config[huggingface]
-        return {megatron: null(config) if found is None and null else number(huggingface, found)}
+        given = config[huggingface]
+        return {megatron: null(config) if given is None and null else number(huggingface, given)}
 
     return Field(read, lambda config: {huggingface: number(megatron, config[megatron])} if megatron in config else {})
 
@@ -87,36 +91,36 @@ def optional(megatron: str, huggingface: str, *, default: Any = None) -> Field:
     """Return the field of a number that may be null, on both sides: without one, the model does not do it."""
 
     def read(config: Config) -> dict[str, Any]:
-        found = config.get(huggingface, default)
-        return {megatron: None if found is None else number(huggingface, found)}
+        given = config.get(huggingface, default)
+        return {megatron: None if given is None else number(huggingface, given)}
 
     def write(config: Config) -> dict[str, Any]:
-        found = config.get(megatron)
-        return {huggingface: None if found is None else number(megatron, found)}
+        given = config.get(megatron)
+        return {huggingface: None if given is None else number(megatron, given)}
 
     return Field(read, write)
 
 
-def number(name: str, found: Any) -> Any:
+def number(name: str, given: Any) -> Any:
     """Return the value if it is a number from 0 to what single precision holds, or true or false; else raise UserError."""
-    if not isinstance(found, (int, float)) or not 0 <= found < 1e38:
-        raise UserError(f"`{name}` is `{format_untrusted(found)}`, which should be a number", hint="the configuration is damaged")
-    return found
+    if not isinstance(given, (int, float)) or not 0 <= given < 1e38:
+        raise UserError(f"`{name}` is `{format_untrusted(given)}`, which should be a number", hint="the configuration is damaged")
+    return given
 
 
-def positive(name: str, found: Any) -> Any:
+def positive(name: str, given: Any) -> Any:
     """Return the value if it is a number above 0 whose reciprocal single precision holds too; else raise UserError."""
-    if number(name, found) < 1e-38:
-        raise UserError(f"`{name}` is `{format_untrusted(found)}`, which should be above 0", hint="the configuration is damaged")
-    return found
+    if number(name, given) < 1e-38:
+        raise UserError(f"`{name}` is `{format_untrusted(given)}`, which should be above 0", hint="the configuration is damaged")
+    return given
 
 
 def object_of(config: Config, name: str) -> Config:
     """Return the object that a field of a configuration holds, empty where it has none; UserError for anything else."""
-    found: Any = config.get(name) or {}
-    if not isinstance(found, dict):
-        raise UserError(f"`{name}` is `{format_untrusted(found)}`, which should be an object")
-    return cast("Config", found)
+    given: Any = config.get(name) or {}
+    if not isinstance(given, dict):
+        raise UserError(f"`{name}` is `{format_untrusted(given)}`, which should be an object")
+    return cast("Config", given)
 
 
 def required(megatron: str, huggingface: str) -> Field:
@@ -133,13 +137,13 @@ def required(megatron: str, huggingface: str) -> Field:
 
 def count(config: Config, name: str) -> int:
     """Return a positive whole number of a configuration; UserError where it has none of that name."""
-    found = config.get(name)
-    if not isinstance(found, int) or not is_size(found) or found < 1:
+    given = config.get(name)
+    if not isinstance(given, int) or not is_size(given) or given < 1:
         raise UserError(
-            f"the model's configuration has `{name}`: `{format_untrusted(found)}`, which should be a whole number above 0",
+            f"the model's configuration has `{name}`: `{format_untrusted(given)}`, which should be a whole number above 0",
             hint="`config.json` is missing the field or damaged",
         )
-    return found
+    return given
 
 
 def flag(megatron: str, *huggingface: str, default: bool = False) -> Field:
@@ -173,10 +177,10 @@ def agreeing(config: Config, fields: Config) -> dict[str, Any]:
 
 def one_of(places: Mapping[str, Any]) -> Any:
     """Return the value that several fields of `config.json` should share; None if none is set, UserError if they differ."""
-    said = {place: found for place, found in places.items() if found is not None}
-    if not said:
+    given = {place: setting for place, setting in places.items() if setting is not None}
+    if not given:
         return None
-    (first, value), *others = said.items()
+    (first, value), *others = given.items()
     for place, other in others:
         if other != value:
             raise UserError(
@@ -204,18 +208,18 @@ def activation(*names: str, huggingface: str = "hidden_act") -> Field:
     spelled = {function: next(name for name in names if ACTIVATIONS[name] == function) for function in functions}
 
     def read(config: Config) -> dict[str, Any]:
-        found = config.get(huggingface, names[0])
-        function = ACTIVATIONS.get(found) if isinstance(found, str) else None
+        given = config.get(huggingface, names[0])
+        function = ACTIVATIONS.get(given) if isinstance(given, str) else None
         if function not in functions:
             supported = " and ".join(f"`{name}`" for name in names)
-            raise UserError(f"`{huggingface}` is `{format_untrusted(found)}`; only {supported} is supported for this family")
+            raise UserError(f"`{huggingface}` is `{format_untrusted(given)}`; only {supported} is supported for this family")
         return {"activation_func": function}
 
     def write(config: Config) -> dict[str, Any]:
-        found = config.get("activation_func", ACTIVATIONS[names[0]])
-        if not isinstance(found, str) or found not in spelled:
-            raise UserError(f"`activation_func` is `{format_untrusted(found)}`, not {' or '.join(sorted(spelled))}")
-        return {huggingface: spelled[found]}
+        given = config.get("activation_func", ACTIVATIONS[names[0]])
+        if not isinstance(given, str) or given not in spelled:
+            raise UserError(f"`activation_func` is `{format_untrusted(given)}`, not {' or '.join(sorted(spelled))}")
+        return {huggingface: spelled[given]}
 
     return Field(read, write)
 
@@ -229,12 +233,12 @@ def derived(
     """
 
     def there(config: Config) -> dict[str, Any]:
-        found = config.get(huggingface, default)
-        return {megatron: None if found is None else read(positive(huggingface, found))}
+        given = config.get(huggingface, default)
+        return {megatron: None if given is None else read(positive(huggingface, given))}
 
     def back(config: Config) -> dict[str, Any]:
-        found = config.get(megatron)
-        return {huggingface: None if found is None else undone(read, write, positive(megatron, found))}
+        given = config.get(megatron)
+        return {huggingface: None if given is None else undone(read, write, positive(megatron, given))}
 
     return Field(there, back)
 
@@ -253,32 +257,32 @@ TEXT = "text_config"
 
 def language_model(config: Config) -> Config:
     """Return the part of a `config.json` that describes the language model: all of it, but for models with towers."""
-    found = config.get(TEXT)
-    return cast("Config", found) if isinstance(found, dict) else config
+    text = config.get(TEXT)
+    return cast("Config", text) if isinstance(text, dict) else config
 
 
 def to_megatron(fields: Iterable[Field], config: Config) -> dict[str, Any]:
     """Return Megatron's fields for a `config.json`; a later field wins over an earlier one."""
-    found: dict[str, Any] = {}
-    for one in fields:
-        found |= one.to_megatron(config)
-    return found
+    megatron: dict[str, Any] = {}
+    for item in fields:
+        megatron |= item.to_megatron(config)
+    return megatron
 
 
 def to_huggingface(fields: Iterable[Field], config: Config) -> dict[str, Any]:
     """Return the `config.json` fields for Megatron's; UserError where the family has no such model."""
-    found: dict[str, Any] = {}
-    for one in fields:
-        found |= one.to_huggingface(config)
-    return found
+    huggingface: dict[str, Any] = {}
+    for item in fields:
+        huggingface |= item.to_huggingface(config)
+    return huggingface
 
 
 def sizes_of(fields: Iterable[Field], before: Sizes) -> dict[str, Any]:
     """Return the named sizes of fields beside those known before; of one name, the last field's."""
-    found: dict[str, Any] = {}
-    for one in fields:
-        found |= one.sizes(before._replace(known={**before.known, **found}))
-    return found
+    sizes: dict[str, Any] = {}
+    for item in fields:
+        sizes |= item.sizes(before._replace(known={**before.known, **sizes}))
+    return sizes
 
 
 def make_model(fields: Iterable[Field], config: Config, *, vocab_multiple: int = 1) -> Model:

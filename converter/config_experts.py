@@ -24,27 +24,29 @@ def sparse_layers(
     """
 
     def there(config: Config) -> dict[str, Any]:
-        found = list(read(config))
-        if len(found) != layers_of(config, layers):
-            raise UserError(f"{len(found)} layers are said to have experts or none, and `{layers}` is {config[layers]}")
-        return {"moe_layer_freq": 1 if all(found) else [int(one) for one in found]}
+        sparse = list(read(config))
+        if len(sparse) != layers_of(config, layers):
+            raise UserError(f"{len(sparse)} layers are said to have experts or none, and `{layers}` is {config[layers]}")
+        return {"moe_layer_freq": 1 if all(sparse) else [int(is_sparse) for is_sparse in sparse]}
 
     def sizes(before: Sizes) -> dict[str, Any]:
-        found = with_experts(before.megatron)
-        return {"sparse": frozenset(layer for layer, one in enumerate(found) if one), "stacked": all(found)}
+        sparse = with_experts(before.megatron)
+        return {"sparse": frozenset(layer for layer, is_sparse in enumerate(sparse) if is_sparse), "stacked": all(sparse)}
 
     return Field(there, lambda config: write(with_experts(config)), sizes)
 
 
 def with_experts(megatron: Config) -> list[bool]:
     """Return of each layer whether it has experts. megatron-core takes a number n for each n-th layer, from the first on."""
-    found, layers = megatron.get("moe_layer_freq", 1), layers_of(megatron, "num_layers")
-    if isinstance(found, int) and found > 0:
-        return [layer % found == 0 for layer in range(layers)]
-    listed = cast("list[Any]", found) if isinstance(found, list) else []
-    if len(listed) != layers or any(one not in (0, 1) for one in listed):
-        raise UserError(f"`moe_layer_freq` is `{format_untrusted(found)}`, which should have 0 or 1 for each of {layers} layers")
-    return [bool(one) for one in listed]
+    frequency, layers = megatron.get("moe_layer_freq", 1), layers_of(megatron, "num_layers")
+    if isinstance(frequency, int) and frequency > 0:
+        return [layer % frequency == 0 for layer in range(layers)]
+    listed = cast("list[Any]", frequency) if isinstance(frequency, list) else []
+    if len(listed) != layers or any(mark not in (0, 1) for mark in listed):
+        raise UserError(
+            f"`moe_layer_freq` is `{format_untrusted(frequency)}`, which should have 0 or 1 for each of {layers} layers"
+        )
+    return [bool(mark) for mark in listed]
 
 
 def each_nth(step: str = "decoder_sparse_step", dense: str = "mlp_only_layers", *, dense_by_default: Sequence[int] = ()) -> Field:
@@ -53,14 +55,14 @@ def each_nth(step: str = "decoder_sparse_step", dense: str = "mlp_only_layers", 
 
     def read(config: Config) -> list[bool]:
         every = count({step: config.get(step, 1)}, step)
-        found: Any = list(dense_by_default) if config.get(dense) is None else config[dense]
-        if not isinstance(found, list):
-            raise UserError(f"`{dense}` is `{format_untrusted(found)}`, which should be a list of layers")
-        without = cast("list[Any]", found)
+        layers_without: Any = list(dense_by_default) if config.get(dense) is None else config[dense]
+        if not isinstance(layers_without, list):
+            raise UserError(f"`{dense}` is `{format_untrusted(layers_without)}`, which should be a list of layers")
+        without = cast("list[Any]", layers_without)
         return [layer not in without and (layer + 1) % every == 0 for layer in range(layers_of(config))]
 
     def write(sparse: Sequence[bool]) -> dict[str, Any]:
-        return {step: 1, dense: [layer for layer, one in enumerate(sparse) if not one]}
+        return {step: 1, dense: [layer for layer, is_sparse in enumerate(sparse) if not is_sparse]}
 
     return sparse_layers(read, write)
 
@@ -94,7 +96,7 @@ def auxiliary_loss(
         return {"moe_aux_loss_coeff": number(coefficient, config.get(coefficient, default)) if config.get(switch) else 0.0}
 
     def write(config: Config) -> dict[str, Any]:
-        found = number("moe_aux_loss_coeff", config.get("moe_aux_loss_coeff", 0.0))
-        return {switch: True, coefficient: found} if found else {switch: False}
+        weight = number("moe_aux_loss_coeff", config.get("moe_aux_loss_coeff", 0.0))
+        return {switch: True, coefficient: weight} if weight else {switch: False}
 
     return Field(read, write)

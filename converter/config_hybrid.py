@@ -63,7 +63,7 @@ def hybrid_fields(gpt: Config) -> dict[str, Any]:
     _, linear = marks(gpt, "linear_attention_freq", absent=0)
     sparse = with_experts(gpt) if experts else [False] * layers
     mixer = _mixer(gpt)
-    pairs = ["".join(pair) for pair in zip(["G" if one else mixer for one in linear], ["E" if one else "-" for one in sparse],
+    pairs = ["".join(pair) for pair in zip(["G" if mark else mixer for mark in linear], ["E" if mark else "-" for mark in sparse],
                                            strict=True)]  # fmt: skip
     predicted = [mixer + pairs[-1][1:]] * (gpt.get("mtp_num_layers") or 0)  # which have attention
     return {
@@ -87,10 +87,10 @@ def _mixer(gpt: Config) -> str:
 
 def _twice(gpt: Config, name: str) -> list[int]:
     """The marks of layers, of which each is two."""
-    each, found = marks(gpt, name, absent=0)
+    each, by_layer = marks(gpt, name, absent=0)
     if each and name == "window_attn_skip_freq":  # each such layer sees everything
-        found = [1 - one for one in found]
-    return list(chain.from_iterable((one, one) for one in found))
+        by_layer = [1 - mark for mark in by_layer]
+    return list(chain.from_iterable((mark, mark) for mark in by_layer))
 
 
 def not_computed(hybrid: Config) -> Iterator[str]:
@@ -114,7 +114,7 @@ def gpt_fields(hybrid: Config) -> dict[str, Any]:
     mixers, parts = layers[::2], layers[1::2]
     if len(mixers) != len(parts) or not set(mixers) <= {*MIXERS} - {"M"} or not set(parts) <= {*FEED_FORWARD}:
         raise UserError(f"`{PATTERN}` is `{format_untrusted(layers)}`: not attention and a feed-forward part in turn")
-    sparse = [int(one == "E") for one in parts]
+    sparse = [int(letter == "E") for letter in parts]
     return {
         **{name: value for name, value in hybrid.items() if name not in (PATTERN, "is_hybrid_model")},
         "num_layers": len(mixers),
@@ -134,5 +134,5 @@ def _checked(pattern: Any) -> str:
 def _delta_net(mixers: str) -> dict[str, Any]:
     return {
         "experimental_attention_variant": _GATED_DELTA_NET,
-        "linear_attention_freq": [int(one == "G") for one in mixers],
+        "linear_attention_freq": [int(letter == "G") for letter in mixers],
     }

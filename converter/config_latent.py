@@ -34,13 +34,13 @@ def latent(*, q_lora: int | None, kv_lora: int, plain: int, turned: int) -> tupl
 
 
 def _query_rank(default: int | None) -> Field:
-    one = optional("q_lora_rank", "q_lora_rank", default=default)
+    rank = optional("q_lora_rank", "q_lora_rank", default=default)
 
     def sizes(before: Sizes) -> dict[str, Any]:
-        found = before.megatron.get("q_lora_rank")
-        return {"q_lora": None if found is None else count(before.megatron, "q_lora_rank")}
+        size = before.megatron.get("q_lora_rank")
+        return {"q_lora": None if size is None else count(before.megatron, "q_lora_rank")}
 
-    return Field(one.to_megatron, one.to_huggingface, sizes)
+    return Field(rank.to_megatron, rank.to_huggingface, sizes)
 
 
 def indexer(*, heads: int, interleaved: bool) -> tuple[Field, ...]:
@@ -83,7 +83,7 @@ def index_sharing() -> Field:
         return {_TYPES: _types_in_megatron(config)}
 
     return Field(read, write, lambda before: {
-        "indexed": frozenset(layer for layer, one in enumerate(_types_in_megatron(before.megatron)) if one == _OWN)
+        "indexed": frozenset(layer for layer, kind in enumerate(_types_in_megatron(before.megatron)) if kind == _OWN)
     })  # fmt: skip
 
 
@@ -105,17 +105,18 @@ def _indexer_types(config: Config) -> list[str]:
     """Return of each layer whether its indexer chooses tokens, as transformers reads it of a list, letters or two numbers."""
     layers, letters = layers_of(config), config.get("index_topk_pattern")
     step, first = config.get("index_topk_freq", 1), config.get("index_skip_topk_offset", 2)
-    found: Any = config.get(_TYPES)
-    if found is None and letters is not None:
-        found = [{"F": _OWN, "S": _SHARED}.get(one) for one in letters] if isinstance(letters, str) else letters
-    if found is None:
-        found = _types_by_step(
+    listed: Any = config.get(_TYPES)
+    if listed is None and letters is not None:
+        listed = [{"F": _OWN, "S": _SHARED}.get(kind) for kind in letters] if isinstance(letters, str) else letters
+    if listed is None:
+        listed = _types_by_step(
             layers, number("index_skip_topk_offset", first), count({"index_topk_freq": step}, "index_topk_freq")
         )
-    types = cast("list[Any]", found) if isinstance(found, list) else []
-    if len(types) != layers or any(one not in (_OWN, _SHARED) for one in types) or types[0] != _OWN:
+    types = cast("list[Any]", listed) if isinstance(listed, list) else []
+    if len(types) != layers or any(kind not in (_OWN, _SHARED) for kind in types) or types[0] != _OWN:
         raise UserError(
-            f"`{_TYPES}` is `{format_untrusted(found)}`, which should have `{_OWN}` or `{_SHARED}` for each layer, first `{_OWN}`"
+            f"`{_TYPES}` is `{format_untrusted(listed)}`, "
+            f"which should have `{_OWN}` or `{_SHARED}` for each layer, first `{_OWN}`"
         )
     return types
 
@@ -129,13 +130,13 @@ def latent_rope(*kinds: str) -> Field:
     plain = rope(*kinds)
 
     def read(config: Config) -> dict[str, Any]:
-        found = plain.to_megatron(config)
-        if found["position_embedding_type"] != "yarn":
-            return {**found, "rope_type": "rope"}
-        if not found["yarn_correction_range_round_to_int"]:
+        fields = plain.to_megatron(config)
+        if fields["position_embedding_type"] != "yarn":
+            return {**fields, "rope_type": "rope"}
+        if not fields["yarn_correction_range_round_to_int"]:
             raise UserError("`truncate` is `False`, which megatron-core cannot do in latent attention")
-        shared = {name: one for name, one in found.items() if not name.startswith("yarn_")}
-        numbers = {name: found[theirs] for name, theirs in _YARN.items()}
+        shared = {name: value for name, value in fields.items() if not name.startswith("yarn_")}
+        numbers = {name: fields[theirs] for name, theirs in _YARN.items()}
         scales = _read_scales(rope_numbers(config), numbers["rotary_scaling_factor"])
         return {**shared, "position_embedding_type": "rope", "rope_type": "yarn", **numbers, **scales}
 
@@ -180,10 +181,10 @@ def _read_scales(numbers: Config, factor: float) -> dict[str, Any]:
 def _written_scales(config: Config) -> dict[str, Any]:
     factor = positive("rotary_scaling_factor", config.get("rotary_scaling_factor"))
     given, all_dim = signed("mscale", config.get("mscale")), number("mscale_all_dim", config.get("mscale_all_dim") or 0.0)
-    one = 1.0 if given is None else given
-    if one > 0 and all_dim:
-        return {"mscale": one, "mscale_all_dim": all_dim}
+    scale = 1.0 if given is None else given
+    if scale > 0 and all_dim:
+        return {"mscale": scale, "mscale_all_dim": all_dim}
     scores = {"mscale_all_dim": all_dim} if all_dim else {}
-    if one == 1.0:
+    if scale == 1.0:
         return scores
-    return {**scores, "attention_factor": round(_scale(factor, one) / _scale(factor, all_dim), 12)}
+    return {**scores, "attention_factor": round(_scale(factor, scale) / _scale(factor, all_dim), 12)}

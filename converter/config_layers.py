@@ -36,10 +36,10 @@ def one_full_in(default: int | str, *, name: str = "sliding_window_pattern") -> 
     """
 
     def types(config: Config) -> list[str]:
-        found, layers = config.get(name, default), layers_of(config)
-        if isinstance(found, str) and found and set(found) <= {"L", "G"}:
-            return [SLIDING if found[layer % len(found)] == "L" else FULL for layer in range(layers)]
-        each = count({name: found}, name)
+        step, layers = config.get(name, default), layers_of(config)
+        if isinstance(step, str) and step and set(step) <= {"L", "G"}:
+            return [SLIDING if step[layer % len(step)] == "L" else FULL for layer in range(layers)]
+        each = count({name: step}, name)
         return [FULL if (layer + 1) % each == 0 else SLIDING for layer in range(layers)]
 
     return types
@@ -47,13 +47,13 @@ def one_full_in(default: int | str, *, name: str = "sliding_window_pattern") -> 
 
 def layer_types(config: Config, default: Types) -> list[str]:
     """Return the type of each layer. UserError where `layer_types` is damaged, or contradicts the fields that it follows from."""
-    found = config.get("layer_types")
-    if found is None:
+    listed = config.get("layer_types")
+    if listed is None:
         return list(default(config))
-    types = cast("list[Any]", found) if isinstance(found, list) else []
+    types = cast("list[Any]", listed) if isinstance(listed, list) else []
     if len(types) != layers_of(config) or any(word not in (FULL, SLIDING) for word in types):
         raise UserError(
-            f"`layer_types` is `{format_untrusted(found)}`, which should have `{FULL}` or `{SLIDING}` for each of "
+            f"`layer_types` is `{format_untrusted(listed)}`, which should have `{FULL}` or `{SLIDING}` for each of "
             f"{layers_of(config)} layers"
         )
     named = [name for name in _PATTERNS if config.get(name) is not None]
@@ -96,15 +96,15 @@ def window_pattern(
             raise UserError(f"`layer_types` has `{SLIDING}`, and `{huggingface}` is `None`", hint="the configuration is damaged")
         return {
             "window_size": None if tokens is None else [count({huggingface: tokens}, huggingface) - 1, 0],
-            "window_attn_skip_freq": [int(one) for one in slides] if any(slides) and not all(slides) else None,
+            "window_attn_skip_freq": [int(slide) for slide in slides] if any(slides) and not all(slides) else None,
         }
 
     def write(config: Config) -> dict[str, Any]:
         tokens = seen(config.get("window_size"))
         each, slides = marks(config, "window_attn_skip_freq", absent=int(tokens is not None))
         if each:  # megatron-core: each such layer sees everything
-            slides = [1 - one for one in slides]
-        types = [SLIDING if one else FULL for one in slides]
+            slides = [1 - slide for slide in slides]
+        types = [SLIDING if slide else FULL for slide in slides]
         shown = unused if tokens is None else tokens
         return {huggingface: shown, "layer_types": types, **({switch: tokens is not None} if switch else {}), **pattern(types)}
 
@@ -118,7 +118,7 @@ def no_rope(read: Callable[[Config], Sequence[bool]], write: Callable[[Sequence[
     """
 
     def there(config: Config) -> dict[str, Any]:
-        without = [int(one) for one in read(config)]
+        without = [int(is_without) for is_without in read(config)]
         return {"no_rope_freq": without if any(without) else None}
 
     def back(config: Config) -> dict[str, Any]:
@@ -131,14 +131,14 @@ def no_rope(read: Callable[[Config], Sequence[bool]], write: Callable[[Sequence[
 def marks(config: Config, name: str, *, absent: int) -> tuple[bool, list[int]]:
     """Return a field of Megatron's that has 0 or 1 for each layer, or a number n for each n-th: whether it is such a number, and
     the marks of all layers. `absent` is the mark without the field. UserError for anything else."""
-    found, layers = config.get(name), layers_of(config, "num_layers")
-    if found in (None, 0, []):
+    given, layers = config.get(name), layers_of(config, "num_layers")
+    if given in (None, 0, []):
         return False, [absent] * layers
-    if isinstance(found, int):
-        return True, [int((layer + 1) % found == 0) for layer in range(layers)]
-    listed = list(cast("Sequence[Any]", found)) if isinstance(found, (list, tuple)) else []
-    if len(listed) != layers or any(one not in (0, 1) for one in listed):
-        raise UserError(f"`{name}` is `{format_untrusted(found)}`, which should have 0 or 1 for each of {layers} layers")
+    if isinstance(given, int):
+        return True, [int((layer + 1) % given == 0) for layer in range(layers)]
+    listed = list(cast("Sequence[Any]", given)) if isinstance(given, (list, tuple)) else []
+    if len(listed) != layers or any(mark not in (0, 1) for mark in listed):
+        raise UserError(f"`{name}` is `{format_untrusted(given)}`, which should have 0 or 1 for each of {layers} layers")
     return False, listed
 
 
@@ -190,8 +190,8 @@ def _check_sliding(config: Config, name: str, tokens: Any) -> None:
 
 def _check_layers(config: Config, expected: str) -> None:
     """Raise UserError for layers that attend in another way than the rest of `config.json` says."""
-    found = config.get("layer_types")
-    other = next((one for one in cast("list[Any]", found) if one != expected), None) if isinstance(found, list) else None
+    listed = config.get("layer_types")
+    other = next((kind for kind in cast("list[Any]", listed) if kind != expected), None) if isinstance(listed, list) else None
     if other is not None:
         raise UserError(
             f"`layer_types` has `{format_untrusted(other)}`, but models of this family have `{expected}` in all layers",

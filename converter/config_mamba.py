@@ -53,13 +53,13 @@ def spelled(pattern: str) -> list[str]:
     return [_SPELLED[letter] for letter in pattern]
 
 
-def letters(name: str, found: Any, known: Mapping[str, str] = WORDS) -> str:
+def letters(name: str, given: Any, known: Mapping[str, str] = WORDS) -> str:
     """Return the pattern that a list of words, the field `name` of `config.json`, stands for; UserError for other words."""
-    words = cast("list[Any]", found) if isinstance(found, (list, str)) else []
+    words = cast("list[Any]", given) if isinstance(given, (list, str)) else []
     unknown = [word for word in words if not isinstance(word, str) or word not in known]
     if not words or unknown or len(words) > MOST_LAYERS:
         raise UserError(
-            f"`{name}` has `{format_untrusted(unknown[0] if unknown else found)}`",
+            f"`{name}` has `{format_untrusted(unknown[0] if unknown else given)}`",
             hint=f"layers of this family are {', '.join(known)}",
         )
     return "".join(known[word] for word in words)
@@ -70,10 +70,10 @@ def pattern(read: Callable[[Config], str], write: Callable[[str], dict[str, Any]
     the fields of `config.json` for a pattern."""
 
     def back(config: Config) -> dict[str, Any]:
-        found = config.get(PATTERN)
-        if not isinstance(found, str) or len(without_stages(found)) != config.get("num_layers"):
-            raise UserError(f"`{PATTERN}` is `{format_untrusted(found)}`, which should have a letter for each layer")
-        return write(without_stages(found))
+        layer_letters = config.get(PATTERN)
+        if not isinstance(layer_letters, str) or len(without_stages(layer_letters)) != config.get("num_layers"):
+            raise UserError(f"`{PATTERN}` is `{format_untrusted(layer_letters)}`, which should have a letter for each layer")
+        return write(without_stages(layer_letters))
 
     return (
         hybrid_layers(read),
@@ -151,8 +151,8 @@ def mamba(
 
     def write(config: Config) -> dict[str, Any]:
         names = {heads: "mamba_num_heads", dim: "mamba_head_dim", groups: "mamba_num_groups", state: "mamba_state_dim"}
-        found = {name: count(config, megatron) for name, megatron in names.items()}
-        return {**found, **({expand: _expansion(found[heads] * found[dim], config)} if expand else {})}
+        dims = {name: count(config, megatron) for name, megatron in names.items()}
+        return {**dims, **({expand: _expansion(dims[heads] * dims[dim], config)} if expand else {})}
 
     return (
         Field(read, write),
@@ -173,11 +173,11 @@ def _head_dim(config: Config, heads: str, dim: str, expand: str) -> int:
     if not expand:
         return count({dim: 64, **config}, dim)
     whole, number_of = count({expand: 2, **config}, expand) * count(config, "hidden_size"), count(config, heads)
-    found = config.get(dim, "auto")
-    size = whole // number_of if found == "auto" else count(config, dim)
+    given = config.get(dim, "auto")
+    size = whole // number_of if given == "auto" else count(config, dim)
     if number_of * size != whole:
         raise UserError(
-            f"`{heads}` is {number_of} and `{dim}` `{format_untrusted(found)}`, and `{expand}` times `hidden_size` is {whole}",
+            f"`{heads}` is {number_of} and `{dim}` `{format_untrusted(given)}`, and `{expand}` times `hidden_size` is {whole}",
             hint="`config.json` is damaged",
         )
     return size
@@ -222,18 +222,18 @@ LIMIT = "time_step_limit"
 
 def _limit(config: Config) -> list[Any] | None:
     """Return the limits of time steps, None for those of any."""
-    found: Any = config.get(LIMIT)
-    both = [_plain(one) for one in cast("list[Any]", found)] if isinstance(found, (list, tuple)) else []
-    if found is None or both == [0, inf]:
+    given: Any = config.get(LIMIT)
+    both = [_plain(bound) for bound in cast("list[Any]", given)] if isinstance(given, (list, tuple)) else []
+    if given is None or both == [0, inf]:
         return None
-    if len(both) != 2 or not all(isinstance(one, (int, float)) for one in both):
-        raise UserError(f"`{LIMIT}` is `{format_untrusted(found)}`, which should be two numbers")
+    if len(both) != 2 or not all(isinstance(bound, (int, float)) for bound in both):
+        raise UserError(f"`{LIMIT}` is `{format_untrusted(given)}`, which should be two numbers")
     return both
 
 
-def _plain(found: Any) -> Any:
+def _plain(bound: Any) -> Any:
     """Return a number as Python has it: transformers 5 writes infinity as an object."""
-    return inf if found == {"__float__": "Infinity"} else found
+    return inf if bound == {"__float__": "Infinity"} else bound
 
 
 def _written_limit(config: Config) -> dict[str, Any]:

@@ -101,25 +101,25 @@ def dropouts(
 
 
 def _embedding_dropout(hidden: str, embedding: str, default: float) -> Field:
-    def said(config: Config, name: str) -> Any:
+    def dropout(config: Config, name: str) -> Any:
         return number(name, config.get(name, default)) if name else 0.0
 
     def read(config: Config) -> dict[str, Any]:
-        of_embeddings = said(config, embedding)
-        return {"embedding_dropout": None if of_embeddings == said(config, hidden) else of_embeddings}
+        of_embeddings = dropout(config, embedding)
+        return {"embedding_dropout": None if of_embeddings == dropout(config, hidden) else of_embeddings}
 
     def write(config: Config) -> dict[str, Any]:
-        found = config.get("embedding_dropout")
-        found = config.get("hidden_dropout", default) if found is None else found
-        return {embedding: found} if embedding and embedding != hidden else {}
+        probability = config.get("embedding_dropout")
+        probability = config.get("hidden_dropout", default) if probability is None else probability
+        return {embedding: probability} if embedding and embedding != hidden else {}
 
     return Field(read, write)
 
 
 def _other_dropouts(names: tuple[str, ...]) -> Field:
     def write(config: Config) -> dict[str, Any]:
-        found = object_of(config, "dropouts")
-        return {name: number(name, found.get(name, 0.0)) for name in names}
+        probabilities = object_of(config, "dropouts")
+        return {name: number(name, probabilities.get(name, 0.0)) for name in names}
 
     return Field(lambda config: {"dropouts": {name: config[name] for name in names if config.get(name)} or None}, write)
 
@@ -174,16 +174,16 @@ def routed(*, experts: str, topk: str, ffn: str, renormalized: str = "", absent:
 
 def _chosen(topk: str, experts: str) -> Field:
     """Return the field of how many experts are chosen for a token."""
-    one = required("moe_router_topk", topk)
+    chosen = required("moe_router_topk", topk)
 
     def read(config: Config) -> dict[str, Any]:
         if count(config, topk) > count(config, experts):
             raise UserError(
                 f"`{topk}` is {config[topk]}, and `{experts}` only {config[experts]}", hint="the configuration is damaged"
             )
-        return one.to_megatron(config)
+        return chosen.to_megatron(config)
 
-    return replace(one, to_megatron=read)
+    return replace(chosen, to_megatron=read)
 
 
 def shared_experts(ffn: str) -> tuple[Field, ...]:
@@ -235,17 +235,17 @@ def by_layer(
 
 def _known_marks(config: Config, name: str, words: Mapping[int, str]) -> list[int]:
     """Return the marks of layers; UserError for what is no list of those that have a word."""
-    found = config[name]
-    if not isinstance(found, list) or not all(isinstance(mark, int) and mark in words for mark in cast("list[Any]", found)):
-        raise UserError(f"`{name}` is `{format_untrusted(found)}`", hint=f"each layer has one of {', '.join(map(str, words))}")
-    return cast("list[int]", found)
+    marks = config[name]
+    if not isinstance(marks, list) or not all(isinstance(mark, int) and mark in words for mark in cast("list[Any]", marks)):
+        raise UserError(f"`{name}` is `{format_untrusted(marks)}`", hint=f"each layer has one of {', '.join(map(str, words))}")
+    return cast("list[int]", marks)
 
 
 def dimension(size: str, huggingface: str, *, megatron: str = "", default: int | None = None) -> tuple[Field, ...]:
     """Return a named size that `config.json` says, under the name that Megatron has for it."""
     name = megatron or huggingface
-    one = required(name, huggingface) if default is None else field(name, huggingface, default=value(default))
-    return one, counts(**{size: name})
+    size_field = required(name, huggingface) if default is None else field(name, huggingface, default=value(default))
+    return size_field, counts(**{size: name})
 
 
 def only(**huggingface: Any) -> Field:
@@ -294,19 +294,19 @@ NOT_COMPUTED = {
 """Fields of models whose weights are converted, and which neither megatron-core nor `mbtrain` computes."""
 
 
-def described(name: str, found: Any, *, verb: str = "") -> str:
+def described(name: str, given: Any, *, verb: str = "") -> str:
     """Return a field with its value, or each field that it holds, for messages; `verb` stands between the two."""
-    said: Config = cast("Config", found) if isinstance(found, dict) else {name: found}
-    return " and ".join(f"`{one}`{verb} `{format_untrusted(value)}`" for one, value in said.items())
+    fields: Config = cast("Config", given) if isinstance(given, dict) else {name: given}
+    return " and ".join(f"`{key}`{verb} `{format_untrusted(value)}`" for key, value in fields.items())
 
 
 def not_computed(name: str, *, huggingface: str = "", off: float | None = None) -> Field:
     """Return a field of `NOT_COMPUTED`, under its name in `config.json`, or the name `huggingface`; null, or `off`, where the
     model does not have it."""
     assert name in NOT_COMPUTED
-    said = huggingface or name
-    one = optional(name, said, default=off)
+    key = huggingface or name
+    plain = optional(name, key, default=off)
     return Field(
-        lambda config: {name: None} if config.get(said, off) == off else one.to_megatron(config),
-        lambda config: {said: off} if config.get(name) is None else one.to_huggingface(config),
+        lambda config: {name: None} if config.get(key, off) == off else plain.to_megatron(config),
+        lambda config: {key: off} if config.get(name) is None else plain.to_huggingface(config),
     )

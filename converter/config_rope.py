@@ -90,7 +90,7 @@ def rope_by_type(*kinds: str, theta: float, sliding: str = "rope_theta", sliding
 
 def _sliding_numbers(config: Config, name: str, theta: float) -> dict[str, Any]:
     """Return the parameters of layers that slide: those of their own, or the base in the field `name` without a scaling."""
-    if any(isinstance(found, dict) for found in _object(config, "rope_parameters").values()):
+    if any(isinstance(numbers, dict) for numbers in _object(config, "rope_parameters").values()):
         return rope_numbers(config, theta=theta, layers="sliding_attention")
     base = config.get(name)
     return {"rope_type": "default", "rope_theta": number(name, theta if base is None else base)}
@@ -134,25 +134,25 @@ def _read_mscale(numbers: Config, factor: float) -> dict[str, Any]:
 
     Source: `_yarn_get_concentration_factor` of megatron-core, `_compute_yarn_parameters` of transformers.
     """
-    attention, one, all_dim = (numbers.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    attention, mscale, all_dim = (numbers.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
     if attention is not None and factor > 1:
         return {"yarn_mscale": (number("attention_factor", attention) - 1) / (0.1 * log(factor)), "yarn_mscale_all_dim": 0.0}
-    both = bool(one and all_dim)
-    return {"yarn_mscale": one if both else None, "yarn_mscale_all_dim": all_dim if both else None}
+    both = bool(mscale and all_dim)
+    return {"yarn_mscale": mscale if both else None, "yarn_mscale_all_dim": all_dim if both else None}
 
 
-def signed(name: str, found: Any) -> Any:
+def signed(name: str, given: Any) -> Any:
     """Return a number that may be below 0, or None: `yarn_mscale` is where the attention's factor is below 1."""
-    if found is None:
+    if given is None:
         return None
-    return -number(name, -found) if isinstance(found, (int, float)) and found < 0 else number(name, found)
+    return -number(name, -given) if isinstance(given, (int, float)) and given < 0 else number(name, given)
 
 
 def _write_yarn(config: Config) -> dict[str, Any] | None:
     if config.get("position_embedding_type") != "yarn":
         return _write_own("yarn")(config)
     factor = positive("yarn_rotary_scaling_factor", config.get("yarn_rotary_scaling_factor"))
-    one, all_dim = (signed(name, config.get(name)) for name in ("yarn_mscale", "yarn_mscale_all_dim"))
+    mscale, all_dim = (signed(name, config.get(name)) for name in ("yarn_mscale", "yarn_mscale_all_dim"))
     numbers = {
         "rope_type": "yarn",
         "factor": factor,
@@ -160,10 +160,10 @@ def _write_yarn(config: Config) -> dict[str, Any] | None:
         "beta_fast": config.get("yarn_beta_fast"),
         "beta_slow": config.get("yarn_beta_slow"),
     }
-    if one is not None and all_dim:
-        numbers |= {"mscale": one, "mscale_all_dim": all_dim}
-    elif one is not None:
-        numbers["attention_factor"] = round(0.1 * one * log(factor) + 1, 12)
+    if mscale is not None and all_dim:
+        numbers |= {"mscale": mscale, "mscale_all_dim": all_dim}
+    elif mscale is not None:
+        numbers["attention_factor"] = round(0.1 * mscale * log(factor) + 1, 12)
     if config.get("yarn_correction_range_round_to_int") is False:
         numbers["truncate"] = False
     return numbers
@@ -181,8 +181,8 @@ def _read_own(numbers: Config, config: Config) -> dict[str, Any]:
 
 def _write_own(kind: str) -> Callable[[Config], dict[str, Any] | None]:
     def write(config: Config) -> dict[str, Any] | None:
-        found: Any = config.get("rope_parameters")
-        numbers = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+        parameters: Any = config.get("rope_parameters")
+        numbers = cast("dict[str, Any]", parameters) if isinstance(parameters, dict) else {}
         return dict(numbers) if numbers.get("rope_type") == kind else None
 
     return write
@@ -232,8 +232,8 @@ def _read(numbers: Config, config: Config, kinds: Iterable[str], *, own_yarn: bo
     if name not in kinds:
         raise _unknown_kind(name, kinds)
     kind = _KINDS[name]
-    for one in kind.needs:
-        _factor(numbers, one)
+    for key in kind.needs:
+        _factor(numbers, key)
     start = {"rotary_base": numbers["rope_theta"], "position_embedding_type": "rope", "rope_scaling": False}
     return {**start, **(_read_own if own_yarn and name == "yarn" else kind.read)(numbers, config)}
 
@@ -248,27 +248,27 @@ def _unknown_kind(name: Any, kinds: Iterable[str], which: str = "") -> UserError
 def _written(config: Config, kinds: Iterable[str]) -> dict[str, Any] | None:
     """Return `rope_scaling` for Megatron's fields; UserError for a kind that the family has not."""
     for name, kind in _KINDS.items():
-        found = kind.write(config)
-        if found is not None:
+        fields = kind.write(config)
+        if fields is not None:
             if name not in kinds:
                 raise UserError(f"the rotary embedding is of the kind `{name}`, which is not among this family's")
-            return found
+            return fields
     return agreeing(config, {"position_embedding_type": "rope"}) or None
 
 
 def _factor(numbers: Config, name: str) -> Any:
     """Return a number above 0 that a scaling needs, or a list of them, as transformers does; else raise UserError."""
-    found: Any = numbers.get(name)
+    factor: Any = numbers.get(name)
     if name not in numbers:
         raise UserError(
             f"`config.json` has rope type `{numbers['rope_type']}` without `{name}`",
             hint="transformers refuses that too: take the scaling's numbers from the original model",
         )
-    if name == "factor" and found is None and numbers["rope_type"] == "yarn":
+    if name == "factor" and factor is None and numbers["rope_type"] == "yarn":
         return None  # transformers takes the ratio of both lengths
-    for one in cast("list[Any]", found) if isinstance(found, list) else [found]:
-        positive(name, one)
-    return cast("Any", found)
+    for each in cast("list[Any]", factor) if isinstance(factor, list) else [factor]:
+        positive(name, each)
+    return cast("Any", factor)
 
 
 def rope_numbers(config: Config, *, theta: float = 10000.0, layers: str = "", default: Config | None = None) -> dict[str, Any]:
@@ -278,8 +278,8 @@ def rope_numbers(config: Config, *, theta: float = 10000.0, layers: str = "", de
     `theta` is the base where it has none; `layers` the word of `layer_types` whose parameters these are, where layers differ;
     `default` the parameters where it has none at all.
     """
-    objects = {name: found for name in _FIELDS if (found := _object(config, name, layers))}
-    read = {name: _numbers_of(found, config, name, theta) for name, found in objects.items()}
+    objects = {name: section for name in _FIELDS if (section := _object(config, name, layers))}
+    read = {name: _numbers_of(section, config, name, theta) for name, section in objects.items()}
     if not read:
         return _numbers_of(default or {}, {} if default else config, "rope_scaling", theta)
     new, *old = read.values()
@@ -295,8 +295,8 @@ def rope_numbers(config: Config, *, theta: float = 10000.0, layers: str = "", de
 
 
 def _object(config: Config, name: str, layers: str = "") -> Config:
-    found = object_of(config, name)
-    return found[layers] if layers and isinstance(found.get(layers), dict) else found
+    section = object_of(config, name)
+    return section[layers] if layers and isinstance(section.get(layers), dict) else section
 
 
 def _computed_from(numbers: Config) -> Iterable[str]:
@@ -304,24 +304,24 @@ def _computed_from(numbers: Config) -> Iterable[str]:
     return "rope_type", "rope_theta", *(kind.needs if kind else sorted(numbers))
 
 
-def _numbers_of(said: Config, config: Config, field: str, default_theta: float) -> dict[str, Any]:
+def _numbers_of(section: Config, config: Config, field: str, default_theta: float) -> dict[str, Any]:
     """Return the parameters in one field of `config.json`, with those outside it that belong to them."""
-    nested = next((key for key, found in said.items() if isinstance(found, dict)), None)
+    nested = next((key for key, value in section.items() if isinstance(value, dict)), None)
     if nested is not None:
         raise UserError(
             f"`{field}` has parameters of their own for `{format_untrusted(nested)}` layers, which megatron-core cannot "
             "do for this family"
         )
-    numbers = dict(said)
-    numbers["rope_type"] = one_of({f"`type` in `{field}`": numbers.pop("type", None), "`rope_type`": said.get("rope_type")})
+    numbers = dict(section)
+    numbers["rope_type"] = one_of({f"`type` in `{field}`": numbers.pop("type", None), "`rope_type`": section.get("rope_type")})
     kind: Any = numbers["rope_type"] or "default"
     if not isinstance(kind, str):
         raise UserError(f"the rope type in `{field}` is `{format_untrusted(kind)}`, which should be a word")
     numbers["rope_type"] = _OTHER_NAMES.get(kind, kind)
-    theta = one_of({f"`rope_theta` in `{field}`": said.get("rope_theta"), "`rope_theta`": config.get("rope_theta")})
+    theta = one_of({f"`rope_theta` in `{field}`": section.get("rope_theta"), "`rope_theta`": config.get("rope_theta")})
     numbers["rope_theta"] = number("rope_theta", default_theta if theta is None else theta)
     if _ORIGINAL in _KINDS.get(numbers["rope_type"], _KINDS["default"]).needs:
-        numbers[_ORIGINAL] = _original_length(said, config, field)
+        numbers[_ORIGINAL] = _original_length(section, config, field)
     return numbers
 
 
@@ -329,7 +329,7 @@ _OTHER_NAMES = {"su": "longrope", "deepseek_yarn": "yarn"}
 """What earlier configurations, or those of other code, call a kind."""
 
 
-def _original_length(said: Config, config: Config, field: str) -> Any:
+def _original_length(section: Config, config: Config, field: str) -> Any:
     """Return the length of sequences before the scaling: as transformers, the present one where there is none."""
-    length = one_of({f"`{_ORIGINAL}` in `{field}`": said.get(_ORIGINAL), f"`{_ORIGINAL}`": config.get(_ORIGINAL)})
+    length = one_of({f"`{_ORIGINAL}` in `{field}`": section.get(_ORIGINAL), f"`{_ORIGINAL}`": config.get(_ORIGINAL)})
     return number(_ORIGINAL, config.get("max_position_embeddings", 2048) if length is None else length)

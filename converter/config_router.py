@@ -36,10 +36,10 @@ def best_groups(groups: int | None, chosen: int | None, *, best: int, experts: s
     """
 
     def read(config: Config) -> dict[str, Any]:
-        found = config.get("n_group", groups)
-        if found in (None, 1):
+        number_of_groups = config.get("n_group", groups)
+        if number_of_groups in (None, 1):
             return {GROUPS: None, CHOSEN: None, BEST: None}
-        numbers = {**config, "n_group": found, "topk_group": config.get("topk_group", chosen)}
+        numbers = {**config, "n_group": number_of_groups, "topk_group": config.get("topk_group", chosen)}
         of, taken, topk = (count(numbers, name) for name in ("n_group", "topk_group", "num_experts_per_tok"))
         _check_groups(count(config, experts), of, taken, topk, best)
         return {GROUPS: of, CHOSEN: taken, BEST: None if topk // taken == best else best}
@@ -76,16 +76,16 @@ def shared_multiple(default: int, *, name: str = "n_shared_experts") -> tuple[Fi
     megatron, ffn = "moe_shared_expert_intermediate_size", "moe_intermediate_size"
 
     def read(config: Config) -> dict[str, Any]:
-        found = config.get(name, default)
-        return {megatron: None if found == 0 else count({name: found}, name) * count(config, ffn)}
+        multiple = config.get(name, default)
+        return {megatron: None if multiple == 0 else count({name: multiple}, name) * count(config, ffn)}
 
     def write(config: Config) -> dict[str, Any]:
         if config.get(megatron) is None:
             return {name: 0}
-        total, one = count(config, megatron), count(config, "moe_ffn_hidden_size")
-        if total % one:
-            raise UserError(f"shared experts have `{total}` channels, which is no multiple of an expert's `{one}`")
-        return {name: total // one}
+        total, of_expert = count(config, megatron), count(config, "moe_ffn_hidden_size")
+        if total % of_expert:
+            raise UserError(f"shared experts have `{total}` channels, which is no multiple of an expert's `{of_expert}`")
+        return {name: total // of_expert}
 
     return (Field(read, write, lambda sizes: {"shared_ffn": sizes.megatron[megatron] or 0}),)
 
@@ -113,15 +113,15 @@ def kinds_of_layers(first: int) -> Field:
     def read(config: Config) -> list[bool]:
         dense = number(_FIRST, config.get(_FIRST, first))
         default = ["dense" if layer < dense else "sparse" for layer in range(layers_of(config))]
-        found: Any = default if config.get(_KINDS) is None else config[_KINDS]
-        kinds = cast("list[Any]", found) if isinstance(found, list) else []
-        if len(kinds) != len(default) or any(one not in ("dense", "sparse") for one in kinds):
-            raise UserError(f"`{_KINDS}` is `{format_untrusted(found)}`, which should have `dense` or `sparse` for each layer")
+        listed: Any = default if config.get(_KINDS) is None else config[_KINDS]
+        kinds = cast("list[Any]", listed) if isinstance(listed, list) else []
+        if len(kinds) != len(default) or any(kind not in ("dense", "sparse") for kind in kinds):
+            raise UserError(f"`{_KINDS}` is `{format_untrusted(listed)}`, which should have `dense` or `sparse` for each layer")
         if _FIRST in config:
             one_of({f"`{_KINDS}`": kinds, f"`{_KINDS}` by `{_FIRST}`": default})
-        return [one == "sparse" for one in kinds]
+        return [kind == "sparse" for kind in kinds]
 
-    return sparse_layers(read, lambda sparse: {_KINDS: ["sparse" if one else "dense" for one in sparse]})
+    return sparse_layers(read, lambda sparse: {_KINDS: ["sparse" if kind else "dense" for kind in sparse]})
 
 
 _FIRST, _KINDS = "first_k_dense_replace", "mlp_layer_types"
@@ -135,13 +135,13 @@ def prediction_layers(name: str = "num_nextn_predict_layers", *, most: int | Non
     """
 
     def read(config: Config) -> dict[str, Any]:
-        found = config.get(name)
-        if found and most is not None and count(config, name) > most:
+        given = config.get(name)
+        if given and most is not None and count(config, name) > most:
             raise UserError(
-                f"`{name}` is `{found}`; only {most} is supported: this family's files have one projection for all such layers, "
+                f"`{name}` is `{given}`; only {most} is supported: this family's files have one projection for all such layers, "
                 "and megatron-core one for each"
             )
-        return {"mtp_num_layers": count(config, name) if found else None}
+        return {"mtp_num_layers": count(config, name) if given else None}
 
     def write(config: Config) -> dict[str, Any]:
         return {name: count(config, "mtp_num_layers") if config.get("mtp_num_layers") else 0}

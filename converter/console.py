@@ -303,12 +303,17 @@ def show_families(*, every: bool = False, as_json: bool = False) -> None:
     from converter import families  # noqa: PLC0415
     from converter.unsupported_families import REASONS  # noqa: PLC0415
 
-    found = [(name, families.find(name)) for name in families.names()]
+    supported = [(name, families.find(name)) for name in families.names()]
     unsupported = sorted(REASONS.items()) if every else []
     if as_json:
-        print_json({name: _family(one) for name, one in found} | {name: {"unsupported": why} for name, why in unsupported})
+        print_json(
+            {name: _family(family) for name, family in supported} | {name: {"unsupported": why} for name, why in unsupported}
+        )
         return
-    rows = [(name, one.ARCHITECTURE, "weights, trains" if one.trains else "weights", one.MODELS) for name, one in found]
+    rows = [
+        (name, family.ARCHITECTURE, "weights, trains" if family.trains else "weights", family.MODELS)
+        for name, family in supported
+    ]
     for line in _table(rows):
         click.echo(line)
     click.echo("\nboth ways, every TP/PP/VPP layout; dtypes kept, or cast to bf16, fp16, fp32")

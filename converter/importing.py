@@ -91,36 +91,36 @@ class _Beside:
 
 def plan_import(source: Source, wanted: ImportOptions, reporter: Reporter) -> Conversion:
     """Return the conversion of a Hugging Face model to Megatron. Raises UserError if it cannot be converted exactly."""
-    found = _recognize(source, wanted)
-    for text in notes(source, found.plan, found.family):
+    recognized = _recognize(source, wanted)
+    for text in notes(source, recognized.plan, recognized.family):
         reporter.note(text)
-    return _conversion(found, wanted)
+    return _conversion(recognized, wanted)
 
 
-def _conversion(found: _Import, wanted: ImportOptions, kept: Sequence[str] | None = None) -> Conversion:
+def _conversion(recognized: _Import, wanted: ImportOptions, kept: Sequence[str] | None = None) -> Conversion:
     """Return the conversion; of a quantized source as far as headers tell, unless it is known which codes are `kept`."""
-    source = found.source
+    source = recognized.source
 
     def settle(workers: int) -> Conversion:
         assert isinstance(source.reader, DequantizedReader)
         kept = kept_weights(source.reader, workers=workers)
-        return _conversion(replace(found, beside=_beside(source, found.plan, kept)), wanted, kept)
+        return _conversion(replace(recognized, beside=_beside(source, recognized.plan, kept)), wanted, kept)
 
     return Conversion(
-        plan=_conversion_plan(found, wanted),
-        reader=found.beside.reader,
-        views=lambda written: _views(found, written, wanted.dtype),
-        copies=found.beside.side_files.copies,
-        check=lambda: _check_numbers(found),
+        plan=_conversion_plan(recognized, wanted),
+        reader=recognized.beside.reader,
+        views=lambda written: _views(recognized, written, wanted.dtype),
+        copies=recognized.beside.side_files.copies,
+        check=lambda: _check_numbers(recognized),
         settle=settle if isinstance(source.reader, DequantizedReader) and kept is None else None,
         memory=source.memory,
     )
 
 
-def _check_numbers(found: _Import) -> None:
+def _check_numbers(recognized: _Import) -> None:
     """Raise UserError where tensors differ that should be equal."""
-    for name, other in found.plan.equal:
-        check_equal(found.source.reader, name, other)
+    for name, other in recognized.plan.equal:
+        check_equal(recognized.source.reader, name, other)
 
 
 def _recognize(source: Source, wanted: ImportOptions) -> _Import:
@@ -138,24 +138,26 @@ def _recognize(source: Source, wanted: ImportOptions) -> _Import:
 
 def _beside(source: Source, plan: Plan, kept: Iterable[str] = ()) -> _Beside:
     """Return what travels beside the weights; of the quantized ones in `kept`, the codes too."""
-    originals = {original_name(part.name): part.name for one in moved(plan.tensors).values() for part in one.parts}
+    originals = {
+        original_name(part.name): part.name for tensor_plan in moved(plan.tensors).values() for part in tensor_plan.parts
+    }
     beside = carried_tensors(source.reader, kept), RenamedReader(source.reader, originals)
-    carried = JoinedReader(*(one for one in beside if one))
+    carried = JoinedReader(*(side for side in beside if side))
     reader = JoinedReader(source.reader, carried) if carried.specs else source.reader
     names = tuple(carried.specs)
     return _Beside(reader, side_files.collect_model(source.reference, reader, (*plan.extras, *names)), names)
 
 
-def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
-    source, plan, beside, folder = found.source, found.plan, found.beside, wanted.kind.folder
-    command, options = source.command("hf-to-mcore"), _options(wanted, found)
+def _conversion_plan(recognized: _Import, wanted: ImportOptions) -> ConversionPlan:
+    source, plan, beside, folder = recognized.source, recognized.plan, recognized.beside, wanted.kind.folder
+    command, options = source.command("hf-to-mcore"), _options(wanted, recognized)
     identity = {**options, **source.merged()}
     return ConversionPlan(
         source=source.label,
-        tensor_plans=(*plan.tensors, *_extras(found)),
+        tensor_plans=(*plan.tensors, *_extras(recognized)),
         output=OutputFiles(
-            writer=with_extras(_writer(found, wanted), beside.side_files.extras, folder),
-            documents={**found.beside.side_files.documents, **_documents(found, wanted)},
+            writer=with_extras(_writer(recognized, wanted), beside.side_files.extras, folder),
+            documents={**recognized.beside.side_files.documents, **_documents(recognized, wanted)},
             copied=sizes_of(beside.side_files.copies),
             folder=folder,
             integrity=wanted.integrity,
@@ -163,7 +165,7 @@ def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
         ),
         provenance=Provenance(
             command=command,
-            fields={"source": source.provenance, **source.merged(), "options": options, **_fields(found)},
+            fields={"source": source.provenance, **source.merged(), "options": options, **_fields(recognized)},
             tensors=beside.reader.specs,
             passing="read",
             aliases=dict(plan.equal),
@@ -171,7 +173,7 @@ def _conversion_plan(found: _Import, wanted: ImportOptions) -> ConversionPlan:
         ),
         manifest=manifest(command, identity, {**source.files, **beside.side_files.copies}),
         identity=identity,
-        layout=parallel_sizes(found.model, found.layout),
+        layout=parallel_sizes(recognized.model, recognized.layout),
     )
 
 
@@ -181,9 +183,10 @@ def parallel_sizes(model: Model, layout: Layout) -> dict[str, int]:
     return {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, **experts}
 
 
-def _writer(found: _Import, wanted: ImportOptions) -> Writer:
-    megatron, multiple = to_megatron(found.family.CONFIG, found.source.reference.config), wanted.make_vocab_size_divisible_by
-    return writer_of(wanted.kind, found.plan, found.layout, megatron, vocab_multiple=multiple)
+def _writer(recognized: _Import, wanted: ImportOptions) -> Writer:
+    megatron = to_megatron(recognized.family.CONFIG, recognized.source.reference.config)
+    multiple = wanted.make_vocab_size_divisible_by
+    return writer_of(wanted.kind, recognized.plan, recognized.layout, megatron, vocab_multiple=multiple)
 
 
 def with_extras(writer: Writer, extras: Shard | None, folder: str) -> Writer:
@@ -191,9 +194,9 @@ def with_extras(writer: Writer, extras: Shard | None, folder: str) -> Writer:
     return JoinedWriter(writer, HuggingFaceWriter({f"{folder}{side_files.EXTRAS}": extras})) if extras else writer
 
 
-def _extras(found: _Import) -> Iterable[TensorPlan]:
+def _extras(recognized: _Import) -> Iterable[TensorPlan]:
     """Return the plans of tensors that pass through untouched, in the order of their file."""
-    extras = found.beside.side_files.extras
+    extras = recognized.beside.side_files.extras
     return as_stored(extras.tensors).values() if extras else ()
 
 
@@ -207,11 +210,11 @@ def check_padding(model: Model, *, divisible_by: int, tp: int) -> None:
         )
 
 
-def _options(wanted: ImportOptions, found: _Import) -> dict[str, Any]:
+def _options(wanted: ImportOptions, recognized: _Import) -> dict[str, Any]:
     return {
-        "layout": found.family.layout,
-        **parallel_sizes(found.model, found.layout),
-        "layers": list(found.layout.stages),
+        "layout": recognized.family.layout,
+        **parallel_sizes(recognized.model, recognized.layout),
+        "layers": list(recognized.layout.stages),
         "dtype": wanted.dtype,
         "vocab_divisible_by": wanted.make_vocab_size_divisible_by,
         "integrity": wanted.integrity,
@@ -219,13 +222,13 @@ def _options(wanted: ImportOptions, found: _Import) -> dict[str, Any]:
     }
 
 
-def _views(found: _Import, written: Folder, dtype: str) -> tuple[CheckpointView, CheckpointView]:
+def _views(recognized: _Import, written: Folder, dtype: str) -> tuple[CheckpointView, CheckpointView]:
     """Return the source, and what an export of the written output would give. Its padding must be zero."""
-    back, beside = open_megatron(written), found.beside
+    back, beside = open_megatron(written), recognized.beside
     tensor_plans = as_stored(beside.reader.specs)
-    ties = tied(tensor_plans.values(), found.family, found.model)
-    source = CheckpointView(found.source.label, beside.reader, tensor_plans, tied=ties, carried=beside.carried)
-    output = megatron_view(back, reference.find(back, None), zero=_padding(found.plan, found.model))
+    ties = tied(tensor_plans.values(), recognized.family, recognized.model)
+    source = CheckpointView(recognized.source.label, beside.reader, tensor_plans, tied=ties, carried=beside.carried)
+    output = megatron_view(back, reference.find(back, None), zero=_padding(recognized.plan, recognized.model))
     return (source, output) if dtype == KEEP else (source.cast(dtype), output.cast(dtype))
 
 
@@ -235,24 +238,27 @@ def _padding(plan: Plan, model: Model) -> dict[str, int]:
     return {tensor_plan.spec.name: model.vocab for (rule, _), tensor_plan in made if rule.padded and tensor_plan.parts}
 
 
-def _documents(found: _Import, wanted: ImportOptions) -> dict[str, bytes]:
+def _documents(recognized: _Import, wanted: ImportOptions) -> dict[str, bytes]:
     """Return the settings of Megatron-Bridge, which reads no files of ranks."""
     if wanted.kind.name == TORCH:
         return {}
-    megatron, multiple = to_megatron(found.family.CONFIG, found.source.reference.config), wanted.make_vocab_size_divisible_by
-    dtype = dtype_of_most_parameters(tensor_plan.spec for tensor_plan in found.plan.tensors)
+    megatron = to_megatron(recognized.family.CONFIG, recognized.source.reference.config)
+    multiple = wanted.make_vocab_size_divisible_by
+    dtype = dtype_of_most_parameters(tensor_plan.spec for tensor_plan in recognized.plan.tensors)
     return {
-        run_config.FILE: run_config.make(megatron, found.layout, dtype, vocab_multiple=multiple, ckpt_format=wanted.kind.name)
+        run_config.FILE: run_config.make(
+            megatron, recognized.layout, dtype, vocab_multiple=multiple, ckpt_format=wanted.kind.name
+        )
     }
 
 
-def _fields(found: _Import) -> dict[str, Any]:
+def _fields(recognized: _Import) -> dict[str, Any]:
     """Return what `conversion.json` says of an import beside its source and its options."""
     return {
-        "family": found.source.reference.config["model_type"],
-        "casts": casts(found.plan.tensors),
-        "zero_filled": list(found.plan.zero),
-        "tensors": {"in": len(found.source.reader.specs), "out": len(found.plan.tensors)},
+        "family": recognized.source.reference.config["model_type"],
+        "casts": casts(recognized.plan.tensors),
+        "zero_filled": list(recognized.plan.zero),
+        "tensors": {"in": len(recognized.source.reader.specs), "out": len(recognized.plan.tensors)},
     }
 
 
@@ -267,8 +273,8 @@ def left_out(source: Source) -> Iterator[str]:
 def notes(source: Source, plan: Plan, family: Family) -> Iterator[str]:
     """Yield what a user should know of an import."""
     yield from left_out(source)
-    kept = {one.spec.name for one in plan.kept}
-    for old, new in casts(one for one in plan.tensors if one.spec.name not in kept).items():
+    kept = {tensor_plan.spec.name for tensor_plan in plan.kept}
+    for old, new in casts(tensor_plan for tensor_plan in plan.tensors if tensor_plan.spec.name not in kept).items():
         yield f"weights are cast from {old} to {new}"
     yield from casts_of_kept(plan.kept)
     if plan.zero:
@@ -290,7 +296,7 @@ def notes(source: Source, plan: Plan, family: Family) -> Iterator[str]:
 
 def _notes_on_quantization(reader: DequantizedReader) -> Iterator[str]:
     """Yield how many weights are dequantized, by scheme."""
-    for (scheme, dtype), count in Counter((one.scheme.name, one.spec.dtype) for one in reader.weights.values()).items():
+    for (scheme, dtype), count in Counter((weight.scheme.name, weight.spec.dtype) for weight in reader.weights.values()).items():
         yield f"{count} weights are dequantized to {dtype_name(dtype)}: {scheme}"
 
 

@@ -92,6 +92,6 @@ def _of_nemo_1(section: Config, origin: str) -> ModelSettings:
         "activation_func": function,
         "gated_linear_unit": gated,
     }
-    said = {name: section[name] for name in _NEUTRAL if section.get(name) is not None}
-    others = {name: value or str(value) for name, value in said.items() if value not in _NEUTRAL[name]}
+    settings = {name: section[name] for name in _NEUTRAL if section.get(name) is not None}
+    others = {name: value or str(value) for name, value in settings.items() if value not in _NEUTRAL[name]}
     return ModelSettings(fields, {**fields, **others, "padded_vocab_size": section["padded_vocab_size"]}, origin)

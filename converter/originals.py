@@ -20,7 +20,11 @@ def original_name(name: str) -> str:
 
 def moved(tensor_plans: Iterable[TensorPlan]) -> dict[str, TensorPlan]:
     """Return the plans of weights that an offset moves, by the names of what they make."""
-    return {one.spec.name: one for one in tensor_plans if one.transform and one.transform.offset}
+    return {
+        tensor_plan.spec.name: tensor_plan
+        for tensor_plan in tensor_plans
+        if tensor_plan.transform and tensor_plan.transform.offset
+    }
 
 
 def with_originals(tensor_plans: Sequence[TensorPlan], tensors: Reader) -> tuple[Sequence[TensorPlan], Reader]:
@@ -28,12 +32,12 @@ def with_originals(tensor_plans: Sequence[TensorPlan], tensors: Reader) -> tuple
 
     `tensors` reads a checkpoint and what travelled. Raises UserError where that has another shape than the weight.
     """
-    planned = {name: one for name, one in moved(tensor_plans).items() if original_name(name) in tensors.specs}
+    planned = {name: tensor_plan for name, tensor_plan in moved(tensor_plans).items() if original_name(name) in tensors.specs}
     if not planned:
         return tensor_plans, tensors
     reader = OriginalReader(tensors, planned)
     again = as_stored(reader.specs)
-    return [again.get(one.spec.name, one) for one in tensor_plans], JoinedReader(tensors, reader)
+    return [again.get(tensor_plan.spec.name, tensor_plan) for tensor_plan in tensor_plans], JoinedReader(tensors, reader)
 
 
 class OriginalReader:
@@ -42,10 +46,14 @@ class OriginalReader:
     def __init__(self, tensors: Reader, tensor_plans: Mapping[str, TensorPlan]) -> None:
         self._tensors, self._offsets = tensors, dict[str, float]()
         held = dict[str, TensorPlan]()
-        for name, one in tensor_plans.items():
-            assert one.transform is not None
-            self._offsets[name] = one.transform.offset
-            held[name] = replace(one, spec=one.spec.cast(one.parts[0].dtype), transform=replace(one.transform, offset=0.0))
+        for name, tensor_plan in tensor_plans.items():
+            assert tensor_plan.transform is not None
+            self._offsets[name] = tensor_plan.transform.offset
+            held[name] = replace(
+                tensor_plan,
+                spec=tensor_plan.spec.cast(tensor_plan.parts[0].dtype),
+                transform=replace(tensor_plan.transform, offset=0.0),
+            )
         self._computed, self._held = PlannedReader(tensors, tensor_plans), PlannedReader(tensors, held)
         self.specs = self._computed.specs
         for name, spec in self.specs.items():

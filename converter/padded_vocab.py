@@ -78,14 +78,14 @@ def tokenizer_size(folder: Folder) -> int | None:
     return max(_numbers(read_json(folder, TOKENIZER)), default=-1) + 1 or None
 
 
-def _numbers(found: Mapping[str, Any]) -> Iterator[int]:
-    model, added = found.get("model"), found.get("added_tokens")
+def _numbers(tokenizer: Mapping[str, Any]) -> Iterator[int]:
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
     vocab = cast("Mapping[str, Any]", model).get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, dict):
         yield from (number for number in cast("dict[str, Any]", vocab).values() if isinstance(number, int))
     elif isinstance(vocab, list):
         yield len(cast("list[Any]", vocab)) - 1
-    for one in cast("list[Any]", added) if isinstance(added, list) else []:
-        number = cast("Mapping[str, Any]", one).get("id") if isinstance(one, dict) else None
+    for token in cast("list[Any]", added) if isinstance(added, list) else []:
+        number = cast("Mapping[str, Any]", token).get("id") if isinstance(token, dict) else None
         if isinstance(number, int):
             yield number

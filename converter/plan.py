@@ -64,9 +64,9 @@ class TensorPlan:
         """The ranges, each with the tensor it is of. UserError where axes are moved on the way, and rows alone say nothing."""
         if self.transform and self.transform.moves_values and self.parts:
             raise UserError(f"`{self.spec.name}` is stored in another form there, which is not supported here")
-        for one in self.ranges:
-            part = self.parts[one.part]
-            yield RowCopy(part.name, part.dtype, one.src_row, one.dst_row, one.rows)
+        for rows in self.ranges:
+            part = self.parts[rows.part]
+            yield RowCopy(part.name, part.dtype, rows.src_row, rows.dst_row, rows.rows)
 
     @property
     def sources(self) -> dict[str, np.dtype[Any]]:
@@ -144,16 +144,16 @@ class Piece:
 
     def _moves_to_megatron(self, transform: Transform) -> Iterator[Move]:
         rows, rest = self.region[0], self.region[1:]
-        for one in self.tensor.ranges:
-            start, stop = max(rows.start, one.dst_row), min(rows.stop, one.dst_row + one.rows)
+        for row_range in self.tensor.ranges:
+            start, stop = max(rows.start, row_range.dst_row), min(rows.stop, row_range.dst_row + row_range.rows)
             if start >= stop:
                 continue
-            part = self.tensor.parts[one.part]
-            expert = self.tensor.experts[one.part] if self.tensor.experts else 0
-            first, count = one.src_row + (start - one.dst_row) * one.step, stop - start
-            region = transform.stored((slice(first, first + (count - 1) * one.step + 1), *rest), expert)
+            part = self.tensor.parts[row_range.part]
+            expert = self.tensor.experts[row_range.part] if self.tensor.experts else 0
+            first, count = row_range.src_row + (start - row_range.dst_row) * row_range.step, stop - start
+            region = transform.stored((slice(first, first + (count - 1) * row_range.step + 1), *rest), expert)
             into = (slice(start - rows.start, stop - rows.start),)
-            yield Move(part.name, part.dtype, region, into, slice(0, None, one.step))
+            yield Move(part.name, part.dtype, region, into, slice(0, None, row_range.step))
 
     def _moves_to_huggingface(self, transform: Transform) -> Iterator[Move]:
         for number, expert in self._experts(transform):
@@ -169,16 +169,16 @@ class Piece:
         """Yield what a part gives to a box, rows first, of what is made."""
         part, rows, ranges = self.tensor.parts[number], box[0], self.tensor.ranges
         for at in range(bisect_left(ranges, number, key=_part_of), len(ranges)):
-            one = ranges[at]
-            if one.part != number:
+            row_range = ranges[at]
+            if row_range.part != number:
                 break
-            first = max(0, -(-(rows.start - one.dst_row) // one.step))
-            last = min(one.rows, -(-(rows.stop - one.dst_row) // one.step))
+            first = max(0, -(-(rows.start - row_range.dst_row) // row_range.step))
+            last = min(row_range.rows, -(-(rows.stop - row_range.dst_row) // row_range.step))
             if first < last:
-                region = (slice(one.src_row + first, one.src_row + last), *box[1:])
-                start = one.dst_row + first * one.step - rows.start
-                stop = start + (last - first - 1) * one.step + 1
-                yield Move(part.name, part.dtype, region, into, slice(start, stop, one.step))
+                region = (slice(row_range.src_row + first, row_range.src_row + last), *box[1:])
+                start = row_range.dst_row + first * row_range.step - rows.start
+                stop = start + (last - first - 1) * row_range.step + 1
+                yield Move(part.name, part.dtype, region, into, slice(start, stop, row_range.step))
 
     def _experts(self, transform: Transform) -> Iterable[tuple[int, int]]:
         """The parts that may have something of the piece, each with its expert."""
@@ -192,8 +192,8 @@ class Piece:
         return ((number, experts[number]) for number in held)
 
 
-def _part_of(one: RowRange) -> int:
-    return one.part
+def _part_of(row_range: RowRange) -> int:
+    return row_range.part
 
 
 def pieces(tensor_plans: Iterable[TensorPlan], *, limit: int) -> Iterator[Piece]:
@@ -218,7 +218,7 @@ def casts(tensor_plans: Iterable[TensorPlan]) -> dict[str, str]:
 def casts_of_kept(kept: Sequence[TensorPlan]) -> Iterator[str]:
     """Yield a note for each cast of tensors that Megatron keeps in a dtype of their own."""
     for old, new in casts(kept).items():
-        cast = [one.spec.name for one in kept if casts([one]) == {old: new}]
+        cast = [tensor_plan.spec.name for tensor_plan in kept if casts([tensor_plan]) == {old: new}]
         yield f"{list_names(cast)} are cast from {old} to {new}: Megatron keeps them in another dtype than the rest"
 
 

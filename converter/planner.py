@@ -170,7 +170,13 @@ def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype:
         else:
             made.add(table, indices, spec)
     plans = tuple(made.all())
-    return Plan(plans, tuple(rules), model, filled=filled, kept=tuple([one for one in plans if one.spec.name in kept]))
+    return Plan(
+        plans,
+        tuple(rules),
+        model,
+        filled=filled,
+        kept=tuple([tensor_plan for tensor_plan in plans if tensor_plan.spec.name in kept]),
+    )
 
 
 def stored_tensors(tables: Tables, model: Model, source: Specs) -> list[TensorSpec]:
@@ -239,19 +245,19 @@ class _Made:
         return self._known[name].dtype if name in self._known else stored.dtype
 
     def all(self) -> Iterator[TensorPlan]:
-        for one in self._plans:
-            yield self._plan(one) if isinstance(one, _Gathered) else one
+        for plan in self._plans:
+            yield self._plan(plan) if isinstance(plan, _Gathered) else plan
 
-    def _plan(self, one: _Gathered) -> TensorPlan:
-        key = tuple([id(ranges) for ranges in one.ranges])
+    def _plan(self, gathered: _Gathered) -> TensorPlan:
+        key = tuple([id(ranges) for ranges in gathered.ranges])
         if key not in self._ranges:
             numbered = [
                 RowRange(part, run.src_row, run.dst_row, run.rows, run.step)
-                for part, ranges in enumerate(one.ranges)
+                for part, ranges in enumerate(gathered.ranges)
                 for run in ranges
             ]
             self._ranges[key] = tuple(numbered)
-        return TensorPlan(one.spec, tuple(one.parts), self._ranges[key], tuple(one.experts), one.transform)
+        return TensorPlan(gathered.spec, tuple(gathered.parts), self._ranges[key], tuple(gathered.experts), gathered.transform)
 
 
 def _stored_name(table: Table, indices: Indices, source: Specs) -> str:
@@ -272,16 +278,16 @@ def _stored_shape(name: str, table: Table, model: Model, source: Specs) -> Shape
 def _account(wanted: Callable[[], Iterable[tuple[str, Shape]]], given: Specs, *, known: set[str], side: str) -> list[TensorSpec]:
     """Return the tensors that are wanted, in order. Raises UserError unless nothing is missing, nothing is left over, and every
     shape is as it should be."""
-    found, missing, unlike = list[TensorSpec](), list[str](), list[tuple[str, Shape]]()
+    specs, missing, unlike = list[TensorSpec](), list[str](), list[tuple[str, Shape]]()
     for name, shape in wanted():
         spec = given.get(name)
         if spec is None:
             missing.append(name)
             continue
-        found.append(spec)
+        specs.append(spec)
         if spec.shape != shape:
             unlike.append((name, shape))
-    is_more = len(found) + len(known & given.keys()) < len(given)
+    is_more = len(specs) + len(known & given.keys()) < len(given)
     over = sorted(given.keys() - known - {name for name, _ in wanted()}) if is_more else []
     if missing:
         instead = f"; it holds {list_names(over)}, for which this family has no place" if over else ""
@@ -301,7 +307,7 @@ def _account(wanted: Callable[[], Iterable[tuple[str, Shape]]], given: Specs, *,
             f"`{name}` has shape {list(given[name].shape)}, by `config.json` it should be {list(shape)}",
             hint="either the weights or `config.json` are of another model",
         )
-    return found
+    return specs
 
 
 def _unequal_dtypes(one: TensorSpec, other: TensorSpec, name: str) -> UserError:

@@ -56,9 +56,9 @@ def verify_checkpoints(
     sides = open_views(*folders)
     with closing(sides[0].reader), closing(sides[1].reader):
         reporter.start(_compared_bytes(*sides))
-        found = compare(*sides, cast=cast_to, workers=workers, progress=reporter.progress)
+        comparison = compare(*sides, cast=cast_to, workers=workers, progress=reporter.progress)
         check_unchanged(folders)
-        return found
+        return comparison
 
 
 def _compared_bytes(one: CheckpointView, other: CheckpointView) -> int:

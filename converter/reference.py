@@ -38,24 +38,24 @@ def find(
     UserError if there is no reference and none can be rebuilt, if two descriptions of the model disagree, and for settings that
     no `config.json` can say.
     """
-    said, layout = settings_of(reader), layout or layout_of(reader.specs)
+    descriptions, layout = settings_of(reader), layout or layout_of(reader.specs)
     own = side_files.load(reader.folder)
     known = side_files.from_folder(given) if given else own
     origin = known
-    if not known and not any_settings and any(MAMBA in str(description.fields.get(PATTERN)) for description in said):
-        origin = _with_mamba(reader, said, vocab, layout)
-    notes = () if any_settings else _check_settings(said, origin, layout, rebuilt=not known)
-    origin = origin or _rebuilt(reader, said, vocab, layout)
+    if not known and not any_settings and any(MAMBA in str(description.fields.get(PATTERN)) for description in descriptions):
+        origin = _with_mamba(reader, descriptions, vocab, layout)
+    notes = () if any_settings else _check_settings(descriptions, origin, layout, rebuilt=not known)
+    origin = origin or _rebuilt(reader, descriptions, vocab, layout)
     others = [own] if given and own else []
     rows = consistency.embedding_rows(reader.specs)
-    consistency.check(origin, others, said, rows=rows, layout=layout)
-    return replace(origin, notes=(*origin.notes, *notes, *_rows_left_out(origin, said, rows or 0)))
+    consistency.check(origin, others, descriptions, rows=rows, layout=layout)
+    return replace(origin, notes=(*origin.notes, *notes, *_rows_left_out(origin, descriptions, rows or 0)))
 
 
-def _rows_left_out(origin: HFReference, said: Sequence[ModelSettings], rows: int) -> Iterator[str]:
+def _rows_left_out(origin: HFReference, descriptions: Sequence[ModelSettings], rows: int) -> Iterator[str]:
     """Yield a note if the rows after the vocabulary are not just its padding: they may be tokens that were added."""
     size = to_megatron(families.find(origin.config.get("model_type")).CONFIG, origin.config)["vocab_size"]
-    for description in said:
+    for description in descriptions:
         expected = rows_of(size, description.settings)
         if "make_vocab_size_divisible_by" in description.settings and size < rows != expected:
             yield (
@@ -65,7 +65,7 @@ def _rows_left_out(origin: HFReference, said: Sequence[ModelSettings], rows: int
 
 
 def _check_settings(
-    said: Sequence[ModelSettings], reference: HFReference | None, layout: str, *, rebuilt: bool
+    descriptions: Sequence[ModelSettings], reference: HFReference | None, layout: str, *, rebuilt: bool
 ) -> tuple[str, ...]:
     """Raise UserError for a setting that no `config.json` can say; return notes on unknown ones if a `reference` that is not
     `rebuilt` says which model the checkpoint holds, else they are refused too. Those that its family says are compared with it
@@ -74,7 +74,7 @@ def _check_settings(
     compared = to_megatron(known.CONFIG, reference.config) if reference and known else dict.fromkeys(_OF_LAYOUT[layout])
     foreign = [
         (setting, description.origin)
-        for description in said
+        for description in descriptions
         for setting in megatron_settings.find_unsupported(
             description.settings, only_model_words=description.origin == run_config.ARGS
         )
@@ -92,25 +92,27 @@ _OF_LAYOUT = {GPT: (), HYBRID: (PATTERN, "is_hybrid_model")}
 """Settings that each layout says of its layers, whatever the family."""
 
 
-def _with_mamba(reader: MegatronReader, said: Sequence[ModelSettings], vocab: int | None, layout: str) -> HFReference | None:
+def _with_mamba(
+    reader: MegatronReader, descriptions: Sequence[ModelSettings], vocab: int | None, layout: str
+) -> HFReference | None:
     """Return the reference that is rebuilt for a model with Mamba layers, of which no family is a plain one: the family has to
     say all settings that change what a model computes. None where none does, so that the settings are refused by name."""
-    found = megatron_settings.find_unsupported(said[0].settings, only_model_words=True)
+    unsupported = megatron_settings.find_unsupported(descriptions[0].settings, only_model_words=True)
     try:
-        return _rebuilt(reader, said, vocab, layout, settings=[setting.name for setting in found if setting.known])
+        return _rebuilt(reader, descriptions, vocab, layout, settings=[setting.name for setting in unsupported if setting.known])
     except UnknownModelError:
         return None
 
 
 def _rebuilt(
-    reader: MegatronReader, said: Sequence[ModelSettings], vocab: int | None, layout: str, *, settings: Sequence[str] = ()
+    reader: MegatronReader, descriptions: Sequence[ModelSettings], vocab: int | None, layout: str, *, settings: Sequence[str] = ()
 ) -> HFReference:
-    if not said:
+    if not descriptions:
         raise UnknownModelError(
             f"`{reader.folder.label}` says nothing about its model: no `config.json`, no `{run_config.FILE}`, no `args`",
             hint="give a folder with the model's `config.json`: `--hf-config DIR`",
         )
-    first = said[0]
+    first = descriptions[0]
     tokenizer = reader.folder.below("tokenizer")
     files = {name: FileRef(tokenizer, name) for name in tokenizer.children() if tokenizer.has(name)}
     fields, note = {name: value for name, value in first.complete.items() if value is not None}, ""

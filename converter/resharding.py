@@ -134,14 +134,14 @@ def plan_reshard(
         run = open_run(reader)
     reader.check()  # first: it frees the index, whose memory the plan then takes
     reader = reader_of(reader, wanted.values_from)
-    found = _recognize(reader, root, wanted, run)
-    for text in _notes(found, reader):
+    recognized = _recognize(reader, root, wanted, run)
+    for text in _notes(recognized, reader):
         reporter.note(text)
     return Conversion(
-        plan=_conversion_plan(found, reader, wanted),
-        reader=found.source.reader,
-        views=lambda written: _views(found, written),
-        copies=found.side_files,
+        plan=_conversion_plan(recognized, reader, wanted),
+        reader=recognized.source.reader,
+        views=lambda written: _views(recognized, written),
+        copies=recognized.side_files,
         memory=workers * (PIECE_BYTES + (WORKER_BYTES if run or wanted.values_from == MASTERS else 0)),  # columns are gathered
     )
 
@@ -217,8 +217,8 @@ def _plan(family: Family, model: Model, stored: Sequence[TensorSpec], *, dtype: 
     """Return the plan that makes each Megatron tensor of `model` from the stored one."""
     tables = Tables(family.RULES, model)
     made = [
-        _tensor_plan(table, fill(table.rule.megatron, one), spec, dtype)
-        for (table, one), spec in zip(tables, stored, strict=True)
+        _tensor_plan(table, fill(table.rule.megatron, index), spec, dtype)
+        for (table, index), spec in zip(tables, stored, strict=True)
     ]
     return Plan(tuple(made), family.RULES, model)
 
@@ -243,64 +243,64 @@ def _side_files(iteration: Folder, origin: HFReference, *, given: bool) -> dict[
     return {**side_files.stored(iteration), **(side_files.collect_again(origin).copies if given else {})}
 
 
-def _notes(found: _Reshard, reader: MegatronReader) -> Iterator[str]:
+def _notes(recognized: _Reshard, reader: MegatronReader) -> Iterator[str]:
     """Yield what a user should know of a reshard."""
-    for old, new in casts(found.plan.tensors).items():
+    for old, new in casts(recognized.plan.tensors).items():
         yield f"weights are cast from {old} to {new}"
-    stored, rows = embedding_rows(reader.specs), found.model.padded_vocab
+    stored, rows = embedding_rows(reader.specs), recognized.model.padded_vocab
     if stored and stored > rows:
-        tokens, left = found.model.vocab, stored - rows
+        tokens, left = recognized.model.vocab, stored - rows
         yield f"{tokens} tokens are padded to {rows} rows; the last {left} of the source's {stored} are left out"
-    if reader.others and not found.run:
+    if reader.others and not recognized.run:
         yield f"{len(reader.others)} tensors that are no weights (such as `{reader.others[0]}`) are left out"
-    if found.run:
-        yield from notes_on_run(found.run, parallel_sizes(found.model, found.layout))
+    if recognized.run:
+        yield from notes_on_run(recognized.run, parallel_sizes(recognized.model, recognized.layout))
     elif reader.args() and not reader.folder.has(run_config.FILE):
         yield f"{run_config.ARGS} are left out; `{run_config.FILE}` says what model it is"
 
 
-def _conversion_plan(found: _Reshard, reader: MegatronReader, wanted: ReshardOptions) -> ConversionPlan:
-    source, folder, options = found.source, f"{iteration_folder(found.iteration)}/", _options(found, wanted)
-    sizes = parallel_sizes(found.model, found.layout)
+def _conversion_plan(recognized: _Reshard, reader: MegatronReader, wanted: ReshardOptions) -> ConversionPlan:
+    source, folder, options = recognized.source, f"{iteration_folder(recognized.iteration)}/", _options(recognized, wanted)
+    sizes = parallel_sizes(recognized.model, recognized.layout)
     writer = weights_writer(
-        found.plan,
-        found.layout,
-        found.megatron,
-        iteration=found.iteration,
-        states=[{name: plan.spec for name, plan in state.items()} for state in found.states],
-        run=run_state(reader, found.run, sizes, padded_vocab=found.model.padded_vocab) if found.run else None,
+        recognized.plan,
+        recognized.layout,
+        recognized.megatron,
+        iteration=recognized.iteration,
+        states=[{name: plan.spec for name, plan in state.items()} for state in recognized.states],
+        run=run_state(reader, recognized.run, sizes, padded_vocab=recognized.model.padded_vocab) if recognized.run else None,
     )
     return ConversionPlan(
         source=source.label,
-        tensor_plans=found.tensor_plans,
+        tensor_plans=recognized.tensor_plans,
         output=OutputFiles(
-            writer=with_extras(writer, found.extras, folder),
-            documents={run_config.FILE: _run_config(found, reader, wanted)},
-            copied=sizes_of(found.side_files),
+            writer=with_extras(writer, recognized.extras, folder),
+            documents={run_config.FILE: _run_config(recognized, reader, wanted)},
+            copied=sizes_of(recognized.side_files),
             folder=folder,
             integrity=wanted.integrity,
             last=(METADATA,),
         ),
         provenance=Provenance(
             command="reshard",
-            fields=_fields(found, reader, options),
-            tensors=writer.specs if not found.extras else {**writer.specs, **found.extras.tensors},
+            fields=_fields(recognized, reader, options),
+            tensors=writer.specs if not recognized.extras else {**writer.specs, **recognized.extras.tensors},
             passing="made",
             hashed=wanted.integrity,
         ),
-        manifest=manifest("reshard", options, {**source.files, **found.side_files}),
+        manifest=manifest("reshard", options, {**source.files, **recognized.side_files}),
         identity=options,
         layout=sizes,
     )
 
 
-def _options(found: _Reshard, wanted: ReshardOptions) -> dict[str, Any]:
+def _options(recognized: _Reshard, wanted: ReshardOptions) -> dict[str, Any]:
     return {
-        "layout": found.family.layout,
-        **parallel_sizes(found.model, found.layout),
-        "layers": list(found.layout.stages),
+        "layout": recognized.family.layout,
+        **parallel_sizes(recognized.model, recognized.layout),
+        "layers": list(recognized.layout.stages),
         "dtype": wanted.dtype,
-        "vocab_divisible_by": found.vocab_multiple,
+        "vocab_divisible_by": recognized.vocab_multiple,
         "hf_config": wanted.hf_config.name if wanted.hf_config else None,
         "weights_only": wanted.weights_only,
         **({"from": wanted.values_from} if wanted.values_from != WEIGHTS else {}),
@@ -308,39 +308,43 @@ def _options(found: _Reshard, wanted: ReshardOptions) -> dict[str, Any]:
     }
 
 
-def _fields(found: _Reshard, reader: MegatronReader, options: Mapping[str, Any]) -> dict[str, Any]:
+def _fields(recognized: _Reshard, reader: MegatronReader, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `conversion.json` says: the source with what its own record says, the options, the family, and counts."""
     recorded = provenance.recorded(reader.folder)
     return {
-        "source": {**found.source.provenance, **({"conversion": recorded} if recorded else {})},
+        "source": {**recognized.source.provenance, **({"conversion": recorded} if recorded else {})},
         "options": options,
-        "family": found.source.reference.config["model_type"],
-        "casts": casts(found.plan.tensors),
-        "tensors": {"in": len(reader.specs), "out": len(found.plan.tensors)},
+        "family": recognized.source.reference.config["model_type"],
+        "casts": casts(recognized.plan.tensors),
+        "tensors": {"in": len(reader.specs), "out": len(recognized.plan.tensors)},
     }
 
 
-def _run_config(found: _Reshard, reader: MegatronReader, wanted: ReshardOptions) -> bytes:
+def _run_config(recognized: _Reshard, reader: MegatronReader, wanted: ReshardOptions) -> bytes:
     """Return the source's `run_config.yaml` with the new parallel sizes, or one of the model."""
-    multiple = found.vocab_multiple
+    multiple = recognized.vocab_multiple
     if not _keeps_settings(reader, wanted):
-        dtype = dtype_of_most_parameters(tensor_plan.spec for tensor_plan in found.plan.tensors)
-        return run_config.make(found.megatron, found.layout, dtype, vocab_multiple=multiple)
+        dtype = dtype_of_most_parameters(tensor_plan.spec for tensor_plan in recognized.plan.tensors)
+        return run_config.make(recognized.megatron, recognized.layout, dtype, vocab_multiple=multiple)
     return run_config.with_parallel_sizes(
         reader.folder.get(run_config.FILE),
-        found.megatron,
-        found.layout,
+        recognized.megatron,
+        recognized.layout,
         vocab_multiple=multiple,
-        padded_vocab=found.model.padded_vocab,
+        padded_vocab=recognized.model.padded_vocab,
     )
 
 
-def _views(found: _Reshard, written: Folder) -> tuple[CheckpointView, CheckpointView]:
+def _views(recognized: _Reshard, written: Folder) -> tuple[CheckpointView, CheckpointView]:
     """Return the source as it is resharded, and the written output."""
     back = open_megatron(written)
     back.check()
-    beside = [HuggingFaceReader(written, files=[EXTRAS], any_dtype=True)] if found.extras else []
-    optimizer = open_optimizer(back) if found.run else None
+    beside = [HuggingFaceReader(written, files=[EXTRAS], any_dtype=True)] if recognized.extras else []
+    optimizer = open_optimizer(back) if recognized.run else None
     output = JoinedReader(back, *beside, *([state_reader(optimizer)] if optimizer else []))
-    source = CheckpointView(found.source.label, found.source.reader, {one.spec.name: one for one in found.tensor_plans})
+    source = CheckpointView(
+        recognized.source.label,
+        recognized.source.reader,
+        {tensor_plan.spec.name: tensor_plan for tensor_plan in recognized.tensor_plans},
+    )
     return source, CheckpointView(written.label, output, as_stored(output.specs))

@@ -105,10 +105,10 @@ def covered(ranges: Iterable[RowRange], total: int) -> bool:
     Rows after the last range are padding and stay zero.
     """
     end = 0
-    for one in ranges:
-        if one.dst_row != end:
+    for row_range in ranges:
+        if row_range.dst_row != end:
             return False
-        end += one.rows
+        end += row_range.rows
     return end <= total
 
 
@@ -126,12 +126,12 @@ def _blocks(ranges: Iterable[RowRange]) -> Iterator[tuple[int, int]]:
     """Yield first row and end of what ranges take together. Those with a step fill a block if there is one for each row of it; a
     block that they do not fill is yielded as overlapping itself."""
     stepped: dict[tuple[int, int, int], list[int]] = {}
-    for one in ranges:
-        if one.step == 1:
-            yield one.src_row, one.src_row + one.rows
+    for row_range in ranges:
+        if row_range.step == 1:
+            yield row_range.src_row, row_range.src_row + row_range.rows
         else:
-            first = one.src_row - one.src_row % one.step
-            stepped.setdefault((first, one.step, one.rows), []).append(one.src_row)
+            first = row_range.src_row - row_range.src_row % row_range.step
+            stepped.setdefault((first, row_range.step, row_range.rows), []).append(row_range.src_row)
     for (first, step, rows), starts in stepped.items():
         whole = sorted(starts) == list(range(first, first + step))
         yield first, first + rows * step if whole else first - 1
@@ -140,8 +140,8 @@ def _blocks(ranges: Iterable[RowRange]) -> Iterator[tuple[int, int]]:
 def follow_one_another(ranges: Iterable[RowRange]) -> bool:
     """Do the ranges, in this order, take a part's rows from its first to its last?"""
     end = 0
-    for one in ranges:
-        if one.src_row != end or one.step != 1:
+    for row_range in ranges:
+        if row_range.src_row != end or row_range.step != 1:
             return False
-        end += one.rows
+        end += row_range.rows
     return True

@@ -117,13 +117,17 @@ class Rule:
     def row_ranges(self, model: Model) -> Iterator[rows.RowRange]:
         """Yield the ranges that make the Megatron tensor; `part` is the number of the Hugging Face tensor, rows are its."""
         where = self.where(model)
-        for one in self.row_order(tuple(shape[0] for shape in self.part_shapes(model)), model):
-            number, first = where[one.part]
-            yield one if (number, first) == (one.part, 0) else replace(one, part=number, src_row=first + one.src_row)
+        for row_range in self.row_order(tuple(shape[0] for shape in self.part_shapes(model)), model):
+            number, first = where[row_range.part]
+            yield (
+                row_range
+                if (number, first) == (row_range.part, 0)
+                else replace(row_range, part=number, src_row=first + row_range.src_row)
+            )
 
     def shape(self, model: Model) -> tuple[int, ...]:
         """Return the Megatron tensor's global shape, of one layer and one expert."""
-        count = model.padded_vocab if self.padded else sum(one.rows for one in self.row_ranges(model))
+        count = model.padded_vocab if self.padded else sum(row_range.rows for row_range in self.row_ranges(model))
         return count, *self.part_shapes(model)[0][1:]
 
     def rows_first_shapes(self, model: Model) -> list[tuple[int, ...]]:
@@ -307,8 +311,8 @@ def _counter(template: str) -> str:
 def in_order(rules: Iterable[Rule], model: Model) -> Iterator[tuple[Rule, Indices]]:
     """Yield each rule that applies with each of its indices: the order in which a model computes, and files are written."""
     for active, indices in by_layer(rules, model):
-        for number, one in counted(active, indices, model):
-            yield active[number], one
+        for number, index in counted(active, indices, model):
+            yield active[number], index
 
 
 def by_layer(rules: Iterable[Rule], model: Model) -> Iterator[tuple[list[Rule], Indices]]:
@@ -352,7 +356,7 @@ def by_expert(rules: Sequence[Rule], numbers: Sequence[int], indices: Indices, m
 
 def tied_names(rules: Iterable[Rule], model: Model) -> dict[str, str]:
     """Return the Hugging Face tensors that a source may hold though the model has them once, each with the one that it equals."""
-    found = {
+    ties = {
         name: rule.tied_to
         for rule in rules
         if rule.tied_to
@@ -360,7 +364,7 @@ def tied_names(rules: Iterable[Rule], model: Model) -> dict[str, str]:
         if not rule.when(model, indices := at(model, model.layers, mtp=mtp))
         for name in rule.names(indices)[1]
     }
-    return {name: found.get(other, other) for name, other in found.items()}
+    return {name: ties.get(other, other) for name, other in ties.items()}
 
 
 def layer_names(rules: Iterable[Rule], model: Model) -> Iterator[str]:
@@ -383,4 +387,4 @@ def templates(rules: Iterable[Rule], rename: Callable[[str], str]) -> tuple[Rule
 def extra_names(extras: Iterable[str], model: Model) -> set[str]:
     """Return the names that templates of extras stand for, in all layers."""
     fills = [partial(fill, template) for template in extras]
-    return {one(at(model, layer)) for one in fills for layer in range(model.layers)}
+    return {filled(at(model, layer)) for filled in fills for layer in range(model.layers)}

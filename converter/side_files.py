@@ -89,8 +89,8 @@ def _copies(files: Mapping[str, FileRef]) -> dict[str, FileRef]:
 def stored(iteration: Folder) -> dict[str, FileRef]:
     """Return the files that travel beside the weights of an iteration, by their names there; the extras are not among them."""
     folders = {name: iteration.below(name) for name in _BESIDE}
-    found = {f"{name}/{file}": FileRef(folder, file) for name, folder in folders.items() for file in folder.files()}
-    return {name: file for name, file in found.items() if name != EXTRAS and not name.endswith("/")}
+    files = {f"{name}/{file}": FileRef(folder, file) for name, folder in folders.items() for file in folder.files()}
+    return {name: file for name, file in files.items() if name != EXTRAS and not name.endswith("/")}
 
 
 @dataclass(frozen=True, slots=True)

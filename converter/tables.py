@@ -78,8 +78,8 @@ class Tables:
             by_layers = by_layer(self._rules, self._model)
             self._layers = [(self._of_layer(active, indices), indices["layer"]) for active, indices in by_layers]
         for tables, layer in self._layers:
-            for number, one in counted([table.rule for table in tables], at(self._model, layer), self._model):
-                yield tables[number], one
+            for number, index in counted([table.rule for table in tables], at(self._model, layer), self._model):
+                yield tables[number], index
 
     def _of_layer(self, active: Sequence[Rule], indices: Indices) -> list[Table]:
         absent = [rule.absent(self._model, indices) for rule in active]
@@ -102,7 +102,13 @@ class Tables:
 def _table(rule: Rule, model: Model) -> Table:
     ranges, shapes = tuple(rule.row_ranges(model)), rule.huggingface_shapes(model)
     back = [
-        tuple([RowRange(0, one.dst_row, one.src_row, one.rows, one.step) for one in ranges if one.part == number])
+        tuple(
+            [
+                RowRange(0, row_range.dst_row, row_range.src_row, row_range.rows, row_range.step)
+                for row_range in ranges
+                if row_range.part == number
+            ]
+        )
         for number in range(len(shapes))
     ]
     shape = rule.shape(model)
@@ -115,7 +121,7 @@ def _table(rule: Rule, model: Model) -> Table:
 
 
 def _transform(rule: Rule, model: Model, ranges: Sequence[RowRange]) -> Transform | None:
-    step = max((one.step for one in ranges), default=1)
+    step = max((row_range.step for row_range in ranges), default=1)
     if not rule.is_moved and step == 1:
         return None
     plain = rule.rows_first_shapes(model)[0]
@@ -144,7 +150,7 @@ class _Use:
 
     @property
     def ranges(self) -> list[RowRange]:
-        return [one for _, ranges in self.takes for one in ranges]
+        return [row_range for _, ranges in self.takes for row_range in ranges]
 
     @property
     def is_shared(self) -> bool:
@@ -164,7 +170,7 @@ def _joined(tables: Sequence[Table], model: Model) -> list[Table]:
     for table in tables:
         counts = [shape[0] for shape in table.rule.rows_first_shapes(model)] if table.names else []
         for number, (name, count) in enumerate(zip(table.names, counts, strict=True)):
-            taken = tuple([one for one in table.ranges if one.part == number])
+            taken = tuple([row_range for row_range in table.ranges if row_range.part == number])
             uses.setdefault(name, _Use(count, table)).takes.append((table, taken))
     for name, use in uses.items():
         if not rows.exhausted(use.ranges, use.rows):

@@ -42,7 +42,7 @@ def training_state(reader: MegatronReader) -> TrainingState:
     """Return what a checkpoint holds beside its weights. State that is damaged or not read is described by the reason."""
     step, contents = reader.common_state().get("iteration"), reader.contents
     state, not_read = _optimizer(reader)
-    held = {name: set(one.specs) for name, one in state.states.items()} if state else {}
+    held = {name: set(tensors.specs) for name, tensors in state.states.items()} if state else {}
     return TrainingState(
         iteration=step if is_size(step) else None,
         scheduler=_SCHEDULER in contents,

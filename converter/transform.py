@@ -115,14 +115,14 @@ def ones_of(shape: Shape, plain: Shape) -> tuple[int, ...]:
     >>> ones_of((1, 8), (8,))
     (0,)
     """
-    found, rest = list[int](), list(plain)
+    axes, rest = list[int](), list(plain)
     for axis, size in enumerate(shape):
         if rest and size == rest[0]:
             rest.pop(0)
         elif size == 1:
-            found.append(axis)
+            axes.append(axis)
         else:
             break
-    if rest or len(found) + len(plain) != len(shape):
+    if rest or len(axes) + len(plain) != len(shape):
         raise ValueError(f"{list(shape)} is not {list(plain)} with axes of size 1")
-    return tuple(found)
+    return tuple(axes)

@@ -51,10 +51,10 @@ def open_views(one: Folder, other: Folder) -> tuple[CheckpointView, CheckpointVi
 
 def _exported_views(readers: Sequence[HuggingFaceReader | MegatronReader]) -> tuple[CheckpointView, CheckpointView]:
     """Return the views of two checkpoints, of Megatron ones as what an export of them would write."""
-    told = [None if isinstance(reader, HuggingFaceReader) else _told(reader) for reader in readers]
+    models = [None if isinstance(reader, HuggingFaceReader) else _model_of(reader) for reader in readers]
     sides: list[CheckpointView] = []
     as_numbers = not _coded_alike(readers)
-    for reader, own, neighbour, borrowed in zip(readers, told, readers[::-1], told[::-1], strict=True):
+    for reader, own, neighbour, borrowed in zip(readers, models, readers[::-1], models[::-1], strict=True):
         if isinstance(reader, HuggingFaceReader):
             config = _config(reader) or _config_of_other(reader, neighbour, borrowed)
             sides.append(huggingface_view(reader, config, as_numbers=as_numbers))
@@ -76,7 +76,7 @@ def _exported_from(neighbour: HuggingFaceReader | MegatronReader) -> tuple[str, 
             return WEIGHTS, KEEP
 
 
-def _told(reader: MegatronReader) -> HFReference | None:
+def _model_of(reader: MegatronReader) -> HFReference | None:
     """Return what a checkpoint says of its model; None if it says nothing."""
     try:
         return reference.find(reader, None)
@@ -84,22 +84,22 @@ def _told(reader: MegatronReader) -> HFReference | None:
         return None
 
 
-def _borrowed(neighbour: HuggingFaceReader | MegatronReader, told: HFReference | None) -> HFReference | None:
+def _borrowed(neighbour: HuggingFaceReader | MegatronReader, model: HFReference | None) -> HFReference | None:
     """Return the model of the other checkpoint, without its side files."""
     if isinstance(neighbour, HuggingFaceReader):
         return HFReference(config_of(neighbour), f"`{neighbour.folder.label}`'s")
-    return HFReference(told.config, f"`{neighbour.folder.label}`'s") if told else None
+    return HFReference(model.config, f"`{neighbour.folder.label}`'s") if model else None
 
 
 def _config_of_other(
-    reader: HuggingFaceReader, neighbour: HuggingFaceReader | MegatronReader, told: HFReference | None
+    reader: HuggingFaceReader, neighbour: HuggingFaceReader | MegatronReader, model: HFReference | None
 ) -> Mapping[str, Any]:
     """Return the other checkpoint's `config.json` for a model in chunks, which has seldom one itself; empty for others."""
     if reader.shards:
         return {}
     if isinstance(neighbour, HuggingFaceReader):
         return _config(neighbour)
-    return told.config if told else {}
+    return model.config if model else {}
 
 
 def _coded_alike(readers: Sequence[HuggingFaceReader | MegatronReader]) -> bool:
@@ -211,6 +211,8 @@ def _same_tensors(one: Reader, other: Reader) -> bool:
 def _native(reader: MegatronReader, neighbour: Reader) -> CheckpointView:
     """Return the view of a checkpoint under Megatron's names, as the other one spells them."""
     reader.check()
-    spelled = {spelled_as(neighbour.specs, name): one for name, one in as_stored(reader.specs).items()}
-    tensor_plans = {name: replace(one, spec=replace(one.spec, name=name)) for name, one in spelled.items()}
+    spelled = {spelled_as(neighbour.specs, name): tensor_plan for name, tensor_plan in as_stored(reader.specs).items()}
+    tensor_plans = {
+        name: replace(tensor_plan, spec=replace(tensor_plan.spec, name=name)) for name, tensor_plan in spelled.items()
+    }
     return CheckpointView(reader.folder.label, reader, tensor_plans)

@@ -222,7 +222,7 @@ class _OpenFiles:
 
     def _make_room(self) -> None:
         """Close the least recently used descriptor, preferably one that needs no sync; block if all are in use."""
-        idle = [oldest for oldest in self._open.values() if not oldest.users]
+        idle = [file for file in self._open.values() if not file.users]
         if not idle:
             self._changed.wait()
             return

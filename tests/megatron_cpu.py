@@ -94,12 +94,9 @@ _Cpu = _make_cpu_mode
 
 def build(shape: Shape) -> list[Any]:
     """The model chunks of this rank, in fp32, with random weights; parallel state is set up for the shape's layout."""
-    import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.enums import AttnBackend
 
     from converter import families
     from converter.config import to_megatron
@@ -110,28 +107,7 @@ def build(shape: Shape) -> list[Any]:
     parallel_state.initialize_model_parallel(shape.tp, shape.pp, shape.vpp, **experts)
     model_parallel_cuda_manual_seed(1)
     fields = to_megatron(families.find(shape.config["model_type"]).CONFIG, shape.config)
-    own = {f.name for f in dataclasses.fields(TransformerConfig)} - {"rope_scaling", "window_size", "activation_func"}
-    config = TransformerConfig(
-        **{name: value for name, value in fields.items() if name in own},
-        activation_func=torch.nn.functional.silu,
-        window_size=fields.get("window_size") and tuple(fields["window_size"]),
-        tensor_model_parallel_size=shape.tp,
-        pipeline_model_parallel_size=shape.pp,
-        virtual_pipeline_model_parallel_size=None if shape.layout else shape.vpp,
-        **experts,
-        pipeline_model_parallel_layout=shape.layout,
-        pipeline_dtype=torch.float32,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        attention_backend=AttnBackend.local,
-        overlap_p2p_comm=shape.vpp is not None,
-        batch_p2p_comm=shape.vpp is None,
-    )
+    config = _transformer_config(shape, fields, experts)
     multiple = shape.vocab_multiple * shape.tp
     chunks = []
     for stage in range(shape.vpp or 1):
@@ -156,6 +132,36 @@ def build(shape: Shape) -> list[Any]:
             model.rotary_pos_emb.inv_freq = _scaled_frequencies(model.rotary_pos_emb, rope_numbers(shape.config))
         chunks.append(model.eval())
     return chunks
+
+
+def _transformer_config(shape: Shape, fields: dict, experts: dict[str, Any]) -> Any:
+    """megatron-core's configuration for the CPU, without fused kernels."""
+    import torch
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnBackend
+
+    own = {f.name for f in dataclasses.fields(TransformerConfig)} - {"rope_scaling", "window_size", "activation_func"}
+    return TransformerConfig(
+        **{name: value for name, value in fields.items() if name in own},
+        activation_func=torch.nn.functional.silu,
+        window_size=fields.get("window_size") and tuple(fields["window_size"]),
+        tensor_model_parallel_size=shape.tp,
+        pipeline_model_parallel_size=shape.pp,
+        virtual_pipeline_model_parallel_size=None if shape.layout else shape.vpp,
+        **experts,
+        pipeline_model_parallel_layout=shape.layout,
+        pipeline_dtype=torch.float32,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        attention_backend=AttnBackend.local,
+        overlap_p2p_comm=shape.vpp is not None,
+        batch_p2p_comm=shape.vpp is None,
+    )
 
 
 def _layer_spec(fields: dict) -> Any:

@@ -129,15 +129,15 @@ def under_names_of(base: Source, adapter: AdapterReader) -> AdapterReader:
         return adapter.is_requested(modules.get(weight, weight))
 
     linear = adapted_modules(family.RULES, model, canonical=True)
-    found = replace(
+    renamed = replace(
         adapter,
         parts={names.get(weight, weight): tensors for weight, tensors in adapter.parts.items()},
         scales={names.get(weight, weight): scale for weight, scale in adapter.scales.items()},
         is_requested=is_requested,
         transposed={weight for module in linear if module.transposed for weight in module.weights},
     )
-    _refuse_transposed_dora(found)
-    return found
+    _refuse_transposed_dora(renamed)
+    return renamed
 
 
 def _module_names(base: Source, family: Family, model: Model) -> dict[str, str]:

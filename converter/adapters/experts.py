@@ -139,13 +139,13 @@ def separate(
     Raises UserError for an adapter of another number of experts or other sizes.
     """
     fused, renamed = list(fused_experts(rules, model)), _renamed(rules, model)
-    weights = {weight: one.name for one in fused for names in one.weights for weight in names}
+    weights = {weight: experts.name for experts in fused for names in experts.weights for weight in names}
     _refuse_others(adapter.parts.keys() - set(weights.values()))
-    parted = {one.name for one in fused if by_part and _has_parts(one, adapter)}
+    parted = {experts.name for experts in fused if by_part and _has_parts(experts, adapter)}
     parameters = weights | {weight: name for name, weight in renamed.items()}
     adapter = replace(adapter, is_requested=_requested(adapter.is_requested, parameters))
-    present = [one for one in fused if one.name in adapter.parts]
-    shares = {name: share for one in present for name, share in _shares(one, adapter, by_part=one.name in parted)}
+    present = [experts for experts in fused if experts.name in adapter.parts]
+    shares = {name: share for experts in present for name, share in _shares(experts, adapter, by_part=experts.name in parted)}
     if shares or renamed.keys() & adapter.parts.keys():
         adapter = _with_shares(adapter, shares, weights, renamed)
     return adapter, {module_of(weight): name for weight, name in parameters.items() if name not in parted}
@@ -206,31 +206,31 @@ def _renamed(rules: Iterable[Rule], model: Model) -> dict[str, str]:
     return {in_transformers(name): name for name in named if in_transformers(name) != name}
 
 
-def _has_parts(one: FusedExperts, adapter: AdapterReader) -> bool:
+def _has_parts(experts: FusedExperts, adapter: AdapterReader) -> bool:
     """Return whether the adapter of a parameter has the rank of two, with the scale of one, and B is zero where their rows and
     ranks do not meet."""
-    if one.name not in adapter.parts or len(one.rows) == 1 or adapter.scales[one.name] != adapter.description.scale:
+    if experts.name not in adapter.parts or len(experts.rows) == 1 or adapter.scales[experts.name] != adapter.description.scale:
         return False
-    spec, count = adapter.parts[one.name][Factor.B].spec, len(one.rows)
-    if spec.shape != (sum(one.rows), adapter.description.dim * count * len(one.weights)):
+    spec, count = adapter.parts[experts.name][Factor.B].spec, len(experts.rows)
+    if spec.shape != (sum(experts.rows), adapter.description.dim * count * len(experts.weights)):
         return False
-    blocks = _read(adapter.reader, spec).reshape(count, one.rows[0], count, -1)
+    blocks = _read(adapter.reader, spec).reshape(count, experts.rows[0], count, -1)
     return not any(blocks[part, :, other].any() for part in range(count) for other in range(count) if part != other)
 
 
-def _shares(one: FusedExperts, adapter: AdapterReader, *, by_part: bool) -> Iterator[tuple[str, _Share]]:
-    a, b = (adapter.parts[one.name][factor].spec for factor in (Factor.A, Factor.B))
-    experts, width = len(one.weights), len(one.weights) * adapter.ranks[one.name]
-    if a.shape != (width, one.columns) or b.shape != (sum(one.rows), width):
+def _shares(layer: FusedExperts, adapter: AdapterReader, *, by_part: bool) -> Iterator[tuple[str, _Share]]:
+    a, b = (adapter.parts[layer.name][factor].spec for factor in (Factor.A, Factor.B))
+    experts, width = len(layer.weights), len(layer.weights) * adapter.ranks[layer.name]
+    if a.shape != (width, layer.columns) or b.shape != (sum(layer.rows), width):
         raise UserError(
             f"`{a.name}` has shape {list(a.shape)} and `{b.name}` {list(b.shape)}, which by `config.json` should be "
-            f"{[width, one.columns]} and {[sum(one.rows), width]}, of {experts} experts",
+            f"{[width, layer.columns]} and {[sum(layer.rows), width]}, of {experts} experts",
             hint="is the base the model that the adapter was trained on?",
         )
-    parts, firsts = len(one.rows) if by_part else 1, [sum(one.rows[:part]) for part in range(len(one.rows))]
-    for expert, names in enumerate(one.weights):
+    parts, firsts = len(layer.rows) if by_part else 1, [sum(layer.rows[:part]) for part in range(len(layer.rows))]
+    for expert, names in enumerate(layer.weights):
         for number, weight in enumerate(names):
-            rows, part = slice(firsts[number], firsts[number] + one.rows[number]), number if by_part else 0
+            rows, part = slice(firsts[number], firsts[number] + layer.rows[number]), number if by_part else 0
             for factor, spec in ((Factor.A, a), (Factor.B, b)):
                 yield peft_name(weight, factor), _Share(spec, factor, expert, experts, rows, part, parts)
 
@@ -287,39 +287,41 @@ def fuse(adapter: AdapterReader, reader: Reader, rules: Iterable[Rule], model: M
     Raises UserError if some experts of a layer have adapters and others do not.
     """
     fused = _fused_of(adapter, fused_experts(rules, model))
-    every = {weight for one in fused for names in one.experts.weights for weight in names}
+    every = {weight for layer in fused for names in layer.experts.weights for weight in names}
     single = {in_transformers(weight): weight for weight in adapter.parts if weight not in every}
     stored = {peft_name(new, factor): plan.spec.name for new, weight in single.items()
               for factor, plan in adapter.parts[weight].items()}  # fmt: skip
     dtype = next(iter(adapter.tensor_plans.values())).spec.dtype
-    computed = {spec.name: (one, factor, spec) for one in fused for factor, spec in one.specs(dtype).items()}
+    computed = {spec.name: (layer, factor, spec) for layer in fused for factor, spec in layer.specs(dtype).items()}
 
     def compute(name: str) -> Array:
-        one, factor, _ = computed[name]
-        return one.compute(factor, reader)
+        layer, factor, _ = computed[name]
+        return layer.compute(factor, reader)
 
     together = ComputedReader(reader, stored, (spec for *_, spec in computed.values()), compute)
     parts = {name: _plans(name, together.specs) for name in single}
-    parts |= {one.experts.name: {factor: same_tensor(spec, spec) for factor, spec in one.specs(dtype).items()} for one in fused}
+    parts |= {
+        layer.experts.name: {factor: same_tensor(spec, spec) for factor, spec in layer.specs(dtype).items()} for layer in fused
+    }
     return replace(adapter, reader=together, parts=parts), fused
 
 
 def _fused_of(adapter: AdapterReader, every: Iterable[FusedExperts]) -> list[Fused]:
-    present = [one for one in every if any(weight in adapter.parts for names in one.weights for weight in names)]
-    levels = {one.module: [other.name for other in present if other.module == one.module] for one in present}
-    return [_fuse_one(one, adapter, levels[one.module]) for one in present]
+    present = [experts for experts in every if any(weight in adapter.parts for names in experts.weights for weight in names)]
+    levels = {experts.module: [other.name for other in present if other.module == experts.module] for experts in present}
+    return [_fuse_one(experts, adapter, levels[experts.module]) for experts in present]
 
 
-def _fuse_one(one: FusedExperts, adapter: AdapterReader, names: list[str]) -> Fused:
-    adapted = tuple(part for part, weight in enumerate(one.weights[0]) if weight in adapter.parts)
-    for weights in one.weights:
+def _fuse_one(experts: FusedExperts, adapter: AdapterReader, names: list[str]) -> Fused:
+    adapted = tuple(part for part, weight in enumerate(experts.weights[0]) if weight in adapter.parts)
+    for weights in experts.weights:
         for part, weight in enumerate(weights):
             if (weight in adapter.parts) != (part in adapted):
                 raise UserError(
                     f"`{weight}` has {'an' if part not in adapted else 'no'} adapter, and that of the first expert has "
-                    f"{'none' if part not in adapted else 'one'}: PEFT has one for all experts of a layer, `{one.name}`",
+                    f"{'none' if part not in adapted else 'one'}: PEFT has one for all experts of a layer, `{experts.name}`",
                     hint="`--experts separate` writes a module for each",
                 )
-    prefix = one.module + ".base_layer" * (len(names) - 1 - names.index(one.name))
-    shared = len(adapted) == len(one.rows) and not adapter.description.canonical
-    return Fused(one, adapted, shared, adapter.description.dim, prefix)
+    prefix = experts.module + ".base_layer" * (len(names) - 1 - names.index(experts.name))
+    shared = len(adapted) == len(experts.rows) and not adapter.description.canonical
+    return Fused(experts, adapted, shared, adapter.description.dim, prefix)

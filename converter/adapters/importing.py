@@ -206,7 +206,7 @@ def _fuse(module: AdaptedModule, adapter: AdapterReader, description: Descriptio
 def _plan_fused(spec: TensorSpec, parts: Sequence[TensorSpec], ranges: Sequence[RowRange]) -> TensorPlan:
     """Plan a tensor from rows of others, and note whether it takes the rows of each from the first to the last: a tensor that is
     hashed while it is read has to be read in order."""
-    in_order = all(follow_one_another([one for one in ranges if one.part == part]) for part in range(len(parts)))
+    in_order = all(follow_one_another([rows for rows in ranges if rows.part == part]) for part in range(len(parts)))
     return TensorPlan(spec, tuple(parts), ranges, transform=None if in_order else Transform(to_megatron=True, in_order=False))
 
 

@@ -41,13 +41,13 @@ def lay_out(source: MegatronAdapter, experts: Experts) -> Layout:
     if not every:
         return Layout(adapter, choose_targets(_modules(adapter.parts), layers=layers, others=others))
     if experts == "separate":
-        inside = {weight for one in every for names in one.weights for weight in names}
+        inside = {weight for layer in every for names in layer.weights for weight in names}
         _refuse_dora(adapter, inside)
         return Layout(adapter, choose_targets(_modules(adapter.parts), layers=layers, others=others))
     together, fused = fuse(adapter, PlannedReader(adapter.reader, adapter.tensor_plans), source.rules, source.model)
     _refuse_dora(adapter, {name for name in together.parts if _is_parameter(name)})
     absent = [in_transformers(f"{name}{WEIGHT}") for name in others]
-    absent += [one.name for one in every if one.name not in together.parts]
+    absent += [layer.name for layer in every if layer.name not in together.parts]
     return Layout(together, _by_parameters(together.parts, absent, layers) | _patterns(fused, adapter))
 
 
@@ -88,7 +88,9 @@ def _ending(name: str) -> str:
 
 def _patterns(fused: Iterable[Fused], adapter: AdapterReader) -> dict[str, Any]:
     """Return the ranks and alphas of parameters whose adapter is that of several weights, with the scale of each."""
-    ranks = {f"experts.{one.experts.name.rpartition('.')[2]}": one.total_rank for one in fused if one.total_rank != one.rank}
+    ranks = {
+        f"experts.{layer.experts.name.rpartition('.')[2]}": layer.total_rank for layer in fused if layer.total_rank != layer.rank
+    }
     description = adapter.description
     alphas = {name: description.scale * (rank**0.5 if description.use_rslora else rank) for name, rank in ranks.items()}
     return {"rank_pattern": ranks, "alpha_pattern": alphas} if ranks else {}

@@ -117,11 +117,11 @@ def _refuse_separate(names: Iterable[str], every: Iterable[AdaptedModule], descr
 
 def _check_requested(every: Iterable[AdaptedModule], present: Collection[AdaptedModule], description: Description) -> None:
     """Raise UserError for a module that `target_modules` requests and that has no tensors."""
-    found = {module.prefix for module in present}
+    prefixes = {module.prefix for module in present}
     absent = [
         module.name(Factor.A)
         for module in every
-        if module.prefix not in found and module.is_chosen(description.target_modules, description.exclude_modules)
+        if module.prefix not in prefixes and module.is_chosen(description.target_modules, description.exclude_modules)
     ]
     if absent:
         raise UserError(

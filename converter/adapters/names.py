@@ -195,9 +195,9 @@ def part_of(target: str, part: str, parts: Sequence[str]) -> str:
 
 def part_names(rule: Rule) -> Sequence[str]:
     """Return the names of the parts in `mbtrain`'s `adapter_…`; by default the words that distinguish the rule's templates."""
-    found = words(rule.huggingface)
+    names = words(rule.huggingface)
     known = PARTS.get(module_of(rule.megatron).rpartition(".")[2], ())
-    return known if len(known) == len(found) else found
+    return known if len(known) == len(names) else names
 
 
 PARTS = {"linear_qkv": ("q", "k", "v"), "linear_fc1": ("gate", "up")}

@@ -119,15 +119,15 @@ def _group_by_weight(specs: Mapping[str, TensorSpec], config: PeftConfig) -> dic
 def _modules_of(modules: Iterable[str], config: PeftConfig) -> dict[str, str]:
     """Return the weights of modules, each with its module. A parameter of all experts, `mlp.experts.down_proj`, is no module:
     PEFT wraps `mlp.experts` once for each, and calls the inner ones its `base_layer`."""
-    found: dict[str, str] = {}
+    module_of: dict[str, str] = {}
     for module in modules:
         owner = module.replace(".base_layer", "")
         targeted = (
             [name for name in IN_ORDER if config.targets_parameter(f"{owner}.{name}")] if owner.endswith(".experts") else []
         )
         depth = module.count(".base_layer")
-        found[f"{owner}.{targeted[-1 - depth]}" if depth < len(targeted) else f"{module}{WEIGHT}"] = module
-    return found
+        module_of[f"{owner}.{targeted[-1 - depth]}" if depth < len(targeted) else f"{module}{WEIGHT}"] = module
+    return module_of
 
 
 def _check_parameters(weights: Iterable[str], config: PeftConfig) -> None:

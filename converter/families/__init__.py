@@ -83,8 +83,8 @@ class Family:
     def rooted(self, names: Container[str]) -> Family:
         """Return the family with the names that a source has: those under the first root under which it has the embedding."""
         under = (self._under(root) for root in self.ROOTS[1:])
-        found = self if self._embedding in names else next((one for one in under if one._embedding in names), self)
-        return replace(found, RULES=templates(found.RULES, partial(found._stacked, names))) if self.STACKED else found
+        fitting = self if self._embedding in names else next((family for family in under if family._embedding in names), self)
+        return replace(fitting, RULES=templates(fitting.RULES, partial(fitting._stacked, names))) if self.STACKED else fitting
 
     def as_modules(self) -> Family:
         """Return the family with the names of transformers' modules."""
@@ -139,4 +139,4 @@ def find(model_type: Any, layout: str | None = None) -> Family:
 
 @cache
 def _load(module: Any) -> Family:
-    return Family(**{one.name: getattr(module, one.name) for one in fields(Family) if hasattr(module, one.name)})
+    return Family(**{entry.name: getattr(module, entry.name) for entry in fields(Family) if hasattr(module, entry.name)})

@@ -49,7 +49,7 @@ TYPES = one_full_in(4, name="global_attn_every_n_layers")
 
 
 def _full(config: Config) -> list[bool]:
-    return [one == FULL for one in layer_types(config, TYPES)]
+    return [kind == FULL for kind in layer_types(config, TYPES)]
 
 
 def _read_multiplier(config: Config) -> dict[str, Any]:
@@ -57,10 +57,10 @@ def _read_multiplier(config: Config) -> dict[str, Any]:
 
 
 def _write_multiplier(config: Config) -> dict[str, Any]:
-    found = config.get("mup_embedding_mult", 1.0)
-    if found not in (1.0, count(config, "hidden_size") ** 0.5):
-        raise UserError(f"`mup_embedding_mult` is `{format_untrusted(found)}`, neither 1 nor √`hidden_size`")
-    return {"mup_enabled": found != 1.0}
+    multiplier = config.get("mup_embedding_mult", 1.0)
+    if multiplier not in (1.0, count(config, "hidden_size") ** 0.5):
+        raise UserError(f"`mup_embedding_mult` is `{format_untrusted(multiplier)}`, neither 1 nor √`hidden_size`")
+    return {"mup_enabled": multiplier != 1.0}
 
 
 CONFIG = (

@@ -17,7 +17,7 @@ RULES = llama.decoder(
     replicated("mlp.linear_fc1.layer_norm_weight", "feedforward_layernorm.weight", "hidden"),
     column_parallel("mlp.linear_fc1.weight", "mlp.up_proj.weight", "ffn", "hidden"),
     llama.MLP[2],
-    *(replicated(f"mlp.activation_func.alpha_{one}", f"mlp.act_fn.alpha_{one}", 1) for one in ("p", "n")),
+    *(replicated(f"mlp.activation_func.alpha_{sign}", f"mlp.act_fn.alpha_{sign}", 1) for sign in ("p", "n")),
 )
 ROPE = {"rope_type": "llama3", "rope_theta": 12e6, "factor": 8.0, **BUILT_IN_ROPE}
 

@@ -60,17 +60,19 @@ _ATTENDING = "attn_layer_indices"
 
 
 def _kinds(config: Config) -> str:
-    layers, found = layers_of(config), config.get(_ATTENDING)
-    attending = cast("list[Any]", [] if found is None else found)
-    if not isinstance(found, (list, NoneType)) or any(one not in range(layers) for one in attending):
-        raise UserError(f"`{_ATTENDING}` is `{format_untrusted(found)}`, which should be numbers of layers below {layers}")
+    layers, given = layers_of(config), config.get(_ATTENDING)
+    attending = cast("list[Any]", [] if given is None else given)
+    if not isinstance(given, (list, NoneType)) or any(number not in range(layers) for number in attending):
+        raise UserError(f"`{_ATTENDING}` is `{format_untrusted(given)}`, which should be numbers of layers below {layers}")
     return "".join((ATTENTION if layer in attending else MAMBA) + DENSE for layer in range(layers))
 
 
-def _written_kinds(found: str) -> dict[str, Any]:
-    mixing = found[::2]
-    if set(found[1::2]) - {DENSE} or set(mixing) - {ATTENTION, MAMBA} or len(found) % 2:
-        raise UserError(f"`hybrid_layer_pattern` is `{format_untrusted(found)}`: each layer of this family is a mixer and a `-`")
+def _written_kinds(pattern: str) -> dict[str, Any]:
+    mixing = pattern[::2]
+    if set(pattern[1::2]) - {DENSE} or set(mixing) - {ATTENTION, MAMBA} or len(pattern) % 2:
+        raise UserError(
+            f"`hybrid_layer_pattern` is `{format_untrusted(pattern)}`: each layer of this family is a mixer and a `-`"
+        )
     return {_ATTENDING: [layer for layer, letter in enumerate(mixing) if letter == ATTENTION] or None}
 
 

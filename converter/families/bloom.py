@@ -16,8 +16,8 @@ ARCHITECTURE = "BloomForCausalLM"
 
 def normed(megatron: str, huggingface: str) -> Iterator[Rule]:
     """Yield the rules of a norm's weight and bias. Megatron's names go on with `weight` and `bias`."""
-    for one in ("weight", "bias"):
-        yield replicated(f"{megatron}{one}", f"{huggingface}.{one}", "hidden")
+    for kind in ("weight", "bias"):
+        yield replicated(f"{megatron}{kind}", f"{huggingface}.{kind}", "hidden")
 
 
 def with_bias(rule: Rule) -> Iterator[Rule]:

@@ -17,7 +17,7 @@ RULES = (
 
 
 def _full(config: Config) -> list[bool]:
-    return [one == FULL for one in layer_types(config, TYPES)]
+    return [kind == FULL for kind in layer_types(config, TYPES)]
 
 
 CONFIG = (

@@ -91,7 +91,7 @@ _PATTERN = "prefix_dense_sliding_window_pattern"
 def _with_types(config: Config) -> Config:
     """Return a configuration whose `layer_types` says what the layers are, whatever they follow from."""
     types = _types(config) if config.get("layer_types") is None else config["layer_types"]
-    return {**{name: found for name, found in config.items() if name != "sliding_window_pattern"}, "layer_types": types}
+    return {**{name: value for name, value in config.items() if name != "sliding_window_pattern"}, "layer_types": types}
 
 
 _WINDOW = window_pattern(all_full, default=4096)
@@ -106,7 +106,9 @@ def _without_rope(config: Config) -> list[bool]:
 
 def _write_pattern(config: Config) -> dict[str, Any]:
     _, without = marks(config, "no_rope_freq", absent=0)
-    return {_PATTERN: 2 if any(none and not one for none, one in zip(without, with_experts(config), strict=True)) else 1}
+    return {
+        _PATTERN: 2 if any(none and not is_sparse for none, is_sparse in zip(without, with_experts(config), strict=True)) else 1
+    }
 
 
 NO_ROPE = Field(no_rope(_without_rope).to_megatron, _write_pattern)
@@ -145,8 +147,11 @@ def _read_scores(config: Config) -> dict[str, Any]:
 
 
 def _write_scores(config: Config) -> dict[str, Any]:
-    said = config.get("norm_topk_prob")
-    return {"expert_selection_fn": config.get(_SCORES, "softmax"), **({} if said is None else {"norm_topk_prob": said})}
+    normalized = config.get("norm_topk_prob")
+    return {
+        "expert_selection_fn": config.get(_SCORES, "softmax"),
+        **({} if normalized is None else {"norm_topk_prob": normalized}),
+    }
 
 
 EXPERTS: Sequence[Field] = (

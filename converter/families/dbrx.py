@@ -46,9 +46,9 @@ def _write_weights(config: Config) -> dict[str, Any]:
 
 
 def _read_activation(config: Config) -> dict[str, Any]:
-    found = object_of(config, _ACTIVATION).get("name", "silu")
-    if found != "silu":
-        raise UserError(f"`name` in `{_ACTIVATION}` is `{format_untrusted(found)}`; only `silu` is supported for this family")
+    function = object_of(config, _ACTIVATION).get("name", "silu")
+    if function != "silu":
+        raise UserError(f"`name` in `{_ACTIVATION}` is `{format_untrusted(function)}`; only `silu` is supported for this family")
     return {}
 
 

@@ -27,10 +27,10 @@ def _choice() -> Field:
         return groups.to_megatron(config if method == in_groups else {**config, "n_group": None})
 
     def write(config: Config) -> dict[str, Any]:
-        found = groups.to_huggingface(config)
-        if found["n_group"] == 1:
+        fields = groups.to_huggingface(config)
+        if fields["n_group"] == 1:
             return {name: of_all, "n_group": None, "topk_group": None}
-        return {name: in_groups, **found}
+        return {name: in_groups, **fields}
 
     return Field(read, write)
 

@@ -34,9 +34,9 @@ _PLACES = {"moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_int
 
 def _read_layers(config: Config) -> list[bool]:
     start, end, interval = (config.get(name, default) for name, default in _PLACES.items())
-    for name, found in zip(_PLACES, (start, end, interval), strict=True):
-        if not isinstance(found, int):
-            raise UserError(f"`{name}` is `{format_untrusted(found)}`, which should be a whole number")
+    for name, value in zip(_PLACES, (start, end, interval), strict=True):
+        if not isinstance(value, int):
+            raise UserError(f"`{name}` is `{format_untrusted(value)}`, which should be a whole number")
     layers, interval = layers_of(config), count({"moe_layer_interval": interval}, "moe_layer_interval")
     last = layers - 1 if end == -1 else end
     return [start <= layer <= last and (layer + 1) % interval == 0 for layer in range(layers)]
@@ -44,13 +44,13 @@ def _read_layers(config: Config) -> list[bool]:
 
 def _write_layers(sparse: Sequence[bool]) -> dict[str, Any]:
     layers = len(sparse)
-    with_experts = [layer for layer, one in enumerate(sparse) if one] or [layers]
+    with_experts = [layer for layer, is_sparse in enumerate(sparse) if is_sparse] or [layers]
     first, last = with_experts[0], with_experts[-1] if with_experts[0] < layers else layers - 1
     interval = with_experts[1] - first if len(with_experts) > 1 else 1
-    found = dict(zip(_PLACES, (first, last, interval), strict=True))
-    if _read_layers({**found, "num_hidden_layers": layers}) != list(sparse):
+    described = dict(zip(_PLACES, (first, last, interval), strict=True))
+    if _read_layers({**described, "num_hidden_layers": layers}) != list(sparse):
         raise UserError(f"layers {with_experts} have experts, which no start, end and interval say")
-    return found
+    return described
 
 
 CONFIG = (

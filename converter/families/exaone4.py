@@ -23,9 +23,9 @@ def types(config: Config) -> Sequence[str]:
 
 def full_beside_sliding(config: Config) -> list[bool]:
     """Return of each layer whether it sees all tokens, in a model of which others slide: it has no positions."""
-    found = layer_types(config, types)
+    kinds = layer_types(config, types)
     sliding = config.get("sliding_window", 4096) is not None
-    return [sliding and one == FULL for one in found]
+    return [sliding and kind == FULL for kind in kinds]
 
 
 CONFIG = (

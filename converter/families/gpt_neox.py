@@ -58,8 +58,8 @@ def _read_rope(config: Config) -> dict[str, Any]:
 
 
 def _write_rope(config: Config) -> dict[str, Any]:
-    found = _ROPE.to_huggingface(config)
-    return {**found, "rotary_emb_base": found["rope_theta"]}
+    fields = _ROPE.to_huggingface(config)
+    return {**fields, "rotary_emb_base": fields["rope_theta"]}
 
 
 def _nothing(_config: Config) -> dict[str, Any]:

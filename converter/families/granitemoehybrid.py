@@ -53,18 +53,18 @@ def _has_experts(config: Config) -> bool:
 
 
 def _kinds(config: Config) -> str:
-    layers, found = layers_of(config), config.get(_TYPES)
-    mixing = MAMBA * layers if found is None else letters(_TYPES, found, _MIXERS)
+    layers, listed = layers_of(config), config.get(_TYPES)
+    mixing = MAMBA * layers if listed is None else letters(_TYPES, listed, _MIXERS)
     if len(mixing) != layers:
         raise UserError(f"`{_TYPES}` has {len(mixing)} layers, and `num_hidden_layers` is {layers}")
     return "".join(letter + (SPARSE if _has_experts(config) else DENSE) for letter in mixing)
 
 
-def _written_kinds(found: str) -> dict[str, Any]:
-    mixing = found[::2]
-    if len(set(found[1::2])) != 1 or set(mixing) - {ATTENTION, MAMBA} or set(found[1::2]) - {SPARSE, DENSE}:
+def _written_kinds(pattern: str) -> dict[str, Any]:
+    mixing = pattern[::2]
+    if len(set(pattern[1::2])) != 1 or set(mixing) - {ATTENTION, MAMBA} or set(pattern[1::2]) - {SPARSE, DENSE}:
         raise UserError(
-            f"`{PATTERN}` is `{format_untrusted(found)}`: each layer of this family is a mixer, and `E` or `-` in all"
+            f"`{PATTERN}` is `{format_untrusted(pattern)}`: each layer of this family is a mixer, and `E` or `-` in all"
         )
     return {_TYPES: spelled(mixing)}
 

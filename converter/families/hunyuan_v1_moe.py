@@ -17,9 +17,9 @@ SHARED = (
 RULES = llama.decoder(*llama.ATTENTION, *hunyuan_v1_dense.NORMS, *mixtral.moe(router="mlp.gate.wg.weight"), *SHARED)
 
 
-def _topk(found: Any) -> list[int]:
-    listed: list[Any] = cast("list[Any]", found) if isinstance(found, list) and found else [found]
-    return [count({"moe_topk": one}, "moe_topk") for one in listed]
+def _topk(given: Any) -> list[int]:
+    listed: list[Any] = cast("list[Any]", given) if isinstance(given, list) and given else [given]
+    return [count({"moe_topk": count_of_layer}, "moe_topk") for count_of_layer in listed]
 
 
 def _read_topk(config: Config) -> dict[str, Any]:

@@ -19,13 +19,13 @@ _BIASES = ("attention_bias", "mlp_bias", "qkv_bias", "bias")
 
 
 def _read_bias(config: Config) -> dict[str, Any]:
-    said = {name: bool(config[name]) for name in _BIASES if config.get(name) is not None}
-    if len(set(said.values())) > 1:
+    biases = {name: bool(config[name]) for name in _BIASES if config.get(name) is not None}
+    if len(set(biases.values())) > 1:
         raise UserError(
-            f"`config.json` has {', '.join(f'`{name}`: `{format_untrusted(on)}`' for name, on in said.items())}",
+            f"`config.json` has {', '.join(f'`{name}`: `{format_untrusted(on)}`' for name, on in biases.items())}",
             hint="models of this family have all biases or none",
         )
-    return {"add_bias_linear": any(said.values())}
+    return {"add_bias_linear": any(biases.values())}
 
 
 BIAS = Field(

@@ -44,19 +44,19 @@ def _sparse(config: Config) -> list[bool]:
 
 
 def _write_sparse(sparse: Sequence[bool]) -> dict[str, Any]:
-    return {"moe_layers": [layer for layer, one in enumerate(sparse) if one]}
+    return {"moe_layers": [layer for layer, is_sparse in enumerate(sparse) if is_sparse]}
 
 
 def _without_rope(config: Config) -> list[bool]:
     """Layers with positions are marked 1, or each n-th has none."""
-    found, layers = config.get("no_rope_layers"), layers_of(config)
-    if not found:
+    given, layers = config.get("no_rope_layers"), layers_of(config)
+    if not given:
         each = count({_INTERVAL: config.get(_INTERVAL, 4)}, _INTERVAL)
         return [(layer + 1) % each == 0 for layer in range(layers)]
-    marks = cast("list[Any]", found) if isinstance(found, list) else []
-    if len(marks) < layers or any(one not in (0, 1) for one in marks):
-        raise UserError(f"`no_rope_layers` is `{format_untrusted(found)}`, which should have 0 or 1 for each of {layers} layers")
-    return [one == 0 for one in marks[:layers]]
+    marks = cast("list[Any]", given) if isinstance(given, list) else []
+    if len(marks) < layers or any(mark not in (0, 1) for mark in marks):
+        raise UserError(f"`no_rope_layers` is `{format_untrusted(given)}`, which should have 0 or 1 for each of {layers} layers")
+    return [mark == 0 for mark in marks[:layers]]
 
 
 _STEP, _INTERVAL, _CHUNK = "interleave_moe_layer_step", "no_rope_layer_interval", "attention_chunk_size"
@@ -66,7 +66,7 @@ def _read_length(config: Config) -> dict[str, Any]:
     """Up to a length chunks are whole, and queries of layers without positions are not scaled."""
     without = _without_rope(config)
     chunk = config.get(_CHUNK, 8192)
-    _check_types(config, ["chunked_attention" if not one and chunk is not None else FULL for one in without])
+    _check_types(config, ["chunked_attention" if not is_without and chunk is not None else FULL for is_without in without])
     lengths = [] if chunk is None else [count({_CHUNK: chunk}, _CHUNK)]
     if config.get("attn_temperature_tuning", True):
         lengths.append(count({"floor_scale": config.get("floor_scale", 8192)}, "floor_scale") - 1)
@@ -74,19 +74,19 @@ def _read_length(config: Config) -> dict[str, Any]:
 
 
 def _check_types(config: Config, expected: list[str]) -> None:
-    found = config.get("layer_types")
-    if found not in (None, expected):
+    listed = config.get("layer_types")
+    if listed not in (None, expected):
         raise UserError(
-            f"`layer_types` is `{format_untrusted(found)}`, and by `no_rope_layers` and `{_CHUNK}` it is `{expected}`",
+            f"`layer_types` is `{format_untrusted(listed)}`, and by `no_rope_layers` and `{_CHUNK}` it is `{expected}`",
             hint="leave one out",
         )
 
 
 def _write_length(config: Config) -> dict[str, Any]:
-    found = config.get("exact_sequence_length")
-    if found is None:
+    exact = config.get("exact_sequence_length")
+    if exact is None:
         return {_CHUNK: None, "attn_temperature_tuning": False}
-    length = number("exact_sequence_length", found) + 1
+    length = number("exact_sequence_length", exact) + 1
     return {_CHUNK: length, "floor_scale": length, "attn_temperature_tuning": True}
 
 
@@ -101,7 +101,7 @@ CONFIG = (
     only(attention_bias=False),
     rope("default", "llama3", theta=500000.0),
     fixed(rotary_interleaved=True, qk_l2_norm_with_rope=True, window_size=None),
-    no_rope(_without_rope, lambda without: {"no_rope_layers": [1 - one for one in without]}),
+    no_rope(_without_rope, lambda without: {"no_rope_layers": [1 - mark for mark in without]}),
     flag("qk_l2_norm", "use_qk_norm", default=True),
     Field(_read_length, _write_length),
     *routed(experts="num_local_experts", topk="num_experts_per_tok", ffn="intermediate_size"),

@@ -22,7 +22,7 @@ def _by_type(config: Config) -> dict[str, Any]:
     """Refuse rotary embeddings of all layers together, which transformers ignores or fails with."""
     numbers = ("rope_parameters", "rope_scaling", "rope_theta")
     together = [name for name in numbers if config.get(name) is not None]
-    if together and not any(isinstance(one, dict) for one in object_of(config, numbers[0]).values()):
+    if together and not any(isinstance(value, dict) for value in object_of(config, numbers[0]).values()):
         raise UserError(
             f"`{together[0]}` is not said for each type of layers",
             hint="this family has `full_attention` and `sliding_attention` in `rope_parameters`",

@@ -47,13 +47,13 @@ def _scaled(megatron: str, huggingface: str, unit: Callable[[Config], float], *,
     """Return the field of a number that is in units which depend on the model's sizes; null means that nothing is scaled."""
 
     def read(config: Config) -> dict[str, Any]:
-        found = config.get(huggingface, default)
-        return {megatron: 1.0 if found is None else number(huggingface, found) / unit(config)}
+        given = config.get(huggingface, default)
+        return {megatron: 1.0 if given is None else number(huggingface, given) / unit(config)}
 
     def write(config: Config) -> dict[str, Any]:
-        one = unit(config)
-        found = number(megatron, config.get(megatron, 1.0))
-        return {huggingface: undone(lambda there: there / one, lambda here: here * one, found)}
+        divisor = unit(config)
+        given = number(megatron, config.get(megatron, 1.0))
+        return {huggingface: undone(lambda there: there / divisor, lambda here: here * divisor, given)}
 
     return Field(read, write)
 

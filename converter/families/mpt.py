@@ -48,7 +48,7 @@ def _read_attention(config: Config) -> dict[str, Any]:
         "position_embedding_type": "alibi",
         "alibi": {"bias_max": float(_BIAS_MAX)},
         "alibi_bias_max": None if bias_max == _BIAS_MAX else bias_max,
-        "dropouts": {name: found for name, found in drops.items() if found} or None,
+        "dropouts": {name: probability for name, probability in drops.items() if probability} or None,
         "softmax_scale": attention.get("softmax_scale"),
         "clip_qkv": attention.get("clip_qkv") or None,
     }

@@ -92,15 +92,15 @@ _KNOWN = {_WORDS: WORDS, _LETTERS: {letter: letter for letter in (MAMBA, ATTENTI
 def _kinds(config: Config) -> str:
     """Return the pattern, transformers' own without one; UserError where both fields are there and differ."""
     places = {name: config[name] for name in _KNOWN if config.get(name) is not None} or {_LETTERS: "ME*-"}
-    return one_of({f"`{name}`": letters(name, found, _KNOWN[name]) for name, found in places.items()})
+    return one_of({f"`{name}`": letters(name, given, _KNOWN[name]) for name, given in places.items()})
 
 
 def _nothing(_config: Config) -> dict[str, Any]:
     return {}
 
 
-def _written_kinds(found: str) -> dict[str, Any]:
-    return {_WORDS: spelled(found), _LETTERS: found}
+def _written_kinds(pattern: str) -> dict[str, Any]:
+    return {_WORDS: spelled(pattern), _LETTERS: pattern}
 
 
 _SHARED, _LATENT = "moe_shared_expert_intermediate_size", "moe_latent_size"

@@ -44,17 +44,17 @@ _ROPE = rope("default", "longrope", theta=1e6)
 
 def _read_rope(config: Config) -> dict[str, Any]:
     """Read `longrope`, in which sequences up to the original length have `short_mscale` as their attention factor."""
-    found = _ROPE.to_megatron(config)
-    numbers = object_of(found, "rope_parameters")
+    fields = _ROPE.to_megatron(config)
+    numbers = object_of(fields, "rope_parameters")
     if not numbers:
-        return found
+        return fields
     factor = number("short_mscale", numbers.get("short_mscale"))
-    return {**found, "rope_parameters": {**numbers, "attention_factor": factor}}
+    return {**fields, "rope_parameters": {**numbers, "attention_factor": factor}}
 
 
 def _write_rope(config: Config) -> dict[str, Any]:
     numbers = object_of(config, "rope_parameters")
-    plain = {name: one for name, one in numbers.items() if name != "attention_factor"}
+    plain = {name: value for name, value in numbers.items() if name != "attention_factor"}
     return _ROPE.to_huggingface({**config, "rope_parameters": plain or None})
 
 

@@ -29,7 +29,7 @@ def _every_second(config: Config) -> list[str]:
 
 def _last_sliding(types: Sequence[str]) -> dict[str, int]:
     """Return the field of the layers that may slide, if any do."""
-    sliding = [layer for layer, one in enumerate(types) if one == SLIDING]
+    sliding = [layer for layer, kind in enumerate(types) if kind == SLIDING]
     return {"max_window_layers": sliding[-1] + 1} if sliding else {}
 
 

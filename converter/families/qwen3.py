@@ -9,7 +9,7 @@ MODELS = "Qwen3, dense"
 ARCHITECTURE = "Qwen3ForCausalLM"
 
 NORMS = tuple(
-    replicated(f"self_attention.{one}_layernorm.weight", f"self_attn.{one}_norm.weight", "head_dim") for one in ("q", "k")
+    replicated(f"self_attention.{part}_layernorm.weight", f"self_attn.{part}_norm.weight", "head_dim") for part in ("q", "k")
 )
 RULES = llama.decoder(*llama.ATTENTION, *NORMS, *llama.MLP)
 CONFIG = (

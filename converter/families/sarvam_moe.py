@@ -54,7 +54,7 @@ _FIELDS = (
 CONFIG = (renamed(_FIELDS, num_experts="n_routed_experts", num_shared_experts="n_shared_experts", use_qkv_bias="attention_bias"),)
 EXTRAS = llama.EXTRAS
 SMALL = {
-    **{name: one for name, one in glm4_moe.SMALL.items() if name not in ("attention_bias", "rope_parameters")},
+    **{name: value for name, value in glm4_moe.SMALL.items() if name not in ("attention_bias", "rope_parameters")},
     "head_dim": 16,
 }
 PROVIDER = ("moe_router_group_score",)

@@ -16,17 +16,17 @@ RULES = llama.RULES
 
 
 def _without_rope(config: Config) -> list[bool]:
-    found, layers = config.get("no_rope_layers"), layers_of(config)
-    if not found:
+    given, layers = config.get("no_rope_layers"), layers_of(config)
+    if not given:
         each = count({"no_rope_layer_interval": 4, **config}, "no_rope_layer_interval")
         return [(layer + 1) % each == 0 for layer in range(layers)]
-    with_rope = cast("list[Any]", found)[:layers] if isinstance(found, list) else []
-    if len(with_rope) != layers or any(one not in (0, 1) for one in with_rope):
+    with_rope = cast("list[Any]", given)[:layers] if isinstance(given, list) else []
+    if len(with_rope) != layers or any(mark not in (0, 1) for mark in with_rope):
         raise UserError(
-            f"`no_rope_layers` is `{format_untrusted(found)}`, which should have 0 or 1 for each of {layers} layers",
+            f"`no_rope_layers` is `{format_untrusted(given)}`, which should have 0 or 1 for each of {layers} layers",
             hint="the configuration is damaged",
         )
-    return [not one for one in with_rope]
+    return [not mark for mark in with_rope]
 
 
 def _sliding(config: Config) -> list[str]:
@@ -42,7 +42,7 @@ CONFIG = (
     llama.PLAIN_ATTENTION,
     flag("add_bias_linear", "attention_bias", "mlp_bias"),
     rope("default", "linear", "llama3", "yarn", theta=2e6),
-    no_rope(_without_rope, lambda without: {"no_rope_layers": [1 - one for one in without]}),
+    no_rope(_without_rope, lambda without: {"no_rope_layers": [1 - mark for mark in without]}),
     window_pattern(_sliding, switch="use_sliding_window"),
 )
 EXTRAS = llama.EXTRAS

@@ -241,31 +241,36 @@ def check_device(model: Any, machine: Machine) -> None:
 def check_packed(config: RunConfig, machine: Machine) -> None:
     """Refuse what attention cannot do over packed rows, and lengths that do not fit them."""
     if is_packed(config.dataset):
-        enforce(_packed_rules(config, machine))
+        setting = "dataset.packed" if getattr(config.dataset, "packed", False) else "dataset.reset_attention_mask"
+        enforce(_packed_attention(config.model, machine, setting))
+        enforce(_packed_lengths(config, setting))
 
 
-def _packed_rules(config: RunConfig, machine: Machine) -> Iterator[Rule]:
-    dataset, micro, context = config.dataset, config.train.micro_batch_size, parallel_size(config.model, CP)
-    setting = "dataset.packed" if getattr(dataset, "packed", False) else "dataset.reset_attention_mask"
-    window, multiple = getattr(config.model, "window_size", None), positive(dataset, "pad_to_multiple_of") or 1
+def _packed_attention(model: Any, machine: Machine, setting: str) -> Iterator[Rule]:
+    window = getattr(model, "window_size", None)
     yield (
         window and machine.device == "cpu",
         f"`model.window_size` is `{window}`, and megatron-core's attention on the CPU cannot keep packed examples apart too",
         f"set `{setting}=false`",
     )
-    net, on_cpu = getattr(config.model, "experimental_attention_variant", None), machine.device == "cpu"
+    net, on_cpu = getattr(model, "experimental_attention_variant", None), machine.device == "cpu"
     where = "layers on the CPU" if on_cpu else "deterministic layers (`model.deterministic_mode`)"
     yield (
-        net == GATED_DELTA_NET and (on_cpu or getattr(config.model, "deterministic_mode", False)),
+        net == GATED_DELTA_NET and (on_cpu or getattr(model, "deterministic_mode", False)),
         f"`model.experimental_attention_variant` is `{net}`, whose {where} take one packed example for the start of the next",
         f"set `{setting}=false`",
     )
-    ahead = getattr(config.model, "mtp_num_layers", None)
+    ahead = getattr(model, "mtp_num_layers", None)
     yield (
         ahead and machine.device == "cpu",
         f"`model.mtp_num_layers` is `{ahead}`, and on the CPU tokens ahead would be those of other packed examples",
         f"set `{setting}=false`",
     )
+
+
+def _packed_lengths(config: RunConfig, setting: str) -> Iterator[Rule]:
+    dataset, micro, context = config.dataset, config.train.micro_batch_size, parallel_size(config.model, CP)
+    multiple = positive(dataset, "pad_to_multiple_of") or 1
     yield (
         setting == "dataset.reset_attention_mask" and context > 1,
         f"`{setting}` is `True`, but documents cannot be split over CP `{context}` ranks",
