@@ -108,16 +108,17 @@ def _median_step(options: argparse.Namespace, config: Any, model: Any, batches: 
 def _on_gpu(batches: list[dict[str, Any]]) -> list[Any]:
     """Concatenate the rows and make the attention arguments before the clock starts."""
     from trainer import segments
-    from trainer.loss import end_to_end
+    from trainer.loss import end_to_end, packed_seq_params
 
-    return [end_to_end(batch, segments.find_segments(batch["segment_ids"])) for batch in batches]
+    inputs = [end_to_end(batch, segments.find_segments(batch["segment_ids"])) for batch in batches]
+    return [(each.tensors, packed_seq_params(each)) for each in inputs]
 
 
 def _forward(batches: Any, model: Any) -> Any:
     from trainer.loss import masked_sum
 
-    batch, packed_seq_params = next(batches)
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed_seq_params)
+    batch, packed = next(batches)
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
     return losses, partial(masked_sum, mask=batch["loss_mask"])
 
 

@@ -20,14 +20,14 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from formats.errors import UserError
-from trainer import clock, collectives, device, gradient_fusion, main_script, optim, parallel, schedule
+from trainer import clock, collectives, cuda_graph, device, gradient_fusion, main_script, optim, parallel, schedule
 from trainer.config import RunConfig
 from trainer.data import iterators
 from trainer.generation.text import generate
 from trainer.logging.layer_metrics import LayerMetrics
 from trainer.logging.metrics import memory_gib
 from trainer.loss import forward_step as default_forward_step
-from trainer.loss import mean, mean_and_work, with_token_counts
+from trainer.loss import mean, mean_and_work, prepare, with_token_counts
 from trainer.settings import refused
 from trainer.settings.resolve import resolve
 from trainer.setup import resolve_epochs, setup
@@ -49,10 +49,11 @@ def pretrain(
     device.set_environment(config)
     kind = device.choose(config.dist.device)
     resolved = resolve(config, world_size=parallel.world_size(), device=kind)
-    with parallel.session(resolved.config, kind), Stop(answer_signal) as stop:
+    with parallel.session(resolved.config, kind), cuda_graph.stream(resolved.config.model), Stop(answer_signal) as stop:
         resolved = resolve_epochs(config, resolved, kind)
         if forward_step is not default_forward_step:
             gradient_fusion.leave_out(resolved.config.model)
+            cuda_graph.refuse(resolved.config.model)
         run = setup(resolved, forward_step, callbacks=callbacks, stop=stop, began=began)
         try:
             if run.is_complete:
@@ -129,7 +130,7 @@ def train_step(run: Run) -> Step:
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     parts.optimizer.zero_grad()
-    losses = _schedule(run, run.batches, microbatches=get_num_microbatches(), forward_only=False)
+    losses = _losses(run)
     # No number is read before this: the optimizer handles its weights one by one, and meanwhile a GPU still computes gradients.
     applied, grad_norm, _ = parts.optimizer.step()
     synced = collectives.sync_step(_report(run, losses))
@@ -157,6 +158,15 @@ def train_step(run: Run) -> Step:
         layer_metrics=layers.means,
         per_layer=layers.layers,
     )
+
+
+def _losses(run: Run) -> list[torch.Tensor]:
+    """Compute losses and gradients of a global batch: `[loss sum, tokens]` per microbatch on the last stage."""
+    microbatches = get_num_microbatches()
+    if run.step_graph is None:
+        return _schedule(run, run.batches, microbatches=microbatches, forward_only=False)
+    inputs = [prepare(next(run.batches[0])) for _ in range(microbatches)]
+    return run.step_graph(inputs, lambda prepared: _schedule(run, [prepared], microbatches=microbatches, forward_only=False))
 
 
 def _schedule(run: Run, batches: list[Any], *, microbatches: int, forward_only: bool) -> list[torch.Tensor]:

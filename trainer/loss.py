@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,19 @@ Batch = dict[str, torch.Tensor]
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
-def forward_step(batches: Iterator[Batch] | None, model: Any) -> tuple[torch.Tensor, LossFunction]:
+class Inputs(NamedTuple):
+    """What a model chunk takes of one microbatch, on this rank's device."""
+
+    tensors: Batch
+    """`tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each `[micro batch, sequence]`. Of packed rows also
+    `work` (float32: tokens in examples, and the sum of the squares of the lengths of examples), and `attention_mask` on the CPU
+    or `cu_seqlens` on a GPU, where all rows are one."""
+
+    max_seqlen: int = 0
+    """A bound for the tokens of a segment, with `cu_seqlens`."""
+
+
+def forward_step(batches: Iterator[Batch | Inputs] | None, model: Any) -> tuple[torch.Tensor, LossFunction]:
     """Run one microbatch through one model chunk: megatron-core's `forward_step_func`.
 
     A batch holds `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each `[micro batch, sequence]`.
@@ -31,49 +43,52 @@ def forward_step(batches: Iterator[Batch] | None, model: Any) -> tuple[torch.Ten
     chunk needs them. Returns the chunk's output, and the function that computes the loss from it.
     """
     batch = next(batches) if batches is not None else {}
-    if "segment_ids" in batch:
-        return _packed_step(batch, model)
-    batch = on_this_rank(batch)
-    mask = batch.get("attention_mask")
-    labels = {"labels": batch.get("labels"), **_ahead(batch, model)}
-    output = model(batch.get("tokens"), batch.get("position_ids"), mask, **labels)
-    return output, partial(masked_sum, mask=batch.get("loss_mask"))
+    inputs = batch if isinstance(batch, Inputs) else prepare(batch)
+    tensors = inputs.tensors
+    further = {"labels": tensors.get("labels"), **_ahead(tensors, model)}
+    if "cu_seqlens" in tensors:
+        further["packed_seq_params"] = packed_seq_params(inputs)
+    output = model(tensors.get("tokens"), tensors.get("position_ids"), tensors.get("attention_mask"), **further)
+    return output, partial(masked_sum, mask=tensors.get("loss_mask"), work=tensors.get("work"))
 
 
-def _packed_step(batch: Batch, model: Any) -> tuple[torch.Tensor, LossFunction]:
-    """Run one microbatch whose rows hold several examples."""
+def prepare(batch: Batch) -> Inputs:
+    """Return a batch as the model takes it, on this rank's device. Nothing here waits for a GPU."""
+    if "segment_ids" not in batch:
+        return Inputs(on_this_rank(batch))
     rows = segments.find_segments(batch["segment_ids"])
-    if device.current().type == "cuda":
-        batch, packed = end_to_end(batch, rows)
-        labels = {"labels": batch["labels"], **_ahead(batch, model)}
-        output = model(batch["tokens"], batch["position_ids"], None, **labels, packed_seq_params=packed)
-    else:
-        mask = segments.attention_mask(batch["segment_ids"])
-        output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
     ranks = parallel_state.get_context_parallel_world_size()  # which share the examples, and each report
-    work = (rows.num_tokens / ranks, rows.sum_squared_lengths / ranks)
-    return output, partial(masked_sum, mask=batch["loss_mask"], work=work)
+    work = torch.tensor([rows.num_tokens / ranks, rows.sum_squared_lengths / ranks])
+    if device.current().type == "cuda":
+        inputs = end_to_end(batch, rows)
+        return inputs._replace(tensors={**inputs.tensors, "work": _moved(work)})
+    return Inputs({**batch, "attention_mask": segments.attention_mask(batch["segment_ids"]), "work": work})
 
 
-def _ahead(batch: Batch, model: Any) -> dict[str, Any]:
+def _ahead(tensors: Batch, model: Any) -> dict[str, Any]:
     """Return what layers of multi-token prediction need beside labels: which tokens count."""
-    return {"loss_mask": batch.get("loss_mask")} if getattr(get_model_config(model), "mtp_num_layers", None) else {}
+    return {"loss_mask": tensors.get("loss_mask")} if getattr(get_model_config(model), "mtp_num_layers", None) else {}
 
 
-def end_to_end(batch: Batch, rows: segments.Segments) -> tuple[Batch, PackedSeqParams]:
-    """Return all rows as one, `[1, micro batch × sequence]` on this rank's GPU, and Transformer Engine's description of segments.
+def end_to_end(batch: Batch, rows: segments.Segments) -> Inputs:
+    """Return all rows as one, `[1, micro batch × sequence]`, with the bounds of segments, on this rank's GPU.
 
     Under context parallelism each rank has two slices of each segment, as Transformer Engine's attention takes them, and bounds
-    are those of whole segments. Nothing here waits for the GPU.
+    are those of whole segments.
     """
     names = ("tokens", "labels", "loss_mask", "position_ids")
     moved: dict[str, Any] = {name: batch[name].reshape(1, -1).to(device.current(), non_blocking=True) for name in names}
-    bounds = torch.from_numpy(rows.cu_seqlens).pin_memory().to(device.current(), non_blocking=True)
+    bounds = _moved(torch.from_numpy(rows.cu_seqlens))
     if parallel_state.get_context_parallel_world_size() > 1:
         whole = {**moved, "cu_seqlens": bounds[None], "cu_seqlens_padded": None}
         cut = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
         moved = {name: cut[name] for name in names}
-    return moved, _packed_seq_params(bounds, longest=_upper_bound(rows))
+    return Inputs({**moved, "cu_seqlens": bounds}, _upper_bound(rows))
+
+
+def _moved(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the CPU's on this rank's GPU, without waiting for the copy."""
+    return tensor.pin_memory().to(device.current(), non_blocking=True)
 
 
 def _upper_bound(rows: segments.Segments) -> int:
@@ -84,9 +99,10 @@ def _upper_bound(rows: segments.Segments) -> int:
     return rounded if rounded < total else longest
 
 
-def _packed_seq_params(bounds: torch.Tensor, *, longest: int) -> PackedSeqParams:
-    """Describe segments by their `bounds`, int32 `[segments + 1]`. Padding is a segment too, so the padded bounds are the same
-    object: that tells Transformer Engine that there is no padding between segments."""
+def packed_seq_params(inputs: Inputs) -> PackedSeqParams:
+    """Describe segments by their bounds `cu_seqlens`, int32 `[segments + 1]`, for Transformer Engine. Padding is a segment too,
+    so the padded bounds are the same object: that says that there is no padding between segments."""
+    bounds, longest = inputs.tensors["cu_seqlens"], inputs.max_seqlen
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,
@@ -109,17 +125,16 @@ def on_this_rank(batch: Batch) -> Batch:
 
 
 def masked_sum(
-    losses: torch.Tensor, *, mask: torch.Tensor, work: Sequence[float] = ()
+    losses: torch.Tensor, *, mask: torch.Tensor, work: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the loss summed over tokens that count, their number, and the tensor to report: `[sum, tokens, *work]`.
 
-    `losses` and `mask` are `[micro batch, sequence]`. `work` of packed rows is the tokens in examples, and the sum of the squares
-    of the lengths of examples.
+    `losses` and `mask` are `[micro batch, sequence]`. `work` of packed rows (float32 `[2]`) is the tokens in examples, and the
+    sum of the squares of the lengths of examples.
     """
     total = (losses.float() * mask).sum()
     tokens = mask.sum()
-    # Filled on the device: a number copied there would wait for it.
-    further = [total.new_full((), number) for number in work]
+    further = () if work is None else work.unbind()
     return total, tokens.to(torch.int), torch.stack((total.detach(), tokens, *further))
 
 

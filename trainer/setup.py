@@ -12,7 +12,7 @@ from typing import Any
 
 from converter.adapters.adapter import Base
 from formats.errors import UserError
-from trainer import collectives, diagnostics, model, optim, parallel, schedule
+from trainer import collectives, cuda_graph, diagnostics, model, optim, parallel, schedule
 from trainer.checkpoints import adapters, iterations, live, resume_point, shared, side_files
 from trainer.checkpoints.contents import tokenizer_of_run
 from trainer.checkpoints.resume import resume
@@ -61,6 +61,7 @@ def setup(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
         datasets=datasets,
         stop=stop,
         began=began,
+        step_graph=_step_graph(config),
         layer_counter=layer_metrics.counter(parts.chunks, config.model),
     )
     if not run.is_complete:
@@ -78,6 +79,12 @@ def setup(resolved: Resolved, forward_step: ForwardStep, *, callbacks: Sequence[
     for callback in run.callbacks:
         callback.on_start(run)
     return run
+
+
+def _step_graph(config: RunConfig) -> cuda_graph.StepGraph | None:
+    if not cuda_graph.requested(config.model):
+        return None
+    return cuda_graph.StepGraph(warmup_steps=config.model.cuda_graph_warmup_steps, sequence_length=config.dataset.sequence_length)
 
 
 def _make_folders(checkpoint: CheckpointConfig, logger: LoggerConfig) -> None:

@@ -15,6 +15,7 @@ from trainer import parallel
 from trainer.checkpoints.saver import Saver
 from trainer.checkpoints.state_dict import Parts, Progress
 from trainer.config import RunConfig
+from trainer.cuda_graph import StepGraph
 from trainer.data.iterators import DataWait
 from trainer.logging.layer_metrics import LayerCounter
 from trainer.logging.logger import RunLogger
@@ -102,6 +103,9 @@ class Run:
 
     batches: Any = None
     waited: DataWait = field(default_factory=DataWait)
+
+    step_graph: StepGraph | None = None
+    """None where steps are computed kernel by kernel."""
 
     layer_counter: LayerCounter | None = None
     """None for a model without experts and without multi-token prediction."""

@@ -37,6 +37,7 @@ from trainer.layers.scores import changed_scores
 from trainer.layers.sinks import divided_sinks
 from trainer.layers.sparse_attention import shared_choices, sparse_attention
 from trainer.layers.spec import copied
+from trainer.layers.token_counts import counted_on_device
 from trainer.layers.token_order import sorted_once
 from trainer.layers.xielu import activation_weights
 
@@ -76,6 +77,7 @@ MODEL_PIECES: tuple[Callable[[Any, Any], None], ...] = (
     expert_groups,
     expert_output,
     sorted_once,
+    counted_on_device,
     expert_biases,
     divided_sinks,
     rope_norms,

@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 
 def sorted_once(provider: Any, model: Any) -> None:
     """Leave the second sort out where no ranks exchange tokens: dispatchers do for a rank that has one expert."""
-    if not provider.num_moe_experts or provider.moe_pad_expert_input_to_capacity or provider.cuda_graph_impl != "none":
+    if not provider.num_moe_experts or provider.moe_pad_expert_input_to_capacity:
         return
     for module in model.modules():
         dispatcher = getattr(module, "token_dispatcher", None)

@@ -21,6 +21,7 @@ from formats.errors import UserError
 from trainer import device
 from trainer.model import unwrap
 from trainer.peft.adapter_layer import Adapter
+from trainer.peft.grouped import multiply_at_once
 from trainer.peft.peft import PEFT
 from trainer.peft.targets import check_used, matching_patterns, targeted_names
 
@@ -80,6 +81,8 @@ def attach(chunks: Sequence[Any], peft: PEFT, *, seed: int = 1234) -> Attached:
     modules = _merge_ranks(local, peft)
     for chunk in chunks:
         _require_embedding_gradient(chunk)
+        for module in chunk.modules():
+            multiply_at_once(module)
     return _summarize(chunks, type(peft).__name__, modules)
 
 

@@ -14,33 +14,34 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from trainer.layers.token_counts import TokenCounts
 from trainer.peft.adapter_layer import AdaptedLayer, State
 from trainer.peft.canonical import CanonicalAdapter
 from trainer.peft.linear import GroupedExperts
 from trainer.peft.lora_layers import LoraAdapter, init_lora_a
 
+type Tokens = Sequence[int] | TokenCounts
+"""How many tokens each expert has."""
+
 _ALIGNMENT = 16
 """Bytes that torch's `grouped_mm` wants rows to be a multiple of."""
 
 
-class GroupedLayer(AdaptedLayer):
-    """The mixin for a layer that is called with the number of tokens of each expert."""
+class FrozenExperts:
+    """The mixin for a layer of several experts whose weights are frozen. It is called with the number of tokens of each."""
 
     _stack: torch.Tensor | None = None
 
-    def forward(self, layer_input: torch.Tensor, tokens_per_expert: Sequence[int]) -> Any:  # type: ignore[override]
-        """Run the layer, then the adapter. Return output and bias, as the layer does."""
+    def forward(self, layer_input: torch.Tensor, tokens_per_expert: Tokens) -> Any:
+        """Run the layer. Return output and bias, as the layer does."""
         if self._is_one_product(layer_input):
-            output, bias = grouped_linear(layer_input, self._stacked(), tokens_per_expert), None
-        else:
-            self._quantize_once()
-            output, bias = super(AdaptedLayer, self).forward(layer_input, tokens_per_expert)  # type: ignore[misc]
-        return self.adapter(output, layer_input, tokens_per_expert), bias
+            return grouped_linear(layer_input, self._stacked(), tokens_per_expert), None
+        return super().forward(layer_input, tokens_per_expert)  # type: ignore[misc]
 
     def _is_one_product(self, layer_input: torch.Tensor) -> bool:
         """Tell whether torch multiplies all experts in one kernel, where Transformer Engine starts one for each: on a GPU, with
         frozen weights in bf16, without biases."""
-        weight = self._frozen_weight()
+        weight = self.weight0
         in_bf16 = type(weight.data) is torch.Tensor and weight.dtype == layer_input.dtype == torch.bfloat16
         quantized = self.config.fp8 or self.config.fp4
         return bool(in_bf16 and weight.is_cuda and not (weight.requires_grad or quantized or self.use_bias))
@@ -55,8 +56,30 @@ class GroupedLayer(AdaptedLayer):
                 weight.data = view
         return self._stack
 
+
+class GroupedLayer(FrozenExperts, AdaptedLayer):
+    """The mixin for a layer of several experts with an adapter."""
+
+    def forward(self, layer_input: torch.Tensor, tokens_per_expert: Tokens) -> Any:  # type: ignore[override]
+        """Run the layer, then the adapter. Return output and bias, as the layer does."""
+        if self._is_one_product(layer_input):
+            output, bias = grouped_linear(layer_input, self._stacked(), tokens_per_expert), None
+        else:
+            self._quantize_once()
+            output, bias = super(AdaptedLayer, self).forward(layer_input, tokens_per_expert)  # type: ignore[misc]
+        return self.adapter(output, layer_input, tokens_per_expert), bias
+
     def _frozen_weight(self) -> Any:
         return self.weight0
+
+
+def multiply_at_once(module: torch.nn.Module) -> None:
+    """Let a layer of several experts without an adapter compute all of them in one product where it can; others stay as they are.
+
+    The layer keeps its parameters; its class becomes a subclass named `Frozen…`.
+    """
+    if hasattr(module, "num_gemms") and not isinstance(module, (FrozenExperts, AdaptedLayer)):
+        module.__class__ = type(f"Frozen{type(module).__name__}", (FrozenExperts, type(module)), {})
 
 
 class GroupedAdapter(LoraAdapter):
@@ -76,7 +99,7 @@ class GroupedAdapter(LoraAdapter):
                 init_lora_a(a, self.linear, self.settings, of_expert)
 
     def forward(  # type: ignore[override]
-        self, output: torch.Tensor, layer_input: torch.Tensor, tokens_per_expert: Sequence[int]
+        self, output: torch.Tensor, layer_input: torch.Tensor, tokens_per_expert: Tokens
     ) -> torch.Tensor:
         """Return output + s·B·A·x; tokens [tokens, features] are sorted by expert."""
         a, b = self._sum_expert_gradients(*self.matrices())
@@ -138,12 +161,14 @@ def _merge(shards: Sequence[torch.Tensor], *, axis: int, stride: int) -> torch.T
     return torch.stack([torch.cat(list(parts), dim=axis) for parts in blocks])
 
 
-def grouped_linear(tokens: torch.Tensor, weights: torch.Tensor, tokens_per_expert: Sequence[int]) -> torch.Tensor:
+def grouped_linear(tokens: torch.Tensor, weights: torch.Tensor, tokens_per_expert: Tokens) -> torch.Tensor:
     """Return tokens · weightᵀ, each token with the weight of its expert: [tokens, in] and [experts, out, in] give [tokens, out].
 
     >>> grouped_linear(torch.ones(3, 2), torch.tensor([[[1.0, 1.0]], [[2.0, 2.0]]]), [1, 2]).tolist()
     [[2.0], [4.0], [4.0]]
     """
+    if isinstance(tokens_per_expert, TokenCounts):
+        return torch.nn.functional.grouped_mm(tokens, weights.transpose(1, 2), offs=tokens_per_expert.ends)
     if all(size * tokens.element_size() % _ALIGNMENT == 0 for size in weights.shape[1:]):
         ends = _ends(tuple(tokens_per_expert), tokens.device, _stream(tokens))
         return torch.nn.functional.grouped_mm(tokens, weights.transpose(1, 2), offs=ends)

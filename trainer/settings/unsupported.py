@@ -32,9 +32,9 @@ NEVER: dict[str, dict[str, str]] = {
         "layers take what the residual connection carries in the precision of their weights": "fp32_residual_connection",
         "Transformer Engine offloads no weights without activations": "cpu_offloading_activations",
         "weights would hold whatever was in memory": "perform_initialization init_model_with_meta_device",
-        "CUDA graphs are not captured": """enable_cuda_graph external_cuda_graph cuda_graph_impl cuda_graph_modules
-            cuda_graph_scope inference_cuda_graph_scope cuda_graph_use_single_mempool cuda_graph_retain_backward_graph
-            cuda_graph_warmup_steps use_te_rng_tracker""",
+        "`model.cuda_graph_impl=full_iteration` is how CUDA graphs are captured": """enable_cuda_graph external_cuda_graph
+            cuda_graph_modules cuda_graph_scope inference_cuda_graph_scope cuda_graph_use_single_mempool
+            cuda_graph_retain_backward_graph use_te_rng_tracker""",
         "layers of multi-token prediction are those of DeepSeek-V3": """mtp_use_repeated_layer mtp_detach_heads
             mtp_hybrid_override_pattern mtp_standalone""",
         "layers that differ need megatron-core's heterogeneous configuration": """heterogeneous_block_specs
@@ -96,7 +96,7 @@ NEVER: dict[str, dict[str, str]] = {
     "optimizer": {
         "the loop does not start it": "overlap_param_gather_with_optimizer_step",
         "MXFP8 weights are not supported": "reuse_grad_buf_for_mxfp8_param_ag",
-        "CUDA graphs are not captured": "optimizer_cuda_graph",
+        "CUDA graphs of the optimizer are not captured": "optimizer_cuda_graph",
         "the run's log has a clock of its own": "timers barrier_with_L1_time",
         "a run's settings are kept in its own folder": "config_logger_dir",
         "the log has no such figure": "log_num_zeros_in_grad",
@@ -112,6 +112,7 @@ GPU_ONLY = {
     "model.use_te_activation_func": "Transformer Engine's activations need a GPU",
     "model.fused_single_qkv_rope": "its kernel is Transformer Engine's",
     "model.fused_residual_rmsnorm": "its kernel is Transformer Engine's",
+    "model.cuda_graph_impl": "CUDA captures it",
     "model.gradient_accumulation_fusion": "its kernels are Transformer Engine's",
     "model.cpu_offloading": "Transformer Engine moves activations, and needs a GPU",
     "optimizer.optimizer_cpu_offload": "there is no other device to move states from",
