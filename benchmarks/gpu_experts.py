@@ -200,7 +200,7 @@ def _adapters(targets: str, rows: Path, micro_batch: int) -> list[str]:
         "peft=lora", f"peft.dim={RANK}", f"peft.alpha={RANK}", *TARGETS[targets], "mixed_precision=bf16_mixed",
         f"dataset.path={rows}", f"dataset.sequence_length={LORA.sequence}", "tokenizer.tokenizer_model=null",
         "checkpoint.random_weights=true", f"train.micro_batch_size={micro_batch}", f"train.global_batch_size={ROWS}",
-        "optimizer.lr=1e-4", "optimizer.clip_grad=1.0",
+        "optimizer.lr=1e-4", "optimizer.clip_grad=1.0", "model.cuda_graph_impl=full_iteration",
     ]  # fmt: skip
 
 

@@ -54,6 +54,7 @@ _GPUS = "test_gpu.py::test_layouts_over_two_gpus_leave_one_gpus_curve_no_further
 _OVERLAP = "test_overlap.py::test_data_parallel_gpus_overlap_gradients_and_with_the_distributed_optimizer_weights"
 _HERE, _EXPERTS = "test_contradictions.py::", "test_expert_settings.py::"
 _INDEXER = "test_sparse_attention.py::test_a_field_of_the_indexer_changes_what_is_built_or_computed"
+_CAPTURED = "test_gpu_cuda_graph.py::test_a_captured_step_trains_as_its_kernels_do"
 _AHEAD = "layers/test_prediction.py::test_losses_and_gradients_are_those_of_transformers_layers"
 NAMED: dict[str, str] = {
     "model.tensor_model_parallel_size": _TRANSFORMERS,
@@ -66,6 +67,8 @@ NAMED: dict[str, str] = {
     "model.moe_flex_dispatcher_num_sms": _EXPERTS + "test_settings_of_another_dispatcher_are_refused",
     "model.moe_per_layer_logging": "test_expert_metrics.py::test_each_layers_numbers_are_logged_on_request",
     "model.mtp_num_layers": _AHEAD,
+    "model.cuda_graph_impl": _CAPTURED,
+    "model.cuda_graph_warmup_steps": _CAPTURED,
     "model.dsa_indexer_n_heads": _INDEXER,
     "model.dsa_indexer_head_dim": _INDEXER,
     "model.dsa_indexer_topk": _INDEXER,

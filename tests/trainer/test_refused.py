@@ -75,7 +75,8 @@ def test_all_stages_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             {"optimizer__optimizer_cuda_graph": True},
             (
-                "`optimizer.optimizer_cuda_graph` is `True`, which does not work here: CUDA graphs are not captured\n\n"
+                "`optimizer.optimizer_cuda_graph` is `True`, which does not work here: CUDA graphs of the optimizer are not "
+                "captured\n\n"
                 "hint: leave `optimizer.optimizer_cuda_graph` out"
             ),
         ),
