@@ -69,7 +69,7 @@ def test_what_a_graph_would_compute_otherwise_is_refused_by_name(changes, named,
     ],
 )
 def test_messages_that_a_graph_cannot_hold_are_refused_by_name(world_size, changes, named, folders):
-    with pytest.raises(UserError, match="`model.cuda_graph_impl` is") as refused:
+    with pytest.raises(UserError, match=r"`model\.cuda_graph_impl` is") as refused:
         resolved(folders / "llama", world_size=world_size, **changes)
     assert named in str(refused.value)
 
@@ -85,7 +85,7 @@ def test_messages_that_a_graph_cannot_hold_are_refused_by_name(world_size, chang
     ],
 )
 def test_experts_whose_tokens_the_cpu_must_count_are_refused(world_size, changes, named, folders):
-    with pytest.raises(UserError, match="`model.cuda_graph_impl` is") as refused:
+    with pytest.raises(UserError, match=r"`model\.cuda_graph_impl` is") as refused:
         resolved(folders / "experts", world_size=world_size, **changes)
     assert named in str(refused.value)
 

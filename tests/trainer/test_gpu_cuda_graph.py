@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,21 @@ EXPERTS = {**SHAPE, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediat
 
 
 @dataclass
-class Captured(packed.Seen):
-    """A history, and of each step how many times the run has captured a graph so far."""
+class Captured(small.History):
+    """A history with the work of each step, and how many times the run had captured a graph after it."""
 
-    captured: int = 0
-    graphs: Any = None
-
-    def __post_init__(self) -> None:
-        self.graphs, self._last = [], None
+    work: list[tuple[float, float]] = field(default_factory=list)
+    graphs: list[int] = field(default_factory=list)
+    last: Any = None
+    """The room for segments in the latest graph."""
 
     def on_step(self, run: Any, step: Any) -> None:
         super().on_step(run, step)
-        graph = run.step_graph._graph if run.step_graph else None
-        self.captured += graph is not None and graph is not self._last
-        self._last = graph
-        self.graphs.append(self.captured)
+        self.work.append(step.work)
+        graph = run.step_graph
+        new = graph is not None and graph._graph is not None and graph._segments != self.last
+        self.last = graph._segments if new else self.last
+        self.graphs.append((self.graphs or [0])[-1] + new)
 
 
 @dataclass(kw_only=True)
@@ -111,7 +111,9 @@ def folders(tmp_path_factory):
     models.save(models.build("gqa", **SHAPE), made / "dense")
     from tests.converter.family_suite import small_model
 
-    models.save(small_model("qwen3_moe", dtype="bfloat16", **EXPERTS), made / "experts")
+    experts = small_model("qwen3_moe", dtype="bfloat16", **EXPERTS)
+    experts.config.eos_token_id = experts.generation_config.eos_token_id = 0
+    models.save(experts, made / "experts")
     return made
 
 
