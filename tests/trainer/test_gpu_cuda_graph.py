@@ -60,8 +60,10 @@ class Growing(packed.Given):
         bounds = np.cumsum([0, *np.repeat(np.arange(1, 13), 2)])
         rows, count = Rows(np.arange(bounds[-1]), bounds), int(bounds[-1])
         told = {"sequence_length": self.sequence_length, "packed": True, "multiple": 1, "seed": 1}
-        made = ExampleDataset(packed.Drawn(count, longest=64), np.arange(count), rows=rows, shuffled=False, **told)
-        return tuple(made.take(number) if number else None for number in samples)
+        made = [
+            ExampleDataset(packed.Drawn(count, longest=64), np.arange(count), rows=rows, shuffled=False, **told) for _ in samples
+        ]
+        return tuple(one.take(number) if number else None for one, number in zip(made, samples, strict=True))
 
 
 def train(path: str, changes: dict[str, Any]) -> Captured:
