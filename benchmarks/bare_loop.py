@@ -144,10 +144,10 @@ def step_times(steps: int, ddp: Any, optimizer: Any, forward_and_backward: Calla
 
 
 def _random_tokens(options: argparse.Namespace, vocab: int) -> Any:
-    made = torch.Generator().manual_seed(dist.get_rank())
+    generator = torch.Generator().manual_seed(dist.get_rank())
     positions = torch.arange(options.sequence, device="cuda").expand(options.micro_batch, -1)
     while True:
-        tokens = torch.randint(0, vocab, (options.micro_batch, options.sequence + 1), generator=made).cuda()
+        tokens = torch.randint(0, vocab, (options.micro_batch, options.sequence + 1), generator=generator).cuda()
         yield tokens[:, :-1].contiguous(), positions, tokens[:, 1:].contiguous()
 
 

@@ -70,7 +70,9 @@ def page() -> str:
     reports = list(_reports())
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(_row(kind, reports) for kind in Format)]
     refused = dict.fromkeys(known.what for known in FORMATS)
-    return HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows) + REFUSED + "".join(f"- {what}\n" for what in refused)
+    return (
+        HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows) + REFUSED + "".join(f"- {refusal}\n" for refusal in refused)
+    )
 
 
 def _reports() -> Iterator[Report]:
@@ -91,12 +93,15 @@ def _is_megatron(root: Path) -> bool:
 
 
 def _row(kind: Format, reports: Iterable[Report]) -> list[str]:
-    held = {one.state.optimizer for one in reports if one.format == kind.value and one.optimizer_state and one.state}
+    optimizers = {
+        report.state.optimizer for report in reports if report.format == kind.value and report.optimizer_state and report.state
+    }
     return [
         f"`{kind.value}`",
         ", ".join(f"`{command}`" for command in _readers(kind)),
         ", ".join(f"`{command}`" for command in _writers(kind)),
-        ", ".join(f"`{state}`" if state else "not read" for state in sorted(held)) or ("not tried" if kind.is_megatron else ""),
+        ", ".join(f"`{state}`" if state else "not read" for state in sorted(optimizers))
+        or ("not tried" if kind.is_megatron else ""),
     ]
 
 
@@ -121,7 +126,7 @@ def _writers(kind: Format) -> Iterator[str]:
 
 def _ckpt_formats() -> list[str]:
     """Return the formats that `hf-to-mcore` has a choice of."""
-    option = next((one for one in cli.commands["hf-to-mcore"].params if one.name == "ckpt_format"), None)
+    option = next((flag for flag in cli.commands["hf-to-mcore"].params if flag.name == "ckpt_format"), None)
     return list(option.type.choices) if option and isinstance(option.type, click.Choice) else []
 
 

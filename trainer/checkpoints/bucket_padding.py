@@ -103,13 +103,13 @@ def installed() -> tuple[int, ...]:
 def _corrected(optimizer: Any) -> Iterator[None]:
     """While this is entered, offsets in the buffers of a distributed optimizer exclude padding. A step needs the others: none may
     run."""
-    kept = [buffer.param_index_map for buffer in optimizer.buffers]
+    padded_offsets = [buffer.param_index_map for buffer in optimizer.buffers]
     for buffer in optimizer.buffers:
         buffer.param_index_map = without_padding(buffer)
     try:
         yield
     finally:
-        for buffer, offsets in zip(optimizer.buffers, kept, strict=True):
+        for buffer, offsets in zip(optimizer.buffers, padded_offsets, strict=True):
             buffer.param_index_map = offsets
 
 

@@ -106,8 +106,8 @@ def commit(partial: Path, *, iteration: int) -> Path:
 def prune(newest: Path, *, keep: int | None) -> None:
     """Remove older checkpoints of the run that wrote `newest`, except the last `keep - 1`; None keeps all."""
     number, run = _number(newest), run_of(newest)
-    ours = [path for path in complete(str(newest.parent)) if _number(path) < number and _is_of(path, run)]
-    for path in ours[: max(len(ours) - keep + 1, 0)] if keep else ():
+    older = [path for path in complete(str(newest.parent)) if _number(path) < number and _is_of(path, run)]
+    for path in older[: max(len(older) - keep + 1, 0)] if keep else ():
         # A checkpoint that is partly removed must not look like a complete one.
         shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
 

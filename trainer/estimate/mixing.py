@@ -86,12 +86,12 @@ def _latent(shape: Shape, readers: Sequence[Linear], layout: Layout) -> tuple[in
     """Return the bytes per token of the same for latent attention. Two layers read the same norm of the hidden state; each keeps
     a quantized copy of its own. Up-projections keep what a norm inside them reads, and what it makes."""
     assert shape.latent is not None
-    kept = {
+    bytes_of_linears = {
         linear.name.rpartition(".")[2]: by_linear(linear, layout, layout.tp, normed="up" in linear.name) for linear in readers
     }
-    ups = [name for name in kept if "_up_" in name]
-    reading = [kept[name][0] for name in kept if name not in ups]
+    ups = [name for name in bytes_of_linears if "_up_" in name]
+    reading = [bytes_of_linears[name][0] for name in bytes_of_linears if name not in ups]
     into = sum(reading) if layout.narrow != layout.wide else max(reading)
     compressed = shape.latent.query_rank + shape.latent.kv_rank + shape.latent.rotary
     inside = layout.wide * compressed // layout.shards + len(ups) * STATISTICS
-    return into, inside + sum(kept[name][0] for name in ups), sum(added for _, added in kept.values())
+    return into, inside + sum(bytes_of_linears[name][0] for name in ups), sum(added for _, added in bytes_of_linears.values())

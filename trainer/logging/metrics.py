@@ -224,7 +224,7 @@ def console_line(record: Record, total_steps: int, *, color: bool = False) -> st
         words = f"{record.split} loss {shade(f'{record.loss:.4f}', 'cyan')}"
         return f"{shade(position, 'bright_black')}  {words}  perplexity {record.perplexity:.4g}"
     loss = "none" if record.loss is None else f"{record.loss:.4f}"
-    each = "GPU" if record.device == "gpu" else "process"
+    unit = "GPU" if record.device == "gpu" else "process"
     parts = [
         shade(position, "bright_black"),
         f"loss {shade(f'{loss:>7}', 'green')}",
@@ -232,8 +232,8 @@ def console_line(record: Record, total_steps: int, *, color: bool = False) -> st
         *([f"grad norm {record.grad_norm:6.2f}"] if record.grad_norm is not None else []),
         *_of_layers(record.layer_metrics),
         f"{_significant(record.seconds_per_step):>6} s/step",
-        f"{record.tokens_per_second_per_gpu:>7,.0f} tok/s/{each}",
-        *([f"{_significant(record.tflops_per_gpu):>6} TFLOP/s/{each}"] if record.tflops_per_gpu is not None else []),
+        f"{record.tokens_per_second_per_gpu:>7,.0f} tok/s/{unit}",
+        *([f"{_significant(record.tflops_per_gpu):>6} TFLOP/s/{unit}"] if record.tflops_per_gpu is not None else []),
         *([f"MFU {shade(f'{100 * record.mfu:4.1f} %', 'magenta')}"] if record.mfu is not None else []),
         f"{record.memory_gib:5.1f} GiB" + (f" ({100 * record.memory_share:2.0f} %)" if record.memory_share else ""),
         f"data wait {100 * record.data_wait:2.0f} %",
