@@ -72,15 +72,15 @@ class Names:
 def _axes(leaf: Any, layer: int, layers: int | None, *, stacked: bool) -> dict[str, Any]:
     """Return the axes of a shard with a first one for `layer` of `layers`, or without it."""
     first = 1 if stacked else 0
-    sizes, places = ((), ()) if layers is None else ((layers,), (layer,))
+    sizes, indices = ((), ()) if layers is None else ((layers,), (layer,))
     shape, offset = leaf.global_shape[first:], leaf.global_offset[first:]
     if isinstance(leaf, ShardedObject):  # of which one for all has one axis
         if shape == (1,):
             shape = offset = ()
-        return {"global_shape": (*sizes, *shape) or (1,), "global_offset": (*places, *offset) or (0,)}
+        return {"global_shape": (*sizes, *shape) or (1,), "global_offset": (*indices, *offset) or (0,)}
     return {
         "global_shape": (*sizes, *shape),
-        "global_offset": (*places, *offset),
+        "global_offset": (*indices, *offset),
         "axis_fragmentations": (*sizes, *(leaf.axis_fragmentations or ())[first:]),
         "prepend_axis_num": leaf.prepend_axis_num - first + len(sizes),
     }

@@ -72,11 +72,11 @@ def pattern(provider: Any) -> str:
 def _layers_of_stages(provider: Any) -> list[int]:
     """Return the layers of each pipeline stage: all ranks of the first virtual stage, then the second."""
     virtual = provider.virtual_pipeline_model_parallel_size or 1
-    places = [(rank, stage) for stage in range(virtual) for rank in range(provider.pipeline_model_parallel_size)]
+    ranks_and_stages = [(rank, stage) for stage in range(virtual) for rank in range(provider.pipeline_model_parallel_size)]
     if provider.pipeline_model_parallel_layout is not None:
         layout = provider.pipeline_model_parallel_layout.layout
-        return [layout[rank][stage].count(LayerType.decoder) for rank, stage in places]
-    return [get_num_layers_to_build(provider, stage if virtual > 1 else None, rank) for rank, stage in places]
+        return [layout[rank][stage].count(LayerType.decoder) for rank, stage in ranks_and_stages]
+    return [get_num_layers_to_build(provider, stage if virtual > 1 else None, rank) for rank, stage in ranks_and_stages]
 
 
 def in_hybrid_layers(provider: Any) -> Any:

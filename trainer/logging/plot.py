@@ -58,9 +58,9 @@ def _draw(figure: Any, runs: dict[str, Records]) -> None:
         color = _COLORS[number % len(_COLORS)]
         name = label if len(runs) > 1 else "training"
         _curve(axes[0, 0], records, "loss", color=color, label=name)
-        for place, split in enumerate(_splits(records), 1):
+        for panel, split in enumerate(_splits(records), 1):
             words = f"{label}, {split}" if len(runs) > 1 else split
-            shade = color if len(runs) > 1 else _COLORS[place % len(_COLORS)]
+            shade = color if len(runs) > 1 else _COLORS[panel % len(_COLORS)]
             style = ":" if split.startswith("test") else "--"
             _curve(
                 axes[0, 0], records, "loss", split=split, color=shade, label=words, linestyle=style, marker="o", markersize=3.5
@@ -71,10 +71,10 @@ def _draw(figure: Any, runs: dict[str, Records]) -> None:
     each = {record.get("device") for records in runs.values() for record in records} - {None}
     unit = "process" if each == {"cpu"} else "GPU"
     titles = ("Loss", "Learning rate", "Gradient norm", f"Throughput, tokens/s/{unit}")
-    for place, title in zip(axes.flat, titles, strict=True):
-        _style(place, title, floor=title.startswith("Throughput"))
-    for place in axes[1]:
-        place.set_xlabel("step", color=_INK)
+    for panel, title in zip(axes.flat, titles, strict=True):
+        _style(panel, title, floor=title.startswith("Throughput"))
+    for panel in axes[1]:
+        panel.set_xlabel("step", color=_INK)
     axes[0, 1].yaxis.set_major_formatter(lambda value, _: f"{value:.1e}")
     axes[0, 0].legend(frameon=False, fontsize=9, labelcolor=_INK)
     if len(runs) == 1:
