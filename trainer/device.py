@@ -62,10 +62,10 @@ def _set_deterministic(env: MutableMapping[str, str]) -> None:
 
 
 @contextmanager
-def determinism(config: Any) -> Iterator[None]:
+def determinism(model: Any) -> Iterator[None]:
     """Have torch use deterministic algorithms inside this context, if `model.deterministic_mode` is set."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(before or bool(getattr(config.model, "deterministic_mode", False)))
+    torch.use_deterministic_algorithms(before or bool(getattr(model, "deterministic_mode", False)))
     try:
         yield
     finally:

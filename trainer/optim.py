@@ -89,13 +89,13 @@ def _overrides(config: RunConfig) -> dict[ParamKey, Any]:
         ParamKey(name=pattern): {"max_lr": settings.lr * times, "min_lr": settings.min_lr * times, "lr_mult": times}
         for pattern, times in multiples.items()
     }
-    return get_standard_config_overrides(settings) | _by_width(config.model, settings) | _apart(config, settings) | rates
+    return get_standard_config_overrides(settings) | _by_width(config.model, settings) | _apart(config.model, settings) | rates
 
 
-def _apart(config: RunConfig, settings: OptimizerConfig) -> dict[ParamKey, Any]:
+def _apart(model: Any, settings: OptimizerConfig) -> dict[ParamKey, Any]:
     """Return the same learning rates for parameters in fp32, which makes them a group of their own: in one with others in 16
     bits, megatron-core's distributed optimizer saves the state of some as that of others."""
-    if not has_mamba(config.model) or not (settings.bf16 or settings.fp16):
+    if not has_mamba(model) or not (settings.bf16 or settings.fp16):
         return {}
     return {ParamKey(name=f"*.mixer.{name}"): {"max_lr": settings.lr, "min_lr": settings.min_lr} for name in _IN_FP32}
 

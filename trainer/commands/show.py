@@ -116,7 +116,7 @@ def _figures(config: RunConfig, *, world_size: int, device: str) -> list[str]:
     estimate = memory(config, world_size=world_size)
     return [
         f"parameters: {parameters(config.model):,}",
-        *_trained(config),
+        *_trained(config.model, config.peft),
         f"memory of the fullest of {world_size} {units}, estimated: {size(estimate.total)}{_fits(estimate.total, device)}",
         *(f"  {part.name}: {size(part.size)}, {part.why}" for part in estimate.parts),
         *_uneven(estimate, device),
@@ -152,10 +152,10 @@ def _fits(size: int, device: str) -> str:
     return f" of a card's {card}" if card else f", more than any card of {_CARDS[-1]} GB has"
 
 
-def _trained(config: RunConfig) -> list[str]:
+def _trained(model: Any, peft: Any) -> list[str]:
     from trainer.estimate import built  # noqa: PLC0415
 
-    if config.peft is None:
+    if peft is None:
         return []
-    parameters = built.count_whole(config.model, config.peft)
+    parameters = built.count_whole(model, peft)
     return [f"trained: {number(parameters.trained.total)} of {number(parameters.total)} parameters"]

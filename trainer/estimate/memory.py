@@ -78,7 +78,7 @@ def of_rank(config: RunConfig, parameters: RankParameters, pp_rank: int, world_s
     data_parallel = copies[0] // config.model.context_parallel_size
     even = tuple(_activations(config, parameters, pp_rank, data_parallel))
     uneven = even if is_even(config.model) else _activations(config, parameters, pp_rank, data_parallel, uneven=True)
-    beside = (*_mask(config), *_workspace(config))
+    beside = (*_mask(config), *_workspace(config.model))
     return Estimate(pp_rank, (*constant, *even, *beside), sum(part.size for part in (*constant, *uneven, *beside)))
 
 
@@ -102,8 +102,8 @@ def _activations(
         yield Part("activations", 0, "not counted: there is no formula for this model")
 
 
-def _workspace(config: RunConfig) -> Iterator[Part]:
-    if config.model.attention_backend is not AttnBackend.local:
+def _workspace(model: Any) -> Iterator[Part]:
+    if model.attention_backend is not AttnBackend.local:
         yield Part("workspace", WORKSPACE, "cuBLAS")
 
 

@@ -159,7 +159,7 @@ def apply(name: str, config: Any) -> list[Default]:
     """
     chosen = find(name)
     decided = {f"{part}.{key}": value for part in ("model", "optimizer", "ddp") for key, value in getattr(chosen, part).items()}
-    decided |= _weights(chosen, config)
+    decided |= _weights(chosen, config.ddp)
     for setting, value in decided.items():
         _agree(config, setting, value, name=name)
     free = {setting: value for setting, value in chosen.starting.items() if explicit_value(config, setting) is None}
@@ -168,12 +168,12 @@ def apply(name: str, config: Any) -> list[Default]:
     return apply_defaults(config, [Default(setting, value, why) for setting, value in defaults.items()])
 
 
-def _weights(chosen: Precision, config: Any) -> dict[str, bool]:
+def _weights(chosen: Precision, ddp: Any) -> dict[str, bool]:
     """Choose FP8 weights where `ddp.fp8_param_gather` is set: half the bytes to hold and to gather, but their transposes are
     computed for each microbatch. megatron-core gathers them only from the distributed optimizer."""
     if not chosen.low_precision_weights:
         return {}
-    in_fp8 = config.ddp.fp8_param_gather and config.ddp.use_distributed_optimizer
+    in_fp8 = ddp.fp8_param_gather and ddp.use_distributed_optimizer
     return {"model.fp8_param": in_fp8, "ddp.fp8_param_gather": in_fp8}
 
 
