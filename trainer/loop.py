@@ -177,7 +177,8 @@ def _schedule(run: Run, batches: list[Any], *, microbatches: int, forward_only: 
 
 
 def _report(run: Run, losses: list[torch.Tensor]) -> collectives.StepReport:
-    """Return what this rank knows of the step. `losses` are empty but on the last pipeline stage."""
+    """Return this rank's report of a step. `losses` are the `[loss sum, tokens, *work]` of each microbatch on the last pipeline
+    stage, and empty on the others."""
     bad, loss, work = False, -math.inf, list[float]()
     if losses:
         # This rank's own sum too: in the mean over all ranks, one rank's NaN is everybody's.

@@ -42,7 +42,7 @@ _TENSORS = {"torch._utils": {"_rebuild_tensor_v2"}, "collections": {"OrderedDict
 
 @contextmanager
 def safe_unpickling() -> Iterator[None]:
-    """While this is entered, Transformer Engine's modules take extra states that hold FP8 state, and refuse all others.
+    """Have Transformer Engine's modules load only extra states that hold FP8 state, inside this context.
 
     Raises UserError, from the load, for an extra state that names anything else.
     """

@@ -54,7 +54,8 @@ def signature(run: str) -> bytes:
 
 
 def sees(folder: Path) -> bool:
-    """Return whether this host sees an iteration. Lists its parent, for which a network file system asks its server again."""
+    """Return whether this host sees an iteration. Lists the parent folder, so that a network
+    file system asks its server again."""
     return folder.parent.is_dir() and folder in folder.parent.iterdir() and (folder / METADATA).is_file()
 
 

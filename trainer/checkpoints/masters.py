@@ -62,9 +62,10 @@ class _Pair:
 def compared_with_weights(
     chunks: list[Any], optimizer: Any, folder: Path, *, peft: Any, sharding: str, say: Callable[[str], None]
 ) -> Iterator[None]:
-    """While this is entered, the optimizer loads its state from the checkpoint `folder`, whose weights the model has already.
+    """Compare fp32 masters with weights when this context is left. Inside it, the caller loads the optimizer's state from the
+    checkpoint `folder`, whose weights the model has already.
 
-    On leaving, compares them, and prints what could not be compared. Raises UserError, on all ranks alike, for a master that does
+    Passes a note on weights that could not be compared to `say`. Raises UserError, on all ranks alike, for a master that does
     not round to its weight.
     """
     fp32_pairs = list(_own_masters(optimizer))

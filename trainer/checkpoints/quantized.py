@@ -18,8 +18,8 @@ _COPY = "_high_precision_init_val"
 
 @contextmanager
 def in_full(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """While this is entered, quantized weights of `chunks` are plain tensors of unspecified values; on leaving, the weights get
-    the values of those tensors."""
+    """Replace the quantized weights of `chunks` by plain tensors, of unspecified values, inside this context. On leaving, the
+    weights get the values that were loaded into those tensors."""
     swapped = [
         (module, name, parameter, _plain(parameter))
         for chunk in chunks

@@ -125,7 +125,7 @@ def _figures(config: RunConfig, *, world_size: int, device: str) -> list[str]:
 
 
 def _uneven(estimate: Estimate, device: str) -> list[str]:
-    """Say how much more than with even routing, for which memory is estimated, a run may take."""
+    """Return a line with the memory that a run needs if routing is as uneven as possible; none where that changes nothing."""
     if estimate.uneven == estimate.total:
         return []
     return [f"the same if all tokens go to the experts of one rank: {size(estimate.uneven)}{_fits(estimate.uneven, device)}"]

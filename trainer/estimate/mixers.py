@@ -1,4 +1,4 @@
-"""Sizes of what mixes a layer's tokens in the place of plain attention: Mamba-2, gated delta nets, and the indexer of sparse
+"""Sizes of what mixes a layer's tokens instead of plain attention: Mamba-2, gated delta nets, and the indexer of sparse
 attention. All are of whole tensors, before ranks divide them.
 
 A state's operations are those of its recurrence, token by token, which is also how Megatron-LM's and Megatron-Bridge's FLOPs

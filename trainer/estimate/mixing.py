@@ -61,7 +61,7 @@ def _delta_net(net: Recurrence, layout: Layout) -> tuple[int, int]:
 
 
 def _attention(shape: Shape, linears: Sequence[Linear], layout: Layout) -> tuple[int, dict[str, int]]:
-    """Return the same of attention, plain or latent."""
+    """Return what `by_mixing` does, for a layer of attention, plain or latent."""
     wide, tp = layout.wide, layout.tp
     *readers, projection = linears
     into, up_projections, of_adapters = (_latent if shape.latent else _plain)(shape, readers, layout)
@@ -83,8 +83,11 @@ def _plain(_shape: Shape, readers: Sequence[Linear], layout: Layout) -> tuple[in
 
 
 def _latent(shape: Shape, readers: Sequence[Linear], layout: Layout) -> tuple[int, int, int]:
-    """Return the bytes per token of the same for latent attention. Two layers read the same norm of the hidden state; each keeps
-    a quantized copy of its own. Up-projections keep what a norm inside them reads, and what it makes."""
+    """Return the bytes per token of what latent attention reads, of its up-projections, and of its adapters.
+
+    Two layers read the same norm of the hidden state; each keeps a quantized copy of its own. Up-projections keep what a norm
+    inside them reads, and what it makes.
+    """
     assert shape.latent is not None
     bytes_of_linears = {
         linear.name.rpartition(".")[2]: by_linear(linear, layout, layout.tp, normed="up" in linear.name) for linear in readers

@@ -1,7 +1,7 @@
 """Routers that choose and weigh experts as megatron-core's cannot: `moe_router_scoring`.
 
-Each is megatron-core's router with another choice, in the place where that records and replays choices; losses, capacity and the
-balancing of the bias stay megatron-core's.
+Each is megatron-core's router with another function that chooses experts, set where megatron-core sets the one that records and
+replays choices. Losses, capacity and the balancing of the bias stay megatron-core's.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _check(provider: Any, scoring: str) -> None:
 
 
 class _Chooser:
-    """What a router asks to choose, in place of megatron-core's `RouterReplay`."""
+    """Chooses the experts for a router, instead of megatron-core's `RouterReplay`."""
 
     layer_number: int | None = None
 

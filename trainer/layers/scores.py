@@ -129,7 +129,7 @@ def _on_gpu(slopes_of_heads: torch.Tensor) -> torch.Tensor:
 
 
 def _fresh(slopes_of_heads: torch.Tensor) -> torch.Tensor:
-    """Return the slopes, having told Transformer Engine to forget others: it keeps a bias by its size, not by its slopes."""
+    """Return the slopes, after clearing Transformer Engine's cached bias of other slopes: its cache compares sizes alone."""
     from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention as te_attention  # noqa: PLC0415
 
     if te_attention._alibi_cache["_alibi_slopes"] is not slopes_of_heads:

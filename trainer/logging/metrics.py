@@ -123,7 +123,7 @@ class StepClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time while this is entered."""
+        """Exclude the time spent inside this context."""
         began = time.perf_counter()
         try:
             yield
