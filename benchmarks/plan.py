@@ -54,7 +54,7 @@ def measured(call: dict) -> None:
     else:
         convert = {"import": hf_to_mcore, "export": mcore_to_hf, "reshard": reshard}[call["what"]]
         estimated_peak = convert(call["source"], call["target"], **call.get("options", {})).peak_memory
-    print(json.dumps({"cpu": os.times().user, "peak": peak_memory(), "told": estimated_peak}))
+    print(json.dumps({"cpu": os.times().user, "peak": peak_memory(), "estimated": estimated_peak}))
 
 
 def run(**call: object) -> dict:
@@ -178,9 +178,9 @@ WIDE = {"hidden": 1 << 23, "layers": 1, "heads": 8, "groups": 8, "head_dim": 1, 
 
 def cases(folder: Path) -> None:
     """The four cases that a figure by workers and pieces alone gets wrong."""
-    told_and_taken(folder, "TP8·PP4·VPP4 to s3://", LARGE, {"tp": 8, "pp": 4, "vpp": 4}, remote=True)
-    told_and_taken(folder, "45,000 tensors", many(45_000), layout(many(45_000)))
-    told_and_taken(
+    estimated_and_measured(folder, "TP8·PP4·VPP4 to s3://", LARGE, {"tp": 8, "pp": 4, "vpp": 4}, remote=True)
+    estimated_and_measured(folder, "45,000 tensors", many(45_000), layout(many(45_000)))
+    estimated_and_measured(
         folder, "rows of 16 MiB, 8 workers, cast", WIDE, {"workers": 8, "dtype": "fp32", "make_vocab_size_divisible_by": 1}
     )
     source, megatron, shape = folder / "hf", folder / "mcore", many(150_000)
@@ -191,7 +191,7 @@ def cases(folder: Path) -> None:
     shutil.rmtree(megatron)
 
 
-def told_and_taken(folder: Path, name: str, shape: dict, options: dict, *, remote: bool = False) -> None:
+def estimated_and_measured(folder: Path, name: str, shape: dict, options: dict, *, remote: bool = False) -> None:
     source = folder / "hf"
     make_model(source, shape, data=False, shard_bytes=SHARD_BYTES if shape["hidden"] == many(1)["hidden"] else 5_000_000_000)
     if remote:
@@ -203,7 +203,7 @@ def told_and_taken(folder: Path, name: str, shape: dict, options: dict, *, remot
 
 
 def compared(name: str, command: str, source: Path, target: Path | str, options: dict) -> None:
-    estimated = run(what=command, source=str(source), target=str(target), options={**options, "dry_run": True})["told"]
+    estimated = run(what=command, source=str(source), target=str(target), options={**options, "dry_run": True})["estimated"]
     peak = run(what=command, source=str(source), target=str(target), options=options)["peak"]
     print(f"{name:36} {estimated / 2**20:6.0f} MiB {peak / 2**20:6.0f} MiB {estimated / peak:6.2f}  0.85 to 1.15", flush=True)
     if isinstance(target, Path):
@@ -225,7 +225,7 @@ def main() -> None:
     if not options.skip_experts:
         experts(options.folder)
     if not options.skip_cases:
-        print(f"{'case':36} {'told':>10} {'taken':>10} {'ratio':>6}  target")
+        print(f"{'case':36} {'estimated':>10} {'measured':>10} {'ratio':>6}  target")
         cases(options.folder)
     shutil.rmtree(options.folder)
 

@@ -91,7 +91,7 @@ def dropouts(
     none.
 
     megatron-core has one number for branches and embeddings, `hidden_dropout`; `embedding_dropout` is the trainer's, where that
-    of embeddings is another. `elsewhere` are dropouts of other places, with which a model is not trained.
+    of embeddings is another. `elsewhere` are other dropouts, with which a model is not trained.
     """
     of_attention = default if attention_default is None else attention_default
     both = tuple(

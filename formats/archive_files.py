@@ -104,13 +104,13 @@ def append_parts(
         dtype = tensors[group.key][1]
         numbers[0, group.numbers] = [files.file(box.file) for box in group.boxes]
         numbers[1, group.numbers] = [files.frame(frame(dtype, tuple(sizes))) for sizes in group.sizes.tolist()]
-    places = files.append(numbers[0], numbers[1], alignment=DATA_ALIGNMENT)
+    locations = files.append(numbers[0], numbers[1], alignment=DATA_ALIGNMENT)
     of_key: dict[str, list[_Group]] = {key: [] for key in tensors}
     for group in groups:
         of_key[group.key].append(group)
     names = files.names
     return {
-        key: ChunkedTensor(shape, dtype, _table(of_key[key], len(shape), places), names)
+        key: ChunkedTensor(shape, dtype, _table(of_key[key], len(shape), locations), names)
         for key, (shape, dtype) in tensors.items()
     }
 

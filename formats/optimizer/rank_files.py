@@ -1,6 +1,6 @@
 """Read the optimizer state of Megatron-LM's files of ranks, in the names and shapes of the weights.
 
-It is divided over ranks as the weights are: reading the one is reading the other at other places. What several ranks hold is
+It is divided over ranks as the weights are: reading the one is reading the other at other offsets. What several ranks hold is
 compared while it is read.
 """
 
