@@ -58,7 +58,7 @@ _OWN_NAMES = {"torch": Format.RANK_FILES}
 """The formats that `inspect` calls otherwise than Megatron-LM's `--ckpt-format`."""
 
 _WITHOUT_GOLDEN = {Format.NEMO: "as the `torch_dist` or `zarr` in it, but for the schedule"}
-"""Megatron's kinds of which no checkpoint is in tests/golden; `tests/formats/test_nemo_optimizer.py` makes some."""
+"""Megatron's kinds of which no checkpoint is in tests/golden; `tests/converter/test_nemo_optimizer.py` makes some."""
 
 
 def main() -> None:
