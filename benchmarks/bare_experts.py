@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--trace", help="a file for a trace of two more steps")
     options = parser.parse_args()
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    alone = {} if "RANK" in os.environ else {"init_method": "tcp://127.0.0.1:0", "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl", **alone)
+    single_process = {} if "RANK" in os.environ else {"init_method": "tcp://127.0.0.1:0", "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl", **single_process)
     figures = _time(options, SHAPES[options.shape])
     if dist.get_rank() == 0:
         print(json.dumps(figures))
@@ -131,10 +131,10 @@ def _time(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
 
 
 def _random_tokens(shape: Shape, vocab: int) -> Any:
-    made = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     positions = torch.arange(shape.sequence, device="cuda").expand(shape.micro_batch, -1)
     while True:
-        tokens = torch.randint(0, vocab, (shape.micro_batch, shape.sequence + 1), generator=made).cuda()
+        tokens = torch.randint(0, vocab, (shape.micro_batch, shape.sequence + 1), generator=generator).cuda()
         yield tokens[:, :-1].contiguous(), positions, tokens[:, 1:].contiguous()
 
 

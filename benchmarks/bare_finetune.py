@@ -42,8 +42,11 @@ class PlainAdapter(Adapter):
 
     def __init__(self, linear: Any) -> None:
         super().__init__()
-        place = {"bias": False, "device": linear.device, "dtype": linear.dtype}
-        self.a, self.b = torch.nn.Linear(linear.columns, packed.RANK, **place), torch.nn.Linear(packed.RANK, linear.rows, **place)
+        options = {"bias": False, "device": linear.device, "dtype": linear.dtype}
+        self.a, self.b = (
+            torch.nn.Linear(linear.columns, packed.RANK, **options),
+            torch.nn.Linear(packed.RANK, linear.rows, **options),
+        )
         torch.nn.init.zeros_(self.b.weight)
 
     def forward(self, output: torch.Tensor, layer_input: torch.Tensor) -> torch.Tensor:

@@ -75,15 +75,12 @@ def make_model(options: argparse.Namespace, *, layers: int | None = None) -> tup
     return config, model.cuda().bfloat16()
 
 
-def _time(options: argparse.Namespace) -> dict[str, Any]:
+def _wrapped(config: Any, model: Any) -> tuple[Any, Any]:
+    """Return the model with megatron-core's gradient buffers, and its optimizer."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from trainer.estimate.flops import flops_per_token
-
-    config, model = make_model(options)
     ranks = dist.get_world_size()
     ddp = DistributedDataParallel(
         config,
@@ -108,6 +105,17 @@ def _time(options: argparse.Namespace) -> dict[str, Any]:
         [ddp],
     )
     config.finalize_model_grads_func, config.grad_scale_func = finalize_model_grads, optimizer.scale_loss
+    return ddp, optimizer
+
+
+def _time(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what training steps reach, by the names of `mbtrain`'s records."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from trainer.estimate.flops import flops_per_token
+
+    config, model = make_model(options)
+    ddp, optimizer = _wrapped(config, model)
     step = partial(
         get_forward_backward_func(),
         forward_step_func=_forward,
@@ -144,10 +152,10 @@ def step_times(steps: int, ddp: Any, optimizer: Any, forward_and_backward: Calla
 
 
 def _random_tokens(options: argparse.Namespace, vocab: int) -> Any:
-    made = torch.Generator().manual_seed(dist.get_rank())
+    generator = torch.Generator().manual_seed(dist.get_rank())
     positions = torch.arange(options.sequence, device="cuda").expand(options.micro_batch, -1)
     while True:
-        tokens = torch.randint(0, vocab, (options.micro_batch, options.sequence + 1), generator=made).cuda()
+        tokens = torch.randint(0, vocab, (options.micro_batch, options.sequence + 1), generator=generator).cuda()
         yield tokens[:, :-1].contiguous(), positions, tokens[:, 1:].contiguous()
 
 

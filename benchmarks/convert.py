@@ -127,14 +127,14 @@ def timed(command: list[str], output: Path) -> Run:
     """Run a command; what it made is removed."""
     os.sync()
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=ENVIRONMENT)
+    completed = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=ENVIRONMENT)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     os.sync()
     seconds = time.monotonic() - started
     if output.name == "X":
         shutil.rmtree(output, ignore_errors=True)  # verifying makes none
     cores = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Run(seconds, cores, json.loads(done.stdout)["peak_memory"] / 2**20 if done.stdout.startswith(b"{") else 0.0)
+    return Run(seconds, cores, json.loads(completed.stdout)["peak_memory"] / 2**20 if completed.stdout.startswith(b"{") else 0.0)
 
 
 DIRECTIONS = ("forward", "bare", "back", "back-bare", "verify", "reshard", "reshard-bare")
@@ -152,31 +152,31 @@ def measure(folder: Path, name: str, runs: int, only: list[str]) -> list[dict]:
         if not megatron[tp, pp].exists():
             layout = ["--tp", str(tp), "--pp", str(pp), "--quiet", "--json"]
             timed([*mbconvert, "hf-to-mcore", str(source), str(megatron[tp, pp]), *layout], megatron[tp, pp])
-    taken: dict[tuple, list[tuple[Run, Run]]] = {}
+    rounds: dict[tuple, list[tuple[Run, Run]]] = {}
     for _ in range(runs):
         for tp, pp in LAYOUTS:
             layout = ["--tp", str(tp), "--pp", str(pp), "--quiet", "--json"]
-            there = [*mbconvert, "hf-to-mcore", str(source), str(out), *layout]
-            made, other = megatron[tp, pp], megatron[LAYOUTS[(tp, pp) == LAYOUTS[0]]]
+            forward = [*mbconvert, "hf-to-mcore", str(source), str(out), *layout]
+            same_layout, other = megatron[tp, pp], megatron[LAYOUTS[(tp, pp) == LAYOUTS[0]]]
             across = [*mbconvert, "reshard", str(other), str(out), *layout]
-            back = [*mbconvert, "mcore-to-hf", str(made), str(out), "--quiet", "--json"]
+            back = [*mbconvert, "mcore-to-hf", str(same_layout), str(out), "--quiet", "--json"]
             pairs = {
-                "forward": (source, there),
-                "bare": (source, [*there, "--no-integrity"]),
-                "back": (made, back),
-                "back-bare": (made, [*back, "--no-integrity"]),
-                "verify": (source, [*mbconvert, "verify", str(source), str(made), "--json"]),
+                "forward": (source, forward),
+                "bare": (source, [*forward, "--no-integrity"]),
+                "back": (same_layout, back),
+                "back-bare": (same_layout, [*back, "--no-integrity"]),
+                "verify": (source, [*mbconvert, "verify", str(source), str(same_layout), "--json"]),
                 "reshard": (other, across),
                 "reshard-bare": (other, [*across, "--no-integrity"]),
             }
             for direction in only or DIRECTIONS:
                 original, command = pairs[direction]
                 copied = timed(["cp", "-r", str(original), str(out)], out)
-                taken.setdefault((tp, pp, direction), []).append((timed(command, out), copied))
+                rounds.setdefault((tp, pp, direction), []).append((timed(command, out), copied))
     for path in megatron.values():
         shutil.rmtree(path)
     size = sum(path.stat().st_size for path in source.iterdir())
-    return [row(name, key, rows, size) for key, rows in taken.items()]
+    return [row(name, key, rows, size) for key, rows in rounds.items()]
 
 
 def row(name: str, key: tuple, rows: list[tuple[Run, Run]], size: int) -> dict:
@@ -208,12 +208,12 @@ def core_seconds(command: list[str], runs: int = 5) -> float:
 def rate(act: Callable[[], object], nbytes: int, runs: int = 5) -> float:
     """GB a second, the best of some runs."""
     act()
-    taken = []
+    seconds = []
     for _ in range(runs):
         started = time.monotonic()
         act()
-        taken.append(time.monotonic() - started)
-    return nbytes / min(taken) / 1e9
+        seconds.append(time.monotonic() - started)
+    return nbytes / min(seconds) / 1e9
 
 
 def write_directly(path: Path, block: memoryview, count: int) -> None:
@@ -248,7 +248,7 @@ def startup() -> str:
     """What commands take that do next to nothing, beside the import of numpy."""
     numpy = core_seconds([sys.executable, "-c", "import numpy"])
     commands = {name: core_seconds([sys.executable, "-m", "converter", name]) for name in ("--help", "families")}
-    listed = ", ".join(f"{name} {taken:.2f} ({taken / numpy:.1f} ×)" for name, taken in commands.items())
+    listed = ", ".join(f"{name} {seconds:.2f} ({seconds / numpy:.1f} ×)" for name, seconds in commands.items())
     return f"core-seconds to start: import numpy {numpy:.2f}, {listed}; limit {STARTUP_LIMIT} ×"
 
 
@@ -258,11 +258,11 @@ HEADER = (
 )
 
 
-def line(one: dict) -> str:
+def line(row: dict) -> str:
     return (
-        f"{one['shape']:6} {one['layout']:8} {one['direction']:12} {one['seconds']:7.2f} s {one['cp']:6.2f} s "
-        f"{one['ratio']:6.2f} {one['limit'] or '-':>6} {one['cores']:9.2f} {one['cp_cores']:6.2f} {one['cores_ratio']:6.2f} "
-        f"{one['cores_limit'] or '-':>6} {one['peak_mib']:4.0f} MiB  {one['runs']}"
+        f"{row['shape']:6} {row['layout']:8} {row['direction']:12} {row['seconds']:7.2f} s {row['cp']:6.2f} s "
+        f"{row['ratio']:6.2f} {row['limit'] or '-':>6} {row['cores']:9.2f} {row['cp_cores']:6.2f} {row['cores_ratio']:6.2f} "
+        f"{row['cores_limit'] or '-':>6} {row['peak_mib']:4.0f} MiB  {row['runs']}"
     )
 
 
@@ -276,8 +276,8 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     print(f"{machine(options.folder)}\n{startup()}\n{HEADER}", flush=True)
     for name in options.shape or ["1b", "8b-16"]:
-        for one in measure(options.folder, name, options.runs, options.only):
-            print(line(one), flush=True)
+        for figures in measure(options.folder, name, options.runs, options.only):
+            print(line(figures), flush=True)
         shutil.rmtree(options.folder / name)
 
 

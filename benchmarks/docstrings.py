@@ -61,9 +61,9 @@ def _base(options: argparse.Namespace) -> Path:
     sources, examples, text, run = (options.folder / name for name in ("sources", "examples.jsonl", "text", "base"))
     sources.mkdir(exist_ok=True)
     with examples.open("w", encoding="utf-8") as out:
-        for number, (code, found) in enumerate(modules()):
+        for number, (code, examples_of_module) in enumerate(modules()):
             (sources / f"{number:04}.txt").write_text(code, encoding="utf-8")
-            out.writelines(json.dumps(one) + "\n" for one in found)
+            out.writelines(json.dumps(example) + "\n" for example in examples_of_module)
     _run("prepare-data", sources, text, "--tokenizer", "byte", "--overwrite", "--quiet")
     _run(
         "pretrain", "llama_tiny", *_common(options), f"dataset.blend=[{text}]", "dataset.split='98,2,0'",
@@ -112,16 +112,16 @@ def modules() -> Iterator[tuple[str, list[dict[str, str]]]]:
 
 
 def _apart(source: str, tree: ast.Module) -> tuple[str, list[dict[str, str]]]:
-    lines, found = source.splitlines(keepends=True), []
-    gone: set[int] = set()
+    lines, examples = source.splitlines(keepends=True), []
+    docstring_lines: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
             signature = "".join(lines[node.lineno - 1 : node.body[0].lineno - 1]).strip()
-            gone.update(range(node.body[0].lineno - 1, node.body[0].end_lineno or 0))
+            docstring_lines.update(range(node.body[0].lineno - 1, node.body[0].end_lineno or 0))
             completion = text.partition("\n\n")[0]
             if signature and len(f"{signature}{completion}".encode()) < LONGEST:
-                found.append({"prompt": f'{signature}\n    """', "completion": completion})
-    return "".join(line for number, line in enumerate(lines) if number not in gone), found
+                examples.append({"prompt": f'{signature}\n    """', "completion": completion})
+    return "".join(line for number, line in enumerate(lines) if number not in docstring_lines), examples
 
 
 def draw(curves: dict[str, list[tuple[int, float]]], picture: Path) -> None:

@@ -35,31 +35,31 @@ def make_sources(folder: Path, shape: dict) -> tuple[dict[str, Path], dict[str, 
     )
 
 
-def commands(one: dict[str, Path], other: dict[str, Path], out: Path, tokens: int) -> dict[str, tuple[list[Path], list[str]]]:
+def commands(first: dict[str, Path], second: dict[str, Path], out: Path, tokens: int) -> dict[str, tuple[list[Path], list[str]]]:
     """What each command reads, and the command, by its name in the table."""
-    found = {}
+    by_direction = {}
     for kind in ("hf", "mcore"):
-        for name, more in ((kind, []), (f"{kind}-bare", ["--no-integrity"])):
-            both, quiet = [one[kind], other[kind]], ["--quiet", "--json", *more]
-            average = ["average", *map(str, both), str(out), "--weights", "1,3", *quiet]
-            extend = ["extend-vocab", str(one[kind]), str(out), "--to", str(tokens), *quiet]
-            found[f"avg-{name}"] = both, average
-            found[f"vocab-{name}"] = both[:1], extend
-    return found
+        for name, flags in ((kind, []), (f"{kind}-bare", ["--no-integrity"])):
+            sources, options = [first[kind], second[kind]], ["--quiet", "--json", *flags]
+            average = ["average", *map(str, sources), str(out), "--weights", "1,3", *options]
+            extend = ["extend-vocab", str(first[kind]), str(out), "--to", str(tokens), *options]
+            by_direction[f"avg-{name}"] = sources, average
+            by_direction[f"vocab-{name}"] = sources[:1], extend
+    return by_direction
 
 
 def measure(folder: Path, name: str, runs: int) -> list[dict]:
     """One shape: `cp` of the inputs and each command in turns, `runs` times."""
     shape, out = SHAPES[name], folder / "X"
     pairs = commands(*make_sources(folder, shape), out, shape["vocab"] + MORE_TOKENS)
-    taken: dict[str, list[tuple[Run, Run]]] = {}
+    rounds: dict[str, list[tuple[Run, Run]]] = {}
     for _ in range(runs):
         for direction, (inputs, words) in pairs.items():
             out.mkdir()
             copied = timed(["cp", "-r", *map(str, inputs), str(out)], out)
-            taken.setdefault(direction, []).append((timed([sys.executable, "-m", "converter", *words], out), copied))
+            rounds.setdefault(direction, []).append((timed([sys.executable, "-m", "converter", *words], out), copied))
     size = sum(path.stat().st_size for path in (folder / "one").iterdir())
-    return [{**row(name, (TP, PP, direction), rows, size), "limit": None} for direction, rows in taken.items()]
+    return [{**row(name, (TP, PP, direction), rows, size), "limit": None} for direction, rows in rounds.items()]
 
 
 def main() -> None:
@@ -72,8 +72,8 @@ def main() -> None:
     print(machine(options.folder))
     for name in options.shape or ["1b"]:
         print(f"load {os.getloadavg()[0]:.1f}\n{HEADER}", flush=True)
-        for one in measure(options.folder, name, options.runs):
-            print(line(one), flush=True)
+        for figures in measure(options.folder, name, options.runs):
+            print(line(figures), flush=True)
         print(f"load {os.getloadavg()[0]:.1f}")
     shutil.rmtree(options.folder)
 

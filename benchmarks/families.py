@@ -58,7 +58,9 @@ def main() -> None:
 
 def page() -> str:
     """Return the whole page."""
-    layouts = "one rank" + "".join(f", {' '.join(f'{key} {size}' for key, size in one.items())}" for one in LAYOUTS if one)
+    layouts = "one rank" + "".join(
+        f", {' '.join(f'{key} {size}' for key, size in layout.items())}" for layout in LAYOUTS if layout
+    )
     header = HEADER.format(layouts=layouts, runs=", ".join(RUNS), more=", ".join(MORE_RUNS))
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(_row(name, families.find(name)) for name in families.names())]
     return header + "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -74,7 +76,7 @@ def _row(name: str, family: families.Family) -> list[str]:
         "yes",
         "both ways",
         "yes" if family.trains else "no",
-        ", ".join(f"`{one}`" for one in family.PROVIDER),
+        ", ".join(f"`{requirement}`" for requirement in family.PROVIDER),
         ", ".join(kinds),
         "; ".join(_differences(family, to_megatron(family.CONFIG, config), kinds)),
     ]
@@ -86,13 +88,13 @@ def _reads(family: families.Family, config: dict[str, Any], kind: str) -> bool:
     plain = {"rope_type": "default", "rope_theta": 10000.0}
     scaled = {**plain, "rope_type": kind, **ROPES[kind]}
     by_type = {"rope_parameters": {"full_attention": scaled, "sliding_attention": plain}}
-    return any(_changes(family, base, said) for said in ({"rope_scaling": scaled}, by_type))
+    return any(_changes(family, base, changes) for changes in ({"rope_scaling": scaled}, by_type))
 
 
-def _changes(family: families.Family, config: dict[str, Any], said: dict[str, Any]) -> bool:
+def _changes(family: families.Family, config: dict[str, Any], changes: dict[str, Any]) -> bool:
     """Are Megatron's fields others with what is said beside `config`?"""
     try:
-        return to_megatron(family.CONFIG, config) != to_megatron(family.CONFIG, {**config, **said})
+        return to_megatron(family.CONFIG, config) != to_megatron(family.CONFIG, {**config, **changes})
     except UserError:
         return False
 

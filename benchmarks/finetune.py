@@ -110,24 +110,24 @@ def _run(options: argparse.Namespace, module: str, words: list[Any], **environme
     """Run a program and return its output."""
     command = [sys.executable, "-m", module, *map(str, words)]
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=options.timeout, env=os.environ | environment
         )
     except subprocess.TimeoutExpired as error:
-        last = error.stderr.decode(errors="replace")[-2000:] if isinstance(error.stderr, bytes) else ""
-        raise FailedError(f"{' '.join(command)}\nnot done in {options.timeout:.0f} s\n{last}") from None
-    if done.returncode:
-        raise FailedError(f"{' '.join(command)}\n{done.stdout[-1000:]}\n{done.stderr[-5000:]}")
-    return done.stdout
+        last_lines = error.stderr.decode(errors="replace")[-2000:] if isinstance(error.stderr, bytes) else ""
+        raise FailedError(f"{' '.join(command)}\nnot done in {options.timeout:.0f} s\n{last_lines}") from None
+    if completed.returncode:
+        raise FailedError(f"{' '.join(command)}\n{completed.stdout[-1000:]}\n{completed.stderr[-5000:]}")
+    return completed.stdout
 
 
 def _ours(options: argparse.Namespace, precision: str) -> Figures:
-    name, *more = PRECISIONS[precision]
+    name, *extra = PRECISIONS[precision]
     batch = options.micro_batch * options.microbatches
     layers = [f"model.num_layers={options.layers}"] if options.layers else []
     with tempfile.TemporaryDirectory(dir=options.folder) as run:
         settings = [
-            "peft=lora", f"peft.dim={packed.RANK}", f"peft.alpha={packed.RANK}", f"mixed_precision={name}", *more, *layers,
+            "peft=lora", f"peft.dim={packed.RANK}", f"peft.alpha={packed.RANK}", f"mixed_precision={name}", *extra, *layers,
             f"dataset.path={options.folder / 'rows'}", f"dataset.sequence_length={options.sequence}",
             "tokenizer.tokenizer_model=null", "checkpoint.random_weights=true",
             f"train.micro_batch_size={options.micro_batch}", f"train.global_batch_size={batch}",
@@ -197,14 +197,14 @@ _MEASURES = {"bare": _bare, "ours": _ours, "peft": _peft, "peft-fp32": partial(_
 
 def _print(options: argparse.Namespace, measured: dict[tuple[str, str], list[Figures]]) -> None:
     print(f"{options.shape}, {options.layers or 'all'} layers, sequence {options.sequence}, micro batch {options.micro_batch}")
-    heads = [f"{program} {what}" for what in ("tok/s", "TFLOP/s", "GiB") for program in PROGRAMS]
+    heads = [f"{program} {figure}" for figure in ("tok/s", "TFLOP/s", "GiB") for program in PROGRAMS]
     ratios = [f"ours/{other}" for other in PROGRAMS if other != "ours"]
     print(f"{'precision':10}" + "".join(f"{head:>18}" for head in [*heads[:4], *ratios, *heads[4:]]))
     for precision in options.precision:
-        seen = {program: measured.get((program, "bf16" if program in PEFT else precision), []) for program in PROGRAMS}
+        by_program = {program: measured.get((program, "bf16" if program in PEFT else precision), []) for program in PROGRAMS}
         rates, work, memory = (
-            {program: _median(rounds, what) for program, rounds in seen.items()}
-            for what in ("tokens_per_second", "tflops", "memory_gib")
+            {program: _median(rounds, figure) for program, rounds in by_program.items()}
+            for figure in ("tokens_per_second", "tflops", "memory_gib")
         )
         cells = [_cell(rates[program], 0) for program in PROGRAMS]
         cells += [_cell(_ratio(rates["ours"], rates[other]), 3) for other in PROGRAMS if other != "ours"]
@@ -212,12 +212,12 @@ def _print(options: argparse.Namespace, measured: dict[tuple[str, str], list[Fig
         print(f"{precision:10}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
 
 
-def _median(rounds: list[Figures], what: str) -> float | None:
-    return statistics.median(figures[what] for figures in rounds) if rounds else None
+def _median(rounds: list[Figures], figure: str) -> float | None:
+    return statistics.median(figures[figure] for figures in rounds) if rounds else None
 
 
-def _ratio(one: float | None, other: float | None) -> float | None:
-    return one / other if one and other else None
+def _ratio(numerator: float | None, denominator: float | None) -> float | None:
+    return numerator / denominator if numerator and denominator else None
 
 
 def _cell(number: float | None, digits: int) -> str:

@@ -115,7 +115,7 @@ def _compare(label: str, layers: Sequence[int], programs: tuple[Program, Program
                 return False
             continue
         other, ours = (
-            {name: statistics.median(each[side][name] for each in measured) for name in ("seconds_per_step", "memory_gib")}
+            {name: statistics.median(pair[side][name] for pair in measured) for name in ("seconds_per_step", "memory_gib")}
             for side in (0, 1)
         )
         print(
@@ -132,13 +132,13 @@ def _run(module: str, words: Sequence[Any], timeout: float, gpus: int = 1) -> st
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
     command, began = [sys.executable, *launcher, "-m", module, *map(str, words)], time.monotonic()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+        completed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise FailedError(f"{module} was not done in {timeout:.0f} s") from None
     print(f"{module} {' '.join(map(str, words[:6]))}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    if done.returncode:
-        raise FailedError(f"{module} failed\n{done.stdout[-1000:]}\n{done.stderr[-5000:]}")
-    return done.stdout
+    if completed.returncode:
+        raise FailedError(f"{module} failed\n{completed.stdout[-1000:]}\n{completed.stderr[-5000:]}")
+    return completed.stdout
 
 
 def _last_line(module: str, words: Sequence[Any], options: argparse.Namespace, layers: int, gpus: int = 1) -> Figures:

@@ -46,29 +46,29 @@ ARGS = {
 
 def make(folder: Path) -> dict[str, Path]:
     """Write the model in every kind; return the folder of each, and that of the source."""
-    made = {kind: folder / kind for kind in ("hf", *KINDS)}
-    make_model(made["hf"], SHAPE)
+    folders = {kind: folder / kind for kind in ("hf", *KINDS)}
+    make_model(folders["hf"], SHAPE)
     layout = ["--tp", str(TP), "--pp", str(PP), "--quiet", "--json"]
-    command = [sys.executable, "-m", "converter", "hf-to-mcore", str(made["hf"]), str(made["torch_dist"])]
-    timed([*command, *layout], made["torch_dist"])
-    reader = TorchDistReader(LocalFolder(made["torch_dist"]))
-    write_ranks(reader, made["ranks"] / "iter_0000000")
-    write_zarr(reader, made["zarr"] / "iter_0000000")
+    command = [sys.executable, "-m", "converter", "hf-to-mcore", str(folders["hf"]), str(folders["torch_dist"])]
+    timed([*command, *layout], folders["torch_dist"])
+    reader = TorchDistReader(LocalFolder(folders["torch_dist"]))
+    write_ranks(reader, folders["ranks"] / "iter_0000000")
+    write_zarr(reader, folders["zarr"] / "iter_0000000")
     reader.close()
     for kind in ("ranks", "zarr"):
-        (made[kind] / "latest_checkpointed_iteration.txt").write_text("0")
-    return made
+        (folders[kind] / "latest_checkpointed_iteration.txt").write_text("0")
+    return folders
 
 
 def write_ranks(reader: TorchDistReader, folder: Path) -> None:
     """Write the file of every rank, its weights as views of one storage."""
     for tp in range(TP):
         for pp in range(PP):
-            held = dict(of_rank(reader, tp, pp))
-            storage = torch.from_numpy(np.concatenate([value.reshape(-1).view(np.uint16) for value in held.values()]))
-            starts = np.cumsum([0, *(value.size for value in held.values())])
-            views = zip(held.items(), starts, strict=False)
-            model = {name: storage[at : at + one.size].view(torch.bfloat16).view(one.shape) for (name, one), at in views}
+            weights = dict(of_rank(reader, tp, pp))
+            storage = torch.from_numpy(np.concatenate([array.reshape(-1).view(np.uint16) for array in weights.values()]))
+            starts = np.cumsum([0, *(array.size for array in weights.values())])
+            views = zip(weights.items(), starts, strict=False)
+            model = {name: storage[at : at + weight.size].view(torch.bfloat16).view(weight.shape) for (name, weight), at in views}
             target = folder / f"mp_rank_{tp:02d}_{pp:03d}"
             target.mkdir(parents=True)
             content = {"args": argparse.Namespace(**ARGS), "iteration": 0, "checkpoint_version": 3.0, "model": model}
@@ -77,12 +77,12 @@ def write_ranks(reader: TorchDistReader, folder: Path) -> None:
 
 def of_rank(reader: TorchDistReader, tp: int, pp: int) -> Iterator[tuple[str, Array]]:
     """Yield a rank's part of every weight of its stage, under the stage's own numbers of layers."""
-    here = SHAPE["layers"] // PP
+    layers_per_stage = SHAPE["layers"] // PP
     for name in reader.specs:
         layer = int(name.split(".")[2]) if ".layers." in name else None
-        stage = PP - 1 if layer is None and "embedding" not in name else (layer or 0) // here
+        stage = PP - 1 if layer is None and "embedding" not in name else (layer or 0) // layers_per_stage
         if stage == pp:
-            local = name if layer is None else name.replace(f".{layer}.", f".{layer - here * pp}.", 1)
+            local = name if layer is None else name.replace(f".{layer}.", f".{layer - layers_per_stage * pp}.", 1)
             yield local, part(name, whole(reader, name), tp)
 
 
@@ -109,10 +109,10 @@ def write_zarr(reader: TorchDistReader, folder: Path) -> None:
     for key in container.tensor_names:
         tensor = container.tensor(key)
         sizes = [part.stop - part.start for part in tensor.chunks[0].region]
-        described = {"shape": tensor.shape, "chunks": sizes, "dtype": "bfloat16", "order": "C", "zarr_format": 2}
+        array = {"shape": tensor.shape, "chunks": sizes, "dtype": "bfloat16", "order": "C", "zarr_format": 2}
         (folder / key).mkdir(parents=True)
         fixed = {"compressor": None, "filters": None, "fill_value": None}
-        (folder / key / ".zarray").write_text(json.dumps({**described, **fixed}))
+        (folder / key / ".zarray").write_text(json.dumps({**array, **fixed}))
         for chunk in tensor.chunks:
             value = np.empty(sizes, tensor.dtype)
             container.read(tensor, chunk.region, value)
@@ -121,16 +121,16 @@ def write_zarr(reader: TorchDistReader, folder: Path) -> None:
     (folder / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
 
 
-def measure(made: Mapping[str, Path], out: Path, kind: str, runs: int) -> Iterator[str]:
+def measure(folders: Mapping[str, Path], out: Path, kind: str, runs: int) -> Iterator[str]:
     """Yield a row for each way of exporting one kind."""
-    export = [sys.executable, "-m", "converter", "mcore-to-hf", str(made[kind]), str(out), "--hf-config", str(made["hf"])]
-    taken: dict[str, list[tuple[Run, Run]]] = {}
+    export = [sys.executable, "-m", "converter", "mcore-to-hf", str(folders[kind]), str(out), "--hf-config", str(folders["hf"])]
+    rounds: dict[str, list[tuple[Run, Run]]] = {}
     for _ in range(runs):
         for name, options in (("hashed", []), ("bare", ["--no-integrity"])):
-            copied = timed(["cp", "-r", str(made[kind]), str(out)], out)
-            taken.setdefault(name, []).append((timed([*export, "--quiet", "--json", *options], out), copied))
-    for name, pairs in taken.items():
-        yield row(kind, name, pairs, sum(path.stat().st_size for path in made[kind].rglob("*") if path.is_file()))
+            copied = timed(["cp", "-r", str(folders[kind]), str(out)], out)
+            rounds.setdefault(name, []).append((timed([*export, "--quiet", "--json", *options], out), copied))
+    for name, pairs in rounds.items():
+        yield row(kind, name, pairs, sum(path.stat().st_size for path in folders[kind].rglob("*") if path.is_file()))
 
 
 HEADER = (
@@ -140,8 +140,8 @@ HEADER = (
 
 
 def row(kind: str, name: str, pairs: list[tuple[Run, Run]], size: int, *, limit: float = LIMIT) -> str:
-    ours, copied = (statistics.median(pair[place].seconds for pair in pairs) for place in (0, 1))
-    cores, cp_cores = (statistics.median(pair[place].cores for pair in pairs) / size * 1e9 for place in (0, 1))
+    ours, copied = (statistics.median(pair[side].seconds for pair in pairs) for side in (0, 1))
+    cores, cp_cores = (statistics.median(pair[side].cores for pair in pairs) / size * 1e9 for side in (0, 1))
     ratios = [run.seconds / cp.seconds for run, cp in pairs]
     return (
         f"{kind:10} {name:7} {size / 1e9:5.2f} GB {ours:7.2f} s {copied:6.2f} s {statistics.median(ratios):6.2f} {limit:6.2f} "
@@ -157,10 +157,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/mbconvert-bench-kinds"))
     options = parser.parse_args()
     shutil.rmtree(options.folder, ignore_errors=True)
-    made = make(options.folder)
+    folders = make(options.folder)
     print(HEADER, flush=True)
     for kind in options.kind or KINDS:
-        for text in measure(made, options.folder / "X", kind, options.runs):
+        for text in measure(folders, options.folder / "X", kind, options.runs):
             print(text, flush=True)
     shutil.rmtree(options.folder)
 

@@ -38,7 +38,8 @@ it holds of a training run. `checkpoint.pretrained_checkpoint` of `mbtrain` take
 
 *Optimizer* lists how optimizer state that is read may be stored, in megatron-core's words: Adam's moments and the fp32 masters.
 `inspect --check` compares masters with weights, `mcore-to-hf --from master` exports them, and `reshard` writes all of it for
-another layout. Each was tried on a small checkpoint in `tests/golden`. Weights are read whatever the optimizer state is.
+another layout. Each was tried on a small checkpoint in `tests/golden`; NeMo's were made of these, as its sources lay them out.
+Weights are read whatever the optimizer state is.
 
 """
 COLUMNS = ("kind, as `inspect` calls it", "read by", "written by", "optimizer")
@@ -56,6 +57,9 @@ _ADAPTER = ("adapter-to-mcore", "inspect", "merge")
 _OWN_NAMES = {"torch": Format.RANK_FILES}
 """The formats that `inspect` calls otherwise than Megatron-LM's `--ckpt-format`."""
 
+_WITHOUT_GOLDEN = {Format.NEMO: "as the `torch_dist` or `zarr` in it, but for the schedule"}
+"""Megatron's kinds of which no checkpoint is in tests/golden; `tests/converter/test_nemo_optimizer.py` makes some."""
+
 
 def main() -> None:
     """Print the page, or write it."""
@@ -70,7 +74,9 @@ def page() -> str:
     reports = list(_reports())
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(_row(kind, reports) for kind in Format)]
     refused = dict.fromkeys(known.what for known in FORMATS)
-    return HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows) + REFUSED + "".join(f"- {what}\n" for what in refused)
+    return (
+        HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows) + REFUSED + "".join(f"- {refusal}\n" for refusal in refused)
+    )
 
 
 def _reports() -> Iterator[Report]:
@@ -91,12 +97,14 @@ def _is_megatron(root: Path) -> bool:
 
 
 def _row(kind: Format, reports: Iterable[Report]) -> list[str]:
-    held = {one.state.optimizer for one in reports if one.format == kind.value and one.optimizer_state and one.state}
+    optimizers = {
+        report.state.optimizer for report in reports if report.format == kind.value and report.optimizer_state and report.state
+    }
     return [
         f"`{kind.value}`",
         ", ".join(f"`{command}`" for command in _readers(kind)),
         ", ".join(f"`{command}`" for command in _writers(kind)),
-        ", ".join(f"`{state}`" if state else "not read" for state in sorted(held)) or ("not tried" if kind.is_megatron else ""),
+        ", ".join(f"`{state}`" if state else "not read" for state in sorted(optimizers)) or _WITHOUT_GOLDEN.get(kind, ""),
     ]
 
 
@@ -121,7 +129,7 @@ def _writers(kind: Format) -> Iterator[str]:
 
 def _ckpt_formats() -> list[str]:
     """Return the formats that `hf-to-mcore` has a choice of."""
-    option = next((one for one in cli.commands["hf-to-mcore"].params if one.name == "ckpt_format"), None)
+    option = next((flag for flag in cli.commands["hf-to-mcore"].params if flag.name == "ckpt_format"), None)
     return list(option.type.choices) if option and isinstance(option.type, click.Choice) else []
 
 

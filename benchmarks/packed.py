@@ -38,21 +38,21 @@ def write(folder: Path, *, vocab_size: int, sequence: int) -> None:
 
     train = folder / "train"
     train.mkdir(parents=True)
-    about = {"made_of": {"tokenizer": {}}, "said": f"{EXAMPLES} examples of random tokens", "reasons": []}
-    made = np.random.default_rng(0)
-    lengths = made.integers(*(round(sequence * share) for share in LENGTHS), EXAMPLES, endpoint=True)
+    description = {"made_of": {"tokenizer": {}}, "said": f"{EXAMPLES} examples of random tokens", "reasons": []}
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(*(round(sequence * share) for share in LENGTHS), EXAMPLES, endpoint=True)
     rows = packing.best_fit_decreasing(lengths, capacity=sequence)
-    about |= {"sequence_length": sequence, "pad_to_multiple_of": 1, "rows": len(rows)}
-    store.write(train, _examples(lengths, vocab_size, made), vocab_size=vocab_size, about=lambda: about)
+    description |= {"sequence_length": sequence, "pad_to_multiple_of": 1, "rows": len(rows)}
+    store.write(train, _examples(lengths, vocab_size, generator), vocab_size=vocab_size, about=lambda: description)
     for name, array in zip(store.ROWS, (rows.examples, rows.starts), strict=True):
         store.save_array(train / name, array)
 
 
-def _examples(lengths: np.ndarray, vocab_size: int, made: np.random.Generator) -> Iterator[Any]:
+def _examples(lengths: np.ndarray, vocab_size: int, generator: np.random.Generator) -> Iterator[Any]:
     from trainer.data.chat.tokenized import Tokenized
 
     for length in lengths.tolist():
-        yield Tokenized(made.integers(0, vocab_size, length, dtype=np.int32), np.arange(length) >= length // 2)
+        yield Tokenized(generator.integers(0, vocab_size, length, dtype=np.int32), np.arange(length) >= length // 2)
 
 
 def microbatches(folder: Path, *, vocab_size: int, sequence: int, micro_batch: int, count: int) -> list[dict[str, Any]]:
@@ -65,7 +65,7 @@ def microbatches(folder: Path, *, vocab_size: int, sequence: int, micro_batch: i
     config = FinetuningDatasetConfig(path=str(folder), sequence_length=sequence)
     rows = data.build(config, tokenizer=None, vocab_size=vocab_size, samples=(micro_batch * count, 0, 0))[0]
     assert rows is not None
-    groups = ([rows[at * micro_batch + row] for row in range(micro_batch)] for at in range(count))
+    groups = ([rows[number * micro_batch + row] for row in range(micro_batch)] for number in range(count))
     return [{name: torch.stack([row[name] for row in group]) for name in group[0]} for group in groups]
 
 

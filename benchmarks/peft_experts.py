@@ -45,7 +45,7 @@ def main() -> None:
     model = _model(config, options)
     batches = [as_transformers(row, torch.device("cuda")) for row in rows]
     seconds = median_step(model, batches, steps=options.steps, warm_up=options.warm_up, microbatches=microbatches)
-    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(json.dumps({"seconds_per_step": seconds, "memory_gib": torch.cuda.max_memory_allocated() / 2**30, "trained": trained}))
 
 
@@ -54,10 +54,10 @@ def _model(config: dict[str, Any], options: argparse.Namespace) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    described = AutoConfig.for_model(**config, use_cache=False)
+    model_config = AutoConfig.for_model(**config, use_cache=False)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(
-            described, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation="grouped_mm"
+            model_config, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation="grouped_mm"
         )
     lora = LoraConfig(
         r=options.rank,

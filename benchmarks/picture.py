@@ -100,8 +100,13 @@ def _sources(folder: Path) -> None:
 
 def _examples(folder: Path) -> None:
     """Signatures and docstrings, and a model that has read some sources."""
-    found = [one for _, examples in modules() for one in examples if len(one["completion"]) < 120 and len(one["prompt"]) < 120]
-    (folder / "docstrings.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found[:1000]))
+    short_examples = [
+        example
+        for _, of_module in modules()
+        for example in of_module
+        if len(example["completion"]) < 120 and len(example["prompt"]) < 120
+    ]
+    (folder / "docstrings.jsonl").write_text("".join(json.dumps(example) + "\n" for example in short_examples[:1000]))
     _sources(folder)
     for command in COMMANDS["training"][:1]:
         seen(command, str(folder), width=80)
@@ -111,19 +116,19 @@ def _examples(folder: Path) -> None:
 PREPARED = {"conversion": _model, "training": _sources, "finetuning": _examples}
 
 
-def main(what: str, picture: str) -> None:
+def main(subject: str, picture: str) -> None:
     """Run the commands, conversions on a 1B shape, training on the standard library's sources, and draw what was seen."""
-    width = WIDTH[what]
+    width = WIDTH[subject]
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     with tempfile.TemporaryDirectory() as folder:
-        PREPARED[what](Path(folder))
-        for command in COMMANDS[what]:
+        PREPARED[subject](Path(folder))
+        for command in COMMANDS[subject]:
             console.print(Text.assemble(("$ ", "green"), (command, "bold")))
             for line in seen(command, folder, width=width):
                 if line.strip():
                     console.print(Text.from_ansi(line))
             console.print()
-    console.save_svg(picture, title="mbconvert" if what == "conversion" else "mbtrain", theme=MONOKAI, code_format=_FORMAT)
+    console.save_svg(picture, title="mbconvert" if subject == "conversion" else "mbtrain", theme=MONOKAI, code_format=_FORMAT)
 
 
 if __name__ == "__main__":

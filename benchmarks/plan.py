@@ -43,7 +43,7 @@ def measured(call: dict) -> None:
     """In a process of its own: one call, then what it took, as JSON."""
     from converter import hf_to_mcore, mcore_to_hf, reshard
 
-    told = 0
+    estimated_peak = 0
     if call["what"] == "index":
         from formats.dcp_index import read_index
         from formats.folder import LocalFolder
@@ -53,34 +53,43 @@ def measured(call: dict) -> None:
             index.tensor(name)
     else:
         convert = {"import": hf_to_mcore, "export": mcore_to_hf, "reshard": reshard}[call["what"]]
-        told = convert(call["source"], call["target"], **call.get("options", {})).peak_memory
-    print(json.dumps({"cpu": os.times().user, "peak": peak_memory(), "told": told}))
+        estimated_peak = convert(call["source"], call["target"], **call.get("options", {})).peak_memory
+    print(json.dumps({"cpu": os.times().user, "peak": peak_memory(), "estimated": estimated_peak}))
 
 
 def run(**call: object) -> dict:
-    given = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as an installed package
-    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(call)], stdout=subprocess.PIPE, check=True, env=given)
-    return json.loads(done.stdout.splitlines()[-1])
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+    }  # as an installed package
+    completed = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(call)], stdout=subprocess.PIPE, check=True, env=environment
+    )
+    return json.loads(completed.stdout.splitlines()[-1])
 
 
 def layout(shape: dict) -> dict:
     """TP2·PP8, for any number of layers."""
-    each = -(-shape["layers"] // 8)
-    return {"tp": 2, "pp": 8, "pp_layout": [each] * 7 + [shape["layers"] - 7 * each], "make_vocab_size_divisible_by": 1}
+    layers_per_stage = -(-shape["layers"] // 8)
+    return {
+        "tp": 2,
+        "pp": 8,
+        "pp_layout": [layers_per_stage] * 7 + [shape["layers"] - 7 * layers_per_stage],
+        "make_vocab_size_divisible_by": 1,
+    }
 
 
 def planning(folder: Path, tensors: int) -> None:
-    source, made, shape = folder / f"hf-{tensors}", folder / f"mcore-{tensors}", many(tensors)
+    source, megatron, shape = folder / f"hf-{tensors}", folder / f"mcore-{tensors}", many(tensors)
     make_model(source, shape, data=False, shard_bytes=SHARD_BYTES)
-    where = {"source": str(source), "target": str(folder / "nothing")}
-    row(tensors, "import", run(what="import", **where, options={**layout(shape), "dry_run": True}))
-    run(what="import", source=str(source), target=str(made), options={**layout(shape), "integrity": False})
-    row(tensors, "export", run(what="export", **{**where, "source": str(made)}, options={"dry_run": True}))
+    call = {"source": str(source), "target": str(folder / "nothing")}
+    row(tensors, "import", run(what="import", **call, options={**layout(shape), "dry_run": True}))
+    run(what="import", source=str(source), target=str(megatron), options={**layout(shape), "integrity": False})
+    row(tensors, "export", run(what="export", **{**call, "source": str(megatron)}, options={"dry_run": True}))
     options = {**layout(shape), "tp": 1, "dry_run": True}
-    row(tensors, "reshard", run(what="reshard", **{**where, "source": str(made)}, options=options))
-    row(tensors, "index", run(what="index", **{**where, "source": str(made / "iter_0000000")}))
+    row(tensors, "reshard", run(what="reshard", **{**call, "source": str(megatron)}, options=options))
+    row(tensors, "index", run(what="index", **{**call, "source": str(megatron / "iter_0000000")}))
     shutil.rmtree(source)
-    shutil.rmtree(made)
+    shutil.rmtree(megatron)
 
 
 TP8_PP16_EP64 = {"tp": 8, "pp": 16, "pp_layout": "Et*3|(t*4|)*14t*2mL", "ep": 64}
@@ -89,32 +98,30 @@ TP8_PP16_EP64 = {"tp": 8, "pp": 16, "pp_layout": "Et*3|(t*4|)*14t*2mL", "ep": 64
 
 def experts(folder: Path) -> None:
     """DeepSeek-V3 of its true sizes, in bf16 and in FP8; then as many tensors of experts as the largest model above has."""
-    source, made = folder / "hf-experts", folder / "mcore-experts"
+    source, megatron = folder / "hf-experts", folder / "mcore-experts"
     for changes in ({}, FP8):
         tensors = make_headers(source, DEEPSEEK_V3 | changes)
         for etp in (1, 8):
             options = {**TP8_PP16_EP64, "etp": etp, "dry_run": True}
-            found = run(what="import", source=str(source), target=str(folder / "nothing"), options=options)
-            row(tensors, f"DeepSeek-V3{', FP8' if changes else ''}, ETP{etp}", found, TARGETS[200_000])
+            figures = run(what="import", source=str(source), target=str(folder / "nothing"), options=options)
+            row(tensors, f"DeepSeek-V3{', FP8' if changes else ''}, ETP{etp}", figures, TARGETS[200_000])
         shutil.rmtree(source)
     tensors = make_headers(source, SMALL_EXPERTS, shard_bytes=SHARD_BYTES)
     options = {"tp": 2, "pp": 8, "ep": 8, "etp": 1, "make_vocab_size_divisible_by": 1}
-    where = {"source": str(source), "target": str(folder / "nothing")}
-    row(tensors, "import, experts", run(what="import", **where, options={**options, "dry_run": True}), TARGETS[200_000])
-    run(what="import", source=str(source), target=str(made), options={**options, "integrity": False})
-    where["source"] = str(made)
-    row(tensors, "export, experts", run(what="export", **where, options={"dry_run": True}), TARGETS[200_000])
-    row(
-        tensors, "reshard, experts", run(what="reshard", **where, options={**options, "ep": 4, "dry_run": True}), TARGETS[200_000]
-    )
+    call = {"source": str(source), "target": str(folder / "nothing")}
+    row(tensors, "import, experts", run(what="import", **call, options={**options, "dry_run": True}), TARGETS[200_000])
+    run(what="import", source=str(source), target=str(megatron), options={**options, "integrity": False})
+    call["source"] = str(megatron)
+    row(tensors, "export, experts", run(what="export", **call, options={"dry_run": True}), TARGETS[200_000])
+    row(tensors, "reshard, experts", run(what="reshard", **call, options={**options, "ep": 4, "dry_run": True}), TARGETS[200_000])
     shutil.rmtree(source)
-    shutil.rmtree(made)
+    shutil.rmtree(megatron)
 
 
-def row(tensors: int, what: str, found: dict, targets: tuple[float, float] | None = None) -> None:
+def row(tensors: int, label: str, figures: dict, targets: tuple[float, float] | None = None) -> None:
     seconds, mib = targets or TARGETS.get(tensors, (float("nan"), float("nan")))
     print(
-        f"{tensors:8,} {what:22} {found['cpu']:6.2f} s  {seconds:5.1f} s  {found['peak'] / 2**20:6.0f} MiB  {mib:4.0f} MiB",
+        f"{tensors:8,} {label:22} {figures['cpu']:6.2f} s  {seconds:5.1f} s  {figures['peak'] / 2**20:6.0f} MiB  {mib:4.0f} MiB",
         flush=True,
     )
 
@@ -125,9 +132,9 @@ class Forgetful(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def _answer(self, body: str = "", **headers: str) -> None:
-        left = int(self.headers.get("Content-Length", 0))
-        while left:
-            left -= len(self.rfile.read(min(left, 1 << 20)))
+        remaining = int(self.headers.get("Content-Length", 0))
+        while remaining:
+            remaining -= len(self.rfile.read(min(remaining, 1 << 20)))
         self.send_response(200)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
@@ -155,8 +162,12 @@ class Forgetful(BaseHTTPRequestHandler):
 def bucket():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Forgetful)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    given = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    os.environ.update(given)
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+    }
+    os.environ.update(environment)
     yield "s3://bucket/out"
     server.shutdown()
 
@@ -167,20 +178,20 @@ WIDE = {"hidden": 1 << 23, "layers": 1, "heads": 8, "groups": 8, "head_dim": 1, 
 
 def cases(folder: Path) -> None:
     """The four cases that a figure by workers and pieces alone gets wrong."""
-    told_and_taken(folder, "TP8·PP4·VPP4 to s3://", LARGE, {"tp": 8, "pp": 4, "vpp": 4}, remote=True)
-    told_and_taken(folder, "45,000 tensors", many(45_000), layout(many(45_000)))
-    told_and_taken(
+    estimated_and_measured(folder, "TP8·PP4·VPP4 to s3://", LARGE, {"tp": 8, "pp": 4, "vpp": 4}, remote=True)
+    estimated_and_measured(folder, "45,000 tensors", many(45_000), layout(many(45_000)))
+    estimated_and_measured(
         folder, "rows of 16 MiB, 8 workers, cast", WIDE, {"workers": 8, "dtype": "fp32", "make_vocab_size_divisible_by": 1}
     )
-    source, made, shape = folder / "hf", folder / "mcore", many(150_000)
+    source, megatron, shape = folder / "hf", folder / "mcore", many(150_000)
     make_model(source, shape, data=False, shard_bytes=SHARD_BYTES)
-    run(what="import", source=str(source), target=str(made), options={**layout(shape), "integrity": False})
+    run(what="import", source=str(source), target=str(megatron), options={**layout(shape), "integrity": False})
     shutil.rmtree(source)
-    compared("`.metadata` of 200,000 chunks, back", "export", made, folder / "X", {})
-    shutil.rmtree(made)
+    compared("`.metadata` of 200,000 chunks, back", "export", megatron, folder / "X", {})
+    shutil.rmtree(megatron)
 
 
-def told_and_taken(folder: Path, name: str, shape: dict, options: dict, *, remote: bool = False) -> None:
+def estimated_and_measured(folder: Path, name: str, shape: dict, options: dict, *, remote: bool = False) -> None:
     source = folder / "hf"
     make_model(source, shape, data=False, shard_bytes=SHARD_BYTES if shape["hidden"] == many(1)["hidden"] else 5_000_000_000)
     if remote:
@@ -191,10 +202,10 @@ def told_and_taken(folder: Path, name: str, shape: dict, options: dict, *, remot
     shutil.rmtree(source)
 
 
-def compared(name: str, what: str, source: Path, target: Path | str, options: dict) -> None:
-    told = run(what=what, source=str(source), target=str(target), options={**options, "dry_run": True})["told"]
-    taken = run(what=what, source=str(source), target=str(target), options=options)["peak"]
-    print(f"{name:36} {told / 2**20:6.0f} MiB {taken / 2**20:6.0f} MiB {told / taken:6.2f}  0.85 to 1.15", flush=True)
+def compared(name: str, command: str, source: Path, target: Path | str, options: dict) -> None:
+    estimated = run(what=command, source=str(source), target=str(target), options={**options, "dry_run": True})["estimated"]
+    peak = run(what=command, source=str(source), target=str(target), options=options)["peak"]
+    print(f"{name:36} {estimated / 2**20:6.0f} MiB {peak / 2**20:6.0f} MiB {estimated / peak:6.2f}  0.85 to 1.15", flush=True)
     if isinstance(target, Path):
         shutil.rmtree(target)
 
@@ -214,7 +225,7 @@ def main() -> None:
     if not options.skip_experts:
         experts(options.folder)
     if not options.skip_cases:
-        print(f"{'case':36} {'told':>10} {'taken':>10} {'ratio':>6}  target")
+        print(f"{'case':36} {'estimated':>10} {'measured':>10} {'ratio':>6}  target")
         cases(options.folder)
     shutil.rmtree(options.folder)
 

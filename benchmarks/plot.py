@@ -25,15 +25,15 @@ _LABELS = {"1b": "1B shape, 2.47 GB", "8b-16": "8B shape with 16 layers, 9.1 GB"
 
 def main(table: str, picture: str) -> None:
     """Bars of `mbconvert` and `cp` side by side, one panel per model."""
-    rows = [found.groups() for found in map(_ROW.match, Path(table).read_text().splitlines()) if found]
+    rows = [match.groups() for match in map(_ROW.match, Path(table).read_text().splitlines()) if match]
     shapes = list(dict.fromkeys(row[0] for row in rows))
     figure, panels = plt.subplots(1, len(shapes), figsize=(10, 4.2), constrained_layout=True)
     for panel, shape in zip(panels, shapes, strict=True):
         mine = [row for row in rows if row[0] == shape]
-        at = range(len(mine))
-        panel.barh([y - 0.2 for y in at], [float(row[3]) for row in mine], 0.38, color="#76b900", label="mbconvert")
-        panel.barh([y + 0.2 for y in at], [float(row[4]) for row in mine], 0.38, color="#b0b0b0", label="cp -r and sync")
-        panel.set_yticks(list(at), [f"{row[1]} {_WHAT[row[2]]}" for row in mine])
+        positions = range(len(mine))
+        panel.barh([y - 0.2 for y in positions], [float(row[3]) for row in mine], 0.38, color="#76b900", label="mbconvert")
+        panel.barh([y + 0.2 for y in positions], [float(row[4]) for row in mine], 0.38, color="#b0b0b0", label="cp -r and sync")
+        panel.set_yticks(list(positions), [f"{row[1]} {_WHAT[row[2]]}" for row in mine])
         panel.set_xlabel("seconds, start-up and sync included")
         panel.set_title(_LABELS.get(shape, shape), fontsize=10)
         panel.invert_yaxis()

@@ -97,7 +97,7 @@ def make_model(folder: Path, kind: str) -> None:
     """Write a directory of random codes, with scales of the size that published models have."""
     folder.mkdir(parents=True)
     sizes, tensors = (
-        (config(SHAPE), [one for spec in specs(SHAPE) for one in stored(kind, spec)]) if kind != "mxfp4" else gpt_oss()
+        (config(SHAPE), [tensor for spec in specs(SHAPE) for tensor in stored(kind, spec)]) if kind != "mxfp4" else gpt_oss()
     )
     generator = np.random.default_rng(1)
     with (folder / "model.safetensors").open("wb") as file:
@@ -135,29 +135,29 @@ def in_memory() -> str:
     }
     shown = []
     for name, (scheme, stored_codes, parameters, shape) in cases.items():
-        out, region, taken = np.empty(shape, BF16), tuple(slice(0, size) for size in shape), []
+        out, region, seconds = np.empty(shape, BF16), tuple(slice(0, size) for size in shape), []
         for _ in range(9):
             started = time.process_time()
             scheme.decode(stored_codes, [parameters], region, out)
-            taken.append(time.process_time() - started)
-        shown.append(f"{name} {out.nbytes / min(taken) / 1e9:.2f}")
+            seconds.append(time.process_time() - started)
+        shown.append(f"{name} {out.nbytes / min(seconds) / 1e9:.2f}")
     return f"GB of bf16 that a core makes in a second, in memory: {', '.join(shown)}"
 
 
 def measure(folder: Path, kind: str, runs: int) -> list[str]:
-    source, made, out = folder / kind, folder / "made", folder / "X"
+    source, megatron, out = folder / kind, folder / "made", folder / "X"
     make_model(source, kind)
     convert = [sys.executable, "-m", "converter", "hf-to-mcore", str(source)]
-    timed([*convert, str(made), "--quiet", "--json"], made)
-    size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
-    taken: dict[str, list[tuple[Run, Run]]] = {}
+    timed([*convert, str(megatron), "--quiet", "--json"], megatron)
+    size = sum(path.stat().st_size for path in megatron.rglob("*") if path.is_file())
+    rounds: dict[str, list[tuple[Run, Run]]] = {}
     for _ in range(runs):
         for name, options in (("forward", []), ("bare", ["--no-integrity"])):
-            copied = timed(["cp", "-r", str(made), str(out)], out)
-            taken.setdefault(name, []).append((timed([*convert, str(out), "--quiet", "--json", *options], out), copied))
-    shutil.rmtree(made)
+            copied = timed(["cp", "-r", str(megatron), str(out)], out)
+            rounds.setdefault(name, []).append((timed([*convert, str(out), "--quiet", "--json", *options], out), copied))
+    shutil.rmtree(megatron)
     shutil.rmtree(source)
-    return [line(kind, name, rows, size) for name, rows in taken.items()]
+    return [line(kind, name, rows, size) for name, rows in rounds.items()]
 
 
 HEADER = (
@@ -167,8 +167,8 @@ HEADER = (
 
 
 def line(kind: str, name: str, rows: list[tuple[Run, Run]], size: int) -> str:
-    seconds, copied = (statistics.median(pair[place].seconds for pair in rows) for place in (0, 1))
-    cores, cp_cores = (statistics.median(pair[place].cores for pair in rows) / size * 1e9 for place in (0, 1))
+    seconds, copied = (statistics.median(pair[side].seconds for pair in rows) for side in (0, 1))
+    cores, cp_cores = (statistics.median(pair[side].cores for pair in rows) / size * 1e9 for side in (0, 1))
     speeds = [cp.seconds / ours.seconds for ours, cp in rows]
     peak = max(ours.peak for ours, _ in rows)
     return (

@@ -45,18 +45,18 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        start, end = (int(wanted[1]), int(wanted[2]) + 1) if wanted else (0, self.size)
-        there = urlsplit(self.path).path.endswith("/big")
-        self.send_response((206 if wanted else 200) if there else 404)
-        self.send_header("Content-Length", str(end - start if there else 0))
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        start, end = (int(byte_range[1]), int(byte_range[2]) + 1) if byte_range else (0, self.size)
+        exists = urlsplit(self.path).path.endswith("/big")
+        self.send_response((206 if byte_range else 200) if exists else 404)
+        self.send_header("Content-Length", str(end - start if exists else 0))
         self.send_header("ETag", '"one"')
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
-        if wanted:
+        if byte_range:
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{self.size}")
         self.end_headers()
-        while there and self.command == "GET" and start < end:
+        while exists and self.command == "GET" and start < end:
             start += os.sendfile(self.connection.fileno(), self.file, start, end - start)
 
     do_HEAD = do_GET  # noqa: N815 - the standard library's names
@@ -67,9 +67,9 @@ def range_of(offset: int, out: memoryview) -> dict[str, str]:
 
 
 def fill(out: memoryview, readinto: Callable[[memoryview], int]) -> None:
-    done = 0
-    while done < len(out):
-        done += readinto(out[done:])
+    filled = 0
+    while filled < len(out):
+        filled += readinto(out[filled:])
 
 
 def standard_library(url: str) -> Read:
@@ -247,10 +247,10 @@ def in_own_process(client: str, url: str, size: int) -> dict[str, float] | None:
     nobody = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}
     settings = {**os.environ, **nobody, "AWS_ENDPOINT_URL": url, "AWS_EC2_METADATA_DISABLED": "true", "PYTHONPATH": "."}
     arguments = [sys.executable, __file__, client, "--at", url, "--size", str(size)]
-    done = subprocess.run(
+    completed = subprocess.run(
         arguments, env=settings, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120, check=False
     )
-    return json.loads(done.stdout) if done.returncode == 0 else None
+    return json.loads(completed.stdout) if completed.returncode == 0 else None
 
 
 def main() -> None:
@@ -267,9 +267,16 @@ def main() -> None:
     with served(size) as url:
         rounds = [{name: in_own_process(name, url, size) for name in options.clients or CLIENTS} for _ in range(options.runs)]
     for name in rounds[0]:
-        found = [one[name] for one in rounds if one[name]]
-        medians = {what: statistics.median(one[what] for one in found) for what in found[0]} if found else {}
-        print(f"{name:17}", "  ".join(f"{what} {value:8.2f}" for what, value in medians.items()) or "not installed, or it failed")
+        measured = [measurement[name] for measurement in rounds if measurement[name]]
+        medians = (
+            {figure: statistics.median(measurement[figure] for measurement in measured) for figure in measured[0]}
+            if measured
+            else {}
+        )
+        print(
+            f"{name:17}",
+            "  ".join(f"{figure} {value:8.2f}" for figure, value in medians.items()) or "not installed, or it failed",
+        )
 
 
 if __name__ == "__main__":

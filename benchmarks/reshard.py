@@ -42,8 +42,8 @@ def make(folder: Path, gigabytes: float) -> Path:
     command = [sys.executable, "-m", "converter", "hf-to-mcore", str(folder / "hf"), str(folder / "m"), "--quiet", "--json"]
     timed(command, folder / "m")
     add_state(folder / "m", folder / "source")
-    for made in ("hf", "m"):
-        shutil.rmtree(folder / made)
+    for folder_name in ("hf", "m"):
+        shutil.rmtree(folder / folder_name)
     return folder / "source"
 
 
@@ -58,7 +58,7 @@ def add_state(source: Path, target: Path) -> None:
 def stored(root: Path) -> dict[str, torch.Tensor]:
     """Return the weights of a checkpoint by their keys."""
     reader = TorchDistReader(LocalFolder(root))
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for key in reader.container.tensor_names:
         tensor = reader.container.tensor(key)
         value = torch.empty(tensor.shape, dtype=torch.bfloat16)
@@ -66,21 +66,21 @@ def stored(root: Path) -> dict[str, torch.Tensor]:
         reader.container.read(
             tensor, tuple(slice(0, size) for size in tensor.shape), value.view(torch.uint16).numpy().view(tensor.dtype)
         )
-        found[key] = value
+        weights[key] = value
     reader.close()
-    return found
+    return weights
 
 
 def with_state(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Return optimizer state: masters between a weight and the next, and moments, as `fully_reshardable` names them."""
-    made: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     for key, weight in weights.items():
         master = weight.float()
-        made[f"optimizer.state.param.{key}"] = master * (1 + 2**-10)  # rounds back
-        made[f"optimizer.state.exp_avg.{key}"] = master * 0.1
-        made[f"optimizer.state.exp_avg_sq.{key}"] = master.square()
+        state[f"optimizer.state.param.{key}"] = master * (1 + 2**-10)  # rounds back
+        state[f"optimizer.state.exp_avg.{key}"] = master * 0.1
+        state[f"optimizer.state.exp_avg_sq.{key}"] = master.square()
     groups = {"optimizer": {"param_groups": [GROUP]}, "param_state_sharding_type": "fully_reshardable"}
-    return {**made, COMMON_KEY: [{"checkpoint_version": 3.0, "iteration": 0, "optimizer": groups}]}
+    return {**state, COMMON_KEY: [{"checkpoint_version": 3.0, "iteration": 0, "optimizer": groups}]}
 
 
 def main() -> None:
@@ -92,11 +92,11 @@ def main() -> None:
     shutil.rmtree(options.folder, ignore_errors=True)
     source = make(options.folder, options.gigabytes)
     print(HEADER, flush=True)
-    taken: dict[tuple[str, str], list[tuple[Run, Run]]] = {}
+    rounds: dict[tuple[str, str], list[tuple[Run, Run]]] = {}
     out = options.folder / "X"
     for _ in range(options.runs):
         for name, sizes in LAYOUTS.items():
-            for way, more in (("hashed", ()), ("bare", ("--no-integrity",))):
+            for hashing, flags in (("hashed", ()), ("bare", ("--no-integrity",))):
                 copied = timed(["cp", "-r", str(source), str(out)], out)
                 command = [
                     sys.executable,
@@ -108,12 +108,12 @@ def main() -> None:
                     "--quiet",
                     "--json",
                     *sizes,
-                    *more,
+                    *flags,
                 ]
-                taken.setdefault((name, way), []).append((timed(command, out), copied))
+                rounds.setdefault((name, hashing), []).append((timed(command, out), copied))
     size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-    for (name, way), pairs in taken.items():
-        print(row(name, way, pairs, size, limit=LIMIT), flush=True)
+    for (name, hashing), pairs in rounds.items():
+        print(row(name, hashing, pairs, size, limit=LIMIT), flush=True)
     shutil.rmtree(options.folder)
 
 

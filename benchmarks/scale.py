@@ -29,8 +29,8 @@ def seconds(commands: list[list[str]], environments: list[dict[str, str]]) -> fl
     os.sync()
     started = time.monotonic()
     running = [
-        subprocess.Popen(command, env={**os.environ, **more}, stderr=subprocess.DEVNULL)
-        for command, more in zip(commands, environments, strict=True)
+        subprocess.Popen(command, env={**os.environ, **variables}, stderr=subprocess.DEVNULL)
+        for command, variables in zip(commands, environments, strict=True)
     ]
     failed = [process.args for process in running if process.wait()]
     os.sync()
@@ -47,11 +47,11 @@ def disk(source: Path, out: Path) -> float:
     for path, count in blocks:
         step = -(-count // STREAMS)
         for part in range(STREAMS):
-            where = [f"of={out / path.name}.{part}", f"skip={part * step}", f"count={step}"]
-            commands.append(["dd", f"if={path}", f"bs={BLOCK}", "oflag=direct", *where])
-    taken = seconds(commands, [{}] * len(commands))
+            operands = [f"of={out / path.name}.{part}", f"skip={part * step}", f"count={step}"]
+            commands.append(["dd", f"if={path}", f"bs={BLOCK}", "oflag=direct", *operands])
+    wall = seconds(commands, [{}] * len(commands))
     shutil.rmtree(out)
-    return taken
+    return wall
 
 
 def convert(source: Path, out: Path, processes: int, options: list[str]) -> float:
@@ -72,19 +72,19 @@ def convert(source: Path, out: Path, processes: int, options: list[str]) -> floa
     ]
     port = str(20000 + os.getpid() % 10000)
     ranks = [{"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": port} for rank in range(processes)]
-    taken = seconds([command] * processes, ranks if processes > 1 else [{}])
+    wall = seconds([command] * processes, ranks if processes > 1 else [{}])
     shutil.rmtree(out)
-    return taken
+    return wall
 
 
 def measure(source: Path, runs: int, options: list[str]) -> dict[int, list[tuple[float, float]]]:
     """For each number of processes, the rounds' wall times, each with the disk's in the same round."""
-    found: dict[int, list[tuple[float, float]]] = {count: [] for count in PROCESSES}
+    rounds: dict[int, list[tuple[float, float]]] = {count: [] for count in PROCESSES}
     for _ in range(runs):
         limit = disk(source, source.with_name("X"))
         for count in PROCESSES:
-            found[count].append((convert(source, source.with_name("X"), count, options), limit))
-    return found
+            rounds[count].append((convert(source, source.with_name("X"), count, options), limit))
+    return rounds
 
 
 def main() -> None:
@@ -99,12 +99,14 @@ def main() -> None:
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     print(f"{options.shape}, {size / 1e9:.2f} GB, TP8·PP4, {os.cpu_count()} cores")
     print(f"{'processes':>9} {'integrity':>9} {'wall':>8} {'GB/s':>6} {'disk':>8} {'of the disk':>11}  rounds")
-    for name, more in (("yes", []), ("no", ["--no-integrity"])):
-        for count, rounds in measure(source, options.runs, more).items():
+    for name, flags in (("yes", []), ("no", ["--no-integrity"])):
+        for count, rounds in measure(source, options.runs, flags).items():
             wall, limit = (statistics.median(column) for column in zip(*rounds, strict=True))
-            share = statistics.median(disk / own for own, disk in rounds)
-            each = [round(disk / own, 2) for own, disk in rounds]
-            print(f"{count:9} {name:>9} {wall:6.2f} s {size / wall / 1e9:6.2f} {limit:6.2f} s {share:11.0%}  {each}", flush=True)
+            share = statistics.median(disk / converted for converted, disk in rounds)
+            shares = [round(disk / converted, 2) for converted, disk in rounds]
+            print(
+                f"{count:9} {name:>9} {wall:6.2f} s {size / wall / 1e9:6.2f} {limit:6.2f} s {share:11.0%}  {shares}", flush=True
+            )
     shutil.rmtree(source)
 
 

@@ -56,10 +56,10 @@ def _tokens(folder: Path) -> Path:
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    prefix, made = folder / "tokens", np.random.default_rng(0)
+    prefix, generator = folder / "tokens", np.random.default_rng(0)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
     for _ in range(64):
-        numbers = made.integers(0, 128256, 1_000_000, dtype=np.int32)
+        numbers = generator.integers(0, 128256, 1_000_000, dtype=np.int32)
         builder.add_document(numbers, [1000] * 1000)
     builder.finalize(f"{prefix}.idx")
     return prefix
@@ -70,10 +70,10 @@ def _round(folder: Path, tokens: Path, shape: str, precision: str, gpus: int) ->
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
-    return done.stdout
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if completed.returncode:
+        sys.exit(f"{' '.join(command)}\n{completed.stdout[-2000:]}\n{completed.stderr[-6000:]}")
+    return completed.stdout
 
 
 def _bare(shape: str, precision: str, gpus: int) -> dict[str, Any]:
@@ -88,9 +88,9 @@ def _bare(shape: str, precision: str, gpus: int) -> dict[str, Any]:
 def _ours(folder: Path, tokens: Path, shape: str, precision: str, gpus: int) -> dict[str, Any]:
     sequence, micro, microbatches = SHAPES[shape]
     run = folder / f"{shape}-{precision}"
-    name, *more = PRECISIONS[precision]
+    name, *extra = PRECISIONS[precision]
     settings = [
-        f"mixed_precision={name}", *more, f"dataset.blend=[{tokens}]", f"dataset.sequence_length={sequence}",
+        f"mixed_precision={name}", *extra, f"dataset.blend=[{tokens}]", f"dataset.sequence_length={sequence}",
         f"train.micro_batch_size={micro}", f"train.global_batch_size={micro * microbatches * gpus}",
         f"train.train_iters={STEPS}", "validation.eval_iters=0", "logger.log_interval=1", f"logger.run_dir={run}",
         "model.tensor_model_parallel_size=1", "model.pipeline_model_parallel_size=1", "model.context_parallel_size=1",
@@ -106,7 +106,7 @@ def _ours(folder: Path, tokens: Path, shape: str, precision: str, gpus: int) -> 
 
 
 def _print(shape: str, precision: str, rounds: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    bare, ours = ({name: statistics.median(one[side][name] for one in rounds) for name in rounds[0][side]} for side in (0, 1))
+    bare, ours = ({name: statistics.median(pair[side][name] for pair in rounds) for name in rounds[0][side]} for side in (0, 1))
     rate = "tokens_per_second_per_gpu"
     print(
         f"{shape:6}{precision:10}{bare[rate]:12.0f}{ours[rate]:12.0f}{ours[rate] / bare[rate]:8.3f}{ours['tflops_per_gpu']:9.0f}"

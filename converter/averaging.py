@@ -27,6 +27,7 @@ from converter.run import PIECE_BYTES
 from converter.run_config import UnknownModelError
 from converter.side_files import EXTRAS
 from converter.sources import Source, huggingface_source
+from converter.spellings import spelled_as
 from converter.values import KEEP, MASTERS, WEIGHTS
 from formats.arrays import same_bits
 from formats.errors import UserError
@@ -145,7 +146,7 @@ def _check_same(one: Input, other: Input) -> None:
     specs, others = one.weights.specs, other.weights.specs
     for has, lacks in ((one, other), (other, one)):
         if names := sorted(has.weights.specs.keys() - lacks.weights.specs.keys()):
-            raise UserError(f"`{has.label}` holds {list_names(names)}, which `{lacks.label}` does not", hint=_SAME)
+            raise UserError(f"`{has.label}` holds {list_names(names)}, which `{lacks.label}` does not", hint=_hint(one, other))
     for name, spec in specs.items():
         for what, mine, theirs in (
             ("shape", list(spec.stored_shape), list(others[name].stored_shape)),
@@ -157,6 +158,18 @@ def _check_same(one: Input, other: Input) -> None:
                     f"`{name}` has {what} {mine} in `{one.label}` and {theirs} in `{other.label}`",
                     hint=hint,
                 )
+
+
+def _hint(one: Input, other: Input) -> str:
+    """Return what to do with inputs of different names. Norms alone may differ because layers spell them in two ways."""
+    for local, fused in ((one, other), (other, one)):
+        names = set(fused.weights.specs)
+        if {spelled_as(names, name) for name in local.weights.specs} == names:
+            return (
+                f"`{local.label}` names norms as layers without Transformer Engine do; `mbconvert reshard {local.label} DST "
+                f"--weights-only` stores them as `{fused.label}` does"
+            )
+    return _SAME
 
 
 def _check_configs(one: Source, other: Source) -> None:

@@ -93,10 +93,10 @@ def weights_writer(
     the weights, which it is divided like; `run`: what else there is of a training run."""
     model, scope = plan.model, megatron.get("qk_layernorm_scope", "head")
     hybrid, last = model.get("hybrid", False), layout.rank(layout.stage(model.megatron_layers), 0)
-    placed = list(starmap(ShardedTensor, sharded(plan, layout)))
+    weights = list(starmap(ShardedTensor, sharded(plan, layout)))
     weightless = list(weightless_modules({tensor_plan.spec.name for tensor_plan in plan.tensors}, hybrid=hybrid))
     return TorchDistWriter(
-        [*placed, *(ShardedTensor(of[spec.name], chunks) for of in states for spec, chunks in placed if spec.name in of)],
+        [*weights, *(ShardedTensor(of[spec.name], chunks) for of in states for spec, chunks in weights if spec.name in of)],
         iteration=iteration,
         stacked=model.get("stacked", True),
         stateful_module=partial(stateful_module, hybrid=hybrid, own_head_norms=scope != "head"),

@@ -143,8 +143,8 @@ def _first_difference(reader: Reader, name: str, other: str) -> str:
         if not same_bits(left, right):
             differs = left.reshape(-1).view(np.uint8) != right.reshape(-1).view(np.uint8)
             first = np.unravel_index(int(differs.argmax()) // spec.dtype.itemsize, left.shape)
-            place = [part.start + int(index) for part, index in zip(piece.region, first, strict=True)]
-            return f"at {place} they are {float(left[first]):.9g} and {float(right[first]):.9g}"
+            element = [part.start + int(index) for part, index in zip(piece.region, first, strict=True)]
+            return f"at {element} they are {float(left[first]):.9g} and {float(right[first]):.9g}"
     return ""
 
 

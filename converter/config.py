@@ -175,16 +175,16 @@ def agreeing(config: Config, fields: Config) -> dict[str, Any]:
     return {}
 
 
-def one_of(places: Mapping[str, Any]) -> Any:
+def one_of(fields: Mapping[str, Any]) -> Any:
     """Return the value that several fields of `config.json` should share; None if none is set, UserError if they differ."""
-    given = {place: setting for place, setting in places.items() if setting is not None}
+    given = {field: setting for field, setting in fields.items() if setting is not None}
     if not given:
         return None
     (first, value), *others = given.items()
-    for place, other in others:
+    for field, other in others:
         if other != value:
             raise UserError(
-                f"`config.json` says two things: {first} is `{format_untrusted(value)}`, {place} is `{format_untrusted(other)}`",
+                f"`config.json` says two things: {first} is `{format_untrusted(value)}`, {field} is `{format_untrusted(other)}`",
                 hint="loaders differ in which they take: leave one out",
             )
     return value

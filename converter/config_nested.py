@@ -99,7 +99,7 @@ def text_config(families: Mapping[str, Iterable[Field]], defaults: Config | None
 
 
 def _text_of(config: Config) -> dict[str, Any]:
-    """Return `text_config`. Whether output and input embeddings are tied is said beside it, inside it, or in both places."""
+    """Return `text_config`. Whether output and input embeddings are tied is set beside it, inside it, or in both."""
     text = language_model(config)
     if text is config:
         raise UserError(f"`config.json` has no object `{TEXT}`", hint="which describes the language model of this family")

@@ -53,20 +53,13 @@ def sizes(
     def even_heads(config: Config) -> int:
         return count({head_dim or "head_dim": count(config, hidden) // count(config, heads)}, head_dim or "head_dim")
 
-    def write_nothing(_config: Config) -> dict[str, Any]:
-        return {}
-
     return (
         required("num_layers", layers),
         required("hidden_size", hidden),
         required("num_attention_heads", heads),
         field("ffn_hidden_size", ffn, default=ffn_default, null=ffn_default) if ffn_default else required("ffn_hidden_size", ffn),
-        field("num_query_groups", groups, default=value(groups_default) if groups_default else all_heads, null=all_heads)
-        if groups
-        else Field(lambda config: {"num_query_groups": all_heads(config)}, write_nothing),
-        field("kv_channels", head_dim, default=value(head_dim_default) if head_dim_default else even_heads, null=even_heads)
-        if head_dim
-        else Field(lambda config: {"kv_channels": even_heads(config)}, write_nothing),
+        _derived("num_query_groups", groups, default=groups_default, derive=all_heads),
+        _derived("kv_channels", head_dim, default=head_dim_default, derive=even_heads),
         required("vocab_size", vocab),
         field("seq_length", positions, default=value(positions_default)),
         field("init_method_std", "initializer_range", default=value(0.02)),
@@ -75,6 +68,14 @@ def sizes(
                head_dim="kv_channels", ffn="ffn_hidden_size", vocab="vocab_size"),
         switches(tied="share_embeddings_and_output_weights"),
     )  # fmt: skip
+
+
+def _derived(megatron: str, huggingface: str, *, default: int | None, derive: Callable[[Config], int]) -> Field:
+    """Return a field whose number follows from others where it is null, where it is absent without a default, and in families
+    that have no such field, for which `huggingface` is empty."""
+    if not huggingface:
+        return Field(lambda config: {megatron: derive(config)}, lambda _config: {})
+    return field(megatron, huggingface, default=value(default) if default else derive, null=derive)
 
 
 def dropouts(
@@ -90,7 +91,7 @@ def dropouts(
     none.
 
     megatron-core has one number for branches and embeddings, `hidden_dropout`; `embedding_dropout` is the trainer's, where that
-    of embeddings is another. `elsewhere` are dropouts of other places, with which a model is not trained.
+    of embeddings is another. `elsewhere` are other dropouts, with which a model is not trained.
     """
     of_attention = default if attention_default is None else attention_default
     both = tuple(

@@ -1,7 +1,7 @@
-"""Check that all places of a checkpoint describe the same model.
+"""Check that all files of a checkpoint that describe its model describe the same one.
 
 Tensors do not show everything: their shapes are the same for 8 heads of 32 and 4 of 64, and they show no rotary base. What
-tensors do not show is compared wherever two places say it.
+tensors do not show is compared wherever two of them say it.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _HUGGINGFACE = {
 def check(
     origin: HFReference, others: Sequence[HFReference], recorded: Sequence[ModelSettings], *, rows: int | None, layout: str
 ) -> None:
-    """Raise UserError if another place contradicts the reference, and name both.
+    """Raise UserError if another description contradicts the reference, and name both.
 
     `rows`: the rows of the stored embedding, padding included; None if there is none. `layout`: the checkpoint's.
     """
     expected = _megatron_fields(origin.config, layout)
-    places = [(_megatron_fields(other.config, layout), f"{other.origin} `{CONFIG}`") for other in others]
-    places += [(settings.complete, settings.origin) for settings in recorded]
-    for fields, place in places:
+    sources = [(_megatron_fields(other.config, layout), f"{other.origin} `{CONFIG}`") for other in others]
+    sources += [(settings.complete, settings.origin) for settings in recorded]
+    for fields, source in sources:
         for name in differing(expected, fields, rows=rows):
             raise UserError(
-                f"{_start(origin)} says that {_both_names(name)} is `{format_untrusted(expected.get(name))}`, {place} that it is "
-                f"`{format_untrusted(fields.get(name))}`: no tensor shows which is right",
+                f"{_start(origin)} says that {_both_names(name)} is `{format_untrusted(expected.get(name))}`, {source} that it "
+                f"is `{format_untrusted(fields.get(name))}`: no tensor shows which is right",
                 hint=f"the weights were trained with one of them: correct the other, so that both have the same "
                 f"{_both_names(name)}",
             )

@@ -30,7 +30,7 @@ class Conversion:
     """Raise UserError for numbers in the source that cannot be converted. Reads tensors, which planning does not."""
 
     settle: Callable[[int], Conversion] | None = None
-    """Return the conversion with what only reading on some threads can tell, just before it is carried out: a dry run does
+    """Return the conversion with what only reading on some threads can tell, just before it is executed: a dry run does
     without."""
 
     done: Callable[[], str] | None = None
@@ -41,8 +41,8 @@ class Conversion:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A conversion that is carried out: to where, and how."""
+class Execution:
+    """A conversion with its target and the options that it is executed with."""
 
     conversion: Conversion
     target: str

@@ -107,7 +107,7 @@ class ConversionPlan:
 
 
 def check_name(name: str, path: str) -> None:
-    """Raise UserError if no index could list the file `name`, whose place in the output is `path`."""
+    """Raise UserError if no index could list the file `name`, whose path in the output is `path`."""
     if not is_text(path):
         raise UserError(
             f"the name of `{printable(name)}` is not UTF-8, so `{integrity.FILE}` could not list it",

@@ -15,7 +15,7 @@ from typing import Any
 
 from converter.checks import replacement_rule
 from converter.comparison import compare
-from converter.conversion import Conversion, Job
+from converter.conversion import Conversion, Execution
 from converter.conversion_plan import partial_directory
 from converter.documents import write_documents, write_markers
 from converter.execution import ExecutionOptions, Reporter, Summary
@@ -54,7 +54,7 @@ def execute(
     if dry_run:
         _check_target(target, files, options)
     else:
-        reused = _write(Job(conversion, target, files, options, reporter, sources, workers))
+        reused = _write(Execution(conversion, target, files, options, reporter, sources, workers))
         if conversion.done:
             reporter.note(conversion.done())
     return Summary(
@@ -85,27 +85,27 @@ def _estimate(conversion: Conversion, target: str, workers: int) -> int:
     return expected_peak(conversion, target, workers, planned=resident_memory(), highest=peak_memory())
 
 
-def _write(job: Job) -> int:
+def _write(execution: Execution) -> int:
     """Write the output, from the lock to the commit; return how many bytes an earlier run had written."""
-    conversion, options, note = job.conversion, job.options, job.reporter.note
+    conversion, options, note = execution.conversion, execution.options, execution.reporter.note
     conversion.check()
-    if is_remote(job.target):
+    if is_remote(execution.target):
         from converter.execute_remote import upload  # noqa: PLC0415 - the clients of object stores
 
-        upload(job)
+        upload(execution)
         return 0
-    plan, ranks, final = conversion.plan, options.get("ranks") or alone(), Path(job.target)
+    plan, ranks, final = conversion.plan, options.get("ranks") or alone(), Path(execution.target)
     partial = partial_directory(final, plan.tensor_plans, plan.identity)
     meeting = partial.with_name(f"{partial.name}.ranks")
-    rule, resume = replacement_rule(options, job.files), options.get("resume", False)
+    rule, resume = replacement_rule(options, execution.files), options.get("resume", False)
     with (
         user_errors(final),
         Rendezvous(meeting, ranks.rank, ranks.size, ranks.run_id, target=final, note=note) as together,
         staged(final, partial, resumable(plan), together, rule=rule, resume=resume, note=note) as stage,
     ):
         if together.is_first:
-            check_room(final, sum(job.files.values()), already=partial)
-        return _Rank(job, stage, together).write(_share(plan.tensor_plans, ranks), verify=options.get("verify", False))
+            check_room(final, sum(execution.files.values()), already=partial)
+        return _Rank(execution, stage, together).write(_share(plan.tensor_plans, ranks), verify=options.get("verify", False))
 
 
 def _share(tensor_plans: Sequence[TensorPlan], ranks: Ranks) -> Sequence[TensorPlan]:
@@ -116,10 +116,10 @@ def _share(tensor_plans: Sequence[TensorPlan], ranks: Ranks) -> Sequence[TensorP
 class _Rank:
     """One process's steps in a staged directory, up to the commit. Made for one run."""
 
-    def __init__(self, job: Job, stage: Stage, together: Rendezvous) -> None:
-        self._conversion, self._plan = job.conversion, job.conversion.plan
-        self._stage, self._together, self._files = stage, together, job.files
-        self._reporter, self._sources, self._workers = job.reporter, job.sources, job.workers
+    def __init__(self, execution: Execution, stage: Stage, together: Rendezvous) -> None:
+        self._conversion, self._plan = execution.conversion, execution.conversion.plan
+        self._stage, self._together, self._files = stage, together, execution.files
+        self._reporter, self._sources, self._workers = execution.reporter, execution.sources, execution.workers
         self._finished = read_journals(stage.state) if stage.resumed else Finished()
 
     def write(self, tensor_plans: Sequence[TensorPlan], *, verify: bool) -> int:

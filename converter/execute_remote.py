@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from converter.checks import replacement_rule
-from converter.conversion import Job
+from converter.conversion import Execution
 from converter.conversion_plan import ConversionPlan
 from converter.documents import write_documents, write_markers
 from converter.hashing import Hashing
@@ -26,29 +26,29 @@ from formats.remote.outputs import RemoteOutputs
 from formats.remote.upload import Upload
 
 
-def upload(job: Job) -> None:
+def upload(execution: Execution) -> None:
     """Write the output to a URL. Raises UserError for more than one rank, or if a source changed meanwhile."""
-    conversion, files, workers = job.conversion, job.files, job.workers
-    ranks = job.options.get("ranks") or alone()
+    conversion, files, workers = execution.conversion, execution.files, execution.workers
+    ranks = execution.options.get("ranks") or alone()
     if ranks.size > 1:
         raise UserError(
-            f"`{without_secrets(job.target)}` cannot be written by {ranks.size} processes together",
+            f"`{without_secrets(execution.target)}` cannot be written by {ranks.size} processes together",
             hint="use one process, or convert to a shared file system and copy",
         )
 
     def done(task: Task) -> None:
-        job.reporter.progress(task.piece.nbytes)
+        execution.reporter.progress(task.piece.nbytes)
 
     plan = replace(conversion.plan, tensor_plans=file_by_file(conversion.plan))
-    with Upload(job.target, rule=replacement_rule(job.options, files)) as uploaded:
+    with Upload(execution.target, rule=replacement_rule(execution.options, files)) as uploaded:
         with closing(RemoteOutputs(uploaded, plan.writer)) as outputs:
             hashing = Hashing(plan, Finished())
             worker = Worker(plan, plan.tensor_plans, hashing, ())
-            job.reporter.start(worker.remaining_bytes)
+            execution.reporter.start(worker.remaining_bytes)
             worker.move(conversion.reader, outputs, workers=workers, done=done)
             hashing.read_again(conversion.reader, hashing.out_of_order(), workers=workers)
             hashing.files |= write_documents(conversion, outputs, files, hashing.tensors)
-            check_unchanged(job.sources)
+            check_unchanged(execution.sources)
             write_markers(plan, outputs, files, hashing.files)
         uploaded.commit(_last(plan, files), record=plan.output.record)
 

@@ -161,7 +161,7 @@ def to_huggingface(rules: Sequence[Rule], model: Model, source: Specs, *, dtype:
     which are taken where they fit: a large model has hundreds of thousands of names."""
     tables = Tables(rules, model)
     stored = stored_tensors(tables, model, source)
-    made = _Made(source, dtype, known or {})
+    made = _ExportedTensors(source, dtype, known or {})
     filled, kept = dict[str, float](), set[str]()
     for (table, indices), spec in zip(tables, stored, strict=True):
         kept |= {fill(name, indices) for name in table.names} if table.rule.keep_dtype else set()
@@ -203,7 +203,7 @@ class _Gathered:
     experts: list[int] = field(default_factory=list[int])
 
 
-class _Made:
+class _ExportedTensors:
     """The Hugging Face tensors of an export, in the order in which they are first named."""
 
     def __init__(self, source: Specs, dtype: str, known: Specs) -> None:

@@ -27,9 +27,9 @@ def rank_files_writer(
     """Return the files of a plan's weights in a layout. `megatron`: the model's fields; `common`: what each file has beside
     weights. Raises UserError for models and layouts that such files cannot hold."""
     _check_layout(layout, megatron)
-    placed = list(_placed(plan, layout, megatron, implementation))
+    weights = list(_weights(plan, layout, megatron, implementation))
     names: dict[tuple[str, int], list[str]] = {}
-    for _, arrays in placed:
+    for _, arrays in weights:
         for holder in (holder for each in arrays for holder in each.holders):
             names.setdefault((holder.file, holder.chunk), []).append(holder.name)
     last = layout.pp * layout.vpp - 1
@@ -41,7 +41,7 @@ def rank_files_writer(
         return RankState(file, empty)
 
     ranks = (Rank(*each) for each in product(range(layout.tp), range(layout.pp), range(layout.ep)))
-    return RankFilesWriter(placed, map(state, ranks), common)
+    return RankFilesWriter(weights, map(state, ranks), common)
 
 
 def _check_layout(layout: Layout, megatron: Config) -> None:
@@ -55,7 +55,7 @@ def _check_layout(layout: Layout, megatron: Config) -> None:
         )
 
 
-class _Place(NamedTuple):
+class _HoldingRanks(NamedTuple):
     """The ranks that hold a weight, and its name there."""
 
     stage: int
@@ -72,7 +72,7 @@ def _file(rank: Rank, layout: Layout) -> str:
     return f"{folder_of(rank, pp=layout.pp, ep=layout.ep)}{FILE}"
 
 
-def _placed(
+def _weights(
     plan: Plan, layout: Layout, megatron: Config, implementation: str
 ) -> Iterator[tuple[TensorSpec, tuple[RankArray, ...]]]:
     """Yield the weights of a plan, with the arrays that ranks hold of each."""
@@ -80,10 +80,10 @@ def _placed(
     for (rule, indices), tensor_plan in zip(plan.bound_rules, plan.tensors, strict=True):
         spec = tensor_plan.spec
         _check_division(rule, spec.name)
-        places = [_place(rule, indices, plan, layout, implementation)]
+        holding = [_holding_ranks(rule, indices, plan, layout, implementation)]
         if tied and spec.name == EMBEDDING:
-            places.append(_Place(layout.pp - 1, layout.vpp - 1, OUTPUT, range(layout.ep)))
-        yield spec, tuple(_arrays(rule, spec.shape, places, layout))
+            holding.append(_HoldingRanks(layout.pp - 1, layout.vpp - 1, OUTPUT, range(layout.ep)))
+        yield spec, tuple(_arrays(rule, spec.shape, holding, layout))
 
 
 def _check_division(rule: Rule, name: str) -> None:
@@ -96,7 +96,7 @@ def _check_division(rule: Rule, name: str) -> None:
         raise UserError(f"files of ranks cannot hold `{name}`: how ranks divide it is not known there", hint=_ELSEWHERE)
 
 
-def _place(rule: Rule, indices: Indices, plan: Plan, layout: Layout, implementation: str) -> _Place:
+def _holding_ranks(rule: Rule, indices: Indices, plan: Plan, layout: Layout, implementation: str) -> _HoldingRanks:
     layer = megatron_layer(rule, indices, plan.model)
     number = layout.model_chunk(layer)
     local, ep = {**indices, "layer": layer - layout.first_layer(number)}, range(layout.ep)
@@ -104,14 +104,14 @@ def _place(rule: Rule, indices: Indices, plan: Plan, layout: Layout, implementat
         count = plan.model.experts // layout.ep
         owner, local["expert"] = divmod(indices["expert"], count)
         ep = range(owner, owner + 1)
-    return _Place(number % layout.pp, number // layout.pp, weight_name(rule, local, implementation), ep)
+    return _HoldingRanks(number % layout.pp, number // layout.pp, weight_name(rule, local, implementation), ep)
 
 
-def _arrays(rule: Rule, shape: Shape, places: list[_Place], layout: Layout) -> Iterator[RankArray]:
+def _arrays(rule: Rule, shape: Shape, holding: list[_HoldingRanks], layout: Layout) -> Iterator[RankArray]:
     """Yield what ranks hold of a weight: one array that all have, or one for each tensor-parallel rank."""
     cut = shards(shape, rule.partition_dim, rule.partition_stride, layout.tp)
     if rule.partition_dim is None:
-        everywhere = tuple(holder for place in places for holder in place.holders(layout, range(layout.tp)))
+        everywhere = tuple(holder for ranks in holding for holder in ranks.holders(layout, range(layout.tp)))
         yield RankArray(shape, ((cut[0][0], (0,) * len(shape)),), everywhere)
         return
     dim = rule.partition_dim
@@ -123,5 +123,5 @@ def _arrays(rule: Rule, shape: Shape, places: list[_Place], layout: Layout) -> I
             (region, tuple(block * step if axis == dim else 0 for axis in range(len(shape))))
             for block, region in enumerate(regions)
         )
-        holders = tuple(holder for place in places for holder in place.holders(layout, range(tp_rank, tp_rank + 1)))
+        holders = tuple(holder for ranks in holding for holder in ranks.holders(layout, range(tp_rank, tp_rank + 1)))
         yield RankArray(own, boxes, holders)

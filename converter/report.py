@@ -137,7 +137,7 @@ def _megatron(folder: Folder, kind: Format, *, tensors: bool) -> Report:
 
 
 def _config(reader: MegatronReader) -> Mapping[str, Any]:
-    """Return the checkpoint's `config.json`, or one of its settings in whose family all tensors have their place; else empty."""
+    """Return the checkpoint's `config.json`, or one of its settings in whose family every tensor has a name; else empty."""
     if own := load(reader.folder):
         return own.config
     try:

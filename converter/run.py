@@ -60,12 +60,12 @@ class Observer:
 
 
 def run(tasks: Iterable[Task], reader: Reader, writer: Writer, *, outputs: Outputs, workers: int, observer: Observer) -> None:
-    """Carry out every task: read its piece with `reader` and put it into `outputs` where `writer` lays it out."""
+    """Execute every task: read its piece with `reader` and put it into `outputs` where `writer` lays it out."""
 
     def start() -> Callable[[Task], None]:
         buffers = PieceBuffers(observer.read)
 
-        def carry_out(task: Task) -> None:
+        def execute(task: Task) -> None:
             name, region = task.piece.tensor.spec.name, task.piece.region
             data = buffers.make(task.piece, reader, writer.file_offset(name, region))
             with alongside(pool, observer.made, task.piece, data):
@@ -73,7 +73,7 @@ def run(tasks: Iterable[Task], reader: Reader, writer: Writer, *, outputs: Outpu
                     writer.write(outputs, name, region, data)
             observer.done(task)
 
-        return carry_out
+        return execute
 
     with ThreadPoolExecutor(workers, thread_name_prefix="made") as pool:
         in_threads(tasks, start, workers=workers, stop=observer.stop)

@@ -145,7 +145,7 @@ class UnknownModelError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """The settings of a checkpoint's model, as recorded in one place."""
+    """The settings of a checkpoint's model, as one file records them."""
 
     fields: Mapping[str, Any]
     """By the names of TransformerConfig and GPTModel; None if it says that there is none."""
@@ -154,7 +154,7 @@ class ModelSettings:
     """All recorded settings, by the names that they have there."""
 
     origin: str
-    """The place, for messages."""
+    """The file, for messages."""
 
     @property
     def known(self) -> dict[str, Any]:

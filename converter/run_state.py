@@ -21,6 +21,7 @@ from formats.optimizer.state import EXP_AVG, FULLY_RESHARDABLE, LOSS_SCALE, MAST
 from formats.pickles import Record
 from formats.random_states import RandomStates
 from formats.spec import DTYPES, JoinedReader, Reader, RenamedReader, TensorSpec
+from formats.torch_dist import TorchDistReader
 from formats.torch_dist_writer import STATE, RunState
 
 _KEPT = (
@@ -64,8 +65,10 @@ def open_run(reader: MegatronReader) -> TrainingRun | None:
     if not optimizer:
         return None
     if not optimizer.groups:
+        reason = reader.unread_trainer() if isinstance(reader, TorchDistReader) else ""
         raise UserError(
-            f"`{reader.folder.label}` has optimizer state without the hyper-parameters of its groups",
+            f"`{reader.folder.label}` has optimizer state without the hyper-parameters of its groups"
+            + (f": the state of NeMo's trainer is not read: {reason}" if reason else ""),
             hint=_INSTEAD,
         )
     optimizer = optimizer._replace(states={**optimizer.states, MASTER: _masters(reader, optimizer)})
@@ -153,6 +156,8 @@ def notes_on_run(run: TrainingRun, sizes: Mapping[str, int]) -> Iterator[str]:
         yield "fp32 masters were not compared with the weights, which were in FP8 or FP4 while they were trained"
     if "iteration" not in run.checkpoint.common_state() and not run.checkpoint.folder.has(TRAIN_STATE):
         yield "the step and the schedule are not read from this kind of checkpoint: training counts from step 0"
+    elif run.checkpoint.settings:
+        yield "the schedule of NeMo's trainer is not read: the settings of the run that goes on say how the learning rate does"
     if reason := _anew(run.checkpoint, sizes):
         yield f"random numbers start anew: {reason} (Megatron-LM: `--no-load-rng`)"
 

@@ -104,18 +104,18 @@ def append_parts(
         dtype = tensors[group.key][1]
         numbers[0, group.numbers] = [files.file(box.file) for box in group.boxes]
         numbers[1, group.numbers] = [files.frame(frame(dtype, tuple(sizes))) for sizes in group.sizes.tolist()]
-    places = files.append(numbers[0], numbers[1], alignment=DATA_ALIGNMENT)
+    locations = files.append(numbers[0], numbers[1], alignment=DATA_ALIGNMENT)
     of_key: dict[str, list[_Group]] = {key: [] for key in tensors}
     for group in groups:
         of_key[group.key].append(group)
     names = files.names
     return {
-        key: ChunkedTensor(shape, dtype, _table(of_key[key], len(shape), places), names)
+        key: ChunkedTensor(shape, dtype, _table(of_key[key], len(shape), locations), names)
         for key, (shape, dtype) in tensors.items()
     }
 
 
-def _table(groups: Sequence[_Group], dims: int, places: Array) -> array[int]:
+def _table(groups: Sequence[_Group], dims: int, locations: Array) -> array[int]:
     """Return the numbers of `ChunkedTensor` for the chunks of one key, in their order among all chunks.
 
     They are filled in place: a large model has tens of MiB of them.
@@ -127,7 +127,7 @@ def _table(groups: Sequence[_Group], dims: int, places: Array) -> array[int]:
     numbers = array("q", [0]) * (len(order) * stride(dims))
     table, done = np.frombuffer(numbers, np.int64).reshape(-1, stride(dims)), 0
     for group, some in zip(groups, chunks, strict=True):
-        table[position[done : done + len(some)]] = group.table(places).reshape(len(some), -1)
+        table[position[done : done + len(some)]] = group.table(locations).reshape(len(some), -1)
         done += len(some)
     return numbers
 
@@ -155,7 +155,7 @@ class _Group:
     def _with_rows(self, numbers: Sequence[Shape], row: int) -> Array:
         return np.array([(*(row,) * self.depth, *some) for some in numbers], np.int64).reshape(len(numbers), -1)
 
-    def table(self, places: Array) -> Array:
+    def table(self, locations: Array) -> Array:
         """Return the rows of `ChunkedTensor` for the chunks, [parts, shards, stride]."""
         sizes = self.sizes
         dims = sizes.shape[1]
@@ -163,7 +163,7 @@ class _Group:
         table[:, :, :dims] = self._with_rows([box.starts for box in self.boxes], 0)
         table[:, :, : self.depth] = np.array(self.rows, np.int64).reshape(len(self.firsts), 1, self.depth)
         table[:, :, dims : 2 * dims] = sizes
-        table[:, :, 2 * dims : -1] = places[self.numbers]
+        table[:, :, 2 * dims : -1] = locations[self.numbers]
         return table
 
 

@@ -35,10 +35,10 @@ class Index:
     """An index that was read. Tensors are checked when they are requested."""
 
     def __init__(
-        self, tensors: Mapping[str, Record], objects: set[str], places: _Locations, flattened: Mapping[str, Shape]
+        self, tensors: Mapping[str, Record], objects: set[str], locations: _Locations, flattened: Mapping[str, Shape]
     ) -> None:
         self.tensors, self.objects, self.flattened = tensors, objects, flattened
-        self._locations = places
+        self._locations = locations
 
     @property
     def files(self) -> set[str]:
@@ -91,7 +91,7 @@ def _index(loaded: Any) -> Index:
                 kind=Global(name="Metadata" | "MCoreMetadata"),
                 state={"state_dict_metadata": {**described}, "storage_data": {**stored}} as state,
             ):
-                places, flattened = _Locations(stored), _flattened(state)
+                locations, flattened = _Locations(stored), _flattened(state)
                 objects = {
                     name for name, record in described.items() if record is OBJECT or record.kind.name == "BytesStorageMetadata"
                 }
@@ -107,7 +107,7 @@ def _index(loaded: Any) -> Index:
                 raise _malformed("duplicate chunk")
     if not all(_is_name(name) for name in described):
         raise _malformed("a tensor's name is not text")
-    return Index(tensors, objects, places, flattened)
+    return Index(tensors, objects, locations, flattened)
 
 
 def _flattened(state: Mapping[str, Any]) -> dict[str, Shape]:

@@ -51,13 +51,13 @@ class _Stored(NamedTuple):
 class FsdpWriter:
     """The layout of one iteration, under a root with its trackers."""
 
-    def __init__(self, placed: Iterable[FsdpTensor], common: Mapping[str, Any], *, iteration: int = 0) -> None:
+    def __init__(self, tensors: Iterable[FsdpTensor], common: Mapping[str, Any], *, iteration: int = 0) -> None:
         """`common` are objects beside the weights, by name: `args`, `iteration`, `checkpoint_version`."""
         self._iteration, self._folder = iteration, iteration_folder(iteration)
         self.specs: dict[str, TensorSpec] = {}
         self._stored: dict[str, tuple[_Stored, ...]] = {}
         keys, parts = dict[str, tuple[Shape, np.dtype[Any]]](), list[NewPart]()
-        for tensor in placed:
+        for tensor in tensors:
             spec = tensor.spec
             self.specs[spec.name], self._stored[spec.name] = spec, _stored(tensor)
             for stored in self._stored[spec.name]:

@@ -233,8 +233,8 @@ class HuggingFaceReader:
     def _taken_out(self, listed: dict[str, str], file: str) -> dict[str, str]:
         """Take a file's tensors out of the index, which frees their names one file after the other; return those that it puts
         elsewhere, with where."""
-        places = {name: listed.pop(name, _NO_FILE) for name in self.shards[file].tensors}
-        return {name: place for name, place in places.items() if place != file}
+        files_listed = {name: listed.pop(name, _NO_FILE) for name in self.shards[file].tensors}
+        return {name: listed_file for name, listed_file in files_listed.items() if listed_file != file}
 
     def _check_index(self, wrong: Mapping[str, str]) -> None:
         """Raise UserError for the first of the tensors that the index puts where they are not."""

@@ -124,9 +124,9 @@ def _decoded(column: Sequence[bytes]) -> Array:
     for code, count in ((pickle.BININT2[0], 2), (pickle.BININT[0], 4), (pickle.LONG_BINGET[0], 4)):
         chosen = np.flatnonzero(codes == code)
         if len(chosen):
-            places = starts[chosen, np.newaxis] + 1 + np.arange(count)
+            positions = starts[chosen, np.newaxis] + 1 + np.arange(count)
             raw = np.zeros((len(chosen), 4), np.uint8)
-            raw[:, :count] = stream[places]
+            raw[:, :count] = stream[positions]
             values[chosen] = raw.view("<i4")[:, 0]
     for number in np.flatnonzero(codes == pickle.LONG1[0]).tolist():
         value = int.from_bytes(column[number][2:], "little", signed=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from formats.errors import UserError
 from formats.index_patterns import Pattern, pattern_of
-from formats.pickles import Global, Record, Run, Unpickler, load_from
+from formats.pickles import Global, Record, RecordSequence, Unpickler, load_from
 from formats.spec import Array
 from formats.torch_zip import read_sizes
 
@@ -31,14 +31,14 @@ _MEMOIZE = pickle.MEMOIZE[0]
 
 
 @dataclass(slots=True, eq=False)
-class ChunkRun(Run):
+class ChunkRun(RecordSequence):
     """Consecutive chunks in a list: offsets and sizes of each, [count, 2 * dims]."""
 
     table: Array
 
 
 @dataclass(slots=True, eq=False)
-class LocationRun(Run):
+class LocationRun(RecordSequence):
     """Consecutive archives in the index: the numbers in `texts` of the tensor or object `names` and of the `files`, the chunks'
     `offsets` [count, dims] (None for objects), and `spans` [count, 2], offset and length in the file."""
 
@@ -49,10 +49,10 @@ class LocationRun(Run):
     texts: Mapping[int, str]
 
 
-ELSEWHERE = Run()
+ELSEWHERE = RecordSequence()
 """Placeholder for (parts of) records that were stored as numbers or skipped, where something refers to them."""
 
-OBJECT = Run()
+OBJECT = RecordSequence()
 """Placeholder for the record of an object, which has no content."""
 
 
@@ -138,7 +138,7 @@ class IndexUnpickler(Unpickler):
         return self.append(value)
 
     def load_build(self) -> None:
-        if isinstance(self.stack[-2], Run):
+        if isinstance(self.stack[-2], RecordSequence):
             raise UserError("it changes a record after building it")
         super().load_build()
         target: Any = self.stack[-1]

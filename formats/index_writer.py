@@ -57,10 +57,10 @@ def _blocks(parts: Iterable[bytes]) -> Iterator[bytes]:
 def _size(tensors: Mapping[str, ChunkedTensor], objects: Archives) -> int:
     """Bytes of the pickle: those of one with the first chunk of each tensor and the first object, and what the others add,
     which differ in numbers and in the names that are spelled out where they come first."""
-    writer, (names, places, files) = _Writer(), objects
-    total = sum(map(len, writer.parts(tensors, (names[:1], places[:1], files), most=1)))
+    writer, (names, locations, files) = _Writer(), objects
+    total = sum(map(len, writer.parts(tensors, (names[:1], locations[:1], files), most=1)))
     known = set(writer.known)
-    spelled = known | {files[int(number)] for number in np.unique(places[:, 0])}
+    spelled = known | {files[int(number)] for number in np.unique(locations[:, 0])}
     if files:
         writer.name(files[0])  # so that what a record adds is counted without the name
     for key, tensor in tensors.items():
@@ -76,10 +76,10 @@ def _size(tensors: Mapping[str, ChunkedTensor], objects: Archives) -> int:
     if names:
         each = (
             len(writer.object(names[0]))
-            + len(writer.location(names[0], None, files[int(places[0, 0])], 0, 0))
+            + len(writer.location(names[0], None, files[int(locations[0, 0])], 0, 0))
             - 2 * len(_number(0))
         )
-        total += each * (len(names) - 1) + _digits(places[1:, 1:])
+        total += each * (len(names) - 1) + _digits(locations[1:, 1:])
     return total + sum(len(_spelled(name)) for name in spelled - known)
 
 
@@ -100,7 +100,7 @@ class _Writer:
 
     def parts(self, tensors: Mapping[str, ChunkedTensor], objects: Archives, *, most: int | None = None) -> Iterator[bytes]:
         """The pickle from its first byte to its last; of each tensor with at most so many chunks."""
-        at, (names, places, files) = self.name, objects
+        at, (names, locations, files) = self.name, objects
         yield pickle.PROTO + b"\x02" + at(Global(_METADATA, "Metadata")) + _BARE + _DICT
         yield at("state_dict_metadata") + _DICT
         for key, tensor in tensors.items():
@@ -112,7 +112,7 @@ class _Writer:
             dims = len(tensor.shape)
             for numbers in _rows(tensor, most):
                 yield self.location(key, numbers[:dims], tensor.files[numbers[-4]], numbers[-3], numbers[-2])
-        for key, (file, offset, length) in zip(names, places.tolist(), strict=True):
+        for key, (file, offset, length) in zip(names, locations.tolist(), strict=True):
             yield self.location(key, None, files[int(file)], offset, length)
         yield pickle.SETITEMS + at("storage_meta") + pickle.NONE + at("version") + at("1.0.0") + _END + pickle.STOP
 

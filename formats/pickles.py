@@ -206,11 +206,11 @@ class Unpickler(_BASE):
     dispatch[pickle.BUILD[0]] = load_build
 
 
-class Run:
+class RecordSequence:
     """A sequence of consecutive records, kept in another form by a reader."""
 
 
-_KEYS = (str, int, float, bytes, type(None), Record, Global, Run)
+_KEYS = (str, int, float, bytes, type(None), Record, Global, RecordSequence)
 
 
 def _hashable(key: Any) -> Any:

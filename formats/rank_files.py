@@ -105,9 +105,9 @@ def _first_layers(files: Mapping[Rank, RankFile], args: Mapping[str, Any]) -> di
         for chunk, state in enumerate(rank_file.models)
     }
     firsts, layers = dict[tuple[int, int], int](), 0
-    for place in sorted(counts):
-        firsts[place] = layers
-        layers += counts[place]
+    for chunk_and_stage in sorted(counts):
+        firsts[chunk_and_stage] = layers
+        layers += counts[chunk_and_stage]
     expected = args.get("num_layers")
     if expected is not None and expected != layers:
         raise UserError(

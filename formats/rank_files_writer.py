@@ -58,11 +58,11 @@ class _Entry(NamedTuple):
 
 class RankFilesWriter:
     """The layout of one iteration, `release`, which Megatron-LM takes for weights without a run. Data lies in each file in the
-    order of the weights that are `placed`."""
+    order of `weights`."""
 
     def __init__(
         self,
-        placed: Iterable[tuple[TensorSpec, tuple[RankArray, ...]]],
+        weights: Iterable[tuple[TensorSpec, tuple[RankArray, ...]]],
         states: Iterable[RankState],
         common: Mapping[str, Any],
     ) -> None:
@@ -74,7 +74,7 @@ class RankFilesWriter:
         self._numbers: dict[str, array[int]] = {}
         """The numbers of a weight's entries in their files: of its arrays, of each array's holders."""
 
-        for spec, arrays in placed:
+        for spec, arrays in weights:
             self.specs[spec.name], self._arrays[spec.name] = spec, arrays
             self._numbers[spec.name] = array("q", self._added(spec, arrays))
         self._starts, self._sizes = dict[str, list[int]](), dict[str, int]()
@@ -107,7 +107,7 @@ class RankFilesWriter:
         return archive_spans(self._value(file), [entry.nbytes for entry in self._entries[file]])
 
     def _value(self, file: str) -> dict[str, Any]:
-        """Return what a file holds; tensors are records of their place."""
+        """Return what a file holds; tensors are records of their location."""
         chunks: list[dict[str, Any]] = [dict.fromkeys(names) for names in self._states[file].empty]
         for number, entry in enumerate(self._entries[file]):
             chunks[entry.chunk][entry.name] = tensor_record(dtype_name(entry.dtype), entry.shape, key=str(number))

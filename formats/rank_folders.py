@@ -40,7 +40,7 @@ _LAST = re.compile(r"decoder\.final_(layer)?norm\..*")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Rank:
-    """A place in tensor, pipeline and expert parallelism."""
+    """A rank's numbers in tensor, pipeline and expert parallelism."""
 
     tp: int
     pp: int
@@ -151,7 +151,7 @@ def _sizes_of_names(names: list[str], first: RankFile) -> tuple[int, int, int]:
     """Return the sizes that the names of folders count. A lone second number is of expert parallelism if the first file has the
     norm after all layers, which is in the last stage of a pipeline."""
     numbers = [match.groups(default="0") for name in names if (match := _FOLDER.fullmatch(name))]
-    tp, second, third = (1 + max(int(each[place]) for each in numbers) for place in range(3))
+    tp, second, third = (1 + max(int(each[axis]) for each in numbers) for axis in range(3))
     if third == 1 and any(_LAST.fullmatch(name) for model in first.models for name in model):
         return tp, 1, second
     return tp, second, third

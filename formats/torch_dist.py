@@ -21,9 +21,10 @@ from formats.chunks import Chunk, ChunkedTensor
 from formats.container import Container
 from formats.dcp import DcpContainer
 from formats.dcp_index import METADATA
-from formats.errors import UserError
+from formats.errors import TransientError, UserError
 from formats.folder import FileRef, Folder
 from formats.iterations import COMMON, find_iteration
+from formats.lightning import in_megatrons_words
 from formats.object_names import ObjectName
 from formats.pickles import Record
 from formats.rank_names import with_expert
@@ -230,17 +231,37 @@ class TorchDistReader:
             self._tensor(key)
 
     def common_state(self) -> dict[str, Any]:
-        """See `MegatronReader.common_state`. That of NeMo is its trainer's, which may name any class: it is not read."""
-        archive = self.common_archive()
-        if archive and self.root:
-            return {}
-        if not archive:
+        """See `MegatronReader.common_state`. That of NeMo is its trainer's, of which the step and the optimizer are returned. It
+        may name any class: where it is not readable, nothing is returned, and `unread_trainer` says why."""
+        if not self._has_common():
             return self._objects_of_common()
-        match archive.pickle():
+        if self.root:
+            return self._trainer()[0]
+        match self._common():
             case {**fields} | [{**fields}]:
                 return fields
             case _:
                 raise UserError("the checkpoint's common state is not a dictionary")
+
+    def unread_trainer(self) -> str:
+        """Return why the state of NeMo's trainer is not read; empty where it is, and in checkpoints of other programs."""
+        return self._trainer()[1] if self.root and self._has_common() else ""
+
+    def _trainer(self) -> tuple[dict[str, Any], str]:
+        """Return what is read of the state of NeMo's trainer, or why it is not."""
+        try:
+            return in_megatrons_words(self._common()), ""
+        except TransientError:
+            raise
+        except UserError as error:
+            return {}, str(error.args[0])
+
+    def _common(self) -> Any:
+        archive = self.common_archive()
+        return archive.pickle() if archive else None
+
+    def _has_common(self) -> bool:
+        return self.folder.has(COMMON) or COMMON_KEY in self.container.object_names
 
     def _objects_of_common(self) -> dict[str, Any]:
         names, start = set(self.container.object_names), f"{_SCHEDULER}."

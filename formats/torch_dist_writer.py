@@ -71,7 +71,7 @@ class TorchDistWriter:
 
     def __init__(
         self,
-        placed: Iterable[ShardedTensor],
+        tensors: Iterable[ShardedTensor],
         *,
         iteration: int = 0,
         whole_model: bool = True,
@@ -90,7 +90,7 @@ class TorchDistWriter:
         self._folder = iteration_folder(iteration)
         self._whole_model, self._stacked = whole_model, stacked
         self.specs: dict[str, TensorSpec] = {}
-        parts = _parts(self._noted(placed), self._located)
+        parts = _parts(self._noted(tensors), self._located)
         keys = _keys(self.specs.values(), parts)
         common = NewObject(COMMON_STATE, rank_file(0), _common(iteration, run.common, stacked=whole_model and stacked))
         states = chain(_extra_states(parts, keys, stateful_module), starmap(_extra_state, weightless.items()))
@@ -99,10 +99,10 @@ class TorchDistWriter:
         self._train_state = run.train_state or train_state(iteration)
         self._iteration = iteration
 
-    def _noted(self, placed: Iterable[ShardedTensor]) -> Iterator[ShardedTensor]:
-        for item in placed:
-            self.specs[item.spec.name] = item.spec
-            yield item
+    def _noted(self, tensors: Iterable[ShardedTensor]) -> Iterator[ShardedTensor]:
+        for tensor in tensors:
+            self.specs[tensor.spec.name] = tensor.spec
+            yield tensor
 
     def _located(self, name: str) -> tuple[str, tuple[int, ...]]:
         """The key that a weight is stored under, and its rows there where layers or experts are stacked."""
@@ -147,12 +147,12 @@ def rank_file(rank: int) -> str:
     return f"__{rank}_0.distcp"
 
 
-def _parts(placed: Iterable[ShardedTensor], locate: Callable[[str], tuple[str, tuple[int, ...]]]) -> list[NewPart]:
+def _parts(tensors: Iterable[ShardedTensor], locate: Callable[[str], tuple[str, tuple[int, ...]]]) -> list[NewPart]:
     """For each weight, where it is stored. Layers are held alike, so boxes are taken apart once for all that share them."""
     known: dict[int, list[Box]] = {}
     keys, last = dict[str, str](), tuple[int, ...]()  # one object for each key, and for rows that follow one another
     parts: list[NewPart] = []
-    for spec, chunks in placed:
+    for spec, chunks in tensors:
         boxes = known.get(id(chunks))
         if boxes is None:
             boxes = [Box(tuple(part.start for part in region), extent(region), rank_file(rank)) for region, rank in chunks]

@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from formats import zarr_compressed
 from formats.chunks import ChunkedTensor, stride
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
@@ -26,6 +25,7 @@ from formats.json_objects import read_json
 from formats.spec import DTYPES, Array, Region, Shape, is_valid_shape, relative_to
 from formats.stored_arrays import StoredArray, read_region
 from formats.torch_zip import OpenArchive
+from formats.zarr_compressed import Compression, DecodedChunks
 
 ARRAY = ".zarray"
 
@@ -52,7 +52,12 @@ class ZarrArray:
     shape: Shape
     chunk: Shape
     dtype: np.dtype[Any]
-    is_compressed: bool
+    compression: Compression | None
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The bytes of a chunk that is not compressed."""
+        return prod(self.chunk) * self.dtype.itemsize
 
     @property
     def grid(self) -> Shape:
@@ -69,6 +74,7 @@ class ZarrContainer:
         self._arrays = {name: _read(folder, name) for name in names if folder.has(f"{name}/{ARRAY}")}
         self._others = [name for name in names if name not in self._arrays]
         self._tensors: dict[str, ChunkedTensor] = {}
+        self._decoded = DecodedChunks(folder)
 
     @property
     def tensor_names(self) -> Iterable[str]:
@@ -107,17 +113,20 @@ class ZarrContainer:
 
     def read(self, tensor: ChunkedTensor, region: Region, out: Array) -> None:
         if not out.size:
-            return None
-        name = tensor.files[0].rpartition("/")[0]
-        if self._arrays[name].is_compressed:
-            return zarr_compressed.read(self._folder, name, region, out)
+            return
+        stored = self._arrays[tensor.files[0].rpartition("/")[0]]
         for number, chunk, shared in tensor.overlapping(region):
-            stored = StoredArray(tensor.location(number).file, 0, self._arrays[name].chunk)
-            read_region(self._folder, stored, relative_to(shared, chunk), out[(*relative_to(shared, region), ...)])
-        return None
+            file, target = tensor.location(number).file, out[(*relative_to(shared, region), ...)]
+            self._read_chunk(file, stored, relative_to(shared, chunk), target)
 
     def close(self) -> None:
         self._folder.close()
+
+    def _read_chunk(self, file: str, stored: ZarrArray, region: Region, out: Array) -> None:
+        if stored.compression is None:
+            read_region(self._folder, StoredArray(file, 0, stored.chunk), region, out)
+        else:
+            out[...] = self._decoded.chunk(file, stored.compression, stored.chunk_bytes)[region]
 
     def _object_files(self) -> list[str]:
         listed = ((name, file) for name in self._others for file in self._folder.below(name).children())
@@ -129,7 +138,6 @@ class ZarrContainer:
 
     def _check_chunks(self, name: str, stored: ZarrArray) -> None:
         """Raise UserError unless all chunks are there, each in its size. What `.zarray` says may be absurd."""
-        expected = prod(stored.chunk) * stored.dtype.itemsize
         present = self._present(name)
         for file in _chunk_files(stored):
             if file not in present:
@@ -137,9 +145,9 @@ class ZarrContainer:
                     f"chunk `{name}/{file}` is missing: `{name}` of shape {list(stored.shape)} has {prod(stored.grid)} chunks",
                     hint="the checkpoint is incomplete: copy it again, or use an earlier iteration",
                 )
-            if not stored.is_compressed and (size := self._folder.size(f"{name}/{file}")) != expected:
+            if not stored.compression and (size := self._folder.size(f"{name}/{file}")) != stored.chunk_bytes:
                 raise UserError(
-                    f"chunk `{name}/{file}` has {size} bytes; {list(stored.chunk)} of `{stored.dtype}` are {expected}",
+                    f"chunk `{name}/{file}` has {size} bytes; {list(stored.chunk)} of `{stored.dtype}` are {stored.chunk_bytes}",
                     hint="the file is truncated or of another checkpoint: copy it again",
                 )
 
@@ -168,7 +176,7 @@ def _chunked(stored: ZarrArray, files: list[str]) -> ChunkedTensor:
         numbers[:, :dims] = starts
         numbers[:, dims : 2 * dims] = np.minimum(np.array(stored.chunk, np.int64), np.array(stored.shape, np.int64) - starts)
     numbers[:, 2 * dims] = np.arange(len(files))
-    numbers[:, 2 * dims + 2] = prod(stored.chunk) * stored.dtype.itemsize
+    numbers[:, 2 * dims + 2] = stored.chunk_bytes
     return ChunkedTensor(stored.shape, stored.dtype, array("q", numbers.tobytes()), files)
 
 
@@ -188,7 +196,9 @@ def _read(folder: Folder, name: str) -> ZarrArray:
         raise UserError(f"`dtype` in `{source}` is `{format_untrusted(dtype)}`, which Megatron does not write", hint=_REWRITE)
     if len(chunk) != len(shape) or not all(chunk):
         raise UserError(f"`{source}` has shape {list(shape)} in chunks of {list(chunk)}", hint="the file is damaged")
-    return ZarrArray(shape, chunk, DTYPES[_TYPES[dtype]], fields.get("compressor") is not None)
+    compressor: Any = fields.get("compressor")
+    compression = None if compressor is None else Compression(compressor, dtype, chunk)
+    return ZarrArray(shape, chunk, DTYPES[_TYPES[dtype]], compression)
 
 
 def _sizes(fields: dict[str, Any], word: str, source: str) -> Shape:

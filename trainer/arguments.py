@@ -131,8 +131,8 @@ def _kind(document: dict[str, Any], overrides: Sequence[str], *, finetune: bool)
     """Return which of a recipe's runs is meant. A complete document of a pretraining run has `peft: null` too."""
     methods = [word.partition("=")[2] for word in overrides if word.lstrip("+").partition("=")[0] == "peft"]
     method = methods[-1] if methods else document.get("peft")
-    named = bool(methods) or "peft" in document
-    if isinstance(method, dict) or method not in _NOTHING or (finetune and not named):
+    has_method = bool(methods) or "peft" in document
+    if isinstance(method, dict) or method not in _NOTHING or (finetune and not has_method):
         return "peft_config"
     dataset = document.get("dataset")
     return "sft_config" if methods or finetune or (isinstance(dataset, dict) and "packed" in dataset) else "pretrain_config"

@@ -21,9 +21,9 @@ from trainer import cpu_backend, user_buffers
 CPU, GPU = "cpu", "gpu"
 
 
-def choose(wanted: str) -> str:
+def choose(setting: str) -> str:
     """Return `cpu` or `gpu` for a value of `dist.device`. Raises UserError where a GPU is requested and there is none."""
-    if wanted == CPU or (wanted == "auto" and not torch.cuda.is_available()):
+    if setting == CPU or (setting == "auto" and not torch.cuda.is_available()):
         return CPU
     if not torch.cuda.is_available():
         raise UserError("`dist.device` is `gpu`, and torch finds none", hint="set `dist.device=cpu`, or check the driver")
@@ -62,10 +62,10 @@ def _set_deterministic(env: MutableMapping[str, str]) -> None:
 
 
 @contextmanager
-def determinism(config: Any) -> Iterator[None]:
+def determinism(model: Any) -> Iterator[None]:
     """Have torch use deterministic algorithms inside this context, if `model.deterministic_mode` is set."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(before or bool(getattr(config.model, "deterministic_mode", False)))
+    torch.use_deterministic_algorithms(before or bool(getattr(model, "deterministic_mode", False)))
     try:
         yield
     finally:
@@ -115,9 +115,9 @@ def _on_gpu() -> bool:
     return not cpu_backend.is_active() and torch.cuda.is_available()
 
 
-def unused(wanted: str) -> int:
+def unused(setting: str) -> int:
     """Return how many GPUs of this host a single process does not use."""
-    return torch.cuda.device_count() - 1 if choose(wanted) == GPU else 0
+    return torch.cuda.device_count() - 1 if choose(setting) == GPU else 0
 
 
 def memory() -> int | None:

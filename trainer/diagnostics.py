@@ -105,10 +105,10 @@ class Stragglers(Callback):
 
     def on_step(self, run: Run, step: Step) -> None:  # noqa: ARG002
         """Report, on all ranks together."""
-        every = run.config.logger.log_interval
-        if run.progress.iteration % every == 0:
+        interval = run.config.logger.log_interval
+        if run.progress.iteration % interval == 0:
             measure = run.logger.measure
-            self.detector.report(measure.flops_per_token * measure.tokens_per_step * every, every)
+            self.detector.report(measure.flops_per_token * measure.tokens_per_step * interval, interval)
 
 
 class SniffTest(Callback):

@@ -47,14 +47,14 @@ class Hybrid(_Vocabulary, HybridModel):
 
 def make(provider: Any, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
     """Return this rank's chunk of the model, with the embedding if `pre_process` and the output layer if `post_process`."""
-    place = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
-    model = _hybrid(provider, place) if pattern.is_hybrid(provider) else _gpt(provider, place)
+    stage = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
+    model = _hybrid(provider, stage) if pattern.is_hybrid(provider) else _gpt(provider, stage)
     model.max_sequence_length = provider.longest_sequence
     return model
 
 
-def _gpt(provider: Any, place: dict[str, Any]) -> Any:
-    vp_stage, plain = place["vp_stage"], layers.attention_alone(provider)
+def _gpt(provider: Any, stage: dict[str, Any]) -> Any:
+    vp_stage, plain = stage["vp_stage"], layers.attention_alone(provider)
     ahead = layers.prediction_spec(provider, device.last_layer_spec(plain), vp_stage) if provider.mtp_num_layers else None
     model = Model(
         provider,
@@ -63,12 +63,12 @@ def _gpt(provider: Any, place: dict[str, Any]) -> Any:
         rope_scaling_factor=provider.rope_scaling_factor,
         mtp_block_spec=ahead,
         **_arguments(provider),
-        **place,
+        **stage,
     )
     return layers.adapt_model(provider, model)
 
 
-def _hybrid(provider: Any, place: dict[str, Any]) -> Any:
+def _hybrid(provider: Any, stage: dict[str, Any]) -> Any:
     """Build a HybridModel. Its layers have a configuration that counts them; its own is the provider, which a run changes."""
     counted = pattern.in_hybrid_layers(provider)
     model = Hybrid(
@@ -76,7 +76,7 @@ def _hybrid(provider: Any, place: dict[str, Any]) -> Any:
         layers.hybrid_spec(counted, device.each_layer_spec(layers.attention_alone(counted))),
         hybrid_layer_pattern=pattern.pattern(provider),
         **_arguments(provider),
-        **place,
+        **stage,
     )
     layers.adapt_model(counted, model)
     model.config = provider

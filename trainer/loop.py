@@ -187,12 +187,13 @@ def _schedule(run: Run, batches: list[Any], *, microbatches: int, forward_only: 
 
 
 def _report(run: Run, losses: list[torch.Tensor]) -> collectives.StepReport:
-    """Return what this rank knows of the step. `losses` are empty but on the last pipeline stage."""
+    """Return this rank's report of a step. `losses` are the `[loss sum, tokens, *work]` of each microbatch on the last pipeline
+    stage, and empty on the others."""
     bad, loss, work = False, -math.inf, list[float]()
     if losses:
         # This rank's own sum too: in the mean over all ranks, one rank's NaN is everybody's.
-        own, loss, *work = torch.cat([torch.stack(losses).sum()[None], mean_and_work(losses)]).tolist()
-        bad = not math.isfinite(own)
+        loss_sum, loss, *work = torch.cat([torch.stack(losses).sum()[None], mean_and_work(losses)]).tolist()
+        bad = not math.isfinite(loss_sum)
     tokens, squares = work or (0.0, 0.0)
     minutes, limit = run.config.checkpoint.save_interval_in_mins, run.config.train.exit_duration_in_mins
     return collectives.StepReport(
@@ -254,9 +255,9 @@ def _held_out_loss(run: Run, split: str, dataset: Any, iterations: int) -> float
         value = mean(_schedule(run, held_out, microbatches=count, forward_only=True))
     for chunk in run.chunks:
         chunk.train()
-    own = -math.inf if value is None else value.item()  # only the last stage has one
-    bad = value is not None and not math.isfinite(own)
-    any_bad, loss = collectives.largest([float(bad), -math.inf if bad else own])
+    local_loss = -math.inf if value is None else value.item()  # only the last stage has one
+    bad = value is not None and not math.isfinite(local_loss)
+    any_bad, loss = collectives.largest([float(bad), -math.inf if bad else local_loss])
     if any_bad:
         raise _not_finite(run, f"the {split} loss after step {run.progress.iteration}")
     return loss

@@ -80,9 +80,11 @@ def end_to_end(batch: Batch, rows: segments.Segments) -> Inputs:
     moved: dict[str, Any] = {name: batch[name].reshape(1, -1).to(device.current(), non_blocking=True) for name in names}
     bounds = _moved(torch.from_numpy(rows.cu_seqlens))
     if parallel_state.get_context_parallel_world_size() > 1:
-        whole = {**moved, "cu_seqlens": bounds[None], "cu_seqlens_padded": None}
-        cut = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
-        moved = {name: cut[name] for name in names}
+        full_batch = {**moved, "cu_seqlens": bounds[None], "cu_seqlens_padded": None}
+        local_batch = get_batch_on_this_cp_rank(
+            full_batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
+        )
+        moved = {name: local_batch[name] for name in names}
     return Inputs({**moved, "cu_seqlens": bounds}, _upper_bound(rows))
 
 
@@ -119,9 +121,9 @@ def on_this_rank(batch: Batch) -> Batch:
     moved = {name: value.to(device.current(), non_blocking=True) for name, value in batch.items()}
     if parallel_state.get_context_parallel_world_size() == 1:
         return moved
-    whole = {**moved, "cu_seqlens": None}
-    cut = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
-    return {name: value for name, value in cut.items() if value is not None}
+    full_batch = {**moved, "cu_seqlens": None}
+    local_batch = get_batch_on_this_cp_rank(full_batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
+    return {name: value for name, value in local_batch.items() if value is not None}
 
 
 def masked_sum(

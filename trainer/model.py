@@ -262,19 +262,19 @@ def from_hf_config(config: Config, *, source: str | None = None) -> GPTModelProv
         raise UserError(f"a `{config['model_type']}` cannot be trained: {family.WEIGHTS_ONLY}", hint=_CONVERTED)
     megatron = {"layout": family.layout, **to_megatron(family.CONFIG, config)}
     provider = MLAModelProvider if megatron.get("multi_latent_attention") else GPTModelProvider
-    known = {provider_field.name for provider_field in fields(provider)}
-    given = {name: value for name, value in megatron.items() if value is not None}
-    for name, value in given.items():
-        if name not in known:
+    provider_fields = {provider_field.name for provider_field in fields(provider)}
+    explicit = {name: value for name, value in megatron.items() if value is not None}
+    for name, value in explicit.items():
+        if name not in provider_fields:
             raise UserError(
                 f"`{config['model_type']}` with {described(name, value)} cannot be trained: neither "
                 "megatron-core nor this trainer computes it",
                 hint=_CONVERTED,
             )
-    given["activation_func"] = activation(given["activation_func"])
-    if "window_size" in given:
-        given["window_size"] = tuple(given["window_size"])
-    return provider(**given, hf_config=dict(config), hf_source=source)
+    explicit["activation_func"] = activation(explicit["activation_func"])
+    if "window_size" in explicit:
+        explicit["window_size"] = tuple(explicit["window_size"])
+    return provider(**explicit, hf_config=dict(config), hf_source=source)
 
 
 def build(provider: Any) -> list[torch.nn.Module]:
@@ -312,10 +312,10 @@ def _chunks(provider: Any) -> list[torch.nn.Module]:
 
 
 def _chunk(provider: Any, vp_stage: int | None) -> torch.nn.Module:
-    place = {"ignore_virtual": False, "vp_stage": vp_stage}
+    stage = {"ignore_virtual": False, "vp_stage": vp_stage}
     model = provider.provide(
-        pre_process=parallel_state.is_pipeline_first_stage(**place),
-        post_process=parallel_state.is_pipeline_last_stage(**place),
+        pre_process=parallel_state.is_pipeline_first_stage(**stage),
+        post_process=parallel_state.is_pipeline_last_stage(**stage),
         vp_stage=vp_stage,
     )
     return _as_megatron(model, provider)

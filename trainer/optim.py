@@ -89,13 +89,13 @@ def _overrides(config: RunConfig) -> dict[ParamKey, Any]:
         ParamKey(name=pattern): {"max_lr": settings.lr * times, "min_lr": settings.min_lr * times, "lr_mult": times}
         for pattern, times in multiples.items()
     }
-    return get_standard_config_overrides(settings) | _by_width(config.model, settings) | _apart(config, settings) | rates
+    return get_standard_config_overrides(settings) | _by_width(config.model, settings) | _apart(config.model, settings) | rates
 
 
-def _apart(config: RunConfig, settings: OptimizerConfig) -> dict[ParamKey, Any]:
+def _apart(model: Any, settings: OptimizerConfig) -> dict[ParamKey, Any]:
     """Return the same learning rates for parameters in fp32, which makes them a group of their own: in one with others in 16
     bits, megatron-core's distributed optimizer saves the state of some as that of others."""
-    if not has_mamba(config.model) or not (settings.bf16 or settings.fp16):
+    if not has_mamba(model) or not (settings.bf16 or settings.fp16):
         return {}
     return {ParamKey(name=f"*.mixer.{name}"): {"max_lr": settings.lr, "min_lr": settings.min_lr} for name in _IN_FP32}
 
@@ -129,10 +129,11 @@ def _allocate_momentum(inner: torch.optim.Optimizer, _config: Any = None) -> Non
 
 @contextmanager
 def steps_apart(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """While this is entered, load states into torch's Adam without its step counts; on leaving, give each parameter its own.
+    """Take the step counts out of torch's Adam inside this context, in which its state is loaded. On leaving, give each parameter
+    its own count.
 
-    megatron-core's distributed optimizer fails to load them; and it makes one tensor of them for all parameters, to which torch
-    would add once for each.
+    megatron-core's distributed optimizer fails to load step counts. It also makes one tensor of them for all parameters, and
+    torch would increase that once for each parameter.
     """
     steps: list[tuple[dict[str, Any], torch.Tensor]] = []
 
@@ -205,7 +206,7 @@ def _of_torch(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
 
 @contextmanager
 def parameters_gathered(chunks: list[Any]) -> Iterator[None]:
-    """While this is entered, every rank has all its parameters gathered, and forward passes do not gather any."""
+    """Gather all parameters of every rank for this context, so that forward passes in it gather none."""
     overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapped:
         chunk.disable_forward_pre_hook(param_sync=True)

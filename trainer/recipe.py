@@ -154,7 +154,7 @@ def recipe(
 
     `title` is the model's name, and the recipe's (`Qwen2.5 0.5B`: `qwen25_0_5b`); `model` its `config.json`. Pretraining is on
     sequences of `length` tokens, in batches and for as many steps as Llama 3's, at `lr`, which decays to a tenth; fine-tuning on
-    4096 tokens. `targets` are the layers that adapters stand beside, where they do not stand beside all.
+    4096 tokens. `targets` are the layers that get adapters; without any, all do.
     """
     family, *size = title.lower().split()
 

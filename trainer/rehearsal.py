@@ -35,8 +35,8 @@ def rehearse(provider: Any, *, world_size: int) -> None:
 
 @contextmanager
 def as_rank(rank: int, world_size: int, provider: Any) -> Iterator[None]:
-    """While entered, act as one rank of `world_size`: megatron-core's process groups use torch's fake backend, and models are
-    built of its own layers, as on the CPU."""
+    """Act as one rank of `world_size` inside this context: megatron-core's process groups use torch's fake backend, and models
+    are built of its own layers, as on the CPU."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415 - registers torch's `fake` backend
 
     with warnings.catch_warnings(), device.backend(device.CPU), device.environment_restored():

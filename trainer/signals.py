@@ -64,7 +64,7 @@ class Stop:
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """While entered, block HANDLED signals; child processes that are started here never get them.
+    """Block HANDLED signals inside this context; child processes that are started in it never get them.
 
     torchrun and Slurm signal a rank's children too. Without the children that write and read, a run cannot save and stop.
     """

@@ -32,19 +32,19 @@ class Callback:
     """
 
     def on_start(self, run: Run) -> None:
-        """Before the first step, with weights, optimizer and data in place."""
+        """Called before the first step, with weights, optimizer and data in place."""
 
     def on_step(self, run: Run, step: Step) -> None:
-        """After an optimizer step."""
+        """Called after an optimizer step."""
 
     def on_evaluation(self, run: Run, split: str, loss: float) -> None:
-        """After an evaluation; `loss` is the same on all ranks."""
+        """Called after an evaluation; `loss`, the mean per token, is the same on all ranks."""
 
     def on_save(self, run: Run) -> None:
-        """After a checkpoint was begun."""
+        """Called after a checkpoint was begun."""
 
     def on_end(self, run: Run) -> None:
-        """After the last checkpoint."""
+        """Called after the last checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)

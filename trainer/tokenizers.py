@@ -160,10 +160,10 @@ def _fast(folder: Path, backend: Any) -> Tokenizer:
 _ANY_TEXT = "a"
 
 
-def _prefix(whole: list[int], text: list[int]) -> tuple[int, ...]:
+def _prefix(ids: list[int], text_ids: list[int]) -> tuple[int, ...]:
     """Return the tokens of `whole` before `text`."""
-    starts = (start for start in range(len(whole)) if whole[start : start + len(text)] == text)
-    return tuple(whole[: next(starts, 0)])
+    starts = (start for start in range(len(ids)) if ids[start : start + len(text_ids)] == text_ids)
+    return tuple(ids[: next(starts, 0)])
 
 
 def _by_transformers(folder: Path) -> Tokenizer:

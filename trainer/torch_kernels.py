@@ -25,8 +25,8 @@ def causal_conv1d(
     channels, width = weight.shape
     rows = torch.nn.functional.pad(x.float().transpose(1, 2), (width - 1, 0))
     bias = None if bias is None else bias.float()
-    found = torch.nn.functional.conv1d(rows, weight.float().unsqueeze(1), bias, groups=channels).transpose(1, 2)
-    return (torch.nn.functional.silu(found) if activation in ("silu", "swish") else found).type_as(x), None
+    convolved = torch.nn.functional.conv1d(rows, weight.float().unsqueeze(1), bias, groups=channels).transpose(1, 2)
+    return (torch.nn.functional.silu(convolved) if activation in ("silu", "swish") else convolved).type_as(x), None
 
 
 def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:

@@ -91,8 +91,8 @@ _KNOWN = {_WORDS: WORDS, _LETTERS: {letter: letter for letter in (MAMBA, ATTENTI
 
 def _kinds(config: Config) -> str:
     """Return the pattern, transformers' own without one; UserError where both fields are there and differ."""
-    places = {name: config[name] for name in _KNOWN if config.get(name) is not None} or {_LETTERS: "ME*-"}
-    return one_of({f"`{name}`": letters(name, given, _KNOWN[name]) for name, given in places.items()})
+    patterns = {name: config[name] for name in _KNOWN if config.get(name) is not None} or {_LETTERS: "ME*-"}
+    return one_of({f"`{name}`": letters(name, pattern, _KNOWN[name]) for name, pattern in patterns.items()})
 
 
 def _nothing(_config: Config) -> dict[str, Any]:

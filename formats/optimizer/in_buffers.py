@@ -24,7 +24,7 @@ from formats.optimizer.parameters import (
     read_parameters,
     tensor_parallel_size,
 )
-from formats.optimizer.rank_buffers import Buffer, Optimizer, Placed, divide, locate, locate_experts
+from formats.optimizer.rank_buffers import Buffer, Optimizer, StateLocation, divide, locate, locate_experts
 from formats.optimizer.registration import Order, blocks, orders
 from formats.optimizer.state import STATES, OptimizerState
 from formats.spec import DTYPES, Array, Reader, TensorSpec, is_size
@@ -81,8 +81,8 @@ def read(reader: TorchDistReader, optimizers: Mapping[str, Groups], source: Sour
 def _states(reader: TorchDistReader, dense: Groups, experts: Groups, source: Source) -> dict[str, Reader]:
     model = read_model(reader, apart=bool(experts))
     _check_settings(reader.args(), model.ranks, dense)
-    placed = _placed(model, dense, experts, grouped=reader.args().get("moe_grouped_gemm"))
-    labels, runs = _runs(reader, placed)
+    locations = _locations(model, dense, experts, grouped=reader.args().get("moe_grouped_gemm"))
+    labels, runs = _runs(reader, locations)
     kept = {state: sources for state in STATES if (sources := _sources(state, labels, source))}
     return {state: _reader(reader, state, runs, labels, sources) for state, sources in kept.items()}
 
@@ -103,7 +103,7 @@ def _check_settings(args: Mapping[str, Any], ranks: int, dense: Groups) -> None:
         )
 
 
-def _placed(model: Model, dense: Groups, experts: Groups, *, grouped: object) -> list[Placed]:
+def _locations(model: Model, dense: Groups, experts: Groups, *, grouped: object) -> list[StateLocation]:
     """Return where every weight is on every rank, in the first order of registration in which all sizes come out."""
     refusal: UserError | None = None
     for trained in _trained(model):
@@ -128,28 +128,28 @@ def _trained(model: Model) -> Iterator[Model]:
             yield model._replace(dense=dense, experts=experts)
 
 
-def _in_order(model: Model, dense: Groups, experts: Groups, order: Order) -> Iterator[Placed]:
+def _in_order(model: Model, dense: Groups, experts: Groups, order: Order) -> Iterator[StateLocation]:
     optimizer = Optimizer(model.ranks, dense)
     chunks = divide(optimizer, [sorted(block, key=order) for block in blocks(model.dense)])
     yield from locate(optimizer, chunks)
     if experts:
-        of_experts = Optimizer(model.expert_ranks, experts)
+        expert_optimizer = Optimizer(model.expert_ranks, experts)
         stages = optimizer.groups // optimizer.ranks
-        yield from locate_experts(of_experts, chunks, sorted(model.experts, key=order), stages)
+        yield from locate_experts(expert_optimizer, chunks, sorted(model.experts, key=order), stages)
 
 
-def _runs(reader: TorchDistReader, placed: Iterable[Placed]) -> tuple[list[str], dict[str, Array]]:
+def _runs(reader: TorchDistReader, locations: Iterable[StateLocation]) -> tuple[list[str], dict[str, Array]]:
     """Return what the weights' chunks are stored in, and for each key the numbers of that and of the first element there,
     [chunks, 2]. What all ranks hold is read from the first."""
     container, numbers = reader.container, dict[str, int]()
     runs: dict[str, Array] = {}
-    for each in placed:
-        pieces = each.parameter.pieces
-        if each.rank >= len(pieces):
+    for location in locations:
+        pieces = location.parameter.pieces
+        if location.rank >= len(pieces):
             continue
-        label, at = each.buffer.run(each.slot)
+        label, at = location.buffer.run(location.slot)
         number = numbers.setdefault(label, len(numbers))
-        for piece in pieces[each.rank]:
+        for piece in pieces[location.rank]:
             key, chunk = piece
             if key not in runs:
                 runs[key] = np.full((len(container.tensor(key)), 2), -1, np.int64)

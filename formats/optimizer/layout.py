@@ -34,15 +34,15 @@ class Slot(NamedTuple):
     flat: int
 
 
-def place(parameters: Sequence[Parameter], buckets: Sequence[int]) -> dict[str, Slot]:
-    """Return where each parameter is.
+def assign_slots(parameters: Sequence[Parameter], buckets: Sequence[int]) -> dict[str, Slot]:
+    """Return the slot of each parameter: its bucket, and its offsets in elements.
 
     `parameters` are in the order of registration, `buckets` the sizes without padding at the end. Raises UserError unless the
     parameters fill all buckets exactly.
 
-    >>> place([Parameter("embedding", 100), Parameter("norm", 10)], [164])
+    >>> assign_slots([Parameter("embedding", 100), Parameter("norm", 10)], [164])
     {'norm': Slot(bucket=0, start=0, flat=0), 'embedding': Slot(bucket=0, start=64, flat=64)}
-    >>> place([Parameter("embedding", 100), Parameter("norm", 10)], [10, 100])["embedding"]
+    >>> assign_slots([Parameter("embedding", 100), Parameter("norm", 10)], [10, 100])["embedding"]
     Slot(bucket=1, start=0, flat=10)
     """
     starts = [0, *accumulate(buckets)]

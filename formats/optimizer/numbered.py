@@ -17,9 +17,9 @@ import numpy as np
 from formats.container import Container
 from formats.errors import UserError
 from formats.iterations import TORCH_DCP
-from formats.optimizer.rank_places import as_dict, as_sequence
 from formats.optimizer.rank_plain import group_of
 from formats.optimizer.state import EXP_AVG, EXP_AVG_SQ, LOSS_SCALE, MASTER, STATES, OptimizerState
+from formats.optimizer.state_locations import as_dict, as_sequence
 from formats.renamed_container import RenamedContainer
 from formats.spec import DTYPES, Array, Shape, TensorSpec, is_size
 from formats.torch_dist import TorchDistReader
@@ -86,7 +86,7 @@ class _Group:
         self._indices = deque(index for index in as_sequence(settings.get("params")) if is_size(index))
         prefix = f"{_MASTERS}.{number}."
         count = sum(name.startswith(prefix) for name in self._tensors)
-        self._masters = deque(f"{prefix}{place}" for place in range(count))
+        self._masters = deque(f"{prefix}{position}" for position in range(count))
         self._has_masters = any(name.startswith(_MASTERS) for name in self._tensors)
         known = {name: value for name, value in settings.items() if name != "params"}
         self.hyper_parameters = {**known, **({"step": self._step()} if self._indices and "step" not in known else {})}

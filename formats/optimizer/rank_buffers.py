@@ -12,7 +12,7 @@ from typing import Protocol
 
 from formats.errors import UserError
 from formats.optimizer.layout import Parameter as Sized
-from formats.optimizer.layout import Slot, bounds, place
+from formats.optimizer.layout import Slot, assign_slots, bounds
 from formats.optimizer.parameters import EMBEDDING, OUTPUT, Parameter
 
 _RESAVE = "load it in Megatron with the settings of the run and save it with `--dist-ckpt-optim-fully-reshardable`"
@@ -57,8 +57,8 @@ class Optimizer:
 
 
 @dataclass(slots=True)
-class Placed:
-    """Where the state of a weight is on a rank."""
+class StateLocation:
+    """The slot of a weight's state in the buffer of a rank."""
 
     parameter: Parameter
     rank: int
@@ -86,11 +86,11 @@ def divide(optimizer: Optimizer, blocks: Sequence[list[Parameter]]) -> dict[tupl
     counts = {len(buffers) for buffers in optimizer.buffers.values()}
     if len(counts) > 1:
         raise UserError(f"ranks have between {min(counts)} and {max(counts)} buffers of optimizer state", hint=_RESAVE)
-    places = [(chunk, stage) for chunk in range(counts.pop()) for stage in range(stages)]
+    chunks_and_stages = [(chunk, stage) for chunk in range(counts.pop()) for stage in range(stages)]
     rest = list(blocks)
-    for number, (chunk, stage) in enumerate(places):
+    for number, (chunk, stage) in enumerate(chunks_and_stages):
         buffer = optimizer.buffers[stage * optimizer.ranks][chunk]
-        is_last = number == len(places) - 1
+        is_last = number == len(chunks_and_stages) - 1
         candidates = _last(rest, blocks, tied=stages > 1) if is_last else _first_blocks(rest)
         chunks[chunk, stage] = _fitting(buffer, candidates)
         rest = rest[len(chunks[chunk, stage].blocks) :]
@@ -132,7 +132,7 @@ def _fitting(buffer: Buffer, candidates: Iterator[Chunk]) -> Chunk:
         if not fewest <= buffer.size <= most:
             continue
         try:
-            _place(buffer, chunk, 0)
+            _slots(buffer, chunk, 0)
         except UserError as error:
             nearest = error
             continue
@@ -144,7 +144,7 @@ def _fitting(buffer: Buffer, candidates: Iterator[Chunk]) -> Chunk:
     )
 
 
-def locate(optimizer: Optimizer, chunks: Mapping[tuple[int, int], Chunk]) -> Iterator[Placed]:
+def locate(optimizer: Optimizer, chunks: Mapping[tuple[int, int], Chunk]) -> Iterator[StateLocation]:
     """Yield where every weight is on every rank; of copies tied to the embedding the first stage's alone."""
     for group, buffers in optimizer.buffers.items():
         stage, rank = divmod(group, optimizer.ranks)
@@ -154,7 +154,7 @@ def locate(optimizer: Optimizer, chunks: Mapping[tuple[int, int], Chunk]) -> Ite
 
 def locate_experts(
     optimizer: Optimizer, chunks: Mapping[tuple[int, int], Chunk], experts: Sequence[Parameter], stages: int
-) -> Iterator[Placed]:
+) -> Iterator[StateLocation]:
     """Yield where the experts are whose optimizer is their own. `chunks` are those of the dense parameters."""
     count = 1 + max(parameter.expert for parameter in experts)
     groups = optimizer.groups
@@ -185,23 +185,23 @@ def _experts(chunk: Chunk, of_layer: Mapping[tuple[str, int], list[Parameter]], 
     return Chunk([[weight for weight in of_layer.get(layer, ()) if weight.expert in local] for layer in layers])
 
 
-def _located(buffer: Buffer, chunk: Chunk, rank: int) -> Iterator[Placed]:
+def _located(buffer: Buffer, chunk: Chunk, rank: int) -> Iterator[StateLocation]:
     try:
-        slots = _place(buffer, chunk, rank)
+        slots = _slots(buffer, chunk, rank)
     except UserError as error:
         raise UserError(f"`{buffer.label}`: {error.args[0]}", hint=_RESAVE) from None
     for block in chunk.blocks:
         for parameter in block:
-            yield Placed(parameter, rank, buffer, slots[_label(parameter)])
+            yield StateLocation(parameter, rank, buffer, slots[_label(parameter)])
 
 
-def _place(buffer: Buffer, chunk: Chunk, rank: int) -> dict[str, Slot]:
+def _slots(buffer: Buffer, chunk: Chunk, rank: int) -> dict[str, Slot]:
     """Return where the parameters of a chunk are, in the first way of buckets in which they fill the buffer."""
     sized = _sized(chunk.parameters, rank)
     refusal: UserError | None = None
     for buckets in buffer.bucketings(sized):
         try:
-            slots = place(sized, buckets)
+            slots = assign_slots(sized, buckets)
             buffer.check(slots, sized)
         except UserError as error:
             refusal = refusal or error

@@ -16,8 +16,8 @@ import numpy as np
 
 from formats.errors import UserError, format_untrusted
 from formats.folder import Folder
-from formats.optimizer.rank_places import FP32, Places, as_dict, as_sequence, parameters, state_tensor
 from formats.optimizer.state import STATES
+from formats.optimizer.state_locations import FP32, StateLocations, as_dict, as_sequence, parameters, state_tensor
 from formats.pickles import Global
 from formats.rank_folders import OPTIMIZER_FILE, RankFile, args_of
 from formats.rank_names import EMBEDDING, OUTPUT, RankTensor
@@ -48,7 +48,7 @@ class _Weight(NamedTuple):
         return self.start + prod(self.tensor.shape)
 
 
-def add(places: Mapping[str, Places], folder: Folder, file: RankFile, ep: int) -> None:
+def add(locations: Mapping[str, StateLocations], folder: Folder, file: RankFile, ep: int) -> None:
     """Add where the state of a rank's weights is; `ep` is its expert-parallel rank.
 
     Raises UserError for state that is missing or does not fit the weights.
@@ -62,11 +62,15 @@ def add(places: Mapping[str, Places], folder: Folder, file: RankFile, ep: int) -
         if state is None and number == 0 and ep > 0:  # the file of expert-parallel rank 0 has it
             continue
         storages = [_storages(chunk) for chunk in parameters(file, number, len(optimizers))]
-        _add_optimizer(places, file, storages, list(_buffers(archive, state, name)), name)
+        _add_optimizer(locations, file, storages, list(_buffers(archive, state, name)), name)
 
 
 def _add_optimizer(
-    places: Mapping[str, Places], file: RankFile, chunks: Sequence[list[list[_Weight]]], buffers: Sequence[_Buffer], name: str
+    locations: Mapping[str, StateLocations],
+    file: RankFile,
+    chunks: Sequence[list[list[_Weight]]],
+    buffers: Sequence[_Buffer],
+    name: str,
 ) -> None:
     """Add the state of one optimizer. Its buffers are in the order of the model chunks, several of which a chunk may have."""
     first = 0
@@ -89,7 +93,7 @@ def _add_optimizer(
         chunks[first].remove(storage)
         for weight, padding in zip(storage, paddings, strict=True):
             for state, flat in buffer.tensors.items():
-                places[state].add(file.name, weight.tensor, (name, flat.offset + (weight.start - padding) * FP32.itemsize))
+                locations[state].add(file.name, weight.tensor, (name, flat.offset + (weight.start - padding) * FP32.itemsize))
 
 
 def _storages(weights: Sequence[RankTensor]) -> list[list[_Weight]]:

@@ -1,6 +1,6 @@
 """Read the optimizer state of Megatron-LM's files of ranks, in the names and shapes of the weights.
 
-It is divided over ranks as the weights are: reading the one is reading the other at other places. What several ranks hold is
+It is divided over ranks as the weights are: reading the one is reading the other at other offsets. What several ranks hold is
 compared while it is read.
 """
 
@@ -12,8 +12,8 @@ from typing import Any
 from formats.errors import UserError, format_untrusted
 from formats.optimizer import rank_distributed, rank_plain
 from formats.optimizer.model_space import PLAIN
-from formats.optimizer.rank_places import Places, as_dict, as_sequence, optimizers_of
 from formats.optimizer.state import LOSS_SCALE, STATES, WEIGHTS_ALONE, OptimizerState
+from formats.optimizer.state_locations import StateLocations, as_dict, as_sequence, optimizers_of
 from formats.pickles import Record
 from formats.rank_boxes import Boxes, BoxesReader
 from formats.rank_files import RankFilesReader
@@ -28,14 +28,14 @@ def read(reader: RankFilesReader) -> OptimizerState:
     _refuse_layer_wise(reader)
     files = list(reader.ranks.values())
     optimizers = {file.name: list(optimizers_of(file)) for file in files}
-    places = {state: Places(state) for state in STATES}
+    locations = {state: StateLocations(state) for state in STATES}
     plain = any("state" in each for each in optimizers[files[0].name])
     for rank, file in reader.ranks.items():
         if plain:
-            rank_plain.add(places, file, optimizers[file.name])
+            rank_plain.add(locations, file, optimizers[file.name])
         else:
-            rank_distributed.add(places, reader.folder, file, rank.ep)
-    tensors = {state: held for state, place in places.items() if (held := place.tensors(reader.weights.tensors))}
+            rank_distributed.add(locations, reader.folder, file, rank.ep)
+    tensors = {state: held for state, of_state in locations.items() if (held := of_state.tensors(reader.weights.tensors))}
     _check_states(tensors)
     states = {state: BoxesReader(reader.folder, held) for state, held in tensors.items()}
     groups, loss_scale = _groups(files, optimizers), _loss_scale(files[0], optimizers[files[0].name])

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from formats.errors import UserError
-from formats.optimizer.rank_places import FP32, Places, as_dict, as_sequence, parameters, state_tensor
 from formats.optimizer.state import EXP_AVG, EXP_AVG_SQ, MASTER
+from formats.optimizer.state_locations import FP32, StateLocations, as_dict, as_sequence, parameters, state_tensor
 from formats.rank_folders import RankFile
 from formats.rank_names import EMBEDDING, OUTPUT, RankTensor
 from formats.spec import Shape, is_size
@@ -66,14 +66,14 @@ class _Group:
         return state_tensor(self._file.archive, self._masters.popleft(), f"{_MASTERS} of {weight.name}", self._file.name)
 
 
-def add(places: Mapping[str, Places], file: RankFile, optimizers: Sequence[Mapping[Any, Any]]) -> None:
+def add(locations: Mapping[str, StateLocations], file: RankFile, optimizers: Sequence[Mapping[Any, Any]]) -> None:
     """Add where the state of a rank's weights is. Raises UserError where it cannot be told whose state is whose."""
     for number, optimizer in enumerate(optimizers):
         groups = [_Group(file, optimizer, group) for group in range(len(optimizer["param_groups"]))]
         for weight in (weight for chunk in parameters(file, number, len(optimizers)) for weight in chunk):
             if group := group_of(weight, groups, file.name):
                 for name, tensor in group.take(weight).items():
-                    places[name].add(file.name, weight, (file.name, tensor.offset))
+                    locations[name].add(file.name, weight, (file.name, tensor.offset))
         if left := sum(len(group) for group in groups):
             raise UserError(
                 f"`optimizer` in `{file.name}` has state of {left} weights that are not among the rank's, or in another order",

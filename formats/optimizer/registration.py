@@ -13,7 +13,7 @@ from formats.errors import UserError
 from formats.optimizer.parameters import Parameter
 
 Order = Callable[[Parameter], tuple[int, ...]]
-"""Gives a parameter its place in the layer, or among those outside layers."""
+"""Returns the position of a parameter in the layer, or among those outside layers."""
 
 _MODEL = ("embedding", "decoder.layers", "decoder.final_", "mtp.layers", "output_layer")
 _ATTENTION = (
@@ -38,7 +38,7 @@ def orders(parameters: Sequence[Parameter], *, grouped: bool | None) -> Iterator
     `grouped` says whether the experts are in one module (`moe_grouped_gemm`), None where that is not known.
     """
     grouping = (True, False) if grouped is None else (grouped, not grouped)
-    if all(_place(_short(parameter.name)) is not None for parameter in parameters if parameter.stack):
+    if all(_module_number(_short(parameter.name)) is not None for parameter in parameters if parameter.stack):
         yield from (_by_module(engine, together) for together in grouping for engine in (True, False))
     yield from (_ordered(_by_key(parameters), together) for together in grouping)
 
@@ -49,7 +49,7 @@ def blocks(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
     Raises UserError for a model of other parts than a GPTModel's.
     """
 
-    def place(parameter: Parameter) -> tuple[int, int]:
+    def position(parameter: Parameter) -> tuple[int, int]:
         name = parameter.stack or parameter.name
         part = next((number for number, prefix in enumerate(_MODEL) if name.startswith(prefix)), -1)
         if part < 0:
@@ -59,26 +59,26 @@ def blocks(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
             )
         return part, parameter.layer
 
-    return [list(block) for _, block in groupby(sorted(parameters, key=place), key=place)]
+    return [list(block) for _, block in groupby(sorted(parameters, key=position), key=position)]
 
 
 def _by_module(engine: bool, grouped: bool) -> Order:
     """Return the order of layers with or without Transformer Engine."""
 
-    def place(name: str) -> tuple[int, int, int]:
+    def position(name: str) -> tuple[int, int, int]:
         short = _short(name)
         first = "input_layernorm" if short.startswith(_INPUT_NORM) and not engine else short
-        return (_place(first) or 0, *_inner(name))
+        return (_module_number(first) or 0, *_inner(name))
 
-    return _ordered(place, grouped)
+    return _ordered(position, grouped)
 
 
 def _by_key(parameters: Iterable[Parameter]) -> Callable[[str], tuple[int, int, int]]:
     """Return the order of the keys in the checkpoint; all experts are where the first key of one is."""
-    places: dict[str, int] = {}
+    positions: dict[str, int] = {}
     for parameter in parameters:
-        places.setdefault(_module(parameter.name), len(places))
-    return lambda name: (places[_module(name)], *_inner(name))
+        positions.setdefault(_module(parameter.name), len(positions))
+    return lambda name: (positions[_module(name)], *_inner(name))
 
 
 def _module(name: str) -> str:
@@ -86,25 +86,25 @@ def _module(name: str) -> str:
     return before + experts if experts else name
 
 
-def _ordered(places: Callable[[str], tuple[int, int, int]], grouped: bool) -> Order:
+def _ordered(position: Callable[[str], tuple[int, int, int]], grouped: bool) -> Order:
     """Return an order by names. Experts of one module (`grouped`) register a part of all before the next part, others one expert
     after the other."""
 
     def order(parameter: Parameter) -> tuple[int, ...]:
-        module, part, last = places(parameter.name)
+        module, part, last = position(parameter.name)
         return (module, part, parameter.expert, last) if grouped else (module, parameter.expert, part, last)
 
     return order
 
 
 def _inner(name: str) -> tuple[int, int]:
-    """Return the place of a parameter's module in one of several, and its place in it."""
+    """Return the position of a parameter's module among those of a module that has several, and its own in that module."""
     module, _, parameter = name.rpartition(".")
     last = module.rpartition(".")[2]
     return (_MODULES.index(last) if last in _MODULES else 0), (_PARAMETERS.index(parameter) if parameter in _PARAMETERS else 0)
 
 
-def _place(name: str) -> int | None:
+def _module_number(name: str) -> int | None:
     """Return the number of the module of a layer that a name begins with, None for one that is not known."""
     return next((number for number, module in enumerate(_LAYER) if name.startswith(module)), None)
 

@@ -6,7 +6,7 @@ those that do not make a checkpoint recognizable, then, one by one, those that m
 Guaranteed: a reader finds at any moment the previous content, no checkpoint, or the complete new one; a run that fails leaves
 none of its objects; parts arrive as they were sent. Not guaranteed, because object storage has no rename: where
 something is replaced, between the start of `commit` and its end there is neither the old checkpoint nor the new one (seconds; for
-good if the run fails just then); a reader in the middle of the old one finds files gone or changed; two runs to one place at once
+good if the run fails just then); a reader in the middle of the old one finds files gone or changed; two runs to one URL at once
 are found out only if one has committed by the time the other does, which then changes nothing. A killed run leaves parts that
 nobody sees and the owner of the bucket pays for: a lifecycle rule that drops unfinished uploads is the remedy.
 """

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from converter import average_checkpoints, hf_to_mcore, verify
+from converter import average_checkpoints, hf_to_mcore, reshard, verify
 from converter.cli import cli
 from converter.execution import Reporter
 from formats.errors import UserError
@@ -314,3 +314,23 @@ def test_the_command_takes_any_number_of_checkpoints(models, tmp_path):
     assert same_bits(tensors(tmp_path / "made"), expected([tensors(model) for model in models], [1, 3, 2]))
     wrong = CliRunner().invoke(cli, ["average", *map(str, models), str(tmp_path / "other"), "--weights", "1,x,2"])
     assert (wrong.exit_code, "`1,x,2` is not a list of numbers" in wrong.output) == (2, True)
+
+
+def test_norms_that_are_spelled_in_two_ways_are_said_with_the_way_out(tmp_path):
+    """Files of ranks without Transformer Engine, and the same state as `torch_dist` stores it."""
+    (tmp_path / "config").mkdir()
+    small = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    (tmp_path / "config" / "config.json").write_text(json.dumps({**LLAMA, **small}))
+    local, fused = (unpacked(name, tmp_path) for name in ("ranks_tp2_pp2", "ranks_tp2_pp2_as_torch_dist"))
+    options = {"values_from": "weights", "hf_config": tmp_path / "config"}
+    for inputs in ([local, fused], [fused, local]):
+        with pytest.raises(UserError) as refused:
+            average_checkpoints(inputs, tmp_path / "made", **options)
+        at, other = next(local.glob("iter_*")), next(fused.glob("iter_*"))
+        assert refused.value.hint == (
+            f"`{at}` names norms as layers without Transformer Engine do; `mbconvert reshard {at} DST --weights-only` stores "
+            f"them as `{other}` does"
+        )
+    reshard(local, tmp_path / "renamed", weights_only=True, hf_config=tmp_path / "config", make_vocab_size_divisible_by=32)
+    average_checkpoints([tmp_path / "renamed", fused], tmp_path / "made", values_from="weights")
+    assert verify(tmp_path / "made", fused).same

@@ -123,16 +123,6 @@ def test_a_chunk_of_another_size_is_named_with_both(tmp_path, size):
         open_megatron(LocalFolder(tmp_path)).check()
 
 
-def test_a_damaged_compressed_chunk_is_an_error(tmp_path):
-    zarr_arrays.write(tmp_path / "output_layer.weight", np.arange(84.0).reshape(7, 12), chunks=(3, 5), compressor="zlib")
-    zarr_arrays.mark(tmp_path)
-    (tmp_path / "output_layer.weight" / "0.2").write_bytes(b"damaged")
-    reader = open_megatron(LocalFolder(tmp_path))
-    spec = reader.specs["output_layer.weight"]
-    with pytest.raises(UserError, match=r"a chunk of `output_layer.weight` cannot be read"):
-        reader.read(spec.name, spec.full_region, np.empty(spec.shape, spec.dtype))
-
-
 def test_a_checkpoint_of_which_the_last_file_is_missing_is_incomplete(tmp_path):
     made(tmp_path)
     (tmp_path / "metadata.json").unlink()

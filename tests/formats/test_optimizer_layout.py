@@ -12,7 +12,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from formats.errors import UserError
 from formats.optimizer.gathered import GatheredBuffer, bucket_limits
-from formats.optimizer.layout import Parameter, bucket_sizes, place
+from formats.optimizer.layout import Parameter, assign_slots, bucket_sizes
 
 
 @settings(max_examples=200, deadline=None)
@@ -33,7 +33,7 @@ def test_places_and_sizes_are_megatrons(sizes, limit, ranks):
     shared = {name for name, tensor in made.items() if tensor.shared_embedding}
     buckets = bucket_sizes(parameters, limit=limit, shared=shared)
     assert buckets == expected.per_bucket_numel_unpadded
-    slots = place(parameters, buckets)
+    slots = assign_slots(parameters, buckets)
     begins = [start for start, _ in expected.bucket_indices]
     for name, tensor in made.items():
         start, _, bucket = expected.param_index_map[tensor]
@@ -48,7 +48,7 @@ def test_places_and_sizes_are_megatrons(sizes, limit, ranks):
 ])  # fmt: skip
 def test_sizes_that_do_not_come_out_are_refused(buckets, reason):
     with pytest.raises(UserError) as refusal:
-        place([Parameter("embedding", 100), Parameter("norm", 30)], buckets)
+        assign_slots([Parameter("embedding", 100), Parameter("norm", 30)], buckets)
     assert str(refusal.value.args[0]) == reason
 
 

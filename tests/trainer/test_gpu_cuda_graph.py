@@ -71,7 +71,10 @@ def train(path: str, changes: dict[str, Any]) -> Captured:
     from trainer.loop import pretrain
 
     seen = Captured()
-    told = {"train__train_iters": 6, "train__global_batch_size": 4, "train__micro_batch_size": 2, "validation__eval_interval": 2}
+    told = {
+        "train__train_iters": 6, "train__global_batch_size": 4, "train__micro_batch_size": 2, "validation__eval_interval": 2,
+        "validation__eval_iters": 1,
+    }  # fmt: skip
     pretrain(small.settings(Path(path), **{**told, **changes}), callbacks=[seen])
     return seen
 

@@ -40,20 +40,22 @@ _CHANGES = ("method", "dim", "alpha", "use_rslora", "canonical")
 
 def describe(peft: Any, base: Base | None, *, layout: str = GPT) -> Description:
     """Return the content of `adapter.json` for a method of `trainer.peft`, or for one's own."""
-    known = {name: getattr(peft, name) for name in ("dim", "alpha", "use_rslora", "canonical", "dropout") if hasattr(peft, name)}
+    settings = {
+        name: getattr(peft, name) for name in ("dim", "alpha", "use_rslora", "canonical", "dropout") if hasattr(peft, name)
+    }
     names = {name: tuple(getattr(peft, name, ())) for name in ("target_modules", "exclude_modules")}
     name = type(peft).__name__
-    return Description(method=name.lower() if name.lower() in METHODS else name, base=base, layout=layout, **known, **names)
+    return Description(method=name.lower() if name.lower() in METHODS else name, base=base, layout=layout, **settings, **names)
 
 
-def method_of(described: Description) -> Any:
+def method_of(description: Description) -> Any:
     """Return the method that a description names. Raises UserError for a method that is not of `trainer.peft`."""
     from trainer.peft import DoRA, LoRA  # noqa: PLC0415 - bring megatron-core's layers
 
-    check_method(described, label=DESCRIPTION)
-    method = {"lora": LoRA, "dora": DoRA}[described.method]
-    names = {name: list(getattr(described, name)) for name in ("target_modules", "exclude_modules")}
-    sizes = {name: getattr(described, name) for name in ("dim", "alpha", "use_rslora", "canonical")}
+    check_method(description, label=DESCRIPTION)
+    method = {"lora": LoRA, "dora": DoRA}[description.method]
+    names = {name: list(getattr(description, name)) for name in ("target_modules", "exclude_modules")}
+    sizes = {name: getattr(description, name) for name in ("dim", "alpha", "use_rslora", "canonical")}
     return method(**sizes, **names)
 
 

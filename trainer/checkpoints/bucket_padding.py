@@ -37,7 +37,7 @@ Offsets = dict[Any, tuple[int, int, int]]
 
 @contextmanager
 def padding_excluded(optimizer: Any, weights: dict[str, Any], metadata: dict[str, Any]) -> Iterator[None]:
-    """While this is entered, `optimizer.sharded_state_dict` cuts each parameter's state at the right offset.
+    """Make `optimizer.sharded_state_dict` cut each parameter's state at the right offset inside this context.
 
     `weights` and `metadata` are the arguments of that function. Nothing changes for other optimizers, other forms of state,
     buckets without padding, or a megatron-core that is fixed. Raises UserError, on all ranks alike, if megatron-core cannot be
@@ -101,15 +101,15 @@ def installed() -> tuple[int, ...]:
 
 @contextmanager
 def _corrected(optimizer: Any) -> Iterator[None]:
-    """While this is entered, offsets in the buffers of a distributed optimizer exclude padding. A step needs the others: none may
-    run."""
-    kept = [buffer.param_index_map for buffer in optimizer.buffers]
+    """Exclude padding from the offsets in the buffers of a distributed optimizer inside this context. A step needs the padding:
+    none may run there."""
+    padded_offsets = [buffer.param_index_map for buffer in optimizer.buffers]
     for buffer in optimizer.buffers:
         buffer.param_index_map = without_padding(buffer)
     try:
         yield
     finally:
-        for buffer, offsets in zip(optimizer.buffers, kept, strict=True):
+        for buffer, offsets in zip(optimizer.buffers, padded_offsets, strict=True):
             buffer.param_index_map = offsets
 
 

@@ -53,8 +53,8 @@ def _describe(error: BaseException, trace: Any = None) -> str:
     number = _number(error)
     if number:
         return os.strerror(number)
-    where = code_location(trace or error.__traceback__)
-    return f"{fault(error)}{f' in {where}' if where else ''}"
+    location = code_location(trace or error.__traceback__)
+    return f"{fault(error)}{f' in {location}' if location else ''}"
 
 
 def _number(error: BaseException) -> int | None:
@@ -81,9 +81,9 @@ def _hint(errors: Iterable[BaseException]) -> str:
     return f"correct what is named, then {_AGAIN}"
 
 
-def not_resumed(error: BaseException, wanted: dict[str, Any], folder: Path) -> UserError:
+def not_resumed(error: BaseException, sharded_state: dict[str, Any], folder: Path) -> UserError:
     """Return the error for a checkpoint that megatron-core could not load into `wanted`, a sharded state dict."""
-    difference = _difference(wanted, folder)
+    difference = _difference(sharded_state, folder)
     if difference:
         hint = "it has another model or optimizer, or was saved without `checkpoint.save_optim` or `save_rng`"
         return UserError(f"`{folder}` cannot be resumed from: {difference}", hint=hint)
@@ -94,16 +94,16 @@ def not_resumed(error: BaseException, wanted: dict[str, Any], folder: Path) -> U
     )
 
 
-def _difference(wanted: dict[str, Any], folder: Path) -> str:
+def _difference(sharded_state: dict[str, Any], folder: Path) -> str:
     """Describe the first tensor that the checkpoint lacks, or has in another shape; empty if there is none."""
     try:
         metadata = dist_checkpointing.load_tensors_metadata(str(folder)).values()
         saved = {tensor.key: tuple(tensor.global_shape) for tensor in metadata}
     except (CheckpointException, dist_checkpointing.core.CheckpointingException, OSError, ValueError, KeyError, TypeError):
         return ""
-    apply_factories(wanted)
-    ours = {leaf.key: tuple(leaf.global_shape) for leaf in nested_values(wanted) if isinstance(leaf, ShardedTensor)}
-    for name, shape in ours.items():
+    apply_factories(sharded_state)
+    of_run = {leaf.key: tuple(leaf.global_shape) for leaf in nested_values(sharded_state) if isinstance(leaf, ShardedTensor)}
+    for name, shape in of_run.items():
         if name not in saved:
             return f"it has no `{name}`, which this run has"
         if saved[name] != shape:

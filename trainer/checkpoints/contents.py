@@ -64,9 +64,9 @@ def tokenizer_folders(source: str) -> tuple[Folder, ...]:
     folder = open_source(source, or_hub=True)
     if not detect(folder).is_megatron:
         return (folder,)
-    inside = find_iteration(folder)
+    iteration = find_iteration(folder)
     # The first has `generation_config.json` as well; Megatron-Bridge writes only the second.
-    return inside.below(side_files.FILES), inside.below("tokenizer")
+    return iteration.below(side_files.FILES), iteration.below("tokenizer")
 
 
 def _dtype(reader: Reader) -> str:
@@ -76,10 +76,10 @@ def _dtype(reader: Reader) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def tokenizer_of(source: str, given: str | None = None) -> tokenizers.Tokenizer:
+def tokenizer_of(source: str, name: str | None = None) -> tokenizers.Tokenizer:
     """Return the tokenizer `given`, else the checkpoint's own. Raises UserError if there is none."""
-    if given:
-        return tokenizers.load(given)
+    if name:
+        return tokenizers.load(name)
     folder = next(filter(_has_tokenizer, tokenizer_folders(source)), None)
     if folder is not None:
         return _load(folder)
@@ -89,8 +89,8 @@ def tokenizer_of(source: str, given: str | None = None) -> tokenizers.Tokenizer:
 def tokenizer_of_run(config: RunConfig, *, resumed: Path | None = None) -> tokenizers.Tokenizer | None:
     """Return the tokenizer that the settings name, else that of the weights to start from, else that of the checkpoint that is
     resumed (or that a run would resume), else the one beside the model's own files; None if there is none."""
-    named, start = config.tokenizer.tokenizer_model, config.checkpoint.pretrained_checkpoint
-    tokenizer = tokenizers.of_run(named, beside=start)
+    name, start = config.tokenizer.tokenizer_model, config.checkpoint.pretrained_checkpoint
+    tokenizer = tokenizers.of_run(name, beside=start)
     if tokenizer is not None:
         return tokenizer
     resumed = resumed or iterations.latest(config.checkpoint.load)

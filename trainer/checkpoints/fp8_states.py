@@ -42,7 +42,7 @@ _TENSORS = {"torch._utils": {"_rebuild_tensor_v2"}, "collections": {"OrderedDict
 
 @contextmanager
 def safe_unpickling() -> Iterator[None]:
-    """While this is entered, Transformer Engine's modules take extra states that hold FP8 state, and refuse all others.
+    """Have Transformer Engine's modules load only extra states that hold FP8 state, inside this context.
 
     Raises UserError, from the load, for an extra state that names anything else.
     """
@@ -79,8 +79,8 @@ def _storage(data: bytes) -> Any:
         raise _refusal("holds a storage that names something else") from None
 
 
-def _refusal(what: str) -> UserError:
+def _refusal(fault: str) -> UserError:
     return UserError(
-        f"an `_extra_state` of the checkpoint {what}, which is not part of Transformer Engine's FP8 state",
+        f"an `_extra_state` of the checkpoint {fault}, which is not part of Transformer Engine's FP8 state",
         hint="loading it could run code; start from the weights alone with `checkpoint.pretrained_checkpoint`",
     )

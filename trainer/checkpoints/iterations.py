@@ -54,7 +54,8 @@ def signature(run: str) -> bytes:
 
 
 def sees(folder: Path) -> bool:
-    """Return whether this host sees an iteration. Lists its parent, for which a network file system asks its server again."""
+    """Return whether this host sees an iteration. Lists the parent folder, so that a network
+    file system asks its server again."""
     return folder.parent.is_dir() and folder in folder.parent.iterdir() and (folder / METADATA).is_file()
 
 
@@ -106,8 +107,8 @@ def commit(partial: Path, *, iteration: int) -> Path:
 def prune(newest: Path, *, keep: int | None) -> None:
     """Remove older checkpoints of the run that wrote `newest`, except the last `keep - 1`; None keeps all."""
     number, run = _number(newest), run_of(newest)
-    ours = [path for path in complete(str(newest.parent)) if _number(path) < number and _is_of(path, run)]
-    for path in ours[: max(len(ours) - keep + 1, 0)] if keep else ():
+    older = [path for path in complete(str(newest.parent)) if _number(path) < number and _is_of(path, run)]
+    for path in older[: max(len(older) - keep + 1, 0)] if keep else ():
         # A checkpoint that is partly removed must not look like a complete one.
         shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
 

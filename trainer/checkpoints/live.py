@@ -129,7 +129,7 @@ def load(chunks: Sequence[Any], source: str, *, note: Callable[[str], None] = la
             else (reader, _in_layout(layout, _from_megatron(reader, _tokens(config, vocab))))
         )
         names = _names(locals_)
-        tensor_plans = {spelled_as(names, name): one for name, one in tensor_plans.items()}
+        tensor_plans = {spelled_as(names, name): tensor_plan for name, tensor_plan in tensor_plans.items()}
         check_names_and_shapes(locals_, tensor_plans, source)
         if config and getattr(chunks[0].config, "hf_config", None):
             for text in hf_config.compare(chunks[0].config, config, source=source):

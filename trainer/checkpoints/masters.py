@@ -62,17 +62,20 @@ class _Pair:
 def compared_with_weights(
     chunks: list[Any], optimizer: Any, folder: Path, *, peft: Any, sharding: str, say: Callable[[str], None]
 ) -> Iterator[None]:
-    """While this is entered, the optimizer loads its state from the checkpoint `folder`, whose weights the model has already.
+    """Compare fp32 masters with weights when this context is left. Inside it, the caller loads the optimizer's state from the
+    checkpoint `folder`, whose weights the model has already.
 
-    On leaving, compares them, and prints what could not be compared. Raises UserError, on all ranks alike, for a master that does
+    Passes a note on weights that could not be compared to `say`. Raises UserError, on all ranks alike, for a master that does
     not round to its weight.
     """
-    own = list(_own_masters(optimizer))
-    kept = [_Pair(pair.weight, pair.elements, pair.part.clone()) for pair in own] if sharding == "fully_reshardable" else []
+    fp32_pairs = list(_own_masters(optimizer))
+    copies = (
+        [_Pair(pair.weight, pair.elements, pair.part.clone()) for pair in fp32_pairs] if sharding == "fully_reshardable" else []
+    )
     yield
-    pairs = [*_pairs(optimizer), *kept]
+    pairs = [*_pairs(optimizer), *copies]
     skipped = {pair.obstacle for pair in pairs if pair.obstacle}
-    skipped |= {_ONCE} if own and not kept else set()
+    skipped |= {_ONCE} if fp32_pairs and not copies else set()
     skipped |= {"frozen weights"} if peft is None and _some_frozen(chunks) else set()
     wrong = [pair.weight for pair in pairs if not pair.obstacle and not pair.agrees]
     own_names, other_dtype = _names(wrong, chunks, folder) if wrong else (set(), set())
@@ -83,9 +86,9 @@ def compared_with_weights(
         say(f"note: weights of `{folder}` that were not held against fp32 masters: {', '.join(reasons)}")
 
 
-def _of_all_ranks(ours: set[str]) -> list[str]:
+def _of_all_ranks(texts: set[str]) -> list[str]:
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, ours)
+    dist.all_gather_object(everywhere, texts)
     return sorted(set().union(*everywhere))
 
 
@@ -112,8 +115,8 @@ def _range(optimizer: Any, weight: torch.Tensor) -> slice:
 
 
 def _zipped(weights: Iterable[Any], masters: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    for group, theirs in zip(weights, masters, strict=True):
-        yield from zip(group, theirs, strict=True)
+    for group, masters_of_group in zip(weights, masters, strict=True):
+        yield from zip(group, masters_of_group, strict=True)
 
 
 def _some_frozen(chunks: list[Any]) -> bool:
@@ -125,11 +128,11 @@ def _names(wrong: list[torch.Tensor], chunks: list[Any], folder: Path) -> tuple[
 
     Vocabulary rows that only this run pads do not differ: megatron-core fills weights and masters with zeros.
     """
-    known = {local.data.data_ptr(): local for local in live.local_weights([unwrap(chunk) for chunk in chunks])}
+    by_address = {local.data.data_ptr(): local for local in live.local_weights([unwrap(chunk) for chunk in chunks])}
     names, other_dtype = set[str](), set[str]()
     with closing(open_megatron(LocalFolder(folder))) as reader:
         for weight in wrong:
-            local = known.get(weight.data_ptr())
+            local = by_address.get(weight.data_ptr())
             stored = reader.specs.get(local.name) if local else None
             if local is None or stored is None:
                 names.add(f"a weight of shape {list(weight.shape)}")

@@ -29,14 +29,14 @@ def fit(parts: list[Any], loaded: State, saved: State) -> State:
 def _complete(part: Any, tensors: State, settings: State) -> State:
     """Return a part's tensors with the settings of a saved one, in this run's parameter groups."""
     wrapped = "optimizer" in settings
-    saved, own = (settings["optimizer"], tensors.get("optimizer", {})) if wrapped else (settings, tensors)
+    saved, state_of_part = (settings["optimizer"], tensors.get("optimizer", {})) if wrapped else (settings, tensors)
     step = {name: value for name, value in saved["param_groups"][0].items() if name == "step"}
-    loaded_groups = own.get("param_groups", [{}] * len(part.param_groups))
+    loaded_groups = state_of_part.get("param_groups", [{}] * len(part.param_groups))
     groups = [
         {**{name: value for name, value in group.items() if name != "params"}, **step, **loaded}
         for group, loaded in zip(part.param_groups, loaded_groups, strict=True)
     ]
     common = {name: value for name, value in saved.get("state", {}).items() if name == "common_step"}
-    state = {"state": {**own["state"], **common}} if "state" in own else {}
-    inner = {**own, **state, "param_groups": groups}
+    state = {"state": {**state_of_part["state"], **common}} if "state" in state_of_part else {}
+    inner = {**state_of_part, **state, "param_groups": groups}
     return {**settings, **tensors, "optimizer": inner} if wrapped else inner

@@ -63,24 +63,24 @@ class Names:
             return replace(leaf, key=leaf.key.replace(_FINAL[not self.hybrid], _FINAL[self.hybrid]))
         number, rest = match["number"], match["rest"]
         stacked = number is None
-        ours = leaf.global_offset[0] if stacked else int(number)
-        theirs = 2 * ours + rest.startswith(_FEED_FORWARD) if self.hybrid else ours // 2
-        key = match["before"] + (rest if self.stacked else f"{theirs}.{rest}")
-        return replace(leaf, key=key, **_axes(leaf, theirs, self.layers if self.stacked else None, stacked=stacked))
+        layer = leaf.global_offset[0] if stacked else int(number)
+        saved_layer = 2 * layer + rest.startswith(_FEED_FORWARD) if self.hybrid else layer // 2
+        key = match["before"] + (rest if self.stacked else f"{saved_layer}.{rest}")
+        return replace(leaf, key=key, **_axes(leaf, saved_layer, self.layers if self.stacked else None, stacked=stacked))
 
 
 def _axes(leaf: Any, layer: int, layers: int | None, *, stacked: bool) -> dict[str, Any]:
     """Return the axes of a shard with a first one for `layer` of `layers`, or without it."""
     first = 1 if stacked else 0
-    sizes, places = ((), ()) if layers is None else ((layers,), (layer,))
+    sizes, indices = ((), ()) if layers is None else ((layers,), (layer,))
     shape, offset = leaf.global_shape[first:], leaf.global_offset[first:]
     if isinstance(leaf, ShardedObject):  # of which one for all has one axis
         if shape == (1,):
             shape = offset = ()
-        return {"global_shape": (*sizes, *shape) or (1,), "global_offset": (*places, *offset) or (0,)}
+        return {"global_shape": (*sizes, *shape) or (1,), "global_offset": (*indices, *offset) or (0,)}
     return {
         "global_shape": (*sizes, *shape),
-        "global_offset": (*places, *offset),
+        "global_offset": (*indices, *offset),
         "axis_fragmentations": (*sizes, *(leaf.axis_fragmentations or ())[first:]),
         "prepend_axis_num": leaf.prepend_axis_num - first + len(sizes),
     }
@@ -109,24 +109,24 @@ def names_of(folder: Path, model: Any, *, peft: Any, sharding: str) -> Names | N
         return None  # whose description says its layout
     saved: Mapping[str, Any] = dist_checkpointing.load_tensors_metadata(str(folder))
     hybrid = any(_FINAL[True].strip(".") in name for name in saved)
-    ours = is_hybrid(model)
-    if hybrid == ours or not any(name.startswith("decoder.") for name in saved):
+    is_hybrid_run = is_hybrid(model)
+    if hybrid == is_hybrid_run or not any(name.startswith("decoder.") for name in saved):
         return None
     return _other(folder, model, saved, sharding=sharding)
 
 
 def _other(folder: Path, model: Any, saved: Mapping[str, Any], *, sharding: str) -> Names:
-    ours = is_hybrid(model)
-    before, now = ("gpt", "hybrid") if ours else ("hybrid", "gpt")
+    is_hybrid_run = is_hybrid(model)
+    saved_layout, layout = ("gpt", "hybrid") if is_hybrid_run else ("hybrid", "gpt")
     reason = ""
-    if ours and layers_of_each(model) != 2:
+    if is_hybrid_run and layers_of_each(model) != 2:
         reason = f"the model's layers, `{model.hybrid_layer_pattern}`, are not those of a GPT model"
     elif sharding == "dp_reshardable":
         reason = "the optimizer's state is stored `dp_reshardable`, not by weights"
     if reason:
         raise UserError(
-            f"`{folder}` was saved in the layout `{before}`, and `model.layout` is `{now}`: {reason}",
-            hint=f"set `model.layout={before}`, or start from the weights with `checkpoint.pretrained_checkpoint`",
+            f"`{folder}` was saved in the layout `{saved_layout}`, and `model.layout` is `{layout}`: {reason}",
+            hint=f"set `model.layout={saved_layout}`, or start from the weights with `checkpoint.pretrained_checkpoint`",
         )
     numbered = any(match["number"] for match in map(_LAYER.fullmatch, saved) if match)
-    return Names(hybrid=not ours, stacked=ours and not numbered, layers=model.num_layers)
+    return Names(hybrid=not is_hybrid_run, stacked=is_hybrid_run and not numbered, layers=model.num_layers)

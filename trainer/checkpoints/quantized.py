@@ -18,8 +18,8 @@ _COPY = "_high_precision_init_val"
 
 @contextmanager
 def in_full(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """While this is entered, quantized weights of `chunks` are plain tensors of unspecified values; on leaving, the weights get
-    the values of those tensors."""
+    """Replace the quantized weights of `chunks` by plain tensors, of unspecified values, inside this context. On leaving, the
+    weights get the values that were loaded into those tensors."""
     swapped = [
         (module, name, parameter, _plain(parameter))
         for chunk in chunks
@@ -27,14 +27,14 @@ def in_full(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
         for name, parameter in module._parameters.items()
         if parameter is not None and is_float8tensor(parameter)
     ]
-    for module, name, _, plain in swapped:
-        module._parameters[name] = plain
+    for module, name, _, dequantized in swapped:
+        module._parameters[name] = dequantized
     try:
         yield
     finally:
-        for module, name, parameter, plain in swapped:
+        for module, name, parameter, dequantized in swapped:
             module._parameters[name] = parameter
-            _take(parameter, plain)
+            _take(parameter, dequantized)
 
 
 def _plain(parameter: torch.Tensor) -> torch.nn.Parameter:
@@ -42,7 +42,7 @@ def _plain(parameter: torch.Tensor) -> torch.nn.Parameter:
 
 
 @torch.no_grad()
-def _take(parameter: Any, plain: torch.Tensor) -> None:
-    parameter.copy_(plain)
+def _take(parameter: Any, dequantized: torch.Tensor) -> None:
+    parameter.copy_(dequantized)
     if hasattr(parameter, _COPY):
-        setattr(parameter, _COPY, plain.detach().cpu())
+        setattr(parameter, _COPY, dequantized.detach().cpu())

@@ -38,8 +38,8 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
         _check_optimizer(parts, saved, sharding, folder)
     optim.allocate_state(parts.optimizer)
     names = other_layout.names_of(folder, config.model, peft=config.peft, sharding=sharding)
-    wanted = state_dict.state_dict(parts, config, metadata=metadata, loading=True, rng=same_layout, names=names)
-    loaded = _load(wanted, folder, verify_integrity=config.checkpoint.verify_integrity)
+    sharded_state = state_dict.state_dict(parts, config, metadata=metadata, loading=True, rng=same_layout, names=names)
+    loaded = _load(sharded_state, folder, verify_integrity=config.checkpoint.verify_integrity)
     _take_weights(parts.chunks, loaded, config.peft)
     if "optimizer" in loaded:
         loaded["optimizer"] = optimizer_parts.fit(optim.each(parts.optimizer), loaded["optimizer"], common.get("optimizer", {}))
@@ -54,13 +54,13 @@ def resume(parts: Parts, config: RunConfig, folder: Path, *, say: Callable[[str]
     _report(saved, config.dataset, folder, same_layout=same_layout, say=say)
 
 
-def _load(wanted: dict[str, Any], folder: Path, *, verify_integrity: bool) -> dict[str, Any]:
+def _load(sharded_state: dict[str, Any], folder: Path, *, verify_integrity: bool) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(
-            wanted, str(folder), strict=StrictHandling.RAISE_UNEXPECTED, verify_integrity=verify_integrity
+            sharded_state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED, verify_integrity=verify_integrity
         )
     except (dist_checkpointing.core.CheckpointingException, CheckpointException, ValueError) as error:
-        raise causes.not_resumed(error, wanted, folder) from error
+        raise causes.not_resumed(error, sharded_state, folder) from error
 
 
 def _take_weights(chunks: list[Any], loaded: dict[str, Any], peft: Any) -> None:
@@ -93,13 +93,13 @@ def _check_optimizer(parts: Parts, saved: dict[str, Any], sharding: str, folder:
             hint="resume with `ddp.use_distributed_optimizer` and `mixed_precision` as they were, or start from the weights "
             f"alone: `checkpoint.pretrained_checkpoint={folder.parent}` with another `checkpoint.save`",
         )
-    before, now = ({**_NO_EXPERTS, **sizes} for sizes in (_saved_layout(saved), state_dict.layout()))
-    differ = [name for name in ("TP", "PP", "EP") if before[name] != now[name]]
+    before, current = ({**_NO_EXPERTS, **sizes} for sizes in (_saved_layout(saved), state_dict.layout()))
+    differ = [name for name in ("TP", "PP", "EP") if before[name] != current[name]]
     if sharding == "dp_reshardable" and differ:
         names = [name for name in ("TP", "PP", "EP") if name != "EP" or name in differ]
-        was, has = (", ".join(f"{name} {sizes[name]}" for name in names) for sizes in (before, now))
+        saved_text, current_text = (", ".join(f"{name} {sizes[name]}" for name in names) for sizes in (before, current))
         raise UserError(
-            f"`{folder}` was saved `dp_reshardable` at {was}; this run has {has}",
+            f"`{folder}` was saved `dp_reshardable` at {saved_text}; this run has {current_text}",
             hint=f"resume at the same {' and '.join(names)}, or save with `checkpoint.optim_sharding=fully_reshardable`",
         )
 
@@ -116,8 +116,10 @@ def _saved_layout(saved: dict[str, Any]) -> dict[str, int]:
 
 
 def _is_same_layout(saved: dict[str, int]) -> bool:
-    now = state_dict.layout()
-    return saved == now or (len(saved) < len(now) and saved.items() <= now.items() and not state_dict.experts_differ())
+    current = state_dict.layout()
+    return saved == current or (
+        len(saved) < len(current) and saved.items() <= current.items() and not state_dict.experts_differ()
+    )
 
 
 def _format_layout(sizes: dict[str, int]) -> str:
@@ -130,8 +132,8 @@ def _report(saved: dict[str, Any], dataset: Any, folder: Path, *, same_layout: b
     progress = saved["progress"]
     say(f"resumed {folder}: step {progress['iteration']}, {progress['consumed_samples']} samples consumed")
     if not same_layout:
-        before, now = _format_layout(_saved_layout(saved)), _format_layout(state_dict.layout())
-        say(f"note: saved at {before}; now {now}: random numbers start anew")
+        before, current = _format_layout(_saved_layout(saved)), _format_layout(state_dict.layout())
+        say(f"note: saved at {before}; now {current}: random numbers start anew")
     for name, value in state_dict.data_identity(dataset).items():
         if saved["data"].get(name, value) != value:  # checkpoints from before a setting was there do not say it
             say(f"note: `dataset.{name}` was {saved['data'].get(name)}, now {value}: the samples to come are others")

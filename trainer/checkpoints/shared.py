@@ -42,7 +42,7 @@ def not_shared(root: Path, unseen: str) -> UserError:
 
 
 def _appears(path: Path) -> bool:
-    """Return whether a file is visible. Lists the folder, for which a network file system asks its server again."""
+    """Return whether a file is visible. Lists the folder, so that a network file system asks its server again."""
     until = time.monotonic() + _PATIENCE_S
     while not (exists := path.parent.is_dir() and path in path.parent.iterdir()):
         if time.monotonic() >= until:

@@ -130,8 +130,8 @@ def _from_source(source: str) -> tuple[dict[str, bytes | FileRef], Iterable[byte
 
 
 def _below(folder: Folder, name: str) -> dict[str, bytes | FileRef]:
-    inside = folder.below(name)
-    return {f"{name}/{file}": FileRef(inside, file) for file in inside.files()}
+    subfolder = folder.below(name)
+    return {f"{name}/{file}": FileRef(subfolder, file) for file in subfolder.files()}
 
 
 def _from_tokenizer(model: Any, tokenizer: TokenizerConfig) -> dict[str, bytes | FileRef]:
@@ -194,8 +194,8 @@ def _sizes(model: GPTModelProvider) -> Model:
 
 def _stages(chunks: Sequence[Any]) -> list[int]:
     """Return the layers of each pipeline stage: all ranks of the first virtual stage, then the second."""
-    ours = [len(decoder.layers) if (decoder := getattr(chunk, "decoder", None)) is not None else 0 for chunk in chunks]
+    num_layers = [len(decoder.layers) if (decoder := getattr(chunk, "decoder", None)) is not None else 0 for chunk in chunks]
     group = parallel_state.get_pipeline_model_parallel_group()
     everywhere: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everywhere, ours, group=group)
-    return [counts[stage] for stage in range(len(ours)) for counts in everywhere]
+    dist.all_gather_object(everywhere, num_layers, group=group)
+    return [counts[stage] for stage in range(len(num_layers)) for counts in everywhere]

@@ -17,7 +17,7 @@ def command(words: tuple[str, ...], config_file: str | None, nproc: int | None, 
 
     RECIPE starts from checkpoint.pretrained_checkpoint=DIR and learns the examples of dataset.path=FILE.
 
-    peft=lora and peft=dora train adapters, which is what happens if nothing is said; peft=none trains every parameter.
+    peft=lora, the default, and peft=dora train adapters; peft=none trains every parameter.
 
     Processes, signals and exit status as those of `mbtrain pretrain`.
     """

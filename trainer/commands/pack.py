@@ -42,13 +42,13 @@ def command(words: tuple[str, ...], *, config_file: str | None, as_json: bool, q
     recipe, out, overrides = _split_words(words)
     config = read_run(recipe, config_file=config_file, overrides=overrides, finetune=True)
     apply_defaults(config, padded_examples(config.model, config.dataset))
-    done = packed.pack(
+    splits = packed.pack(
         config.dataset, out, tokenizer=build.require_tokenizer(tokenizer_of_run(config)), vocab_size=config.model.vocab_size
     )
     if as_json:
-        click.echo(json.dumps([asdict(split) for split in done]))
+        click.echo(json.dumps([asdict(split) for split in splits]))
     elif not quiet:
-        for line in _lines(done):
+        for line in _lines(splits):
             click.echo(line, err=True)
         click.echo(f"done: {out}", err=True)
 
@@ -61,15 +61,15 @@ def _split_words(words: tuple[str, ...]) -> tuple[str | None, Path, list[str]]:
     return names[0] if len(names) == 2 else None, Path(expanded(names[-1])), [word for word in words if word not in names]
 
 
-def _lines(done: list[PackedSplit]) -> list[str]:
+def _lines(splits: list[PackedSplit]) -> list[str]:
     """Return lines that describe each source once, then each split; sources are named where a split has several."""
-    several = len({part.source for part in done}) > 1
+    several = len({part.source for part in splits}) > 1
     sources = dict.fromkeys(
-        line for part in done for line in (f"`{part.source}`: {part.said}" if several else part.said, *part.reasons)
+        line for part in splits for line in (f"`{part.source}`: {part.said}" if several else part.said, *part.reasons)
     )
     rows = (
         f"{part.split}{f', `{part.source}`' if several else ''}: {part.examples:,} examples in {part.rows:,} rows, "
         f"{100 * part.filled:.1f} % filled{f', weight {part.weight:g}' if part.weight else ''}"
-        for part in done
+        for part in splits
     )
     return [*sources, *rows]

@@ -51,7 +51,7 @@ def command(
     from trainer.data.prepare import prepare  # noqa: PLC0415
 
     with progress_reporter(quiet=quiet) as reporter:
-        done = prepare(
+        summary = prepare(
             list(inputs),
             prefix,
             tokenizer=tokenizer,
@@ -61,18 +61,19 @@ def command(
             overwrite=overwrite,
             reporter=reporter,
         )
-        if done.empty:
-            reporter.note(f"{done.empty} documents without text were left out")
+        if summary.empty:
+            reporter.note(f"{summary.empty} documents without text were left out")
     if as_json:
-        click.echo(json.dumps(asdict(done)))
+        click.echo(json.dumps(asdict(summary)))
     elif not quiet:
-        click.echo(f"done: {_summary(done)}", err=True)
+        click.echo(f"done: {_summary(summary)}", err=True)
 
 
-def _summary(done: Summary) -> str:
+def _summary(summary: Summary) -> str:
     from converter.console import size  # noqa: PLC0415
 
     return (
-        f"{done.documents:,} documents, {done.tokens:,} tokens, {size(done.input_bytes)} read, {size(done.output_bytes)} "
-        f"written, {done.seconds:.1f} s ({done.tokens_per_second:,.0f} tokens/s) -> {done.prefix}"
+        f"{summary.documents:,} documents, {summary.tokens:,} tokens, {size(summary.input_bytes)} read, "
+        f"{size(summary.output_bytes)} written, {summary.seconds:.1f} s ({summary.tokens_per_second:,.0f} tokens/s) "
+        f"-> {summary.prefix}"
     )

@@ -26,10 +26,10 @@ def command(*, beginning: str, as_json: bool) -> None:
     """
     from trainer import recipes  # noqa: PLC0415
 
-    found = [recipe for name, recipe in recipes.every().items() if name.startswith(beginning)]
-    if not found:
+    matching = [recipe for name, recipe in recipes.every().items() if name.startswith(beginning)]
+    if not matching:
         recipes.find(beginning)  # which suggests another
-    rows = [_row(recipe) for recipe in found]
+    rows = [_row(recipe) for recipe in matching]
     if as_json:
         click.echo(json.dumps({row.pop("name"): row for row in rows}))
     elif sys.stdout.isatty():

@@ -53,9 +53,9 @@ def _ranks_and_device(recipe: str | None, config: RunConfig, *, gpus: int | None
     if gpus or processes:
         return gpus or processes or 1, "gpu" if gpus else "cpu"
     copy = math.prod(getattr(config.model, f"{axis}_parallel_size", 1) for axis in ("tensor_model", "pipeline_model", "context"))
-    wanted = _recommended(recipes.find(recipe), config) if recipe else copy
-    on_cpu = config.dist.device == "cpu" or wanted == 0
-    size = copy if on_cpu else -(-wanted // copy) * copy
+    gpus_of_recipe = _recommended(recipes.find(recipe), config) if recipe else copy
+    on_cpu = config.dist.device == "cpu" or gpus_of_recipe == 0
+    size = copy if on_cpu else -(-gpus_of_recipe // copy) * copy
     return size, "cpu" if on_cpu else "gpu"
 
 
@@ -92,17 +92,17 @@ def _explicit(config: RunConfig, recipe: str | None) -> dict[str, Any]:
     from trainer.model import from_hf_config  # noqa: PLC0415
     from trainer.settings import yaml_io  # noqa: PLC0415
 
-    described, peft = getattr(config.model, "hf_config", None), config.peft
+    hf_config, peft = getattr(config.model, "hf_config", None), config.peft
     kind = "peft_config" if peft else "sft_config" if isinstance(config.dataset, FinetuningDatasetConfig) else "pretrain_config"
-    first = initial_run(recipe, {} if recipe else {"model": {"hf_config": described}}, kind)
-    model = from_hf_config(described or first.model.hf_config)
-    plain = RunConfig(model=model, dataset=type(config.dataset)(), peft=type(peft)() if peft else None)
-    explicit = yaml_io.changes(config, plain, first)
-    whole = yaml_io.as_mapping(config)[0]
+    first = initial_run(recipe, {} if recipe else {"model": {"hf_config": hf_config}}, kind)
+    model = from_hf_config(hf_config or first.model.hf_config)
+    defaults = RunConfig(model=model, dataset=type(config.dataset)(), peft=type(peft)() if peft else None)
+    explicit = yaml_io.changes(config, defaults, first)
+    all_settings = yaml_io.as_mapping(config)[0]
     if not recipe:
-        explicit["model"] = {"hf_config": whole["model"]["hf_config"], **explicit.get("model", {})}
+        explicit["model"] = {"hf_config": all_settings["model"]["hf_config"], **explicit.get("model", {})}
     # A file says by these two which of a recipe's runs it changes.
-    explicit["peft"] = {"name": whole["peft"]["name"], **explicit.get("peft", {})} if peft else "none"
+    explicit["peft"] = {"name": all_settings["peft"]["name"], **explicit.get("peft", {})} if peft else "none"
     if kind != "pretrain_config":
         explicit.setdefault("dataset", {})["packed"] = config.dataset.packed
     return {"recipe": recipe, **explicit} if recipe else explicit
@@ -113,22 +113,22 @@ def _figures(config: RunConfig, *, world_size: int, device: str) -> list[str]:
 
     unit, many = ("GPU", "GPUs") if device == "gpu" else ("process", "processes")
     units = unit if world_size == 1 else many
-    taken = memory(config, world_size=world_size)
+    estimate = memory(config, world_size=world_size)
     return [
         f"parameters: {parameters(config.model):,}",
-        *_trained(config),
-        f"memory of the fullest of {world_size} {units}, estimated: {size(taken.total)}{_fits(taken.total, device)}",
-        *(f"  {part.name}: {size(part.size)}, {part.why}" for part in taken.parts),
-        *_uneven(taken, device),
+        *_trained(config.model, config.peft),
+        f"memory of the fullest of {world_size} {units}, estimated: {size(estimate.total)}{_fits(estimate.total, device)}",
+        *(f"  {part.name}: {size(part.size)}, {part.why}" for part in estimate.parts),
+        *_uneven(estimate, device),
         *_flops(config),
     ]
 
 
-def _uneven(taken: Estimate, device: str) -> list[str]:
-    """Say how much more than with even routing, for which memory is estimated, a run may take."""
-    if taken.uneven == taken.total:
+def _uneven(estimate: Estimate, device: str) -> list[str]:
+    """Return a line with the memory that a run needs if routing is as uneven as possible; none where that changes nothing."""
+    if estimate.uneven == estimate.total:
         return []
-    return [f"the same if all tokens go to the experts of one rank: {size(taken.uneven)}{_fits(taken.uneven, device)}"]
+    return [f"the same if all tokens go to the experts of one rank: {size(estimate.uneven)}{_fits(estimate.uneven, device)}"]
 
 
 def _flops(config: RunConfig) -> list[str]:
@@ -152,10 +152,10 @@ def _fits(size: int, device: str) -> str:
     return f" of a card's {card}" if card else f", more than any card of {_CARDS[-1]} GB has"
 
 
-def _trained(config: RunConfig) -> list[str]:
+def _trained(model: Any, peft: Any) -> list[str]:
     from trainer.estimate import built  # noqa: PLC0415
 
-    if config.peft is None:
+    if peft is None:
         return []
-    held = built.count_whole(config.model, config.peft)
-    return [f"trained: {number(held.trained.total)} of {number(held.total)} parameters"]
+    parameters = built.count_whole(model, peft)
+    return [f"trained: {number(parameters.trained.total)} of {number(parameters.total)} parameters"]

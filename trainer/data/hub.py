@@ -83,12 +83,12 @@ def _download(source: str, url: re.Match[str], folder: Path) -> None:
     (folder / METADATA_FILE).write_text(json.dumps({"id": url["id"], "revision": commit, "configuration": config}, indent=2))
 
 
-def _choose_config(source: str, wanted: str | None, available: list[str]) -> str:
-    if wanted is None and len(available) > 1 and "default" not in available:
+def _choose_config(source: str, name: str | None, available: list[str]) -> str:
+    if name is None and len(available) > 1 and "default" not in available:
         raise UserError(
             f"`{source}` has several configurations: {list_some(available)}",
             hint=f"name one: `{source.rstrip('/')}/{available[0]}`",
         )
-    if wanted is not None and wanted not in available:
-        raise UserError(f"`{source}` has no configuration `{wanted}`: it has {list_some(available)}", hint="name one of those")
-    return wanted or ("default" if "default" in available else available[0])
+    if name is not None and name not in available:
+        raise UserError(f"`{source}` has no configuration `{name}`: it has {list_some(available)}", hint="name one of those")
+    return name or ("default" if "default" in available else available[0])

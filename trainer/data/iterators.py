@@ -61,7 +61,7 @@ def datasets(
     samples = (consumed_samples + to_come, evaluated, evaluated)
     training, *held_out = data.build(dataset, tokenizer=tokenizer, vocab_size=vocab_size, samples=samples)
     consistency.check_ranks((training, *held_out), tokenizer)
-    return training, *(_each_once(found, iterations, batch) for found in held_out)
+    return training, *(_each_once(dataset_of_split, iterations, batch) for dataset_of_split in held_out)
 
 
 def _each_once(held_out: Any, iterations: int | None, global_batch_size: int) -> Any:

@@ -69,10 +69,10 @@ def batches(
             f"`{size}` data-parallel ranks",
             hint=f"choose a multiple of {stride}",
         )
-    wanted = _count_samples(len(dataset), consumed, samples, global_batch_size)
+    num_samples = _count_samples(len(dataset), consumed, samples, global_batch_size)
     order = MicrobatchSampler(
         consumed=consumed,
-        steps=wanted // global_batch_size,
+        steps=num_samples // global_batch_size,
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         rank=rank,
@@ -85,14 +85,14 @@ def batches(
 def _count_samples(length: int, consumed: int, samples: int | None, global_batch_size: int) -> int:
     """Return how many samples to read of a dataset of `length`. Raises UserError if it has fewer, or not whole global batches."""
     available = max(length - consumed, 0)
-    wanted = available - available % global_batch_size if samples is None else samples
-    if wanted > available or not wanted or wanted % global_batch_size:
+    num_samples = available - available % global_batch_size if samples is None else samples
+    if num_samples > available or not num_samples or num_samples % global_batch_size:
         raise UserError(
-            f"`{wanted or global_batch_size}` samples are needed after the first `{consumed}`, but the dataset has "
+            f"`{num_samples or global_batch_size}` samples are needed after the first `{consumed}`, but the dataset has "
             f"`{length}` in all, and a global batch takes `{global_batch_size}`",
             hint="use more data, or ask for whole global batches that the data can give",
         )
-    return wanted
+    return num_samples
 
 
 def _worker_options(num_workers: int) -> dict[str, Any]:

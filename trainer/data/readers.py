@@ -28,7 +28,7 @@ _DOCUMENT = "document"
 def list_inputs(inputs: Iterable[Path]) -> list[Path]:
     """Return the files to read, in order. Folders are replaced by their supported files, sorted by name, without hidden ones; a
     folder saved by `datasets` counts as one file. Raises UserError for a missing or unsupported file."""
-    paths = [path for given in inputs for path in (_list_folder(given) if given.is_dir() else [given])]
+    paths = [path for source in inputs for path in (_list_folder(source) if source.is_dir() else [source])]
     for path in paths:
         if not path.exists():
             raise UserError(f"`{path}` does not exist", hint=f"inputs are folders or files: {KINDS}")

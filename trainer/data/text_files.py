@@ -64,13 +64,13 @@ def open_lines(path: Path, *, what: str) -> BinaryIO:
 
 def _check_values(path: Path, head: bytes, *, what: str) -> None:
     text = head.lstrip()
-    first, ended, rest = text.partition(b"\n")
+    first, ended, following_lines = text.partition(b"\n")
     if text[:1] == b"[" and not _is_list_of_scalars(first):
         raise UserError(
             f"`{path}` is one JSON array; a .jsonl file has one {what} per line",
             hint=f"write it so: `jq -c '.[]' {path} > NEW.jsonl`",
         )
-    if text[:1] == b"{" and ended and rest.lstrip()[:1] not in (b"{", b"") and _continues_on_next_line(first):
+    if text[:1] == b"{" and ended and following_lines.lstrip()[:1] not in (b"{", b"") and _continues_on_next_line(first):
         raise UserError(
             f"`{path}` begins with a JSON object over several lines; a .jsonl file has one {what} per line",
             hint=f"write it so: `jq -c . {path} > NEW.jsonl`",

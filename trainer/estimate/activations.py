@@ -60,8 +60,8 @@ def activations(
     kept, working = _kept(model, shape, layout, parts, tokens)
     flying = _in_flight(model, pp_rank, num_microbatches)
     states = ", of states what a GPU's kernels keep" if any(kind.recurrence for kind in shape.kinds) else ""
-    what = f"{len(parts)} layers{states}, {flying:g} microbatches at a time"
-    yield "activations", int(sum(kept) * flying), _why(model, what, peft)
+    count = f"{len(parts)} layers{states}, {flying:g} microbatches at a time"
+    yield "activations", int(sum(kept) * flying), _why(model, count, peft)
     if working:
         yield "recomputation", working, "what is computed again, at its largest"
     edge = tokens * shape.hidden * layout.wide // layout.shards
@@ -71,9 +71,9 @@ def activations(
         # The output layer's weight has no gradient if it is frozen, for which it would keep its input.
         norm = (2 * edge, "its input and output") if peft is None else (edge, "its input; the output layer, frozen, keeps none")
         yield "final norm", *norm
-        each, times = _logit(model, layout), 1 + shape.mtp
-        why = f"one microbatch{f', {times} predictions' if shape.mtp else ''}, {each} bytes per logit"
-        yield "logits", tokens * shape.padded_vocab // layout.tp * each * times, why
+        logit_bytes, predictions = _logit(model, layout), 1 + shape.mtp
+        why = f"one microbatch{f', {predictions} predictions' if shape.mtp else ''}, {logit_bytes} bytes per logit"
+        yield "logits", tokens * shape.padded_vocab // layout.tp * logit_bytes * predictions, why
 
 
 def _pairs(model: Any, *, uneven: bool) -> float:
@@ -133,21 +133,21 @@ def _layout(model: Any, number: int, sequence_length: int, peft: Any) -> Layout:
 
 def _layer(shape: Shape, number: int, layout: Layout) -> dict[str, int]:
     """Return the bytes per token of one layer, by module that can be recomputed on its own."""
-    kind, every = shape.kinds[number], list(linears(shape, number))
-    mixing, feeding = ([linear for linear in every if linear.mixes == mixes] for mixes in (True, False))
+    kind, linear_layers = shape.kinds[number], list(linears(shape, number))
+    mixing, feeding = ([linear for linear in linear_layers if linear.mixes == mixes] for mixes in (True, False))
     into_mixing, mixed = by_mixing(shape, kind, mixing, layout)
-    into_mlp, more = 0, dict[str, int]()
+    into_mlp, feed_forward = 0, dict[str, int]()
     if kind.experts:
-        into_mlp, more = _experts(shape, layout, feeding)
+        into_mlp, feed_forward = _experts(shape, layout, feeding)
     elif kind.dense:
-        into_mlp, own = _mlp(shape, feeding, layout, layout.tp, normed=True)
-        more = {"mlp": own}
+        into_mlp, of_mlp = _mlp(shape, feeding, layout, layout.tp, normed=True)
+        feed_forward = {"mlp": of_mlp}
     return {
         "residual": kind.norms * (layout.wide * (shape.hidden // layout.shards) + STATISTICS),  # the inputs of norms
         "prediction": _prediction(shape, layout) if number >= shape.layers else 0,
         "layernorm": into_mixing + into_mlp,
         **mixed,
-        **more,
+        **feed_forward,
     }
 
 
@@ -162,17 +162,17 @@ def _experts(shape: Shape, layout: Layout, inner: Sequence[Linear]) -> tuple[int
     """Return the bytes per token of the experts' input before it is dispatched, which router and dispatcher keep as it is, and of
     router and experts. Experts' outputs are not kept: what they weigh is multiplied inside them."""
     wide, hidden, (router, *linear) = layout.wide, shape.hidden, inner
-    routed, shared = ([one for one in linear if (one.expert is None) == of_all] for of_all in (False, True))
-    whole = replace(layout, shards=1)
-    pairs = [_mlp(shape, pair, whole, layout.etp, normed=False) for pair in batched(routed, 2)]
-    into, own = (sum(pair[which] for pair in pairs) // len(pairs) for which in (0, 1))
+    routed, shared = ([layer for layer in linear if (layer.expert is None) == of_all] for of_all in (False, True))
+    not_sharded = replace(layout, shards=1)
+    pairs = [_mlp(shape, pair, not_sharded, layout.etp, normed=False) for pair in batched(routed, 2)]
+    entering, inner_outputs = (sum(pair[index] for pair in pairs) // len(pairs) for index in (0, 1))
     added = wide * shape.gates * shape.expert_ffn // layout.etp if shape.biases else 0  # with their biases, and without
-    inside = int(layout.pairs * (into + own + added))
+    of_routed = int(layout.pairs * (entering + inner_outputs + added))
     of_router = (ROUTER * shape.num_experts + _router_adapter(router, layout)) // layout.shards
     _, of_shared = _mlp(shape, shared, layout, layout.tp, normed=False) if shared else (0, 0)
     of_shared += wide * hidden // layout.shards if shape.shared_gate else 0  # what the gate multiplies
     latent = 2 * wide * shape.expert_hidden // layout.shards if shape.expert_hidden != hidden else 0  # into experts and from them
-    return wide * hidden // layout.shards, {"moe": inside + of_router + latent, "shared_experts": of_shared}
+    return wide * hidden // layout.shards, {"moe": of_routed + of_router + latent, "shared_experts": of_shared}
 
 
 def _router_adapter(router: Linear, layout: Layout) -> int:
@@ -195,16 +195,16 @@ def _mlp(shape: Shape, pair: Sequence[Linear], layout: Layout, ranks: int, *, no
 
 def _kept(model: Any, shape: Shape, layout: Layout, parts: Sequence[dict[str, int]], tokens: int) -> tuple[list[int], int]:
     """Return the bytes that each layer keeps, and the most that recomputing one unit needs."""
-    whole = [tokens * sum(part.values()) for part in parts]
+    bytes_of_layers = [tokens * sum(part.values()) for part in parts]
     again = set(model.recompute_modules or ()) if model.recompute_granularity == "selective" else set[str]()
     if model.recompute_granularity != "full":
         kept = [tokens * sum(size for name, size in part.items() if name not in again) for part in parts]
-        return kept, max((all_of_it - left for all_of_it, left in zip(whole, kept, strict=True)), default=0)
+        return kept, max((total - remaining for total, remaining in zip(bytes_of_layers, kept, strict=True)), default=0)
     unit = tokens * layout.wide * shape.hidden // layout.shards
     number = model.recompute_num_layers or 1
     if model.recompute_method == "block":
-        return [unit] * min(number, len(whole)) + whole[number:], max(whole[:number], default=0)
-    chunks = [whole[start : start + number] for start in range(0, len(whole), number)]
+        return [unit] * min(number, len(bytes_of_layers)) + bytes_of_layers[number:], max(bytes_of_layers[:number], default=0)
+    chunks = [bytes_of_layers[start : start + number] for start in range(0, len(bytes_of_layers), number)]
     return [unit] * len(chunks), max(map(sum, chunks), default=0)
 
 

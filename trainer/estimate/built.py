@@ -74,7 +74,7 @@ def count_chunks(chunks: Sequence[Any], provider: Any) -> RankParameters:
         match = _MATRIX.search(name)
         matrices += parameter.numel() if match and is_quantized(provider, _number(match, provider)) else 0
         magnitudes += parameter.numel() if name.endswith("weight_magnitude") else 0
-    trained, frozen = (Weights(counts[which, False], counts[which, True]) for which in (True, False))
+    trained, frozen = (Weights(counts[trains, False], counts[trains, True]) for trains in (True, False))
     layers = tuple(dict.fromkeys(_layers(chunks, provider)))
     return RankParameters(trained, frozen, matrices, magnitudes, layers)
 
@@ -97,10 +97,10 @@ def _parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, torch.nn.Parameter
     seen: set[int] = set()
     for chunk in chunks:
         for name, _, module in module_names(model.unwrap(chunk)):
-            for own, parameter in module.named_parameters(recurse=False):
+            for local_name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
-                    yield f"{name}.{own}", parameter
+                    yield f"{name}.{local_name}", parameter
 
 
 def _layers(chunks: Sequence[Any], provider: Any) -> Iterator[int]:
@@ -155,11 +155,11 @@ def count_each_rank(provider: Any, peft: Any = None) -> Iterator[tuple[int, Rank
     pipeline stage and, where `peft` may choose some experts, one of each expert-parallel rank."""
     local = _with_fields(provider, _WITHOUT_GPU)
     tensor, experts = local.tensor_model_parallel_size, local.expert_model_parallel_size
-    each = local.expert_tensor_parallel_size or tensor
-    stage = math.lcm(tensor, each * experts)
+    ranks_per_expert = local.expert_tensor_parallel_size or tensor
+    stage = math.lcm(tensor, ranks_per_expert * experts)
     for pp_rank in range(local.pipeline_model_parallel_size):
         for ep_rank in range(experts if _may_choose_experts(peft) else 1):
-            rank = pp_rank * stage + ep_rank * each
+            rank = pp_rank * stage + ep_rank * ranks_per_expert
             yield pp_rank, _count_rank(local, provider, peft, rank=rank, world_size=stage * local.pipeline_model_parallel_size)
 
 

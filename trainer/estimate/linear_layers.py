@@ -58,7 +58,7 @@ def by_linear(linear: Linear, layout: Layout, ranks: int, *, normed: bool = Fals
     if added is None:
         return 0, 0
     dropped = layout.peft.dropout > 0
-    each = (0 if shared and not dropped else wide) + dropped
-    each += narrow if normed and (dropped or narrow != wide) else 0
+    bytes_per_input = (0 if shared and not dropped else wide) + dropped
+    bytes_per_input += narrow if normed and (dropped or narrow != wide) else 0
     scaled = linear.outputs // (layout.shards if linear.row else ranks) if added.magnitudes else 0
-    return each * inputs, wide * (added.rank + scaled)
+    return bytes_per_input * inputs, wide * (added.rank + scaled)

@@ -62,33 +62,33 @@ def memory(config: RunConfig, world_size: int) -> Estimate:
     """Return the bytes on each GPU of the fullest rank, by purpose, for a resolved run. Builds what each rank holds
     (`estimate.built`); a run, which has built it, calls `of_rank`."""
     ranks = built.count_each_rank(config.model, config.peft)
-    estimates = [of_rank(config, held, pp_rank, world_size) for pp_rank, held in ranks]
-    return replace(max(estimates, key=lambda each: each.total), uneven=max(each.uneven for each in estimates))
+    estimates = [of_rank(config, parameters, pp_rank, world_size) for pp_rank, parameters in ranks]
+    return replace(max(estimates, key=lambda estimate: estimate.total), uneven=max(estimate.uneven for estimate in estimates))
 
 
-def of_rank(config: RunConfig, held: RankParameters, pp_rank: int, world_size: int) -> Estimate:
+def of_rank(config: RunConfig, parameters: RankParameters, pp_rank: int, world_size: int) -> Estimate:
     """Return the bytes of one rank of pipeline stage `pp_rank`, which holds the parameters `held`."""
     copies = _copies(config.model, world_size)
     constant = (
-        _weights(config, held),
-        *_adapters(config, held),
-        _gradients(config, held.trained),
-        _optimizer(config, held.trained, copies),
+        _weights(config, parameters),
+        *_adapters(config, parameters),
+        _gradients(config, parameters.trained),
+        _optimizer(config, parameters.trained, copies),
     )
     data_parallel = copies[0] // config.model.context_parallel_size
-    even = tuple(_activations(config, held, pp_rank, data_parallel))
-    uneven = even if is_even(config.model) else _activations(config, held, pp_rank, data_parallel, uneven=True)
-    beside = (*_mask(config), *_workspace(config))
+    even = tuple(_activations(config, parameters, pp_rank, data_parallel))
+    uneven = even if is_even(config.model) else _activations(config, parameters, pp_rank, data_parallel, uneven=True)
+    beside = (*_mask(config), *_workspace(config.model))
     return Estimate(pp_rank, (*constant, *even, *beside), sum(part.size for part in (*constant, *uneven, *beside)))
 
 
 def _activations(
-    config: RunConfig, held: RankParameters, pp_rank: int, data_parallel: int, *, uneven: bool = False
+    config: RunConfig, parameters: RankParameters, pp_rank: int, data_parallel: int, *, uneven: bool = False
 ) -> Iterator[Part]:
     micro, length = config.train.micro_batch_size, config.dataset.sequence_length
     counted = activations(
         config.model,
-        layers=held.layers,
+        layers=parameters.layers,
         pp_rank=pp_rank,
         tokens=length * micro,
         num_microbatches=config.train.global_batch_size // (micro * data_parallel),
@@ -102,20 +102,20 @@ def _activations(
         yield Part("activations", 0, "not counted: there is no formula for this model")
 
 
-def _workspace(config: RunConfig) -> Iterator[Part]:
-    if config.model.attention_backend is not AttnBackend.local:
+def _workspace(model: Any) -> Iterator[Part]:
+    if model.attention_backend is not AttnBackend.local:
         yield Part("workspace", WORKSPACE, "cuBLAS")
 
 
-def _adapters(config: RunConfig, held: RankParameters) -> Iterator[Part]:
+def _adapters(config: RunConfig, parameters: RankParameters) -> Iterator[Part]:
     """Yield the bytes of adapters, and of what DoRA keeps beside them."""
     if config.peft is None:
         return
     kind = config.model.params_dtype
-    yield Part("adapters", held.trained.total * kind.itemsize, f"{held.trained.total:,} parameters in {_name(kind)}")
-    if held.magnitudes:
-        why = f"{held.magnitudes:,} rows of frozen weights, squared, in float32"
-        yield Part("lengths of rows", held.magnitudes * FP32, why)
+    yield Part("adapters", parameters.trained.total * kind.itemsize, f"{parameters.trained.total:,} parameters in {_name(kind)}")
+    if parameters.magnitudes:
+        why = f"{parameters.magnitudes:,} rows of frozen weights, squared, in float32"
+        yield Part("lengths of rows", parameters.magnitudes * FP32, why)
 
 
 def _mask(config: RunConfig) -> Iterator[Part]:
@@ -132,19 +132,21 @@ def _copies(model: Any, world_size: int) -> tuple[int, int]:
     return world_size // (pipeline * tensor), world_size // (pipeline * experts)
 
 
-def _weights(config: RunConfig, held: RankParameters) -> Part:
-    model, count = config.model, (held.trained if config.peft is None else held.frozen).total
+def _weights(config: RunConfig, parameters: RankParameters) -> Part:
+    model, count = config.model, (parameters.trained if config.peft is None else parameters.frozen).total
     size, why = count * model.params_dtype.itemsize, f"{count:,} parameters in {_name(model.params_dtype)}"
     if model.fp8 or model.fp4:
-        size += held.matrices * FP8_COPIES - (held.matrices * model.params_dtype.itemsize if model.fp8_param else 0)
-        why += f", {held.matrices:,} of them quantized {'instead' if model.fp8_param else 'as well'}, with a transposed copy"
+        size += parameters.matrices * FP8_COPIES - (parameters.matrices * model.params_dtype.itemsize if model.fp8_param else 0)
+        why += (
+            f", {parameters.matrices:,} of them quantized {'instead' if model.fp8_param else 'as well'}, with a transposed copy"
+        )
     return Part("weights", size, why)
 
 
 def _gradients(config: RunConfig, trained: Weights) -> Part:
     kind = torch.float32 if config.ddp.grad_reduce_in_fp32 else config.model.params_dtype
-    which = "parameter" if config.peft is None else "parameter of an adapter"
-    return Part("gradients", trained.total * kind.itemsize, f"one per {which}, added up in {_name(kind)}")
+    owner = "parameter" if config.peft is None else "parameter of an adapter"
+    return Part("gradients", trained.total * kind.itemsize, f"one per {owner}, added up in {_name(kind)}")
 
 
 def _optimizer(config: RunConfig, trained: Weights, copies: tuple[int, int]) -> Part:
@@ -153,14 +155,14 @@ def _optimizer(config: RunConfig, trained: Weights, copies: tuple[int, int]) -> 
     if optimizer.use_precision_aware_optimizer:
         # A bf16 weight holds the upper half of its fp32 master: the lower half is all that is left to keep.
         master = 2 if optimizer.store_param_remainders and config.model.bf16 else optimizer.main_params_dtype.itemsize
-        each = master + optimizer.exp_avg_dtype.itemsize + optimizer.exp_avg_sq_dtype.itemsize
+        bytes_per_parameter = master + optimizer.exp_avg_dtype.itemsize + optimizer.exp_avg_sq_dtype.itemsize
     else:
-        each = FP32 * (MOMENTS + mixed)
+        bytes_per_parameter = FP32 * (MOMENTS + mixed)
         # Reduced in bf16, gradients are copied to fp32 for the step.
-        each += FP32 if mixed and not config.ddp.grad_reduce_in_fp32 else 0
+        bytes_per_parameter += FP32 if mixed and not config.ddp.grad_reduce_in_fp32 else 0
     shares = copies if optimizer.use_distributed_optimizer else (1, 1)
-    size = each * trained.dense // shares[0] + each * trained.experts // shares[1]
-    why = f"{each} bytes per parameter" + (" of an adapter" if config.peft is not None else "")
+    size = bytes_per_parameter * trained.dense // shares[0] + bytes_per_parameter * trained.experts // shares[1]
+    why = f"{bytes_per_parameter} bytes per parameter" + (" of an adapter" if config.peft is not None else "")
     return Part("optimizer", size, why + (f", over {shares[0]} ranks" if shares[0] > 1 else ""))
 
 

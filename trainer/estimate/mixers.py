@@ -1,4 +1,4 @@
-"""Sizes of what mixes a layer's tokens in the place of plain attention: Mamba-2, gated delta nets, and the indexer of sparse
+"""Sizes of what mixes a layer's tokens instead of plain attention: Mamba-2, gated delta nets, and the indexer of sparse
 attention. All are of whole tensors, before ranks divide them.
 
 A state's operations are those of its recurrence, token by token, which is also how Megatron-LM's and Megatron-Bridge's FLOPs
@@ -120,6 +120,6 @@ def indexers(provider: Any) -> tuple[Indexer | None, ...]:
         return (None,) * provider.num_layers
     heads, head, reads = provider.dsa_indexer_n_heads, provider.dsa_indexer_head_dim, provider.q_lora_rank or provider.hidden_size
     indexer = Indexer(heads, head, reads, bool(provider.dsa_indexer_loss_coeff))
-    offset, every = provider.dsa_indexer_skip_topk_offset, provider.dsa_indexer_topk_freq
+    offset, frequency = provider.dsa_indexer_skip_topk_offset, provider.dsa_indexer_topk_freq
     layers = range(1, provider.num_layers + 1)
-    return tuple(None if is_dsa_skip_topk_layer(layer, offset, every) else indexer for layer in layers)
+    return tuple(None if is_dsa_skip_topk_layer(layer, offset, frequency) else indexer for layer in layers)

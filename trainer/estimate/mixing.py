@@ -61,7 +61,7 @@ def _delta_net(net: Recurrence, layout: Layout) -> tuple[int, int]:
 
 
 def _attention(shape: Shape, linears: Sequence[Linear], layout: Layout) -> tuple[int, dict[str, int]]:
-    """Return the same of attention, plain or latent."""
+    """Return what `by_mixing` does, for a layer of attention, plain or latent."""
     wide, tp = layout.wide, layout.tp
     *readers, projection = linears
     into, up_projections, of_adapters = (_latent if shape.latent else _plain)(shape, readers, layout)
@@ -83,15 +83,18 @@ def _plain(_shape: Shape, readers: Sequence[Linear], layout: Layout) -> tuple[in
 
 
 def _latent(shape: Shape, readers: Sequence[Linear], layout: Layout) -> tuple[int, int, int]:
-    """Return the bytes per token of the same for latent attention. Two layers read the same norm of the hidden state; each keeps
-    a quantized copy of its own. Up-projections keep what a norm inside them reads, and what it makes."""
+    """Return the bytes per token of what latent attention reads, of its up-projections, and of its adapters.
+
+    Two layers read the same norm of the hidden state; each keeps a quantized copy of its own. Up-projections keep what a norm
+    inside them reads, and what it makes.
+    """
     assert shape.latent is not None
-    kept = {
+    bytes_of_linears = {
         linear.name.rpartition(".")[2]: by_linear(linear, layout, layout.tp, normed="up" in linear.name) for linear in readers
     }
-    ups = [name for name in kept if "_up_" in name]
-    reading = [kept[name][0] for name in kept if name not in ups]
+    ups = [name for name in bytes_of_linears if "_up_" in name]
+    reading = [bytes_of_linears[name][0] for name in bytes_of_linears if name not in ups]
     into = sum(reading) if layout.narrow != layout.wide else max(reading)
     compressed = shape.latent.query_rank + shape.latent.kv_rank + shape.latent.rotary
     inside = layout.wide * compressed // layout.shards + len(ups) * STATISTICS
-    return into, inside + sum(kept[name][0] for name in ups), sum(added for _, added in kept.values())
+    return into, inside + sum(bytes_of_linears[name][0] for name in ups), sum(added for _, added in bytes_of_linears.values())

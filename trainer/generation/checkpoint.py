@@ -77,7 +77,7 @@ def run(
         tokenizer = tokenizer_of(source, config.tokenizer.tokenizer_model)
         prompts = read_prompts()
         chunks = model.build(config.model)
-        _load_weights(chunks, source, config)
+        _load_weights(chunks, source)
         generate_all = partial(generate, chunks, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
         began = time.perf_counter()
         generations = generate_all(tell=tell if parallel.is_logging_rank() else None)
@@ -85,7 +85,7 @@ def run(
             done(generations, time.perf_counter() - began)
 
 
-def _load_weights(chunks: Sequence[Any], source: str, config: RunConfig) -> None:
+def _load_weights(chunks: Sequence[Any], source: str) -> None:
     """Load the checkpoint's weights; for a checkpoint of adapters, the weights of its base model and the adapters."""
     adapter = adapters.find(source)
     if adapter is None:
@@ -94,7 +94,7 @@ def _load_weights(chunks: Sequence[Any], source: str, config: RunConfig) -> None
     if adapter.base is None:
         raise UserError(f"`{source}` has adapters and does not name their base model", hint="merge them: `mbconvert merge`")
     live.load(chunks, adapter.base.name)
-    config.peft = adapters.method_of(adapter)
+    method = adapters.method_of(adapter)
     base = adapters.identify(adapter.base.name, saves=False, resumed=None)
-    attach(chunks, config.peft)
-    adapters.load(chunks, source, peft=config.peft, base=base)
+    attach(chunks, method)
+    adapters.load(chunks, source, peft=method, base=base)

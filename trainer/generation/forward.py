@@ -127,5 +127,5 @@ def _switched_off(chunks: Sequence[Any]) -> Iterator[None]:
 
 def _attributes_to_switch(owner: Any) -> list[str]:
     """Return the attributes to change. Transformer Engine's modules set their own `fp8` at each pass, so it is left alone."""
-    own = {"fp8", "fp4"} if isinstance(owner, torch.nn.Module) else set()
-    return [name for name in _OFF.keys() - own if name in vars(owner) and vars(owner)[name] is not _OFF[name]]
+    quantization = {"fp8", "fp4"} if isinstance(owner, torch.nn.Module) else set()
+    return [name for name in _OFF.keys() - quantization if name in vars(owner) and vars(owner)[name] is not _OFF[name]]

@@ -62,14 +62,14 @@ def executor(job: Job, *, where: Where) -> Any:
     )
 
 
-def launch(task: Any, place: Any, *, name: str, submit: bool) -> bool:
+def launch(task: Any, executor: Any, *, name: str, submit: bool) -> bool:
     """Run the task, or only show what NeMo-Run would run. Returns whether all went well; a Slurm job is not waited for. Raises
     UserError without `sbatch`, where it is needed."""
     run = _nemo_run()
-    detach = isinstance(place, run.SlurmExecutor)
+    detach = isinstance(executor, run.SlurmExecutor)
     if detach and submit:
         sbatch()
-    with run.Experiment(name, executor=place) as experiment:
+    with run.Experiment(name, executor=executor) as experiment:
         experiment.add(task, name=name, tail_logs=not detach)
         if not submit:
             experiment.dryrun()

@@ -1,8 +1,8 @@
-"""Gated delta nets (https://arxiv.org/abs/2412.06464): layers that mix tokens by a state of a fixed size, in the place of some
-layers' attention. Qwen3-Next and Qwen3.5.
+"""Gated delta nets (https://arxiv.org/abs/2412.06464): layers that mix tokens by a state of a fixed size, instead of the
+attention of some layers, in Qwen3-Next and Qwen3.5.
 
-megatron-core's own specs of such models are of Transformer Engine's layers alone, and for all layers of attention the same as
-its other specs: here a layer's spec gets a delta net in the place of its attention, with either kind of layers.
+megatron-core has specs of such models for Transformer Engine's layers alone. Their layers of attention are as in its other
+specs, so here the spec of a layer of either kind gets a delta net instead of its attention.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _numbers(provider: Any, vp_stage: int | None) -> list[int]:
 
 
 def with_net(provider: Any, layer: Any) -> Any:
-    """Return the spec of a layer with a gated delta net in the place of its attention; UserError without its kernels on a GPU."""
+    """Return the spec of a layer with a gated delta net instead of attention. Raises UserError on a GPU without its kernels."""
     if not common.HAVE_FLA:
         raise UserError(
             "gated delta nets need flash-linear-attention on a GPU, which is not installed",

@@ -26,7 +26,7 @@ def head_norms(provider: Any, layer: Any) -> None:
     """Give query and key the norms of `provider.qk_layernorm_scope`, if they have any."""
     scope = provider.qk_layernorm_scope
     if scope != HEAD and scope not in _NORMS:
-        supported = ", ".join(f"`{one}`" for one in (HEAD, *_NORMS))
+        supported = ", ".join(f"`{name}`" for name in (HEAD, *_NORMS))
         raise UserError(f"`model.qk_layernorm_scope` is `{scope}`", hint=f"set it to one of {supported}")
     if scope == HEAD or not provider.qk_layernorm:
         return

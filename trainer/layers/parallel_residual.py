@@ -72,7 +72,7 @@ def parallel_residual(provider: Any, layer: Any) -> None:
 
 
 def _add_bias_and_drop(training: bool, _fused: bool) -> Callable[..., torch.Tensor]:
-    """Return what stands for megatron-core's sum of bias, dropout and residual, without the residual."""
+    """Return a replacement for megatron-core's `bias_dropout_add` that does not add the residual."""
 
     def add(branch: tuple[torch.Tensor, torch.Tensor | None], _residual: torch.Tensor, dropout: float) -> torch.Tensor:
         output, bias = branch

@@ -65,18 +65,18 @@ def layers_with_experts(provider: Any) -> tuple[bool, ...]:
 
 def pattern(provider: Any) -> str:
     """Return HybridModel's pattern for a finalized provider, with its pipeline stages as GPTModel would have them."""
-    each = layers_of_each(provider)
-    return with_stages("".join(symbols(provider)), [each * count for count in _layers_of_stages(provider)])
+    layers_per_block = layers_of_each(provider)
+    return with_stages("".join(symbols(provider)), [layers_per_block * count for count in _layers_of_stages(provider)])
 
 
 def _layers_of_stages(provider: Any) -> list[int]:
     """Return the layers of each pipeline stage: all ranks of the first virtual stage, then the second."""
     virtual = provider.virtual_pipeline_model_parallel_size or 1
-    places = [(rank, stage) for stage in range(virtual) for rank in range(provider.pipeline_model_parallel_size)]
+    ranks_and_stages = [(rank, stage) for stage in range(virtual) for rank in range(provider.pipeline_model_parallel_size)]
     if provider.pipeline_model_parallel_layout is not None:
         layout = provider.pipeline_model_parallel_layout.layout
-        return [layout[rank][stage].count(LayerType.decoder) for rank, stage in places]
-    return [get_num_layers_to_build(provider, stage if virtual > 1 else None, rank) for rank, stage in places]
+        return [layout[rank][stage].count(LayerType.decoder) for rank, stage in ranks_and_stages]
+    return [get_num_layers_to_build(provider, stage if virtual > 1 else None, rank) for rank, stage in ranks_and_stages]
 
 
 def in_hybrid_layers(provider: Any) -> Any:
@@ -111,4 +111,4 @@ def _double(counted: Any, provider: Any) -> None:
             setattr(counted, name, 2 * value)
     for name in ("no_rope_freq", "window_attn_skip_freq", "moe_layer_freq", "linear_attention_freq", "cp_comm_type"):
         if isinstance(value := getattr(counted, name), list):
-            setattr(counted, name, [each for each in value for _ in range(2)])
+            setattr(counted, name, [item for item in value for _ in range(2)])

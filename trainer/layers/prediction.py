@@ -16,7 +16,7 @@ def prediction_block(provider: Any, layer: Any, vp_stage: int | None) -> Any:
     """Return the spec of this rank's layers of multi-token prediction, around a layer of this spec; None where it has none."""
     block = TransformerBlockSubmodules(layer_specs=[layer])
     spec = get_gpt_mtp_block_spec(provider, block, use_transformer_engine=uses_transformer_engine(layer), vp_stage=vp_stage)
-    return spec and replace(spec, layer_specs=[_with_accepted_norms(provider, one) for one in spec.layer_specs])
+    return spec and replace(spec, layer_specs=[_with_accepted_norms(provider, layer_spec) for layer_spec in spec.layer_specs])
 
 
 def _with_accepted_norms(provider: Any, spec: Any) -> Any:

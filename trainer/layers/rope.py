@@ -76,11 +76,11 @@ KINDS = tuple(_SCALED)
 def own_factor(numbers: Numbers) -> float:
     """Return the attention factor of `rope_parameters`: of `longrope` and `yarn` the given one, or what follows from how far the
     length was extended; of other kinds 1."""
-    kind, given = numbers["rope_type"], numbers.get("attention_factor")
+    kind, attention_factor = numbers["rope_type"], numbers.get("attention_factor")
     if kind not in ("longrope", "yarn"):
         return 1.0
-    if given is not None:
-        return float(given)
+    if attention_factor is not None:
+        return float(attention_factor)
     factor = numbers["factor"]
     if kind == "longrope":
         return math.sqrt(1 + math.log(factor) / math.log(numbers["original_max_position_embeddings"])) if factor > 1 else 1.0
@@ -114,7 +114,11 @@ def own_frequencies(provider: Any, model: Any) -> None:
         return
     layers = [layer for layer in transformer_layers(model) if not isinstance(layer.self_attention, IdentityOp)]
     attentions = [layer.self_attention for layer in layers]
-    for embedding in [one.rotary_pos_emb for one in attentions] if provider.multi_latent_attention else [model.rotary_pos_emb]:
+    for embedding in (
+        [attention_layer.rotary_pos_emb for attention_layer in attentions]
+        if provider.multi_latent_attention
+        else [model.rotary_pos_emb]
+    ):
         embedding.inv_freq = frequencies(numbers, 2 * embedding.inv_freq.numel()).to(embedding.inv_freq.device)
     for attention in attentions:
         attention._yarn_concentration_factor = attention_factor(provider)
@@ -141,8 +145,8 @@ def sliding_rope(provider: Any, model: Any) -> None:
         use_cpu_initialization=provider.use_cpu_initialization,
         cp_group=model.pg_collection.cp,
     )
-    found = frequencies(provider.sliding_rope, 2 * embedding.inv_freq.numel())
-    embedding.inv_freq = found.to(embedding.inv_freq.device)
+    inverse_frequencies = frequencies(provider.sliding_rope, 2 * embedding.inv_freq.numel())
+    embedding.inv_freq = inverse_frequencies.to(embedding.inv_freq.device)
     for layer in attention_layers(model):
         if is_layer_window_attention(provider.window_size, provider.window_attn_skip_freq, layer.layer_number):
             layer.self_attention._yarn_concentration_factor = own_factor(provider.sliding_rope)
@@ -156,5 +160,5 @@ class _Instead:
         self.embedding = embedding
 
     def __call__(self, _module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        given = kwargs.get("rotary_pos_emb")
-        return args, kwargs if given is None else {**kwargs, "rotary_pos_emb": self.embedding(given.shape[0])}
+        rotary = kwargs.get("rotary_pos_emb")
+        return args, kwargs if rotary is None else {**kwargs, "rotary_pos_emb": self.embedding(rotary.shape[0])}

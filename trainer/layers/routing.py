@@ -1,7 +1,7 @@
 """Routers that choose and weigh experts as megatron-core's cannot: `moe_router_scoring`.
 
-Each is megatron-core's router with another choice, in the place where that records and replays choices; losses, capacity and the
-balancing of the bias stay megatron-core's.
+Each is megatron-core's router with another function that chooses experts, set where megatron-core sets the one that records and
+replays choices. Losses, capacity and the balancing of the bias stay megatron-core's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def own_scoring(provider: Any, layer: Any) -> None:
 def _check(provider: Any, scoring: str) -> None:
     """Raise UserError for a router that does not exist, or cannot do what other fields say."""
     if scoring not in ROUTERS:
-        supported = ", ".join(f"`{one}`" for one in ROUTERS)
+        supported = ", ".join(f"`{router}`" for router in ROUTERS)
         raise UserError(f"`model.moe_router_scoring` is `{scoring}`", hint=f"set it to one of {supported}")
     if scoring == _BIASED and not provider.moe_router_enable_expert_bias:
         switch = "model.moe_router_enable_expert_bias"
@@ -42,7 +42,7 @@ def _check(provider: Any, scoring: str) -> None:
 
 
 class _Chooser:
-    """What a router asks to choose, in place of megatron-core's `RouterReplay`."""
+    """Chooses the experts for a router, instead of megatron-core's `RouterReplay`."""
 
     layer_number: int | None = None
 
@@ -102,8 +102,8 @@ def sparse_mixer(logits: torch.Tensor, jitter: float, *, training: bool) -> Choi
     its own magnitude.
     """
     first = _mix(logits, logits, jitter, training=training)
-    rest = logits.scatter(-1, first[1], -torch.inf)
-    second = _mix(logits, rest, jitter, training=training)
+    remaining = logits.scatter(-1, first[1], -torch.inf)
+    second = _mix(logits, remaining, jitter, training=training)
     weights, chosen = (torch.cat(both, -1) for both in zip(first, second, strict=True))
     return weights, chosen
 
@@ -119,8 +119,10 @@ def _mix(logits: torch.Tensor, remaining: torch.Tensor, jitter: float, *, traini
     with torch.no_grad():
         gates = torch.softmax(near, -1)
         drawn = (near - torch.empty_like(near).exponential_().log()).argmax(-1, keepdim=True)
-        whole = (drawn == gates.argmax(-1, keepdim=True)) | (torch.rand_like(best) > _MIDPOINT)
-        factor = torch.add(0.3333, whole, alpha=0.6667).type_as(gates)  # the rounded numbers that the model was trained with
+        counts_in_full = (drawn == gates.argmax(-1, keepdim=True)) | (torch.rand_like(best) > _MIDPOINT)
+        factor = torch.add(0.3333, counts_in_full, alpha=0.6667).type_as(
+            gates
+        )  # the rounded numbers that the model was trained with
     return _Weight.apply(logits, gates, drawn, factor), drawn
 
 

@@ -44,8 +44,8 @@ def slopes(heads: int, *, bias_max: float = 8.0, scale: float = 1.0) -> torch.Te
     [-2.0, -4.0, -6.0, -8.0, -1.0, -3.0]
     """
     power = 2 ** math.floor(math.log2(heads))
-    exponents = [one / power for one in range(1, power + 1)]
-    exponents += [one / (2 * power) for one in range(1, 2 * (heads - power), 2)]
+    exponents = [step / power for step in range(1, power + 1)]
+    exponents += [step / (2 * power) for step in range(1, 2 * (heads - power), 2)]
     return scale * 2.0 ** (-bias_max * torch.tensor(exponents, device="cpu"))
 
 
@@ -123,15 +123,15 @@ def _of_transformer_engine() -> type:
 _known: dict[tuple[float, ...], torch.Tensor] = {}
 
 
-def _on_gpu(found: torch.Tensor) -> torch.Tensor:
+def _on_gpu(slopes_of_heads: torch.Tensor) -> torch.Tensor:
     """Return slopes on this GPU, the same tensor for the same slopes."""
-    return _known.setdefault(tuple(found.tolist()), found.cuda())
+    return _known.setdefault(tuple(slopes_of_heads.tolist()), slopes_of_heads.cuda())
 
 
-def _fresh(found: torch.Tensor) -> torch.Tensor:
-    """Return the slopes, having told Transformer Engine to forget others: it keeps a bias by its size, not by its slopes."""
-    from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention as theirs  # noqa: PLC0415
+def _fresh(slopes_of_heads: torch.Tensor) -> torch.Tensor:
+    """Return the slopes, after clearing Transformer Engine's cached bias of other slopes: its cache compares sizes alone."""
+    from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention as te_attention  # noqa: PLC0415
 
-    if theirs._alibi_cache["_alibi_slopes"] is not found:
-        theirs._alibi_cache.update(_alibi_slopes_require_update=True, _alibi_bias_require_update=True)
-    return found
+    if te_attention._alibi_cache["_alibi_slopes"] is not slopes_of_heads:
+        te_attention._alibi_cache.update(_alibi_slopes_require_update=True, _alibi_bias_require_update=True)
+    return slopes_of_heads

@@ -79,10 +79,10 @@ def sparse_attention(provider: Any, layer: Any) -> None:
 
 def shared_choices(_provider: Any, model: Any) -> None:
     """Raise UserError where a layer takes over tokens that a layer of another stage chose."""
-    here = {layer.layer_number: getattr(layer.self_attention, "core_attention", None) for layer in attention_layers(model)}
-    for number, attention in here.items():
+    by_number = {layer.layer_number: getattr(layer.self_attention, "core_attention", None) for layer in attention_layers(model)}
+    for number, attention in by_number.items():
         source = getattr(attention, "source_layer", number)
-        if source not in here:
+        if source not in by_number:
             raise UserError(
                 f"layer {number} attends to tokens that layer {source} chose, which another pipeline stage has",
                 hint="choose `model.pipeline_model_parallel_layout` so that a stage begins with a layer that has an indexer",

@@ -37,11 +37,11 @@ def scan(
     groups, fill = enters.shape[2], -tokens % chunk
     shape = (batch, -1, chunk, groups, heads // groups)
     weighted = _chunks(inputs.float() * steps.float()[..., None], fill).view(*shape, channels)
-    enters, leaves = (_chunks(each.float(), fill).view(*shape[:4], each.shape[-1]) for each in (enters, leaves))
+    enters, leaves = (_chunks(vectors.float(), fill).view(*shape[:4], vectors.shape[-1]) for vectors in (enters, leaves))
     logs = _chunks(steps.float() * decay.float(), fill).view(shape).cumsum(dim=2)
-    inside = _inside(weighted, logs, enters, leaves)
-    across = torch.einsum("zctgn,zcgrpn,zctgr->zctgrp", leaves, _states_before(weighted, logs, enters), logs.exp())
-    return (inside + across).reshape(batch, -1, heads, channels)[:, :tokens]
+    within_chunks = _inside(weighted, logs, enters, leaves)
+    from_states = torch.einsum("zctgn,zcgrpn,zctgr->zctgrp", leaves, _states_before(weighted, logs, enters), logs.exp())
+    return (within_chunks + from_states).reshape(batch, -1, heads, channels)[:, :tokens]
 
 
 def _chunks(values: torch.Tensor, fill: int) -> torch.Tensor:
@@ -61,11 +61,11 @@ def _inside(weighted: torch.Tensor, logs: torch.Tensor, enters: torch.Tensor, le
 def _states_before(weighted: torch.Tensor, logs: torch.Tensor, enters: torch.Tensor) -> torch.Tensor:
     """Return the state at the beginning of each chunk, [batch, chunks, groups, heads of a group, channels, states]."""
     to_end = (logs[:, :, -1:] - logs).exp()
-    added = torch.einsum("zcugn,zcugr,zcugrp->zcgrpn", enters, to_end, weighted)
-    whole, state, before = logs[:, :, -1].exp(), torch.zeros_like(added[:, 0]), list[torch.Tensor]()
-    for number in range(added.shape[1]):
+    added_by_chunks = torch.einsum("zcugn,zcugr,zcugrp->zcgrpn", enters, to_end, weighted)
+    decay_of_chunks, state, before = logs[:, :, -1].exp(), torch.zeros_like(added_by_chunks[:, 0]), list[torch.Tensor]()
+    for number in range(added_by_chunks.shape[1]):
         before.append(state)
-        state = state * whole[:, number, ..., None, None] + added[:, number]
+        state = state * decay_of_chunks[:, number, ..., None, None] + added_by_chunks[:, number]
     return torch.stack(before, dim=1)
 
 
@@ -128,7 +128,7 @@ class TorchMixer(MambaMixer):
         mixed, _ = causal_conv1d(mixed, weight, bias=bias, activation="silu")
         inputs, enters, leaves = mixed.split([width, states, states], dim=-1)
         inputs = inputs.unflatten(-1, (heads, self.headdim))
-        enters, leaves = (each.unflatten(-1, (groups, self.d_state)) for each in (enters, leaves))
+        enters, leaves = (vectors.unflatten(-1, (groups, self.d_state)) for vectors in (enters, leaves))
         steps = functional.softplus(steps.float() + self.cp.get_dt_bias().float())
         decay = -torch.exp(self.cp.get_A_log().float())
         output = scan(inputs, steps, decay, enters, leaves, chunk=min(self.chunk_size, inputs.shape[1]))

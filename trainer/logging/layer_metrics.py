@@ -66,8 +66,8 @@ class LayerCounter:
 
     def collect(self, microbatches: int) -> LayerMetrics:
         """Return the numbers of the step, and start again. All ranks call this: it is one all-reduce."""
-        own = {"tokens": self._tokens, "assigned": self._tokens.new_tensor([self._assigned]), **self._losses()}
-        step = _summed(own)
+        of_rank = {"tokens": self._tokens, "assigned": self._tokens.new_tensor([self._assigned]), **self._losses()}
+        step = _summed(of_rank)
         self._clear()
         layers = {name: step[name] * scale / microbatches for name, scale in self._scales().items()}
         if not self._config.num_moe_experts:
@@ -117,12 +117,12 @@ def _mean_over_ranks() -> float:
     return parallel_state.get_pipeline_model_parallel_world_size() / dist.get_world_size()
 
 
-def _summed(own: Numbers) -> Numbers:
+def _summed(numbers: Numbers) -> Numbers:
     """Return the sum of each tensor over all ranks, in fp64, in the CPU's memory: one copy waits for a GPU once."""
-    flat = torch.cat([values.flatten().double() for values in own.values()])
+    flat = torch.cat([values.flatten().double() for values in numbers.values()])
     dist.all_reduce(flat)
-    parts = flat.cpu().split([values.numel() for values in own.values()])
-    return {name: part.view_as(values) for (name, values), part in zip(own.items(), parts, strict=True)}
+    parts = flat.cpu().split([values.numel() for values in numbers.values()])
+    return {name: part.view_as(values) for (name, values), part in zip(numbers.items(), parts, strict=True)}
 
 
 def _largest_loads(tokens: torch.Tensor) -> torch.Tensor:

@@ -123,7 +123,7 @@ class StepClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time while this is entered."""
+        """Exclude the time spent inside this context."""
         began = time.perf_counter()
         try:
             yield
@@ -156,12 +156,16 @@ class Measure:
     flops_of_packed: Callable[[float, float], float] | None = None
     """Operations of packed rows, from the tokens in examples and the sum of the squares of the lengths of examples."""
 
-    def _flops(self, interval: Interval) -> float | None:
-        """Return the operations per step."""
+    def _flops(self, interval: Interval, seconds_per_step: float) -> float | None:
+        """Return the FLOP/s of one GPU; None where there is no formula."""
         tokens, squares = interval.work
         if tokens and self.flops_of_packed:
-            return self.flops_of_packed(tokens, squares) / interval.steps
-        return None if self.flops_per_token is None else self.tokens_per_step * self.flops_per_token
+            operations = self.flops_of_packed(tokens, squares) / interval.steps
+        elif self.flops_per_token is None:
+            return None
+        else:
+            operations = self.tokens_per_step * self.flops_per_token
+        return operations / seconds_per_step / self.num_gpus
 
     def step(
         self,
@@ -181,9 +185,7 @@ class Measure:
         """Return the record of an interval up to step `iteration`, whose last `timed_steps` took `seconds`, `waited` for data."""
         assert interval.steps >= timed_steps > 0, "an interval without steps"
         per_step = max(seconds, 1e-9) / timed_steps
-        rate = self.tokens_per_step / per_step / self.num_gpus
-        operations = self._flops(interval)
-        flops = None if operations is None else operations / per_step / self.num_gpus
+        flops = self._flops(interval, per_step)
         return Step(
             iteration=iteration,
             loss=interval.loss,
@@ -192,7 +194,7 @@ class Measure:
             consumed_samples=consumed_samples,
             consumed_tokens=consumed_tokens,
             seconds_per_step=per_step,
-            tokens_per_second_per_gpu=rate,
+            tokens_per_second_per_gpu=self.tokens_per_step / per_step / self.num_gpus,
             tflops_per_gpu=None if flops is None else flops / 1e12,
             mfu=flops / self.peak_flops if self.peak_flops and flops is not None else None,
             epoch=consumed_samples / self.samples_per_epoch if self.samples_per_epoch else None,
@@ -224,7 +226,7 @@ def console_line(record: Record, total_steps: int, *, color: bool = False) -> st
         words = f"{record.split} loss {shade(f'{record.loss:.4f}', 'cyan')}"
         return f"{shade(position, 'bright_black')}  {words}  perplexity {record.perplexity:.4g}"
     loss = "none" if record.loss is None else f"{record.loss:.4f}"
-    each = "GPU" if record.device == "gpu" else "process"
+    unit = "GPU" if record.device == "gpu" else "process"
     parts = [
         shade(position, "bright_black"),
         f"loss {shade(f'{loss:>7}', 'green')}",
@@ -232,8 +234,8 @@ def console_line(record: Record, total_steps: int, *, color: bool = False) -> st
         *([f"grad norm {record.grad_norm:6.2f}"] if record.grad_norm is not None else []),
         *_of_layers(record.layer_metrics),
         f"{_significant(record.seconds_per_step):>6} s/step",
-        f"{record.tokens_per_second_per_gpu:>7,.0f} tok/s/{each}",
-        *([f"{_significant(record.tflops_per_gpu):>6} TFLOP/s/{each}"] if record.tflops_per_gpu is not None else []),
+        f"{record.tokens_per_second_per_gpu:>7,.0f} tok/s/{unit}",
+        *([f"{_significant(record.tflops_per_gpu):>6} TFLOP/s/{unit}"] if record.tflops_per_gpu is not None else []),
         *([f"MFU {shade(f'{100 * record.mfu:4.1f} %', 'magenta')}"] if record.mfu is not None else []),
         f"{record.memory_gib:5.1f} GiB" + (f" ({100 * record.memory_share:2.0f} %)" if record.memory_share else ""),
         f"data wait {100 * record.data_wait:2.0f} %",

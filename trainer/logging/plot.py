@@ -36,10 +36,10 @@ def _records(folder: Path) -> Records:
     path = folder / FILE
     if not path.is_file():
         raise UserError(f"`{folder}` has no `{FILE}`", hint="give a run's folder: `logger.run_dir`, or else `checkpoint.save`")
-    found = list(read_records(path))
-    if not found:
+    records = list(read_records(path))
+    if not records:
         raise UserError(f"`{path}` has no records yet", hint="wait for the run's first line, `logger.log_interval` steps")
-    return found
+    return records
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
@@ -58,9 +58,9 @@ def _draw(figure: Any, runs: dict[str, Records]) -> None:
         color = _COLORS[number % len(_COLORS)]
         name = label if len(runs) > 1 else "training"
         _curve(axes[0, 0], records, "loss", color=color, label=name)
-        for place, split in enumerate(_splits(records), 1):
+        for panel, split in enumerate(_splits(records), 1):
             words = f"{label}, {split}" if len(runs) > 1 else split
-            shade = color if len(runs) > 1 else _COLORS[place % len(_COLORS)]
+            shade = color if len(runs) > 1 else _COLORS[panel % len(_COLORS)]
             style = ":" if split.startswith("test") else "--"
             _curve(
                 axes[0, 0], records, "loss", split=split, color=shade, label=words, linestyle=style, marker="o", markersize=3.5
@@ -71,10 +71,10 @@ def _draw(figure: Any, runs: dict[str, Records]) -> None:
     each = {record.get("device") for records in runs.values() for record in records} - {None}
     unit = "process" if each == {"cpu"} else "GPU"
     titles = ("Loss", "Learning rate", "Gradient norm", f"Throughput, tokens/s/{unit}")
-    for place, title in zip(axes.flat, titles, strict=True):
-        _style(place, title, floor=title.startswith("Throughput"))
-    for place in axes[1]:
-        place.set_xlabel("step", color=_INK)
+    for panel, title in zip(axes.flat, titles, strict=True):
+        _style(panel, title, floor=title.startswith("Throughput"))
+    for panel in axes[1]:
+        panel.set_xlabel("step", color=_INK)
     axes[0, 1].yaxis.set_major_formatter(lambda value, _: f"{value:.1e}")
     axes[0, 0].legend(frameon=False, fontsize=9, labelcolor=_INK)
     if len(runs) == 1:
@@ -83,16 +83,18 @@ def _draw(figure: Any, runs: dict[str, Records]) -> None:
 
 def _splits(records: Records) -> list[str]:
     """What a run was evaluated on: its validation sets, then its test sets."""
-    found = dict.fromkeys(str(one["split"]) for one in records if one.get("split"))
-    return sorted(found, key=lambda split: split.startswith("test"))
+    splits = dict.fromkeys(str(record["split"]) for record in records if record.get("split"))
+    return sorted(splits, key=lambda split: split.startswith("test"))
 
 
 def _curve(axis: Any, records: Records, field: str, *, split: str | None = None, **look: Any) -> None:
     """One line: `field` of the steps, or of the evaluations on `split`. A lone point gets a mark."""
-    chosen = [one for one in records if one.get("split") == split and isinstance(one.get(field), (int, float))]
+    chosen = [record for record in records if record.get("split") == split and isinstance(record.get(field), (int, float))]
     if chosen:
         look.setdefault("marker", "o" if len(chosen) == 1 else None)
-        axis.plot([one["iteration"] for one in chosen], [one[field] for one in chosen], linewidth=1.6, alpha=0.85, **look)
+        axis.plot(
+            [record["iteration"] for record in chosen], [record[field] for record in chosen], linewidth=1.6, alpha=0.85, **look
+        )
 
 
 def _style(axis: Any, title: str, *, floor: bool) -> None:

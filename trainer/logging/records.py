@@ -188,8 +188,8 @@ def _move_aside(path: Path) -> None:
 def _cut_back(path: Path, done: int) -> None:
     """Replace the file, atomically, by its lines of the steps until `done`."""
     old = path.read_bytes()
-    kept = [line for line in _whole_lines(old, path) if line[0] <= done]
-    new = b"".join(line for _, line in kept)
+    kept_lines = [line for line in _whole_lines(old, path) if line[0] <= done]
+    new = b"".join(line for _, line in kept_lines)
     if new == old:
         return
     partial = path.with_name(f"{path.name}.partial")
@@ -198,7 +198,7 @@ def _cut_back(path: Path, done: int) -> None:
         out.flush()
         os.fsync(out.fileno())
     partial.replace(path)
-    lines = old.count(b"\n") + (not old.endswith(b"\n")) - len(kept)
+    lines = old.count(b"\n") + (not old.endswith(b"\n")) - len(kept_lines)
     click.echo(f"note: {path}: {lines} lines of steps after {done} dropped; they are computed again", file=sys.stderr)
 
 

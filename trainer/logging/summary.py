@@ -30,13 +30,13 @@ from trainer.settings.resolve import Resolved
 
 def lines(resolved: Resolved, *, chunks: Sequence[Any], datasets: Sequence[Any], iteration: int) -> list[str]:
     """Return the lines. All ranks call this: each adds its part of the parameters and of the memory."""
-    config, left = resolved.config, resolved.config.train.train_iters - iteration
+    config, remaining = resolved.config, resolved.config.train.train_iters - iteration
     texts = {
         "model": _model(config.model, config.peft, *count(chunks)),
         "layout": _layout(config.model, resolved, divided=config.ddp.use_distributed_optimizer),
         "device": _device(config.mixed_precision),
         "batch": _batch(config.train, config.dataset.sequence_length, resolved.num_microbatches),
-        "schedule": _schedule(config, left),
+        "schedule": _schedule(config, remaining),
         "data": f"{_source(config.dataset)}{_epochs(config.train, datasets[0])}; {_validation(config.validation, datasets[1])}",
         "checkpoints": _checkpoints(config.checkpoint),
         "memory": _memory(resolved, chunks),
@@ -87,10 +87,12 @@ def _batch(train: TrainingConfig, length: int, num_microbatches: int) -> str:
     return f"{tokens:,} tokens per step: {train.global_batch_size} sequences of {length}, {micro} on each rank"
 
 
-def _schedule(config: RunConfig, left: int) -> str:
+def _schedule(config: RunConfig, remaining: int) -> str:
     train, schedule, optimizer = config.train, config.scheduler, config.optimizer
     tokens = number(train.train_iters * train.global_batch_size * config.dataset.sequence_length)
-    length = f"{steps(train.train_iters)}, {tokens} tokens" + (f", {steps(left)} left" if left < train.train_iters else "")
+    length = f"{steps(train.train_iters)}, {tokens} tokens" + (
+        f", {steps(remaining)} left" if remaining < train.train_iters else ""
+    )
     warm_up = f" after {steps(schedule.lr_warmup_iters)} of warm-up" if schedule.lr_warmup_iters else ""
     return f"{length}; learning rate {optimizer.lr:g} to {optimizer.min_lr:g}, {schedule.lr_decay_style}{warm_up}"
 
@@ -121,8 +123,8 @@ def _checkpoints(checkpoint: CheckpointConfig) -> str:
         return "nothing is saved: `checkpoint.save` is not set"
     when = [f"every {steps(checkpoint.save_interval)}"] if checkpoint.save_interval else []
     when += [f"every {duration(checkpoint.save_interval_in_mins * 60)}"] if checkpoint.save_interval_in_mins else []
-    kept = f", the newest {checkpoint.keep_last} kept" if checkpoint.keep_last else ""
-    return f"{checkpoint.save}, {' and '.join([*when, 'at the end'])}{kept}"
+    retention = f", the newest {checkpoint.keep_last} kept" if checkpoint.keep_last else ""
+    return f"{checkpoint.save}, {' and '.join([*when, 'at the end'])}{retention}"
 
 
 def _memory(resolved: Resolved, chunks: Sequence[Any]) -> str:

@@ -122,7 +122,7 @@ class WeightsAndBiases:
         folder = logger.wandb_save_dir or (str(run_dir) if run_dir else None)
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
-        known = run_dir / _WANDB_ID if run_dir else None
+        id_file = run_dir / _WANDB_ID if run_dir else None
         try:
             self._run = wandb.init(
                 project=logger.wandb_project,
@@ -131,7 +131,7 @@ class WeightsAndBiases:
                 dir=folder,
                 mode=logger.wandb_mode,
                 config=settings,
-                id=known.read_text(encoding="ascii").strip() if known and resume and known.exists() else None,
+                id=id_file.read_text(encoding="ascii").strip() if id_file and resume and id_file.exists() else None,
                 resume="allow",
             )
         except wandb.errors.Error as error:
@@ -140,8 +140,8 @@ class WeightsAndBiases:
                 hint="run `wandb login`, or set `logger.wandb_mode=offline`",
             ) from error
         self._run.define_metric("*", step_metric="iteration")
-        if known:
-            known.write_text(self._run.id + "\n", encoding="ascii")
+        if id_file:
+            id_file.write_text(self._run.id + "\n", encoding="ascii")
 
     def log(self, record: Record) -> None:
         texts = {"sample prompt": record.prompt, "sample": record.text} if isinstance(record, Sample) else {}

@@ -43,9 +43,9 @@ class DoRA(LoRA):
 def _refuse_without_equivalent(linear: Linear) -> None:
     """Raise UserError for layers on which PEFT has LoRA alone (`ParamWrapper` in its `tuners/lora/layer.py`)."""
     if linear.grouped or linear.is_router:
-        what = "is a router" if linear.is_router else "computes several experts at once"
+        obstacle = "is a router" if linear.is_router else "computes several experts at once"
         raise UserError(
-            f"`{linear.name}` {what}, to which no DoRA can be added",
+            f"`{linear.name}` {obstacle}, to which no DoRA can be added",
             hint="use `peft=lora`, or leave it out: `peft.exclude_modules=['*.experts.*','*.router']`",
         )
 

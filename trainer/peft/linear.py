@@ -139,13 +139,13 @@ def _grouped_experts(module: Any) -> GroupedExperts | None:
 
 def _axis(module: torch.nn.Module, name: str) -> int | None:
     names = [base.__name__ for base in type(module).__mro__]
-    known = [name for name in names if name in _AXES]
-    if not known:
+    linear_classes = [name for name in names if name in _AXES]
+    if not linear_classes:
         raise UserError(
             f"`{name}` is a `{type(module).__name__}`, to which no adapter can be added",
             hint="`peft.target_modules` should name linear layers",
         )
-    return _AXES[known[0]]
+    return _AXES[linear_classes[0]]
 
 
 def _weight(module: torch.nn.Module, name: str) -> torch.Tensor:

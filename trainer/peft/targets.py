@@ -29,8 +29,8 @@ def check_used(setting: str, patterns: Iterable[str], used: Collection[str], nam
     """Raise UserError for a pattern that matches no module, with the most similar of the `names`."""
     for pattern in patterns:
         if pattern not in used:
-            known = names if "." in pattern else {name.rpartition(".")[2] for name in names}
-            near = get_close_matches(pattern, sorted(known), 3, cutoff=0.5)
+            candidates = names if "." in pattern else {name.rpartition(".")[2] for name in names}
+            near = get_close_matches(pattern, sorted(candidates), 3, cutoff=0.5)
             raise UserError(
                 f"`{setting}` has `{pattern}`, which matches no module of the model",
                 hint=f"did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else "`*` stands for any text",

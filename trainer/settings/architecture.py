@@ -79,14 +79,14 @@ def _length_rules(model: Any, length: Any) -> Iterator[Rule]:
 
 
 def _position_rules(model: Any) -> Iterator[Rule]:
-    kind, known = model.position_embedding_type, {"bias_max", "scale"}
+    kind, allowed = model.position_embedding_type, {"bias_max", "scale"}
     yield (
         (kind == "alibi") != (model.alibi is not None),
         f"`model.position_embedding_type` is `{kind}`, and `model.alibi` is `{model.alibi}`",
         "set both, or neither: `model.alibi={}` has the usual slopes",
     )
-    other = sorted(set(model.alibi or ()) - known)
-    yield other, f"`model.alibi` has `{'`, `'.join(other)}`", f"it may have `{'` and `'.join(sorted(known))}`"
+    unknown = sorted(set(model.alibi or ()) - allowed)
+    yield unknown, f"`model.alibi` has `{'`, `'.join(unknown)}`", f"it may have `{'` and `'.join(sorted(allowed))}`"
     yield (
         model.position_offset and kind != "learned_absolute",
         f"`model.position_offset` is `{model.position_offset}`, and `model.position_embedding_type` is `{kind}`",
@@ -211,18 +211,18 @@ def _kernel_rules(model: Any) -> Iterator[Rule]:
 
 def other_kernels(model: Any) -> dict[str, str]:
     """Return the fused kernels that compute something else than this model does, with the reason."""
-    model, found = _Fields(model), dict[str, str]()
+    model, reasons = _Fields(model), dict[str, str]()
     if model.activation_func is not None and not _has_fused_activation(model):
-        found["bias_activation_fusion"] = "the fused kernel computes SwiGLU, or GELU by tanh in place of GELU"
+        reasons["bias_activation_fusion"] = "the fused kernel computes SwiGLU, or GELU by tanh in place of GELU"
     if model.num_moe_experts and model.add_bias_linear and model.moe_grouped_gemm is not False:
-        found["bias_dropout_fusion"] = "grouped experts with biases lack it"
+        reasons["bias_dropout_fusion"] = "grouped experts with biases lack it"
     if attention_factor(model) != 1.0:
-        found["apply_rope_fusion"] = "the fused kernel leaves out the attention factor of `yarn` and `longrope`"
+        reasons["apply_rope_fusion"] = "the fused kernel leaves out the attention factor of `yarn` and `longrope`"
     if model.multi_latent_attention and any(size & (size - 1) for size in _latent_sizes(model)):
-        found["apply_rope_fusion"] = "with latent attention, the fused kernel computes heads of 2, 4, 8, … channels alone"
+        reasons["apply_rope_fusion"] = "with latent attention, the fused kernel computes heads of 2, 4, 8, … channels alone"
     if model.multi_latent_attention and model.rope_type != "yarn":
-        found["apply_rope_fusion"] = "with latent attention, the fused kernel computes `rope_type=yarn` alone"
-    return found
+        reasons["apply_rope_fusion"] = "with latent attention, the fused kernel computes `rope_type=yarn` alone"
+    return reasons
 
 
 def _latent_sizes(model: Any) -> tuple[int, int, int]:

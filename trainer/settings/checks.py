@@ -298,15 +298,15 @@ def _packed_lengths(config: RunConfig, setting: str) -> Iterator[Rule]:
 
 def check_samples(config: RunConfig) -> None:
     """Refuse sample answers during training where the layout cannot generate text."""
-    every = config.validation.sample_interval
+    interval = config.validation.sample_interval
     obstacles = {
         f"model.{CP}={parallel_size(config.model, CP)}": parallel_size(config.model, CP) > 1,
         "comm_overlap.tp_comm_overlap=true": config.comm_overlap.tp_comm_overlap,
     }
     for setting, on in obstacles.items():
-        message = f"`validation.sample_interval` is `{every}`, and with `{setting}` no text can be generated"
+        message = f"`validation.sample_interval` is `{interval}`, and with `{setting}` no text can be generated"
         hint = "leave `validation.sample_interval` out, and generate from checkpoints with `mbtrain generate`"
-        enforce([(every and on, message, hint)])
+        enforce([(interval and on, message, hint)])
 
 
 def check_precision_sizes(config: RunConfig) -> None:

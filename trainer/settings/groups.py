@@ -18,17 +18,17 @@ NOTHING = "none"
 
 def build(setting: str, name: Any) -> Any:
     """Return an instance of the class that a name stands for; None for `none`. Raises UserError for an unknown name."""
-    known = GROUPS[setting]
+    classes = GROUPS[setting]
     if name is None or name == NOTHING:
         return None
-    if not isinstance(name, str) or name not in known:
-        near = get_close_matches(str(name), known, 1)
-        choices = ", ".join(f"`{choice}`" for choice in known)
+    if not isinstance(name, str) or name not in classes:
+        near = get_close_matches(str(name), classes, 1)
+        choices = ", ".join(f"`{choice}`" for choice in classes)
         raise UserError(
             f"`{setting}` is `{format_untrusted(name)}`, it should be {choices} or `{NOTHING}`",
             hint=f"did you mean `{near[0]}`?" if near else "a method of your own is set in Python code",
         )
-    module, _, kind = known[name].partition(":")
+    module, _, kind = classes[name].partition(":")
     return getattr(import_module(module), kind)()
 
 
@@ -37,19 +37,19 @@ def name_of(setting: str, value: Any) -> str | None:
     if value is None:
         return NOTHING
     kind = f"{type(value).__module__}:{type(value).__qualname__}"
-    return next((name for name, where in GROUPS[setting].items() if where == kind), None)
+    return next((name for name, location in GROUPS[setting].items() if location == kind), None)
 
 
-def split_group(setting: str, value: Any, now: Any) -> tuple[Any, Mapping[str, Any]]:
+def split_group(setting: str, value: Any, current: Any) -> tuple[Any, Mapping[str, Any]]:
     """Split a group's value, a name or a mapping with `name` and other settings, into the chosen object and the fields to set on
     it. Without another name the object stays as it is, with a recipe's own rank, for example."""
     if not isinstance(value, Mapping):
-        return (now if now is not None and value == name_of(setting, now) else build(setting, value)), {}
-    rest = {key: setting for key, setting in value.items() if key != "name"}
-    if "name" not in value and now is None and rest:
+        return (current if current is not None and value == name_of(setting, current) else build(setting, value)), {}
+    fields = {key: setting for key, setting in value.items() if key != "name"}
+    if "name" not in value and current is None and fields:
         raise UserError(
-            f"`{setting}` is not chosen, there is no `{setting}.{next(iter(rest))}`",
+            f"`{setting}` is not chosen, there is no `{setting}.{next(iter(fields))}`",
             hint=f"add `name`: {' or '.join(f'`{setting}`' for setting in GROUPS[setting])}",
         )
-    stays = "name" not in value or value["name"] == name_of(setting, now)
-    return (now if stays else build(setting, value["name"])), rest
+    stays = "name" not in value or value["name"] == name_of(setting, current)
+    return (current if stays else build(setting, value["name"])), fields

@@ -49,8 +49,8 @@ def follow(provider: Any) -> list[Default]:
     changes = {name: value for name, value in after.items() if value != before.get(name)}
     if TEXT in changes:
         text, config[TEXT] = changes.pop(TEXT), dict(config[TEXT])
-        inside = {name: value for name, value in text.items() if value != before[TEXT].get(name)}
-        changes |= {f"{TEXT}.{name}": value for name, value in _change(config[TEXT], inside).items()}
+        of_text = {name: value for name, value in text.items() if value != before[TEXT].get(name)}
+        changes |= {f"{TEXT}.{name}": value for name, value in _change(config[TEXT], of_text).items()}
     changed = _change(config, {name: value for name, value in changes.items() if name in after}) | changes
     return [Default(f"model.hf_config.{name}", value, "as the model's own fields") for name, value in changed.items()]
 
@@ -145,9 +145,9 @@ def compare_settings(provider: Any, settings: Mapping[str, Any], *, source: str)
         for setting in megatron_settings.find_unsupported(settings, only_model_words=True)
         if setting.known
     }
-    ours, unexpressed = _unusual(provider), not_in_hf_config(provider)
+    of_run, unexpressed = _unusual(provider), not_in_hf_config(provider)
     for name, value in theirs.items():
-        if ours.get(name) != value:
+        if of_run.get(name) != value:
             actual = _plain(getattr(provider, name, None))
             raise UserError(
                 f"`model.{name}` is `{format_untrusted(actual)}`, and the weights at `{source}` were made with "
@@ -194,9 +194,9 @@ def _rope(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     old = rope_numbers(config)
     theta = changes.get("rope_theta", old.pop("rope_theta"))
     new = changes[_ROPE] if _ROPE in changes else old if old["rope_type"] != "default" else None
-    kept = (
+    unchanged = (
         {name: value for name, value in old.items() if name != "rope_theta"}
         if new and new["rope_type"] == old["rope_type"]
         else {}
     )
-    return {"rope_theta": theta, _ROPE: new and {**new, **kept, **({"factor": new["factor"]} if "factor" in new else {})}}
+    return {"rope_theta": theta, _ROPE: new and {**new, **unchanged, **({"factor": new["factor"]} if "factor" in new else {})}}

@@ -71,11 +71,11 @@ def _in_letters(letter: str) -> str:
 
 def _decoded(value: Any) -> Any:
     if isinstance(value, str):
-        return _ENCODED.sub(lambda found: chr(int(found[1], 16)), value)
+        return _ENCODED.sub(lambda match: chr(int(match[1], 16)), value)
     if isinstance(value, list):
-        return [_decoded(one) for one in value]
+        return [_decoded(item) for item in value]
     if isinstance(value, Mapping):
-        return {_decoded(key): _decoded(one) for key, one in value.items()}
+        return {_decoded(key): _decoded(item) for key, item in value.items()}
     return value
 
 

@@ -159,22 +159,22 @@ def apply(name: str, config: Any) -> list[Default]:
     """
     chosen = find(name)
     decided = {f"{part}.{key}": value for part in ("model", "optimizer", "ddp") for key, value in getattr(chosen, part).items()}
-    decided |= _weights(chosen, config)
+    decided |= _weights(chosen, config.ddp)
     for setting, value in decided.items():
         _agree(config, setting, value, name=name)
     free = {setting: value for setting, value in chosen.starting.items() if explicit_value(config, setting) is None}
     why = f"`mixed_precision={name}`"
-    known = {setting: value for setting, value in (decided | free).items() if hasattr(*holder_and_field(config, setting))}
-    return apply_defaults(config, [Default(setting, value, why) for setting, value in known.items()])
+    defaults = {setting: value for setting, value in (decided | free).items() if hasattr(*holder_and_field(config, setting))}
+    return apply_defaults(config, [Default(setting, value, why) for setting, value in defaults.items()])
 
 
-def _weights(chosen: Precision, config: Any) -> dict[str, bool]:
+def _weights(chosen: Precision, ddp: Any) -> dict[str, bool]:
     """Choose FP8 weights where `ddp.fp8_param_gather` is set: half the bytes to hold and to gather, but their transposes are
     computed for each microbatch. megatron-core gathers them only from the distributed optimizer."""
     if not chosen.low_precision_weights:
         return {}
-    wanted = config.ddp.fp8_param_gather and config.ddp.use_distributed_optimizer
-    return {"model.fp8_param": wanted, "ddp.fp8_param_gather": wanted}
+    in_fp8 = ddp.fp8_param_gather and ddp.use_distributed_optimizer
+    return {"model.fp8_param": in_fp8, "ddp.fp8_param_gather": in_fp8}
 
 
 def _agree(config: Any, setting: str, value: Any, *, name: str) -> None:
@@ -225,11 +225,11 @@ def check(name: str, machine: Machine) -> None:
     if machine.capability is None:
         return
     _check_capability(name, needs, machine.capability)
-    for what, least, version in (
+    for package, least, version in (
         ("Transformer Engine", needs.transformer_engine, machine.transformer_engine),
         ("CUDA", needs.cuda, machine.cuda),
     ):
-        _check_version(name, what, least=least, version=version)
+        _check_version(name, package, least=least, version=version)
 
 
 def _check_capability(name: str, needs: Requirement, capability: tuple[int, int]) -> None:
@@ -242,18 +242,18 @@ def _check_capability(name: str, needs: Requirement, capability: tuple[int, int]
         )
 
 
-def _check_version(name: str, what: str, *, least: tuple[int, int] | None, version: str | None) -> None:
+def _check_version(name: str, package: str, *, least: tuple[int, int] | None, version: str | None) -> None:
     if least is None:
         return
     if version is None:
         raise UserError(
-            f"precision `{name}` needs {what} `{_dotted(least)}` or newer, which is not installed",
+            f"precision `{name}` needs {package} `{_dotted(least)}` or newer, which is not installed",
             hint="`pip install 'mbtools[gpu]'`, or choose `mixed_precision=bf16_mixed`",
         )
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < least:
         raise UserError(
-            f"precision `{name}` needs {what} `{_dotted(least)}` or newer; this is `{version}`",
-            hint=f"install a newer {what}, or choose `mixed_precision=bf16_mixed`",
+            f"precision `{name}` needs {package} `{_dotted(least)}` or newer; this is `{version}`",
+            hint=f"install a newer {package}, or choose `mixed_precision=bf16_mixed`",
         )
 
 

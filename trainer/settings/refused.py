@@ -61,10 +61,10 @@ def user_errors_in_first_step() -> Iterator[None]:
 
 def _has_user_code(error: Exception) -> bool:
     """Tell whether code of the user's own is in the traceback, which must then stay visible."""
-    ours = (str(Path(__file__).parents[2]), *sysconfig.get_paths().values())
+    known_folders = (str(Path(__file__).parents[2]), *sysconfig.get_paths().values())
     tests = str(Path(__file__).parents[2] / "tests")
     files = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
-    return any(name.startswith((tests, "<")) or not name.startswith(ours) for name in files)
+    return any(name.startswith((tests, "<")) or not name.startswith(known_folders) for name in files)
 
 
 def refusal(name: str, part: Any, attempt: Callable[[Any], object], error: Exception) -> UserError:
@@ -90,12 +90,12 @@ def as_text(value: Any) -> str:
 
 def _megatron_message(error: Exception) -> str:
     try:
-        who = f"megatron-core {version('megatron-core')}"
+        program = f"megatron-core {version('megatron-core')}"
     except PackageNotFoundError:
-        who = "megatron-core"
-    where = code_location(error.__traceback__)
+        program = "megatron-core"
+    location = code_location(error.__traceback__)
     words = str(error).strip().partition("\n")[0][:300] or fault(error)
-    return f"{who} says{f' ({where})' if where else ''}: {words}"
+    return f"{program} says{f' ({location})' if location else ''}: {words}"
 
 
 def _culprits(part: Any, attempt: Callable[[Any], object]) -> dict[str, Any]:

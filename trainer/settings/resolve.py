@@ -137,9 +137,9 @@ def _finalize(config: RunConfig, machine: Machine) -> list[Default]:
 def _copy(config: RunConfig) -> RunConfig:
     """Copy deeply, except for a dataset of the user's own: it may hold open files, and is not changed."""
     parts = {part.name: getattr(config, part.name) for part in fields(config)}
-    ours = isinstance(config.dataset, (DatasetConfig, FinetuningDatasetConfig))
-    kept = {} if ours else {"dataset": parts.pop("dataset")}
-    return type(config)(**copy.deepcopy(parts), **kept)
+    is_ours = isinstance(config.dataset, (DatasetConfig, FinetuningDatasetConfig))
+    dataset = {} if is_ours else {"dataset": parts.pop("dataset")}
+    return type(config)(**copy.deepcopy(parts), **dataset)
 
 
 def _check_layout(config: RunConfig, world_size: int) -> int:
@@ -248,8 +248,8 @@ def _save_intervals(checkpoint: CheckpointConfig) -> list[Default]:
     if checkpoint.save is None or checkpoint.save_interval is not None or checkpoint.save_interval_in_mins is not None:
         return []
     why = "`checkpoint.save` is set, and no interval between checkpoints"
-    kept = [Default("checkpoint.keep_last", _KEPT_CHECKPOINTS, why)] if checkpoint.keep_last is None else []
-    return [Default("checkpoint.save_interval_in_mins", _MINUTES_BETWEEN_SAVES, why), *kept]
+    keep_last = [Default("checkpoint.keep_last", _KEPT_CHECKPOINTS, why)] if checkpoint.keep_last is None else []
+    return [Default("checkpoint.save_interval_in_mins", _MINUTES_BETWEEN_SAVES, why), *keep_last]
 
 
 _EXPECTED = ("full scope is deprecated", "Could not determine rank")

@@ -48,15 +48,15 @@ def changes(config: Any, *others: Any) -> dict[str, Any]:
 
 def _changes(mapping: Mapping[str, Any], others: list[dict[str, Any]], depth: int = 1) -> dict[str, Any]:
     """Compare sections setting by setting; a mapping inside a section is one value."""
-    kept: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     for key, value in mapping.items():
         theirs = [other.get(key, _ABSENT) for other in others]
         if depth and isinstance(value, dict) and all(isinstance(other, dict) for other in theirs):
             if inner := _changes(value, theirs, depth - 1):
-                kept[key] = inner
+                changed[key] = inner
         elif any(other != value for other in theirs):
-            kept[key] = value
-    return kept
+            changed[key] = value
+    return changed
 
 
 _ABSENT = object()

@@ -64,8 +64,8 @@ def _parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
             raise UserError(f"`dataset.prompt_template` has `{{{name}}}`, which is not a plain field name", hint=hint)
     fields = {name for _, name, _, _ in parts if name}
     if not fields or "completion" in fields:
-        what = "has `{completion}`, which is the answer" if fields else "has no field of the examples"
-        raise UserError(f"`dataset.prompt_template` {what}", hint=hint)
+        fault = "has `{completion}`, which is the answer" if fields else "has no field of the examples"
+        raise UserError(f"`dataset.prompt_template` {fault}", hint=hint)
     return tuple((text, name) for text, name, _, _ in parts)
 
 

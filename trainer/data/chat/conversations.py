@@ -60,19 +60,19 @@ class ConversationRenderer:
         each is an example of its own that ends with it. Raises UnusableError if there is no answer to learn, or the template does
         not render all content.
         """
-        wanted = [number for number in conversation.answers if learned[number]]
-        if not wanted:
+        learned_answers = [number for number in conversation.answers if learned[number]]
+        if not learned_answers:
             reason = "no assistant message is marked as learned" if conversation.answers else "it has no assistant message"
             raise UnusableError(reason)
         self._check_template_kwargs(conversation)
         conversation = self._adapt_calls(conversation)
         if learn == "all_answers":
-            return [self._render(conversation, wanted)]
-        last = wanted[-1:] if learn == "last_answer" else wanted
+            return [self._render(conversation, learned_answers)]
+        chosen = learned_answers[-1:] if learn == "last_answer" else learned_answers
         messages = [*conversation.messages, None]
         return [
             self._render(conversation.truncated(number + 1), [number], following=messages[number + 1], alone=True)
-            for number in last
+            for number in chosen
         ]
 
     def _adapt_calls(self, conversation: Conversation) -> Conversation:
@@ -95,44 +95,44 @@ class ConversationRenderer:
                 raise UnusableError(f"the chat template has no variable `{name}`, which its `chat_template_kwargs` set")
 
     def _render(
-        self, conversation: Conversation, wanted: Sequence[int], *, following: Message | None = None, alone: bool = False
+        self, conversation: Conversation, answers: Sequence[int], *, following: Message | None = None, alone: bool = False
     ) -> RenderedText:
         """Return the texts of an example. `following` is the message after the conversation; `alone` says that the last answer
         is the only one learned."""
-        if self._uses_marks(conversation, wanted):
-            whole, spans = self.template.render_marked(conversation)
-            own = trim_spans(self.template, conversation, whole, spans)
-            rendered = RenderedText([_unicode(whole)], partial(_learn_marked, own))
+        if self._uses_marks(conversation, answers):
+            text, spans = self.template.render_marked(conversation)
+            trimmed = trim_spans(self.template, conversation, text, spans)
+            rendered = RenderedText([_unicode(text)], partial(_learn_marked, trimmed))
         else:
-            whole = _unicode(self.template.render(conversation, add_generation_prompt=False))
-            rendered = self._render_prefixes(conversation, wanted, whole, following=following, alone=alone)
-        self._check_rendered(conversation, wanted, whole)
+            text = _unicode(self.template.render(conversation, add_generation_prompt=False))
+            rendered = self._render_prefixes(conversation, answers, text, following=following, alone=alone)
+        self._check_rendered(conversation, answers, text)
         return rendered
 
-    def _uses_marks(self, conversation: Conversation, wanted: Sequence[int]) -> bool:
+    def _uses_marks(self, conversation: Conversation, answers: Sequence[int]) -> bool:
         """Return whether generation marks are used: marks are around all answers, and need tokens with offsets."""
         if self.tokenizer.encode_batch is None or not self.template.has_generation_marks(conversation.tools):
             return False
-        return list(wanted) == conversation.answers
+        return list(answers) == conversation.answers
 
-    def _check_rendered(self, conversation: Conversation, wanted: Sequence[int], whole: str) -> None:
-        rewritten = unrendered.check_rendered(self.template, conversation, whole)
-        if list(wanted) == [len(conversation.messages) - 1]:
-            rewritten.intersection_update(wanted)  # in generation, the template renders the earlier messages in the same way
+    def _check_rendered(self, conversation: Conversation, answers: Sequence[int], text: str) -> None:
+        rewritten = unrendered.check_rendered(self.template, conversation, text)
+        if list(answers) == [len(conversation.messages) - 1]:
+            rewritten.intersection_update(answers)  # in generation, the template renders the earlier messages in the same way
         else:
-            rewritten = {number for number in rewritten if number in wanted or conversation.messages[number]["role"] == TOOL}
+            rewritten = {number for number in rewritten if number in answers or conversation.messages[number]["role"] == TOOL}
         if rewritten:
             raise _unstable_template(min(rewritten), _LEARN_HINT, after=True)
 
     def _render_prefixes(
-        self, conversation: Conversation, answers: Sequence[int], whole: str, *, following: Message | None, alone: bool
+        self, conversation: Conversation, answers: Sequence[int], text: str, *, following: Message | None, alone: bool
     ) -> RenderedText:
         """Render the conversation before and after each answer, and as a whole."""
         if not answers[0]:
             raise UnusableError(
                 "the first message is the assistant's", "there is no prefix to render before it", hint=_MARKS_HINT
             )
-        messages, closing = [*conversation.messages, following], closing_token(self.template, conversation, whole)
+        messages, closing = [*conversation.messages, following], closing_token(self.template, conversation, text)
         texts, end = [], ""
         for number in answers:
             before = self.template.render(conversation.truncated(number), add_generation_prompt=True)
@@ -140,7 +140,7 @@ class ConversationRenderer:
             after = self.template.render(asked, add_generation_prompt=False).removesuffix(closing)
             end = self._missing_end(asked, after, messages[number + 1])
             texts += [_unicode(before), _unicode(after + end)]
-        texts.append(whole + end if answers[-1] == len(conversation.messages) - 1 else whole)
+        texts.append(text + end if answers[-1] == len(conversation.messages) - 1 else text)
         if alone and texts[1].startswith(texts[0]):
             return RenderedText([*texts, texts[1][len(texts[0]) :]], partial(self._learn_alone, answers[0]))
         return RenderedText(texts, partial(self._learn_between, answers))

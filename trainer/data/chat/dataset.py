@@ -177,9 +177,9 @@ class ExampleDataset(Dataset):
             positions[start:after], segments[start:after] = np.arange(after - start), segment
             start = after
         positions[start:] = np.arange(length - start)
-        made = {"tokens": tokens, "labels": labels, "position_ids": positions, "loss_mask": learned}
-        made |= {"segment_ids": segments} if self.packed else {}
-        return {name: torch.from_numpy(array) for name, array in made.items()}
+        arrays = {"tokens": tokens, "labels": labels, "position_ids": positions, "loss_mask": learned}
+        arrays |= {"segment_ids": segments} if self.packed else {}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the opened epochs; the receiving process makes or maps those that it reads."""

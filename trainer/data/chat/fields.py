@@ -55,12 +55,12 @@ def drop_fields(fields: Mapping[str, Any], ignored: Collection[str]) -> dict[str
 def split_learned(message: dict[str, Any], number: int) -> tuple[dict[str, Any], bool]:
     """Return a message without its loss flags, and whether they say that it is learned. `number` counts from 1."""
     flags = [_learned_flag(message, name, number, positive=positive) for name, positive in LEARNED_FIELDS.items()]
-    given = [flag for flag in flags if flag is not None]
-    if any(given) and not all(given):
+    set_flags = [flag for flag in flags if flag is not None]
+    if any(set_flags) and not all(set_flags):
         raise UnusableError("a message has contradictory loss flags", f"message {number}")
-    if any(given) and message.get("role") not in ANSWER_ROLES:
+    if any(set_flags) and message.get("role") not in ANSWER_ROLES:
         raise UnusableError("a message that is not the assistant's is marked as learned", f"message {number}")
-    return drop_fields(message, LEARNED_FIELDS), all(given)
+    return drop_fields(message, LEARNED_FIELDS), all(set_flags)
 
 
 def _learned_flag(message: Mapping[str, Any], name: str, number: int, *, positive: bool) -> bool | None:

@@ -108,10 +108,10 @@ def _from_sharegpt(message: Mapping[str, Any], number: int) -> dict[str, Any]:
     role = _ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise UnusableError("a message has an unknown `from`", f"that of message {number} is `{str(speaker)[:40]}`")
-    rest = drop_fields(message, ("from", "value"))
+    fields = drop_fields(message, ("from", "value"))
     if speaker == "function_call":
-        return {**rest, "role": role, "tool_calls": value}
-    return {**rest, "role": role, "content": value}
+        return {**fields, "role": role, "tool_calls": value}
+    return {**fields, "role": role, "content": value}
 
 
 def _text_parts(content: Sequence[Any], number: int) -> Iterator[str]:
@@ -120,8 +120,8 @@ def _text_parts(content: Sequence[Any], number: int) -> Iterator[str]:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("text") if isinstance(part, dict) else None
         if kind not in ("text", None) or not isinstance(text, str):
-            what = f"a `{format_untrusted(kind)}`" if kind else f"a {type(part).__name__} without text"
-            raise UnusableError("a part of a message is not text", f"{what} in message {number}")
+            description = f"a `{format_untrusted(kind)}`" if kind else f"a {type(part).__name__} without text"
+            raise UnusableError("a part of a message is not text", f"{description} in message {number}")
         extra = [name for name, value in part.items() if name not in ("type", "text") and has_content(value)]
         if extra:
             raise UnusableError("a part of a message has more than text", f"{list_some(extra)} in message {number}")

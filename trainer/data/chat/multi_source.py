@@ -26,8 +26,8 @@ def blend_sources(
 
 def evaluation_sets(named: Mapping[str, ExampleDataset], samples: int) -> ExampleDataset | dict[str, Dataset] | None:
     """Return `samples` rows of each dataset by name; the dataset itself for one, and None for none."""
-    taken = {name: dataset.take(samples) for name, dataset in named.items()}
-    return next(iter(taken.values()), None) if len(taken) < 2 else {**taken}
+    shares = {name: dataset.take(samples) for name, dataset in named.items()}
+    return next(iter(shares.values()), None) if len(shares) < 2 else {**shares}
 
 
 def unique_names(sources: Sequence[Source]) -> list[str]:

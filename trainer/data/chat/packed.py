@@ -82,7 +82,7 @@ def pack(config: FinetuningDatasetConfig, out: Path, *, tokenizer: Tokenizer, vo
     paths.expand_section(config)
     if out.exists():
         raise UserError(f"`{out}` exists", hint="choose another folder, or remove it")
-    done: list[PackedSplit] = []
+    splits: list[PackedSplit] = []
 
     def write(folder: Path) -> None:
         subsets = find_subsets(config)
@@ -91,7 +91,7 @@ def pack(config: FinetuningDatasetConfig, out: Path, *, tokenizer: Tokenizer, vo
                 (subset, tokenized_store(subset.source, folder / "all", tokenizer, config, vocab_size))
                 for subset in subsets.of(split)
             )
-            done.extend(_pack_split(config, subsets, split, list(tokenized), folder / split))
+            splits.extend(_pack_split(config, subsets, split, list(tokenized), folder / split))
         rmtree(folder / "all")
 
     try:
@@ -100,7 +100,7 @@ def pack(config: FinetuningDatasetConfig, out: Path, *, tokenizer: Tokenizer, vo
         raise UserError(f"cannot write `{out}`: {error.strerror}", hint="choose a folder that can be written") from error
     if not created:
         raise UserError(f"`{out}` appeared while it was being written", hint="choose another folder, or remove it")
-    return done
+    return splits
 
 
 def _pack_split(
@@ -116,28 +116,28 @@ def _pack_split(
             empty_split(split, config, len(stored))
     weights = subsets.weights if split == "train" else None
     for number, (name, (_, stored, numbers)) in enumerate(zip(unique_names([part[0] for part in parts]), parts, strict=True)):
-        about = {"source": name, "sources": len(parts), "weight": weights[number] if weights and len(parts) > 1 else None}
+        description = {"source": name, "sources": len(parts), "weight": weights[number] if weights and len(parts) > 1 else None}
         part_folder = folder if len(parts) == 1 else folder / str(number)
-        packed, rows = _pack_source(config, stored, numbers, part_folder, about)
+        packed, rows = _pack_source(config, stored, numbers, part_folder, description)
         counts = (packed.about[name] for name in ("examples", "tokens", "trained"))
         filled = packing.efficiency(packed.lengths, rows, capacity=config.sequence_length)
         yield PackedSplit(
-            split, name, about["weight"], *counts, rows, filled, stored.about["said"], tuple(stored.about["reasons"])
+            split, name, description["weight"], *counts, rows, filled, stored.about["said"], tuple(stored.about["reasons"])
         )
 
 
 def _pack_source(
-    config: FinetuningDatasetConfig, stored: Store, numbers: np.ndarray, folder: Path, about: dict[str, Any]
+    config: FinetuningDatasetConfig, stored: Store, numbers: np.ndarray, folder: Path, description: dict[str, Any]
 ) -> tuple[Store, int]:
     """Write the examples `numbers` and their rows; return the new store and the number of its rows."""
     folder.mkdir(parents=True)
     multiple = config.pad_to_multiple_of or 1
     lengths = packing.pad_lengths(stored.lengths[numbers], multiple=multiple)
     rows = packing.best_fit_decreasing(lengths, capacity=config.sequence_length)
-    about |= {name: stored.about[name] for name in ("made_of", "said", "reasons")}
-    about |= {"sequence_length": config.sequence_length, "pad_to_multiple_of": multiple, "rows": len(rows)}
+    description |= {name: stored.about[name] for name in ("made_of", "said", "reasons")}
+    description |= {"sequence_length": config.sequence_length, "pad_to_multiple_of": multiple, "rows": len(rows)}
     examples = (Tokenized(*stored[number]) for number in numbers.tolist())
-    store.write(folder, examples, vocab_size=stored.about["vocab_size"], about=lambda: about)
+    store.write(folder, examples, vocab_size=stored.about["vocab_size"], about=lambda: description)
     for name, array in zip(store.ROWS, (rows.examples, rows.starts), strict=True):
         store.save_array(folder / name, array)
     return store.open_store(folder), len(rows)
@@ -161,8 +161,10 @@ def open_packed(
     blended = None
     if train:
         weights = [dataset.store.about.get("weight") for dataset in train.values()]
-        given = None if None in weights else weights
-        blended = blend_sources(list(train.values()), given, samples[0], folder=Path(config.path_to_cache or f"{folder}.cache"))
+        explicit_weights = None if None in weights else weights
+        blended = blend_sources(
+            list(train.values()), explicit_weights, samples[0], folder=Path(config.path_to_cache or f"{folder}.cache")
+        )
         blended.summary = tuple(summary_lines({f"`{name}`": dataset for name, dataset in train.items()}))
     return blended, evaluation_sets(validation, samples[1]), evaluation_sets(test, samples[2])
 
@@ -187,23 +189,23 @@ def _open_split(
 
 def _check_fits(stored: Store, config: FinetuningDatasetConfig, tokenizer: Tokenizer | None, vocab_size: int) -> None:
     """Raise UserError if the run's settings, tokenizer or vocabulary differ from those of the packed folder."""
-    again = "pack the examples again"
+    advice = "pack the examples again"
     settings = {**asdict(config), "pad_to_multiple_of": config.pad_to_multiple_of or 1}
     for name in ("sequence_length", "pad_to_multiple_of"):
         if settings[name] != stored.about[name]:
             raise UserError(
                 f"`dataset.{name}` is `{settings[name]}`, but `{stored.folder}` was packed with `{stored.about[name]}`",
-                hint=f"set `dataset.{name}={stored.about[name]}`, or {again}",
+                hint=f"set `dataset.{name}={stored.about[name]}`, or {advice}",
             )
     if not config.packed:
         raise UserError(f"`dataset.packed` is `False`, but `{stored.folder}` has packed examples", hint="leave it out")
     if tokenizer is not None and tokenizer_identity(tokenizer) != stored.about["made_of"]["tokenizer"]:
         raise UserError(
             f"`{stored.folder}` was packed with another tokenizer than this run's",
-            hint=f"set `tokenizer.tokenizer_model` to the one it was packed with, or {again}",
+            hint=f"set `tokenizer.tokenizer_model` to the one it was packed with, or {advice}",
         )
     if stored.about["largest"] >= vocab_size:
         raise UserError(
             f"`{stored.folder}` has the token id {stored.about['largest']}, but the vocabulary has {vocab_size}",
-            hint=f"{again} with the model's tokenizer",
+            hint=f"{advice} with the model's tokenizer",
         )

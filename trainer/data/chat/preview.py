@@ -42,12 +42,12 @@ def _decode(tokens: Sequence[int], start: int, end: int, tokenizer: Tokenizer) -
 
 def _pieces(tokens: Sequence[int], start: int, end: int, tokenizer: Tokenizer) -> Iterator[str]:
     """Yield the text of each token, or of several tokens that only together are whole characters."""
-    begun = start
+    begin = start
     for stop in range(start + 1, end + 1):
-        text = _decode(tokens, begun, stop, tokenizer)
+        text = _decode(tokens, begin, stop, tokenizer)
         if "�" not in text or stop == end:
             yield text
-            begun = stop
+            begin = stop
 
 
 def _visible(text: str) -> str:

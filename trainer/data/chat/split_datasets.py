@@ -47,9 +47,9 @@ def make_dataset(
 def summary_lines(train: Mapping[str, ExampleDataset]) -> Iterator[str]:
     """Yield lines that describe each source and the packing; names are given if there are several."""
     for name, examples in train.items():
-        about, prefix = examples.store.about, f"{name}: " if len(train) > 1 else ""
+        description, prefix = examples.store.about, f"{name}: " if len(train) > 1 else ""
         filled = f"{100 * examples.efficiency:.1f} % of {'packed ' if examples.packed else ''}rows filled"
-        yield from (f"{prefix}{about['said']}; {filled}", *about["reasons"])
+        yield from (f"{prefix}{description['said']}; {filled}", *description["reasons"])
 
 
 def empty_split(split: str, config: FinetuningDatasetConfig, count: int) -> str:

@@ -85,10 +85,10 @@ def find_subsets(config: FinetuningDatasetConfig) -> SplitSubsets:
         raise UserError(f"`dataset.random_seed` is {config.random_seed}", hint=f"choose one from 0 to {2**32 - 1}")
     sources, weights = _sources_and_weights(config)
     held_out = ((config.validation_path, _SPLIT_NAMES[1]), (config.test_path, _SPLIT_NAMES[2]))
-    named = [_named_subsets(config, paths, names) for paths, names in held_out]
-    shared = [_subsets_of(config, hub.local_path(source, config.path_to_cache), named) for source in sources]
-    by_split = [tuple(subset for subsets in shared if (subset := subsets[number])) for number in range(len(SPLITS))]
-    validation, test = (own or rest for own, rest in zip(named, by_split[1:], strict=True))
+    of_config = [_named_subsets(config, paths, names) for paths, names in held_out]
+    of_sources = [_subsets_of(config, hub.local_path(source, config.path_to_cache), of_config) for source in sources]
+    by_split = [tuple(subset for subsets in of_sources if (subset := subsets[number])) for number in range(len(SPLITS))]
+    validation, test = (from_config or from_sources for from_config, from_sources in zip(of_config, by_split[1:], strict=True))
     return SplitSubsets(by_split[0], validation, test, weights)
 
 
@@ -123,12 +123,12 @@ def _named_subsets(
 
 
 def _subsets_of(
-    config: FinetuningDatasetConfig, path: Path, named: Sequence[tuple[Subset, ...]]
+    config: FinetuningDatasetConfig, path: Path, of_config: Sequence[tuple[Subset, ...]]
 ) -> tuple[Subset | None, Subset | None, Subset | None]:
     """Return what a source contributes to each split. Splits with `named` subsets or with a split of their own get no share."""
-    train, *own = _split_sources(path)
+    train, *of_folder = _split_sources(path)
     shares = _shares(config.split)
-    for number, (subsets, source) in enumerate(zip(named, own, strict=True), 1):
+    for number, (subsets, source) in enumerate(zip(of_config, of_folder, strict=True), 1):
         shares[number] = 0.0 if subsets or source else shares[number]
     if not shares[0]:
         raise UserError(
@@ -136,7 +136,7 @@ def _subsets_of(
         )
     ends = [sum(shares[:number]) / sum(shares) for number in range(len(shares))] + [1.0]
     shared = [Subset(train, (ends[n], ends[n + 1]), config.random_seed) if shares[n] else None for n in range(len(SPLITS))]
-    validation, test = (Subset(source) if source else subset for source, subset in zip(own, shared[1:], strict=True))
+    validation, test = (Subset(source) if source else subset for source, subset in zip(of_folder, shared[1:], strict=True))
     return shared[0], validation, test
 
 

@@ -103,34 +103,34 @@ def write(folder: Path, examples: Iterable[Tokenized], *, vocab_size: int, about
     """
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
     lengths, counts = [], {"tokens": 0, "trained": 0, "largest": 0}
-    begun: list[bool] = []
+    first_of_group: list[bool] = []
     with (folder / _TOKENS).open("wb") as tokens, (folder / _TRAINED).open("wb") as trained:
-        left = np.zeros(0, bool)  # bits of an incomplete byte
-        for words, marks in _batches(_note_beginnings(examples, begun), lengths, vocab_size):
+        incomplete_byte = np.zeros(0, bool)  # bits of an incomplete byte
+        for words, marks in _batches(_note_beginnings(examples, first_of_group), lengths, vocab_size):
             tokens.write(words.astype(dtype).tobytes())
-            marks = np.concatenate((left, marks))  # noqa: PLW2901
-            whole = len(marks) - len(marks) % 8
-            trained.write(np.packbits(marks[:whole]).tobytes())
-            left = marks[whole:]
+            marks = np.concatenate((incomplete_byte, marks))  # noqa: PLW2901
+            num_bits = len(marks) - len(marks) % 8
+            trained.write(np.packbits(marks[:num_bits]).tobytes())
+            incomplete_byte = marks[num_bits:]
             counts["tokens"] += len(words)
             counts["largest"] = max(counts["largest"], int(words.max(initial=0)))
-            counts["trained"] += int(marks[:whole].sum())
-        trained.write(np.packbits(left).tobytes())
-        counts["trained"] += int(left.sum())
+            counts["trained"] += int(marks[:num_bits].sum())
+        trained.write(np.packbits(incomplete_byte).tobytes())
+        counts["trained"] += int(incomplete_byte.sum())
         _sync(tokens, trained)
     save_array(folder / OFFSETS, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64))
-    if not all(begun):
-        save_array(folder / _GROUPS, np.cumsum(begun, dtype=np.int64) - 1)
+    if not all(first_of_group):
+        save_array(folder / _GROUPS, np.cumsum(first_of_group, dtype=np.int64) - 1)
     document = {**about(), "version": VERSION, "dtype": dtype.name, "vocab_size": vocab_size, "examples": len(lengths), **counts}
     with (folder / ABOUT).open("w", encoding="utf-8") as file:
         json.dump(document, file, indent=2)
         _sync(file)
 
 
-def _note_beginnings(examples: Iterable[Tokenized], begun: list[bool]) -> Iterator[Tokenized]:
+def _note_beginnings(examples: Iterable[Tokenized], first_of_group: list[bool]) -> Iterator[Tokenized]:
     """Yield the examples, and append to `begun` whether each begins a conversation."""
     for example in examples:
-        begun.append(not getattr(example, "continues_previous", False))
+        first_of_group.append(not getattr(example, "continues_previous", False))
         yield example
 
 
@@ -177,21 +177,21 @@ def _sync(*files: Any) -> None:
 def open_store(folder: Path) -> Store:
     """Open a folder that `write` made. Raises UserError if it is not one, has another version, or is incomplete."""
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        description = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"`{folder}` has no packed examples: {fault(error)}", hint="pack the examples with `mbtrain pack`"
         ) from error
-    if not isinstance(about, dict) or about.get("version") != VERSION:
+    if not isinstance(description, dict) or description.get("version") != VERSION:
         raise UserError(f"`{folder}` was written by another version of `mbtrain pack`", hint="pack the examples again")
-    store = Store(folder, about)
+    store = Store(folder, description)
     _check_sizes(store)
     return store
 
 
 def _check_sizes(store: Store) -> None:
-    tokens, about = store.about["tokens"], store.about
-    expected = {_TOKENS: tokens * np.dtype(about["dtype"]).itemsize, _TRAINED: -(-tokens // 8)}
+    tokens, description = store.about["tokens"], store.about
+    expected = {_TOKENS: tokens * np.dtype(description["dtype"]).itemsize, _TRAINED: -(-tokens // 8)}
     for name, size in expected.items():
         path = store.folder / name
         actual = path.stat().st_size if path.is_file() else 0

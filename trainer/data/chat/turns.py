@@ -62,8 +62,12 @@ def _generation_prompt(template: Template, conversation: Conversation) -> str:
     before = conversation.truncated(conversation.answers[0])
     if not before.messages:
         return ""
-    plain, asked = (template.try_render(before, add_generation_prompt=asking) for asking in (False, True))
-    return asked[len(plain) :] if asked is not None and plain is not None and asked.startswith(plain) else ""
+    without_prompt, with_prompt = (template.try_render(before, add_generation_prompt=add_prompt) for add_prompt in (False, True))
+    return (
+        with_prompt[len(without_prompt) :]
+        if with_prompt is not None and without_prompt is not None and with_prompt.startswith(without_prompt)
+        else ""
+    )
 
 
 def _trim_span(template: Template, text: str, start: int, stop: int, prompt: str) -> tuple[int, int]:

@@ -57,8 +57,8 @@ def check_rendered(template: Template, conversation: Conversation, text: str) ->
             raise _not_rendered(f"its `{piece.field}`", piece.field)
         role = conversation.messages[number]["role"]
         if role not in (*ANSWER_ROLES, TOOL) or not _was_rendered(template, conversation, piece, number):
-            what = f"of `{role}`" if piece.field == "content" else f"its `{piece.field}`"
-            raise _not_rendered(f"message {number + 1}, {what}", piece.field)
+            part = f"of `{role}`" if piece.field == "content" else f"its `{piece.field}`"
+            raise _not_rendered(f"message {number + 1}, {part}", piece.field)
         rewritten.add(number)
     return rewritten
 
@@ -72,11 +72,11 @@ def _was_rendered(template: Template, conversation: Conversation, piece: Piece, 
     return text is not None and not _is_unrendered(template, prefix, text, piece)
 
 
-def _not_rendered(what: str, field: str) -> UnusableError:
+def _not_rendered(part: str, field: str) -> UnusableError:
     ignored = "" if field == "content" else f": `dataset.ignore_fields=[{field}]`"
     return UnusableError(
         "the chat template does not render all content",
-        what,
+        part,
         hint=f"use a template that renders it (`dataset.chat_template=FILE`), or remove it from the example{ignored}",
     )
 
@@ -109,11 +109,11 @@ def _pieces(conversation: Conversation) -> Iterator[Piece]:
 
 def _pieces_of_calls(calls: Sequence[Mapping[str, Any]], number: int) -> Iterator[Piece]:
     for index, call in enumerate(calls):
-        inside = ("function",) if isinstance(call.get("function"), dict) else ()
-        fields = call["function"] if inside else call
+        parent_path = ("function",) if isinstance(call.get("function"), dict) else ()
+        fields = call["function"] if parent_path else call
         for name, value in fields.items():
             if name != "type" and not is_metadata(name) and has_content(value):
-                yield Piece(("messages", number, "tool_calls", index, *inside, name))
+                yield Piece(("messages", number, "tool_calls", index, *parent_path, name))
 
 
 def _is_duplicate(message: Message, name: str) -> bool:
@@ -193,20 +193,20 @@ def _replace(conversation: Conversation, values: Mapping[Piece, Any]) -> Convers
     """Return the conversation with other values for these pieces."""
     tree: Any = {"messages": _copy(conversation.messages), "tools": _copy(conversation.tools)}
     for piece, value in values.items():
-        inside = tree
+        node = tree
         for key in piece.path[:-1]:
-            inside = inside[key]
-        inside[piece.path[-1]] = value
+            node = node[key]
+        node[piece.path[-1]] = value
     return replace(conversation, messages=tuple(tree["messages"]), tools=tree["tools"])
 
 
 def _remove(conversation: Conversation, path: Sequence[str | int]) -> Conversation:
     """Return the conversation without the value at a path."""
     tree: Any = {"messages": _copy(conversation.messages), "tools": _copy(conversation.tools)}
-    inside = tree
+    node = tree
     for key in path[:-1]:
-        inside = inside[key]
-    del inside[path[-1]]
+        node = node[key]
+    del node[path[-1]]
     return replace(conversation, messages=tuple(tree["messages"]), tools=tree["tools"] or None)
 
 

@@ -31,16 +31,16 @@ class _Run(NamedTuple):
     at: int
 
 
-class Places:
+class StateLocations:
     """Where one state (`exp_avg`, …) of the weights is stored."""
 
     def __init__(self, state: str) -> None:
         self.state = state
         self._runs: dict[str, list[_Run]] = {}
 
-    def add(self, file: str, weight: RankTensor, place: tuple[str, int]) -> None:
-        """Say that the state of a weight in `file` is at this place, a file and an offset in it, in the weight's order."""
-        insort(self._runs.setdefault(file, []), _Run(weight.offset, weight.offset + weight.nbytes, *place))
+    def add(self, file: str, weight: RankTensor, location: tuple[str, int]) -> None:
+        """Note that the state of a weight in `file`, in its order, is at this `location`: a file and an offset in bytes."""
+        insort(self._runs.setdefault(file, []), _Run(weight.offset, weight.offset + weight.nbytes, *location))
 
     def locate(self, stored: StoredArray, dtype: np.dtype[Any]) -> StoredArray | None:
         """Return where the state of a weight or a part of it is, None where it has none."""
@@ -58,17 +58,17 @@ class Places:
 
     def _boxes(self, name: str, weight: Boxes) -> tuple[Box, ...]:
         """Return the boxes of a weight's state; of several copies those that have it. Raises UserError where only some do."""
-        copies = [[place for copy in box.copies if (place := self.locate(copy, weight.dtype))] for box in weight.boxes]
+        copies = [[location for copy in box.copies if (location := self.locate(copy, weight.dtype))] for box in weight.boxes]
         if not any(copies):
             return ()
-        if lacking := [box for box, places in zip(weight.boxes, copies, strict=True) if not places]:
-            has = next(places[0] for places in copies if places)
+        if lacking := [box for box, locations in zip(weight.boxes, copies, strict=True) if not locations]:
+            has = next(locations[0] for locations in copies if locations)
             raise UserError(
                 f"`{has.file}` has `{self.state}` of its part of `{name}`, and there is none of the part in "
                 f"`{lacking[0].copies[0].file}`",
                 hint="the files are of two runs, or one is damaged",
             )
-        return tuple(replace(box, copies=tuple(places)) for box, places in zip(weight.boxes, copies, strict=True))
+        return tuple(replace(box, copies=tuple(locations)) for box, locations in zip(weight.boxes, copies, strict=True))
 
 
 def parameters(file: RankFile, number: int, optimizers: int) -> list[list[RankTensor]]:
