@@ -23,6 +23,7 @@ GRAPH = {"dist__device": "gpu", "model__cuda_graph_impl": "full_iteration", "mod
 NEVER = {**GRAPH, "model__cuda_graph_warmup_steps": 1000}
 """Inputs have the same fixed shapes, and no step is captured."""
 
+LENGTH = 128
 SHAPE = {
     "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 4096, "max_position_embeddings": 1024,
@@ -75,7 +76,10 @@ def train(path: str, changes: dict[str, Any]) -> Captured:
         "train__train_iters": 6, "train__global_batch_size": 4, "train__micro_batch_size": 2, "validation__eval_interval": 2,
         "validation__eval_iters": 1,
     }  # fmt: skip
-    pretrain(small.settings(Path(path), **{**told, **changes}), callbacks=[seen])
+    config = small.settings(Path(path), **{**told, **changes})
+    if "dataset" not in changes:
+        config.dataset.sequence_length = LENGTH
+    pretrain(config, callbacks=[seen])
     return seen
 
 
@@ -171,5 +175,5 @@ def refused(path: str) -> str:
     from trainer.loop import pretrain
 
     with pytest.raises(UserError) as raised:
-        pretrain(small.settings(Path(path), **GRAPH, mixed_precision="bf16_mixed"), callbacks=[Waits()])
+        pretrain(small.settings(Path(path), **GRAPH), callbacks=[Waits()])
     return str(raised.value)
